@@ -1,0 +1,54 @@
+"""What the operators' host sides share: macros for a dtype, launch sizes, and checks whose errors say what to do."""
+
+import numpy as np
+
+from .source import SCALARS
+
+FLOATS = ("float", "double", "half_t", "bf16_t")
+THREADS = 256
+
+
+def scalar(array) -> str:
+    """The kernels' name for an array's type. TypeError unless it is float32, float64, float16 or int16 (bfloat16)."""
+    name = SCALARS.get(array.dtype)
+    if name not in FLOATS:
+        raise TypeError(f"arrays must be float32, float64, float16, or int16 that holds bfloat16; received {array.dtype}")
+    return name
+
+
+def accumulator(name: str) -> str:
+    """The type of the arithmetic for tensors of type `name`."""
+    return "double" if name == "double" else "float"
+
+
+def accumulator_dtype(array) -> np.dtype:
+    """dtype of statistics and partial sums for tensors like `array`: float32, or float64 for float64."""
+    return np.dtype(np.float64 if scalar(array) == "double" else np.float32)
+
+
+def type_macros(array) -> tuple:
+    """Macros scalar_t and acc_t for `array`."""
+    name = scalar(array)
+    return (("scalar_t", name), ("acc_t", accumulator(name)))
+
+
+def vector_width(*arrays) -> int:
+    """Elements in 16 bytes if every array starts at a multiple of 16 bytes, else 1."""
+    return 1 if any(address(a) % 16 for a in arrays) else 16 // arrays[0].itemsize
+
+
+def address(array) -> int:
+    """Address of an array's first element."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The smallest integer that is at least a / b."""
+    return -(-a // b)
+
+
+def same_shape(**arrays) -> None:
+    """ValueError unless all named arrays (None left out) have one shape."""
+    shapes = {name: a.shape for name, a in arrays.items() if a is not None}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"these arrays must have one shape: {shapes}")

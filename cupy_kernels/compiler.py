@@ -1,0 +1,69 @@
+"""Kernel text -> function on the current GPU, through cupy.RawModule."""
+
+from . import nvrtc
+from .errors import BackendError
+from .source import Kernel, compile_error, expanded
+
+_functions = {}
+_modules = {}
+_listeners = []
+
+DEFAULT_SHARED_BYTES = 48 * 1024
+
+
+def cupy():
+    """CuPy, with CUDA 11's wheels loaded first. BackendError if it is not installed or finds no GPU."""
+    nvrtc.preload_wheels()
+    try:
+        import cupy
+    except ImportError as error:
+        raise BackendError(
+            "CuPy is not installed, and tensors on a GPU need it: pip install 'modelnew[cuda11]' "
+            "(or cuda12, cuda13: the one that fits your driver)"
+        ) from error
+    try:
+        devices = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise BackendError(f"CuPy {cupy.__version__} finds no usable GPU: {error}") from error
+    if not devices:
+        raise BackendError(f"CuPy {cupy.__version__} finds no GPU")
+    return cupy
+
+
+def on_compile(listener) -> None:
+    """Calls listener(kernel) before each kernel that this process compiles or loads from the disk cache."""
+    _listeners.append(listener)
+
+
+def function(kernel: Kernel, shared_bytes: int = 0):
+    """The compiled kernel on the current device, loaded at the first call of a process.
+
+    One module for a file and its macros; CuPy keeps its cubin on disk for the next process. KernelCompileError if the
+    text does not compile. More than 48 KiB of dynamic shared memory is allowed for as `shared_bytes` says.
+    """
+    import cupy
+
+    device = cupy.cuda.runtime.getDevice()
+    key = (kernel, device)
+    found = _functions.get(key)
+    if found is None:
+        found = _functions[key] = _module(kernel, device).get_function(kernel.name)
+    if shared_bytes > DEFAULT_SHARED_BYTES and found.max_dynamic_shared_size_bytes < shared_bytes:
+        found.max_dynamic_shared_size_bytes = shared_bytes
+    return found
+
+
+def _module(kernel: Kernel, device: int):
+    key = (kernel.file, kernel.defines, device)
+    if key not in _modules:
+        backend = cupy()
+        for listener in _listeners:
+            listener(kernel)
+        options = (nvrtc.STANDARD, *(f"-D{k}={v}" for k, v in kernel.defines))
+        module = backend.RawModule(code=expanded(kernel.file), options=options)
+        try:
+            module.compile()
+        except backend.cuda.compiler.CompileException as error:
+            raise compile_error(kernel, str(error)) from error
+        _modules[key] = module
+    return _modules[key]

@@ -1,0 +1,89 @@
+// Types, conversions and reductions that the kernels share. Includes nothing of a CUDA toolkit: pip wheels have no headers.
+//
+// scalar_t: type of the tensors in memory (float, double, half_t, bf16_t). acc_t: type of the arithmetic (float; double for double).
+// A pointer parameter that is neither const nor INOUT is an output that the kernel writes in full.
+#pragma once
+
+typedef long long i64;
+typedef unsigned char u8;
+#define INOUT
+
+struct half_t { unsigned short bits; };
+struct bf16_t { unsigned short bits; };
+
+#ifndef CUPY_KERNELS_EMULATOR
+#define DYNAMIC_SHARED(U, name) \
+    extern __shared__ __align__(128) char dynamic_shared_bytes[]; \
+    U* name = (U*)dynamic_shared_bytes
+#endif
+
+__device__ inline float to_acc(float v) { return v; }
+__device__ inline double to_acc(double v) { return v; }
+__device__ inline float to_acc(bf16_t v) { return __uint_as_float((unsigned)v.bits << 16); }
+#ifdef CUPY_KERNELS_EMULATOR
+static inline float to_acc(half_t v) {
+    unsigned magnitude = v.bits & 0x7FFF, sign = (unsigned)(v.bits & 0x8000) << 16;
+    if (magnitude >= 0x7C00) return __uint_as_float(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
+    float scaled = __uint_as_float(magnitude << 13) * 0x1p112f;  // exact, denormals too
+    return __uint_as_float(sign | __float_as_uint(scaled));
+}
+#else
+__device__ inline float to_acc(half_t v) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+    return f;
+}
+#endif
+
+template <class U> __device__ inline U from_acc(float v);
+template <class U> __device__ inline U from_acc(double v);
+template <> __device__ inline float from_acc<float>(float v) { return v; }
+template <> __device__ inline float from_acc<float>(double v) { return (float)v; }
+template <> __device__ inline double from_acc<double>(double v) { return v; }
+// Round to nearest even; NaN stays NaN.
+template <> __device__ inline bf16_t from_acc<bf16_t>(float v) {
+    unsigned u = __float_as_uint(v);
+    bf16_t r;
+    r.bits = (u & 0x7FFFFFFF) > 0x7F800000 ? (u >> 16 & 0x8000) | 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+    return r;
+}
+#ifdef CUPY_KERNELS_EMULATOR
+template <> inline half_t from_acc<half_t>(float v) {
+    unsigned u = __float_as_uint(v), sign = u >> 16 & 0x8000, magnitude = u & 0x7FFFFFFF;
+    half_t r;
+    if (magnitude > 0x7F800000) r.bits = sign | 0x7E00;
+    else if (magnitude >= 0x477FF000) r.bits = sign | 0x7C00;  // 65520 and more round to infinity
+    else if (magnitude < 0x38800000)                          // below 2^-14: the float addition rounds to 2^-24 steps
+        r.bits = sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3F000000);
+    else r.bits = sign | ((magnitude + 0xFFF + (magnitude >> 13 & 1)) >> 13) - (112 << 10);
+    return r;
+}
+#else
+template <> __device__ inline half_t from_acc<half_t>(float v) {
+    half_t r;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+    return r;
+}
+#endif
+
+// CuPy compiles with -ftz=true, which flushes denormals in comparisons too: these work on the bits.
+__device__ inline bool is_nan(float v) { return (__float_as_int(v) & 0x7FFFFFFF) > 0x7F800000; }
+__device__ inline bool is_nan(double v) { return v != v; }
+__device__ inline int order_key(float v) {
+    int bits = __float_as_int(v);
+    return bits < 0 ? (int)0x80000000 - bits : bits;  // -0 and +0 map to 0
+}
+__device__ inline bool greater(float a, float b) { return order_key(a) > order_key(b); }
+__device__ inline bool greater(double a, double b) { return a > b; }
+
+// Sum over a block of a multiple of 32 threads in a fixed order; every thread gets it. `scratch` holds 32 values and is
+// free again after the next __syncthreads().
+template <class A> __device__ inline A block_sum(A v, A* scratch) {
+    for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+    __syncthreads();
+    A total = 0;
+    for (unsigned w = 0; w < blockDim.x / 32; w++) total += scratch[w];
+    __syncthreads();
+    return total;
+}

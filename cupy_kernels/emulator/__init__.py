@@ -1,0 +1,172 @@
+"""Runs the kernels' text on the CPU: cuda.h stands in for CUDA, a host C++ compiler builds a shared library.
+
+It checks what it can: barriers that diverge, writes outside an array, outputs that are not written, cp.async read too
+early. It proves logic, not memory ordering, speed or last-bit rounding.
+
+Environment: CUPY_KERNELS_CXX chooses the compiler; CUPY_KERNELS_CACHE_DIR the folder of compiled kernels (default
+~/.cache/cupy_kernels); CUPY_KERNELS_SEED the order in which threads run (0, the default: ascending).
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import BackendError, EmulatorError
+from ..source import Kernel, compile_error, expanded, signature
+
+GUARD_BYTES = 256
+POISON = 0xFF
+FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-w")
+ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
+
+_libraries = {}
+
+
+@functools.cache
+def compiler() -> tuple[str, ...]:
+    """Command of the C++ compiler: $CUPY_KERNELS_CXX, the system's, or the ziglang wheel's. BackendError if none."""
+    chosen = os.environ.get("CUPY_KERNELS_CXX")
+    if chosen:
+        if not shutil.which(shlex.split(chosen)[0]):
+            raise BackendError(f"CUPY_KERNELS_CXX={chosen!r} is not a command")
+        return tuple(shlex.split(chosen))
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return (name,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "c++", *ZIG_FLAGS)
+    raise BackendError(
+        "the CPU emulator needs a C++ compiler and found none (c++, g++, clang++, the ziglang wheel): "
+        "pip install 'modelnew[emulator]'"
+    )
+
+
+def run(kernel: Kernel, parameters, grid, block, args, shared_bytes: int, seed: int | None = None) -> None:
+    """Runs a kernel over NumPy arrays; see `launch.launch`, which checks and casts the arguments.
+
+    Arrays are copied between guard zones. An array that the kernel declares neither `const` nor `INOUT` is an output: it
+    is poisoned first, and must be written in full. Outputs are copied back only if nothing failed.
+    Raises EmulatorError for an error that the kernel made, BackendError without a compiler.
+    """
+    entry = _library(kernel)
+    seed = int(os.environ.get("CUPY_KERNELS_SEED", 0)) if seed is None else seed
+    buffers, pointers, scalars = [], (ctypes.c_void_p * len(args))(), []
+    for i, (parameter, arg) in enumerate(zip(parameters, args)):
+        if parameter.pointer:
+            buffer = None if arg is None else _guarded(arg, parameter)
+            buffers.append(buffer)
+            value = ctypes.c_void_p(None if buffer is None else buffer.ctypes.data + GUARD_BYTES)
+            scalars.append(value)
+            pointers[i] = ctypes.addressof(value)
+        else:
+            buffers.append(None)
+            value = np.array(arg)
+            scalars.append(value)
+            pointers[i] = value.ctypes.data
+    unsigned3 = ctypes.c_uint * 3
+    failed = entry(pointers, unsigned3(*grid), unsigned3(*block), ctypes.c_size_t(shared_bytes), ctypes.c_ulonglong(seed))
+    for parameter, arg, buffer in zip(parameters, args, buffers):
+        if buffer is not None:
+            _check_guards(kernel, parameter, buffer)
+    if failed:
+        raise EmulatorError(f"{kernel}: {_libraries[kernel].emulator_error().decode()}")
+    for parameter, arg, buffer in zip(parameters, args, buffers):
+        if buffer is None or parameter.const:
+            continue
+        result = buffer[GUARD_BYTES:-GUARD_BYTES].view(arg.dtype).reshape(arg.shape)
+        if not parameter.inout:
+            _check_written(kernel, parameter, result)
+        arg[...] = result
+
+
+def _guarded(array, parameter) -> np.ndarray:
+    buffer = np.full(array.nbytes + 2 * GUARD_BYTES, POISON, np.uint8)
+    if parameter.const or parameter.inout:
+        buffer[GUARD_BYTES : GUARD_BYTES + array.nbytes] = array.reshape(-1).view(np.uint8)
+    return buffer
+
+
+def _check_guards(kernel, parameter, buffer) -> None:
+    for side, guard in (("before", buffer[:GUARD_BYTES]), ("after", buffer[-GUARD_BYTES:])):
+        if (guard != POISON).any():
+            raise EmulatorError(f"{kernel} writes out of bounds, {side} the array {parameter.name}")
+
+
+def _check_written(kernel, parameter, result) -> None:
+    elements = result.reshape(-1).view(np.uint8).reshape(-1, result.itemsize)
+    missing = np.flatnonzero((elements == POISON).all(1))
+    if len(missing):
+        raise EmulatorError(
+            f"{kernel} leaves {len(missing)} of {len(elements)} elements of its output {parameter.name} unwritten, "
+            f"the first at flat index {missing[0]}"
+        )
+
+
+def _library(kernel: Kernel):
+    library = _libraries.get(kernel)
+    if library is None:
+        library = _libraries[kernel] = ctypes.CDLL(str(_build(kernel)))
+        library.emulator_error.restype = ctypes.c_char_p
+    return library.emulator_entry
+
+
+def _cpu() -> str:
+    """What -march=native depends on: a cache on a shared home directory serves several kinds of machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _translation_unit(kernel: Kernel) -> str:
+    header = resources.files(__package__).joinpath("cuda.h").read_text()
+    macros = "\n".join(f"#define {k} {v}" for k, v in kernel.defines)  # after the header: -D would reach libc's headers
+    casts = ", ".join(f"emulator_cast(arguments[{i}])" for i in range(len(signature(kernel))))
+    return f"""{header}
+{macros}
+{expanded(kernel.file)}
+#line 1 "emulator_entry"
+struct emulator_cast {{
+    void* p;
+    explicit emulator_cast(void* p) : p(p) {{}}
+    template <class V> operator V() const {{ return *(V*)p; }}
+}};
+static void** arguments;
+static void emulator_body() {{ {kernel.name}({casts}); }}
+extern "C" int emulator_entry(void** a, const unsigned* grid, const unsigned* block, size_t shared_bytes, unsigned long long seed) {{
+    arguments = a;
+    return emulator::run(emulator_body, grid, block, shared_bytes, seed);
+}}
+"""
+
+
+def _build(kernel: Kernel) -> Path:
+    text = _translation_unit(kernel)
+    command = [*compiler(), *FLAGS]
+    key = hashlib.sha256("\0".join([text, *command, _cpu()]).encode()).hexdigest()
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "cupy_kernels")
+    folder = Path(os.environ.get("CUPY_KERNELS_CACHE_DIR", default)).expanduser()
+    library = folder / f"{kernel.name}_{key[:24]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        source, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
+        source.write_text(text)
+        done = subprocess.run([*command, str(source), "-o", str(built), "-lm"], capture_output=True, text=True)
+        if done.returncode:
+            raise compile_error(kernel, done.stderr)
+        os.replace(built, library)  # atomic: another process sees all of it or nothing
+    return library

@@ -1,0 +1,325 @@
+// A CUDA block on one CPU core: what the .cu files of this package need of CUDA, for a host C++ compiler.
+//
+// Blocks run one after another. Every CUDA thread of a block is a fiber that runs until it waits at a barrier or ends;
+// the order in which fibers run is a permutation drawn from a seed, so that a missing barrier changes the result.
+// Checks: a barrier that some thread of the block or lane of the mask does not reach, or reaches at another source line;
+// shared memory is poisoned before each block; the destination of a cp.async is poisoned until the wait that covers it.
+// Poison is 0xFF bytes: a NaN in every floating type. This shows logic errors; it shows nothing about memory ordering
+// between warps, speed, or the last bit of CUDA's mathematical functions.
+#pragma once
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define CUPY_KERNELS_EMULATOR 1
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ static __attribute__((section("cu_shared"), aligned(16)))
+
+struct dim3 { unsigned x, y, z; };
+struct __align__(16) float4 { float x, y, z, w; };
+struct __align__(8) float2 { float x, y; };
+struct __align__(16) double2 { double x, y; };
+struct __align__(16) uint4 { unsigned x, y, z, w; };
+struct __align__(8) uint2 { unsigned x, y; };
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+#define EMULATOR_MINMAX(T) \
+    static inline T min(T a, T b) { return b < a ? b : a; } \
+    static inline T max(T a, T b) { return a < b ? b : a; }
+EMULATOR_MINMAX(int)
+EMULATOR_MINMAX(unsigned)
+EMULATOR_MINMAX(long long)
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline double rsqrt(double x) { return 1.0 / sqrt(x); }
+template <class T> static inline T __ldg(const T* p) { return *p; }
+static inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
+static inline float __int_as_float(int i) { float x; memcpy(&x, &i, 4); return x; }
+static inline unsigned __float_as_uint(float x) { return (unsigned)__float_as_int(x); }
+static inline float __uint_as_float(unsigned i) { return __int_as_float((int)i); }
+static inline long long __double_as_longlong(double x) { long long i; memcpy(&i, &x, 8); return i; }
+static inline int __popc(unsigned x) { return __builtin_popcount(x); }
+static inline int __ffs(int x) { return __builtin_ffs(x); }
+
+namespace emulator {
+
+enum { MAX_THREADS = 1024, STACK_BYTES = 128 << 10, MAX_COPIES = 256 };
+enum State { READY, AT_BARRIER, AT_WARP, DONE };
+
+struct Copy { char* to; const char* from; int bytes; };
+struct Fiber {
+    void* stack_pointer;
+    char* stack;
+    State state;
+    int line;                 // of the barrier it waits at
+    unsigned warp_calls;      // parity picks the exchange buffer: a fast lane may be one call ahead
+    Copy copies[MAX_COPIES];  // cp.async issued and not yet waited for
+    int copy_count, group_ends[MAX_COPIES], group_count;
+};
+struct Warp { unsigned arrived, mask; int line; };
+struct Exchange { char bytes[2][64]; };
+
+static Fiber fibers[MAX_THREADS];
+static Warp warps[MAX_THREADS / 32];
+static Exchange exchange[MAX_THREADS];
+static int thread_count, current, order[MAX_THREADS];
+static void* scheduler_stack_pointer;
+static void (*thread_body)();
+static char error[512];
+static char* dynamic_shared;
+
+extern "C" void emulator_switch(void** save, void* load);
+#if defined(__x86_64__)
+asm(R"(
+.text
+.type emulator_switch,@function
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+enum { SAVED_WORDS = 6, RETURN_WORD = 6 };
+#elif defined(__aarch64__)
+asm(R"(
+.text
+.type emulator_switch,%function
+emulator_switch:
+    sub sp, sp, #160
+    stp x19, x20, [sp, #0]
+    stp x21, x22, [sp, #16]
+    stp x23, x24, [sp, #32]
+    stp x25, x26, [sp, #48]
+    stp x27, x28, [sp, #64]
+    stp x29, x30, [sp, #80]
+    stp d8, d9, [sp, #96]
+    stp d10, d11, [sp, #112]
+    stp d12, d13, [sp, #128]
+    stp d14, d15, [sp, #144]
+    mov x9, sp
+    str x9, [x0]
+    mov sp, x1
+    ldp x19, x20, [sp, #0]
+    ldp x21, x22, [sp, #16]
+    ldp x23, x24, [sp, #32]
+    ldp x25, x26, [sp, #48]
+    ldp x27, x28, [sp, #64]
+    ldp x29, x30, [sp, #80]
+    ldp d8, d9, [sp, #96]
+    ldp d10, d11, [sp, #112]
+    ldp d12, d13, [sp, #128]
+    ldp d14, d15, [sp, #144]
+    add sp, sp, #160
+    ret
+)");
+enum { SAVED_WORDS = 20, RETURN_WORD = 11 };
+#else
+#error "the emulator switches fibers on x86-64 and aarch64 only"
+#endif
+
+static void yield() { emulator_switch(&fibers[current].stack_pointer, scheduler_stack_pointer); }
+
+#define EMULATOR_REPORT(...) snprintf(emulator::error, sizeof emulator::error, __VA_ARGS__)
+#define EMULATOR_FAIL(...) (EMULATOR_REPORT(__VA_ARGS__), yield())  // the scheduler sees the error and never comes back
+
+static void fiber_main() {
+    thread_body();
+    fibers[current].state = DONE;
+    for (;;) yield();
+}
+
+static void set_thread(int t) {
+    current = t;
+    threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
+}
+
+static void block_barrier(int line) {
+    fibers[current].state = AT_BARRIER;
+    fibers[current].line = line;
+    yield();
+}
+
+// Returns when every lane of the mask has called it from the same source line.
+static void warp_barrier(unsigned mask, int line) {
+    Warp& warp = warps[current / 32];
+    unsigned lanes = thread_count - current / 32 * 32, lane = 1u << current % 32;
+    if (lanes < 32) mask &= (1u << lanes) - 1;
+    if (!(mask & lane)) return EMULATOR_FAIL("line %d: thread %d calls a warp operation whose mask leaves it out", line, current);
+    if (!warp.arrived) warp.mask = mask, warp.line = line;
+    if (warp.mask != mask || warp.line != line)
+        return EMULATOR_FAIL("lines %d and %d: lanes of warp %d meet at different warp operations", warp.line, line, current / 32);
+    warp.arrived |= lane;
+    if (warp.arrived == mask) {
+        warp.arrived = 0;
+        for (int i = 0; i < 32; i++)
+            if (mask >> i & 1) fibers[current / 32 * 32 + i].state = READY;
+        return;
+    }
+    fibers[current].state = AT_WARP;
+    fibers[current].line = line;
+    yield();
+}
+
+// Deposits `mine`, meets the lanes of the mask, and gives access to what each of them deposited in this call.
+template <class V> static const V* exchange_in_warp(unsigned mask, const V& mine, int line) {
+    static_assert(sizeof(V) <= sizeof(exchange[0].bytes[0]), "a lane can exchange 64 bytes");
+    static V all[32];
+    unsigned parity = fibers[current].warp_calls++ & 1;
+    memcpy(exchange[current].bytes[parity], &mine, sizeof(V));
+    warp_barrier(mask, line);
+    for (int i = 0; i < 32; i++) memcpy(&all[i], exchange[current / 32 * 32 + i].bytes[parity], sizeof(V));
+    return all;
+}
+
+static void copy_async(void* to, const void* from, int bytes, int copied) {
+    Fiber& f = fibers[current];
+    if (f.copy_count == MAX_COPIES) return EMULATOR_FAIL("thread %d has more than %d cp.async in flight", current, MAX_COPIES);
+    memset(to, 0xFF, bytes);
+    f.copies[f.copy_count++] = {(char*)to, copied ? (const char*)from : nullptr, bytes};
+}
+
+static void copy_commit() {
+    Fiber& f = fibers[current];
+    if (f.group_count == MAX_COPIES) return EMULATOR_FAIL("thread %d has more than %d cp.async groups in flight", current, MAX_COPIES);
+    f.group_ends[f.group_count++] = f.copy_count;
+}
+
+static void copy_wait(int pending_groups) {
+    Fiber& f = fibers[current];
+    int groups = f.group_count - pending_groups;
+    if (groups <= 0) return;
+    int done = f.group_ends[groups - 1];
+    for (int i = 0; i < done; i++)
+        if (f.copies[i].from) memcpy(f.copies[i].to, f.copies[i].from, f.copies[i].bytes);
+        else memset(f.copies[i].to, 0, f.copies[i].bytes);
+    for (int i = done; i < f.copy_count; i++) f.copies[i - done] = f.copies[i];
+    for (int i = groups; i < f.group_count; i++) f.group_ends[i - groups] = f.group_ends[i] - done;
+    f.copy_count -= done;
+    f.group_count -= groups;
+}
+
+extern "C" char __start_cu_shared[] __attribute__((weak, visibility("hidden")));
+extern "C" char __stop_cu_shared[] __attribute__((weak, visibility("hidden")));
+
+static void start_block(size_t dynamic_shared_bytes) {
+    if (__start_cu_shared) memset(__start_cu_shared, 0xFF, __stop_cu_shared - __start_cu_shared);
+    memset(dynamic_shared, 0xFF, dynamic_shared_bytes);
+    memset(warps, 0, sizeof warps);
+    for (int t = 0; t < thread_count; t++) {
+        Fiber& f = fibers[t];
+        void** top = (void**)(f.stack + STACK_BYTES) - SAVED_WORDS - 4;
+        memset(top, 0, SAVED_WORDS * sizeof(void*));
+        top[RETURN_WORD] = (void*)fiber_main;
+        f.stack_pointer = top;
+        f.state = READY;
+        f.warp_calls = 0;
+        f.copy_count = f.group_count = 0;
+    }
+}
+
+// Every fiber is DONE or waits at the block's barrier: release them, report the end (false), or fail.
+static bool release_barrier() {
+    int done = 0, waiting = 0, first = -1;
+    for (int t = 0; t < thread_count; t++) {
+        Fiber& f = fibers[t];
+        done += f.state == DONE;
+        if (f.state == AT_WARP)
+            return EMULATOR_REPORT("line %d: thread %d waits in a warp operation for lanes that do not come", f.line, t), false;
+        if (f.state != AT_BARRIER) continue;
+        waiting++;
+        if (first < 0) first = t;
+        if (f.line != fibers[first].line)
+            return EMULATOR_REPORT("divergent barrier: thread %d waits at line %d, thread %d at line %d", first, fibers[first].line, t, f.line), false;
+    }
+    if (done == thread_count) return false;
+    if (done)
+        return EMULATOR_REPORT("divergent barrier: %d of %d threads wait at line %d, the others have returned", waiting, thread_count, fibers[first].line), false;
+    for (int t = 0; t < thread_count; t++) fibers[t].state = READY;
+    return true;
+}
+
+static void run_block() {
+    do {
+        bool ran;
+        do {
+            ran = false;
+            for (int i = 0; i < thread_count; i++) {
+                if (fibers[order[i]].state != READY) continue;
+                set_thread(order[i]);
+                emulator_switch(&scheduler_stack_pointer, fibers[current].stack_pointer);
+                if (error[0]) return;
+                ran = true;
+            }
+        } while (ran);
+    } while (release_barrier());
+}
+
+// Runs body() once for each thread of each block; 0, or 1 with the reason in `error`.
+static int run(void (*body)(), const unsigned* grid, const unsigned* block, size_t shared_bytes, unsigned long long seed) {
+    gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {block[0], block[1], block[2]};
+    thread_count = block[0] * block[1] * block[2];
+    thread_body = body;
+    error[0] = 0;
+    for (int t = 0; t < thread_count; t++) {
+        order[t] = t;
+        if (!fibers[t].stack)
+            fibers[t].stack = (char*)mmap(0, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (fibers[t].stack == MAP_FAILED) { snprintf(error, sizeof error, "no memory for fiber stacks"); return 1; }
+    }
+    if (seed)  // 0: threads in ascending order
+        for (int t = thread_count - 1; t > 0; t--) {
+            seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+            int other = (seed >> 33) % (t + 1), swap = order[t];
+            order[t] = order[other], order[other] = swap;
+        }
+    dynamic_shared = (char*)aligned_alloc(128, (shared_bytes + 255) / 128 * 128);
+    for (blockIdx.z = 0; blockIdx.z < gridDim.z && !error[0]; blockIdx.z++)
+        for (blockIdx.y = 0; blockIdx.y < gridDim.y && !error[0]; blockIdx.y++)
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x && !error[0]; blockIdx.x++) {
+                start_block(shared_bytes);
+                run_block();
+                if (error[0]) {
+                    size_t used = strlen(error);
+                    snprintf(error + used, sizeof error - used, " (block %u,%u,%u)", blockIdx.x, blockIdx.y, blockIdx.z);
+                }
+            }
+    free(dynamic_shared);
+    return error[0] != 0;
+}
+
+}  // namespace emulator
+
+extern "C" const char* emulator_error() { return emulator::error; }
+
+#define DYNAMIC_SHARED(T, name) T* name = (T*)emulator::dynamic_shared
+#define __syncthreads() emulator::block_barrier(__LINE__)
+#define __syncwarp(...) emulator::warp_barrier(0xFFFFFFFFu, __LINE__)
+#define __shfl_sync(mask, value, lane) (emulator::exchange_in_warp(mask, value, __LINE__)[(lane) & 31])
+#define __shfl_xor_sync(mask, value, lanes) \
+    (emulator::exchange_in_warp(mask, value, __LINE__)[(emulator::current % 32) ^ (lanes)])
+#define __shfl_down_sync(mask, value, delta) \
+    (emulator::exchange_in_warp(mask, value, __LINE__)[min(emulator::current % 32 + (delta), 31)])

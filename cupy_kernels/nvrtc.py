@@ -1,0 +1,114 @@
+"""NVRTC by ctypes: finds the library in NVIDIA's pip wheels, and compiles without a GPU and without CuPy.
+
+CuPy compiles what runs. This module preloads the wheels' libraries for it (CuPy 13 looks for NVRTC by plain dlopen and
+knows no wheels), and lets a machine without a GPU compile every variant to a cubin and read its registers and spills.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import BackendError
+from .source import Kernel, compile_error, expanded
+
+STANDARD = "-std=c++17"
+
+
+class Resources(NamedTuple):
+    """What ptxas reports of one kernel, per thread or block."""
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+def _wheel_libraries(package: str, pattern: str) -> list[Path]:
+    spec = importlib.util.find_spec("nvidia")
+    roots = spec.submodule_search_locations if spec else ()
+    return sorted(p for root in roots for p in Path(root, package, "lib").glob(pattern))
+
+
+@functools.cache
+def preload_wheels() -> tuple[str, ...]:
+    """Loads CUDA 11's runtime and NVRTC from their pip wheels, where installed, and returns what it loaded.
+
+    A library that is loaded already satisfies CuPy's later dlopen by name. CuPy 14 (CUDA 12 and newer) finds its wheels
+    by itself.
+    """
+    paths = (
+        _wheel_libraries("cuda_runtime", "libcudart.so.11*")
+        + _wheel_libraries("cuda_nvrtc", "libnvrtc-builtins.so.11*")
+        + _wheel_libraries("cuda_nvrtc", "libnvrtc.so.11*")
+    )
+    for path in paths:
+        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    return tuple(str(p) for p in paths)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The NVRTC library: CUDA 11's wheel, any other wheel, or the system's. BackendError if there is none."""
+    preload_wheels()
+    candidates = [str(p) for p in _wheel_libraries("cuda_nvrtc", "libnvrtc.so.*")]
+    candidates += [str(p) for p in _wheel_libraries("cu13", "libnvrtc.so.*")]
+    for name in [*candidates, "libnvrtc.so.11.2", "libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so"]:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise BackendError("no NVRTC library found: pip install nvidia-cuda-nvrtc-cu11, or install a CUDA toolkit")
+
+
+def version() -> str:
+    """Version of `library()`, such as "11.8"."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, Resources]:
+    """Compiles one variant for `arch` ("sm_80") to a cubin, as CuPy would; KernelCompileError with NVRTC's log.
+
+    Returns the cubin and the resources of `kernel` itself (a file may define several kernels).
+    """
+    lib, program = library(), ctypes.c_void_p()
+    # -ftz=true: CuPy appends it to every compilation
+    options = [STANDARD, "-ftz=true", f"-arch={arch}", "--ptxas-options=-v", *(f"-D{k}={v}" for k, v in kernel.defines)]
+    raw = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    source = expanded(kernel.file).encode()
+    lib.nvrtcCreateProgram(ctypes.byref(program), source, kernel.file.encode(), 0, None, None)
+    try:
+        status = lib.nvrtcCompileProgram(program, len(options), raw)
+        size = ctypes.c_size_t()
+        lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        lib.nvrtcGetProgramLog(program, log)
+        if status:
+            raise compile_error(kernel, log.value.decode())
+        lib.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        cubin = ctypes.create_string_buffer(size.value)
+        lib.nvrtcGetCUBIN(program, cubin)
+    finally:
+        lib.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw, _resources(kernel.name, log.value.decode())
+
+
+def _resources(name: str, log: str) -> Resources:
+    part = log[log.index(f"'{name}'") :]
+
+    def number(pattern):
+        match = re.search(pattern, part)
+        return int(match[1]) if match else 0
+
+    end = part.find("Compiling entry function", 1)
+    part = part if end < 0 else part[:end]
+    return Resources(
+        number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes stack frame"),
+        number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        number(r"(\d+) bytes smem"),
+    )

@@ -1,0 +1,128 @@
+"""Kernel sources: text of a .cu file with its includes expanded, kernel signatures, and the digest of all sources."""
+
+import functools
+import hashlib
+import re
+from importlib import resources
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import KernelCompileError
+
+_FOLDER = resources.files(__package__) / "cu"
+_INCLUDE = re.compile(r'^\s*#include "([^"]+)"\s*$')
+_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
+
+# Scalar types of the kernels, and the NumPy dtype of an array that holds them. NumPy has no bfloat16: its arrays travel
+# as int16.
+DTYPES = {
+    "float": np.dtype(np.float32),
+    "double": np.dtype(np.float64),
+    "half_t": np.dtype(np.float16),
+    "bf16_t": np.dtype(np.int16),
+    "u8": np.dtype(np.uint8),
+    "int": np.dtype(np.int32),
+    "i64": np.dtype(np.int64),
+}
+SCALARS = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Kernel(NamedTuple):
+    """One compiled variant: a .cu file, one of its kernels, and the macros it is compiled with."""
+
+    file: str
+    name: str
+    defines: tuple[tuple[str, str | int], ...] = ()
+
+    def __str__(self):
+        return f"{self.name} [{self.file}{''.join(f' -D{k}={v}' for k, v in self.defines)}]"
+
+
+class Parameter(NamedTuple):
+    """One parameter of a kernel. `dtype` is None where the text does not tell it."""
+
+    name: str
+    dtype: np.dtype | None
+    pointer: bool
+    const: bool
+    inout: bool
+
+
+def names() -> list[str]:
+    """File names of all kernel sources, .cu and .cuh, sorted."""
+    return sorted(f.name for f in _FOLDER.iterdir() if f.name.endswith((".cu", ".cuh")))
+
+
+def text(file: str) -> str:
+    """Text of one source file as it stands. ValueError if there is no such file."""
+    if file not in names():
+        raise ValueError(f"no kernel source {file!r}; there are {', '.join(names())}")
+    return (_FOLDER / file).read_text()
+
+
+@functools.cache
+def expanded(file: str) -> str:
+    """Text of `file` with every `#include "..."` replaced by the included text, each file once.
+
+    CuPy's disk cache hashes this text alone, and NVRTC needs no include path for it. `#line` directives keep compiler
+    messages pointing at the original file and line.
+    """
+    return _expand(file, set())
+
+
+def _expand(file: str, seen: set[str]) -> str:
+    seen.add(file)
+    lines = [f'#line 1 "{file}"']
+    for number, line in enumerate(text(file).splitlines(), 1):
+        include = _INCLUDE.match(line)
+        if not include:
+            lines.append(line)
+        elif include[1] not in seen:
+            lines += [_expand(include[1], seen), f'#line {number + 1} "{file}"']
+        else:
+            lines.append("")
+    return "\n".join(lines)
+
+
+@functools.cache
+def kernel_names(file: str) -> tuple[str, ...]:
+    """Names of the kernels that `file` defines."""
+    return tuple(match[1] for match in _KERNEL.finditer(expanded(file)))
+
+
+@functools.cache
+def signature(kernel: Kernel) -> tuple[Parameter, ...]:
+    """Parameters of `kernel` as its text declares them. ValueError if the file has no such kernel."""
+    for match in _KERNEL.finditer(expanded(kernel.file)):
+        if match[1] == kernel.name:
+            return tuple(_parameter(p, dict(kernel.defines)) for p in re.sub(r"//.*", "", match[2]).split(","))
+    raise ValueError(f"{kernel.file} has no kernel {kernel.name!r}; it has {', '.join(kernel_names(kernel.file))}")
+
+
+def _parameter(declaration: str, defines: dict) -> Parameter:
+    words = declaration.replace("*", " * ").split()
+    name, words = words[-1], words[:-1]
+    kind = " ".join(w for w in words if w not in ("*", "const", "INOUT", "__restrict__"))
+    dtype = DTYPES.get(str(defines.get(kind, kind)))
+    return Parameter(name, dtype, "*" in words, "const" in words, "INOUT" in words)
+
+
+@functools.cache
+def digest() -> str:
+    """SHA-256 over names and texts of all kernel sources: says which code a committed result belongs to."""
+    sha = hashlib.sha256()
+    for file in names():
+        sha.update(f"{file}\0{text(file)}\0".encode())
+    return sha.hexdigest()
+
+
+def compile_error(kernel: Kernel, log: str) -> KernelCompileError:
+    """The error for a compiler's log: the first message that names a line of a kernel source comes first."""
+    for match in re.finditer(r"^([\w.]+)[(:](\d+)\)?[^\n]*error[^\n]*", log, re.MULTILINE):
+        file, number = match[1], int(match[2])
+        lines = text(file).splitlines() if file in names() else []
+        if number <= len(lines):
+            place = f"{match[0]}\n    {number} | {lines[number - 1]}"
+            return KernelCompileError(f"{kernel} does not compile:\n{place}\n\nCompiler log:\n{log}")
+    return KernelCompileError(f"{kernel} does not compile:\n{log}")

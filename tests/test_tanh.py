@@ -1,0 +1,56 @@
+import pytest
+import torch
+from tolerance import check_gradients
+
+from modelnew.functional import tanh
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (7, 1, 3), (2, 3, 17, 5), (0, 4)], ids=str)
+def test_forward_and_gradient(device, dtype, shape):
+    x = (3 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+    check_gradients(tanh, torch.tanh, [x])
+
+
+def test_special_values(device):
+    tiny = torch.finfo(torch.float32).tiny
+    x = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), tiny / 4, -tiny / 8, 1e-20, 30.0], device=device)
+    torch.testing.assert_close(tanh(x), torch.tanh(x), rtol=1e-7, atol=0, equal_nan=True)
+    assert torch.equal(torch.signbit(tanh(x)), torch.signbit(x))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.transpose(0, 1),
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x[1:, :, 1:],
+        lambda x: torch.complex(x, x).conj().imag,
+        lambda x: x.flatten()[1:],
+    ],
+    ids=["transposed", "channels_last", "offset", "negative_bit", "unaligned"],
+)
+def test_layouts(device, make):
+    x = make(torch.randn(3, 4, 6, 5, device=device))
+    y = tanh(x.requires_grad_())
+    torch.testing.assert_close(y, torch.tanh(x))
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(dx, 1 - torch.tanh(x) ** 2)
+
+
+def test_gradcheck(device):
+    assert torch.autograd.gradcheck(tanh, torch.randn(3, 5, dtype=torch.float64, device=device, requires_grad=True))
+
+
+def test_double_backward_is_refused(device):
+    x = torch.randn(4, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(tanh(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_integer_input_is_refused(device):
+    with pytest.raises(TypeError, match="float32.*received torch.int64"):
+        tanh(torch.arange(3, device=device))
