@@ -46,7 +46,8 @@ def test_gradcheck(device):
 
 def test_double_backward_is_refused(device):
     x = torch.randn(4, device=device, requires_grad=True)
-    (dx,) = torch.autograd.grad(tanh(x).sum(), x, create_graph=True)
+    dy = torch.randn(4, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(tanh(x), x, dy, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
