@@ -12,7 +12,9 @@ def scalar(array) -> str:
     """The kernels' name for an array's type. TypeError unless it is float32, float64, float16 or int16 (bfloat16)."""
     name = SCALARS.get(array.dtype)
     if name not in FLOATS:
-        raise TypeError(f"arrays must be float32, float64, float16, or int16 that holds bfloat16; received {array.dtype}")
+        raise TypeError(
+            f"arrays must be float32, float64, float16, or int16 that holds bfloat16; received {array.dtype}"
+        )
     return name
 
 

@@ -1,4 +1,4 @@
-"""The border between torch and the kernels: DLPack views of tensors, on the tensors' device and torch's current stream."""
+"""The border between torch and the kernels: DLPack views of tensors, on the tensors' device and torch's stream."""
 
 import contextlib
 
@@ -13,8 +13,8 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 class _Capsule:
     """A tensor as DLPack's protocol wants it, without the stream synchronisation of torch's own `__dlpack__`.
 
-    The view is used on the stream that the tensor belongs to, so there is nothing to wait for; and waiting would break the
-    capture of a CUDA graph and costs 14 us a tensor.
+    The view is used on the stream that the tensor belongs to, so there is nothing to wait for; and waiting would break
+    the capture of a CUDA graph and costs 14 us a tensor.
     """
 
     def __init__(self, tensor):
@@ -40,8 +40,8 @@ def view(tensor: torch.Tensor):
 def run(operation, *args, **options):
     """operation(*args, **options) with every tensor among `args` replaced by its view.
 
-    Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if the
-    tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
+    Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if
+    the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
     """
     with _launching_on(one_device(args)):
         return operation(*(view(a) if isinstance(a, torch.Tensor) else a for a in args), **options)
@@ -51,7 +51,9 @@ def one_device(args) -> torch.device:
     """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
     devices = {a.device for a in args if isinstance(a, torch.Tensor)}
     if len(devices) > 1:
-        raise RuntimeError(f"tensors must be on one device, received {', '.join(sorted(map(str, devices)))}; use .to(...)")
+        raise RuntimeError(
+            f"tensors must be on one device, received {', '.join(sorted(map(str, devices)))}; use .to(...)"
+        )
     (device,) = devices
     if device.type not in ("cuda", "cpu"):
         raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")

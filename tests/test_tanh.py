@@ -16,7 +16,9 @@ def test_forward_and_gradient(device, dtype, shape):
 
 def test_special_values(device):
     tiny = torch.finfo(torch.float32).tiny
-    x = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), tiny / 4, -tiny / 8, 1e-20, 30.0], device=device)
+    x = torch.tensor(
+        [0.0, -0.0, float("inf"), -float("inf"), float("nan"), tiny / 4, -tiny / 8, 1e-20, 30.0], device=device
+    )
     torch.testing.assert_close(tanh(x), torch.tanh(x), rtol=1e-7, atol=0, equal_nan=True)
     assert torch.equal(torch.signbit(tanh(x)), torch.signbit(x))
 
@@ -53,5 +55,5 @@ def test_double_backward_is_refused(device):
 
 
 def test_integer_input_is_refused(device):
-    with pytest.raises(TypeError, match="float32.*received torch.int64"):
+    with pytest.raises(TypeError, match=r"float32.*received torch.int64"):
         tanh(torch.arange(3, device=device))

@@ -13,9 +13,11 @@ RATIO = 1.1
 
 
 def check(actual: torch.Tensor, truth: torch.Tensor, torch_result: torch.Tensor, what: str = "result") -> None:
-    """Fails unless `actual` (any dtype) is as close to `truth` (float64) as PyTorch's own result in the same dtype is."""
+    """Fails unless `actual` (any dtype) is as close to `truth` (float64) as PyTorch's own result in that dtype is."""
     assert actual.dtype == torch_result.dtype, f"{what}: dtype {actual.dtype}, torch's is {torch_result.dtype}"
-    assert actual.shape == torch_result.shape, f"{what}: shape {tuple(actual.shape)}, torch's is {tuple(torch_result.shape)}"
+    assert actual.shape == torch_result.shape, (
+        f"{what}: shape {tuple(actual.shape)}, torch's is {tuple(torch_result.shape)}"
+    )
     ours, theirs = error(actual, truth), error(torch_result, truth)
     finite = truth[truth.isfinite()].abs()
     if not finite.numel():
@@ -27,7 +29,7 @@ def check(actual: torch.Tensor, truth: torch.Tensor, torch_result: torch.Tensor,
 
 
 def check_gradients(function, reference, inputs, what: str = "gradient") -> None:
-    """Compares output and all input gradients of `function` with torch's `reference`, both at the inputs' dtype and float64.
+    """Compares output and input gradients of `function` with torch's `reference`, at the inputs' dtype and in float64.
 
     function, reference: callables of the tensors in `inputs`, each returning one tensor. Inputs that require grad get
     one random incoming gradient. Also fails if an input was changed.
