@@ -1,0 +1,134 @@
+"""What is installed here, which backend runs the kernels and why, and which committed results belong to this code."""
+
+import ctypes
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from cupy_kernels import compiler, emulator, nvrtc, source
+from cupy_kernels.errors import BackendError
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+
+
+def describe() -> dict:
+    """Everything that `python -m modelnew env` prints, as values that JSON can hold."""
+    return {
+        "modelnew": _installed("modelnew"),  # None in a clone that is not installed
+        "versions": versions(),
+        "gpus": gpus(),
+        "backend": backend(),
+        "emulator": _emulator(),
+        "digest": source.digest(),
+        "records": records(),
+    }
+
+
+def versions() -> dict:
+    """Versions of what a result depends on; None for what is absent."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "numpy": _installed("numpy"),
+        "cupy": _cupy(),
+        "nvrtc": _nvrtc(),
+        "driver": _driver(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def gpus() -> list[dict]:
+    """The GPUs that torch sees."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "arch": f"sm_{properties.major}{properties.minor}",
+                "memory_gb": round(properties.total_memory / 1e9, 1),
+                "multiprocessors": properties.multi_processor_count,
+            }
+        )
+    return found
+
+
+def backend() -> dict:
+    """{"name", "why"}: "cuda" (on the GPU), "emulator" (the same kernels on the CPU), or None (nothing runs)."""
+    if not torch.cuda.is_available():
+        why = "torch finds no GPU" if torch.version.cuda else "this build of torch has no CUDA support"
+    else:
+        try:
+            cupy = compiler.cupy()
+            return {"name": "cuda", "why": f"torch and CuPy {cupy.__version__} see {torch.cuda.get_device_name()}"}
+        except BackendError as error:
+            why = f"torch sees {torch.cuda.get_device_name()}, but {error}"
+    try:
+        return {"name": "emulator", "why": f"{why}; C++ compiler: {' '.join(emulator.compiler())}"}
+    except BackendError as error:
+        return {"name": None, "why": f"{why}; {error}"}
+
+
+def records() -> list[dict]:
+    """{"file", "digest", "matches"} for each committed result: `matches` says whether today's kernel sources made it.
+
+    Empty where the package is installed without the repository.
+    """
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text())
+        digest = content.get("digest") if isinstance(content, dict) else None
+        found.append({"file": path.name, "digest": digest, "matches": digest == source.digest()})
+    return found
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cupy() -> str | None:
+    nvrtc.preload_wheels()
+    try:
+        import cupy
+    except ImportError:
+        return None
+    return cupy.__version__
+
+
+def _nvrtc() -> str | None:
+    """CuPy's NVRTC; where CuPy finds no driver, the one that `cupy_kernels.nvrtc` finds."""
+    try:
+        from cupy.cuda import nvrtc as of_cupy
+
+        return ".".join(map(str, of_cupy.getVersion()))
+    except (ImportError, RuntimeError):
+        pass
+    try:
+        return nvrtc.version()
+    except BackendError:
+        return None
+
+
+def _emulator() -> str | None:
+    try:
+        return " ".join(emulator.compiler())
+    except BackendError:
+        return None
+
+
+def _driver() -> str | None:
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    text = ctypes.create_string_buffer(96)
+    if nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text)):
+        return None
+    return text.value.decode()
