@@ -31,8 +31,17 @@ def cupy():
 
 
 def on_compile(listener) -> None:
-    """Calls listener(kernel) before each kernel that this process compiles or loads from the disk cache."""
+    """Calls listener(kernel) before each variant that this process compiles or loads from a disk cache, on any backend.
+
+    The kernels of one file with the same macros are one compilation: the first that is launched is named.
+    """
     _listeners.append(listener)
+
+
+def announce(kernel: Kernel) -> None:
+    """Tells the listeners of `on_compile`."""
+    for listener in _listeners:
+        listener(kernel)
 
 
 def function(kernel: Kernel, shared_bytes: int = 0):
@@ -44,7 +53,7 @@ def function(kernel: Kernel, shared_bytes: int = 0):
     import cupy
 
     device = cupy.cuda.runtime.getDevice()
-    key = (kernel, device)
+    key = (kernel, expanded(kernel.file), device)
     found = _functions.get(key)
     if found is None:
         found = _functions[key] = _module(kernel, device).get_function(kernel.name)
@@ -54,13 +63,13 @@ def function(kernel: Kernel, shared_bytes: int = 0):
 
 
 def _module(kernel: Kernel, device: int):
-    key = (kernel.file, kernel.defines, device)
+    text = expanded(kernel.file)
+    key = (text, kernel.defines, device)
     if key not in _modules:
         backend = cupy()
-        for listener in _listeners:
-            listener(kernel)
+        announce(kernel)
         options = (nvrtc.STANDARD, *(f"-D{k}={v}" for k, v in kernel.defines))
-        module = backend.RawModule(code=expanded(kernel.file), options=options)
+        module = backend.RawModule(code=text, options=options)
         try:
             module.compile()
         except backend.cuda.compiler.CompileException as error:

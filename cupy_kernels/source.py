@@ -1,5 +1,6 @@
 """Kernel sources: text of a .cu file with its includes expanded, kernel signatures, and the digest of all sources."""
 
+import contextlib
 import functools
 import hashlib
 import re
@@ -27,6 +28,8 @@ DTYPES = {
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
 
+_overrides: dict[str, str] = {}
+
 
 class Kernel(NamedTuple):
     """One compiled variant: a .cu file, one of its kernels, and the macros it is compiled with."""
@@ -49,13 +52,45 @@ class Parameter(NamedTuple):
     inout: bool
 
 
+@contextlib.contextmanager
+def override(texts: dict[str, str]):
+    """Within the block, `texts` ({file name: text}) stand in place of packaged files of these names, or beside them.
+
+    An edited kernel, or an edited header under all kernels that include it, runs without touching the package, on the
+    GPU and in the emulator, in every thread of the process. Compiled kernels are kept by their text, so that entering
+    and leaving compiles nothing twice. Blocks nest. `names` and `digest` speak of the packaged files alone.
+    """
+    before = dict(_overrides)
+    _set_overrides({**before, **texts})
+    try:
+        yield
+    finally:
+        _set_overrides(before)
+
+
+def overridden() -> frozenset[str]:
+    """Names of the files that `override` has in force."""
+    return frozenset(_overrides)
+
+
+def _set_overrides(texts):
+    _overrides.clear()
+    _overrides.update(texts)
+    for cached in (expanded, kernel_names, signature):
+        cached.cache_clear()
+
+
 def names() -> list[str]:
-    """File names of all kernel sources, .cu and .cuh, sorted."""
+    """File names of the packaged kernel sources, .cu and .cuh, sorted."""
     return sorted(f.name for f in _FOLDER.iterdir() if f.name.endswith((".cu", ".cuh")))
 
 
 def text(file: str) -> str:
     """Text of one source file as it stands. ValueError if there is no such file."""
+    return _overrides[file] if file in _overrides else _packaged(file)
+
+
+def _packaged(file):
     if file not in names():
         raise ValueError(f"no kernel source {file!r}; there are {', '.join(names())}")
     return (_FOLDER / file).read_text()
@@ -113,7 +148,7 @@ def digest() -> str:
     """SHA-256 over names and texts of all kernel sources: says which code a committed result belongs to."""
     sha = hashlib.sha256()
     for file in names():
-        sha.update(f"{file}\0{text(file)}\0".encode())
+        sha.update(f"{file}\0{_packaged(file)}\0".encode())
     return sha.hexdigest()
 
 
@@ -121,7 +156,7 @@ def compile_error(kernel: Kernel, log: str) -> KernelCompileError:
     """The error for a compiler's log: the first message that names a line of a kernel source comes first."""
     for match in re.finditer(r"^([\w.]+)[(:](\d+)\)?[^\n]*error[^\n]*", log, re.MULTILINE):
         file, number = match[1], int(match[2])
-        lines = text(file).splitlines() if file in names() else []
+        lines = text(file).splitlines() if file in _overrides or file in names() else []
         if number <= len(lines):
             place = f"{match[0]}\n    {number} | {lines[number - 1]}"
             return KernelCompileError(f"{kernel} does not compile:\n{place}\n\nCompiler log:\n{log}")

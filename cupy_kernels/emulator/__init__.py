@@ -11,36 +11,42 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import mmap
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
+from ..compiler import announce
 from ..errors import BackendError, EmulatorError
-from ..source import Kernel, compile_error, expanded, signature
+from ..source import Kernel, compile_error, expanded, kernel_names, signature
 
-GUARD_BYTES = 256
+GUARD_BYTES = 4096
 POISON = 0xFF
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-w")
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
+STACKS_BYTES = 1024 * (128 << 10)  # MAX_THREADS * STACK_BYTES of cuda.h
 
 _libraries = {}
+_one_at_a_time = threading.Lock()  # the state of a running block is static in its library
 
 
 @functools.cache
 def compiler() -> tuple[str, ...]:
     """Command of the C++ compiler: $CUPY_KERNELS_CXX, the system's, or the ziglang wheel's. BackendError if none."""
-    chosen = os.environ.get("CUPY_KERNELS_CXX")
+    chosen = shlex.split(os.environ.get("CUPY_KERNELS_CXX", ""))
     if chosen:
-        if not shutil.which(shlex.split(chosen)[0]):
-            raise BackendError(f"CUPY_KERNELS_CXX={chosen!r} is not a command")
-        return tuple(shlex.split(chosen))
+        if not shutil.which(chosen[0]):
+            raise BackendError(f"CUPY_KERNELS_CXX={shlex.join(chosen)!r} is not a command")
+        zig = any("zig" in Path(word).name for word in chosen)
+        return (*chosen, *ZIG_FLAGS) if zig else tuple(chosen)
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return (name,)
@@ -55,11 +61,11 @@ def compiler() -> tuple[str, ...]:
 def run(kernel: Kernel, parameters, grid, block, args, shared_bytes: int, seed: int | None = None) -> None:
     """Runs a kernel over NumPy arrays; see `launch.launch`, which checks and casts the arguments.
 
-    Arrays are copied between guard zones. An array that the kernel declares neither `const` nor `INOUT` is an output: it
-    is poisoned first, and must be written in full. Outputs are copied back only if nothing failed.
+    Arrays are copied between guard zones. An array that the kernel declares neither `const` nor `INOUT` is an output:
+    it is poisoned first, and must be written in full. Outputs are copied back only if nothing failed.
     Raises EmulatorError for an error that the kernel made, BackendError without a compiler.
     """
-    entry = _library(kernel)
+    library = _library(kernel)
     seed = int(os.environ.get("CUPY_KERNELS_SEED", 0)) if seed is None else seed
     buffers, pointers, scalars = [], (ctypes.c_void_p * len(args))(), []
     for i, (parameter, arg) in enumerate(zip(parameters, args)):
@@ -75,12 +81,20 @@ def run(kernel: Kernel, parameters, grid, block, args, shared_bytes: int, seed: 
             scalars.append(value)
             pointers[i] = value.ctypes.data
     unsigned3 = ctypes.c_uint * 3
-    failed = entry(pointers, unsigned3(*grid), unsigned3(*block), ctypes.c_size_t(shared_bytes), ctypes.c_ulonglong(seed))
-    for parameter, arg, buffer in zip(parameters, args, buffers):
+    with _one_at_a_time:
+        failure = getattr(library, f"emulator_{kernel.name}")(
+            pointers,
+            unsigned3(*grid),
+            unsigned3(*block),
+            ctypes.c_size_t(shared_bytes),
+            ctypes.c_ulonglong(seed),
+            ctypes.byref(_stacks()),
+        )
+    for parameter, buffer in zip(parameters, buffers):
         if buffer is not None:
             _check_guards(kernel, parameter, buffer)
-    if failed:
-        raise EmulatorError(f"{kernel}: {_libraries[kernel].emulator_error().decode()}")
+    if failure:
+        raise EmulatorError(f"{kernel}: {failure.decode()}")
     for parameter, arg, buffer in zip(parameters, args, buffers):
         if buffer is None or parameter.const:
             continue
@@ -113,14 +127,25 @@ def _check_written(kernel, parameter, result) -> None:
         )
 
 
-def _library(kernel: Kernel):
-    library = _libraries.get(kernel)
+@functools.cache
+def _stacks() -> ctypes.c_char:
+    return ctypes.c_char.from_buffer(mmap.mmap(-1, STACKS_BYTES))
+
+
+def _library(kernel: Kernel) -> ctypes.CDLL:
+    """The library of all kernels of the file, for the kernel's macros."""
+    key = (expanded(kernel.file), kernel.defines)
+    library = _libraries.get(key)
     if library is None:
-        library = _libraries[kernel] = ctypes.CDLL(str(_build(kernel)))
-        library.emulator_error.restype = ctypes.c_char_p
-    return library.emulator_entry
+        announce(kernel)
+        library = ctypes.CDLL(str(_build(kernel)))
+        for name in kernel_names(kernel.file):
+            getattr(library, f"emulator_{name}").restype = ctypes.c_char_p
+        _libraries[key] = library
+    return library
 
 
+@functools.cache
 def _cpu() -> str:
     """What -march=native depends on: a cache on a shared home directory serves several kinds of machine."""
     try:
@@ -133,23 +158,13 @@ def _cpu() -> str:
 def _translation_unit(kernel: Kernel) -> str:
     header = resources.files(__package__).joinpath("cuda.h").read_text()
     macros = "\n".join(f"#define {k} {v}" for k, v in kernel.defines)  # after the header: -D would reach libc's headers
-    casts = ", ".join(f"emulator_cast(arguments[{i}])" for i in range(len(signature(kernel))))
-    return f"""{header}
-{macros}
-{expanded(kernel.file)}
-#line 1 "emulator_entry"
-struct emulator_cast {{
-    void* p;
-    explicit emulator_cast(void* p) : p(p) {{}}
-    template <class V> operator V() const {{ return *(V*)p; }}
-}};
-static void** arguments;
-static void emulator_body() {{ {kernel.name}({casts}); }}
-extern "C" int emulator_entry(void** a, const unsigned* grid, const unsigned* block, size_t shared_bytes, unsigned long long seed) {{
-    arguments = a;
-    return emulator::run(emulator_body, grid, block, shared_bytes, seed);
-}}
-"""
+    entries = "\n".join(_entry(kernel._replace(name=name)) for name in kernel_names(kernel.file))
+    return f'{header}\n{macros}\n{expanded(kernel.file)}\n#line 1 "emulator_entries"\n{entries}\n'
+
+
+def _entry(kernel: Kernel) -> str:
+    arguments = (f"emulator::Argument{{arguments[{i}]}}" for i in range(len(signature(kernel))))
+    return f"EMULATOR_ENTRY({kernel.name}, {', '.join(arguments)})"
 
 
 def _build(kernel: Kernel) -> Path:
@@ -158,7 +173,7 @@ def _build(kernel: Kernel) -> Path:
     key = hashlib.sha256("\0".join([text, *command, _cpu()]).encode()).hexdigest()
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "cupy_kernels")
     folder = Path(os.environ.get("CUPY_KERNELS_CACHE_DIR", default)).expanduser()
-    library = folder / f"{kernel.name}_{key[:24]}.so"
+    library = folder / f"{Path(kernel.file).stem}_{key[:24]}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #define CUPY_KERNELS_EMULATOR 1
 #define __global__
@@ -55,20 +54,19 @@ static inline int __ffs(int x) { return __builtin_ffs(x); }
 
 namespace emulator {
 
-enum { MAX_THREADS = 1024, STACK_BYTES = 128 << 10, MAX_COPIES = 256 };
+enum { MAX_THREADS = 1024, STACK_BYTES = 128 << 10, MAX_COPIES = 256, GUARD_BYTES = 4096 };
 enum State { READY, AT_BARRIER, AT_WARP, DONE };
 
 struct Copy { char* to; const char* from; int bytes; };
 struct Fiber {
     void* stack_pointer;
-    char* stack;
     State state;
-    int line;                 // of the barrier it waits at
+    const char* place;        // file and line of the barrier it waits at
     unsigned warp_calls;      // parity picks the exchange buffer: a fast lane may be one call ahead
     Copy copies[MAX_COPIES];  // cp.async issued and not yet waited for
     int copy_count, group_ends[MAX_COPIES], group_count;
 };
-struct Warp { unsigned arrived, mask; int line; };
+struct Warp { unsigned arrived, mask; const char* place; };
 struct Exchange { char bytes[2][64]; };
 
 static Fiber fibers[MAX_THREADS];
@@ -76,9 +74,16 @@ static Warp warps[MAX_THREADS / 32];
 static Exchange exchange[MAX_THREADS];
 static int thread_count, current, order[MAX_THREADS];
 static void* scheduler_stack_pointer;
+static char* stacks;
+static void** arguments;
 static void (*thread_body)();
 static char error[512];
 static char* dynamic_shared;
+
+struct Argument {
+    void* address;
+    template <class V> operator V() const { return *(V*)address; }
+};
 
 extern "C" void emulator_switch(void** save, void* load);
 #if defined(__x86_64__)
@@ -156,21 +161,21 @@ static void set_thread(int t) {
     threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
 }
 
-static void block_barrier(int line) {
+static void block_barrier(const char* place) {
     fibers[current].state = AT_BARRIER;
-    fibers[current].line = line;
+    fibers[current].place = place;
     yield();
 }
 
 // Returns when every lane of the mask has called it from the same source line.
-static void warp_barrier(unsigned mask, int line) {
+static void warp_barrier(unsigned mask, const char* place) {
     Warp& warp = warps[current / 32];
     unsigned lanes = thread_count - current / 32 * 32, lane = 1u << current % 32;
     if (lanes < 32) mask &= (1u << lanes) - 1;
-    if (!(mask & lane)) return EMULATOR_FAIL("line %d: thread %d calls a warp operation whose mask leaves it out", line, current);
-    if (!warp.arrived) warp.mask = mask, warp.line = line;
-    if (warp.mask != mask || warp.line != line)
-        return EMULATOR_FAIL("lines %d and %d: lanes of warp %d meet at different warp operations", warp.line, line, current / 32);
+    if (!(mask & lane)) return EMULATOR_FAIL("%s: thread %d calls a warp operation whose mask leaves it out", place, current);
+    if (!warp.arrived) warp.mask = mask, warp.place = place;
+    if (warp.mask != mask || warp.place != place)
+        return EMULATOR_FAIL("%s and %s: lanes of warp %d meet at different warp operations", warp.place, place, current / 32);
     warp.arrived |= lane;
     if (warp.arrived == mask) {
         warp.arrived = 0;
@@ -179,19 +184,27 @@ static void warp_barrier(unsigned mask, int line) {
         return;
     }
     fibers[current].state = AT_WARP;
-    fibers[current].line = line;
+    fibers[current].place = place;
     yield();
 }
 
 // Deposits `mine`, meets the lanes of the mask, and gives access to what each of them deposited in this call.
-template <class V> static const V* exchange_in_warp(unsigned mask, const V& mine, int line) {
+template <class V> static const V* exchange_in_warp(unsigned mask, const V& mine, const char* place) {
     static_assert(sizeof(V) <= sizeof(exchange[0].bytes[0]), "a lane can exchange 64 bytes");
     static V all[32];
     unsigned parity = fibers[current].warp_calls++ & 1;
     memcpy(exchange[current].bytes[parity], &mine, sizeof(V));
-    warp_barrier(mask, line);
+    warp_barrier(mask, place);
     for (int i = 0; i < 32; i++) memcpy(&all[i], exchange[current / 32 * 32 + i].bytes[parity], sizeof(V));
     return all;
+}
+
+// What lane `source` deposits: it must exist and be in the mask.
+template <class V> static V shuffle(unsigned mask, const V& mine, int source, const char* place) {
+    const V* all = exchange_in_warp(mask, mine, place);
+    if (source < 0 || source > 31 || !(mask >> source & 1) || current / 32 * 32 + source >= thread_count)
+        EMULATOR_FAIL("%s: thread %d reads lane %d, which takes no part in the shuffle", place, current, source);
+    return all[source];
 }
 
 static void copy_async(void* to, const void* from, int bytes, int copied) {
@@ -226,11 +239,11 @@ extern "C" char __stop_cu_shared[] __attribute__((weak, visibility("hidden")));
 
 static void start_block(size_t dynamic_shared_bytes) {
     if (__start_cu_shared) memset(__start_cu_shared, 0xFF, __stop_cu_shared - __start_cu_shared);
-    memset(dynamic_shared, 0xFF, dynamic_shared_bytes);
+    memset(dynamic_shared, 0xFF, dynamic_shared_bytes + GUARD_BYTES);
     memset(warps, 0, sizeof warps);
     for (int t = 0; t < thread_count; t++) {
         Fiber& f = fibers[t];
-        void** top = (void**)(f.stack + STACK_BYTES) - SAVED_WORDS - 4;
+        void** top = (void**)(stacks + (size_t)(t + 1) * STACK_BYTES) - SAVED_WORDS - 4;
         memset(top, 0, SAVED_WORDS * sizeof(void*));
         top[RETURN_WORD] = (void*)fiber_main;
         f.stack_pointer = top;
@@ -247,21 +260,22 @@ static bool release_barrier() {
         Fiber& f = fibers[t];
         done += f.state == DONE;
         if (f.state == AT_WARP)
-            return EMULATOR_REPORT("line %d: thread %d waits in a warp operation for lanes that do not come", f.line, t), false;
+            return EMULATOR_REPORT("%s: thread %d waits in a warp operation for lanes that do not come", f.place, t), false;
         if (f.state != AT_BARRIER) continue;
         waiting++;
         if (first < 0) first = t;
-        if (f.line != fibers[first].line)
-            return EMULATOR_REPORT("divergent barrier: thread %d waits at line %d, thread %d at line %d", first, fibers[first].line, t, f.line), false;
+        if (f.place != fibers[first].place)
+            return EMULATOR_REPORT("divergent barrier: thread %d waits at %s, thread %d at %s", first, fibers[first].place, t, f.place), false;
     }
     if (done == thread_count) return false;
     if (done)
-        return EMULATOR_REPORT("divergent barrier: %d of %d threads wait at line %d, the others have returned", waiting, thread_count, fibers[first].line), false;
+        return EMULATOR_REPORT("divergent barrier: %d of %d threads wait at %s, the others have returned", waiting, thread_count, fibers[first].place), false;
     for (int t = 0; t < thread_count; t++) fibers[t].state = READY;
     return true;
 }
 
-static void run_block() {
+static void run_block(size_t dynamic_shared_bytes) {
+    start_block(dynamic_shared_bytes);
     do {
         bool ran;
         do {
@@ -275,51 +289,58 @@ static void run_block() {
             }
         } while (ran);
     } while (release_barrier());
+    for (int i = 0; i < GUARD_BYTES; i++)
+        if (dynamic_shared[dynamic_shared_bytes + i] != (char)0xFF && !error[0])
+            EMULATOR_REPORT("a write out of bounds, after the block's dynamic shared memory");
 }
 
-// Runs body() once for each thread of each block; 0, or 1 with the reason in `error`.
-static int run(void (*body)(), const unsigned* grid, const unsigned* block, size_t shared_bytes, unsigned long long seed) {
+// Runs body() once for each thread of each block; null, or what went wrong.
+static const char* run(void (*body)(), void** args, const unsigned* grid, const unsigned* block, size_t shared_bytes, unsigned long long seed, char* stack_memory) {
     gridDim = {grid[0], grid[1], grid[2]};
     blockDim = {block[0], block[1], block[2]};
     thread_count = block[0] * block[1] * block[2];
     thread_body = body;
+    arguments = args;
+    stacks = stack_memory;
     error[0] = 0;
-    for (int t = 0; t < thread_count; t++) {
-        order[t] = t;
-        if (!fibers[t].stack)
-            fibers[t].stack = (char*)mmap(0, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (fibers[t].stack == MAP_FAILED) { snprintf(error, sizeof error, "no memory for fiber stacks"); return 1; }
-    }
-    if (seed)  // 0: threads in ascending order
+    bool backwards = seed & 1;  // seed 0: blocks and threads in ascending order
+    for (int t = 0; t < thread_count; t++) order[t] = t;
+    if (seed)
         for (int t = thread_count - 1; t > 0; t--) {
             seed = seed * 6364136223846793005ull + 1442695040888963407ull;
             int other = (seed >> 33) % (t + 1), swap = order[t];
             order[t] = order[other], order[other] = swap;
         }
-    dynamic_shared = (char*)aligned_alloc(128, (shared_bytes + 255) / 128 * 128);
-    for (blockIdx.z = 0; blockIdx.z < gridDim.z && !error[0]; blockIdx.z++)
-        for (blockIdx.y = 0; blockIdx.y < gridDim.y && !error[0]; blockIdx.y++)
-            for (blockIdx.x = 0; blockIdx.x < gridDim.x && !error[0]; blockIdx.x++) {
-                start_block(shared_bytes);
-                run_block();
-                if (error[0]) {
-                    size_t used = strlen(error);
-                    snprintf(error + used, sizeof error - used, " (block %u,%u,%u)", blockIdx.x, blockIdx.y, blockIdx.z);
-                }
-            }
+    dynamic_shared = (char*)aligned_alloc(128, (shared_bytes + 127) / 128 * 128 + GUARD_BYTES);
+    long long blocks = (long long)gridDim.x * gridDim.y * gridDim.z;
+    for (long long i = 0; i < blocks && !error[0]; i++) {
+        long long b = backwards ? blocks - 1 - i : i;
+        blockIdx = {unsigned(b % gridDim.x), unsigned(b / gridDim.x % gridDim.y), unsigned(b / gridDim.x / gridDim.y)};
+        run_block(shared_bytes);
+    }
     free(dynamic_shared);
-    return error[0] != 0;
+    if (!error[0]) return nullptr;
+    size_t used = strlen(error);
+    snprintf(error + used, sizeof error - used, " (block %u,%u,%u)", blockIdx.x, blockIdx.y, blockIdx.z);
+    return error;
 }
 
 }  // namespace emulator
 
-extern "C" const char* emulator_error() { return emulator::error; }
+#define EMULATOR_ENTRY(kernel, ...) \
+    static void kernel##_body() { using emulator::arguments; kernel(__VA_ARGS__); } \
+    extern "C" const char* emulator_##kernel( \
+        void** args, const unsigned* grid, const unsigned* block, size_t shared_bytes, unsigned long long seed, char* stacks) { \
+        return emulator::run(kernel##_body, args, grid, block, shared_bytes, seed, stacks); \
+    }
+#define EMULATOR_TEXT_(x) #x
+#define EMULATOR_TEXT(x) EMULATOR_TEXT_(x)
+#define EMULATOR_PLACE (__FILE__ ":" EMULATOR_TEXT(__LINE__))
 
 #define DYNAMIC_SHARED(T, name) T* name = (T*)emulator::dynamic_shared
-#define __syncthreads() emulator::block_barrier(__LINE__)
-#define __syncwarp(...) emulator::warp_barrier(0xFFFFFFFFu, __LINE__)
-#define __shfl_sync(mask, value, lane) (emulator::exchange_in_warp(mask, value, __LINE__)[(lane) & 31])
-#define __shfl_xor_sync(mask, value, lanes) \
-    (emulator::exchange_in_warp(mask, value, __LINE__)[(emulator::current % 32) ^ (lanes)])
+#define __syncthreads() emulator::block_barrier(EMULATOR_PLACE)
+#define __syncwarp(...) emulator::warp_barrier(0xFFFFFFFFu, EMULATOR_PLACE)
+#define __shfl_sync(mask, value, lane) emulator::shuffle(mask, value, (lane) & 31, EMULATOR_PLACE)
+#define __shfl_xor_sync(mask, value, lanes) emulator::shuffle(mask, value, emulator::current % 32 ^ (lanes), EMULATOR_PLACE)
 #define __shfl_down_sync(mask, value, delta) \
-    (emulator::exchange_in_warp(mask, value, __LINE__)[min(emulator::current % 32 + (delta), 31)])
+    emulator::shuffle(mask, value, emulator::current % 32 + (emulator::current % 32 + (delta) < 32 ? (delta) : 0), EMULATOR_PLACE)
