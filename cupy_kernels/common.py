@@ -39,6 +39,14 @@ def vector_width(*arrays) -> int:
     return 1 if any(address(a) % 16 for a in arrays) else 16 // arrays[0].itemsize
 
 
+def row_width(length: int, *arrays) -> int:
+    """Elements of the widest access, at most 16 bytes, that divides rows of `length` elements in all arrays."""
+    width = 16 // arrays[0].itemsize
+    while length % width or any(address(a) % (width * a.itemsize) for a in arrays):
+        width //= 2
+    return width
+
+
 def address(array) -> int:
     """Address of an array's first element."""
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr

@@ -11,6 +11,9 @@ typedef unsigned char u8;
 struct half_t { unsigned short bits; };
 struct bf16_t { unsigned short bits; };
 
+// W neighbouring elements, read and written in one access.
+template <class U, int W> struct __align__(W * sizeof(U)) Packed { U v[W]; };
+
 #ifndef CUPY_KERNELS_EMULATOR
 #define DYNAMIC_SHARED(U, name) \
     extern __shared__ __align__(128) char dynamic_shared_bytes[]; \

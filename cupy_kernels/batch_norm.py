@@ -1,0 +1,179 @@
+"""Batch norm over [N, C, *]: statistics, normalisation with an optional tanh behind it, and the gradients.
+
+All arrays are contiguous. `mean` and `invstd`, (C,), and workspaces have the accumulator's dtype (`common.accumulator_dtype`).
+weight, bias and their gradients share one dtype, and running_mean and running_var share one: x's, or float32.
+"""
+
+from math import prod
+
+from .common import THREADS, accumulator_dtype, ceil_div, row_width, same_shape, type_macros
+from .launch import launch
+from .source import SCALARS, Kernel
+
+ITEMS = 32  # values per thread
+
+
+def batch_norm_workspace(shape) -> int:
+    """Elements of the workspace that the statistics and the backward's sums of an x of this shape need."""
+    _, channels, plane = _sizes(shape)
+    return 2 * channels * _chunks(shape[0] * plane)
+
+
+def batch_norm_statistics(x, running_mean, running_var, mean, invstd, workspace, momentum, eps) -> None:
+    """mean = x's mean per channel, invstd = 1/sqrt(biased variance + eps); both are written.
+
+    running_mean, running_var: updated in place, running = (1 - momentum) running + momentum batch, with the unbiased
+    variance; both may be None. An empty x leaves them as they are.
+    workspace: `batch_norm_workspace(x.shape)` elements, written.
+    """
+    images, channels, plane = _sizes(x.shape)
+    count = images * plane
+    chunks = _chunks(count)
+    _check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
+    _check_workspace(workspace, x.shape)
+    macros = _macros(row_width(plane, x), x, running_mean)
+    launch(
+        Kernel("batch_norm.cu", "batch_norm_partials", macros),
+        (channels * chunks, 1, 1),
+        (THREADS, 1, 1),
+        (x, workspace, channels, plane, count, chunks),
+    )
+    launch(
+        Kernel("batch_norm.cu", "batch_norm_statistics", macros),
+        (channels, 1, 1),
+        (THREADS, 1, 1),
+        (x, workspace, running_mean, running_var, mean, invstd, momentum, eps, channels, plane, count, chunks),
+    )
+
+
+def batch_norm_eval_statistics(running_mean, running_var, mean, invstd, eps) -> None:
+    """mean = running_mean, invstd = 1/sqrt(running_var + eps); both are written."""
+    channels = mean.size
+    _check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
+    launch(
+        Kernel("batch_norm.cu", "batch_norm_eval_statistics", _macros(1, running_mean, running_mean)),
+        (ceil_div(channels, THREADS), 1, 1),
+        (THREADS, 1, 1),
+        (running_mean, running_var, mean, invstd, eps, channels),
+    )
+
+
+def batch_norm_apply(x, mean, invstd, weight, bias, y, tanh=False) -> None:
+    """y = (x - mean) invstd weight + bias, or tanh of that. weight and bias may be None. y is written."""
+    same_shape(x=x, y=y)
+    images, channels, plane = _sizes(x.shape)
+    _check_per_channel(channels, mean=mean, invstd=invstd, weight=weight, bias=bias)
+    macros = _macros(row_width(plane, x, y), x, weight if weight is not None else bias, tanh)
+    count = images * plane
+    launch(
+        Kernel("batch_norm.cu", "batch_norm_apply", macros),
+        (channels * _chunks(count), 1, 1),
+        (THREADS, 1, 1),
+        (x, mean, invstd, weight, bias, y, channels, plane, count),
+    )
+
+
+def batch_norm_backward_reduce(dy, x, mean, invstd, sums, dweight, dbias, workspace, y=None) -> None:
+    """sums[0] = sum of g, sums[1] = sum of g xhat per channel, where xhat = (x - mean) invstd.
+
+    g = dy; if `y` is given, the forward's result with tanh, g = dy (1 - y^2).
+    sums: (2, C), accumulator dtype, written. dweight = sums[1] and dbias = sums[0] in weight's dtype are written where not
+    None. workspace: `batch_norm_workspace(x.shape)` elements, written.
+    """
+    same_shape(dy=dy, x=x, y=y)
+    images, channels, plane = _sizes(x.shape)
+    count = images * plane
+    chunks = _chunks(count)
+    _check_per_channel(channels, mean=mean, invstd=invstd, dweight=dweight, dbias=dbias)
+    _check_workspace(workspace, x.shape)
+    tensors = [a for a in (dy, x, y) if a is not None]
+    macros = _macros(row_width(plane, *tensors), x, dweight if dweight is not None else dbias, y is not None)
+    launch(
+        Kernel("batch_norm.cu", "batch_norm_backward_partials", macros),
+        (channels * chunks, 1, 1),
+        (THREADS, 1, 1),
+        (dy, x, y, mean, invstd, workspace, channels, plane, count, chunks),
+    )
+    batch_norm_backward_combine(workspace.reshape(2, channels, chunks), sums, dweight, dbias, macros)
+
+
+def batch_norm_backward_combine(partials, sums, dweight, dbias, macros=None) -> None:
+    """The second stage of `batch_norm_backward_reduce`: sums partials (2, C, chunks), accumulator dtype, over the chunks.
+
+    macros: of the module that has the kernel, where the caller uses it anyway.
+    """
+    _, channels, chunks = partials.shape
+    if sums.shape != (2, channels):
+        raise ValueError(f"sums must have shape {(2, channels)}, received {sums.shape}")
+    _check_per_channel(channels, dweight=dweight, dbias=dbias)
+    launch(
+        Kernel(
+            "batch_norm.cu",
+            "batch_norm_backward_sums",
+            macros or _macros(1, partials, dweight if dweight is not None else dbias),
+        ),
+        (channels, 1, 1),
+        (THREADS, 1, 1),
+        (partials, sums, dweight, dbias, channels, chunks),
+    )
+
+
+def batch_norm_backward_apply(dy, x, mean, invstd, weight, sums, dx, y=None) -> None:
+    """dx from `batch_norm_backward_reduce`'s sums; with sums None (statistics that do not depend on x), x may be None.
+
+    weight may be None. y: as in the reduction. dx is written.
+    """
+    if sums is not None and x is None:
+        raise ValueError("the gradient through the batch's statistics needs x")
+    x = None if sums is None else x
+    same_shape(dy=dy, x=x, y=y, dx=dx)
+    images, channels, plane = _sizes(dy.shape)
+    _check_per_channel(channels, mean=mean, invstd=invstd, weight=weight)
+    if sums is not None and sums.shape != (2, channels):
+        raise ValueError(f"sums must have shape {(2, channels)}, received {sums.shape}")
+    tensors = [a for a in (dy, x, y, dx) if a is not None]
+    count = images * plane
+    launch(
+        Kernel(
+            "batch_norm.cu", "batch_norm_backward_apply", _macros(row_width(plane, *tensors), dy, weight, y is not None)
+        ),
+        (channels * _chunks(count), 1, 1),
+        (THREADS, 1, 1),
+        (dy, x, y, mean, invstd, weight, sums, dx, channels, plane, count),
+    )
+
+
+def _sizes(shape):
+    """Images, channels and values per plane of [N, C, *]."""
+    if len(shape) < 2:
+        raise ValueError(f"batch norm takes arrays of 2 dimensions or more, [N, C, *]; received shape {tuple(shape)}")
+    return shape[0], shape[1], prod(shape[2:])
+
+
+def _chunks(count):
+    return ceil_div(count, THREADS * ITEMS)
+
+
+def _macros(width, x, parameter, tanh=False):
+    """`parameter`: an array of the type of the per-channel parameters, or None: then no kernel reads or writes one."""
+    param = accumulator_dtype(x) if parameter is None else parameter.dtype
+    return (
+        *type_macros(x),
+        ("param_t", SCALARS[param]),
+        ("WIDTH", width),
+        ("ITEMS", ITEMS),
+        ("TANH", int(tanh)),
+    )
+
+
+def _check_per_channel(channels, **arrays):
+    for name, array in arrays.items():
+        if array is not None and array.size != channels:
+            raise ValueError(f"{name} should contain {channels} elements, one for each channel, not {array.size}")
+
+
+def _check_workspace(workspace, shape):
+    if workspace.size != batch_norm_workspace(shape):
+        raise ValueError(
+            f"the workspace for {shape} must have {batch_norm_workspace(shape)} elements, received {workspace.size}"
+        )

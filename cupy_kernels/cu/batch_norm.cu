@@ -1,0 +1,275 @@
+// Batch norm over x [images, channels, plane]: statistics per channel, y = (x - mean) invstd weight + bias, and its gradients;
+// with TANH, y = tanh of that.
+//
+// Thread mapping: a channel's images * plane values are cut into chunks of blockDim.x * ITEMS; block chunk * channels + c takes one
+// chunk of channel c, in packs of WIDTH neighbours, so that neighbouring blocks read neighbouring planes. Reductions have two stages:
+// each block writes two partial results to partials [2][channels][chunks]; then one block a channel combines them. Order and chunks
+// depend on the shape alone.
+//
+// Saved for the backward: mean and invstd = 1/sqrt(variance + eps), both acc_t [channels], x, and y with TANH.
+// dx = weight invstd (g - sum(g)/count - xhat sum(g xhat)/count), where xhat = (x - mean) invstd, g = dy, or dy (1 - y^2) with TANH;
+// with given (running) statistics dx = weight invstd g.
+//
+// Macros: scalar_t, acc_t, param_t (weight, bias and their gradients; running statistics), WIDTH (a divisor of plane; pointers are
+// aligned to a pack), ITEMS (values per thread, a multiple of WIDTH), TANH (0 or 1).
+#include "batch_norm.cuh"
+#include "tanh.cuh"
+
+typedef Packed<scalar_t, WIDTH> Pack;
+enum { PACKS = ITEMS / WIDTH, BATCH = PACKS < 8 ? PACKS : 8 };  // BATCH: loads in flight per thread
+
+// Walks over one thread's packs of a chunk, without a division per pack.
+struct ChannelWalk {
+    i64 index;   // in the channel's images * plane values
+    i64 offset;  // in the tensor
+    i64 within, plane, skip;
+    unsigned stride, jump_within;
+    i64 jump;
+
+    __device__ ChannelWalk(i64 channels, i64 plane, i64 channel, i64 chunk) : plane(plane), skip((channels - 1) * plane) {
+        stride = blockDim.x * WIDTH;
+        unsigned jump_images = plane > stride ? 0 : stride / (unsigned)plane;
+        jump_within = stride - jump_images * (unsigned)plane;
+        jump = stride + jump_images * skip;
+        index = (chunk * PACKS * blockDim.x + threadIdx.x) * WIDTH;
+        i64 image = index / plane;
+        within = index - image * plane;
+        offset = (image * channels + channel) * plane + within;
+    }
+    __device__ void advance() {
+        index += stride;
+        offset += jump;
+        within += jump_within;
+        if (within >= plane) {
+            within -= plane;
+            offset += skip;
+        }
+    }
+};
+
+__device__ inline acc_t finite_or_zero(acc_t v) { return v - v == 0 ? v : (acc_t)0; }
+
+// Number of values in a chunk.
+__device__ inline i64 chunk_count(i64 count, i64 chunk, i64 chunk_size) { return min(chunk_size, count - chunk * chunk_size); }
+
+// Means are kept relative to the channel's first value: the rounding error of a large mean must not enter the variance.
+__device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) { return finite_or_zero(to_acc(x[channel * plane])); }
+
+// partials: mean - origin, and sum of (x - mean)^2, of each chunk.
+//
+// A thread sums over its values minus its first one. That value is one of at most ITEMS, so its distance from their mean
+// is bounded by their spread and the subtraction below cancels log2(ITEMS) bits at worst, whatever the data is.
+extern "C" __global__ void __launch_bounds__(256) batch_norm_partials(
+    const scalar_t* __restrict__ x, acc_t* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
+    __shared__ acc_t scratch[32];
+    i64 channel = blockIdx.x % channels, chunk = blockIdx.x / channels;
+    ChannelWalk walk(channels, plane, channel, chunk);
+    acc_t shift = 0, sum = 0, squares = 0, n = 0;
+    #pragma unroll
+    for (int first = 0; first < PACKS; first += BATCH) {
+        Pack in[BATCH];
+        bool inside[BATCH];
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            inside[b] = walk.index < count;
+            if (inside[b]) in[b] = *(const Pack*)(x + walk.offset);
+            walk.advance();
+        }
+        if (first == 0 && inside[0]) shift = finite_or_zero(to_acc(in[0].v[0]));
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            if (!inside[b]) continue;
+            n += WIDTH;
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) {
+                acc_t d = to_acc(in[b].v[i]) - shift;
+                sum += d;
+                squares += d * d;
+            }
+        }
+    }
+    acc_t mean = n > 0 ? sum / n : (acc_t)0;
+    acc_t m2 = squares - sum * mean;
+    mean += n > 0 ? shift - origin_of(x, channel, plane) : (acc_t)0;
+    acc_t chunk_mean = block_sum(n * mean, scratch) / chunk_count(count, chunk, (i64)blockDim.x * ITEMS);
+    acc_t distance = mean - chunk_mean;
+    acc_t chunk_m2 = block_sum(m2 + n * distance * distance, scratch);
+    if (threadIdx.x == 0) {
+        partials[channel * chunks + chunk] = chunk_mean;
+        partials[(channels + channel) * chunks + chunk] = chunk_m2;
+    }
+}
+
+// One block a channel: combines the chunks; updates the running statistics where they are not null.
+extern "C" __global__ void __launch_bounds__(256) batch_norm_statistics(
+    const scalar_t* __restrict__ x, const acc_t* __restrict__ partials, INOUT param_t* running_mean, INOUT param_t* running_var,
+    acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count, i64 chunks) {
+    __shared__ acc_t scratch[32];
+    i64 channel = blockIdx.x;
+    const acc_t* means = partials + channel * chunks;
+    const acc_t* m2s = partials + (channels + channel) * chunks;
+    if (count == 0) {  // nothing to learn from an empty batch, and nothing will be normalised
+        if (threadIdx.x == 0) mean[channel] = invstd[channel] = 0;
+        return;
+    }
+    acc_t sum = 0, m2 = 0;
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += chunk_count(count, k, (i64)blockDim.x * ITEMS) * means[k];
+    acc_t total_mean = block_sum(sum, scratch) / count;
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
+        acc_t distance = means[k] - total_mean;
+        m2 += m2s[k] + chunk_count(count, k, (i64)blockDim.x * ITEMS) * distance * distance;
+    }
+    m2 = block_sum(m2, scratch);
+    if (threadIdx.x) return;
+    total_mean += origin_of(x, channel, plane);
+    mean[channel] = total_mean;
+    invstd[channel] = 1 / sqrt(m2 / count + eps);
+    if (running_mean) {
+        running_mean[channel] = from_acc<param_t>((1 - momentum) * to_acc(running_mean[channel]) + momentum * total_mean);
+        running_var[channel] = from_acc<param_t>((1 - momentum) * to_acc(running_var[channel]) + momentum * (m2 / (count - 1)));
+    }
+}
+
+// One thread a channel: mean and invstd from the running statistics.
+extern "C" __global__ void __launch_bounds__(256) batch_norm_eval_statistics(
+    const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var, acc_t* __restrict__ mean,
+    acc_t* __restrict__ invstd, acc_t eps, i64 channels) {
+    i64 channel = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= channels) return;
+    mean[channel] = to_acc(running_mean[channel]);
+    invstd[channel] = 1 / sqrt(to_acc(running_var[channel]) + eps);
+}
+
+extern "C" __global__ void __launch_bounds__(256) batch_norm_apply(
+    const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
+    const param_t* __restrict__ bias, scalar_t* __restrict__ y, i64 channels, i64 plane, i64 count) {
+    i64 channel = blockIdx.x % channels, chunk = blockIdx.x / channels;
+    acc_t m = mean[channel], s = invstd[channel], w = bn_weight(weight, channel), b = bn_bias(bias, channel);
+    ChannelWalk walk(channels, plane, channel, chunk);
+    #pragma unroll
+    for (int first = 0; first < PACKS; first += BATCH) {
+        Pack in[BATCH];
+        i64 offsets[BATCH];
+        #pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            offsets[j] = walk.index < count ? walk.offset : -1;
+            if (offsets[j] >= 0) in[j] = *(const Pack*)(x + offsets[j]);
+            walk.advance();
+        }
+        #pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            if (offsets[j] < 0) continue;
+            Pack out;
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) {
+                acc_t v = bn_affine(bn_normalise(to_acc(in[j].v[i]), m, s), w, b);
+                out.v[i] = from_acc<scalar_t>(TANH ? tanh_of(v) : v);
+            }
+            *(Pack*)(y + offsets[j]) = out;
+        }
+    }
+}
+
+// Gradient at batch norm's output.
+__device__ inline acc_t gradient_of(scalar_t dy, scalar_t y) {
+    return TANH ? to_acc(dy) * tanh_slope(to_acc(y)) : to_acc(dy);
+}
+
+// partials: sum of g, and sum of g xhat, of each chunk.
+extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_partials(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
+    const acc_t* __restrict__ invstd, acc_t* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
+    __shared__ acc_t scratch[32];
+    i64 channel = blockIdx.x % channels, chunk = blockIdx.x / channels;
+    acc_t m = mean[channel], s = invstd[channel], sum = 0, dot = 0;
+    ChannelWalk walk(channels, plane, channel, chunk);
+    #pragma unroll
+    for (int first = 0; first < PACKS; first += BATCH / 2) {
+        Pack gradient[BATCH / 2], in[BATCH / 2], out[BATCH / 2];
+        bool inside[BATCH / 2];
+        #pragma unroll
+        for (int j = 0; j < BATCH / 2; j++) {
+            inside[j] = walk.index < count;
+            if (inside[j]) {
+                gradient[j] = *(const Pack*)(dy + walk.offset);
+                in[j] = *(const Pack*)(x + walk.offset);
+                if (TANH) out[j] = *(const Pack*)(y + walk.offset);
+            }
+            walk.advance();
+        }
+        #pragma unroll
+        for (int j = 0; j < BATCH / 2; j++) {
+            if (!inside[j]) continue;
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) {
+                acc_t g = gradient_of(gradient[j].v[i], out[j].v[i]);
+                sum += g;
+                dot += g * bn_normalise(to_acc(in[j].v[i]), m, s);
+            }
+        }
+    }
+    sum = block_sum(sum, scratch);
+    dot = block_sum(dot, scratch);
+    if (threadIdx.x == 0) {
+        partials[channel * chunks + chunk] = sum;
+        partials[(channels + channel) * chunks + chunk] = dot;
+    }
+}
+
+// One block a channel: sums [2][channels] over the chunks, which are also the gradients of bias and weight, where not null.
+extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_sums(
+    const acc_t* __restrict__ partials, acc_t* __restrict__ sums, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 channels,
+    i64 chunks) {
+    __shared__ acc_t scratch[32];
+    i64 channel = blockIdx.x;
+    acc_t sum = 0, dot = 0;
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
+        sum += partials[channel * chunks + k];
+        dot += partials[(channels + channel) * chunks + k];
+    }
+    sum = block_sum(sum, scratch);
+    dot = block_sum(dot, scratch);
+    if (threadIdx.x) return;
+    sums[channel] = sum;
+    sums[channels + channel] = dot;
+    if (dbias) dbias[channel] = from_acc<param_t>(sum);
+    if (dweight) dweight[channel] = from_acc<param_t>(dot);
+}
+
+// sums: of the batch where its own statistics were applied, null where given ones were: then x is not read.
+extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_apply(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
+    const acc_t* __restrict__ invstd, const param_t* __restrict__ weight, const acc_t* __restrict__ sums, scalar_t* __restrict__ dx,
+    i64 channels, i64 plane, i64 count) {
+    i64 channel = blockIdx.x % channels, chunk = blockIdx.x / channels;
+    acc_t m = mean[channel], s = invstd[channel], scale = bn_weight(weight, channel) * s;
+    acc_t mean_g = sums ? sums[channel] / count : (acc_t)0, mean_dot = sums ? sums[channels + channel] / count : (acc_t)0;
+    ChannelWalk walk(channels, plane, channel, chunk);
+    #pragma unroll
+    for (int first = 0; first < PACKS; first += BATCH / 2) {
+        Pack gradient[BATCH / 2], in[BATCH / 2], out[BATCH / 2];
+        i64 offsets[BATCH / 2];
+        #pragma unroll
+        for (int j = 0; j < BATCH / 2; j++) {
+            offsets[j] = walk.index < count ? walk.offset : -1;
+            if (offsets[j] >= 0) {
+                gradient[j] = *(const Pack*)(dy + offsets[j]);
+                if (sums) in[j] = *(const Pack*)(x + offsets[j]);
+                if (TANH) out[j] = *(const Pack*)(y + offsets[j]);
+            }
+            walk.advance();
+        }
+        #pragma unroll
+        for (int j = 0; j < BATCH / 2; j++) {
+            if (offsets[j] < 0) continue;
+            Pack result;
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) {
+                acc_t g = gradient_of(gradient[j].v[i], out[j].v[i]);
+                if (sums) g -= mean_g + bn_normalise(to_acc(in[j].v[i]), m, s) * mean_dot;
+                result.v[i] = from_acc<scalar_t>(g * scale);
+            }
+            *(Pack*)(dx + offsets[j]) = result;
+        }
+    }
+}
