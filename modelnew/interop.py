@@ -80,3 +80,29 @@ def check_floating(**tensors: torch.Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, received {tensor.dtype}")
+
+
+def check_parameters(input: torch.Tensor, **parameters: torch.Tensor | None) -> None:
+    """TypeError unless the named tensors (None left out) share one dtype: input's, or float32 where that is a 16-bit type."""
+    check_floating(input=input, **parameters)
+    allowed = {input.dtype, accumulator_dtype(input)}
+    dtypes = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}
+    if len(set(dtypes.values())) > 1 or not allowed.issuperset(dtypes.values()):
+        received = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        choice = " or all ".join(sorted(map(str, allowed)))
+        raise TypeError(f"with input {input.dtype}, {' and '.join(dtypes)} must be all {choice}; received {received}")
+
+
+def accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """dtype of statistics, partial sums and workspaces for a tensor: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def pair(value, name: str) -> tuple[int, int]:
+    """(value, value) for an int, (a, b) for two of them. TypeError or ValueError for anything else."""
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) == 1:
+        values *= 2
+    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+        raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
+    return values

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from cupy_kernels import compiler, emulator
+
 
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
@@ -18,3 +20,17 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """List of the kernels that the test has started so far, in order."""
+    kernels = []
+    for module, name in ((emulator, "run"), (compiler, "function")):
+
+        def spy(kernel, *args, start=getattr(module, name), **options):
+            kernels.append(kernel)
+            return start(kernel, *args, **options)
+
+        monkeypatch.setattr(module, name, spy)
+    return kernels

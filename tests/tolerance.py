@@ -2,17 +2,21 @@
 
 The rounding term covers samples too small for a ratio of two errors to mean anything: one unit in the last place of the
 result's dtype, relative to the truth's rms, for the rms error; four, relative to the truth's largest value, for the
-largest error. float64 results are compared with a truth of their own precision: 16 times that.
+largest error. float64 results are compared with a truth of their own precision: 16 times that. Where a result is a long
+sum, `terms` adds what n terms added one by one in the accumulator's dtype lose, half a unit times sqrt(n / 6), twice over.
 """
 
 import torch
 
+from modelnew.interop import accumulator_dtype
 from modelnew.parity import error
 
 RATIO = 1.1
 
 
-def check(actual: torch.Tensor, truth: torch.Tensor, torch_result: torch.Tensor, what: str = "result") -> None:
+def check(
+    actual: torch.Tensor, truth: torch.Tensor, torch_result: torch.Tensor, what: str = "result", terms: int = 0
+) -> None:
     """Fails unless `actual` (any dtype) is as close to `truth` (float64) as PyTorch's own result in that dtype is."""
     assert actual.dtype == torch_result.dtype, f"{what}: dtype {actual.dtype}, torch's is {torch_result.dtype}"
     assert actual.shape == torch_result.shape, (
@@ -24,11 +28,12 @@ def check(actual: torch.Tensor, truth: torch.Tensor, torch_result: torch.Tensor,
         finite = truth.new_zeros(1)
     peak = (finite.max() / (finite.square().mean().sqrt() or 1)).item()
     eps = torch.finfo(actual.dtype).eps * (16 if actual.dtype == torch.float64 else 1)
+    eps += torch.finfo(accumulator_dtype(actual)).eps * (terms / 6) ** 0.5
     assert ours.rms <= RATIO * theirs.rms + eps, f"{what}: rms error {ours.rms:.3e}, torch {theirs.rms:.3e}"
     assert ours.max <= RATIO * theirs.max + 4 * eps * peak, f"{what}: max error {ours.max:.3e}, torch {theirs.max:.3e}"
 
 
-def check_gradients(function, reference, inputs, what: str = "gradient") -> None:
+def check_gradients(function, reference, inputs, what: str = "gradient", terms: int = 0) -> None:
     """Compares output and input gradients of `function` with torch's `reference`, at the inputs' dtype and in float64.
 
     function, reference: callables of the tensors in `inputs`, each returning one tensor. Inputs that require grad get
@@ -52,4 +57,4 @@ def check_gradients(function, reference, inputs, what: str = "gradient") -> None
     as_double = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
     truth = run(reference, as_double, first)
     for i, (a, b, t) in enumerate(zip(ours, theirs, truth, strict=True)):
-        check(a, t, b, f"{what}, output" if i == 0 else f"{what}, gradient {i}")
+        check(a, t, b, f"{what}, output" if i == 0 else f"{what}, gradient {i}", terms)

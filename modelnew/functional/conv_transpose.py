@@ -1,0 +1,86 @@
+"""conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from cupy_kernels import channel_sum as bias_ops
+from cupy_kernels import conv_transpose as ops
+
+from ..interop import accumulator_dtype, check_floating, dense, one_device, pair, run
+
+
+class _ConvTranspose2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, bias, geometry):
+        x, w, bias = dense(x), dense(w), dense(bias)
+        y = x.new_empty(ops.output_shape(x.shape, w.shape, geometry))
+        run(ops.conv_transpose_forward, x, w, bias, y, _packed(w), geometry)
+        ctx.save_for_backward(x, w)
+        ctx.geometry = geometry
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        dy, dx, dw, db = dense(dy), None, None, None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            run(ops.conv_transpose_dgrad, dy, w, dx, _packed(w), ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            dw = torch.empty_like(w)
+            dtype = accumulator_dtype(w)
+            size = ops.wgrad_workspace_size(x.shape, w.shape, ctx.geometry, dtype == torch.float64)
+            partial = w.new_empty(size, dtype=dtype)
+            run(ops.conv_transpose_wgrad, x, dy, dw, partial, ctx.geometry)
+        if ctx.needs_input_grad[2]:
+            db = dy.new_empty(dy.shape[1])
+            partial = dy.new_empty(bias_ops.channel_sum_workspace_size(dy.shape), dtype=accumulator_dtype(dy))
+            run(bias_ops.channel_sum, dy, db, partial)
+        return dx, dw, db, None
+
+
+def _packed(w):
+    return w.new_empty(ops.packed_weight_size(w.shape), dtype=accumulator_dtype(w))
+
+
+def conv_transpose2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
+) -> torch.Tensor:
+    """y[n, oc, oh, ow] = bias[oc] + sum over ic, kh, kw of x[n, ic, ih, iw] w[ic, oc, kh, kw], oh = ih s - p + kh d.
+
+    See torch.nn.functional.conv_transpose2d.
+
+    input: [N, Cin, H, W] or [Cin, H, W]; float32, float64, float16 or bfloat16, summed in float32 (float64 for float64).
+    weight: [Cin, Cout/groups, KH, KW]; bias: [Cout] or None; both of the input's dtype and on its device.
+    Returns [N, Cout, OH, OW] (or [Cout, OH, OW]), contiguous, OH = (H-1) s - 2p + d (KH-1) + output_padding + 1.
+    Raises TypeError for other or differing dtypes, ValueError for shapes and hyper-parameters that do not fit,
+    RuntimeError for tensors on several devices.
+    """
+    check_floating(input=input, weight=weight, bias=bias)
+    dtypes = {t.dtype for t in (input, weight, bias) if t is not None}
+    if len(dtypes) > 1:
+        raise TypeError(f"input, weight and bias must have one dtype, received {', '.join(sorted(map(str, dtypes)))}")
+    one_device((input, weight, bias))
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input must be [N, C, H, W] or [C, H, W], received shape {tuple(input.shape)}")
+    geometry = ops.Geometry(
+        pair(stride, "stride"),
+        pair(padding, "padding"),
+        pair(output_padding, "output_padding"),
+        pair(dilation, "dilation"),
+        groups,
+    )
+    x = input if input.dim() == 4 else input.unsqueeze(0)
+    ops.output_shape(x.shape, weight.shape, geometry)
+    if bias is not None and bias.shape != (weight.shape[1] * groups,):
+        raise ValueError(f"bias must have shape ({weight.shape[1] * groups},), received {tuple(bias.shape)}")
+    y = _ConvTranspose2d.apply(x, weight, bias, geometry)
+    return y if input.dim() == 4 else y.squeeze(0)
