@@ -69,14 +69,19 @@ template <> __device__ inline half_t from_acc<half_t>(float v) {
 }
 #endif
 
-// CuPy compiles with -ftz=true, which flushes denormals in comparisons too: these work on the bits.
+// CuPy compiles with -ftz=true, which flushes denormals in comparisons too: a NaN is told by its bits, and PTX's own comparison
+// flushes nothing. greater is IEEE's a > b: false where either is NaN.
 __device__ inline bool is_nan(float v) { return (__float_as_int(v) & 0x7FFFFFFF) > 0x7F800000; }
 __device__ inline bool is_nan(double v) { return v != v; }
-__device__ inline int order_key(float v) {
-    int bits = __float_as_int(v);
-    return bits < 0 ? (int)0x80000000 - bits : bits;  // -0 and +0 map to 0
+#ifdef CUPY_KERNELS_EMULATOR
+static inline bool greater(float a, float b) { return a > b; }
+#else
+__device__ inline bool greater(float a, float b) {
+    int r;
+    asm("{\n .reg .pred p;\n setp.gt.f32 p, %1, %2;\n selp.b32 %0, 1, 0, p;\n}" : "=r"(r) : "f"(a), "f"(b));
+    return r;
 }
-__device__ inline bool greater(float a, float b) { return order_key(a) > order_key(b); }
+#endif
 __device__ inline bool greater(double a, double b) { return a > b; }
 
 // Sum over a block of a multiple of 32 threads in a fixed order; every thread gets it. `scratch` holds 32 values and is
