@@ -122,8 +122,8 @@ def _check_written(kernel, parameter, result) -> None:
     missing = np.flatnonzero((elements == POISON).all(1))
     if len(missing):
         raise EmulatorError(
-            f"{kernel} leaves {len(missing)} of {len(elements)} elements of its output {parameter.name} unwritten, "
-            f"the first at flat index {missing[0]}"
+            f"{kernel} leaves {len(missing)} of {len(elements)} elements of its output {parameter.name} unwritten, or "
+            f"copies memory there that nobody wrote; the first at flat index {missing[0]}"
         )
 
 

@@ -207,8 +207,10 @@ template <class V> static V shuffle(unsigned mask, const V& mine, int source, co
     return all[source];
 }
 
-static void copy_async(void* to, const void* from, int bytes, int copied) {
+static void copy_async(void* to, const void* from, int bytes, bool copied) {
     Fiber& f = fibers[current];
+    if (((uintptr_t)to | (copied ? (uintptr_t)from : 0)) % bytes)
+        return EMULATOR_FAIL("thread %d: a cp.async of %d bytes is not aligned to them", current, bytes);
     if (f.copy_count == MAX_COPIES) return EMULATOR_FAIL("thread %d has more than %d cp.async in flight", current, MAX_COPIES);
     memset(to, 0xFF, bytes);
     f.copies[f.copy_count++] = {(char*)to, copied ? (const char*)from : nullptr, bytes};
