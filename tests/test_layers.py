@@ -1,0 +1,227 @@
+"""The layers beside torch.nn's: construction, state, representation, refusals. The arithmetic has its own tests."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tolerance import check_gradients
+
+from modelnew import layers
+
+CONV = [
+    {"in_channels": 4, "out_channels": 6, "kernel_size": 3},
+    {
+        "in_channels": 4,
+        "out_channels": 6,
+        "kernel_size": (3, 2),
+        "stride": (2, 1),
+        "padding": (1, 0),
+        "output_padding": (1, 0),
+    },
+    {
+        "in_channels": 4,
+        "out_channels": 6,
+        "kernel_size": [2, 3],
+        "stride": 3,
+        "groups": 2,
+        "bias": False,
+        "dilation": 2,
+    },
+    {"in_channels": 4, "out_channels": 6, "kernel_size": 1, "dtype": torch.float64},
+]
+NORM = [
+    {"num_features": 3},
+    {"num_features": 3, "eps": 1e-3, "momentum": None},
+    {"num_features": 3, "momentum": 0.7, "affine": False},
+    {"num_features": 3, "track_running_stats": False, "dtype": torch.float64},
+]
+POOL = [
+    {"kernel_size": 2},
+    {"kernel_size": (3, 2), "stride": [2, 1], "padding": 1, "ceil_mode": True},
+    {"kernel_size": 2, "dilation": 2},
+]
+GROUP = [{"num_groups": 2, "num_channels": 6}, {"num_groups": 3, "num_channels": 6, "eps": 1e-2, "affine": False}]
+ALL = [
+    *(("ConvTranspose2d", options, (2, 4, 5, 4)) for options in CONV),
+    *(("BatchNorm2d", options, (4, 3, 2, 3)) for options in NORM),
+    ("Tanh", {}, (2, 3, 4)),
+    *(("MaxPool2d", options, (2, 3, 7, 6)) for options in POOL),
+    *(("GroupNorm", options, (2, 6, 3, 2)) for options in GROUP),
+    ("GroupNorm", GROUP[0], (2, 6, 5)),
+]
+IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(ALL)]
+
+
+def pair_of(name, options, device="cpu"):
+    """Our layer and torch's, built from the same seed."""
+    modules = []
+    for library in (layers, torch.nn):
+        torch.manual_seed(3)
+        takes_device = name not in ("Tanh", "MaxPool2d")
+        modules.append(getattr(library, name)(**options, **({"device": device} if takes_device else {})))
+    return modules
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), ALL, ids=IDS)
+def test_same_as_torch(device, name, options, shape):
+    """Representation, state, and in both modes the output and every gradient."""
+    ours, theirs = pair_of(name, options, device)
+    assert not isinstance(ours, type(theirs))
+    assert repr(ours) == repr(theirs)
+    states = ours.state_dict(), theirs.state_dict()
+    assert list(states[0]) == list(states[1])
+    assert states[0]._metadata == states[1]._metadata
+    for key in states[0]:
+        assert torch.equal(states[0][key], states[1][key]), key
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+
+    names, parameters = [n for n, _ in ours.named_parameters()], list(ours.parameters())
+
+    def call(module, x, *parameters):
+        module = copy.deepcopy(module).to(x.dtype)  # the truth runs in float64
+        return torch.func.functional_call(module, dict(zip(names, parameters)), (x,))
+
+    for training in (True, False):
+        ours.train(training), theirs.train(training)
+        x = torch.randn(shape, device=device, dtype=options.get("dtype", torch.float32)).requires_grad_()
+        check_gradients(lambda *a: call(ours, *a), lambda *a: call(theirs, *a), [x, *parameters])
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), ALL, ids=IDS)
+def test_state_dict_round_trip_copy_and_pickle(name, options, shape):
+    ours, theirs = pair_of(name, options)
+    for tensor in [*ours.parameters(), *ours.buffers()]:
+        tensor.data = (3 * torch.rand(tensor.shape)).to(tensor.dtype)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    back, _ = pair_of(name, options)
+    back.load_state_dict(theirs.state_dict(), strict=True)
+    for other in (theirs, back, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        for key, value in ours.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("options", NORM, ids=str)
+def test_running_statistics(device, options):
+    ours, theirs = pair_of("BatchNorm2d", options, device)
+    for shape in ((4, 3, 2, 3), (1, 3, 5, 1), (2, 3, 1, 1)):
+        x = 2 + torch.randn(shape, device=device, dtype=options.get("dtype", torch.float32))
+        ours(x), theirs(x)
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours.reset_running_stats(), theirs.reset_running_stats()
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+
+
+def test_state_dict_from_before_num_batches_tracked():
+    ours, theirs = pair_of("BatchNorm2d", NORM[0])
+    old = theirs.state_dict()
+    del old["num_batches_tracked"]
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        ours.load_state_dict(old)
+    for version in ({"version": 1}, {}):
+        state = old.copy()
+        state._metadata = {"": version}
+        ours.num_batches_tracked.fill_(5)
+        ours.load_state_dict(state, strict=True)
+        assert ours.num_batches_tracked == 5
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 3, 4), (2, 5, 4, 4), (1, 3, 1, 1)], ids=str)
+def test_refused_batch_leaves_the_buffers(device, shape):
+    norm = layers.BatchNorm2d(3, device=device)
+    before = copy.deepcopy(norm.state_dict())
+    with pytest.raises((ValueError, RuntimeError), match=r"expected 4D|elements|more than 1 value"):
+        norm(torch.randn(shape, device=device))
+    with pytest.raises(TypeError):
+        norm(torch.ones(2, 3, 4, 4, device=device, dtype=torch.int32))
+    for key, value in norm.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_unbatched_input(device):
+    x = torch.randn(4, 6, 5, device=device)
+    for name, options in (
+        ("ConvTranspose2d", CONV[1]),
+        ("MaxPool2d", POOL[1]),
+    ):
+        ours, theirs = pair_of(name, options, device)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_output_size(device):
+    ours, theirs = pair_of(
+        "ConvTranspose2d", {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "stride": 2, "padding": 1}, device
+    )
+    for x in (torch.randn(2, 2, 4, 3, device=device), torch.randn(2, 4, 3, device=device)):
+        for size in ((7, 5), [8, 6], (8, 5), (*x.shape[:-2], 7, 6), torch.Size((8, 6))):
+            torch.testing.assert_close(ours(x, output_size=size), theirs(x, output_size=size))
+        for size in ((9, 6), (8, 4), (8,), (1, 1, 1, 8, 6)):
+            for module in (ours, theirs):
+                with pytest.raises(ValueError, match="size"):
+                    module(x, output_size=size)
+
+
+def test_pool_with_indices(device):
+    ours, theirs = pair_of("MaxPool2d", {"kernel_size": 2, "return_indices": True})
+    x = torch.randn(2, 3, 5, 4, device=device)
+    for a, b in zip(ours(x), theirs(x), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ConvTranspose2d", dict(CONV[0], groups=0)),
+        ("ConvTranspose2d", dict(CONV[0], groups=3)),
+        ("ConvTranspose2d", dict(CONV[0], groups=4)),
+        ("ConvTranspose2d", dict(CONV[0], padding_mode="reflect")),
+        ("GroupNorm", {"num_groups": 4, "num_channels": 6}),
+    ],
+    ids=str,
+)
+def test_bad_arguments_raise_what_torch_raises(name, options):
+    for library in (layers, torch.nn):
+        with pytest.raises(ValueError, match=r"groups|padding"):
+            getattr(library, name)(**options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "error"),
+    [
+        (lambda: layers.ConvTranspose2d(4, 6, (1, 2, 3)), ValueError),
+        (lambda: layers.ConvTranspose2d(4, 6, 3, padding="same"), ValueError),
+        (lambda: layers.ConvTranspose2d(4, 6, 2.5), TypeError),
+        (lambda: layers.GroupNorm(0, 4), ValueError),
+        (lambda: layers.GroupNorm(-2, 4), ValueError),
+    ],
+)
+def test_bad_arguments(layer, error):
+    with pytest.raises(error, match=r"kernel_size|padding|groups|iterable"):
+        layer()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ConvTranspose2d", CONV[0]),
+        ("BatchNorm2d", {"num_features": 4}),
+        ("Tanh", {}),
+        ("MaxPool2d", POOL[0]),
+        ("GroupNorm", {"num_groups": 2, "num_channels": 4}),
+    ],
+)
+def test_autocast(device, name, options, dtype):
+    """The result's dtype is torch's, and gradients come back in the leaves' own dtypes."""
+    ours, theirs = pair_of(name, options, device)
+    x = torch.randn(2, 4, 5, 4, device=device).to(dtype).requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, expected = ours(x), theirs(x)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    for leaf, grad in zip([x, *ours.parameters()], torch.autograd.grad(y.sum(), [x, *ours.parameters()])):
+        assert grad.dtype == leaf.dtype
