@@ -1,0 +1,152 @@
+"""`Model`, the reference of KernelBench level 2 problem 11; `ModelNew`, the same on our kernels; and their inputs."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from . import functional, layers
+
+OPERATORS = ("conv_transpose", "batch_norm", "tanh", "max_pool", "group_norm")
+NUMERICS = ("auto", "tf32", "fp32")
+
+BATCH, CHANNELS, HEIGHT, WIDTH = 512, 64, 32, 32
+
+
+def default_device() -> torch.device:
+    """Where models and inputs go unless told otherwise: the current GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def get_init_inputs() -> list[int]:
+    """Arguments of Model and ModelNew: in_channels, out_channels, kernel_size, stride, padding, groups, num_groups."""
+    return [CHANNELS, 128, 5, 1, 1, 8, 8]
+
+
+def get_inputs(batch: int = BATCH, *, seed: int = 0, device=None) -> list[torch.Tensor]:
+    """[x], x [batch, 64, 32, 32] float32, uniform in [0, 1): the same values at each call, on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(batch, CHANNELS, HEIGHT, WIDTH, generator=generator, device="cpu", dtype=torch.float32)
+    return [x.to(default_device() if device is None else device)]
+
+
+class Model(nn.Module):
+    """The reference, in PyTorch's own modules. Only `device` is added, see ModelNew."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride, padding, groups, num_groups, *, device=None):
+        super().__init__()
+        self.conv_transpose = nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
+        self.batch_norm = nn.BatchNorm2d(out_channels)
+        self.tanh = nn.Tanh()
+        self.max_pool = nn.MaxPool2d(kernel_size=2, stride=2)
+        self.group_norm = nn.GroupNorm(num_groups=num_groups, num_channels=out_channels)
+        _place(self, device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_transpose(x)
+        x = self.batch_norm(x)
+        x = self.tanh(x)
+        x = self.max_pool(x)
+        return self.group_norm(x)
+
+
+class ModelNew(nn.Module):
+    """`Model` on our kernels: the same arguments, attributes and state dict; the same parameters from the same seed.
+
+    in_channels, out_channels, kernel_size, stride, padding, num_groups: as in Model; `groups` is unused, as there.
+    replace: "all", one name, or any names of `OPERATORS`. The named operators never call PyTorch's version, the others
+        are PyTorch's own modules; with none named this is `Model`. {"tanh", "max_pool"} equals `Model` bit for bit on
+        a GPU.
+    numerics: how the transposed convolution multiplies. "tf32": operands of 10 mantissa bits, summed in float32;
+        "fp32": float32 throughout; "auto": what PyTorch would do, so as torch.backends.cudnn.allow_tf32 says.
+        Today every choice runs the float32 kernels.
+    device: where the parameters go; by default to the GPU where there is one, unless torch.set_default_device or a
+        `with torch.device(...)` block chose another device than the CPU. They are drawn on the CPU, as those of a
+        reference model that is built there and then moved.
+
+    Replaced neighbours of batch_norm, tanh and max_pool run as one kernel, from the children's hyper-parameters at the
+    time of the call. A child with a hook of its own (pruning and weight norm are hooks, too), or one that was swapped
+    for another module, is called as a module, unfused. Hooks for all modules (register_module_forward_hook) see fused
+    children pass by.
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm would skip a replaced batch_norm, so ModelNew refuses it; leave
+    "batch_norm" out of `replace` and it works.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        groups: int,
+        num_groups: int,
+        *,
+        replace: str | Iterable[str] = "all",
+        numerics: str = "auto",
+        device=None,
+    ):
+        super().__init__()
+        self.replace = _operators(replace)
+        if numerics not in NUMERICS:
+            raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, received {numerics!r}")
+        self.numerics = numerics
+        conv, norm, tanh, pool, group = (layers if name in self.replace else nn for name in OPERATORS)
+        self.conv_transpose = conv.ConvTranspose2d(
+            in_channels, out_channels, kernel_size, stride=stride, padding=padding
+        )
+        self.batch_norm = norm.BatchNorm2d(out_channels)
+        self.tanh = tanh.Tanh()
+        self.max_pool = pool.MaxPool2d(kernel_size=2, stride=2)
+        self.group_norm = group.GroupNorm(num_groups=num_groups, num_channels=out_channels)
+        _place(self, device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm, tanh, pool = self.batch_norm, self.tanh, self.max_pool
+        fuse_norm = _fusible(norm, layers.BatchNorm2d)
+        fuse_tanh = _fusible(tanh, layers.Tanh)
+        fuse_pool = _fusible(pool, layers.MaxPool2d) and not pool.return_indices
+
+        x = self.conv_transpose(x)
+        if fuse_norm and fuse_tanh and fuse_pool:
+            x = norm.apply_with(functional.bn_tanh_max_pool2d, x, **pool.window)
+        elif fuse_tanh and fuse_pool:
+            x = functional.tanh_max_pool2d(norm(x), **pool.window)
+        elif fuse_norm and fuse_tanh:
+            x = pool(norm.apply_with(functional.batch_norm_tanh, x))
+        else:
+            x = pool(tanh(norm(x)))
+        return self.group_norm(x)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As torch's. RuntimeError for convert_sync_batchnorm, which puts a replaced batch_norm back as it was."""
+        if isinstance(module, layers.BatchNorm2d) and self._modules.get(name) is module:
+            raise RuntimeError(
+                "SyncBatchNorm.convert_sync_batchnorm does not know the replaced batch_norm, which would stay "
+                'unsynchronised; build ModelNew with replace={"conv_transpose", "tanh", "max_pool", "group_norm"}'
+            )
+        super().add_module(name, module)
+
+    def extra_repr(self) -> str:
+        return f"replace={self.replace}, numerics={self.numerics!r}"
+
+
+def _operators(replace) -> tuple[str, ...]:
+    names = OPERATORS if replace == "all" else (replace,) if isinstance(replace, str) else tuple(replace)
+    unknown = [name for name in names if name not in OPERATORS]
+    if unknown:
+        raise ValueError(f'replace takes "all" or names out of {", ".join(OPERATORS)}; received {unknown}')
+    return tuple(name for name in OPERATORS if name in names)
+
+
+def _fusible(module, kind) -> bool:
+    """Whether calling `module` does what its class says and nothing else, so that a fused kernel may stand for it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
+
+
+def _place(model, device) -> None:
+    if device is None and torch.get_default_device().type == "cpu":
+        device = default_device()
+    if device is not None:
+        model.to(device)
