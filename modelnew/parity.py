@@ -1,8 +1,25 @@
-"""How far a result is from the truth: the float64 run of the reference."""
+"""How far results are from the truth, the float64 run of the reference, and the one policy that judges them.
 
+A result is right when its error against the truth is at most 1.1 times PyTorch's own error in the same class, plus
+rounding. Classes: "fp32" (TF32 off) and "tf32" (PyTorch may round a convolution's operands to 10 mantissa bits).
+"""
+
+import contextlib
+import copy
 from typing import NamedTuple
 
 import torch
+
+from .interop import accumulator_dtype
+from .model import Model, ModelNew
+
+RATIO = 1.1
+CLASSES = ("fp32", "tf32")
+# Largest difference, after tanh, of two values that the class's rounding may order either way: several times the
+# largest error in a 512x64x32x32 batch.
+_NEAR_TIE = {"fp32": 1e-3, "tf32": 3e-2}
+# Error allowed to a gradient that is zero in mathematics, relative to its neighbour's.
+_NOISE = 1e-5
 
 
 class Error(NamedTuple):
@@ -12,8 +29,29 @@ class Error(NamedTuple):
     max: float
 
 
-def error(actual: torch.Tensor, truth: torch.Tensor) -> Error:
-    """rms and max of |actual - truth| over the rms of the truth (over 1 where the truth is all zero).
+class Row(NamedTuple):
+    """One compared tensor. `close`: what torch.testing.assert_close says of ours and PyTorch's, None if not asked."""
+
+    what: str
+    cls: str
+    ours: Error
+    torch: Error
+    close: bool | None
+    ok: bool
+
+    @property
+    def ratio(self) -> float:
+        """Our rms error over PyTorch's; 0 where both are exact."""
+        return self.ours.rms / self.torch.rms if self.torch.rms else float(self.ours.rms and "inf")
+
+    def record(self) -> dict:
+        """The row as benchmarks/results/parity_*.json keep it."""
+        names = ("rms", "max", "torch_rms", "torch_max")
+        return {"what": self.what, "class": self.cls, **dict(zip(names, (*self.ours, *self.torch)))}
+
+
+def error(actual: torch.Tensor, truth: torch.Tensor, scale: float | None = None) -> Error:
+    """rms and max of |actual - truth| over `scale`, by default the rms of the truth (1 where the truth is all zero).
 
     NaN must stand where the truth has NaN and infinities must equal the truth's; anything else is an infinite error.
     """
@@ -29,6 +67,137 @@ def error(actual: torch.Tensor, truth: torch.Tensor) -> Error:
     actual, truth = actual[finite], truth[finite]
     if not truth.numel():
         return Error(0.0, 0.0)
-    scale = truth.square().mean().sqrt().item() or 1.0
+    scale = scale or _rms(truth) or 1.0
     difference = (actual - truth).abs()
-    return Error(difference.square().mean().sqrt().item() / scale, difference.max().item() / scale)
+    return Error(_rms(difference) / scale, difference.max().item() / scale)
+
+
+def within_policy(actual: torch.Tensor, truth: torch.Tensor, ours: Error, theirs: Error, terms: int = 0) -> bool:
+    """Whether error `ours` of `actual` is at most 1.1 times PyTorch's error `theirs`, in rms and max, plus allowances.
+
+    For chance: two samples of n errors from one distribution differ, in rms by 1 / sqrt(n), in max by about twice that;
+    three times as much is allowed.
+    For rounding, where errors are too small for a ratio to mean anything: one unit in the last place of the result's
+    dtype, relative to the truth's rms, for the rms error; four, relative to the truth's largest value, for the largest
+    error. float64 results are compared with a truth of their own precision: 16 times that. Where a result is a long
+    sum, `terms` adds what n terms added one by one in the accumulator's dtype lose, half a unit times sqrt(n / 6),
+    twice over.
+    """
+    finite = truth.detach().double()[truth.isfinite()]
+    if not finite.numel():
+        return ours == theirs
+    peak = finite.abs().max().item() / (_rms(finite) or 1.0)
+    chance = 3 / finite.numel() ** 0.5
+    eps = torch.finfo(actual.dtype).eps * (16 if actual.dtype == torch.float64 else 1)
+    eps += torch.finfo(accumulator_dtype(actual)).eps * (terms / 6) ** 0.5
+    return (
+        ours.rms <= RATIO * (1 + chance) * theirs.rms + eps
+        and ours.max <= RATIO * (1 + 2 * chance) * theirs.max + 4 * eps * peak
+    )
+
+
+def compare_models(model: Model, model_new: ModelNew, x: torch.Tensor, cls: str = "fp32", seed: int = 0) -> list[Row]:
+    """Both models in training mode on the float32 batch `x`, forward and backward, beside `model` in float64.
+
+    The rows: output, gradients of x and of every parameter, running statistics. `model_new` gets the state of `model`;
+    both arguments stay as they are. cls: "fp32" or "tf32", whether PyTorch may use TF32, and what "auto" follows.
+
+    The incoming gradient is random (`seed`), but such that nothing flows back into pooling windows whose two largest
+    values lie so close that rounding decides between them: one winner in another place moves every gradient by a
+    thousand times its rounding error, in PyTorch's float32 run as much as in ours.
+    """
+    if cls not in CLASSES:
+        raise ValueError(f"cls must be one of {', '.join(CLASSES)}, received {cls!r}")
+    precise, ours, theirs = (copy.deepcopy(m).train() for m in (model, model_new, model))
+    ours.load_state_dict(model.state_dict())
+    with _tf32(cls == "tf32"):
+        pools = []
+        with precise.max_pool.register_forward_hook(lambda _, inputs, output: pools.append((*inputs, output))):
+            run = _forward(precise.double(), x.double())
+        dy = _incoming_gradient(*(p.detach() for p in pools.pop()), precise.group_norm, _NEAR_TIE[cls], seed).float()
+        truth = _backward(precise, *run, dy.double())
+        del run
+        theirs = _backward(theirs, *_forward(theirs, x), dy)
+        ours = _backward(ours, *_forward(ours, x), dy)
+    return [_row(what, cls, ours[what], truth, theirs[what]) for what in truth]
+
+
+def _row(what, cls, actual, truths, torch_result) -> Row:
+    truth, scale = truths[what], None
+    if what == "grad conv_transpose.bias":
+        # Zero in mathematics, as batch norm removes what the bias adds. Compared with its neighbour, a sum as long.
+        scale = max(_rms(truth), _rms(truths["grad conv_transpose.weight"]))
+    ours, theirs = error(actual, truth, scale), error(torch_result, truth, scale)
+    ok = within_policy(actual, truth, ours, theirs) or (scale is not None and ours.max <= _NOISE)
+    close = None
+    if cls == "fp32" and not what.startswith("grad"):
+        close = is_close(actual, torch_result)
+        ok = ok and close
+    return Row(what, cls, ours, theirs, close, ok)
+
+
+def is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether torch.testing.assert_close passes with its defaults for the dtype."""
+    try:
+        torch.testing.assert_close(actual, expected)
+    except AssertionError:
+        return False
+    return True
+
+
+def _forward(model, x):
+    x = x.detach().clone().requires_grad_()
+    return x, model(x)
+
+
+def _backward(model, x, y, dy) -> dict[str, torch.Tensor]:
+    names, parameters = zip(*model.named_parameters())
+    results = {"output": y.detach()}
+    grads = torch.autograd.grad(y, [x, *parameters], dy)
+    results.update(zip((f"grad {name}" for name in ("x", *names)), grads))
+    results["batch_norm.running_mean"] = model.batch_norm.running_mean
+    results["batch_norm.running_var"] = model.batch_norm.running_var
+    return results
+
+
+def _incoming_gradient(unpooled, pooled, group_norm, near_tie, seed) -> torch.Tensor:
+    """A gradient of the group norm's output that puts nothing on pooling windows (2x2, stride 2) with a near tie.
+
+    What flows back through a group norm is the part of dy * weight that is orthogonal, within each group, to 1 and to
+    the pooled values. So that part is drawn first, zero at near ties, and any multiples of those two are added.
+    """
+    windows = unpooled.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+    first, second = windows.topk(2).values.unbind(-1)
+
+    def grouped(t):
+        return t.reshape(t.shape[0], group_norm.num_groups, -1)
+
+    keep = grouped((first - second > near_tie).to(pooled.dtype))
+    kept = keep.sum(2, keepdim=True)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(pooled.device)
+
+    values = grouped(pooled)
+    values = values - (values * keep).sum(2, keepdim=True) / kept
+    inside = values * keep
+    v = normal(values.shape) * keep
+    v = v - keep * v.sum(2, keepdim=True) / kept
+    v = v - inside * (v * inside).sum(2, keepdim=True) / inside.square().sum(2, keepdim=True)
+    v = v + normal(kept.shape) + normal(kept.shape) * values
+    return v.reshape(pooled.shape) / group_norm.weight.detach().view(-1, 1, 1)
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool):
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _rms(t: torch.Tensor) -> float:
+    return t.square().mean().sqrt().item()

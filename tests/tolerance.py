@@ -1,17 +1,8 @@
-"""The one tolerance policy: no worse than PyTorch's own error against float64, at most 1.1 times, plus rounding.
-
-The rounding term covers samples too small for a ratio of two errors to mean anything: one unit in the last place of the
-result's dtype, relative to the truth's rms, for the rms error; four, relative to the truth's largest value, for the
-largest error. float64 results are compared with a truth of their own precision: 16 times that. Where a result is a long
-sum, `terms` adds what n terms added one by one in the accumulator's dtype lose, half a unit times sqrt(n / 6), twice over.
-"""
+"""Assertions of the one tolerance policy, see `modelnew.parity.within_policy`."""
 
 import torch
 
-from modelnew.interop import accumulator_dtype
-from modelnew.parity import error
-
-RATIO = 1.1
+from modelnew.parity import error, within_policy
 
 
 def check(
@@ -23,14 +14,7 @@ def check(
         f"{what}: shape {tuple(actual.shape)}, torch's is {tuple(torch_result.shape)}"
     )
     ours, theirs = error(actual, truth), error(torch_result, truth)
-    finite = truth[truth.isfinite()].abs()
-    if not finite.numel():
-        finite = truth.new_zeros(1)
-    peak = (finite.max() / (finite.square().mean().sqrt() or 1)).item()
-    eps = torch.finfo(actual.dtype).eps * (16 if actual.dtype == torch.float64 else 1)
-    eps += torch.finfo(accumulator_dtype(actual)).eps * (terms / 6) ** 0.5
-    assert ours.rms <= RATIO * theirs.rms + eps, f"{what}: rms error {ours.rms:.3e}, torch {theirs.rms:.3e}"
-    assert ours.max <= RATIO * theirs.max + 4 * eps * peak, f"{what}: max error {ours.max:.3e}, torch {theirs.max:.3e}"
+    assert within_policy(actual, truth, ours, theirs, terms), f"{what}: received {ours}, torch has {theirs}"
 
 
 def check_gradients(function, reference, inputs, what: str = "gradient", terms: int = 0) -> None:
