@@ -6,41 +6,70 @@ from . import compiler, emulator
 from .source import Kernel, signature
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
+BLOCK_LIMITS = (1024, 1024, 64)
 MAX_THREADS = 1024
 
 
 def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
-    """Starts `kernel` on the arrays' device, in CuPy's current stream; NumPy arrays run on the emulator before it returns.
+    """Starts `kernel` on the current device, in CuPy's current stream; on NumPy arrays, runs it on the emulator.
 
     kernel: the variant, see `source.Kernel`.
     grid, block: 3 ints each. A grid with a 0 in it starts nothing.
     args: as the kernel declares them: an array or None (null) for a pointer, a number for a scalar. Numbers are cast to
         the declared type. Outputs are arrays of the caller; nothing is allocated here.
     shared_bytes: dynamic shared memory per block.
-    Raises ValueError for a wrong number of arguments, a non-contiguous array or limits that CUDA does not allow;
-    TypeError for an array of another dtype, or on another device, than the kernel and its neighbours have.
+    Raises ValueError for a wrong number of arguments, a non-contiguous array, a number that its type cannot hold, or
+    limits that CUDA does not allow; TypeError for an array of another kind or dtype than the kernel and its neighbours
+    have; RuntimeError for an array that is not on the current device.
     """
     parameters = signature(kernel)
     if len(args) != len(parameters):
         raise ValueError(f"{kernel} takes {len(parameters)} arguments, received {len(args)}")
     if 0 in grid:
         return
-    if any(g > limit for g, limit in zip(grid, GRID_LIMITS)) or block[0] * block[1] * block[2] > MAX_THREADS:
-        raise ValueError(f"{kernel}: grid {grid} and block {block} exceed CUDA's {GRID_LIMITS} and {MAX_THREADS} threads")
-    cast = [_check(kernel, p, arg) if p.pointer else p.dtype.type(arg) for p, arg in zip(parameters, args)]
-    kinds = {type(arg) for p, arg in zip(parameters, cast) if p.pointer and arg is not None}
-    if kinds == {np.ndarray}:
-        emulator.run(kernel, parameters, grid, block, cast, shared_bytes)
-    elif len(kinds) == 1:
-        null = np.uint64(0)
-        compiler.function(kernel, shared_bytes)(
-            grid, block, [null if arg is None else arg for arg in cast], shared_mem=shared_bytes
-        )
+    _check_limits(kernel, grid, block)
+    arrays = [arg for p, arg in zip(parameters, args) if p.pointer and arg is not None]
+    on_gpu = _on_gpu(kernel, arrays)
+    cast = [_checked(kernel, p, arg) if p.pointer else _number(kernel, p, arg) for p, arg in zip(parameters, args)]
+    if on_gpu:
+        function = compiler.function(kernel, shared_bytes)
+        _check_device(kernel, arrays)
+        function(grid, block, [np.uint64(0) if arg is None else arg for arg in cast], shared_mem=shared_bytes)
     else:
-        raise TypeError(f"{kernel} takes arrays of one kind, received {', '.join(sorted(t.__name__ for t in kinds))}")
+        emulator.run(kernel, parameters, grid, block, cast, shared_bytes)
 
 
-def _check(kernel, parameter, array):
+def _check_limits(kernel, grid, block):
+    if any(g > limit for g, limit in zip(grid, GRID_LIMITS)):
+        raise ValueError(f"{kernel}: grid {tuple(grid)} exceeds CUDA's limits {GRID_LIMITS}")
+    threads = block[0] * block[1] * block[2]
+    if any(b > limit for b, limit in zip(block, BLOCK_LIMITS)) or not 0 < threads <= MAX_THREADS:
+        raise ValueError(
+            f"{kernel}: block {tuple(block)} exceeds CUDA's limits {BLOCK_LIMITS} and {MAX_THREADS} threads in all"
+        )
+
+
+def _on_gpu(kernel, arrays) -> bool:
+    """Whether the arrays are CuPy's (else NumPy's)."""
+    kinds = {type(array) for array in arrays}
+    if kinds == {np.ndarray}:
+        return False
+    if len(kinds) != 1 or not next(iter(kinds)).__module__.startswith("cupy"):
+        received = ", ".join(sorted(f"{t.__module__}.{t.__qualname__}" for t in kinds))
+        raise TypeError(f"{kernel} takes arrays of one kind, CuPy's or NumPy's; received {received or 'no array'}")
+    return True
+
+
+def _check_device(kernel, arrays):
+    import cupy
+
+    current = cupy.cuda.runtime.getDevice()
+    devices = {array.data.device_id for array in arrays}
+    if devices != {current}:
+        raise RuntimeError(f"{kernel} starts on the current device {current}; its arrays are on {sorted(devices)}")
+
+
+def _checked(kernel, parameter, array):
     if array is None:
         return None
     if not array.flags.c_contiguous:
@@ -48,3 +77,10 @@ def _check(kernel, parameter, array):
     if parameter.dtype is not None and array.dtype != parameter.dtype:
         raise TypeError(f"{kernel}: {parameter.name} is {array.dtype}, the kernel takes {parameter.dtype}")
     return array
+
+
+def _number(kernel, parameter, value):
+    try:
+        return parameter.dtype.type(value)
+    except OverflowError as error:
+        raise ValueError(f"{kernel}: {parameter.name}={value} does not fit {parameter.dtype}") from error

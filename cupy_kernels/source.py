@@ -128,18 +128,25 @@ def kernel_names(file: str) -> tuple[str, ...]:
 
 @functools.cache
 def signature(kernel: Kernel) -> tuple[Parameter, ...]:
-    """Parameters of `kernel` as its text declares them. ValueError if the file has no such kernel."""
+    """Parameters of `kernel` as its text declares them.
+
+    ValueError if the file has no such kernel, or if it has a scalar parameter of a type that is not in DTYPES.
+    """
     for match in _KERNEL.finditer(expanded(kernel.file)):
         if match[1] == kernel.name:
-            return tuple(_parameter(p, dict(kernel.defines)) for p in re.sub(r"//.*", "", match[2]).split(","))
+            return tuple(_parameter(kernel, p) for p in re.sub(r"//.*", "", match[2]).split(","))
     raise ValueError(f"{kernel.file} has no kernel {kernel.name!r}; it has {', '.join(kernel_names(kernel.file))}")
 
 
-def _parameter(declaration: str, defines: dict) -> Parameter:
+def _parameter(kernel: Kernel, declaration: str) -> Parameter:
     words = declaration.replace("*", " * ").split()
     name, words = words[-1], words[:-1]
     kind = " ".join(w for w in words if w not in ("*", "const", "INOUT", "__restrict__"))
-    dtype = DTYPES.get(str(defines.get(kind, kind)))
+    dtype = DTYPES.get(str(dict(kernel.defines).get(kind, kind)))
+    if dtype is None and "*" not in words:
+        raise ValueError(
+            f"{kernel}: {name} is a {kind}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"
+        )
     return Parameter(name, dtype, "*" in words, "const" in words, "INOUT" in words)
 
 
