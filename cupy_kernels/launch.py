@@ -40,10 +40,9 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
 
 
 def _check_limits(kernel, grid, block):
-    if any(g > limit for g, limit in zip(grid, GRID_LIMITS)):
+    if grid[0] > GRID_LIMITS[0] or grid[1] > GRID_LIMITS[1] or grid[2] > GRID_LIMITS[2]:
         raise ValueError(f"{kernel}: grid {tuple(grid)} exceeds CUDA's limits {GRID_LIMITS}")
-    threads = block[0] * block[1] * block[2]
-    if any(b > limit for b, limit in zip(block, BLOCK_LIMITS)) or not 0 < threads <= MAX_THREADS:
+    if not 0 < block[0] * block[1] * block[2] <= MAX_THREADS or block[2] > BLOCK_LIMITS[2]:
         raise ValueError(
             f"{kernel}: block {tuple(block)} exceeds CUDA's limits {BLOCK_LIMITS} and {MAX_THREADS} threads in all"
         )

@@ -93,7 +93,7 @@ def text(file: str) -> str:
 def _packaged(file):
     if file not in names():
         raise ValueError(f"no kernel source {file!r}; there are {', '.join(names())}")
-    return (_FOLDER / file).read_text()
+    return (_FOLDER / file).read_text(encoding="utf-8")
 
 
 @functools.cache

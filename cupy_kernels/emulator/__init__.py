@@ -156,7 +156,7 @@ def _cpu() -> str:
 
 
 def _translation_unit(kernel: Kernel) -> str:
-    header = resources.files(__package__).joinpath("cuda.h").read_text()
+    header = resources.files(__package__).joinpath("cuda.h").read_text(encoding="utf-8")
     macros = "\n".join(f"#define {k} {v}" for k, v in kernel.defines)  # after the header: -D would reach libc's headers
     entries = "\n".join(_entry(kernel._replace(name=name)) for name in kernel_names(kernel.file))
     return f'{header}\n{macros}\n{expanded(kernel.file)}\n#line 1 "emulator_entries"\n{entries}\n'
@@ -179,9 +179,13 @@ def _build(kernel: Kernel) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         source, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
-        source.write_text(text)
-        done = subprocess.run([*command, str(source), "-o", str(built), "-lm"], capture_output=True, text=True)
+        source.write_text(text, encoding="utf-8")
+        done = subprocess.run(
+            [*command, str(source), "-o", str(built), "-lm"],
+            capture_output=True,
+            env={**os.environ, "LC_ALL": "C"},  # messages in English, which compile_error reads
+        )
         if done.returncode:
-            raise compile_error(kernel, done.stderr)
+            raise compile_error(kernel, done.stderr.decode(errors="replace"))
         os.replace(built, library)  # atomic: another process sees all of it or nothing
     return library

@@ -1,0 +1,118 @@
+"""Compilation: errors that point at the kernel's line, one compilation per variant, and who is told of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cupy_kernels import compiler, nvrtc, source
+from cupy_kernels.errors import BackendError, KernelCompileError
+from cupy_kernels.launch import launch
+from cupy_kernels.source import Kernel
+from modelnew.interop import run
+
+WRONG = {
+    "wrong.cu": """#include "wrong.cuh"
+extern "C" __global__ void wrong(float* y) {
+    y[threadIdx.x] = helper(2);
+}""",
+    "wrong.cuh": """// A header.
+
+__device__ inline float helper(float v) { return v * undefined_name; }
+""",
+}
+ADD = """#include "common.cuh"
+extern "C" __global__ void add(INOUT float* y) {
+    y[threadIdx.x] += ADDEND;
+}
+extern "C" __global__ void subtract(INOUT float* y) {
+    y[threadIdx.x] -= ADDEND;
+}"""
+
+
+def start(kernel, tensor):
+    run(lambda y: launch(kernel, (1, 1, 1), (y.size, 1, 1), (y,)), tensor)
+
+
+def needs_nvrtc():
+    try:
+        nvrtc.library()
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+def check_place(error):
+    text = str(error.value)
+    first, second, third = text.splitlines()[:3]
+    assert first == "wrong [wrong.cu] does not compile:"
+    assert second.startswith(("wrong.cuh:3", "wrong.cuh(3)"))
+    assert "undefined_name" in second
+    assert third == "    3 | __device__ inline float helper(float v) { return v * undefined_name; }"
+    assert "Compiler log:" in text
+
+
+def test_compile_error(device):
+    with source.override(WRONG), pytest.raises(KernelCompileError) as error:
+        start(Kernel("wrong.cu", "wrong"), torch.zeros(4, device=device))
+    check_place(error)
+
+
+def test_compile_error_of_nvrtc():
+    needs_nvrtc()
+    with source.override(WRONG), pytest.raises(KernelCompileError) as error:
+        nvrtc.compile_cubin(Kernel("wrong.cu", "wrong"), "sm_80")
+    check_place(error)
+
+
+def test_an_edited_kernel_runs_and_the_packaged_one_returns(device):
+    y = torch.zeros(3, device=device)
+    kernel = Kernel("add.cu", "add", (("ADDEND", 1),))
+    for text, expected in ((ADD, 1), (ADD.replace("+=", "+= 10 *"), 11), (ADD, 12)):
+        with source.override({"add.cu": text}):
+            start(kernel, y)
+        assert y.tolist() == [expected] * 3
+
+
+def test_one_compilation_for_a_file_and_its_macros(device, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compiler, "_listeners", [])
+    compiler.on_compile(seen.append)
+    y = torch.zeros(3, device=device)
+    with source.override({"add.cu": ADD + f"// {device}"}):
+        for value, name in ((1, "add"), (1, "subtract"), (2, "add"), (1, "add"), (2, "subtract")):
+            start(Kernel("add.cu", name, (("ADDEND", value),)), y)
+    assert y.tolist() == [1] * 3
+    assert [(k.name, dict(k.defines)["ADDEND"]) for k in seen] == [("add", 1), ("add", 2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_next_process_reads_the_disk_cache(tmp_path):
+    script = """
+import torch
+from modelnew.functional import tanh
+x = torch.randn(5, device="cuda")
+assert torch.allclose(tanh(x), torch.tanh(x))
+"""
+    environment = {
+        **os.environ,
+        "CUPY_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+
+    def cached():
+        subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+        return {(file.name, file.stat().st_ino, file.stat().st_mtime_ns) for file in tmp_path.iterdir()}
+
+    first = cached()
+    assert len(first) == 1
+    assert cached() == first  # a compilation would have written the file again
+
+
+def test_no_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(BackendError, match=r"CuPy is not installed.*pip install 'modelnew\[cuda11\]'"):
+        compiler.cupy()

@@ -1,0 +1,134 @@
+import threading
+
+import numpy as np
+import pytest
+
+from cupy_kernels import source
+from cupy_kernels.source import DTYPES, Kernel, Parameter
+
+DIAMOND = {
+    "top.cu": '#include "left.cuh"\n#include "right.cuh"\nint top;\n',
+    "left.cuh": '// left\n#include "base.cuh"\nint left;\n',
+    "right.cuh": '#include "base.cuh"\nint right;\n',
+    "base.cuh": "int base;\n",
+}
+
+
+def test_includes_are_expanded_once():
+    with source.override(DIAMOND):
+        lines = source.expanded("top.cu").splitlines()
+    assert lines == [
+        '#line 1 "top.cu"',
+        '#line 1 "left.cuh"',
+        "// left",
+        '#line 1 "base.cuh"',
+        "int base;",
+        '#line 3 "left.cuh"',
+        "int left;",
+        '#line 2 "top.cu"',
+        '#line 1 "right.cuh"',
+        "",
+        "int right;",
+        '#line 3 "top.cu"',
+        "int top;",
+    ]
+
+
+def test_a_missing_include_is_named():
+    with (
+        source.override({"a.cu": '#include "b.cuh"\n'}),
+        pytest.raises(ValueError, match=r"no kernel source 'b\.cuh'; there are .*common\.cuh"),
+    ):
+        source.expanded("a.cu")
+
+
+@pytest.mark.parametrize("file", [f for f in source.names() if f.endswith(".cu")])
+def test_every_file_is_self_contained(file):
+    """CuPy's disk cache hashes the text, not what it would include; and no toolkit's header may be needed."""
+    assert "#include" not in source.expanded(file)
+    assert source.kernel_names(file)
+
+
+def test_signature():
+    text = """#include "common.cuh"
+extern "C" __global__ void __launch_bounds__(256, 512 / 256) many(
+    const scalar_t* __restrict__ x,  // input, of any type
+    INOUT double *sums, Pair* pairs, u8* flags,
+    float eps, i64 size
+) {}"""
+    with source.override({"many.cu": text}):
+        parameters = source.signature(Kernel("many.cu", "many", (("scalar_t", "half_t"),)))
+    assert parameters == (
+        Parameter("x", DTYPES["half_t"], pointer=True, const=True, inout=False),
+        Parameter("sums", DTYPES["double"], pointer=True, const=False, inout=True),
+        Parameter("pairs", None, pointer=True, const=False, inout=False),
+        Parameter("flags", np.dtype(np.uint8), pointer=True, const=False, inout=False),
+        Parameter("eps", DTYPES["float"], pointer=False, const=False, inout=False),
+        Parameter("size", DTYPES["i64"], pointer=False, const=False, inout=False),
+    )
+
+
+def test_a_scalar_of_unknown_type_is_refused():
+    with (
+        source.override({"a.cu": 'extern "C" __global__ void a(float* x, size_t n) {}'}),
+        pytest.raises(ValueError, match="n is a size_t; scalar parameters are float"),
+    ):
+        source.signature(Kernel("a.cu", "a"))
+
+
+def test_override_is_for_the_block_alone_and_nests():
+    before = source.expanded("tanh.cu")
+    with source.override({"tanh.cuh": "// mine"}):
+        assert "// mine" in source.expanded("tanh.cu")
+        with source.override({"tanh.cu": "// all mine", "extra.cu": "// new"}):
+            assert source.text("extra.cu") == "// new"
+            assert source.text("tanh.cuh") == "// mine"
+            assert source.expanded("tanh.cu") == '#line 1 "tanh.cu"\n// all mine'
+            assert source.overridden() == {"tanh.cu", "tanh.cuh", "extra.cu"}
+        assert "// mine" in source.expanded("tanh.cu")
+        with pytest.raises(ValueError, match=r"no kernel source 'extra\.cu'"):
+            source.text("extra.cu")
+    assert source.expanded("tanh.cu") == before
+    assert not source.overridden()
+
+
+def test_override_ends_with_an_error():
+    with pytest.raises(KeyError), source.override({"tanh.cu": "// mine"}):
+        raise KeyError
+    assert "// mine" not in source.text("tanh.cu")
+
+
+def test_override_holds_in_other_threads():
+    seen = []
+    with source.override({"tanh.cu": "// mine"}):
+        thread = threading.Thread(target=lambda: seen.append(source.text("tanh.cu")))
+        thread.start()
+        thread.join()
+    assert seen == ["// mine"]
+
+
+def test_digest_is_of_the_packaged_files(monkeypatch, tmp_path):
+    digest = source.digest()
+    assert len(digest) == 64
+    with source.override({"tanh.cu": "// mine"}):
+        source.digest.cache_clear()
+        assert source.digest() == digest
+
+    for file in source.names():
+        (tmp_path / file).write_text(source.text(file))
+
+    def digest_of_copy():
+        source.digest.cache_clear()
+        return source.digest()
+
+    monkeypatch.setattr(source, "_FOLDER", tmp_path)
+    try:
+        assert digest_of_copy() == digest
+        (tmp_path / "tanh.cu").write_text(source.text("tanh.cu") + "\n")
+        assert digest_of_copy() != digest
+        (tmp_path / "tanh.cu").write_text(source.text("tanh.cu")[:-1])
+        assert digest_of_copy() == digest
+        (tmp_path / "tanh.cuh").rename(tmp_path / "other.cuh")
+        assert digest_of_copy() != digest
+    finally:
+        source.digest.cache_clear()
