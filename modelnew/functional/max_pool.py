@@ -1,0 +1,86 @@
+"""max_pool2d, with the signature of torch.nn.functional.max_pool2d."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from cupy_kernels.max_pool import max_pool_backward, max_pool_forward
+from cupy_kernels.pool import Pool, pool_output_size
+
+from ..interop import check_floating, dense, pair, run
+
+
+class _MaxPool2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, pool, ceil_mode, return_indices, need_taps):
+        x = dense(x)
+        y = x.new_empty(pooled_shape(x.shape, pool, ceil_mode))
+        taps = new_taps(y, pool) if need_taps else None
+        indices = torch.empty_like(y, dtype=torch.int64) if return_indices else None
+        run(max_pool_forward, x, y, taps, indices, *pool)
+        ctx.save_for_backward(taps)
+        ctx.pool, ctx.shape = pool, x.shape
+        if not return_indices:
+            return y
+        ctx.mark_non_differentiable(indices)
+        return y, indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        (taps,) = ctx.saved_tensors
+        dx = dy.new_empty(ctx.shape)
+        run(max_pool_backward, dense(dy), taps, dx, *ctx.pool)
+        return dx, None, None, None, None
+
+
+def pooled_shape(shape, pool: Pool, ceil_mode: bool) -> tuple[int, ...]:
+    """Shape of the output for an input of `shape`, [N, C, H, W] or [C, H, W]. RuntimeError where torch raises it."""
+    if len(shape) not in (3, 4) or 0 in shape[-3:]:
+        raise RuntimeError(
+            f"pooling takes input [N, C, H, W] or [C, H, W], where only N may be 0; received shape {tuple(shape)}"
+        )
+    return (*shape[:-2], *pool_output_size(shape[-2:], pool, ceil_mode))
+
+
+def pool_of(kernel_size, stride, padding, dilation) -> Pool:
+    """The windows that torch's arguments mean: ints or pairs; no stride (None, an empty tuple) is kernel_size."""
+    kernel_size = pair(kernel_size, "kernel_size")
+    stride = kernel_size if stride is None or stride == () or stride == [] else pair(stride, "stride")
+    return Pool(kernel_size, stride, pair(padding, "padding"), pair(dilation, "dilation"))
+
+
+def new_taps(y: torch.Tensor, pool: Pool) -> torch.Tensor:
+    """Memory for the position of each output within its window."""
+    return torch.empty_like(y, dtype=torch.int32 if pool.wide_taps else torch.uint8)
+
+
+def will_need_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward can follow an autograd Function of these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """y[n, c, oh, ow] = max over kh, kw of x[n, c, oh s - p + kh d, ow s - p + kw d].
+
+    See torch.nn.functional.max_pool2d.
+
+    input: [N, C, H, W] or [C, H, W]; float32, float64, float16 or bfloat16.
+    kernel_size, stride (kernel_size if None), padding (at most half of kernel_size), dilation: ints, or pairs (H, W).
+    ceil_mode: the output's size is rounded up, if the last window then starts inside the input or its left padding.
+    return_indices: also return h * W + w of each maximum, int64, of the output's shape.
+
+    Of equal elements the first is the maximum; a NaN is, if there is one, the last of several. The gradient goes to
+    that one element. The result is contiguous. Raises TypeError for other dtypes, ValueError for hyper-parameters that
+    are neither ints nor pairs, RuntimeError, as torch, for shapes and windows that do not fit.
+    """
+    check_floating(input=input)
+    pool = pool_of(kernel_size, stride, padding, dilation)
+    return _MaxPool2d.apply(input, pool, bool(ceil_mode), bool(return_indices), will_need_grad(input))
