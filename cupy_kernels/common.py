@@ -30,7 +30,11 @@ def accumulator_dtype(array) -> np.dtype:
 
 def type_macros(array) -> tuple:
     """Macros scalar_t and acc_t for `array`."""
-    name = scalar(array)
+    return scalar_macros(scalar(array))
+
+
+def scalar_macros(name: str) -> tuple:
+    """Macros scalar_t and acc_t for arrays of the type `name`."""
     return (("scalar_t", name), ("acc_t", accumulator(name)))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import BackendError
-from .source import Kernel, compile_error, expanded
+from .source import Kernel, Variant, compile_error, expanded, kernel_names
 
 STANDARD = "-std=c++17"
 
@@ -71,16 +71,28 @@ def version() -> str:
 
 
 def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, Resources]:
-    """Compiles one variant for `arch` ("sm_80") to a cubin, as CuPy would; KernelCompileError with NVRTC's log.
+    """The cubin of the kernel's variant for `arch` ("sm_80"), and the resources of `kernel`; see `compile_variant`."""
+    cubin, resources = compile_variant(kernel.variant, arch)
+    return cubin, resources[kernel.name]
 
-    Returns the cubin and the resources of `kernel` itself (a file may define several kernels).
+
+def compile_variant(variant: Variant, arch: str) -> tuple[bytes, dict[str, Resources]]:
+    """Compiles for `arch` ("sm_80") to a cubin, as CuPy would; KernelCompileError with NVRTC's log.
+
+    Returns the cubin and the resources of each kernel in it.
     """
     lib, program = library(), ctypes.c_void_p()
     # -ftz=true: CuPy appends it to every compilation
-    options = [STANDARD, "-ftz=true", f"-arch={arch}", "--ptxas-options=-v", *(f"-D{k}={v}" for k, v in kernel.defines)]
+    options = [
+        STANDARD,
+        "-ftz=true",
+        f"-arch={arch}",
+        "--ptxas-options=-v",
+        *(f"-D{k}={v}" for k, v in variant.defines),
+    ]
     raw = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
-    source = expanded(kernel.file).encode()
-    lib.nvrtcCreateProgram(ctypes.byref(program), source, kernel.file.encode(), 0, None, None)
+    text = expanded(variant.file).encode()
+    lib.nvrtcCreateProgram(ctypes.byref(program), text, variant.file.encode(), 0, None, None)
     try:
         status = lib.nvrtcCompileProgram(program, len(options), raw)
         size = ctypes.c_size_t()
@@ -88,13 +100,13 @@ def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, Resources]:
         log = ctypes.create_string_buffer(size.value)
         lib.nvrtcGetProgramLog(program, log)
         if status:
-            raise compile_error(kernel, log.value.decode())
+            raise compile_error(variant, log.value.decode())
         lib.nvrtcGetCUBINSize(program, ctypes.byref(size))
         cubin = ctypes.create_string_buffer(size.value)
         lib.nvrtcGetCUBIN(program, cubin)
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
-    return cubin.raw, _resources(kernel.name, log.value.decode())
+    return cubin.raw, {name: _resources(name, log.value.decode()) for name in kernel_names(variant.file)}
 
 
 def _resources(name: str, log: str) -> Resources:

@@ -31,15 +31,29 @@ SCALARS = {dtype: name for name, dtype in DTYPES.items()}
 _overrides: dict[str, str] = {}
 
 
+class Variant(NamedTuple):
+    """A .cu file and the macros it is compiled with: one compilation, which gives all kernels of the file."""
+
+    file: str
+    defines: tuple[tuple[str, str | int], ...] = ()
+
+    def __str__(self):
+        return " ".join([self.file, *(f"-D{k}={v}" for k, v in self.defines)])
+
+
 class Kernel(NamedTuple):
-    """One compiled variant: a .cu file, one of its kernels, and the macros it is compiled with."""
+    """A .cu file, one of its kernels, and the macros it is compiled with."""
 
     file: str
     name: str
     defines: tuple[tuple[str, str | int], ...] = ()
 
     def __str__(self):
-        return f"{self.name} [{self.file}{''.join(f' -D{k}={v}' for k, v in self.defines)}]"
+        return f"{self.name} [{self.variant}]"
+
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.file, self.defines)
 
 
 class Parameter(NamedTuple):
@@ -159,12 +173,12 @@ def digest() -> str:
     return sha.hexdigest()
 
 
-def compile_error(kernel: Kernel, log: str) -> KernelCompileError:
+def compile_error(what: Kernel | Variant, log: str) -> KernelCompileError:
     """The error for a compiler's log: the first message that names a line of a kernel source comes first."""
     for match in re.finditer(r"^([\w.]+)[(:](\d+)\)?[^\n]*error[^\n]*", log, re.MULTILINE):
         file, number = match[1], int(match[2])
         lines = text(file).splitlines() if file in _overrides or file in names() else []
         if number <= len(lines):
             place = f"{match[0]}\n    {number} | {lines[number - 1]}"
-            return KernelCompileError(f"{kernel} does not compile:\n{place}\n\nCompiler log:\n{log}")
-    return KernelCompileError(f"{kernel} does not compile:\n{log}")
+            return KernelCompileError(f"{what} does not compile:\n{place}\n\nCompiler log:\n{log}")
+    return KernelCompileError(f"{what} does not compile:\n{log}")

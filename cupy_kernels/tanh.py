@@ -1,8 +1,8 @@
 """Hyperbolic tangent, elementwise."""
 
-from .common import THREADS, ceil_div, same_shape, type_macros, vector_width
+from .common import FLOATS, THREADS, ceil_div, same_shape, scalar_macros, type_macros, vector_width
 from .launch import launch
-from .source import Kernel
+from .source import DTYPES, Kernel, Variant
 
 
 def tanh_forward(x, y) -> None:
@@ -15,6 +15,13 @@ def tanh_backward(dy, y, dx) -> None:
     """dx = dy * (1 - y^2), where y is the output of the forward. dx is written."""
     same_shape(dy=dy, y=y, dx=dx)
     _launch("tanh_backward", dy, y, dx)
+
+
+def variants():
+    """Every variant that this module launches."""
+    for scalar in FLOATS:
+        for width in (1, 16 // DTYPES[scalar].itemsize):
+            yield Variant("tanh.cu", (*scalar_macros(scalar), ("WIDTH", width)))
 
 
 def _launch(name, *arrays):

@@ -1,9 +1,29 @@
-"""Every test that takes `device` runs on the emulator (CPU tensors), and on the GPU where there is one (marker gpu)."""
+"""What all tests share.
+
+Every test that takes `device` runs on the emulator (CPU tensors), and on the GPU where there is one (marker gpu).
+`--record` writes down what the GPU's tests found.
+"""
+
+import contextlib
+import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
+import tolerance
 import torch
 
-from cupy_kernels import compiler, emulator
+from cupy_kernels import compiler, emulator, source
+from cupy_kernels.errors import BackendError
+from cupy_kernels.variants import variants
+from modelnew import environment
+
+_started = []
+try:
+    _declared = frozenset(variants())
+except ImportError:
+    _declared = frozenset()
 
 
 def pytest_generate_tests(metafunc):
@@ -22,15 +42,83 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_memory_from_cupy():
+    """All memory is torch's: whatever takes some from CuPy's pool fails."""
+
+    def refuse(size):
+        raise AssertionError(f"{size} bytes taken from CuPy's allocator")
+
+    if torch.cuda.is_available():
+        with contextlib.suppress(BackendError):
+            compiler.cupy().cuda.set_allocator(refuse)
+
+
+def _spied(start):
+    def spy(kernel, *args, **options):
+        if not source.overridden():
+            _started.append(kernel)
+        return start(kernel, *args, **options)
+
+    return spy
+
+
+emulator.run = _spied(emulator.run)
+compiler.function = _spied(compiler.function)
+
+
+@pytest.fixture(autouse=True)
+def declared_variants():
+    """Fails a test that starts a variant which no `variants()` declares: test_nvrtc.py compiles the declared ones."""
+    _started.clear()
+    yield
+    files = {variant.file for variant in _declared}
+    undeclared = {str(k.variant) for k in _started if k.file in files} - {str(variant) for variant in _declared}
+    assert not undeclared, f"not in variants(): {sorted(undeclared)}"
+
+
 @pytest.fixture
-def launched(monkeypatch):
+def launched(declared_variants):
     """List of the kernels that the test has started so far, in order."""
-    kernels = []
-    for module, name in ((emulator, "run"), (compiler, "function")):
+    return _started
 
-        def spy(kernel, *args, start=getattr(module, name), **options):
-            kernels.append(kernel)
-            return start(kernel, *args, **options)
 
-        monkeypatch.setattr(module, name, spy)
-    return kernels
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record",
+        metavar="FOLDER",
+        help="write FOLDER/parity_<gpu>_<toolchain>.json: versions, counts, and the errors of results on the GPU",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--record"):
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--record writes down what a GPU computes, and torch finds none here")
+        if config.getoption("numprocesses", None):
+            raise pytest.UsageError("--record works in one process, without -n")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    folder = config.getoption("--record")
+    if not folder:
+        return
+    versions = environment.versions()
+    counts = {
+        outcome: len([r for r in terminalreporter.stats.get(outcome, []) if r.when == "call" or outcome != "passed"])
+        for outcome in ("passed", "failed", "skipped", "error")
+    }
+    record = {
+        "command": shlex.join(["python3", "-m", "pytest", *config.invocation_params.args]),
+        "versions": versions,
+        "digest": source.digest(),
+        "gpu": versions["gpu"],
+        "passed": counts["passed"],
+        "failed": counts["failed"] + counts["error"],
+        "skipped": counts["skipped"],
+        "errors": tolerance.kept(),
+    }
+    gpu = re.sub(r"[^a-z0-9]+", "-", versions["gpu"].lower().removeprefix("nvidia ")).strip("-")
+    path = Path(folder, f"parity_{gpu}_nvrtc{versions['nvrtc']}.json")
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    terminalreporter.write_line(f"recorded in {path}")

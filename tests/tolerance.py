@@ -1,8 +1,28 @@
 """Assertions of the one tolerance policy, see `modelnew.parity.within_policy`."""
 
+import os
+
 import torch
 
-from modelnew.parity import error, within_policy
+from modelnew.parity import Row, error, within_policy
+
+CLASSES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+_kept: dict[tuple[str, str], Row] = {}
+
+
+def keep(row: Row) -> None:
+    """Keeps what a test measured on a GPU, for `--record`: of each comparison the worst beside PyTorch's."""
+    test = os.environ["PYTEST_CURRENT_TEST"].rpartition("/")[2].partition("[")[0].partition(" ")[0]
+    row = row._replace(what=f"{test}: {row.what}")
+    known = _kept.get((row.what, row.cls))
+    if known is None or row.ours.rms - row.torch.rms > known.ours.rms - known.torch.rms:
+        _kept[row.what, row.cls] = row
+
+
+def kept() -> list[dict]:
+    """All that `keep` has, as records."""
+    return [_kept[key].record() for key in sorted(_kept)]
 
 
 def check(
@@ -15,6 +35,8 @@ def check(
     )
     ours, theirs = error(actual, truth), error(torch_result, truth)
     assert within_policy(actual, truth, ours, theirs, terms), f"{what}: received {ours}, torch has {theirs}"
+    if actual.is_cuda:
+        keep(Row(what, CLASSES[actual.dtype], ours, theirs, close=None, ok=True))
 
 
 def check_gradients(function, reference, inputs, what: str = "gradient", terms: int = 0) -> None:

@@ -1,0 +1,67 @@
+"""Every declared variant, compiled by NVRTC for every architecture without a GPU: it must need no local memory."""
+
+import itertools
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from cupy_kernels import nvrtc, source
+from cupy_kernels.errors import BackendError
+from cupy_kernels.source import Kernel
+from cupy_kernels.variants import variants
+
+ARCHITECTURES = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
+
+try:
+    VERSION = nvrtc.version()
+except BackendError:
+    VERSION = None
+pytestmark = pytest.mark.skipif(VERSION != "11.8", reason=f"needs NVRTC 11.8, found {VERSION}")
+
+
+def resources(variant, architecture):
+    return nvrtc.compile_variant(variant, architecture)[1]
+
+
+@pytest.mark.parametrize("file", sorted({v.file for v in variants()}))
+def test_no_variant_needs_local_memory(file):
+    jobs = list(itertools.product([v for v in variants() if v.file == file], ARCHITECTURES))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:  # NVRTC compiles one program at a time in a process
+        for job, kernels in zip(jobs, pool.map(resources, *zip(*jobs))):
+            assert kernels
+            for name, used in kernels.items():
+                assert not used.spill_bytes + used.stack_bytes, f"{name} of {job[0]} for {job[1]}: {used}"
+
+
+def test_spills_are_seen():
+    text = """extern "C" __global__ void __launch_bounds__(1024) spill(const float* x, float* y, int n) {
+        float v[200];
+        #pragma unroll
+        for (int i = 0; i < 200; i++) v[i] = x[threadIdx.x * 200 + i];
+        for (int k = 0; k < n; k++)
+            #pragma unroll
+            for (int i = 0; i < 200; i++) v[i] = v[i] * v[(i + 1) % 200] + k;
+        #pragma unroll
+        for (int i = 0; i < 200; i++) y[threadIdx.x * 200 + i] = v[i];
+    }
+    extern "C" __global__ void lean(float* y) { y[threadIdx.x] = 1; }
+    extern "C" __global__ void indexed(float* y, int i) {
+        float v[64];
+        for (int k = 0; k < i; k++) v[k * k % 64] = y[k];
+        y[threadIdx.x] = v[threadIdx.x % 64];
+    }"""
+    with source.override({"spill.cu": text}):
+        kernels = resources(Kernel("spill.cu", "spill").variant, "sm_80")
+    assert kernels["spill"].spill_bytes
+    assert kernels["indexed"].stack_bytes
+    assert kernels["lean"].spill_bytes == kernels["lean"].stack_bytes == 0
+    assert 0 < kernels["lean"].registers < 16
+
+
+def test_every_kernel_is_declared():
+    assert {v.file for v in variants()} == {f for f in source.names() if f.endswith(".cu")}
+
+
+def test_no_variant_is_declared_twice():
+    assert len(set(variants())) == len(list(variants()))
