@@ -1,5 +1,7 @@
 """Kernel text -> function on the current GPU, through cupy.RawModule."""
 
+import functools
+
 from . import nvrtc
 from .errors import BackendError
 from .source import Kernel, compile_error, expanded
@@ -11,6 +13,7 @@ _listeners = []
 DEFAULT_SHARED_BYTES = 48 * 1024
 
 
+@functools.cache
 def cupy():
     """CuPy, with CUDA 11's wheels loaded first. BackendError if it is not installed or finds no GPU."""
     nvrtc.preload_wheels()
@@ -30,12 +33,14 @@ def cupy():
     return cupy
 
 
-def on_compile(listener) -> None:
+def on_compile(listener):
     """Calls listener(kernel) before each variant that this process compiles or loads from a disk cache, on any backend.
 
     The kernels of one file with the same macros are one compilation: the first that is launched is named.
+    Returns a function that ends it.
     """
     _listeners.append(listener)
+    return lambda: _listeners.remove(listener)
 
 
 def announce(kernel: Kernel) -> None:

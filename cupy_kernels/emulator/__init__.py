@@ -31,6 +31,7 @@ from ..source import Kernel, compile_error, expanded, kernel_names, signature
 GUARD_BYTES = 4096
 POISON = 0xFF
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-w")
+FLAGS += ("-fvisibility=hidden",)  # or a kernel named like a function of libc would call that one
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 STACKS_BYTES = 1024 * (128 << 10)  # MAX_THREADS * STACK_BYTES of cuda.h
 

@@ -331,7 +331,7 @@ static const char* run(void (*body)(), void** args, const unsigned* grid, const 
 
 #define EMULATOR_ENTRY(kernel, ...) \
     static void kernel##_body() { using emulator::arguments; kernel(__VA_ARGS__); } \
-    extern "C" const char* emulator_##kernel( \
+    extern "C" __attribute__((visibility("default"))) const char* emulator_##kernel( \
         void** args, const unsigned* grid, const unsigned* block, size_t shared_bytes, unsigned long long seed, char* stacks) { \
         return emulator::run(kernel##_body, args, grid, block, shared_bytes, seed, stacks); \
     }
