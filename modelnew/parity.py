@@ -110,7 +110,7 @@ def compare_models(model: Model, model_new: ModelNew, x: torch.Tensor, cls: str 
         raise ValueError(f"cls must be one of {', '.join(CLASSES)}, received {cls!r}")
     precise, ours, theirs = (copy.deepcopy(m).train() for m in (model, model_new, model))
     ours.load_state_dict(model.state_dict())
-    with _tf32(cls == "tf32"):
+    with tf32(cls == "tf32"):
         pools = []
         with precise.max_pool.register_forward_hook(lambda _, inputs, output: pools.append((*inputs, output))):
             run = _forward(precise.double(), x.double())
@@ -190,7 +190,8 @@ def _incoming_gradient(unpooled, pooled, group_norm, near_tie, seed) -> torch.Te
 
 
 @contextlib.contextmanager
-def _tf32(allowed: bool):
+def tf32(allowed: bool):
+    """Whether PyTorch's convolutions, and numerics="auto", may use TF32 inside the block."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = allowed
     try:

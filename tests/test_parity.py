@@ -1,0 +1,130 @@
+import copy
+
+import pytest
+import torch
+
+from cupy_kernels import source
+from modelnew import Model, ModelNew, parity
+from modelnew.parity import CLASSES, Error, Row, compare_models, error, within_policy
+
+SMALL = (4, 8, 3, 1, 1, 1, 2)
+
+
+def test_error_is_relative_to_the_truth():
+    truth = torch.tensor([3.0, -4.0, 0.0, 5.0], dtype=torch.float64)
+    found = error(truth + torch.tensor([0.0, 0.0, 0.1, 0.0]), truth)
+    rms = (50 / 4) ** 0.5
+    assert found.rms == pytest.approx(0.05 / rms)
+    assert found.max == pytest.approx(0.1 / rms)
+    assert error(truth + 1, truth, scale=10.0) == pytest.approx(Error(0.1, 0.1))
+    assert error(torch.full((3,), 0.5), torch.zeros(3)) == Error(0.5, 0.5)
+    assert error(torch.empty(0), torch.empty(0)) == Error(0.0, 0.0)
+    with pytest.raises(ValueError, match=r"\(2,\), truth \(3,\)"):
+        error(torch.ones(2), torch.ones(3))
+
+
+def test_error_of_special_values():
+    nan, inf = float("nan"), float("inf")
+    truth = torch.tensor([1.0, nan, inf, -inf])
+    assert error(truth.clone(), truth) == Error(0.0, 0.0)
+    for wrong in ([1.0, 0.0, inf, -inf], [1.0, nan, -inf, -inf], [nan, nan, inf, -inf], [1.0, nan, inf, 3e38]):
+        assert error(torch.tensor(wrong), truth) == Error(inf, inf)
+
+
+def test_policy():
+    truth = torch.randn(100_000, dtype=torch.float64)
+    theirs = Error(1e-3, 5e-3)
+    assert within_policy(truth.float(), truth, theirs, theirs)
+    assert within_policy(truth.float(), truth, Error(1.09e-3, 5.4e-3), theirs)
+    assert not within_policy(truth.float(), truth, Error(1.2e-3, 5e-3), theirs)
+    assert not within_policy(truth.float(), truth, Error(1e-3, 6e-3), theirs)
+    assert not within_policy(truth.float(), truth, Error(1e-6, 1e-6), Error(0.0, 0.0))
+    assert within_policy(truth.float(), truth, Error(1e-6, 1e-6), Error(0.0, 0.0), terms=1000)
+    assert within_policy(truth.half(), truth, Error(9e-4, 3e-3), Error(0.0, 0.0))
+    nothing = truth[:0]
+    assert within_policy(nothing, nothing, error(nothing, nothing), error(nothing, nothing))
+
+
+def test_row():
+    row = Row("output", "fp32", Error(1e-6, 4e-6), Error(2e-6, 5e-6), close=True, ok=True)
+    assert row.ratio == 0.5
+    exact = Error(0.0, 0.0)
+    assert row._replace(torch=exact).ratio == float("inf")
+    assert row._replace(ours=exact, torch=exact).ratio == 0
+    assert row.record() == {
+        "what": "output",
+        "class": "fp32",
+        "rms": 1e-6,
+        "max": 4e-6,
+        "torch_rms": 2e-6,
+        "torch_max": 5e-6,
+    }
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_rows_of_a_model_with_itself(device, cls):
+    model, model_new = Model(*SMALL, device=device), ModelNew(*SMALL, replace=(), device=device)
+    before = copy.deepcopy((model.state_dict(), model_new.state_dict()))
+    allowed = torch.backends.cudnn.allow_tf32
+    rows = compare_models(model, model_new, torch.randn(2, 4, 6, 6, device=device), cls)
+    assert [row.what for row in rows] == [
+        "output",
+        "grad x",
+        *(f"grad {name}" for name, _ in model.named_parameters()),
+        "batch_norm.running_mean",
+        "batch_norm.running_var",
+    ]
+    for row in rows:
+        assert row.ok, row
+        assert row.ours == row.torch
+        assert row.cls == cls
+    assert torch.backends.cudnn.allow_tf32 == allowed
+    for m, state in zip((model, model_new), before):
+        for key, value in m.state_dict().items():
+            assert torch.equal(value, state[key])
+
+
+def broken(rows):
+    return {row.what for row in rows if not row.ok}
+
+
+def test_a_wrong_result_is_found(device):
+    model, model_new = Model(*SMALL, device=device), ModelNew(*SMALL, replace=(), device=device)
+    x = torch.randn(2, 4, 6, 6, device=device)
+    model_new.group_norm.eps = 1.1e-5
+    assert "output" in broken(compare_models(model, model_new, x))
+    model_new.group_norm.eps = 1e-5
+    model_new.batch_norm.momentum = 0.1001
+    assert broken(compare_models(model, model_new, x)) == {"batch_norm.running_mean", "batch_norm.running_var"}
+
+
+def test_a_wrong_gradient_is_found(device):
+    model, model_new = Model(*SMALL, device=device), ModelNew(*SMALL, replace="tanh", device=device)
+    x = torch.randn(2, 4, 6, 6, device=device)
+    assert not broken(compare_models(model, model_new, x))
+    slope = source.text("tanh.cuh")
+    with source.override({"tanh.cuh": slope.replace("(acc_t)1 - y * y", "(acc_t)1.00001f - y * y")}):
+        found = broken(compare_models(model, model_new, x))
+    assert "grad x" in found
+    assert "output" not in found
+
+
+def test_nothing_flows_into_windows_with_a_near_tie():
+    torch.manual_seed(1)
+    model = Model(*SMALL, device="cpu").double()
+    torch.nn.init.uniform_(model.group_norm.weight, 0.5, 2)
+    hidden = torch.rand(3, 8, 6, 7, dtype=torch.float64)
+    pooled = model.max_pool(hidden).requires_grad_()
+    near_tie = 0.05
+    dy = parity._incoming_gradient(hidden, pooled.detach(), model.group_norm, near_tie, seed=0)
+    (back,) = torch.autograd.grad(model.group_norm(pooled), pooled, dy)
+    first, second = hidden.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).topk(2).values.unbind(-1)
+    tied = first - second <= near_tie
+    assert 0.1 < tied.double().mean() < 0.5
+    # eps of the group norm keeps the orthogonality from being exact
+    assert back[tied].abs().max() < 1e-3 * back[~tied].square().mean().sqrt()
+
+
+def test_unknown_class():
+    with pytest.raises(ValueError, match="fp32, tf32, received 'fp16'"):
+        compare_models(Model(*SMALL), ModelNew(*SMALL), torch.zeros(1, 4, 6, 6), "fp16")
