@@ -154,7 +154,7 @@ class _Tile(NamedTuple):
         return (("TILE_M", self.m), ("TILE_N", self.n), ("PER_THREAD", self.per_thread))
 
 
-_LARGE, _MEDIUM, _SMALL = _Tile(128, 128, 8), _Tile(64, 128, 8), _Tile(32, 32, 4)
+_LARGE, _SMALL = _Tile(64, 128, 8), _Tile(32, 32, 4)
 _DOUBLE = _Tile(64, 64, 4)
 
 
@@ -164,7 +164,7 @@ def _tile(array, rows: int, columns: int) -> _Tile:
         return _SMALL
     if accumulator_dtype(array) == np.float64:
         return _DOUBLE
-    return _LARGE if rows > 64 else _MEDIUM
+    return _LARGE
 
 
 def _wgrad_plan(x_shape, w_shape, geometry, double):
@@ -174,7 +174,7 @@ def _wgrad_plan(x_shape, w_shape, geometry, double):
     if channels_in <= 32 or channels_out <= 32:
         tile = _SMALL
     else:
-        tile = _DOUBLE if double else _MEDIUM
+        tile = _DOUBLE if double else _LARGE
     matrices = w_shape[2] * w_shape[3] * geometry.groups
     blocks = matrices * ceil_div(channels_in, tile.m) * ceil_div(channels_out, tile.n)
     splits = max(1, min(_WGRAD_BLOCKS // blocks, pixels // 512, 65535))

@@ -55,7 +55,7 @@ def test_dtypes(device, dtype, name):
     )
 
 
-@pytest.mark.parametrize("channels", [(40, 130), (130, 40)], ids=["medium", "large"])
+@pytest.mark.parametrize("channels", [(40, 130), (130, 40)], ids=["more_out", "more_in"])
 def test_large_tiles(device, channels):
     """More than 32 channels and 4096 pixels take the tiles that real shapes take; edges are partial in every dimension."""
     x = torch.randn(2, channels[0], 47, 45, device=device, requires_grad=True)

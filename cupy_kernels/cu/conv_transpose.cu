@@ -78,6 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
     acc_t next_a[LOADS_M], next_b[LOADS_N];
     int kh = 0, kw = -1, k = channels_in, buffer = 0, offset = 0;  // "the end of the tap before the first"
     bool inside = false;
+    int sums = 0;  // multiplied steps
     bool primed = false;
     for (;;) {
         bool more = true;
@@ -104,7 +105,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
                 next_b[i] = inside && row < channels_in ? to_acc(source[row * in_pixels + offset]) : 0;
             }
         }
-        if (primed) multiply_tiles(acc, tiles.a[buffer], tiles.b[buffer]);
+        if (primed) {
+            multiply_tiles(acc, tiles.a[buffer], tiles.b[buffer]);
+            if (++sums % STEPS_PER_SUM == 0) store_sum(acc, tiles, sums == STEPS_PER_SUM);
+        }
         if (!more) break;
         buffer ^= 1;
         #pragma unroll
@@ -121,6 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
         primed = true;
         k += TILE_K;
     }
+    finish_sum(acc, tiles, sums >= STEPS_PER_SUM);
 
     int thread_m = threadIdx.x / THREADS_N, thread_n = threadIdx.x % THREADS_N;
     #pragma unroll

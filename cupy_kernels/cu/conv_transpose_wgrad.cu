@@ -30,6 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
     Accumulators acc = {};
     acc_t next_a[LOADS_M], next_b[LOADS_N];
     int buffer = 0;
+    int sums = 0;  // multiplied steps
     bool primed = false;
     for (int start = blockIdx.y * split_pixels;; start += TILE_K) {
         bool more = start < steps_end;
@@ -53,7 +54,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
             for (w += TILE_K; w >= in_w; w -= in_w) h++;
             for (; h >= in_h; h -= in_h) image++;
         }
-        if (primed) multiply_tiles(acc, tiles.a[buffer], tiles.b[buffer]);
+        if (primed) {
+            multiply_tiles(acc, tiles.a[buffer], tiles.b[buffer]);
+            if (++sums % STEPS_PER_SUM == 0) store_sum(acc, tiles, sums == STEPS_PER_SUM);
+        }
         if (!more) break;
         buffer ^= 1;
         #pragma unroll
@@ -69,6 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
         __syncthreads();
         primed = true;
     }
+    finish_sum(acc, tiles, sums >= STEPS_PER_SUM);
 
     int thread_m = threadIdx.x / THREADS_N, thread_n = threadIdx.x % THREADS_N;
     i64 matrix = ((i64)blockIdx.y * groups + group) * kernel_h * kernel_w + tap;

@@ -3,13 +3,17 @@
 // Macros: acc_t, TILE_M, TILE_N (the block's tile), PER_THREAD (4 or 8: a thread owns PER_THREAD x PER_THREAD values, in
 // groups of 4 neighbours so that shared memory is read 16 bytes at a time). TILE_K columns of a and b sit in shared memory,
 // twice: while one copy is multiplied, the next is loaded through registers, with one barrier a step.
+//
+// Float sums have two levels: after every STEPS_PER_SUM steps a thread adds its values to running totals of its own in shared
+// memory. A chain of n additions loses about sqrt(n) units; 64 terms and then the partial sums lose as much as cuDNN's
+// kernels do, a single chain of thousands several times more.
 #pragma once
 
 #define TILE_K 8
 #define THREADS_N (TILE_N / PER_THREAD)
 #define THREADS (TILE_M * TILE_N / (PER_THREAD * PER_THREAD))
-// Blocks per SM that leave enough registers for the 8 x 8 values of a thread: before sm_90, ptxas spills at 128 of them.
-#define MIN_BLOCKS (PER_THREAD == 4 ? 8 * 64 / THREADS : TILE_M == 64 ? 3 : __CUDA_ARCH__ >= 900 ? 2 : 1)
+#define STEPS_PER_SUM 8
+#define MIN_BLOCKS (PER_THREAD == 8 ? 3 : 512 / THREADS)  // per SM: leaves the registers that a thread's values need
 #define GROUPS_OF_4 (PER_THREAD / 4)
 #define ROW_M (TILE_M + 4)  // padding keeps transposing stores (wgrad) free of bank conflicts
 #define ROW_N (TILE_N + 4)
@@ -17,7 +21,8 @@
 #define LOADS_N (TILE_N * TILE_K / THREADS)
 
 struct __align__(16) Quad { acc_t v[4]; };
-struct Tiles { acc_t a[2][TILE_K * ROW_M], b[2][TILE_K * ROW_N]; };
+#define TOTALS (sizeof(acc_t) == 4 ? PER_THREAD * GROUPS_OF_4 : 1)  // double needs no second level
+struct Tiles { acc_t a[2][TILE_K * ROW_M], b[2][TILE_K * ROW_N]; Quad totals[TOTALS][THREADS]; };
 typedef acc_t Accumulators[PER_THREAD][PER_THREAD];
 
 // Row (or column) of the tile that this thread's i-th value belongs to; `thread` counts along that dimension.
@@ -39,4 +44,29 @@ __device__ inline void multiply_tiles(Accumulators& acc, const acc_t* a, const a
             #pragma unroll
             for (int j = 0; j < PER_THREAD; j++) acc[i][j] += row[i] * column[j];
     }
+}
+
+// Moves what a thread has summed into its totals (`first`: sets them). finish_sum brings the totals back.
+__device__ inline void store_sum(Accumulators& acc, Tiles& tiles, bool first) {
+    if (sizeof(acc_t) != 4) return;
+    #pragma unroll
+    for (int i = 0; i < TOTALS; i++) {
+        Quad total = {}, *place = &tiles.totals[i][threadIdx.x];
+        if (!first) total = *place;
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            acc_t& value = acc[i / GROUPS_OF_4][i % GROUPS_OF_4 * 4 + j];
+            total.v[j] += value;
+            value = 0;
+        }
+        *place = total;
+    }
+}
+
+__device__ inline void finish_sum(Accumulators& acc, const Tiles& tiles, bool any) {
+    if (sizeof(acc_t) != 4 || !any) return;
+    #pragma unroll
+    for (int i = 0; i < TOTALS; i++)
+        #pragma unroll
+        for (int j = 0; j < 4; j++) acc[i / GROUPS_OF_4][i % GROUPS_OF_4 * 4 + j] += tiles.totals[i][threadIdx.x].v[j];
 }
