@@ -1,0 +1,55 @@
+import json
+
+import pytest
+import torch
+
+from cupy_kernels import emulator, source
+from cupy_kernels.errors import BackendError
+from modelnew import environment
+
+
+def test_describe_can_be_written_as_json():
+    described = json.loads(json.dumps(environment.describe()))
+    assert described["digest"] == source.digest()
+    assert described["versions"]["torch"] == torch.__version__
+    assert len(described["gpus"]) == torch.cuda.device_count()
+    assert described["backend"]["name"] in ("cuda", "emulator")
+    assert described["backend"]["why"]
+
+
+def test_no_backend(monkeypatch):
+    def none():
+        raise BackendError("no compiler at all")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(emulator, "compiler", none)
+    backend = environment.backend()
+    assert backend["name"] is None
+    assert "no compiler at all" in backend["why"]
+    assert environment.describe()["emulator"] is None
+
+
+def test_a_gpu_that_cupy_cannot_use(monkeypatch):
+    def unusable():
+        raise BackendError("CuPy is not installed")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(environment.compiler, "cupy", unusable)
+    backend = environment.backend()
+    assert backend["name"] == "emulator"
+    assert "torch sees a GPU, but CuPy is not installed" in backend["why"]
+
+
+@pytest.mark.parametrize(
+    ("content", "matches"),
+    [({"digest": source.digest()}, True), ({"digest": "0" * 64}, False), ({}, False), ([], False)],
+    ids=["this code", "other code", "no digest", "no record"],
+)
+def test_records(monkeypatch, tmp_path, content, matches):
+    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    assert environment.records() == []
+    (tmp_path / "parity_gpu.json").write_text(json.dumps(content))
+    (record,) = environment.records()
+    assert record["file"] == "parity_gpu.json"
+    assert record["matches"] is matches
