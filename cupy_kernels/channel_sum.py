@@ -1,8 +1,8 @@
 """Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution."""
 
-from .common import THREADS, ceil_div, type_macros
+from .common import FLOATS, THREADS, ceil_div, scalar_macros, type_macros
 from .launch import launch
-from .source import Kernel
+from .source import Kernel, Variant
 
 _CHUNKS = 64  # a constant, so that sums depend on shapes alone
 
@@ -31,6 +31,11 @@ def channel_sum(x, sums, partial) -> None:
         (THREADS, 1, 1),
         (partial, sums, x.shape[1], chunks),
     )
+
+
+def variants():
+    """Every variant that this module launches."""
+    return (Variant("channel_sum.cu", scalar_macros(scalar)) for scalar in FLOATS)
 
 
 def _plan(shape) -> tuple[int, int]:

@@ -1,16 +1,16 @@
 """2D transposed convolution: general kernels, for any hyper-parameters, on ordinary FMA units.
 
-Shapes: x [N, G*Ci, H, W], w [G*Ci, Co, KH, KW], bias [G*Co], y [N, G*Co, OH, OW], with G groups, Ci and Co channels per group
-and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
+Shapes: x [N, G*Ci, H, W], w [G*Ci, Co, KH, KW], bias [G*Co], y [N, G*Co, OH, OW], with G groups, Ci and Co channels per
+group and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from .common import THREADS, accumulator_dtype, ceil_div, type_macros
+from .common import FLOATS, THREADS, accumulator_dtype, ceil_div, scalar_macros, type_macros
 from .launch import launch
-from .source import Kernel
+from .source import Kernel, Variant
 
 _INT_MAX = 2**31 - 1
 _WGRAD_BLOCKS = (
@@ -81,7 +81,7 @@ def conv_transpose_forward(x, w, bias, y, packed, geometry: Geometry) -> None:
 
 
 def conv_transpose_dgrad(dy, w, dx, packed, geometry: Geometry) -> None:
-    """dx, the gradient of x, from dy, that of y: a convolution of dy with w. dx and the workspace `packed` are written."""
+    """dx, the gradient of x, from dy, that of y: dy convolved with w. dx and the workspace `packed` are written."""
     _gather(dy, w, None, dx, packed, geometry, dgrad=True)
 
 
@@ -141,6 +141,16 @@ def conv_transpose_wgrad(x, dy, dw, partial, geometry: Geometry) -> None:
     )
 
 
+def variants():
+    """Every variant that this module launches."""
+    for scalar in FLOATS:
+        for tile in (_SMALL, _DOUBLE if scalar == "double" else _LARGE):
+            macros = scalar_macros(scalar)
+            yield Variant("conv_transpose_wgrad.cu", (*macros, *tile.macros()))
+            for dgrad in (0, 1):
+                yield Variant("conv_transpose.cu", (*macros, ("DGRAD", dgrad), *tile.macros()))
+
+
 class _Tile(NamedTuple):
     m: int
     n: int
@@ -159,7 +169,7 @@ _DOUBLE = _Tile(64, 64, 4)
 
 
 def _tile(array, rows: int, columns: int) -> _Tile:
-    """The tile for a product of rows x columns: large where the matrix fills it, small where it would mostly be padding."""
+    """The tile for a product of rows x columns: large where the matrix fills it, small where most would be padding."""
     if rows <= 32 or columns < 4096:
         return _SMALL
     if accumulator_dtype(array) == np.float64:
