@@ -1,14 +1,26 @@
 """Batch norm over [N, C, *]: statistics, normalisation with an optional tanh behind it, and the gradients.
 
-All arrays are contiguous. `mean` and `invstd`, (C,), and workspaces have the accumulator's dtype (`common.accumulator_dtype`).
-weight, bias and their gradients share one dtype, and running_mean and running_var share one: x's, or float32.
+All arrays are contiguous. `mean` and `invstd`, (C,), and workspaces have the accumulator's dtype: see
+`common.accumulator_dtype`. weight, bias and their gradients share one dtype, and running_mean and running_var share
+one: x's, or float32.
 """
 
+import itertools
 from math import prod
 
-from .common import THREADS, accumulator_dtype, ceil_div, row_width, same_shape, type_macros
+from .common import (
+    FLOATS,
+    THREADS,
+    accumulator,
+    accumulator_dtype,
+    ceil_div,
+    row_width,
+    same_shape,
+    scalar,
+    scalar_macros,
+)
 from .launch import launch
-from .source import SCALARS, Kernel
+from .source import DTYPES, SCALARS, Kernel, Variant
 
 ITEMS = 32  # values per thread
 
@@ -29,9 +41,9 @@ def batch_norm_statistics(x, running_mean, running_var, mean, invstd, workspace,
     images, channels, plane = _sizes(x.shape)
     count = images * plane
     chunks = _chunks(count)
-    _check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
+    check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
     _check_workspace(workspace, x.shape)
-    macros = _macros(row_width(plane, x), x, running_mean)
+    macros = _macros(plane, (x,), running_mean)
     launch(
         Kernel("batch_norm.cu", "batch_norm_partials", macros),
         (channels * chunks, 1, 1),
@@ -49,9 +61,9 @@ def batch_norm_statistics(x, running_mean, running_var, mean, invstd, workspace,
 def batch_norm_eval_statistics(running_mean, running_var, mean, invstd, eps) -> None:
     """mean = running_mean, invstd = 1/sqrt(running_var + eps); both are written."""
     channels = mean.size
-    _check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
+    check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
     launch(
-        Kernel("batch_norm.cu", "batch_norm_eval_statistics", _macros(1, running_mean, running_mean)),
+        Kernel("batch_norm.cu", "batch_norm_eval_statistics", _macros(1, (running_mean,), running_mean)),
         (ceil_div(channels, THREADS), 1, 1),
         (THREADS, 1, 1),
         (running_mean, running_var, mean, invstd, eps, channels),
@@ -62,14 +74,14 @@ def batch_norm_apply(x, mean, invstd, weight, bias, y, tanh=False) -> None:
     """y = (x - mean) invstd weight + bias, or tanh of that. weight and bias may be None. y is written."""
     same_shape(x=x, y=y)
     images, channels, plane = _sizes(x.shape)
-    _check_per_channel(channels, mean=mean, invstd=invstd, weight=weight, bias=bias)
-    macros = _macros(row_width(plane, x, y), x, weight if weight is not None else bias, tanh)
+    check_per_channel(channels, mean=mean, invstd=invstd, weight=weight, bias=bias)
+    macros = _macros(plane, (x, y), weight if weight is not None else bias)
     count = images * plane
     launch(
         Kernel("batch_norm.cu", "batch_norm_apply", macros),
         (channels * _chunks(count), 1, 1),
         (THREADS, 1, 1),
-        (x, mean, invstd, weight, bias, y, channels, plane, count),
+        (x, mean, invstd, weight, bias, y, tanh, channels, plane, count),
     )
 
 
@@ -77,17 +89,16 @@ def batch_norm_backward_reduce(dy, x, mean, invstd, sums, dweight, dbias, worksp
     """sums[0] = sum of g, sums[1] = sum of g xhat per channel, where xhat = (x - mean) invstd.
 
     g = dy; if `y` is given, the forward's result with tanh, g = dy (1 - y^2).
-    sums: (2, C), accumulator dtype, written. dweight = sums[1] and dbias = sums[0] in weight's dtype are written where not
-    None. workspace: `batch_norm_workspace(x.shape)` elements, written.
+    sums: (2, C), accumulator dtype, written. dweight = sums[1] and dbias = sums[0], in weight's dtype, are written
+    where not None. workspace: `batch_norm_workspace(x.shape)` elements, written.
     """
     same_shape(dy=dy, x=x, y=y)
     images, channels, plane = _sizes(x.shape)
     count = images * plane
     chunks = _chunks(count)
-    _check_per_channel(channels, mean=mean, invstd=invstd, dweight=dweight, dbias=dbias)
+    check_per_channel(channels, mean=mean, invstd=invstd, dweight=dweight, dbias=dbias)
     _check_workspace(workspace, x.shape)
-    tensors = [a for a in (dy, x, y) if a is not None]
-    macros = _macros(row_width(plane, *tensors), x, dweight if dweight is not None else dbias, y is not None)
+    macros = _macros(plane, (dy, x, y), dweight if dweight is not None else dbias)
     launch(
         Kernel("batch_norm.cu", "batch_norm_backward_partials", macros),
         (channels * chunks, 1, 1),
@@ -98,20 +109,18 @@ def batch_norm_backward_reduce(dy, x, mean, invstd, sums, dweight, dbias, worksp
 
 
 def batch_norm_backward_combine(partials, sums, dweight, dbias, macros=None) -> None:
-    """The second stage of `batch_norm_backward_reduce`: sums partials (2, C, chunks), accumulator dtype, over the chunks.
+    """The second stage of `batch_norm_backward_reduce`: its results, from partial sums.
 
-    macros: of the module that has the kernel, where the caller uses it anyway.
+    partials: (2, C, chunks), accumulator dtype. macros: of the module to take the kernel from, if the caller has one.
     """
     _, channels, chunks = partials.shape
     if sums.shape != (2, channels):
         raise ValueError(f"sums must have shape {(2, channels)}, received {sums.shape}")
-    _check_per_channel(channels, dweight=dweight, dbias=dbias)
+    check_per_channel(channels, dweight=dweight, dbias=dbias)
+    if macros is None:
+        macros = _macros(1, (partials,), dweight if dweight is not None else dbias)
     launch(
-        Kernel(
-            "batch_norm.cu",
-            "batch_norm_backward_sums",
-            macros or _macros(1, partials, dweight if dweight is not None else dbias),
-        ),
+        Kernel("batch_norm.cu", "batch_norm_backward_sums", macros),
         (channels, 1, 1),
         (THREADS, 1, 1),
         (partials, sums, dweight, dbias, channels, chunks),
@@ -128,19 +137,39 @@ def batch_norm_backward_apply(dy, x, mean, invstd, weight, sums, dx, y=None) -> 
     x = None if sums is None else x
     same_shape(dy=dy, x=x, y=y, dx=dx)
     images, channels, plane = _sizes(dy.shape)
-    _check_per_channel(channels, mean=mean, invstd=invstd, weight=weight)
+    check_per_channel(channels, mean=mean, invstd=invstd, weight=weight)
     if sums is not None and sums.shape != (2, channels):
         raise ValueError(f"sums must have shape {(2, channels)}, received {sums.shape}")
-    tensors = [a for a in (dy, x, y, dx) if a is not None]
     count = images * plane
+    macros = _macros(plane, (dy, x, y, dx), weight)
     launch(
-        Kernel(
-            "batch_norm.cu", "batch_norm_backward_apply", _macros(row_width(plane, *tensors), dy, weight, y is not None)
-        ),
+        Kernel("batch_norm.cu", "batch_norm_backward_apply", macros),
         (channels * _chunks(count), 1, 1),
         (THREADS, 1, 1),
         (dy, x, y, mean, invstd, weight, sums, dx, channels, plane, count),
     )
+
+
+def check_per_channel(channels, **arrays) -> None:
+    """ValueError unless every named array (None left out) has one element for each channel."""
+    for name, array in arrays.items():
+        if array is not None and array.size != channels:
+            raise ValueError(f"{name} should contain {channels} elements, one for each channel, not {array.size}")
+
+
+def variants():
+    """Every variant that this module launches."""
+    for name in FLOATS:
+        for param, width in itertools.product(sorted({accumulator(name), name}), _widths(name)):
+            yield Variant("batch_norm.cu", _defines(name, param, width))
+    for param in ("half_t", "bf16_t"):  # the second stage of a reduction, whose partial sums are float
+        yield Variant("batch_norm.cu", _defines("float", param, 1))
+
+
+def _widths(name):
+    """Elements per access, the widest first: 16 bytes, half of that for 16-bit types, one element."""
+    widest = 16 // DTYPES[name].itemsize
+    return (8, 4, 1) if widest == 8 else (widest, 1)
 
 
 def _sizes(shape):
@@ -154,26 +183,19 @@ def _chunks(count):
     return ceil_div(count, THREADS * ITEMS)
 
 
-def _macros(width, x, parameter, tanh=False):
+def _macros(plane, tensors, parameter):
     """`parameter`: an array of the type of the per-channel parameters, or None: then no kernel reads or writes one."""
-    param = accumulator_dtype(x) if parameter is None else parameter.dtype
-    return (
-        *type_macros(x),
-        ("param_t", SCALARS[param]),
-        ("WIDTH", width),
-        ("ITEMS", ITEMS),
-        ("TANH", int(tanh)),
-    )
+    tensors = [a for a in tensors if a is not None]
+    param = accumulator_dtype(tensors[0]) if parameter is None else parameter.dtype
+    name, aligned = scalar(tensors[0]), row_width(plane, *tensors)
+    return _defines(name, SCALARS[param], next(w for w in _widths(name) if w <= aligned))
 
 
-def _check_per_channel(channels, **arrays):
-    for name, array in arrays.items():
-        if array is not None and array.size != channels:
-            raise ValueError(f"{name} should contain {channels} elements, one for each channel, not {array.size}")
+def _defines(name, param, width):
+    return (*scalar_macros(name), ("param_t", param), ("WIDTH", width), ("ITEMS", ITEMS))
 
 
 def _check_workspace(workspace, shape):
-    if workspace.size != batch_norm_workspace(shape):
-        raise ValueError(
-            f"the workspace for {shape} must have {batch_norm_workspace(shape)} elements, received {workspace.size}"
-        )
+    needed = batch_norm_workspace(shape)
+    if workspace.size != needed:
+        raise ValueError(f"the workspace for shape {shape} must have {needed} elements, received {workspace.size}")

@@ -1,47 +1,55 @@
-// Batch norm over x [images, channels, plane]: statistics per channel, y = (x - mean) invstd weight + bias, and its gradients;
-// with TANH, y = tanh of that.
+// Batch norm over x [images, channels, plane]: statistics per channel, y = (x - mean) invstd weight + bias or tanh of that, and
+// the gradients.
 //
 // Thread mapping: a channel's images * plane values are cut into chunks of blockDim.x * ITEMS; block chunk * channels + c takes one
 // chunk of channel c, in packs of WIDTH neighbours, so that neighbouring blocks read neighbouring planes. Reductions have two stages:
 // each block writes two partial results to partials [2][channels][chunks]; then one block a channel combines them. Order and chunks
 // depend on the shape alone.
 //
-// Saved for the backward: mean and invstd = 1/sqrt(variance + eps), both acc_t [channels], x, and y with TANH.
-// dx = weight invstd (g - sum(g)/count - xhat sum(g xhat)/count), where xhat = (x - mean) invstd, g = dy, or dy (1 - y^2) with TANH;
+// Saved for the backward: mean and invstd = 1/sqrt(variance + eps), both acc_t [channels], x, and y with tanh.
+// dx = weight invstd (g - sum(g)/count - xhat sum(g xhat)/count), where xhat = (x - mean) invstd, g = dy, or dy (1 - y^2) with tanh;
 // with given (running) statistics dx = weight invstd g.
 //
 // Macros: scalar_t, acc_t, param_t (weight, bias and their gradients; running statistics), WIDTH (a divisor of plane; pointers are
-// aligned to a pack), ITEMS (values per thread, a multiple of WIDTH), TANH (0 or 1).
+// aligned to a pack), ITEMS (values per thread, a multiple of WIDTH). Whether there is a tanh is a run-time argument: its branch
+// is uniform and the kernels wait for memory, so that it costs less than twice as many variants would.
 #include "batch_norm.cuh"
 #include "tanh.cuh"
 
 typedef Packed<scalar_t, WIDTH> Pack;
-enum { PACKS = ITEMS / WIDTH, BATCH = PACKS < 8 ? PACKS : 8 };  // BATCH: loads in flight per thread
+enum { PACKS = ITEMS / WIDTH };
+enum { BATCH = sizeof(Pack) <= 4 ? 8 : 4 };  // packs in flight per thread; half of it per tensor where several are read
 
-// Walks over one thread's packs of a chunk, without a division per pack.
+// Walks over one thread's packs of the block's chunk, without a division per pack.
 struct ChannelWalk {
-    i64 index;   // in the channel's images * plane values
-    i64 offset;  // in the tensor
-    i64 within, plane, skip;
-    unsigned stride, jump_within;
-    i64 jump;
+    i64 channel, chunk;
+    int size;    // values in the chunk
+    i64 offset;  // of the current pack in the tensor
+    i64 jump, skip;
+    int left, plane, jump_within;  // left: values to the end of the plane
 
-    __device__ ChannelWalk(i64 channels, i64 plane, i64 channel, i64 chunk) : plane(plane), skip((channels - 1) * plane) {
-        stride = blockDim.x * WIDTH;
-        unsigned jump_images = plane > stride ? 0 : stride / (unsigned)plane;
-        jump_within = stride - jump_images * (unsigned)plane;
+    __device__ ChannelWalk(i64 channels, i64 plane_size, i64 count) {
+        const int far = 1 << 30;  // a chunk is smaller, so distances beyond make no difference
+        unsigned stride = blockDim.x * WIDTH;
+        chunk = blockIdx.x / (unsigned)channels;
+        channel = blockIdx.x - chunk * channels;
+        i64 first = chunk * blockDim.x * ITEMS, index = first + threadIdx.x * WIDTH;
+        size = (int)min((i64)blockDim.x * ITEMS, count - first);
+        plane = (int)min(plane_size, (i64)far);
+        unsigned jump_images = stride / plane;
+        jump_within = stride - jump_images * plane;
+        skip = (channels - 1) * plane_size;
         jump = stride + jump_images * skip;
-        index = (chunk * PACKS * blockDim.x + threadIdx.x) * WIDTH;
-        i64 image = index / plane;
-        within = index - image * plane;
-        offset = (image * channels + channel) * plane + within;
+        i64 image = index / plane_size, within = index - image * plane_size;
+        left = (int)min(plane_size - within, (i64)far);
+        offset = (image * channels + channel) * plane_size + within;
     }
+    __device__ bool inside(int pack) const { return (int)((pack * blockDim.x + threadIdx.x) * WIDTH) < size; }
     __device__ void advance() {
-        index += stride;
         offset += jump;
-        within += jump_within;
-        if (within >= plane) {
-            within -= plane;
+        left -= jump_within;
+        if (left <= 0) {
+            left += plane;
             offset += skip;
         }
     }
@@ -59,19 +67,18 @@ __device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) { r
 //
 // A thread sums over its values minus its first one. That value is one of at most ITEMS, so its distance from their mean
 // is bounded by their spread and the subtraction below cancels log2(ITEMS) bits at worst, whatever the data is.
-extern "C" __global__ void __launch_bounds__(256) batch_norm_partials(
+extern "C" __global__ void __launch_bounds__(256, 4) batch_norm_partials(
     const scalar_t* __restrict__ x, acc_t* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
     __shared__ acc_t scratch[32];
-    i64 channel = blockIdx.x % channels, chunk = blockIdx.x / channels;
-    ChannelWalk walk(channels, plane, channel, chunk);
+    ChannelWalk walk(channels, plane, count);
     acc_t shift = 0, sum = 0, squares = 0, n = 0;
-    #pragma unroll
+    #pragma unroll 1
     for (int first = 0; first < PACKS; first += BATCH) {
         Pack in[BATCH];
         bool inside[BATCH];
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            inside[b] = walk.index < count;
+            inside[b] = walk.inside(first + b);
             if (inside[b]) in[b] = *(const Pack*)(x + walk.offset);
             walk.advance();
         }
@@ -90,13 +97,13 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_partials(
     }
     acc_t mean = n > 0 ? sum / n : (acc_t)0;
     acc_t m2 = squares - sum * mean;
-    mean += n > 0 ? shift - origin_of(x, channel, plane) : (acc_t)0;
-    acc_t chunk_mean = block_sum(n * mean, scratch) / chunk_count(count, chunk, (i64)blockDim.x * ITEMS);
+    mean += n > 0 ? shift - origin_of(x, walk.channel, plane) : (acc_t)0;
+    acc_t chunk_mean = block_sum(n * mean, scratch) / walk.size;
     acc_t distance = mean - chunk_mean;
     acc_t chunk_m2 = block_sum(m2 + n * distance * distance, scratch);
     if (threadIdx.x == 0) {
-        partials[channel * chunks + chunk] = chunk_mean;
-        partials[(channels + channel) * chunks + chunk] = chunk_m2;
+        partials[walk.channel * chunks + walk.chunk] = chunk_mean;
+        partials[(channels + walk.channel) * chunks + walk.chunk] = chunk_m2;
     }
 }
 
@@ -142,17 +149,17 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_eval_statistics(
 
 extern "C" __global__ void __launch_bounds__(256) batch_norm_apply(
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
-    const param_t* __restrict__ bias, scalar_t* __restrict__ y, i64 channels, i64 plane, i64 count) {
-    i64 channel = blockIdx.x % channels, chunk = blockIdx.x / channels;
+    const param_t* __restrict__ bias, scalar_t* __restrict__ y, int with_tanh, i64 channels, i64 plane, i64 count) {
+    ChannelWalk walk(channels, plane, count);
+    i64 channel = walk.channel;
     acc_t m = mean[channel], s = invstd[channel], w = bn_weight(weight, channel), b = bn_bias(bias, channel);
-    ChannelWalk walk(channels, plane, channel, chunk);
-    #pragma unroll
+    #pragma unroll 1
     for (int first = 0; first < PACKS; first += BATCH) {
         Pack in[BATCH];
         i64 offsets[BATCH];
         #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-            offsets[j] = walk.index < count ? walk.offset : -1;
+            offsets[j] = walk.inside(first + j) ? walk.offset : -1;
             if (offsets[j] >= 0) in[j] = *(const Pack*)(x + offsets[j]);
             walk.advance();
         }
@@ -163,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_apply(
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
                 acc_t v = bn_affine(bn_normalise(to_acc(in[j].v[i]), m, s), w, b);
-                out.v[i] = from_acc<scalar_t>(TANH ? tanh_of(v) : v);
+                out.v[i] = from_acc<scalar_t>(with_tanh ? tanh_of(v) : v);
             }
             *(Pack*)(y + offsets[j]) = out;
         }
@@ -171,29 +178,29 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_apply(
 }
 
 // Gradient at batch norm's output.
-__device__ inline acc_t gradient_of(scalar_t dy, scalar_t y) {
-    return TANH ? to_acc(dy) * tanh_slope(to_acc(y)) : to_acc(dy);
+__device__ inline acc_t gradient_of(scalar_t dy, scalar_t y, bool with_tanh) {
+    return with_tanh ? to_acc(dy) * tanh_slope(to_acc(y)) : to_acc(dy);
 }
 
-// partials: sum of g, and sum of g xhat, of each chunk.
+// partials: sum of g, and sum of g xhat, of each chunk. y is null without tanh.
 extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_partials(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ invstd, acc_t* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
     __shared__ acc_t scratch[32];
-    i64 channel = blockIdx.x % channels, chunk = blockIdx.x / channels;
+    ChannelWalk walk(channels, plane, count);
+    i64 channel = walk.channel;
     acc_t m = mean[channel], s = invstd[channel], sum = 0, dot = 0;
-    ChannelWalk walk(channels, plane, channel, chunk);
-    #pragma unroll
+    #pragma unroll 1
     for (int first = 0; first < PACKS; first += BATCH / 2) {
         Pack gradient[BATCH / 2], in[BATCH / 2], out[BATCH / 2];
         bool inside[BATCH / 2];
         #pragma unroll
         for (int j = 0; j < BATCH / 2; j++) {
-            inside[j] = walk.index < count;
+            inside[j] = walk.inside(first + j);
             if (inside[j]) {
                 gradient[j] = *(const Pack*)(dy + walk.offset);
                 in[j] = *(const Pack*)(x + walk.offset);
-                if (TANH) out[j] = *(const Pack*)(y + walk.offset);
+                if (y) out[j] = *(const Pack*)(y + walk.offset);
             }
             walk.advance();
         }
@@ -202,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_partials(
             if (!inside[j]) continue;
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
-                acc_t g = gradient_of(gradient[j].v[i], out[j].v[i]);
+                acc_t g = gradient_of(gradient[j].v[i], out[j].v[i], y);
                 sum += g;
                 dot += g * bn_normalise(to_acc(in[j].v[i]), m, s);
             }
@@ -211,8 +218,8 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_partials(
     sum = block_sum(sum, scratch);
     dot = block_sum(dot, scratch);
     if (threadIdx.x == 0) {
-        partials[channel * chunks + chunk] = sum;
-        partials[(channels + channel) * chunks + chunk] = dot;
+        partials[walk.channel * chunks + walk.chunk] = sum;
+        partials[(channels + walk.channel) * chunks + walk.chunk] = dot;
     }
 }
 
@@ -241,21 +248,21 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_apply(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ invstd, const param_t* __restrict__ weight, const acc_t* __restrict__ sums, scalar_t* __restrict__ dx,
     i64 channels, i64 plane, i64 count) {
-    i64 channel = blockIdx.x % channels, chunk = blockIdx.x / channels;
+    ChannelWalk walk(channels, plane, count);
+    i64 channel = walk.channel;
     acc_t m = mean[channel], s = invstd[channel], scale = bn_weight(weight, channel) * s;
     acc_t mean_g = sums ? sums[channel] / count : (acc_t)0, mean_dot = sums ? sums[channels + channel] / count : (acc_t)0;
-    ChannelWalk walk(channels, plane, channel, chunk);
-    #pragma unroll
+    #pragma unroll 1
     for (int first = 0; first < PACKS; first += BATCH / 2) {
         Pack gradient[BATCH / 2], in[BATCH / 2], out[BATCH / 2];
         i64 offsets[BATCH / 2];
         #pragma unroll
         for (int j = 0; j < BATCH / 2; j++) {
-            offsets[j] = walk.index < count ? walk.offset : -1;
+            offsets[j] = walk.inside(first + j) ? walk.offset : -1;
             if (offsets[j] >= 0) {
                 gradient[j] = *(const Pack*)(dy + offsets[j]);
                 if (sums) in[j] = *(const Pack*)(x + offsets[j]);
-                if (TANH) out[j] = *(const Pack*)(y + offsets[j]);
+                if (y) out[j] = *(const Pack*)(y + offsets[j]);
             }
             walk.advance();
         }
@@ -265,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_apply(
             Pack result;
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
-                acc_t g = gradient_of(gradient[j].v[i], out[j].v[i]);
+                acc_t g = gradient_of(gradient[j].v[i], out[j].v[i], y);
                 if (sums) g -= mean_g + bn_normalise(to_acc(in[j].v[i]), m, s) * mean_dot;
                 result.v[i] = from_acc<scalar_t>(g * scale);
             }

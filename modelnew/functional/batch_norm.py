@@ -1,0 +1,138 @@
+"""batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from cupy_kernels.batch_norm import (
+    batch_norm_apply,
+    batch_norm_backward_apply,
+    batch_norm_backward_reduce,
+    batch_norm_eval_statistics,
+    batch_norm_statistics,
+    batch_norm_workspace,
+)
+
+from ..interop import accumulator_dtype, check_parameters, dense, one_device, run
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps, tanh):
+        x, weight, bias = dense(x), dense(weight), dense(bias)
+        mean, invstd = batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps)
+        y = torch.empty_like(x)
+        run(batch_norm_apply, x, mean, invstd, weight, bias, y, tanh)
+        ctx.training = training
+        x_needed = training or any(ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(x if x_needed else None, weight, bias, mean, invstd, y if tanh else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, mean, invstd, y = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dy = dense(dy)
+        dx = torch.empty_like(dy) if need_x else None
+        dweight = torch.empty_like(weight) if need_weight else None
+        dbias = torch.empty_like(bias) if need_bias else None
+        sums = None
+        if need_weight or need_bias or ctx.training:
+            sums = mean.new_empty((2, *mean.shape))
+            workspace = mean.new_empty(batch_norm_workspace(dy.shape))
+            run(batch_norm_backward_reduce, dy, x, mean, invstd, sums, dweight, dbias, workspace, y)
+        if need_x:
+            run(batch_norm_backward_apply, dy, x, mean, invstd, weight, sums if ctx.training else None, dx, y)
+        return dx, dweight, dbias, *[None] * 6
+
+
+def batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps):
+    """(mean, invstd) per channel: x's own in training, which updates the running statistics, else the running ones."""
+    mean, invstd = (torch.empty(x.shape[1], dtype=accumulator_dtype(x), device=x.device) for _ in range(2))
+    updated_mean, updated_var = dense(running_mean), dense(running_var)
+    if not training:
+        run(batch_norm_eval_statistics, updated_mean, updated_var, mean, invstd, eps)
+        return mean, invstd
+    workspace = mean.new_empty(batch_norm_workspace(x.shape))
+    run(batch_norm_statistics, x, updated_mean, updated_var, mean, invstd, workspace, momentum, eps)
+    for buffer, updated in ((running_mean, updated_mean), (running_var, updated_var)):
+        if buffer is None:
+            continue
+        if updated.data_ptr() == buffer.data_ptr():
+            torch.autograd.graph.increment_version(buffer)
+        else:  # the buffer is not contiguous: the kernel updated a copy
+            buffer.copy_(updated)
+    return mean, invstd
+
+
+def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> None:
+    """Refuses what torch.nn.functional.batch_norm refuses, before anything is written."""
+    if input.dim() < 2:
+        raise RuntimeError(
+            f"batch_norm takes input of 2 dimensions or more, [N, C, *]; received shape {tuple(input.shape)}"
+        )
+    channels, count = input.shape[1], input.numel() // (input.shape[1] or 1)
+    if training and count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if not isinstance(momentum, (int, float)):
+        raise TypeError(f"batch_norm momentum must be a number, received {momentum!r}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is None and not training:
+        raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, tensor in parameters.items():
+        if tensor is not None and tensor.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+        if tensor is not None and name.startswith("running") and tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+    one_device((input, *parameters.values()))
+    check_parameters(input, running_mean=running_mean, running_var=running_var)
+    check_parameters(input, weight=weight, bias=bias)
+
+
+def batch_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """y = (x - mean) / sqrt(var + eps) * weight + bias per channel. See torch.nn.functional.batch_norm.
+
+    input: [N, C, *], any number of dimensions from 2 on; float32, float64, float16 or bfloat16.
+    running_mean, running_var: (C,), both or neither. In training, mean and biased variance of the batch are applied,
+        and running = (1 - momentum) running + momentum batch, in place, with the unbiased variance; an empty batch
+        leaves them as they are. Otherwise they are applied.
+    weight, bias: (C,), or None for 1 and 0.
+    Both pairs may be float32 where input is float16 or bfloat16; otherwise they have its dtype.
+
+    The result is contiguous and has input's dtype; the arithmetic is float32, or float64 for float64.
+    Raises ValueError for one value per channel in training, one running statistic without the other, or eps out of
+    range; RuntimeError for a wrong number of dimensions or elements, or no running statistics outside training;
+    TypeError for dtypes. A refused call changes nothing.
+    """
+    check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, bool(training), momentum, eps, False)
+
+
+def batch_norm_tanh(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """tanh(batch_norm(...)) in one pass over memory each way; the arguments and errors of `batch_norm`."""
+    check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, bool(training), momentum, eps, True)
