@@ -1,0 +1,230 @@
+"""Command line: the parity check of ModelNew against Model, and what is installed here."""
+
+import contextlib
+import json
+import sys
+import time
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cupy_kernels import compiler, emulator
+from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
+
+from . import Model, ModelNew, bench, environment, get_init_inputs, get_inputs
+from .model import BATCH, NUMERICS, OPERATORS
+from .parity import compare_models, is_close, tf32
+
+EMULATED_BATCH = 2
+BIT_EXACT = ("tanh", "max_pool")
+
+out = Console(width=None if sys.stdout.isatty() else 120)
+progress = Console(stderr=True)
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help=f"Images in the batch, 64x32x32 each.  [default: {BATCH}; {EMULATED_BATCH} on the CPU]",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of parameters, batch and incoming gradient.")
+@click.option(
+    "--replace",
+    default="all",
+    show_default=True,
+    callback=lambda _, __, value: _parse_replace(value),
+    help=f"What ModelNew replaces in the comparison: all, or names with commas between, of {', '.join(OPERATORS)}.",
+)
+@click.option(
+    "--numerics",
+    type=click.Choice(NUMERICS),
+    default="auto",
+    show_default=True,
+    help="Class of the convolution: tf32 (10-bit operands, as PyTorch's default on a GPU), fp32, or auto: both, as "
+    "torch.backends.cudnn.allow_tf32 would have it. A CPU has fp32 only.",
+)
+@click.option(
+    "--device", help="cuda, cuda:1, ... or cpu, which runs the emulator.  [default: the GPU, if one is usable]"
+)
+@click.option("--times/--no-times", default=True, show_default=True, help="Time both models (on a GPU only).")
+@click.option("--trials", type=click.IntRange(min=1), default=20, show_default=True, help="Trials of each time.")
+@click.pass_context
+def main(context, batch, seed, replace, numerics, device, times, trials):
+    """Compare ModelNew, on our kernels, with Model, on PyTorch's.
+
+    First, with tanh and max_pool replaced: are the outputs equal? Then, with everything replaced: errors of the output
+    and of every gradient against a float64 run, beside PyTorch's own errors; and, on a GPU, times. Exit code 0 only if
+    parity holds.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    try:
+        device = _device(device)
+        batch = batch or (BATCH if device.type == "cuda" else EMULATED_BATCH)
+        with _compiling_shown():
+            holds = _literal(batch, seed, device)
+            torch.manual_seed(seed)
+            model = Model(*get_init_inputs(), device=device)
+            model_new = ModelNew(*get_init_inputs(), replace=replace, numerics=numerics, device=device)
+            inputs = get_inputs(batch, seed=seed, device=device)
+            classes = ("fp32",) if device.type == "cpu" else ("tf32", "fp32") if numerics == "auto" else (numerics,)
+            for cls in classes:
+                holds = _errors(model, model_new, *inputs, cls, seed) and holds
+                if times and device.type == "cuda":
+                    _times(model, model_new, *inputs, cls, trials)
+    except (BackendError, EmulatorError, KernelCompileError, torch.OutOfMemoryError) as error:
+        raise click.ClickException(str(error)) from error
+    out.print("\n[bold green]Parity holds." if holds else "\n[bold red]Parity does not hold: see the rows marked FAIL.")
+    context.exit(0 if holds else 1)
+
+
+@main.command("env")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def env(as_json):
+    """Print versions, GPUs, which backend is used and why, and whether committed results belong to this code."""
+    found = environment.describe()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    records = found.pop("records")
+    lines = dict(_flat(found))
+    for key, value in lines.items():
+        click.echo(f"{key:{max(map(len, lines))}}  {value}")
+    for record in records:
+        click.echo(f"{record['file']} belongs to {'this code' if record['matches'] else 'other kernels'}")
+
+
+def _literal(batch, seed, device) -> bool:
+    torch.manual_seed(seed)
+    model = Model(*get_init_inputs(), device=device)
+    model_new = ModelNew(*get_init_inputs(), replace=BIT_EXACT, device=device)
+    model_new.load_state_dict(model.state_dict())
+    y = model(*get_inputs(batch, seed=seed, device=device))
+    y_new = model_new(*get_inputs(batch, seed=seed, device=device))
+    close, equal, near = torch.allclose(y, y_new), torch.equal(y, y_new), is_close(y_new, y)
+    holds = close and equal if device.type == "cuda" else near
+    table = Table(title=f"Output of ModelNew with {' and '.join(BIT_EXACT)} replaced", title_justify="left")
+    table.add_column("assertion")
+    table.add_column("", justify="right")
+    table.add_row("torch.allclose(y, y_new)", str(close))
+    table.add_row("torch.equal(y, y_new)", str(equal))
+    table.add_row("torch.testing.assert_close(y_new, y)", "passes" if near else "FAIL")
+    out.print("", table)
+    if device.type == "cpu":
+        out.print(
+            "On a CPU, PyTorch's tanh and the C library's, which the emulator calls, differ in the last bit: bits are "
+            "equal on a GPU only. Judged here: assert_close."
+        )
+    out.print("[green]ok[/]" if holds else "[red]FAIL[/]")
+    return holds
+
+
+def _errors(model, model_new, x, cls, seed) -> bool:
+    rows = compare_models(model, model_new, x, cls, seed)
+    table = Table(
+        title=f"Error against float64, relative to its rms. Class {cls}; replaced: {', '.join(model_new.replace)}",
+        title_justify="left",
+    )
+    table.add_column("result")
+    for name in ("ours rms", "max", "PyTorch rms", "max", "rms ratio", "assert_close", ""):
+        table.add_column(name, justify="right")
+    for row in rows:
+        errors = (f"{e:.2e}" for e in (*row.ours, *row.torch))
+        close = {True: "passes", False: "[red]fails[/]", None: ""}[row.close]
+        table.add_row(row.what, *errors, f"{row.ratio:.2f}", close, "[green]ok[/]" if row.ok else "[red]FAIL[/]")
+    out.print("", table)
+    return all(row.ok for row in rows)
+
+
+def _times(model, model_new, x, cls, trials):
+    table = Table(title=f"Milliseconds, median (min to max) of {trials} trials. Class {cls}", title_justify="left")
+    for name in ("", "PyTorch eager", "ModelNew", "speed-up"):
+        table.add_column(name, justify="right" if name else "left")
+    x = x.detach().requires_grad_()
+    with torch.no_grad():
+        dy = torch.ones_like(model(x))
+
+    def forward(m):
+        with torch.no_grad():
+            m(x)
+
+    def step(m):
+        torch.autograd.grad(m(x), [x, *m.parameters()], dy)
+
+    with tf32(cls == "tf32"):
+        for name, function in (("forward", forward), ("forward + backward", step)):
+            theirs, ours = (bench.measure(lambda f=function, m=m: f(m), x.device, trials) for m in (model, model_new))
+            cells = (f"{t.median:.2f} ({t.min:.2f} to {t.max:.2f})" for t in (theirs, ours))
+            table.add_row(name, *cells, f"{theirs.median / ours.median:.2f}x")
+    out.print("", table)
+
+
+def _device(name) -> torch.device:
+    """The device asked for, or the best there is; says what will run. BackendError if kernels cannot run there."""
+    backend = environment.backend()
+    try:
+        device = torch.device(name or ("cuda" if backend["name"] == "cuda" else "cpu"))
+    except RuntimeError as error:
+        raise click.BadParameter(str(error), param_hint="--device") from error
+    if device.type not in ("cuda", "cpu"):
+        raise click.BadParameter(f"kernels run on cuda, or on cpu by emulation; received {name}", param_hint="--device")
+    if device.type == "cuda":
+        if backend["name"] != "cuda":
+            raise BackendError(f"no kernel can run on {device}: {backend['why']}")
+        out.print(f"GPU: {torch.cuda.get_device_name(device)}")
+        return device
+    command = " ".join(emulator.compiler())
+    out.print(
+        f"[bold]The kernels run on the CPU, through the emulator[/] (C++ compiler: {command}), on a small batch. "
+        "That shows that their logic is right; it says nothing about speed.",
+        highlight=False,
+    )
+    if backend["name"] != "cuda":
+        out.print(f"Why not on a GPU: {backend['why']}", highlight=False)
+    return device
+
+
+def _parse_replace(value):
+    if value == "all":
+        return value
+    names = [name.strip() for name in value.split(",")]
+    unknown = [name for name in names if name not in OPERATORS]
+    if unknown:
+        raise click.BadParameter(f"{', '.join(unknown)}: not among {', '.join(OPERATORS)}")
+    return names
+
+
+@contextlib.contextmanager
+def _compiling_shown():
+    """Shows which kernel is being compiled, or which computation runs; says afterwards how many there were."""
+    count, start = 0, time.perf_counter()
+    with progress.status("running") as status:
+
+        def show(kernel):
+            nonlocal count
+            count += 1
+            status.update(f"kernel {count}: compiling {kernel.name} ({kernel.file})")
+
+        stop = compiler.on_compile(show)
+        try:
+            yield
+        finally:
+            stop()
+    progress.print(f"{count} kernel variants compiled or loaded; {time.perf_counter() - start:.0f} s in all.")
+
+
+def _flat(value, prefix=""):
+    """("a.b", text) for each value inside nested dicts and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        yield prefix, "-" if value is None else str(value)
+        return
+    for key, inner in items:
+        yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cupy_kernels import emulator, source
+from cupy_kernels.errors import BackendError
+from modelnew import __main__ as cli
+from modelnew import bench, environment
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Shrinks the main job's model and images; everything else is as users run it."""
+
+    def inputs(batch, *, seed, device):
+        return [torch.rand(batch, 4, 6, 6, generator=torch.Generator().manual_seed(seed)).to(device)]
+
+    monkeypatch.setattr(cli, "get_init_inputs", lambda: [4, 8, 3, 1, 1, 1, 2])
+    monkeypatch.setattr(cli, "get_inputs", inputs)
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, re.sub(r"\s+", " ", result.output)
+
+
+def test_module_runs_and_help_explains_every_option():
+    done = subprocess.run([sys.executable, "-m", "modelnew", "--help"], capture_output=True, text=True, check=True)
+    text = re.sub(r"\s+", " ", done.stdout)
+    for parameter in cli.main.params:
+        assert max(parameter.opts, key=len) in text
+        assert parameter.help.split("  ")[0] in text
+    assert "env" in text
+
+
+def test_env():
+    code, text = invoke("env")
+    assert code == 0
+    assert source.digest() in text
+    assert environment.backend()["why"] in text
+    code, text = invoke("env", "--json")
+    assert code == 0
+    assert json.loads(text)["digest"] == source.digest()
+    assert json.loads(text)["versions"]["torch"] == torch.__version__
+
+
+def test_env_says_which_records_belong_to_the_code(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    (tmp_path / "bench_a.json").write_text(json.dumps({"digest": source.digest()}))
+    (tmp_path / "bench_b.json").write_text(json.dumps({"digest": "0"}))
+    _, text = invoke("env")
+    assert "bench_a.json belongs to this code" in text
+    assert "bench_b.json belongs to other kernels" in text
+
+
+def test_main_job(device, small):
+    code, text = invoke("--batch", "2", "--device", device, "--trials", "2")
+    assert code == 0, text
+    assert "torch.allclose(y, y_new)" in text
+    assert "torch.equal(y, y_new)" in text
+    assert "replaced: conv_transpose, batch_norm, tanh, max_pool, group_norm" in text
+    for what in ("output", "grad x", "grad conv_transpose.bias", "batch_norm.running_var"):
+        assert what in text
+    assert "Parity holds." in text
+    assert "FAIL" not in text
+    assert ("emulator" in text) == (device == "cpu")
+    assert ("forward + backward" in text) == (device == "cuda")
+
+
+def test_options(small):
+    code, text = invoke("--device", "cpu", "--replace", "tanh, group_norm", "--numerics", "fp32", "--seed", "3")
+    assert code == 0
+    assert "replaced: tanh, group_norm" in text
+
+
+def test_broken_kernel_fails(small):
+    text = source.text("tanh.cuh")
+    with source.override({"tanh.cuh": text.replace("(acc_t)1 - y * y", "(acc_t)1.001f - y * y")}):
+        code, text = invoke("--device", "cpu", "--replace", "tanh")
+    assert code == 1
+    assert "Parity does not hold" in text
+    assert "FAIL" in text
+
+
+def test_broken_output_fails_the_literal_assertion(small, monkeypatch):
+    monkeypatch.setattr(cli, "is_close", lambda *_: False)
+    monkeypatch.setattr(cli, "compare_models", lambda *_: [])
+    assert invoke("--device", "cpu")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--replace", "tanh,foo"], "foo: not among conv_transpose"),
+        (["--device", "xpu"], "received xpu"),
+        (["--device", "nowhere"], "nowhere"),
+        (["--numerics", "fp8"], "fp8"),
+        (["--batch", "0"], "0 is not in the range"),
+    ],
+)
+def test_bad_options(arguments, message):
+    code, text = invoke(*arguments)
+    assert code == 2
+    assert message in text
+
+
+def test_nothing_to_run_on(monkeypatch):
+    def none():
+        raise BackendError("no compiler here")
+
+    monkeypatch.setattr(emulator, "compiler", none)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, text = invoke()
+    assert code == 1
+    assert "Error: no compiler here" in text
+    code, text = invoke("--device", "cuda")
+    assert code == 1
+    assert "no kernel can run on cuda" in text
+
+
+def test_kernel_that_does_not_compile(small):
+    with source.override({"common.cuh": "#error planted\n"}):
+        code, text = invoke("--device", "cpu")
+    assert code == 1
+    assert "does not compile" in text
+    assert "planted" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_measured_times():
+    x = torch.randn(1 << 26, device="cuda")
+    times = bench.measure(lambda: x.add_(1), x.device, trials=5)
+    assert 0.05 < times.min <= times.median <= times.max < 50
