@@ -136,15 +136,19 @@ def test_nothing_is_taken_from_cupys_pool(name):
 @gpu_only
 @pytest.mark.parametrize("name", OPERATORS)
 def test_current_stream(name):
-    """The kernels wait for what the current stream does before: here, to write their input, 0.1 s late."""
+    """The kernels wait for what the current stream does before: here, to write their input, 0.3 s late."""
     tensors = operands("cuda")
     expected = OPERATORS[name](*tensors)
-    late = [torch.full_like(t, float("nan")).detach().requires_grad_() for t in tensors]
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        OPERATORS[name](*tensors)  # compiles, and allocates what it takes
+    late = [torch.full_like(t, float("nan")).detach().requires_grad_() for t in tensors]
     torch.cuda.synchronize()
     with torch.cuda.stream(stream), source.override({"spin.cu": SPIN}):
         interop.run(
-            lambda y: launch(Kernel("spin.cu", "spin"), (1, 1, 1), (1, 1, 1), (y, 10**8)), torch.empty(1, device="cuda")
+            lambda y: launch(Kernel("spin.cu", "spin"), (1, 1, 1), (1, 1, 1), (y, 5 * 10**8)),
+            torch.empty(1, device="cuda"),
         )
         for old, new in zip(late, tensors):
             old.detach().copy_(new)
@@ -159,6 +163,7 @@ def test_current_stream(name):
 def test_cuda_graph(name):
     tensors = operands("cuda")
     warm = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(warm):
         grads = torch.autograd.grad(OPERATORS[name](*tensors).sum(), tensors, allow_unused=True)
     warm.synchronize()

@@ -5,7 +5,7 @@ import torch
 from cupy_kernels import source
 from cupy_kernels.launch import launch
 from cupy_kernels.source import Kernel
-from modelnew.interop import run
+from modelnew.interop import run, view
 
 COPY = """#include "common.cuh"
 extern "C" __global__ void copy(const float* x, float* y, int offset, i64 size) {
@@ -96,11 +96,9 @@ def test_kinds_of_arrays(arguments):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kinds_of_arrays_on_a_gpu(arguments):
-    import cupy
-
     x, y, offset, size = arguments
     with pytest.raises(TypeError, match=r"received cupy\.ndarray, numpy\.ndarray"):
-        start(cupy.asarray(x), y, offset, size)
+        start(view(torch.from_numpy(x).cuda()), y, offset, size)
 
 
 @pytest.mark.gpu
@@ -108,8 +106,7 @@ def test_kinds_of_arrays_on_a_gpu(arguments):
 def test_arrays_on_another_gpu():
     import cupy
 
-    with cupy.cuda.Device(1):
-        x, y = cupy.zeros(6, "f"), cupy.zeros(6, "f")
+    x, y = (view(torch.zeros(6, device="cuda:1")) for _ in range(2))
     with cupy.cuda.Device(0), pytest.raises(RuntimeError, match=r"current device 0; its arrays are on \[1\]"):
         start(x, y, 1, 6)
 
