@@ -6,6 +6,7 @@ from torch.autograd.function import once_differentiable
 from cupy_kernels import channel_sum as bias_ops
 from cupy_kernels import conv_transpose as ops
 
+from .. import autocast
 from ..interop import accumulator_dtype, check_floating, dense, one_device, pair, run
 
 
@@ -58,13 +59,15 @@ def conv_transpose2d(
 
     See torch.nn.functional.conv_transpose2d.
 
-    input: [N, Cin, H, W] or [Cin, H, W]; float32, float64, float16 or bfloat16, summed in float32 (float64 for float64).
+    input: [N, Cin, H, W] or [Cin, H, W]; float32, float64, float16, bfloat16, summed in float32 (float64 for float64).
     weight: [Cin, Cout/groups, KH, KW]; bias: [Cout] or None; both of the input's dtype and on its device.
+    Under torch.autocast all three are cast to its dtype.
     Returns [N, Cout, OH, OW] (or [Cout, OH, OW]), contiguous, OH = (H-1) s - 2p + d (KH-1) + output_padding + 1.
     Raises TypeError for other or differing dtypes, ValueError for shapes and hyper-parameters that do not fit,
     RuntimeError for tensors on several devices.
     """
     check_floating(input=input, weight=weight, bias=bias)
+    input, weight, bias = autocast.lower(input, weight, bias)
     dtypes = {t.dtype for t in (input, weight, bias) if t is not None}
     if len(dtypes) > 1:
         raise TypeError(f"input, weight and bias must have one dtype, received {', '.join(sorted(map(str, dtypes)))}")
