@@ -1,6 +1,34 @@
 """The five operators as functions, with torch's own signatures, run by the kernels of `cupy_kernels`."""
 
-from .conv_transpose import conv_transpose2d
-from .tanh import tanh
+import functools
 
-__all__ = ["conv_transpose2d", "tanh"]
+import torch
+
+from . import batch_norm as _batch_norm
+from . import conv_transpose as _conv_transpose
+from . import max_pool as _max_pool
+from . import tanh as _tanh
+
+
+def _untraced(function):
+    """`function`, where torch.compile breaks its graph: it cannot see into kernels, and calls them as they are.
+
+    torch.compiler.disable is applied at the first compilation only, because it takes a second to import.
+    """
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **options)
+        return function(*args, **options)
+
+    return call
+
+
+batch_norm = _untraced(_batch_norm.batch_norm)
+batch_norm_tanh = _untraced(_batch_norm.batch_norm_tanh)
+conv_transpose2d = _untraced(_conv_transpose.conv_transpose2d)
+max_pool2d = _untraced(_max_pool.max_pool2d)
+tanh = _untraced(_tanh.tanh)
+
+__all__ = ["batch_norm", "batch_norm_tanh", "conv_transpose2d", "max_pool2d", "tanh"]
