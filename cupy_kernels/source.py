@@ -12,7 +12,7 @@ import numpy as np
 from .errors import KernelCompileError
 
 _FOLDER = resources.files(__package__) / "cu"
-_INCLUDE = re.compile(r'^\s*#include "([^"]+)"\s*$')
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
 
 # Scalar types of the kernels, and the NumPy dtype of an array that holds them. NumPy has no bfloat16: its arrays travel

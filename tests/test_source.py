@@ -8,7 +8,7 @@ from cupy_kernels.source import DTYPES, Kernel, Parameter
 
 DIAMOND = {
     "top.cu": '#include "left.cuh"\n#include "right.cuh"\nint top;\n',
-    "left.cuh": '// left\n#include "base.cuh"\nint left;\n',
+    "left.cuh": '// left\n # include "base.cuh"  // what left needs\nint left;\n',
     "right.cuh": '#include "base.cuh"\nint right;\n',
     "base.cuh": "int base;\n",
 }
