@@ -1,6 +1,6 @@
 """Max pooling over two dimensions, of arrays [..., H, W]."""
 
-from .pool import Pool, launch_pool
+from .pool import Pool, launch_pixels, launch_windows, pool_kernel, pool_variants
 
 
 def max_pool_forward(x, y, taps, indices, kernel_size, stride, padding, dilation) -> None:
@@ -13,10 +13,17 @@ def max_pool_forward(x, y, taps, indices, kernel_size, stride, padding, dilation
     """
     pool = Pool(kernel_size, stride, padding, dilation)
     windows = [a for a in (y, indices) if a is not None]
-    launch_pool("max_pool_forward", "max_pool.cu", (x, y, taps, indices), (x,), windows, taps, pool)
+    kernel = pool_kernel("max_pool.cu", "max_pool_forward", (x,), windows, taps, pool)
+    launch_windows(kernel, (x, y, taps, indices), x, y, pool)
 
 
 def max_pool_backward(dy, taps, dx, kernel_size, stride, padding, dilation) -> None:
     """dx = for each pixel the sum of dy over the windows whose tap it is; taps are the forward's. dx is written."""
     pool = Pool(kernel_size, stride, padding, dilation)
-    launch_pool("max_pool_backward", "max_pool.cu", (dy, taps, dx), (dx,), (dy,), taps, pool, backward=True)
+    kernel = pool_kernel("max_pool.cu", "max_pool_backward", (dx,), (dy,), taps, pool)
+    launch_pixels(kernel, (dy, taps, dx), dx, dy, pool)
+
+
+def variants():
+    """Every variant that this module launches."""
+    yield from pool_variants("max_pool.cu")

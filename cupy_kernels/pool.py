@@ -4,14 +4,17 @@ import functools
 import math
 from typing import NamedTuple
 
-from .common import THREADS, ceil_div, row_width, same_shape, type_macros
+from .common import FLOATS, THREADS, ceil_div, row_width, same_shape, scalar, scalar_macros
 from .launch import launch
-from .source import Kernel
+from .source import Kernel, Variant
 
 _LIMIT = 2**31
-_MAX_BLOCKS_Y = 65535
-_BATCHES = 8  # of a block's planes at least, so that the last one, partly filled, counts little
-_ITEMS_2X2 = 4
+_MAX_PLANES = 2**30
+MAX_BLOCKS_Y = 65535
+_ITEMS_2X2 = 4  # planes of a thread
+_PLACES = 2048  # of a block's planes at least, so that its last places, fewer than its threads, count little
+_ROUNDS = 4  # of a block where there are many, so that what it computes once counts little
+_MANY_BLOCKS = 4096
 
 
 class Pool(NamedTuple):
@@ -58,49 +61,78 @@ def _windows(size, pool, ceil_mode):
     return tuple(output)
 
 
-def launch_pool(name: str, file: str, args, pixels, windows, taps, pool: Pool, macros=(), backward=False) -> None:
-    """Starts kernel(*args, planes, planes_per_block, sizes, windows), which walks by for_sites of pool.cuh.
+def pool_kernel(file: str, name: str, pixels, windows, taps, pool: Pool, macros=()) -> Kernel:
+    """The variant of a kernel for these arrays. ValueError unless their shapes are what `pool` makes of each other.
 
-    pixels: the arrays among args of the input's shape [..., H, W], at least one; windows: those of the output's shape.
-    taps: one more of these, or None. macros: besides those of pool.cuh.
-    backward: whether sites are pixels of the input, or else windows.
+    pixels, windows: the arrays of the input's shape [..., H, W], and those of the output's, at least one each.
+    taps: one more of the output's, or None. macros: besides those of pool.cuh.
     """
     x, y = pixels[0], windows[0]
     same_shape(**{f"array {i} like the input": a for i, a in enumerate(pixels)})
     same_shape(**{f"array {i} like the output": a for i, a in enumerate((*windows, taps))})
+    _check_shapes(x.shape, y.shape, pool)
     two_by_two = pool == _TWO_BY_TWO and row_width(x.shape[-1], *pixels) >= 2
-    items = _ITEMS_2X2 if two_by_two else 1
-    site = 2 if two_by_two else 1
-    grid, sizes = _plan(x.shape, y.shape, pool, items * THREADS, site if backward else None)
-    kernel = Kernel(
-        file,
-        name,
-        (
-            *type_macros(x),
-            ("tap_t", "int" if pool.wide_taps else "u8"),
-            ("WINDOW_2X2", int(two_by_two)),
-            ("ITEMS", items),
-            *macros,
-        ),
+    return Kernel(file, name, _defines(scalar(x), pool.wide_taps, two_by_two, macros))
+
+
+def pool_variants(file: str, macros=()):
+    """Every variant that `pool_kernel` makes of a file."""
+    for name in FLOATS:
+        for wide_taps, two_by_two in ((False, True), (False, False), (True, False)):
+            yield Variant(file, _defines(name, wide_taps, two_by_two, macros))
+
+
+def _defines(name, wide_taps, two_by_two, macros):
+    return (
+        *scalar_macros(name),
+        ("tap_t", "int" if wide_taps else "u8"),
+        ("WINDOW_2X2", int(two_by_two)),
+        ("ITEMS", _ITEMS_2X2 if two_by_two else 1),
+        *macros,
     )
-    launch(kernel, grid, (THREADS, 1, 1), (*args, *sizes))
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(shape, output_shape, pool, batch, site):
-    """(grid, the kernels' last arguments). site: width of a site in pixels, None where sites are windows."""
-    size, output, planes = shape[-2:], output_shape[-2:], math.prod(shape[:-2])
-    pool_output_size(size, pool, ceil_mode=True)
-    allowed = [_windows(size, pool, ceil_mode) for ceil_mode in (False, True)]
-    if shape[:-2] != output_shape[:-2] or output not in allowed:
-        raise ValueError(f"{pool} makes planes of {allowed} from {shape}, received {output_shape}")
-    if planes >= _LIMIT:
-        raise ValueError(f"there must be fewer than 2^31 planes, received {shape}")
-    sites = math.prod(output) if site is None else ceil_div(size[0], site) * ceil_div(size[1], site)
-    planes_per_block = min(max(planes, 1), ceil_div(_BATCHES * batch, sites))
-    grid = (
-        ceil_div(planes, planes_per_block),
-        min(ceil_div(planes_per_block * sites, batch), _MAX_BLOCKS_Y),
-        1,
-    )
-    return grid, (planes, planes_per_block, *size, *output, *(n for pair in pool for n in pair))
+def _check_shapes(shape, output_shape, pool):
+    pool_output_size(shape[-2:], pool, ceil_mode=True)
+    allowed = [(*shape[:-2], *_windows(shape[-2:], pool, ceil_mode)) for ceil_mode in (False, True)]
+    if output_shape not in allowed:
+        raise ValueError(f"{pool} makes {allowed[0]} or {allowed[1]} from {shape}, received {output_shape}")
+    if math.prod(shape[:-2]) >= _MAX_PLANES:
+        raise ValueError(f"there must be fewer than 2^30 planes, received {shape}")
+
+
+def launch_windows(kernel: Kernel, args, x, y, pool: Pool, channels: int = 1) -> None:
+    """Starts a kernel whose places are windows, on (*args, planes, period, planes_per_block, sizes, windows).
+
+    x, y: arrays of the input's and the output's shape. channels: a divisor of the period.
+    """
+    _launch(kernel, math.prod(y.shape[-2:]), args, x, y, pool, channels)
+
+
+def launch_pixels(kernel: Kernel, args, x, y, pool: Pool, channels: int = 1) -> None:
+    """The same for a kernel whose places are sites of the input."""
+    site = dict(kernel.defines)["WINDOW_2X2"] + 1
+    _launch(kernel, math.prod(ceil_div(n, site) for n in x.shape[-2:]), args, x, y, pool, channels)
+
+
+def _launch(kernel, places, args, x, y, pool, channels):
+    planes = math.prod(x.shape[:-2])
+    period = pool_period(kernel, planes // channels) * channels
+    planes_per_block = min(max(period, 1), ceil_div(_PLACES, places))
+    blocks = ceil_div(planes_per_block * places, THREADS)
+    grid_x = ceil_div(period, planes_per_block)
+    if grid_x * blocks >= _MANY_BLOCKS:
+        blocks = ceil_div(blocks, _ROUNDS)
+    sizes = (planes, period, planes_per_block, *pool_geometry(x, y, pool))
+    launch(kernel, (grid_x, min(blocks, MAX_BLOCKS_Y), 1), (THREADS, 1, 1), (*args, *sizes))
+
+
+def pool_period(kernel: Kernel, planes: int) -> int:
+    """How far a thread's planes lie apart, out of `planes`."""
+    return ceil_div(planes, dict(kernel.defines)["ITEMS"])
+
+
+def pool_geometry(x, y, pool: Pool) -> tuple[int, ...]:
+    """The last 12 arguments of every kernel: sizes of input and output planes, and the windows."""
+    return (*x.shape[-2:], *y.shape[-2:], *(n for pair in pool for n in pair))

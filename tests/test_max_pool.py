@@ -241,7 +241,7 @@ def test_planes_beyond_32_bit_indices_are_refused():
 def test_host_function_refuses_arrays_that_do_not_fit():
     x, y = torch.zeros(1, 2, 4, 4).numpy(), torch.zeros(1, 2, 2, 2).numpy()
     window = ((2, 2), (2, 2), (0, 0), (1, 1))
-    with pytest.raises(ValueError, match="makes planes of"):
+    with pytest.raises(ValueError, match="received \\(1, 2, 4, 4\\)"):
         max_pool_forward(x, x, None, None, *window)
     with pytest.raises(ValueError, match="one shape"):
         max_pool_forward(x, y, torch.zeros(1, 2, 2, 1, dtype=torch.uint8).numpy(), None, *window)

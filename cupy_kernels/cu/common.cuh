@@ -69,10 +69,9 @@ template <> __device__ inline half_t from_acc<half_t>(float v) {
 }
 #endif
 
-// CuPy compiles with -ftz=true, which flushes denormals in comparisons too: a NaN is told by its bits, and PTX's own comparison
-// flushes nothing. greater is IEEE's a > b: false where either is NaN.
-__device__ inline bool is_nan(float v) { return (__float_as_int(v) & 0x7FFFFFFF) > 0x7F800000; }
-__device__ inline bool is_nan(double v) { return v != v; }
+// CuPy compiles with -ftz=true, which flushes denormals in comparisons too; PTX's own comparison flushes nothing. greater is
+// IEEE's a > b: false where either is NaN.
+template <class A> __device__ inline bool is_nan(A v) { return v != v; }
 #ifdef CUPY_KERNELS_EMULATOR
 static inline bool greater(float a, float b) { return a > b; }
 #else
@@ -83,6 +82,18 @@ __device__ inline bool greater(float a, float b) {
 }
 #endif
 __device__ inline bool greater(double a, double b) { return a > b; }
+
+// Division of numbers below 2^31 by one that all threads share: the first quotient is right or one too small.
+struct Divisor {
+    unsigned d, reciprocal;
+    __device__ explicit Divisor(unsigned d) : d(d), reciprocal(0xFFFFFFFFu / d) {}
+    __device__ unsigned divide(unsigned n, unsigned& remainder) const {
+        unsigned q = (unsigned long long)n * reciprocal >> 32;
+        remainder = n - q * d;
+        if (remainder >= d) remainder -= d, q++;
+        return q;
+    }
+};
 
 // Sum over a block of a multiple of 32 threads in a fixed order; every thread gets it. `scratch` holds 32 values and is
 // free again after the next __syncthreads().

@@ -3,8 +3,9 @@
 // Macros: scalar_t, acc_t, tap_t (u8, or int for a kernel of more than 254 taps).
 // WINDOW_2X2: 1 fixes kernel 2, stride 2, padding 0, dilation 1, for even widths and arrays whose pairs of elements are
 //     aligned, and moves two neighbours of a row as one. 0 takes the windows from the arguments.
-// ITEMS: sites of a thread whose loads are in flight together.
-// A tap is a position within a window, kh * kernel_w + kw. Limits: planes, and elements of a plane, below 2^31.
+// ITEMS: planes in which a thread does the same, `period` planes apart: their loads are in flight together, and what
+//     index arithmetic and the channel's parameters cost is paid once.
+// A tap is a position within a window, kh * kernel_w + kw. Limits: planes, and elements of a plane, below 2^30.
 #pragma once
 #include "common.cuh"
 
@@ -20,42 +21,20 @@ struct Pool {
     int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
 };
 
-// Division of numbers below 2^31 by one that all threads share: the first quotient is right or one too small.
-struct Divisor {
-    unsigned d, reciprocal;
-    __device__ explicit Divisor(unsigned d) : d(d), reciprocal(0xFFFFFFFFu / d) {}
-    __device__ unsigned divide(unsigned n, unsigned& remainder) const {
-        unsigned q = (unsigned long long)n * reciprocal >> 32;
-        remainder = n - q * d;
-        if (remainder >= d) remainder -= d, q++;
-        return q;
-    }
-};
-
-struct Site { unsigned plane, row, column; };
-
-// Calls load(site), then finish(site, loaded), for every site of a rows x columns grid in each of `planes` planes.
-// Block (i, j) takes the i-th planes_per_block planes, every gridDim.y-th of their batches of ITEMS * blockDim.x sites.
-template <class Load, class Finish>
-__device__ inline void for_sites(int planes, int planes_per_block, int rows, int columns, Load load, Finish finish) {
+// Calls visit(plane, row, column) for every place of a rows x columns grid in each of `planes` planes from `first`.
+// Blocks that differ in blockIdx.y alone share these planes: each takes every gridDim.y-th batch of blockDim.x places.
+template <class F> __device__ inline void for_places(int first, int planes, int rows, int columns, F visit) {
     Divisor by_plane(rows * columns), by_row(columns);
-    unsigned first = blockIdx.x * planes_per_block;
-    unsigned count = min(planes_per_block, planes - (int)first) * by_plane.d;
-    unsigned batch = ITEMS * blockDim.x;
-    for (unsigned start = blockIdx.y * batch + threadIdx.x; start < count; start += gridDim.y * batch) {
-        Site sites[ITEMS];
-        decltype(load(sites[0])) loaded[ITEMS];
-        #pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-            unsigned in_plane;
-            sites[i].plane = first + by_plane.divide(min(start + i * blockDim.x, count - 1), in_plane);
-            sites[i].row = by_row.divide(in_plane, sites[i].column);
-            loaded[i] = load(sites[i]);
-        }
-        #pragma unroll
-        for (int i = 0; i < ITEMS; i++)
-            if (start + i * blockDim.x < count) finish(sites[i], loaded[i]);
+    unsigned count = planes * by_plane.d;
+    for (unsigned i = blockIdx.y * blockDim.x + threadIdx.x; i < count; i += gridDim.y * blockDim.x) {
+        unsigned in_plane, column, plane = first + by_plane.divide(i, in_plane), row = by_row.divide(in_plane, column);
+        visit((int)plane, (int)row, (int)column);
     }
+}
+
+// The plane of a thread's i-th item; the first where there is none, so that loads need no branch.
+__device__ inline i64 item_plane(int plane, int i, int period, int planes) {
+    return plane + (plane + i * period < planes ? (i64)i * period : 0);
 }
 
 // The largest element so far. A NaN beats everything, the last of several; of equals the first wins.
@@ -71,20 +50,19 @@ struct Largest {
 #if WINDOW_2X2
 struct Window {
     Pixels top, bottom;
-    bool has_bottom;  // false where ceil_mode's last window hangs over the edge
+    int taps;  // mask: where ceil_mode's last window hangs over the edge, bottom is top again
 };
 __device__ inline Window window(const Pool& p, const scalar_t* x, int oh, int ow) {
     const Pixels* pixels = (const Pixels*)(x + 2 * oh * p.width + 2 * ow);
-    bool has_bottom = 2 * oh + 1 < p.height;
-    return {pixels[0], pixels[has_bottom ? p.width / 2 : 0], has_bottom};
+    bool both = 2 * oh + 1 < p.height;
+    return {pixels[0], pixels[both ? p.width / 2 : 0], both ? 3 : 1};
 }
 template <class F> __device__ inline Largest largest(const Pool&, const Window& w, F f) {
     Largest best = {f(w.top.v[0]), 0};
     best.take(f(w.top.v[1]), 1);
-    if (w.has_bottom) {
-        best.take(f(w.bottom.v[0]), 2);
-        best.take(f(w.bottom.v[1]), 3);
-    }
+    best.take(f(w.bottom.v[0]), 2);
+    best.take(f(w.bottom.v[1]), 3);
+    best.tap &= w.taps;
     return best;
 }
 #else
@@ -126,6 +104,22 @@ struct Gathered {
     int tap;
     __device__ acc_t at(int row, int column) const { return SITE == 1 || tap == row * SITE + column ? g : (acc_t)0; }
 };
+
+// Row r of one backward site of the plane at x; the last row of the plane stands for one beyond it.
+__device__ inline Pixels load_pixels(const Pool& p, const scalar_t* x, int row, int column, int r) {
+    return *(const Pixels*)(x + min(row * SITE + r, p.height - 1) * p.width + column * SITE);
+}
+
+// Writes value(r, c) to the pixels of one backward site of the plane at dx.
+template <class F> __device__ inline void store_site(const Pool& p, scalar_t* dx, int row, int column, F value) {
+    #pragma unroll
+    for (int r = 0; r < SITE && row * SITE + r < p.height; r++) {
+        Pixels out;
+        #pragma unroll
+        for (int c = 0; c < SITE; c++) out.v[c] = from_acc<scalar_t>(value(r, c));
+        *(Pixels*)(dx + (row * SITE + r) * p.width + column * SITE) = out;
+    }
+}
 
 #if WINDOW_2X2
 template <class F>
