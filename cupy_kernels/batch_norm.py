@@ -14,6 +14,7 @@ from .common import (
     accumulator,
     accumulator_dtype,
     ceil_div,
+    check_per_channel,
     row_width,
     same_shape,
     scalar,
@@ -148,13 +149,6 @@ def batch_norm_backward_apply(dy, x, mean, invstd, weight, sums, dx, y=None) -> 
         (THREADS, 1, 1),
         (dy, x, y, mean, invstd, weight, sums, dx, channels, plane, count),
     )
-
-
-def check_per_channel(channels, **arrays) -> None:
-    """ValueError unless every named array (None left out) has one element for each channel."""
-    for name, array in arrays.items():
-        if array is not None and array.size != channels:
-            raise ValueError(f"{name} should contain {channels} elements, one for each channel, not {array.size}")
 
 
 def variants():

@@ -66,3 +66,10 @@ def same_shape(**arrays) -> None:
     shapes = {name: a.shape for name, a in arrays.items() if a is not None}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"these arrays must have one shape: {shapes}")
+
+
+def check_per_channel(channels, **arrays) -> None:
+    """ValueError unless every named array (None left out) has one element for each channel."""
+    for name, array in arrays.items():
+        if array is not None and array.size != channels:
+            raise ValueError(f"{name} should contain {channels} elements, one for each channel, not {array.size}")

@@ -55,8 +55,6 @@ struct ChannelWalk {
     }
 };
 
-__device__ inline acc_t finite_or_zero(acc_t v) { return v - v == 0 ? v : (acc_t)0; }
-
 // Number of values in a chunk.
 __device__ inline i64 chunk_count(i64 count, i64 chunk, i64 chunk_size) { return min(chunk_size, count - chunk * chunk_size); }
 
