@@ -7,6 +7,7 @@ import time
 
 import click
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +16,7 @@ from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 
 from . import Model, ModelNew, bench, environment, get_init_inputs, get_inputs
 from .model import BATCH, NUMERICS, OPERATORS
-from .parity import compare_models, is_close, tf32
+from .parity import RATIO, compare_models, is_close, tf32
 
 EMULATED_BATCH = 2
 BIT_EXACT = ("tanh", "max_pool")
@@ -106,43 +107,46 @@ def _literal(batch, seed, device) -> bool:
     y_new = model_new(*get_inputs(batch, seed=seed, device=device))
     close, equal, near = torch.allclose(y, y_new), torch.equal(y, y_new), is_close(y_new, y)
     holds = close and equal if device.type == "cuda" else near
-    table = Table(title=f"Output of ModelNew with {' and '.join(BIT_EXACT)} replaced", title_justify="left")
-    table.add_column("assertion")
-    table.add_column("", justify="right")
+    out.print(f"\n[bold]Output of ModelNew with {' and '.join(BIT_EXACT)} replaced")
+    table = Table("assertion", "", box=box.SIMPLE_HEAD)
     table.add_row("torch.allclose(y, y_new)", str(close))
     table.add_row("torch.equal(y, y_new)", str(equal))
-    table.add_row("torch.testing.assert_close(y_new, y)", "passes" if near else "FAIL")
-    out.print("", table)
+    table.add_row("torch.testing.assert_close(y_new, y)", "passes" if near else "fails")
+    out.print(table)
     if device.type == "cpu":
         out.print(
             "On a CPU, PyTorch's tanh and the C library's, which the emulator calls, differ in the last bit: bits are "
             "equal on a GPU only. Judged here: assert_close."
         )
-    out.print("[green]ok[/]" if holds else "[red]FAIL[/]")
+    out.print(f"This assertion {'[green]holds' if holds else '[red]FAILs'}")
     return holds
 
 
 def _errors(model, model_new, x, cls, seed) -> bool:
     rows = compare_models(model, model_new, x, cls, seed)
-    table = Table(
-        title=f"Error against float64, relative to its rms. Class {cls}; replaced: {', '.join(model_new.replace)}",
-        title_justify="left",
+    out.print(
+        f"\n[bold]Error against float64, relative to its rms: class {cls}, replaced {', '.join(model_new.replace)}"
     )
-    table.add_column("result")
+    table = Table("result", box=box.SIMPLE_HEAD)
     for name in ("ours rms", "max", "PyTorch rms", "max", "rms ratio", "assert_close", ""):
         table.add_column(name, justify="right")
     for row in rows:
         errors = (f"{e:.2e}" for e in (*row.ours, *row.torch))
         close = {True: "passes", False: "[red]fails[/]", None: ""}[row.close]
         table.add_row(row.what, *errors, f"{row.ratio:.2f}", close, "[green]ok[/]" if row.ok else "[red]FAIL[/]")
-    out.print("", table)
+    out.print(table)
+    out.print(
+        f"ok: at most {RATIO} times PyTorch's error, plus what chance and rounding explain. The incoming gradient puts "
+        "nothing on pooling windows whose winner rounding decides."
+    )
     return all(row.ok for row in rows)
 
 
 def _times(model, model_new, x, cls, trials):
-    table = Table(title=f"Milliseconds, median (min to max) of {trials} trials. Class {cls}", title_justify="left")
-    for name in ("", "PyTorch eager", "ModelNew", "speed-up"):
-        table.add_column(name, justify="right" if name else "left")
+    out.print(f"\n[bold]Milliseconds, median (min to max) of {trials} trials: class {cls}")
+    table = Table("", box=box.SIMPLE_HEAD)
+    for name in ("PyTorch eager", "ModelNew", "speed-up"):
+        table.add_column(name, justify="right")
     x = x.detach().requires_grad_()
     with torch.no_grad():
         dy = torch.ones_like(model(x))
@@ -159,7 +163,7 @@ def _times(model, model_new, x, cls, trials):
             theirs, ours = (bench.measure(lambda f=function, m=m: f(m), x.device, trials) for m in (model, model_new))
             cells = (f"{t.median:.2f} ({t.min:.2f} to {t.max:.2f})" for t in (theirs, ours))
             table.add_row(name, *cells, f"{theirs.median / ours.median:.2f}x")
-    out.print("", table)
+    out.print(table)
 
 
 def _device(name) -> torch.device:
