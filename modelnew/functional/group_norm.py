@@ -5,6 +5,7 @@ from torch.autograd.function import once_differentiable
 
 from cupy_kernels.group_norm import group_norm_backward, group_norm_forward, group_norm_workspace
 
+from .. import autocast
 from ..interop import accumulator_dtype, check_parameters, dense, one_device, run
 
 
@@ -45,7 +46,7 @@ def group_norm(
     input: [N, C, *], any number of dimensions from 2 on; float32, float64, float16 or bfloat16.
     num_groups: a divisor of C; mean and biased variance are those of each image's C / num_groups neighbouring channels.
     weight, bias: (C,), or None for 1 and 0. Both may be float32 where input is float16 or bfloat16; otherwise they have
-        its dtype.
+        its dtype. Under torch.autocast on a GPU all three are cast to float32.
 
     The result is contiguous and has input's dtype; the arithmetic is float32, or float64 for float64. An empty input
     gives an empty result, and gradients of 0 for weight and bias.
@@ -68,5 +69,6 @@ def group_norm(
         if tensor is not None and tensor.shape != (channels,):
             raise RuntimeError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")
     one_device((input, weight, bias))
+    input, weight, bias = autocast.single(input, weight, bias)
     check_parameters(input, weight=weight, bias=bias)
     return _GroupNorm.apply(input, weight, bias, num_groups, eps)
