@@ -5,6 +5,7 @@ import functools
 import torch
 
 from . import batch_norm as _batch_norm
+from . import bn_tanh_max_pool as _bn_tanh_max_pool
 from . import conv_transpose as _conv_transpose
 from . import group_norm as _group_norm
 from . import max_pool as _max_pool
@@ -28,9 +29,20 @@ def _untraced(function):
 
 batch_norm = _untraced(_batch_norm.batch_norm)
 batch_norm_tanh = _untraced(_batch_norm.batch_norm_tanh)
+bn_tanh_max_pool2d = _untraced(_bn_tanh_max_pool.bn_tanh_max_pool2d)
 conv_transpose2d = _untraced(_conv_transpose.conv_transpose2d)
 group_norm = _untraced(_group_norm.group_norm)
 max_pool2d = _untraced(_max_pool.max_pool2d)
 tanh = _untraced(_tanh.tanh)
+tanh_max_pool2d = _untraced(_bn_tanh_max_pool.tanh_max_pool2d)
 
-__all__ = ["batch_norm", "batch_norm_tanh", "conv_transpose2d", "group_norm", "max_pool2d", "tanh"]
+__all__ = [
+    "batch_norm",
+    "batch_norm_tanh",
+    "bn_tanh_max_pool2d",
+    "conv_transpose2d",
+    "group_norm",
+    "max_pool2d",
+    "tanh",
+    "tanh_max_pool2d",
+]

@@ -1,0 +1,110 @@
+"""Max pooling of the tanh of a batch norm, or of the tanh alone, in one pass over the input each way.
+
+All arrays are contiguous: [N, C, H, W] or, without batch norm, any [..., H, W]; and [..., OH, OW]. `mean` and `invstd`
+are `batch_norm`'s; None, and with them weight and bias, stands for no batch norm. These four, (C,), and workspaces have
+the accumulator's dtype: see `common.accumulator_dtype`. taps, kernel_size, stride, padding and dilation are as in
+`max_pool`.
+"""
+
+import math
+
+from .batch_norm import batch_norm_backward_combine
+from .common import THREADS, ceil_div, check_per_channel
+from .launch import launch
+from .pool import (
+    MAX_BLOCKS_Y,
+    Pool,
+    launch_pixels,
+    launch_windows,
+    pool_geometry,
+    pool_kernel,
+    pool_period,
+    pool_variants,
+)
+
+_FILE = "bn_tanh_max_pool.cu"
+_CHUNK = 8192  # windows per partial sum, about: a constant, so that sums depend on shapes alone
+
+
+def bn_tanh_max_pool_forward(x, mean, invstd, weight, bias, y, taps, kernel_size, stride, padding, dilation) -> None:
+    """y = max pooling of tanh((x - mean) invstd weight + bias). weight and bias may be None. y and taps are written.
+
+    taps may be None.
+    """
+    pool = Pool(kernel_size, stride, padding, dilation)
+    kernel = pool_kernel(_FILE, "bn_tanh_max_pool_forward", (x,), (y,), taps, pool, _macros(mean))
+    channels = _channels(x, mean, invstd=invstd, weight=weight, bias=bias)
+    launch_windows(kernel, (x, mean, invstd, weight, bias, y, taps, channels), x, y, pool, channels)
+
+
+def bn_tanh_max_pool_workspace(shape) -> int:
+    """Elements of the workspace that the backward's sums need, for an output y of this shape."""
+    return 2 * shape[1] * math.prod(_chunks(shape))
+
+
+def bn_tanh_max_pool_backward_reduce(
+    dy, y, taps, x, mean, invstd, sums, dweight, dbias, workspace, kernel_size, stride, padding, dilation
+) -> None:
+    """sums[0] = sum of g and sums[1] = sum of g xhat per channel, over all windows that have a pixel.
+
+    g = dy (1 - y^2) and xhat = (x - mean) invstd, at the window's tap. sums: (2, C), accumulator dtype, written.
+    dweight = sums[1] and dbias = sums[0], of one dtype, x's or float32, are written where not None.
+    workspace: `bn_tanh_max_pool_workspace(y.shape)` elements, accumulator dtype, written.
+    """
+    pool = Pool(kernel_size, stride, padding, dilation)
+    kernel = pool_kernel(_FILE, "bn_tanh_max_pool_backward_partials", (x,), (dy, y), taps, pool, _macros(mean))
+    channels = _channels(x, mean, invstd=invstd, dweight=dweight, dbias=dbias)
+    groups, splits = _chunks(y.shape)
+    partials = workspace.reshape(2, channels, groups * splits)
+    images = x.shape[0]
+    period = pool_period(kernel, images)
+    args = (dy, y, taps, x, mean, invstd, partials, channels, images, period, ceil_div(period, groups))
+    launch(kernel, (channels * groups, splits, 1), (THREADS, 1, 1), (*args, *pool_geometry(x, y, pool)))
+    batch_norm_backward_combine(partials, sums, dweight, dbias)
+
+
+def bn_tanh_max_pool_backward(
+    dy, y, taps, x, mean, invstd, weight, sums, dx, kernel_size, stride, padding, dilation
+) -> None:
+    """dx from the sums of `bn_tanh_max_pool_backward_reduce`; dx is written.
+
+    sums None stands for statistics that do not depend on x, or for no batch norm; then x may be None.
+    """
+    if sums is not None and x is None:
+        raise ValueError("the gradient through the batch's statistics needs x")
+    pool = Pool(kernel_size, stride, padding, dilation)
+    x = None if sums is None else x
+    pixels = [a for a in (dx, x) if a is not None]
+    kernel = pool_kernel(_FILE, "bn_tanh_max_pool_backward", pixels, (dy, y), taps, pool, _macros(mean))
+    channels = _channels(dx, mean, invstd=invstd, weight=weight)
+    if sums is not None and sums.shape != (2, channels):
+        raise ValueError(f"sums must have shape {(2, channels)}, received {sums.shape}")
+    inverse_count = channels / max(1, dx.size)
+    args = (dy, y, taps, x, mean, invstd, weight, sums, dx, inverse_count, channels)
+    launch_pixels(kernel, args, dx, dy, pool, channels)
+
+
+def variants():
+    """Every variant that this module launches."""
+    for has_bn in (0, 1):
+        yield from pool_variants(_FILE, (("HAS_BN", has_bn),))
+
+
+def _macros(mean):
+    return (("HAS_BN", int(mean is not None)),)
+
+
+def _channels(x, mean, **arrays):
+    if mean is None:
+        return 1
+    if x.ndim != 4:
+        raise ValueError(f"batch norm and max pooling take [N, C, H, W], received shape {x.shape}")
+    check_per_channel(x.shape[1], mean=mean, **arrays)
+    return x.shape[1]
+
+
+def _chunks(shape):
+    """Partial sums of a channel: (groups of images, blocks that share a group)."""
+    windows = shape[0] * math.prod(shape[-2:])
+    groups = max(1, min(shape[0], windows // _CHUNK))
+    return groups, min(max(1, ceil_div(windows, groups * 2 * _CHUNK)), MAX_BLOCKS_Y)
