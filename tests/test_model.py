@@ -1,0 +1,295 @@
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from tolerance import check, keep
+from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modelnew import Model, ModelNew, functional, get_init_inputs, get_inputs, layers
+from modelnew.model import OPERATORS
+from modelnew.parity import compare_models
+
+SMALL = (4, 8, 3, 1, 1, 1, 2)
+SUBSETS = [set(c) for n in range(1, 6) for c in itertools.combinations(OPERATORS, n)]
+ATEN = {
+    "conv_transpose": "convolution",
+    "batch_norm": "batch_norm",
+    "tanh": "tanh",
+    "max_pool": "max_pool2d",
+    "group_norm": "group_norm",
+}
+
+
+def names(subset):
+    return "+".join(name for name in OPERATORS if name in subset)
+
+
+def small_pair(device, **options):
+    """Model, ModelNew with its state, and a batch. Parameters and statistics are random."""
+    model, model_new = Model(*SMALL, device=device), ModelNew(*SMALL, device=device, **options)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), model.batch_norm.running_mean, model.batch_norm.running_var]:
+            tensor.copy_(0.5 + torch.rand(tensor.shape))
+        model.conv_transpose.weight.sub_(1)
+    model_new.load_state_dict(model.state_dict(), strict=True)
+    return model, model_new, torch.randn(2, 4, 6, 6, device=device)
+
+
+@pytest.mark.parametrize("replace", SUBSETS, ids=names)
+def test_every_subset(device, replace):
+    """Output, gradients and running statistics in training, output in evaluation, state dict both ways."""
+    model, model_new, x = small_pair(device, replace=replace)
+    for row in compare_models(model, model_new, x):
+        assert row.ok, row
+        if device == "cuda":
+            keep(row)
+    with torch.no_grad():
+        torch.testing.assert_close(model_new.eval()(x), model.eval()(x))
+    model.load_state_dict(model_new.state_dict(), strict=True)
+    assert list(model.state_dict()) == list(model_new.state_dict())
+    assert model.state_dict()._metadata == model_new.state_dict()._metadata
+
+
+@pytest.mark.parametrize("replace", SUBSETS, ids=names)
+def test_replaced_operators_never_call_pytorch(device, replace):
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(str(function))
+            return function(*args, **kwargs or {})
+
+    called = set()
+    _, model_new, x = small_pair(device, replace=replace)
+    with Calls():
+        model_new(x.requires_grad_()).sum().backward()
+    for name in OPERATORS:
+        calls = [c for c in called if ATEN[name] in c]
+        assert bool(calls) == (name not in replace), (name, calls)
+        assert isinstance(getattr(model_new, name), getattr(torch.nn, type(getattr(model_new, name)).__name__)) == (
+            name not in replace
+        )
+
+
+@pytest.mark.parametrize("replace", SUBSETS, ids=names)
+def test_fusions(monkeypatch, replace):
+    calls = []
+
+    def spied(name, function):
+        return lambda *args, **options: calls.append(name) or function(*args, **options)
+
+    for name in functional.__all__:
+        monkeypatch.setattr(functional, name, spied(name, getattr(functional, name)))
+    _, model_new, x = small_pair("cpu", replace=replace)
+    model_new(x)
+    middle = {
+        "": [],
+        "batch_norm": ["batch_norm"],
+        "tanh": ["tanh"],
+        "max_pool": ["max_pool2d"],
+        "batch_norm+tanh": ["batch_norm_tanh"],
+        "batch_norm+max_pool": ["batch_norm", "max_pool2d"],
+        "tanh+max_pool": ["tanh_max_pool2d"],
+        "batch_norm+tanh+max_pool": ["bn_tanh_max_pool2d"],
+    }[names(replace - {"conv_transpose", "group_norm"})]
+    first = ["conv_transpose2d"] if "conv_transpose" in replace else []
+    last = ["group_norm"] if "group_norm" in replace else []
+    assert calls == first + middle + last
+
+
+@pytest.mark.parametrize("child", ["batch_norm", "tanh", "max_pool"])
+def test_a_hook_or_a_swapped_child_is_honoured(device, child):
+    model, model_new, x = small_pair(device)
+    seen = []
+    for m in (model, model_new):
+        getattr(m, child).register_forward_hook(lambda module, inputs, output: seen.append(output) or output / 2)
+    torch.testing.assert_close(model_new(x), model(x))
+    torch.testing.assert_close(*seen)
+    for m in (model, model_new):
+        setattr(m, child, torch.nn.Softsign())
+    torch.testing.assert_close(model_new(x), model(x))
+
+
+def test_pruning_a_fused_child(device):
+    model, model_new, x = small_pair(device)
+    for m in (model, model_new):
+        prune.l1_unstructured(m.batch_norm, "weight", amount=3)
+    torch.testing.assert_close(model_new(x), model(x))
+
+
+def test_changed_attributes_are_honoured(device):
+    model, model_new, x = small_pair(device)
+    for m in (model, model_new):
+        m.batch_norm.eps, m.batch_norm.momentum, m.group_norm.eps = 0.5, None, 0.3
+        m.max_pool.kernel_size, m.max_pool.padding, m.conv_transpose.stride = 3, 1, (2, 1)
+    torch.testing.assert_close(model_new(x), model(x))
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(model_new.state_dict()[key], value)
+
+
+def test_frozen_parameters_get_no_gradient(device):
+    model, model_new, x = small_pair(device)
+    for m in (model, model_new):
+        for p in [m.conv_transpose.weight, m.batch_norm.bias, m.group_norm.weight]:
+            p.requires_grad_(False)
+        m(x).square().sum().backward()
+        assert [n for n, p in m.named_parameters() if p.grad is not None] == [
+            "conv_transpose.bias",
+            "batch_norm.weight",
+            "group_norm.bias",
+        ]
+    torch.testing.assert_close(model_new.group_norm.bias.grad, model.group_norm.bias.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_two_runs_are_equal(device):
+    _, model_new, x = small_pair(device)
+    runs = []
+    for _ in range(2):
+        model_new.zero_grad()
+        y = model_new(x)
+        y.square().sum().backward()
+        runs.append([y.detach(), *(p.grad for p in model_new.parameters())])
+    for a, b in zip(*runs):
+        assert torch.equal(a, b)
+
+
+def test_refused_input_leaves_the_buffers(device):
+    _, model_new, x = small_pair(device)
+    before = copy.deepcopy(model_new.state_dict())
+    with pytest.raises(ValueError, match="expected 4D"):
+        model_new(x[0])
+    with pytest.raises(TypeError):
+        model_new(x.long())
+    for key, value in model_new.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_gradcheck(device):
+    model = ModelNew(2, 4, 2, 1, 0, 1, 2, device=device).double()
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
+    keys, parameters = zip(*model.named_parameters())
+
+    def call(x, *parameters):
+        return torch.func.functional_call(model, dict(zip(keys, parameters)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *parameters))
+
+
+@pytest.mark.parametrize("replace", ["all", {"conv_transpose", "group_norm"}, {"tanh", "max_pool"}], ids=str)
+def test_torch_compile(device, replace):
+    _, model_new, x = small_pair(device, replace=replace)
+    compiled = torch.compile(copy.deepcopy(model_new), backend="eager")
+    for training in (True, False):
+        results = []
+        for m in (model_new.train(training), compiled.train(training)):
+            y = m(x)
+            y.square().sum().backward()
+            results.append([y, *(p.grad for p in m.parameters()), *m.buffers()])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision(device, dtype):
+    model, model_new, x = small_pair(device)
+    x = x.to(dtype)
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(x.double())
+        with torch.autocast(device, dtype=dtype):
+            check(model_new(x.float()), truth, model(x.float()), "autocast")
+        model, model_new = model.to(dtype), model_new.to(dtype)
+        truth = copy.deepcopy(model).double()(x.double())
+        check(model_new(x), truth, model(x), "parameters in low precision")
+
+
+def test_same_seed_same_parameters():
+    states = []
+    for build in (Model, ModelNew):
+        torch.manual_seed(11)
+        states.append(build(*SMALL).state_dict())
+    torch.manual_seed(11)
+    reference = torch.nn.ConvTranspose2d(*SMALL[:5])
+    assert torch.equal(states[0]["conv_transpose.weight"].cpu(), reference.weight)
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key])
+
+
+def test_device():
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    for build in (Model, ModelNew):
+        assert {p.device.type for p in build(*SMALL).parameters()} == {expected}
+        assert {p.device.type for p in build(*SMALL, device="cpu").parameters()} == {"cpu"}
+        with torch.device("meta"):
+            assert {p.device.type for p in build(*SMALL).parameters()} == {"meta"}
+    assert get_inputs(1)[0].device.type == expected
+
+
+def test_inputs_are_the_same_at_each_call():
+    a, b = get_inputs(2), get_inputs(2)
+    assert torch.equal(*a, *b)
+    assert a[0].shape == (2, 64, 32, 32)
+    assert a[0].dtype == torch.float32
+    assert 0 <= a[0].min() < a[0].max() < 1
+    assert not torch.equal(*a, *get_inputs(2, seed=1))
+    assert get_init_inputs() == [64, 128, 5, 1, 1, 8, 8]
+
+
+def test_replace_and_numerics():
+    assert ModelNew(*SMALL).replace == OPERATORS
+    assert ModelNew(*SMALL, replace=("max_pool", "tanh")).replace == ("tanh", "max_pool")
+    assert ModelNew(*SMALL, replace="tanh").replace == ("tanh",)
+    assert "replace=('tanh',), numerics='fp32'" in repr(ModelNew(*SMALL, replace="tanh", numerics="fp32"))
+    unreplaced = ModelNew(*SMALL, replace=())
+    assert {type(m).__module__.split(".")[0] for m in unreplaced.children()} == {"torch"}
+    with pytest.raises(ValueError, match=r"conv_transpose.*received \['conv'\]"):
+        ModelNew(*SMALL, replace=["conv", "tanh"])
+    with pytest.raises(ValueError, match="auto, tf32, fp32, received 'fp16'"):
+        ModelNew(*SMALL, numerics="fp16")
+
+
+def test_copy_and_pickle(device):
+    _, model_new, x = small_pair(device, replace={"tanh", "max_pool", "group_norm"})
+    y = model_new(x)
+    for other in (copy.deepcopy(model_new), pickle.loads(pickle.dumps(model_new))):
+        assert torch.equal(other(x), y)
+        assert other.replace == model_new.replace
+
+
+def test_sync_batch_norm_conversion():
+    convert = torch.nn.SyncBatchNorm.convert_sync_batchnorm
+    with pytest.raises(RuntimeError, match="build ModelNew with replace="):
+        convert(ModelNew(*SMALL))
+    model, model_new, x = small_pair("cpu", replace=set(OPERATORS) - {"batch_norm"})
+    converted = convert(model_new)
+    assert type(converted.batch_norm) is torch.nn.SyncBatchNorm
+    torch.testing.assert_close(converted.eval()(x), model.eval()(x))  # training needs a process group
+
+
+def test_acceptance(device):
+    """What ModelNew promises, on a small batch where there is no GPU."""
+    batch = () if device == "cuda" else (1,)
+    model = Model(*get_init_inputs(), device=device)
+    model_new = ModelNew(*get_init_inputs(), replace={"tanh", "max_pool"}, device=device)
+    model_new.load_state_dict(model.state_dict())
+    y, y_new = model(*get_inputs(*batch, device=device)), model_new(*get_inputs(*batch, device=device))
+    if device == "cuda":
+        assert torch.allclose(y, y_new)
+        assert torch.equal(y, y_new)
+    torch.testing.assert_close(y_new, y)  # PyTorch's tanh on a CPU is not the C library's
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("cls", ["fp32", "tf32"])
+def test_full_size(cls):
+    model, model_new = Model(*get_init_inputs()), ModelNew(*get_init_inputs(), numerics=cls)
+    rows = compare_models(model, model_new, *get_inputs(), cls)
+    for row in rows:
+        keep(row)
+    assert all(row.ok for row in rows), "\n".join(map(str, rows))
+
+
+def test_layers_are_not_torch_layers():
+    for name in ("ConvTranspose2d", "BatchNorm2d", "Tanh", "MaxPool2d", "GroupNorm"):
+        assert getattr(layers, name).__bases__ == (torch.nn.Module,)
