@@ -70,6 +70,13 @@ def test_more_outputs_than_a_block_has_threads(device, window):
     check_gradients(lambda x: max_pool2d(x, **window), lambda x: F.max_pool2d(x, **window), [x])
 
 
+@pytest.mark.parametrize("window", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2}], ids=str)
+def test_blocks_of_several_rounds(device, monkeypatch, window):
+    monkeypatch.setattr("cupy_kernels.pool._MANY_BLOCKS", 0)
+    x = torch.randn(17, 2, 34, 34, device=device, requires_grad=True)
+    check_gradients(lambda x: max_pool2d(x, **window), lambda x: F.max_pool2d(x, **window), [x])
+
+
 SPECIAL = {
     "nan": [1.0, NAN, 3.0, 2.0],
     "negative_nan": [1.0, -NAN, 3.0, INF],
