@@ -63,15 +63,16 @@ __device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) { r
 
 // partials: mean - origin, and sum of (x - mean)^2, of each chunk.
 //
-// A thread sums over its values minus its first one. That value is one of at most ITEMS, so its distance from their mean
-// is bounded by their spread and the subtraction below cancels log2(ITEMS) bits at worst, whatever the data is.
-extern "C" __global__ void __launch_bounds__(256, 4) batch_norm_partials(
+// A thread takes a batch's mean first and its squares relative to that, both from registers, then joins batches as Chan et al.
+// do: nothing cancels, whatever the mean is and wherever outliers are.
+extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_partials(
     const scalar_t* __restrict__ x, acc_t* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
     __shared__ acc_t scratch[32];
     ChannelWalk walk(channels, plane, count);
-    acc_t shift = 0, sum = 0, squares = 0, n = 0;
+    acc_t origin = origin_of(x, walk.channel, plane);
+    acc_t n = 0, sum = 0, m2 = 0;  // of the thread's values - origin
     #pragma unroll 1
-    for (int first = 0; first < PACKS; first += BATCH) {
+    for (int first = 0; first < PACKS && walk.inside(first); first += BATCH) {
         Pack in[BATCH];
         bool inside[BATCH];
         #pragma unroll
@@ -80,23 +81,32 @@ extern "C" __global__ void __launch_bounds__(256, 4) batch_norm_partials(
             if (inside[b]) in[b] = *(const Pack*)(x + walk.offset);
             walk.advance();
         }
-        if (first == 0 && inside[0]) shift = finite_or_zero(to_acc(in[0].v[0]));
+        acc_t k = 0, total = 0, rest = 0, squares = 0;
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
             if (!inside[b]) continue;
-            n += WIDTH;
+            k += WIDTH;
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) total += to_acc(in[b].v[i]);
+        }
+        acc_t inverse = 1 / k, shift = finite_or_zero(total * inverse);
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            if (!inside[b]) continue;
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
                 acc_t d = to_acc(in[b].v[i]) - shift;
-                sum += d;
+                rest += d;
                 squares += d * d;
             }
         }
+        acc_t distance = shift - origin + rest * inverse, step = n > 0 ? distance - sum / n : (acc_t)0;
+        m2 += squares - rest * rest * inverse + step * step * (n * k / (n + k));
+        sum += k * distance;
+        n += k;
     }
     acc_t mean = n > 0 ? sum / n : (acc_t)0;
-    acc_t m2 = squares - sum * mean;
-    mean += n > 0 ? shift - origin_of(x, walk.channel, plane) : (acc_t)0;
-    acc_t chunk_mean = block_sum(n * mean, scratch) / walk.size;
+    acc_t chunk_mean = block_sum(sum, scratch) / walk.size;
     acc_t distance = mean - chunk_mean;
     acc_t chunk_m2 = block_sum(m2 + n * distance * distance, scratch);
     if (threadIdx.x == 0) {
@@ -181,7 +191,7 @@ __device__ inline acc_t gradient_of(scalar_t dy, scalar_t y, bool with_tanh) {
 }
 
 // partials: sum of g, and sum of g xhat, of each chunk. y is null without tanh.
-extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_partials(
+extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_backward_partials(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ invstd, acc_t* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
     __shared__ acc_t scratch[32];

@@ -68,9 +68,7 @@ def batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps
 def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> None:
     """Refuses what torch.nn.functional.batch_norm refuses, before anything is written."""
     if input.dim() < 2:
-        raise RuntimeError(
-            f"batch_norm takes input of 2 dimensions or more, [N, C, *]; received shape {tuple(input.shape)}"
-        )
+        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
     channels, count = input.shape[1], input.numel() // (input.shape[1] or 1)
     if training and count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
