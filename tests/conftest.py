@@ -17,7 +17,7 @@ import torch
 from cupy_kernels import compiler, emulator, source
 from cupy_kernels.errors import BackendError
 from cupy_kernels.variants import variants
-from modelnew import environment
+from modelnew import environment, parity
 
 _started = []
 try:
@@ -40,6 +40,13 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def float32_convolutions():
+    """PyTorch's references multiply in float32: TF32, its default on a GPU, is another class."""
+    with parity.tf32(False):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelnew import Model, ModelNew, functional, get_init_inputs, get_inputs, layers
 from modelnew.model import OPERATORS
-from modelnew.parity import compare_models
+from modelnew.parity import compare_models, tf32
 
 SMALL = (4, 8, 3, 1, 1, 1, 2)
 SUBSETS = [set(c) for n in range(1, 6) for c in itertools.combinations(OPERATORS, n)]
@@ -269,10 +269,11 @@ def test_sync_batch_norm_conversion():
 def test_acceptance(device):
     """What ModelNew promises, on a small batch where there is no GPU."""
     batch = () if device == "cuda" else (1,)
-    model = Model(*get_init_inputs(), device=device)
-    model_new = ModelNew(*get_init_inputs(), replace={"tanh", "max_pool"}, device=device)
-    model_new.load_state_dict(model.state_dict())
-    y, y_new = model(*get_inputs(*batch, device=device)), model_new(*get_inputs(*batch, device=device))
+    with tf32(True):  # PyTorch's default
+        model = Model(*get_init_inputs(), device=device)
+        model_new = ModelNew(*get_init_inputs(), replace={"tanh", "max_pool"}, device=device)
+        model_new.load_state_dict(model.state_dict())
+        y, y_new = model(*get_inputs(*batch, device=device)), model_new(*get_inputs(*batch, device=device))
     if device == "cuda":
         assert torch.allclose(y, y_new)
         assert torch.equal(y, y_new)
