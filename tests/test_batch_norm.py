@@ -49,7 +49,7 @@ def check_pair(pair, x, running, weight, bias, **options):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize(
     "shape",
-    [(5, 3, 4, 6), (3, 4, 7, 5), (2, 3, 1, 1), (1, 2, 3, 1), (7, 3), (4, 2, 5), (2, 2, 3, 2, 4), (300, 1, 1, 7)],
+    [(5, 3, 4, 6), (3, 4, 7, 5), (5, 8, 1, 1), (1, 8, 3, 1), (7, 3), (4, 2, 5), (2, 2, 3, 2, 4), (300, 1, 1, 7)],
     ids=str,
 )
 def test_output_and_gradients(device, pair, training, shape):
@@ -66,16 +66,14 @@ def test_without_weight_bias_or_statistics(device, pair, training, tracked, affi
     check_pair(pair, x, statistics(4, device) if tracked else (), weight, bias, training=training, eps=0.1)
 
 
+@pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), PARAMETER_DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("shape", [(3, 2, 4, 4), (3, 2, 6, 2), (3, 2, 3, 5)], ids=str)
-def test_dtypes(device, dtype, parameter_dtype, training, shape):
+@pytest.mark.parametrize("shape", [(3, 12, 4, 4), (3, 12, 6, 2), (3, 12, 3, 5)], ids=str)
+def test_dtypes(device, pair, dtype, parameter_dtype, training, shape):
     x = torch.randn(shape, device=device).to(dtype).requires_grad_()
-    running = statistics(2, device, parameter_dtype)
-    check_pair((batch_norm, F.batch_norm), x, running, *parameters(2, device, parameter_dtype), training=training)
-    if device == "cpu":  # torch's tanh of a rounded batch norm is no reference for ours in 16 bits
-        return
-    check_pair(PAIRS[1].values[0], x, running, *parameters(2, device, parameter_dtype), training=training)
+    running = statistics(12, device, parameter_dtype)
+    check_pair(pair, x, running, *parameters(12, device, parameter_dtype), training=training)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -138,7 +136,9 @@ def test_large_mean_and_small_variance(device, outlier, shape):
     columns = x.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(var.double(), columns.var(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(mean.double(), columns.mean(1), rtol=1e-7, atol=0)
-    check(y, F.batch_norm(x.double(), None, None, training=True), F.batch_norm(x, None, None, training=True))
+    truth = F.batch_norm(x.double(), None, None, training=True)
+    rounding = (x.max() - x.max().nextafter(x.new_tensor(0.0))).item()  # of the mean: the largest error of all
+    torch.testing.assert_close(y.double(), truth, rtol=1e-6, atol=rounding / columns.std(1).min().item() + 1e-6)
 
 
 def test_constant_channel(device):
