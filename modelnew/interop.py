@@ -83,7 +83,7 @@ def check_floating(**tensors: torch.Tensor | None) -> None:
 
 
 def check_parameters(input: torch.Tensor, **parameters: torch.Tensor | None) -> None:
-    """TypeError unless the named tensors (None left out) share one dtype: input's, or float32 where that is a 16-bit type."""
+    """TypeError unless the tensors (None left out) share one dtype: input's, or float32 where that has 16 bits."""
     check_floating(input=input, **parameters)
     allowed = {input.dtype, accumulator_dtype(input)}
     dtypes = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}

@@ -57,7 +57,7 @@ def test_dtypes(device, dtype, name):
 
 @pytest.mark.parametrize("channels", [(40, 130), (130, 40)], ids=["more_out", "more_in"])
 def test_large_tiles(device, channels):
-    """More than 32 channels and 4096 pixels take the tiles that real shapes take; edges are partial in every dimension."""
+    """More than 32 channels and 4096 pixels take the tiles that real shapes take; edges are partial everywhere."""
     x = torch.randn(2, channels[0], 47, 45, device=device, requires_grad=True)
     w = torch.randn(channels[0], channels[1], 2, 1, device=device, requires_grad=True)
     check_gradients(conv_transpose2d, F.conv_transpose2d, [x, w], terms=1000)

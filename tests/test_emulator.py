@@ -284,6 +284,13 @@ def test_compiled_kernels_are_kept_on_disk(monkeypatch, fresh, x, y):
     assert [library] == list(fresh.iterdir())
 
 
+def test_a_folder_that_cannot_be_made(monkeypatch, fresh, tmp_path, x, y):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CUPY_KERNELS_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(BackendError, match=r"file/cache, set by CUPY_KERNELS_CACHE_DIR"):
+        run(COPY, x, y)
+
+
 def test_an_interrupted_compilation_leaves_nothing(monkeypatch, fresh, x, y):
     def interrupted(command, **options):
         with open(command[command.index("-o") + 1], "wb") as half:

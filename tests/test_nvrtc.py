@@ -1,12 +1,14 @@
 """Every declared variant, compiled by NVRTC for every architecture without a GPU: it must need no local memory."""
 
+import hashlib
 import itertools
+import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from cupy_kernels import nvrtc, source
+from cupy_kernels import emulator, nvrtc, source
 from cupy_kernels.errors import BackendError
 from cupy_kernels.source import Kernel
 from cupy_kernels.variants import variants
@@ -21,7 +23,15 @@ pytestmark = pytest.mark.skipif(VERSION != "11.8", reason=f"needs NVRTC 11.8, fo
 
 
 def resources(variant, architecture):
-    return nvrtc.compile_variant(variant, architecture)[1]
+    """What `compile_variant` reports, kept on disk: with nothing changed, a second run of the tests need not wait."""
+    key = repr((VERSION, source.expanded(variant.file), variant.defines, architecture))
+    kept = emulator.cache_folder() / f"nvrtc_{hashlib.sha256(key.encode()).hexdigest()}.json"
+    if not kept.exists():
+        found = nvrtc.compile_variant(variant, architecture)[1]
+        half_written = kept.with_suffix(f".{os.getpid()}")
+        half_written.write_text(json.dumps(found))
+        half_written.replace(kept)
+    return {name: nvrtc.Resources(*used) for name, used in json.loads(kept.read_text()).items()}
 
 
 @pytest.mark.parametrize("file", sorted({v.file for v in variants()}))
