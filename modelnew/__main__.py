@@ -14,9 +14,11 @@ from rich.table import Table
 from cupy_kernels import compiler, emulator
 from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 
-from . import Model, ModelNew, bench, environment, get_init_inputs, get_inputs
+from . import Model, ModelNew, environment, get_init_inputs, get_inputs
+from .bench import bench_command
 from .model import BATCH, NUMERICS, OPERATORS
 from .parity import RATIO, compare_models, is_close, tf32
+from .timing import measure
 
 EMULATED_BATCH = 2
 BIT_EXACT = ("tanh", "max_pool")
@@ -80,6 +82,9 @@ def main(context, batch, seed, replace, numerics, device, times, trials):
         raise click.ClickException(str(error)) from error
     out.print("\n[bold green]Parity holds." if holds else "\n[bold red]Parity does not hold: see the rows marked FAIL.")
     context.exit(0 if holds else 1)
+
+
+main.add_command(bench_command)
 
 
 @main.command("env")
@@ -160,7 +165,7 @@ def _times(model, model_new, x, cls, trials):
 
     with tf32(cls == "tf32"):
         for name, function in (("forward", forward), ("forward + backward", step)):
-            theirs, ours = (bench.measure(lambda f=function, m=m: f(m), x.device, trials) for m in (model, model_new))
+            theirs, ours = (measure(lambda f=function, m=m: f(m), x.device, trials) for m in (model, model_new))
             cells = (f"{t.median:.2f} ({t.min:.2f} to {t.max:.2f})" for t in (theirs, ours))
             table.add_row(name, *cells, f"{theirs.median / ours.median:.2f}x")
     out.print(table)
@@ -168,16 +173,12 @@ def _times(model, model_new, x, cls, trials):
 
 def _device(name) -> torch.device:
     """The device asked for, or the best there is; says what will run. BackendError if kernels cannot run there."""
-    backend = environment.backend()
     try:
-        device = torch.device(name or ("cuda" if backend["name"] == "cuda" else "cpu"))
-    except RuntimeError as error:
+        device = environment.device(name)
+    except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--device") from error
-    if device.type not in ("cuda", "cpu"):
-        raise click.BadParameter(f"kernels run on cuda, or on cpu by emulation; received {name}", param_hint="--device")
+    backend = environment.backend()
     if device.type == "cuda":
-        if backend["name"] != "cuda":
-            raise BackendError(f"no kernel can run on {device}: {backend['why']}")
         out.print(f"GPU: {torch.cuda.get_device_name(device)}")
         return device
     command = " ".join(emulator.compiler())

@@ -1,34 +1,346 @@
-"""Times on a GPU: CUDA events, warm-up, and an L2 cache without the last trial's data."""
+"""`python -m modelnew bench`: times of ModelNew's kernels and of PyTorch's on one GPU, side by side, and their record.
 
+All that do the same work take turns, trial by trial, in one process, so that ratios hold while clocks drift. Between
+trials the L2 cache is filled with other data. Our results are checked before they are timed.
+"""
+
+import json
+import os
+import shlex
 import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+import click
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-_FLUSH_BYTES = 256 * 2**20  # several times the largest L2 cache
-_WARMUP = 5
+from cupy_kernels import source
+from cupy_kernels.errors import BackendError
+
+from . import environment, plots, records
+from .model import HEIGHT, get_init_inputs
+from .timing import Clock, Contender, Times, current, free, measure_together, rounded
+from .workloads import (
+    DTYPES,
+    GRAPHS,
+    MODES,
+    PEERS,
+    WORKLOADS,
+    Case,
+    Shape,
+    build,
+    ceilings,
+    check,
+    contenders,
+    numerics,
+)
+
+_COMPILE_SHARE = 0.8  # of the time budget; the rest is for what needs no torch.compile
+_STARTUPS = 2
+_QUICK = (
+    "forward_train",
+    "forward_train_grad",
+    "forward_eval",
+    "step",
+    "step_no_input_grad",
+    "conv_forward",
+    "dgrad",
+    "wgrad",
+)
+
+# argv: class, init arguments, shape of x, device. Prints seconds: of making the CUDA context, and of the rest.
+_FIRST_CALL = """
+import json, sys, time
+import torch
+who, init, shape, device = json.loads(sys.argv[1])
+def now():
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+start = time.perf_counter()
+x = torch.rand(shape, device=device)
+context = now()
+import modelnew
+model = getattr(modelnew, who)(*init, device=device)
+with torch.no_grad():
+    model(x)
+print(context - start, now() - context)
+"""
+
+out = Console(width=None if sys.stdout.isatty() else 140)
 
 
-class Times(NamedTuple):
-    """Milliseconds per call."""
+class Plan(NamedTuple):
+    """What is to be measured."""
 
-    median: float
-    min: float
-    max: float
+    batches: tuple[int, ...]
+    classes: tuple[str, ...]
+    what: tuple[str, ...]
+    peers: str
+    trials: int
+    size: int
+    seed: int
+    budget: float
+    startup: bool
+
+    def cells(self, device) -> list[tuple[int, str, str]]:
+        """(n, what, class) of all that is measured together."""
+        cells = ((n, what, cls) for n in self.batches for what in self.what for cls in self.classes)
+        return [cell for cell in cells if contenders(cell[1], cell[0], self.peers, device)]
 
 
-def measure(function, device, trials: int = 20) -> Times:
-    """Times of function() on `device`, a GPU, in torch's current stream."""
-    with torch.cuda.device(device):
-        flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
-        events = []
-        for _ in range(_WARMUP + trials):
-            flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-    ms = [start.elapsed_time(end) for start, end in events[_WARMUP:]]
-    return Times(statistics.median(ms), min(ms), max(ms))
+def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> Iterator[list[dict]]:
+    """Rows of the first calls, if these are wanted, then of each cell. describe(text): what is going on."""
+    start = time.monotonic()
+
+    def refused(entrant):
+        share = _COMPILE_SHARE if entrant.who in MODES else 1
+        return f"time budget of {plan.budget:g} s spent" if time.monotonic() - start > share * plan.budget else None
+
+    if plan.startup:
+        describe("first call in a new process")
+        yield first_calls(plan, device)
+    case = None
+    for n, what, cls in plan.cells(device):
+        if case is None or case.n != n:
+            case = None  # frees its memory before the next takes some
+            free()
+            case = Case(n, plan.size, device, plan.seed)
+        entrants = [_entrant(case, what, cls, *who) for who in contenders(what, n, plan.peers, device)]
+        with current(device), numerics(cls, device):
+            if any(entrant.who in MODES for entrant in entrants):
+                torch.compiler.reset()  # code compiled, or a graph recorded, for one class would serve the next
+            clock = Clock(device, latency=what.startswith("latency"))
+            measure_together(entrants, clock, plan.trials, refused, lambda who: describe(f"{what} {cls} N={n} {who}"))  # noqa: B023
+        yield [entrant.row(what=what, **{"class": cls}, n=n) for entrant in entrants]
+
+
+def first_calls(plan: Plan, device: torch.device) -> list[dict]:
+    """Rows startup_cold and startup_warm: a new process, from having imported torch to the result of its first forward
+    in training mode under no_grad, without and with compiled kernels on disk. "context_ms": a part of it, which makes
+    the CUDA context.
+    """
+    seconds = {}
+    whos = [("startup_cold", "modelnew"), ("startup_warm", "modelnew")]
+    whos += [("startup_warm", "eager")] if plan.peers != "none" else []
+    for _ in range(_STARTUPS):
+        with tempfile.TemporaryDirectory() as folder:
+            for what, who in whos:
+                seconds.setdefault((what, who), []).append(_first_call(who, plan, device, folder))
+    rows = []
+    for (what, who), found in seconds.items():
+        entrant = Contender(who, "nchw", build=None)
+        errors = [each for each in found if isinstance(each, str)]
+        if errors:
+            entrant.refuse(errors[0], failed=who == "modelnew")
+        else:
+            ms = [1e3 * sum(each) for each in found]
+            entrant.times = Times(statistics.median(ms), min(ms), max(ms))
+        row = entrant.row(what=what, **{"class": "fp32" if device.type == "cpu" else "tf32"}, n=plan.batches[0])
+        context = None if errors else rounded(1e3 * statistics.median(each[0] for each in found))
+        rows.append({**row, "context_ms": context})
+    return rows
+
+
+def _entrant(case, what, cls, who, layout):
+    return Contender(
+        who,
+        layout,
+        lambda: build(case, what, cls, who, layout),
+        (lambda: check(case, what, cls, who)) if who.startswith("modelnew") else None,
+        torch.compiler.cudagraph_mark_step_begin if who in MODES and who in GRAPHS else None,
+    )
+
+
+def _first_call(who, plan, device, folder):
+    """(seconds of making the CUDA context, seconds of the rest), or what went wrong."""
+    init = get_init_inputs()
+    arguments = ["ModelNew" if who == "modelnew" else "Model", init, [plan.batches[0], init[0], plan.size, plan.size]]
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    variables = {
+        **os.environ,
+        "CUPY_CACHE_DIR": folder,
+        "CUPY_KERNELS_CACHE_DIR": folder,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    command = [sys.executable, "-c", _FIRST_CALL, json.dumps([*arguments, str(device)])]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+    return tuple(map(float, done.stdout.split()))
+
+
+def _listed(choices=None):
+    """Callback of an option that takes names, or whole numbers, with commas between."""
+
+    def parse(_, parameter, value):
+        if value is None:
+            return None
+        names = [name.strip() for name in value.split(",")]
+        if choices is None:
+            if not all(name.isdecimal() and int(name) for name in names):
+                raise click.BadParameter(f"whole numbers from 1 on, with commas between; received {value!r}")
+            return tuple(map(int, names))
+        unknown = [name for name in names if name not in choices]
+        if unknown:
+            raise click.BadParameter(f"{', '.join(unknown)}: not among {', '.join(choices)}")
+        return tuple(names)
+
+    return parse
+
+
+@click.command("bench", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--quick",
+    is_flag=True,
+    help=f"A short selection: N 512 and 1, without startup, and only {', '.join(_QUICK)}. Other options still hold.",
+)
+@click.option(
+    "--batches",
+    callback=_listed(),
+    help="Images in a batch: one number, or several with commas between, measured in that order.  "
+    "[default: 512,1,64,8; 1 on the CPU]",
+)
+@click.option(
+    "--what",
+    callback=_listed(WORKLOADS),
+    help="What to measure, with commas between. "
+    + " ".join(f"{name}: {text}." for name, text in WORKLOADS.items())
+    + "  [default: all]",
+)
+@click.option(
+    "--classes",
+    callback=_listed(DTYPES),
+    help="Numeric classes: tf32 (PyTorch's default on a GPU), fp32 (TF32 off), fp16, bf16 (autocast; convolutions "
+    "alone: tensors of that type).  [default: tf32,fp32; fp32 on the CPU]",
+)
+@click.option(
+    "--peers",
+    type=click.Choice(list(PEERS)),
+    help="What to compare with, each in NCHW and in channels_last: none; eager: PyTorch; compile: also torch.compile, "
+    'and for N=1 its mode "reduce-overhead"; all: also its mode "max-autotune", which takes long.  [default: compile; '
+    "eager on the CPU]",
+)
+@click.option("--trials", type=click.IntRange(min=1), help="Timed calls of each.  [default: 20; 1 on the CPU]")
+@click.option(
+    "--size", type=click.IntRange(min=1), help=f"Height and width of an image.  [default: {HEIGHT}; 4 on the CPU]"
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of parameters, batch and incoming gradient.")
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0),
+    default=240,
+    show_default=True,
+    help="Seconds. What has not begun by then is left out, torch.compile after four fifths of them; rows say so.",
+)
+@click.option(
+    "--startup/--no-startup",
+    default=None,
+    help="Time the first forward of new processes, too.  [default: yes, but not with --quick nor on the CPU]",
+)
+@click.option("--device", help="cuda, cuda:1, ... or cpu: the emulator.  [default: the GPU, if one is usable]")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for bench_<gpu>.json and .png.  [default: benchmarks/results of the repository, else here; on the CPU "
+    "nothing is written]",
+)
+@click.option(
+    "--plot-only",
+    metavar="RECORD",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Measure nothing: draw the PNG of this record, beside it.",
+)
+def bench_command(device, output, plot_only, **options):
+    """Times and peak memory of ModelNew and of its peers, side by side, after a check of parity.
+
+    Prints a table, writes a record (JSON) and, with matplotlib installed (the extra "bench"), plots (PNG). Floor: what
+    the GPU's memory and tensor cores need at least, known for the H100. Exit code 1 if a result of ours is wrong.
+    """
+    if plot_only:
+        try:
+            _draw(json.loads(plot_only.read_text()), plot_only)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise click.BadParameter(f"{plot_only} is no record of this command", param_hint="--plot-only") from error
+        return
+    try:
+        device = environment.device(device)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--device") from error
+    except BackendError as error:
+        raise click.ClickException(str(error)) from error
+    plan = _plan(device, **options)
+    with current(device):
+        record, slug = _head(plan, device), environment.slug()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(plan.cells(device)) + plan.startup)
+        for rows in run(plan, device, lambda text: progress.update(task, description=text)):
+            record["rows"] += rows
+            progress.advance(task)
+    records.show(record, out)
+    if device.type == "cpu":
+        out.print("Times of the emulator on a CPU say nothing about speed.")
+    if output or device.type == "cuda":
+        folder = output or (environment.RESULTS if environment.RESULTS.parent.is_dir() else Path())
+        path = folder / f"bench_{slug if device.type == 'cuda' else 'cpu'}.json"
+        records.write(record, path)
+        out.print(f"recorded: {path}", highlight=False)
+        try:
+            _draw(record, path)
+        except click.ClickException as error:
+            out.print(error.message, highlight=False, markup=False)
+    if any(row.get("failed") for row in record["rows"]):
+        raise click.exceptions.Exit(1)
+
+
+def _plan(device, quick, batches, what, classes, peers, trials, size, seed, budget, startup):
+    cpu = device.type == "cpu"
+    if cpu and "tf32" in (classes or ()):
+        raise click.BadParameter("a CPU has no tf32", param_hint="--classes")
+    return Plan(
+        batches or ((1,) if cpu else (512, 1) if quick else (512, 1, 64, 8)),
+        classes or (("fp32",) if cpu else ("tf32", "fp32")),
+        what or (_QUICK if quick else tuple(WORKLOADS)),
+        peers or ("eager" if cpu else "compile"),
+        trials or (1 if cpu else 20),
+        size or (4 if cpu else HEIGHT),
+        seed,
+        budget,
+        not (quick or cpu) if startup is None else startup,
+    )
+
+
+def _head(plan, device):
+    """A record without rows."""
+    versions = environment.versions()
+    if device.type == "cpu":
+        versions["gpu"] = None
+    return {
+        "command": shlex.join(["python3", "-m", "modelnew", *sys.argv[1:]]),
+        "versions": versions,
+        "digest": source.digest(),
+        "trials": plan.trials,
+        "shape": Shape(*get_init_inputs()[:5], plan.size)._asdict(),
+        "ceilings": ceilings(versions["gpu"]),
+        "rows": [],
+    }
+
+
+def _draw(record, path):
+    """Draws the PNG beside the record `path`; a ClickException says why if it cannot."""
+    picture = path.with_suffix(".png")
+    try:
+        plots.draw(record, picture)
+    except ImportError as error:
+        raise click.ClickException("plots need matplotlib: pip install 'modelnew[bench]'") from error
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    out.print(f"drawn: {picture}", highlight=False)

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -71,6 +72,31 @@ def backend() -> dict:
         return {"name": "emulator", "why": f"{why}; C++ compiler: {' '.join(emulator.compiler())}"}
     except BackendError as error:
         return {"name": None, "why": f"{why}; {error}"}
+
+
+def device(name: str | None = None) -> torch.device:
+    """The device called `name`, by default the one that `backend` runs on.
+
+    ValueError if it is neither a GPU of NVIDIA's nor the CPU; BackendError if no kernel can run there.
+    """
+    found = backend()
+    try:
+        wanted = torch.device(name or ("cuda" if found["name"] == "cuda" else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    if wanted.type not in ("cuda", "cpu"):
+        raise ValueError(f"kernels run on cuda, or on cpu by emulation; received {name}")
+    if wanted.type == "cuda" and found["name"] != "cuda":
+        raise BackendError(f"no kernel can run on {wanted}: {found['why']}")
+    if wanted.type == "cpu":
+        emulator.compiler()
+    return wanted
+
+
+def slug() -> str:
+    """The GPU's name as names of files have it, such as "h100-80gb-hbm3"; "cpu" without one."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
 
 
 def records() -> list[dict]:

@@ -6,7 +6,6 @@ Every test that takes `device` runs on the emulator (CPU tensors), and on the GP
 
 import contextlib
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -20,10 +19,7 @@ from cupy_kernels.variants import variants
 from modelnew import environment, parity
 
 _started = []
-try:
-    _declared = frozenset(variants())
-except ImportError:
-    _declared = frozenset()
+_declared = frozenset(variants())
 
 
 def pytest_generate_tests(metafunc):
@@ -79,9 +75,8 @@ def declared_variants():
     """Fails a test that starts a variant which no `variants()` declares: test_nvrtc.py compiles the declared ones."""
     _started.clear()
     yield
-    files = {variant.file for variant in _declared}
-    undeclared = {str(k.variant) for k in _started if k.file in files} - {str(variant) for variant in _declared}
-    assert not undeclared, f"not in variants(): {sorted(undeclared)}"
+    undeclared = {kernel.variant for kernel in _started} - _declared
+    assert not undeclared, f"not in variants(): {sorted(map(str, undeclared))}"
 
 
 @pytest.fixture
@@ -125,7 +120,6 @@ def pytest_terminal_summary(terminalreporter, config):
         "skipped": counts["skipped"],
         "errors": tolerance.kept(),
     }
-    gpu = re.sub(r"[^a-z0-9]+", "-", versions["gpu"].lower().removeprefix("nvidia ")).strip("-")
-    path = Path(folder, f"parity_{gpu}_nvrtc{versions['nvrtc']}.json")
+    path = Path(folder, f"parity_{environment.slug()}_nvrtc{versions['nvrtc']}.json")
     path.write_text(json.dumps(record, indent=1) + "\n")
     terminalreporter.write_line(f"recorded in {path}")

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from cupy_kernels import emulator, source
 from cupy_kernels.errors import BackendError
 from modelnew import __main__ as cli
-from modelnew import bench, environment
+from modelnew import environment, timing
 
 
 @pytest.fixture
@@ -136,5 +136,5 @@ def test_kernel_that_does_not_compile(small):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_measured_times():
     x = torch.randn(1 << 26, device="cuda")
-    times = bench.measure(lambda: x.add_(1), x.device, trials=5)
+    times = timing.measure(lambda: x.add_(1), x.device, trials=5)
     assert 0.05 < times.min <= times.median <= times.max < 50

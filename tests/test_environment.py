@@ -53,3 +53,31 @@ def test_records(monkeypatch, tmp_path, content, matches):
     (record,) = environment.records()
     assert record["file"] == "parity_gpu.json"
     assert record["matches"] is matches
+
+
+def test_device(monkeypatch):
+    assert environment.device("cpu").type == "cpu"
+    for name, message in (("xpu", "received xpu"), ("nowhere", "nowhere")):
+        with pytest.raises(ValueError, match=message):
+            environment.device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert environment.device().type == "cpu"
+    with pytest.raises(BackendError, match="no kernel can run on cuda:1: "):
+        environment.device("cuda:1")
+
+
+def test_device_without_a_compiler(monkeypatch):
+    def none():
+        raise BackendError("no compiler at all")
+
+    monkeypatch.setattr(emulator, "compiler", none)
+    with pytest.raises(BackendError, match="no compiler at all"):
+        environment.device("cpu")
+
+
+def test_slug(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert environment.slug() == "h100-80gb-hbm3"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert environment.slug() == "cpu"

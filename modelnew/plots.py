@@ -1,0 +1,103 @@
+"""Pictures of a record of `python -m modelnew bench`: times beside the peers', and a roofline. Needs matplotlib."""
+
+from pathlib import Path
+
+from .records import comparisons
+from .workloads import GRAPHS, LAYOUTS, WORKLOADS, Shape, work
+
+_COLOURS = {
+    "modelnew": "#c0392b",
+    "modelnew-graph": "#c0392b",
+    "eager": "#95a5a6",
+    "compile": "#2980b9",
+    "compile-reduce-overhead": "#8e44ad",
+    "compile-max-autotune": "#16a085",
+}
+_MARKERS = "os^vD<>P"
+
+
+def draw(record: dict, path: Path) -> None:
+    """Draws the record as PNG: a panel of bars for each class at the largest and the smallest N, and the roofline.
+
+    ValueError if it has no times, ImportError without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for row in record["rows"] if row["ms"] is not None and row["what"] in WORKLOADS]
+    if not rows:
+        raise ValueError("no row has a time, so there is nothing to draw")
+    batches = sorted({row["n"] for row in rows})
+    panels = [
+        (cls, n)
+        for n in dict.fromkeys((*batches[-1:], *batches[:1]))
+        for cls in dict.fromkeys(row["class"] for row in rows)
+    ]
+    figure = Figure(figsize=(14, 3.2 * len(panels) + 5), layout="constrained")
+    axes = figure.subplots(len(panels) + 1, 1, squeeze=False, height_ratios=[3] * len(panels) + [4.5])[:, 0]
+    for (cls, n), panel in zip(panels, axes):
+        _bars(panel, [row for row in rows if (row["class"], row["n"]) == (cls, n)], f"class {cls}, N={n}")
+    pairs = [pair for pair in comparisons({**record, "rows": rows}) if pair[0]["n"] == batches[-1]]
+    best = [row for pair in pairs for row in pair if row and pair[0]["who"] not in GRAPHS]
+    _roofline(axes[-1], [row for row in best if not row["what"].startswith("latency")], record)
+    versions = record["versions"]
+    figure.suptitle(f"{versions['gpu'] or 'CPU (emulator)'}, torch {versions['torch']}, NVRTC {versions['nvrtc']}")
+    figure.savefig(path, format="png", dpi=110)
+
+
+def _bars(panel, rows, title):
+    groups = [what for what in WORKLOADS if any(row["what"] == what for row in rows)]
+    present = {(row["who"], row["layout"]) for row in rows}
+    bars = [(who, layout) for who in _COLOURS for layout in LAYOUTS if (who, layout) in present]
+    width = 0.85 / max(len(bars), 1)
+    for i, (who, layout) in enumerate(bars):
+        own = [row for row in rows if (row["who"], row["layout"]) == (who, layout)]
+        at = [groups.index(row["what"]) + (i - (len(bars) - 1) / 2) * width for row in own]
+        ms = [row["ms"] for row in own]
+        spread = [[row["ms"] - row["ms_min"] for row in own], [row["ms_max"] - row["ms"] for row in own]]
+        style = {"color": _COLOURS[who], "hatch": "///" if layout == "nhwc" else "..." if who in GRAPHS else None}
+        drawn = panel.bar(at, ms, width, label=f"{who} {layout}", yerr=spread, error_kw={"lw": 0.6}, **style)
+        panel.bar_label(drawn, [f"{value:.3g}" for value in ms], fontsize=6, rotation=90, padding=3)
+    panel.set_yscale("log")
+    panel.set_ylim(top=panel.get_ylim()[1] * 4)  # room for labels and legend
+    panel.set_ylabel("ms")
+    panel.set_xticks(range(len(groups)), groups, fontsize=8)
+    panel.set_title(title, fontsize=10)
+    panel.legend(fontsize=7, ncols=len(bars), loc="upper left")
+
+
+def _roofline(panel, rows, record):
+    """What ModelNew and its fastest peer reach of what FLOP per byte of `work` allows."""
+    limits, shape = record["ceilings"], Shape(**record["shape"])
+    shown = {}
+    for row in rows:
+        flop, size = map(sum, zip(*work(row["what"], row["class"], row["n"], shape)))
+        if flop:
+            shown[row["what"], row["class"], row["who"].startswith("modelnew")] = (flop / size, flop / row["ms"] / 1e9)
+    if not shown:
+        panel.set_axis_off()
+        return
+    whats, classes = (list(dict.fromkeys(key[i] for key in shown)) for i in (0, 1))
+    for (what, cls, ours), (x, y) in shown.items():
+        colour = _COLOURS["modelnew" if ours else "eager"]
+        fill = colour if cls == classes[0] else "white"
+        panel.plot(x, y, _MARKERS[whats.index(what)], color=colour, markerfacecolor=fill, markersize=8)
+    if limits:
+        along = [10, *sorted(limits["flop_per_s"][cls] / limits["bytes_per_s"] for cls in classes), 5000]
+        for cls in classes:
+            rates = [min(x * limits["bytes_per_s"], limits["flop_per_s"][cls]) / 1e12 for x in along]
+            panel.plot(along, rates, color="black", lw=0.8)
+            panel.annotate(
+                f"{cls}: {rates[-1]:.0f} TFLOP/s", (along[-1], rates[-1]), fontsize=7, ha="right", va="bottom"
+            )
+    for what, marker in zip(whats, _MARKERS):
+        panel.plot([], [], marker, color="black", label=what)
+    for name, colour in (("modelnew", _COLOURS["modelnew"]), ("fastest peer", _COLOURS["eager"])):
+        panel.plot([], [], "s", color=colour, label=name)
+    for cls in classes:
+        panel.plot([], [], "s", color="black", markerfacecolor="black" if cls == classes[0] else "white", label=cls)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel("FLOP per byte, each input read once and each result written once")
+    panel.set_ylabel("TFLOP/s (dense count)")
+    panel.set_title(f"roofline, N={rows[0]['n']}", fontsize=10)
+    panel.legend(fontsize=7, loc="upper left")

@@ -1,0 +1,98 @@
+"""Records of `python -m modelnew bench`: JSON on disk, and a table."""
+
+import collections
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .workloads import GRAPHS, OPERATORS, WORKLOADS, Shape, floor_ms, work
+
+
+def write(record: dict, path: Path) -> None:
+    """Writes the record, a line for each row, or leaves what was there."""
+    rows = ",\n  ".join(json.dumps(row) for row in record["rows"])
+    head = json.dumps({**record, "rows": []}, indent=1).removesuffix("[]\n}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(f"{head}[\n  {rows}\n ]\n}}\n")
+    os.replace(unfinished, path)
+
+
+def comparisons(record: dict) -> Iterator[tuple[dict, dict | None]]:
+    """(our row, the fastest peer's or None), by workload, class and n.
+
+    Where ModelNew runs in a CUDA graph, too, without one it is compared with peers that have none.
+    """
+    cells = collections.defaultdict(list)
+    for row in record["rows"]:
+        cells[row["what"], row["class"], row["n"]].append(row)
+    whats, classes = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
+    for cell in sorted(cells, key=lambda cell: (whats.index(cell[0]), classes.index(cell[1]), cell[2])):
+        ours = [row for row in cells[cell] if row["who"].startswith("modelnew")]
+        theirs = [row for row in cells[cell] if row not in ours and row["ms"] is not None]
+        plain = [row for row in theirs if row["who"] not in GRAPHS]
+        for row in ours:
+            peers = plain if len(ours) > 1 and row["who"] not in GRAPHS else theirs
+            yield row, min(peers, key=lambda peer: peer["ms"], default=None)
+
+
+def show(record: dict, out: Console) -> None:
+    """Prints our times beside the fastest peer's, and why some are missing."""
+    limits, shape = record["ceilings"], Shape(**record["shape"])
+    out.print(
+        f"\n[bold]Milliseconds, median and range of {record['trials']} trials[/]. MB: peak memory over inputs and "
+        "parameters. Floor: what memory and tensor cores need at least. Graph: a CUDA graph.",
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in (
+        "what",
+        "class",
+        "N",
+        "",
+        "ours",
+        "range",
+        "MB",
+        "fastest peer",
+        "ms",
+        "MB",
+        "ratio",
+        "floor",
+        "TFLOP/s",
+    ):
+        table.add_column(name, justify="left" if name in ("what", "class", "fastest peer") else "right", no_wrap=True)
+    for row, peer in comparisons(record):
+        what, cls, n, ms = row["what"], row["class"], row["n"], row["ms"]
+        cells = [what, cls, str(n), "graph" if row["who"] in GRAPHS else ""]
+        if ms is None:
+            cells += ["[red]FAIL[/]" if row["failed"] else "-", "", ""]
+        else:
+            cells += [_short(ms), f"{_short(row['ms_min'])}-{_short(row['ms_max'])}", _megabytes(row)]
+        name = f"{peer['who'].removeprefix('compile-')} {peer['layout']}" if peer else ""
+        cells += [name, _short(peer["ms"]), _megabytes(peer)] if peer else [name, "", ""]
+        cells.append(f"{peer['ms'] / ms:.2f}x" if peer and ms else "")
+        timed = ms and what in WORKLOADS
+        cells.append(f"{floor_ms(what, cls, n, shape, limits) / ms:.0%}" if timed and limits else "")
+        flop = sum(stage[0] for stage in work(what, cls, n, shape)) if timed and what in OPERATORS else 0
+        cells.append(f"{flop / ms / 1e9:.3g}" if flop else "")
+        table.add_row(*cells)
+    out.print(table)
+    reasons = collections.defaultdict(list)
+    for row in record["rows"]:
+        if row["ms"] is None:
+            reasons[row["reason"]].append("{what} {class} N={n} {who} {layout}".format(**row))
+    for reason, rows in reasons.items():
+        out.print(f"No time, because of {reason}: {'; '.join(rows)}", markup=False, highlight=False)
+
+
+def _short(ms):
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _megabytes(row):
+    return "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"

@@ -1,0 +1,190 @@
+"""Times of calls on a GPU: CUDA events, warm-up, an L2 cache without the last trial's data; and of several in turns."""
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+_FLUSH_BYTES = 256 * 2**20  # several times the largest L2 cache
+_WARMUP = 5
+_REASON_LENGTH = 200
+
+
+class Times(NamedTuple):
+    """Milliseconds per call."""
+
+    median: float
+    min: float
+    max: float
+
+
+class Clock:
+    """Times calls on one device: a GPU by CUDA events in torch's current stream, so that launches may run ahead of it;
+    a CPU, or a GPU whose `latency` from idle to idle is wanted, by the host's clock.
+    """
+
+    def __init__(self, device: torch.device, latency: bool = False):
+        self.device = device
+        self.gpu = device.type == "cuda"
+        self.events = self.gpu and not latency
+        self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if self.gpu else None
+        self.warmup = _WARMUP if self.gpu else 1
+
+    def time(self, function: Callable, before: Callable | None = None) -> Callable[[], float]:
+        """Calls before(), untimed, then function(); returns what `read` reads the milliseconds from."""
+        if self.gpu:
+            self.flush.zero_()
+        if before:
+            before()
+        if self.events:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            end.record()
+            return lambda: start.elapsed_time(end)
+        self.synchronize()
+        start = time.perf_counter()
+        function()
+        self.synchronize()
+        ms = 1e3 * (time.perf_counter() - start)
+        return lambda: ms
+
+    def synchronize(self) -> None:
+        """Waits for the GPU."""
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def read(self, pending: list[Callable[[], float]]) -> Times:
+        """Times of what `time` has returned."""
+        self.synchronize()
+        ms = [read() for read in pending]
+        return Times(statistics.median(ms), min(ms), max(ms))
+
+
+class Contender:
+    """One who does a piece of work, in one layout; and what was measured, or the reason why nothing was."""
+
+    def __init__(
+        self,
+        who: str,
+        layout: str,
+        build: Callable[[], Callable],
+        check: Callable[[], str | None] | None = None,
+        before_each: Callable[[], None] | None = None,
+    ):
+        """build(): makes the function that is timed. check(): what is wrong with its result, or None. before_each():
+        called, untimed, before each call of the function."""
+        self.who, self.layout, self.build, self.check, self.before_each = who, layout, build, check, before_each
+        self.call = self.times = self.peak_mb = self.reason = None
+        self.failed = False
+        self.pending = []
+
+    def warm_up(self, clock: Clock) -> None:
+        """Checks, builds, calls (which compiles), and then measures the peak memory over what it was built of."""
+
+        def run():
+            if self.check and (wrong := self.check()):
+                self.refuse(wrong, failed=True)
+                return
+            self.call = self.build()
+            before = torch.cuda.memory_allocated() if clock.gpu else 0
+            self._step()
+            if clock.gpu:
+                # Only now: compiling and tuning may take memory of their own. The next call records a CUDA graph.
+                torch.cuda.reset_peak_memory_stats()
+            for _ in range(clock.warmup - 1):
+                self._step()
+            clock.synchronize()
+            if clock.gpu:
+                self.peak_mb = round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+        self._attempt(run)
+
+    def trial(self, clock: Clock) -> None:
+        """One timed call."""
+        self._attempt(lambda: self.pending.append(clock.time(self.call, self.before_each)))
+
+    def refuse(self, reason: str, failed: bool = False) -> None:
+        """Takes no part, or no longer."""
+        self.reason, self.failed = reason[:_REASON_LENGTH], failed
+        self.call, self.pending = None, []
+
+    def row(self, **what) -> dict:
+        """What a record keeps: times, or a reason, and whether that is our failure."""
+        ms = [None] * 3 if self.reason else map(rounded, self.times)
+        row = {**what, "who": self.who, "layout": self.layout, **dict(zip(("ms", "ms_min", "ms_max"), ms))}
+        row["peak_mb"] = None if self.reason else self.peak_mb
+        return {**row, "reason": self.reason, "failed": self.failed} if self.reason else row
+
+    def _step(self):
+        if self.before_each:
+            self.before_each()
+        self.call()
+
+    def _attempt(self, function):
+        try:
+            function()
+            return
+        except torch.OutOfMemoryError:
+            reason, failed = "out of memory", False
+        except Exception as error:  # torch.compile raises anything, and a row with a reason is better than no record
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            failed = self.who.startswith("modelnew")
+        self.refuse(reason, failed)
+        free()
+
+
+def measure(function: Callable, device: torch.device, trials: int = 20) -> Times:
+    """Times of function() on `device`."""
+    with current(device):
+        clock = Clock(device)
+        for _ in range(clock.warmup):
+            function()
+        return clock.read([clock.time(function) for _ in range(trials)])
+
+
+def measure_together(
+    entrants: list[Contender],
+    clock: Clock,
+    trials: int,
+    refused: Callable[[Contender], str | None],
+    describe: Callable[[str], None],
+) -> None:
+    """Warms up all entrants, one by one, and times them in turns. What fails drops out with a reason.
+
+    refused(entrant): why it may not begin, or None. describe(text): who is being warmed up.
+    """
+    for entrant in entrants:
+        if reason := refused(entrant):
+            entrant.refuse(reason)
+            continue
+        describe(f"{entrant.who} {entrant.layout}")
+        entrant.warm_up(clock)
+    # A round more on a GPU, not counted: torch's allocator finds room for all that take turns.
+    for _ in range(trials + clock.gpu):
+        for entrant in entrants:
+            if not entrant.reason:
+                entrant.trial(clock)
+    for entrant in entrants:
+        if not entrant.reason:
+            entrant.times = clock.read(entrant.pending[-trials:])
+
+
+def rounded(ms: float) -> float:
+    """Five digits: what a record keeps."""
+    return float(f"{ms:.5g}")
+
+
+def current(device: torch.device):
+    """The block's current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def free() -> None:
+    """Gives back the memory of what is no longer used."""
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -1,0 +1,313 @@
+"""What `python -m modelnew bench` measures: each workload on our kernels and on PyTorch's, the check of its result, and
+the least time that it can take.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import functional
+from .model import Model, ModelNew, get_init_inputs
+from .parity import CLASSES as PRECISE
+from .parity import compare_models, error, tf32, within_policy
+
+MODELS = {
+    "forward_train": "forward, batch norm in training mode, under no_grad",
+    "latency_forward_train": "the same from an idle GPU to the result, by the host's clock; at most 8 images",
+    "forward_train_grad": "forward in training mode, keeping what backward needs",
+    "forward_eval": "forward in eval mode, under no_grad",
+    "step": "forward and backward, gradients of x and of all parameters",
+    "step_no_input_grad": "forward and backward, gradients of all parameters",
+}
+OPERATORS = {
+    "conv_forward": "conv_transpose2d alone",
+    "dgrad": "its gradient of x",
+    "wgrad": "its gradient of the weight",
+    "post_conv_forward": "batch norm, tanh, max pool and group norm, in training mode, under no_grad",
+}
+WORKLOADS = MODELS | OPERATORS
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+DTYPES = {"tf32": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PEERS = {
+    "none": (),
+    "eager": ("eager",),
+    "compile": ("eager", "compile"),
+    "all": ("eager", "compile", "compile-max-autotune"),
+}
+MODES = {"compile": "default", "compile-max-autotune": "max-autotune", "compile-reduce-overhead": "reduce-overhead"}
+# Who replays CUDA graphs: compile in these modes, and ModelNew in a graph of ours.
+GRAPHS = ("modelnew-graph", "compile-max-autotune", "compile-reduce-overhead")
+
+_NO_GRAD = ("forward_train", "latency_forward_train", "forward_eval", "post_conv_forward")
+_LATENCY_IMAGES = 8
+_CHECKED_IMAGES = 16
+_CHUNK = 64  # images whose float64 convolution is held at once
+_GRADIENT_IMAGES = 512  # a float64 step of more takes tens of GB
+
+# What one GPU can do, by a word of its name: bytes/s of a copy, and FLOP/s of fp16 mma.sync with float32 accumulation.
+# The class fp32 takes three fp16 products for one.
+_CEILINGS = {"H100": (3.03e12, 640e12)}
+
+
+class Shape(NamedTuple):
+    """One image and the convolution, square in all respects."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    padding: int
+    size: int
+
+    @property
+    def out_size(self) -> int:
+        return (self.size - 1) * self.stride - 2 * self.padding + self.kernel_size
+
+
+class Case:
+    """A model and a batch of n images that all workloads share, and the float64 results that their checks need."""
+
+    def __init__(self, n: int, size: int, device: torch.device, seed: int = 0):
+        self.n, self.device, self.seed = n, device, seed
+        self.init = get_init_inputs()
+        self.shape = Shape(*self.init[:5], size)
+        torch.manual_seed(seed)
+        self.model = Model(*self.init, device=device)
+        self.picked = torch.linspace(0, n - 1, min(n, _CHECKED_IMAGES), device=device).long()
+        self.truth = functools.cache(lambda training: _truth(self.model, self.x, training, self.picked))
+        self.gradients_differ = functools.cache(self._gradients_differ)
+        # One result for all: cuDNN need not give the same bits twice.
+        self.hidden = functools.lru_cache(1)(self._hidden)
+
+    @functools.cached_property
+    def x(self) -> torch.Tensor:
+        """The batch, uniform in [0, 1) as get_inputs() has it, drawn on the device."""
+        shape = (self.n, self.shape.in_channels, self.shape.size, self.shape.size)
+        return torch.rand(shape, generator=self._generator(), device=self.device)
+
+    def normal(self, channels: int, size: int, dtype=torch.float32) -> torch.Tensor:
+        """Incoming gradients: the same values at each call."""
+        shape = (self.n, channels, size, size)
+        return torch.randn(shape, generator=self._generator(), device=self.device).to(dtype)
+
+    def model_of(self, who: str) -> nn.Module:
+        """A model of one's own in the state of Case.model."""
+        if not who.startswith("modelnew"):
+            return copy.deepcopy(self.model)
+        model = self._new()
+        model.load_state_dict(self.model.state_dict())
+        return model
+
+    def _hidden(self, cls) -> torch.Tensor:
+        """Output of PyTorch's convolution."""
+        with torch.no_grad():
+            return self.model.conv_transpose(self.x).to(DTYPES[cls])
+
+    def _gradients_differ(self, cls) -> str | None:
+        rows = compare_models(self.model, self._new(), self.x[:_GRADIENT_IMAGES], cls)
+        bad = [
+            f"{row.what} (rms error {row.ours.rms:.1e}, PyTorch's {row.torch.rms:.1e})" for row in rows if not row.ok
+        ]
+        return f"parity fails: {', '.join(bad)}" if bad else None
+
+    def _new(self):
+        return ModelNew(*self.init, device=self.device)
+
+    def _generator(self):
+        return torch.Generator(self.device).manual_seed(self.seed)
+
+
+def contenders(what: str, n: int, peers: str, device: torch.device) -> list[tuple[str, str]]:
+    """(who, layout) of all who take part, ours first. Operators are compared with eager alone."""
+    if n > _LATENCY_IMAGES and what == "latency_forward_train":
+        return []
+    ours, theirs = ["modelnew"], [who for who in PEERS[peers] if what in MODELS or who == "eager"]
+    if n == 1 and what in MODELS:
+        ours += ["modelnew-graph"] if device.type == "cuda" else []
+        theirs += ["compile-reduce-overhead"] if "compile" in theirs else []
+    return [(who, "nchw") for who in ours] + [(who, layout) for who in theirs for layout in LAYOUTS]
+
+
+def build(case: Case, what: str, cls: str, who: str, layout: str) -> Callable:
+    """A function without arguments that does the work once and returns its result. Call it inside `numerics(cls)`."""
+    if what in ("conv_forward", "dgrad", "wgrad"):
+        function = functional.conv_transpose2d if who == "modelnew" else F.conv_transpose2d
+        tensors = (t.to(memory_format=LAYOUTS[layout]) for t in _conv_tensors(case, cls))
+        return _conv(what, case, function, *tensors)
+    model, x = case.model_of(who), case.x
+    if what == "post_conv_forward":
+        model.conv_transpose, x = nn.Identity(), case.hidden(cls)
+    model.to(memory_format=LAYOUTS[layout]).train(what != "forward_eval")
+    if who in MODES:
+        model = torch.compile(model, mode=MODES[who], fullgraph=True, dynamic=False)
+    call = _model(what, case, model, x.to(memory_format=LAYOUTS[layout]), layout)
+    return _Graphed(call) if who == "modelnew-graph" else call
+
+
+def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
+    """What is wrong with the result of `who`, one of ours, or None. Call it inside `numerics(cls)`.
+
+    Outputs, and gradients of operators: the error against float64, over whole batches for sums over images, else over
+    some images of the batch, is no worse than PyTorch's. Steps: so is that of their output; in the classes of
+    float32 tensors, also of every gradient and of the running statistics, over at most 512 images of the batch.
+    """
+    if what.startswith("step"):
+        differ = case.gradients_differ(cls) if cls in PRECISE else None
+        return differ or check(case, "forward_train_grad", cls, who)
+    call = build(case, what, cls, who, "nchw")
+    if who in GRAPHS:
+        call()
+    ours, theirs = (f().detach() for f in (call, build(case, what, cls, "eager", "nchw")))
+    if what != "wgrad":
+        ours, theirs = ours[case.picked], theirs[case.picked]
+    truth, terms = _truth_of(case, what, cls)
+    errors = error(ours, truth), error(theirs, truth)
+    if within_policy(ours, truth, *errors, terms):
+        return None
+    return "parity fails: error rms {:.2e}, max {:.2e}; PyTorch's {:.2e}, {:.2e}".format(*errors[0], *errors[1])
+
+
+@contextlib.contextmanager
+def numerics(cls: str, device: torch.device):
+    """The class's switches: TF32 on or off; autocast for the 16-bit types."""
+    dtype, lower = DTYPES[cls], cls not in PRECISE
+    with tf32(cls == "tf32"), torch.autocast(device.type, dtype if lower else None, lower, cache_enabled=False):
+        yield
+
+
+def ceilings(gpu: str | None) -> dict | None:
+    """{"bytes_per_s", "flop_per_s": {class: ..}} of a GPU that was measured, else None."""
+    for word, (bandwidth, rate) in _CEILINGS.items():
+        if gpu and word in gpu:
+            return {"bytes_per_s": bandwidth, "flop_per_s": {c: rate / (3 if c == "fp32" else 1) for c in DTYPES}}
+    return None
+
+
+def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]:
+    """(FLOP, bytes) of each stage that has to wait for the one before it.
+
+    Bytes: each input read once, each result written once. FLOP: the convolution's by the dense count,
+    2 N OH OW Cout Cin KH KW. A forward in training mode has two stages: the convolution, whose pooled values go to
+    memory because normalising waits for the statistics of all of them, and the rest. The backward: gradients of the
+    pooled values, then wgrad, then dgrad.
+    """
+    itemsize = DTYPES[cls].itemsize if what in OPERATORS else 4
+    x = n * shape.in_channels * shape.size**2 * itemsize
+    y = n * shape.out_channels * shape.out_size**2 * itemsize
+    pooled = n * shape.out_channels * (shape.out_size // 2) ** 2 * itemsize
+    weight = shape.in_channels * shape.out_channels * shape.kernel_size**2
+    flop, weight = 2 * n * shape.out_size**2 * weight, weight * itemsize
+    training = [(flop, x + weight + pooled), (0, 2 * pooled)]
+    backward = [(0, 3 * pooled), (flop, x + pooled + weight)]
+    stages = {
+        "forward_eval": [(flop, x + weight + pooled)],
+        "step": training + backward + [(flop, pooled + weight + x)],
+        "step_no_input_grad": training + backward,
+        "conv_forward": [(flop, x + weight + y)],
+        "dgrad": [(flop, x + weight + y)],
+        "wgrad": [(flop, x + weight + y)],
+        "post_conv_forward": [(0, y + pooled)],
+    }
+    return stages.get(what, training)
+
+
+def floor_ms(what: str, cls: str, n: int, shape: Shape, limits: dict) -> float:
+    """Milliseconds that the GPU of `ceilings` needs at least: of each stage of `work`, the slower of the two."""
+    rate, bandwidth = limits["flop_per_s"][cls], limits["bytes_per_s"]
+    return 1e3 * sum(max(flop / rate, size / bandwidth) for flop, size in work(what, cls, n, shape))
+
+
+class _Graphed:
+    """A function that runs as it is at its first call, which compiles its kernels, and as a CUDA graph from then on."""
+
+    def __init__(self, call):
+        self.call, self.calls, self.graph, self.result = call, 0, None, None
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == 1:
+            return self.call()
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.result = self.call()
+            self.graph = graph
+        self.graph.replay()
+        return self.result
+
+
+def _model(what, case, model, x, layout):
+    if what in _NO_GRAD:
+
+        def forward():
+            with torch.no_grad():
+                return model(x)
+
+        return forward
+    x = x.detach().requires_grad_(what != "step_no_input_grad")
+    if what == "forward_train_grad":
+        return lambda: model(x)
+    wanted = ([x] if x.requires_grad else []) + list(model.parameters())
+    shape = case.shape
+    dy = case.normal(shape.out_channels, shape.out_size // 2).to(memory_format=LAYOUTS[layout])
+    return lambda: torch.autograd.grad(model(x), wanted, dy)
+
+
+def _conv_tensors(case, cls):
+    conv, shape = case.model.conv_transpose, case.shape
+    dy = case.normal(shape.out_channels, shape.out_size, DTYPES[cls])
+    return case.x.to(DTYPES[cls]), conv.weight.detach().to(DTYPES[cls]), dy
+
+
+def _conv(what, case, function, x, w, dy):
+    bias = case.model.conv_transpose.bias.detach().to(x.dtype)
+    options = {"stride": case.shape.stride, "padding": case.shape.padding}
+    if what == "conv_forward":
+        return lambda: function(x, w, bias, **options)
+    wanted = (x if what == "dgrad" else w).detach().requires_grad_()
+    y = function(wanted, w, **options) if what == "dgrad" else function(x, wanted, **options)
+    return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)[0]
+
+
+def _truth_of(case, what, cls):
+    """The float64 result, and how many terms each of its elements sums."""
+    shape, picked = case.shape, case.picked
+    taps = shape.kernel_size**2
+    if what == "wgrad":
+        x, w, dy = _conv_tensors(case, cls)
+        parts = (
+            _conv(what, case, F.conv_transpose2d, x_part.double(), w.double(), dy_part.double())()
+            for x_part, dy_part in zip(x.split(_CHUNK), dy.split(_CHUNK))
+        )
+        return sum(parts), case.n * shape.out_size**2
+    if what in ("conv_forward", "dgrad"):
+        x, w, dy = _conv_tensors(case, cls)
+        run = _conv(what, case, F.conv_transpose2d, x[picked].double(), w.double(), dy[picked].double())
+        return run(), taps * (shape.in_channels if what == "conv_forward" else shape.out_channels)
+    if what == "post_conv_forward":
+        model = copy.deepcopy(case.model)
+        model.conv_transpose = nn.Identity()
+        return _truth(model, case.hidden(cls), True, picked), 0
+    return case.truth(what != "forward_eval"), 0
+
+
+def _truth(model, x, training, picked):
+    """float64 output of `model` for the picked images. The statistics are the whole batch's, in parts that fit."""
+    precise = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        if training:
+
+            def mean(function):
+                parts = (function(precise.conv_transpose(part.double())) for part in x.split(_CHUNK))
+                return sum(parts) / x.shape[0]
+
+            norm = precise.batch_norm
+            center = norm.running_mean = mean(lambda h: h.mean((2, 3)).sum(0))
+            norm.running_var = mean(lambda h: (h - center.view(-1, 1, 1)).square().mean((2, 3)).sum(0))
+        return precise(x[picked].double())

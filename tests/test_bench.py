@@ -1,0 +1,493 @@
+import contextlib
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cupy_kernels import source
+from modelnew import bench, environment, functional, plots, records, timing, workloads
+from modelnew.timing import Clock, Contender, Times, measure_together
+from modelnew.workloads import Case, Shape
+
+INIT = [4, 8, 3, 1, 1, 1, 2]
+MISSION = Shape(64, 128, 5, 1, 1, 32)
+H100 = workloads.ceilings("NVIDIA H100 80GB HBM3")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are small, and threads that wait for each other take most of the time on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for module in (bench, workloads):
+        monkeypatch.setattr(module, "get_init_inputs", lambda: list(INIT))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """torch.compile that compiles nothing, but takes the arguments; a list of the modes it was asked for."""
+    modes = []
+
+    def fake(model, *, mode, fullgraph, dynamic):
+        assert fullgraph
+        assert dynamic is False
+        modes.append(mode)
+        return model
+
+    monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: modes.append("reset"))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    return modes
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(bench.bench_command, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, re.sub(r"\s+", " ", result.output)
+
+
+def measured(tmp_path, *arguments, device="cpu", code=0):
+    """Rows by (what, class, n, who, layout)."""
+    found, text = invoke("--device", device, "--size", "6", "--output", str(tmp_path), *arguments)
+    assert found == code, text
+    (path,) = tmp_path.glob("bench_*.json")
+    rows = json.loads(path.read_text())["rows"]
+    return {(row["what"], row["class"], row["n"], row["who"], row["layout"]): row for row in rows}
+
+
+def row(who="modelnew", ms=1.0, **options):
+    found = {"what": "forward_train", "class": "tf32", "n": 1, "who": who, "layout": "nchw"}
+    return {**found, "ms": ms, "ms_min": ms, "ms_max": ms, "peak_mb": None, **options}
+
+
+def record(*rows):
+    return {
+        "versions": {"gpu": "a GPU", "torch": "2", "nvrtc": "11.8"},
+        "trials": 20,
+        "shape": MISSION._asdict(),
+        "ceilings": H100,
+        "rows": list(rows),
+    }
+
+
+def test_command(device, small, compiled, tmp_path):
+    code, text = invoke(
+        *(
+            "--device",
+            device,
+            "--batches",
+            "3,1",
+            "--size",
+            "6",
+            "--trials",
+            "2",
+            "--peers",
+            "all",
+            "--classes",
+            "fp32",
+        ),
+        *("--no-startup", "--output", str(tmp_path)),
+    )
+    assert code == 0, text
+    name = "bench_cpu" if device == "cpu" else f"bench_{environment.slug()}"
+    assert {p.name for p in tmp_path.iterdir()} == {f"{name}.json", f"{name}.png"}
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    assert content["command"].startswith("python3 -m modelnew")
+    assert content["digest"] == source.digest()
+    assert content["versions"]["torch"] == torch.__version__
+    assert Shape(**content["shape"]) == Shape(*INIT[:5], 6)
+
+    everyone = {("eager", "nchw"), ("eager", "nhwc"), ("modelnew", "nchw")}
+    for n in (3, 1):
+        for what in workloads.WORKLOADS:
+            rows = [r for r in content["rows"] if (r["what"], r["n"]) == (what, n)]
+            whos = set(everyone)
+            if what in workloads.MODELS:
+                modes = ["compile", "compile-max-autotune"] + ["compile-reduce-overhead"] * (n == 1)
+                whos |= {(mode, layout) for mode in modes for layout in ("nchw", "nhwc")}
+                whos |= {("modelnew-graph", "nchw")} if n == 1 and device == "cuda" else set()
+            assert {(r["who"], r["layout"]) for r in rows} == whos
+            assert len(rows) == len(whos)
+            for r in rows:
+                assert list(r) == [*("what", "class", "n", "who", "layout", "ms", "ms_min", "ms_max", "peak_mb")], (
+                    r.get("reason")
+                )
+                assert 0 < r["ms_min"] <= r["ms"] <= r["ms_max"]
+                assert (r["peak_mb"] is None) == (device == "cpu")
+            assert re.search(rf"{what} fp32 {n} ", text)
+    assert {"default", "max-autotune", "reduce-overhead", "reset"} == set(compiled)
+    assert ("say nothing about speed" in text) == (device == "cpu")
+
+
+def test_16_bit_class(device, small, tmp_path):
+    what = ["forward_train", "step", "conv_forward", "dgrad", "wgrad", "post_conv_forward"]
+    rows = measured(
+        tmp_path, "--classes", "bf16", "--batches", "2", "--what", ",".join(what), "--trials", "1", device=device
+    )
+    assert all(r["ms"] for r in rows.values()), rows
+
+
+def test_nothing_is_written_for_a_cpu(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, text = invoke("--device", "cpu", "--what", "forward_eval")
+    assert code == 0
+    assert "recorded" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_results_are_not_timed(small, tmp_path):
+    slope = source.text("tanh.cuh").replace("(acc_t)1 - y * y", "(acc_t)1.001f - y * y")
+    with source.override({"tanh.cuh": slope}):
+        rows = measured(tmp_path, "--what", "forward_train_grad,step", "--batches", "2", code=1)
+    assert rows["forward_train_grad", "fp32", 2, "modelnew", "nchw"]["ms"] > 0
+    failed = rows["step", "fp32", 2, "modelnew", "nchw"]
+    assert (failed["ms"], failed["ms_min"], failed["ms_max"], failed["failed"]) == (None, None, None, True)
+    assert "parity fails: grad" in failed["reason"]
+    assert rows["step", "fp32", 2, "eager", "nchw"]["ms"] > 0
+
+
+@pytest.mark.parametrize("what", ["forward_train", "forward_eval", "conv_forward", "dgrad", "wgrad", "step"])
+def test_checks_find_small_errors(device, small, monkeypatch, what):
+    right = functional.conv_transpose2d
+    case = Case(3, 6, torch.device(device))
+    with workloads.numerics("fp32", case.device):
+        assert workloads.check(case, what, "fp32") is None
+
+    def slightly_wrong(*args, **options):
+        y = right(*args, **options)
+        return y + 1e-4 * y.roll(1, -1)
+
+    monkeypatch.setattr(functional, "conv_transpose2d", slightly_wrong)
+    case = Case(3, 6, torch.device(device))
+    with workloads.numerics("fp32", case.device):
+        assert "parity fails" in workloads.check(case, what, "fp32")
+
+
+def test_check_of_what_follows_the_convolution(device, small):
+    case = Case(3, 6, torch.device(device))
+    with workloads.numerics("fp32", case.device):
+        assert workloads.check(case, "post_conv_forward", "fp32") is None
+        case.model.group_norm.eps = 2e-5
+        assert "parity fails" in workloads.check(case, "post_conv_forward", "fp32")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_truth_in_parts(small, monkeypatch, training):
+    monkeypatch.setattr(workloads, "_CHUNK", 2)
+    monkeypatch.setattr(workloads, "_CHECKED_IMAGES", 3)
+    case = Case(5, 6, CPU)
+    assert case.picked.tolist() == [0, 2, 4]
+    whole = case.model_of("eager").double().train(training)(case.x.double())
+    torch.testing.assert_close(case.truth(training), whole[case.picked])
+    assert not case.model.batch_norm.running_mean.any()
+
+
+def test_truth_of_wgrad_sums_all_parts(small, monkeypatch):
+    monkeypatch.setattr(workloads, "_CHUNK", 2)
+    case = Case(5, 6, CPU)
+    truth, terms = workloads._truth_of(case, "wgrad", "fp32")
+    x, w, dy = workloads._conv_tensors(case, "fp32")
+    whole = workloads._conv("wgrad", case, torch.nn.functional.conv_transpose2d, x.double(), w.double(), dy.double())
+    torch.testing.assert_close(truth, whole())
+    assert terms == 5 * 6 * 6
+
+
+def test_what_fails_is_a_row_with_a_reason(small, compiled, monkeypatch, tmp_path):
+    def refuse(model, **options):
+        raise NotImplementedError("no Triton here\nand more")
+
+    def build(case, what, cls, who, layout):
+        if layout == "nhwc" and who == "eager":
+            raise torch.OutOfMemoryError("too much")
+        return workloads.build(case, what, cls, who, layout)
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    monkeypatch.setattr(bench, "build", build)
+    rows = measured(tmp_path, "--what", "forward_eval", "--peers", "compile")
+    rows = {key[3:]: r for key, r in rows.items()}
+    assert rows["compile", "nchw"]["reason"] == "NotImplementedError: no Triton here"
+    assert rows["eager", "nhwc"]["reason"] == "out of memory"
+    for r in rows.values():
+        assert (r["ms"] is None) == ("reason" in r)
+        assert not r.get("failed")
+    assert rows["modelnew", "nchw"]["ms"] > 0
+
+
+def test_our_exceptions_are_failures(small, monkeypatch, tmp_path):
+    def broken(*args, **options):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(functional, "conv_transpose2d", broken)
+    rows = measured(tmp_path, "--what", "conv_forward,forward_eval", code=1)
+    ours = [r for r in rows.values() if r["who"] == "modelnew"]
+    assert [(r["reason"], r["failed"]) for r in ours] == [("RuntimeError: planted", True)] * 2
+    _, text = invoke("--device", "cpu", "--size", "6", "--what", "conv_forward")
+    assert "FAIL" in text
+    assert "because of RuntimeError: planted: conv_forward fp32 N=1 modelnew nchw" in text
+
+
+def test_budget(small, tmp_path):
+    code, text = invoke("--device", "cpu", "--budget", "0", "--output", str(tmp_path))
+    assert code == 0
+    assert "nothing to draw" in text
+    rows = json.loads((tmp_path / "bench_cpu.json").read_text())["rows"]
+    assert {r["reason"] for r in rows} == {"time budget of 0 s spent"}
+    assert {r["what"] for r in rows} == set(workloads.WORKLOADS)
+
+
+def test_torch_compile_stops_before_the_budget(small, compiled, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "_COMPILE_SHARE", 0)
+    rows = measured(tmp_path, "--what", "forward_eval", "--peers", "compile", "--budget", "600")
+    for (*_, who, _), r in rows.items():
+        assert ("reason" in r) == who.startswith("compile")
+    assert compiled == ["reset"]
+
+
+def test_all_take_turns():
+    log = []
+    entrants = [Contender(name, "nchw", lambda name=name: lambda: log.append(name)) for name in ("a", "b", "c")]
+    entrants[1].check = lambda: "parity fails: planted"
+    seen = []
+    measure_together(entrants, Clock(CPU), 3, lambda e: None, seen.append)
+    assert seen == ["a nchw", "b nchw", "c nchw"]
+    assert log == ["a", "c"] + ["a", "c"] * 3
+    assert (entrants[1].reason, entrants[1].failed, entrants[1].times) == ("parity fails: planted", True, None)
+    assert entrants[0].times.min <= entrants[0].times.median <= entrants[0].times.max
+
+
+def test_what_fails_in_a_trial_drops_out():
+    calls = []
+
+    def fails_later():
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+
+    entrants = [Contender("eager", "nchw", lambda: fails_later), Contender("compile", "nchw", lambda: lambda: None)]
+    measure_together(entrants, Clock(CPU), 5, lambda e: None, lambda text: None)
+    assert len(calls) == 3
+    assert entrants[0].row(n=1)["reason"] == "out of memory"
+    assert entrants[1].times
+
+
+def test_before_each_call():
+    log = []
+    entrant = Contender("x", "nchw", lambda: lambda: log.append("call"), before_each=lambda: log.append("before"))
+    measure_together([entrant], Clock(CPU), 2, lambda e: None, lambda text: None)
+    assert log == ["before", "call"] * 3
+
+
+def test_measure():
+    calls = []
+    times = timing.measure(lambda: calls.append(1), CPU, trials=4)
+    assert len(calls) == 5
+    assert 0 < times.min <= times.median <= times.max
+
+
+def test_graphed(monkeypatch):
+    log = []
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph):
+        log.append("capture")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    graphed = workloads._Graphed(lambda: log.append("call") or len(log))
+    assert graphed() == 1
+    assert graphed() == graphed() == 3
+    assert log == ["call", "capture", "call", "replay", "replay"]
+
+
+def test_first_calls(small, monkeypatch):
+    monkeypatch.setattr(bench, "_STARTUPS", 1)
+    plan = bench._plan(CPU, False, (2,), None, None, "eager", None, 6, 0, 60, True)
+    rows = bench.first_calls(plan, CPU)
+    assert [(r["what"], r["who"]) for r in rows] == [
+        ("startup_cold", "modelnew"),
+        ("startup_warm", "modelnew"),
+        ("startup_warm", "eager"),
+    ]
+    cold, warm, eager = (r["ms"] for r in rows)
+    assert cold > warm > 0
+    assert eager > 0
+    assert all(r["n"] == 2 and 0 <= r["context_ms"] < r["ms"] for r in rows)
+
+
+def test_first_calls_that_fail(monkeypatch):
+    monkeypatch.setattr(bench, "_FIRST_CALL", "raise SystemExit('planted')")
+    plan = bench._plan(CPU, False, None, None, None, "none", None, None, 0, 60, True)
+    rows = bench.first_calls(plan, CPU)
+    assert [(r["what"], r["ms"], r["reason"], r["failed"]) for r in rows] == [
+        ("startup_cold", None, "planted", True),
+        ("startup_warm", None, "planted", True),
+    ]
+
+
+def test_startup_comes_first(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "first_calls", lambda plan, device: [row(what="startup_cold", n=2, **{"class": "fp32"})])
+    rows = measured(tmp_path, "--startup", "--what", "forward_eval", "--peers", "none")
+    assert [what for what, *_ in rows] == ["startup_cold", "forward_eval"]
+
+
+def test_plans():
+    gpu = torch.device("cuda")
+    nothing = (None,) * 6
+    plan = bench._plan(gpu, False, *nothing, 0, 240, None)
+    assert plan[:6] == ((512, 1, 64, 8), ("tf32", "fp32"), tuple(workloads.WORKLOADS), "compile", 20, 32)
+    assert plan.startup
+    assert (64, "latency_forward_train", "tf32") not in plan.cells(gpu)
+    assert (8, "latency_forward_train", "tf32") in plan.cells(gpu)
+    quick = bench._plan(gpu, True, *nothing, 0, 240, None)
+    assert quick.batches == (512, 1)
+    assert not quick.startup
+    assert set(quick.what) == set(workloads.WORKLOADS) - {"latency_forward_train", "post_conv_forward"}
+    own = bench._plan(gpu, True, (4,), ("step",), *nothing[2:], 0, 240, True)
+    assert own[:3] == ((4,), ("tf32", "fp32"), ("step",))
+    assert own.startup
+
+
+def test_floors():
+    """The figures of the mission's shape, from its arithmetic."""
+    flop = 2 * 512 * 34 * 34 * 128 * 64 * 25
+    assert flop == pytest.approx(242.4e9, rel=1e-3)
+    (conv,) = workloads.work("conv_forward", "tf32", 512, MISSION)
+    assert conv == (flop, 4 * (512 * 64 * 32 * 32 + 512 * 128 * 34 * 34 + 64 * 128 * 25))
+    assert workloads.work("conv_forward", "fp16", 512, MISSION) == [(flop, conv[1] / 2)]
+
+    def floor(what, cls="tf32"):
+        return workloads.floor_ms(what, cls, 512, MISSION, H100)
+
+    assert floor("forward_eval") == pytest.approx(0.379, rel=1e-2)
+    assert floor("forward_train") == floor("forward_train_grad") == pytest.approx(0.379 + 0.050, rel=1e-2)
+    assert floor("conv_forward", "fp32") == pytest.approx(3 * floor("conv_forward"))
+    assert floor("post_conv_forward") == pytest.approx((303 + 75.8) / 3030, rel=1e-2)
+    assert floor("step") == pytest.approx(floor("step_no_input_grad") + 0.379, rel=1e-2)
+    assert workloads.ceilings("another GPU") is workloads.ceilings(None) is None
+
+
+def test_shape_follows_the_convolution():
+    conv = torch.nn.ConvTranspose2d(3, 4, 5, stride=2, padding=1)
+    assert conv(torch.zeros(1, 3, 7, 7)).shape[-1] == Shape(3, 4, 5, 2, 1, 7).out_size
+
+
+def test_graphs_are_compared_with_all():
+    rows = [row(), row("modelnew-graph", 0.5), row("compile", 2.0), row("compile-reduce-overhead", 0.7)]
+    pairs = [(ours["who"], peer["who"]) for ours, peer in records.comparisons(record(*rows))]
+    assert pairs == [("modelnew", "compile"), ("modelnew-graph", "compile-reduce-overhead")]
+    del rows[1]
+    ((_, peer),) = records.comparisons(record(*rows))
+    assert peer["who"] == "compile-reduce-overhead"
+    rows[2]["ms"] = None
+    ((_, peer),) = records.comparisons(record(*rows))
+    assert peer["who"] == "compile"
+    assert list(records.comparisons(record(row()))) == [(row(), None)]
+
+
+def test_table(capsys):
+    rows = [
+        row(n=512, ms=0.758, what="conv_forward", peak_mb=303.4),
+        row("eager", 1.31, n=512, what="conv_forward", peak_mb=800.0),
+    ]
+    records.show(record(*rows, row(what="startup_cold", ms=2500.0)), bench.Console(width=140))
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "conv_forward tf32 512 0.758 0.758-0.758 303 eager nchw 1.31 800 1.73x 50% 320" in text
+    assert "startup_cold tf32 1 2500" in text
+
+
+def test_writing_leaves_the_old_record_if_it_fails(tmp_path):
+    path = tmp_path / "deep" / "bench_x.json"
+    content = record(row(), row("eager"))
+    records.write(content, path)
+    assert json.loads(path.read_text()) == content
+    assert len([line for line in path.read_text().splitlines() if '"who"' in line]) == 2
+    with pytest.raises(TypeError):
+        records.write({**content, "rows": [object()]}, path)
+    assert json.loads(path.read_text()) == content
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    records.write(record(), path)
+    assert json.loads(path.read_text())["rows"] == []
+
+
+def test_plot_only(tmp_path, monkeypatch):
+    path = tmp_path / "bench_x.json"
+    whos = [row(who, n=n, what=what) for who in plots._COLOURS for n in (1, 512) for what in workloads.WORKLOADS]
+    for content in (record(*whos), {**record(*whos[:3]), "ceilings": None}, record(row("eager"), row(what="startup"))):
+        path.write_text(json.dumps(content))
+        code, text = invoke("--plot-only", str(path))
+        assert code == 0
+        assert "drawn" in text
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    for content, message in (("{}", "no record"), ("[]", "no record"), ("?", "no record")):
+        path.write_text(content)
+        code, text = invoke("--plot-only", str(path))
+        assert code == 2
+        assert message in text
+    path.write_text(json.dumps(record()))
+    assert "nothing to draw" in invoke("--plot-only", str(path))[1]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, text = invoke("--plot-only", str(path))
+    assert code == 1
+    assert "modelnew[bench]" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batches", "1,x"], "whole numbers"),
+        (["--batches", "0"], "whole numbers"),
+        (["--what", "forward"], "forward: not among forward_train"),
+        (["--classes", "tf32", "--device", "cpu"], "a CPU has no tf32"),
+        (["--classes", "fp8"], "fp8: not among tf32"),
+        (["--peers", "jax"], "jax"),
+        (["--device", "xpu"], "received xpu"),
+        (["--device", "nowhere"], "nowhere"),
+        (["--plot-only", "nowhere.json"], "does not exist"),
+    ],
+)
+def test_bad_options(arguments, message):
+    code, text = invoke(*arguments)
+    assert code == 2
+    assert message in text
+
+
+def test_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, text = invoke("--device", "cuda")
+    assert code == 1
+    assert "no kernel can run on cuda" in text
+
+
+def test_help_explains_every_option():
+    command = [sys.executable, "-m", "modelnew", "bench", "--help"]
+    text = re.sub(r"\s+", "", subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    for parameter in bench.bench_command.params:
+        assert max(parameter.opts, key=len) in text
+        assert re.sub(r"\s+", "", parameter.help) in text
+
+
+def test_rounding():
+    assert timing.rounded(0.123456789) == 0.12346
+    assert Contender("eager", "nchw", None).row.__doc__
+    entrant = Contender("eager", "nchw", None)
+    entrant.times, entrant.peak_mb = Times(1.0000001, 0.5, 2.0), 12.3
+    expected = {"n": 1, "who": "eager", "layout": "nchw", "ms": 1.0, "ms_min": 0.5, "ms_max": 2.0, "peak_mb": 12.3}
+    assert entrant.row(n=1) == expected
