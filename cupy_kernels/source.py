@@ -31,6 +31,32 @@ SCALARS = {dtype: name for name, dtype in DTYPES.items()}
 _overrides: dict[str, str] = {}
 
 
+# Macros of the tensor-core convolution that depend on the tensors' shapes and on the GPU's shared memory.
+SHAPE_MACROS = frozenset(
+    [
+        "IN_CHANNELS",
+        "OUT_CHANNELS",
+        "IN_H",
+        "IN_W",
+        "OUT_H",
+        "OUT_W",
+        "KERNEL_H",
+        "KERNEL_W",
+        "TAPS",
+        "PAD_H",
+        "PAD_W",
+        "WARPS_M",
+        "WARPS_N",
+        "TILE_M",
+        "UNIT_PASSES",
+        "BAND_ROWS",
+        "RESIDENT",
+        "STAGES",
+        "SAVED_SHIFT",
+    ]
+)
+
+
 class Variant(NamedTuple):
     """A .cu file and the macros it is compiled with: one compilation, which gives all kernels of the file."""
 
@@ -39,6 +65,11 @@ class Variant(NamedTuple):
 
     def __str__(self):
         return " ".join([self.file, *(f"-D{k}={v}" for k, v in self.defines)])
+
+    @property
+    def family(self) -> "Variant":
+        """The variant without the macros that specialise it for a shape, whose values nobody can enumerate."""
+        return Variant(self.file, tuple((k, v) for k, v in self.defines if k not in SHAPE_MACROS))
 
 
 class Kernel(NamedTuple):

@@ -16,7 +16,8 @@ from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 
 from . import Model, ModelNew, environment, get_init_inputs, get_inputs
 from .bench import bench_command
-from .model import BATCH, NUMERICS, OPERATORS
+from .model import BATCH, OPERATORS
+from .numerics import NUMERICS
 from .parity import RATIO, compare_models, is_close, tf32
 from .timing import measure
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from . import functional
 from .interop import pair
+from .numerics import check_numerics
 
 
 class ConvTranspose2d(nn.Module):
-    """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`."""
+    """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
 
     extra_repr = nn.ConvTranspose2d.extra_repr
 
@@ -32,8 +33,11 @@ class ConvTranspose2d(nn.Module):
         padding_mode: str = "zeros",
         device=None,
         dtype=None,
+        *,
+        numerics: str = "auto",
     ):
         super().__init__()
+        check_numerics(numerics)
         if padding_mode != "zeros":
             raise ValueError(f"ConvTranspose2d pads with zeros only, received padding_mode={padding_mode!r}")
         if groups <= 0 or in_channels % groups or out_channels % groups:
@@ -50,6 +54,7 @@ class ConvTranspose2d(nn.Module):
         self.output_padding = pair(output_padding, "output_padding")
         self.groups = groups
         self.padding_mode = padding_mode
+        self.numerics = numerics
         shape = (in_channels, out_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias:
@@ -70,7 +75,15 @@ class ConvTranspose2d(nn.Module):
         """output_size: [.., OH, OW] picks among the sizes that stride leaves open, instead of `output_padding`."""
         extra = self.output_padding if output_size is None else self._output_padding(input, list(output_size))
         return functional.conv_transpose2d(
-            input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            extra,
+            self.groups,
+            self.dilation,
+            numerics=self.numerics,
         )
 
     def _output_padding(self, input, output_size):

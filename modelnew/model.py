@@ -5,11 +5,16 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from cupy_kernels.conv_transpose import Geometry
+
 from . import functional, layers
+from .functional.conv_bn_pool import fused_plan
+from .interop import pair
+from .numerics import check_numerics, resolve, tensor_core_plan
 
 OPERATORS = ("conv_transpose", "batch_norm", "tanh", "max_pool", "group_norm")
-NUMERICS = ("auto", "tf32", "fp32")
 
+_WINDOW = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
 BATCH, CHANNELS, HEIGHT, WIDTH = 512, 64, 32, 32
 
 
@@ -59,7 +64,7 @@ class ModelNew(nn.Module):
         a GPU.
     numerics: how the transposed convolution multiplies. "tf32": operands of 10 mantissa bits, summed in float32;
         "fp32": float32 throughout; "auto": what PyTorch would do, so as torch.backends.cudnn.allow_tf32 says.
-        Today every choice runs the float32 kernels.
+        `modelnew.explain(model, x)` tells which kernels run.
     device: where the parameters go; by default to the GPU where there is one, unless torch.set_default_device or a
         `with torch.device(...)` block chose another device than the CPU. They are drawn on the CPU, as those of a
         reference model that is built there and then moved.
@@ -88,12 +93,12 @@ class ModelNew(nn.Module):
     ):
         super().__init__()
         self.replace = _operators(replace)
-        if numerics not in NUMERICS:
-            raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, received {numerics!r}")
+        check_numerics(numerics)
         self.numerics = numerics
         conv, norm, tanh, pool, group = (layers if name in self.replace else nn for name in OPERATORS)
+        own = {"numerics": numerics} if conv is layers else {}
         self.conv_transpose = conv.ConvTranspose2d(
-            in_channels, out_channels, kernel_size, stride=stride, padding=padding
+            in_channels, out_channels, kernel_size, stride=stride, padding=padding, **own
         )
         self.batch_norm = norm.BatchNorm2d(out_channels)
         self.tanh = tanh.Tanh()
@@ -102,6 +107,8 @@ class ModelNew(nn.Module):
         _place(self, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if fused_model(self, x) is None:
+            return self._fused(x)
         norm, tanh, pool = self.batch_norm, self.tanh, self.max_pool
         fuse_norm = _fusible(norm, layers.BatchNorm2d)
         fuse_tanh = _fusible(tanh, layers.Tanh)
@@ -118,6 +125,21 @@ class ModelNew(nn.Module):
             x = pool(tanh(norm(x)))
         return self.group_norm(x)
 
+    def _fused(self, x):
+        conv, group = self.conv_transpose, self.group_norm
+        return self.batch_norm.apply_with(
+            functional.conv_bn_tanh_max_pool_group_norm,
+            x,
+            conv_weight=conv.weight,
+            conv_bias=conv.bias,
+            padding=conv.padding,
+            num_groups=group.num_groups,
+            group_weight=group.weight,
+            group_bias=group.bias,
+            group_eps=group.eps,
+            numerics=conv.numerics,
+        )
+
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As torch's. RuntimeError for convert_sync_batchnorm, which puts a replaced batch_norm back as it was."""
         if isinstance(module, layers.BatchNorm2d) and self._modules.get(name) is module:
@@ -129,6 +151,51 @@ class ModelNew(nn.Module):
 
     def extra_repr(self) -> str:
         return f"replace={self.replace}, numerics={self.numerics!r}"
+
+
+def fused_model(model: ModelNew, x: torch.Tensor) -> str | None:
+    """Why model(x) does not run as one fused operator, or None if it does."""
+    kinds = (layers.ConvTranspose2d, layers.BatchNorm2d, layers.Tanh, layers.MaxPool2d, layers.GroupNorm)
+    for name, kind in zip(OPERATORS, kinds):
+        if not _fusible(getattr(model, name), kind):
+            return f"{name} is not replaced, has a hook, or was swapped"
+    conv, norm, pool, group = model.conv_transpose, model.batch_norm, model.max_pool, model.group_norm
+    if pool.return_indices or {k: pair(v, k) for k, v in pool.window.items() if k != "ceil_mode"} != _WINDOW:
+        return "the pooling is not over 2x2 windows"
+    if pool.ceil_mode:
+        return "the pooling has ceil_mode"
+    if conv.stride != (1, 1) or conv.output_padding != (0, 0) or conv.dilation != (1, 1) or conv.groups != 1:
+        return "the convolution has a stride, output padding, dilation or groups"
+    if x.dim() != 4 or x.shape[1] != conv.in_channels:
+        return f"the input, of shape {tuple(x.shape)}, is not [N, {conv.in_channels}, H, W]"
+    others = (conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, group.weight, group.bias)
+    return fused_plan(x, conv.weight, conv.padding, group.num_groups, conv.numerics, others)[1]
+
+
+def explain(model: ModelNew, x: torch.Tensor) -> str:
+    """Which kernels model(x) runs, and why, in words. Runs nothing."""
+    conv = model.conv_transpose
+    reason = fused_model(model, x)
+    if reason is None:
+        cls = resolve(conv.numerics, x)
+        return (
+            f"fused: conv_bn_pool (tensor cores, {cls} class), conv_bn_statistics, pooled_forward; backward: "
+            "pooled_backward, sums_gradient, conv_transpose_mma or conv_gather (dgrad), wgrad_partial"
+        )
+    lines = [f"not fused into one operator: {reason}"]
+    if isinstance(conv, layers.ConvTranspose2d):
+        geometry = Geometry(conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
+        plan, obstacle = tensor_core_plan(x, conv.weight.shape, geometry, conv.numerics)
+        if plan:
+            lines.append(f"conv_transpose: conv_transpose_mma, tensor cores, {resolve(conv.numerics, x)} class")
+        else:
+            lines.append(f"conv_transpose: conv_gather, general float kernels, because {obstacle}")
+    else:
+        lines.append("conv_transpose: PyTorch's")
+    for name in OPERATORS[1:]:
+        module = getattr(model, name)
+        lines.append(f"{name}: {'our kernels' if type(module).__module__ == layers.__name__ else 'PyTorch'}")
+    return "\n".join(lines)
 
 
 def _operators(replace) -> tuple[str, ...]:

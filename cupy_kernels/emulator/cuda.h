@@ -67,7 +67,7 @@ struct Fiber {
     int copy_count, group_ends[MAX_COPIES], group_count;
 };
 struct Warp { unsigned arrived, mask; const char* place; };
-struct Exchange { char bytes[2][64]; };
+struct Exchange { alignas(16) char bytes[2][64]; };
 
 static Fiber fibers[MAX_THREADS];
 static Warp warps[MAX_THREADS / 32];
@@ -188,20 +188,24 @@ static void warp_barrier(unsigned mask, const char* place) {
     yield();
 }
 
+// What the lanes of a warp deposited in one call; to be read before the lane's next warp operation.
+template <class V> struct Deposits {
+    unsigned warp, parity;
+    const V& operator[](int lane) const { return *(const V*)exchange[warp * 32 + lane].bytes[parity]; }
+};
+
 // Deposits `mine`, meets the lanes of the mask, and gives access to what each of them deposited in this call.
-template <class V> static const V* exchange_in_warp(unsigned mask, const V& mine, const char* place) {
+template <class V> static Deposits<V> exchange_in_warp(unsigned mask, const V& mine, const char* place) {
     static_assert(sizeof(V) <= sizeof(exchange[0].bytes[0]), "a lane can exchange 64 bytes");
-    static V all[32];
-    unsigned parity = fibers[current].warp_calls++ & 1;
-    memcpy(exchange[current].bytes[parity], &mine, sizeof(V));
+    Deposits<V> all = {(unsigned)current / 32, fibers[current].warp_calls++ & 1};
+    memcpy(exchange[current].bytes[all.parity], &mine, sizeof(V));
     warp_barrier(mask, place);
-    for (int i = 0; i < 32; i++) memcpy(&all[i], exchange[current / 32 * 32 + i].bytes[parity], sizeof(V));
     return all;
 }
 
 // What lane `source` deposits: it must exist and be in the mask.
 template <class V> static V shuffle(unsigned mask, const V& mine, int source, const char* place) {
-    const V* all = exchange_in_warp(mask, mine, place);
+    Deposits<V> all = exchange_in_warp(mask, mine, place);
     if (source < 0 || source > 31 || !(mask >> source & 1) || current / 32 * 32 + source >= thread_count)
         EMULATOR_FAIL("%s: thread %d reads lane %d, which takes no part in the shuffle", place, current, source);
     return all[source];

@@ -6,6 +6,7 @@ import torch
 
 from . import batch_norm as _batch_norm
 from . import bn_tanh_max_pool as _bn_tanh_max_pool
+from . import conv_bn_pool as _conv_bn_pool
 from . import conv_transpose as _conv_transpose
 from . import group_norm as _group_norm
 from . import max_pool as _max_pool
@@ -30,6 +31,7 @@ def _untraced(function):
 batch_norm = _untraced(_batch_norm.batch_norm)
 batch_norm_tanh = _untraced(_batch_norm.batch_norm_tanh)
 bn_tanh_max_pool2d = _untraced(_bn_tanh_max_pool.bn_tanh_max_pool2d)
+conv_bn_tanh_max_pool_group_norm = _untraced(_conv_bn_pool.conv_bn_tanh_max_pool_group_norm)
 conv_transpose2d = _untraced(_conv_transpose.conv_transpose2d)
 group_norm = _untraced(_group_norm.group_norm)
 max_pool2d = _untraced(_max_pool.max_pool2d)
@@ -40,6 +42,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_tanh",
     "bn_tanh_max_pool2d",
+    "conv_bn_tanh_max_pool_group_norm",
     "conv_transpose2d",
     "group_norm",
     "max_pool2d",

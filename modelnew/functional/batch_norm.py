@@ -49,20 +49,29 @@ class _BatchNorm(torch.autograd.Function):
 def batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps):
     """(mean, invstd) per channel: x's own in training, which updates the running statistics, else the running ones."""
     mean, invstd = (torch.empty(x.shape[1], dtype=accumulator_dtype(x), device=x.device) for _ in range(2))
-    updated_mean, updated_var = dense(running_mean), dense(running_var)
-    if not training:
-        run(batch_norm_eval_statistics, updated_mean, updated_var, mean, invstd, eps)
-        return mean, invstd
-    workspace = mean.new_empty(batch_norm_workspace(x.shape))
-    run(batch_norm_statistics, x, updated_mean, updated_var, mean, invstd, workspace, momentum, eps)
-    for buffer, updated in ((running_mean, updated_mean), (running_var, updated_var)):
-        if buffer is None:
+
+    def update(running_mean, running_var):
+        if training:
+            workspace = mean.new_empty(batch_norm_workspace(x.shape))
+            run(batch_norm_statistics, x, running_mean, running_var, mean, invstd, workspace, momentum, eps)
+        else:
+            run(batch_norm_eval_statistics, running_mean, running_var, mean, invstd, eps)
+
+    run_updating(update, running_mean, running_var, training)
+    return mean, invstd
+
+
+def run_updating(update, running_mean, running_var, training) -> None:
+    """update(running_mean, running_var), with contiguous tensors that it may change in training; autograd is told."""
+    updated = dense(running_mean), dense(running_var)
+    update(*updated)
+    for buffer, new in zip((running_mean, running_var), updated):
+        if buffer is None or not training:
             continue
-        if updated.data_ptr() == buffer.data_ptr():
+        if new.data_ptr() == buffer.data_ptr():
             torch.autograd.graph.increment_version(buffer)
         else:  # the buffer is not contiguous: the kernel updated a copy
-            buffer.copy_(updated)
-    return mean, invstd
+            buffer.copy_(new)
 
 
 def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> None:

@@ -5,40 +5,61 @@ from torch.autograd.function import once_differentiable
 
 from cupy_kernels import channel_sum as bias_ops
 from cupy_kernels import conv_transpose as ops
+from cupy_kernels import conv_transpose_mma as mma
 
 from .. import autocast
 from ..interop import accumulator_dtype, check_floating, dense, one_device, pair, run
+from ..numerics import check_numerics, resolve, tensor_core_plan
 
 
 class _ConvTranspose2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, bias, geometry):
+    def forward(ctx, x, w, bias, geometry, numerics):
         x, w, bias = dense(x), dense(w), dense(bias)
         y = x.new_empty(ops.output_shape(x.shape, w.shape, geometry))
-        run(ops.conv_transpose_forward, x, w, bias, y, _packed(w), geometry)
+        plan, _ = tensor_core_plan(x, w.shape, geometry, numerics)
+        if plan:
+            run(mma.conv_transpose_mma, plan, x, w, bias, y, *mma_workspaces(plan, w))
+        else:
+            run(ops.conv_transpose_forward, x, w, bias, y, _packed(w), geometry)
         ctx.save_for_backward(x, w)
-        ctx.geometry = geometry
+        ctx.geometry, ctx.numerics = geometry, resolve(numerics, x)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
-        dy, dx, dw, db = dense(dy), None, None, None
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
-            run(ops.conv_transpose_dgrad, dy, w, dx, _packed(w), ctx.geometry)
-        if ctx.needs_input_grad[1]:
-            dw = torch.empty_like(w)
-            dtype = accumulator_dtype(w)
-            size = ops.wgrad_workspace_size(x.shape, w.shape, ctx.geometry, dtype == torch.float64)
-            partial = w.new_empty(size, dtype=dtype)
-            run(ops.conv_transpose_wgrad, x, dy, dw, partial, ctx.geometry)
+        dy, db = dense(dy), None
         if ctx.needs_input_grad[2]:
             db = dy.new_empty(dy.shape[1])
             partial = dy.new_empty(bias_ops.channel_sum_workspace_size(dy.shape), dtype=accumulator_dtype(dy))
             run(bias_ops.channel_sum, dy, db, partial)
-        return dx, dw, db, None
+        dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *ctx.needs_input_grad[:2])
+        return dx, dw, db, None, None
+
+
+def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w):
+    """(dx, dw), None where not needed."""
+    dx = dw = None
+    if need_x:
+        dx = torch.empty_like(x)
+        plan, _ = tensor_core_plan(dy, w.shape, geometry, numerics, dgrad=True)
+        if plan:
+            run(mma.conv_transpose_mma, plan, dy, w, None, dx, *mma_workspaces(plan, w))
+        else:
+            run(ops.conv_transpose_dgrad, dy, w, dx, _packed(w), geometry)
+    if need_w:
+        dw = torch.empty_like(w)
+        dtype = accumulator_dtype(w)
+        size = ops.wgrad_workspace_size(x.shape, w.shape, geometry, dtype == torch.float64)
+        run(ops.conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=dtype), geometry)
+    return dx, dw
+
+
+def mma_workspaces(plan, w):
+    """(packed weights, exponents of their scales), to be written."""
+    return w.new_empty(plan.packed_size, dtype=torch.float16), w.new_empty(plan.rows, dtype=torch.int32)
 
 
 def _packed(w):
@@ -54,6 +75,8 @@ def conv_transpose2d(
     output_padding: int | tuple[int, int] = 0,
     groups: int = 1,
     dilation: int | tuple[int, int] = 1,
+    *,
+    numerics: str = "auto",
 ) -> torch.Tensor:
     """y[n, oc, oh, ow] = bias[oc] + sum over ic, kh, kw of x[n, ic, ih, iw] w[ic, oc, kh, kw], oh = ih s - p + kh d.
 
@@ -63,6 +86,7 @@ def conv_transpose2d(
     weight: [Cin, Cout/groups, KH, KW]; bias: [Cout] or None; both of the input's dtype and on its device.
     Under torch.autocast all three are cast to its dtype.
     Returns [N, Cout, OH, OW] (or [Cout, OH, OW]), contiguous, OH = (H-1) s - 2p + d (KH-1) + output_padding + 1.
+    numerics: "tf32", "fp32" or "auto", see `modelnew.numerics`; "tf32" matters where tensor cores take the convolution.
     Raises TypeError for other or differing dtypes, ValueError for shapes and hyper-parameters that do not fit,
     RuntimeError for tensors on several devices.
     """
@@ -72,6 +96,7 @@ def conv_transpose2d(
     if len(dtypes) > 1:
         raise TypeError(f"input, weight and bias must have one dtype, received {', '.join(sorted(map(str, dtypes)))}")
     one_device((input, weight, bias))
+    check_numerics(numerics)
     if input.dim() not in (3, 4):
         raise ValueError(f"input must be [N, C, H, W] or [C, H, W], received shape {tuple(input.shape)}")
     geometry = ops.Geometry(
@@ -85,5 +110,5 @@ def conv_transpose2d(
     ops.output_shape(x.shape, weight.shape, geometry)
     if bias is not None and bias.shape != (weight.shape[1] * groups,):
         raise ValueError(f"bias must have shape ({weight.shape[1] * groups},), received {tuple(bias.shape)}")
-    y = _ConvTranspose2d.apply(x, weight, bias, geometry)
+    y = _ConvTranspose2d.apply(x, weight, bias, geometry, numerics)
     return y if input.dim() == 4 else y.squeeze(0)

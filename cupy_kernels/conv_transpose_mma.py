@@ -1,0 +1,183 @@
+"""2D transposed convolution on tensor cores: stride 1, dilation 1, one group, channels in multiples of 16.
+
+Shapes as in `conv_transpose`. Operands are fp16 under power-of-two scales: split 1 has TF32's precision, split 2
+float32's.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+from .common import THREADS, ceil_div, multiprocessors
+from .conv_transpose import Geometry
+from .launch import launch
+from .source import Kernel, Variant
+
+_CELL_BYTES = 128
+_MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
+_STAGES = (4, 2)  # preferred first
+_RESERVED = 5 * 1024  # shared memory for the kernels' own small arrays and an epilogue
+
+
+class Plan(NamedTuple):
+    """How a convolution is laid out over blocks; `macros` specialise the kernels."""
+
+    macros: tuple
+    pack_macros: tuple
+    units: int
+    rows: int  # of the output's channels, padded to full tiles
+    tile_m: int
+    threads: int
+    shared_bytes: int
+    packed_size: int  # elements of the workspace `packed`, float16
+
+
+class UnsupportedError(ValueError):
+    """These kernels do not take a convolution; the message says why."""
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: str, shared_limit: int) -> Plan:
+    """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
+
+    w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
+    block may use. Raises UnsupportedError for what the kernels do not take.
+    """
+    _check_supported(x_shape, w_shape, geometry, dtype)
+    padding = geometry.padding
+    channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
+    kernel = w_shape[2:]
+    pad = tuple(k - 1 - p for k, p in zip(kernel, padding)) if dgrad else padding
+    size = x_shape[2:]
+    out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
+    warps_m, most_warps_n = (1, 8) if channels_out <= 64 else (2, 4)
+    chunks = ceil_div(channels_in, 64 // split)
+    windows_w = ceil_div(out[1], 2)
+    windows = windows_w * ceil_div(out[0], 2)
+    gap = max(0, kernel[1] - 1 - pad[1])
+    pitch = (size[1] + gap + 3) // 8 * 8 + 4
+
+    def layout(warps_n, passes, resident, stages):
+        """(units, rows of the largest band, bytes of shared memory)"""
+        unit_windows = passes * warps_n * 16 // split
+        rows = 0
+        for first in range(0, windows, unit_windows):
+            last = min(first + unit_windows, windows) - 1
+            low = max(0, first // windows_w * 2 + pad[0] - (kernel[0] - 1))
+            high = min(size[0], last // windows_w * 2 + 1 + pad[0] + 1)
+            rows = max(rows, high - low)
+        band = (gap + (rows + 1) * pitch) * _CELL_BYTES * (chunks if resident else 1)
+        return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * _CELL_BYTES
+
+    # Few images: one pass a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides, so
+    # results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
+    most_passes = ceil_div(windows, most_warps_n * 16 // split) if x_shape[0] >= 64 else 1
+    choices = [(most_warps_n, passes, 1) for passes in range(most_passes, 0, -1)]
+    choices += [(most_warps_n, 1, 0), (most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
+    limit = shared_limit - _RESERVED
+    for (warps_n, passes, resident), stages in itertools.product(choices, _STAGES):
+        units, rows, shared_bytes = layout(warps_n, passes, resident, stages)
+        if shared_bytes <= limit:
+            break
+    else:
+        raise UnsupportedError(f"it needs {shared_bytes} bytes of shared memory, the GPU has {limit}")
+    macros = {
+        "scalar_t": dtype,
+        "acc_t": "float",
+        "IN_CHANNELS": channels_in,
+        "OUT_CHANNELS": channels_out,
+        "IN_H": size[0],
+        "IN_W": size[1],
+        "OUT_H": out[0],
+        "OUT_W": out[1],
+        "KERNEL_H": kernel[0],
+        "KERNEL_W": kernel[1],
+        "PAD_H": pad[0],
+        "PAD_W": pad[1],
+        "SPLIT": split,
+        "WARPS_M": warps_m,
+        "WARPS_N": warps_n,
+        "UNIT_PASSES": passes,
+        "BAND_ROWS": rows,
+        "RESIDENT": resident,
+        "STAGES": stages,
+    }
+    pack_macros = {name: macros[name] for name in ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "SPLIT")}
+    tile_m, taps = 64 * warps_m, kernel[0] * kernel[1]
+    pack_macros.update(TAPS=taps, TILE_M=tile_m, FLIP=int(dgrad))
+    padded = ceil_div(channels_out, tile_m) * tile_m
+    packed_size = padded * chunks * taps * _CELL_BYTES // 2
+    return Plan(
+        tuple(macros.items()),
+        tuple(pack_macros.items()),
+        units,
+        padded,
+        tile_m,
+        32 * warps_m * warps_n,
+        shared_bytes,
+        packed_size,
+    )
+
+
+def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents) -> None:
+    """y = conv_transpose2d(x, w) + bias, or with a plan for dgrad y = dx from x = dy; bias may be None.
+
+    y and the workspaces packed (plan.packed_size, float16) and exponents (plan.rows, int32) are written.
+    """
+    pack_weight(p, w, packed, exponents)
+    kernel = Kernel("conv_transpose_mma.cu", "conv_transpose_mma", p.macros)
+    launch_units(p, kernel, x, (x, packed, exponents, bias, y))
+
+
+def pack_weight(p: Plan, w, packed, exponents) -> None:
+    """Writes the workspaces `packed` and `exponents` that the plan's kernel reads."""
+    kernel = Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
+    launch(kernel, (p.rows, 1, 1), (THREADS, 1, 1), (w, packed, exponents))
+
+
+def launch_units(p: Plan, kernel: Kernel, x, args, shared_bytes: int = 0) -> None:
+    """Launches a kernel built on conv_mma.cuh over all units of x. shared_bytes: what its epilogue needs."""
+    grid = (x.shape[0] * p.units, p.rows // p.tile_m, 1)
+    launch(kernel, grid, (p.threads, 1, 1), (*args, multiprocessors(x)), p.shared_bytes + shared_bytes)
+
+
+def variants():
+    """Variants of shapes that reach every branch: the mission's, kernel sizes 1 and 7, many, few and odd channels."""
+    packs, convolutions = set(), set()
+    for p in sample_plans():
+        packs.add(Variant("pack_weight_fp16.cu", p.pack_macros))
+        convolutions.add(Variant("conv_transpose_mma.cu", p.macros))
+    yield from sorted(packs, key=str)
+    yield from sorted(convolutions, key=str)
+
+
+def sample_plans():
+    """Plans for the shapes of `variants`, on GPUs with much and with little shared memory."""
+    unit = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    much, little = 227 * 1024, 99 * 1024
+    for split in (1, 2):
+        yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, False, "float", much)
+        yield plan((512, 128, 34, 34), (64, 128, 5, 5), unit, split, True, "float", much)
+        yield plan((1, 48, 64, 64), (48, 80, 7, 7), unit._replace(padding=(3, 3)), split, False, "float", much)
+        yield plan((64, 64, 32, 32), (64, 128, 5, 5), unit, split, False, "float", little)
+    for dtype in ("half_t", "bf16_t"):
+        yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, 1, False, dtype, much)
+        yield plan((64, 16, 16, 15), (512, 16, 1, 1), unit._replace(padding=(0, 0)), 1, True, dtype, much)
+
+
+def _check_supported(x_shape, w_shape, geometry, dtype):
+    kernel = tuple(w_shape[2:])
+    checks = {
+        f"the dtype is {dtype}": dtype == "double",
+        f"the stride is {geometry.stride}, not 1": geometry.stride != (1, 1),
+        f"the dilation is {geometry.dilation}, not 1": geometry.dilation != (1, 1),
+        f"it has {geometry.groups} groups": geometry.groups != 1,
+        f"its channels, {w_shape[0]} and {w_shape[1]}, are not multiples of 16 up to 512": any(
+            c % 16 or c > 512 for c in w_shape[:2]
+        ),
+        f"the kernel size {kernel} is over 7": max(kernel) > 7,
+        f"the image size {tuple(x_shape[2:])} is over {_MAX_IMAGE}": max(x_shape[2:]) > _MAX_IMAGE,
+    }
+    for reason, applies in checks.items():
+        if applies:
+            raise UnsupportedError(reason)

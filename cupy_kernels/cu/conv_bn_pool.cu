@@ -1,0 +1,189 @@
+// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, tanh and 2x2 max pooling need of it.
+//
+// Batch norm and tanh are monotone in each channel, so max pooling can come first: of each 2x2 window it takes the largest sum where
+// gamma, batch norm's weight, is positive, the smallest where it is negative, and the first where it is zero.
+//
+// All values are without the convolution's bias, which batch norm's mean takes out again:
+//     pooled [N, M, OUT_H / 2, OUT_W / 2]     the chosen sums
+//     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums
+//     SAVE, for the backward:
+//         taps, like pooled                   the chosen corner
+//         saved [N, M, WINDOWS, 4]            all sums. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
+//                                             a sum is saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
+//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. SPLIT 2: float
+//         unit_exponents [N * UNITS]
+// Macros: those of conv_mma.cuh, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
+#include "conv_mma.cuh"
+#include "batch_norm.cuh"
+
+#define POOLED_W (OUT_W / 2)
+#define POOLED (OUT_H / 2 * POOLED_W)
+
+// Chan's rule: how the moments of two sets of pixels combine.
+struct Merge {
+    float share, weight, count;  // of the second set: n2 / n, n1 n2 / n; n
+    __device__ Merge(float first, float second) : count(first + second) {
+        share = count > 0 ? second / count : 0;
+        weight = first * share;
+    }
+    // x: mean, y: sum of squared distances from it
+    __device__ float2 operator()(float2 a, float2 b) const {
+        float distance = b.x - a.x;
+        return make_float2(a.x + distance * share, a.y + b.y + distance * distance * weight);
+    }
+};
+
+__device__ inline float quad_sum(float v) {
+    v += __shfl_xor_sync(0xFFFFFFFFu, v, 1);
+    return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
+}
+
+enum { OWN = WARP_TILES / 2 };  // windows of a lane
+
+__device__ inline float max_or_nan(float a, float b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    return a > b || is_nan(a) ? a : b;
+#elif __CUDA_ARCH__ >= 800
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+    return larger;
+#endif
+}
+
+// Mean, and sum of squared distances from it, of the valid values of four lanes.
+template <bool FULL> __device__ inline float2 moments_of(const float (&v)[OWN][4], unsigned valid, float per_count) {
+    float sum = 0, squares = 0;
+    #pragma unroll
+    for (int at = 0; at < OWN * 4; at++) sum += FULL || valid >> at & 1 ? v[at / 4][at % 4] : 0;
+    float mean = quad_sum(sum) * per_count;
+    #pragma unroll
+    for (int at = 0; at < OWN * 4; at++) {
+        float distance = FULL || valid >> at & 1 ? v[at / 4][at % 4] - mean : 0;
+        squares += distance * distance;
+    }
+    return make_float2(mean, quad_sum(squares));
+}
+
+struct Pool {
+    const param_t* gamma;
+    float *pooled, *partials;
+    u8* taps;
+    saved_t* saved;
+    int* unit_exponents;
+    const int* exponents;
+    float2* moments;  // [WARPS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each warp
+    int* counts;      // [WARPS_N] in shared memory
+    int seen;
+
+    __device__ void pass(const Sums& sums, i64 image, int first_m, int first_window, int exponent) {
+        bool full = OUT_H % 2 == 0 && OUT_W % 2 == 0 && first_window + OWN * 4 <= WINDOWS;
+        if (full) windows<true>(sums, image, first_m, first_window, exponent);
+        else windows<false>(sums, image, first_m, first_window, exponent);
+    }
+
+    // FULL: all pixels of the warp exist, which is the usual case and needs no masks.
+    template <bool FULL>
+    __device__ void windows(const Sums& sums, i64 image, int first_m, int first_window, int exponent) {
+        // A lane's accumulators are the upper or the lower row of windows. It trades half of them with its neighbour, and then owns
+        // OWN whole windows of each channel: those of the n8-tiles 2 t + lane % 2.
+        int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        bool odd = lane % 2;
+        i64 plane = image * OUT_CHANNELS + first_m;
+        int own_window = first_window + odd * 2 + lane % 4 / 2;  // its t-th window is own_window + 4 t
+        float* pooled_rows = pooled + plane * POOLED;
+        u8* tap_rows = taps + plane * POOLED;
+        Packed<saved_t, 4>* saved_rows = (Packed<saved_t, 4>*)saved + plane * WINDOWS + own_window;
+        int targets[OWN];    // position in the pooled plane, or -1
+        unsigned valid = 0;  // bit t * 4 + corner
+        #pragma unroll
+        for (int t = 0; t < OWN; t++) {
+            int window = own_window + 4 * t, row = window / WINDOWS_W, column = window % WINDOWS_W;
+            targets[t] = FULL ? window : row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
+            #pragma unroll
+            for (int corner = 0; corner < 4; corner++) valid |= (unsigned)Pixel(window, corner).valid() << (t * 4 + corner);
+        }
+        float count = FULL ? OWN * 16 : quad_sum((float)__popc(valid)), per_count = count > 0 ? 1 / count : 0;
+        Merge merge(seen, count);
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int m = first_m + i * 8;
+            bool real = OUT_CHANNELS % TILE_M == 0 || m < OUT_CHANNELS;  // the same in all lanes
+            float v[OWN][4];
+            #pragma unroll
+            for (int t = 0; t < OWN; t++)
+                #pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float even_tile = sums[i / 2][2 * t][i % 2 * 2 + j], odd_tile = sums[i / 2][2 * t + 1][i % 2 * 2 + j];
+                    float received = __shfl_xor_sync(0xFFFFFFFFu, odd ? even_tile : odd_tile, 1);
+                    v[t][j] = odd ? received : even_tile;
+                    v[t][2 + j] = odd ? odd_tile : received;
+                }
+            ScaleBack scale(real ? exponent + exponents[m] : 0);
+            if (STATISTICS) {
+                float2 moment = moments_of<FULL>(v, valid, per_count);
+                if (lane % 4 == 0) {
+                    float2* place = moments + warp / WARPS_M * TILE_M + warp % WARPS_M * 64 + i * 8 + lane / 4;
+                    *place = merge(seen ? *place : make_float2(0, 0), make_float2(scale(moment.x), scale(scale(moment.y))));
+                }
+            }
+            if (!real) continue;
+            float weight = bn_weight(gamma, m), sign = weight > 0 ? 1 : weight < 0 ? -1 : 0;
+            #pragma unroll
+            for (int t = 0; t < OWN; t++) {
+                if (SAVE && (FULL || own_window + 4 * t < WINDOWS)) saved_rows[4 * t + i * 8 * WINDOWS] = save(v[t], scale);
+                if (!FULL && targets[t] < 0) continue;
+                float best = v[t][0] * sign;
+                #pragma unroll
+                for (int corner = 1; corner < 4; corner++) best = max_or_nan(best, v[t][corner] * sign);
+                int tap = 3;
+                #pragma unroll
+                for (int corner = 2; corner >= 0; corner--) tap = v[t][corner] * sign == best ? corner : tap;
+                pooled_rows[targets[t] + i * 8 * POOLED] = scale(sign == 0 ? v[t][0] : best * sign);
+                if (SAVE) tap_rows[targets[t] + i * 8 * POOLED] = tap;
+            }
+        }
+        seen += (int)count;
+    }
+
+    // Corners outside the image are read by nobody.
+    __device__ static Packed<half_t, 4> save(const float (&v)[4], const ScaleBack&, half_t*) {
+        float shrink = power_of_two(-SAVED_SHIFT);
+        uint2 kept = {pack_halves(v[0] * shrink, v[1] * shrink), pack_halves(v[2] * shrink, v[3] * shrink)};
+        return *(Packed<half_t, 4>*)&kept;
+    }
+    __device__ static Packed<float, 4> save(const float (&v)[4], const ScaleBack& scale, float*) {
+        return {{scale(v[0]), scale(v[1]), scale(v[2]), scale(v[3])}};
+    }
+    __device__ static Packed<saved_t, 4> save(const float (&v)[4], const ScaleBack& scale) { return save(v, scale, (saved_t*)0); }
+
+    // Adds up what the warps of a block have seen of each channel, in their order.
+    __device__ void finish(int exponent) {
+        if (SAVE && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
+        if (!STATISTICS) return;
+        if (threadIdx.x % (32 * WARPS_M) == 0) counts[threadIdx.x / (32 * WARPS_M)] = seen;
+        __syncthreads();
+        int m = blockIdx.y * TILE_M + threadIdx.x;
+        if (threadIdx.x >= TILE_M || m >= OUT_CHANNELS) return;
+        float2 all = moments[threadIdx.x];
+        float count = counts[0];
+        for (int w = 1; w < WARPS_N; w++) {
+            Merge merge(count, counts[w]);
+            all = merge(all, moments[w * TILE_M + threadIdx.x]);
+            count = merge.count;
+        }
+        float* to = partials + (i64)m * gridDim.x + blockIdx.x;
+        i64 part = (i64)OUT_CHANNELS * gridDim.x;
+        to[0] = count, to[part] = all.x, to[2 * part] = all.y;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
+    const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
+    const param_t* __restrict__ gamma, float* __restrict__ pooled, float* __restrict__ partials, u8* __restrict__ taps,
+    saved_t* __restrict__ saved, int* __restrict__ unit_exponents, int ahead) {
+    __shared__ unsigned scratch[32];
+    __shared__ int counts[WARPS_N];
+    DYNAMIC_SHARED(u8, shared);
+    Pool epilogue = {gamma, pooled, partials, taps, saved, unit_exponents, exponents, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
+    convolve(x, packed, ahead, shared, scratch, epilogue);
+}

@@ -1,0 +1,234 @@
+// Transposed convolution with stride 1, dilation 1 and one group on tensor cores (sm_80 and newer): loads and main loop.
+//
+//     sums[n, m, oh, ow] = sum_{k, kh, kw} x[n, k, oh + PAD_H - kh, ow + PAD_W - kw] * w[k, m, kh, kw]
+//
+// dgrad is the same sum over dy with PAD' = KERNEL - 1 - PAD and flipped, transposed weights (pack_weight_fp16.cu).
+//
+// Implicit GEMM: channels m are rows, pixels are columns, the sum runs over chunks of input channels and taps. A block owns one
+// unit: TILE_M channels and UNIT_PASSES passes of TILE_N pixels of one image. The rows of x that it needs (the band) lie in shared
+// memory as fp16 cells [row][column][64 halves]; every tap reads them shifted, by ldmatrix. Weights stream through a ring of STAGES
+// (an even number) cp.async stages, one tap of one chunk each. Pixels are ordered by 2x2 windows, so that four neighbouring accumulator columns
+// are a pooling window. Each warp owns 64 channels x 8 WARP_TILES pixels. An Epilogue (conv_epilogue.cuh) takes the sums of each pass.
+//
+// Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right border.
+// PITCH = 4 mod 8 makes the cells of two window rows fall into different banks.
+//
+// Macros: scalar_t (float, half_t, bf16_t), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H,
+// KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
+// RESIDENT (1: all chunks of the band stay in shared memory, 0: each pass loads one after the other), STAGES.
+#pragma once
+#include "common.cuh"
+#include "async_copy.cuh"
+
+#define TAPS (KERNEL_H * KERNEL_W)
+#define THREADS (32 * WARPS_M * WARPS_N)
+#define TILE_M (64 * WARPS_M)
+#define WARP_TILES (8 / SPLIT)  // n8-tiles of a warp; SPLIT 2 needs registers for the second fp16 values
+#define TILE_N (8 * WARP_TILES * WARPS_N)
+#define GAP (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
+#define PITCH ((IN_W + GAP + 3) / 8 * 8 + 4)
+#define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
+#define WINDOWS_W ((OUT_W + 1) / 2)
+#define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
+#define UNIT_WINDOWS (UNIT_PASSES * TILE_N / 4)
+#define UNITS ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
+
+#include "fp16_cells.cuh"
+#include "mma.cuh"
+
+#define SLICES_AT_ONCE (SPLIT == 1 && RESIDENT && THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more slices until registers spill
+enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
+enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
+
+typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
+
+// The pixel of a corner of a 2x2 window. Windows past the last one, and the missing half of windows at an odd edge, are not valid.
+struct Pixel {
+    int oh, ow;
+    __device__ Pixel(int window, int corner) {
+        oh = window / WINDOWS_W * 2 + corner / 2;
+        ow = window % WINDOWS_W * 2 + corner % 2;
+    }
+    __device__ bool valid() const { return oh < OUT_H && ow < OUT_W; }
+};
+
+// What a block works on.
+struct Unit {
+    i64 image;
+    int first_window, passes, first_row, last_row;  // rows [first_row, last_row) of x
+
+    __device__ explicit Unit(i64 block) {
+        image = block / UNITS;
+        first_window = block % UNITS * UNIT_WINDOWS;
+        int last_window = min(first_window + UNIT_WINDOWS, WINDOWS) - 1;
+        passes = (last_window - first_window) / (TILE_N / 4) + 1;
+        first_row = max(0, first_window / WINDOWS_W * 2 + PAD_H - (KERNEL_H - 1));
+        last_row = min(IN_H, last_window / WINDOWS_W * 2 + 1 + PAD_H + 1);
+    }
+};
+
+// Exponent of the scale for a unit's rows, all channels. `source`: channel 0 of row first_row.
+__device__ inline int band_exponent(const scalar_t* source, const Unit& unit, unsigned* scratch) {
+    enum { WIDTH = IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t), BATCH = 8 };
+    typedef Packed<scalar_t, WIDTH> Pack;
+    int count = (unit.last_row - unit.first_row) * IN_W / WIDTH;
+    unsigned largest = 0;
+    for (int k = threadIdx.x / 32; k < IN_CHANNELS; k += THREADS / 32) {
+        const Pack* row = (const Pack*)(source + k * IN_H * IN_W);
+        for (int first = threadIdx.x % 32; first < count; first += 32 * BATCH) {
+            Pack in[BATCH];
+            #pragma unroll
+            for (int i = 0; i < BATCH; i++) in[i] = row[min(first + i * 32, count - 1)];
+            #pragma unroll
+            for (int i = 0; i < BATCH * WIDTH; i++) largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
+        }
+    }
+    return scale_exponent(block_max(largest, scratch));
+}
+
+// Asks for a unit's rows to be brought into the L2 cache.
+__device__ inline void prefetch_band(const scalar_t* x, const Unit& unit) {
+#ifndef CUPY_KERNELS_EMULATOR
+    const char* source = (const char*)(x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W);
+    int lines = ((unit.last_row - unit.first_row) * IN_W * (int)sizeof(scalar_t) + 127) / 128;
+    for (int i = threadIdx.x; i < IN_CHANNELS * lines; i += THREADS)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(source + ((i64)(i / lines) * IN_H * IN_W * sizeof(scalar_t) + i % lines * 128)));
+#endif
+}
+
+// Brings chunk `chunk` of a unit's rows into cells, scaled.
+__device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale) {
+    enum { BATCH = RESIDENT ? 4 : 1, GROUPS = CHUNK_CHANNELS / 8 };  // not resident, the sums already hold the registers
+    for (int first = threadIdx.x; first < BAND_CELLS * GROUPS; first += THREADS * BATCH) {
+        float v[BATCH][8];
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            int i = first + b * THREADS, cell = i % BAND_CELLS, k = chunk * CHUNK_CHANNELS + i / BAND_CELLS * 8;
+            int row = (cell - GAP + PITCH) / PITCH - 2, column = cell - GAP - (row + 1) * PITCH;  // cell row 0 is the zero row
+            bool inside = row >= 0 && column < IN_W && unit.first_row + row < unit.last_row && k < IN_CHANNELS && i < BAND_CELLS * GROUPS;
+            const scalar_t* from = source + (k * IN_H + row) * IN_W + column;
+            #pragma unroll
+            for (int j = 0; j < 8; j++) v[b][j] = inside ? to_acc(from[j * IN_H * IN_W]) * scale : 0;
+        }
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            int i = first + b * THREADS;
+            if (i < BAND_CELLS * GROUPS) store_cell(cells, i % BAND_CELLS, i / BAND_CELLS, v[b]);
+        }
+    }
+}
+
+// sums += a b for 16 channels and a warp's pixels. Tensor cores truncate when they add to an accumulator, which costs float32's last bits
+// in a long sum: with SPLIT 2 they add three products only, the small ones first, and an ordinary addition adds those.
+__device__ inline void multiply(float (&sums)[WARP_TILES][4], const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][WARP_TILES / 2][4]) {
+#if SPLIT == 1
+    #pragma unroll
+    for (int n = 0; n < WARP_TILES; n++) mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
+#else
+    float partial[WARP_TILES][4] = {};
+    #pragma unroll
+    for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+        #pragma unroll
+        for (int n = 0; n < WARP_TILES; n++) {
+            const unsigned(&right)[4] = b[product == 1][n / 2];
+            mma_m16n8k16(partial[n], a[product == 0], right[n % 2 * 2], right[n % 2 * 2 + 1]);
+        }
+    #pragma unroll
+    for (int i = 0; i < WARP_TILES * 4; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
+#endif
+}
+
+// The convolution of one unit. `ahead`: how many units run at a time, so whose rows to prefetch; results do not depend on it.
+template <class Epilogue>
+__device__ inline void convolve(const scalar_t* x, const half_t* packed, int ahead, u8* shared, unsigned* scratch, Epilogue& epilogue) {
+    u8 *cells = shared, *ring = shared + RING_OFFSET;
+    int lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
+    Unit unit(blockIdx.x);
+    int steps = unit.passes * CHUNKS * TAPS;
+    const scalar_t* source = x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W;
+    const u8* weights = (const u8*)packed + (i64)blockIdx.y * CHUNKS * TAPS * STAGE_BYTES;
+
+    // The ring has two halves: one is multiplied, the other loaded. One barrier for each half.
+    enum { HALF = STAGES / 2 };
+    auto fetch_half = [&](int first_step) {
+        #pragma unroll
+        for (int step = first_step; step < first_step + HALF; step++) {
+            if (step >= steps) break;
+            const u8* from = weights + (i64)(step % (CHUNKS * TAPS)) * STAGE_BYTES;
+            u8* to = ring + step % STAGES * STAGE_BYTES;
+            #pragma unroll
+            for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) {
+                int at = (i * THREADS + threadIdx.x) * 16;
+                cp_async_16(to + at, from + at, true);
+            }
+        }
+        cp_async_commit();
+    };
+    fetch_half(0);
+
+    int exponent = band_exponent(source, unit, scratch);
+    float scale = power_of_two(exponent);
+    if (RESIDENT)
+        for (int chunk = 0; chunk < CHUNKS; chunk++) load_band(source, unit, cells + chunk * BAND_CELLS * CELL_BYTES, chunk, scale);
+    if (blockIdx.x + ahead < gridDim.x) prefetch_band(x, Unit(blockIdx.x + ahead));
+
+    for (int pass = 0, step = 0; pass < unit.passes; pass++) {
+        // This lane's rows of ldmatrix: pixel lane % 8 of the n8-tiles 2 j + lane / 16; lanes 8 to 15 and 24 to 31 pass channels + 8.
+        int row_of[WARP_TILES / 2], column_of[WARP_TILES / 2];
+        int first_window = unit.first_window + pass * (TILE_N / 4) + warp_n * (WARP_TILES * 2);
+        #pragma unroll
+        for (int j = 0; j < WARP_TILES / 2; j++) {
+            Pixel pixel(first_window + (2 * j + lane / 16) * 2 + lane % 8 / 4, lane % 4);
+            row_of[j] = pixel.oh + PAD_H;
+            column_of[j] = GAP + min(pixel.ow, OUT_W - 1) + PAD_W;
+        }
+        Sums sums = {};
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            if (!RESIDENT) {
+                __syncthreads();
+                load_band(source, unit, cells, chunk, scale);
+                __syncthreads();
+            }
+            int slices = min(CHUNK_CHANNELS, IN_CHANNELS - chunk * CHUNK_CHANNELS) / 16;
+            const u8* chunk_cells = cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES;
+            for (int kh = 0; kh < KERNEL_H; kh++) {
+                int cell_of[WARP_TILES / 2];
+                #pragma unroll
+                for (int j = 0; j < WARP_TILES / 2; j++) {
+                    int ih = row_of[j] - kh;
+                    cell_of[j] = (ih >= 0 && ih < unit.last_row ? (ih - unit.first_row + 1) * PITCH : 0) + column_of[j];
+                }
+                for (int kw = 0; kw < KERNEL_W; kw++, step++) {
+                    if (step % HALF == 0) {
+                        cp_async_wait<0>();
+                        __syncthreads();
+                        fetch_half(step + HALF);
+                    }
+                    const u8* a_row = ring + step % STAGES * STAGE_BYTES + cell_offset(warp_m * 64 + lane % 16, lane / 16);
+                    const u8* b_row[WARP_TILES / 2];
+                    #pragma unroll
+                    for (int j = 0; j < WARP_TILES / 2; j++) b_row[j] = chunk_cells + cell_offset(cell_of[j] - kw, lane / 8 % 2);
+                    #pragma unroll SLICES_AT_ONCE
+                    for (int slice = 0; slice < CHUNK_CHANNELS / 16; slice++) {
+                        if (IN_CHANNELS % CHUNK_CHANNELS && slice >= slices) break;
+                        unsigned b[SPLIT][WARP_TILES / 2][4];
+                        #pragma unroll
+                        for (int part = 0; part < SPLIT; part++)
+                            #pragma unroll
+                            for (int j = 0; j < WARP_TILES / 2; j++) ldmatrix_x4(b[part][j], other_part(b_row[j], part * (CHUNK_CHANNELS / 8) + slice * 2));
+                        #pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            unsigned a[SPLIT][4];
+                            #pragma unroll
+                            for (int part = 0; part < SPLIT; part++)
+                                ldmatrix_x4(a[part], other_part(a_row + i * 16 * CELL_BYTES, part * (CHUNK_CHANNELS / 8) + slice * 2));
+                            multiply(sums[i], a, b);
+                        }
+                    }
+                }
+            }
+        }
+        epilogue.pass(sums, unit.image, blockIdx.y * TILE_M + warp_m * 64 + lane / 4, first_window, exponent);
+    }
+    epilogue.finish(exponent);
+}

@@ -1,0 +1,41 @@
+// fp16 operands of the tensor-core convolution: cells of 64 halves in shared memory.
+//
+// fp16, like TF32, keeps 10 mantissa bits, and fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds to fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision):
+// a cell then holds 32 channels twice. Macros: SPLIT, IN_CHANNELS.
+#pragma once
+#include "fp16_scale.cuh"
+
+#define CHUNK_CHANNELS (64 / SPLIT)
+#define CHUNKS ((IN_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
+#define CELL_BYTES 128
+#define STAGE_BYTES (TILE_M * CELL_BYTES)
+
+// Where part `part` (16 bytes, 0 to 7) of a cell lies. The XOR spreads the same part of neighbouring cells over all banks.
+__device__ inline int cell_offset(int cell, int part) { return cell * CELL_BYTES + ((part ^ (cell & 7)) << 4); }
+
+// The part that lies `parts` parts on from the one at `row`, where `parts` sets only bits that are 0 in that one's number.
+__device__ inline const u8* other_part(const u8* row, int parts) { return (const u8*)((size_t)row ^ (size_t)(parts * 16)); }
+
+__device__ inline unsigned pack_halves(float low, float high) {
+#if defined(CUPY_KERNELS_EMULATOR) || __CUDA_ARCH__ < 800
+    return from_acc<half_t>(low).bits | (unsigned)from_acc<half_t>(high).bits << 16;
+#else
+    unsigned both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+#endif
+}
+
+// Writes eight channels, `group` of its chunk, to a cell: part `group`, and with SPLIT 2 what rounding left of them, 4 parts on.
+__device__ inline void store_cell(u8* cells, int cell, int group, float (&v)[8]) {
+    #pragma unroll
+    for (int part = 0; part < SPLIT; part++) {
+        *(uint4*)(cells + cell_offset(cell, part * (CHUNK_CHANNELS / 8) + group)) =
+            make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
+        #pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float rest = v[j] - to_acc(from_acc<half_t>(v[j]));
+            v[j] = rest == rest ? rest : 0;  // nothing is left of an infinity or NaN
+        }
+    }
+}

@@ -1,0 +1,33 @@
+// Power-of-two scales, measured from the data, that bring float32 values into fp16's normal range without loss.
+#pragma once
+#include "common.cuh"
+
+// Bits of |v| if v is finite, else 0: their order as integers is the order of the values, denormals included.
+__device__ inline unsigned finite_magnitude(float v) {
+    unsigned bits = __float_as_uint(v) & 0x7FFFFFFF;
+    return bits < 0x7F800000 ? bits : 0;
+}
+
+// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16.
+__device__ inline int scale_exponent(unsigned largest_magnitude) {
+    return largest_magnitude ? min(126, 14 + 127 - (int)(largest_magnitude >> 23)) : 0;
+}
+
+// 2^e for -126 <= e <= 127.
+__device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
+
+// v -> v * 2^-e for |e| <= 252; two factors keep every intermediate value in range where the result is.
+struct ScaleBack {
+    float first, second;
+    __device__ explicit ScaleBack(int e) : first(power_of_two(-e / 2)), second(power_of_two(-e - -e / 2)) {}
+    __device__ float operator()(float v) const { return v * first * second; }
+};
+
+__device__ inline unsigned block_max(unsigned v, unsigned* scratch) {
+    for (int lanes = 16; lanes > 0; lanes >>= 1) v = max(v, __shfl_xor_sync(0xFFFFFFFFu, v, lanes));
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (unsigned w = 0; w < blockDim.x / 32; w++) v = max(v, scratch[w]);
+    __syncthreads();
+    return v;
+}

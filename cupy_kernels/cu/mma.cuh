@@ -1,0 +1,40 @@
+// Tensor-core building blocks of sm_80 and newer: ldmatrix and mma.sync m16n8k16, fp16 operands, float32 accumulation.
+//
+// Fragments as PTX defines them, for lane l of a warp (two halves in one unsigned, the lower column first):
+//     a[4]: rows l/4, l/4+8, columns 2(l%4)+{0,1} | the same rows, columns + 8
+//     b[2]: rows 2(l%4)+{0,1} | rows + 8, column l/4
+//     c[4]: row l/4, columns 2(l%4)+{0,1} | row l/4+8, the same columns
+#pragma once
+
+// Four 8x8 matrices of halves: lane l passes the address of row l%8 (16 bytes) of matrix l/8, and gets in r[i] the values of
+// matrix i at row l/4, columns 2(l%4)+{0,1}.
+__device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
+#ifdef CUPY_KERNELS_EMULATOR
+    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
+    int lane = emulator::current % 32;
+    for (int i = 0; i < 4; i++) r[i] = ((const unsigned*)rows[8 * i + lane / 4])[lane % 4];
+#elif __CUDA_ARCH__ >= 750
+    unsigned address = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#endif
+}
+
+// c += a b
+__device__ inline void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], const unsigned b0, const unsigned b1) {
+#ifdef CUPY_KERNELS_EMULATOR
+    struct Fragments { float a[8], b[4]; } mine;
+    for (int i = 0; i < 8; i++) mine.a[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
+    for (int i = 0; i < 4; i++) mine.b[i] = to_acc(half_t{(unsigned short)((i < 2 ? b0 : b1) >> i % 2 * 16)});
+    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine, EMULATOR_PLACE);
+    int lane = emulator::current % 32;
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) {
+            const Fragments &left = all[lane / 4 * 4 + k % 8 / 2], &right = all[(lane % 4 * 2 + i % 2) * 4 + k % 8 / 2];
+            c[i] += left.a[k / 8 * 4 + i / 2 * 2 + k % 2] * right.b[k / 8 * 2 + k % 2];
+        }
+#elif __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}

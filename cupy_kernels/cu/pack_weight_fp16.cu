@@ -1,0 +1,34 @@
+// Weights of a transposed convolution as conv_mma.cuh reads them: fp16 under a power-of-two scale for each output channel m.
+//
+// w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse order.
+// packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order]; exponents[m]: of m's scale. Rows past
+// OUT_CHANNELS are zero. One block per row of the padded matrix. Macros: scalar_t, IN_CHANNELS, OUT_CHANNELS, TAPS, TILE_M, SPLIT, FLIP.
+#include "common.cuh"
+#include "fp16_cells.cuh"
+
+extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, half_t* __restrict__ packed, int* __restrict__ exponents) {
+    __shared__ unsigned scratch[32];
+    int m = blockIdx.x;
+    unsigned largest = 0;
+    if (m < OUT_CHANNELS)
+        for (int i = threadIdx.x; i < IN_CHANNELS * TAPS; i += blockDim.x) {
+            int k = i / TAPS, tap = i % TAPS;
+            largest = max(largest, finite_magnitude(to_acc(w[FLIP ? (m * IN_CHANNELS + k) * TAPS + tap : (k * OUT_CHANNELS + m) * TAPS + tap])));
+        }
+    largest = block_max(largest, scratch);
+    int exponent = scale_exponent(largest);
+    float scale = power_of_two(exponent);
+    if (threadIdx.x == 0) exponents[m] = exponent;
+    for (int i = threadIdx.x; i < CHUNKS * TAPS * CHUNK_CHANNELS / 8; i += blockDim.x) {
+        int group = i % (CHUNK_CHANNELS / 8), tap = i / (CHUNK_CHANNELS / 8) % TAPS, chunk = i / (CHUNK_CHANNELS / 8) / TAPS;
+        float v[8];
+        #pragma unroll
+        for (int j = 0; j < 8; j++) {
+            int k = chunk * CHUNK_CHANNELS + group * 8 + j;
+            int from = FLIP ? (m * IN_CHANNELS + k) * TAPS + TAPS - 1 - tap : (k * OUT_CHANNELS + m) * TAPS + tap;
+            v[j] = m < OUT_CHANNELS && k < IN_CHANNELS ? to_acc(w[from]) * scale : 0;
+        }
+        u8* stage = (u8*)packed + (((i64)(m / TILE_M) * CHUNKS + chunk) * TAPS + tap) * STAGE_BYTES;
+        store_cell(stage, m % TILE_M, group, v);
+    }
+}

@@ -1,0 +1,154 @@
+"""All five operators of ModelNew in three main kernels forward, with the pooling in the convolution's epilogue."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from cupy_kernels import conv_bn_pool as ops
+from cupy_kernels.batch_norm import batch_norm_backward_combine
+from cupy_kernels.conv_transpose import Geometry, output_shape
+
+from ..interop import dense, one_device, pair, run
+from ..numerics import check_numerics, resolve, tensor_core_plan
+from .batch_norm import check_batch_norm, run_updating
+from .conv_transpose import conv_gradients
+
+_DTYPES = {dtype: getattr(torch, dtype.__name__) for dtype in ops.DTYPES}
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running_mean, running_var, options, keep):
+        tensors = [dense(t) for t in (x, w, conv_bias, weight, bias, group_weight, group_bias)]
+        x, w, conv_bias, weight, bias, group_weight, group_bias = tensors
+        plan, geometry, groups = options["plan"], options["geometry"], options["groups"]
+        sizes = ops.buffers(plan, x.shape, groups, options["training"], keep)
+        written = {name: x.new_empty(shape, dtype=_DTYPES[dtype]) for name, (shape, dtype) in sizes.items()}
+        out = x.new_empty(sizes["pooled"][0])
+        settings = {name: options[name] for name in ("plan", "training", "momentum", "eps", "groups", "group_eps")}
+
+        def update(running_mean, running_var):
+            tensors = (x, w, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias, out)
+            run(ops.conv_bn_pool_forward, *tensors, *written.values(), names=tuple(written), **settings)
+
+        run_updating(update, running_mean, running_var, options["training"])
+        if keep:
+            kept = [written[name] for name in _KEPT]
+            ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, *kept)
+            ctx.options, ctx.geometry, ctx.numerics = settings, geometry, resolve(options["numerics"], x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, w, conv_bias, weight, bias, group_weight, group_bias, *kept = ctx.saved_tensors
+        kept = dict(zip(_KEPT, kept, strict=True))
+        need = ctx.needs_input_grad
+        pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
+        g = torch.empty_like(pooled)
+        batch_partials, group_partials = (mean.new_empty((2, mean.numel(), x.shape[0])) for _ in range(2))
+        groups = (kept["group_mean"], kept["group_invstd"])
+        tensors = (dense(dout), pooled, mean, invstd, weight, bias, group_weight, *groups)
+        run(ops.pooled_gradients, *tensors, g, batch_partials, group_partials)
+        sums, dweight, dbias = _combine(batch_partials, weight, bias, need[3], need[4])
+        _, dgroup_weight, dgroup_bias = _combine(group_partials, group_weight, group_bias, need[5], need[6])
+        dx = dw = dconv_bias = None
+        training = ctx.options["training"]
+        if need[2]:
+            # Batch norm takes the bias out of its own batch, so there it has no influence at all.
+            dconv_bias = torch.zeros_like(conv_bias) if training else (sums[0] * invstd).to(conv_bias.dtype)
+            if not training and weight is not None:
+                dconv_bias *= weight
+        if need[0] or need[1]:
+            dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
+            tensors = (
+                g,
+                *(kept[name] for name in ("taps", "saved", "exponents", "unit_exponents")),
+                mean,
+                invstd,
+                weight,
+            )
+            run(ops.conv_output_gradient, *tensors, sums if training else None, dy, plan=ctx.options["plan"])
+            dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *need[:2])
+        return dx, dw, dconv_bias, dweight, dbias, dgroup_weight, dgroup_bias, *[None] * 4
+
+
+_KEPT = ("pooled", "taps", "saved", "exponents", "unit_exponents", "mean", "invstd", "group_mean", "group_invstd")
+
+
+def _combine(partials, weight, bias, need_weight, need_bias):
+    """(sums over the batch, dweight, dbias), the gradients None where not needed."""
+    sums = partials.new_empty(partials.shape[:2])
+    dweight = torch.empty_like(weight) if need_weight else None
+    dbias = torch.empty_like(bias) if need_bias else None
+    run(batch_norm_backward_combine, partials, sums, dweight, dbias)
+    return sums, dweight, dbias
+
+
+def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
+    """(plan, None) if the fused kernels take the model on x, else (None, the reason). others: the other parameters."""
+    if torch.is_autocast_enabled(x.device.type):
+        return None, "autocast gives the operators different dtypes"
+    if {t.dtype for t in (x, conv_weight, *others) if t is not None} != {x.dtype}:
+        return None, "input and parameters have different dtypes"
+    plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), numerics)
+    reason = reason or ops.obstacle(plan, num_groups)
+    return (None, reason) if reason else (plan, None)
+
+
+def _geometry(padding):
+    return Geometry((1, 1), pair(padding, "padding"), (0, 0), (1, 1), 1)
+
+
+def conv_bn_tanh_max_pool_group_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None = None,
+    padding: int | tuple[int, int] = 0,
+    num_groups: int,
+    group_weight: torch.Tensor | None = None,
+    group_bias: torch.Tensor | None = None,
+    group_eps: float = 1e-5,
+    numerics: str = "auto",
+) -> torch.Tensor:
+    """group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
+
+    input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm and
+    group_norm. One dtype for all: float32, float16 or bfloat16. For shapes that the tensor-core kernels take
+    (`modelnew.explain` tells); ValueError with the reason for others, and batch_norm's errors.
+    Returns [N, Cout, OH/2, OW/2], rounded down.
+    """
+    check_numerics(numerics)
+    others = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
+    one_device((input, conv_weight, *others))
+    geometry = _geometry(padding)
+    shape = output_shape(input.shape, conv_weight.shape, geometry)
+    check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training, momentum, eps)
+    for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
+        if tensor is not None and tensor.shape != (shape[1],):
+            raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
+    if num_groups < 1 or shape[1] % num_groups:
+        raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
+    plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
+    if not plan:
+        raise ValueError(f"the fused kernels do not take this: {reason}")
+    options = {
+        "plan": plan,
+        "geometry": geometry,
+        "training": bool(training),
+        "momentum": momentum,
+        "eps": eps,
+        "groups": num_groups,
+        "group_eps": group_eps,
+        "numerics": numerics,
+    }
+    tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return _Fused.apply(*tensors, running_mean, running_var, options, keep)

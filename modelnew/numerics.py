@@ -1,0 +1,53 @@
+"""How the transposed convolution multiplies: numeric classes, and the one rule that picks tensor cores or general kernels.
+
+"tf32": operands of 10 mantissa bits, summed in float32. "fp32": float32's precision. "auto": as PyTorch would, which is
+torch.backends.cudnn.allow_tf32 on a GPU and float32 on the CPU. 16-bit tensors are exact in either.
+"""
+
+import functools
+
+import torch
+
+from cupy_kernels import conv_transpose_mma
+from cupy_kernels.conv_transpose import Geometry
+
+NUMERICS = ("auto", "tf32", "fp32")
+_EMULATED_SHARED_BYTES = 227 * 1024  # an H100's
+_KERNEL_TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
+
+
+def check_numerics(numerics: str) -> None:
+    """ValueError unless `numerics` is one of NUMERICS."""
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, received {numerics!r}")
+
+
+def resolve(numerics: str, x: torch.Tensor) -> str:
+    """Either "tf32" or "fp32", for a convolution of x."""
+    if numerics != "auto":
+        return numerics
+    return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "fp32"
+
+
+def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
+    """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
+
+    dgrad: x is the incoming gradient, and the convolution its input gradient.
+    """
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return None, f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80"
+    if not x.shape[0]:
+        return None, "the batch is empty"
+    split = 2 if x.dtype == torch.float32 and resolve(numerics, x) == "fp32" else 1
+    limit = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
+    arguments = (tuple(x.shape), tuple(w_shape), geometry, split, dgrad, _KERNEL_TYPES[x.dtype], limit)
+    try:
+        return conv_transpose_mma.plan(*arguments), None
+    except conv_transpose_mma.UnsupportedError as error:
+        return None, str(error)
+
+
+@functools.cache
+def _shared_bytes(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin

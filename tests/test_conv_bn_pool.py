@@ -1,0 +1,206 @@
+"""The fused model: pooling in the convolution's epilogue, batch norm, tanh and group norm over the pooled sums."""
+
+import copy
+
+import pytest
+import tolerance
+import torch
+
+from modelnew import Model, ModelNew, explain, parity
+from modelnew.functional import conv_bn_tanh_max_pool_group_norm
+
+# (in, out, kernel, padding, groups of group norm, batch, height, width)
+CASES = {
+    "even": (16, 16, 3, 1, 4, 2, 6, 8),
+    "odd": (16, 32, 2, 0, 8, 2, 6, 6),
+    "odd_width": (16, 16, 3, 1, 1, 3, 4, 7),
+    "partial_chunk": (80, 144, 3, 1, 3, 1, 5, 9),
+    "many_passes": (16, 16, 1, 0, 2, 64, 12, 12),
+    "many_units": (16, 144, 3, 1, 2, 1, 18, 20),
+}
+CLASSES = ("tf32", "fp32")
+
+
+def models(case, cls, device, dtype=torch.float32):
+    channels, out, kernel, padding, groups, batch, height, width = case
+    arguments = (channels, out, kernel, 1, padding, 1, groups)
+    model, ours = Model(*arguments, device=device), ModelNew(*arguments, numerics=cls, device=device)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) / 2)
+        model.batch_norm.weight[0] = 0  # pooling then takes the first corner
+    model.to(dtype)
+    ours.to(dtype).load_state_dict(model.state_dict())
+    x = torch.randn(batch, channels, height, width, device=device).to(dtype)
+    return model, ours, x
+
+
+def well_separated(model, x):
+    """Where no other value in a pooling window comes near the largest, so that rounding cannot move a gradient."""
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        y = torch.tanh(double.batch_norm(double.conv_transpose(x.double())))
+    windows = y.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).sort(-1).values
+    return ((windows[..., 3] - windows[..., 2]) > 3e-3) | (windows[..., 3] == windows[..., 0])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_output_gradients_and_buffers(device, case, cls, training, launched):
+    model, ours, x = models(case, cls, device)
+    model.train(training), ours.train(training)
+    assert explain(ours, x).startswith("fused")
+    mask = well_separated(model, x)
+    dy = torch.randn(mask.shape, device=device, dtype=torch.float64) * mask
+    double, found = copy.deepcopy(model).double(), {}
+    for name, m in (("truth", double), ("torch", model), ("ours", ours)):
+        leaf = x.to(next(m.parameters()).dtype, copy=True).requires_grad_()
+        launched.clear()
+        y = m(leaf)
+        y.backward(dy.to(y.dtype))
+        found[name] = {"output": y, "x": leaf.grad, **{k: p.grad for k, p in m.named_parameters()}}
+        found[name].update((k, b) for k, b in m.named_buffers() if b.is_floating_point())
+    assert {k.name for k in launched} >= {"conv_bn_pool", "conv_bn_statistics", "pooled_forward", "pooled_backward"}
+    for name, truth in found["truth"].items():
+        actual = found["ours"][name]
+        if training and name == "conv_transpose.bias":
+            assert not actual.any()  # zero in mathematics
+        elif cls == "fp32":
+            tolerance.check(actual, truth, found["torch"][name], name, terms=2000)
+        else:
+            # 5e-4 of a value of size 10 before tanh is 1e-2 of tanh's slope there; the fp32 class proves the logic.
+            assert parity.error(actual, truth).rms < 1e-2, name
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_without_a_backward_nothing_is_kept(device, cls, launched):
+    model, ours, x = models(CASES["even"], cls, device)
+    with torch.no_grad():
+        y = ours(x)
+    pool = next(k for k in launched if k.name == "conv_bn_pool")
+    assert dict(pool.defines)["SAVE"] == 0
+    ours.load_state_dict(model.state_dict())
+    assert torch.equal(y, ours(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_types(device, dtype):
+    model, ours, x = models(CASES["even"], "auto", device, dtype)
+    truth = copy.deepcopy(model).double()(x.double())
+    assert explain(ours, x).startswith("fused")
+    tolerance.check(ours(x), truth, model(x), "output")
+    leaf = x.clone().requires_grad_()
+    ours(leaf).sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
+def test_statistics_of_a_large_mean(device):
+    """|mean| 1e4 times the standard deviation, from one constant input channel."""
+    model, ours, x = models(CASES["even"], "fp32", device)
+    with torch.no_grad():
+        x[:, 0] = 1.0
+        for m in (model, ours):
+            m.conv_transpose.weight[0] = 0
+            m.conv_transpose.weight[0, :, 1, 1] = 1e4
+    truth = copy.deepcopy(model).double()
+    with torch.no_grad():
+        expected, theirs, actual = truth(x.double()), model(x), ours(x)
+    tolerance.check(actual, expected, theirs, "output")
+    for name in ("running_mean", "running_var"):
+        buffers = [getattr(m.batch_norm, name) for m in (ours, truth, model)]
+        tolerance.check(*buffers, name)
+
+
+@pytest.mark.parametrize("wanted", ["conv_transpose.weight", "batch_norm.bias", "group_norm.weight"])
+def test_only_the_gradients_asked_for(device, wanted, launched):
+    _, ours, x = models(CASES["even"], "tf32", device)
+    for name, p in ours.named_parameters():
+        p.requires_grad_(name == wanted)
+    y = ours(x)
+    launched.clear()
+    y.backward(torch.ones_like(y))
+    assert ("wgrad_partial" in {k.name for k in launched}) == wanted.startswith("conv")
+    assert "conv_transpose_mma" not in {k.name for k in launched}
+    assert [name for name, p in ours.named_parameters() if p.grad is not None] == [wanted]
+
+
+def test_two_runs_are_bit_equal(device):
+    model, ours, x = models(CASES["many_units"], "tf32", device)
+    runs = []
+    for _ in range(2):
+        ours.load_state_dict(model.state_dict())
+        ours.zero_grad()
+        y = ours(x)
+        y.square().sum().backward()
+        runs.append([y, *(p.grad.clone() for p in ours.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_nan_and_inf(device):
+    model, ours, x = models(CASES["even"], "tf32", device)
+    model.eval(), ours.eval()
+    for special in (float("nan"), float("inf")):
+        x[0, 2, 3, 3] = special
+        assert torch.equal(ours(x).isnan(), model(x).isnan())
+
+
+def test_saved_tensor_hooks_and_checkpointing(device):
+    _, ours, x = models(CASES["even"], "tf32", device)
+    state = copy.deepcopy(ours.state_dict())
+
+    def gradients(run):
+        ours.load_state_dict(state)
+        ours.zero_grad()
+        run(x.clone().requires_grad_()).square().sum().backward()
+        return [p.grad.clone() for p in ours.parameters()]
+
+    def offloaded(x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+            return ours(x)
+
+    plain = gradients(ours)
+    checkpointed = gradients(lambda x: torch.utils.checkpoint.checkpoint(ours, x, use_reentrant=False))
+    for other in (gradients(offloaded), checkpointed):
+        assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"conv_bias": torch.zeros(8)}, ValueError, "conv_bias must have shape"),
+        ({"num_groups": 3}, ValueError, "num_groups must divide the 16 channels, received 3"),
+        ({"conv_weight": torch.zeros(16, 16, 3, 3).half()}, ValueError, "different dtypes"),
+        ({"numerics": "tf16"}, ValueError, "numerics must be one of"),
+        ({"padding": 4}, ValueError, "output size"),
+        ({"input": torch.zeros(1, 16, 1, 1), "padding": 1}, ValueError, "more than 1 value per channel"),
+    ],
+)
+def test_errors_change_nothing(change, error, message):
+    mean, var = torch.zeros(16), torch.ones(16)
+    arguments = {
+        "input": torch.randn(1, 16, 6, 6),
+        "running_mean": mean,
+        "running_var": var,
+        "training": True,
+        "conv_weight": torch.randn(16, 16, 3, 3),
+        "conv_bias": torch.zeros(16),
+        "num_groups": 4,
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        conv_bn_tanh_max_pool_group_norm(**arguments)
+    assert not mean.any()
+    assert (var == 1).all()
+
+
+def test_explain_says_why_not():
+    _, ours, x = models(CASES["even"], "tf32", "cpu")
+    assert "stride" in explain(ModelNew(16, 16, 3, 2, 1, 1, 4, device="cpu"), x)
+    assert "multiples of 16" in explain(ModelNew(8, 16, 3, 1, 1, 1, 4, device="cpu"), x[:, :8])
+    partly = explain(ModelNew(16, 16, 3, 1, 1, 1, 4, device="cpu", replace={"conv_transpose", "tanh"}), x)
+    assert "batch_norm is not replaced" in partly
+    assert "conv_transpose_mma" in partly
+    assert "max_pool: PyTorch" in partly
+    ours.tanh.register_forward_hook(lambda *_: None)
+    assert "tanh is not replaced, has a hook" in explain(ours, x)

@@ -1,0 +1,171 @@
+"""The tensor-core convolution, forward and dgrad, in both numeric classes; all shapes here are ones it takes."""
+
+import pytest
+import tolerance
+import torch
+import torch.nn.functional as F
+
+from cupy_kernels import conv_transpose_mma
+from cupy_kernels.conv_transpose import Geometry
+from modelnew import numerics
+from modelnew.functional import conv_transpose2d
+
+# TF32 rounds both operands to 10 mantissa bits: relative errors up to 2^-11 each, uniform, so rms 2^-11 / sqrt(3) * sqrt(2)
+# of a product; sums keep the ratio. cuDNN's TF32 measures the same (benchmarks/NOTES.md).
+TF32_RMS = 4.0e-4
+
+# (input shape, Cout, kernel, padding)
+CASES = {
+    "one_unit": ((1, 16, 6, 7), 16, (3, 3), (1, 1)),
+    "two_images": ((2, 32, 9, 8), 16, (5, 5), (1, 1)),
+    "no_padding": ((1, 16, 5, 4), 48, (2, 3), (0, 0)),
+    "over_padding": ((1, 16, 9, 8), 16, (2, 3), (3, 4)),
+    "point": ((3, 16, 4, 4), 16, (1, 1), (0, 0)),
+    "seven": ((1, 16, 3, 5), 16, (7, 7), (3, 3)),
+    "partial_chunk": ((1, 80, 5, 6), 144, (3, 2), (2, 0)),
+    "many_passes": ((64, 16, 12, 40), 16, (1, 2), (0, 0)),
+    "many_units": ((1, 16, 20, 19), 144, (3, 3), (0, 1)),
+}
+
+
+def tensors(case, device, dtype=torch.float32):
+    shape, out, kernel, _ = case
+    x = torch.randn(shape, device=device)
+    w = torch.randn((shape[1], out, *kernel), device=device) / 8
+    b = torch.randn(out, device=device)
+    return [t.to(dtype).requires_grad_() for t in (x, w, b)]
+
+
+def results(function, leaves, dy):
+    leaves = [leaves[0], *(t.detach() for t in leaves[1:])]
+    y = function(*leaves)
+    return [y.detach(), torch.autograd.grad(y, leaves[0], dy.to(y.dtype))[0]]
+
+
+def rms(actual, truth):
+    return ((actual.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt()).item()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_tf32_class(device, case, launched):
+    leaves = tensors(case, device)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    truth_y = F.conv_transpose2d(*doubles, padding=case[3])
+    dy = torch.randn_like(truth_y)
+    truth = [truth_y.detach(), torch.autograd.grad(truth_y, doubles[0], dy)[0]]
+    ours = results(lambda *t: conv_transpose2d(*t, padding=case[3], numerics="tf32"), leaves, dy)
+    assert [k.name for k in launched] == ["pack_weight_fp16", "conv_transpose_mma"] * 2
+    assert all(rms(a, b) < TF32_RMS for a, b in zip(ours, truth, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_fp32_class(device, case, launched):
+    leaves = tensors(case, device)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    truth_y = F.conv_transpose2d(*doubles, padding=case[3])
+    dy = torch.randn_like(truth_y)
+    truth = [truth_y.detach(), torch.autograd.grad(truth_y, doubles[0], dy)[0]]
+    ours = results(lambda *t: conv_transpose2d(*t, padding=case[3], numerics="fp32"), leaves, dy)
+    assert [k.name for k in launched] == ["pack_weight_fp16", "conv_transpose_mma"] * 2
+    theirs = results(lambda *t: F.conv_transpose2d(*t, padding=case[3]), leaves, dy)
+    for name, a, t, b in zip(("y", "dx"), ours, truth, theirs, strict=True):
+        tolerance.check(a, t, b, name, terms=leaves[1].numel() // leaves[1].shape[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_types_are_exact_in_fp16_operands(device, dtype):
+    leaves = tensors(CASES["two_images"], device, dtype)
+    doubles = [t.detach().double() for t in leaves]
+    ours = conv_transpose2d(*leaves, padding=1)
+    theirs = F.conv_transpose2d(*leaves, padding=1)
+    tolerance.check(ours, F.conv_transpose2d(*doubles, padding=1), theirs, "y")
+
+
+@pytest.mark.parametrize("cls", ["tf32", "fp32"])
+@pytest.mark.parametrize(
+    ("x_scale", "w_scale"), [(1e-20, 1.0), (1e20, 1e-3), (1e-30, 1e25), (1.0, 1e-20), (1e30, 1e-35)], ids=str
+)
+def test_scales_far_from_fp16(device, cls, x_scale, w_scale):
+    x, w, _ = (t.detach() for t in tensors(CASES["one_unit"], device))
+    x, w = x * x_scale, w * w_scale
+    truth = F.conv_transpose2d(x.double(), w.double(), padding=1)
+    assert rms(conv_transpose2d(x, w, padding=1, numerics=cls), truth) < (TF32_RMS if cls == "tf32" else 5e-7)
+
+
+@pytest.mark.parametrize("cls", ["tf32", "fp32"])
+def test_outliers_do_not_flush_the_rest(device, cls):
+    """One value a million times the rest: pixels that it does not reach are as exact as ever."""
+    x, w, _ = (t.detach() for t in tensors(CASES["one_unit"], device))
+    x[0, 3, 0, 0] = 1e6
+    truth = F.conv_transpose2d(x.double(), w.double(), padding=1)[..., 3:, 3:]
+    y = conv_transpose2d(x, w, padding=1, numerics=cls)[..., 3:, 3:]
+    assert rms(y, truth) < (TF32_RMS if cls == "tf32" else 1e-6)
+
+
+@pytest.mark.parametrize("special", [float("inf"), -float("inf"), float("nan")])
+def test_inf_and_nan_reach_the_pixels_that_they_reach_in_torch(device, special):
+    x, w, _ = (t.detach() for t in tensors(CASES["one_unit"], device))
+    x[0, 3, 2, 4] = special
+    ours, theirs = conv_transpose2d(x, w, padding=1, numerics="tf32"), F.conv_transpose2d(x, w, padding=1)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours.isposinf(), theirs.isposinf())
+    assert torch.equal(ours.isneginf(), theirs.isneginf())
+
+
+def test_zero_weight_and_zero_input(device):
+    x, w, b = (t.detach() for t in tensors(CASES["one_unit"], device))
+    assert torch.equal(conv_transpose2d(x, 0 * w, b, 1, 1, numerics="tf32"), b[:, None, None].expand(1, 16, 6, 7))
+    assert torch.equal(conv_transpose2d(0 * x, w, b, 1, 1, numerics="fp32"), b[:, None, None].expand(1, 16, 6, 7))
+
+
+def test_two_runs_are_bit_equal(device):
+    x, w, b = (t.detach() for t in tensors(CASES["many_units"], device))
+    assert torch.equal(*(conv_transpose2d(x, w, b, numerics="tf32") for _ in range(2)))
+
+
+def test_little_shared_memory(device, monkeypatch):
+    """GPUs with 99 KiB a block load chunks one after the other, or take smaller passes."""
+    monkeypatch.setattr(numerics, "_shared_bytes", lambda _: 99 * 1024)
+    monkeypatch.setattr(numerics, "_EMULATED_SHARED_BYTES", 99 * 1024)
+    for shape, out in (((1, 144, 20, 40), 80), ((1, 16, 32, 60), 80)):
+        x, w, b = (t.detach() for t in tensors((shape, out, (3, 3), (1, 1)), device))
+        truth = F.conv_transpose2d(*(t.double() for t in (x, w, b)), padding=1)
+        assert rms(conv_transpose2d(x, w, b, padding=1, numerics="tf32"), truth) < TF32_RMS
+    geometry = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    plans = [
+        dict(conv_transpose_mma.plan(s, (s[1], 80, 3, 3), geometry, 1, False, "float", 99 * 1024).macros)
+        for s in ((1, 144, 20, 40), (1, 16, 32, 60))
+    ]
+    assert not plans[0]["RESIDENT"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"stride": 2}, "stride"),
+        ({"dilation": 2}, "dilation"),
+        ({"groups": 2}, "groups"),
+        ({"x": (1, 24, 6, 6)}, "multiples of 16"),
+        ({"x": (1, 16, 71, 6)}, "image size"),
+        ({"x": (0, 16, 6, 6)}, "empty"),
+        ({"kernel": 8}, "kernel size"),
+        ({"dtype": torch.float64}, "dtype"),
+    ],
+)
+def test_what_is_not_taken(change, reason):
+    shape = change.get("x", (1, 16, 6, 6))
+    x = torch.zeros(shape, dtype=change.get("dtype", torch.float32))
+    kernel = change.get("kernel", 3)
+    pairs = [
+        (change.get(name, default),) * 2
+        for name, default in (("stride", 1), ("padding", 1), ("out", 0), ("dilation", 1))
+    ]
+    geometry = Geometry(*pairs, change.get("groups", 1))
+    plan, why = numerics.tensor_core_plan(x, (shape[1], 16, kernel, kernel), geometry, "tf32")
+    assert plan is None
+    assert reason in why
+
+
+def test_unknown_numerics():
+    with pytest.raises(ValueError, match="numerics must be one of auto, tf32, fp32, received 'fp8'"):
+        conv_transpose2d(torch.zeros(1, 16, 4, 4), torch.zeros(16, 16, 3, 3), numerics="fp8")
