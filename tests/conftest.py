@@ -6,6 +6,7 @@ Every test that takes `device` runs on the emulator (CPU tensors), and on the GP
 
 import contextlib
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from cupy_kernels import compiler, emulator, source
 from cupy_kernels.errors import BackendError
 from cupy_kernels.variants import variants
 from modelnew import environment, parity
+
+os.environ.setdefault("CUPY_KERNELS_SEED", "1")  # threads and blocks in an order that kernels must not rely on
 
 _started = []
 _declared = frozenset(variant.family for variant in variants())
