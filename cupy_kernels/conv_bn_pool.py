@@ -1,4 +1,4 @@
-"""ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d(2, 2) -> GroupNorm with the pooling in the convolution's epilogue.
+"""ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d(2, 2) -> GroupNorm, pooled in the convolution's epilogue.
 
 Shapes: x [N, K, H, W], w [K, M, KH, KW], the convolution's output [N, M, OH, OW], pooled and out [N, M, OH/2, OW/2].
 The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,

@@ -69,8 +69,8 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
         band = (gap + (rows + 1) * pitch) * _CELL_BYTES * (chunks if resident else 1)
         return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * _CELL_BYTES
 
-    # Few images: one pass a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides, so
-    # results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
+    # Few images: one pass a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides,
+    # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
     most_passes = ceil_div(windows, most_warps_n * 16 // split) if x_shape[0] >= 64 else 1
     choices = [(most_warps_n, passes, 1) for passes in range(most_passes, 0, -1)]
     choices += [(most_warps_n, 1, 0), (most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]

@@ -1,4 +1,4 @@
-"""How the transposed convolution multiplies: numeric classes, and the one rule that picks tensor cores or general kernels.
+"""How the transposed convolution multiplies: numeric classes, and the one rule that picks tensor cores or not.
 
 "tf32": operands of 10 mantissa bits, summed in float32. "fp32": float32's precision. "auto": as PyTorch would, which is
 torch.backends.cudnn.allow_tf32 on a GPU and float32 on the CPU. 16-bit tensors are exact in either.

@@ -132,7 +132,8 @@ def _row(what, cls, actual, truths, torch_result) -> Row:
     close = None
     if cls == "fp32" and not what.startswith("grad"):
         close = is_close(actual, torch_result)
-        ok = ok and close
+        # PyTorch's own result can be further from the truth than assert_close allows: then it cannot be asked of ours.
+        ok = ok and (close or not is_close(torch_result, truth.to(torch_result.dtype)))
     return Row(what, cls, ours, theirs, close, ok)
 
 

@@ -15,12 +15,18 @@ PARAMETER_DTYPES = [*zip(DTYPES, DTYPES), (torch.float16, torch.float32), (torch
 INF, NAN = float("inf"), float("nan")
 
 
+def torch_batch_norm(x, running_mean, running_var, weight=None, bias=None, *args, **options):
+    if weight is None and bias is not None:  # torch's own gradient fails there on a GPU
+        weight = torch.ones_like(bias)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, *args, **options)
+
+
 def torch_batch_norm_tanh(*args, **options):
-    return torch.tanh(F.batch_norm(*args, **options))
+    return torch.tanh(torch_batch_norm(*args, **options))
 
 
 PAIRS = [
-    pytest.param((batch_norm, F.batch_norm), id="plain"),
+    pytest.param((batch_norm, torch_batch_norm), id="plain"),
     pytest.param((batch_norm_tanh, torch_batch_norm_tanh), id="tanh"),
 ]
 
@@ -198,7 +204,7 @@ def test_denormals(device):
     running = torch.full((3,), 1e-39, device=device), torch.full((3,), 1e-39, device=device)
     for training in (True, False):
         y, expected = (f(x, *(r.clone() for r in running), training=training) for f in (batch_norm, F.batch_norm))
-        torch.testing.assert_close(y, expected, rtol=0, atol=1e-36)  # -ftz=true flushes them
+        torch.testing.assert_close(y, expected, rtol=0, atol=4e-36)  # -ftz=true flushes below 1.2e-38, times 316
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5), (0, 3), (2, 0, 4, 5)], ids=str)

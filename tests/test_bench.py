@@ -132,7 +132,7 @@ def test_command(device, small, compiled, tmp_path):
 
 
 def test_16_bit_class(device, small, tmp_path):
-    what = ["forward_train", "step", "conv_forward", "dgrad", "wgrad", "post_conv_forward"]
+    what = ["forward_train", "step", "conv_forward", "post_conv_forward"]
     rows = measured(
         tmp_path, "--classes", "bf16", "--batches", "2", "--what", ",".join(what), "--trials", "1", device=device
     )

@@ -20,7 +20,12 @@ def parameters(channels, device, dtype=torch.float32):
 
 
 def check_against_torch(x, num_groups, weight, bias, **options):
-    ours, theirs = (lambda *args, f=f: f(args[0], num_groups, *args[1:], **options) for f in (group_norm, F.group_norm))
+    def torch_group_norm(x, num_groups, weight, bias, **options):
+        wide = x if weight is None else x.to(weight.dtype)  # on a GPU torch takes no other dtype than the weight's
+        return F.group_norm(wide, num_groups, weight, bias, **options).to(x.dtype)
+
+    functions = (group_norm, torch_group_norm)
+    ours, theirs = (lambda *args, f=f: f(args[0], num_groups, *args[1:], **options) for f in functions)
     check_gradients(ours, theirs, [x, weight, bias], terms=max(x[0].numel() // num_groups, x[:, 0].numel()))
 
 

@@ -108,7 +108,7 @@ __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* c
             bool inside = row >= 0 && column < IN_W && unit.first_row + row < unit.last_row && k < IN_CHANNELS && i < BAND_CELLS * GROUPS;
             const scalar_t* from = source + (k * IN_H + row) * IN_W + column;
             #pragma unroll
-            for (int j = 0; j < 8; j++) v[b][j] = inside ? to_acc(from[j * IN_H * IN_W]) * scale : 0;
+            for (int j = 0; j < 8; j++) v[b][j] = inside ? multiply_unflushed(to_acc(from[j * IN_H * IN_W]), scale) : 0;
         }
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {

@@ -16,11 +16,22 @@ __device__ inline int scale_exponent(unsigned largest_magnitude) {
 // 2^e for -126 <= e <= 127.
 __device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
 
+// a * b without -ftz=true, which CuPy compiles with: scales lift denormals into range, and results may be denormal.
+__device__ inline float multiply_unflushed(float a, float b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    return a * b;
+#else
+    float product;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+    return product;
+#endif
+}
+
 // v -> v * 2^-e for |e| <= 252; two factors keep every intermediate value in range where the result is.
 struct ScaleBack {
     float first, second;
     __device__ explicit ScaleBack(int e) : first(power_of_two(-e / 2)), second(power_of_two(-e - -e / 2)) {}
-    __device__ float operator()(float v) const { return v * first * second; }
+    __device__ float operator()(float v) const { return multiply_unflushed(multiply_unflushed(v, first), second); }
 };
 
 __device__ inline unsigned block_max(unsigned v, unsigned* scratch) {

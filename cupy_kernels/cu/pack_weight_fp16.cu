@@ -26,7 +26,7 @@ extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, half
         for (int j = 0; j < 8; j++) {
             int k = chunk * CHUNK_CHANNELS + group * 8 + j;
             int from = FLIP ? (m * IN_CHANNELS + k) * TAPS + TAPS - 1 - tap : (k * OUT_CHANNELS + m) * TAPS + tap;
-            v[j] = m < OUT_CHANNELS && k < IN_CHANNELS ? to_acc(w[from]) * scale : 0;
+            v[j] = m < OUT_CHANNELS && k < IN_CHANNELS ? multiply_unflushed(to_acc(w[from]), scale) : 0;
         }
         u8* stage = (u8*)packed + (((i64)(m / TILE_M) * CHUNKS + chunk) * TAPS + tap) * STAGE_BYTES;
         store_cell(stage, m % TILE_M, group, v);

@@ -120,8 +120,8 @@ def conv_bn_tanh_max_pool_group_norm(
 ) -> torch.Tensor:
     """group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
-    input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm and
-    group_norm. One dtype for all: float32, float16 or bfloat16. For shapes that the tensor-core kernels take
+    input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
+    and group_norm. One dtype for all: float32, float16 or bfloat16. For shapes that the tensor-core kernels take
     (`modelnew.explain` tells); ValueError with the reason for others, and batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
