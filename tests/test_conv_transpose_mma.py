@@ -10,8 +10,8 @@ from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
 from modelnew.functional import conv_transpose2d
 
-# TF32 rounds both operands to 10 mantissa bits: relative errors up to 2^-11 each, uniform, so rms 2^-11 sqrt(2 / 3) of a
-# product; sums keep the ratio. cuDNN's TF32 measures the same (benchmarks/NOTES.md).
+# TF32 rounds both operands to 10 mantissa bits: relative errors up to 2^-11 each, uniform, so rms 2^-11 sqrt(2 / 3) of
+# a product; sums keep the ratio. cuDNN's TF32 measures the same (benchmarks/NOTES.md).
 TF32_RMS = 4.0e-4
 
 # (input shape, Cout, kernel, padding)

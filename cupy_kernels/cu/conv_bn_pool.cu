@@ -39,6 +39,7 @@ __device__ inline float quad_sum(float v) {
 }
 
 enum { OWN = WARP_TILES / 2 };  // windows of a lane
+enum { ROWS = 4 };              // channels handled together: 8 would need more registers than there are
 
 __device__ inline float max_or_nan(float a, float b) {
 #ifdef CUPY_KERNELS_EMULATOR
@@ -50,18 +51,27 @@ __device__ inline float max_or_nan(float a, float b) {
 #endif
 }
 
-// Mean, and sum of squared distances from it, of the valid values of four lanes.
-template <bool FULL> __device__ inline float2 moments_of(const float (&v)[OWN][4], unsigned valid, float per_count) {
-    float sum = 0, squares = 0;
+// For ROWS channels of a lane: mean, and sum of squared distances from it, of the valid values of four lanes. The channels take
+// each step together, so that none waits for its own last step.
+template <bool FULL>
+__device__ inline void moments_of(const float (&v)[ROWS][OWN][4], unsigned valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
     #pragma unroll
-    for (int at = 0; at < OWN * 4; at++) sum += FULL || valid >> at & 1 ? v[at / 4][at % 4] : 0;
-    float mean = quad_sum(sum) * per_count;
+    for (int i = 0; i < ROWS; i++) mean[i] = squares[i] = 0;
     #pragma unroll
-    for (int at = 0; at < OWN * 4; at++) {
-        float distance = FULL || valid >> at & 1 ? v[at / 4][at % 4] - mean : 0;
-        squares += distance * distance;
-    }
-    return make_float2(mean, quad_sum(squares));
+    for (int at = 0; at < OWN * 4; at++)
+        #pragma unroll
+        for (int i = 0; i < ROWS; i++) mean[i] += FULL || valid >> at & 1 ? v[i][at / 4][at % 4] : 0;
+    #pragma unroll
+    for (int i = 0; i < ROWS; i++) mean[i] = quad_sum(mean[i]) * per_count;
+    #pragma unroll
+    for (int at = 0; at < OWN * 4; at++)
+        #pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            float distance = FULL || valid >> at & 1 ? v[i][at / 4][at % 4] - mean[i] : 0;
+            squares[i] += distance * distance;
+        }
+    #pragma unroll
+    for (int i = 0; i < ROWS; i++) squares[i] = quad_sum(squares[i]);
 }
 
 struct Pool {
@@ -75,15 +85,15 @@ struct Pool {
     int* counts;      // [WARPS_N] in shared memory
     int seen;
 
-    __device__ void pass(const Sums& sums, i64 image, int first_m, int first_window, int exponent) {
-        bool full = OUT_H % 2 == 0 && OUT_W % 2 == 0 && first_window + OWN * 4 <= WINDOWS;
-        if (full) windows<true>(sums, image, first_m, first_window, exponent);
-        else windows<false>(sums, image, first_m, first_window, exponent);
+    __device__ void pass(const Sums& sums, i64 image, int first_m, int first_window, int end_window, int exponent) {
+        bool full = OUT_H % 2 == 0 && OUT_W % 2 == 0 && first_window + OWN * 4 == end_window;
+        if (full) windows<true>(sums, image, first_m, first_window, end_window, exponent);
+        else windows<false>(sums, image, first_m, first_window, end_window, exponent);
     }
 
     // FULL: all pixels of the warp exist, which is the usual case and needs no masks.
     template <bool FULL>
-    __device__ void windows(const Sums& sums, i64 image, int first_m, int first_window, int exponent) {
+    __device__ void windows(const Sums& sums, i64 image, int first_m, int first_window, int end_window, int exponent) {
         // A lane's accumulators are the upper or the lower row of windows. It trades half of them with its neighbour, and then owns
         // OWN whole windows of each channel: those of the n8-tiles 2 t + lane % 2.
         int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -98,48 +108,53 @@ struct Pool {
         #pragma unroll
         for (int t = 0; t < OWN; t++) {
             int window = own_window + 4 * t, row = window / WINDOWS_W, column = window % WINDOWS_W;
-            targets[t] = FULL ? window : row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
+            bool mine = window < end_window;
+            targets[t] = FULL ? window : mine && row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
             #pragma unroll
-            for (int corner = 0; corner < 4; corner++) valid |= (unsigned)Pixel(window, corner).valid() << (t * 4 + corner);
+            for (int corner = 0; corner < 4; corner++) valid |= (unsigned)(mine && Pixel(window, corner).valid()) << (t * 4 + corner);
         }
         float count = FULL ? OWN * 16 : quad_sum((float)__popc(valid)), per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
         #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int m = first_m + i * 8;
-            bool real = OUT_CHANNELS % TILE_M == 0 || m < OUT_CHANNELS;  // the same in all lanes
-            float v[OWN][4];
+        for (int first = 0; first < 8; first += ROWS) {
+            float v[ROWS][OWN][4];
             #pragma unroll
-            for (int t = 0; t < OWN; t++)
+            for (int i = 0; i < ROWS; i++)
                 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float even_tile = sums[i / 2][2 * t][i % 2 * 2 + j], odd_tile = sums[i / 2][2 * t + 1][i % 2 * 2 + j];
-                    float received = __shfl_xor_sync(0xFFFFFFFFu, odd ? even_tile : odd_tile, 1);
-                    v[t][j] = odd ? received : even_tile;
-                    v[t][2 + j] = odd ? odd_tile : received;
-                }
-            ScaleBack scale(real ? exponent + exponents[m] : 0);
-            if (STATISTICS) {
-                float2 moment = moments_of<FULL>(v, valid, per_count);
-                if (lane % 4 == 0) {
-                    float2* place = moments + warp / WARPS_M * TILE_M + warp % WARPS_M * 64 + i * 8 + lane / 4;
-                    *place = merge(seen ? *place : make_float2(0, 0), make_float2(scale(moment.x), scale(scale(moment.y))));
-                }
-            }
-            if (!real) continue;
-            float weight = bn_weight(gamma, m), sign = weight > 0 ? 1 : weight < 0 ? -1 : 0;
+                for (int t = 0; t < OWN; t++)
+                    #pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        float even_tile = sums[(first + i) / 2][2 * t][(first + i) % 2 * 2 + j], odd_tile = sums[(first + i) / 2][2 * t + 1][(first + i) % 2 * 2 + j];
+                        float received = __shfl_xor_sync(0xFFFFFFFFu, odd ? even_tile : odd_tile, 1);
+                        v[i][t][j] = odd ? received : even_tile;
+                        v[i][t][2 + j] = odd ? odd_tile : received;
+                    }
+            float mean[ROWS], squares[ROWS];
+            if (STATISTICS) moments_of<FULL>(v, valid, per_count, mean, squares);
             #pragma unroll
-            for (int t = 0; t < OWN; t++) {
-                if (SAVE && (FULL || own_window + 4 * t < WINDOWS)) saved_rows[4 * t + i * 8 * WINDOWS] = save(v[t], scale);
-                if (!FULL && targets[t] < 0) continue;
-                float best = v[t][0] * sign;
+            for (int i = 0; i < ROWS; i++) {
+                int m = first_m + (first + i) * 8;
+                bool real = OUT_CHANNELS % TILE_M == 0 || m < OUT_CHANNELS;  // the same in all lanes
+                ScaleBack scale(real ? exponent + exponents[m] : 0);
+                if (STATISTICS && lane % 4 == 0) {
+                    float2* place = moments + warp / WARPS_M * TILE_M + warp % WARPS_M * 64 + (first + i) * 8 + lane / 4;
+                    *place = merge(seen ? *place : make_float2(0, 0), make_float2(scale(mean[i]), scale(scale(squares[i]))));
+                }
+                if (!real) continue;
+                float weight = bn_weight(gamma, m), sign = weight > 0 ? 1 : weight < 0 ? -1 : 0;
                 #pragma unroll
-                for (int corner = 1; corner < 4; corner++) best = max_or_nan(best, v[t][corner] * sign);
-                int tap = 3;
-                #pragma unroll
-                for (int corner = 2; corner >= 0; corner--) tap = v[t][corner] * sign == best ? corner : tap;
-                pooled_rows[targets[t] + i * 8 * POOLED] = scale(sign == 0 ? v[t][0] : best * sign);
-                if (SAVE) tap_rows[targets[t] + i * 8 * POOLED] = tap;
+                for (int t = 0; t < OWN; t++) {
+                    if (SAVE && (FULL || own_window + 4 * t < end_window)) saved_rows[4 * t + (first + i) * 8 * WINDOWS] = save(v[i][t], scale);
+                    if (!FULL && targets[t] < 0) continue;
+                    float best = v[i][t][0] * sign;
+                    #pragma unroll
+                    for (int corner = 1; corner < 4; corner++) best = max_or_nan(best, v[i][t][corner] * sign);
+                    int tap = 3;
+                    #pragma unroll
+                    for (int corner = 2; corner >= 0; corner--) tap = v[i][t][corner] * sign == best ? corner : tap;
+                    pooled_rows[targets[t] + (first + i) * 8 * POOLED] = scale(sign == 0 ? v[i][t][0] : best * sign);
+                    if (SAVE) tap_rows[targets[t] + (first + i) * 8 * POOLED] = tap;
+                }
             }
         }
         seen += (int)count;

@@ -30,16 +30,21 @@
 #define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
 #define WINDOWS_W ((OUT_W + 1) / 2)
 #define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
-#define UNIT_WINDOWS (UNIT_PASSES * TILE_N / 4)
+#define PASS_WINDOWS (TILE_N / 4)
+#define UNIT_WINDOWS (UNIT_PASSES * PASS_WINDOWS)
+// Pairs of n8-tiles a warp that an image's last windows need; units of one pass do not care.
+#define LAST_PAIRS (UNIT_PASSES == 1 ? WARP_TILES / 2 : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
 #define UNITS ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
 
 #include "fp16_cells.cuh"
 #include "mma.cuh"
 
-#define SLICES_AT_ONCE (SPLIT == 1 && RESIDENT && THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more slices until registers spill
+#define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)  // of 16 channels; those past IN_CHANNELS are zero
+#define SLICES_AT_ONCE (SPLIT == 1 && RESIDENT && THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
 enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
 
+struct Fragments { unsigned a[4][SPLIT][4], b[SPLIT][WARP_TILES / 2][4]; };  // of one slice, as mma.cuh has them
 typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
 
 // The pixel of a corner of a 2x2 window. Windows past the last one, and the missing half of windows at an odd edge, are not valid.
@@ -61,7 +66,7 @@ struct Unit {
         image = block / UNITS;
         first_window = block % UNITS * UNIT_WINDOWS;
         int last_window = min(first_window + UNIT_WINDOWS, WINDOWS) - 1;
-        passes = (last_window - first_window) / (TILE_N / 4) + 1;
+        passes = (last_window - first_window) / PASS_WINDOWS + 1;
         first_row = max(0, first_window / WINDOWS_W * 2 + PAD_H - (KERNEL_H - 1));
         last_row = min(IN_H, last_window / WINDOWS_W * 2 + 1 + PAD_H + 1);
     }
@@ -69,7 +74,7 @@ struct Unit {
 
 // Exponent of the scale for a unit's rows, all channels. `source`: channel 0 of row first_row.
 __device__ inline int band_exponent(const scalar_t* source, const Unit& unit, unsigned* scratch) {
-    enum { WIDTH = IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t), BATCH = 8 };
+    enum { WIDTH = IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t), BATCH = 16 };
     typedef Packed<scalar_t, WIDTH> Pack;
     int count = (unit.last_row - unit.first_row) * IN_W / WIDTH;
     unsigned largest = 0;
@@ -98,7 +103,7 @@ __device__ inline void prefetch_band(const scalar_t* x, const Unit& unit) {
 
 // Brings chunk `chunk` of a unit's rows into cells, scaled.
 __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale) {
-    enum { BATCH = RESIDENT ? 4 : 1, GROUPS = CHUNK_CHANNELS / 8 };  // not resident, the sums already hold the registers
+    enum { BATCH = RESIDENT ? 8 : 1, GROUPS = CHUNK_CHANNELS / 8 };  // not resident, the sums already hold the registers
     for (int first = threadIdx.x; first < BAND_CELLS * GROUPS; first += THREADS * BATCH) {
         float v[BATCH][8];
         #pragma unroll
@@ -118,18 +123,21 @@ __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* c
     }
 }
 
-// sums += a b for 16 channels and a warp's pixels. Tensor cores truncate when they add to an accumulator, which costs float32's last bits
+// sums += a b for 16 channels and `pairs` pairs of n8-tiles. Tensor cores truncate when they add to an accumulator, which costs float32's last bits
 // in a long sum: with SPLIT 2 they add three products only, the small ones first, and an ordinary addition adds those.
-__device__ inline void multiply(float (&sums)[WARP_TILES][4], const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][WARP_TILES / 2][4]) {
+__device__ __forceinline__ void multiply(
+    float (&sums)[WARP_TILES][4], const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][WARP_TILES / 2][4], const int pairs) {
 #if SPLIT == 1
     #pragma unroll
-    for (int n = 0; n < WARP_TILES; n++) mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
+    for (int n = 0; n < WARP_TILES; n++)
+        if (n < 2 * pairs) mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
 #else
     float partial[WARP_TILES][4] = {};
     #pragma unroll
     for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
         #pragma unroll
         for (int n = 0; n < WARP_TILES; n++) {
+            if (n >= 2 * pairs) continue;
             const unsigned(&right)[4] = b[product == 1][n / 2];
             mma_m16n8k16(partial[n], a[product == 0], right[n % 2 * 2], right[n % 2 * 2 + 1]);
         }
@@ -172,10 +180,12 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, int ahe
         for (int chunk = 0; chunk < CHUNKS; chunk++) load_band(source, unit, cells + chunk * BAND_CELLS * CELL_BYTES, chunk, scale);
     if (blockIdx.x + ahead < gridDim.x) prefetch_band(x, Unit(blockIdx.x + ahead));
 
-    for (int pass = 0, step = 0; pass < unit.passes; pass++) {
+    int step = 0;
+    // One pass over `pairs` pairs of n8-tiles a warp: a constant at each call, so that a copy is made for it.
+    auto run_pass = [&](const int pairs, int pass) __attribute__((always_inline)) {
         // This lane's rows of ldmatrix: pixel lane % 8 of the n8-tiles 2 j + lane / 16; lanes 8 to 15 and 24 to 31 pass channels + 8.
         int row_of[WARP_TILES / 2], column_of[WARP_TILES / 2];
-        int first_window = unit.first_window + pass * (TILE_N / 4) + warp_n * (WARP_TILES * 2);
+        int first_window = unit.first_window + pass * PASS_WINDOWS + warp_n * (pairs * 4);
         #pragma unroll
         for (int j = 0; j < WARP_TILES / 2; j++) {
             Pixel pixel(first_window + (2 * j + lane / 16) * 2 + lane % 8 / 4, lane % 4);
@@ -189,46 +199,51 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, int ahe
                 load_band(source, unit, cells, chunk, scale);
                 __syncthreads();
             }
-            int slices = min(CHUNK_CHANNELS, IN_CHANNELS - chunk * CHUNK_CHANNELS) / 16;
-            const u8* chunk_cells = cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES;
-            for (int kh = 0; kh < KERNEL_H; kh++) {
-                int cell_of[WARP_TILES / 2];
+            const u8 *chunk_cells = cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES, *a_row, *b_row[WARP_TILES / 2];
+            auto turn_to = [&](int tap) {
+                if (step % HALF == 0) {
+                    cp_async_wait<0>();
+                    __syncthreads();
+                    fetch_half(step + HALF);
+                }
+                a_row = ring + step % STAGES * STAGE_BYTES + cell_offset(warp_m * 64 + lane % 16, lane / 16);
+                int kh = tap / KERNEL_W, kw = tap % KERNEL_W;
                 #pragma unroll
                 for (int j = 0; j < WARP_TILES / 2; j++) {
                     int ih = row_of[j] - kh;
-                    cell_of[j] = (ih >= 0 && ih < unit.last_row ? (ih - unit.first_row + 1) * PITCH : 0) + column_of[j];
+                    int row_cell = ih >= 0 && ih < unit.last_row ? (ih - unit.first_row + 1) * PITCH : 0;
+                    b_row[j] = chunk_cells + cell_offset(row_cell + column_of[j] - kw, lane / 8 % 2);
                 }
-                for (int kw = 0; kw < KERNEL_W; kw++, step++) {
-                    if (step % HALF == 0) {
-                        cp_async_wait<0>();
-                        __syncthreads();
-                        fetch_half(step + HALF);
-                    }
-                    const u8* a_row = ring + step % STAGES * STAGE_BYTES + cell_offset(warp_m * 64 + lane % 16, lane / 16);
-                    const u8* b_row[WARP_TILES / 2];
+                step++;
+            };
+            auto load = [&](Fragments& f, int slice) {
+                #pragma unroll
+                for (int part = 0; part < SPLIT; part++) {
+                    int parts = part * (CHUNK_CHANNELS / 8) + slice * 2;
                     #pragma unroll
-                    for (int j = 0; j < WARP_TILES / 2; j++) b_row[j] = chunk_cells + cell_offset(cell_of[j] - kw, lane / 8 % 2);
-                    #pragma unroll SLICES_AT_ONCE
-                    for (int slice = 0; slice < CHUNK_CHANNELS / 16; slice++) {
-                        if (IN_CHANNELS % CHUNK_CHANNELS && slice >= slices) break;
-                        unsigned b[SPLIT][WARP_TILES / 2][4];
-                        #pragma unroll
-                        for (int part = 0; part < SPLIT; part++)
-                            #pragma unroll
-                            for (int j = 0; j < WARP_TILES / 2; j++) ldmatrix_x4(b[part][j], other_part(b_row[j], part * (CHUNK_CHANNELS / 8) + slice * 2));
-                        #pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            unsigned a[SPLIT][4];
-                            #pragma unroll
-                            for (int part = 0; part < SPLIT; part++)
-                                ldmatrix_x4(a[part], other_part(a_row + i * 16 * CELL_BYTES, part * (CHUNK_CHANNELS / 8) + slice * 2));
-                            multiply(sums[i], a, b);
-                        }
-                    }
+                    for (int j = 0; j < WARP_TILES / 2; j++)
+                        if (j < pairs) ldmatrix_x4(f.b[part][j], other_part(b_row[j], parts));
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++) ldmatrix_x4(f.a[i][part], other_part(a_row + i * 16 * CELL_BYTES, parts));
+                }
+            };
+            for (int tap = 0; tap < TAPS; tap++) {
+                turn_to(tap);
+                #pragma unroll SLICES_AT_ONCE
+                for (int slice = 0; slice < SLICES; slice++) {
+                    Fragments fragments;
+                    load(fragments, slice);
+                    #pragma unroll
+                    for (int i = 0; i < 4; i++) multiply(sums[i], fragments.a[i], fragments.b, pairs);
                 }
             }
         }
-        epilogue.pass(sums, unit.image, blockIdx.y * TILE_M + warp_m * 64 + lane / 4, first_window, exponent);
+        int end_window = min(first_window + pairs * 4, WINDOWS);
+        epilogue.pass(sums, unit.image, blockIdx.y * TILE_M + warp_m * 64 + lane / 4, first_window, end_window, exponent);
+    };
+    for (int pass = 0; pass < unit.passes; pass++) {
+        if (LAST_PAIRS == WARP_TILES / 2 || unit.first_window + (pass + 1) * PASS_WINDOWS < WINDOWS) run_pass(WARP_TILES / 2, pass);
+        else run_pass(LAST_PAIRS, pass);
     }
     epilogue.finish(exponent);
 }

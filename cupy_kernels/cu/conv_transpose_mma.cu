@@ -6,7 +6,7 @@ struct Store {
     scalar_t* y;
     const int* exponents;
 
-    __device__ void pass(const Sums& sums, i64 image, int first_m, int first_window, int exponent) const {
+    __device__ void pass(const Sums& sums, i64 image, int first_m, int first_window, int end_window, int exponent) const {
         struct __align__(2 * sizeof(scalar_t)) Pair { scalar_t v[2]; };
         int lane = threadIdx.x % 32;
         #pragma unroll
@@ -18,8 +18,9 @@ struct Store {
             scalar_t* plane = y + (image * OUT_CHANNELS + m) * OUT_H * OUT_W;
             #pragma unroll
             for (int n = 0; n < WARP_TILES; n++) {
-                Pixel pixel(first_window + n * 2 + lane % 4 / 2, lane % 2 * 2);
-                if (!pixel.valid()) continue;
+                int window = first_window + n * 2 + lane % 4 / 2;
+                Pixel pixel(window, lane % 2 * 2);
+                if (window >= end_window || !pixel.valid()) continue;
                 Pair pair;
                 #pragma unroll
                 for (int j = 0; j < 2; j++) pair.v[j] = from_acc<scalar_t>(scale(sums[i / 2][n][i % 2 * 2 + j]) + shift);
