@@ -4,6 +4,7 @@
 torch.backends.cudnn.allow_tf32 on a GPU and float32 on the CPU. 16-bit tensors are exact in either.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -12,6 +13,7 @@ from cupy_kernels import conv_transpose_mma
 from cupy_kernels.conv_transpose import Geometry
 
 NUMERICS = ("auto", "tf32", "fp32")
+_switched_off = []
 _EMULATED_SHARED_BYTES = 227 * 1024  # an H100's
 _KERNEL_TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
 
@@ -29,11 +31,23 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
     return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "fp32"
 
 
+@contextlib.contextmanager
+def without_tensor_cores():
+    """Within the block, convolutions run on the general kernels, as on a GPU before sm_80."""
+    _switched_off.append(True)
+    try:
+        yield
+    finally:
+        _switched_off.pop()
+
+
 def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
     """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
 
     dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
+    if _switched_off:
+        return None, "tensor cores are switched off"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(x.device)
         return None, f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80"

@@ -13,7 +13,7 @@ _COLOURS = {
     "compile-reduce-overhead": "#8e44ad",
     "compile-max-autotune": "#16a085",
 }
-_MARKERS = "os^vD<>P"
+_MARKERS = "os^vD<>Pph"
 
 
 def draw(record: dict, path: Path) -> None:

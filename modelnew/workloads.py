@@ -14,6 +14,7 @@ from torch import nn
 
 from . import functional
 from .model import Model, ModelNew, get_init_inputs
+from .numerics import without_tensor_cores
 from .parity import CLASSES as PRECISE
 from .parity import Error, compare_models, error, tf32, within_policy
 
@@ -29,9 +30,12 @@ OPERATORS = {
     "conv_forward": "conv_transpose2d alone",
     "dgrad": "its gradient of x",
     "wgrad": "its gradient of the weight",
+    "conv_forward_general": "conv_transpose2d on the general kernels, without tensor cores",
+    "dgrad_general": "its gradient of x, likewise",
     "post_conv_forward": "batch norm, tanh, max pool and group norm, in training mode, under no_grad",
 }
 WORKLOADS = MODELS | OPERATORS
+GENERAL = "_general"
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"tf32": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PEERS = {
@@ -139,7 +143,7 @@ def contenders(what: str, n: int, peers: str, device: torch.device) -> list[tupl
 
 def build(case: Case, what: str, cls: str, who: str, layout: str) -> Callable:
     """A function without arguments that does the work once and returns its result. Call it inside `numerics(cls)`."""
-    if what in ("conv_forward", "dgrad", "wgrad"):
+    if what.removesuffix(GENERAL) in ("conv_forward", "dgrad", "wgrad"):
         function = functional.conv_transpose2d if who == "modelnew" else F.conv_transpose2d
         tensors = (t.to(memory_format=LAYOUTS[layout]) for t in _conv_tensors(case, cls))
         return _conv(what, case, function, *tensors)
@@ -220,7 +224,7 @@ def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]
         "wgrad": [(flop, x + weight + y)],
         "post_conv_forward": [(0, y + pooled)],
     }
-    return stages.get(what, training)
+    return stages.get(what.removesuffix(GENERAL), training)
 
 
 def floor_ms(what: str, cls: str, n: int, shape: Shape, limits: dict) -> float:
@@ -272,6 +276,10 @@ def _conv_tensors(case, cls):
 
 
 def _conv(what, case, function, x, w, dy):
+    if what.endswith(GENERAL):
+        with without_tensor_cores():
+            call = _conv(what.removesuffix(GENERAL), case, function, x, w, dy)
+        return without_tensor_cores()(call)
     bias = case.model.conv_transpose.bias.detach().to(x.dtype)
     options = {"stride": case.shape.stride, "padding": case.shape.padding}
     if what == "conv_forward":
@@ -298,10 +306,10 @@ def _truth_of(case, what, cls, operand=lambda tensor: tensor):
             for x_part, dy_part in zip(x.split(_CHUNK), dy.split(_CHUNK))
         )
         return sum(parts), case.n * shape.out_size**2
-    if what in ("conv_forward", "dgrad"):
+    if what.removesuffix(GENERAL) in ("conv_forward", "dgrad"):
         x, w, dy = map(operand, _conv_tensors(case, cls))
         run = _conv(what, case, F.conv_transpose2d, x[picked].double(), w.double(), dy[picked].double())
-        return run(), taps * (shape.in_channels if what == "conv_forward" else shape.out_channels)
+        return run(), taps * (shape.in_channels if what.startswith("conv_forward") else shape.out_channels)
     if what == "post_conv_forward":
         model = copy.deepcopy(case.model)
         model.conv_transpose = nn.Identity()
