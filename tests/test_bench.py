@@ -132,7 +132,8 @@ def test_command(device, small, compiled, tmp_path):
 
 
 def test_16_bit_class(device, small, tmp_path):
-    what = ["forward_train", "step", "conv_forward", "post_conv_forward"]
+    what = ["forward_train", "conv_forward", "post_conv_forward"]
+    what += ["step"] if device == "cpu" else []  # cuDNN takes a minute to choose its bf16 backward
     rows = measured(
         tmp_path, "--classes", "bf16", "--batches", "2", "--what", ",".join(what), "--trials", "1", device=device
     )
