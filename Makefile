@@ -28,8 +28,10 @@ sanitize:
 	        $(PYTHON) -m pytest $(SANITIZED) || exit 1; \
 	done
 
+# The first run, on all cores, leaves the compiled kernels on disk: one process would compile them one after the other.
 record:
-	$(PYTHON) -m pytest -m gpu --record $(RESULTS)
+	$(PYTHON) -m pytest -q -m gpu -n auto
+	$(PYTHON) -m pytest -q -m gpu --record=$(RESULTS) tests
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
