@@ -25,13 +25,13 @@ gpu-test:
 sanitize:
 	for tool in memcheck racecheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 \
-	        $(PYTHON) -m pytest $(SANITIZED) || exit 1; \
+	        $(PYTHON) -m pytest -n 0 $(SANITIZED) || exit 1; \
 	done
 
 # The first run, on all cores, leaves the compiled kernels on disk: one process would compile them one after the other.
 record:
-	$(PYTHON) -m pytest -q -m gpu -n auto
-	$(PYTHON) -m pytest -q -m gpu --record=$(RESULTS) tests
+	$(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 16
+	$(PYTHON) -m pytest -q -m gpu -n 0 --record=$(RESULTS) tests
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -13,6 +13,7 @@ from .conv_transpose import Geometry
 from .launch import launch
 from .source import Kernel, Variant
 
+MANY_IMAGES = 64  # from which on a block takes as many passes of an image as fit
 _CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
 _STAGES = (4, 2)  # preferred first
@@ -71,7 +72,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
 
     # Few images: one pass a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
-    most_passes = ceil_div(windows, most_warps_n * 16 // split) if x_shape[0] >= 64 else 1
+    most_passes = ceil_div(windows, most_warps_n * 16 // split) if x_shape[0] >= MANY_IMAGES else 1
     choices = [(most_warps_n, passes, 1) for passes in range(most_passes, 0, -1)]
     choices += [(most_warps_n, 1, 0), (most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
     limit = shared_limit - _RESERVED

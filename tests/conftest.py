@@ -14,7 +14,7 @@ import pytest
 import tolerance
 import torch
 
-from cupy_kernels import compiler, emulator, source
+from cupy_kernels import compiler, conv_transpose_mma, emulator, source
 from cupy_kernels.errors import BackendError
 from cupy_kernels.variants import variants
 from modelnew import environment, parity
@@ -86,6 +86,15 @@ def declared_variants():
 def launched(declared_variants):
     """List of the kernels that the test has started so far, in order."""
     return _started
+
+
+@pytest.fixture
+def many_passes(monkeypatch):
+    """Units of several passes, as large batches have them, without the large batch."""
+    monkeypatch.setattr(conv_transpose_mma, "MANY_IMAGES", 1)
+    conv_transpose_mma.plan.cache_clear()
+    yield
+    conv_transpose_mma.plan.cache_clear()
 
 
 def pytest_addoption(parser):

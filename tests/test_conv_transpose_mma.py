@@ -23,8 +23,11 @@ CASES = {
     "point": ((3, 16, 4, 4), 16, (1, 1), (0, 0)),
     "seven": ((1, 16, 3, 5), 16, (7, 7), (3, 3)),
     "partial_chunk": ((1, 80, 5, 6), 144, (3, 2), (2, 0)),
-    "many_passes": ((64, 16, 12, 40), 16, (1, 2), (0, 0)),
     "many_units": ((1, 16, 20, 19), 144, (3, 3), (0, 1)),
+}
+MANY_PASSES = {
+    "one_tile_of_channels": ((2, 16, 24, 25), 16, (2, 2), (0, 1)),  # 156 windows: a pass of 128, then one of 28
+    "two_tiles_of_channels": ((1, 32, 17, 20), 144, (3, 3), (1, 1)),  # 90 windows: 64, then 26
 }
 
 
@@ -70,6 +73,16 @@ def test_fp32_class(device, case, launched):
     theirs = results(lambda *t: F.conv_transpose2d(*t, padding=case[3]), leaves, dy)
     for name, a, t, b in zip(("y", "dx"), ours, truth, theirs, strict=True):
         tolerance.check(a, t, b, name, terms=leaves[1].numel() // leaves[1].shape[1])
+
+
+@pytest.mark.parametrize("case", MANY_PASSES.values(), ids=MANY_PASSES)
+@pytest.mark.parametrize("cls", ["tf32", "fp32"])
+def test_units_of_several_passes(device, case, cls, many_passes, launched):
+    x, w, b = (t.detach() for t in tensors(case, device))
+    truth = F.conv_transpose2d(x.double(), w.double(), b.double(), padding=case[3])
+    y = conv_transpose2d(x, w, b, padding=case[3], numerics=cls)
+    assert all(dict(k.defines)["UNIT_PASSES"] > 1 for k in launched if k.name == "conv_transpose_mma")
+    assert rms(y, truth) < (TF32_RMS if cls == "tf32" else 5e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
