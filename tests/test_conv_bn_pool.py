@@ -74,7 +74,7 @@ def test_output_gradients_and_buffers(device, case, cls, training, launched):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_units_of_several_passes(device, cls, many_passes, launched):
-    """90 windows an image: a pass of 64, or several of 32 in the fp32 class, and one that is trimmed to what is left."""
+    """90 windows an image: a pass of 64 (several of 32 in the fp32 class), and one that is trimmed to what is left."""
     test_output_gradients_and_buffers(device, (16, 80, 3, 1, 2, 2, 18, 20), cls, True, launched)
     pool = next(k for k in launched if k.name == "conv_bn_pool")
     assert dict(pool.defines)["UNIT_PASSES"] > 1
