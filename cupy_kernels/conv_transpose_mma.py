@@ -8,7 +8,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from .common import THREADS, ceil_div, multiprocessors
+from .common import THREADS, address, ceil_div, multiprocessors
 from .conv_transpose import Geometry
 from .launch import launch
 from .source import Kernel, Variant
@@ -137,7 +137,12 @@ def pack_weight(p: Plan, w, packed, exponents) -> None:
 
 
 def launch_units(p: Plan, kernel: Kernel, x, args, shared_bytes: int = 0) -> None:
-    """Launches a kernel built on conv_mma.cuh over all units of x. shared_bytes: what its epilogue needs."""
+    """Launches a kernel built on conv_mma.cuh over all units of x. shared_bytes: what its epilogue needs.
+
+    ValueError unless x starts at a multiple of 16 bytes.
+    """
+    if address(x) % 16:
+        raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
     grid = (x.shape[0] * p.units, p.rows // p.tile_m, 1)
     launch(kernel, grid, (p.threads, 1, 1), (*args, multiprocessors(x)), p.shared_bytes + shared_bytes)
 

@@ -75,6 +75,12 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.detach().resolve_neg().contiguous()
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`dense`, at an address that is a multiple of 16, which kernels that read 16 bytes at a time insist on."""
+    tensor = dense(tensor)
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def check_floating(**tensors: torch.Tensor | None) -> None:
     """TypeError unless every named tensor (None left out) has a dtype that kernels compute with."""
     for name, tensor in tensors.items():

@@ -1,5 +1,6 @@
 """The tensor-core convolution, forward and dgrad, in both numeric classes; all shapes here are ones it takes."""
 
+import numpy as np
 import pytest
 import tolerance
 import torch
@@ -83,6 +84,38 @@ def test_units_of_several_passes(device, case, cls, many_passes, launched):
     y = conv_transpose2d(x, w, b, padding=case[3], numerics=cls)
     assert all(dict(k.defines)["UNIT_PASSES"] > 1 for k in launched if k.name == "conv_transpose_mma")
     assert rms(y, truth) < (TF32_RMS if cls == "tf32" else 5e-7)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: torch.cat([t.flatten(), t.flatten()])[1 : 1 + t.numel()].view(t.shape),
+        lambda t: torch.complex(t, t).conj().imag,
+    ],
+    ids=["channels_last", "unaligned", "negative_bit"],
+)
+def test_layouts(device, make):
+    x, w, b = (t.detach() for t in tensors(((2, 16, 4, 8), 16, (3, 3), (1, 1)), device))
+    x, w = make(x).requires_grad_(), make(w)
+    y, expected = (
+        f(x, w, b, padding=1) for f in (lambda *t, **o: conv_transpose2d(*t, numerics="fp32", **o), F.conv_transpose2d)
+    )
+    torch.testing.assert_close(y, expected)
+    dy = make(torch.randn_like(y))
+    torch.testing.assert_close(*(torch.autograd.grad(z, x, dy)[0] for z in (y, expected)))
+
+
+def test_unaligned_arrays_are_refused():
+    p = conv_transpose_mma.plan(
+        (1, 16, 4, 4), (16, 16, 3, 3), Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1), 1, False, "float", 10**6
+    )
+    x = np.zeros(257, np.float32)[1:].reshape(1, 16, 4, 4)
+    workspaces = np.empty(p.packed_size, np.float16), np.empty(p.rows, np.int32)
+    with pytest.raises(ValueError, match="multiple of 16 bytes"):
+        conv_transpose_mma.conv_transpose_mma(
+            p, x, np.zeros((16, 16, 3, 3), np.float32), None, np.empty_like(x), *workspaces
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -7,7 +7,7 @@ from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels.batch_norm import batch_norm_backward_combine
 from cupy_kernels.conv_transpose import Geometry, output_shape
 
-from ..interop import dense, one_device, pair, run
+from ..interop import aligned, dense, one_device, pair, run
 from ..numerics import check_numerics, resolve, tensor_core_plan
 from .batch_norm import check_batch_norm, run_updating
 from .conv_transpose import conv_gradients
@@ -20,6 +20,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running_mean, running_var, options, keep):
         tensors = [dense(t) for t in (x, w, conv_bias, weight, bias, group_weight, group_bias)]
         x, w, conv_bias, weight, bias, group_weight, group_bias = tensors
+        x = aligned(x)
         plan, geometry, groups = options["plan"], options["geometry"], options["groups"]
         sizes = ops.buffers(plan, x.shape, groups, options["training"], keep)
         written = {name: x.new_empty(shape, dtype=_DTYPES[dtype]) for name, (shape, dtype) in sizes.items()}

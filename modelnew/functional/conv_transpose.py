@@ -8,7 +8,7 @@ from cupy_kernels import conv_transpose as ops
 from cupy_kernels import conv_transpose_mma as mma
 
 from .. import autocast
-from ..interop import accumulator_dtype, check_floating, dense, one_device, pair, run
+from ..interop import accumulator_dtype, aligned, check_floating, dense, one_device, pair, run
 from ..numerics import check_numerics, resolve, tensor_core_plan
 
 
@@ -19,7 +19,7 @@ class _ConvTranspose2d(torch.autograd.Function):
         y = x.new_empty(ops.output_shape(x.shape, w.shape, geometry))
         plan, _ = tensor_core_plan(x, w.shape, geometry, numerics)
         if plan:
-            run(mma.conv_transpose_mma, plan, x, w, bias, y, *mma_workspaces(plan, w))
+            run(mma.conv_transpose_mma, plan, aligned(x), w, bias, y, *mma_workspaces(plan, w))
         else:
             run(ops.conv_transpose_forward, x, w, bias, y, _packed(w), geometry)
         ctx.save_for_backward(x, w)
@@ -46,7 +46,7 @@ def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w):
         dx = torch.empty_like(x)
         plan, _ = tensor_core_plan(dy, w.shape, geometry, numerics, dgrad=True)
         if plan:
-            run(mma.conv_transpose_mma, plan, dy, w, None, dx, *mma_workspaces(plan, w))
+            run(mma.conv_transpose_mma, plan, aligned(dy), w, None, dx, *mma_workspaces(plan, w))
         else:
             run(ops.conv_transpose_dgrad, dy, w, dx, _packed(w), geometry)
     if need_w:
