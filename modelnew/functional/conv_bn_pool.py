@@ -51,7 +51,9 @@ class _Fused(torch.autograd.Function):
         tensors = (dense(dout), pooled, mean, invstd, weight, bias, group_weight, *groups)
         run(ops.pooled_gradients, *tensors, g, batch_partials, group_partials)
         sums, dweight, dbias = _combine(batch_partials, weight, bias, need[3], need[4])
-        _, dgroup_weight, dgroup_bias = _combine(group_partials, group_weight, group_bias, need[5], need[6])
+        dgroup_weight = dgroup_bias = None
+        if need[5] or need[6]:
+            _, dgroup_weight, dgroup_bias = _combine(group_partials, group_weight, group_bias, need[5], need[6])
         dx = dw = dconv_bias = None
         training = ctx.options["training"]
         if need[2]:
