@@ -29,6 +29,7 @@ DTYPES = {
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
 
 _overrides: dict[str, str] = {}
+_added: dict[str, str] = {}
 
 
 # Macros of the tensor-core convolution that depend on the tensors' shapes and on the GPU's shared memory.
@@ -99,6 +100,17 @@ def overridden() -> frozenset[str]:
     return frozenset(_overrides)
 
 
+def add(stem: str, text: str) -> str:
+    """Adds `text` to the sources for the life of the process, and returns its file name: `stem` and a digest of `text`.
+
+    Texts that differ never share a name, and adding a text again changes nothing. `names` and `digest` speak of the
+    packaged files alone.
+    """
+    file = f"{stem}_{hashlib.sha256(text.encode()).hexdigest()[:8]}.cu"
+    _added[file] = text
+    return file
+
+
 def _set_overrides(texts):
     _overrides.clear()
     _overrides.update(texts)
@@ -113,7 +125,10 @@ def names() -> list[str]:
 
 def text(file: str) -> str:
     """Text of one source file as it stands. ValueError if there is no such file."""
-    return _overrides[file] if file in _overrides else _packaged(file)
+    for texts in (_overrides, _added):
+        if file in texts:
+            return texts[file]
+    return _packaged(file)
 
 
 def _packaged(file):
@@ -160,7 +175,7 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     """
     for match in _KERNEL.finditer(expanded(kernel.file)):
         if match[1] == kernel.name:
-            return tuple(_parameter(kernel, p) for p in re.sub(r"//.*", "", match[2]).split(","))
+            return tuple(_parameter(kernel, p) for p in re.sub(r"//.*", "", match[2]).split(",") if p.strip())
     raise ValueError(f"{kernel.file} has no kernel {kernel.name!r}; it has {', '.join(kernel_names(kernel.file))}")
 
 
@@ -189,7 +204,7 @@ def compile_error(what: Kernel | Variant, log: str) -> KernelCompileError:
     """The error for a compiler's log: the first message that names a line of a kernel source comes first."""
     for match in re.finditer(r"^([\w.]+)[(:](\d+)\)?[^\n]*error[^\n]*", log, re.MULTILINE):
         file, number = match[1], int(match[2])
-        lines = text(file).splitlines() if file in _overrides or file in names() else []
+        lines = text(file).splitlines() if file in (*_overrides, *_added, *names()) else []
         if number <= len(lines):
             place = f"{match[0]}\n    {number} | {lines[number - 1]}"
             return KernelCompileError(f"{what} does not compile:\n{place}\n\nCompiler log:\n{log}")

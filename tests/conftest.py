@@ -62,7 +62,7 @@ def no_memory_from_cupy():
 
 def _spied(start):
     def spy(kernel, *args, **options):
-        if not source.overridden():
+        if not source.overridden() and kernel.file in source.names():
             _started.append(kernel)
         return start(kernel, *args, **options)
 

@@ -13,7 +13,7 @@ from . import max_pool as _max_pool
 from . import tanh as _tanh
 
 
-def _untraced(function):
+def untraced(function):
     """`function`, where torch.compile breaks its graph: it cannot see into kernels, and calls them as they are.
 
     torch.compiler.disable is applied at the first compilation only, because it takes a second to import.
@@ -28,15 +28,15 @@ def _untraced(function):
     return call
 
 
-batch_norm = _untraced(_batch_norm.batch_norm)
-batch_norm_tanh = _untraced(_batch_norm.batch_norm_tanh)
-bn_tanh_max_pool2d = _untraced(_bn_tanh_max_pool.bn_tanh_max_pool2d)
-conv_bn_tanh_max_pool_group_norm = _untraced(_conv_bn_pool.conv_bn_tanh_max_pool_group_norm)
-conv_transpose2d = _untraced(_conv_transpose.conv_transpose2d)
-group_norm = _untraced(_group_norm.group_norm)
-max_pool2d = _untraced(_max_pool.max_pool2d)
-tanh = _untraced(_tanh.tanh)
-tanh_max_pool2d = _untraced(_bn_tanh_max_pool.tanh_max_pool2d)
+batch_norm = untraced(_batch_norm.batch_norm)
+batch_norm_tanh = untraced(_batch_norm.batch_norm_tanh)
+bn_tanh_max_pool2d = untraced(_bn_tanh_max_pool.bn_tanh_max_pool2d)
+conv_bn_tanh_max_pool_group_norm = untraced(_conv_bn_pool.conv_bn_tanh_max_pool_group_norm)
+conv_transpose2d = untraced(_conv_transpose.conv_transpose2d)
+group_norm = untraced(_group_norm.group_norm)
+max_pool2d = untraced(_max_pool.max_pool2d)
+tanh = untraced(_tanh.tanh)
+tanh_max_pool2d = untraced(_bn_tanh_max_pool.tanh_max_pool2d)
 
 __all__ = [
     "batch_norm",
