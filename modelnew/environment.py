@@ -77,7 +77,7 @@ def backend() -> dict:
 def device(name: str | None = None) -> torch.device:
     """The device called `name`, by default the one that `backend` runs on.
 
-    ValueError if it is neither a GPU of NVIDIA's nor the CPU; BackendError if no kernel can run there.
+    ValueError if it is neither one of the NVIDIA GPUs here nor the CPU; BackendError if no kernel can run there.
     """
     found = backend()
     try:
@@ -88,6 +88,8 @@ def device(name: str | None = None) -> torch.device:
         raise ValueError(f"kernels run on cuda, or on cpu by emulation; received {name}")
     if wanted.type == "cuda" and found["name"] != "cuda":
         raise BackendError(f"no kernel can run on {wanted}: {found['why']}")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"torch counts its {torch.cuda.device_count()} GPUs from cuda:0; received {wanted}")
     if wanted.type == "cpu":
         emulator.compiler()
     return wanted

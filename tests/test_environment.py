@@ -64,6 +64,12 @@ def test_device(monkeypatch):
     assert environment.device().type == "cpu"
     with pytest.raises(BackendError, match="no kernel can run on cuda:1: "):
         environment.device("cuda:1")
+    monkeypatch.setattr(environment, "backend", lambda: {"name": "cuda"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert environment.device() == torch.device("cuda")
+    assert environment.device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(ValueError, match="1 GPUs from cuda:0; received cuda:1"):
+        environment.device("cuda:1")
 
 
 def test_device_without_a_compiler(monkeypatch):
