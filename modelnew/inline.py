@@ -10,14 +10,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cupy_kernels import source
-from cupy_kernels.common import FLOATS, ceil_div, scalar_macros
+from cupy_kernels.common import ceil_div, scalar_macros
 from cupy_kernels.launch import MAX_THREADS, launch
 from cupy_kernels.source import Kernel, signature
 
 from .functional import untraced
-from .interop import check_floating, dense, run
+from .interop import FLOATS, check_floating, dense, run
 
-_SCALARS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
 _TORCH = {
     np.dtype(np.float32): torch.float32,
     np.dtype(np.float64): torch.float64,
@@ -97,7 +96,9 @@ class _Operator:
                     'Kernels are written: extern "C" __global__ void name(...)'
                 )
         self.parameters = {
-            (name, scalar): signature(self._kernel(name, scalar)) for name in (forward, *backward) for scalar in FLOATS
+            (name, scalar): signature(self._kernel(name, scalar))
+            for name in (forward, *backward)
+            for scalar in FLOATS.values()
         }
         parameters = self.parameters[forward, "float"]
         self.inputs = [p.name for p in parameters if p.pointer and p.const]
@@ -191,7 +192,7 @@ class _Operator:
                 raise TypeError(f"{self.forward}: {name} must be a tensor, received {type(values[name]).__name__}")
         generic = {name: values[name] for name in self.generic}
         check_floating(**generic)
-        scalar = next((_SCALARS[tensor.dtype] for tensor in generic.values()), "float")
+        scalar = next((FLOATS[tensor.dtype] for tensor in generic.values()), "float")
         for p in self.parameters[self.forward, scalar]:
             value = values.get(p.name)
             if p.name in self.inputs and value.dtype != _TORCH[p.dtype]:

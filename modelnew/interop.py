@@ -7,7 +7,8 @@ from torch.utils.dlpack import to_dlpack
 
 from cupy_kernels import compiler
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# What kernels compute with, and their name for it.
+FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
 
 
 class _Capsule:

@@ -12,10 +12,11 @@ import torch
 from cupy_kernels import conv_transpose_mma
 from cupy_kernels.conv_transpose import Geometry
 
+from .interop import FLOATS
+
 NUMERICS = ("auto", "tf32", "fp32")
 _switched_off = []
 _EMULATED_SHARED_BYTES = 227 * 1024  # an H100's
-_KERNEL_TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
 
 
 def check_numerics(numerics: str) -> None:
@@ -55,7 +56,7 @@ def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str
         return None, "the batch is empty"
     split = 2 if x.dtype == torch.float32 and resolve(numerics, x) == "fp32" else 1
     limit = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
-    arguments = (tuple(x.shape), tuple(w_shape), geometry, split, dgrad, _KERNEL_TYPES[x.dtype], limit)
+    arguments = (tuple(x.shape), tuple(w_shape), geometry, split, dgrad, FLOATS[x.dtype], limit)
     try:
         return conv_transpose_mma.plan(*arguments), None
     except conv_transpose_mma.UnsupportedError as error:
