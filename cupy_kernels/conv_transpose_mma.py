@@ -56,7 +56,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
     windows_w = ceil_div(out[1], 2)
     windows = windows_w * ceil_div(out[0], 2)
     gap = max(0, kernel[1] - 1 - pad[1])
-    pitch = (size[1] + gap + 3) // 8 * 8 + 4
+    pitch = size[1] + gap
 
     def layout(warps_n, passes, resident, stages):
         """(units, rows of the largest band, bytes of shared memory)"""
@@ -130,10 +130,13 @@ def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents) -> None:
     launch_units(p, kernel, x, (x, packed, exponents, bias, y))
 
 
-def pack_weight(p: Plan, w, packed, exponents) -> None:
-    """Writes the workspaces `packed` and `exponents` that the plan's kernel reads."""
+def pack_weight(p: Plan, w, packed, exponents, signs=None) -> None:
+    """Writes the workspaces `packed` and `exponents` that the plan's kernel reads.
+
+    signs: for each row one value; where it is negative, so are the packed weights.
+    """
     kernel = Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
-    launch(kernel, (p.rows, 1, 1), (THREADS, 1, 1), (w, packed, exponents))
+    launch(kernel, (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents))
 
 
 def launch_units(p: Plan, kernel: Kernel, x, args, shared_bytes: int = 0) -> None:

@@ -4,20 +4,21 @@
 // gamma, batch norm's weight, is positive, the smallest where it is negative, and the first where it is zero.
 //
 // All values are without the convolution's bias, which batch norm's mean takes out again:
-//     pooled [N, M, OUT_H / 2, OUT_W / 2]     the chosen sums
+//     pooled [N, M, PLANE]                    the chosen sums, OUT_H / 2 x OUT_W / 2 of a plane; the rest of it stays as it is
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums
 //     SAVE, for the backward:
 //         taps, like pooled                   the chosen corner
-//         saved [N, M, WINDOWS, 4]            all sums. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
+//         saved [N, M, PLANE, 4]              all sums of WINDOWS windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
 //                                             a sum is saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
 //                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. SPLIT 2: float
 //         unit_exponents [N * UNITS]
 // Macros: those of conv_mma.cuh, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
+#define ADJACENT 1
 #include "conv_mma.cuh"
 #include "batch_norm.cuh"
 
 #define POOLED_W (OUT_W / 2)
-#define POOLED (OUT_H / 2 * POOLED_W)
+#define PLANE ((WINDOWS + 3) / 4 * 4)  // so that the wide stores of a lane's windows are aligned
 
 // Chan's rule: how the moments of two sets of pixels combine.
 struct Merge {
@@ -38,7 +39,6 @@ __device__ inline float quad_sum(float v) {
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
-enum { OWN = WARP_TILES / 2 };  // windows of a lane
 enum { ROWS = 4 };              // channels handled together: 8 would need more registers than there are
 
 __device__ inline float max_or_nan(float a, float b) {
@@ -51,23 +51,31 @@ __device__ inline float max_or_nan(float a, float b) {
 #endif
 }
 
-// For ROWS channels of a lane: mean, and sum of squared distances from it, of the valid values of four lanes. The channels take
-// each step together, so that none waits for its own last step.
+// A lane's sum in row `row` of 8 that it has, of the t-th of its windows.
+__device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
+    return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
+}
+
+// For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four lanes. The
+// channels take each step together, so that none waits for its own last step.
 template <bool FULL>
-__device__ inline void moments_of(const float (&v)[ROWS][OWN][4], unsigned valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
+__device__ __forceinline__ void moments_of(
+    const Sums& sums, int first, int pairs, unsigned valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = squares[i] = 0;
     #pragma unroll
-    for (int at = 0; at < OWN * 4; at++)
+    for (int at = 0; at < PAIRS * 4; at++)
         #pragma unroll
-        for (int i = 0; i < ROWS; i++) mean[i] += FULL || valid >> at & 1 ? v[i][at / 4][at % 4] : 0;
+        for (int i = 0; i < ROWS; i++)
+            if (at < pairs * 4) mean[i] += FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) : 0;
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = quad_sum(mean[i]) * per_count;
     #pragma unroll
-    for (int at = 0; at < OWN * 4; at++)
+    for (int at = 0; at < PAIRS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            float distance = FULL || valid >> at & 1 ? v[i][at / 4][at % 4] - mean[i] : 0;
+            if (at >= pairs * 4) continue;
+            float distance = FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) - mean[i] : 0;
             squares[i] += distance * distance;
         }
     #pragma unroll
@@ -85,75 +93,79 @@ struct Pool {
     int* counts;      // [WARPS_N] in shared memory
     int seen;
 
-    __device__ void pass(const Sums& sums, i64 image, int first_m, int first_window, int end_window, int exponent) {
-        bool full = OUT_H % 2 == 0 && OUT_W % 2 == 0 && first_window + OWN * 4 == end_window;
-        if (full) windows<true>(sums, image, first_m, first_window, end_window, exponent);
-        else windows<false>(sums, image, first_m, first_window, end_window, exponent);
+    __device__ __forceinline__ void pass(
+        const Sums& sums, const int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
+        bool full = OUT_H % 2 == 0 && OUT_W % 2 == 0 && first_window + pairs * 4 == end_window;
+        if (full) windows<true>(sums, pairs, image, first_m, first_window, end_window, exponent);
+        else windows<false>(sums, pairs, image, first_m, first_window, end_window, exponent);
     }
 
     // FULL: all pixels of the warp exist, which is the usual case and needs no masks.
     template <bool FULL>
-    __device__ void windows(const Sums& sums, i64 image, int first_m, int first_window, int end_window, int exponent) {
-        // A lane's accumulators are the upper or the lower row of windows. It trades half of them with its neighbour, and then owns
-        // OWN whole windows of each channel: those of the n8-tiles 2 t + lane % 2.
+    __device__ __forceinline__ void windows(
+        const Sums& sums, const int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
         int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        bool odd = lane % 2;
-        i64 plane = image * OUT_CHANNELS + first_m;
-        int own_window = first_window + odd * 2 + lane % 4 / 2;  // its t-th window is own_window + 4 t
-        float* pooled_rows = pooled + plane * POOLED;
-        u8* tap_rows = taps + plane * POOLED;
-        Packed<saved_t, 4>* saved_rows = (Packed<saved_t, 4>*)saved + plane * WINDOWS + own_window;
-        int targets[OWN];    // position in the pooled plane, or -1
+        i64 plane = (image * OUT_CHANNELS + first_m) * PLANE;
+        int own_window = first_window + lane_window(lane % 4, 0, pairs);  // the first of the lane's, which are neighbours
+        float* pooled_rows = pooled + plane;
+        u8* tap_rows = taps + plane;
+        saved_t* saved_rows = saved + (plane + own_window) * 4;
+        int targets[PAIRS];  // position in the pooled plane, or -1
         unsigned valid = 0;  // bit t * 4 + corner
         #pragma unroll
-        for (int t = 0; t < OWN; t++) {
-            int window = own_window + 4 * t, row = window / WINDOWS_W, column = window % WINDOWS_W;
-            bool mine = window < end_window;
+        for (int t = 0; t < PAIRS; t++) {
+            int window = own_window + t, row = window / WINDOWS_W, column = window % WINDOWS_W;
+            bool mine = t < pairs && window < end_window;
             targets[t] = FULL ? window : mine && row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
             #pragma unroll
             for (int corner = 0; corner < 4; corner++) valid |= (unsigned)(mine && Pixel(window, corner).valid()) << (t * 4 + corner);
         }
-        float count = FULL ? OWN * 16 : quad_sum((float)__popc(valid)), per_count = count > 0 ? 1 / count : 0;
+        float count = FULL ? pairs * 16 : quad_sum((float)__popc(valid)), per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
         #pragma unroll
         for (int first = 0; first < 8; first += ROWS) {
-            float v[ROWS][OWN][4];
-            #pragma unroll
-            for (int i = 0; i < ROWS; i++)
-                #pragma unroll
-                for (int t = 0; t < OWN; t++)
-                    #pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        float even_tile = sums[(first + i) / 2][2 * t][(first + i) % 2 * 2 + j], odd_tile = sums[(first + i) / 2][2 * t + 1][(first + i) % 2 * 2 + j];
-                        float received = __shfl_xor_sync(0xFFFFFFFFu, odd ? even_tile : odd_tile, 1);
-                        v[i][t][j] = odd ? received : even_tile;
-                        v[i][t][2 + j] = odd ? odd_tile : received;
-                    }
             float mean[ROWS], squares[ROWS];
-            if (STATISTICS) moments_of<FULL>(v, valid, per_count, mean, squares);
+            if (STATISTICS) moments_of<FULL>(sums, first, pairs, valid, per_count, mean, squares);
             #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 int m = first_m + (first + i) * 8;
                 bool real = OUT_CHANNELS % TILE_M == 0 || m < OUT_CHANNELS;  // the same in all lanes
+                float sign = real && bn_weight(gamma, m) < 0 ? -1 : 1;  // pack_weight_fp16 has multiplied the weights by it
+                bool any = real && bn_weight(gamma, m) != 0;
                 ScaleBack scale(real ? exponent + exponents[m] : 0);
                 if (STATISTICS && lane % 4 == 0) {
                     float2* place = moments + warp / WARPS_M * TILE_M + warp % WARPS_M * 64 + (first + i) * 8 + lane / 4;
-                    *place = merge(seen ? *place : make_float2(0, 0), make_float2(scale(mean[i]), scale(scale(squares[i]))));
+                    *place = merge(seen ? *place : make_float2(0, 0), make_float2(scale(mean[i] * sign), scale(scale(squares[i]))));
                 }
                 if (!real) continue;
-                float weight = bn_weight(gamma, m), sign = weight > 0 ? 1 : weight < 0 ? -1 : 0;
+                Packed<float, PAIRS> best;
+                Packed<u8, PAIRS> tap;
+                Packed<saved_t, PAIRS * 4> kept;
                 #pragma unroll
-                for (int t = 0; t < OWN; t++) {
-                    if (SAVE && (FULL || own_window + 4 * t < end_window)) saved_rows[4 * t + (first + i) * 8 * WINDOWS] = save(v[i][t], scale);
-                    if (!FULL && targets[t] < 0) continue;
-                    float best = v[i][t][0] * sign;
+                for (int t = 0; t < PAIRS; t++) {
+                    if (t >= pairs) continue;
+                    float v[4], largest;
                     #pragma unroll
-                    for (int corner = 1; corner < 4; corner++) best = max_or_nan(best, v[i][t][corner] * sign);
-                    int tap = 3;
-                    #pragma unroll
-                    for (int corner = 2; corner >= 0; corner--) tap = v[i][t][corner] * sign == best ? corner : tap;
-                    pooled_rows[targets[t] + (first + i) * 8 * POOLED] = scale(sign == 0 ? v[i][t][0] : best * sign);
-                    if (SAVE) tap_rows[targets[t] + (first + i) * 8 * POOLED] = tap;
+                    for (int corner = 0; corner < 4; corner++) v[corner] = sum_of(sums, first + i, t, corner);
+                    largest = max_or_nan(max_or_nan(v[0], v[1]), max_or_nan(v[2], v[3]));
+                    best.v[t] = scale((any ? largest : v[0]) * sign);
+                    tap.v[t] = !any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3;
+                    if (SAVE) *(Packed<saved_t, 4>*)(kept.v + t * 4) = save(v, sign, scale);
+                }
+                int to = (first + i) * 8 * PLANE;
+                if (FULL && pairs == PAIRS) {
+                    *(Packed<float, PAIRS>*)(pooled_rows + to + own_window) = best;
+                    if (SAVE) *(Packed<u8, PAIRS>*)(tap_rows + to + own_window) = tap;
+                    if (SAVE) *(Packed<saved_t, PAIRS * 4>*)(saved_rows + to * 4) = kept;
+                }
+                #pragma unroll
+                for (int t = 0; t < PAIRS; t++) {
+                    if (t >= pairs || (FULL && pairs == PAIRS)) continue;
+                    if (SAVE && own_window + t < end_window)
+                        *(Packed<saved_t, 4>*)(saved_rows + (to + t) * 4) = *(Packed<saved_t, 4>*)(kept.v + t * 4);
+                    if (targets[t] < 0) continue;
+                    pooled_rows[to + targets[t]] = best.v[t];
+                    if (SAVE) tap_rows[to + targets[t]] = tap.v[t];
                 }
             }
         }
@@ -161,15 +173,17 @@ struct Pool {
     }
 
     // Corners outside the image are read by nobody.
-    __device__ static Packed<half_t, 4> save(const float (&v)[4], const ScaleBack&, half_t*) {
-        float shrink = power_of_two(-SAVED_SHIFT);
+    __device__ static Packed<half_t, 4> save(const float (&v)[4], float sign, const ScaleBack&, half_t*) {
+        float shrink = power_of_two(-SAVED_SHIFT) * sign;
         uint2 kept = {pack_halves(v[0] * shrink, v[1] * shrink), pack_halves(v[2] * shrink, v[3] * shrink)};
         return *(Packed<half_t, 4>*)&kept;
     }
-    __device__ static Packed<float, 4> save(const float (&v)[4], const ScaleBack& scale, float*) {
-        return {{scale(v[0]), scale(v[1]), scale(v[2]), scale(v[3])}};
+    __device__ static Packed<float, 4> save(const float (&v)[4], float sign, const ScaleBack& scale, float*) {
+        return {{scale(v[0] * sign), scale(v[1] * sign), scale(v[2] * sign), scale(v[3] * sign)}};
     }
-    __device__ static Packed<saved_t, 4> save(const float (&v)[4], const ScaleBack& scale) { return save(v, scale, (saved_t*)0); }
+    __device__ static Packed<saved_t, 4> save(const float (&v)[4], float sign, const ScaleBack& scale) {
+        return save(v, sign, scale, (saved_t*)0);
+    }
 
     // Adds up what the warps of a block have seen of each channel, in their order.
     __device__ void finish(int exponent) {
@@ -194,8 +208,8 @@ struct Pool {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const param_t* __restrict__ gamma, float* __restrict__ pooled, float* __restrict__ partials, u8* __restrict__ taps,
-    saved_t* __restrict__ saved, int* __restrict__ unit_exponents, int ahead) {
+    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, INOUT u8* __restrict__ taps,
+    INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents, int ahead) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[WARPS_N];
     DYNAMIC_SHARED(u8, shared);

@@ -7,15 +7,18 @@
 // Implicit GEMM: channels m are rows, pixels are columns, the sum runs over chunks of input channels and taps. A block owns one
 // unit: TILE_M channels and UNIT_PASSES passes of TILE_N pixels of one image. The rows of x that it needs (the band) lie in shared
 // memory as fp16 cells [row][column][64 halves]; every tap reads them shifted, by ldmatrix. Weights stream through a ring of STAGES
-// (an even number) cp.async stages, one tap of one chunk each. Pixels are ordered by 2x2 windows, so that four neighbouring accumulator columns
-// are a pooling window. Each warp owns 64 channels x 8 WARP_TILES pixels. An Epilogue (conv_epilogue.cuh) takes the sums of each pass.
+// (an even number) cp.async stages, one tap of one chunk each. Each warp owns 64 channels x 8 WARP_TILES pixels. An epilogue, the
+// kernel's own, takes the sums of each pass.
 //
-// Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right border.
-// PITCH = 4 mod 8 makes the cells of two window rows fall into different banks.
+// Pixels are ordered by 2x2 windows: the upper row of four windows is an n8-tile, their lower row the next one, so that a lane's
+// accumulators are whole windows. ADJACENT 1: the windows of a lane are neighbours, for wide stores; 0: those of four lanes are.
+//
+// Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right border. The
+// order of a cell's parts (BAND_KEY) is such that the eight rows of a matrix, the pixels of a tile, lie in different banks.
 //
 // Macros: scalar_t (float, half_t, bf16_t), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H,
 // KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
-// RESIDENT (1: all chunks of the band stay in shared memory, 0: each pass loads one after the other), STAGES.
+// RESIDENT (1: all chunks of the band stay in shared memory, 0: each pass loads one after the other), STAGES, ADJACENT.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -23,29 +26,39 @@
 #define TAPS (KERNEL_H * KERNEL_W)
 #define THREADS (32 * WARPS_M * WARPS_N)
 #define TILE_M (64 * WARPS_M)
-#define WARP_TILES (8 / SPLIT)  // n8-tiles of a warp; SPLIT 2 needs registers for the second fp16 values
+#ifndef WARP_TILES
+#define WARP_TILES (8 / SPLIT)
+#endif
+#define PAIRS (WARP_TILES / 2)  // of tiles, the upper and lower rows of four windows
 #define TILE_N (8 * WARP_TILES * WARPS_N)
 #define GAP (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-#define PITCH ((IN_W + GAP + 3) / 8 * 8 + 4)
+#define PITCH (IN_W + GAP)
 #define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
 #define WINDOWS_W ((OUT_W + 1) / 2)
 #define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
 #define PASS_WINDOWS (TILE_N / 4)
 #define UNIT_WINDOWS (UNIT_PASSES * PASS_WINDOWS)
-// Pairs of n8-tiles a warp that an image's last windows need; units of one pass do not care.
-#define LAST_PAIRS (UNIT_PASSES == 1 ? WARP_TILES / 2 : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
+// Pairs that an image's last windows need; units of one pass do not care.
+#define LAST_PAIRS (UNIT_PASSES == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
 #define UNITS ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
 
 #include "fp16_cells.cuh"
 #include "mma.cuh"
 
 #define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)  // of 16 channels; those past IN_CHANNELS are zero
-#define SLICES_AT_ONCE (SPLIT == 1 && RESIDENT && THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
+#ifndef TAPS_AT_ONCE
+#define TAPS_AT_ONCE KERNEL_W
+#endif
+#ifndef SLICES_AT_ONCE
+#define SLICES_AT_ONCE 4
+#endif
 enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
 
-struct Fragments { unsigned a[4][SPLIT][4], b[SPLIT][WARP_TILES / 2][4]; };  // of one slice, as mma.cuh has them
 typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
+
+// Which window of a warp's `pairs` times 4 the j-th one of lanes 4 n + quad is.
+__device__ inline int lane_window(int quad, int j, int pairs) { return ADJACENT ? quad * pairs + j : j * 4 + quad; }
 
 // The pixel of a corner of a 2x2 window. Windows past the last one, and the missing half of windows at an odd edge, are not valid.
 struct Pixel {
@@ -56,6 +69,12 @@ struct Pixel {
     }
     __device__ bool valid() const { return oh < OUT_H && ow < OUT_W; }
 };
+
+// Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without a gap.
+__device__ inline int band_key(int row, int column) {
+    unsigned place = row * WINDOWS_W + column;
+    return ADJACENT ? place / WARP_TILES % 4 * 2 + place % 2 : place % 8;
+}
 
 // What a block works on.
 struct Unit {
@@ -101,10 +120,13 @@ __device__ inline void prefetch_band(const scalar_t* x, const Unit& unit) {
 #endif
 }
 
-// Brings chunk `chunk` of a unit's rows into cells, scaled.
-__device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale) {
+// Brings chunk `chunk` of a unit's rows into cells, scaled; `largest` grows to their largest finite magnitude.
+__device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
     enum { BATCH = RESIDENT ? 8 : 1, GROUPS = CHUNK_CHANNELS / 8 };  // not resident, the sums already hold the registers
-    for (int first = threadIdx.x; first < BAND_CELLS * GROUPS; first += THREADS * BATCH) {
+    // Lanes take the cells of 32 in such an order that eight at a time write to different banks.
+    int lane = threadIdx.x % 32, spread = lane;
+    if (ADJACENT) spread = lane % 2 + lane / 2 % 4 * WARP_TILES + lane / 8 % PAIRS * 2 + lane / 8 / PAIRS * 4 * WARP_TILES;
+    for (int first = threadIdx.x - lane + spread; first < BAND_CELLS * GROUPS; first += THREADS * BATCH) {
         float v[BATCH][8];
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
@@ -113,36 +135,42 @@ __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* c
             bool inside = row >= 0 && column < IN_W && unit.first_row + row < unit.last_row && k < IN_CHANNELS && i < BAND_CELLS * GROUPS;
             const scalar_t* from = source + (k * IN_H + row) * IN_W + column;
             #pragma unroll
-            for (int j = 0; j < 8; j++) v[b][j] = inside ? multiply_unflushed(to_acc(from[j * IN_H * IN_W]), scale) : 0;
+            for (int j = 0; j < 8; j++) v[b][j] = inside ? to_acc(from[j * IN_H * IN_W]) : 0;
         }
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS;
-            if (i < BAND_CELLS * GROUPS) store_cell(cells, i % BAND_CELLS, i / BAND_CELLS, v[b]);
+            int i = first + b * THREADS, cell = i % BAND_CELLS, row = (cell - GAP + PITCH) / PITCH - 2;
+            #pragma unroll
+            for (int j = 0; j < 8; j++) {
+                largest = max(largest, finite_magnitude(v[b][j]));
+                v[b][j] = multiply_unflushed(v[b][j], scale);
+            }
+            if (i < BAND_CELLS * GROUPS)
+                store_cell(cells, cell, i / BAND_CELLS, v[b], band_key(unit.first_row + row, cell - (row + 1) * PITCH));
         }
     }
 }
 
-// sums += a b for 16 channels and `pairs` pairs of n8-tiles. Tensor cores truncate when they add to an accumulator, which costs float32's last bits
-// in a long sum: with SPLIT 2 they add three products only, the small ones first, and an ordinary addition adds those.
-__device__ __forceinline__ void multiply(
-    float (&sums)[WARP_TILES][4], const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][WARP_TILES / 2][4], const int pairs) {
+// sums += a b for 64 channels and pair `pair` of n8-tiles. Tensor cores truncate when they add to an accumulator, which costs float32's
+// last bits in a long sum: with SPLIT 2 they add three products only, the small ones first, and an ordinary addition adds those.
+__device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[4][SPLIT][4], const unsigned (&b)[SPLIT][4], int pair) {
 #if SPLIT == 1
     #pragma unroll
-    for (int n = 0; n < WARP_TILES; n++)
-        if (n < 2 * pairs) mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
-#else
-    float partial[WARP_TILES][4] = {};
-    #pragma unroll
-    for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+    for (int i = 0; i < 4; i++)
         #pragma unroll
-        for (int n = 0; n < WARP_TILES; n++) {
-            if (n >= 2 * pairs) continue;
-            const unsigned(&right)[4] = b[product == 1][n / 2];
-            mma_m16n8k16(partial[n], a[product == 0], right[n % 2 * 2], right[n % 2 * 2 + 1]);
-        }
+        for (int n = 0; n < 2; n++) mma_m16n8k16(sums[i][2 * pair + n], a[i][0], b[0][2 * n], b[0][2 * n + 1]);
+#else
     #pragma unroll
-    for (int i = 0; i < WARP_TILES * 4; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
+    for (int first = 0; first < 4; first += 2) {
+        float partial[2][2][4] = {};
+        #pragma unroll
+        for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+            #pragma unroll
+            for (int t = 0; t < 4; t++)
+                mma_m16n8k16(partial[t / 2][t % 2], a[first + t / 2][product == 0], b[product == 1][t % 2 * 2], b[product == 1][t % 2 * 2 + 1]);
+        #pragma unroll
+        for (int t = 0; t < 16; t++) sums[first + t / 8][2 * pair + t / 4 % 2][t % 4] += partial[t / 8][t / 4 % 2][t % 4];
+    }
 #endif
 }
 
@@ -152,43 +180,45 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, int ahe
     u8 *cells = shared, *ring = shared + RING_OFFSET;
     int lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
     Unit unit(blockIdx.x);
-    int steps = unit.passes * CHUNKS * TAPS;
     const scalar_t* source = x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W;
     const u8* weights = (const u8*)packed + (i64)blockIdx.y * CHUNKS * TAPS * STAGE_BYTES;
 
-    // The ring has two halves: one is multiplied, the other loaded. One barrier for each half.
-    enum { HALF = STAGES / 2 };
-    auto fetch_half = [&](int first_step) {
+    // Past the last step it fetches the first ones again, which nobody reads: cheaper than to ask each time.
+    int from = 0, to = 0, stage = 0;
+    auto fetch = [&] {
         #pragma unroll
-        for (int step = first_step; step < first_step + HALF; step++) {
-            if (step >= steps) break;
-            const u8* from = weights + (i64)(step % (CHUNKS * TAPS)) * STAGE_BYTES;
-            u8* to = ring + step % STAGES * STAGE_BYTES;
-            #pragma unroll
-            for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) {
-                int at = (i * THREADS + threadIdx.x) * 16;
-                cp_async_16(to + at, from + at, true);
-            }
+        for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) {
+            int at = (i * THREADS + threadIdx.x) * 16;
+            cp_async_16(ring + to + at, weights + from + at, true);
         }
+        from = from + STAGE_BYTES == CHUNKS * TAPS * STAGE_BYTES ? 0 : from + STAGE_BYTES;
+        to = to + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : to + STAGE_BYTES;
         cp_async_commit();
     };
-    fetch_half(0);
+    for (int i = 0; i < STAGES - 1; i++) fetch();
 
-    int exponent = band_exponent(source, unit, scratch);
-    float scale = power_of_two(exponent);
-    if (RESIDENT)
-        for (int chunk = 0; chunk < CHUNKS; chunk++) load_band(source, unit, cells + chunk * BAND_CELLS * CELL_BYTES, chunk, scale);
+    // Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are loaded
+    // once, under a first guess.
+    enum { GUESS = 10, SLACK = 6 };
+    unsigned largest = 0;
+    int exponent = RESIDENT ? (int)GUESS : band_exponent(source, unit, scratch);
+    for (bool again = RESIDENT; again;) {
+        for (int chunk = 0; chunk < CHUNKS; chunk++)
+            load_band(source, unit, cells + chunk * BAND_CELLS * CELL_BYTES, chunk, power_of_two(exponent), largest);
+        int right = scale_exponent(block_max(largest, scratch));
+        again = exponent == GUESS && (right < GUESS || right > GUESS + SLACK);
+        if (again) exponent = right;
+    }
     if (blockIdx.x + ahead < gridDim.x) prefetch_band(x, Unit(blockIdx.x + ahead));
 
-    int step = 0;
     // One pass over `pairs` pairs of n8-tiles a warp: a constant at each call, so that a copy is made for it.
     auto run_pass = [&](const int pairs, int pass) __attribute__((always_inline)) {
-        // This lane's rows of ldmatrix: pixel lane % 8 of the n8-tiles 2 j + lane / 16; lanes 8 to 15 and 24 to 31 pass channels + 8.
-        int row_of[WARP_TILES / 2], column_of[WARP_TILES / 2];
+        // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of pair j; lanes 8 to 15 and 24 to 31 pass channels + 8.
+        int row_of[PAIRS], column_of[PAIRS];
         int first_window = unit.first_window + pass * PASS_WINDOWS + warp_n * (pairs * 4);
         #pragma unroll
-        for (int j = 0; j < WARP_TILES / 2; j++) {
-            Pixel pixel(first_window + (2 * j + lane / 16) * 2 + lane % 8 / 4, lane % 4);
+        for (int j = 0; j < PAIRS; j++) {
+            Pixel pixel(first_window + lane_window(lane % 8 / 2, j, pairs), lane / 16 * 2 + lane % 2);
             row_of[j] = pixel.oh + PAD_H;
             column_of[j] = GAP + min(pixel.ow, OUT_W - 1) + PAD_W;
         }
@@ -196,53 +226,52 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, int ahe
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             if (!RESIDENT) {
                 __syncthreads();
-                load_band(source, unit, cells, chunk, scale);
+                load_band(source, unit, cells, chunk, power_of_two(exponent), largest);
                 __syncthreads();
             }
-            const u8 *chunk_cells = cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES, *a_row, *b_row[WARP_TILES / 2];
-            auto turn_to = [&](int tap) {
-                if (step % HALF == 0) {
-                    cp_async_wait<0>();
-                    __syncthreads();
-                    fetch_half(step + HALF);
-                }
-                a_row = ring + step % STAGES * STAGE_BYTES + cell_offset(warp_m * 64 + lane % 16, lane / 16);
-                int kh = tap / KERNEL_W, kw = tap % KERNEL_W;
+            const u8 *chunk_cells = cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES, *a_row, *b_row[PAIRS];
+            // Called when the last tap's fragments are loaded: its stage is free once all warps are here.
+            auto turn_to = [&](int kh, int kw) __attribute__((always_inline)) {
+                cp_async_wait<STAGES - 2>();
+                __syncthreads();
+                fetch();
+                a_row = ring + stage + cell_offset(warp_m * 64 + lane % 16, lane / 16);
+                stage = stage + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
                 #pragma unroll
-                for (int j = 0; j < WARP_TILES / 2; j++) {
-                    int ih = row_of[j] - kh;
+                for (int j = 0; j < PAIRS; j++) {
+                    int ih = row_of[j] - kh, column = column_of[j] - kw;
                     int row_cell = ih >= 0 && ih < unit.last_row ? (ih - unit.first_row + 1) * PITCH : 0;
-                    b_row[j] = chunk_cells + cell_offset(row_cell + column_of[j] - kw, lane / 8 % 2);
-                }
-                step++;
-            };
-            auto load = [&](Fragments& f, int slice) {
-                #pragma unroll
-                for (int part = 0; part < SPLIT; part++) {
-                    int parts = part * (CHUNK_CHANNELS / 8) + slice * 2;
-                    #pragma unroll
-                    for (int j = 0; j < WARP_TILES / 2; j++)
-                        if (j < pairs) ldmatrix_x4(f.b[part][j], other_part(b_row[j], parts));
-                    #pragma unroll
-                    for (int i = 0; i < 4; i++) ldmatrix_x4(f.a[i][part], other_part(a_row + i * 16 * CELL_BYTES, parts));
+                    b_row[j] = chunk_cells + cell_offset(row_cell + column, lane / 8 % 2, band_key(ih, column));
                 }
             };
-            for (int tap = 0; tap < TAPS; tap++) {
-                turn_to(tap);
-                #pragma unroll SLICES_AT_ONCE
-                for (int slice = 0; slice < SLICES; slice++) {
-                    Fragments fragments;
-                    load(fragments, slice);
-                    #pragma unroll
-                    for (int i = 0; i < 4; i++) multiply(sums[i], fragments.a[i], fragments.b, pairs);
+            for (int kh = 0; kh < KERNEL_H; kh++) {
+                #pragma unroll TAPS_AT_ONCE
+                for (int kw = 0; kw < KERNEL_W; kw++) {
+                    turn_to(kh, kw);
+                    #pragma unroll SLICES_AT_ONCE
+                    for (int slice = 0; slice < SLICES; slice++) {
+                        unsigned a[4][SPLIT][4], b[PAIRS][SPLIT][4];  // fragments as mma.cuh has them
+                        auto parts = [&](int part) { return part * (CHUNK_CHANNELS / 8) + slice * 2; };
+                        #pragma unroll
+                        for (int part = 0; part < SPLIT; part++)
+                            #pragma unroll
+                            for (int i = 0; i < 4; i++) ldmatrix_x4(a[i][part], other_part(a_row + i * 16 * CELL_BYTES, parts(part)));
+                        #pragma unroll
+                        for (int j = 0; j < PAIRS; j++) {
+                            if (j >= pairs) continue;
+                            #pragma unroll
+                            for (int part = 0; part < SPLIT; part++) ldmatrix_x4(b[j][part], other_part(b_row[j], parts(part)));
+                            multiply(sums, a, b[j], j);
+                        }
+                    }
                 }
             }
         }
         int end_window = min(first_window + pairs * 4, WINDOWS);
-        epilogue.pass(sums, unit.image, blockIdx.y * TILE_M + warp_m * 64 + lane / 4, first_window, end_window, exponent);
+        epilogue.pass(sums, pairs, unit.image, blockIdx.y * TILE_M + warp_m * 64 + lane / 4, first_window, end_window, exponent);
     };
     for (int pass = 0; pass < unit.passes; pass++) {
-        if (LAST_PAIRS == WARP_TILES / 2 || unit.first_window + (pass + 1) * PASS_WINDOWS < WINDOWS) run_pass(WARP_TILES / 2, pass);
+        if (LAST_PAIRS == PAIRS || unit.first_window + (pass + 1) * PASS_WINDOWS < WINDOWS) run_pass(PAIRS, pass);
         else run_pass(LAST_PAIRS, pass);
     }
     epilogue.finish(exponent);

@@ -1,4 +1,5 @@
 // Transposed convolution and its input gradient on tensor cores (conv_mma.cuh): y[n, m, oh, ow] = sums + bias[m].
+#define ADJACENT (OUT_W % 8 == 0)  // a lane then stores whole sectors; else four lanes do
 #include "conv_mma.cuh"
 
 struct Store {
@@ -6,8 +7,8 @@ struct Store {
     scalar_t* y;
     const int* exponents;
 
-    __device__ void pass(const Sums& sums, i64 image, int first_m, int first_window, int end_window, int exponent) const {
-        struct __align__(2 * sizeof(scalar_t)) Pair { scalar_t v[2]; };
+    __device__ __forceinline__ void pass(
+        const Sums& sums, const int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) const {
         int lane = threadIdx.x % 32;
         #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -17,18 +18,27 @@ struct Store {
             ScaleBack scale(exponent + exponents[m]);
             scalar_t* plane = y + (image * OUT_CHANNELS + m) * OUT_H * OUT_W;
             #pragma unroll
-            for (int n = 0; n < WARP_TILES; n++) {
-                int window = first_window + n * 2 + lane % 4 / 2;
-                Pixel pixel(window, lane % 2 * 2);
-                if (window >= end_window || !pixel.valid()) continue;
-                Pair pair;
+            for (int half = 0; half < 2; half++) {  // upper and lower rows of the windows
+                Packed<scalar_t, PAIRS * 2> line;
                 #pragma unroll
-                for (int j = 0; j < 2; j++) pair.v[j] = from_acc<scalar_t>(scale(sums[i / 2][n][i % 2 * 2 + j]) + shift);
-                scalar_t* to = plane + pixel.oh * OUT_W + pixel.ow;
-                if (OUT_W % 2 == 0) *(Pair*)to = pair;
-                else {
-                    to[0] = pair.v[0];
-                    if (pixel.ow + 1 < OUT_W) to[1] = pair.v[1];
+                for (int j = 0; j < PAIRS * 2; j++) line.v[j] = from_acc<scalar_t>(scale(sums[i / 2][j / 2 * 2 + half][i % 2 * 2 + j % 2]) + shift);
+                int window = first_window + lane_window(lane % 4, 0, pairs);
+                Pixel pixel(window, half * 2);
+                if (ADJACENT && pairs == PAIRS) {  // all in one row
+                    if (window < end_window && pixel.valid()) *(Packed<scalar_t, PAIRS * 2>*)(plane + pixel.oh * OUT_W + pixel.ow) = line;
+                    continue;
+                }
+                #pragma unroll
+                for (int j = 0; j < PAIRS; j++) {
+                    window = first_window + lane_window(lane % 4, j, pairs);
+                    pixel = Pixel(window, half * 2);
+                    if (j >= pairs || window >= end_window || !pixel.valid()) continue;
+                    scalar_t* to = plane + pixel.oh * OUT_W + pixel.ow;
+                    if (OUT_W % 2 == 0) *(Packed<scalar_t, 2>*)to = *(Packed<scalar_t, 2>*)(line.v + j * 2);
+                    else {
+                        to[0] = line.v[j * 2];
+                        if (pixel.ow + 1 < OUT_W) to[1] = line.v[j * 2 + 1];
+                    }
                 }
             }
         }

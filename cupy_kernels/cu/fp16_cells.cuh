@@ -10,8 +10,10 @@
 #define CELL_BYTES 128
 #define STAGE_BYTES (TILE_M * CELL_BYTES)
 
-// Where part `part` (16 bytes, 0 to 7) of a cell lies. The XOR spreads the same part of neighbouring cells over all banks.
-__device__ inline int cell_offset(int cell, int part) { return cell * CELL_BYTES + ((part ^ (cell & 7)) << 4); }
+// Where part `part` (16 bytes, 0 to 7) of a cell lies. Cells of different keys, 0 to 7, have the same part in different banks.
+__device__ inline int cell_offset(int cell, int part, int key) { return cell * CELL_BYTES + ((part ^ key) << 4); }
+// With keys that differ in eight neighbouring cells.
+__device__ inline int cell_offset(int cell, int part) { return cell_offset(cell, part, cell & 7); }
 
 // The part that lies `parts` parts on from the one at `row`, where `parts` sets only bits that are 0 in that one's number.
 __device__ inline const u8* other_part(const u8* row, int parts) { return (const u8*)((size_t)row ^ (size_t)(parts * 16)); }
@@ -27,15 +29,21 @@ __device__ inline unsigned pack_halves(float low, float high) {
 }
 
 // Writes eight channels, `group` of its chunk, to a cell: part `group`, and with SPLIT 2 what rounding left of them, 4 parts on.
-__device__ inline void store_cell(u8* cells, int cell, int group, float (&v)[8]) {
+// With SPLIT 2 infinities and NaNs are all rest, the first value is 0: rests are multiplied by first values only, not by rests, whose
+// sign would make NaN of an infinity.
+__device__ inline void store_cell(u8* cells, int cell, int group, float (&v)[8], int key) {
     #pragma unroll
     for (int part = 0; part < SPLIT; part++) {
-        *(uint4*)(cells + cell_offset(cell, part * (CHUNK_CHANNELS / 8) + group)) =
-            make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
+        float rest[8];
         #pragma unroll
         for (int j = 0; j < 8; j++) {
-            float rest = v[j] - to_acc(from_acc<half_t>(v[j]));
-            v[j] = rest == rest ? rest : 0;  // nothing is left of an infinity or NaN
+            rest[j] = v[j];
+            if (part + 1 < SPLIT && v[j] - v[j] != 0) v[j] = 0;
+            rest[j] -= to_acc(from_acc<half_t>(v[j]));
         }
+        *(uint4*)(cells + cell_offset(cell, part * (CHUNK_CHANNELS / 8) + group, key)) =
+            make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
+        #pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = rest[j];
     }
 }

@@ -1,12 +1,13 @@
 // Weights of a transposed convolution as conv_mma.cuh reads them: fp16 under a power-of-two scale for each output channel m.
 //
+// signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu).
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse order.
 // packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order]; exponents[m]: of m's scale. Rows past
 // OUT_CHANNELS are zero. One block per row of the padded matrix. Macros: scalar_t, IN_CHANNELS, OUT_CHANNELS, TAPS, TILE_M, SPLIT, FLIP.
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
-extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, half_t* __restrict__ packed, int* __restrict__ exponents) {
+extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed, int* __restrict__ exponents) {
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;
@@ -17,7 +18,7 @@ extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, half
         }
     largest = block_max(largest, scratch);
     int exponent = scale_exponent(largest);
-    float scale = power_of_two(exponent);
+    float scale = power_of_two(exponent) * (signs && m < OUT_CHANNELS && to_acc(signs[m]) < 0 ? -1 : 1);
     if (threadIdx.x == 0) exponents[m] = exponent;
     for (int i = threadIdx.x; i < CHUNKS * TAPS * CHUNK_CHANNELS / 8; i += blockDim.x) {
         int group = i % (CHUNK_CHANNELS / 8), tap = i / (CHUNK_CHANNELS / 8) % TAPS, chunk = i / (CHUNK_CHANNELS / 8) / TAPS;
@@ -29,6 +30,6 @@ extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, half
             v[j] = m < OUT_CHANNELS && k < IN_CHANNELS ? multiply_unflushed(to_acc(w[from]), scale) : 0;
         }
         u8* stage = (u8*)packed + (((i64)(m / TILE_M) * CHUNKS + chunk) * TAPS + tap) * STAGE_BYTES;
-        store_cell(stage, m % TILE_M, group, v);
+        store_cell(stage, m % TILE_M, group, v, m & 7);
     }
 }

@@ -29,6 +29,7 @@ from ..errors import BackendError, EmulatorError
 from ..source import Kernel, compile_error, expanded, kernel_names, signature
 
 GUARD_BYTES = 4096
+ALIGNMENT = 256  # of arrays, as cudaMalloc has it
 POISON = 0xFF
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-w")
 FLAGS += ("-fvisibility=hidden",)  # or a kernel named like a function of libc would call that one
@@ -106,7 +107,9 @@ def run(kernel: Kernel, parameters, grid, block, args, shared_bytes: int, seed: 
 
 
 def _guarded(array, parameter) -> np.ndarray:
-    buffer = np.full(array.nbytes + 2 * GUARD_BYTES, POISON, np.uint8)
+    memory = np.full(array.nbytes + 2 * GUARD_BYTES + ALIGNMENT, POISON, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    buffer = memory[start : start + array.nbytes + 2 * GUARD_BYTES]
     if parameter.const or parameter.inout:
         buffer[GUARD_BYTES : GUARD_BYTES + array.nbytes] = array.reshape(-1).view(np.uint8)
     return buffer
