@@ -131,7 +131,7 @@ def pooled_gradients(
     dout: like pooled. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_buffers` has them, written.
     """
     images = pooled.shape[0]
-    macros = _tail_macros(plan, group_mean.size // images, backward=True)
+    macros = _backward_macros(plan, group_mean.size // images)
     launch(
         Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
         (group_mean.size, 1, 1),
@@ -165,7 +165,7 @@ def parameter_gradients(
     images, channels = partials.shape[1:]
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     launch(
-        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _tail_macros(plan, groups, backward=True)),
+        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, groups)),
         (channels, 1, 1),
         (THREADS, 1, 1),
         (partials, mean, invstd, weight, sums, dy_exponents, *gradients, images, _count(plan, images), training),
@@ -181,11 +181,10 @@ def conv_output_gradient(
     """
     images, channels = g.shape[:2]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _tail_macros(plan, groups, backward=True)),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups)),
         (images * channels, ceil_div(_windows(plan), THREADS), 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy)
-        + (_unit_windows(plan), saved_shift(plan), _count(plan, images)),
+        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
     )
 
 
@@ -213,11 +212,11 @@ def conv_output_gradient_cells(
     images = g.shape[0]
     blocks = math.prod(cells.shape[:2]) * ceil_div(_windows(plan), 32 * split)
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", _tail_macros(plan, groups, backward=True)),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", _backward_macros(plan, groups)),
         (blocks, 1, 1),
         (THREADS, 1, 1),
         (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells)
-        + (_unit_windows(plan), saved_shift(plan), _count(plan, images)),
+        + (_count(plan, images),),
     )
 
 
@@ -260,7 +259,7 @@ def variants():
         sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
         if (dtype, split) != ("float", 2):
             yield Variant("pooled_tail.cu", _tail_defines(sample, groups))
-        yield Variant("pooled_tail_backward.cu", _tail_defines(sample, groups, backward=True))
+        yield Variant("pooled_tail_backward.cu", (*_tail_defines(sample, groups), *_backward_defines(split, 64, 26)))
 
 
 def _pool_macros(p: Plan, training, keep):
@@ -278,19 +277,27 @@ def _saved_type(p: Plan) -> str:
     return "half_t" if dict(p.macros)["SPLIT"] == 1 else "float"
 
 
-def _tail_macros(p: Plan, groups: int, backward: bool = False):
-    return _tail_defines(dict(p.macros), groups, backward)
+def _tail_macros(p: Plan, groups: int):
+    return _tail_defines(dict(p.macros), groups)
 
 
-def _tail_defines(macros, groups, backward=False):
+def _backward_macros(p: Plan, groups: int):
+    macros = dict(p.macros)
+    unit_windows = macros["UNIT_PASSES"] * macros["WARPS_N"] * 16 // macros["SPLIT"]
+    return *_tail_macros(p, groups), *_backward_defines(macros["SPLIT"], unit_windows, saved_shift(p))
+
+
+def _tail_defines(macros, groups):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     warps = min(macros["OUT_CHANNELS"] // groups * _parts(macros), _MOST_WARPS)
-    defines = (*types, *sizes, ("GROUPS", groups), ("WARPS", warps))
-    if backward:
-        defines += (("saved_t", "half_t" if macros["SPLIT"] == 1 else "float"), ("SPLIT", macros["SPLIT"]))
-    return defines
+    return (*types, *sizes, ("GROUPS", groups), ("WARPS", warps))
+
+
+def _backward_defines(split, unit_windows, shift):
+    saved = ("saved_t", "half_t" if split == 1 else "float")
+    return (saved, ("SPLIT", split), ("UNIT_WINDOWS", unit_windows), ("SAVED_SHIFT", shift))
 
 
 def _parts(macros) -> int:
@@ -306,11 +313,6 @@ def _windows(p: Plan) -> int:
     """2x2 windows of the convolution's output, those that an odd edge cuts too."""
     macros = dict(p.macros)
     return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
-
-
-def _unit_windows(p: Plan) -> int:
-    macros = dict(p.macros)
-    return macros["UNIT_PASSES"] * macros["WARPS_N"] * 16 // macros["SPLIT"]
 
 
 def _count(p: Plan, images: int) -> float:

@@ -91,8 +91,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         float(&v)[ITEMS] = values[RESIDENT ? round : 0];
         if (!RESIDENT) tanh_of_job(job, v);
         float w = bn_weight(group_weight, channel + job.member), b = bn_bias(group_bias, channel + job.member);
+        scalar_t* to = out + start + job.first;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++)
-            if (job.inside(i)) out[start + job.offset(i)] = from_acc<scalar_t>(bn_affine(bn_normalise(v[i], m, s), w, b));
+            if (job.inside(i)) to[i * 32] = from_acc<scalar_t>(bn_affine(bn_normalise(v[i], m, s), w, b));
     }
 }

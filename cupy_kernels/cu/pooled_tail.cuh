@@ -21,21 +21,22 @@
 #define SIZE (MEMBERS * PLANE)  // of a group
 
 struct Job {
-    int number, member, first;  // the plane among the block's; the lane's first value in it
+    int number, member, at, first;  // the plane among the block's; the lane's first value in it, and among the block's
 
     __device__ explicit Job(int round) {
         number = round * WARPS + threadIdx.x / 32;
         member = number / PARTS;
-        first = number % PARTS * (ITEMS * 32) + threadIdx.x % 32;
+        at = number % PARTS * (ITEMS * 32) + threadIdx.x % 32;
+        first = member * PLANE + at;
     }
     __device__ bool exists() const { return JOBS % WARPS == 0 || number < JOBS; }
-    __device__ bool inside(int i) const { return (PARTS == 1 && (i + 1) * 32 <= PLANE) || first + i * 32 < PLANE; }
-    __device__ int offset(int i) const { return member * PLANE + first + i * 32; }
+    __device__ bool inside(int i) const { return (PARTS == 1 && (i + 1) * 32 <= PLANE) || at + i * 32 < PLANE; }
 
     // The lane's values, at `source` those of the block; 0 for those that do not exist.
     template <class U> __device__ void load(const U* source, float (&v)[ITEMS]) const {
+        source += first;
         #pragma unroll
-        for (int i = 0; i < ITEMS; i++) v[i] = inside(i) ? to_acc(source[offset(i)]) : 0;
+        for (int i = 0; i < ITEMS; i++) v[i] = inside(i) ? to_acc(source[i * 32]) : 0;
     }
 };
 
@@ -43,6 +44,14 @@ __device__ inline int values_in(int job) { return min(ITEMS * 32, PLANE - job % 
 
 __device__ inline float warp_sum(float v) {
     for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
+    return v;
+}
+
+// The sum of `a` in lanes 0 to 15, of `b` in the others: for the price of one.
+__device__ inline float warp_sums(float a, float b) {
+    bool upper = threadIdx.x & 16;
+    float v = (upper ? b : a) + __shfl_xor_sync(0xFFFFFFFFu, upper ? a : b, 16);
+    for (int lanes = 8; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
     return v;
 }
 

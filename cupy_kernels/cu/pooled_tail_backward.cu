@@ -13,7 +13,8 @@
 // them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of dy_exponents [channels].
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of conv_bn_pool.cu, mean,
-// invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh, saved_t (half_t, float), SPLIT (1 with half_t, 2 with float).
+// invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh, saved_t (half_t, float), SPLIT (1 with half_t, 2 with float),
+// UNIT_WINDOWS and SAVED_SHIFT (conv_bn_pool.cu).
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_cells.cuh"
@@ -51,22 +52,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
         float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
         if (!RESIDENT) load(job, v, d);
         Norm norm(mean, invstd, weight, bias, channel + job.member);
-        float sum = 0, dot = 0;
+        float sum = 0, dot = 0, w = bn_weight(group_weight, channel + job.member);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             p[i] = norm.tanh(v[i]);
             sum += d[i];
             dot += d[i] * bn_normalise(p[i], m, s);
         }
-        sum = warp_sum(sum);
-        dot = warp_sum(dot);
-        if (lane == 0) totals[0][job.number] = sum, totals[1][job.number] = dot, weights[job.number] = bn_weight(group_weight, channel + job.member);
+        sum = warp_sums(sum, dot);
+        if (lane % 16 == 0) totals[lane / 16][job.number] = sum;
+        if (lane == 0) weights[job.number] = w;
     }
     __syncthreads();
     float mean_d = 0, mean_dot = 0;
     for (int j = lane; j < JOBS; j += 32) mean_d += weights[j] * totals[0][j], mean_dot += weights[j] * totals[1][j];
-    mean_d = warp_sum(mean_d) / SIZE;
-    mean_dot = warp_sum(mean_dot) / SIZE;
+    float both = warp_sums(mean_d, mean_dot) / SIZE;
+    mean_d = __shfl_sync(0xFFFFFFFFu, both, 0);
+    mean_dot = __shfl_sync(0xFFFFFFFFu, both, 16);
     #pragma unroll UNROLLED
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
@@ -78,20 +80,26 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
             #pragma unroll
             for (int i = 0; i < ITEMS; i++) p[i] = norm.tanh(v[i]);
         }
-        float sum = 0, dot = 0, largest = 0, w = weights[job.number];
+        float sum = 0, dot = 0, largest = 0, w = weights[job.number], *to = g + start + job.first;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             if (!job.inside(i)) continue;
-            float v_g = s * (w * d[i] - (mean_d + bn_normalise(p[i], m, s) * mean_dot)) * tanh_slope(p[i]);
-            g[start + job.offset(i)] = v_g;
-            sum += v_g;
-            dot += v_g * norm.normalise(v[i]);
-            largest = fmaxf(largest, fabsf(finite_or_zero(v_g)));
+            d[i] = s * (w * d[i] - (mean_d + bn_normalise(p[i], m, s) * mean_dot)) * tanh_slope(p[i]);
+            to[i * 32] = d[i];
+            sum += d[i];
+            dot += d[i] * norm.normalise(v[i]);
+            largest = fmaxf(largest, fabsf(d[i]));  // passes over NaN
         }
-        sum = warp_sum(sum);
-        dot = warp_sum(dot);
+        sum = warp_sums(sum, dot);
         largest = warp_max(largest);
-        if (lane == 0) totals[2][job.number] = sum, totals[3][job.number] = dot, totals[LARGEST][job.number] = largest;
+        if (largest - largest != 0) {
+            largest = 0;
+            #pragma unroll
+            for (int i = 0; i < ITEMS; i++) largest = fmaxf(largest, job.inside(i) ? fabsf(finite_or_zero(d[i])) : 0);
+            largest = warp_max(largest);
+        }
+        if (lane % 16 == 0) totals[2 + lane / 16][job.number] = sum;
+        if (lane == 0) totals[LARGEST][job.number] = largest;
     }
     __syncthreads();
     i64 image = blockIdx.x / GROUPS;
@@ -162,29 +170,55 @@ extern "C" __global__ void __launch_bounds__(256) pooled_parameter_gradients(
     dy_exponents[c] = exponent;
 }
 
-// dy of one channel, but for the factor `scale`.
+// dy of one channel, times 2^e: the part that all pixels have, and what the chosen corner of a window adds.
 struct OutputGradient {
-    float mean, invstd, mean_g, mean_dot, scale;
-    bool training;
+    float mean, invstd, slope, offset, scale, enlarge;
 
-    __device__ OutputGradient(const float* means, const float* invstds, const param_t* weights, const float* sums, float count, int c)
-        : mean(means[c]), invstd(invstds[c]), mean_g(sums ? sums[c] / count : 0), mean_dot(sums ? sums[OUT_CHANNELS + c] / count : 0),
-          scale(bn_weight(weights, c) * invstd), training(sums) {}
-    __device__ float operator()(float y, float chosen) const {
-        return training ? chosen - (mean_g + bn_normalise(y, mean, invstd) * mean_dot) : chosen;
+    // Without statistics that depend on the batch (sums null) all pixels have 0.
+    __device__ OutputGradient(const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
+        : mean(sums ? means[c] : 0), invstd(invstds[c]), slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0),
+          scale(bn_weight(weights, c)), enlarge(1) {}
+    __device__ void finish(float count, int e) {
+        scale *= invstd;
+        enlarge = power_of_two(e);
+        slope = -of_chosen(slope / count);
+        offset = -of_chosen(offset / count);
     }
+    // y = kept * restore
+    __device__ float of(float kept, float restore) const { return (kept * restore - mean) * invstd * slope + offset; }
+    // In this order, which neither loses nor overflows what fits in the end.
+    __device__ float of_chosen(float g) const { return multiply_unflushed(g, enlarge) * scale; }
 };
 
-// A 2x2 window: its place among the pooled values, or -1 at an odd edge, and the exponent of the scale of its saved values.
+// A 2x2 window: its place among the pooled values, -1 at an odd edge.
 struct Window {
-    int row, column, pooled, exponent;
+    int row, column, pooled;
 
-    __device__ Window(int window, i64 image, const int* unit_exponents, int unit_windows, int shift)
-        : row(window / WINDOWS_W), column(window % WINDOWS_W) {
+    __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
         pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
-        exponent = SPLIT == 1 ? unit_exponents[image * ((WINDOWS + unit_windows - 1) / unit_windows) + window / unit_windows] - shift : 0;
     }
 };
+
+// What conv_bn_pool saved of a window.
+#if SPLIT == 1
+typedef uint2 Kept;
+__device__ inline void unpack(uint2 kept, float (&v)[4]) {
+    #pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = to_acc(half_t{(unsigned short)((i < 2 ? kept.x : kept.y) >> i % 2 * 16)});
+}
+// The exponent of a window's scale, but for its channel's.
+__device__ inline int kept_exponent(const int* unit_exponents, i64 image, int window) {
+    return unit_exponents[image * ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS) + window / UNIT_WINDOWS] - SAVED_SHIFT;
+}
+// What undoes the scale. |y| below 2^-111 or above 2^112 is not restored in full: batch norm then sees zeros, or distances whose
+// squares overflow.
+__device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
+#else
+typedef float4 Kept;
+__device__ inline void unpack(float4 kept, float (&v)[4]) { v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w; }
+__device__ inline int kept_exponent(const int*, i64, int) { return 0; }
+__device__ inline float restoring(int) { return 1; }
+#endif
 
 // A block turns a tile of 32 SPLIT windows and one chunk of channels into cells. A thread computes eight channels of a window, whose
 // 16 bytes of four cells meet those of the other threads in shared memory.
@@ -192,39 +226,43 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
     const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
     const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, const float* __restrict__ sums, const int* __restrict__ dy_exponents, half_t* __restrict__ cells,
-    int unit_windows, int shift, float count) {
-    enum { TILE = 32 * SPLIT, TILES = (WINDOWS + TILE - 1) / TILE, PARTS_OF_8 = CHUNK_CHANNELS / 8 };
-    struct __align__(16) Channel { OutputGradient gradient; int exponent; };
-    __shared__ __align__(16) u8 shared[TILE * 4 * CELL_BYTES];  // cell corner * TILE + window: neighbouring lanes write to different banks
+    float count) {
+    enum { TILE = 32 * SPLIT, TILES = (WINDOWS + TILE - 1) / TILE, OCTETS = CHUNK_CHANNELS / 8 };
+    struct __align__(16) Channel { OutputGradient gradient; int exponent, unused; };
+    __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
     int tile = blockIdx.x % TILES, chunk = blockIdx.x / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     i64 image = blockIdx.x / (TILES * CHUNKS);
-    int place = warp / PARTS_OF_8 * 32 + lane, part = warp % PARTS_OF_8, c = chunk * CHUNK_CHANNELS + part * 8;
-    bool real = tile * TILE + place < WINDOWS && (OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS);
-    Window window(min(tile * TILE + place, WINDOWS - 1), image, unit_exponents, unit_windows, shift);
+    int place = warp / OCTETS * 32 + lane, octet = warp % OCTETS, c = chunk * CHUNK_CHANNELS + octet * 8;
+    int at = min(tile * TILE + place, WINDOWS - 1);  // cells past the last window are written to shared memory alone
+    bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
 
-    Packed<saved_t, 4> kept[8];
+    Kept kept[8] = {};
     float chosen[8];
-    int tap[8];
-    i64 plane = image * OUT_CHANNELS + c;
-    #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        kept[j] = Packed<saved_t, 4>();
-        chosen[j] = 0;
-        tap[j] = -1;
-        if (real && sums) kept[j] = ((const Packed<saved_t, 4>*)saved)[(plane + j) * WINDOWS + tile * TILE + place];
-        if (real && window.pooled >= 0) {
-            chosen[j] = g[(plane + j) * PLANE + window.pooled];
-            tap[j] = taps[(plane + j) * PLANE + window.pooled];
-        }
+    int tap[8], exponent = kept_exponent(unit_exponents, image, at);
+    if (real) {
+        i64 plane = image * OUT_CHANNELS + c;
+        Window window(at);
+        const Kept* from = (const Kept*)saved + plane * WINDOWS + at;
+        if (sums)
+            #pragma unroll
+            for (int j = 0; j < 8; j++) kept[j] = from[j * WINDOWS];
+        const float* g_from = g + plane * PLANE + max(window.pooled, 0);
+        const u8* tap_from = taps + plane * PLANE + max(window.pooled, 0);
+        #pragma unroll
+        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * PLANE];
+        if (window.pooled < 0)
+            #pragma unroll
+            for (int j = 0; j < 8; j++) tap[j] = -1;
     }
-    int least = 126;
-    for (int i = lane; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[i]);
+    int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1), least = 126;
+    Channel channel = {OutputGradient(mean, invstd, weight, sums, own), SPLIT == 1 ? exponents[own] : 0};
+    #pragma unroll
+    for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
     for (int lanes = 16; lanes > 0; lanes >>= 1) least = min(least, __shfl_xor_sync(0xFFFFFFFFu, least, lanes));
-    float enlarge = power_of_two(least);
-    if (threadIdx.x < CHUNK_CHANNELS && chunk * CHUNK_CHANNELS + threadIdx.x < OUT_CHANNELS) {
-        int own = chunk * CHUNK_CHANNELS + threadIdx.x;
-        ((Channel*)channels)[threadIdx.x] = {OutputGradient(mean, invstd, weight, sums, count, own), SPLIT == 1 ? exponents[own] : 0};
+    if (threadIdx.x < CHUNK_CHANNELS) {
+        channel.gradient.finish(count, least);
+        ((Channel*)channels)[threadIdx.x] = channel;
     }
     __syncthreads();
 
@@ -232,25 +270,30 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
     if (real)
         #pragma unroll
         for (int j = 0; j < 8; j++) {
-            Channel channel = ((const Channel*)channels)[part * 8 + j];
-            ScaleBack restore(channel.exponent + window.exponent);
+            channel = ((const Channel*)channels)[octet * 8 + j];
+            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]), window[4];
+            unpack(kept[j], window);
             #pragma unroll
-            for (int corner = 0; corner < 4; corner++) {
-                float y = SPLIT == 1 ? restore(to_acc(kept[j].v[corner])) : to_acc(kept[j].v[corner]);
-                v[corner][j] = multiply_unflushed(channel.gradient(y, corner == tap[j] ? chosen[j] : 0), enlarge) * channel.gradient.scale;
-            }
+            for (int corner = 0; corner < 4; corner++)
+                v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == tap[j] ? add : 0);
         }
     #pragma unroll
-    for (int corner = 0; corner < 4; corner++) store_cell(shared, corner * TILE + place, part, v[corner]);
+    for (int corner = 0; corner < 4; corner++) store_cell(corners[corner], place, octet, v[corner]);
     __syncthreads();
 
-    uint4* to = (uint4*)cells + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8);
+    uint4* to = (uint4*)cells + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
+    int right = threadIdx.x / 8 % 2;
     #pragma unroll
-    for (int i = threadIdx.x; i < TILE * 4 * 8; i += 256) {
-        int w = i / 16 % TILE, corner = i / (TILE * 16) * 2 + i / 8 % 2, at = tile * TILE + w;
-        int h = at / WINDOWS_W * 2 + corner / 2, column = at % WINDOWS_W * 2 + corner % 2;
-        if (at < WINDOWS && h < OUT_H && column < OUT_W)
-            to[(h * OUT_W + column) * 8 + i % 8] = *(const uint4*)(shared + cell_offset(corner * TILE + w, i % 8));
+    for (int i = 0; i < TILE; i += 16) {
+        int w = i + threadIdx.x / 16;
+        Window window(tile * TILE + w);
+        int column = window.column * 2 + right;
+        #pragma unroll
+        for (int lower = 0; lower < 2; lower++) {
+            int h = window.row * 2 + lower;
+            if (h < OUT_H && column < OUT_W)  // so for no window past the last
+                to[(h * OUT_W + column) * 8] = *(const uint4*)(corners[lower * 2 + right] + cell_offset(w, threadIdx.x % 8));
+        }
     }
 }
 
@@ -258,23 +301,21 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
 extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
     const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
     const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
-    const param_t* __restrict__ weight, const float* __restrict__ sums, scalar_t* __restrict__ dy, int unit_windows, int shift,
-    float count) {
+    const param_t* __restrict__ weight, const float* __restrict__ sums, scalar_t* __restrict__ dy, float count) {
     int at = blockIdx.y * blockDim.x + threadIdx.x, c = blockIdx.x % OUT_CHANNELS;
     i64 plane = blockIdx.x;
     if (at >= WINDOWS) return;
-    Window window(at, plane / OUT_CHANNELS, unit_exponents, unit_windows, shift);
-    OutputGradient gradient(mean, invstd, weight, sums, count, c);
-    ScaleBack restore(SPLIT == 1 ? exponents[c] + window.exponent : 0);
-    float chosen = window.pooled < 0 ? 0 : g[plane * PLANE + window.pooled];
+    Window window(at);
+    OutputGradient gradient(mean, invstd, weight, sums, c);
+    gradient.finish(count, 0);
+    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, at));
+    float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]), v[4];
     int tap = window.pooled < 0 ? -1 : taps[plane * PLANE + window.pooled];
-    Packed<saved_t, 4> kept = {};
-    if (sums) kept = ((const Packed<saved_t, 4>*)saved)[plane * WINDOWS + at];
+    unpack(sums ? ((const Kept*)saved)[plane * WINDOWS + at] : Kept(), v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
         int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
-        if (h >= OUT_H || w >= OUT_W) continue;
-        float v = gradient(restore(to_acc(kept.v[corner])), corner == tap ? chosen : 0) * gradient.scale;
-        dy[(plane * OUT_H + h) * OUT_W + w] = from_acc<scalar_t>(v);
+        if (h < OUT_H && w < OUT_W)
+            dy[(plane * OUT_H + h) * OUT_W + w] = from_acc<scalar_t>(gradient.of(v[corner], restore) + (corner == tap ? add : 0));
     }
 }
