@@ -151,14 +151,14 @@ extern "C" __global__ void __launch_bounds__(256) pooled_parameter_gradients(
     if (dgroup_weight) dgroup_weight[c] = from_acc<param_t>(total[1]);
     if (dbias) dbias[c] = from_acc<param_t>(total[2]);
     if (dweight) dweight[c] = from_acc<param_t>(total[3]);
-    // Batch norm takes the bias out of its own batch, so there it has no influence at all.
-    if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? 0 : scale * total[2]);
-
     float bound = total[LARGEST], means = 0;
     if (training) {
         means = fabsf(total[2] / count) + fabsf(total[3] / count) + fabsf(mean[c]);
         bound += fabsf(total[2] / count) + (sqrt(count) + fabsf(mean[c] * invstd[c])) * fabsf(total[3] / count);
     }
+    // Batch norm takes the bias out of its own batch, so there it has no influence at all: 0, or NaN.
+    if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? means - means : scale * total[2]);
+
     // A channel of zeros, or without a finite dy, must not decide the scale of the others.
     int exponent = 126;
     if (scale != 0 && bound > 0 && scale - scale == 0 && means - means == 0) {
