@@ -9,14 +9,24 @@ import math
 
 import numpy as np
 
-from .common import THREADS, accumulator, ceil_div, scalar
+from .common import THREADS, accumulator, ceil_div
 from .conv_transpose_mma import Plan, launch_units, pack_weight, sample_plans
 from .launch import launch
 from .source import Kernel, Variant
 
 DTYPES = (np.float32, np.float16, np.int32, np.uint8)  # of `buffers`
 
-_GROUP_BYTES = 96 * 1024  # of shared memory, for pooled_backward, which needs twice what pooled_forward does
+_MOST_WARPS = 16
+_MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
+# Channels, groups, image size, type and split: the mission's, groups that registers do not hold, parts and odd sizes.
+_TAIL_SAMPLES = (
+    (128, 8, 34, "float", 1),
+    (128, 8, 34, "float", 2),
+    (128, 8, 34, "half_t", 1),
+    (128, 8, 34, "bf16_t", 1),
+    (80, 1, 66, "float", 1),
+    (48, 3, 71, "float", 2),
+)
 
 
 def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[str, tuple[tuple, type]]:
@@ -27,8 +37,7 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
     """
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
-    windows = ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
-    pooled = (images, channels, macros["OUT_H"] // 2, macros["OUT_W"] // 2)
+    pooled = (images, channels, ceil_div(_windows(p), 4) * 4)  # PLANE of conv_bn_pool.cu
     units = images * p.units
     sizes = {
         "packed": ((p.packed_size,), np.float16),
@@ -43,7 +52,7 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
         sizes["partials"] = ((3, channels, units), np.float32)
     if keep:
         sizes["taps"] = (pooled, np.uint8)
-        sizes["saved"] = ((images, channels, windows, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
+        sizes["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
         sizes["unit_exponents"] = ((units,), np.int32)
     return sizes
 
@@ -74,8 +83,7 @@ def conv_bn_pool_forward(
     where they may be None. written: arrays for `names`, as `buffers` describes them.
     """
     b = dict(zip(names, written, strict=True))
-    pack_weight(plan, w, b["packed"], b["exponents"])
-    name = scalar(x)
+    pack_weight(plan, w, b["packed"], b["exponents"], signs=weight)
     macros = _pool_macros(plan, training, "saved" in b)
     launch_units(
         plan,
@@ -86,7 +94,7 @@ def conv_bn_pool_forward(
         shared_bytes=plan.threads * 16 if training else 0,
     )
     images, channels = out.shape[:2]
-    tail = _tail_macros(plan, name)
+    tail = _tail_macros(plan, groups)
     launch(
         Kernel("pooled_tail.cu", "conv_bn_statistics", tail),
         (channels, 1, 1),
@@ -94,67 +102,138 @@ def conv_bn_pool_forward(
         (b.get("partials"), conv_bias, running_mean, running_var, b["mean"], b["invstd"])
         + (momentum, eps, channels, images * plan.units, training),
     )
-    members, plane = channels // groups, math.prod(out.shape[2:])
     launch(
         Kernel("pooled_tail.cu", "pooled_forward", tail),
         (images * groups, 1, 1),
-        (THREADS, 1, 1),
+        (_tail_threads(tail), 1, 1),
         (b["pooled"], b["mean"], b["invstd"], weight, bias, group_weight, group_bias, out)
-        + (b["group_mean"], b["group_invstd"], channels, groups, plane, group_eps),
-        members * plane * 4,
+        + (b["group_mean"], b["group_invstd"], group_eps),
     )
 
 
-def pooled_gradients(
-    dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, batch_partials, group_partials
-) -> None:
-    """g, the gradient at batch norm's output of the pooled values, and partial sums for all parameters.
+def gradient_buffers(p: Plan, images: int) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of the arrays that the backward's first two steps write besides the parameters' gradients."""
+    macros = dict(p.macros)
+    channels = macros["OUT_CHANNELS"]
+    return {
+        "g": ((images, channels, macros["OUT_H"] // 2, macros["OUT_W"] // 2), np.float32),
+        "partials": ((5, images, channels), np.float32),
+        "sums": ((2, channels), np.float32),
+        "dy_exponents": ((channels,), np.int32),
+    }
 
-    dout: like pooled. group_mean, group_invstd: [N * groups]. g: like pooled, float32. batch_partials, group_partials:
-    [2, M, N] float32, for `batch_norm.batch_norm_backward_combine`. g and the partial sums are written.
+
+def pooled_gradients(
+    dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, *, plan: Plan
+) -> None:
+    """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
+
+    dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_buffers` has them, written.
     """
-    images, channels = pooled.shape[:2]
-    groups, plane = group_mean.size // images, math.prod(pooled.shape[2:])
-    name = scalar(dout)
+    images = pooled.shape[0]
+    macros = _backward_macros(plan, group_mean.size // images)
     launch(
-        Kernel("pooled_tail.cu", "pooled_backward", _tail_defines(name, "half_t")),
-        (images * groups, 1, 1),
+        Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
+        (group_mean.size, 1, 1),
+        (_tail_threads(macros), 1, 1),
+        (dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, images),
+    )
+
+
+def parameter_gradients(
+    partials,
+    mean,
+    invstd,
+    weight,
+    sums,
+    dy_exponents,
+    dweight,
+    dbias,
+    dgroup_weight,
+    dgroup_bias,
+    dconv_bias,
+    *,
+    plan: Plan,
+    groups: int,
+    training: bool,
+) -> None:
+    """Gradients of all parameters but the convolution's weight, and what the gradient of its output is computed from.
+
+    sums, dy_exponents: as `gradient_buffers` has them, written. The gradients are written where not None.
+    training: whether the batch's own statistics were applied.
+    """
+    images, channels = partials.shape[1:]
+    gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
+    launch(
+        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, groups)),
+        (channels, 1, 1),
         (THREADS, 1, 1),
-        (dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g)
-        + (batch_partials, group_partials, channels, groups, plane, images),
-        channels // groups * plane * 8,
+        (partials, mean, invstd, weight, sums, dy_exponents, *gradients, images, _count(plan, images), training),
     )
 
 
 def conv_output_gradient(
-    g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan
+    g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan, groups: int
 ) -> None:
-    """dy, the gradient of the convolution's output [N, M, OH, OW].
+    """dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
 
-    sums: [2, M], of g and g xhat over the batch; None where the statistics were running ones. dy is written.
+    sums: those of `parameter_gradients`; None where the statistics were running ones. dy is written.
     """
-    images, channels, height, width = dy.shape
-    macros = dict(plan.macros)
-    windows = ceil_div(height, 2) * ceil_div(width, 2)
-    unit_windows = macros["UNIT_PASSES"] * macros["WARPS_N"] * 16 // macros["SPLIT"]
+    images, channels = g.shape[:2]
     launch(
-        Kernel("pooled_tail.cu", "sums_gradient", _tail_macros(plan, scalar(dy))),
-        (images * channels, ceil_div(windows, THREADS), 1),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups)),
+        (images * channels, ceil_div(_windows(plan), THREADS), 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, images, channels, height, width)
-        + (unit_windows, saved_shift(plan), float(images * height * width)),
+        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
     )
+
+
+def conv_output_gradient_cells(
+    g,
+    taps,
+    saved,
+    exponents,
+    unit_exponents,
+    mean,
+    invstd,
+    weight,
+    sums,
+    dy_exponents,
+    cells,
+    *,
+    plan: Plan,
+    groups: int,
+) -> None:
+    """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
+
+    dy_exponents: those of `parameter_gradients`. cells: float16, of `cells_shape`, written.
+    """
+    split = dict(plan.macros)["SPLIT"]
+    images = g.shape[0]
+    blocks = math.prod(cells.shape[:2]) * ceil_div(_windows(plan), 32 * split)
+    launch(
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", _backward_macros(plan, groups)),
+        (blocks, 1, 1),
+        (THREADS, 1, 1),
+        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells)
+        + (_count(plan, images),),
+    )
+
+
+def cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
+    """[N, chunks, OH * OW, 64], of the cells of the convolution's output; see pooled_tail_backward.cu."""
+    macros = dict(p.macros)
+    chunks = ceil_div(macros["OUT_CHANNELS"], 64 // macros["SPLIT"])
+    return images, chunks, macros["OUT_H"] * macros["OUT_W"], 64
 
 
 def obstacle(p: Plan, groups: int) -> str | None:
     """Why these kernels do not take what follows the convolution, or None if they do."""
     macros = dict(p.macros)
-    plane = (macros["OUT_H"] // 2) * (macros["OUT_W"] // 2)
-    values = macros["OUT_CHANNELS"] // groups * plane
-    if not plane:
+    if min(macros["OUT_H"], macros["OUT_W"]) < 2:
         return "nothing is left after pooling"
-    if values * 8 > _GROUP_BYTES:
-        return f"a group has {values} pooled values, over {_GROUP_BYTES // 8}, which shared memory holds"
+    if macros["OUT_CHANNELS"] // groups * _parts(macros) > _MOST_JOBS:
+        return f"a group has {macros['OUT_CHANNELS'] // groups} channels of {macros['OUT_H']} x {macros['OUT_W']}"
     return None
 
 
@@ -176,8 +255,11 @@ def variants():
         for mode in modes[:1] if (macros["scalar_t"], macros["SPLIT"]) in found else modes:
             yield Variant("conv_bn_pool.cu", _pool_macros(p, *mode))
         found.add((macros["scalar_t"], macros["SPLIT"]))
-    for name, saved in (("float", "half_t"), ("float", "float"), ("half_t", "half_t"), ("bf16_t", "half_t")):
-        yield Variant("pooled_tail.cu", _tail_defines(name, saved))
+    for channels, groups, size, dtype, split in _TAIL_SAMPLES:
+        sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
+        if (dtype, split) != ("float", 2):
+            yield Variant("pooled_tail.cu", _tail_defines(sample, groups))
+        yield Variant("pooled_tail_backward.cu", (*_tail_defines(sample, groups), *_backward_defines(split, 64, 26)))
 
 
 def _pool_macros(p: Plan, training, keep):
@@ -195,9 +277,44 @@ def _saved_type(p: Plan) -> str:
     return "half_t" if dict(p.macros)["SPLIT"] == 1 else "float"
 
 
-def _tail_macros(p: Plan, name):
-    return _tail_defines(name, _saved_type(p))
+def _tail_macros(p: Plan, groups: int):
+    return _tail_defines(dict(p.macros), groups)
 
 
-def _tail_defines(name, saved):
-    return (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name), ("saved_t", saved))
+def _backward_macros(p: Plan, groups: int):
+    macros = dict(p.macros)
+    unit_windows = macros["UNIT_PASSES"] * macros["WARPS_N"] * 16
+    return *_tail_macros(p, groups), *_backward_defines(macros["SPLIT"], unit_windows, saved_shift(p))
+
+
+def _tail_defines(macros, groups):
+    name = macros["scalar_t"]
+    types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
+    sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
+    warps = min(macros["OUT_CHANNELS"] // groups * _parts(macros), _MOST_WARPS)
+    return (*types, *sizes, ("GROUPS", groups), ("WARPS", warps))
+
+
+def _backward_defines(split, unit_windows, shift):
+    saved = ("saved_t", "half_t" if split == 1 else "float")
+    return (saved, ("SPLIT", split), ("UNIT_WINDOWS", unit_windows), ("SAVED_SHIFT", shift))
+
+
+def _parts(macros) -> int:
+    """PARTS of pooled_tail.cuh."""
+    return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), 320)
+
+
+def _tail_threads(macros):
+    return 32 * dict(macros)["WARPS"]
+
+
+def _windows(p: Plan) -> int:
+    """2x2 windows of the convolution's output, those that an odd edge cuts too."""
+    macros = dict(p.macros)
+    return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
+
+
+def _count(p: Plan, images: int) -> float:
+    macros = dict(p.macros)
+    return float(images * macros["OUT_H"] * macros["OUT_W"])

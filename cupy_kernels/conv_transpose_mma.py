@@ -60,7 +60,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
 
     def layout(warps_n, passes, resident, stages):
         """(units, rows of the largest band, bytes of shared memory)"""
-        unit_windows = passes * warps_n * 16 // split
+        unit_windows = passes * warps_n * 16
         rows = 0
         for first in range(0, windows, unit_windows):
             last = min(first + unit_windows, windows) - 1
@@ -72,7 +72,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
 
     # Few images: one pass a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
-    most_passes = ceil_div(windows, most_warps_n * 16 // split) if x_shape[0] >= MANY_IMAGES else 1
+    most_passes = ceil_div(windows, most_warps_n * 16) if x_shape[0] >= MANY_IMAGES else 1
     choices = [(most_warps_n, passes, 1) for passes in range(most_passes, 0, -1)]
     choices += [(most_warps_n, 1, 0), (most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
     limit = shared_limit - _RESERVED

@@ -32,10 +32,12 @@ _overrides: dict[str, str] = {}
 _added: dict[str, str] = {}
 
 
-# Macros of the tensor-core convolution that depend on the tensors' shapes and on the GPU's shared memory.
+# Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
+# shared memory.
 SHAPE_MACROS = frozenset(
     ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
     + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
+    + ("GROUPS", "WARPS", "UNIT_WINDOWS")
 )
 
 

@@ -30,7 +30,7 @@ struct Merge {
     // x: mean, y: sum of squared distances from it
     __device__ float2 operator()(float2 a, float2 b) const {
         float distance = b.x - a.x;
-        return make_float2(a.x + distance * share, a.y + b.y + distance * distance * weight);
+        return make_float2(a.x + distance * share, a.y + b.y + distance * (distance * weight));
     }
 };
 
@@ -60,21 +60,20 @@ __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int co
 // channels take each step together, so that none waits for its own last step.
 template <bool FULL>
 __device__ __forceinline__ void moments_of(
-    const Sums& sums, int first, int pairs, unsigned valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
+    const Sums& sums, int first, unsigned valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = squares[i] = 0;
     #pragma unroll
     for (int at = 0; at < PAIRS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++)
-            if (at < pairs * 4) mean[i] += FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) : 0;
+            mean[i] += FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) : 0;
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = quad_sum(mean[i]) * per_count;
     #pragma unroll
     for (int at = 0; at < PAIRS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            if (at >= pairs * 4) continue;
             float distance = FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) - mean[i] : 0;
             squares[i] += distance * distance;
         }
@@ -94,16 +93,16 @@ struct Pool {
     int seen;
 
     __device__ __forceinline__ void pass(
-        const Sums& sums, const int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
-        bool full = OUT_H % 2 == 0 && OUT_W % 2 == 0 && first_window + pairs * 4 == end_window;
+        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
+        bool full = OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window;
         if (full) windows<true>(sums, pairs, image, first_m, first_window, end_window, exponent);
         else windows<false>(sums, pairs, image, first_m, first_window, end_window, exponent);
     }
 
-    // FULL: all pixels of the warp exist, which is the usual case and needs no masks.
+    // FULL: the warp has PAIRS pairs whose pixels all exist, which is the usual case and needs no masks.
     template <bool FULL>
     __device__ __forceinline__ void windows(
-        const Sums& sums, const int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
+        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
         int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         i64 plane = (image * OUT_CHANNELS + first_m) * PLANE;
         int own_window = first_window + lane_window(lane % 4, 0, pairs);  // the first of the lane's, which are neighbours
@@ -120,12 +119,12 @@ struct Pool {
             #pragma unroll
             for (int corner = 0; corner < 4; corner++) valid |= (unsigned)(mine && Pixel(window, corner).valid()) << (t * 4 + corner);
         }
-        float count = FULL ? pairs * 16 : quad_sum((float)__popc(valid)), per_count = count > 0 ? 1 / count : 0;
+        float count = FULL ? PAIRS * 16 : quad_sum((float)__popc(valid)), per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
         #pragma unroll
         for (int first = 0; first < 8; first += ROWS) {
             float mean[ROWS], squares[ROWS];
-            if (STATISTICS) moments_of<FULL>(sums, first, pairs, valid, per_count, mean, squares);
+            if (STATISTICS) moments_of<FULL>(sums, first, valid, per_count, mean, squares);
             #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 int m = first_m + (first + i) * 8;
@@ -143,7 +142,6 @@ struct Pool {
                 Packed<saved_t, PAIRS * 4> kept;
                 #pragma unroll
                 for (int t = 0; t < PAIRS; t++) {
-                    if (t >= pairs) continue;
                     float v[4], largest;
                     #pragma unroll
                     for (int corner = 0; corner < 4; corner++) v[corner] = sum_of(sums, first + i, t, corner);
@@ -153,14 +151,14 @@ struct Pool {
                     if (SAVE) *(Packed<saved_t, 4>*)(kept.v + t * 4) = save(v, sign, scale);
                 }
                 int to = (first + i) * 8 * PLANE;
-                if (FULL && pairs == PAIRS) {
+                if (FULL) {
                     *(Packed<float, PAIRS>*)(pooled_rows + to + own_window) = best;
                     if (SAVE) *(Packed<u8, PAIRS>*)(tap_rows + to + own_window) = tap;
                     if (SAVE) *(Packed<saved_t, PAIRS * 4>*)(saved_rows + to * 4) = kept;
                 }
                 #pragma unroll
                 for (int t = 0; t < PAIRS; t++) {
-                    if (t >= pairs || (FULL && pairs == PAIRS)) continue;
+                    if (FULL || t >= pairs) continue;
                     if (SAVE && own_window + t < end_window)
                         *(Packed<saved_t, 4>*)(saved_rows + (to + t) * 4) = *(Packed<saved_t, 4>*)(kept.v + t * 4);
                     if (targets[t] < 0) continue;

@@ -26,9 +26,7 @@
 #define TAPS (KERNEL_H * KERNEL_W)
 #define THREADS (32 * WARPS_M * WARPS_N)
 #define TILE_M (64 * WARPS_M)
-#ifndef WARP_TILES
-#define WARP_TILES (8 / SPLIT)
-#endif
+#define WARP_TILES 8            // n8-tiles of a warp
 #define PAIRS (WARP_TILES / 2)  // of tiles, the upper and lower rows of four windows
 #define TILE_N (8 * WARP_TILES * WARPS_N)
 #define GAP (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
@@ -211,18 +209,16 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, int ahe
     }
     if (blockIdx.x + ahead < gridDim.x) prefetch_band(x, Unit(blockIdx.x + ahead));
 
-    // One pass over `pairs` pairs of n8-tiles a warp: a constant at each call, so that a copy is made for it.
-    auto run_pass = [&](const int pairs, int pass) __attribute__((always_inline)) {
+    // A pass over windows of which the warp's first is `first_window`. `pairs` is a constant at each call, so that a copy is made for it.
+    auto run_pass = [&](Sums& sums, const int pairs, int first_window) __attribute__((always_inline)) {
         // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of pair j; lanes 8 to 15 and 24 to 31 pass channels + 8.
         int row_of[PAIRS], column_of[PAIRS];
-        int first_window = unit.first_window + pass * PASS_WINDOWS + warp_n * (pairs * 4);
         #pragma unroll
         for (int j = 0; j < PAIRS; j++) {
             Pixel pixel(first_window + lane_window(lane % 8 / 2, j, pairs), lane / 16 * 2 + lane % 2);
             row_of[j] = pixel.oh + PAD_H;
             column_of[j] = GAP + min(pixel.ow, OUT_W - 1) + PAD_W;
         }
-        Sums sums = {};
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             if (!RESIDENT) {
                 __syncthreads();
@@ -267,12 +263,15 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, int ahe
                 }
             }
         }
-        int end_window = min(first_window + pairs * 4, WINDOWS);
-        epilogue.pass(sums, pairs, unit.image, blockIdx.y * TILE_M + warp_m * 64 + lane / 4, first_window, end_window, exponent);
     };
     for (int pass = 0; pass < unit.passes; pass++) {
-        if (LAST_PAIRS == PAIRS || unit.first_window + (pass + 1) * PASS_WINDOWS < WINDOWS) run_pass(PAIRS, pass);
-        else run_pass(LAST_PAIRS, pass);
+        bool trimmed = LAST_PAIRS < PAIRS && unit.first_window + (pass + 1) * PASS_WINDOWS >= WINDOWS;
+        int pairs = trimmed ? LAST_PAIRS : PAIRS, first_window = unit.first_window + pass * PASS_WINDOWS + warp_n * (pairs * 4);
+        Sums sums = {};
+        if (trimmed) run_pass(sums, LAST_PAIRS, first_window);
+        else run_pass(sums, PAIRS, first_window);
+        int end_window = min(first_window + pairs * 4, WINDOWS);
+        epilogue.pass(sums, pairs, unit.image, blockIdx.y * TILE_M + warp_m * 64 + lane / 4, first_window, end_window, exponent);
     }
     epilogue.finish(exponent);
 }

@@ -8,7 +8,7 @@ struct Store {
     const int* exponents;
 
     __device__ __forceinline__ void pass(
-        const Sums& sums, const int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) const {
+        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) const {
         int lane = threadIdx.x % 32;
         #pragma unroll
         for (int i = 0; i < 8; i++) {

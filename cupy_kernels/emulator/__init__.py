@@ -31,6 +31,7 @@ from ..source import Kernel, compile_error, expanded, kernel_names, signature
 GUARD_BYTES = 4096
 ALIGNMENT = 256  # of arrays, as cudaMalloc has it
 POISON = 0xFF
+INTEGER_POISON = 0x99
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-w")
 FLAGS += ("-fvisibility=hidden",)  # or a kernel named like a function of libc would call that one
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
@@ -110,9 +111,14 @@ def _guarded(array, parameter) -> np.ndarray:
     memory = np.full(array.nbytes + 2 * GUARD_BYTES + ALIGNMENT, POISON, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     buffer = memory[start : start + array.nbytes + 2 * GUARD_BYTES]
-    if parameter.const or parameter.inout:
-        buffer[GUARD_BYTES : GUARD_BYTES + array.nbytes] = array.reshape(-1).view(np.uint8)
+    inside = buffer[GUARD_BYTES : GUARD_BYTES + array.nbytes]
+    inside[...] = array.reshape(-1).view(np.uint8) if parameter.const or parameter.inout else _poison(array.dtype)
     return buffer
+
+
+def _poison(dtype) -> int:
+    """What each byte of an output of this type holds before a kernel runs. Integers may well be -1: exponents are."""
+    return INTEGER_POISON if dtype in (np.int32, np.int64) else POISON
 
 
 def _check_guards(kernel, parameter, buffer) -> None:
@@ -123,7 +129,7 @@ def _check_guards(kernel, parameter, buffer) -> None:
 
 def _check_written(kernel, parameter, result) -> None:
     elements = result.reshape(-1).view(np.uint8).reshape(-1, result.itemsize)
-    missing = np.flatnonzero((elements == POISON).all(1))
+    missing = np.flatnonzero((elements == _poison(result.dtype)).all(1))
     if len(missing):
         raise EmulatorError(
             f"{kernel} leaves {len(missing)} of {len(elements)} elements of its output {parameter.name} unwritten, or "

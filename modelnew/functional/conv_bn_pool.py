@@ -4,7 +4,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cupy_kernels import conv_bn_pool as ops
-from cupy_kernels.batch_norm import batch_norm_backward_combine
 from cupy_kernels.conv_transpose import Geometry, output_shape
 
 from ..interop import aligned, dense, one_device, pair, run
@@ -24,7 +23,8 @@ class _Fused(torch.autograd.Function):
         plan, geometry, groups = options["plan"], options["geometry"], options["groups"]
         sizes = ops.buffers(plan, x.shape, groups, options["training"], keep)
         written = {name: x.new_empty(shape, dtype=_DTYPES[dtype]) for name, (shape, dtype) in sizes.items()}
-        out = x.new_empty(sizes["pooled"][0])
+        height, width = output_shape(x.shape, w.shape, geometry)[2:]
+        out = x.new_empty((x.shape[0], w.shape[1], height // 2, width // 2))
         settings = {name: options[name] for name in ("plan", "training", "momentum", "eps", "groups", "group_eps")}
 
         def update(running_mean, running_var):
@@ -45,46 +45,36 @@ class _Fused(torch.autograd.Function):
         kept = dict(zip(_KEPT, kept, strict=True))
         need = ctx.needs_input_grad
         pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
-        g = torch.empty_like(pooled)
-        batch_partials, group_partials = (mean.new_empty((2, mean.numel(), x.shape[0])) for _ in range(2))
+        options = {"plan": ctx.options["plan"], "groups": ctx.options["groups"]}
+        training = ctx.options["training"]
+        sizes = ops.gradient_buffers(options["plan"], x.shape[0])
+        g, partials, sums, dy_exponents = (x.new_empty(s, dtype=_DTYPES[dtype]) for s, dtype in sizes.values())
         groups = (kept["group_mean"], kept["group_invstd"])
         tensors = (dense(dout), pooled, mean, invstd, weight, bias, group_weight, *groups)
-        run(ops.pooled_gradients, *tensors, g, batch_partials, group_partials)
-        sums, dweight, dbias = _combine(batch_partials, weight, bias, need[3], need[4])
-        dgroup_weight = dgroup_bias = None
-        if need[5] or need[6]:
-            _, dgroup_weight, dgroup_bias = _combine(group_partials, group_weight, group_bias, need[5], need[6])
-        dx = dw = dconv_bias = None
-        training = ctx.options["training"]
-        if need[2]:
-            # Batch norm takes the bias out of its own batch, so there it has no influence at all.
-            dconv_bias = torch.zeros_like(conv_bias) if training else (sums[0] * invstd).to(conv_bias.dtype)
-            if not training and weight is not None:
-                dconv_bias *= weight
+        run(ops.pooled_gradients, *tensors, g, partials, plan=options["plan"])
+        wanted = (
+            (weight, need[3]),
+            (bias, need[4]),
+            (group_weight, need[5]),
+            (group_bias, need[6]),
+            (conv_bias, need[2]),
+        )
+        gradients = [torch.empty_like(t) if needed else None for t, needed in wanted]
+        tensors = (partials, mean, invstd, weight, sums, dy_exponents)
+        run(ops.parameter_gradients, *tensors, *gradients, **options, training=training)
+        dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias = gradients
+        dx = dw = None
         if need[0] or need[1]:
             dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
-            tensors = (
-                g,
-                *(kept[name] for name in ("taps", "saved", "exponents", "unit_exponents")),
-                mean,
-                invstd,
-                weight,
-            )
-            run(ops.conv_output_gradient, *tensors, sums if training else None, dy, plan=ctx.options["plan"])
+            packed = (kept[name] for name in ("taps", "saved", "exponents", "unit_exponents"))
+            tensors = (g, *packed, mean, invstd, weight, sums if training else None)
+            run(ops.conv_output_gradient, *tensors, dy, **options)
+            del g, tensors  # 76 MB of a large batch, which the next step can have
             dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *need[:2])
         return dx, dw, dconv_bias, dweight, dbias, dgroup_weight, dgroup_bias, *[None] * 4
 
 
 _KEPT = ("pooled", "taps", "saved", "exponents", "unit_exponents", "mean", "invstd", "group_mean", "group_invstd")
-
-
-def _combine(partials, weight, bias, need_weight, need_bias):
-    """(sums over the batch, dweight, dbias), the gradients None where not needed."""
-    sums = partials.new_empty(partials.shape[:2])
-    dweight = torch.empty_like(weight) if need_weight else None
-    dbias = torch.empty_like(bias) if need_bias else None
-    run(batch_norm_backward_combine, partials, sums, dweight, dbias)
-    return sums, dweight, dbias
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):

@@ -1,0 +1,321 @@
+// Gradients of what follows conv_bn_pool (pooled_tail.cu): from dout to that of the convolution's output, and of all parameters on the way.
+//
+//     phat = (p - group_mean) group_invstd,  p = tanh(z),  xhat = (pooled - mean) invstd
+//     g = dz at the pooled values, dy = weight invstd (g at the chosen corner - mean(g) - xhat mean(g xhat)) at all pixels
+//
+// with the means over all pixels of a channel, or left out where the statistics were running ones. Four steps:
+//     pooled_backward                 g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those finite, the largest |g|
+//     pooled_parameter_gradients      sums of all images, and the exponent of a scale under which dy fits fp16
+//     conv_output_gradient_cells      dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores
+//     conv_output_gradient            dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
+//
+// Cells are those of fp16_cells.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what rounding left of
+// them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of dy_exponents [channels].
+//
+// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of conv_bn_pool.cu, mean,
+// invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh, saved_t (half_t, float), SPLIT (1 with half_t, 2 with float),
+// UNIT_WINDOWS and SAVED_SHIFT (conv_bn_pool.cu).
+#define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
+#include "pooled_tail.cuh"
+#include "fp16_cells.cuh"
+#include "tanh.cuh"
+
+#define WINDOWS_W ((OUT_W + 1) / 2)
+#define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
+
+enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
+    const scalar_t* __restrict__ dout, const float* __restrict__ pooled, const float* __restrict__ mean, const float* __restrict__ invstd,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
+    const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g, float* __restrict__ partials,
+    i64 images) {
+    __shared__ float totals[SUMS][JOBS], weights[JOBS];  // of each job; its channel's group_weight
+    int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
+    i64 start = (i64)blockIdx.x * SIZE;
+    float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
+    float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], tanhs[UNROLLED][ITEMS];
+    auto load = [&](const Job& job, float (&v)[ITEMS], float (&d)[ITEMS]) {
+        job.load(pooled + (i64)blockIdx.x * MEMBERS * STRIDE, STRIDE, v);
+        job.load(dout + start, PLANE, d);
+    };
+    if (RESIDENT)
+        #pragma unroll
+        for (int round = 0; round < UNROLLED; round++) {
+            Job job(round);
+            if (job.exists()) load(job, pools[round], gradients[round]);
+        }
+    #pragma unroll UNROLLED
+    for (int round = 0; round < ROUNDS; round++) {
+        Job job(round);
+        if (!job.exists()) continue;
+        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
+        if (!RESIDENT) load(job, v, d);
+        Norm norm(mean, invstd, weight, bias, channel + job.member);
+        float sum = 0, dot = 0, w = bn_weight(group_weight, channel + job.member);
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            p[i] = norm.tanh(v[i]);
+            sum += d[i];
+            dot += d[i] * bn_normalise(p[i], m, s);
+        }
+        sum = warp_sums(sum, dot);
+        if (lane % 16 == 0) totals[lane / 16][job.number] = sum;
+        if (lane == 0) weights[job.number] = w;
+    }
+    __syncthreads();
+    float mean_d = 0, mean_dot = 0;
+    for (int j = lane; j < JOBS; j += 32) mean_d += weights[j] * totals[0][j], mean_dot += weights[j] * totals[1][j];
+    float both = warp_sums(mean_d, mean_dot) / SIZE;
+    mean_d = __shfl_sync(0xFFFFFFFFu, both, 0);
+    mean_dot = __shfl_sync(0xFFFFFFFFu, both, 16);
+    #pragma unroll UNROLLED
+    for (int round = 0; round < ROUNDS; round++) {
+        Job job(round);
+        if (!job.exists()) continue;
+        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
+        Norm norm(mean, invstd, weight, bias, channel + job.member);
+        if (!RESIDENT) {
+            load(job, v, d);
+            #pragma unroll
+            for (int i = 0; i < ITEMS; i++) p[i] = norm.tanh(v[i]);
+        }
+        float sum = 0, dot = 0, largest = 0, w = weights[job.number], *to = g + start + job.first;
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            if (!job.inside(i)) continue;
+            d[i] = s * (w * d[i] - (mean_d + bn_normalise(p[i], m, s) * mean_dot)) * tanh_slope(p[i]);
+            to[i * 32] = d[i];
+            sum += d[i];
+            dot += d[i] * norm.normalise(v[i]);
+            largest = fmaxf(largest, fabsf(d[i]));  // passes over NaN
+        }
+        sum = warp_sums(sum, dot);
+        largest = warp_max(largest);
+        if (largest - largest != 0) {
+            largest = 0;
+            #pragma unroll
+            for (int i = 0; i < ITEMS; i++) largest = fmaxf(largest, job.inside(i) ? fabsf(finite_or_zero(d[i])) : 0);
+            largest = warp_max(largest);
+        }
+        if (lane % 16 == 0) totals[2 + lane / 16][job.number] = sum;
+        if (lane == 0) totals[LARGEST][job.number] = largest;
+    }
+    __syncthreads();
+    i64 image = blockIdx.x / GROUPS;
+    for (int i = threadIdx.x; i < SUMS * MEMBERS; i += 32 * WARPS) {
+        int what = i / MEMBERS, member = i % MEMBERS;
+        float total = totals[what][member * PARTS];
+        for (int part = 1; part < PARTS; part++) {
+            float other = totals[what][member * PARTS + part];
+            total = what == LARGEST ? fmaxf(total, other) : total + other;
+        }
+        partials[(what * images + image) * OUT_CHANNELS + channel + member] = total;
+    }
+}
+
+// One block a channel. sums [2][channels]: of g and g xhat. count: pixels of a channel. training: whether the batch's own statistics were
+// applied. The gradients are null where not wanted.
+//
+// |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by less than
+// |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's largest.
+extern "C" __global__ void __launch_bounds__(256) pooled_parameter_gradients(
+    const float* __restrict__ partials, const float* __restrict__ mean, const float* __restrict__ invstd, const param_t* __restrict__ weight,
+    float* __restrict__ sums, int* __restrict__ dy_exponents, param_t* __restrict__ dweight, param_t* __restrict__ dbias,
+    param_t* __restrict__ dgroup_weight, param_t* __restrict__ dgroup_bias, param_t* __restrict__ dconv_bias, i64 images, float count,
+    int training) {
+    __shared__ float warps[SUMS][8];
+    int c = blockIdx.x;
+    float total[SUMS] = {};
+    for (i64 image = threadIdx.x; image < images; image += 256)
+        #pragma unroll
+        for (int i = 0; i < SUMS; i++) {
+            float v = partials[(i * images + image) * OUT_CHANNELS + c];
+            total[i] = i == LARGEST ? fmaxf(total[i], v) : total[i] + v;
+        }
+    #pragma unroll
+    for (int i = 0; i < SUMS; i++) {
+        float v = i == LARGEST ? warp_max(total[i]) : warp_sum(total[i]);
+        if (threadIdx.x % 32 == 0) warps[i][threadIdx.x / 32] = v;
+    }
+    __syncthreads();
+    if (threadIdx.x) return;
+    #pragma unroll
+    for (int i = 0; i < SUMS; i++) {
+        total[i] = 0;
+        for (int w = 0; w < 8; w++) total[i] = i == LARGEST ? fmaxf(total[i], warps[i][w]) : total[i] + warps[i][w];
+    }
+    float scale = bn_weight(weight, c) * invstd[c];
+    sums[c] = total[2], sums[OUT_CHANNELS + c] = total[3];
+    if (dgroup_bias) dgroup_bias[c] = from_acc<param_t>(total[0]);
+    if (dgroup_weight) dgroup_weight[c] = from_acc<param_t>(total[1]);
+    if (dbias) dbias[c] = from_acc<param_t>(total[2]);
+    if (dweight) dweight[c] = from_acc<param_t>(total[3]);
+    float bound = total[LARGEST], means = 0;
+    if (training) {
+        means = fabsf(total[2] / count) + fabsf(total[3] / count) + fabsf(mean[c]);
+        bound += fabsf(total[2] / count) + (sqrt(count) + fabsf(mean[c] * invstd[c])) * fabsf(total[3] / count);
+    }
+    // Batch norm takes the bias out of its own batch, so there it has no influence at all: 0, or NaN.
+    if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? means - means : scale * total[2]);
+
+    // A channel of zeros, or without a finite dy, must not decide the scale of the others.
+    int exponent = 126;
+    if (scale != 0 && bound > 0 && scale - scale == 0 && means - means == 0) {
+        const unsigned largest = 0x7F7FFFFF;
+        unsigned v = finite_magnitude(bound), dy = finite_magnitude(multiply_unflushed(bound, fabsf(scale)));
+        // The second keeps g in range between the multiplications by 2^e and by `scale`.
+        exponent = min(scale_exponent(dy ? dy : largest), 112 + scale_exponent(v ? v : largest));
+    }
+    dy_exponents[c] = exponent;
+}
+
+// dy of one channel, times 2^e: the part that all pixels have, and what the chosen corner of a window adds.
+struct OutputGradient {
+    float mean, invstd, slope, offset, scale, enlarge;
+
+    // Without statistics that depend on the batch (sums null) all pixels have 0.
+    __device__ OutputGradient(const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
+        : mean(sums ? means[c] : 0), invstd(invstds[c]), slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0),
+          scale(bn_weight(weights, c)), enlarge(1) {}
+    __device__ void finish(float count, int e) {
+        scale *= invstd;
+        enlarge = power_of_two(e);
+        slope = -of_chosen(slope / count);
+        offset = -of_chosen(offset / count);
+    }
+    // y = kept * restore
+    __device__ float of(float kept, float restore) const { return (kept * restore - mean) * invstd * slope + offset; }
+    // In this order, which neither loses nor overflows what fits in the end.
+    __device__ float of_chosen(float g) const { return multiply_unflushed(g, enlarge) * scale; }
+};
+
+// A 2x2 window: its place among the pooled values, -1 at an odd edge.
+struct Window {
+    int row, column, pooled;
+
+    __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
+        pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
+    }
+};
+
+// What conv_bn_pool saved of a window.
+#if SPLIT == 1
+typedef uint2 Kept;
+__device__ inline void unpack(uint2 kept, float (&v)[4]) {
+    #pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = to_acc(half_t{(unsigned short)((i < 2 ? kept.x : kept.y) >> i % 2 * 16)});
+}
+// The exponent of a window's scale, but for its channel's.
+__device__ inline int kept_exponent(const int* unit_exponents, i64 image, int window) {
+    return unit_exponents[image * ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS) + window / UNIT_WINDOWS] - SAVED_SHIFT;
+}
+// What undoes the scale. |y| below 2^-111 or above 2^112 is not restored in full: batch norm then sees zeros, or distances whose
+// squares overflow.
+__device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
+#else
+typedef float4 Kept;
+__device__ inline void unpack(float4 kept, float (&v)[4]) { v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w; }
+__device__ inline int kept_exponent(const int*, i64, int) { return 0; }
+__device__ inline float restoring(int) { return 1; }
+#endif
+
+// A block turns a tile of 32 SPLIT windows and one chunk of channels into cells. A thread computes eight channels of a window, whose
+// 16 bytes of four cells meet those of the other threads in shared memory.
+extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
+    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
+    const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
+    const param_t* __restrict__ weight, const float* __restrict__ sums, const int* __restrict__ dy_exponents, half_t* __restrict__ cells,
+    float count) {
+    enum { TILE = 32 * SPLIT, TILES = (WINDOWS + TILE - 1) / TILE, OCTETS = CHUNK_CHANNELS / 8 };
+    struct __align__(16) Channel { OutputGradient gradient; int exponent, unused; };
+    __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
+    __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
+    int tile = blockIdx.x % TILES, chunk = blockIdx.x / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    i64 image = blockIdx.x / (TILES * CHUNKS);
+    int place = warp / OCTETS * 32 + lane, octet = warp % OCTETS, c = chunk * CHUNK_CHANNELS + octet * 8;
+    int at = min(tile * TILE + place, WINDOWS - 1);  // cells past the last window are written to shared memory alone
+    bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
+
+    Kept kept[8] = {};
+    float chosen[8];
+    int tap[8], exponent = kept_exponent(unit_exponents, image, at);
+    if (real) {
+        i64 plane = image * OUT_CHANNELS + c;
+        Window window(at);
+        const Kept* from = (const Kept*)saved + plane * STRIDE + at;
+        if (sums)
+            #pragma unroll
+            for (int j = 0; j < 8; j++) kept[j] = from[j * STRIDE];
+        const float* g_from = g + plane * PLANE + max(window.pooled, 0);
+        const u8* tap_from = taps + plane * STRIDE + max(window.pooled, 0);
+        #pragma unroll
+        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * STRIDE];
+        if (window.pooled < 0)
+            #pragma unroll
+            for (int j = 0; j < 8; j++) tap[j] = -1;
+    }
+    int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1), least = 126;
+    Channel channel = {OutputGradient(mean, invstd, weight, sums, own), SPLIT == 1 ? exponents[own] : 0};
+    #pragma unroll
+    for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
+    for (int lanes = 16; lanes > 0; lanes >>= 1) least = min(least, __shfl_xor_sync(0xFFFFFFFFu, least, lanes));
+    if (threadIdx.x < CHUNK_CHANNELS) {
+        channel.gradient.finish(count, least);
+        ((Channel*)channels)[threadIdx.x] = channel;
+    }
+    __syncthreads();
+
+    float v[4][8] = {};
+    if (real)
+        #pragma unroll
+        for (int j = 0; j < 8; j++) {
+            channel = ((const Channel*)channels)[octet * 8 + j];
+            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]), window[4];
+            unpack(kept[j], window);
+            #pragma unroll
+            for (int corner = 0; corner < 4; corner++)
+                v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == tap[j] ? add : 0);
+        }
+    #pragma unroll
+    for (int corner = 0; corner < 4; corner++) store_cell(corners[corner], place, octet, v[corner], place & 7);
+    __syncthreads();
+
+    uint4* to = (uint4*)cells + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
+    int right = threadIdx.x / 8 % 2;
+    #pragma unroll
+    for (int i = 0; i < TILE; i += 16) {
+        int w = i + threadIdx.x / 16;
+        Window window(tile * TILE + w);
+        int column = window.column * 2 + right;
+        #pragma unroll
+        for (int lower = 0; lower < 2; lower++) {
+            int h = window.row * 2 + lower;
+            if (h < OUT_H && column < OUT_W)  // so for no window past the last
+                to[(h * OUT_W + column) * 8] = *(const uint4*)(corners[lower * 2 + right] + cell_offset(w, threadIdx.x % 8));
+        }
+    }
+}
+
+// A thread computes one window.
+extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
+    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
+    const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
+    const param_t* __restrict__ weight, const float* __restrict__ sums, scalar_t* __restrict__ dy, float count) {
+    int at = blockIdx.y * blockDim.x + threadIdx.x, c = blockIdx.x % OUT_CHANNELS;
+    i64 plane = blockIdx.x;
+    if (at >= WINDOWS) return;
+    Window window(at);
+    OutputGradient gradient(mean, invstd, weight, sums, c);
+    gradient.finish(count, 0);
+    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, at));
+    float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]), v[4];
+    int tap = window.pooled < 0 ? -1 : taps[plane * STRIDE + window.pooled];
+    unpack(sums ? ((const Kept*)saved)[plane * STRIDE + at] : Kept(), v);
+    #pragma unroll
+    for (int corner = 0; corner < 4; corner++) {
+        int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
+        if (h < OUT_H && w < OUT_W)
+            dy[(plane * OUT_H + h) * OUT_W + w] = from_acc<scalar_t>(gradient.of(v[corner], restore) + (corner == tap ? add : 0));
+    }
+}
