@@ -5,12 +5,13 @@ The convolution is one that `conv_transpose_mma.plan` takes. All tensors have on
 float16, or int16 that holds bfloat16; statistics and what is saved have the types that `buffers` says.
 """
 
+import functools
 import math
 
 import numpy as np
 
 from .common import THREADS, accumulator, ceil_div, scalar
-from .conv_transpose_mma import Plan, launch_units, pack_weight, sample_plans
+from .conv_transpose_mma import Plan, launch_units, pack_kernel, pack_weight, sample_plans
 from .launch import launch
 from .source import Kernel, Variant
 
@@ -19,6 +20,7 @@ DTYPES = (np.float32, np.float16, np.int32, np.uint8)  # of `buffers`
 _GROUP_BYTES = 96 * 1024  # of shared memory, for pooled_backward, which needs twice what pooled_forward does
 
 
+@functools.lru_cache(maxsize=1024)
 def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that the forward writes besides `out`; absent ones are None.
 
@@ -59,8 +61,8 @@ def conv_bn_pool_forward(
     group_weight,
     group_bias,
     out,
-    *written,
-    names: tuple[str, ...],
+    written,
+    *,
     plan: Plan,
     training: bool,
     momentum: float,
@@ -71,37 +73,47 @@ def conv_bn_pool_forward(
     """out = group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
 
     conv_bias, weight, bias, group_weight, group_bias: may be None. running_mean, running_var: updated in training,
-    where they may be None. written: arrays for `names`, as `buffers` describes them.
+    where they may be None. written: {name: array} as `buffers` describes
+    them.
     """
-    b = dict(zip(names, written, strict=True))
-    pack_weight(plan, w, b["packed"], b["exponents"])
-    name = scalar(x)
-    macros = _pool_macros(plan, training, "saved" in b)
+    _, pool, statistics, tail = kernels(plan, training, "saved" in written)
+    pack_weight(plan, w, written["packed"], written["exponents"])
     launch_units(
         plan,
-        Kernel("conv_bn_pool.cu", "conv_bn_pool", macros),
+        pool,
         x,
-        (x, b["packed"], b["exponents"], weight, b["pooled"], b.get("partials"))
-        + (b.get("taps"), b.get("saved"), b.get("unit_exponents")),
+        (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
+        + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
         shared_bytes=plan.threads * 16 if training else 0,
     )
     images, channels = out.shape[:2]
-    tail = _tail_macros(plan, name)
     launch(
-        Kernel("pooled_tail.cu", "conv_bn_statistics", tail),
+        statistics,
         (channels, 1, 1),
         (THREADS, 1, 1),
-        (b.get("partials"), conv_bias, running_mean, running_var, b["mean"], b["invstd"])
+        (written.get("partials"), conv_bias, running_mean, running_var, written["mean"], written["invstd"])
         + (momentum, eps, channels, images * plan.units, training),
     )
     members, plane = channels // groups, math.prod(out.shape[2:])
     launch(
-        Kernel("pooled_tail.cu", "pooled_forward", tail),
+        tail,
         (images * groups, 1, 1),
         (THREADS, 1, 1),
-        (b["pooled"], b["mean"], b["invstd"], weight, bias, group_weight, group_bias, out)
-        + (b["group_mean"], b["group_invstd"], channels, groups, plane, group_eps),
+        (written["pooled"], written["mean"], written["invstd"], weight, bias, group_weight, group_bias, out)
+        + (written["group_mean"], written["group_invstd"], channels, groups, plane, group_eps),
         members * plane * 4,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def kernels(p: Plan, training: bool, keep: bool) -> tuple[Kernel, Kernel, Kernel, Kernel]:
+    """What `conv_bn_pool_forward` launches, in order."""
+    tail = _tail_macros(p, dict(p.macros)["scalar_t"])
+    return (
+        pack_kernel(p),
+        Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
+        Kernel("pooled_tail.cu", "conv_bn_statistics", tail),
+        Kernel("pooled_tail.cu", "pooled_forward", tail),
     )
 
 

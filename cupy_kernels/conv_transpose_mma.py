@@ -132,8 +132,12 @@ def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents) -> None:
 
 def pack_weight(p: Plan, w, packed, exponents) -> None:
     """Writes the workspaces `packed` and `exponents` that the plan's kernel reads."""
-    kernel = Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
-    launch(kernel, (p.rows, 1, 1), (THREADS, 1, 1), (w, packed, exponents))
+    launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, packed, exponents))
+
+
+def pack_kernel(p: Plan) -> Kernel:
+    """What `pack_weight` launches."""
+    return Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
 
 
 def launch_units(p: Plan, kernel: Kernel, x, args, shared_bytes: int = 0) -> None:
