@@ -158,6 +158,7 @@ def conv_output_gradient(
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def obstacle(p: Plan, groups: int) -> str | None:
     """Why these kernels do not take what follows the convolution, or None if they do."""
     macros = dict(p.macros)

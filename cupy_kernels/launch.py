@@ -31,21 +31,22 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     if 0 in grid:
         return
     _check_limits(kernel, grid, block)
-    cast, arrays = [], []
+    arrays = [arg for parameter, arg in zip(parameters, args) if parameter.pointer and arg is not None]
+    on_gpu = _on_gpu(kernel, arrays)
+    null = _NULL if on_gpu else None
+    cast = []
     for parameter, arg in zip(parameters, args):
         if not parameter.pointer:
             arg = _number(kernel, parameter, arg)
-        elif arg is not None:
-            arrays.append(arg)
+        elif arg is None:
+            arg = null
+        elif not arg.flags.c_contiguous or (parameter.dtype is not None and arg.dtype != parameter.dtype):
+            _refuse(kernel, parameter, arg)
         cast.append(arg)
-    on_gpu = _on_gpu(kernel, arrays)
-    for parameter, arg in zip(parameters, args):
-        if parameter.pointer and arg is not None:
-            _check_array(kernel, parameter, arg)
     if on_gpu:
         function = compiler.function(kernel, shared_bytes)
         _check_device(kernel, arrays)
-        function(grid, block, [_NULL if arg is None else arg for arg in cast], shared_mem=shared_bytes)
+        function(grid, block, cast, shared_mem=shared_bytes)
     else:
         emulator.run(kernel, parameters, grid, block, cast, shared_bytes)
 
@@ -78,11 +79,10 @@ def _check_device(kernel, arrays):
             raise RuntimeError(f"{kernel} starts on the current device {current}; its arrays are on {devices}")
 
 
-def _check_array(kernel, parameter, array):
+def _refuse(kernel, parameter, array):
     if not array.flags.c_contiguous:
         raise ValueError(f"{kernel}: {parameter.name} is not contiguous (shape {array.shape}, strides {array.strides})")
-    if parameter.dtype is not None and array.dtype != parameter.dtype:
-        raise TypeError(f"{kernel}: {parameter.name} is {array.dtype}, the kernel takes {parameter.dtype}")
+    raise TypeError(f"{kernel}: {parameter.name} is {array.dtype}, the kernel takes {parameter.dtype}")
 
 
 def _number(kernel, parameter, value):

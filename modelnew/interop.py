@@ -198,9 +198,11 @@ def accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def pair(value, name: str) -> tuple[int, int]:
     """(value, value) for an int, (a, b) for two of them. TypeError or ValueError for anything else."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return value, value
+    values = tuple(value)
     if len(values) == 1:
         values *= 2
-    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+    if len(values) != 2 or not (isinstance(values[0], int) and isinstance(values[1], int)):
         raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
     return values

@@ -15,7 +15,7 @@ from ..numerics import check_numerics, resolve, tensor_core_plan
 from .batch_norm import check_batch_norm, check_batch_norm_call, run_updating
 from .conv_transpose import conv_gradients
 
-_checked = set()
+_checked = set()  # what calls passed `_check`
 
 
 class _Fused(torch.autograd.Function):
@@ -139,17 +139,13 @@ def conv_bn_tanh_max_pool_group_norm(
     check_numerics(numerics)
     others = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
     check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    facts = (
-        training,
-        num_groups,
-        *((t.shape, t.dtype, t.device) if t is not None else None for t in (input, conv_weight, *others)),
-    )
     geometry = _geometry(padding)
-    if (facts, geometry) not in _checked:
+    key = (training, num_groups, geometry, *map(_facts, (input, conv_weight, *others)))
+    if key not in _checked:
         _check(input, conv_weight, others, geometry, training, momentum, eps, num_groups)
-        if len(_checked) > 1000:
+        if len(_checked) == 1000:
             _checked.clear()
-        _checked.add((facts, geometry))
+        _checked.add(key)
     plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
     if not plan:
         raise ValueError(f"the fused kernels do not take this: {reason}")
@@ -165,6 +161,10 @@ def conv_bn_tanh_max_pool_group_norm(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     rest = (running_mean, running_var, geometry, resolve(numerics, input), keep, options)
     return _Fused.apply(*tensors, *rest)
+
+
+def _facts(tensor):
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 
 def _check(input, conv_weight, others, geometry, training, momentum, eps, num_groups):
