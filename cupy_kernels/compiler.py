@@ -39,7 +39,8 @@ def cupy():
 def on_compile(listener):
     """Calls listener(kernel) before each variant that this process compiles or loads from a disk cache, on any backend.
 
-    The kernels of one file with the same macros are one compilation: the first that is launched is named.
+    The kernels of one file with the same macros are one compilation: the first that is launched is named. The call
+    comes from the thread that compiles.
     Returns a function that ends it.
     """
     _listeners.append(listener)
@@ -71,13 +72,13 @@ def function(kernel: Kernel, shared_bytes: int = 0):
 def prepare(kernels: Iterable[Kernel]) -> None:
     """Compiles those of `kernels` that are not compiled yet for the current device, all at the same time.
 
-    NVRTC from CUDA 12.3 on compiles in as many threads as call it; older ones take turns. The first error, if any, is
-    raised once all are done.
+    For a caller that knows what it is going to launch: launches would compile one after the other. NVRTC of CUDA 12
+    and newer compiles in as many threads as call it, 11.8's threads take turns. Errors come once all are done.
     """
     device = cupy().cuda.runtime.getDevice()
     missing = {(expanded(k.file), k.defines): k for k in kernels if _module_key(k, device) not in _modules}
-    if not missing:
-        return
+    if len(missing) < 2:
+        return  # the launch compiles it
     with ThreadPoolExecutor(len(missing)) as threads:
         for compiled in [threads.submit(_module, kernel, device) for kernel in missing.values()]:
             compiled.result()

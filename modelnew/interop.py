@@ -111,14 +111,13 @@ def _array(memory, offset, shape, dtype):
 
 def one_device(args) -> torch.device:
     """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
-    device = None
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            if device is None:
-                device = arg.device
-            elif arg.device != device:
-                devices = sorted({str(a.device) for a in args if isinstance(a, torch.Tensor)})
-                raise RuntimeError(f"tensors must be on one device, received {', '.join(devices)}; use .to(...)")
+    tensors = [arg.memory if isinstance(arg, (Part, Workspace)) else arg for arg in args]
+    tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            received = ", ".join(sorted({str(t.device) for t in tensors}))
+            raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
     if device.type not in ("cuda", "cpu"):
         raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
     return device
