@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 from cupy_kernels import compiler
+from cupy_kernels.source import Kernel
 
 # What kernels compute with, and their name for it.
 FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
@@ -59,7 +61,7 @@ def view(tensor: torch.Tensor):
 
     On a GPU CuPy gets the bare DLPack capsule. The protocol around it, `__dlpack__`, would make streams wait for each
     other; but the view is used on the stream that the tensor belongs to, waiting breaks the capture of a CUDA graph,
-    and the protocol takes four times as long.
+    and the protocol costs several times the view itself.
     """
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -123,6 +125,13 @@ def one_device(args) -> torch.device:
     return device
 
 
+def compile_together(kernels: Iterable[Kernel], device: torch.device) -> None:
+    """`compiler.prepare` for a GPU; the emulator compiles at each launch. To be called once, not at each call."""
+    if device.type == "cuda":
+        with launching_on(device):
+            compiler.prepare(kernels)
+
+
 _nothing = contextlib.nullcontext()
 
 
@@ -131,7 +140,7 @@ def launching_on(device: torch.device):
     if device.type == "cpu":
         return _nothing
     cuda = compiler.cupy().cuda
-    stream = torch._C._cuda_getCurrentRawStream(device.index)  # torch.cuda.current_stream takes 20 times as long
+    stream = torch._C._cuda_getCurrentRawStream(device.index)  # without the object around it
     if cuda.runtime.getDevice() == device.index and cuda.get_current_stream().ptr == stream:
         return _nothing
     return _switched(cuda, device.index, stream)

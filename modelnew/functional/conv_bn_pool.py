@@ -5,12 +5,11 @@ import functools
 import torch
 from torch.autograd.function import once_differentiable
 
-from cupy_kernels import compiler
 from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels.batch_norm import batch_norm_backward_combine
 from cupy_kernels.conv_transpose import Geometry, output_shape
 
-from ..interop import Layout, Part, Workspace, aligned, dense, launching_on, one_device, pair, run
+from ..interop import Layout, Part, Workspace, aligned, compile_together, dense, one_device, pair, run
 from ..numerics import check_numerics, resolve, tensor_core_plan
 from .batch_norm import check_batch_norm, check_batch_norm_call, run_updating
 from .conv_transpose import conv_gradients
@@ -80,9 +79,7 @@ class _Fused(torch.autograd.Function):
 @functools.lru_cache(maxsize=1024)
 def _prepare(plan, x_shape, groups, training, keep, device) -> Layout:
     """Layout of the workspace. Compiles the forward's kernels at the same time, where launches would one by one."""
-    if device.type == "cuda":
-        with launching_on(device):
-            compiler.prepare(ops.kernels(plan, training, keep))
+    compile_together(ops.kernels(plan, training, keep), device)
     return Layout(ops.buffers(plan, x_shape, groups, training, keep))
 
 
