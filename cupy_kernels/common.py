@@ -1,7 +1,10 @@
 """What the operators' host sides share: macros for a dtype, launch sizes, and checks whose errors say what to do."""
 
+import functools
+
 import numpy as np
 
+from . import compiler
 from .source import SCALARS
 
 FLOATS = ("float", "double", "half_t", "bf16_t")
@@ -77,4 +80,9 @@ def check_per_channel(channels, **arrays) -> None:
 
 def multiprocessors(array) -> int:
     """How many multiprocessors the array's GPU has; 1 for the emulator."""
-    return 1 if isinstance(array, np.ndarray) else array.device.attributes["MultiProcessorCount"]
+    return 1 if isinstance(array, np.ndarray) else _multiprocessors(array.data.device_id)
+
+
+@functools.cache
+def _multiprocessors(device_id):
+    return compiler.cupy().cuda.Device(device_id).attributes["MultiProcessorCount"]

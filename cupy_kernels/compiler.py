@@ -1,12 +1,15 @@
 """Kernel text -> function on the current GPU, through cupy.RawModule."""
 
 import functools
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from . import nvrtc
 from .errors import BackendError
 from .source import Kernel, compile_error, expanded
 
 _functions = {}
+_shared_bytes = {}
 _modules = {}
 _listeners = []
 
@@ -36,7 +39,8 @@ def cupy():
 def on_compile(listener):
     """Calls listener(kernel) before each variant that this process compiles or loads from a disk cache, on any backend.
 
-    The kernels of one file with the same macros are one compilation: the first that is launched is named.
+    The kernels of one file with the same macros are one compilation: the first that is launched is named. The call
+    comes from the thread that compiles.
     Returns a function that ends it.
     """
     _listeners.append(listener)
@@ -55,29 +59,46 @@ def function(kernel: Kernel, shared_bytes: int = 0):
     One module for a file and its macros; CuPy keeps its cubin on disk for the next process. KernelCompileError if the
     text does not compile. More than 48 KiB of dynamic shared memory is allowed for as `shared_bytes` says.
     """
-    import cupy
-
-    device = cupy.cuda.runtime.getDevice()
+    device = cupy().cuda.runtime.getDevice()
     key = (kernel, expanded(kernel.file), device)
     found = _functions.get(key)
     if found is None:
         found = _functions[key] = _module(kernel, device).get_function(kernel.name)
-    if shared_bytes > DEFAULT_SHARED_BYTES and found.max_dynamic_shared_size_bytes < shared_bytes:
-        found.max_dynamic_shared_size_bytes = shared_bytes
+    if shared_bytes > _shared_bytes.get(key, DEFAULT_SHARED_BYTES):
+        found.max_dynamic_shared_size_bytes = _shared_bytes[key] = shared_bytes
     return found
 
 
+def prepare(kernels: Iterable[Kernel]) -> None:
+    """Compiles those of `kernels` that are not compiled yet for the current device, all at the same time.
+
+    For a caller that knows what it is going to launch: launches would compile one after the other. NVRTC of CUDA 12
+    and newer compiles in as many threads as call it, 11.8's threads take turns. Errors come once all are done.
+    """
+    device = cupy().cuda.runtime.getDevice()
+    missing = {(expanded(k.file), k.defines): k for k in kernels if _module_key(k, device) not in _modules}
+    if len(missing) < 2:
+        return  # the launch compiles it
+    with ThreadPoolExecutor(len(missing)) as threads:
+        for compiled in [threads.submit(_module, kernel, device) for kernel in missing.values()]:
+            compiled.result()
+
+
 def _module(kernel: Kernel, device: int):
-    text = expanded(kernel.file)
-    key = (text, kernel.defines, device)
+    key = _module_key(kernel, device)
     if key not in _modules:
         backend = cupy()
         announce(kernel)
         options = (nvrtc.STANDARD, *(f"-D{k}={v}" for k, v in kernel.defines))
-        module = backend.RawModule(code=text, options=options)
+        module = backend.RawModule(code=expanded(kernel.file), options=options)
         try:
-            module.compile()
+            with backend.cuda.Device(device):  # each thread has its own current device
+                module.compile()
         except backend.cuda.compiler.CompileException as error:
             raise compile_error(kernel, str(error)) from error
         _modules[key] = module
     return _modules[key]
+
+
+def _module_key(kernel, device):
+    return expanded(kernel.file), kernel.defines, device

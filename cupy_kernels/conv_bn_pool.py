@@ -5,12 +5,13 @@ The convolution is one that `conv_transpose_mma.plan` takes. All tensors have on
 float16, or int16 that holds bfloat16; statistics and what is saved have the types that `buffers` says.
 """
 
+import functools
 import math
 
 import numpy as np
 
 from .common import THREADS, accumulator, ceil_div
-from .conv_transpose_mma import Plan, launch_units, pack_weight, sample_plans
+from .conv_transpose_mma import Plan, launch_units, pack_kernel, pack_weight, sample_plans
 from .launch import launch
 from .source import Kernel, Variant
 
@@ -29,6 +30,7 @@ _TAIL_SAMPLES = (
 )
 
 
+@functools.lru_cache(maxsize=1024)
 def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that the forward writes besides `out`; absent ones are None.
 
@@ -68,8 +70,8 @@ def conv_bn_pool_forward(
     group_weight,
     group_bias,
     out,
-    *written,
-    names: tuple[str, ...],
+    written,
+    *,
     plan: Plan,
     training: bool,
     momentum: float,
@@ -80,34 +82,45 @@ def conv_bn_pool_forward(
     """out = group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
 
     conv_bias, weight, bias, group_weight, group_bias: may be None. running_mean, running_var: updated in training,
-    where they may be None. written: arrays for `names`, as `buffers` describes them.
+    where they may be None. written: {name: array} as `buffers` describes
+    them.
     """
-    b = dict(zip(names, written, strict=True))
-    pack_weight(plan, w, b["packed"], b["exponents"], signs=weight)
-    macros = _pool_macros(plan, training, "saved" in b)
+    _, pool, statistics, tail = kernels(plan, groups, training, "saved" in written)
+    pack_weight(plan, w, written["packed"], written["exponents"], signs=weight)
     launch_units(
         plan,
-        Kernel("conv_bn_pool.cu", "conv_bn_pool", macros),
+        pool,
         x,
-        (x, b["packed"], b["exponents"], weight, b["pooled"], b.get("partials"))
-        + (b.get("taps"), b.get("saved"), b.get("unit_exponents")),
+        (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
+        + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
         shared_bytes=plan.threads * 16 if training else 0,
     )
     images, channels = out.shape[:2]
-    tail = _tail_macros(plan, groups)
     launch(
-        Kernel("pooled_tail.cu", "conv_bn_statistics", tail),
+        statistics,
         (channels, 1, 1),
         (THREADS, 1, 1),
-        (b.get("partials"), conv_bias, running_mean, running_var, b["mean"], b["invstd"])
+        (written.get("partials"), conv_bias, running_mean, running_var, written["mean"], written["invstd"])
         + (momentum, eps, channels, images * plan.units, training),
     )
     launch(
-        Kernel("pooled_tail.cu", "pooled_forward", tail),
+        tail,
         (images * groups, 1, 1),
-        (_tail_threads(tail), 1, 1),
-        (b["pooled"], b["mean"], b["invstd"], weight, bias, group_weight, group_bias, out)
-        + (b["group_mean"], b["group_invstd"], group_eps),
+        (_tail_threads(tail.defines), 1, 1),
+        (written["pooled"], written["mean"], written["invstd"], weight, bias, group_weight, group_bias, out)
+        + (written["group_mean"], written["group_invstd"], group_eps),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, Kernel, Kernel, Kernel]:
+    """What `conv_bn_pool_forward` launches, in order."""
+    tail = _tail_macros(p, groups)
+    return (
+        pack_kernel(p),
+        Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
+        Kernel("pooled_tail.cu", "conv_bn_statistics", tail),
+        Kernel("pooled_tail.cu", "pooled_forward", tail),
     )
 
 
@@ -227,6 +240,7 @@ def cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
     return images, chunks, macros["OUT_H"] * macros["OUT_W"], 64
 
 
+@functools.lru_cache(maxsize=1024)
 def obstacle(p: Plan, groups: int) -> str | None:
     """Why these kernels do not take what follows the convolution, or None if they do."""
     macros = dict(p.macros)
@@ -281,6 +295,7 @@ def _tail_macros(p: Plan, groups: int):
     return _tail_defines(dict(p.macros), groups)
 
 
+@functools.lru_cache(maxsize=1024)
 def _backward_macros(p: Plan, groups: int):
     macros = dict(p.macros)
     unit_windows = macros["UNIT_PASSES"] * macros["WARPS_N"] * 16

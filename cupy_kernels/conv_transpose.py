@@ -4,6 +4,8 @@ Shapes: x [N, G*Ci, H, W], w [G*Ci, Co, KH, KW], bias [G*Co], y [N, G*Co, OH, OW
 group and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +31,7 @@ class Geometry(NamedTuple):
     groups: int
 
 
+@functools.lru_cache(maxsize=1024)
 def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, int]:
     """Shape of y. ValueError for ranks, channels, hyper-parameters or sizes that no transposed convolution has."""
     if len(x_shape) != 4 or len(w_shape) != 4:
@@ -62,7 +65,7 @@ def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, i
         raise ValueError(f"output size would be {size}: padding {g.padding} is too large for input {tuple(x_shape)}")
     shape = (x_shape[0], w_shape[1] * g.groups, *size)
     for name, s in (("input", x_shape), ("output", shape), ("weight", (1, *w_shape))):
-        if np.prod(s[1:], dtype=object) > _INT_MAX:
+        if math.prod(s[1:]) > _INT_MAX:
             raise ValueError(f"one image of the {name} has more than {_INT_MAX} elements: shape {tuple(s)}")
     for name, s in (("input", x_shape), ("output", shape)):
         if s[0] * s[2] * s[3] > _INT_MAX - 1024:  # room for a tile
@@ -72,7 +75,7 @@ def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, i
 
 def packed_weight_size(w_shape) -> int:
     """Elements of the workspace `packed`, of the accumulator's dtype, that forward and dgrad take."""
-    return int(np.prod(w_shape))
+    return math.prod(w_shape)
 
 
 def conv_transpose_forward(x, w, bias, y, packed, geometry: Geometry) -> None:
@@ -115,7 +118,7 @@ def _gather(source, w, bias, out, packed, geometry, dgrad):
 
 def wgrad_workspace_size(x_shape, w_shape, geometry: Geometry, double: bool) -> int:
     """Elements of the workspace `partial` that wgrad takes, of the accumulator's dtype (`double`: it is float64)."""
-    return _wgrad_plan(x_shape, w_shape, geometry, double)[1] * int(np.prod(w_shape))
+    return _wgrad_plan(x_shape, w_shape, geometry, double)[1] * math.prod(w_shape)
 
 
 def conv_transpose_wgrad(x, dy, dw, partial, geometry: Geometry) -> None:

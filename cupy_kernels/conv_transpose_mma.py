@@ -135,8 +135,12 @@ def pack_weight(p: Plan, w, packed, exponents, signs=None) -> None:
 
     signs: for each row one value; where it is negative, so are the packed weights.
     """
-    kernel = Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
-    launch(kernel, (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents))
+    launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents))
+
+
+def pack_kernel(p: Plan) -> Kernel:
+    """What `pack_weight` launches."""
+    return Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
 
 
 def launch_units(p: Plan, kernel: Kernel, x, args, shared_bytes: int = 0) -> None:

@@ -9,6 +9,9 @@ GRID_LIMITS = (2**31 - 1, 65535, 65535)
 BLOCK_LIMITS = (1024, 1024, 64)
 MAX_THREADS = 1024
 
+_NULL = np.uint64(0)  # what CuPy passes as a null pointer
+_NUMPY = {np.ndarray}
+
 
 def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     """Starts `kernel` on the current device, in CuPy's current stream; on NumPy arrays, runs it on the emulator.
@@ -28,13 +31,22 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     if 0 in grid:
         return
     _check_limits(kernel, grid, block)
-    arrays = [arg for p, arg in zip(parameters, args) if p.pointer and arg is not None]
+    arrays = [arg for parameter, arg in zip(parameters, args) if parameter.pointer and arg is not None]
     on_gpu = _on_gpu(kernel, arrays)
-    cast = [_checked(kernel, p, arg) if p.pointer else _number(kernel, p, arg) for p, arg in zip(parameters, args)]
+    null = _NULL if on_gpu else None
+    cast = []
+    for parameter, arg in zip(parameters, args):
+        if not parameter.pointer:
+            arg = _number(kernel, parameter, arg)
+        elif arg is None:
+            arg = null
+        elif not arg.flags.c_contiguous or (parameter.dtype is not None and arg.dtype != parameter.dtype):
+            _refuse(kernel, parameter, arg)
+        cast.append(arg)
     if on_gpu:
         function = compiler.function(kernel, shared_bytes)
         _check_device(kernel, arrays)
-        function(grid, block, [np.uint64(0) if arg is None else arg for arg in cast], shared_mem=shared_bytes)
+        function(grid, block, cast, shared_mem=shared_bytes)
     else:
         emulator.run(kernel, parameters, grid, block, cast, shared_bytes)
 
@@ -50,8 +62,8 @@ def _check_limits(kernel, grid, block):
 
 def _on_gpu(kernel, arrays) -> bool:
     """Whether the arrays are CuPy's (else NumPy's)."""
-    kinds = {type(array) for array in arrays}
-    if kinds == {np.ndarray}:
+    kinds = set(map(type, arrays))
+    if kinds == _NUMPY:
         return False
     if len(kinds) != 1 or not next(iter(kinds)).__module__.startswith("cupy"):
         received = ", ".join(sorted(f"{t.__module__}.{t.__qualname__}" for t in kinds))
@@ -60,22 +72,17 @@ def _on_gpu(kernel, arrays) -> bool:
 
 
 def _check_device(kernel, arrays):
-    import cupy
+    current = compiler.cupy().cuda.runtime.getDevice()
+    for array in arrays:
+        if array.data.device_id != current:
+            devices = sorted({a.data.device_id for a in arrays})
+            raise RuntimeError(f"{kernel} starts on the current device {current}; its arrays are on {devices}")
 
-    current = cupy.cuda.runtime.getDevice()
-    devices = {array.data.device_id for array in arrays}
-    if devices != {current}:
-        raise RuntimeError(f"{kernel} starts on the current device {current}; its arrays are on {sorted(devices)}")
 
-
-def _checked(kernel, parameter, array):
-    if array is None:
-        return None
+def _refuse(kernel, parameter, array):
     if not array.flags.c_contiguous:
         raise ValueError(f"{kernel}: {parameter.name} is not contiguous (shape {array.shape}, strides {array.strides})")
-    if parameter.dtype is not None and array.dtype != parameter.dtype:
-        raise TypeError(f"{kernel}: {parameter.name} is {array.dtype}, the kernel takes {parameter.dtype}")
-    return array
+    raise TypeError(f"{kernel}: {parameter.name} is {array.dtype}, the kernel takes {parameter.dtype}")
 
 
 def _number(kernel, parameter, value):

@@ -1,79 +1,178 @@
 """The border between torch and the kernels: DLPack views of tensors, on the tensors' device and torch's stream."""
 
 import contextlib
+import functools
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.dlpack import to_dlpack
 
 from cupy_kernels import compiler
+from cupy_kernels.source import Kernel
 
 # What kernels compute with, and their name for it.
 FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
 
 
-class _Capsule:
-    """A tensor as DLPack's protocol wants it, without the stream synchronisation of torch's own `__dlpack__`.
+class Part(NamedTuple):
+    """An array in a workspace's memory. dtype: NumPy's."""
 
-    The view is used on the stream that the tensor belongs to, so there is nothing to wait for; and waiting would break
-    the capture of a CUDA graph and costs 14 us a tensor.
-    """
+    memory: torch.Tensor
+    offset: int  # in bytes
+    shape: tuple[int, ...]
+    dtype: type
 
-    def __init__(self, tensor):
-        self.tensor = tensor
+    def tensor(self) -> torch.Tensor:
+        """The part as a tensor that shares the memory."""
+        dtype = np.dtype(self.dtype)
+        end = self.offset + math.prod(self.shape) * dtype.itemsize
+        return self.memory[self.offset : end].view(getattr(torch, dtype.name)).view(self.shape)
 
-    def __dlpack__(self, **_):
-        return to_dlpack(self.tensor)
 
-    def __dlpack_device__(self):
-        return (2, self.tensor.device.index)  # kDLCUDA
+class Layout:
+    """Where arrays, {name: (shape, NumPy type)}, lie in one piece of memory."""
+
+    def __init__(self, arrays: dict[str, tuple[tuple[int, ...], type]]):
+        self.places, self.size = {}, 0
+        for name, (shape, dtype) in arrays.items():
+            self.places[name] = (self.size, shape, dtype)
+            self.size += -(-math.prod(shape) * np.dtype(dtype).itemsize // 256) * 256
+
+
+class Workspace(NamedTuple):
+    """Many arrays in one tensor: one allocation, one DLPack view and one saved tensor for all of them."""
+
+    memory: torch.Tensor
+    layout: Layout
+
+    @classmethod
+    def empty(cls, layout: Layout, device: torch.device) -> "Workspace":
+        return cls(torch.empty(layout.size, dtype=torch.uint8, device=device), layout)
+
+    def part(self, name: str) -> Part:
+        return Part(self.memory, *self.layout.places[name])
 
 
 def view(tensor: torch.Tensor):
-    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16."""
-    tensor = tensor.detach()
+    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16.
+
+    On a GPU CuPy gets the bare DLPack capsule. The protocol around it, `__dlpack__`, would make streams wait for each
+    other; but the view is used on the stream that the tensor belongs to, waiting breaks the capture of a CUDA graph,
+    and the protocol costs several times the view itself.
+    """
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.int16)
     if tensor.is_cuda:
-        return compiler.cupy().from_dlpack(_Capsule(tensor))
+        return compiler.cupy().from_dlpack(to_dlpack(tensor))
     return tensor.numpy()  # NumPy's from_dlpack returns a read-only array
 
 
 def run(operation, *args, **options):
-    """operation(*args, **options) with every tensor among `args` replaced by its view.
+    """operation(*args, **options), where views stand for tensors: a tensor or a `Part` becomes an array, a `Workspace`
+    {name: array}.
 
     Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if
     the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
     """
-    with _launching_on(one_device(args)):
-        return operation(*(view(a) if isinstance(a, torch.Tensor) else a for a in args), **options)
+    device = one_device(args)
+    with launching_on(device):
+        return operation(*_views(args), **options)
+
+
+def _views(args):
+    memories = {}  # by identity: parts share a view of their memory
+
+    def memory(tensor):
+        found = memories.get(id(tensor))
+        if found is None:
+            found = memories[id(tensor)] = view(tensor)
+        return found
+
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield view(arg)
+        elif isinstance(arg, Part):
+            yield _array(memory(arg.memory), *arg[1:])
+        elif isinstance(arg, Workspace):
+            whole = memory(arg.memory)
+            yield {name: _array(whole, *place) for name, place in arg.layout.places.items()}
+        else:
+            yield arg
+
+
+def _array(memory, offset, shape, dtype):
+    if isinstance(memory, np.ndarray):
+        return np.ndarray(shape, dtype, memory, offset)
+    return compiler.cupy().ndarray(shape, dtype, memory.data + offset)
 
 
 def one_device(args) -> torch.device:
     """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
-    devices = {a.device for a in args if isinstance(a, torch.Tensor)}
-    if len(devices) > 1:
-        raise RuntimeError(
-            f"tensors must be on one device, received {', '.join(sorted(map(str, devices)))}; use .to(...)"
-        )
-    (device,) = devices
+    tensors = [arg.memory if isinstance(arg, (Part, Workspace)) else arg for arg in args]
+    tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            received = ", ".join(sorted({str(t.device) for t in tensors}))
+            raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
     if device.type not in ("cuda", "cpu"):
         raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
     return device
 
 
-@contextlib.contextmanager
-def _launching_on(device):
+def compile_together(kernels: Iterable[Kernel], device: torch.device) -> None:
+    """`compiler.prepare` for a GPU; the emulator compiles at each launch. To be called once, not at each call."""
+    if device.type == "cuda":
+        with launching_on(device):
+            compiler.prepare(kernels)
+
+
+_nothing = contextlib.nullcontext()
+
+
+def launching_on(device: torch.device):
+    """A context in which CuPy launches on `device`, if that is a GPU, and on torch's current stream there."""
     if device.type == "cpu":
-        yield
-        return
+        return _nothing
     cuda = compiler.cupy().cuda
-    with cuda.Device(device.index), cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index):
+    stream = torch._C._cuda_getCurrentRawStream(device.index)  # without the object around it
+    if cuda.runtime.getDevice() == device.index and cuda.get_current_stream().ptr == stream:
+        return _nothing
+    return _switched(cuda, device.index, stream)
+
+
+@contextlib.contextmanager
+def _switched(cuda, device_index, stream):
+    with cuda.Device(device_index), _stream(stream, device_index):
         yield
+
+
+@functools.cache
+def _stream(pointer, device_index):
+    """CuPy's object for a stream of torch's. Call it with the device current."""
+    stream = compiler.cupy().cuda.Stream
+    if hasattr(stream, "from_external"):  # since CuPy 14
+        return stream.from_external(_ExternalStream(pointer))
+    return compiler.cupy().cuda.ExternalStream(pointer, device_index)
+
+
+class _ExternalStream(NamedTuple):
+    pointer: int
+
+    def __cuda_stream__(self):
+        return 0, self.pointer
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must."""
-    return None if tensor is None else tensor.detach().resolve_neg().contiguous()
+    if tensor is None:
+        return None
+    return (tensor.detach() if tensor.requires_grad else tensor).resolve_neg().contiguous()
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -107,9 +206,11 @@ def accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def pair(value, name: str) -> tuple[int, int]:
     """(value, value) for an int, (a, b) for two of them. TypeError or ValueError for anything else."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return value, value
+    values = tuple(value)
     if len(values) == 1:
         values *= 2
-    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+    if len(values) != 2 or not (isinstance(values[0], int) and isinstance(values[1], int)):
         raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
     return values

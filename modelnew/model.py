@@ -156,11 +156,12 @@ class ModelNew(nn.Module):
 def fused_model(model: ModelNew, x: torch.Tensor) -> str | None:
     """Why model(x) does not run as one fused operator, or None if it does."""
     kinds = (layers.ConvTranspose2d, layers.BatchNorm2d, layers.Tanh, layers.MaxPool2d, layers.GroupNorm)
-    for name, kind in zip(OPERATORS, kinds):
-        if not _fusible(getattr(model, name), kind):
+    children = [getattr(model, name) for name in OPERATORS]
+    for name, child, kind in zip(OPERATORS, children, kinds):
+        if not _fusible(child, kind):
             return f"{name} is not replaced, has a hook, or was swapped"
-    conv, norm, pool, group = model.conv_transpose, model.batch_norm, model.max_pool, model.group_norm
-    if pool.return_indices or {k: pair(v, k) for k, v in pool.window.items() if k != "ceil_mode"} != _WINDOW:
+    conv, norm, _, pool, group = children
+    if pool.return_indices or any(pair(getattr(pool, name), name) != value for name, value in _WINDOW.items()):
         return "the pooling is not over 2x2 windows"
     if pool.ceil_mode:
         return "the pooling has ceil_mode"
@@ -211,8 +212,9 @@ def _operators(replace) -> tuple[str, ...]:
 
 def _fusible(module, kind) -> bool:
     """Whether calling `module` does what its class says and nothing else, so that a fused kernel may stand for it."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _place(model, device) -> None:

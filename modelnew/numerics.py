@@ -49,8 +49,8 @@ def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str
     """
     if _switched_off:
         return None, "tensor cores are switched off"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(x.device)
+    if x.is_cuda and _capability(x.device.index) < (8, 0):
+        major, minor = _capability(x.device.index)
         return None, f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80"
     if not x.shape[0]:
         return None, "the batch is empty"
@@ -61,6 +61,11 @@ def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str
         return conv_transpose_mma.plan(*arguments), None
     except conv_transpose_mma.UnsupportedError as error:
         return None, str(error)
+
+
+@functools.cache
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
 
 
 @functools.cache

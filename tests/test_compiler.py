@@ -1,9 +1,12 @@
 """Compilation: errors that point at the kernel's line, one compilation per variant, and who is told of it."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +89,52 @@ def test_one_compilation_for_a_file_and_its_macros(device, monkeypatch):
             start(Kernel("add.cu", name, (("ADDEND", value),)), y)
     assert y.tolist() == [1] * 3
     assert [(k.name, dict(k.defines)["ADDEND"]) for k in seen] == [("add", 1), ("add", 2)]
+
+
+class Refused(Exception):
+    pass
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """What compiler.py takes from CuPy, without a GPU. Its modules compile only if two of them do at the same time."""
+    together = threading.Barrier(2, timeout=10)
+
+    class RawModule:
+        def __init__(self, code, options):
+            self.code = code
+
+        def compile(self):
+            together.wait()
+            if "wrong" in self.code:
+                raise Refused("wrong.cu(1): error: no")
+
+        def get_function(self, name):
+            return name
+
+    cuda = SimpleNamespace(
+        runtime=SimpleNamespace(getDevice=lambda: 0),
+        Device=contextlib.nullcontext,
+        compiler=SimpleNamespace(CompileException=Refused),
+    )
+    monkeypatch.setattr(compiler, "cupy", lambda: SimpleNamespace(cuda=cuda, RawModule=RawModule))
+    for name in ("_modules", "_functions"):
+        monkeypatch.setattr(compiler, name, {})
+    monkeypatch.setattr(compiler, "_listeners", [])
+
+
+def test_kernels_of_a_call_are_compiled_at_the_same_time(backend):
+    seen = []
+    compiler.on_compile(seen.append)
+    kernels = [Kernel("add.cu", name, (("ADDEND", value),)) for name in ("add", "subtract") for value in (1, 2)]
+    with source.override({"add.cu": ADD}):
+        compiler.prepare(kernels)
+        assert {(k.name, dict(k.defines)["ADDEND"]) for k in seen} == {("subtract", 1), ("subtract", 2)}
+        compiler.prepare(kernels)
+        assert [compiler.function(k) for k in kernels] == ["add", "add", "subtract", "subtract"]
+    assert len(seen) == 2
+    with source.override({"add.cu": ADD + "// wrong"}), pytest.raises(KernelCompileError, match="does not compile"):
+        compiler.prepare(kernels)
 
 
 @pytest.mark.gpu

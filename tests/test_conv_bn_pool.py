@@ -201,6 +201,34 @@ def test_errors_change_nothing(change, error, message):
     assert (var == 1).all()
 
 
+def test_a_call_that_passed_vouches_for_none_that_differs():
+    arguments = {
+        "input": torch.randn(2, 16, 4, 4),
+        "running_mean": torch.zeros(16),
+        "running_var": torch.ones(16),
+        "training": True,
+        "conv_weight": torch.randn(16, 16, 3, 3),
+        "num_groups": 4,
+    }
+    conv_bn_tanh_max_pool_group_norm(**arguments)
+    for change, error in (
+        ({"eps": 0.0}, ValueError),
+        ({"momentum": "0.1"}, TypeError),
+        ({"running_var": None}, ValueError),
+        ({"running_mean": torch.zeros(16, requires_grad=True)}, RuntimeError),
+        ({"running_mean": torch.zeros(8)}, RuntimeError),
+        ({"group_bias": torch.zeros(8)}, ValueError),
+        ({"weight": torch.ones(16).double()}, TypeError),
+        ({"input": torch.randn(2, 16, 4, 4, device="meta")}, RuntimeError),
+        ({"num_groups": 0}, ValueError),
+    ):
+        with pytest.raises(error):
+            conv_bn_tanh_max_pool_group_norm(**{**arguments, **change})
+    conv_bn_tanh_max_pool_group_norm(**arguments)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast"):
+        conv_bn_tanh_max_pool_group_norm(**arguments)
+
+
 def test_explain_says_why_not():
     _, ours, x = models(CASES["even"], "tf32", "cpu")
     assert "stride" in explain(ModelNew(16, 16, 3, 2, 1, 1, 4, device="cpu"), x)

@@ -83,7 +83,7 @@ def test_the_example_runs(capsys):
 
 
 def test_the_readme_s_operator_runs():
-    section = (ROOT / "README.md").read_text().split("## Write your own operator")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Write your own operator")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     names = {}
     exec(block, names)

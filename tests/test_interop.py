@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_kernels import compiler, source
+from cupy_kernels import common, compiler, source
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import launch
 from cupy_kernels.source import Kernel
@@ -60,6 +60,26 @@ def test_views_of_tensors_that_require_grad_and_of_empty_ones(device):
     leaf, empty = torch.ones(2, device=device, requires_grad=True), torch.empty(0, 3, device=device)
     interop.run(lambda *arrays: shapes.extend(a.shape for a in arrays), leaf, empty)
     assert shapes == [(2,), (0, 3)]
+
+
+def test_arrays_in_a_workspace(device):
+    layout = interop.Layout({"a": ((3, 5), np.float32), "none": ((0, 2), np.int32), "b": ((7,), np.uint8)})
+    workspace = interop.Workspace.empty(layout, torch.device(device))
+    received = []
+    interop.run(lambda *args: received.extend(args), workspace, workspace.part("b"), 3)
+    arrays, b, _ = received
+    assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {
+        name: (shape, np.dtype(dtype)) for name, (_, shape, dtype) in layout.places.items()
+    }
+    for name, array in arrays.items():
+        tensor = workspace.part(name).tensor()
+        assert tensor.shape == array.shape
+        assert tensor.numel() == 0 or tensor.data_ptr() == common.address(array)
+        assert tensor.numel() == 0 or tensor.data_ptr() % 16 == 0
+    assert common.address(b) == common.address(arrays["b"])
+    workspace.part("a").tensor().fill_(1)
+    workspace.part("b").tensor().fill_(2)
+    assert workspace.part("a").tensor().eq(1).all()
 
 
 def test_what_is_no_tensor_passes_unchanged(device):

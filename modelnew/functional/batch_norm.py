@@ -81,6 +81,18 @@ def check_batch_norm(input, running_mean, running_var, weight, bias, training, m
     channels, count = input.shape[1], input.numel() // (input.shape[1] or 1)
     if training and count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, tensor in parameters.items():
+        if tensor is not None and tensor.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+    one_device((input, *parameters.values()))
+    check_parameters(input, running_mean=running_mean, running_var=running_var)
+    check_parameters(input, weight=weight, bias=bias)
+
+
+def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> None:
+    """The part of `check_batch_norm` that does not follow from shapes, dtypes and devices."""
     if training and not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0:
@@ -91,15 +103,9 @@ def check_batch_norm(input, running_mean, running_var, weight, bias, training, m
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if running_mean is None and not training:
         raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, tensor in parameters.items():
-        if tensor is not None and tensor.numel() != channels:
-            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
-        if tensor is not None and name.startswith("running") and tensor.requires_grad and torch.is_grad_enabled():
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
-    one_device((input, *parameters.values()))
-    check_parameters(input, running_mean=running_mean, running_var=running_var)
-    check_parameters(input, weight=weight, bias=bias)
 
 
 def batch_norm(

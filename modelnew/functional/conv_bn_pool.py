@@ -1,48 +1,49 @@
 """All five operators of ModelNew in three main kernels forward, with the pooling in the convolution's epilogue."""
 
+import functools
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels.conv_transpose import Geometry, output_shape
 
-from ..interop import aligned, dense, one_device, pair, run
+from ..interop import Layout, Part, Workspace, aligned, compile_together, dense, one_device, pair, run
 from ..numerics import check_numerics, resolve, tensor_core_plan
-from .batch_norm import check_batch_norm, run_updating
+from .batch_norm import check_batch_norm, check_batch_norm_call, run_updating
 from .conv_transpose import conv_gradients
 
 _DTYPES = {dtype: getattr(torch, dtype.__name__) for dtype in ops.DTYPES}
+_checked = set()  # what calls passed `_check`
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running_mean, running_var, options, keep):
-        tensors = [dense(t) for t in (x, w, conv_bias, weight, bias, group_weight, group_bias)]
-        x, w, conv_bias, weight, bias, group_weight, group_bias = tensors
-        x = aligned(x)
-        plan, geometry, groups = options["plan"], options["geometry"], options["groups"]
-        sizes = ops.buffers(plan, x.shape, groups, options["training"], keep)
-        written = {name: x.new_empty(shape, dtype=_DTYPES[dtype]) for name, (shape, dtype) in sizes.items()}
+    def forward(ctx, x, *args):
+        *parameters, running_mean, running_var, geometry, numerics, keep, options = args
+        x, w, conv_bias, weight, bias, group_weight, group_bias = tensors = (aligned(x), *map(dense, parameters))
+        plan, groups = options["plan"], options["groups"]
+        layout = _prepare(plan, x.shape, groups, options["training"], keep, x.device)
+        workspace = Workspace.empty(layout, x.device)
         height, width = output_shape(x.shape, w.shape, geometry)[2:]
         out = x.new_empty((x.shape[0], w.shape[1], height // 2, width // 2))
-        settings = {name: options[name] for name in ("plan", "training", "momentum", "eps", "groups", "group_eps")}
 
         def update(running_mean, running_var):
-            tensors = (x, w, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias, out)
-            run(ops.conv_bn_pool_forward, *tensors, *written.values(), names=tuple(written), **settings)
+            affine = (weight, bias, group_weight, group_bias)
+            arguments = (x, w, conv_bias, running_mean, running_var, *affine, out, workspace)
+            run(ops.conv_bn_pool_forward, *arguments, **options)
 
         run_updating(update, running_mean, running_var, options["training"])
         if keep:
-            kept = [written[name] for name in _KEPT]
-            ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, *kept)
-            ctx.options, ctx.geometry, ctx.numerics = settings, geometry, resolve(options["numerics"], x)
+            ctx.save_for_backward(*tensors, workspace.memory)
+            ctx.layout, ctx.options, ctx.geometry, ctx.numerics = layout, options, geometry, numerics
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, w, conv_bias, weight, bias, group_weight, group_bias, *kept = ctx.saved_tensors
-        kept = dict(zip(_KEPT, kept, strict=True))
+        x, w, conv_bias, weight, bias, group_weight, group_bias, memory = ctx.saved_tensors
+        kept = {name: Part(memory, *place) for name, place in ctx.layout.places.items()}
         need = ctx.needs_input_grad
         pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
         options = {"plan": ctx.options["plan"], "groups": ctx.options["groups"]}
@@ -71,17 +72,21 @@ class _Fused(torch.autograd.Function):
             run(ops.conv_output_gradient, *tensors, dy, **options)
             del g, tensors  # 76 MB of a large batch, which the next step can have
             dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *need[:2])
-        return dx, dw, dconv_bias, dweight, dbias, dgroup_weight, dgroup_bias, *[None] * 4
+        return dx, dw, dconv_bias, dweight, dbias, dgroup_weight, dgroup_bias, *[None] * 6
 
 
-_KEPT = ("pooled", "taps", "saved", "exponents", "unit_exponents", "mean", "invstd", "group_mean", "group_invstd")
+@functools.lru_cache(maxsize=1024)
+def _prepare(plan, x_shape, groups, training, keep, device) -> Layout:
+    """Layout of the workspace. Compiles the forward's kernels at the same time, where launches would one by one."""
+    compile_together(ops.kernels(plan, groups, training, keep), device)
+    return Layout(ops.buffers(plan, x_shape, groups, training, keep))
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
     """(plan, None) if the fused kernels take the model on x, else (None, the reason). others: the other parameters."""
     if torch.is_autocast_enabled(x.device.type):
         return None, "autocast gives the operators different dtypes"
-    if {t.dtype for t in (x, conv_weight, *others) if t is not None} != {x.dtype}:
+    if any(t is not None and t.dtype != x.dtype for t in (conv_weight, *others)):
         return None, "input and parameters have different dtypes"
     plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), numerics)
     reason = reason or ops.obstacle(plan, num_groups)
@@ -120,8 +125,39 @@ def conv_bn_tanh_max_pool_group_norm(
     """
     check_numerics(numerics)
     others = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    one_device((input, conv_weight, *others))
+    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     geometry = _geometry(padding)
+    key = (training, num_groups, geometry, *map(_facts, (input, conv_weight, *others)))
+    if key not in _checked:
+        _check(input, conv_weight, others, geometry, training, momentum, eps, num_groups)
+        if len(_checked) == 1000:
+            _checked.clear()
+        _checked.add(key)
+    plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
+    if not plan:
+        raise ValueError(f"the fused kernels do not take this: {reason}")
+    options = {
+        "plan": plan,
+        "training": bool(training),
+        "momentum": momentum,
+        "eps": eps,
+        "groups": num_groups,
+        "group_eps": group_eps,
+    }
+    tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    rest = (running_mean, running_var, geometry, resolve(numerics, input), keep, options)
+    return _Fused.apply(*tensors, *rest)
+
+
+def _facts(tensor):
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _check(input, conv_weight, others, geometry, training, momentum, eps, num_groups):
+    """All errors that shapes, dtypes and devices can be the reason of."""
+    conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias = others
+    one_device((input, conv_weight, *others))
     shape = output_shape(input.shape, conv_weight.shape, geometry)
     check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training, momentum, eps)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
@@ -129,19 +165,3 @@ def conv_bn_tanh_max_pool_group_norm(
             raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
     if num_groups < 1 or shape[1] % num_groups:
         raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
-    plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
-    if not plan:
-        raise ValueError(f"the fused kernels do not take this: {reason}")
-    options = {
-        "plan": plan,
-        "geometry": geometry,
-        "training": bool(training),
-        "momentum": momentum,
-        "eps": eps,
-        "groups": num_groups,
-        "group_eps": group_eps,
-        "numerics": numerics,
-    }
-    tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _Fused.apply(*tensors, running_mean, running_var, options, keep)
