@@ -115,5 +115,5 @@ def variants():
         plans.append(plan((1, 48, 64, 64), (48, 80, 7, 7), unit._replace(padding=(3, 3)), split, "float", much))
         plans.append(plan((64, 144, 16, 15), (144, 16, 1, 1), unit._replace(padding=(0, 0)), split, "float", much))
     for dtype in ("half_t", "bf16_t"):
-        plans.append(plan((512, 64, 32, 32), (64, 128, 5, 5), unit, 1, dtype, much))
+        plans.append(plan((512, 64, 32, 32), (64, 128, 1, 1), unit._replace(padding=(0, 0)), 1, dtype, much))
     yield from (Variant("conv_wgrad_mma.cu", p.macros) for p in plans)

@@ -75,7 +75,7 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
     int oc_tile = tile / (KERNEL_H * TAP_GROUPS) % OC_TILES, ic_chunk = tile / (KERNEL_H * TAP_GROUPS * OC_TILES);
     int kw = min(tap_group * TAPS_W, KERNEL_W - TAPS_W);  // the last group may repeat taps of the one before
     int first_oc = oc_tile * TILE_OC + warp * 16;
-    bool active = first_oc < OUT_CHANNELS;
+    bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS;
     int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
     int first_band = split * (bands / splits) + min(split, bands % splits);
     int stages = (bands / splits + (split < bands % splits)) * BAND_STAGES;
@@ -92,16 +92,16 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
             #pragma unroll
             for (int i = 0; i < (COLUMNS + WARPS / 4 - 1) / (WARPS / 4); i++) {
                 int c = i * (WARPS / 4) + loader;
-                if (c < COLUMNS && iw + c >= 0 && iw + c < IN_W) cp_async_16(to + c * COLUMN_BYTES, from + c * CELL_BYTES, valid);
+                if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * CELL_BYTES, valid && iw + c >= 0 && iw + c < IN_W);
             }
-            #pragma unroll
+            #pragma unroll 1  // at most two; unrolled, their addresses would take registers from the sums
             for (int i = 0; i < TILE_CHUNKS / (WARPS / 4); i++) {
                 int q = i * (WARPS / 4) + loader, chunk = oc_tile * TILE_CHUNKS + q;
                 const u8* from = (const u8*)dy + ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + ow) * CELL_BYTES + part * 16;
                 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++)
-                    if (chunk < DY_CHUNKS && ow + c >= 0 && ow + c < OUT_W)
-                        cp_async_16(to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * CELL_BYTES, valid);
+                    cp_async_16(to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * CELL_BYTES,
+                                valid && chunk < DY_CHUNKS && ow + c >= 0 && ow + c < OUT_W);
             }
         }
         cp_async_commit();
@@ -148,6 +148,7 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
             };
             if (column >= inner_first && column < inner_end) multiply_column(true);
             else multiply_column(false);
+            if (c == 0) fetch(stage + STAGES - 1);  // not right after the barrier, where no warp would keep the tensor core busy
         }
     };
 
@@ -186,11 +187,9 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
         for (int stage = 0; stage < stages; stage++) {
             cp_async_wait<STAGES - 2>();
             __syncthreads();
-            fetch(stage + STAGES - 1);
-            if (active) {
-                if (SPLIT == 1 || rests) multiply_stage(stage, true);
-                else multiply_stage(stage, false);
-            }
+            if (!active) fetch(stage + STAGES - 1);
+            else if (SPLIT == 1 || rests) multiply_stage(stage, true);
+            else multiply_stage(stage, false);
             bool chain_ends = (SPLIT == 1 || rests) && (stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0;
             if (chain_ends || stage + 1 == stages) store_sums(first), first = false;
         }
