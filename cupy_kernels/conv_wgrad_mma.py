@@ -24,6 +24,7 @@ class Plan(NamedTuple):
     split: int  # of the cells, see `fp16_cells`
     tiles: int
     splits: int
+    split_bands: int  # bands of a split; the last one may have fewer
     threads: int
     shared_bytes: int
     partial_size: int  # elements of the workspace `partial`, float32
@@ -61,7 +62,8 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
         )
     tiles = kernel[0] * ceil_div(kernel[1], taps) * ceil_div(channels_out, 16 * warps) * ceil_div(channels_in, chunk)
     bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
-    splits = max(1, min(bands, _BLOCKS * (8 // warps) // tiles))
+    split_bands = ceil_div(bands, max(1, _BLOCKS * (8 // warps) // tiles))
+    splits = ceil_div(bands, split_bands)
     macros = {
         "scalar_t": dtype,
         "acc_t": "float",
@@ -81,7 +83,9 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
         "STAGES": stages,
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
-    return Plan(tuple(macros.items()), split, tiles, splits, 32 * warps, stages * stage_bytes, splits * size)
+    return Plan(
+        tuple(macros.items()), split, tiles, splits, split_bands, 32 * warps, stages * stage_bytes, splits * size
+    )
 
 
 def conv_wgrad_mma(p: Plan, x_cells, x_exponents, dy_cells, dy_exponents, partial, dw, images: int) -> None:
@@ -94,7 +98,7 @@ def conv_wgrad_mma(p: Plan, x_cells, x_exponents, dy_cells, dy_exponents, partia
         Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
         (p.tiles * p.splits, 1, 1),
         (p.threads, 1, 1),
-        (x_cells, dy_cells, partial, images),
+        (x_cells, dy_cells, partial, images, p.split_bands),
         p.shared_bytes,
     )
     launch(

@@ -66,19 +66,18 @@ __device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[SPLIT][
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images) {
+conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images, int split_bands) {
     DYNAMIC_SHARED(u8, ring);
     __shared__ unsigned scratch[32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int tile = blockIdx.x % TILES, split = blockIdx.x / TILES, splits = gridDim.x / TILES;
+    int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
     int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
     int oc_tile = tile / (KERNEL_H * TAP_GROUPS) % OC_TILES, ic_chunk = tile / (KERNEL_H * TAP_GROUPS * OC_TILES);
     int kw = min(tap_group * TAPS_W, KERNEL_W - TAPS_W);  // the last group may repeat taps of the one before
     int first_oc = oc_tile * TILE_OC + warp * 16;
     bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS;
     int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
-    int first_band = split * (bands / splits) + min(split, bands % splits);
-    int stages = (bands / splits + (split < bands % splits)) * BAND_STAGES;
+    int first_band = split * split_bands, stages = min(split_bands, bands - first_band) * BAND_STAGES;
 
     auto fetch = [&](int stage) {
         if (stage < stages) {
