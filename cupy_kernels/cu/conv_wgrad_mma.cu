@@ -43,11 +43,8 @@
 
 typedef float Sums[2 * PAIRS][4];  // of a tap: [8 input channels][fragment c of mma.cuh]
 
-enum { INFINITY_BITS = 0x7F800000 };
-__device__ inline unsigned magnitude(float v) { return __float_as_uint(v) & 0x7FFFFFFF; }
-
 // sums += a b over 16 pixels. With SPLIT 2 an ordinary addition adds the three products, as in conv_mma.cuh.
-__device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][PAIRS][4], const bool rests) {
+__device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][PAIRS][4]) {
     if (SPLIT == 1) {
         #pragma unroll
         for (int n = 0; n < 2 * PAIRS; n++) mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
@@ -55,7 +52,7 @@ __device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[SPLIT][
     }
     Sums partial = {};
     #pragma unroll
-    for (int product = rests ? 0 : 2; product < 3; product++)  // rest * value, value * rest, value * value
+    for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
         #pragma unroll
         for (int n = 0; n < 2 * PAIRS; n++) {
             const unsigned(&right)[4] = b[product == 1 ? SPLIT - 1 : 0][n / 2];
@@ -68,7 +65,6 @@ __device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[SPLIT][
 extern "C" __global__ void __launch_bounds__(THREADS)
 conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images, int split_bands) {
     DYNAMIC_SHARED(u8, ring);
-    __shared__ unsigned scratch[32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
     int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
@@ -115,10 +111,9 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
     int x_row = cell_offset(lane % 8 + lane / 8 % 2 * 8, lane / 16);
 
     Sums sums[TAPS_W] = {};
-    unsigned window[TAPS_W][SPLIT][4], largest = 0;
-    bool rests = SPLIT == 2;
+    unsigned window[TAPS_W][SPLIT][4];
 
-    auto multiply_stage = [&](int stage, const bool rests) __attribute__((always_inline)) {
+    auto multiply_stage = [&](int stage) __attribute__((always_inline)) {
         const u8* slot = ring + stage % STAGES * SLOT_BYTES;
         int first_column = stage % BAND_STAGES * COLUMNS - (TAPS_W - 1);
         unsigned b[BUFFERS][SPLIT][PAIRS][4];
@@ -140,7 +135,7 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
                 for (int t = 0; t < TAPS_W; t++) {
                     int ow = column - PAD_W + kw + t;
                     if (inner || (column >= 0 && column < IN_W && ow >= 0 && ow < OUT_W))
-                        multiply(sums[t], window[(c + 1 + t) % TAPS_W], b[c % BUFFERS], rests);
+                        multiply(sums[t], window[(c + 1 + t) % TAPS_W], b[c % BUFFERS]);
                     // The first tap is the last to use the window's oldest column.
                     if (t == (BUFFERS == 2 ? 0 : TAPS_W - 1) && c + 1 < COLUMNS) load(c + 1);
                 }
@@ -151,7 +146,7 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
         }
     };
 
-    // Adds the sums to those of earlier chains, or (not `rests`) puts those that are not finite in their place.
+    // Adds the sums to those of earlier chains.
     auto store_sums = [&](bool first) {
         #pragma unroll
         for (int t = 0; t < TAPS_W; t++) {
@@ -169,10 +164,8 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
             for (int i = 0; i < 4 * PAIRS; i++) {
                 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    float &sum = sums[t][i / 2][i % 2 * 2 + j], &total = totals[i].v[j];
-                    if (SPLIT == 1 || rests) total += sum;
-                    else if (magnitude(sum) >= INFINITY_BITS) total = sum;
-                    largest = max(largest, magnitude(total));
+                    float& sum = sums[t][i / 2][i % 2 * 2 + j];
+                    totals[i].v[j] += sum;
                     sum = 0;
                 }
                 if (exists(i)) *place(i) = totals[i];
@@ -180,21 +173,14 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
         }
     };
 
-    for (;;) {
-        for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
-        bool first = SPLIT == 1 || rests;
-        for (int stage = 0; stage < stages; stage++) {
-            cp_async_wait<STAGES - 2>();
-            __syncthreads();
-            if (!active) fetch(stage + STAGES - 1);
-            else if (SPLIT == 1 || rests) multiply_stage(stage, true);
-            else multiply_stage(stage, false);
-            bool chain_ends = (SPLIT == 1 || rests) && (stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0;
-            if (chain_ends || stage + 1 == stages) store_sums(first), first = false;
-        }
-        // An infinity times a rest, which may be 0 or negative, spoils what infinity times value gives: then values alone, in one chain.
-        if (SPLIT == 1 || !rests || block_max(largest, scratch) < INFINITY_BITS) break;
-        rests = false;
+    for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
+    bool first = true;
+    for (int stage = 0; stage < stages; stage++) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        if (active) multiply_stage(stage);
+        else fetch(stage + STAGES - 1);
+        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) store_sums(first), first = false;
     }
 }
 
