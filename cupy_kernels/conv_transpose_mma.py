@@ -44,7 +44,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
     block may use. Raises UnsupportedError for what the kernels do not take.
     """
-    _check_supported(x_shape, w_shape, geometry, dtype)
+    check_supported(x_shape, w_shape, geometry, dtype)
     padding = geometry.padding
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
     kernel = w_shape[2:]
@@ -178,7 +178,8 @@ def sample_plans():
         yield plan((64, 16, 16, 15), (512, 16, 1, 1), unit._replace(padding=(0, 0)), 1, True, dtype, much)
 
 
-def _check_supported(x_shape, w_shape, geometry, dtype):
+def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
+    """UnsupportedError, which says why, unless the tensor-core kernels take this convolution of x."""
     kernel = tuple(w_shape[2:])
     checks = {
         f"the dtype is {dtype}": dtype == "double",

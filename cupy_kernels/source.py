@@ -37,7 +37,7 @@ _added: dict[str, str] = {}
 SHAPE_MACROS = frozenset(
     ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
     + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
-    + ("GROUPS", "WARPS", "UNIT_WINDOWS")
+    + ("GROUPS", "WARPS", "UNIT_WINDOWS", "TAPS_W")
 )
 
 

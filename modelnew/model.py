@@ -184,7 +184,7 @@ def explain(model: ModelNew, x: torch.Tensor) -> str:
         cls = resolve(conv.numerics, x)
         return (
             f"fused: conv_bn_pool (tensor cores, {cls} class), conv_bn_statistics, pooled_forward; backward: "
-            "pooled_backward, conv_output_gradient, conv_transpose_mma or conv_gather (dgrad), wgrad_partial"
+            "pooled_backward, conv_output_gradient, conv_transpose_mma or conv_gather (dgrad), conv_wgrad_mma"
         )
     lines = [f"not fused into one operator: {reason}"]
     if isinstance(conv, layers.ConvTranspose2d):

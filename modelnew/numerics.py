@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from cupy_kernels import conv_transpose_mma
+from cupy_kernels import conv_transpose_mma, conv_wgrad_mma
 from cupy_kernels.conv_transpose import Geometry
 
 from .interop import FLOATS
@@ -47,6 +47,15 @@ def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str
 
     dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
+    return _plan(conv_transpose_mma.plan, x, w_shape, geometry, numerics, dgrad=dgrad)
+
+
+def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str):
+    """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason)."""
+    return _plan(conv_wgrad_mma.plan, x, w_shape, geometry, numerics)
+
+
+def _plan(make, x, w_shape, geometry, numerics, **options):
     if _switched_off:
         return None, "tensor cores are switched off"
     if x.is_cuda and _capability(x.device.index) < (8, 0):
@@ -55,10 +64,10 @@ def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str
     if not x.shape[0]:
         return None, "the batch is empty"
     split = 2 if x.dtype == torch.float32 and resolve(numerics, x) == "fp32" else 1
-    limit = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
-    arguments = (tuple(x.shape), tuple(w_shape), geometry, split, dgrad, FLOATS[x.dtype], limit)
+    options["dtype"] = FLOATS[x.dtype]
+    options["shared_limit"] = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
     try:
-        return conv_transpose_mma.plan(*arguments), None
+        return make(tuple(x.shape), tuple(w_shape), geometry, split, **options), None
     except conv_transpose_mma.UnsupportedError as error:
         return None, str(error)
 

@@ -28,22 +28,25 @@ __device__ inline unsigned pack_halves(float low, float high) {
 #endif
 }
 
+// Eight values as the halves of a cell's part `part`; leaves in `v` what is left for the next part. With SPLIT 2 infinities and NaNs are
+// all rest, the first value is 0: rests are multiplied by first values only, not by rests, whose sign would make NaN of an infinity.
+__device__ inline uint4 take_halves(float (&v)[8], int part) {
+    float rest[8];
+    #pragma unroll
+    for (int j = 0; j < 8; j++) {
+        rest[j] = v[j];
+        if (part + 1 < SPLIT && v[j] - v[j] != 0) v[j] = 0;
+        rest[j] -= to_acc(from_acc<half_t>(v[j]));
+    }
+    uint4 halves = make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
+    #pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = rest[j];
+    return halves;
+}
+
 // Writes eight channels, `group` of its chunk, to a cell: part `group`, and with SPLIT 2 what rounding left of them, 4 parts on.
-// With SPLIT 2 infinities and NaNs are all rest, the first value is 0: rests are multiplied by first values only, not by rests, whose
-// sign would make NaN of an infinity.
 __device__ inline void store_cell(u8* cells, int cell, int group, float (&v)[8], int key) {
     #pragma unroll
-    for (int part = 0; part < SPLIT; part++) {
-        float rest[8];
-        #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            rest[j] = v[j];
-            if (part + 1 < SPLIT && v[j] - v[j] != 0) v[j] = 0;
-            rest[j] -= to_acc(from_acc<half_t>(v[j]));
-        }
-        *(uint4*)(cells + cell_offset(cell, part * (CHUNK_CHANNELS / 8) + group, key)) =
-            make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
-        #pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = rest[j];
-    }
+    for (int part = 0; part < SPLIT; part++)
+        *(uint4*)(cells + cell_offset(cell, part * (CHUNK_CHANNELS / 8) + group, key)) = take_halves(v, part);
 }

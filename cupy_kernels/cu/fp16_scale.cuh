@@ -8,10 +8,9 @@ __device__ inline unsigned finite_magnitude(float v) {
     return bits < 0x7F800000 ? bits : 0;
 }
 
-// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16.
-__device__ inline int scale_exponent(unsigned largest_magnitude) {
-    return largest_magnitude ? min(126, 14 + 127 - (int)(largest_magnitude >> 23)) : 0;
-}
+// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16. At most 126, which
+// zeros get too, so that a part of a tensor that is all zero leaves the smallest exponent of the parts as it is.
+__device__ inline int scale_exponent(unsigned largest_magnitude) { return min(126, 14 + 127 - (int)(largest_magnitude >> 23)); }
 
 // 2^e for -126 <= e <= 127.
 __device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
@@ -41,4 +40,11 @@ __device__ inline unsigned block_max(unsigned v, unsigned* scratch) {
     for (unsigned w = 0; w < blockDim.x / 32; w++) v = max(v, scratch[w]);
     __syncthreads();
     return v;
+}
+
+// The smallest of `count` exponents: what a tensor takes whose parts would take these.
+__device__ inline int smallest_exponent(const int* exponents, int count, unsigned* scratch) {
+    unsigned largest = 0;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) largest = max(largest, (unsigned)(126 - exponents[i]));
+    return 126 - (int)block_max(largest, scratch);
 }

@@ -20,6 +20,22 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 #endif
 }
 
+// As ldmatrix_x4, of the transposed matrices: r[i] holds rows 2(l%4)+{0,1} at column l/4 of what lies in memory.
+__device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row) {
+#ifdef CUPY_KERNELS_EMULATOR
+    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
+    int lane = emulator::current % 32, first = lane % 4 * 2, column = lane / 4;
+    for (int i = 0; i < 4; i++) {
+        const unsigned short* const two[] = {(const unsigned short*)rows[8 * i + first], (const unsigned short*)rows[8 * i + first + 1]};
+        r[i] = two[0][column] | (unsigned)two[1][column] << 16;
+    }
+#elif __CUDA_ARCH__ >= 750
+    unsigned address = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#endif
+}
+
 // c += a b
 __device__ inline void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], const unsigned b0, const unsigned b1) {
 #ifdef CUPY_KERNELS_EMULATOR

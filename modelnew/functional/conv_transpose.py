@@ -1,15 +1,19 @@
 """conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d."""
 
+from typing import NamedTuple
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from cupy_kernels import channel_sum as bias_ops
 from cupy_kernels import conv_transpose as ops
 from cupy_kernels import conv_transpose_mma as mma
+from cupy_kernels import conv_wgrad_mma as wgrad_mma
+from cupy_kernels import fp16_cells
 
 from .. import autocast
 from ..interop import accumulator_dtype, aligned, check_floating, dense, one_device, pair, run
-from ..numerics import check_numerics, resolve, tensor_core_plan
+from ..numerics import check_numerics, resolve, tensor_core_plan, wgrad_plan
 
 
 class _ConvTranspose2d(torch.autograd.Function):
@@ -39,22 +43,62 @@ class _ConvTranspose2d(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
-def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w):
-    """(dx, dw), None where not needed."""
-    dx = dw = None
-    if need_x:
-        dx = torch.empty_like(x)
-        plan, _ = tensor_core_plan(dy, w.shape, geometry, numerics, dgrad=True)
-        if plan:
-            run(mma.conv_transpose_mma, plan, aligned(dy), w, None, dx, *mma_workspaces(plan, w))
-        else:
-            run(ops.conv_transpose_dgrad, dy, w, dx, _packed(w), geometry)
-    if need_w:
-        dw = torch.empty_like(w)
-        dtype = accumulator_dtype(w)
-        size = ops.wgrad_workspace_size(x.shape, w.shape, geometry, dtype == torch.float64)
-        run(ops.conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=dtype), geometry)
+class Cells(NamedTuple):
+    """A tensor as fp16 cells and the exponents that go with them, see `cupy_kernels.fp16_cells`."""
+
+    cells: torch.Tensor
+    exponents: torch.Tensor
+
+
+def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w, x_exponents=None):
+    """(dx, dw), None where not needed. x_exponents: of scales of x's parts, where they are known already."""
+    dx = input_gradient(x, w, dy, geometry, numerics) if need_x else None
+    dw = weight_gradient(x, w, dy, geometry, numerics, x_exponents) if need_w else None
     return dx, dw
+
+
+def input_gradient(x, w, dy, geometry, numerics):
+    """dx, the gradient of x."""
+    dx = torch.empty_like(x)
+    plan, _ = tensor_core_plan(dy, w.shape, geometry, numerics, dgrad=True)
+    if plan:
+        run(mma.conv_transpose_mma, plan, aligned(dy), w, None, dx, *mma_workspaces(plan, w))
+    else:
+        run(ops.conv_transpose_dgrad, dy, w, dx, _packed(w), geometry)
+    return dx
+
+
+def weight_gradient(x, w, dy, geometry, numerics, x_exponents=None):
+    """dw, the gradient of w.
+
+    dy: a tensor, or its Cells, for a convolution that `numerics.wgrad_plan` takes. x_exponents: as in conv_gradients.
+    """
+    dw = torch.empty_like(w)
+    plan, reason = wgrad_plan(x, w.shape, geometry, numerics)
+    if plan:
+        x_cells = to_cells(x, plan.split, x_exponents)
+        dy_cells = dy if isinstance(dy, Cells) else to_cells(dy, plan.split)
+        partial = w.new_empty(plan.partial_size, dtype=torch.float32)
+        run(wgrad_mma.conv_wgrad_mma, plan, *x_cells, *dy_cells, partial, dw, images=x.shape[0])
+        return dw
+    if isinstance(dy, Cells):
+        raise ValueError(f"the tensor-core kernels do not take this, so dy must be a tensor, not cells: {reason}")
+    dtype = accumulator_dtype(w)
+    size = ops.wgrad_workspace_size(x.shape, w.shape, geometry, dtype == torch.float64)
+    run(ops.conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=dtype), geometry)
+    return dw
+
+
+def to_cells(tensor, split, exponents=None) -> Cells:
+    """`tensor` as Cells; exponents: of scales of its parts, where they are known already."""
+    tensor = aligned(tensor)
+    if exponents is None:
+        size = fp16_cells.exponents_size(tensor.shape, tensor.element_size())
+        exponents = tensor.new_empty(size, dtype=torch.int32)
+        run(fp16_cells.largest_magnitude, tensor, exponents)
+    cells = tensor.new_empty(fp16_cells.cells_size(tensor.shape, split), dtype=torch.float16)
+    run(fp16_cells.to_cells, tensor, exponents, cells, split=split)
+    return Cells(cells, exponents)
 
 
 def mma_workspaces(plan, w):

@@ -1,0 +1,123 @@
+"""Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` takes."""
+
+import functools
+from typing import NamedTuple
+
+from .common import THREADS, ceil_div
+from .conv_transpose import Geometry, output_shape
+from .conv_transpose_mma import UnsupportedError, check_supported
+from .launch import launch
+from .source import Kernel, Variant
+
+_BLOCKS = 132  # one for each multiprocessor of an H100; a constant, so that sums depend on shapes alone
+_MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
+_MOST_STAGES = 6
+_CELL_BYTES = 128
+_BAND_ROWS = 16
+_RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
+
+
+class Plan(NamedTuple):
+    """How a weight gradient is laid out over blocks; `macros` specialise the kernels."""
+
+    macros: tuple
+    split: int  # of the cells, see `fp16_cells`
+    tiles: int
+    splits: int
+    split_bands: int  # bands of a split; the last one may have fewer
+    threads: int
+    shared_bytes: int
+    partial_size: int  # elements of the workspace `partial`, float32
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int) -> Plan:
+    """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
+
+    split: of the cells of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
+    block may use. Raises UnsupportedError for what the kernels do not take.
+    """
+    check_supported(x_shape, w_shape, geometry, dtype)
+    channels_in, channels_out, *kernel = w_shape
+    height, width = x_shape[2:]
+    out = output_shape(x_shape, w_shape, geometry)[2:]
+    taps = ceil_div(kernel[1], ceil_div(kernel[1], _MOST_TAPS))
+    columns = ceil_div(4, taps) * taps
+    chunk = 64 // split
+
+    def layout(warps):
+        """(stages, bytes of a stage)"""
+        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * _CELL_BYTES
+        blocks = 8 // warps  # that share a multiprocessor
+        return min(_MOST_STAGES, (shared_limit - _RESERVED) // blocks // stage_bytes), stage_bytes
+
+    choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels_out > 64]
+    warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
+    if stages < 2:
+        # One block for each multiprocessor then, as only GPUs with little shared memory need.
+        stages = min(_MOST_STAGES, (shared_limit - _RESERVED) // stage_bytes)
+    if stages < 2:
+        raise UnsupportedError(
+            f"it needs {2 * stage_bytes + _RESERVED} bytes of shared memory, the GPU has {shared_limit}"
+        )
+    tiles = kernel[0] * ceil_div(kernel[1], taps) * ceil_div(channels_out, 16 * warps) * ceil_div(channels_in, chunk)
+    bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
+    split_bands = ceil_div(bands, max(1, _BLOCKS * (8 // warps) // tiles))
+    splits = ceil_div(bands, split_bands)
+    macros = {
+        "scalar_t": dtype,
+        "acc_t": "float",
+        "IN_CHANNELS": channels_in,
+        "OUT_CHANNELS": channels_out,
+        "IN_H": height,
+        "IN_W": width,
+        "OUT_H": out[0],
+        "OUT_W": out[1],
+        "KERNEL_H": kernel[0],
+        "KERNEL_W": kernel[1],
+        "PAD_H": geometry.padding[0],
+        "PAD_W": geometry.padding[1],
+        "SPLIT": split,
+        "WARPS": warps,
+        "TAPS_W": taps,
+        "STAGES": stages,
+    }
+    size = channels_in * channels_out * kernel[0] * kernel[1]
+    return Plan(
+        tuple(macros.items()), split, tiles, splits, split_bands, 32 * warps, stages * stage_bytes, splits * size
+    )
+
+
+def conv_wgrad_mma(p: Plan, x_cells, x_exponents, dy_cells, dy_exponents, partial, dw, images: int) -> None:
+    """dw, the gradient of w, from x and the gradient of the output as cells.
+
+    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale. dw and the workspace
+    `partial` (plan.partial_size, float32) are written.
+    """
+    launch(
+        Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
+        (p.tiles * p.splits, 1, 1),
+        (p.threads, 1, 1),
+        (x_cells, dy_cells, partial, images, p.split_bands),
+        p.shared_bytes,
+    )
+    launch(
+        Kernel("conv_wgrad_mma.cu", "conv_wgrad_reduce", p.macros),
+        (ceil_div(dw.size, THREADS), 1, 1),
+        (THREADS, 1, 1),
+        (partial, x_exponents, dy_exponents, dw, x_exponents.size, dy_exponents.size, p.splits),
+    )
+
+
+def variants():
+    """Variants of shapes that reach every branch: the mission's, kernel sizes 1 and 7, many, few and odd channels."""
+    unit = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    much, little = 227 * 1024, 99 * 1024
+    plans = []
+    for split in (1, 2):
+        plans += [plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, "float", limit) for limit in (much, little)]
+        plans.append(plan((1, 48, 64, 64), (48, 80, 7, 7), unit._replace(padding=(3, 3)), split, "float", much))
+        plans.append(plan((64, 144, 16, 15), (144, 16, 1, 1), unit._replace(padding=(0, 0)), split, "float", much))
+    for dtype in ("half_t", "bf16_t"):
+        plans.append(plan((512, 64, 32, 32), (64, 128, 1, 1), unit._replace(padding=(0, 0)), 1, dtype, much))
+    yield from (Variant("conv_wgrad_mma.cu", p.macros) for p in plans)

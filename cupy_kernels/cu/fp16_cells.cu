@@ -1,0 +1,70 @@
+// A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by cp.async.
+//
+//     cells [N][chunk][pixel][64 halves], value * 2^e, parts of a cell in ascending order; fp16_cells.cuh says what is in a cell
+//
+// largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them. to_cells: a
+// block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH pixels, and writes whole
+// cells after a turn through shared memory. Channels past the last one are zero.
+// Macros: scalar_t (float, half_t, bf16_t), SPLIT, WIDTH (pixels in one access; it divides the pixels of an image). `channels` is a
+// multiple of 8, N * pixels below 2^31.
+#include "common.cuh"
+#include "fp16_cells.cuh"
+
+#define THREADS 256
+#define GROUPS (CHUNK_CHANNELS / 8)  // of 8 channels
+#define TILE_PIXELS (THREADS / GROUPS * WIDTH)
+typedef Packed<scalar_t, WIDTH> Pack;
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
+    __shared__ unsigned scratch[32];
+    enum { BATCH = 8 };
+    i64 packs = size / WIDTH, step = (i64)gridDim.x * THREADS;
+    unsigned largest = 0;
+    for (i64 first = (i64)blockIdx.x * THREADS + threadIdx.x; first < packs; first += step * BATCH) {
+        Pack in[BATCH];
+        #pragma unroll
+        for (int i = 0; i < BATCH; i++) in[i] = ((const Pack*)source)[min(first + i * step, packs - 1)];
+        #pragma unroll
+        for (int i = 0; i < BATCH * WIDTH; i++) largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
+    }
+    largest = block_max(largest, scratch);
+    if (threadIdx.x == 0) exponents[blockIdx.x] = scale_exponent(largest);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents, half_t* __restrict__ cells,
+         int exponent_count, int images, int channels, int pixels) {
+    __shared__ uint4 tile[TILE_PIXELS * 8];
+    __shared__ unsigned scratch[32];
+    Divisor by_image(pixels);
+    int chunk = blockIdx.y, chunks = gridDim.y, total = images * pixels;
+    int group = threadIdx.x / (THREADS / GROUPS), place = threadIdx.x % (THREADS / GROUPS);
+    i64 first = (i64)blockIdx.x * TILE_PIXELS;
+    int first_channel = chunk * CHUNK_CHANNELS + group * 8;
+    Pack in[8] = {};
+    if (first + place * WIDTH < total && first_channel < channels) {
+        unsigned pixel, image = by_image.divide((unsigned)(first + place * WIDTH), pixel);
+        const scalar_t* from = source + ((i64)image * channels + first_channel) * pixels + pixel;
+        #pragma unroll
+        for (int j = 0; j < 8; j++) in[j] = *(const Pack*)(from + (i64)j * pixels);
+    }
+    float scale = power_of_two(smallest_exponent(exponents, exponent_count, scratch));
+    // The XOR makes eight neighbouring threads write to all banks.
+    #pragma unroll
+    for (int k = 0; k < WIDTH; k++) {
+        float v[8];
+        #pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(to_acc(in[j].v[k]), scale);
+        #pragma unroll
+        for (int part = 0; part < SPLIT; part++) tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
+    }
+    __syncthreads();
+    #pragma unroll
+    for (int i = threadIdx.x; i < TILE_PIXELS * 8; i += THREADS) {
+        int cell = i / 8, part = i % 8;
+        if (first + cell >= total) break;
+        unsigned pixel, image = by_image.divide((unsigned)(first + cell), pixel);
+        ((uint4*)cells)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] = tile[cell * 8 + (part ^ (cell / WIDTH & 7))];
+    }
+}

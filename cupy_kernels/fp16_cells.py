@@ -1,0 +1,58 @@
+"""Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
+
+split 1: a cell is 64 channels; split 2: 32 channels as fp16 values, then the 32 rests that rounding left. An array of
+exponents goes with the cells: the scale's is the smallest of them.
+"""
+
+import math
+
+from .common import THREADS, address, ceil_div, scalar, scalar_macros
+from .launch import launch
+from .source import Kernel, Variant
+
+_LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
+_BLOCK_BYTES = THREADS * 8 * 16  # that a block of largest_magnitude reads at a time
+
+
+def cells_size(shape, split: int) -> int:
+    """Elements (float16) of the cells of a tensor of this shape."""
+    return shape[0] * ceil_div(shape[1], 64 // split) * math.prod(shape[2:]) * 64
+
+
+def exponents_size(shape, itemsize: int) -> int:
+    """Elements (int32) of what `largest_magnitude` writes for a tensor of this shape."""
+    return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, _BLOCK_BYTES)))
+
+
+def largest_magnitude(source, exponents) -> None:
+    """exponents, of the scales that parts of `source` would take, are written."""
+    width = _width(source)
+    kernel = Kernel("fp16_cells.cu", "largest_magnitude", _macros(scalar(source), 1, width))
+    launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
+
+
+def to_cells(source, exponents, cells, split: int) -> None:
+    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`."""
+    width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
+    chunk_channels = 64 // split
+    launch(
+        Kernel("fp16_cells.cu", "to_cells", _macros(scalar(source), split, width)),
+        (ceil_div(images * pixels, THREADS * 8 // chunk_channels * width), ceil_div(channels, chunk_channels), 1),
+        (THREADS, 1, 1),
+        (source, exponents, cells, exponents.size, images, channels, pixels),
+    )
+
+
+def variants():
+    """Every variant that this module launches."""
+    for name, split in (("float", 1), ("float", 2), ("half_t", 1), ("bf16_t", 1)):
+        for width in (1, 4):
+            yield Variant("fp16_cells.cu", _macros(name, split, width))
+
+
+def _macros(name, split, width):
+    return (*scalar_macros(name), ("SPLIT", split), ("WIDTH", width))
+
+
+def _width(source) -> int:
+    return 1 if math.prod(source.shape[2:]) % 4 or address(source) % (4 * source.itemsize) else 4

@@ -1,0 +1,250 @@
+"""The weight gradient on tensor cores and the fp16 cells that it reads; all shapes here are ones it takes."""
+
+import pytest
+import tolerance
+import torch
+import torch.nn.functional as F
+
+from cupy_kernels import conv_wgrad_mma, fp16_cells, source
+from cupy_kernels.conv_transpose import Geometry
+from modelnew import numerics
+from modelnew.functional import conv_transpose2d
+from modelnew.functional.conv_transpose import to_cells, weight_gradient
+from modelnew.interop import aligned, run
+from modelnew.workloads import tf32_rounded
+
+KERNELS = ["largest_magnitude", "to_cells"] * 2 + ["conv_wgrad_mma", "conv_wgrad_reduce"]
+
+# (input shape, Cout, kernel, padding)
+CASES = {
+    "three": ((2, 16, 6, 7), 16, (3, 3), (1, 1)),
+    "five": ((3, 48, 9, 16), 80, (5, 5), (1, 1)),
+    "seven": ((1, 16, 3, 5), 16, (7, 7), (3, 3)),
+    "point": ((3, 16, 4, 4), 16, (1, 1), (0, 0)),
+    "no_padding": ((1, 32, 5, 4), 48, (2, 3), (0, 0)),
+    "over_padding": ((1, 16, 9, 8), 16, (2, 3), (3, 4)),
+    "two_groups_of_taps": ((1, 16, 2, 18), 16, (1, 6), (0, 2)),
+    "tiles_of_channels": ((1, 80, 5, 9), 144, (2, 4), (1, 0)),
+}
+CLASSES = pytest.mark.parametrize("cls", ["tf32", "fp32"])
+
+
+def tensors(case, device, dtype=torch.float32):
+    """x, w, dy"""
+    shape, out, kernel, padding = case
+    size = [n + k - 1 - 2 * p for n, k, p in zip(shape[2:], kernel, padding)]
+    shapes = shape, (shape[1], out, *kernel), (shape[0], out, *size)
+    return [torch.randn(s, device=device).to(dtype) for s in shapes]
+
+
+def geometry(padding):
+    return Geometry((1, 1), padding, (0, 0), (1, 1), 1)
+
+
+def gradient(x, w, dy, padding, cls):
+    return weight_gradient(aligned(x), w, aligned(dy), geometry(padding), cls)
+
+
+def truth(x, w, dy, padding):
+    """The definition, in float64: nothing is multiplied by a padding's zero."""
+    x, dy, dw = x.double(), dy.double(), torch.empty_like(w, dtype=torch.float64)
+    for kh in range(w.shape[2]):
+        for kw in range(w.shape[3]):
+            parts = [], []
+            for n, o, k, p in zip(x.shape[2:], dy.shape[2:], (kh, kw), padding):
+                first, end = max(0, p - k), min(n, o + p - k)
+                parts[0].append(slice(first, max(first, end)))
+                parts[1].append(slice(first - p + k, max(first, end) - p + k))
+            operands = x[(..., *parts[0])], dy[(..., *parts[1])]
+            dw[:, :, kh, kw] = operands[0].movedim(1, 0).flatten(1) @ operands[1].movedim(1, 0).flatten(1).T
+    return dw
+
+
+def rms(actual, expected):
+    return ((actual.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+
+
+def limit(x, w, dy, padding, cls):
+    """tf32: what rounding the operands costs, and a tenth for summing."""
+    if cls == "fp32":
+        return 1e-6
+    return 1.1 * rms(truth(tf32_rounded(x), w, tf32_rounded(dy), padding), truth(x, w, dy, padding))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_tf32_class(device, case, launched):
+    x, w, dy = tensors(case, device)
+    y = conv_transpose2d(x, w.requires_grad_(), padding=case[3], numerics="tf32")
+    launched.clear()
+    (dw,) = torch.autograd.grad(y, w, dy)
+    assert [k.name for k in launched] == KERNELS
+    assert rms(dw, truth(x, w, dy, case[3])) < limit(x, w, dy, case[3], "tf32")
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_fp32_class(device, case, launched):
+    x, w, dy = tensors(case, device)
+    dw = gradient(x, w, dy, case[3], "fp32")
+    assert [k.name for k in launched] == KERNELS
+    w.requires_grad_()
+    (theirs,) = torch.autograd.grad(F.conv_transpose2d(x, w, padding=case[3]), w, dy)
+    tolerance.check(dw, truth(x, w, dy, case[3]), theirs, "dw", terms=x.numel() // x.shape[1])
+
+
+@CLASSES
+def test_long_sums(device, cls, monkeypatch):
+    """Many bands a block, whose sums go to memory between chains."""
+    monkeypatch.setattr(conv_wgrad_mma, "_BLOCKS", 1)
+    conv_wgrad_mma.plan.cache_clear()
+    case = ((3, 16, 30, 5), 16, (3, 2), (1, 1))
+    x, w, dy = tensors(case, device)
+    assert numerics.wgrad_plan(x, w.shape, geometry(case[3]), cls)[0].splits == 1
+    text = source.text("conv_wgrad_mma.cu")
+    with source.override({"conv_wgrad_mma.cu": text.replace("#define CHAIN (SPLIT", "#define CHAIN (10 + 0 * SPLIT")}):
+        dw = gradient(x, w, dy, case[3], cls)
+    conv_wgrad_mma.plan.cache_clear()
+    assert rms(dw, truth(x, w, dy, case[3])) < limit(x, w, dy, case[3], cls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_types_are_exact_in_fp16_operands(device, dtype):
+    x, w, dy = tensors(CASES["three"], device, dtype)
+    dw = gradient(x, w, dy, (1, 1), "fp32")
+    w.requires_grad_()
+    (theirs,) = torch.autograd.grad(F.conv_transpose2d(x, w, padding=1), w, dy)
+    tolerance.check(dw, truth(x, w, dy, (1, 1)), theirs, "dw")
+
+
+@CLASSES
+@pytest.mark.parametrize(
+    ("x_scale", "dy_scale"), [(1.0, 1e-20), (1.0, 1e20), (1e-30, 1e25), (1e-35, 1e-3), (1e30, 1e-35)], ids=str
+)
+def test_scales_far_from_fp16(device, cls, x_scale, dy_scale):
+    x, w, dy = tensors(CASES["three"], device)
+    x, dy = x * x_scale, dy * dy_scale
+    assert rms(gradient(x, w, dy, (1, 1), cls), truth(x, w, dy, (1, 1))) < (4e-4 if cls == "tf32" else 1e-6)
+
+
+def test_parts_of_zeros_leave_the_scale_to_the_others(device):
+    tensor = torch.zeros(4, 16, 8, 8, device=device)  # a block reads 1024 elements
+    tensor[2] = torch.linspace(-3e-20, 2e-20, 1024).view(16, 8, 8)
+    exponents = torch.empty(4, dtype=torch.int32, device=device)
+    run(fp16_cells.largest_magnitude, tensor, exponents)
+    assert exponents.tolist() == [126, 126, 79, 126]
+    cells = to_cells(tensor, 1, exponents).cells.float()
+    assert 2**14 <= cells.abs().max() < 2**15
+
+
+@CLASSES
+def test_outliers_do_not_flush_the_rest(device, cls):
+    """One value a million times the rest: channels that it does not reach are as exact as ever."""
+    x, w, dy = tensors(CASES["three"], device)
+    x[0, 3, 2, 2] = dy[1, 5, 3, 3] = 1e6
+    expected, dw = truth(x, w, dy, (1, 1)), gradient(x, w, dy, (1, 1), cls)
+    rest = [c for c in range(16) if c not in (3, 5)]
+    assert rms(dw[rest][:, rest], expected[rest][:, rest]) < (4e-4 if cls == "tf32" else 1e-5)
+
+
+@CLASSES
+@pytest.mark.parametrize("place", [(0, 3, 2, 4), (1, 0, 0, 0), (1, 15, 5, 6)], ids=["inside", "first", "last"])
+@pytest.mark.parametrize("special", [float("inf"), -float("inf"), float("nan")])
+def test_inf_and_nan_reach_what_the_definition_says(device, cls, place, special):
+    x, w, dy = tensors(CASES["three"], device)
+    for operand in (x, dy):
+        before = operand[place].item()
+        operand[place] = special
+        dw, expected = gradient(x, w, dy, (1, 1), cls), truth(x, w, dy, (1, 1))
+        assert torch.equal(dw.isnan(), expected.isnan())
+        assert torch.equal(dw.isposinf(), expected.isposinf())
+        assert torch.equal(dw.isneginf(), expected.isneginf())
+        finite = expected.isfinite()
+        assert rms(dw[finite], expected[finite]) < (4e-4 if cls == "tf32" else 1e-6)
+        operand[place] = before
+
+
+def test_two_runs_are_bit_equal(device):
+    x, w, dy = tensors(CASES["five"], device)
+    assert torch.equal(*(gradient(x, w, dy, (1, 1), "fp32") for _ in range(2)))
+
+
+@CLASSES
+def test_cells_and_exponents_that_are_there_already(device, cls, launched):
+    x, w, dy = tensors(CASES["three"], device)
+    split = 1 if cls == "tf32" else 2
+    expected = gradient(x, w, dy, (1, 1), cls)
+    dy_cells, x_exponents = to_cells(dy, split), to_cells(x, split).exponents
+    more = torch.cat([x_exponents + 3, x_exponents, x_exponents + 1])
+    launched.clear()
+    dw = weight_gradient(x, w, dy_cells, geometry((1, 1)), cls, x_exponents=more)
+    assert [k.name for k in launched] == ["to_cells", "conv_wgrad_mma", "conv_wgrad_reduce"]
+    assert torch.equal(dw, expected)
+
+
+def test_cells_for_a_convolution_that_is_not_taken(device):
+    x, w, dy = tensors(CASES["three"], device)
+    with pytest.raises(ValueError, match="dy must be a tensor, not cells: the stride is"):
+        weight_gradient(x, w, to_cells(dy, 1), geometry((1, 1))._replace(stride=(2, 2)), "tf32")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "split"),
+    [
+        ((2, 16, 3, 5), torch.float32, 1),
+        ((3, 80, 6, 6), torch.float32, 1),
+        ((3, 80, 6, 6), torch.float32, 2),
+        ((2, 48, 5, 7), torch.float32, 2),
+        ((2, 80, 6, 6), torch.float16, 1),
+        ((2, 32, 3, 3), torch.bfloat16, 1),
+    ],
+    ids=str,
+)
+def test_cells(device, shape, dtype, split):
+    """[N][chunk][pixel][64 halves]: values, with split 2 of 32 channels, then all that they leave, infinities too."""
+    tensor = torch.randn(shape, device=device).to(dtype) * 100
+    tensor[0, 1, 0, 0], tensor[0, 2, 0, 0], tensor[0, 3, 0, 0] = float("inf"), float("nan"), 0
+    cells, exponents = to_cells(tensor, split)
+    finite = tensor[tensor.isfinite()].abs().max()
+    scale = 2.0 ** exponents.min().item()
+    assert 2**14 <= finite * scale < 2**15
+    chunk = 64 // split
+    padded = torch.zeros(shape[0], -(-shape[1] // chunk) * chunk, *shape[2:], device=device)
+    padded[:, : shape[1]] = tensor.float() * scale
+    values = padded.where(padded.isfinite(), 0).half() if split == 2 else padded.half()
+    rests = (padded - values.float()).half()
+    expected = [part.view(shape[0], -1, chunk, shape[2] * shape[3]) for part in (values, rests)[:split]]
+    expected = torch.cat(expected, dim=2).transpose(2, 3)
+    torch.testing.assert_close(cells.view(expected.shape), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: torch.cat([t.flatten(), t.flatten()])[1 : 1 + t.numel()].view(t.shape),
+        lambda t: torch.complex(t, t).conj().imag,
+    ],
+    ids=["channels_last", "unaligned", "negative_bit"],
+)
+def test_layouts(device, make):
+    x, w, dy = map(make, tensors(((2, 16, 4, 8), 16, (3, 3), (1, 1)), device))
+    w.requires_grad_()
+    ours, theirs = (
+        torch.autograd.grad(f(x, w, padding=1), w, dy)[0]
+        for f in (lambda *t, **o: conv_transpose2d(*t, numerics="fp32", **o), F.conv_transpose2d)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+@CLASSES
+def test_little_shared_memory(device, monkeypatch, cls):
+    monkeypatch.setattr(numerics, "_shared_bytes", lambda _: 99 * 1024)
+    monkeypatch.setattr(numerics, "_EMULATED_SHARED_BYTES", 99 * 1024)
+    case = ((1, 16, 3, 17), 80, (2, 5), (1, 1))
+    x, w, dy = tensors(case, device)
+    assert rms(gradient(x, w, dy, (1, 1), cls), truth(x, w, dy, (1, 1))) < (4e-4 if cls == "tf32" else 1e-6)
+
+
+def test_too_little_shared_memory():
+    unit = geometry((1, 1))
+    with pytest.raises(conv_wgrad_mma.UnsupportedError, match="needs 63488 bytes of shared memory, the GPU has 48000"):
+        conv_wgrad_mma.plan((1, 16, 4, 4), (16, 16, 5, 5), unit, 2, "float", 48000)
