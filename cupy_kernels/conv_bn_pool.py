@@ -91,6 +91,7 @@ def conv_bn_pool_forward(
         plan,
         pool,
         x,
+        x.shape[0],
         (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
         + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
         shared_bytes=plan.threads * 16 if training else 0,

@@ -32,6 +32,11 @@ class Plan(NamedTuple):
     shared_bytes: int
     packed_size: int  # elements of the workspace `packed`, float16
 
+    def of_cells(self) -> "Plan":
+        """The same for x that is cells already, see `fp16_cells`."""
+        changed = {**dict(self.macros), "CELLS": 1, "input_t": "half_t"}
+        return self._replace(macros=tuple(changed.items()))
+
 
 class UnsupportedError(ValueError):
     """These kernels do not take a convolution; the message says why."""
@@ -85,6 +90,8 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
     macros = {
         "scalar_t": dtype,
         "acc_t": "float",
+        "input_t": dtype,
+        "CELLS": 0,
         "IN_CHANNELS": channels_in,
         "OUT_CHANNELS": channels_out,
         "IN_H": size[0],
@@ -120,14 +127,16 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
     )
 
 
-def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents) -> None:
+def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
     """y = conv_transpose2d(x, w) + bias, or with a plan for dgrad y = dx from x = dy; bias may be None.
 
-    y and the workspaces packed (plan.packed_size, float16) and exponents (plan.rows, int32) are written.
+    x_exponents: with a plan of cells, the exponents that go with them. y and the workspaces packed (plan.packed_size,
+    float16) and exponents (plan.rows, int32) are written.
     """
     pack_weight(p, w, packed, exponents)
     kernel = Kernel("conv_transpose_mma.cu", "conv_transpose_mma", p.macros)
-    launch_units(p, kernel, x, (x, packed, exponents, bias, y))
+    count = 0 if x_exponents is None else x_exponents.size
+    launch_units(p, kernel, x, y.shape[0], (x, x_exponents, packed, exponents, bias, y, count))
 
 
 def pack_weight(p: Plan, w, packed, exponents, signs=None) -> None:
@@ -143,14 +152,14 @@ def pack_kernel(p: Plan) -> Kernel:
     return Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
 
 
-def launch_units(p: Plan, kernel: Kernel, x, args, shared_bytes: int = 0) -> None:
+def launch_units(p: Plan, kernel: Kernel, x, images: int, args, shared_bytes: int = 0) -> None:
     """Launches a kernel built on conv_mma.cuh over all units of x. shared_bytes: what its epilogue needs.
 
     ValueError unless x starts at a multiple of 16 bytes.
     """
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
-    grid = (x.shape[0] * p.units, p.rows // p.tile_m, 1)
+    grid = (images * p.units, p.rows // p.tile_m, 1)
     launch(kernel, grid, (p.threads, 1, 1), (*args, multiprocessors(x)), p.shared_bytes + shared_bytes)
 
 
@@ -160,6 +169,8 @@ def variants():
     for p in sample_plans():
         packs.add(Variant("pack_weight_fp16.cu", p.pack_macros))
         convolutions.add(Variant("conv_transpose_mma.cu", p.macros))
+        if dict(p.pack_macros)["FLIP"]:
+            convolutions.add(Variant("conv_transpose_mma.cu", p.of_cells().macros))
     yield from sorted(packs, key=str)
     yield from sorted(convolutions, key=str)
 

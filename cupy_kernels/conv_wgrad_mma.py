@@ -21,6 +21,7 @@ class Plan(NamedTuple):
     """How a weight gradient is laid out over blocks; `macros` specialise the kernels."""
 
     macros: tuple
+    images: int
     split: int  # of the cells, see `fp16_cells`
     tiles: int
     splits: int
@@ -83,12 +84,12 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
         "STAGES": stages,
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
-    return Plan(
-        tuple(macros.items()), split, tiles, splits, split_bands, 32 * warps, stages * stage_bytes, splits * size
-    )
+    shared_bytes = stages * stage_bytes
+    sizes = (tiles, splits, split_bands, 32 * warps, shared_bytes, splits * size)
+    return Plan(tuple(macros.items()), x_shape[0], split, *sizes)
 
 
-def conv_wgrad_mma(p: Plan, x_cells, x_exponents, dy_cells, dy_exponents, partial, dw, images: int) -> None:
+def conv_wgrad_mma(p: Plan, x_cells, x_exponents, dy_cells, dy_exponents, partial, dw) -> None:
     """dw, the gradient of w, from x and the gradient of the output as cells.
 
     x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale. dw and the workspace
@@ -98,7 +99,7 @@ def conv_wgrad_mma(p: Plan, x_cells, x_exponents, dy_cells, dy_exponents, partia
         Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
         (p.tiles * p.splits, 1, 1),
         (p.threads, 1, 1),
-        (x_cells, dy_cells, partial, images, p.split_bands),
+        (x_cells, dy_cells, partial, p.images, p.split_bands),
         p.shared_bytes,
     )
     launch(

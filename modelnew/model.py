@@ -184,7 +184,8 @@ def explain(model: ModelNew, x: torch.Tensor) -> str:
         cls = resolve(conv.numerics, x)
         return (
             f"fused: conv_bn_pool (tensor cores, {cls} class), conv_bn_statistics, pooled_forward; backward: "
-            "pooled_backward, conv_output_gradient, conv_transpose_mma or conv_gather (dgrad), conv_wgrad_mma"
+            "pooled_backward, pooled_parameter_gradients, conv_output_gradient_cells, conv_transpose_mma (dgrad), "
+            "conv_wgrad_mma; on GPUs with little shared memory dgrad and wgrad may be the general kernels"
         )
     lines = [f"not fused into one operator: {reason}"]
     if isinstance(conv, layers.ConvTranspose2d):

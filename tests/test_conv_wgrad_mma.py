@@ -9,7 +9,7 @@ from cupy_kernels import conv_wgrad_mma, fp16_cells, source
 from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
 from modelnew.functional import conv_transpose2d
-from modelnew.functional.conv_transpose import to_cells, weight_gradient
+from modelnew.functional.conv_transpose import conv_gradients, gradient_plans, to_cells, wgrad_of_cells
 from modelnew.interop import aligned, run
 from modelnew.workloads import tf32_rounded
 
@@ -42,7 +42,7 @@ def geometry(padding):
 
 
 def gradient(x, w, dy, padding, cls):
-    return weight_gradient(aligned(x), w, aligned(dy), geometry(padding), cls)
+    return conv_gradients(aligned(x), w, aligned(dy), geometry(padding), cls, False, True)[1]
 
 
 def truth(x, w, dy, padding):
@@ -175,15 +175,10 @@ def test_cells_and_exponents_that_are_there_already(device, cls, launched):
     dy_cells, x_exponents = to_cells(dy, split), to_cells(x, split).exponents
     more = torch.cat([x_exponents + 3, x_exponents, x_exponents + 1])
     launched.clear()
-    dw = weight_gradient(x, w, dy_cells, geometry((1, 1)), cls, x_exponents=more)
+    _, plan = gradient_plans(x, w, geometry((1, 1)), cls, False, True)
+    dw = wgrad_of_cells(plan, to_cells(x, split, more), w, dy_cells)
     assert [k.name for k in launched] == ["to_cells", "conv_wgrad_mma", "conv_wgrad_reduce"]
     assert torch.equal(dw, expected)
-
-
-def test_cells_for_a_convolution_that_is_not_taken(device):
-    x, w, dy = tensors(CASES["three"], device)
-    with pytest.raises(ValueError, match="dy must be a tensor, not cells: the stride is"):
-        weight_gradient(x, w, to_cells(dy, 1), geometry((1, 1))._replace(stride=(2, 2)), "tf32")
 
 
 @pytest.mark.parametrize(

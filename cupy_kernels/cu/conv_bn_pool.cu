@@ -212,5 +212,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     __shared__ int counts[WARPS_N];
     DYNAMIC_SHARED(u8, shared);
     Pool epilogue = {gamma, pooled, partials, taps, saved, unit_exponents, exponents, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
-    convolve(x, packed, ahead, shared, scratch, epilogue);
+    convolve(x, (const int*)0, 0, packed, ahead, shared, scratch, epilogue);
 }

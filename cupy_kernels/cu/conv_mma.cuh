@@ -16,7 +16,9 @@
 // Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right border. The
 // order of a cell's parts (BAND_KEY) is such that the eight rows of a matrix, the pixels of a tile, lie in different banks.
 //
-// Macros: scalar_t (float, half_t, bf16_t), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H,
+// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
+//
+// Macros: scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H,
 // KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
 // RESIDENT (1: all chunks of the band stay in shared memory, 0: each pass loads one after the other), STAGES, ADJACENT.
 #pragma once
@@ -51,6 +53,9 @@
 #define SLICES_AT_ONCE 4
 #endif
 enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
+// Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are loaded once,
+// under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
+enum { GUESS = 10, SLACK = 6 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
 
 typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
@@ -89,6 +94,19 @@ struct Unit {
     }
 };
 
+#if CELLS
+// Copies chunk `chunk` of a unit's rows, asynchronously. `source`: row first_row of chunk 0.
+__device__ inline void copy_band(const half_t* source, const Unit& unit, u8* cells, int chunk) {
+    source += (i64)chunk * IN_H * IN_W * (CELL_BYTES / 2);
+    for (int i = threadIdx.x; i < BAND_CELLS * 8; i += THREADS) {
+        int cell = i / 8, part = i % 8, row = (cell - GAP + PITCH) / PITCH - 2, column = cell - GAP - (row + 1) * PITCH;
+        bool inside = row >= 0 && column < IN_W && unit.first_row + row < unit.last_row;
+        const half_t* from = source + (inside ? (row * IN_W + column) * (CELL_BYTES / 2) + part * 8 : 0);
+        cp_async_16(cells + cell_offset(cell, part, band_key(unit.first_row + row, cell - (row + 1) * PITCH)), from, inside);
+    }
+    cp_async_commit();
+}
+#else
 // Exponent of the scale for a unit's rows, all channels. `source`: channel 0 of row first_row.
 __device__ inline int band_exponent(const scalar_t* source, const Unit& unit, unsigned* scratch) {
     enum { WIDTH = IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t), BATCH = 16 };
@@ -149,6 +167,8 @@ __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* c
     }
 }
 
+#endif
+
 // sums += a b for 64 channels and pair `pair` of n8-tiles. Tensor cores truncate when they add to an accumulator, which costs float32's
 // last bits in a long sum: with SPLIT 2 they add three products only, the small ones first, and an ordinary addition adds those.
 __device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[4][SPLIT][4], const unsigned (&b)[SPLIT][4], int pair) {
@@ -172,13 +192,28 @@ __device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[4][SPLI
 #endif
 }
 
-// The convolution of one unit. `ahead`: how many units run at a time, so whose rows to prefetch; results do not depend on it.
+// The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them. `ahead`: how many units run at a time, so whose rows to
+// prefetch; results do not depend on it.
 template <class Epilogue>
-__device__ inline void convolve(const scalar_t* x, const half_t* packed, int ahead, u8* shared, unsigned* scratch, Epilogue& epilogue) {
+__device__ inline void convolve(
+    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, int ahead, u8* shared, unsigned* scratch,
+    Epilogue& epilogue) {
     u8 *cells = shared, *ring = shared + RING_OFFSET;
     int lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
     Unit unit(blockIdx.x);
-    const scalar_t* source = x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W;
+#if CELLS
+    const input_t* source = x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (CELL_BYTES / 2);
+    auto bring_band = [&](int chunk) { copy_band(source, unit, cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES, chunk); };
+    if (RESIDENT)
+        for (int chunk = 0; chunk < CHUNKS; chunk++) bring_band(chunk);
+#else
+    const input_t* source = x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W;
+    int exponent = GUESS;
+    unsigned largest = 0;
+    auto bring_band = [&](int chunk) {
+        load_band(source, unit, cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES, chunk, power_of_two(exponent), largest);
+    };
+#endif
     const u8* weights = (const u8*)packed + (i64)blockIdx.y * CHUNKS * TAPS * STAGE_BYTES;
 
     // Past the last step it fetches the first ones again, which nobody reads: cheaper than to ask each time.
@@ -195,19 +230,18 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, int ahe
     };
     for (int i = 0; i < STAGES - 1; i++) fetch();
 
-    // Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are loaded
-    // once, under a first guess.
-    enum { GUESS = 10, SLACK = 6 };
-    unsigned largest = 0;
-    int exponent = RESIDENT ? (int)GUESS : band_exponent(source, unit, scratch);
+#if CELLS
+    int exponent = smallest_exponent(x_exponents, x_exponent_count, scratch);
+#else
+    if (!RESIDENT) exponent = band_exponent(source, unit, scratch);
     for (bool again = RESIDENT; again;) {
-        for (int chunk = 0; chunk < CHUNKS; chunk++)
-            load_band(source, unit, cells + chunk * BAND_CELLS * CELL_BYTES, chunk, power_of_two(exponent), largest);
+        for (int chunk = 0; chunk < CHUNKS; chunk++) bring_band(chunk);
         int right = scale_exponent(block_max(largest, scratch));
         again = exponent == GUESS && (right < GUESS || right > GUESS + SLACK);
         if (again) exponent = right;
     }
     if (blockIdx.x + ahead < gridDim.x) prefetch_band(x, Unit(blockIdx.x + ahead));
+#endif
 
     // A pass over windows of which the warp's first is `first_window`. `pairs` is a constant at each call, so that a copy is made for it.
     auto run_pass = [&](Sums& sums, const int pairs, int first_window) __attribute__((always_inline)) {
@@ -222,7 +256,8 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, int ahe
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             if (!RESIDENT) {
                 __syncthreads();
-                load_band(source, unit, cells, chunk, power_of_two(exponent), largest);
+                bring_band(chunk);
+                if (CELLS) cp_async_wait<0>();
                 __syncthreads();
             }
             const u8 *chunk_cells = cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES, *a_row, *b_row[PAIRS];

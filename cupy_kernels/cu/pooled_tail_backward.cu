@@ -161,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(256) pooled_parameter_gradients(
 
     // A channel of zeros, or without a finite dy, must not decide the scale of the others.
     int exponent = 126;
-    if (scale != 0 && bound > 0 && scale - scale == 0 && means - means == 0) {
+    if (bound > 0 && scale - scale == 0 && means - means == 0) {
         const unsigned largest = 0x7F7FFFFF;
         unsigned v = finite_magnitude(bound), dy = finite_magnitude(multiply_unflushed(bound, fabsf(scale)));
         // The second keeps g in range between the multiplications by 2^e and by `scale`.

@@ -11,7 +11,7 @@ from cupy_kernels.conv_transpose import Geometry, output_shape
 from ..interop import Layout, Part, Workspace, aligned, compile_together, dense, one_device, pair, run
 from ..numerics import check_numerics, resolve, tensor_core_plan
 from .batch_norm import check_batch_norm, check_batch_norm_call, run_updating
-from .conv_transpose import conv_gradients
+from .conv_transpose import Cells, conv_gradients, dgrad_of_cells, gradient_plans, to_cells, wgrad_of_cells
 
 _DTYPES = {dtype: getattr(torch, dtype.__name__) for dtype in ops.DTYPES}
 _checked = set()  # what calls passed `_check`
@@ -66,12 +66,23 @@ class _Fused(torch.autograd.Function):
         dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias = gradients
         dx = dw = None
         if need[0] or need[1]:
-            dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
             packed = (kept[name] for name in ("taps", "saved", "exponents", "unit_exponents"))
             tensors = (g, *packed, mean, invstd, weight, sums if training else None)
-            run(ops.conv_output_gradient, *tensors, dy, **options)
-            del g, tensors  # 76 MB of a large batch, which the next step can have
-            dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *need[:2])
+            dgrad, wgrad = gradient_plans(x, w, ctx.geometry, ctx.numerics, *need[:2])
+            if bool(dgrad) == need[0] and bool(wgrad) == need[1]:
+                cells = x.new_empty(ops.cells_shape(options["plan"], x.shape[0]), dtype=torch.float16)
+                run(ops.conv_output_gradient_cells, *tensors, dy_exponents, cells, **options)
+                del g, tensors  # 76 MB of a large batch, which the next steps can have
+                dy = Cells(cells, dy_exponents)
+                if dgrad:
+                    dx = dgrad_of_cells(dgrad, x, w, dy)
+                if wgrad:
+                    dw = wgrad_of_cells(wgrad, to_cells(x, wgrad.split, kept["unit_exponents"]), w, dy)
+            else:
+                dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
+                run(ops.conv_output_gradient, *tensors, dy, **options)
+                del g, tensors
+                dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *need[:2])
         return dx, dw, dconv_bias, dweight, dbias, dgroup_weight, dgroup_bias, *[None] * 6
 
 

@@ -50,42 +50,55 @@ class Cells(NamedTuple):
     exponents: torch.Tensor
 
 
-def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w, x_exponents=None):
-    """(dx, dw), None where not needed. x_exponents: of scales of x's parts, where they are known already."""
-    dx = input_gradient(x, w, dy, geometry, numerics) if need_x else None
-    dw = weight_gradient(x, w, dy, geometry, numerics, x_exponents) if need_w else None
+def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w):
+    """(dx, dw), None where not needed."""
+    dgrad, wgrad = gradient_plans(x, w, geometry, numerics, need_x, need_w)
+    dx = dw = None
+    cells = to_cells(dy, wgrad.split) if wgrad else None
+    if need_x:
+        if cells and dgrad:
+            dx = dgrad_of_cells(dgrad, x, w, cells)
+        else:
+            dx = torch.empty_like(x)
+            if dgrad:
+                run(mma.conv_transpose_mma, dgrad, aligned(dy), w, None, dx, *mma_workspaces(dgrad, w))
+            else:
+                run(ops.conv_transpose_dgrad, dy, w, dx, _packed(w), geometry)
+    if need_w:
+        if wgrad:
+            dw = wgrad_of_cells(wgrad, to_cells(x, wgrad.split), w, cells)
+        else:
+            dw = torch.empty_like(w)
+            dtype = accumulator_dtype(w)
+            size = ops.wgrad_workspace_size(x.shape, w.shape, geometry, dtype == torch.float64)
+            run(ops.conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=dtype), geometry)
     return dx, dw
 
 
-def input_gradient(x, w, dy, geometry, numerics):
-    """dx, the gradient of x."""
+def gradient_plans(x, w, geometry, numerics, need_x, need_w):
+    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken."""
+    dgrad = wgrad = None
+    if need_x:
+        dy = x.new_empty(()).expand(ops.output_shape(x.shape, w.shape, geometry))
+        dgrad, _ = tensor_core_plan(dy, w.shape, geometry, numerics, dgrad=True)
+    if need_w:
+        wgrad, _ = wgrad_plan(x, w.shape, geometry, numerics)
+    return dgrad, wgrad
+
+
+def dgrad_of_cells(plan, x, w, dy: Cells):
+    """dx; plan: that of a tensor dy."""
     dx = torch.empty_like(x)
-    plan, _ = tensor_core_plan(dy, w.shape, geometry, numerics, dgrad=True)
-    if plan:
-        run(mma.conv_transpose_mma, plan, aligned(dy), w, None, dx, *mma_workspaces(plan, w))
-    else:
-        run(ops.conv_transpose_dgrad, dy, w, dx, _packed(w), geometry)
+    workspaces = mma_workspaces(plan, w)
+    run(mma.conv_transpose_mma, plan.of_cells(), dy.cells, w, None, dx, *workspaces, dy.exponents)
     return dx
 
 
-def weight_gradient(x, w, dy, geometry, numerics, x_exponents=None):
-    """dw, the gradient of w.
-
-    dy: a tensor, or its Cells, for a convolution that `numerics.wgrad_plan` takes. x_exponents: as in conv_gradients.
-    """
+def wgrad_of_cells(plan, x: Cells, w, dy: Cells):
+    """dw."""
     dw = torch.empty_like(w)
-    plan, reason = wgrad_plan(x, w.shape, geometry, numerics)
-    if plan:
-        x_cells = to_cells(x, plan.split, x_exponents)
-        dy_cells = dy if isinstance(dy, Cells) else to_cells(dy, plan.split)
-        partial = w.new_empty(plan.partial_size, dtype=torch.float32)
-        run(wgrad_mma.conv_wgrad_mma, plan, *x_cells, *dy_cells, partial, dw, images=x.shape[0])
-        return dw
-    if isinstance(dy, Cells):
-        raise ValueError(f"the tensor-core kernels do not take this, so dy must be a tensor, not cells: {reason}")
-    dtype = accumulator_dtype(w)
-    size = ops.wgrad_workspace_size(x.shape, w.shape, geometry, dtype == torch.float64)
-    run(ops.conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=dtype), geometry)
+    partial = w.new_empty(plan.partial_size, dtype=torch.float32)
+    run(wgrad_mma.conv_wgrad_mma, plan, *x, *dy, partial, dw)
     return dw
 
 
