@@ -76,13 +76,3 @@ def check_per_channel(channels, **arrays) -> None:
     for name, array in arrays.items():
         if array is not None and array.size != channels:
             raise ValueError(f"{name} should contain {channels} elements, one for each channel, not {array.size}")
-
-
-def multiprocessors(array) -> int:
-    """How many multiprocessors the array's GPU has; 1 for the emulator."""
-    return 1 if isinstance(array, np.ndarray) else _multiprocessors(array.data.device_id)
-
-
-@functools.cache
-def _multiprocessors(device_id):
-    return compiler.cupy().cuda.Device(device_id).attributes["MultiProcessorCount"]

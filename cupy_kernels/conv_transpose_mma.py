@@ -8,7 +8,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from .common import THREADS, address, ceil_div, multiprocessors
+from .common import THREADS, address, ceil_div
 from .conv_transpose import Geometry
 from .launch import launch
 from .source import Kernel, Variant
@@ -17,7 +17,7 @@ MANY_IMAGES = 64  # from which on a block takes as many passes of an image as fi
 _CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
 _STAGES = (4, 2)  # preferred first
-_RESERVED = 5 * 1024  # shared memory for the kernels' own small arrays and an epilogue
+_RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
 
 
 class Plan(NamedTuple):
@@ -160,7 +160,7 @@ def launch_units(p: Plan, kernel: Kernel, x, images: int, args, shared_bytes: in
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
     grid = (images * p.units, p.rows // p.tile_m, 1)
-    launch(kernel, grid, (p.threads, 1, 1), (*args, multiprocessors(x)), p.shared_bytes + shared_bytes)
+    launch(kernel, grid, (p.threads, 1, 1), args, p.shared_bytes + shared_bytes)
 
 
 def variants():

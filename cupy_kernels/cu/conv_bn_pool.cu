@@ -39,7 +39,9 @@ __device__ inline float quad_sum(float v) {
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
-enum { ROWS = 4 };              // channels handled together: 8 would need more registers than there are
+#ifndef ROWS
+#define ROWS 4
+#endif
 
 __device__ inline float max_or_nan(float a, float b) {
 #ifdef CUPY_KERNELS_EMULATOR
@@ -82,12 +84,12 @@ __device__ __forceinline__ void moments_of(
 }
 
 struct Pool {
-    const param_t* gamma;
     float *pooled, *partials;
     u8* taps;
     saved_t* saved;
     int* unit_exponents;
-    const int* exponents;
+    const int* exponents;  // in shared memory, of the block's channels, as `signs`
+    const float* signs;    // of gamma, or 0; pack_weight_fp16 has multiplied the weights by -1 where it is negative
     float2* moments;  // [WARPS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each warp
     int* counts;      // [WARPS_N] in shared memory
     int seen;
@@ -129,11 +131,12 @@ struct Pool {
             for (int i = 0; i < ROWS; i++) {
                 int m = first_m + (first + i) * 8;
                 bool real = OUT_CHANNELS % TILE_M == 0 || m < OUT_CHANNELS;  // the same in all lanes
-                float sign = real && bn_weight(gamma, m) < 0 ? -1 : 1;  // pack_weight_fp16 has multiplied the weights by it
-                bool any = real && bn_weight(gamma, m) != 0;
-                ScaleBack scale(real ? exponent + exponents[m] : 0);
+                int channel = warp % WARPS_M * 64 + (first + i) * 8 + lane / 4;
+                bool any = signs[channel] != 0;
+                float sign = any ? signs[channel] : 1;
+                ScaleBack scale(exponent + exponents[channel]);
                 if (STATISTICS && lane % 4 == 0) {
-                    float2* place = moments + warp / WARPS_M * TILE_M + warp % WARPS_M * 64 + (first + i) * 8 + lane / 4;
+                    float2* place = moments + warp / WARPS_M * TILE_M + channel;
                     *place = merge(seen ? *place : make_float2(0, 0), make_float2(scale(mean[i] * sign), scale(scale(squares[i]))));
                 }
                 if (!real) continue;
@@ -207,10 +210,17 @@ struct Pool {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, INOUT u8* __restrict__ taps,
-    INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents, int ahead) {
+    INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
-    __shared__ int counts[WARPS_N];
+    __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
+    __shared__ float signs[TILE_M];
+    for (int i = threadIdx.x; i < TILE_M; i += THREADS) {
+        int m = blockIdx.y * TILE_M + i;
+        float weight = m < OUT_CHANNELS ? bn_weight(gamma, m) : 0;
+        signs[i] = weight > 0 ? 1 : weight < 0 ? -1 : 0;
+        channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;
+    }
     DYNAMIC_SHARED(u8, shared);
-    Pool epilogue = {gamma, pooled, partials, taps, saved, unit_exponents, exponents, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
-    convolve(x, (const int*)0, 0, packed, ahead, shared, scratch, epilogue);
+    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
+    convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
 }

@@ -45,13 +45,8 @@
 #include "fp16_cells.cuh"
 #include "mma.cuh"
 
+#define SLICES_AT_ONCE (SPLIT == 1 && THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
 #define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)  // of 16 channels; those past IN_CHANNELS are zero
-#ifndef TAPS_AT_ONCE
-#define TAPS_AT_ONCE KERNEL_W
-#endif
-#ifndef SLICES_AT_ONCE
-#define SLICES_AT_ONCE 4
-#endif
 enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
 // Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are loaded once,
 // under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
@@ -94,15 +89,23 @@ struct Unit {
     }
 };
 
+// Zeros in the cells that hold no pixel: the zero row, and the borders.
+__device__ inline void clear_border(u8* cells) {
+    enum { ZERO_ROW = PITCH + GAP, COUNT = (ZERO_ROW + BAND_ROWS * GAP) * 8, BORDER = GAP ? GAP : 1 };
+    for (int i = threadIdx.x; i < COUNT; i += THREADS) {
+        int at = i / 8, right = at - ZERO_ROW;
+        int cell = right < 0 ? at : (right / BORDER + 1) * PITCH + GAP + IN_W + right % BORDER;
+        *(uint4*)(cells + cell_offset(cell, i % 8)) = make_uint4(0, 0, 0, 0);
+    }
+}
+
 #if CELLS
 // Copies chunk `chunk` of a unit's rows, asynchronously. `source`: row first_row of chunk 0.
 __device__ inline void copy_band(const half_t* source, const Unit& unit, u8* cells, int chunk) {
     source += (i64)chunk * IN_H * IN_W * (CELL_BYTES / 2);
-    for (int i = threadIdx.x; i < BAND_CELLS * 8; i += THREADS) {
-        int cell = i / 8, part = i % 8, row = (cell - GAP + PITCH) / PITCH - 2, column = cell - GAP - (row + 1) * PITCH;
-        bool inside = row >= 0 && column < IN_W && unit.first_row + row < unit.last_row;
-        const half_t* from = source + (inside ? (row * IN_W + column) * (CELL_BYTES / 2) + part * 8 : 0);
-        cp_async_16(cells + cell_offset(cell, part, band_key(unit.first_row + row, cell - (row + 1) * PITCH)), from, inside);
+    for (int i = threadIdx.x; i < (unit.last_row - unit.first_row) * IN_W * 8; i += THREADS) {
+        int row = i / 8 / IN_W, column = i / 8 % IN_W + GAP;
+        cp_async_16(cells + cell_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)), source + i * 8, true);
     }
     cp_async_commit();
 }
@@ -126,47 +129,35 @@ __device__ inline int band_exponent(const scalar_t* source, const Unit& unit, un
     return scale_exponent(block_max(largest, scratch));
 }
 
-// Asks for a unit's rows to be brought into the L2 cache.
-__device__ inline void prefetch_band(const scalar_t* x, const Unit& unit) {
-#ifndef CUPY_KERNELS_EMULATOR
-    const char* source = (const char*)(x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W);
-    int lines = ((unit.last_row - unit.first_row) * IN_W * (int)sizeof(scalar_t) + 127) / 128;
-    for (int i = threadIdx.x; i < IN_CHANNELS * lines; i += THREADS)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(source + ((i64)(i / lines) * IN_H * IN_W * sizeof(scalar_t) + i % lines * 128)));
-#endif
-}
-
 // Brings chunk `chunk` of a unit's rows into cells, scaled; `largest` grows to their largest finite magnitude.
 __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
-    enum { BATCH = RESIDENT ? 8 : 1, GROUPS = CHUNK_CHANNELS / 8 };  // not resident, the sums already hold the registers
-    // Lanes take the cells of 32 in such an order that eight at a time write to different banks.
+    enum { BATCH = RESIDENT ? 11 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };  // not resident, the sums hold the registers
+    // Lanes take 32 pixels in such an order that eight at a time write to different banks.
     int lane = threadIdx.x % 32, spread = lane;
-    if (ADJACENT) spread = lane % 2 + lane / 2 % 4 * WARP_TILES + lane / 8 % PAIRS * 2 + lane / 8 / PAIRS * 4 * WARP_TILES;
-    for (int first = threadIdx.x - lane + spread; first < BAND_CELLS * GROUPS; first += THREADS * BATCH) {
+    if (ADJACENT) spread = lane % 2 + lane / 2 % 4 * WARP_TILES + lane / 8 % PAIRS * 2;
+    for (int first = threadIdx.x - lane + spread; first < COUNT; first += THREADS * BATCH) {
         float v[BATCH][8];
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS, cell = i % BAND_CELLS, k = chunk * CHUNK_CHANNELS + i / BAND_CELLS * 8;
-            int row = (cell - GAP + PITCH) / PITCH - 2, column = cell - GAP - (row + 1) * PITCH;  // cell row 0 is the zero row
-            bool inside = row >= 0 && column < IN_W && unit.first_row + row < unit.last_row && k < IN_CHANNELS && i < BAND_CELLS * GROUPS;
-            const scalar_t* from = source + (k * IN_H + row) * IN_W + column;
+            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W), k = chunk * CHUNK_CHANNELS + i / (BAND_ROWS * IN_W) * 8;
+            bool inside = unit.first_row + pixel / IN_W < unit.last_row && k < IN_CHANNELS && i < COUNT;
+            const scalar_t* from = source + k * IN_H * IN_W + pixel;
             #pragma unroll
             for (int j = 0; j < 8; j++) v[b][j] = inside ? to_acc(from[j * IN_H * IN_W]) : 0;
         }
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS, cell = i % BAND_CELLS, row = (cell - GAP + PITCH) / PITCH - 2;
+            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W), row = pixel / IN_W, column = pixel % IN_W + GAP;
             #pragma unroll
             for (int j = 0; j < 8; j++) {
                 largest = max(largest, finite_magnitude(v[b][j]));
                 v[b][j] = multiply_unflushed(v[b][j], scale);
             }
-            if (i < BAND_CELLS * GROUPS)
-                store_cell(cells, cell, i / BAND_CELLS, v[b], band_key(unit.first_row + row, cell - (row + 1) * PITCH));
+            if (i < COUNT)
+                store_cell(cells, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b], band_key(unit.first_row + row, column));
         }
     }
 }
-
 #endif
 
 // sums += a b for 64 channels and pair `pair` of n8-tiles. Tensor cores truncate when they add to an accumulator, which costs float32's
@@ -192,27 +183,26 @@ __device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[4][SPLI
 #endif
 }
 
-// The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them. `ahead`: how many units run at a time, so whose rows to
-// prefetch; results do not depend on it.
+// The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them.
 template <class Epilogue>
 __device__ inline void convolve(
-    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, int ahead, u8* shared, unsigned* scratch,
+    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
     Epilogue& epilogue) {
-    u8 *cells = shared, *ring = shared + RING_OFFSET;
+    u8* ring = shared + RING_OFFSET;
+    auto band_of = [&](int chunk) { return shared + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES; };
+    for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(chunk));
     int lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
     Unit unit(blockIdx.x);
 #if CELLS
     const input_t* source = x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (CELL_BYTES / 2);
-    auto bring_band = [&](int chunk) { copy_band(source, unit, cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES, chunk); };
+    auto bring_band = [&](int chunk) { copy_band(source, unit, band_of(chunk), chunk); };
     if (RESIDENT)
         for (int chunk = 0; chunk < CHUNKS; chunk++) bring_band(chunk);
 #else
     const input_t* source = x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W;
     int exponent = GUESS;
     unsigned largest = 0;
-    auto bring_band = [&](int chunk) {
-        load_band(source, unit, cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES, chunk, power_of_two(exponent), largest);
-    };
+    auto bring_band = [&](int chunk) { load_band(source, unit, band_of(chunk), chunk, power_of_two(exponent), largest); };
 #endif
     const u8* weights = (const u8*)packed + (i64)blockIdx.y * CHUNKS * TAPS * STAGE_BYTES;
 
@@ -240,7 +230,6 @@ __device__ inline void convolve(
         again = exponent == GUESS && (right < GUESS || right > GUESS + SLACK);
         if (again) exponent = right;
     }
-    if (blockIdx.x + ahead < gridDim.x) prefetch_band(x, Unit(blockIdx.x + ahead));
 #endif
 
     // A pass over windows of which the warp's first is `first_window`. `pairs` is a constant at each call, so that a copy is made for it.
@@ -260,7 +249,7 @@ __device__ inline void convolve(
                 if (CELLS) cp_async_wait<0>();
                 __syncthreads();
             }
-            const u8 *chunk_cells = cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES, *a_row, *b_row[PAIRS];
+            const u8 *chunk_cells = band_of(chunk), *a_row, *b_row[PAIRS];
             // Called when the last tap's fragments are loaded: its stage is free once all warps are here.
             auto turn_to = [&](int kh, int kw) __attribute__((always_inline)) {
                 cp_async_wait<STAGES - 2>();
@@ -276,7 +265,6 @@ __device__ inline void convolve(
                 }
             };
             for (int kh = 0; kh < KERNEL_H; kh++) {
-                #pragma unroll TAPS_AT_ONCE
                 for (int kw = 0; kw < KERNEL_W; kw++) {
                     turn_to(kh, kw);
                     #pragma unroll SLICES_AT_ONCE

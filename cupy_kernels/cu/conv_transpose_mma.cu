@@ -48,9 +48,9 @@ struct Store {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const scalar_t* __restrict__ bias, scalar_t* __restrict__ y, int x_exponent_count, int ahead) {
+    const scalar_t* __restrict__ bias, scalar_t* __restrict__ y, int x_exponent_count) {
     __shared__ unsigned scratch[32];
     DYNAMIC_SHARED(u8, shared);
     Store epilogue = {bias, y, exponents};
-    convolve(x, x_exponents, x_exponent_count, packed, ahead, shared, scratch, epilogue);
+    convolve(x, x_exponents, x_exponent_count, packed, shared, scratch, epilogue);
 }

@@ -164,8 +164,9 @@ extern "C" __global__ void __launch_bounds__(256) pooled_parameter_gradients(
     if (bound > 0 && scale - scale == 0 && means - means == 0) {
         const unsigned largest = 0x7F7FFFFF;
         unsigned v = finite_magnitude(bound), dy = finite_magnitude(multiply_unflushed(bound, fabsf(scale)));
-        // The second keeps g in range between the multiplications by 2^e and by `scale`.
-        exponent = min(scale_exponent(dy ? dy : largest), 112 + scale_exponent(v ? v : largest));
+        // Keeps g in range between the multiplications by 2^e and by `scale`.
+        exponent = min(exponent, 112 + scale_exponent(v ? v : largest));
+        if (scale != 0) exponent = min(exponent, scale_exponent(dy ? dy : largest));
     }
     dy_exponents[c] = exponent;
 }
