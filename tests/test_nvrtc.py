@@ -22,6 +22,11 @@ except BackendError:
 pytestmark = pytest.mark.skipif(VERSION != "11.8", reason=f"needs NVRTC 11.8, found {VERSION}")
 
 
+# Bytes. A warp's 128 sums of the float32 class leave too few registers, and some that are read once a tap or less go to local
+# memory. Half as many sums need none of it, and are slower: 2.42 ms for 2.23 (benchmarks/NOTES.md).
+SPILLS = {("conv_bn_pool", 2): 256, ("conv_transpose_mma", 2): 256}
+
+
 def resources(variant, architecture):
     """What `compile_variant` reports, kept on disk: with nothing changed, a second run of the tests need not wait."""
     key = repr((VERSION, source.expanded(variant.file), variant.defines, architecture))
@@ -43,7 +48,9 @@ def test_no_variant_needs_local_memory(file):
         for job, kernels in zip(jobs, pool.map(resources, *zip(*jobs))):
             assert kernels
             for name, used in kernels.items():
-                assert not used.spill_bytes + used.stack_bytes, f"{name} of {job[0]} for {job[1]}: {used}"
+                allowed = SPILLS.get((name, dict(job[0].defines).get("SPLIT")), 0)
+                assert used.spill_bytes <= allowed, f"{name} of {job[0]} for {job[1]}: {used}"
+                assert used.spill_bytes or not used.stack_bytes, f"{name} of {job[0]} for {job[1]}: {used}"
 
 
 def test_spills_are_seen():

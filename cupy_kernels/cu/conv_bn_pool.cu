@@ -39,9 +39,7 @@ __device__ inline float quad_sum(float v) {
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
-#ifndef ROWS
-#define ROWS 4
-#endif
+enum { ROWS = 4 };  // channels handled together
 
 __device__ inline float max_or_nan(float a, float b) {
 #ifdef CUPY_KERNELS_EMULATOR

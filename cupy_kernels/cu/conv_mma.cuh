@@ -131,7 +131,7 @@ __device__ inline int band_exponent(const scalar_t* source, const Unit& unit, un
 
 // Brings chunk `chunk` of a unit's rows into cells, scaled; `largest` grows to their largest finite magnitude.
 __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
-    enum { BATCH = RESIDENT ? 11 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };  // not resident, the sums hold the registers
+    enum { BATCH = RESIDENT ? 8 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };  // not resident, the sums hold the registers
     // Lanes take 32 pixels in such an order that eight at a time write to different banks.
     int lane = threadIdx.x % 32, spread = lane;
     if (ADJACENT) spread = lane % 2 + lane / 2 % 4 * WARP_TILES + lane / 8 % PAIRS * 2;
@@ -207,18 +207,17 @@ __device__ inline void convolve(
     const u8* weights = (const u8*)packed + (i64)blockIdx.y * CHUNKS * TAPS * STAGE_BYTES;
 
     // Past the last step it fetches the first ones again, which nobody reads: cheaper than to ask each time.
-    int from = 0, to = 0, stage = 0;
-    auto fetch = [&] {
+    int from = 0, stage = 0;
+    auto fetch = [&](int to) {
         #pragma unroll
         for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) {
             int at = (i * THREADS + threadIdx.x) * 16;
             cp_async_16(ring + to + at, weights + from + at, true);
         }
         from = from + STAGE_BYTES == CHUNKS * TAPS * STAGE_BYTES ? 0 : from + STAGE_BYTES;
-        to = to + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : to + STAGE_BYTES;
         cp_async_commit();
     };
-    for (int i = 0; i < STAGES - 1; i++) fetch();
+    for (int i = 0; i < STAGES - 1; i++) fetch(i * STAGE_BYTES);
 
 #if CELLS
     int exponent = smallest_exponent(x_exponents, x_exponent_count, scratch);
@@ -254,7 +253,7 @@ __device__ inline void convolve(
             auto turn_to = [&](int kh, int kw) __attribute__((always_inline)) {
                 cp_async_wait<STAGES - 2>();
                 __syncthreads();
-                fetch();
+                fetch(stage ? stage - STAGE_BYTES : (STAGES - 1) * STAGE_BYTES);
                 a_row = ring + stage + cell_offset(warp_m * 64 + lane % 16, lane / 16);
                 stage = stage + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
                 #pragma unroll
