@@ -43,24 +43,28 @@ def without_tensor_cores():
 
 
 def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
-    """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
+    """(`require_plan`, None) if the tensor-core kernels take the convolution of x, else (None, the reason)."""
+    if _switched_off:
+        return None, "tensor cores are switched off"
+    try:
+        return require_plan(x, w_shape, geometry, numerics, dgrad), None
+    except conv_transpose_mma.UnsupportedError as error:
+        return None, str(error)
+
+
+def require_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
+    """How tensor cores compute the convolution of x: see `conv_transpose_mma.plan`. UnsupportedError if they cannot.
 
     dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
-    if _switched_off:
-        return None, "tensor cores are switched off"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(x.device)
-        return None, f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80"
+        raise conv_transpose_mma.UnsupportedError(f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80")
     if not x.shape[0]:
-        return None, "the batch is empty"
+        raise conv_transpose_mma.UnsupportedError("the batch is empty")
     split = 2 if x.dtype == torch.float32 and resolve(numerics, x) == "fp32" else 1
     limit = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
-    arguments = (tuple(x.shape), tuple(w_shape), geometry, split, dgrad, FLOATS[x.dtype], limit)
-    try:
-        return conv_transpose_mma.plan(*arguments), None
-    except conv_transpose_mma.UnsupportedError as error:
-        return None, str(error)
+    return conv_transpose_mma.plan(tuple(x.shape), tuple(w_shape), geometry, split, dgrad, FLOATS[x.dtype], limit)
 
 
 @functools.cache
