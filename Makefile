@@ -10,7 +10,7 @@ MODULES = modelnew cupy_kernels '!.+[.]' $(subst /,.,$(patsubst %/__init__,%,$(b
     $(filter-out %__main__.py,$(wildcard modelnew/[a-z]*.py cupy_kernels/[a-z]*.py)) \
     modelnew/functional/__init__.py cupy_kernels/emulator/__init__.py)))
 
-.PHONY: lint format test gpu-test sanitize record docs generated clean
+.PHONY: lint format test gpu-test sanitize record docs generated notebooks clean
 
 lint:
 	ruff check .
@@ -46,6 +46,12 @@ docs:
 generated:
 	$(PYTHON) -m modelnew submission
 	$(PYTHON) -m modelnew readme
+
+# The notebooks from the scripts beside them, run on the GPU if there is one, else in the emulator.
+notebooks:
+	for script in examples/[0-9]*.py; do \
+	    $(PYTHON) -m jupytext --to ipynb --update $$script && jupyter-execute --inplace $${script%.py}.ipynb || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
