@@ -956,19 +956,25 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
     return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "fp32"
 
 
-def require_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
-    """How tensor cores compute the convolution of x: see `conv_transpose_mma.plan`. UnsupportedError if they cannot.
+def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
+    """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
 
     dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
+    return plan_or_reason(plan, x, w_shape, geometry, numerics, dgrad=dgrad)
+
+
+def required_plan(make, x, w_shape, geometry, numerics, **options):
+    """What `make`, such as conv_transpose_mma.plan, plans for x on its device. UnsupportedError if there is no plan."""
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(x.device)
         raise UnsupportedError(f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80")
     if not x.shape[0]:
         raise UnsupportedError("the batch is empty")
     split = 2 if x.dtype == torch.float32 and resolve(numerics, x) == "fp32" else 1
-    limit = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
-    return plan(tuple(x.shape), tuple(w_shape), geometry, split, dgrad, interop_FLOATS[x.dtype], limit)
+    options["dtype"] = interop_FLOATS[x.dtype]
+    options["shared_limit"] = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
+    return make(tuple(x.shape), tuple(w_shape), geometry, split, **options)
 
 
 @functools.cache
@@ -3061,9 +3067,9 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     function(kernel, cupy().cuda.runtime.getDevice(), shared_bytes)(grid, block, cast, shared_mem=shared_bytes)
 
 
-def tensor_core_plan(*convolution, **options):
+def plan_or_reason(*convolution, **options):
     """(plan, None); raises an error that says why if tensor cores do not take this convolution."""
-    return require_plan(*convolution, **options), None
+    return required_plan(*convolution, **options), None
 
 
 class ModelNew(nn.Module):

@@ -18,7 +18,7 @@ from cupy_kernels.source import Kernel, expanded, signature
 
 from .functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
 from .layers import BatchNorm2d, ConvTranspose2d, GroupNorm
-from .numerics import require_plan
+from .numerics import required_plan
 
 KERNELS: dict[str, str] = {}  # file name: text
 
@@ -60,9 +60,9 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     function(kernel, cupy().cuda.runtime.getDevice(), shared_bytes)(grid, block, cast, shared_mem=shared_bytes)
 
 
-def tensor_core_plan(*convolution, **options):
+def plan_or_reason(*convolution, **options):
     """(plan, None); raises an error that says why if tensor cores do not take this convolution."""
-    return require_plan(*convolution, **options), None
+    return required_plan(*convolution, **options), None
 
 
 class ModelNew(nn.Module):

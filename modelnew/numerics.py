@@ -43,28 +43,34 @@ def without_tensor_cores():
 
 
 def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
-    """(`require_plan`, None) if the tensor-core kernels take the convolution of x, else (None, the reason)."""
+    """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
+
+    dgrad: x is the incoming gradient, and the convolution its input gradient.
+    """
+    return plan_or_reason(conv_transpose_mma.plan, x, w_shape, geometry, numerics, dgrad=dgrad)
+
+
+def plan_or_reason(make, x, w_shape, geometry, numerics, **options):
+    """(`required_plan`, None), or (None, the reason why there is none)."""
     if _switched_off:
         return None, "tensor cores are switched off"
     try:
-        return require_plan(x, w_shape, geometry, numerics, dgrad), None
+        return required_plan(make, x, w_shape, geometry, numerics, **options), None
     except conv_transpose_mma.UnsupportedError as error:
         return None, str(error)
 
 
-def require_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
-    """How tensor cores compute the convolution of x: see `conv_transpose_mma.plan`. UnsupportedError if they cannot.
-
-    dgrad: x is the incoming gradient, and the convolution its input gradient.
-    """
+def required_plan(make, x, w_shape, geometry, numerics, **options):
+    """What `make`, such as conv_transpose_mma.plan, plans for x on its device. UnsupportedError if there is no plan."""
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(x.device)
         raise conv_transpose_mma.UnsupportedError(f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80")
     if not x.shape[0]:
         raise conv_transpose_mma.UnsupportedError("the batch is empty")
     split = 2 if x.dtype == torch.float32 and resolve(numerics, x) == "fp32" else 1
-    limit = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
-    return conv_transpose_mma.plan(tuple(x.shape), tuple(w_shape), geometry, split, dgrad, FLOATS[x.dtype], limit)
+    options["dtype"] = FLOATS[x.dtype]
+    options["shared_limit"] = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
+    return make(tuple(x.shape), tuple(w_shape), geometry, split, **options)
 
 
 @functools.cache

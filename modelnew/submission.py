@@ -26,7 +26,7 @@ REPLACED = (
     "cupy_kernels.launch.launch",
     "cupy_kernels.compiler.cupy",
     "cupy_kernels.source.text",
-    "modelnew.numerics.tensor_core_plan",
+    "modelnew.numerics.plan_or_reason",
 )
 # Methods of layers of which the parameters alone are used.
 DROPPED = ("forward", "_output_padding", "_load_from_state_dict")
