@@ -179,11 +179,14 @@ def _final_names(kept, order, hidden) -> dict:
     for module in order:
         stem = module.name.rpartition(".")[2]
         for key in ((module.name, name) for name in module.nodes):
-            if key in kept and key not in final:
-                name = key[1]
-                while name in final.values() or (key in hidden and name == key[1]):
-                    name = f"{stem}_{name.lstrip('_')}" if name == key[1] else f"{name}_"
-                final[key] = name
+            if key not in kept or key in final:
+                continue
+            name = key[1]
+            if name in final.values() or key in hidden:
+                name = f"{stem}_{name.lstrip('_')}"
+            while name in final.values():
+                name += "_"
+            final[key] = name
     return final
 
 

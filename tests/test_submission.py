@@ -5,6 +5,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,63 @@ def test_command(tmp_path):
     assert "run the command without --check" in invoke("--check").output
     path = tmp_path / "nowhere" / "file.py"
     assert "cannot write" in invoke().output
+
+
+TOY = {
+    "__init__": "",
+    "a": """
+        \"\"\"About a.\"\"\"
+        import math
+        LIMIT, _STEP = 3, 4
+        # A comment on scale.
+        @staticmethod
+        def scale(v):
+            return math.floor(v) * LIMIT + _STEP
+        def unused():
+            try:
+                return 1
+            except ValueError:
+                raise
+        """,
+    "b": """
+        \"\"\"About b.\"\"\"
+        from . import a as first
+        from .a import LIMIT as OTHER
+        LIMIT = [n for n in range(5)]
+        def scale(v):
+            extra = first.scale(v)
+            return extra + len(LIMIT) + OTHER
+        def extra():
+            return 0.5
+        """,
+    "entry": """
+        \"\"\"About all.\"\"\"
+        from . import a, b
+        class Result:
+            def of(self, v):
+                extra = b.extra()
+                return a.scale(v) + b.scale(v) + extra
+        """,
+}
+
+
+def test_names_imports_and_what_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "toy").mkdir()
+    for name, text in TOY.items():
+        (tmp_path / "toy" / f"{name}.py").write_text(textwrap.dedent(text).lstrip())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(submission, "ENTRY", "toy.entry")
+    monkeypatch.setattr(submission, "PACKAGES", ("toy",))
+    text, found = submission.generate(), {}
+    exec(text, found)
+    assert found["Result"]().of(2.5) == importlib.import_module("toy.entry").Result().of(2.5) == 10 + 18 + 0.5
+    assert text.startswith('"""About all.\n\nWritten by')
+    assert "import math\n" in text
+    assert "# A comment on scale.\n@staticmethod\ndef scale(v):" in text
+    assert "def b_scale(v):\n    extra = scale(v)\n    return extra + len(b_LIMIT) + LIMIT" in text
+    assert "extra = b_extra()" in text  # or it would call itself
+    assert "unused" not in text
+    assert text.index("# About a.") < text.index("# About b.") < text.index("class Result")
 
 
 def test_a_word_that_the_form_forbids_is_named(monkeypatch):
