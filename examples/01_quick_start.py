@@ -26,7 +26,7 @@ from modelnew import Model, ModelNew, environment, explain, parity, timing
 device = environment.device()  # the GPU if one is usable, else the CPU: the emulator
 on_gpu = device.type == "cuda"
 init = modelnew.get_init_inputs() if on_gpu else [16, 32, 5, 1, 1, 8, 8]
-shape = (512, 64, 32, 32) if on_gpu else (4, 16, 12, 12)
+shape = (512, 64, 32, 32) if on_gpu else (2, 16, 10, 10)
 print("backend:", environment.backend()["name"])
 print("why:    ", environment.backend()["why"])
 print({name: version for name, version in environment.versions().items() if version})

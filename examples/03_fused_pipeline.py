@@ -35,7 +35,7 @@ device = environment.device()
 on_gpu = device.type == "cuda"
 MISSION = workloads.Shape(64, 128, 5, 1, 1, 32)  # of one image and the convolution
 init = modelnew.get_init_inputs() if on_gpu else [16, 32, 5, 1, 1, 8, 8]
-shape = (512, 64, 32, 32) if on_gpu else (4, 16, 12, 12)
+shape = (512, 64, 32, 32) if on_gpu else (2, 16, 10, 10)
 torch.manual_seed(0)
 model = Model(*init, device=device)
 model_new = ModelNew(*init, device=device)
