@@ -4,8 +4,13 @@ SANITIZED ?= -m gpu -k "layouts or mission or subset" tests
 COMPUTE_SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) \
     $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia/cu13/bin/compute-sanitizer)
 RESULTS = benchmarks/results
+DOCS ?= build/docs
+# Every module but the command line; "!" takes out those that pdoc would add by itself, unless a package has __all__.
+MODULES = modelnew cupy_kernels '!.+[.]' $(subst /,.,$(patsubst %/__init__,%,$(basename \
+    $(filter-out %__main__.py,$(wildcard modelnew/[a-z]*.py cupy_kernels/[a-z]*.py)) \
+    modelnew/functional/__init__.py cupy_kernels/emulator/__init__.py)))
 
-.PHONY: lint format test gpu-test sanitize record clean
+.PHONY: lint format test gpu-test sanitize record docs generated notebooks clean
 
 lint:
 	ruff check .
@@ -32,6 +37,21 @@ sanitize:
 record:
 	$(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 16
 	$(PYTHON) -m pytest -q -m gpu -n 0 --record=$(RESULTS) tests
+
+# The API reference, from docstrings. A warning about one of them is an error.
+docs:
+	$(PYTHON) -W error::UserWarning -m pdoc --template-directory docs --no-show-source -o $(DOCS) $(MODULES)
+
+# Everything in the repository that a command writes.
+generated:
+	$(PYTHON) -m modelnew submission
+	$(PYTHON) -m modelnew readme
+
+# The notebooks from the scripts beside them, run on the GPU if there is one, else in the emulator.
+notebooks:
+	for script in examples/[0-9]*.py; do \
+	    $(PYTHON) -m jupytext --to ipynb --update $$script && jupyter-execute --inplace $${script%.py}.ipynb || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,10 +1,7 @@
 """What the operators' host sides share: macros for a dtype, launch sizes, and checks whose errors say what to do."""
 
-import functools
-
 import numpy as np
 
-from . import compiler
 from .source import SCALARS
 
 FLOATS = ("float", "double", "half_t", "bf16_t")

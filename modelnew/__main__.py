@@ -19,6 +19,8 @@ from .bench import bench_command
 from .model import BATCH, OPERATORS
 from .numerics import NUMERICS
 from .parity import RATIO, compare_models, is_close, tf32
+from .readme import readme_command
+from .submission import submission_command
 from .timing import measure
 
 EMULATED_BATCH = 2
@@ -86,6 +88,8 @@ def main(context, batch, seed, replace, numerics, device, times, trials):
 
 
 main.add_command(bench_command)
+main.add_command(readme_command)
+main.add_command(submission_command)
 
 
 @main.command("env")

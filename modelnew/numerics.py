@@ -47,29 +47,35 @@ def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str
 
     dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
-    return _plan(conv_transpose_mma.plan, x, w_shape, geometry, numerics, dgrad=dgrad)
+    return plan_or_reason(conv_transpose_mma.plan, x, w_shape, geometry, numerics, dgrad=dgrad)
 
 
 def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str):
     """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason)."""
-    return _plan(conv_wgrad_mma.plan, x, w_shape, geometry, numerics)
+    return plan_or_reason(conv_wgrad_mma.plan, x, w_shape, geometry, numerics)
 
 
-def _plan(make, x, w_shape, geometry, numerics, **options):
+def plan_or_reason(make, x, w_shape, geometry, numerics, **options):
+    """(`required_plan`, None), or (None, the reason why there is none)."""
     if _switched_off:
         return None, "tensor cores are switched off"
+    try:
+        return required_plan(make, x, w_shape, geometry, numerics, **options), None
+    except conv_transpose_mma.UnsupportedError as error:
+        return None, str(error)
+
+
+def required_plan(make, x, w_shape, geometry, numerics, **options):
+    """What `make`, such as conv_transpose_mma.plan, plans for x on its device. UnsupportedError if there is no plan."""
     if x.is_cuda and _capability(x.device.index) < (8, 0):
         major, minor = _capability(x.device.index)
-        return None, f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80"
+        raise conv_transpose_mma.UnsupportedError(f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80")
     if not x.shape[0]:
-        return None, "the batch is empty"
+        raise conv_transpose_mma.UnsupportedError("the batch is empty")
     split = 2 if x.dtype == torch.float32 and resolve(numerics, x) == "fp32" else 1
     options["dtype"] = FLOATS[x.dtype]
     options["shared_limit"] = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
-    try:
-        return make(tuple(x.shape), tuple(w_shape), geometry, split, **options), None
-    except conv_transpose_mma.UnsupportedError as error:
-        return None, str(error)
+    return make(tuple(x.shape), tuple(w_shape), geometry, split, **options)
 
 
 @functools.cache

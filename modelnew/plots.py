@@ -23,7 +23,7 @@ def draw(record: dict, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    rows = [row for row in record["rows"] if row["ms"] is not None and row["what"] in WORKLOADS]
+    rows = _timed(record)
     if not rows:
         raise ValueError("no row has a time, so there is nothing to draw")
     batches = sorted({row["n"] for row in rows})
@@ -36,12 +36,14 @@ def draw(record: dict, path: Path) -> None:
     axes = figure.subplots(len(panels) + 1, 1, squeeze=False, height_ratios=[3] * len(panels) + [4.5])[:, 0]
     for (cls, n), panel in zip(panels, axes):
         _bars(panel, [row for row in rows if (row["class"], row["n"]) == (cls, n)], f"class {cls}, N={n}")
-    pairs = [pair for pair in comparisons({**record, "rows": rows}) if pair[0]["n"] == batches[-1]]
-    best = [row for pair in pairs for row in pair if row and pair[0]["who"] not in GRAPHS]
-    _roofline(axes[-1], [row for row in best if not row["what"].startswith("latency")], record)
+    roofline(axes[-1], record)
     versions = record["versions"]
     figure.suptitle(f"{versions['gpu'] or 'CPU (emulator)'}, torch {versions['torch']}, NVRTC {versions['nvrtc']}")
     figure.savefig(path, format="png", dpi=110)
+
+
+def _timed(record):
+    return [row for row in record["rows"] if row["ms"] is not None and row["what"] in WORKLOADS]
 
 
 def _bars(panel, rows, title):
@@ -65,8 +67,15 @@ def _bars(panel, rows, title):
     panel.legend(fontsize=7, ncols=len(bars), loc="upper left")
 
 
-def _roofline(panel, rows, record):
-    """What ModelNew and its fastest peer reach of what FLOP per byte of `work` allows."""
+def roofline(panel, record: dict) -> None:
+    """Draws on a matplotlib Axes what ModelNew and its fastest peer reach, at the record's largest N, of what FLOP per
+    byte of `work` allows.
+    """
+    timed = _timed(record)
+    largest = max((row["n"] for row in timed), default=None)
+    pairs = [pair for pair in comparisons({**record, "rows": timed}) if pair[0]["n"] == largest]
+    rows = [row for pair in pairs for row in pair if row and pair[0]["who"] not in GRAPHS]
+    rows = [row for row in rows if not row["what"].startswith("latency")]
     limits, shape = record["ceilings"], Shape(**record["shape"])
     shown = {}
     for row in rows:

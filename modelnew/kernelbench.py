@@ -1,0 +1,110 @@
+"""ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d -> GroupNorm, KernelBench level 2 problem 11, on CUDA C kernels.
+
+CuPy compiles the kernels (NVRTC: neither nvcc nor a C++ compiler is needed) and calls them on PyTorch's tensors, by
+DLPack views, in torch's current stream. All operators are fused, forward and backward. The convolution's precision is
+the one that torch.backends.cudnn.allow_tf32 chooses. For GPUs of compute capability 8.0 or newer, and the shapes that
+tensor-core kernels take: stride 1, channels in multiples of 16 up to 512, kernels up to 7x7, images up to 64x64. Others
+are refused.
+"""
+
+import functools
+
+import numpy as np
+import torch
+from torch import nn
+
+from cupy_kernels.nvrtc import STANDARD, preload_wheels
+from cupy_kernels.source import Kernel, expanded, signature
+
+from .functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
+from .layers import BatchNorm2d, ConvTranspose2d, GroupNorm
+from .numerics import required_plan
+
+KERNELS: dict[str, str] = {}  # file name: text
+
+
+def text(file: str) -> str:
+    """Text of one of KERNELS."""
+    return KERNELS[file]
+
+
+@functools.cache
+def cupy():
+    """CuPy, with CUDA 11's libraries loaded first where they are installed as wheels."""
+    preload_wheels()
+    import cupy
+
+    return cupy
+
+
+@functools.cache
+def module(file: str, defines, device: int):
+    """The compiled text of a file, kept on disk by CuPy."""
+    options = (STANDARD, *(f"-D{name}={value}" for name, value in defines))
+    return cupy().RawModule(code=expanded(file), options=options)
+
+
+@functools.cache
+def function(kernel: Kernel, device: int, shared_bytes: int):
+    """A compiled kernel on one device that may have this much shared memory."""
+    found = module(kernel.file, kernel.defines, device).get_function(kernel.name)
+    if shared_bytes > 48 * 1024:
+        found.max_dynamic_shared_size_bytes = shared_bytes
+    return found
+
+
+def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
+    """Starts a kernel on the current device, in CuPy's current stream. Numbers get the types that it declares."""
+    pairs = zip(signature(kernel), args, strict=True)
+    cast = [np.uint64(0) if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
+    function(kernel, cupy().cuda.runtime.getDevice(), shared_bytes)(grid, block, cast, shared_mem=shared_bytes)
+
+
+def plan_or_reason(*convolution, **options):
+    """(plan, None); raises an error that says why if tensor cores do not take this convolution."""
+    return required_plan(*convolution, **options), None
+
+
+class ModelNew(nn.Module):
+    """The reference's arguments, parameters and buffers, drawn and named as there. `groups` is unused, as there."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride, padding, groups, num_groups):
+        super().__init__()
+        if stride != 1:
+            raise ValueError(f"the kernels in this file take stride 1, received {stride}")
+        self.conv_transpose = ConvTranspose2d(in_channels, out_channels, kernel_size, stride, padding)
+        self.batch_norm = BatchNorm2d(out_channels)
+        self.group_norm = GroupNorm(num_groups, out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        conv, group = self.conv_transpose, self.group_norm
+        return self.batch_norm.apply_with(
+            conv_bn_tanh_max_pool_group_norm,
+            x,
+            conv_weight=conv.weight,
+            conv_bias=conv.bias,
+            padding=conv.padding,
+            num_groups=group.num_groups,
+            group_weight=group.weight,
+            group_bias=group.bias,
+            group_eps=group.eps,
+        )
+
+
+batch_size = 512
+in_channels = 64
+out_channels = 128
+height = width = 32
+kernel_size = 5
+stride = 1
+padding = 1
+groups = 8
+num_groups = 8
+
+
+def get_inputs():
+    return [torch.rand(batch_size, in_channels, height, width)]
+
+
+def get_init_inputs():
+    return [in_channels, out_channels, kernel_size, stride, padding, groups, num_groups]

@@ -1,0 +1,159 @@
+"""Writes the parts of README.md that committed records decide: the table of times, its plot, and what passed where."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from . import environment, plots
+from .generated import ROOT, check_option, settle
+from .records import comparisons
+from .workloads import GRAPHS, MODELS
+
+_NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
+_NO_SUITE = (
+    "No record says yet that the test suite passed on a GPU; `make record` on one writes it. "
+    "[`benchmarks/results/logs`](benchmarks/results/logs) has what earlier runs printed."
+)
+
+
+def rendered(text: str, results: Path, folder: Path) -> str:
+    """The README's text with its generated parts as the records in `results` have them. folder: the README's.
+
+    ValueError if the text has no such parts, or if a record is none.
+    """
+    for name, part in (("times", _times), ("suite", _suite)):
+        begin, end = f"<!-- {name}: written by `python3 -m modelnew readme` -->", f"<!-- end of {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"the text must have one part that begins with the line {begin} and ends with {end}")
+        content = part(results, folder)
+        text = pattern.sub(lambda _, content=content: f"{begin}\n\n{content}\n\n{end}", text)  # noqa: B023
+    return text
+
+
+def _times(results, folder) -> str:
+    parts = []
+    for path, record in _records(results, "bench"):
+        batches = [row["n"] for row in record["rows"] if row["ms"] is not None and row["what"] in MODELS]
+        if not batches:
+            continue
+        shown = (max(batches), min(batches))
+        lines = [
+            f"{_where(record)}. Milliseconds, median of {record['trials']} trials, all in one process and in turns, L2 "
+            "flushed, results checked first. MB: peak memory over inputs and parameters. Fastest peer: of PyTorch and "
+            "torch.compile, each in NCHW and in channels_last.",
+            "",
+            "| | class | N | ModelNew | MB | PyTorch | | fastest peer | | MB | |",
+            "|---|---|--:|--:|--:|--:|--:|--:|---|--:|--:|",
+        ]
+        lines += [
+            _row(record, row, peer)
+            for n in dict.fromkeys(shown)
+            for row, peer in comparisons(record)
+            if row["n"] == n and row["what"] in MODELS and row["ms"] is not None
+        ]
+        used = {row["what"]: None for row in record["rows"] if row["n"] in shown and row["what"] in MODELS}
+        lines += ["", "; ".join(f"`{what}`: {MODELS[what]}" for what in used) + "."]
+        lines += _startup(record)
+        picture = os.path.relpath(path.with_suffix(".png"), folder)
+        parts.append("\n".join([*lines, "", f"![Times beside PyTorch's, and a roofline]({picture})"]))
+    return "\n\n".join(parts) or _NO_TIMES
+
+
+def _row(record, row, peer) -> str:
+    same = [r for r in record["rows"] if (r["what"], r["class"], r["n"]) == (row["what"], row["class"], row["n"])]
+    eager = next((r for r in same if (r["who"], r["layout"]) == ("eager", "nchw") and r["ms"] is not None), None)
+    graph = ", in a CUDA graph" if row["who"] in GRAPHS else ""
+    cells = [f"`{row['what']}`{graph}", row["class"], str(row["n"]), f"**{_ms(row)}**", _megabytes(row)]
+    cells += [_ms(eager), f"{eager['ms'] / row['ms']:.2f}x"] if eager else ["", ""]
+    if peer:
+        cells += [_ms(peer), f"{peer['who']}, {peer['layout']}", _megabytes(peer), f"{peer['ms'] / row['ms']:.2f}x"]
+    else:
+        cells += [""] * 4
+    return f"| {' | '.join(cells)} |"
+
+
+def _startup(record) -> list[str]:
+    found = {row["what"]: row["ms"] for row in record["rows"] if row["who"] == "modelnew" and row["ms"] is not None}
+    texts = {"startup_cold": "nothing compiled before", "startup_warm": "kernels compiled on disk"}
+    parts = [f"{found[what] / 1e3:.1f} s with {text}" for what, text in texts.items() if what in found]
+    return ["", f"The first forward of a process takes {', '.join(parts)}."] if parts else []
+
+
+def _suite(results, folder) -> str:
+    lines = [
+        f"| {_where(record)} | {record['passed']} | {record['failed']} | {record['skipped']} |"
+        for _, record in _records(results, "parity")
+    ]
+    head = ["The test suite on GPUs:", "", "| | passed | failed | skipped |", "|---|--:|--:|--:|"]
+    return "\n".join([*head, *lines]) if lines else _NO_SUITE
+
+
+def _where(record) -> str:
+    versions = record["versions"]
+    names = (("torch", "torch"), ("CuPy", "cupy"), ("NVRTC", "nvrtc"), ("driver", "driver"))
+    found = [f"{name} {versions[key]}" for name, key in names if versions.get(key)]
+    return ", ".join([versions.get("gpu") or "CPU", *found, f"kernels `{record['digest'][:12]}`"])
+
+
+def _ms(row) -> str:
+    return f"{row['ms']:.3g}"
+
+
+def _megabytes(row) -> str:
+    return "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+
+
+def _records(results, kind) -> Iterator[tuple[Path, dict]]:
+    for path in sorted(results.glob(f"{kind}_*.json")):
+        try:
+            record = json.loads(path.read_text())
+            needed = {
+                "versions",
+                "digest",
+                *(("rows", "trials") if kind == "bench" else ("passed", "failed", "skipped")),
+            }
+            if missing := needed - set(record):
+                raise KeyError(", ".join(sorted(missing)))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no record: {error}") from error
+        yield path, record
+
+
+@click.command("readme", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default=ROOT / "README.md",
+    show_default="README.md of the repository",
+    help="Text with the markers between which to write.",
+)
+@click.option(
+    "--results",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with records.  [default: benchmarks/results of the repository]",
+)
+@check_option
+def readme_command(file, results, check):
+    """Write the README's table of times and of passed suites from the committed records, and draw the plots."""
+    results = results or environment.RESULTS
+    try:
+        text = rendered(file.read_text(), results, file.parent)
+        pictures = {path.with_suffix(".png"): record for path, record in _records(results, "bench")}
+        pictures = {path: record for path, record in pictures.items() if path.name in text}
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    settle(file, text, check)
+    for path, record in pictures.items():
+        if check and not path.exists():
+            raise click.ClickException(f"there is no {path}: run the command without --check")
+        if not check:
+            try:
+                plots.draw(record, path)
+            except ImportError as error:
+                raise click.ClickException("plots need matplotlib: pip install 'modelnew[bench]'") from error
+            click.echo(f"drawn: {path}")

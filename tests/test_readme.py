@@ -1,0 +1,204 @@
+"""README.md: its code runs, its commands and links exist, its generated parts are what the committed records say."""
+
+import configparser
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from modelnew import __main__ as cli
+from modelnew import readme
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+NEEDS_GPU = "<!-- needs a GPU -->"
+MARKED = "# A\n<!-- {0}: written by `python3 -m modelnew readme` -->\nold\n<!-- end of {0} -->\n"
+EMPTY = MARKED.format("times") + MARKED.format("suite") + "the end\n"
+
+
+class Block(NamedTuple):
+    line: int
+    before: str
+    language: str
+    text: str
+
+
+def blocks(text):
+    lines, found, opened = text.splitlines(), [], None
+    for number, line in enumerate(lines):
+        if line.startswith("```") and opened is None:
+            opened = number
+        elif line == "```":
+            content = "\n".join(lines[opened + 1 : number])
+            found.append(Block(opened + 1, lines[opened - 1], lines[opened][3:], content))
+            opened = None
+    assert opened is None, f"the block at line {opened} does not end"
+    return found
+
+
+BLOCKS = blocks(README)
+
+
+def python_blocks():
+    for block in BLOCKS:
+        if block.language == "python":
+            no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+            marks = [pytest.mark.gpu, no_gpu] if block.before == NEEDS_GPU else []
+            yield pytest.param(block, marks=marks, id=f"line_{block.line}")
+
+
+@pytest.mark.parametrize("block", list(python_blocks()))
+def test_python(block, capsys):
+    exec(compile("\n" * block.line + block.text, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_languages():
+    assert {block.language for block in BLOCKS} == {"python", "bash", "mermaid"}
+    assert README.count(NEEDS_GPU) == sum(b.before == NEEDS_GPU and b.language == "python" for b in BLOCKS)
+
+
+def commands():
+    """Words of every command in a bash block, and in code of the text that begins like one."""
+    lines = [line for block in BLOCKS if block.language == "bash" for line in block.text.splitlines()]
+    lines += [code for code in re.findall(r"`([^`\n]+)`", README) if code.startswith(("python3 ", "make "))]
+    return [shlex.split(part) for line in lines for part in line.split("&&")]
+
+
+def test_commands():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = set(setup["options.extras_require"])
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert commands()
+    for words in commands():
+        if words[:4] == ["python3", "-m", "pip", "install"]:
+            assert (ROOT / words[words.index("-c") + 1]).is_file()
+            assert set(re.search(r"\.\[(.+)\]", words[-1])[1].split(",")) <= extras, words
+        elif words[:3] == ["python3", "-m", "modelnew"]:
+            result = CliRunner().invoke(cli.main, [*words[3:], "--help"])
+            assert result.exit_code == 0, (words, result.output)
+        elif words[0] == "make":
+            assert words[1] in targets
+        elif words[1] == "-m":
+            assert words == ["python3", "-m", "pytest"]
+        else:
+            assert (ROOT / words[1]).is_file(), words
+
+
+def test_links():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    assert not [link for link in links if not (link.startswith("https://") or (ROOT / link).exists())]
+
+
+def test_what_ci_runs():
+    """.ci/run takes the test command from these lines."""
+    assert re.search(
+        r"^The tests:\n\n```bash\npython3 -m pip install .+ && python3 -m pytest\n```$", README, re.MULTILINE
+    )
+
+
+def test_is_current():
+    paths = ["--file", str(ROOT / "README.md"), "--results", str(ROOT / "benchmarks" / "results")]
+    result = CliRunner().invoke(cli.main, ["readme", "--check", *paths])
+    assert result.exit_code == 0, result.output
+
+
+def row(what="step", who="modelnew", ms=1.0, n=512, **options):
+    found = {"what": what, "class": "tf32", "n": n, "who": who, "layout": "nchw", "ms": ms, "ms_min": ms, "ms_max": ms}
+    return {**found, "peak_mb": 100.4, **options}
+
+
+VERSIONS = {"gpu": "NVIDIA A", "torch": "2.11", "cupy": "13.6", "nvrtc": "11.8", "driver": "580"}
+BENCH = {
+    "versions": VERSIONS,
+    "digest": "0123456789abcdef",
+    "trials": 20,
+    "shape": {"in_channels": 64, "out_channels": 128, "kernel_size": 5, "stride": 1, "padding": 1, "size": 32},
+    "ceilings": None,
+    "rows": [
+        row(),
+        row(who="eager", ms=3.0, peak_mb=1000.0),
+        row(who="compile", layout="nhwc", ms=2.0, peak_mb=500.0),
+        row("forward_eval", ms=None),
+        row("forward_train", n=1, ms=0.25, peak_mb=None),
+        row("forward_train", "modelnew-graph", n=1, ms=0.05),
+        row("forward_train", "eager", n=1, ms=0.125),
+        row("conv_forward"),
+        row("startup_cold", ms=4210.0),
+        row("startup_warm", ms=660.0),
+    ],
+}
+PARITY = {"versions": VERSIONS, "digest": "0123456789abcdef", "passed": 1020, "failed": 0, "skipped": 2}
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A folder with README.md and records, and what the command does with it."""
+    (tmp_path / "README.md").write_text(EMPTY)
+    (tmp_path / "results").mkdir()
+
+    def invoke(*arguments):
+        paths = ["--file", str(tmp_path / "README.md"), "--results", str(tmp_path / "results")]
+        return CliRunner().invoke(cli.main, ["readme", *paths, *arguments])
+
+    return tmp_path, invoke
+
+
+def test_without_records(repository):
+    folder, invoke = repository
+    assert invoke("--check").exit_code == 1
+    assert invoke().exit_code == 0
+    text = (folder / "README.md").read_text()
+    assert text.startswith("# A\n<!-- times: written")
+    assert text.endswith("<!-- end of suite -->\nthe end\n")
+    assert "old" not in text
+    assert readme._NO_TIMES in text
+    assert readme._NO_SUITE in text
+    assert invoke("--check").exit_code == 0
+
+
+def test_with_records(repository):
+    pytest.importorskip("matplotlib")
+    folder, invoke = repository
+    (folder / "results" / "bench_a.json").write_text(json.dumps(BENCH))
+    (folder / "results" / "parity_a.json").write_text(json.dumps(PARITY))
+    assert invoke().exit_code == 0
+    text = (folder / "README.md").read_text()
+    assert "NVIDIA A, torch 2.11, CuPy 13.6, NVRTC 11.8, driver 580, kernels `0123456789ab`." in text
+    assert "| `step` | tf32 | 512 | **1** | 100 | 3 | 3.00x | 2 | compile, nhwc | 500 | 2.00x |" in text
+    assert "| `forward_train` | tf32 | 1 | **0.25** |  | 0.125 | 0.50x | 0.125 | eager, nchw | 100 | 0.50x |" in text
+    assert "| `forward_train`, in a CUDA graph | tf32 | 1 | **0.05** | 100 | 0.125 | 2.50x |" in text
+    assert "conv_forward" not in text
+    assert "4.2 s with nothing compiled before, 0.7 s with kernels compiled on disk." in text
+    assert "driver 580, kernels `0123456789ab` | 1020 | 0 | 2 |" in text
+    assert "](results/bench_a.png)" in text
+    assert (folder / "results" / "bench_a.png").read_bytes().startswith(b"\x89PNG")
+    assert invoke("--check").exit_code == 0
+    (folder / "results" / "bench_a.png").unlink()
+    assert "there is no" in invoke("--check").output
+    (folder / "results" / "bench_a.json").unlink()
+    assert "run the command without --check" in invoke("--check").output
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"versions": {}}'])
+def test_what_is_no_record(repository, content):
+    folder, invoke = repository
+    (folder / "results" / "bench_a.json").write_text(content)
+    result = invoke()
+    assert result.exit_code == 1
+    assert "is no record" in result.output
+    assert (folder / "README.md").read_text() == EMPTY
+
+
+def test_text_without_markers(repository):
+    folder, invoke = repository
+    (folder / "README.md").write_text("# A\n")
+    result = invoke()
+    assert result.exit_code == 1
+    assert "must have one part that begins with" in result.output

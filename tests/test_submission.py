@@ -1,0 +1,223 @@
+"""examples/kernelbench_submission.py: is current, has KernelBench's form, and computes what the package computes."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import modelnew
+from cupy_kernels import launch, source
+from modelnew import __main__ as cli
+from modelnew import parity, submission
+
+FILE = Path(__file__).resolve().parents[1] / "examples" / "kernelbench_submission.py"
+SMALL = [16, 32, 3, 1, 1, 1, 4]
+
+# What KernelBench does, in a process that has no package to import.
+HARNESS = """
+import sys
+sys.modules.update(dict.fromkeys(("modelnew", "cupy_kernels")))
+import importlib.util, torch
+spec = importlib.util.spec_from_file_location("submission", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+torch.manual_seed(42)
+inputs = [x.cuda() for x in module.get_inputs()]
+with torch.no_grad():
+    torch.manual_seed(42)
+    model = module.ModelNew(*module.get_init_inputs()).to("cuda")
+    print(model(*inputs).double().sum().item())
+"""
+
+
+@pytest.fixture(scope="module")
+def written():
+    spec = importlib.util.spec_from_file_location("kernelbench_submission", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def runnable(written, device, monkeypatch):
+    """The file; on the CPU its kernels go to the emulator."""
+    if device == "cuda":
+        yield written
+        return
+
+    def emulated(kernel, *args, **options):
+        launch.launch(source.Kernel(*kernel), *args, **options)
+
+    monkeypatch.setattr(written, "launch", emulated)
+    with source.override(written.KERNELS):
+        yield written
+
+
+def test_is_current():
+    assert FILE.read_text() == submission.generate(), "run: python3 -m modelnew submission"
+
+
+def test_form():
+    text = FILE.read_text()
+    assert not re.search(r"\b(try|except|pass)\b", text)
+    imported = set()
+    for node in ast.walk(ast.parse(text)):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        imported.update(name.partition(".")[0] for name in names)
+    assert imported - set(sys.stdlib_module_names) == {"torch", "numpy", "cupy"}
+
+
+def test_parameters_and_inputs(written):
+    assert written.get_init_inputs() == modelnew.get_init_inputs()
+    torch.manual_seed(3)
+    reference = modelnew.Model(*written.get_init_inputs(), device="cpu")
+    torch.manual_seed(3)
+    model = written.ModelNew(*written.get_init_inputs())
+    for (name, ours), (expected, theirs) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert name == expected
+        assert torch.equal(ours, theirs)
+    model.load_state_dict(reference.state_dict())
+    (x,) = written.get_inputs()
+    assert x.shape == (512, 64, 32, 32)
+    assert x.dtype == torch.float32
+
+
+def results(model, x, dy):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    gradients = torch.autograd.grad(y, [x, *model.parameters()], dy)
+    with torch.no_grad():
+        evaluated = model.eval()(x), model.train()(x)
+    return [y, *gradients, *evaluated, *(b.clone() for b in model.buffers())]
+
+
+@pytest.mark.parametrize("cls", ["fp32", "tf32"])
+def test_equals_the_package(runnable, device, cls):
+    small = device == "cpu"
+    init, x = (SMALL, torch.rand(3, 16, 7, 6)) if small else (modelnew.get_init_inputs(), torch.rand(64, 64, 32, 32))
+    x = x.to(device)
+    with parity.tf32(cls == "tf32"):
+        torch.manual_seed(0)
+        ours = runnable.ModelNew(*init).to(device)
+        theirs = modelnew.ModelNew(*init, device=device)
+        theirs.load_state_dict(ours.state_dict())
+        assert modelnew.explain(theirs, x).startswith("fused")
+        dy = torch.randn_like(theirs(x))
+        ours(x)  # so that both have seen one batch
+        for actual, expected in zip(results(ours, x, dy), results(theirs, x, dy), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("init", "shape", "message"),
+    [
+        ([16, 16, 3, 2, 1, 1, 4], None, "stride 1, received 2"),
+        ([6, 16, 3, 1, 1, 1, 4], (1, 6, 4, 4), "multiples of 16"),
+        ([16, 16, 3, 1, 1, 1, 4], (0, 16, 4, 4), "the batch is empty"),
+    ],
+)
+def test_refuses_what_its_kernels_do_not_take(written, init, shape, message):
+    with pytest.raises(ValueError, match=message):
+        written.ModelNew(*init)(torch.rand(shape))
+
+
+def test_command(tmp_path):
+    path = tmp_path / "file.py"
+
+    def invoke(*arguments):
+        return CliRunner().invoke(cli.main, ["submission", "--output", str(path), *arguments])
+
+    assert invoke("--check").exit_code == 1
+    assert not path.exists()
+    assert invoke().exit_code == 0
+    assert path.read_text() == FILE.read_text()
+    assert "is current" in invoke("--check").output
+    path.write_text(path.read_text() + "\n")
+    assert "run the command without --check" in invoke("--check").output
+    path = tmp_path / "nowhere" / "file.py"
+    assert "cannot write" in invoke().output
+
+
+TOY = {
+    "__init__": "",
+    "a": """
+        \"\"\"About a.\"\"\"
+        import math
+        LIMIT, _STEP = 3, 4
+        # A comment on scale.
+        @staticmethod
+        def scale(v):
+            return math.floor(v) * LIMIT + _STEP
+        def unused():
+            try:
+                return 1
+            except ValueError:
+                raise
+        """,
+    "b": """
+        \"\"\"About b.\"\"\"
+        from . import a as first
+        from .a import LIMIT as OTHER
+        LIMIT = [n for n in range(5)]
+        def scale(v):
+            extra = first.scale(v)
+            return extra + len(LIMIT) + OTHER
+        def extra():
+            return 0.5
+        """,
+    "entry": """
+        \"\"\"About all.\"\"\"
+        from . import a, b
+        class Result:
+            def of(self, v):
+                extra = b.extra()
+                return a.scale(v) + b.scale(v) + extra
+        """,
+}
+
+
+def test_names_imports_and_what_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "toy").mkdir()
+    for name, text in TOY.items():
+        (tmp_path / "toy" / f"{name}.py").write_text(textwrap.dedent(text).lstrip())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(submission, "ENTRY", "toy.entry")
+    monkeypatch.setattr(submission, "PACKAGES", ("toy",))
+    text, found = submission.generate(), {}
+    exec(text, found)
+    assert found["Result"]().of(2.5) == importlib.import_module("toy.entry").Result().of(2.5) == 10 + 18 + 0.5
+    assert text.startswith('"""About all.\n\nWritten by')
+    assert "import math\n" in text
+    assert "# A comment on scale.\n@staticmethod\ndef scale(v):" in text
+    assert "def b_scale(v):\n    extra = scale(v)\n    return extra + len(b_LIMIT) + LIMIT" in text
+    assert "extra = b_extra()" in text  # or it would call itself
+    assert "unused" not in text
+    assert text.index("# About a.") < text.index("# About b.") < text.index("class Result")
+
+
+def test_a_word_that_the_form_forbids_is_named(monkeypatch):
+    monkeypatch.setattr(submission, "_dict", lambda files: "{'a': 'try'}")
+    with pytest.raises(ValueError, match="has no 'try'"):
+        submission.generate()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_runs_without_the_package(tmp_path):
+    command = [sys.executable, "-c", HARNESS, str(FILE)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(42)
+    x = torch.rand(512, 64, 32, 32).cuda()
+    with torch.no_grad(), parity.tf32(True):
+        torch.manual_seed(42)
+        model = modelnew.ModelNew(*modelnew.get_init_inputs())
+        assert model(x).double().sum().item() == float(done.stdout)
