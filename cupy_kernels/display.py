@@ -2,28 +2,23 @@
 
 
 class Rows(list):
-    """A list of named tuples that shows itself as a table."""
+    """A list of named tuples that shows itself as a table, without the fields `hidden`."""
 
-    def __init__(self, rows, title: str = "", caption: str = ""):
+    def __init__(self, rows, caption: str = "", hidden: tuple[str, ...] = ()):
         super().__init__(rows)
-        self.title, self.caption = title, caption
+        self.caption, self.hidden = caption, hidden
 
     def __rich__(self):
         from rich import box
         from rich.table import Table
 
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            title=self.title or None,
-            title_justify="left",
-            caption=self.caption or None,
-            caption_justify="left",
-        )
-        for name in self[0]._fields if self else ():
+        table = Table(box=box.SIMPLE_HEAD, caption=self.caption or None, caption_justify="left")
+        fields = [name for name in self[0]._fields if name not in self.hidden] if self else []
+        for name in fields:
             numeric = all(isinstance(getattr(row, name), (int, float, type(None))) for row in self)
             table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
         for row in self:
-            table.add_row(*map(_cell, row))
+            table.add_row(*(_cell(getattr(row, name)) for name in fields))
         return table
 
     def __repr__(self):
@@ -41,9 +36,7 @@ class Rows(list):
 def _cell(value):
     if value is None:
         return "-"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def highlighted(text: str, first_line: int = 1):

@@ -5,6 +5,7 @@ A name is a kernel's ("tanh_forward"), or a file's ("tanh.cu", "tanh.cuh"; "tanh
 
 import contextlib
 import difflib
+import functools
 import importlib.util
 import os
 import re
@@ -21,6 +22,7 @@ from .errors import BackendError
 from .source import Kernel, Variant
 
 DEFAULT_ARCH = "sm_80"  # where there is no GPU to ask
+TOOLKIT = "/usr/local/cuda/bin"
 
 # Threads and blocks that a multiprocessor holds, and its shared memory in KiB. All have 65536 registers.
 _MULTIPROCESSORS = {
@@ -47,6 +49,7 @@ class KernelInfo(NamedTuple):
 class Attributes(NamedTuple):
     """What one variant of a kernel takes.
 
+    macros: those that the variants do not share.
     registers: per thread. local_bytes: of local memory per thread, where spilled registers go; 0 is what one wants.
     shared_bytes: per block, static and dynamic. block: threads. blocks_per_sm, occupancy: how many such blocks a
     multiprocessor holds, and the share of its threads that they are.
@@ -63,7 +66,10 @@ class Attributes(NamedTuple):
 
 
 def kernels(name: str | None = None) -> Rows:
-    """All kernels of the package, or those of `name`: file, parameters, and how many variants with which macros."""
+    """All kernels of the package, or those of `name`: file, parameters, and how many variants with which macros.
+
+    The table of all leaves the parameters out; the items have them.
+    """
     from .variants import variants  # imports every operator
 
     declared = {}
@@ -77,7 +83,7 @@ def kernels(name: str | None = None) -> Rows:
             if wanted in (None, (file, kernel), (file, None)):
                 row = (kernel, file, _list(parameters), len(declared.get(file, ())), " ".join(macros))
                 found.append(KernelInfo(*row))
-    return Rows(found)
+    return Rows(found, hidden=() if name else ("parameters",))
 
 
 def show(name: str) -> None:
@@ -143,13 +149,21 @@ def attributes(
     """
     measure = _of_gpu if arch is None and _has_gpu() else _of_nvrtc
     arch = arch or default_arch()
-    rows = []
-    for variant, names in _matching(name, macros):
-        for kernel in names:
-            rows.append(
-                measure(source.in_force(Kernel(variant.file, kernel, variant.defines)), arch, block, shared_bytes)
-            )
-    return Rows(rows, caption=arch)
+    found = [Kernel(v.file, kernel, v.defines) for v, names in _matching(name, macros) for kernel in names]
+    found = list(map(source.in_force, found))
+    words, common = told_apart([kernel.defines for kernel in found])
+    rows = [measure(kernel, arch, block, shared_bytes)._replace(macros=word) for kernel, word in zip(found, words)]
+    return Rows(rows, caption=f"{arch}, {common}", hidden=() if any(words) else ("macros",))
+
+
+def told_apart(defines) -> tuple[list[str], str]:
+    """Of several lists of macros: of each, those that not all share, as words; and those that all share."""
+    shared = set.intersection(*map(set, defines))
+
+    def words(macros, wanted):
+        return " ".join(f"{k}={v}" for k, v in macros if ((k, v) in shared) == wanted)
+
+    return [words(macros, False) for macros in defines], words(defines[0], True)
 
 
 def ptx(name: str, arch: str | None = None, **macros: str | int) -> str:
@@ -196,6 +210,14 @@ def files_with(name: str) -> list[str]:
     """The .cu files whose compiled text a change of `name` changes: its own, or all that include a header."""
     file, _ = locate(name)
     return [f for f in source.names() if f.endswith(".cu") and f'#line 1 "{file}"' in source.expanded(f)]
+
+
+@contextlib.contextmanager
+def unedited():
+    """Within the block the package's own kernels run, whatever is edited."""
+    with source.override({}):
+        reset()
+        yield
 
 
 def default_arch() -> str:
@@ -328,8 +350,14 @@ def _has_gpu():
     return True
 
 
+@functools.lru_cache(maxsize=256)
+def _resources(_text, variant, arch):
+    """{kernel: resources}, compiled once for a text."""
+    return nvrtc.compile_variant(variant, arch)[1]
+
+
 def _of_nvrtc(kernel, arch, block, shared_bytes):
-    used = nvrtc.compile_variant(kernel.variant, arch)[1][kernel.name]
+    used = _resources(source.expanded(kernel.file), kernel.variant, arch)[kernel.name]
     block = block or used.max_threads or THREADS
     fits = occupancy(used, block, shared_bytes, arch)
     return _attributes(kernel, used, used.stack_bytes, block, shared_bytes, *(fits or (None, None)))
@@ -355,7 +383,7 @@ def _declaration(kernel):
 def _attributes(kernel, used, local_bytes, block, shared_bytes, blocks, share):
     share = None if share is None else f"{share:.0%}"
     shared_bytes += used.shared_bytes
-    row = (kernel.name, _macros(kernel.variant), used.registers, local_bytes, shared_bytes, block, blocks, share)
+    row = (kernel.name, "", used.registers, local_bytes, shared_bytes, block, blocks, share)
     return Attributes(*row)
 
 
@@ -363,7 +391,7 @@ def _disassembler() -> str:
     spec = importlib.util.find_spec("nvidia")
     roots = spec.submodule_search_locations if spec else ()
     folders = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    folders += ["/usr/local/cuda/bin", *(str(p) for root in roots for p in sorted(Path(root).glob("*/bin")))]
+    folders += [TOOLKIT, *(str(p) for root in roots for p in sorted(Path(root).glob("*/bin")))]
     tool = shutil.which("nvdisasm") or shutil.which("nvdisasm", path=os.pathsep.join(folders))
     if not tool:
         raise BackendError(
