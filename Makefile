@@ -5,7 +5,7 @@ COMPUTE_SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) \
     $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia/cu13/bin/compute-sanitizer)
 RESULTS = benchmarks/results
 
-.PHONY: lint format test gpu-test sanitize record clean
+.PHONY: lint format test gpu-test sanitize record notebooks clean
 
 lint:
 	ruff check .
@@ -32,6 +32,12 @@ sanitize:
 record:
 	$(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 16
 	$(PYTHON) -m pytest -q -m gpu -n 0 --record=$(RESULTS) tests
+
+# The notebooks from the scripts beside them, run on the GPU if there is one, else in the emulator.
+notebooks:
+	for script in examples/[0-9]*.py; do \
+	    $(PYTHON) -m jupytext --to ipynb --update $$script && jupyter-execute --inplace $${script%.py}.ipynb || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -28,7 +28,7 @@ class Case(NamedTuple):
     terms: how many terms the output and each gradient sum, for `parity.within_policy`.
     rounded: names of inputs that the class "tf32" rounds, the output's gradient among them; PyTorch on the CPU, and
         often cuDNN, does not, so the error that this causes in float64 is what ours may have. slack: times it.
-    gradient: gradient(**float64 tensors) gives the output's gradient. Default: random.
+    gradient: gradient(dtype, **tensors in float64) gives the output's gradient. Default: random.
     within: a context that ours runs in.
     """
 
@@ -91,7 +91,7 @@ def _reference(case, dtype, device, images) -> _Reference:
     with torch.no_grad():
         shape = _first(case.theirs(**double)).shape
     if case.gradient:
-        dy = case.gradient(**double).to(dtype)
+        dy = case.gradient(dtype, **double).to(dtype)
     else:
         dy = torch.randn(shape, device=device).to(dtype)
     truth = _results(case.theirs, double, dy.double())
@@ -123,20 +123,27 @@ def _first(result):
     return result[0] if isinstance(result, tuple) else result
 
 
-def _activations(images, width=12):
+def _activations(images):
     """Shape of the convolution's output."""
-    return (images, 128, 34, 34) if images else (2, 8, 10, width)
+    return (images, 128, 34, 34) if images else (2, 8, 10, 12)
 
 
 def _x(images):
-    return {"input": torch.randn(_activations(images))}
+    return {"x": torch.randn(_activations(images))}
 
 
-def _separated(images, width=12):
-    """Values of which no two of a plane are close, so that rounding moves no maximum."""
-    n, c, h, w = _activations(images, width)
-    places = torch.rand(n, c, h * w).argsort(-1)
-    return {"x": places.add(0.5).div(h * w / 1.8).sub(0.9).atanh().reshape(n, c, h, w)}
+def _clear_winners(before_pooling, kernel_size=2, stride=2, padding=0):
+    """A gradient that is 0 where rounding may decide which element of a window is the largest."""
+
+    def gradient(dtype, **tensors):
+        with torch.no_grad():
+            y = F.pad(_first(before_pooling(*tensors.values())), [padding] * 4, value=-float("inf"))
+        first, second = (
+            y.unfold(2, kernel_size, stride).unfold(3, kernel_size, stride).flatten(4).topk(2).values.unbind(-1)
+        )
+        return torch.randn_like(first) * (first - second > min(64 * torch.finfo(dtype).eps, 0.1))
+
+    return gradient
 
 
 def _channels(c):
@@ -147,7 +154,18 @@ def _channels(c):
 
 
 def _norm_inputs(images):
-    return {**_separated(images), **_channels(_activations(images)[1])}
+    return {**_x(images), **_channels(_activations(images)[1])}
+
+
+def _sums_of(inputs):
+    """`Case.terms` of a norm: the gradients of weight and bias sum over a channel."""
+
+    def terms(images):
+        with torch.device("meta"):
+            x = inputs(images)["x"]
+        return 0, 0, x.numel() // x.shape[1], x.numel() // x.shape[1]
+
+    return terms
 
 
 def _norm(function, training):
@@ -239,7 +257,7 @@ def _before_pooling(x, w, conv_bias, weight, bias, mean, var, training):
 
 
 def _fused_gradient(near_tie, training):
-    def gradient(x, w, _conv_bias, weight, bias, _mean, _var, group_weight, group_bias):
+    def gradient(dtype, x, w, _conv_bias, weight, bias, _mean, _var, group_weight, group_bias):
         with torch.no_grad():
             y = _before_pooling(x, w, _conv_bias, weight, bias, _mean, _var, training)[0]
             return parity.incoming_gradient(y, F.max_pool2d(y, 2), _num_groups(w), group_weight, near_tie, seed=0)
@@ -266,16 +284,21 @@ _GENERAL = ("conv_transpose.cu", "conv_transpose_wgrad.cu", "channel_sum.cu")
 _POOLED = "bn_tanh_max_pool.cu"
 
 CASES = (
-    # An odd size has a rest that fills no pack, and the second starts where 16 bytes do not.
+    # An odd size has a rest that fills no pack, the second starts where 16 bytes do not, and where values are small a
+    # formula that cancels is far off.
     *(
         Case(
             what,
             ("tanh.cu",),
             lambda input, part=part: functional.tanh(input.flatten()[part]),
             lambda input, part=part: torch.tanh(input.flatten()[part]),
-            _x,
+            lambda images, scale=scale: {"input": scale * torch.randn(_activations(images))},
         )
-        for what, part in (("tanh", slice(None, -1)), ("tanh, unaligned", slice(1, None)))
+        for what, part, scale in (
+            ("tanh", slice(None, -1), 1),
+            ("tanh, unaligned", slice(1, None), 1),
+            ("tanh, small values", slice(None, -1), 1e-3),
+        )
     ),
     *(
         Case(
@@ -283,7 +306,7 @@ CASES = (
             ("max_pool.cu",),
             functools.partial(functional.max_pool2d, **window),
             functools.partial(F.max_pool2d, **window),
-            _x,
+            lambda images: {"input": torch.randn(_activations(images))},
         )
         for window in ({"kernel_size": 2}, _OVERLAPPING)
     ),
@@ -293,6 +316,7 @@ CASES = (
         _norm(functional.batch_norm, True),
         _torch_norm(lambda y: y, True),
         _norm_inputs,
+        _sums_of(_norm_inputs),
     ),
     Case(
         "batch_norm_tanh, eval",
@@ -300,6 +324,7 @@ CASES = (
         _norm(functional.batch_norm_tanh, False),
         _torch_norm(torch.tanh, False),
         _norm_inputs,
+        _sums_of(_norm_inputs),
     ),
     Case(
         "group_norm",
@@ -307,6 +332,7 @@ CASES = (
         lambda x, weight, bias: functional.group_norm(x, x.shape[1] // 16, weight, bias),
         lambda x, weight, bias: F.group_norm(x, x.shape[1] // 16, weight, bias),
         _group_inputs,
+        _sums_of(_group_inputs),
     ),
     Case(
         "group_norm, large groups",
@@ -314,6 +340,7 @@ CASES = (
         lambda x, weight, bias: functional.group_norm(x, 1, weight, bias),
         lambda x, weight, bias: F.group_norm(x, 1, weight, bias),
         _few_large_groups,
+        _sums_of(_few_large_groups),
     ),
     Case(
         "bn_tanh_max_pool2d, training",
@@ -321,20 +348,24 @@ CASES = (
         _norm(functional.bn_tanh_max_pool2d, True),
         _torch_norm(lambda y: F.max_pool2d(y.tanh(), 2), True),
         _norm_inputs,
+        _sums_of(_norm_inputs),
+        gradient=_clear_winners(_torch_norm(torch.tanh, True)),
     ),
     Case(
         "tanh_max_pool2d",
         (_POOLED,),
         lambda x: functional.tanh_max_pool2d(x, 2),
         lambda x: F.max_pool2d(x.tanh(), 2),
-        _separated,
+        _x,
+        gradient=_clear_winners(torch.tanh),
     ),
     Case(
         "tanh_max_pool2d, overlapping",
         (_POOLED,),
         lambda x: functional.tanh_max_pool2d(x, **_OVERLAPPING),
         lambda x: F.max_pool2d(x.tanh(), **_OVERLAPPING),
-        _separated,
+        _x,
+        gradient=_clear_winners(torch.tanh, **_OVERLAPPING),
     ),
     Case(
         "conv_transpose2d, general",

@@ -88,7 +88,7 @@ def test_an_override_is_used_at_once_and_nothing_is_compiled_twice(device, name,
     for _ in range(2):
         with cupy_kernels.override({name: text}):
             assert not torch.equal(model(x), before)
-            assert torch.equal(tanh(x.detach()), 2 * torch.tanh(x)) or device == "cpu"
+            torch.testing.assert_close(tanh(x), 2 * torch.tanh(x))
         assert torch.equal(model(x), before)
     assert len(compiled) == known + 1
     cupy_kernels.edit({name: text})
