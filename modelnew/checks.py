@@ -23,11 +23,12 @@ class Case(NamedTuple):
     """One operator, forward and backward.
 
     ours, theirs: functions of the tensors, which return a tensor, or a tuple whose first element gets a gradient.
-    inputs: inputs(images) gives {name: float32 tensor}, small ones where images is None. Those
-        whose name begins with _ need no gradient.
+    inputs: inputs(images) gives {name: float32 tensor}, small ones where images is None. Those whose name begins with _
+        need no gradient.
     terms: how many terms the output and each gradient sum, for `parity.within_policy`.
-    rounded: names of inputs that the class "tf32" rounds, the output's gradient among them; PyTorch on the CPU, and
-        often cuDNN, does not, so the error that this causes in float64 is what ours may have. slack: times it.
+    rounded: in float32, whether ours rounds operands to TF32. PyTorch on the CPU, and often cuDNN, does not: the error
+        that this causes in float64 is then what ours may have.
+    slack: how many times the reference's error is right, too; for results that chance decides much of.
     gradient: gradient(dtype, **tensors in float64) gives the output's gradient. Default: random.
     within: a context that ours runs in.
     """
@@ -65,9 +66,9 @@ def compare(case: Case, dtype: torch.dtype, device: torch.device, images: int | 
     for i, (name, truth) in enumerate(reference.truth.items()):
         terms = reference.terms[i] if i < len(reference.terms) else 0
         ours, theirs = parity.error(found[name], truth), reference.errors[name]
-        ok = found[name].dtype == reference.dtypes[name] and parity.within_policy(
-            found[name], truth, ours, theirs, terms
-        )
+        allowed = parity.Error(*(case.slack * e for e in theirs))
+        ok = found[name].dtype == reference.dtypes[name]
+        ok = ok and parity.within_policy(found[name], truth, ours, allowed, terms)
         rows.append(parity.Row(f"{case.what}: {name}", str(dtype).removeprefix("torch."), ours, theirs, None, ok))
     return rows
 
@@ -102,9 +103,7 @@ def _reference(case, dtype, device, images) -> _Reference:
         operands = {name: tf32_rounded(t).double() if t.dim() > 1 else t.double() for name, t in tensors.items()}
         rounded = _results(case.theirs, operands, tf32_rounded(dy).double())
         for name, e in errors.items():
-            errors[name] = parity.Error(
-                *(case.slack * max(p) for p in zip(e, parity.error(rounded[name], truth[name])))
-            )
+            errors[name] = parity.Error(*map(max, e, parity.error(rounded[name], truth[name])))
     dtypes = {name: t.dtype for name, t in theirs.items()}
     return _Reference(tensors, dy, truth, errors, dtypes, tuple(case.terms(images)))
 
@@ -195,12 +194,12 @@ def _few_large_groups(images):
 
 def _conv_inputs(images):
     # The small one is such that forward and dgrad are one variant on tensor cores: that takes seconds to compile.
-    shapes = ((images, 64, 32, 32), (64, 128, 5, 5)) if images else ((2, 16, 5, 7), (16, 16, 3, 3))
+    shapes = ((images, 64, 32, 32), (64, 128, 5, 5)) if images else ((2, 16, 9, 11), (16, 16, 3, 3))
     return {"x": torch.rand(shapes[0]), "w": torch.randn(shapes[1]) / 40, "bias": torch.randn(shapes[1][1])}
 
 
 def _conv_terms(images):
-    n, k, m, taps, pixels = (images, 64, 128, 25, 34 * 34) if images else (2, 16, 16, 9, 35)
+    n, k, m, taps, pixels = (images, 64, 128, 25, 34 * 34) if images else (2, 16, 16, 9, 99)
     return k * taps, m * taps, n * pixels, n * pixels
 
 
@@ -273,6 +272,7 @@ def _fused_case(numerics, training, near_tie, **options):
         _unfused(training),
         _fused_inputs,
         lambda images: _conv_terms(images)[:3],
+        slack=2,
         gradient=_fused_gradient(near_tie, training),
         **options,
     )
@@ -378,7 +378,7 @@ CASES = (
     ),
     Case("conv_transpose2d, tf32", _MMA, _conv("tf32"), _torch_conv, _conv_inputs, _conv_terms, rounded=True),
     Case("conv_transpose2d, fp32", _MMA, _conv("fp32"), _torch_conv, _conv_inputs, _conv_terms),
-    # Both modes and both classes in two compilations.
-    _fused_case("tf32", True, 3e-2, rounded=True, slack=2),
+    # Both modes and both classes in two compilations. Few values are summed, so that one bad rounding counts.
+    _fused_case("tf32", True, 3e-2, rounded=True),
     _fused_case("fp32", False, 1e-3),
 )

@@ -175,6 +175,11 @@ def test_compile_error_names_the_line_of_the_edited_text(device):
     assert third.strip().startswith(
         "8 |         for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<scalar_t>(nothing("
     )
+    if NVRTC and device == "cpu":
+        variant = source.Variant("tanh.cu", (("scalar_t", "float"), ("acc_t", "float"), ("WIDTH", 4)))
+        with cupy_kernels.override({"tanh_forward": text}), pytest.raises(KernelCompileError) as error:
+            nvrtc.compile_variant(variant, "sm_80")
+        assert str(error.value).splitlines()[1].startswith("tanh_forward(8): error")
     # Behind the edited kernel the file's lines have the numbers that they had.
     file = source.text("tanh.cu").replace("tanh_slope(to_acc(saved", "nothing(to_acc(saved")
     line = next(n for n, s in enumerate(file.splitlines(), 1) if "nothing(" in s)
