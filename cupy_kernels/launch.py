@@ -1,9 +1,11 @@
 """The one place that starts a kernel, on CuPy arrays (GPU) or NumPy arrays (emulator)."""
 
+import contextlib
+
 import numpy as np
 
 from . import compiler, emulator
-from .source import Kernel, signature
+from .source import Kernel, in_force, signature
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 BLOCK_LIMITS = (1024, 1024, 64)
@@ -11,6 +13,7 @@ MAX_THREADS = 1024
 
 _NULL = np.uint64(0)  # what CuPy passes as a null pointer
 _NUMPY = {np.ndarray}
+_observers = []
 
 
 def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
@@ -25,6 +28,9 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     limits that CUDA does not allow; TypeError for an array of another kind or dtype than the kernel and its neighbours
     have; RuntimeError for an array that is not on the current device.
     """
+    for observe in _observers:
+        observe(kernel, grid, block, args, shared_bytes)
+    kernel = in_force(kernel)
     parameters = signature(kernel)
     if len(args) != len(parameters):
         raise ValueError(f"{kernel} takes {len(parameters)} arguments, received {len(args)}")
@@ -49,6 +55,16 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
         function(grid, block, cast, shared_mem=shared_bytes)
     else:
         emulator.run(kernel, parameters, grid, block, cast, shared_bytes)
+
+
+@contextlib.contextmanager
+def observed(observer):
+    """Within the block, calls observer(kernel, grid, block, args, shared_bytes) before each launch."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 def _check_limits(kernel, grid, block):

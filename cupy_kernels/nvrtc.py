@@ -18,12 +18,13 @@ STANDARD = "-std=c++17"
 
 
 class Resources(NamedTuple):
-    """What ptxas reports of one kernel, per thread or block."""
+    """What ptxas reports of one kernel, per thread or block. max_threads: what __launch_bounds__ says, if anything."""
 
     registers: int
     stack_bytes: int
     spill_bytes: int
     shared_bytes: int
+    max_threads: int | None = None
 
 
 def _wheel_libraries(package: str, pattern: str) -> list[Path]:
@@ -81,6 +82,17 @@ def compile_variant(variant: Variant, arch: str) -> tuple[bytes, dict[str, Resou
 
     Returns the cubin and the resources of each kernel in it.
     """
+    cubin, ptx, log = _compile(variant, arch)
+    return cubin, {name: _resources(name, log.decode(), ptx.decode()) for name in kernel_names(variant.file)}
+
+
+def compile_ptx(variant: Variant, arch: str) -> str:
+    """The PTX behind `compile_variant`'s cubin."""
+    return _compile(variant, arch)[1].decode()
+
+
+def _compile(variant, arch):
+    """(cubin, PTX, log)"""
     lib, program = library(), ctypes.c_void_p()
     # -ftz=true: CuPy appends it to every compilation
     options = [
@@ -93,23 +105,26 @@ def compile_variant(variant: Variant, arch: str) -> tuple[bytes, dict[str, Resou
     raw = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     text = expanded(variant.file).encode()
     lib.nvrtcCreateProgram(ctypes.byref(program), text, variant.file.encode(), 0, None, None)
+
+    def read(what):
+        size = ctypes.c_size_t()
+        getattr(lib, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        content = ctypes.create_string_buffer(size.value)
+        getattr(lib, f"nvrtcGet{what}")(program, content)
+        return content
+
     try:
         status = lib.nvrtcCompileProgram(program, len(options), raw)
-        size = ctypes.c_size_t()
-        lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        lib.nvrtcGetProgramLog(program, log)
+        log = read("ProgramLog").value
         if status:
-            raise compile_error(variant, log.value.decode())
-        lib.nvrtcGetCUBINSize(program, ctypes.byref(size))
-        cubin = ctypes.create_string_buffer(size.value)
-        lib.nvrtcGetCUBIN(program, cubin)
+            raise compile_error(variant, log.decode())
+        return read("CUBIN").raw, read("PTX").value, log
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
-    return cubin.raw, {name: _resources(name, log.value.decode()) for name in kernel_names(variant.file)}
 
 
-def _resources(name: str, log: str) -> Resources:
+def _resources(name: str, log: str, ptx: str) -> Resources:
+    bound = re.search(rf"\.entry {name}\([^)]*\)\s*\.maxntid (\d+)", ptx)
     part = log[log.index(f"'{name}'") :]
 
     def number(pattern):
@@ -123,4 +138,5 @@ def _resources(name: str, log: str) -> Resources:
         number(r"(\d+) bytes stack frame"),
         number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
         number(r"(\d+) bytes smem"),
+        int(bound[1]) if bound else None,
     )

@@ -13,7 +13,10 @@ from .errors import KernelCompileError
 
 _FOLDER = resources.files(__package__) / "cu"
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
-_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
+_KERNEL = re.compile(r'[ \t]*extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
+
+# Comments and strings are tokens of their own, so that braces in them do not count.
+_BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
 
 # Scalar types of the kernels, and the NumPy dtype of an array that holds them. NumPy has no bfloat16: its arrays travel
 # as int16.
@@ -29,6 +32,7 @@ DTYPES = {
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
 
 _overrides: dict[str, str] = {}
+_constants: dict[str, dict[str, str | int]] = {}
 _added: dict[str, str] = {}
 
 
@@ -82,24 +86,69 @@ class Parameter(NamedTuple):
 
 
 @contextlib.contextmanager
-def override(texts: dict[str, str]):
-    """Within the block, `texts` ({file name: text}) stand in place of packaged files of these names, or beside them.
+def override(texts: dict[str, str], constants: dict[str, dict[str, str | int]] | None = None):
+    """Within the block, `texts` stand in place of packaged files or kernels, and `constants` in place of their macros.
+
+    texts: {name: text}. A name that ends in .cu or .cuh is a file, packaged or new; any other is a kernel, whose
+        definition in its packaged file the text replaces.
+    constants: {kernel: {macro: value}}, which replace or join the -D macros of launches of that kernel.
 
     An edited kernel, or an edited header under all kernels that include it, runs without touching the package, on the
     GPU and in the emulator, in every thread of the process. Compiled kernels are kept by their text, so that entering
     and leaving compiles nothing twice. Blocks nest. `names` and `digest` speak of the packaged files alone.
     """
-    before = dict(_overrides)
-    _set_overrides({**before, **texts})
+    before = overrides()
+    set_overrides(*merged(texts, constants or {}))
     try:
         yield
     finally:
-        _set_overrides(before)
+        set_overrides(*before)
+
+
+def overrides() -> tuple[dict[str, str], dict[str, dict[str, str | int]]]:
+    """(texts, constants) in force, as `override` takes them."""
+    return dict(_overrides), {kernel: dict(macros) for kernel, macros in _constants.items()}
 
 
 def overridden() -> frozenset[str]:
-    """Names of the files that `override` has in force."""
+    """Names of the files and kernels that have an override in force."""
+    return frozenset((*_overrides, *_constants))
+
+
+def overridden_texts() -> frozenset[str]:
+    """Those of `overridden` whose text is another."""
     return frozenset(_overrides)
+
+
+def merged(texts, constants) -> tuple[dict, dict]:
+    """What is in force, and on top of it `texts` and `constants`. A new text of a file ends those of its kernels."""
+    known, known_constants = overrides()
+    ended = {name for file in texts if is_file(file) and file in names() for name in packaged_kernels(file)}
+    known = {name: text for name, text in known.items() if name not in ended}
+    for kernel, macros in constants.items():
+        known_constants[kernel] = {**known_constants.get(kernel, {}), **macros}
+    return {**known, **texts}, known_constants
+
+
+def set_overrides(texts: dict[str, str], constants: dict[str, dict[str, str | int]]) -> None:
+    """Puts `texts` and `constants`, and nothing else, in force until the next call. See `override`."""
+    texts, constants = dict(texts), dict(constants)
+    for state, new in ((_overrides, texts), (_constants, constants)):
+        state.clear()
+        state.update(new)
+    for cached in (expanded, kernel_names, signature):
+        cached.cache_clear()
+
+
+def in_force(kernel: Kernel) -> Kernel:
+    """`kernel` with the constants that `override` has in force for it."""
+    constants = _constants.get(kernel.name)
+    return kernel._replace(defines=tuple({**dict(kernel.defines), **constants}.items())) if constants else kernel
+
+
+def is_file(name: str) -> bool:
+    """Whether a name is a file's, not a kernel's."""
+    return name.endswith((".cu", ".cuh"))
 
 
 def add(stem: str, text: str) -> str:
@@ -113,30 +162,56 @@ def add(stem: str, text: str) -> str:
     return file
 
 
-def _set_overrides(texts):
-    _overrides.clear()
-    _overrides.update(texts)
-    for cached in (expanded, kernel_names, signature):
-        cached.cache_clear()
-
-
 def names() -> list[str]:
     """File names of the packaged kernel sources, .cu and .cuh, sorted."""
     return sorted(f.name for f in _FOLDER.iterdir() if f.name.endswith((".cu", ".cuh")))
 
 
 def text(file: str) -> str:
-    """Text of one source file as it stands. ValueError if there is no such file."""
-    for texts in (_overrides, _added):
-        if file in texts:
-            return texts[file]
-    return _packaged(file)
+    """Text of one source file as it stands; of a kernel that has an override, that. ValueError if there is none.
+
+    Where a kernel of the file has an override, an #include of its name stands in place of its definition.
+    """
+    if not is_file(file) and file in _overrides:
+        return _overrides[file]
+    if file in _added:
+        return _added[file]
+    found = _overrides[file] if file in _overrides else packaged(file)
+    for name in _overrides:
+        place = None if is_file(name) else span(found, name)
+        if place:
+            # As many lines as before, so that messages about the rest of the file name the lines that it had.
+            lines = "\n" * max(1, found.count("\n", *place))
+            found = f'{found[: place[0]]}#include "{name}"{lines}{found[place[1] :]}'
+    return found
 
 
-def _packaged(file):
+def packaged(file: str) -> str:
+    """Text of one packaged file, whatever is in force. ValueError if there is no such file."""
     if file not in names():
         raise ValueError(f"no kernel source {file!r}; there are {', '.join(names())}")
     return (_FOLDER / file).read_text(encoding="utf-8")
+
+
+@functools.cache
+def packaged_kernels(file: str) -> dict[str, str]:
+    """{name: definition} of the kernels of a packaged file, whatever is in force."""
+    text = packaged(file)
+    return {match[1]: text[slice(*span(text, match[1]))] for match in _KERNEL.finditer(text)}
+
+
+def span(text, name) -> tuple[int, int] | None:
+    """Where in `text` the definition of the kernel `name` begins and ends; None if it is not there."""
+    for match in _KERNEL.finditer(text):
+        if match[1] != name:
+            continue
+        depth = 0
+        for token in _BRACES.finditer(text, match.end()):
+            depth += {"{": 1, "}": -1}.get(token[0], 0)
+            if token[0] == "}" and depth == 0:
+                return match.start(), token.end()
+        return match.start(), len(text)
+    return None
 
 
 @functools.cache
@@ -169,28 +244,42 @@ def kernel_names(file: str) -> tuple[str, ...]:
     return tuple(match[1] for match in _KERNEL.finditer(expanded(file)))
 
 
+def declarations(text: str) -> dict[str, list[tuple[str, str]]]:
+    """{kernel: [(type, name) of each parameter]} of the kernels in `text`; types as "const scalar_t*"."""
+    return {
+        match[1]: [_split(p) for p in re.sub(r"//.*", "", match[2]).split(",") if p.strip()]
+        for match in _KERNEL.finditer(text)
+    }
+
+
+def _split(declaration: str) -> tuple[str, str]:
+    *words, name = declaration.replace("*", " * ").split()
+    kind = [w for w in words if w not in ("*", "const", "INOUT", "__restrict__")]
+    marks = [w for w in ("INOUT", "const") if w in words]
+    return " ".join([*marks, *kind]) + "*" * words.count("*"), name
+
+
 @functools.cache
 def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     """Parameters of `kernel` as its text declares them.
 
     ValueError if the file has no such kernel, or if it has a scalar parameter of a type that is not in DTYPES.
     """
-    for match in _KERNEL.finditer(expanded(kernel.file)):
-        if match[1] == kernel.name:
-            return tuple(_parameter(kernel, p) for p in re.sub(r"//.*", "", match[2]).split(",") if p.strip())
-    raise ValueError(f"{kernel.file} has no kernel {kernel.name!r}; it has {', '.join(kernel_names(kernel.file))}")
+    found = declarations(expanded(kernel.file))
+    if kernel.name not in found:
+        raise ValueError(f"{kernel.file} has no kernel {kernel.name!r}; it has {', '.join(found)}")
+    return tuple(_parameter(kernel, *p) for p in found[kernel.name])
 
 
-def _parameter(kernel: Kernel, declaration: str) -> Parameter:
-    words = declaration.replace("*", " * ").split()
-    name, words = words[-1], words[:-1]
-    kind = " ".join(w for w in words if w not in ("*", "const", "INOUT", "__restrict__"))
-    dtype = DTYPES.get(str(dict(kernel.defines).get(kind, kind)))
-    if dtype is None and "*" not in words:
+def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
+    *marks, base = kind.split()
+    base, pointer = base.rstrip("*"), base.endswith("*")
+    dtype = DTYPES.get(str(dict(kernel.defines).get(base, base)))
+    if dtype is None and not pointer:
         raise ValueError(
-            f"{kernel}: {name} is a {kind}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"
+            f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"
         )
-    return Parameter(name, dtype, "*" in words, "const" in words, "INOUT" in words)
+    return Parameter(name, dtype, pointer, "const" in marks, "INOUT" in marks)
 
 
 @functools.cache
@@ -198,7 +287,7 @@ def digest() -> str:
     """SHA-256 over names and texts of all kernel sources: says which code a committed result belongs to."""
     sha = hashlib.sha256()
     for file in names():
-        sha.update(f"{file}\0{_packaged(file)}\0".encode())
+        sha.update(f"{file}\0{packaged(file)}\0".encode())
     return sha.hexdigest()
 
 

@@ -114,7 +114,9 @@ def compare_models(model: Model, model_new: ModelNew, x: torch.Tensor, cls: str 
         pools = []
         with precise.max_pool.register_forward_hook(lambda _, inputs, output: pools.append((*inputs, output))):
             run = _forward(precise.double(), x.double())
-        dy = _incoming_gradient(*(p.detach() for p in pools.pop()), precise.group_norm, _NEAR_TIE[cls], seed).float()
+        unpooled, pooled = (p.detach() for p in pools.pop())
+        norm = precise.group_norm
+        dy = incoming_gradient(unpooled, pooled, norm.num_groups, norm.weight.detach(), _NEAR_TIE[cls], seed).float()
         truth = _backward(precise, *run, dy.double())
         del run
         theirs = _backward(theirs, *_forward(theirs, x), dy)
@@ -161,7 +163,7 @@ def _backward(model, x, y, dy) -> dict[str, torch.Tensor]:
     return results
 
 
-def _incoming_gradient(unpooled, pooled, group_norm, near_tie, seed) -> torch.Tensor:
+def incoming_gradient(unpooled, pooled, num_groups, weight, near_tie, seed) -> torch.Tensor:
     """A gradient of the group norm's output that puts nothing on pooling windows (2x2, stride 2) with a near tie.
 
     What flows back through a group norm is the part of dy * weight that is orthogonal, within each group, to 1 and to
@@ -171,7 +173,7 @@ def _incoming_gradient(unpooled, pooled, group_norm, near_tie, seed) -> torch.Te
     first, second = windows.topk(2).values.unbind(-1)
 
     def grouped(t):
-        return t.reshape(t.shape[0], group_norm.num_groups, -1)
+        return t.reshape(t.shape[0], num_groups, -1)
 
     keep = grouped((first - second > near_tie).to(pooled.dtype))
     kept = keep.sum(2, keepdim=True)
@@ -187,7 +189,7 @@ def _incoming_gradient(unpooled, pooled, group_norm, near_tie, seed) -> torch.Te
     v = v - keep * v.sum(2, keepdim=True) / kept
     v = v - inside * (v * inside).sum(2, keepdim=True) / inside.square().sum(2, keepdim=True)
     v = v + normal(kept.shape) + normal(kept.shape) * values
-    return v.reshape(pooled.shape) / group_norm.weight.detach().view(-1, 1, 1)
+    return v.reshape(pooled.shape) / weight.view(-1, 1, 1)
 
 
 @contextlib.contextmanager

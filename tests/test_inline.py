@@ -78,7 +78,7 @@ def started(monkeypatch):
 
 
 def test_the_example_runs(capsys):
-    runpy.run_path(str(ROOT / "examples" / "own_operator.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "examples" / "04_own_operator.py"), run_name="__main__")
     assert "gradcheck in float64: passed" in capsys.readouterr().out
 
 

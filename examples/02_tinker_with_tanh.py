@@ -1,0 +1,158 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Tinker with one kernel: tanh
+#
+# Change a kernel's text in a cell, run the cell, and read in one table whether it is still right and whether it is
+# faster. Here `tanh` goes from the naive version to the one that the package has, which reads 16 bytes at a time.
+#
+# On a GPU this takes real shapes, and times mean something. Without one the same text runs on the CPU emulator: right
+# or wrong is told all the same, times are not.
+
+# %%
+import torch
+
+import cupy_kernels
+from modelnew import ModelNew, environment
+
+# %load_ext cupy_kernels
+print(environment.backend()["why"])
+
+# %% [markdown]
+# ## What is there
+#
+# Each kernel lives in a `.cu` file, and is compiled once for each set of macros that the host asks for: `scalar_t` is
+# the tensors' type, `acc_t` that of the arithmetic, `WIDTH` how many neighbouring elements a thread takes.
+
+# %%
+cupy_kernels.kernels("tanh")
+
+# %%
+cupy_kernels.show("tanh_forward")
+
+# %% [markdown]
+# ## Naive: each thread walks over its elements
+#
+# `%%cu tanh_forward` replaces the definition of that one kernel. The parameters must stay as they are, as the host
+# passes them; the rest is free. The host starts one thread for `WIDTH` elements.
+#
+# Neighbouring threads are `WIDTH` elements apart here: each time, the 32 loads of a warp touch `WIDTH` times the memory
+# that they use.
+
+# %% tags=["active-ipynb"]
+# %%cu tanh_forward
+# extern "C" __global__ void tanh_forward(const scalar_t* x, scalar_t* y, i64 size) {
+#     i64 start = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
+#     for (i64 i = start; i < start + WIDTH && i < size; i++) y[i] = from_acc<scalar_t>(tanh_of(to_acc(x[i])));
+# }
+
+# %% [markdown]
+# The reference of an error is PyTorch's own error against float64, that of a time is the package's kernel. The cell
+# was right, so it stays: everything in this process runs it now.
+
+# %%
+cupy_kernels.attributes("tanh_forward", scalar_t="float")
+
+# %% [markdown]
+# ## Coalesced: neighbouring threads, neighbouring elements
+#
+# A block takes the same elements, in another order.
+
+# %% tags=["active-ipynb"]
+# %%cu tanh_forward
+# extern "C" __global__ void tanh_forward(const scalar_t* x, scalar_t* y, i64 size) {
+#     i64 first = (i64)blockIdx.x * blockDim.x * WIDTH + threadIdx.x;
+#     #pragma unroll
+#     for (int k = 0; k < WIDTH; k++) {
+#         i64 i = first + (i64)k * blockDim.x;
+#         if (i < size) y[i] = from_acc<scalar_t>(tanh_of(to_acc(x[i])));
+#     }
+# }
+
+# %%
+cupy_kernels.attributes("tanh_forward", scalar_t="float")
+
+# %% [markdown]
+# ## Vectorised: one access of 16 bytes
+#
+# Fewer, wider instructions for the same bytes. `Pack`, defined in `tanh.cu` above the kernels, is `WIDTH` elements
+# that are aligned to their size; the host chooses `WIDTH` 1 where a tensor does not start at a multiple of 16 bytes.
+
+# %% tags=["active-ipynb"]
+# %%cu tanh_forward
+# extern "C" __global__ void tanh_forward(const scalar_t* x, scalar_t* y, i64 size) {
+#     i64 start = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
+#     if (start + WIDTH <= size) {
+#         Pack in = *(const Pack*)(x + start), out;
+#         #pragma unroll
+#         for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<scalar_t>(tanh_of(to_acc(in.v[i])));
+#         *(Pack*)(y + start) = out;
+#     } else {
+#         for (; start < size; start++) y[start] = from_acc<scalar_t>(tanh_of(to_acc(x[start])));
+#     }
+# }
+
+# %% [markdown]
+# The compiler's output shows the wide accesses:
+
+# %%
+code = cupy_kernels.ptx("tanh_forward", scalar_t="float", WIDTH=4)
+print("\n".join(line.strip() for line in code.splitlines() if ".v4.f32" in line))
+
+# %% [markdown]
+# ## What does not hold is refused
+#
+# A formula with fewer instructions, and a cancellation: near 0, `1 - 2 / (exp(2v) + 1)` subtracts two numbers that
+# are almost equal. The check sees it, and the kernel from before goes on.
+
+# %% tags=["active-ipynb", "raises-exception"]
+# %%cu tanh_forward
+# extern "C" __global__ void tanh_forward(const scalar_t* x, scalar_t* y, i64 size) {
+#     i64 first = (i64)blockIdx.x * blockDim.x * WIDTH + threadIdx.x;
+#     for (int k = 0; k < WIDTH; k++) {
+#         i64 i = first + (i64)k * blockDim.x;
+#         if (i < size) y[i] = from_acc<scalar_t>(1 - 2 / (exp(2 * to_acc(x[i])) + 1));
+#     }
+# }
+
+# %% [markdown]
+# So does a text that does not compile, with the line of the cell:
+
+# %% tags=["active-ipynb", "raises-exception"]
+# %%cu tanh_forward
+# extern "C" __global__ void tanh_forward(const scalar_t* x, scalar_t* y, i64 size) {
+#     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+#     if (i < size) y[i] = from_acc<scalar_t>(tahn_of(to_acc(x[i])));
+# }
+
+# %% [markdown]
+# ## From Python
+#
+# `override` is the same for one block, and takes macros, too: here the arithmetic of one kernel in double precision.
+# `ModelNew`, and everything else that launches the kernel, uses it at once; what was compiled before is not compiled
+# again afterwards.
+
+# %%
+model = ModelNew(16, 16, 3, 1, 1, 1, 4, replace={"tanh"})
+x = torch.rand(2, 16, 8, 8, device=next(model.parameters()).device)
+
+with torch.no_grad():
+    y = model(x)
+    with cupy_kernels.override({"tanh_forward": {"acc_t": "double"}}):
+        y_double = model(x)
+        registers = cupy_kernels.attributes("tanh_forward", scalar_t="float", WIDTH=4)
+print(f"largest difference: {(y - y_double).abs().max():.1e}")
+print(registers)
+
+# %%
+# %cu_reset
+with torch.no_grad():
+    assert torch.allclose(model(x), y)

@@ -1,0 +1,179 @@
+"""`%%cu` and `%cu_reset` for IPython and notebooks: a kernel's text in a cell, and in a second whether it is right and
+faster. `%load_ext cupy_kernels` loads them.
+"""
+
+from typing import NamedTuple
+
+import torch
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
+from rich import box, print
+from rich.table import Table
+
+import cupy_kernels
+from cupy_kernels import source, tinker
+from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
+from cupy_kernels.launch import launch, observed
+
+from . import checks, environment
+from .interop import run
+from .parity import Row
+from .timing import measure
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
+_TRIALS = {"cuda": 20, "cpu": 3}
+
+
+class Time(NamedTuple):
+    """Milliseconds of one launch of one kernel, with the edited text and with the package's own.
+
+    macros: those whose values tell the launches apart.
+    """
+
+    kernel: str
+    macros: str
+    edited: float
+    original: float
+
+
+class Verdict(NamedTuple):
+    """What `judge` found: a row for each result that was compared, a time for each kernel that was launched."""
+
+    device: torch.device
+    rows: list[Row]
+    times: list[Time]
+
+    @property
+    def right(self) -> bool:
+        """Whether every result is as close to the truth as it must be."""
+        return all(row.ok for row in self.rows)
+
+
+def judge(name: str, text: str, *, dtypes=("float32",), device=None, images: int | None = None) -> Verdict:
+    """Compiles `text` in place of a kernel or file, checks all operators that launch it, and times its kernels.
+
+    Nothing stays edited. images: of a GPU's checks; by default as many as the model has, where memory allows.
+    Raises ValueError for a name, dtype or device that does not exist and for a text with other entry points,
+    KernelCompileError, EmulatorError, and BackendError where no kernel can run.
+    """
+    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
+    if unknown:
+        raise ValueError(f"kernels are checked in {', '.join(DTYPES)}; received {', '.join(unknown)}")
+    file, kernel = tinker.locate(name)
+    with cupy_kernels.override({name: text}):
+        device = environment.device(device)
+        images = images if images and device.type == "cuda" else checks.images_for(device)
+        files, launches, rows = tinker.files_with(name), {}, []
+
+        def keep(started, *arguments):
+            if started.file in files and kernel in (None, started.name):
+                launches.setdefault(started, arguments)
+
+        cases = checks.cases(files)
+        for dtype in dtypes:
+            for case in cases:
+                with observed(keep):
+                    rows += checks.compare(case, DTYPES[dtype], device, images)
+        if not launches:
+            raise ValueError(
+                f"no check launches {kernel or file} in {', '.join(dtypes)}; those of {', '.join(files)} are "
+                f"{', '.join(case.what for case in cases) or 'none: add one to modelnew/checks.py'}"
+            )
+        verdict = Verdict(device, rows, [])
+        if verdict.right:
+            edited = _times(launches, device)
+            with tinker.unedited():
+                original = _times(launches, device)
+            words, _ = tinker.told_apart([started.defines for started in launches])
+            names = (started.name for started in launches)
+            verdict.times.extend(map(Time, names, words, edited, original))
+    return verdict
+
+
+def _times(launches, device):
+    """Milliseconds of each launch."""
+    trials = _TRIALS[device.type]
+
+    def all_of_them(_):
+        return [
+            measure(lambda k=kernel, a=arguments: launch(k, *a), device, trials).median
+            for kernel, arguments in launches.items()
+        ]
+
+    return run(all_of_them, torch.empty(0, device=device))
+
+
+def table(verdict: Verdict) -> Table:
+    """The verdict as one table: of each check the result that is worst beside PyTorch's, and all that are wrong."""
+    shown = Table(box=box.SIMPLE_HEAD, caption=_caption(verdict), caption_justify="left")
+    for column in ("", "edited", "reference", "", ""):
+        shown.add_column(column, justify="left" if not shown.columns else "right")
+    checked = {}
+    for row in verdict.rows:
+        checked.setdefault((row.what.partition(":")[0], row.cls), []).append(row)
+    for (check, dtype), rows in checked.items():
+        for row in [row for row in rows if not row.ok] or [max(rows, key=lambda row: row.ratio)]:
+            what = f"{check}, {dtype}: {row.what.partition(': ')[2]}"
+            judged = f"[green]{len(rows)} ok[/]" if row.ok else "[red]FAIL[/]"
+            shown.add_row(what, f"{row.ours.rms:.1e}", f"{row.torch.rms:.1e}", "", judged)
+    shown.add_section()
+    for time in verdict.times:
+        speed = f"{time.original / time.edited:.2f}x"
+        shown.add_row(f"{time.kernel} [dim]{time.macros}[/]", f"{time.edited:.3g} ms", f"{time.original:.3g} ms", speed)
+    return shown
+
+
+def _caption(verdict):
+    text = "Errors (rms) against float64, beside PyTorch's; times beside the package's kernel."
+    if verdict.device.type == "cpu":
+        text += " Small shapes on the emulator: its times say nothing about a GPU."
+    return text
+
+
+@magics_class
+class KernelMagics(Magics):
+    """The magics of `%load_ext cupy_kernels`."""
+
+    @magic_arguments()
+    @argument("kernel", help="a kernel (tanh_forward), whose definition the cell replaces, or a file (tanh.cu)")
+    @argument(
+        "--dtype", action="append", choices=DTYPES, help="check and time in this dtype; may be repeated [float32]"
+    )
+    @argument("--device", help="cuda, cuda:1, ... or cpu, the emulator [the GPU, if one is usable]")
+    @argument("--images", type=int, help="images in a GPU's checks")
+    @cell_magic
+    def cu(self, line, cell):
+        """Put the cell's CUDA C in place of a kernel: compile it, check it against PyTorch, time it.
+
+        A cell that does not compile, or whose results are wrong, changes nothing: what was there goes on. One that is
+        right stays, for everything in this process, until `%cu_reset`.
+        """
+        args = parse_argstring(self.cu, line)
+        options = {"dtypes": args.dtype or ("float32",), "device": args.device, "images": args.images}
+        try:
+            verdict = judge(args.kernel, cell, **options)
+        except (ValueError, BackendError, EmulatorError, KernelCompileError) as error:
+            raise UsageError(f"{error}\n{_unchanged()}") from None
+        print(table(verdict))
+        if not verdict.right:
+            wrong = ", ".join(row.what for row in verdict.rows if not row.ok)
+            raise UsageError(f"{args.kernel} is wrong: {wrong}\n{_unchanged()}")
+        cupy_kernels.edit({args.kernel: cell})
+
+    @line_magic
+    def cu_reset(self, line):
+        """Put the package's own kernels back: `%cu_reset` all, `%cu_reset tanh_forward` one."""
+        try:
+            cupy_kernels.reset(*line.split())
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
+def _unchanged():
+    return f"Nothing was changed. Edited at present: {', '.join(sorted(source.overridden())) or 'nothing'}."
+
+
+def register(ipython) -> None:
+    """Makes the magics known to an IPython shell."""
+    ipython.register_magics(KernelMagics)

@@ -1,0 +1,175 @@
+"""%%cu and %cu_reset in an IPython shell, and the checks behind them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("IPython")
+
+from IPython.core.interactiveshell import InteractiveShell
+
+import cupy_kernels
+from cupy_kernels import emulator, source
+from cupy_kernels.errors import BackendError
+from cupy_kernels.launch import observed
+from modelnew import checks, magics
+from modelnew.functional import tanh
+
+FORWARD = source.packaged_kernels("tanh.cu")["tanh_forward"]
+SLOWER = FORWARD.replace("if (start", "for (int i = 0; i < 3; i++) __syncwarp();\n    if (start", 1)
+WRONG = FORWARD.replace("tanh_of(", "(acc_t)1.001 * tanh_of(")
+BROKEN = FORWARD.replace("tanh_of(", "nothing(")
+
+
+@pytest.fixture(scope="module")
+def shell():
+    shell = InteractiveShell.instance()
+    shell.run_cell("%load_ext cupy_kernels").raise_error()
+    yield shell
+    InteractiveShell.clear_instance()
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_edited():
+    yield
+    cupy_kernels.reset()
+
+
+@pytest.fixture
+def run(shell, capsys):
+    """Runs a cell; returns (what it printed, the name of its error or None)."""
+
+    def run(cell):
+        result = shell.run_cell(cell)
+        error = result.error_before_exec or result.error_in_exec
+        captured = capsys.readouterr()
+        return captured.out + captured.err, type(error).__name__ if error else None
+
+    return run
+
+
+def test_a_right_cell_stays_until_reset(run, device):
+    text, error = run(f"%%cu tanh_forward --device {device} --images 2\n{SLOWER}")
+    assert error is None, text
+    assert "tanh, float32" in text
+    assert "tanh_forward WIDTH=4" in text
+    assert "tanh_forward WIDTH=1" in text
+    assert text.count(" ms") == 4
+    assert ("emulator" in text) == (device == "cpu")
+    assert source.text("tanh_forward").strip() == SLOWER.strip()
+    torch.testing.assert_close(tanh(torch.ones(9, device=device)), torch.ones(9, device=device).tanh())
+    assert run("%cu_reset tanh_forward") == ("", None)
+    assert not source.overridden()
+    assert run(f"%%cu tanh.cu --device {device} --images 2\n{source.packaged('tanh.cu')}// mine")[1] is None
+    assert source.overridden() == {"tanh.cu"}
+    assert run("%cu_reset") == ("", None)
+    assert not source.overridden()
+
+
+@pytest.mark.parametrize("before", [None, SLOWER], ids=["original", "edited"])
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (BROKEN, r"does not compile"),
+        (WRONG, r"tanh_forward is wrong: tanh: output"),
+        (FORWARD.replace("start < size", "start < size - 1"), r"leaves 1 of"),
+        ("int x;", r"lacks the kernel tanh_forward. It must define"),
+        (FORWARD.replace(", i64 size", ""), r"declares 2 parameters, not 3"),
+    ],
+    ids=["compile", "wrong", "unwritten", "no_entry_point", "arguments"],
+)
+def test_a_bad_cell_leaves_what_was_there(run, before, cell, message):
+    if before:
+        cupy_kernels.edit({"tanh_forward": before})
+    text, error = run(f"%%cu tanh_forward --device cpu\n{cell}")
+    assert error == "UsageError"
+    assert message in text
+    there = "tanh_forward" if before else "nothing"
+    assert f"Nothing was changed. Edited at present: {there}." in text
+    assert source.overrides()[0] == ({"tanh_forward": before} if before else {})
+    torch.testing.assert_close(tanh(torch.ones(5)), torch.ones(5).tanh())
+
+
+def test_a_compile_error_shows_the_line_of_the_cell(run):
+    text, _ = run(f"%%cu tanh_forward --device cpu\n\n{BROKEN}")
+    assert "tanh_forward:7:" in text
+    assert "    7 |         for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<scalar_t>(nothing(" in text
+
+
+def test_what_is_wrong_is_shown(run):
+    text, _ = run(f"%%cu tanh_forward --device cpu\n{WRONG}")
+    assert text.count("FAIL") >= 2
+    assert " ms" not in text
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (f"%%cu tanh_forwrad\n{FORWARD}", "did you mean tanh_forward"),
+        (f"%%cu\n{FORWARD}", "required: kernel"),
+        (f"%%cu tanh_forward --dtype int8\n{FORWARD}", "invalid choice: 'int8'"),
+        (f"%%cu tanh_forward --device xpu\n{FORWARD}", "received xpu"),
+        ("%cu_reset tanh_forward", "tanh_forward is not edited; nothing is"),
+        ("%cu_reset nonsense", "no kernel and no file is called 'nonsense'"),
+    ],
+)
+def test_bad_lines(run, cell, message):
+    text, error = run(cell)
+    assert error == "UsageError"
+    assert message in text
+    assert not source.overridden()
+
+
+def test_neither_gpu_nor_compiler(run, monkeypatch):
+    def none():
+        raise BackendError("no compiler here: pip install 'modelnew[emulator]'")
+
+    monkeypatch.setattr(emulator, "compiler", none)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text, error = run(f"%%cu tanh_forward\n{SLOWER}")
+    assert error == "UsageError"
+    assert "pip install 'modelnew[emulator]'" in text
+    assert not source.overridden()
+
+
+def test_without_torch():
+    script = """
+import sys
+sys.modules["torch"] = None
+from IPython.core.interactiveshell import InteractiveShell
+import cupy_kernels
+assert cupy_kernels.kernels("tanh")
+InteractiveShell.instance().run_cell("%load_ext cupy_kernels")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "need modelnew and torch" in done.stdout + done.stderr
+    assert "pip install modelnew" in done.stdout + done.stderr
+
+
+def test_judge_refuses_what_no_check_launches(monkeypatch):
+    assert {f for f in source.names() if f.endswith(".cu")} <= {f for case in checks.CASES for f in case.files}
+    with pytest.raises(ValueError, match="checked in float32, float64, float16, bfloat16; received int8"):
+        magics.judge("tanh_forward", FORWARD, dtypes=("int8",))
+    monkeypatch.setattr(checks, "CASES", [case for case in checks.CASES if "conv_transpose.cu" not in case.files])
+    text = source.packaged_kernels("conv_transpose.cu")["conv_gather"]
+    with pytest.raises(ValueError, match=r"no check launches conv_gather in float64, float32.*modelnew/checks\.py"):
+        magics.judge("conv_gather", text, dtypes=("float64", "float32"), device="cpu")
+
+
+@pytest.mark.parametrize("case", checks.CASES, ids=lambda case: case.what)
+def test_every_check_passes(device, case):
+    for dtype in (torch.float32, torch.float16):
+        rows = checks.compare(case, dtype, torch.device(device), 8 if device == "cuda" else None)
+        assert rows
+        assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+
+
+@pytest.mark.parametrize("file", [f for f in source.names() if f.endswith(".cu")])
+def test_the_checks_of_a_file_launch_all_its_kernels(file):
+    launched = set()
+    with observed(lambda kernel, *_: launched.add((kernel.file, kernel.name))):
+        for case in checks.cases([file]):
+            checks.compare(case, torch.float32, torch.device("cpu"), None)
+    assert {name for f, name in launched if f == file} == set(source.packaged_kernels(file))

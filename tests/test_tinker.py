@@ -1,0 +1,349 @@
+"""Reading and editing kernels: what is listed, what an edit changes and what it refuses, attributes, PTX and SASS."""
+
+import stat
+import sys
+
+import pytest
+import torch
+
+import cupy_kernels
+from cupy_kernels import compiler, nvrtc, source, tinker
+from cupy_kernels.errors import BackendError, KernelCompileError
+from modelnew import ModelNew
+from modelnew.functional import tanh
+
+FORWARD = source.packaged_kernels("tanh.cu")["tanh_forward"]
+TWICE = FORWARD.replace("tanh_of(", "2 * tanh_of(")
+MODEL = (16, 16, 3, 1, 1, 1, 4)
+
+try:
+    NVRTC = nvrtc.version()
+except BackendError:
+    NVRTC = None
+needs_nvrtc = pytest.mark.skipif(NVRTC is None, reason="needs NVRTC")
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_edited():
+    yield
+    cupy_kernels.reset()
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Kernels that were compiled, or loaded from the disk cache."""
+    seen = []
+    monkeypatch.setattr(compiler, "_listeners", [])
+    compiler.on_compile(seen.append)
+    return seen
+
+
+def test_kernels_are_listed():
+    rows = cupy_kernels.kernels()
+    assert {row.file for row in rows} == {f for f in source.names() if f.endswith(".cu")}
+    assert len({row.name for row in rows}) == len(rows), "a name must say which kernel is meant"
+    (row,) = cupy_kernels.kernels("tanh_forward")
+    assert row.parameters == "const scalar_t* x, scalar_t* y, i64 size"
+    assert (row.file, row.variants, row.macros) == ("tanh.cu", 8, "scalar_t acc_t WIDTH")
+    assert [row.name for row in cupy_kernels.kernels("tanh")] == ["tanh_forward", "tanh_backward"]
+    assert "tanh_backward" in repr(rows)
+    assert "const scalar_t* x" not in repr(rows)
+    assert "const scalar_t* x" in repr(cupy_kernels.kernels("tanh_forward"))
+    assert "tanh_forward" in rows._repr_mimebundle_()["text/html"]
+
+
+def test_definitions_are_cut_out_whole():
+    for file in source.names():
+        text = source.packaged(file)
+        found = source.packaged_kernels(file)
+        assert len(found) == text.count('extern "C" __global__')
+        for definition in found.values():
+            assert definition.count('extern "C"') == 1
+            assert definition.count("{") == definition.count("}")
+            assert definition.endswith("\n}")
+
+
+def test_show(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    cupy_kernels.show("tanh_backward")
+    text = capsys.readouterr().out
+    line = next(n for n, s in enumerate(source.text("tanh.cu").splitlines(), 1) if "void tanh_backward" in s)
+    assert text.split()[:2] == [str(line), "extern"]
+    assert "tanh_forward" not in text
+    cupy_kernels.show("tanh.cuh")
+    assert "tanh_slope" in capsys.readouterr().out
+    with cupy_kernels.override({"tanh_forward": TWICE}):
+        cupy_kernels.show("tanh_forward")
+    assert "2 * tanh_of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tanh_forward", "tanh.cu", "tanh"])
+def test_an_override_is_used_at_once_and_nothing_is_compiled_twice(device, name, compiled):
+    unique = f"// {name} {device}\n"  # so that no other test has compiled it
+    text = unique + (TWICE if name == "tanh_forward" else source.text("tanh.cu").replace("tanh_of(", "2 * tanh_of("))
+    model = ModelNew(*MODEL, replace="tanh", device=device)
+    x = torch.randn(2, 16, 4, 4, device=device)
+    before = model(x)
+    known = len(compiled)
+    for _ in range(2):
+        with cupy_kernels.override({name: text}):
+            assert not torch.equal(model(x), before)
+            torch.testing.assert_close(tanh(x), 2 * torch.tanh(x))
+        assert torch.equal(model(x), before)
+    assert len(compiled) == known + 1
+    cupy_kernels.edit({name: text})
+    assert not torch.equal(model(x), before)
+    cupy_kernels.reset(name)
+    assert torch.equal(model(x), before)
+    assert len(compiled) == known + 1
+
+
+def test_an_edited_header_reaches_all_that_include_it(device):
+    header = source.text("tanh.cuh").replace(": tanh(v)", ": 2 * tanh(v)")
+    x = torch.randn(8, device=device)
+    with cupy_kernels.override({"tanh.cuh": header}):
+        torch.testing.assert_close(tanh(x), 2 * torch.tanh(x))
+    assert set(tinker.files_with("tanh.cuh")) >= {"tanh.cu", "batch_norm.cu", "bn_tanh_max_pool.cu"}
+    assert tinker.files_with("tanh_forward") == ["tanh.cu"]
+
+
+def test_edits_of_two_kernels_of_a_file_and_of_the_file(device):
+    backward = source.packaged_kernels("tanh.cu")["tanh_backward"].replace("to_acc(gradient", "3 * to_acc(gradient")
+    x = torch.zeros(8, device=device, requires_grad=True)
+
+    def slope():
+        return torch.autograd.grad(tanh(x).sum(), x)[0][0].item()
+
+    cupy_kernels.edit({"tanh_forward": TWICE})
+    cupy_kernels.edit({"tanh_backward": backward})
+    assert source.overridden() == {"tanh_forward", "tanh_backward"}
+    assert slope() == 3
+    assert tanh(x + 1)[0] > 1.5
+    cupy_kernels.reset("tanh_backward")
+    assert slope() == 1
+    assert tanh(x + 1)[0] > 1.5
+    cupy_kernels.edit({"tanh.cu": source.packaged("tanh.cu")})  # a file's text ends the edits of its kernels
+    assert source.overridden() == {"tanh.cu"}
+    assert tanh(x + 1)[0] < 1
+
+
+def test_blocks_nest_and_end_with_an_error(device):
+    x = torch.ones(4, device=device)
+    cupy_kernels.edit({"tanh_forward": TWICE})
+
+    def fail():
+        with cupy_kernels.override({"tanh_forward": FORWARD, "tanh_backward": {"acc_t": "double"}}):
+            assert tanh(x)[0] < 1
+            cupy_kernels.edit({"tanh.cu": source.packaged("tanh.cu")})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert tanh(x)[0] > 1
+    assert source.overridden() == {"tanh_forward"}
+    with tinker.unedited():
+        assert tanh(x)[0] < 1
+    assert tanh(x)[0] > 1
+
+
+def test_a_constant_of_one_kernel(device, launched, compiled):
+    text = "// constants\n" + FORWARD.replace("tanh_of(", "FACTOR * tanh_of(")
+    x = torch.randn(8, device=device, requires_grad=True)
+    with cupy_kernels.override({"tanh_forward": text}), cupy_kernels.override({"tanh_forward": {"FACTOR": 2}}):
+        y = tanh(x)
+        torch.testing.assert_close(y, 2 * torch.tanh(x))
+        with cupy_kernels.override({"tanh_forward": {"FACTOR": 3, "acc_t": "double"}}):
+            torch.testing.assert_close(tanh(x), 3 * torch.tanh(x))
+    assert [dict(k.defines).get("FACTOR") for k in compiled] == [2, 3]
+    with cupy_kernels.override({"tanh_forward": {"acc_t": "double"}}):
+        cupy_kernels.reset("tanh_forward")
+        assert not source.overridden()
+
+
+def test_the_host_s_macros_stay_its_own():
+    """WIDTH says how many elements a thread takes: the host's grid is for its own, so the emulator finds a hole."""
+    with cupy_kernels.override({"tanh_forward": {"WIDTH": 1}}), pytest.raises(RuntimeError, match="unwritten"):
+        tanh(torch.randn(2048))
+
+
+def test_compile_error_names_the_line_of_the_edited_text(device):
+    text = "\n\n" + FORWARD.replace("tanh_of(to_acc(in", "nothing(to_acc(in")
+    with cupy_kernels.override({"tanh_forward": text}), pytest.raises(KernelCompileError) as error:
+        tanh(torch.ones(8, device=device))
+    second, third = str(error.value).splitlines()[1:3]
+    assert second.startswith(("tanh_forward:8:", "tanh_forward(8)"))
+    assert third.strip().startswith(
+        "8 |         for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<scalar_t>(nothing("
+    )
+    if NVRTC and device == "cpu":
+        variant = source.Variant("tanh.cu", (("scalar_t", "float"), ("acc_t", "float"), ("WIDTH", 4)))
+        with cupy_kernels.override({"tanh_forward": text}), pytest.raises(KernelCompileError) as error:
+            nvrtc.compile_variant(variant, "sm_80")
+        assert str(error.value).splitlines()[1].startswith("tanh_forward(8): error")
+    # Behind the edited kernel the file's lines have the numbers that they had.
+    file = source.text("tanh.cu").replace("tanh_slope(to_acc(saved", "nothing(to_acc(saved")
+    line = next(n for n, s in enumerate(file.splitlines(), 1) if "nothing(" in s)
+    x = torch.ones(8, device=device, requires_grad=True)
+    with (
+        source.override({"tanh.cu": file}),
+        source.override({"tanh_forward": "\n\n" + FORWARD}),
+        pytest.raises(KernelCompileError) as error,
+    ):
+        tanh(x)
+    assert str(error.value).splitlines()[2].strip().startswith(f"{line} |")
+
+
+@pytest.mark.parametrize(
+    ("edits", "error", "message"),
+    [
+        ({"tanh_forwrad": "x"}, ValueError, r"called 'tanh_forwrad'; did you mean tanh_forward, .*kernels\(\) lists"),
+        ({"zzz": "x"}, ValueError, r"called 'zzz'; cupy_kernels.kernels"),
+        (
+            {"tanh_forward": "int x;"},
+            ValueError,
+            r"lacks the kernel tanh_forward\. It must define\n    extern \"C\" __g",
+        ),
+        ({"tanh.cu": FORWARD}, ValueError, r"tanh.cu lacks the kernel tanh_backward; it has tanh_forward\. It must"),
+        (
+            {"tanh_forward": FORWARD.replace("tanh_forward", "forward")},
+            ValueError,
+            r"it has forward\. It must define\n .*void tanh_forward\(const scalar_t\* x, scalar_t\* y, i64 size\)",
+        ),
+        ({"tanh_forward": source.text("tanh.cu")}, ValueError, r"also defines tanh_backward: edit tanh.cu for several"),
+        ({"tanh_forward": FORWARD.replace("i64 size)", "int size)")}, ValueError, r"3 is int size, not i64 size\. The"),
+        (
+            {"tanh_forward": FORWARD.replace("(const scalar_t*", "(scalar_t*")},
+            ValueError,
+            r"1 is scalar_t\* x, not const",
+        ),
+        (
+            {"tanh_forward": FORWARD.replace("size)", "size, int n)", 1)},
+            ValueError,
+            r"declares 4 parameters, not 3\. .*h",
+        ),
+        ({"tanh_forward": {"WIDHT": 4}}, ValueError, r"no macro 'WIDHT': it has WIDTH, acc_t, scalar_t"),
+        ({"tanh.cu": {"WIDTH": 4}}, ValueError, r"changed for a kernel, one of tanh_forward, tanh_backward"),
+        ({"tanh_forward": 4}, TypeError, r"an edit is a text or \{macro: value\}, received int"),
+    ],
+)
+def test_edits_that_are_refused(edits, error, message):
+    for act in (cupy_kernels.edit, lambda edits: cupy_kernels.override(edits).__enter__()):
+        with pytest.raises(error, match=message):
+            act({"tanh_backward": source.packaged_kernels("tanh.cu")["tanh_backward"], **edits})
+        assert not source.overridden()
+
+
+def test_reset_of_what_is_not_edited():
+    with pytest.raises(ValueError, match="tanh_forward is not edited; nothing is"):
+        cupy_kernels.reset("tanh_forward")
+
+
+def test_parameters_may_be_renamed_and_spelled_otherwise():
+    text = FORWARD.replace("const scalar_t* __restrict__ x", "scalar_t const *x").replace("i64 size)", "i64 size  )", 1)
+    with cupy_kernels.override({"tanh_forward": text}):
+        torch.testing.assert_close(tanh(torch.ones(4)), torch.ones(4).tanh())
+
+
+@needs_nvrtc
+def test_attributes_without_a_gpu():
+    rows = cupy_kernels.attributes("tanh_forward", "sm_90", scalar_t="float")
+    assert [row.macros for row in rows] == ["WIDTH=1", "WIDTH=4"]
+    for row in rows:
+        assert 8 < row.registers < 64
+        assert (row.local_bytes, row.shared_bytes, row.block) == (0, 0, 256)
+        assert row.occupancy == "100%"
+    assert "sm_90, scalar_t=float acc_t=float" in repr(rows)
+    (row,) = cupy_kernels.attributes("batch_norm_partials", "sm_80", scalar_t="float", WIDTH=4, param_t="float")
+    assert row.block == 256
+    assert row.blocks_per_sm >= 3  # as __launch_bounds__ demands
+    assert row.shared_bytes > 0
+    assert {row.kernel for row in cupy_kernels.attributes("tanh", "sm_70", scalar_t="half_t")} == {
+        "tanh_forward",
+        "tanh_backward",
+    }
+
+
+@needs_nvrtc
+def test_attributes_of_an_edit_and_for_a_block():
+    fit = {"arch": "sm_80", "scalar_t": "float", "WIDTH": 4}
+    (before,) = cupy_kernels.attributes("tanh_forward", **fit)
+    (crowded,) = cupy_kernels.attributes("tanh_forward", block=1024, shared_bytes=100 << 10, **fit)
+    assert (crowded.block, crowded.blocks_per_sm, crowded.occupancy) == (1024, 1, "50%")
+    with cupy_kernels.override({"tanh_forward": {"acc_t": "double"}}):
+        (double,) = cupy_kernels.attributes("tanh_forward", **fit)
+    assert double.registers > before.registers
+    assert cupy_kernels.attributes("tanh_forward", **fit) == [before]
+
+
+def test_occupancy():
+    used = nvrtc.Resources(registers=128, stack_bytes=0, spill_bytes=0, shared_bytes=0)
+    assert tinker.occupancy(used, 256, 0, "sm_90") == (2, 0.25)
+    assert tinker.occupancy(used._replace(registers=32), 256, 0, "sm_75") == (4, 1.0)
+    assert tinker.occupancy(used._replace(registers=32), 32, 0, "sm_86") == (16, 16 * 32 / 1536)
+    assert tinker.occupancy(used._replace(registers=255), 256, 200 << 10, "sm_90") == (1, 0.125)
+    assert tinker.occupancy(used._replace(registers=255), 256, 200 << 10, "sm_70") == (0, 0.0)
+    assert tinker.occupancy(used, 256, 0, "sm_999") is None
+
+
+@needs_nvrtc
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_attributes_on_a_gpu():
+    """The driver's occupancy, and what is computed for the same architecture without it."""
+    tanh(torch.ones(4, device="cuda"))  # torch's context is CuPy's
+    for row in cupy_kernels.attributes("tanh", scalar_t="float"):
+        used = nvrtc.Resources(row.registers, row.local_bytes, 0, row.shared_bytes)
+        known = tinker.occupancy(used, row.block, 0, tinker.default_arch())
+        assert row.local_bytes == 0
+        assert known is None or known[0] == row.blocks_per_sm
+
+
+@needs_nvrtc
+def test_ptx():
+    text = cupy_kernels.ptx("tanh_backward", "sm_80", scalar_t="float", WIDTH=4)
+    assert ".target sm_80" in text
+    assert ".entry tanh_backward(" in text
+    assert "ld.global.nc.v4" in text or "ld.global.v4" in text
+    assert "tanh_forward" not in text
+    assert ".entry tanh_forward(" in cupy_kernels.ptx("tanh.cu")
+    with pytest.raises(ValueError, match=r"no variant of tanh_forward has \{'WIDTH': 3\}; there are\n .*WIDTH=1"):
+        cupy_kernels.ptx("tanh_forward", WIDTH=3)
+    with pytest.raises(ValueError, match=r"tanh.cuh is a header; name a kernel, or one of .*tanh\.cu"):
+        cupy_kernels.ptx("tanh.cuh")
+
+
+@needs_nvrtc
+def test_sass(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr(tinker, "TOOLKIT", str(tmp_path))
+    monkeypatch.setattr(tinker.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"no nvdisasm found.*pip install nvidia-cuda-nvdisasm"):
+        cupy_kernels.sass("tanh_forward")
+    script = f"""#!{sys.executable}
+import sys
+assert sys.argv[1] == "-c" and open(sys.argv[2], "rb").read(4) == b"\\x7fELF"
+print("header")
+for name in ("tanh_backward", "tanh_forward"):
+    print(f"//----- .text.{{name}}  -----\\n  EXIT of {{name}} ;")
+"""
+    tool = tmp_path / "nvdisasm"
+    tool.write_text(script)
+    tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
+    assert "EXIT of tanh_forward" in cupy_kernels.sass("tanh_forward")
+    assert "tanh_backward" not in cupy_kernels.sass("tanh_forward")
+    assert cupy_kernels.sass("tanh.cu").startswith("header")
+    tool.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('unknown architecture')")
+    with pytest.raises(BackendError, match="cannot read code for sm_80: unknown architecture"):
+        cupy_kernels.sass("tanh_forward")
+
+
+@needs_nvrtc
+def test_sass_by_nvidia_s_tool():
+    try:
+        text = cupy_kernels.sass("tanh_forward", "sm_80")
+    except BackendError as error:
+        pytest.skip(str(error))
+    assert "EXIT" in text
+    assert "tanh_backward" not in text
