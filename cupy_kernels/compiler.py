@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from . import nvrtc
 from .errors import BackendError
-from .source import Kernel, compile_error, expanded
+from .source import Kernel, compile_error, expanded, in_force
 
 _functions = {}
 _shared_bytes = {}
@@ -76,6 +76,7 @@ def prepare(kernels: Iterable[Kernel]) -> None:
     and newer compiles in as many threads as call it, 11.8's threads take turns. Errors come once all are done.
     """
     device = cupy().cuda.runtime.getDevice()
+    kernels = map(in_force, kernels)
     missing = {(expanded(k.file), k.defines): k for k in kernels if _module_key(k, device) not in _modules}
     if len(missing) < 2:
         return  # the launch compiles it

@@ -16,6 +16,7 @@ import importlib.util
 import itertools
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from torch.utils.dlpack import to_dlpack
 # Kernel sources: text of a .cu file with its includes expanded, kernel signatures, and the digest of all sources.
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
-_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
+_KERNEL = re.compile(r'[ \t]*extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
 # Scalar types of the kernels, and the NumPy dtype of an array that holds them. NumPy has no bfloat16: its arrays travel
 # as int16.
 DTYPES = {
@@ -44,10 +45,12 @@ DTYPES = {
     "i64": np.dtype(np.int64),
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
-# Macros of the tensor-core convolution that depend on the tensors' shapes and on the GPU's shared memory.
+# Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
+# shared memory.
 SHAPE_MACROS = frozenset(
     ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
     + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
+    + ("GROUPS", "WARPS", "UNIT_WINDOWS", "TAPS_W")
 )
 
 
@@ -115,10 +118,19 @@ def _expand(file: str, seen: set[str]) -> str:
     return "\n".join(lines)
 
 
-@functools.cache
-def kernel_names(file: str) -> tuple[str, ...]:
-    """Names of the kernels that `file` defines."""
-    return tuple(match[1] for match in _KERNEL.finditer(expanded(file)))
+def declarations(text: str) -> dict[str, list[tuple[str, str]]]:
+    """{kernel: [(type, name) of each parameter]} of the kernels in `text`; types as "const scalar_t*"."""
+    return {
+        match[1]: [_split(p) for p in re.sub(r"//.*", "", match[2]).split(",") if p.strip()]
+        for match in _KERNEL.finditer(text)
+    }
+
+
+def _split(declaration: str) -> tuple[str, str]:
+    *words, name = declaration.replace("*", " * ").split()
+    kind = [w for w in words if w not in ("*", "const", "INOUT", "__restrict__")]
+    marks = [w for w in ("INOUT", "const") if w in words]
+    return " ".join([*marks, *kind]) + "*" * words.count("*"), name
 
 
 @functools.cache
@@ -127,22 +139,21 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
 
     ValueError if the file has no such kernel, or if it has a scalar parameter of a type that is not in DTYPES.
     """
-    for match in _KERNEL.finditer(expanded(kernel.file)):
-        if match[1] == kernel.name:
-            return tuple(_parameter(kernel, p) for p in re.sub(r"//.*", "", match[2]).split(",") if p.strip())
-    raise ValueError(f"{kernel.file} has no kernel {kernel.name!r}; it has {', '.join(kernel_names(kernel.file))}")
+    found = declarations(expanded(kernel.file))
+    if kernel.name not in found:
+        raise ValueError(f"{kernel.file} has no kernel {kernel.name!r}; it has {', '.join(found)}")
+    return tuple(_parameter(kernel, *p) for p in found[kernel.name])
 
 
-def _parameter(kernel: Kernel, declaration: str) -> Parameter:
-    words = declaration.replace("*", " * ").split()
-    name, words = words[-1], words[:-1]
-    kind = " ".join(w for w in words if w not in ("*", "const", "INOUT", "__restrict__"))
-    dtype = DTYPES.get(str(dict(kernel.defines).get(kind, kind)))
-    if dtype is None and "*" not in words:
+def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
+    *marks, base = kind.split()
+    base, pointer = base.rstrip("*"), base.endswith("*")
+    dtype = DTYPES.get(str(dict(kernel.defines).get(base, base)))
+    if dtype is None and not pointer:
         raise ValueError(
-            f"{kernel}: {name} is a {kind}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"
+            f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"
         )
-    return Parameter(name, dtype, "*" in words, "const" in words, "INOUT" in words)
+    return Parameter(name, dtype, pointer, "const" in marks, "INOUT" in marks)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,14 +229,6 @@ def scalar_macros(name: str) -> tuple:
     return (("scalar_t", name), ("acc_t", accumulator(name)))
 
 
-def row_width(length: int, *arrays) -> int:
-    """Elements of the widest access, at most 16 bytes, that divides rows of `length` elements in all arrays."""
-    width = 16 // arrays[0].itemsize
-    while length % width or any(address(a) % (width * a.itemsize) for a in arrays):
-        width //= 2
-    return width
-
-
 def address(array) -> int:
     """Address of an array's first element."""
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
@@ -234,18 +237,6 @@ def address(array) -> int:
 def ceil_div(a: int, b: int) -> int:
     """The smallest integer that is at least a / b."""
     return -(-a // b)
-
-
-def check_per_channel(channels, **arrays) -> None:
-    """ValueError unless every named array (None left out) has one element for each channel."""
-    for name, array in arrays.items():
-        if array is not None and array.size != channels:
-            raise ValueError(f"{name} should contain {channels} elements, one for each channel, not {array.size}")
-
-
-def multiprocessors(array) -> int:
-    """How many multiprocessors the array's GPU has; 1 for the emulator."""
-    return 1 if isinstance(array, np.ndarray) else array.device.attributes["MultiProcessorCount"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,6 +264,7 @@ class Geometry(NamedTuple):
     groups: int
 
 
+@functools.lru_cache(maxsize=1024)
 def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, int]:
     """Shape of y. ValueError for ranks, channels, hyper-parameters or sizes that no transposed convolution has."""
     if len(x_shape) != 4 or len(w_shape) != 4:
@@ -306,7 +298,7 @@ def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, i
         raise ValueError(f"output size would be {size}: padding {g.padding} is too large for input {tuple(x_shape)}")
     shape = (x_shape[0], w_shape[1] * g.groups, *size)
     for name, s in (("input", x_shape), ("output", shape), ("weight", (1, *w_shape))):
-        if np.prod(s[1:], dtype=object) > _INT_MAX:
+        if math.prod(s[1:]) > _INT_MAX:
             raise ValueError(f"one image of the {name} has more than {_INT_MAX} elements: shape {tuple(s)}")
     for name, s in (("input", x_shape), ("output", shape)):
         if s[0] * s[2] * s[3] > _INT_MAX - 1024:  # room for a tile
@@ -316,7 +308,7 @@ def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, i
 
 def packed_weight_size(w_shape) -> int:
     """Elements of the workspace `packed`, of the accumulator's dtype, that forward and dgrad take."""
-    return int(np.prod(w_shape))
+    return math.prod(w_shape)
 
 
 def conv_transpose_dgrad(dy, w, dx, packed, geometry: Geometry) -> None:
@@ -354,7 +346,7 @@ def _gather(source, w, bias, out, packed, geometry, dgrad):
 
 def wgrad_workspace_size(x_shape, w_shape, geometry: Geometry, double: bool) -> int:
     """Elements of the workspace `partial` that wgrad takes, of the accumulator's dtype (`double`: it is float64)."""
-    return _wgrad_plan(x_shape, w_shape, geometry, double)[1] * int(np.prod(w_shape))
+    return _wgrad_plan(x_shape, w_shape, geometry, double)[1] * math.prod(w_shape)
 
 
 def conv_transpose_wgrad(x, dy, dw, partial, geometry: Geometry) -> None:
@@ -439,7 +431,7 @@ MANY_IMAGES = 64  # from which on a block takes as many passes of an image as fi
 _CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
 _STAGES = (4, 2)  # preferred first
-_RESERVED = 5 * 1024  # shared memory for the kernels' own small arrays and an epilogue
+_RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
 
 
 class Plan(NamedTuple):
@@ -454,6 +446,11 @@ class Plan(NamedTuple):
     shared_bytes: int
     packed_size: int  # elements of the workspace `packed`, float16
 
+    def of_cells(self) -> "Plan":
+        """The same for x that is cells already, see `fp16_cells`."""
+        changed = {**dict(self.macros), "CELLS": 1, "input_t": "half_t"}
+        return self._replace(macros=tuple(changed.items()))
+
 
 class UnsupportedError(ValueError):
     """These kernels do not take a convolution; the message says why."""
@@ -466,7 +463,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
     block may use. Raises UnsupportedError for what the kernels do not take.
     """
-    _check_supported(x_shape, w_shape, geometry, dtype)
+    check_supported(x_shape, w_shape, geometry, dtype)
     padding = geometry.padding
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
     kernel = w_shape[2:]
@@ -478,11 +475,11 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
     windows_w = ceil_div(out[1], 2)
     windows = windows_w * ceil_div(out[0], 2)
     gap = max(0, kernel[1] - 1 - pad[1])
-    pitch = (size[1] + gap + 3) // 8 * 8 + 4
+    pitch = size[1] + gap
 
     def layout(warps_n, passes, resident, stages):
         """(units, rows of the largest band, bytes of shared memory)"""
-        unit_windows = passes * warps_n * 16 // split
+        unit_windows = passes * warps_n * 16
         rows = 0
         for first in range(0, windows, unit_windows):
             last = min(first + unit_windows, windows) - 1
@@ -494,7 +491,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
 
     # Few images: one turn a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
-    most_passes = ceil_div(windows, most_warps_n * 16 // split) if x_shape[0] >= MANY_IMAGES else 1
+    most_passes = ceil_div(windows, most_warps_n * 16) if x_shape[0] >= MANY_IMAGES else 1
     choices = [(most_warps_n, passes, 1) for passes in range(most_passes, 0, -1)]
     choices += [(most_warps_n, 1, 0), (most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
     limit = shared_limit - _RESERVED
@@ -507,6 +504,8 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
     macros = {
         "scalar_t": dtype,
         "acc_t": "float",
+        "input_t": dtype,
+        "CELLS": 0,
         "IN_CHANNELS": channels_in,
         "OUT_CHANNELS": channels_out,
         "IN_H": size[0],
@@ -542,34 +541,44 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
     )
 
 
-def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents) -> None:
+def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
     """y = conv_transpose2d(x, w) + bias, or with a plan for dgrad y = dx from x = dy; bias may be None.
 
-    y and the workspaces packed (plan.packed_size, float16) and exponents (plan.rows, int32) are written.
+    x_exponents: with a plan of cells, the exponents that go with them. y and the workspaces packed (plan.packed_size,
+    float16) and exponents (plan.rows, int32) are written.
     """
     pack_weight(p, w, packed, exponents)
     kernel = Kernel("conv_transpose_mma.cu", "conv_transpose_mma", p.macros)
-    launch_units(p, kernel, x, (x, packed, exponents, bias, y))
+    count = 0 if x_exponents is None else x_exponents.size
+    launch_units(p, kernel, x, y.shape[0], (x, x_exponents, packed, exponents, bias, y, count))
 
 
-def pack_weight(p: Plan, w, packed, exponents) -> None:
-    """Writes the workspaces `packed` and `exponents` that the plan's kernel reads."""
-    kernel = Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
-    launch(kernel, (p.rows, 1, 1), (THREADS, 1, 1), (w, packed, exponents))
+def pack_weight(p: Plan, w, packed, exponents, signs=None) -> None:
+    """Writes the workspaces `packed` and `exponents` that the plan's kernel reads.
+
+    signs: for each row one value; where it is negative, so are the packed weights.
+    """
+    launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents))
 
 
-def launch_units(p: Plan, kernel: Kernel, x, args, shared_bytes: int = 0) -> None:
+def pack_kernel(p: Plan) -> Kernel:
+    """What `pack_weight` launches."""
+    return Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
+
+
+def launch_units(p: Plan, kernel: Kernel, x, images: int, args, shared_bytes: int = 0) -> None:
     """Launches a kernel built on conv_mma.cuh over all units of x. shared_bytes: what its epilogue needs.
 
     ValueError unless x starts at a multiple of 16 bytes.
     """
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
-    grid = (x.shape[0] * p.units, p.rows // p.tile_m, 1)
-    launch(kernel, grid, (p.threads, 1, 1), (*args, multiprocessors(x)), p.shared_bytes + shared_bytes)
+    grid = (images * p.units, p.rows // p.tile_m, 1)
+    launch(kernel, grid, (p.threads, 1, 1), args, p.shared_bytes + shared_bytes)
 
 
-def _check_supported(x_shape, w_shape, geometry, dtype):
+def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
+    """UnsupportedError, which says why, unless the tensor-core kernels take this convolution of x."""
     kernel = tuple(w_shape[2:])
     checks = {
         f"the dtype is {dtype}": dtype == "double",
@@ -597,9 +606,11 @@ def _check_supported(x_shape, w_shape, geometry, dtype):
 # float16, or int16 that holds bfloat16; statistics and what is saved have the types that `buffers` says.
 
 conv_bn_pool_DTYPES = (np.float32, np.float16, np.int32, np.uint8)  # of `buffers`
-_GROUP_BYTES = 96 * 1024  # of shared memory, for pooled_backward, which needs twice what pooled_forward does
+_MOST_WARPS = 16
+_MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
 
 
+@functools.lru_cache(maxsize=1024)
 def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that the forward writes besides `out`; absent ones are None.
 
@@ -608,8 +619,7 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
     """
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
-    windows = ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
-    pooled = (images, channels, macros["OUT_H"] // 2, macros["OUT_W"] // 2)
+    pooled = (images, channels, ceil_div(_windows(p), 4) * 4)  # PLANE of conv_bn_pool.cu
     units = images * p.units
     sizes = {
         "packed": ((p.packed_size,), np.float16),
@@ -624,7 +634,7 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
         sizes["partials"] = ((3, channels, units), np.float32)
     if keep:
         sizes["taps"] = (pooled, np.uint8)
-        sizes["saved"] = ((images, channels, windows, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
+        sizes["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
         sizes["unit_exponents"] = ((units,), np.int32)
     return sizes
 
@@ -640,8 +650,8 @@ def conv_bn_pool_forward(
     group_weight,
     group_bias,
     out,
-    *written,
-    names: tuple[str, ...],
+    written,
+    *,
     plan: Plan,
     training: bool,
     momentum: float,
@@ -652,90 +662,173 @@ def conv_bn_pool_forward(
     """out = group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
 
     conv_bias, weight, bias, group_weight, group_bias: may be None. running_mean, running_var: updated in training,
-    where they may be None. written: arrays for `names`, as `buffers` describes them.
+    where they may be None. written: {name: array} as `buffers` describes
+    them.
     """
-    b = dict(zip(names, written, strict=True))
-    pack_weight(plan, w, b["packed"], b["exponents"])
-    name = scalar(x)
-    macros = _pool_macros(plan, training, "saved" in b)
+    _, pool, statistics, tail = kernels(plan, groups, training, "saved" in written)
+    pack_weight(plan, w, written["packed"], written["exponents"], signs=weight)
     launch_units(
         plan,
-        Kernel("conv_bn_pool.cu", "conv_bn_pool", macros),
+        pool,
         x,
-        (x, b["packed"], b["exponents"], weight, b["pooled"], b.get("partials"))
-        + (b.get("taps"), b.get("saved"), b.get("unit_exponents")),
+        x.shape[0],
+        (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
+        + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
         shared_bytes=plan.threads * 16 if training else 0,
     )
     images, channels = out.shape[:2]
-    tail = _tail_macros(plan, name)
     launch(
-        Kernel("pooled_tail.cu", "conv_bn_statistics", tail),
+        statistics,
         (channels, 1, 1),
         (THREADS, 1, 1),
-        (b.get("partials"), conv_bias, running_mean, running_var, b["mean"], b["invstd"])
+        (written.get("partials"), conv_bias, running_mean, running_var, written["mean"], written["invstd"])
         + (momentum, eps, channels, images * plan.units, training),
     )
-    members, plane = channels // groups, math.prod(out.shape[2:])
     launch(
-        Kernel("pooled_tail.cu", "pooled_forward", tail),
+        tail,
         (images * groups, 1, 1),
-        (THREADS, 1, 1),
-        (b["pooled"], b["mean"], b["invstd"], weight, bias, group_weight, group_bias, out)
-        + (b["group_mean"], b["group_invstd"], channels, groups, plane, group_eps),
-        members * plane * 4,
+        (_tail_threads(tail.defines), 1, 1),
+        (written["pooled"], written["mean"], written["invstd"], weight, bias, group_weight, group_bias, out)
+        + (written["group_mean"], written["group_invstd"], group_eps),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, Kernel, Kernel, Kernel]:
+    """What `conv_bn_pool_forward` launches, in order."""
+    tail = _tail_macros(p, groups)
+    return (
+        pack_kernel(p),
+        Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
+        Kernel("pooled_tail.cu", "conv_bn_statistics", tail),
+        Kernel("pooled_tail.cu", "pooled_forward", tail),
+    )
+
+
+def gradient_buffers(p: Plan, images: int) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of the arrays that the backward's first two steps write besides the parameters' gradients."""
+    macros = dict(p.macros)
+    channels = macros["OUT_CHANNELS"]
+    return {
+        "g": ((images, channels, macros["OUT_H"] // 2, macros["OUT_W"] // 2), np.float32),
+        "partials": ((5, images, channels), np.float32),
+        "sums": ((2, channels), np.float32),
+        "dy_exponents": ((channels,), np.int32),
+    }
 
 
 def pooled_gradients(
-    dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, batch_partials, group_partials
+    dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, *, plan: Plan
 ) -> None:
-    """g, the gradient at batch norm's output of the pooled values, and partial sums for all parameters.
+    """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
 
-    dout: like pooled. group_mean, group_invstd: [N * groups]. g: like pooled, float32. batch_partials, group_partials:
-    [2, M, N] float32, for `batch_norm.batch_norm_backward_combine`. g and the partial sums are written.
+    dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_buffers` has them, written.
     """
-    images, channels = pooled.shape[:2]
-    groups, plane = group_mean.size // images, math.prod(pooled.shape[2:])
-    name = scalar(dout)
+    images = pooled.shape[0]
+    macros = _backward_macros(plan, group_mean.size // images)
     launch(
-        Kernel("pooled_tail.cu", "pooled_backward", _tail_defines(name, "half_t")),
-        (images * groups, 1, 1),
+        Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
+        (group_mean.size, 1, 1),
+        (_tail_threads(macros), 1, 1),
+        (dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, images),
+    )
+
+
+def parameter_gradients(
+    partials,
+    mean,
+    invstd,
+    weight,
+    sums,
+    dy_exponents,
+    dweight,
+    dbias,
+    dgroup_weight,
+    dgroup_bias,
+    dconv_bias,
+    *,
+    plan: Plan,
+    groups: int,
+    training: bool,
+) -> None:
+    """Gradients of all parameters but the convolution's weight, and what the gradient of its output is computed from.
+
+    sums, dy_exponents: as `gradient_buffers` has them, written. The gradients are written where not None.
+    training: whether the batch's own statistics were applied.
+    """
+    images, channels = partials.shape[1:]
+    gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
+    launch(
+        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, groups)),
+        (channels, 1, 1),
         (THREADS, 1, 1),
-        (dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g)
-        + (batch_partials, group_partials, channels, groups, plane, images),
-        channels // groups * plane * 8,
+        (partials, mean, invstd, weight, sums, dy_exponents, *gradients, images, _count(plan, images), training),
     )
 
 
 def conv_output_gradient(
-    g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan
+    g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan, groups: int
 ) -> None:
-    """dy, the gradient of the convolution's output [N, M, OH, OW].
+    """dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
 
-    sums: [2, M], of g and g xhat over the batch; None where the statistics were running ones. dy is written.
+    sums: those of `parameter_gradients`; None where the statistics were running ones. dy is written.
     """
-    images, channels, height, width = dy.shape
-    macros = dict(plan.macros)
-    windows = ceil_div(height, 2) * ceil_div(width, 2)
-    unit_windows = macros["UNIT_PASSES"] * macros["WARPS_N"] * 16 // macros["SPLIT"]
+    images, channels = g.shape[:2]
     launch(
-        Kernel("pooled_tail.cu", "sums_gradient", _tail_macros(plan, scalar(dy))),
-        (images * channels, ceil_div(windows, THREADS), 1),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups)),
+        (images * channels, ceil_div(_windows(plan), THREADS), 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, images, channels, height, width)
-        + (unit_windows, saved_shift(plan), float(images * height * width)),
+        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
     )
 
 
+def conv_output_gradient_cells(
+    g,
+    taps,
+    saved,
+    exponents,
+    unit_exponents,
+    mean,
+    invstd,
+    weight,
+    sums,
+    dy_exponents,
+    cells,
+    *,
+    plan: Plan,
+    groups: int,
+) -> None:
+    """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
+
+    dy_exponents: those of `parameter_gradients`. cells: float16, of `cells_shape`, written.
+    """
+    split = dict(plan.macros)["SPLIT"]
+    images = g.shape[0]
+    blocks = math.prod(cells.shape[:2]) * ceil_div(_windows(plan), 32 * split)
+    launch(
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", _backward_macros(plan, groups)),
+        (blocks, 1, 1),
+        (THREADS, 1, 1),
+        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells)
+        + (_count(plan, images),),
+    )
+
+
+def cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
+    """[N, chunks, OH * OW, 64], of the cells of the convolution's output; see pooled_tail_backward.cu."""
+    macros = dict(p.macros)
+    chunks = ceil_div(macros["OUT_CHANNELS"], 64 // macros["SPLIT"])
+    return images, chunks, macros["OUT_H"] * macros["OUT_W"], 64
+
+
+@functools.lru_cache(maxsize=1024)
 def obstacle(p: Plan, groups: int) -> str | None:
     """Why these kernels do not take what follows the convolution, or None if they do."""
     macros = dict(p.macros)
-    plane = (macros["OUT_H"] // 2) * (macros["OUT_W"] // 2)
-    values = macros["OUT_CHANNELS"] // groups * plane
-    if not plane:
+    if min(macros["OUT_H"], macros["OUT_W"]) < 2:
         return "nothing is left after pooling"
-    if values * 8 > _GROUP_BYTES:
-        return f"a group has {values} pooled values, over {_GROUP_BYTES // 8}, which shared memory holds"
+    if macros["OUT_CHANNELS"] // groups * _parts(macros) > _MOST_JOBS:
+        return f"a group has {macros['OUT_CHANNELS'] // groups} channels of {macros['OUT_H']} x {macros['OUT_W']}"
     return None
 
 
@@ -761,61 +854,48 @@ def _saved_type(p: Plan) -> str:
     return "half_t" if dict(p.macros)["SPLIT"] == 1 else "float"
 
 
-def _tail_macros(p: Plan, name):
-    return _tail_defines(name, _saved_type(p))
+def _tail_macros(p: Plan, groups: int):
+    return _tail_defines(dict(p.macros), groups)
 
 
-def _tail_defines(name, saved):
-    return (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name), ("saved_t", saved))
+@functools.lru_cache(maxsize=1024)
+def _backward_macros(p: Plan, groups: int):
+    macros = dict(p.macros)
+    unit_windows = macros["UNIT_PASSES"] * macros["WARPS_N"] * 16
+    return *_tail_macros(p, groups), *_backward_defines(macros["SPLIT"], unit_windows, saved_shift(p))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/batch_norm.py
-#
-# Batch norm over [N, C, *]: statistics, normalisation with an optional tanh behind it, and the gradients.
-#
-# All arrays are contiguous. `mean` and `invstd`, (C,), and workspaces have the accumulator's dtype: see
-# `common.accumulator_dtype`. weight, bias and their gradients share one dtype, and running_mean and running_var share
-# one: x's, or float32.
-
-ITEMS = 32  # values per thread
+def _tail_defines(macros, groups):
+    name = macros["scalar_t"]
+    types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
+    sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
+    warps = min(macros["OUT_CHANNELS"] // groups * _parts(macros), _MOST_WARPS)
+    return (*types, *sizes, ("GROUPS", groups), ("WARPS", warps))
 
 
-def batch_norm_backward_combine(partials, sums, dweight, dbias, macros=None) -> None:
-    """The second stage of `batch_norm_backward_reduce`: its results, from partial sums.
-
-    partials: (2, C, chunks), accumulator dtype. macros: of the module to take the kernel from, if the caller has one.
-    """
-    _, channels, chunks = partials.shape
-    if sums.shape != (2, channels):
-        raise ValueError(f"sums must have shape {(2, channels)}, received {sums.shape}")
-    check_per_channel(channels, dweight=dweight, dbias=dbias)
-    if macros is None:
-        macros = _macros(1, (partials,), dweight if dweight is not None else dbias)
-    launch(
-        Kernel("batch_norm.cu", "batch_norm_backward_sums", macros),
-        (channels, 1, 1),
-        (THREADS, 1, 1),
-        (partials, sums, dweight, dbias, channels, chunks),
-    )
+def _backward_defines(split, unit_windows, shift):
+    saved = ("saved_t", "half_t" if split == 1 else "float")
+    return (saved, ("SPLIT", split), ("UNIT_WINDOWS", unit_windows), ("SAVED_SHIFT", shift))
 
 
-def _widths(name):
-    """Elements per access, the widest first: 16 bytes, half of that for 16-bit types, one element."""
-    widest = 16 // DTYPES[name].itemsize
-    return (8, 4, 1) if widest == 8 else (widest, 1)
+def _parts(macros) -> int:
+    """PARTS of pooled_tail.cuh."""
+    return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), 320)
 
 
-def _macros(plane, tensors, parameter):
-    """`parameter`: an array of the type of the per-channel parameters, or None: then no kernel reads or writes one."""
-    tensors = [a for a in tensors if a is not None]
-    param = accumulator_dtype(tensors[0]) if parameter is None else parameter.dtype
-    name, aligned = scalar(tensors[0]), row_width(plane, *tensors)
-    return _defines(name, SCALARS[param], next(w for w in _widths(name) if w <= aligned))
+def _tail_threads(macros):
+    return 32 * dict(macros)["WARPS"]
 
 
-def _defines(name, param, width):
-    return (*scalar_macros(name), ("param_t", param), ("WIDTH", width), ("ITEMS", ITEMS))
+def _windows(p: Plan) -> int:
+    """2x2 windows of the convolution's output, those that an odd edge cuts too."""
+    macros = dict(p.macros)
+    return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
+
+
+def _count(p: Plan, images: int) -> float:
+    macros = dict(p.macros)
+    return float(images * macros["OUT_H"] * macros["OUT_W"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -827,69 +907,162 @@ def _defines(name, param, width):
 interop_FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
 
 
-class _Capsule:
-    """A tensor as DLPack's protocol wants it, without the stream synchronisation of torch's own `__dlpack__`.
+class Part(NamedTuple):
+    """An array in a workspace's memory. dtype: NumPy's."""
 
-    The view is used on the stream that the tensor belongs to, so there is nothing to wait for; and waiting would break
-    the capture of a CUDA graph and costs 14 us a tensor.
-    """
+    memory: torch.Tensor
+    offset: int  # in bytes
+    shape: tuple[int, ...]
+    dtype: type
 
-    def __init__(self, tensor):
-        self.tensor = tensor
+    def tensor(self) -> torch.Tensor:
+        """The part as a tensor that shares the memory."""
+        dtype = np.dtype(self.dtype)
+        end = self.offset + math.prod(self.shape) * dtype.itemsize
+        return self.memory[self.offset : end].view(getattr(torch, dtype.name)).view(self.shape)
 
-    def __dlpack__(self, **_):
-        return to_dlpack(self.tensor)
 
-    def __dlpack_device__(self):
-        return (2, self.tensor.device.index)  # kDLCUDA
+class Layout:
+    """Where arrays, {name: (shape, NumPy type)}, lie in one piece of memory."""
+
+    def __init__(self, arrays: dict[str, tuple[tuple[int, ...], type]]):
+        self.places, self.size = {}, 0
+        for name, (shape, dtype) in arrays.items():
+            self.places[name] = (self.size, shape, dtype)
+            self.size += -(-math.prod(shape) * np.dtype(dtype).itemsize // 256) * 256
+
+
+class Workspace(NamedTuple):
+    """Many arrays in one tensor: one allocation, one DLPack view and one saved tensor for all of them."""
+
+    memory: torch.Tensor
+    layout: Layout
+
+    @classmethod
+    def empty(cls, layout: Layout, device: torch.device) -> "Workspace":
+        return cls(torch.empty(layout.size, dtype=torch.uint8, device=device), layout)
+
+    def part(self, name: str) -> Part:
+        return Part(self.memory, *self.layout.places[name])
 
 
 def view(tensor: torch.Tensor):
-    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16."""
-    tensor = tensor.detach()
+    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16.
+
+    On a GPU CuPy gets the bare DLPack capsule. The protocol around it, `__dlpack__`, would make streams wait for each
+    other; but the view is used on the stream that the tensor belongs to, waiting breaks the capture of a CUDA graph,
+    and the protocol costs several times the view itself.
+    """
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.int16)
     if tensor.is_cuda:
-        return cupy().from_dlpack(_Capsule(tensor))
+        return cupy().from_dlpack(to_dlpack(tensor))
     return tensor.numpy()  # NumPy's from_dlpack returns a read-only array
 
 
 def run(operation, *args, **options):
-    """operation(*args, **options) with every tensor among `args` replaced by its view.
+    """operation(*args, **options), where views stand for tensors: a tensor or a `Part` becomes an array, a `Workspace`
+    {name: array}.
 
     Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if
     the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
     """
-    with _launching_on(one_device(args)):
-        return operation(*(view(a) if isinstance(a, torch.Tensor) else a for a in args), **options)
+    device = one_device(args)
+    with launching_on(device):
+        return operation(*_views(args), **options)
+
+
+def _views(args):
+    memories = {}  # by identity: parts share a view of their memory
+
+    def memory(tensor):
+        found = memories.get(id(tensor))
+        if found is None:
+            found = memories[id(tensor)] = view(tensor)
+        return found
+
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield view(arg)
+        elif isinstance(arg, Part):
+            yield _array(memory(arg.memory), *arg[1:])
+        elif isinstance(arg, Workspace):
+            whole = memory(arg.memory)
+            yield {name: _array(whole, *place) for name, place in arg.layout.places.items()}
+        else:
+            yield arg
+
+
+def _array(memory, offset, shape, dtype):
+    if isinstance(memory, np.ndarray):
+        return np.ndarray(shape, dtype, memory, offset)
+    return cupy().ndarray(shape, dtype, memory.data + offset)
 
 
 def one_device(args) -> torch.device:
     """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
-    devices = {a.device for a in args if isinstance(a, torch.Tensor)}
-    if len(devices) > 1:
-        raise RuntimeError(
-            f"tensors must be on one device, received {', '.join(sorted(map(str, devices)))}; use .to(...)"
-        )
-    (device,) = devices
+    tensors = [arg.memory if isinstance(arg, (Part, Workspace)) else arg for arg in args]
+    tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            received = ", ".join(sorted({str(t.device) for t in tensors}))
+            raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
     if device.type not in ("cuda", "cpu"):
         raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
     return device
 
 
-@contextlib.contextmanager
-def _launching_on(device):
+def compile_together(kernels: Iterable[Kernel], device: torch.device) -> None:
+    """`compiler.prepare` for a GPU; the emulator compiles at each launch. To be called once, not at each call."""
+    if device.type == "cuda":
+        with launching_on(device):
+            prepare(kernels)
+
+
+_nothing = contextlib.nullcontext()
+
+
+def launching_on(device: torch.device):
+    """A context in which CuPy launches on `device`, if that is a GPU, and on torch's current stream there."""
     if device.type == "cpu":
-        yield
-        return
+        return _nothing
     cuda = cupy().cuda
-    with cuda.Device(device.index), cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index):
+    stream = torch._C._cuda_getCurrentRawStream(device.index)  # without the object around it
+    if cuda.runtime.getDevice() == device.index and cuda.get_current_stream().ptr == stream:
+        return _nothing
+    return _switched(cuda, device.index, stream)
+
+
+@contextlib.contextmanager
+def _switched(cuda, device_index, stream):
+    with cuda.Device(device_index), _stream(stream, device_index):
         yield
+
+
+@functools.cache
+def _stream(pointer, device_index):
+    """CuPy's object for a stream of torch's. Call it with the device current."""
+    stream = cupy().cuda.Stream
+    if hasattr(stream, "from_external"):  # since CuPy 14
+        return stream.from_external(_ExternalStream(pointer))
+    return cupy().cuda.ExternalStream(pointer, device_index)
+
+
+class _ExternalStream(NamedTuple):
+    pointer: int
+
+    def __cuda_stream__(self):
+        return 0, self.pointer
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must."""
-    return None if tensor is None else tensor.detach().resolve_neg().contiguous()
+    if tensor is None:
+        return None
+    return (tensor.detach() if tensor.requires_grad else tensor).resolve_neg().contiguous()
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -923,12 +1096,120 @@ def interop_accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def pair(value, name: str) -> tuple[int, int]:
     """(value, value) for an int, (a, b) for two of them. TypeError or ValueError for anything else."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return value, value
+    values = tuple(value)
     if len(values) == 1:
         values *= 2
-    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+    if len(values) != 2 or not (isinstance(values[0], int) and isinstance(values[1], int)):
         raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
     return values
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/conv_wgrad_mma.py
+#
+# Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` takes.
+
+_BLOCKS = 132  # one for each multiprocessor of an H100; a constant, so that sums depend on shapes alone
+_MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
+_MOST_STAGES = 6
+conv_wgrad_mma_CELL_BYTES = 128
+_BAND_ROWS = 16
+conv_wgrad_mma_RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
+
+
+class conv_wgrad_mma_Plan(NamedTuple):
+    """How a weight gradient is laid out over blocks; `macros` specialise the kernels."""
+
+    macros: tuple
+    images: int
+    split: int  # of the cells, see `fp16_cells`
+    tiles: int
+    splits: int
+    split_bands: int  # bands of a split; the last one may have fewer
+    threads: int
+    shared_bytes: int
+    partial_size: int  # elements of the workspace `partial`, float32
+
+
+@functools.lru_cache(maxsize=1024)
+def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int) -> conv_wgrad_mma_Plan:
+    """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
+
+    split: of the cells of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
+    block may use. Raises UnsupportedError for what the kernels do not take.
+    """
+    check_supported(x_shape, w_shape, geometry, dtype)
+    channels_in, channels_out, *kernel = w_shape
+    height, width = x_shape[2:]
+    out = output_shape(x_shape, w_shape, geometry)[2:]
+    taps = ceil_div(kernel[1], ceil_div(kernel[1], _MOST_TAPS))
+    columns = ceil_div(4, taps) * taps
+    chunk = 64 // split
+
+    def layout(warps):
+        """(stages, bytes of a stage)"""
+        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * conv_wgrad_mma_CELL_BYTES
+        blocks = 8 // warps  # that share a multiprocessor
+        return min(_MOST_STAGES, (shared_limit - conv_wgrad_mma_RESERVED) // blocks // stage_bytes), stage_bytes
+
+    choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels_out > 64]
+    warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
+    if stages < 2:
+        # One block for each multiprocessor then, as only GPUs with little shared memory need.
+        stages = min(_MOST_STAGES, (shared_limit - conv_wgrad_mma_RESERVED) // stage_bytes)
+    if stages < 2:
+        raise UnsupportedError(
+            f"it needs {2 * stage_bytes + conv_wgrad_mma_RESERVED} bytes of shared memory, the GPU has {shared_limit}"
+        )
+    tiles = kernel[0] * ceil_div(kernel[1], taps) * ceil_div(channels_out, 16 * warps) * ceil_div(channels_in, chunk)
+    bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
+    split_bands = ceil_div(bands, max(1, _BLOCKS * (8 // warps) // tiles))
+    splits = ceil_div(bands, split_bands)
+    macros = {
+        "scalar_t": dtype,
+        "acc_t": "float",
+        "IN_CHANNELS": channels_in,
+        "OUT_CHANNELS": channels_out,
+        "IN_H": height,
+        "IN_W": width,
+        "OUT_H": out[0],
+        "OUT_W": out[1],
+        "KERNEL_H": kernel[0],
+        "KERNEL_W": kernel[1],
+        "PAD_H": geometry.padding[0],
+        "PAD_W": geometry.padding[1],
+        "SPLIT": split,
+        "WARPS": warps,
+        "TAPS_W": taps,
+        "STAGES": stages,
+    }
+    size = channels_in * channels_out * kernel[0] * kernel[1]
+    shared_bytes = stages * stage_bytes
+    sizes = (tiles, splits, split_bands, 32 * warps, shared_bytes, splits * size)
+    return conv_wgrad_mma_Plan(tuple(macros.items()), x_shape[0], split, *sizes)
+
+
+def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_cells, x_exponents, dy_cells, dy_exponents, partial, dw) -> None:
+    """dw, the gradient of w, from x and the gradient of the output as cells.
+
+    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale. dw and the workspace
+    `partial` (plan.partial_size, float32) are written.
+    """
+    launch(
+        Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
+        (p.tiles * p.splits, 1, 1),
+        (p.threads, 1, 1),
+        (x_cells, dy_cells, partial, p.images, p.split_bands),
+        p.shared_bytes,
+    )
+    launch(
+        Kernel("conv_wgrad_mma.cu", "conv_wgrad_reduce", p.macros),
+        (ceil_div(dw.size, THREADS), 1, 1),
+        (THREADS, 1, 1),
+        (partial, x_exponents, dy_exponents, dw, x_exponents.size, dy_exponents.size, p.splits),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -964,10 +1245,15 @@ def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str
     return plan_or_reason(plan, x, w_shape, geometry, numerics, dgrad=dgrad)
 
 
+def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str):
+    """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason)."""
+    return plan_or_reason(conv_wgrad_mma_plan, x, w_shape, geometry, numerics)
+
+
 def required_plan(make, x, w_shape, geometry, numerics, **options):
     """What `make`, such as conv_transpose_mma.plan, plans for x on its device. UnsupportedError if there is no plan."""
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(x.device)
+    if x.is_cuda and _capability(x.device.index) < (8, 0):
+        major, minor = _capability(x.device.index)
         raise UnsupportedError(f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80")
     if not x.shape[0]:
         raise UnsupportedError("the batch is empty")
@@ -975,6 +1261,11 @@ def required_plan(make, x, w_shape, geometry, numerics, **options):
     options["dtype"] = interop_FLOATS[x.dtype]
     options["shared_limit"] = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
     return make(tuple(x.shape), tuple(w_shape), geometry, split, **options)
+
+
+@functools.cache
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
 
 
 @functools.cache
@@ -1007,6 +1298,18 @@ def check_batch_norm(input, running_mean, running_var, weight, bias, training, m
     channels, count = input.shape[1], input.numel() // (input.shape[1] or 1)
     if training and count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, tensor in parameters.items():
+        if tensor is not None and tensor.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+    one_device((input, *parameters.values()))
+    check_parameters(input, running_mean=running_mean, running_var=running_var)
+    check_parameters(input, weight=weight, bias=bias)
+
+
+def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> None:
+    """The part of `check_batch_norm` that does not follow from shapes, dtypes and devices."""
     if training and not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0:
@@ -1017,15 +1320,58 @@ def check_batch_norm(input, running_mean, running_var, weight, bias, training, m
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if running_mean is None and not training:
         raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, tensor in parameters.items():
-        if tensor is not None and tensor.numel() != channels:
-            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
-        if tensor is not None and name.startswith("running") and tensor.requires_grad and torch.is_grad_enabled():
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
-    one_device((input, *parameters.values()))
-    check_parameters(input, running_mean=running_mean, running_var=running_var)
-    check_parameters(input, weight=weight, bias=bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/fp16_cells.py
+#
+# Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
+#
+# split 1: a cell is 64 channels; split 2: 32 channels as fp16 values, then the 32 rests that rounding left. An array of
+# exponents goes with the cells: the scale's is the smallest of them.
+
+_LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
+_BLOCK_BYTES = THREADS * 8 * 16  # that a block of largest_magnitude reads at a time
+
+
+def cells_size(shape, split: int) -> int:
+    """Elements (float16) of the cells of a tensor of this shape."""
+    return shape[0] * ceil_div(shape[1], 64 // split) * math.prod(shape[2:]) * 64
+
+
+def exponents_size(shape, itemsize: int) -> int:
+    """Elements (int32) of what `largest_magnitude` writes for a tensor of this shape."""
+    return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, _BLOCK_BYTES)))
+
+
+def largest_magnitude(source, exponents) -> None:
+    """exponents, of the scales that parts of `source` would take, are written."""
+    width = _width(source)
+    kernel = Kernel("fp16_cells.cu", "largest_magnitude", _macros(scalar(source), 1, width))
+    launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
+
+
+def to_cells(source, exponents, cells, split: int) -> None:
+    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`."""
+    width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
+    chunk_channels = 64 // split
+    launch(
+        Kernel("fp16_cells.cu", "to_cells", _macros(scalar(source), split, width)),
+        (ceil_div(images * pixels, THREADS * 8 // chunk_channels * width), ceil_div(channels, chunk_channels), 1),
+        (THREADS, 1, 1),
+        (source, exponents, cells, exponents.size, images, channels, pixels),
+    )
+
+
+def _macros(name, split, width):
+    return (*scalar_macros(name), ("SPLIT", split), ("WIDTH", width))
+
+
+def _width(source) -> int:
+    return 1 if math.prod(source.shape[2:]) % 4 or address(source) % (4 * source.itemsize) else 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1033,22 +1379,75 @@ def check_batch_norm(input, running_mean, running_var, weight, bias, training, m
 #
 # conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
 
+class Cells(NamedTuple):
+    """A tensor as fp16 cells and the exponents that go with them, see `cupy_kernels.fp16_cells`."""
+
+    cells: torch.Tensor
+    exponents: torch.Tensor
+
+
 def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w):
     """(dx, dw), None where not needed."""
+    dgrad, wgrad = gradient_plans(x, w, geometry, numerics, need_x, need_w)
     dx = dw = None
+    cells = conv_transpose_to_cells(dy, wgrad.split) if wgrad else None
     if need_x:
-        dx = torch.empty_like(x)
-        plan, _ = tensor_core_plan(dy, w.shape, geometry, numerics, dgrad=True)
-        if plan:
-            run(conv_transpose_mma, plan, aligned(dy), w, None, dx, *mma_workspaces(plan, w))
+        if cells and dgrad:
+            dx = dgrad_of_cells(dgrad, x, w, cells)
         else:
-            run(conv_transpose_dgrad, dy, w, dx, _packed(w), geometry)
+            dx = torch.empty_like(x)
+            if dgrad:
+                run(conv_transpose_mma, dgrad, aligned(dy), w, None, dx, *mma_workspaces(dgrad, w))
+            else:
+                run(conv_transpose_dgrad, dy, w, dx, _packed(w), geometry)
     if need_w:
-        dw = torch.empty_like(w)
-        dtype = interop_accumulator_dtype(w)
-        size = wgrad_workspace_size(x.shape, w.shape, geometry, dtype == torch.float64)
-        run(conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=dtype), geometry)
+        if wgrad:
+            dw = wgrad_of_cells(wgrad, conv_transpose_to_cells(x, wgrad.split), w, cells)
+        else:
+            dw = torch.empty_like(w)
+            dtype = interop_accumulator_dtype(w)
+            size = wgrad_workspace_size(x.shape, w.shape, geometry, dtype == torch.float64)
+            run(conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=dtype), geometry)
     return dx, dw
+
+
+def gradient_plans(x, w, geometry, numerics, need_x, need_w):
+    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken."""
+    dgrad = wgrad = None
+    if need_x:
+        dy = x.new_empty(()).expand(output_shape(x.shape, w.shape, geometry))
+        dgrad, _ = tensor_core_plan(dy, w.shape, geometry, numerics, dgrad=True)
+    if need_w:
+        wgrad, _ = wgrad_plan(x, w.shape, geometry, numerics)
+    return dgrad, wgrad
+
+
+def dgrad_of_cells(plan, x, w, dy: Cells):
+    """dx; plan: that of a tensor dy."""
+    dx = torch.empty_like(x)
+    workspaces = mma_workspaces(plan, w)
+    run(conv_transpose_mma, plan.of_cells(), dy.cells, w, None, dx, *workspaces, dy.exponents)
+    return dx
+
+
+def wgrad_of_cells(plan, x: Cells, w, dy: Cells):
+    """dw."""
+    dw = torch.empty_like(w)
+    partial = w.new_empty(plan.partial_size, dtype=torch.float32)
+    run(conv_wgrad_mma, plan, *x, *dy, partial, dw)
+    return dw
+
+
+def conv_transpose_to_cells(tensor, split, exponents=None) -> Cells:
+    """`tensor` as Cells; exponents: of scales of its parts, where they are known already."""
+    tensor = aligned(tensor)
+    if exponents is None:
+        size = exponents_size(tensor.shape, tensor.element_size())
+        exponents = tensor.new_empty(size, dtype=torch.int32)
+        run(largest_magnitude, tensor, exponents)
+    cells = tensor.new_empty(cells_size(tensor.shape, split), dtype=torch.float16)
+    run(to_cells, tensor, exponents, cells, split=split)
+    return Cells(cells, exponents)
 
 
 def mma_workspaces(plan, w):
@@ -1066,85 +1465,90 @@ def _packed(w):
 # All five operators of ModelNew in three main kernels forward, with the pooling in the convolution's epilogue.
 
 _DTYPES = {dtype: getattr(torch, dtype.__name__) for dtype in conv_bn_pool_DTYPES}
+_checked = set()  # what calls passed `_check`
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running_mean, running_var, options, keep):
-        tensors = [dense(t) for t in (x, w, conv_bias, weight, bias, group_weight, group_bias)]
-        x, w, conv_bias, weight, bias, group_weight, group_bias = tensors
-        x = aligned(x)
-        plan, geometry, groups = options["plan"], options["geometry"], options["groups"]
-        sizes = buffers(plan, x.shape, groups, options["training"], keep)
-        written = {name: x.new_empty(shape, dtype=_DTYPES[dtype]) for name, (shape, dtype) in sizes.items()}
-        out = x.new_empty(sizes["pooled"][0])
-        settings = {name: options[name] for name in ("plan", "training", "momentum", "eps", "groups", "group_eps")}
+    def forward(ctx, x, *args):
+        *parameters, running_mean, running_var, geometry, numerics, keep, options = args
+        x, w, conv_bias, weight, bias, group_weight, group_bias = tensors = (aligned(x), *map(dense, parameters))
+        plan, groups = options["plan"], options["groups"]
+        layout = _prepare(plan, x.shape, groups, options["training"], keep, x.device)
+        workspace = Workspace.empty(layout, x.device)
+        height, width = output_shape(x.shape, w.shape, geometry)[2:]
+        out = x.new_empty((x.shape[0], w.shape[1], height // 2, width // 2))
 
         def update(running_mean, running_var):
-            tensors = (x, w, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias, out)
-            run(conv_bn_pool_forward, *tensors, *written.values(), names=tuple(written), **settings)
+            affine = (weight, bias, group_weight, group_bias)
+            arguments = (x, w, conv_bias, running_mean, running_var, *affine, out, workspace)
+            run(conv_bn_pool_forward, *arguments, **options)
 
         run_updating(update, running_mean, running_var, options["training"])
         if keep:
-            kept = [written[name] for name in _KEPT]
-            ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, *kept)
-            ctx.options, ctx.geometry, ctx.numerics = settings, geometry, resolve(options["numerics"], x)
+            ctx.save_for_backward(*tensors, workspace.memory)
+            ctx.layout, ctx.options, ctx.geometry, ctx.numerics = layout, options, geometry, numerics
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, w, conv_bias, weight, bias, group_weight, group_bias, *kept = ctx.saved_tensors
-        kept = dict(zip(_KEPT, kept, strict=True))
+        x, w, conv_bias, weight, bias, group_weight, group_bias, memory = ctx.saved_tensors
+        kept = {name: Part(memory, *place) for name, place in ctx.layout.places.items()}
         need = ctx.needs_input_grad
         pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
-        g = torch.empty_like(pooled)
-        batch_partials, group_partials = (mean.new_empty((2, mean.numel(), x.shape[0])) for _ in range(2))
+        options = {"plan": ctx.options["plan"], "groups": ctx.options["groups"]}
+        training = ctx.options["training"]
+        sizes = gradient_buffers(options["plan"], x.shape[0])
+        g, partials, sums, dy_exponents = (x.new_empty(s, dtype=_DTYPES[dtype]) for s, dtype in sizes.values())
         groups = (kept["group_mean"], kept["group_invstd"])
         tensors = (dense(dout), pooled, mean, invstd, weight, bias, group_weight, *groups)
-        run(pooled_gradients, *tensors, g, batch_partials, group_partials)
-        sums, dweight, dbias = _combine(batch_partials, weight, bias, need[3], need[4])
-        dgroup_weight = dgroup_bias = None
-        if need[5] or need[6]:
-            _, dgroup_weight, dgroup_bias = _combine(group_partials, group_weight, group_bias, need[5], need[6])
-        dx = dw = dconv_bias = None
-        training = ctx.options["training"]
-        if need[2]:
-            # Batch norm takes the bias out of its own batch, so there it has no influence at all.
-            dconv_bias = torch.zeros_like(conv_bias) if training else (sums[0] * invstd).to(conv_bias.dtype)
-            if not training and weight is not None:
-                dconv_bias *= weight
+        run(pooled_gradients, *tensors, g, partials, plan=options["plan"])
+        wanted = (
+            (weight, need[3]),
+            (bias, need[4]),
+            (group_weight, need[5]),
+            (group_bias, need[6]),
+            (conv_bias, need[2]),
+        )
+        gradients = [torch.empty_like(t) if needed else None for t, needed in wanted]
+        tensors = (partials, mean, invstd, weight, sums, dy_exponents)
+        run(parameter_gradients, *tensors, *gradients, **options, training=training)
+        dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias = gradients
+        dx = dw = None
         if need[0] or need[1]:
-            dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
-            tensors = (
-                g,
-                *(kept[name] for name in ("taps", "saved", "exponents", "unit_exponents")),
-                mean,
-                invstd,
-                weight,
-            )
-            run(conv_output_gradient, *tensors, sums if training else None, dy, plan=ctx.options["plan"])
-            dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *need[:2])
-        return dx, dw, dconv_bias, dweight, dbias, dgroup_weight, dgroup_bias, *[None] * 4
+            packed = (kept[name] for name in ("taps", "saved", "exponents", "unit_exponents"))
+            tensors = (g, *packed, mean, invstd, weight, sums if training else None)
+            dgrad, wgrad = gradient_plans(x, w, ctx.geometry, ctx.numerics, *need[:2])
+            if bool(dgrad) == need[0] and bool(wgrad) == need[1]:
+                cells = x.new_empty(cells_shape(options["plan"], x.shape[0]), dtype=torch.float16)
+                run(conv_output_gradient_cells, *tensors, dy_exponents, cells, **options)
+                del g, tensors  # 76 MB of a large batch, which the next steps can have
+                dy = Cells(cells, dy_exponents)
+                if dgrad:
+                    dx = dgrad_of_cells(dgrad, x, w, dy)
+                if wgrad:
+                    dw = wgrad_of_cells(wgrad, conv_transpose_to_cells(x, wgrad.split, kept["unit_exponents"]), w, dy)
+            else:
+                dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
+                run(conv_output_gradient, *tensors, dy, **options)
+                del g, tensors
+                dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *need[:2])
+        return dx, dw, dconv_bias, dweight, dbias, dgroup_weight, dgroup_bias, *[None] * 6
 
 
-_KEPT = ("pooled", "taps", "saved", "exponents", "unit_exponents", "mean", "invstd", "group_mean", "group_invstd")
-
-
-def _combine(partials, weight, bias, need_weight, need_bias):
-    """(sums over the batch, dweight, dbias), the gradients None where not needed."""
-    sums = partials.new_empty(partials.shape[:2])
-    dweight = torch.empty_like(weight) if need_weight else None
-    dbias = torch.empty_like(bias) if need_bias else None
-    run(batch_norm_backward_combine, partials, sums, dweight, dbias)
-    return sums, dweight, dbias
+@functools.lru_cache(maxsize=1024)
+def _prepare(plan, x_shape, groups, training, keep, device) -> Layout:
+    """Layout of the workspace. Compiles the forward's kernels at the same time, where launches would one by one."""
+    compile_together(kernels(plan, groups, training, keep), device)
+    return Layout(buffers(plan, x_shape, groups, training, keep))
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
     """(plan, None) if the fused kernels take the model on x, else (None, the reason). others: the other parameters."""
     if torch.is_autocast_enabled(x.device.type):
         return None, "autocast gives the operators different dtypes"
-    if {t.dtype for t in (x, conv_weight, *others) if t is not None} != {x.dtype}:
+    if any(t is not None and t.dtype != x.dtype for t in (conv_weight, *others)):
         return None, "input and parameters have different dtypes"
     plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), numerics)
     reason = reason or obstacle(plan, num_groups)
@@ -1183,8 +1587,39 @@ def conv_bn_tanh_max_pool_group_norm(
     """
     check_numerics(numerics)
     others = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    one_device((input, conv_weight, *others))
+    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     geometry = _geometry(padding)
+    key = (training, num_groups, geometry, *map(_facts, (input, conv_weight, *others)))
+    if key not in _checked:
+        conv_bn_pool_check(input, conv_weight, others, geometry, training, momentum, eps, num_groups)
+        if len(_checked) == 1000:
+            _checked.clear()
+        _checked.add(key)
+    plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
+    if not plan:
+        raise ValueError(f"the fused kernels do not take this: {reason}")
+    options = {
+        "plan": plan,
+        "training": bool(training),
+        "momentum": momentum,
+        "eps": eps,
+        "groups": num_groups,
+        "group_eps": group_eps,
+    }
+    tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    rest = (running_mean, running_var, geometry, resolve(numerics, input), keep, options)
+    return _Fused.apply(*tensors, *rest)
+
+
+def _facts(tensor):
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def conv_bn_pool_check(input, conv_weight, others, geometry, training, momentum, eps, num_groups):
+    """All errors that shapes, dtypes and devices can be the reason of."""
+    conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias = others
+    one_device((input, conv_weight, *others))
     shape = output_shape(input.shape, conv_weight.shape, geometry)
     check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training, momentum, eps)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
@@ -1192,22 +1627,6 @@ def conv_bn_tanh_max_pool_group_norm(
             raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
     if num_groups < 1 or shape[1] % num_groups:
         raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
-    plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
-    if not plan:
-        raise ValueError(f"the fused kernels do not take this: {reason}")
-    options = {
-        "plan": plan,
-        "geometry": geometry,
-        "training": bool(training),
-        "momentum": momentum,
-        "eps": eps,
-        "groups": num_groups,
-        "group_eps": group_eps,
-        "numerics": numerics,
-    }
-    tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _Fused.apply(*tensors, running_mean, running_var, options, keep)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1438,297 +1857,6 @@ template <int PENDING_GROUPS> __device__ inline void cp_async_wait() {
 #endif
 }
 """,
-    "batch_norm.cu": r"""// Batch norm over x [images, channels, plane]: statistics per channel, y = (x - mean) invstd weight + bias or tanh of that, and
-// the gradients.
-//
-// Thread mapping: a channel's images * plane values are cut into chunks of blockDim.x * ITEMS; block chunk * channels + c takes one
-// chunk of channel c, in packs of WIDTH neighbours, so that neighbouring blocks read neighbouring planes. Reductions have two stages:
-// each block writes two partial results to partials [2][channels][chunks]; then one block a channel combines them. Order and chunks
-// depend on the shape alone.
-//
-// Saved for the backward: mean and invstd = 1/sqrt(variance + eps), both acc_t [channels], x, and y with tanh.
-// dx = weight invstd (g - sum(g)/count - xhat sum(g xhat)/count), where xhat = (x - mean) invstd, g = dy, or dy (1 - y^2) with tanh;
-// with given (running) statistics dx = weight invstd g.
-//
-// Macros: scalar_t, acc_t, param_t (weight, bias and their gradients; running statistics), WIDTH (a divisor of plane; pointers are
-// aligned to a pack), ITEMS (values per thread, a multiple of WIDTH). Whether there is a tanh is a run-time argument: its branch
-// is uniform and the kernels wait for memory, so that it costs less than twice as many variants would.
-#include "batch_norm.cuh"
-#include "tanh.cuh"
-
-typedef Packed<scalar_t, WIDTH> Pack;
-enum { PACKS = ITEMS / WIDTH };
-enum { BATCH = sizeof(Pack) <= 4 ? 8 : 4 };  // packs in flight per thread; half of it per tensor where several are read
-
-// Walks over one thread's packs of the block's chunk, without a division per pack.
-struct ChannelWalk {
-    i64 channel, chunk;
-    int size;    // values in the chunk
-    i64 offset;  // of the current pack in the tensor
-    i64 jump, skip;
-    int left, plane, jump_within;  // left: values to the end of the plane
-
-    __device__ ChannelWalk(i64 channels, i64 plane_size, i64 count) {
-        const int far = 1 << 30;  // a chunk is smaller, so distances beyond make no difference
-        unsigned stride = blockDim.x * WIDTH;
-        chunk = blockIdx.x / (unsigned)channels;
-        channel = blockIdx.x - chunk * channels;
-        i64 first = chunk * blockDim.x * ITEMS, index = first + threadIdx.x * WIDTH;
-        size = (int)min((i64)blockDim.x * ITEMS, count - first);
-        plane = (int)min(plane_size, (i64)far);
-        unsigned jump_images = stride / plane;
-        jump_within = stride - jump_images * plane;
-        skip = (channels - 1) * plane_size;
-        jump = stride + jump_images * skip;
-        i64 image = index / plane_size, within = index - image * plane_size;
-        left = (int)min(plane_size - within, (i64)far);
-        offset = (image * channels + channel) * plane_size + within;
-    }
-    __device__ bool inside(int pack) const { return (int)((pack * blockDim.x + threadIdx.x) * WIDTH) < size; }
-    __device__ void advance() {
-        offset += jump;
-        left -= jump_within;
-        if (left <= 0) {
-            left += plane;
-            offset += skip;
-        }
-    }
-};
-
-// Number of values in a chunk.
-__device__ inline i64 chunk_count(i64 count, i64 chunk, i64 chunk_size) { return min(chunk_size, count - chunk * chunk_size); }
-
-// Means are kept relative to the channel's first value: the rounding error of a large mean must not enter the variance.
-__device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) { return finite_or_zero(to_acc(x[channel * plane])); }
-
-// partials: mean - origin, and sum of (x - mean)^2, of each chunk.
-//
-// A thread takes a batch's mean first and its squares relative to that, both from registers, then joins batches as Chan et al.
-// do: nothing cancels, whatever the mean is and wherever outliers are.
-extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_partials(
-    const scalar_t* __restrict__ x, acc_t* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
-    __shared__ acc_t scratch[32];
-    ChannelWalk walk(channels, plane, count);
-    acc_t origin = origin_of(x, walk.channel, plane);
-    acc_t n = 0, sum = 0, m2 = 0;  // of the thread's values - origin
-    #pragma unroll 1
-    for (int first = 0; first < PACKS && walk.inside(first); first += BATCH) {
-        Pack in[BATCH];
-        bool inside[BATCH];
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            inside[b] = walk.inside(first + b);
-            if (inside[b]) in[b] = *(const Pack*)(x + walk.offset);
-            walk.advance();
-        }
-        acc_t k = 0, total = 0, rest = 0, squares = 0;
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            if (!inside[b]) continue;
-            k += WIDTH;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) total += to_acc(in[b].v[i]);
-        }
-        acc_t inverse = 1 / k, shift = finite_or_zero(total * inverse);
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            if (!inside[b]) continue;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                acc_t d = to_acc(in[b].v[i]) - shift;
-                rest += d;
-                squares += d * d;
-            }
-        }
-        acc_t distance = shift - origin + rest * inverse, step = n > 0 ? distance - sum / n : (acc_t)0;
-        m2 += squares - rest * rest * inverse + step * step * (n * k / (n + k));
-        sum += k * distance;
-        n += k;
-    }
-    acc_t mean = n > 0 ? sum / n : (acc_t)0;
-    acc_t chunk_mean = block_sum(sum, scratch) / walk.size;
-    acc_t distance = mean - chunk_mean;
-    acc_t chunk_m2 = block_sum(m2 + n * distance * distance, scratch);
-    if (threadIdx.x == 0) {
-        partials[walk.channel * chunks + walk.chunk] = chunk_mean;
-        partials[(channels + walk.channel) * chunks + walk.chunk] = chunk_m2;
-    }
-}
-
-// One block a channel: combines the chunks; updates the running statistics where they are not null.
-extern "C" __global__ void __launch_bounds__(256) batch_norm_statistics(
-    const scalar_t* __restrict__ x, const acc_t* __restrict__ partials, INOUT param_t* running_mean, INOUT param_t* running_var,
-    acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count, i64 chunks) {
-    __shared__ acc_t scratch[32];
-    i64 channel = blockIdx.x;
-    const acc_t* means = partials + channel * chunks;
-    const acc_t* m2s = partials + (channels + channel) * chunks;
-    if (count == 0) {  // nothing to learn from an empty batch, and nothing will be normalised
-        if (threadIdx.x == 0) mean[channel] = invstd[channel] = 0;
-        return;
-    }
-    acc_t sum = 0, m2 = 0;
-    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += chunk_count(count, k, (i64)blockDim.x * ITEMS) * means[k];
-    acc_t total_mean = block_sum(sum, scratch) / count;
-    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
-        acc_t distance = means[k] - total_mean;
-        m2 += m2s[k] + chunk_count(count, k, (i64)blockDim.x * ITEMS) * distance * distance;
-    }
-    m2 = block_sum(m2, scratch);
-    if (threadIdx.x) return;
-    total_mean += origin_of(x, channel, plane);
-    mean[channel] = total_mean;
-    invstd[channel] = 1 / sqrt(m2 / count + eps);
-    if (running_mean) {
-        running_mean[channel] = from_acc<param_t>((1 - momentum) * to_acc(running_mean[channel]) + momentum * total_mean);
-        running_var[channel] = from_acc<param_t>((1 - momentum) * to_acc(running_var[channel]) + momentum * (m2 / (count - 1)));
-    }
-}
-
-// One thread a channel: mean and invstd from the running statistics.
-extern "C" __global__ void __launch_bounds__(256) batch_norm_eval_statistics(
-    const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var, acc_t* __restrict__ mean,
-    acc_t* __restrict__ invstd, acc_t eps, i64 channels) {
-    i64 channel = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (channel >= channels) return;
-    mean[channel] = to_acc(running_mean[channel]);
-    invstd[channel] = 1 / sqrt(to_acc(running_var[channel]) + eps);
-}
-
-extern "C" __global__ void __launch_bounds__(256) batch_norm_apply(
-    const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
-    const param_t* __restrict__ bias, scalar_t* __restrict__ y, int with_tanh, i64 channels, i64 plane, i64 count) {
-    ChannelWalk walk(channels, plane, count);
-    i64 channel = walk.channel;
-    acc_t m = mean[channel], s = invstd[channel], w = bn_weight(weight, channel), b = bn_bias(bias, channel);
-    #pragma unroll 1
-    for (int first = 0; first < PACKS; first += BATCH) {
-        Pack in[BATCH];
-        i64 offsets[BATCH];
-        #pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            offsets[j] = walk.inside(first + j) ? walk.offset : -1;
-            if (offsets[j] >= 0) in[j] = *(const Pack*)(x + offsets[j]);
-            walk.advance();
-        }
-        #pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            if (offsets[j] < 0) continue;
-            Pack out;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                acc_t v = bn_affine(bn_normalise(to_acc(in[j].v[i]), m, s), w, b);
-                out.v[i] = from_acc<scalar_t>(with_tanh ? tanh_of(v) : v);
-            }
-            *(Pack*)(y + offsets[j]) = out;
-        }
-    }
-}
-
-// Gradient at batch norm's output.
-__device__ inline acc_t gradient_of(scalar_t dy, scalar_t y, bool with_tanh) {
-    return with_tanh ? to_acc(dy) * tanh_slope(to_acc(y)) : to_acc(dy);
-}
-
-// partials: sum of g, and sum of g xhat, of each chunk. y is null without tanh.
-extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_backward_partials(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
-    const acc_t* __restrict__ invstd, acc_t* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
-    __shared__ acc_t scratch[32];
-    ChannelWalk walk(channels, plane, count);
-    i64 channel = walk.channel;
-    acc_t m = mean[channel], s = invstd[channel], sum = 0, dot = 0;
-    #pragma unroll 1
-    for (int first = 0; first < PACKS; first += BATCH / 2) {
-        Pack gradient[BATCH / 2], in[BATCH / 2], out[BATCH / 2];
-        bool inside[BATCH / 2];
-        #pragma unroll
-        for (int j = 0; j < BATCH / 2; j++) {
-            inside[j] = walk.inside(first + j);
-            if (inside[j]) {
-                gradient[j] = *(const Pack*)(dy + walk.offset);
-                in[j] = *(const Pack*)(x + walk.offset);
-                if (y) out[j] = *(const Pack*)(y + walk.offset);
-            }
-            walk.advance();
-        }
-        #pragma unroll
-        for (int j = 0; j < BATCH / 2; j++) {
-            if (!inside[j]) continue;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                acc_t g = gradient_of(gradient[j].v[i], out[j].v[i], y);
-                sum += g;
-                dot += g * bn_normalise(to_acc(in[j].v[i]), m, s);
-            }
-        }
-    }
-    sum = block_sum(sum, scratch);
-    dot = block_sum(dot, scratch);
-    if (threadIdx.x == 0) {
-        partials[walk.channel * chunks + walk.chunk] = sum;
-        partials[(channels + walk.channel) * chunks + walk.chunk] = dot;
-    }
-}
-
-// One block a channel: sums [2][channels] over the chunks, which are also the gradients of bias and weight, where not null.
-extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_sums(
-    const acc_t* __restrict__ partials, acc_t* __restrict__ sums, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 channels,
-    i64 chunks) {
-    __shared__ acc_t scratch[32];
-    i64 channel = blockIdx.x;
-    acc_t sum = 0, dot = 0;
-    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
-        sum += partials[channel * chunks + k];
-        dot += partials[(channels + channel) * chunks + k];
-    }
-    sum = block_sum(sum, scratch);
-    dot = block_sum(dot, scratch);
-    if (threadIdx.x) return;
-    sums[channel] = sum;
-    sums[channels + channel] = dot;
-    if (dbias) dbias[channel] = from_acc<param_t>(sum);
-    if (dweight) dweight[channel] = from_acc<param_t>(dot);
-}
-
-// sums: of the batch where its own statistics were applied, null where given ones were: then x is not read.
-extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_apply(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
-    const acc_t* __restrict__ invstd, const param_t* __restrict__ weight, const acc_t* __restrict__ sums, scalar_t* __restrict__ dx,
-    i64 channels, i64 plane, i64 count) {
-    ChannelWalk walk(channels, plane, count);
-    i64 channel = walk.channel;
-    acc_t m = mean[channel], s = invstd[channel], scale = bn_weight(weight, channel) * s;
-    acc_t mean_g = sums ? sums[channel] / count : (acc_t)0, mean_dot = sums ? sums[channels + channel] / count : (acc_t)0;
-    #pragma unroll 1
-    for (int first = 0; first < PACKS; first += BATCH / 2) {
-        Pack gradient[BATCH / 2], in[BATCH / 2], out[BATCH / 2];
-        i64 offsets[BATCH / 2];
-        #pragma unroll
-        for (int j = 0; j < BATCH / 2; j++) {
-            offsets[j] = walk.inside(first + j) ? walk.offset : -1;
-            if (offsets[j] >= 0) {
-                gradient[j] = *(const Pack*)(dy + offsets[j]);
-                if (sums) in[j] = *(const Pack*)(x + offsets[j]);
-                if (y) out[j] = *(const Pack*)(y + offsets[j]);
-            }
-            walk.advance();
-        }
-        #pragma unroll
-        for (int j = 0; j < BATCH / 2; j++) {
-            if (offsets[j] < 0) continue;
-            Pack result;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                acc_t g = gradient_of(gradient[j].v[i], out[j].v[i], y);
-                if (sums) g -= mean_g + bn_normalise(to_acc(in[j].v[i]), m, s) * mean_dot;
-                result.v[i] = from_acc<scalar_t>(g * scale);
-            }
-            *(Pack*)(dx + offsets[j]) = result;
-        }
-    }
-}
-""",
     "batch_norm.cuh": r"""// Batch norm's arithmetic on one value, as every kernel that applies it computes it: y = (x - mean) invstd weight + bias.
 #pragma once
 #include "common.cuh"
@@ -1858,20 +1986,21 @@ template <class A> __device__ inline A block_sum(A v, A* scratch) {
 // gamma, batch norm's weight, is positive, the smallest where it is negative, and the first where it is zero.
 //
 // All values are without the convolution's bias, which batch norm's mean takes out again:
-//     pooled [N, M, OUT_H / 2, OUT_W / 2]     the chosen sums
+//     pooled [N, M, PLANE]                    the chosen sums, OUT_H / 2 x OUT_W / 2 of a plane; the rest of it stays as it is
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums
 //     SAVE, for the backward:
 //         taps, like pooled                   the chosen corner
-//         saved [N, M, WINDOWS, 4]            all sums. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
+//         saved [N, M, PLANE, 4]              all sums of WINDOWS windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
 //                                             a sum is saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
 //                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. SPLIT 2: float
 //         unit_exponents [N * UNITS]
 // Macros: those of conv_mma.cuh, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
+#define ADJACENT 1
 #include "conv_mma.cuh"
 #include "batch_norm.cuh"
 
 #define POOLED_W (OUT_W / 2)
-#define POOLED (OUT_H / 2 * POOLED_W)
+#define PLANE ((WINDOWS + 3) / 4 * 4)  // so that the wide stores of a lane's windows are aligned
 
 // Chan's rule: how the moments of two sets of pixels combine.
 struct Merge {
@@ -1883,7 +2012,7 @@ struct Merge {
     // x: mean, y: sum of squared distances from it
     __device__ float2 operator()(float2 a, float2 b) const {
         float distance = b.x - a.x;
-        return make_float2(a.x + distance * share, a.y + b.y + distance * distance * weight);
+        return make_float2(a.x + distance * share, a.y + b.y + distance * (distance * weight));
     }
 };
 
@@ -1892,8 +2021,7 @@ __device__ inline float quad_sum(float v) {
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
-enum { OWN = WARP_TILES / 2 };  // windows of a lane
-enum { ROWS = 4 };              // channels handled together: 8 would need more registers than there are
+enum { ROWS = 4 };  // channels handled together
 
 __device__ inline float max_or_nan(float a, float b) {
 #ifdef CUPY_KERNELS_EMULATOR
@@ -1905,23 +2033,30 @@ __device__ inline float max_or_nan(float a, float b) {
 #endif
 }
 
-// For ROWS channels of a lane: mean, and sum of squared distances from it, of the valid values of four lanes. The channels take
-// each step together, so that none waits for its own last step.
+// A lane's sum in row `row` of 8 that it has, of the t-th of its windows.
+__device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
+    return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
+}
+
+// For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four lanes. The
+// channels take each step together, so that none waits for its own last step.
 template <bool FULL>
-__device__ inline void moments_of(const float (&v)[ROWS][OWN][4], unsigned valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
+__device__ __forceinline__ void moments_of(
+    const Sums& sums, int first, unsigned valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = squares[i] = 0;
     #pragma unroll
-    for (int at = 0; at < OWN * 4; at++)
+    for (int at = 0; at < PAIRS * 4; at++)
         #pragma unroll
-        for (int i = 0; i < ROWS; i++) mean[i] += FULL || valid >> at & 1 ? v[i][at / 4][at % 4] : 0;
+        for (int i = 0; i < ROWS; i++)
+            mean[i] += FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) : 0;
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = quad_sum(mean[i]) * per_count;
     #pragma unroll
-    for (int at = 0; at < OWN * 4; at++)
+    for (int at = 0; at < PAIRS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            float distance = FULL || valid >> at & 1 ? v[i][at / 4][at % 4] - mean[i] : 0;
+            float distance = FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) - mean[i] : 0;
             squares[i] += distance * distance;
         }
     #pragma unroll
@@ -1929,85 +2064,89 @@ __device__ inline void moments_of(const float (&v)[ROWS][OWN][4], unsigned valid
 }
 
 struct Pool {
-    const param_t* gamma;
     float *pooled, *partials;
     u8* taps;
     saved_t* saved;
     int* unit_exponents;
-    const int* exponents;
+    const int* exponents;  // in shared memory, of the block's channels, as `signs`
+    const float* signs;    // of gamma, or 0; pack_weight_fp16 has multiplied the weights by -1 where it is negative
     float2* moments;  // [WARPS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each warp
     int* counts;      // [WARPS_N] in shared memory
     int seen;
 
-    __device__ void turn(const Sums& sums, i64 image, int first_m, int first_window, int end_window, int exponent) {
-        bool full = OUT_H % 2 == 0 && OUT_W % 2 == 0 && first_window + OWN * 4 == end_window;
-        if (full) windows<true>(sums, image, first_m, first_window, end_window, exponent);
-        else windows<false>(sums, image, first_m, first_window, end_window, exponent);
+    __device__ __forceinline__ void turn(
+        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
+        bool full = OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window;
+        if (full) windows<true>(sums, pairs, image, first_m, first_window, end_window, exponent);
+        else windows<false>(sums, pairs, image, first_m, first_window, end_window, exponent);
     }
 
-    // FULL: all pixels of the warp exist, which is the usual case and needs no masks.
+    // FULL: the warp has PAIRS pairs whose pixels all exist, which is the usual case and needs no masks.
     template <bool FULL>
-    __device__ void windows(const Sums& sums, i64 image, int first_m, int first_window, int end_window, int exponent) {
-        // A lane's accumulators are the upper or the lower row of windows. It trades half of them with its neighbour, and then owns
-        // OWN whole windows of each channel: those of the n8-tiles 2 t + lane % 2.
+    __device__ __forceinline__ void windows(
+        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
         int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        bool odd = lane % 2;
-        i64 plane = image * OUT_CHANNELS + first_m;
-        int own_window = first_window + odd * 2 + lane % 4 / 2;  // its t-th window is own_window + 4 t
-        float* pooled_rows = pooled + plane * POOLED;
-        u8* tap_rows = taps + plane * POOLED;
-        Packed<saved_t, 4>* saved_rows = (Packed<saved_t, 4>*)saved + plane * WINDOWS + own_window;
-        int targets[OWN];    // position in the pooled plane, or -1
+        i64 plane = (image * OUT_CHANNELS + first_m) * PLANE;
+        int own_window = first_window + lane_window(lane % 4, 0, pairs);  // the first of the lane's, which are neighbours
+        float* pooled_rows = pooled + plane;
+        u8* tap_rows = taps + plane;
+        saved_t* saved_rows = saved + (plane + own_window) * 4;
+        int targets[PAIRS];  // position in the pooled plane, or -1
         unsigned valid = 0;  // bit t * 4 + corner
         #pragma unroll
-        for (int t = 0; t < OWN; t++) {
-            int window = own_window + 4 * t, row = window / WINDOWS_W, column = window % WINDOWS_W;
-            bool mine = window < end_window;
+        for (int t = 0; t < PAIRS; t++) {
+            int window = own_window + t, row = window / WINDOWS_W, column = window % WINDOWS_W;
+            bool mine = t < pairs && window < end_window;
             targets[t] = FULL ? window : mine && row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
             #pragma unroll
             for (int corner = 0; corner < 4; corner++) valid |= (unsigned)(mine && Pixel(window, corner).valid()) << (t * 4 + corner);
         }
-        float count = FULL ? OWN * 16 : quad_sum((float)__popc(valid)), per_count = count > 0 ? 1 / count : 0;
+        float count = FULL ? PAIRS * 16 : quad_sum((float)__popc(valid)), per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
         #pragma unroll
         for (int first = 0; first < 8; first += ROWS) {
-            float v[ROWS][OWN][4];
-            #pragma unroll
-            for (int i = 0; i < ROWS; i++)
-                #pragma unroll
-                for (int t = 0; t < OWN; t++)
-                    #pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        float even_tile = sums[(first + i) / 2][2 * t][(first + i) % 2 * 2 + j], odd_tile = sums[(first + i) / 2][2 * t + 1][(first + i) % 2 * 2 + j];
-                        float received = __shfl_xor_sync(0xFFFFFFFFu, odd ? even_tile : odd_tile, 1);
-                        v[i][t][j] = odd ? received : even_tile;
-                        v[i][t][2 + j] = odd ? odd_tile : received;
-                    }
             float mean[ROWS], squares[ROWS];
-            if (STATISTICS) moments_of<FULL>(v, valid, per_count, mean, squares);
+            if (STATISTICS) moments_of<FULL>(sums, first, valid, per_count, mean, squares);
             #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 int m = first_m + (first + i) * 8;
                 bool real = OUT_CHANNELS % TILE_M == 0 || m < OUT_CHANNELS;  // the same in all lanes
-                ScaleBack scale(real ? exponent + exponents[m] : 0);
+                int channel = warp % WARPS_M * 64 + (first + i) * 8 + lane / 4;
+                bool any = signs[channel] != 0;
+                float sign = any ? signs[channel] : 1;
+                ScaleBack scale(exponent + exponents[channel]);
                 if (STATISTICS && lane % 4 == 0) {
-                    float2* place = moments + warp / WARPS_M * TILE_M + warp % WARPS_M * 64 + (first + i) * 8 + lane / 4;
-                    *place = merge(seen ? *place : make_float2(0, 0), make_float2(scale(mean[i]), scale(scale(squares[i]))));
+                    float2* place = moments + warp / WARPS_M * TILE_M + channel;
+                    *place = merge(seen ? *place : make_float2(0, 0), make_float2(scale(mean[i] * sign), scale(scale(squares[i]))));
                 }
                 if (!real) continue;
-                float weight = bn_weight(gamma, m), sign = weight > 0 ? 1 : weight < 0 ? -1 : 0;
+                Packed<float, PAIRS> best;
+                Packed<u8, PAIRS> tap;
+                Packed<saved_t, PAIRS * 4> kept;
                 #pragma unroll
-                for (int t = 0; t < OWN; t++) {
-                    if (SAVE && (FULL || own_window + 4 * t < end_window)) saved_rows[4 * t + (first + i) * 8 * WINDOWS] = save(v[i][t], scale);
-                    if (!FULL && targets[t] < 0) continue;
-                    float best = v[i][t][0] * sign;
+                for (int t = 0; t < PAIRS; t++) {
+                    float v[4], largest;
                     #pragma unroll
-                    for (int corner = 1; corner < 4; corner++) best = max_or_nan(best, v[i][t][corner] * sign);
-                    int tap = 3;
-                    #pragma unroll
-                    for (int corner = 2; corner >= 0; corner--) tap = v[i][t][corner] * sign == best ? corner : tap;
-                    pooled_rows[targets[t] + (first + i) * 8 * POOLED] = scale(sign == 0 ? v[i][t][0] : best * sign);
-                    if (SAVE) tap_rows[targets[t] + (first + i) * 8 * POOLED] = tap;
+                    for (int corner = 0; corner < 4; corner++) v[corner] = sum_of(sums, first + i, t, corner);
+                    largest = max_or_nan(max_or_nan(v[0], v[1]), max_or_nan(v[2], v[3]));
+                    best.v[t] = scale((any ? largest : v[0]) * sign);
+                    tap.v[t] = !any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3;
+                    if (SAVE) *(Packed<saved_t, 4>*)(kept.v + t * 4) = save(v, sign, scale);
+                }
+                int to = (first + i) * 8 * PLANE;
+                if (FULL) {
+                    *(Packed<float, PAIRS>*)(pooled_rows + to + own_window) = best;
+                    if (SAVE) *(Packed<u8, PAIRS>*)(tap_rows + to + own_window) = tap;
+                    if (SAVE) *(Packed<saved_t, PAIRS * 4>*)(saved_rows + to * 4) = kept;
+                }
+                #pragma unroll
+                for (int t = 0; t < PAIRS; t++) {
+                    if (FULL || t >= pairs) continue;
+                    if (SAVE && own_window + t < end_window)
+                        *(Packed<saved_t, 4>*)(saved_rows + (to + t) * 4) = *(Packed<saved_t, 4>*)(kept.v + t * 4);
+                    if (targets[t] < 0) continue;
+                    pooled_rows[to + targets[t]] = best.v[t];
+                    if (SAVE) tap_rows[to + targets[t]] = tap.v[t];
                 }
             }
         }
@@ -2015,15 +2154,17 @@ struct Pool {
     }
 
     // Corners outside the image are read by nobody.
-    __device__ static Packed<half_t, 4> save(const float (&v)[4], const ScaleBack&, half_t*) {
-        float shrink = power_of_two(-SAVED_SHIFT);
+    __device__ static Packed<half_t, 4> save(const float (&v)[4], float sign, const ScaleBack&, half_t*) {
+        float shrink = power_of_two(-SAVED_SHIFT) * sign;
         uint2 kept = {pack_halves(v[0] * shrink, v[1] * shrink), pack_halves(v[2] * shrink, v[3] * shrink)};
         return *(Packed<half_t, 4>*)&kept;
     }
-    __device__ static Packed<float, 4> save(const float (&v)[4], const ScaleBack& scale, float*) {
-        return {{scale(v[0]), scale(v[1]), scale(v[2]), scale(v[3])}};
+    __device__ static Packed<float, 4> save(const float (&v)[4], float sign, const ScaleBack& scale, float*) {
+        return {{scale(v[0] * sign), scale(v[1] * sign), scale(v[2] * sign), scale(v[3] * sign)}};
     }
-    __device__ static Packed<saved_t, 4> save(const float (&v)[4], const ScaleBack& scale) { return save(v, scale, (saved_t*)0); }
+    __device__ static Packed<saved_t, 4> save(const float (&v)[4], float sign, const ScaleBack& scale) {
+        return save(v, sign, scale, (saved_t*)0);
+    }
 
     // Adds up what the warps of a block have seen of each channel, in their order.
     __device__ void finish(int exponent) {
@@ -2048,13 +2189,20 @@ struct Pool {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const param_t* __restrict__ gamma, float* __restrict__ pooled, float* __restrict__ partials, u8* __restrict__ taps,
-    saved_t* __restrict__ saved, int* __restrict__ unit_exponents, int ahead) {
+    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, INOUT u8* __restrict__ taps,
+    INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
-    __shared__ int counts[WARPS_N];
+    __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
+    __shared__ float signs[TILE_M];
+    for (int i = threadIdx.x; i < TILE_M; i += THREADS) {
+        int m = blockIdx.y * TILE_M + i;
+        float weight = m < OUT_CHANNELS ? bn_weight(gamma, m) : 0;
+        signs[i] = weight > 0 ? 1 : weight < 0 ? -1 : 0;
+        channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;
+    }
     DYNAMIC_SHARED(u8, shared);
-    Pool epilogue = {gamma, pooled, partials, taps, saved, unit_exponents, exponents, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
-    convolve(x, packed, ahead, shared, scratch, epilogue);
+    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
+    convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
 }
 """,
     "conv_mma.cuh": r"""// Transposed convolution with stride 1, dilation 1 and one group on tensor cores (sm_80 and newer): loads and main loop.
@@ -2066,15 +2214,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
 // Implicit GEMM: channels m are rows, pixels are columns, the sum runs over chunks of input channels and taps. A block owns one
 // unit: TILE_M channels and UNIT_PASSES passes of TILE_N pixels of one image. The rows of x that it needs (the band) lie in shared
 // memory as fp16 cells [row][column][64 halves]; every tap reads them shifted, by ldmatrix. Weights stream through a ring of STAGES
-// (an even number) cp.async stages, one tap of one chunk each. Pixels are ordered by 2x2 windows, so that four neighbouring accumulator columns
-// are a pooling window. Each warp owns 64 channels x 8 WARP_TILES pixels. An Epilogue (conv_epilogue.cuh) takes the sums of each turn.
+// (an even number) cp.async stages, one tap of one chunk each. Each warp owns 64 channels x 8 WARP_TILES pixels. An epilogue, the
+// kernel's own, takes the sums of each turn.
 //
-// Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right border.
-// PITCH = 4 mod 8 makes the cells of two window rows fall into different banks.
+// Pixels are ordered by 2x2 windows: the upper row of four windows is an n8-tile, their lower row the next one, so that a lane's
+// accumulators are whole windows. ADJACENT 1: the windows of a lane are neighbours, for wide stores; 0: those of four lanes are.
 //
-// Macros: scalar_t (float, half_t, bf16_t), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H,
+// Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right border. The
+// order of a cell's parts (BAND_KEY) is such that the eight rows of a matrix, the pixels of a tile, lie in different banks.
+//
+// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
+//
+// Macros: scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H,
 // KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
-// RESIDENT (1: all chunks of the band stay in shared memory, 0: each turn loads one after the other), STAGES.
+// RESIDENT (1: all chunks of the band stay in shared memory, 0: each turn loads one after the other), STAGES, ADJACENT.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -2082,29 +2235,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
 #define TAPS (KERNEL_H * KERNEL_W)
 #define THREADS (32 * WARPS_M * WARPS_N)
 #define TILE_M (64 * WARPS_M)
-#define WARP_TILES (8 / SPLIT)  // n8-tiles of a warp; SPLIT 2 needs registers for the second fp16 values
+#define WARP_TILES 8            // n8-tiles of a warp
+#define PAIRS (WARP_TILES / 2)  // of tiles, the upper and lower rows of four windows
 #define TILE_N (8 * WARP_TILES * WARPS_N)
 #define GAP (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-#define PITCH ((IN_W + GAP + 3) / 8 * 8 + 4)
+#define PITCH (IN_W + GAP)
 #define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
 #define WINDOWS_W ((OUT_W + 1) / 2)
 #define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
 #define PASS_WINDOWS (TILE_N / 4)
 #define UNIT_WINDOWS (UNIT_PASSES * PASS_WINDOWS)
-// Pairs of n8-tiles a warp that an image's last windows need; units of one turn do not care.
-#define LAST_PAIRS (UNIT_PASSES == 1 ? WARP_TILES / 2 : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
+// Pairs that an image's last windows need; units of one turn do not care.
+#define LAST_PAIRS (UNIT_PASSES == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
 #define UNITS ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
 
 #include "fp16_cells.cuh"
 #include "mma.cuh"
 
+#define SLICES_AT_ONCE (SPLIT == 1 && THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
 #define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)  // of 16 channels; those past IN_CHANNELS are zero
-#define SLICES_AT_ONCE (SPLIT == 1 && RESIDENT && THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
 enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
+// Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are loaded once,
+// under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
+enum { GUESS = 10, SLACK = 6 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
 
-struct Fragments { unsigned a[4][SPLIT][4], b[SPLIT][WARP_TILES / 2][4]; };  // of one slice, as mma.cuh has them
 typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
+
+// Which window of a warp's `pairs` times 4 the j-th one of lanes 4 n + quad is.
+__device__ inline int lane_window(int quad, int j, int pairs) { return ADJACENT ? quad * pairs + j : j * 4 + quad; }
 
 // The pixel of a corner of a 2x2 window. Windows past the last one, and the missing half of windows at an odd edge, are not valid.
 struct Pixel {
@@ -2115,6 +2274,12 @@ struct Pixel {
     }
     __device__ bool valid() const { return oh < OUT_H && ow < OUT_W; }
 };
+
+// Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without a gap.
+__device__ inline int band_key(int row, int column) {
+    unsigned place = row * WINDOWS_W + column;
+    return ADJACENT ? place / WARP_TILES % 4 * 2 + place % 2 : place % 8;
+}
 
 // What a block works on.
 struct Unit {
@@ -2131,6 +2296,27 @@ struct Unit {
     }
 };
 
+// Zeros in the cells that hold no pixel: the zero row, and the borders.
+__device__ inline void clear_border(u8* cells) {
+    enum { ZERO_ROW = PITCH + GAP, COUNT = (ZERO_ROW + BAND_ROWS * GAP) * 8, BORDER = GAP ? GAP : 1 };
+    for (int i = threadIdx.x; i < COUNT; i += THREADS) {
+        int at = i / 8, right = at - ZERO_ROW;
+        int cell = right < 0 ? at : (right / BORDER + 1) * PITCH + GAP + IN_W + right % BORDER;
+        *(uint4*)(cells + cell_offset(cell, i % 8)) = make_uint4(0, 0, 0, 0);
+    }
+}
+
+#if CELLS
+// Copies chunk `chunk` of a unit's rows, asynchronously. `source`: row first_row of chunk 0.
+__device__ inline void copy_band(const half_t* source, const Unit& unit, u8* cells, int chunk) {
+    source += (i64)chunk * IN_H * IN_W * (CELL_BYTES / 2);
+    for (int i = threadIdx.x; i < (unit.last_row - unit.first_row) * IN_W * 8; i += THREADS) {
+        int row = i / 8 / IN_W, column = i / 8 % IN_W + GAP;
+        cp_async_16(cells + cell_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)), source + i * 8, true);
+    }
+    cp_async_commit();
+}
+#else
 // Exponent of the scale for a unit's rows, all channels. `source`: channel 0 of row first_row.
 __device__ inline int band_exponent(const scalar_t* source, const Unit& unit, unsigned* scratch) {
     enum { WIDTH = IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t), BATCH = 16 };
@@ -2150,159 +2336,171 @@ __device__ inline int band_exponent(const scalar_t* source, const Unit& unit, un
     return scale_exponent(block_max(largest, scratch));
 }
 
-// Asks for a unit's rows to be brought into the L2 cache.
-__device__ inline void prefetch_band(const scalar_t* x, const Unit& unit) {
-#ifndef CUPY_KERNELS_EMULATOR
-    const char* source = (const char*)(x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W);
-    int lines = ((unit.last_row - unit.first_row) * IN_W * (int)sizeof(scalar_t) + 127) / 128;
-    for (int i = threadIdx.x; i < IN_CHANNELS * lines; i += THREADS)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(source + ((i64)(i / lines) * IN_H * IN_W * sizeof(scalar_t) + i % lines * 128)));
-#endif
-}
-
-// Brings chunk `chunk` of a unit's rows into cells, scaled.
-__device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale) {
-    enum { BATCH = RESIDENT ? 8 : 1, GROUPS = CHUNK_CHANNELS / 8 };  // not resident, the sums already hold the registers
-    for (int first = threadIdx.x; first < BAND_CELLS * GROUPS; first += THREADS * BATCH) {
+// Brings chunk `chunk` of a unit's rows into cells, scaled; `largest` grows to their largest finite magnitude.
+__device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
+    enum { BATCH = RESIDENT ? 8 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };  // not resident, the sums hold the registers
+    // Lanes take 32 pixels in such an order that eight at a time write to different banks.
+    int lane = threadIdx.x % 32, spread = lane;
+    if (ADJACENT) spread = lane % 2 + lane / 2 % 4 * WARP_TILES + lane / 8 % PAIRS * 2;
+    for (int first = threadIdx.x - lane + spread; first < COUNT; first += THREADS * BATCH) {
         float v[BATCH][8];
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS, cell = i % BAND_CELLS, k = chunk * CHUNK_CHANNELS + i / BAND_CELLS * 8;
-            int row = (cell - GAP + PITCH) / PITCH - 2, column = cell - GAP - (row + 1) * PITCH;  // cell row 0 is the zero row
-            bool inside = row >= 0 && column < IN_W && unit.first_row + row < unit.last_row && k < IN_CHANNELS && i < BAND_CELLS * GROUPS;
-            const scalar_t* from = source + (k * IN_H + row) * IN_W + column;
+            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W), k = chunk * CHUNK_CHANNELS + i / (BAND_ROWS * IN_W) * 8;
+            bool inside = unit.first_row + pixel / IN_W < unit.last_row && k < IN_CHANNELS && i < COUNT;
+            const scalar_t* from = source + k * IN_H * IN_W + pixel;
             #pragma unroll
-            for (int j = 0; j < 8; j++) v[b][j] = inside ? multiply_unflushed(to_acc(from[j * IN_H * IN_W]), scale) : 0;
+            for (int j = 0; j < 8; j++) v[b][j] = inside ? to_acc(from[j * IN_H * IN_W]) : 0;
         }
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS;
-            if (i < BAND_CELLS * GROUPS) store_cell(cells, i % BAND_CELLS, i / BAND_CELLS, v[b]);
+            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W), row = pixel / IN_W, column = pixel % IN_W + GAP;
+            #pragma unroll
+            for (int j = 0; j < 8; j++) {
+                largest = max(largest, finite_magnitude(v[b][j]));
+                v[b][j] = multiply_unflushed(v[b][j], scale);
+            }
+            if (i < COUNT)
+                store_cell(cells, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b], band_key(unit.first_row + row, column));
         }
     }
 }
+#endif
 
-// sums += a b for 16 channels and `pairs` pairs of n8-tiles. Tensor cores truncate when they add to an accumulator, which costs float32's last bits
-// in a long sum: with SPLIT 2 they add three products only, the small ones first, and an ordinary addition adds those.
-__device__ __forceinline__ void multiply(
-    float (&sums)[WARP_TILES][4], const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][WARP_TILES / 2][4], const int pairs) {
+// sums += a b for 64 channels and pair `pair` of n8-tiles. Tensor cores truncate when they add to an accumulator, which costs float32's
+// last bits in a long sum: with SPLIT 2 they add three products only, the small ones first, and an ordinary addition adds those.
+__device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[4][SPLIT][4], const unsigned (&b)[SPLIT][4], int pair) {
 #if SPLIT == 1
     #pragma unroll
-    for (int n = 0; n < WARP_TILES; n++)
-        if (n < 2 * pairs) mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
-#else
-    float partial[WARP_TILES][4] = {};
-    #pragma unroll
-    for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+    for (int i = 0; i < 4; i++)
         #pragma unroll
-        for (int n = 0; n < WARP_TILES; n++) {
-            if (n >= 2 * pairs) continue;
-            const unsigned(&right)[4] = b[product == 1][n / 2];
-            mma_m16n8k16(partial[n], a[product == 0], right[n % 2 * 2], right[n % 2 * 2 + 1]);
-        }
+        for (int n = 0; n < 2; n++) mma_m16n8k16(sums[i][2 * pair + n], a[i][0], b[0][2 * n], b[0][2 * n + 1]);
+#else
     #pragma unroll
-    for (int i = 0; i < WARP_TILES * 4; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
+    for (int first = 0; first < 4; first += 2) {
+        float partial[2][2][4] = {};
+        #pragma unroll
+        for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+            #pragma unroll
+            for (int t = 0; t < 4; t++)
+                mma_m16n8k16(partial[t / 2][t % 2], a[first + t / 2][product == 0], b[product == 1][t % 2 * 2], b[product == 1][t % 2 * 2 + 1]);
+        #pragma unroll
+        for (int t = 0; t < 16; t++) sums[first + t / 8][2 * pair + t / 4 % 2][t % 4] += partial[t / 8][t / 4 % 2][t % 4];
+    }
 #endif
 }
 
-// The convolution of one unit. `ahead`: how many units run at a time, so whose rows to prefetch; results do not depend on it.
+// The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them.
 template <class Epilogue>
-__device__ inline void convolve(const scalar_t* x, const half_t* packed, int ahead, u8* shared, unsigned* scratch, Epilogue& epilogue) {
-    u8 *cells = shared, *ring = shared + RING_OFFSET;
+__device__ inline void convolve(
+    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
+    Epilogue& epilogue) {
+    u8* ring = shared + RING_OFFSET;
+    auto band_of = [&](int chunk) { return shared + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES; };
+    for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(chunk));
     int lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
     Unit unit(blockIdx.x);
-    int steps = unit.passes * CHUNKS * TAPS;
-    const scalar_t* source = x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W;
+#if CELLS
+    const input_t* source = x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (CELL_BYTES / 2);
+    auto bring_band = [&](int chunk) { copy_band(source, unit, band_of(chunk), chunk); };
+    if (RESIDENT)
+        for (int chunk = 0; chunk < CHUNKS; chunk++) bring_band(chunk);
+#else
+    const input_t* source = x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W;
+    int exponent = GUESS;
+    unsigned largest = 0;
+    auto bring_band = [&](int chunk) { load_band(source, unit, band_of(chunk), chunk, power_of_two(exponent), largest); };
+#endif
     const u8* weights = (const u8*)packed + (i64)blockIdx.y * CHUNKS * TAPS * STAGE_BYTES;
 
-    // The ring has two halves: one is multiplied, the other loaded. One barrier for each half.
-    enum { HALF = STAGES / 2 };
-    auto fetch_half = [&](int first_step) {
+    // Past the last step it fetches the first ones again, which nobody reads: cheaper than to ask each time.
+    int from = 0, stage = 0;
+    auto fetch = [&](int to) {
         #pragma unroll
-        for (int step = first_step; step < first_step + HALF; step++) {
-            if (step >= steps) break;
-            const u8* from = weights + (i64)(step % (CHUNKS * TAPS)) * STAGE_BYTES;
-            u8* to = ring + step % STAGES * STAGE_BYTES;
-            #pragma unroll
-            for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) {
-                int at = (i * THREADS + threadIdx.x) * 16;
-                cp_async_16(to + at, from + at, true);
-            }
+        for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) {
+            int at = (i * THREADS + threadIdx.x) * 16;
+            cp_async_16(ring + to + at, weights + from + at, true);
         }
+        from = from + STAGE_BYTES == CHUNKS * TAPS * STAGE_BYTES ? 0 : from + STAGE_BYTES;
         cp_async_commit();
     };
-    fetch_half(0);
+    for (int i = 0; i < STAGES - 1; i++) fetch(i * STAGE_BYTES);
 
-    int exponent = band_exponent(source, unit, scratch);
-    float scale = power_of_two(exponent);
-    if (RESIDENT)
-        for (int chunk = 0; chunk < CHUNKS; chunk++) load_band(source, unit, cells + chunk * BAND_CELLS * CELL_BYTES, chunk, scale);
-    if (blockIdx.x + ahead < gridDim.x) prefetch_band(x, Unit(blockIdx.x + ahead));
+#if CELLS
+    int exponent = smallest_exponent(x_exponents, x_exponent_count, scratch);
+#else
+    if (!RESIDENT) exponent = band_exponent(source, unit, scratch);
+    for (bool again = RESIDENT; again;) {
+        for (int chunk = 0; chunk < CHUNKS; chunk++) bring_band(chunk);
+        int right = scale_exponent(block_max(largest, scratch));
+        again = exponent == GUESS && (right < GUESS || right > GUESS + SLACK);
+        if (again) exponent = right;
+    }
+#endif
 
-    int step = 0;
-    // One turn over `pairs` pairs of n8-tiles a warp: a constant at each call, so that a copy is made for it.
-    auto run_pass = [&](const int pairs, int turn) __attribute__((always_inline)) {
-        // This lane's rows of ldmatrix: pixel lane % 8 of the n8-tiles 2 j + lane / 16; lanes 8 to 15 and 24 to 31 turn channels + 8.
-        int row_of[WARP_TILES / 2], column_of[WARP_TILES / 2];
-        int first_window = unit.first_window + turn * PASS_WINDOWS + warp_n * (pairs * 4);
+    // A turn over windows of which the warp's first is `first_window`. `pairs` is a constant at each call, so that a copy is made for it.
+    auto run_pass = [&](Sums& sums, const int pairs, int first_window) __attribute__((always_inline)) {
+        // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of pair j; lanes 8 to 15 and 24 to 31 turn channels + 8.
+        int row_of[PAIRS], column_of[PAIRS];
         #pragma unroll
-        for (int j = 0; j < WARP_TILES / 2; j++) {
-            Pixel pixel(first_window + (2 * j + lane / 16) * 2 + lane % 8 / 4, lane % 4);
+        for (int j = 0; j < PAIRS; j++) {
+            Pixel pixel(first_window + lane_window(lane % 8 / 2, j, pairs), lane / 16 * 2 + lane % 2);
             row_of[j] = pixel.oh + PAD_H;
             column_of[j] = GAP + min(pixel.ow, OUT_W - 1) + PAD_W;
         }
-        Sums sums = {};
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             if (!RESIDENT) {
                 __syncthreads();
-                load_band(source, unit, cells, chunk, scale);
+                bring_band(chunk);
+                if (CELLS) cp_async_wait<0>();
                 __syncthreads();
             }
-            const u8 *chunk_cells = cells + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES, *a_row, *b_row[WARP_TILES / 2];
-            auto turn_to = [&](int tap) {
-                if (step % HALF == 0) {
-                    cp_async_wait<0>();
-                    __syncthreads();
-                    fetch_half(step + HALF);
-                }
-                a_row = ring + step % STAGES * STAGE_BYTES + cell_offset(warp_m * 64 + lane % 16, lane / 16);
-                int kh = tap / KERNEL_W, kw = tap % KERNEL_W;
+            const u8 *chunk_cells = band_of(chunk), *a_row, *b_row[PAIRS];
+            // Called when the last tap's fragments are loaded: its stage is free once all warps are here.
+            auto turn_to = [&](int kh, int kw) __attribute__((always_inline)) {
+                cp_async_wait<STAGES - 2>();
+                __syncthreads();
+                fetch(stage ? stage - STAGE_BYTES : (STAGES - 1) * STAGE_BYTES);
+                a_row = ring + stage + cell_offset(warp_m * 64 + lane % 16, lane / 16);
+                stage = stage + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
                 #pragma unroll
-                for (int j = 0; j < WARP_TILES / 2; j++) {
-                    int ih = row_of[j] - kh;
+                for (int j = 0; j < PAIRS; j++) {
+                    int ih = row_of[j] - kh, column = column_of[j] - kw;
                     int row_cell = ih >= 0 && ih < unit.last_row ? (ih - unit.first_row + 1) * PITCH : 0;
-                    b_row[j] = chunk_cells + cell_offset(row_cell + column_of[j] - kw, lane / 8 % 2);
-                }
-                step++;
-            };
-            auto load = [&](Fragments& f, int slice) {
-                #pragma unroll
-                for (int part = 0; part < SPLIT; part++) {
-                    int parts = part * (CHUNK_CHANNELS / 8) + slice * 2;
-                    #pragma unroll
-                    for (int j = 0; j < WARP_TILES / 2; j++)
-                        if (j < pairs) ldmatrix_x4(f.b[part][j], other_part(b_row[j], parts));
-                    #pragma unroll
-                    for (int i = 0; i < 4; i++) ldmatrix_x4(f.a[i][part], other_part(a_row + i * 16 * CELL_BYTES, parts));
+                    b_row[j] = chunk_cells + cell_offset(row_cell + column, lane / 8 % 2, band_key(ih, column));
                 }
             };
-            for (int tap = 0; tap < TAPS; tap++) {
-                turn_to(tap);
-                #pragma unroll SLICES_AT_ONCE
-                for (int slice = 0; slice < SLICES; slice++) {
-                    Fragments fragments;
-                    load(fragments, slice);
-                    #pragma unroll
-                    for (int i = 0; i < 4; i++) multiply(sums[i], fragments.a[i], fragments.b, pairs);
+            for (int kh = 0; kh < KERNEL_H; kh++) {
+                for (int kw = 0; kw < KERNEL_W; kw++) {
+                    turn_to(kh, kw);
+                    #pragma unroll SLICES_AT_ONCE
+                    for (int slice = 0; slice < SLICES; slice++) {
+                        unsigned a[4][SPLIT][4], b[PAIRS][SPLIT][4];  // fragments as mma.cuh has them
+                        auto parts = [&](int part) { return part * (CHUNK_CHANNELS / 8) + slice * 2; };
+                        #pragma unroll
+                        for (int part = 0; part < SPLIT; part++)
+                            #pragma unroll
+                            for (int i = 0; i < 4; i++) ldmatrix_x4(a[i][part], other_part(a_row + i * 16 * CELL_BYTES, parts(part)));
+                        #pragma unroll
+                        for (int j = 0; j < PAIRS; j++) {
+                            if (j >= pairs) continue;
+                            #pragma unroll
+                            for (int part = 0; part < SPLIT; part++) ldmatrix_x4(b[j][part], other_part(b_row[j], parts(part)));
+                            multiply(sums, a, b[j], j);
+                        }
+                    }
                 }
             }
         }
-        int end_window = min(first_window + pairs * 4, WINDOWS);
-        epilogue.turn(sums, unit.image, blockIdx.y * TILE_M + warp_m * 64 + lane / 4, first_window, end_window, exponent);
     };
     for (int turn = 0; turn < unit.passes; turn++) {
-        if (LAST_PAIRS == WARP_TILES / 2 || unit.first_window + (turn + 1) * PASS_WINDOWS < WINDOWS) run_pass(WARP_TILES / 2, turn);
-        else run_pass(LAST_PAIRS, turn);
+        bool trimmed = LAST_PAIRS < PAIRS && unit.first_window + (turn + 1) * PASS_WINDOWS >= WINDOWS;
+        int pairs = trimmed ? LAST_PAIRS : PAIRS, first_window = unit.first_window + turn * PASS_WINDOWS + warp_n * (pairs * 4);
+        Sums sums = {};
+        if (trimmed) run_pass(sums, LAST_PAIRS, first_window);
+        else run_pass(sums, PAIRS, first_window);
+        int end_window = min(first_window + pairs * 4, WINDOWS);
+        epilogue.turn(sums, pairs, unit.image, blockIdx.y * TILE_M + warp_m * 64 + lane / 4, first_window, end_window, exponent);
     }
     epilogue.finish(exponent);
 }
@@ -2456,6 +2654,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
 }
 """,
     "conv_transpose_mma.cu": r"""// Transposed convolution and its input gradient on tensor cores (conv_mma.cuh): y[n, m, oh, ow] = sums + bias[m].
+#define ADJACENT (OUT_W % 8 == 0)  // a lane then stores whole sectors; else four lanes do
 #include "conv_mma.cuh"
 
 struct Store {
@@ -2463,8 +2662,8 @@ struct Store {
     scalar_t* y;
     const int* exponents;
 
-    __device__ void turn(const Sums& sums, i64 image, int first_m, int first_window, int end_window, int exponent) const {
-        struct __align__(2 * sizeof(scalar_t)) Pair { scalar_t v[2]; };
+    __device__ __forceinline__ void turn(
+        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) const {
         int lane = threadIdx.x % 32;
         #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -2474,18 +2673,27 @@ struct Store {
             ScaleBack scale(exponent + exponents[m]);
             scalar_t* plane = y + (image * OUT_CHANNELS + m) * OUT_H * OUT_W;
             #pragma unroll
-            for (int n = 0; n < WARP_TILES; n++) {
-                int window = first_window + n * 2 + lane % 4 / 2;
-                Pixel pixel(window, lane % 2 * 2);
-                if (window >= end_window || !pixel.valid()) continue;
-                Pair pair;
+            for (int half = 0; half < 2; half++) {  // upper and lower rows of the windows
+                Packed<scalar_t, PAIRS * 2> line;
                 #pragma unroll
-                for (int j = 0; j < 2; j++) pair.v[j] = from_acc<scalar_t>(scale(sums[i / 2][n][i % 2 * 2 + j]) + shift);
-                scalar_t* to = plane + pixel.oh * OUT_W + pixel.ow;
-                if (OUT_W % 2 == 0) *(Pair*)to = pair;
-                else {
-                    to[0] = pair.v[0];
-                    if (pixel.ow + 1 < OUT_W) to[1] = pair.v[1];
+                for (int j = 0; j < PAIRS * 2; j++) line.v[j] = from_acc<scalar_t>(scale(sums[i / 2][j / 2 * 2 + half][i % 2 * 2 + j % 2]) + shift);
+                int window = first_window + lane_window(lane % 4, 0, pairs);
+                Pixel pixel(window, half * 2);
+                if (ADJACENT && pairs == PAIRS) {  // all in one row
+                    if (window < end_window && pixel.valid()) *(Packed<scalar_t, PAIRS * 2>*)(plane + pixel.oh * OUT_W + pixel.ow) = line;
+                    continue;
+                }
+                #pragma unroll
+                for (int j = 0; j < PAIRS; j++) {
+                    window = first_window + lane_window(lane % 4, j, pairs);
+                    pixel = Pixel(window, half * 2);
+                    if (j >= pairs || window >= end_window || !pixel.valid()) continue;
+                    scalar_t* to = plane + pixel.oh * OUT_W + pixel.ow;
+                    if (OUT_W % 2 == 0) *(Packed<scalar_t, 2>*)to = *(Packed<scalar_t, 2>*)(line.v + j * 2);
+                    else {
+                        to[0] = line.v[j * 2];
+                        if (pixel.ow + 1 < OUT_W) to[1] = line.v[j * 2 + 1];
+                    }
                 }
             }
         }
@@ -2494,12 +2702,12 @@ struct Store {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
-    const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const scalar_t* __restrict__ bias, scalar_t* __restrict__ y, int ahead) {
+    const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed, const int* __restrict__ exponents,
+    const scalar_t* __restrict__ bias, scalar_t* __restrict__ y, int x_exponent_count) {
     __shared__ unsigned scratch[32];
     DYNAMIC_SHARED(u8, shared);
     Store epilogue = {bias, y, exponents};
-    convolve(x, packed, ahead, shared, scratch, epilogue);
+    convolve(x, x_exponents, x_exponent_count, packed, shared, scratch, epilogue);
 }
 """,
     "conv_transpose_wgrad.cu": r"""// Weight gradient of the transposed convolution, an implicit GEMM on ordinary FMA units, for any hyper-parameters.
@@ -2606,6 +2814,278 @@ extern "C" __global__ void wgrad_reduce(const acc_t* __restrict__ partial, scala
     dw[(((i64)group * in_channels + ic) * out_channels + oc) * taps + tap] = from_acc<scalar_t>(sum);
 }
 """,
+    "conv_wgrad_mma.cu": r"""// Weight gradient of the transposed convolution with stride 1, dilation 1 and one group, on tensor cores (sm_80 and newer).
+//
+//     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih - PAD_H + kh, iw - PAD_W + kw]
+//
+// x, dy: fp16 cells (fp16_cells.cu). For each tap, a product of dy (rows oc) and x (columns ic), summed over the pixels of x. The
+// 16 pixels of one mma lie below each other: one column of a band of 16 rows, rows counted through all images. So a tap one to the
+// right pairs the same fragment of x with that of dy's next column: fragments of TAPS_W neighbouring columns of dy wait in registers
+// (`window`), and each column of x and of dy is read from shared memory once for all taps.
+//
+// conv_wgrad_mma: a block owns one kh, TAPS_W taps in a row, TILE_OC output channels, one chunk of input channels, and a share
+// of the bands (split-K); a warp owns 16 output channels. Columns come through a ring of STAGES cp.async stages of COLUMNS columns
+// each: position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later x begins. Each block writes
+// its sums, partial [split][tap][oc][ic]. Chains of additions are limited: after CHAIN_BANDS bands the sums go to `partial` and
+// begin anew. conv_wgrad_reduce adds the splits in ascending order, undoes the scales, and writes dw [ic][oc][tap].
+//
+// Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
+// Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw), IN_CHANNELS,
+// OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT, WARPS (4 or 8), TAPS_W, STAGES.
+#include "common.cuh"
+#include "async_copy.cuh"
+#include "fp16_cells.cuh"
+#include "mma.cuh"
+
+#define THREADS (32 * WARPS)
+#define TILE_OC (16 * WARPS)
+#define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)  // of dy
+#define X_CHUNKS CHUNKS
+#define DY_CHUNKS ((OUT_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
+#define PAIRS ((IN_CHANNELS < CHUNK_CHANNELS ? IN_CHANNELS : CHUNK_CHANNELS) / 16)  // of n8-tiles of input channels
+#define TAPS (KERNEL_H * KERNEL_W)
+#define TAP_GROUPS ((KERNEL_W + TAPS_W - 1) / TAPS_W)
+#define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
+#define TILES (KERNEL_H * TAP_GROUPS * OC_TILES * X_CHUNKS)
+
+#define BAND_ROWS 16
+#define COLUMNS ((TAPS_W + 3) / TAPS_W * TAPS_W)  // at least 4 a stage, and a multiple of the window
+#define COLUMN_BYTES (BAND_ROWS * CELL_BYTES)
+#define SLOT_BYTES ((1 + TILE_CHUNKS) * COLUMNS * COLUMN_BYTES)  // x, then each chunk of dy
+#define BAND_STAGES ((IN_W + TAPS_W - 1 + COLUMNS - 1) / COLUMNS)
+#define BUFFERS (SPLIT == 1 ? 2 : 1)
+#define CHAIN (SPLIT == 1 ? 2048 : 128)  // SPLIT 1: the tensor core's sums, which truncate, must stay below the operands' rounding
+#define CHAIN_BANDS (CHAIN > IN_W ? CHAIN / IN_W : 1)
+
+typedef float Sums[2 * PAIRS][4];  // of a tap: [8 input channels][fragment c of mma.cuh]
+
+// sums += a b over 16 pixels. With SPLIT 2 an ordinary addition adds the three products, as in conv_mma.cuh.
+__device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][PAIRS][4]) {
+    if (SPLIT == 1) {
+        #pragma unroll
+        for (int n = 0; n < 2 * PAIRS; n++) mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
+        return;
+    }
+    Sums partial = {};
+    #pragma unroll
+    for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+        #pragma unroll
+        for (int n = 0; n < 2 * PAIRS; n++) {
+            const unsigned(&right)[4] = b[product == 1 ? SPLIT - 1 : 0][n / 2];
+            mma_m16n8k16(partial[n], a[product == 0 ? SPLIT - 1 : 0], right[n % 2 * 2], right[n % 2 * 2 + 1]);
+        }
+    #pragma unroll
+    for (int i = 0; i < 8 * PAIRS; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images, int split_bands) {
+    DYNAMIC_SHARED(u8, ring);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
+    int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
+    int oc_tile = tile / (KERNEL_H * TAP_GROUPS) % OC_TILES, ic_chunk = tile / (KERNEL_H * TAP_GROUPS * OC_TILES);
+    int kw = min(tap_group * TAPS_W, KERNEL_W - TAPS_W);  // the last group may repeat taps of the one before
+    int first_oc = oc_tile * TILE_OC + warp * 16;
+    bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS;
+    int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
+    int first_band = split * split_bands, stages = min(split_bands, bands - first_band) * BAND_STAGES;
+
+    auto fetch = [&](int stage) {
+        if (stage < stages) {
+            int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
+            int row_of_all = (first_band + stage / BAND_STAGES) * BAND_ROWS + row;
+            int image = row_of_all / IN_H, ih = row_of_all % IN_H, oh = ih - PAD_H + kh;
+            bool valid = row_of_all < rows && oh >= 0 && oh < OUT_H;
+            int position = stage % BAND_STAGES * COLUMNS, iw = position - (TAPS_W - 1), ow = position - PAD_W + kw;
+            u8* to = ring + stage % STAGES * SLOT_BYTES + cell_offset(row, part);
+            const u8* from = (const u8*)x + ((((i64)image * X_CHUNKS + ic_chunk) * IN_H + ih) * IN_W + iw) * CELL_BYTES + part * 16;
+            #pragma unroll
+            for (int i = 0; i < (COLUMNS + WARPS / 4 - 1) / (WARPS / 4); i++) {
+                int c = i * (WARPS / 4) + loader;
+                if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * CELL_BYTES, valid && iw + c >= 0 && iw + c < IN_W);
+            }
+            #pragma unroll 1  // at most two; unrolled, their addresses would take registers from the sums
+            for (int i = 0; i < TILE_CHUNKS / (WARPS / 4); i++) {
+                int q = i * (WARPS / 4) + loader, chunk = oc_tile * TILE_CHUNKS + q;
+                const u8* from = (const u8*)dy + ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + ow) * CELL_BYTES + part * 16;
+                #pragma unroll
+                for (int c = 0; c < COLUMNS; c++)
+                    cp_async_16(to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * CELL_BYTES,
+                                valid && chunk < DY_CHUNKS && ow + c >= 0 && ow + c < OUT_W);
+            }
+        }
+        cp_async_commit();
+    };
+
+    // Columns of x [inner_first, inner_end) have a partner for every tap.
+    int inner_first = max(0, PAD_W - kw), inner_end = min(IN_W, OUT_W + PAD_W - kw - (TAPS_W - 1));
+    // This lane's rows of ldmatrix. dy: pixel lane % 8 + lane / 16 * 8, channels + 8 for lane / 8 odd; x: the other way round.
+    int oc_in_tile = warp * 16;
+    int dy_row = (1 + oc_in_tile / CHUNK_CHANNELS) * COLUMNS * COLUMN_BYTES +
+                 cell_offset(lane % 8 + lane / 16 * 8, oc_in_tile % CHUNK_CHANNELS / 8 + lane / 8 % 2);
+    int x_row = cell_offset(lane % 8 + lane / 8 % 2 * 8, lane / 16);
+
+    Sums sums[TAPS_W] = {};
+    unsigned window[TAPS_W][SPLIT][4];
+
+    auto multiply_stage = [&](int stage) __attribute__((always_inline)) {
+        const u8* slot = ring + stage % STAGES * SLOT_BYTES;
+        int first_column = stage % BAND_STAGES * COLUMNS - (TAPS_W - 1);
+        unsigned b[BUFFERS][SPLIT][PAIRS][4];
+        auto load = [&](int c) __attribute__((always_inline)) {
+            #pragma unroll
+            for (int part = 0; part < SPLIT; part++) {
+                ldmatrix_x4_transposed(window[c % TAPS_W][part], other_part(slot + dy_row, part * 4) + c * COLUMN_BYTES);
+                #pragma unroll
+                for (int j = 0; j < PAIRS; j++)
+                    ldmatrix_x4_transposed(b[c % BUFFERS][part][j], other_part(slot + x_row, part * 4 + j * 2) + c * COLUMN_BYTES);
+            }
+        };
+        load(0);
+        #pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            int column = first_column + c;
+            auto multiply_column = [&](const bool inner) __attribute__((always_inline)) {
+                #pragma unroll
+                for (int t = 0; t < TAPS_W; t++) {
+                    int ow = column - PAD_W + kw + t;
+                    if (inner || (column >= 0 && column < IN_W && ow >= 0 && ow < OUT_W))
+                        multiply(sums[t], window[(c + 1 + t) % TAPS_W], b[c % BUFFERS]);
+                    // The first tap is the last to use the window's oldest column.
+                    if (t == (BUFFERS == 2 ? 0 : TAPS_W - 1) && c + 1 < COLUMNS) load(c + 1);
+                }
+            };
+            if (column >= inner_first && column < inner_end) multiply_column(true);
+            else multiply_column(false);
+            if (c == 0) fetch(stage + STAGES - 1);  // not right after the barrier, where no warp would keep the tensor core busy
+        }
+    };
+
+    // Adds the sums to those of earlier chains.
+    auto store_sums = [&](bool first) {
+        #pragma unroll
+        for (int t = 0; t < TAPS_W; t++) {
+            if (!active || kw + t < tap_group * TAPS_W) continue;
+            i64 row = ((i64)split * TAPS + kh * KERNEL_W + kw + t) * OUT_CHANNELS + first_oc + lane / 4;
+            float* to = partial + row * IN_CHANNELS + ic_chunk * CHUNK_CHANNELS + lane % 4 * 2;
+            auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * IN_CHANNELS + i / 2 * 8); };
+            auto exists = [&](int i) { return ic_chunk * CHUNK_CHANNELS + i / 2 * 8 < IN_CHANNELS; };
+            Packed<float, 2> totals[4 * PAIRS] = {};
+            if (!first)
+                #pragma unroll
+                for (int i = 0; i < 4 * PAIRS; i++)
+                    if (exists(i)) totals[i] = *place(i);
+            #pragma unroll
+            for (int i = 0; i < 4 * PAIRS; i++) {
+                #pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float& sum = sums[t][i / 2][i % 2 * 2 + j];
+                    totals[i].v[j] += sum;
+                    sum = 0;
+                }
+                if (exists(i)) *place(i) = totals[i];
+            }
+        }
+    };
+
+    for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
+    bool first = true;
+    for (int stage = 0; stage < stages; stage++) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        if (active) multiply_stage(stage);
+        else fetch(stage + STAGES - 1);
+        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) store_sums(first), first = false;
+    }
+}
+
+extern "C" __global__ void conv_wgrad_reduce(
+    const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
+    scalar_t* __restrict__ dw, int x_count, int dy_count, int splits) {
+    __shared__ unsigned scratch[32];
+    enum { SIZE = TAPS * OUT_CHANNELS * IN_CHANNELS };
+    ScaleBack scale(smallest_exponent(x_exponents, x_count, scratch) + smallest_exponent(dy_exponents, dy_count, scratch));
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= SIZE) return;
+    float sum = 0;
+    #pragma unroll 8
+    for (int s = 0; s < splits; s++) sum += partial[(i64)s * SIZE + i];
+    int ic = i % IN_CHANNELS, oc = i / IN_CHANNELS % OUT_CHANNELS, tap = i / (IN_CHANNELS * OUT_CHANNELS);
+    dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(scale(sum));
+}
+""",
+    "fp16_cells.cu": r"""// A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by cp.async.
+//
+//     cells [N][chunk][pixel][64 halves], value * 2^e, parts of a cell in ascending order; fp16_cells.cuh says what is in a cell
+//
+// largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them. to_cells: a
+// block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH pixels, and writes whole
+// cells after a turn through shared memory. Channels past the last one are zero.
+// Macros: scalar_t (float, half_t, bf16_t), SPLIT, WIDTH (pixels in one access; it divides the pixels of an image). `channels` is a
+// multiple of 8, N * pixels below 2^31.
+#include "common.cuh"
+#include "fp16_cells.cuh"
+
+#define THREADS 256
+#define GROUPS (CHUNK_CHANNELS / 8)  // of 8 channels
+#define TILE_PIXELS (THREADS / GROUPS * WIDTH)
+typedef Packed<scalar_t, WIDTH> Pack;
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
+    __shared__ unsigned scratch[32];
+    enum { BATCH = 8 };
+    i64 packs = size / WIDTH, step = (i64)gridDim.x * THREADS;
+    unsigned largest = 0;
+    for (i64 first = (i64)blockIdx.x * THREADS + threadIdx.x; first < packs; first += step * BATCH) {
+        Pack in[BATCH];
+        #pragma unroll
+        for (int i = 0; i < BATCH; i++) in[i] = ((const Pack*)source)[min(first + i * step, packs - 1)];
+        #pragma unroll
+        for (int i = 0; i < BATCH * WIDTH; i++) largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
+    }
+    largest = block_max(largest, scratch);
+    if (threadIdx.x == 0) exponents[blockIdx.x] = scale_exponent(largest);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents, half_t* __restrict__ cells,
+         int exponent_count, int images, int channels, int pixels) {
+    __shared__ uint4 tile[TILE_PIXELS * 8];
+    __shared__ unsigned scratch[32];
+    Divisor by_image(pixels);
+    int chunk = blockIdx.y, chunks = gridDim.y, total = images * pixels;
+    int group = threadIdx.x / (THREADS / GROUPS), place = threadIdx.x % (THREADS / GROUPS);
+    i64 first = (i64)blockIdx.x * TILE_PIXELS;
+    int first_channel = chunk * CHUNK_CHANNELS + group * 8;
+    Pack in[8] = {};
+    if (first + place * WIDTH < total && first_channel < channels) {
+        unsigned pixel, image = by_image.divide((unsigned)(first + place * WIDTH), pixel);
+        const scalar_t* from = source + ((i64)image * channels + first_channel) * pixels + pixel;
+        #pragma unroll
+        for (int j = 0; j < 8; j++) in[j] = *(const Pack*)(from + (i64)j * pixels);
+    }
+    float scale = power_of_two(smallest_exponent(exponents, exponent_count, scratch));
+    // The XOR makes eight neighbouring threads write to all banks.
+    #pragma unroll
+    for (int k = 0; k < WIDTH; k++) {
+        float v[8];
+        #pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(to_acc(in[j].v[k]), scale);
+        #pragma unroll
+        for (int part = 0; part < SPLIT; part++) tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
+    }
+    __syncthreads();
+    #pragma unroll
+    for (int i = threadIdx.x; i < TILE_PIXELS * 8; i += THREADS) {
+        int cell = i / 8, part = i % 8;
+        if (first + cell >= total) break;
+        unsigned pixel, image = by_image.divide((unsigned)(first + cell), pixel);
+        ((uint4*)cells)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] = tile[cell * 8 + (part ^ (cell / WIDTH & 7))];
+    }
+}
+""",
     "fp16_cells.cuh": r"""// fp16 operands of the tensor-core convolution: cells of 64 halves in shared memory.
 //
 // fp16, like TF32, keeps 10 mantissa bits, and fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds to fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision):
@@ -2618,8 +3098,10 @@ extern "C" __global__ void wgrad_reduce(const acc_t* __restrict__ partial, scala
 #define CELL_BYTES 128
 #define STAGE_BYTES (TILE_M * CELL_BYTES)
 
-// Where part `part` (16 bytes, 0 to 7) of a cell lies. The XOR spreads the same part of neighbouring cells over all banks.
-__device__ inline int cell_offset(int cell, int part) { return cell * CELL_BYTES + ((part ^ (cell & 7)) << 4); }
+// Where part `part` (16 bytes, 0 to 7) of a cell lies. Cells of different keys, 0 to 7, have the same part in different banks.
+__device__ inline int cell_offset(int cell, int part, int key) { return cell * CELL_BYTES + ((part ^ key) << 4); }
+// With keys that differ in eight neighbouring cells.
+__device__ inline int cell_offset(int cell, int part) { return cell_offset(cell, part, cell & 7); }
 
 // The part that lies `parts` parts on from the one at `row`, where `parts` sets only bits that are 0 in that one's number.
 __device__ inline const u8* other_part(const u8* row, int parts) { return (const u8*)((size_t)row ^ (size_t)(parts * 16)); }
@@ -2634,18 +3116,27 @@ __device__ inline unsigned pack_halves(float low, float high) {
 #endif
 }
 
-// Writes eight channels, `group` of its chunk, to a cell: part `group`, and with SPLIT 2 what rounding left of them, 4 parts on.
-__device__ inline void store_cell(u8* cells, int cell, int group, float (&v)[8]) {
+// Eight values as the halves of a cell's part `part`; leaves in `v` what is left for the next part. With SPLIT 2 infinities and NaNs are
+// all rest, the first value is 0: rests are multiplied by first values only, not by rests, whose sign would make NaN of an infinity.
+__device__ inline uint4 take_halves(float (&v)[8], int part) {
+    float rest[8];
     #pragma unroll
-    for (int part = 0; part < SPLIT; part++) {
-        *(uint4*)(cells + cell_offset(cell, part * (CHUNK_CHANNELS / 8) + group)) =
-            make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
-        #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float rest = v[j] - to_acc(from_acc<half_t>(v[j]));
-            v[j] = rest == rest ? rest : 0;  // nothing is left of an infinity or NaN
-        }
+    for (int j = 0; j < 8; j++) {
+        rest[j] = v[j];
+        if (part + 1 < SPLIT && v[j] - v[j] != 0) v[j] = 0;
+        rest[j] -= to_acc(from_acc<half_t>(v[j]));
     }
+    uint4 halves = make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
+    #pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = rest[j];
+    return halves;
+}
+
+// Writes eight channels, `group` of its chunk, to a cell: part `group`, and with SPLIT 2 what rounding left of them, 4 parts on.
+__device__ inline void store_cell(u8* cells, int cell, int group, float (&v)[8], int key) {
+    #pragma unroll
+    for (int part = 0; part < SPLIT; part++)
+        *(uint4*)(cells + cell_offset(cell, part * (CHUNK_CHANNELS / 8) + group, key)) = take_halves(v, part);
 }
 """,
     "fp16_scale.cuh": r"""// Power-of-two scales, measured from the data, that bring float32 values into fp16's normal range without loss.
@@ -2658,10 +3149,9 @@ __device__ inline unsigned finite_magnitude(float v) {
     return bits < 0x7F800000 ? bits : 0;
 }
 
-// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16.
-__device__ inline int scale_exponent(unsigned largest_magnitude) {
-    return largest_magnitude ? min(126, 14 + 127 - (int)(largest_magnitude >> 23)) : 0;
-}
+// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16. At most 126, which
+// zeros get too, so that a part of a tensor that is all zero leaves the smallest exponent of the parts as it is.
+__device__ inline int scale_exponent(unsigned largest_magnitude) { return min(126, 14 + 127 - (int)(largest_magnitude >> 23)); }
 
 // 2^e for -126 <= e <= 127.
 __device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
@@ -2692,6 +3182,13 @@ __device__ inline unsigned block_max(unsigned v, unsigned* scratch) {
     __syncthreads();
     return v;
 }
+
+// The smallest of `count` exponents: what a tensor takes whose parts would take these.
+__device__ inline int smallest_exponent(const int* exponents, int count, unsigned* scratch) {
+    unsigned largest = 0;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) largest = max(largest, (unsigned)(126 - exponents[i]));
+    return 126 - (int)block_max(largest, scratch);
+}
 """,
     "mma.cuh": r"""// Tensor-core building blocks of sm_80 and newer: ldmatrix and mma.sync m16n8k16, fp16 operands, float32 accumulation.
 //
@@ -2711,6 +3208,22 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 #elif __CUDA_ARCH__ >= 750
     unsigned address = (unsigned)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#endif
+}
+
+// As ldmatrix_x4, of the transposed matrices: r[i] holds rows 2(l%4)+{0,1} at column l/4 of what lies in memory.
+__device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row) {
+#ifdef CUPY_KERNELS_EMULATOR
+    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
+    int lane = emulator::current % 32, first = lane % 4 * 2, column = lane / 4;
+    for (int i = 0; i < 4; i++) {
+        const unsigned short* const two[] = {(const unsigned short*)rows[8 * i + first], (const unsigned short*)rows[8 * i + first + 1]};
+        r[i] = two[0][column] | (unsigned)two[1][column] << 16;
+    }
+#elif __CUDA_ARCH__ >= 750
+    unsigned address = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 #endif
 }
@@ -2736,13 +3249,14 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], const
 """,
     "pack_weight_fp16.cu": r"""// Weights of a transposed convolution as conv_mma.cuh reads them: fp16 under a power-of-two scale for each output channel m.
 //
+// signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu).
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse order.
 // packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order]; exponents[m]: of m's scale. Rows past
 // OUT_CHANNELS are zero. One block per row of the padded matrix. Macros: scalar_t, IN_CHANNELS, OUT_CHANNELS, TAPS, TILE_M, SPLIT, FLIP.
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
-extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, half_t* __restrict__ packed, int* __restrict__ exponents) {
+extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed, int* __restrict__ exponents) {
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;
@@ -2753,7 +3267,7 @@ extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, half
         }
     largest = block_max(largest, scratch);
     int exponent = scale_exponent(largest);
-    float scale = power_of_two(exponent);
+    float scale = power_of_two(exponent) * (signs && m < OUT_CHANNELS && to_acc(signs[m]) < 0 ? -1 : 1);
     if (threadIdx.x == 0) exponents[m] = exponent;
     for (int i = threadIdx.x; i < CHUNKS * TAPS * CHUNK_CHANNELS / 8; i += blockDim.x) {
         int group = i % (CHUNK_CHANNELS / 8), tap = i / (CHUNK_CHANNELS / 8) % TAPS, chunk = i / (CHUNK_CHANNELS / 8) / TAPS;
@@ -2765,23 +3279,17 @@ extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, half
             v[j] = m < OUT_CHANNELS && k < IN_CHANNELS ? multiply_unflushed(to_acc(w[from]), scale) : 0;
         }
         u8* stage = (u8*)packed + (((i64)(m / TILE_M) * CHUNKS + chunk) * TAPS + tap) * STAGE_BYTES;
-        store_cell(stage, m % TILE_M, group, v);
+        store_cell(stage, m % TILE_M, group, v, m & 7);
     }
 }
 """,
-    "pooled_tail.cu": r"""// What follows conv_bn_pool: statistics of batch norm, then batch norm, tanh and group norm over the pooled sums, and the gradients.
+    "pooled_tail.cu": r"""// What follows conv_bn_pool in the forward: statistics of batch norm, then batch norm, tanh and group norm over the pooled sums.
 //
 //     z = (pooled - mean) invstd weight + bias,  p = tanh(z),  out = (p - group_mean) group_invstd group_weight + group_bias
 //
-// `pooled`, `mean` and all sums are without the convolution's bias. conv_bn_statistics: one block a channel. pooled_forward and
-// pooled_backward: one block a group of one image, whose values stay in shared memory; a warp takes whole channels. Partial sums
-// [2][channels][images] are added up over the images by batch_norm_backward_sums (batch_norm.cu). sums_gradient: one thread a 2x2
-// window. Saved for the backward: pooled, taps, saved sums (conv_bn_pool.cu), mean, invstd, group_mean, group_invstd.
-//
-// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), saved_t (half_t, float).
-#include "batch_norm.cuh"
-#include "fp16_scale.cuh"
-#include "tanh.cuh"
+// `pooled`, `mean` and all sums are without the convolution's bias. conv_bn_statistics: one block a channel. pooled_forward: one block
+// a group of one image, threads and macros as in pooled_tail.cuh. Saved for the backward: mean, invstd, group_mean, group_invstd.
+#include "pooled_tail.cuh"
 
 // partials [3][channels][units]: count, mean and sum of squared distances of each unit. With training 0 the running statistics
 // stand for the batch's, else they are updated where not null.
@@ -2819,129 +3327,454 @@ extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
     }
 }
 
+extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
+    const float* __restrict__ pooled, const float* __restrict__ mean, const float* __restrict__ invstd, const param_t* __restrict__ weight,
+    const param_t* __restrict__ bias, const param_t* __restrict__ group_weight, const param_t* __restrict__ group_bias,
+    scalar_t* __restrict__ out, float* __restrict__ group_mean, float* __restrict__ group_invstd, float eps) {
+    __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
+    int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
+    i64 start = (i64)blockIdx.x * SIZE;
+    const float* source = pooled + (i64)blockIdx.x * MEMBERS * STRIDE;
+    float values[UNROLLED][ITEMS];
+    if (RESIDENT)
+        #pragma unroll
+        for (int round = 0; round < UNROLLED; round++) {
+            Job job(round);
+            if (job.exists()) job.load(source, STRIDE, values[round]);
+        }
+    auto tanh_of_job = [&](const Job& job, float (&v)[ITEMS]) {
+        if (!RESIDENT) job.load(source, STRIDE, v);
+        Norm norm(mean, invstd, weight, bias, channel + job.member);
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++) v[i] = norm.tanh(v[i]);
+    };
+    #pragma unroll UNROLLED
+    for (int round = 0; round < ROUNDS; round++) {
+        Job job(round);
+        if (!job.exists()) continue;
+        float(&v)[ITEMS] = values[RESIDENT ? round : 0];
+        tanh_of_job(job, v);
+        float m = 0, s = 0;
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++) m += job.inside(i) ? v[i] : 0;
+        m = warp_sum(m) / values_in(job.number);
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++) s += job.inside(i) ? (v[i] - m) * (v[i] - m) : 0;
+        s = warp_sum(s);
+        if (lane == 0) means[job.number] = m, squares[job.number] = s;
+    }
+    __syncthreads();
+    float m = 0, s = 0;
+    for (int j = lane; j < JOBS; j += 32) m += means[j] * values_in(j);
+    m = warp_sum(m) / SIZE;
+    for (int j = lane; j < JOBS; j += 32) s += squares[j] + (means[j] - m) * (means[j] - m) * values_in(j);
+    s = 1 / sqrt(warp_sum(s) / SIZE + eps);
+    if (threadIdx.x == 0) group_mean[blockIdx.x] = m, group_invstd[blockIdx.x] = s;
+    #pragma unroll UNROLLED
+    for (int round = 0; round < ROUNDS; round++) {
+        Job job(round);
+        if (!job.exists()) continue;
+        float(&v)[ITEMS] = values[RESIDENT ? round : 0];
+        if (!RESIDENT) tanh_of_job(job, v);
+        float w = bn_weight(group_weight, channel + job.member), b = bn_bias(group_bias, channel + job.member);
+        scalar_t* to = out + start + job.first;
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            if (job.inside(i)) to[i * 32] = from_acc<scalar_t>(bn_affine(bn_normalise(v[i], m, s), w, b));
+    }
+}
+""",
+    "pooled_tail.cuh": r"""// What forward and backward over the pooled sums share: which thread has which values, and batch norm of one channel.
+//
+// A block owns a group of group norm: MEMBERS neighbouring planes of one image. A plane is cut into PARTS parts, and a warp takes one
+// part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers (RESIDENT), all are loaded before
+// the first is used and stay there; else a warp loads a job's values again for each phase.
+//
+// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, WARPS.
+#pragma once
+#include "batch_norm.cuh"
+#include "tanh_branchless.cuh"
+
+#define POOLED_W (OUT_W / 2)
+#define PLANE (OUT_H / 2 * POOLED_W)
+#define STRIDE (((OUT_H + 1) / 2 * ((OUT_W + 1) / 2) + 3) / 4 * 4)  // of planes that conv_bn_pool wrote
+#define MEMBERS (OUT_CHANNELS / GROUPS)
+#define PARTS ((PLANE + 319) / 320)
+#define ITEMS ((PLANE + PARTS * 32 - 1) / (PARTS * 32))
+#define JOBS (MEMBERS * PARTS)
+#define ROUNDS ((JOBS + WARPS - 1) / WARPS)
+#define RESIDENT (ROUNDS * ITEMS <= 24)
+#define UNROLLED (RESIDENT ? ROUNDS : 1)
+#define SIZE (MEMBERS * PLANE)  // of a group
+
+struct Job {
+    int number, member, at, first;  // the plane among the block's; the lane's first value in it, and among the block's
+
+    __device__ explicit Job(int round) {
+        number = round * WARPS + threadIdx.x / 32;
+        member = number / PARTS;
+        at = number % PARTS * (ITEMS * 32) + threadIdx.x % 32;
+        first = member * PLANE + at;
+    }
+    __device__ bool exists() const { return JOBS % WARPS == 0 || number < JOBS; }
+    __device__ bool inside(int i) const { return (PARTS == 1 && (i + 1) * 32 <= PLANE) || at + i * 32 < PLANE; }
+
+    // The lane's values, at `source` those of the block, `stride` from plane to plane; 0 for those that do not exist.
+    template <class U> __device__ void load(const U* source, int stride, float (&v)[ITEMS]) const {
+        source += member * stride + at;
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++) v[i] = inside(i) ? to_acc(source[i * 32]) : 0;
+    }
+};
+
+__device__ inline int values_in(int job) { return min(ITEMS * 32, PLANE - job % PARTS * (ITEMS * 32)); }
+
 __device__ inline float warp_sum(float v) {
     for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
     return v;
 }
 
-// Batch norm of one channel.
+// The sum of `a` in lanes 0 to 15, of `b` in the others: for the price of one.
+__device__ inline float warp_sums(float a, float b) {
+    bool upper = threadIdx.x & 16;
+    float v = (upper ? b : a) + __shfl_xor_sync(0xFFFFFFFFu, upper ? a : b, 16);
+    for (int lanes = 8; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
+    return v;
+}
+
+__device__ inline float warp_max(float v) {
+    for (int lanes = 16; lanes > 0; lanes >>= 1) v = fmaxf(v, __shfl_xor_sync(0xFFFFFFFFu, v, lanes));
+    return v;
+}
+
 struct Norm {
     float mean, invstd, weight, bias;
     __device__ Norm(const float* means, const float* invstds, const param_t* weights, const param_t* biases, int c)
         : mean(means[c]), invstd(invstds[c]), weight(bn_weight(weights, c)), bias(bn_bias(biases, c)) {}
     __device__ float normalise(float v) const { return bn_normalise(v, mean, invstd); }
-    __device__ float tanh(float v) const { return tanh_of(bn_affine(normalise(v), weight, bias)); }
+    __device__ float tanh(float v) const { return tanh_branchless(bn_affine(normalise(v), weight, bias)); }
 };
+""",
+    "pooled_tail_backward.cu": r"""// Gradients of what follows conv_bn_pool (pooled_tail.cu): from dout to that of the convolution's output, and of all parameters on the way.
+//
+//     phat = (p - group_mean) group_invstd,  p = tanh(z),  xhat = (pooled - mean) invstd
+//     g = dz at the pooled values, dy = weight invstd (g at the chosen corner - mean(g) - xhat mean(g xhat)) at all pixels
+//
+// with the means over all pixels of a channel, or left out where the statistics were running ones. Four steps:
+//     pooled_backward                 g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those finite, the largest |g|
+//     pooled_parameter_gradients      sums of all images, and the exponent of a scale under which dy fits fp16
+//     conv_output_gradient_cells      dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores
+//     conv_output_gradient            dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
+//
+// Cells are those of fp16_cells.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what rounding left of
+// them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of dy_exponents [channels].
+//
+// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of conv_bn_pool.cu, mean,
+// invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh, saved_t (half_t, float), SPLIT (1 with half_t, 2 with float),
+// UNIT_WINDOWS and SAVED_SHIFT (conv_bn_pool.cu).
+#define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
+#include "pooled_tail.cuh"
+#include "fp16_cells.cuh"
+#include "tanh.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) pooled_forward(
-    const float* __restrict__ pooled, const float* __restrict__ mean, const float* __restrict__ invstd, const param_t* __restrict__ weight,
-    const param_t* __restrict__ bias, const param_t* __restrict__ group_weight, const param_t* __restrict__ group_bias,
-    scalar_t* __restrict__ out, float* __restrict__ group_mean, float* __restrict__ group_invstd, int channels, int groups, int plane,
-    float eps) {
-    DYNAMIC_SHARED(float, values);
-    __shared__ float scratch[32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int members = channels / groups, first = blockIdx.x % groups * members, size = members * plane;
-    const float* source = pooled + (i64)blockIdx.x * size;
-    float sum = 0, squares = 0;
-    for (int c = warp; c < members; c += warps) {
-        Norm norm(mean, invstd, weight, bias, first + c);
-        #pragma unroll 4
-        for (int i = lane; i < plane; i += 32) sum += values[c * plane + i] = norm.tanh(source[c * plane + i]);
-    }
-    float m = block_sum(sum, scratch) / size;
-    for (int i = threadIdx.x; i < size; i += blockDim.x) squares += (values[i] - m) * (values[i] - m);
-    float s = 1 / sqrt(block_sum(squares, scratch) / size + eps);
-    if (threadIdx.x == 0) group_mean[blockIdx.x] = m, group_invstd[blockIdx.x] = s;
-    for (int c = warp; c < members; c += warps) {
-        float w = bn_weight(group_weight, first + c), b = bn_bias(group_bias, first + c);
-        scalar_t* to = out + (i64)blockIdx.x * size + c * plane;
-        for (int i = lane; i < plane; i += 32) to[i] = from_acc<scalar_t>(bn_affine(bn_normalise(values[c * plane + i], m, s), w, b));
-    }
-}
+#define WINDOWS_W ((OUT_W + 1) / 2)
+#define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
 
-// g = gradient at batch norm's output, of the pooled values. Partial sums over each image: of batch norm's g and g xhat, and of group
-// norm's dout and dout phat, where xhat and phat are the normalised inputs.
-extern "C" __global__ void __launch_bounds__(256) pooled_backward(
+enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     const scalar_t* __restrict__ dout, const float* __restrict__ pooled, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
-    const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g, float* __restrict__ batch_partials,
-    float* __restrict__ group_partials, int channels, int groups, int plane, i64 images) {
-    DYNAMIC_SHARED(float, values);
-    __shared__ float scratch[32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int members = channels / groups, first = blockIdx.x % groups * members, size = members * plane;
-    i64 image = blockIdx.x / groups, start = (i64)blockIdx.x * size, part = channels * images;
-    float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x], sum = 0, dot = 0;
-    float* gradients = values + size;
-    for (int c = warp; c < members; c += warps) {
-        Norm norm(mean, invstd, weight, bias, first + c);
-        float channel_sum = 0, channel_dot = 0, w = bn_weight(group_weight, first + c);
-        #pragma unroll 4
-        for (int i = lane; i < plane; i += 32) {
-            float p = norm.tanh(pooled[start + c * plane + i]), d = to_acc(dout[start + c * plane + i]);
-            values[c * plane + i] = p;
-            gradients[c * plane + i] = d;
-            channel_sum += d;
-            channel_dot += d * bn_normalise(p, m, s);
+    const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g, float* __restrict__ partials,
+    i64 images) {
+    __shared__ float totals[SUMS][JOBS], weights[JOBS];  // of each job; its channel's group_weight
+    int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
+    i64 start = (i64)blockIdx.x * SIZE;
+    float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
+    float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], tanhs[UNROLLED][ITEMS];
+    auto load = [&](const Job& job, float (&v)[ITEMS], float (&d)[ITEMS]) {
+        job.load(pooled + (i64)blockIdx.x * MEMBERS * STRIDE, STRIDE, v);
+        job.load(dout + start, PLANE, d);
+    };
+    if (RESIDENT)
+        #pragma unroll
+        for (int round = 0; round < UNROLLED; round++) {
+            Job job(round);
+            if (job.exists()) load(job, pools[round], gradients[round]);
         }
-        channel_sum = warp_sum(channel_sum);
-        channel_dot = warp_sum(channel_dot);
-        if (lane) continue;
-        group_partials[(first + c) * images + image] = channel_sum;
-        group_partials[part + (first + c) * images + image] = channel_dot;
-        sum += w * channel_sum;
-        dot += w * channel_dot;
+    #pragma unroll UNROLLED
+    for (int round = 0; round < ROUNDS; round++) {
+        Job job(round);
+        if (!job.exists()) continue;
+        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
+        if (!RESIDENT) load(job, v, d);
+        Norm norm(mean, invstd, weight, bias, channel + job.member);
+        float sum = 0, dot = 0, w = bn_weight(group_weight, channel + job.member);
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            p[i] = norm.tanh(v[i]);
+            sum += d[i];
+            dot += d[i] * bn_normalise(p[i], m, s);
+        }
+        sum = warp_sums(sum, dot);
+        if (lane % 16 == 0) totals[lane / 16][job.number] = sum;
+        if (lane == 0) weights[job.number] = w;
     }
-    float mean_d = block_sum(sum, scratch) / size, mean_dot = block_sum(dot, scratch) / size;
-    for (int c = warp; c < members; c += warps) {
-        Norm norm(mean, invstd, weight, bias, first + c);
-        float channel_sum = 0, channel_dot = 0, w = bn_weight(group_weight, first + c);
-        #pragma unroll 4
-        for (int i = lane; i < plane; i += 32) {
-            float p = values[c * plane + i];
-            float v = s * (w * gradients[c * plane + i] - (mean_d + bn_normalise(p, m, s) * mean_dot)) * tanh_slope(p);
-            g[start + c * plane + i] = v;
-            channel_sum += v;
-            channel_dot += v * norm.normalise(pooled[start + c * plane + i]);
+    __syncthreads();
+    float mean_d = 0, mean_dot = 0;
+    for (int j = lane; j < JOBS; j += 32) mean_d += weights[j] * totals[0][j], mean_dot += weights[j] * totals[1][j];
+    float both = warp_sums(mean_d, mean_dot) / SIZE;
+    mean_d = __shfl_sync(0xFFFFFFFFu, both, 0);
+    mean_dot = __shfl_sync(0xFFFFFFFFu, both, 16);
+    #pragma unroll UNROLLED
+    for (int round = 0; round < ROUNDS; round++) {
+        Job job(round);
+        if (!job.exists()) continue;
+        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
+        Norm norm(mean, invstd, weight, bias, channel + job.member);
+        if (!RESIDENT) {
+            load(job, v, d);
+            #pragma unroll
+            for (int i = 0; i < ITEMS; i++) p[i] = norm.tanh(v[i]);
         }
-        channel_sum = warp_sum(channel_sum);
-        channel_dot = warp_sum(channel_dot);
-        if (lane) continue;
-        batch_partials[(first + c) * images + image] = channel_sum;
-        batch_partials[part + (first + c) * images + image] = channel_dot;
+        float sum = 0, dot = 0, largest = 0, w = weights[job.number], *to = g + start + job.first;
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            if (!job.inside(i)) continue;
+            d[i] = s * (w * d[i] - (mean_d + bn_normalise(p[i], m, s) * mean_dot)) * tanh_slope(p[i]);
+            to[i * 32] = d[i];
+            sum += d[i];
+            dot += d[i] * norm.normalise(v[i]);
+            largest = fmaxf(largest, fabsf(d[i]));  // passes over NaN
+        }
+        sum = warp_sums(sum, dot);
+        largest = warp_max(largest);
+        if (largest - largest != 0) {
+            largest = 0;
+            #pragma unroll
+            for (int i = 0; i < ITEMS; i++) largest = fmaxf(largest, job.inside(i) ? fabsf(finite_or_zero(d[i])) : 0);
+            largest = warp_max(largest);
+        }
+        if (lane % 16 == 0) totals[2 + lane / 16][job.number] = sum;
+        if (lane == 0) totals[LARGEST][job.number] = largest;
+    }
+    __syncthreads();
+    i64 image = blockIdx.x / GROUPS;
+    for (int i = threadIdx.x; i < SUMS * MEMBERS; i += 32 * WARPS) {
+        int what = i / MEMBERS, member = i % MEMBERS;
+        float total = totals[what][member * PARTS];
+        for (int part = 1; part < PARTS; part++) {
+            float other = totals[what][member * PARTS + part];
+            total = what == LARGEST ? fmaxf(total, other) : total + other;
+        }
+        partials[(what * images + image) * OUT_CHANNELS + channel + member] = total;
     }
 }
 
-// dy = gradient of the convolution's output: weight invstd (g at the chosen corner - mean_g - xhat mean_dot), with mean_g and mean_dot the
-// means of g and g xhat over all pixels (`sums` over `count`; null where the statistics do not depend on the sums).
-extern "C" __global__ void __launch_bounds__(256) sums_gradient(
+// One block a channel. sums [2][channels]: of g and g xhat. count: pixels of a channel. training: whether the batch's own statistics were
+// applied. The gradients are null where not wanted.
+//
+// |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by less than
+// |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's largest.
+extern "C" __global__ void __launch_bounds__(256) pooled_parameter_gradients(
+    const float* __restrict__ partials, const float* __restrict__ mean, const float* __restrict__ invstd, const param_t* __restrict__ weight,
+    float* __restrict__ sums, int* __restrict__ dy_exponents, param_t* __restrict__ dweight, param_t* __restrict__ dbias,
+    param_t* __restrict__ dgroup_weight, param_t* __restrict__ dgroup_bias, param_t* __restrict__ dconv_bias, i64 images, float count,
+    int training) {
+    __shared__ float warps[SUMS][8];
+    int c = blockIdx.x;
+    float total[SUMS] = {};
+    for (i64 image = threadIdx.x; image < images; image += 256)
+        #pragma unroll
+        for (int i = 0; i < SUMS; i++) {
+            float v = partials[(i * images + image) * OUT_CHANNELS + c];
+            total[i] = i == LARGEST ? fmaxf(total[i], v) : total[i] + v;
+        }
+    #pragma unroll
+    for (int i = 0; i < SUMS; i++) {
+        float v = i == LARGEST ? warp_max(total[i]) : warp_sum(total[i]);
+        if (threadIdx.x % 32 == 0) warps[i][threadIdx.x / 32] = v;
+    }
+    __syncthreads();
+    if (threadIdx.x) return;
+    #pragma unroll
+    for (int i = 0; i < SUMS; i++) {
+        total[i] = 0;
+        for (int w = 0; w < 8; w++) total[i] = i == LARGEST ? fmaxf(total[i], warps[i][w]) : total[i] + warps[i][w];
+    }
+    float scale = bn_weight(weight, c) * invstd[c];
+    sums[c] = total[2], sums[OUT_CHANNELS + c] = total[3];
+    if (dgroup_bias) dgroup_bias[c] = from_acc<param_t>(total[0]);
+    if (dgroup_weight) dgroup_weight[c] = from_acc<param_t>(total[1]);
+    if (dbias) dbias[c] = from_acc<param_t>(total[2]);
+    if (dweight) dweight[c] = from_acc<param_t>(total[3]);
+    float bound = total[LARGEST], means = 0;
+    if (training) {
+        means = fabsf(total[2] / count) + fabsf(total[3] / count) + fabsf(mean[c]);
+        bound += fabsf(total[2] / count) + (sqrt(count) + fabsf(mean[c] * invstd[c])) * fabsf(total[3] / count);
+    }
+    // Batch norm takes the bias out of its own batch, so there it has no influence at all: 0, or NaN.
+    if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? means - means : scale * total[2]);
+
+    // A channel of zeros, or without a finite dy, must not decide the scale of the others.
+    int exponent = 126;
+    if (bound > 0 && scale - scale == 0 && means - means == 0) {
+        const unsigned largest = 0x7F7FFFFF;
+        unsigned v = finite_magnitude(bound), dy = finite_magnitude(multiply_unflushed(bound, fabsf(scale)));
+        // Keeps g in range between the multiplications by 2^e and by `scale`.
+        exponent = min(exponent, 112 + scale_exponent(v ? v : largest));
+        if (scale != 0) exponent = min(exponent, scale_exponent(dy ? dy : largest));
+    }
+    dy_exponents[c] = exponent;
+}
+
+// dy of one channel, times 2^e: the part that all pixels have, and what the chosen corner of a window adds.
+struct OutputGradient {
+    float mean, invstd, slope, offset, scale, enlarge;
+
+    // Without statistics that depend on the batch (sums null) all pixels have 0.
+    __device__ OutputGradient(const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
+        : mean(sums ? means[c] : 0), invstd(invstds[c]), slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0),
+          scale(bn_weight(weights, c)), enlarge(1) {}
+    __device__ void finish(float count, int e) {
+        scale *= invstd;
+        enlarge = power_of_two(e);
+        slope = -of_chosen(slope / count);
+        offset = -of_chosen(offset / count);
+    }
+    // y = kept * restore
+    __device__ float of(float kept, float restore) const { return (kept * restore - mean) * invstd * slope + offset; }
+    // In this order, which neither loses nor overflows what fits in the end.
+    __device__ float of_chosen(float g) const { return multiply_unflushed(g, enlarge) * scale; }
+};
+
+// A 2x2 window: its place among the pooled values, -1 at an odd edge.
+struct Window {
+    int row, column, pooled;
+
+    __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
+        pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
+    }
+};
+
+// What conv_bn_pool saved of a window.
+#if SPLIT == 1
+typedef uint2 Kept;
+__device__ inline void unpack(uint2 kept, float (&v)[4]) {
+    #pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = to_acc(half_t{(unsigned short)((i < 2 ? kept.x : kept.y) >> i % 2 * 16)});
+}
+// The exponent of a window's scale, but for its channel's.
+__device__ inline int kept_exponent(const int* unit_exponents, i64 image, int window) {
+    return unit_exponents[image * ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS) + window / UNIT_WINDOWS] - SAVED_SHIFT;
+}
+// What undoes the scale. |y| below 2^-111 or above 2^112 is not restored in full: batch norm then sees zeros, or distances whose
+// squares overflow.
+__device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
+#else
+typedef float4 Kept;
+__device__ inline void unpack(float4 kept, float (&v)[4]) { v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w; }
+__device__ inline int kept_exponent(const int*, i64, int) { return 0; }
+__device__ inline float restoring(int) { return 1; }
+#endif
+
+// A block turns a tile of 32 SPLIT windows and one chunk of channels into cells. A thread computes eight channels of a window, whose
+// 16 bytes of four cells meet those of the other threads in shared memory.
+extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
     const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
     const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
-    const param_t* __restrict__ weight, const float* __restrict__ sums, scalar_t* __restrict__ dy, i64 images, int channels, int height,
-    int width, int unit_windows, int shift, float count) {
-    int windows_w = (width + 1) / 2, windows = (height + 1) / 2 * windows_w, units = (windows + unit_windows - 1) / unit_windows;
-    int window = blockIdx.y * blockDim.x + threadIdx.x, c = blockIdx.x % channels;
-    i64 image = blockIdx.x / channels;
-    if (window >= windows) return;
-    int row = window / windows_w, column = window % windows_w, pooled_w = width / 2;
-    float scale = bn_weight(weight, c) * invstd[c], mean_g = sums ? sums[c] / count : 0, mean_dot = sums ? sums[channels + c] / count : 0;
-    float chosen = 0;
-    int tap = -1;
-    if (row < height / 2 && column < pooled_w) {
-        i64 at = ((i64)blockIdx.x * (height / 2) + row) * pooled_w + column;
-        chosen = g[at];
-        tap = taps[at];
+    const param_t* __restrict__ weight, const float* __restrict__ sums, const int* __restrict__ dy_exponents, half_t* __restrict__ cells,
+    float count) {
+    enum { TILE = 32 * SPLIT, TILES = (WINDOWS + TILE - 1) / TILE, OCTETS = CHUNK_CHANNELS / 8 };
+    struct __align__(16) Channel { OutputGradient gradient; int exponent, unused; };
+    __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
+    __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
+    int tile = blockIdx.x % TILES, chunk = blockIdx.x / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    i64 image = blockIdx.x / (TILES * CHUNKS);
+    int place = warp / OCTETS * 32 + lane, octet = warp % OCTETS, c = chunk * CHUNK_CHANNELS + octet * 8;
+    int at = min(tile * TILE + place, WINDOWS - 1);  // cells past the last window are written to shared memory alone
+    bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
+
+    Kept kept[8] = {};
+    float chosen[8];
+    int tap[8], exponent = kept_exponent(unit_exponents, image, at);
+    if (real) {
+        i64 plane = image * OUT_CHANNELS + c;
+        Window window(at);
+        const Kept* from = (const Kept*)saved + plane * STRIDE + at;
+        if (sums)
+            #pragma unroll
+            for (int j = 0; j < 8; j++) kept[j] = from[j * STRIDE];
+        const float* g_from = g + plane * PLANE + max(window.pooled, 0);
+        const u8* tap_from = taps + plane * STRIDE + max(window.pooled, 0);
+        #pragma unroll
+        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * STRIDE];
+        if (window.pooled < 0)
+            #pragma unroll
+            for (int j = 0; j < 8; j++) tap[j] = -1;
     }
-    ScaleBack restore(sizeof(saved_t) == 4 ? 0 : exponents[c] + unit_exponents[image * units + window / unit_windows] - shift);
-    Packed<saved_t, 4> kept = *(const Packed<saved_t, 4>*)(saved + ((i64)blockIdx.x * windows + window) * 4);
+    int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1), least = 126;
+    Channel channel = {OutputGradient(mean, invstd, weight, sums, own), SPLIT == 1 ? exponents[own] : 0};
+    #pragma unroll
+    for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
+    for (int lanes = 16; lanes > 0; lanes >>= 1) least = min(least, __shfl_xor_sync(0xFFFFFFFFu, least, lanes));
+    if (threadIdx.x < CHUNK_CHANNELS) {
+        channel.gradient.finish(count, least);
+        ((Channel*)channels)[threadIdx.x] = channel;
+    }
+    __syncthreads();
+
+    float v[4][8] = {};
+    if (real)
+        #pragma unroll
+        for (int j = 0; j < 8; j++) {
+            channel = ((const Channel*)channels)[octet * 8 + j];
+            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]), window[4];
+            unpack(kept[j], window);
+            #pragma unroll
+            for (int corner = 0; corner < 4; corner++)
+                v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == tap[j] ? add : 0);
+        }
+    #pragma unroll
+    for (int corner = 0; corner < 4; corner++) store_cell(corners[corner], place, octet, v[corner], place & 7);
+    __syncthreads();
+
+    uint4* to = (uint4*)cells + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
+    int right = threadIdx.x / 8 % 2;
+    #pragma unroll
+    for (int i = 0; i < TILE; i += 16) {
+        int w = i + threadIdx.x / 16;
+        Window window(tile * TILE + w);
+        int column = window.column * 2 + right;
+        #pragma unroll
+        for (int lower = 0; lower < 2; lower++) {
+            int h = window.row * 2 + lower;
+            if (h < OUT_H && column < OUT_W)  // so for no window past the last
+                to[(h * OUT_W + column) * 8] = *(const uint4*)(corners[lower * 2 + right] + cell_offset(w, threadIdx.x % 8));
+        }
+    }
+}
+
+// A thread computes one window.
+extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
+    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
+    const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
+    const param_t* __restrict__ weight, const float* __restrict__ sums, scalar_t* __restrict__ dy, float count) {
+    int at = blockIdx.y * blockDim.x + threadIdx.x, c = blockIdx.x % OUT_CHANNELS;
+    i64 plane = blockIdx.x;
+    if (at >= WINDOWS) return;
+    Window window(at);
+    OutputGradient gradient(mean, invstd, weight, sums, c);
+    gradient.finish(count, 0);
+    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, at));
+    float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]), v[4];
+    int tap = window.pooled < 0 ? -1 : taps[plane * STRIDE + window.pooled];
+    unpack(sums ? ((const Kept*)saved)[plane * STRIDE + at] : Kept(), v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
-        int h = row * 2 + corner / 2, w = column * 2 + corner % 2;
-        if (h >= height || w >= width) continue;
-        float xhat = bn_normalise(restore(to_acc(kept.v[corner])), mean[c], invstd[c]);
-        float v = (corner == tap ? chosen : 0) - (sums ? mean_g + xhat * mean_dot : 0);
-        dy[((i64)blockIdx.x * height + h) * width + w] = from_acc<scalar_t>(v * scale);
+        int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
+        if (h < OUT_H && w < OUT_W)
+            dy[(plane * OUT_H + h) * OUT_W + w] = from_acc<scalar_t>(gradient.of(v[corner], restore) + (corner == tap ? add : 0));
     }
 }
 """,
@@ -3027,6 +3860,37 @@ __device__ inline acc_t tanh_of(acc_t v) { return fabs(v) < (acc_t)1.17549435e-3
 // d tanh(v) / dv, from y = tanh(v).
 __device__ inline acc_t tanh_slope(acc_t y) { return (acc_t)1 - y * y; }
 """,
+    "tanh_branchless.cuh": r"""// tanh as accurate as tanhf, for values that are no denormals: 14 instructions in place of two paths that most warps both take.
+#pragma once
+#include "common.cuh"
+
+#ifdef CUPY_KERNELS_EMULATOR
+static inline float exp2_approximate(float v) { return exp2f(v); }
+static inline float reciprocal_approximate(float v) { return 1 / v; }
+#else
+__device__ inline float exp2_approximate(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+__device__ inline float reciprocal_approximate(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+#endif
+
+// The formulas, coefficients and bound of NVRTC 11.8's tanhf, which selects between them by a branch. Its third select, of 1 from
+// 9.01 on, changes nothing: there 2 / (e^2v + 1) rounds off. Infinities give 1 and -1, NaN stays NaN, -0 becomes 0.
+__device__ inline float tanh_branchless(float v) {
+    float size = fabsf(v), square = v * v;
+    float large = fmaf(-2, reciprocal_approximate(exp2_approximate(size * 2.88539f) + 1), 1);
+    float series = ((0.015739683f * square - 0.052303962f) * square + 0.13315298f) * square - 0.33332768f;
+    float small = series * square * v + v;
+    unsigned sign = __float_as_uint(v) & 0x80000000;
+    return size >= 0.6f ? __uint_as_float(__float_as_uint(large) | sign) : small;
+}
+""",
 }  # file name: text
 
 
@@ -3042,6 +3906,10 @@ def cupy():
     import cupy
 
     return cupy
+
+
+def prepare(kernels) -> None:
+    """Nothing: the first launch of a kernel compiles it."""
 
 
 @functools.cache

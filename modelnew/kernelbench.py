@@ -37,6 +37,10 @@ def cupy():
     return cupy
 
 
+def prepare(kernels) -> None:
+    """Nothing: the first launch of a kernel compiles it."""
+
+
 @functools.cache
 def module(file: str, defines, device: int):
     """The compiled text of a file, kept on disk by CuPy."""

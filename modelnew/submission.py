@@ -25,6 +25,7 @@ PACKAGES = ("modelnew", "cupy_kernels")
 REPLACED = (
     "cupy_kernels.launch.launch",
     "cupy_kernels.compiler.cupy",
+    "cupy_kernels.compiler.prepare",
     "cupy_kernels.source.text",
     "modelnew.numerics.plan_or_reason",
 )

@@ -22,8 +22,8 @@ except BackendError:
 pytestmark = pytest.mark.skipif(VERSION != "11.8", reason=f"needs NVRTC 11.8, found {VERSION}")
 
 
-# Bytes. A warp's 128 sums of the float32 class leave too few registers, and some that are read once a tap or less go to local
-# memory. Half as many sums need none of it, and are slower: 2.42 ms for 2.23 (benchmarks/NOTES.md).
+# Bytes. A warp's 128 sums of the float32 class leave too few registers, and some that are read once a tap or less go to
+# local memory. Half as many sums need none of it, and are slower: 2.42 ms for 2.23 (benchmarks/NOTES.md).
 SPILLS = {("conv_bn_pool", 2): 256, ("conv_transpose_mma", 2): 256}
 
 
