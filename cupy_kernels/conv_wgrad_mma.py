@@ -21,14 +21,16 @@ class Plan(NamedTuple):
     """How a weight gradient is laid out over blocks; `macros` specialise the kernels."""
 
     macros: tuple
-    images: int
+    output_shape: tuple
     split: int  # of the cells, see `fp16_cells`
     tiles: int
     splits: int
     split_bands: int  # bands of a split; the last one may have fewer
     threads: int
     shared_bytes: int
-    partial_size: int  # elements of the workspace `partial`, float32
+    partial_size: int  # elements of the workspaces, float32
+    borders_size: int
+    partnered_size: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -41,7 +43,8 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
     height, width = x_shape[2:]
-    out = output_shape(x_shape, w_shape, geometry)[2:]
+    output = output_shape(x_shape, w_shape, geometry)
+    out = output[2:]
     taps = ceil_div(kernel[1], ceil_div(kernel[1], _MOST_TAPS))
     columns = ceil_div(4, taps) * taps
     chunk = 64 // split
@@ -85,28 +88,47 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
     shared_bytes = stages * stage_bytes
-    sizes = (tiles, splits, split_bands, 32 * warps, shared_bytes, splits * size)
-    return Plan(tuple(macros.items()), x_shape[0], split, *sizes)
+    borders = out[0] * out[1] * ceil_div(channels_out, chunk) * chunk
+    sizes = (tiles, splits, split_bands, 32 * warps, shared_bytes, splits * size, borders, size // channels_in)
+    return Plan(tuple(macros.items()), output, split, *sizes)
 
 
-def conv_wgrad_mma(p: Plan, x_cells, x_exponents, dy_cells, dy_exponents, partial, dw) -> None:
+def conv_wgrad_mma(
+    p: Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, partial, borders, partnered, dw
+) -> None:
     """dw, the gradient of w, from x and the gradient of the output as cells.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale. dw and the workspace
-    `partial` (plan.partial_size, float32) are written.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale. x_sums:
+    None, or what `fp16_cells.to_cells` took, for a dy whose sum over all pixels is 0 in each channel. dw and the
+    workspaces partial, borders and partnered (sizes in the plan, float32; without x_sums the last two may be None) are
+    written.
     """
+    if x_sums is not None:
+        _, channels_out, height, width = p.output_shape
+        launch(
+            Kernel("conv_wgrad_mma.cu", "conv_wgrad_borders", p.macros),
+            (height * width * ceil_div(channels_out, 64 // p.split), 1, 1),
+            (THREADS, 1, 1),
+            (dy_cells, borders, p.output_shape[0]),
+        )
+        launch(
+            Kernel("conv_wgrad_mma.cu", "conv_wgrad_partnered", p.macros),
+            (channels_out, 1, 1),
+            (THREADS, 1, 1),
+            (borders, dy_exponents, partnered, dy_exponents.size),
+        )
     launch(
         Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
         (p.tiles * p.splits, 1, 1),
         (p.threads, 1, 1),
-        (x_cells, dy_cells, partial, p.images, p.split_bands),
+        (x_cells, dy_cells, partial, p.output_shape[0], p.split_bands),
         p.shared_bytes,
     )
     launch(
         Kernel("conv_wgrad_mma.cu", "conv_wgrad_reduce", p.macros),
         (ceil_div(dw.size, THREADS), 1, 1),
         (THREADS, 1, 1),
-        (partial, x_exponents, dy_exponents, dw, x_exponents.size, dy_exponents.size, p.splits),
+        (partial, x_exponents, dy_exponents, x_sums, partnered, dw, x_exponents.size, dy_exponents.size, p.splits),
     )
 
 

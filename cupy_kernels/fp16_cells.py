@@ -31,15 +31,18 @@ def largest_magnitude(source, exponents) -> None:
     launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
 
 
-def to_cells(source, exponents, cells, split: int) -> None:
-    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`."""
+def to_cells(source, exponents, sums, cells, split: int) -> None:
+    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
+
+    sums: None, or the sums of the first image's channels: their means are subtracted, and the scale is half as large.
+    """
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
     chunk_channels = 64 // split
     launch(
         Kernel("fp16_cells.cu", "to_cells", _macros(scalar(source), split, width)),
         (ceil_div(images * pixels, THREADS * 8 // chunk_channels * width), ceil_div(channels, chunk_channels), 1),
         (THREADS, 1, 1),
-        (source, exponents, cells, exponents.size, images, channels, pixels),
+        (source, exponents, sums, cells, exponents.size, images, channels, pixels),
     )
 
 

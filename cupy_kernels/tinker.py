@@ -88,8 +88,9 @@ def kernels(name: str | None = None) -> Rows:
 
 def show(name: str) -> None:
     """Prints the source as it stands, overrides included: highlighted, with line numbers."""
-    from rich import print
+    from rich.console import Console
 
+    print = Console().print
     file, kernel = locate(name)
     if kernel is None or kernel in source.overridden_texts():
         print(highlighted(source.text(kernel or file)))

@@ -1123,14 +1123,16 @@ class conv_wgrad_mma_Plan(NamedTuple):
     """How a weight gradient is laid out over blocks; `macros` specialise the kernels."""
 
     macros: tuple
-    images: int
+    output_shape: tuple
     split: int  # of the cells, see `fp16_cells`
     tiles: int
     splits: int
     split_bands: int  # bands of a split; the last one may have fewer
     threads: int
     shared_bytes: int
-    partial_size: int  # elements of the workspace `partial`, float32
+    partial_size: int  # elements of the workspaces, float32
+    borders_size: int
+    partnered_size: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1143,7 +1145,8 @@ def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype:
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
     height, width = x_shape[2:]
-    out = output_shape(x_shape, w_shape, geometry)[2:]
+    output = output_shape(x_shape, w_shape, geometry)
+    out = output[2:]
     taps = ceil_div(kernel[1], ceil_div(kernel[1], _MOST_TAPS))
     columns = ceil_div(4, taps) * taps
     chunk = 64 // split
@@ -1187,28 +1190,47 @@ def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype:
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
     shared_bytes = stages * stage_bytes
-    sizes = (tiles, splits, split_bands, 32 * warps, shared_bytes, splits * size)
-    return conv_wgrad_mma_Plan(tuple(macros.items()), x_shape[0], split, *sizes)
+    borders = out[0] * out[1] * ceil_div(channels_out, chunk) * chunk
+    sizes = (tiles, splits, split_bands, 32 * warps, shared_bytes, splits * size, borders, size // channels_in)
+    return conv_wgrad_mma_Plan(tuple(macros.items()), output, split, *sizes)
 
 
-def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_cells, x_exponents, dy_cells, dy_exponents, partial, dw) -> None:
+def conv_wgrad_mma(
+    p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, partial, borders, partnered, dw
+) -> None:
     """dw, the gradient of w, from x and the gradient of the output as cells.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale. dw and the workspace
-    `partial` (plan.partial_size, float32) are written.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale. x_sums:
+    None, or what `fp16_cells.to_cells` took, for a dy whose sum over all pixels is 0 in each channel. dw and the
+    workspaces partial, borders and partnered (sizes in the plan, float32; without x_sums the last two may be None) are
+    written.
     """
+    if x_sums is not None:
+        _, channels_out, height, width = p.output_shape
+        launch(
+            Kernel("conv_wgrad_mma.cu", "conv_wgrad_borders", p.macros),
+            (height * width * ceil_div(channels_out, 64 // p.split), 1, 1),
+            (THREADS, 1, 1),
+            (dy_cells, borders, p.output_shape[0]),
+        )
+        launch(
+            Kernel("conv_wgrad_mma.cu", "conv_wgrad_partnered", p.macros),
+            (channels_out, 1, 1),
+            (THREADS, 1, 1),
+            (borders, dy_exponents, partnered, dy_exponents.size),
+        )
     launch(
         Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
         (p.tiles * p.splits, 1, 1),
         (p.threads, 1, 1),
-        (x_cells, dy_cells, partial, p.images, p.split_bands),
+        (x_cells, dy_cells, partial, p.output_shape[0], p.split_bands),
         p.shared_bytes,
     )
     launch(
         Kernel("conv_wgrad_mma.cu", "conv_wgrad_reduce", p.macros),
         (ceil_div(dw.size, THREADS), 1, 1),
         (THREADS, 1, 1),
-        (partial, x_exponents, dy_exponents, dw, x_exponents.size, dy_exponents.size, p.splits),
+        (partial, x_exponents, dy_exponents, x_sums, partnered, dw, x_exponents.size, dy_exponents.size, p.splits),
     )
 
 
@@ -1326,6 +1348,46 @@ def check_batch_norm_call(running_mean, running_var, training, momentum, eps) ->
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/channel_sum.py
+#
+# Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
+
+_CHUNKS = 64  # a constant, so that sums depend on shapes alone
+
+
+def channel_sum_workspace_size(shape) -> int:
+    """Elements of the workspace `partial`, of the accumulator's dtype."""
+    return shape[1] * _plan(shape)[1]
+
+
+def channel_sum(x, sums, partial) -> None:
+    """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
+    if sums.shape != (x.shape[1],):
+        raise ValueError(f"sums must have shape ({x.shape[1]},), received {sums.shape}")
+    macros = type_macros(x)
+    chunk_images, chunks = _plan(x.shape)
+    plane = x.size // max(1, x.shape[0] * x.shape[1])
+    launch(
+        Kernel("channel_sum.cu", "channel_sum_partial", macros),
+        (x.shape[1], chunks, 1),
+        (THREADS, 1, 1),
+        (x, partial, x.shape[0], x.shape[1], plane, chunk_images),
+    )
+    launch(
+        Kernel("channel_sum.cu", "channel_sum_reduce", macros),
+        (ceil_div(x.shape[1], THREADS), 1, 1),
+        (THREADS, 1, 1),
+        (partial, sums, x.shape[1], chunks),
+    )
+
+
+def _plan(shape) -> tuple[int, int]:
+    """(images of a chunk, chunks)."""
+    chunk_images = max(1, ceil_div(shape[0], _CHUNKS))
+    return chunk_images, max(1, ceil_div(shape[0], chunk_images))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/fp16_cells.py
 #
 # Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
@@ -1354,15 +1416,18 @@ def largest_magnitude(source, exponents) -> None:
     launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
 
 
-def to_cells(source, exponents, cells, split: int) -> None:
-    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`."""
+def to_cells(source, exponents, sums, cells, split: int) -> None:
+    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
+
+    sums: None, or the sums of the first image's channels: their means are subtracted, and the scale is half as large.
+    """
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
     chunk_channels = 64 // split
     launch(
         Kernel("fp16_cells.cu", "to_cells", _macros(scalar(source), split, width)),
         (ceil_div(images * pixels, THREADS * 8 // chunk_channels * width), ceil_div(channels, chunk_channels), 1),
         (THREADS, 1, 1),
-        (source, exponents, cells, exponents.size, images, channels, pixels),
+        (source, exponents, sums, cells, exponents.size, images, channels, pixels),
     )
 
 
@@ -1380,10 +1445,11 @@ def _width(source) -> int:
 # conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
 
 class Cells(NamedTuple):
-    """A tensor as fp16 cells and the exponents that go with them, see `cupy_kernels.fp16_cells`."""
+    """A tensor as fp16 cells, and what goes with them, see `cupy_kernels.fp16_cells`."""
 
     cells: torch.Tensor
     exponents: torch.Tensor
+    sums: torch.Tensor | None = None
 
 
 def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w):
@@ -1431,23 +1497,36 @@ def dgrad_of_cells(plan, x, w, dy: Cells):
 
 
 def wgrad_of_cells(plan, x: Cells, w, dy: Cells):
-    """dw."""
+    """dw. x may be centred if dy sums to 0 in each channel."""
     dw = torch.empty_like(w)
-    partial = w.new_empty(plan.partial_size, dtype=torch.float32)
-    run(conv_wgrad_mma, plan, *x, *dy, partial, dw)
+    sizes = (plan.partial_size, *((plan.borders_size, plan.partnered_size) if x.sums is not None else ()))
+    workspaces = [w.new_empty(size, dtype=torch.float32) for size in sizes]
+    workspaces += [None] * (3 - len(workspaces))
+    run(conv_wgrad_mma, plan, *x, dy.cells, dy.exponents, *workspaces, dw)
     return dw
 
 
-def conv_transpose_to_cells(tensor, split, exponents=None) -> Cells:
-    """`tensor` as Cells; exponents: of scales of its parts, where they are known already."""
+def _channel_sums(tensor):
+    sums = tensor.new_empty(tensor.shape[1])
+    partial = tensor.new_empty(channel_sum_workspace_size(tensor.shape), dtype=interop_accumulator_dtype(tensor))
+    run(channel_sum, tensor, sums, partial)
+    return sums
+
+
+def conv_transpose_to_cells(tensor, split, exponents=None, centred=False) -> Cells:
+    """`tensor` as Cells; exponents: of scales of its parts, where they are known already.
+
+    centred: less the means of the first image's channels.
+    """
     tensor = aligned(tensor)
+    sums = _channel_sums(tensor[:1]) if centred else None
     if exponents is None:
         size = exponents_size(tensor.shape, tensor.element_size())
         exponents = tensor.new_empty(size, dtype=torch.int32)
         run(largest_magnitude, tensor, exponents)
     cells = tensor.new_empty(cells_size(tensor.shape, split), dtype=torch.float16)
-    run(to_cells, tensor, exponents, cells, split=split)
-    return Cells(cells, exponents)
+    run(to_cells, tensor, exponents, sums, cells, split=split)
+    return Cells(cells, exponents, sums)
 
 
 def mma_workspaces(plan, w):
@@ -1528,7 +1607,9 @@ class _Fused(torch.autograd.Function):
                 if dgrad:
                     dx = dgrad_of_cells(dgrad, x, w, dy)
                 if wgrad:
-                    dw = wgrad_of_cells(wgrad, conv_transpose_to_cells(x, wgrad.split, kept["unit_exponents"]), w, dy)
+                    # With statistics of the batch dy sums to 0, and x may be centred, which halves the error.
+                    x_cells = conv_transpose_to_cells(x, wgrad.split, kept["unit_exponents"], centred=training)
+                    dw = wgrad_of_cells(wgrad, x_cells, w, dy)
             else:
                 dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
                 run(conv_output_gradient, *tensors, dy, **options)
@@ -1870,6 +1951,34 @@ template <class P> __device__ inline acc_t bn_bias(const P* bias, i64 c) { retur
 
 // What sums are taken relative to, so that the rounding error of a large mean stays out of a small variance.
 __device__ inline acc_t finite_or_zero(acc_t v) { return v - v == 0 ? v : (acc_t)0; }
+""",
+    "channel_sum.cu": r"""// sums[c] = sum over n and s of x[n, c, s]: the bias gradient of a convolution.
+//
+// channel_sum_partial: block (c, chunk) adds a chunk of the images, in acc_t; channel_sum_reduce: one thread per channel adds
+// the chunks in ascending order. Macros: scalar_t, acc_t.
+#include "common.cuh"
+
+extern "C" __global__ void channel_sum_partial(const scalar_t* __restrict__ x, acc_t* __restrict__ partial, i64 images,
+                                               int channels, i64 plane, i64 chunk_images) {
+    __shared__ acc_t scratch[32];
+    acc_t sum = 0;
+    i64 first = blockIdx.y * chunk_images, last = min(first + chunk_images, images);
+    for (i64 n = first; n < last; n++) {
+        const scalar_t* row = x + (n * channels + blockIdx.x) * plane;
+        for (i64 i = threadIdx.x; i < plane; i += blockDim.x) sum += to_acc(row[i]);
+    }
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) partial[(i64)blockIdx.x * gridDim.y + blockIdx.y] = sum;
+}
+
+extern "C" __global__ void channel_sum_reduce(const acc_t* __restrict__ partial, scalar_t* __restrict__ sums, int channels,
+                                              int chunks) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= channels) return;
+    acc_t sum = 0;
+    for (int i = 0; i < chunks; i++) sum += partial[(i64)c * chunks + i];
+    sums[c] = from_acc<scalar_t>(sum);
+}
 """,
     "common.cuh": r"""// Types, conversions and reductions that the kernels share. Includes nothing of a CUDA toolkit: pip wheels have no headers.
 //
@@ -2829,6 +2938,10 @@ extern "C" __global__ void wgrad_reduce(const acc_t* __restrict__ partial, scala
 // its sums, partial [split][tap][oc][ic]. Chains of additions are limited: after CHAIN_BANDS bands the sums go to `partial` and
 // begin anew. conv_wgrad_reduce adds the splits in ascending order, undoes the scales, and writes dw [ic][oc][tap].
 //
+// x may be centred, less a constant c[ic] (fp16_cells.cuh). Then dw lacks c[ic] times the sum of dy over the pixels that have a partner in
+// x, which conv_wgrad_borders and conv_wgrad_partnered find for a dy whose sum over all pixels is 0, as batch norm's backward makes it:
+// what the others have, negative. So roundings of small values that most of dy has in common cancel, where x is far from 0 on average.
+//
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw), IN_CHANNELS,
 // OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT, WARPS (4 or 8), TAPS_W, STAGES.
@@ -3000,29 +3113,76 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
     }
 }
 
+// Rows and columns at each edge of dy that have no partner for some tap.
+#define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
+#define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
+
+// sums [pixel][DY_CHUNKS * CHUNK_CHANNELS]: of dy's cells over the images; 0 for pixels that have a partner for every tap. A block takes
+// a pixel of a chunk.
+extern "C" __global__ void __launch_bounds__(256) conv_wgrad_borders(const half_t* __restrict__ dy, float* __restrict__ sums, int images) {
+    __shared__ float shares[32][64];
+    int pixel = blockIdx.x / DY_CHUNKS, chunk = blockIdx.x % DY_CHUNKS, h = pixel / OUT_W, w = pixel % OUT_W;
+    bool edge = h < EDGE_H || h >= OUT_H - EDGE_H || w < EDGE_W || w >= OUT_W - EDGE_W;
+    float sum[8] = {};
+    for (i64 image = threadIdx.x / 8; edge && image < images; image += 32) {
+        const half_t* cell = dy + ((image * DY_CHUNKS + chunk) * (OUT_H * OUT_W) + pixel) * 64;
+        Packed<half_t, 8> part = ((const Packed<half_t, 8>*)cell)[threadIdx.x % 8];
+        #pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] += to_acc(part.v[j]);
+    }
+    #pragma unroll
+    for (int j = 0; j < 8; j++) shares[threadIdx.x / 8][threadIdx.x % 8 * 8 + j] = sum[j];
+    __syncthreads();
+    if (threadIdx.x >= CHUNK_CHANNELS) return;
+    float total = 0;
+    for (int part = 0; part < SPLIT; part++)
+        for (int i = 0; i < 32; i++) total += shares[i][part * CHUNK_CHANNELS + threadIdx.x];
+    sums[blockIdx.x * CHUNK_CHANNELS + threadIdx.x] = total;
+}
+
+// partnered [oc][tap]: the sum of dy over the pixels that have a partner in x. One block an output channel.
+extern "C" __global__ void __launch_bounds__(256) conv_wgrad_partnered(
+    const float* __restrict__ sums, const int* __restrict__ dy_exponents, float* __restrict__ partnered, int dy_count) {
+    __shared__ unsigned scratch[32];
+    ScaleBack scale(smallest_exponent(dy_exponents, dy_count, scratch));
+    for (int tap = threadIdx.x / 32; tap < TAPS; tap += 8) {
+        int kh = tap / KERNEL_W, kw = tap % KERNEL_W;
+        float alone = 0;
+        for (int pixel = threadIdx.x % 32; pixel < OUT_H * OUT_W; pixel += 32) {
+            int ih = pixel / OUT_W + PAD_H - kh, iw = pixel % OUT_W + PAD_W - kw;
+            if (ih < 0 || ih >= IN_H || iw < 0 || iw >= IN_W) alone += sums[pixel * (DY_CHUNKS * CHUNK_CHANNELS) + blockIdx.x];
+        }
+        for (int lanes = 16; lanes > 0; lanes >>= 1) alone += __shfl_xor_sync(0xFFFFFFFFu, alone, lanes);
+        if (threadIdx.x % 32 == 0) partnered[blockIdx.x * TAPS + tap] = -scale(alone);
+    }
+}
+
+// x_sums, partnered: null, or for an x that is centred.
 extern "C" __global__ void conv_wgrad_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
-    scalar_t* __restrict__ dw, int x_count, int dy_count, int splits) {
+    const scalar_t* __restrict__ x_sums, const float* __restrict__ partnered, scalar_t* __restrict__ dw, int x_count, int dy_count,
+    int splits) {
     __shared__ unsigned scratch[32];
     enum { SIZE = TAPS * OUT_CHANNELS * IN_CHANNELS };
-    ScaleBack scale(smallest_exponent(x_exponents, x_count, scratch) + smallest_exponent(dy_exponents, dy_count, scratch));
+    int exponent = centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch));
+    ScaleBack scale(exponent + smallest_exponent(dy_exponents, dy_count, scratch));
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= SIZE) return;
     float sum = 0;
     #pragma unroll 8
     for (int s = 0; s < splits; s++) sum += partial[(i64)s * SIZE + i];
     int ic = i % IN_CHANNELS, oc = i / IN_CHANNELS % OUT_CHANNELS, tap = i / (IN_CHANNELS * OUT_CHANNELS);
-    dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(scale(sum));
+    dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(scale(sum) + (x_sums ? centre(x_sums, ic, IN_H * IN_W) * partnered[oc * TAPS + tap] : 0));
 }
 """,
     "fp16_cells.cu": r"""// A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by cp.async.
 //
-//     cells [N][chunk][pixel][64 halves], value * 2^e, parts of a cell in ascending order; fp16_cells.cuh says what is in a cell
+//     cells [N][chunk][pixel][64 halves], (value - centre) * 2^e, parts of a cell in ascending order; fp16_cells.cuh says what is in a cell
 //
 // largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them. to_cells: a
 // block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH pixels, and writes whole
 // cells after a turn through shared memory. Channels past the last one are zero.
-// Macros: scalar_t (float, half_t, bf16_t), SPLIT, WIDTH (pixels in one access; it divides the pixels of an image). `channels` is a
+// sums: null, or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), SPLIT, WIDTH (pixels in one access; it divides the pixels of an image). `channels` is a
 // multiple of 8, N * pixels below 2^31.
 #include "common.cuh"
 #include "fp16_cells.cuh"
@@ -3050,7 +3210,7 @@ largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponen
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents, half_t* __restrict__ cells,
+to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents, const scalar_t* __restrict__ sums, half_t* __restrict__ cells,
          int exponent_count, int images, int channels, int pixels) {
     __shared__ uint4 tile[TILE_PIXELS * 8];
     __shared__ unsigned scratch[32];
@@ -3066,13 +3226,15 @@ to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents,
         #pragma unroll
         for (int j = 0; j < 8; j++) in[j] = *(const Pack*)(from + (i64)j * pixels);
     }
-    float scale = power_of_two(smallest_exponent(exponents, exponent_count, scratch));
+    float scale = power_of_two(centred_exponent(sums, smallest_exponent(exponents, exponent_count, scratch))), centres[8];
+    #pragma unroll
+    for (int j = 0; j < 8; j++) centres[j] = first_channel < channels ? centre(sums, first_channel + j, pixels) : 0;
     // The XOR makes eight neighbouring threads write to all banks.
     #pragma unroll
     for (int k = 0; k < WIDTH; k++) {
         float v[8];
         #pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(to_acc(in[j].v[k]), scale);
+        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(to_acc(in[j].v[k]) - centres[j], scale);
         #pragma unroll
         for (int part = 0; part < SPLIT; part++) tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
     }
@@ -3115,6 +3277,15 @@ __device__ inline unsigned pack_halves(float low, float high) {
     return both;
 #endif
 }
+
+// What is taken from all values of channel c before they become cells: about their mean, from the channel's sum over `count` values. With
+// `sums` null, or where it is not finite, nothing.
+template <class V> __device__ inline float centre(const V* sums, int c, int count) {
+    float mean = sums ? to_acc(sums[c]) / count : 0;
+    return mean - mean == 0 ? mean : 0;
+}
+// A difference of two values can be twice the largest.
+__device__ inline int centred_exponent(const void* sums, int exponent) { return sums ? exponent - 1 : exponent; }
 
 // Eight values as the halves of a cell's part `part`; leaves in `v` what is left for the next part. With SPLIT 2 infinities and NaNs are
 // all rest, the first value is 0: rests are multiplied by first values only, not by rests, whose sign would make NaN of an infinity.

@@ -266,7 +266,7 @@ def bench_command(device, output, plot_only, **options):
     """
     if plot_only:
         try:
-            _draw(json.loads(plot_only.read_text()), plot_only)
+            _draw(json.loads(plot_only.read_text(encoding="utf-8")), plot_only)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise click.BadParameter(f"{plot_only} is no record of this command", param_hint="--plot-only") from error
         return

@@ -108,7 +108,7 @@ def records() -> list[dict]:
     """
     found = []
     for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         digest = content.get("digest") if isinstance(content, dict) else None
         found.append({"file": path.name, "digest": digest, "matches": digest == source.digest()})
     return found

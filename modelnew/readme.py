@@ -111,7 +111,7 @@ def _megabytes(row) -> str:
 def _records(results, kind) -> Iterator[tuple[Path, dict]]:
     for path in sorted(results.glob(f"{kind}_*.json")):
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
             needed = {
                 "versions",
                 "digest",
@@ -142,7 +142,7 @@ def readme_command(file, results, check):
     """Write the README's table of times and of passed suites from the committed records, and draw the plots."""
     results = results or environment.RESULTS
     try:
-        text = rendered(file.read_text(), results, file.parent)
+        text = rendered(file.read_text(encoding="utf-8"), results, file.parent)
         pictures = {path.with_suffix(".png"): record for path, record in _records(results, "bench")}
         pictures = {path: record for path, record in pictures.items() if path.name in text}
     except ValueError as error:

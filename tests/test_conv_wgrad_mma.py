@@ -168,6 +168,33 @@ def test_two_runs_are_bit_equal(device):
 
 
 @CLASSES
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_centred(device, case, cls, launched):
+    """x far from 0, and a dy that sums to 0 in each channel, as batch norm's backward makes it."""
+    x, w, dy = tensors(case, device)
+    x, dy = x + torch.arange(x.shape[1], device=device)[:, None, None], dy - dy.mean((0, 2, 3), keepdim=True)
+    _, plan = gradient_plans(x, w, geometry(case[3]), cls, False, True)
+    dw = wgrad_of_cells(plan, to_cells(x, plan.split, centred=True), w, to_cells(dy, plan.split))
+    assert {k.name for k in launched} >= {"conv_wgrad_borders", "conv_wgrad_partnered"}
+    error = (dw.double() - truth(x, w, dy, case[3])).square().mean().sqrt()
+    assert error < (4e-4 if cls == "tf32" else 1e-6) * truth(x.abs(), w, dy.abs(), case[3]).square().mean().sqrt()
+
+
+def test_centring_makes_errors_smaller(device):
+    """The rounding of what nine tenths of dy have in common adds up where x is far from 0, but for dy's edges."""
+    shape, w = (2, 16, 32, 32), torch.empty(16, 16, 3, 3, device=device)
+    x = torch.randn(shape, device=device) + 10
+    dy = (torch.rand(shape, device=device) > 0.9) * (1 + torch.rand(shape, device=device))
+    dy -= dy.mean((0, 2, 3), keepdim=True)
+    _, plan = gradient_plans(x, w, geometry((1, 1)), "tf32", False, True)
+    expected, errors = truth(x, w, dy, (1, 1)), []
+    for centred in (True, False):
+        dw = wgrad_of_cells(plan, to_cells(x, 1, centred=centred), w, to_cells(dy, 1))
+        errors.append((dw.double() - expected).square().mean().sqrt())
+    assert errors[0] < errors[1] / 3
+
+
+@CLASSES
 def test_cells_and_exponents_that_are_there_already(device, cls, launched):
     x, w, dy = tensors(CASES["three"], device)
     split = 1 if cls == "tf32" else 2
@@ -197,7 +224,7 @@ def test_cells(device, shape, dtype, split):
     """[N][chunk][pixel][64 halves]: values, with split 2 of 32 channels, then all that they leave, infinities too."""
     tensor = torch.randn(shape, device=device).to(dtype) * 100
     tensor[0, 1, 0, 0], tensor[0, 2, 0, 0], tensor[0, 3, 0, 0] = float("inf"), float("nan"), 0
-    cells, exponents = to_cells(tensor, split)
+    cells, exponents, _ = to_cells(tensor, split)
     finite = tensor[tensor.isfinite()].abs().max()
     scale = 2.0 ** exponents.min().item()
     assert 2**14 <= finite * scale < 2**15

@@ -22,6 +22,6 @@ def test_docs(tmp_path):
     missing = {str(p.relative_to(ROOT).with_suffix(".html")) for p in modules} - pages
     assert not missing
     assert {"modelnew.html", "cupy_kernels.html", "modelnew/functional.html", "cupy_kernels/emulator.html"} <= pages
-    page = (tmp_path / "modelnew" / "functional.html").read_text()
+    page = (tmp_path / "modelnew" / "functional.html").read_text(encoding="utf-8")
     assert "num_groups: a divisor of C;" in page
     assert "input: [N, C, *], any number of dimensions from 2 on; float32" in page

@@ -15,7 +15,7 @@ from modelnew import __main__ as cli
 from modelnew import readme
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 NEEDS_GPU = "<!-- needs a GPU -->"
 MARKED = "# A\n<!-- {0}: written by `python3 -m modelnew readme` -->\nold\n<!-- end of {0} -->\n"
 EMPTY = MARKED.format("times") + MARKED.format("suite") + "the end\n"
@@ -73,7 +73,7 @@ def test_commands():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     extras = set(setup["options.extras_require"])
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert commands()
     for words in commands():
         if words[:4] == ["python3", "-m", "pip", "install"]:
@@ -140,7 +140,7 @@ PARITY = {"versions": VERSIONS, "digest": "0123456789abcdef", "passed": 1020, "f
 @pytest.fixture
 def repository(tmp_path):
     """A folder with README.md and records, and what the command does with it."""
-    (tmp_path / "README.md").write_text(EMPTY)
+    (tmp_path / "README.md").write_text(EMPTY, encoding="utf-8")
     (tmp_path / "results").mkdir()
 
     def invoke(*arguments):
@@ -154,7 +154,7 @@ def test_without_records(repository):
     folder, invoke = repository
     assert invoke("--check").exit_code == 1
     assert invoke().exit_code == 0
-    text = (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text(encoding="utf-8")
     assert text.startswith("# A\n<!-- times: written")
     assert text.endswith("<!-- end of suite -->\nthe end\n")
     assert "old" not in text
@@ -166,10 +166,10 @@ def test_without_records(repository):
 def test_with_records(repository):
     pytest.importorskip("matplotlib")
     folder, invoke = repository
-    (folder / "results" / "bench_a.json").write_text(json.dumps(BENCH))
-    (folder / "results" / "parity_a.json").write_text(json.dumps(PARITY))
+    (folder / "results" / "bench_a.json").write_text(json.dumps(BENCH), encoding="utf-8")
+    (folder / "results" / "parity_a.json").write_text(json.dumps(PARITY), encoding="utf-8")
     assert invoke().exit_code == 0
-    text = (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text(encoding="utf-8")
     assert "NVIDIA A, torch 2.11, CuPy 13.6, NVRTC 11.8, driver 580, kernels `0123456789ab`." in text
     assert "| `step` | tf32 | 512 | **1** | 100 | 3 | 3.00x | 2 | compile, nhwc | 500 | 2.00x |" in text
     assert "| `forward_train` | tf32 | 1 | **0.25** |  | 0.125 | 0.50x | 0.125 | eager, nchw | 100 | 0.50x |" in text
@@ -189,16 +189,16 @@ def test_with_records(repository):
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"versions": {}}'])
 def test_what_is_no_record(repository, content):
     folder, invoke = repository
-    (folder / "results" / "bench_a.json").write_text(content)
+    (folder / "results" / "bench_a.json").write_text(content, encoding="utf-8")
     result = invoke()
     assert result.exit_code == 1
     assert "is no record" in result.output
-    assert (folder / "README.md").read_text() == EMPTY
+    assert (folder / "README.md").read_text(encoding="utf-8") == EMPTY
 
 
 def test_text_without_markers(repository):
     folder, invoke = repository
-    (folder / "README.md").write_text("# A\n")
+    (folder / "README.md").write_text("# A\n", encoding="utf-8")
     result = invoke()
     assert result.exit_code == 1
     assert "must have one part that begins with" in result.output

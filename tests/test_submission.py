@@ -61,11 +61,11 @@ def runnable(written, device, monkeypatch):
 
 
 def test_is_current():
-    assert FILE.read_text() == submission.generate(), "run: python3 -m modelnew submission"
+    assert FILE.read_text(encoding="utf-8") == submission.generate(), "run: python3 -m modelnew submission"
 
 
 def test_form():
-    text = FILE.read_text()
+    text = FILE.read_text(encoding="utf-8")
     assert not re.search(r"\b(try|except|pass)\b", text)
     imported = set()
     for node in ast.walk(ast.parse(text)):
@@ -138,9 +138,9 @@ def test_command(tmp_path):
     assert invoke("--check").exit_code == 1
     assert not path.exists()
     assert invoke().exit_code == 0
-    assert path.read_text() == FILE.read_text()
+    assert path.read_text(encoding="utf-8") == FILE.read_text(encoding="utf-8")
     assert "is current" in invoke("--check").output
-    path.write_text(path.read_text() + "\n")
+    path.write_text(path.read_text(encoding="utf-8") + "\n")
     assert "run the command without --check" in invoke("--check").output
     path = tmp_path / "nowhere" / "file.py"
     assert "cannot write" in invoke().output
@@ -187,7 +187,7 @@ TOY = {
 def test_names_imports_and_what_is_left_out(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
     for name, text in TOY.items():
-        (tmp_path / "toy" / f"{name}.py").write_text(textwrap.dedent(text).lstrip())
+        (tmp_path / "toy" / f"{name}.py").write_text(textwrap.dedent(text).lstrip(), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(submission, "ENTRY", "toy.entry")
     monkeypatch.setattr(submission, "PACKAGES", ("toy",))

@@ -1,11 +1,11 @@
 // A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by cp.async.
 //
-//     cells [N][chunk][pixel][64 halves], value * 2^e, parts of a cell in ascending order; fp16_cells.cuh says what is in a cell
+//     cells [N][chunk][pixel][64 halves], (value - centre) * 2^e, parts of a cell in ascending order; fp16_cells.cuh says what is in a cell
 //
 // largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them. to_cells: a
 // block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH pixels, and writes whole
 // cells after a turn through shared memory. Channels past the last one are zero.
-// Macros: scalar_t (float, half_t, bf16_t), SPLIT, WIDTH (pixels in one access; it divides the pixels of an image). `channels` is a
+// sums: null, or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), SPLIT, WIDTH (pixels in one access; it divides the pixels of an image). `channels` is a
 // multiple of 8, N * pixels below 2^31.
 #include "common.cuh"
 #include "fp16_cells.cuh"
@@ -33,7 +33,7 @@ largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponen
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents, half_t* __restrict__ cells,
+to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents, const scalar_t* __restrict__ sums, half_t* __restrict__ cells,
          int exponent_count, int images, int channels, int pixels) {
     __shared__ uint4 tile[TILE_PIXELS * 8];
     __shared__ unsigned scratch[32];
@@ -49,13 +49,15 @@ to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents,
         #pragma unroll
         for (int j = 0; j < 8; j++) in[j] = *(const Pack*)(from + (i64)j * pixels);
     }
-    float scale = power_of_two(smallest_exponent(exponents, exponent_count, scratch));
+    float scale = power_of_two(centred_exponent(sums, smallest_exponent(exponents, exponent_count, scratch))), centres[8];
+    #pragma unroll
+    for (int j = 0; j < 8; j++) centres[j] = first_channel < channels ? centre(sums, first_channel + j, pixels) : 0;
     // The XOR makes eight neighbouring threads write to all banks.
     #pragma unroll
     for (int k = 0; k < WIDTH; k++) {
         float v[8];
         #pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(to_acc(in[j].v[k]), scale);
+        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(to_acc(in[j].v[k]) - centres[j], scale);
         #pragma unroll
         for (int part = 0; part < SPLIT; part++) tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
     }

@@ -28,6 +28,15 @@ __device__ inline unsigned pack_halves(float low, float high) {
 #endif
 }
 
+// What is taken from all values of channel c before they become cells: about their mean, from the channel's sum over `count` values. With
+// `sums` null, or where it is not finite, nothing.
+template <class V> __device__ inline float centre(const V* sums, int c, int count) {
+    float mean = sums ? to_acc(sums[c]) / count : 0;
+    return mean - mean == 0 ? mean : 0;
+}
+// A difference of two values can be twice the largest.
+__device__ inline int centred_exponent(const void* sums, int exponent) { return sums ? exponent - 1 : exponent; }
+
 // Eight values as the halves of a cell's part `part`; leaves in `v` what is left for the next part. With SPLIT 2 infinities and NaNs are
 // all rest, the first value is 0: rests are multiplied by first values only, not by rests, whose sign would make NaN of an infinity.
 __device__ inline uint4 take_halves(float (&v)[8], int part) {

@@ -36,18 +36,17 @@ class _ConvTranspose2d(torch.autograd.Function):
         x, w = ctx.saved_tensors
         dy, db = dense(dy), None
         if ctx.needs_input_grad[2]:
-            db = dy.new_empty(dy.shape[1])
-            partial = dy.new_empty(bias_ops.channel_sum_workspace_size(dy.shape), dtype=accumulator_dtype(dy))
-            run(bias_ops.channel_sum, dy, db, partial)
+            db = _channel_sums(dy)
         dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *ctx.needs_input_grad[:2])
         return dx, dw, db, None, None
 
 
 class Cells(NamedTuple):
-    """A tensor as fp16 cells and the exponents that go with them, see `cupy_kernels.fp16_cells`."""
+    """A tensor as fp16 cells, and what goes with them, see `cupy_kernels.fp16_cells`."""
 
     cells: torch.Tensor
     exponents: torch.Tensor
+    sums: torch.Tensor | None = None
 
 
 def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w):
@@ -95,23 +94,36 @@ def dgrad_of_cells(plan, x, w, dy: Cells):
 
 
 def wgrad_of_cells(plan, x: Cells, w, dy: Cells):
-    """dw."""
+    """dw. x may be centred if dy sums to 0 in each channel."""
     dw = torch.empty_like(w)
-    partial = w.new_empty(plan.partial_size, dtype=torch.float32)
-    run(wgrad_mma.conv_wgrad_mma, plan, *x, *dy, partial, dw)
+    sizes = (plan.partial_size, *((plan.borders_size, plan.partnered_size) if x.sums is not None else ()))
+    workspaces = [w.new_empty(size, dtype=torch.float32) for size in sizes]
+    workspaces += [None] * (3 - len(workspaces))
+    run(wgrad_mma.conv_wgrad_mma, plan, *x, dy.cells, dy.exponents, *workspaces, dw)
     return dw
 
 
-def to_cells(tensor, split, exponents=None) -> Cells:
-    """`tensor` as Cells; exponents: of scales of its parts, where they are known already."""
+def _channel_sums(tensor):
+    sums = tensor.new_empty(tensor.shape[1])
+    partial = tensor.new_empty(bias_ops.channel_sum_workspace_size(tensor.shape), dtype=accumulator_dtype(tensor))
+    run(bias_ops.channel_sum, tensor, sums, partial)
+    return sums
+
+
+def to_cells(tensor, split, exponents=None, centred=False) -> Cells:
+    """`tensor` as Cells; exponents: of scales of its parts, where they are known already.
+
+    centred: less the means of the first image's channels.
+    """
     tensor = aligned(tensor)
+    sums = _channel_sums(tensor[:1]) if centred else None
     if exponents is None:
         size = fp16_cells.exponents_size(tensor.shape, tensor.element_size())
         exponents = tensor.new_empty(size, dtype=torch.int32)
         run(fp16_cells.largest_magnitude, tensor, exponents)
     cells = tensor.new_empty(fp16_cells.cells_size(tensor.shape, split), dtype=torch.float16)
-    run(fp16_cells.to_cells, tensor, exponents, cells, split=split)
-    return Cells(cells, exponents)
+    run(fp16_cells.to_cells, tensor, exponents, sums, cells, split=split)
+    return Cells(cells, exponents, sums)
 
 
 def mma_workspaces(plan, w):
