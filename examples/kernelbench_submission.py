@@ -2323,19 +2323,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
 // Implicit GEMM: channels m are rows, pixels are columns, the sum runs over chunks of input channels and taps. A block owns one
 // unit: TILE_M channels and UNIT_PASSES passes of TILE_N pixels of one image. The rows of x that it needs (the band) lie in shared
 // memory as fp16 cells [row][column][64 halves]; every tap reads them shifted, by ldmatrix. Weights stream through a ring of STAGES
-// (an even number) cp.async stages, one tap of one chunk each. Each warp owns 64 channels x 8 WARP_TILES pixels. An epilogue, the
+// cp.async stages, one tap of one chunk each. Each warp owns 64 channels x 8 WARP_TILES pixels. An epilogue, the
 // kernel's own, takes the sums of each turn.
 //
 // Pixels are ordered by 2x2 windows: the upper row of four windows is an n8-tile, their lower row the next one, so that a lane's
 // accumulators are whole windows. ADJACENT 1: the windows of a lane are neighbours, for wide stores; 0: those of four lanes are.
 //
 // Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right border. The
-// order of a cell's parts (BAND_KEY) is such that the eight rows of a matrix, the pixels of a tile, lie in different banks.
+// order of a cell's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in different banks.
 //
 // x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
 //
-// Macros: scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H,
-// KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
+// Macros: scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16),
+// IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
 // RESIDENT (1: all chunks of the band stay in shared memory, 0: each turn loads one after the other), STAGES, ADJACENT.
 #pragma once
 #include "common.cuh"
@@ -3427,7 +3427,8 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], const
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
-extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed, int* __restrict__ exponents) {
+extern "C" __global__ void pack_weight_fp16(
+    const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed, int* __restrict__ exponents) {
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;

@@ -106,8 +106,8 @@ def compare_models(model: Model, model_new: ModelNew, x: torch.Tensor, cls: str 
     values lie so close that rounding decides between them: one winner in another place moves every gradient by a
     thousand times its rounding error, in PyTorch's float32 run as much as in ours.
 
-    PyTorch's error in the class "tf32" is the larger one of its runs in NCHW and in channels_last: where TF32 is allowed
-    cuDNN need not use it, and in NCHW it computes the weight's gradient without.
+    PyTorch's error in the class "tf32" is the larger one of its runs in NCHW and in channels_last: where TF32 is
+    allowed cuDNN need not use it, and in NCHW it computes the weight's gradient without.
     """
     if cls not in CLASSES:
         raise ValueError(f"cls must be one of {', '.join(CLASSES)}, received {cls!r}")

@@ -7,7 +7,8 @@
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
-extern "C" __global__ void pack_weight_fp16(const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed, int* __restrict__ exponents) {
+extern "C" __global__ void pack_weight_fp16(
+    const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed, int* __restrict__ exponents) {
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;
