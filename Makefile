@@ -33,10 +33,9 @@ sanitize:
 	        $(PYTHON) -m pytest -n 0 $(SANITIZED) || exit 1; \
 	done
 
-# The first run, on all cores, leaves the compiled kernels on disk: one process would compile them one after the other.
+# On many cores: one process would compile the kernels one after the other.
 record:
-	$(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 16
-	$(PYTHON) -m pytest -q -m gpu -n 0 --record=$(RESULTS) tests
+	$(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 16 --record=$(RESULTS) tests
 
 # The API reference, from docstrings. A warning about one of them is an error.
 docs:

@@ -105,14 +105,10 @@ def compare_models(model: Model, model_new: ModelNew, x: torch.Tensor, cls: str 
     The incoming gradient is random (`seed`), but such that nothing flows back into pooling windows whose two largest
     values lie so close that rounding decides between them: one winner in another place moves every gradient by a
     thousand times its rounding error, in PyTorch's float32 run as much as in ours.
-
-    PyTorch's error in the class "tf32" is the larger one of its runs in NCHW and in channels_last: where TF32 is
-    allowed cuDNN need not use it, and in NCHW it computes the weight's gradient without.
     """
     if cls not in CLASSES:
         raise ValueError(f"cls must be one of {', '.join(CLASSES)}, received {cls!r}")
-    precise, ours = (copy.deepcopy(m).train() for m in (model, model_new))
-    layouts = (torch.contiguous_format, torch.channels_last) if cls == "tf32" else (torch.contiguous_format,)
+    precise, ours, theirs = (copy.deepcopy(m).train() for m in (model, model_new, model))
     ours.load_state_dict(model.state_dict())
     with tf32(cls == "tf32"):
         pools = []
@@ -123,22 +119,17 @@ def compare_models(model: Model, model_new: ModelNew, x: torch.Tensor, cls: str 
         dy = incoming_gradient(unpooled, pooled, norm.num_groups, norm.weight.detach(), _NEAR_TIE[cls], seed).float()
         truth = _backward(precise, *run, dy.double())
         del run
-        theirs = []
-        for layout in layouts:
-            copied = copy.deepcopy(model).train().to(memory_format=layout)
-            theirs.append(_backward(copied, *_forward(copied, x.to(memory_format=layout)), dy))
+        theirs = _backward(theirs, *_forward(theirs, x), dy)
         ours = _backward(ours, *_forward(ours, x), dy)
-    return [_row(what, cls, ours[what], truth, [run[what] for run in theirs]) for what in truth]
+    return [_row(what, cls, ours[what], truth, theirs[what]) for what in truth]
 
 
-def _row(what, cls, actual, truths, torch_results) -> Row:
+def _row(what, cls, actual, truths, torch_result) -> Row:
     truth, scale = truths[what], None
     if what == "grad conv_transpose.bias":
         # Zero in mathematics, as batch norm removes what the bias adds. Compared with its neighbour, a sum as long.
         scale = max(_rms(truth), _rms(truths["grad conv_transpose.weight"]))
-    ours = error(actual, truth, scale)
-    theirs = Error(*map(max, zip(*(error(result, truth, scale) for result in torch_results))))
-    torch_result = torch_results[0]
+    ours, theirs = error(actual, truth, scale), error(torch_result, truth, scale)
     ok = within_policy(actual, truth, ours, theirs) or (scale is not None and ours.max <= _NOISE)
     close = None
     if cls == "fp32" and not what.startswith("grad"):

@@ -106,11 +106,19 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("--record"):
-        if not torch.cuda.is_available():
-            raise pytest.UsageError("--record writes down what a GPU computes, and torch finds none here")
-        if config.getoption("numprocesses", None):
-            raise pytest.UsageError("--record works in one process, without -n")
+    if config.getoption("--record") and not torch.cuda.is_available():
+        raise pytest.UsageError("--record writes down what a GPU computes, and torch finds none here")
+
+
+def pytest_sessionfinish(session):
+    """What a process of pytest-xdist has kept for the record goes to the one that writes it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["errors"] = tolerance.kept()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    tolerance.keep_records(getattr(node, "workeroutput", {}).get("errors", []))
 
 
 def pytest_terminal_summary(terminalreporter, config):

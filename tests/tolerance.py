@@ -8,21 +8,26 @@ from modelnew.parity import Row, error, within_policy
 
 CLASSES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-_kept: dict[tuple[str, str], Row] = {}
+_kept: dict[tuple[str, str], dict] = {}
 
 
 def keep(row: Row) -> None:
     """Keeps what a test measured on a GPU, for `--record`: of each comparison the worst beside PyTorch's."""
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition("/")[2].partition("[")[0].partition(" ")[0]
-    row = row._replace(what=f"{test}: {row.what}")
-    known = _kept.get((row.what, row.cls))
-    if known is None or row.ours.rms - row.torch.rms > known.ours.rms - known.torch.rms:
-        _kept[row.what, row.cls] = row
+    keep_records([row._replace(what=f"{test}: {row.what}").record()])
+
+
+def keep_records(records: list[dict]) -> None:
+    """The same for records, such as another process of pytest-xdist kept."""
+    for record in records:
+        known = _kept.setdefault((record["what"], record["class"]), record)
+        if record["rms"] - record["torch_rms"] > known["rms"] - known["torch_rms"]:
+            _kept[record["what"], record["class"]] = record
 
 
 def kept() -> list[dict]:
-    """All that `keep` has, as records."""
-    return [_kept[key].record() for key in sorted(_kept)]
+    """All that is kept."""
+    return [_kept[key] for key in sorted(_kept)]
 
 
 def check(

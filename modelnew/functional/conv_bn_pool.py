@@ -74,12 +74,13 @@ class _Fused(torch.autograd.Function):
                 run(ops.conv_output_gradient_cells, *tensors, dy_exponents, cells, **options)
                 del g, tensors  # 76 MB of a large batch, which the next steps can have
                 dy = Cells(cells, dy_exponents)
-                if dgrad:
-                    dx = dgrad_of_cells(dgrad, x, w, dy)
-                if wgrad:
+                if wgrad:  # first: the room of its workspaces is dx's then
                     # With statistics of the batch dy sums to 0, and x may be centred, which halves the error.
                     x_cells = to_cells(x, wgrad.split, kept["unit_exponents"], centred=training)
                     dw = wgrad_of_cells(wgrad, x_cells, w, dy)
+                    del x_cells
+                if dgrad:
+                    dx = dgrad_of_cells(dgrad, x, w, dy)
             else:
                 dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
                 run(ops.conv_output_gradient, *tensors, dy, **options)
