@@ -13,7 +13,7 @@ _COLOURS = {
     "compile-reduce-overhead": "#8e44ad",
     "compile-max-autotune": "#16a085",
 }
-_MARKERS = "os^vD<>Pph"
+_MARKERS = "os^vD<>Pph*X8dH"
 
 
 def draw(record: dict, path: Path) -> None:

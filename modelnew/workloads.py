@@ -32,6 +32,7 @@ OPERATORS = {
     "wgrad": "its gradient of the weight",
     "conv_forward_general": "conv_transpose2d on the general kernels, without tensor cores",
     "dgrad_general": "its gradient of x, likewise",
+    "wgrad_general": "its gradient of the weight, likewise",
     "post_conv_forward": "batch norm, tanh, max pool and group norm, in training mode, under no_grad",
 }
 WORKLOADS = MODELS | OPERATORS
@@ -171,7 +172,7 @@ def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
     if who in GRAPHS:
         call()
     ours, theirs = (f().detach() for f in (call, build(case, what, cls, "eager", "nchw")))
-    if what != "wgrad":
+    if what.removesuffix(GENERAL) != "wgrad":
         ours, theirs = ours[case.picked], theirs[case.picked]
     truth, terms = _truth_of(case, what, cls)
     errors = [error(ours, truth), error(theirs, truth)]
@@ -299,7 +300,7 @@ def _truth_of(case, what, cls, operand=lambda tensor: tensor):
     """The float64 result, and how many terms each of its elements sums. operand: what to make of the convolution's."""
     shape, picked = case.shape, case.picked
     taps = shape.kernel_size**2
-    if what == "wgrad":
+    if what.removesuffix(GENERAL) == "wgrad":
         x, w, dy = map(operand, _conv_tensors(case, cls))
         parts = (
             _conv(what, case, F.conv_transpose2d, x_part.double(), w.double(), dy_part.double())()
