@@ -12,6 +12,7 @@ import numpy as np
 
 from .common import THREADS, accumulator, ceil_div
 from .conv_transpose_mma import Plan, launch_units, pack_kernel, pack_weight, sample_plans
+from .fp16_cells import cells_shape
 from .launch import launch
 from .source import Kernel, Variant
 
@@ -220,7 +221,7 @@ def conv_output_gradient_cells(
 ) -> None:
     """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
-    dy_exponents: those of `parameter_gradients`. cells: float16, of `cells_shape`, written.
+    dy_exponents: those of `parameter_gradients`. cells: float16, of `output_cells_shape`, written.
     """
     split = dict(plan.macros)["SPLIT"]
     images = g.shape[0]
@@ -234,11 +235,10 @@ def conv_output_gradient_cells(
     )
 
 
-def cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
-    """[N, chunks, OH * OW, 64], of the cells of the convolution's output; see pooled_tail_backward.cu."""
+def output_cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
+    """Of the cells of the convolution's output, see `fp16_cells`."""
     macros = dict(p.macros)
-    chunks = ceil_div(macros["OUT_CHANNELS"], 64 // macros["SPLIT"])
-    return images, chunks, macros["OUT_H"] * macros["OUT_W"], 64
+    return cells_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
 
 
 @functools.lru_cache(maxsize=1024)

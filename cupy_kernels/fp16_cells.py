@@ -14,9 +14,9 @@ _LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `expon
 _BLOCK_BYTES = THREADS * 8 * 16  # that a block of largest_magnitude reads at a time
 
 
-def cells_size(shape, split: int) -> int:
-    """Elements (float16) of the cells of a tensor of this shape."""
-    return shape[0] * ceil_div(shape[1], 64 // split) * math.prod(shape[2:]) * 64
+def cells_shape(shape, split: int) -> tuple[int, int, int, int]:
+    """[N, chunks, pixels, 64]: of the cells, float16, of a tensor of this shape."""
+    return shape[0], ceil_div(shape[1], 64 // split), math.prod(shape[2:]), 64
 
 
 def exponents_size(shape, itemsize: int) -> int:

@@ -597,6 +597,58 @@ def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/fp16_cells.py
+#
+# Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
+#
+# split 1: a cell is 64 channels; split 2: 32 channels as fp16 values, then the 32 rests that rounding left. An array of
+# exponents goes with the cells: the scale's is the smallest of them.
+
+_LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
+_BLOCK_BYTES = THREADS * 8 * 16  # that a block of largest_magnitude reads at a time
+
+
+def cells_shape(shape, split: int) -> tuple[int, int, int, int]:
+    """[N, chunks, pixels, 64]: of the cells, float16, of a tensor of this shape."""
+    return shape[0], ceil_div(shape[1], 64 // split), math.prod(shape[2:]), 64
+
+
+def exponents_size(shape, itemsize: int) -> int:
+    """Elements (int32) of what `largest_magnitude` writes for a tensor of this shape."""
+    return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, _BLOCK_BYTES)))
+
+
+def largest_magnitude(source, exponents) -> None:
+    """exponents, of the scales that parts of `source` would take, are written."""
+    width = _width(source)
+    kernel = Kernel("fp16_cells.cu", "largest_magnitude", _macros(scalar(source), 1, width))
+    launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
+
+
+def to_cells(source, exponents, sums, cells, split: int) -> None:
+    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
+
+    sums: None, or the sums of the first image's channels: their means are subtracted, and the scale is half as large.
+    """
+    width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
+    chunk_channels = 64 // split
+    launch(
+        Kernel("fp16_cells.cu", "to_cells", _macros(scalar(source), split, width)),
+        (ceil_div(images * pixels, THREADS * 8 // chunk_channels * width), ceil_div(channels, chunk_channels), 1),
+        (THREADS, 1, 1),
+        (source, exponents, sums, cells, exponents.size, images, channels, pixels),
+    )
+
+
+def _macros(name, split, width):
+    return (*scalar_macros(name), ("SPLIT", split), ("WIDTH", width))
+
+
+def _width(source) -> int:
+    return 1 if math.prod(source.shape[2:]) % 4 or address(source) % (4 * source.itemsize) else 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_bn_pool.py
 #
 # ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d(2, 2) -> GroupNorm, pooled in the convolution's epilogue.
@@ -800,7 +852,7 @@ def conv_output_gradient_cells(
 ) -> None:
     """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
-    dy_exponents: those of `parameter_gradients`. cells: float16, of `cells_shape`, written.
+    dy_exponents: those of `parameter_gradients`. cells: float16, of `output_cells_shape`, written.
     """
     split = dict(plan.macros)["SPLIT"]
     images = g.shape[0]
@@ -814,11 +866,10 @@ def conv_output_gradient_cells(
     )
 
 
-def cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
-    """[N, chunks, OH * OW, 64], of the cells of the convolution's output; see pooled_tail_backward.cu."""
+def output_cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
+    """Of the cells of the convolution's output, see `fp16_cells`."""
     macros = dict(p.macros)
-    chunks = ceil_div(macros["OUT_CHANNELS"], 64 // macros["SPLIT"])
-    return images, chunks, macros["OUT_H"] * macros["OUT_W"], 64
+    return cells_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1388,58 +1439,6 @@ def _plan(shape) -> tuple[int, int]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/fp16_cells.py
-#
-# Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
-#
-# split 1: a cell is 64 channels; split 2: 32 channels as fp16 values, then the 32 rests that rounding left. An array of
-# exponents goes with the cells: the scale's is the smallest of them.
-
-_LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
-_BLOCK_BYTES = THREADS * 8 * 16  # that a block of largest_magnitude reads at a time
-
-
-def cells_size(shape, split: int) -> int:
-    """Elements (float16) of the cells of a tensor of this shape."""
-    return shape[0] * ceil_div(shape[1], 64 // split) * math.prod(shape[2:]) * 64
-
-
-def exponents_size(shape, itemsize: int) -> int:
-    """Elements (int32) of what `largest_magnitude` writes for a tensor of this shape."""
-    return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, _BLOCK_BYTES)))
-
-
-def largest_magnitude(source, exponents) -> None:
-    """exponents, of the scales that parts of `source` would take, are written."""
-    width = _width(source)
-    kernel = Kernel("fp16_cells.cu", "largest_magnitude", _macros(scalar(source), 1, width))
-    launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
-
-
-def to_cells(source, exponents, sums, cells, split: int) -> None:
-    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
-
-    sums: None, or the sums of the first image's channels: their means are subtracted, and the scale is half as large.
-    """
-    width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
-    chunk_channels = 64 // split
-    launch(
-        Kernel("fp16_cells.cu", "to_cells", _macros(scalar(source), split, width)),
-        (ceil_div(images * pixels, THREADS * 8 // chunk_channels * width), ceil_div(channels, chunk_channels), 1),
-        (THREADS, 1, 1),
-        (source, exponents, sums, cells, exponents.size, images, channels, pixels),
-    )
-
-
-def _macros(name, split, width):
-    return (*scalar_macros(name), ("SPLIT", split), ("WIDTH", width))
-
-
-def _width(source) -> int:
-    return 1 if math.prod(source.shape[2:]) % 4 or address(source) % (4 * source.itemsize) else 4
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/conv_transpose.py
 #
 # conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
@@ -1524,7 +1523,7 @@ def conv_transpose_to_cells(tensor, split, exponents=None, centred=False) -> Cel
         size = exponents_size(tensor.shape, tensor.element_size())
         exponents = tensor.new_empty(size, dtype=torch.int32)
         run(largest_magnitude, tensor, exponents)
-    cells = tensor.new_empty(cells_size(tensor.shape, split), dtype=torch.float16)
+    cells = tensor.new_empty(cells_shape(tensor.shape, split), dtype=torch.float16)
     run(to_cells, tensor, exponents, sums, cells, split=split)
     return Cells(cells, exponents, sums)
 
@@ -1600,12 +1599,12 @@ class _Fused(torch.autograd.Function):
             tensors = (g, *packed, mean, invstd, weight, sums if training else None)
             dgrad, wgrad = gradient_plans(x, w, ctx.geometry, ctx.numerics, *need[:2])
             if bool(dgrad) == need[0] and bool(wgrad) == need[1]:
-                cells = x.new_empty(cells_shape(options["plan"], x.shape[0]), dtype=torch.float16)
+                cells = x.new_empty(output_cells_shape(options["plan"], x.shape[0]), dtype=torch.float16)
                 run(conv_output_gradient_cells, *tensors, dy_exponents, cells, **options)
                 del g, tensors  # 76 MB of a large batch, which the next steps can have
                 dy = Cells(cells, dy_exponents)
                 if wgrad:  # first: the room of its workspaces is dx's then
-                    # With statistics of the batch dy sums to 0, and x may be centred, which halves the error.
+                    # With statistics of the batch dy sums to 0, so x may be centred (benchmarks/NOTES.md says why).
                     x_cells = conv_transpose_to_cells(x, wgrad.split, kept["unit_exponents"], centred=training)
                     dw = wgrad_of_cells(wgrad, x_cells, w, dy)
                     del x_cells

@@ -45,7 +45,8 @@ def _times(results, folder) -> str:
         lines = [
             f"{_where(record)}. Milliseconds, median of {record['trials']} trials, all in one process and in turns, L2 "
             "flushed, results checked first. MB: peak memory over inputs and parameters. Fastest peer: of PyTorch and "
-            "torch.compile, each in NCHW and in channels_last.",
+            "torch.compile, each in NCHW and in channels_last, of those that were timed: the record says which were "
+            "not, and why.",
             "",
             "| | class | N | ModelNew | MB | PyTorch | | fastest peer | | MB | |",
             "|---|---|--:|--:|--:|--:|--:|--:|---|--:|--:|",

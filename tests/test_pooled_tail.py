@@ -148,7 +148,7 @@ class Tail:
         names = ("taps", "saved", "exponents", "unit_exponents", "mean", "invstd", "weight")
         given = (made["g"], *(a[k] for k in names), made["sums"] if self.training else None)
         if cells:
-            dy = torch.empty(ops.cells_shape(self.plan, self.images), dtype=torch.float16, device=self.device)
+            dy = torch.empty(ops.output_cells_shape(self.plan, self.images), dtype=torch.float16, device=self.device)
             run(ops.conv_output_gradient_cells, *given, made["dy_exponents"], dy, **options)
             self.cells, dy = dy, self.uncell(dy, made["dy_exponents"])
         else:

@@ -70,12 +70,12 @@ class _Fused(torch.autograd.Function):
             tensors = (g, *packed, mean, invstd, weight, sums if training else None)
             dgrad, wgrad = gradient_plans(x, w, ctx.geometry, ctx.numerics, *need[:2])
             if bool(dgrad) == need[0] and bool(wgrad) == need[1]:
-                cells = x.new_empty(ops.cells_shape(options["plan"], x.shape[0]), dtype=torch.float16)
+                cells = x.new_empty(ops.output_cells_shape(options["plan"], x.shape[0]), dtype=torch.float16)
                 run(ops.conv_output_gradient_cells, *tensors, dy_exponents, cells, **options)
                 del g, tensors  # 76 MB of a large batch, which the next steps can have
                 dy = Cells(cells, dy_exponents)
                 if wgrad:  # first: the room of its workspaces is dx's then
-                    # With statistics of the batch dy sums to 0, and x may be centred, which halves the error.
+                    # With statistics of the batch dy sums to 0, so x may be centred (benchmarks/NOTES.md says why).
                     x_cells = to_cells(x, wgrad.split, kept["unit_exponents"], centred=training)
                     dw = wgrad_of_cells(wgrad, x_cells, w, dy)
                     del x_cells

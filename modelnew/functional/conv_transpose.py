@@ -121,7 +121,7 @@ def to_cells(tensor, split, exponents=None, centred=False) -> Cells:
         size = fp16_cells.exponents_size(tensor.shape, tensor.element_size())
         exponents = tensor.new_empty(size, dtype=torch.int32)
         run(fp16_cells.largest_magnitude, tensor, exponents)
-    cells = tensor.new_empty(fp16_cells.cells_size(tensor.shape, split), dtype=torch.float16)
+    cells = tensor.new_empty(fp16_cells.cells_shape(tensor.shape, split), dtype=torch.float16)
     run(fp16_cells.to_cells, tensor, exponents, sums, cells, split=split)
     return Cells(cells, exponents, sums)
 
