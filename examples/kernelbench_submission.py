@@ -2785,7 +2785,7 @@ struct Store {
             for (int half = 0; half < 2; half++) {  // upper and lower rows of the windows
                 Packed<scalar_t, PAIRS * 2> line;
                 #pragma unroll
-                for (int j = 0; j < PAIRS * 2; j++) line.v[j] = from_acc<scalar_t>(scale(sums[i / 2][j / 2 * 2 + half][i % 2 * 2 + j % 2]) + shift);
+                for (int j = 0; j < PAIRS * 2; j++) line.v[j] = from_acc<scalar_t>(add_unflushed(scale(sums[i / 2][j / 2 * 2 + half][i % 2 * 2 + j % 2]), shift));
                 int window = first_window + lane_window(lane % 4, 0, pairs);
                 Pixel pixel(window, half * 2);
                 if (ADJACENT && pairs == PAIRS) {  // all in one row
@@ -3172,7 +3172,9 @@ extern "C" __global__ void conv_wgrad_reduce(
     #pragma unroll 8
     for (int s = 0; s < splits; s++) sum += partial[(i64)s * SIZE + i];
     int ic = i % IN_CHANNELS, oc = i / IN_CHANNELS % OUT_CHANNELS, tap = i / (IN_CHANNELS * OUT_CHANNELS);
-    dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(scale(sum) + (x_sums ? centre(x_sums, ic, IN_H * IN_W) * partnered[oc * TAPS + tap] : 0));
+    float total = scale(sum);
+    if (x_sums) total = add_unflushed(total, centre(x_sums, ic, IN_H * IN_W) * partnered[oc * TAPS + tap]);
+    dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(total);
 }
 """,
     "fp16_cells.cu": r"""// A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by cp.async.
@@ -3234,7 +3236,7 @@ to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents,
     for (int k = 0; k < WIDTH; k++) {
         float v[8];
         #pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(to_acc(in[j].v[k]) - centres[j], scale);
+        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(add_unflushed(to_acc(in[j].v[k]), -centres[j]), scale);
         #pragma unroll
         for (int part = 0; part < SPLIT; part++) tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
     }
@@ -3335,6 +3337,17 @@ __device__ inline float multiply_unflushed(float a, float b) {
     float product;
     asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
     return product;
+#endif
+}
+
+// a + b likewise. Adding 0 by an ordinary addition would flush, too.
+__device__ inline float add_unflushed(float a, float b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    return a + b;
+#else
+    float sum;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+    return sum;
 #endif
 }
 

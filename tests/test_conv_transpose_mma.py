@@ -129,7 +129,9 @@ def test_16_bit_types_are_exact_in_fp16_operands(device, dtype):
 
 @pytest.mark.parametrize("cls", ["tf32", "fp32"])
 @pytest.mark.parametrize(
-    ("x_scale", "w_scale"), [(1e-20, 1.0), (1e20, 1e-3), (1e-30, 1e25), (1.0, 1e-20), (1e30, 1e-35)], ids=str
+    ("x_scale", "w_scale"),
+    [(1e-20, 1.0), (1e20, 1e-3), (1e-30, 1e25), (1e-35, 1e-3), (1.0, 1e-20), (1e30, 1e-35)],
+    ids=str,
 )
 def test_scales_far_from_fp16(device, cls, x_scale, w_scale):
     x, w, _ = (t.detach() for t in tensors(CASES["one_unit"], device))

@@ -21,7 +21,7 @@ struct Store {
             for (int half = 0; half < 2; half++) {  // upper and lower rows of the windows
                 Packed<scalar_t, PAIRS * 2> line;
                 #pragma unroll
-                for (int j = 0; j < PAIRS * 2; j++) line.v[j] = from_acc<scalar_t>(scale(sums[i / 2][j / 2 * 2 + half][i % 2 * 2 + j % 2]) + shift);
+                for (int j = 0; j < PAIRS * 2; j++) line.v[j] = from_acc<scalar_t>(add_unflushed(scale(sums[i / 2][j / 2 * 2 + half][i % 2 * 2 + j % 2]), shift));
                 int window = first_window + lane_window(lane % 4, 0, pairs);
                 Pixel pixel(window, half * 2);
                 if (ADJACENT && pairs == PAIRS) {  // all in one row

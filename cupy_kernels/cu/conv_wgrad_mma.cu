@@ -247,5 +247,7 @@ extern "C" __global__ void conv_wgrad_reduce(
     #pragma unroll 8
     for (int s = 0; s < splits; s++) sum += partial[(i64)s * SIZE + i];
     int ic = i % IN_CHANNELS, oc = i / IN_CHANNELS % OUT_CHANNELS, tap = i / (IN_CHANNELS * OUT_CHANNELS);
-    dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(scale(sum) + (x_sums ? centre(x_sums, ic, IN_H * IN_W) * partnered[oc * TAPS + tap] : 0));
+    float total = scale(sum);
+    if (x_sums) total = add_unflushed(total, centre(x_sums, ic, IN_H * IN_W) * partnered[oc * TAPS + tap]);
+    dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(total);
 }

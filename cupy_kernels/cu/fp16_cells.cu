@@ -57,7 +57,7 @@ to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents,
     for (int k = 0; k < WIDTH; k++) {
         float v[8];
         #pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(to_acc(in[j].v[k]) - centres[j], scale);
+        for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(add_unflushed(to_acc(in[j].v[k]), -centres[j]), scale);
         #pragma unroll
         for (int part = 0; part < SPLIT; part++) tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
     }

@@ -26,6 +26,17 @@ __device__ inline float multiply_unflushed(float a, float b) {
 #endif
 }
 
+// a + b likewise. Adding 0 by an ordinary addition would flush, too.
+__device__ inline float add_unflushed(float a, float b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    return a + b;
+#else
+    float sum;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+    return sum;
+#endif
+}
+
 // v -> v * 2^-e for |e| <= 252; two factors keep every intermediate value in range where the result is.
 struct ScaleBack {
     float first, second;
