@@ -10,7 +10,7 @@ MODULES = modelnew cupy_kernels '!.+[.]' $(subst /,.,$(patsubst %/__init__,%,$(b
     $(filter-out %__main__.py,$(wildcard modelnew/[a-z]*.py cupy_kernels/[a-z]*.py)) \
     modelnew/functional/__init__.py cupy_kernels/emulator/__init__.py)))
 
-.PHONY: lint format test gpu-test sanitize record docs generated notebooks clean
+.PHONY: lint format test gpu-test sanitize record training docs generated notebooks clean
 
 lint:
 	ruff check .
@@ -36,6 +36,10 @@ sanitize:
 # On many cores: one process would compile the kernels one after the other.
 record:
 	$(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 16 --record=$(RESULTS) tests
+
+# ModelNew and Model trained side by side: a record and loss curves.
+training:
+	$(PYTHON) -m modelnew training --output $(RESULTS)
 
 # The API reference, from docstrings. A warning about one of them is an error.
 docs:

@@ -16,12 +16,14 @@ from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 
 from . import Model, ModelNew, environment, get_init_inputs, get_inputs
 from .bench import bench_command
+from .commands import usable_device
 from .model import BATCH, OPERATORS
 from .numerics import NUMERICS
 from .parity import RATIO, compare_models, is_close, tf32
 from .readme import readme_command
 from .submission import submission_command
 from .timing import measure
+from .training import training_command
 
 EMULATED_BATCH = 2
 BIT_EXACT = ("tanh", "max_pool")
@@ -90,6 +92,7 @@ def main(context, batch, seed, replace, numerics, device, times, trials):
 main.add_command(bench_command)
 main.add_command(readme_command)
 main.add_command(submission_command)
+main.add_command(training_command)
 
 
 @main.command("env")
@@ -178,10 +181,7 @@ def _times(model, model_new, x, cls, trials):
 
 def _device(name) -> torch.device:
     """The device asked for, or the best there is; says what will run. BackendError if kernels cannot run there."""
-    try:
-        device = environment.device(name)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--device") from error
+    device = usable_device(name)
     backend = environment.backend()
     if device.type == "cuda":
         out.print(f"GPU: {torch.cuda.get_device_name(device)}")

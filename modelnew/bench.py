@@ -6,7 +6,6 @@ trials the L2 cache is filled with other data. Our results are checked before th
 
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -21,10 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cupy_kernels import source
-from cupy_kernels.errors import BackendError
-
-from . import environment, plots, records
+from . import commands, records
 from .model import HEIGHT, get_init_inputs
 from .timing import Clock, Contender, Times, current, free, measure_together, rounded
 from .workloads import (
@@ -245,18 +241,13 @@ def _listed(choices=None):
     default=None,
     help="Time the first forward of new processes, too.  [default: yes, but not with --quick nor on the CPU]",
 )
-@click.option("--device", help="cuda, cuda:1, ... or cpu: the emulator.  [default: the GPU, if one is usable]")
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for bench_<gpu>.json and .png.  [default: benchmarks/results of the repository, else here; on the CPU "
-    "nothing is written]",
-)
+@commands.device_option
+@commands.output_option("bench")
 @click.option(
     "--plot-only",
     metavar="RECORD",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Measure nothing: draw the PNG of this record, beside it.",
+    help="Measure nothing: draw the PNG of this record, or of one of training, beside it.",
 )
 def bench_command(device, output, plot_only, **options):
     """Times and peak memory of ModelNew and of its peers, side by side, after a check of parity.
@@ -266,19 +257,15 @@ def bench_command(device, output, plot_only, **options):
     """
     if plot_only:
         try:
-            _draw(json.loads(plot_only.read_text(encoding="utf-8")), plot_only)
+            picture = commands.draw(json.loads(plot_only.read_text(encoding="utf-8")), plot_only)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise click.BadParameter(f"{plot_only} is no record of this command", param_hint="--plot-only") from error
+        out.print(f"drawn: {picture}", highlight=False)
         return
-    try:
-        device = environment.device(device)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--device") from error
-    except BackendError as error:
-        raise click.ClickException(str(error)) from error
+    device = commands.usable_device(device)
     plan = _plan(device, **options)
     with current(device):
-        record, slug = _head(plan, device), environment.slug()
+        record = _head(plan, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(plan.cells(device)) + plan.startup)
@@ -288,15 +275,8 @@ def bench_command(device, output, plot_only, **options):
     records.show(record, out)
     if device.type == "cpu":
         out.print("Times of the emulator on a CPU say nothing about speed.")
-    if output or device.type == "cuda":
-        folder = output or (environment.RESULTS if environment.RESULTS.parent.is_dir() else Path())
-        path = folder / f"bench_{slug if device.type == 'cuda' else 'cpu'}.json"
-        records.write(record, path)
-        out.print(f"recorded: {path}", highlight=False)
-        try:
-            _draw(record, path)
-        except click.ClickException as error:
-            out.print(error.message, highlight=False, markup=False)
+    with current(device):
+        commands.publish(record, "bench", device, output, out)
     if any(row.get("failed") for row in record["rows"]):
         raise click.exceptions.Exit(1)
 
@@ -320,27 +300,11 @@ def _plan(device, quick, batches, what, classes, peers, trials, size, seed, budg
 
 def _head(plan, device):
     """A record without rows."""
-    versions = environment.versions()
-    if device.type == "cpu":
-        versions["gpu"] = None
+    begun = commands.head(device)
     return {
-        "command": shlex.join(["python3", "-m", "modelnew", *sys.argv[1:]]),
-        "versions": versions,
-        "digest": source.digest(),
+        **begun,
         "trials": plan.trials,
         "shape": Shape(*get_init_inputs()[:5], plan.size)._asdict(),
-        "ceilings": ceilings(versions["gpu"]),
+        "ceilings": ceilings(begun["versions"]["gpu"]),
         "rows": [],
     }
-
-
-def _draw(record, path):
-    """Draws the PNG beside the record `path`; a ClickException says why if it cannot."""
-    picture = path.with_suffix(".png")
-    try:
-        plots.draw(record, picture)
-    except ImportError as error:
-        raise click.ClickException("plots need matplotlib: pip install 'modelnew[bench]'") from error
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
-    out.print(f"drawn: {picture}", highlight=False)

@@ -1,4 +1,6 @@
-"""Pictures of a record of `python -m modelnew bench`: times beside the peers', and a roofline. Needs matplotlib."""
+"""Pictures of records, with matplotlib: of `python -m modelnew bench`, times beside the peers' and a roofline; of
+`python -m modelnew training`, loss curves.
+"""
 
 from pathlib import Path
 
@@ -13,16 +15,23 @@ _COLOURS = {
     "compile-reduce-overhead": "#8e44ad",
     "compile-max-autotune": "#16a085",
 }
+_DASHES = {"tf32": "-", "fp32": "--"}
 _MARKERS = "os^vD<>Pph*X8dH"
 
 
 def draw(record: dict, path: Path) -> None:
-    """Draws the record as PNG: a panel of bars for each class at the largest and the smallest N, and the roofline.
-
-    ValueError if it has no times, ImportError without matplotlib.
-    """
+    """Draws the record as PNG. ValueError if there is nothing to draw, ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
+    versions = record["versions"]
+    figure = Figure(layout="constrained")
+    figure.suptitle(f"{versions['gpu'] or 'CPU (emulator)'}, torch {versions['torch']}, NVRTC {versions['nvrtc']}")
+    (_curves if "steps" in record else _times)(figure, record)
+    figure.savefig(path, format="png", dpi=110)
+
+
+def _times(figure, record):
+    """A panel of bars for each class at the largest and the smallest N, and the roofline."""
     rows = _timed(record)
     if not rows:
         raise ValueError("no row has a time, so there is nothing to draw")
@@ -32,14 +41,39 @@ def draw(record: dict, path: Path) -> None:
         for n in dict.fromkeys((*batches[-1:], *batches[:1]))
         for cls in dict.fromkeys(row["class"] for row in rows)
     ]
-    figure = Figure(figsize=(14, 3.2 * len(panels) + 5), layout="constrained")
+    figure.set_size_inches(14, 3.2 * len(panels) + 5)
     axes = figure.subplots(len(panels) + 1, 1, squeeze=False, height_ratios=[3] * len(panels) + [4.5])[:, 0]
     for (cls, n), panel in zip(panels, axes):
         _bars(panel, [row for row in rows if (row["class"], row["n"]) == (cls, n)], f"class {cls}, N={n}")
     roofline(axes[-1], record)
-    versions = record["versions"]
-    figure.suptitle(f"{versions['gpu'] or 'CPU (emulator)'}, torch {versions['torch']}, NVRTC {versions['nvrtc']}")
-    figure.savefig(path, format="png", dpi=110)
+
+
+def _curves(figure, record):
+    """The loss of each run, and how far losses are apart."""
+    figure.set_size_inches(14, 5)
+    losses, apart = figure.subplots(1, 2)
+    curves = {(row["who"], row["class"], row["layout"]): row["losses"] for row in record["rows"]}
+    steps = range(1, record["steps"] + 1)
+    for (who, cls, layout), curve in curves.items():
+        if layout == "nchw":
+            style = {"color": _COLOURS["modelnew" if who == "ModelNew" else "eager"], "ls": _DASHES[cls]}
+            losses.plot(steps, curve, lw=1.5 if who == "Model" else 0.9, label=f"{who} {cls}", **style)
+
+    def difference(a, b, **style):
+        values = [abs(x - y) / abs(y) if y else 0 for x, y in zip(curves[a], curves[b])]
+        apart.plot(steps, values, lw=0.8, **style)
+
+    model = {cls: ("Model", cls, "nchw") for cls in _DASHES}
+    difference(model["tf32"], model["fp32"], color="black", label="Model tf32 to Model fp32")
+    for cls, dashes in _DASHES.items():
+        colours = _COLOURS["eager"], _COLOURS["modelnew"]
+        for name, layout, colour in zip(("Model", "ModelNew"), ("nhwc", "nchw"), colours):
+            label = f"{name} {cls}{' channels_last' if name == 'Model' else ''} to Model {cls}"
+            difference((name, cls, layout), model[cls], color=colour, ls=dashes, label=label)
+    losses.set(title=f"loss, batches of {record['batch']}", xlabel="step", yscale="log")
+    apart.set(title="how far losses are apart, relative", xlabel="step", yscale="log")
+    for panel in (losses, apart):
+        panel.legend(fontsize=7)
 
 
 def _timed(record):

@@ -89,6 +89,15 @@ def launched(declared_variants):
 
 
 @pytest.fixture
+def one_thread():
+    """The tensors are small, and threads that wait for each other take most of the time on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def many_passes(monkeypatch):
     """Units of several passes, as large batches have them, without the large batch."""
     monkeypatch.setattr(conv_transpose_mma, "MANY_IMAGES", 1)

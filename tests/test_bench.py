@@ -17,15 +17,7 @@ INIT = [4, 8, 3, 1, 1, 1, 2]
 MISSION = Shape(64, 128, 5, 1, 1, 32)
 H100 = workloads.ceilings("NVIDIA H100 80GB HBM3")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are small, and threads that wait for each other take most of the time on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
