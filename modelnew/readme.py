@@ -1,4 +1,4 @@
-"""Writes the parts of README.md that committed records decide: the table of times, its plot, and what passed where."""
+"""Writes the parts of README.md that committed records decide: times, where training ends, and what passed where."""
 
 import json
 import os
@@ -8,16 +8,22 @@ from pathlib import Path
 
 import click
 
-from . import environment, plots
+from . import commands, environment
 from .generated import ROOT, check_option, settle
 from .records import comparisons
 from .workloads import GRAPHS, MODELS
 
 _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
+_NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
 _NO_SUITE = (
     "No record says yet that the test suite passed on a GPU; `make record` on one writes it. "
     "[`benchmarks/results/logs`](benchmarks/results/logs) has what earlier runs printed."
 )
+_NEEDED = {
+    "bench": ("rows", "trials"),
+    "training": ("rows", "steps", "batch", "factor", "last", "comparisons"),
+    "parity": ("passed", "failed", "skipped"),
+}
 
 
 def rendered(text: str, results: Path, folder: Path) -> str:
@@ -25,7 +31,7 @@ def rendered(text: str, results: Path, folder: Path) -> str:
 
     ValueError if the text has no such parts, or if a record is none.
     """
-    for name, part in (("times", _times), ("suite", _suite)):
+    for name, part in (("times", _times), ("training", _training), ("suite", _suite)):
         begin, end = f"<!-- {name}: written by `python3 -m modelnew readme` -->", f"<!-- end of {name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if len(pattern.findall(text)) != 1:
@@ -85,6 +91,25 @@ def _startup(record) -> list[str]:
     return ["", f"The first forward of a process takes {', '.join(parts)}."] if parts else []
 
 
+def _training(results, folder) -> str:
+    parts = []
+    for path, record in _records(results, "training"):
+        ends = {(row["who"], row["class"]): row["loss_last"] for row in record["rows"] if row["layout"] == "nchw"}
+        losses = [
+            f"{who} {ends[who, 'tf32']:.6f} with TF32 and {ends[who, 'fp32']:.6f} in float32"
+            for who in ("Model", "ModelNew")
+        ]
+        furthest = max(c["distance"] / c["classes"] for c in record["comparisons"])
+        picture = os.path.relpath(path.with_suffix(".png"), folder)
+        parts.append(
+            f"{_where(record)}. {record['steps']} steps of SGD from the same parameters, on the same batches of "
+            f"{record['batch']}; mean loss of the last {record['last']}: {', '.join(losses)}. Losses and running "
+            f"statistics of ModelNew end at most {furthest:.2f} times as far from those of Model as Model's with TF32 "
+            f"end from Model's in float32 (allowed: {record['factor']}).\n\n![Loss curves]({picture})"
+        )
+    return "\n\n".join(parts) or _NO_TRAINING
+
+
 def _suite(results, folder) -> str:
     lines = [
         f"| {_where(record)} | {record['passed']} | {record['failed']} | {record['skipped']} |"
@@ -113,12 +138,7 @@ def _records(results, kind) -> Iterator[tuple[Path, dict]]:
     for path in sorted(results.glob(f"{kind}_*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            needed = {
-                "versions",
-                "digest",
-                *(("rows", "trials") if kind == "bench" else ("passed", "failed", "skipped")),
-            }
-            if missing := needed - set(record):
+            if missing := {"versions", "digest", *_NEEDED[kind]} - set(record):
                 raise KeyError(", ".join(sorted(missing)))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no record: {error}") from error
@@ -140,21 +160,17 @@ def _records(results, kind) -> Iterator[tuple[Path, dict]]:
 )
 @check_option
 def readme_command(file, results, check):
-    """Write the README's table of times and of passed suites from the committed records, and draw the plots."""
+    """Write what the README says of times, training and passed suites from committed records, and draw the plots."""
     results = results or environment.RESULTS
     try:
         text = rendered(file.read_text(encoding="utf-8"), results, file.parent)
-        pictures = {path.with_suffix(".png"): record for path, record in _records(results, "bench")}
-        pictures = {path: record for path, record in pictures.items() if path.name in text}
+        drawn = [(path, record) for kind in ("bench", "training") for path, record in _records(results, kind)]
+        drawn = [(path, record) for path, record in drawn if path.with_suffix(".png").name in text]
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     settle(file, text, check)
-    for path, record in pictures.items():
-        if check and not path.exists():
-            raise click.ClickException(f"there is no {path}: run the command without --check")
+    for path, record in drawn:
+        if check and not path.with_suffix(".png").exists():
+            raise click.ClickException(f"there is no {path.with_suffix('.png')}: run the command without --check")
         if not check:
-            try:
-                plots.draw(record, path)
-            except ImportError as error:
-                raise click.ClickException("plots need matplotlib: pip install 'modelnew[bench]'") from error
-            click.echo(f"drawn: {path}")
+            click.echo(f"drawn: {commands.draw(record, path)}")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NEEDS_GPU = "<!-- needs a GPU -->"
 MARKED = "# A\n<!-- {0}: written by `python3 -m modelnew readme` -->\nold\n<!-- end of {0} -->\n"
-EMPTY = MARKED.format("times") + MARKED.format("suite") + "the end\n"
+EMPTY = "".join(map(MARKED.format, ("times", "training", "suite"))) + "the end\n"
 
 
 class Block(NamedTuple):
@@ -134,6 +134,21 @@ BENCH = {
         row("startup_warm", ms=660.0),
     ],
 }
+TRAINING = {
+    "versions": VERSIONS,
+    "digest": "0123456789abcdef",
+    "steps": 2,
+    "batch": 64,
+    "factor": 2,
+    "last": 20,
+    "comparisons": [{"what": "loss", "class": "tf32", "distance": 3e-5, "layouts": 0.0, "classes": 2e-5, "ok": True}],
+    "rows": [
+        {"who": who, "class": cls, "layout": layout, "loss_last": 0.25, "losses": [1.0 + 1e-4 * (cls == "tf32"), 0.25]}
+        for who in ("Model", "ModelNew")
+        for cls in ("tf32", "fp32")
+        for layout in ("nchw", "nhwc")
+    ],
+}
 PARITY = {"versions": VERSIONS, "digest": "0123456789abcdef", "passed": 1020, "failed": 0, "skipped": 2}
 
 
@@ -159,6 +174,7 @@ def test_without_records(repository):
     assert text.endswith("<!-- end of suite -->\nthe end\n")
     assert "old" not in text
     assert readme._NO_TIMES in text
+    assert readme._NO_TRAINING in text
     assert readme._NO_SUITE in text
     assert invoke("--check").exit_code == 0
 
@@ -167,6 +183,7 @@ def test_with_records(repository):
     pytest.importorskip("matplotlib")
     folder, invoke = repository
     (folder / "results" / "bench_a.json").write_text(json.dumps(BENCH), encoding="utf-8")
+    (folder / "results" / "training_a.json").write_text(json.dumps(TRAINING), encoding="utf-8")
     (folder / "results" / "parity_a.json").write_text(json.dumps(PARITY), encoding="utf-8")
     assert invoke().exit_code == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
@@ -177,8 +194,12 @@ def test_with_records(repository):
     assert "conv_forward" not in text
     assert "4.2 s with nothing compiled before, 0.7 s with kernels compiled on disk." in text
     assert "driver 580, kernels `0123456789ab` | 1020 | 0 | 2 |" in text
-    assert "](results/bench_a.png)" in text
-    assert (folder / "results" / "bench_a.png").read_bytes().startswith(b"\x89PNG")
+    assert "2 steps of SGD from the same parameters, on the same batches of 64; mean loss of the last 20: " in text
+    assert "ModelNew 0.250000 with TF32 and 0.250000 in float32." in text
+    assert "end at most 1.50 times as far" in text
+    for name in ("bench_a.png", "training_a.png"):
+        assert f"](results/{name})" in text
+        assert (folder / "results" / name).read_bytes().startswith(b"\x89PNG")
     assert invoke("--check").exit_code == 0
     (folder / "results" / "bench_a.png").unlink()
     assert "there is no" in invoke("--check").output
