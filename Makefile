@@ -10,7 +10,7 @@ MODULES = modelnew cupy_kernels '!.+[.]' $(subst /,.,$(patsubst %/__init__,%,$(b
     $(filter-out %__main__.py,$(wildcard modelnew/[a-z]*.py cupy_kernels/[a-z]*.py)) \
     modelnew/functional/__init__.py cupy_kernels/emulator/__init__.py)))
 
-.PHONY: lint format test gpu-test sanitize record training docs generated notebooks clean
+.PHONY: lint format test gpu-test bench sanitize record training docs generated notebooks clean
 
 lint:
 	ruff check .
@@ -25,6 +25,10 @@ test:
 
 gpu-test:
 	$(PYTHON) -m pytest -m gpu
+
+# Times and peak memory beside PyTorch's: a record in benchmarks/results, which `make generated` puts into the README.
+bench:
+	$(PYTHON) -m modelnew bench
 
 # Torch's caching allocator would hide what is out of bounds of a tensor but inside the allocator's block.
 sanitize:
@@ -52,9 +56,7 @@ generated:
 
 # The notebooks from the scripts beside them, run on the GPU if there is one, else in the emulator.
 notebooks:
-	for script in examples/[0-9]*.py; do \
-	    $(PYTHON) -m jupytext --to ipynb --update $$script && jupyter-execute --inplace $${script%.py}.ipynb || exit 1; \
-	done
+	$(PYTHON) -m modelnew notebooks
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 
 class Rows(list):
-    """A list of named tuples that shows itself as a table, without the fields `hidden`."""
+    """A list of named tuples that shows itself as a table, without the fields `hidden`; a tuple in it, line by line."""
 
     def __init__(self, rows, caption: str = "", hidden: tuple[str, ...] = ()):
         super().__init__(rows)
@@ -36,6 +36,8 @@ class Rows(list):
 def _cell(value):
     if value is None:
         return "-"
+    if isinstance(value, tuple):
+        return "\n".join(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

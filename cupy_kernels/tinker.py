@@ -37,13 +37,18 @@ _MULTIPROCESSORS = {
 
 
 class KernelInfo(NamedTuple):
-    """A kernel, as `kernels` lists it."""
+    """A kernel, as `kernels` lists it.
+
+    variants: how many sets of macros the host compiles the file with; of kernels that are specialised for a shape,
+    those of some shapes. macros: their names. values: of each macro.
+    """
 
     name: str
     file: str
     parameters: str
     variants: int
     macros: str
+    values: tuple[str, ...]
 
 
 class Attributes(NamedTuple):
@@ -68,7 +73,8 @@ class Attributes(NamedTuple):
 def kernels(name: str | None = None) -> Rows:
     """All kernels of the package, or those of `name`: file, parameters, and how many variants with which macros.
 
-    The table of all leaves the parameters out; the items have them.
+    The table of all leaves parameters and values of macros out; the items have them. `attributes` has a row for each
+    variant.
     """
     from .variants import variants  # imports every operator
 
@@ -78,12 +84,18 @@ def kernels(name: str | None = None) -> Rows:
     wanted = None if name is None else locate(name)
     found = []
     for file in (f for f in source.names() if f.endswith(".cu")):
-        macros = dict.fromkeys(k for v in declared.get(file, ()) for k, _ in v.defines)
+        macros = {}
+        for macro, value in (define for variant in declared.get(file, ()) for define in variant.defines):
+            macros.setdefault(macro, {})[str(value)] = None
+        names = [macro for macro in macros if macro not in source.SHAPE_MACROS]
+        others = len(macros) - len(names)
+        names = [*names, f"and {others} of the shape"] if others > 1 else list(macros)
+        values = tuple(f"{macro}: {', '.join(values)}" for macro, values in macros.items())
         for kernel, parameters in source.declarations(source.packaged(file)).items():
             if wanted in (None, (file, kernel), (file, None)):
-                row = (kernel, file, _list(parameters), len(declared.get(file, ())), " ".join(macros))
+                row = (kernel, file, _list(parameters), len(declared.get(file, ())), " ".join(names), values)
                 found.append(KernelInfo(*row))
-    return Rows(found, hidden=() if name else ("parameters",))
+    return Rows(found, hidden=("macros",) if name else ("parameters", "values"))
 
 
 def show(name: str) -> None:

@@ -18,6 +18,7 @@ from . import Model, ModelNew, environment, get_init_inputs, get_inputs
 from .bench import bench_command
 from .commands import usable_device
 from .model import BATCH, OPERATORS
+from .notebooks import notebooks_command
 from .numerics import NUMERICS
 from .parity import RATIO, compare_models, is_close, tf32
 from .readme import readme_command
@@ -90,6 +91,7 @@ def main(context, batch, seed, replace, numerics, device, times, trials):
 
 
 main.add_command(bench_command)
+main.add_command(notebooks_command)
 main.add_command(readme_command)
 main.add_command(submission_command)
 main.add_command(training_command)

@@ -12,17 +12,18 @@ from rich import box, print
 from rich.table import Table
 
 import cupy_kernels
-from cupy_kernels import source, tinker
+from cupy_kernels import emulator, source, tinker
 from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
-from cupy_kernels.launch import launch, observed
+from cupy_kernels.launch import observed
 
 from . import checks, environment
-from .interop import run
+from .interop import compile_together
 from .parity import Row
-from .timing import measure
+from .timing import measure_launches
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
-_TRIALS = {"cuda": 20, "cpu": 3}
+
+_known = {}  # what the checks of an edit have launched, so that the next one's kernels are compiled at the same time
 
 
 class Time(NamedTuple):
@@ -65,6 +66,8 @@ def judge(name: str, text: str, *, dtypes=("float32",), device=None, images: int
         device = environment.device(device)
         images = images if images and device.type == "cuda" else checks.images_for(device)
         files, launches, rows = tinker.files_with(name), {}, []
+        key = name, tuple(dtypes), device, images
+        _prepare(_known.get(key, ()), device)
 
         def keep(started, *arguments):
             if started.file in files and kernel in (None, started.name):
@@ -80,28 +83,24 @@ def judge(name: str, text: str, *, dtypes=("float32",), device=None, images: int
                 f"no check launches {kernel or file} in {', '.join(dtypes)}; those of {', '.join(files)} are "
                 f"{', '.join(case.what for case in cases) or 'none: add one to modelnew/checks.py'}"
             )
+        _known[key] = list(launches)
         verdict = Verdict(device, rows, [])
         if verdict.right:
-            edited = _times(launches, device)
+            edited = measure_launches(launches.items(), device)
             with tinker.unedited():
-                original = _times(launches, device)
+                _prepare(launches, device)
+                original = measure_launches(launches.items(), device)
             words, _ = tinker.told_apart([started.defines for started in launches])
-            names = (started.name for started in launches)
-            verdict.times.extend(map(Time, names, words, edited, original))
+            for started, macros, *times in zip(launches, words, edited, original):
+                verdict.times.append(Time(started.name, macros, *(time.median for time in times)))
     return verdict
 
 
-def _times(launches, device):
-    """Milliseconds of each launch."""
-    trials = _TRIALS[device.type]
-
-    def all_of_them(_):
-        return [
-            measure(lambda k=kernel, a=arguments: launch(k, *a), device, trials).median
-            for kernel, arguments in launches.items()
-        ]
-
-    return run(all_of_them, torch.empty(0, device=device))
+def _prepare(kernels, device):
+    if device.type == "cpu":
+        emulator.prepare(kernels)
+    else:
+        compile_together(kernels, device)
 
 
 def table(verdict: Verdict) -> Table:

@@ -4,10 +4,14 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+
+from cupy_kernels.launch import launch
+
+from .interop import run
 
 _FLUSH_BYTES = 256 * 2**20  # several times the largest L2 cache
 _WARMUP = 5
@@ -145,6 +149,21 @@ def measure(function: Callable, device: torch.device, trials: int = 20) -> Times
         for _ in range(clock.warmup):
             function()
         return clock.read([clock.time(function) for _ in range(trials)])
+
+
+def measure_launches(launches: Iterable[tuple], device: torch.device, trials: int = 20) -> list[Times]:
+    """Times of each launch alone: (kernel, its arguments), as `cupy_kernels.launch.observed` gives them.
+
+    A launch on the emulator takes as long as it takes: once, without a warm-up.
+    """
+
+    def started(arguments):
+        if device.type == "cuda":
+            return measure(lambda: launch(*arguments), device, trials)
+        clock = Clock(device)
+        return clock.read([clock.time(lambda: launch(*arguments))])
+
+    return run(lambda _: [started((kernel, *arguments)) for kernel, arguments in launches], torch.empty(0, device=device))
 
 
 def measure_together(

@@ -45,10 +45,15 @@ def test_kernels_are_listed():
     (row,) = cupy_kernels.kernels("tanh_forward")
     assert row.parameters == "const scalar_t* x, scalar_t* y, i64 size"
     assert (row.file, row.variants, row.macros) == ("tanh.cu", 8, "scalar_t acc_t WIDTH")
+    assert row.values[1:] == ("acc_t: float, double", "WIDTH: 1, 4, 2, 8")
     assert [row.name for row in cupy_kernels.kernels("tanh")] == ["tanh_forward", "tanh_backward"]
     assert "tanh_backward" in repr(rows)
     assert "const scalar_t* x" not in repr(rows)
+    assert "WIDTH: 1" not in repr(rows)
     assert "const scalar_t* x" in repr(cupy_kernels.kernels("tanh_forward"))
+    assert "WIDTH: 1, 4, 2, 8" in repr(cupy_kernels.kernels("tanh_forward"))
+    (row,) = cupy_kernels.kernels("pack_weight_fp16")
+    assert row.macros == "scalar_t acc_t SPLIT FLIP and 4 of the shape"
     assert "tanh_forward" in rows._repr_mimebundle_()["text/html"]
 
 

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -26,7 +28,7 @@ import numpy as np
 
 from ..compiler import announce
 from ..errors import BackendError, EmulatorError
-from ..source import Kernel, compile_error, expanded, kernel_names, signature
+from ..source import Kernel, compile_error, expanded, in_force, kernel_names, signature
 
 GUARD_BYTES = 4096
 ALIGNMENT = 256  # of arrays, as cudaMalloc has it
@@ -105,6 +107,15 @@ def run(kernel: Kernel, parameters, grid, block, args, shared_bytes: int, seed: 
         if not parameter.inout:
             _check_written(kernel, parameter, result)
         arg[...] = result
+
+
+def prepare(kernels: Iterable[Kernel]) -> None:
+    """Compiles those of `kernels` that are not compiled yet, all at the same time, as `compiler.prepare` does."""
+    variants = {(expanded(k.file), k.defines): k for k in map(in_force, kernels)}
+    missing = [kernel for key, kernel in variants.items() if key not in _libraries]
+    with ThreadPoolExecutor() as threads:
+        for built in [threads.submit(_library, kernel) for kernel in missing]:
+            built.result()
 
 
 def _guarded(array, parameter) -> np.ndarray:

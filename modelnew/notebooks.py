@@ -1,0 +1,55 @@
+"""Writes the notebooks in examples from the scripts beside them, and runs them, so that they hold outputs."""
+
+from pathlib import Path
+
+import click
+
+from .generated import EXAMPLES
+
+
+def execute(script: Path, timeout: int = 300):
+    """The script's notebook with its outputs, as nbformat has it. nbclient.exceptions.CellExecutionError if it fails.
+
+    Cells and metadata of the .ipynb beside the script stay as they are where the script does not say otherwise. When
+    and how long cells ran is left out: it would change with each run.
+    """
+    import jupytext
+    import nbformat
+    from jupytext.combine import combine_inputs_with_outputs
+    from nbclient import NotebookClient
+
+    notebook, stored = jupytext.read(script), script.with_suffix(".ipynb")
+    if stored.exists():
+        notebook = combine_inputs_with_outputs(notebook, nbformat.read(stored, as_version=4))
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(script.parent)}},
+    )
+    return client.execute()
+
+
+@click.command("notebooks", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("scripts", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def notebooks_command(scripts):
+    """Run the notebooks in examples and store them with their outputs, which should be a GPU's.
+
+    SCRIPTS: of which notebooks.  [default: examples/NN_*.py of the repository]
+    """
+    try:
+        import ipykernel  # noqa: F401
+        import jupytext  # noqa: F401
+        import nbformat
+        from nbclient.exceptions import CellExecutionError, DeadKernelError
+    except ImportError as error:
+        raise click.ClickException(f"{error}: pip install 'modelnew[notebooks]'") from error
+    for script in scripts or sorted(EXAMPLES.glob("[0-9]*.py")):
+        try:
+            notebook = execute(script)
+        except (CellExecutionError, DeadKernelError) as error:
+            raise click.ClickException(f"{script} fails, its notebook stays as it was:\n{error}") from error
+        nbformat.write(notebook, script.with_suffix(".ipynb"))
+        click.echo(f"written: {script.with_suffix('.ipynb')}")
