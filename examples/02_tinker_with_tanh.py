@@ -29,8 +29,9 @@ print(environment.backend()["why"])
 # %% [markdown]
 # ## What is there
 #
-# Each kernel lives in a `.cu` file, and is compiled once for each set of macros that the host asks for: `scalar_t` is
-# the tensors' type, `acc_t` that of the arithmetic, `WIDTH` how many neighbouring elements a thread takes.
+# Each kernel lives in a `.cu` file, and is compiled once for each set of macros, a *variant*, that the host asks for:
+# `scalar_t` is the tensors' type, `acc_t` that of the arithmetic, `WIDTH` how many neighbouring elements a thread
+# takes. `cupy_kernels.kernels()` without a name lists everything that can be changed.
 
 # %%
 cupy_kernels.kernels("tanh")
@@ -105,7 +106,7 @@ cupy_kernels.attributes("tanh_forward", scalar_t="float")
 
 # %%
 code = cupy_kernels.ptx("tanh_forward", scalar_t="float", WIDTH=4)
-print("\n".join(line.strip() for line in code.splitlines() if ".v4.f32" in line))
+print("\n".join(line.strip() for line in code.splitlines() if ".v4." in line))
 
 # %% [markdown]
 # ## What does not hold is refused

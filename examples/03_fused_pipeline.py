@@ -12,13 +12,17 @@
 # # How the fused pipeline works
 #
 # With all five operators replaced, `ModelNew` runs three main kernels forward: the transposed convolution, which pools
-# in its epilogue; the statistics of batch norm; and everything else. This notebook takes them a stage at a time. What
-# is said of layouts is computed from the package's own plan, and each claim about numbers is checked where it is made.
-# On a GPU it uses the real shapes; without one the kernels run in the CPU emulator, on small ones.
+# in its epilogue; the statistics of batch norm; and everything else. This notebook takes them a stage at a time, and
+# then the way back. What is said of layouts is computed from the package's own plan, and each claim about numbers is
+# checked where it is made.
+#
+# On a GPU it runs the real shape, 512 images of 64x32x32; without one the same kernels run in the CPU emulator, on
+# small images. The pictures of layouts are of the real shape in either case.
 
 # %%
 import json
 import math
+from copy import deepcopy
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,8 +33,10 @@ from matplotlib.patches import Rectangle
 import modelnew
 from cupy_kernels import conv_transpose_mma
 from cupy_kernels.conv_transpose import Geometry
-from modelnew import Model, ModelNew, environment, parity, plots, workloads
+from cupy_kernels.launch import observed
+from modelnew import Model, ModelNew, environment, parity, plots, timing, workloads
 
+RED, GRAY = "#c0392b", "#95a5a6"  # ModelNew, PyTorch
 device = environment.device()
 on_gpu = device.type == "cuda"
 MISSION = workloads.Shape(64, 128, 5, 1, 1, 32)  # of one image and the convolution
@@ -57,7 +63,7 @@ traffic = {
     "one by one": [inputs + big, 3 * big, 2 * big, big + small, 3 * small],
     "fused": [inputs + small, 0, 0, 0, 2 * small],
 }
-figure, axes = plt.subplots(figsize=(8, 1.7))
+figure, axes = plt.subplots(figsize=(9, 2))
 left = np.zeros(2)
 for i, name in enumerate(modelnew.model.OPERATORS):
     width = np.array([megabytes[i] for megabytes in traffic.values()])
@@ -65,7 +71,7 @@ for i, name in enumerate(modelnew.model.OPERATORS):
     left += width
 axes.bar_label(axes.containers[-1], [f"{value:.0f} MB" for value in left], padding=3)
 axes.set_xlim(right=left.max() * 1.15)
-axes.legend(ncols=3, fontsize=7, loc="lower right")
+axes.legend(ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
 axes.invert_yaxis()
 axes.set_title("memory read and written by a forward in training mode, no gradient")
 plt.show()
@@ -81,7 +87,8 @@ plt.show()
 # $$y_{n,m,oh,ow} = \sum_{k,\,kh,\,kw} x_{n,\,k,\,oh+p-kh,\,ow+p-kw}\; w_{k,m,kh,kw}$$
 #
 # Rows of the product are output channels $m$, columns are output pixels, and the sum runs over input channels and the
-# 25 taps. A block of threads owns a *unit*: 128 channels, and some passes over 256 pixels of one image. The plan:
+# 25 taps. A block of threads owns a *unit*: 128 channels, and some passes over 256 pixels of one image; in a pass, each
+# of its 8 warps has 64 channels and 64 pixels. The plan for a batch of 512:
 
 # %%
 plan = conv_transpose_mma.plan(
@@ -89,85 +96,124 @@ plan = conv_transpose_mma.plan(
 )
 macros = dict(plan.macros)
 passes, warps_n = macros["UNIT_PASSES"], macros["WARPS_N"]
-pass_windows = warps_n * 16 // macros["SPLIT"]
+WARP_WINDOWS, LANES = 16, 4  # windows of a warp, and how many lanes share them (the other eight groups: channels)
+pass_windows = warps_n * WARP_WINDOWS
 print(f"{plan.units} unit(s) an image, {passes} passes a unit, {pass_windows} windows of 2x2 pixels a pass")
 print(f"{plan.threads} threads, {plan.shared_bytes / 1024:.0f} KiB of shared memory: {macros['BAND_ROWS']} rows of x")
 
 # %% [markdown]
-# Pixels are numbered by pooling windows, not by rows: four neighbouring columns of the matrix product are the four
-# corners of a 2x2 window. A tensor-core instruction leaves two neighbouring columns in one thread, so a window ends up
-# in two threads that sit side by side, and pooling costs a shuffle.
+# Pixels are numbered by pooling windows, not by rows. A tensor-core instruction multiplies 16 channels by 8 pixels, a
+# *tile*, and leaves two neighbouring columns of the result in each lane. So the upper row of four windows is one tile,
+# their lower row is the next, and all four corners of a window end up in one lane: pooling compares a lane's own
+# registers. Which four windows share a tile is free to choose. With every fourth of a warp's 16, the four that a lane
+# collects over its tiles are neighbours, and go to memory in one store of 16 bytes.
 
 # %%
 windows_w = math.ceil(MISSION.out_size / 2)
 row, column = np.mgrid[: MISSION.out_size, : MISSION.out_size]
 window = row // 2 * windows_w + column // 2
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
-left.imshow(window // pass_windows, cmap="Pastel1")
-left.set_title(f"output pixels, coloured by pass: {passes} passes of {pass_windows} windows")
-left.set_xlabel("ow")
-left.set_ylabel("oh")
-corner = 4 * window[:6, :8] + row[:6, :8] % 2 * 2 + column[:6, :8] % 2
-right.imshow(window[:6, :8] % 2, cmap="Pastel2", vmin=0, vmax=2)
-for (i, j), number in np.ndenumerate(corner):
-    right.text(j, i, number, ha="center", va="center", fontsize=9)
-for i in range(3):
-    for j in range(4):
-        right.add_patch(Rectangle((2 * j - 0.5, 2 * i - 0.5), 2, 2, fill=False))
-right.set_title("top left: column of the matrix product of each pixel")
+figure, axes = plt.subplots(figsize=(5, 4.4))
+axes.imshow(window // pass_windows, cmap="Pastel1")
+for p in range(passes):
+    at = np.argwhere(window // pass_windows == p).mean(0)
+    axes.text(at[1], at[0], f"pass {p}", ha="center", va="center")
+axes.set_title(f"output pixels of an image: {passes} passes of {pass_windows} windows", fontsize=10)
+axes.set_xlabel("ow")
+axes.set_ylabel("oh")
+
+figure, axes = plt.subplots(figsize=(12, 1.7))
+first = np.arange(2 * WARP_WINDOWS) // 2
+per_lane = WARP_WINDOWS // LANES
+lane, tile = first // per_lane, 2 * (first % per_lane)
+axes.imshow(np.stack([lane, lane]), cmap="Pastel2", vmax=7, aspect="auto")
+for (i, j), _ in np.ndenumerate(np.empty((2, 2 * WARP_WINDOWS))):
+    axes.text(j, i, f"{tile[j] + i}", ha="center", va="center", fontsize=9)
+for j in range(WARP_WINDOWS):
+    axes.add_patch(Rectangle((2 * j - 0.5, -0.5), 2, 2, fill=False, lw=0.8))
+axes.set_title("the first warp's 16 windows: a colour for each lane, and the tile that each pixel is in", fontsize=10)
+axes.set_xlabel("ow")
+axes.set_ylabel("oh")
+axes.set_yticks([0, 1])
 plt.show()
 
 # %% [markdown]
 # The image lies in shared memory as *cells*: one pixel, 64 channels, 128 bytes of fp16. Every tap reads the same cells,
 # shifted by $(kh, kw)$; nothing is copied into columns. What a shift reads outside the image must be zero: one row of
-# zeros serves for rows outside, and a gap of zero cells between two rows serves as the right border of one and the left
-# border of the next.
+# zeros serves for all rows outside, and a gap of zero cells between two rows serves as the right border of one and the
+# left border of the next.
 
 # %%
 gap = max(0, macros["KERNEL_W"] - 1 - macros["PAD_W"])
-pitch = (macros["IN_W"] + gap + 3) // 8 * 8 + 4
+pitch = macros["IN_W"] + gap
 rows = 7
-figure, axes = plt.subplots(figsize=(11, 3.6))
+figure, axes = plt.subplots(figsize=(11, 3.4))
 cells = np.zeros((rows, gap + pitch))
 cells[1:, gap : gap + macros["IN_W"]] = 1
-axes.imshow(cells, cmap="Blues", vmin=0, vmax=2, aspect="auto")
+axes.imshow(cells, cmap="Blues", vmin=0, vmax=2.5, aspect="auto")
+axes.text(pitch / 2, 0, "zero row", ha="center", va="center", color="gray")
+axes.text(gap + macros["IN_W"] / 2 + 6, 4, "cells of x", ha="center", va="center")
+axes.text(pitch + gap / 2 - 0.5, 3, "the next row's gap", rotation=90, ha="center", va="center", color="gray")
 for tap, colour in (((0, 0), "tab:red"), ((2, 2), "tab:green"), ((4, 4), "tab:purple")):
-    # output pixels (2..3, 0..7), four windows: rows oh + pad - kh of x, which start one below the zero row
-    top, first = 3 + macros["PAD_H"] - tap[0], gap + macros["PAD_W"] - tap[1]
-    box = Rectangle((first - 0.5, top - 0.5), 8, 2, fill=False, ec=colour, lw=2, label=f"tap {tap}")
-    axes.add_patch(box)
-axes.set_title(f"cells of the first rows: zero row on top, {gap} zero cells on the left, pitch {pitch}")
+    # Output pixels (2..3, 0..7): rows oh + pad - kh of x, which start one below the zero row.
+    top, start = 3 + macros["PAD_H"] - tap[0], gap + macros["PAD_W"] - tap[1]
+    axes.add_patch(Rectangle((start - 0.45, top - 0.45), 7.9, 1.9, fill=False, ec=colour, lw=2.5))
+    axes.text(start + 3.5, top + 0.5, f"tap {tap}", ha="center", va="center", color=colour, weight="bold")
+axes.set_title(
+    f"what three taps read for output pixels (2..3, 0..7): {gap} zero cells a row, pitch {pitch}", fontsize=10
+)
 axes.set_xlabel("cell")
 axes.set_ylabel("row of cells")
-axes.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# The pitch is 4 more than a multiple of 8, so that the cells of a window's two rows fall into different banks of shared
-# memory; and the 16-byte parts within a cell are swapped by an XOR with the cell's number, so that eight neighbouring
-# cells put the same part into different banks. A tensor-core load (`ldmatrix`) then takes no conflict:
+# Shared memory has 32 banks of 4 bytes, so a cell spans all of them once, and the same part (16 bytes) of every cell
+# would lie in the same four banks. `ldmatrix`, the tensor cores' load, fetches one part of eight pixels at a time; here
+# these are the upper rows of four windows that lie 8 pixels apart. Eight accesses to the same banks would have to take
+# turns. So parts are swapped by an XOR with a key of the cell, chosen such that these eight differ:
+
 
 # %%
-part = np.arange(8)
-cell = np.arange(8)[:, None]
-figure, axes = plt.subplots(figsize=(4, 3.4))
-axes.imshow(part ^ (cell & 7), cmap="tab10", vmax=9)
-for i in range(8):
-    for j in range(8):
-        axes.text(j, i, j ^ i, ha="center", va="center", color="white")
-axes.set_xlabel("place: 16 bytes, four banks each")
-axes.set_ylabel("cell")
-axes.set_title("which part of a cell lies where")
+def key(ih, cell_column):
+    place = ih * windows_w + cell_column
+    return place // 8 % 4 * 2 + place % 2
+
+
+# Of every warp, every pair of tiles and every tap: the eight pixels of one load.
+start = np.arange(0, pixels // 4 - WARP_WINDOWS + 1, WARP_WINDOWS)[:, None, None]
+windows = start + np.arange(per_lane)[:, None] + np.repeat(np.arange(LANES), 2) * per_lane
+for kh in range(MISSION.kernel_size):
+    for kw in range(MISSION.kernel_size):
+        ih = 2 * (windows // windows_w) + macros["PAD_H"] - kh
+        cell_column = gap + 2 * (windows % windows_w) + np.tile([0, 1], LANES) + macros["PAD_W"] - kw
+        keys = np.sort(key(ih + 8, cell_column))  # 8 rows more: the same keys, and no negative number
+        assert (keys == np.arange(8)).all()
+
+pixel = np.repeat(np.arange(LANES), 2) * 2 * per_lane + np.tile([0, 1], LANES)
+figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+for panel, keys, title in zip(panels, (np.zeros(8, int), key(0, gap + pixel)), ("as it comes", "swapped by key")):
+    place = np.arange(8)
+    parts = place ^ keys[:, None]
+    panel.imshow(parts == 2, cmap="Reds", vmax=2, aspect="auto")
+    for (i, j), part in np.ndenumerate(parts):
+        panel.text(j, i, part, ha="center", va="center", weight="bold" if part == 2 else "normal")
+    panel.set_xticks(place, [f"{4 * p}-{4 * p + 3}" for p in place], fontsize=8)
+    panel.set_yticks(place, [f"ow={p}" for p in pixel], fontsize=8)
+    panel.set_xlabel("banks")
+    panel.set_title(f"parts of eight cells, {title}", fontsize=10)
 plt.show()
+
+# %% [markdown]
+# The weights of a tap (128 channels x 64, 16 KB) stream through a ring of a few such stages, copied by `cp.async` while
+# the tensor cores work on the taps before.
 
 # %% [markdown]
 # ## Numeric classes: fp16 under scales
 #
 # TF32, PyTorch's default for convolutions on a GPU, rounds operands to 10 mantissa bits. fp16 keeps 10, too, runs at
-# twice the rate, and has a smaller range. So values are multiplied by a power of two, measured from the data, that
-# brings the largest magnitude to $[2^{14}, 2^{15})$: powers of two change no digit, and nothing overflows. Values far
-# below the largest become fp16 denormals and lose digits, but those are digits that a sum with the largest does not
-# see. The class `"fp32"` keeps what rounding left over as a second fp16 value and multiplies three times:
+# twice the rate, and has a smaller range. So values are multiplied by a power of two, measured from the data, such that
+# the largest stays below $2^{15}$: powers of two change no digit, and nothing overflows. Values far below the largest
+# become fp16 denormals and lose digits, but those are digits that a sum with the largest does not see. The class
+# `"fp32"` keeps what rounding left over as a second fp16 value and multiplies three times:
 # $(a + a')(b + b') \approx ab + ab' + a'b$.
 
 
@@ -186,42 +232,58 @@ def two_halves(t):
 
 
 values = torch.randn(200_000, generator=torch.Generator().manual_seed(3))
-figure, axes = plt.subplots(figsize=(8, 3))
-methods = {"TF32": tf32, "fp16, scaled": scaled_half, "bfloat16": lambda t: t.bfloat16().float()}
+figure, axes = plt.subplots(figsize=(9, 3))
+methods = {"bfloat16": lambda t: t.bfloat16().float(), "TF32": tf32, "fp16, scaled": scaled_half}
 methods["two fp16, scaled"] = two_halves
 for name, method in methods.items():
     relative = ((method(values) - values) / values).abs().numpy()
     exact = (relative == 0).mean()
-    width = 4 if name == "TF32" else 1.5
     bins = np.arange(-26, -6, 0.25)
-    axes.hist(np.log2(relative[relative > 0]), bins, histtype="step", lw=width, label=f"{name} ({exact:.0%} exact)")
-axes.set_xlabel("relative rounding error of an operand, power of two")
+    axes.hist(
+        np.log2(relative[relative > 0]),
+        bins,
+        histtype="step",
+        lw=5 if name == "TF32" else 1.5,
+        alpha=0.5 if name == "TF32" else 1,
+        label=name + (f" ({exact:.0%} exact)" if exact > 0.05 else ""),
+    )
+axes.set_xticks(range(-26, -6, 2), [f"$2^{{{e}}}$" for e in range(-26, -6, 2)])
+axes.set_xlabel("relative rounding error of an operand")
 axes.set_yticks([])
+axes.set_ylabel("how many")
 axes.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# TF32 and scaled fp16 are the same curve. What that means for the result is measured at the end.
+# TF32 and scaled fp16 are the same curve. What that means for the results is measured further down.
 
 # %% [markdown]
 # ## Stage 2: pooling before batch norm
 #
 # Max pooling comes after batch norm and tanh, and batch norm's statistics need all of the convolution's output: it
 # seems that the output must go to memory. But in each channel batch norm is a straight line and tanh increases, so
-# together they are monotone. The largest of four results is the result of the largest value if batch norm's weight
-# $\gamma$ is positive, of the smallest if it is negative; if it is zero all are equal, and the first wins.
+# $\tanh(\gamma\hat y + \beta)$ is monotone in the convolution's sum $y$:
+#
+# - where $\gamma > 0$, the window's largest $y$ gives its largest value;
+# - where $\gamma < 0$, the smallest does;
+# - where $\gamma = 0$ all four values are equal, and the first index wins, as in PyTorch.
+#
+# The sign of $\gamma$ is known before the convolution begins. The statistics are not, and are not needed.
 
 # %%
 four = np.array([-1.1, 0.4, 1.3, -0.2])
-figure, panels = plt.subplots(1, 3, figsize=(11, 3), sharey=True)
+figure, panels = plt.subplots(1, 3, figsize=(12, 3.2), sharey=True)
 along = np.linspace(-2, 2, 200)
 for panel, gamma in zip(panels, (1.2, -0.8, 0.0)):
     result = np.tanh(gamma * four + 0.1)
-    panel.plot(along, np.tanh(gamma * along + 0.1), color="tab:gray")
-    panel.plot(four, result, "o", color="tab:blue")
     winner = int(result.argmax())
-    panel.plot(four[winner], result[winner], "o", color="tab:red", markersize=10)
-    panel.set_title(rf"$\gamma$ = {gamma}: {'largest' if gamma > 0 else 'smallest' if gamma else 'first'} value wins")
+    panel.plot(along, np.tanh(gamma * along + 0.1), color=GRAY)
+    panel.plot(four, result, "o", color="tab:blue")
+    panel.plot(four[winner], result[winner], "o", color=RED, markersize=11)
+    panel.axhline(result[winner], color=RED, lw=0.8, ls=":")
+    for corner, at in enumerate(zip(four, result)):
+        panel.annotate(f"$y_{corner}$", at, (6, -12), textcoords="offset points")
+    panel.set_title(rf"$\gamma$ = {gamma}: the {'largest' if gamma > 0 else 'smallest' if gamma else 'first'} sum wins")
     panel.set_xlabel("sum of the convolution")
 panels[0].set_ylabel("tanh(batch norm)")
 plt.show()
@@ -241,12 +303,12 @@ pooled = torch.where(sign == 0, first, F.max_pool2d(sums * sign, 2) * sign)
 mean, variance = sums.mean((0, 2, 3)), sums.var((0, 2, 3), unbiased=False)
 scale = gamma / (variance + 1e-5).sqrt()
 early = torch.tanh((pooled - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + beta.view(-1, 1, 1))
-print("largest difference:", (late - early).abs().max().item())
+print(f"largest difference: {(late - early).abs().max().item():.1e}")
 assert torch.allclose(late, early, rtol=0, atol=1e-12)
 
 # %% [markdown]
 # What is stored for a 512-image batch is 76 MB instead of 303 MB. A training forward keeps more for its backward: all
-# sums as fp16 (or float32), and which corner of each window won.
+# sums, as fp16 (or float32, in the class of that name), and which corner of each window won.
 
 # %% [markdown]
 # ## Stage 3: statistics from registers
@@ -267,35 +329,35 @@ for shift in shifts:
     combined = (squares.sum() + 4624 * (means - means.mean()).square().sum()).item() / data.numel()
     for name, value in zip(wrong, (naive, combined)):
         wrong[name].append(max(abs(value - truth) / truth, 1e-9))
-figure, axes = plt.subplots(figsize=(6, 2.8))
-for name, errors in wrong.items():
-    axes.loglog(shifts, errors, "o-", label=name)
+figure, axes = plt.subplots(figsize=(7, 3))
+for (name, errors), colour in zip(wrong.items(), (GRAY, RED)):
+    axes.loglog(shifts, errors, "o-", label=name, color=colour)
+axes.axhline(1, color="black", lw=0.8, ls=":")
+axes.annotate("nothing is right any more", (shifts[0], 1.5), fontsize=8)
 axes.set_xlabel("mean, in standard deviations")
 axes.set_ylabel("relative error of the variance")
+axes.set_title("variance of float32 values, computed in float32", fontsize=10)
 axes.legend()
 plt.show()
 
 # %% [markdown]
 # ## Stage 4: the tail
 #
-# One block takes a group of one image: 16 channels of 17x17 pooled values, 18 KB, which stay in shared memory. Batch
-# norm, tanh, the group's mean and variance, and its normalisation: one read, one write. The whole forward, kernel by
-# kernel, against PyTorch's, operator by operator:
+# One block takes a group of one image: for the real shape 16 channels of 17x17 pooled values, 18 KB, a warp for each
+# channel. They are read once and stay in registers through batch norm, tanh, the group's mean and variance, and its
+# normalisation, and the result is written once. The whole forward against PyTorch, in float32:
 
 # %%
 with torch.no_grad(), parity.tf32(False):
-    h = model.conv_transpose(x)
-    normed = F.batch_norm(h, None, None, model.batch_norm.weight, model.batch_norm.bias, training=True)
-    expected = model.group_norm(F.max_pool2d(torch.tanh(normed), 2))
-    actual = model_new(x)
-print("output", tuple(actual.shape), "largest difference:", (actual - expected).abs().max().item())
+    expected, actual = deepcopy(model)(x), deepcopy(model_new)(x)
+print("output", tuple(actual.shape), f"largest difference: {(actual - expected).abs().max().item():.1e}")
 torch.testing.assert_close(actual, expected)
 
 # %% [markdown]
 # ## Backward
 #
 # The gradient at batch norm's output is zero but at the winners of the windows. So the two sums that batch norm's
-# backward needs (of the gradient, and of gradient times normalised value) come from the pooled values alone, and the
+# backward needs (of the gradient $g$, and of $g$ times the normalised value) come from the pooled values alone, and the
 # gradient of the convolution's output is built in one go:
 #
 # $$\frac{\partial L}{\partial y} = a\cdot\mathrm{scatter}(g) - b - c\,y$$
@@ -303,78 +365,130 @@ torch.testing.assert_close(actual, expected)
 # with three numbers per channel.
 
 # %%
-h = torch.randn(1, 1, 10, 10, dtype=torch.float64, requires_grad=True)
+h = torch.randn(1, 1, 10, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
 normed = F.batch_norm(h, None, None, training=True)
 normed.retain_grad()
-F.max_pool2d(torch.tanh(normed), 2).backward(torch.randn(1, 1, 5, 5, dtype=torch.float64))
-figure, panels = plt.subplots(1, 2, figsize=(8, 3.4))
-titles = ("gradient at batch norm's output", "gradient of the convolution's output")
-for panel, gradient, title in zip(panels, (normed.grad, h.grad), titles):
+incoming = torch.randn(1, 1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+F.max_pool2d(torch.tanh(normed), 2).backward(incoming)
+
+g, xhat, a = normed.grad, normed.detach(), 1 / (h.detach().var(unbiased=False) + 1e-5).sqrt()
+rebuilt = a * (g - g.sum() / 100 - xhat * (g * xhat).sum() / 100)
+assert (g != 0).sum() == 25
+assert torch.allclose(rebuilt, h.grad)
+
+figure, panels = plt.subplots(1, 3, figsize=(12, 3.6))
+pictures = {
+    "$a$ scatter($g$)": a * g,
+    "gradient of the convolution's output": h.grad,
+    "the rest, $-b - c\\,y$": h.grad - a * g,
+}
+for panel, (title, gradient) in zip(panels, pictures.items()):
     limit = gradient.abs().max().item()
-    panel.imshow(gradient[0, 0], cmap="RdBu", vmin=-limit, vmax=limit)
+    picture = panel.imshow(gradient[0, 0], cmap="RdBu", vmin=-limit, vmax=limit)
+    figure.colorbar(picture, ax=panel, shrink=0.8)
     panel.set_title(title, fontsize=10)
+    panel.set_xticks([])
+    panel.set_yticks([])
     for i in range(5):
         for j in range(5):
             panel.add_patch(Rectangle((2 * j - 0.5, 2 * i - 0.5), 2, 2, fill=False, lw=0.5))
-winners = normed.grad != 0
-g, xhat = normed.grad, normed.detach()
-rebuilt = (g - g.sum() / 100 - xhat * (g * xhat).sum() / 100) / (h.var(unbiased=False) + 1e-5).sqrt()
-assert winners.sum() == 25
-assert torch.allclose(rebuilt, h.grad)
 plt.show()
 
 # %% [markdown]
-# The gradient of x is a transposed convolution's gradient: the same kernel with flipped weights. The gradient of the
-# weight is a product of its own, over all pixels of the batch.
+# That gradient, $dy$, is written once, as cells of scaled fp16, and two convolutions read it. The gradient of $x$ is
+# the first one with flipped weights, so it is the same kernel. The gradient of the weight is, for each tap, a product
+# of $x$ and $dy$ summed over all pixels. There, the 16 pixels that one tensor-core instruction sums over lie below each
+# other. The next tap to the right then needs the same column of $x$, and of $dy$ the column beside: a warp keeps five
+# columns of $dy$ in registers, and each column is read from shared memory once for all five taps.
+
+# %%
+figure, panels = plt.subplots(1, 2, figsize=(11, 3.2))
+colours = ["tab:red", "tab:orange", "tab:green", "tab:blue", "tab:purple"]
+for panel, name in zip(panels, ("x", "dy")):
+    panel.imshow(np.zeros((18, 22)), cmap="Blues", vmin=0, vmax=2)
+    panel.axhspan(0.5, 16.5, color="tab:blue", alpha=0.12)
+    panel.set_title(f"{name}: a band of 16 rows", fontsize=10)
+    panel.set_xlabel("column")
+    panel.set_yticks([])
+here = 9
+panels[0].add_patch(Rectangle((here - 0.5, 0.5), 1, 16, color="black"))
+for kw, colour in enumerate(colours):
+    panels[1].add_patch(Rectangle((here - 1 + kw - 0.5, 0.5), 1, 16, color=colour, label=f"kw = {kw}"))
+panels[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+plt.show()
+
+# %% [markdown]
+# ## The stages, timed
+#
+# Each launch of one training step, alone, by CUDA events, L2 flushed. The names are those of
+# `cupy_kernels.kernels()`.
+
+# %%
+launches = []
+candidate = deepcopy(model_new)
+leaf = x.detach().requires_grad_()
+with parity.tf32(on_gpu), observed(lambda *launch: launches.append(launch)):
+    y = candidate(leaf)
+    torch.autograd.grad(y, [leaf, *candidate.parameters()], torch.ones_like(y))
+names = [kernel.name for kernel, *_ in launches]
+if on_gpu:
+    ms = [times.median for times in timing.measure_launches(launches, device)]
+    forward = names.index("pooled_forward") + 1
+    figure, axes = plt.subplots(figsize=(9, 0.3 * len(names) + 0.8))
+    bars = axes.barh(range(len(names)), ms, color=["#2980b9"] * forward + ["#16a085"] * (len(names) - forward))
+    axes.bar_label(bars, [f"{value:.3f}" for value in ms], padding=3, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xlim(right=max(ms) * 1.1)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    axes.set_title(f"forward (blue) and backward (green), class tf32: {sum(ms):.2f} ms in all", fontsize=10)
+    plt.show()
+else:
+    print(", ".join(names))
+    print("In the emulator their times would say nothing.")
 
 # %% [markdown]
 # ## Errors by numeric class
 #
-# The judge is the float64 run of the reference; PyTorch's own error is the yardstick.
+# The judge is the float64 run of the reference; PyTorch's own error in the same class is the yardstick.
 
 # %%
 classes = ("fp32", "tf32") if on_gpu else ("fp32",)
 found = {cls: parity.compare_models(model, model_new, x, cls) for cls in classes}
-figure, panels = plt.subplots(1, len(classes), figsize=(6 * len(classes), 3.4), squeeze=False, sharey=True)
+figure, panels = plt.subplots(1, len(classes), figsize=(7 * len(classes), 3.6), squeeze=False, sharey=True)
 for panel, (cls, rows) in zip(panels[0], found.items()):
     assert all(row.ok for row in rows)
     rows = [row for row in rows if row.what != "grad conv_transpose.bias"]  # zero in mathematics
     place = np.arange(len(rows))
-    panel.barh(place - 0.2, [row.torch.rms for row in rows], 0.4, label="PyTorch", color="#95a5a6")
-    panel.barh(place + 0.2, [row.ours.rms for row in rows], 0.4, label="ModelNew", color="#c0392b")
+    panel.barh(place - 0.2, [row.torch.rms for row in rows], 0.4, label="PyTorch", color=GRAY)
+    panel.barh(place + 0.2, [row.ours.rms for row in rows], 0.4, label="ModelNew", color=RED)
     panel.set_yticks(place, [row.what for row in rows])
     panel.set_xscale("log")
     panel.set_xlim(left=1e-8)
+    panel.grid(axis="x", lw=0.3)
+    panel.set_axisbelow(True)
     panel.set_xlabel("rms error against float64, relative")
     panel.set_title(f"class {cls}")
-    panel.legend()
 panels[0][0].invert_yaxis()
+panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 plt.show()
 
 # %% [markdown]
 # ## Roofline
 #
-# The last question is how much of the machine this uses. From a committed record of `python3 -m modelnew bench`, if
-# there is one; else the roof alone: what an H100 allows each workload, by the bytes that it must move.
+# The last question is how much of the machine this uses. Points are at what was reached, in a record of `python3 -m
+# modelnew bench` that the repository holds; lines are what memory and tensor cores allow. Whatever has a convolution in
+# it has so much to compute for each byte that tensor cores are the limit. Below, as shares: how long the GPU would take
+# at its limits, over what was taken.
 
 # %%
 committed = sorted(environment.RESULTS.glob("bench_*.json"))
-figure, axes = plt.subplots(figsize=(10, 5))
 if committed:
     record = json.loads(committed[0].read_text())
-    plots.roofline(axes, record)
     print(f"{committed[0].name}: {record['versions']['gpu']}, kernels {record['digest'][:12]}")
+    figure, panels = plt.subplots(2, 1, figsize=(10, 10), layout="constrained")
+    plots.roofline(panels[0], record)
+    plots.floors(panels[1], record)
+    plt.show()
 else:
-    limits = workloads.ceilings("H100")
-    bandwidth = limits["bytes_per_s"]
-    for cls, rate in [(cls, limits["flop_per_s"][cls]) for cls in ("tf32", "fp32")]:
-        along = np.geomspace(10, 5000, 200)
-        axes.loglog(along, np.minimum(along * bandwidth, rate) / 1e12, label=f"{cls}: {rate / 1e12:.0f} TFLOP/s")
-    for what in ("forward_train", "wgrad"):
-        flop, size = map(sum, zip(*workloads.work(what, "tf32", 512, MISSION)))
-        axes.axvline(flop / size, color="gray", ls=":")
-        axes.annotate(f"{what} ", (flop / size, 40), rotation=90, ha="right")
-    axes.set_xlabel("FLOP per byte")
-    axes.set_ylabel("TFLOP/s")
-    axes.legend()
-plt.show()
+    print("no record: python3 -m modelnew bench writes one, on a GPU")

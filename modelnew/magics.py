@@ -86,10 +86,11 @@ def judge(name: str, text: str, *, dtypes=("float32",), device=None, images: int
         _known[key] = list(launches)
         verdict = Verdict(device, rows, [])
         if verdict.right:
-            edited = measure_launches(launches.items(), device)
+            calls = [(started, *arguments) for started, arguments in launches.items()]
+            edited = measure_launches(calls, device)
             with tinker.unedited():
                 _prepare(launches, device)
-                original = measure_launches(launches.items(), device)
+                original = measure_launches(calls, device)
             words, _ = tinker.told_apart([started.defines for started in launches])
             for started, macros, *times in zip(launches, words, edited, original):
                 verdict.times.append(Time(started.name, macros, *(time.median for time in times)))

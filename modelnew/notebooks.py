@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from . import environment
 from .generated import EXAMPLES
 
 
@@ -34,8 +35,9 @@ def execute(script: Path, timeout: int = 300):
 
 @click.command("notebooks", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("scripts", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def notebooks_command(scripts):
-    """Run the notebooks in examples and store them with their outputs, which should be a GPU's.
+@click.option("--emulator", is_flag=True, help="Store what the emulator puts out where there is no GPU.")
+def notebooks_command(scripts, emulator):
+    """Run the notebooks in examples and store them with their outputs, a GPU's.
 
     SCRIPTS: of which notebooks.  [default: examples/NN_*.py of the repository]
     """
@@ -46,7 +48,15 @@ def notebooks_command(scripts):
         from nbclient.exceptions import CellExecutionError, DeadKernelError
     except ImportError as error:
         raise click.ClickException(f"{error}: pip install 'modelnew[notebooks]'") from error
-    for script in scripts or sorted(EXAMPLES.glob("[0-9]*.py")):
+    scripts = scripts or sorted(EXAMPLES.glob("[0-9]*.py"))
+    if not scripts:
+        raise click.ClickException(f"there are no scripts in {EXAMPLES}: run this in the repository, or name them")
+    backend = environment.backend()
+    if backend["name"] != "cuda" and not emulator:
+        raise click.ClickException(
+            f"stored are outputs of a GPU, and {backend['why']}; --emulator stores what it gives"
+        )
+    for script in scripts:
         try:
             notebook = execute(script)
         except (CellExecutionError, DeadKernelError) as error:

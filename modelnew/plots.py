@@ -5,7 +5,7 @@
 from pathlib import Path
 
 from .records import comparisons
-from .workloads import GRAPHS, LAYOUTS, WORKLOADS, Shape, work
+from .workloads import GENERAL, GRAPHS, LAYOUTS, WORKLOADS, Shape, floor_ms, work
 
 _COLOURS = {
     "modelnew": "#c0392b",
@@ -96,7 +96,7 @@ def _bars(panel, rows, title):
     panel.set_yscale("log")
     panel.set_ylim(top=panel.get_ylim()[1] * 4)  # room for labels and legend
     panel.set_ylabel("ms")
-    panel.set_xticks(range(len(groups)), groups, fontsize=8)
+    panel.set_xticks(range(len(groups)), [group.replace("_", "\n", 1) for group in groups], fontsize=8)
     panel.set_title(title, fontsize=10)
     panel.legend(fontsize=7, ncols=len(bars), loc="upper left")
 
@@ -105,17 +105,13 @@ def roofline(panel, record: dict) -> None:
     """Draws on a matplotlib Axes what ModelNew and its fastest peer reach, at the record's largest N, of what FLOP per
     byte of `work` allows.
     """
-    timed = _timed(record)
-    largest = max((row["n"] for row in timed), default=None)
-    pairs = [pair for pair in comparisons({**record, "rows": timed}) if pair[0]["n"] == largest]
-    rows = [row for pair in pairs for row in pair if row and pair[0]["who"] not in GRAPHS]
-    rows = [row for row in rows if not row["what"].startswith("latency")]
     limits, shape = record["ceilings"], Shape(**record["shape"])
     shown = {}
-    for row in rows:
-        flop, size = map(sum, zip(*work(row["what"], row["class"], row["n"], shape)))
-        if flop:
-            shown[row["what"], row["class"], row["who"].startswith("modelnew")] = (flop / size, flop / row["ms"] / 1e9)
+    for ours, peer in _largest(record):
+        for row in filter(None, (ours, peer)):
+            flop, size = map(sum, zip(*work(row["what"], row["class"], row["n"], shape)))
+            if flop:
+                shown[row["what"], row["class"], row is ours] = (flop / size, flop / row["ms"] / 1e9)
     if not shown:
         panel.set_axis_off()
         return
@@ -123,15 +119,18 @@ def roofline(panel, record: dict) -> None:
     for (what, cls, ours), (x, y) in shown.items():
         colour = _COLOURS["modelnew" if ours else "eager"]
         fill = colour if cls == classes[0] else "white"
-        panel.plot(x, y, _MARKERS[whats.index(what)], color=colour, markerfacecolor=fill, markersize=8)
+        panel.plot(x, y, _MARKERS[whats.index(what)], color=colour, markerfacecolor=fill, markersize=9)
     if limits:
-        along = [10, *sorted(limits["flop_per_s"][cls] / limits["bytes_per_s"] for cls in classes), 5000]
+        along = [30, *sorted(limits["flop_per_s"][cls] / limits["bytes_per_s"] for cls in classes), 3000]
         for cls in classes:
             rates = [min(x * limits["bytes_per_s"], limits["flop_per_s"][cls]) / 1e12 for x in along]
-            panel.plot(along, rates, color="black", lw=0.8)
+            panel.plot(along, rates, color="black", lw=1)
             panel.annotate(
-                f"{cls}: {rates[-1]:.0f} TFLOP/s", (along[-1], rates[-1]), fontsize=7, ha="right", va="bottom"
+                f"{cls}: {rates[-1]:.0f} TFLOP/s", (along[-1], rates[-1]), fontsize=8, ha="right", va="bottom"
             )
+        start = (along[0], along[0] * limits["bytes_per_s"] / 1e12)
+        text = f"{limits['bytes_per_s'] / 1e12:.2f} TB/s"
+        panel.annotate(text, start, (12, 0), textcoords="offset points", fontsize=8)
     for what, marker in zip(whats, _MARKERS):
         panel.plot([], [], marker, color="black", label=what)
     for name, colour in (("modelnew", _COLOURS["modelnew"]), ("fastest peer", _COLOURS["eager"])):
@@ -140,7 +139,48 @@ def roofline(panel, record: dict) -> None:
         panel.plot([], [], "s", color="black", markerfacecolor="black" if cls == classes[0] else "white", label=cls)
     panel.set_xscale("log")
     panel.set_yscale("log")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
     panel.set_xlabel("FLOP per byte, each input read once and each result written once")
     panel.set_ylabel("TFLOP/s (dense count)")
-    panel.set_title(f"roofline, N={rows[0]['n']}", fontsize=10)
-    panel.legend(fontsize=7, loc="upper left")
+    panel.set_title(f"roofline, N={_largest(record)[0][0]['n']}", fontsize=10)
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def floors(panel, record: dict) -> None:
+    """Draws on a matplotlib Axes how much of each time at the record's largest N is the floor, of ModelNew and its
+    fastest peer.
+    """
+    pairs, limits, shape = _largest(record), record["ceilings"], Shape(**record["shape"])
+    if not pairs or not limits:
+        panel.set_axis_off()
+        return
+    for place, (ours, peer) in enumerate(pairs):
+        floor = floor_ms(ours["what"], ours["class"], ours["n"], shape, limits)
+        for row, colour, at in ((ours, "modelnew", -0.2), (peer, "eager", 0.2)):
+            if row:
+                bar = panel.barh(place + at, floor / row["ms"], 0.4, color=_COLOURS[colour])
+                panel.bar_label(bar, [f"{floor / row['ms']:.0%}"], fontsize=8, padding=2)
+    for name, colour in (("modelnew", "modelnew"), ("fastest peer", "eager")):
+        panel.barh(0, 0, color=_COLOURS[colour], label=name)
+    panel.set_yticks(range(len(pairs)), [f"{ours['what']}, {ours['class']}" for ours, _ in pairs], fontsize=8)
+    panel.set_xlim(0, 1)
+    panel.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    panel.set_xlabel("floor (memory and tensor cores at their peak) over time")
+    panel.invert_yaxis()
+    panel.legend(fontsize=8, loc="lower right")
+
+
+def _largest(record):
+    """(our row, the fastest peer's or None) at the largest N: throughput on tensor cores, without CUDA graphs."""
+    rows = _timed(record)
+    largest = max((row["n"] for row in rows), default=None)
+    return [
+        pair
+        for pair in comparisons({**record, "rows": rows})
+        if pair[0]["n"] == largest
+        and pair[0]["who"] not in GRAPHS
+        and not pair[0]["what"].startswith("latency")
+        and not pair[0]["what"].endswith(GENERAL)
+    ]

@@ -152,9 +152,9 @@ def measure(function: Callable, device: torch.device, trials: int = 20) -> Times
 
 
 def measure_launches(launches: Iterable[tuple], device: torch.device, trials: int = 20) -> list[Times]:
-    """Times of each launch alone: (kernel, its arguments), as `cupy_kernels.launch.observed` gives them.
+    """Times of each launch alone. launches: arguments of `cupy_kernels.launch.launch`, as its `observed` gives them.
 
-    A launch on the emulator takes as long as it takes: once, without a warm-up.
+    The emulator, which is slow, runs each once and without a warm-up.
     """
 
     def started(arguments):
@@ -163,7 +163,7 @@ def measure_launches(launches: Iterable[tuple], device: torch.device, trials: in
         clock = Clock(device)
         return clock.read([clock.time(lambda: launch(*arguments))])
 
-    return run(lambda _: [started((kernel, *arguments)) for kernel, arguments in launches], torch.empty(0, device=device))
+    return run(lambda _: list(map(started, launches)), torch.empty(0, device=device))
 
 
 def measure_together(

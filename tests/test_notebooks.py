@@ -1,21 +1,39 @@
 """Every notebook in examples runs, on the GPU if there is one, and has the cells of the script beside it."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+from modelnew import __main__ as cli
+from modelnew import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+SCRIPT = """# %% [markdown]
+# # A title
+
+# %%
+print("line 1", flush=True)
+{}
+"""
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path):
-    nbclient = pytest.importorskip("nbclient")
-    nbformat = pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel")
+    pytest.importorskip("nbmake")
     pytest.importorskip("matplotlib")
-    notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shutil.copy(path, tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=300", path.name]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -32,3 +50,31 @@ def test_is_what_the_script_says(path):
 
 def test_all_are_paired():
     assert {path.stem for path in NOTEBOOKS} == {path.stem for path in EXAMPLES.glob("[0-9]*.py")}
+
+
+def test_command(tmp_path, monkeypatch):
+    pytest.importorskip("ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("jupytext")
+    pytest.importorskip("nbclient")
+    script, stored = tmp_path / "a.py", tmp_path / "a.ipynb"
+    script.write_text(SCRIPT.format("print('line 2')"), encoding="utf-8")
+
+    def invoke(*arguments):
+        return CliRunner().invoke(cli.main, ["notebooks", *arguments])
+
+    assert invoke("--emulator", str(script)).exit_code == 0
+    title, code = nbformat.read(stored, as_version=4).cells
+    assert title.source == "# A title"
+    assert [output.text for output in code.outputs] == ["line 1\nline 2\n"]
+    assert "execution" not in code.metadata
+    before = stored.read_bytes()
+    script.write_text(SCRIPT.format("1 / 0"), encoding="utf-8")
+    result = invoke("--emulator", str(script))
+    assert result.exit_code == 1
+    assert "ZeroDivisionError" in result.output
+    assert stored.read_bytes() == before
+    monkeypatch.setattr(environment, "backend", lambda: {"name": "emulator", "why": "torch finds no GPU"})
+    result = invoke(str(script))
+    assert result.exit_code == 1
+    assert "torch finds no GPU; --emulator stores" in result.output
