@@ -202,15 +202,21 @@ def packaged_kernels(file: str) -> dict[str, str]:
 
 def span(text, name) -> tuple[int, int] | None:
     """Where in `text` the definition of the kernel `name` begins and ends; None if it is not there."""
-    for match in _KERNEL.finditer(text):
-        if match[1] != name:
-            continue
-        depth = 0
-        for token in _BRACES.finditer(text, match.end()):
-            depth += {"{": 1, "}": -1}.get(token[0], 0)
-            if token[0] == "}" and depth == 0:
-                return match.start(), token.end()
-        return match.start(), len(text)
+    match = next((m for m in _KERNEL.finditer(text) if m[1] == name), None)
+    return match and (match.start(), _end(text, match) or len(text))
+
+
+def unfinished(text) -> list[str]:
+    """Kernels of `text` whose body has no end."""
+    return [match[1] for match in _KERNEL.finditer(text) if not _end(text, match)]
+
+
+def _end(text, declaration) -> int | None:
+    depth = 0
+    for token in _BRACES.finditer(text, declaration.end()):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if token[0] == "}" and depth == 0:
+            return token.end()
     return None
 
 

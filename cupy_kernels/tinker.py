@@ -142,7 +142,8 @@ def reset(*names: str) -> None:
     for name in names:
         key = _key(name)
         if key not in source.overridden():
-            raise ValueError(f"{name} is not edited; {', '.join(sorted(source.overridden())) or 'nothing'} is")
+            edited = ", ".join(sorted(source.overridden())) or "nothing"
+            raise ValueError(f"{name} is not edited; edited at present: {edited}")
         texts.pop(key, None)
         constants.pop(key, None)
     source.set_overrides(*((texts, constants) if names else ({}, {})))
@@ -288,6 +289,8 @@ def _check_entry_points(file, kernel, text):
             f"the text for {kernel or file} lacks the kernel {', '.join(missing)}{there}. It must define\n"
             + "\n".join(f'    extern "C" __global__ void {n}({_list(p)})' for n, p in expected.items())
         )
+    if unfinished := source.unfinished(text):
+        raise ValueError(f"the text for {kernel or file} lacks the closing brace of {', '.join(unfinished)}")
     others = [name for name in received if kernel and name != kernel and name in original]
     if others:
         raise ValueError(f"the text for the kernel {kernel} also defines {', '.join(others)}: edit {file} for several")

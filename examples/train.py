@@ -1,4 +1,5 @@
-"""Trains a small network with ModelNew inside it on real data: scikit-learn's handwritten digits, 1797 images of 8x8.
+"""Trains a small network with ModelNew inside it on real data: scikit-learn's handwritten digits, 1797 images of 8x8,
+upscaled.
 
     python3 -m pip install ".[cuda11,emulator,examples]"
     python3 examples/train.py --plot loss.png --checkpoint digits.pt
@@ -24,23 +25,22 @@ from cupy_kernels.errors import BackendError
 from modelnew import Model, ModelNew, environment
 
 CLASSES = 10
-SIDE = 8
 HELD_OUT = 5  # every fifth image
-SETTINGS = ("channels", "images", "batch", "lr", "seed")  # what a run must share with the one that it resumes
+SETTINGS = ("channels", "size", "images", "batch", "lr", "seed")  # what a run must share with the one that it resumes
 EXTRA = "python3 -m pip install 'modelnew[examples]'"
 
 out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def network(channels: int, reference: bool) -> nn.Sequential:
+def network(channels: int, size: int, reference: bool) -> nn.Sequential:
     """A convolution, ModelNew (or Model), and a linear classifier."""
     middle = (Model if reference else ModelNew)(channels, 2 * channels, 3, 1, 1, 1, 2, device="cpu")
-    features = 2 * channels * (SIDE // 2) ** 2
+    features = 2 * channels * (size // 2) ** 2
     return nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), middle, nn.Flatten(), nn.Linear(features, CLASSES))
 
 
-def digits(images: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, labels), x [N, 1, 8, 8] in [0, 1], in an order drawn from torch's generator."""
+def digits(images: int | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, labels), x [N, 1, size, size] in [0, 1], in an order drawn from torch's generator."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -48,7 +48,7 @@ def digits(images: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     data = load_digits()
     x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     chosen = torch.randperm(len(x))[:images]
-    return x[chosen], torch.tensor(data.target)[chosen]
+    return nn.functional.interpolate(x[chosen], (size, size), mode="bilinear"), torch.tensor(data.target)[chosen]
 
 
 def save(path: Path, state: dict) -> None:
@@ -124,6 +124,11 @@ _FILE = {"type": click.Path(dir_okay=False, path_type=Path), "callback": _in_a_f
     help="Channels into ModelNew, which puts out twice as many. Tensor cores take multiples of 16; they are slow to "
     "emulate.  [default: 32 on a GPU, 12 on the CPU]",
 )
+@click.option(
+    "--size",
+    type=click.IntRange(min=2),
+    help="Height and width that the images are scaled to.  [default: 32 on a GPU, 8, as they are, on the CPU]",
+)
 @click.option("--checkpoint", **_FILE, help="Write the state of the run here after each epoch.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint.")
 @click.option("--plot", **_FILE, help="Draw the loss curve here, as PNG.")
@@ -144,13 +149,14 @@ def main(device, epochs, checkpoint, resume, plot, reference, **settings):
         except ImportError as error:
             raise click.UsageError(f"--plot needs matplotlib: {EXTRA}") from error
     settings["channels"] = settings["channels"] or (32 if device.type == "cuda" else 12)
+    settings["size"] = settings["size"] or (32 if device.type == "cuda" else 8)
     batch = settings["batch"]
 
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(settings["seed"])
-    net = network(settings["channels"], reference).to(device)
+    net = network(settings["channels"], settings["size"], reference).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=settings["lr"])
-    x, labels = (tensor.to(device) for tensor in digits(settings["images"]))
+    x, labels = (tensor.to(device) for tensor in digits(settings["images"], settings["size"]))
     held_out = len(x) // HELD_OUT
     losses, accuracies = [], []
     if resume:
@@ -162,7 +168,9 @@ def main(device, epochs, checkpoint, resume, plot, reference, **settings):
         out.print(f"Resumed after epoch {len(accuracies)} of {epochs}.")
 
     who = "Model (PyTorch)" if reference else "ModelNew"
-    out.print(f"{who}, {settings['channels']} channels, on {device}: {len(x) - held_out} images, {held_out} held out")
+    pixels = "x".join(map(str, x.shape[2:]))
+    out.print(f"{who}, {settings['channels']} channels, on {device}: {len(x) - held_out} images of {pixels}, ", end="")
+    out.print(f"{held_out} held out")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, TimeRemainingColumn(), console=out, transient=True)
     with bar as progress, contextlib.ExitStack() as stack:

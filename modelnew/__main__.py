@@ -97,7 +97,7 @@ main.add_command(submission_command)
 main.add_command(training_command)
 
 
-@main.command("env")
+@main.command("env", short_help="Print versions, and which backend runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def env(as_json):
     """Print versions, GPUs, which backend is used and why, and whether committed results belong to this code."""

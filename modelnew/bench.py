@@ -192,7 +192,11 @@ def _listed(choices=None):
     return parse
 
 
-@click.command("bench", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "bench",
+    short_help="Measure times and memory beside PyTorch's.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--quick",
     is_flag=True,

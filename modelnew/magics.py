@@ -29,7 +29,7 @@ _known = {}  # what the checks of an edit have launched, so that the next one's 
 class Time(NamedTuple):
     """Milliseconds of one launch of one kernel, with the edited text and with the package's own.
 
-    macros: those whose values tell the launches apart.
+    macros: those whose values tell its launches apart.
     """
 
     kernel: str
@@ -91,10 +91,19 @@ def judge(name: str, text: str, *, dtypes=("float32",), device=None, images: int
             with tinker.unedited():
                 _prepare(launches, device)
                 original = measure_launches(calls, device)
-            words, _ = tinker.told_apart([started.defines for started in launches])
-            for started, macros, *times in zip(launches, words, edited, original):
-                verdict.times.append(Time(started.name, macros, *(time.median for time in times)))
+            words = _told_apart(launches)
+            for started, *times in zip(launches, edited, original):
+                verdict.times.append(Time(started.name, words[started], *(time.median for time in times)))
     return verdict
+
+
+def _told_apart(kernels) -> dict:
+    """{kernel: the macros that tell it from those of its name}"""
+    words = {}
+    for name in {kernel.name for kernel in kernels}:
+        namesakes = [kernel for kernel in kernels if kernel.name == name]
+        words.update(zip(namesakes, tinker.told_apart([kernel.defines for kernel in namesakes])[0]))
+    return words
 
 
 def _prepare(kernels, device):

@@ -33,7 +33,9 @@ def execute(script: Path, timeout: int = 300):
     return client.execute()
 
 
-@click.command("notebooks", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "notebooks", short_help="Run and store the notebooks.", context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.argument("scripts", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--emulator", is_flag=True, help="Store what the emulator puts out where there is no GPU.")
 def notebooks_command(scripts, emulator):
@@ -54,7 +56,7 @@ def notebooks_command(scripts, emulator):
     backend = environment.backend()
     if backend["name"] != "cuda" and not emulator:
         raise click.ClickException(
-            f"stored are outputs of a GPU, and {backend['why']}; --emulator stores what it gives"
+            f"the outputs to store are a GPU's, and {backend['why']}; --emulator stores what it gives"
         )
     for script in scripts:
         try:

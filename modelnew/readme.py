@@ -52,17 +52,10 @@ def _times(results, folder) -> str:
             f"{_where(record)}. Milliseconds, median of {record['trials']} trials, all in one process and in turns, L2 "
             "flushed, results checked first. MB: peak memory over inputs and parameters. Fastest peer: of PyTorch and "
             "torch.compile, each in NCHW and in channels_last, of those that were timed: the record says which were "
-            "not, and why.",
-            "",
-            "| | class | N | ModelNew | MB | PyTorch | | fastest peer | | MB | |",
-            "|---|---|--:|--:|--:|--:|--:|--:|---|--:|--:|",
+            "not, and why. 2x: half the peer's time.",
         ]
-        lines += [
-            _row(record, row, peer)
-            for n in dict.fromkeys(shown)
-            for row, peer in comparisons(record)
-            if row["n"] == n and row["what"] in MODELS and row["ms"] is not None
-        ]
+        for n in dict.fromkeys(shown):
+            lines += ["", f"{n} image{'s'[: n != 1]}:", "", *_table(record, n)]
         used = {row["what"]: None for row in record["rows"] if row["n"] in shown and row["what"] in MODELS}
         lines += ["", "; ".join(f"`{what}`: {MODELS[what]}" for what in used) + "."]
         lines += _startup(record)
@@ -71,17 +64,38 @@ def _times(results, folder) -> str:
     return "\n\n".join(parts) or _NO_TIMES
 
 
-def _row(record, row, peer) -> str:
-    same = [r for r in record["rows"] if (r["what"], r["class"], r["n"]) == (row["what"], row["class"], row["n"])]
-    eager = next((r for r in same if (r["who"], r["layout"]) == ("eager", "nchw") and r["ms"] is not None), None)
-    graph = ", in a CUDA graph" if row["who"] in GRAPHS else ""
-    cells = [f"`{row['what']}`{graph}", row["class"], str(row["n"]), f"**{_ms(row)}**", _megabytes(row)]
-    cells += [_ms(eager), f"{eager['ms'] / row['ms']:.2f}x"] if eager else ["", ""]
-    if peer:
-        cells += [_ms(peer), f"{peer['who']}, {peer['layout']}", _megabytes(peer), f"{peer['ms'] / row['ms']:.2f}x"]
-    else:
-        cells += [""] * 4
-    return f"| {' | '.join(cells)} |"
+def _table(record, n) -> list[str]:
+    """The rows of `n` images, those of CUDA graphs beside the others."""
+    found, head = {}, ["", "class", "ModelNew", "MB"]
+    for row, peer in comparisons(record):
+        if row["n"] == n and row["what"] in MODELS and row["ms"] is not None:
+            found.setdefault((row["what"], row["class"]), {})[row["who"] in GRAPHS] = row, peer
+    graphs = any(True in pair for pair in found.values())
+    head += ["PyTorch", "", "fastest peer", "", "MB", "", *(["in a CUDA graph", ""] if graphs else [])]
+    lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---', '---', *['--:'] * (len(head) - 2)])}|"]
+    for (what, cls), rows in found.items():
+        eager = next((r for r in record["rows"] if _is_eager(r, what, cls, n)), None)
+        cells = [f"`{what}`", cls]
+        row, peer = rows.get(False, (None, None))
+        cells += [f"**{_ms(row)}**", _megabytes(row)] if row else [""] * 2
+        cells += [_ms(eager), _ratio(eager, row)] if row and eager else [""] * 2
+        cells += (
+            [_ms(peer), f"{peer['who']}, {peer['layout']}", _megabytes(peer), _ratio(peer, row)] if peer else [""] * 4
+        )
+        if graphs:
+            row, peer = rows.get(True, (None, None))
+            cells += [f"**{_ms(row)}**", _ratio(peer, row) if peer else ""] if row else [""] * 2
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _is_eager(row, what, cls, n) -> bool:
+    found = (row["what"], row["class"], row["n"], row["who"], row["layout"])
+    return found == (what, cls, n, "eager", "nchw") and row["ms"] is not None
+
+
+def _ratio(peer, row) -> str:
+    return f"{peer['ms'] / row['ms']:.2f}x"
 
 
 def _startup(record) -> list[str]:
@@ -145,7 +159,9 @@ def _records(results, kind) -> Iterator[tuple[Path, dict]]:
         yield path, record
 
 
-@click.command("readme", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "readme", short_help="Write README.md's measured parts.", context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option(
     "--file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

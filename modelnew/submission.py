@@ -230,7 +230,9 @@ def _sorted_imports(imports) -> list[str]:
     return [*groups[0], "", *groups[1]]
 
 
-@click.command("submission", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "submission", short_help="Write KernelBench's one file.", context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),

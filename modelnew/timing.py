@@ -15,6 +15,8 @@ from .interop import run
 
 _FLUSH_BYTES = 256 * 2**20  # several times the largest L2 cache
 _WARMUP = 5
+_LONG_MS = 20  # of a launch in the emulator, which others are given a few trials
+_EMULATED_TRIALS = 3
 _REASON_LENGTH = 200
 
 
@@ -154,16 +156,21 @@ def measure(function: Callable, device: torch.device, trials: int = 20) -> Times
 def measure_launches(launches: Iterable[tuple], device: torch.device, trials: int = 20) -> list[Times]:
     """Times of each launch alone. launches: arguments of `cupy_kernels.launch.launch`, as its `observed` gives them.
 
-    The emulator, which is slow, runs each once and without a warm-up.
+    In the emulator one that takes long is called once, without a warm-up.
     """
 
-    def started(arguments):
-        if device.type == "cuda":
-            return measure(lambda: launch(*arguments), device, trials)
-        clock = Clock(device)
-        return clock.read([clock.time(lambda: launch(*arguments))])
+    def time_of(arguments):
+        def start():
+            launch(*arguments)
 
-    return run(lambda _: list(map(started, launches)), torch.empty(0, device=device))
+        if device.type == "cpu":
+            clock = Clock(device)
+            once = clock.read([clock.time(start)])
+            if once.median > _LONG_MS:
+                return once
+        return measure(start, device, trials if device.type == "cuda" else _EMULATED_TRIALS)
+
+    return run(lambda _: list(map(time_of, launches)), torch.empty(0, device=device))
 
 
 def measure_together(

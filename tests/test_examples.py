@@ -36,10 +36,10 @@ def losses(path):
 def test_train_like_the_reference(train, device, tmp_path):
     pytest.importorskip("matplotlib")
     ours, theirs, plot = tmp_path / "ours.pt", tmp_path / "theirs.pt", tmp_path / "loss.png"
-    common = (*SMALL, "--epochs", 2, "--device", device)
+    common = (*SMALL, "--epochs", 2, "--size", 8, "--device", device)
     code, text = invoke(train, *common, "--checkpoint", ours, "--plot", plot)
     assert code == 0, text
-    assert "48 images, 12 held out" in text
+    assert "48 images of 8x8, 12 held out" in text
     assert re.search(r"epoch 2: mean loss \d\.\d+, accuracy \d+\.\d%", text)
     assert plot.read_bytes().startswith(b"\x89PNG")
     code, text = invoke(train, *common, "--checkpoint", theirs, "--reference")
@@ -77,6 +77,9 @@ def test_train_refuses_a_checkpoint_that_is_none_or_anothers(train, tmp_path):
     code, text = invoke(train, *common, "--resume", "--channels", 4)
     assert code == 2
     assert "made with --channels 12 (now 4)" in text
+    code, text = invoke(train, *common, "--resume", "--size", 10)
+    assert code == 2
+    assert "made with --size 8 (now 10)" in text
     code, text = invoke(train, *common)
     assert code == 2
     assert "--resume goes on from it" in text

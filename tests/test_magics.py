@@ -99,10 +99,11 @@ def test_edit_to_verdict(run, device):
         (BROKEN, r"does not compile"),
         (WRONG, r"tanh_forward is wrong: tanh: output"),
         (FORWARD.replace("start < size", "start < size - 1"), r"leaves 1 of"),
+        (FORWARD[:-1], r"lacks the closing brace of tanh_forward"),
         ("int x;", r"lacks the kernel tanh_forward. It must define"),
         (FORWARD.replace(", i64 size", ""), r"declares 2 parameters, not 3"),
     ],
-    ids=["compile", "wrong", "unwritten", "no_entry_point", "arguments"],
+    ids=["compile", "wrong", "unwritten", "brace", "no_entry_point", "arguments"],
 )
 def test_a_bad_cell_leaves_what_was_there(run, before, cell, message):
     if before:
@@ -135,7 +136,7 @@ def test_what_is_wrong_is_shown(run):
         (f"%%cu\n{FORWARD}", "required: kernel"),
         (f"%%cu tanh_forward --dtype int8\n{FORWARD}", "invalid choice: 'int8'"),
         (f"%%cu tanh_forward --device xpu\n{FORWARD}", "received xpu"),
-        ("%cu_reset tanh_forward", "tanh_forward is not edited; nothing is"),
+        ("%cu_reset tanh_forward", "tanh_forward is not edited; edited at present: nothing"),
         ("%cu_reset nonsense", "no kernel and no file is called 'nonsense'"),
     ],
 )

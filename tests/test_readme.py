@@ -188,9 +188,11 @@ def test_with_records(repository):
     assert invoke().exit_code == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "NVIDIA A, torch 2.11, CuPy 13.6, NVRTC 11.8, driver 580, kernels `0123456789ab`." in text
-    assert "| `step` | tf32 | 512 | **1** | 100 | 3 | 3.00x | 2 | compile, nhwc | 500 | 2.00x |" in text
-    assert "| `forward_train` | tf32 | 1 | **0.25** |  | 0.125 | 0.50x | 0.125 | eager, nchw | 100 | 0.50x |" in text
-    assert "| `forward_train`, in a CUDA graph | tf32 | 1 | **0.05** | 100 | 0.125 | 2.50x |" in text
+    assert "\n512 images:\n" in text
+    assert "| `step` | tf32 | **1** | 100 | 3 | 3.00x | 2 | compile, nhwc | 500 | 2.00x |\n" in text
+    assert "\n1 image:\n" in text
+    peer = "0.125 | eager, nchw | 100 | 0.50x"
+    assert f"| `forward_train` | tf32 | **0.25** |  | 0.125 | 0.50x | {peer} | **0.05** | 2.50x |\n" in text
     assert "conv_forward" not in text
     assert "4.2 s with nothing compiled before, 0.7 s with kernels compiled on disk." in text
     assert "driver 580, kernels `0123456789ab` | 1020 | 0 | 2 |" in text

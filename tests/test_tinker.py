@@ -226,6 +226,7 @@ def test_compile_error_names_the_line_of_the_edited_text(device):
             ValueError,
             r"declares 4 parameters, not 3\. .*h",
         ),
+        ({"tanh_forward": FORWARD[:-1]}, ValueError, r"lacks the closing brace of tanh_forward"),
         ({"tanh_forward": {"WIDHT": 4}}, ValueError, r"no macro 'WIDHT': it has WIDTH, acc_t, scalar_t"),
         ({"tanh.cu": {"WIDTH": 4}}, ValueError, r"changed for a kernel, one of tanh_forward, tanh_backward"),
         ({"tanh_forward": 4}, TypeError, r"an edit is a text or \{macro: value\}, received int"),
@@ -239,7 +240,7 @@ def test_edits_that_are_refused(edits, error, message):
 
 
 def test_reset_of_what_is_not_edited():
-    with pytest.raises(ValueError, match="tanh_forward is not edited; nothing is"):
+    with pytest.raises(ValueError, match="tanh_forward is not edited; edited at present: nothing"):
         cupy_kernels.reset("tanh_forward")
 
 

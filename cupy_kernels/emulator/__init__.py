@@ -49,7 +49,9 @@ def compiler() -> tuple[str, ...]:
     chosen = shlex.split(os.environ.get("CUPY_KERNELS_CXX", ""))
     if chosen:
         if not shutil.which(chosen[0]):
-            raise BackendError(f"CUPY_KERNELS_CXX={shlex.join(chosen)!r} is not a command")
+            raise BackendError(
+                f"CUPY_KERNELS_CXX={shlex.join(chosen)!r} is not a command: name a C++ compiler, or unset it"
+            )
         zig = any("zig" in Path(word).name for word in chosen)
         return (*chosen, *ZIG_FLAGS) if zig else tuple(chosen)
     for name in ("c++", "g++", "clang++"):
