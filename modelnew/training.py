@@ -242,7 +242,11 @@ def _progress(steps):
             stop()
 
 
-@click.command("training", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    "training",
+    short_help="Train beside PyTorch's Model, and compare.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Steps of each run.  [default: 300; 10 on the CPU]")
 @click.option(
     "--batch",
