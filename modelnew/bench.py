@@ -26,8 +26,10 @@ from .timing import Clock, Contender, Times, current, free, measure_together, ro
 from .workloads import (
     DTYPES,
     GRAPHS,
+    KERNELS,
     MODES,
     PEERS,
+    PRECISE,
     WORKLOADS,
     Case,
     Shape,
@@ -49,6 +51,7 @@ _QUICK = (
     "conv_forward",
     "dgrad",
     "wgrad",
+    *KERNELS,
 )
 
 # argv: class, init arguments, shape of x, device. Prints seconds: of making the CUDA context, and of the rest.
@@ -89,6 +92,7 @@ class Plan(NamedTuple):
     def cells(self, device) -> list[tuple[int, str, str]]:
         """(n, what, class) of all that is measured together."""
         cells = ((n, what, cls) for n in self.batches for what in self.what for cls in self.classes)
+        cells = (cell for cell in cells if cell[1] not in KERNELS or cell[2] in PRECISE)  # autocast fuses nothing
         return [cell for cell in cells if contenders(cell[1], cell[0], self.peers, device)]
 
 
@@ -225,8 +229,8 @@ def _listed(choices=None):
     "--peers",
     type=click.Choice(list(PEERS)),
     help="What to compare with, each in NCHW and in channels_last: none; eager: PyTorch; compile: also torch.compile, "
-    'and for N=1 its mode "reduce-overhead"; all: also its mode "max-autotune", which takes long.  [default: compile; '
-    "eager on the CPU]",
+    'and for at most 8 images its mode "reduce-overhead"; all: also its mode "max-autotune", which takes long.  '
+    "[default: compile; eager on the CPU]",
 )
 @click.option("--trials", type=click.IntRange(min=1), help="Timed calls of each.  [default: 20; 1 on the CPU]")
 @click.option(

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .workloads import GRAPHS, OPERATORS, WORKLOADS, Shape, floor_ms, work
+from .workloads import GRAPHS, MODELS, WORKLOADS, Shape, floor_ms, work
 
 
 def write(record: dict, path: Path) -> None:
@@ -78,10 +78,13 @@ def show(record: dict, out: Console) -> None:
         cells.append(f"{peer['ms'] / ms:.2f}x" if peer and ms else "")
         timed = ms and what in WORKLOADS
         cells.append(f"{floor_ms(what, cls, n, shape, limits) / ms:.0%}" if timed and limits else "")
-        flop = sum(stage[0] for stage in work(what, cls, n, shape)) if timed and what in OPERATORS else 0
+        flop = sum(stage[0] for stage in work(what, cls, n, shape)) if timed and what not in MODELS else 0
         cells.append(f"{flop / ms / 1e9:.3g}" if flop else "")
         table.add_row(*cells)
     out.print(table)
+    for what in dict.fromkeys(row["what"] for row in record["rows"]):
+        if what in WORKLOADS:
+            out.print(f"{what}: {WORKLOADS[what]}.", markup=False, highlight=False)
     reasons = collections.defaultdict(list)
     for row in record["rows"]:
         if row["ms"] is None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from cupy_kernels.conv_transpose_mma import UnsupportedError
 from cupy_kernels.launch import launch
 
 from .interop import run
@@ -137,6 +138,8 @@ class Contender:
             return
         except torch.OutOfMemoryError:
             reason, failed = "out of memory", False
+        except UnsupportedError as error:
+            reason, failed = str(error), False
         except Exception as error:  # torch.compile raises anything, and a row with a reason is better than no record
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             failed = self.who.startswith("modelnew")

@@ -12,8 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cupy_kernels.conv_transpose_mma import UnsupportedError
+from cupy_kernels.launch import launch, observed
+from cupy_kernels.source import signature
+
 from . import functional
-from .model import Model, ModelNew, get_init_inputs
+from .interop import launching_on
+from .model import Model, ModelNew, fused_model, get_init_inputs
 from .numerics import without_tensor_cores
 from .parity import CLASSES as PRECISE
 from .parity import Error, compare_models, error, tf32, within_policy
@@ -27,15 +32,23 @@ MODELS = {
     "step_no_input_grad": "forward and backward, gradients of all parameters",
 }
 OPERATORS = {
-    "conv_forward": "conv_transpose2d alone",
-    "dgrad": "its gradient of x",
-    "wgrad": "its gradient of the weight",
+    "conv_forward": "conv_transpose2d alone, the whole call: weights packed, operands converted",
+    "dgrad": "its gradient of x, the whole call",
+    "wgrad": "its gradient of the weight, the whole call",
     "conv_forward_general": "conv_transpose2d on the general kernels, without tensor cores",
     "dgrad_general": "its gradient of x, likewise",
     "wgrad_general": "its gradient of the weight, likewise",
     "post_conv_forward": "batch norm, tanh, max pool and group norm, in training mode, under no_grad",
 }
-WORKLOADS = MODELS | OPERATORS
+KERNELS = {
+    "conv_bn_pool_kernel": "of forward_train the convolution's launch alone, with statistics and pooling behind it; "
+    "before it, untimed: the weights packed",
+    "dgrad_kernel": "of step the launch alone that makes the gradient of x; before it, untimed: the gradient of the "
+    "convolution's output as fp16 cells, the weights packed",
+    "wgrad_kernel": "of step the launches alone that make the gradient of the convolution's weight, with the sum over "
+    "their parts; before them, untimed: both operands as fp16 cells",
+}
+WORKLOADS = MODELS | OPERATORS | KERNELS
 GENERAL = "_general"
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"tf32": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,8 +62,14 @@ MODES = {"compile": "default", "compile-max-autotune": "max-autotune", "compile-
 # Who replays CUDA graphs: compile in these modes, and ModelNew in a graph of ours.
 GRAPHS = ("modelnew-graph", "compile-max-autotune", "compile-reduce-overhead")
 
+# Of a workload of KERNELS: what it launches, and what the last of these writes.
+_LAUNCHES = {
+    "conv_bn_pool_kernel": (("conv_bn_pool",), ("pooled", "partials")),
+    "dgrad_kernel": (("conv_transpose_mma",), ("y",)),
+    "wgrad_kernel": (("conv_wgrad_borders", "conv_wgrad_partnered", "conv_wgrad_mma", "conv_wgrad_reduce"), ("dw",)),
+}
 _NO_GRAD = ("forward_train", "latency_forward_train", "forward_eval", "post_conv_forward")
-_LATENCY_IMAGES = 8
+_FEW_IMAGES = 8
 _CHECKED_IMAGES = 16
 _CHUNK = 64  # images whose float64 convolution is held at once
 _GRADIENT_IMAGES = 512  # a float64 step of more takes tens of GB
@@ -132,18 +151,25 @@ class Case:
 
 
 def contenders(what: str, n: int, peers: str, device: torch.device) -> list[tuple[str, str]]:
-    """(who, layout) of all who take part, ours first. Operators are compared with eager alone."""
-    if n > _LATENCY_IMAGES and what == "latency_forward_train":
+    """(who, layout) of all who take part, ours first. Operators are compared with eager alone, kernels with nobody."""
+    if n > _FEW_IMAGES and what == "latency_forward_train":
         return []
+    if what in KERNELS:
+        return [("modelnew", "nchw")]
     ours, theirs = ["modelnew"], [who for who in PEERS[peers] if what in MODELS or who == "eager"]
-    if n == 1 and what in MODELS:
+    if n <= _FEW_IMAGES and what in MODELS:
         ours += ["modelnew-graph"] if device.type == "cuda" else []
         theirs += ["compile-reduce-overhead"] if "compile" in theirs else []
     return [(who, "nchw") for who in ours] + [(who, layout) for who in theirs for layout in LAYOUTS]
 
 
 def build(case: Case, what: str, cls: str, who: str, layout: str) -> Callable:
-    """A function without arguments that does the work once and returns its result. Call it inside `numerics(cls)`."""
+    """A function without arguments that does the work once and returns its result. Call it inside `numerics(cls)`.
+
+    UnsupportedError, which says why, if the model does not run the kernels of `what`.
+    """
+    if what in KERNELS:
+        return _Alone(what, case)
     if what.removesuffix(GENERAL) in ("conv_forward", "dgrad", "wgrad"):
         function = functional.conv_transpose2d if who == "modelnew" else F.conv_transpose2d
         tensors = (t.to(memory_format=LAYOUTS[layout]) for t in _conv_tensors(case, cls))
@@ -164,7 +190,11 @@ def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
     Outputs, and gradients of operators: the error against float64, over whole batches for sums over images, else over
     some images of the batch, is no worse than PyTorch's. Steps: so is that of their output; in the classes of
     float32 tensors, also of every gradient and of the running statistics, over at most 512 images of the batch.
+    Kernels alone: so is what the call that they were taken from makes, and they write the same bits again.
     """
+    if what in KERNELS:
+        call = "forward_train" if what == "conv_bn_pool_kernel" else "step"
+        return check(case, call, cls, who) or build(case, what, cls, who, "nchw").differs()
     if what.startswith("step"):
         differ = case.gradients_differ(cls) if cls in PRECISE else None
         return differ or check(case, "forward_train_grad", cls, who)
@@ -209,6 +239,7 @@ def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]
     pooled values, then wgrad, then dgrad.
     """
     itemsize = DTYPES[cls].itemsize if what in OPERATORS else 4
+    cells = 0.5 if cls == "tf32" else 1  # bytes of fp16 cells for one of float32; the fp32 class has two halves
     x = n * shape.in_channels * shape.size**2 * itemsize
     y = n * shape.out_channels * shape.out_size**2 * itemsize
     pooled = n * shape.out_channels * (shape.out_size // 2) ** 2 * itemsize
@@ -224,6 +255,9 @@ def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]
         "dgrad": [(flop, x + weight + y)],
         "wgrad": [(flop, x + weight + y)],
         "post_conv_forward": [(0, y + pooled)],
+        "conv_bn_pool_kernel": [(flop, x + weight + pooled)],
+        "dgrad_kernel": [(flop, x + weight + y * cells)],
+        "wgrad_kernel": [(flop, x * cells + weight + y * cells)],
     }
     return stages.get(what.removesuffix(GENERAL), training)
 
@@ -251,6 +285,42 @@ class _Graphed:
             self.graph = graph
         self.graph.replay()
         return self.result
+
+
+class _Alone:
+    """Launches of one call of ModelNew, again: kernels alone, on what the call prepared for them."""
+
+    def __init__(self, what, case):
+        model = case.model_of("modelnew").train()
+        if reason := fused_model(model, case.x):
+            raise UnsupportedError(reason)
+        call = _model("forward_train" if what == "conv_bn_pool_kernel" else "step", case, model, case.x, "nchw")
+        names, written = _LAUNCHES[what]
+        launches = []
+        with observed(lambda *launched: launches.append(launched)):
+            call()
+        self.device, self.launches = case.device, [each for each in launches if each[0].name in names]
+        if not self.launches:
+            raise UnsupportedError(f"the call launches no {names[-1]}")
+        kernel, *_, args, _ = self.launches[-1]
+        arrays = dict(zip((parameter.name for parameter in signature(kernel)), args))
+        self.results = [torch.from_dlpack(arrays[name]) for name in written]
+        if "pooled" in written:  # a plane's rest, which fills packs, is nobody's
+            self.results[0] = self.results[0][..., : (case.shape.out_size // 2) ** 2]
+
+    def __call__(self):
+        with launching_on(self.device):
+            for launched in self.launches:
+                launch(*launched)
+        return self.results
+
+    def differs(self) -> str | None:
+        """What is wrong if the kernels, launched again, do not write the same bits."""
+        before = [result.clone() for result in self.results]
+        for result in self.results:
+            result.fill_(float("nan"))
+        same = all(map(torch.equal, before, self()))
+        return None if same else "parity fails: launched again, the kernels write other values"
 
 
 def _model(what, case, model, x, layout):

@@ -14,6 +14,7 @@ from modelnew.timing import Clock, Contender, Times, measure_together
 from modelnew.workloads import Case, Shape
 
 INIT = [4, 8, 3, 1, 1, 1, 2]
+FUSED = [16, 16, 3, 1, 1, 1, 4]
 MISSION = Shape(64, 128, 5, 1, 1, 32)
 H100 = workloads.ceilings("NVIDIA H100 80GB HBM3")
 CPU = torch.device("cpu")
@@ -107,9 +108,14 @@ def test_command(device, small, compiled, tmp_path):
             rows = [r for r in content["rows"] if (r["what"], r["n"]) == (what, n)]
             whos = set(everyone)
             if what in workloads.MODELS:
-                modes = ["compile", "compile-max-autotune"] + ["compile-reduce-overhead"] * (n == 1)
+                modes = ["compile", "compile-max-autotune", "compile-reduce-overhead"]
                 whos |= {(mode, layout) for mode in modes for layout in ("nchw", "nhwc")}
-                whos |= {("modelnew-graph", "nchw")} if n == 1 and device == "cuda" else set()
+                whos |= {("modelnew-graph", "nchw")} if device == "cuda" else set()
+            if what in workloads.KERNELS:  # a model of 4 channels does not run them
+                assert [(r["who"], r["failed"]) for r in rows] == [("modelnew", False)]
+                assert "not multiples of 16" in rows[0]["reason"]
+                assert f"{what}: {workloads.KERNELS[what]}." in text
+                continue
             assert {(r["who"], r["layout"]) for r in rows} == whos
             assert len(rows) == len(whos)
             for r in rows:
@@ -175,6 +181,51 @@ def test_check_of_what_follows_the_convolution(device, small):
         assert workloads.check(case, "post_conv_forward", "fp32") is None
         case.model.group_norm.eps = 2e-5
         assert "parity fails" in workloads.check(case, "post_conv_forward", "fp32")
+
+
+@pytest.fixture
+def fusible(monkeypatch):
+    for module in (bench, workloads):
+        monkeypatch.setattr(module, "get_init_inputs", lambda: list(FUSED))
+
+
+@pytest.mark.parametrize("what", workloads.KERNELS)
+def test_kernels_alone(device, fusible, launched, what):
+    """Each call launches these kernels and no others, and computes all of its result again."""
+    case = Case(3, 6, torch.device(device))
+    with workloads.numerics("fp32", case.device):
+        alone = workloads.build(case, what, "fp32", "modelnew", "nchw")
+        launched.clear()
+        alone()
+        found = tuple(kernel.name for kernel in launched)
+        assert workloads.check(case, what, "fp32") is None
+        torch.from_dlpack(alone.launches[0][3][0]).zero_()  # the first kernel's first operand, x or cells of dy
+        assert "parity fails: launched again" in alone.differs()
+    assert found == workloads._LAUNCHES[what][0]
+
+
+def test_dgrad_alone_is_the_gradient(device, fusible):
+    case = Case(3, 6, torch.device(device))
+    with workloads.numerics("fp32", case.device):
+        step = workloads.build(case, "step", "fp32", "modelnew", "nchw")()
+        for what, gradient in (("dgrad_kernel", step[0]), ("wgrad_kernel", step[1])):
+            (result,) = workloads.build(case, what, "fp32", "modelnew", "nchw")()
+            assert torch.equal(result, gradient)
+
+
+def test_kernels_alone_of_a_wrong_call_are_not_timed(fusible, tmp_path):
+    text = source.text("pooled_tail_backward.cu").replace("sum += d[i];", "sum += d[i] * 1.001f;")
+    assert text != source.text("pooled_tail_backward.cu")
+    with source.override({"pooled_tail_backward.cu": text}):
+        rows = measured(tmp_path, "--what", "wgrad_kernel", "--batches", "2", code=1)
+    assert "parity fails: grad" in rows["wgrad_kernel", "fp32", 2, "modelnew", "nchw"]["reason"]
+
+
+def test_kernels_alone_are_timed(device, fusible, tmp_path):
+    what = ",".join(workloads.KERNELS)
+    rows = measured(tmp_path, "--what", what, "--classes", "fp32,fp16", "--batches", "2", device=device)
+    assert [key[:3] for key in rows] == [(what, "fp32", 2) for what in workloads.KERNELS]
+    assert all(r["ms"] > 0 for r in rows.values())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -373,6 +424,9 @@ def test_floors():
 
     assert floor("forward_eval") == pytest.approx(0.379, rel=1e-2)
     assert floor("forward_train") == floor("forward_train_grad") == pytest.approx(0.379 + 0.050, rel=1e-2)
+    assert floor("dgrad_kernel") == floor("wgrad_kernel") == floor("conv_bn_pool_kernel") == floor("forward_eval")
+    ((_, size),) = workloads.work("wgrad_kernel", "tf32", 512, MISSION)
+    assert size == 2 * (512 * 64 * 32 * 32 + 512 * 128 * 34 * 34) + 4 * 64 * 128 * 25
     assert floor("conv_forward", "fp32") == pytest.approx(3 * floor("conv_forward"))
     assert floor("post_conv_forward") == pytest.approx((303 + 75.8) / 3030, rel=1e-2)
     assert floor("step") == pytest.approx(floor("step_no_input_grad") + 0.379, rel=1e-2)
