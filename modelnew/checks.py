@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from . import functional, parity
 from .numerics import without_tensor_cores
-from .workloads import tf32_rounded
+from .parity import tf32_rounded
 
 IMAGES = 512  # on a GPU with this much memory; a sixteenth on others
 _MEMORY = 30e9

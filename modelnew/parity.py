@@ -6,9 +6,11 @@ rounding. Classes: "fp32" (TF32 off) and "tf32" (PyTorch may round a convolution
 
 import contextlib
 import copy
+import types
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .interop import accumulator_dtype
 from .model import Model, ModelNew
@@ -17,7 +19,7 @@ RATIO = 1.1
 CLASSES = ("fp32", "tf32")
 # Largest difference, after tanh, of two values that the class's rounding may order either way: several times the
 # largest error in a 512x64x32x32 batch.
-_NEAR_TIE = {"fp32": 1e-3, "tf32": 3e-2}
+NEAR_TIE = {"fp32": 1e-4, "tf32": 1e-2}
 # Error allowed to a gradient that is zero in mathematics, relative to its neighbour's.
 _NOISE = 1e-5
 
@@ -101,6 +103,7 @@ def compare_models(model: Model, model_new: ModelNew, x: torch.Tensor, cls: str 
 
     The rows: output, gradients of x and of every parameter, running statistics. `model_new` gets the state of `model`;
     both arguments stay as they are. cls: "fp32" or "tf32", whether PyTorch may use TF32, and what "auto" follows.
+    Where it may but does not, as for few images, `tf32_rounding` stands for PyTorch.
 
     The incoming gradient is random (`seed`), but such that nothing flows back into pooling windows whose two largest
     values lie so close that rounding decides between them: one winner in another place moves every gradient by a
@@ -116,12 +119,60 @@ def compare_models(model: Model, model_new: ModelNew, x: torch.Tensor, cls: str 
             run = _forward(precise.double(), x.double())
         unpooled, pooled = (p.detach() for p in pools.pop())
         norm = precise.group_norm
-        dy = incoming_gradient(unpooled, pooled, norm.num_groups, norm.weight.detach(), _NEAR_TIE[cls], seed).float()
+        dy = incoming_gradient(unpooled, pooled, norm.num_groups, norm.weight.detach(), NEAR_TIE[cls], seed).float()
         truth = _backward(precise, *run, dy.double())
         del run
         theirs = _backward(theirs, *_forward(theirs, x), dy)
+        if cls == "tf32":
+            rounding = tf32_rounding(model).train()
+            with tf32(False):
+                rounding = _backward(rounding, *_forward(rounding, x), dy)
+            if not multiplied_in_tf32(*(error(t["output"], truth["output"]) for t in (theirs, rounding))):
+                theirs = rounding
         ours = _backward(ours, *_forward(ours, x), dy)
     return [_row(what, cls, ours[what], truth, theirs[what]) for what in truth]
+
+
+def tf32_rounded(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 tensor rounded to TF32, 10 mantissa bits, ties to even."""
+    bits = tensor.float().view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def tf32_rounding(model: Model) -> Model:
+    """A copy of a float32 model whose convolution rounds its operands to TF32 in the forward and in both gradients:
+    what TF32 costs, on any device. To be run with TF32 off.
+    """
+    model = copy.deepcopy(model)
+    model.conv_transpose.forward = types.MethodType(_rounding_forward, model.conv_transpose)  # which deepcopy rebinds
+    return model
+
+
+def _rounding_forward(conv, x):
+    options = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+    y = _RoundingConvolution.apply(x, conv.weight, options)
+    return y if conv.bias is None else y + conv.bias.view(-1, 1, 1)
+
+
+class _RoundingConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, options):
+        x, w = tf32_rounded(x), tf32_rounded(w)
+        ctx.save_for_backward(x, w)
+        ctx.options = options
+        return F.conv_transpose2d(x, w, None, *options)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            y = F.conv_transpose2d(x, w, None, *ctx.options)
+        return *torch.autograd.grad(y, (x, w), tf32_rounded(dy)), None
+
+
+def multiplied_in_tf32(theirs: Error, rounding: Error) -> bool:
+    """Whether PyTorch, allowed to use TF32, did: its error beside that of operands rounded to TF32."""
+    return theirs.rms > rounding.rms / 2
 
 
 def _row(what, cls, actual, truths, torch_result) -> Row:

@@ -21,7 +21,7 @@ from .interop import launching_on
 from .model import Model, ModelNew, fused_model, get_init_inputs
 from .numerics import without_tensor_cores
 from .parity import CLASSES as PRECISE
-from .parity import Error, compare_models, error, tf32, within_policy
+from .parity import compare_models, error, multiplied_in_tf32, tf32, tf32_rounded, within_policy
 
 MODELS = {
     "forward_train": "forward, batch norm in training mode, under no_grad",
@@ -134,10 +134,7 @@ class Case:
             return self.model.conv_transpose(self.x).to(DTYPES[cls])
 
     def _gradients_differ(self, cls) -> str | None:
-        # For fewer than 64 images cuDNN computes in float32 even where TF32 is allowed: no reference for that class.
-        images = min(max(self.n, 64), _GRADIENT_IMAGES)
-        x = torch.rand((images, *self.x.shape[1:]), generator=self._generator(), device=self.device)
-        rows = compare_models(self.model, self._new(), x, cls)
+        rows = compare_models(self.model, self._new(), self.x[:_GRADIENT_IMAGES], cls)
         bad = [
             f"{row.what} (rms error {row.ours.rms:.1e}, PyTorch's {row.torch.rms:.1e})" for row in rows if not row.ok
         ]
@@ -206,9 +203,10 @@ def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
         ours, theirs = ours[case.picked], theirs[case.picked]
     truth, terms = _truth_of(case, what, cls)
     errors = [error(ours, truth), error(theirs, truth)]
-    if cls == "tf32" and what != "post_conv_forward":  # for few images cuDNN computes in float32 all the same
-        rounded = _truth_of(case, what, cls, tf32_rounded)[0]
-        errors[1] = Error(*map(max, errors[1], error(rounded, truth)))
+    if cls == "tf32" and what != "post_conv_forward":
+        rounding = error(_truth_of(case, what, cls, tf32_rounded)[0], truth)
+        if not multiplied_in_tf32(errors[1], rounding):  # as for few images, and in wgrad of NCHW
+            errors[1] = rounding
     if within_policy(ours, truth, *errors, terms):
         return None
     return "parity fails: error rms {:.2e}, max {:.2e}; PyTorch's {:.2e}, {:.2e}".format(*errors[0], *errors[1])
@@ -358,12 +356,6 @@ def _conv(what, case, function, x, w, dy):
     wanted = (x if what == "dgrad" else w).detach().requires_grad_()
     y = function(wanted, w, **options) if what == "dgrad" else function(x, wanted, **options)
     return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)[0]
-
-
-def tf32_rounded(tensor: torch.Tensor) -> torch.Tensor:
-    """A float32 tensor rounded to TF32, 10 mantissa bits, ties to even."""
-    bits = tensor.float().view(torch.int32)
-    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
 
 
 def _truth_of(case, what, cls, operand=lambda tensor: tensor):

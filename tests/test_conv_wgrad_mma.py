@@ -11,7 +11,7 @@ from modelnew import numerics
 from modelnew.functional import conv_transpose2d
 from modelnew.functional.conv_transpose import conv_gradients, gradient_plans, to_cells, wgrad_of_cells
 from modelnew.interop import aligned, run
-from modelnew.workloads import tf32_rounded
+from modelnew.parity import tf32_rounded
 
 KERNELS = ["largest_magnitude", "to_cells"] * 2 + ["conv_wgrad_mma", "conv_wgrad_reduce"]
 
