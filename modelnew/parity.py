@@ -79,8 +79,8 @@ def within_policy(actual: torch.Tensor, truth: torch.Tensor, ours: Error, theirs
 
     For chance: two samples of n errors from one distribution differ, in rms by 1 / sqrt(n), in max by about twice that;
     three times as much is allowed.
-    For rounding, where errors are too small for a ratio to mean anything: one unit in the last place of the result's
-    dtype, relative to the truth's rms, for the rms error; four, relative to the truth's largest value, for the largest
+    For rounding, where errors are too small for a ratio to mean anything: half a unit in the last place of the result's
+    dtype, relative to the truth's rms, for the rms error; two, relative to the truth's largest value, for the largest
     error. float64 results are compared with a truth of their own precision: 16 times that. Where a result is a long
     sum, `terms` adds what n terms added one by one in the accumulator's dtype lose, half a unit times sqrt(n / 6),
     twice over.
@@ -91,10 +91,10 @@ def within_policy(actual: torch.Tensor, truth: torch.Tensor, ours: Error, theirs
     peak = finite.abs().max().item() / (_rms(finite) or 1.0)
     chance = 3 / finite.numel() ** 0.5
     eps = torch.finfo(actual.dtype).eps * (16 if actual.dtype == torch.float64 else 1)
-    eps += torch.finfo(accumulator_dtype(actual)).eps * (terms / 6) ** 0.5
+    rounding = eps / 2 + torch.finfo(accumulator_dtype(actual)).eps * (terms / 6) ** 0.5
     return (
-        ours.rms <= RATIO * (1 + chance) * theirs.rms + eps
-        and ours.max <= RATIO * (1 + 2 * chance) * theirs.max + 4 * eps * peak
+        ours.rms <= RATIO * (1 + chance) * theirs.rms + rounding
+        and ours.max <= RATIO * (1 + 2 * chance) * theirs.max + 4 * rounding * peak
     )
 
 

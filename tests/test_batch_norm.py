@@ -124,7 +124,7 @@ def test_running_statistics(device, momentum, dtype, buffer_dtype):
     for function, x_, running in ((batch_norm, x, ours), (F.batch_norm, x, theirs), (F.batch_norm, x.double(), truth)):
         function(x_, *running, training=True, momentum=momentum)
     for name, a, b, t in zip(("mean", "variance"), ours, theirs, truth):
-        check(a, t, b, name)
+        check(a, t, b, name, terms=80)  # PyTorch on a CPU sums in float64
 
 
 def test_running_statistics_of_any_layout(device):

@@ -40,7 +40,9 @@ def test_policy():
     assert not within_policy(truth.float(), truth, Error(1e-3, 6e-3), theirs)
     assert not within_policy(truth.float(), truth, Error(1e-6, 1e-6), Error(0.0, 0.0))
     assert within_policy(truth.float(), truth, Error(1e-6, 1e-6), Error(0.0, 0.0), terms=1000)
-    assert within_policy(truth.half(), truth, Error(9e-4, 3e-3), Error(0.0, 0.0))
+    assert within_policy(truth.half(), truth, Error(4.5e-4, 3e-3), Error(0.0, 0.0))
+    assert not within_policy(truth.half(), truth, Error(5.5e-4, 3e-3), Error(0.0, 0.0))
+    assert not within_policy(truth.float(), truth, Error(0.0, 2e-6), Error(0.0, 0.0))
     nothing = truth[:0]
     assert within_policy(nothing, nothing, error(nothing, nothing), error(nothing, nothing))
 
