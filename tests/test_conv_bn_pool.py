@@ -1,6 +1,7 @@
 """The fused model: pooling in the convolution's epilogue, batch norm, tanh and group norm over the pooled sums."""
 
 import copy
+import pickle
 
 import pytest
 import tolerance
@@ -237,3 +238,165 @@ def test_explain_says_why_not():
     assert "max_pool: PyTorch" in partly
     ours.tanh.register_forward_hook(lambda *_: None)
     assert "tanh is not replaced, has a hook" in explain(ours, x)
+
+
+def step(model, x, dy):
+    """Output and gradients of x and of all parameters."""
+    x = x.detach().requires_grad_()
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *model.parameters()], dy)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+        lambda t: torch.complex(-t, -t).conj().imag,
+        lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    ],
+    ids=["channels_last", "unaligned", "negative_bit", "transposed"],
+)
+def test_layouts(device, make):
+    """Of input, incoming gradient and weights; results are those of contiguous tensors, bit for bit."""
+    _, ours, x = models(CASES["even"], "tf32", device)
+    dy = torch.randn(2, 16, 3, 4, device=device)
+    expected = step(ours, x, dy)
+    ours.conv_transpose.weight.data = make(ours.conv_transpose.weight.data)
+    for result, right in zip(step(ours, make(x), make(dy)), expected, strict=True):
+        assert torch.equal(result, right)
+    expanded = dy[:1, :1, :1, :1].expand(dy.shape)
+    for result, right in zip(step(ours, x, expanded), step(ours, x, expanded.contiguous()), strict=True):
+        assert torch.equal(result, right)
+
+
+def test_a_graph_used_twice(device):
+    """Again with retain_graph, and never without: what the forward kept is the backward's to read only."""
+    _, ours, x = models(CASES["even"], "tf32", device)
+    y = ours(x.requires_grad_())
+    leaves, dy = [x, *ours.parameters()], torch.randn_like(y)
+    first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    torch.autograd.grad(y, leaves, 3 * dy, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(y, leaves, dy)))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, leaves, dy)
+
+
+def test_gradients_of_second_order_are_refused(device):
+    _, ours, x = models(CASES["even"], "tf32", device)
+    (dx,) = torch.autograd.grad(ours(x.requires_grad_()).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("changed", ["x", "conv_transpose.weight", "batch_norm.weight", "group_norm.weight"])
+def test_what_changes_before_the_backward_is_noticed(device, changed):
+    _, ours, x = models(CASES["even"], "tf32", device)
+    y = ours(x)
+    with torch.no_grad():
+        {"x": x, **dict(ours.named_parameters())}[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_what_is_kept_for_the_backward(device):
+    """All of it by save_for_backward, and in the tf32 class no more than the convolution's output as fp16, the pooled
+    sums, a byte for each winner and statistics, besides x and parameters.
+    """
+    _, ours, x = models((16, 32, 3, 1, 4, 8, 24, 24), "tf32", device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or len(kept) - 1, lambda i: kept[i]):
+        y = ours(x)
+        assert not any(isinstance(v, torch.Tensor) for v in vars(y.grad_fn).values())
+    sizes = [t.numel() * t.element_size() for t in kept]
+    given = [x, *ours.parameters()]
+    packed = 64 * 64 * 9 * 2  # weights, that the forward packed in the same workspace
+    assert any(t.data_ptr() == x.data_ptr() for t in kept)
+    assert sum(sizes) - 4 * sum(t.numel() for t in given) - packed < y.numel() * (4 * 2 + 4 + 1) * 1.02
+    y.sum().backward()
+
+
+def test_copies(device):
+    _, ours, x = models(CASES["even"], "tf32", device)
+    ours(x)  # plans and kernels are at hand
+    copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
+    copies.append(torch.nn.DataParallel(copy.deepcopy(ours)))  # on one GPU, or none, it calls the module
+    dy = torch.randn(2, 16, 3, 4, device=device)
+    expected = step(ours, x, dy)
+    for other in copies:
+        assert all(map(torch.equal, step(other, x, dy), expected))
+    assert all(map(torch.equal, copies[0].state_dict().values(), ours.state_dict().values()))
+
+
+def test_torch_compile(device):
+    """The graph breaks at the model, which is called as it is."""
+    _, ours, x = models(CASES["even"], "tf32", device)
+    other = copy.deepcopy(ours)
+    compiled = torch.compile(lambda x: other(x * 2) + 1, backend="aot_eager")
+    for batch in (x, x[:1], torch.cat([x, x])):  # plans are of one shape
+        leaves = [batch.clone().requires_grad_() for _ in range(2)]
+        results = [ours(leaves[0] * 2) + 1, compiled(leaves[1])]
+        assert torch.equal(*results)
+        for result in results:
+            result.square().sum().backward()
+        assert torch.equal(*(leaf.grad for leaf in leaves))
+    for mine, theirs in zip(ours.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+    assert all(map(torch.equal, ours.buffers(), other.buffers()))
+
+
+def test_running_statistics_of_any_kind(device):
+    """momentum None is the average of all batches; without running statistics those of the batch serve evaluation."""
+    for change in ({"momentum": None}, {"momentum": 0.3, "eps": 0.5}, {"running_mean": None, "running_var": None}):
+        model, ours, x = models(CASES["even"], "fp32", device)
+        double = copy.deepcopy(model).double()
+        for m in (model, ours, double):
+            for name, value in change.items():
+                setattr(m.batch_norm, name, value)
+            m.batch_norm.track_running_stats = m.batch_norm.running_mean is not None
+        for batch in (x, x[:1], 2 * x):
+            model(batch), ours(batch), double(batch.double())
+        for m in (model, ours, double):
+            m.eval()
+        assert explain(ours, x).startswith("fused")
+        tolerance.check(ours(x).detach(), double(x.double()).detach(), model(x).detach(), f"output, {change}")
+        for name, buffer in double.batch_norm.named_buffers():
+            if buffer.is_floating_point():
+                found = (dict(m.batch_norm.named_buffers())[name] for m in (ours, model))
+                actual, theirs = found
+                tolerance.check(actual, buffer, theirs, f"{name}, {change}", terms=100)
+            else:
+                assert buffer == dict(ours.batch_norm.named_buffers())[name]
+
+
+def test_inference_mode_and_an_empty_batch(device):
+    _, ours, x = models(CASES["even"], "tf32", device)
+    ours.eval()
+    expected = ours(x).detach()
+    with torch.inference_mode():
+        assert torch.equal(ours(x.clone()), expected)
+        assert ours(x[:0]).shape == (0, *expected.shape[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("cls", CLASSES)
+def test_cuda_graph(cls):
+    _, ours, x = models(CASES["even"], cls, "cuda")
+    state = copy.deepcopy(ours.state_dict())
+    dy = torch.randn(2, 16, 3, 4, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(ours, x, dy)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(ours, x, dy)
+    for scale in (1, 1e-20):
+        x.copy_(scale * torch.randn_like(x))
+        ours.load_state_dict(state)
+        graph.replay()
+        found = [t.clone() for t in (*results, *ours.buffers())]
+        ours.load_state_dict(state)
+        assert all(map(torch.equal, found, (*step(ours, x, dy), *ours.buffers())))

@@ -193,10 +193,9 @@ def test_every_step_against_float64(device, shape, split, training):
         for name, expected in truth.items():
             if name == "conv_bias" and training:
                 continue
-            if cells and name == "dy":
-                assert relative(found[name], expected) < bound(split), name
-            else:
-                tolerance.check(found[name].cpu(), expected, theirs[name], f"{name}, cells {cells}")
+            rounds = cells and name == "dy" and split == 1  # what TF32 does to an operand of dgrad and wgrad
+            reference = parity.tf32_rounded(theirs[name]) if rounds else theirs[name]
+            tolerance.check(found[name].float().cpu(), expected, reference, f"{name}, cells {cells}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -360,7 +359,7 @@ EXTREMES = {
 @pytest.mark.parametrize("name", EXTREMES)
 @pytest.mark.parametrize("cls", ["fp32", "tf32"])
 def test_extreme_inputs_to_the_whole_model(device, cls, name):
-    """As close to float64 as PyTorch, in the tf32 class as PyTorch with operands rounded to TF32; not finite where it is not."""
+    """As close to float64 as PyTorch, in the tf32 class with operands rounded to TF32; not finite where it is not."""
     arguments = (16, 16, 3, 1, 1, 1, 4)
     model, ours = Model(*arguments, device=device), ModelNew(*arguments, numerics=cls, device=device)
     with torch.no_grad():
