@@ -185,9 +185,20 @@ def _row(what, cls, actual, truths, torch_result) -> Row:
     close = None
     if cls == "fp32" and not what.startswith("grad"):
         close = is_close(actual, torch_result)
-        # PyTorch's own result can be further from the truth than assert_close allows: then it cannot be asked of ours.
-        ok = ok and (close or not is_close(torch_result, truth.to(torch_result.dtype)))
+        # Where PyTorch's own result is further from the truth than assert_close allows, ours cannot be close to both.
+        ok = ok and (close or within_chance(_far(actual, truth), _far(torch_result, truth)))
     return Row(what, cls, ours, theirs, close, ok)
+
+
+def within_chance(ours: int, theirs: int) -> bool:
+    """Whether no more than 1.1 times as many, and what chance explains, and some of theirs at all."""
+    return theirs > 0 and ours <= RATIO * theirs + 3 * theirs**0.5
+
+
+def _far(actual, truth) -> int:
+    """How many elements torch.testing.assert_close would name."""
+    expected = truth.to(actual.dtype)
+    return int((~torch.isclose(actual, expected, rtol=1.3e-6, atol=1e-5, equal_nan=False)).sum())
 
 
 def is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
