@@ -35,9 +35,9 @@ from cupy_kernels import compiler
 
 from . import commands
 from .model import CHANNELS, HEIGHT, Model, ModelNew, get_init_inputs
-from .parity import CLASSES, error, tf32
+from .parity import CLASSES, error, tf32, tf32_rounded
 from .timing import current, free
-from .workloads import LAYOUTS, tf32_rounded
+from .workloads import LAYOUTS
 
 FACTOR = 2
 LAST = 20  # steps whose losses are compared
