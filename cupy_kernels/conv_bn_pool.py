@@ -10,13 +10,14 @@ import math
 
 import numpy as np
 
-from .common import THREADS, accumulator, ceil_div
-from .conv_transpose_mma import Plan, launch_units, pack_kernel, pack_weight, sample_plans
-from .fp16_cells import cells_shape
+from .channel_sum import channel_sum, channel_sum_workspace_size
+from .common import THREADS, accumulator, ceil_div, scalar_macros
+from .conv_transpose_mma import Plan, conv_transpose_mma, launch_units, pack_kernel, pack_weight, sample_plans
+from .conv_wgrad_mma import Plan as WgradPlan
+from .conv_wgrad_mma import conv_wgrad_mma
+from .fp16_cells import cells_shape, to_cells, to_cells_kernel
 from .launch import launch
-from .source import Kernel, Variant
-
-DTYPES = (np.float32, np.float16, np.int32, np.uint8)  # of `buffers`
+from .source import DTYPES, Kernel, Variant
 
 _MOST_WARPS = 16
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
@@ -127,15 +128,116 @@ def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, K
 
 
 def gradient_buffers(p: Plan, images: int) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that the backward's first two steps write besides the parameters' gradients."""
+    """Shape and dtype of the arrays that `conv_bn_pool_backward` writes and nothing after it reads."""
     macros = dict(p.macros)
     channels = macros["OUT_CHANNELS"]
     return {
         "g": ((images, channels, macros["OUT_H"] // 2, macros["OUT_W"] // 2), np.float32),
         "partials": ((5, images, channels), np.float32),
-        "sums": ((2, channels), np.float32),
-        "dy_exponents": ((channels,), np.int32),
     }
+
+
+def output_gradient_buffers(p: Plan, images: int, cells: bool) -> dict[str, tuple[tuple, type]]:
+    """The same of those that it writes for `weight_gradient` and dgrad. cells: whether dy is to be among them."""
+    channels = dict(p.macros)["OUT_CHANNELS"]
+    sizes = {"sums": ((2, channels), np.float32), "dy_exponents": ((channels,), np.int32)}
+    if cells:
+        sizes["cells"] = (output_cells_shape(p, images), np.float16)
+    return sizes
+
+
+def conv_bn_pool_backward(
+    dout,
+    weight,
+    bias,
+    group_weight,
+    dconv_bias,
+    dweight,
+    dbias,
+    dgroup_weight,
+    dgroup_bias,
+    dy,
+    made,
+    kept,
+    output,
+    *,
+    plan: Plan,
+    groups: int,
+    training: bool,
+) -> None:
+    """Gradients of all parameters but the convolution's weight, and dy, that of the convolution's output.
+
+    The gradients are written where not None; dy, [N, M, OH, OW], is for the general convolution kernels. made, kept,
+    output: {name: array}. kept is `written` of the forward; made and output are written, as `gradient_buffers` and
+    `output_gradient_buffers` describe them.
+    """
+    pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
+    g, partials, sums, dy_exponents = made["g"], made["partials"], output["sums"], output["dy_exponents"]
+    statistics = (kept["group_mean"], kept["group_invstd"])
+    pooled_gradients(dout, pooled, mean, invstd, weight, bias, group_weight, *statistics, g, partials, plan=plan)
+    gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
+    options = {"plan": plan, "groups": groups}
+    parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
+    given = (g, kept["taps"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
+    given += (sums if training else None,)
+    if "cells" in output:
+        conv_output_gradient_cells(*given, dy_exponents, output["cells"], **options)
+    if dy is not None:
+        conv_output_gradient(*given, dy, **options)
+
+
+def weight_gradient_buffers(p: WgradPlan, x_shape, centred: bool) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of the arrays that `weight_gradient` writes besides dw. centred: x less its first image's means.
+
+    With statistics of the batch dy sums to 0, so x may be centred (benchmarks/NOTES.md says why).
+    """
+    sizes = {"x_cells": (cells_shape(x_shape, p.split), np.float16), "partial": ((p.partial_size,), np.float32)}
+    if centred:
+        sizes["sums"] = ((x_shape[1],), DTYPES[dict(p.macros)["scalar_t"]].type)
+        sizes["sum_partials"] = ((channel_sum_workspace_size((1, *x_shape[1:])),), np.float32)
+        sizes["borders"] = ((p.borders_size,), np.float32)
+        sizes["partnered"] = ((p.partnered_size,), np.float32)
+    return sizes
+
+
+def weight_gradient(p: WgradPlan, cells, dy_exponents, unit_exponents, x, dw, written) -> None:
+    """dw, the gradient of w, from x and dy.
+
+    cells, dy_exponents: dy, of `conv_bn_pool_backward`. unit_exponents: what the forward kept.
+    written: {name: array} as `weight_gradient_buffers` describes them.
+    """
+    sums = written.get("sums")
+    if sums is not None:
+        channel_sum(x[:1], sums, written["sum_partials"])
+    to_cells(x, unit_exponents, sums, written["x_cells"], p.split)
+    workspaces = (written["partial"], written.get("borders"), written.get("partnered"))
+    conv_wgrad_mma(p, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
+
+
+def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of the arrays that `input_gradient` writes besides dx."""
+    return {"packed": ((p.packed_size,), np.float16), "exponents": ((p.rows,), np.int32)}
+
+
+def input_gradient(p: Plan, cells, dy_exponents, w, dx, written) -> None:
+    """dx, the gradient of x, from dy. p: a plan for dgrad, of cells. The rest as in `weight_gradient`."""
+    conv_transpose_mma(p, cells, w, None, dx, written["packed"], written["exponents"], dy_exponents)
+
+
+def gradient_kernels(
+    p: Plan, groups: int, x_shape, centred: bool, dgrad: Plan | None, wgrad: WgradPlan | None
+) -> tuple[Kernel, ...]:
+    """A kernel of each compilation that the backward needs. dgrad: a plan of cells."""
+    found = [Kernel("pooled_tail_backward.cu", "pooled_backward", _backward_macros(p, groups))]
+    if wgrad:
+        name = dict(p.macros)["scalar_t"]
+        found.append(to_cells_kernel(name, wgrad.split, x_shape))
+        found.append(Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", wgrad.macros))
+        if centred:
+            found.append(Kernel("channel_sum.cu", "channel_sum_partial", scalar_macros(name)))
+    if dgrad:
+        found += [pack_kernel(dgrad), Kernel("conv_transpose_mma.cu", "conv_transpose_mma", dgrad.macros)]
+    return tuple(found)
 
 
 def pooled_gradients(

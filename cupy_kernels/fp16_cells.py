@@ -39,11 +39,16 @@ def to_cells(source, exponents, sums, cells, split: int) -> None:
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
     chunk_channels = 64 // split
     launch(
-        Kernel("fp16_cells.cu", "to_cells", _macros(scalar(source), split, width)),
+        _kernel(scalar(source), split, width),
         (ceil_div(images * pixels, THREADS * 8 // chunk_channels * width), ceil_div(channels, chunk_channels), 1),
         (THREADS, 1, 1),
         (source, exponents, sums, cells, exponents.size, images, channels, pixels),
     )
+
+
+def to_cells_kernel(name: str, split: int, shape) -> Kernel:
+    """What `to_cells` launches for a tensor of this type and shape that starts at a multiple of 16 bytes."""
+    return _kernel(name, split, 1 if math.prod(shape[2:]) % 4 else 4)
 
 
 def variants():
@@ -51,6 +56,10 @@ def variants():
     for name, split in (("float", 1), ("float", 2), ("half_t", 1), ("bf16_t", 1)):
         for width in (1, 4):
             yield Variant("fp16_cells.cu", _macros(name, split, width))
+
+
+def _kernel(name, split, width):
+    return Kernel("fp16_cells.cu", "to_cells", _macros(name, split, width))
 
 
 def _macros(name, split, width):

@@ -17,21 +17,6 @@ from cupy_kernels.source import Kernel
 FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
 
 
-class Part(NamedTuple):
-    """An array in a workspace's memory. dtype: NumPy's."""
-
-    memory: torch.Tensor
-    offset: int  # in bytes
-    shape: tuple[int, ...]
-    dtype: type
-
-    def tensor(self) -> torch.Tensor:
-        """The part as a tensor that shares the memory."""
-        dtype = np.dtype(self.dtype)
-        end = self.offset + math.prod(self.shape) * dtype.itemsize
-        return self.memory[self.offset : end].view(getattr(torch, dtype.name)).view(self.shape)
-
-
 class Layout:
     """Where arrays, {name: (shape, NumPy type)}, lie in one piece of memory."""
 
@@ -52,9 +37,6 @@ class Workspace(NamedTuple):
     def empty(cls, layout: Layout, device: torch.device) -> "Workspace":
         return cls(torch.empty(layout.size, dtype=torch.uint8, device=device), layout)
 
-    def part(self, name: str) -> Part:
-        return Part(self.memory, *self.layout.places[name])
-
 
 def view(tensor: torch.Tensor):
     """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16.
@@ -73,47 +55,39 @@ def view(tensor: torch.Tensor):
 
 
 def run(operation, *args, **options):
-    """operation(*args, **options), where views stand for tensors: a tensor or a `Part` becomes an array, a `Workspace`
-    {name: array}.
+    """operation(*args, **options), with what `arrays` makes of `args`.
 
     Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if
     the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
     """
     device = one_device(args)
     with launching_on(device):
-        return operation(*_views(args), **options)
+        return operation(*arrays(*args), **options)
 
 
-def _views(args):
-    memories = {}  # by identity: parts share a view of their memory
+def arrays(*args) -> list:
+    """`args` with an array in place of each tensor, and {name: array} in place of each `Workspace`.
 
-    def memory(tensor):
-        found = memories.get(id(tensor))
-        if found is None:
-            found = memories[id(tensor)] = view(tensor)
-        return found
-
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            yield view(arg)
-        elif isinstance(arg, Part):
-            yield _array(memory(arg.memory), *arg[1:])
-        elif isinstance(arg, Workspace):
-            whole = memory(arg.memory)
-            yield {name: _array(whole, *place) for name, place in arg.layout.places.items()}
-        else:
-            yield arg
+    For operations inside `launching_on`. Arrays keep the memory that they show, as tensors do.
+    """
+    return [
+        view(arg) if isinstance(arg, torch.Tensor) else _parts(arg) if isinstance(arg, Workspace) else arg
+        for arg in args
+    ]
 
 
-def _array(memory, offset, shape, dtype):
+def _parts(workspace):
+    memory = view(workspace.memory)
+    places = workspace.layout.places.items()
     if isinstance(memory, np.ndarray):
-        return np.ndarray(shape, dtype, memory, offset)
-    return compiler.cupy().ndarray(shape, dtype, memory.data + offset)
+        return {name: np.ndarray(shape, dtype, memory, offset) for name, (offset, shape, dtype) in places}
+    array, start = compiler.cupy().ndarray, memory.data
+    return {name: array(shape, dtype, start + offset) for name, (offset, shape, dtype) in places}
 
 
 def one_device(args) -> torch.device:
     """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
-    tensors = [arg.memory if isinstance(arg, (Part, Workspace)) else arg for arg in args]
+    tensors = [arg.memory if isinstance(arg, Workspace) else arg for arg in args]
     tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
     device = tensors[0].device
     for tensor in tensors:

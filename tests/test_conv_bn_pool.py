@@ -8,8 +8,10 @@ import pytest
 import tolerance
 import torch
 
-from modelnew import Model, ModelNew, explain, parity
+from modelnew import Model, ModelNew, explain, interop, parity
+from modelnew.functional import conv_bn_pool as fused
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm, conv_transpose2d
+from modelnew.functional.conv_transpose import gradient_plans
 from modelnew.model import OPERATORS
 
 # (in, out, kernel, padding, groups of group norm, batch, height, width)
@@ -137,6 +139,73 @@ def test_only_the_gradients_asked_for(device, wanted, launched):
     assert ("conv_wgrad_mma" in {k.name for k in launched}) == wanted.startswith("conv")
     assert "conv_transpose_mma" not in {k.name for k in launched}
     assert [name for name, p in ours.named_parameters() if p.grad is not None] == [wanted]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("wanted", [("x", "conv_transpose.weight"), ("x",), ("conv_transpose.weight",), ()], ids=str)
+def test_what_is_compiled_together_is_what_runs(device, wanted, training, launched, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        fused, "compile_together", lambda kernels, device: compiled.append({k.variant for k in kernels})
+    )
+    fused._prepare.cache_clear()
+    fused._prepare_backward.cache_clear()
+    _, ours, x = models(CASES["even"], "tf32", device)
+    ours.train(training).conv_transpose.weight.requires_grad_("conv_transpose.weight" in wanted)
+    y = ours(x.requires_grad_("x" in wanted))
+    forward = {k.variant for k in launched}
+    launched.clear()
+    y.sum().backward()
+    assert compiled == [forward, {k.variant for k in launched}]
+
+
+def test_the_border_is_crossed_once_each_way(device, monkeypatch):
+    """Each guard of device and stream, and each view of a tensor, costs microseconds, which a small batch waits for."""
+    _, ours, x = models(CASES["even"], "tf32", device)
+    x.requires_grad_()
+    ours(x).sum().backward()
+    guards, views = [], []
+    for module in (interop, fused):
+        guard = module.launching_on
+        monkeypatch.setattr(module, "launching_on", lambda device, guard=guard: guards.append(device) or guard(device))
+    view = interop.view
+    monkeypatch.setattr(interop, "view", lambda tensor: views.append(tensor.shape) or view(tensor))
+    y = ours(x)
+    assert (len(guards), len(views)) == (1, 11)  # parameters, running statistics, x, y and the workspace
+    y.sum().backward()
+    assert (len(guards), len(views)) == (2, 11 + 18)  # 7 gradients, dy, x, 4 parameters and 5 workspaces
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_backwards_stages_share_their_room(device, cls):
+    """The peak is one stage's: the pooled gradients are gone before wgrad, and the workspaces of wgrad before dgrad."""
+    case = (16, 16, 3, 1, 4, 4, 18, 20)
+    _, ours, x = models(case, cls, device)
+    y = ours(x.requires_grad_())
+    y.backward(torch.ones_like(y))
+    tensors = (x, ours.conv_transpose.weight)
+    plans = gradient_plans(*tensors, fused._geometry(1), cls, True, True)
+    stages = fused._prepare_backward(fused.fused_plan(x, tensors[1], 1, 4, cls)[0], x.shape, 4, True, *plans, x.device)
+    made, output, of_wgrad, of_dgrad = (layout.size for layout in stages[1:])
+    y = ours(x)
+    ours.zero_grad()
+    x.grad, dy = None, torch.ones_like(y)
+    stage = max(made, tensors[1].nbytes + of_wgrad, tensors[1].nbytes + of_dgrad + x.nbytes)
+    assert peak(lambda: y.backward(dy), device) <= output + stage + 8192
+
+
+def peak(function, device):
+    """Bytes that torch has allocated at a time while the function runs, at most."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def test_two_runs_are_bit_equal(device):

@@ -15,7 +15,6 @@ from cupy_kernels.conv_transpose_mma import plan as conv_plan
 from cupy_kernels.launch import launch
 from cupy_kernels.source import Kernel
 from modelnew import Model, ModelNew, parity
-from modelnew.functional import conv_bn_pool as functional
 from modelnew.interop import FLOATS, run
 
 # (channels, groups, images, height, width of the convolution's output)
@@ -143,9 +142,11 @@ class Tail:
     def compute(self, wanted=("weight", "bias", "group_weight", "group_bias", "conv_bias"), cells=True):
         """The same by the kernels; dy from cells, or as the general kernels get it."""
         a, options = self.arrays, {"plan": self.plan, "groups": self.groups}
-        dtypes = functional._DTYPES
-        sizes = ops.gradient_buffers(self.plan, self.images)
-        made = {k: torch.empty(s, dtype=dtypes[d], device=self.device) for k, (s, d) in sizes.items()}
+        sizes = {
+            **ops.gradient_buffers(self.plan, self.images),
+            **ops.output_gradient_buffers(self.plan, self.images, cells=False),
+        }
+        made = {k: torch.empty(s, dtype=getattr(torch, d.__name__), device=self.device) for k, (s, d) in sizes.items()}
         names = ("dout", "pooled", "mean", "invstd", "weight", "bias", "group_weight", "group_mean", "group_invstd")
         run(ops.pooled_gradients, *(a[k] for k in names), made["g"], made["partials"], plan=self.plan)
         names = ("weight", "bias", "group_weight", "group_bias", "conv_bias")

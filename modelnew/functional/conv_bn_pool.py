@@ -8,12 +8,22 @@ from torch.autograd.function import once_differentiable
 from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels.conv_transpose import Geometry, output_shape
 
-from ..interop import Layout, Part, Workspace, aligned, compile_together, dense, one_device, pair, run
+from ..interop import (
+    Layout,
+    Workspace,
+    aligned,
+    arrays,
+    compile_together,
+    dense,
+    launching_on,
+    one_device,
+    pair,
+    run,
+)
 from ..numerics import check_numerics, resolve, tensor_core_plan
 from .batch_norm import check_batch_norm, check_batch_norm_call, run_updating
-from .conv_transpose import Cells, conv_gradients, dgrad_of_cells, gradient_plans, to_cells, wgrad_of_cells
+from .conv_transpose import conv_gradients, gradient_plans
 
-_DTYPES = {dtype: getattr(torch, dtype.__name__) for dtype in ops.DTYPES}
 _checked = set()  # what calls passed `_check`
 
 
@@ -43,50 +53,43 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, w, conv_bias, weight, bias, group_weight, group_bias, memory = ctx.saved_tensors
-        kept = {name: Part(memory, *place) for name, place in ctx.layout.places.items()}
-        need = ctx.needs_input_grad
-        pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
-        options = {"plan": ctx.options["plan"], "groups": ctx.options["groups"]}
-        training = ctx.options["training"]
-        sizes = ops.gradient_buffers(options["plan"], x.shape[0])
-        g, partials, sums, dy_exponents = (x.new_empty(s, dtype=_DTYPES[dtype]) for s, dtype in sizes.values())
-        groups = (kept["group_mean"], kept["group_invstd"])
-        tensors = (dense(dout), pooled, mean, invstd, weight, bias, group_weight, *groups)
-        run(ops.pooled_gradients, *tensors, g, partials, plan=options["plan"])
-        wanted = (
-            (weight, need[3]),
-            (bias, need[4]),
-            (group_weight, need[5]),
-            (group_bias, need[6]),
-            (conv_bias, need[2]),
+        need_x, need_w, *need = ctx.needs_input_grad[:7]
+        parameters = (conv_bias, weight, bias, group_weight, group_bias)
+        gradients = [torch.empty_like(t) if needed else None for t, needed in zip(parameters, need)]
+        plan, groups, training = (ctx.options[name] for name in ("plan", "groups", "training"))
+        dgrad, wgrad = gradient_plans(x, w, ctx.geometry, ctx.numerics, need_x, need_w)
+        dx = dw = dy = None
+        if (dgrad is None, wgrad is None) != (not need_x, not need_w):
+            dgrad = wgrad = None
+            dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
+        dgrad, made, output, of_wgrad, of_dgrad = _prepare_backward(
+            plan, x.shape, groups, training, dgrad, wgrad, x.device
         )
-        gradients = [torch.empty_like(t) if needed else None for t, needed in wanted]
-        tensors = (partials, mean, invstd, weight, sums, dy_exponents)
-        run(ops.parameter_gradients, *tensors, *gradients, **options, training=training)
-        dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias = gradients
-        dx = dw = None
-        if need[0] or need[1]:
-            packed = (kept[name] for name in ("taps", "saved", "exponents", "unit_exponents"))
-            tensors = (g, *packed, mean, invstd, weight, sums if training else None)
-            dgrad, wgrad = gradient_plans(x, w, ctx.geometry, ctx.numerics, *need[:2])
-            if bool(dgrad) == need[0] and bool(wgrad) == need[1]:
-                cells = x.new_empty(ops.output_cells_shape(options["plan"], x.shape[0]), dtype=torch.float16)
-                run(ops.conv_output_gradient_cells, *tensors, dy_exponents, cells, **options)
-                del g, tensors  # 76 MB of a large batch, which the next steps can have
-                dy = Cells(cells, dy_exponents)
-                if wgrad:  # first: the room of its workspaces is dx's then
-                    # With statistics of the batch dy sums to 0, so x may be centred (benchmarks/NOTES.md says why).
-                    x_cells = to_cells(x, wgrad.split, kept["unit_exponents"], centred=training)
-                    dw = wgrad_of_cells(wgrad, x_cells, w, dy)
-                    del x_cells
-                if dgrad:
-                    dx = dgrad_of_cells(dgrad, x, w, dy)
-            else:
-                dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
-                run(ops.conv_output_gradient, *tensors, dy, **options)
-                del g, tensors
-                dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *need[:2])
-        return dx, dw, dconv_bias, dweight, dbias, dgroup_weight, dgroup_bias, *[None] * 6
+        with launching_on(x.device):
+            # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
+            kept, output = arrays(Workspace(memory, ctx.layout), _empty(output, x))
+            ops.conv_bn_pool_backward(
+                *arrays(dense(dout), weight, bias, group_weight, *gradients, dy, _empty(made, x)),
+                kept,
+                output,
+                plan=plan,
+                groups=groups,
+                training=training,
+            )
+            cells = (output.get("cells"), output["dy_exponents"])
+            if wgrad:  # first: the room of its workspaces is dx's then
+                dw = torch.empty_like(w)
+                ops.weight_gradient(wgrad, *cells, kept["unit_exponents"], *arrays(x, dw, _empty(of_wgrad, x)))
+            if dgrad:
+                dx = torch.empty_like(x)
+                ops.input_gradient(dgrad, *cells, *arrays(w, dx, _empty(of_dgrad, x)))
+            if dy is not None:
+                dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, need_x, need_w)
+        return dx, dw, *gradients, *[None] * 6
+
+
+def _empty(layout, x):
+    return Workspace.empty(layout, x.device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -94,6 +97,21 @@ def _prepare(plan, x_shape, groups, training, keep, device) -> Layout:
     """Layout of the workspace. Compiles the forward's kernels at the same time, where launches would one by one."""
     compile_together(ops.kernels(plan, groups, training, keep), device)
     return Layout(ops.buffers(plan, x_shape, groups, training, keep))
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare_backward(plan, x_shape, groups, training, dgrad, wgrad, device):
+    """dgrad's plan for cells, and layouts of what the backward, wgrad and dgrad write. Compiles as `_prepare` does."""
+    cells = bool(dgrad or wgrad)
+    dgrad = dgrad and dgrad.of_cells()
+    compile_together(ops.gradient_kernels(plan, groups, x_shape, training, dgrad, wgrad), device)
+    buffers = (
+        ops.gradient_buffers(plan, x_shape[0]),
+        ops.output_gradient_buffers(plan, x_shape[0], cells),
+        ops.weight_gradient_buffers(wgrad, x_shape, training) if wgrad else {},
+        ops.input_gradient_buffers(dgrad) if dgrad else {},
+    )
+    return dgrad, *map(Layout, buffers)
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
