@@ -1,19 +1,38 @@
 """The one place that starts a kernel, on CuPy arrays (GPU) or NumPy arrays (emulator)."""
 
 import contextlib
+from typing import NamedTuple
 
 import numpy as np
 
-from . import compiler, emulator
-from .source import Kernel, in_force, signature
+from . import compiler, emulator, source
+from .source import Kernel, Parameter
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 BLOCK_LIMITS = (1024, 1024, 64)
 MAX_THREADS = 1024
 
 _NULL = np.uint64(0)  # what CuPy passes as a null pointer
-_NUMPY = {np.ndarray}
 _observers = []
+
+
+class _Prepared(NamedTuple):
+    """What launches of a kernel have in common."""
+
+    kernel: Kernel  # in force
+    parameters: tuple[Parameter, ...]
+    scalars: list[tuple[int, type]]  # (place, type to cast to)
+    pointers: list[tuple[int, np.dtype | None]]  # (place, dtype)
+    functions: dict  # {(device, shared_bytes): compiled kernel}
+
+
+@source.until_overridden
+def _prepared(kernel: Kernel) -> _Prepared:
+    kernel = source.in_force(kernel)
+    parameters = source.signature(kernel)
+    scalars = [(i, parameter.dtype.type) for i, parameter in enumerate(parameters) if not parameter.pointer]
+    pointers = [(i, parameter.dtype) for i, parameter in enumerate(parameters) if parameter.pointer]
+    return _Prepared(kernel, parameters, scalars, pointers, {})
 
 
 def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
@@ -30,30 +49,43 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     """
     for observe in _observers:
         observe(kernel, grid, block, args, shared_bytes)
-    kernel = in_force(kernel)
-    parameters = signature(kernel)
+    kernel, parameters, scalars, pointers, functions = _prepared(kernel)
     if len(args) != len(parameters):
         raise ValueError(f"{kernel} takes {len(parameters)} arguments, received {len(args)}")
     if 0 in grid:
         return
     _check_limits(kernel, grid, block)
-    arrays = [arg for parameter, arg in zip(parameters, args) if parameter.pointer and arg is not None]
-    on_gpu = _on_gpu(kernel, arrays)
-    null = _NULL if on_gpu else None
-    cast = []
-    for parameter, arg in zip(parameters, args):
-        if not parameter.pointer:
-            arg = _number(kernel, parameter, arg)
-        elif arg is None:
-            arg = null
-        elif not arg.flags.c_contiguous or (parameter.dtype is not None and arg.dtype != parameter.dtype):
-            _refuse(kernel, parameter, arg)
-        cast.append(arg)
+    cast, kind = list(args), None
+    for i, dtype in pointers:
+        array = args[i]
+        if array is None:
+            cast[i] = _NULL
+            continue
+        if kind is None:
+            kind = type(array)
+            on_gpu = kind.__module__.startswith("cupy")
+            device = compiler.cupy().cuda.runtime.getDevice() if on_gpu else None
+        if type(array) is not kind or not (on_gpu or kind is np.ndarray):
+            _refuse_kinds(kernel, pointers, args)
+        if not array.flags.c_contiguous or (dtype is not None and array.dtype != dtype):
+            _refuse(kernel, parameters[i], array)
+        if on_gpu and array.data.device_id != device:
+            _refuse_device(kernel, device, pointers, args)
+    if kind is None:
+        _refuse_kinds(kernel, pointers, args)
+    try:
+        for i, to_type in scalars:
+            cast[i] = to_type(args[i])
+    except OverflowError as error:
+        number, dtype = parameters[i].name, parameters[i].dtype
+        raise ValueError(f"{kernel}: {number}={args[i]} does not fit {dtype}") from error
     if on_gpu:
-        function = compiler.function(kernel, shared_bytes)
-        _check_device(kernel, arrays)
+        function = functions.get((device, shared_bytes))
+        if function is None:
+            function = functions[device, shared_bytes] = compiler.function(kernel, shared_bytes)
         function(grid, block, cast, shared_mem=shared_bytes)
     else:
+        cast = [None if arg is _NULL else arg for arg in cast]
         emulator.run(kernel, parameters, grid, block, cast, shared_bytes)
 
 
@@ -76,33 +108,22 @@ def _check_limits(kernel, grid, block):
         )
 
 
-def _on_gpu(kernel, arrays) -> bool:
-    """Whether the arrays are CuPy's (else NumPy's)."""
-    kinds = set(map(type, arrays))
-    if kinds == _NUMPY:
-        return False
-    if len(kinds) != 1 or not next(iter(kinds)).__module__.startswith("cupy"):
-        received = ", ".join(sorted(f"{t.__module__}.{t.__qualname__}" for t in kinds))
-        raise TypeError(f"{kernel} takes arrays of one kind, CuPy's or NumPy's; received {received or 'no array'}")
-    return True
+def _refuse_kinds(kernel, pointers, args):
+    kinds = {type(array) for array in _arrays(pointers, args)}
+    received = ", ".join(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)) or "no array"
+    raise TypeError(f"{kernel} takes arrays of one kind, CuPy's or NumPy's; received {received}")
 
 
-def _check_device(kernel, arrays):
-    current = compiler.cupy().cuda.runtime.getDevice()
-    for array in arrays:
-        if array.data.device_id != current:
-            devices = sorted({a.data.device_id for a in arrays})
-            raise RuntimeError(f"{kernel} starts on the current device {current}; its arrays are on {devices}")
+def _refuse_device(kernel, current, pointers, args):
+    devices = sorted({array.data.device_id for array in _arrays(pointers, args)})
+    raise RuntimeError(f"{kernel} starts on the current device {current}; its arrays are on {devices}")
+
+
+def _arrays(pointers, args):
+    return [args[i] for i, _ in pointers if args[i] is not None]
 
 
 def _refuse(kernel, parameter, array):
     if not array.flags.c_contiguous:
         raise ValueError(f"{kernel}: {parameter.name} is not contiguous (shape {array.shape}, strides {array.strides})")
     raise TypeError(f"{kernel}: {parameter.name} is {array.dtype}, the kernel takes {parameter.dtype}")
-
-
-def _number(kernel, parameter, value):
-    try:
-        return parameter.dtype.type(value)
-    except OverflowError as error:
-        raise ValueError(f"{kernel}: {parameter.name}={value} does not fit {parameter.dtype}") from error

@@ -34,6 +34,7 @@ SCALARS = {dtype: name for name, dtype in DTYPES.items()}
 _overrides: dict[str, str] = {}
 _constants: dict[str, dict[str, str | int]] = {}
 _added: dict[str, str] = {}
+_until_overridden = []
 
 
 # Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
@@ -43,6 +44,12 @@ SHAPE_MACROS = frozenset(
     + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
     + ("GROUPS", "WARPS", "UNIT_WINDOWS", "TAPS_W")
 )
+
+
+def until_overridden(function):
+    """functools.cache, until `set_overrides`: for what follows from the sources and constants in force."""
+    _until_overridden.append(functools.cache(function))
+    return _until_overridden[-1]
 
 
 class Variant(NamedTuple):
@@ -136,7 +143,7 @@ def set_overrides(texts: dict[str, str], constants: dict[str, dict[str, str | in
     for state, new in ((_overrides, texts), (_constants, constants)):
         state.clear()
         state.update(new)
-    for cached in (expanded, kernel_names, signature):
+    for cached in _until_overridden:
         cached.cache_clear()
 
 
@@ -220,7 +227,7 @@ def _end(text, declaration) -> int | None:
     return None
 
 
-@functools.cache
+@until_overridden
 def expanded(file: str) -> str:
     """Text of `file` with every `#include "..."` replaced by the included text, each file once.
 
@@ -244,7 +251,7 @@ def _expand(file: str, seen: set[str]) -> str:
     return "\n".join(lines)
 
 
-@functools.cache
+@until_overridden
 def kernel_names(file: str) -> tuple[str, ...]:
     """Names of the kernels that `file` defines."""
     return tuple(match[1] for match in _KERNEL.finditer(expanded(file)))
@@ -265,7 +272,7 @@ def _split(declaration: str) -> tuple[str, str]:
     return " ".join([*marks, *kind]) + "*" * words.count("*"), name
 
 
-@functools.cache
+@until_overridden
 def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     """Parameters of `kernel` as its text declares them.
 

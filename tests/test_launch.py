@@ -1,8 +1,10 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from cupy_kernels import source
+from cupy_kernels import compiler, source
 from cupy_kernels.launch import launch
 from cupy_kernels.source import Kernel
 from modelnew.interop import run, view
@@ -109,6 +111,40 @@ def test_arrays_on_another_gpu():
     x, y = (view(torch.zeros(6, device="cuda:1")) for _ in range(2))
     with cupy.cuda.Device(0), pytest.raises(RuntimeError, match=r"current device 0; its arrays are on \[1\]"):
         start(x, y, 1, 6)
+
+
+def test_a_gpus_kernel_is_looked_up_once_and_again_when_it_changes(monkeypatch):
+    """With stand-ins for CuPy and its arrays, so without a GPU."""
+
+    class Array(SimpleNamespace):
+        pass
+
+    def array(device):
+        return Array(flags=y.flags, dtype=y.dtype, data=SimpleNamespace(device_id=device))
+
+    Array.__module__ = "cupy"
+    y, current, compiled, started = np.zeros(6, np.float32), SimpleNamespace(device=0), [], []
+    runtime = SimpleNamespace(getDevice=lambda: current.device)
+    monkeypatch.setattr(compiler, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+
+    def function(kernel, shared_bytes):
+        compiled.append((current.device, kernel.defines, shared_bytes))
+        return lambda grid, block, args, shared_mem: started.append((args, shared_mem))
+
+    monkeypatch.setattr(compiler, "function", function)
+    kernel = Kernel("copy.cu", "copy")
+    for shared_bytes in (0, 0, 64):
+        launch(kernel, (1, 1, 1), (32, 1, 1), (None, array(0), 1, 6), shared_bytes)
+    assert compiled == [(0, (), 0), (0, (), 64)]
+    assert [type(arg) for arg in started[0][0]] == [np.uint64, Array, np.int32, np.int64]
+    with pytest.raises(RuntimeError, match=r"current device 0; its arrays are on \[0, 1\]"):
+        start(array(0), array(1), 1, 6)
+    with source.override({}, {"copy": {"WIDTH": 4}}):
+        start(None, array(0), 1, 6)
+    current.device = 1
+    start(None, array(1), 1, 6)
+    assert compiled[2:] == [(0, (("WIDTH", 4),), 0), (1, (), 0)]
+    assert len(started) == 5
 
 
 def test_numbers_that_do_not_fit(arguments):
