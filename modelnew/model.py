@@ -8,12 +8,13 @@ from torch import nn
 from cupy_kernels.conv_transpose import Geometry
 
 from . import functional, layers
-from .functional.conv_bn_pool import fused_plan
+from .functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm, fused_plan
 from .interop import pair
 from .numerics import check_numerics, resolve, tensor_core_plan
 
 OPERATORS = ("conv_transpose", "batch_norm", "tanh", "max_pool", "group_norm")
 
+_KINDS = (layers.ConvTranspose2d, layers.BatchNorm2d, layers.Tanh, layers.MaxPool2d, layers.GroupNorm)
 _WINDOW = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
 BATCH, CHANNELS, HEIGHT, WIDTH = 512, 64, 32, 32
 
@@ -107,8 +108,9 @@ class ModelNew(nn.Module):
         _place(self, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _obstacle(self, x) is None:
-            return self._fused(x)
+        fused = _fused(self, x)
+        if fused is not None:
+            return fused
         norm, tanh, pool = self.batch_norm, self.tanh, self.max_pool
         fuse_norm = _fusible(norm, layers.BatchNorm2d)
         fuse_tanh = _fusible(tanh, layers.Tanh)
@@ -125,21 +127,6 @@ class ModelNew(nn.Module):
             x = pool(tanh(norm(x)))
         return self.group_norm(x)
 
-    def _fused(self, x):
-        conv, group = self.conv_transpose, self.group_norm
-        return self.batch_norm.apply_with(
-            functional.conv_bn_tanh_max_pool_group_norm,
-            x,
-            conv_weight=conv.weight,
-            conv_bias=conv.bias,
-            padding=conv.padding,
-            num_groups=group.num_groups,
-            group_weight=group.weight,
-            group_bias=group.bias,
-            group_eps=group.eps,
-            numerics=conv.numerics,
-        )
-
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As torch's. RuntimeError for convert_sync_batchnorm, which puts a replaced batch_norm back as it was."""
         if isinstance(module, layers.BatchNorm2d) and self._modules.get(name) is module:
@@ -153,33 +140,56 @@ class ModelNew(nn.Module):
         return f"replace={self.replace}, numerics={self.numerics!r}"
 
 
-def fused_model(model: ModelNew, x: torch.Tensor) -> str | None:
-    """Why model(x) does not run as one fused operator, or None if it does."""
-    kinds = (layers.ConvTranspose2d, layers.BatchNorm2d, layers.Tanh, layers.MaxPool2d, layers.GroupNorm)
-    children = [getattr(model, name) for name in OPERATORS]
-    for name, child, kind in zip(OPERATORS, children, kinds):
+def fused_model(model: ModelNew, x: torch.Tensor):
+    """(plan, None) if model(x) runs as one fused operator, else (None, the reason)."""
+    children = _children(model)
+    for name, child, kind in zip(OPERATORS, children, _KINDS):
         if not _fusible(child, kind):
-            return f"{name} is not replaced, has a hook, or was swapped"
+            return None, f"{name} is not replaced, has a hook, or was swapped"
     conv, norm, _, pool, group = children
     if pool.return_indices or any(pair(getattr(pool, name), name) != value for name, value in _WINDOW.items()):
-        return "the pooling is not over 2x2 windows"
+        return None, "the pooling is not over 2x2 windows"
     if pool.ceil_mode:
-        return "the pooling has ceil_mode"
+        return None, "the pooling has ceil_mode"
     if conv.stride != (1, 1) or conv.output_padding != (0, 0) or conv.dilation != (1, 1) or conv.groups != 1:
-        return "the convolution has a stride, output padding, dilation or groups"
+        return None, "the convolution has a stride, output padding, dilation or groups"
     if x.dim() != 4 or x.shape[1] != conv.in_channels:
-        return f"the input, of shape {tuple(x.shape)}, is not [N, {conv.in_channels}, H, W]"
+        return None, f"the input, of shape {tuple(x.shape)}, is not [N, {conv.in_channels}, H, W]"
     others = (conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, group.weight, group.bias)
-    return fused_plan(x, conv.weight, conv.padding, group.num_groups, conv.numerics, others)[1]
+    return fused_plan(x, conv.weight, conv.padding, group.num_groups, conv.numerics, others)
 
 
-_obstacle = functional.untraced(fused_model)  # torch.compile has nothing to gain inside, and plans are kept by shape
+@functional.untraced  # torch.compile has nothing to gain inside, and plans are kept by shape
+def _fused(model, x):
+    """model(x) by the fused operator; None if that does not take it."""
+    plan, _ = fused_model(model, x)
+    if not plan:
+        return None
+    conv, norm, _, _, group = _children(model)
+    return norm.apply_with(
+        conv_bn_tanh_max_pool_group_norm,
+        x,
+        conv_weight=conv.weight,
+        conv_bias=conv.bias,
+        padding=conv.padding,
+        num_groups=group.num_groups,
+        group_weight=group.weight,
+        group_bias=group.bias,
+        group_eps=group.eps,
+        numerics=conv.numerics,
+        plan=plan,
+    )
+
+
+def _children(model):
+    """The operators' modules; getattr, which looks in three places, takes ten times as long."""
+    return [model._modules.get(name) for name in OPERATORS]
 
 
 def explain(model: ModelNew, x: torch.Tensor) -> str:
     """Which kernels model(x) runs, and why, in words. Runs nothing."""
     conv = model.conv_transpose
-    reason = fused_model(model, x)
+    _, reason = fused_model(model, x)
     if reason is None:
         cls = resolve(conv.numerics, x)
         return (

@@ -290,7 +290,8 @@ class _Alone:
 
     def __init__(self, what, case):
         model = case.model_of("modelnew").train()
-        if reason := fused_model(model, case.x):
+        _, reason = fused_model(model, case.x)
+        if reason:
             raise UnsupportedError(reason)
         call = _model("forward_train" if what == "conv_bn_pool_kernel" else "step", case, model, case.x, "nchw")
         names, written = _LAUNCHES[what]

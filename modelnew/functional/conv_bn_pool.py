@@ -147,12 +147,14 @@ def conv_bn_tanh_max_pool_group_norm(
     group_bias: torch.Tensor | None = None,
     group_eps: float = 1e-5,
     numerics: str = "auto",
+    plan=None,
 ) -> torch.Tensor:
     """group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
     and group_norm. One dtype for all: float32, float16 or bfloat16. For shapes that the tensor-core kernels take
     (`modelnew.explain` tells); ValueError with the reason for others, and batch_norm's errors.
+    plan: that of `fused_plan` for these arguments, from a caller who has it.
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
     check_numerics(numerics)
@@ -165,9 +167,10 @@ def conv_bn_tanh_max_pool_group_norm(
         if len(_checked) == 1000:
             _checked.clear()
         _checked.add(key)
-    plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
-    if not plan:
-        raise ValueError(f"the fused kernels do not take this: {reason}")
+    if plan is None:
+        plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
+        if reason:
+            raise ValueError(f"the fused kernels do not take this: {reason}")
     options = {
         "plan": plan,
         "training": bool(training),
