@@ -45,6 +45,7 @@ DTYPES = {
     "i64": np.dtype(np.int64),
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
+_until_overridden = []
 # Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
 # shared memory.
 SHAPE_MACROS = frozenset(
@@ -52,6 +53,12 @@ SHAPE_MACROS = frozenset(
     + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
     + ("GROUPS", "WARPS", "UNIT_WINDOWS", "TAPS_W")
 )
+
+
+def until_overridden(function):
+    """functools.cache, until `set_overrides`: for what follows from the sources and constants in force."""
+    _until_overridden.append(functools.cache(function))
+    return _until_overridden[-1]
 
 
 class Variant(NamedTuple):
@@ -94,7 +101,7 @@ class Parameter(NamedTuple):
     inout: bool
 
 
-@functools.cache
+@until_overridden
 def expanded(file: str) -> str:
     """Text of `file` with every `#include "..."` replaced by the included text, each file once.
 
@@ -133,7 +140,7 @@ def _split(declaration: str) -> tuple[str, str]:
     return " ".join([*marks, *kind]) + "*" * words.count("*"), name
 
 
-@functools.cache
+@until_overridden
 def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     """Parameters of `kernel` as its text declares them.
 
@@ -237,6 +244,46 @@ def address(array) -> int:
 def ceil_div(a: int, b: int) -> int:
     """The smallest integer that is at least a / b."""
     return -(-a // b)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/channel_sum.py
+#
+# Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
+
+_CHUNKS = 64  # a constant, so that sums depend on shapes alone
+
+
+def channel_sum_workspace_size(shape) -> int:
+    """Elements of the workspace `partial`, of the accumulator's dtype."""
+    return shape[1] * _plan(shape)[1]
+
+
+def channel_sum(x, sums, partial) -> None:
+    """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
+    if sums.shape != (x.shape[1],):
+        raise ValueError(f"sums must have shape ({x.shape[1]},), received {sums.shape}")
+    macros = type_macros(x)
+    chunk_images, chunks = _plan(x.shape)
+    plane = x.size // max(1, x.shape[0] * x.shape[1])
+    launch(
+        Kernel("channel_sum.cu", "channel_sum_partial", macros),
+        (x.shape[1], chunks, 1),
+        (THREADS, 1, 1),
+        (x, partial, x.shape[0], x.shape[1], plane, chunk_images),
+    )
+    launch(
+        Kernel("channel_sum.cu", "channel_sum_reduce", macros),
+        (ceil_div(x.shape[1], THREADS), 1, 1),
+        (THREADS, 1, 1),
+        (partial, sums, x.shape[1], chunks),
+    )
+
+
+def _plan(shape) -> tuple[int, int]:
+    """(images of a chunk, chunks)."""
+    chunk_images = max(1, ceil_div(shape[0], _CHUNKS))
+    return chunk_images, max(1, ceil_div(shape[0], chunk_images))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -597,6 +644,134 @@ def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/conv_wgrad_mma.py
+#
+# Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` takes.
+
+_BLOCKS = 132  # one for each multiprocessor of an H100; a constant, so that sums depend on shapes alone
+_MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
+_MOST_STAGES = 6
+conv_wgrad_mma_CELL_BYTES = 128
+_BAND_ROWS = 16
+conv_wgrad_mma_RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
+
+
+class conv_wgrad_mma_Plan(NamedTuple):
+    """How a weight gradient is laid out over blocks; `macros` specialise the kernels."""
+
+    macros: tuple
+    output_shape: tuple
+    split: int  # of the cells, see `fp16_cells`
+    tiles: int
+    splits: int
+    split_bands: int  # bands of a split; the last one may have fewer
+    threads: int
+    shared_bytes: int
+    partial_size: int  # elements of the workspaces, float32
+    borders_size: int
+    partnered_size: int
+
+
+@functools.lru_cache(maxsize=1024)
+def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int) -> conv_wgrad_mma_Plan:
+    """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
+
+    split: of the cells of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
+    block may use. Raises UnsupportedError for what the kernels do not take.
+    """
+    check_supported(x_shape, w_shape, geometry, dtype)
+    channels_in, channels_out, *kernel = w_shape
+    height, width = x_shape[2:]
+    output = output_shape(x_shape, w_shape, geometry)
+    out = output[2:]
+    taps = ceil_div(kernel[1], ceil_div(kernel[1], _MOST_TAPS))
+    columns = ceil_div(4, taps) * taps
+    chunk = 64 // split
+
+    def layout(warps):
+        """(stages, bytes of a stage)"""
+        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * conv_wgrad_mma_CELL_BYTES
+        blocks = 8 // warps  # that share a multiprocessor
+        return min(_MOST_STAGES, (shared_limit - conv_wgrad_mma_RESERVED) // blocks // stage_bytes), stage_bytes
+
+    choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels_out > 64]
+    warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
+    if stages < 2:
+        # One block for each multiprocessor then, as only GPUs with little shared memory need.
+        stages = min(_MOST_STAGES, (shared_limit - conv_wgrad_mma_RESERVED) // stage_bytes)
+    if stages < 2:
+        raise UnsupportedError(
+            f"it needs {2 * stage_bytes + conv_wgrad_mma_RESERVED} bytes of shared memory, the GPU has {shared_limit}"
+        )
+    tiles = kernel[0] * ceil_div(kernel[1], taps) * ceil_div(channels_out, 16 * warps) * ceil_div(channels_in, chunk)
+    bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
+    split_bands = ceil_div(bands, max(1, _BLOCKS * (8 // warps) // tiles))
+    splits = ceil_div(bands, split_bands)
+    macros = {
+        "scalar_t": dtype,
+        "acc_t": "float",
+        "IN_CHANNELS": channels_in,
+        "OUT_CHANNELS": channels_out,
+        "IN_H": height,
+        "IN_W": width,
+        "OUT_H": out[0],
+        "OUT_W": out[1],
+        "KERNEL_H": kernel[0],
+        "KERNEL_W": kernel[1],
+        "PAD_H": geometry.padding[0],
+        "PAD_W": geometry.padding[1],
+        "SPLIT": split,
+        "WARPS": warps,
+        "TAPS_W": taps,
+        "STAGES": stages,
+    }
+    size = channels_in * channels_out * kernel[0] * kernel[1]
+    shared_bytes = stages * stage_bytes
+    borders = out[0] * out[1] * ceil_div(channels_out, chunk) * chunk
+    sizes = (tiles, splits, split_bands, 32 * warps, shared_bytes, splits * size, borders, size // channels_in)
+    return conv_wgrad_mma_Plan(tuple(macros.items()), output, split, *sizes)
+
+
+def conv_wgrad_mma(
+    p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, partial, borders, partnered, dw
+) -> None:
+    """dw, the gradient of w, from x and the gradient of the output as cells.
+
+    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale. x_sums:
+    None, or what `fp16_cells.to_cells` took, for a dy whose sum over all pixels is 0 in each channel. dw and the
+    workspaces partial, borders and partnered (sizes in the plan, float32; without x_sums the last two may be None) are
+    written.
+    """
+    if x_sums is not None:
+        _, channels_out, height, width = p.output_shape
+        launch(
+            Kernel("conv_wgrad_mma.cu", "conv_wgrad_borders", p.macros),
+            (height * width * ceil_div(channels_out, 64 // p.split), 1, 1),
+            (THREADS, 1, 1),
+            (dy_cells, borders, p.output_shape[0]),
+        )
+        launch(
+            Kernel("conv_wgrad_mma.cu", "conv_wgrad_partnered", p.macros),
+            (channels_out, 1, 1),
+            (THREADS, 1, 1),
+            (borders, dy_exponents, partnered, dy_exponents.size),
+        )
+    launch(
+        Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
+        (p.tiles * p.splits, 1, 1),
+        (p.threads, 1, 1),
+        (x_cells, dy_cells, partial, p.output_shape[0], p.split_bands),
+        p.shared_bytes,
+    )
+    launch(
+        Kernel("conv_wgrad_mma.cu", "conv_wgrad_reduce", p.macros),
+        (ceil_div(dw.size, THREADS), 1, 1),
+        (THREADS, 1, 1),
+        (partial, x_exponents, dy_exponents, x_sums, partnered, dw, x_exponents.size, dy_exponents.size, p.splits),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/fp16_cells.py
 #
 # Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
@@ -633,11 +808,20 @@ def to_cells(source, exponents, sums, cells, split: int) -> None:
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
     chunk_channels = 64 // split
     launch(
-        Kernel("fp16_cells.cu", "to_cells", _macros(scalar(source), split, width)),
+        _kernel(scalar(source), split, width),
         (ceil_div(images * pixels, THREADS * 8 // chunk_channels * width), ceil_div(channels, chunk_channels), 1),
         (THREADS, 1, 1),
         (source, exponents, sums, cells, exponents.size, images, channels, pixels),
     )
+
+
+def to_cells_kernel(name: str, split: int, shape) -> Kernel:
+    """What `to_cells` launches for a tensor of this type and shape that starts at a multiple of 16 bytes."""
+    return _kernel(name, split, 1 if math.prod(shape[2:]) % 4 else 4)
+
+
+def _kernel(name, split, width):
+    return Kernel("fp16_cells.cu", "to_cells", _macros(name, split, width))
 
 
 def _macros(name, split, width):
@@ -657,7 +841,6 @@ def _width(source) -> int:
 # The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,
 # float16, or int16 that holds bfloat16; statistics and what is saved have the types that `buffers` says.
 
-conv_bn_pool_DTYPES = (np.float32, np.float16, np.int32, np.uint8)  # of `buffers`
 _MOST_WARPS = 16
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
 
@@ -758,15 +941,116 @@ def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, K
 
 
 def gradient_buffers(p: Plan, images: int) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that the backward's first two steps write besides the parameters' gradients."""
+    """Shape and dtype of the arrays that `conv_bn_pool_backward` writes and nothing after it reads."""
     macros = dict(p.macros)
     channels = macros["OUT_CHANNELS"]
     return {
         "g": ((images, channels, macros["OUT_H"] // 2, macros["OUT_W"] // 2), np.float32),
         "partials": ((5, images, channels), np.float32),
-        "sums": ((2, channels), np.float32),
-        "dy_exponents": ((channels,), np.int32),
     }
+
+
+def output_gradient_buffers(p: Plan, images: int, cells: bool) -> dict[str, tuple[tuple, type]]:
+    """The same of those that it writes for `weight_gradient` and dgrad. cells: whether dy is to be among them."""
+    channels = dict(p.macros)["OUT_CHANNELS"]
+    sizes = {"sums": ((2, channels), np.float32), "dy_exponents": ((channels,), np.int32)}
+    if cells:
+        sizes["cells"] = (output_cells_shape(p, images), np.float16)
+    return sizes
+
+
+def conv_bn_pool_backward(
+    dout,
+    weight,
+    bias,
+    group_weight,
+    dconv_bias,
+    dweight,
+    dbias,
+    dgroup_weight,
+    dgroup_bias,
+    dy,
+    made,
+    kept,
+    output,
+    *,
+    plan: Plan,
+    groups: int,
+    training: bool,
+) -> None:
+    """Gradients of all parameters but the convolution's weight, and dy, that of the convolution's output.
+
+    The gradients are written where not None; dy, [N, M, OH, OW], is for the general convolution kernels. made, kept,
+    output: {name: array}. kept is `written` of the forward; made and output are written, as `gradient_buffers` and
+    `output_gradient_buffers` describe them.
+    """
+    pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
+    g, partials, sums, dy_exponents = made["g"], made["partials"], output["sums"], output["dy_exponents"]
+    statistics = (kept["group_mean"], kept["group_invstd"])
+    pooled_gradients(dout, pooled, mean, invstd, weight, bias, group_weight, *statistics, g, partials, plan=plan)
+    gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
+    options = {"plan": plan, "groups": groups}
+    parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
+    given = (g, kept["taps"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
+    given += (sums if training else None,)
+    if "cells" in output:
+        conv_output_gradient_cells(*given, dy_exponents, output["cells"], **options)
+    if dy is not None:
+        conv_output_gradient(*given, dy, **options)
+
+
+def weight_gradient_buffers(p: conv_wgrad_mma_Plan, x_shape, centred: bool) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of the arrays that `weight_gradient` writes besides dw. centred: x less its first image's means.
+
+    With statistics of the batch dy sums to 0, so x may be centred (benchmarks/NOTES.md says why).
+    """
+    sizes = {"x_cells": (cells_shape(x_shape, p.split), np.float16), "partial": ((p.partial_size,), np.float32)}
+    if centred:
+        sizes["sums"] = ((x_shape[1],), DTYPES[dict(p.macros)["scalar_t"]].type)
+        sizes["sum_partials"] = ((channel_sum_workspace_size((1, *x_shape[1:])),), np.float32)
+        sizes["borders"] = ((p.borders_size,), np.float32)
+        sizes["partnered"] = ((p.partnered_size,), np.float32)
+    return sizes
+
+
+def weight_gradient(p: conv_wgrad_mma_Plan, cells, dy_exponents, unit_exponents, x, dw, written) -> None:
+    """dw, the gradient of w, from x and dy.
+
+    cells, dy_exponents: dy, of `conv_bn_pool_backward`. unit_exponents: what the forward kept.
+    written: {name: array} as `weight_gradient_buffers` describes them.
+    """
+    sums = written.get("sums")
+    if sums is not None:
+        channel_sum(x[:1], sums, written["sum_partials"])
+    to_cells(x, unit_exponents, sums, written["x_cells"], p.split)
+    workspaces = (written["partial"], written.get("borders"), written.get("partnered"))
+    conv_wgrad_mma(p, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
+
+
+def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of the arrays that `input_gradient` writes besides dx."""
+    return {"packed": ((p.packed_size,), np.float16), "exponents": ((p.rows,), np.int32)}
+
+
+def input_gradient(p: Plan, cells, dy_exponents, w, dx, written) -> None:
+    """dx, the gradient of x, from dy. p: a plan for dgrad, of cells. The rest as in `weight_gradient`."""
+    conv_transpose_mma(p, cells, w, None, dx, written["packed"], written["exponents"], dy_exponents)
+
+
+def gradient_kernels(
+    p: Plan, groups: int, x_shape, centred: bool, dgrad: Plan | None, wgrad: conv_wgrad_mma_Plan | None
+) -> tuple[Kernel, ...]:
+    """A kernel of each compilation that the backward needs. dgrad: a plan of cells."""
+    found = [Kernel("pooled_tail_backward.cu", "pooled_backward", _backward_macros(p, groups))]
+    if wgrad:
+        name = dict(p.macros)["scalar_t"]
+        found.append(to_cells_kernel(name, wgrad.split, x_shape))
+        found.append(Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", wgrad.macros))
+        if centred:
+            found.append(Kernel("channel_sum.cu", "channel_sum_partial", scalar_macros(name)))
+    if dgrad:
+        found += [pack_kernel(dgrad), Kernel("conv_transpose_mma.cu", "conv_transpose_mma", dgrad.macros)]
+    return tuple(found)
 
 
 def pooled_gradients(
@@ -958,21 +1242,6 @@ def _count(p: Plan, images: int) -> float:
 interop_FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
 
 
-class Part(NamedTuple):
-    """An array in a workspace's memory. dtype: NumPy's."""
-
-    memory: torch.Tensor
-    offset: int  # in bytes
-    shape: tuple[int, ...]
-    dtype: type
-
-    def tensor(self) -> torch.Tensor:
-        """The part as a tensor that shares the memory."""
-        dtype = np.dtype(self.dtype)
-        end = self.offset + math.prod(self.shape) * dtype.itemsize
-        return self.memory[self.offset : end].view(getattr(torch, dtype.name)).view(self.shape)
-
-
 class Layout:
     """Where arrays, {name: (shape, NumPy type)}, lie in one piece of memory."""
 
@@ -993,9 +1262,6 @@ class Workspace(NamedTuple):
     def empty(cls, layout: Layout, device: torch.device) -> "Workspace":
         return cls(torch.empty(layout.size, dtype=torch.uint8, device=device), layout)
 
-    def part(self, name: str) -> Part:
-        return Part(self.memory, *self.layout.places[name])
-
 
 def view(tensor: torch.Tensor):
     """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16.
@@ -1014,47 +1280,39 @@ def view(tensor: torch.Tensor):
 
 
 def run(operation, *args, **options):
-    """operation(*args, **options), where views stand for tensors: a tensor or a `Part` becomes an array, a `Workspace`
-    {name: array}.
+    """operation(*args, **options), with what `arrays` makes of `args`.
 
     Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if
     the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
     """
     device = one_device(args)
     with launching_on(device):
-        return operation(*_views(args), **options)
+        return operation(*arrays(*args), **options)
 
 
-def _views(args):
-    memories = {}  # by identity: parts share a view of their memory
+def arrays(*args) -> list:
+    """`args` with an array in place of each tensor, and {name: array} in place of each `Workspace`.
 
-    def memory(tensor):
-        found = memories.get(id(tensor))
-        if found is None:
-            found = memories[id(tensor)] = view(tensor)
-        return found
-
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            yield view(arg)
-        elif isinstance(arg, Part):
-            yield _array(memory(arg.memory), *arg[1:])
-        elif isinstance(arg, Workspace):
-            whole = memory(arg.memory)
-            yield {name: _array(whole, *place) for name, place in arg.layout.places.items()}
-        else:
-            yield arg
+    For operations inside `launching_on`. Arrays keep the memory that they show, as tensors do.
+    """
+    return [
+        view(arg) if isinstance(arg, torch.Tensor) else interop_parts(arg) if isinstance(arg, Workspace) else arg
+        for arg in args
+    ]
 
 
-def _array(memory, offset, shape, dtype):
+def interop_parts(workspace):
+    memory = view(workspace.memory)
+    places = workspace.layout.places.items()
     if isinstance(memory, np.ndarray):
-        return np.ndarray(shape, dtype, memory, offset)
-    return cupy().ndarray(shape, dtype, memory.data + offset)
+        return {name: np.ndarray(shape, dtype, memory, offset) for name, (offset, shape, dtype) in places}
+    array, start = cupy().ndarray, memory.data
+    return {name: array(shape, dtype, start + offset) for name, (offset, shape, dtype) in places}
 
 
 def one_device(args) -> torch.device:
     """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
-    tensors = [arg.memory if isinstance(arg, (Part, Workspace)) else arg for arg in args]
+    tensors = [arg.memory if isinstance(arg, Workspace) else arg for arg in args]
     tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
     device = tensors[0].device
     for tensor in tensors:
@@ -1155,134 +1413,6 @@ def pair(value, name: str) -> tuple[int, int]:
     if len(values) != 2 or not (isinstance(values[0], int) and isinstance(values[1], int)):
         raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
     return values
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/conv_wgrad_mma.py
-#
-# Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` takes.
-
-_BLOCKS = 132  # one for each multiprocessor of an H100; a constant, so that sums depend on shapes alone
-_MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
-_MOST_STAGES = 6
-conv_wgrad_mma_CELL_BYTES = 128
-_BAND_ROWS = 16
-conv_wgrad_mma_RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
-
-
-class conv_wgrad_mma_Plan(NamedTuple):
-    """How a weight gradient is laid out over blocks; `macros` specialise the kernels."""
-
-    macros: tuple
-    output_shape: tuple
-    split: int  # of the cells, see `fp16_cells`
-    tiles: int
-    splits: int
-    split_bands: int  # bands of a split; the last one may have fewer
-    threads: int
-    shared_bytes: int
-    partial_size: int  # elements of the workspaces, float32
-    borders_size: int
-    partnered_size: int
-
-
-@functools.lru_cache(maxsize=1024)
-def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int) -> conv_wgrad_mma_Plan:
-    """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
-
-    split: of the cells of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
-    block may use. Raises UnsupportedError for what the kernels do not take.
-    """
-    check_supported(x_shape, w_shape, geometry, dtype)
-    channels_in, channels_out, *kernel = w_shape
-    height, width = x_shape[2:]
-    output = output_shape(x_shape, w_shape, geometry)
-    out = output[2:]
-    taps = ceil_div(kernel[1], ceil_div(kernel[1], _MOST_TAPS))
-    columns = ceil_div(4, taps) * taps
-    chunk = 64 // split
-
-    def layout(warps):
-        """(stages, bytes of a stage)"""
-        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * conv_wgrad_mma_CELL_BYTES
-        blocks = 8 // warps  # that share a multiprocessor
-        return min(_MOST_STAGES, (shared_limit - conv_wgrad_mma_RESERVED) // blocks // stage_bytes), stage_bytes
-
-    choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels_out > 64]
-    warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
-    if stages < 2:
-        # One block for each multiprocessor then, as only GPUs with little shared memory need.
-        stages = min(_MOST_STAGES, (shared_limit - conv_wgrad_mma_RESERVED) // stage_bytes)
-    if stages < 2:
-        raise UnsupportedError(
-            f"it needs {2 * stage_bytes + conv_wgrad_mma_RESERVED} bytes of shared memory, the GPU has {shared_limit}"
-        )
-    tiles = kernel[0] * ceil_div(kernel[1], taps) * ceil_div(channels_out, 16 * warps) * ceil_div(channels_in, chunk)
-    bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
-    split_bands = ceil_div(bands, max(1, _BLOCKS * (8 // warps) // tiles))
-    splits = ceil_div(bands, split_bands)
-    macros = {
-        "scalar_t": dtype,
-        "acc_t": "float",
-        "IN_CHANNELS": channels_in,
-        "OUT_CHANNELS": channels_out,
-        "IN_H": height,
-        "IN_W": width,
-        "OUT_H": out[0],
-        "OUT_W": out[1],
-        "KERNEL_H": kernel[0],
-        "KERNEL_W": kernel[1],
-        "PAD_H": geometry.padding[0],
-        "PAD_W": geometry.padding[1],
-        "SPLIT": split,
-        "WARPS": warps,
-        "TAPS_W": taps,
-        "STAGES": stages,
-    }
-    size = channels_in * channels_out * kernel[0] * kernel[1]
-    shared_bytes = stages * stage_bytes
-    borders = out[0] * out[1] * ceil_div(channels_out, chunk) * chunk
-    sizes = (tiles, splits, split_bands, 32 * warps, shared_bytes, splits * size, borders, size // channels_in)
-    return conv_wgrad_mma_Plan(tuple(macros.items()), output, split, *sizes)
-
-
-def conv_wgrad_mma(
-    p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, partial, borders, partnered, dw
-) -> None:
-    """dw, the gradient of w, from x and the gradient of the output as cells.
-
-    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale. x_sums:
-    None, or what `fp16_cells.to_cells` took, for a dy whose sum over all pixels is 0 in each channel. dw and the
-    workspaces partial, borders and partnered (sizes in the plan, float32; without x_sums the last two may be None) are
-    written.
-    """
-    if x_sums is not None:
-        _, channels_out, height, width = p.output_shape
-        launch(
-            Kernel("conv_wgrad_mma.cu", "conv_wgrad_borders", p.macros),
-            (height * width * ceil_div(channels_out, 64 // p.split), 1, 1),
-            (THREADS, 1, 1),
-            (dy_cells, borders, p.output_shape[0]),
-        )
-        launch(
-            Kernel("conv_wgrad_mma.cu", "conv_wgrad_partnered", p.macros),
-            (channels_out, 1, 1),
-            (THREADS, 1, 1),
-            (borders, dy_exponents, partnered, dy_exponents.size),
-        )
-    launch(
-        Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
-        (p.tiles * p.splits, 1, 1),
-        (p.threads, 1, 1),
-        (x_cells, dy_cells, partial, p.output_shape[0], p.split_bands),
-        p.shared_bytes,
-    )
-    launch(
-        Kernel("conv_wgrad_mma.cu", "conv_wgrad_reduce", p.macros),
-        (ceil_div(dw.size, THREADS), 1, 1),
-        (THREADS, 1, 1),
-        (partial, x_exponents, dy_exponents, x_sums, partnered, dw, x_exponents.size, dy_exponents.size, p.splits),
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1399,46 +1529,6 @@ def check_batch_norm_call(running_mean, running_var, training, momentum, eps) ->
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/channel_sum.py
-#
-# Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
-
-_CHUNKS = 64  # a constant, so that sums depend on shapes alone
-
-
-def channel_sum_workspace_size(shape) -> int:
-    """Elements of the workspace `partial`, of the accumulator's dtype."""
-    return shape[1] * _plan(shape)[1]
-
-
-def channel_sum(x, sums, partial) -> None:
-    """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
-    if sums.shape != (x.shape[1],):
-        raise ValueError(f"sums must have shape ({x.shape[1]},), received {sums.shape}")
-    macros = type_macros(x)
-    chunk_images, chunks = _plan(x.shape)
-    plane = x.size // max(1, x.shape[0] * x.shape[1])
-    launch(
-        Kernel("channel_sum.cu", "channel_sum_partial", macros),
-        (x.shape[1], chunks, 1),
-        (THREADS, 1, 1),
-        (x, partial, x.shape[0], x.shape[1], plane, chunk_images),
-    )
-    launch(
-        Kernel("channel_sum.cu", "channel_sum_reduce", macros),
-        (ceil_div(x.shape[1], THREADS), 1, 1),
-        (THREADS, 1, 1),
-        (partial, sums, x.shape[1], chunks),
-    )
-
-
-def _plan(shape) -> tuple[int, int]:
-    """(images of a chunk, chunks)."""
-    chunk_images = max(1, ceil_div(shape[0], _CHUNKS))
-    return chunk_images, max(1, ceil_div(shape[0], chunk_images))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/conv_transpose.py
 #
 # conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
@@ -1542,7 +1632,6 @@ def _packed(w):
 #
 # All five operators of ModelNew in three main kernels forward, with the pooling in the convolution's epilogue.
 
-_DTYPES = {dtype: getattr(torch, dtype.__name__) for dtype in conv_bn_pool_DTYPES}
 _checked = set()  # what calls passed `_check`
 
 
@@ -1572,50 +1661,43 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, w, conv_bias, weight, bias, group_weight, group_bias, memory = ctx.saved_tensors
-        kept = {name: Part(memory, *place) for name, place in ctx.layout.places.items()}
-        need = ctx.needs_input_grad
-        pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
-        options = {"plan": ctx.options["plan"], "groups": ctx.options["groups"]}
-        training = ctx.options["training"]
-        sizes = gradient_buffers(options["plan"], x.shape[0])
-        g, partials, sums, dy_exponents = (x.new_empty(s, dtype=_DTYPES[dtype]) for s, dtype in sizes.values())
-        groups = (kept["group_mean"], kept["group_invstd"])
-        tensors = (dense(dout), pooled, mean, invstd, weight, bias, group_weight, *groups)
-        run(pooled_gradients, *tensors, g, partials, plan=options["plan"])
-        wanted = (
-            (weight, need[3]),
-            (bias, need[4]),
-            (group_weight, need[5]),
-            (group_bias, need[6]),
-            (conv_bias, need[2]),
+        need_x, need_w, *need = ctx.needs_input_grad[:7]
+        parameters = (conv_bias, weight, bias, group_weight, group_bias)
+        gradients = [torch.empty_like(t) if needed else None for t, needed in zip(parameters, need)]
+        plan, groups, training = (ctx.options[name] for name in ("plan", "groups", "training"))
+        dgrad, wgrad = gradient_plans(x, w, ctx.geometry, ctx.numerics, need_x, need_w)
+        dx = dw = dy = None
+        if (dgrad is None, wgrad is None) != (not need_x, not need_w):
+            dgrad = wgrad = None
+            dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
+        dgrad, made, output, of_wgrad, of_dgrad = _prepare_backward(
+            plan, x.shape, groups, training, dgrad, wgrad, x.device
         )
-        gradients = [torch.empty_like(t) if needed else None for t, needed in wanted]
-        tensors = (partials, mean, invstd, weight, sums, dy_exponents)
-        run(parameter_gradients, *tensors, *gradients, **options, training=training)
-        dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias = gradients
-        dx = dw = None
-        if need[0] or need[1]:
-            packed = (kept[name] for name in ("taps", "saved", "exponents", "unit_exponents"))
-            tensors = (g, *packed, mean, invstd, weight, sums if training else None)
-            dgrad, wgrad = gradient_plans(x, w, ctx.geometry, ctx.numerics, *need[:2])
-            if bool(dgrad) == need[0] and bool(wgrad) == need[1]:
-                cells = x.new_empty(output_cells_shape(options["plan"], x.shape[0]), dtype=torch.float16)
-                run(conv_output_gradient_cells, *tensors, dy_exponents, cells, **options)
-                del g, tensors  # 76 MB of a large batch, which the next steps can have
-                dy = Cells(cells, dy_exponents)
-                if wgrad:  # first: the room of its workspaces is dx's then
-                    # With statistics of the batch dy sums to 0, so x may be centred (benchmarks/NOTES.md says why).
-                    x_cells = conv_transpose_to_cells(x, wgrad.split, kept["unit_exponents"], centred=training)
-                    dw = wgrad_of_cells(wgrad, x_cells, w, dy)
-                    del x_cells
-                if dgrad:
-                    dx = dgrad_of_cells(dgrad, x, w, dy)
-            else:
-                dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
-                run(conv_output_gradient, *tensors, dy, **options)
-                del g, tensors
-                dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *need[:2])
-        return dx, dw, dconv_bias, dweight, dbias, dgroup_weight, dgroup_bias, *[None] * 6
+        with launching_on(x.device):
+            # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
+            kept, output = arrays(Workspace(memory, ctx.layout), _empty(output, x))
+            conv_bn_pool_backward(
+                *arrays(dense(dout), weight, bias, group_weight, *gradients, dy, _empty(made, x)),
+                kept,
+                output,
+                plan=plan,
+                groups=groups,
+                training=training,
+            )
+            cells = (output.get("cells"), output["dy_exponents"])
+            if wgrad:  # first: the room of its workspaces is dx's then
+                dw = torch.empty_like(w)
+                weight_gradient(wgrad, *cells, kept["unit_exponents"], *arrays(x, dw, _empty(of_wgrad, x)))
+            if dgrad:
+                dx = torch.empty_like(x)
+                input_gradient(dgrad, *cells, *arrays(w, dx, _empty(of_dgrad, x)))
+            if dy is not None:
+                dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, need_x, need_w)
+        return dx, dw, *gradients, *[None] * 6
+
+
+def _empty(layout, x):
+    return Workspace.empty(layout, x.device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1623,6 +1705,21 @@ def _prepare(plan, x_shape, groups, training, keep, device) -> Layout:
     """Layout of the workspace. Compiles the forward's kernels at the same time, where launches would one by one."""
     compile_together(kernels(plan, groups, training, keep), device)
     return Layout(buffers(plan, x_shape, groups, training, keep))
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare_backward(plan, x_shape, groups, training, dgrad, wgrad, device):
+    """dgrad's plan for cells, and layouts of what the backward, wgrad and dgrad write. Compiles as `_prepare` does."""
+    cells = bool(dgrad or wgrad)
+    dgrad = dgrad and dgrad.of_cells()
+    compile_together(gradient_kernels(plan, groups, x_shape, training, dgrad, wgrad), device)
+    buffers = (
+        gradient_buffers(plan, x_shape[0]),
+        output_gradient_buffers(plan, x_shape[0], cells),
+        weight_gradient_buffers(wgrad, x_shape, training) if wgrad else {},
+        input_gradient_buffers(dgrad) if dgrad else {},
+    )
+    return dgrad, *map(Layout, buffers)
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
@@ -1658,12 +1755,14 @@ def conv_bn_tanh_max_pool_group_norm(
     group_bias: torch.Tensor | None = None,
     group_eps: float = 1e-5,
     numerics: str = "auto",
+    plan=None,
 ) -> torch.Tensor:
     """group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
     and group_norm. One dtype for all: float32, float16 or bfloat16. For shapes that the tensor-core kernels take
     (`modelnew.explain` tells); ValueError with the reason for others, and batch_norm's errors.
+    plan: that of `fused_plan` for these arguments, from a caller who has it.
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
     check_numerics(numerics)
@@ -1676,9 +1775,10 @@ def conv_bn_tanh_max_pool_group_norm(
         if len(_checked) == 1000:
             _checked.clear()
         _checked.add(key)
-    plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
-    if not plan:
-        raise ValueError(f"the fused kernels do not take this: {reason}")
+    if plan is None:
+        plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
+        if reason:
+            raise ValueError(f"the fused kernels do not take this: {reason}")
     options = {
         "plan": plan,
         "training": bool(training),
