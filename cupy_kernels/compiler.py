@@ -1,10 +1,12 @@
 """Kernel text -> function on the current GPU, through cupy.RawModule."""
 
 import functools
+import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from . import nvrtc
+from . import cache, nvrtc
 from .errors import BackendError
 from .source import Kernel, compile_error, expanded, in_force
 
@@ -90,8 +92,11 @@ def _module(kernel: Kernel, device: int):
     if key not in _modules:
         backend = cupy()
         announce(kernel)
-        options = (nvrtc.STANDARD, *(f"-D{k}={v}" for k, v in kernel.defines))
-        module = backend.RawModule(code=expanded(kernel.file), options=options)
+        if kernel.variant.architecture:
+            module = backend.RawModule(path=str(_cubin_file(kernel.variant)))
+        else:
+            options = (nvrtc.STANDARD, *(f"-D{k}={v}" for k, v in kernel.defines))
+            module = backend.RawModule(code=expanded(kernel.file), options=options)
         try:
             with backend.cuda.Device(device):  # each thread has its own current device
                 module.compile()
@@ -99,6 +104,15 @@ def _module(kernel: Kernel, device: int):
             raise compile_error(kernel, str(error)) from error
         _modules[key] = module
     return _modules[key]
+
+
+def _cubin_file(variant) -> Path:
+    """The variant compiled for its architecture, which CuPy, that compiles for the plain ones only, cannot do."""
+    key = repr((nvrtc.version(), expanded(variant.file), variant))
+    path = cache.folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+    if not path.exists():
+        cache.write(path, nvrtc.compile_variant(variant, variant.architecture)[0])
+    return path
 
 
 def _module_key(kernel, device):

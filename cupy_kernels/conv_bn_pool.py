@@ -41,7 +41,8 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
     """
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
-    pooled = (images, channels, ceil_div(_windows(p), 4) * 4)  # PLANE of conv_bn_pool.cu
+    plane = ceil_div(macros["OUT_H"], 2) * p.window_pitch
+    pooled = (images, channels, ceil_div(plane, 4) * 4)  # PLANE of conv_bn_pool.cu
     units = images * p.units
     sizes = {
         "packed": ((p.packed_size,), np.float16),
@@ -374,9 +375,10 @@ def variants():
         found.add((macros["scalar_t"], macros["SPLIT"]))
     for channels, groups, size, dtype, split in _TAIL_SAMPLES:
         sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
+        tail = _tail_defines(sample, groups, ceil_div(size, 2))
         if (dtype, split) != ("float", 2):
-            yield Variant("pooled_tail.cu", _tail_defines(sample, groups))
-        yield Variant("pooled_tail_backward.cu", (*_tail_defines(sample, groups), *_backward_defines(split, 64, 26)))
+            yield Variant("pooled_tail.cu", tail)
+        yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(split, 64, 26)))
 
 
 def _pool_macros(p: Plan, training, keep):
@@ -395,22 +397,21 @@ def _saved_type(p: Plan) -> str:
 
 
 def _tail_macros(p: Plan, groups: int):
-    return _tail_defines(dict(p.macros), groups)
+    return _tail_defines(dict(p.macros), groups, p.window_pitch)
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward_macros(p: Plan, groups: int):
     macros = dict(p.macros)
-    unit_windows = macros["UNIT_PASSES"] * macros["WARPS_N"] * 16
-    return *_tail_macros(p, groups), *_backward_defines(macros["SPLIT"], unit_windows, saved_shift(p))
+    return *_tail_macros(p, groups), *_backward_defines(macros["SPLIT"], p.unit_windows, saved_shift(p))
 
 
-def _tail_defines(macros, groups):
+def _tail_defines(macros, groups, window_pitch):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     warps = min(macros["OUT_CHANNELS"] // groups * _parts(macros), _MOST_WARPS)
-    return (*types, *sizes, ("GROUPS", groups), ("WARPS", warps))
+    return (*types, *sizes, ("GROUPS", groups), ("WARPS", warps), ("WINDOW_PITCH", window_pitch))
 
 
 def _backward_defines(split, unit_windows, shift):

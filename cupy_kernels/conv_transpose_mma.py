@@ -8,6 +8,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
+from . import conv_wgmma
 from .common import THREADS, address, ceil_div
 from .conv_transpose import Geometry
 from .launch import launch
@@ -25,12 +26,14 @@ class Plan(NamedTuple):
 
     macros: tuple
     pack_macros: tuple
-    units: int
     rows: int  # of the output's channels, padded to full tiles
+    packed_size: int  # elements of the workspace `packed`, float16
+    units: int
     tile_m: int
     threads: int
     shared_bytes: int
-    packed_size: int  # elements of the workspace `packed`, float16
+    window_pitch: int
+    unit_windows: int
 
     def of_cells(self) -> "Plan":
         """The same for x that is cells already, see `fp16_cells`."""
@@ -43,21 +46,62 @@ class UnsupportedError(ValueError):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: str, shared_limit: int) -> Plan:
+def plan(
+    x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: str, shared_limit: int, wgmma: bool = False
+) -> Plan:
     """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
 
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
-    block may use. Raises UnsupportedError for what the kernels do not take.
+    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where it can. Raises
+    UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
-    padding = geometry.padding
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
-    kernel = w_shape[2:]
-    pad = tuple(k - 1 - p for k, p in zip(kernel, padding)) if dgrad else padding
-    size = x_shape[2:]
+    kernel, size = w_shape[2:], x_shape[2:]
+    pad = tuple(k - 1 - p for k, p in zip(kernel, geometry.padding)) if dgrad else geometry.padding
     out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
-    warps_m, most_warps_n = (1, 8) if channels_out <= 64 else (2, 4)
-    chunks = ceil_div(channels_in, 64 // split)
+    sizes = x_shape[0] >= MANY_IMAGES, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
+    found = conv_wgmma.layout(dgrad, *sizes) if wgmma and split == 1 else None
+    uses_wgmma = int(found is not None)
+    found = found or _layout(split, *sizes)
+    macros = {
+        "scalar_t": dtype,
+        "acc_t": "float",
+        "input_t": dtype,
+        "CELLS": 0,
+        "IN_CHANNELS": channels_in,
+        "OUT_CHANNELS": channels_out,
+        "IN_H": size[0],
+        "IN_W": size[1],
+        "OUT_H": out[0],
+        "OUT_W": out[1],
+        "KERNEL_H": kernel[0],
+        "KERNEL_W": kernel[1],
+        "PAD_H": pad[0],
+        "PAD_W": pad[1],
+        "SPLIT": split,
+        "WGMMA": uses_wgmma,
+        **found.macros,
+    }
+    pack_macros = {
+        name: macros[name] for name in ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "SPLIT", "WGMMA")
+    }
+    taps = kernel[0] * kernel[1]
+    pack_macros.update(TAPS=taps, TILE_M=found.tile_m, FLIP=int(dgrad))
+    rows = ceil_div(channels_out, found.tile_m) * found.tile_m
+    return Plan(
+        tuple(macros.items()),
+        tuple(pack_macros.items()),
+        rows=rows,
+        packed_size=rows * taps * found.packed_width,
+        **{name: getattr(found, name) for name in found._fields[2:]},
+    )
+
+
+def _layout(split, many_images, channels, size, out, kernel, pad, limit) -> conv_wgmma.Layout:
+    """The layout of conv_mma.cuh."""
+    warps_m, most_warps_n = (1, 8) if channels[1] <= 64 else (2, 4)
+    chunks = ceil_div(channels[0], 64 // split)
     windows_w = ceil_div(out[1], 2)
     windows = windows_w * ceil_div(out[0], 2)
     gap = max(0, kernel[1] - 1 - pad[1])
@@ -77,10 +121,9 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
 
     # Few images: one pass a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
-    most_passes = ceil_div(windows, most_warps_n * 16) if x_shape[0] >= MANY_IMAGES else 1
+    most_passes = ceil_div(windows, most_warps_n * 16) if many_images else 1
     choices = [(most_warps_n, passes, 1) for passes in range(most_passes, 0, -1)]
     choices += [(most_warps_n, 1, 0), (most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
-    limit = shared_limit - _RESERVED
     for (warps_n, passes, resident), stages in itertools.product(choices, _STAGES):
         units, rows, shared_bytes = layout(warps_n, passes, resident, stages)
         if shared_bytes <= limit:
@@ -88,21 +131,6 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
     else:
         raise UnsupportedError(f"it needs {shared_bytes} bytes of shared memory, the GPU has {limit}")
     macros = {
-        "scalar_t": dtype,
-        "acc_t": "float",
-        "input_t": dtype,
-        "CELLS": 0,
-        "IN_CHANNELS": channels_in,
-        "OUT_CHANNELS": channels_out,
-        "IN_H": size[0],
-        "IN_W": size[1],
-        "OUT_H": out[0],
-        "OUT_W": out[1],
-        "KERNEL_H": kernel[0],
-        "KERNEL_W": kernel[1],
-        "PAD_H": pad[0],
-        "PAD_W": pad[1],
-        "SPLIT": split,
         "WARPS_M": warps_m,
         "WARPS_N": warps_n,
         "UNIT_PASSES": passes,
@@ -110,20 +138,15 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
         "RESIDENT": resident,
         "STAGES": stages,
     }
-    pack_macros = {name: macros[name] for name in ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "SPLIT")}
-    tile_m, taps = 64 * warps_m, kernel[0] * kernel[1]
-    pack_macros.update(TAPS=taps, TILE_M=tile_m, FLIP=int(dgrad))
-    padded = ceil_div(channels_out, tile_m) * tile_m
-    packed_size = padded * chunks * taps * _CELL_BYTES // 2
-    return Plan(
-        tuple(macros.items()),
-        tuple(pack_macros.items()),
+    return conv_wgmma.Layout(
+        macros,
+        chunks * _CELL_BYTES // 2,
         units,
-        padded,
-        tile_m,
+        64 * warps_m,
         32 * warps_m * warps_n,
         shared_bytes,
-        packed_size,
+        windows_w,
+        passes * warps_n * 16,
     )
 
 

@@ -15,6 +15,7 @@ from .errors import BackendError
 from .source import Kernel, Variant, compile_error, expanded, kernel_names
 
 STANDARD = "-std=c++17"
+WGMMA_MAJOR = 12  # the first version that compiles for sm_90a
 
 
 class Resources(NamedTuple):
@@ -51,24 +52,41 @@ def preload_wheels() -> tuple[str, ...]:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The NVRTC library: CUDA 11's wheel, any other wheel, or the system's. BackendError if there is none."""
+def library(least_major: int = 11) -> ctypes.CDLL:
+    """The NVRTC library: CUDA 11's wheel, any other wheel, or the system's.
+
+    least_major: of its version. BackendError if there is none.
+    """
     preload_wheels()
     candidates = [str(p) for p in _wheel_libraries("cuda_nvrtc", "libnvrtc.so.*")]
     candidates += [str(p) for p in _wheel_libraries("cu13", "libnvrtc.so.*")]
     for name in [*candidates, "libnvrtc.so.11.2", "libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so"]:
         try:
-            return ctypes.CDLL(name)
+            found = ctypes.CDLL(name)
         except OSError:
             continue
-    raise BackendError("no NVRTC library found: pip install nvidia-cuda-nvrtc-cu11, or install a CUDA toolkit")
+        if _version(found)[0] >= least_major:
+            return found
+    raise BackendError(
+        f"no NVRTC library of CUDA {least_major} or newer found: pip install nvidia-cuda-nvrtc-cu{least_major}, "
+        "or install a CUDA toolkit"
+    )
+
+
+def _version(lib):
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
 
 
 def version() -> str:
     """Version of `library()`, such as "11.8"."""
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    return f"{major.value}.{minor.value}"
+    return ".".join(map(str, _version(library())))
+
+
+def knows_wgmma() -> bool:
+    """Whether `library()`, which is CuPy's, compiles for sm_90a."""
+    return _version(library())[0] >= WGMMA_MAJOR
 
 
 def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, Resources]:
@@ -80,7 +98,8 @@ def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, Resources]:
 def compile_variant(variant: Variant, arch: str) -> tuple[bytes, dict[str, Resources]]:
     """Compiles for `arch` ("sm_80") to a cubin, as CuPy would; KernelCompileError with NVRTC's log.
 
-    Returns the cubin and the resources of each kernel in it.
+    A variant that has an architecture of its own is compiled for that one. Returns the cubin and the resources of each
+    kernel in it.
     """
     cubin, ptx, log = _compile(variant, arch)
     return cubin, {name: _resources(name, log.decode(), ptx.decode()) for name in kernel_names(variant.file)}
@@ -93,12 +112,12 @@ def compile_ptx(variant: Variant, arch: str) -> str:
 
 def _compile(variant, arch):
     """(cubin, PTX, log)"""
-    lib, program = library(), ctypes.c_void_p()
+    lib, program = library(WGMMA_MAJOR) if variant.architecture else library(), ctypes.c_void_p()
     # -ftz=true: CuPy appends it to every compilation
     options = [
         STANDARD,
         "-ftz=true",
-        f"-arch={arch}",
+        f"-arch={variant.architecture or arch}",
         "--ptxas-options=-v",
         *(f"-D{k}={v}" for k, v in variant.defines),
     ]

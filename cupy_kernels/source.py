@@ -42,7 +42,8 @@ _until_overridden = []
 SHAPE_MACROS = frozenset(
     ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
     + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
-    + ("GROUPS", "WARPS", "UNIT_WINDOWS", "TAPS_W")
+    + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "TAPS_W")
+    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES")
 )
 
 
@@ -60,6 +61,12 @@ class Variant(NamedTuple):
 
     def __str__(self):
         return " ".join([self.file, *(f"-D{k}={v}" for k, v in self.defines)])
+
+    @property
+    def architecture(self) -> str | None:
+        """The only one that it compiles and runs for, None for most variants, which have no such bounds."""
+        needs_wgmma = ("WGMMA", 1) in self.defines and '"wgmma.cuh"' in expanded(self.file)
+        return "sm_90a" if needs_wgmma else None
 
     @property
     def family(self) -> "Variant":

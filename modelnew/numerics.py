@@ -9,13 +9,14 @@ import functools
 
 import torch
 
-from cupy_kernels import conv_transpose_mma, conv_wgrad_mma
+from cupy_kernels import conv_transpose_mma, conv_wgrad_mma, nvrtc
 from cupy_kernels.conv_transpose import Geometry
 
 from .interop import FLOATS
 
 NUMERICS = ("auto", "tf32", "fp32")
 _switched_off = []
+_wgmma_chosen = []
 _EMULATED_SHARED_BYTES = 227 * 1024  # an H100's
 
 
@@ -42,12 +43,26 @@ def without_tensor_cores():
         _switched_off.pop()
 
 
+@contextlib.contextmanager
+def wgmma(use: bool):
+    """Within the block, plans use sm_90a's wgmma instructions where they can, or nowhere.
+
+    By default: on GPUs that have them, if NVRTC is version 12 or newer; nowhere on the emulator.
+    """
+    _wgmma_chosen.append(use)
+    try:
+        yield
+    finally:
+        _wgmma_chosen.pop()
+
+
 def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
     """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
 
     dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
-    return plan_or_reason(conv_transpose_mma.plan, x, w_shape, geometry, numerics, dgrad=dgrad)
+    options = {"dgrad": dgrad, "wgmma": _uses_wgmma(x)}
+    return plan_or_reason(conv_transpose_mma.plan, x, w_shape, geometry, numerics, **options)
 
 
 def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str):
@@ -76,6 +91,17 @@ def required_plan(make, x, w_shape, geometry, numerics, **options):
     options["dtype"] = FLOATS[x.dtype]
     options["shared_limit"] = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
     return make(tuple(x.shape), tuple(w_shape), geometry, split, **options)
+
+
+def _uses_wgmma(x) -> bool:
+    if x.is_cuda:
+        return _wgmma_chosen[-1:] != [False] and _has_wgmma(x.device.index)
+    return _wgmma_chosen[-1:] == [True]
+
+
+@functools.cache
+def _has_wgmma(device_index: int) -> bool:
+    return _capability(device_index) == (9, 0) and nvrtc.knows_wgmma()
 
 
 @functools.cache

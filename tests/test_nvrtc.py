@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from cupy_kernels import emulator, nvrtc, source
+from cupy_kernels import cache, nvrtc, source
 from cupy_kernels.errors import BackendError
 from cupy_kernels.source import Kernel
 from cupy_kernels.variants import variants
@@ -30,12 +30,10 @@ SPILLS = {("conv_bn_pool", 2): 256, ("conv_transpose_mma", 2): 256}
 def resources(variant, architecture):
     """What `compile_variant` reports, kept on disk: with nothing changed, a second run of the tests need not wait."""
     key = repr((VERSION, source.expanded(variant.file), variant.defines, architecture))
-    kept = emulator.cache_folder() / f"nvrtc_{hashlib.sha256(key.encode()).hexdigest()}.json"
+    kept = cache.folder() / f"nvrtc_{hashlib.sha256(key.encode()).hexdigest()}.json"
     if not kept.exists():
         found = nvrtc.compile_variant(variant, architecture)[1]
-        half_written = kept.with_suffix(f".{os.getpid()}")
-        half_written.write_text(json.dumps(found))
-        half_written.replace(kept)
+        cache.write(kept, json.dumps(found).encode())
     return {name: nvrtc.Resources(*used) for name, used in json.loads(kept.read_text()).items()}
 
 

@@ -4,21 +4,27 @@
 // gamma, batch norm's weight, is positive, the smallest where it is negative, and the first where it is zero.
 //
 // All values are without the convolution's bias, which batch norm's mean takes out again:
-//     pooled [N, M, PLANE]                    the chosen sums, OUT_H / 2 x OUT_W / 2 of a plane; the rest of it stays as it is
+//     pooled [N, M, PLANE]                    the chosen sums of windows, WINDOW_PITCH a row; the last one or more of them, and windows at
+//                                             an odd edge, are of no use
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums
 //     SAVE, for the backward:
 //         taps, like pooled                   the chosen corner
-//         saved [N, M, PLANE, 4]              all sums of WINDOWS windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
+//         saved [N, M, PLANE, 4]              all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
 //                                             a sum is saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
 //                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. SPLIT 2: float
 //         unit_exponents [N * UNITS]
-// Macros: those of conv_mma.cuh, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
+// Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
+#include "batch_norm.cuh"
+#include "async_copy.cuh"
+#include "fp16_cells.cuh"
+#if WGMMA
+#include "conv_wgmma.cuh"
+#else
 #define ADJACENT 1
 #include "conv_mma.cuh"
-#include "batch_norm.cuh"
+#endif
 
-#define POOLED_W (OUT_W / 2)
-#define PLANE ((WINDOWS + 3) / 4 * 4)  // so that the wide stores of a lane's windows are aligned
+#define PLANE (((OUT_H + 1) / 2 * WINDOW_PITCH + 3) / 4 * 4)  // so that the wide stores of a lane's windows are aligned
 
 // Chan's rule: how the moments of two sets of pixels combine.
 struct Merge {
@@ -39,7 +45,7 @@ __device__ inline float quad_sum(float v) {
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
-enum { ROWS = 4 };  // channels handled together
+enum { ROWS = LANE_ROWS < 4 ? LANE_ROWS : 4 };  // channels handled together
 
 __device__ inline float max_or_nan(float a, float b) {
 #ifdef CUPY_KERNELS_EMULATOR
@@ -51,27 +57,24 @@ __device__ inline float max_or_nan(float a, float b) {
 #endif
 }
 
-// A lane's sum in row `row` of 8 that it has, of the t-th of its windows.
-__device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
-    return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
-}
+typedef unsigned long long Mask;  // bit t * 4 + corner: whether the pixel exists
 
 // For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four lanes. The
 // channels take each step together, so that none waits for its own last step.
 template <bool FULL>
 __device__ __forceinline__ void moments_of(
-    const Sums& sums, int first, unsigned valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
+    const Sums& sums, int first, Mask valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = squares[i] = 0;
     #pragma unroll
-    for (int at = 0; at < PAIRS * 4; at++)
+    for (int at = 0; at < LANE_WINDOWS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++)
             mean[i] += FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) : 0;
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = quad_sum(mean[i]) * per_count;
     #pragma unroll
-    for (int at = 0; at < PAIRS * 4; at++)
+    for (int at = 0; at < LANE_WINDOWS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             float distance = FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) - mean[i] : 0;
@@ -88,87 +91,91 @@ struct Pool {
     int* unit_exponents;
     const int* exponents;  // in shared memory, of the block's channels, as `signs`
     const float* signs;    // of gamma, or 0; pack_weight_fp16 has multiplied the weights by -1 where it is negative
-    float2* moments;  // [WARPS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each warp
-    int* counts;      // [WARPS_N] in shared memory
+    float2* moments;  // [PARTS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part
+    int* counts;      // [PARTS_N] in shared memory
     int seen;
 
-    __device__ __forceinline__ void pass(
-        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
-        bool full = OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window;
-        if (full) windows<true>(sums, pairs, image, first_m, first_window, end_window, exponent);
-        else windows<false>(sums, pairs, image, first_m, first_window, end_window, exponent);
+    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) {
+        if (place.full()) windows<true>(sums, place, exponent);
+        else windows<false>(sums, place, exponent);
     }
 
-    // FULL: the warp has PAIRS pairs whose pixels all exist, which is the usual case and needs no masks.
-    template <bool FULL>
-    __device__ __forceinline__ void windows(
-        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
-        int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        i64 plane = (image * OUT_CHANNELS + first_m) * PLANE;
-        int own_window = first_window + lane_window(lane % 4, 0, pairs);  // the first of the lane's, which are neighbours
-        float* pooled_rows = pooled + plane;
-        u8* tap_rows = taps + plane;
-        saved_t* saved_rows = saved + (plane + own_window) * 4;
-        int targets[PAIRS];  // position in the pooled plane, or -1
-        unsigned valid = 0;  // bit t * 4 + corner
+    template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
+        int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / PARTS_N);
+        i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE;
+        Mask valid = 0;
         #pragma unroll
-        for (int t = 0; t < PAIRS; t++) {
-            int window = own_window + t, row = window / WINDOWS_W, column = window % WINDOWS_W;
-            bool mine = t < pairs && window < end_window;
-            targets[t] = FULL ? window : mine && row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
-            #pragma unroll
-            for (int corner = 0; corner < 4; corner++) valid |= (unsigned)(mine && Pixel(window, corner).valid()) << (t * 4 + corner);
-        }
-        float count = FULL ? PAIRS * 16 : quad_sum((float)__popc(valid)), per_count = count > 0 ? 1 / count : 0;
+        for (int at = 0; at < LANE_WINDOWS * 4; at++) valid |= (Mask)place.valid(at / 4, at % 4) << at;
+        float count = FULL ? LANE_WINDOWS * 16 : quad_sum((float)(__popc((unsigned)valid) + __popc((unsigned)(valid >> 32))));
+        float per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
         #pragma unroll
-        for (int first = 0; first < 8; first += ROWS) {
+        for (int first = 0; first < LANE_ROWS; first += ROWS) {
             float mean[ROWS], squares[ROWS];
             if (STATISTICS) moments_of<FULL>(sums, first, valid, per_count, mean, squares);
             #pragma unroll
             for (int i = 0; i < ROWS; i++) {
-                int m = first_m + (first + i) * 8;
-                bool real = OUT_CHANNELS % TILE_M == 0 || m < OUT_CHANNELS;  // the same in all lanes
-                int channel = warp % WARPS_M * 64 + (first + i) * 8 + lane / 4;
+                int channel = place.channel + (first + i) * 8;
                 bool any = signs[channel] != 0;
                 float sign = any ? signs[channel] : 1;
                 ScaleBack scale(exponent + exponents[channel]);
                 if (STATISTICS && lane % 4 == 0) {
-                    float2* place = moments + warp / WARPS_M * TILE_M + channel;
-                    *place = merge(seen ? *place : make_float2(0, 0), make_float2(scale(mean[i] * sign), scale(scale(squares[i]))));
+                    float2* at = moments + part * TILE_M + channel;
+                    *at = merge(seen ? *at : make_float2(0, 0), make_float2(scale(mean[i] * sign), scale(scale(squares[i]))));
                 }
-                if (!real) continue;
-                Packed<float, PAIRS> best;
-                Packed<u8, PAIRS> tap;
-                Packed<saved_t, PAIRS * 4> kept;
+                if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;  // the same in all lanes
+                i64 row = plane + (first + i) * 8 * PLANE;
                 #pragma unroll
-                for (int t = 0; t < PAIRS; t++) {
-                    float v[4], largest;
+                for (int t = 0; t < LANE_WINDOWS; t += 4) {
+                    Packed<float, 4> best;
+                    Packed<u8, 4> tap;
+                    Packed<saved_t, 16> kept;
                     #pragma unroll
-                    for (int corner = 0; corner < 4; corner++) v[corner] = sum_of(sums, first + i, t, corner);
-                    largest = max_or_nan(max_or_nan(v[0], v[1]), max_or_nan(v[2], v[3]));
-                    best.v[t] = scale((any ? largest : v[0]) * sign);
-                    tap.v[t] = !any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3;
-                    if (SAVE) *(Packed<saved_t, 4>*)(kept.v + t * 4) = save(v, sign, scale);
-                }
-                int to = (first + i) * 8 * PLANE;
-                if (FULL) {
-                    *(Packed<float, PAIRS>*)(pooled_rows + to + own_window) = best;
-                    if (SAVE) *(Packed<u8, PAIRS>*)(tap_rows + to + own_window) = tap;
-                    if (SAVE) *(Packed<saved_t, PAIRS * 4>*)(saved_rows + to * 4) = kept;
-                }
-                #pragma unroll
-                for (int t = 0; t < PAIRS; t++) {
-                    if (FULL || t >= pairs) continue;
-                    if (SAVE && own_window + t < end_window)
-                        *(Packed<saved_t, 4>*)(saved_rows + (to + t) * 4) = *(Packed<saved_t, 4>*)(kept.v + t * 4);
-                    if (targets[t] < 0) continue;
-                    pooled_rows[to + targets[t]] = best.v[t];
-                    if (SAVE) tap_rows[to + targets[t]] = tap.v[t];
+                    for (int j = 0; j < 4; j++) {
+                        float v[4], largest;
+                        #pragma unroll
+                        for (int corner = 0; corner < 4; corner++) v[corner] = sum_of(sums, first + i, t + j, corner);
+                        largest = max_or_nan(max_or_nan(v[0], v[1]), max_or_nan(v[2], v[3]));
+                        best.v[j] = scale((any ? largest : v[0]) * sign);
+                        tap.v[j] = !any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3;
+                        if (SAVE) *(Packed<saved_t, 4>*)(kept.v + j * 4) = save(v, sign, scale);
+                    }
+                    store<FULL>(place, row, t, best, tap, kept);
                 }
             }
         }
         seen += (int)count;
+    }
+
+    // The values of the windows t to t + 3, to the plane at `row`.
+    template <bool FULL> __device__ __forceinline__ void store(
+        const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap, const Packed<saved_t, 16>& kept) {
+#if WGMMA
+        #pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (SAVE && place.exists(t + j)) *(Packed<saved_t, 4>*)(saved + (row + place.window(t + j)) * 4) = *(Packed<saved_t, 4>*)(kept.v + j * 4);
+        // Now the lane has four neighbours.
+        transpose_quad(best.v);
+        if (SAVE) transpose_quad(tap.v);
+        i64 at = row + place.neighbours(t);
+        if (!place.neighbours_exist(t)) return;
+        *(Packed<float, 4>*)(pooled + at) = best;
+        if (SAVE) *(Packed<u8, 4>*)(taps + at) = tap;
+#else
+        i64 at = row + place.window(0);
+        if (FULL) {
+            *(Packed<float, 4>*)(pooled + at) = best;
+            if (SAVE) *(Packed<u8, 4>*)(taps + at) = tap;
+            if (SAVE) *(Packed<saved_t, 16>*)(saved + at * 4) = kept;
+        }
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (FULL || !place.exists(j)) continue;
+            pooled[at + j] = best.v[j];
+            if (SAVE) taps[at + j] = tap.v[j];
+            if (SAVE) *(Packed<saved_t, 4>*)(saved + (at + j) * 4) = *(Packed<saved_t, 4>*)(kept.v + j * 4);
+        }
+#endif
     }
 
     // Corners outside the image are read by nobody.
@@ -188,20 +195,20 @@ struct Pool {
     __device__ void finish(int exponent) {
         if (SAVE && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
         if (!STATISTICS) return;
-        if (threadIdx.x % (32 * WARPS_M) == 0) counts[threadIdx.x / (32 * WARPS_M)] = seen;
+        if (threadIdx.x % (THREADS / PARTS_N) == 0) counts[threadIdx.x / (THREADS / PARTS_N)] = seen;
         __syncthreads();
         int m = blockIdx.y * TILE_M + threadIdx.x;
         if (threadIdx.x >= TILE_M || m >= OUT_CHANNELS) return;
         float2 all = moments[threadIdx.x];
         float count = counts[0];
-        for (int w = 1; w < WARPS_N; w++) {
-            Merge merge(count, counts[w]);
-            all = merge(all, moments[w * TILE_M + threadIdx.x]);
+        for (int part = 1; part < PARTS_N; part++) {
+            Merge merge(count, counts[part]);
+            all = merge(all, moments[part * TILE_M + threadIdx.x]);
             count = merge.count;
         }
         float* to = partials + (i64)m * gridDim.x + blockIdx.x;
-        i64 part = (i64)OUT_CHANNELS * gridDim.x;
-        to[0] = count, to[part] = all.x, to[2 * part] = all.y;
+        i64 kind = (i64)OUT_CHANNELS * gridDim.x;
+        to[0] = count, to[kind] = all.x, to[2 * kind] = all.y;
     }
 };
 
@@ -210,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, INOUT u8* __restrict__ taps,
     INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
-    __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
+    __shared__ int counts[PARTS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
     for (int i = threadIdx.x; i < TILE_M; i += THREADS) {
         int m = blockIdx.y * TILE_M + i;
@@ -220,5 +227,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     }
     DYNAMIC_SHARED(u8, shared);
     Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
+#if WGMMA
+    convolve(x, packed, shared, scratch, epilogue);
+#else
     convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
+#endif
 }

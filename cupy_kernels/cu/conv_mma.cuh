@@ -35,6 +35,7 @@
 #define PITCH (IN_W + GAP)
 #define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
 #define WINDOWS_W ((OUT_W + 1) / 2)
+#define WINDOW_PITCH WINDOWS_W
 #define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
 #define PASS_WINDOWS (TILE_N / 4)
 #define UNIT_WINDOWS (UNIT_PASSES * PASS_WINDOWS)
@@ -55,6 +56,15 @@ enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic sh
 
 typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
 
+// What epilogues see of a pass: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows. PARTS_N warps have the same channels.
+#define LANE_ROWS 8
+#define LANE_WINDOWS PAIRS
+#define PARTS_N WARPS_N
+
+__device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
+    return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
+}
+
 // Which window of a warp's `pairs` times 4 the j-th one of lanes 4 n + quad is.
 __device__ inline int lane_window(int quad, int j, int pairs) { return ADJACENT ? quad * pairs + j : j * 4 + quad; }
 
@@ -66,6 +76,18 @@ struct Pixel {
         ow = window % WINDOWS_W * 2 + corner % 2;
     }
     __device__ bool valid() const { return oh < OUT_H && ow < OUT_W; }
+};
+
+// Where the sums of a lane belong.
+struct Place {
+    i64 image;
+    int channel, first_window, pairs, end_window;  // the lane's first channel in the block; the warp's windows
+
+    __device__ int window(int t) const { return first_window + lane_window(threadIdx.x % 4, t, pairs); }
+    __device__ bool exists(int t) const { return t < pairs && window(t) < end_window; }
+    __device__ bool valid(int t, int corner) const { return exists(t) && Pixel(window(t), corner).valid(); }
+    // All pixels exist, which is the usual case and needs no masks.
+    __device__ bool full() const { return OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window; }
 };
 
 // Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without a gap.
@@ -293,7 +315,7 @@ __device__ inline void convolve(
         if (trimmed) run_pass(sums, LAST_PAIRS, first_window);
         else run_pass(sums, PAIRS, first_window);
         int end_window = min(first_window + pairs * 4, WINDOWS);
-        epilogue.pass(sums, pairs, unit.image, blockIdx.y * TILE_M + warp_m * 64 + lane / 4, first_window, end_window, exponent);
+        epilogue.pass(sums, Place{unit.image, warp_m * 64 + lane / 4, first_window, pairs, end_window}, exponent);
     }
     epilogue.finish(exponent);
 }

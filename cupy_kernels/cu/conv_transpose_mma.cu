@@ -7,16 +7,15 @@ struct Store {
     scalar_t* y;
     const int* exponents;
 
-    __device__ __forceinline__ void pass(
-        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) const {
-        int lane = threadIdx.x % 32;
+    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
+        int lane = threadIdx.x % 32, pairs = place.pairs, first_window = place.first_window, end_window = place.end_window;
         #pragma unroll
         for (int i = 0; i < 8; i++) {
-            int m = first_m + i * 8;
+            int m = blockIdx.y * TILE_M + place.channel + i * 8;
             if (m >= OUT_CHANNELS) continue;
             float shift = bias ? to_acc(bias[m]) : 0;
             ScaleBack scale(exponent + exponents[m]);
-            scalar_t* plane = y + (image * OUT_CHANNELS + m) * OUT_H * OUT_W;
+            scalar_t* plane = y + (place.image * OUT_CHANNELS + m) * OUT_H * OUT_W;
             #pragma unroll
             for (int half = 0; half < 2; half++) {  // upper and lower rows of the windows
                 Packed<scalar_t, PAIRS * 2> line;

@@ -2,8 +2,9 @@
 //
 // signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu).
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse order.
-// packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order]; exponents[m]: of m's scale. Rows past
-// OUT_CHANNELS are zero. One block per row of the padded matrix. Macros: scalar_t, IN_CHANNELS, OUT_CHANNELS, TAPS, TILE_M, SPLIT, FLIP.
+// packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order], with WGMMA (conv_wgmma.cuh) [m tile][tap][8
+// channels k][TILE_M rows of 8 halves]; exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block
+// per row of the padded matrix. Macros: scalar_t, IN_CHANNELS, OUT_CHANNELS, TAPS, TILE_M, SPLIT, FLIP, WGMMA.
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
@@ -21,16 +22,22 @@ extern "C" __global__ void pack_weight_fp16(
     int exponent = scale_exponent(largest);
     float scale = power_of_two(exponent) * (signs && m < OUT_CHANNELS && to_acc(signs[m]) < 0 ? -1 : 1);
     if (threadIdx.x == 0) exponents[m] = exponent;
-    for (int i = threadIdx.x; i < CHUNKS * TAPS * CHUNK_CHANNELS / 8; i += blockDim.x) {
-        int group = i % (CHUNK_CHANNELS / 8), tap = i / (CHUNK_CHANNELS / 8) % TAPS, chunk = i / (CHUNK_CHANNELS / 8) / TAPS;
+    enum { GROUPS_K = WGMMA ? (IN_CHANNELS + 31) / 32 * 4 : CHUNKS * CHUNK_CHANNELS / 8 };  // of 8 channels
+    for (int i = threadIdx.x; i < GROUPS_K * TAPS; i += blockDim.x) {
+        int group = i % GROUPS_K, tap = i / GROUPS_K;
         float v[8];
         #pragma unroll
         for (int j = 0; j < 8; j++) {
-            int k = chunk * CHUNK_CHANNELS + group * 8 + j;
+            int k = group * 8 + j;
             int from = FLIP ? (m * IN_CHANNELS + k) * TAPS + TAPS - 1 - tap : (k * OUT_CHANNELS + m) * TAPS + tap;
             v[j] = m < OUT_CHANNELS && k < IN_CHANNELS ? multiply_unflushed(to_acc(w[from]), scale) : 0;
         }
+        if (WGMMA) {
+            ((uint4*)packed)[((i64)(m / TILE_M) * TAPS + tap) * GROUPS_K * TILE_M + group * TILE_M + m % TILE_M] = take_halves(v, 0);
+            continue;
+        }
+        int chunk = group / (CHUNK_CHANNELS / 8);
         u8* stage = (u8*)packed + (((i64)(m / TILE_M) * CHUNKS + chunk) * TAPS + tap) * STAGE_BYTES;
-        store_cell(stage, m % TILE_M, group, v, m & 7);
+        store_cell(stage, m % TILE_M, group % (CHUNK_CHANNELS / 8), v, m & 7);
     }
 }

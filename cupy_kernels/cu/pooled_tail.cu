@@ -55,10 +55,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         #pragma unroll
         for (int round = 0; round < UNROLLED; round++) {
             Job job(round);
-            if (job.exists()) job.load(source, STRIDE, values[round]);
+            if (job.exists()) job.load_pooled(source, values[round]);
         }
     auto tanh_of_job = [&](const Job& job, float (&v)[ITEMS]) {
-        if (!RESIDENT) job.load(source, STRIDE, v);
+        if (!RESIDENT) job.load_pooled(source, v);
         Norm norm(mean, invstd, weight, bias, channel + job.member);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) v[i] = norm.tanh(v[i]);

@@ -4,14 +4,15 @@
 // part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers (RESIDENT), all are loaded before
 // the first is used and stay there; else a warp loads a job's values again for each phase.
 //
-// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, WARPS.
+// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, WARPS,
+// WINDOW_PITCH (conv_bn_pool.cu).
 #pragma once
 #include "batch_norm.cuh"
 #include "tanh_branchless.cuh"
 
 #define POOLED_W (OUT_W / 2)
 #define PLANE (OUT_H / 2 * POOLED_W)
-#define STRIDE (((OUT_H + 1) / 2 * ((OUT_W + 1) / 2) + 3) / 4 * 4)  // of planes that conv_bn_pool wrote
+#define STRIDE (((OUT_H + 1) / 2 * WINDOW_PITCH + 3) / 4 * 4)  // of planes that conv_bn_pool wrote
 #define MEMBERS (OUT_CHANNELS / GROUPS)
 #define PARTS ((PLANE + 319) / 320)
 #define ITEMS ((PLANE + PARTS * 32 - 1) / (PARTS * 32))
@@ -33,11 +34,20 @@ struct Job {
     __device__ bool exists() const { return JOBS % WARPS == 0 || number < JOBS; }
     __device__ bool inside(int i) const { return (PARTS == 1 && (i + 1) * 32 <= PLANE) || at + i * 32 < PLANE; }
 
-    // The lane's values, at `source` those of the block, `stride` from plane to plane; 0 for those that do not exist.
-    template <class U> __device__ void load(const U* source, int stride, float (&v)[ITEMS]) const {
-        source += member * stride + at;
+    // The lane's values; 0 for those that do not exist. `source`: of the block, without gaps.
+    template <class U> __device__ void load(const U* source, float (&v)[ITEMS]) const {
+        source += first;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) v[i] = inside(i) ? to_acc(source[i * 32]) : 0;
+    }
+    // The same from the first of the block's planes that conv_bn_pool wrote.
+    __device__ void load_pooled(const float* source, float (&v)[ITEMS]) const {
+        source += member * STRIDE;
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            int p = at + i * 32;
+            v[i] = inside(i) ? source[p + p / POOLED_W * (WINDOW_PITCH - POOLED_W)] : 0;
+        }
     }
 };
 

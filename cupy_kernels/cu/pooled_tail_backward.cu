@@ -36,8 +36,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
     float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], tanhs[UNROLLED][ITEMS];
     auto load = [&](const Job& job, float (&v)[ITEMS], float (&d)[ITEMS]) {
-        job.load(pooled + (i64)blockIdx.x * MEMBERS * STRIDE, STRIDE, v);
-        job.load(dout + start, PLANE, d);
+        job.load_pooled(pooled + (i64)blockIdx.x * MEMBERS * STRIDE, v);
+        job.load(dout + start, d);
     };
     if (RESIDENT)
         #pragma unroll
@@ -191,11 +191,12 @@ struct OutputGradient {
     __device__ float of_chosen(float g) const { return multiply_unflushed(g, enlarge) * scale; }
 };
 
-// A 2x2 window: its place among the pooled values, -1 at an odd edge.
+// A 2x2 window: its place in the planes that conv_bn_pool wrote, and in g, -1 at an odd edge.
 struct Window {
-    int row, column, pooled;
+    int row, column, place, pooled;
 
     __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
+        place = row * WINDOW_PITCH + column;
         pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
     }
 };
@@ -208,8 +209,9 @@ __device__ inline void unpack(uint2 kept, float (&v)[4]) {
     for (int i = 0; i < 4; i++) v[i] = to_acc(half_t{(unsigned short)((i < 2 ? kept.x : kept.y) >> i % 2 * 16)});
 }
 // The exponent of a window's scale, but for its channel's.
-__device__ inline int kept_exponent(const int* unit_exponents, i64 image, int window) {
-    return unit_exponents[image * ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS) + window / UNIT_WINDOWS] - SAVED_SHIFT;
+__device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
+    enum { UNITS = ((OUT_H + 1) / 2 * WINDOW_PITCH + UNIT_WINDOWS - 1) / UNIT_WINDOWS };
+    return unit_exponents[image * UNITS + window.place / UNIT_WINDOWS] - SAVED_SHIFT;
 }
 // What undoes the scale. |y| below 2^-111 or above 2^112 is not restored in full: batch norm then sees zeros, or distances whose
 // squares overflow.
@@ -217,7 +219,7 @@ __device__ inline float restoring(int exponent) { return power_of_two(max(-126, 
 #else
 typedef float4 Kept;
 __device__ inline void unpack(float4 kept, float (&v)[4]) { v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w; }
-__device__ inline int kept_exponent(const int*, i64, int) { return 0; }
+__device__ inline int kept_exponent(const int*, i64, const Window&) { return 0; }
 __device__ inline float restoring(int) { return 1; }
 #endif
 
@@ -240,16 +242,16 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
 
     Kept kept[8] = {};
     float chosen[8];
-    int tap[8], exponent = kept_exponent(unit_exponents, image, at);
+    Window window(at);
+    int tap[8], exponent = kept_exponent(unit_exponents, image, window);
     if (real) {
         i64 plane = image * OUT_CHANNELS + c;
-        Window window(at);
-        const Kept* from = (const Kept*)saved + plane * STRIDE + at;
+        const Kept* from = (const Kept*)saved + plane * STRIDE + window.place;
         if (sums)
             #pragma unroll
             for (int j = 0; j < 8; j++) kept[j] = from[j * STRIDE];
         const float* g_from = g + plane * PLANE + max(window.pooled, 0);
-        const u8* tap_from = taps + plane * STRIDE + max(window.pooled, 0);
+        const u8* tap_from = taps + plane * STRIDE + window.place;
         #pragma unroll
         for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * STRIDE];
         if (window.pooled < 0)
@@ -309,10 +311,10 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
     Window window(at);
     OutputGradient gradient(mean, invstd, weight, sums, c);
     gradient.finish(count, 0);
-    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, at));
+    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window));
     float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]), v[4];
-    int tap = window.pooled < 0 ? -1 : taps[plane * STRIDE + window.pooled];
-    unpack(sums ? ((const Kept*)saved)[plane * STRIDE + at] : Kept(), v);
+    int tap = window.pooled < 0 ? -1 : taps[plane * STRIDE + window.place];
+    unpack(sums ? ((const Kept*)saved)[plane * STRIDE + window.place] : Kept(), v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
         int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import cache
 from ..compiler import announce
 from ..errors import BackendError, EmulatorError
 from ..source import Kernel, compile_error, expanded, in_force, kernel_names, signature
@@ -190,24 +191,11 @@ def _entry(kernel: Kernel) -> str:
     return f"EMULATOR_ENTRY({kernel.name}, {', '.join(arguments)})"
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept; made if it does not exist."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "cupy_kernels")
-    folder = Path(os.environ.get("CUPY_KERNELS_CACHE_DIR", default)).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BackendError(
-            f"cannot keep compiled kernels in {folder}, set by CUPY_KERNELS_CACHE_DIR: {error}"
-        ) from error
-    return folder
-
-
 def _build(kernel: Kernel) -> Path:
     text = _translation_unit(kernel)
     command = [*compiler(), *FLAGS]
     key = hashlib.sha256("\0".join([text, *command, _cpu()]).encode()).hexdigest()
-    folder = cache_folder()
+    folder = cache.folder()
     library = folder / f"{Path(kernel.file).stem}_{key[:24]}.so"
     if library.exists():
         return library

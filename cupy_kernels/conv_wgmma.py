@@ -1,0 +1,71 @@
+"""How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks."""
+
+from typing import NamedTuple
+
+from .common import ceil_div
+
+_MOST_TILES = {False: 16, True: 18}  # by dgrad; two sums of 8 pixels and 64 channels in the registers of a warpgroup
+_STAGES = (6, 5, 4)  # preferred first
+_STEP_CHANNELS = 32
+_FEW_WINDOWS = 64  # of a block, for few images
+
+
+class Layout(NamedTuple):
+    """How a tensor-core convolution is laid out over blocks."""
+
+    macros: dict
+    packed_width: int  # halves that the packed weights have of each of their rows and each tap
+    units: int  # blocks an image, for each tile_m channels
+    tile_m: int
+    threads: int
+    shared_bytes: int
+    window_pitch: int  # 2x2 windows of the output from row to row of them, as the kernels number them
+    unit_windows: int  # the same from unit to unit
+
+
+def layout(dgrad: bool, many_images: bool, channels, size, out, kernel, pad, limit: int) -> Layout | None:
+    """The layout, or None if there is not enough shared memory.
+
+    many_images: whether a block takes as much of an image as fits, or little of it, so that few images fill the GPU.
+    channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
+    """
+    warpgroups_m = 1 if channels[1] <= 64 else 2
+    warpgroups_n = 2 // warpgroups_m
+    steps = ceil_div(channels[0], _STEP_CHANNELS)
+    step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2
+    gap = max(0, kernel[1] - 1 - pad[1])
+    pitch = ceil_div(size[1] + gap, 2) * 2
+    window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
+    for units in range(1, windows_h + 1):
+        rows = ceil_div(windows_h, units)
+        while rows < windows_h and rows * window_pitch % 4:  # units begin at multiples of four windows
+            rows += 1
+        windows = (rows - 1) * window_pitch + windows_w
+        low, high = pad[0] - (kernel[0] - 1), 2 * rows - 1 + pad[0]  # LOW and HIGH of conv_wgmma.cuh
+        band_cells = gap + (high - low + 1) * pitch
+        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * band_cells * 16, 128) * 128
+        stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
+        if stages and (many_images or windows <= _FEW_WINDOWS or rows == 1):
+            break
+    else:
+        return None
+    tiles = min(_MOST_TILES[dgrad], ceil_div(windows, 4 * warpgroups_n))
+    last = ceil_div((windows - 1) % (4 * tiles * warpgroups_n) + 1, 4 * warpgroups_n)
+    macros = {
+        "WARPGROUPS_M": warpgroups_m,
+        "WARPGROUPS_N": warpgroups_n,
+        "UNIT_ROWS": rows,
+        "TILES": tiles,
+        "LAST_TILES": last,
+        "STAGES": stages,
+    }
+    return Layout(
+        macros,
+        steps * _STEP_CHANNELS,
+        ceil_div(windows_h, rows),
+        64 * warpgroups_m,
+        128 * warpgroups_m * warpgroups_n,
+        band_bytes + stages * step_bytes,
+        window_pitch,
+        rows * window_pitch,
+    )

@@ -1,0 +1,130 @@
+// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory, float32 accumulation.
+//
+// A warpgroup (four warps, 128 threads) issues multiplications together, closes a group of them by wgmma_commit(), and may touch the
+// sums after a wgmma_wait<N>(), which leaves at most the N youngest groups in flight. wgmma_fence() comes before the first one that
+// follows other use of the sums' registers, fence_async_proxy() between a thread's writes to shared memory and the barrier
+// after which wgmma reads them.
+//
+// Sums, for warp w of the group and lane l: d[t][c] is row 16 w + l/4 + c/2 * 8, column 8 t + 2 (l%4) + c%2.
+#pragma once
+
+// An operand in shared memory: rows of 16 halves (rows of A, columns of B). 8 halves of a row, 16 bytes, lie together, and 8 rows of
+// them one after the other; `along` bytes further lie the rows' next 8 halves, `across` bytes further the next 8 rows.
+struct WgmmaOperand {
+#ifdef CUPY_KERNELS_EMULATOR
+    const u8* start;
+    int along, across;
+    __device__ WgmmaOperand(const u8* start, int along, int across) : start(start), along(along), across(across) {}
+    float at(int row, int k) const { return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]); }
+#else
+    unsigned start, stride;  // the two words of PTX's matrix descriptor, lengths in units of 16 bytes, without a swizzle
+    __device__ WgmmaOperand(const u8* from, int along, int across)
+        : start((unsigned)__cvta_generic_to_shared(from) / 16 | along / 16 << 16), stride(across / 16) {}
+    __device__ unsigned long long bits() const { return (unsigned long long)stride << 32 | start; }
+#endif
+    __device__ WgmmaOperand moved(int bytes) const {
+        WgmmaOperand other = *this;
+#ifdef CUPY_KERNELS_EMULATOR
+        other.start += bytes;
+#else
+        other.start += bytes / 16;
+#endif
+        return other;
+    }
+};
+
+#define WGMMA_REGISTERS_1 "%2, %3, %4, %5"
+#define WGMMA_REGISTERS_2 WGMMA_REGISTERS_1 ", %6, %7, %8, %9"
+#define WGMMA_REGISTERS_3 WGMMA_REGISTERS_2 ", %10, %11, %12, %13"
+#define WGMMA_REGISTERS_4 WGMMA_REGISTERS_3 ", %14, %15, %16, %17"
+#define WGMMA_REGISTERS_5 WGMMA_REGISTERS_4 ", %18, %19, %20, %21"
+#define WGMMA_REGISTERS_6 WGMMA_REGISTERS_5 ", %22, %23, %24, %25"
+#define WGMMA_REGISTERS_7 WGMMA_REGISTERS_6 ", %26, %27, %28, %29"
+#define WGMMA_REGISTERS_8 WGMMA_REGISTERS_7 ", %30, %31, %32, %33"
+#define WGMMA_REGISTERS_9 WGMMA_REGISTERS_8 ", %34, %35, %36, %37"
+#define WGMMA_REGISTERS_10 WGMMA_REGISTERS_9 ", %38, %39, %40, %41"
+#define WGMMA_REGISTERS_11 WGMMA_REGISTERS_10 ", %42, %43, %44, %45"
+#define WGMMA_REGISTERS_12 WGMMA_REGISTERS_11 ", %46, %47, %48, %49"
+#define WGMMA_REGISTERS_13 WGMMA_REGISTERS_12 ", %50, %51, %52, %53"
+#define WGMMA_REGISTERS_14 WGMMA_REGISTERS_13 ", %54, %55, %56, %57"
+#define WGMMA_REGISTERS_15 WGMMA_REGISTERS_14 ", %58, %59, %60, %61"
+#define WGMMA_REGISTERS_16 WGMMA_REGISTERS_15 ", %62, %63, %64, %65"
+#define WGMMA_REGISTERS_17 WGMMA_REGISTERS_16 ", %66, %67, %68, %69"
+#define WGMMA_REGISTERS_18 WGMMA_REGISTERS_17 ", %70, %71, %72, %73"
+#define WGMMA_TILE(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define WGMMA_TILES_1 WGMMA_TILE(0)
+#define WGMMA_TILES_2 WGMMA_TILES_1, WGMMA_TILE(1)
+#define WGMMA_TILES_3 WGMMA_TILES_2, WGMMA_TILE(2)
+#define WGMMA_TILES_4 WGMMA_TILES_3, WGMMA_TILE(3)
+#define WGMMA_TILES_5 WGMMA_TILES_4, WGMMA_TILE(4)
+#define WGMMA_TILES_6 WGMMA_TILES_5, WGMMA_TILE(5)
+#define WGMMA_TILES_7 WGMMA_TILES_6, WGMMA_TILE(6)
+#define WGMMA_TILES_8 WGMMA_TILES_7, WGMMA_TILE(7)
+#define WGMMA_TILES_9 WGMMA_TILES_8, WGMMA_TILE(8)
+#define WGMMA_TILES_10 WGMMA_TILES_9, WGMMA_TILE(9)
+#define WGMMA_TILES_11 WGMMA_TILES_10, WGMMA_TILE(10)
+#define WGMMA_TILES_12 WGMMA_TILES_11, WGMMA_TILE(11)
+#define WGMMA_TILES_13 WGMMA_TILES_12, WGMMA_TILE(12)
+#define WGMMA_TILES_14 WGMMA_TILES_13, WGMMA_TILE(13)
+#define WGMMA_TILES_15 WGMMA_TILES_14, WGMMA_TILE(14)
+#define WGMMA_TILES_16 WGMMA_TILES_15, WGMMA_TILE(15)
+#define WGMMA_TILES_17 WGMMA_TILES_16, WGMMA_TILE(16)
+#define WGMMA_TILES_18 WGMMA_TILES_17, WGMMA_TILE(17)
+#define WGMMA_CASE(tiles, n) \
+    if constexpr (COUNT == tiles) \
+        asm volatile("{.reg .pred accumulate; setp.eq.u32 accumulate, 0, 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" \
+            WGMMA_REGISTERS_##tiles "}, %0, %1, accumulate, 1, 1, 0, 0;}" : "+l"(a_bits), "+l"(b_bits), WGMMA_TILES_##tiles);
+
+// The first COUNT tiles of 8 columns of d += a b.
+template <int COUNT, int MOST> __device__ __forceinline__ void wgmma(float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    for (int t = 0; t < COUNT; t++)
+        for (int c = 0; c < 4; c++)
+            for (int k = 0; k < 16; k++) d[t][c] += a.at(row + c / 2 * 8, k) * b.at(t * 8 + column + c % 2, k);
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    unsigned long long a_bits = a.bits(), b_bits = b.bits();
+    WGMMA_CASE(1, 8)
+    WGMMA_CASE(2, 16)
+    WGMMA_CASE(3, 24)
+    WGMMA_CASE(4, 32)
+    WGMMA_CASE(5, 40)
+    WGMMA_CASE(6, 48)
+    WGMMA_CASE(7, 56)
+    WGMMA_CASE(8, 64)
+    WGMMA_CASE(9, 72)
+    WGMMA_CASE(10, 80)
+    WGMMA_CASE(11, 88)
+    WGMMA_CASE(12, 96)
+    WGMMA_CASE(13, 104)
+    WGMMA_CASE(14, 112)
+    WGMMA_CASE(15, 120)
+    WGMMA_CASE(16, 128)
+    WGMMA_CASE(17, 136)
+    WGMMA_CASE(18, 144)
+#endif
+}
+
+__device__ inline void wgmma_fence() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+__device__ inline void wgmma_commit() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+template <int PENDING_GROUPS> __device__ inline void wgmma_wait() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING_GROUPS) : "memory");
+#endif
+}
+
+__device__ inline void fence_async_proxy() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
