@@ -37,7 +37,7 @@ class Tail:
         size, kernel = (height - 1, width - 1), (2, 2)
         geometry = Geometry((1, 1), (0, 0), (0, 0), (1, 1), 1)
         x_shape, w_shape = (self.images, 16, *size), (16, self.channels, *kernel)
-        self.plan = conv_plan(x_shape, w_shape, geometry, split, False, FLOATS[dtype], 227 * 1024)
+        self.plan = conv_plan(x_shape, w_shape, geometry, split, False, FLOATS[dtype], 227 * 1024, wgmma=True)
         self.split, self.training, self.device, self.dtype = split, training, device, dtype
         generator = torch.Generator().manual_seed(1)
 
@@ -64,7 +64,9 @@ class Tail:
         windows = windows.reshape(self.images, self.channels, -1, 4)
         if self.split == 1:
             macros = dict(ops._backward_macros(self.plan, self.groups))
-            unit = torch.arange(windows.shape[2]) // macros["UNIT_WINDOWS"]
+            window, per_row = torch.arange(windows.shape[2]), (self.y.shape[3] + 1) // 2
+            place = window // per_row * self.plan.window_pitch + window % per_row
+            unit = place // macros["UNIT_WINDOWS"]
             exponent = exponents.view(1, -1, 1) + units.view(self.images, 1, -1)[:, :, unit] - macros["SAVED_SHIFT"]
             scale = torch.exp2(exponent.double()).unsqueeze(3)
             saved = (windows * scale).half()
@@ -84,9 +86,9 @@ class Tail:
         self.taps = torch.where(sign == 0, 0, row % 2 * 2 + column % 2)
         self.arrays = {
             "dout": self.dout.to(self.dtype),
-            "pooled": self.padded(self.pooled.float().flatten(2), float("nan")),
-            "taps": self.padded(self.taps.byte().flatten(2), 99),
-            "saved": self.padded(saved, float("nan")),
+            "pooled": self.padded(self.pooled.float(), float("nan")),
+            "taps": self.padded(self.taps.byte(), 99),
+            "saved": self.padded(saved.unflatten(2, ((height + 1) // 2, -1)), float("nan")),
             "exponents": exponents.int(),
             "unit_exponents": units.int(),
             "mean": self.mean.float(),
@@ -99,10 +101,12 @@ class Tail:
         self.arrays = {name: t.contiguous().to(self.device) for name, t in self.arrays.items()}
 
     def padded(self, planes, value):
-        """Planes [N, C, ...] in the room that the forward leaves for each."""
+        """Planes [N, C, rows of windows, windows, ...] in the room that the forward leaves for each."""
         room = ops.buffers(self.plan, (self.images,), self.groups, True, True)["pooled"][0][2]
-        padded = torch.full((*planes.shape[:2], room, *planes.shape[3:]), value, dtype=planes.dtype)
-        padded[:, :, : planes.shape[2]] = planes
+        padded = torch.full((*planes.shape[:2], room, *planes.shape[4:]), value, dtype=planes.dtype)
+        pitch = self.plan.window_pitch
+        for row in range(planes.shape[2]):
+            padded[:, :, row * pitch : row * pitch + planes.shape[3]] = planes[:, :, row]
         return padded
 
     def normalised(self, y):
