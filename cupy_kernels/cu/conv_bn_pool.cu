@@ -57,27 +57,27 @@ __device__ inline float max_or_nan(float a, float b) {
 #endif
 }
 
-typedef unsigned long long Mask;  // bit t * 4 + corner: whether the pixel exists
+typedef unsigned Valid[4];  // by corner, bit t: whether the pixel of window t exists
 
 // For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four lanes. The
 // channels take each step together, so that none waits for its own last step.
 template <bool FULL>
 __device__ __forceinline__ void moments_of(
-    const Sums& sums, int first, Mask valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
+    const Sums& sums, int first, const Valid& valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = squares[i] = 0;
     #pragma unroll
     for (int at = 0; at < LANE_WINDOWS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++)
-            mean[i] += FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) : 0;
+            mean[i] += FULL || valid[at % 4] >> at / 4 & 1 ? sum_of(sums, first + i, at / 4, at % 4) : 0;
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = quad_sum(mean[i]) * per_count;
     #pragma unroll
     for (int at = 0; at < LANE_WINDOWS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            float distance = FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) - mean[i] : 0;
+            float distance = FULL || valid[at % 4] >> at / 4 & 1 ? sum_of(sums, first + i, at / 4, at % 4) - mean[i] : 0;
             squares[i] += distance * distance;
         }
     #pragma unroll
@@ -103,10 +103,10 @@ struct Pool {
     template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
         int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / PARTS_N);
         i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE;
-        Mask valid = 0;
+        Valid valid = {};
         #pragma unroll
-        for (int at = 0; at < LANE_WINDOWS * 4; at++) valid |= (Mask)place.valid(at / 4, at % 4) << at;
-        float count = FULL ? LANE_WINDOWS * 16 : quad_sum((float)(__popc((unsigned)valid) + __popc((unsigned)(valid >> 32))));
+        for (int at = 0; at < LANE_WINDOWS * 4; at++) valid[at % 4] |= (unsigned)place.valid(at / 4, at % 4) << at / 4;
+        float count = FULL ? LANE_WINDOWS * 16 : quad_sum((float)(__popc(valid[0]) + __popc(valid[1]) + __popc(valid[2]) + __popc(valid[3])));
         float per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
         #pragma unroll

@@ -75,7 +75,7 @@ struct Pixel {
         oh = window / WINDOWS_W * 2 + corner / 2;
         ow = window % WINDOWS_W * 2 + corner % 2;
     }
-    __device__ bool valid() const { return oh < OUT_H && ow < OUT_W; }
+    __device__ bool valid() const { return (OUT_H % 2 == 0 || oh < OUT_H) && (OUT_W % 2 == 0 || ow < OUT_W); }  // of a window that exists
 };
 
 // Where the sums of a lane belong.

@@ -71,7 +71,7 @@ struct Place {
     __device__ bool exists(int t) const { return t < tiles && in_unit(t) < windows && in_unit(t) % WINDOW_PITCH < WINDOWS_W; }
     __device__ bool valid(int t, int corner) const {
         int row = window(t) / WINDOW_PITCH * 2 + corner / 2, column = window(t) % WINDOW_PITCH * 2 + corner % 2;
-        return exists(t) && row < OUT_H && column < OUT_W;
+        return exists(t) && (OUT_H % 2 == 0 || row < OUT_H) && (OUT_W % 2 == 0 || column < OUT_W);
     }
     __device__ bool full() const { return false; }
     // The first of the four windows, one tile's, that a lane has after transpose_quad of those from t on.
