@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from . import conv_wgmma
 from .channel_sum import channel_sum, channel_sum_workspace_size
 from .common import THREADS, accumulator, ceil_div, scalar_macros
 from .conv_transpose_mma import Plan, conv_transpose_mma, launch_units, pack_kernel, pack_weight, sample_plans
@@ -41,8 +42,7 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
     """
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
-    plane = ceil_div(macros["OUT_H"], 2) * p.window_pitch
-    pooled = (images, channels, ceil_div(plane, 4) * 4)  # PLANE of conv_bn_pool.cu
+    pooled = (images, channels, dict(p.planes)["PLANE_STRIDE"])
     units = images * p.units
     sizes = {
         "packed": ((p.packed_size,), np.float16),
@@ -375,10 +375,12 @@ def variants():
         found.add((macros["scalar_t"], macros["SPLIT"]))
     for channels, groups, size, dtype, split in _TAIL_SAMPLES:
         sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
-        tail = _tail_defines(sample, groups, ceil_div(size, 2))
+        pitch = ceil_div(size, 2)
+        planes = conv_wgmma.planes(int(split == 1), pitch, 64, 64, ceil_div(pitch**2, 64) * 64)
+        tail = _tail_defines(sample, groups, planes.items())
         if (dtype, split) != ("float", 2):
             yield Variant("pooled_tail.cu", tail)
-        yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(split, 64, 26)))
+        yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(split, 26)))
 
 
 def _pool_macros(p: Plan, training, keep):
@@ -397,26 +399,26 @@ def _saved_type(p: Plan) -> str:
 
 
 def _tail_macros(p: Plan, groups: int):
-    return _tail_defines(dict(p.macros), groups, p.window_pitch)
+    return _tail_defines(dict(p.macros), groups, p.planes)
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward_macros(p: Plan, groups: int):
     macros = dict(p.macros)
-    return *_tail_macros(p, groups), *_backward_defines(macros["SPLIT"], p.unit_windows, saved_shift(p))
+    return *_tail_macros(p, groups), *_backward_defines(macros["SPLIT"], saved_shift(p))
 
 
-def _tail_defines(macros, groups, window_pitch):
+def _tail_defines(macros, groups, planes):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     warps = min(macros["OUT_CHANNELS"] // groups * _parts(macros), _MOST_WARPS)
-    return (*types, *sizes, ("GROUPS", groups), ("WARPS", warps), ("WINDOW_PITCH", window_pitch))
+    return (*types, *sizes, *planes, ("GROUPS", groups), ("WARPS", warps))
 
 
-def _backward_defines(split, unit_windows, shift):
+def _backward_defines(split, shift):
     saved = ("saved_t", "half_t" if split == 1 else "float")
-    return (saved, ("SPLIT", split), ("UNIT_WINDOWS", unit_windows), ("SAVED_SHIFT", shift))
+    return (saved, ("SPLIT", split), ("SAVED_SHIFT", shift))
 
 
 def _parts(macros) -> int:

@@ -32,8 +32,7 @@ class Plan(NamedTuple):
     tile_m: int
     threads: int
     shared_bytes: int
-    window_pitch: int
-    unit_windows: int
+    planes: tuple
 
     def of_cells(self) -> "Plan":
         """The same for x that is cells already, see `fp16_cells`."""
@@ -62,7 +61,6 @@ def plan(
     out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
     sizes = x_shape[0] >= MANY_IMAGES, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
     found = conv_wgmma.layout(dgrad, *sizes) if wgmma and split == 1 else None
-    uses_wgmma = int(found is not None)
     found = found or _layout(split, *sizes)
     macros = {
         "scalar_t": dtype,
@@ -80,7 +78,7 @@ def plan(
         "PAD_H": pad[0],
         "PAD_W": pad[1],
         "SPLIT": split,
-        "WGMMA": uses_wgmma,
+        **found.planes,
         **found.macros,
     }
     pack_macros = {
@@ -94,7 +92,8 @@ def plan(
         tuple(pack_macros.items()),
         rows=rows,
         packed_size=rows * taps * found.packed_width,
-        **{name: getattr(found, name) for name in found._fields[2:]},
+        planes=tuple(found.planes.items()),
+        **{name: getattr(found, name) for name in ("units", "tile_m", "threads", "shared_bytes")},
     )
 
 
@@ -138,6 +137,7 @@ def _layout(split, many_images, channels, size, out, kernel, pad, limit) -> conv
         "RESIDENT": resident,
         "STAGES": stages,
     }
+    unit_windows = passes * warps_n * 16
     return conv_wgmma.Layout(
         macros,
         chunks * _CELL_BYTES // 2,
@@ -145,8 +145,7 @@ def _layout(split, many_images, channels, size, out, kernel, pad, limit) -> conv
         64 * warps_m,
         32 * warps_m * warps_n,
         shared_bytes,
-        windows_w,
-        passes * warps_n * 16,
+        conv_wgmma.planes(0, windows_w, unit_windows, unit_windows, ceil_div(windows, 4) * 4),
     )
 
 

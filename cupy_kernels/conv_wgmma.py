@@ -19,8 +19,7 @@ class Layout(NamedTuple):
     tile_m: int
     threads: int
     shared_bytes: int
-    window_pitch: int  # 2x2 windows of the output from row to row of them, as the kernels number them
-    unit_windows: int  # the same from unit to unit
+    planes: dict  # macros of pooled_planes.cuh
 
 
 def layout(dgrad: bool, many_images: bool, channels, size, out, kernel, pad, limit: int) -> Layout | None:
@@ -49,8 +48,12 @@ def layout(dgrad: bool, many_images: bool, channels, size, out, kernel, pad, lim
             break
     else:
         return None
-    tiles = min(_MOST_TILES[dgrad], ceil_div(windows, 4 * warpgroups_n))
-    last = ceil_div((windows - 1) % (4 * tiles * warpgroups_n) + 1, 4 * warpgroups_n)
+    most = 4 * _MOST_TILES[dgrad] * warpgroups_n
+    last_windows = (windows - 1) % most + 1
+    # Warpgroups begin at multiples of four tiles, which conv_bn_pool keeps together.
+    tile_windows = 4 * warpgroups_n if dgrad or warpgroups_n == 1 else 16 * warpgroups_n
+    last = ceil_div(last_windows, tile_windows) * tile_windows // (4 * warpgroups_n)
+    tiles = _MOST_TILES[dgrad] if windows > most else last
     macros = {
         "WARPGROUPS_M": warpgroups_m,
         "WARPGROUPS_N": warpgroups_n,
@@ -59,13 +62,24 @@ def layout(dgrad: bool, many_images: bool, channels, size, out, kernel, pad, lim
         "LAST_TILES": last,
         "STAGES": stages,
     }
+    units = ceil_div(windows_h, rows)
     return Layout(
         macros,
         steps * _STEP_CHANNELS,
-        ceil_div(windows_h, rows),
+        units,
         64 * warpgroups_m,
         128 * warpgroups_m * warpgroups_n,
         band_bytes + stages * step_bytes,
-        window_pitch,
-        rows * window_pitch,
+        planes(1, window_pitch, rows * window_pitch, stride := ceil_div(rows * window_pitch, 16) * 16, units * stride),
     )
+
+
+def planes(wgmma: int, window_pitch: int, unit_windows: int, unit_stride: int, plane_stride: int) -> dict:
+    """Macros of pooled_planes.cuh."""
+    return {
+        "WGMMA": wgmma,
+        "WINDOW_PITCH": window_pitch,
+        "UNIT_WINDOWS": unit_windows,
+        "UNIT_STRIDE": unit_stride,
+        "PLANE_STRIDE": plane_stride,
+    }

@@ -65,8 +65,7 @@ class Tail:
         if self.split == 1:
             macros = dict(ops._backward_macros(self.plan, self.groups))
             window, per_row = torch.arange(windows.shape[2]), (self.y.shape[3] + 1) // 2
-            place = window // per_row * self.plan.window_pitch + window % per_row
-            unit = place // macros["UNIT_WINDOWS"]
+            unit = (window // per_row * macros["WINDOW_PITCH"] + window % per_row) // macros["UNIT_WINDOWS"]
             exponent = exponents.view(1, -1, 1) + units.view(self.images, 1, -1)[:, :, unit] - macros["SAVED_SHIFT"]
             scale = torch.exp2(exponent.double()).unsqueeze(3)
             saved = (windows * scale).half()
@@ -104,9 +103,13 @@ class Tail:
         """Planes [N, C, rows of windows, windows, ...] in the room that the forward leaves for each."""
         room = ops.buffers(self.plan, (self.images,), self.groups, True, True)["pooled"][0][2]
         padded = torch.full((*planes.shape[:2], room, *planes.shape[4:]), value, dtype=planes.dtype)
-        pitch = self.plan.window_pitch
-        for row in range(planes.shape[2]):
-            padded[:, :, row * pitch : row * pitch + planes.shape[3]] = planes[:, :, row]
+        macros = dict(self.plan.planes)
+        row, column = (t.flatten() for t in torch.meshgrid(*map(torch.arange, planes.shape[2:4]), indexing="ij"))
+        window = row * macros["WINDOW_PITCH"] + column
+        unit, at = window // macros["UNIT_WINDOWS"], window % macros["UNIT_WINDOWS"]
+        if macros["WGMMA"]:
+            at = at // 16 * 16 + at % 4 * 4 + at // 4 % 4
+        padded[:, :, unit * macros["UNIT_STRIDE"] + at] = planes.flatten(2, 3)
         return padded
 
     def normalised(self, y):

@@ -4,17 +4,18 @@
 // gamma, batch norm's weight, is positive, the smallest where it is negative, and the first where it is zero.
 //
 // All values are without the convolution's bias, which batch norm's mean takes out again:
-//     pooled [N, M, PLANE]                    the chosen sums of windows, WINDOW_PITCH a row; the last one or more of them, and windows at
-//                                             an odd edge, are of no use
+//     pooled [N, M, PLANE_STRIDE]                    the chosen sums of all windows, in the order of pooled_planes.cuh; windows that an odd edge cuts, and
+//                                             places that belong to no window, get values of no use
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums
 //     SAVE, for the backward:
 //         taps, like pooled                   the chosen corner
-//         saved [N, M, PLANE, 4]              all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
+//         saved [N, M, PLANE_STRIDE, 4]              all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
 //                                             a sum is saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
 //                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. SPLIT 2: float
 //         unit_exponents [N * UNITS]
 // Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
 #include "batch_norm.cuh"
+#include "pooled_planes.cuh"
 #include "async_copy.cuh"
 #include "fp16_cells.cuh"
 #if WGMMA
@@ -24,7 +25,6 @@
 #include "conv_mma.cuh"
 #endif
 
-#define PLANE (((OUT_H + 1) / 2 * WINDOW_PITCH + 3) / 4 * 4)  // so that the wide stores of a lane's windows are aligned
 
 // Chan's rule: how the moments of two sets of pixels combine.
 struct Merge {
@@ -57,7 +57,8 @@ __device__ inline float max_or_nan(float a, float b) {
 #endif
 }
 
-typedef unsigned Valid[4];  // by corner, bit t: whether the pixel of window t exists
+typedef unsigned Valid[4];  // bit t: whether the pixel of window t exists, by corner, if need be
+__device__ inline bool is_valid(const Valid& valid, int t, int corner) { return valid[OUT_H % 2 || OUT_W % 2 ? corner : 0] >> t & 1; }
 
 // For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four lanes. The
 // channels take each step together, so that none waits for its own last step.
@@ -70,15 +71,15 @@ __device__ __forceinline__ void moments_of(
     for (int at = 0; at < LANE_WINDOWS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++)
-            mean[i] += FULL || valid[at % 4] >> at / 4 & 1 ? sum_of(sums, first + i, at / 4, at % 4) : 0;
+            if (FULL || is_valid(valid, at / 4, at % 4)) mean[i] += sum_of(sums, first + i, at / 4, at % 4);
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = quad_sum(mean[i]) * per_count;
     #pragma unroll
     for (int at = 0; at < LANE_WINDOWS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            float distance = FULL || valid[at % 4] >> at / 4 & 1 ? sum_of(sums, first + i, at / 4, at % 4) - mean[i] : 0;
-            squares[i] += distance * distance;
+            float distance = sum_of(sums, first + i, at / 4, at % 4) - mean[i];
+            if (FULL || is_valid(valid, at / 4, at % 4)) squares[i] += distance * distance;
         }
     #pragma unroll
     for (int i = 0; i < ROWS; i++) squares[i] = quad_sum(squares[i]);
@@ -102,10 +103,12 @@ struct Pool {
 
     template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
         int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / PARTS_N);
-        i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE;
+        i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE_STRIDE;
         Valid valid = {};
         #pragma unroll
-        for (int at = 0; at < LANE_WINDOWS * 4; at++) valid[at % 4] |= (unsigned)place.valid(at / 4, at % 4) << at / 4;
+        for (int t = 0; t < LANE_WINDOWS; t++)
+            #pragma unroll
+            for (int corner = 0; corner < 4; corner++) valid[corner] |= (unsigned)(place.exists(t) && place.inside(t, corner)) << t;
         float count = FULL ? LANE_WINDOWS * 16 : quad_sum((float)(__popc(valid[0]) + __popc(valid[1]) + __popc(valid[2]) + __popc(valid[3])));
         float per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
@@ -124,7 +127,7 @@ struct Pool {
                     *at = merge(seen ? *at : make_float2(0, 0), make_float2(scale(mean[i] * sign), scale(scale(squares[i]))));
                 }
                 if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;  // the same in all lanes
-                i64 row = plane + (first + i) * 8 * PLANE;
+                i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
                 for (int t = 0; t < LANE_WINDOWS; t += 4) {
                     Packed<float, 4> best;
@@ -151,16 +154,11 @@ struct Pool {
     template <bool FULL> __device__ __forceinline__ void store(
         const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap, const Packed<saved_t, 16>& kept) {
 #if WGMMA
-        #pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (SAVE && place.exists(t + j)) *(Packed<saved_t, 4>*)(saved + (row + place.window(t + j)) * 4) = *(Packed<saved_t, 4>*)(kept.v + j * 4);
-        // Now the lane has four neighbours.
-        transpose_quad(best.v);
-        if (SAVE) transpose_quad(tap.v);
-        i64 at = row + place.neighbours(t);
-        if (!place.neighbours_exist(t)) return;
+        if (t >= place.tiles || place.first_of_four(t) >= place.unit_place + UNIT_STRIDE) return;
+        i64 at = row + place.first_of_four(t);
         *(Packed<float, 4>*)(pooled + at) = best;
         if (SAVE) *(Packed<u8, 4>*)(taps + at) = tap;
+        if (SAVE) *(Packed<saved_t, 16>*)(saved + at * 4) = kept;
 #else
         i64 at = row + place.window(0);
         if (FULL) {

@@ -18,7 +18,7 @@
 //
 // x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
 //
-// Macros: scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16),
+// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W), scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16),
 // IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
 // RESIDENT (1: all chunks of the band stay in shared memory, 0: each pass loads one after the other), STAGES, ADJACENT.
 #pragma once
@@ -35,7 +35,6 @@
 #define PITCH (IN_W + GAP)
 #define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
 #define WINDOWS_W ((OUT_W + 1) / 2)
-#define WINDOW_PITCH WINDOWS_W
 #define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
 #define PASS_WINDOWS (TILE_N / 4)
 #define UNIT_WINDOWS (UNIT_PASSES * PASS_WINDOWS)
@@ -85,7 +84,8 @@ struct Place {
 
     __device__ int window(int t) const { return first_window + lane_window(threadIdx.x % 4, t, pairs); }
     __device__ bool exists(int t) const { return t < pairs && window(t) < end_window; }
-    __device__ bool valid(int t, int corner) const { return exists(t) && Pixel(window(t), corner).valid(); }
+    // Whether a pixel of a window that exists does.
+    __device__ bool inside(int t, int corner) const { return Pixel(window(t), corner).valid(); }
     // All pixels exist, which is the usual case and needs no masks.
     __device__ bool full() const { return OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window; }
 };

@@ -9,7 +9,7 @@
 // Weights stream through a ring of STAGES cp.async stages, each 32 channels of a tap. What the tensor cores still read is never
 // written: a stage is refilled two steps later, after a barrier that follows everybody's wait for it.
 //
-// Macros: scalar_t, IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (1),
+// Macros: those of pooled_planes.cuh, scalar_t, IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (1),
 // WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles of 8 pixels of a warpgroup in a pass, and in the last of an image), STAGES.
 #pragma once
 #include "common.cuh"
@@ -27,7 +27,6 @@
 #define PITCH ((IN_W + GAP + 1) / 2 * 2)
 #define WINDOWS_W ((OUT_W + 1) / 2)
 #define WINDOWS_H ((OUT_H + 1) / 2)
-#define WINDOW_PITCH (PITCH / 2)
 #define UNITS ((WINDOWS_H + UNIT_ROWS - 1) / UNIT_ROWS)
 #define PASS_WINDOWS (4 * TILES * WARPGROUPS_N)
 
@@ -51,10 +50,11 @@ __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int co
 
 struct Unit {
     i64 image;
-    int first_row, rows, windows, passes;  // of windows; `windows`: from the first to the last valid one
+    int number, first_row, rows, windows, passes;  // rows of windows; `windows`: from the first to the last valid one
     __device__ explicit Unit(i64 block) {
         image = block / UNITS;
-        first_row = block % UNITS * UNIT_ROWS;
+        number = block % UNITS;
+        first_row = number * UNIT_ROWS;
         rows = min(UNIT_ROWS, WINDOWS_H - first_row);
         windows = (rows - 1) * WINDOW_PITCH + WINDOWS_W;
         passes = (windows + PASS_WINDOWS - 1) / PASS_WINDOWS;
@@ -64,45 +64,20 @@ struct Unit {
 // Where the sums of a lane belong.
 struct Place {
     i64 image;
-    int channel, first, tiles, unit_window, windows;  // the lane's first channel in the block; `first` counts from the unit's first window
+    int channel, first, tiles, unit_window, unit_place, windows;  // the lane's first channel in the block; `first` counts from the unit's first window
 
     __device__ int in_unit(int t) const { return first + t * 4 + threadIdx.x % 4; }
     __device__ int window(int t) const { return unit_window + in_unit(t); }
     __device__ bool exists(int t) const { return t < tiles && in_unit(t) < windows && in_unit(t) % WINDOW_PITCH < WINDOWS_W; }
-    __device__ bool valid(int t, int corner) const {
+    // Whether a pixel of a window that exists does.
+    __device__ bool inside(int t, int corner) const {
         int row = window(t) / WINDOW_PITCH * 2 + corner / 2, column = window(t) % WINDOW_PITCH * 2 + corner % 2;
-        return exists(t) && (OUT_H % 2 == 0 || row < OUT_H) && (OUT_W % 2 == 0 || column < OUT_W);
+        return (OUT_H % 2 == 0 || row < OUT_H) && (OUT_W % 2 == 0 || column < OUT_W);
     }
     __device__ bool full() const { return false; }
-    // The first of the four windows, one tile's, that a lane has after transpose_quad of those from t on.
-    __device__ int neighbours(int t) const { return unit_window + first + (t + (int)threadIdx.x % 4) * 4; }
-    __device__ bool neighbours_exist(int t) const { return t + (int)threadIdx.x % 4 < tiles && neighbours(t) < unit_window + windows; }
+    // Where the first of the windows t to t + 3, for t % 4 == 0, lies in memory (pooled_planes.cuh); the others follow.
+    __device__ int first_of_four(int t) const { return unit_place + first + t * 4 + threadIdx.x % 4 * 4; }
 };
-
-// Lane q of four gets the q-th value of each: v[j] is that which lane j had.
-__device__ __forceinline__ void transpose_quad(float (&v)[4]) {
-    #pragma unroll
-    for (int lanes = 1; lanes <= 2; lanes *= 2) {
-        bool upper = threadIdx.x & lanes;
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (j & lanes) continue;
-            float kept = upper ? v[j + lanes] : v[j], other = __shfl_xor_sync(0xFFFFFFFFu, upper ? v[j] : v[j + lanes], lanes);
-            v[j] = upper ? other : kept;
-            v[j + lanes] = upper ? kept : other;
-        }
-    }
-}
-__device__ __forceinline__ void transpose_quad(u8 (&v)[4]) {
-    unsigned all = v[0] | v[1] << 8 | v[2] << 16 | (unsigned)v[3] << 24;
-    bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-    unsigned other = __shfl_xor_sync(0xFFFFFFFFu, all, 1);
-    all = odd ? other >> 8 & 0x00FF00FF | all & 0xFF00FF00 : all & 0x00FF00FF | (other & 0x00FF00FF) << 8;
-    other = __shfl_xor_sync(0xFFFFFFFFu, all, 2);
-    all = upper ? other >> 16 | all & 0xFFFF0000 : all & 0x0000FFFF | other << 16;
-    #pragma unroll
-    for (int j = 0; j < 4; j++) v[j] = all >> 8 * j;
-}
 
 // Zeros in the cells that hold no pixel.
 __device__ inline void clear_border(u8* cells, const Unit& unit) {
@@ -213,7 +188,7 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, u8* sha
         if (trimmed) run_pass(sums, LAST_TILES, first);
         else run_pass(sums, TILES, first);
         int channel = warpgroup_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-        epilogue.pass(sums, Place{unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.windows}, exponent);
+        epilogue.pass(sums, Place{unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE, unit.windows}, exponent);
     }
     epilogue.finish(exponent);
 }

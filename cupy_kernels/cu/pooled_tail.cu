@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     i64 start = (i64)blockIdx.x * SIZE;
-    const float* source = pooled + (i64)blockIdx.x * MEMBERS * STRIDE;
+    const float* source = pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE;
     float values[UNROLLED][ITEMS];
     if (RESIDENT)
         #pragma unroll

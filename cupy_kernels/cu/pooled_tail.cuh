@@ -5,14 +5,14 @@
 // the first is used and stay there; else a warp loads a job's values again for each phase.
 //
 // Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, WARPS,
-// WINDOW_PITCH (conv_bn_pool.cu).
+// and those of pooled_planes.cuh.
 #pragma once
 #include "batch_norm.cuh"
+#include "pooled_planes.cuh"
 #include "tanh_branchless.cuh"
 
 #define POOLED_W (OUT_W / 2)
 #define PLANE (OUT_H / 2 * POOLED_W)
-#define STRIDE (((OUT_H + 1) / 2 * WINDOW_PITCH + 3) / 4 * 4)  // of planes that conv_bn_pool wrote
 #define MEMBERS (OUT_CHANNELS / GROUPS)
 #define PARTS ((PLANE + 319) / 320)
 #define ITEMS ((PLANE + PARTS * 32 - 1) / (PARTS * 32))
@@ -42,11 +42,11 @@ struct Job {
     }
     // The same from the first of the block's planes that conv_bn_pool wrote.
     __device__ void load_pooled(const float* source, float (&v)[ITEMS]) const {
-        source += member * STRIDE;
+        source += member * PLANE_STRIDE;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             int p = at + i * 32;
-            v[i] = inside(i) ? source[p + p / POOLED_W * (WINDOW_PITCH - POOLED_W)] : 0;
+            v[i] = inside(i) ? source[place_of_window(p / POOLED_W, p % POOLED_W)] : 0;
         }
     }
 };

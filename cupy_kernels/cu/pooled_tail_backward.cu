@@ -14,7 +14,7 @@
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of conv_bn_pool.cu, mean,
 // invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh, saved_t (half_t, float), SPLIT (1 with half_t, 2 with float),
-// UNIT_WINDOWS and SAVED_SHIFT (conv_bn_pool.cu).
+// and SAVED_SHIFT (conv_bn_pool.cu).
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_cells.cuh"
@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
     float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], tanhs[UNROLLED][ITEMS];
     auto load = [&](const Job& job, float (&v)[ITEMS], float (&d)[ITEMS]) {
-        job.load_pooled(pooled + (i64)blockIdx.x * MEMBERS * STRIDE, v);
+        job.load_pooled(pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE, v);
         job.load(dout + start, d);
     };
     if (RESIDENT)
@@ -196,7 +196,7 @@ struct Window {
     int row, column, place, pooled;
 
     __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
-        place = row * WINDOW_PITCH + column;
+        place = place_of_window(row, column);
         pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
     }
 };
@@ -210,8 +210,7 @@ __device__ inline void unpack(uint2 kept, float (&v)[4]) {
 }
 // The exponent of a window's scale, but for its channel's.
 __device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
-    enum { UNITS = ((OUT_H + 1) / 2 * WINDOW_PITCH + UNIT_WINDOWS - 1) / UNIT_WINDOWS };
-    return unit_exponents[image * UNITS + window.place / UNIT_WINDOWS] - SAVED_SHIFT;
+    return unit_exponents[image * PLANE_UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
 }
 // What undoes the scale. |y| below 2^-111 or above 2^112 is not restored in full: batch norm then sees zeros, or distances whose
 // squares overflow.
@@ -246,14 +245,14 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
     int tap[8], exponent = kept_exponent(unit_exponents, image, window);
     if (real) {
         i64 plane = image * OUT_CHANNELS + c;
-        const Kept* from = (const Kept*)saved + plane * STRIDE + window.place;
+        const Kept* from = (const Kept*)saved + plane * PLANE_STRIDE + window.place;
         if (sums)
             #pragma unroll
-            for (int j = 0; j < 8; j++) kept[j] = from[j * STRIDE];
+            for (int j = 0; j < 8; j++) kept[j] = from[j * PLANE_STRIDE];
         const float* g_from = g + plane * PLANE + max(window.pooled, 0);
-        const u8* tap_from = taps + plane * STRIDE + window.place;
+        const u8* tap_from = taps + plane * PLANE_STRIDE + window.place;
         #pragma unroll
-        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * STRIDE];
+        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * PLANE_STRIDE];
         if (window.pooled < 0)
             #pragma unroll
             for (int j = 0; j < 8; j++) tap[j] = -1;
@@ -313,8 +312,8 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
     gradient.finish(count, 0);
     float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window));
     float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]), v[4];
-    int tap = window.pooled < 0 ? -1 : taps[plane * STRIDE + window.place];
-    unpack(sums ? ((const Kept*)saved)[plane * STRIDE + window.place] : Kept(), v);
+    int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.place];
+    unpack(sums ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.place] : Kept(), v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
         int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
