@@ -369,18 +369,20 @@ def variants():
         macros = dict(p.macros)
         if dict(p.pack_macros)["FLIP"]:
             continue
+        kind = macros["scalar_t"], macros["SPLIT"], macros["WGMMA"]
         modes = ((True, True), (True, False), (False, False), (False, True))
-        for mode in modes[:1] if (macros["scalar_t"], macros["SPLIT"]) in found else modes:
+        for mode in modes[:1] if kind in found else modes:
             yield Variant("conv_bn_pool.cu", _pool_macros(p, *mode))
-        found.add((macros["scalar_t"], macros["SPLIT"]))
+        found.add(kind)
     for channels, groups, size, dtype, split in _TAIL_SAMPLES:
         sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
         pitch = ceil_div(size, 2)
-        planes = conv_wgmma.planes(int(split == 1), pitch, 64, 64, ceil_div(pitch**2, 64) * 64)
-        tail = _tail_defines(sample, groups, planes.items())
-        if (dtype, split) != ("float", 2):
-            yield Variant("pooled_tail.cu", tail)
-        yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(split, 26)))
+        for wgmma in (0, 1):
+            planes = conv_wgmma.planes(wgmma, pitch, 64, 64, ceil_div(pitch**2, 64) * 64)
+            tail = _tail_defines(sample, groups, planes.items())
+            if (dtype, split) != ("float", 2):
+                yield Variant("pooled_tail.cu", tail)
+            yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(split, 26)))
 
 
 def _pool_macros(p: Plan, training, keep):
