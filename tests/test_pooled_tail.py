@@ -108,7 +108,8 @@ class Tail:
         window = row * macros["WINDOW_PITCH"] + column
         unit, at = window // macros["UNIT_WINDOWS"], window % macros["UNIT_WINDOWS"]
         if macros["WGMMA"]:
-            at = at // 16 * 16 + at % 4 * 4 + at // 4 % 4
+            together = 4 if planes.dim() == 4 else 4 // planes.element_size()
+            at = at // 16 * 16 + at // 4 % 4 // together * 4 * together + at % 4 * together + at // 4 % together
         padded[:, :, unit * macros["UNIT_STRIDE"] + at] = planes.flatten(2, 3)
         return padded
 

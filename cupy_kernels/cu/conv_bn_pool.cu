@@ -154,11 +154,16 @@ struct Pool {
     template <bool FULL> __device__ __forceinline__ void store(
         const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap, const Packed<saved_t, 16>& kept) {
 #if WGMMA
-        if (t >= place.tiles || place.first_of_four(t) >= place.unit_place + UNIT_STRIDE) return;
-        i64 at = row + place.first_of_four(t);
+        if (t >= place.tiles || place.sixteen(t) >= place.unit_place + UNIT_STRIDE) return;
+        i64 at = row + place.sixteen(t) + threadIdx.x % 4 * TOGETHER_POOLED;
         *(Packed<float, 4>*)(pooled + at) = best;
         if (SAVE) *(Packed<u8, 4>*)(taps + at) = tap;
-        if (SAVE) *(Packed<saved_t, 16>*)(saved + at * 4) = kept;
+        enum { TOGETHER = together_saved<saved_t>() };
+        #pragma unroll
+        for (int j = 0; SAVE && j < 4; j += TOGETHER) {
+            i64 window = row + place.sixteen(t) + j * 4 + threadIdx.x % 4 * TOGETHER;
+            *(Packed<saved_t, TOGETHER * 4>*)(saved + window * 4) = *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4);
+        }
 #else
         i64 at = row + place.window(0);
         if (FULL) {
@@ -188,6 +193,8 @@ struct Pool {
     __device__ static Packed<saved_t, 4> save(const float (&v)[4], float sign, const ScaleBack& scale) {
         return save(v, sign, scale, (saved_t*)0);
     }
+
+    __device__ void restart() { seen = 0; }
 
     // Adds up what the warps of a block have seen of each channel, in their order.
     __device__ void finish(int exponent) {

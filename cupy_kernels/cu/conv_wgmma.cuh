@@ -37,7 +37,7 @@ __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - f
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
 enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_CELLS = GAP + BAND_ROWS * PITCH, ALONG = BAND_CELLS * 16 };
 enum { RING_OFFSET = (GROUPS_K * ALONG + 127) / 128 * 128, EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
-enum { GUESS = 10, SLACK = 6 };  // see conv_mma.cuh
+enum { GUESS = 10, SLACK = 6, ROOM = 3 };  // see conv_mma.cuh; ROOM: for larger values than those seen
 
 #define LANE_WINDOWS ((TILES + 3) / 4 * 4)  // those past TILES are zero, and do not exist
 typedef float Sums[2][LANE_WINDOWS][4];  // [upper, lower pixels of windows][8 pixels of 4 windows][c of wgmma.cuh]
@@ -75,8 +75,8 @@ struct Place {
         return (OUT_H % 2 == 0 || row < OUT_H) && (OUT_W % 2 == 0 || column < OUT_W);
     }
     __device__ bool full() const { return false; }
-    // Where the first of the windows t to t + 3, for t % 4 == 0, lies in memory (pooled_planes.cuh); the others follow.
-    __device__ int first_of_four(int t) const { return unit_place + first + t * 4 + threadIdx.x % 4 * 4; }
+    // Where in memory the windows t to t + 3, t % 4 == 0, of four lanes begin (pooled_planes.cuh).
+    __device__ int sixteen(int t) const { return unit_place + first + t * 4; }
 };
 
 // Zeros in the cells that hold no pixel.
@@ -90,32 +90,66 @@ __device__ inline void clear_border(u8* cells, const Unit& unit) {
     }
 }
 
-// Brings a unit's rows into cells, scaled; `largest` grows to their largest finite magnitude. `source`: channel 0 of the image.
-__device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, float scale, unsigned& largest) {
-    enum { BATCH = 8 };
-    int first_ih = max(0, 2 * unit.first_row + LOW), end_ih = min(IN_H, 2 * unit.first_row + HIGH + 1);
-    int pixels = (end_ih - first_ih) * IN_W, count = pixels * GROUPS_K;
-    for (int first = threadIdx.x; first < count; first += THREADS * BATCH) {
+// One octet: eight channels, `group`, of a pixel of x, scaled, to its cell. `row` counts from the first that UNIT_ROWS windows of the unit may need.
+__device__ inline void store_octet(u8* cells, int group, int row, int column, float (&v)[8], float scale, unsigned& largest) {
+    #pragma unroll
+    for (int j = 0; j < 8; j++) {
+        largest = max(largest, finite_magnitude(v[j]));
+        v[j] = multiply_unflushed(v[j], scale);
+    }
+    *(uint4*)(cells + group * ALONG + (GAP + band_row(row) * PITCH + column) * 16) = take_halves(v, 0);
+}
+
+__device__ inline void load_octet(const scalar_t* source, int group, int pixel, bool real, float (&v)[8]) {
+    #pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
+}
+
+// What the first pass needs at most, in octets a thread, and how many of them are in flight at a time.
+enum { FIRST_ROWS = 2 * ((PASS_WINDOWS - 1) / WINDOW_PITCH) + 2 + KERNEL_H - 1 < IN_H ? 2 * ((PASS_WINDOWS - 1) / WINDOW_PITCH) + 2 + KERNEL_H - 1 : IN_H,
+       FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS, ROUNDS = (FIRST_OCTETS + 9) / 10, BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS };
+
+// Brings rows [first, end) of x into cells, scaled; `largest` grows to their largest finite magnitude. `source`: channel 0 of the image.
+__device__ inline void load_rows(const scalar_t* source, const Unit& unit, int first, int end, u8* cells, float scale, unsigned& largest) {
+    int pixels = (end - first) * IN_W, count = pixels * GROUPS_K;
+    for (int at = threadIdx.x; at < count; at += THREADS * BATCH) {
         float v[BATCH][8];
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS, k = i / pixels * 8;
-            const scalar_t* from = source + k * IN_H * IN_W + first_ih * IN_W + i % pixels;
-            #pragma unroll
-            for (int j = 0; j < 8; j++) v[b][j] = i < count && k < IN_CHANNELS ? to_acc(from[j * IN_H * IN_W]) : 0;
+            int i = at + b * THREADS;
+            load_octet(source, i / pixels, first * IN_W + i % pixels, i < count, v[b]);
         }
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS, pixel = i % pixels, row = band_row(first_ih + pixel / IN_W - 2 * unit.first_row);
-            #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                largest = max(largest, finite_magnitude(v[b][j]));
-                v[b][j] = multiply_unflushed(v[b][j], scale);
-            }
-            if (i < count) *(uint4*)(cells + i / pixels * ALONG + (GAP + row * PITCH + pixel % IN_W) * 16) = take_halves(v[b], 0);
+            int i = at + b * THREADS, pixel = first * IN_W + i % pixels;
+            if (i < count) store_octet(cells, i / pixels, pixel / IN_W - 2 * unit.first_row, pixel % IN_W, v[b], scale, largest);
         }
     }
 }
+
+// The same behind the multiplications of a pass, for the next one: a thread loads an octet by load(), and stores it by a later turn(), which
+// loads the next one.
+struct NextRows {
+    const scalar_t* source;
+    int first_pixel, pixels, group, pixel;
+    float v[8];
+
+    __device__ NextRows(const scalar_t* source, int first, int end)
+        : source(source), first_pixel(first * IN_W), pixels((end - first) * IN_W), group(end > first ? 0 : GROUPS_K), pixel(threadIdx.x) {
+        settle();
+    }
+    __device__ bool pending() const { return group < GROUPS_K; }
+    __device__ void settle() {
+        for (; pending() && pixel >= pixels; group++) pixel -= pixels;
+        if (pending()) load_octet(source, group, first_pixel + pixel, true, v);
+    }
+    __device__ void turn(const Unit& unit, u8* cells, float scale, unsigned& largest) {
+        int at = first_pixel + pixel;
+        store_octet(cells, group, at / IN_W - 2 * unit.first_row, at % IN_W, v, scale, largest);
+        pixel += THREADS;
+        settle();
+    }
+};
 
 // The convolution of one unit.
 template <class Epilogue>
@@ -143,17 +177,11 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, u8* sha
 
     const scalar_t* source = x + unit.image * (IN_CHANNELS * IN_H * IN_W);
     int exponent = GUESS;
-    for (bool again = true; again;) {
-        unsigned largest = 0;
-        load_band(source, unit, shared, power_of_two(exponent), largest);
-        int right = scale_exponent(block_max(largest, scratch));
-        again = exponent == GUESS && (right < GUESS || right > GUESS + SLACK);
-        if (again) exponent = right;
-    }
 
     WgmmaOperand cells(shared, ALONG, 128), a_stages(ring + warpgroup_m * 1024, TILE_M * 16, 128);
     // A pass over windows from `first` on. `tiles` is a constant at each call, so that a copy is made for it.
-    auto run_pass = [&](Sums& sums, const int tiles, int first) __attribute__((always_inline)) {
+    auto run_pass = [&](Sums& sums, const int tiles, int first, NextRows& next_rows, unsigned& largest) __attribute__((always_inline)) {
+        bool turn = false;
         for (int kh = 0; kh < KERNEL_H; kh++) {
             WgmmaOperand rows[2] = {cells, cells};
             #pragma unroll
@@ -175,20 +203,46 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, u8* sha
                             else wgmma<LAST_TILES>(sums[lower], a, b);
                         }
                     wgmma_commit();
+                    // What a step has loaded arrives during the next one.
+                    if (turn && next_rows.pending()) next_rows.turn(unit, shared, power_of_two(exponent), largest);
+                    turn = !turn;
                     wgmma_wait<1>();
                     stage = next(stage);
                 }
         }
+        while (next_rows.pending()) next_rows.turn(unit, shared, power_of_two(exponent), largest);
         wgmma_wait<0>();
     };
-    for (int pass = 0; pass < unit.passes; pass++) {
-        bool trimmed = LAST_TILES < TILES && unit.windows - pass * PASS_WINDOWS <= 4 * LAST_TILES * WARPGROUPS_N;
-        int tiles = trimmed ? LAST_TILES : TILES, first = pass * PASS_WINDOWS + warpgroup_n * (tiles * 4);
-        Sums sums = {};
-        if (trimmed) run_pass(sums, LAST_TILES, first);
-        else run_pass(sums, TILES, first);
-        int channel = warpgroup_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-        epilogue.pass(sums, Place{unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE, unit.windows}, exponent);
+    int first_row = max(0, 2 * unit.first_row + LOW);
+    // Where the rows of x end that the first `passes` passes need.
+    auto rows_end = [&](int passes) {
+        int window = min(passes * PASS_WINDOWS, unit.windows) - 1;
+        return max(first_row, min(IN_H, 2 * (unit.first_row + window / WINDOW_PITCH) + 2 + PAD_H));
+    };
+    // The scale is chosen from the rows of the first pass, with room for larger values in later ones. If that is too little, all starts again.
+    for (bool again = false;; again = true) {
+        bool later = unit.passes > 1;
+        unsigned largest = 0;
+        load_rows(source, unit, first_row, rows_end(1), shared, power_of_two(exponent), largest);
+        int right = scale_exponent(block_max(largest, scratch));
+        if (!again && (right < GUESS + later || right > GUESS + SLACK)) {
+            exponent = right - later * ROOM;
+            load_rows(source, unit, first_row, rows_end(1), shared, power_of_two(exponent), largest);
+        }
+        for (int pass = 0; pass < unit.passes; pass++) {
+            bool trimmed = LAST_TILES < TILES && unit.windows - pass * PASS_WINDOWS <= 4 * LAST_TILES * WARPGROUPS_N;
+            int tiles = trimmed ? LAST_TILES : TILES, first = pass * PASS_WINDOWS + warpgroup_n * (tiles * 4);
+            NextRows next_rows(source, rows_end(pass + 1), rows_end(pass + 2));
+            Sums sums = {};
+            if (trimmed) run_pass(sums, LAST_TILES, first, next_rows, largest);
+            else run_pass(sums, TILES, first, next_rows, largest);
+            int channel = warpgroup_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+            epilogue.pass(sums, Place{unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE, unit.windows}, exponent);
+        }
+        right = scale_exponent(block_max(largest, scratch));
+        if (exponent <= right && right <= exponent + SLACK) break;
+        exponent = right;
+        epilogue.restart();
     }
     epilogue.finish(exponent);
 }

@@ -1,7 +1,8 @@
 // Where conv_bn_pool keeps the 2x2 windows of a plane: one of OUT_H x OUT_W sums, pooled.
 //
 // Windows are numbered row by row, WINDOW_PITCH a row, and cut into units of UNIT_WINDOWS, each with room for UNIT_STRIDE. In it they follow one
-// another, but with WGMMA the 4 x 4 windows of 4 tiles and 4 lanes are transposed, so that a lane writes its own together.
+// another, but with WGMMA 16 windows, four tiles of four lanes, change places among themselves, so that a lane writes 16 bytes of its own at a time, next to
+// those of its neighbours.
 //
 // PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNIT_WINDOWS, UNIT_STRIDE, PLANE_STRIDE.
 #pragma once
@@ -10,7 +11,12 @@
 
 __device__ inline int unit_of_window(int row, int column) { return PLANE_UNITS == 1 ? 0 : (row * WINDOW_PITCH + column) / UNIT_WINDOWS; }
 
-__device__ inline int place_of_window(int row, int column) {
+// Of values of which TOGETHER windows, 1, 2 or 4, make 16 bytes.
+template <int TOGETHER> __device__ inline int place_of_window(int row, int column) {
     int unit = unit_of_window(row, column), window = row * WINDOW_PITCH + column - unit * UNIT_WINDOWS;
-    return unit * UNIT_STRIDE + (WGMMA ? window & ~15 | (window & 3) << 2 | window >> 2 & 3 : window);
+    int lane = window % 4, tile = window / 4 % 4;
+    return unit * UNIT_STRIDE + (WGMMA ? window / 16 * 16 + tile / TOGETHER * (4 * TOGETHER) + lane * TOGETHER + tile % TOGETHER : window);
 }
+
+enum { TOGETHER_POOLED = 4 };  // and taps, which go with them
+template <class T> __device__ constexpr int together_saved() { return 4 / sizeof(T); }

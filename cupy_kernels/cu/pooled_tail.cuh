@@ -46,7 +46,7 @@ struct Job {
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             int p = at + i * 32;
-            v[i] = inside(i) ? source[place_of_window(p / POOLED_W, p % POOLED_W)] : 0;
+            v[i] = inside(i) ? source[place_of_window<TOGETHER_POOLED>(p / POOLED_W, p % POOLED_W)] : 0;
         }
     }
 };

@@ -191,12 +191,13 @@ struct OutputGradient {
     __device__ float of_chosen(float g) const { return multiply_unflushed(g, enlarge) * scale; }
 };
 
-// A 2x2 window: its place in the planes that conv_bn_pool wrote, and in g, -1 at an odd edge.
+// A 2x2 window: its places among the taps, in `saved`, and in g, which for windows that an odd edge cuts is -1.
 struct Window {
-    int row, column, place, pooled;
+    int row, column, tap, saved, pooled;
 
     __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
-        place = place_of_window(row, column);
+        tap = place_of_window<TOGETHER_POOLED>(row, column);
+        saved = place_of_window<together_saved<saved_t>()>(row, column);
         pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
     }
 };
@@ -245,12 +246,12 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
     int tap[8], exponent = kept_exponent(unit_exponents, image, window);
     if (real) {
         i64 plane = image * OUT_CHANNELS + c;
-        const Kept* from = (const Kept*)saved + plane * PLANE_STRIDE + window.place;
+        const Kept* from = (const Kept*)saved + plane * PLANE_STRIDE + window.saved;
         if (sums)
             #pragma unroll
             for (int j = 0; j < 8; j++) kept[j] = from[j * PLANE_STRIDE];
         const float* g_from = g + plane * PLANE + max(window.pooled, 0);
-        const u8* tap_from = taps + plane * PLANE_STRIDE + window.place;
+        const u8* tap_from = taps + plane * PLANE_STRIDE + window.tap;
         #pragma unroll
         for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * PLANE_STRIDE];
         if (window.pooled < 0)
@@ -312,8 +313,8 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
     gradient.finish(count, 0);
     float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window));
     float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]), v[4];
-    int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.place];
-    unpack(sums ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.place] : Kept(), v);
+    int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.tap];
+    unpack(sums ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
         int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
