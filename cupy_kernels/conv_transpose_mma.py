@@ -19,6 +19,7 @@ _CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
 _STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
+_BLOCK_RESERVED = 1024  # what an SM's shared memory has over a block's largest, for each block
 
 
 class Plan(NamedTuple):
@@ -120,12 +121,20 @@ def _layout(split, many_images, channels, size, out, kernel, pad, limit) -> conv
 
     # Few images: one pass a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
-    most_passes = ceil_div(windows, most_warps_n * 16) if many_images else 1
-    choices = [(most_warps_n, passes, 1) for passes in range(most_passes, 0, -1)]
-    choices += [(most_warps_n, 1, 0), (most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
-    for (warps_n, passes, resident), stages in itertools.product(choices, _STAGES):
+    def choices_with(warps_n):
+        most_passes = ceil_div(windows, warps_n * 16) if many_images else 1
+        return [(warps_n, passes, 1) for passes in range(most_passes, 0, -1)] + [(warps_n, 1, 0)]
+
+    choices = choices_with(most_warps_n) + [(most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
+    layouts = [(*choice, stages, limit) for choice, stages in itertools.product(choices, _STAGES)]
+    if split == 2:
+        # Two smaller blocks an SM where both fit: one multiplies while the other loads, stores, or waits at a barrier.
+        half = (limit + _RESERVED - _BLOCK_RESERVED) // 2 - _RESERVED
+        small = [(*choice, stages, half) for choice in choices_with(most_warps_n // 2) for stages in (4, 3, 2)]
+        layouts = small + layouts
+    for warps_n, passes, resident, stages, most in layouts:
         units, rows, shared_bytes = layout(warps_n, passes, resident, stages)
-        if shared_bytes <= limit:
+        if shared_bytes <= most:
             break
     else:
         raise UnsupportedError(f"it needs {shared_bytes} bytes of shared memory, the GPU has {limit}")

@@ -38,8 +38,8 @@
 #define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
 #define PASS_WINDOWS (TILE_N / 4)
 #define UNIT_WINDOWS (UNIT_PASSES * PASS_WINDOWS)
-// Pairs that an image's last windows need; units of one pass do not care.
-#define LAST_PAIRS (UNIT_PASSES == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
+// Pairs that an image's last windows need; SPLIT 1's units of one pass do not care.
+#define LAST_PAIRS (UNIT_PASSES == 1 && SPLIT == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
 #define UNITS ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
 
 #include "fp16_cells.cuh"
@@ -52,6 +52,15 @@ enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
 // under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
 enum { GUESS = 10, SLACK = 6 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
+
+#if SPLIT == 2 && !defined(CUPY_KERNELS_EMULATOR)
+typedef unsigned Row;  // of ldmatrix: an address in shared memory, in one register, of which SPLIT 2 has none to spare
+__device__ inline Row row_at(const u8* p) { return (unsigned)__cvta_generic_to_shared(p); }
+__device__ inline Row other_part(Row row, int parts) { return row ^ parts * 16; }
+#else
+typedef const u8* Row;
+__device__ inline Row row_at(const u8* p) { return p; }
+#endif
 
 typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
 
@@ -153,7 +162,8 @@ __device__ inline int band_exponent(const scalar_t* source, const Unit& unit, un
 
 // Brings chunk `chunk` of a unit's rows into cells, scaled; `largest` grows to their largest finite magnitude.
 __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
-    enum { BATCH = RESIDENT ? 8 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };  // not resident, the sums hold the registers
+    // Not resident, the sums hold the registers; SPLIT 2 has room where its fragments will be.
+    enum { BATCH = RESIDENT ? 8 : SPLIT == 2 ? 4 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };
     // Lanes take 32 pixels in such an order that eight at a time write to different banks.
     int lane = threadIdx.x % 32, spread = lane;
     if (ADJACENT) spread = lane % 2 + lane / 2 % 4 * WARP_TILES + lane / 8 % PAIRS * 2;
@@ -231,11 +241,18 @@ __device__ inline void convolve(
     // Past the last step it fetches the first ones again, which nobody reads: cheaper than to ask each time.
     int from = 0, stage = 0;
     auto fetch = [&](int to) {
+#if SPLIT == 2  // addresses that differ by constants: one for all copies
+        u8* target = ring + to + threadIdx.x * 16;
+        const u8* mine = weights + (from + (int)threadIdx.x * 16);
+        #pragma unroll
+        for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) cp_async_16(target + i * THREADS * 16, mine + i * THREADS * 16, true);
+#else
         #pragma unroll
         for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) {
             int at = (i * THREADS + threadIdx.x) * 16;
             cp_async_16(ring + to + at, weights + from + at, true);
         }
+#endif
         from = from + STAGE_BYTES == CHUNKS * TAPS * STAGE_BYTES ? 0 : from + STAGE_BYTES;
         cp_async_commit();
     };
@@ -270,13 +287,13 @@ __device__ inline void convolve(
                 if (CELLS) cp_async_wait<0>();
                 __syncthreads();
             }
-            const u8 *chunk_cells = band_of(chunk), *a_row, *b_row[PAIRS];
+            Row chunk_cells = row_at(band_of(chunk)), a_row, b_row[PAIRS];
             // Called when the last tap's fragments are loaded: its stage is free once all warps are here.
             auto turn_to = [&](int kh, int kw) __attribute__((always_inline)) {
                 cp_async_wait<STAGES - 2>();
                 __syncthreads();
                 fetch(stage ? stage - STAGE_BYTES : (STAGES - 1) * STAGE_BYTES);
-                a_row = ring + stage + cell_offset(warp_m * 64 + lane % 16, lane / 16);
+                a_row = row_at(ring) + stage + cell_offset(warp_m * 64 + lane % 16, lane / 16);
                 stage = stage + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
                 #pragma unroll
                 for (int j = 0; j < PAIRS; j++) {
@@ -286,6 +303,9 @@ __device__ inline void convolve(
                 }
             };
             for (int kh = 0; kh < KERNEL_H; kh++) {
+#if SPLIT == 2
+                #pragma unroll 1
+#endif
                 for (int kw = 0; kw < KERNEL_W; kw++) {
                     turn_to(kh, kw);
                     #pragma unroll SLICES_AT_ONCE

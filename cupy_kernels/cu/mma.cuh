@@ -6,6 +6,16 @@
 //     c[4]: row l/4, columns 2(l%4)+{0,1} | row l/4+8, the same columns
 #pragma once
 
+#ifndef CUPY_KERNELS_EMULATOR
+// ldmatrix_x4 of rows at addresses in shared memory.
+__device__ inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
+#if __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#endif
+}
+#endif
+
 // Four 8x8 matrices of halves: lane l passes the address of row l%8 (16 bytes) of matrix l/8, and gets in r[i] the values of
 // matrix i at row l/4, columns 2(l%4)+{0,1}.
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
@@ -14,9 +24,7 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
     int lane = emulator::current % 32;
     for (int i = 0; i < 4; i++) r[i] = ((const unsigned*)rows[8 * i + lane / 4])[lane % 4];
 #elif __CUDA_ARCH__ >= 750
-    unsigned address = (unsigned)__cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+    ldmatrix_x4(r, (unsigned)__cvta_generic_to_shared(row));
 #endif
 }
 
