@@ -479,6 +479,7 @@ _CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
 _STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
+_BLOCK_RESERVED = 1024  # what an SM's shared memory has over a block's largest, for each block
 
 
 class Plan(NamedTuple):
@@ -538,13 +539,21 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
 
     # Few images: one turn a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
-    most_passes = ceil_div(windows, most_warps_n * 16) if x_shape[0] >= MANY_IMAGES else 1
-    choices = [(most_warps_n, passes, 1) for passes in range(most_passes, 0, -1)]
-    choices += [(most_warps_n, 1, 0), (most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
+    def choices_with(warps_n):
+        most_passes = ceil_div(windows, warps_n * 16) if x_shape[0] >= MANY_IMAGES else 1
+        return [(warps_n, passes, 1) for passes in range(most_passes, 0, -1)] + [(warps_n, 1, 0)]
+
+    choices = choices_with(most_warps_n) + [(most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
     limit = shared_limit - _RESERVED
-    for (warps_n, passes, resident), stages in itertools.product(choices, _STAGES):
+    layouts = [(*choice, stages, limit) for choice, stages in itertools.product(choices, _STAGES)]
+    if split == 2:
+        # Two smaller blocks an SM where both fit: one multiplies while the other loads, stores, or waits at a barrier.
+        half = (shared_limit - _BLOCK_RESERVED) // 2 - _RESERVED
+        small = [(*choice, stages, half) for choice in choices_with(most_warps_n // 2) for stages in (4, 3, 2)]
+        layouts = small + layouts
+    for warps_n, passes, resident, stages, most in layouts:
         units, rows, shared_bytes = layout(warps_n, passes, resident, stages)
-        if shared_bytes <= limit:
+        if shared_bytes <= most:
             break
     else:
         raise UnsupportedError(f"it needs {shared_bytes} bytes of shared memory, the GPU has {limit}")
@@ -2454,8 +2463,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
 #define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
 #define PASS_WINDOWS (TILE_N / 4)
 #define UNIT_WINDOWS (UNIT_PASSES * PASS_WINDOWS)
-// Pairs that an image's last windows need; units of one turn do not care.
-#define LAST_PAIRS (UNIT_PASSES == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
+// Pairs that an image's last windows need; SPLIT 1's units of one turn do not care.
+#define LAST_PAIRS (UNIT_PASSES == 1 && SPLIT == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
 #define UNITS ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
 
 #include "fp16_cells.cuh"
@@ -2468,6 +2477,15 @@ enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
 // under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
 enum { GUESS = 10, SLACK = 6 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
+
+#if SPLIT == 2 && !defined(CUPY_KERNELS_EMULATOR)
+typedef unsigned Row;  // of ldmatrix: an address in shared memory, in one register, of which SPLIT 2 has none to spare
+__device__ inline Row row_at(const u8* p) { return (unsigned)__cvta_generic_to_shared(p); }
+__device__ inline Row other_part(Row row, int parts) { return row ^ parts * 16; }
+#else
+typedef const u8* Row;
+__device__ inline Row row_at(const u8* p) { return p; }
+#endif
 
 typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
 
@@ -2547,7 +2565,8 @@ __device__ inline int band_exponent(const scalar_t* source, const Unit& unit, un
 
 // Brings chunk `chunk` of a unit's rows into cells, scaled; `largest` grows to their largest finite magnitude.
 __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
-    enum { BATCH = RESIDENT ? 8 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };  // not resident, the sums hold the registers
+    // Not resident, the sums hold the registers; SPLIT 2 has room where its fragments will be.
+    enum { BATCH = RESIDENT ? 8 : SPLIT == 2 ? 4 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };
     // Lanes take 32 pixels in such an order that eight at a time write to different banks.
     int lane = threadIdx.x % 32, spread = lane;
     if (ADJACENT) spread = lane % 2 + lane / 2 % 4 * WARP_TILES + lane / 8 % PAIRS * 2;
@@ -2625,11 +2644,18 @@ __device__ inline void convolve(
     // Past the last step it fetches the first ones again, which nobody reads: cheaper than to ask each time.
     int from = 0, stage = 0;
     auto fetch = [&](int to) {
+#if SPLIT == 2  // addresses that differ by constants: one for all copies
+        u8* target = ring + to + threadIdx.x * 16;
+        const u8* mine = weights + (from + (int)threadIdx.x * 16);
+        #pragma unroll
+        for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) cp_async_16(target + i * THREADS * 16, mine + i * THREADS * 16, true);
+#else
         #pragma unroll
         for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) {
             int at = (i * THREADS + threadIdx.x) * 16;
             cp_async_16(ring + to + at, weights + from + at, true);
         }
+#endif
         from = from + STAGE_BYTES == CHUNKS * TAPS * STAGE_BYTES ? 0 : from + STAGE_BYTES;
         cp_async_commit();
     };
@@ -2664,13 +2690,13 @@ __device__ inline void convolve(
                 if (CELLS) cp_async_wait<0>();
                 __syncthreads();
             }
-            const u8 *chunk_cells = band_of(chunk), *a_row, *b_row[PAIRS];
+            Row chunk_cells = row_at(band_of(chunk)), a_row, b_row[PAIRS];
             // Called when the last tap's fragments are loaded: its stage is free once all warps are here.
             auto turn_to = [&](int kh, int kw) __attribute__((always_inline)) {
                 cp_async_wait<STAGES - 2>();
                 __syncthreads();
                 fetch(stage ? stage - STAGE_BYTES : (STAGES - 1) * STAGE_BYTES);
-                a_row = ring + stage + cell_offset(warp_m * 64 + lane % 16, lane / 16);
+                a_row = row_at(ring) + stage + cell_offset(warp_m * 64 + lane % 16, lane / 16);
                 stage = stage + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
                 #pragma unroll
                 for (int j = 0; j < PAIRS; j++) {
@@ -2680,6 +2706,9 @@ __device__ inline void convolve(
                 }
             };
             for (int kh = 0; kh < KERNEL_H; kh++) {
+#if SPLIT == 2
+                #pragma unroll 1
+#endif
                 for (int kw = 0; kw < KERNEL_W; kw++) {
                     turn_to(kh, kw);
                     #pragma unroll SLICES_AT_ONCE
@@ -3482,6 +3511,16 @@ __device__ inline int smallest_exponent(const int* exponents, int count, unsigne
 //     c[4]: row l/4, columns 2(l%4)+{0,1} | row l/4+8, the same columns
 #pragma once
 
+#ifndef CUPY_KERNELS_EMULATOR
+// ldmatrix_x4 of rows at addresses in shared memory.
+__device__ inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
+#if __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#endif
+}
+#endif
+
 // Four 8x8 matrices of halves: lane l passes the address of row l%8 (16 bytes) of matrix l/8, and gets in r[i] the values of
 // matrix i at row l/4, columns 2(l%4)+{0,1}.
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
@@ -3490,9 +3529,7 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
     int lane = emulator::current % 32;
     for (int i = 0; i < 4; i++) r[i] = ((const unsigned*)rows[8 * i + lane / 4])[lane % 4];
 #elif __CUDA_ARCH__ >= 750
-    unsigned address = (unsigned)__cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+    ldmatrix_x4(r, (unsigned)__cvta_generic_to_shared(row));
 #endif
 }
 
