@@ -33,16 +33,17 @@ def layout(dgrad: bool, many_images: bool, channels, size, out, kernel, pad, lim
     steps = ceil_div(channels[0], _STEP_CHANNELS)
     step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2
     gap = max(0, kernel[1] - 1 - pad[1])
-    pitch = ceil_div(size[1] + gap, 2) * 2
+    pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
     window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
     for units in range(1, windows_h + 1):
         rows = ceil_div(windows_h, units)
         while rows < windows_h and rows * window_pitch % 4:  # units begin at multiples of four windows
             rows += 1
         windows = (rows - 1) * window_pitch + windows_w
-        low, high = pad[0] - (kernel[0] - 1), 2 * rows - 1 + pad[0]  # LOW and HIGH of conv_wgmma.cuh
+        low, high = pad[0] - (kernel[0] - 1), 2 * rows - 1 + pad[0]  # LOW, HIGH and, below, ALONG of conv_wgmma.cuh
         band_cells = gap + (high - low + 1) * pitch
-        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * band_cells * 16, 128) * 128
+        along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
+        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along, 128) * 128
         stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
         if stages and (many_images or windows <= _FEW_WINDOWS or rows == 1):
             break

@@ -232,9 +232,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     }
     DYNAMIC_SHARED(u8, shared);
     Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
-#if WGMMA
-    convolve(x, packed, shared, scratch, epilogue);
-#else
     convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
-#endif
 }

@@ -91,6 +91,10 @@ struct Place {
     i64 image;
     int channel, first_window, pairs, end_window;  // the lane's first channel in the block; the warp's windows
 
+    // Of the warp's windows, the i-th.
+    __device__ int nth(int i) const { return first_window + i; }
+    __device__ bool has(int i) const { return i < pairs * 4 && nth(i) < end_window; }
+
     __device__ int window(int t) const { return first_window + lane_window(threadIdx.x % 4, t, pairs); }
     __device__ bool exists(int t) const { return t < pairs && window(t) < end_window; }
     // Whether a pixel of a window that exists does.

@@ -2,14 +2,16 @@
 //
 // A block owns one unit: TILE_M channels and UNIT_ROWS rows of 2x2 windows of one image. The rows of x that it needs (the band) lie in shared
 // memory as fp16, 8 channels after 8 channels (GROUPS_K groups), the even rows of x before the odd ones, rows outside the image as zeros.
-// Between two rows lie PITCH - IN_W zeros, right border of one and left border of the next. In this order a tap is a shift: the pixels of the
+// Between two rows lie PITCH - IN_W zeros, right border of one and left border of the next; rows of y fit in a pitch, too. In this order a tap is a shift: the pixels of the
 // upper (or lower) rows of neighbouring windows, row after row of them, read neighbouring cells, whatever the tap. So a pass takes
 // 4 TILES neighbouring windows a warpgroup, some of which lie between two rows and are not valid: WINDOW_PITCH a row, of which WINDOWS_W are.
 //
 // Weights stream through a ring of STAGES cp.async stages, each 32 channels of a tap. What the tensor cores still read is never
 // written: a stage is refilled two steps later, after a barrier that follows everybody's wait for it.
 //
-// Macros: those of pooled_planes.cuh, scalar_t, IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (1),
+// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
+//
+// Macros: those of pooled_planes.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (1),
 // WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles of 8 pixels of a warpgroup in a pass, and in the last of an image), STAGES.
 #pragma once
 #include "common.cuh"
@@ -24,7 +26,7 @@
 #define GROUPS_K (STEPS_K * 4)             // of 8 channels
 #define STEP_BYTES (TILE_M * 64)
 #define GAP (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-#define PITCH ((IN_W + GAP + 1) / 2 * 2)
+#define PITCH (((IN_W + GAP > OUT_W ? IN_W + GAP : OUT_W) + 1) / 2 * 2)
 #define WINDOWS_W ((OUT_W + 1) / 2)
 #define WINDOWS_H ((OUT_H + 1) / 2)
 #define UNITS ((WINDOWS_H + UNIT_ROWS - 1) / UNIT_ROWS)
@@ -35,7 +37,8 @@ enum { LOW = PAD_H - (KERNEL_H - 1), HIGH = 2 * UNIT_ROWS - 1 + PAD_H };
 __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; }
 __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - first_of(parity) + 1; }
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
-enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_CELLS = GAP + BAND_ROWS * PITCH, ALONG = BAND_CELLS * 16 };
+enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_CELLS = GAP + BAND_ROWS * PITCH };
+enum { ALONG = (BAND_CELLS * 16 + 111) / 128 * 128 + 16 };  // of 8 channels; eight of them have the same cell in different banks
 enum { RING_OFFSET = (GROUPS_K * ALONG + 127) / 128 * 128, EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
 enum { GUESS = 10, SLACK = 6, ROOM = 3 };  // see conv_mma.cuh; ROOM: for larger values than those seen
 
@@ -66,9 +69,12 @@ struct Place {
     i64 image;
     int channel, first, tiles, unit_window, unit_place, windows;  // the lane's first channel in the block; `first` counts from the unit's first window
 
-    __device__ int in_unit(int t) const { return first + t * 4 + threadIdx.x % 4; }
-    __device__ int window(int t) const { return unit_window + in_unit(t); }
-    __device__ bool exists(int t) const { return t < tiles && in_unit(t) < windows && in_unit(t) % WINDOW_PITCH < WINDOWS_W; }
+    // Of the warp's windows, the i-th.
+    __device__ int nth(int i) const { return unit_window + first + i; }
+    __device__ bool has(int i) const { return i < tiles * 4 && first + i < windows && (first + i) % WINDOW_PITCH < WINDOWS_W; }
+
+    __device__ int window(int t) const { return nth(t * 4 + threadIdx.x % 4); }
+    __device__ bool exists(int t) const { return has(t * 4 + threadIdx.x % 4); }
     // Whether a pixel of a window that exists does.
     __device__ bool inside(int t, int corner) const {
         int row = window(t) / WINDOW_PITCH * 2 + corner / 2, column = window(t) % WINDOW_PITCH * 2 + corner % 2;
@@ -90,74 +96,140 @@ __device__ inline void clear_border(u8* cells, const Unit& unit) {
     }
 }
 
-// One octet: eight channels, `group`, of a pixel of x, scaled, to its cell. `row` counts from the first that UNIT_ROWS windows of the unit may need.
-__device__ inline void store_octet(u8* cells, int group, int row, int column, float (&v)[8], float scale, unsigned& largest) {
-    #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        largest = max(largest, finite_magnitude(v[j]));
-        v[j] = multiply_unflushed(v[j], scale);
+// The rows of x that a unit needs, brought into cells: those of the first pass by begin(), those of each next pass by turns between follow() and
+// the end of the pass before it. `exponent` is that of their scale.
+#if CELLS
+// x is cells: copied asynchronously, all of them or, if a chunk's multiplications are long enough for it, chunk by chunk.
+struct Band {
+    enum { AHEAD = 2 * TAPS >= STAGES };
+    const half_t* source;
+    u8* cells;
+    const int* exponents;
+    int exponent_count, first, end, row, exponent;
+
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* cells)
+        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (CELL_BYTES / 2))), cells(cells), exponents(exponents), exponent_count(exponent_count),
+          first(max(0, 2 * unit.first_row + LOW)), end(min(IN_H, 2 * unit.first_row + HIGH + 1)), row(2 * unit.first_row), exponent(0) {
+        for (int chunk = 0; chunk < (AHEAD ? 1 : CHUNKS); chunk++) copy(chunk);
+        cp_async_commit();
     }
-    *(uint4*)(cells + group * ALONG + (GAP + band_row(row) * PITCH + column) * 16) = take_halves(v, 0);
-}
-
-__device__ inline void load_octet(const scalar_t* source, int group, int pixel, bool real, float (&v)[8]) {
-    #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
-}
-
-// What the first pass needs at most, in octets a thread, and how many of them are in flight at a time.
-enum { FIRST_ROWS = 2 * ((PASS_WINDOWS - 1) / WINDOW_PITCH) + 2 + KERNEL_H - 1 < IN_H ? 2 * ((PASS_WINDOWS - 1) / WINDOW_PITCH) + 2 + KERNEL_H - 1 : IN_H,
-       FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS, ROUNDS = (FIRST_OCTETS + 9) / 10, BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS };
-
-// Brings rows [first, end) of x into cells, scaled; `largest` grows to their largest finite magnitude. `source`: channel 0 of the image.
-__device__ inline void load_rows(const scalar_t* source, const Unit& unit, int first, int end, u8* cells, float scale, unsigned& largest) {
-    int pixels = (end - first) * IN_W, count = pixels * GROUPS_K;
-    for (int at = threadIdx.x; at < count; at += THREADS * BATCH) {
-        float v[BATCH][8];
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            int i = at + b * THREADS;
-            load_octet(source, i / pixels, first * IN_W + i % pixels, i < count, v[b]);
-        }
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            int i = at + b * THREADS, pixel = first * IN_W + i % pixels;
-            if (i < count) store_octet(cells, i / pixels, pixel / IN_W - 2 * unit.first_row, pixel % IN_W, v[b], scale, largest);
+    // Eight lanes take the parts of one cell.
+    __device__ void copy(int chunk) const {
+        const half_t* from = source + (chunk * IN_H + first) * IN_W * (CELL_BYTES / 2);
+        for (int i = threadIdx.x; i < (end - first) * IN_W * 8; i += THREADS) {
+            int pixel = i / 8, group = chunk * 8 + i % 8;
+            if (group < GROUPS_K) cp_async_16(cells + group * ALONG + (GAP + band_row(first + pixel / IN_W - row) * PITCH + pixel % IN_W) * 16, from + i * 8, true);
         }
     }
-}
-
-// The same behind the multiplications of a pass, for the next one: a thread loads an octet by load(), and stores it by a later turn(), which
-// loads the next one.
-struct NextRows {
-    const scalar_t* source;
-    int first_pixel, pixels, group, pixel;
+    // At the first step of a chunk, with that step's weights: brings the next one.
+    __device__ void next_chunk(int pass, int chunk) const {
+        if (AHEAD && pass == 0 && chunk + 1 < CHUNKS) copy(chunk + 1);
+    }
+    __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
+    __device__ void follow(int) {}
+    __device__ bool pending() const { return false; }
+    __device__ void turn() {}
+    __device__ bool fits(unsigned*) { return true; }
+};
+#else
+// x is a tensor: converted under a scale that is chosen from the rows of the first pass, with room for larger values in later ones. Where
+// that is not enough, all starts again.
+struct Band {
+    // What the first pass needs at most, in octets (eight channels of a pixel) a thread, and how many of them are in flight at a time.
+    enum { NEEDED_ROWS = 2 * ((PASS_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H, FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H };
+    enum { FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS, ROUNDS = (FIRST_OCTETS + 9) / 10, BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS };
+    const scalar_t* source;  // the image
+    const Unit& unit;
+    u8* cells;
+    int exponent, attempts;
+    unsigned largest;  // finite magnitude
+    int first_pixel, pixels, group, pixel;  // of the rows for the next pass; the thread's next octet of them, which is in v
     float v[8];
 
-    __device__ NextRows(const scalar_t* source, int first, int end)
-        : source(source), first_pixel(first * IN_W), pixels((end - first) * IN_W), group(end > first ? 0 : GROUPS_K), pixel(threadIdx.x) {
-        settle();
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* cells)
+        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), cells(cells), exponent(GUESS), attempts(0) {}
+
+    // Where the rows end that the first `passes` passes need.
+    __device__ int rows_end(int passes) const {
+        int window = min(passes * PASS_WINDOWS, unit.windows) - 1;
+        return max(0, min(IN_H, 2 * (unit.first_row + (window < 0 ? 0 : window / WINDOW_PITCH + 1)) + PAD_H));
+    }
+    __device__ void load(int group, int pixel, bool real, float (&v)[8]) const {
+        #pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
+    }
+    __device__ void store(int group, int pixel, float (&v)[8]) {
+        #pragma unroll
+        for (int j = 0; j < 8; j++) {
+            largest = max(largest, finite_magnitude(v[j]));
+            v[j] = multiply_unflushed(v[j], power_of_two(exponent));
+        }
+        int row = band_row(pixel / IN_W - 2 * unit.first_row);
+        *(uint4*)(cells + group * ALONG + (GAP + row * PITCH + pixel % IN_W) * 16) = take_halves(v, 0);
+    }
+    __device__ void load_first_rows() {
+        largest = 0;
+        int start = max(0, 2 * unit.first_row + LOW) * IN_W, count = max(0, rows_end(1) * IN_W - start);
+        for (int at = threadIdx.x; at < count * GROUPS_K; at += THREADS * BATCH) {
+            float v[BATCH][8];
+            #pragma unroll
+            for (int b = 0; b < BATCH; b++) {
+                int i = at + b * THREADS;
+                load(i / count, start + i % count, i < count * GROUPS_K, v[b]);
+            }
+            #pragma unroll
+            for (int b = 0; b < BATCH; b++) {
+                int i = at + b * THREADS;
+                if (i < count * GROUPS_K) store(i / count, start + i % count, v[b]);
+            }
+        }
+    }
+    __device__ void next_chunk(int, int) const {}
+    __device__ void begin(unsigned* scratch) {
+        bool later = unit.passes > 1;
+        load_first_rows();
+        int right = scale_exponent(block_max(largest, scratch));
+        if (attempts++ || (right >= GUESS + later && right <= GUESS + SLACK)) return;
+        exponent = right - later * ROOM;
+        load_first_rows();
+    }
+    // A thread loads an octet, and stores it by a later turn(), which loads the next one.
+    __device__ void follow(int pass) {
+        first_pixel = rows_end(pass) * IN_W;
+        pixels = rows_end(pass + 1) * IN_W - first_pixel;
+        group = pixels > 0 ? 0 : GROUPS_K;
+        pixel = threadIdx.x;
+        load_next();
     }
     __device__ bool pending() const { return group < GROUPS_K; }
-    __device__ void settle() {
+    __device__ void load_next() {
         for (; pending() && pixel >= pixels; group++) pixel -= pixels;
-        if (pending()) load_octet(source, group, first_pixel + pixel, true, v);
+        if (pending()) load(group, first_pixel + pixel, true, v);
     }
-    __device__ void turn(const Unit& unit, u8* cells, float scale, unsigned& largest) {
-        int at = first_pixel + pixel;
-        store_octet(cells, group, at / IN_W - 2 * unit.first_row, at % IN_W, v, scale, largest);
+    __device__ void turn() {
+        store(group, first_pixel + pixel, v);
         pixel += THREADS;
-        settle();
+        load_next();
+    }
+    __device__ bool fits(unsigned* scratch) {
+        int right = scale_exponent(block_max(largest, scratch));
+        bool fit = exponent <= right && right <= exponent + SLACK;
+        if (!fit) exponent = right;
+        return fit;
     }
 };
+#endif
 
-// The convolution of one unit.
+// The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them.
 template <class Epilogue>
-__device__ inline void convolve(const scalar_t* x, const half_t* packed, u8* shared, unsigned* scratch, Epilogue& epilogue) {
+__device__ inline void convolve(
+    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
+    Epilogue& epilogue) {
     u8* ring = shared + RING_OFFSET;
     int warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0), warpgroup_m = warpgroup % WARPGROUPS_M, warpgroup_n = warpgroup / WARPGROUPS_M;
     Unit unit(blockIdx.x);
     clear_border(shared, unit);
+    Band band(x, x_exponents, x_exponent_count, unit, shared);
     const u8* weights = (const u8*)packed + (i64)blockIdx.y * TAPS * STEPS_K * STEP_BYTES;
 
     // Past the last step it fetches the first ones again, which only the next pass reads.
@@ -175,74 +247,58 @@ __device__ inline void convolve(const scalar_t* x, const half_t* packed, u8* sha
     };
     for (int i = 0; i < STAGES - 2; i++) fetch();
 
-    const scalar_t* source = x + unit.image * (IN_CHANNELS * IN_H * IN_W);
-    int exponent = GUESS;
-
     WgmmaOperand cells(shared, ALONG, 128), a_stages(ring + warpgroup_m * 1024, TILE_M * 16, 128);
-    // A pass over windows from `first` on. `tiles` is a constant at each call, so that a copy is made for it.
-    auto run_pass = [&](Sums& sums, const int tiles, int first, NextRows& next_rows, unsigned& largest) __attribute__((always_inline)) {
+    // `pass` over windows from `first` on. `tiles` is a constant at each call, so that a copy is made for it.
+    auto run_pass = [&](Sums& sums, const int tiles, int pass, int first) __attribute__((always_inline)) {
         bool turn = false;
-        for (int kh = 0; kh < KERNEL_H; kh++) {
-            WgmmaOperand rows[2] = {cells, cells};
-            #pragma unroll
-            for (int lower = 0; lower < 2; lower++)
-                rows[lower] = cells.moved((GAP + band_row(lower + PAD_H - kh) * PITCH + 2 * first + PAD_W) * 16);
-            for (int kw = 0; kw < KERNEL_W; kw++)
-                for (int step = 0; step < STEPS_K; step++) {
-                    cp_async_wait<STAGES - 3>();
-                    fence_async_proxy();
-                    __syncthreads();
-                    fetch();
-                    wgmma_fence();
-                    #pragma unroll
-                    for (int k = 0; k < 2; k++)
+        for (int chunk = 0; chunk < (STEPS_K + 1) / 2; chunk++)
+            for (int kh = 0; kh < KERNEL_H; kh++) {
+                WgmmaOperand rows[2] = {cells, cells};
+                #pragma unroll
+                for (int lower = 0; lower < 2; lower++)
+                    rows[lower] = cells.moved((GAP + band_row(lower + PAD_H - kh) * PITCH + 2 * first + PAD_W) * 16);
+                for (int kw = 0; kw < KERNEL_W; kw++)
+                    for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step++) {
+                        cp_async_wait<STAGES - 3>();
+                        fence_async_proxy();
+                        __syncthreads();
+                        if (kh + kw == 0 && step == chunk * 2) band.next_chunk(pass, chunk);
+                        fetch();
+                        wgmma_fence();
                         #pragma unroll
-                        for (int lower = 0; lower < 2; lower++) {
-                            WgmmaOperand a = a_stages.moved(stage + k * TILE_M * 32), b = rows[lower].moved((step * 4 + k * 2) * ALONG - kw * 16);
-                            if (tiles == TILES) wgmma<TILES>(sums[lower], a, b);
-                            else wgmma<LAST_TILES>(sums[lower], a, b);
-                        }
-                    wgmma_commit();
-                    // What a step has loaded arrives during the next one.
-                    if (turn && next_rows.pending()) next_rows.turn(unit, shared, power_of_two(exponent), largest);
-                    turn = !turn;
-                    wgmma_wait<1>();
-                    stage = next(stage);
-                }
-        }
-        while (next_rows.pending()) next_rows.turn(unit, shared, power_of_two(exponent), largest);
+                        for (int k = 0; k < 2; k++)
+                            #pragma unroll
+                            for (int lower = 0; lower < 2; lower++) {
+                                WgmmaOperand a = a_stages.moved(stage + k * TILE_M * 32), b = rows[lower].moved((step * 4 + k * 2) * ALONG - kw * 16);
+                                if (tiles == TILES) wgmma<TILES>(sums[lower], a, b);
+                                else wgmma<LAST_TILES>(sums[lower], a, b);
+                            }
+                        wgmma_commit();
+                        // What a step has loaded arrives during the next one.
+                        if (turn && band.pending()) band.turn();
+                        turn = !turn;
+                        wgmma_wait<1>();
+                        stage = next(stage);
+                    }
+            }
+        while (band.pending()) band.turn();
         wgmma_wait<0>();
     };
-    int first_row = max(0, 2 * unit.first_row + LOW);
-    // Where the rows of x end that the first `passes` passes need.
-    auto rows_end = [&](int passes) {
-        int window = min(passes * PASS_WINDOWS, unit.windows) - 1;
-        return max(first_row, min(IN_H, 2 * (unit.first_row + window / WINDOW_PITCH) + 2 + PAD_H));
-    };
-    // The scale is chosen from the rows of the first pass, with room for larger values in later ones. If that is too little, all starts again.
-    for (bool again = false;; again = true) {
-        bool later = unit.passes > 1;
-        unsigned largest = 0;
-        load_rows(source, unit, first_row, rows_end(1), shared, power_of_two(exponent), largest);
-        int right = scale_exponent(block_max(largest, scratch));
-        if (!again && (right < GUESS + later || right > GUESS + SLACK)) {
-            exponent = right - later * ROOM;
-            load_rows(source, unit, first_row, rows_end(1), shared, power_of_two(exponent), largest);
-        }
+    for (bool again = true; again;) {
+        band.begin(scratch);
         for (int pass = 0; pass < unit.passes; pass++) {
             bool trimmed = LAST_TILES < TILES && unit.windows - pass * PASS_WINDOWS <= 4 * LAST_TILES * WARPGROUPS_N;
             int tiles = trimmed ? LAST_TILES : TILES, first = pass * PASS_WINDOWS + warpgroup_n * (tiles * 4);
-            NextRows next_rows(source, rows_end(pass + 1), rows_end(pass + 2));
             Sums sums = {};
-            if (trimmed) run_pass(sums, LAST_TILES, first, next_rows, largest);
-            else run_pass(sums, TILES, first, next_rows, largest);
+            band.follow(pass + 1);
+            if (trimmed) run_pass(sums, LAST_TILES, pass, first);
+            else run_pass(sums, TILES, pass, first);
             int channel = warpgroup_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-            epilogue.pass(sums, Place{unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE, unit.windows}, exponent);
+            Place place = {unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE, unit.windows};
+            epilogue.pass(sums, place, band.exponent);
         }
-        right = scale_exponent(block_max(largest, scratch));
-        if (exponent <= right && right <= exponent + SLACK) break;
-        exponent = right;
-        epilogue.restart();
+        again = !band.fits(scratch);
+        if (again) epilogue.restart();
     }
-    epilogue.finish(exponent);
+    epilogue.finish(band.exponent);
 }
