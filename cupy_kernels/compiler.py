@@ -108,7 +108,7 @@ def _module(kernel: Kernel, device: int):
 
 def _cubin_file(variant) -> Path:
     """The variant compiled for its architecture, which CuPy, that compiles for the plain ones only, cannot do."""
-    key = repr((nvrtc.version(), expanded(variant.file), variant))
+    key = repr((nvrtc.version(nvrtc.WGMMA_MAJOR), expanded(variant.file), variant))
     path = cache.folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     if not path.exists():
         cache.write(path, nvrtc.compile_variant(variant, variant.architecture)[0])

@@ -210,14 +210,17 @@ def sample_plans():
     """Plans for the shapes of `variants`, on GPUs with much and with little shared memory."""
     unit = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
     much, little = 227 * 1024, 99 * 1024
-    for split in (1, 2):
-        yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, False, "float", much)
-        yield plan((512, 128, 34, 34), (64, 128, 5, 5), unit, split, True, "float", much)
-        yield plan((1, 48, 64, 64), (48, 80, 7, 7), unit._replace(padding=(3, 3)), split, False, "float", much)
-        yield plan((64, 64, 32, 32), (64, 128, 5, 5), unit, split, False, "float", little)
-    for dtype in ("half_t", "bf16_t"):
-        yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, 1, False, dtype, much)
-        yield plan((64, 16, 16, 15), (512, 16, 1, 1), unit._replace(padding=(0, 0)), 1, True, dtype, much)
+    for split, wgmma in ((1, False), (2, False), (1, True)):
+        yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, False, "float", much, wgmma)
+        yield plan((512, 128, 34, 34), (64, 128, 5, 5), unit, split, True, "float", much, wgmma)
+        seven = unit._replace(padding=(3, 3))
+        yield plan((1, 48, 64, 64), (48, 80, 7, 7), seven, split, False, "float", much, wgmma)
+        if not wgmma:
+            yield plan((64, 64, 32, 32), (64, 128, 5, 5), unit, split, False, "float", little)
+    for dtype, wgmma in itertools.product(("half_t", "bf16_t"), (False, True)):
+        point = unit._replace(padding=(0, 0))
+        yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, 1, False, dtype, much, wgmma)
+        yield plan((64, 16, 16, 15), (512, 16, 1, 1), point, 1, True, dtype, much, wgmma)
 
 
 def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:

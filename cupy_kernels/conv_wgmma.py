@@ -37,8 +37,6 @@ def layout(dgrad: bool, many_images: bool, channels, size, out, kernel, pad, lim
     window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
     for units in range(1, windows_h + 1):
         rows = ceil_div(windows_h, units)
-        while rows < windows_h and rows * window_pitch % 4:  # units begin at multiples of four windows
-            rows += 1
         windows = (rows - 1) * window_pitch + windows_w
         low, high = pad[0] - (kernel[0] - 1), 2 * rows - 1 + pad[0]  # LOW, HIGH and, below, ALONG of conv_wgmma.cuh
         band_cells = gap + (high - low + 1) * pitch

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import importlib.util
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,14 +54,16 @@ def preload_wheels() -> tuple[str, ...]:
 
 @functools.cache
 def library(least_major: int = 11) -> ctypes.CDLL:
-    """The NVRTC library: CUDA 11's wheel, any other wheel, or the system's.
+    """The NVRTC library: of the installed CuPy's CUDA if it is there, else any; a wheel's, or the system's.
 
     least_major: of its version. BackendError if there is none.
     """
     preload_wheels()
     candidates = [str(p) for p in _wheel_libraries("cuda_nvrtc", "libnvrtc.so.*")]
     candidates += [str(p) for p in _wheel_libraries("cu13", "libnvrtc.so.*")]
-    for name in [*candidates, "libnvrtc.so.11.2", "libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so"]:
+    candidates += ["libnvrtc.so.11.2", "libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so"]
+    of_cupy = f"libnvrtc.so.{_cupy_major()}"
+    for name in sorted(candidates, key=lambda name: of_cupy not in name):
         try:
             found = ctypes.CDLL(name)
         except OSError:
@@ -73,15 +76,29 @@ def library(least_major: int = 11) -> ctypes.CDLL:
     )
 
 
+def _cupy_major() -> int | None:
+    """Major version of the CUDA that the installed CuPy is for."""
+    installed = (major for major in (11, 12, 13) if _is_installed(f"cupy-cuda{major}x"))
+    return next(installed, None)
+
+
+def _is_installed(package):
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _version(lib):
     major, minor = ctypes.c_int(), ctypes.c_int()
     lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return major.value, minor.value
 
 
-def version() -> str:
-    """Version of `library()`, such as "11.8"."""
-    return ".".join(map(str, _version(library())))
+def version(least_major: int = 11) -> str:
+    """Version of `library(least_major)`, such as "11.8"."""
+    return ".".join(map(str, _version(library(least_major))))
 
 
 def knows_wgmma() -> bool:

@@ -159,11 +159,12 @@ def attributes(
     block: threads in a block, for the occupancy. Default: the most that __launch_bounds__ allows, else 256.
     shared_bytes: dynamic shared memory per block, for the occupancy.
     macros: variants that have these values only: attributes("tanh_forward", scalar_t="float").
+    Variants for wgmma instructions are there for "sm_90", if there is an NVRTC of CUDA 12 or newer.
     Edits in force count. Raises ValueError for an unknown name, or if no variant fits; BackendError without NVRTC.
     """
     measure = _of_gpu if arch is None and _has_gpu() else _of_nvrtc
     arch = arch or default_arch()
-    found = [Kernel(v.file, kernel, v.defines) for v, names in _matching(name, macros) for kernel in names]
+    found = [Kernel(v.file, kernel, v.defines) for v, names in _matching(name, arch, macros) for kernel in names]
     found = list(map(source.in_force, found))
     words, common = told_apart([kernel.defines for kernel in found])
     rows = [measure(kernel, arch, block, shared_bytes)._replace(macros=word) for kernel, word in zip(found, words)]
@@ -328,14 +329,14 @@ def _list(parameters):
     return ", ".join(" ".join(p) for p in parameters)
 
 
-def _matching(name, macros):
-    """(variant, names of its kernels) of a name, for the variants that have these macros."""
+def _matching(name, arch, macros):
+    """(variant, names of its kernels) of a name, for the variants for `arch` that have these macros."""
     from .variants import variants
 
     file, kernel = locate(name)
     if not file.endswith(".cu"):
         raise ValueError(f"{file} is a header; name a kernel, or one of {', '.join(files_with(file))}")
-    declared = [v for v in variants() if v.file == file]
+    declared = [v for v in variants() if v.file == file and _can_compile(v, arch)]
     found = [v for v in declared if {k: str(m) for k, m in macros.items()}.items() <= _strings(v).items()]
     if not found:
         there = "\n".join(f"    {_macros(v)}" for v in declared)
@@ -343,11 +344,22 @@ def _matching(name, macros):
     return [(v, (kernel,) if kernel else source.kernel_names(file)) for v in found]
 
 
+def _can_compile(variant, arch):
+    if not variant.architecture:
+        return True
+    try:
+        nvrtc.library(nvrtc.WGMMA_MAJOR)
+    except BackendError:
+        return False
+    return variant.architecture.startswith(arch)
+
+
 def _first(name, arch, macros):
     """(Kernel, arch) of the first variant; the kernel's name is empty for a file."""
-    variant, names = _matching(name, macros)[0]
+    arch = arch or default_arch()
+    variant, names = _matching(name, arch, macros)[0]
     kernel = source.in_force(Kernel(variant.file, names[0], variant.defines))
-    return kernel if locate(name)[1] else kernel._replace(name=""), arch or default_arch()
+    return kernel if locate(name)[1] else kernel._replace(name=""), arch
 
 
 def _strings(variant):

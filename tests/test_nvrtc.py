@@ -15,10 +15,16 @@ from cupy_kernels.variants import variants
 
 ARCHITECTURES = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90")
 
-try:
-    VERSION = nvrtc.version()
-except BackendError:
-    VERSION = None
+
+def version(least_major):
+    try:
+        return nvrtc.version(least_major)
+    except BackendError:
+        return None
+
+
+VERSION = version(11)
+WGMMA_VERSION = version(nvrtc.WGMMA_MAJOR)
 pytestmark = pytest.mark.skipif(VERSION != "11.8", reason=f"needs NVRTC 11.8, found {VERSION}")
 
 
@@ -29,7 +35,14 @@ SPILLS = {("conv_bn_pool", 2): 256, ("conv_transpose_mma", 2): 256}
 
 def resources(variant, architecture):
     """What `compile_variant` reports, kept on disk: with nothing changed, a second run of the tests need not wait."""
-    key = repr((VERSION, source.expanded(variant.file), variant.defines, architecture))
+    key = repr(
+        (
+            WGMMA_VERSION if variant.architecture else VERSION,
+            source.expanded(variant.file),
+            variant.defines,
+            architecture,
+        )
+    )
     kept = cache.folder() / f"nvrtc_{hashlib.sha256(key.encode()).hexdigest()}.json"
     if not kept.exists():
         found = nvrtc.compile_variant(variant, architecture)[1]
@@ -41,7 +54,17 @@ def resources(variant, architecture):
 def test_no_variant_needs_local_memory(file):
     tensor_cores = '#line 1 "mma.cuh"' in source.expanded(file)
     architectures = [a for a in ARCHITECTURES if not tensor_cores or a >= "sm_80"]
-    jobs = list(itertools.product([v for v in variants() if v.file == file], architectures))
+    general = [v for v in variants() if v.file == file and not v.architecture]
+    check_memory(list(itertools.product(general, architectures)))
+
+
+@pytest.mark.skipif(not WGMMA_VERSION, reason=f"needs NVRTC {nvrtc.WGMMA_MAJOR} or newer, which knows sm_90a")
+@pytest.mark.parametrize("file", sorted({v.file for v in variants() if v.architecture}))
+def test_no_variant_for_one_architecture_needs_local_memory(file):
+    check_memory([(v, v.architecture) for v in variants() if v.file == file and v.architecture])
+
+
+def check_memory(jobs):
     with ProcessPoolExecutor(os.cpu_count()) as pool:  # NVRTC compiles one program at a time in a process
         for job, kernels in zip(jobs, pool.map(resources, *zip(*jobs))):
             assert kernels
