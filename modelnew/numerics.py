@@ -95,12 +95,13 @@ def required_plan(make, x, w_shape, geometry, numerics, **options):
 
 def _uses_wgmma(x) -> bool:
     if x.is_cuda:
-        return _wgmma_chosen[-1:] != [False] and _has_wgmma(x.device.index)
+        return _wgmma_chosen[-1:] != [False] and has_wgmma(x.device.index)
     return _wgmma_chosen[-1:] == [True]
 
 
 @functools.cache
-def _has_wgmma(device_index: int) -> bool:
+def has_wgmma(device_index: int) -> bool:
+    """Whether the GPU has wgmma instructions, and NVRTC knows them."""
     return _capability(device_index) == (9, 0) and nvrtc.knows_wgmma()
 
 

@@ -18,7 +18,7 @@ from cupy_kernels import compiler, conv_transpose_mma, source
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import observed
 from cupy_kernels.variants import variants
-from modelnew import environment, parity
+from modelnew import environment, numerics, parity
 
 os.environ.setdefault("CUPY_KERNELS_SEED", "1")  # threads and blocks in an order that kernels must not rely on
 
@@ -89,6 +89,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[False, True], ids=["mma", "wgmma"])
+def wgmma(request, device):
+    """Both main loops of the tensor-core convolution; True: the one of sm_90a."""
+    if device == "cuda" and request.param and not numerics.has_wgmma(torch.cuda.current_device()):
+        pytest.skip("needs an sm_90 GPU and NVRTC 12")
+    with numerics.wgmma(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -84,6 +84,14 @@ def test_units_of_several_passes(device, cls, many_passes, launched):
     assert dict(pool.defines)["UNIT_PASSES"] > 1
 
 
+@pytest.mark.parametrize("wgmma", [True], indirect=True)
+@pytest.mark.parametrize("case", ["odd", "odd_width", "partial_chunk", "many_units"])
+def test_wgmma(device, case, wgmma, launched):
+    test_output_gradients_and_buffers(device, CASES[case], "tf32", True, launched)
+    convolutions = [dict(k.defines) for k in launched if k.name in ("conv_bn_pool", "conv_transpose_mma")]
+    assert [(m["WGMMA"], m["CELLS"]) for m in convolutions] == [(1, 0), (1, 1)]
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_without_a_backward_nothing_is_kept(device, cls, launched):
     model, ours, x = models(CASES["even"], cls, device)

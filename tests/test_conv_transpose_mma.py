@@ -30,6 +30,9 @@ MANY_PASSES = {
     "one_tile_of_channels": ((2, 16, 24, 25), 16, (2, 2), (0, 1)),  # 156 windows: a pass of 128, then one of 28
     "two_tiles_of_channels": ((1, 32, 17, 20), 144, (3, 3), (1, 1)),  # 90 windows: 64, then 26
 }
+IN_EVERY_CLASS = pytest.mark.parametrize(
+    ("cls", "wgmma"), [("tf32", False), ("tf32", True), ("fp32", False)], indirect=["wgmma"]
+)
 
 
 def tensors(case, device, dtype=torch.float32):
@@ -46,12 +49,18 @@ def results(function, leaves, dy):
     return [y.detach(), torch.autograd.grad(y, leaves[0], dy.to(y.dtype))[0]]
 
 
+def uses_wgmma(launched):
+    """Of the convolutions launched, whether by wgmma; fails if some are and some are not."""
+    (used,) = {dict(k.defines)["WGMMA"] for k in launched if k.name == "conv_transpose_mma"}
+    return bool(used)
+
+
 def rms(actual, truth):
     return ((actual.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt()).item()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_tf32_class(device, case, launched):
+def test_tf32_class(device, case, wgmma, launched):
     leaves = tensors(case, device)
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     truth_y = F.conv_transpose2d(*doubles, padding=case[3])
@@ -59,7 +68,24 @@ def test_tf32_class(device, case, launched):
     truth = [truth_y.detach(), torch.autograd.grad(truth_y, doubles[0], dy)[0]]
     ours = results(lambda *t: conv_transpose2d(*t, padding=case[3], numerics="tf32"), leaves, dy)
     assert [k.name for k in launched] == ["pack_weight_fp16", "conv_transpose_mma"] * 2
+    assert uses_wgmma(launched) == wgmma
     assert all(rms(a, b) < TF32_RMS for a, b in zip(ours, truth, strict=True))
+
+
+@pytest.mark.parametrize("case", ["two_images", "over_padding", "partial_chunk", "many_units"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dgrad_of_cells(device, case, dtype, wgmma, launched):
+    x, w, _ = tensors(CASES[case], device, dtype)
+    doubles = [t.detach().double().requires_grad_() for t in (x, w)]
+    truth = F.conv_transpose2d(*doubles, padding=CASES[case][3])
+    y = conv_transpose2d(x, w, padding=CASES[case][3], numerics="tf32")
+    dy = torch.randn_like(y)
+    launched.clear()
+    dx, _ = torch.autograd.grad(y, (x, w), dy)
+    assert uses_wgmma(launched) == wgmma
+    assert [dict(k.defines)["CELLS"] for k in launched if k.name == "conv_transpose_mma"] == [1]
+    limit = TF32_RMS if dtype == torch.float32 else 2e-3  # bfloat16 results have 8 mantissa bits
+    assert rms(dx, torch.autograd.grad(truth, doubles[0], dy.double())[0]) < limit
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -77,12 +103,17 @@ def test_fp32_class(device, case, launched):
 
 
 @pytest.mark.parametrize("case", MANY_PASSES.values(), ids=MANY_PASSES)
-@pytest.mark.parametrize("cls", ["tf32", "fp32"])
-def test_units_of_several_passes(device, case, cls, many_passes, launched):
+@IN_EVERY_CLASS
+def test_units_of_several_passes(device, case, cls, wgmma, many_passes, launched):
     x, w, b = (t.detach() for t in tensors(case, device))
     truth = F.conv_transpose2d(x.double(), w.double(), b.double(), padding=case[3])
     y = conv_transpose2d(x, w, b, padding=case[3], numerics=cls)
-    assert all(dict(k.defines)["UNIT_PASSES"] > 1 for k in launched if k.name == "conv_transpose_mma")
+    macros = [dict(k.defines) for k in launched if k.name == "conv_transpose_mma"]
+    if wgmma:
+        assert all(m["UNIT_ROWS"] * m["WINDOW_PITCH"] > 4 * m["TILES"] * m["WARPGROUPS_N"] for m in macros)
+        assert all(m["LAST_TILES"] < m["TILES"] for m in macros)
+    else:
+        assert all(m["UNIT_PASSES"] > 1 for m in macros)
     assert rms(y, truth) < (TF32_RMS if cls == "tf32" else 5e-7)
 
 
@@ -119,7 +150,7 @@ def test_unaligned_arrays_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_16_bit_types_are_exact_in_fp16_operands(device, dtype):
+def test_16_bit_types_are_exact_in_fp16_operands(device, dtype, wgmma):
     leaves = tensors(CASES["two_images"], device, dtype)
     doubles = [t.detach().double() for t in leaves]
     ours = conv_transpose2d(*leaves, padding=1)
@@ -127,21 +158,21 @@ def test_16_bit_types_are_exact_in_fp16_operands(device, dtype):
     tolerance.check(ours, F.conv_transpose2d(*doubles, padding=1), theirs, "y")
 
 
-@pytest.mark.parametrize("cls", ["tf32", "fp32"])
+@IN_EVERY_CLASS
 @pytest.mark.parametrize(
     ("x_scale", "w_scale"),
     [(1e-20, 1.0), (1e20, 1e-3), (1e-30, 1e25), (1e-35, 1e-3), (1.0, 1e-20), (1e30, 1e-35)],
     ids=str,
 )
-def test_scales_far_from_fp16(device, cls, x_scale, w_scale):
+def test_scales_far_from_fp16(device, cls, wgmma, x_scale, w_scale):
     x, w, _ = (t.detach() for t in tensors(CASES["one_unit"], device))
     x, w = x * x_scale, w * w_scale
     truth = F.conv_transpose2d(x.double(), w.double(), padding=1)
     assert rms(conv_transpose2d(x, w, padding=1, numerics=cls), truth) < (TF32_RMS if cls == "tf32" else 5e-7)
 
 
-@pytest.mark.parametrize("cls", ["tf32", "fp32"])
-def test_outliers_do_not_flush_the_rest(device, cls):
+@IN_EVERY_CLASS
+def test_outliers_do_not_flush_the_rest(device, cls, wgmma):
     """One value a million times the rest: pixels that it does not reach are as exact as ever."""
     x, w, _ = (t.detach() for t in tensors(CASES["one_unit"], device))
     x[0, 3, 0, 0] = 1e6
@@ -150,9 +181,9 @@ def test_outliers_do_not_flush_the_rest(device, cls):
     assert rms(y, truth) < (TF32_RMS if cls == "tf32" else 1e-6)
 
 
-@pytest.mark.parametrize("cls", ["tf32", "fp32"])
+@IN_EVERY_CLASS
 @pytest.mark.parametrize("special", [float("inf"), -float("inf"), float("nan")])
-def test_inf_and_nan_reach_the_pixels_that_they_reach_in_torch(device, cls, special):
+def test_inf_and_nan_reach_the_pixels_that_they_reach_in_torch(device, cls, wgmma, special):
     x, w, _ = (t.detach() for t in tensors(CASES["one_unit"], device))
     x[0, 3, 2, 4] = special
     ours, theirs = conv_transpose2d(x, w, padding=1, numerics=cls), F.conv_transpose2d(x, w, padding=1)
@@ -161,13 +192,13 @@ def test_inf_and_nan_reach_the_pixels_that_they_reach_in_torch(device, cls, spec
     assert torch.equal(ours.isneginf(), theirs.isneginf())
 
 
-def test_zero_weight_and_zero_input(device):
+def test_zero_weight_and_zero_input(device, wgmma):
     x, w, b = (t.detach() for t in tensors(CASES["one_unit"], device))
     assert torch.equal(conv_transpose2d(x, 0 * w, b, 1, 1, numerics="tf32"), b[:, None, None].expand(1, 16, 6, 7))
     assert torch.equal(conv_transpose2d(0 * x, w, b, 1, 1, numerics="fp32"), b[:, None, None].expand(1, 16, 6, 7))
 
 
-def test_two_runs_are_bit_equal(device):
+def test_two_runs_are_bit_equal(device, wgmma):
     x, w, b = (t.detach() for t in tensors(CASES["many_units"], device))
     assert torch.equal(*(conv_transpose2d(x, w, b, numerics="tf32") for _ in range(2)))
 
@@ -186,6 +217,26 @@ def test_little_shared_memory(device, monkeypatch):
         for s in ((1, 144, 20, 40), (1, 16, 32, 60))
     ]
     assert not plans[0]["RESIDENT"]
+
+
+@pytest.mark.parametrize("wgmma", [True], indirect=True)
+def test_units_of_wgmma(device, wgmma, many_passes, monkeypatch, launched):
+    """With little shared memory an image is several units, the last of fewer rows."""
+    monkeypatch.setattr(numerics, "_shared_bytes", lambda _: 48 * 1024)
+    monkeypatch.setattr(numerics, "_EMULATED_SHARED_BYTES", 48 * 1024)
+    case = (1, 16, 24, 25), 16, (2, 3), (0, 1)
+    x, w, b = (t.detach() for t in tensors(case, device))
+    truth = F.conv_transpose2d(*(t.double() for t in (x, w, b)), padding=case[3])
+    assert rms(conv_transpose2d(x, w, b, padding=case[3], numerics="tf32"), truth) < TF32_RMS
+    assert uses_wgmma(launched)
+    assert dict(launched[-1].defines)["UNIT_ROWS"] == 7  # of 13
+
+
+def test_wgmma_leaves_what_does_not_fit_to_mma():
+    geometry = Geometry((1, 1), (3, 3), (0, 0), (1, 1), 1)
+    options = geometry, 1, False, "float", 227 * 1024, True
+    assert dict(conv_transpose_mma.plan((1, 64, 70, 70), (64, 512, 7, 7), *options).macros)["WGMMA"] == 1
+    assert dict(conv_transpose_mma.plan((1, 512, 70, 70), (512, 512, 7, 7), *options).macros)["WGMMA"] == 0
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,18 @@ def test_ptx():
 
 
 @needs_nvrtc
+def test_ptx_of_a_variant_for_one_architecture(monkeypatch):
+    with pytest.raises(ValueError, match="no variant of conv_transpose_mma has {'WGMMA': 1}"):
+        cupy_kernels.ptx("conv_transpose_mma", "sm_80", WGMMA=1)
+    try:
+        text = cupy_kernels.ptx("conv_transpose_mma", "sm_90", WGMMA=1)
+    except ValueError as error:
+        pytest.skip(f"no NVRTC {nvrtc.WGMMA_MAJOR} or newer: {str(error).splitlines()[0]}")
+    assert ".target sm_90a" in text
+    assert "wgmma.mma_async" in text
+
+
+@needs_nvrtc
 def test_sass(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
