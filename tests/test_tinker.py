@@ -320,7 +320,7 @@ def test_ptx():
 
 @needs_nvrtc
 def test_ptx_of_a_variant_for_one_architecture(monkeypatch):
-    with pytest.raises(ValueError, match="no variant of conv_transpose_mma has {'WGMMA': 1}"):
+    with pytest.raises(ValueError, match=r"no variant of conv_transpose_mma has \{'WGMMA': 1\}"):
         cupy_kernels.ptx("conv_transpose_mma", "sm_80", WGMMA=1)
     try:
         text = cupy_kernels.ptx("conv_transpose_mma", "sm_90", WGMMA=1)
