@@ -61,7 +61,7 @@ def plan(
     pad = tuple(k - 1 - p for k, p in zip(kernel, geometry.padding)) if dgrad else geometry.padding
     out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
     sizes = x_shape[0] >= MANY_IMAGES, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
-    found = conv_wgmma.layout(dgrad, *sizes) if wgmma and split == 1 else None
+    found = conv_wgmma.layout(split, dgrad, *sizes) if wgmma else None
     found = found or _layout(split, *sizes)
     macros = {
         "scalar_t": dtype,

@@ -1,10 +1,12 @@
 """How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks."""
 
+import itertools
 from typing import NamedTuple
 
 from .common import ceil_div
 
-_MOST_TILES = {False: 16, True: 18}  # by dgrad; two sums of 8 pixels and 64 channels in the registers of a warpgroup
+# By split and dgrad: two sums, with split 2 three, of 8 pixels and 64 channels that fit a warpgroup's registers.
+_MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
 _STAGES = (6, 5, 4)  # preferred first
 _STEP_CHANNELS = 32
 _FEW_WINDOWS = 64  # of a block, for few images
@@ -22,7 +24,7 @@ class Layout(NamedTuple):
     planes: dict  # macros of pooled_planes.cuh
 
 
-def layout(dgrad: bool, many_images: bool, channels, size, out, kernel, pad, limit: int) -> Layout | None:
+def layout(split: int, dgrad: bool, many_images: bool, channels, size, out, kernel, pad, limit: int) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
     many_images: whether a block takes as much of an image as fits, or little of it, so that few images fill the GPU.
@@ -31,7 +33,7 @@ def layout(dgrad: bool, many_images: bool, channels, size, out, kernel, pad, lim
     warpgroups_m = 1 if channels[1] <= 64 else 2
     warpgroups_n = 2 // warpgroups_m
     steps = ceil_div(channels[0], _STEP_CHANNELS)
-    step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2
+    step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
     gap = max(0, kernel[1] - 1 - pad[1])
     pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
     window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
@@ -41,18 +43,16 @@ def layout(dgrad: bool, many_images: bool, channels, size, out, kernel, pad, lim
         low, high = pad[0] - (kernel[0] - 1), 2 * rows - 1 + pad[0]  # LOW, HIGH and, below, ALONG of conv_wgmma.cuh
         band_cells = gap + (high - low + 1) * pitch
         along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
-        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along, 128) * 128
+        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
         stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
         if stages and (many_images or windows <= _FEW_WINDOWS or rows == 1):
             break
     else:
         return None
-    most = 4 * _MOST_TILES[dgrad] * warpgroups_n
-    last_windows = (windows - 1) % most + 1
-    # Warpgroups begin at multiples of four tiles, which conv_bn_pool keeps together.
-    tile_windows = 4 * warpgroups_n if dgrad or warpgroups_n == 1 else 16 * warpgroups_n
-    last = ceil_div(last_windows, tile_windows) * tile_windows // (4 * warpgroups_n)
-    tiles = _MOST_TILES[dgrad] if windows > most else last
+    granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
+    images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
+    needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
+    tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, _MOST_TILES[split, dgrad])
     macros = {
         "WARPGROUPS_M": warpgroups_m,
         "WARPGROUPS_N": warpgroups_n,
@@ -64,13 +64,32 @@ def layout(dgrad: bool, many_images: bool, channels, size, out, kernel, pad, lim
     units = ceil_div(windows_h, rows)
     return Layout(
         macros,
-        steps * _STEP_CHANNELS,
+        steps * _STEP_CHANNELS * split,
         units,
         64 * warpgroups_m,
         128 * warpgroups_m * warpgroups_n,
         band_bytes + stages * step_bytes,
         planes(1, window_pitch, rows * window_pitch, stride := ceil_div(rows * window_pitch, 16) * 16, units * stride),
     )
+
+
+def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
+    """TILES and LAST_TILES, with which units that need so many tiles take least time."""
+    if max(needed) <= most // last_granule * last_granule:
+        tiles = ceil_div(max(needed), last_granule) * last_granule
+        return tiles, tiles
+
+    def cost(choice):
+        """Of all units. Few tiles wait for shared memory, and a pass has a begin and an end."""
+        tiles, last = choice
+        passes = [max(1, ceil_div(n - max(0, last - tiles), tiles)) for n in needed]
+        rests = [n - (p - 1) * tiles for n, p in zip(needed, passes)]
+        lasts = [last if (n <= last if last < tiles else n > tiles) else tiles for n in rests]
+        taken = lasts + [tiles] * (sum(passes) - len(needed))
+        return sum(max(2 * t, t + 8) + 4 for t in taken)
+
+    choices = itertools.product(range(granule, most + 1, granule), range(last_granule, most + 1, last_granule))
+    return min(choices, key=cost)
 
 
 def planes(wgmma: int, window_pitch: int, unit_windows: int, unit_stride: int, plane_stride: int) -> dict:

@@ -1,18 +1,24 @@
 // The convolution of conv_mma.cuh for sm_90a: the same sums by wgmma, which reads both operands from shared memory on its own.
 //
 // A block owns one unit: TILE_M channels and UNIT_ROWS rows of 2x2 windows of one image. The rows of x that it needs (the band) lie in shared
-// memory as fp16, 8 channels after 8 channels (GROUPS_K groups), the even rows of x before the odd ones, rows outside the image as zeros.
-// Between two rows lie PITCH - IN_W zeros, right border of one and left border of the next; rows of y fit in a pitch, too. In this order a tap is a shift: the pixels of the
+// memory as fp16, 8 channels after 8 channels (GROUPS_K groups; with SPLIT 2 as many with the rests of fp16_cells.cuh follow), the even rows of x
+// before the odd ones, rows outside the image as zeros. Between two rows lie PITCH - IN_W zeros, right border of one and left border of the
+// next; rows of y fit in a pitch, too. In this order a tap is a shift: the pixels of the
 // upper (or lower) rows of neighbouring windows, row after row of them, read neighbouring cells, whatever the tap. So a pass takes
 // 4 TILES neighbouring windows a warpgroup, some of which lie between two rows and are not valid: WINDOW_PITCH a row, of which WINDOWS_W are.
 //
-// Weights stream through a ring of STAGES cp.async stages, each 32 channels of a tap. What the tensor cores still read is never
+// Weights stream through a ring of STAGES cp.async stages, each 32 channels of a tap (with SPLIT 2 their values, then their rests). What the tensor cores still read is never
 // written: a stage is refilled two steps later, after a barrier that follows everybody's wait for it.
+//
+// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum. With SPLIT 2 they start from zero
+// every STEPS_AT_ONCE steps, with the small products first, and ordinary additions add up what comes out: one warpgroup adds while the
+// tensor cores work for the other.
 //
 // x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
 //
-// Macros: those of pooled_planes.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (1),
-// WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles of 8 pixels of a warpgroup in a pass, and in the last of an image), STAGES.
+// Macros: those of pooled_planes.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H,
+// IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles
+// of 8 pixels of a warpgroup in a pass, and in the last of a unit if that has no room in TILES, or needs no more), STAGES.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -24,7 +30,9 @@
 #define TILE_M (64 * WARPGROUPS_M)
 #define STEPS_K ((IN_CHANNELS + 31) / 32)  // of 32 channels; those past IN_CHANNELS are zero
 #define GROUPS_K (STEPS_K * 4)             // of 8 channels
-#define STEP_BYTES (TILE_M * 64)
+#define HALF_STEP (TILE_M * 64)            // bytes of a stage's values, and of its rests
+#define CHUNKS_64 ((STEPS_K + 1) / 2)      // of 64 channels
+#define STEP_BYTES (HALF_STEP * SPLIT)
 #define GAP (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
 #define PITCH (((IN_W + GAP > OUT_W ? IN_W + GAP : OUT_W) + 1) / 2 * 2)
 #define WINDOWS_W ((OUT_W + 1) / 2)
@@ -39,10 +47,11 @@ __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - f
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
 enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_CELLS = GAP + BAND_ROWS * PITCH };
 enum { ALONG = (BAND_CELLS * 16 + 111) / 128 * 128 + 16 };  // of 8 channels; eight of them have the same cell in different banks
-enum { RING_OFFSET = (GROUPS_K * ALONG + 127) / 128 * 128, EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
+enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128, EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
 enum { GUESS = 10, SLACK = 6, ROOM = 3 };  // see conv_mma.cuh; ROOM: for larger values than those seen
 
-#define LANE_WINDOWS ((TILES + 3) / 4 * 4)  // those past TILES are zero, and do not exist
+#define MOST_TILES (TILES > LAST_TILES ? TILES : LAST_TILES)
+#define LANE_WINDOWS ((MOST_TILES + 3) / 4 * 4)  // those past MOST_TILES are zero, and do not exist
 typedef float Sums[2][LANE_WINDOWS][4];  // [upper, lower pixels of windows][8 pixels of 4 windows][c of wgmma.cuh]
 
 // What epilogues see of a pass: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows. PARTS_N warpgroups have the same channels.
@@ -60,7 +69,8 @@ struct Unit {
         first_row = number * UNIT_ROWS;
         rows = min(UNIT_ROWS, WINDOWS_H - first_row);
         windows = (rows - 1) * WINDOW_PITCH + WINDOWS_W;
-        passes = (windows + PASS_WINDOWS - 1) / PASS_WINDOWS;
+        enum { LARGER = MOST_TILES * 4 * WARPGROUPS_N - PASS_WINDOWS };  // what the last pass can take more
+        passes = max(1, (windows - LARGER + PASS_WINDOWS - 1) / PASS_WINDOWS);
     }
 };
 
@@ -92,14 +102,14 @@ __device__ inline void clear_border(u8* cells, const Unit& unit) {
         int ih = 2 * (row - parity * rows_of(0) + first_of(parity) + unit.first_row) + parity;
         if (row >= 0 && column < IN_W && ih >= 0 && ih < IN_H) continue;
         #pragma unroll
-        for (int group = 0; group < GROUPS_K; group++) *(uint4*)(cells + group * ALONG + cell * 16) = make_uint4(0, 0, 0, 0);
+        for (int group = 0; group < GROUPS_K * SPLIT; group++) *(uint4*)(cells + group * ALONG + cell * 16) = make_uint4(0, 0, 0, 0);
     }
 }
 
 // The rows of x that a unit needs, brought into cells: those of the first pass by begin(), those of each next pass by turns between follow() and
 // the end of the pass before it. `exponent` is that of their scale.
 #if CELLS
-// x is cells: copied asynchronously, all of them or, if a chunk's multiplications are long enough for it, chunk by chunk.
+// x is cells: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next ones behind those.
 struct Band {
     enum { AHEAD = 2 * TAPS >= STAGES };
     const half_t* source;
@@ -110,20 +120,22 @@ struct Band {
     __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* cells)
         : source(x + unit.image * (CHUNKS * IN_H * IN_W * (CELL_BYTES / 2))), cells(cells), exponents(exponents), exponent_count(exponent_count),
           first(max(0, 2 * unit.first_row + LOW)), end(min(IN_H, 2 * unit.first_row + HIGH + 1)), row(2 * unit.first_row), exponent(0) {
-        for (int chunk = 0; chunk < (AHEAD ? 1 : CHUNKS); chunk++) copy(chunk);
+        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
         cp_async_commit();
     }
     // Eight lanes take the parts of one cell.
     __device__ void copy(int chunk) const {
+        enum { GROUPS = CHUNK_CHANNELS / 8 };
         const half_t* from = source + (chunk * IN_H + first) * IN_W * (CELL_BYTES / 2);
         for (int i = threadIdx.x; i < (end - first) * IN_W * 8; i += THREADS) {
-            int pixel = i / 8, group = chunk * 8 + i % 8;
-            if (group < GROUPS_K) cp_async_16(cells + group * ALONG + (GAP + band_row(first + pixel / IN_W - row) * PITCH + pixel % IN_W) * 16, from + i * 8, true);
+            int pixel = i / 8, group = chunk * GROUPS + i % GROUPS, rest = i % 8 / GROUPS * GROUPS_K;
+            u8* cell = cells + (GAP + band_row(first + pixel / IN_W - row) * PITCH + pixel % IN_W) * 16;
+            if (group < GROUPS_K) cp_async_16(cell + (group + rest) * ALONG, from + i * 8, true);
         }
     }
-    // At the first step of a chunk, with that step's weights: brings the next one.
-    __device__ void next_chunk(int pass, int chunk) const {
-        if (AHEAD && pass == 0 && chunk + 1 < CHUNKS) copy(chunk + 1);
+    // At the first step of 64 channels, with that step's weights: brings the next ones.
+    __device__ void next_chunk(int pass, int at) const {
+        for (int chunk = (at + 1) * SPLIT; AHEAD && pass == 0 && chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++) copy(chunk);
     }
     __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
     __device__ void follow(int) {}
@@ -136,7 +148,9 @@ struct Band {
 // that is not enough, all starts again.
 struct Band {
     // What the first pass needs at most, in octets (eight channels of a pixel) a thread, and how many of them are in flight at a time.
-    enum { NEEDED_ROWS = 2 * ((PASS_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H, FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H };
+    // With SPLIT 2, which has no registers for turns, the first pass is all.
+    enum { EARLY_WINDOWS = SPLIT == 1 ? PASS_WINDOWS : (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W };
+    enum { NEEDED_ROWS = 2 * ((EARLY_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H, FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H };
     enum { FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS, ROUNDS = (FIRST_OCTETS + 9) / 10, BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS };
     const scalar_t* source;  // the image
     const Unit& unit;
@@ -151,8 +165,8 @@ struct Band {
 
     // Where the rows end that the first `passes` passes need.
     __device__ int rows_end(int passes) const {
-        int window = min(passes * PASS_WINDOWS, unit.windows) - 1;
-        return max(0, min(IN_H, 2 * (unit.first_row + (window < 0 ? 0 : window / WINDOW_PITCH + 1)) + PAD_H));
+        int window = (SPLIT == 1 && passes < unit.passes ? passes * PASS_WINDOWS : unit.windows) - 1;
+        return max(0, min(IN_H, 2 * (unit.first_row + window / WINDOW_PITCH + 1) + PAD_H));
     }
     __device__ void load(int group, int pixel, bool real, float (&v)[8]) const {
         #pragma unroll
@@ -164,8 +178,9 @@ struct Band {
             largest = max(largest, finite_magnitude(v[j]));
             v[j] = multiply_unflushed(v[j], power_of_two(exponent));
         }
-        int row = band_row(pixel / IN_W - 2 * unit.first_row);
-        *(uint4*)(cells + group * ALONG + (GAP + row * PITCH + pixel % IN_W) * 16) = take_halves(v, 0);
+        u8* cell = cells + group * ALONG + (GAP + band_row(pixel / IN_W - 2 * unit.first_row) * PITCH + pixel % IN_W) * 16;
+        #pragma unroll
+        for (int part = 0; part < SPLIT; part++) *(uint4*)(cell + part * GROUPS_K * ALONG) = take_halves(v, part);
     }
     __device__ void load_first_rows() {
         largest = 0;
@@ -186,7 +201,7 @@ struct Band {
     }
     __device__ void next_chunk(int, int) const {}
     __device__ void begin(unsigned* scratch) {
-        bool later = unit.passes > 1;
+        bool later = SPLIT == 1 && unit.passes > 1;
         load_first_rows();
         int right = scale_exponent(block_max(largest, scratch));
         if (attempts++ || (right >= GUESS + later && right <= GUESS + SLACK)) return;
@@ -201,7 +216,7 @@ struct Band {
         pixel = threadIdx.x;
         load_next();
     }
-    __device__ bool pending() const { return group < GROUPS_K; }
+    __device__ bool pending() const { return SPLIT == 1 && group < GROUPS_K; }
     __device__ void load_next() {
         for (; pending() && pixel >= pixels; group++) pixel -= pixels;
         if (pending()) load(group, first_pixel + pixel, true, v);
@@ -218,6 +233,36 @@ struct Band {
         return fit;
     }
 };
+#endif
+
+// Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more additions would.
+#define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
+
+#if SPLIT == 2
+// partial = the products of some steps for one of two sets of pixels: rest * value, value * rest, value * value. at: where each
+// step's stage begins; b: of the first step.
+template <int COUNT> __device__ __forceinline__ void multiply(
+    float (&partial)[MOST_TILES][4], const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand& b) {
+    wgmma_fence();
+    #pragma unroll
+    for (int product = 0; product < 3; product++)
+        #pragma unroll
+        for (int k = 0; k < STEPS_AT_ONCE * 2; k++) {
+            WgmmaOperand left = a_stages.moved(at[k / 2] + (product == 0) * HALF_STEP + k % 2 * TILE_M * 32);
+            WgmmaOperand right = b.moved(((product == 1) * GROUPS_K + k * 2) * ALONG);
+            if (product + k == 0) wgmma<COUNT, false>(partial, left, right);
+            else wgmma<COUNT>(partial, left, right);
+        }
+    wgmma_commit();
+}
+
+template <int COUNT> __device__ __forceinline__ void add_partial(float (&sums)[LANE_WINDOWS][4], float (&partial)[MOST_TILES][4]) {
+    wgmma_wait<0>();
+    wgmma_arrived<COUNT>(partial);
+    #pragma unroll
+    for (int i = 0; i < COUNT * 4; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
+    wgmma_arrived<COUNT>(sums);  // else the additions may move behind the next multiplications, with copies of what they read
+}
 #endif
 
 // The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them.
@@ -251,34 +296,52 @@ __device__ inline void convolve(
     // `pass` over windows from `first` on. `tiles` is a constant at each call, so that a copy is made for it.
     auto run_pass = [&](Sums& sums, const int tiles, int pass, int first) __attribute__((always_inline)) {
         bool turn = false;
-        for (int chunk = 0; chunk < (STEPS_K + 1) / 2; chunk++)
+#if SPLIT == 2
+        float partial[MOST_TILES][4];
+#endif
+        for (int chunk = 0; chunk < CHUNKS_64; chunk++)
             for (int kh = 0; kh < KERNEL_H; kh++) {
                 WgmmaOperand rows[2] = {cells, cells};
                 #pragma unroll
                 for (int lower = 0; lower < 2; lower++)
                     rows[lower] = cells.moved((GAP + band_row(lower + PAD_H - kh) * PITCH + 2 * first + PAD_W) * 16);
+                #pragma unroll 1
                 for (int kw = 0; kw < KERNEL_W; kw++)
-                    for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step++) {
-                        cp_async_wait<STAGES - 3>();
-                        fence_async_proxy();
-                        __syncthreads();
-                        if (kh + kw == 0 && step == chunk * 2) band.next_chunk(pass, chunk);
-                        fetch();
+                    for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
+                        int at[STEPS_AT_ONCE];  // where their stages begin
+                        #pragma unroll
+                        for (int i = 0; i < STEPS_AT_ONCE; i++) {
+                            cp_async_wait<STAGES - 3>();
+                            fence_async_proxy();
+                            __syncthreads();
+                            if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(pass, chunk);
+                            fetch();
+                            at[i] = stage;
+                            stage = next(stage);
+                        }
+                        auto b = [&](int lower) { return rows[lower].moved(step * 4 * ALONG - kw * 16); };
+#if SPLIT == 1
                         wgmma_fence();
                         #pragma unroll
                         for (int k = 0; k < 2; k++)
                             #pragma unroll
                             for (int lower = 0; lower < 2; lower++) {
-                                WgmmaOperand a = a_stages.moved(stage + k * TILE_M * 32), b = rows[lower].moved((step * 4 + k * 2) * ALONG - kw * 16);
-                                if (tiles == TILES) wgmma<TILES>(sums[lower], a, b);
-                                else wgmma<LAST_TILES>(sums[lower], a, b);
+                                WgmmaOperand left = a_stages.moved(at[0] + k * TILE_M * 32), right = b(lower).moved(k * 2 * ALONG);
+                                if (tiles == TILES) wgmma<TILES>(sums[lower], left, right);
+                                else wgmma<LAST_TILES>(sums[lower], left, right);
                             }
                         wgmma_commit();
                         // What a step has loaded arrives during the next one.
                         if (turn && band.pending()) band.turn();
                         turn = !turn;
                         wgmma_wait<1>();
-                        stage = next(stage);
+#else
+                        #pragma unroll
+                        for (int lower = 0; lower < 2; lower++) {
+                            if (tiles == TILES) multiply<TILES>(partial, a_stages, at, b(lower)), add_partial<TILES>(sums[lower], partial);
+                            else multiply<LAST_TILES>(partial, a_stages, at, b(lower)), add_partial<LAST_TILES>(sums[lower], partial);
+                        }
+#endif
                     }
             }
         while (band.pending()) band.turn();
@@ -287,11 +350,12 @@ __device__ inline void convolve(
     for (bool again = true; again;) {
         band.begin(scratch);
         for (int pass = 0; pass < unit.passes; pass++) {
-            bool trimmed = LAST_TILES < TILES && unit.windows - pass * PASS_WINDOWS <= 4 * LAST_TILES * WARPGROUPS_N;
-            int tiles = trimmed ? LAST_TILES : TILES, first = pass * PASS_WINDOWS + warpgroup_n * (tiles * 4);
+            int rest = unit.windows - pass * PASS_WINDOWS;
+            bool last = LAST_TILES < TILES ? rest <= 4 * LAST_TILES * WARPGROUPS_N : LAST_TILES > TILES && pass == unit.passes - 1 && rest > PASS_WINDOWS;
+            int tiles = last ? LAST_TILES : TILES, first = pass * PASS_WINDOWS + warpgroup_n * (tiles * 4);
             Sums sums = {};
             band.follow(pass + 1);
-            if (trimmed) run_pass(sums, LAST_TILES, pass, first);
+            if (last) run_pass(sums, LAST_TILES, pass, first);
             else run_pass(sums, TILES, pass, first);
             int channel = warpgroup_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
             Place place = {unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE, unit.windows};

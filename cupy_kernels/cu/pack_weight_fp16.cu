@@ -3,7 +3,7 @@
 // signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu).
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse order.
 // packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order], with WGMMA (conv_wgmma.cuh) [m tile][64
-// channels k][tap][8 of them][TILE_M rows of 8 halves]; exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block
+// channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves]; exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block
 // per row of the padded matrix. Macros: scalar_t, IN_CHANNELS, OUT_CHANNELS, TAPS, TILE_M, SPLIT, FLIP, WGMMA.
 #include "common.cuh"
 #include "fp16_cells.cuh"
@@ -33,9 +33,11 @@ extern "C" __global__ void pack_weight_fp16(
             v[j] = m < OUT_CHANNELS && k < IN_CHANNELS ? multiply_unflushed(to_acc(w[from]), scale) : 0;
         }
         if (WGMMA) {
-            int chunk = group / 8, groups = min(8, GROUPS_K - chunk * 8);
-            i64 place = ((i64)(m / TILE_M) * GROUPS_K + chunk * 8) * TAPS + tap * groups + group % 8;
-            ((uint4*)packed)[place * TILE_M + m % TILE_M] = take_halves(v, 0);
+            int chunk = group / 8, steps = min(8, GROUPS_K - chunk * 8) / 4;
+            i64 step = ((i64)(m / TILE_M) * (GROUPS_K / 4) + chunk * 2) * TAPS + tap * steps + group / 4 % 2;
+            #pragma unroll
+            for (int part = 0; part < SPLIT; part++)
+                ((uint4*)packed)[((step * SPLIT + part) * 4 + group % 4) * TILE_M + m % TILE_M] = take_halves(v, part);
             continue;
         }
         int chunk = group / (CHUNK_CHANNELS / 8);

@@ -27,7 +27,7 @@ struct WgmmaOperand {
 #ifdef CUPY_KERNELS_EMULATOR
         other.start += bytes;
 #else
-        other.start += bytes / 16;
+        other.start += bytes >> 4;
 #endif
         return other;
     }
@@ -51,37 +51,41 @@ struct WgmmaOperand {
 #define WGMMA_REGISTERS_16 WGMMA_REGISTERS_15 ", %62, %63, %64, %65"
 #define WGMMA_REGISTERS_17 WGMMA_REGISTERS_16 ", %66, %67, %68, %69"
 #define WGMMA_REGISTERS_18 WGMMA_REGISTERS_17 ", %70, %71, %72, %73"
-#define WGMMA_TILE(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define WGMMA_TILES_1 WGMMA_TILE(0)
-#define WGMMA_TILES_2 WGMMA_TILES_1, WGMMA_TILE(1)
-#define WGMMA_TILES_3 WGMMA_TILES_2, WGMMA_TILE(2)
-#define WGMMA_TILES_4 WGMMA_TILES_3, WGMMA_TILE(3)
-#define WGMMA_TILES_5 WGMMA_TILES_4, WGMMA_TILE(4)
-#define WGMMA_TILES_6 WGMMA_TILES_5, WGMMA_TILE(5)
-#define WGMMA_TILES_7 WGMMA_TILES_6, WGMMA_TILE(6)
-#define WGMMA_TILES_8 WGMMA_TILES_7, WGMMA_TILE(7)
-#define WGMMA_TILES_9 WGMMA_TILES_8, WGMMA_TILE(8)
-#define WGMMA_TILES_10 WGMMA_TILES_9, WGMMA_TILE(9)
-#define WGMMA_TILES_11 WGMMA_TILES_10, WGMMA_TILE(10)
-#define WGMMA_TILES_12 WGMMA_TILES_11, WGMMA_TILE(11)
-#define WGMMA_TILES_13 WGMMA_TILES_12, WGMMA_TILE(12)
-#define WGMMA_TILES_14 WGMMA_TILES_13, WGMMA_TILE(13)
-#define WGMMA_TILES_15 WGMMA_TILES_14, WGMMA_TILE(14)
-#define WGMMA_TILES_16 WGMMA_TILES_15, WGMMA_TILE(15)
-#define WGMMA_TILES_17 WGMMA_TILES_16, WGMMA_TILE(16)
-#define WGMMA_TILES_18 WGMMA_TILES_17, WGMMA_TILE(17)
+#define WGMMA_TILE(use, i) use(d[i][0]), use(d[i][1]), use(d[i][2]), use(d[i][3])
+#define WGMMA_TILES_1(use) WGMMA_TILE(use, 0)
+#define WGMMA_TILES_2(use) WGMMA_TILES_1(use), WGMMA_TILE(use, 1)
+#define WGMMA_TILES_3(use) WGMMA_TILES_2(use), WGMMA_TILE(use, 2)
+#define WGMMA_TILES_4(use) WGMMA_TILES_3(use), WGMMA_TILE(use, 3)
+#define WGMMA_TILES_5(use) WGMMA_TILES_4(use), WGMMA_TILE(use, 4)
+#define WGMMA_TILES_6(use) WGMMA_TILES_5(use), WGMMA_TILE(use, 5)
+#define WGMMA_TILES_7(use) WGMMA_TILES_6(use), WGMMA_TILE(use, 6)
+#define WGMMA_TILES_8(use) WGMMA_TILES_7(use), WGMMA_TILE(use, 7)
+#define WGMMA_TILES_9(use) WGMMA_TILES_8(use), WGMMA_TILE(use, 8)
+#define WGMMA_TILES_10(use) WGMMA_TILES_9(use), WGMMA_TILE(use, 9)
+#define WGMMA_TILES_11(use) WGMMA_TILES_10(use), WGMMA_TILE(use, 10)
+#define WGMMA_TILES_12(use) WGMMA_TILES_11(use), WGMMA_TILE(use, 11)
+#define WGMMA_TILES_13(use) WGMMA_TILES_12(use), WGMMA_TILE(use, 12)
+#define WGMMA_TILES_14(use) WGMMA_TILES_13(use), WGMMA_TILE(use, 13)
+#define WGMMA_TILES_15(use) WGMMA_TILES_14(use), WGMMA_TILE(use, 14)
+#define WGMMA_TILES_16(use) WGMMA_TILES_15(use), WGMMA_TILE(use, 15)
+#define WGMMA_TILES_17(use) WGMMA_TILES_16(use), WGMMA_TILE(use, 16)
+#define WGMMA_TILES_18(use) WGMMA_TILES_17(use), WGMMA_TILE(use, 17)
+#define WGMMA_ISSUE(tiles, n, equal, use) \
+    asm volatile("{.reg .pred accumulate; setp." equal ".u32 accumulate, 0, 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" \
+        WGMMA_REGISTERS_##tiles "}, %0, %1, accumulate, 1, 1, 0, 0;}" : "+l"(a_bits), "+l"(b_bits), WGMMA_TILES_##tiles(use));
 #define WGMMA_CASE(tiles, n) \
-    if constexpr (COUNT == tiles) \
-        asm volatile("{.reg .pred accumulate; setp.eq.u32 accumulate, 0, 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" \
-            WGMMA_REGISTERS_##tiles "}, %0, %1, accumulate, 1, 1, 0, 0;}" : "+l"(a_bits), "+l"(b_bits), WGMMA_TILES_##tiles);
+    if constexpr (COUNT == tiles && ACCUMULATE) WGMMA_ISSUE(tiles, n, "eq", "+f") \
+    if constexpr (COUNT == tiles && !ACCUMULATE) WGMMA_ISSUE(tiles, n, "ne", "=f")
 
-// The first COUNT tiles of 8 columns of d += a b.
-template <int COUNT, int MOST> __device__ __forceinline__ void wgmma(float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
+// The first COUNT tiles of 8 columns of d += a b, or without ACCUMULATE d = a b.
+template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline__ void wgmma(float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
 #ifdef CUPY_KERNELS_EMULATOR
     int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     for (int t = 0; t < COUNT; t++)
-        for (int c = 0; c < 4; c++)
+        for (int c = 0; c < 4; c++) {
+            if (!ACCUMULATE) d[t][c] = 0;
             for (int k = 0; k < 16; k++) d[t][c] += a.at(row + c / 2 * 8, k) * b.at(t * 8 + column + c % 2, k);
+        }
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned long long a_bits = a.bits(), b_bits = b.bits();
     WGMMA_CASE(1, 8)
@@ -120,6 +124,14 @@ __device__ inline void wgmma_commit() {
 template <int PENDING_GROUPS> __device__ inline void wgmma_wait() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING_GROUPS) : "memory");
+#endif
+}
+
+// Between a wait and what reads the sums: compilers know nothing of the wait.
+template <int COUNT, int MOST> __device__ __forceinline__ void wgmma_arrived(float (&d)[MOST][4]) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    #pragma unroll
+    for (int t = 0; t < COUNT; t++) asm volatile("" : WGMMA_TILE("+f", t)::"memory");
 #endif
 }
 
