@@ -111,7 +111,7 @@ def _cubin_file(variant) -> Path:
     key = repr((nvrtc.version(nvrtc.WGMMA_MAJOR), expanded(variant.file), variant))
     path = cache.folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     if not path.exists():
-        cache.write(path, nvrtc.compile_variant(variant, variant.architecture)[0])
+        cache.write(path, nvrtc.cubin(variant))
     return path
 
 

@@ -432,6 +432,16 @@ def _tail_threads(macros):
     return 32 * dict(macros)["WARPS"]
 
 
+def pooled_places(p: Plan) -> np.ndarray:
+    """Where in a plane of `pooled` the values [OH/2, OW/2] lie, see pooled_planes.cuh; the others are of no use."""
+    macros = dict(p.macros)
+    row, column = np.mgrid[: macros["OUT_H"] // 2, : macros["OUT_W"] // 2]
+    unit, at = np.divmod(row * macros["WINDOW_PITCH"] + column, macros["UNIT_WINDOWS"])
+    if macros["WGMMA"]:
+        at = at // 16 * 16 + at % 4 * 4 + at // 4 % 4
+    return unit * macros["UNIT_STRIDE"] + at
+
+
 def _windows(p: Plan) -> int:
     """2x2 windows of the convolution's output, those that an odd edge cuts too."""
     macros = dict(p.macros)

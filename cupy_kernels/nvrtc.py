@@ -118,7 +118,7 @@ def compile_variant(variant: Variant, arch: str) -> tuple[bytes, dict[str, Resou
     A variant that has an architecture of its own is compiled for that one. Returns the cubin and the resources of each
     kernel in it.
     """
-    cubin, ptx, log = _compile(variant, arch)
+    cubin, ptx, log = _compile(variant, arch, "--ptxas-options=-v")
     return cubin, {name: _resources(name, log.decode(), ptx.decode()) for name in kernel_names(variant.file)}
 
 
@@ -127,7 +127,12 @@ def compile_ptx(variant: Variant, arch: str) -> str:
     return _compile(variant, arch)[1].decode()
 
 
-def _compile(variant, arch):
+def cubin(variant: Variant) -> bytes:
+    """The cubin of a variant that has an architecture of its own, for that one."""
+    return _compile(variant, variant.architecture)[0]
+
+
+def _compile(variant, arch, *more):
     """(cubin, PTX, log)"""
     lib, program = library(WGMMA_MAJOR) if variant.architecture else library(), ctypes.c_void_p()
     # -ftz=true: CuPy appends it to every compilation
@@ -135,7 +140,7 @@ def _compile(variant, arch):
         STANDARD,
         "-ftz=true",
         f"-arch={variant.architecture or arch}",
-        "--ptxas-options=-v",
+        *more,
         *(f"-D{k}={v}" for k, v in variant.defines),
     ]
     raw = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))

@@ -8,11 +8,11 @@ import pytest
 import tolerance
 import torch
 
-from modelnew import Model, ModelNew, explain, interop, parity
+from modelnew import Model, ModelNew, explain, interop, numerics, parity
 from modelnew.functional import conv_bn_pool as fused
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm, conv_transpose2d
 from modelnew.functional.conv_transpose import gradient_plans
-from modelnew.model import OPERATORS
+from modelnew.model import OPERATORS, fused_model
 
 # (in, out, kernel, padding, groups of group norm, batch, height, width)
 CASES = {
@@ -79,7 +79,8 @@ def test_output_gradients_and_buffers(device, case, cls, training, launched):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_units_of_several_passes(device, cls, many_passes, launched):
     """90 windows an image: a pass of 64 (several of 32 in the fp32 class), and one that is trimmed to what is left."""
-    test_output_gradients_and_buffers(device, (16, 80, 3, 1, 2, 2, 18, 20), cls, True, launched)
+    with numerics.wgmma(False):
+        test_output_gradients_and_buffers(device, (16, 80, 3, 1, 2, 2, 18, 20), cls, True, launched)
     pool = next(k for k in launched if k.name == "conv_bn_pool")
     assert dict(pool.defines)["UNIT_PASSES"] > 1
 
@@ -409,7 +410,11 @@ def test_what_is_kept_for_the_backward(device):
     given = [x, *ours.parameters()]
     packed = 64 * 64 * 9 * 2  # weights, that the forward packed in the same workspace
     assert any(t.data_ptr() == x.data_ptr() for t in kept)
-    assert sum(sizes) - 4 * sum(t.numel() for t in given) - packed < y.numel() * (4 * 2 + 4 + 1) * 1.02
+    places = dict(fused_model(ours, x)[0].planes)["PLANE_STRIDE"]  # which a plane of windows takes
+    assert (
+        sum(sizes) - 4 * sum(t.numel() for t in given) - packed
+        < places * y[:, :, 0, 0].numel() * (4 * 2 + 4 + 1) * 1.02
+    )
     y.sum().backward()
 
 

@@ -41,6 +41,7 @@ def test_forward_and_gradients(device, case, bias):
         lambda x, w, b: conv_transpose2d(x, w, b, *options),
         lambda x, w, b: F.conv_transpose2d(x, w, b, *options),
         [x, w, b],
+        terms=x[:, 0].numel(),  # of the weight's gradient
     )
 
 

@@ -78,7 +78,8 @@ def test_rows_of_a_model_with_itself(device, cls):
     ]
     for row in rows:
         assert row.ok, row
-        assert row.ours == row.torch or (cls == "tf32" and row.ours.rms < row.torch.rms)  # PyTorch in float32
+        if row.what != "grad conv_transpose.bias":  # 0 but for noise
+            assert row.ours == row.torch or (cls == "tf32" and row.ours.rms < row.torch.rms)  # PyTorch in float32
         assert row.cls == cls
     assert torch.backends.cudnn.allow_tf32 == allowed
     for m, state in zip((model, model_new), before):
