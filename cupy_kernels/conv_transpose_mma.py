@@ -210,7 +210,7 @@ def sample_plans():
     """Plans for the shapes of `variants`, on GPUs with much and with little shared memory."""
     unit = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
     much, little = 227 * 1024, 99 * 1024
-    for split, wgmma in itertools.product((1, 2), (False, True)):
+    for wgmma, split in itertools.product((False, True), (1, 2)):
         yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, False, "float", much, wgmma)
         yield plan((512, 128, 34, 34), (64, 128, 5, 5), unit, split, True, "float", much, wgmma)
         seven = unit._replace(padding=(3, 3))

@@ -86,11 +86,21 @@ def test_units_of_several_passes(device, cls, many_passes, launched):
 
 
 @pytest.mark.parametrize("wgmma", [True], indirect=True)
-@pytest.mark.parametrize("case", ["odd", "odd_width", "partial_chunk", "many_units"])
-def test_wgmma(device, case, wgmma, launched):
-    test_output_gradients_and_buffers(device, CASES[case], "tf32", True, launched)
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("case", ["odd", "odd_width", "partial_chunk", "many_units", "64_channels"])
+def test_wgmma(device, case, cls, wgmma, launched):
+    sizes = {**CASES, "64_channels": (64, 32, 3, 1, 4, 1, 4, 7)}
+    test_output_gradients_and_buffers(device, sizes[case], cls, True, launched)
     convolutions = [dict(k.defines) for k in launched if k.name in ("conv_bn_pool", "conv_transpose_mma")]
     assert [(m["WGMMA"], m["CELLS"]) for m in convolutions] == [(1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("wgmma", [True], indirect=True)
+def test_wgmma_passes_of_two_sizes(device, wgmma, many_passes, launched):
+    """98 windows an image from one unit to the next: one pass of some tiles and a last one of more."""
+    test_output_gradients_and_buffers(device, (16, 80, 3, 1, 2, 2, 18, 20), "fp32", True, launched)
+    pool = dict(next(k for k in launched if k.name == "conv_bn_pool").defines)
+    assert pool["LAST_TILES"] > pool["TILES"]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
