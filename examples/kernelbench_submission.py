@@ -16,6 +16,7 @@ import importlib.util
 import itertools
 import math
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,8 @@ _until_overridden = []
 SHAPE_MACROS = frozenset(
     ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
     + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
-    + ("GROUPS", "WARPS", "UNIT_WINDOWS", "TAPS_W")
+    + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
+    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES")
 )
 
 
@@ -69,6 +71,12 @@ class Variant(NamedTuple):
 
     def __str__(self):
         return " ".join([self.file, *(f"-D{k}={v}" for k, v in self.defines)])
+
+    @property
+    def architecture(self) -> str | None:
+        """The only one that it compiles and runs for, None for most variants, which have no such bounds."""
+        needs_wgmma = ("WGMMA", 1) in self.defines and '"wgmma.cuh"' in expanded(self.file)
+        return "sm_90a" if needs_wgmma else None
 
     @property
     def family(self) -> "Variant":
@@ -172,6 +180,7 @@ def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
 # knows no wheels), and lets a machine without a GPU compile every variant to a cubin and read its registers and spills.
 
 STANDARD = "-std=c++17"
+WGMMA_MAJOR = 12  # the first version that compiles for sm_90a
 
 
 def _wheel_libraries(package: str, pattern: str) -> list[Path]:
@@ -244,6 +253,109 @@ def address(array) -> int:
 def ceil_div(a: int, b: int) -> int:
     """The smallest integer that is at least a / b."""
     return -(-a // b)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/conv_wgmma.py
+#
+# How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks.
+
+# By split and dgrad: two sums, with split 2 three, of 8 pixels and 64 channels that fit a warpgroup's registers.
+_MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
+_STAGES = (6, 5, 4)  # preferred first
+_STEP_CHANNELS = 32
+_FEW_WINDOWS = 64  # of a block, for few images
+
+
+class Layout(NamedTuple):
+    """How a tensor-core convolution is laid out over blocks."""
+
+    macros: dict
+    packed_width: int  # halves that the packed weights have of each of their rows and each tap
+    units: int  # blocks an image, for each tile_m channels
+    tile_m: int
+    threads: int
+    shared_bytes: int
+    planes: dict  # macros of pooled_planes.cuh
+
+
+def layout(split: int, dgrad: bool, many_images: bool, channels, size, out, kernel, pad, limit: int) -> Layout | None:
+    """The layout, or None if there is not enough shared memory.
+
+    many_images: whether a block takes as much of an image as fits, or little of it, so that few images fill the GPU.
+    channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
+    """
+    warpgroups_m = 1 if channels[1] <= 64 else 2
+    warpgroups_n = 2 // warpgroups_m
+    steps = ceil_div(channels[0], _STEP_CHANNELS)
+    step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
+    gap = max(0, kernel[1] - 1 - pad[1])
+    pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
+    window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
+    for units in range(1, windows_h + 1):
+        rows = ceil_div(windows_h, units)
+        windows = (rows - 1) * window_pitch + windows_w
+        low, high = pad[0] - (kernel[0] - 1), 2 * rows - 1 + pad[0]  # LOW, HIGH and, below, ALONG of conv_wgmma.cuh
+        band_cells = gap + (high - low + 1) * pitch
+        along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
+        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
+        stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
+        if stages and (many_images or windows <= _FEW_WINDOWS or rows == 1):
+            break
+    else:
+        return None
+    granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
+    images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
+    needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
+    tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, _MOST_TILES[split, dgrad])
+    macros = {
+        "WARPGROUPS_M": warpgroups_m,
+        "WARPGROUPS_N": warpgroups_n,
+        "UNIT_ROWS": rows,
+        "TILES": tiles,
+        "LAST_TILES": last,
+        "STAGES": stages,
+    }
+    units = ceil_div(windows_h, rows)
+    return Layout(
+        macros,
+        steps * _STEP_CHANNELS * split,
+        units,
+        64 * warpgroups_m,
+        128 * warpgroups_m * warpgroups_n,
+        band_bytes + stages * step_bytes,
+        planes(1, window_pitch, rows * window_pitch, stride := ceil_div(rows * window_pitch, 16) * 16, units * stride),
+    )
+
+
+def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
+    """TILES and LAST_TILES, with which units that need so many tiles take least time."""
+    if max(needed) <= most // last_granule * last_granule:
+        tiles = ceil_div(max(needed), last_granule) * last_granule
+        return tiles, tiles
+
+    def cost(choice):
+        """Of all units. Few tiles wait for shared memory, and a turn has a begin and an end."""
+        tiles, last = choice
+        passes = [max(1, ceil_div(n - max(0, last - tiles), tiles)) for n in needed]
+        rests = [n - (p - 1) * tiles for n, p in zip(needed, passes)]
+        lasts = [last if (n <= last if last < tiles else n > tiles) else tiles for n in rests]
+        taken = lasts + [tiles] * (sum(passes) - len(needed))
+        return sum(max(2 * t, t + 8) + 4 for t in taken)
+
+    choices = itertools.product(range(granule, most + 1, granule), range(last_granule, most + 1, last_granule))
+    return min(choices, key=cost)
+
+
+def planes(wgmma: int, window_pitch: int, unit_windows: int, unit_stride: int, plane_stride: int) -> dict:
+    """Macros of pooled_planes.cuh."""
+    return {
+        "WGMMA": wgmma,
+        "WINDOW_PITCH": window_pitch,
+        "UNIT_WINDOWS": unit_windows,
+        "UNIT_STRIDE": unit_stride,
+        "PLANE_STRIDE": plane_stride,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -477,7 +589,7 @@ def _check(x, w, y, geometry):
 MANY_IMAGES = 64  # from which on a block takes as many passes of an image as fit
 _CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
-_STAGES = (4, 2)  # preferred first
+conv_transpose_mma_STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
 _BLOCK_RESERVED = 1024  # what an SM's shared memory has over a block's largest, for each block
 
@@ -487,12 +599,13 @@ class Plan(NamedTuple):
 
     macros: tuple
     pack_macros: tuple
-    units: int
     rows: int  # of the output's channels, padded to full tiles
+    packed_size: int  # elements of the workspace `packed`, float16
+    units: int
     tile_m: int
     threads: int
     shared_bytes: int
-    packed_size: int  # elements of the workspace `packed`, float16
+    planes: tuple
 
     def of_cells(self) -> "Plan":
         """The same for x that is cells already, see `fp16_cells`."""
@@ -505,21 +618,62 @@ class UnsupportedError(ValueError):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: str, shared_limit: int) -> Plan:
+def plan(
+    x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: str, shared_limit: int, wgmma: bool = False
+) -> Plan:
     """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
 
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
-    block may use. Raises UnsupportedError for what the kernels do not take.
+    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where it can. Raises
+    UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
-    padding = geometry.padding
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
-    kernel = w_shape[2:]
-    pad = tuple(k - 1 - p for k, p in zip(kernel, padding)) if dgrad else padding
-    size = x_shape[2:]
+    kernel, size = w_shape[2:], x_shape[2:]
+    pad = tuple(k - 1 - p for k, p in zip(kernel, geometry.padding)) if dgrad else geometry.padding
     out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
-    warps_m, most_warps_n = (1, 8) if channels_out <= 64 else (2, 4)
-    chunks = ceil_div(channels_in, 64 // split)
+    sizes = x_shape[0] >= MANY_IMAGES, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
+    found = layout(split, dgrad, *sizes) if wgmma else None
+    found = found or _layout(split, *sizes)
+    macros = {
+        "scalar_t": dtype,
+        "acc_t": "float",
+        "input_t": dtype,
+        "CELLS": 0,
+        "IN_CHANNELS": channels_in,
+        "OUT_CHANNELS": channels_out,
+        "IN_H": size[0],
+        "IN_W": size[1],
+        "OUT_H": out[0],
+        "OUT_W": out[1],
+        "KERNEL_H": kernel[0],
+        "KERNEL_W": kernel[1],
+        "PAD_H": pad[0],
+        "PAD_W": pad[1],
+        "SPLIT": split,
+        **found.planes,
+        **found.macros,
+    }
+    pack_macros = {
+        name: macros[name] for name in ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "SPLIT", "WGMMA")
+    }
+    taps = kernel[0] * kernel[1]
+    pack_macros.update(TAPS=taps, TILE_M=found.tile_m, FLIP=int(dgrad))
+    rows = ceil_div(channels_out, found.tile_m) * found.tile_m
+    return Plan(
+        tuple(macros.items()),
+        tuple(pack_macros.items()),
+        rows=rows,
+        packed_size=rows * taps * found.packed_width,
+        planes=tuple(found.planes.items()),
+        **{name: getattr(found, name) for name in ("units", "tile_m", "threads", "shared_bytes")},
+    )
+
+
+def _layout(split, many_images, channels, size, out, kernel, pad, limit) -> Layout:
+    """The layout of conv_mma.cuh."""
+    warps_m, most_warps_n = (1, 8) if channels[1] <= 64 else (2, 4)
+    chunks = ceil_div(channels[0], 64 // split)
     windows_w = ceil_div(out[1], 2)
     windows = windows_w * ceil_div(out[0], 2)
     gap = max(0, kernel[1] - 1 - pad[1])
@@ -540,15 +694,14 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
     # Few images: one turn a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
     def choices_with(warps_n):
-        most_passes = ceil_div(windows, warps_n * 16) if x_shape[0] >= MANY_IMAGES else 1
+        most_passes = ceil_div(windows, warps_n * 16) if many_images else 1
         return [(warps_n, passes, 1) for passes in range(most_passes, 0, -1)] + [(warps_n, 1, 0)]
 
     choices = choices_with(most_warps_n) + [(most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
-    limit = shared_limit - _RESERVED
-    layouts = [(*choice, stages, limit) for choice, stages in itertools.product(choices, _STAGES)]
+    layouts = [(*choice, stages, limit) for choice, stages in itertools.product(choices, conv_transpose_mma_STAGES)]
     if split == 2:
         # Two smaller blocks an SM where both fit: one multiplies while the other loads, stores, or waits at a barrier.
-        half = (shared_limit - _BLOCK_RESERVED) // 2 - _RESERVED
+        half = (limit + _RESERVED - _BLOCK_RESERVED) // 2 - _RESERVED
         small = [(*choice, stages, half) for choice in choices_with(most_warps_n // 2) for stages in (4, 3, 2)]
         layouts = small + layouts
     for warps_n, passes, resident, stages, most in layouts:
@@ -558,21 +711,6 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
     else:
         raise UnsupportedError(f"it needs {shared_bytes} bytes of shared memory, the GPU has {limit}")
     macros = {
-        "scalar_t": dtype,
-        "acc_t": "float",
-        "input_t": dtype,
-        "CELLS": 0,
-        "IN_CHANNELS": channels_in,
-        "OUT_CHANNELS": channels_out,
-        "IN_H": size[0],
-        "IN_W": size[1],
-        "OUT_H": out[0],
-        "OUT_W": out[1],
-        "KERNEL_H": kernel[0],
-        "KERNEL_W": kernel[1],
-        "PAD_H": pad[0],
-        "PAD_W": pad[1],
-        "SPLIT": split,
         "WARPS_M": warps_m,
         "WARPS_N": warps_n,
         "UNIT_PASSES": passes,
@@ -580,20 +718,15 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: s
         "RESIDENT": resident,
         "STAGES": stages,
     }
-    pack_macros = {name: macros[name] for name in ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "SPLIT")}
-    tile_m, taps = 64 * warps_m, kernel[0] * kernel[1]
-    pack_macros.update(TAPS=taps, TILE_M=tile_m, FLIP=int(dgrad))
-    padded = ceil_div(channels_out, tile_m) * tile_m
-    packed_size = padded * chunks * taps * _CELL_BYTES // 2
-    return Plan(
-        tuple(macros.items()),
-        tuple(pack_macros.items()),
+    unit_windows = passes * warps_n * 16
+    return Layout(
+        macros,
+        chunks * _CELL_BYTES // 2,
         units,
-        padded,
-        tile_m,
+        64 * warps_m,
         32 * warps_m * warps_n,
         shared_bytes,
-        packed_size,
+        planes(0, windows_w, unit_windows, unit_windows, ceil_div(windows, 4) * 4),
     )
 
 
@@ -863,7 +996,7 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
     """
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
-    pooled = (images, channels, ceil_div(_windows(p), 4) * 4)  # PLANE of conv_bn_pool.cu
+    pooled = (images, channels, dict(p.planes)["PLANE_STRIDE"])
     units = images * p.units
     sizes = {
         "packed": ((p.packed_size,), np.float16),
@@ -1199,27 +1332,26 @@ def _saved_type(p: Plan) -> str:
 
 
 def _tail_macros(p: Plan, groups: int):
-    return _tail_defines(dict(p.macros), groups)
+    return _tail_defines(dict(p.macros), groups, p.planes)
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward_macros(p: Plan, groups: int):
     macros = dict(p.macros)
-    unit_windows = macros["UNIT_PASSES"] * macros["WARPS_N"] * 16
-    return *_tail_macros(p, groups), *_backward_defines(macros["SPLIT"], unit_windows, saved_shift(p))
+    return *_tail_macros(p, groups), *_backward_defines(macros["SPLIT"], saved_shift(p))
 
 
-def _tail_defines(macros, groups):
+def _tail_defines(macros, groups, planes):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     warps = min(macros["OUT_CHANNELS"] // groups * _parts(macros), _MOST_WARPS)
-    return (*types, *sizes, ("GROUPS", groups), ("WARPS", warps))
+    return (*types, *sizes, *planes, ("GROUPS", groups), ("WARPS", warps))
 
 
-def _backward_defines(split, unit_windows, shift):
+def _backward_defines(split, shift):
     saved = ("saved_t", "half_t" if split == 1 else "float")
-    return (saved, ("SPLIT", split), ("UNIT_WINDOWS", unit_windows), ("SAVED_SHIFT", shift))
+    return (saved, ("SPLIT", split), ("SAVED_SHIFT", shift))
 
 
 def _parts(macros) -> int:
@@ -1251,7 +1383,7 @@ def _count(p: Plan, images: int) -> float:
 interop_FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
 
 
-class Layout:
+class interop_Layout:
     """Where arrays, {name: (shape, NumPy type)}, lie in one piece of memory."""
 
     def __init__(self, arrays: dict[str, tuple[tuple[int, ...], type]]):
@@ -1265,10 +1397,10 @@ class Workspace(NamedTuple):
     """Many arrays in one tensor: one allocation, one DLPack view and one saved tensor for all of them."""
 
     memory: torch.Tensor
-    layout: Layout
+    layout: interop_Layout
 
     @classmethod
-    def empty(cls, layout: Layout, device: torch.device) -> "Workspace":
+    def empty(cls, layout: interop_Layout, device: torch.device) -> "Workspace":
         return cls(torch.empty(layout.size, dtype=torch.uint8, device=device), layout)
 
 
@@ -1454,7 +1586,8 @@ def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str
 
     dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
-    return plan_or_reason(plan, x, w_shape, geometry, numerics, dgrad=dgrad)
+    options = {"dgrad": dgrad, "wgmma": uses_wgmma(x)}
+    return plan_or_reason(plan, x, w_shape, geometry, numerics, **options)
 
 
 def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str):
@@ -1710,10 +1843,10 @@ def _empty(layout, x):
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepare(plan, x_shape, groups, training, keep, device) -> Layout:
+def _prepare(plan, x_shape, groups, training, keep, device) -> interop_Layout:
     """Layout of the workspace. Compiles the forward's kernels at the same time, where launches would one by one."""
     compile_together(kernels(plan, groups, training, keep), device)
-    return Layout(buffers(plan, x_shape, groups, training, keep))
+    return interop_Layout(buffers(plan, x_shape, groups, training, keep))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1728,7 +1861,7 @@ def _prepare_backward(plan, x_shape, groups, training, dgrad, wgrad, device):
         weight_gradient_buffers(wgrad, x_shape, training) if wgrad else {},
         input_gradient_buffers(dgrad) if dgrad else {},
     )
-    return dgrad, *map(Layout, buffers)
+    return dgrad, *map(interop_Layout, buffers)
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
@@ -2204,21 +2337,27 @@ template <class A> __device__ inline A block_sum(A v, A* scratch) {
 // gamma, batch norm's weight, is positive, the smallest where it is negative, and the first where it is zero.
 //
 // All values are without the convolution's bias, which batch norm's mean takes out again:
-//     pooled [N, M, PLANE]                    the chosen sums, OUT_H / 2 x OUT_W / 2 of a plane; the rest of it stays as it is
+//     pooled [N, M, PLANE_STRIDE]                    the chosen sums of all windows, in the order of pooled_planes.cuh; windows that an odd edge cuts, and
+//                                             places that belong to no window, get values of no use
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums
 //     SAVE, for the backward:
 //         taps, like pooled                   the chosen corner
-//         saved [N, M, PLANE, 4]              all sums of WINDOWS windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
+//         saved [N, M, PLANE_STRIDE, 4]              all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
 //                                             a sum is saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
 //                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. SPLIT 2: float
 //         unit_exponents [N * UNITS]
-// Macros: those of conv_mma.cuh, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
+// Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
+#include "batch_norm.cuh"
+#include "pooled_planes.cuh"
+#include "async_copy.cuh"
+#include "fp16_cells.cuh"
+#if WGMMA
+#include "conv_wgmma.cuh"
+#else
 #define ADJACENT 1
 #include "conv_mma.cuh"
-#include "batch_norm.cuh"
+#endif
 
-#define POOLED_W (OUT_W / 2)
-#define PLANE ((WINDOWS + 3) / 4 * 4)  // so that the wide stores of a lane's windows are aligned
 
 // Chan's rule: how the moments of two sets of pixels combine.
 struct Merge {
@@ -2239,7 +2378,7 @@ __device__ inline float quad_sum(float v) {
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
-enum { ROWS = 4 };  // channels handled together
+enum { ROWS = LANE_ROWS < 4 ? LANE_ROWS : 4 };  // channels handled together
 
 __device__ inline float max_or_nan(float a, float b) {
 #ifdef CUPY_KERNELS_EMULATOR
@@ -2251,31 +2390,29 @@ __device__ inline float max_or_nan(float a, float b) {
 #endif
 }
 
-// A lane's sum in row `row` of 8 that it has, of the t-th of its windows.
-__device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
-    return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
-}
+typedef unsigned Valid[4];  // bit t: whether the pixel of window t exists, by corner, if need be
+__device__ inline bool is_valid(const Valid& valid, int t, int corner) { return valid[OUT_H % 2 || OUT_W % 2 ? corner : 0] >> t & 1; }
 
 // For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four lanes. The
 // channels take each step together, so that none waits for its own last step.
 template <bool FULL>
 __device__ __forceinline__ void moments_of(
-    const Sums& sums, int first, unsigned valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
+    const Sums& sums, int first, const Valid& valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = squares[i] = 0;
     #pragma unroll
-    for (int at = 0; at < PAIRS * 4; at++)
+    for (int at = 0; at < LANE_WINDOWS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++)
-            mean[i] += FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) : 0;
+            if (FULL || is_valid(valid, at / 4, at % 4)) mean[i] += sum_of(sums, first + i, at / 4, at % 4);
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = quad_sum(mean[i]) * per_count;
     #pragma unroll
-    for (int at = 0; at < PAIRS * 4; at++)
+    for (int at = 0; at < LANE_WINDOWS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            float distance = FULL || valid >> at & 1 ? sum_of(sums, first + i, at / 4, at % 4) - mean[i] : 0;
-            squares[i] += distance * distance;
+            float distance = sum_of(sums, first + i, at / 4, at % 4) - mean[i];
+            if (FULL || is_valid(valid, at / 4, at % 4)) squares[i] += distance * distance;
         }
     #pragma unroll
     for (int i = 0; i < ROWS; i++) squares[i] = quad_sum(squares[i]);
@@ -2288,87 +2425,93 @@ struct Pool {
     int* unit_exponents;
     const int* exponents;  // in shared memory, of the block's channels, as `signs`
     const float* signs;    // of gamma, or 0; pack_weight_fp16 has multiplied the weights by -1 where it is negative
-    float2* moments;  // [WARPS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each warp
-    int* counts;      // [WARPS_N] in shared memory
+    float2* moments;  // [PARTS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part
+    int* counts;      // [PARTS_N] in shared memory
     int seen;
 
-    __device__ __forceinline__ void turn(
-        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
-        bool full = OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window;
-        if (full) windows<true>(sums, pairs, image, first_m, first_window, end_window, exponent);
-        else windows<false>(sums, pairs, image, first_m, first_window, end_window, exponent);
+    __device__ __forceinline__ void turn(const Sums& sums, const Place& place, int exponent) {
+        if (place.full()) windows<true>(sums, place, exponent);
+        else windows<false>(sums, place, exponent);
     }
 
-    // FULL: the warp has PAIRS pairs whose pixels all exist, which is the usual case and needs no masks.
-    template <bool FULL>
-    __device__ __forceinline__ void windows(
-        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) {
-        int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        i64 plane = (image * OUT_CHANNELS + first_m) * PLANE;
-        int own_window = first_window + lane_window(lane % 4, 0, pairs);  // the first of the lane's, which are neighbours
-        float* pooled_rows = pooled + plane;
-        u8* tap_rows = taps + plane;
-        saved_t* saved_rows = saved + (plane + own_window) * 4;
-        int targets[PAIRS];  // position in the pooled plane, or -1
-        unsigned valid = 0;  // bit t * 4 + corner
+    template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
+        int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / PARTS_N);
+        i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE_STRIDE;
+        Valid valid = {};
         #pragma unroll
-        for (int t = 0; t < PAIRS; t++) {
-            int window = own_window + t, row = window / WINDOWS_W, column = window % WINDOWS_W;
-            bool mine = t < pairs && window < end_window;
-            targets[t] = FULL ? window : mine && row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
+        for (int t = 0; t < LANE_WINDOWS; t++)
             #pragma unroll
-            for (int corner = 0; corner < 4; corner++) valid |= (unsigned)(mine && Pixel(window, corner).valid()) << (t * 4 + corner);
-        }
-        float count = FULL ? PAIRS * 16 : quad_sum((float)__popc(valid)), per_count = count > 0 ? 1 / count : 0;
+            for (int corner = 0; corner < 4; corner++) valid[corner] |= (unsigned)(place.exists(t) && place.inside(t, corner)) << t;
+        float count = FULL ? LANE_WINDOWS * 16 : quad_sum((float)(__popc(valid[0]) + __popc(valid[1]) + __popc(valid[2]) + __popc(valid[3])));
+        float per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
         #pragma unroll
-        for (int first = 0; first < 8; first += ROWS) {
+        for (int first = 0; first < LANE_ROWS; first += ROWS) {
             float mean[ROWS], squares[ROWS];
             if (STATISTICS) moments_of<FULL>(sums, first, valid, per_count, mean, squares);
             #pragma unroll
             for (int i = 0; i < ROWS; i++) {
-                int m = first_m + (first + i) * 8;
-                bool real = OUT_CHANNELS % TILE_M == 0 || m < OUT_CHANNELS;  // the same in all lanes
-                int channel = warp % WARPS_M * 64 + (first + i) * 8 + lane / 4;
+                int channel = place.channel + (first + i) * 8;
                 bool any = signs[channel] != 0;
                 float sign = any ? signs[channel] : 1;
                 ScaleBack scale(exponent + exponents[channel]);
                 if (STATISTICS && lane % 4 == 0) {
-                    float2* place = moments + warp / WARPS_M * TILE_M + channel;
-                    *place = merge(seen ? *place : make_float2(0, 0), make_float2(scale(mean[i] * sign), scale(scale(squares[i]))));
+                    float2* at = moments + part * TILE_M + channel;
+                    *at = merge(seen ? *at : make_float2(0, 0), make_float2(scale(mean[i] * sign), scale(scale(squares[i]))));
                 }
-                if (!real) continue;
-                Packed<float, PAIRS> best;
-                Packed<u8, PAIRS> tap;
-                Packed<saved_t, PAIRS * 4> kept;
+                if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;  // the same in all lanes
+                i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
-                for (int t = 0; t < PAIRS; t++) {
-                    float v[4], largest;
+                for (int t = 0; t < LANE_WINDOWS; t += 4) {
+                    Packed<float, 4> best;
+                    Packed<u8, 4> tap;
+                    Packed<saved_t, 16> kept;
                     #pragma unroll
-                    for (int corner = 0; corner < 4; corner++) v[corner] = sum_of(sums, first + i, t, corner);
-                    largest = max_or_nan(max_or_nan(v[0], v[1]), max_or_nan(v[2], v[3]));
-                    best.v[t] = scale((any ? largest : v[0]) * sign);
-                    tap.v[t] = !any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3;
-                    if (SAVE) *(Packed<saved_t, 4>*)(kept.v + t * 4) = save(v, sign, scale);
-                }
-                int to = (first + i) * 8 * PLANE;
-                if (FULL) {
-                    *(Packed<float, PAIRS>*)(pooled_rows + to + own_window) = best;
-                    if (SAVE) *(Packed<u8, PAIRS>*)(tap_rows + to + own_window) = tap;
-                    if (SAVE) *(Packed<saved_t, PAIRS * 4>*)(saved_rows + to * 4) = kept;
-                }
-                #pragma unroll
-                for (int t = 0; t < PAIRS; t++) {
-                    if (FULL || t >= pairs) continue;
-                    if (SAVE && own_window + t < end_window)
-                        *(Packed<saved_t, 4>*)(saved_rows + (to + t) * 4) = *(Packed<saved_t, 4>*)(kept.v + t * 4);
-                    if (targets[t] < 0) continue;
-                    pooled_rows[to + targets[t]] = best.v[t];
-                    if (SAVE) tap_rows[to + targets[t]] = tap.v[t];
+                    for (int j = 0; j < 4; j++) {
+                        float v[4], largest;
+                        #pragma unroll
+                        for (int corner = 0; corner < 4; corner++) v[corner] = sum_of(sums, first + i, t + j, corner);
+                        largest = max_or_nan(max_or_nan(v[0], v[1]), max_or_nan(v[2], v[3]));
+                        best.v[j] = scale((any ? largest : v[0]) * sign);
+                        tap.v[j] = !any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3;
+                        if (SAVE) *(Packed<saved_t, 4>*)(kept.v + j * 4) = save(v, sign, scale);
+                    }
+                    store<FULL>(place, row, t, best, tap, kept);
                 }
             }
         }
         seen += (int)count;
+    }
+
+    // The values of the windows t to t + 3, to the plane at `row`.
+    template <bool FULL> __device__ __forceinline__ void store(
+        const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap, const Packed<saved_t, 16>& kept) {
+#if WGMMA
+        if (t >= place.tiles || place.sixteen(t) >= place.unit_place + UNIT_STRIDE) return;
+        i64 at = row + place.sixteen(t) + threadIdx.x % 4 * TOGETHER_POOLED;
+        *(Packed<float, 4>*)(pooled + at) = best;
+        if (SAVE) *(Packed<u8, 4>*)(taps + at) = tap;
+        enum { TOGETHER = together_saved<saved_t>() };
+        #pragma unroll
+        for (int j = 0; SAVE && j < 4; j += TOGETHER) {
+            i64 window = row + place.sixteen(t) + j * 4 + threadIdx.x % 4 * TOGETHER;
+            *(Packed<saved_t, TOGETHER * 4>*)(saved + window * 4) = *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4);
+        }
+#else
+        i64 at = row + place.window(0);
+        if (FULL) {
+            *(Packed<float, 4>*)(pooled + at) = best;
+            if (SAVE) *(Packed<u8, 4>*)(taps + at) = tap;
+            if (SAVE) *(Packed<saved_t, 16>*)(saved + at * 4) = kept;
+        }
+        #pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (FULL || !place.exists(j)) continue;
+            pooled[at + j] = best.v[j];
+            if (SAVE) taps[at + j] = tap.v[j];
+            if (SAVE) *(Packed<saved_t, 4>*)(saved + (at + j) * 4) = *(Packed<saved_t, 4>*)(kept.v + j * 4);
+        }
+#endif
     }
 
     // Corners outside the image are read by nobody.
@@ -2384,24 +2527,26 @@ struct Pool {
         return save(v, sign, scale, (saved_t*)0);
     }
 
+    __device__ void restart() { seen = 0; }
+
     // Adds up what the warps of a block have seen of each channel, in their order.
     __device__ void finish(int exponent) {
         if (SAVE && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
         if (!STATISTICS) return;
-        if (threadIdx.x % (32 * WARPS_M) == 0) counts[threadIdx.x / (32 * WARPS_M)] = seen;
+        if (threadIdx.x % (THREADS / PARTS_N) == 0) counts[threadIdx.x / (THREADS / PARTS_N)] = seen;
         __syncthreads();
         int m = blockIdx.y * TILE_M + threadIdx.x;
         if (threadIdx.x >= TILE_M || m >= OUT_CHANNELS) return;
         float2 all = moments[threadIdx.x];
         float count = counts[0];
-        for (int w = 1; w < WARPS_N; w++) {
-            Merge merge(count, counts[w]);
-            all = merge(all, moments[w * TILE_M + threadIdx.x]);
+        for (int part = 1; part < PARTS_N; part++) {
+            Merge merge(count, counts[part]);
+            all = merge(all, moments[part * TILE_M + threadIdx.x]);
             count = merge.count;
         }
         float* to = partials + (i64)m * gridDim.x + blockIdx.x;
-        i64 part = (i64)OUT_CHANNELS * gridDim.x;
-        to[0] = count, to[part] = all.x, to[2 * part] = all.y;
+        i64 kind = (i64)OUT_CHANNELS * gridDim.x;
+        to[0] = count, to[kind] = all.x, to[2 * kind] = all.y;
     }
 };
 
@@ -2410,7 +2555,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, INOUT u8* __restrict__ taps,
     INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
-    __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
+    __shared__ int counts[PARTS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
     for (int i = threadIdx.x; i < TILE_M; i += THREADS) {
         int m = blockIdx.y * TILE_M + i;
@@ -2443,7 +2588,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
 //
 // x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
 //
-// Macros: scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16),
+// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W), scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16),
 // IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
 // RESIDENT (1: all chunks of the band stay in shared memory, 0: each turn loads one after the other), STAGES, ADJACENT.
 #pragma once
@@ -2489,6 +2634,15 @@ __device__ inline Row row_at(const u8* p) { return p; }
 
 typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
 
+// What epilogues see of a turn: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows. PARTS_N warps have the same channels.
+#define LANE_ROWS 8
+#define LANE_WINDOWS PAIRS
+#define PARTS_N WARPS_N
+
+__device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
+    return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
+}
+
 // Which window of a warp's `pairs` times 4 the j-th one of lanes 4 n + quad is.
 __device__ inline int lane_window(int quad, int j, int pairs) { return ADJACENT ? quad * pairs + j : j * 4 + quad; }
 
@@ -2499,7 +2653,24 @@ struct Pixel {
         oh = window / WINDOWS_W * 2 + corner / 2;
         ow = window % WINDOWS_W * 2 + corner % 2;
     }
-    __device__ bool valid() const { return oh < OUT_H && ow < OUT_W; }
+    __device__ bool valid() const { return (OUT_H % 2 == 0 || oh < OUT_H) && (OUT_W % 2 == 0 || ow < OUT_W); }  // of a window that exists
+};
+
+// Where the sums of a lane belong.
+struct Place {
+    i64 image;
+    int channel, first_window, pairs, end_window;  // the lane's first channel in the block; the warp's windows
+
+    // Of the warp's windows, the i-th.
+    __device__ int nth(int i) const { return first_window + i; }
+    __device__ bool has(int i) const { return i < pairs * 4 && nth(i) < end_window; }
+
+    __device__ int window(int t) const { return first_window + lane_window(threadIdx.x % 4, t, pairs); }
+    __device__ bool exists(int t) const { return t < pairs && window(t) < end_window; }
+    // Whether a pixel of a window that exists does.
+    __device__ bool inside(int t, int corner) const { return Pixel(window(t), corner).valid(); }
+    // All pixels exist, which is the usual case and needs no masks.
+    __device__ bool full() const { return OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window; }
 };
 
 // Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without a gap.
@@ -2738,7 +2909,7 @@ __device__ inline void convolve(
         if (trimmed) run_pass(sums, LAST_PAIRS, first_window);
         else run_pass(sums, PAIRS, first_window);
         int end_window = min(first_window + pairs * 4, WINDOWS);
-        epilogue.turn(sums, pairs, unit.image, blockIdx.y * TILE_M + warp_m * 64 + lane / 4, first_window, end_window, exponent);
+        epilogue.turn(sums, Place{unit.image, warp_m * 64 + lane / 4, first_window, pairs, end_window}, exponent);
     }
     epilogue.finish(exponent);
 }
@@ -2891,51 +3062,85 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
     }
 }
 """,
-    "conv_transpose_mma.cu": r"""// Transposed convolution and its input gradient on tensor cores (conv_mma.cuh): y[n, m, oh, ow] = sums + bias[m].
-#define ADJACENT (OUT_W % 8 == 0)  // a lane then stores whole sectors; else four lanes do
+    "conv_transpose_mma.cu": r"""// Transposed convolution and its input gradient on tensor cores: y[n, m, oh, ow] = sums + bias[m].
+//
+// Four lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that each has pairs of
+// neighbours, four pixels of a row for one store; four lanes then store eight windows.
+// Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file.
+#include "common.cuh"
+#include "async_copy.cuh"
+#include "fp16_cells.cuh"
+#if WGMMA
+#include "conv_wgmma.cuh"
+#else
+#define ADJACENT 0
 #include "conv_mma.cuh"
+#endif
 
 struct Store {
     const scalar_t* bias;
     scalar_t* y;
     const int* exponents;
 
-    __device__ __forceinline__ void turn(
-        const Sums& sums, int pairs, i64 image, int first_m, int first_window, int end_window, int exponent) const {
-        int lane = threadIdx.x % 32;
+    __device__ __forceinline__ void turn(const Sums& sums, const Place& place, int exponent) const {
         #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int m = first_m + i * 8;
-            if (m >= OUT_CHANNELS) continue;
-            float shift = bias ? to_acc(bias[m]) : 0;
-            ScaleBack scale(exponent + exponents[m]);
-            scalar_t* plane = y + (image * OUT_CHANNELS + m) * OUT_H * OUT_W;
+        for (int lower = 0; lower < 2; lower++) {
+            // Where four pixels are aligned, a pair begins: at an even window, but in lower rows of 4 n + 2 pixels at an odd one.
+            const int odd = lower && OUT_W % 4 == 2;
+            int quad = threadIdx.x % 4, turned = (quad - odd) & 3, later = turned % 2;
             #pragma unroll
-            for (int half = 0; half < 2; half++) {  // upper and lower rows of the windows
-                Packed<scalar_t, PAIRS * 2> line;
+            for (int row = 0; row < LANE_ROWS; row++) {
+                int m = blockIdx.y * TILE_M + place.channel + row * 8;
+                if (OUT_CHANNELS % TILE_M && m >= OUT_CHANNELS) continue;  // the same in all lanes
+                float shift = bias ? to_acc(bias[m]) : 0;
+                ScaleBack scale(exponent + exponents[m]);
+                scalar_t* plane = y + (place.image * OUT_CHANNELS + m) * (OUT_H * OUT_W);
+                auto ready = [&](float v) { return from_acc<scalar_t>(add_unflushed(scale(v), shift)); };
+                auto pixel = [&](int t, int right) { return t < LANE_WINDOWS ? sum_of(sums, row, t, lower * 2 + right) : 0; };
                 #pragma unroll
-                for (int j = 0; j < PAIRS * 2; j++) line.v[j] = from_acc<scalar_t>(add_unflushed(scale(sums[i / 2][j / 2 * 2 + half][i % 2 * 2 + j % 2]), shift));
-                int window = first_window + lane_window(lane % 4, 0, pairs);
-                Pixel pixel(window, half * 2);
-                if (ADJACENT && pairs == PAIRS) {  // all in one row
-                    if (window < end_window && pixel.valid()) *(Packed<scalar_t, PAIRS * 2>*)(plane + pixel.oh * OUT_W + pixel.ow) = line;
-                    continue;
-                }
-                #pragma unroll
-                for (int j = 0; j < PAIRS; j++) {
-                    window = first_window + lane_window(lane % 4, j, pairs);
-                    pixel = Pixel(window, half * 2);
-                    if (j >= pairs || window >= end_window || !pixel.valid()) continue;
-                    scalar_t* to = plane + pixel.oh * OUT_W + pixel.ow;
-                    if (OUT_W % 2 == 0) *(Packed<scalar_t, 2>*)to = *(Packed<scalar_t, 2>*)(line.v + j * 2);
-                    else {
-                        to[0] = line.v[j * 2];
-                        if (pixel.ow + 1 < OUT_W) to[1] = line.v[j * 2 + 1];
+                for (int t = 0; t < LANE_WINDOWS; t += 2) {
+                    Packed<scalar_t, 4> line;
+                    #pragma unroll
+                    for (int right = 0; right < 2; right++) {
+                        float v = pixel(t, right), next = pixel(t + 1, right), after = pixel(t + 2, right);
+                        if (odd && quad == 0) v = next, next = after;
+                        float other = __shfl_xor_sync(0xFFFFFFFFu, later ? v : next, odd ? 3 : 1);
+                        line.v[right] = ready(later ? other : v);
+                        line.v[2 + right] = ready(later ? next : other);
                     }
+                    int first = (t + later) * 4 + turned / 2 * 2 + odd;
+                    store(plane, pixel_of(place, first, lower), pixel_of(place, first + 1, lower), line);
                 }
+                if (odd && quad == 0) store(plane, pixel_of(place, 0, lower), -1, {{ready(pixel(0, 0)), ready(pixel(0, 1))}});
             }
         }
     }
+
+    // The left pixel of the upper or lower row of the warp's i-th window, in the plane, -1 if it does not exist.
+    __device__ static int pixel_of(const Place& place, int i, int lower) {
+        int oh = place.nth(i) / WINDOW_PITCH * 2 + lower, ow = place.nth(i) % WINDOW_PITCH * 2;
+        return place.has(i) && oh < OUT_H ? oh * OUT_W + ow : -1;
+    }
+
+    // Two windows' pixels, of which -1 does not exist.
+    __device__ __forceinline__ static void store(scalar_t* plane, int first, int second, const Packed<scalar_t, 4>& line) {
+        if (OUT_W % 2 == 0 && OUT_H * OUT_W % 4 == 0 && first >= 0 && first % 4 == 0 && second == first + 2) {
+            *(Packed<scalar_t, 4>*)(plane + first) = line;
+            return;
+        }
+        #pragma unroll
+        for (int j = 0; j < 4; j += 2) {
+            int at = j ? second : first;
+            if (at < 0) continue;
+            if (OUT_W % 2 == 0) *(Packed<scalar_t, 2>*)(plane + at) = {{line.v[j], line.v[j + 1]}};
+            else {
+                plane[at] = line.v[j];
+                if (at % OUT_W + 1 < OUT_W) plane[at + 1] = line.v[j + 1];
+            }
+        }
+    }
+
+    __device__ void restart() const {}
     __device__ void finish(int) const {}
 };
 
@@ -3050,6 +3255,375 @@ extern "C" __global__ void wgrad_reduce(const acc_t* __restrict__ partial, scala
     i64 block = i / ((i64)in_channels * out_channels);
     int tap = block % taps, group = block / taps;
     dw[(((i64)group * in_channels + ic) * out_channels + oc) * taps + tap] = from_acc<scalar_t>(sum);
+}
+""",
+    "conv_wgmma.cuh": r"""// The convolution of conv_mma.cuh for sm_90a: the same sums by wgmma, which reads both operands from shared memory on its own.
+//
+// A block owns one unit: TILE_M channels and UNIT_ROWS rows of 2x2 windows of one image. The rows of x that it needs (the band) lie in shared
+// memory as fp16, 8 channels after 8 channels (GROUPS_K groups; with SPLIT 2 as many with the rests of fp16_cells.cuh follow), the even rows of x
+// before the odd ones, rows outside the image as zeros. Between two rows lie PITCH - IN_W zeros, right border of one and left border of the
+// next; rows of y fit in a pitch, too. In this order a tap is a shift: the pixels of the
+// upper (or lower) rows of neighbouring windows, row after row of them, read neighbouring cells, whatever the tap. So a turn takes
+// 4 TILES neighbouring windows a warpgroup, some of which lie between two rows and are not valid: WINDOW_PITCH a row, of which WINDOWS_W are.
+//
+// Weights stream through a ring of STAGES cp.async stages, each 32 channels of a tap (with SPLIT 2 their values, then their rests). What the tensor cores still read is never
+// written: a stage is refilled two steps later, after a barrier that follows everybody's wait for it.
+//
+// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum. With SPLIT 2 they start from zero
+// every STEPS_AT_ONCE steps, with the small products first, and ordinary additions add up what comes out: one warpgroup adds while the
+// tensor cores work for the other.
+//
+// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
+//
+// Macros: those of pooled_planes.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H,
+// IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles
+// of 8 pixels of a warpgroup in a turn, and in the last of a unit if that has no room in TILES, or needs no more), STAGES.
+#pragma once
+#include "common.cuh"
+#include "async_copy.cuh"
+#include "fp16_cells.cuh"
+#include "wgmma.cuh"
+
+#define TAPS (KERNEL_H * KERNEL_W)
+#define THREADS (128 * WARPGROUPS_M * WARPGROUPS_N)
+#define TILE_M (64 * WARPGROUPS_M)
+#define STEPS_K ((IN_CHANNELS + 31) / 32)  // of 32 channels; those past IN_CHANNELS are zero
+#define GROUPS_K (STEPS_K * 4)             // of 8 channels
+#define HALF_STEP (TILE_M * 64)            // bytes of a stage's values, and of its rests
+#define CHUNKS_64 ((STEPS_K + 1) / 2)      // of 64 channels
+#define STEP_BYTES (HALF_STEP * SPLIT)
+#define GAP (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
+#define PITCH (((IN_W + GAP > OUT_W ? IN_W + GAP : OUT_W) + 1) / 2 * 2)
+#define WINDOWS_W ((OUT_W + 1) / 2)
+#define WINDOWS_H ((OUT_H + 1) / 2)
+#define UNITS ((WINDOWS_H + UNIT_ROWS - 1) / UNIT_ROWS)
+#define PASS_WINDOWS (4 * TILES * WARPGROUPS_N)
+
+// Rows of x, relative to the unit's first row of windows: which of them it needs, and how those of each parity are numbered.
+enum { LOW = PAD_H - (KERNEL_H - 1), HIGH = 2 * UNIT_ROWS - 1 + PAD_H };
+__device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; }
+__device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - first_of(parity) + 1; }
+__device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
+enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_CELLS = GAP + BAND_ROWS * PITCH };
+enum { ALONG = (BAND_CELLS * 16 + 111) / 128 * 128 + 16 };  // of 8 channels; eight of them have the same cell in different banks
+enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128, EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
+enum { GUESS = 10, SLACK = 6, ROOM = 3 };  // see conv_mma.cuh; ROOM: for larger values than those seen
+
+#define MOST_TILES (TILES > LAST_TILES ? TILES : LAST_TILES)
+#define LANE_WINDOWS ((MOST_TILES + 3) / 4 * 4)  // those past MOST_TILES are zero, and do not exist
+typedef float Sums[2][LANE_WINDOWS][4];  // [upper, lower pixels of windows][8 pixels of 4 windows][c of wgmma.cuh]
+
+// What epilogues see of a turn: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows. PARTS_N warpgroups have the same channels.
+#define LANE_ROWS 2
+#define PARTS_N WARPGROUPS_N
+
+__device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) { return sums[corner / 2][t][row * 2 + corner % 2]; }
+
+struct Unit {
+    i64 image;
+    int number, first_row, rows, windows, passes;  // rows of windows; `windows`: from the first to the last valid one
+    __device__ explicit Unit(i64 block) {
+        image = block / UNITS;
+        number = block % UNITS;
+        first_row = number * UNIT_ROWS;
+        rows = min(UNIT_ROWS, WINDOWS_H - first_row);
+        windows = (rows - 1) * WINDOW_PITCH + WINDOWS_W;
+        enum { LARGER = MOST_TILES * 4 * WARPGROUPS_N - PASS_WINDOWS };  // what the last turn can take more
+        passes = max(1, (windows - LARGER + PASS_WINDOWS - 1) / PASS_WINDOWS);
+    }
+};
+
+// Where the sums of a lane belong.
+struct Place {
+    i64 image;
+    int channel, first, tiles, unit_window, unit_place, windows;  // the lane's first channel in the block; `first` counts from the unit's first window
+
+    // Of the warp's windows, the i-th.
+    __device__ int nth(int i) const { return unit_window + first + i; }
+    __device__ bool has(int i) const { return i < tiles * 4 && first + i < windows && (first + i) % WINDOW_PITCH < WINDOWS_W; }
+
+    __device__ int window(int t) const { return nth(t * 4 + threadIdx.x % 4); }
+    __device__ bool exists(int t) const { return has(t * 4 + threadIdx.x % 4); }
+    // Whether a pixel of a window that exists does.
+    __device__ bool inside(int t, int corner) const {
+        int row = window(t) / WINDOW_PITCH * 2 + corner / 2, column = window(t) % WINDOW_PITCH * 2 + corner % 2;
+        return (OUT_H % 2 == 0 || row < OUT_H) && (OUT_W % 2 == 0 || column < OUT_W);
+    }
+    __device__ bool full() const { return false; }
+    // Where in memory the windows t to t + 3, t % 4 == 0, of four lanes begin (pooled_planes.cuh).
+    __device__ int sixteen(int t) const { return unit_place + first + t * 4; }
+};
+
+// Zeros in the cells that hold no pixel.
+__device__ inline void clear_border(u8* cells, const Unit& unit) {
+    for (int cell = threadIdx.x; cell < BAND_CELLS; cell += THREADS) {
+        int row = (cell - GAP + PITCH) / PITCH - 1, column = (cell - GAP + PITCH) % PITCH, parity = row >= rows_of(0);
+        int ih = 2 * (row - parity * rows_of(0) + first_of(parity) + unit.first_row) + parity;
+        if (row >= 0 && column < IN_W && ih >= 0 && ih < IN_H) continue;
+        #pragma unroll
+        for (int group = 0; group < GROUPS_K * SPLIT; group++) *(uint4*)(cells + group * ALONG + cell * 16) = make_uint4(0, 0, 0, 0);
+    }
+}
+
+// The rows of x that a unit needs, brought into cells: those of the first turn by begin(), those of each next turn by turns between follow() and
+// the end of the turn before it. `exponent` is that of their scale.
+#if CELLS
+// x is cells: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next ones behind those.
+struct Band {
+    enum { AHEAD = 2 * TAPS >= STAGES };
+    const half_t* source;
+    u8* cells;
+    const int* exponents;
+    int exponent_count, first, end, row, exponent;
+
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* cells)
+        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (CELL_BYTES / 2))), cells(cells), exponents(exponents), exponent_count(exponent_count),
+          first(max(0, 2 * unit.first_row + LOW)), end(min(IN_H, 2 * unit.first_row + HIGH + 1)), row(2 * unit.first_row), exponent(0) {
+        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
+        cp_async_commit();
+    }
+    // Eight lanes take the parts of one cell.
+    __device__ void copy(int chunk) const {
+        enum { GROUPS = CHUNK_CHANNELS / 8 };
+        const half_t* from = source + (chunk * IN_H + first) * IN_W * (CELL_BYTES / 2);
+        for (int i = threadIdx.x; i < (end - first) * IN_W * 8; i += THREADS) {
+            int pixel = i / 8, group = chunk * GROUPS + i % GROUPS, rest = i % 8 / GROUPS * GROUPS_K;
+            u8* cell = cells + (GAP + band_row(first + pixel / IN_W - row) * PITCH + pixel % IN_W) * 16;
+            if (group < GROUPS_K) cp_async_16(cell + (group + rest) * ALONG, from + i * 8, true);
+        }
+    }
+    // At the first step of 64 channels, with that step's weights: brings the next ones.
+    __device__ void next_chunk(int turn, int at) const {
+        for (int chunk = (at + 1) * SPLIT; AHEAD && turn == 0 && chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++) copy(chunk);
+    }
+    __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
+    __device__ void follow(int) {}
+    __device__ bool pending() const { return false; }
+    __device__ void turn() {}
+    __device__ bool fits(unsigned*) { return true; }
+};
+#else
+// x is a tensor: converted under a scale that is chosen from the rows of the first turn, with room for larger values in later ones. Where
+// that is not enough, all starts again.
+struct Band {
+    // What the first turn needs at most, in octets (eight channels of a pixel) a thread, and how many of them are in flight at a time.
+    // With SPLIT 2, which has no registers for turns, the first turn is all.
+    enum { EARLY_WINDOWS = SPLIT == 1 ? PASS_WINDOWS : (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W };
+    enum { NEEDED_ROWS = 2 * ((EARLY_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H, FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H };
+    enum { FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS, ROUNDS = (FIRST_OCTETS + 9) / 10, BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS };
+    const scalar_t* source;  // the image
+    const Unit& unit;
+    u8* cells;
+    int exponent, attempts;
+    unsigned largest;  // finite magnitude
+    int first_pixel, pixels, group, pixel;  // of the rows for the next turn; the thread's next octet of them, which is in v
+    float v[8];
+
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* cells)
+        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), cells(cells), exponent(GUESS), attempts(0) {}
+
+    // Where the rows end that the first `passes` passes need.
+    __device__ int rows_end(int passes) const {
+        int window = (SPLIT == 1 && passes < unit.passes ? passes * PASS_WINDOWS : unit.windows) - 1;
+        return max(0, min(IN_H, 2 * (unit.first_row + window / WINDOW_PITCH + 1) + PAD_H));
+    }
+    __device__ void load(int group, int pixel, bool real, float (&v)[8]) const {
+        #pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
+    }
+    __device__ void store(int group, int pixel, float (&v)[8]) {
+        #pragma unroll
+        for (int j = 0; j < 8; j++) {
+            largest = max(largest, finite_magnitude(v[j]));
+            v[j] = multiply_unflushed(v[j], power_of_two(exponent));
+        }
+        u8* cell = cells + group * ALONG + (GAP + band_row(pixel / IN_W - 2 * unit.first_row) * PITCH + pixel % IN_W) * 16;
+        #pragma unroll
+        for (int part = 0; part < SPLIT; part++) *(uint4*)(cell + part * GROUPS_K * ALONG) = take_halves(v, part);
+    }
+    __device__ void load_first_rows() {
+        largest = 0;
+        int start = max(0, 2 * unit.first_row + LOW) * IN_W, count = max(0, rows_end(1) * IN_W - start);
+        for (int at = threadIdx.x; at < count * GROUPS_K; at += THREADS * BATCH) {
+            float v[BATCH][8];
+            #pragma unroll
+            for (int b = 0; b < BATCH; b++) {
+                int i = at + b * THREADS;
+                load(i / count, start + i % count, i < count * GROUPS_K, v[b]);
+            }
+            #pragma unroll
+            for (int b = 0; b < BATCH; b++) {
+                int i = at + b * THREADS;
+                if (i < count * GROUPS_K) store(i / count, start + i % count, v[b]);
+            }
+        }
+    }
+    __device__ void next_chunk(int, int) const {}
+    __device__ void begin(unsigned* scratch) {
+        bool later = SPLIT == 1 && unit.passes > 1;
+        load_first_rows();
+        int right = scale_exponent(block_max(largest, scratch));
+        if (attempts++ || (right >= GUESS + later && right <= GUESS + SLACK)) return;
+        exponent = right - later * ROOM;
+        load_first_rows();
+    }
+    // A thread loads an octet, and stores it by a later turn(), which loads the next one.
+    __device__ void follow(int turn) {
+        first_pixel = rows_end(turn) * IN_W;
+        pixels = rows_end(turn + 1) * IN_W - first_pixel;
+        group = pixels > 0 ? 0 : GROUPS_K;
+        pixel = threadIdx.x;
+        load_next();
+    }
+    __device__ bool pending() const { return SPLIT == 1 && group < GROUPS_K; }
+    __device__ void load_next() {
+        for (; pending() && pixel >= pixels; group++) pixel -= pixels;
+        if (pending()) load(group, first_pixel + pixel, true, v);
+    }
+    __device__ void turn() {
+        store(group, first_pixel + pixel, v);
+        pixel += THREADS;
+        load_next();
+    }
+    __device__ bool fits(unsigned* scratch) {
+        int right = scale_exponent(block_max(largest, scratch));
+        bool fit = exponent <= right && right <= exponent + SLACK;
+        if (!fit) exponent = right;
+        return fit;
+    }
+};
+#endif
+
+// Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more additions would.
+#define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
+
+#if SPLIT == 2
+// partial = the products of some steps for one of two sets of pixels: rest * value, value * rest, value * value. at: where each
+// step's stage begins; b: of the first step.
+template <int COUNT> __device__ __forceinline__ void multiply(
+    float (&partial)[MOST_TILES][4], const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand& b) {
+    wgmma_fence();
+    #pragma unroll
+    for (int product = 0; product < 3; product++)
+        #pragma unroll
+        for (int k = 0; k < STEPS_AT_ONCE * 2; k++) {
+            WgmmaOperand left = a_stages.moved(at[k / 2] + (product == 0) * HALF_STEP + k % 2 * TILE_M * 32);
+            WgmmaOperand right = b.moved(((product == 1) * GROUPS_K + k * 2) * ALONG);
+            if (product + k == 0) wgmma<COUNT, false>(partial, left, right);
+            else wgmma<COUNT>(partial, left, right);
+        }
+    wgmma_commit();
+}
+
+template <int COUNT> __device__ __forceinline__ void add_partial(float (&sums)[LANE_WINDOWS][4], float (&partial)[MOST_TILES][4]) {
+    wgmma_wait<0>();
+    wgmma_arrived<COUNT>(partial);
+    #pragma unroll
+    for (int i = 0; i < COUNT * 4; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
+    wgmma_arrived<COUNT>(sums);  // else the additions may move behind the next multiplications, with copies of what they read
+}
+#endif
+
+// The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them.
+template <class Epilogue>
+__device__ inline void convolve(
+    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
+    Epilogue& epilogue) {
+    u8* ring = shared + RING_OFFSET;
+    int warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0), warpgroup_m = warpgroup % WARPGROUPS_M, warpgroup_n = warpgroup / WARPGROUPS_M;
+    Unit unit(blockIdx.x);
+    clear_border(shared, unit);
+    Band band(x, x_exponents, x_exponent_count, unit, shared);
+    const u8* weights = (const u8*)packed + (i64)blockIdx.y * TAPS * STEPS_K * STEP_BYTES;
+
+    // Past the last step it fetches the first ones again, which only the next turn reads.
+    int from = 0, to = 0, stage = 0;
+    auto next = [](int offset) { return offset + STEP_BYTES == STAGES * STEP_BYTES ? 0 : offset + STEP_BYTES; };
+    auto fetch = [&]() {
+        #pragma unroll
+        for (int i = 0; i < STEP_BYTES / 16; i += THREADS) {
+            int at = (i + threadIdx.x) * 16;
+            if (STEP_BYTES / 16 % THREADS == 0 || at < STEP_BYTES) cp_async_16(ring + to + at, weights + from + at, true);
+        }
+        from = from + STEP_BYTES == TAPS * STEPS_K * STEP_BYTES ? 0 : from + STEP_BYTES;
+        to = next(to);
+        cp_async_commit();
+    };
+    for (int i = 0; i < STAGES - 2; i++) fetch();
+
+    WgmmaOperand cells(shared, ALONG, 128), a_stages(ring + warpgroup_m * 1024, TILE_M * 16, 128);
+    // `turn` over windows from `first` on. `tiles` is a constant at each call, so that a copy is made for it.
+    auto run_pass = [&](Sums& sums, const int tiles, int turn, int first) __attribute__((always_inline)) {
+        bool turn = false;
+#if SPLIT == 2
+        float partial[MOST_TILES][4];
+#endif
+        for (int chunk = 0; chunk < CHUNKS_64; chunk++)
+            for (int kh = 0; kh < KERNEL_H; kh++) {
+                WgmmaOperand rows[2] = {cells, cells};
+                #pragma unroll
+                for (int lower = 0; lower < 2; lower++)
+                    rows[lower] = cells.moved((GAP + band_row(lower + PAD_H - kh) * PITCH + 2 * first + PAD_W) * 16);
+                #pragma unroll 1
+                for (int kw = 0; kw < KERNEL_W; kw++)
+                    for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
+                        int at[STEPS_AT_ONCE];  // where their stages begin
+                        #pragma unroll
+                        for (int i = 0; i < STEPS_AT_ONCE; i++) {
+                            cp_async_wait<STAGES - 3>();
+                            fence_async_proxy();
+                            __syncthreads();
+                            if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(turn, chunk);
+                            fetch();
+                            at[i] = stage;
+                            stage = next(stage);
+                        }
+                        auto b = [&](int lower) { return rows[lower].moved(step * 4 * ALONG - kw * 16); };
+#if SPLIT == 1
+                        wgmma_fence();
+                        #pragma unroll
+                        for (int k = 0; k < 2; k++)
+                            #pragma unroll
+                            for (int lower = 0; lower < 2; lower++) {
+                                WgmmaOperand left = a_stages.moved(at[0] + k * TILE_M * 32), right = b(lower).moved(k * 2 * ALONG);
+                                if (tiles == TILES) wgmma<TILES>(sums[lower], left, right);
+                                else wgmma<LAST_TILES>(sums[lower], left, right);
+                            }
+                        wgmma_commit();
+                        // What a step has loaded arrives during the next one.
+                        if (turn && band.pending()) band.turn();
+                        turn = !turn;
+                        wgmma_wait<1>();
+#else
+                        #pragma unroll
+                        for (int lower = 0; lower < 2; lower++) {
+                            if (tiles == TILES) multiply<TILES>(partial, a_stages, at, b(lower)), add_partial<TILES>(sums[lower], partial);
+                            else multiply<LAST_TILES>(partial, a_stages, at, b(lower)), add_partial<LAST_TILES>(sums[lower], partial);
+                        }
+#endif
+                    }
+            }
+        while (band.pending()) band.turn();
+        wgmma_wait<0>();
+    };
+    for (bool again = true; again;) {
+        band.begin(scratch);
+        for (int turn = 0; turn < unit.passes; turn++) {
+            int rest = unit.windows - turn * PASS_WINDOWS;
+            bool last = LAST_TILES < TILES ? rest <= 4 * LAST_TILES * WARPGROUPS_N : LAST_TILES > TILES && turn == unit.passes - 1 && rest > PASS_WINDOWS;
+            int tiles = last ? LAST_TILES : TILES, first = turn * PASS_WINDOWS + warpgroup_n * (tiles * 4);
+            Sums sums = {};
+            band.follow(turn + 1);
+            if (last) run_pass(sums, LAST_TILES, turn, first);
+            else run_pass(sums, TILES, turn, first);
+            int channel = warpgroup_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+            Place place = {unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE, unit.windows};
+            epilogue.turn(sums, place, band.exponent);
+        }
+        again = !band.fits(scratch);
+        if (again) epilogue.restart();
+    }
+    epilogue.finish(band.exponent);
 }
 """,
     "conv_wgrad_mma.cu": r"""// Weight gradient of the transposed convolution with stride 1, dilation 1 and one group, on tensor cores (sm_80 and newer).
@@ -3572,8 +4146,9 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], const
 //
 // signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu).
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse order.
-// packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order]; exponents[m]: of m's scale. Rows past
-// OUT_CHANNELS are zero. One block per row of the padded matrix. Macros: scalar_t, IN_CHANNELS, OUT_CHANNELS, TAPS, TILE_M, SPLIT, FLIP.
+// packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order], with WGMMA (conv_wgmma.cuh) [m tile][64
+// channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves]; exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block
+// per row of the padded matrix. Macros: scalar_t, IN_CHANNELS, OUT_CHANNELS, TAPS, TILE_M, SPLIT, FLIP, WGMMA.
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
@@ -3591,19 +4166,52 @@ extern "C" __global__ void pack_weight_fp16(
     int exponent = scale_exponent(largest);
     float scale = power_of_two(exponent) * (signs && m < OUT_CHANNELS && to_acc(signs[m]) < 0 ? -1 : 1);
     if (threadIdx.x == 0) exponents[m] = exponent;
-    for (int i = threadIdx.x; i < CHUNKS * TAPS * CHUNK_CHANNELS / 8; i += blockDim.x) {
-        int group = i % (CHUNK_CHANNELS / 8), tap = i / (CHUNK_CHANNELS / 8) % TAPS, chunk = i / (CHUNK_CHANNELS / 8) / TAPS;
+    enum { GROUPS_K = WGMMA ? (IN_CHANNELS + 31) / 32 * 4 : CHUNKS * CHUNK_CHANNELS / 8 };  // of 8 channels
+    for (int i = threadIdx.x; i < GROUPS_K * TAPS; i += blockDim.x) {
+        int group = i % GROUPS_K, tap = i / GROUPS_K;
         float v[8];
         #pragma unroll
         for (int j = 0; j < 8; j++) {
-            int k = chunk * CHUNK_CHANNELS + group * 8 + j;
+            int k = group * 8 + j;
             int from = FLIP ? (m * IN_CHANNELS + k) * TAPS + TAPS - 1 - tap : (k * OUT_CHANNELS + m) * TAPS + tap;
             v[j] = m < OUT_CHANNELS && k < IN_CHANNELS ? multiply_unflushed(to_acc(w[from]), scale) : 0;
         }
+        if (WGMMA) {
+            int chunk = group / 8, steps = min(8, GROUPS_K - chunk * 8) / 4;
+            i64 step = ((i64)(m / TILE_M) * (GROUPS_K / 4) + chunk * 2) * TAPS + tap * steps + group / 4 % 2;
+            #pragma unroll
+            for (int part = 0; part < SPLIT; part++)
+                ((uint4*)packed)[((step * SPLIT + part) * 4 + group % 4) * TILE_M + m % TILE_M] = take_halves(v, part);
+            continue;
+        }
+        int chunk = group / (CHUNK_CHANNELS / 8);
         u8* stage = (u8*)packed + (((i64)(m / TILE_M) * CHUNKS + chunk) * TAPS + tap) * STAGE_BYTES;
-        store_cell(stage, m % TILE_M, group, v, m & 7);
+        store_cell(stage, m % TILE_M, group % (CHUNK_CHANNELS / 8), v, m & 7);
     }
 }
+""",
+    "pooled_planes.cuh": r"""// Where conv_bn_pool keeps the 2x2 windows of a plane: one of OUT_H x OUT_W sums, pooled.
+//
+// Windows are numbered row by row, WINDOW_PITCH a row, and cut into units of UNIT_WINDOWS, each with room for UNIT_STRIDE. In it they follow one
+// another, but with WGMMA 16 windows, four tiles of four lanes, change places among themselves, so that a lane writes 16 bytes of its own at a time, next to
+// those of its neighbours.
+//
+// PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNIT_WINDOWS, UNIT_STRIDE, PLANE_STRIDE.
+#pragma once
+
+#define PLANE_UNITS (((OUT_H + 1) / 2 * WINDOW_PITCH + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
+
+__device__ inline int unit_of_window(int row, int column) { return PLANE_UNITS == 1 ? 0 : (row * WINDOW_PITCH + column) / UNIT_WINDOWS; }
+
+// Of values of which TOGETHER windows, 1, 2 or 4, make 16 bytes.
+template <int TOGETHER> __device__ inline int place_of_window(int row, int column) {
+    int unit = unit_of_window(row, column), window = row * WINDOW_PITCH + column - unit * UNIT_WINDOWS;
+    int lane = window % 4, tile = window / 4 % 4;
+    return unit * UNIT_STRIDE + (WGMMA ? window / 16 * 16 + tile / TOGETHER * (4 * TOGETHER) + lane * TOGETHER + tile % TOGETHER : window);
+}
+
+enum { TOGETHER_POOLED = 4 };  // and taps, which go with them
+template <class T> __device__ constexpr int together_saved() { return 4 / sizeof(T); }
 """,
     "pooled_tail.cu": r"""// What follows conv_bn_pool in the forward: statistics of batch norm, then batch norm, tanh and group norm over the pooled sums.
 //
@@ -3656,16 +4264,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     i64 start = (i64)blockIdx.x * SIZE;
-    const float* source = pooled + (i64)blockIdx.x * MEMBERS * STRIDE;
+    const float* source = pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE;
     float values[UNROLLED][ITEMS];
     if (RESIDENT)
         #pragma unroll
         for (int round = 0; round < UNROLLED; round++) {
             Job job(round);
-            if (job.exists()) job.load(source, STRIDE, values[round]);
+            if (job.exists()) job.load_pooled(source, values[round]);
         }
     auto tanh_of_job = [&](const Job& job, float (&v)[ITEMS]) {
-        if (!RESIDENT) job.load(source, STRIDE, v);
+        if (!RESIDENT) job.load_pooled(source, v);
         Norm norm(mean, invstd, weight, bias, channel + job.member);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) v[i] = norm.tanh(v[i]);
@@ -3712,14 +4320,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
 // part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers (RESIDENT), all are loaded before
 // the first is used and stay there; else a warp loads a job's values again for each phase.
 //
-// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, WARPS.
+// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, WARPS,
+// and those of pooled_planes.cuh.
 #pragma once
 #include "batch_norm.cuh"
+#include "pooled_planes.cuh"
 #include "tanh_branchless.cuh"
 
 #define POOLED_W (OUT_W / 2)
 #define PLANE (OUT_H / 2 * POOLED_W)
-#define STRIDE (((OUT_H + 1) / 2 * ((OUT_W + 1) / 2) + 3) / 4 * 4)  // of planes that conv_bn_pool wrote
 #define MEMBERS (OUT_CHANNELS / GROUPS)
 #define PARTS ((PLANE + 319) / 320)
 #define ITEMS ((PLANE + PARTS * 32 - 1) / (PARTS * 32))
@@ -3741,11 +4350,20 @@ struct Job {
     __device__ bool exists() const { return JOBS % WARPS == 0 || number < JOBS; }
     __device__ bool inside(int i) const { return (PARTS == 1 && (i + 1) * 32 <= PLANE) || at + i * 32 < PLANE; }
 
-    // The lane's values, at `source` those of the block, `stride` from plane to plane; 0 for those that do not exist.
-    template <class U> __device__ void load(const U* source, int stride, float (&v)[ITEMS]) const {
-        source += member * stride + at;
+    // The lane's values; 0 for those that do not exist. `source`: of the block, without gaps.
+    template <class U> __device__ void load(const U* source, float (&v)[ITEMS]) const {
+        source += first;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) v[i] = inside(i) ? to_acc(source[i * 32]) : 0;
+    }
+    // The same from the first of the block's planes that conv_bn_pool wrote.
+    __device__ void load_pooled(const float* source, float (&v)[ITEMS]) const {
+        source += member * PLANE_STRIDE;
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            int p = at + i * 32;
+            v[i] = inside(i) ? source[place_of_window<TOGETHER_POOLED>(p / POOLED_W, p % POOLED_W)] : 0;
+        }
     }
 };
 
@@ -3793,7 +4411,7 @@ struct Norm {
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of conv_bn_pool.cu, mean,
 // invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh, saved_t (half_t, float), SPLIT (1 with half_t, 2 with float),
-// UNIT_WINDOWS and SAVED_SHIFT (conv_bn_pool.cu).
+// and SAVED_SHIFT (conv_bn_pool.cu).
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_cells.cuh"
@@ -3815,8 +4433,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
     float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], tanhs[UNROLLED][ITEMS];
     auto load = [&](const Job& job, float (&v)[ITEMS], float (&d)[ITEMS]) {
-        job.load(pooled + (i64)blockIdx.x * MEMBERS * STRIDE, STRIDE, v);
-        job.load(dout + start, PLANE, d);
+        job.load_pooled(pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE, v);
+        job.load(dout + start, d);
     };
     if (RESIDENT)
         #pragma unroll
@@ -3970,11 +4588,13 @@ struct OutputGradient {
     __device__ float of_chosen(float g) const { return multiply_unflushed(g, enlarge) * scale; }
 };
 
-// A 2x2 window: its place among the pooled values, -1 at an odd edge.
+// A 2x2 window: its places among the taps, in `saved`, and in g, which for windows that an odd edge cuts is -1.
 struct Window {
-    int row, column, pooled;
+    int row, column, tap, saved, pooled;
 
     __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
+        tap = place_of_window<TOGETHER_POOLED>(row, column);
+        saved = place_of_window<together_saved<saved_t>()>(row, column);
         pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
     }
 };
@@ -3987,8 +4607,8 @@ __device__ inline void unpack(uint2 kept, float (&v)[4]) {
     for (int i = 0; i < 4; i++) v[i] = to_acc(half_t{(unsigned short)((i < 2 ? kept.x : kept.y) >> i % 2 * 16)});
 }
 // The exponent of a window's scale, but for its channel's.
-__device__ inline int kept_exponent(const int* unit_exponents, i64 image, int window) {
-    return unit_exponents[image * ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS) + window / UNIT_WINDOWS] - SAVED_SHIFT;
+__device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
+    return unit_exponents[image * PLANE_UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
 }
 // What undoes the scale. |y| below 2^-111 or above 2^112 is not restored in full: batch norm then sees zeros, or distances whose
 // squares overflow.
@@ -3996,7 +4616,7 @@ __device__ inline float restoring(int exponent) { return power_of_two(max(-126, 
 #else
 typedef float4 Kept;
 __device__ inline void unpack(float4 kept, float (&v)[4]) { v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w; }
-__device__ inline int kept_exponent(const int*, i64, int) { return 0; }
+__device__ inline int kept_exponent(const int*, i64, const Window&) { return 0; }
 __device__ inline float restoring(int) { return 1; }
 #endif
 
@@ -4019,18 +4639,18 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
 
     Kept kept[8] = {};
     float chosen[8];
-    int tap[8], exponent = kept_exponent(unit_exponents, image, at);
+    Window window(at);
+    int tap[8], exponent = kept_exponent(unit_exponents, image, window);
     if (real) {
         i64 plane = image * OUT_CHANNELS + c;
-        Window window(at);
-        const Kept* from = (const Kept*)saved + plane * STRIDE + at;
+        const Kept* from = (const Kept*)saved + plane * PLANE_STRIDE + window.saved;
         if (sums)
             #pragma unroll
-            for (int j = 0; j < 8; j++) kept[j] = from[j * STRIDE];
+            for (int j = 0; j < 8; j++) kept[j] = from[j * PLANE_STRIDE];
         const float* g_from = g + plane * PLANE + max(window.pooled, 0);
-        const u8* tap_from = taps + plane * STRIDE + max(window.pooled, 0);
+        const u8* tap_from = taps + plane * PLANE_STRIDE + window.tap;
         #pragma unroll
-        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * STRIDE];
+        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * PLANE_STRIDE];
         if (window.pooled < 0)
             #pragma unroll
             for (int j = 0; j < 8; j++) tap[j] = -1;
@@ -4088,10 +4708,10 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
     Window window(at);
     OutputGradient gradient(mean, invstd, weight, sums, c);
     gradient.finish(count, 0);
-    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, at));
+    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window));
     float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]), v[4];
-    int tap = window.pooled < 0 ? -1 : taps[plane * STRIDE + window.pooled];
-    unpack(sums ? ((const Kept*)saved)[plane * STRIDE + at] : Kept(), v);
+    int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.tap];
+    unpack(sums ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
         int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
@@ -4213,6 +4833,149 @@ __device__ inline float tanh_branchless(float v) {
     return size >= 0.6f ? __uint_as_float(__float_as_uint(large) | sign) : small;
 }
 """,
+    "wgmma.cuh": r"""// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory, float32 accumulation.
+//
+// A warpgroup (four warps, 128 threads) issues multiplications together, closes a group of them by wgmma_commit(), and may touch the
+// sums after a wgmma_wait<N>(), which leaves at most the N youngest groups in flight. wgmma_fence() comes before the first one that
+// follows other use of the sums' registers, fence_async_proxy() between a thread's writes to shared memory and the barrier
+// after which wgmma reads them.
+//
+// Sums, for warp w of the group and lane l: d[t][c] is row 16 w + l/4 + c/2 * 8, column 8 t + 2 (l%4) + c%2.
+#pragma once
+
+// An operand in shared memory: rows of 16 halves (rows of A, columns of B). 8 halves of a row, 16 bytes, lie together, and 8 rows of
+// them one after the other; `along` bytes further lie the rows' next 8 halves, `across` bytes further the next 8 rows.
+struct WgmmaOperand {
+#ifdef CUPY_KERNELS_EMULATOR
+    const u8* start;
+    int along, across;
+    __device__ WgmmaOperand(const u8* start, int along, int across) : start(start), along(along), across(across) {}
+    float at(int row, int k) const { return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]); }
+#else
+    unsigned start, stride;  // the two words of PTX's matrix descriptor, lengths in units of 16 bytes, without a swizzle
+    __device__ WgmmaOperand(const u8* from, int along, int across)
+        : start((unsigned)__cvta_generic_to_shared(from) / 16 | along / 16 << 16), stride(across / 16) {}
+    __device__ unsigned long long bits() const { return (unsigned long long)stride << 32 | start; }
+#endif
+    __device__ WgmmaOperand moved(int bytes) const {
+        WgmmaOperand other = *this;
+#ifdef CUPY_KERNELS_EMULATOR
+        other.start += bytes;
+#else
+        other.start += bytes >> 4;
+#endif
+        return other;
+    }
+};
+
+#define WGMMA_REGISTERS_1 "%2, %3, %4, %5"
+#define WGMMA_REGISTERS_2 WGMMA_REGISTERS_1 ", %6, %7, %8, %9"
+#define WGMMA_REGISTERS_3 WGMMA_REGISTERS_2 ", %10, %11, %12, %13"
+#define WGMMA_REGISTERS_4 WGMMA_REGISTERS_3 ", %14, %15, %16, %17"
+#define WGMMA_REGISTERS_5 WGMMA_REGISTERS_4 ", %18, %19, %20, %21"
+#define WGMMA_REGISTERS_6 WGMMA_REGISTERS_5 ", %22, %23, %24, %25"
+#define WGMMA_REGISTERS_7 WGMMA_REGISTERS_6 ", %26, %27, %28, %29"
+#define WGMMA_REGISTERS_8 WGMMA_REGISTERS_7 ", %30, %31, %32, %33"
+#define WGMMA_REGISTERS_9 WGMMA_REGISTERS_8 ", %34, %35, %36, %37"
+#define WGMMA_REGISTERS_10 WGMMA_REGISTERS_9 ", %38, %39, %40, %41"
+#define WGMMA_REGISTERS_11 WGMMA_REGISTERS_10 ", %42, %43, %44, %45"
+#define WGMMA_REGISTERS_12 WGMMA_REGISTERS_11 ", %46, %47, %48, %49"
+#define WGMMA_REGISTERS_13 WGMMA_REGISTERS_12 ", %50, %51, %52, %53"
+#define WGMMA_REGISTERS_14 WGMMA_REGISTERS_13 ", %54, %55, %56, %57"
+#define WGMMA_REGISTERS_15 WGMMA_REGISTERS_14 ", %58, %59, %60, %61"
+#define WGMMA_REGISTERS_16 WGMMA_REGISTERS_15 ", %62, %63, %64, %65"
+#define WGMMA_REGISTERS_17 WGMMA_REGISTERS_16 ", %66, %67, %68, %69"
+#define WGMMA_REGISTERS_18 WGMMA_REGISTERS_17 ", %70, %71, %72, %73"
+#define WGMMA_TILE(use, i) use(d[i][0]), use(d[i][1]), use(d[i][2]), use(d[i][3])
+#define WGMMA_TILES_1(use) WGMMA_TILE(use, 0)
+#define WGMMA_TILES_2(use) WGMMA_TILES_1(use), WGMMA_TILE(use, 1)
+#define WGMMA_TILES_3(use) WGMMA_TILES_2(use), WGMMA_TILE(use, 2)
+#define WGMMA_TILES_4(use) WGMMA_TILES_3(use), WGMMA_TILE(use, 3)
+#define WGMMA_TILES_5(use) WGMMA_TILES_4(use), WGMMA_TILE(use, 4)
+#define WGMMA_TILES_6(use) WGMMA_TILES_5(use), WGMMA_TILE(use, 5)
+#define WGMMA_TILES_7(use) WGMMA_TILES_6(use), WGMMA_TILE(use, 6)
+#define WGMMA_TILES_8(use) WGMMA_TILES_7(use), WGMMA_TILE(use, 7)
+#define WGMMA_TILES_9(use) WGMMA_TILES_8(use), WGMMA_TILE(use, 8)
+#define WGMMA_TILES_10(use) WGMMA_TILES_9(use), WGMMA_TILE(use, 9)
+#define WGMMA_TILES_11(use) WGMMA_TILES_10(use), WGMMA_TILE(use, 10)
+#define WGMMA_TILES_12(use) WGMMA_TILES_11(use), WGMMA_TILE(use, 11)
+#define WGMMA_TILES_13(use) WGMMA_TILES_12(use), WGMMA_TILE(use, 12)
+#define WGMMA_TILES_14(use) WGMMA_TILES_13(use), WGMMA_TILE(use, 13)
+#define WGMMA_TILES_15(use) WGMMA_TILES_14(use), WGMMA_TILE(use, 14)
+#define WGMMA_TILES_16(use) WGMMA_TILES_15(use), WGMMA_TILE(use, 15)
+#define WGMMA_TILES_17(use) WGMMA_TILES_16(use), WGMMA_TILE(use, 16)
+#define WGMMA_TILES_18(use) WGMMA_TILES_17(use), WGMMA_TILE(use, 17)
+#define WGMMA_ISSUE(tiles, n, equal, use) \
+    asm volatile("{.reg .pred accumulate; setp." equal ".u32 accumulate, 0, 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" \
+        WGMMA_REGISTERS_##tiles "}, %0, %1, accumulate, 1, 1, 0, 0;}" : "+l"(a_bits), "+l"(b_bits), WGMMA_TILES_##tiles(use));
+#define WGMMA_CASE(tiles, n) \
+    if constexpr (COUNT == tiles && ACCUMULATE) WGMMA_ISSUE(tiles, n, "eq", "+f") \
+    if constexpr (COUNT == tiles && !ACCUMULATE) WGMMA_ISSUE(tiles, n, "ne", "=f")
+
+// The first COUNT tiles of 8 columns of d += a b, or without ACCUMULATE d = a b.
+template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline__ void wgmma(float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    for (int t = 0; t < COUNT; t++)
+        for (int c = 0; c < 4; c++) {
+            if (!ACCUMULATE) d[t][c] = 0;
+            for (int k = 0; k < 16; k++) d[t][c] += a.at(row + c / 2 * 8, k) * b.at(t * 8 + column + c % 2, k);
+        }
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    unsigned long long a_bits = a.bits(), b_bits = b.bits();
+    WGMMA_CASE(1, 8)
+    WGMMA_CASE(2, 16)
+    WGMMA_CASE(3, 24)
+    WGMMA_CASE(4, 32)
+    WGMMA_CASE(5, 40)
+    WGMMA_CASE(6, 48)
+    WGMMA_CASE(7, 56)
+    WGMMA_CASE(8, 64)
+    WGMMA_CASE(9, 72)
+    WGMMA_CASE(10, 80)
+    WGMMA_CASE(11, 88)
+    WGMMA_CASE(12, 96)
+    WGMMA_CASE(13, 104)
+    WGMMA_CASE(14, 112)
+    WGMMA_CASE(15, 120)
+    WGMMA_CASE(16, 128)
+    WGMMA_CASE(17, 136)
+    WGMMA_CASE(18, 144)
+#endif
+}
+
+__device__ inline void wgmma_fence() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+__device__ inline void wgmma_commit() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+template <int PENDING_GROUPS> __device__ inline void wgmma_wait() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING_GROUPS) : "memory");
+#endif
+}
+
+// Between a wait and what reads the sums: compilers know nothing of the wait.
+template <int COUNT, int MOST> __device__ __forceinline__ void wgmma_arrived(float (&d)[MOST][4]) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    #pragma unroll
+    for (int t = 0; t < COUNT; t++) asm volatile("" : WGMMA_TILE("+f", t)::"memory");
+#endif
+}
+
+__device__ inline void fence_async_proxy() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+""",
 }  # file name: text
 
 
@@ -4236,9 +4999,20 @@ def prepare(kernels) -> None:
 
 @functools.cache
 def module(file: str, defines, device: int):
-    """The compiled text of a file, kept on disk by CuPy."""
+    """The compiled text of a file, kept on disk by CuPy, unless it is for sm_90a, which CuPy does not compile for."""
     options = (STANDARD, *(f"-D{name}={value}" for name, value in defines))
-    return cupy().RawModule(code=expanded(file), options=options)
+    architecture = Variant(file, defines).architecture
+    if not architecture:
+        return cupy().RawModule(code=expanded(file), options=options)
+    nvrtc = cupy().cuda.nvrtc
+    program = nvrtc.createProgram(expanded(file), file, (), ())
+    nvrtc.compileProgram(program, (*options, "-ftz=true", f"-arch={architecture}"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(nvrtc.getCUBIN(program))
+        cubin.flush()
+        found = cupy().RawModule(path=cubin.name)
+        found.compile()
+    return found
 
 
 @functools.cache
@@ -4255,6 +5029,17 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     pairs = zip(signature(kernel), args, strict=True)
     cast = [np.uint64(0) if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
     function(kernel, cupy().cuda.runtime.getDevice(), shared_bytes)(grid, block, cast, shared_mem=shared_bytes)
+
+
+@functools.cache
+def has_wgmma(device: int) -> bool:
+    """Whether the GPU and NVRTC have sm_90a's wgmma instructions."""
+    return torch.cuda.get_device_capability(device) == (9, 0) and cupy().cuda.nvrtc.getVersion()[0] >= WGMMA_MAJOR
+
+
+def uses_wgmma(x: torch.Tensor) -> bool:
+    """Whether plans for x may use them."""
+    return x.is_cuda and has_wgmma(x.device.index)
 
 
 def plan_or_reason(*convolution, **options):

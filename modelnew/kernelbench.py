@@ -8,13 +8,14 @@ are refused.
 """
 
 import functools
+import tempfile
 
 import numpy as np
 import torch
 from torch import nn
 
-from cupy_kernels.nvrtc import STANDARD, preload_wheels
-from cupy_kernels.source import Kernel, expanded, signature
+from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels
+from cupy_kernels.source import Kernel, Variant, expanded, signature
 
 from .functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
 from .layers import BatchNorm2d, ConvTranspose2d, GroupNorm
@@ -43,9 +44,20 @@ def prepare(kernels) -> None:
 
 @functools.cache
 def module(file: str, defines, device: int):
-    """The compiled text of a file, kept on disk by CuPy."""
+    """The compiled text of a file, kept on disk by CuPy, unless it is for sm_90a, which CuPy does not compile for."""
     options = (STANDARD, *(f"-D{name}={value}" for name, value in defines))
-    return cupy().RawModule(code=expanded(file), options=options)
+    architecture = Variant(file, defines).architecture
+    if not architecture:
+        return cupy().RawModule(code=expanded(file), options=options)
+    nvrtc = cupy().cuda.nvrtc
+    program = nvrtc.createProgram(expanded(file), file, (), ())
+    nvrtc.compileProgram(program, (*options, "-ftz=true", f"-arch={architecture}"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(nvrtc.getCUBIN(program))
+        cubin.flush()
+        found = cupy().RawModule(path=cubin.name)
+        found.compile()
+    return found
 
 
 @functools.cache
@@ -62,6 +74,17 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     pairs = zip(signature(kernel), args, strict=True)
     cast = [np.uint64(0) if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
     function(kernel, cupy().cuda.runtime.getDevice(), shared_bytes)(grid, block, cast, shared_mem=shared_bytes)
+
+
+@functools.cache
+def has_wgmma(device: int) -> bool:
+    """Whether the GPU and NVRTC have sm_90a's wgmma instructions."""
+    return torch.cuda.get_device_capability(device) == (9, 0) and cupy().cuda.nvrtc.getVersion()[0] >= WGMMA_MAJOR
+
+
+def uses_wgmma(x: torch.Tensor) -> bool:
+    """Whether plans for x may use them."""
+    return x.is_cuda and has_wgmma(x.device.index)
 
 
 def plan_or_reason(*convolution, **options):

@@ -61,7 +61,7 @@ def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str
 
     dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
-    options = {"dgrad": dgrad, "wgmma": _uses_wgmma(x)}
+    options = {"dgrad": dgrad, "wgmma": uses_wgmma(x)}
     return plan_or_reason(conv_transpose_mma.plan, x, w_shape, geometry, numerics, **options)
 
 
@@ -93,7 +93,8 @@ def required_plan(make, x, w_shape, geometry, numerics, **options):
     return make(tuple(x.shape), tuple(w_shape), geometry, split, **options)
 
 
-def _uses_wgmma(x) -> bool:
+def uses_wgmma(x: torch.Tensor) -> bool:
+    """Whether plans for x may use wgmma."""
     if x.is_cuda:
         return _wgmma_chosen[-1:] != [False] and has_wgmma(x.device.index)
     return _wgmma_chosen[-1:] == [True]

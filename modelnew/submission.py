@@ -28,6 +28,7 @@ REPLACED = (
     "cupy_kernels.compiler.prepare",
     "cupy_kernels.source.text",
     "modelnew.numerics.plan_or_reason",
+    "modelnew.numerics.uses_wgmma",
 )
 # Methods of layers of which the parameters alone are used.
 DROPPED = ("forward", "_output_padding", "_load_from_state_dict")
