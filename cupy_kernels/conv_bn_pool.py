@@ -378,7 +378,9 @@ def variants():
         sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
         pitch = ceil_div(size, 2)
         for wgmma in (0, 1):
-            planes = conv_wgmma.planes(wgmma, pitch, 64, 64, ceil_div(pitch**2, 64) * 64)
+            unit = 8 * pitch if wgmma else 64
+            stride = ceil_div(unit, 16) * 16
+            planes = conv_wgmma.planes(wgmma, pitch, unit, stride, ceil_div(pitch**2, unit) * stride)
             tail = _tail_defines(sample, groups, planes.items())
             if (dtype, split) != ("float", 2):
                 yield Variant("pooled_tail.cu", tail)

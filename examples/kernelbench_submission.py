@@ -75,8 +75,7 @@ class Variant(NamedTuple):
     @property
     def architecture(self) -> str | None:
         """The only one that it compiles and runs for, None for most variants, which have no such bounds."""
-        needs_wgmma = ("WGMMA", 1) in self.defines and '"wgmma.cuh"' in expanded(self.file)
-        return "sm_90a" if needs_wgmma else None
+        return "sm_90a" if ("WGMMA", 1) in self.defines else None
 
     @property
     def family(self) -> "Variant":
@@ -307,7 +306,8 @@ def layout(split: int, dgrad: bool, many_images: bool, channels, size, out, kern
     granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
-    tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, _MOST_TILES[split, dgrad])
+    most = _MOST_TILES[split, dgrad] - (4 if dgrad and out[1] % 2 else 0)  # odd rows, stored pixel by pixel, take registers
+    tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
     macros = {
         "WARPGROUPS_M": warpgroups_m,
         "WARPGROUPS_N": warpgroups_n,
@@ -2330,6 +2330,13 @@ template <class A> __device__ inline A block_sum(A v, A* scratch) {
     __syncthreads();
     return total;
 }
+
+// What is computed from v is computed after this point.
+__device__ inline void settle(int& v) {
+#ifndef CUPY_KERNELS_EMULATOR
+    asm volatile("" : "+r"(v));
+#endif
+}
 """,
     "conv_bn_pool.cu": r"""// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, tanh and 2x2 max pooling need of it.
 //
@@ -3407,8 +3414,8 @@ struct Band {
 // that is not enough, all starts again.
 struct Band {
     // What the first turn needs at most, in octets (eight channels of a pixel) a thread, and how many of them are in flight at a time.
-    // With SPLIT 2, which has no registers for turns, the first turn is all.
-    enum { EARLY_WINDOWS = SPLIT == 1 ? PASS_WINDOWS : (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W };
+    // Whether rows come behind multiplications; with SPLIT 2 there are no registers for it.
+    enum { UNIT = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W, LATER = SPLIT == 1 && UNIT > PASS_WINDOWS, EARLY_WINDOWS = LATER ? PASS_WINDOWS : UNIT };
     enum { NEEDED_ROWS = 2 * ((EARLY_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H, FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H };
     enum { FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS, ROUNDS = (FIRST_OCTETS + 9) / 10, BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS };
     const scalar_t* source;  // the image
@@ -3424,7 +3431,7 @@ struct Band {
 
     // Where the rows end that the first `passes` passes need.
     __device__ int rows_end(int passes) const {
-        int window = (SPLIT == 1 && passes < unit.passes ? passes * PASS_WINDOWS : unit.windows) - 1;
+        int window = (LATER && passes < unit.passes ? passes * PASS_WINDOWS : unit.windows) - 1;
         return max(0, min(IN_H, 2 * (unit.first_row + window / WINDOW_PITCH + 1) + PAD_H));
     }
     __device__ void load(int group, int pixel, bool real, float (&v)[8]) const {
@@ -3460,7 +3467,7 @@ struct Band {
     }
     __device__ void next_chunk(int, int) const {}
     __device__ void begin(unsigned* scratch) {
-        bool later = SPLIT == 1 && unit.passes > 1;
+        bool later = LATER && unit.passes > 1;
         load_first_rows();
         int right = scale_exponent(block_max(largest, scratch));
         if (attempts++ || (right >= GUESS + later && right <= GUESS + SLACK)) return;
@@ -3475,7 +3482,7 @@ struct Band {
         pixel = threadIdx.x;
         load_next();
     }
-    __device__ bool pending() const { return SPLIT == 1 && group < GROUPS_K; }
+    __device__ bool pending() const { return LATER && group < GROUPS_K; }
     __device__ void load_next() {
         for (; pending() && pixel >= pixels; group++) pixel -= pixels;
         if (pending()) load(group, first_pixel + pixel, true, v);
@@ -3617,6 +3624,7 @@ __device__ inline void convolve(
             if (last) run_pass(sums, LAST_TILES, turn, first);
             else run_pass(sums, TILES, turn, first);
             int channel = warpgroup_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+            settle(first);  // else addresses of the epilogue are computed before the loop, where registers are few
             Place place = {unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE, unit.windows};
             epilogue.turn(sums, place, band.exponent);
         }
@@ -4192,22 +4200,29 @@ extern "C" __global__ void pack_weight_fp16(
 """,
     "pooled_planes.cuh": r"""// Where conv_bn_pool keeps the 2x2 windows of a plane: one of OUT_H x OUT_W sums, pooled.
 //
-// Windows are numbered row by row, WINDOW_PITCH a row, and cut into units of UNIT_WINDOWS, each with room for UNIT_STRIDE. In it they follow one
-// another, but with WGMMA 16 windows, four tiles of four lanes, change places among themselves, so that a lane writes 16 bytes of its own at a time, next to
-// those of its neighbours.
+// Windows are numbered row by row, WINDOW_PITCH a row. Without WGMMA they follow one another. With it they are cut into units of UNIT_WINDOWS,
+// whole rows, each with room for UNIT_STRIDE, and 16 windows, four tiles of four lanes, change places among themselves, so that a lane writes 16
+// bytes of its own at a time, next to those of its neighbours.
 //
 // PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNIT_WINDOWS, UNIT_STRIDE, PLANE_STRIDE.
 #pragma once
 
 #define PLANE_UNITS (((OUT_H + 1) / 2 * WINDOW_PITCH + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
 
-__device__ inline int unit_of_window(int row, int column) { return PLANE_UNITS == 1 ? 0 : (row * WINDOW_PITCH + column) / UNIT_WINDOWS; }
+__device__ inline int unit_of_window(int row, int column) {
+    if (PLANE_UNITS == 1) return 0;
+    return WGMMA ? row / (UNIT_WINDOWS / WINDOW_PITCH) : (row * WINDOW_PITCH + column) / UNIT_WINDOWS;
+}
 
 // Of values of which TOGETHER windows, 1, 2 or 4, make 16 bytes.
 template <int TOGETHER> __device__ inline int place_of_window(int row, int column) {
+#if WGMMA
     int unit = unit_of_window(row, column), window = row * WINDOW_PITCH + column - unit * UNIT_WINDOWS;
-    int lane = window % 4, tile = window / 4 % 4;
-    return unit * UNIT_STRIDE + (WGMMA ? window / 16 * 16 + tile / TOGETHER * (4 * TOGETHER) + lane * TOGETHER + tile % TOGETHER : window);
+    int lane = window & 3, tile = window >> 2 & 3;
+    return unit * UNIT_STRIDE + (window & ~15) + tile / TOGETHER * (4 * TOGETHER) + lane * TOGETHER + tile % TOGETHER;
+#else
+    return row * WINDOW_PITCH + column;
+#endif
 }
 
 enum { TOGETHER_POOLED = 4 };  // and taps, which go with them

@@ -53,7 +53,7 @@ def test_kernels_are_listed():
     assert "const scalar_t* x" in repr(cupy_kernels.kernels("tanh_forward"))
     assert "WIDTH: 1, 4, 2, 8" in repr(cupy_kernels.kernels("tanh_forward"))
     (row,) = cupy_kernels.kernels("pack_weight_fp16")
-    assert row.macros == "scalar_t acc_t SPLIT FLIP and 4 of the shape"
+    assert row.macros == "scalar_t acc_t SPLIT WGMMA FLIP and 4 of the shape"
     assert "tanh_forward" in rows._repr_mimebundle_()["text/html"]
 
 

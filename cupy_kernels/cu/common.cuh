@@ -106,3 +106,10 @@ template <class A> __device__ inline A block_sum(A v, A* scratch) {
     __syncthreads();
     return total;
 }
+
+// What is computed from v is computed after this point.
+__device__ inline void settle(int& v) {
+#ifndef CUPY_KERNELS_EMULATOR
+    asm volatile("" : "+r"(v));
+#endif
+}

@@ -148,8 +148,8 @@ struct Band {
 // that is not enough, all starts again.
 struct Band {
     // What the first pass needs at most, in octets (eight channels of a pixel) a thread, and how many of them are in flight at a time.
-    // With SPLIT 2, which has no registers for turns, the first pass is all.
-    enum { EARLY_WINDOWS = SPLIT == 1 ? PASS_WINDOWS : (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W };
+    // Whether rows come behind multiplications; with SPLIT 2 there are no registers for it.
+    enum { UNIT = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W, LATER = SPLIT == 1 && UNIT > PASS_WINDOWS, EARLY_WINDOWS = LATER ? PASS_WINDOWS : UNIT };
     enum { NEEDED_ROWS = 2 * ((EARLY_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H, FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H };
     enum { FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS, ROUNDS = (FIRST_OCTETS + 9) / 10, BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS };
     const scalar_t* source;  // the image
@@ -165,7 +165,7 @@ struct Band {
 
     // Where the rows end that the first `passes` passes need.
     __device__ int rows_end(int passes) const {
-        int window = (SPLIT == 1 && passes < unit.passes ? passes * PASS_WINDOWS : unit.windows) - 1;
+        int window = (LATER && passes < unit.passes ? passes * PASS_WINDOWS : unit.windows) - 1;
         return max(0, min(IN_H, 2 * (unit.first_row + window / WINDOW_PITCH + 1) + PAD_H));
     }
     __device__ void load(int group, int pixel, bool real, float (&v)[8]) const {
@@ -201,7 +201,7 @@ struct Band {
     }
     __device__ void next_chunk(int, int) const {}
     __device__ void begin(unsigned* scratch) {
-        bool later = SPLIT == 1 && unit.passes > 1;
+        bool later = LATER && unit.passes > 1;
         load_first_rows();
         int right = scale_exponent(block_max(largest, scratch));
         if (attempts++ || (right >= GUESS + later && right <= GUESS + SLACK)) return;
@@ -216,7 +216,7 @@ struct Band {
         pixel = threadIdx.x;
         load_next();
     }
-    __device__ bool pending() const { return SPLIT == 1 && group < GROUPS_K; }
+    __device__ bool pending() const { return LATER && group < GROUPS_K; }
     __device__ void load_next() {
         for (; pending() && pixel >= pixels; group++) pixel -= pixels;
         if (pending()) load(group, first_pixel + pixel, true, v);
@@ -358,6 +358,7 @@ __device__ inline void convolve(
             if (last) run_pass(sums, LAST_TILES, pass, first);
             else run_pass(sums, TILES, pass, first);
             int channel = warpgroup_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+            settle(first);  // else addresses of the epilogue are computed before the loop, where registers are few
             Place place = {unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE, unit.windows};
             epilogue.pass(sums, place, band.exponent);
         }

@@ -1,21 +1,28 @@
 // Where conv_bn_pool keeps the 2x2 windows of a plane: one of OUT_H x OUT_W sums, pooled.
 //
-// Windows are numbered row by row, WINDOW_PITCH a row, and cut into units of UNIT_WINDOWS, each with room for UNIT_STRIDE. In it they follow one
-// another, but with WGMMA 16 windows, four tiles of four lanes, change places among themselves, so that a lane writes 16 bytes of its own at a time, next to
-// those of its neighbours.
+// Windows are numbered row by row, WINDOW_PITCH a row. Without WGMMA they follow one another. With it they are cut into units of UNIT_WINDOWS,
+// whole rows, each with room for UNIT_STRIDE, and 16 windows, four tiles of four lanes, change places among themselves, so that a lane writes 16
+// bytes of its own at a time, next to those of its neighbours.
 //
 // PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNIT_WINDOWS, UNIT_STRIDE, PLANE_STRIDE.
 #pragma once
 
 #define PLANE_UNITS (((OUT_H + 1) / 2 * WINDOW_PITCH + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
 
-__device__ inline int unit_of_window(int row, int column) { return PLANE_UNITS == 1 ? 0 : (row * WINDOW_PITCH + column) / UNIT_WINDOWS; }
+__device__ inline int unit_of_window(int row, int column) {
+    if (PLANE_UNITS == 1) return 0;
+    return WGMMA ? row / (UNIT_WINDOWS / WINDOW_PITCH) : (row * WINDOW_PITCH + column) / UNIT_WINDOWS;
+}
 
 // Of values of which TOGETHER windows, 1, 2 or 4, make 16 bytes.
 template <int TOGETHER> __device__ inline int place_of_window(int row, int column) {
+#if WGMMA
     int unit = unit_of_window(row, column), window = row * WINDOW_PITCH + column - unit * UNIT_WINDOWS;
-    int lane = window % 4, tile = window / 4 % 4;
-    return unit * UNIT_STRIDE + (WGMMA ? window / 16 * 16 + tile / TOGETHER * (4 * TOGETHER) + lane * TOGETHER + tile % TOGETHER : window);
+    int lane = window & 3, tile = window >> 2 & 3;
+    return unit * UNIT_STRIDE + (window & ~15) + tile / TOGETHER * (4 * TOGETHER) + lane * TOGETHER + tile % TOGETHER;
+#else
+    return row * WINDOW_PITCH + column;
+#endif
 }
 
 enum { TOGETHER_POOLED = 4 };  // and taps, which go with them
