@@ -91,16 +91,16 @@ struct Place {
     i64 image;
     int channel, first_window, pairs, end_window;  // the lane's first channel in the block; the warp's windows
 
-    // Of the warp's windows, the i-th.
-    __device__ int nth(int i) const { return first_window + i; }
-    __device__ bool has(int i) const { return i < pairs * 4 && nth(i) < end_window; }
-
     __device__ int window(int t) const { return first_window + lane_window(threadIdx.x % 4, t, pairs); }
     __device__ bool exists(int t) const { return t < pairs && window(t) < end_window; }
     // Whether a pixel of a window that exists does.
     __device__ bool inside(int t, int corner) const { return Pixel(window(t), corner).valid(); }
     // All pixels exist, which is the usual case and needs no masks.
     __device__ bool full() const { return OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window; }
+    // The warp has `count` windows from `start` on, a number that begins with row `first_row` of windows.
+    __device__ int start() const { return first_window; }
+    __device__ int count() const { return min(pairs * 4, end_window - first_window); }
+    __device__ int first_row() const { return 0; }
 };
 
 // Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without a gap.

@@ -8,10 +8,69 @@
 #include "fp16_cells.cuh"
 #if WGMMA
 #include "conv_wgmma.cuh"
+enum { STORED_WINDOWS = TILES };  // of a lane's LANE_WINDOWS
 #else
 #define ADJACENT 0
 #include "conv_mma.cuh"
+enum { STORED_WINDOWS = LANE_WINDOWS };
 #endif
+
+// Of a plain store the compiler makes one for each element.
+template <int W> __device__ inline void store_at_once(scalar_t* to, const Packed<scalar_t, W>& v) {
+#ifdef CUPY_KERNELS_EMULATOR
+    *(Packed<scalar_t, W>*)to = v;
+#else
+    if constexpr (sizeof(v) == 16) {
+        uint4 bits = *(const uint4*)&v;
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w));
+    } else if constexpr (sizeof(v) == 8) {
+        uint2 bits = *(const uint2*)&v;
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
+    } else *(unsigned*)to = *(const unsigned*)&v;
+#endif
+}
+
+// Two neighbouring windows' left pixels in a row.
+struct Spot {
+    scalar_t* to[2];
+    bool exists[2], last_column[2], together;  // last_column: the window has but one pixel; together: four pixels in a row, aligned
+
+    // The upper or lower row of windows `first` and first + 1 of the warp, in the plane.
+    __device__ __forceinline__ Spot(const Place& place, int first, int lower, scalar_t* plane) {
+        int row = (place.start() + first) / WINDOW_PITCH, column = (place.start() + first) % WINDOW_PITCH, at[2];
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            int oh = (place.first_row() + row) * 2 + lower;
+            exists[j] = first + j >= 0 && first + j < place.count() && column < WINDOWS_W && (OUT_H % 2 == 0 || oh < OUT_H);
+            last_column[j] = OUT_W % 2 && column == WINDOWS_W - 1;
+            at[j] = oh * OUT_W + column * 2;
+            to[j] = plane + at[j];
+            if (++column == WINDOW_PITCH) row++, column = 0;
+        }
+        together = OUT_W % 2 == 0 && OUT_H * OUT_W % 4 == 0 && exists[0] && exists[1] && at[0] % 4 == 0 && at[1] == at[0] + 2;
+    }
+
+    __device__ __forceinline__ void store(int planes_on, const Packed<scalar_t, 4>& line) const {
+        if (together) return store_at_once<4>(to[0] + planes_on * (OUT_H * OUT_W), line);
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            scalar_t* at = to[j] + planes_on * (OUT_H * OUT_W);
+            if (!exists[j]) continue;
+            if (OUT_W % 2 == 0) store_at_once<2>(at, {{line.v[j * 2], line.v[j * 2 + 1]}});
+            else {
+                at[0] = line.v[j * 2];
+                if (!last_column[j]) at[1] = line.v[j * 2 + 1];
+            }
+        }
+    }
+};
+
+// From sums to values of one channel.
+struct Finish {
+    ScaleBack scale = ScaleBack(0);
+    float shift = 0;
+    __device__ scalar_t operator()(float sum) const { return from_acc<scalar_t>(scale(sum, shift)); }
+};
 
 struct Store {
     const scalar_t* bias;
@@ -19,59 +78,42 @@ struct Store {
     const int* exponents;
 
     __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
+        int first_m = blockIdx.y * TILE_M + place.channel;
+        scalar_t* plane = y + (place.image * OUT_CHANNELS + first_m) * (OUT_H * OUT_W);
+        Finish finish[LANE_ROWS];
+        #pragma unroll
+        for (int row = 0; row < LANE_ROWS; row++) {
+            int m = first_m + row * 8;
+            if (m < OUT_CHANNELS) finish[row] = {ScaleBack(exponent + exponents[m]), bias ? to_acc(bias[m]) : 0};
+        }
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             // Where four pixels are aligned, a pair begins: at an even window, but in lower rows of 4 n + 2 pixels at an odd one.
             const int odd = lower && OUT_W % 4 == 2;
-            int quad = threadIdx.x % 4, turned = (quad - odd) & 3, later = turned % 2;
+            int quad = threadIdx.x % 4, turned = (quad - odd) & 3, later = turned % 2, first = later * 4 + turned / 2 * 2 + odd;
             #pragma unroll
-            for (int row = 0; row < LANE_ROWS; row++) {
-                int m = blockIdx.y * TILE_M + place.channel + row * 8;
-                if (OUT_CHANNELS % TILE_M && m >= OUT_CHANNELS) continue;  // the same in all lanes
-                float shift = bias ? to_acc(bias[m]) : 0;
-                ScaleBack scale(exponent + exponents[m]);
-                scalar_t* plane = y + (place.image * OUT_CHANNELS + m) * (OUT_H * OUT_W);
-                auto ready = [&](float v) { return from_acc<scalar_t>(add_unflushed(scale(v), shift)); };
-                auto pixel = [&](int t, int right) { return t < LANE_WINDOWS ? sum_of(sums, row, t, lower * 2 + right) : 0; };
+            for (int t = 0; t < LANE_WINDOWS; t += 4) {
+                Spot spots[2] = {Spot(place, t * 4 + first, lower, plane), Spot(place, t * 4 + 8 + first, lower, plane)};
                 #pragma unroll
-                for (int t = 0; t < LANE_WINDOWS; t += 2) {
-                    Packed<scalar_t, 4> line;
+                for (int row = 0; row < LANE_ROWS; row++) {
+                    if (OUT_CHANNELS % TILE_M && first_m + row * 8 >= OUT_CHANNELS) continue;  // the same in all lanes
+                    auto pixel = [&](int t, int right) { return t < LANE_WINDOWS ? sum_of(sums, row, t, lower * 2 + right) : 0; };
+                    Packed<scalar_t, 4> lines[2];
                     #pragma unroll
-                    for (int right = 0; right < 2; right++) {
-                        float v = pixel(t, right), next = pixel(t + 1, right), after = pixel(t + 2, right);
+                    for (int i = 0; i < 4; i++) {
+                        int at = t + i / 2 * 2, right = i % 2;
+                        float v = pixel(at, right), next = pixel(at + 1, right), after = pixel(at + 2, right);
                         if (odd && quad == 0) v = next, next = after;
                         float other = __shfl_xor_sync(0xFFFFFFFFu, later ? v : next, odd ? 3 : 1);
-                        line.v[right] = ready(later ? other : v);
-                        line.v[2 + right] = ready(later ? next : other);
+                        lines[i / 2].v[right] = finish[row](later ? other : v);
+                        lines[i / 2].v[2 + right] = finish[row](later ? next : other);
                     }
-                    int first = (t + later) * 4 + turned / 2 * 2 + odd;
-                    store(plane, pixel_of(place, first, lower), pixel_of(place, first + 1, lower), line);
+                    #pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        if (t + 2 * i < STORED_WINDOWS) spots[i].store(row * 8, lines[i]);
+                    if (odd && t == 0 && quad == 0)
+                        Spot(place, -1, lower, plane).store(row * 8, {{scalar_t(), scalar_t(), finish[row](pixel(0, 0)), finish[row](pixel(0, 1))}});
                 }
-                if (odd && quad == 0) store(plane, pixel_of(place, 0, lower), -1, {{ready(pixel(0, 0)), ready(pixel(0, 1))}});
-            }
-        }
-    }
-
-    // The left pixel of the upper or lower row of the warp's i-th window, in the plane, -1 if it does not exist.
-    __device__ static int pixel_of(const Place& place, int i, int lower) {
-        int oh = place.nth(i) / WINDOW_PITCH * 2 + lower, ow = place.nth(i) % WINDOW_PITCH * 2;
-        return place.has(i) && oh < OUT_H ? oh * OUT_W + ow : -1;
-    }
-
-    // Two windows' pixels, of which -1 does not exist.
-    __device__ __forceinline__ static void store(scalar_t* plane, int first, int second, const Packed<scalar_t, 4>& line) {
-        if (OUT_W % 2 == 0 && OUT_H * OUT_W % 4 == 0 && first >= 0 && first % 4 == 0 && second == first + 2) {
-            *(Packed<scalar_t, 4>*)(plane + first) = line;
-            return;
-        }
-        #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-            int at = j ? second : first;
-            if (at < 0) continue;
-            if (OUT_W % 2 == 0) *(Packed<scalar_t, 2>*)(plane + at) = {{line.v[j], line.v[j + 1]}};
-            else {
-                plane[at] = line.v[j];
-                if (at % OUT_W + 1 < OUT_W) plane[at + 1] = line.v[j + 1];
             }
         }
     }

@@ -79,18 +79,19 @@ struct Place {
     i64 image;
     int channel, first, tiles, unit_window, unit_place, windows;  // the lane's first channel in the block; `first` counts from the unit's first window
 
-    // Of the warp's windows, the i-th.
-    __device__ int nth(int i) const { return unit_window + first + i; }
-    __device__ bool has(int i) const { return i < tiles * 4 && first + i < windows && (first + i) % WINDOW_PITCH < WINDOWS_W; }
-
-    __device__ int window(int t) const { return nth(t * 4 + threadIdx.x % 4); }
-    __device__ bool exists(int t) const { return has(t * 4 + threadIdx.x % 4); }
+    __device__ int in_unit(int t) const { return first + t * 4 + threadIdx.x % 4; }
+    __device__ int window(int t) const { return unit_window + in_unit(t); }
+    __device__ bool exists(int t) const { return t < tiles && in_unit(t) < windows && in_unit(t) % WINDOW_PITCH < WINDOWS_W; }
     // Whether a pixel of a window that exists does.
     __device__ bool inside(int t, int corner) const {
         int row = window(t) / WINDOW_PITCH * 2 + corner / 2, column = window(t) % WINDOW_PITCH * 2 + corner % 2;
         return (OUT_H % 2 == 0 || row < OUT_H) && (OUT_W % 2 == 0 || column < OUT_W);
     }
     __device__ bool full() const { return false; }
+    // The warp has `count` windows from `start` on, a number that begins with row `first_row` of windows.
+    __device__ int start() const { return first; }
+    __device__ int count() const { return min(tiles * 4, windows - first); }
+    __device__ int first_row() const { return unit_window / WINDOW_PITCH; }
     // Where in memory the windows t to t + 3, t % 4 == 0, of four lanes begin (pooled_planes.cuh).
     __device__ int sixteen(int t) const { return unit_place + first + t * 4; }
 };

@@ -42,6 +42,17 @@ struct ScaleBack {
     float first, second;
     __device__ explicit ScaleBack(int e) : first(power_of_two(-e / 2)), second(power_of_two(-e - -e / 2)) {}
     __device__ float operator()(float v) const { return multiply_unflushed(multiply_unflushed(v, first), second); }
+    // The same, plus `shift`.
+    __device__ float operator()(float v, float shift) const {
+        v = multiply_unflushed(v, first);
+#ifdef CUPY_KERNELS_EMULATOR
+        return fmaf(v, second, shift);
+#else
+        float sum;
+        asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(v), "f"(second), "f"(shift));
+        return sum;
+#endif
+    }
 };
 
 __device__ inline unsigned block_max(unsigned v, unsigned* scratch) {
