@@ -8,7 +8,7 @@
 #include "fp16_cells.cuh"
 #if WGMMA
 #include "conv_wgmma.cuh"
-enum { STORED_WINDOWS = TILES };  // of a lane's LANE_WINDOWS
+enum { STORED_WINDOWS = MOST_TILES };  // of LANE_WINDOWS
 #else
 #define ADJACENT 0
 #include "conv_mma.cuh"
