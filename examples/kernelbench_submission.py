@@ -2670,16 +2670,16 @@ struct Place {
     i64 image;
     int channel, first_window, pairs, end_window;  // the lane's first channel in the block; the warp's windows
 
-    // Of the warp's windows, the i-th.
-    __device__ int nth(int i) const { return first_window + i; }
-    __device__ bool has(int i) const { return i < pairs * 4 && nth(i) < end_window; }
-
     __device__ int window(int t) const { return first_window + lane_window(threadIdx.x % 4, t, pairs); }
     __device__ bool exists(int t) const { return t < pairs && window(t) < end_window; }
     // Whether a pixel of a window that exists does.
     __device__ bool inside(int t, int corner) const { return Pixel(window(t), corner).valid(); }
     // All pixels exist, which is the usual case and needs no masks.
     __device__ bool full() const { return OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window; }
+    // The warp has `count` windows from `start` on, a number that begins with row `first_row` of windows.
+    __device__ int start() const { return first_window; }
+    __device__ int count() const { return min(pairs * 4, end_window - first_window); }
+    __device__ int first_row() const { return 0; }
 };
 
 // Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without a gap.
@@ -3081,10 +3081,69 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
 #include "fp16_cells.cuh"
 #if WGMMA
 #include "conv_wgmma.cuh"
+enum { STORED_WINDOWS = MOST_TILES };  // of LANE_WINDOWS
 #else
 #define ADJACENT 0
 #include "conv_mma.cuh"
+enum { STORED_WINDOWS = LANE_WINDOWS };
 #endif
+
+// Of a plain store the compiler makes one for each element.
+template <int W> __device__ inline void store_at_once(scalar_t* to, const Packed<scalar_t, W>& v) {
+#ifdef CUPY_KERNELS_EMULATOR
+    *(Packed<scalar_t, W>*)to = v;
+#else
+    if constexpr (sizeof(v) == 16) {
+        uint4 bits = *(const uint4*)&v;
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w));
+    } else if constexpr (sizeof(v) == 8) {
+        uint2 bits = *(const uint2*)&v;
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
+    } else *(unsigned*)to = *(const unsigned*)&v;
+#endif
+}
+
+// Two neighbouring windows' left pixels in a row.
+struct Spot {
+    scalar_t* to[2];
+    bool exists[2], last_column[2], together;  // last_column: the window has but one pixel; together: four pixels in a row, aligned
+
+    // The upper or lower row of windows `first` and first + 1 of the warp, in the plane.
+    __device__ __forceinline__ Spot(const Place& place, int first, int lower, scalar_t* plane) {
+        int row = (place.start() + first) / WINDOW_PITCH, column = (place.start() + first) % WINDOW_PITCH, at[2];
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            int oh = (place.first_row() + row) * 2 + lower;
+            exists[j] = first + j >= 0 && first + j < place.count() && column < WINDOWS_W && (OUT_H % 2 == 0 || oh < OUT_H);
+            last_column[j] = OUT_W % 2 && column == WINDOWS_W - 1;
+            at[j] = oh * OUT_W + column * 2;
+            to[j] = plane + at[j];
+            if (++column == WINDOW_PITCH) row++, column = 0;
+        }
+        together = OUT_W % 2 == 0 && OUT_H * OUT_W % 4 == 0 && exists[0] && exists[1] && at[0] % 4 == 0 && at[1] == at[0] + 2;
+    }
+
+    __device__ __forceinline__ void store(int planes_on, const Packed<scalar_t, 4>& line) const {
+        if (together) return store_at_once<4>(to[0] + planes_on * (OUT_H * OUT_W), line);
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            scalar_t* at = to[j] + planes_on * (OUT_H * OUT_W);
+            if (!exists[j]) continue;
+            if (OUT_W % 2 == 0) store_at_once<2>(at, {{line.v[j * 2], line.v[j * 2 + 1]}});
+            else {
+                at[0] = line.v[j * 2];
+                if (!last_column[j]) at[1] = line.v[j * 2 + 1];
+            }
+        }
+    }
+};
+
+// From sums to values of one channel.
+struct Finish {
+    ScaleBack scale = ScaleBack(0);
+    float shift = 0;
+    __device__ scalar_t operator()(float sum) const { return from_acc<scalar_t>(scale(sum, shift)); }
+};
 
 struct Store {
     const scalar_t* bias;
@@ -3092,59 +3151,42 @@ struct Store {
     const int* exponents;
 
     __device__ __forceinline__ void turn(const Sums& sums, const Place& place, int exponent) const {
+        int first_m = blockIdx.y * TILE_M + place.channel;
+        scalar_t* plane = y + (place.image * OUT_CHANNELS + first_m) * (OUT_H * OUT_W);
+        Finish finish[LANE_ROWS];
+        #pragma unroll
+        for (int row = 0; row < LANE_ROWS; row++) {
+            int m = first_m + row * 8;
+            if (m < OUT_CHANNELS) finish[row] = {ScaleBack(exponent + exponents[m]), bias ? to_acc(bias[m]) : 0};
+        }
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             // Where four pixels are aligned, a pair begins: at an even window, but in lower rows of 4 n + 2 pixels at an odd one.
             const int odd = lower && OUT_W % 4 == 2;
-            int quad = threadIdx.x % 4, turned = (quad - odd) & 3, later = turned % 2;
+            int quad = threadIdx.x % 4, turned = (quad - odd) & 3, later = turned % 2, first = later * 4 + turned / 2 * 2 + odd;
             #pragma unroll
-            for (int row = 0; row < LANE_ROWS; row++) {
-                int m = blockIdx.y * TILE_M + place.channel + row * 8;
-                if (OUT_CHANNELS % TILE_M && m >= OUT_CHANNELS) continue;  // the same in all lanes
-                float shift = bias ? to_acc(bias[m]) : 0;
-                ScaleBack scale(exponent + exponents[m]);
-                scalar_t* plane = y + (place.image * OUT_CHANNELS + m) * (OUT_H * OUT_W);
-                auto ready = [&](float v) { return from_acc<scalar_t>(add_unflushed(scale(v), shift)); };
-                auto pixel = [&](int t, int right) { return t < LANE_WINDOWS ? sum_of(sums, row, t, lower * 2 + right) : 0; };
+            for (int t = 0; t < LANE_WINDOWS; t += 4) {
+                Spot spots[2] = {Spot(place, t * 4 + first, lower, plane), Spot(place, t * 4 + 8 + first, lower, plane)};
                 #pragma unroll
-                for (int t = 0; t < LANE_WINDOWS; t += 2) {
-                    Packed<scalar_t, 4> line;
+                for (int row = 0; row < LANE_ROWS; row++) {
+                    if (OUT_CHANNELS % TILE_M && first_m + row * 8 >= OUT_CHANNELS) continue;  // the same in all lanes
+                    auto pixel = [&](int t, int right) { return t < LANE_WINDOWS ? sum_of(sums, row, t, lower * 2 + right) : 0; };
+                    Packed<scalar_t, 4> lines[2];
                     #pragma unroll
-                    for (int right = 0; right < 2; right++) {
-                        float v = pixel(t, right), next = pixel(t + 1, right), after = pixel(t + 2, right);
+                    for (int i = 0; i < 4; i++) {
+                        int at = t + i / 2 * 2, right = i % 2;
+                        float v = pixel(at, right), next = pixel(at + 1, right), after = pixel(at + 2, right);
                         if (odd && quad == 0) v = next, next = after;
                         float other = __shfl_xor_sync(0xFFFFFFFFu, later ? v : next, odd ? 3 : 1);
-                        line.v[right] = ready(later ? other : v);
-                        line.v[2 + right] = ready(later ? next : other);
+                        lines[i / 2].v[right] = finish[row](later ? other : v);
+                        lines[i / 2].v[2 + right] = finish[row](later ? next : other);
                     }
-                    int first = (t + later) * 4 + turned / 2 * 2 + odd;
-                    store(plane, pixel_of(place, first, lower), pixel_of(place, first + 1, lower), line);
+                    #pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        if (t + 2 * i < STORED_WINDOWS) spots[i].store(row * 8, lines[i]);
+                    if (odd && t == 0 && quad == 0)
+                        Spot(place, -1, lower, plane).store(row * 8, {{scalar_t(), scalar_t(), finish[row](pixel(0, 0)), finish[row](pixel(0, 1))}});
                 }
-                if (odd && quad == 0) store(plane, pixel_of(place, 0, lower), -1, {{ready(pixel(0, 0)), ready(pixel(0, 1))}});
-            }
-        }
-    }
-
-    // The left pixel of the upper or lower row of the warp's i-th window, in the plane, -1 if it does not exist.
-    __device__ static int pixel_of(const Place& place, int i, int lower) {
-        int oh = place.nth(i) / WINDOW_PITCH * 2 + lower, ow = place.nth(i) % WINDOW_PITCH * 2;
-        return place.has(i) && oh < OUT_H ? oh * OUT_W + ow : -1;
-    }
-
-    // Two windows' pixels, of which -1 does not exist.
-    __device__ __forceinline__ static void store(scalar_t* plane, int first, int second, const Packed<scalar_t, 4>& line) {
-        if (OUT_W % 2 == 0 && OUT_H * OUT_W % 4 == 0 && first >= 0 && first % 4 == 0 && second == first + 2) {
-            *(Packed<scalar_t, 4>*)(plane + first) = line;
-            return;
-        }
-        #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-            int at = j ? second : first;
-            if (at < 0) continue;
-            if (OUT_W % 2 == 0) *(Packed<scalar_t, 2>*)(plane + at) = {{line.v[j], line.v[j + 1]}};
-            else {
-                plane[at] = line.v[j];
-                if (at % OUT_W + 1 < OUT_W) plane[at + 1] = line.v[j + 1];
             }
         }
     }
@@ -3347,18 +3389,19 @@ struct Place {
     i64 image;
     int channel, first, tiles, unit_window, unit_place, windows;  // the lane's first channel in the block; `first` counts from the unit's first window
 
-    // Of the warp's windows, the i-th.
-    __device__ int nth(int i) const { return unit_window + first + i; }
-    __device__ bool has(int i) const { return i < tiles * 4 && first + i < windows && (first + i) % WINDOW_PITCH < WINDOWS_W; }
-
-    __device__ int window(int t) const { return nth(t * 4 + threadIdx.x % 4); }
-    __device__ bool exists(int t) const { return has(t * 4 + threadIdx.x % 4); }
+    __device__ int in_unit(int t) const { return first + t * 4 + threadIdx.x % 4; }
+    __device__ int window(int t) const { return unit_window + in_unit(t); }
+    __device__ bool exists(int t) const { return t < tiles && in_unit(t) < windows && in_unit(t) % WINDOW_PITCH < WINDOWS_W; }
     // Whether a pixel of a window that exists does.
     __device__ bool inside(int t, int corner) const {
         int row = window(t) / WINDOW_PITCH * 2 + corner / 2, column = window(t) % WINDOW_PITCH * 2 + corner % 2;
         return (OUT_H % 2 == 0 || row < OUT_H) && (OUT_W % 2 == 0 || column < OUT_W);
     }
     __device__ bool full() const { return false; }
+    // The warp has `count` windows from `start` on, a number that begins with row `first_row` of windows.
+    __device__ int start() const { return first; }
+    __device__ int count() const { return min(tiles * 4, windows - first); }
+    __device__ int first_row() const { return unit_window / WINDOW_PITCH; }
     // Where in memory the windows t to t + 3, t % 4 == 0, of four lanes begin (pooled_planes.cuh).
     __device__ int sixteen(int t) const { return unit_place + first + t * 4; }
 };
@@ -4069,6 +4112,17 @@ struct ScaleBack {
     float first, second;
     __device__ explicit ScaleBack(int e) : first(power_of_two(-e / 2)), second(power_of_two(-e - -e / 2)) {}
     __device__ float operator()(float v) const { return multiply_unflushed(multiply_unflushed(v, first), second); }
+    // The same, plus `shift`.
+    __device__ float operator()(float v, float shift) const {
+        v = multiply_unflushed(v, first);
+#ifdef CUPY_KERNELS_EMULATOR
+        return fmaf(v, second, shift);
+#else
+        float sum;
+        asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(v), "f"(second), "f"(shift));
+        return sum;
+#endif
+    }
 };
 
 __device__ inline unsigned block_max(unsigned v, unsigned* scratch) {

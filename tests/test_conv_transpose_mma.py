@@ -33,7 +33,7 @@ MANY_PASSES = {
     "two_tiles_of_channels": ((1, 32, 17, 20), 144, (3, 3), (1, 1)),  # 90 windows: 64, then 26
 }
 IN_EVERY_CLASS = pytest.mark.parametrize(
-    ("cls", "wgmma"), itertools.product(("tf32", "fp32"), (False, True)), indirect=["wgmma"]
+    ("cls", "wgmma"), list(itertools.product(("tf32", "fp32"), (False, True))), indirect=["wgmma"]
 )
 
 
@@ -91,7 +91,7 @@ def test_dgrad_of_cells(device, case, dtype, wgmma, launched):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_fp32_class(device, case, launched):
+def test_fp32_class(device, case, wgmma, launched):
     leaves = tensors(case, device)
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     truth_y = F.conv_transpose2d(*doubles, padding=case[3])
@@ -99,6 +99,7 @@ def test_fp32_class(device, case, launched):
     truth = [truth_y.detach(), torch.autograd.grad(truth_y, doubles[0], dy)[0]]
     ours = results(lambda *t: conv_transpose2d(*t, padding=case[3], numerics="fp32"), leaves, dy)
     assert [k.name for k in launched] == ["pack_weight_fp16", "conv_transpose_mma"] * 2
+    assert uses_wgmma(launched) == wgmma
     theirs = results(lambda *t: F.conv_transpose2d(*t, padding=case[3]), leaves, dy)
     for name, a, t, b in zip(("y", "dx"), ours, truth, theirs, strict=True):
         tolerance.check(a, t, b, name, terms=leaves[1].numel() // leaves[1].shape[1])
@@ -113,7 +114,7 @@ def test_units_of_several_passes(device, case, cls, wgmma, many_passes, launched
     macros = [dict(k.defines) for k in launched if k.name == "conv_transpose_mma"]
     if wgmma:
         assert all(m["UNIT_ROWS"] * m["WINDOW_PITCH"] > 4 * m["TILES"] * m["WARPGROUPS_N"] for m in macros)
-        assert any(m["LAST_TILES"] != m["TILES"] for m in macros)
+        assert all(m["LAST_TILES"] != m["TILES"] for m in macros)
     else:
         assert all(m["UNIT_PASSES"] > 1 for m in macros)
     assert rms(y, truth) < (TF32_RMS if cls == "tf32" else 5e-7)
