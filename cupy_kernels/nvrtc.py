@@ -112,13 +112,13 @@ def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, Resources]:
     return cubin, resources[kernel.name]
 
 
-def compile_variant(variant: Variant, arch: str) -> tuple[bytes, dict[str, Resources]]:
+def compile_variant(variant: Variant, arch: str, least_major: int = 11) -> tuple[bytes, dict[str, Resources]]:
     """Compiles for `arch` ("sm_80") to a cubin, as CuPy would; KernelCompileError with NVRTC's log.
 
-    A variant that has an architecture of its own is compiled for that one. Returns the cubin and the resources of each
-    kernel in it.
+    A variant that has an architecture of its own is compiled for that one. least_major: of NVRTC's version. Returns the
+    cubin and the resources of each kernel in it.
     """
-    cubin, ptx, log = _compile(variant, arch, "--ptxas-options=-v")
+    cubin, ptx, log = _compile(variant, arch, "--ptxas-options=-v", least_major=least_major)
     return cubin, {name: _resources(name, log.decode(), ptx.decode()) for name in kernel_names(variant.file)}
 
 
@@ -132,9 +132,9 @@ def cubin(variant: Variant) -> bytes:
     return _compile(variant, variant.architecture)[0]
 
 
-def _compile(variant, arch, *more):
+def _compile(variant, arch, *more, least_major=11):
     """(cubin, PTX, log)"""
-    lib, program = library(WGMMA_MAJOR) if variant.architecture else library(), ctypes.c_void_p()
+    lib, program = library(WGMMA_MAJOR if variant.architecture else least_major), ctypes.c_void_p()
     # -ftz=true: CuPy appends it to every compilation
     options = [
         STANDARD,
