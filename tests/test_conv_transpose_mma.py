@@ -12,6 +12,7 @@ from cupy_kernels import conv_transpose_mma
 from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
 from modelnew.functional import conv_transpose2d
+from modelnew.functional.conv_transpose import dgrad_of_cells, gradient_plans, to_cells
 
 # TF32 rounds both operands to 10 mantissa bits: relative errors up to 2^-11 each, uniform, so rms 2^-11 sqrt(2 / 3) of
 # a product; sums keep the ratio. cuDNN's TF32 measures the same (benchmarks/NOTES.md).
@@ -74,24 +75,33 @@ def test_tf32_class(device, case, wgmma, launched):
     assert all(rms(a, b) < TF32_RMS for a, b in zip(ours, truth, strict=True))
 
 
-@pytest.mark.parametrize("case", ["two_images", "over_padding", "partial_chunk", "many_units"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [("over_padding", torch.float32), ("partial_chunk", torch.float32), ("many_units", torch.bfloat16)],
+)
 def test_dgrad_of_cells(device, case, dtype, wgmma, launched):
     x, w, _ = tensors(CASES[case], device, dtype)
+    padding = CASES[case][3]
     doubles = [t.detach().double().requires_grad_() for t in (x, w)]
-    truth = F.conv_transpose2d(*doubles, padding=CASES[case][3])
-    y = conv_transpose2d(x, w, padding=CASES[case][3], numerics="tf32")
-    dy = torch.randn_like(y)
-    launched.clear()
-    dx, _ = torch.autograd.grad(y, (x, w), dy)
+    truth_y = F.conv_transpose2d(*doubles, padding=padding)
+    dy = torch.randn_like(truth_y).to(dtype)
+    plan, _ = gradient_plans(x, w, Geometry((1, 1), padding, (0, 0), (1, 1), 1), "tf32", True, False)
+    dx = dgrad_of_cells(plan, x, w.detach(), to_cells(dy, 1))
     assert uses_wgmma(launched) == wgmma
-    assert [dict(k.defines)["CELLS"] for k in launched if k.name == "conv_transpose_mma"] == [1]
     limit = TF32_RMS if dtype == torch.float32 else 2e-3  # bfloat16 results have 8 mantissa bits
-    assert rms(dx, torch.autograd.grad(truth, doubles[0], dy.double())[0]) < limit
+    assert rms(dx, torch.autograd.grad(truth_y, doubles[0], dy.double())[0]) < limit
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("case", "wgmma"),
+    [
+        *((case, False) for case in CASES),
+        *((case, True) for case in ("over_padding", "seven", "partial_chunk", "many_units")),
+    ],
+    indirect=["wgmma"],
+)
 def test_fp32_class(device, case, wgmma, launched):
+    case = CASES[case]
     leaves = tensors(case, device)
     doubles = [t.detach().double().requires_grad_() for t in leaves]
     truth_y = F.conv_transpose2d(*doubles, padding=case[3])
