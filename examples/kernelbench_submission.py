@@ -2339,6 +2339,24 @@ __device__ inline void settle(int& v) {
     asm volatile("" : "+r"(v));
 #endif
 }
+
+// 4, 8, 16 or 32 bytes, aligned to at most 16 of them. Of a plain store NVRTC may make one for each element.
+template <class T, int W> __device__ inline void store_at_once(T* to, const Packed<T, W>& v) {
+#ifdef CUPY_KERNELS_EMULATOR
+    *(Packed<T, W>*)to = v;
+#else
+    if constexpr (sizeof(v) > 16) {
+        store_at_once(to, *(const Packed<T, W / 2>*)&v);
+        store_at_once(to + W / 2, *(const Packed<T, W / 2>*)(v.v + W / 2));
+    } else if constexpr (sizeof(v) == 16) {
+        uint4 bits = *(const uint4*)&v;
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w));
+    } else if constexpr (sizeof(v) == 8) {
+        uint2 bits = *(const uint2*)&v;
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
+    } else *(unsigned*)to = *(const unsigned*)&v;
+#endif
+}
 """,
     "conv_bn_pool.cu": r"""// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, tanh and 2x2 max pooling need of it.
 //
@@ -2498,27 +2516,27 @@ struct Pool {
 #if WGMMA
         if (t >= place.tiles || place.sixteen(t) >= place.unit_place + UNIT_STRIDE) return;
         i64 at = row + place.sixteen(t) + threadIdx.x % 4 * TOGETHER_POOLED;
-        *(Packed<float, 4>*)(pooled + at) = best;
-        if (SAVE) *(Packed<u8, 4>*)(taps + at) = tap;
+        store_at_once(pooled + at, best);
+        if (SAVE) store_at_once(taps + at, tap);
         enum { TOGETHER = together_saved<saved_t>() };
         #pragma unroll
         for (int j = 0; SAVE && j < 4; j += TOGETHER) {
             i64 window = row + place.sixteen(t) + j * 4 + threadIdx.x % 4 * TOGETHER;
-            *(Packed<saved_t, TOGETHER * 4>*)(saved + window * 4) = *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4);
+            store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4));
         }
 #else
         i64 at = row + place.window(0);
         if (FULL) {
-            *(Packed<float, 4>*)(pooled + at) = best;
-            if (SAVE) *(Packed<u8, 4>*)(taps + at) = tap;
-            if (SAVE) *(Packed<saved_t, 16>*)(saved + at * 4) = kept;
+            store_at_once(pooled + at, best);
+            if (SAVE) store_at_once(taps + at, tap);
+            if (SAVE) store_at_once(saved + at * 4, kept);
         }
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             if (FULL || !place.exists(j)) continue;
             pooled[at + j] = best.v[j];
             if (SAVE) taps[at + j] = tap.v[j];
-            if (SAVE) *(Packed<saved_t, 4>*)(saved + (at + j) * 4) = *(Packed<saved_t, 4>*)(kept.v + j * 4);
+            if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(kept.v + j * 4));
         }
 #endif
     }
@@ -3088,21 +3106,6 @@ enum { STORED_WINDOWS = MOST_TILES };  // of LANE_WINDOWS
 enum { STORED_WINDOWS = LANE_WINDOWS };
 #endif
 
-// Of a plain store the compiler makes one for each element.
-template <int W> __device__ inline void store_at_once(scalar_t* to, const Packed<scalar_t, W>& v) {
-#ifdef CUPY_KERNELS_EMULATOR
-    *(Packed<scalar_t, W>*)to = v;
-#else
-    if constexpr (sizeof(v) == 16) {
-        uint4 bits = *(const uint4*)&v;
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w));
-    } else if constexpr (sizeof(v) == 8) {
-        uint2 bits = *(const uint2*)&v;
-        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
-    } else *(unsigned*)to = *(const unsigned*)&v;
-#endif
-}
-
 // Two neighbouring windows' left pixels in a row.
 struct Spot {
     scalar_t* to[2];
@@ -3124,12 +3127,12 @@ struct Spot {
     }
 
     __device__ __forceinline__ void store(int planes_on, const Packed<scalar_t, 4>& line) const {
-        if (together) return store_at_once<4>(to[0] + planes_on * (OUT_H * OUT_W), line);
+        if (together) return store_at_once(to[0] + planes_on * (OUT_H * OUT_W), line);
         #pragma unroll
         for (int j = 0; j < 2; j++) {
             scalar_t* at = to[j] + planes_on * (OUT_H * OUT_W);
             if (!exists[j]) continue;
-            if (OUT_W % 2 == 0) store_at_once<2>(at, {{line.v[j * 2], line.v[j * 2 + 1]}});
+            if (OUT_W % 2 == 0) store_at_once(at, Packed<scalar_t, 2>{{line.v[j * 2], line.v[j * 2 + 1]}});
             else {
                 at[0] = line.v[j * 2];
                 if (!last_column[j]) at[1] = line.v[j * 2 + 1];
@@ -3417,7 +3420,7 @@ __device__ inline void clear_border(u8* cells, const Unit& unit) {
     }
 }
 
-// The rows of x that a unit needs, brought into cells: those of the first turn by begin(), those of each next turn by turns between follow() and
+// The rows of x that a unit needs, brought into cells: those of the first turn by begin(), those of each next turn by advance() between follow() and
 // the end of the turn before it. `exponent` is that of their scale.
 #if CELLS
 // x is cells: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next ones behind those.
@@ -3451,7 +3454,7 @@ struct Band {
     __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
     __device__ void follow(int) {}
     __device__ bool pending() const { return false; }
-    __device__ void turn() {}
+    __device__ void advance() {}
     __device__ bool fits(unsigned*) { return true; }
 };
 #else
@@ -3519,7 +3522,7 @@ struct Band {
         exponent = right - later * ROOM;
         load_first_rows();
     }
-    // A thread loads an octet, and stores it by a later turn(), which loads the next one.
+    // A thread loads an octet, and stores it by a later advance(), which loads the next one.
     __device__ void follow(int turn) {
         first_pixel = rows_end(turn) * IN_W;
         pixels = rows_end(turn + 1) * IN_W - first_pixel;
@@ -3532,7 +3535,7 @@ struct Band {
         for (; pending() && pixel >= pixels; group++) pixel -= pixels;
         if (pending()) load(group, first_pixel + pixel, true, v);
     }
-    __device__ void turn() {
+    __device__ void advance() {
         store(group, first_pixel + pixel, v);
         pixel += THREADS;
         load_next();
@@ -3606,7 +3609,7 @@ __device__ inline void convolve(
     WgmmaOperand cells(shared, ALONG, 128), a_stages(ring + warpgroup_m * 1024, TILE_M * 16, 128);
     // `turn` over windows from `first` on. `tiles` is a constant at each call, so that a copy is made for it.
     auto run_pass = [&](Sums& sums, const int tiles, int turn, int first) __attribute__((always_inline)) {
-        bool turn = false;
+        bool second = false;
 #if SPLIT == 2
         float partial[MOST_TILES][4];
 #endif
@@ -3643,8 +3646,8 @@ __device__ inline void convolve(
                             }
                         wgmma_commit();
                         // What a step has loaded arrives during the next one.
-                        if (turn && band.pending()) band.turn();
-                        turn = !turn;
+                        if (second && band.pending()) band.advance();
+                        second = !second;
                         wgmma_wait<1>();
 #else
                         #pragma unroll
@@ -3655,7 +3658,7 @@ __device__ inline void convolve(
 #endif
                     }
             }
-        while (band.pending()) band.turn();
+        while (band.pending()) band.advance();
         wgmma_wait<0>();
     };
     for (bool again = true; again;) {

@@ -54,6 +54,11 @@ def well_separated(model, x, gap):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_output_gradients_and_buffers(device, case, cls, training, launched):
     model, ours, x = models(case, cls, device)
+    if not training:  # statistics that fit the data: where tanh is 1 but for rounding, so is its gradient nothing else
+        model.batch_norm.momentum = None
+        with torch.no_grad():
+            model(x)
+        ours.load_state_dict(model.state_dict())
     model.train(training), ours.train(training)
     assert explain(ours, x).startswith("fused")
     mask = well_separated(model, x, parity.NEAR_TIE[cls])

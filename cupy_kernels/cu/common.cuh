@@ -113,3 +113,21 @@ __device__ inline void settle(int& v) {
     asm volatile("" : "+r"(v));
 #endif
 }
+
+// 4, 8, 16 or 32 bytes, aligned to at most 16 of them. Of a plain store NVRTC may make one for each element.
+template <class T, int W> __device__ inline void store_at_once(T* to, const Packed<T, W>& v) {
+#ifdef CUPY_KERNELS_EMULATOR
+    *(Packed<T, W>*)to = v;
+#else
+    if constexpr (sizeof(v) > 16) {
+        store_at_once(to, *(const Packed<T, W / 2>*)&v);
+        store_at_once(to + W / 2, *(const Packed<T, W / 2>*)(v.v + W / 2));
+    } else if constexpr (sizeof(v) == 16) {
+        uint4 bits = *(const uint4*)&v;
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w));
+    } else if constexpr (sizeof(v) == 8) {
+        uint2 bits = *(const uint2*)&v;
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
+    } else *(unsigned*)to = *(const unsigned*)&v;
+#endif
+}

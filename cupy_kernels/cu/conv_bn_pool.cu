@@ -156,27 +156,27 @@ struct Pool {
 #if WGMMA
         if (t >= place.tiles || place.sixteen(t) >= place.unit_place + UNIT_STRIDE) return;
         i64 at = row + place.sixteen(t) + threadIdx.x % 4 * TOGETHER_POOLED;
-        *(Packed<float, 4>*)(pooled + at) = best;
-        if (SAVE) *(Packed<u8, 4>*)(taps + at) = tap;
+        store_at_once(pooled + at, best);
+        if (SAVE) store_at_once(taps + at, tap);
         enum { TOGETHER = together_saved<saved_t>() };
         #pragma unroll
         for (int j = 0; SAVE && j < 4; j += TOGETHER) {
             i64 window = row + place.sixteen(t) + j * 4 + threadIdx.x % 4 * TOGETHER;
-            *(Packed<saved_t, TOGETHER * 4>*)(saved + window * 4) = *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4);
+            store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4));
         }
 #else
         i64 at = row + place.window(0);
         if (FULL) {
-            *(Packed<float, 4>*)(pooled + at) = best;
-            if (SAVE) *(Packed<u8, 4>*)(taps + at) = tap;
-            if (SAVE) *(Packed<saved_t, 16>*)(saved + at * 4) = kept;
+            store_at_once(pooled + at, best);
+            if (SAVE) store_at_once(taps + at, tap);
+            if (SAVE) store_at_once(saved + at * 4, kept);
         }
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             if (FULL || !place.exists(j)) continue;
             pooled[at + j] = best.v[j];
             if (SAVE) taps[at + j] = tap.v[j];
-            if (SAVE) *(Packed<saved_t, 4>*)(saved + (at + j) * 4) = *(Packed<saved_t, 4>*)(kept.v + j * 4);
+            if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(kept.v + j * 4));
         }
 #endif
     }

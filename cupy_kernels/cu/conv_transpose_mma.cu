@@ -15,21 +15,6 @@ enum { STORED_WINDOWS = MOST_TILES };  // of LANE_WINDOWS
 enum { STORED_WINDOWS = LANE_WINDOWS };
 #endif
 
-// Of a plain store the compiler makes one for each element.
-template <int W> __device__ inline void store_at_once(scalar_t* to, const Packed<scalar_t, W>& v) {
-#ifdef CUPY_KERNELS_EMULATOR
-    *(Packed<scalar_t, W>*)to = v;
-#else
-    if constexpr (sizeof(v) == 16) {
-        uint4 bits = *(const uint4*)&v;
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w));
-    } else if constexpr (sizeof(v) == 8) {
-        uint2 bits = *(const uint2*)&v;
-        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
-    } else *(unsigned*)to = *(const unsigned*)&v;
-#endif
-}
-
 // Two neighbouring windows' left pixels in a row.
 struct Spot {
     scalar_t* to[2];
@@ -51,12 +36,12 @@ struct Spot {
     }
 
     __device__ __forceinline__ void store(int planes_on, const Packed<scalar_t, 4>& line) const {
-        if (together) return store_at_once<4>(to[0] + planes_on * (OUT_H * OUT_W), line);
+        if (together) return store_at_once(to[0] + planes_on * (OUT_H * OUT_W), line);
         #pragma unroll
         for (int j = 0; j < 2; j++) {
             scalar_t* at = to[j] + planes_on * (OUT_H * OUT_W);
             if (!exists[j]) continue;
-            if (OUT_W % 2 == 0) store_at_once<2>(at, {{line.v[j * 2], line.v[j * 2 + 1]}});
+            if (OUT_W % 2 == 0) store_at_once(at, Packed<scalar_t, 2>{{line.v[j * 2], line.v[j * 2 + 1]}});
             else {
                 at[0] = line.v[j * 2];
                 if (!last_column[j]) at[1] = line.v[j * 2 + 1];

@@ -107,7 +107,7 @@ __device__ inline void clear_border(u8* cells, const Unit& unit) {
     }
 }
 
-// The rows of x that a unit needs, brought into cells: those of the first pass by begin(), those of each next pass by turns between follow() and
+// The rows of x that a unit needs, brought into cells: those of the first pass by begin(), those of each next pass by advance() between follow() and
 // the end of the pass before it. `exponent` is that of their scale.
 #if CELLS
 // x is cells: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next ones behind those.
@@ -141,7 +141,7 @@ struct Band {
     __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
     __device__ void follow(int) {}
     __device__ bool pending() const { return false; }
-    __device__ void turn() {}
+    __device__ void advance() {}
     __device__ bool fits(unsigned*) { return true; }
 };
 #else
@@ -209,7 +209,7 @@ struct Band {
         exponent = right - later * ROOM;
         load_first_rows();
     }
-    // A thread loads an octet, and stores it by a later turn(), which loads the next one.
+    // A thread loads an octet, and stores it by a later advance(), which loads the next one.
     __device__ void follow(int pass) {
         first_pixel = rows_end(pass) * IN_W;
         pixels = rows_end(pass + 1) * IN_W - first_pixel;
@@ -222,7 +222,7 @@ struct Band {
         for (; pending() && pixel >= pixels; group++) pixel -= pixels;
         if (pending()) load(group, first_pixel + pixel, true, v);
     }
-    __device__ void turn() {
+    __device__ void advance() {
         store(group, first_pixel + pixel, v);
         pixel += THREADS;
         load_next();
@@ -296,7 +296,7 @@ __device__ inline void convolve(
     WgmmaOperand cells(shared, ALONG, 128), a_stages(ring + warpgroup_m * 1024, TILE_M * 16, 128);
     // `pass` over windows from `first` on. `tiles` is a constant at each call, so that a copy is made for it.
     auto run_pass = [&](Sums& sums, const int tiles, int pass, int first) __attribute__((always_inline)) {
-        bool turn = false;
+        bool second = false;
 #if SPLIT == 2
         float partial[MOST_TILES][4];
 #endif
@@ -333,8 +333,8 @@ __device__ inline void convolve(
                             }
                         wgmma_commit();
                         // What a step has loaded arrives during the next one.
-                        if (turn && band.pending()) band.turn();
-                        turn = !turn;
+                        if (second && band.pending()) band.advance();
+                        second = !second;
                         wgmma_wait<1>();
 #else
                         #pragma unroll
@@ -345,7 +345,7 @@ __device__ inline void convolve(
 #endif
                     }
             }
-        while (band.pending()) band.turn();
+        while (band.pending()) band.advance();
         wgmma_wait<0>();
     };
     for (bool again = true; again;) {
