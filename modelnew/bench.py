@@ -168,6 +168,7 @@ def _first_call(who, plan, device, folder):
         **os.environ,
         "CUPY_CACHE_DIR": folder,
         "CUPY_KERNELS_CACHE_DIR": folder,
+        "CUDA_CACHE_PATH": folder,  # where NVRTC of CUDA 12.9 and newer keeps what it compiled
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     command = [sys.executable, "-c", _FIRST_CALL, json.dumps([*arguments, str(device)])]
