@@ -114,10 +114,11 @@ def launching_on(device: torch.device):
     if device.type == "cpu":
         return _nothing
     cuda = compiler.cupy().cuda
-    stream = torch._C._cuda_getCurrentRawStream(device.index)  # without the object around it
-    if cuda.runtime.getDevice() == device.index and cuda.get_current_stream().ptr == stream:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)  # without the object around it
+    if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
         return _nothing
-    return _switched(cuda, device.index, stream)
+    return _switched(cuda, index, stream)
 
 
 @contextlib.contextmanager
