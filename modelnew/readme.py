@@ -15,10 +15,7 @@ from .workloads import GRAPHS, MODELS
 
 _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
-_NO_SUITE = (
-    "No record says yet that the test suite passed on a GPU; `make record` on one writes it. "
-    "[`benchmarks/results/logs`](benchmarks/results/logs) has what earlier runs printed."
-)
+_NO_SUITE = "No record says yet that the test suite passed on a GPU; `make record` on one writes it."
 _NEEDED = {
     "bench": ("rows", "trials"),
     "training": ("rows", "steps", "batch", "factor", "last", "comparisons"),
