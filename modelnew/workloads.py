@@ -75,9 +75,9 @@ _CHECKED_IMAGES = 16
 _CHUNK = 64  # images whose float64 convolution is held at once
 _GRADIENT_IMAGES = 512  # a float64 step of more takes tens of GB
 
-# What one GPU can do, by a word of its name: bytes/s of a copy, and FLOP/s of fp16 mma.sync with float32 accumulation.
-# The class fp32 takes three fp16 products for one.
-_CEILINGS = {"H100": (3.03e12, 640e12)}
+# What one GPU can do, by a word of its name: bytes/s of a copy, and FLOP/s of fp16 with float32 accumulation, which is
+# what cuBLAS reaches by wgmma (mma.sync: 640e12). The class fp32 takes three fp16 products for one.
+_CEILINGS = {"H100": (3.03e12, 793e12)}
 
 
 class Shape(NamedTuple):

@@ -449,7 +449,8 @@ def test_torch_compile(device):
     """The graph breaks at the model, which is called as it is."""
     _, ours, x = models(CASES["even"], "tf32", device)
     other = copy.deepcopy(ours)
-    compiled = torch.compile(lambda x: other(x * 2) + 1, backend="aot_eager")
+    # Not aot_eager: it imports files of torch's that are not ASCII, and reads them as the locale says.
+    compiled = torch.compile(lambda x: other(x * 2) + 1, backend="eager")
     for batch in (x, x[:1], torch.cat([x, x])):  # plans are of one shape
         leaves = [batch.clone().requires_grad_() for _ in range(2)]
         results = [ours(leaves[0] * 2) + 1, compiled(leaves[1])]
