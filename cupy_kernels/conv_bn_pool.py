@@ -201,12 +201,12 @@ def weight_gradient_buffers(p: WgradPlan, x_shape, centred: bool) -> dict[str, t
     return sizes
 
 
-def weight_gradient(p: WgradPlan, cells, dy_exponents, unit_exponents, x, dw, written) -> None:
+def weight_gradient(p: WgradPlan, output, kept, x, dw, written) -> None:
     """dw, the gradient of w, from x and dy.
 
-    cells, dy_exponents: dy, of `conv_bn_pool_backward`. unit_exponents: what the forward kept.
-    written: {name: array} as `weight_gradient_buffers` describes them.
+    output, kept: as in `conv_bn_pool_backward`. written: {name: array} as `weight_gradient_buffers` describes them.
     """
+    cells, dy_exponents, unit_exponents = output["cells"], output["dy_exponents"], kept["unit_exponents"]
     sums = written.get("sums")
     if sums is not None:
         channel_sum(x[:1], sums, written["sum_partials"])
@@ -220,9 +220,10 @@ def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
     return {"packed": ((p.packed_size,), np.float16), "exponents": ((p.rows,), np.int32)}
 
 
-def input_gradient(p: Plan, cells, dy_exponents, w, dx, written) -> None:
+def input_gradient(p: Plan, output, w, dx, written) -> None:
     """dx, the gradient of x, from dy. p: a plan for dgrad, of cells. The rest as in `weight_gradient`."""
-    conv_transpose_mma(p, cells, w, None, dx, written["packed"], written["exponents"], dy_exponents)
+    workspaces = (written["packed"], written["exponents"])
+    conv_transpose_mma(p, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
 
 
 def gradient_kernels(

@@ -1,6 +1,7 @@
 """The one place that starts a kernel, on CuPy arrays (GPU) or NumPy arrays (emulator)."""
 
 import contextlib
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +13,9 @@ GRID_LIMITS = (2**31 - 1, 65535, 65535)
 BLOCK_LIMITS = (1024, 1024, 64)
 MAX_THREADS = 1024
 
-_NULL = np.uint64(0)  # what CuPy passes as a null pointer
+_NULL = np.uint64(0)  # a null pointer
 _observers = []
+_thread = threading.local()
 
 
 class _Prepared(NamedTuple):
@@ -23,7 +25,15 @@ class _Prepared(NamedTuple):
     parameters: tuple[Parameter, ...]
     scalars: list[tuple[int, type]]  # (place, type to cast to)
     pointers: list[tuple[int, np.dtype | None]]  # (place, dtype)
-    functions: dict  # {(device, shared_bytes): compiled kernel}
+    functions: dict  # {(device, shared_bytes): the compiled kernel's handle}
+
+
+class Launch(NamedTuple):
+    """A launch on a GPU that was checked, and can be repeated."""
+
+    numbers: tuple[int, ...]  # for cuLaunchKernel: the kernel's handle, grid, block, bytes of shared memory
+    words: np.ndarray  # the kernel's arguments, 8 bytes each; then their addresses, which begin at `parameters`
+    parameters: int
 
 
 @source.until_overridden
@@ -80,13 +90,46 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
         number, dtype = parameters[i].name, parameters[i].dtype
         raise ValueError(f"{kernel}: {number}={args[i]} does not fit {dtype}") from error
     if on_gpu:
-        function = functions.get((device, shared_bytes))
-        if function is None:
-            function = functions[device, shared_bytes] = compiler.function(kernel, shared_bytes)
-        function(grid, block, cast, shared_mem=shared_bytes)
+        handle = functions.get((device, shared_bytes))
+        if handle is None:
+            handle = functions[device, shared_bytes] = compiler.function(kernel, shared_bytes).kernel.ptr
+        started = _packed((handle, *grid, *block, shared_bytes), cast)
+        repeat([started])
+        recording = getattr(_thread, "recording", None)
+        if recording is not None:
+            recording.append(started)
     else:
         cast = [None if arg is _NULL else arg for arg in cast]
         emulator.run(kernel, parameters, grid, block, cast, shared_bytes)
+
+
+def repeat(launches: list[Launch]) -> None:
+    """Starts what `recorded` collected again, on the same device, in CuPy's current stream, and checks nothing.
+
+    The kernels find their arrays where they were: whoever calls this knows that arrays of the same kind are there.
+    CuPy's own call would cost as much again as the driver's, for each launch.
+    """
+    cuda = compiler.cupy().cuda
+    if not cuda.driver.ctxGetCurrent():  # a thread that has not used the GPU
+        cuda.runtime.free(0)
+    stream, start = cuda.get_current_stream().ptr, cuda.driver.launchKernel
+    for numbers, _, parameters in launches:
+        start(*numbers, stream, parameters, 0)
+
+
+@contextlib.contextmanager
+def recorded():
+    """Within the block, this thread's launches on a GPU go to the list that it gives, for `repeat`."""
+    before, _thread.recording = getattr(_thread, "recording", None), []
+    try:
+        yield _thread.recording
+    finally:
+        _thread.recording = before
+
+
+def observing() -> bool:
+    """Whether someone wants to see launches, see `observed`."""
+    return bool(_observers)
 
 
 @contextlib.contextmanager
@@ -97,6 +140,14 @@ def observed(observer):
         yield
     finally:
         _observers.remove(observer)
+
+
+def _packed(numbers, cast) -> Launch:
+    values = [int.from_bytes(arg.tobytes(), "little") if isinstance(arg, np.generic) else arg.data.ptr for arg in cast]
+    words = np.array(values + [0] * len(values), np.uint64)
+    start = words.ctypes.data
+    words[len(values) :] = start + 8 * np.arange(len(values), dtype=np.uint64)
+    return Launch(numbers, words, start + 8 * len(values))
 
 
 def _check_limits(kernel, grid, block):

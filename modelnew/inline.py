@@ -218,8 +218,11 @@ class _Operator:
         args = [tensors[p.name] if p.pointer else numbers[p.name] for p in parameters]
         grid = ceil_div(size, self.block) if grid is None else grid
         grid = (*((grid,) if isinstance(grid, int) else grid), 1, 1)[:3]
-        kernel = self._kernel(name, scalar)
-        run(lambda *arrays: launch(kernel, grid, (self.block, 1, 1), arrays), *args)
+        run(_launch, self._kernel(name, scalar), grid, self.block, *args)
+
+
+def _launch(kernel, grid, block, *args):
+    launch(kernel, grid, (block, 1, 1), args)
 
 
 class _Function(torch.autograd.Function):

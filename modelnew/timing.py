@@ -12,7 +12,7 @@ import torch
 from cupy_kernels.conv_transpose_mma import UnsupportedError
 from cupy_kernels.launch import launch
 
-from .interop import run
+from .interop import launching_on
 
 _FLUSH_BYTES = 256 * 2**20  # several times the largest L2 cache
 _WARMUP = 5
@@ -173,7 +173,8 @@ def measure_launches(launches: Iterable[tuple], device: torch.device, trials: in
                 return once
         return measure(start, device, trials if device.type == "cuda" else _EMULATED_TRIALS)
 
-    return run(lambda _: list(map(time_of, launches)), torch.empty(0, device=device))
+    with launching_on(device):
+        return list(map(time_of, launches))
 
 
 def measure_together(

@@ -1,12 +1,15 @@
 """The border to torch: shared memory, no memory of CuPy's, torch's stream and device, and refusals."""
 
+import contextlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 from cupy_kernels import common, compiler, source
+from cupy_kernels import launch as launch_module
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import launch
 from cupy_kernels.source import Kernel
@@ -95,7 +98,6 @@ def test_dense():
     negative = torch.complex(x, x).conj().imag
     assert negative.is_neg()
     assert torch.equal(interop.dense(negative), -x)
-    assert not interop.dense(x.requires_grad_()).requires_grad
 
 
 def test_a_tensor_on_no_device_that_runs_kernels():
@@ -135,6 +137,84 @@ def operands(device):
     make = torch.Generator().manual_seed(3)
     shapes = [(2, 4, 6, 6), (4, 4, 3, 3), (4,)]
     return [torch.randn(s, generator=make).to(device).requires_grad_() for s in shapes]
+
+
+def test_a_call_like_an_earlier_one_starts_its_launches_again(monkeypatch):
+    """With stand-ins for a GPU: what counts as alike."""
+    launches, repeated, called = ["launches"], [], []
+    monkeypatch.setattr(interop, "one_device", lambda args: torch.device("cuda"))
+    monkeypatch.setattr(interop, "launching_on", contextlib.nullcontext)
+    monkeypatch.setattr(interop, "recorded", lambda: contextlib.nullcontext(launches))
+    monkeypatch.setattr(interop, "repeat", repeated.append)
+    monkeypatch.setattr(interop, "observing", lambda: False)
+
+    def operation(*args, **options):
+        called.append(args)
+        if options.get("fails"):
+            raise ValueError("fails")
+
+    layout = interop.Layout({"a": ((2,), np.float32)})
+    x, memory = torch.zeros(4, 4), torch.empty(layout.size, dtype=torch.uint8)
+    workspace = interop.Workspace(memory, layout)
+    with source.override({}):
+        interop.run(operation, x, workspace, 2, eps=1.0)
+        interop.run(operation, x.detach(), interop.Workspace(memory[:], layout), 2, eps=1.0)
+        assert (len(called), repeated) == (1, [launches])
+        for other in (
+            lambda: interop.run(operation, x.clone(), workspace, 2, eps=1.0),
+            lambda: interop.run(operation, x[:2], workspace, 2, eps=1.0),
+            lambda: interop.run(operation, x.view(2, 8), workspace, 2, eps=1.0),
+            lambda: interop.run(operation, x.T, workspace, 2, eps=1.0),
+            lambda: interop.run(operation, x.view(torch.int32), workspace, 2, eps=1.0),
+            lambda: interop.run(operation, x, interop.Workspace(memory, interop.Layout({})), 2, eps=1.0),
+            lambda: interop.run(operation, x, interop.Workspace(memory.clone(), layout), 2, eps=1.0),
+            lambda: interop.run(operation, x, workspace, None, eps=1.0),
+            lambda: interop.run(operation, x, workspace, 2, eps=2.0),
+            lambda: interop.run(operation, x, workspace, 2, momentum=1.0),
+            lambda: interop.run(lambda *args, **options: called.append(args), x, workspace, 2, eps=1.0),
+        ):
+            before = len(called)
+            other()
+            assert len(called) == before + 1
+        for _ in range(2):
+            with pytest.raises(ValueError, match="fails"):
+                interop.run(operation, x, fails=True)
+        with source.override({}):  # other kernels may be in force
+            before = len(called)
+            interop.run(operation, x, workspace, 2, eps=1.0)
+            assert len(called) == before + 1
+    assert repeated == [launches]
+
+
+@gpu_only
+@pytest.mark.parametrize("name", OPERATORS)
+def test_repeated_launches(name, monkeypatch):
+    """Loops whose tensors lie at the same addresses: with new values, on many streams, in new threads."""
+    monkeypatch.setattr(launch_module, "_observers", [])
+    repeats = []
+    monkeypatch.setattr(interop, "repeat", lambda launches: repeats.append(launches) or launch_module.repeat(launches))
+    tensors = operands("cuda")
+
+    def call():
+        y = OPERATORS[name](*tensors)
+        return [y, *(g for g in torch.autograd.grad(y.sum(), tensors, allow_unused=True) if g is not None)]
+
+    def values(seed):
+        for tensor in tensors:
+            new = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
+            tensor.detach().copy_(new)
+        with torch.cuda.stream(torch.cuda.Stream() if seed % 2 else torch.cuda.default_stream()):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            results = [result.tolist() for result in call()]
+        return results
+
+    with source.override({}):
+        first = [values(seed) for seed in range(6)]
+        assert repeats
+        assert first[0] != first[2]
+    for seed in range(6):
+        with source.override({}), ThreadPoolExecutor(1) as worker:  # what was launched is forgotten
+            assert worker.submit(values, seed).result() == first[seed]
 
 
 @gpu_only

@@ -1,3 +1,5 @@
+import ctypes
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 import torch
 
 from cupy_kernels import compiler, source
-from cupy_kernels.launch import launch
+from cupy_kernels.launch import launch, recorded, repeat
 from cupy_kernels.source import Kernel
 from modelnew.interop import run, view
 
@@ -113,38 +115,82 @@ def test_arrays_on_another_gpu():
         start(x, y, 1, 6)
 
 
-def test_a_gpus_kernel_is_looked_up_once_and_again_when_it_changes(monkeypatch):
-    """With stand-ins for CuPy and its arrays, so without a GPU."""
+class Array(SimpleNamespace):
+    """Stands in for one of CuPy's."""
 
-    class Array(SimpleNamespace):
-        pass
 
-    def array(device):
-        return Array(flags=y.flags, dtype=y.dtype, data=SimpleNamespace(device_id=device))
+Array.__module__ = "cupy"
 
-    Array.__module__ = "cupy"
-    y, current, compiled, started = np.zeros(6, np.float32), SimpleNamespace(device=0), [], []
-    runtime = SimpleNamespace(getDevice=lambda: current.device)
-    monkeypatch.setattr(compiler, "cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """CuPy without a GPU, which notes what is compiled, and which arguments kernels are started with."""
+    gpu = SimpleNamespace(device=0, context=True, compiled=[], started=[])
 
     def function(kernel, shared_bytes):
-        compiled.append((current.device, kernel.defines, shared_bytes))
-        return lambda grid, block, args, shared_mem: started.append((args, shared_mem))
+        gpu.compiled.append((gpu.device, kernel.defines, shared_bytes))
+        return SimpleNamespace(kernel=SimpleNamespace(ptr=70 + len(gpu.compiled)))
 
+    def start(*numbers):
+        *numbers, parameters, extra = numbers
+        values = [
+            ctypes.cast(p, ctypes.POINTER(t))[0]
+            for p, t in zip((ctypes.c_void_p * 4).from_address(parameters), C_TYPES)
+        ]
+        gpu.started.append((*numbers, *values, extra))
+
+    cuda = SimpleNamespace(
+        runtime=SimpleNamespace(getDevice=lambda: gpu.device, free=lambda pointer: setattr(gpu, "context", True)),
+        driver=SimpleNamespace(ctxGetCurrent=lambda: int(gpu.context), launchKernel=start),
+        get_current_stream=lambda: SimpleNamespace(ptr=99),
+    )
+    monkeypatch.setattr(compiler, "cupy", lambda: SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(compiler, "function", function)
+    return gpu
+
+
+C_TYPES = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+
+
+def gpu_array(device, address=1000):
+    y = np.zeros(6, np.float32)
+    return Array(flags=y.flags, dtype=y.dtype, data=SimpleNamespace(device_id=device, ptr=address))
+
+
+def test_a_gpus_kernel_is_looked_up_once_and_again_when_it_changes(stand_in):
     kernel = Kernel("copy.cu", "copy")
     for shared_bytes in (0, 0, 64):
-        launch(kernel, (1, 1, 1), (32, 1, 1), (None, array(0), 1, 6), shared_bytes)
-    assert compiled == [(0, (), 0), (0, (), 64)]
-    assert [type(arg) for arg in started[0][0]] == [np.uint64, Array, np.int32, np.int64]
+        launch(kernel, (5, 3, 2), (32, 4, 1), (None, gpu_array(0), -1, 6), shared_bytes)
+    assert stand_in.compiled == [(0, (), 0), (0, (), 64)]
+    begun = (5, 3, 2, 32, 4, 1)
+    arguments = (None, 1000, -1, 6, 0)
+    assert stand_in.started == [(handle, *begun, size, 99, *arguments) for handle, size in ((71, 0), (71, 0), (72, 64))]
     with pytest.raises(RuntimeError, match=r"current device 0; its arrays are on \[0, 1\]"):
-        start(array(0), array(1), 1, 6)
+        start(gpu_array(0), gpu_array(1), 1, 6)
     with source.override({}, {"copy": {"WIDTH": 4}}):
-        start(None, array(0), 1, 6)
-    current.device = 1
-    start(None, array(1), 1, 6)
-    assert compiled[2:] == [(0, (("WIDTH", 4),), 0), (1, (), 0)]
-    assert len(started) == 5
+        start(None, gpu_array(0), 1, 6)
+    stand_in.device = 1
+    start(None, gpu_array(1), 1, 6)
+    assert stand_in.compiled[2:] == [(0, (("WIDTH", 4),), 0), (1, (), 0)]
+    assert len(stand_in.started) == 5
+
+
+def test_launches_are_recorded_and_repeated(stand_in):
+    start(None, gpu_array(0), 1, 6)
+    with recorded() as launches:
+        start(gpu_array(0, 2000), gpu_array(0, 3000), 2, 2**40)
+        start(None, gpu_array(0), 1, 6, grid=(0, 1, 1))
+        other = threading.Thread(target=lambda: start(None, gpu_array(0), 3, 6))
+        other.start()
+        other.join()
+        start(None, gpu_array(0, 4000), 4, 6)
+    start(None, gpu_array(0), 5, 6)
+    before = stand_in.started[:]
+    assert [numbers[-3] for numbers in before] == [1, 2, 3, 4, 5]
+    stand_in.context = False
+    repeat(launches)
+    assert stand_in.started == [*before, before[1], before[3]]
+    assert stand_in.context
 
 
 def test_numbers_that_do_not_fit(arguments):

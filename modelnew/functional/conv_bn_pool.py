@@ -12,10 +12,8 @@ from ..interop import (
     Layout,
     Workspace,
     aligned,
-    arrays,
     compile_together,
     dense,
-    launching_on,
     one_device,
     pair,
     run,
@@ -65,31 +63,20 @@ class _Fused(torch.autograd.Function):
         dgrad, made, output, of_wgrad, of_dgrad = _prepare_backward(
             plan, x.shape, groups, training, dgrad, wgrad, x.device
         )
-        with launching_on(x.device):
-            # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
-            kept, output = arrays(Workspace(memory, ctx.layout), _empty(output, x))
-            ops.conv_bn_pool_backward(
-                *arrays(dense(dout), weight, bias, group_weight, *gradients, dy, _empty(made, x)),
-                kept,
-                output,
-                plan=plan,
-                groups=groups,
-                training=training,
-            )
-            cells = (output.get("cells"), output["dy_exponents"])
-            if wgrad:  # first: the room of its workspaces is dx's then
-                dw = torch.empty_like(w)
-                ops.weight_gradient(wgrad, *cells, kept["unit_exponents"], *arrays(x, dw, _empty(of_wgrad, x)))
-            if dgrad:
-                dx = torch.empty_like(x)
-                ops.input_gradient(dgrad, *cells, *arrays(w, dx, _empty(of_dgrad, x)))
-            if dy is not None:
-                dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, need_x, need_w)
+        # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
+        kept, output = Workspace(memory, ctx.layout), Workspace.empty(output, x.device)
+        tensors = (dense(dout), weight, bias, group_weight, *gradients, dy)
+        options = {"plan": plan, "groups": groups, "training": training}
+        run(ops.conv_bn_pool_backward, *tensors, Workspace.empty(made, x.device), kept, output, **options)
+        if wgrad:  # first: the room of its workspaces is dx's then
+            dw = torch.empty_like(w)
+            run(ops.weight_gradient, wgrad, output, kept, x, dw, Workspace.empty(of_wgrad, x.device))
+        if dgrad:
+            dx = torch.empty_like(x)
+            run(ops.input_gradient, dgrad, output, w, dx, Workspace.empty(of_dgrad, x.device))
+        if dy is not None:
+            dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, need_x, need_w)
         return dx, dw, *gradients, *[None] * 6
-
-
-def _empty(layout, x):
-    return Workspace.empty(layout, x.device)
 
 
 @functools.lru_cache(maxsize=1024)
