@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.dlpack import to_dlpack
 
@@ -1157,12 +1158,12 @@ def weight_gradient_buffers(p: conv_wgrad_mma_Plan, x_shape, centred: bool) -> d
     return sizes
 
 
-def weight_gradient(p: conv_wgrad_mma_Plan, cells, dy_exponents, unit_exponents, x, dw, written) -> None:
+def weight_gradient(p: conv_wgrad_mma_Plan, output, kept, x, dw, written) -> None:
     """dw, the gradient of w, from x and dy.
 
-    cells, dy_exponents: dy, of `conv_bn_pool_backward`. unit_exponents: what the forward kept.
-    written: {name: array} as `weight_gradient_buffers` describes them.
+    output, kept: as in `conv_bn_pool_backward`. written: {name: array} as `weight_gradient_buffers` describes them.
     """
+    cells, dy_exponents, unit_exponents = output["cells"], output["dy_exponents"], kept["unit_exponents"]
     sums = written.get("sums")
     if sums is not None:
         channel_sum(x[:1], sums, written["sum_partials"])
@@ -1176,9 +1177,10 @@ def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
     return {"packed": ((p.packed_size,), np.float16), "exponents": ((p.rows,), np.int32)}
 
 
-def input_gradient(p: Plan, cells, dy_exponents, w, dx, written) -> None:
+def input_gradient(p: Plan, output, w, dx, written) -> None:
     """dx, the gradient of x, from dy. p: a plan for dgrad, of cells. The rest as in `weight_gradient`."""
-    conv_transpose_mma(p, cells, w, None, dx, written["packed"], written["exponents"], dy_exponents)
+    workspaces = (written["packed"], written["exponents"])
+    conv_transpose_mma(p, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
 
 
 def gradient_kernels(
@@ -1422,17 +1424,6 @@ def view(tensor: torch.Tensor):
     return tensor.numpy()  # NumPy's from_dlpack returns a read-only array
 
 
-def run(operation, *args, **options):
-    """operation(*args, **options), with what `arrays` makes of `args`.
-
-    Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if
-    the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
-    """
-    device = one_device(args)
-    with launching_on(device):
-        return operation(*arrays(*args), **options)
-
-
 def arrays(*args) -> list:
     """`args` with an array in place of each tensor, and {name: array} in place of each `Workspace`.
 
@@ -1513,9 +1504,9 @@ class _ExternalStream(NamedTuple):
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must."""
-    if tensor is None:
-        return None
-    return (tensor.detach() if tensor.requires_grad else tensor).resolve_neg().contiguous()
+    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
+        return tensor
+    return tensor.detach().resolve_neg().contiguous()
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -1568,6 +1559,7 @@ def pair(value, name: str) -> tuple[int, int]:
 # torch.backends.cudnn.allow_tf32 on a GPU and float32 on the CPU. 16-bit tensors are exact in either.
 
 NUMERICS = ("auto", "tf32", "fp32")
+_switched_off = []
 _EMULATED_SHARED_BYTES = 227 * 1024  # an H100's
 
 
@@ -1582,6 +1574,12 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
     if numerics != "auto":
         return numerics
     return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "fp32"
+
+
+def circumstances(numerics: str, x: torch.Tensor) -> tuple:
+    """What plans for x depend on, besides shapes, dtypes and hyper-parameters."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return resolve(numerics, x), uses_wgmma(x), bool(_switched_off), autocast
 
 
 def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
@@ -1633,7 +1631,7 @@ def run_updating(update, running_mean, running_var, training) -> None:
     for buffer, new in zip((running_mean, running_var), updated):
         if buffer is None or not training:
             continue
-        if new.data_ptr() == buffer.data_ptr():
+        if new is buffer:
             torch.autograd.graph.increment_version(buffer)
         else:  # the buffer is not contiguous: the kernel updated a copy
             buffer.copy_(new)
@@ -1777,19 +1775,35 @@ def _packed(w):
 #
 # All five operators of ModelNew in three main kernels forward, with the pooling in the convolution's epilogue.
 
-_checked = set()  # what calls passed `_check`
+_MOST_KNOWN = 1000
+_calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
+
+
+class _Call(NamedTuple):
+    """What follows from the kinds of a call's arguments."""
+
+    plan: Plan
+    geometry: Geometry
+    layout: interop_Layout  # of the workspace
+    shape: tuple  # of the output
+
+
+class _BackwardCall(NamedTuple):
+    """What follows from a forward's _Call and from which gradients are needed."""
+
+    dgrad: Plan | None  # of cells
+    wgrad: conv_wgrad_mma_Plan | None
+    dy_shape: tuple | None  # where the general kernels take the convolution's gradients
+    layouts: tuple[interop_Layout, ...]  # of what the backward makes, gives to wgrad and dgrad, and of what these two write
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *args):
-        *parameters, running_mean, running_var, geometry, numerics, keep, options = args
+        *parameters, running_mean, running_var, call, numerics, keep, options = args
         x, w, conv_bias, weight, bias, group_weight, group_bias = tensors = (aligned(x), *map(dense, parameters))
-        plan, groups = options["plan"], options["groups"]
-        layout = _prepare(plan, x.shape, groups, options["training"], keep, x.device)
-        workspace = Workspace.empty(layout, x.device)
-        height, width = output_shape(x.shape, w.shape, geometry)[2:]
-        out = x.new_empty((x.shape[0], w.shape[1], height // 2, width // 2))
+        workspace = Workspace.empty(call.layout, x.device)
+        out = x.new_empty(call.shape)
 
         def update(running_mean, running_var):
             affine = (weight, bias, group_weight, group_bias)
@@ -1799,7 +1813,7 @@ class _Fused(torch.autograd.Function):
         run_updating(update, running_mean, running_var, options["training"])
         if keep:
             ctx.save_for_backward(*tensors, workspace.memory)
-            ctx.layout, ctx.options, ctx.geometry, ctx.numerics = layout, options, geometry, numerics
+            ctx.call, ctx.options, ctx.numerics = call, options, numerics
         return out
 
     @staticmethod
@@ -1809,73 +1823,90 @@ class _Fused(torch.autograd.Function):
         need_x, need_w, *need = ctx.needs_input_grad[:7]
         parameters = (conv_bias, weight, bias, group_weight, group_bias)
         gradients = [torch.empty_like(t) if needed else None for t, needed in zip(parameters, need)]
-        plan, groups, training = (ctx.options[name] for name in ("plan", "groups", "training"))
-        dgrad, wgrad = gradient_plans(x, w, ctx.geometry, ctx.numerics, need_x, need_w)
-        dx = dw = dy = None
-        if (dgrad is None, wgrad is None) != (not need_x, not need_w):
-            dgrad = wgrad = None
-            dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
-        dgrad, made, output, of_wgrad, of_dgrad = _prepare_backward(
-            plan, x.shape, groups, training, dgrad, wgrad, x.device
-        )
-        with launching_on(x.device):
-            # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
-            kept, output = arrays(Workspace(memory, ctx.layout), _empty(output, x))
-            conv_bn_pool_backward(
-                *arrays(dense(dout), weight, bias, group_weight, *gradients, dy, _empty(made, x)),
-                kept,
-                output,
-                plan=plan,
-                groups=groups,
-                training=training,
-            )
-            cells = (output.get("cells"), output["dy_exponents"])
-            if wgrad:  # first: the room of its workspaces is dx's then
-                dw = torch.empty_like(w)
-                weight_gradient(wgrad, *cells, kept["unit_exponents"], *arrays(x, dw, _empty(of_wgrad, x)))
-            if dgrad:
-                dx = torch.empty_like(x)
-                input_gradient(dgrad, *cells, *arrays(w, dx, _empty(of_dgrad, x)))
-            if dy is not None:
-                dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, need_x, need_w)
+        call, groups, training = ctx.call, ctx.options["groups"], ctx.options["training"]
+        key = (call, groups, training, need_x, need_w, circumstances(ctx.numerics, x))
+        prepared = _known(_backward_calls, key, lambda: _backward_call(*key[:5], ctx.numerics, x, w))
+        made, output, of_wgrad, of_dgrad = prepared.layouts
+        dx = dw = None
+        dy = None if prepared.dy_shape is None else x.new_empty(prepared.dy_shape)
+        # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
+        kept, output = Workspace(memory, call.layout), Workspace.empty(output, x.device)
+        tensors = (dense(dout), weight, bias, group_weight, *gradients, dy)
+        options = {"plan": call.plan, "groups": groups, "training": training}
+        run(conv_bn_pool_backward, *tensors, Workspace.empty(made, x.device), kept, output, **options)
+        if prepared.wgrad:  # first: the room of its workspaces is dx's then
+            dw = torch.empty_like(w)
+            run(weight_gradient, prepared.wgrad, output, kept, x, dw, Workspace.empty(of_wgrad, x.device))
+        if prepared.dgrad:
+            dx = torch.empty_like(x)
+            run(input_gradient, prepared.dgrad, output, w, dx, Workspace.empty(of_dgrad, x.device))
+        if dy is not None:
+            dx, dw = conv_gradients(x, w, dy, call.geometry, ctx.numerics, need_x, need_w)
         return dx, dw, *gradients, *[None] * 6
 
 
-def _empty(layout, x):
-    return Workspace.empty(layout, x.device)
+def _known(known, key, make):
+    """known[key], which make() makes where it is missing."""
+    found = known.get(key)
+    if found is None:
+        if len(known) == _MOST_KNOWN:
+            known.clear()
+        found = known[key] = make()
+    return found
 
 
-@functools.lru_cache(maxsize=1024)
-def _prepare(plan, x_shape, groups, training, keep, device) -> interop_Layout:
-    """Layout of the workspace. Compiles the forward's kernels at the same time, where launches would one by one."""
-    compile_together(kernels(plan, groups, training, keep), device)
-    return interop_Layout(buffers(plan, x_shape, groups, training, keep))
+def _call(training, keep, padding, num_groups, numerics, momentum, eps, input, conv_weight, *others):
+    """Plans and checks a call, and compiles its kernels at the same time, where launches would one by one.
+
+    Where the fused kernels do not take it, the reason.
+    """
+    reason = _mixture(input, conv_weight, *others)
+    if reason:
+        return reason
+    shape = _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups)
+    plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics)
+    if reason:
+        return reason
+    compile_together(kernels(plan, num_groups, training, keep), input.device)
+    layout = interop_Layout(buffers(plan, input.shape, num_groups, training, keep))
+    return _Call(plan, _geometry(padding), layout, shape)
 
 
-@functools.lru_cache(maxsize=1024)
-def _prepare_backward(plan, x_shape, groups, training, dgrad, wgrad, device):
-    """dgrad's plan for cells, and layouts of what the backward, wgrad and dgrad write. Compiles as `_prepare` does."""
-    cells = bool(dgrad or wgrad)
+def _backward_call(call, groups, training, need_x, need_w, numerics, x, w):
+    """Plans a backward, and compiles as `_call` does."""
+    dgrad, wgrad = gradient_plans(x, w, call.geometry, numerics, need_x, need_w)
+    dy_shape = None
+    if (dgrad is None, wgrad is None) != (not need_x, not need_w):
+        dgrad = wgrad = None
+        dy_shape = output_shape(x.shape, w.shape, call.geometry)
     dgrad = dgrad and dgrad.of_cells()
-    compile_together(gradient_kernels(plan, groups, x_shape, training, dgrad, wgrad), device)
+    compile_together(gradient_kernels(call.plan, groups, x.shape, training, dgrad, wgrad), x.device)
     buffers = (
-        gradient_buffers(plan, x_shape[0]),
-        output_gradient_buffers(plan, x_shape[0], cells),
-        weight_gradient_buffers(wgrad, x_shape, training) if wgrad else {},
+        gradient_buffers(call.plan, x.shape[0]),
+        output_gradient_buffers(call.plan, x.shape[0], bool(dgrad or wgrad)),
+        weight_gradient_buffers(wgrad, x.shape, training) if wgrad else {},
         input_gradient_buffers(dgrad) if dgrad else {},
     )
-    return dgrad, *map(interop_Layout, buffers)
+    return _BackwardCall(dgrad, wgrad, dy_shape, tuple(map(interop_Layout, buffers)))
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
     """(plan, None) if the fused kernels take the model on x, else (None, the reason). others: the other parameters."""
-    if torch.is_autocast_enabled(x.device.type):
-        return None, "autocast gives the operators different dtypes"
-    if any(t is not None and t.dtype != x.dtype for t in (conv_weight, *others)):
-        return None, "input and parameters have different dtypes"
+    reason = _mixture(x, conv_weight, *others)
+    if reason:
+        return None, reason
     plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), numerics)
     reason = reason or obstacle(plan, num_groups)
     return (None, reason) if reason else (plan, None)
+
+
+def _mixture(x, *others):
+    """Why the operators' dtypes differ, or None."""
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast gives the operators different dtypes"
+    if any(t is not None and t.dtype != x.dtype for t in others):
+        return "input and parameters have different dtypes"
+    return None
 
 
 def _geometry(padding):
@@ -1900,59 +1931,53 @@ def conv_bn_tanh_max_pool_group_norm(
     group_bias: torch.Tensor | None = None,
     group_eps: float = 1e-5,
     numerics: str = "auto",
-    plan=None,
-) -> torch.Tensor:
+    required: bool = True,
+) -> torch.Tensor | None:
     """group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
     and group_norm. One dtype for all: float32, float16 or bfloat16. For shapes that the tensor-core kernels take
-    (`modelnew.explain` tells); ValueError with the reason for others, and batch_norm's errors.
-    plan: that of `fused_plan` for these arguments, from a caller who has it.
+    (`modelnew.explain` tells); for others UnsupportedError, a ValueError, with the reason, or None if not `required`.
+    Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
     check_numerics(numerics)
-    others = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
     check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    geometry = _geometry(padding)
-    key = (training, num_groups, geometry, *map(_facts, (input, conv_weight, *others)))
-    if key not in _checked:
-        conv_bn_pool_check(input, conv_weight, others, geometry, training, momentum, eps, num_groups)
-        if len(_checked) == 1000:
-            _checked.clear()
-        _checked.add(key)
-    if plan is None:
-        plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
-        if reason:
-            raise ValueError(f"the fused kernels do not take this: {reason}")
-    options = {
-        "plan": plan,
-        "training": bool(training),
-        "momentum": momentum,
-        "eps": eps,
-        "groups": num_groups,
-        "group_eps": group_eps,
-    }
     tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    arguments = (input, conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
+    training, padding, facts = bool(training), pair(padding, "padding"), circumstances(numerics, input)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    rest = (running_mean, running_var, geometry, resolve(numerics, input), keep, options)
-    return _Fused.apply(*tensors, *rest)
+    kind = (training, keep, padding, num_groups)
+    key = (*kind, facts, *map(_facts, arguments))
+    call = _known(_calls, key, lambda: _call(*kind, numerics, momentum, eps, *arguments))
+    if isinstance(call, str):
+        if required:
+            raise UnsupportedError(f"the fused kernels do not take this: {call}")
+        return None
+    options = {"plan": call.plan, "training": training, "momentum": momentum, "eps": eps}
+    options.update(groups=num_groups, group_eps=group_eps)
+    rest = (running_mean, running_var, call, facts[0], keep, options)
+    if keep or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return _Fused.apply(*tensors, *rest)
+    return _Fused.forward(None, *tensors, *rest)  # autograd, with nothing to keep or to refuse, would only take time
 
 
 def _facts(tensor):
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 
-def conv_bn_pool_check(input, conv_weight, others, geometry, training, momentum, eps, num_groups):
-    """All errors that shapes, dtypes and devices can be the reason of."""
+def _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups):
+    """The output's shape. Raises all errors that shapes, dtypes and devices can be the reason of."""
     conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias = others
     one_device((input, conv_weight, *others))
-    shape = output_shape(input.shape, conv_weight.shape, geometry)
+    images, channels, height, width = shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
     check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training, momentum, eps)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
-        if tensor is not None and tensor.shape != (shape[1],):
-            raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
-    if num_groups < 1 or shape[1] % num_groups:
-        raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
+        if tensor is not None and tensor.shape != (channels,):
+            raise ValueError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the {channels} channels, received {num_groups}")
+    return images, channels, height // 2, width // 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2069,34 +2094,34 @@ class BatchNorm2d(nn.Module):
         _reset_affine(self)
 
     def apply_with(self, operation, input: torch.Tensor, **options) -> torch.Tensor:
-        """operation(input, running_mean, running_var, weight, bias, training, momentum, eps, **options), as this layer
-        calls `functional.batch_norm`: for operations that fuse a batch norm with what follows it.
+        """operation(input, *self.arguments(input), **options), for operations that fuse a batch norm with others."""
+        output = operation(input, *self.arguments(input), **options)
+        self.count_batch()  # once the operation has succeeded
+        return output
 
-        Counts the batch once the operation has succeeded.
-        """
+    def arguments(self, input: torch.Tensor) -> tuple:
+        """(running_mean, running_var, weight, bias, training, momentum, eps) of `functional.batch_norm` for a batch."""
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input of shape {tuple(input.shape)})")
-        updating = self.training and self.track_running_stats
-        counting = updating and self.num_batches_tracked is not None
+        running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
+        training = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = None
         momentum = self.momentum
         if momentum is None:  # the average over all batches
-            momentum = 1 / (float(self.num_batches_tracked) + 1) if counting else 0.0
-        use_buffers = updating or not self.training
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        output = operation(
-            input,
-            self.running_mean if use_buffers else None,
-            self.running_var if use_buffers else None,
-            self.weight,
-            self.bias,
-            training,
-            momentum,
-            self.eps,
-            **options,
-        )
-        if counting:
-            self.num_batches_tracked.add_(1)
-        return output
+            count = self._count()
+            momentum = 0.0 if count is None else 1 / (float(count) + 1)
+        affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
+        return running_mean, running_var, *affine, training, momentum, self.eps
+
+    def count_batch(self) -> None:
+        """Notes that the running statistics were updated, if this batch was one to do so."""
+        count = self._count()
+        if count is not None:
+            count.add_(1)
+
+    def _count(self):
+        return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
 
 
 class GroupNorm(nn.Module):
@@ -2130,6 +2155,14 @@ class GroupNorm(nn.Module):
     def reset_parameters(self) -> None:
         """Weight 1, bias 0."""
         _reset_affine(self)
+
+
+def tensor_of(module: nn.Module, name: str) -> torch.Tensor | None:
+    """module.name, a parameter or buffer: getattr, which searches for it, takes ten times as long."""
+    for known in (module._parameters, module._buffers):
+        if name in known:
+            return known[name]
+    return getattr(module, name)  # someone put another tensor in its place
 
 
 def _register_affine(module, channels, affine, bias, device, dtype):
@@ -5104,6 +5137,12 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     pairs = zip(signature(kernel), args, strict=True)
     cast = [np.uint64(0) if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
     function(kernel, cupy().cuda.runtime.getDevice(), shared_bytes)(grid, block, cast, shared_mem=shared_bytes)
+
+
+def run(operation, *args, **options) -> None:
+    """operation(*args, **options), with arrays in place of tensors."""
+    with launching_on(one_device(args)):
+        operation(*arrays(*args), **options)
 
 
 @functools.cache

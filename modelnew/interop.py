@@ -92,7 +92,8 @@ def run(operation, *args, **options) -> None:
 
 def _facts(arg):
     if isinstance(arg, torch.Tensor):
-        return arg.data_ptr(), arg.dtype, arg.device, arg.shape, arg.stride()
+        # Launches take contiguous tensors alone, whose strides follow from their shape.
+        return arg.data_ptr(), arg.dtype, arg.device, arg.shape, arg.is_contiguous()
     if isinstance(arg, Workspace):
         return arg.memory.data_ptr(), arg.memory.device, arg.layout
     return arg

@@ -18,6 +18,7 @@ from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels
 from cupy_kernels.source import Kernel, Variant, expanded, signature
 
 from .functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
+from .interop import arrays, launching_on, one_device
 from .layers import BatchNorm2d, ConvTranspose2d, GroupNorm
 from .numerics import required_plan
 
@@ -74,6 +75,12 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     pairs = zip(signature(kernel), args, strict=True)
     cast = [np.uint64(0) if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
     function(kernel, cupy().cuda.runtime.getDevice(), shared_bytes)(grid, block, cast, shared_mem=shared_bytes)
+
+
+def run(operation, *args, **options) -> None:
+    """operation(*args, **options), with arrays in place of tensors."""
+    with launching_on(one_device(args)):
+        operation(*arrays(*args), **options)
 
 
 @functools.cache

@@ -154,34 +154,34 @@ class BatchNorm2d(nn.Module):
         return self.apply_with(functional.batch_norm, input)
 
     def apply_with(self, operation, input: torch.Tensor, **options) -> torch.Tensor:
-        """operation(input, running_mean, running_var, weight, bias, training, momentum, eps, **options), as this layer
-        calls `functional.batch_norm`: for operations that fuse a batch norm with what follows it.
+        """operation(input, *self.arguments(input), **options), for operations that fuse a batch norm with others."""
+        output = operation(input, *self.arguments(input), **options)
+        self.count_batch()  # once the operation has succeeded
+        return output
 
-        Counts the batch once the operation has succeeded.
-        """
+    def arguments(self, input: torch.Tensor) -> tuple:
+        """(running_mean, running_var, weight, bias, training, momentum, eps) of `functional.batch_norm` for a batch."""
         if input.dim() != 4:
             raise ValueError(f"expected 4D input (got {input.dim()}D input of shape {tuple(input.shape)})")
-        updating = self.training and self.track_running_stats
-        counting = updating and self.num_batches_tracked is not None
+        running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
+        training = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = None
         momentum = self.momentum
         if momentum is None:  # the average over all batches
-            momentum = 1 / (float(self.num_batches_tracked) + 1) if counting else 0.0
-        use_buffers = updating or not self.training
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        output = operation(
-            input,
-            self.running_mean if use_buffers else None,
-            self.running_var if use_buffers else None,
-            self.weight,
-            self.bias,
-            training,
-            momentum,
-            self.eps,
-            **options,
-        )
-        if counting:
-            self.num_batches_tracked.add_(1)
-        return output
+            count = self._count()
+            momentum = 0.0 if count is None else 1 / (float(count) + 1)
+        affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
+        return running_mean, running_var, *affine, training, momentum, self.eps
+
+    def count_batch(self) -> None:
+        """Notes that the running statistics were updated, if this batch was one to do so."""
+        count = self._count()
+        if count is not None:
+            count.add_(1)
+
+    def _count(self):
+        return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         key = prefix + "num_batches_tracked"
@@ -264,6 +264,14 @@ class GroupNorm(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def tensor_of(module: nn.Module, name: str) -> torch.Tensor | None:
+    """module.name, a parameter or buffer: getattr, which searches for it, takes ten times as long."""
+    for known in (module._parameters, module._buffers):
+        if name in known:
+            return known[name]
+    return getattr(module, name)  # someone put another tensor in its place
 
 
 def _register_affine(module, channels, affine, bias, device, dtype):

@@ -15,7 +15,7 @@ from .numerics import check_numerics, resolve, tensor_core_plan
 OPERATORS = ("conv_transpose", "batch_norm", "tanh", "max_pool", "group_norm")
 
 _KINDS = (layers.ConvTranspose2d, layers.BatchNorm2d, layers.Tanh, layers.MaxPool2d, layers.GroupNorm)
-_WINDOW = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
+_WINDOW = {"kernel_size": 2, "stride": 2, "padding": 0, "dilation": 1}
 BATCH, CHANNELS, HEIGHT, WIDTH = 512, 64, 32, 32
 
 
@@ -143,42 +143,58 @@ class ModelNew(nn.Module):
 def fused_model(model: ModelNew, x: torch.Tensor):
     """(plan, None) if model(x) runs as one fused operator, else (None, the reason)."""
     children = _children(model)
-    for name, child, kind in zip(OPERATORS, children, _KINDS):
-        if not _fusible(child, kind):
-            return None, f"{name} is not replaced, has a hook, or was swapped"
-    conv, norm, _, pool, group = children
-    if pool.return_indices or any(pair(getattr(pool, name), name) != value for name, value in _WINDOW.items()):
-        return None, "the pooling is not over 2x2 windows"
-    if pool.ceil_mode:
-        return None, "the pooling has ceil_mode"
-    if conv.stride != (1, 1) or conv.output_padding != (0, 0) or conv.dilation != (1, 1) or conv.groups != 1:
-        return None, "the convolution has a stride, output padding, dilation or groups"
-    if x.dim() != 4 or x.shape[1] != conv.in_channels:
-        return None, f"the input, of shape {tuple(x.shape)}, is not [N, {conv.in_channels}, H, W]"
+    reason = _obstacle(children, x)
+    if reason:
+        return None, reason
+    conv, norm, _, _, group = children
     others = (conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, group.weight, group.bias)
     return fused_plan(x, conv.weight, conv.padding, group.num_groups, conv.numerics, others)
+
+
+def _obstacle(children, x) -> str | None:
+    """What in the modules, or in x's shape, keeps the model from being one fused operator."""
+    for name, child, kind in zip(OPERATORS, children, _KINDS):
+        if not _fusible(child, kind):
+            return f"{name} is not replaced, has a hook, or was swapped"
+    conv, _, _, pool, _ = children
+    if pool.return_indices or not all(_is(getattr(pool, name), value, name) for name, value in _WINDOW.items()):
+        return "the pooling is not over 2x2 windows"
+    if pool.ceil_mode:
+        return "the pooling has ceil_mode"
+    if conv.stride != (1, 1) or conv.output_padding != (0, 0) or conv.dilation != (1, 1) or conv.groups != 1:
+        return "the convolution has a stride, output padding, dilation or groups"
+    if x.dim() != 4 or x.shape[1] != conv.in_channels:
+        return f"the input, of shape {tuple(x.shape)}, is not [N, {conv.in_channels}, H, W]"
+    return None
+
+
+def _is(size, value, name) -> bool:
+    return size == value or pair(size, name) == (value, value)
 
 
 @functional.untraced  # torch.compile has nothing to gain inside, and plans are kept by shape
 def _fused(model, x):
     """model(x) by the fused operator; None if that does not take it."""
-    plan, _ = fused_model(model, x)
-    if not plan:
+    children = _children(model)
+    if _obstacle(children, x):
         return None
-    conv, norm, _, _, group = _children(model)
-    return norm.apply_with(
-        conv_bn_tanh_max_pool_group_norm,
+    conv, norm, _, _, group = children
+    output = conv_bn_tanh_max_pool_group_norm(
         x,
-        conv_weight=conv.weight,
-        conv_bias=conv.bias,
+        *norm.arguments(x),
+        conv_weight=layers.tensor_of(conv, "weight"),
+        conv_bias=layers.tensor_of(conv, "bias"),
         padding=conv.padding,
         num_groups=group.num_groups,
-        group_weight=group.weight,
-        group_bias=group.bias,
+        group_weight=layers.tensor_of(group, "weight"),
+        group_bias=layers.tensor_of(group, "bias"),
         group_eps=group.eps,
         numerics=conv.numerics,
-        plan=plan,
+        required=False,
     )
+    if output is not None:
+        norm.count_batch()
+    return output
 
 
 def _children(model):

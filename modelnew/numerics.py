@@ -33,6 +33,12 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
     return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "fp32"
 
 
+def circumstances(numerics: str, x: torch.Tensor) -> tuple:
+    """What plans for x depend on, besides shapes, dtypes and hyper-parameters."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return resolve(numerics, x), uses_wgmma(x), bool(_switched_off), autocast
+
+
 @contextlib.contextmanager
 def without_tensor_cores():
     """Within the block, convolutions run on the general kernels, as on a GPU before sm_80."""

@@ -27,6 +27,7 @@ REPLACED = (
     "cupy_kernels.compiler.cupy",
     "cupy_kernels.compiler.prepare",
     "cupy_kernels.source.text",
+    "modelnew.interop.run",
     "modelnew.numerics.plan_or_reason",
     "modelnew.numerics.uses_wgmma",
 )

@@ -8,10 +8,10 @@ import pytest
 import tolerance
 import torch
 
+from cupy_kernels.conv_transpose_mma import UnsupportedError
 from modelnew import Model, ModelNew, explain, interop, numerics, parity
 from modelnew.functional import conv_bn_pool as fused
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm, conv_transpose2d
-from modelnew.functional.conv_transpose import gradient_plans
 from modelnew.model import OPERATORS, fused_model
 
 # (in, out, kernel, padding, groups of group norm, batch, height, width)
@@ -172,8 +172,8 @@ def test_what_is_compiled_together_is_what_runs(device, wanted, training, launch
     monkeypatch.setattr(
         fused, "compile_together", lambda kernels, device: compiled.append({k.variant for k in kernels})
     )
-    fused._prepare.cache_clear()
-    fused._prepare_backward.cache_clear()
+    fused._calls.clear()
+    fused._backward_calls.clear()
     _, ours, x = models(CASES["even"], "tf32", device)
     ours.train(training).conv_transpose.weight.requires_grad_("conv_transpose.weight" in wanted)
     y = ours(x.requires_grad_("x" in wanted))
@@ -202,17 +202,16 @@ def test_how_often_the_border_is_crossed(device, monkeypatch):
 def test_the_backwards_stages_share_their_room(device, cls):
     """The peak is one stage's: the pooled gradients are gone before wgrad, and the workspaces of wgrad before dgrad."""
     case = (16, 16, 3, 1, 4, 4, 18, 20)
+    fused._backward_calls.clear()
     _, ours, x = models(case, cls, device)
+    weight = ours.conv_transpose.weight
     y = ours(x.requires_grad_())
     y.backward(torch.ones_like(y))
-    tensors = (x, ours.conv_transpose.weight)
-    plans = gradient_plans(*tensors, fused._geometry(1), cls, True, True)
-    stages = fused._prepare_backward(fused.fused_plan(x, tensors[1], 1, 4, cls)[0], x.shape, 4, True, *plans, x.device)
-    made, output, of_wgrad, of_dgrad = (layout.size for layout in stages[1:])
+    made, output, of_wgrad, of_dgrad = (layout.size for layout in [*fused._backward_calls.values()][-1].layouts)
     y = ours(x)
     ours.zero_grad()
     x.grad, dy = None, torch.ones_like(y)
-    stage = max(made, tensors[1].nbytes + of_wgrad, tensors[1].nbytes + of_dgrad + x.nbytes)
+    stage = max(made, weight.nbytes + of_wgrad, weight.nbytes + of_dgrad + x.nbytes)
     assert peak(lambda: y.backward(dy), device) <= output + stage + 8192
 
 
@@ -316,15 +315,27 @@ def test_a_call_that_passed_vouches_for_none_that_differs():
         ({"running_mean": torch.zeros(16, requires_grad=True)}, RuntimeError),
         ({"running_mean": torch.zeros(8)}, RuntimeError),
         ({"group_bias": torch.zeros(8)}, ValueError),
-        ({"weight": torch.ones(16).double()}, TypeError),
+        ({"weight": torch.ones(16).double()}, UnsupportedError),
         ({"input": torch.randn(2, 16, 4, 4, device="meta")}, RuntimeError),
         ({"num_groups": 0}, ValueError),
     ):
         with pytest.raises(error):
             conv_bn_tanh_max_pool_group_norm(**{**arguments, **change})
+    unsupported = {"weight": torch.ones(16).double(), "required": False}
+    assert conv_bn_tanh_max_pool_group_norm(**{**arguments, **unsupported}) is None
     conv_bn_tanh_max_pool_group_norm(**arguments)
     with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast"):
         conv_bn_tanh_max_pool_group_norm(**arguments)
+
+
+def test_forward_mode_is_refused_where_nothing_requires_a_gradient():
+    x = torch.randn(2, 16, 4, 4)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward"):
+            conv_bn_tanh_max_pool_group_norm(
+                dual, None, None, training=True, conv_weight=torch.randn(16, 16, 3, 3), num_groups=4
+            )
 
 
 @pytest.mark.parametrize("others", OTHERS, ids="+".join)

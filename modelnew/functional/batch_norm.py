@@ -68,7 +68,7 @@ def run_updating(update, running_mean, running_var, training) -> None:
     for buffer, new in zip((running_mean, running_var), updated):
         if buffer is None or not training:
             continue
-        if new.data_ptr() == buffer.data_ptr():
+        if new is buffer:
             torch.autograd.graph.increment_version(buffer)
         else:  # the buffer is not contiguous: the kernel updated a copy
             buffer.copy_(new)

@@ -1,12 +1,15 @@
 """All five operators of ModelNew in three main kernels forward, with the pooling in the convolution's epilogue."""
 
-import functools
+from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels.conv_transpose import Geometry, output_shape
+from cupy_kernels.conv_transpose_mma import Plan, UnsupportedError
+from cupy_kernels.conv_wgrad_mma import Plan as WgradPlan
 
 from ..interop import (
     Layout,
@@ -18,23 +21,39 @@ from ..interop import (
     pair,
     run,
 )
-from ..numerics import check_numerics, resolve, tensor_core_plan
+from ..numerics import check_numerics, circumstances, tensor_core_plan
 from .batch_norm import check_batch_norm, check_batch_norm_call, run_updating
 from .conv_transpose import conv_gradients, gradient_plans
 
-_checked = set()  # what calls passed `_check`
+_MOST_KNOWN = 1000
+_calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
+
+
+class _Call(NamedTuple):
+    """What follows from the kinds of a call's arguments."""
+
+    plan: Plan
+    geometry: Geometry
+    layout: Layout  # of the workspace
+    shape: tuple  # of the output
+
+
+class _BackwardCall(NamedTuple):
+    """What follows from a forward's _Call and from which gradients are needed."""
+
+    dgrad: Plan | None  # of cells
+    wgrad: WgradPlan | None
+    dy_shape: tuple | None  # where the general kernels take the convolution's gradients
+    layouts: tuple[Layout, ...]  # of what the backward makes, gives to wgrad and dgrad, and of what these two write
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *args):
-        *parameters, running_mean, running_var, geometry, numerics, keep, options = args
+        *parameters, running_mean, running_var, call, numerics, keep, options = args
         x, w, conv_bias, weight, bias, group_weight, group_bias = tensors = (aligned(x), *map(dense, parameters))
-        plan, groups = options["plan"], options["groups"]
-        layout = _prepare(plan, x.shape, groups, options["training"], keep, x.device)
-        workspace = Workspace.empty(layout, x.device)
-        height, width = output_shape(x.shape, w.shape, geometry)[2:]
-        out = x.new_empty((x.shape[0], w.shape[1], height // 2, width // 2))
+        workspace = Workspace.empty(call.layout, x.device)
+        out = x.new_empty(call.shape)
 
         def update(running_mean, running_var):
             affine = (weight, bias, group_weight, group_bias)
@@ -44,7 +63,7 @@ class _Fused(torch.autograd.Function):
         run_updating(update, running_mean, running_var, options["training"])
         if keep:
             ctx.save_for_backward(*tensors, workspace.memory)
-            ctx.layout, ctx.options, ctx.geometry, ctx.numerics = layout, options, geometry, numerics
+            ctx.call, ctx.options, ctx.numerics = call, options, numerics
         return out
 
     @staticmethod
@@ -54,62 +73,90 @@ class _Fused(torch.autograd.Function):
         need_x, need_w, *need = ctx.needs_input_grad[:7]
         parameters = (conv_bias, weight, bias, group_weight, group_bias)
         gradients = [torch.empty_like(t) if needed else None for t, needed in zip(parameters, need)]
-        plan, groups, training = (ctx.options[name] for name in ("plan", "groups", "training"))
-        dgrad, wgrad = gradient_plans(x, w, ctx.geometry, ctx.numerics, need_x, need_w)
-        dx = dw = dy = None
-        if (dgrad is None, wgrad is None) != (not need_x, not need_w):
-            dgrad = wgrad = None
-            dy = x.new_empty(output_shape(x.shape, w.shape, ctx.geometry))
-        dgrad, made, output, of_wgrad, of_dgrad = _prepare_backward(
-            plan, x.shape, groups, training, dgrad, wgrad, x.device
-        )
+        call, groups, training = ctx.call, ctx.options["groups"], ctx.options["training"]
+        key = (call, groups, training, need_x, need_w, circumstances(ctx.numerics, x))
+        prepared = _known(_backward_calls, key, lambda: _backward_call(*key[:5], ctx.numerics, x, w))
+        made, output, of_wgrad, of_dgrad = prepared.layouts
+        dx = dw = None
+        dy = None if prepared.dy_shape is None else x.new_empty(prepared.dy_shape)
         # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
-        kept, output = Workspace(memory, ctx.layout), Workspace.empty(output, x.device)
+        kept, output = Workspace(memory, call.layout), Workspace.empty(output, x.device)
         tensors = (dense(dout), weight, bias, group_weight, *gradients, dy)
-        options = {"plan": plan, "groups": groups, "training": training}
+        options = {"plan": call.plan, "groups": groups, "training": training}
         run(ops.conv_bn_pool_backward, *tensors, Workspace.empty(made, x.device), kept, output, **options)
-        if wgrad:  # first: the room of its workspaces is dx's then
+        if prepared.wgrad:  # first: the room of its workspaces is dx's then
             dw = torch.empty_like(w)
-            run(ops.weight_gradient, wgrad, output, kept, x, dw, Workspace.empty(of_wgrad, x.device))
-        if dgrad:
+            run(ops.weight_gradient, prepared.wgrad, output, kept, x, dw, Workspace.empty(of_wgrad, x.device))
+        if prepared.dgrad:
             dx = torch.empty_like(x)
-            run(ops.input_gradient, dgrad, output, w, dx, Workspace.empty(of_dgrad, x.device))
+            run(ops.input_gradient, prepared.dgrad, output, w, dx, Workspace.empty(of_dgrad, x.device))
         if dy is not None:
-            dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, need_x, need_w)
+            dx, dw = conv_gradients(x, w, dy, call.geometry, ctx.numerics, need_x, need_w)
         return dx, dw, *gradients, *[None] * 6
 
 
-@functools.lru_cache(maxsize=1024)
-def _prepare(plan, x_shape, groups, training, keep, device) -> Layout:
-    """Layout of the workspace. Compiles the forward's kernels at the same time, where launches would one by one."""
-    compile_together(ops.kernels(plan, groups, training, keep), device)
-    return Layout(ops.buffers(plan, x_shape, groups, training, keep))
+def _known(known, key, make):
+    """known[key], which make() makes where it is missing."""
+    found = known.get(key)
+    if found is None:
+        if len(known) == _MOST_KNOWN:
+            known.clear()
+        found = known[key] = make()
+    return found
 
 
-@functools.lru_cache(maxsize=1024)
-def _prepare_backward(plan, x_shape, groups, training, dgrad, wgrad, device):
-    """dgrad's plan for cells, and layouts of what the backward, wgrad and dgrad write. Compiles as `_prepare` does."""
-    cells = bool(dgrad or wgrad)
+def _call(training, keep, padding, num_groups, numerics, momentum, eps, input, conv_weight, *others):
+    """Plans and checks a call, and compiles its kernels at the same time, where launches would one by one.
+
+    Where the fused kernels do not take it, the reason.
+    """
+    reason = _mixture(input, conv_weight, *others)
+    if reason:
+        return reason
+    shape = _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups)
+    plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics)
+    if reason:
+        return reason
+    compile_together(ops.kernels(plan, num_groups, training, keep), input.device)
+    layout = Layout(ops.buffers(plan, input.shape, num_groups, training, keep))
+    return _Call(plan, _geometry(padding), layout, shape)
+
+
+def _backward_call(call, groups, training, need_x, need_w, numerics, x, w):
+    """Plans a backward, and compiles as `_call` does."""
+    dgrad, wgrad = gradient_plans(x, w, call.geometry, numerics, need_x, need_w)
+    dy_shape = None
+    if (dgrad is None, wgrad is None) != (not need_x, not need_w):
+        dgrad = wgrad = None
+        dy_shape = output_shape(x.shape, w.shape, call.geometry)
     dgrad = dgrad and dgrad.of_cells()
-    compile_together(ops.gradient_kernels(plan, groups, x_shape, training, dgrad, wgrad), device)
+    compile_together(ops.gradient_kernels(call.plan, groups, x.shape, training, dgrad, wgrad), x.device)
     buffers = (
-        ops.gradient_buffers(plan, x_shape[0]),
-        ops.output_gradient_buffers(plan, x_shape[0], cells),
-        ops.weight_gradient_buffers(wgrad, x_shape, training) if wgrad else {},
+        ops.gradient_buffers(call.plan, x.shape[0]),
+        ops.output_gradient_buffers(call.plan, x.shape[0], bool(dgrad or wgrad)),
+        ops.weight_gradient_buffers(wgrad, x.shape, training) if wgrad else {},
         ops.input_gradient_buffers(dgrad) if dgrad else {},
     )
-    return dgrad, *map(Layout, buffers)
+    return _BackwardCall(dgrad, wgrad, dy_shape, tuple(map(Layout, buffers)))
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
     """(plan, None) if the fused kernels take the model on x, else (None, the reason). others: the other parameters."""
-    if torch.is_autocast_enabled(x.device.type):
-        return None, "autocast gives the operators different dtypes"
-    if any(t is not None and t.dtype != x.dtype for t in (conv_weight, *others)):
-        return None, "input and parameters have different dtypes"
+    reason = _mixture(x, conv_weight, *others)
+    if reason:
+        return None, reason
     plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), numerics)
     reason = reason or ops.obstacle(plan, num_groups)
     return (None, reason) if reason else (plan, None)
+
+
+def _mixture(x, *others):
+    """Why the operators' dtypes differ, or None."""
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast gives the operators different dtypes"
+    if any(t is not None and t.dtype != x.dtype for t in others):
+        return "input and parameters have different dtypes"
+    return None
 
 
 def _geometry(padding):
@@ -134,56 +181,50 @@ def conv_bn_tanh_max_pool_group_norm(
     group_bias: torch.Tensor | None = None,
     group_eps: float = 1e-5,
     numerics: str = "auto",
-    plan=None,
-) -> torch.Tensor:
+    required: bool = True,
+) -> torch.Tensor | None:
     """group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
     and group_norm. One dtype for all: float32, float16 or bfloat16. For shapes that the tensor-core kernels take
-    (`modelnew.explain` tells); ValueError with the reason for others, and batch_norm's errors.
-    plan: that of `fused_plan` for these arguments, from a caller who has it.
+    (`modelnew.explain` tells); for others UnsupportedError, a ValueError, with the reason, or None if not `required`.
+    Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
     check_numerics(numerics)
-    others = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
     check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    geometry = _geometry(padding)
-    key = (training, num_groups, geometry, *map(_facts, (input, conv_weight, *others)))
-    if key not in _checked:
-        _check(input, conv_weight, others, geometry, training, momentum, eps, num_groups)
-        if len(_checked) == 1000:
-            _checked.clear()
-        _checked.add(key)
-    if plan is None:
-        plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics, others)
-        if reason:
-            raise ValueError(f"the fused kernels do not take this: {reason}")
-    options = {
-        "plan": plan,
-        "training": bool(training),
-        "momentum": momentum,
-        "eps": eps,
-        "groups": num_groups,
-        "group_eps": group_eps,
-    }
     tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    arguments = (input, conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
+    training, padding, facts = bool(training), pair(padding, "padding"), circumstances(numerics, input)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    rest = (running_mean, running_var, geometry, resolve(numerics, input), keep, options)
-    return _Fused.apply(*tensors, *rest)
+    kind = (training, keep, padding, num_groups)
+    key = (*kind, facts, *map(_facts, arguments))
+    call = _known(_calls, key, lambda: _call(*kind, numerics, momentum, eps, *arguments))
+    if isinstance(call, str):
+        if required:
+            raise UnsupportedError(f"the fused kernels do not take this: {call}")
+        return None
+    options = {"plan": call.plan, "training": training, "momentum": momentum, "eps": eps}
+    options.update(groups=num_groups, group_eps=group_eps)
+    rest = (running_mean, running_var, call, facts[0], keep, options)
+    if keep or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return _Fused.apply(*tensors, *rest)
+    return _Fused.forward(None, *tensors, *rest)  # autograd, with nothing to keep or to refuse, would only take time
 
 
 def _facts(tensor):
     return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 
-def _check(input, conv_weight, others, geometry, training, momentum, eps, num_groups):
-    """All errors that shapes, dtypes and devices can be the reason of."""
+def _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups):
+    """The output's shape. Raises all errors that shapes, dtypes and devices can be the reason of."""
     conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias = others
     one_device((input, conv_weight, *others))
-    shape = output_shape(input.shape, conv_weight.shape, geometry)
+    images, channels, height, width = shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
     check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training, momentum, eps)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
-        if tensor is not None and tensor.shape != (shape[1],):
-            raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
-    if num_groups < 1 or shape[1] % num_groups:
-        raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
+        if tensor is not None and tensor.shape != (channels,):
+            raise ValueError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the {channels} channels, received {num_groups}")
+    return images, channels, height // 2, width // 2
