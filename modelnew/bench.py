@@ -27,6 +27,7 @@ from .workloads import (
     DTYPES,
     GRAPHS,
     KERNELS,
+    MODELS,
     MODES,
     PEERS,
     PRECISE,
@@ -90,8 +91,9 @@ class Plan(NamedTuple):
     startup: bool
 
     def cells(self, device) -> list[tuple[int, str, str]]:
-        """(n, what, class) of all that is measured together."""
+        """(n, what, class) of all that is measured together; parts of the model at the first n only."""
         cells = ((n, what, cls) for n in self.batches for what in self.what for cls in self.classes)
+        cells = (cell for cell in cells if cell[1] in MODELS or cell[0] == self.batches[0])
         cells = (cell for cell in cells if cell[1] not in KERNELS or cell[2] in PRECISE)  # autocast fuses nothing
         return [cell for cell in cells if contenders(cell[1], cell[0], self.peers, device)]
 
@@ -210,8 +212,8 @@ def _listed(choices=None):
 @click.option(
     "--batches",
     callback=_listed(),
-    help="Images in a batch: one number, or several with commas between, measured in that order.  "
-    "[default: 512,1,64,8; 1 on the CPU]",
+    help="Images in a batch: one number, or several with commas between, measured in that order; what is only a part "
+    "of the model, with the first alone.  [default: 512,1,4096,64,8; 1 on the CPU]",
 )
 @click.option(
     "--what",
@@ -295,7 +297,7 @@ def _plan(device, quick, batches, what, classes, peers, trials, size, seed, budg
     if cpu and "tf32" in (classes or ()):
         raise click.BadParameter("a CPU has no tf32", param_hint="--classes")
     return Plan(
-        batches or ((1,) if cpu else (512, 1) if quick else (512, 1, 64, 8)),
+        batches or ((1,) if cpu else (512, 1) if quick else (512, 1, 4096, 64, 8)),
         classes or (("fp32",) if cpu else ("tf32", "fp32")),
         what or (_QUICK if quick else tuple(WORKLOADS)),
         peers or ("eager" if cpu else "compile"),

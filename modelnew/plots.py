@@ -31,21 +31,40 @@ def draw(record: dict, path: Path) -> None:
 
 
 def _times(figure, record):
-    """A panel of bars for each class at the largest and the smallest N, and the roofline."""
+    """A panel of bars for each class at the first and the smallest N, how times depend on N, and the roofline."""
     rows = _timed(record)
     if not rows:
         raise ValueError("no row has a time, so there is nothing to draw")
-    batches = sorted({row["n"] for row in rows})
+    batches = dict.fromkeys(row["n"] for row in rows)
     panels = [
         (cls, n)
-        for n in dict.fromkeys((*batches[-1:], *batches[:1]))
+        for n in dict.fromkeys((*list(batches)[:1], min(batches)))
         for cls in dict.fromkeys(row["class"] for row in rows)
     ]
-    figure.set_size_inches(14, 3.2 * len(panels) + 5)
-    axes = figure.subplots(len(panels) + 1, 1, squeeze=False, height_ratios=[3] * len(panels) + [4.5])[:, 0]
+    heights = [3] * len(panels) + [3] * (len(batches) > 2) + [4.5]
+    figure.set_size_inches(14, 1.07 * sum(heights))
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for (cls, n), panel in zip(panels, axes):
         _bars(panel, [row for row in rows if (row["class"], row["n"]) == (cls, n)], f"class {cls}, N={n}")
+    if len(batches) > 2:
+        _by_batch(axes[-2], record)
     roofline(axes[-1], record)
+
+
+def _by_batch(panel, record):
+    """Images a second over N, of ModelNew and of its fastest peer."""
+    curves = {}
+    for row, peer in comparisons(record):
+        if row["what"] in ("forward_train", "step") and row["ms"] is not None and row["who"] not in GRAPHS:
+            for each, who in ((row, "modelnew"), (peer, "eager")):
+                if each:
+                    curves.setdefault((row["what"], row["class"], who), {})[row["n"]] = 1e3 * row["n"] / each["ms"]
+    for (what, cls, who), points in curves.items():
+        marker, colour = {"forward_train": "o", "step": "s"}[what], _COLOURS[who]
+        label = f"{what} {cls} {'modelnew' if who == 'modelnew' else 'fastest peer'}"
+        panel.plot(*zip(*sorted(points.items())), _DASHES.get(cls, ":"), marker=marker, color=colour, label=label)
+    panel.set(title="by N", xlabel="images in a batch", ylabel="images a second", xscale="log", yscale="log")
+    panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def _curves(figure, record):
@@ -102,12 +121,12 @@ def _bars(panel, rows, title):
 
 
 def roofline(panel, record: dict) -> None:
-    """Draws on a matplotlib Axes what ModelNew and its fastest peer reach, at the record's largest N, of what FLOP per
+    """Draws on a matplotlib Axes what ModelNew and its fastest peer reach, at the record's first N, of what FLOP per
     byte of `work` allows.
     """
     limits, shape = record["ceilings"], Shape(**record["shape"])
     shown = {}
-    for ours, peer in _largest(record):
+    for ours, peer in _first(record):
         for row in filter(None, (ours, peer)):
             flop, size = map(sum, zip(*work(row["what"], row["class"], row["n"], shape)))
             if flop:
@@ -144,15 +163,15 @@ def roofline(panel, record: dict) -> None:
     panel.yaxis.set_minor_formatter("{x:g}")
     panel.set_xlabel("FLOP per byte, each input read once and each result written once")
     panel.set_ylabel("TFLOP/s (dense count)")
-    panel.set_title(f"roofline, N={_largest(record)[0][0]['n']}", fontsize=10)
+    panel.set_title(f"roofline, N={_first(record)[0][0]['n']}", fontsize=10)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def floors(panel, record: dict) -> None:
-    """Draws on a matplotlib Axes how much of each time at the record's largest N is the floor, of ModelNew and its
+    """Draws on a matplotlib Axes how much of each time at the record's first N is the floor, of ModelNew and its
     fastest peer.
     """
-    pairs, limits, shape = _largest(record), record["ceilings"], Shape(**record["shape"])
+    pairs, limits, shape = _first(record), record["ceilings"], Shape(**record["shape"])
     if not pairs or not limits:
         panel.set_axis_off()
         return
@@ -172,14 +191,14 @@ def floors(panel, record: dict) -> None:
     panel.legend(fontsize=8, loc="lower right")
 
 
-def _largest(record):
-    """(our row, the fastest peer's or None) at the largest N: throughput on tensor cores, without CUDA graphs."""
+def _first(record):
+    """(our row, the fastest peer's or None) at the first N: throughput on tensor cores, without CUDA graphs."""
     rows = _timed(record)
-    largest = max((row["n"] for row in rows), default=None)
+    first = next((row["n"] for row in rows), None)
     return [
         pair
         for pair in comparisons({**record, "rows": rows})
-        if pair[0]["n"] == largest
+        if pair[0]["n"] == first
         and pair[0]["who"] not in GRAPHS
         and not pair[0]["what"].startswith("latency")
         and not pair[0]["what"].endswith(GENERAL)

@@ -16,6 +16,7 @@ from .workloads import GRAPHS, MODELS
 _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
 _NO_SUITE = "No record says yet that the test suite passed on a GPU; `make record` on one writes it."
+_BY_BATCH = ("forward_train", "step")
 _NEEDED = {
     "bench": ("rows", "trials"),
     "training": ("rows", "steps", "batch", "factor", "last", "comparisons"),
@@ -44,7 +45,7 @@ def _times(results, folder) -> str:
         batches = [row["n"] for row in record["rows"] if row["ms"] is not None and row["what"] in MODELS]
         if not batches:
             continue
-        shown = (max(batches), min(batches))
+        shown = (batches[0], min(batches))
         lines = [
             f"{_where(record)}. Milliseconds, median of {record['trials']} trials, all in one process and in turns, L2 "
             "flushed, results checked first. MB: peak memory over inputs and parameters. Fastest peer: of PyTorch and "
@@ -55,6 +56,13 @@ def _times(results, folder) -> str:
             lines += ["", f"{n} image{'s'[: n != 1]}:", "", *_table(record, n)]
         used = {row["what"]: None for row in record["rows"] if row["n"] in shown and row["what"] in MODELS}
         lines += ["", "; ".join(f"`{what}`: {MODELS[what]}" for what in used) + "."]
+        if len(set(batches)) > 2:
+            lines += [
+                "",
+                "By images in a batch, and how many times as long the fastest peer takes:",
+                "",
+                *_by_batch(record),
+            ]
         lines += _startup(record)
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append("\n".join([*lines, "", f"![Times beside PyTorch's, and a roofline]({picture})"]))
@@ -84,6 +92,24 @@ def _table(record, n) -> list[str]:
             cells += [f"**{_ms(row)}**", _ratio(peer, row) if peer else ""] if row else [""] * 2
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _by_batch(record) -> list[str]:
+    """A row for each workload and class, a column for each n: our time, and the fastest peer's in terms of it."""
+    found = {}
+    for row, peer in comparisons(record):
+        if row["what"] in _BY_BATCH and row["ms"] is not None and row["who"] not in GRAPHS:
+            found.setdefault((row["what"], row["class"]), {})[row["n"]] = row, peer
+    sizes = sorted({n for rows in found.values() for n in rows})
+    lines = [f"| | class | {' | '.join(map(str, sizes))} |", f"|---|---|{'--:|' * len(sizes)}"]
+    for (what, cls), rows in found.items():
+        cells = [f"{_ms(rows[n][0])} ms{_faster(*rows[n])}" if n in rows else "" for n in sizes]
+        lines.append(f"| `{what}` | {cls} | {' | '.join(cells)} |")
+    return lines
+
+
+def _faster(row, peer) -> str:
+    return f", {_ratio(peer, row)}" if peer else ""
 
 
 def _is_eager(row, what, cls, n) -> bool:

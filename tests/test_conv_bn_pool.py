@@ -332,7 +332,7 @@ def test_forward_mode_is_refused_where_nothing_requires_a_gradient():
     x = torch.randn(2, 16, 4, 4)
     with torch.no_grad(), torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, x)
-        with pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward"):
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
             conv_bn_tanh_max_pool_group_norm(
                 dual, None, None, training=True, conv_weight=torch.randn(16, 16, 3, 3), num_groups=4
             )

@@ -129,6 +129,8 @@ BENCH = {
         row("forward_train", n=1, ms=0.25, peak_mb=None),
         row("forward_train", "modelnew-graph", n=1, ms=0.05),
         row("forward_train", "eager", n=1, ms=0.125),
+        row(n=4096, ms=7.5),
+        row(who="eager", n=4096, ms=30.0),
         row("conv_forward"),
         row("startup_cold", ms=4210.0),
         row("startup_warm", ms=660.0),
@@ -193,6 +195,10 @@ def test_with_records(repository):
     assert "\n1 image:\n" in text
     peer = "0.125 | eager, nchw | 100 | 0.50x"
     assert f"| `forward_train` | tf32 | **0.25** |  | 0.125 | 0.50x | {peer} | **0.05** | 2.50x |\n" in text
+    assert "\n4096 images:\n" not in text
+    assert "| | class | 1 | 512 | 4096 |\n" in text
+    assert "| `step` | tf32 |  | 1 ms, 2.00x | 7.5 ms, 4.00x |\n" in text
+    assert "| `forward_train` | tf32 | 0.25 ms, 0.50x |  |  |\n" in text
     assert "conv_forward" not in text
     assert "4.2 s with nothing compiled before, 0.7 s with kernels compiled on disk." in text
     assert "driver 580, kernels `0123456789ab` | 1020 | 0 | 2 |" in text
