@@ -2,7 +2,8 @@
 
 import inspect
 import numbers
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -69,21 +70,60 @@ def operator(
     saved: outputs of `forward` for `backward` alone, which the function does not return.
     defines: further macros.
 
-    Raises ValueError for a kernel that is not in `text`, and for a parameter that matches nothing. The function raises
-    TypeError for arguments of another number, kind or dtype, RuntimeError for tensors on several devices and for a
-    gradient that no kernel computes, and KernelCompileError, with the line of `text`, if that does not compile.
+    Raises ValueError for a kernel that is not in `text`, and for a parameter that matches nothing; TypeError for an
+    option of another kind. The function raises TypeError for arguments of another number, kind or dtype, and where
+    grid or sizes do not give whole numbers; ValueError for a grid without blocks, RuntimeError for tensors on several
+    devices and for a gradient that no kernel computes, and KernelCompileError, with the line of `text`, if that does
+    not compile.
     """
-    return _Operator(text, forward, _names(backward), output, sizes, grid, block, _names(saved), defines)
+    backward, saved = _names("backward", backward), _names("saved", saved)
+    _check_options(text, forward, output, sizes, grid, block, defines)
+    return _Operator(text, forward, backward, output, sizes, grid, block, saved, defines)
 
 
-def _names(names):
-    return (names,) if isinstance(names, str) else tuple(names)
+def _names(option, names):
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{option}= is a name, or several, received {names!r}")
+    return tuple(names)
+
+
+def _check_options(text, forward, output, sizes, grid, block, defines):
+    for option, value, kind in (("text", text, str), ("forward", forward, str), ("block", block, int)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{option} is of type {kind.__name__}, received {value!r}")
+    for option, value in (("sizes", sizes), ("defines", defines)):
+        if not isinstance(value, dict | None):
+            raise TypeError(f"{option}= is a dict, received {value!r}")
+    grids = list(grid.values()) if isinstance(grid, dict) else [grid] if grid is not None else []
+    outputs = [output] if output is not None else []
+    for option, functions in (("output", outputs), ("sizes", (sizes or {}).values()), ("grid", grids)):
+        for function in functions:
+            if not callable(function):
+                raise TypeError(
+                    f"{option}= takes functions of the operator's arguments, as in lambda x: ...; received {function!r}"
+                )
+    if not 0 < block <= MAX_THREADS:
+        raise ValueError(f"block must be 1 to {MAX_THREADS} threads, received {block}")
+    for name in defines or ():
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
+            raise ValueError(f"defines= is {{macro: value}}, and {name!r} is no name of a macro")
+
+
+def _check_number(what, dtype, value):
+    if not isinstance(value, numbers.Real if dtype.kind == "f" else numbers.Integral):
+        raise TypeError(f"{what} must be a number of kind {dtype}, received {value!r}")
+
+
+def _blocks(name, value):
+    blocks = tuple(value) if isinstance(value, Sequence) else (value,)
+    if len(blocks) > 3 or not all(isinstance(n, numbers.Integral) for n in blocks):
+        raise TypeError(f"grid= gave {value!r} for {name}: the number of blocks is an int, or up to three")
+    return (*blocks, 1, 1)[:3]
 
 
 class _Operator:
     def __init__(self, text, forward, backward, output, sizes, grid, block, saved, defines):
-        if not 0 < block <= MAX_THREADS:
-            raise ValueError(f"block must be 1 to {MAX_THREADS} threads, received {block}")
         self.forward, self.backward = forward, backward
         self.output, self.sizes, self.block, self.defines = output, sizes or {}, block, defines or {}
         self.grid = grid if isinstance(grid, dict) else dict.fromkeys((forward, *backward), grid) if grid else {}
@@ -197,9 +237,8 @@ class _Operator:
             value = values.get(p.name)
             if p.name in self.inputs and value.dtype != _TORCH[p.dtype]:
                 raise TypeError(f"{self.forward}: {p.name} must be {_TORCH[p.dtype]}, received {value.dtype}")
-            kind = numbers.Real if p.dtype.kind == "f" else numbers.Integral
-            if p.name in self.numbers and not isinstance(value, kind):
-                raise TypeError(f"{self.forward}: {p.name} must be a number of kind {p.dtype}, received {value!r}")
+            if p.name in self.numbers:
+                _check_number(f"{self.forward}: {p.name}", p.dtype, value)
         return scalar
 
     def shapes(self, arguments):
@@ -216,8 +255,12 @@ class _Operator:
         size = next(tensors[p.name].numel() for p in parameters if p.pointer and not p.const)
         numbers = {"size": size, **numbers}
         args = [tensors[p.name] if p.pointer else numbers[p.name] for p in parameters]
-        grid = ceil_div(size, self.block) if grid is None else grid
-        grid = (*((grid,) if isinstance(grid, int) else grid), 1, 1)[:3]
+        for p in parameters:
+            if p.name in self.sizes:
+                _check_number(f"{name}: {p.name}, which sizes= gives,", p.dtype, numbers[p.name])
+        grid = (ceil_div(size, self.block), 1, 1) if grid is None else grid
+        if 0 in grid and size:
+            raise ValueError(f"grid= gave {grid} blocks for {name}, whose output has {size} elements: none would run")
         run(_launch, self._kernel(name, scalar), grid, self.block, *args)
 
 
@@ -232,7 +275,7 @@ class _Function(torch.autograd.Function):
         arguments = [numbers[name] if name in numbers else tensors[name] for name in op.arguments]
         shapes = op.shapes(arguments)
         numbers = {**numbers, **{name: size(*arguments) for name, size in op.sizes.items()}}
-        grids = {name: grid(*arguments) for name, grid in op.grid.items()}
+        grids = {name: _blocks(name, grid(*arguments)) for name, grid in op.grid.items()}
         for p in op.parameters[op.forward, scalar]:
             if p.name in op.outputs:
                 tensors[p.name] = torch.empty(shapes[p.name], dtype=_TORCH[p.dtype], device=inputs[0].device)
@@ -263,6 +306,7 @@ class _Function(torch.autograd.Function):
         missing = [gradient for gradient in wanted if gradient not in results]
         if missing:
             raise RuntimeError(
-                f"{op.forward} has no gradient {', '.join(missing)}: no kernel of backward={op.backward} writes it"
+                f"{op.forward} has no gradient {', '.join(missing)}: no kernel of backward={op.backward} writes it. "
+                "Write one, or pass the argument without requires_grad (x.detach())"
             )
         return None, None, None, *(results[f"d{x}"] if f"d{x}" in wanted else None for x in op.inputs)

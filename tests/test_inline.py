@@ -197,7 +197,10 @@ def test_compile_error_names_the_line_of_the_text(device):
     [
         ({"forward": "multiply"}, r"no kernel 'multiply'; it has product, product_da, product_db"),
         ({"backward": "product_dc"}, r"no kernel 'product_dc'"),
-        ({"grid": {"produkt": None}}, r"no kernel 'produkt'"),
+        ({"grid": {"produkt": len}}, r"no kernel 'produkt'"),
+        ({"defines": {"A B": 1}}, r"'A B' is no name of a macro"),
+        ({"text": PRODUCT.replace("scalar_t* y,", "unsigned int* y,")}, r"product: y must be .* scalar_t, acc_t, f"),
+        ({"text": PRODUCT.replace("y, i64", "y, short int c, i64")}, r"c is a short int; scalar parameters are float"),
         ({"text": "__global__ void product() {}"}, r"it has none\. Kernels are written: extern"),
         ({"text": EMPTY, "backward": ()}, r"needs an input .* inputs: none, outputs: none"),
         ({"saved": "y"}, r"an output \(a pointer\) that it returns; .*outputs: none"),
@@ -219,6 +222,41 @@ def test_definitions_that_are_refused(change, message):
     arguments = {"text": PRODUCT, "forward": "product", "backward": ("product_da", "product_db"), **change}
     with pytest.raises(ValueError, match=message):
         operator(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": 3}, "text is of type str, received 3"),
+        ({"forward": len}, "forward is of type str, received <built-in"),
+        ({"backward": 3}, "backward= is a name, or several, received 3"),
+        ({"saved": [3]}, "saved= is a name, or several"),
+        ({"block": 33.5}, "block is of type int, received 33.5"),
+        ({"output": (3,)}, r"output= takes functions of the operator's arguments, .* received \(3,\)"),
+        ({"sizes": {"rows": 2}}, "sizes= takes functions .* received 2"),
+        ({"grid": 4}, "grid= takes functions .* received 4"),
+        ({"grid": {"product": None}}, "grid= takes functions .* received None"),
+        ({"sizes": len}, "sizes= is a dict"),
+        ({"defines": ["A"]}, r"defines= is a dict, received \['A'\]"),
+    ],
+)
+def test_options_that_are_refused(change, message):
+    with pytest.raises(TypeError, match=message):
+        operator(**{"text": PRODUCT, "forward": "product", **change})
+
+
+def test_grids_and_sizes_that_cannot_be(device):
+    x = torch.ones(3, 4, device=device)
+    for options, error, message in (
+        ({"grid": lambda a, b: 0}, ValueError, r"gave \(0, 1, 1\) blocks for product, whose output has 12 elements"),
+        ({"grid": lambda a, b: 1.5}, TypeError, "grid= gave 1.5 for product: the number of blocks is an int"),
+        ({"grid": lambda a, b: (1, 1, 1, 1)}, TypeError, r"grid= gave \(1, 1, 1, 1\)"),
+        ({"sizes": {"size": lambda a, b: 1.5}}, TypeError, "size, which sizes= gives, must be a number of kind int64"),
+    ):
+        with pytest.raises(error, match=message):
+            operator(PRODUCT, "product", **options)(x, x)
+    empty = x[:0]
+    assert operator(PRODUCT, "product", grid=lambda a, b: len(a))(empty, empty).shape == (0, 4)
 
 
 def test_calls_that_are_refused(device):
