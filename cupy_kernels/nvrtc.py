@@ -101,6 +101,15 @@ def version(least_major: int = 11) -> str:
     return ".".join(map(str, _version(library(least_major))))
 
 
+def architectures(least_major: int = 11) -> list[str]:
+    """What `library(least_major)` compiles for, such as "sm_80"."""
+    lib, count = library(least_major), ctypes.c_int()
+    lib.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    found = (ctypes.c_int * count.value)()
+    lib.nvrtcGetSupportedArchs(found)
+    return [f"sm_{number}" for number in found]
+
+
 def knows_wgmma() -> bool:
     """Whether `library()`, which is CuPy's, compiles for sm_90a."""
     return _version(library())[0] >= WGMMA_MAJOR

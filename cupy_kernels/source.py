@@ -4,12 +4,15 @@ import contextlib
 import functools
 import hashlib
 import re
+import threading
 from importlib import resources
 from typing import NamedTuple
 
 import numpy as np
 
 from .errors import KernelCompileError
+
+MACROS = "macros"  # stands for a file's name where the emulator's compiler speaks of a macro
 
 _FOLDER = resources.files(__package__) / "cu"
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
@@ -31,10 +34,13 @@ DTYPES = {
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
 
+# The first two are replaced, never changed: other threads read them.
 _overrides: dict[str, str] = {}
 _constants: dict[str, dict[str, str | int]] = {}
 _added: dict[str, str] = {}
 _until_overridden = []
+_lock = threading.RLock()  # whoever holds it sees the same sources all the time
+_blocks = []  # of `override`, from the outermost: the threads that are in them
 
 
 # Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
@@ -48,9 +54,22 @@ SHAPE_MACROS = frozenset(
 
 
 def until_overridden(function):
-    """functools.cache, until `set_overrides`: for what follows from the sources and constants in force."""
-    _until_overridden.append(functools.cache(function))
-    return _until_overridden[-1]
+    """functools.cache of one argument, until `set_overrides`: for what follows from the sources and constants in force.
+
+    What a thread computes while another one edits is never kept.
+    """
+    known = {}
+    _until_overridden.append(known)
+
+    @functools.wraps(function)
+    def cached(argument):
+        found = known.get(argument)
+        if found is None:
+            with _lock:
+                found = known[argument] = function(argument)
+        return found
+
+    return cached
 
 
 class Variant(NamedTuple):
@@ -108,14 +127,19 @@ def override(texts: dict[str, str], constants: dict[str, dict[str, str | int]] |
 
     An edited kernel, or an edited header under all kernels that include it, runs without touching the package, on the
     GPU and in the emulator, in every thread of the process. Compiled kernels are kept by their text, so that entering
-    and leaving compiles nothing twice. Blocks nest. `names` and `digest` speak of the packaged files alone.
+    and leaving compiles nothing twice. Blocks nest; while a thread is in one, edits of another raise RuntimeError.
+    `names` and `digest` speak of the packaged files alone.
     """
-    before = overrides()
-    set_overrides(*merged(texts, constants or {}))
+    with _lock:
+        before = overrides()
+        set_overrides(*merged(texts, constants or {}))
+        _blocks.append(threading.get_ident())
     try:
         yield
     finally:
-        set_overrides(*before)
+        with _lock:
+            _put(*before)
+            _blocks.pop()
 
 
 def overrides() -> tuple[dict[str, str], dict[str, dict[str, str | int]]]:
@@ -145,12 +169,20 @@ def merged(texts, constants) -> tuple[dict, dict]:
 
 def set_overrides(texts: dict[str, str], constants: dict[str, dict[str, str | int]]) -> None:
     """Puts `texts` and `constants`, and nothing else, in force until the next call. See `override`."""
-    texts, constants = dict(texts), dict(constants)
-    for state, new in ((_overrides, texts), (_constants, constants)):
-        state.clear()
-        state.update(new)
-    for cached in _until_overridden:
-        cached.cache_clear()
+    with _lock:
+        if _blocks and _blocks[-1] != threading.get_ident():
+            raise RuntimeError(
+                "another thread is inside an override block: an edit holds for the whole process, and the end of that "
+                "block would undo it. Edit when the block is over, or in its thread"
+            )
+        _put(dict(texts), dict(constants))
+
+
+def _put(texts, constants):
+    global _overrides, _constants
+    _overrides, _constants = texts, constants
+    for known in _until_overridden:
+        known.clear()
 
 
 def in_force(kernel: Kernel) -> Kernel:
@@ -185,12 +217,13 @@ def text(file: str) -> str:
 
     Where a kernel of the file has an override, an #include of its name stands in place of its definition.
     """
-    if not is_file(file) and file in _overrides:
-        return _overrides[file]
+    edited = _overrides
+    if not is_file(file) and file in edited:
+        return edited[file]
     if file in _added:
         return _added[file]
-    found = _overrides[file] if file in _overrides else packaged(file)
-    for name in _overrides:
+    found = edited[file] if file in edited else packaged(file)
+    for name in edited:
         place = None if is_file(name) else span(found, name)
         if place:
             # As many lines as before, so that messages about the rest of the file name the lines that it had.
@@ -291,7 +324,8 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
 
 
 def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
-    *marks, base = kind.split()
+    marks = [word for word in kind.split() if word in ("INOUT", "const")]
+    base = " ".join(kind.split()[len(marks) :])  # "unsigned int" is not "int"
     base, pointer = base.rstrip("*"), base.endswith("*")
     dtype = DTYPES.get(str(dict(kernel.defines).get(base, base)))
     if dtype is None and not pointer:
@@ -315,6 +349,8 @@ def compile_error(what: Kernel | Variant, log: str) -> KernelCompileError:
     for match in re.finditer(r"^([\w.]+)[(:](\d+)\)?[^\n]*error[^\n]*", log, re.MULTILINE):
         file, number = match[1], int(match[2])
         lines = text(file).splitlines() if file in (*_overrides, *_added, *names()) else []
+        if file == MACROS:
+            lines = [f"-D{k}={v}" for k, v in what.defines]
         if number <= len(lines):
             place = f"{match[0]}\n    {number} | {lines[number - 1]}"
             return KernelCompileError(f"{what} does not compile:\n{place}\n\nCompiler log:\n{log}")

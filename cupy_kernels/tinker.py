@@ -19,6 +19,7 @@ from . import compiler, nvrtc, source
 from .common import THREADS, ceil_div
 from .display import Rows, highlighted
 from .errors import BackendError
+from .launch import MAX_THREADS
 from .source import Kernel, Variant
 
 DEFAULT_ARCH = "sm_80"  # where there is no GPU to ask
@@ -71,19 +72,21 @@ class Attributes(NamedTuple):
 
 
 def kernels(name: str | None = None) -> Rows:
-    """All kernels of the package, or those of `name`: file, parameters, and how many variants with which macros.
+    """All kernels of the package, or those of `name` (of a header: of the files that include it): file, parameters, and
+    how many variants with which macros.
 
-    The table of all leaves parameters and values of macros out; the items have them. `attributes` has a row for each
-    variant.
+    The table of several files leaves parameters and values of macros out; the items have them. `attributes` has a row
+    for each variant.
     """
     from .variants import variants  # imports every operator
 
     declared = {}
     for variant in variants():
         declared.setdefault(variant.file, []).append(variant)
-    wanted = None if name is None else locate(name)
+    wanted = name and locate(name)[1]
+    files = [f for f in source.names() if f.endswith(".cu")] if name is None else files_with(name)
     found = []
-    for file in (f for f in source.names() if f.endswith(".cu")):
+    for file in files:
         macros = {}
         for macro, value in (define for variant in declared.get(file, ()) for define in variant.defines):
             macros.setdefault(macro, {})[str(value)] = None
@@ -92,10 +95,10 @@ def kernels(name: str | None = None) -> Rows:
         names = [*names, f"and {others} of the shape"] if others > 1 else list(macros)
         values = tuple(f"{macro}: {', '.join(values)}" for macro, values in macros.items())
         for kernel, parameters in source.declarations(source.packaged(file)).items():
-            if wanted in (None, (file, kernel), (file, None)):
+            if wanted in (None, kernel):
                 row = (kernel, file, _list(parameters), len(declared.get(file, ())), " ".join(names), values)
                 found.append(KernelInfo(*row))
-    return Rows(found, hidden=("macros",) if name else ("parameters", "values"))
+    return Rows(found, hidden=("macros",) if len(files) == 1 else ("parameters", "values"))
 
 
 def show(name: str) -> None:
@@ -160,15 +163,18 @@ def attributes(
     shared_bytes: dynamic shared memory per block, for the occupancy.
     macros: variants that have these values only: attributes("tanh_forward", scalar_t="float").
     Variants for wgmma instructions are there for "sm_90", if there is an NVRTC of CUDA 12 or newer.
-    Edits in force count. Raises ValueError for an unknown name, or if no variant fits; BackendError without NVRTC.
+    Edits in force count. Raises ValueError for an unknown name or arch, or if no variant fits; BackendError without
+    NVRTC.
     """
     measure = _of_gpu if arch is None and _has_gpu() else _of_nvrtc
-    arch = arch or default_arch()
+    arch = _checked_arch(arch)
+    if not (block is None or 0 < block <= MAX_THREADS):
+        raise ValueError(f"block must be 1 to {MAX_THREADS} threads, received {block}")
     found = [Kernel(v.file, kernel, v.defines) for v, names in _matching(name, arch, macros) for kernel in names]
     found = list(map(source.in_force, found))
     words, common = told_apart([kernel.defines for kernel in found])
     rows = [measure(kernel, arch, block, shared_bytes)._replace(macros=word) for kernel, word in zip(found, words)]
-    return Rows(rows, caption=f"{arch}, {common}", hidden=() if any(words) else ("macros",))
+    return Rows(rows, caption=", ".join(filter(None, (arch, common))), hidden=() if any(words) else ("macros",))
 
 
 def told_apart(defines) -> tuple[list[str], str]:
@@ -209,6 +215,8 @@ def sass(name: str, arch: str | None = None, **macros: str | int) -> str:
 
 def locate(name: str) -> tuple[str, str | None]:
     """(file, kernel) of a name, the kernel None if it is a file's. ValueError, with close matches, if it is neither."""
+    if not isinstance(name, str):
+        raise TypeError(f"a kernel or file is named by a str, such as 'tanh_forward'; received {name!r}")
     files = source.names()
     known = {kernel: file for file in files for kernel in source.packaged_kernels(file)}
     if name in known:
@@ -233,6 +241,16 @@ def unedited():
     with source.override({}):
         reset()
         yield
+
+
+def _checked_arch(arch):
+    """`arch`, by default the default's. ValueError for one that NVRTC does not know."""
+    if arch is None:
+        return default_arch()
+    known = nvrtc.architectures()
+    if str(arch).removesuffix("a") not in known:
+        raise ValueError(f"NVRTC {nvrtc.version()} compiles for {', '.join(known)}; received {arch!r}")
+    return arch
 
 
 def default_arch() -> str:
@@ -263,6 +281,8 @@ def _key(name):
 
 def _checked(edits):
     """(texts, constants) of edits. ValueError for what cannot be meant."""
+    if not isinstance(edits, dict):
+        raise TypeError(f"edits are {{name: text}} or {{kernel: {{macro: value}}}}, received {type(edits).__name__}")
     texts, constants = {}, {}
     for name, value in edits.items():
         file, kernel = locate(name)
@@ -318,11 +338,13 @@ def _check_macros(file, kernel, macros):
 
     known = {k for v in variants() if v.file == file for k, _ in v.defines}
     words = set(re.findall(r"\w+", source.expanded(file)))
-    for name in macros:
+    for name, value in macros.items():
         if name not in known and name not in words:
             raise ValueError(
                 f"{kernel} has no macro {name!r}: it has {', '.join(sorted(known))}, and those its text uses"
             )
+        if not isinstance(value, (str, int)):
+            raise TypeError(f"{kernel}: the macro {name} is a str or an int, received {value!r}")
 
 
 def _list(parameters):
@@ -356,7 +378,7 @@ def _can_compile(variant, arch):
 
 def _first(name, arch, macros):
     """(Kernel, arch) of the first variant; the kernel's name is empty for a file."""
-    arch = arch or default_arch()
+    arch = _checked_arch(arch)
     variant, names = _matching(name, arch, macros)[0]
     kernel = source.in_force(Kernel(variant.file, names[0], variant.defines))
     return kernel if locate(name)[1] else kernel._replace(name=""), arch

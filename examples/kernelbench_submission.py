@@ -18,6 +18,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterable
+from functools import cache as until_overridden
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,6 @@ DTYPES = {
     "i64": np.dtype(np.int64),
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
-_until_overridden = []
 # Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
 # shared memory.
 SHAPE_MACROS = frozenset(
@@ -56,12 +56,6 @@ SHAPE_MACROS = frozenset(
     + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
     + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES")
 )
-
-
-def until_overridden(function):
-    """functools.cache, until `set_overrides`: for what follows from the sources and constants in force."""
-    _until_overridden.append(functools.cache(function))
-    return _until_overridden[-1]
 
 
 class Variant(NamedTuple):
@@ -161,7 +155,8 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
 
 
 def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
-    *marks, base = kind.split()
+    marks = [word for word in kind.split() if word in ("INOUT", "const")]
+    base = " ".join(kind.split()[len(marks) :])  # "unsigned int" is not "int"
     base, pointer = base.rstrip("*"), base.endswith("*")
     dtype = DTYPES.get(str(dict(kernel.defines).get(base, base)))
     if dtype is None and not pointer:

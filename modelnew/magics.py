@@ -55,12 +55,14 @@ def judge(name: str, text: str, *, dtypes=("float32",), device=None, images: int
     """Compiles `text` in place of a kernel or file, checks all operators that launch it, and times its kernels.
 
     Nothing stays edited. images: of a GPU's checks; by default as many as the model has, where memory allows.
-    Raises ValueError for a name, dtype or device that does not exist and for a text with other entry points,
+    Raises ValueError for a name, dtype or device that does not exist, no images, and a text with other entry points,
     KernelCompileError, EmulatorError, and BackendError where no kernel can run.
     """
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
     if unknown:
         raise ValueError(f"kernels are checked in {', '.join(DTYPES)}; received {', '.join(unknown)}")
+    if images is not None and images < 1:
+        raise ValueError(f"images must be 1 or more, received {images}")
     file, kernel = tinker.locate(name)
     with cupy_kernels.override({name: text}):
         device = environment.device(device)

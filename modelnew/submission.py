@@ -31,6 +31,8 @@ REPLACED = (
     "modelnew.numerics.plan_or_reason",
     "modelnew.numerics.uses_wgmma",
 )
+# Nobody edits a text there, and KernelBench's checker may refuse threads and what serves them.
+IMPORTED = {"cupy_kernels.source.until_overridden": "from functools import cache as until_overridden"}
 # Methods of layers of which the parameters alone are used.
 DROPPED = ("forward", "_output_padding", "_load_from_state_dict")
 
@@ -65,6 +67,8 @@ class _Module:
 
     def resolve(self, name: str):
         """What a name means here: (module, name) in the package, a _Module, the text of another import, or None."""
+        if f"{self.name}.{name}" in IMPORTED:
+            return IMPORTED[f"{self.name}.{name}"]
         if name in self.nodes:
             return (ENTRY if f"{self.name}.{name}" in REPLACED else self.name), name
         if name not in self.imports:

@@ -136,6 +136,7 @@ def test_what_is_wrong_is_shown(run):
         (f"%%cu\n{FORWARD}", "required: kernel"),
         (f"%%cu tanh_forward --dtype int8\n{FORWARD}", "invalid choice: 'int8'"),
         (f"%%cu tanh_forward --device xpu\n{FORWARD}", "received xpu"),
+        (f"%%cu tanh_forward --images 0\n{FORWARD}", "images must be 1 or more, received 0"),
         ("%cu_reset tanh_forward", "tanh_forward is not edited; edited at present: nothing"),
         ("%cu_reset nonsense", "no kernel and no file is called 'nonsense'"),
     ],

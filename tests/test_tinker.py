@@ -2,6 +2,7 @@
 
 import stat
 import sys
+import threading
 
 import pytest
 import torch
@@ -54,6 +55,9 @@ def test_kernels_are_listed():
     assert "WIDTH: 1, 4, 2, 8" in repr(cupy_kernels.kernels("tanh_forward"))
     (row,) = cupy_kernels.kernels("pack_weight_fp16")
     assert row.macros == "scalar_t acc_t SPLIT WGMMA FLIP and 4 of the shape"
+    of_header = cupy_kernels.kernels("tanh.cuh")
+    assert {row.file for row in of_header} == set(tinker.files_with("tanh.cuh"))
+    assert "const scalar_t* x" not in repr(of_header)
     assert "tanh_forward" in rows._repr_mimebundle_()["text/html"]
 
 
@@ -185,6 +189,9 @@ def test_compile_error_names_the_line_of_the_edited_text(device):
         with cupy_kernels.override({"tanh_forward": text}), pytest.raises(KernelCompileError) as error:
             nvrtc.compile_variant(variant, "sm_80")
         assert str(error.value).splitlines()[1].startswith("tanh_forward(8): error")
+    with cupy_kernels.override({"tanh_forward": {"acc_t": "flaot"}}), pytest.raises(KernelCompileError) as error:
+        tanh(torch.ones(8, device=device))
+    assert "flaot" in str(error.value).splitlines()[1]
     # Behind the edited kernel the file's lines have the numbers that they had.
     file = source.text("tanh.cu").replace("tanh_slope(to_acc(saved", "nothing(to_acc(saved")
     line = next(n for n, s in enumerate(file.splitlines(), 1) if "nothing(" in s)
@@ -229,6 +236,8 @@ def test_compile_error_names_the_line_of_the_edited_text(device):
         ({"tanh_forward": FORWARD[:-1]}, ValueError, r"lacks the closing brace of tanh_forward"),
         ({"tanh_forward": {"WIDHT": 4}}, ValueError, r"no macro 'WIDHT': it has WIDTH, acc_t, scalar_t"),
         ({"tanh.cu": {"WIDTH": 4}}, ValueError, r"changed for a kernel, one of tanh_forward, tanh_backward"),
+        ({"tanh_forward": {"acc_t": None}}, TypeError, "the macro acc_t is a str or an int, received None"),
+        ({4: "x"}, TypeError, "named by a str, such as 'tanh_forward'; received 4"),
         ({"tanh_forward": 4}, TypeError, r"an edit is a text or \{macro: value\}, received int"),
     ],
 )
@@ -237,6 +246,74 @@ def test_edits_that_are_refused(edits, error, message):
         with pytest.raises(error, match=message):
             act({"tanh_backward": source.packaged_kernels("tanh.cu")["tanh_backward"], **edits})
         assert not source.overridden()
+
+
+def test_edits_are_a_dict():
+    with pytest.raises(TypeError, match=r"edits are \{name: text\} .*, received str"):
+        cupy_kernels.edit("tanh_forward")
+
+
+def test_threads(device):
+    """Others launch while one edits: each result is right by one of the texts, and none is kept for another."""
+    x = torch.ones(4, device=device)
+    right = {tanh(x)[0].item(), *[2 * tanh(x)[0].item()]}
+    found, failed, stop = set(), [], threading.Event()
+
+    def launch():
+        while not stop.is_set():
+            try:
+                found.add(tanh(x)[0].item())
+            except Exception as error:
+                failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=launch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(100):
+            with cupy_kernels.override({"tanh_forward": TWICE}):
+                assert tanh(x)[0] > 1
+            assert tanh(x)[0] < 1
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert not failed
+    assert found <= right
+
+
+def test_a_block_keeps_other_threads_from_editing():
+    refused = []
+
+    def edit():
+        for act in (cupy_kernels.edit, lambda edits: cupy_kernels.override(edits).__enter__()):
+            try:
+                act({"tanh_backward": {"acc_t": "double"}})
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    def in_thread(function):
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join()
+
+    block = cupy_kernels.override({"tanh_forward": TWICE})
+    with block:
+        in_thread(edit)
+        assert len(refused) == 2
+        assert "another thread is inside an override block" in refused[0]
+        assert source.overridden() == {"tanh_forward"}
+    assert not source.overridden()
+    # A block that another thread ends, as a garbage collector may, ends all the same.
+    block = cupy_kernels.override({"tanh_forward": TWICE})
+    block.__enter__()
+    in_thread(lambda: block.__exit__(None, None, None))
+    assert not source.overridden()
+    in_thread(edit)
+    assert len(refused) == 2
 
 
 def test_reset_of_what_is_not_edited():
@@ -267,6 +344,15 @@ def test_attributes_without_a_gpu():
         "tanh_forward",
         "tanh_backward",
     }
+
+
+@needs_nvrtc
+def test_attributes_that_cannot_be():
+    for arch in ("sm_99", "90", 90):
+        with pytest.raises(ValueError, match=rf"NVRTC [\d.]+ compiles for .*sm_80.*; received {arch!r}"):
+            cupy_kernels.attributes("tanh_forward", arch)
+    with pytest.raises(ValueError, match=r"block must be 1 to 1024 threads, received 2048"):
+        cupy_kernels.attributes("tanh_forward", "sm_80", block=2048)
 
 
 @needs_nvrtc

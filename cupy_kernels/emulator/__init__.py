@@ -29,7 +29,7 @@ import numpy as np
 from .. import cache
 from ..compiler import announce
 from ..errors import BackendError, EmulatorError
-from ..source import Kernel, compile_error, expanded, in_force, kernel_names, signature
+from ..source import MACROS, Kernel, compile_error, expanded, in_force, kernel_names, signature
 
 GUARD_BYTES = 4096
 ALIGNMENT = 256  # of arrays, as cudaMalloc has it
@@ -183,7 +183,7 @@ def _translation_unit(kernel: Kernel) -> str:
     header = resources.files(__package__).joinpath("cuda.h").read_text(encoding="utf-8")
     macros = "\n".join(f"#define {k} {v}" for k, v in kernel.defines)  # after the header: -D would reach libc's headers
     entries = "\n".join(_entry(kernel._replace(name=name)) for name in kernel_names(kernel.file))
-    return f'{header}\n{macros}\n{expanded(kernel.file)}\n#line 1 "emulator_entries"\n{entries}\n'
+    return f'{header}\n#line 1 "{MACROS}"\n{macros}\n{expanded(kernel.file)}\n#line 1 "emulator_entries"\n{entries}\n'
 
 
 def _entry(kernel: Kernel) -> str:
