@@ -54,7 +54,7 @@ SHAPE_MACROS = frozenset(
 
 
 def until_overridden(function):
-    """functools.cache of one argument, until `set_overrides`: for what follows from the sources and constants in force.
+    """functools.cache, until `set_overrides`: for what follows from the sources and constants in force.
 
     What a thread computes while another one edits is never kept.
     """
@@ -62,11 +62,11 @@ def until_overridden(function):
     _until_overridden.append(known)
 
     @functools.wraps(function)
-    def cached(argument):
-        found = known.get(argument)
+    def cached(*arguments):
+        found = known.get(arguments)
         if found is None:
             with _lock:
-                found = known[argument] = function(argument)
+                found = known[arguments] = function(*arguments)
         return found
 
     return cached

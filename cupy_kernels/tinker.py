@@ -127,15 +127,16 @@ def override(edits: dict[str, str | dict]):
     (WIDTH, ITEMS, tiles) cannot be changed here alone. acc_t, and macros of your own, can.
 
     Raises ValueError, and changes nothing, for an unknown name or macro, and for a text whose kernels are not those of
-    the original, with the same parameters. KernelCompileError comes with the first launch; it names the line of the
-    text.
+    the original, with the same parameters; TypeError for edits of another kind; RuntimeError while another thread is
+    inside such a block, whose end would undo them. KernelCompileError comes with the first launch; it names the line of
+    the text.
     """
     with source.override(*_checked(edits)):
         yield
 
 
 def edit(edits: dict[str, str | dict]) -> None:
-    """`override` that lasts until `reset`, or to the end of an `override` block around it."""
+    """`override` that lasts until `reset`, or to the end of an `override` block around it; the same errors."""
     source.set_overrides(*source.merged(*_checked(edits)))
 
 

@@ -205,6 +205,12 @@ plt.show()
 # %% [markdown]
 # The weights of a tap (128 channels x 64, 16 KB) stream through a ring of a few such stages, copied by `cp.async` while
 # the tensor cores work on the taps before.
+#
+# This is the main loop for `mma.sync`, which every GPU from compute capability 8.0 on has (`conv_mma.cuh`). H100 and
+# H200, with NVRTC 12 or newer, run another one (`conv_wgmma.cuh`), and times of them below are that one's. `wgmma`
+# instructions read both operands from shared memory on their own, so there is no `ldmatrix`, and no key: eight channels
+# of all pixels lie together, the even rows of $x$ before the odd ones, such that neighbouring windows read neighbouring
+# cells whatever the tap. All four corners of a window end up in one lane there, too, and what follows is the same.
 
 # %% [markdown]
 # ## Numeric classes: fp16 under scales

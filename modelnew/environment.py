@@ -82,10 +82,10 @@ def device(name: str | None = None) -> torch.device:
     found = backend()
     try:
         wanted = torch.device(name or ("cuda" if found["name"] == "cuda" else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
-    if wanted.type not in ("cuda", "cpu"):
-        raise ValueError(f"kernels run on cuda, or on cpu by emulation; received {name}")
+    except RuntimeError:  # torch lists names that are no use here
+        wanted = None
+    if wanted is None or wanted.type not in ("cuda", "cpu"):
+        raise ValueError(f"kernels run on cuda, cuda:1, ..., or on cpu by emulation; received {name}")
     if wanted.type == "cuda" and found["name"] != "cuda":
         raise BackendError(f"no kernel can run on {wanted}: {found['why']}")
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():

@@ -225,7 +225,8 @@ def explain(model: ModelNew, x: torch.Tensor) -> str:
         lines.append("conv_transpose: PyTorch's")
     for name in OPERATORS[1:]:
         module = getattr(model, name)
-        lines.append(f"{name}: {'our kernels' if type(module).__module__ == layers.__name__ else 'PyTorch'}")
+        whose = "our kernels" if type(module).__module__ == layers.__name__ else "PyTorch's"
+        lines.append(f"{name}: {whose}")
     return "\n".join(lines)
 
 

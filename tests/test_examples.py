@@ -99,6 +99,7 @@ def test_train_refuses_a_checkpoint_that_is_none_or_anothers(train, tmp_path):
         (["--resume"], "--resume needs --checkpoint FILE"),
         (["--plot", "/nowhere/loss.png"], "there is no folder /nowhere"),
         (["--device", "xpu"], "received xpu"),
+        (["--device", "tpu"], "or on cpu by emulation; received tpu"),
         (["--epochs", "0"], "0 is not in the range"),
         (["--lr", "0"], "0.0 is not in the range"),
     ],

@@ -1,6 +1,8 @@
 """Every notebook in examples runs, on the GPU if there is one, and has the cells of the script beside it."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +48,37 @@ def test_is_what_the_script_says(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_outputs_read_well(path):
+    """Every cell has one, but those that only check; nothing speaks of the machine that they come from."""
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    silent = ["".join(cell["source"]) for cell in cells if not cell["outputs"]]
+    assert not [source for source in silent if "print" in source or "show" in source or source.startswith("%%cu")]
+    assert len(silent) < len(cells) / 4
+    text = "\n".join(texts(cells))
+    assert not re.search(r"/(home|root|tmp|work|usr|opt|Users)/|site-packages|Warning|Traceback", text)
+
+
+def stored_by_emulator(path):
+    return [pytest.mark.xfail(reason="to be stored by `make notebooks` on a GPU")] if path.stem.startswith("02") else []
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=stored_by_emulator(p)) for p in NOTEBOOKS])
+def test_stored_outputs_are_a_gpus(path):
+    text = "\n".join(texts(json.loads(path.read_text(encoding="utf-8"))["cells"]))
+    assert "NVIDIA" in text
+    # What notebooks and tables say without a GPU, and how `environment` begins then.
+    assert not re.search(r"emulator|C\+\+ compiler|no CUDA support", text)
+
+
+def texts(cells):
+    """Of all outputs that are text."""
+    for output in (output for cell in cells for output in cell.get("outputs", ())):
+        for kind, lines in {"stream": output.get("text", ()), **output.get("data", {})}.items():
+            if kind == "stream" or kind.startswith("text/"):
+                yield "".join(lines)
 
 
 def test_all_are_paired():
