@@ -32,6 +32,8 @@ bench:
 
 # Torch's caching allocator would hide what is out of bounds of a tensor but inside the allocator's block.
 sanitize:
+	@command -v $(firstword $(COMPUTE_SANITIZER)) >/dev/null || \
+	    { echo "no compute-sanitizer: $(PYTHON) -m pip install '.[dev]', or COMPUTE_SANITIZER=<its path>"; exit 1; }
 	for tool in memcheck racecheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 \
 	        $(PYTHON) -m pytest -n 0 $(SANITIZED) || exit 1; \
@@ -41,9 +43,9 @@ sanitize:
 record:
 	$(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 16 --record=$(RESULTS) tests
 
-# ModelNew and Model trained side by side: a record and loss curves.
+# ModelNew and Model trained side by side: a record in benchmarks/results and loss curves; on a CPU neither.
 training:
-	$(PYTHON) -m modelnew training --output $(RESULTS)
+	$(PYTHON) -m modelnew training
 
 # The API reference, from docstrings. A warning about one of them is an error.
 docs:
@@ -54,7 +56,7 @@ generated:
 	$(PYTHON) -m modelnew submission
 	$(PYTHON) -m modelnew readme
 
-# The notebooks from the scripts beside them, run on the GPU if there is one, else in the emulator.
+# The notebooks from the scripts beside them, run on a GPU; an error without one.
 notebooks:
 	$(PYTHON) -m modelnew notebooks
 
