@@ -47,6 +47,20 @@ def test_out_of_bounds_write(x, y, index, side):
     assert not y.any()
 
 
+@pytest.mark.parametrize("statement", ["y[FAR] = x[threadIdx.x];", "y[threadIdx.x] = x[FAR];"])
+def test_far_out_of_bounds(x, y, statement):
+    """The process goes on."""
+    text = f'extern "C" __global__ void copy(const float* x, float* y) {{ {statement} }}'
+    for _ in range(2):
+        with pytest.raises(
+            EmulatorError, match=r"thread 0 reads or writes far out of bounds, at 0x\w+ \(block 0,0,0\)"
+        ):
+            run(text, x, y, defines=(("FAR", "100000000000ll"),))
+    assert not y.any()
+    run(text, x, y, defines=(("FAR", "threadIdx.x"),))
+    assert (x == y).all()
+
+
 def test_out_of_bounds_write_to_shared_memory(x, y):
     text = """#include "common.cuh"
         extern "C" __global__ void copy(const float* x, float* y) {

@@ -1,7 +1,7 @@
 """Runs the kernels' text on the CPU: cuda.h stands in for CUDA, a host C++ compiler builds a shared library.
 
-It checks what it can: barriers that diverge, writes outside an array, outputs that are not written, cp.async read too
-early. It proves logic, not memory ordering, speed or last-bit rounding.
+It checks what it can: barriers that diverge, writes outside an array, reads far from all, outputs that are not written,
+cp.async read too early. It proves logic, not memory ordering, speed or last-bit rounding.
 
 Environment: CUPY_KERNELS_CXX chooses the compiler; CUPY_KERNELS_CACHE_DIR the folder of compiled kernels (default
 ~/.cache/cupy_kernels); CUPY_KERNELS_SEED the order in which threads run (0, the default: ascending).

@@ -3,11 +3,13 @@
 // Blocks run one after another. Every CUDA thread of a block is a fiber that runs until it waits at a barrier or ends;
 // the order in which fibers run is a permutation drawn from a seed, so that a missing barrier changes the result.
 // Checks: a barrier that some thread of the block or lane of the mask does not reach, or reaches at another source line;
-// shared memory is poisoned before each block; the destination of a cp.async is poisoned until the wait that covers it.
+// shared memory is poisoned before each block; the destination of a cp.async is poisoned until the wait that covers it;
+// an access to memory that the process does not have ends the kernel with a message.
 // Poison is 0xFF bytes: a NaN in every floating type. This shows logic errors; it shows nothing about memory ordering
 // between warps, speed, or the last bit of CUDA's mathematical functions.
 #pragma once
 #include <math.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -149,6 +151,15 @@ static void yield() { emulator_switch(&fibers[current].stack_pointer, scheduler_
 
 #define EMULATOR_REPORT(...) snprintf(emulator::error, sizeof emulator::error, __VA_ARGS__)
 #define EMULATOR_FAIL(...) (EMULATOR_REPORT(__VA_ARGS__), yield())  // the scheduler sees the error and never comes back
+
+static thread_local bool runs_here;
+
+// An access far outside of all arrays ends the kernel, not the process: a notebook goes on.
+static void on_fault(int number, siginfo_t* info, void*) {
+    if (!runs_here || error[0]) return (void)signal(number, SIG_DFL);  // another thread's fault, or the emulator's own
+    if (number == SIGFPE) EMULATOR_FAIL("thread %d divides an integer by zero", current);
+    else EMULATOR_FAIL("thread %d reads or writes far out of bounds, at %p", current, info->si_addr);
+}
 
 static void fiber_main() {
     thread_body();
@@ -317,6 +328,12 @@ static const char* run(void (*body)(), void** args, const unsigned* grid, const 
             int other = (seed >> 33) % (t + 1), swap = order[t];
             order[t] = order[other], order[other] = swap;
         }
+    struct sigaction ours = {}, before[3];
+    ours.sa_sigaction = on_fault;
+    ours.sa_flags = SA_SIGINFO | SA_NODEFER;  // the handler does not return
+    const int faults[3] = {SIGSEGV, SIGBUS, SIGFPE};
+    for (int i = 0; i < 3; i++) sigaction(faults[i], &ours, &before[i]);
+    runs_here = true;
     dynamic_shared = (char*)aligned_alloc(128, (shared_bytes + 127) / 128 * 128 + GUARD_BYTES);
     long long blocks = (long long)gridDim.x * gridDim.y * gridDim.z;
     for (long long i = 0; i < blocks && !error[0]; i++) {
@@ -325,6 +342,8 @@ static const char* run(void (*body)(), void** args, const unsigned* grid, const 
         run_block(shared_bytes);
     }
     free(dynamic_shared);
+    runs_here = false;
+    for (int i = 0; i < 3; i++) sigaction(faults[i], &before[i], nullptr);
     if (!error[0]) return nullptr;
     size_t used = strlen(error);
     snprintf(error + used, sizeof error - used, " (block %u,%u,%u)", blockIdx.x, blockIdx.y, blockIdx.z);
