@@ -5194,8 +5194,10 @@ num_groups = 8
 
 
 def get_inputs():
+    """[x] of the reference's shape, uniform in [0, 1)."""
     return [torch.rand(batch_size, in_channels, height, width)]
 
 
 def get_init_inputs():
+    """Arguments of ModelNew."""
     return [in_channels, out_channels, kernel_size, stride, padding, groups, num_groups]
