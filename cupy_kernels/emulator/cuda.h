@@ -9,7 +9,6 @@
 // between warps, speed, or the last bit of CUDA's mathematical functions.
 #pragma once
 #include <math.h>
-#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -152,13 +151,25 @@ static void yield() { emulator_switch(&fibers[current].stack_pointer, scheduler_
 #define EMULATOR_REPORT(...) snprintf(emulator::error, sizeof emulator::error, __VA_ARGS__)
 #define EMULATOR_FAIL(...) (EMULATOR_REPORT(__VA_ARGS__), yield())  // the scheduler sees the error and never comes back
 
+// Linux's signals, declared here: <signal.h> brings names that a kernel may have, such as write.
+struct SignalInfo { int number, error, code; void* address; };
+struct SignalAction {
+    void (*handler)(int, SignalInfo*, void*);
+    unsigned long mask[16];
+    int flags;
+    void (*restorer)();
+};
+extern "C" int emulator_sigaction(int number, const SignalAction* action, SignalAction* before) __asm__("sigaction");
+enum { BUS_ERROR = 7, ARITHMETIC_ERROR = 8, SEGMENTATION_FAULT = 11, WITH_INFO = 4, STAY_UNBLOCKED = 0x40000000 };
+
 static thread_local bool runs_here;
 
 // An access far outside of all arrays ends the kernel, not the process: a notebook goes on.
-static void on_fault(int number, siginfo_t* info, void*) {
-    if (!runs_here || error[0]) return (void)signal(number, SIG_DFL);  // another thread's fault, or the emulator's own
-    if (number == SIGFPE) EMULATOR_FAIL("thread %d divides an integer by zero", current);
-    else EMULATOR_FAIL("thread %d reads or writes far out of bounds, at %p", current, info->si_addr);
+static void on_fault(int number, SignalInfo* info, void*) {
+    SignalAction usual = {};
+    if (!runs_here || error[0]) return (void)emulator_sigaction(number, &usual, nullptr);  // not a fault of the kernel
+    if (number == ARITHMETIC_ERROR) EMULATOR_FAIL("thread %d divides an integer by zero", current);
+    else EMULATOR_FAIL("thread %d reads or writes far out of bounds, at %p", current, info->address);
 }
 
 static void fiber_main() {
@@ -328,11 +339,9 @@ static const char* run(void (*body)(), void** args, const unsigned* grid, const 
             int other = (seed >> 33) % (t + 1), swap = order[t];
             order[t] = order[other], order[other] = swap;
         }
-    struct sigaction ours = {}, before[3];
-    ours.sa_sigaction = on_fault;
-    ours.sa_flags = SA_SIGINFO | SA_NODEFER;  // the handler does not return
-    const int faults[3] = {SIGSEGV, SIGBUS, SIGFPE};
-    for (int i = 0; i < 3; i++) sigaction(faults[i], &ours, &before[i]);
+    SignalAction ours = {on_fault, {}, WITH_INFO | STAY_UNBLOCKED}, before[3];  // the handler does not return
+    const int faults[3] = {SEGMENTATION_FAULT, BUS_ERROR, ARITHMETIC_ERROR};
+    for (int i = 0; i < 3; i++) emulator_sigaction(faults[i], &ours, &before[i]);
     runs_here = true;
     dynamic_shared = (char*)aligned_alloc(128, (shared_bytes + 127) / 128 * 128 + GUARD_BYTES);
     long long blocks = (long long)gridDim.x * gridDim.y * gridDim.z;
@@ -343,7 +352,7 @@ static const char* run(void (*body)(), void** args, const unsigned* grid, const 
     }
     free(dynamic_shared);
     runs_here = false;
-    for (int i = 0; i < 3; i++) sigaction(faults[i], &before[i], nullptr);
+    for (int i = 0; i < 3; i++) emulator_sigaction(faults[i], &before[i], nullptr);
     if (!error[0]) return nullptr;
     size_t used = strlen(error);
     snprintf(error + used, sizeof error - used, " (block %u,%u,%u)", blockIdx.x, blockIdx.y, blockIdx.z);
