@@ -74,7 +74,7 @@ def run(operation, *args, **options) -> None:
     gives a loop's tensors the same places over and over, so the launches of a call are kept, and a call like it
     starts them again: a tenth of the host's time, which decides where tensors are small.
     """
-    key = (operation, *map(_facts, args), *options.items())
+    key = (operation, *map(_facts, args), *options, *map(_facts, options.values()))
     known = _known()
     device, launches = known.get(key, (None, None))
     if launches is not None and not observing():
@@ -96,7 +96,7 @@ def _facts(arg):
         return arg.data_ptr(), arg.dtype, arg.device, arg.shape, arg.is_contiguous()
     if isinstance(arg, Workspace):
         return arg.memory.data_ptr(), arg.memory.device, arg.layout
-    return arg
+    return arg.hex() if isinstance(arg, float) else arg  # 0.0 equals -0.0
 
 
 def arrays(*args) -> list:

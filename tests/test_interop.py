@@ -170,6 +170,8 @@ def test_a_call_like_an_earlier_one_starts_its_launches_again(monkeypatch):
             lambda: interop.run(operation, x, interop.Workspace(memory.clone(), layout), 2, eps=1.0),
             lambda: interop.run(operation, x, workspace, None, eps=1.0),
             lambda: interop.run(operation, x, workspace, 2, eps=2.0),
+            lambda: interop.run(operation, x, workspace, 2, eps=0.0),
+            lambda: interop.run(operation, x, workspace, 2, eps=-0.0),
             lambda: interop.run(operation, x, workspace, 2, momentum=1.0),
             lambda: interop.run(lambda *args, **options: called.append(args), x, workspace, 2, eps=1.0),
         ):
