@@ -1,6 +1,7 @@
 """Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` takes."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 from .common import THREADS, ceil_div
@@ -11,7 +12,9 @@ from .source import Kernel, Variant
 
 _BLOCKS = 132  # one for each multiprocessor of an H100; a constant, so that sums depend on shapes alone
 _MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
-_MOST_STAGES = 6
+_MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
+_MOST_TILES_N = 8  # of a warpgroup; of its sums, as many as a thread has registers for
+_TILE_IC = 64
 _CELL_BYTES = 128
 _BAND_ROWS = 16
 _RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
@@ -34,11 +37,14 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int) -> Plan:
+def plan(
+    x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int, wgmma: bool = False
+) -> Plan:
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
     split: of the cells of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
-    block may use. Raises UnsupportedError for what the kernels do not take.
+    block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where it can. Raises UnsupportedError for what
+    the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -46,27 +52,11 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
     output = output_shape(x_shape, w_shape, geometry)
     out = output[2:]
     taps = ceil_div(kernel[1], ceil_div(kernel[1], _MOST_TAPS))
-    columns = ceil_div(4, taps) * taps
-    chunk = 64 // split
-
-    def layout(warps):
-        """(stages, bytes of a stage)"""
-        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * _CELL_BYTES
-        blocks = 8 // warps  # that share a multiprocessor
-        return min(_MOST_STAGES, (shared_limit - _RESERVED) // blocks // stage_bytes), stage_bytes
-
-    choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels_out > 64]
-    warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
-    if stages < 2:
-        # One block for each multiprocessor then, as only GPUs with little shared memory need.
-        stages = min(_MOST_STAGES, (shared_limit - _RESERVED) // stage_bytes)
-    if stages < 2:
-        raise UnsupportedError(
-            f"it needs {2 * stage_bytes + _RESERVED} bytes of shared memory, the GPU has {shared_limit}"
-        )
-    tiles = kernel[0] * ceil_div(kernel[1], taps) * ceil_div(channels_out, 16 * warps) * ceil_div(channels_in, chunk)
+    sizes = split, (channels_in, channels_out), taps, shared_limit
+    found = (_wgmma_layout(*sizes) if wgmma else None) or _layout(*sizes)
+    tiles = kernel[0] * ceil_div(kernel[1], taps) * found.channel_tiles
     bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
-    split_bands = ceil_div(bands, max(1, _BLOCKS * (8 // warps) // tiles))
+    split_bands = ceil_div(bands, max(1, _BLOCKS * found.blocks // tiles))
     splits = ceil_div(bands, split_bands)
     macros = {
         "scalar_t": dtype,
@@ -82,15 +72,64 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
         "PAD_H": geometry.padding[0],
         "PAD_W": geometry.padding[1],
         "SPLIT": split,
-        "WARPS": warps,
         "TAPS_W": taps,
-        "STAGES": stages,
+        **found.macros,
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
-    shared_bytes = stages * stage_bytes
+    chunk = 64 // split
     borders = out[0] * out[1] * ceil_div(channels_out, chunk) * chunk
-    sizes = (tiles, splits, split_bands, 32 * warps, shared_bytes, splits * size, borders, size // channels_in)
+    sizes = (tiles, splits, split_bands, found.threads, found.shared_bytes, splits * size, borders, size // channels_in)
     return Plan(tuple(macros.items()), output, split, *sizes)
+
+
+class _Layout(NamedTuple):
+    """What the two main loops differ in."""
+
+    macros: dict
+    channel_tiles: int
+    blocks: int  # that share a multiprocessor
+    threads: int
+    shared_bytes: int
+
+
+def _layout(split, channels, taps, limit) -> _Layout:
+    """That of conv_wgrad_mma.cuh. UnsupportedError if there is not enough shared memory."""
+    columns = ceil_div(4, taps) * taps
+    chunk = 64 // split
+
+    def layout(warps):
+        """(stages, bytes of a stage)"""
+        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * _CELL_BYTES
+        blocks = 8 // warps
+        return min(_MOST_STAGES, (limit - _RESERVED) // blocks // stage_bytes), stage_bytes
+
+    choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels[1] > 64]
+    warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
+    if stages < 2:
+        # One block for each multiprocessor then, as only GPUs with little shared memory need.
+        stages = min(_MOST_STAGES, (limit - _RESERVED) // stage_bytes)
+    if stages < 2:
+        raise UnsupportedError(f"it needs {2 * stage_bytes + _RESERVED} bytes of shared memory, the GPU has {limit}")
+    tiles = ceil_div(channels[1], 16 * warps) * ceil_div(channels[0], chunk)
+    macros = {"WGMMA": 0, "WARPS": warps, "STAGES": stages}
+    return _Layout(macros, tiles, 8 // warps, 32 * warps, stages * stage_bytes)
+
+
+def _wgmma_layout(split, channels, taps, limit) -> _Layout | None:
+    """That of conv_wgrad_wgmma.cuh. None if there is not enough shared memory."""
+    tiles_n = min(_MOST_TILES_N, ceil_div(channels[1], 16))
+    columns = 4 // split
+
+    def size(stages):
+        plane = stages * columns * _BAND_ROWS * 16 + 16
+        operands = (planes * plane for planes in (_TILE_IC // 8, 2 * tiles_n))
+        return sum(values if split == 1 else 2 * ((values + 63) // 128 * 128 + 64) for values in operands)
+
+    stages = next((n for n in range(_MOST_STAGES_WGMMA, 0, -1) if size(n) <= limit - _RESERVED), 0)
+    if stages < 2 + ceil_div(taps, columns):
+        return None
+    tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
+    return _Layout({"WGMMA": 1, "TILES_N": tiles_n, "STAGES": stages}, tiles, 1, 256, size(stages))
 
 
 def conv_wgrad_mma(
@@ -137,10 +176,13 @@ def variants():
     unit = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
     much, little = 227 * 1024, 99 * 1024
     plans = []
-    for split in (1, 2):
-        plans += [plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, "float", limit) for limit in (much, little)]
-        plans.append(plan((1, 48, 64, 64), (48, 80, 7, 7), unit._replace(padding=(3, 3)), split, "float", much))
-        plans.append(plan((64, 144, 16, 15), (144, 16, 1, 1), unit._replace(padding=(0, 0)), split, "float", much))
-    for dtype in ("half_t", "bf16_t"):
-        plans.append(plan((512, 64, 32, 32), (64, 128, 1, 1), unit._replace(padding=(0, 0)), 1, dtype, much))
+    for split, wgmma in itertools.product((1, 2), (False, True)):
+        options = split, "float", much, wgmma
+        plans.append(plan((512, 64, 32, 32), (64, 128, 5, 5), unit, *options))
+        plans.append(plan((1, 48, 64, 64), (48, 80, 7, 7), unit._replace(padding=(3, 3)), *options))
+        plans.append(plan((64, 144, 16, 15), (144, 16, 1, 1), unit._replace(padding=(0, 0)), *options))
+        if not wgmma:
+            plans.append(plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, "float", little))
+    for dtype, wgmma in itertools.product(("half_t", "bf16_t"), (False, True)):
+        plans.append(plan((512, 64, 32, 32), (64, 128, 1, 1), unit._replace(padding=(0, 0)), 1, dtype, much, wgmma))
     yield from (Variant("conv_wgrad_mma.cu", p.macros) for p in plans)

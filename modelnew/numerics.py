@@ -73,7 +73,7 @@ def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str
 
 def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str):
     """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason)."""
-    return plan_or_reason(conv_wgrad_mma.plan, x, w_shape, geometry, numerics)
+    return plan_or_reason(conv_wgrad_mma.plan, x, w_shape, geometry, numerics, wgmma=uses_wgmma(x))
 
 
 def plan_or_reason(make, x, w_shape, geometry, numerics, **options):

@@ -1,4 +1,4 @@
-// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory, float32 accumulation.
+// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory (A in registers, too), float32 accumulation.
 //
 // A warpgroup (four warps, 128 threads) issues multiplications together, closes a group of them by wgmma_commit(), and may touch the
 // sums after a wgmma_wait<N>(), which leaves at most the N youngest groups in flight. wgmma_fence() comes before the first one that
@@ -9,13 +9,15 @@
 #pragma once
 
 // An operand in shared memory: rows of 16 halves (rows of A, columns of B). 8 halves of a row, 16 bytes, lie together, and 8 rows of
-// them one after the other; `along` bytes further lie the rows' next 8 halves, `across` bytes further the next 8 rows.
+// them one after the other; `along` bytes further lie the rows' next 8 halves, `across` bytes further the next 8 rows. Transposed, one of 8
+// halves of a row is in each of the 16 bytes: 8 rows lie together, 8 halves of them one after the other, the rest as before.
 struct WgmmaOperand {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* start;
     int along, across;
     __device__ WgmmaOperand(const u8* start, int along, int across) : start(start), along(along), across(across) {}
     float at(int row, int k) const { return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]); }
+    float transposed_at(int row, int k) const { return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + k % 8 * 16))[row % 8]); }
 #else
     unsigned start, stride;  // the two words of PTX's matrix descriptor, lengths in units of 16 bytes, without a swizzle
     __device__ WgmmaOperand(const u8* from, int along, int across)
@@ -106,6 +108,45 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline_
     WGMMA_CASE(16, 128)
     WGMMA_CASE(17, 136)
     WGMMA_CASE(18, 144)
+#endif
+}
+
+#define WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, use) \
+    asm volatile("{.reg .pred accumulate; setp.ne.u32 accumulate, %1, 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" \
+        WGMMA_REGISTERS_##tiles "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %0, accumulate, 1, 1, 1;}" \
+        : "+l"(b_bits), "+r"(accumulate), WGMMA_TILES_##tiles(use) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
+#define WGMMA_CASE_FRAGMENT(tiles, n, a0, a1, a2, a3) \
+    if constexpr (COUNT == tiles && ACCUMULATE) WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, "+f") \
+    if constexpr (COUNT == tiles && !ACCUMULATE) WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, "=f")
+
+// The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh, and with b transposed. Until a
+// wait for it, the registers of `a` must not change.
+template <int COUNT, bool ACCUMULATE = true, int MOST>
+__device__ __forceinline__ void wgmma_transposed(float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaOperand& b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    struct Fragment { float v[8]; } mine;
+    for (int i = 0; i < 8; i++) mine.v[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
+    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine, EMULATOR_PLACE);
+    int lane = threadIdx.x % 32;
+    for (int k = 0; k < 16; k++) {
+        const Fragment& left = all[lane / 4 * 4 + k % 8 / 2];
+        for (int t = 0; t < COUNT; t++)
+            for (int c = 0; c < 4; c++) {
+                if (!ACCUMULATE && k == 0) d[t][c] = 0;
+                d[t][c] += left.v[k / 8 * 4 + c / 2 * 2 + k % 2] * b.transposed_at(t * 8 + lane % 4 * 2 + c % 2, k);
+            }
+    }
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    unsigned long long b_bits = b.bits();
+    unsigned accumulate = ACCUMULATE;
+    WGMMA_CASE_FRAGMENT(1, 8, 6, 7, 8, 9)
+    WGMMA_CASE_FRAGMENT(2, 16, 10, 11, 12, 13)
+    WGMMA_CASE_FRAGMENT(3, 24, 14, 15, 16, 17)
+    WGMMA_CASE_FRAGMENT(4, 32, 18, 19, 20, 21)
+    WGMMA_CASE_FRAGMENT(5, 40, 22, 23, 24, 25)
+    WGMMA_CASE_FRAGMENT(6, 48, 26, 27, 28, 29)
+    WGMMA_CASE_FRAGMENT(7, 56, 30, 31, 32, 33)
+    WGMMA_CASE_FRAGMENT(8, 64, 34, 35, 36, 37)
 #endif
 }
 

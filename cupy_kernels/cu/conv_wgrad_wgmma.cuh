@@ -1,0 +1,162 @@
+// The sums of conv_wgrad_mma.cu for sm_90a, by wgmma: x in registers, dy read from shared memory by the tensor cores on their own.
+//
+// A block owns one kh, TAPS_W taps in a row, 64 input channels (rows of the products), 16 TILES_N output channels, half of them each
+// warpgroup's, and a share of the bands. A band is 16 rows, counted through all images, and the 16 pixels of one wgmma are one column of
+// it. So a tap one to the right pairs the same column of x with dy's next column, rows of any width and height leave nothing empty, and a
+// column without a partner is left out.
+//
+// Shared memory: planes of 8 channels, with SPLIT 2 those of the rests (fp16_cells.cuh) after those of the values; in a plane a ring
+// of STAGES stages of COLUMNS columns of 16 pixels, 16 bytes each. Cells come by cp.async. Position 0 of a band is the first column of dy that
+// a tap needs, x begins TAPS_W - 1 positions later. A stage is refilled when no tensor core can still read it: a barrier later than everybody
+// is done with all but the youngest multiplications.
+//
+// Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with the small products
+// first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores work for the other.
+//
+// Sums go to partial [split][tap][ic][oc]. Macros: those of conv_wgrad_mma.cu, TILES_N (tiles of 8 output channels of a warpgroup), STAGES.
+#pragma once
+#include "wgmma.cuh"
+
+#define THREADS 256
+#define TILE_IC 64
+#define TILE_OC (16 * TILES_N)
+#define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
+#define TILES (KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC))
+#define X_PLANES (TILE_IC / 8)
+#define DY_PLANES (TILE_OC / 8)
+#define COLUMNS (4 / SPLIT)  // of a stage
+#define COLUMN_BYTES (BAND_ROWS * 16)
+#define BAND_STAGES ((IN_W + TAPS_W - 1 + COLUMNS - 1) / COLUMNS)
+#define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS - 1) / COLUMNS)  // stages that are on their way
+
+// Bytes. Eight planes, and four planes of values and four of rests, have the same pixel in different banks.
+enum { PLANE = STAGES * COLUMNS * COLUMN_BYTES + 16 };
+enum { X_RESTS = (X_PLANES * PLANE + 63) / 128 * 128 + 64, DY = X_RESTS * SPLIT, DY_RESTS = (DY_PLANES * PLANE + 63) / 128 * 128 + 64 };
+
+// Where part `part` of cell `cell`, of those that a block takes, begins; `rests`: how far the rests are from the values.
+__device__ inline int plane_offset(int cell, int part, int rests) {
+    enum { GROUPS = CHUNK_CHANNELS / 8 };
+    return (cell * GROUPS + part % GROUPS) * PLANE + part / GROUPS * rests;
+}
+
+__device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* shared) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);
+    int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
+    int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
+    int oc_tile = tile / (KERNEL_H * TAP_GROUPS) % OC_TILES, ic_tile = tile / (KERNEL_H * TAP_GROUPS * OC_TILES);
+    int kw = min(tap_group * TAPS_W, KERNEL_W - TAPS_W);  // the last group may repeat taps of the one before
+    int first_oc = oc_tile * TILE_OC + warpgroup * (TILE_OC / 2);
+    bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS;
+    int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
+    int first_band = split * split_bands, stages = min(split_bands, bands - first_band) * BAND_STAGES;
+
+    // A thread takes a part of a row of every other column.
+    auto fetch = [&](int stage) {
+        if (stage < stages) {
+            int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
+            int row_of_all = (first_band + stage / BAND_STAGES) * BAND_ROWS + row;
+            int image = row_of_all / IN_H, ih = row_of_all % IN_H, oh = ih - PAD_H + kh;
+            bool valid = row_of_all < rows && oh >= 0 && oh < OUT_H;
+            int position = stage % BAND_STAGES * COLUMNS + loader;
+            u8* to = shared + (stage % STAGES * COLUMNS + loader) * COLUMN_BYTES + row * 16;
+            auto copy = [&](u8* to, const half_t* from, int column, int width, bool exists) {
+                #pragma unroll
+                for (int c = 0; c < COLUMNS; c += 2)
+                    if (column + c >= 0 && column + c < width)
+                        cp_async_16(to + c * COLUMN_BYTES, (const u8*)from + (column + c) * CELL_BYTES + part * 16, exists);
+            };
+            #pragma unroll
+            for (int cell = 0; cell < SPLIT; cell++) {
+                int chunk = ic_tile * SPLIT + cell;
+                copy(to + plane_offset(cell, part, X_RESTS), x + (((i64)image * X_CHUNKS + chunk) * IN_H + ih) * (IN_W * 64),
+                     position - (TAPS_W - 1), IN_W, valid && chunk < X_CHUNKS);
+            }
+            #pragma unroll
+            for (int cell = 0; cell < (TILE_OC + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS; cell++) {
+                int chunk = oc_tile * (TILE_OC / CHUNK_CHANNELS) + cell;
+                if (TILE_OC % CHUNK_CHANNELS == 0 || cell * CHUNK_CHANNELS + part * 8 % CHUNK_CHANNELS < TILE_OC)
+                    copy(to + DY + plane_offset(cell, part, DY_RESTS), dy + (((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * (OUT_W * 64),
+                         position - PAD_W + kw, OUT_W, valid && chunk < DY_CHUNKS);
+            }
+        }
+        cp_async_commit();
+    };
+    auto arrive = [&]() {
+        cp_async_wait<AHEAD - 1>();
+        fence_async_proxy();
+        __syncthreads();
+    };
+
+    // Columns of x [inner_first, inner_end) have a partner for every tap.
+    int inner_first = max(0, PAD_W - kw), inner_end = min(IN_W, OUT_W + PAD_W - kw - (TAPS_W - 1));
+    auto has_partner = [&](int column, int t) {
+        int ow = column - PAD_W + kw + t;
+        return column >= 0 && column < IN_W && ow >= 0 && ow < OUT_W;
+    };
+    const u8* x_row = shared + (warp % 4 * 2 + lane / 8 % 2) * PLANE + (lane % 8 + lane / 16 * 8) * 16;  // this lane's of ldmatrix
+    WgmmaOperand dy_columns(shared + DY + warpgroup * (DY_PLANES / 2) * PLANE, 128, PLANE);
+    // The column of dy `c` columns from where the stage in `slot` begins, a little before that or in it.
+    auto dy_column = [&](int slot, int c) {
+        int column = slot * COLUMNS + c;
+        return dy_columns.moved((c < 0 && column < 0 ? column + STAGES * COLUMNS : column) * COLUMN_BYTES);
+    };
+    float sums[TAPS_W][TILES_N][4] = {};
+
+    // Adds the sums to those of earlier chains.
+    auto store_sums = [&](bool first) {
+        #pragma unroll
+        for (int t = 0; t < TAPS_W; t++) {
+            wgmma_arrived<TILES_N>(sums[t]);
+            if (!active || kw + t < tap_group * TAPS_W) continue;
+            i64 row = ((i64)split * TAPS + kh * KERNEL_W + kw + t) * IN_CHANNELS + ic_tile * TILE_IC + warp % 4 * 16 + lane / 4;
+            float* to = partial + row * OUT_CHANNELS + first_oc + lane % 4 * 2;
+            auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * OUT_CHANNELS + i / 2 * 8); };
+            auto exists = [&](int i) { return ic_tile * TILE_IC + warp % 4 * 16 < IN_CHANNELS && first_oc + i / 2 * 8 < OUT_CHANNELS; };
+            Packed<float, 2> totals[2 * TILES_N] = {};
+            if (!first)
+                #pragma unroll
+                for (int i = 0; i < 2 * TILES_N; i++)
+                    if (exists(i)) totals[i] = *place(i);
+            #pragma unroll
+            for (int i = 0; i < 2 * TILES_N; i++) {
+                #pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float& sum = sums[t][i / 2][i % 2 * 2 + j];
+                    totals[i].v[j] += sum;
+                    sum = 0;
+                }
+                if (exists(i)) *place(i) = totals[i];
+            }
+        }
+    };
+
+    for (int stage = 0; stage < AHEAD; stage++) fetch(stage);
+    bool first = true;
+#if SPLIT == 1
+    unsigned fragments[2][4];
+    for (int stage = 0; stage < stages; stage++) {
+        arrive();
+        int slot = stage % STAGES, first_column = stage % BAND_STAGES * COLUMNS - (TAPS_W - 1);
+        #pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            int column = first_column + c;
+            unsigned(&a)[4] = fragments[c % 2];
+            auto multiply_column = [&](const bool inner) __attribute__((always_inline)) {
+                wgmma_fence();
+                #pragma unroll
+                for (int t = 0; t < TAPS_W; t++)
+                    if (inner || has_partner(column, t)) wgmma_transposed<TILES_N>(sums[t], a, dy_column(slot, c + t - (TAPS_W - 1)));
+                wgmma_commit();
+            };
+            if (active && column >= 0 && column < IN_W) {
+                ldmatrix_x4_transposed(a, x_row + (slot * COLUMNS + c) * COLUMN_BYTES);
+                // The next band's first column may have the same registers as this one's last.
+                if (column >= inner_first && column < min(inner_end, IN_W - 1)) multiply_column(true), wgmma_wait<1>();
+                else multiply_column(false), wgmma_wait<0>();
+            }
+            if (c == 0) fetch(stage + AHEAD);
+        }
+        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) wgmma_wait<0>(), store_sums(first), first = false;
+    }
+#endif
+}
