@@ -53,7 +53,7 @@ def plan(
     out = output[2:]
     taps = ceil_div(kernel[1], ceil_div(kernel[1], _MOST_TAPS))
     sizes = split, (channels_in, channels_out), taps, shared_limit
-    found = (_wgmma_layout(*sizes) if wgmma else None) or _layout(*sizes)
+    found = (_wgmma_layout(width, *sizes) if wgmma else None) or _layout(*sizes)
     tiles = kernel[0] * ceil_div(kernel[1], taps) * found.channel_tiles
     bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
     split_bands = ceil_div(bands, max(1, _BLOCKS * found.blocks // tiles))
@@ -115,15 +115,15 @@ def _layout(split, channels, taps, limit) -> _Layout:
     return _Layout(macros, tiles, 8 // warps, 32 * warps, stages * stage_bytes)
 
 
-def _wgmma_layout(split, channels, taps, limit) -> _Layout | None:
+def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     """That of conv_wgrad_wgmma.cuh. None if there is not enough shared memory."""
     tiles_n = min(_MOST_TILES_N, ceil_div(channels[1], 16))
-    columns = 4 // split
+    columns = 4 if split == 1 else 1 if width % 2 else 2
 
     def size(stages):
         plane = stages * columns * _BAND_ROWS * 16 + 16
         operands = (planes * plane for planes in (_TILE_IC // 8, 2 * tiles_n))
-        return sum(values if split == 1 else 2 * ((values + 63) // 128 * 128 + 64) for values in operands)
+        return sum(values if split == 1 else 2 * ((values + 63) // 128 * 128 + 64) + 8 for values in operands)
 
     stages = next((n for n in range(_MOST_STAGES_WGMMA, 0, -1) if size(n) <= limit - _RESERVED), 0)
     if stages < 2 + ceil_div(taps, columns):

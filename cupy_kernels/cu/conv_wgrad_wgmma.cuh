@@ -24,14 +24,15 @@
 #define TILES (KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC))
 #define X_PLANES (TILE_IC / 8)
 #define DY_PLANES (TILE_OC / 8)
-#define COLUMNS (4 / SPLIT)  // of a stage
+#define COLUMNS (SPLIT == 1 ? 4 : IN_W % 2 ? 1 : 2)  // of a stage
+#define LEAD ((TAPS_W - 1 + COLUMNS - 1) / COLUMNS * COLUMNS)  // positions before x begins
 #define COLUMN_BYTES (BAND_ROWS * 16)
-#define BAND_STAGES ((IN_W + TAPS_W - 1 + COLUMNS - 1) / COLUMNS)
+#define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
 #define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS - 1) / COLUMNS)  // stages that are on their way
 
 // Bytes. Eight planes, and four planes of values and four of rests, have the same pixel in different banks.
 enum { PLANE = STAGES * COLUMNS * COLUMN_BYTES + 16 };
-enum { X_RESTS = (X_PLANES * PLANE + 63) / 128 * 128 + 64, DY = X_RESTS * SPLIT, DY_RESTS = (DY_PLANES * PLANE + 63) / 128 * 128 + 64 };
+enum { X_RESTS = (X_PLANES * PLANE + 63) / 128 * 128 + 64, DY = X_RESTS * SPLIT, DY_RESTS = (DY_PLANES * PLANE + 63) / 128 * 128 + 64, ZEROS = DY + DY_RESTS * SPLIT };
 
 // Where part `part` of cell `cell`, of those that a block takes, begins; `rests`: how far the rests are from the values.
 __device__ inline int plane_offset(int cell, int part, int rests) {
@@ -53,7 +54,9 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     // A thread takes a part of a row of every other column.
     auto fetch = [&](int stage) {
         if (stage < stages) {
-            int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
+            int thread = threadIdx.x;
+            settle(thread);  // else addresses are computed ahead, and take registers from the sums
+            int row = thread / 8 % BAND_ROWS, part = thread % 8, loader = thread / 128;
             int row_of_all = (first_band + stage / BAND_STAGES) * BAND_ROWS + row;
             int image = row_of_all / IN_H, ih = row_of_all % IN_H, oh = ih - PAD_H + kh;
             bool valid = row_of_all < rows && oh >= 0 && oh < OUT_H;
@@ -62,21 +65,22 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             auto copy = [&](u8* to, const half_t* from, int column, int width, bool exists) {
                 #pragma unroll
                 for (int c = 0; c < COLUMNS; c += 2)
-                    if (column + c >= 0 && column + c < width)
-                        cp_async_16(to + c * COLUMN_BYTES, (const u8*)from + (column + c) * CELL_BYTES + part * 16, exists);
+                    if (COLUMNS > 1 || loader == 0)
+                        cp_async_16(to + c * COLUMN_BYTES, (const u8*)from + (column + c) * CELL_BYTES + part * 16,
+                                    exists && column + c >= 0 && column + c < width);
             };
-            #pragma unroll
+            #pragma unroll 1
             for (int cell = 0; cell < SPLIT; cell++) {
                 int chunk = ic_tile * SPLIT + cell;
                 copy(to + plane_offset(cell, part, X_RESTS), x + (((i64)image * X_CHUNKS + chunk) * IN_H + ih) * (IN_W * 64),
-                     position - (TAPS_W - 1), IN_W, valid && chunk < X_CHUNKS);
+                     position - LEAD, IN_W, valid && chunk < X_CHUNKS);
             }
-            #pragma unroll
+            #pragma unroll 1
             for (int cell = 0; cell < (TILE_OC + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS; cell++) {
                 int chunk = oc_tile * (TILE_OC / CHUNK_CHANNELS) + cell;
                 if (TILE_OC % CHUNK_CHANNELS == 0 || cell * CHUNK_CHANNELS + part * 8 % CHUNK_CHANNELS < TILE_OC)
                     copy(to + DY + plane_offset(cell, part, DY_RESTS), dy + (((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * (OUT_W * 64),
-                         position - PAD_W + kw, OUT_W, valid && chunk < DY_CHUNKS);
+                         position - LEAD + TAPS_W - 1 - PAD_W + kw, OUT_W, valid && chunk < DY_CHUNKS);
             }
         }
         cp_async_commit();
@@ -136,7 +140,7 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     unsigned fragments[2][4];
     for (int stage = 0; stage < stages; stage++) {
         arrive();
-        int slot = stage % STAGES, first_column = stage % BAND_STAGES * COLUMNS - (TAPS_W - 1);
+        int slot = stage % STAGES, first_column = stage % BAND_STAGES * COLUMNS - LEAD;
         #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
             int column = first_column + c;
@@ -157,6 +161,57 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             if (c == 0) fetch(stage + AHEAD);
         }
         if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) wgmma_wait<0>(), store_sums(first), first = false;
+    }
+#else
+    // Of a column whose partner for tap t does not exist, which then is zeros: zeros.
+    u8* zeros = shared + ZEROS;
+    if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
+    unsigned fragments[COLUMNS][SPLIT][4];
+    auto load = [&](int stage, int t) __attribute__((always_inline)) {
+        #pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            bool has = has_partner(stage % BAND_STAGES * COLUMNS - LEAD + c, t);
+            const u8* row = x_row + (stage % STAGES * COLUMNS + c) * COLUMN_BYTES;
+            #pragma unroll
+            for (int part = 0; part < SPLIT; part++) ldmatrix_x4_transposed(fragments[c][part], has ? row + part * X_RESTS : zeros);
+        }
+    };
+    float products[TILES_N][4] = {};
+    int no = 0;
+    settle(no);  // else compilers see that nothing is left of the last products, and take more registers for the next ones
+    arrive();
+    load(0, 0);
+    for (int stage = 0; stage < stages; stage++) {
+        int slot = stage % STAGES, first_column = stage % BAND_STAGES * COLUMNS - LEAD;
+        bool inner = first_column >= inner_first && first_column + COLUMNS <= inner_end;
+        if (active && first_column >= 0) {
+            #pragma unroll
+            for (int t = 0; t < TAPS_W; t++) {
+                wgmma_fence();
+                #pragma unroll
+                for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+                    #pragma unroll
+                    for (int c = 0; c < COLUMNS; c++) {
+                        WgmmaOperand right = dy_column(slot, c + t - (TAPS_W - 1)).moved(product == 1 ? DY_RESTS : 0);
+                        wgmma_transposed<TILES_N>(products, fragments[c][product == 0], right, product + c == 0 ? no : 1);
+                    }
+                wgmma_commit();
+                if (t == 0) fetch(stage + AHEAD);
+                if (t == TAPS_W - 1) arrive();
+                wgmma_wait<0>();
+                wgmma_arrived<TILES_N>(products);
+                if (t == TAPS_W - 1) load(stage + 1, 0);  // past the last stage this is nothing that anybody uses
+                else if (!inner) load(stage, t + 1);
+                #pragma unroll
+                for (int i = 0; i < TILES_N * 4; i++) sums[t][i / 4][i % 4] += products[i / 4][i % 4];
+                wgmma_arrived<TILES_N>(sums[t]);  // see conv_wgmma.cuh
+            }
+        } else {
+            fetch(stage + AHEAD);
+            arrive();
+            load(stage + 1, 0);
+        }
+        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) store_sums(first), first = false;
     }
 #endif
 }

@@ -116,13 +116,12 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline_
         WGMMA_REGISTERS_##tiles "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %0, accumulate, 1, 1, 1;}" \
         : "+l"(b_bits), "+r"(accumulate), WGMMA_TILES_##tiles(use) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
 #define WGMMA_CASE_FRAGMENT(tiles, n, a0, a1, a2, a3) \
-    if constexpr (COUNT == tiles && ACCUMULATE) WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, "+f") \
-    if constexpr (COUNT == tiles && !ACCUMULATE) WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, "=f")
+    if constexpr (COUNT == tiles) WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, "+f")
 
 // The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh, and with b transposed. Until a
 // wait for it, the registers of `a` must not change.
-template <int COUNT, bool ACCUMULATE = true, int MOST>
-__device__ __forceinline__ void wgmma_transposed(float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaOperand& b) {
+template <int COUNT, int MOST>
+__device__ __forceinline__ void wgmma_transposed(float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaOperand& b, int accumulate = 1) {
 #ifdef CUPY_KERNELS_EMULATOR
     struct Fragment { float v[8]; } mine;
     for (int i = 0; i < 8; i++) mine.v[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
@@ -132,13 +131,12 @@ __device__ __forceinline__ void wgmma_transposed(float (&d)[MOST][4], const unsi
         const Fragment& left = all[lane / 4 * 4 + k % 8 / 2];
         for (int t = 0; t < COUNT; t++)
             for (int c = 0; c < 4; c++) {
-                if (!ACCUMULATE && k == 0) d[t][c] = 0;
+                if (!accumulate && k == 0) d[t][c] = 0;
                 d[t][c] += left.v[k / 8 * 4 + c / 2 * 2 + k % 2] * b.transposed_at(t * 8 + lane % 4 * 2 + c % 2, k);
             }
     }
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned long long b_bits = b.bits();
-    unsigned accumulate = ACCUMULATE;
     WGMMA_CASE_FRAGMENT(1, 8, 6, 7, 8, 9)
     WGMMA_CASE_FRAGMENT(2, 16, 10, 11, 12, 13)
     WGMMA_CASE_FRAGMENT(3, 24, 14, 15, 16, 17)
