@@ -123,7 +123,7 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     def size(stages):
         plane = stages * columns * _BAND_ROWS * 16 + 16
         operands = (planes * plane for planes in (_TILE_IC // 8, 2 * tiles_n))
-        return sum(values if split == 1 else 2 * ((values + 63) // 128 * 128 + 64) + 8 for values in operands)
+        return sum(split * ((values + 63) // 128 * 128 + 64) for values in operands) + 16
 
     stages = next((n for n in range(_MOST_STAGES_WGMMA, 0, -1) if size(n) <= limit - _RESERVED), 0)
     if stages < 2 + ceil_div(taps, columns):

@@ -72,27 +72,29 @@ def limit(x, w, dy, padding, cls):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_tf32_class(device, case, launched):
+def test_tf32_class(device, wgmma, case, launched):
     x, w, dy = tensors(case, device)
     y = conv_transpose2d(x, w.requires_grad_(), padding=case[3], numerics="tf32")
     launched.clear()
     (dw,) = torch.autograd.grad(y, w, dy)
     assert [k.name for k in launched] == KERNELS
+    assert dict(launched[-1].defines)["WGMMA"] == wgmma
     assert rms(dw, truth(x, w, dy, case[3])) < limit(x, w, dy, case[3], "tf32")
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_fp32_class(device, case, launched):
+def test_fp32_class(device, wgmma, case, launched):
     x, w, dy = tensors(case, device)
     dw = gradient(x, w, dy, case[3], "fp32")
     assert [k.name for k in launched] == KERNELS
+    assert dict(launched[-1].defines)["WGMMA"] == wgmma
     w.requires_grad_()
     (theirs,) = torch.autograd.grad(F.conv_transpose2d(x, w, padding=case[3]), w, dy)
     tolerance.check(dw, truth(x, w, dy, case[3]), theirs, "dw", terms=x.numel() // x.shape[1])
 
 
 @CLASSES
-def test_long_sums(device, cls, monkeypatch):
+def test_long_sums(device, wgmma, cls, monkeypatch):
     """Many bands a block, whose sums go to memory between chains."""
     monkeypatch.setattr(conv_wgrad_mma, "_BLOCKS", 1)
     conv_wgrad_mma.plan.cache_clear()
@@ -107,7 +109,7 @@ def test_long_sums(device, cls, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_16_bit_types_are_exact_in_fp16_operands(device, dtype):
+def test_16_bit_types_are_exact_in_fp16_operands(device, wgmma, dtype):
     x, w, dy = tensors(CASES["three"], device, dtype)
     dw = gradient(x, w, dy, (1, 1), "fp32")
     w.requires_grad_()
@@ -119,7 +121,7 @@ def test_16_bit_types_are_exact_in_fp16_operands(device, dtype):
 @pytest.mark.parametrize(
     ("x_scale", "dy_scale"), [(1.0, 1e-20), (1.0, 1e20), (1e-30, 1e25), (1e-35, 1e-3), (1e30, 1e-35)], ids=str
 )
-def test_scales_far_from_fp16(device, cls, x_scale, dy_scale):
+def test_scales_far_from_fp16(device, wgmma, cls, x_scale, dy_scale):
     x, w, dy = tensors(CASES["three"], device)
     x, dy = x * x_scale, dy * dy_scale
     assert rms(gradient(x, w, dy, (1, 1), cls), truth(x, w, dy, (1, 1))) < (4e-4 if cls == "tf32" else 1e-6)
@@ -136,7 +138,7 @@ def test_parts_of_zeros_leave_the_scale_to_the_others(device):
 
 
 @CLASSES
-def test_outliers_do_not_flush_the_rest(device, cls):
+def test_outliers_do_not_flush_the_rest(device, wgmma, cls):
     """One value a million times the rest: channels that it does not reach are as exact as ever."""
     x, w, dy = tensors(CASES["three"], device)
     x[0, 3, 2, 2] = dy[1, 5, 3, 3] = 1e6
@@ -148,7 +150,7 @@ def test_outliers_do_not_flush_the_rest(device, cls):
 @CLASSES
 @pytest.mark.parametrize("place", [(0, 3, 2, 4), (1, 0, 0, 0), (1, 15, 5, 6)], ids=["inside", "first", "last"])
 @pytest.mark.parametrize("special", [float("inf"), -float("inf"), float("nan")])
-def test_inf_and_nan_reach_what_the_definition_says(device, cls, place, special):
+def test_inf_and_nan_reach_what_the_definition_says(device, wgmma, cls, place, special):
     x, w, dy = tensors(CASES["three"], device)
     for operand in (x, dy):
         before = operand[place].item()
@@ -162,14 +164,14 @@ def test_inf_and_nan_reach_what_the_definition_says(device, cls, place, special)
         operand[place] = before
 
 
-def test_two_runs_are_bit_equal(device):
+def test_two_runs_are_bit_equal(device, wgmma):
     x, w, dy = tensors(CASES["five"], device)
     assert torch.equal(*(gradient(x, w, dy, (1, 1), "fp32") for _ in range(2)))
 
 
 @CLASSES
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_centred(device, case, cls, launched):
+def test_centred(device, wgmma, case, cls, launched):
     """x far from 0, and a dy that sums to 0 in each channel, as batch norm's backward makes it."""
     x, w, dy = tensors(case, device)
     x, dy = x + torch.arange(x.shape[1], device=device)[:, None, None], dy - dy.mean((0, 2, 3), keepdim=True)
@@ -180,7 +182,7 @@ def test_centred(device, case, cls, launched):
     assert error < (4e-4 if cls == "tf32" else 1e-6) * truth(x.abs(), w, dy.abs(), case[3]).square().mean().sqrt()
 
 
-def test_centring_makes_errors_smaller(device):
+def test_centring_makes_errors_smaller(device, wgmma):
     """The rounding of what nine tenths of dy have in common adds up where x is far from 0, but for dy's edges."""
     shape, w = (2, 16, 32, 32), torch.empty(16, 16, 3, 3, device=device)
     x = torch.randn(shape, device=device) + 10
@@ -247,7 +249,7 @@ def test_cells(device, shape, dtype, split):
     ],
     ids=["channels_last", "unaligned", "negative_bit"],
 )
-def test_layouts(device, make):
+def test_layouts(device, wgmma, make):
     x, w, dy = map(make, tensors(((2, 16, 4, 8), 16, (3, 3), (1, 1)), device))
     w.requires_grad_()
     ours, theirs = (
@@ -258,7 +260,7 @@ def test_layouts(device, make):
 
 
 @CLASSES
-def test_little_shared_memory(device, monkeypatch, cls):
+def test_little_shared_memory(device, wgmma, monkeypatch, cls):
     monkeypatch.setattr(numerics, "_shared_bytes", lambda _: 99 * 1024)
     monkeypatch.setattr(numerics, "_EMULATED_SHARED_BYTES", 99 * 1024)
     case = ((1, 16, 3, 17), 80, (2, 5), (1, 1))
