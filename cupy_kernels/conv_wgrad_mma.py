@@ -117,19 +117,15 @@ def _layout(split, channels, taps, limit) -> _Layout:
 
 def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     """That of conv_wgrad_wgmma.cuh. None if there is not enough shared memory."""
-    tiles_n = min(_MOST_TILES_N, ceil_div(channels[1], 16))
+    tiles_n = _MOST_TILES_N if channels[1] > 64 else channels[1] // 16
     columns = 4 if split == 1 else 1 if width % 2 else 2
 
-    def size(stages):
-        plane = stages * columns * _BAND_ROWS * 16 + 16
-        operands = (planes * plane for planes in (_TILE_IC // 8, 2 * tiles_n))
-        return sum(split * ((values + 63) // 128 * 128 + 64) for values in operands) + 16
-
-    stages = next((n for n in range(_MOST_STAGES_WGMMA, 0, -1) if size(n) <= limit - _RESERVED), 0)
+    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * _CELL_BYTES
+    stages = min(_MOST_STAGES_WGMMA, (limit - _RESERVED) // stage_bytes)
     if stages < 2 + ceil_div(taps, columns):
         return None
     tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
-    return _Layout({"WGMMA": 1, "TILES_N": tiles_n, "STAGES": stages}, tiles, 1, 256, size(stages))
+    return _Layout({"WGMMA": 1, "TILES_N": tiles_n, "STAGES": stages}, tiles, 1, 256, stages * stage_bytes + 16)
 
 
 def conv_wgrad_mma(

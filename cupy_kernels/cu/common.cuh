@@ -14,9 +14,12 @@ struct bf16_t { unsigned short bits; };
 // W neighbouring elements, read and written in one access.
 template <class U, int W> struct __align__(W * sizeof(U)) Packed { U v[W]; };
 
+#ifndef SHARED_ALIGNMENT
+#define SHARED_ALIGNMENT 128
+#endif
 #ifndef CUPY_KERNELS_EMULATOR
 #define DYNAMIC_SHARED(U, name) \
-    extern __shared__ __align__(128) char dynamic_shared_bytes[]; \
+    extern __shared__ __align__(SHARED_ALIGNMENT) char dynamic_shared_bytes[]; \
     U* name = (U*)dynamic_shared_bytes
 #endif
 

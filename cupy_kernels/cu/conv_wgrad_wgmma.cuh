@@ -5,10 +5,11 @@
 // it. So a tap one to the right pairs the same column of x with dy's next column, rows of any width and height leave nothing empty, and a
 // column without a partner is left out.
 //
-// Shared memory: planes of 8 channels, with SPLIT 2 those of the rests (fp16_cells.cuh) after those of the values; in a plane a ring
-// of STAGES stages of COLUMNS columns of 16 pixels, 16 bytes each. Cells come by cp.async. Position 0 of a band is the first column of dy that
-// a tap needs, x begins TAPS_W - 1 positions later. A stage is refilled when no tensor core can still read it: a barrier later than everybody
-// is done with all but the youngest multiplications.
+// Shared memory: a ring of STAGES stages of COLUMNS positions, each a column of x and one of dy, as blocks of 16 cells of 64 channels; with
+// SPLIT 2 such a cell has the values of two (fp16_cells.cuh), and the next block their rests. A column of a block begins at a multiple of 1024
+// bytes, so that wgmma's swizzle is that of cell_offset. Position 0 of a band is the first column of dy that a tap needs, x begins LEAD
+// positions later. A stage is refilled when no tensor core can still read it: a barrier later than everybody is done with all but the youngest
+// multiplications.
 //
 // Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with the small products
 // first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores work for the other.
@@ -20,27 +21,17 @@
 #define THREADS 256
 #define TILE_IC 64
 #define TILE_OC (16 * TILES_N)
+#define GROUPS_OC ((TILE_OC + 63) / 64)  // of 64 channels: of each warpgroup, or one of both
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
 #define TILES (KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC))
-#define X_PLANES (TILE_IC / 8)
-#define DY_PLANES (TILE_OC / 8)
 #define COLUMNS (SPLIT == 1 ? 4 : IN_W % 2 ? 1 : 2)  // of a stage
 #define LEAD ((TAPS_W - 1 + COLUMNS - 1) / COLUMNS * COLUMNS)  // positions before x begins
-#define COLUMN_BYTES (BAND_ROWS * 16)
+#define BLOCK_BYTES (BAND_ROWS * CELL_BYTES)
+#define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
 #define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
 #define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS - 1) / COLUMNS)  // stages that are on their way
 
-// Bytes. Eight planes, and four planes of values and four of rests, have the same pixel in different banks.
-enum { PLANE = STAGES * COLUMNS * COLUMN_BYTES + 16 };
-enum { X_RESTS = (X_PLANES * PLANE + 63) / 128 * 128 + 64, DY = X_RESTS * SPLIT, DY_RESTS = (DY_PLANES * PLANE + 63) / 128 * 128 + 64, ZEROS = DY + DY_RESTS * SPLIT };
-
-// Where part `part` of cell `cell`, of those that a block takes, begins; `rests`: how far the rests are from the values.
-__device__ inline int plane_offset(int cell, int part, int rests) {
-    enum { GROUPS = CHUNK_CHANNELS / 8 };
-    return (cell * GROUPS + part % GROUPS) * PLANE + part / GROUPS * rests;
-}
-
-__device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* shared) {
+__device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);
     int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
     int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
@@ -51,37 +42,32 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
     int first_band = split * split_bands, stages = min(split_bands, bands - first_band) * BAND_STAGES;
 
-    // A thread takes a part of a row of every other column.
+    // A thread takes a part of a row's cells in every other position. Eight lanes write whole cells: writes to eight places would take turns.
     auto fetch = [&](int stage) {
         if (stage < stages) {
-            int thread = threadIdx.x;
-            settle(thread);  // else addresses are computed ahead, and take registers from the sums
-            int row = thread / 8 % BAND_ROWS, part = thread % 8, loader = thread / 128;
+            int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
             int row_of_all = (first_band + stage / BAND_STAGES) * BAND_ROWS + row;
             int image = row_of_all / IN_H, ih = row_of_all % IN_H, oh = ih - PAD_H + kh;
             bool valid = row_of_all < rows && oh >= 0 && oh < OUT_H;
             int position = stage % BAND_STAGES * COLUMNS + loader;
-            u8* to = shared + (stage % STAGES * COLUMNS + loader) * COLUMN_BYTES + row * 16;
-            auto copy = [&](u8* to, const half_t* from, int column, int width, bool exists) {
+            u8* to = ring + (stage % STAGES * COLUMNS + loader) * POSITION_BYTES + cell_offset(row, part);
+            enum { PARTS = 8 / SPLIT };  // of values
+            // 64 channels, those of the source's chunk `chunk` and following ones, of `chunks`.
+            auto copy = [&](int block, const half_t* source, int chunk, int chunks, int height, int width, int h, int column) {
+                chunk += part / PARTS;
+                const u8* from = (const u8*)source + ((((i64)image * chunks + chunk) * height + h) * width + column) * CELL_BYTES + part % PARTS * 16;
                 #pragma unroll
-                for (int c = 0; c < COLUMNS; c += 2)
-                    if (COLUMNS > 1 || loader == 0)
-                        cp_async_16(to + c * COLUMN_BYTES, (const u8*)from + (column + c) * CELL_BYTES + part * 16,
-                                    exists && column + c >= 0 && column + c < width);
+                for (int i = 0; i < (COLUMNS + 1) / 2 * SPLIT; i++) {
+                    int c = i / SPLIT * 2, rest = i % SPLIT;
+                    if (COLUMNS == 1 && loader) break;
+                    cp_async_16(to + c * POSITION_BYTES + (block * SPLIT + rest) * BLOCK_BYTES, from + c * CELL_BYTES + rest * PARTS * 16,
+                                valid && chunk < chunks && column + c >= 0 && column + c < width);
+                }
             };
-            #pragma unroll 1
-            for (int cell = 0; cell < SPLIT; cell++) {
-                int chunk = ic_tile * SPLIT + cell;
-                copy(to + plane_offset(cell, part, X_RESTS), x + (((i64)image * X_CHUNKS + chunk) * IN_H + ih) * (IN_W * 64),
-                     position - LEAD, IN_W, valid && chunk < X_CHUNKS);
-            }
-            #pragma unroll 1
-            for (int cell = 0; cell < (TILE_OC + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS; cell++) {
-                int chunk = oc_tile * (TILE_OC / CHUNK_CHANNELS) + cell;
-                if (TILE_OC % CHUNK_CHANNELS == 0 || cell * CHUNK_CHANNELS + part * 8 % CHUNK_CHANNELS < TILE_OC)
-                    copy(to + DY + plane_offset(cell, part, DY_RESTS), dy + (((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * (OUT_W * 64),
-                         position - LEAD + TAPS_W - 1 - PAD_W + kw, OUT_W, valid && chunk < DY_CHUNKS);
-            }
+            copy(0, x, ic_tile * SPLIT, X_CHUNKS, IN_H, IN_W, ih, position - LEAD);
+            #pragma unroll 1  // unrolled, addresses would take more registers
+            for (int group = 0; group < GROUPS_OC; group++)
+                copy(1 + group, dy, (oc_tile * GROUPS_OC + group) * SPLIT, DY_CHUNKS, OUT_H, OUT_W, oh, position - LEAD + TAPS_W - 1 - PAD_W + kw);
         }
         cp_async_commit();
     };
@@ -97,12 +83,12 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         int ow = column - PAD_W + kw + t;
         return column >= 0 && column < IN_W && ow >= 0 && ow < OUT_W;
     };
-    const u8* x_row = shared + (warp % 4 * 2 + lane / 8 % 2) * PLANE + (lane % 8 + lane / 16 * 8) * 16;  // this lane's of ldmatrix
-    WgmmaOperand dy_columns(shared + DY + warpgroup * (DY_PLANES / 2) * PLANE, 128, PLANE);
-    // The column of dy `c` columns from where the stage in `slot` begins, a little before that or in it.
+    const u8* x_row = ring + cell_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);  // this lane's of ldmatrix
+    WgmmaCells dy_cells(ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0);
+    // The column of dy `c` positions from where the stage in `slot` begins, a little before that or in it.
     auto dy_column = [&](int slot, int c) {
-        int column = slot * COLUMNS + c;
-        return dy_columns.moved((c < 0 && column < 0 ? column + STAGES * COLUMNS : column) * COLUMN_BYTES);
+        int position = slot * COLUMNS + c;
+        return dy_cells.moved((c < 0 && position < 0 ? position + STAGES * COLUMNS : position) * POSITION_BYTES);
     };
     float sums[TAPS_W][TILES_N][4] = {};
 
@@ -149,11 +135,11 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
                 wgmma_fence();
                 #pragma unroll
                 for (int t = 0; t < TAPS_W; t++)
-                    if (inner || has_partner(column, t)) wgmma_transposed<TILES_N>(sums[t], a, dy_column(slot, c + t - (TAPS_W - 1)));
+                    if (inner || has_partner(column, t)) wgmma<TILES_N>(sums[t], a, dy_column(slot, c + t - (TAPS_W - 1)));
                 wgmma_commit();
             };
             if (active && column >= 0 && column < IN_W) {
-                ldmatrix_x4_transposed(a, x_row + (slot * COLUMNS + c) * COLUMN_BYTES);
+                ldmatrix_x4_transposed(a, x_row + (slot * COLUMNS + c) * POSITION_BYTES);
                 // The next band's first column may have the same registers as this one's last.
                 if (column >= inner_first && column < min(inner_end, IN_W - 1)) multiply_column(true), wgmma_wait<1>();
                 else multiply_column(false), wgmma_wait<0>();
@@ -164,21 +150,19 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     }
 #else
     // Of a column whose partner for tap t does not exist, which then is zeros: zeros.
-    u8* zeros = shared + ZEROS;
+    u8* zeros = ring + STAGES * COLUMNS * POSITION_BYTES;
     if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
     unsigned fragments[COLUMNS][SPLIT][4];
     auto load = [&](int stage, int t) __attribute__((always_inline)) {
         #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
             bool has = has_partner(stage % BAND_STAGES * COLUMNS - LEAD + c, t);
-            const u8* row = x_row + (stage % STAGES * COLUMNS + c) * COLUMN_BYTES;
+            const u8* row = x_row + (stage % STAGES * COLUMNS + c) * POSITION_BYTES;
             #pragma unroll
-            for (int part = 0; part < SPLIT; part++) ldmatrix_x4_transposed(fragments[c][part], has ? row + part * X_RESTS : zeros);
+            for (int part = 0; part < SPLIT; part++) ldmatrix_x4_transposed(fragments[c][part], has ? row + part * BLOCK_BYTES : zeros);
         }
     };
     float products[TILES_N][4] = {};
-    int no = 0;
-    settle(no);  // else compilers see that nothing is left of the last products, and take more registers for the next ones
     arrive();
     load(0, 0);
     for (int stage = 0; stage < stages; stage++) {
@@ -192,8 +176,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
                 for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
                     #pragma unroll
                     for (int c = 0; c < COLUMNS; c++) {
-                        WgmmaOperand right = dy_column(slot, c + t - (TAPS_W - 1)).moved(product == 1 ? DY_RESTS : 0);
-                        wgmma_transposed<TILES_N>(products, fragments[c][product == 0], right, product + c == 0 ? no : 1);
+                        WgmmaCells right = dy_column(slot, c + t - (TAPS_W - 1)).moved(product == 1 ? BLOCK_BYTES : 0);
+                        wgmma<TILES_N>(products, fragments[c][product == 0], right, product + c > 0);
                     }
                 wgmma_commit();
                 if (t == 0) fetch(stage + AHEAD);

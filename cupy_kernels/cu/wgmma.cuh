@@ -9,15 +9,13 @@
 #pragma once
 
 // An operand in shared memory: rows of 16 halves (rows of A, columns of B). 8 halves of a row, 16 bytes, lie together, and 8 rows of
-// them one after the other; `along` bytes further lie the rows' next 8 halves, `across` bytes further the next 8 rows. Transposed, one of 8
-// halves of a row is in each of the 16 bytes: 8 rows lie together, 8 halves of them one after the other, the rest as before.
+// them one after the other; `along` bytes further lie the rows' next 8 halves, `across` bytes further the next 8 rows.
 struct WgmmaOperand {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* start;
     int along, across;
     __device__ WgmmaOperand(const u8* start, int along, int across) : start(start), along(along), across(across) {}
     float at(int row, int k) const { return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]); }
-    float transposed_at(int row, int k) const { return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + k % 8 * 16))[row % 8]); }
 #else
     unsigned start, stride;  // the two words of PTX's matrix descriptor, lengths in units of 16 bytes, without a swizzle
     __device__ WgmmaOperand(const u8* from, int along, int across)
@@ -26,6 +24,30 @@ struct WgmmaOperand {
 #endif
     __device__ WgmmaOperand moved(int bytes) const {
         WgmmaOperand other = *this;
+#ifdef CUPY_KERNELS_EMULATOR
+        other.start += bytes;
+#else
+        other.start += bytes >> 4;
+#endif
+        return other;
+    }
+};
+
+// The operand B, transposed, as cells (fp16_cells.cuh) in shared memory: 16 cells of 128 bytes, at a multiple of 1024 bytes and with their
+// parts in cell_offset's order. A cell has a half of each of 64 rows, of which `first_part` eights are left out.
+struct WgmmaCells {
+#ifdef CUPY_KERNELS_EMULATOR
+    const u8* start;
+    int first_part;
+    __device__ WgmmaCells(const u8* start, int first_part) : start(start), first_part(first_part) {}
+    float at(int row, int k) const { return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]); }
+#else
+    unsigned start;
+    __device__ WgmmaCells(const u8* from, int first_part) : start((unsigned)__cvta_generic_to_shared(from) / 16 + first_part) {}
+    __device__ unsigned long long bits() const { return (1ull << 30 | 1024 / 16) << 32 | start; }  // swizzled by 128 bytes, 8 cells further: 1024
+#endif
+    __device__ WgmmaCells moved(int bytes) const {
+        WgmmaCells other = *this;
 #ifdef CUPY_KERNELS_EMULATOR
         other.start += bytes;
 #else
@@ -118,10 +140,10 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline_
 #define WGMMA_CASE_FRAGMENT(tiles, n, a0, a1, a2, a3) \
     if constexpr (COUNT == tiles) WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, "+f")
 
-// The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh, and with b transposed. Until a
-// wait for it, the registers of `a` must not change.
+// The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh. Until a wait for it, the registers of
+// `a` must not change.
 template <int COUNT, int MOST>
-__device__ __forceinline__ void wgmma_transposed(float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaOperand& b, int accumulate = 1) {
+__device__ __forceinline__ void wgmma(float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaCells& b, int accumulate = 1) {
 #ifdef CUPY_KERNELS_EMULATOR
     struct Fragment { float v[8]; } mine;
     for (int i = 0; i < 8; i++) mine.v[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
@@ -132,7 +154,7 @@ __device__ __forceinline__ void wgmma_transposed(float (&d)[MOST][4], const unsi
         for (int t = 0; t < COUNT; t++)
             for (int c = 0; c < 4; c++) {
                 if (!accumulate && k == 0) d[t][c] = 0;
-                d[t][c] += left.v[k / 8 * 4 + c / 2 * 2 + k % 2] * b.transposed_at(t * 8 + lane % 4 * 2 + c % 2, k);
+                d[t][c] += left.v[k / 8 * 4 + c / 2 * 2 + k % 2] * b.at(t * 8 + lane % 4 * 2 + c % 2, k);
             }
     }
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
