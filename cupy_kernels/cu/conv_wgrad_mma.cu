@@ -2,16 +2,14 @@
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih - PAD_H + kh, iw - PAD_W + kw]
 //
-// x, dy: fp16 cells (fp16_cells.cu). For each tap, a product of dy (rows oc) and x (columns ic), summed over the pixels of x. The
-// 16 pixels of one mma lie below each other: one column of a band of 16 rows, rows counted through all images. So a tap one to the
-// right pairs the same fragment of x with that of dy's next column: fragments of TAPS_W neighbouring columns of dy wait in registers
-// (`window`), and each column of x and of dy is read from shared memory once for all taps.
+// x, dy: fp16 cells (fp16_cells.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16 pixels that one instruction
+// multiplies lie below each other: one column of a band of 16 rows, rows counted through all images. So a tap one to the right pairs the
+// same column of x with dy's next column, images of any width and height leave nothing empty, and a column without a partner is left out.
 //
-// conv_wgrad_mma: a block owns one kh, TAPS_W taps in a row, TILE_OC output channels, one chunk of input channels, and a share
-// of the bands (split-K); a warp owns 16 output channels. Columns come through a ring of STAGES cp.async stages of COLUMNS columns
-// each: position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later x begins. Each block writes
-// its sums, partial [split][tap][oc][ic]. Chains of additions are limited: after CHAIN_BANDS bands the sums go to `partial` and
-// begin anew. conv_wgrad_reduce adds the splits in ascending order, undoes the scales, and writes dw [ic][oc][tap].
+// conv_wgrad_mma: a block owns one kh, TAPS_W taps in a row, some channels of each, and a share of the bands (split-K). Columns come through
+// a ring of cp.async stages. Each block writes its sums, partial [split][tap][oc][ic], with WGMMA [split][tap][ic][oc]. Chains of additions are
+// limited: after CHAIN_BANDS bands the sums go to `partial` and begin anew. conv_wgrad_reduce adds the splits in ascending order, undoes the
+// scales, and writes dw [ic][oc][tap].
 //
 // x may be centred, less a constant c[ic] (fp16_cells.cuh). Then dw lacks c[ic] times the sum of dy over the pixels that have a partner in
 // x, which conv_wgrad_borders and conv_wgrad_partnered find for a dy whose sum over all pixels is 0, as batch norm's backward makes it:
@@ -19,7 +17,8 @@
 //
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw), IN_CHANNELS,
-// OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT, WARPS (4 or 8), TAPS_W, STAGES.
+// OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT, TAPS_W, STAGES, WGMMA (1:
+// conv_wgrad_wgmma.cuh, 0: conv_wgrad_mma.cuh) and those of that file.
 #define SHARED_ALIGNMENT 1024  // wgmma.cuh
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -31,7 +30,9 @@
 #define TAPS (KERNEL_H * KERNEL_W)
 #define TAP_GROUPS ((KERNEL_W + TAPS_W - 1) / TAPS_W)
 #define BAND_ROWS 16
-#define CHAIN (SPLIT == 1 ? 2048 : 128)  // SPLIT 1: the tensor core's sums, which truncate, must stay below the operands' rounding
+// Columns whose sums are added up before they go to memory. SPLIT 1: the tensor core's sums, which truncate, must stay below the operands'
+// rounding. SPLIT 2: by wgmma, an addition is for two columns.
+#define CHAIN (SPLIT == 1 ? 2048 : WGMMA ? 256 : 128)
 #define CHAIN_BANDS (CHAIN > IN_W ? CHAIN / IN_W : 1)
 #if WGMMA
 #include "conv_wgrad_wgmma.cuh"

@@ -1,4 +1,8 @@
-// The sums of conv_wgrad_mma.cu by mma.sync
+// The sums of conv_wgrad_mma.cu by mma.sync: products of dy (rows oc) and x (columns ic). Fragments of TAPS_W neighbouring columns of dy wait in
+// registers (`window`), and each column of x and of dy is read from shared memory once for all taps.
+//
+// A block owns TILE_OC output channels and one chunk of input channels, a warp 16 output channels. A stage of the ring has COLUMNS columns:
+// position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later x begins. Macros: WARPS (4 or 8).
 #pragma once
 #include "mma.cuh"
 

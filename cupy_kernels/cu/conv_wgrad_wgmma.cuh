@@ -1,20 +1,17 @@
 // The sums of conv_wgrad_mma.cu for sm_90a, by wgmma: x in registers, dy read from shared memory by the tensor cores on their own.
 //
-// A block owns one kh, TAPS_W taps in a row, 64 input channels (rows of the products), 16 TILES_N output channels, half of them each
-// warpgroup's, and a share of the bands. A band is 16 rows, counted through all images, and the 16 pixels of one wgmma are one column of
-// it. So a tap one to the right pairs the same column of x with dy's next column, rows of any width and height leave nothing empty, and a
-// column without a partner is left out.
+// A block owns 64 input channels, the rows of the products, and 16 TILES_N output channels, half of them each warpgroup's.
 //
 // Shared memory: a ring of STAGES stages of COLUMNS positions, each a column of x and one of dy, as blocks of 16 cells of 64 channels; with
-// SPLIT 2 such a cell has the values of two (fp16_cells.cuh), and the next block their rests. A column of a block begins at a multiple of 1024
-// bytes, so that wgmma's swizzle is that of cell_offset. Position 0 of a band is the first column of dy that a tap needs, x begins LEAD
-// positions later. A stage is refilled when no tensor core can still read it: a barrier later than everybody is done with all but the youngest
-// multiplications.
+// SPLIT 2 such a cell has the values of two (fp16_cells.cuh), and the next block their rests. A block begins at a multiple of 1024 bytes, so
+// that wgmma's swizzle is that of cell_offset, and a tap is another block. Position 0 of a band is the first column of dy that a tap needs, x
+// begins LEAD positions later. A stage is refilled when no tensor core can still read it: after a barrier before which everybody has waited for
+// all but the youngest multiplications.
 //
 // Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with the small products
 // first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores work for the other.
 //
-// Sums go to partial [split][tap][ic][oc]. Macros: those of conv_wgrad_mma.cu, TILES_N (tiles of 8 output channels of a warpgroup), STAGES.
+// Macros: TILES_N (tiles of 8 output channels of a warpgroup).
 #pragma once
 #include "wgmma.cuh"
 
@@ -144,12 +141,12 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
                 if (column >= inner_first && column < min(inner_end, IN_W - 1)) multiply_column(true), wgmma_wait<1>();
                 else multiply_column(false), wgmma_wait<0>();
             }
-            if (c == 0) fetch(stage + AHEAD);
+            if (c == 1) fetch(stage + AHEAD);  // not right after the barrier, when the tensor cores have least to do
         }
         if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) wgmma_wait<0>(), store_sums(first), first = false;
     }
 #else
-    // Of a column whose partner for tap t does not exist, which then is zeros: zeros.
+    // A stage's columns of x for tap t. Where a column of dy does not exist it is zeros here, and for its tap so is that of x: 0 * NaN is NaN.
     u8* zeros = ring + STAGES * COLUMNS * POSITION_BYTES;
     if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
     unsigned fragments[COLUMNS][SPLIT][4];
@@ -185,7 +182,12 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
                 wgmma_wait<0>();
                 wgmma_arrived<TILES_N>(products);
                 if (t == TAPS_W - 1) load(stage + 1, 0);  // past the last stage this is nothing that anybody uses
-                else if (!inner) load(stage, t + 1);
+                else if (!inner) {
+                    bool changes = false;  // in which columns have a partner
+                    #pragma unroll
+                    for (int c = 0; c < COLUMNS; c++) changes |= has_partner(first_column + c, t) != has_partner(first_column + c, t + 1);
+                    if (changes) load(stage, t + 1);
+                }
                 #pragma unroll
                 for (int i = 0; i < TILES_N * 4; i++) sums[t][i / 4][i % 4] += products[i / 4][i % 4];
                 wgmma_arrived<TILES_N>(sums[t]);  // see conv_wgmma.cuh
