@@ -54,7 +54,7 @@ SHAPE_MACROS = frozenset(
     ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
     + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
     + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
-    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES")
+    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES", "TILES_N")
 )
 
 
@@ -790,7 +790,9 @@ def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
 
 _BLOCKS = 132  # one for each multiprocessor of an H100; a constant, so that sums depend on shapes alone
 _MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
-_MOST_STAGES = 6
+_MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
+_MOST_TILES_N = 8  # of a warpgroup; of its sums, as many as a thread has registers for
+_TILE_IC = 64
 conv_wgrad_mma_CELL_BYTES = 128
 _BAND_ROWS = 16
 conv_wgrad_mma_RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
@@ -813,11 +815,12 @@ class conv_wgrad_mma_Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int) -> conv_wgrad_mma_Plan:
+def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int, wgmma: bool = False) -> conv_wgrad_mma_Plan:
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
     split: of the cells of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
-    block may use. Raises UnsupportedError for what the kernels do not take.
+    block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where it can. Raises UnsupportedError for what
+    the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -825,27 +828,11 @@ def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype:
     output = output_shape(x_shape, w_shape, geometry)
     out = output[2:]
     taps = ceil_div(kernel[1], ceil_div(kernel[1], _MOST_TAPS))
-    columns = ceil_div(4, taps) * taps
-    chunk = 64 // split
-
-    def layout(warps):
-        """(stages, bytes of a stage)"""
-        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * conv_wgrad_mma_CELL_BYTES
-        blocks = 8 // warps  # that share a multiprocessor
-        return min(_MOST_STAGES, (shared_limit - conv_wgrad_mma_RESERVED) // blocks // stage_bytes), stage_bytes
-
-    choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels_out > 64]
-    warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
-    if stages < 2:
-        # One block for each multiprocessor then, as only GPUs with little shared memory need.
-        stages = min(_MOST_STAGES, (shared_limit - conv_wgrad_mma_RESERVED) // stage_bytes)
-    if stages < 2:
-        raise UnsupportedError(
-            f"it needs {2 * stage_bytes + conv_wgrad_mma_RESERVED} bytes of shared memory, the GPU has {shared_limit}"
-        )
-    tiles = kernel[0] * ceil_div(kernel[1], taps) * ceil_div(channels_out, 16 * warps) * ceil_div(channels_in, chunk)
+    sizes = split, (channels_in, channels_out), taps, shared_limit
+    found = (_wgmma_layout(width, *sizes) if wgmma else None) or conv_wgrad_mma_layout(*sizes)
+    tiles = kernel[0] * ceil_div(kernel[1], taps) * found.channel_tiles
     bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
-    split_bands = ceil_div(bands, max(1, _BLOCKS * (8 // warps) // tiles))
+    split_bands = ceil_div(bands, max(1, _BLOCKS * found.blocks // tiles))
     splits = ceil_div(bands, split_bands)
     macros = {
         "scalar_t": dtype,
@@ -861,15 +848,60 @@ def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype:
         "PAD_H": geometry.padding[0],
         "PAD_W": geometry.padding[1],
         "SPLIT": split,
-        "WARPS": warps,
         "TAPS_W": taps,
-        "STAGES": stages,
+        **found.macros,
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
-    shared_bytes = stages * stage_bytes
+    chunk = 64 // split
     borders = out[0] * out[1] * ceil_div(channels_out, chunk) * chunk
-    sizes = (tiles, splits, split_bands, 32 * warps, shared_bytes, splits * size, borders, size // channels_in)
+    sizes = (tiles, splits, split_bands, found.threads, found.shared_bytes, splits * size, borders, size // channels_in)
     return conv_wgrad_mma_Plan(tuple(macros.items()), output, split, *sizes)
+
+
+class _Layout(NamedTuple):
+    """What the two main loops differ in."""
+
+    macros: dict
+    channel_tiles: int
+    blocks: int  # that share a multiprocessor
+    threads: int
+    shared_bytes: int
+
+
+def conv_wgrad_mma_layout(split, channels, taps, limit) -> _Layout:
+    """That of conv_wgrad_mma.cuh. UnsupportedError if there is not enough shared memory."""
+    columns = ceil_div(4, taps) * taps
+    chunk = 64 // split
+
+    def layout(warps):
+        """(stages, bytes of a stage)"""
+        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * conv_wgrad_mma_CELL_BYTES
+        blocks = 8 // warps
+        return min(_MOST_STAGES, (limit - conv_wgrad_mma_RESERVED) // blocks // stage_bytes), stage_bytes
+
+    choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels[1] > 64]
+    warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
+    if stages < 2:
+        # One block for each multiprocessor then, as only GPUs with little shared memory need.
+        stages = min(_MOST_STAGES, (limit - conv_wgrad_mma_RESERVED) // stage_bytes)
+    if stages < 2:
+        raise UnsupportedError(f"it needs {2 * stage_bytes + conv_wgrad_mma_RESERVED} bytes of shared memory, the GPU has {limit}")
+    tiles = ceil_div(channels[1], 16 * warps) * ceil_div(channels[0], chunk)
+    macros = {"WGMMA": 0, "WARPS": warps, "STAGES": stages}
+    return _Layout(macros, tiles, 8 // warps, 32 * warps, stages * stage_bytes)
+
+
+def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
+    """That of conv_wgrad_wgmma.cuh. None if there is not enough shared memory."""
+    tiles_n = _MOST_TILES_N if channels[1] > 64 else channels[1] // 16
+    columns = 4 if split == 1 else 1 if width % 2 else 2
+
+    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * conv_wgrad_mma_CELL_BYTES
+    stages = min(_MOST_STAGES_WGMMA, (limit - conv_wgrad_mma_RESERVED) // stage_bytes)
+    if stages < 2 + ceil_div(taps, columns):
+        return None
+    tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
+    return _Layout({"WGMMA": 1, "TILES_N": tiles_n, "STAGES": stages}, tiles, 1, 256, stages * stage_bytes + 16)
 
 
 def conv_wgrad_mma(
@@ -1588,7 +1620,7 @@ def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str
 
 def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str):
     """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason)."""
-    return plan_or_reason(conv_wgrad_mma_plan, x, w_shape, geometry, numerics)
+    return plan_or_reason(conv_wgrad_mma_plan, x, w_shape, geometry, numerics, wgmma=uses_wgmma(x))
 
 
 def required_plan(make, x, w_shape, geometry, numerics, **options):
@@ -2269,9 +2301,12 @@ struct bf16_t { unsigned short bits; };
 // W neighbouring elements, read and written in one access.
 template <class U, int W> struct __align__(W * sizeof(U)) Packed { U v[W]; };
 
+#ifndef SHARED_ALIGNMENT
+#define SHARED_ALIGNMENT 128
+#endif
 #ifndef CUPY_KERNELS_EMULATOR
 #define DYNAMIC_SHARED(U, name) \
-    extern __shared__ __align__(128) char dynamic_shared_bytes[]; \
+    extern __shared__ __align__(SHARED_ALIGNMENT) char dynamic_shared_bytes[]; \
     U* name = (U*)dynamic_shared_bytes
 #endif
 
@@ -3715,16 +3750,14 @@ __device__ inline void convolve(
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih - PAD_H + kh, iw - PAD_W + kw]
 //
-// x, dy: fp16 cells (fp16_cells.cu). For each tap, a product of dy (rows oc) and x (columns ic), summed over the pixels of x. The
-// 16 pixels of one mma lie below each other: one column of a band of 16 rows, rows counted through all images. So a tap one to the
-// right pairs the same fragment of x with that of dy's next column: fragments of TAPS_W neighbouring columns of dy wait in registers
-// (`window`), and each column of x and of dy is read from shared memory once for all taps.
+// x, dy: fp16 cells (fp16_cells.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16 pixels that one instruction
+// multiplies lie below each other: one column of a band of 16 rows, rows counted through all images. So a tap one to the right pairs the
+// same column of x with dy's next column, images of any width and height leave nothing empty, and a column without a partner is left out.
 //
-// conv_wgrad_mma: a block owns one kh, TAPS_W taps in a row, TILE_OC output channels, one chunk of input channels, and a share
-// of the bands (split-K); a warp owns 16 output channels. Columns come through a ring of STAGES cp.async stages of COLUMNS columns
-// each: position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later x begins. Each block writes
-// its sums, partial [split][tap][oc][ic]. Chains of additions are limited: after CHAIN_BANDS bands the sums go to `partial` and
-// begin anew. conv_wgrad_reduce adds the splits in ascending order, undoes the scales, and writes dw [ic][oc][tap].
+// conv_wgrad_mma: a block owns one kh, TAPS_W taps in a row, some channels of each, and a share of the bands (split-K). Columns come through
+// a ring of cp.async stages. Each block writes its sums, partial [split][tap][oc][ic], with WGMMA [split][tap][ic][oc]. Chains of additions are
+// limited: after CHAIN_BANDS bands the sums go to `partial` and begin anew. conv_wgrad_reduce adds the splits in ascending order, undoes the
+// scales, and writes dw [ic][oc][tap].
 //
 // x may be centred, less a constant c[ic] (fp16_cells.cuh). Then dw lacks c[ic] times the sum of dy over the pixels that have a partner in
 // x, which conv_wgrad_borders and conv_wgrad_partnered find for a dy whose sum over all pixels is 0, as batch norm's backward makes it:
@@ -3732,31 +3765,120 @@ __device__ inline void convolve(
 //
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw), IN_CHANNELS,
-// OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT, WARPS (4 or 8), TAPS_W, STAGES.
+// OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT, TAPS_W, STAGES, WGMMA (1:
+// conv_wgrad_wgmma.cuh, 0: conv_wgrad_mma.cuh) and those of that file.
+#define SHARED_ALIGNMENT 1024  // wgmma.cuh
 #include "common.cuh"
 #include "async_copy.cuh"
 #include "fp16_cells.cuh"
 #include "mma.cuh"
 
+#define X_CHUNKS CHUNKS
+#define DY_CHUNKS ((OUT_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
+#define TAPS (KERNEL_H * KERNEL_W)
+#define TAP_GROUPS ((KERNEL_W + TAPS_W - 1) / TAPS_W)
+#define BAND_ROWS 16
+// Columns whose sums are added up before they go to memory. SPLIT 1: the tensor core's sums, which truncate, must stay below the operands'
+// rounding. SPLIT 2: by wgmma, an addition is for two columns.
+#define CHAIN (SPLIT == 1 ? 2048 : WGMMA ? 256 : 128)
+#define CHAIN_BANDS (CHAIN > IN_W ? CHAIN / IN_W : 1)
+#if WGMMA
+#include "conv_wgrad_wgmma.cuh"
+#else
+#include "conv_wgrad_mma.cuh"
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images, int split_bands) {
+    DYNAMIC_SHARED(u8, shared);
+    sum_pixels(x, dy, partial, images, split_bands, shared);
+}
+
+// Rows and columns at each edge of dy that have no partner for some tap.
+#define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
+#define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
+
+// sums [pixel][DY_CHUNKS * CHUNK_CHANNELS]: of dy's cells over the images; 0 for pixels that have a partner for every tap. A block takes
+// a pixel of a chunk.
+extern "C" __global__ void __launch_bounds__(256) conv_wgrad_borders(const half_t* __restrict__ dy, float* __restrict__ sums, int images) {
+    __shared__ float shares[32][64];
+    int pixel = blockIdx.x / DY_CHUNKS, chunk = blockIdx.x % DY_CHUNKS, h = pixel / OUT_W, w = pixel % OUT_W;
+    bool edge = h < EDGE_H || h >= OUT_H - EDGE_H || w < EDGE_W || w >= OUT_W - EDGE_W;
+    float sum[8] = {};
+    for (i64 image = threadIdx.x / 8; edge && image < images; image += 32) {
+        const half_t* cell = dy + ((image * DY_CHUNKS + chunk) * (OUT_H * OUT_W) + pixel) * 64;
+        Packed<half_t, 8> part = ((const Packed<half_t, 8>*)cell)[threadIdx.x % 8];
+        #pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] += to_acc(part.v[j]);
+    }
+    #pragma unroll
+    for (int j = 0; j < 8; j++) shares[threadIdx.x / 8][threadIdx.x % 8 * 8 + j] = sum[j];
+    __syncthreads();
+    if (threadIdx.x >= CHUNK_CHANNELS) return;
+    float total = 0;
+    for (int part = 0; part < SPLIT; part++)
+        for (int i = 0; i < 32; i++) total += shares[i][part * CHUNK_CHANNELS + threadIdx.x];
+    sums[blockIdx.x * CHUNK_CHANNELS + threadIdx.x] = total;
+}
+
+// partnered [oc][tap]: the sum of dy over the pixels that have a partner in x. One block an output channel.
+extern "C" __global__ void __launch_bounds__(256) conv_wgrad_partnered(
+    const float* __restrict__ sums, const int* __restrict__ dy_exponents, float* __restrict__ partnered, int dy_count) {
+    __shared__ unsigned scratch[32];
+    ScaleBack scale(smallest_exponent(dy_exponents, dy_count, scratch));
+    for (int tap = threadIdx.x / 32; tap < TAPS; tap += 8) {
+        int kh = tap / KERNEL_W, kw = tap % KERNEL_W;
+        float alone = 0;
+        for (int pixel = threadIdx.x % 32; pixel < OUT_H * OUT_W; pixel += 32) {
+            int ih = pixel / OUT_W + PAD_H - kh, iw = pixel % OUT_W + PAD_W - kw;
+            if (ih < 0 || ih >= IN_H || iw < 0 || iw >= IN_W) alone += sums[pixel * (DY_CHUNKS * CHUNK_CHANNELS) + blockIdx.x];
+        }
+        for (int lanes = 16; lanes > 0; lanes >>= 1) alone += __shfl_xor_sync(0xFFFFFFFFu, alone, lanes);
+        if (threadIdx.x % 32 == 0) partnered[blockIdx.x * TAPS + tap] = -scale(alone);
+    }
+}
+
+// x_sums, partnered: null, or for an x that is centred.
+extern "C" __global__ void conv_wgrad_reduce(
+    const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
+    const scalar_t* __restrict__ x_sums, const float* __restrict__ partnered, scalar_t* __restrict__ dw, int x_count, int dy_count,
+    int splits) {
+    __shared__ unsigned scratch[32];
+    enum { SIZE = TAPS * OUT_CHANNELS * IN_CHANNELS };
+    int exponent = centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch));
+    ScaleBack scale(exponent + smallest_exponent(dy_exponents, dy_count, scratch));
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= SIZE) return;
+    float sum = 0;
+    #pragma unroll 8
+    for (int s = 0; s < splits; s++) sum += partial[(i64)s * SIZE + i];
+    int tap = i / (IN_CHANNELS * OUT_CHANNELS);
+    int ic = WGMMA ? i / OUT_CHANNELS % IN_CHANNELS : i % IN_CHANNELS, oc = WGMMA ? i % OUT_CHANNELS : i / IN_CHANNELS % OUT_CHANNELS;
+    float total = scale(sum);
+    if (x_sums) total = add_unflushed(total, centre(x_sums, ic, IN_H * IN_W) * partnered[oc * TAPS + tap]);
+    dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(total);
+}
+""",
+    "conv_wgrad_mma.cuh": r"""// The sums of conv_wgrad_mma.cu by mma.sync: products of dy (rows oc) and x (columns ic). Fragments of TAPS_W neighbouring columns of dy wait in
+// registers (`window`), and each column of x and of dy is read from shared memory once for all taps.
+//
+// A block owns TILE_OC output channels and one chunk of input channels, a warp 16 output channels. A stage of the ring has COLUMNS columns:
+// position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later x begins. Macros: WARPS (4 or 8).
+#pragma once
+#include "mma.cuh"
+
 #define THREADS (32 * WARPS)
 #define TILE_OC (16 * WARPS)
 #define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)  // of dy
-#define X_CHUNKS CHUNKS
-#define DY_CHUNKS ((OUT_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
 #define PAIRS ((IN_CHANNELS < CHUNK_CHANNELS ? IN_CHANNELS : CHUNK_CHANNELS) / 16)  // of n8-tiles of input channels
-#define TAPS (KERNEL_H * KERNEL_W)
-#define TAP_GROUPS ((KERNEL_W + TAPS_W - 1) / TAPS_W)
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
 #define TILES (KERNEL_H * TAP_GROUPS * OC_TILES * X_CHUNKS)
 
-#define BAND_ROWS 16
 #define COLUMNS ((TAPS_W + 3) / TAPS_W * TAPS_W)  // at least 4 a stage, and a multiple of the window
 #define COLUMN_BYTES (BAND_ROWS * CELL_BYTES)
 #define SLOT_BYTES ((1 + TILE_CHUNKS) * COLUMNS * COLUMN_BYTES)  // x, then each chunk of dy
 #define BAND_STAGES ((IN_W + TAPS_W - 1 + COLUMNS - 1) / COLUMNS)
 #define BUFFERS (SPLIT == 1 ? 2 : 1)
-#define CHAIN (SPLIT == 1 ? 2048 : 128)  // SPLIT 1: the tensor core's sums, which truncate, must stay below the operands' rounding
-#define CHAIN_BANDS (CHAIN > IN_W ? CHAIN / IN_W : 1)
 
 typedef float Sums[2 * PAIRS][4];  // of a tap: [8 input channels][fragment c of mma.cuh]
 
@@ -3779,9 +3901,7 @@ __device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[SPLIT][
     for (int i = 0; i < 8 * PAIRS; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images, int split_bands) {
-    DYNAMIC_SHARED(u8, ring);
+__device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
     int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
@@ -3900,69 +4020,209 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
         if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) store_sums(first), first = false;
     }
 }
+""",
+    "conv_wgrad_wgmma.cuh": r"""// The sums of conv_wgrad_mma.cu for sm_90a, by wgmma: x in registers, dy read from shared memory by the tensor cores on their own.
+//
+// A block owns 64 input channels, the rows of the products, and 16 TILES_N output channels, half of them each warpgroup's.
+//
+// Shared memory: a ring of STAGES stages of COLUMNS positions, each a column of x and one of dy, as blocks of 16 cells of 64 channels; with
+// SPLIT 2 such a cell has the values of two (fp16_cells.cuh), and the next block their rests. A block begins at a multiple of 1024 bytes, so
+// that wgmma's swizzle is that of cell_offset, and a tap is another block. Position 0 of a band is the first column of dy that a tap needs, x
+// begins LEAD positions later. A stage is refilled when no tensor core can still read it: after a barrier before which everybody has waited for
+// all but the youngest multiplications.
+//
+// Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with the small products
+// first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores work for the other.
+//
+// Macros: TILES_N (tiles of 8 output channels of a warpgroup).
+#pragma once
+#include "wgmma.cuh"
 
-// Rows and columns at each edge of dy that have no partner for some tap.
-#define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
-#define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
+#define THREADS 256
+#define TILE_IC 64
+#define TILE_OC (16 * TILES_N)
+#define GROUPS_OC ((TILE_OC + 63) / 64)  // of 64 channels: of each warpgroup, or one of both
+#define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
+#define TILES (KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC))
+#define COLUMNS (SPLIT == 1 ? 4 : IN_W % 2 ? 1 : 2)  // of a stage
+#define LEAD ((TAPS_W - 1 + COLUMNS - 1) / COLUMNS * COLUMNS)  // positions before x begins
+#define BLOCK_BYTES (BAND_ROWS * CELL_BYTES)
+#define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
+#define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
+#define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS - 1) / COLUMNS)  // stages that are on their way
 
-// sums [pixel][DY_CHUNKS * CHUNK_CHANNELS]: of dy's cells over the images; 0 for pixels that have a partner for every tap. A block takes
-// a pixel of a chunk.
-extern "C" __global__ void __launch_bounds__(256) conv_wgrad_borders(const half_t* __restrict__ dy, float* __restrict__ sums, int images) {
-    __shared__ float shares[32][64];
-    int pixel = blockIdx.x / DY_CHUNKS, chunk = blockIdx.x % DY_CHUNKS, h = pixel / OUT_W, w = pixel % OUT_W;
-    bool edge = h < EDGE_H || h >= OUT_H - EDGE_H || w < EDGE_W || w >= OUT_W - EDGE_W;
-    float sum[8] = {};
-    for (i64 image = threadIdx.x / 8; edge && image < images; image += 32) {
-        const half_t* cell = dy + ((image * DY_CHUNKS + chunk) * (OUT_H * OUT_W) + pixel) * 64;
-        Packed<half_t, 8> part = ((const Packed<half_t, 8>*)cell)[threadIdx.x % 8];
-        #pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] += to_acc(part.v[j]);
-    }
-    #pragma unroll
-    for (int j = 0; j < 8; j++) shares[threadIdx.x / 8][threadIdx.x % 8 * 8 + j] = sum[j];
-    __syncthreads();
-    if (threadIdx.x >= CHUNK_CHANNELS) return;
-    float total = 0;
-    for (int part = 0; part < SPLIT; part++)
-        for (int i = 0; i < 32; i++) total += shares[i][part * CHUNK_CHANNELS + threadIdx.x];
-    sums[blockIdx.x * CHUNK_CHANNELS + threadIdx.x] = total;
-}
+__device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);
+    int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
+    int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
+    int oc_tile = tile / (KERNEL_H * TAP_GROUPS) % OC_TILES, ic_tile = tile / (KERNEL_H * TAP_GROUPS * OC_TILES);
+    int kw = min(tap_group * TAPS_W, KERNEL_W - TAPS_W);  // the last group may repeat taps of the one before
+    int first_oc = oc_tile * TILE_OC + warpgroup * (TILE_OC / 2);
+    bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS;
+    int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
+    int first_band = split * split_bands, stages = min(split_bands, bands - first_band) * BAND_STAGES;
 
-// partnered [oc][tap]: the sum of dy over the pixels that have a partner in x. One block an output channel.
-extern "C" __global__ void __launch_bounds__(256) conv_wgrad_partnered(
-    const float* __restrict__ sums, const int* __restrict__ dy_exponents, float* __restrict__ partnered, int dy_count) {
-    __shared__ unsigned scratch[32];
-    ScaleBack scale(smallest_exponent(dy_exponents, dy_count, scratch));
-    for (int tap = threadIdx.x / 32; tap < TAPS; tap += 8) {
-        int kh = tap / KERNEL_W, kw = tap % KERNEL_W;
-        float alone = 0;
-        for (int pixel = threadIdx.x % 32; pixel < OUT_H * OUT_W; pixel += 32) {
-            int ih = pixel / OUT_W + PAD_H - kh, iw = pixel % OUT_W + PAD_W - kw;
-            if (ih < 0 || ih >= IN_H || iw < 0 || iw >= IN_W) alone += sums[pixel * (DY_CHUNKS * CHUNK_CHANNELS) + blockIdx.x];
+    // A thread takes a part of a row's cells in every other position. Eight lanes write whole cells: writes to eight places would take turns.
+    auto fetch = [&](int stage) {
+        if (stage < stages) {
+            int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
+            int row_of_all = (first_band + stage / BAND_STAGES) * BAND_ROWS + row;
+            int image = row_of_all / IN_H, ih = row_of_all % IN_H, oh = ih - PAD_H + kh;
+            bool valid = row_of_all < rows && oh >= 0 && oh < OUT_H;
+            int position = stage % BAND_STAGES * COLUMNS + loader;
+            u8* to = ring + (stage % STAGES * COLUMNS + loader) * POSITION_BYTES + cell_offset(row, part);
+            enum { PARTS = 8 / SPLIT };  // of values
+            // 64 channels, those of the source's chunk `chunk` and following ones, of `chunks`.
+            auto copy = [&](int block, const half_t* source, int chunk, int chunks, int height, int width, int h, int column) {
+                chunk += part / PARTS;
+                const u8* from = (const u8*)source + ((((i64)image * chunks + chunk) * height + h) * width + column) * CELL_BYTES + part % PARTS * 16;
+                #pragma unroll
+                for (int i = 0; i < (COLUMNS + 1) / 2 * SPLIT; i++) {
+                    int c = i / SPLIT * 2, rest = i % SPLIT;
+                    if (COLUMNS == 1 && loader) break;
+                    cp_async_16(to + c * POSITION_BYTES + (block * SPLIT + rest) * BLOCK_BYTES, from + c * CELL_BYTES + rest * PARTS * 16,
+                                valid && chunk < chunks && column + c >= 0 && column + c < width);
+                }
+            };
+            copy(0, x, ic_tile * SPLIT, X_CHUNKS, IN_H, IN_W, ih, position - LEAD);
+            #pragma unroll 1  // unrolled, addresses would take more registers
+            for (int group = 0; group < GROUPS_OC; group++)
+                copy(1 + group, dy, (oc_tile * GROUPS_OC + group) * SPLIT, DY_CHUNKS, OUT_H, OUT_W, oh, position - LEAD + TAPS_W - 1 - PAD_W + kw);
         }
-        for (int lanes = 16; lanes > 0; lanes >>= 1) alone += __shfl_xor_sync(0xFFFFFFFFu, alone, lanes);
-        if (threadIdx.x % 32 == 0) partnered[blockIdx.x * TAPS + tap] = -scale(alone);
-    }
-}
+        cp_async_commit();
+    };
+    auto arrive = [&]() {
+        cp_async_wait<AHEAD - 1>();
+        fence_async_proxy();
+        __syncthreads();
+    };
 
-// x_sums, partnered: null, or for an x that is centred.
-extern "C" __global__ void conv_wgrad_reduce(
-    const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
-    const scalar_t* __restrict__ x_sums, const float* __restrict__ partnered, scalar_t* __restrict__ dw, int x_count, int dy_count,
-    int splits) {
-    __shared__ unsigned scratch[32];
-    enum { SIZE = TAPS * OUT_CHANNELS * IN_CHANNELS };
-    int exponent = centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch));
-    ScaleBack scale(exponent + smallest_exponent(dy_exponents, dy_count, scratch));
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= SIZE) return;
-    float sum = 0;
-    #pragma unroll 8
-    for (int s = 0; s < splits; s++) sum += partial[(i64)s * SIZE + i];
-    int ic = i % IN_CHANNELS, oc = i / IN_CHANNELS % OUT_CHANNELS, tap = i / (IN_CHANNELS * OUT_CHANNELS);
-    float total = scale(sum);
-    if (x_sums) total = add_unflushed(total, centre(x_sums, ic, IN_H * IN_W) * partnered[oc * TAPS + tap]);
-    dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(total);
+    // Columns of x [inner_first, inner_end) have a partner for every tap.
+    int inner_first = max(0, PAD_W - kw), inner_end = min(IN_W, OUT_W + PAD_W - kw - (TAPS_W - 1));
+    auto has_partner = [&](int column, int t) {
+        int ow = column - PAD_W + kw + t;
+        return column >= 0 && column < IN_W && ow >= 0 && ow < OUT_W;
+    };
+    const u8* x_row = ring + cell_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);  // this lane's of ldmatrix
+    WgmmaCells dy_cells(ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0);
+    // The column of dy `c` positions from where the stage in `slot` begins, a little before that or in it.
+    auto dy_column = [&](int slot, int c) {
+        int position = slot * COLUMNS + c;
+        return dy_cells.moved((c < 0 && position < 0 ? position + STAGES * COLUMNS : position) * POSITION_BYTES);
+    };
+    float sums[TAPS_W][TILES_N][4] = {};
+
+    // Adds the sums to those of earlier chains.
+    auto store_sums = [&](bool first) {
+        #pragma unroll
+        for (int t = 0; t < TAPS_W; t++) {
+            wgmma_arrived<TILES_N>(sums[t]);
+            if (!active || kw + t < tap_group * TAPS_W) continue;
+            i64 row = ((i64)split * TAPS + kh * KERNEL_W + kw + t) * IN_CHANNELS + ic_tile * TILE_IC + warp % 4 * 16 + lane / 4;
+            float* to = partial + row * OUT_CHANNELS + first_oc + lane % 4 * 2;
+            auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * OUT_CHANNELS + i / 2 * 8); };
+            auto exists = [&](int i) { return ic_tile * TILE_IC + warp % 4 * 16 < IN_CHANNELS && first_oc + i / 2 * 8 < OUT_CHANNELS; };
+            Packed<float, 2> totals[2 * TILES_N] = {};
+            if (!first)
+                #pragma unroll
+                for (int i = 0; i < 2 * TILES_N; i++)
+                    if (exists(i)) totals[i] = *place(i);
+            #pragma unroll
+            for (int i = 0; i < 2 * TILES_N; i++) {
+                #pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float& sum = sums[t][i / 2][i % 2 * 2 + j];
+                    totals[i].v[j] += sum;
+                    sum = 0;
+                }
+                if (exists(i)) *place(i) = totals[i];
+            }
+        }
+    };
+
+    for (int stage = 0; stage < AHEAD; stage++) fetch(stage);
+    bool first = true;
+#if SPLIT == 1
+    unsigned fragments[2][4];
+    for (int stage = 0; stage < stages; stage++) {
+        arrive();
+        int slot = stage % STAGES, first_column = stage % BAND_STAGES * COLUMNS - LEAD;
+        #pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            int column = first_column + c;
+            unsigned(&a)[4] = fragments[c % 2];
+            auto multiply_column = [&](const bool inner) __attribute__((always_inline)) {
+                wgmma_fence();
+                #pragma unroll
+                for (int t = 0; t < TAPS_W; t++)
+                    if (inner || has_partner(column, t)) wgmma<TILES_N>(sums[t], a, dy_column(slot, c + t - (TAPS_W - 1)));
+                wgmma_commit();
+            };
+            if (active && column >= 0 && column < IN_W) {
+                ldmatrix_x4_transposed(a, x_row + (slot * COLUMNS + c) * POSITION_BYTES);
+                // The next band's first column may have the same registers as this one's last.
+                if (column >= inner_first && column < min(inner_end, IN_W - 1)) multiply_column(true), wgmma_wait<1>();
+                else multiply_column(false), wgmma_wait<0>();
+            }
+            if (c == 1) fetch(stage + AHEAD);  // not right after the barrier, when the tensor cores have least to do
+        }
+        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) wgmma_wait<0>(), store_sums(first), first = false;
+    }
+#else
+    // A stage's columns of x for tap t. Where a column of dy does not exist it is zeros here, and for its tap so is that of x: 0 * NaN is NaN.
+    u8* zeros = ring + STAGES * COLUMNS * POSITION_BYTES;
+    if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
+    unsigned fragments[COLUMNS][SPLIT][4];
+    auto load = [&](int stage, int t) __attribute__((always_inline)) {
+        #pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            bool has = has_partner(stage % BAND_STAGES * COLUMNS - LEAD + c, t);
+            const u8* row = x_row + (stage % STAGES * COLUMNS + c) * POSITION_BYTES;
+            #pragma unroll
+            for (int part = 0; part < SPLIT; part++) ldmatrix_x4_transposed(fragments[c][part], has ? row + part * BLOCK_BYTES : zeros);
+        }
+    };
+    float products[TILES_N][4] = {};
+    arrive();
+    load(0, 0);
+    for (int stage = 0; stage < stages; stage++) {
+        int slot = stage % STAGES, first_column = stage % BAND_STAGES * COLUMNS - LEAD;
+        bool inner = first_column >= inner_first && first_column + COLUMNS <= inner_end;
+        if (active && first_column >= 0) {
+            #pragma unroll
+            for (int t = 0; t < TAPS_W; t++) {
+                wgmma_fence();
+                #pragma unroll
+                for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+                    #pragma unroll
+                    for (int c = 0; c < COLUMNS; c++) {
+                        WgmmaCells right = dy_column(slot, c + t - (TAPS_W - 1)).moved(product == 1 ? BLOCK_BYTES : 0);
+                        wgmma<TILES_N>(products, fragments[c][product == 0], right, product + c > 0);
+                    }
+                wgmma_commit();
+                if (t == 0) fetch(stage + AHEAD);
+                if (t == TAPS_W - 1) arrive();
+                wgmma_wait<0>();
+                wgmma_arrived<TILES_N>(products);
+                if (t == TAPS_W - 1) load(stage + 1, 0);  // past the last stage this is nothing that anybody uses
+                else if (!inner) {
+                    bool changes = false;  // in which columns have a partner
+                    #pragma unroll
+                    for (int c = 0; c < COLUMNS; c++) changes |= has_partner(first_column + c, t) != has_partner(first_column + c, t + 1);
+                    if (changes) load(stage, t + 1);
+                }
+                #pragma unroll
+                for (int i = 0; i < TILES_N * 4; i++) sums[t][i / 4][i % 4] += products[i / 4][i % 4];
+                wgmma_arrived<TILES_N>(sums[t]);  // see conv_wgmma.cuh
+            }
+        } else {
+            fetch(stage + AHEAD);
+            arrive();
+            load(stage + 1, 0);
+        }
+        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) store_sums(first), first = false;
+    }
+#endif
 }
 """,
     "fp16_cells.cu": r"""// A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by cp.async.
@@ -4936,7 +5196,7 @@ __device__ inline float tanh_branchless(float v) {
     return size >= 0.6f ? __uint_as_float(__float_as_uint(large) | sign) : small;
 }
 """,
-    "wgmma.cuh": r"""// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory, float32 accumulation.
+    "wgmma.cuh": r"""// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory (A in registers, too), float32 accumulation.
 //
 // A warpgroup (four warps, 128 threads) issues multiplications together, closes a group of them by wgmma_commit(), and may touch the
 // sums after a wgmma_wait<N>(), which leaves at most the N youngest groups in flight. wgmma_fence() comes before the first one that
@@ -4962,6 +5222,30 @@ struct WgmmaOperand {
 #endif
     __device__ WgmmaOperand moved(int bytes) const {
         WgmmaOperand other = *this;
+#ifdef CUPY_KERNELS_EMULATOR
+        other.start += bytes;
+#else
+        other.start += bytes >> 4;
+#endif
+        return other;
+    }
+};
+
+// The operand B, transposed, as cells (fp16_cells.cuh) in shared memory: 16 cells of 128 bytes, at a multiple of 1024 bytes and with their
+// parts in cell_offset's order. A cell has a half of each of 64 rows, of which `first_part` eights are left out.
+struct WgmmaCells {
+#ifdef CUPY_KERNELS_EMULATOR
+    const u8* start;
+    int first_part;
+    __device__ WgmmaCells(const u8* start, int first_part) : start(start), first_part(first_part) {}
+    float at(int row, int k) const { return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]); }
+#else
+    unsigned start;
+    __device__ WgmmaCells(const u8* from, int first_part) : start((unsigned)__cvta_generic_to_shared(from) / 16 + first_part) {}
+    __device__ unsigned long long bits() const { return (1ull << 30 | 1024 / 16) << 32 | start; }  // swizzled by 128 bytes, 8 cells further: 1024
+#endif
+    __device__ WgmmaCells moved(int bytes) const {
+        WgmmaCells other = *this;
 #ifdef CUPY_KERNELS_EMULATOR
         other.start += bytes;
 #else
@@ -5044,6 +5328,43 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline_
     WGMMA_CASE(16, 128)
     WGMMA_CASE(17, 136)
     WGMMA_CASE(18, 144)
+#endif
+}
+
+#define WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, use) \
+    asm volatile("{.reg .pred accumulate; setp.ne.u32 accumulate, %1, 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" \
+        WGMMA_REGISTERS_##tiles "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %0, accumulate, 1, 1, 1;}" \
+        : "+l"(b_bits), "+r"(accumulate), WGMMA_TILES_##tiles(use) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
+#define WGMMA_CASE_FRAGMENT(tiles, n, a0, a1, a2, a3) \
+    if constexpr (COUNT == tiles) WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, "+f")
+
+// The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh. Until a wait for it, the registers of
+// `a` must not change.
+template <int COUNT, int MOST>
+__device__ __forceinline__ void wgmma(float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaCells& b, int accumulate = 1) {
+#ifdef CUPY_KERNELS_EMULATOR
+    struct Fragment { float v[8]; } mine;
+    for (int i = 0; i < 8; i++) mine.v[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
+    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine, EMULATOR_PLACE);
+    int lane = threadIdx.x % 32;
+    for (int k = 0; k < 16; k++) {
+        const Fragment& left = all[lane / 4 * 4 + k % 8 / 2];
+        for (int t = 0; t < COUNT; t++)
+            for (int c = 0; c < 4; c++) {
+                if (!accumulate && k == 0) d[t][c] = 0;
+                d[t][c] += left.v[k / 8 * 4 + c / 2 * 2 + k % 2] * b.at(t * 8 + lane % 4 * 2 + c % 2, k);
+            }
+    }
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    unsigned long long b_bits = b.bits();
+    WGMMA_CASE_FRAGMENT(1, 8, 6, 7, 8, 9)
+    WGMMA_CASE_FRAGMENT(2, 16, 10, 11, 12, 13)
+    WGMMA_CASE_FRAGMENT(3, 24, 14, 15, 16, 17)
+    WGMMA_CASE_FRAGMENT(4, 32, 18, 19, 20, 21)
+    WGMMA_CASE_FRAGMENT(5, 40, 22, 23, 24, 25)
+    WGMMA_CASE_FRAGMENT(6, 48, 26, 27, 28, 29)
+    WGMMA_CASE_FRAGMENT(7, 56, 30, 31, 32, 33)
+    WGMMA_CASE_FRAGMENT(8, 64, 34, 35, 36, 37)
 #endif
 }
 

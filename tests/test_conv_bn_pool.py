@@ -98,6 +98,7 @@ def test_wgmma(device, case, cls, wgmma, launched):
     test_output_gradients_and_buffers(device, sizes[case], cls, True, launched)
     convolutions = [dict(k.defines) for k in launched if k.name in ("conv_bn_pool", "conv_transpose_mma")]
     assert [(m["WGMMA"], m["CELLS"]) for m in convolutions] == [(1, 0), (1, 1)]
+    assert {dict(k.defines)["WGMMA"] for k in launched if k.name == "conv_wgrad_mma"} == {1}
 
 
 @pytest.mark.parametrize("wgmma", [True], indirect=True)
