@@ -120,7 +120,7 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
 
     stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * _CELL_BYTES
     stages = min(_MOST_STAGES_WGMMA, (limit - _RESERVED) // stage_bytes)
-    if stages < 2 + ceil_div(taps, columns):
+    if stages < 2 + ceil_div(taps + 1, columns):
         return None
     tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
     return _Layout({"WGMMA": 1, "TILES_N": tiles_n, "STAGES": stages}, tiles, 1, 256, stages * stage_bytes + 16)

@@ -26,7 +26,7 @@
 #define BLOCK_BYTES (BAND_ROWS * CELL_BYTES)
 #define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
 #define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
-#define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS - 1) / COLUMNS)  // stages that are on their way
+#define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)  // stages that are on their way
 
 __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);
@@ -136,10 +136,13 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
                 wgmma_commit();
             };
             if (active && column >= 0 && column < IN_W) {
+                // Of the columns before this one, two may be under way at a barrier. The one before that had this one's registers; where
+                // their number is odd, the next band's first column has the registers of this one's last.
+                if (IN_W % 2 && column == 0) wgmma_wait<0>();
+                else wgmma_wait<1>();
                 ldmatrix_x4_transposed(a, x_row + (slot * COLUMNS + c) * POSITION_BYTES);
-                // The next band's first column may have the same registers as this one's last.
-                if (column >= inner_first && column < min(inner_end, IN_W - 1)) multiply_column(true), wgmma_wait<1>();
-                else multiply_column(false), wgmma_wait<0>();
+                if (column >= inner_first && column < inner_end) multiply_column(true);
+                else multiply_column(false);
             }
             if (c == 1) fetch(stage + AHEAD);  // not right after the barrier, when the tensor cores have least to do
         }
