@@ -3501,14 +3501,16 @@ struct Band {
         for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
         cp_async_commit();
     }
-    // Eight lanes take the parts of one cell.
+    // Eight lanes take one part of eight cells, which are neighbours in shared memory: writes to eight places would take turns. Four times eight
+    // lanes read half of each of these cells.
     __device__ void copy(int chunk) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
         const half_t* from = source + (chunk * IN_H + first) * IN_W * (CELL_BYTES / 2);
-        for (int i = threadIdx.x; i < (end - first) * IN_W * 8; i += THREADS) {
-            int pixel = i / 8, group = chunk * GROUPS + i % GROUPS, rest = i % 8 / GROUPS * GROUPS_K;
+        int pixels = (end - first) * IN_W;
+        for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS) {
+            int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8, group = chunk * GROUPS + part % GROUPS, rest = part / GROUPS * GROUPS_K;
             u8* cell = cells + (GAP + band_row(first + pixel / IN_W - row) * PITCH + pixel % IN_W) * 16;
-            if (group < GROUPS_K) cp_async_16(cell + (group + rest) * ALONG, from + i * 8, true);
+            if (pixel < pixels && group < GROUPS_K) cp_async_16(cell + (group + rest) * ALONG, from + pixel * (CELL_BYTES / 2) + part * 8, true);
         }
     }
     // At the first step of 64 channels, with that step's weights: brings the next ones.
