@@ -1,6 +1,6 @@
 PYTHON ?= python3
-# What compute-sanitizer runs, at a hundredth of the speed: the smallest tests that start every kernel.
-SANITIZED ?= -m gpu -k "layouts or mission or subset" tests
+# What compute-sanitizer runs, at a hundredth of the speed: the smallest tests that start every kernel, in 6 processes.
+SANITIZED ?= -m gpu -k "even or one_unit or test_wgmma or layouts" -n 6 tests
 COMPUTE_SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) \
     $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia/cu13/bin/compute-sanitizer)
 RESULTS = benchmarks/results
@@ -35,8 +35,8 @@ sanitize:
 	@command -v $(firstword $(COMPUTE_SANITIZER)) >/dev/null || \
 	    { echo "no compute-sanitizer: $(PYTHON) -m pip install '.[dev]', or COMPUTE_SANITIZER=<its path>"; exit 1; }
 	for tool in memcheck racecheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --tool $$tool --error-exitcode 1 \
-	        $(PYTHON) -m pytest -n 0 $(SANITIZED) || exit 1; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --target-processes all --tool $$tool \
+	        --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED) || exit 1; \
 	done
 
 # On many cores: one process would compile the kernels one after the other.
