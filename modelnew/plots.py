@@ -63,7 +63,8 @@ def _by_batch(panel, record):
         marker, colour = {"forward_train": "o", "step": "s"}[what], _COLOURS[who]
         label = f"{what} {cls} {'modelnew' if who == 'modelnew' else 'fastest peer'}"
         panel.plot(*zip(*sorted(points.items())), _DASHES.get(cls, ":"), marker=marker, color=colour, label=label)
-    panel.set(title="by N", xlabel="images in a batch", ylabel="images a second", xscale="log", yscale="log")
+    panel.set_title("by N", fontsize=10)
+    panel.set(xlabel="images in a batch", ylabel="images a second", xscale="log", yscale="log")
     panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
@@ -115,7 +116,7 @@ def _bars(panel, rows, title):
     panel.set_yscale("log")
     panel.set_ylim(top=panel.get_ylim()[1] * 4)  # room for labels and legend
     panel.set_ylabel("ms")
-    panel.set_xticks(range(len(groups)), [group.replace("_", "\n", 1) for group in groups], fontsize=8)
+    panel.set_xticks(range(len(groups)), [group.replace("_", "\n") for group in groups], fontsize=8)
     panel.set_title(title, fontsize=10)
     panel.legend(fontsize=7, ncols=len(bars), loc="upper left")
 
