@@ -11,6 +11,7 @@ Written by `python -m modelnew submission`: change the package, not this file.
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -1651,17 +1652,13 @@ def _shared_bytes(device_index: int) -> int:
 #
 # batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well.
 
-def run_updating(update, running_mean, running_var, training) -> None:
-    """update(running_mean, running_var), with contiguous tensors that it may change in training; autograd is told."""
-    updated = dense(running_mean), dense(running_var)
-    update(*updated)
-    for buffer, new in zip((running_mean, running_var), updated):
-        if buffer is None or not training:
-            continue
-        if new is buffer:
-            torch.autograd.graph.increment_version(buffer)
-        else:  # the buffer is not contiguous: the kernel updated a copy
+def note_update(running_mean, running_var, new_mean, new_var) -> None:
+    """Tells autograd that kernels changed the statistics; new_mean, new_var: what they wrote to, `dense` of these."""
+    for buffer, new in ((running_mean, new_mean), (running_var, new_var)):
+        if new is not buffer:  # it is not contiguous: the kernel updated a copy
             buffer.copy_(new)
+        elif buffer is not None:
+            torch.autograd.graph.increment_version(buffer)
 
 
 def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> None:
@@ -1806,7 +1803,8 @@ _MOST_KNOWN = 1000
 _calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
 
 
-class _Call(NamedTuple):
+@dataclasses.dataclass(eq=False)  # each is one of its own, which makes it a quick key
+class _Call:
     """What follows from the kinds of a call's arguments."""
 
     plan: Plan
@@ -1815,7 +1813,8 @@ class _Call(NamedTuple):
     shape: tuple  # of the output
 
 
-class _BackwardCall(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class _BackwardCall:
     """What follows from a forward's _Call and from which gradients are needed."""
 
     dgrad: Plan | None  # of cells
@@ -1832,12 +1831,11 @@ class _Fused(torch.autograd.Function):
         workspace = Workspace.empty(call.layout, x.device)
         out = x.new_empty(call.shape)
 
-        def update(running_mean, running_var):
-            affine = (weight, bias, group_weight, group_bias)
-            arguments = (x, w, conv_bias, running_mean, running_var, *affine, out, workspace)
-            run(conv_bn_pool_forward, *arguments, **options)
-
-        run_updating(update, running_mean, running_var, options["training"])
+        updated = dense(running_mean), dense(running_var)
+        arguments = (x, w, conv_bias, *updated, weight, bias, group_weight, group_bias, out, workspace)
+        run(conv_bn_pool_forward, *arguments, like=call, **options)
+        if options["training"]:
+            note_update(running_mean, running_var, *updated)
         if keep:
             ctx.save_for_backward(*tensors, workspace.memory)
             ctx.call, ctx.options, ctx.numerics = call, options, numerics

@@ -25,6 +25,7 @@ from .model import HEIGHT, get_init_inputs
 from .timing import Clock, Contender, Times, current, free, measure_together, rounded
 from .workloads import (
     DTYPES,
+    FEW_IMAGES,
     GRAPHS,
     KERNELS,
     MODELS,
@@ -85,6 +86,7 @@ class Plan(NamedTuple):
     what: tuple[str, ...]
     peers: str
     trials: int
+    trials_of_few: int  # images, whose times are the host's and vary
     size: int
     seed: int
     budget: float
@@ -120,7 +122,8 @@ def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> It
             if any(entrant.who in MODES for entrant in entrants):
                 torch.compiler.reset()  # code compiled, or a graph recorded, for one class would serve the next
             clock = Clock(device, latency=what.startswith("latency"))
-            measure_together(entrants, clock, plan.trials, refused, lambda who: describe(f"{what} {cls} N={n} {who}"))  # noqa: B023
+            trials = plan.trials_of_few if n <= FEW_IMAGES else plan.trials
+            measure_together(entrants, clock, trials, refused, lambda who: describe(f"{what} {cls} N={n} {who}"))  # noqa: B023
         yield [entrant.row(what=what, **{"class": cls}, n=n) for entrant in entrants]
 
 
@@ -235,7 +238,11 @@ def _listed(choices=None):
     'and for at most 8 images its mode "reduce-overhead"; all: also its mode "max-autotune", which takes long.  '
     "[default: compile; eager on the CPU]",
 )
-@click.option("--trials", type=click.IntRange(min=1), help="Timed calls of each.  [default: 20; 1 on the CPU]")
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    help=f"Timed calls of each.  [default: 20, for up to {FEW_IMAGES} images 100; 1 on the CPU]",
+)
 @click.option(
     "--size", type=click.IntRange(min=1), help=f"Height and width of an image.  [default: {HEIGHT}; 4 on the CPU]"
 )
@@ -302,6 +309,7 @@ def _plan(device, quick, batches, what, classes, peers, trials, size, seed, budg
         what or (_QUICK if quick else tuple(WORKLOADS)),
         peers or ("eager" if cpu else "compile"),
         trials or (1 if cpu else 20),
+        trials or (1 if cpu else 100),
         size or (4 if cpu else HEIGHT),
         seed,
         budget,
@@ -315,6 +323,7 @@ def _head(plan, device):
     return {
         **begun,
         "trials": plan.trials,
+        "trials_of_few": plan.trials_of_few,
         "shape": Shape(*get_init_inputs()[:5], plan.size)._asdict(),
         "ceilings": ceilings(begun["versions"]["gpu"]),
         "rows": [],

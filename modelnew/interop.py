@@ -64,8 +64,11 @@ def _known() -> dict:
     return {}
 
 
-def run(operation, *args, **options) -> None:
+def run(operation, *args, like=None, **options) -> None:
     """operation(*args, **options), with what `arrays` makes of `args`; the operation launches kernels and no more.
+
+    like: something hashable that tells shapes, dtypes and the device of all tensors, and layouts of workspaces, which
+        are then not looked at to find out whether a call is like an earlier one.
 
     Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if
     the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
@@ -74,7 +77,8 @@ def run(operation, *args, **options) -> None:
     gives a loop's tensors the same places over and over, so the launches of a call are kept, and a call like it
     starts them again: a tenth of the host's time, which decides where tensors are small.
     """
-    key = (operation, *map(_facts, args), *options, *map(_facts, options.values()))
+    facts = _facts if like is None else _address
+    key = (operation, like, *map(facts, args), *options, *map(_facts, options.values()))
     known = _known()
     device, launches = known.get(key, (None, None))
     if launches is not None and not observing():
@@ -97,6 +101,12 @@ def _facts(arg):
     if isinstance(arg, Workspace):
         return arg.memory.data_ptr(), arg.memory.device, arg.layout
     return arg.hex() if isinstance(arg, float) else arg  # 0.0 equals -0.0
+
+
+def _address(arg):
+    if isinstance(arg, Workspace):
+        return arg.memory.data_ptr()
+    return arg.data_ptr() if isinstance(arg, torch.Tensor) else arg
 
 
 def arrays(*args) -> list:

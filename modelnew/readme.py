@@ -10,7 +10,7 @@ import click
 
 from . import commands, environment
 from .generated import ROOT, check_option, settle
-from .records import comparisons
+from .records import comparisons, trials
 from .workloads import GRAPHS, MODELS
 
 _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
@@ -47,7 +47,7 @@ def _times(results, folder) -> str:
             continue
         shown = (batches[0], min(batches))
         lines = [
-            f"{_where(record)}. Milliseconds, median of {record['trials']} trials, all in one process and in turns, L2 "
+            f"{_where(record)}. Milliseconds, median of {trials(record)}, all in one process and in turns, L2 "
             "flushed, results checked first. MB: peak memory over inputs and parameters. Fastest peer: of PyTorch and "
             "torch.compile, each in NCHW and in channels_last, of those that were timed: the record says which were "
             "not, and why. 2x: half the peer's time.",

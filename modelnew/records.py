@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .workloads import GRAPHS, MODELS, WORKLOADS, Shape, floor_ms, work
+from .workloads import FEW_IMAGES, GRAPHS, MODELS, WORKLOADS, Shape, floor_ms, work
 
 
 def write(record: dict, path: Path) -> None:
@@ -41,11 +41,17 @@ def comparisons(record: dict) -> Iterator[tuple[dict, dict | None]]:
             yield row, min(peers, key=lambda peer: peer["ms"], default=None)
 
 
+def trials(record: dict) -> str:
+    """How many there were of each time."""
+    few = record.get("trials_of_few", record["trials"])
+    return f"{record['trials']} trials" + (f" (up to {FEW_IMAGES} images: {few})" if few != record["trials"] else "")
+
+
 def show(record: dict, out: Console) -> None:
     """Prints our times beside the fastest peer's, and why some are missing."""
     limits, shape = record["ceilings"], Shape(**record["shape"])
     out.print(
-        f"\n[bold]Milliseconds, median and range of {record['trials']} trials[/]. MB: peak memory over inputs and "
+        f"\n[bold]Milliseconds, median and range of {trials(record)}[/]. MB: peak memory over inputs and "
         "parameters. Floor: what memory and tensor cores need at least. Graph: a CUDA graph.",
         highlight=False,
     )

@@ -70,7 +70,7 @@ _LAUNCHES = {
     "wgrad_kernel": (("conv_wgrad_borders", "conv_wgrad_partnered", "conv_wgrad_mma", "conv_wgrad_reduce"), ("dw",)),
 }
 _NO_GRAD = ("forward_train", "latency_forward_train", "forward_eval", "post_conv_forward")
-_FEW_IMAGES = 8
+FEW_IMAGES = 8
 _CHECKED_IMAGES = 16
 _CHUNK = 64  # images whose float64 convolution is held at once
 _GRADIENT_IMAGES = 512  # a float64 step of more takes tens of GB
@@ -150,12 +150,12 @@ class Case:
 
 def contenders(what: str, n: int, peers: str, device: torch.device) -> list[tuple[str, str]]:
     """(who, layout) of all who take part, ours first. Operators are compared with eager alone, kernels with nobody."""
-    if n > _FEW_IMAGES and what == "latency_forward_train":
+    if n > FEW_IMAGES and what == "latency_forward_train":
         return []
     if what in KERNELS:
         return [("modelnew", "nchw")]
     ours, theirs = ["modelnew"], [who for who in PEERS[peers] if what in MODELS or who == "eager"]
-    if n <= _FEW_IMAGES and what in MODELS:
+    if n <= FEW_IMAGES and what in MODELS:
         ours += ["modelnew-graph"] if device.type == "cuda" else []
         theirs += ["compile-reduce-overhead"] if "compile" in theirs else []
     return [(who, "nchw") for who in ours] + [(who, layout) for who in theirs for layout in LAYOUTS]

@@ -119,6 +119,7 @@ BENCH = {
     "versions": VERSIONS,
     "digest": "0123456789abcdef",
     "trials": 20,
+    "trials_of_few": 100,
     "shape": {"in_channels": 64, "out_channels": 128, "kernel_size": 5, "stride": 1, "padding": 1, "size": 32},
     "ceilings": None,
     "rows": [
@@ -190,6 +191,7 @@ def test_with_records(repository):
     assert invoke().exit_code == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "NVIDIA A, torch 2.11, CuPy 13.6, NVRTC 11.8, driver 580, kernels `0123456789ab`." in text
+    assert "median of 20 trials (up to 8 images: 100), all in one process" in text
     assert "\n512 images:\n" in text
     assert "| `step` | tf32 | **1** | 100 | 3 | 3.00x | 2 | compile, nhwc | 500 | 2.00x |\n" in text
     assert "\n1 image:\n" in text

@@ -50,28 +50,23 @@ def batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps
     """(mean, invstd) per channel: x's own in training, which updates the running statistics, else the running ones."""
     mean, invstd = (torch.empty(x.shape[1], dtype=accumulator_dtype(x), device=x.device) for _ in range(2))
 
-    def update(running_mean, running_var):
-        if training:
-            workspace = mean.new_empty(batch_norm_workspace(x.shape))
-            run(batch_norm_statistics, x, running_mean, running_var, mean, invstd, workspace, momentum, eps)
-        else:
-            run(batch_norm_eval_statistics, running_mean, running_var, mean, invstd, eps)
-
-    run_updating(update, running_mean, running_var, training)
+    if training:
+        workspace = mean.new_empty(batch_norm_workspace(x.shape))
+        updated = dense(running_mean), dense(running_var)
+        run(batch_norm_statistics, x, *updated, mean, invstd, workspace, momentum, eps)
+        note_update(running_mean, running_var, *updated)
+    else:
+        run(batch_norm_eval_statistics, dense(running_mean), dense(running_var), mean, invstd, eps)
     return mean, invstd
 
 
-def run_updating(update, running_mean, running_var, training) -> None:
-    """update(running_mean, running_var), with contiguous tensors that it may change in training; autograd is told."""
-    updated = dense(running_mean), dense(running_var)
-    update(*updated)
-    for buffer, new in zip((running_mean, running_var), updated):
-        if buffer is None or not training:
-            continue
-        if new is buffer:
-            torch.autograd.graph.increment_version(buffer)
-        else:  # the buffer is not contiguous: the kernel updated a copy
+def note_update(running_mean, running_var, new_mean, new_var) -> None:
+    """Tells autograd that kernels changed the statistics; new_mean, new_var: what they wrote to, `dense` of these."""
+    for buffer, new in ((running_mean, new_mean), (running_var, new_var)):
+        if new is not buffer:  # it is not contiguous: the kernel updated a copy
             buffer.copy_(new)
+        elif buffer is not None:
+            torch.autograd.graph.increment_version(buffer)
 
 
 def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> None:

@@ -1,6 +1,6 @@
 """All five operators of ModelNew in three main kernels forward, with the pooling in the convolution's epilogue."""
 
-from typing import NamedTuple
+import dataclasses
 
 import torch
 from torch.autograd import forward_ad
@@ -22,14 +22,15 @@ from ..interop import (
     run,
 )
 from ..numerics import check_numerics, circumstances, tensor_core_plan
-from .batch_norm import check_batch_norm, check_batch_norm_call, run_updating
+from .batch_norm import check_batch_norm, check_batch_norm_call, note_update
 from .conv_transpose import conv_gradients, gradient_plans
 
 _MOST_KNOWN = 1000
 _calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
 
 
-class _Call(NamedTuple):
+@dataclasses.dataclass(eq=False)  # each is one of its own, which makes it a quick key
+class _Call:
     """What follows from the kinds of a call's arguments."""
 
     plan: Plan
@@ -38,7 +39,8 @@ class _Call(NamedTuple):
     shape: tuple  # of the output
 
 
-class _BackwardCall(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class _BackwardCall:
     """What follows from a forward's _Call and from which gradients are needed."""
 
     dgrad: Plan | None  # of cells
@@ -55,12 +57,11 @@ class _Fused(torch.autograd.Function):
         workspace = Workspace.empty(call.layout, x.device)
         out = x.new_empty(call.shape)
 
-        def update(running_mean, running_var):
-            affine = (weight, bias, group_weight, group_bias)
-            arguments = (x, w, conv_bias, running_mean, running_var, *affine, out, workspace)
-            run(ops.conv_bn_pool_forward, *arguments, **options)
-
-        run_updating(update, running_mean, running_var, options["training"])
+        updated = dense(running_mean), dense(running_var)
+        arguments = (x, w, conv_bias, *updated, weight, bias, group_weight, group_bias, out, workspace)
+        run(ops.conv_bn_pool_forward, *arguments, like=call, **options)
+        if options["training"]:
+            note_update(running_mean, running_var, *updated)
         if keep:
             ctx.save_for_backward(*tensors, workspace.memory)
             ctx.call, ctx.options, ctx.numerics = call, options, numerics
