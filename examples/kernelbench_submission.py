@@ -5458,8 +5458,8 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     function(kernel, cupy().cuda.runtime.getDevice(), shared_bytes)(grid, block, cast, shared_mem=shared_bytes)
 
 
-def run(operation, *args, **options) -> None:
-    """operation(*args, **options), with arrays in place of tensors."""
+def run(operation, *args, like=None, **options) -> None:
+    """operation(*args, **options), with arrays in place of tensors. `like` has no meaning here."""
     with launching_on(one_device(args)):
         operation(*arrays(*args), **options)
 
