@@ -52,7 +52,7 @@ class _BackwardCall:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *args):
-        *parameters, running_mean, running_var, call, numerics, keep, options = args
+        *parameters, (running_mean, running_var, call, numerics, keep, options) = args
         x, w, conv_bias, weight, bias, group_weight, group_bias = tensors = (aligned(x), *map(dense, parameters))
         workspace = Workspace.empty(call.layout, x.device)
         out = x.new_empty(call.shape)
@@ -93,7 +93,7 @@ class _Fused(torch.autograd.Function):
             run(ops.input_gradient, prepared.dgrad, output, w, dx, Workspace.empty(of_dgrad, x.device))
         if dy is not None:
             dx, dw = conv_gradients(x, w, dy, call.geometry, ctx.numerics, need_x, need_w)
-        return dx, dw, *gradients, *[None] * 6
+        return dx, dw, *gradients, None
 
 
 def _known(known, key, make):
@@ -209,8 +209,8 @@ def conv_bn_tanh_max_pool_group_norm(
     options.update(groups=num_groups, group_eps=group_eps)
     rest = (running_mean, running_var, call, facts[0], keep, options)
     if keep or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return _Fused.apply(*tensors, *rest)
-    return _Fused.forward(None, *tensors, *rest)  # autograd, with nothing to keep or to refuse, would only take time
+        return _Fused.apply(*tensors, rest)
+    return _Fused.forward(None, *tensors, rest)  # autograd, with nothing to keep or to refuse, would only take time
 
 
 def _facts(tensor):
