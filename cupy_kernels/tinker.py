@@ -234,6 +234,8 @@ def locate(name: str) -> tuple[str, str | None]:
 def files_with(name: str) -> list[str]:
     """The .cu files whose compiled text a change of `name` changes: its own, or all that include a header."""
     file, _ = locate(name)
+    if file.endswith(".cu"):
+        return [file]
     return [f for f in source.names() if f.endswith(".cu") and f'#line 1 "{file}"' in source.expanded(f)]
 
 
