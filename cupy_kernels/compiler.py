@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import cache, nvrtc
 from .errors import BackendError
-from .source import Kernel, compile_error, expanded, in_force
+from .source import Kernel, compile_error, in_force, unit
 
 _functions = {}
 _shared_bytes = {}
@@ -41,8 +41,8 @@ def cupy():
 def on_compile(listener):
     """Calls listener(kernel) before each variant that this process compiles or loads from a disk cache, on any backend.
 
-    The kernels of one file with the same macros are one compilation: the first that is launched is named. The call
-    comes from the thread that compiles.
+    The kernels of one file with the same macros are one compilation, but for those that are edited: the first that is
+    launched is named. The call comes from the thread that compiles.
     Returns a function that ends it.
     """
     _listeners.append(listener)
@@ -58,11 +58,12 @@ def announce(kernel: Kernel) -> None:
 def function(kernel: Kernel, shared_bytes: int = 0):
     """The compiled kernel on the current device, loaded at the first call of a process.
 
-    One module for a file and its macros; CuPy keeps its cubin on disk for the next process. KernelCompileError if the
-    text does not compile. More than 48 KiB of dynamic shared memory is allowed for as `shared_bytes` says.
+    One module for a file and its macros, and one for each edited kernel; CuPy keeps its cubin on disk for the next
+    process. KernelCompileError if the text does not compile. More than 48 KiB of dynamic shared memory is allowed for
+    as `shared_bytes` says.
     """
     device = cupy().cuda.runtime.getDevice()
-    key = (kernel, expanded(kernel.file), device)
+    key = (kernel, unit(kernel), device)
     found = _functions.get(key)
     if found is None:
         found = _functions[key] = _module(kernel, device).get_function(kernel.name)
@@ -79,7 +80,7 @@ def prepare(kernels: Iterable[Kernel]) -> None:
     """
     device = cupy().cuda.runtime.getDevice()
     kernels = map(in_force, kernels)
-    missing = {(expanded(k.file), k.defines): k for k in kernels if _module_key(k, device) not in _modules}
+    missing = {(unit(k), k.defines): k for k in kernels if _module_key(k, device) not in _modules}
     if len(missing) < 2:
         return  # the launch compiles it
     with ThreadPoolExecutor(len(missing)) as threads:
@@ -93,10 +94,10 @@ def _module(kernel: Kernel, device: int):
         backend = cupy()
         announce(kernel)
         if kernel.variant.architecture:
-            module = backend.RawModule(path=str(_cubin_file(kernel.variant)))
+            module = backend.RawModule(path=str(_cubin_file(kernel)))
         else:
             options = (nvrtc.STANDARD, *(f"-D{k}={v}" for k, v in kernel.defines))
-            module = backend.RawModule(code=expanded(kernel.file), options=options)
+            module = backend.RawModule(code=unit(kernel), options=options)
         try:
             with backend.cuda.Device(device):  # each thread has its own current device
                 module.compile()
@@ -106,14 +107,14 @@ def _module(kernel: Kernel, device: int):
     return _modules[key]
 
 
-def _cubin_file(variant) -> Path:
-    """The variant compiled for its architecture, which CuPy, that compiles for the plain ones only, cannot do."""
-    key = repr((nvrtc.version(nvrtc.WGMMA_MAJOR), expanded(variant.file), variant))
+def _cubin_file(kernel: Kernel) -> Path:
+    """What the kernel is in, for its architecture: CuPy, which compiles for the plain ones only, cannot do that."""
+    key = repr((nvrtc.version(nvrtc.WGMMA_MAJOR), unit(kernel), kernel.variant))
     path = cache.folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     if not path.exists():
-        cache.write(path, nvrtc.cubin(variant))
+        cache.write(path, nvrtc.cubin(kernel))
     return path
 
 
 def _module_key(kernel, device):
-    return expanded(kernel.file), kernel.defines, device
+    return unit(kernel), kernel.defines, device

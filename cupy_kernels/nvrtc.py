@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import BackendError
-from .source import Kernel, Variant, compile_error, expanded, kernel_names
+from .source import Kernel, Variant, compile_error, declarations, unit
 
 STANDARD = "-std=c++17"
 WGMMA_MAJOR = 12  # the first version that compiles for sm_90a
@@ -116,33 +116,34 @@ def knows_wgmma() -> bool:
 
 
 def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, Resources]:
-    """The cubin of the kernel's variant for `arch` ("sm_80"), and the resources of `kernel`; see `compile_variant`."""
-    cubin, resources = compile_variant(kernel.variant, arch)
+    """The cubin that `kernel` is in for `arch` ("sm_80"), and its resources; see `compile_variant`."""
+    cubin, resources = compile_variant(kernel, arch)
     return cubin, resources[kernel.name]
 
 
-def compile_variant(variant: Variant, arch: str, least_major: int = 11) -> tuple[bytes, dict[str, Resources]]:
+def compile_variant(what: Variant | Kernel, arch: str, least_major: int = 11) -> tuple[bytes, dict[str, Resources]]:
     """Compiles for `arch` ("sm_80") to a cubin, as CuPy would; KernelCompileError with NVRTC's log.
 
-    A variant that has an architecture of its own is compiled for that one. least_major: of NVRTC's version. Returns the
-    cubin and the resources of each kernel in it.
+    A variant that has an architecture of its own is compiled for that one; of a kernel, what `source.unit` says.
+    least_major: of NVRTC's version. Returns the cubin and the resources of each kernel in it.
     """
-    cubin, ptx, log = _compile(variant, arch, "--ptxas-options=-v", least_major=least_major)
-    return cubin, {name: _resources(name, log.decode(), ptx.decode()) for name in kernel_names(variant.file)}
+    cubin, ptx, log = _compile(what, arch, "--ptxas-options=-v", least_major=least_major)
+    return cubin, {name: _resources(name, log.decode(), ptx.decode()) for name in declarations(unit(what))}
 
 
-def compile_ptx(variant: Variant, arch: str) -> str:
+def compile_ptx(what: Variant | Kernel, arch: str) -> str:
     """The PTX behind `compile_variant`'s cubin."""
-    return _compile(variant, arch)[1].decode()
+    return _compile(what, arch)[1].decode()
 
 
-def cubin(variant: Variant) -> bytes:
-    """The cubin of a variant that has an architecture of its own, for that one."""
-    return _compile(variant, variant.architecture)[0]
+def cubin(kernel: Kernel) -> bytes:
+    """The cubin of a kernel whose variant has an architecture of its own, for that one."""
+    return _compile(kernel, kernel.variant.architecture)[0]
 
 
-def _compile(variant, arch, *more, least_major=11):
+def _compile(what, arch, *more, least_major=11):
     """(cubin, PTX, log)"""
+    variant = what.variant if isinstance(what, Kernel) else what
     lib, program = library(WGMMA_MAJOR if variant.architecture else least_major), ctypes.c_void_p()
     # -ftz=true: CuPy appends it to every compilation
     options = [
@@ -153,7 +154,7 @@ def _compile(variant, arch, *more, least_major=11):
         *(f"-D{k}={v}" for k, v in variant.defines),
     ]
     raw = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
-    text = expanded(variant.file).encode()
+    text = unit(what).encode()
     lib.nvrtcCreateProgram(ctypes.byref(program), text, variant.file.encode(), 0, None, None)
 
     def read(what):
@@ -167,7 +168,7 @@ def _compile(variant, arch, *more, least_major=11):
         status = lib.nvrtcCompileProgram(program, len(options), raw)
         log = read("ProgramLog").value
         if status:
-            raise compile_error(variant, log.decode())
+            raise compile_error(what, log.decode())
         return read("CUBIN").raw, read("PTX").value, log
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))

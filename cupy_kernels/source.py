@@ -5,6 +5,7 @@ import functools
 import hashlib
 import re
 import threading
+from collections.abc import Iterable
 from importlib import resources
 from typing import NamedTuple
 
@@ -126,8 +127,9 @@ def override(texts: dict[str, str], constants: dict[str, dict[str, str | int]] |
     constants: {kernel: {macro: value}}, which replace or join the -D macros of launches of that kernel.
 
     An edited kernel, or an edited header under all kernels that include it, runs without touching the package, on the
-    GPU and in the emulator, in every thread of the process. Compiled kernels are kept by their text, so that entering
-    and leaving compiles nothing twice. Blocks nest; while a thread is in one, edits of another raise RuntimeError.
+    GPU and in the emulator, in every thread of the process. An edited kernel is compiled without the others of its
+    file. Compiled kernels are kept by their text, so that entering and leaving compiles nothing twice. Blocks nest;
+    while a thread is in one, edits of another raise RuntimeError.
     `names` and `digest` speak of the packaged files alone.
     """
     with _lock:
@@ -212,10 +214,11 @@ def names() -> list[str]:
     return sorted(f.name for f in _FOLDER.iterdir() if f.name.endswith((".cu", ".cuh")))
 
 
-def text(file: str) -> str:
+def text(file: str, kernels: Iterable[str] | None = None) -> str:
     """Text of one source file as it stands; of a kernel that has an override, that. ValueError if there is none.
 
     Where a kernel of the file has an override, an #include of its name stands in place of its definition.
+    kernels: those whose overrides count, all by default.
     """
     edited = _overrides
     if not is_file(file) and file in edited:
@@ -224,7 +227,8 @@ def text(file: str) -> str:
         return _added[file]
     found = edited[file] if file in edited else packaged(file)
     for name in edited:
-        place = None if is_file(name) else span(found, name)
+        counts = not is_file(name) and (kernels is None or name in kernels)
+        place = span(found, name) if counts else None
         if place:
             # As many lines as before, so that messages about the rest of the file name the lines that it had.
             lines = "\n" * max(1, found.count("\n", *place))
@@ -273,21 +277,48 @@ def expanded(file: str) -> str:
     CuPy's disk cache hashes this text alone, and NVRTC needs no include path for it. `#line` directives keep compiler
     messages pointing at the original file and line.
     """
-    return _expand(file, set())
+    return _expand(file, set(), text)
 
 
-def _expand(file: str, seen: set[str]) -> str:
+def _expand(file: str, seen: set[str], read) -> str:
     seen.add(file)
     lines = [f'#line 1 "{file}"']
-    for number, line in enumerate(text(file).splitlines(), 1):
+    for number, line in enumerate(read(file).splitlines(), 1):
         include = _INCLUDE.match(line)
         if not include:
             lines.append(line)
         elif include[1] not in seen:
-            lines += [_expand(include[1], seen), f'#line {number + 1} "{file}"']
+            lines += [_expand(include[1], seen, read), f'#line {number + 1} "{file}"']
         else:
             lines.append("")
     return "\n".join(lines)
+
+
+def unit(what: Kernel | Variant) -> str:
+    """The text that is compiled for a kernel; for a variant, that of all kernels: its file's, expanded.
+
+    As long as no kernel of a file is edited, that is one text for all of them. An edited kernel is compiled alone, and
+    its siblings as if it were not edited: what an edit changes is all that it compiles.
+    """
+    return _unit(what.file, what.name) if isinstance(what, Kernel) else expanded(what.file)
+
+
+@until_overridden
+def _unit(file, kernel):
+    edited = overridden().intersection(kernel_names(file))
+    if not edited:
+        return expanded(file)
+    alone = {kernel} & edited
+    found = _expand(file, set(), lambda name: text(name, alone))
+    left_out = {match[1] for match in _KERNEL.finditer(found)} - alone
+    if not alone:
+        # To an edited header the packaged text of an edited kernel need not fit.
+        left_out = left_out & edited if any(map(is_file, overridden())) else ()
+    for name in left_out:
+        start, end = span(found, name)
+        # Empty lines: messages about the rest name the lines that it had.
+        found = found[:start] + "\n" * found.count("\n", start, end) + found[end:]
+    return found
 
 
 @until_overridden

@@ -5,7 +5,6 @@ A name is a kernel's ("tanh_forward"), or a file's ("tanh.cu", "tanh.cuh"; "tanh
 
 import contextlib
 import difflib
-import functools
 import importlib.util
 import os
 import re
@@ -35,6 +34,8 @@ _MULTIPROCESSORS = {
     "sm_89": (1536, 24, 100),
     "sm_90": (2048, 32, 228),
 }
+
+_known_resources = {}  # {(text, macros, architecture): {kernel: resources}}
 
 
 class KernelInfo(NamedTuple):
@@ -191,7 +192,7 @@ def told_apart(defines) -> tuple[list[str], str]:
 def ptx(name: str, arch: str | None = None, **macros: str | int) -> str:
     """PTX of the first variant of a kernel (of a file: of all its kernels) that has these macros, by NVRTC."""
     kernel, arch = _first(name, arch, macros)
-    text = nvrtc.compile_ptx(kernel.variant, arch)
+    text = nvrtc.compile_ptx(kernel if kernel.name else kernel.variant, arch)
     if not kernel.name:
         return text
     head, *parts = re.split(r"(?=^\s*// \.globl\s+\w+$)", text, flags=re.MULTILINE)
@@ -204,7 +205,7 @@ def sass(name: str, arch: str | None = None, **macros: str | int) -> str:
     kernel, arch = _first(name, arch, macros)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(nvrtc.compile_variant(kernel.variant, arch)[0])
+        cubin.write_bytes(nvrtc.compile_variant(kernel if kernel.name else kernel.variant, arch)[0])
         done = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True)
     if done.returncode:
         raise BackendError(f"{tool} cannot read code for {arch}: {done.stderr.strip()}")
@@ -233,6 +234,8 @@ def locate(name: str) -> tuple[str, str | None]:
 def files_with(name: str) -> list[str]:
     """The .cu files whose compiled text a change of `name` changes: its own, or all that include a header."""
     file, _ = locate(name)
+    if file.endswith(".cu"):
+        return [file]
     return [f for f in source.names() if f.endswith(".cu") and f'#line 1 "{file}"' in source.expanded(f)]
 
 
@@ -401,14 +404,16 @@ def _has_gpu():
     return True
 
 
-@functools.lru_cache(maxsize=256)
-def _resources(_text, variant, arch):
-    """{kernel: resources}, compiled once for a text."""
-    return nvrtc.compile_variant(variant, arch)[1]
+def _resources(kernel, arch):
+    """The kernel's, compiled once for a text."""
+    key = source.unit(kernel), kernel.defines, arch
+    if key not in _known_resources:
+        _known_resources[key] = nvrtc.compile_variant(kernel, arch)[1]
+    return _known_resources[key][kernel.name]
 
 
 def _of_nvrtc(kernel, arch, block, shared_bytes):
-    used = _resources(source.expanded(kernel.file), kernel.variant, arch)[kernel.name]
+    used = _resources(kernel, arch)
     block = block or used.max_threads or THREADS
     fits = occupancy(used, block, shared_bytes, arch)
     return _attributes(kernel, used, used.stack_bytes, block, shared_bytes, *(fits or (None, None)))

@@ -111,18 +111,18 @@ def expanded(file: str) -> str:
     CuPy's disk cache hashes this text alone, and NVRTC needs no include path for it. `#line` directives keep compiler
     messages pointing at the original file and line.
     """
-    return _expand(file, set())
+    return _expand(file, set(), text)
 
 
-def _expand(file: str, seen: set[str]) -> str:
+def _expand(file: str, seen: set[str], read) -> str:
     seen.add(file)
     lines = [f'#line 1 "{file}"']
-    for number, line in enumerate(text(file).splitlines(), 1):
+    for number, line in enumerate(read(file).splitlines(), 1):
         include = _INCLUDE.match(line)
         if not include:
             lines.append(line)
         elif include[1] not in seen:
-            lines += [_expand(include[1], seen), f'#line {number + 1} "{file}"']
+            lines += [_expand(include[1], seen, read), f'#line {number + 1} "{file}"']
         else:
             lines.append("")
     return "\n".join(lines)

@@ -184,6 +184,14 @@ def test_judge_refuses_what_no_check_launches(monkeypatch):
         magics.judge("conv_gather", text, dtypes=("float64", "float32"), device="cpu")
 
 
+def test_what_torch_keeps_does_not_make_a_check_smaller(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20e9, 40e9))
+    for reserved, images in ((15e9, 512), (0, 32)):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, reserved=reserved: reserved)
+        assert checks.images_for(torch.device("cuda")) == images
+    assert checks.images_for(torch.device("cpu")) is None
+
+
 @pytest.mark.parametrize("case", checks.CASES, ids=lambda case: case.what)
 def test_every_check_passes(device, case):
     for dtype in (torch.float32, torch.float16):

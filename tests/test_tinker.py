@@ -107,6 +107,41 @@ def test_an_override_is_used_at_once_and_nothing_is_compiled_twice(device, name,
     assert len(compiled) == known + 1
 
 
+def test_an_edit_compiles_the_edited_kernel_alone(device, compiled):
+    x = torch.ones(8, device=device, requires_grad=True)
+    backward = "float of_this_cell;\n" + source.packaged_kernels("tanh.cu")["tanh_backward"]
+
+    def run(forward):
+        tanh(x).backward(x)
+        text = source.unit(source.Kernel("tanh.cu", "tanh_forward"))
+        assert list(source.declarations(text)) == ["tanh_forward"] if forward else ["tanh_forward", "tanh_backward"]
+        return [kernel.name for kernel in compiled]
+
+    run(forward=False)
+    compiled.clear()
+    unique = f"// alone, {device}\n"
+    with cupy_kernels.override({"tanh_forward": unique + FORWARD}):
+        assert run(forward=True) == ["tanh_forward"]
+        # Each cell is on its own: neither a name twice nor the other's errors.
+        with cupy_kernels.override({"tanh_backward": unique + backward}):
+            assert run(forward=True) == ["tanh_forward", "tanh_backward"]
+            with cupy_kernels.override({"tanh_forward": "float of_this_cell;\n" + FORWARD + unique}):
+                assert run(forward=True) == ["tanh_forward", "tanh_backward", "tanh_forward"]
+        with source.override({}, {"tanh_backward": {"MINE": 1}}):
+            assert run(forward=True)[3:] == ["tanh_backward"]
+        assert len(run(forward=True)) == 4
+    assert len(run(forward=False)) == 4
+
+
+def test_an_edited_header_need_not_fit_the_packaged_text_of_an_edited_kernel(device):
+    header = source.text("tanh.cuh").replace("tanh_of(", "renamed(")
+    x = torch.ones(8, device=device, requires_grad=True)
+    with cupy_kernels.override({"tanh.cuh": header, "tanh_forward": FORWARD.replace("tanh_of(", "renamed(")}):
+        y = tanh(x)
+        y.backward(x)
+    assert torch.equal(y, tanh(x))
+
+
 def test_an_edited_header_reaches_all_that_include_it(device):
     header = source.text("tanh.cuh").replace(": tanh(v)", ": 2 * tanh(v)")
     x = torch.randn(8, device=device)
@@ -192,17 +227,16 @@ def test_compile_error_names_the_line_of_the_edited_text(device):
     with cupy_kernels.override({"tanh_forward": {"acc_t": "flaot"}}), pytest.raises(KernelCompileError) as error:
         tanh(torch.ones(8, device=device))
     assert "flaot" in str(error.value).splitlines()[1]
-    # Behind the edited kernel the file's lines have the numbers that they had.
+    # What an edited kernel left out keeps the numbers of the file's other lines, before it and behind it.
     file = source.text("tanh.cu").replace("tanh_slope(to_acc(saved", "nothing(to_acc(saved")
     line = next(n for n, s in enumerate(file.splitlines(), 1) if "nothing(" in s)
     x = torch.ones(8, device=device, requires_grad=True)
-    with (
-        source.override({"tanh.cu": file}),
-        source.override({"tanh_forward": "\n\n" + FORWARD}),
-        pytest.raises(KernelCompileError) as error,
-    ):
-        tanh(x)
-    assert str(error.value).splitlines()[2].strip().startswith(f"{line} |")
+    for edit in ({"tanh_forward": "\n\n" + FORWARD}, {"tanh_forward": FORWARD, "tanh_backward": {"acc_t": "double"}}):
+        with source.override({"tanh.cu": file}), cupy_kernels.override(edit):
+            y = tanh(x)
+            with pytest.raises(KernelCompileError) as error:
+                y.backward(x)
+        assert str(error.value).splitlines()[2].strip().startswith(f"{line} |")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ import numpy as np
 from .. import cache
 from ..compiler import announce
 from ..errors import BackendError, EmulatorError
-from ..source import MACROS, Kernel, compile_error, expanded, in_force, kernel_names, signature
+from ..source import MACROS, Kernel, compile_error, declarations, in_force, unit
 
 GUARD_BYTES = 4096
 ALIGNMENT = 256  # of arrays, as cudaMalloc has it
@@ -114,7 +114,7 @@ def run(kernel: Kernel, parameters, grid, block, args, shared_bytes: int, seed: 
 
 def prepare(kernels: Iterable[Kernel]) -> None:
     """Compiles those of `kernels` that are not compiled yet, all at the same time, as `compiler.prepare` does."""
-    variants = {(expanded(k.file), k.defines): k for k in map(in_force, kernels)}
+    variants = {(unit(k), k.defines): k for k in map(in_force, kernels)}
     missing = [kernel for key, kernel in variants.items() if key not in _libraries]
     with ThreadPoolExecutor() as threads:
         for built in [threads.submit(_library, kernel) for kernel in missing]:
@@ -157,13 +157,13 @@ def _stacks() -> ctypes.c_char:
 
 
 def _library(kernel: Kernel) -> ctypes.CDLL:
-    """The library of all kernels of the file, for the kernel's macros."""
-    key = (expanded(kernel.file), kernel.defines)
+    """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
+    key = (unit(kernel), kernel.defines)
     library = _libraries.get(key)
     if library is None:
         announce(kernel)
         library = ctypes.CDLL(str(_build(kernel)))
-        for name in kernel_names(kernel.file):
+        for name in declarations(unit(kernel)):
             getattr(library, f"emulator_{name}").restype = ctypes.c_char_p
         _libraries[key] = library
     return library
@@ -182,13 +182,13 @@ def _cpu() -> str:
 def _translation_unit(kernel: Kernel) -> str:
     header = resources.files(__package__).joinpath("cuda.h").read_text(encoding="utf-8")
     macros = "\n".join(f"#define {k} {v}" for k, v in kernel.defines)  # after the header: -D would reach libc's headers
-    entries = "\n".join(_entry(kernel._replace(name=name)) for name in kernel_names(kernel.file))
-    return f'{header}\n#line 1 "{MACROS}"\n{macros}\n{expanded(kernel.file)}\n#line 1 "emulator_entries"\n{entries}\n'
+    entries = "\n".join(_entry(name, parameters) for name, parameters in declarations(unit(kernel)).items())
+    return f'{header}\n#line 1 "{MACROS}"\n{macros}\n{unit(kernel)}\n#line 1 "emulator_entries"\n{entries}\n'
 
 
-def _entry(kernel: Kernel) -> str:
-    arguments = (f"emulator::Argument{{arguments[{i}]}}" for i in range(len(signature(kernel))))
-    return f"EMULATOR_ENTRY({kernel.name}, {', '.join(arguments)})"
+def _entry(name, parameters) -> str:
+    arguments = (f"emulator::Argument{{arguments[{i}]}}" for i in range(len(parameters)))
+    return f"EMULATOR_ENTRY({name}, {', '.join(arguments)})"
 
 
 def _build(kernel: Kernel) -> Path:
