@@ -72,7 +72,7 @@ def run(operation, *args, **options) -> None:
 
     What is launched follows from the operation, its options, and where tensors of which kind lie. torch's allocator
     gives a loop's tensors the same places over and over, so the launches of a call are kept, and a call like it
-    starts them again: a tenth of the host's time, which decides where tensors are small.
+    starts them again, without views and checks: small tensors wait for the host.
     """
     key = (operation, *map(_facts, args), *options, *map(_facts, options.values()))
     known = _known()
