@@ -107,7 +107,7 @@ def repeat(launches: list[Launch]) -> None:
     """Starts what `recorded` collected again, on the same device, in CuPy's current stream, and checks nothing.
 
     The kernels find their arrays where they were: whoever calls this knows that arrays of the same kind are there.
-    CuPy's own call would cost as much again as the driver's, for each launch.
+    CuPy's own call would look at each argument again.
     """
     cuda = compiler.cupy().cuda
     if not cuda.driver.ctxGetCurrent():  # a thread that has not used the GPU

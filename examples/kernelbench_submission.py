@@ -303,9 +303,8 @@ def layout(split: int, dgrad: bool, many_images: bool, channels, size, out, kern
     granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
-    most = _MOST_TILES[split, dgrad] - (
-        4 if dgrad and out[1] % 2 else 0
-    )  # odd rows, stored pixel by pixel, take registers
+    pixelwise = dgrad and out[1] % 2  # how odd rows are stored, which takes registers
+    most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
     tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
     macros = {
         "WARPGROUPS_M": warpgroups_m,
@@ -2183,7 +2182,7 @@ class GroupNorm(nn.Module):
 
 
 def tensor_of(module: nn.Module, name: str) -> torch.Tensor | None:
-    """module.name, a parameter or buffer: getattr, which searches for it, takes ten times as long."""
+    """module.name, a parameter or buffer: getattr, which searches for it, takes three times as long."""
     for known in (module._parameters, module._buffers):
         if name in known:
             return known[name]

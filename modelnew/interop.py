@@ -75,7 +75,7 @@ def run(operation, *args, like=None, **options) -> None:
 
     What is launched follows from the operation, its options, and where tensors of which kind lie. torch's allocator
     gives a loop's tensors the same places over and over, so the launches of a call are kept, and a call like it
-    starts them again: a tenth of the host's time, which decides where tensors are small.
+    starts them again, without views and checks: small tensors wait for the host.
     """
     facts = _facts if like is None else _address
     key = (operation, like, *map(facts, args), *options, *map(_facts, options.values()))

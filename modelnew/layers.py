@@ -267,7 +267,7 @@ class GroupNorm(nn.Module):
 
 
 def tensor_of(module: nn.Module, name: str) -> torch.Tensor | None:
-    """module.name, a parameter or buffer: getattr, which searches for it, takes ten times as long."""
+    """module.name, a parameter or buffer: getattr, which searches for it, takes three times as long."""
     for known in (module._parameters, module._buffers):
         if name in known:
             return known[name]

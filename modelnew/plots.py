@@ -4,7 +4,7 @@
 
 from pathlib import Path
 
-from .records import comparisons
+from .records import by_batch, comparisons
 from .workloads import GENERAL, GRAPHS, LAYOUTS, WORKLOADS, Shape, floor_ms, work
 
 _COLOURS = {
@@ -54,11 +54,11 @@ def _times(figure, record):
 def _by_batch(panel, record):
     """Images a second over N, of ModelNew and of its fastest peer."""
     curves = {}
-    for row, peer in comparisons(record):
-        if row["what"] in ("forward_train", "step") and row["ms"] is not None and row["who"] not in GRAPHS:
-            for each, who in ((row, "modelnew"), (peer, "eager")):
-                if each:
-                    curves.setdefault((row["what"], row["class"], who), {})[row["n"]] = 1e3 * row["n"] / each["ms"]
+    for (what, cls), pairs in by_batch(record).items():
+        for n, pair in pairs.items():
+            for row, who in zip(pair, ("modelnew", "eager")):
+                if row:
+                    curves.setdefault((what, cls, who), {})[n] = 1e3 * n / row["ms"]
     for (what, cls, who), points in curves.items():
         marker, colour = {"forward_train": "o", "step": "s"}[what], _COLOURS[who]
         label = f"{what} {cls} {'modelnew' if who == 'modelnew' else 'fastest peer'}"

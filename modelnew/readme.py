@@ -10,13 +10,12 @@ import click
 
 from . import commands, environment
 from .generated import ROOT, check_option, settle
-from .records import comparisons, trials
+from .records import by_batch, comparisons, trials
 from .workloads import GRAPHS, MODELS
 
 _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
 _NO_SUITE = "No record says yet that the test suite passed on a GPU; `make record` on one writes it."
-_BY_BATCH = ("forward_train", "step")
 _NEEDED = {
     "bench": ("rows", "trials"),
     "training": ("rows", "steps", "batch", "factor", "last", "comparisons"),
@@ -96,10 +95,7 @@ def _table(record, n) -> list[str]:
 
 def _by_batch(record) -> list[str]:
     """A row for each workload and class, a column for each n: our time, and the fastest peer's in terms of it."""
-    found = {}
-    for row, peer in comparisons(record):
-        if row["what"] in _BY_BATCH and row["ms"] is not None and row["who"] not in GRAPHS:
-            found.setdefault((row["what"], row["class"]), {})[row["n"]] = row, peer
+    found = by_batch(record)
     sizes = sorted({n for rows in found.values() for n in rows})
     lines = [f"| | class | {' | '.join(map(str, sizes))} |", f"|---|---|{'--:|' * len(sizes)}"]
     for (what, cls), rows in found.items():

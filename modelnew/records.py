@@ -47,6 +47,15 @@ def trials(record: dict) -> str:
     return f"{record['trials']} trials" + (f" (up to {FEW_IMAGES} images: {few})" if few != record["trials"] else "")
 
 
+def by_batch(record: dict) -> dict[tuple[str, str], dict[int, tuple[dict, dict | None]]]:
+    """{(workload, class): {n: (our row, the fastest peer's or None)}} of forward and step, without CUDA graphs."""
+    found = {}
+    for row, peer in comparisons(record):
+        if row["what"] in ("forward_train", "step") and row["ms"] is not None and row["who"] not in GRAPHS:
+            found.setdefault((row["what"], row["class"]), {})[row["n"]] = row, peer
+    return found
+
+
 def show(record: dict, out: Console) -> None:
     """Prints our times beside the fastest peer's, and why some are missing."""
     limits, shape = record["ceilings"], Shape(**record["shape"])
