@@ -109,7 +109,7 @@ def test_an_override_is_used_at_once_and_nothing_is_compiled_twice(device, name,
 
 def test_an_edit_compiles_the_edited_kernel_alone(device, compiled):
     x = torch.ones(8, device=device, requires_grad=True)
-    backward = "float of_this_cell;\n" + source.packaged_kernels("tanh.cu")["tanh_backward"]
+    backward = "__device__ float of_this_cell;\n" + source.packaged_kernels("tanh.cu")["tanh_backward"]
 
     def run(forward):
         tanh(x).backward(x)
@@ -125,7 +125,7 @@ def test_an_edit_compiles_the_edited_kernel_alone(device, compiled):
         # Each cell is on its own: neither a name twice nor the other's errors.
         with cupy_kernels.override({"tanh_backward": unique + backward}):
             assert run(forward=True) == ["tanh_forward", "tanh_backward"]
-            with cupy_kernels.override({"tanh_forward": "float of_this_cell;\n" + FORWARD + unique}):
+            with cupy_kernels.override({"tanh_forward": "__device__ float of_this_cell;\n" + FORWARD + unique}):
                 assert run(forward=True) == ["tanh_forward", "tanh_backward", "tanh_forward"]
         with source.override({}, {"tanh_backward": {"MINE": 1}}):
             assert run(forward=True)[3:] == ["tanh_backward"]
