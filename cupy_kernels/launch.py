@@ -94,7 +94,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
         if handle is None:
             handle = functions[device, shared_bytes] = compiler.function(kernel, shared_bytes).kernel.ptr
         started = _packed((handle, *grid, *block, shared_bytes), cast)
-        repeat([started])
+        repeat([started], compiler.cupy().cuda.get_current_stream().ptr)
         recording = getattr(_thread, "recording", None)
         if recording is not None:
             recording.append(started)
@@ -103,8 +103,8 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
         emulator.run(kernel, parameters, grid, block, cast, shared_bytes)
 
 
-def repeat(launches: list[Launch]) -> None:
-    """Starts what `recorded` collected again, on the same device, in CuPy's current stream, and checks nothing.
+def repeat(launches: list[Launch], stream: int) -> None:
+    """Starts what `recorded` collected again, on the same device, which is current, in a stream of it; checks nothing.
 
     The kernels find their arrays where they were: whoever calls this knows that arrays of the same kind are there.
     CuPy's own call would look at each argument again.
@@ -112,7 +112,7 @@ def repeat(launches: list[Launch]) -> None:
     cuda = compiler.cupy().cuda
     if not cuda.driver.ctxGetCurrent():  # a thread that has not used the GPU
         cuda.runtime.free(0)
-    stream, start = cuda.get_current_stream().ptr, cuda.driver.launchKernel
+    start = cuda.driver.launchKernel
     for numbers, _, parameters in launches:
         start(*numbers, stream, parameters, 0)
 

@@ -38,6 +38,10 @@ class Workspace(NamedTuple):
     def empty(cls, layout: Layout, device: torch.device) -> "Workspace":
         return cls(torch.empty(layout.size, dtype=torch.uint8, device=device), layout)
 
+    def data_ptr(self) -> int:
+        """The address where the arrays begin."""
+        return self.memory.data_ptr()
+
 
 def view(tensor: torch.Tensor):
     """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16.
@@ -60,15 +64,16 @@ _MOST_KNOWN = 1000
 
 @until_overridden
 def _known() -> dict:
-    """{what a call of `run` was given: (device, its launches)}"""
+    """{what a call of `run` was given: (index of the GPU, its launches)}"""
     return {}
 
 
 def run(operation, *args, like=None, **options) -> None:
     """operation(*args, **options), with what `arrays` makes of `args`; the operation launches kernels and no more.
 
-    like: something hashable that tells shapes, dtypes and the device of all tensors, and layouts of workspaces, which
-        are then not looked at to find out whether a call is like an earlier one.
+    like: something hashable from which options, shapes, dtypes and the device of all tensors, and layouts of workspaces
+        follow, so that they need not be looked at to find out whether a call is like an earlier one. `args` are then
+        tensors, workspaces and None.
 
     Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if
     the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
@@ -77,13 +82,16 @@ def run(operation, *args, like=None, **options) -> None:
     gives a loop's tensors the same places over and over, so the launches of a call are kept, and a call like it
     starts them again, without views and checks: small tensors wait for the host.
     """
-    facts = _facts if like is None else _address
-    key = (operation, like, *map(facts, args), *options, *map(_facts, options.values()))
+    if like is None:
+        key = (operation, *map(_facts, args), *options, *map(_facts, options.values()))
+    else:
+        key = (operation, like, *[None if arg is None else arg.data_ptr() for arg in args])
     known = _known()
-    device, launches = known.get(key, (None, None))
-    if launches is not None and not observing():
-        with launching_on(device):
-            repeat(launches)
+    found = known.get(key)
+    if found is not None and not observing():
+        index, launches = found
+        with _nothing if index == torch.cuda.current_device() else torch.cuda.device(index):
+            repeat(launches, _raw_stream(index))
         return
     device = one_device(args)
     with launching_on(device), recorded() as launches:
@@ -91,7 +99,7 @@ def run(operation, *args, like=None, **options) -> None:
     if device.type == "cuda":
         if len(known) == _MOST_KNOWN:
             known.clear()
-        known[key] = device, launches
+        known[key] = device.index, launches
 
 
 def _facts(arg):
@@ -99,14 +107,8 @@ def _facts(arg):
         # Launches take contiguous tensors alone, whose strides follow from their shape.
         return arg.data_ptr(), arg.dtype, arg.device, arg.shape, arg.is_contiguous()
     if isinstance(arg, Workspace):
-        return arg.memory.data_ptr(), arg.memory.device, arg.layout
+        return arg.data_ptr(), arg.memory.device, arg.layout
     return arg.hex() if isinstance(arg, float) else arg  # 0.0 equals -0.0
-
-
-def _address(arg):
-    if isinstance(arg, Workspace):
-        return arg.memory.data_ptr()
-    return arg.data_ptr() if isinstance(arg, torch.Tensor) else arg
 
 
 def arrays(*args) -> list:
@@ -159,10 +161,14 @@ def launching_on(device: torch.device):
         return _nothing
     cuda = compiler.cupy().cuda
     index = torch.cuda.current_device() if device.index is None else device.index
-    stream = torch._C._cuda_getCurrentRawStream(index)  # without the object around it
+    stream = _raw_stream(index)
     if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
         return _nothing
     return _switched(cuda, index, stream)
+
+
+def _raw_stream(device_index):
+    return torch._C._cuda_getCurrentRawStream(device_index)  # the current stream, without the object around it
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from .numerics import check_numerics, resolve, tensor_core_plan
 OPERATORS = ("conv_transpose", "batch_norm", "tanh", "max_pool", "group_norm")
 
 _KINDS = (layers.ConvTranspose2d, layers.BatchNorm2d, layers.Tanh, layers.MaxPool2d, layers.GroupNorm)
-_WINDOW = {"kernel_size": 2, "stride": 2, "padding": 0, "dilation": 1}
+_WINDOW = (2, 2, 0, 1)  # kernel_size, stride, padding, dilation
 BATCH, CHANNELS, HEIGHT, WIDTH = 512, 64, 32, 32
 
 
@@ -157,19 +157,20 @@ def _obstacle(children, x) -> str | None:
         if not _fusible(child, kind):
             return f"{name} is not replaced, has a hook, or was swapped"
     conv, _, _, pool, _ = children
-    if pool.return_indices or not all(_is(getattr(pool, name), value, name) for name, value in _WINDOW.items()):
+    window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    if pool.return_indices or (window != _WINDOW and not all(map(_is, window, _WINDOW))):
         return "the pooling is not over 2x2 windows"
     if pool.ceil_mode:
         return "the pooling has ceil_mode"
-    if conv.stride != (1, 1) or conv.output_padding != (0, 0) or conv.dilation != (1, 1) or conv.groups != 1:
+    if (conv.stride, conv.output_padding, conv.dilation, conv.groups) != ((1, 1), (0, 0), (1, 1), 1):
         return "the convolution has a stride, output padding, dilation or groups"
     if x.dim() != 4 or x.shape[1] != conv.in_channels:
         return f"the input, of shape {tuple(x.shape)}, is not [N, {conv.in_channels}, H, W]"
     return None
 
 
-def _is(size, value, name) -> bool:
-    return size == value or pair(size, name) == (value, value)
+def _is(size, value) -> bool:
+    return size == value or pair(size, "the pooling's window") == (value, value)
 
 
 @functional.untraced  # torch.compile has nothing to gain inside, and plans are kept by shape

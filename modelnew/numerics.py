@@ -35,7 +35,7 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
 
 def circumstances(numerics: str, x: torch.Tensor) -> tuple:
     """What plans for x depend on, besides shapes, dtypes and hyper-parameters."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
     return resolve(numerics, x), uses_wgmma(x), bool(_switched_off), autocast
 
 

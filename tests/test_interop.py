@@ -142,10 +142,12 @@ def operands(device):
 def test_a_call_like_an_earlier_one_starts_its_launches_again(monkeypatch):
     """With stand-ins for a GPU: what counts as alike."""
     launches, repeated, called = ["launches"], [], []
-    monkeypatch.setattr(interop, "one_device", lambda args: torch.device("cuda"))
+    monkeypatch.setattr(interop, "one_device", lambda args: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(interop, "_raw_stream", lambda device_index: 7)
     monkeypatch.setattr(interop, "launching_on", contextlib.nullcontext)
     monkeypatch.setattr(interop, "recorded", lambda: contextlib.nullcontext(launches))
-    monkeypatch.setattr(interop, "repeat", repeated.append)
+    monkeypatch.setattr(interop, "repeat", lambda *args: repeated.append(args))
     monkeypatch.setattr(interop, "observing", lambda: False)
 
     def operation(*args, **options):
@@ -159,7 +161,7 @@ def test_a_call_like_an_earlier_one_starts_its_launches_again(monkeypatch):
     with source.override({}):
         interop.run(operation, x, workspace, 2, eps=1.0)
         interop.run(operation, x.detach(), interop.Workspace(memory[:], layout), 2, eps=1.0)
-        assert (len(called), repeated) == (1, [launches])
+        assert (len(called), repeated) == (1, [(launches, 7)])
         for other in (
             lambda: interop.run(operation, x.clone(), workspace, 2, eps=1.0),
             lambda: interop.run(operation, x[:2], workspace, 2, eps=1.0),
@@ -178,6 +180,19 @@ def test_a_call_like_an_earlier_one_starts_its_launches_again(monkeypatch):
             before = len(called)
             other()
             assert len(called) == before + 1
+        repeats = len(repeated)
+        interop.run(operation, x, workspace, None, like="these", eps=1.0)
+        before = len(called)
+        interop.run(operation, x.detach(), interop.Workspace(memory[:], layout), None, like="these", eps=1.0)
+        assert (len(called), len(repeated)) == (before, repeats + 1)
+        for other in (
+            lambda: interop.run(operation, x, workspace, None, like="others", eps=1.0),
+            lambda: interop.run(operation, x.clone(), workspace, None, like="these", eps=1.0),
+            lambda: interop.run(operation, x, workspace, memory, like="these", eps=1.0),
+        ):
+            before = len(called)
+            other()
+            assert len(called) == before + 1
         for _ in range(2):
             with pytest.raises(ValueError, match="fails"):
                 interop.run(operation, x, fails=True)
@@ -185,7 +200,7 @@ def test_a_call_like_an_earlier_one_starts_its_launches_again(monkeypatch):
             before = len(called)
             interop.run(operation, x, workspace, 2, eps=1.0)
             assert len(called) == before + 1
-    assert repeated == [launches]
+    assert repeated == [(launches, 7)] * 2
 
 
 @gpu_only
@@ -194,7 +209,7 @@ def test_repeated_launches(name, monkeypatch):
     """Loops whose tensors lie at the same addresses: with new values, on many streams, in new threads."""
     monkeypatch.setattr(launch_module, "_observers", [])
     repeats = []
-    monkeypatch.setattr(interop, "repeat", lambda launches: repeats.append(launches) or launch_module.repeat(launches))
+    monkeypatch.setattr(interop, "repeat", lambda *args: repeats.append(args) or launch_module.repeat(*args))
     tensors = operands("cuda")
 
     def call():

@@ -21,7 +21,7 @@ from ..interop import (
     pair,
     run,
 )
-from ..numerics import check_numerics, circumstances, tensor_core_plan
+from ..numerics import check_numerics, circumstances, resolve, tensor_core_plan
 from .batch_norm import check_batch_norm, check_batch_norm_call, note_update
 from .conv_transpose import conv_gradients, gradient_plans
 
@@ -34,9 +34,13 @@ class _Call:
     """What follows from the kinds of a call's arguments."""
 
     plan: Plan
+    numerics: str
     geometry: Geometry
     layout: Layout  # of the workspace
     shape: tuple  # of the output
+    training: bool
+    keep: bool
+    groups: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,19 +56,21 @@ class _BackwardCall:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *args):
-        *parameters, (running_mean, running_var, call, numerics, keep, options) = args
+        *parameters, (call, running_mean, running_var, momentum, eps, group_eps) = args
         x, w, conv_bias, weight, bias, group_weight, group_bias = tensors = (aligned(x), *map(dense, parameters))
         workspace = Workspace.empty(call.layout, x.device)
         out = x.new_empty(call.shape)
 
         updated = dense(running_mean), dense(running_var)
         arguments = (x, w, conv_bias, *updated, weight, bias, group_weight, group_bias, out, workspace)
-        run(ops.conv_bn_pool_forward, *arguments, like=call, **options)
-        if options["training"]:
+        options = {"plan": call.plan, "training": call.training, "momentum": momentum, "eps": eps}
+        options.update(groups=call.groups, group_eps=group_eps)
+        run(ops.conv_bn_pool_forward, *arguments, like=(call, momentum, eps, group_eps), **options)
+        if call.training:
             note_update(running_mean, running_var, *updated)
-        if keep:
+        if call.keep:
             ctx.save_for_backward(*tensors, workspace.memory)
-            ctx.call, ctx.options, ctx.numerics = call, options, numerics
+            ctx.call = call
         return out
 
     @staticmethod
@@ -74,16 +80,16 @@ class _Fused(torch.autograd.Function):
         need_x, need_w, *need = ctx.needs_input_grad[:7]
         parameters = (conv_bias, weight, bias, group_weight, group_bias)
         gradients = [torch.empty_like(t) if needed else None for t, needed in zip(parameters, need)]
-        call, groups, training = ctx.call, ctx.options["groups"], ctx.options["training"]
-        key = (call, groups, training, need_x, need_w, circumstances(ctx.numerics, x))
-        prepared = _known(_backward_calls, key, lambda: _backward_call(*key[:5], ctx.numerics, x, w))
+        call = ctx.call
+        key = (call, need_x, need_w, circumstances(call.numerics, x))
+        prepared = _known(_backward_calls, key, lambda: _backward_call(*key[:3], x, w))
         made, output, of_wgrad, of_dgrad = prepared.layouts
         dx = dw = None
         dy = None if prepared.dy_shape is None else x.new_empty(prepared.dy_shape)
         # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
         kept, output = Workspace(memory, call.layout), Workspace.empty(output, x.device)
         tensors = (dense(dout), weight, bias, group_weight, *gradients, dy)
-        options = {"plan": call.plan, "groups": groups, "training": training}
+        options = {"plan": call.plan, "groups": call.groups, "training": call.training}
         run(ops.conv_bn_pool_backward, *tensors, Workspace.empty(made, x.device), kept, output, **options)
         if prepared.wgrad:  # first: the room of its workspaces is dx's then
             dw = torch.empty_like(w)
@@ -92,7 +98,7 @@ class _Fused(torch.autograd.Function):
             dx = torch.empty_like(x)
             run(ops.input_gradient, prepared.dgrad, output, w, dx, Workspace.empty(of_dgrad, x.device))
         if dy is not None:
-            dx, dw = conv_gradients(x, w, dy, call.geometry, ctx.numerics, need_x, need_w)
+            dx, dw = conv_gradients(x, w, dy, call.geometry, call.numerics, need_x, need_w)
         return dx, dw, *gradients, None
 
 
@@ -120,22 +126,22 @@ def _call(training, keep, padding, num_groups, numerics, momentum, eps, input, c
         return reason
     compile_together(ops.kernels(plan, num_groups, training, keep), input.device)
     layout = Layout(ops.buffers(plan, input.shape, num_groups, training, keep))
-    return _Call(plan, _geometry(padding), layout, shape)
+    return _Call(plan, resolve(numerics, input), _geometry(padding), layout, shape, training, keep, num_groups)
 
 
-def _backward_call(call, groups, training, need_x, need_w, numerics, x, w):
+def _backward_call(call, need_x, need_w, x, w):
     """Plans a backward, and compiles as `_call` does."""
-    dgrad, wgrad = gradient_plans(x, w, call.geometry, numerics, need_x, need_w)
+    dgrad, wgrad = gradient_plans(x, w, call.geometry, call.numerics, need_x, need_w)
     dy_shape = None
     if (dgrad is None, wgrad is None) != (not need_x, not need_w):
         dgrad = wgrad = None
         dy_shape = output_shape(x.shape, w.shape, call.geometry)
     dgrad = dgrad and dgrad.of_cells()
-    compile_together(ops.gradient_kernels(call.plan, groups, x.shape, training, dgrad, wgrad), x.device)
+    compile_together(ops.gradient_kernels(call.plan, call.groups, x.shape, call.training, dgrad, wgrad), x.device)
     buffers = (
         ops.gradient_buffers(call.plan, x.shape[0]),
         ops.output_gradient_buffers(call.plan, x.shape[0], bool(dgrad or wgrad)),
-        ops.weight_gradient_buffers(wgrad, x.shape, training) if wgrad else {},
+        ops.weight_gradient_buffers(wgrad, x.shape, call.training) if wgrad else {},
         ops.input_gradient_buffers(dgrad) if dgrad else {},
     )
     return _BackwardCall(dgrad, wgrad, dy_shape, tuple(map(Layout, buffers)))
@@ -199,22 +205,16 @@ def conv_bn_tanh_max_pool_group_norm(
     training, padding, facts = bool(training), pair(padding, "padding"), circumstances(numerics, input)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     kind = (training, keep, padding, num_groups)
-    key = (*kind, facts, *map(_facts, arguments))
+    key = (*kind, facts, *[None if t is None else (t.shape, t.dtype, t.device) for t in arguments])
     call = _known(_calls, key, lambda: _call(*kind, numerics, momentum, eps, *arguments))
     if isinstance(call, str):
         if required:
             raise UnsupportedError(f"the fused kernels do not take this: {call}")
         return None
-    options = {"plan": call.plan, "training": training, "momentum": momentum, "eps": eps}
-    options.update(groups=num_groups, group_eps=group_eps)
-    rest = (running_mean, running_var, call, facts[0], keep, options)
+    rest = (call, running_mean, running_var, momentum, eps, group_eps)
     if keep or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return _Fused.apply(*tensors, rest)
     return _Fused.forward(None, *tensors, rest)  # autograd, with nothing to keep or to refuse, would only take time
-
-
-def _facts(tensor):
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
 
 
 def _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups):
