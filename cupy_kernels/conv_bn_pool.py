@@ -68,6 +68,7 @@ def conv_bn_pool_forward(
     conv_bias,
     running_mean,
     running_var,
+    num_batches_tracked,
     weight,
     bias,
     group_weight,
@@ -85,8 +86,8 @@ def conv_bn_pool_forward(
     """out = group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
 
     conv_bias, weight, bias, group_weight, group_bias: may be None. running_mean, running_var: updated in training,
-    where they may be None. written: {name: array} as `buffers` describes
-    them.
+    where they may be None. num_batches_tracked: one int64, which grows by 1 in training, or None. written: {name:
+    array} as `buffers` describes them.
     """
     _, pool, statistics, tail = kernels(plan, groups, training, "saved" in written)
     pack_weight(plan, w, written["packed"], written["exponents"], signs=weight)
@@ -104,8 +105,8 @@ def conv_bn_pool_forward(
         statistics,
         (channels, 1, 1),
         (THREADS, 1, 1),
-        (written.get("partials"), conv_bias, running_mean, running_var, written["mean"], written["invstd"])
-        + (momentum, eps, channels, images * plan.units, training),
+        (written.get("partials"), conv_bias, running_mean, running_var, num_batches_tracked, written["mean"])
+        + (written["invstd"], momentum, eps, channels, images * plan.units, training),
     )
     launch(
         tail,

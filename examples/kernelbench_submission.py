@@ -1052,6 +1052,7 @@ def conv_bn_pool_forward(
     conv_bias,
     running_mean,
     running_var,
+    num_batches_tracked,
     weight,
     bias,
     group_weight,
@@ -1069,8 +1070,8 @@ def conv_bn_pool_forward(
     """out = group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
 
     conv_bias, weight, bias, group_weight, group_bias: may be None. running_mean, running_var: updated in training,
-    where they may be None. written: {name: array} as `buffers` describes
-    them.
+    where they may be None. num_batches_tracked: one int64, which grows by 1 in training, or None. written: {name:
+    array} as `buffers` describes them.
     """
     _, pool, statistics, tail = kernels(plan, groups, training, "saved" in written)
     pack_weight(plan, w, written["packed"], written["exponents"], signs=weight)
@@ -1088,8 +1089,8 @@ def conv_bn_pool_forward(
         statistics,
         (channels, 1, 1),
         (THREADS, 1, 1),
-        (written.get("partials"), conv_bias, running_mean, running_var, written["mean"], written["invstd"])
-        + (momentum, eps, channels, images * plan.units, training),
+        (written.get("partials"), conv_bias, running_mean, running_var, num_batches_tracked, written["mean"])
+        + (written["invstd"], momentum, eps, channels, images * plan.units, training),
     )
     launch(
         tail,
@@ -1608,7 +1609,8 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
     """Either "tf32" or "fp32", for a convolution of x."""
     if numerics != "auto":
         return numerics
-    return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "fp32"
+    # torch.backends.cudnn.allow_tf32 is this function's value, and takes five times as long.
+    return "tf32" if x.is_cuda and torch._C._get_cudnn_allow_tf32() else "fp32"
 
 
 def circumstances(numerics: str, x: torch.Tensor) -> tuple:
@@ -1837,18 +1839,20 @@ class _BackwardCall:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *args):
-        *parameters, (call, running_mean, running_var, momentum, eps, group_eps) = args
+        *parameters, (call, running_mean, running_var, batches, momentum, eps, group_eps) = args
         x, w, conv_bias, weight, bias, group_weight, group_bias = tensors = (aligned(x), *map(dense, parameters))
         workspace = Workspace.empty(call.layout, x.device)
         out = x.new_empty(call.shape)
 
         updated = dense(running_mean), dense(running_var)
-        arguments = (x, w, conv_bias, *updated, weight, bias, group_weight, group_bias, out, workspace)
+        arguments = (x, w, conv_bias, *updated, batches, weight, bias, group_weight, group_bias, out, workspace)
         options = {"plan": call.plan, "training": call.training, "momentum": momentum, "eps": eps}
         options.update(groups=call.groups, group_eps=group_eps)
         run(conv_bn_pool_forward, *arguments, like=(call, momentum, eps, group_eps), **options)
         if call.training:
             note_update(running_mean, running_var, *updated)
+            if batches is not None:
+                torch.autograd.graph.increment_version(batches)
         if call.keep:
             ctx.save_for_backward(*tensors, workspace.memory)
             ctx.call = call
@@ -1883,6 +1887,9 @@ class _Fused(torch.autograd.Function):
         return dx, dw, *gradients, None
 
 
+_apply = super(torch.autograd.Function, _Fused).apply  # without what its `apply` does for functorch and setup_context
+
+
 def _known(known, key, make):
     """known[key], which make() makes where it is missing."""
     found = known.get(key)
@@ -1893,12 +1900,12 @@ def _known(known, key, make):
     return found
 
 
-def _call(training, keep, padding, num_groups, numerics, momentum, eps, input, conv_weight, *others):
+def _call(training, keep, padding, num_groups, numerics, momentum, eps, batches, input, conv_weight, *others):
     """Plans and checks a call, and compiles its kernels at the same time, where launches would one by one.
 
     Where the fused kernels do not take it, the reason.
     """
-    reason = _mixture(input, conv_weight, *others)
+    reason = _mixture(input, batches, conv_weight, *others)
     if reason:
         return reason
     shape = _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups)
@@ -1928,9 +1935,12 @@ def _backward_call(call, need_x, need_w, x, w):
     return _BackwardCall(dgrad, wgrad, dy_shape, tuple(map(interop_Layout, buffers)))
 
 
-def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
-    """(plan, None) if the fused kernels take the model on x, else (None, the reason). others: the other parameters."""
-    reason = _mixture(x, conv_weight, *others)
+def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, others=()):
+    """(plan, None) if the fused kernels take the model on x, else (None, the reason).
+
+    batches: num_batches_tracked. others: the other parameters.
+    """
+    reason = _mixture(x, batches, conv_weight, *others)
     if reason:
         return None, reason
     plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), numerics)
@@ -1938,12 +1948,17 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
     return (None, reason) if reason else (plan, None)
 
 
-def _mixture(x, *others):
-    """Why the operators' dtypes differ, or None."""
+def _mixture(x, batches, *others):
+    """What does not go together in the tensors' dtypes, or with the counter of batches, or None."""
     if torch.is_autocast_enabled(x.device.type):
         return "autocast gives the operators different dtypes"
     if any(t is not None and t.dtype != x.dtype for t in others):
         return "input and parameters have different dtypes"
+    if batches is not None and (batches.dtype, batches.numel(), batches.device) != (torch.int64, 1, x.device):
+        return (
+            f"num_batches_tracked must be one {torch.int64} on {x.device}, received shape {tuple(batches.shape)}, "
+            f"{batches.dtype} on {batches.device}"
+        )
     return None
 
 
@@ -1968,21 +1983,24 @@ def conv_bn_tanh_max_pool_group_norm(
     group_weight: torch.Tensor | None = None,
     group_bias: torch.Tensor | None = None,
     group_eps: float = 1e-5,
+    num_batches_tracked: torch.Tensor | None = None,
     numerics: str = "auto",
     required: bool = True,
 ) -> torch.Tensor | None:
     """group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
-    and group_norm. One dtype for all: float32, float16 or bfloat16. For shapes that the tensor-core kernels take
-    (`modelnew.explain` tells); for others UnsupportedError, a ValueError, with the reason, or None if not `required`.
-    Besides, batch_norm's errors.
+    and group_norm. One dtype for all: float32, float16 or bfloat16.
+    num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
+    For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError,
+    with the reason, or None if not `required`. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
     check_numerics(numerics)
     check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
-    arguments = (input, conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
+    arguments = (num_batches_tracked, input, conv_weight, conv_bias, running_mean, running_var)
+    arguments += (weight, bias, group_weight, group_bias)
     training, padding, facts = bool(training), pair(padding, "padding"), circumstances(numerics, input)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     kind = (training, keep, padding, num_groups)
@@ -1992,9 +2010,11 @@ def conv_bn_tanh_max_pool_group_norm(
         if required:
             raise UnsupportedError(f"the fused kernels do not take this: {call}")
         return None
-    rest = (call, running_mean, running_var, momentum, eps, group_eps)
-    if keep or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    rest = (call, running_mean, running_var, num_batches_tracked, momentum, eps, group_eps)
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return _Fused.apply(*tensors, rest)
+    if keep:
+        return _apply(*tensors, rest)
     return _Fused.forward(None, *tensors, rest)  # autograd, with nothing to keep or to refuse, would only take time
 
 
@@ -2141,18 +2161,19 @@ class BatchNorm2d(nn.Module):
             running_mean = running_var = None
         momentum = self.momentum
         if momentum is None:  # the average over all batches
-            count = self._count()
-            momentum = 0.0 if count is None else 1 / (float(count) + 1)
+            counter = self.counter()
+            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
         affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
         return running_mean, running_var, *affine, training, momentum, self.eps
 
     def count_batch(self) -> None:
         """Notes that the running statistics were updated, if this batch was one to do so."""
-        count = self._count()
-        if count is not None:
-            count.add_(1)
+        counter = self.counter()
+        if counter is not None:
+            counter.add_(1)
 
-    def _count(self):
+    def counter(self) -> torch.Tensor | None:
+        """num_batches_tracked, if a batch now would be counted."""
         return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
 
 
@@ -3506,7 +3527,7 @@ struct Band {
         for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
         cp_async_commit();
     }
-    // Eight lanes take one part of eight cells, which are neighbours in shared memory: writes to eight places would take turns. Four times eight
+    // Eight lanes take one part of eight cells, which are neighbours in shared memory, where writes to eight places could take turns. Four times eight
     // lanes read half of each of these cells.
     __device__ void copy(int chunk) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
@@ -4595,10 +4616,10 @@ template <class T> __device__ constexpr int together_saved() { return 4 / sizeof
 #include "pooled_tail.cuh"
 
 // partials [3][channels][units]: count, mean and sum of squared distances of each unit. With training 0 the running statistics
-// stand for the batch's, else they are updated where not null.
+// stand for the batch's, else they are updated where not null, and so is `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
     const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean, INOUT param_t* running_var,
-    float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units, int training) {
+    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units, int training) {
     __shared__ float scratch[32];
     int c = blockIdx.x;
     float shift = bn_bias(conv_bias, c);
@@ -4624,6 +4645,7 @@ extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
     total += origin;
     mean[c] = total;
     invstd[c] = 1 / sqrt(m2 / count + eps);
+    if (batches && c == 0) ++*batches;
     if (running_mean) {
         running_mean[c] = from_acc<param_t>((1 - momentum) * to_acc(running_mean[c]) + momentum * (total + shift));
         running_var[c] = from_acc<param_t>((1 - momentum) * to_acc(running_var[c]) + momentum * (m2 / (count - 1)));

@@ -169,18 +169,19 @@ class BatchNorm2d(nn.Module):
             running_mean = running_var = None
         momentum = self.momentum
         if momentum is None:  # the average over all batches
-            count = self._count()
-            momentum = 0.0 if count is None else 1 / (float(count) + 1)
+            counter = self.counter()
+            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
         affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
         return running_mean, running_var, *affine, training, momentum, self.eps
 
     def count_batch(self) -> None:
         """Notes that the running statistics were updated, if this batch was one to do so."""
-        count = self._count()
-        if count is not None:
-            count.add_(1)
+        counter = self.counter()
+        if counter is not None:
+            counter.add_(1)
 
-    def _count(self):
+    def counter(self) -> torch.Tensor | None:
+        """num_batches_tracked, if a batch now would be counted."""
         return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):

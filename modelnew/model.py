@@ -148,7 +148,7 @@ def fused_model(model: ModelNew, x: torch.Tensor):
         return None, reason
     conv, norm, _, _, group = children
     others = (conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, group.weight, group.bias)
-    return fused_plan(x, conv.weight, conv.padding, group.num_groups, conv.numerics, others)
+    return fused_plan(x, conv.weight, conv.padding, group.num_groups, conv.numerics, norm.counter(), others)
 
 
 def _obstacle(children, x) -> str | None:
@@ -180,7 +180,7 @@ def _fused(model, x):
     if _obstacle(children, x):
         return None
     conv, norm, _, _, group = children
-    output = conv_bn_tanh_max_pool_group_norm(
+    return conv_bn_tanh_max_pool_group_norm(
         x,
         *norm.arguments(x),
         conv_weight=layers.tensor_of(conv, "weight"),
@@ -190,12 +190,10 @@ def _fused(model, x):
         group_weight=layers.tensor_of(group, "weight"),
         group_bias=layers.tensor_of(group, "bias"),
         group_eps=group.eps,
+        num_batches_tracked=norm.counter(),
         numerics=conv.numerics,
         required=False,
     )
-    if output is not None:
-        norm.count_batch()
-    return output
 
 
 def _children(model):

@@ -194,9 +194,9 @@ def test_how_often_the_border_is_crossed(device, monkeypatch):
     monkeypatch.setattr(interop, "launching_on", lambda device: guards.append(device) or guard(device))
     monkeypatch.setattr(interop, "view", lambda tensor: views.append(tensor.shape) or view(tensor))
     y = ours(x)
-    assert (len(guards), len(views)) == (1, 11)  # parameters, running statistics, x, y and the workspace
+    assert (len(guards), len(views)) == (1, 12)  # parameters, buffers, x, y and the workspace
     y.sum().backward()
-    assert (len(guards), len(views)) == (1 + 3, 11 + 21)  # 7 gradients, dy, x, 4 parameters and 8 times a workspace
+    assert (len(guards), len(views)) == (1 + 3, 12 + 21)  # 7 gradients, dy, x, 4 parameters and 8 times a workspace
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -316,6 +316,7 @@ def test_a_call_that_passed_vouches_for_none_that_differs():
         ({"running_mean": torch.zeros(16, requires_grad=True)}, RuntimeError),
         ({"running_mean": torch.zeros(8)}, RuntimeError),
         ({"group_bias": torch.zeros(8)}, ValueError),
+        ({"num_batches_tracked": torch.tensor(0.0)}, UnsupportedError),
         ({"weight": torch.ones(16).double()}, UnsupportedError),
         ({"input": torch.randn(2, 16, 4, 4, device="meta")}, RuntimeError),
         ({"num_groups": 0}, ValueError),
@@ -327,6 +328,29 @@ def test_a_call_that_passed_vouches_for_none_that_differs():
     conv_bn_tanh_max_pool_group_norm(**arguments)
     with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast"):
         conv_bn_tanh_max_pool_group_norm(**arguments)
+
+
+def test_batches_are_counted(device):
+    _, ours, x = models(CASES["even"], "fp32", device)
+    counter = ours.batch_norm.num_batches_tracked
+    for expected in (1, 2):
+        version = counter._version
+        ours(x)
+        assert (counter, counter._version) == (expected, version + 1)
+    with torch.no_grad():
+        ours(x)
+    ours.eval()(x)
+    assert (counter, counter._version) == (3, version + 2)
+    assert explain(ours, x).startswith("fused")
+
+
+@pytest.mark.parametrize("counter", [torch.tensor(7, dtype=torch.int32), torch.full((2,), 7)], ids=["int32", "two"])
+def test_other_counters_of_batches_are_counted_unfused(device, counter):
+    model, ours, x = models(CASES["even"], "fp32", device)
+    model.batch_norm.num_batches_tracked = ours.batch_norm.num_batches_tracked = counter.to(device, copy=True)
+    assert "num_batches_tracked must be one torch.int64" in explain(ours, x)
+    torch.testing.assert_close(ours(x), model(x), atol=1e-4, rtol=1e-4)
+    assert ours.batch_norm.num_batches_tracked.tolist() == (counter + 2).tolist()  # the two models share it
 
 
 def test_forward_mode_is_refused_where_nothing_requires_a_gradient():

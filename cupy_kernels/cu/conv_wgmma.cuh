@@ -124,7 +124,7 @@ struct Band {
         for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
         cp_async_commit();
     }
-    // Eight lanes take one part of eight cells, which are neighbours in shared memory: writes to eight places would take turns. Four times eight
+    // Eight lanes take one part of eight cells, which are neighbours in shared memory, where writes to eight places could take turns. Four times eight
     // lanes read half of each of these cells.
     __device__ void copy(int chunk) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };

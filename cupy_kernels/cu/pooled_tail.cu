@@ -7,10 +7,10 @@
 #include "pooled_tail.cuh"
 
 // partials [3][channels][units]: count, mean and sum of squared distances of each unit. With training 0 the running statistics
-// stand for the batch's, else they are updated where not null.
+// stand for the batch's, else they are updated where not null, and so is `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
     const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean, INOUT param_t* running_var,
-    float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units, int training) {
+    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units, int training) {
     __shared__ float scratch[32];
     int c = blockIdx.x;
     float shift = bn_bias(conv_bias, c);
@@ -36,6 +36,7 @@ extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
     total += origin;
     mean[c] = total;
     invstd[c] = 1 / sqrt(m2 / count + eps);
+    if (batches && c == 0) ++*batches;
     if (running_mean) {
         running_mean[c] = from_acc<param_t>((1 - momentum) * to_acc(running_mean[c]) + momentum * (total + shift));
         running_var[c] = from_acc<param_t>((1 - momentum) * to_acc(running_var[c]) + momentum * (m2 / (count - 1)));

@@ -56,18 +56,20 @@ class _BackwardCall:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *args):
-        *parameters, (call, running_mean, running_var, momentum, eps, group_eps) = args
+        *parameters, (call, running_mean, running_var, batches, momentum, eps, group_eps) = args
         x, w, conv_bias, weight, bias, group_weight, group_bias = tensors = (aligned(x), *map(dense, parameters))
         workspace = Workspace.empty(call.layout, x.device)
         out = x.new_empty(call.shape)
 
         updated = dense(running_mean), dense(running_var)
-        arguments = (x, w, conv_bias, *updated, weight, bias, group_weight, group_bias, out, workspace)
+        arguments = (x, w, conv_bias, *updated, batches, weight, bias, group_weight, group_bias, out, workspace)
         options = {"plan": call.plan, "training": call.training, "momentum": momentum, "eps": eps}
         options.update(groups=call.groups, group_eps=group_eps)
         run(ops.conv_bn_pool_forward, *arguments, like=(call, momentum, eps, group_eps), **options)
         if call.training:
             note_update(running_mean, running_var, *updated)
+            if batches is not None:
+                torch.autograd.graph.increment_version(batches)
         if call.keep:
             ctx.save_for_backward(*tensors, workspace.memory)
             ctx.call = call
@@ -102,6 +104,9 @@ class _Fused(torch.autograd.Function):
         return dx, dw, *gradients, None
 
 
+_apply = super(torch.autograd.Function, _Fused).apply  # without what its `apply` does for functorch and setup_context
+
+
 def _known(known, key, make):
     """known[key], which make() makes where it is missing."""
     found = known.get(key)
@@ -112,12 +117,12 @@ def _known(known, key, make):
     return found
 
 
-def _call(training, keep, padding, num_groups, numerics, momentum, eps, input, conv_weight, *others):
+def _call(training, keep, padding, num_groups, numerics, momentum, eps, batches, input, conv_weight, *others):
     """Plans and checks a call, and compiles its kernels at the same time, where launches would one by one.
 
     Where the fused kernels do not take it, the reason.
     """
-    reason = _mixture(input, conv_weight, *others)
+    reason = _mixture(input, batches, conv_weight, *others)
     if reason:
         return reason
     shape = _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups)
@@ -147,9 +152,12 @@ def _backward_call(call, need_x, need_w, x, w):
     return _BackwardCall(dgrad, wgrad, dy_shape, tuple(map(Layout, buffers)))
 
 
-def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
-    """(plan, None) if the fused kernels take the model on x, else (None, the reason). others: the other parameters."""
-    reason = _mixture(x, conv_weight, *others)
+def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, others=()):
+    """(plan, None) if the fused kernels take the model on x, else (None, the reason).
+
+    batches: num_batches_tracked. others: the other parameters.
+    """
+    reason = _mixture(x, batches, conv_weight, *others)
     if reason:
         return None, reason
     plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), numerics)
@@ -157,12 +165,17 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, others=()):
     return (None, reason) if reason else (plan, None)
 
 
-def _mixture(x, *others):
-    """Why the operators' dtypes differ, or None."""
+def _mixture(x, batches, *others):
+    """What does not go together in the tensors' dtypes, or with the counter of batches, or None."""
     if torch.is_autocast_enabled(x.device.type):
         return "autocast gives the operators different dtypes"
     if any(t is not None and t.dtype != x.dtype for t in others):
         return "input and parameters have different dtypes"
+    if batches is not None and (batches.dtype, batches.numel(), batches.device) != (torch.int64, 1, x.device):
+        return (
+            f"num_batches_tracked must be one {torch.int64} on {x.device}, received shape {tuple(batches.shape)}, "
+            f"{batches.dtype} on {batches.device}"
+        )
     return None
 
 
@@ -187,21 +200,24 @@ def conv_bn_tanh_max_pool_group_norm(
     group_weight: torch.Tensor | None = None,
     group_bias: torch.Tensor | None = None,
     group_eps: float = 1e-5,
+    num_batches_tracked: torch.Tensor | None = None,
     numerics: str = "auto",
     required: bool = True,
 ) -> torch.Tensor | None:
     """group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
-    and group_norm. One dtype for all: float32, float16 or bfloat16. For shapes that the tensor-core kernels take
-    (`modelnew.explain` tells); for others UnsupportedError, a ValueError, with the reason, or None if not `required`.
-    Besides, batch_norm's errors.
+    and group_norm. One dtype for all: float32, float16 or bfloat16.
+    num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
+    For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError,
+    with the reason, or None if not `required`. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
     check_numerics(numerics)
     check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
-    arguments = (input, conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
+    arguments = (num_batches_tracked, input, conv_weight, conv_bias, running_mean, running_var)
+    arguments += (weight, bias, group_weight, group_bias)
     training, padding, facts = bool(training), pair(padding, "padding"), circumstances(numerics, input)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     kind = (training, keep, padding, num_groups)
@@ -211,9 +227,11 @@ def conv_bn_tanh_max_pool_group_norm(
         if required:
             raise UnsupportedError(f"the fused kernels do not take this: {call}")
         return None
-    rest = (call, running_mean, running_var, momentum, eps, group_eps)
-    if keep or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    rest = (call, running_mean, running_var, num_batches_tracked, momentum, eps, group_eps)
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return _Fused.apply(*tensors, rest)
+    if keep:
+        return _apply(*tensors, rest)
     return _Fused.forward(None, *tensors, rest)  # autograd, with nothing to keep or to refuse, would only take time
 
 
