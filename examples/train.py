@@ -115,7 +115,11 @@ _FILE = {"type": click.Path(dir_okay=False, path_type=Path), "callback": _in_a_f
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=4, help="Epochs in all, resumed ones included.")
 @click.option("--batch", type=click.IntRange(min=1), default=32, help="Images in a step.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=3e-3, help="Learning rate of Adam.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Learning rate of Adam: the more pixels and channels, the smaller.  [default: 1e-4 on a GPU, 3e-3 on the CPU]",
+)
 @click.option("--seed", default=0, help="Seed of the parameters, the held-out images and their order.")
 @click.option("--images", type=click.IntRange(min=HELD_OUT), help="How many images to use.  [default: all]")
 @click.option(
@@ -148,8 +152,10 @@ def main(device, epochs, checkpoint, resume, plot, reference, **settings):
             import matplotlib.figure  # noqa: F401
         except ImportError as error:
             raise click.UsageError(f"--plot needs matplotlib: {EXTRA}") from error
-    settings["channels"] = settings["channels"] or (32 if device.type == "cuda" else 12)
-    settings["size"] = settings["size"] or (32 if device.type == "cuda" else 8)
+    sizes = (
+        {"channels": 32, "size": 32, "lr": 1e-4} if device.type == "cuda" else {"channels": 12, "size": 8, "lr": 3e-3}
+    )
+    settings.update((name, default) for name, default in sizes.items() if settings[name] is None)
     batch = settings["batch"]
 
     torch.backends.cudnn.deterministic = True

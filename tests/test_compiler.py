@@ -70,6 +70,13 @@ def test_compile_error_of_nvrtc():
     check_place(error)
 
 
+def test_compile_error_leaves_out_the_folder_of_the_compilation():
+    end = '1 error detected in the compilation of "{}0ab1.cubin.cu".'
+    for folder in ("/some/where/", "C:\\some where\\", ""):
+        error = source.compile_error(Kernel("tanh.cu", "tanh_forward"), "tanh.cu(1): error\n" + end.format(folder))
+        assert str(error).endswith(end.format(""))
+
+
 def test_an_edited_kernel_runs_and_the_packaged_one_returns(device):
     y = torch.zeros(3, device=device)
     kernel = Kernel("add.cu", "add", (("ADDEND", 1),))

@@ -61,11 +61,7 @@ def test_stored_outputs_read_well(path):
     assert not re.search(r"/(home|root|tmp|work|usr|opt|Users)/|site-packages|Warning|Traceback", text)
 
 
-def stored_by_emulator(path):
-    return [pytest.mark.xfail(reason="to be stored by `make notebooks` on a GPU")] if path.stem.startswith("02") else []
-
-
-@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=stored_by_emulator(p)) for p in NOTEBOOKS])
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored_outputs_are_a_gpus(path):
     text = "\n".join(texts(json.loads(path.read_text(encoding="utf-8"))["cells"]))
     assert "NVIDIA" in text
