@@ -18,7 +18,6 @@ import itertools
 import math
 import re
 import tempfile
-from collections.abc import Iterable
 from functools import cache as until_overridden
 from pathlib import Path
 from typing import NamedTuple
@@ -1488,13 +1487,6 @@ def one_device(args) -> torch.device:
     if device.type not in ("cuda", "cpu"):
         raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
     return device
-
-
-def compile_together(kernels: Iterable[Kernel], device: torch.device) -> None:
-    """`compiler.prepare` for a GPU; the emulator compiles at each launch. To be called once, not at each call."""
-    if device.type == "cuda":
-        with launching_on(device):
-            prepare(kernels)
 
 
 _nothing = contextlib.nullcontext()
@@ -5449,7 +5441,7 @@ def cupy():
     return cupy
 
 
-def prepare(kernels) -> None:
+def compile_together(kernels, device) -> None:
     """Nothing: the first launch of a kernel compiles it."""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.dlpack import to_dlpack
 
-from cupy_kernels import compiler
+from cupy_kernels import compiler, emulator
 from cupy_kernels.launch import observing, recorded, repeat
 from cupy_kernels.source import Kernel, until_overridden
 
@@ -146,10 +146,10 @@ def one_device(args) -> torch.device:
 
 
 def compile_together(kernels: Iterable[Kernel], device: torch.device) -> None:
-    """`compiler.prepare` for a GPU; the emulator compiles at each launch. To be called once, not at each call."""
-    if device.type == "cuda":
-        with launching_on(device):
-            compiler.prepare(kernels)
+    """Compiles those of `kernels` that are not compiled yet, at the same time. To be called once, not at each call."""
+    prepare = compiler.prepare if device.type == "cuda" else emulator.prepare
+    with launching_on(device):
+        prepare(kernels)
 
 
 _nothing = contextlib.nullcontext()

@@ -39,7 +39,7 @@ def cupy():
     return cupy
 
 
-def prepare(kernels) -> None:
+def compile_together(kernels, device) -> None:
     """Nothing: the first launch of a kernel compiles it."""
 
 

@@ -25,8 +25,8 @@ PACKAGES = ("modelnew", "cupy_kernels")
 REPLACED = (
     "cupy_kernels.launch.launch",
     "cupy_kernels.compiler.cupy",
-    "cupy_kernels.compiler.prepare",
     "cupy_kernels.source.text",
+    "modelnew.interop.compile_together",
     "modelnew.interop.run",
     "modelnew.numerics.plan_or_reason",
     "modelnew.numerics.uses_wgmma",

@@ -58,6 +58,22 @@ def test_a_kernel_writes_into_the_tensor(device):
     assert y.tolist() == list(range(8))
 
 
+def test_what_was_compiled_together_is_ready(device, monkeypatch):
+    text = 'extern "C" __global__ void write(float* y) { y[threadIdx.x] = VALUE; }'
+    seen = []
+    monkeypatch.setattr(compiler, "_listeners", [seen.append])
+    kernels = [Kernel("write.cu", "write", (("VALUE", value),)) for value in (1, 2, 3)]
+    y = torch.empty(3, device=device)
+    with source.override({"write.cu": text}):
+        interop.compile_together(kernels, torch.device(device))
+        assert sorted(seen) == kernels
+        for value, kernel in enumerate(kernels, 1):
+            with interop.launching_on(y.device):
+                launch(kernel, (1, 1, 1), (3, 1, 1), (interop.view(y),))
+            assert y.tolist() == [value] * 3
+    assert len(seen) == 3
+
+
 def test_views_of_tensors_that_require_grad_and_of_empty_ones(device):
     shapes = []
     leaf, empty = torch.ones(2, device=device, requires_grad=True), torch.empty(0, 3, device=device)
