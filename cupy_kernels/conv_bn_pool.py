@@ -89,7 +89,8 @@ def conv_bn_pool_forward(
     where they may be None. num_batches_tracked: one int64, which grows by 1 in training, or None. written: {name:
     array} as `buffers` describes them.
     """
-    _, pool, statistics, tail = kernels(plan, groups, training, "saved" in written)
+    _, pool, *statistics, tail = kernels(plan, groups, training, "saved" in written)
+    moments, running = (written["mean"], written["invstd"]), (running_mean, running_var)
     pack_weight(plan, w, written["packed"], written["exponents"], signs=weight)
     launch_units(
         plan,
@@ -101,30 +102,31 @@ def conv_bn_pool_forward(
         shared_bytes=plan.threads * 16 if training else 0,
     )
     images, channels = out.shape[:2]
-    launch(
-        statistics,
-        (channels, 1, 1),
-        (THREADS, 1, 1),
-        (written.get("partials"), conv_bias, running_mean, running_var, num_batches_tracked, written["mean"])
-        + (written["invstd"], momentum, eps, channels, images * plan.units, training),
-    )
+    if training:
+        launch(
+            *statistics,
+            (channels, 1, 1),
+            (THREADS, 1, 1),
+            (written["partials"], conv_bias, *running, num_batches_tracked, *moments)
+            + (momentum, eps, channels, images * plan.units),
+        )
     launch(
         tail,
         (images * groups, 1, 1),
         (_tail_threads(tail.defines), 1, 1),
-        (written["pooled"], written["mean"], written["invstd"], weight, bias, group_weight, group_bias, out)
-        + (written["group_mean"], written["group_invstd"], group_eps),
+        (written["pooled"], *moments, conv_bias, *running, weight, bias, group_weight, group_bias, out)
+        + (written["group_mean"], written["group_invstd"], eps, group_eps),
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, Kernel, Kernel, Kernel]:
-    """What `conv_bn_pool_forward` launches, in order."""
-    tail = _tail_macros(p, groups)
+def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, ...]:
+    """What `conv_bn_pool_forward` launches, in order. Only training has one for statistics."""
+    tail = *_tail_macros(p, groups), ("STATISTICS", int(training))
     return (
         pack_kernel(p),
         Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
-        Kernel("pooled_tail.cu", "conv_bn_statistics", tail),
+        *([Kernel("pooled_tail.cu", "conv_bn_statistics", tail)] if training else ()),
         Kernel("pooled_tail.cu", "pooled_forward", tail),
     )
 
@@ -385,7 +387,8 @@ def variants():
             planes = conv_wgmma.planes(wgmma, pitch, unit, stride, ceil_div(pitch**2, unit) * stride)
             tail = _tail_defines(sample, groups, planes.items())
             if (dtype, split) != ("float", 2):
-                yield Variant("pooled_tail.cu", tail)
+                for statistics in (1, 0):
+                    yield Variant("pooled_tail.cu", (*tail, ("STATISTICS", statistics)))
             yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(split, 26)))
 
 
