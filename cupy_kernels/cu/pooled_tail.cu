@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
             int c = channel + m;
             running[0][m] = to_acc(running_mean[c]) - bn_bias(conv_bias, c);
             running[1][m] = 1 / sqrt(to_acc(running_var[c]) + eps);
-            if (blockIdx.x < GROUPS) mean[c] = running[0][m], invstd[c] = running[1][m];
+            if (blockIdx.x < GROUPS) mean[c] = running[0][m], invstd[c] = running[1][m];  // one image does, for a backward
         }
         __syncthreads();
     }
