@@ -204,7 +204,7 @@ def weight_gradient_buffers(p: WgradPlan, x_shape, centred: bool) -> dict[str, t
     return sizes
 
 
-def weight_gradient(p: WgradPlan, output, kept, x, dw, written) -> None:
+def weight_gradient(output, kept, x, dw, written, *, plan: WgradPlan) -> None:
     """dw, the gradient of w, from x and dy.
 
     output, kept: as in `conv_bn_pool_backward`. written: {name: array} as `weight_gradient_buffers` describes them.
@@ -213,9 +213,9 @@ def weight_gradient(p: WgradPlan, output, kept, x, dw, written) -> None:
     sums = written.get("sums")
     if sums is not None:
         channel_sum(x[:1], sums, written["sum_partials"])
-    to_cells(x, unit_exponents, sums, written["x_cells"], p.split)
+    to_cells(x, unit_exponents, sums, written["x_cells"], plan.split)
     workspaces = (written["partial"], written.get("borders"), written.get("partnered"))
-    conv_wgrad_mma(p, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
+    conv_wgrad_mma(plan, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
 
 
 def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
@@ -223,10 +223,10 @@ def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
     return {"packed": ((p.packed_size,), np.float16), "exponents": ((p.rows,), np.int32)}
 
 
-def input_gradient(p: Plan, output, w, dx, written) -> None:
-    """dx, the gradient of x, from dy. p: a plan for dgrad, of cells. The rest as in `weight_gradient`."""
+def input_gradient(output, w, dx, written, *, plan: Plan) -> None:
+    """dx, the gradient of x, from dy. plan: one for dgrad, of cells. The rest as in `weight_gradient`."""
     workspaces = (written["packed"], written["exponents"])
-    conv_transpose_mma(p, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
+    conv_transpose_mma(plan, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
 
 
 def gradient_kernels(

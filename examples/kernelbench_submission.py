@@ -1187,7 +1187,7 @@ def weight_gradient_buffers(p: conv_wgrad_mma_Plan, x_shape, centred: bool) -> d
     return sizes
 
 
-def weight_gradient(p: conv_wgrad_mma_Plan, output, kept, x, dw, written) -> None:
+def weight_gradient(output, kept, x, dw, written, *, plan: conv_wgrad_mma_Plan) -> None:
     """dw, the gradient of w, from x and dy.
 
     output, kept: as in `conv_bn_pool_backward`. written: {name: array} as `weight_gradient_buffers` describes them.
@@ -1196,9 +1196,9 @@ def weight_gradient(p: conv_wgrad_mma_Plan, output, kept, x, dw, written) -> Non
     sums = written.get("sums")
     if sums is not None:
         channel_sum(x[:1], sums, written["sum_partials"])
-    to_cells(x, unit_exponents, sums, written["x_cells"], p.split)
+    to_cells(x, unit_exponents, sums, written["x_cells"], plan.split)
     workspaces = (written["partial"], written.get("borders"), written.get("partnered"))
-    conv_wgrad_mma(p, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
+    conv_wgrad_mma(plan, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
 
 
 def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
@@ -1206,10 +1206,10 @@ def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
     return {"packed": ((p.packed_size,), np.float16), "exponents": ((p.rows,), np.int32)}
 
 
-def input_gradient(p: Plan, output, w, dx, written) -> None:
-    """dx, the gradient of x, from dy. p: a plan for dgrad, of cells. The rest as in `weight_gradient`."""
+def input_gradient(output, w, dx, written, *, plan: Plan) -> None:
+    """dx, the gradient of x, from dy. plan: one for dgrad, of cells. The rest as in `weight_gradient`."""
     workspaces = (written["packed"], written["exponents"])
-    conv_transpose_mma(p, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
+    conv_transpose_mma(plan, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
 
 
 def gradient_kernels(
@@ -1868,14 +1868,16 @@ class _Fused(torch.autograd.Function):
         # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
         kept, output = Workspace(memory, call.layout), Workspace.empty(output, x.device)
         tensors = (dense(dout), weight, bias, group_weight, *gradients, dy)
-        options = {"plan": call.plan, "groups": call.groups, "training": call.training}
+        options = {"like": prepared, "plan": call.plan, "groups": call.groups, "training": call.training}
         run(conv_bn_pool_backward, *tensors, Workspace.empty(made, x.device), kept, output, **options)
         if prepared.wgrad:  # first: the room of its workspaces is dx's then
             dw = torch.empty_like(w)
-            run(weight_gradient, prepared.wgrad, output, kept, x, dw, Workspace.empty(of_wgrad, x.device))
+            options = {"like": prepared, "plan": prepared.wgrad}
+            run(weight_gradient, output, kept, x, dw, Workspace.empty(of_wgrad, x.device), **options)
         if prepared.dgrad:
             dx = torch.empty_like(x)
-            run(input_gradient, prepared.dgrad, output, w, dx, Workspace.empty(of_dgrad, x.device))
+            options = {"like": prepared, "plan": prepared.dgrad}
+            run(input_gradient, output, w, dx, Workspace.empty(of_dgrad, x.device), **options)
         if dy is not None:
             dx, dw = conv_gradients(x, w, dy, call.geometry, call.numerics, need_x, need_w)
         return dx, dw, *gradients, None
