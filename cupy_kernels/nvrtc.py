@@ -53,7 +53,7 @@ def preload_wheels() -> tuple[str, ...]:
 
 
 @functools.cache
-def library(least_major: int = 11) -> ctypes.CDLL:
+def shared_library(least_major: int = 11) -> ctypes.CDLL:
     """The NVRTC library: of the installed CuPy's CUDA if it is there, else any; a wheel's, or the system's.
 
     least_major: of its version. BackendError if there is none.
@@ -97,13 +97,13 @@ def _version(lib):
 
 
 def version(least_major: int = 11) -> str:
-    """Version of `library(least_major)`, such as "11.8"."""
-    return ".".join(map(str, _version(library(least_major))))
+    """Version of `shared_library(least_major)`, such as "11.8"."""
+    return ".".join(map(str, _version(shared_library(least_major))))
 
 
 def architectures(least_major: int = 11) -> list[str]:
-    """What `library(least_major)` compiles for, such as "sm_80"."""
-    lib, count = library(least_major), ctypes.c_int()
+    """What `shared_library(least_major)` compiles for, such as "sm_80"."""
+    lib, count = shared_library(least_major), ctypes.c_int()
     lib.nvrtcGetNumSupportedArchs(ctypes.byref(count))
     found = (ctypes.c_int * count.value)()
     lib.nvrtcGetSupportedArchs(found)
@@ -111,8 +111,8 @@ def architectures(least_major: int = 11) -> list[str]:
 
 
 def knows_wgmma() -> bool:
-    """Whether `library()`, which is CuPy's, compiles for sm_90a."""
-    return _version(library())[0] >= WGMMA_MAJOR
+    """Whether `shared_library()`, which is CuPy's, compiles for sm_90a."""
+    return _version(shared_library())[0] >= WGMMA_MAJOR
 
 
 def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, Resources]:
@@ -144,7 +144,7 @@ def cubin(kernel: Kernel) -> bytes:
 def _compile(what, arch, *more, least_major=11):
     """(cubin, PTX, log)"""
     variant = what.variant if isinstance(what, Kernel) else what
-    lib, program = library(WGMMA_MAJOR if variant.architecture else least_major), ctypes.c_void_p()
+    lib, program = shared_library(WGMMA_MAJOR if variant.architecture else least_major), ctypes.c_void_p()
     # -ftz=true: CuPy appends it to every compilation
     options = [
         STANDARD,

@@ -374,7 +374,7 @@ def _can_compile(variant, arch):
     if not variant.architecture:
         return True
     try:
-        nvrtc.library(nvrtc.WGMMA_MAJOR)
+        nvrtc.shared_library(nvrtc.WGMMA_MAJOR)
     except BackendError:
         return False
     return variant.architecture.startswith(arch)

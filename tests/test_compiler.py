@@ -42,7 +42,7 @@ def start(kernel, tensor):
 
 def needs_nvrtc():
     try:
-        nvrtc.library()
+        nvrtc.shared_library()
     except BackendError as error:
         pytest.skip(str(error))
 
