@@ -1457,6 +1457,16 @@ def view(tensor: torch.Tensor):
     return tensor.numpy()  # NumPy's from_dlpack returns a read-only array
 
 
+_MOST_KNOWN = 1000
+
+
+def remember(known: dict, key, value) -> None:
+    """known[key] = value, of which there are never more than _MOST_KNOWN: then all begins anew."""
+    if len(known) == _MOST_KNOWN:
+        known.clear()
+    known[key] = value
+
+
 def arrays(*args) -> list:
     """`args` with an array in place of each tensor, and {name: array} in place of each `Workspace`.
 
@@ -1802,7 +1812,6 @@ def _packed(w):
 #
 # All five operators of ModelNew in three main kernels forward, with the pooling in the convolution's epilogue.
 
-_MOST_KNOWN = 1000
 _calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
 
 
@@ -1890,9 +1899,8 @@ def _known(known, key, make):
     """known[key], which make() makes where it is missing."""
     found = known.get(key)
     if found is None:
-        if len(known) == _MOST_KNOWN:
-            known.clear()
-        found = known[key] = make()
+        found = make()
+        remember(known, key, found)
     return found
 
 
@@ -3806,6 +3814,27 @@ __device__ inline void convolve(
 // rounding. SPLIT 2: by wgmma, an addition is for two columns.
 #define CHAIN (SPLIT == 1 ? 2048 : WGMMA ? 256 : 128)
 #define CHAIN_BANDS (CHAIN > IN_W ? CHAIN / IN_W : 1)
+
+// Adds a thread's sums of a tap to those of earlier chains, and sets them to 0. place(i): of the i-th neighbouring two of them in `partial`.
+template <int TILES_OF_8, class Place, class Exists>
+__device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Place place, Exists exists) {
+    Packed<float, 2> totals[2 * TILES_OF_8] = {};
+    if (!first)
+        #pragma unroll
+        for (int i = 0; i < 2 * TILES_OF_8; i++)
+            if (exists(i)) totals[i] = *place(i);
+    #pragma unroll
+    for (int i = 0; i < 2 * TILES_OF_8; i++) {
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float& sum = sums[i / 2][i % 2 * 2 + j];
+            totals[i].v[j] += sum;
+            sum = 0;
+        }
+        if (exists(i)) *place(i) = totals[i];
+    }
+}
+
 #if WGMMA
 #include "conv_wgrad_wgmma.cuh"
 #else
@@ -4007,7 +4036,6 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         }
     };
 
-    // Adds the sums to those of earlier chains.
     auto store_sums = [&](bool first) {
         #pragma unroll
         for (int t = 0; t < TAPS_W; t++) {
@@ -4016,21 +4044,7 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             float* to = partial + row * IN_CHANNELS + ic_chunk * CHUNK_CHANNELS + lane % 4 * 2;
             auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * IN_CHANNELS + i / 2 * 8); };
             auto exists = [&](int i) { return ic_chunk * CHUNK_CHANNELS + i / 2 * 8 < IN_CHANNELS; };
-            Packed<float, 2> totals[4 * PAIRS] = {};
-            if (!first)
-                #pragma unroll
-                for (int i = 0; i < 4 * PAIRS; i++)
-                    if (exists(i)) totals[i] = *place(i);
-            #pragma unroll
-            for (int i = 0; i < 4 * PAIRS; i++) {
-                #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float& sum = sums[t][i / 2][i % 2 * 2 + j];
-                    totals[i].v[j] += sum;
-                    sum = 0;
-                }
-                if (exists(i)) *place(i) = totals[i];
-            }
+            store_chain(sums[t], first, place, exists);
         }
     };
 
@@ -4136,7 +4150,6 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     };
     float sums[TAPS_W][TILES_N][4] = {};
 
-    // Adds the sums to those of earlier chains.
     auto store_sums = [&](bool first) {
         #pragma unroll
         for (int t = 0; t < TAPS_W; t++) {
@@ -4146,21 +4159,7 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             float* to = partial + row * OUT_CHANNELS + first_oc + lane % 4 * 2;
             auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * OUT_CHANNELS + i / 2 * 8); };
             auto exists = [&](int i) { return ic_tile * TILE_IC + warp % 4 * 16 < IN_CHANNELS && first_oc + i / 2 * 8 < OUT_CHANNELS; };
-            Packed<float, 2> totals[2 * TILES_N] = {};
-            if (!first)
-                #pragma unroll
-                for (int i = 0; i < 2 * TILES_N; i++)
-                    if (exists(i)) totals[i] = *place(i);
-            #pragma unroll
-            for (int i = 0; i < 2 * TILES_N; i++) {
-                #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float& sum = sums[t][i / 2][i % 2 * 2 + j];
-                    totals[i].v[j] += sum;
-                    sum = 0;
-                }
-                if (exists(i)) *place(i) = totals[i];
-            }
+            store_chain(sums[t], first, place, exists);
         }
     };
 

@@ -19,13 +19,13 @@ from ..interop import (
     dense,
     one_device,
     pair,
+    remember,
     run,
 )
 from ..numerics import check_numerics, circumstances, resolve, tensor_core_plan
 from .batch_norm import check_batch_norm, check_batch_norm_call, note_update
 from .conv_transpose import conv_gradients, gradient_plans
 
-_MOST_KNOWN = 1000
 _calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
 
 
@@ -113,9 +113,8 @@ def _known(known, key, make):
     """known[key], which make() makes where it is missing."""
     found = known.get(key)
     if found is None:
-        if len(known) == _MOST_KNOWN:
-            known.clear()
-        found = known[key] = make()
+        found = make()
+        remember(known, key, found)
     return found
 
 
