@@ -89,7 +89,8 @@ def conv_bn_pool_forward(
     where they may be None. num_batches_tracked: one int64, which grows by 1 in training, or None. written: {name:
     array} as `buffers` describes them.
     """
-    _, pool, statistics, tail = kernels(plan, groups, training, "saved" in written)
+    _, pool, *statistics, tail = kernels(plan, groups, training, "saved" in written)
+    moments, running = (written["mean"], written["invstd"]), (running_mean, running_var)
     pack_weight(plan, w, written["packed"], written["exponents"], signs=weight)
     launch_units(
         plan,
@@ -101,30 +102,31 @@ def conv_bn_pool_forward(
         shared_bytes=plan.threads * 16 if training else 0,
     )
     images, channels = out.shape[:2]
-    launch(
-        statistics,
-        (channels, 1, 1),
-        (THREADS, 1, 1),
-        (written.get("partials"), conv_bias, running_mean, running_var, num_batches_tracked, written["mean"])
-        + (written["invstd"], momentum, eps, channels, images * plan.units, training),
-    )
+    if training:
+        launch(
+            *statistics,
+            (channels, 1, 1),
+            (THREADS, 1, 1),
+            (written["partials"], conv_bias, *running, num_batches_tracked, *moments)
+            + (momentum, eps, channels, images * plan.units),
+        )
     launch(
         tail,
         (images * groups, 1, 1),
         (_tail_threads(tail.defines), 1, 1),
-        (written["pooled"], written["mean"], written["invstd"], weight, bias, group_weight, group_bias, out)
-        + (written["group_mean"], written["group_invstd"], group_eps),
+        (written["pooled"], *moments, conv_bias, *running, weight, bias, group_weight, group_bias, out)
+        + (written["group_mean"], written["group_invstd"], eps, group_eps),
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, Kernel, Kernel, Kernel]:
-    """What `conv_bn_pool_forward` launches, in order."""
-    tail = _tail_macros(p, groups)
+def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, ...]:
+    """What `conv_bn_pool_forward` launches, in order. Only training has one for statistics."""
+    tail = *_tail_macros(p, groups), ("STATISTICS", int(training))
     return (
         pack_kernel(p),
         Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
-        Kernel("pooled_tail.cu", "conv_bn_statistics", tail),
+        *([Kernel("pooled_tail.cu", "conv_bn_statistics", tail)] if training else ()),
         Kernel("pooled_tail.cu", "pooled_forward", tail),
     )
 
@@ -202,7 +204,7 @@ def weight_gradient_buffers(p: WgradPlan, x_shape, centred: bool) -> dict[str, t
     return sizes
 
 
-def weight_gradient(p: WgradPlan, output, kept, x, dw, written) -> None:
+def weight_gradient(output, kept, x, dw, written, *, plan: WgradPlan) -> None:
     """dw, the gradient of w, from x and dy.
 
     output, kept: as in `conv_bn_pool_backward`. written: {name: array} as `weight_gradient_buffers` describes them.
@@ -211,9 +213,9 @@ def weight_gradient(p: WgradPlan, output, kept, x, dw, written) -> None:
     sums = written.get("sums")
     if sums is not None:
         channel_sum(x[:1], sums, written["sum_partials"])
-    to_cells(x, unit_exponents, sums, written["x_cells"], p.split)
+    to_cells(x, unit_exponents, sums, written["x_cells"], plan.split)
     workspaces = (written["partial"], written.get("borders"), written.get("partnered"))
-    conv_wgrad_mma(p, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
+    conv_wgrad_mma(plan, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
 
 
 def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
@@ -221,10 +223,10 @@ def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
     return {"packed": ((p.packed_size,), np.float16), "exponents": ((p.rows,), np.int32)}
 
 
-def input_gradient(p: Plan, output, w, dx, written) -> None:
-    """dx, the gradient of x, from dy. p: a plan for dgrad, of cells. The rest as in `weight_gradient`."""
+def input_gradient(output, w, dx, written, *, plan: Plan) -> None:
+    """dx, the gradient of x, from dy. plan: one for dgrad, of cells. The rest as in `weight_gradient`."""
     workspaces = (written["packed"], written["exponents"])
-    conv_transpose_mma(p, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
+    conv_transpose_mma(plan, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
 
 
 def gradient_kernels(
@@ -385,7 +387,8 @@ def variants():
             planes = conv_wgmma.planes(wgmma, pitch, unit, stride, ceil_div(pitch**2, unit) * stride)
             tail = _tail_defines(sample, groups, planes.items())
             if (dtype, split) != ("float", 2):
-                yield Variant("pooled_tail.cu", tail)
+                for statistics in (1, 0):
+                    yield Variant("pooled_tail.cu", (*tail, ("STATISTICS", statistics)))
             yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(split, 26)))
 
 

@@ -1072,7 +1072,8 @@ def conv_bn_pool_forward(
     where they may be None. num_batches_tracked: one int64, which grows by 1 in training, or None. written: {name:
     array} as `buffers` describes them.
     """
-    _, pool, statistics, tail = kernels(plan, groups, training, "saved" in written)
+    _, pool, *statistics, tail = kernels(plan, groups, training, "saved" in written)
+    moments, running = (written["mean"], written["invstd"]), (running_mean, running_var)
     pack_weight(plan, w, written["packed"], written["exponents"], signs=weight)
     launch_units(
         plan,
@@ -1084,30 +1085,31 @@ def conv_bn_pool_forward(
         shared_bytes=plan.threads * 16 if training else 0,
     )
     images, channels = out.shape[:2]
-    launch(
-        statistics,
-        (channels, 1, 1),
-        (THREADS, 1, 1),
-        (written.get("partials"), conv_bias, running_mean, running_var, num_batches_tracked, written["mean"])
-        + (written["invstd"], momentum, eps, channels, images * plan.units, training),
-    )
+    if training:
+        launch(
+            *statistics,
+            (channels, 1, 1),
+            (THREADS, 1, 1),
+            (written["partials"], conv_bias, *running, num_batches_tracked, *moments)
+            + (momentum, eps, channels, images * plan.units),
+        )
     launch(
         tail,
         (images * groups, 1, 1),
         (_tail_threads(tail.defines), 1, 1),
-        (written["pooled"], written["mean"], written["invstd"], weight, bias, group_weight, group_bias, out)
-        + (written["group_mean"], written["group_invstd"], group_eps),
+        (written["pooled"], *moments, conv_bias, *running, weight, bias, group_weight, group_bias, out)
+        + (written["group_mean"], written["group_invstd"], eps, group_eps),
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, Kernel, Kernel, Kernel]:
-    """What `conv_bn_pool_forward` launches, in order."""
-    tail = _tail_macros(p, groups)
+def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, ...]:
+    """What `conv_bn_pool_forward` launches, in order. Only training has one for statistics."""
+    tail = *_tail_macros(p, groups), ("STATISTICS", int(training))
     return (
         pack_kernel(p),
         Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
-        Kernel("pooled_tail.cu", "conv_bn_statistics", tail),
+        *([Kernel("pooled_tail.cu", "conv_bn_statistics", tail)] if training else ()),
         Kernel("pooled_tail.cu", "pooled_forward", tail),
     )
 
@@ -1185,7 +1187,7 @@ def weight_gradient_buffers(p: conv_wgrad_mma_Plan, x_shape, centred: bool) -> d
     return sizes
 
 
-def weight_gradient(p: conv_wgrad_mma_Plan, output, kept, x, dw, written) -> None:
+def weight_gradient(output, kept, x, dw, written, *, plan: conv_wgrad_mma_Plan) -> None:
     """dw, the gradient of w, from x and dy.
 
     output, kept: as in `conv_bn_pool_backward`. written: {name: array} as `weight_gradient_buffers` describes them.
@@ -1194,9 +1196,9 @@ def weight_gradient(p: conv_wgrad_mma_Plan, output, kept, x, dw, written) -> Non
     sums = written.get("sums")
     if sums is not None:
         channel_sum(x[:1], sums, written["sum_partials"])
-    to_cells(x, unit_exponents, sums, written["x_cells"], p.split)
+    to_cells(x, unit_exponents, sums, written["x_cells"], plan.split)
     workspaces = (written["partial"], written.get("borders"), written.get("partnered"))
-    conv_wgrad_mma(p, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
+    conv_wgrad_mma(plan, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
 
 
 def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
@@ -1204,10 +1206,10 @@ def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
     return {"packed": ((p.packed_size,), np.float16), "exponents": ((p.rows,), np.int32)}
 
 
-def input_gradient(p: Plan, output, w, dx, written) -> None:
-    """dx, the gradient of x, from dy. p: a plan for dgrad, of cells. The rest as in `weight_gradient`."""
+def input_gradient(output, w, dx, written, *, plan: Plan) -> None:
+    """dx, the gradient of x, from dy. plan: one for dgrad, of cells. The rest as in `weight_gradient`."""
     workspaces = (written["packed"], written["exponents"])
-    conv_transpose_mma(p, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
+    conv_transpose_mma(plan, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
 
 
 def gradient_kernels(
@@ -1453,6 +1455,16 @@ def view(tensor: torch.Tensor):
     if tensor.is_cuda:
         return cupy().from_dlpack(to_dlpack(tensor))
     return tensor.numpy()  # NumPy's from_dlpack returns a read-only array
+
+
+_MOST_KNOWN = 1000
+
+
+def remember(known: dict, key, value) -> None:
+    """known[key] = value, of which there are never more than _MOST_KNOWN: then all begins anew."""
+    if len(known) == _MOST_KNOWN:
+        known.clear()
+    known[key] = value
 
 
 def arrays(*args) -> list:
@@ -1800,7 +1812,6 @@ def _packed(w):
 #
 # All five operators of ModelNew in three main kernels forward, with the pooling in the convolution's epilogue.
 
-_MOST_KNOWN = 1000
 _calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
 
 
@@ -1866,14 +1877,16 @@ class _Fused(torch.autograd.Function):
         # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
         kept, output = Workspace(memory, call.layout), Workspace.empty(output, x.device)
         tensors = (dense(dout), weight, bias, group_weight, *gradients, dy)
-        options = {"plan": call.plan, "groups": call.groups, "training": call.training}
+        options = {"like": prepared, "plan": call.plan, "groups": call.groups, "training": call.training}
         run(conv_bn_pool_backward, *tensors, Workspace.empty(made, x.device), kept, output, **options)
         if prepared.wgrad:  # first: the room of its workspaces is dx's then
             dw = torch.empty_like(w)
-            run(weight_gradient, prepared.wgrad, output, kept, x, dw, Workspace.empty(of_wgrad, x.device))
+            options = {"like": prepared, "plan": prepared.wgrad}
+            run(weight_gradient, output, kept, x, dw, Workspace.empty(of_wgrad, x.device), **options)
         if prepared.dgrad:
             dx = torch.empty_like(x)
-            run(input_gradient, prepared.dgrad, output, w, dx, Workspace.empty(of_dgrad, x.device))
+            options = {"like": prepared, "plan": prepared.dgrad}
+            run(input_gradient, output, w, dx, Workspace.empty(of_dgrad, x.device), **options)
         if dy is not None:
             dx, dw = conv_gradients(x, w, dy, call.geometry, call.numerics, need_x, need_w)
         return dx, dw, *gradients, None
@@ -1886,9 +1899,8 @@ def _known(known, key, make):
     """known[key], which make() makes where it is missing."""
     found = known.get(key)
     if found is None:
-        if len(known) == _MOST_KNOWN:
-            known.clear()
-        found = known[key] = make()
+        found = make()
+        remember(known, key, found)
     return found
 
 
@@ -3802,6 +3814,27 @@ __device__ inline void convolve(
 // rounding. SPLIT 2: by wgmma, an addition is for two columns.
 #define CHAIN (SPLIT == 1 ? 2048 : WGMMA ? 256 : 128)
 #define CHAIN_BANDS (CHAIN > IN_W ? CHAIN / IN_W : 1)
+
+// Adds a thread's sums of a tap to those of earlier chains, and sets them to 0. place(i): of the i-th neighbouring two of them in `partial`.
+template <int TILES_OF_8, class Place, class Exists>
+__device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Place place, Exists exists) {
+    Packed<float, 2> totals[2 * TILES_OF_8] = {};
+    if (!first)
+        #pragma unroll
+        for (int i = 0; i < 2 * TILES_OF_8; i++)
+            if (exists(i)) totals[i] = *place(i);
+    #pragma unroll
+    for (int i = 0; i < 2 * TILES_OF_8; i++) {
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float& sum = sums[i / 2][i % 2 * 2 + j];
+            totals[i].v[j] += sum;
+            sum = 0;
+        }
+        if (exists(i)) *place(i) = totals[i];
+    }
+}
+
 #if WGMMA
 #include "conv_wgrad_wgmma.cuh"
 #else
@@ -4003,7 +4036,6 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         }
     };
 
-    // Adds the sums to those of earlier chains.
     auto store_sums = [&](bool first) {
         #pragma unroll
         for (int t = 0; t < TAPS_W; t++) {
@@ -4012,21 +4044,7 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             float* to = partial + row * IN_CHANNELS + ic_chunk * CHUNK_CHANNELS + lane % 4 * 2;
             auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * IN_CHANNELS + i / 2 * 8); };
             auto exists = [&](int i) { return ic_chunk * CHUNK_CHANNELS + i / 2 * 8 < IN_CHANNELS; };
-            Packed<float, 2> totals[4 * PAIRS] = {};
-            if (!first)
-                #pragma unroll
-                for (int i = 0; i < 4 * PAIRS; i++)
-                    if (exists(i)) totals[i] = *place(i);
-            #pragma unroll
-            for (int i = 0; i < 4 * PAIRS; i++) {
-                #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float& sum = sums[t][i / 2][i % 2 * 2 + j];
-                    totals[i].v[j] += sum;
-                    sum = 0;
-                }
-                if (exists(i)) *place(i) = totals[i];
-            }
+            store_chain(sums[t], first, place, exists);
         }
     };
 
@@ -4132,7 +4150,6 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     };
     float sums[TAPS_W][TILES_N][4] = {};
 
-    // Adds the sums to those of earlier chains.
     auto store_sums = [&](bool first) {
         #pragma unroll
         for (int t = 0; t < TAPS_W; t++) {
@@ -4142,21 +4159,7 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             float* to = partial + row * OUT_CHANNELS + first_oc + lane % 4 * 2;
             auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * OUT_CHANNELS + i / 2 * 8); };
             auto exists = [&](int i) { return ic_tile * TILE_IC + warp % 4 * 16 < IN_CHANNELS && first_oc + i / 2 * 8 < OUT_CHANNELS; };
-            Packed<float, 2> totals[2 * TILES_N] = {};
-            if (!first)
-                #pragma unroll
-                for (int i = 0; i < 2 * TILES_N; i++)
-                    if (exists(i)) totals[i] = *place(i);
-            #pragma unroll
-            for (int i = 0; i < 2 * TILES_N; i++) {
-                #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float& sum = sums[t][i / 2][i % 2 * 2 + j];
-                    totals[i].v[j] += sum;
-                    sum = 0;
-                }
-                if (exists(i)) *place(i) = totals[i];
-            }
+            store_chain(sums[t], first, place, exists);
         }
     };
 
@@ -4599,29 +4602,23 @@ template <int TOGETHER> __device__ inline int place_of_window(int row, int colum
 enum { TOGETHER_POOLED = 4 };  // and taps, which go with them
 template <class T> __device__ constexpr int together_saved() { return 4 / sizeof(T); }
 """,
-    "pooled_tail.cu": r"""// What follows conv_bn_pool in the forward: statistics of batch norm, then batch norm, tanh and group norm over the pooled sums.
+    "pooled_tail.cu": r"""// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, tanh and group norm over the pooled sums.
 //
 //     z = (pooled - mean) invstd weight + bias,  p = tanh(z),  out = (p - group_mean) group_invstd group_weight + group_bias
 //
 // `pooled`, `mean` and all sums are without the convolution's bias. conv_bn_statistics: one block a channel. pooled_forward: one block
 // a group of one image, threads and macros as in pooled_tail.cuh. Saved for the backward: mean, invstd, group_mean, group_invstd.
+//
+// Macro: STATISTICS (1: the batch's, of conv_bn_statistics; 0: the running ones, from which pooled_forward makes mean and invstd).
 #include "pooled_tail.cuh"
 
-// partials [3][channels][units]: count, mean and sum of squared distances of each unit. With training 0 the running statistics
-// stand for the batch's, else they are updated where not null, and so is `batches`, which counts calls.
+// partials [3][channels][units]: count, mean and sum of squared distances of each unit. The running statistics are updated where not
+// null, and so is `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
     const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean, INOUT param_t* running_var,
-    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units, int training) {
+    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
     __shared__ float scratch[32];
     int c = blockIdx.x;
-    float shift = bn_bias(conv_bias, c);
-    if (!training) {
-        if (threadIdx.x == 0) {
-            mean[c] = to_acc(running_mean[c]) - shift;
-            invstd[c] = 1 / sqrt(to_acc(running_var[c]) + eps);
-        }
-        return;
-    }
     const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
     float origin = means[0] - means[0] == 0 ? means[0] : 0;  // rounding errors of a large mean must not enter the variance
     float count = 0, sum = 0, m2 = 0;
@@ -4639,29 +4636,42 @@ extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
     invstd[c] = 1 / sqrt(m2 / count + eps);
     if (batches && c == 0) ++*batches;
     if (running_mean) {
-        running_mean[c] = from_acc<param_t>((1 - momentum) * to_acc(running_mean[c]) + momentum * (total + shift));
+        running_mean[c] = from_acc<param_t>((1 - momentum) * to_acc(running_mean[c]) + momentum * (total + bn_bias(conv_bias, c)));
         running_var[c] = from_acc<param_t>((1 - momentum) * to_acc(running_var[c]) + momentum * (m2 / (count - 1)));
     }
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
-    const float* __restrict__ pooled, const float* __restrict__ mean, const float* __restrict__ invstd, const param_t* __restrict__ weight,
-    const param_t* __restrict__ bias, const param_t* __restrict__ group_weight, const param_t* __restrict__ group_bias,
-    scalar_t* __restrict__ out, float* __restrict__ group_mean, float* __restrict__ group_invstd, float eps) {
+    const float* __restrict__ pooled, INOUT float* __restrict__ mean, INOUT float* __restrict__ invstd,
+    const param_t* __restrict__ conv_bias, const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
+    const param_t* __restrict__ group_bias, scalar_t* __restrict__ out, float* __restrict__ group_mean, float* __restrict__ group_invstd,
+    float eps, float group_eps) {
     __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
+    __shared__ float running[2][STATISTICS ? 1 : MEMBERS];
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     i64 start = (i64)blockIdx.x * SIZE;
     const float* source = pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE;
     float values[UNROLLED][ITEMS];
+    const float *channel_mean = STATISTICS ? mean + channel : running[0], *channel_invstd = STATISTICS ? invstd + channel : running[1];
     if (RESIDENT)
         #pragma unroll
         for (int round = 0; round < UNROLLED; round++) {
             Job job(round);
             if (job.exists()) job.load_pooled(source, values[round]);
         }
+    if (!STATISTICS) {
+        for (int m = threadIdx.x; m < MEMBERS; m += blockDim.x) {
+            int c = channel + m;
+            running[0][m] = to_acc(running_mean[c]) - bn_bias(conv_bias, c);
+            running[1][m] = 1 / sqrt(to_acc(running_var[c]) + eps);
+            if (blockIdx.x < GROUPS) mean[c] = running[0][m], invstd[c] = running[1][m];  // one image does, for a backward
+        }
+        __syncthreads();
+    }
     auto tanh_of_job = [&](const Job& job, float (&v)[ITEMS]) {
+        Norm norm(channel_mean[job.member], channel_invstd[job.member], weight, bias, channel + job.member);
         if (!RESIDENT) job.load_pooled(source, v);
-        Norm norm(mean, invstd, weight, bias, channel + job.member);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) v[i] = norm.tanh(v[i]);
     };
@@ -4685,7 +4695,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     for (int j = lane; j < JOBS; j += 32) m += means[j] * values_in(j);
     m = warp_sum(m) / SIZE;
     for (int j = lane; j < JOBS; j += 32) s += squares[j] + (means[j] - m) * (means[j] - m) * values_in(j);
-    s = 1 / sqrt(warp_sum(s) / SIZE + eps);
+    s = 1 / sqrt(warp_sum(s) / SIZE + group_eps);
     if (threadIdx.x == 0) group_mean[blockIdx.x] = m, group_invstd[blockIdx.x] = s;
     #pragma unroll UNROLLED
     for (int round = 0; round < ROUNDS; round++) {
@@ -4776,8 +4786,8 @@ __device__ inline float warp_max(float v) {
 
 struct Norm {
     float mean, invstd, weight, bias;
-    __device__ Norm(const float* means, const float* invstds, const param_t* weights, const param_t* biases, int c)
-        : mean(means[c]), invstd(invstds[c]), weight(bn_weight(weights, c)), bias(bn_bias(biases, c)) {}
+    __device__ Norm(float mean, float invstd, const param_t* weights, const param_t* biases, int c)
+        : mean(mean), invstd(invstd), weight(bn_weight(weights, c)), bias(bn_bias(biases, c)) {}
     __device__ float normalise(float v) const { return bn_normalise(v, mean, invstd); }
     __device__ float tanh(float v) const { return tanh_branchless(bn_affine(normalise(v), weight, bias)); }
 };
@@ -4835,8 +4845,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
         if (!job.exists()) continue;
         float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
         if (!RESIDENT) load(job, v, d);
-        Norm norm(mean, invstd, weight, bias, channel + job.member);
-        float sum = 0, dot = 0, w = bn_weight(group_weight, channel + job.member);
+        int c = channel + job.member;
+        Norm norm(mean[c], invstd[c], weight, bias, c);
+        float sum = 0, dot = 0, w = bn_weight(group_weight, c);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             p[i] = norm.tanh(v[i]);
@@ -4858,7 +4869,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
         Job job(round);
         if (!job.exists()) continue;
         float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
-        Norm norm(mean, invstd, weight, bias, channel + job.member);
+        int c = channel + job.member;
+        Norm norm(mean[c], invstd[c], weight, bias, c);
         if (!RESIDENT) {
             load(job, v, d);
             #pragma unroll

@@ -97,9 +97,14 @@ def run(operation, *args, like=None, **options) -> None:
     with launching_on(device), recorded() as launches:
         operation(*arrays(*args), **options)
     if device.type == "cuda":
-        if len(known) == _MOST_KNOWN:
-            known.clear()
-        known[key] = device.index, launches
+        remember(known, key, (device.index, launches))
+
+
+def remember(known: dict, key, value) -> None:
+    """known[key] = value, of which there are never more than _MOST_KNOWN: then all begins anew."""
+    if len(known) == _MOST_KNOWN:
+        known.clear()
+    known[key] = value
 
 
 def _facts(arg):

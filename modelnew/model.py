@@ -206,9 +206,10 @@ def explain(model: ModelNew, x: torch.Tensor) -> str:
     conv = model.conv_transpose
     _, reason = fused_model(model, x)
     if reason is None:
-        cls = resolve(conv.numerics, x)
+        cls, norm = resolve(conv.numerics, x), model.batch_norm
+        statistics = "conv_bn_statistics, " if norm.training or norm.running_mean is None else ""
         return (
-            f"fused: conv_bn_pool (tensor cores, {cls} class), conv_bn_statistics, pooled_forward; backward: "
+            f"fused: conv_bn_pool (tensor cores, {cls} class), {statistics}pooled_forward; backward: "
             "pooled_backward, pooled_parameter_gradients, conv_output_gradient_cells, conv_transpose_mma (dgrad), "
             "conv_wgrad_mma; on GPUs with little shared memory dgrad and wgrad may be the general kernels"
         )

@@ -34,6 +34,27 @@
 // rounding. SPLIT 2: by wgmma, an addition is for two columns.
 #define CHAIN (SPLIT == 1 ? 2048 : WGMMA ? 256 : 128)
 #define CHAIN_BANDS (CHAIN > IN_W ? CHAIN / IN_W : 1)
+
+// Adds a thread's sums of a tap to those of earlier chains, and sets them to 0. place(i): of the i-th neighbouring two of them in `partial`.
+template <int TILES_OF_8, class Place, class Exists>
+__device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Place place, Exists exists) {
+    Packed<float, 2> totals[2 * TILES_OF_8] = {};
+    if (!first)
+        #pragma unroll
+        for (int i = 0; i < 2 * TILES_OF_8; i++)
+            if (exists(i)) totals[i] = *place(i);
+    #pragma unroll
+    for (int i = 0; i < 2 * TILES_OF_8; i++) {
+        #pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float& sum = sums[i / 2][i % 2 * 2 + j];
+            totals[i].v[j] += sum;
+            sum = 0;
+        }
+        if (exists(i)) *place(i) = totals[i];
+    }
+}
+
 #if WGMMA
 #include "conv_wgrad_wgmma.cuh"
 #else

@@ -122,7 +122,6 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         }
     };
 
-    // Adds the sums to those of earlier chains.
     auto store_sums = [&](bool first) {
         #pragma unroll
         for (int t = 0; t < TAPS_W; t++) {
@@ -131,21 +130,7 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             float* to = partial + row * IN_CHANNELS + ic_chunk * CHUNK_CHANNELS + lane % 4 * 2;
             auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * IN_CHANNELS + i / 2 * 8); };
             auto exists = [&](int i) { return ic_chunk * CHUNK_CHANNELS + i / 2 * 8 < IN_CHANNELS; };
-            Packed<float, 2> totals[4 * PAIRS] = {};
-            if (!first)
-                #pragma unroll
-                for (int i = 0; i < 4 * PAIRS; i++)
-                    if (exists(i)) totals[i] = *place(i);
-            #pragma unroll
-            for (int i = 0; i < 4 * PAIRS; i++) {
-                #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float& sum = sums[t][i / 2][i % 2 * 2 + j];
-                    totals[i].v[j] += sum;
-                    sum = 0;
-                }
-                if (exists(i)) *place(i) = totals[i];
-            }
+            store_chain(sums[t], first, place, exists);
         }
     };
 

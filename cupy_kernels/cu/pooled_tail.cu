@@ -1,26 +1,20 @@
-// What follows conv_bn_pool in the forward: statistics of batch norm, then batch norm, tanh and group norm over the pooled sums.
+// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, tanh and group norm over the pooled sums.
 //
 //     z = (pooled - mean) invstd weight + bias,  p = tanh(z),  out = (p - group_mean) group_invstd group_weight + group_bias
 //
 // `pooled`, `mean` and all sums are without the convolution's bias. conv_bn_statistics: one block a channel. pooled_forward: one block
 // a group of one image, threads and macros as in pooled_tail.cuh. Saved for the backward: mean, invstd, group_mean, group_invstd.
+//
+// Macro: STATISTICS (1: the batch's, of conv_bn_statistics; 0: the running ones, from which pooled_forward makes mean and invstd).
 #include "pooled_tail.cuh"
 
-// partials [3][channels][units]: count, mean and sum of squared distances of each unit. With training 0 the running statistics
-// stand for the batch's, else they are updated where not null, and so is `batches`, which counts calls.
+// partials [3][channels][units]: count, mean and sum of squared distances of each unit. The running statistics are updated where not
+// null, and so is `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
     const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean, INOUT param_t* running_var,
-    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units, int training) {
+    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
     __shared__ float scratch[32];
     int c = blockIdx.x;
-    float shift = bn_bias(conv_bias, c);
-    if (!training) {
-        if (threadIdx.x == 0) {
-            mean[c] = to_acc(running_mean[c]) - shift;
-            invstd[c] = 1 / sqrt(to_acc(running_var[c]) + eps);
-        }
-        return;
-    }
     const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
     float origin = means[0] - means[0] == 0 ? means[0] : 0;  // rounding errors of a large mean must not enter the variance
     float count = 0, sum = 0, m2 = 0;
@@ -38,29 +32,42 @@ extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
     invstd[c] = 1 / sqrt(m2 / count + eps);
     if (batches && c == 0) ++*batches;
     if (running_mean) {
-        running_mean[c] = from_acc<param_t>((1 - momentum) * to_acc(running_mean[c]) + momentum * (total + shift));
+        running_mean[c] = from_acc<param_t>((1 - momentum) * to_acc(running_mean[c]) + momentum * (total + bn_bias(conv_bias, c)));
         running_var[c] = from_acc<param_t>((1 - momentum) * to_acc(running_var[c]) + momentum * (m2 / (count - 1)));
     }
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
-    const float* __restrict__ pooled, const float* __restrict__ mean, const float* __restrict__ invstd, const param_t* __restrict__ weight,
-    const param_t* __restrict__ bias, const param_t* __restrict__ group_weight, const param_t* __restrict__ group_bias,
-    scalar_t* __restrict__ out, float* __restrict__ group_mean, float* __restrict__ group_invstd, float eps) {
+    const float* __restrict__ pooled, INOUT float* __restrict__ mean, INOUT float* __restrict__ invstd,
+    const param_t* __restrict__ conv_bias, const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
+    const param_t* __restrict__ group_bias, scalar_t* __restrict__ out, float* __restrict__ group_mean, float* __restrict__ group_invstd,
+    float eps, float group_eps) {
     __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
+    __shared__ float running[2][STATISTICS ? 1 : MEMBERS];
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     i64 start = (i64)blockIdx.x * SIZE;
     const float* source = pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE;
     float values[UNROLLED][ITEMS];
+    const float *channel_mean = STATISTICS ? mean + channel : running[0], *channel_invstd = STATISTICS ? invstd + channel : running[1];
     if (RESIDENT)
         #pragma unroll
         for (int round = 0; round < UNROLLED; round++) {
             Job job(round);
             if (job.exists()) job.load_pooled(source, values[round]);
         }
+    if (!STATISTICS) {
+        for (int m = threadIdx.x; m < MEMBERS; m += blockDim.x) {
+            int c = channel + m;
+            running[0][m] = to_acc(running_mean[c]) - bn_bias(conv_bias, c);
+            running[1][m] = 1 / sqrt(to_acc(running_var[c]) + eps);
+            if (blockIdx.x < GROUPS) mean[c] = running[0][m], invstd[c] = running[1][m];  // one image does, for a backward
+        }
+        __syncthreads();
+    }
     auto tanh_of_job = [&](const Job& job, float (&v)[ITEMS]) {
+        Norm norm(channel_mean[job.member], channel_invstd[job.member], weight, bias, channel + job.member);
         if (!RESIDENT) job.load_pooled(source, v);
-        Norm norm(mean, invstd, weight, bias, channel + job.member);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) v[i] = norm.tanh(v[i]);
     };
@@ -84,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     for (int j = lane; j < JOBS; j += 32) m += means[j] * values_in(j);
     m = warp_sum(m) / SIZE;
     for (int j = lane; j < JOBS; j += 32) s += squares[j] + (means[j] - m) * (means[j] - m) * values_in(j);
-    s = 1 / sqrt(warp_sum(s) / SIZE + eps);
+    s = 1 / sqrt(warp_sum(s) / SIZE + group_eps);
     if (threadIdx.x == 0) group_mean[blockIdx.x] = m, group_invstd[blockIdx.x] = s;
     #pragma unroll UNROLLED
     for (int round = 0; round < ROUNDS; round++) {

@@ -51,8 +51,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
         if (!job.exists()) continue;
         float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
         if (!RESIDENT) load(job, v, d);
-        Norm norm(mean, invstd, weight, bias, channel + job.member);
-        float sum = 0, dot = 0, w = bn_weight(group_weight, channel + job.member);
+        int c = channel + job.member;
+        Norm norm(mean[c], invstd[c], weight, bias, c);
+        float sum = 0, dot = 0, w = bn_weight(group_weight, c);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             p[i] = norm.tanh(v[i]);
@@ -74,7 +75,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
         Job job(round);
         if (!job.exists()) continue;
         float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
-        Norm norm(mean, invstd, weight, bias, channel + job.member);
+        int c = channel + job.member;
+        Norm norm(mean[c], invstd[c], weight, bias, c);
         if (!RESIDENT) {
             load(job, v, d);
             #pragma unroll

@@ -19,13 +19,13 @@ from ..interop import (
     dense,
     one_device,
     pair,
+    remember,
     run,
 )
 from ..numerics import check_numerics, circumstances, resolve, tensor_core_plan
 from .batch_norm import check_batch_norm, check_batch_norm_call, note_update
 from .conv_transpose import conv_gradients, gradient_plans
 
-_MOST_KNOWN = 1000
 _calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
 
 
@@ -91,14 +91,16 @@ class _Fused(torch.autograd.Function):
         # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
         kept, output = Workspace(memory, call.layout), Workspace.empty(output, x.device)
         tensors = (dense(dout), weight, bias, group_weight, *gradients, dy)
-        options = {"plan": call.plan, "groups": call.groups, "training": call.training}
+        options = {"like": prepared, "plan": call.plan, "groups": call.groups, "training": call.training}
         run(ops.conv_bn_pool_backward, *tensors, Workspace.empty(made, x.device), kept, output, **options)
         if prepared.wgrad:  # first: the room of its workspaces is dx's then
             dw = torch.empty_like(w)
-            run(ops.weight_gradient, prepared.wgrad, output, kept, x, dw, Workspace.empty(of_wgrad, x.device))
+            options = {"like": prepared, "plan": prepared.wgrad}
+            run(ops.weight_gradient, output, kept, x, dw, Workspace.empty(of_wgrad, x.device), **options)
         if prepared.dgrad:
             dx = torch.empty_like(x)
-            run(ops.input_gradient, prepared.dgrad, output, w, dx, Workspace.empty(of_dgrad, x.device))
+            options = {"like": prepared, "plan": prepared.dgrad}
+            run(ops.input_gradient, output, w, dx, Workspace.empty(of_dgrad, x.device), **options)
         if dy is not None:
             dx, dw = conv_gradients(x, w, dy, call.geometry, call.numerics, need_x, need_w)
         return dx, dw, *gradients, None
@@ -111,9 +113,8 @@ def _known(known, key, make):
     """known[key], which make() makes where it is missing."""
     found = known.get(key)
     if found is None:
-        if len(known) == _MOST_KNOWN:
-            known.clear()
-        found = known[key] = make()
+        found = make()
+        remember(known, key, found)
     return found
 
 
