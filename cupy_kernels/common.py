@@ -6,6 +6,7 @@ from .source import SCALARS
 
 FLOATS = ("float", "double", "half_t", "bf16_t")
 THREADS = 256
+MULTIPROCESSORS = 132  # an H100's; a constant, so that results depend on shapes alone
 
 
 def scalar(array) -> str:

@@ -14,7 +14,7 @@ from .conv_transpose import Geometry
 from .launch import launch
 from .source import Kernel, Variant
 
-MANY_IMAGES = 64  # from which on a block takes as many passes of an image as fit
+MANY_IMAGES = 96  # from which on a block takes as much of an image as fits, to load x less often
 _CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
 _STAGES = (4, 2)  # preferred first
@@ -60,7 +60,8 @@ def plan(
     kernel, size = w_shape[2:], x_shape[2:]
     pad = tuple(k - 1 - p for k, p in zip(kernel, geometry.padding)) if dgrad else geometry.padding
     out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
-    sizes = x_shape[0] >= MANY_IMAGES, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
+    few = x_shape[0] if x_shape[0] < MANY_IMAGES else None
+    sizes = few, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
     found = conv_wgmma.layout(split, dgrad, *sizes) if wgmma else None
     found = found or _layout(split, *sizes)
     macros = {
@@ -98,7 +99,7 @@ def plan(
     )
 
 
-def _layout(split, many_images, channels, size, out, kernel, pad, limit) -> conv_wgmma.Layout:
+def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmma.Layout:
     """The layout of conv_mma.cuh."""
     warps_m, most_warps_n = (1, 8) if channels[1] <= 64 else (2, 4)
     chunks = ceil_div(channels[0], 64 // split)
@@ -119,10 +120,10 @@ def _layout(split, many_images, channels, size, out, kernel, pad, limit) -> conv
         band = (gap + (rows + 1) * pitch) * _CELL_BYTES * (chunks if resident else 1)
         return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * _CELL_BYTES
 
-    # Few images: one pass a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides,
+    # Few images: one pass a unit, to spread over the GPU; else as many as fit. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
     def choices_with(warps_n):
-        most_passes = ceil_div(windows, warps_n * 16) if many_images else 1
+        most_passes = ceil_div(windows, warps_n * 16) if images is None else 1
         return [(warps_n, passes, 1) for passes in range(most_passes, 0, -1)] + [(warps_n, 1, 0)]
 
     choices = choices_with(most_warps_n) + [(most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]

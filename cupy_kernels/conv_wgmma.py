@@ -3,13 +3,13 @@
 import itertools
 from typing import NamedTuple
 
-from .common import ceil_div
+from .common import MULTIPROCESSORS, ceil_div
 
 # By split and dgrad: two sums, with split 2 three, of 8 pixels and 64 channels that fit a warpgroup's registers.
 _MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
 _STAGES = (6, 5, 4)  # preferred first
 _STEP_CHANNELS = 32
-_FEW_WINDOWS = 64  # of a block, for few images
+_FEW_WINDOWS = 64  # of a block at most, for few images
 
 
 class Layout(NamedTuple):
@@ -24,31 +24,44 @@ class Layout(NamedTuple):
     planes: dict  # macros of pooled_planes.cuh
 
 
-def layout(split: int, dgrad: bool, many_images: bool, channels, size, out, kernel, pad, limit: int) -> Layout | None:
+class _Unit(NamedTuple):
+    """Of a block."""
+
+    rows: int  # of windows
+    windows: int
+    stages: int
+    shared_bytes: int
+
+
+def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
-    many_images: whether a block takes as much of an image as fits, or little of it, so that few images fill the GPU.
+    images: how many, if few: then a block takes little of one, so that they fill the GPU; None: as much as fits.
     channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
     """
     warpgroups_m = 1 if channels[1] <= 64 else 2
     warpgroups_n = 2 // warpgroups_m
+    tiles_m = ceil_div(channels[1], 64 * warpgroups_m)
     steps = ceil_div(channels[0], _STEP_CHANNELS)
     step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
     gap = max(0, kernel[1] - 1 - pad[1])
     pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
     window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
-    for units in range(1, windows_h + 1):
-        rows = ceil_div(windows_h, units)
+    chosen = None
+    for rows in sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True):
         windows = (rows - 1) * window_pitch + windows_w
         low, high = pad[0] - (kernel[0] - 1), 2 * rows - 1 + pad[0]  # LOW, HIGH and, below, ALONG of conv_wgmma.cuh
         band_cells = gap + (high - low + 1) * pitch
         along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
         band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
         stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
-        if stages and (many_images or windows <= _FEW_WINDOWS or rows == 1):
-            break
-    else:
+        at_once = images and images * ceil_div(windows_h, rows) * tiles_m <= MULTIPROCESSORS
+        too_large = images and chosen and chosen.windows > _FEW_WINDOWS
+        if stages and (not chosen or too_large or at_once):
+            chosen = _Unit(rows, windows, stages, band_bytes + stages * step_bytes)
+    if not chosen:
         return None
+    rows, _, stages, shared_bytes = chosen
     granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
@@ -70,7 +83,7 @@ def layout(split: int, dgrad: bool, many_images: bool, channels, size, out, kern
         units,
         64 * warpgroups_m,
         128 * warpgroups_m * warpgroups_n,
-        band_bytes + stages * step_bytes,
+        shared_bytes,
         planes(1, window_pitch, rows * window_pitch, stride := ceil_div(rows * window_pitch, 16) * 16, units * stride),
     )
 

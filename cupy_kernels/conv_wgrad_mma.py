@@ -4,13 +4,12 @@ import functools
 import itertools
 from typing import NamedTuple
 
-from .common import THREADS, ceil_div
+from .common import MULTIPROCESSORS, THREADS, ceil_div
 from .conv_transpose import Geometry, output_shape
 from .conv_transpose_mma import UnsupportedError, check_supported
 from .launch import launch
 from .source import Kernel, Variant
 
-_BLOCKS = 132  # one for each multiprocessor of an H100; a constant, so that sums depend on shapes alone
 _MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
 _MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
 _MOST_TILES_N = 8  # of a warpgroup; of its sums, as many as a thread has registers for
@@ -54,7 +53,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
     found = (_wgmma_layout(width, *sizes) if wgmma else None) or _layout(*sizes)
     tiles = kernel[0] * ceil_div(kernel[1], taps) * found.channel_tiles
     bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
-    split_bands = ceil_div(bands, max(1, _BLOCKS * found.blocks // tiles))
+    split_bands = ceil_div(bands, max(1, MULTIPROCESSORS * found.blocks // tiles))
     splits = ceil_div(bands, split_bands)
     macros = {
         "scalar_t": dtype,

@@ -208,6 +208,7 @@ def preload_wheels() -> tuple[str, ...]:
 
 FLOATS = ("float", "double", "half_t", "bf16_t")
 THREADS = 256
+MULTIPROCESSORS = 132  # an H100's; a constant, so that results depend on shapes alone
 
 
 def scalar(array) -> str:
@@ -259,7 +260,7 @@ def ceil_div(a: int, b: int) -> int:
 _MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
 _STAGES = (6, 5, 4)  # preferred first
 _STEP_CHANNELS = 32
-_FEW_WINDOWS = 64  # of a block, for few images
+_FEW_WINDOWS = 64  # of a block at most, for few images
 
 
 class Layout(NamedTuple):
@@ -274,31 +275,44 @@ class Layout(NamedTuple):
     planes: dict  # macros of pooled_planes.cuh
 
 
-def layout(split: int, dgrad: bool, many_images: bool, channels, size, out, kernel, pad, limit: int) -> Layout | None:
+class _Unit(NamedTuple):
+    """Of a block."""
+
+    rows: int  # of windows
+    windows: int
+    stages: int
+    shared_bytes: int
+
+
+def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
-    many_images: whether a block takes as much of an image as fits, or little of it, so that few images fill the GPU.
+    images: how many, if few: then a block takes little of one, so that they fill the GPU; None: as much as fits.
     channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
     """
     warpgroups_m = 1 if channels[1] <= 64 else 2
     warpgroups_n = 2 // warpgroups_m
+    tiles_m = ceil_div(channels[1], 64 * warpgroups_m)
     steps = ceil_div(channels[0], _STEP_CHANNELS)
     step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
     gap = max(0, kernel[1] - 1 - pad[1])
     pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
     window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
-    for units in range(1, windows_h + 1):
-        rows = ceil_div(windows_h, units)
+    chosen = None
+    for rows in sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True):
         windows = (rows - 1) * window_pitch + windows_w
         low, high = pad[0] - (kernel[0] - 1), 2 * rows - 1 + pad[0]  # LOW, HIGH and, below, ALONG of conv_wgmma.cuh
         band_cells = gap + (high - low + 1) * pitch
         along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
         band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
         stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
-        if stages and (many_images or windows <= _FEW_WINDOWS or rows == 1):
-            break
-    else:
+        at_once = images and images * ceil_div(windows_h, rows) * tiles_m <= MULTIPROCESSORS
+        too_large = images and chosen and chosen.windows > _FEW_WINDOWS
+        if stages and (not chosen or too_large or at_once):
+            chosen = _Unit(rows, windows, stages, band_bytes + stages * step_bytes)
+    if not chosen:
         return None
+    rows, _, stages, shared_bytes = chosen
     granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
@@ -320,7 +334,7 @@ def layout(split: int, dgrad: bool, many_images: bool, channels, size, out, kern
         units,
         64 * warpgroups_m,
         128 * warpgroups_m * warpgroups_n,
-        band_bytes + stages * step_bytes,
+        shared_bytes,
         planes(1, window_pitch, rows * window_pitch, stride := ceil_div(rows * window_pitch, 16) * 16, units * stride),
     )
 
@@ -583,7 +597,7 @@ def _check(x, w, y, geometry):
 # Shapes as in `conv_transpose`. Operands are fp16 under power-of-two scales: split 1 has TF32's precision, split 2
 # float32's.
 
-MANY_IMAGES = 64  # from which on a block takes as many passes of an image as fit
+MANY_IMAGES = 96  # from which on a block takes as much of an image as fits, to load x less often
 _CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
 conv_transpose_mma_STAGES = (4, 2)  # preferred first
@@ -629,7 +643,8 @@ def plan(
     kernel, size = w_shape[2:], x_shape[2:]
     pad = tuple(k - 1 - p for k, p in zip(kernel, geometry.padding)) if dgrad else geometry.padding
     out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
-    sizes = x_shape[0] >= MANY_IMAGES, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
+    few = x_shape[0] if x_shape[0] < MANY_IMAGES else None
+    sizes = few, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
     found = layout(split, dgrad, *sizes) if wgmma else None
     found = found or _layout(split, *sizes)
     macros = {
@@ -667,7 +682,7 @@ def plan(
     )
 
 
-def _layout(split, many_images, channels, size, out, kernel, pad, limit) -> Layout:
+def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
     """The layout of conv_mma.cuh."""
     warps_m, most_warps_n = (1, 8) if channels[1] <= 64 else (2, 4)
     chunks = ceil_div(channels[0], 64 // split)
@@ -688,10 +703,10 @@ def _layout(split, many_images, channels, size, out, kernel, pad, limit) -> Layo
         band = (gap + (rows + 1) * pitch) * _CELL_BYTES * (chunks if resident else 1)
         return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * _CELL_BYTES
 
-    # Few images: one turn a unit, to spread over the GPU; else as many as fit, to load x less often. N alone decides,
+    # Few images: one turn a unit, to spread over the GPU; else as many as fit. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
     def choices_with(warps_n):
-        most_passes = ceil_div(windows, warps_n * 16) if many_images else 1
+        most_passes = ceil_div(windows, warps_n * 16) if images is None else 1
         return [(warps_n, passes, 1) for passes in range(most_passes, 0, -1)] + [(warps_n, 1, 0)]
 
     choices = choices_with(most_warps_n) + [(most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
@@ -787,7 +802,6 @@ def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
 #
 # Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` takes.
 
-_BLOCKS = 132  # one for each multiprocessor of an H100; a constant, so that sums depend on shapes alone
 _MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
 _MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
 _MOST_TILES_N = 8  # of a warpgroup; of its sums, as many as a thread has registers for
@@ -831,7 +845,7 @@ def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype:
     found = (_wgmma_layout(width, *sizes) if wgmma else None) or conv_wgrad_mma_layout(*sizes)
     tiles = kernel[0] * ceil_div(kernel[1], taps) * found.channel_tiles
     bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
-    split_bands = ceil_div(bands, max(1, _BLOCKS * found.blocks // tiles))
+    split_bands = ceil_div(bands, max(1, MULTIPROCESSORS * found.blocks // tiles))
     splits = ceil_div(bands, split_bands)
     macros = {
         "scalar_t": dtype,

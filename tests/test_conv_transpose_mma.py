@@ -28,6 +28,7 @@ CASES = {
     "seven": ((1, 16, 3, 5), 16, (7, 7), (3, 3)),
     "partial_chunk": ((1, 80, 5, 6), 144, (3, 2), (2, 0)),
     "many_units": ((1, 16, 20, 19), 144, (3, 3), (0, 1)),
+    "two_rows": ((8, 16, 33, 4), 16, (3, 3), (1, 1)),  # of windows a block of wgmma
 }
 MANY_PASSES = {
     "one_tile_of_channels": ((2, 16, 24, 25), 16, (2, 2), (0, 1)),  # 156 windows: a pass of 128, then one of 28
@@ -243,6 +244,16 @@ def test_units_of_wgmma(device, wgmma, many_passes, monkeypatch, launched):
     assert rms(conv_transpose2d(x, w, b, padding=case[3], numerics="tf32"), truth) < TF32_RMS
     assert uses_wgmma(launched)
     assert dict(launched[-1].defines)["UNIT_ROWS"] == 7  # of 13
+
+
+@pytest.mark.parametrize(
+    ("images", "rows"), [(1, 1), (7, 1), (8, 2), (14, 2), (15, 3), (95, 3), (96, 17), (512, 17)], ids=str
+)
+def test_few_images_fill_the_gpu(images, rows):
+    """Rows of windows, 17 an image, that a block of wgmma takes."""
+    geometry = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    options = (64, 128, 5, 5), geometry, 1, False, "float", 227 * 1024, True
+    assert dict(conv_transpose_mma.plan((images, 64, 32, 32), *options).macros)["UNIT_ROWS"] == rows
 
 
 def test_wgmma_leaves_what_does_not_fit_to_mma():

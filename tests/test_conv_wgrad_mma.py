@@ -96,7 +96,7 @@ def test_fp32_class(device, wgmma, case, launched):
 @CLASSES
 def test_long_sums(device, wgmma, cls, monkeypatch):
     """Many bands a block, whose sums go to memory between chains."""
-    monkeypatch.setattr(conv_wgrad_mma, "_BLOCKS", 1)
+    monkeypatch.setattr(conv_wgrad_mma, "MULTIPROCESSORS", 1)
     conv_wgrad_mma.plan.cache_clear()
     case = ((3, 16, 30, 5), 16, (3, 2), (1, 1))
     x, w, dy = tensors(case, device)
