@@ -18,7 +18,7 @@ _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU
 _NO_SUITE = "No record says yet that the test suite passed on a GPU; `make record` on one writes it."
 _NEEDED = {
     "bench": ("rows", "trials"),
-    "training": ("rows", "steps", "batch", "factor", "last", "comparisons"),
+    "training": ("rows", "steps", "batch", "seeds", "factor", "last", "comparisons"),
     "parity": ("passed", "failed", "skipped"),
 }
 
@@ -138,7 +138,8 @@ def _training(results, folder) -> str:
             f"{_where(record)}. {record['steps']} steps of SGD from the same parameters, on the same batches of "
             f"{record['batch']}; mean loss of the last {record['last']}: {', '.join(losses)}. Losses and running "
             f"statistics of ModelNew end at most {furthest:.2f} times as far from those of Model as Model's with TF32 "
-            f"end from Model's in float32 (allowed: {record['factor']}).\n\n![Loss curves]({picture})"
+            f"end from Model's in float32 (allowed: {record['factor']}; distances are medians over {record['seeds']} "
+            f"seeds).\n\n![Loss curves]({picture})"
         )
     return "\n\n".join(parts) or _NO_TRAINING
 

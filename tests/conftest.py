@@ -104,6 +104,8 @@ def wgmma(request, device):
 def many_passes(monkeypatch):
     """Units of several passes, as large batches have them, without the large batch."""
     monkeypatch.setattr(conv_transpose_mma, "MANY_IMAGES", 1)
+    monkeypatch.setattr("modelnew.functional.conv_bn_pool._calls", {})
+    monkeypatch.setattr("modelnew.functional.conv_bn_pool._backward_calls", {})
     conv_transpose_mma.plan.cache_clear()
     yield
     conv_transpose_mma.plan.cache_clear()

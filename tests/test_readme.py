@@ -142,6 +142,7 @@ TRAINING = {
     "digest": "0123456789abcdef",
     "steps": 2,
     "batch": 64,
+    "seeds": 3,
     "factor": 2,
     "last": 20,
     "comparisons": [{"what": "loss", "class": "tf32", "distance": 3e-5, "layouts": 0.0, "classes": 2e-5, "ok": True}],
@@ -207,6 +208,7 @@ def test_with_records(repository):
     assert "2 steps of SGD from the same parameters, on the same batches of 64; mean loss of the last 20: " in text
     assert "ModelNew 0.250000 with TF32 and 0.250000 in float32." in text
     assert "end at most 1.50 times as far" in text
+    assert "distances are medians over 3 seeds" in text
     for name in ("bench_a.png", "training_a.png"):
         assert f"](results/{name})" in text
         assert (folder / "results" / name).read_bytes().startswith(b"\x89PNG")

@@ -36,7 +36,7 @@ def results(**changed):
 def test_command(tmp_path):
     pytest.importorskip("matplotlib")
     steps = 22
-    code, text = invoke("--device", "cpu", "--steps", steps, "--channels", 4, "--output", tmp_path)
+    code, text = invoke("--device", "cpu", "--steps", steps, "--channels", 4, "--seeds", 2, "--output", tmp_path)
     assert code == 0, text
     assert "FAIL" not in text
     assert "On the CPU: TF32 by rounding" in text
@@ -46,7 +46,7 @@ def test_command(tmp_path):
     assert record["command"].startswith("python3 -m modelnew")
     assert record["digest"] == source.digest()
     assert record["versions"]["torch"] == torch.__version__
-    assert (record["steps"], record["batch"], record["factor"]) == (steps, 4, training.FACTOR)
+    assert (record["steps"], record["batch"], record["factor"], record["seeds"]) == (steps, 4, training.FACTOR, 2)
     assert [(r["who"], r["class"], r["layout"]) for r in record["rows"]] == RUNS
     for row in record["rows"]:
         assert len(row["losses"]) == steps
@@ -65,13 +65,13 @@ def test_kernels_on_tensor_cores_train(launched):
     settings = Settings(steps=2, batch=2, channels=16, size=6, lr=0.3, momentum=0.9, seed=0)
     found = dict(training.train(settings, CPU, lambda run: None))
     assert {"conv_bn_pool", "conv_wgrad_mma"} <= {kernel.name for kernel in launched}
-    assert [r.cls for r in training.compare(found) if not r.ok] == []
+    assert [r.cls for r in training.compare([found]) if not r.ok] == []
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_ends_where_pytorch_ends(tmp_path):
-    """300 steps of the mission's model. 64 images: for fewer cuDNN uses no TF32."""
+    """300 steps of the mission's model, from 5 seeds. 64 images: for fewer cuDNN uses no TF32."""
     code, text = invoke("--device", "cuda", "--steps", 300, "--batch", 64, "--output", tmp_path)
     assert code == 0, text
     record = json.loads((tmp_path / f"training_{environment.slug()}.json").read_text())
@@ -89,28 +89,36 @@ def test_a_wrong_gradient_fails():
 @pytest.mark.parametrize("what", Result._fields)
 def test_rule(what):
     right = {**dict.fromkeys(Result._fields, 0), what: 1.9e-3}
-    assert all(row.ok for row in training.compare(results(**right)))
-    wrong = {(row.what, row.cls) for row in training.compare(results(**{what: 2.2e-3})) if not row.ok}
+    assert all(row.ok for row in training.compare([results(**right)]))
+    wrong = {(row.what, row.cls) for row in training.compare([results(**{what: 2.2e-3})]) if not row.ok}
     assert wrong == {(what, "tf32")}
 
 
 def test_limit_is_the_larger_of_both_layouts():
     found = results(loss=5e-3)
-    assert not all(row.ok for row in training.compare(found))
+    assert not all(row.ok for row in training.compare([found]))
     found[Run("Model", "tf32", "nhwc")].loss.add_(2e-3)
-    assert all(row.ok for row in training.compare(found))
+    assert all(row.ok for row in training.compare([found]))
+
+
+def test_median_over_seeds():
+    right, wrong = results(), results(loss=5e-3)
+    assert all(row.ok for row in training.compare([right, wrong, right]))
+    assert not all(row.ok for row in training.compare([wrong, right, wrong]))
+    right[RUNS[-1]].loss[-1] = float("nan")  # one seed that diverges is enough
+    assert [(r.what, r.cls) for r in training.compare([results(), right, results()]) if not r.ok] == [("loss", "fp32")]
 
 
 def test_what_gives_no_measure():
     found = results()
     found[RUNS[-1]].loss[-1] = float("nan")
-    assert [(r.what, r.cls) for r in training.compare(found) if not r.ok] == [("loss", "fp32")]
+    assert [(r.what, r.cls) for r in training.compare([found]) if not r.ok] == [("loss", "fp32")]
     found[RUNS[0]].loss[-1] = float("inf")
     with pytest.raises(ValueError, match="diverged"):
-        training.compare(found)
+        training.compare([found])
     alike = {run: Result(*[torch.ones(3)] * 3) for run in RUNS}
     with pytest.raises(ValueError, match="fewer than 64 images"):
-        training.compare(alike)
+        training.compare([alike])
 
 
 def test_all_runs_begin_alike():
@@ -134,6 +142,7 @@ def test_help_explains_every_option():
         (["--channels", "6"], "must be a multiple of 4, received 6"),
         (["--lr", "0"], "0.0 is not in the range"),
         (["--momentum", "1"], "1.0 is not in the range"),
+        (["--seeds", "0"], "0 is not in the range"),
         (["--device", "xpu"], "received xpu"),
     ],
 )
