@@ -25,10 +25,10 @@ class Layout(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """Of a block."""
+    """A block's part of an image."""
 
     rows: int  # of windows
-    windows: int
+    windows: int  # from the first to the last one
     stages: int
     shared_bytes: int
 
@@ -47,21 +47,25 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
     gap = max(0, kernel[1] - 1 - pad[1])
     pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
     window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
-    chosen = None
-    for rows in sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True):
-        windows = (rows - 1) * window_pitch + windows_w
+
+    def unit(rows):
+        """A block's part of an image, `rows` rows of windows; None if it does not fit."""
         low, high = pad[0] - (kernel[0] - 1), 2 * rows - 1 + pad[0]  # LOW, HIGH and, below, ALONG of conv_wgmma.cuh
         band_cells = gap + (high - low + 1) * pitch
         along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
         band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
         stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
-        at_once = images and images * ceil_div(windows_h, rows) * tiles_m <= MULTIPROCESSORS
-        too_large = images and chosen and chosen.windows > _FEW_WINDOWS
-        if stages and (not chosen or too_large or at_once):
-            chosen = _Unit(rows, windows, stages, band_bytes + stages * step_bytes)
-    if not chosen:
+        return stages and _Unit(rows, (rows - 1) * window_pitch + windows_w, stages, band_bytes + stages * step_bytes)
+
+    rows = sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True)
+    choices = list(filter(None, map(unit, rows)))
+    if not choices:
         return None
-    rows, _, stages, shared_bytes = chosen
+    if images:
+        choices = [u for u in choices if u.windows <= _FEW_WINDOWS]
+        at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
+        choices = at_once[-1:] or choices
+    rows, _, stages, shared_bytes = choices[0]
     granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
