@@ -313,7 +313,7 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
     if not choices:
         return None
     if images:
-        choices = [u for u in choices if u.windows <= _FEW_WINDOWS]
+        choices = [u for u in choices if u.windows <= _FEW_WINDOWS] or choices[-1:]
         at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
         choices = at_once[-1:] or choices
     rows, _, stages, shared_bytes = choices[0]

@@ -256,6 +256,21 @@ def test_few_images_fill_the_gpu(images, rows):
     assert dict(conv_transpose_mma.plan((images, 64, 32, 32), *options).macros)["UNIT_ROWS"] == rows
 
 
+@pytest.mark.parametrize("wgmma", [True], indirect=True)
+def test_dgrad_of_an_image_wider_than_a_block(device, wgmma, launched):
+    """Padding cuts y to a size that is taken; a row of dx is 75 windows, more than blocks of few images have."""
+    x, w, _ = tensors(((1, 16, 4, 150), 16, (3, 3), None), device)
+    doubles = [t.detach().double().requires_grad_() for t in (x, w)]
+    y = conv_transpose2d(x, w, padding=(1, 41), numerics="tf32")
+    truth_y = F.conv_transpose2d(*doubles, padding=(1, 41))
+    dy = torch.randn_like(truth_y)
+    launched.clear()
+    dx = torch.autograd.grad(y, x, dy.float())[0]
+    assert uses_wgmma(launched)
+    assert [dict(k.defines)["UNIT_ROWS"] for k in launched if k.name == "conv_transpose_mma"] == [1]
+    assert rms(dx, torch.autograd.grad(truth_y, doubles[0], dy)[0]) < TF32_RMS
+
+
 def test_wgmma_leaves_what_does_not_fit_to_mma():
     geometry = Geometry((1, 1), (3, 3), (0, 0), (1, 1), 1)
     options = geometry, 1, False, "float", 227 * 1024, True
