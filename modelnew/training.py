@@ -6,8 +6,8 @@ differently do not end alike, PyTorch's own neither. The measure is therefore Py
 `Model` of its numeric class as `Model` with TF32 and `Model` in float32 end to each other, within a small factor.
 
 - What is compared: the losses of the last 20 steps, and batch norm's running mean and variance after the last.
-  Distance: root mean square of the differences, relative to that of the values; the median over several seeds, as one seed's
-  says little (benchmarks/NOTES.md, "Training").
+  Distance: root mean square of the differences, relative to that of the values; the median over several seeds, as
+  one seed's says little (benchmarks/NOTES.md, "Training").
 - The limit: FACTOR times the distance of `Model` with TF32 from `Model` in float32, both in NCHW or both in
   channels_last, whichever is larger. cuDNN uses TF32 for the weight gradient in channels_last only, ModelNew always.
 - FACTOR is 2. Two runs with TF32's errors, independent of each other, are sqrt(2) times as far from each other as each
