@@ -65,7 +65,7 @@ def _by_batch(panel, record):
         panel.plot(*zip(*sorted(points.items())), _DASHES.get(cls, ":"), marker=marker, color=colour, label=label)
     panel.set_title("by N", fontsize=10)
     panel.set(xlabel="images in a batch", ylabel="images a second", xscale="log", yscale="log")
-    panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _legend_beside(panel, 7)
 
 
 def _curves(figure, record):
@@ -114,11 +114,15 @@ def _bars(panel, rows, title):
         drawn = panel.bar(at, ms, width, label=f"{who} {layout}", yerr=spread, error_kw={"lw": 0.6}, **style)
         panel.bar_label(drawn, [f"{value:.3g}" for value in ms], fontsize=6, rotation=90, padding=3)
     panel.set_yscale("log")
-    panel.set_ylim(top=panel.get_ylim()[1] * 4)  # room for labels and legend
+    panel.set_ylim(top=panel.get_ylim()[1] * 2)  # room for labels
     panel.set_ylabel("ms")
     panel.set_xticks(range(len(groups)), [group.replace("_", "\n") for group in groups], fontsize=8)
     panel.set_title(title, fontsize=10)
-    panel.legend(fontsize=7, ncols=len(bars), loc="upper left")
+    _legend_beside(panel, 7)
+
+
+def _legend_beside(panel, fontsize):
+    panel.legend(fontsize=fontsize, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def roofline(panel, record: dict) -> None:
@@ -165,7 +169,7 @@ def roofline(panel, record: dict) -> None:
     panel.set_xlabel("FLOP per byte, each input read once and each result written once")
     panel.set_ylabel("TFLOP/s (dense count)")
     panel.set_title(f"roofline, N={_first(record)[0][0]['n']}", fontsize=10)
-    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    _legend_beside(panel, 8)
 
 
 def floors(panel, record: dict) -> None:

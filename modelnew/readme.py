@@ -51,6 +51,11 @@ def _times(results, folder) -> str:
             "torch.compile, each in NCHW and in channels_last, of those that were timed: the record says which were "
             "not, and why. 2x: half the peer's time.",
         ]
+        if any(row["who"] == "modelnew-graph" and row["ms"] is not None for row in record["rows"]):
+            lines[0] += (
+                " Where ModelNew runs in a CUDA graph, too, that stands beside the fastest of all peers, without one "
+                "it stands beside eager and torch.compile's default mode: the other modes use CUDA graphs."
+            )
         for n in dict.fromkeys(shown):
             lines += ["", f"{n} image{'s'[: n != 1]}:", "", *_table(record, n)]
         used = {row["what"]: None for row in record["rows"] if row["n"] in shown and row["what"] in MODELS}
@@ -58,7 +63,7 @@ def _times(results, folder) -> str:
         if len(set(batches)) > 2:
             lines += [
                 "",
-                "By images in a batch, and how many times as long the fastest peer takes:",
+                "By images in a batch, and how many times as long the fastest peer of those timed there takes:",
                 "",
                 *_by_batch(record),
             ]
@@ -94,7 +99,7 @@ def _table(record, n) -> list[str]:
 
 
 def _by_batch(record) -> list[str]:
-    """A row for each workload and class, a column for each n: our time, and the fastest peer's in terms of it."""
+    """A row for each workload and class, a column for each n: our time, the fastest peer's in terms of it, and who."""
     found = by_batch(record)
     sizes = sorted({n for rows in found.values() for n in rows})
     lines = [f"| | class | {' | '.join(map(str, sizes))} |", f"|---|---|{'--:|' * len(sizes)}"]
@@ -105,7 +110,7 @@ def _by_batch(record) -> list[str]:
 
 
 def _faster(row, peer) -> str:
-    return f", {_ratio(peer, row)}" if peer else ""
+    return f", {_ratio(peer, row)} {peer['who']}" if peer else ""
 
 
 def _is_eager(row, what, cls, n) -> bool:
@@ -133,13 +138,14 @@ def _training(results, folder) -> str:
             for who in ("Model", "ModelNew")
         ]
         furthest = max(c["distance"] / c["classes"] for c in record["comparisons"])
+        single = max(max(c["ratios"]) for c in record["comparisons"])
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append(
             f"{_where(record)}. {record['steps']} steps of SGD from the same parameters, on the same batches of "
             f"{record['batch']}; mean loss of the last {record['last']}: {', '.join(losses)}. Losses and running "
             f"statistics of ModelNew end at most {furthest:.2f} times as far from those of Model as Model's with TF32 "
             f"end from Model's in float32 (allowed: {record['factor']}; distances are medians over {record['seeds']} "
-            f"seeds).\n\n![Loss curves]({picture})"
+            f"seeds, whose furthest is {single:.2f}).\n\n![Loss curves]({picture})"
         )
     return "\n\n".join(parts) or _NO_TRAINING
 

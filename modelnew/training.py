@@ -85,13 +85,17 @@ class Result(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Distance of ModelNew from Model in a class, and those that it is measured by: medians over seeds."""
+    """Distance of ModelNew from Model in a class, and those that it is measured by: medians over seeds.
+
+    ratios: distance / classes of each seed, for its reader to see how far seeds scatter; not judged.
+    """
 
     what: str
     cls: str
     distance: float
     layouts: float
     classes: float
+    ratios: list[float]
 
     @property
     def ok(self) -> bool:
@@ -135,7 +139,8 @@ def compare(results: list[dict[Run, Result]]) -> list[Comparison]:
     rows = []
     for what, cls in itertools.product(Result._fields, ("tf32", "fp32")):
         seeds = [_distances(what, cls, {run: getattr(each[run], what) for run in RUNS}) for each in results]
-        rows.append(Comparison(what, cls, *map(_median, zip(*seeds))))
+        ratios = [distance / classes for distance, _, classes in seeds]
+        rows.append(Comparison(what, cls, *map(_median, zip(*seeds)), ratios))
     return rows
 
 
@@ -206,6 +211,7 @@ def _record(settings, seeds, device, results, comparisons):
             "what": c.what,
             "class": c.cls,
             **{name: float(f"{getattr(c, name):.4g}") for name in ("distance", "layouts", "classes")},
+            "ratios": [float(f"{ratio:.3g}") for ratio in c.ratios],
             "ok": c.ok,
         }
         for c in comparisons
@@ -228,16 +234,17 @@ def _show(settings, seeds, results, comparisons):
     medians = f", medians over {seeds} seeds" if seeds > 1 else ""
     out.print(f"[bold]How far runs end from each other[/]{medians}", highlight=False)
     table = Table("", "class", box=box.SIMPLE_HEAD)
-    for name in ("ModelNew to Model", "Model nhwc to nchw", "Model tf32 to fp32", "first / last", ""):
+    for name in ("ModelNew to Model", "Model nhwc to nchw", "Model tf32 to fp32", "ratio", "of each seed", ""):
         table.add_column(name, justify="right")
     for c in comparisons:
         distances = (f"{d:.2e}" for d in (c.distance, c.layouts, c.classes))
         verdict = "[green]ok[/]" if c.ok else "[red]FAIL[/]"
-        table.add_row(c.what, c.cls, *distances, f"{c.distance / c.classes:.2f}", verdict)
+        ratios = f"{min(c.ratios):.2f} to {max(c.ratios):.2f}"
+        table.add_row(c.what, c.cls, *distances, f"{c.distance / c.classes:.2f}", ratios, verdict)
     out.print(table)
     out.print(
-        f"loss: of the last {last} steps. ok: ModelNew ends at most {FACTOR} times as far from Model in its class as "
-        "Model with TF32 from Model in float32.",
+        f"loss: of the last {last} steps. ratio: of the first to the third. ok: ModelNew ends at most {FACTOR} times "
+        "as far from Model in its class as Model with TF32 from Model in float32.",
         highlight=False,
     )
 

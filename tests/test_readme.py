@@ -145,7 +145,9 @@ TRAINING = {
     "seeds": 3,
     "factor": 2,
     "last": 20,
-    "comparisons": [{"what": "loss", "class": "tf32", "distance": 3e-5, "layouts": 0.0, "classes": 2e-5, "ok": True}],
+    "comparisons": [
+        {"what": "loss", "class": "tf32", "distance": 3e-5, "classes": 2e-5, "ratios": [1.5, 2.25, 0.5], "ok": True}
+    ],
     "rows": [
         {"who": who, "class": cls, "layout": layout, "loss_last": 0.25, "losses": [1.0 + 1e-4 * (cls == "tf32"), 0.25]}
         for who in ("Model", "ModelNew")
@@ -193,6 +195,7 @@ def test_with_records(repository):
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "NVIDIA A, torch 2.11, CuPy 13.6, NVRTC 11.8, driver 580, kernels `0123456789ab`." in text
     assert "median of 20 trials (up to 8 images: 100), all in one process" in text
+    assert "in a CUDA graph, too, that stands beside the fastest of all peers" in text
     assert "\n512 images:\n" in text
     assert "| `step` | tf32 | **1** | 100 | 3 | 3.00x | 2 | compile, nhwc | 500 | 2.00x |\n" in text
     assert "\n1 image:\n" in text
@@ -200,15 +203,15 @@ def test_with_records(repository):
     assert f"| `forward_train` | tf32 | **0.25** |  | 0.125 | 0.50x | {peer} | **0.05** | 2.50x |\n" in text
     assert "\n4096 images:\n" not in text
     assert "| | class | 1 | 512 | 4096 |\n" in text
-    assert "| `step` | tf32 |  | 1 ms, 2.00x | 7.5 ms, 4.00x |\n" in text
-    assert "| `forward_train` | tf32 | 0.25 ms, 0.50x |  |  |\n" in text
+    assert "| `step` | tf32 |  | 1 ms, 2.00x compile | 7.5 ms, 4.00x eager |\n" in text
+    assert "| `forward_train` | tf32 | 0.25 ms, 0.50x eager |  |  |\n" in text
     assert "conv_forward" not in text
     assert "4.2 s with nothing compiled before, 0.7 s with kernels compiled on disk." in text
     assert "driver 580, kernels `0123456789ab` | 1020 | 0 | 2 |" in text
     assert "2 steps of SGD from the same parameters, on the same batches of 64; mean loss of the last 20: " in text
     assert "ModelNew 0.250000 with TF32 and 0.250000 in float32." in text
     assert "end at most 1.50 times as far" in text
-    assert "distances are medians over 3 seeds" in text
+    assert "distances are medians over 3 seeds, whose furthest is 2.25)" in text
     for name in ("bench_a.png", "training_a.png"):
         assert f"](results/{name})" in text
         assert (folder / "results" / name).read_bytes().startswith(b"\x89PNG")

@@ -57,6 +57,7 @@ def test_command(tmp_path):
     for (_, cls), c in found.items():
         assert c["ok"]
         assert c["distance"] <= training.FACTOR * c["classes"]
+        assert len(c["ratios"]) == 2
         if cls == "fp32":
             assert 0 < c["distance"] < c["classes"] / 10
 
@@ -83,7 +84,7 @@ def test_a_wrong_gradient_fails():
     with source.override({"tanh.cuh": slope}):
         code, text = invoke("--device", "cpu", "--steps", 4, "--channels", 4, "--size", 4)
     assert code == 1
-    assert re.search(r"loss fp32 \S+ \S+ \S+ \S+ FAIL", text)
+    assert re.search(r"loss fp32 \S+ \S+ \S+ \S+ \S+ to \S+ FAIL", text)
 
 
 @pytest.mark.parametrize("what", Result._fields)
@@ -103,7 +104,9 @@ def test_limit_is_the_larger_of_both_layouts():
 
 def test_median_over_seeds():
     right, wrong = results(), results(loss=5e-3)
-    assert all(row.ok for row in training.compare([right, wrong, right]))
+    rows = training.compare([right, wrong, right])
+    assert all(row.ok for row in rows)
+    assert rows[0].ratios == pytest.approx([0, 5, 0], rel=1e-2)
     assert not all(row.ok for row in training.compare([wrong, right, wrong]))
     right[RUNS[-1]].loss[-1] = float("nan")  # one seed that diverges is enough
     assert [(r.what, r.cls) for r in training.compare([results(), right, results()]) if not r.ok] == [("loss", "fp32")]
