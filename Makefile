@@ -1,6 +1,6 @@
 PYTHON ?= python3
 # What compute-sanitizer runs, at a hundredth of the speed: the smallest tests that start every kernel, in 6 processes.
-SANITIZED ?= -m gpu -k "even or one_unit or test_wgmma or layouts or eval_leaves" -n 6 tests
+SANITIZED ?= -m gpu -k "even or one_unit or test_wgmma or layouts or eval_leaves or wider" -n 6 tests
 COMPUTE_SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) \
     $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia/cu13/bin/compute-sanitizer)
 RESULTS = benchmarks/results
