@@ -1,7 +1,8 @@
 """How far results are from the truth, the float64 run of the reference, and the one policy that judges them.
 
 A result is right when its error against the truth is at most 1.1 times PyTorch's own error in the same class, plus
-what rounding and chance explain (`within_policy`). Classes: "fp32" (TF32 off) and "tf32" (PyTorch may round a convolution's operands to 10 mantissa bits).
+what rounding and chance explain (`within_policy`). Classes: "fp32" (TF32 off) and "tf32" (PyTorch may round a
+convolution's operands to 10 mantissa bits).
 """
 
 import contextlib
