@@ -45,7 +45,7 @@
 #include "fp16_cells.cuh"
 #include "mma.cuh"
 
-#define SLICES_AT_ONCE (SPLIT == 1 && THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
+#define SLICES_AT_ONCE (THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
 #define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)  // of 16 channels; those past IN_CHANNELS are zero
 enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
 // Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are loaded once,
@@ -196,25 +196,57 @@ __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* c
 }
 #endif
 
-// sums += a b for 64 channels and pair `pair` of n8-tiles. Tensor cores truncate when they add to an accumulator, which costs float32's
-// last bits in a long sum: with SPLIT 2 they add three products only, the small ones first, and an ordinary addition adds those.
-__device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[4][SPLIT][4], const unsigned (&b)[SPLIT][4], int pair) {
+// sums += what one tap of one chunk adds: the channels at `a_row` times the pixels at `b_row`, fragments as mma.cuh has them.
+__device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_row)[PAIRS], int pairs) {
 #if SPLIT == 1
-    #pragma unroll
-    for (int i = 0; i < 4; i++)
+    #pragma unroll SLICES_AT_ONCE
+    for (int slice = 0; slice < SLICES; slice++) {
+        unsigned a[4][4], b[4];
         #pragma unroll
-        for (int n = 0; n < 2; n++) mma_m16n8k16(sums[i][2 * pair + n], a[i][0], b[0][2 * n], b[0][2 * n + 1]);
-#else
-    #pragma unroll
-    for (int first = 0; first < 4; first += 2) {
-        float partial[2][2][4] = {};
+        for (int i = 0; i < 4; i++) ldmatrix_x4(a[i], other_part(a_row + i * 16 * CELL_BYTES, slice * 2));
         #pragma unroll
-        for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+        for (int j = 0; j < PAIRS; j++) {
+            if (j >= pairs) continue;
+            ldmatrix_x4(b, other_part(b_row[j], slice * 2));
             #pragma unroll
-            for (int t = 0; t < 4; t++)
-                mma_m16n8k16(partial[t / 2][t % 2], a[first + t / 2][product == 0], b[product == 1][t % 2 * 2], b[product == 1][t % 2 * 2 + 1]);
+            for (int i = 0; i < 4; i++)
+                #pragma unroll
+                for (int n = 0; n < 2; n++) mma_m16n8k16(sums[i][2 * j + n], a[i], b[2 * n], b[2 * n + 1]);
+        }
+    }
+#else
+    // Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add the products of
+    // this tap only, the small ones first, and an ordinary addition adds those.
+    typedef unsigned Parts[SLICES][SPLIT][4];
+    auto load = [](Parts& parts, Row row) {
         #pragma unroll
-        for (int t = 0; t < 16; t++) sums[first + t / 8][2 * pair + t / 4 % 2][t % 4] += partial[t / 8][t / 4 % 2][t % 4];
+        for (int slice = 0; slice < SLICES; slice++)
+            #pragma unroll
+            for (int part = 0; part < SPLIT; part++)
+                ldmatrix_x4(parts[slice][part], other_part(row, part * (CHUNK_CHANNELS / 8) + slice * 2));
+    };
+    Parts a[4], b;
+    #pragma unroll
+    for (int i = 0; i < 4; i++) load(a[i], a_row + i * 16 * CELL_BYTES);
+    #pragma unroll
+    for (int j = 0; j < PAIRS; j++) {
+        if (j >= pairs) continue;
+        load(b, b_row[j]);
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float partial[2][4] = {};
+            #pragma unroll
+            for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+                #pragma unroll
+                for (int slice = 0; slice < SLICES; slice++)
+                    #pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        const unsigned(&right)[4] = b[slice][product == 1];
+                        mma_m16n8k16(partial[n], a[i][slice][product == 0], right[2 * n], right[2 * n + 1]);
+                    }
+            #pragma unroll
+            for (int t = 0; t < 8; t++) sums[i][2 * j + t / 4][t % 4] += partial[t / 4][t % 4];
+        }
     }
 #endif
 }
@@ -312,22 +344,7 @@ __device__ inline void convolve(
 #endif
                 for (int kw = 0; kw < KERNEL_W; kw++) {
                     turn_to(kh, kw);
-                    #pragma unroll SLICES_AT_ONCE
-                    for (int slice = 0; slice < SLICES; slice++) {
-                        unsigned a[4][SPLIT][4], b[PAIRS][SPLIT][4];  // fragments as mma.cuh has them
-                        auto parts = [&](int part) { return part * (CHUNK_CHANNELS / 8) + slice * 2; };
-                        #pragma unroll
-                        for (int part = 0; part < SPLIT; part++)
-                            #pragma unroll
-                            for (int i = 0; i < 4; i++) ldmatrix_x4(a[i][part], other_part(a_row + i * 16 * CELL_BYTES, parts(part)));
-                        #pragma unroll
-                        for (int j = 0; j < PAIRS; j++) {
-                            if (j >= pairs) continue;
-                            #pragma unroll
-                            for (int part = 0; part < SPLIT; part++) ldmatrix_x4(b[j][part], other_part(b_row[j], parts(part)));
-                            multiply(sums, a, b[j], j);
-                        }
-                    }
+                    multiply(sums, a_row, b_row, pairs);
                 }
             }
         }
