@@ -6,7 +6,6 @@ float16, or int16 that holds bfloat16; statistics and what is saved have the typ
 """
 
 import functools
-import math
 
 import numpy as np
 
@@ -21,6 +20,8 @@ from .launch import launch
 from .source import DTYPES, Kernel, Variant
 
 _MOST_WARPS = 16
+# Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
+_BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
 # Channels, groups, image size, type and split: the mission's, groups that registers do not hold, parts and odd sizes.
 _TAIL_SAMPLES = (
@@ -141,12 +142,19 @@ def gradient_buffers(p: Plan, images: int) -> dict[str, tuple[tuple, type]]:
     }
 
 
-def output_gradient_buffers(p: Plan, images: int, cells: bool) -> dict[str, tuple[tuple, type]]:
-    """The same of those that it writes for `weight_gradient` and dgrad. cells: whether dy is to be among them."""
-    channels = dict(p.macros)["OUT_CHANNELS"]
+def output_gradient_buffers(p: Plan, images: int, cells: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
+    """The same of those that it writes for `weight_gradient` and dgrad. cells: whether dy is to be among them.
+
+    borders: whether what `weight_gradient` needs with a centred x is.
+    """
+    macros = dict(p.macros)
+    channels = macros["OUT_CHANNELS"]
     sizes = {"sums": ((2, channels), np.float32), "dy_exponents": ((channels,), np.int32)}
     if cells:
         sizes["cells"] = (output_cells_shape(p, images), np.float16)
+    if borders:
+        shares = ceil_div(images, _images_together(images))
+        sizes["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
     return sizes
 
 
@@ -185,7 +193,7 @@ def conv_bn_pool_backward(
     given = (g, kept["taps"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
     given += (sums if training else None,)
     if "cells" in output:
-        conv_output_gradient_cells(*given, dy_exponents, output["cells"], **options)
+        conv_output_gradient_cells(*given, dy_exponents, output["cells"], output.get("borders"), **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
@@ -199,8 +207,6 @@ def weight_gradient_buffers(p: WgradPlan, x_shape, centred: bool) -> dict[str, t
     if centred:
         sizes["sums"] = ((x_shape[1],), DTYPES[dict(p.macros)["scalar_t"]].type)
         sizes["sum_partials"] = ((channel_sum_workspace_size((1, *x_shape[1:])),), np.float32)
-        sizes["borders"] = ((p.borders_size,), np.float32)
-        sizes["partnered"] = ((p.partnered_size,), np.float32)
     return sizes
 
 
@@ -209,13 +215,12 @@ def weight_gradient(output, kept, x, dw, written, *, plan: WgradPlan) -> None:
 
     output, kept: as in `conv_bn_pool_backward`. written: {name: array} as `weight_gradient_buffers` describes them.
     """
-    cells, dy_exponents, unit_exponents = output["cells"], output["dy_exponents"], kept["unit_exponents"]
-    sums = written.get("sums")
+    unit_exponents, sums = kept["unit_exponents"], written.get("sums")
     if sums is not None:
         channel_sum(x[:1], sums, written["sum_partials"])
     to_cells(x, unit_exponents, sums, written["x_cells"], plan.split)
-    workspaces = (written["partial"], written.get("borders"), written.get("partnered"))
-    conv_wgrad_mma(plan, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
+    dy = output["cells"], output["dy_exponents"], output.get("borders")
+    conv_wgrad_mma(plan, written["x_cells"], unit_exponents, sums, *dy, written["partial"], dw)
 
 
 def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
@@ -322,6 +327,7 @@ def conv_output_gradient_cells(
     sums,
     dy_exponents,
     cells,
+    borders,
     *,
     plan: Plan,
     groups: int,
@@ -329,16 +335,20 @@ def conv_output_gradient_cells(
     """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
     dy_exponents: those of `parameter_gradients`. cells: float16, of `output_cells_shape`, written.
+    borders: None, or as `output_gradient_buffers` has it, written: sums of dy times 2^e over the pixels that have no
+    partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
     """
     split = dict(plan.macros)["SPLIT"]
-    images = g.shape[0]
-    blocks = math.prod(cells.shape[:2]) * ceil_div(_windows(plan), 32 * split)
+    images, channels = g.shape[:2]
+    together = _images_together(images)
+    blocks = together * cells.shape[1] * ceil_div(_windows(plan), 32 * split)
+    blocks += 0 if borders is None else channels // 2
     launch(
         Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", _backward_macros(plan, groups)),
-        (blocks, 1, 1),
+        (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells)
-        + (_count(plan, images),),
+        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells, borders)
+        + (_count(plan, images), images, together),
     )
 
 
@@ -380,6 +390,7 @@ def variants():
         found.add(kind)
     for channels, groups, size, dtype, split in _TAIL_SAMPLES:
         sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
+        sample.update(KERNEL_H=5, KERNEL_W=5, PAD_H=1, PAD_W=1)
         pitch = ceil_div(size, 2)
         for wgmma in (0, 1):
             unit = 8 * pitch if wgmma else 64
@@ -389,7 +400,7 @@ def variants():
             if (dtype, split) != ("float", 2):
                 for statistics in (1, 0):
                     yield Variant("pooled_tail.cu", (*tail, ("STATISTICS", statistics)))
-            yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(split, 26)))
+            yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(sample, 26)))
 
 
 def _pool_macros(p: Plan, training, keep):
@@ -414,7 +425,7 @@ def _tail_macros(p: Plan, groups: int):
 @functools.lru_cache(maxsize=1024)
 def _backward_macros(p: Plan, groups: int):
     macros = dict(p.macros)
-    return *_tail_macros(p, groups), *_backward_defines(macros["SPLIT"], saved_shift(p))
+    return *_tail_macros(p, groups), *_backward_defines(macros, saved_shift(p))
 
 
 def _tail_defines(macros, groups, planes):
@@ -425,9 +436,10 @@ def _tail_defines(macros, groups, planes):
     return (*types, *sizes, *planes, ("GROUPS", groups), ("WARPS", warps))
 
 
-def _backward_defines(split, shift):
-    saved = ("saved_t", "half_t" if split == 1 else "float")
-    return (saved, ("SPLIT", split), ("SAVED_SHIFT", shift))
+def _backward_defines(macros, shift):
+    saved = ("saved_t", "half_t" if macros["SPLIT"] == 1 else "float")
+    convolution = ((name, macros[name]) for name in ("SPLIT", "KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
+    return (saved, ("SAVED_SHIFT", shift), *convolution)
 
 
 def _parts(macros) -> int:
@@ -453,6 +465,10 @@ def _windows(p: Plan) -> int:
     """2x2 windows of the convolution's output, those that an odd edge cuts too."""
     macros = dict(p.macros)
     return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
+
+
+def _images_together(images: int) -> int:
+    return min(images, max(_BORDER_IMAGES, ceil_div(images, _MOST_BORDER_SHARES)))
 
 
 def _count(p: Plan, images: int) -> float:

@@ -15,6 +15,7 @@ from .launch import launch
 from .source import Kernel, Variant
 
 MANY_IMAGES = 96  # from which on a block takes as much of an image as fits, to load x less often
+_MMA_DGRAD_IMAGES = 64  # from which on mma.sync takes less time than wgmma for dgrad with split 2 (benchmarks/NOTES.md)
 _CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
 _STAGES = (4, 2)  # preferred first
@@ -52,8 +53,8 @@ def plan(
     """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
 
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
-    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where it can. Raises
-    UnsupportedError for what the kernels do not take.
+    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where it can and it is the
+    quicker one. Raises UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
@@ -62,7 +63,8 @@ def plan(
     out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
     few = x_shape[0] if x_shape[0] < MANY_IMAGES else None
     sizes = few, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
-    found = conv_wgmma.layout(split, dgrad, *sizes) if wgmma else None
+    slower = split == 2 and dgrad and x_shape[0] >= _MMA_DGRAD_IMAGES
+    found = conv_wgmma.layout(split, dgrad, *sizes) if wgmma and not slower else None
     found = found or _layout(split, *sizes)
     macros = {
         "scalar_t": dtype,
@@ -213,7 +215,8 @@ def sample_plans():
     much, little = 227 * 1024, 99 * 1024
     for wgmma, split in itertools.product((False, True), (1, 2)):
         yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, False, "float", much, wgmma)
-        yield plan((512, 128, 34, 34), (64, 128, 5, 5), unit, split, True, "float", much, wgmma)
+        for images in (512, 1) if wgmma else (512,):
+            yield plan((images, 128, 34, 34), (64, 128, 5, 5), unit, split, True, "float", much, wgmma)
         seven = unit._replace(padding=(3, 3))
         yield plan((1, 48, 64, 64), (48, 80, 7, 7), seven, split, False, "float", much, wgmma)
         if not wgmma:

@@ -30,9 +30,7 @@ class Plan(NamedTuple):
     split_bands: int  # bands of a split; the last one may have fewer
     threads: int
     shared_bytes: int
-    partial_size: int  # elements of the workspaces, float32
-    borders_size: int
-    partnered_size: int
+    partial_size: int  # elements of the workspace, float32
 
 
 @functools.lru_cache(maxsize=1024)
@@ -73,9 +71,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
         **found.macros,
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
-    chunk = 64 // split
-    borders = out[0] * out[1] * ceil_div(channels_out, chunk) * chunk
-    sizes = (tiles, splits, split_bands, found.threads, found.shared_bytes, splits * size, borders, size // channels_in)
+    sizes = (tiles, splits, split_bands, found.threads, found.shared_bytes, splits * size)
     return Plan(tuple(macros.items()), output, split, *sizes)
 
 
@@ -125,30 +121,19 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     return _Layout({"WGMMA": 1, "TILES_N": tiles_n, "STAGES": stages}, tiles, 1, 256, stages * stage_bytes + 16)
 
 
-def conv_wgrad_mma(
-    p: Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, partial, borders, partnered, dw
-) -> None:
+def conv_wgrad_mma(p: Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, borders, partial, dw) -> None:
     """dw, the gradient of w, from x and the gradient of the output as cells.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale. x_sums:
-    None, or what `fp16_cells.to_cells` took, for a dy whose sum over all pixels is 0 in each channel. dw and the
-    workspaces partial, borders and partnered (sizes in the plan, float32; without x_sums the last two may be None) are
-    written.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale.
+    x_sums, borders: None; or what `fp16_cells.to_cells` took, for a dy whose sum over all pixels is 0 in each channel,
+    and, float32 [parts, KH * KW, M], sums of dy under its cells' scale over the pixels that have no partner in x for a
+    tap. Their sum over the parts counts.
+    dw and the workspace partial (its size in the plan, float32) are written.
+    ValueError if only one of x_sums and borders is None.
     """
-    if x_sums is not None:
-        _, channels_out, height, width = p.output_shape
-        launch(
-            Kernel("conv_wgrad_mma.cu", "conv_wgrad_borders", p.macros),
-            (height * width * ceil_div(channels_out, 64 // p.split), 1, 1),
-            (THREADS, 1, 1),
-            (dy_cells, borders, p.output_shape[0]),
-        )
-        launch(
-            Kernel("conv_wgrad_mma.cu", "conv_wgrad_partnered", p.macros),
-            (channels_out, 1, 1),
-            (THREADS, 1, 1),
-            (borders, dy_exponents, partnered, dy_exponents.size),
-        )
+    if (x_sums is None) != (borders is None):
+        given = "borders" if x_sums is None else "x_sums"
+        raise ValueError(f"x_sums and borders go together, received {given} alone; give both, or None for both")
     launch(
         Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
         (p.tiles * p.splits, 1, 1),
@@ -160,7 +145,8 @@ def conv_wgrad_mma(
         Kernel("conv_wgrad_mma.cu", "conv_wgrad_reduce", p.macros),
         (ceil_div(dw.size, THREADS), 1, 1),
         (THREADS, 1, 1),
-        (partial, x_exponents, dy_exponents, x_sums, partnered, dw, x_exponents.size, dy_exponents.size, p.splits),
+        (partial, x_exponents, dy_exponents, x_sums, borders, dw, x_exponents.size, dy_exponents.size, p.splits)
+        + (0 if borders is None else borders.shape[0],),
     )
 
 

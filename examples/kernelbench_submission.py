@@ -602,6 +602,7 @@ def _check(x, w, y, geometry):
 # float32's.
 
 MANY_IMAGES = 96  # from which on a block takes as much of an image as fits, to load x less often
+_MMA_DGRAD_IMAGES = 64  # from which on mma.sync takes less time than wgmma for dgrad with split 2 (benchmarks/NOTES.md)
 _CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
 conv_transpose_mma_STAGES = (4, 2)  # preferred first
@@ -639,8 +640,8 @@ def plan(
     """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
 
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
-    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where it can. Raises
-    UnsupportedError for what the kernels do not take.
+    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where it can and it is the
+    quicker one. Raises UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
@@ -649,7 +650,8 @@ def plan(
     out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
     few = x_shape[0] if x_shape[0] < MANY_IMAGES else None
     sizes = few, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
-    found = layout(split, dgrad, *sizes) if wgmma else None
+    slower = split == 2 and dgrad and x_shape[0] >= _MMA_DGRAD_IMAGES
+    found = layout(split, dgrad, *sizes) if wgmma and not slower else None
     found = found or _layout(split, *sizes)
     macros = {
         "scalar_t": dtype,
@@ -826,9 +828,7 @@ class conv_wgrad_mma_Plan(NamedTuple):
     split_bands: int  # bands of a split; the last one may have fewer
     threads: int
     shared_bytes: int
-    partial_size: int  # elements of the workspaces, float32
-    borders_size: int
-    partnered_size: int
+    partial_size: int  # elements of the workspace, float32
 
 
 @functools.lru_cache(maxsize=1024)
@@ -869,9 +869,7 @@ def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype:
         **found.macros,
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
-    chunk = 64 // split
-    borders = out[0] * out[1] * ceil_div(channels_out, chunk) * chunk
-    sizes = (tiles, splits, split_bands, found.threads, found.shared_bytes, splits * size, borders, size // channels_in)
+    sizes = (tiles, splits, split_bands, found.threads, found.shared_bytes, splits * size)
     return conv_wgrad_mma_Plan(tuple(macros.items()), output, split, *sizes)
 
 
@@ -921,30 +919,19 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     return _Layout({"WGMMA": 1, "TILES_N": tiles_n, "STAGES": stages}, tiles, 1, 256, stages * stage_bytes + 16)
 
 
-def conv_wgrad_mma(
-    p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, partial, borders, partnered, dw
-) -> None:
+def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, borders, partial, dw) -> None:
     """dw, the gradient of w, from x and the gradient of the output as cells.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale. x_sums:
-    None, or what `fp16_cells.to_cells` took, for a dy whose sum over all pixels is 0 in each channel. dw and the
-    workspaces partial, borders and partnered (sizes in the plan, float32; without x_sums the last two may be None) are
-    written.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale.
+    x_sums, borders: None; or what `fp16_cells.to_cells` took, for a dy whose sum over all pixels is 0 in each channel,
+    and, float32 [parts, KH * KW, M], sums of dy under its cells' scale over the pixels that have no partner in x for a
+    tap. Their sum over the parts counts.
+    dw and the workspace partial (its size in the plan, float32) are written.
+    ValueError if only one of x_sums and borders is None.
     """
-    if x_sums is not None:
-        _, channels_out, height, width = p.output_shape
-        launch(
-            Kernel("conv_wgrad_mma.cu", "conv_wgrad_borders", p.macros),
-            (height * width * ceil_div(channels_out, 64 // p.split), 1, 1),
-            (THREADS, 1, 1),
-            (dy_cells, borders, p.output_shape[0]),
-        )
-        launch(
-            Kernel("conv_wgrad_mma.cu", "conv_wgrad_partnered", p.macros),
-            (channels_out, 1, 1),
-            (THREADS, 1, 1),
-            (borders, dy_exponents, partnered, dy_exponents.size),
-        )
+    if (x_sums is None) != (borders is None):
+        given = "borders" if x_sums is None else "x_sums"
+        raise ValueError(f"x_sums and borders go together, received {given} alone; give both, or None for both")
     launch(
         Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
         (p.tiles * p.splits, 1, 1),
@@ -956,7 +943,8 @@ def conv_wgrad_mma(
         Kernel("conv_wgrad_mma.cu", "conv_wgrad_reduce", p.macros),
         (ceil_div(dw.size, THREADS), 1, 1),
         (THREADS, 1, 1),
-        (partial, x_exponents, dy_exponents, x_sums, partnered, dw, x_exponents.size, dy_exponents.size, p.splits),
+        (partial, x_exponents, dy_exponents, x_sums, borders, dw, x_exponents.size, dy_exponents.size, p.splits)
+        + (0 if borders is None else borders.shape[0],),
     )
 
 
@@ -1031,6 +1019,8 @@ def _width(source) -> int:
 # float16, or int16 that holds bfloat16; statistics and what is saved have the types that `buffers` says.
 
 _MOST_WARPS = 16
+# Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
+_BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
 
 
@@ -1142,12 +1132,19 @@ def gradient_buffers(p: Plan, images: int) -> dict[str, tuple[tuple, type]]:
     }
 
 
-def output_gradient_buffers(p: Plan, images: int, cells: bool) -> dict[str, tuple[tuple, type]]:
-    """The same of those that it writes for `weight_gradient` and dgrad. cells: whether dy is to be among them."""
-    channels = dict(p.macros)["OUT_CHANNELS"]
+def output_gradient_buffers(p: Plan, images: int, cells: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
+    """The same of those that it writes for `weight_gradient` and dgrad. cells: whether dy is to be among them.
+
+    borders: whether what `weight_gradient` needs with a centred x is.
+    """
+    macros = dict(p.macros)
+    channels = macros["OUT_CHANNELS"]
     sizes = {"sums": ((2, channels), np.float32), "dy_exponents": ((channels,), np.int32)}
     if cells:
         sizes["cells"] = (output_cells_shape(p, images), np.float16)
+    if borders:
+        shares = ceil_div(images, _images_together(images))
+        sizes["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
     return sizes
 
 
@@ -1186,7 +1183,7 @@ def conv_bn_pool_backward(
     given = (g, kept["taps"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
     given += (sums if training else None,)
     if "cells" in output:
-        conv_output_gradient_cells(*given, dy_exponents, output["cells"], **options)
+        conv_output_gradient_cells(*given, dy_exponents, output["cells"], output.get("borders"), **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
@@ -1200,8 +1197,6 @@ def weight_gradient_buffers(p: conv_wgrad_mma_Plan, x_shape, centred: bool) -> d
     if centred:
         sizes["sums"] = ((x_shape[1],), DTYPES[dict(p.macros)["scalar_t"]].type)
         sizes["sum_partials"] = ((channel_sum_workspace_size((1, *x_shape[1:])),), np.float32)
-        sizes["borders"] = ((p.borders_size,), np.float32)
-        sizes["partnered"] = ((p.partnered_size,), np.float32)
     return sizes
 
 
@@ -1210,13 +1205,12 @@ def weight_gradient(output, kept, x, dw, written, *, plan: conv_wgrad_mma_Plan) 
 
     output, kept: as in `conv_bn_pool_backward`. written: {name: array} as `weight_gradient_buffers` describes them.
     """
-    cells, dy_exponents, unit_exponents = output["cells"], output["dy_exponents"], kept["unit_exponents"]
-    sums = written.get("sums")
+    unit_exponents, sums = kept["unit_exponents"], written.get("sums")
     if sums is not None:
         channel_sum(x[:1], sums, written["sum_partials"])
     to_cells(x, unit_exponents, sums, written["x_cells"], plan.split)
-    workspaces = (written["partial"], written.get("borders"), written.get("partnered"))
-    conv_wgrad_mma(plan, written["x_cells"], unit_exponents, sums, cells, dy_exponents, *workspaces, dw)
+    dy = output["cells"], output["dy_exponents"], output.get("borders")
+    conv_wgrad_mma(plan, written["x_cells"], unit_exponents, sums, *dy, written["partial"], dw)
 
 
 def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
@@ -1323,6 +1317,7 @@ def conv_output_gradient_cells(
     sums,
     dy_exponents,
     cells,
+    borders,
     *,
     plan: Plan,
     groups: int,
@@ -1330,16 +1325,20 @@ def conv_output_gradient_cells(
     """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
     dy_exponents: those of `parameter_gradients`. cells: float16, of `output_cells_shape`, written.
+    borders: None, or as `output_gradient_buffers` has it, written: sums of dy times 2^e over the pixels that have no
+    partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
     """
     split = dict(plan.macros)["SPLIT"]
-    images = g.shape[0]
-    blocks = math.prod(cells.shape[:2]) * ceil_div(_windows(plan), 32 * split)
+    images, channels = g.shape[:2]
+    together = _images_together(images)
+    blocks = together * cells.shape[1] * ceil_div(_windows(plan), 32 * split)
+    blocks += 0 if borders is None else channels // 2
     launch(
         Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", _backward_macros(plan, groups)),
-        (blocks, 1, 1),
+        (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells)
-        + (_count(plan, images),),
+        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells, borders)
+        + (_count(plan, images), images, together),
     )
 
 
@@ -1389,7 +1388,7 @@ def _tail_macros(p: Plan, groups: int):
 @functools.lru_cache(maxsize=1024)
 def _backward_macros(p: Plan, groups: int):
     macros = dict(p.macros)
-    return *_tail_macros(p, groups), *_backward_defines(macros["SPLIT"], saved_shift(p))
+    return *_tail_macros(p, groups), *_backward_defines(macros, saved_shift(p))
 
 
 def _tail_defines(macros, groups, planes):
@@ -1400,9 +1399,10 @@ def _tail_defines(macros, groups, planes):
     return (*types, *sizes, *planes, ("GROUPS", groups), ("WARPS", warps))
 
 
-def _backward_defines(split, shift):
-    saved = ("saved_t", "half_t" if split == 1 else "float")
-    return (saved, ("SPLIT", split), ("SAVED_SHIFT", shift))
+def _backward_defines(macros, shift):
+    saved = ("saved_t", "half_t" if macros["SPLIT"] == 1 else "float")
+    convolution = ((name, macros[name]) for name in ("SPLIT", "KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
+    return (saved, ("SAVED_SHIFT", shift), *convolution)
 
 
 def _parts(macros) -> int:
@@ -1418,6 +1418,10 @@ def _windows(p: Plan) -> int:
     """2x2 windows of the convolution's output, those that an odd edge cuts too."""
     macros = dict(p.macros)
     return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
+
+
+def _images_together(images: int) -> int:
+    return min(images, max(_BORDER_IMAGES, ceil_div(images, _MOST_BORDER_SHARES)))
 
 
 def _count(p: Plan, images: int) -> float:
@@ -1783,13 +1787,10 @@ def dgrad_of_cells(plan, x, w, dy: Cells):
     return dx
 
 
-def wgrad_of_cells(plan, x: Cells, w, dy: Cells):
-    """dw. x may be centred if dy sums to 0 in each channel."""
-    dw = torch.empty_like(w)
-    sizes = (plan.partial_size, *((plan.borders_size, plan.partnered_size) if x.sums is not None else ()))
-    workspaces = [w.new_empty(size, dtype=torch.float32) for size in sizes]
-    workspaces += [None] * (3 - len(workspaces))
-    run(conv_wgrad_mma, plan, *x, dy.cells, dy.exponents, *workspaces, dw)
+def wgrad_of_cells(plan, x: Cells, w, dy: Cells, borders=None):
+    """dw. x may be centred if dy sums to 0 in each channel; borders: see `conv_wgrad_mma`."""
+    dw, partial = torch.empty_like(w), w.new_empty(plan.partial_size, dtype=torch.float32)
+    run(conv_wgrad_mma, plan, *x, dy.cells, dy.exponents, borders, partial, dw)
     return dw
 
 
@@ -1950,7 +1951,7 @@ def _backward_call(call, need_x, need_w, x, w):
     compile_together(gradient_kernels(call.plan, call.groups, x.shape, call.training, dgrad, wgrad), x.device)
     buffers = (
         gradient_buffers(call.plan, x.shape[0]),
-        output_gradient_buffers(call.plan, x.shape[0], bool(dgrad or wgrad)),
+        output_gradient_buffers(call.plan, x.shape[0], bool(dgrad or wgrad), bool(wgrad and call.training)),
         weight_gradient_buffers(wgrad, x.shape, call.training) if wgrad else {},
         input_gradient_buffers(dgrad) if dgrad else {},
     )
@@ -2754,7 +2755,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
 #include "fp16_cells.cuh"
 #include "mma.cuh"
 
-#define SLICES_AT_ONCE (SPLIT == 1 && THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
+#define SLICES_AT_ONCE (THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
 #define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)  // of 16 channels; those past IN_CHANNELS are zero
 enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
 // Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are loaded once,
@@ -2905,25 +2906,57 @@ __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* c
 }
 #endif
 
-// sums += a b for 64 channels and pair `pair` of n8-tiles. Tensor cores truncate when they add to an accumulator, which costs float32's
-// last bits in a long sum: with SPLIT 2 they add three products only, the small ones first, and an ordinary addition adds those.
-__device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[4][SPLIT][4], const unsigned (&b)[SPLIT][4], int pair) {
+// sums += what one tap of one chunk adds: the channels at `a_row` times the pixels at `b_row`, fragments as mma.cuh has them.
+__device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_row)[PAIRS], int pairs) {
 #if SPLIT == 1
-    #pragma unroll
-    for (int i = 0; i < 4; i++)
+    #pragma unroll SLICES_AT_ONCE
+    for (int slice = 0; slice < SLICES; slice++) {
+        unsigned a[4][4], b[4];
         #pragma unroll
-        for (int n = 0; n < 2; n++) mma_m16n8k16(sums[i][2 * pair + n], a[i][0], b[0][2 * n], b[0][2 * n + 1]);
-#else
-    #pragma unroll
-    for (int first = 0; first < 4; first += 2) {
-        float partial[2][2][4] = {};
+        for (int i = 0; i < 4; i++) ldmatrix_x4(a[i], other_part(a_row + i * 16 * CELL_BYTES, slice * 2));
         #pragma unroll
-        for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+        for (int j = 0; j < PAIRS; j++) {
+            if (j >= pairs) continue;
+            ldmatrix_x4(b, other_part(b_row[j], slice * 2));
             #pragma unroll
-            for (int t = 0; t < 4; t++)
-                mma_m16n8k16(partial[t / 2][t % 2], a[first + t / 2][product == 0], b[product == 1][t % 2 * 2], b[product == 1][t % 2 * 2 + 1]);
+            for (int i = 0; i < 4; i++)
+                #pragma unroll
+                for (int n = 0; n < 2; n++) mma_m16n8k16(sums[i][2 * j + n], a[i], b[2 * n], b[2 * n + 1]);
+        }
+    }
+#else
+    // Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add the products of
+    // this tap only, the small ones first, and an ordinary addition adds those.
+    typedef unsigned Parts[SLICES][SPLIT][4];
+    auto load = [](Parts& parts, Row row) {
         #pragma unroll
-        for (int t = 0; t < 16; t++) sums[first + t / 8][2 * pair + t / 4 % 2][t % 4] += partial[t / 8][t / 4 % 2][t % 4];
+        for (int slice = 0; slice < SLICES; slice++)
+            #pragma unroll
+            for (int part = 0; part < SPLIT; part++)
+                ldmatrix_x4(parts[slice][part], other_part(row, part * (CHUNK_CHANNELS / 8) + slice * 2));
+    };
+    Parts a[4], b;
+    #pragma unroll
+    for (int i = 0; i < 4; i++) load(a[i], a_row + i * 16 * CELL_BYTES);
+    #pragma unroll
+    for (int j = 0; j < PAIRS; j++) {
+        if (j >= pairs) continue;
+        load(b, b_row[j]);
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float partial[2][4] = {};
+            #pragma unroll
+            for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+                #pragma unroll
+                for (int slice = 0; slice < SLICES; slice++)
+                    #pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        const unsigned(&right)[4] = b[slice][product == 1];
+                        mma_m16n8k16(partial[n], a[i][slice][product == 0], right[2 * n], right[2 * n + 1]);
+                    }
+            #pragma unroll
+            for (int t = 0; t < 8; t++) sums[i][2 * j + t / 4][t % 4] += partial[t / 4][t % 4];
+        }
     }
 #endif
 }
@@ -3021,22 +3054,7 @@ __device__ inline void convolve(
 #endif
                 for (int kw = 0; kw < KERNEL_W; kw++) {
                     turn_to(kh, kw);
-                    #pragma unroll SLICES_AT_ONCE
-                    for (int slice = 0; slice < SLICES; slice++) {
-                        unsigned a[4][SPLIT][4], b[PAIRS][SPLIT][4];  // fragments as mma.cuh has them
-                        auto parts = [&](int part) { return part * (CHUNK_CHANNELS / 8) + slice * 2; };
-                        #pragma unroll
-                        for (int part = 0; part < SPLIT; part++)
-                            #pragma unroll
-                            for (int i = 0; i < 4; i++) ldmatrix_x4(a[i][part], other_part(a_row + i * 16 * CELL_BYTES, parts(part)));
-                        #pragma unroll
-                        for (int j = 0; j < PAIRS; j++) {
-                            if (j >= pairs) continue;
-                            #pragma unroll
-                            for (int part = 0; part < SPLIT; part++) ldmatrix_x4(b[j][part], other_part(b_row[j], parts(part)));
-                            multiply(sums, a, b[j], j);
-                        }
-                    }
+                    multiply(sums, a_row, b_row, pairs);
                 }
             }
         }
@@ -3810,8 +3828,8 @@ __device__ inline void convolve(
 // scales, and writes dw [ic][oc][tap].
 //
 // x may be centred, less a constant c[ic] (fp16_cells.cuh). Then dw lacks c[ic] times the sum of dy over the pixels that have a partner in
-// x, which conv_wgrad_borders and conv_wgrad_partnered find for a dy whose sum over all pixels is 0, as batch norm's backward makes it:
-// what the others have, negative. So roundings of small values that most of dy has in common cancel, where x is far from 0 on average.
+// x: for a dy whose sum over all pixels is 0, as batch norm's backward makes it, what those without one have (`borders` of
+// pooled_tail_backward.cu), negative. So roundings of small values that most of dy has in common cancel, where x is far from 0 on average.
 //
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw), IN_CHANNELS,
@@ -3865,59 +3883,15 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
     sum_pixels(x, dy, partial, images, split_bands, shared);
 }
 
-// Rows and columns at each edge of dy that have no partner for some tap.
-#define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
-#define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-
-// sums [pixel][DY_CHUNKS * CHUNK_CHANNELS]: of dy's cells over the images; 0 for pixels that have a partner for every tap. A block takes
-// a pixel of a chunk.
-extern "C" __global__ void __launch_bounds__(256) conv_wgrad_borders(const half_t* __restrict__ dy, float* __restrict__ sums, int images) {
-    __shared__ float shares[32][64];
-    int pixel = blockIdx.x / DY_CHUNKS, chunk = blockIdx.x % DY_CHUNKS, h = pixel / OUT_W, w = pixel % OUT_W;
-    bool edge = h < EDGE_H || h >= OUT_H - EDGE_H || w < EDGE_W || w >= OUT_W - EDGE_W;
-    float sum[8] = {};
-    for (i64 image = threadIdx.x / 8; edge && image < images; image += 32) {
-        const half_t* cell = dy + ((image * DY_CHUNKS + chunk) * (OUT_H * OUT_W) + pixel) * 64;
-        Packed<half_t, 8> part = ((const Packed<half_t, 8>*)cell)[threadIdx.x % 8];
-        #pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] += to_acc(part.v[j]);
-    }
-    #pragma unroll
-    for (int j = 0; j < 8; j++) shares[threadIdx.x / 8][threadIdx.x % 8 * 8 + j] = sum[j];
-    __syncthreads();
-    if (threadIdx.x >= CHUNK_CHANNELS) return;
-    float total = 0;
-    for (int part = 0; part < SPLIT; part++)
-        for (int i = 0; i < 32; i++) total += shares[i][part * CHUNK_CHANNELS + threadIdx.x];
-    sums[blockIdx.x * CHUNK_CHANNELS + threadIdx.x] = total;
-}
-
-// partnered [oc][tap]: the sum of dy over the pixels that have a partner in x. One block an output channel.
-extern "C" __global__ void __launch_bounds__(256) conv_wgrad_partnered(
-    const float* __restrict__ sums, const int* __restrict__ dy_exponents, float* __restrict__ partnered, int dy_count) {
-    __shared__ unsigned scratch[32];
-    ScaleBack scale(smallest_exponent(dy_exponents, dy_count, scratch));
-    for (int tap = threadIdx.x / 32; tap < TAPS; tap += 8) {
-        int kh = tap / KERNEL_W, kw = tap % KERNEL_W;
-        float alone = 0;
-        for (int pixel = threadIdx.x % 32; pixel < OUT_H * OUT_W; pixel += 32) {
-            int ih = pixel / OUT_W + PAD_H - kh, iw = pixel % OUT_W + PAD_W - kw;
-            if (ih < 0 || ih >= IN_H || iw < 0 || iw >= IN_W) alone += sums[pixel * (DY_CHUNKS * CHUNK_CHANNELS) + blockIdx.x];
-        }
-        for (int lanes = 16; lanes > 0; lanes >>= 1) alone += __shfl_xor_sync(0xFFFFFFFFu, alone, lanes);
-        if (threadIdx.x % 32 == 0) partnered[blockIdx.x * TAPS + tap] = -scale(alone);
-    }
-}
-
-// x_sums, partnered: null, or for an x that is centred.
+// x_sums, and borders [border_parts][tap][oc]: null, or for an x that is centred.
 extern "C" __global__ void conv_wgrad_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
-    const scalar_t* __restrict__ x_sums, const float* __restrict__ partnered, scalar_t* __restrict__ dw, int x_count, int dy_count,
-    int splits) {
+    const scalar_t* __restrict__ x_sums, const float* __restrict__ borders, scalar_t* __restrict__ dw, int x_count, int dy_count, int splits,
+    int border_parts) {
     __shared__ unsigned scratch[32];
     enum { SIZE = TAPS * OUT_CHANNELS * IN_CHANNELS };
-    int exponent = centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch));
-    ScaleBack scale(exponent + smallest_exponent(dy_exponents, dy_count, scratch));
+    int x_exponent = centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch));
+    int dy_exponent = smallest_exponent(dy_exponents, dy_count, scratch);
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= SIZE) return;
     float sum = 0;
@@ -3925,8 +3899,13 @@ extern "C" __global__ void conv_wgrad_reduce(
     for (int s = 0; s < splits; s++) sum += partial[(i64)s * SIZE + i];
     int tap = i / (IN_CHANNELS * OUT_CHANNELS);
     int ic = WGMMA ? i / OUT_CHANNELS % IN_CHANNELS : i % IN_CHANNELS, oc = WGMMA ? i % OUT_CHANNELS : i / IN_CHANNELS % OUT_CHANNELS;
-    float total = scale(sum);
-    if (x_sums) total = add_unflushed(total, centre(x_sums, ic, IN_H * IN_W) * partnered[oc * TAPS + tap]);
+    float total = ScaleBack(x_exponent + dy_exponent)(sum);
+    if (x_sums) {
+        float alone = 0;
+        #pragma unroll 8
+        for (int part = 0; part < border_parts; part++) alone += borders[(part * TAPS + tap) * OUT_CHANNELS + oc];
+        total = add_unflushed(total, centre(x_sums, ic, IN_H * IN_W) * -ScaleBack(dy_exponent)(alone));
+    }
     dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(total);
 }
 """,
@@ -4818,7 +4797,8 @@ struct Norm {
 // with the means over all pixels of a channel, or left out where the statistics were running ones. Four steps:
 //     pooled_backward                 g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those finite, the largest |g|
 //     pooled_parameter_gradients      sums of all images, and the exponent of a scale under which dy fits fp16
-//     conv_output_gradient_cells      dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores
+//     conv_output_gradient_cells      dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores, and sums of dy at its
+//                                     borders, which the gradient of the convolution's weight needs where its x is centred
 //     conv_output_gradient            dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
 //
 // Cells are those of fp16_cells.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what rounding left of
@@ -4826,7 +4806,7 @@ struct Norm {
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of conv_bn_pool.cu, mean,
 // invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh, saved_t (half_t, float), SPLIT (1 with half_t, 2 with float),
-// and SAVED_SHIFT (conv_bn_pool.cu).
+// SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_cells.cuh"
@@ -5037,19 +5017,106 @@ __device__ inline int kept_exponent(const int*, i64, const Window&) { return 0; 
 __device__ inline float restoring(int) { return 1; }
 #endif
 
+// dy of the corners of one window in plane `plane`. Corners outside the image get anything.
+__device__ inline void gradients_of(
+    const OutputGradient& gradient, const float* g, const u8* taps, const saved_t* saved, i64 plane, const Window& window, float restore,
+    float (&dy)[4]) {
+    float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]);
+    int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.tap];
+    unpack(saved ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), dy);
+    #pragma unroll
+    for (int corner = 0; corner < 4; corner++) dy[corner] = gradient.of(dy[corner], restore) + (corner == tap ? add : 0);
+}
+
+// The convolution's input; rows and columns at each edge of its output that have no partner in it for some tap.
+#define IN_H (OUT_H - KERNEL_H + 1 + 2 * PAD_H)
+#define IN_W (OUT_W - KERNEL_W + 1 + 2 * PAD_W)
+#define TAPS (KERNEL_H * KERNEL_W)
+#define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
+#define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
+#define WINDOWS_H ((OUT_H + 1) / 2)
+// Rows of windows from the top, and from which on to the bottom, that such rows meet, and columns likewise.
+enum { TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H, BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2 };
+enum { LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W, RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2 };
+enum { FULL_ROWS = TOP + WINDOWS_H - BOTTOM, SIDES = LEFT + WINDOWS_W - RIGHT };
+enum { EDGE_WINDOWS = FULL_ROWS * WINDOWS_W + (BOTTOM - TOP) * SIDES };
+
+// The number of the i-th window that meets an edge: of whole rows of windows first.
+__device__ inline int edge_window(int i) {
+    if (i < FULL_ROWS * WINDOWS_W) return i < TOP * WINDOWS_W ? i : i + (BOTTOM - TOP) * WINDOWS_W;
+    i -= FULL_ROWS * WINDOWS_W;
+    int side = i % (SIDES ? SIDES : 1);
+    return (TOP + i / (SIDES ? SIDES : 1)) * WINDOWS_W + (side < LEFT ? side : side + RIGHT - LEFT);
+}
+
+// borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no partner in the
+// convolution's input. Not from the cells: conv_wgrad_reduce multiplies these sums by what x was centred by, and their rounding with it.
+// 128 threads, four warps, take channel c. totals: in shared memory, of the block's warps.
+__device__ inline void sum_borders(
+    const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents, OutputGradient gradient, int c,
+    i64 first, i64 end, float (&totals)[8][TAPS], float* borders) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, exponent = SPLIT == 1 ? exponents[c] : 0;
+    if (lane == 0)
+        for (int tap = 0; tap < TAPS; tap++) totals[warp][tap] = 0;
+    for (int start = threadIdx.x % 128; start - lane < EDGE_WINDOWS; start += 128) {
+        bool exists = start < EDGE_WINDOWS;
+        Window window(edge_window(exists ? start : 0));
+        float sum[4] = {};
+        #pragma unroll 4
+        for (i64 image = first; image < end; image++) {
+            float restore = restoring(exponent + kept_exponent(unit_exponents, image, window)), v[4];
+            gradients_of(gradient, g, taps, saved, image * OUT_CHANNELS + c, window, restore, v);
+            #pragma unroll
+            for (int corner = 0; corner < 4; corner++) sum[corner] += v[corner];
+        }
+        #pragma unroll 1
+        for (int tap = 0; tap < TAPS; tap++) {
+            float alone = 0;
+            #pragma unroll
+            for (int corner = 0; corner < 4; corner++) {
+                int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
+                int ih = h + PAD_H - tap / KERNEL_W, iw = w + PAD_W - tap % KERNEL_W;
+                bool partnered = ih >= 0 && ih < IN_H && iw >= 0 && iw < IN_W;
+                if (exists && h < OUT_H && w < OUT_W && !partnered) alone += sum[corner];
+            }
+            alone = warp_sum(alone);
+            if (lane == 0) totals[warp][tap] += alone;
+        }
+    }
+    __syncthreads();
+    warp = warp / 4 * 4;
+    for (int tap = threadIdx.x % 128; tap < TAPS; tap += 128)
+        borders[tap * OUT_CHANNELS + c] = totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
+}
+
 // A block turns a tile of 32 SPLIT windows and one chunk of channels into cells. A thread computes eight channels of a window, whose
-// 16 bytes of four cells meet those of the other threads in shared memory.
+// 16 bytes of four cells meet those of the other threads in shared memory. Behind the blocks of each `together` images, while what they
+// have read is in the L2 cache, come those that sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
 extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
     const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
     const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, const float* __restrict__ sums, const int* __restrict__ dy_exponents, half_t* __restrict__ cells,
-    float count) {
+    float* __restrict__ borders, float count, i64 images, int together) {
     enum { TILE = 32 * SPLIT, TILES = (WINDOWS + TILE - 1) / TILE, OCTETS = CHUNK_CHANNELS / 8 };
     struct __align__(16) Channel { OutputGradient gradient; int exponent, unused; };
     __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
-    int tile = blockIdx.x % TILES, chunk = blockIdx.x / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    i64 image = blockIdx.x / (TILES * CHUNKS);
+    __shared__ float totals[8][TAPS];
+    __shared__ unsigned scratch[32];
+    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? OUT_CHANNELS / 2 : 0), share = blockIdx.x / all, block = blockIdx.x % all;
+    i64 image = (i64)share * together;
+    if (block >= blocks) {
+        int c = (block - blocks) * 2 + threadIdx.x / 128;
+        OutputGradient gradient(mean, invstd, weight, sums, c);
+        gradient.finish(count, smallest_exponent(dy_exponents, OUT_CHANNELS, scratch));
+        i64 end = min(image + together, images);
+        float* to = borders + (i64)share * TAPS * OUT_CHANNELS;
+        sum_borders(g, taps, saved, exponents, unit_exponents, gradient, c, image, end, totals, to);
+        return;
+    }
+    int tile = block % TILES, chunk = block / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    image += block / (TILES * CHUNKS);
+    if (image >= images) return;
     int place = warp / OCTETS * 32 + lane, octet = warp % OCTETS, c = chunk * CHUNK_CHANNELS + octet * 8;
     int at = min(tile * TILE + place, WINDOWS - 1);  // cells past the last window are written to shared memory alone
     bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
@@ -5125,15 +5192,12 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
     Window window(at);
     OutputGradient gradient(mean, invstd, weight, sums, c);
     gradient.finish(count, 0);
-    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window));
-    float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]), v[4];
-    int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.tap];
-    unpack(sums ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), v);
+    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)), v[4];
+    gradients_of(gradient, g, taps, sums ? saved : 0, plane, window, restore, v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
         int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
-        if (h < OUT_H && w < OUT_W)
-            dy[(plane * OUT_H + h) * OUT_W + w] = from_acc<scalar_t>(gradient.of(v[corner], restore) + (corner == tap ? add : 0));
+        if (h < OUT_H && w < OUT_W) dy[(plane * OUT_H + h) * OUT_W + w] = from_acc<scalar_t>(v[corner]);
     }
 }
 """,

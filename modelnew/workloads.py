@@ -47,7 +47,7 @@ KERNELS = {
     "dgrad_kernel": "of step the launch alone that makes the gradient of x; before it, untimed: the gradient of the "
     "convolution's output as fp16 cells, the weights packed",
     "wgrad_kernel": "of step the launches alone that make the gradient of the convolution's weight, with the sum over "
-    "their parts; before them, untimed: both operands as fp16 cells",
+    "their parts; before them, untimed: both operands as fp16 cells, sums at the borders",
 }
 WORKLOADS = MODELS | OPERATORS | KERNELS
 GENERAL = "_general"
@@ -67,7 +67,7 @@ GRAPHS = ("modelnew-graph", "compile-max-autotune", "compile-reduce-overhead")
 _LAUNCHES = {
     "conv_bn_pool_kernel": (("conv_bn_pool",), ("pooled", "partials")),
     "dgrad_kernel": (("conv_transpose_mma",), ("y",)),
-    "wgrad_kernel": (("conv_wgrad_borders", "conv_wgrad_partnered", "conv_wgrad_mma", "conv_wgrad_reduce"), ("dw",)),
+    "wgrad_kernel": (("conv_wgrad_mma", "conv_wgrad_reduce"), ("dw",)),
 }
 _NO_GRAD = ("forward_train", "latency_forward_train", "forward_eval", "post_conv_forward")
 FEW_IMAGES = 8

@@ -185,29 +185,48 @@ def test_two_runs_are_bit_equal(device, wgmma):
     assert torch.equal(*(gradient(x, w, dy, (1, 1), "fp32") for _ in range(2)))
 
 
+def borders(x, w, dy, padding, exponents):
+    """[2, KH KW, M], whose sum is what all of dy, which sums to 0, lacks of the pixels with a partner in x."""
+    partnered = truth(torch.ones_like(x[:, :1]), w[:1], dy, padding)[0].flatten(1)
+    alone = -partnered * torch.exp2(exponents.min().double())
+    return torch.stack((alone.T * 0.25, alone.T * 0.75)).float()
+
+
 @CLASSES
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_centred(device, wgmma, case, cls, launched):
+def test_centred(device, wgmma, case, cls):
     """x far from 0, and a dy that sums to 0 in each channel, as batch norm's backward makes it."""
     x, w, dy = tensors(case, device)
     x, dy = x + torch.arange(x.shape[1], device=device)[:, None, None], dy - dy.mean((0, 2, 3), keepdim=True)
     _, plan = gradient_plans(x, w, geometry(case[3]), cls, False, True)
-    dw = wgrad_of_cells(plan, to_cells(x, plan.split, centred=True), w, to_cells(dy, plan.split))
-    assert {k.name for k in launched} >= {"conv_wgrad_borders", "conv_wgrad_partnered"}
+    cells = to_cells(dy, plan.split)
+    alone = borders(x, w, dy, case[3], cells.exponents)
+    dw = wgrad_of_cells(plan, to_cells(x, plan.split, centred=True), w, cells, alone)
     error = (dw.double() - truth(x, w, dy, case[3])).square().mean().sqrt()
     assert error < (4e-4 if cls == "tf32" else 1e-6) * truth(x.abs(), w, dy.abs(), case[3]).square().mean().sqrt()
 
 
+def test_centred_needs_borders(device):
+    x, w, dy = tensors(CASES["three"], device)
+    _, plan = gradient_plans(x, w, geometry((1, 1)), "fp32", False, True)
+    cells = to_cells(dy, plan.split)
+    for centred in (True, False):
+        alone = None if centred else borders(x, w, dy, (1, 1), cells.exponents)
+        with pytest.raises(ValueError, match="x_sums and borders go together"):
+            wgrad_of_cells(plan, to_cells(x, plan.split, centred=centred), w, cells, alone)
+
+
 def test_centring_makes_errors_smaller(device, wgmma):
-    """The rounding of what nine tenths of dy have in common adds up where x is far from 0, but for dy's edges."""
+    """The rounding of what nine tenths of dy have in common adds up where x is far from 0."""
     shape, w = (2, 16, 32, 32), torch.empty(16, 16, 3, 3, device=device)
     x = torch.randn(shape, device=device) + 10
     dy = (torch.rand(shape, device=device) > 0.9) * (1 + torch.rand(shape, device=device))
     dy -= dy.mean((0, 2, 3), keepdim=True)
     _, plan = gradient_plans(x, w, geometry((1, 1)), "tf32", False, True)
-    expected, errors = truth(x, w, dy, (1, 1)), []
+    expected, errors, cells = truth(x, w, dy, (1, 1)), [], to_cells(dy, 1)
     for centred in (True, False):
-        dw = wgrad_of_cells(plan, to_cells(x, 1, centred=centred), w, to_cells(dy, 1))
+        alone = borders(x, w, dy, (1, 1), cells.exponents) if centred else None
+        dw = wgrad_of_cells(plan, to_cells(x, 1, centred=centred), w, cells, alone)
         errors.append((dw.double() - expected).square().mean().sqrt())
     assert errors[0] < errors[1] / 3
 

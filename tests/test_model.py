@@ -1,6 +1,7 @@
 import copy
 import itertools
 import pickle
+import statistics
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelnew import Model, ModelNew, functional, get_init_inputs, get_inputs, layers
 from modelnew.model import OPERATORS
-from modelnew.parity import compare_models, tf32
+from modelnew.parity import RATIO, Error, Row, compare_models, tf32
 
 SMALL = (4, 8, 3, 1, 1, 1, 2)
 SUBSETS = [set(c) for n in range(1, 6) for c in itertools.combinations(OPERATORS, n)]
@@ -290,6 +291,26 @@ def test_full_size(cls):
     for row in rows:
         keep(row)
     assert all(row.ok for row in rows), "\n".join(map(str, rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("cls", ["fp32", "tf32"])
+def test_full_size_over_seeds(cls):
+    """Errors in the mean of five models and batches: at most 1.1 times PyTorch's, with nothing allowed for chance."""
+    runs = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        models = Model(*get_init_inputs()), ModelNew(*get_init_inputs(), numerics=cls)
+        runs.append(compare_models(*models, *get_inputs(seed=seed), cls, seed))
+    means = []
+    for rows in zip(*runs):
+        pairs = zip(*((row.ours, row.torch) for row in rows))
+        ours, theirs = (Error(*map(statistics.mean, zip(*errors))) for errors in pairs)
+        ok = ours.rms <= RATIO * theirs.rms and ours.max <= RATIO * theirs.max
+        means.append(Row(rows[0].what, cls, ours, theirs, None, ok))
+        keep(means[-1])
+    assert all(row.ok for row in means), "\n".join(map(str, means))
 
 
 def test_layers_are_not_torch_layers():

@@ -1,6 +1,7 @@
 """The fused backward up to the convolution, each step against float64, and what the whole model makes of extremes."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -32,10 +33,13 @@ SPLITS = (1, 2)
 class Tail:
     """Random arrays as the forward leaves them for the backward, and float64's results."""
 
-    def __init__(self, shape, split, device, training=True, dtype=torch.float32, change=None):
+    def __init__(
+        self, shape, split, device, training=True, dtype=torch.float32, change=None, kernel=(2, 2), padding=(0, 0)
+    ):
         self.channels, self.groups, self.images, height, width = shape
-        size, kernel = (height - 1, width - 1), (2, 2)
-        geometry = Geometry((1, 1), (0, 0), (0, 0), (1, 1), 1)
+        self.kernel, self.padding = kernel, padding
+        size = tuple(n - k + 1 + 2 * p for n, k, p in zip((height, width), kernel, padding))
+        geometry = Geometry((1, 1), padding, (0, 0), (1, 1), 1)
         x_shape, w_shape = (self.images, 16, *size), (16, self.channels, *kernel)
         self.plan = conv_plan(x_shape, w_shape, geometry, split, False, FLOATS[dtype], 227 * 1024, wgmma=True)
         self.split, self.training, self.device, self.dtype = split, training, device, dtype
@@ -152,7 +156,7 @@ class Tail:
         a, options = self.arrays, {"plan": self.plan, "groups": self.groups}
         sizes = {
             **ops.gradient_buffers(self.plan, self.images),
-            **ops.output_gradient_buffers(self.plan, self.images, cells=False),
+            **ops.output_gradient_buffers(self.plan, self.images, cells=False, borders=self.training),
         }
         made = {k: torch.empty(s, dtype=getattr(torch, d.__name__), device=self.device) for k, (s, d) in sizes.items()}
         names = ("dout", "pooled", "mean", "invstd", "weight", "bias", "group_weight", "group_mean", "group_invstd")
@@ -165,8 +169,11 @@ class Tail:
         given = (made["g"], *(a[k] for k in names), made["sums"] if self.training else None)
         if cells:
             dy = torch.empty(ops.output_cells_shape(self.plan, self.images), dtype=torch.float16, device=self.device)
-            run(ops.conv_output_gradient_cells, *given, made["dy_exponents"], dy, **options)
+            borders = made.get("borders")
+            run(ops.conv_output_gradient_cells, *given, made["dy_exponents"], dy, borders, **options)
             self.cells, dy = dy, self.uncell(dy, made["dy_exponents"])
+            if borders is not None:
+                self.borders = borders.double() * torch.exp2(-made["dy_exponents"].min().double())
         else:
             dy = torch.empty(self.y.shape, dtype=self.dtype, device=self.device)
             run(ops.conv_output_gradient, *given, dy, **options)
@@ -205,6 +212,42 @@ def test_every_step_against_float64(device, shape, split, training):
             rounds = cells and name == "dy" and split == 1  # what TF32 does to an operand of dgrad and wgrad
             reference = parity.tf32_rounded(theirs[name]) if rounds else theirs[name]
             tolerance.check(found[name].float().cpu(), expected, reference, f"{name}, cells {cells}")
+
+
+# A kernel's size and padding: edges at all sides, two of both kinds of windows, none, more than half of the image.
+BORDERS = {
+    "mission": ((5, 5), (1, 1)),
+    "three_and_six": ((3, 6), (2, 1)),
+    "no_edges": ((3, 1), (2, 0)),
+    "all_edges": ((6, 5), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("conv", BORDERS.values(), ids=BORDERS)
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    ("shape", "shares"),
+    [((16, 4, 2, 6, 8), 1), ((16, 16, 20, 13, 12), 3), ((16, 8, 520, 7, 8), 58), ((16, 8, 1, 39, 40), 1)],
+    ids=str,
+)
+def test_borders(device, split, shape, shares, conv):
+    """Sums of dy over the pixels that no tap of the convolution, or not all, brings together with a pixel of x."""
+    kernel, padding = conv
+    tail = Tail(shape, split, device, kernel=kernel, padding=padding)
+    dy = tail.truth()["dy"]
+    tail.compute()
+    alone = torch.zeros(tail.channels, *kernel, dtype=torch.float64)
+    inside = [n - k + 1 + 2 * p for n, k, p in zip(dy.shape[2:], kernel, padding)]
+    for kh, kw in itertools.product(*map(range, kernel)):
+        partnered = torch.zeros(dy.shape[2:], dtype=torch.bool)
+        top, left = kh - padding[0], kw - padding[1]
+        partnered[max(0, top) : top + inside[0], max(0, left) : left + inside[1]] = True
+        alone[:, kh, kw] = dy[:, :, ~partnered].sum((0, 2))
+    assert tail.borders.shape[0] == shares
+    found = tail.borders.sum(0).T.reshape(alone.shape).cpu()
+    largest = dy.abs().sum((0, 2, 3)).view(-1, 1, 1)
+    assert ((found - alone).abs() <= 1e-6 * largest).all()
+    assert (alone == 0).all() == (conv == BORDERS["no_edges"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -12,8 +12,8 @@
 // scales, and writes dw [ic][oc][tap].
 //
 // x may be centred, less a constant c[ic] (fp16_cells.cuh). Then dw lacks c[ic] times the sum of dy over the pixels that have a partner in
-// x, which conv_wgrad_borders and conv_wgrad_partnered find for a dy whose sum over all pixels is 0, as batch norm's backward makes it:
-// what the others have, negative. So roundings of small values that most of dy has in common cancel, where x is far from 0 on average.
+// x: for a dy whose sum over all pixels is 0, as batch norm's backward makes it, what those without one have (`borders` of
+// pooled_tail_backward.cu), negative. So roundings of small values that most of dy has in common cancel, where x is far from 0 on average.
 //
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw), IN_CHANNELS,
@@ -67,59 +67,15 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
     sum_pixels(x, dy, partial, images, split_bands, shared);
 }
 
-// Rows and columns at each edge of dy that have no partner for some tap.
-#define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
-#define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-
-// sums [pixel][DY_CHUNKS * CHUNK_CHANNELS]: of dy's cells over the images; 0 for pixels that have a partner for every tap. A block takes
-// a pixel of a chunk.
-extern "C" __global__ void __launch_bounds__(256) conv_wgrad_borders(const half_t* __restrict__ dy, float* __restrict__ sums, int images) {
-    __shared__ float shares[32][64];
-    int pixel = blockIdx.x / DY_CHUNKS, chunk = blockIdx.x % DY_CHUNKS, h = pixel / OUT_W, w = pixel % OUT_W;
-    bool edge = h < EDGE_H || h >= OUT_H - EDGE_H || w < EDGE_W || w >= OUT_W - EDGE_W;
-    float sum[8] = {};
-    for (i64 image = threadIdx.x / 8; edge && image < images; image += 32) {
-        const half_t* cell = dy + ((image * DY_CHUNKS + chunk) * (OUT_H * OUT_W) + pixel) * 64;
-        Packed<half_t, 8> part = ((const Packed<half_t, 8>*)cell)[threadIdx.x % 8];
-        #pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] += to_acc(part.v[j]);
-    }
-    #pragma unroll
-    for (int j = 0; j < 8; j++) shares[threadIdx.x / 8][threadIdx.x % 8 * 8 + j] = sum[j];
-    __syncthreads();
-    if (threadIdx.x >= CHUNK_CHANNELS) return;
-    float total = 0;
-    for (int part = 0; part < SPLIT; part++)
-        for (int i = 0; i < 32; i++) total += shares[i][part * CHUNK_CHANNELS + threadIdx.x];
-    sums[blockIdx.x * CHUNK_CHANNELS + threadIdx.x] = total;
-}
-
-// partnered [oc][tap]: the sum of dy over the pixels that have a partner in x. One block an output channel.
-extern "C" __global__ void __launch_bounds__(256) conv_wgrad_partnered(
-    const float* __restrict__ sums, const int* __restrict__ dy_exponents, float* __restrict__ partnered, int dy_count) {
-    __shared__ unsigned scratch[32];
-    ScaleBack scale(smallest_exponent(dy_exponents, dy_count, scratch));
-    for (int tap = threadIdx.x / 32; tap < TAPS; tap += 8) {
-        int kh = tap / KERNEL_W, kw = tap % KERNEL_W;
-        float alone = 0;
-        for (int pixel = threadIdx.x % 32; pixel < OUT_H * OUT_W; pixel += 32) {
-            int ih = pixel / OUT_W + PAD_H - kh, iw = pixel % OUT_W + PAD_W - kw;
-            if (ih < 0 || ih >= IN_H || iw < 0 || iw >= IN_W) alone += sums[pixel * (DY_CHUNKS * CHUNK_CHANNELS) + blockIdx.x];
-        }
-        for (int lanes = 16; lanes > 0; lanes >>= 1) alone += __shfl_xor_sync(0xFFFFFFFFu, alone, lanes);
-        if (threadIdx.x % 32 == 0) partnered[blockIdx.x * TAPS + tap] = -scale(alone);
-    }
-}
-
-// x_sums, partnered: null, or for an x that is centred.
+// x_sums, and borders [border_parts][tap][oc]: null, or for an x that is centred.
 extern "C" __global__ void conv_wgrad_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
-    const scalar_t* __restrict__ x_sums, const float* __restrict__ partnered, scalar_t* __restrict__ dw, int x_count, int dy_count,
-    int splits) {
+    const scalar_t* __restrict__ x_sums, const float* __restrict__ borders, scalar_t* __restrict__ dw, int x_count, int dy_count, int splits,
+    int border_parts) {
     __shared__ unsigned scratch[32];
     enum { SIZE = TAPS * OUT_CHANNELS * IN_CHANNELS };
-    int exponent = centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch));
-    ScaleBack scale(exponent + smallest_exponent(dy_exponents, dy_count, scratch));
+    int x_exponent = centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch));
+    int dy_exponent = smallest_exponent(dy_exponents, dy_count, scratch);
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= SIZE) return;
     float sum = 0;
@@ -127,7 +83,12 @@ extern "C" __global__ void conv_wgrad_reduce(
     for (int s = 0; s < splits; s++) sum += partial[(i64)s * SIZE + i];
     int tap = i / (IN_CHANNELS * OUT_CHANNELS);
     int ic = WGMMA ? i / OUT_CHANNELS % IN_CHANNELS : i % IN_CHANNELS, oc = WGMMA ? i % OUT_CHANNELS : i / IN_CHANNELS % OUT_CHANNELS;
-    float total = scale(sum);
-    if (x_sums) total = add_unflushed(total, centre(x_sums, ic, IN_H * IN_W) * partnered[oc * TAPS + tap]);
+    float total = ScaleBack(x_exponent + dy_exponent)(sum);
+    if (x_sums) {
+        float alone = 0;
+        #pragma unroll 8
+        for (int part = 0; part < border_parts; part++) alone += borders[(part * TAPS + tap) * OUT_CHANNELS + oc];
+        total = add_unflushed(total, centre(x_sums, ic, IN_H * IN_W) * -ScaleBack(dy_exponent)(alone));
+    }
     dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(total);
 }

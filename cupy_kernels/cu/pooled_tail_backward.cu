@@ -6,7 +6,8 @@
 // with the means over all pixels of a channel, or left out where the statistics were running ones. Four steps:
 //     pooled_backward                 g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those finite, the largest |g|
 //     pooled_parameter_gradients      sums of all images, and the exponent of a scale under which dy fits fp16
-//     conv_output_gradient_cells      dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores
+//     conv_output_gradient_cells      dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores, and sums of dy at its
+//                                     borders, which the gradient of the convolution's weight needs where its x is centred
 //     conv_output_gradient            dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
 //
 // Cells are those of fp16_cells.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what rounding left of
@@ -14,7 +15,7 @@
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of conv_bn_pool.cu, mean,
 // invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh, saved_t (half_t, float), SPLIT (1 with half_t, 2 with float),
-// and SAVED_SHIFT (conv_bn_pool.cu).
+// SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_cells.cuh"
@@ -225,19 +226,106 @@ __device__ inline int kept_exponent(const int*, i64, const Window&) { return 0; 
 __device__ inline float restoring(int) { return 1; }
 #endif
 
+// dy of the corners of one window in plane `plane`. Corners outside the image get anything.
+__device__ inline void gradients_of(
+    const OutputGradient& gradient, const float* g, const u8* taps, const saved_t* saved, i64 plane, const Window& window, float restore,
+    float (&dy)[4]) {
+    float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]);
+    int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.tap];
+    unpack(saved ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), dy);
+    #pragma unroll
+    for (int corner = 0; corner < 4; corner++) dy[corner] = gradient.of(dy[corner], restore) + (corner == tap ? add : 0);
+}
+
+// The convolution's input; rows and columns at each edge of its output that have no partner in it for some tap.
+#define IN_H (OUT_H - KERNEL_H + 1 + 2 * PAD_H)
+#define IN_W (OUT_W - KERNEL_W + 1 + 2 * PAD_W)
+#define TAPS (KERNEL_H * KERNEL_W)
+#define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
+#define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
+#define WINDOWS_H ((OUT_H + 1) / 2)
+// Rows of windows from the top, and from which on to the bottom, that such rows meet, and columns likewise.
+enum { TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H, BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2 };
+enum { LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W, RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2 };
+enum { FULL_ROWS = TOP + WINDOWS_H - BOTTOM, SIDES = LEFT + WINDOWS_W - RIGHT };
+enum { EDGE_WINDOWS = FULL_ROWS * WINDOWS_W + (BOTTOM - TOP) * SIDES };
+
+// The number of the i-th window that meets an edge: of whole rows of windows first.
+__device__ inline int edge_window(int i) {
+    if (i < FULL_ROWS * WINDOWS_W) return i < TOP * WINDOWS_W ? i : i + (BOTTOM - TOP) * WINDOWS_W;
+    i -= FULL_ROWS * WINDOWS_W;
+    int side = i % (SIDES ? SIDES : 1);
+    return (TOP + i / (SIDES ? SIDES : 1)) * WINDOWS_W + (side < LEFT ? side : side + RIGHT - LEFT);
+}
+
+// borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no partner in the
+// convolution's input. Not from the cells: conv_wgrad_reduce multiplies these sums by what x was centred by, and their rounding with it.
+// 128 threads, four warps, take channel c. totals: in shared memory, of the block's warps.
+__device__ inline void sum_borders(
+    const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents, OutputGradient gradient, int c,
+    i64 first, i64 end, float (&totals)[8][TAPS], float* borders) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, exponent = SPLIT == 1 ? exponents[c] : 0;
+    if (lane == 0)
+        for (int tap = 0; tap < TAPS; tap++) totals[warp][tap] = 0;
+    for (int start = threadIdx.x % 128; start - lane < EDGE_WINDOWS; start += 128) {
+        bool exists = start < EDGE_WINDOWS;
+        Window window(edge_window(exists ? start : 0));
+        float sum[4] = {};
+        #pragma unroll 4
+        for (i64 image = first; image < end; image++) {
+            float restore = restoring(exponent + kept_exponent(unit_exponents, image, window)), v[4];
+            gradients_of(gradient, g, taps, saved, image * OUT_CHANNELS + c, window, restore, v);
+            #pragma unroll
+            for (int corner = 0; corner < 4; corner++) sum[corner] += v[corner];
+        }
+        #pragma unroll 1
+        for (int tap = 0; tap < TAPS; tap++) {
+            float alone = 0;
+            #pragma unroll
+            for (int corner = 0; corner < 4; corner++) {
+                int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
+                int ih = h + PAD_H - tap / KERNEL_W, iw = w + PAD_W - tap % KERNEL_W;
+                bool partnered = ih >= 0 && ih < IN_H && iw >= 0 && iw < IN_W;
+                if (exists && h < OUT_H && w < OUT_W && !partnered) alone += sum[corner];
+            }
+            alone = warp_sum(alone);
+            if (lane == 0) totals[warp][tap] += alone;
+        }
+    }
+    __syncthreads();
+    warp = warp / 4 * 4;
+    for (int tap = threadIdx.x % 128; tap < TAPS; tap += 128)
+        borders[tap * OUT_CHANNELS + c] = totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
+}
+
 // A block turns a tile of 32 SPLIT windows and one chunk of channels into cells. A thread computes eight channels of a window, whose
-// 16 bytes of four cells meet those of the other threads in shared memory.
+// 16 bytes of four cells meet those of the other threads in shared memory. Behind the blocks of each `together` images, while what they
+// have read is in the L2 cache, come those that sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
 extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
     const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
     const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, const float* __restrict__ sums, const int* __restrict__ dy_exponents, half_t* __restrict__ cells,
-    float count) {
+    float* __restrict__ borders, float count, i64 images, int together) {
     enum { TILE = 32 * SPLIT, TILES = (WINDOWS + TILE - 1) / TILE, OCTETS = CHUNK_CHANNELS / 8 };
     struct __align__(16) Channel { OutputGradient gradient; int exponent, unused; };
     __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
-    int tile = blockIdx.x % TILES, chunk = blockIdx.x / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    i64 image = blockIdx.x / (TILES * CHUNKS);
+    __shared__ float totals[8][TAPS];
+    __shared__ unsigned scratch[32];
+    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? OUT_CHANNELS / 2 : 0), share = blockIdx.x / all, block = blockIdx.x % all;
+    i64 image = (i64)share * together;
+    if (block >= blocks) {
+        int c = (block - blocks) * 2 + threadIdx.x / 128;
+        OutputGradient gradient(mean, invstd, weight, sums, c);
+        gradient.finish(count, smallest_exponent(dy_exponents, OUT_CHANNELS, scratch));
+        i64 end = min(image + together, images);
+        float* to = borders + (i64)share * TAPS * OUT_CHANNELS;
+        sum_borders(g, taps, saved, exponents, unit_exponents, gradient, c, image, end, totals, to);
+        return;
+    }
+    int tile = block % TILES, chunk = block / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    image += block / (TILES * CHUNKS);
+    if (image >= images) return;
     int place = warp / OCTETS * 32 + lane, octet = warp % OCTETS, c = chunk * CHUNK_CHANNELS + octet * 8;
     int at = min(tile * TILE + place, WINDOWS - 1);  // cells past the last window are written to shared memory alone
     bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
@@ -313,14 +401,11 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
     Window window(at);
     OutputGradient gradient(mean, invstd, weight, sums, c);
     gradient.finish(count, 0);
-    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window));
-    float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]), v[4];
-    int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.tap];
-    unpack(sums ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), v);
+    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)), v[4];
+    gradients_of(gradient, g, taps, sums ? saved : 0, plane, window, restore, v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
         int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
-        if (h < OUT_H && w < OUT_W)
-            dy[(plane * OUT_H + h) * OUT_W + w] = from_acc<scalar_t>(gradient.of(v[corner], restore) + (corner == tap ? add : 0));
+        if (h < OUT_H && w < OUT_W) dy[(plane * OUT_H + h) * OUT_W + w] = from_acc<scalar_t>(v[corner]);
     }
 }

@@ -146,7 +146,7 @@ def _backward_call(call, need_x, need_w, x, w):
     compile_together(ops.gradient_kernels(call.plan, call.groups, x.shape, call.training, dgrad, wgrad), x.device)
     buffers = (
         ops.gradient_buffers(call.plan, x.shape[0]),
-        ops.output_gradient_buffers(call.plan, x.shape[0], bool(dgrad or wgrad)),
+        ops.output_gradient_buffers(call.plan, x.shape[0], bool(dgrad or wgrad), bool(wgrad and call.training)),
         ops.weight_gradient_buffers(wgrad, x.shape, call.training) if wgrad else {},
         ops.input_gradient_buffers(dgrad) if dgrad else {},
     )

@@ -93,13 +93,10 @@ def dgrad_of_cells(plan, x, w, dy: Cells):
     return dx
 
 
-def wgrad_of_cells(plan, x: Cells, w, dy: Cells):
-    """dw. x may be centred if dy sums to 0 in each channel."""
-    dw = torch.empty_like(w)
-    sizes = (plan.partial_size, *((plan.borders_size, plan.partnered_size) if x.sums is not None else ()))
-    workspaces = [w.new_empty(size, dtype=torch.float32) for size in sizes]
-    workspaces += [None] * (3 - len(workspaces))
-    run(wgrad_mma.conv_wgrad_mma, plan, *x, dy.cells, dy.exponents, *workspaces, dw)
+def wgrad_of_cells(plan, x: Cells, w, dy: Cells, borders=None):
+    """dw. x may be centred if dy sums to 0 in each channel; borders: see `conv_wgrad_mma`."""
+    dw, partial = torch.empty_like(w), w.new_empty(plan.partial_size, dtype=torch.float32)
+    run(wgrad_mma.conv_wgrad_mma, plan, *x, dy.cells, dy.exponents, borders, partial, dw)
     return dw
 
 
