@@ -52,7 +52,7 @@ def without_tensor_cores():
 
 @contextlib.contextmanager
 def wgmma(use: bool):
-    """Within the block, plans use sm_90a's wgmma instructions where they can, or nowhere.
+    """Within the block, plans use sm_90a's wgmma instructions where they can and gain by it, or nowhere.
 
     By default: on GPUs that have them, if NVRTC is version 12 or newer; nowhere on the emulator.
     """

@@ -17,8 +17,8 @@ _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
 _NO_SUITE = "No record says yet that the test suite passed on a GPU; `make record` on one writes it."
 _NEEDED = {
-    "bench": ("rows", "trials"),
-    "training": ("rows", "steps", "batch", "seeds", "factor", "last", "comparisons"),
+    "bench": ("command", "rows", "trials"),
+    "training": ("command", "rows", "steps", "batch", "seeds", "factor", "last", "comparisons"),
     "parity": ("passed", "failed", "skipped"),
 }
 
@@ -46,10 +46,10 @@ def _times(results, folder) -> str:
             continue
         shown = (batches[0], min(batches))
         lines = [
-            f"{_where(record)}. Milliseconds, median of {trials(record)}, all in one process and in turns, L2 "
-            "flushed, results checked first. MB: peak memory over inputs and parameters. Fastest peer: of PyTorch and "
-            "torch.compile, each in NCHW and in channels_last, of those that were timed: the record says which were "
-            "not, and why. 2x: half the peer's time.",
+            f"{_where(record)}, `{record['command']}`. Milliseconds, median of {trials(record)}, all in one process "
+            "and in turns, L2 flushed, results checked first. MB: peak memory over inputs and parameters. Fastest "
+            "peer: of PyTorch and torch.compile, each in NCHW and in channels_last, of those that were timed: the "
+            "record says which were not, and why. 2x: half the peer's time.",
         ]
         if any(row["who"] == "modelnew-graph" and row["ms"] is not None for row in record["rows"]):
             lines[0] += (
@@ -141,11 +141,11 @@ def _training(results, folder) -> str:
         single = max(max(c["ratios"]) for c in record["comparisons"])
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append(
-            f"{_where(record)}. {record['steps']} steps of SGD from the same parameters, on the same batches of "
-            f"{record['batch']}; mean loss of the last {record['last']}: {', '.join(losses)}. Losses and running "
-            f"statistics of ModelNew end at most {furthest:.2f} times as far from those of Model as Model's with TF32 "
-            f"end from Model's in float32 (allowed: {record['factor']}; distances are medians over {record['seeds']} "
-            f"seeds, whose furthest is {single:.2f}).\n\n![Loss curves]({picture})"
+            f"{_where(record)}, `{record['command']}`. {record['steps']} steps of SGD from the same parameters, on the "
+            f"same batches of {record['batch']}; mean loss of the last {record['last']}: {', '.join(losses)}. Losses "
+            f"and running statistics of ModelNew end at most {furthest:.2f} times as far from those of Model as "
+            f"Model's with TF32 end from Model's in float32 (allowed: {record['factor']}; distances are medians over "
+            f"{record['seeds']} seeds, whose furthest is {single:.2f}).\n\n![Loss curves]({picture})"
         )
     return "\n\n".join(parts) or _NO_TRAINING
 

@@ -256,6 +256,18 @@ def test_few_images_fill_the_gpu(images, rows):
     assert dict(conv_transpose_mma.plan((images, 64, 32, 32), *options).macros)["UNIT_ROWS"] == rows
 
 
+@pytest.mark.parametrize(
+    ("images", "split", "dgrad", "expected"),
+    [(63, 2, True, 1), (64, 2, True, 0), (512, 2, True, 0), (512, 1, True, 1), (512, 2, False, 1)],
+    ids=str,
+)
+def test_float32_dgrad_of_many_images_is_by_mma(images, split, dgrad, expected):
+    geometry = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    shape = (images, 128, 34, 34) if dgrad else (images, 64, 32, 32)
+    plan = conv_transpose_mma.plan(shape, (64, 128, 5, 5), geometry, split, dgrad, "float", 227 * 1024, True)
+    assert dict(plan.macros)["WGMMA"] == expected
+
+
 @pytest.mark.parametrize("wgmma", [True], indirect=True)
 def test_dgrad_of_an_image_wider_than_a_block(device, wgmma, launched):
     """Padding cuts y to a size that is taken; a row of dx is 75 windows, more than blocks of few images have."""

@@ -116,6 +116,7 @@ def row(what="step", who="modelnew", ms=1.0, n=512, **options):
 
 VERSIONS = {"gpu": "NVIDIA A", "torch": "2.11", "cupy": "13.6", "nvrtc": "11.8", "driver": "580"}
 BENCH = {
+    "command": "python3 -m modelnew bench --trials 20",
     "versions": VERSIONS,
     "digest": "0123456789abcdef",
     "trials": 20,
@@ -138,6 +139,7 @@ BENCH = {
     ],
 }
 TRAINING = {
+    "command": "python3 -m modelnew training",
     "versions": VERSIONS,
     "digest": "0123456789abcdef",
     "steps": 2,
@@ -193,7 +195,9 @@ def test_with_records(repository):
     (folder / "results" / "parity_a.json").write_text(json.dumps(PARITY), encoding="utf-8")
     assert invoke().exit_code == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert "NVIDIA A, torch 2.11, CuPy 13.6, NVRTC 11.8, driver 580, kernels `0123456789ab`." in text
+    where = "NVIDIA A, torch 2.11, CuPy 13.6, NVRTC 11.8, driver 580, kernels `0123456789ab`"
+    assert f"{where}, `{BENCH['command']}`. Milliseconds" in text
+    assert f"{where}, `{TRAINING['command']}`. 2 steps" in text
     assert "median of 20 trials (up to 8 images: 100), all in one process" in text
     assert "in a CUDA graph, too, that stands beside the fastest of all peers" in text
     assert "\n512 images:\n" in text
