@@ -24,6 +24,13 @@ def max_pool_backward(dy, taps, dx, kernel_size, stride, padding, dilation) -> N
     launch_pixels(kernel, (dy, taps, dx), dx, dy, pool)
 
 
+def max_pool_select(x, taps, y, kernel_size, stride, padding, dilation) -> None:
+    """y = the element of x at each window's tap, 0 where a window holds none; taps are a forward's. y is written."""
+    pool = Pool(kernel_size, stride, padding, dilation)
+    kernel = pool_kernel("max_pool.cu", "max_pool_select", (x,), (y,), taps, pool)
+    launch_windows(kernel, (x, taps, y), x, y, pool)
+
+
 def variants():
     """Every variant that this module launches."""
     yield from pool_variants("max_pool.cu")

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils.dlpack import to_dlpack
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1565,10 +1564,13 @@ class _ExternalStream(NamedTuple):
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must."""
+    """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must.
+
+    Autograd sees the copy: a Function that keeps its input for a backward is given the result of this.
+    """
     if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
         return tensor
-    return tensor.detach().resolve_neg().contiguous()
+    return tensor.resolve_neg().contiguous()
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -1639,35 +1641,41 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
     return "tf32" if x.is_cuda and torch._C._get_cudnn_allow_tf32() else "fp32"
 
 
-def circumstances(numerics: str, x: torch.Tensor) -> tuple:
-    """What plans for x depend on, besides shapes, dtypes and hyper-parameters."""
-    autocast = torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
-    return resolve(numerics, x), uses_wgmma(x), bool(_switched_off), autocast
+class Choice(NamedTuple):
+    """How one call's convolutions multiply. A backward takes its forward's, whatever was switched in between."""
+
+    cls: str  # "tf32" or "fp32"
+    tensor_cores: bool
+    wgmma: bool
 
 
-def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
+def choose(numerics: str, x: torch.Tensor) -> Choice:
+    """What holds now for a convolution of x."""
+    return Choice(resolve(numerics, x), not _switched_off, uses_wgmma(x))
+
+
+def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False):
     """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
 
     dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
-    options = {"dgrad": dgrad, "wgmma": uses_wgmma(x)}
-    return plan_or_reason(plan, x, w_shape, geometry, numerics, **options)
+    return plan_or_reason(plan, x, w_shape, geometry, choice, dgrad=dgrad)
 
 
-def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str):
+def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, choice: Choice):
     """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason)."""
-    return plan_or_reason(conv_wgrad_mma_plan, x, w_shape, geometry, numerics, wgmma=uses_wgmma(x))
+    return plan_or_reason(conv_wgrad_mma_plan, x, w_shape, geometry, choice)
 
 
-def required_plan(make, x, w_shape, geometry, numerics, **options):
+def required_plan(make, x, w_shape, geometry, choice, **options):
     """What `make`, such as conv_transpose_mma.plan, plans for x on its device. UnsupportedError if there is no plan."""
     if x.is_cuda and _capability(x.device.index) < (8, 0):
         major, minor = _capability(x.device.index)
         raise UnsupportedError(f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80")
     if not x.shape[0]:
         raise UnsupportedError("the batch is empty")
-    split = 2 if x.dtype == torch.float32 and resolve(numerics, x) == "fp32" else 1
-    options["dtype"] = interop_FLOATS[x.dtype]
+    split = 2 if x.dtype == torch.float32 and choice.cls == "fp32" else 1
+    options["dtype"], options["wgmma"] = interop_FLOATS[x.dtype], choice.wgmma
     options["shared_limit"] = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
     return make(tuple(x.shape), tuple(w_shape), geometry, split, **options)
 
@@ -1686,6 +1694,11 @@ def _shared_bytes(device_index: int) -> int:
 # modelnew/functional/batch_norm.py
 #
 # batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well.
+
+def applied_statistics(running_mean, running_var, training):
+    """The running statistics if they are applied, which a backward refuses if they were changed, as torch's does."""
+    return (None, None) if training else (running_mean, running_var)
+
 
 def note_update(running_mean, running_var, new_mean, new_var) -> None:
     """Tells autograd that kernels changed the statistics; new_mean, new_var: what they wrote to, `dense` of these."""
@@ -1743,16 +1756,16 @@ class Cells(NamedTuple):
     sums: torch.Tensor | None = None
 
 
-def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w):
-    """(dx, dw), None where not needed."""
-    dgrad, wgrad = gradient_plans(x, w, geometry, numerics, need_x, need_w)
+def conv_gradients(x, w, dy, geometry, choice, need_x, need_w):
+    """(dx, dw), None where not needed. Of x, or w, only the shape matters where the other's gradient is not needed."""
+    dgrad, wgrad = gradient_plans(x, w, geometry, choice, need_x, need_w)
     dx = dw = None
     cells = conv_transpose_to_cells(dy, wgrad.split) if wgrad else None
     if need_x:
         if cells and dgrad:
             dx = dgrad_of_cells(dgrad, x, w, cells)
         else:
-            dx = torch.empty_like(x)
+            dx = dy.new_empty(x.shape)
             if dgrad:
                 run(conv_transpose_mma, dgrad, aligned(dy), w, None, dx, *mma_workspaces(dgrad, w))
             else:
@@ -1761,27 +1774,27 @@ def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w):
         if wgrad:
             dw = wgrad_of_cells(wgrad, conv_transpose_to_cells(x, wgrad.split), w, cells)
         else:
-            dw = torch.empty_like(w)
+            dw = dy.new_empty(w.shape)
             dtype = interop_accumulator_dtype(w)
             size = wgrad_workspace_size(x.shape, w.shape, geometry, dtype == torch.float64)
             run(conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=dtype), geometry)
     return dx, dw
 
 
-def gradient_plans(x, w, geometry, numerics, need_x, need_w):
+def gradient_plans(x, w, geometry, choice, need_x, need_w):
     """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken."""
     dgrad = wgrad = None
     if need_x:
         dy = x.new_empty(()).expand(output_shape(x.shape, w.shape, geometry))
-        dgrad, _ = tensor_core_plan(dy, w.shape, geometry, numerics, dgrad=True)
+        dgrad, _ = tensor_core_plan(dy, w.shape, geometry, choice, dgrad=True)
     if need_w:
-        wgrad, _ = wgrad_plan(x, w.shape, geometry, numerics)
+        wgrad, _ = wgrad_plan(x, w.shape, geometry, choice)
     return dgrad, wgrad
 
 
 def dgrad_of_cells(plan, x, w, dy: Cells):
     """dx; plan: that of a tensor dy."""
-    dx = torch.empty_like(x)
+    dx = w.new_empty(x.shape)
     workspaces = mma_workspaces(plan, w)
     run(conv_transpose_mma, plan.of_cells(), dy.cells, w, None, dx, *workspaces, dy.exponents)
     return dx
@@ -1789,7 +1802,7 @@ def dgrad_of_cells(plan, x, w, dy: Cells):
 
 def wgrad_of_cells(plan, x: Cells, w, dy: Cells, borders=None):
     """dw. x may be centred if dy sums to 0 in each channel; borders: see `conv_wgrad_mma`."""
-    dw, partial = torch.empty_like(w), w.new_empty(plan.partial_size, dtype=torch.float32)
+    dw, partial = w.new_empty(w.shape), w.new_empty(plan.partial_size, dtype=torch.float32)
     run(conv_wgrad_mma, plan, *x, dy.cells, dy.exponents, borders, partial, dw)
     return dw
 
@@ -1839,7 +1852,7 @@ class _Call:
     """What follows from the kinds of a call's arguments."""
 
     plan: Plan
-    numerics: str
+    choice: Choice
     geometry: Geometry
     layout: interop_Layout  # of the workspace
     shape: tuple  # of the output
@@ -1862,7 +1875,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *args):
         *parameters, (call, running_mean, running_var, batches, momentum, eps, group_eps) = args
-        x, w, conv_bias, weight, bias, group_weight, group_bias = tensors = (aligned(x), *map(dense, parameters))
+        w, conv_bias, weight, bias, group_weight, group_bias = parameters
         workspace = Workspace.empty(call.layout, x.device)
         out = x.new_empty(call.shape)
 
@@ -1876,20 +1889,23 @@ class _Fused(torch.autograd.Function):
             if batches is not None:
                 torch.autograd.graph.increment_version(batches)
         if call.keep:
-            ctx.save_for_backward(*tensors, workspace.memory)
-            ctx.call = call
+            running = applied_statistics(running_mean, running_var, call.training)
+            ctx.save_for_backward(x, *parameters, workspace.memory, *running)
+            ctx.call, ctx.eps, ctx.group_eps = call, eps, group_eps
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
-        x, w, conv_bias, weight, bias, group_weight, group_bias, memory = ctx.saved_tensors
+        *tensors, memory, running_mean, running_var = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_gradients(ctx, running_mean, running_var, tensors, dout), None
+        x, w, conv_bias, weight, bias, group_weight, group_bias = tensors
         need_x, need_w, *need = ctx.needs_input_grad[:7]
         parameters = (conv_bias, weight, bias, group_weight, group_bias)
         gradients = [torch.empty_like(t) if needed else None for t, needed in zip(parameters, need)]
         call = ctx.call
-        key = (call, need_x, need_w, circumstances(call.numerics, x))
-        prepared = _known(_backward_calls, key, lambda: _backward_call(*key[:3], x, w))
+        key = (call, need_x, need_w)
+        prepared = _known(_backward_calls, key, lambda: _backward_call(*key, x, w))
         made, output, of_wgrad, of_dgrad = prepared.layouts
         dx = dw = None
         dy = None if prepared.dy_shape is None else x.new_empty(prepared.dy_shape)
@@ -1907,7 +1923,7 @@ class _Fused(torch.autograd.Function):
             options = {"like": prepared, "plan": prepared.dgrad}
             run(input_gradient, output, w, dx, Workspace.empty(of_dgrad, x.device), **options)
         if dy is not None:
-            dx, dw = conv_gradients(x, w, dy, call.geometry, call.numerics, need_x, need_w)
+            dx, dw = conv_gradients(x, w, dy, call.geometry, call.choice, need_x, need_w)
         return dx, dw, *gradients, None
 
 
@@ -1932,17 +1948,18 @@ def _call(training, keep, padding, num_groups, numerics, momentum, eps, batches,
     if reason:
         return reason
     shape = _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups)
-    plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics)
+    choice = choose(numerics, input)
+    plan, reason = conv_bn_pool_plan(input, conv_weight, padding, num_groups, choice)
     if reason:
         return reason
     compile_together(kernels(plan, num_groups, training, keep), input.device)
     layout = interop_Layout(buffers(plan, input.shape, num_groups, training, keep))
-    return _Call(plan, resolve(numerics, input), _geometry(padding), layout, shape, training, keep, num_groups)
+    return _Call(plan, choice, _geometry(padding), layout, shape, training, keep, num_groups)
 
 
 def _backward_call(call, need_x, need_w, x, w):
     """Plans a backward, and compiles as `_call` does."""
-    dgrad, wgrad = gradient_plans(x, w, call.geometry, call.numerics, need_x, need_w)
+    dgrad, wgrad = gradient_plans(x, w, call.geometry, call.choice, need_x, need_w)
     dy_shape = None
     if (dgrad is None, wgrad is None) != (not need_x, not need_w):
         dgrad = wgrad = None
@@ -1958,15 +1975,8 @@ def _backward_call(call, need_x, need_w, x, w):
     return _BackwardCall(dgrad, wgrad, dy_shape, tuple(map(interop_Layout, buffers)))
 
 
-def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, others=()):
-    """(plan, None) if the fused kernels take the model on x, else (None, the reason).
-
-    batches: num_batches_tracked. others: the other parameters.
-    """
-    reason = _mixture(x, batches, conv_weight, *others)
-    if reason:
-        return None, reason
-    plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), numerics)
+def conv_bn_pool_plan(x, conv_weight, padding, num_groups, choice):
+    plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), choice)
     reason = reason or obstacle(plan, num_groups)
     return (None, reason) if reason else (plan, None)
 
@@ -2024,7 +2034,8 @@ def conv_bn_tanh_max_pool_group_norm(
     tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
     arguments = (num_batches_tracked, input, conv_weight, conv_bias, running_mean, running_var)
     arguments += (weight, bias, group_weight, group_bias)
-    training, padding, facts = bool(training), pair(padding, "padding"), circumstances(numerics, input)
+    training, padding, device = bool(training), pair(padding, "padding"), "cuda" if input.is_cuda else "cpu"
+    facts = choose(numerics, input), torch.is_autocast_enabled(device)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     kind = (training, keep, padding, num_groups)
     key = (*kind, facts, *[None if t is None else (t.shape, t.dtype, t.device) for t in arguments])
@@ -2033,6 +2044,7 @@ def conv_bn_tanh_max_pool_group_norm(
         if required:
             raise UnsupportedError(f"the fused kernels do not take this: {call}")
         return None
+    tensors = (aligned(input), *map(dense, tensors[1:]))
     rest = (call, running_mean, running_var, num_batches_tracked, momentum, eps, group_eps)
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return _Fused.apply(*tensors, rest)
@@ -5571,6 +5583,11 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     pairs = zip(signature(kernel), args, strict=True)
     cast = [np.uint64(0) if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
     function(kernel, cupy().cuda.runtime.getDevice(), shared_bytes)(grid, block, cast, shared_mem=shared_bytes)
+
+
+def _differentiable_gradients(*_):
+    """Refuses create_graph: this file has the fused kernels alone."""
+    raise RuntimeError("the kernels in this file compute first derivatives: call backward without create_graph")
 
 
 def run(operation, *args, like=None, **options) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
 from cupy_kernels import source
 from cupy_kernels.common import ceil_div, scalar_macros
@@ -32,7 +31,7 @@ _TORCH = {
 def operator(
     text: str,
     forward: str,
-    backward: str | Sequence[str] = (),
+    backward: "str | Callable | Sequence[str | Callable]" = (),
     *,
     output: Callable | None = None,
     sizes: dict[str, Callable] | None = None,
@@ -41,7 +40,7 @@ def operator(
     saved: str | Sequence[str] = (),
     defines: dict[str, str | int] | None = None,
 ) -> Callable:
-    """A function on torch tensors, differentiable once, that runs the kernels of `text`.
+    """A function on torch tensors that runs the kernels of `text`, with autograd.
 
     A kernel's parameters say what they are by their declaration and name. In `forward`:
         const scalar_t* x   an input: the function's argument x
@@ -61,7 +60,10 @@ def operator(
 
     text: CUDA C. Kernels are written `extern "C" __global__ void name(...)`. Nothing is compiled before the first call.
     forward: name of the forward kernel.
-    backward: names of the kernels that compute gradients. A kernel runs if one of its gradients is asked for.
+    backward: names of the kernels that compute gradients. A kernel runs if one of its gradients is asked for. In place
+        of a kernel's name, an operator made by this function: its arguments and outputs are named as a kernel's
+        parameters would be. Gradients by kernels cannot be differentiated again, which raises RuntimeError; those by an
+        operator can, if it has a backward of its own.
     output: output(*arguments) gives the shape of all outputs, or {name: shape}. Default: that of the first input.
     sizes: {name: function}: numbers of the kernels that function(*arguments) gives, such as the length of a row.
     grid: grid(*arguments) gives the number of blocks, an int or up to three; or {kernel: function}. Default: one
@@ -76,15 +78,16 @@ def operator(
     devices and for a gradient that no kernel computes, and KernelCompileError, with the line of `text`, if that does
     not compile.
     """
-    backward, saved = _names("backward", backward), _names("saved", saved)
+    backward, saved = _names("backward", backward, _Operator), _names("saved", saved)
     _check_options(text, forward, output, sizes, grid, block, defines)
     return _Operator(text, forward, backward, output, sizes, grid, block, saved, defines)
 
 
-def _names(option, names):
-    names = (names,) if isinstance(names, str) else names
-    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{option}= is a name, or several, received {names!r}")
+def _names(option, names, *others):
+    kinds = (str, *others)
+    names = (names,) if isinstance(names, kinds) else names
+    if not isinstance(names, Iterable) or not all(isinstance(name, kinds) for name in names):
+        raise TypeError(f"{option}= is a name{' or an operator' if others else ''}, or several, received {names!r}")
     return tuple(names)
 
 
@@ -124,11 +127,13 @@ def _blocks(name, value):
 
 class _Operator:
     def __init__(self, text, forward, backward, output, sizes, grid, block, saved, defines):
-        self.forward, self.backward = forward, backward
+        self.forward = forward
+        self.backward = tuple(entry for entry in backward if isinstance(entry, str))
+        self.operators = tuple(entry for entry in backward if not isinstance(entry, str))
         self.output, self.sizes, self.block, self.defines = output, sizes or {}, block, defines or {}
-        self.grid = grid if isinstance(grid, dict) else dict.fromkeys((forward, *backward), grid) if grid else {}
+        self.grid = grid if isinstance(grid, dict) else dict.fromkeys((forward, *self.backward), grid) if grid else {}
         self.file = source.add(forward, text)
-        for name in (forward, *backward, *self.grid):
+        for name in (forward, *self.backward, *self.grid):
             if name not in source.kernel_names(self.file):
                 there = ", ".join(source.kernel_names(self.file)) or "none"
                 raise ValueError(
@@ -137,7 +142,7 @@ class _Operator:
                 )
         self.parameters = {
             (name, scalar): signature(self._kernel(name, scalar))
-            for name in (forward, *backward)
+            for name in (forward, *self.backward)
             for scalar in FLOATS.values()
         }
         parameters = self.parameters[forward, "float"]
@@ -148,9 +153,17 @@ class _Operator:
         self.returned = [name for name in self.outputs if name not in saved]
         self.generic = [name for name in self.inputs if name in self._generic(forward)]
         self._check_forward(saved)
-        for name in backward:
-            self._check_backward(name)
-        used = {p.name for name in backward for p in self.parameters[name, "float"] if p.pointer}
+        for name in self.backward:
+            parameters = self.parameters[name, "float"]
+            self._check_types(name)
+            constants = [p.name for p in parameters if p.pointer and p.const]
+            results = [p.name for p in parameters if p.pointer and not p.const]
+            numbers = [p.name for p in parameters if not p.pointer]
+            self._check_backward(name, constants, results, numbers, (*self.inputs, *self.outputs))
+        for entry in self.operators:  # autograd does not see outputs that are not returned
+            self._check_backward(entry, entry.inputs, entry.returned, entry.numbers, (*self.inputs, *self.returned))
+        used = {p.name for name in self.backward for p in self.parameters[name, "float"] if p.pointer}
+        used.update(name for entry in self.operators for name in entry.inputs)
         self.kept = [name for name in (*self.inputs, *self.outputs) if name in used]
         self.__name__ = forward
         self.__signature__ = inspect.Signature(
@@ -195,24 +208,21 @@ class _Operator:
         if unknown:
             raise ValueError(f"sizes={unknown}: the numbers that the kernels take are {', '.join(sorted(declared))}")
 
-    def _check_backward(self, name):
-        gradients = [f"d{output}" for output in self.returned]
-        allowed = {
-            "const pointer": (*self.inputs, *self.outputs, *gradients),
-            "pointer": [f"d{input}" for input in self.inputs],
-            "number": ("size", *self.numbers, *self.sizes),
-        }
-        self._check_types(name)
-        parameters = self.parameters[name, "float"]
-        for p in parameters:
-            kind = ("const pointer" if p.const else "pointer") if p.pointer else "number"
-            if p.name not in allowed[kind]:
-                raise ValueError(
-                    f"{name}: the {kind} {p.name} matches nothing of {self.forward}; "
-                    f"a {kind} is one of {', '.join(allowed[kind])}"
-                )
-        if not any(p.pointer and not p.const for p in parameters):
-            raise ValueError(f"{name} computes no gradient: none of {', '.join(allowed['pointer'])} is its output")
+    def _check_backward(self, name, constants, results, numbers, known):
+        gradients = [f"d{input}" for input in self.inputs]
+        for kind, names, allowed in (
+            ("const pointer", constants, (*known, *(f"d{output}" for output in self.returned))),
+            ("pointer", results, gradients),
+            ("number", numbers, ("size", *self.numbers, *self.sizes)),
+        ):
+            for parameter in names:
+                if parameter not in allowed:
+                    raise ValueError(
+                        f"{name}: the {kind} {parameter} matches nothing of {self.forward}; "
+                        f"a {kind} is one of {', '.join(allowed)}"
+                    )
+        if not results:
+            raise ValueError(f"{name} computes no gradient: none of {', '.join(gradients)} is its output")
 
     @untraced
     def __call__(self, *args, **options):
@@ -222,7 +232,7 @@ class _Operator:
             raise TypeError(f"{self}: {error}") from None
         scalar = self._check(values)
         numbers = {name: values[name] for name in self.numbers}
-        results = _Function.apply(self, scalar, numbers, *(values[name] for name in self.inputs))
+        results = _Function.apply(self, scalar, numbers, *(dense(values[name]) for name in self.inputs))
         return results[0] if len(results) == 1 else results
 
     def _check(self, values):
@@ -271,7 +281,7 @@ def _launch(kernel, grid, block, *args):
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, scalar, numbers, *inputs):
-        tensors = dict(zip(op.inputs, map(dense, inputs)))
+        tensors = dict(zip(op.inputs, inputs))
         arguments = [numbers[name] if name in numbers else tensors[name] for name in op.arguments]
         shapes = op.shapes(arguments)
         numbers = {**numbers, **{name: size(*arguments) for name, size in op.sizes.items()}}
@@ -288,7 +298,6 @@ class _Function(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *gradients):
         op = ctx.op
         wanted = [f"d{name}" for name, needed in zip(op.inputs, ctx.needs_input_grad[3:]) if needed]
@@ -302,7 +311,14 @@ class _Function(torch.autograd.Function):
             if set(written).intersection(wanted):
                 made = {gradient: empty[gradient]() for gradient in written}
                 op.run(name, ctx.scalar, {**tensors, **made}, ctx.numbers, ctx.grids.get(name))
+                if torch.is_grad_enabled():
+                    read = [tensors[p.name] for p in op.parameters[name, ctx.scalar] if p.pointer and p.const]
+                    made = dict(zip(made, _Once.apply(op.forward, len(made), *made.values(), *read)))
                 results.update(made)
+        for entry in op.operators:
+            if set(entry.returned).intersection(wanted):
+                made = entry(**{name: {**tensors, **ctx.numbers}[name] for name in entry.arguments})
+                results.update(zip(entry.returned, made if isinstance(made, tuple) else (made,)))
         missing = [gradient for gradient in wanted if gradient not in results]
         if missing:
             raise RuntimeError(
@@ -310,3 +326,19 @@ class _Function(torch.autograd.Function):
                 "Write one, or pass the argument without requires_grad (x.detach())"
             )
         return None, None, None, *(results[f"d{x}"] if f"d{x}" in wanted else None for x in op.inputs)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that kernels computed of `read`, the last arguments. Differentiating them again raises."""
+
+    @staticmethod
+    def forward(ctx, name, count, *tensors):
+        ctx.name = name
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"the gradient of {ctx.name} is computed by a kernel, which cannot be differentiated: for second "
+            "derivatives give an operator with a backward of its own in backward=, see modelnew.inline.operator"
+        )

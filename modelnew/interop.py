@@ -199,10 +199,13 @@ class _ExternalStream(NamedTuple):
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must."""
+    """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must.
+
+    Autograd sees the copy: a Function that keeps its input for a backward is given the result of this.
+    """
     if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
         return tensor
-    return tensor.detach().resolve_neg().contiguous()
+    return tensor.resolve_neg().contiguous()
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -77,6 +77,11 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     function(kernel, cupy().cuda.runtime.getDevice(), shared_bytes)(grid, block, cast, shared_mem=shared_bytes)
 
 
+def _differentiable_gradients(*_):
+    """Refuses create_graph: this file has the fused kernels alone."""
+    raise RuntimeError("the kernels in this file compute first derivatives: call backward without create_graph")
+
+
 def run(operation, *args, like=None, **options) -> None:
     """operation(*args, **options), with arrays in place of tensors. `like` has no meaning here."""
     with launching_on(one_device(args)):

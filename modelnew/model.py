@@ -10,7 +10,7 @@ from cupy_kernels.conv_transpose import Geometry
 from . import functional, layers
 from .functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm, fused_plan
 from .interop import pair
-from .numerics import check_numerics, resolve, tensor_core_plan
+from .numerics import check_numerics, choose, resolve, tensor_core_plan
 
 OPERATORS = ("conv_transpose", "batch_norm", "tanh", "max_pool", "group_norm")
 
@@ -216,7 +216,7 @@ def explain(model: ModelNew, x: torch.Tensor) -> str:
     lines = [f"not fused into one operator: {reason}"]
     if isinstance(conv, layers.ConvTranspose2d):
         geometry = Geometry(conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
-        plan, obstacle = tensor_core_plan(x, conv.weight.shape, geometry, conv.numerics)
+        plan, obstacle = tensor_core_plan(x, conv.weight.shape, geometry, choose(conv.numerics, x))
         if plan:
             lines.append(f"conv_transpose: conv_transpose_mma, tensor cores, {resolve(conv.numerics, x)} class")
         else:

@@ -6,6 +6,7 @@ torch.backends.cudnn.allow_tf32 on a GPU and float32 on the CPU. 16-bit tensors 
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -34,10 +35,17 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
     return "tf32" if x.is_cuda and torch._C._get_cudnn_allow_tf32() else "fp32"
 
 
-def circumstances(numerics: str, x: torch.Tensor) -> tuple:
-    """What plans for x depend on, besides shapes, dtypes and hyper-parameters."""
-    autocast = torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
-    return resolve(numerics, x), uses_wgmma(x), bool(_switched_off), autocast
+class Choice(NamedTuple):
+    """How one call's convolutions multiply. A backward takes its forward's, whatever was switched in between."""
+
+    cls: str  # "tf32" or "fp32"
+    tensor_cores: bool
+    wgmma: bool
+
+
+def choose(numerics: str, x: torch.Tensor) -> Choice:
+    """What holds now for a convolution of x."""
+    return Choice(resolve(numerics, x), not _switched_off, uses_wgmma(x))
 
 
 @contextlib.contextmanager
@@ -63,39 +71,38 @@ def wgmma(use: bool):
         _wgmma_chosen.pop()
 
 
-def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str, dgrad: bool = False):
+def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False):
     """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
 
     dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
-    options = {"dgrad": dgrad, "wgmma": uses_wgmma(x)}
-    return plan_or_reason(conv_transpose_mma.plan, x, w_shape, geometry, numerics, **options)
+    return plan_or_reason(conv_transpose_mma.plan, x, w_shape, geometry, choice, dgrad=dgrad)
 
 
-def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, numerics: str):
+def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, choice: Choice):
     """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason)."""
-    return plan_or_reason(conv_wgrad_mma.plan, x, w_shape, geometry, numerics, wgmma=uses_wgmma(x))
+    return plan_or_reason(conv_wgrad_mma.plan, x, w_shape, geometry, choice)
 
 
-def plan_or_reason(make, x, w_shape, geometry, numerics, **options):
+def plan_or_reason(make, x, w_shape, geometry, choice, **options):
     """(`required_plan`, None), or (None, the reason why there is none)."""
-    if _switched_off:
+    if not choice.tensor_cores:
         return None, "tensor cores are switched off"
     try:
-        return required_plan(make, x, w_shape, geometry, numerics, **options), None
+        return required_plan(make, x, w_shape, geometry, choice, **options), None
     except conv_transpose_mma.UnsupportedError as error:
         return None, str(error)
 
 
-def required_plan(make, x, w_shape, geometry, numerics, **options):
+def required_plan(make, x, w_shape, geometry, choice, **options):
     """What `make`, such as conv_transpose_mma.plan, plans for x on its device. UnsupportedError if there is no plan."""
     if x.is_cuda and _capability(x.device.index) < (8, 0):
         major, minor = _capability(x.device.index)
         raise conv_transpose_mma.UnsupportedError(f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80")
     if not x.shape[0]:
         raise conv_transpose_mma.UnsupportedError("the batch is empty")
-    split = 2 if x.dtype == torch.float32 and resolve(numerics, x) == "fp32" else 1
-    options["dtype"] = FLOATS[x.dtype]
+    split = 2 if x.dtype == torch.float32 and choice.cls == "fp32" else 1
+    options["dtype"], options["wgmma"] = FLOATS[x.dtype], choice.wgmma
     options["shared_limit"] = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
     return make(tuple(x.shape), tuple(w_shape), geometry, split, **options)
 

@@ -26,6 +26,7 @@ REPLACED = (
     "cupy_kernels.launch.launch",
     "cupy_kernels.compiler.cupy",
     "cupy_kernels.source.text",
+    "modelnew.functional.conv_bn_pool._differentiable_gradients",
     "modelnew.interop.compile_together",
     "modelnew.interop.run",
     "modelnew.numerics.plan_or_reason",

@@ -337,15 +337,6 @@ def test_the_vector_path_and_the_general_one_agree(device, launched):
     torch.testing.assert_close(*ys)
 
 
-def test_double_backward_is_refused(device):
-    x = torch.randn(2, 1, 4, 4, device=device, requires_grad=True)
-    for y in (tanh_max_pool2d(x, 2), bn_tanh_max_pool2d(x, None, None, training=True)):
-        dy = torch.randn(2, 1, 2, 2, device=device, requires_grad=True)
-        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            dx.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("shape", "options", "error", "message"),
     [

@@ -86,7 +86,9 @@ def test_dgrad_of_cells(device, case, dtype, wgmma, launched):
     doubles = [t.detach().double().requires_grad_() for t in (x, w)]
     truth_y = F.conv_transpose2d(*doubles, padding=padding)
     dy = torch.randn_like(truth_y).to(dtype)
-    plan, _ = gradient_plans(x, w, Geometry((1, 1), padding, (0, 0), (1, 1), 1), "tf32", True, False)
+    plan, _ = gradient_plans(
+        x, w, Geometry((1, 1), padding, (0, 0), (1, 1), 1), numerics.choose("tf32", x), True, False
+    )
     dx = dgrad_of_cells(plan, x, w.detach(), to_cells(dy, 1))
     assert uses_wgmma(launched) == wgmma
     limit = TF32_RMS if dtype == torch.float32 else 2e-3  # bfloat16 results have 8 mantissa bits
@@ -312,7 +314,7 @@ def test_what_is_not_taken(change, reason):
         for name, default in (("stride", 1), ("padding", 1), ("out", 0), ("dilation", 1))
     ]
     geometry = Geometry(*pairs, change.get("groups", 1))
-    plan, why = numerics.tensor_core_plan(x, (shape[1], 16, kernel, kernel), geometry, "tf32")
+    plan, why = numerics.tensor_core_plan(x, (shape[1], 16, kernel, kernel), geometry, numerics.choose("tf32", x))
     assert plan is None
     assert reason in why
 

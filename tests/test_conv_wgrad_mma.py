@@ -42,7 +42,7 @@ def geometry(padding):
 
 
 def gradient(x, w, dy, padding, cls):
-    return conv_gradients(aligned(x), w, aligned(dy), geometry(padding), cls, False, True)[1]
+    return conv_gradients(aligned(x), w, aligned(dy), geometry(padding), numerics.choose(cls, x), False, True)[1]
 
 
 def truth(x, w, dy, padding):
@@ -100,7 +100,7 @@ def test_long_sums(device, wgmma, cls, monkeypatch):
     conv_wgrad_mma.plan.cache_clear()
     case = ((3, 16, 30, 5), 16, (3, 2), (1, 1))
     x, w, dy = tensors(case, device)
-    assert numerics.wgrad_plan(x, w.shape, geometry(case[3]), cls)[0].splits == 1
+    assert numerics.wgrad_plan(x, w.shape, geometry(case[3]), numerics.choose(cls, x))[0].splits == 1
     text = source.text("conv_wgrad_mma.cu")
     with source.override({"conv_wgrad_mma.cu": text.replace("#define CHAIN (SPLIT", "#define CHAIN (10 + 0 * SPLIT")}):
         dw = gradient(x, w, dy, case[3], cls)
@@ -198,7 +198,7 @@ def test_centred(device, wgmma, case, cls):
     """x far from 0, and a dy that sums to 0 in each channel, as batch norm's backward makes it."""
     x, w, dy = tensors(case, device)
     x, dy = x + torch.arange(x.shape[1], device=device)[:, None, None], dy - dy.mean((0, 2, 3), keepdim=True)
-    _, plan = gradient_plans(x, w, geometry(case[3]), cls, False, True)
+    _, plan = gradient_plans(x, w, geometry(case[3]), numerics.choose(cls, x), False, True)
     cells = to_cells(dy, plan.split)
     alone = borders(x, w, dy, case[3], cells.exponents)
     dw = wgrad_of_cells(plan, to_cells(x, plan.split, centred=True), w, cells, alone)
@@ -208,7 +208,7 @@ def test_centred(device, wgmma, case, cls):
 
 def test_centred_needs_borders(device):
     x, w, dy = tensors(CASES["three"], device)
-    _, plan = gradient_plans(x, w, geometry((1, 1)), "fp32", False, True)
+    _, plan = gradient_plans(x, w, geometry((1, 1)), numerics.choose("fp32", x), False, True)
     cells = to_cells(dy, plan.split)
     for centred in (True, False):
         alone = None if centred else borders(x, w, dy, (1, 1), cells.exponents)
@@ -222,7 +222,7 @@ def test_centring_makes_errors_smaller(device, wgmma):
     x = torch.randn(shape, device=device) + 10
     dy = (torch.rand(shape, device=device) > 0.9) * (1 + torch.rand(shape, device=device))
     dy -= dy.mean((0, 2, 3), keepdim=True)
-    _, plan = gradient_plans(x, w, geometry((1, 1)), "tf32", False, True)
+    _, plan = gradient_plans(x, w, geometry((1, 1)), numerics.choose("tf32", x), False, True)
     expected, errors, cells = truth(x, w, dy, (1, 1)), [], to_cells(dy, 1)
     for centred in (True, False):
         alone = borders(x, w, dy, (1, 1), cells.exponents) if centred else None
@@ -239,7 +239,7 @@ def test_cells_and_exponents_that_are_there_already(device, cls, launched):
     dy_cells, x_exponents = to_cells(dy, split), to_cells(x, split).exponents
     more = torch.cat([x_exponents + 3, x_exponents, x_exponents + 1])
     launched.clear()
-    _, plan = gradient_plans(x, w, geometry((1, 1)), cls, False, True)
+    _, plan = gradient_plans(x, w, geometry((1, 1)), numerics.choose(cls, x), False, True)
     dw = wgrad_of_cells(plan, to_cells(x, split, more), w, dy_cells)
     assert [k.name for k in launched] == ["to_cells", "conv_wgrad_mma", "conv_wgrad_reduce"]
     assert torch.equal(dw, expected)

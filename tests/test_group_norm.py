@@ -198,13 +198,6 @@ def test_no_work_for_gradients_that_nobody_wants(device, launched):
         assert ("group_norm_backward_parameters" in kernels) == any(wanted[1:])
 
 
-def test_double_backward_is_refused(device):
-    x, dy = (torch.randn(3, 2, 4, 5, device=device, requires_grad=True) for _ in range(2))
-    (dx,) = torch.autograd.grad(group_norm(x, 2), x, dy, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 @pytest.mark.parametrize("shape", [(70, 6, 5, 4), (1, 4, 60, 60)], ids=str)
 def test_two_runs_are_equal_bit_for_bit(device, shape):
     x, dy = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)

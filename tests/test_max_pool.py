@@ -184,14 +184,6 @@ def test_taps_are_written_only_for_a_backward(device, monkeypatch):
     assert written == [True, False, False]
 
 
-def test_double_backward_is_refused(device):
-    x = torch.randn(1, 1, 4, 4, device=device, requires_grad=True)
-    dy = torch.randn(1, 1, 2, 2, device=device, requires_grad=True)
-    (dx,) = torch.autograd.grad(max_pool2d(x, 2), x, dy, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 @pytest.mark.parametrize("ceil_mode", [False, True])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5])
 def test_output_sizes_are_torchs(kernel, ceil_mode):

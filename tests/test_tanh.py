@@ -46,14 +46,6 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(tanh, torch.randn(3, 5, dtype=torch.float64, device=device, requires_grad=True))
 
 
-def test_double_backward_is_refused(device):
-    x = torch.randn(4, device=device, requires_grad=True)
-    dy = torch.randn(4, device=device, requires_grad=True)
-    (dx,) = torch.autograd.grad(tanh(x), x, dy, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_integer_input_is_refused(device):
     with pytest.raises(TypeError, match=r"float32.*received torch.int64"):
         tanh(torch.arange(3, device=device))

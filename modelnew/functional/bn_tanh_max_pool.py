@@ -1,7 +1,6 @@
 """Max pooling of tanh, and of tanh of a batch norm, in one kernel each way."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from cupy_kernels.bn_tanh_max_pool import (
     bn_tanh_max_pool_backward,
@@ -11,8 +10,9 @@ from cupy_kernels.bn_tanh_max_pool import (
 )
 
 from ..interop import check_floating, dense, run
-from .batch_norm import batch_norm_mean_invstd, check_batch_norm
-from .max_pool import new_taps, pool_of, pooled_shape, will_need_grad
+from .batch_norm import applied_statistics, batch_norm_gradients, batch_norm_mean_invstd, check_batch_norm
+from .max_pool import max_pool_gradient, new_taps, pool_of, pooled_shape, will_need_grad
+from .tanh import tanh_gradient
 
 
 class _TanhMaxPool2d(torch.autograd.Function):
@@ -27,9 +27,10 @@ class _TanhMaxPool2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         y, taps = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return max_pool_gradient(tanh_gradient(dy, y), taps, ctx.pool, ctx.shape), None, None, None
         dx = y.new_empty(ctx.shape)
         run(bn_tanh_max_pool_backward, dense(dy), y, taps, None, None, None, None, None, dx, *ctx.pool)
         return dx, None, None, None
@@ -37,22 +38,23 @@ class _TanhMaxPool2d(torch.autograd.Function):
 
 class _BnTanhMaxPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps, pool, ceil_mode, need_taps):
-        x, weight, bias = dense(x), dense(weight), dense(bias)
-        mean, invstd = batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps)
+    def forward(ctx, x, weight, bias, mean, invstd, running, training, eps, pool, ceil_mode, need_taps):
         y = x.new_empty(pooled_shape(x.shape, pool, ceil_mode))
         taps = new_taps(y, pool) if need_taps else None
         run(bn_tanh_max_pool_forward, x, mean, invstd, _cast(weight, mean), _cast(bias, mean), y, taps, *pool)
         need_x = training or any(ctx.needs_input_grad[1:3])
-        ctx.save_for_backward(x if need_x else None, weight, bias, mean, invstd, y, taps)
-        ctx.pool, ctx.shape, ctx.training = pool, x.shape, training
+        ctx.save_for_backward(x if need_x else None, weight, bias, mean, invstd, y, taps, *running)
+        ctx.pool, ctx.shape, ctx.training, ctx.eps = pool, x.shape, training, eps
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, weight, bias, mean, invstd, y, taps = ctx.saved_tensors
-        need_dx, need_dweight, need_dbias = ctx.needs_input_grad[:3]
+        x, weight, bias, mean, invstd, y, taps, _, _ = ctx.saved_tensors
+        need_dx, need_dweight, need_dbias = needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            dz = max_pool_gradient(tanh_gradient(dy, y), taps, ctx.pool, ctx.shape)
+            gradients = batch_norm_gradients(dz, x, weight, bias, mean, invstd, None, needed, ctx.training, ctx.eps)
+            return *gradients, *[None] * 8
         dy = dense(dy)
         dx = y.new_empty(ctx.shape) if need_dx else None
         dweight = torch.empty_like(weight) if need_dweight else None
@@ -108,6 +110,8 @@ def bn_tanh_max_pool2d(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     ceil_mode: bool = False,
+    *,
+    num_batches_tracked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = max_pool2d(tanh(batch_norm(x))), x [N, C, H, W]; arguments and errors of `batch_norm` and of `max_pool2d`.
 
@@ -120,7 +124,9 @@ def bn_tanh_max_pool2d(
         raise RuntimeError(f"bn_tanh_max_pool2d takes input [N, C, H, W], received shape {tuple(input.shape)}")
     pool = pool_of(kernel_size, stride, padding, dilation)
     pooled_shape(input.shape, pool, ceil_mode)
-    need_taps = will_need_grad(input, weight, bias)
-    return _BnTanhMaxPool2d.apply(
-        input, weight, bias, running_mean, running_var, bool(training), momentum, eps, pool, bool(ceil_mode), need_taps
-    )
+    need_taps, training = will_need_grad(input, weight, bias), bool(training)
+    x, weight, bias = dense(input), dense(weight), dense(bias)
+    moments = batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps, num_batches_tracked)
+    running = applied_statistics(running_mean, running_var, training)
+    options = (training, eps, pool, bool(ceil_mode), need_taps)
+    return _BnTanhMaxPool2d.apply(x, weight, bias, *moments, running, *options)

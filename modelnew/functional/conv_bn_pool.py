@@ -4,7 +4,6 @@ import dataclasses
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels.conv_transpose import Geometry, output_shape
@@ -22,9 +21,12 @@ from ..interop import (
     remember,
     run,
 )
-from ..numerics import check_numerics, circumstances, resolve, tensor_core_plan
-from .batch_norm import check_batch_norm, check_batch_norm_call, note_update
-from .conv_transpose import conv_gradients, gradient_plans
+from ..numerics import Choice, check_numerics, choose, tensor_core_plan
+from .batch_norm import applied_statistics, check_batch_norm, check_batch_norm_call, note_update
+from .bn_tanh_max_pool import bn_tanh_max_pool2d
+from .conv_transpose import conv_gradients, conv_transpose2d_as, gradient_plans
+from .gradients import gradients_of
+from .group_norm import group_norm
 
 _calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
 
@@ -34,7 +36,7 @@ class _Call:
     """What follows from the kinds of a call's arguments."""
 
     plan: Plan
-    numerics: str
+    choice: Choice
     geometry: Geometry
     layout: Layout  # of the workspace
     shape: tuple  # of the output
@@ -57,7 +59,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *args):
         *parameters, (call, running_mean, running_var, batches, momentum, eps, group_eps) = args
-        x, w, conv_bias, weight, bias, group_weight, group_bias = tensors = (aligned(x), *map(dense, parameters))
+        w, conv_bias, weight, bias, group_weight, group_bias = parameters
         workspace = Workspace.empty(call.layout, x.device)
         out = x.new_empty(call.shape)
 
@@ -71,20 +73,23 @@ class _Fused(torch.autograd.Function):
             if batches is not None:
                 torch.autograd.graph.increment_version(batches)
         if call.keep:
-            ctx.save_for_backward(*tensors, workspace.memory)
-            ctx.call = call
+            running = applied_statistics(running_mean, running_var, call.training)
+            ctx.save_for_backward(x, *parameters, workspace.memory, *running)
+            ctx.call, ctx.eps, ctx.group_eps = call, eps, group_eps
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
-        x, w, conv_bias, weight, bias, group_weight, group_bias, memory = ctx.saved_tensors
+        *tensors, memory, running_mean, running_var = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_gradients(ctx, running_mean, running_var, tensors, dout), None
+        x, w, conv_bias, weight, bias, group_weight, group_bias = tensors
         need_x, need_w, *need = ctx.needs_input_grad[:7]
         parameters = (conv_bias, weight, bias, group_weight, group_bias)
         gradients = [torch.empty_like(t) if needed else None for t, needed in zip(parameters, need)]
         call = ctx.call
-        key = (call, need_x, need_w, circumstances(call.numerics, x))
-        prepared = _known(_backward_calls, key, lambda: _backward_call(*key[:3], x, w))
+        key = (call, need_x, need_w)
+        prepared = _known(_backward_calls, key, lambda: _backward_call(*key, x, w))
         made, output, of_wgrad, of_dgrad = prepared.layouts
         dx = dw = None
         dy = None if prepared.dy_shape is None else x.new_empty(prepared.dy_shape)
@@ -102,8 +107,20 @@ class _Fused(torch.autograd.Function):
             options = {"like": prepared, "plan": prepared.dgrad}
             run(ops.input_gradient, output, w, dx, Workspace.empty(of_dgrad, x.device), **options)
         if dy is not None:
-            dx, dw = conv_gradients(x, w, dy, call.geometry, call.numerics, need_x, need_w)
+            dx, dw = conv_gradients(x, w, dy, call.geometry, call.choice, need_x, need_w)
         return dx, dw, *gradients, None
+
+
+def _differentiable_gradients(ctx, running_mean, running_var, tensors, dout):
+    """The gradients of `tensors` by operators that can be differentiated twice."""
+
+    def unfused(x, w, conv_bias, weight, bias, group_weight, group_bias):
+        y = conv_transpose2d_as(x, w, conv_bias, ctx.call.geometry, ctx.call.choice)
+        y = bn_tanh_max_pool2d(y, running_mean, running_var, weight, bias, ctx.call.training, eps=ctx.eps)
+        return group_norm(y, ctx.call.groups, group_weight, group_bias, ctx.group_eps)
+
+    with torch.autocast(dout.device.type, enabled=False):  # as in the forward, whatever holds around the backward
+        return gradients_of(unfused, tensors, dout)
 
 
 _apply = super(torch.autograd.Function, _Fused).apply  # without what its `apply` does for functorch and setup_context
@@ -127,17 +144,18 @@ def _call(training, keep, padding, num_groups, numerics, momentum, eps, batches,
     if reason:
         return reason
     shape = _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups)
-    plan, reason = fused_plan(input, conv_weight, padding, num_groups, numerics)
+    choice = choose(numerics, input)
+    plan, reason = _plan(input, conv_weight, padding, num_groups, choice)
     if reason:
         return reason
     compile_together(ops.kernels(plan, num_groups, training, keep), input.device)
     layout = Layout(ops.buffers(plan, input.shape, num_groups, training, keep))
-    return _Call(plan, resolve(numerics, input), _geometry(padding), layout, shape, training, keep, num_groups)
+    return _Call(plan, choice, _geometry(padding), layout, shape, training, keep, num_groups)
 
 
 def _backward_call(call, need_x, need_w, x, w):
     """Plans a backward, and compiles as `_call` does."""
-    dgrad, wgrad = gradient_plans(x, w, call.geometry, call.numerics, need_x, need_w)
+    dgrad, wgrad = gradient_plans(x, w, call.geometry, call.choice, need_x, need_w)
     dy_shape = None
     if (dgrad is None, wgrad is None) != (not need_x, not need_w):
         dgrad = wgrad = None
@@ -159,9 +177,11 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, othe
     batches: num_batches_tracked. others: the other parameters.
     """
     reason = _mixture(x, batches, conv_weight, *others)
-    if reason:
-        return None, reason
-    plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), numerics)
+    return (None, reason) if reason else _plan(x, conv_weight, padding, num_groups, choose(numerics, x))
+
+
+def _plan(x, conv_weight, padding, num_groups, choice):
+    plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), choice)
     reason = reason or ops.obstacle(plan, num_groups)
     return (None, reason) if reason else (plan, None)
 
@@ -219,7 +239,8 @@ def conv_bn_tanh_max_pool_group_norm(
     tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
     arguments = (num_batches_tracked, input, conv_weight, conv_bias, running_mean, running_var)
     arguments += (weight, bias, group_weight, group_bias)
-    training, padding, facts = bool(training), pair(padding, "padding"), circumstances(numerics, input)
+    training, padding, device = bool(training), pair(padding, "padding"), "cuda" if input.is_cuda else "cpu"
+    facts = choose(numerics, input), torch.is_autocast_enabled(device)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     kind = (training, keep, padding, num_groups)
     key = (*kind, facts, *[None if t is None else (t.shape, t.dtype, t.device) for t in arguments])
@@ -228,6 +249,7 @@ def conv_bn_tanh_max_pool_group_norm(
         if required:
             raise UnsupportedError(f"the fused kernels do not take this: {call}")
         return None
+    tensors = (aligned(input), *map(dense, tensors[1:]))
     rest = (call, running_mean, running_var, num_batches_tracked, momentum, eps, group_eps)
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return _Fused.apply(*tensors, rest)

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from cupy_kernels import channel_sum as bias_ops
 from cupy_kernels import conv_transpose as ops
@@ -13,32 +12,80 @@ from cupy_kernels import fp16_cells
 
 from .. import autocast
 from ..interop import accumulator_dtype, aligned, check_floating, dense, one_device, pair, run
-from ..numerics import check_numerics, resolve, tensor_core_plan, wgrad_plan
+from ..numerics import check_numerics, choose, tensor_core_plan, wgrad_plan
+from .gradients import differentiable
 
 
 class _ConvTranspose2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, bias, geometry, numerics):
-        x, w, bias = dense(x), dense(w), dense(bias)
+    def forward(ctx, x, w, bias, geometry, choice):
         y = x.new_empty(ops.output_shape(x.shape, w.shape, geometry))
-        plan, _ = tensor_core_plan(x, w.shape, geometry, numerics)
+        plan, _ = tensor_core_plan(x, w.shape, geometry, choice)
         if plan:
             run(mma.conv_transpose_mma, plan, aligned(x), w, bias, y, *mma_workspaces(plan, w))
         else:
             run(ops.conv_transpose_forward, x, w, bias, y, _packed(w), geometry)
         ctx.save_for_backward(x, w)
-        ctx.geometry, ctx.numerics = geometry, resolve(numerics, x)
+        ctx.options = geometry, choice
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
-        dy, db = dense(dy), None
-        if ctx.needs_input_grad[2]:
-            db = _channel_sums(dy)
-        dx, dw = conv_gradients(x, w, dy, ctx.geometry, ctx.numerics, *ctx.needs_input_grad[:2])
-        return dx, dw, db, None, None
+        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+        dy = dense(dy)
+        if torch.is_grad_enabled():
+            dx = _InputGradient.apply(dy, w, x.shape, *ctx.options) if need_x else None
+            dw = _WeightGradient.apply(x, dy, w.shape, *ctx.options) if need_w else None
+            return dx, dw, dy.sum((0, 2, 3)) if need_bias else None, None, None
+        db = _channel_sums(dy) if need_bias else None
+        return *conv_gradients(x, w, dy, *ctx.options, need_x, need_w), db, None, None
+
+
+# A transposed convolution y = T(x, w), its dx = D(dy, w) and its dw = W(x, dy) are linear in either argument, and each
+# one's gradients are the other two: of T they are D and W, of D they are T and W, of W they are D and T.
+
+
+class _InputGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(dy, w, x_shape, geometry, choice):
+        x = dy.new_empty(1).expand(x_shape)
+        return conv_gradients(x, w, dy, geometry, choice, need_x=True, need_w=False)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, w, _, *ctx.options = inputs
+        ctx.save_for_backward(dy, w)
+
+    @staticmethod
+    def backward(ctx, v):
+        dy, w = ctx.saved_tensors
+        need_dy, need_w = ctx.needs_input_grad[:2]
+        v = dense(v)
+        ddy = _ConvTranspose2d.apply(v, w, None, *ctx.options) if need_dy else None
+        dw = differentiable(_WeightGradient, v, dy, w.shape, *ctx.options) if need_w else None
+        return ddy, dw, None, None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x, dy, w_shape, geometry, choice):
+        w = x.new_empty(1).expand(w_shape)
+        return conv_gradients(x, w, dy, geometry, choice, need_x=False, need_w=True)[1]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, dy, _, *ctx.options = inputs
+        ctx.save_for_backward(x, dy)
+
+    @staticmethod
+    def backward(ctx, v):
+        x, dy = ctx.saved_tensors
+        need_x, need_dy = ctx.needs_input_grad[:2]
+        v = dense(v)
+        dx = differentiable(_InputGradient, dy, v, x.shape, *ctx.options) if need_x else None
+        ddy = _ConvTranspose2d.apply(x, v, None, *ctx.options) if need_dy else None
+        return dx, ddy, None, None, None
 
 
 class Cells(NamedTuple):
@@ -49,16 +96,16 @@ class Cells(NamedTuple):
     sums: torch.Tensor | None = None
 
 
-def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w):
-    """(dx, dw), None where not needed."""
-    dgrad, wgrad = gradient_plans(x, w, geometry, numerics, need_x, need_w)
+def conv_gradients(x, w, dy, geometry, choice, need_x, need_w):
+    """(dx, dw), None where not needed. Of x, or w, only the shape matters where the other's gradient is not needed."""
+    dgrad, wgrad = gradient_plans(x, w, geometry, choice, need_x, need_w)
     dx = dw = None
     cells = to_cells(dy, wgrad.split) if wgrad else None
     if need_x:
         if cells and dgrad:
             dx = dgrad_of_cells(dgrad, x, w, cells)
         else:
-            dx = torch.empty_like(x)
+            dx = dy.new_empty(x.shape)
             if dgrad:
                 run(mma.conv_transpose_mma, dgrad, aligned(dy), w, None, dx, *mma_workspaces(dgrad, w))
             else:
@@ -67,27 +114,27 @@ def conv_gradients(x, w, dy, geometry, numerics, need_x, need_w):
         if wgrad:
             dw = wgrad_of_cells(wgrad, to_cells(x, wgrad.split), w, cells)
         else:
-            dw = torch.empty_like(w)
+            dw = dy.new_empty(w.shape)
             dtype = accumulator_dtype(w)
             size = ops.wgrad_workspace_size(x.shape, w.shape, geometry, dtype == torch.float64)
             run(ops.conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=dtype), geometry)
     return dx, dw
 
 
-def gradient_plans(x, w, geometry, numerics, need_x, need_w):
+def gradient_plans(x, w, geometry, choice, need_x, need_w):
     """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken."""
     dgrad = wgrad = None
     if need_x:
         dy = x.new_empty(()).expand(ops.output_shape(x.shape, w.shape, geometry))
-        dgrad, _ = tensor_core_plan(dy, w.shape, geometry, numerics, dgrad=True)
+        dgrad, _ = tensor_core_plan(dy, w.shape, geometry, choice, dgrad=True)
     if need_w:
-        wgrad, _ = wgrad_plan(x, w.shape, geometry, numerics)
+        wgrad, _ = wgrad_plan(x, w.shape, geometry, choice)
     return dgrad, wgrad
 
 
 def dgrad_of_cells(plan, x, w, dy: Cells):
     """dx; plan: that of a tensor dy."""
-    dx = torch.empty_like(x)
+    dx = w.new_empty(x.shape)
     workspaces = mma_workspaces(plan, w)
     run(mma.conv_transpose_mma, plan.of_cells(), dy.cells, w, None, dx, *workspaces, dy.exponents)
     return dx
@@ -95,7 +142,7 @@ def dgrad_of_cells(plan, x, w, dy: Cells):
 
 def wgrad_of_cells(plan, x: Cells, w, dy: Cells, borders=None):
     """dw. x may be centred if dy sums to 0 in each channel; borders: see `conv_wgrad_mma`."""
-    dw, partial = torch.empty_like(w), w.new_empty(plan.partial_size, dtype=torch.float32)
+    dw, partial = w.new_empty(w.shape), w.new_empty(plan.partial_size, dtype=torch.float32)
     run(wgrad_mma.conv_wgrad_mma, plan, *x, dy.cells, dy.exponents, borders, partial, dw)
     return dw
 
@@ -130,6 +177,11 @@ def mma_workspaces(plan, w):
 
 def _packed(w):
     return w.new_empty(ops.packed_weight_size(w.shape), dtype=accumulator_dtype(w))
+
+
+def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice) -> torch.Tensor:
+    """The checked convolution of a batch, multiplied as `choice`, a `numerics.Choice`, says."""
+    return _ConvTranspose2d.apply(dense(x), dense(w), dense(bias), geometry, choice)
 
 
 def conv_transpose2d(
@@ -176,5 +228,5 @@ def conv_transpose2d(
     ops.output_shape(x.shape, weight.shape, geometry)
     if bias is not None and bias.shape != (weight.shape[1] * groups,):
         raise ValueError(f"bias must have shape ({weight.shape[1] * groups},), received {tuple(bias.shape)}")
-    y = _ConvTranspose2d.apply(x, weight, bias, geometry, numerics)
+    y = conv_transpose2d_as(x, weight, bias, geometry, choose(numerics, x))
     return y if input.dim() == 4 else y.squeeze(0)

@@ -1,37 +1,53 @@
 """group_norm, with the signature of torch.nn.functional.group_norm."""
 
+import functools
+
 import torch
-from torch.autograd.function import once_differentiable
 
 from cupy_kernels.group_norm import group_norm_backward, group_norm_forward, group_norm_workspace
 
 from .. import autocast
 from ..interop import accumulator_dtype, check_parameters, dense, one_device, run
+from .gradients import NormGradient, differentiable
 
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, num_groups, eps):
-        x, weight, bias = dense(x), dense(weight), dense(bias)
         statistics = torch.empty((2, x.shape[0] * num_groups), dtype=accumulator_dtype(x), device=x.device)
         mean, rstd = statistics
         y = torch.empty_like(x)
         run(group_norm_forward, x, num_groups, weight, bias, y, mean, rstd, eps)
-        ctx.num_groups = num_groups
+        ctx.num_groups, ctx.eps = num_groups, eps
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dx = torch.empty_like(x) if need_x else None
-        dweight = torch.empty_like(weight) if need_weight else None
-        dbias = torch.empty_like(bias) if need_bias else None
-        workspace = mean.new_empty(group_norm_workspace(x.shape)) if need_weight or need_bias else None
-        run(group_norm_backward, dense(dy), x, ctx.num_groups, mean, rstd, weight, dx, dweight, dbias, workspace)
-        return dx, dweight, dbias, None, None
+        kernels = functools.partial(_gradients, mean, rstd, ctx.num_groups, ctx.needs_input_grad[:3])
+        definition = functools.partial(_definition, ctx.num_groups, ctx.eps)
+        return *differentiable(NormGradient, kernels, definition, dy, x, weight, bias), None, None
+
+
+def _gradients(mean, rstd, num_groups, needed, dy, x, weight, bias):
+    need_x, need_weight, need_bias = needed
+    dx = torch.empty_like(x) if need_x else None
+    dweight = torch.empty_like(weight) if need_weight else None
+    dbias = torch.empty_like(bias) if need_bias else None
+    workspace = mean.new_empty(group_norm_workspace(x.shape)) if need_weight or need_bias else None
+    run(group_norm_backward, dense(dy), x, num_groups, mean, rstd, weight, dx, dweight, dbias, workspace)
+    return dx, dweight, dbias
+
+
+def _definition(num_groups, eps, x, weight, bias):
+    grouped = x.to(accumulator_dtype(x)).reshape(x.shape[0], num_groups, -1)
+    grouped = grouped - grouped.mean(2, keepdim=True)
+    grouped = grouped * (grouped.square().mean(2, keepdim=True) + eps).rsqrt()
+    channels = (-1, *[1] * (x.dim() - 2))
+    y = grouped.reshape(x.shape)
+    y = y if weight is None else y * weight.view(channels)
+    return y if bias is None else y + bias.view(channels)
 
 
 def group_norm(
@@ -71,4 +87,4 @@ def group_norm(
     one_device((input, weight, bias))
     input, weight, bias = autocast.single(input, weight, bias)
     check_parameters(input, weight=weight, bias=bias)
-    return _GroupNorm.apply(input, weight, bias, num_groups, eps)
+    return _GroupNorm.apply(dense(input), dense(weight), dense(bias), num_groups, eps)

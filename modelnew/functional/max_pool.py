@@ -1,12 +1,12 @@
 """max_pool2d, with the signature of torch.nn.functional.max_pool2d."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from cupy_kernels.max_pool import max_pool_backward, max_pool_forward
+from cupy_kernels.max_pool import max_pool_backward, max_pool_forward, max_pool_select
 from cupy_kernels.pool import Pool, pool_output_size
 
 from ..interop import check_floating, dense, pair, run
+from .gradients import differentiable
 
 
 class _MaxPool2d(torch.autograd.Function):
@@ -25,12 +25,52 @@ class _MaxPool2d(torch.autograd.Function):
         return y, indices
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, *_):
-        (taps,) = ctx.saved_tensors
-        dx = dy.new_empty(ctx.shape)
-        run(max_pool_backward, dense(dy), taps, dx, *ctx.pool)
-        return dx, None, None, None, None
+        return max_pool_gradient(dy, *ctx.saved_tensors, ctx.pool, ctx.shape), None, None, None, None
+
+
+class _MaxPoolGradient(torch.autograd.Function):
+    """dx = the sum of dy over the windows whose maximum the pixel is."""
+
+    @staticmethod
+    def forward(dy, taps, pool, shape):
+        dx = dy.new_empty(shape)
+        run(max_pool_backward, dense(dy), taps, dx, *pool)
+        return dx
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, taps, ctx.pool, ctx.shape = inputs
+        ctx.save_for_backward(taps)
+
+    @staticmethod
+    def backward(ctx, v):
+        return differentiable(_Select, v, *ctx.saved_tensors, ctx.pool), None, None, None
+
+
+class _Select(torch.autograd.Function):
+    """y = x where each window's maximum was, the transpose of _MaxPoolGradient."""
+
+    @staticmethod
+    def forward(x, taps, pool):
+        y = torch.empty_like(taps, dtype=x.dtype)
+        run(max_pool_select, dense(x), taps, y, *pool)
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, taps, ctx.pool = inputs
+        ctx.shape = x.shape
+        ctx.save_for_backward(taps)
+
+    @staticmethod
+    def backward(ctx, v):
+        return max_pool_gradient(v, *ctx.saved_tensors, ctx.pool, ctx.shape), None, None
+
+
+def max_pool_gradient(dy: torch.Tensor, taps: torch.Tensor, pool: Pool, shape) -> torch.Tensor:
+    """dx, of `shape`, of a pooling whose maxima lie at `taps`."""
+    return differentiable(_MaxPoolGradient, dy, taps, pool, shape)
 
 
 def pooled_shape(shape, pool: Pool, ceil_mode: bool) -> tuple[int, ...]:

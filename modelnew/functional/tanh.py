@@ -1,11 +1,11 @@
 """tanh, with the signature of torch.tanh."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from cupy_kernels.tanh import tanh_backward, tanh_forward
 
 from ..interop import check_floating, dense, run
+from .gradients import differentiable
 
 
 class _Tanh(torch.autograd.Function):
@@ -18,12 +18,32 @@ class _Tanh(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        (y,) = ctx.saved_tensors
+        return tanh_gradient(dy, *ctx.saved_tensors)
+
+
+class _TanhGradient(torch.autograd.Function):
+    """dx = dy (1 - y^2)."""
+
+    @staticmethod
+    def forward(dy, y):
         dx = torch.empty_like(y)
         run(tanh_backward, dense(dy), y, dx)
         return dx
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, v):
+        dy, y = ctx.saved_tensors
+        return tanh_gradient(v, y), -2 * v * dy * y
+
+
+def tanh_gradient(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """dx of y = tanh(x)."""
+    return differentiable(_TanhGradient, dy, y)
 
 
 def tanh(input: torch.Tensor) -> torch.Tensor:

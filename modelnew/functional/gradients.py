@@ -1,0 +1,69 @@
+"""What the operators' backwards share: gradients that can be differentiated again.
+
+A backward runs with grad mode on if its caller asked for `create_graph`. Then each gradient is an autograd Function of
+its own, which starts the same kernels. Otherwise the kernels alone run, and nothing more is kept.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+
+def differentiable(gradient: type[torch.autograd.Function], *args):
+    """What `gradient` computes of `args`; autograd can differentiate it if grad mode is on.
+
+    `gradient` has `forward(*args)`, without a context, and `setup_context`.
+    """
+    return gradient.apply(*args) if torch.is_grad_enabled() else gradient.forward(*args)
+
+
+def gradients_of(function: Callable, tensors, *output_gradients) -> list[torch.Tensor | None]:
+    """Gradients of function(*tensors); None for tensors that require none, or that the results do not depend on.
+
+    function: of operations that autograd can differentiate; one result, or a tuple of them, for each of
+        `output_gradients`, of which None is left out. It is called with views, so that a tensor that stands in two
+        places gets the gradient of each place.
+    The gradients can be differentiated again if grad mode is on.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [t.view_as(t) if t is not None and t.requires_grad else t for t in tensors]
+        results = function(*views)
+        results = results if isinstance(results, tuple) else (results,)
+    pairs = [(y, dy) for y, dy in zip(results, output_gradients) if dy is not None and y.requires_grad]
+    if not pairs:
+        return [None] * len(views)
+    results, output_gradients = zip(*pairs)
+    wanted = [t for t in views if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(results, wanted, output_gradients, create_graph=again, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in views]
+
+
+class NormGradient(torch.autograd.Function):
+    """(dx, dweight, dbias) of a norm. Kernels compute them; what is differentiated is the norm's definition.
+
+    kernels(dy, x, weight, bias) returns them, None for those that are not needed.
+    definition(x, weight, bias): the norm as elementary operations of torch, in the accumulator's dtype, which autograd
+        differentiates as often as it is asked to.
+    """
+
+    @staticmethod
+    def forward(kernels, definition, dy, x, weight, bias):
+        return kernels(dy, x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.definition, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        def first(dy, *inputs):
+            leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
+            y = ctx.definition(*leaves)
+            found = torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype), create_graph=True)
+            found = iter(found)
+            return tuple(None if t is None else next(found) for t in leaves)
+
+        return None, None, *gradients_of(first, ctx.saved_tensors, *gradients)
