@@ -122,7 +122,7 @@ class Function:
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, size):
-        time.sleep(0.1 / size)  # the least comes last
+        time.sleep((60_000 - size) / 1e5)  # the least comes last
         self.told.append(size)
 
 
