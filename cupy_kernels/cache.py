@@ -44,7 +44,7 @@ def folder() -> Path:
     try:
         found = Path(default if chosen is None else chosen).expanduser()
     except RuntimeError as error:
-        raise unusable(default if chosen is None else chosen, error) from error
+        raise unusable(default if chosen is None else chosen, "no home directory is known") from error
     if not found.is_absolute():
         raise unusable(repr(chosen), "this is not an absolute path")
     with _errors_of(found):

@@ -177,7 +177,7 @@ def test_no_home_directory(monkeypatch):
     for name in ("CUPY_KERNELS_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", unknown)
-    refused(rf"~/\.cache/cupy_kernels, the default: .*home directory.*{WAY_OUT}")
+    refused(rf"~/\.cache/cupy_kernels, the default: no home directory is known.*{WAY_OUT}")
 
 
 def test_a_read_only_folder(folder):
