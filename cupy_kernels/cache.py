@@ -1,26 +1,125 @@
-"""Where compiled kernels are kept from one process to the next, but for those that CuPy keeps itself."""
+"""Where compiled kernels are kept from one process to the next, but for those that CuPy keeps itself.
 
+What lies there becomes code of the process. So the folder must be the user's own, and nobody else's to write to; and an
+entry ends in a seal, a line with the hash of its name and content, without which it is made anew. To PTX that line is a
+comment, to loaders of ELF files it is beyond the end.
+"""
+
+import contextlib
+import hashlib
 import os
+import stat
+import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import BackendError
 
+VARIABLE = "CUPY_KERNELS_CACHE_DIR"
+SEAL_BYTES = len("\n// sha256 \n") + 64
+
+_locks = {}
+os.register_at_fork(after_in_child=_locks.clear)  # the threads that held them are not there to release them
+
+
+def once(known: dict, key, make: Callable):
+    """known[key]. Where it is missing, make() gives it, in one thread; others that want it wait."""
+    if key not in known:
+        with _lock(id(known), key):
+            if key not in known:
+                known[key] = make()
+    return known[key]
+
+
+def _lock(*key) -> threading.Lock:
+    return _locks.setdefault(key, threading.Lock())
+
 
 def folder() -> Path:
-    """Where compiled kernels are kept; made if it does not exist."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "cupy_kernels")
-    found = Path(os.environ.get("CUPY_KERNELS_CACHE_DIR", default)).expanduser()
+    """Where compiled kernels are kept; made if it does not exist. BackendError if it cannot be, or is not safe."""
+    chosen = os.environ.get(VARIABLE)
+    of_system = os.environ.get("XDG_CACHE_HOME", "")
+    default = Path(of_system if os.path.isabs(of_system) else "~/.cache", "cupy_kernels")
     try:
-        found.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BackendError(
-            f"cannot keep compiled kernels in {found}, set by CUPY_KERNELS_CACHE_DIR: {error}"
-        ) from error
+        found = Path(default if chosen is None else chosen).expanduser()
+    except RuntimeError as error:
+        raise unusable(default if chosen is None else chosen, "no home directory is known") from error
+    if not found.is_absolute():
+        raise unusable(repr(chosen), "this is not an absolute path")
+    with _errors_of(found):
+        found.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = found.stat()
+    if status.st_uid != os.geteuid():
+        raise unusable(
+            found,
+            f"it belongs to the user {status.st_uid}, this process runs as {os.geteuid()}, and code that others can "
+            "write is not loaded",
+        )
+    if _others_write(status):
+        raise unusable(
+            found,
+            f"its mode is {stat.filemode(status.st_mode)}, and code that others can write is not loaded. "
+            f"Say `chmod go-w {found}`, or choose another",
+        )
     return found
 
 
-def write(path: Path, content: bytes) -> None:
-    """Writes the file in one step: other processes see all of it or nothing."""
-    half_written = path.with_suffix(f".{os.getpid()}")
-    half_written.write_bytes(content)
-    half_written.replace(path)
+def entry(name: str, make: Callable[[], bytes]) -> Path:
+    """File `name` of the folder with the bytes that make() returns, and a seal; kept where it is as it was written."""
+    path = folder() / name
+    with _lock(path):
+        if read(path) is None:
+            _write(path, make())
+    return path
+
+
+def read(path: Path) -> bytes | None:
+    """What was written to an entry, without its seal. None if it is not there, or not as it was written."""
+    with _errors_of(path.parent):
+        try:
+            with open(path, "rb") as file:
+                status, whole = os.fstat(file.fileno()), file.read()
+        except FileNotFoundError:
+            return None
+    content, seal = whole[:-SEAL_BYTES], whole[-SEAL_BYTES:]
+    own = status.st_uid == os.geteuid() and not _others_write(status)
+    return content if own and seal == _seal(path.name, content) else None
+
+
+def unusable(found: Path | str, why) -> BackendError:
+    """The error for a folder in which compiled kernels cannot be kept, or from which they cannot be loaded."""
+    origin = f"set by {VARIABLE}" if VARIABLE in os.environ else "the default"
+    return BackendError(
+        f"cannot keep compiled kernels in {found}, {origin}: {why}. {VARIABLE} chooses the folder: the absolute path "
+        "of one of your own, with some MB free, not mounted read-only or noexec"
+    )
+
+
+def _write(path, content):
+    """In one step: other processes see all of it or nothing."""
+    with _errors_of(path.parent):
+        descriptor, half_written = tempfile.mkstemp(dir=path.parent)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content + _seal(path.name, content))
+            os.replace(half_written, path)
+        except BaseException:
+            os.unlink(half_written)
+            raise
+
+
+def _seal(name, content) -> bytes:
+    return f"\n// sha256 {hashlib.sha256(name.encode() + content).hexdigest()}\n".encode()
+
+
+def _others_write(status) -> bool:
+    return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+@contextlib.contextmanager
+def _errors_of(found):
+    try:
+        yield
+    except OSError as error:
+        raise unusable(found, error) from error

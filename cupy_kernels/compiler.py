@@ -2,18 +2,20 @@
 
 import functools
 import hashlib
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import cache, nvrtc
 from .errors import BackendError
-from .source import Kernel, compile_error, in_force, unit
+from .source import Kernel, in_force, unit
 
 _functions = {}
 _shared_bytes = {}
 _modules = {}
 _listeners = []
+_shared_bytes_lock = threading.Lock()
 
 DEFAULT_SHARED_BYTES = 48 * 1024
 
@@ -58,17 +60,17 @@ def announce(kernel: Kernel) -> None:
 def function(kernel: Kernel, shared_bytes: int = 0):
     """The compiled kernel on the current device, loaded at the first call of a process.
 
-    One module for a file and its macros, and one for each edited kernel; CuPy keeps its cubin on disk for the next
-    process. KernelCompileError if the text does not compile. More than 48 KiB of dynamic shared memory is allowed for
-    as `shared_bytes` says.
+    One module for a file and its macros, and one for each edited kernel; its cubin is kept on disk for the next
+    process, or its PTX where the GPU is newer than NVRTC. KernelCompileError if the text does not compile, BackendError
+    if NVRTC or a folder is of no use. More than 48 KiB of dynamic shared memory is allowed for as `shared_bytes` says.
     """
     device = cupy().cuda.runtime.getDevice()
     key = (kernel, unit(kernel), device)
-    found = _functions.get(key)
-    if found is None:
-        found = _functions[key] = _module(kernel, device).get_function(kernel.name)
+    found = cache.once(_functions, key, lambda: _module(kernel, device).get_function(kernel.name))
     if shared_bytes > _shared_bytes.get(key, DEFAULT_SHARED_BYTES):
-        found.max_dynamic_shared_size_bytes = _shared_bytes[key] = shared_bytes
+        with _shared_bytes_lock:  # or of two threads the one that needs less might come last
+            if shared_bytes > _shared_bytes.get(key, DEFAULT_SHARED_BYTES):
+                found.max_dynamic_shared_size_bytes = _shared_bytes[key] = shared_bytes
     return found
 
 
@@ -89,31 +91,42 @@ def prepare(kernels: Iterable[Kernel]) -> None:
 
 
 def _module(kernel: Kernel, device: int):
-    key = _module_key(kernel, device)
-    if key not in _modules:
-        backend = cupy()
-        announce(kernel)
-        if kernel.variant.architecture:
-            module = backend.RawModule(path=str(_cubin_file(kernel)))
-        else:
-            options = (nvrtc.STANDARD, *(f"-D{k}={v}" for k, v in kernel.defines))
-            module = backend.RawModule(code=unit(kernel), options=options)
-        try:
-            with backend.cuda.Device(device):  # each thread has its own current device
-                module.compile()
-        except backend.cuda.compiler.CompileException as error:
-            raise compile_error(kernel, str(error)) from error
-        _modules[key] = module
-    return _modules[key]
+    return cache.once(_modules, _module_key(kernel, device), lambda: _compiled(kernel, device))
 
 
-def _cubin_file(kernel: Kernel) -> Path:
-    """What the kernel is in, for its architecture: CuPy, which compiles for the plain ones only, cannot do that."""
-    key = repr((nvrtc.version(nvrtc.WGMMA_MAJOR), unit(kernel), kernel.variant))
-    path = cache.folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
-    if not path.exists():
-        cache.write(path, nvrtc.cubin(kernel))
-    return path
+def _compiled(kernel, device):
+    backend = cupy()
+    announce(kernel)
+    capability, known = backend.cuda.Device(device).compute_capability, backend.cuda.nvrtc.getSupportedArchs()
+    architecture = kernel.variant.architecture or nvrtc.ptx_architecture(capability, known)
+    if architecture:
+        module = backend.RawModule(path=str(_code(kernel, architecture)))
+    else:
+        options = (nvrtc.STANDARD, *(f"-D{k}={v}" for k, v in kernel.defines))
+        module = backend.RawModule(code=unit(kernel), options=options)
+    try:
+        with backend.cuda.Device(device):  # each thread has its own current device
+            module.compile()
+    except backend.cuda.compiler.CompileException as error:
+        status = getattr(error.__context__, "status", nvrtc.ERROR_COMPILATION)
+        raise nvrtc.failure(kernel, status, str(error)) from error
+    except OSError as error:
+        raise BackendError(
+            f"CuPy cannot write what it compiles: {error}. It keeps kernels in the folder that CUPY_CACHE_DIR chooses "
+            "(default ~/.cupy/kernel_cache), and temporary files in that of TMPDIR"
+        ) from error
+    return module
+
+
+def _code(kernel: Kernel, architecture: str) -> Path:
+    """The cubin that the kernel is in, or PTX, for an architecture that CuPy does not compile for."""
+    ptx = architecture.startswith("compute_")
+    version = nvrtc.version() if ptx else nvrtc.version(nvrtc.WGMMA_MAJOR)
+    key = repr((version, unit(kernel), kernel.variant, architecture))
+    return cache.entry(
+        f"{hashlib.sha256(key.encode()).hexdigest()}.{'ptx' if ptx else 'cubin'}",
+        lambda: nvrtc.compile_ptx(kernel, architecture).encode() if ptx else nvrtc.cubin(kernel),
+    )
 
 
 def _module_key(kernel, device):

@@ -10,4 +10,5 @@ class EmulatorError(RuntimeError):
 
 
 class BackendError(RuntimeError):
-    """Nothing here can run a kernel: no GPU that CuPy can use, or no C++ compiler for the emulator."""
+    """Nothing here can run a kernel: no GPU that CuPy can use, no C++ compiler for the emulator, or a folder or setting
+    that they need is of no use."""

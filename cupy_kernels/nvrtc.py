@@ -8,6 +8,7 @@ import ctypes
 import functools
 import importlib.util
 import re
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from .source import Kernel, Variant, compile_error, declarations, unit
 
 STANDARD = "-std=c++17"
 WGMMA_MAJOR = 12  # the first version that compiles for sm_90a
+ERROR_COMPILATION = 6  # NVRTC's status where the text is wrong; others speak of NVRTC, its options, or the machine
 
 
 class Resources(NamedTuple):
@@ -110,6 +112,17 @@ def architectures(least_major: int = 11) -> list[str]:
     return [f"sm_{number}" for number in found]
 
 
+def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
+    """What to compile PTX for ("compute_90") where a GPU ("120") is newer than the `known` architectures, else None.
+
+    CuPy asks for a cubin of the newest that it knows of, which a GPU of another major version cannot load, or for one
+    that NVRTC does not know. The driver knows the GPU, so it is newer than NVRTC, and compiles its PTX.
+    """
+    older = [number for number in known if number <= int(capability)]
+    newest = max(older, default=int(capability))
+    return None if newest == int(capability) else f"compute_{newest}"
+
+
 def knows_wgmma() -> bool:
     """Whether `shared_library()`, which is CuPy's, compiles for sm_90a."""
     return _version(shared_library())[0] >= WGMMA_MAJOR
@@ -132,7 +145,7 @@ def compile_variant(what: Variant | Kernel, arch: str, least_major: int = 11) ->
 
 
 def compile_ptx(what: Variant | Kernel, arch: str) -> str:
-    """The PTX behind `compile_variant`'s cubin."""
+    """The PTX behind `compile_variant`'s cubin; for "compute_80", the same without a cubin."""
     return _compile(what, arch)[1].decode()
 
 
@@ -168,10 +181,17 @@ def _compile(what, arch, *more, least_major=11):
         status = lib.nvrtcCompileProgram(program, len(options), raw)
         log = read("ProgramLog").value
         if status:
-            raise compile_error(what, log.decode())
+            raise failure(what, status, log.decode())
         return read("CUBIN").raw, read("PTX").value, log
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def failure(what: Variant | Kernel, status: int, log: str) -> Exception:
+    """The error for a compilation that ended with this status: KernelCompileError if the text is to blame."""
+    if status == ERROR_COMPILATION:
+        return compile_error(what, log)
+    return BackendError(f"NVRTC cannot compile {what}, whatever its text: status {status}. {log}")
 
 
 def _resources(name: str, log: str, ptx: str) -> Resources:

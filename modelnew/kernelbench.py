@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels
+from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_architecture
 from cupy_kernels.source import Kernel, Variant, expanded, signature
 
 from .functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
@@ -45,18 +45,18 @@ def compile_together(kernels, device) -> None:
 
 @functools.cache
 def module(file: str, defines, device: int):
-    """The compiled text of a file, kept on disk by CuPy, unless it is for sm_90a, which CuPy does not compile for."""
-    options = (STANDARD, *(f"-D{name}={value}" for name, value in defines))
-    architecture = Variant(file, defines).architecture
+    """The compiled text of a file, kept on disk by CuPy, unless it is for what CuPy does not compile for."""
+    options, nvrtc = (STANDARD, *(f"-D{name}={value}" for name, value in defines)), cupy().cuda.nvrtc
+    capability = cupy().cuda.Device(device).compute_capability
+    architecture = Variant(file, defines).architecture or ptx_architecture(capability, nvrtc.getSupportedArchs())
     if not architecture:
         return cupy().RawModule(code=expanded(file), options=options)
-    nvrtc = cupy().cuda.nvrtc
     program = nvrtc.createProgram(expanded(file), file, (), ())
     nvrtc.compileProgram(program, (*options, "-ftz=true", f"-arch={architecture}"))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(nvrtc.getCUBIN(program))
-        cubin.flush()
-        found = cupy().RawModule(path=cubin.name)
+    with tempfile.NamedTemporaryFile() as code:
+        code.write(nvrtc.getPTX(program) if architecture.startswith("compute_") else nvrtc.getCUBIN(program))
+        code.flush()
+        found = cupy().RawModule(path=code.name)
         found.compile()
     return found
 

@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cupy_kernels import compiler, nvrtc, source
+from cupy_kernels import cache, compiler, nvrtc, source
 from cupy_kernels.errors import BackendError, KernelCompileError
 from cupy_kernels.launch import launch
 from cupy_kernels.source import Kernel
@@ -40,9 +42,9 @@ def start(kernel, tensor):
     run(lambda y: launch(kernel, (1, 1, 1), (y.size, 1, 1), (y,)), tensor)
 
 
-def needs_nvrtc():
+def needs_nvrtc(least_major=11):
     try:
-        nvrtc.shared_library()
+        nvrtc.shared_library(least_major)
     except BackendError as error:
         pytest.skip(str(error))
 
@@ -99,38 +101,77 @@ def test_one_compilation_for_a_file_and_its_macros(device, monkeypatch):
 
 
 class Refused(Exception):
-    pass
+    """As CuPy's CompileException, which comes while NVRTCError, with a status, is handled."""
+
+    def __init__(self, message, status=nvrtc.ERROR_COMPILATION):
+        super().__init__(message)
+        self.__context__ = RuntimeError()
+        self.__context__.status = status
+
+
+class Function:
+    """A kernel that keeps what it is told."""
+
+    def __init__(self, name):
+        self.name = name
+        self.told = []
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return self.told[-1]
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size):
+        time.sleep((60_000 - size) / 1e5)  # the least comes last
+        self.told.append(size)
 
 
 @pytest.fixture
-def backend(monkeypatch):
-    """What compiler.py takes from CuPy, without a GPU. Its modules compile only if two of them do at the same time."""
-    together = threading.Barrier(2, timeout=10)
+def backend(monkeypatch, tmp_path):
+    """What compiler.py takes from CuPy, without a GPU. loaded: modules so far; compiling(module): a compilation."""
+    fake = SimpleNamespace(loaded=[], compiling=lambda module: None, capability="90", architectures=(80, 90))
+    thread = threading.local()
 
     class RawModule:
-        def __init__(self, code, options):
-            self.code = code
+        def __init__(self, code=None, options=(), path=None):
+            self.code, self.options, self.path = code, options, path
+            fake.loaded.append(self)
 
         def compile(self):
-            together.wait()
-            if "wrong" in self.code:
-                raise Refused("wrong.cu(1): error: no")
+            fake.compiling(self)
 
         def get_function(self, name):
-            return name
+            return Function(name)
+
+    class Device(contextlib.nullcontext):
+        @property
+        def compute_capability(self):
+            return fake.capability
 
     cuda = SimpleNamespace(
-        runtime=SimpleNamespace(getDevice=lambda: 0),
-        Device=contextlib.nullcontext,
+        runtime=SimpleNamespace(getDevice=lambda: getattr(thread, "device", 0)),
+        Device=Device,
         compiler=SimpleNamespace(CompileException=Refused),
+        nvrtc=SimpleNamespace(getSupportedArchs=lambda: fake.architectures),
     )
     monkeypatch.setattr(compiler, "cupy", lambda: SimpleNamespace(cuda=cuda, RawModule=RawModule))
-    for name in ("_modules", "_functions"):
+    for name in ("_modules", "_functions", "_shared_bytes"):
         monkeypatch.setattr(compiler, name, {})
     monkeypatch.setattr(compiler, "_listeners", [])
+    monkeypatch.setenv("CUPY_KERNELS_CACHE_DIR", str(tmp_path / "cache"))
+    fake.thread = thread
+    return fake
 
 
 def test_kernels_of_a_call_are_compiled_at_the_same_time(backend):
+    together = threading.Barrier(2, timeout=10)  # a compilation ends only if two run at the same time
+
+    def compiling(module):
+        together.wait()
+        if "wrong" in module.code:
+            raise Refused("wrong.cu(1): error: no")
+
+    backend.compiling = compiling
     seen = []
     compiler.on_compile(seen.append)
     kernels = [Kernel("add.cu", name, (("ADDEND", value),)) for name in ("add", "subtract") for value in (1, 2)]
@@ -138,10 +179,166 @@ def test_kernels_of_a_call_are_compiled_at_the_same_time(backend):
         compiler.prepare(kernels)
         assert {(k.name, dict(k.defines)["ADDEND"]) for k in seen} == {("subtract", 1), ("subtract", 2)}
         compiler.prepare(kernels)
-        assert [compiler.function(k) for k in kernels] == ["add", "add", "subtract", "subtract"]
+        assert [compiler.function(k).name for k in kernels] == ["add", "add", "subtract", "subtract"]
     assert len(seen) == 2
     with source.override({"add.cu": ADD + "// wrong"}), pytest.raises(KernelCompileError, match="does not compile"):
         compiler.prepare(kernels)
+
+
+def in_threads(work, count=8):
+    """Results of work(i), which all begin at the same time."""
+    together = threading.Barrier(count, timeout=60)
+
+    def started(i):
+        together.wait()
+        return work(i)
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(started, range(count)))
+
+
+def test_threads_compile_a_variant_once_for_a_gpu(backend):
+    kernel, seen = Kernel("add.cu", "add", (("ADDEND", 1),)), []
+    backend.compiling = lambda module: time.sleep(0.05)
+    compiler.on_compile(seen.append)
+
+    def of_device(i):
+        backend.thread.device = i % 2
+        return compiler.function(kernel)
+
+    with source.override({"add.cu": ADD}):
+        found = in_threads(of_device)
+    assert len(set(found[::2])) == len(set(found[1::2])) == 1
+    assert found[0] is not found[1]
+    assert len(seen) == len(backend.loaded) == 2
+
+
+def test_of_threads_the_one_that_needs_most_shared_memory_counts(backend):
+    sizes = [compiler.DEFAULT_SHARED_BYTES + 1024 * (8 - i) for i in range(8)]
+    kernel = Kernel("add.cu", "add", (("ADDEND", 1),))
+    with source.override({"add.cu": ADD}):
+        found = in_threads(lambda i: compiler.function(kernel, sizes[i]))
+    assert found[0].max_dynamic_shared_size_bytes == max(sizes)
+
+
+WGMMA = Kernel("add.cu", "add", (("ADDEND", 1), ("WGMMA", 1)))
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["fake", "real"])
+def test_threads_make_a_cubin_once(backend, monkeypatch, tmp_path, real):
+    """One for two GPUs."""
+    if real:
+        needs_nvrtc(nvrtc.WGMMA_MAJOR)
+    calls, compile_it = [], nvrtc.cubin if real else lambda kernel: time.sleep(0.05) or b"code"
+    monkeypatch.setattr(nvrtc, "version", lambda least_major=11: "12")
+    monkeypatch.setattr(nvrtc, "cubin", lambda kernel: calls.append(kernel) or compile_it(kernel))
+
+    def of_device(i):
+        backend.thread.device = i % 2
+        return compiler.function(WGMMA)
+
+    with source.override({"add.cu": ADD}):
+        in_threads(of_device)
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert [module.path for module in backend.loaded] == [str(kept)] * 2
+    assert len(calls) == 1
+    assert cache.read(kept).startswith(b"\x7fELF" if real else b"code")
+
+
+def test_a_short_cubin_is_not_handed_on(backend, monkeypatch, tmp_path):
+    monkeypatch.setattr(nvrtc, "version", lambda least_major: "12")
+    monkeypatch.setattr(nvrtc, "cubin", lambda kernel: b"code" * 100)
+    with source.override({"add.cu": ADD}):
+        compiler.function(WGMMA)
+        (kept,) = (tmp_path / "cache").iterdir()
+        whole = kept.read_bytes()
+        kept.write_bytes(whole[:200])
+        compiler._functions.clear()
+        compiler._modules.clear()
+        compiler.function(WGMMA)
+    assert kept.read_bytes() == whole
+
+
+def test_ptx_for_a_gpu_that_is_newer_than_nvrtc(backend, tmp_path):
+    needs_nvrtc()
+    kernel = Kernel("add.cu", "add", (("ADDEND", 1),))
+    with source.override({"add.cu": ADD}):
+        compiler.function(kernel)
+        backend.capability = "120"
+        compiler._functions.clear()
+        compiler._modules.clear()
+        compiler.function(kernel)
+    of_cupy, own = backend.loaded
+    assert of_cupy.path is None
+    assert of_cupy.code
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert own.path == str(kept)
+    assert own.code is None
+    text = kept.read_text()  # with its seal
+    assert ".target sm_90" in text
+    assert ".entry add(" in text
+    assert text.splitlines()[-1].startswith("// ")
+
+
+@pytest.mark.parametrize(
+    ("capability", "known", "expected"),
+    [
+        ("80", (70, 80, 90), None),
+        ("90", (70, 80, 90), None),
+        ("120", (70, 80, 90), "compute_90"),
+        ("103", (90, 100, 101, 120), "compute_101"),
+        ("120", (90, 100, 120, 121), None),
+        ("52", (75, 80), None),  # older than all: CuPy's to refuse
+    ],
+)
+def test_architecture_of_the_ptx(capability, known, expected):
+    assert nvrtc.ptx_architecture(capability, known) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_driver_compiles_ptx(monkeypatch):
+    """As on a GPU that NVRTC does not know."""
+    capability = compiler.cupy().cuda.Device(torch.cuda.current_device()).compute_capability
+    known = compiler.cupy().cuda.nvrtc.getSupportedArchs()
+    assert nvrtc.ptx_architecture(capability, known) is None
+    older = max(number for number in known if number < int(capability))
+    monkeypatch.setattr(nvrtc, "ptx_architecture", lambda capability, known: f"compute_{older}")
+    y, kernel = torch.zeros(3, device="cuda"), Kernel("add.cu", "add", (("ADDEND", 1),))
+    with source.override({"add.cu": ADD + "// as PTX"}):
+        start(kernel, y)
+        found = compiler.function(kernel)
+    assert y.tolist() == [1] * 3
+    assert (found.ptx_version, found.binary_version) == (older, int(capability))
+
+
+def test_the_text_is_blamed_for_its_own_errors_alone(backend):
+    needs_nvrtc()
+    kernel, shared = Kernel("wrong.cu", "wrong"), "__shared__ float s[1 << 20]; s[threadIdx.x] = 1; y[0] = s[1 - y[0]]"
+    for body in ("undefined_name", shared, 'asm volatile("no.such.instruction;")'):  # the compiler, and ptxas
+        text = f'extern "C" __global__ void wrong(float* y) {{ {body}; }}'
+        with source.override({"wrong.cu": text}), pytest.raises(KernelCompileError, match="does not compile"):
+            nvrtc.compile_cubin(kernel, "sm_80")
+
+    def invalid_option(module):
+        raise Refused("nvrtc: error: invalid value for --gpu-architecture (-arch)", status=5)
+
+    backend.compiling = invalid_option
+    with source.override({"add.cu": ADD}):
+        kernel = Kernel("add.cu", "add", (("ADDEND", 1),))
+        for compile_it in (compiler.function, lambda kernel: nvrtc.compile_cubin(kernel, "sm_999")):
+            with pytest.raises(BackendError, match=r"status 5.*gpu-architecture") as error:
+                compile_it(kernel)
+            assert "does not compile" not in str(error.value)
+
+
+def test_the_folder_of_cupy(backend):
+    def full(module):
+        raise OSError(28, "No space left on device", "/cache/1.cubin")
+
+    backend.compiling = full
+    with source.override({"add.cu": ADD}), pytest.raises(BackendError, match=r"/cache/1\.cubin.*CUPY_CACHE_DIR"):
+        compiler.function(Kernel("add.cu", "add", (("ADDEND", 1),)))
 
 
 @pytest.mark.gpu

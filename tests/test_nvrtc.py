@@ -43,11 +43,11 @@ def resources(variant, architecture):
     """What `compile_variant` reports, kept on disk: with nothing changed, a second run of the tests need not wait."""
     major, version = (nvrtc.WGMMA_MAJOR, WGMMA_VERSION) if goes_with_wgmma(variant) else (11, VERSION)
     key = repr((version, source.expanded(variant.file), variant.defines, architecture))
-    kept = cache.folder() / f"nvrtc_{hashlib.sha256(key.encode()).hexdigest()}.json"
-    if not kept.exists():
-        found = nvrtc.compile_variant(variant, architecture, major)[1]
-        cache.write(kept, json.dumps(found).encode())
-    return {name: nvrtc.Resources(*used) for name, used in json.loads(kept.read_text()).items()}
+    kept = cache.entry(
+        f"nvrtc_{hashlib.sha256(key.encode()).hexdigest()}.json",
+        lambda: json.dumps(nvrtc.compile_variant(variant, architecture, major)[1]).encode(),
+    )
+    return {name: nvrtc.Resources(*used) for name, used in json.loads(cache.read(kept)).items()}
 
 
 @pytest.mark.parametrize("file", sorted({v.file for v in variants()}))

@@ -13,6 +13,8 @@ import hashlib
 import importlib.util
 import mmap
 import os
+import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -40,6 +42,9 @@ FLAGS += ("-fvisibility=hidden",)  # or a kernel named like a function of libc w
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 STACKS_BYTES = 1024 * (128 << 10)  # MAX_THREADS * STACK_BYTES of cuda.h
 
+# What g++ and clang++ say of a line of the text, and the assembler of one of its own; not of a file they cannot write.
+_ERROR_OF_TEXT = re.compile(r":\d+(:\d+)?: (fatal )?[Ee]rror: (?!error (writing|closing) )")
+
 _libraries = {}
 _one_at_a_time = threading.Lock()  # the state of a running block is static in its library
 
@@ -47,7 +52,11 @@ _one_at_a_time = threading.Lock()  # the state of a running block is static in i
 @functools.cache
 def compiler() -> tuple[str, ...]:
     """Command of the C++ compiler: $CUPY_KERNELS_CXX, the system's, or the ziglang wheel's. BackendError if none."""
-    chosen = shlex.split(os.environ.get("CUPY_KERNELS_CXX", ""))
+    command = os.environ.get("CUPY_KERNELS_CXX", "")
+    try:
+        chosen = shlex.split(command)
+    except ValueError as error:
+        raise BackendError(f"CUPY_KERNELS_CXX={command!r} is not a command: {error}") from error
     if chosen:
         if not shutil.which(chosen[0]):
             raise BackendError(
@@ -74,7 +83,7 @@ def run(kernel: Kernel, parameters, grid, block, args, shared_bytes: int, seed: 
     Raises EmulatorError for an error that the kernel made, BackendError without a compiler.
     """
     library = _library(kernel)
-    seed = int(os.environ.get("CUPY_KERNELS_SEED", 0)) if seed is None else seed
+    seed = _seed() if seed is None else seed
     buffers, pointers, scalars = [], (ctypes.c_void_p * len(args))(), []
     for i, (parameter, arg) in enumerate(zip(parameters, args)):
         if parameter.pointer:
@@ -121,6 +130,15 @@ def prepare(kernels: Iterable[Kernel]) -> None:
             built.result()
 
 
+def _seed() -> int:
+    chosen = os.environ.get("CUPY_KERNELS_SEED", "0")
+    if not re.fullmatch("[0-9]+", chosen) or int(chosen) >= 2**64:
+        raise BackendError(
+            f"CUPY_KERNELS_SEED={chosen!r} is not an integer from 0 to 2**64 - 1: set one, or unset it, which is 0"
+        )
+    return int(chosen)
+
+
 def _guarded(array, parameter) -> np.ndarray:
     memory = np.full(array.nbytes + 2 * GUARD_BYTES + ALIGNMENT, POISON, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -158,25 +176,34 @@ def _stacks() -> ctypes.c_char:
 
 def _library(kernel: Kernel) -> ctypes.CDLL:
     """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
-    key = (unit(kernel), kernel.defines)
-    library = _libraries.get(key)
-    if library is None:
-        announce(kernel)
-        library = ctypes.CDLL(str(_build(kernel)))
-        for name in declarations(unit(kernel)):
-            getattr(library, f"emulator_{name}").restype = ctypes.c_char_p
-        _libraries[key] = library
+    return cache.once(_libraries, (unit(kernel), kernel.defines), lambda: _loaded(kernel))
+
+
+def _loaded(kernel):
+    announce(kernel)
+    text, command = _translation_unit(kernel), [*compiler(), *FLAGS]
+    key = hashlib.sha256("\0".join([text, *command, *_machine()]).encode()).hexdigest()
+    path = cache.entry(f"{Path(kernel.file).stem}_{key[:24]}.so", lambda: _build(kernel, text, command))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        if "undefined symbol" in str(error):  # the linker lets a function pass that the text declares and nobody has
+            raise compile_error(kernel, str(error)) from error
+        raise cache.unusable(path.parent, f"{error} (made by {shlex.join(compiler())})") from error
+    for name in declarations(unit(kernel)):
+        getattr(library, f"emulator_{name}").restype = ctypes.c_char_p
     return library
 
 
 @functools.cache
-def _cpu() -> str:
-    """What -march=native depends on: a cache on a shared home directory serves several kinds of machine."""
+def _machine() -> tuple[str, ...]:
+    """What a library depends on besides its text: a shared home directory serves several kinds of machine."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        lines = []
+    cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")  # -march=native
+    return cpu, *platform.libc_ver()
 
 
 def _translation_unit(kernel: Kernel) -> str:
@@ -191,23 +218,24 @@ def _entry(name, parameters) -> str:
     return f"EMULATOR_ENTRY({name}, {', '.join(arguments)})"
 
 
-def _build(kernel: Kernel) -> Path:
-    text = _translation_unit(kernel)
-    command = [*compiler(), *FLAGS]
-    key = hashlib.sha256("\0".join([text, *command, _cpu()]).encode()).hexdigest()
-    folder = cache.folder()
-    library = folder / f"{Path(kernel.file).stem}_{key[:24]}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        source, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
-        source.write_text(text, encoding="utf-8")
-        done = subprocess.run(
-            [*command, str(source), "-o", str(built), "-lm"],
-            capture_output=True,
-            env={**os.environ, "LC_ALL": "C"},  # messages in English, which compile_error reads
-        )
-        if done.returncode:
-            raise compile_error(kernel, done.stderr.decode(errors="replace"))
-        os.replace(built, library)  # atomic: another process sees all of it or nothing
-    return library
+def _build(kernel: Kernel, text: str, command: list[str]) -> bytes:
+    """The shared library. KernelCompileError if the text does not compile, BackendError for any other failure."""
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            source, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
+            source.write_text(text, encoding="utf-8")
+            subprocess.run(
+                [*command, str(source), "-o", str(built), "-lm"],
+                capture_output=True,
+                check=True,
+                env={**os.environ, "LC_ALL": "C"},  # messages in English, which are read below
+            )
+            return built.read_bytes()
+    except (OSError, subprocess.CalledProcessError) as error:
+        log = (getattr(error, "stderr", None) or b"").decode(errors="replace")
+        if _ERROR_OF_TEXT.search(log):
+            raise compile_error(kernel, log) from None
+        raise BackendError(
+            f"the C++ compiler {shlex.join(compiler())} failed, for no error in {kernel}: {error}\n{log}"
+            "CUPY_KERNELS_CXX chooses another compiler, TMPDIR the folder that it works in"
+        ) from error
