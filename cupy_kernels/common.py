@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .plan import Slot
 from .source import SCALARS
 
 FLOATS = ("float", "double", "half_t", "bf16_t")
@@ -54,6 +55,8 @@ def row_width(length: int, *arrays) -> int:
 
 def address(array) -> int:
     """Address of an array's first element."""
+    if isinstance(array, Slot):
+        return array.address
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 

@@ -13,7 +13,7 @@ GRID_LIMITS = (2**31 - 1, 65535, 65535)
 BLOCK_LIMITS = (1024, 1024, 64)
 MAX_THREADS = 1024
 
-_NULL = np.uint64(0)  # a null pointer
+NULL = np.uint64(0)  # a null pointer
 _observers = []
 _thread = threading.local()
 
@@ -28,12 +28,16 @@ class _Prepared(NamedTuple):
     functions: dict  # {(device, shared_bytes): the compiled kernel's handle}
 
 
-class Launch(NamedTuple):
-    """A launch on a GPU that was checked, and can be repeated."""
+class Step(NamedTuple):
+    """A launch that was checked and not started. args: arrays or NULL, and numbers of the declared types."""
 
-    numbers: tuple[int, ...]  # for cuLaunchKernel: the kernel's handle, grid, block, bytes of shared memory
-    words: np.ndarray  # the kernel's arguments, 8 bytes each; then their addresses, which begin at `parameters`
-    parameters: int
+    requested: Kernel
+    kernel: Kernel  # in force
+    parameters: tuple[Parameter, ...]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    args: list
+    shared_bytes: int
 
 
 @source.until_overridden
@@ -57,8 +61,9 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     limits that CUDA does not allow; TypeError for an array of another kind or dtype than the kernel and its neighbours
     have; RuntimeError for an array that is not on the current device.
     """
-    for observe in _observers:
-        observe(kernel, grid, block, args, shared_bytes)
+    steps, requested = getattr(_thread, "steps", None), kernel
+    if steps is None:
+        notify(kernel, grid, block, args, shared_bytes)
     kernel, parameters, scalars, pointers, functions = _prepared(kernel)
     if len(args) != len(parameters):
         raise ValueError(f"{kernel} takes {len(parameters)} arguments, received {len(args)}")
@@ -69,13 +74,13 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     for i, dtype in pointers:
         array = args[i]
         if array is None:
-            cast[i] = _NULL
+            cast[i] = NULL
             continue
         if kind is None:
             kind = type(array)
-            on_gpu = kind.__module__.startswith("cupy")
+            on_gpu = kind.__module__.partition(".")[0] == "cupy"
             device = compiler.cupy().cuda.runtime.getDevice() if on_gpu else None
-        if type(array) is not kind or not (on_gpu or kind is np.ndarray):
+        if type(array) is not kind or not (on_gpu or kind is np.ndarray or steps is not None):
             _refuse_kinds(kernel, pointers, args)
         if not array.flags.c_contiguous or (dtype is not None and array.dtype != dtype):
             _refuse(kernel, parameters[i], array)
@@ -85,46 +90,69 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
         _refuse_kinds(kernel, pointers, args)
     try:
         for i, to_type in scalars:
-            cast[i] = to_type(args[i])
+            cast[i] = args[i] if type(args[i]) is Varying else to_type(args[i])
     except OverflowError as error:
         number, dtype = parameters[i].name, parameters[i].dtype
         raise ValueError(f"{kernel}: {number}={args[i]} does not fit {dtype}") from error
-    if on_gpu:
+    if steps is not None:
+        steps.append(Step(requested, kernel, parameters, grid, block, cast, shared_bytes))
+    elif on_gpu:
         handle = functions.get((device, shared_bytes))
         if handle is None:
             handle = functions[device, shared_bytes] = compiler.function(kernel, shared_bytes).kernel.ptr
-        started = _packed((handle, *grid, *block, shared_bytes), cast)
-        repeat([started], compiler.cupy().cuda.get_current_stream().ptr)
-        recording = getattr(_thread, "recording", None)
-        if recording is not None:
-            recording.append(started)
+        values = [arg if isinstance(arg, np.generic) else np.uint64(arg.data.ptr) for arg in cast]
+        start([Packed((handle, *grid, *block, shared_bytes), values)], compiler.cupy().cuda.get_current_stream().ptr)
     else:
-        cast = [None if arg is _NULL else arg for arg in cast]
+        cast = [None if arg is NULL else arg for arg in cast]
         emulator.run(kernel, parameters, grid, block, cast, shared_bytes)
 
 
-def repeat(launches: list[Launch], stream: int) -> None:
-    """Starts what `recorded` collected again, on the same device, which is current, in a stream of it; checks nothing.
+class Packed:
+    """A launch as the driver takes it. numbers: the kernel's handle, grid, block, bytes of shared memory."""
 
-    The kernels find their arrays where they were: whoever calls this knows that arrays of the same kind are there.
-    CuPy's own call would look at each argument again.
-    """
+    def __init__(self, numbers: tuple[int, ...], values: list[np.generic]):
+        count = len(values)
+        words = np.zeros(2 * count, np.uint64)  # the arguments, 8 bytes each; then their addresses
+        address = words.ctypes.data
+        for i, value in enumerate(values):
+            words[i : i + 1].view(np.uint8)[: value.itemsize] = np.frombuffer(value.tobytes(), np.uint8)
+            words[count + i] = address + 8 * i
+        self.words, self.numbers, self.parameters = words, numbers, address + 8 * count
+
+
+def start(launches: list[Packed], stream: int) -> None:
+    """Starts them on the current device, in a stream of it; checks nothing."""
     cuda = compiler.cupy().cuda
     if not cuda.driver.ctxGetCurrent():  # a thread that has not used the GPU
         cuda.runtime.free(0)
     start = cuda.driver.launchKernel
-    for numbers, _, parameters in launches:
-        start(*numbers, stream, parameters, 0)
+    for packed in launches:
+        start(*packed.numbers, stream, packed.parameters, 0)
+
+
+class Varying(float):
+    """A number of a recorded call that other calls may give another value. index: the argument's."""
+
+    index: int
 
 
 @contextlib.contextmanager
 def recorded():
-    """Within the block, this thread's launches on a GPU go to the list that it gives, for `repeat`."""
-    before, _thread.recording = getattr(_thread, "recording", None), []
+    """Within the block, this thread's launches are checked and go to the list that it gives, instead of starting.
+
+    Arrays may be stand-ins, see `plan.Slot`.
+    """
+    before, _thread.steps = getattr(_thread, "steps", None), []
     try:
-        yield _thread.recording
+        yield _thread.steps
     finally:
-        _thread.recording = before
+        _thread.steps = before
+
+
+def notify(*launched) -> None:
+    """Shows a launch's arguments to the observers, see `observed`."""
+    for observe in _observers:
+        observe(*launched)
 
 
 def observing() -> bool:
@@ -140,14 +168,6 @@ def observed(observer):
         yield
     finally:
         _observers.remove(observer)
-
-
-def _packed(numbers, cast) -> Launch:
-    values = [int.from_bytes(arg.tobytes(), "little") if isinstance(arg, np.generic) else arg.data.ptr for arg in cast]
-    words = np.array(values + [0] * len(values), np.uint64)
-    start = words.ctypes.data
-    words[len(values) :] = start + 8 * np.arange(len(values), dtype=np.uint64)
-    return Launch(numbers, words, start + 8 * len(values))
 
 
 def _check_limits(kernel, grid, block):

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 
 from cupy_kernels import source
@@ -15,17 +14,9 @@ from cupy_kernels.launch import MAX_THREADS, launch
 from cupy_kernels.source import Kernel, signature
 
 from .functional import untraced
-from .interop import FLOATS, check_floating, dense, run
+from .interop import FLOATS, NUMPY, check_floating, dense, run
 
-_TORCH = {
-    np.dtype(np.float32): torch.float32,
-    np.dtype(np.float64): torch.float64,
-    np.dtype(np.float16): torch.float16,
-    np.dtype(np.int16): torch.bfloat16,
-    np.dtype(np.uint8): torch.uint8,
-    np.dtype(np.int32): torch.int32,
-    np.dtype(np.int64): torch.int64,
-}
+_TORCH = {array: tensor for tensor, array in NUMPY.items()}
 
 
 def operator(

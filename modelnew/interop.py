@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 from cupy_kernels import compiler, emulator
-from cupy_kernels.launch import observing, recorded, repeat
+from cupy_kernels.launch import Varying, observing
+from cupy_kernels.plan import Plan, Slot
 from cupy_kernels.source import Kernel, until_overridden
 
 # What kernels compute with, and their name for it.
@@ -59,81 +61,104 @@ def view(tensor: torch.Tensor):
     return tensor.numpy()  # NumPy's from_dlpack returns a read-only array
 
 
-_MOST_KNOWN = 1000
+# What the kernels' host code takes for a tensor's dtype. bfloat16 travels as int16.
+NUMPY = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(np.int16),
+    torch.uint8: np.dtype(np.uint8),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+}
+
+_MOST_KNOWN = 4096
 
 
 @until_overridden
-def _known() -> dict:
-    """{what a call of `run` was given: (index of the GPU, its launches)}"""
-    return {}
+def _thread():
+    """Whose __dict__ is each thread's {key of a call: (its plan, the index of the GPU, or None)}."""
+    return threading.local()
 
 
 def run(operation, *args, like=None, **options) -> None:
-    """operation(*args, **options), with what `arrays` makes of `args`; the operation launches kernels and no more.
+    """operation(*args, **options), with stand-ins for the tensors and workspaces; it launches kernels and no more.
+
+    What it launches is recorded once for each kind of call, as a `plan.Plan`, and started with the tensors of this one.
+    Floats may differ from call to call: the operation passes them on to kernels as they are.
 
     like: something hashable from which options, shapes, dtypes and the device of all tensors, and layouts of workspaces
-        follow, so that they need not be looked at to find out whether a call is like an earlier one. `args` are then
-        tensors, workspaces and None.
+        follow, so that they need not be looked at. Floats are told apart from it.
 
     Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if
     the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
-
-    What is launched follows from the operation, its options, and where tensors of which kind lie. torch's allocator
-    gives a loop's tensors the same places over and over, so the launches of a call are kept, and a call like it
-    starts them again, without views and checks: small tensors wait for the host.
     """
+    values = (*args, *options.values())
+    pointers = [value.data_ptr() if isinstance(value, _MEMORY) else 0 for value in values]
     if like is None:
-        key = (operation, *map(_facts, args), *options, *map(_facts, options.values()))
+        key = (operation, *options, *map(_facts, values, pointers))
     else:
-        key = (operation, like, *[None if arg is None else arg.data_ptr() for arg in args])
-    known = _known()
+        key = (operation, like, *[pointer & 15 for pointer in pointers])
+    known = _thread().__dict__
     found = known.get(key)
-    if found is not None and not observing():
-        index, launches = found
+    if found is None:
+        device = one_device(values)
+        stand_ins = [_stand_in(index, value) for index, value in enumerate(values)]
+        plan = Plan(operation, stand_ins[: len(args)], dict(zip(options, stand_ins[len(args) :])))
+        found = plan, device.index if device.type == "cuda" else None
+        remember(known, key, found)
+    plan, index = found
+    if observing():
+        plan.notify(lambda slot: _array(slot, values[slot.index]), values)
+    if index is None:
+        plan.emulate(lambda slot: _array(slot, values[slot.index]), values)
+    else:
         with _nothing if index == torch.cuda.current_device() else torch.cuda.device(index):
-            repeat(launches, _raw_stream(index))
-        return
-    device = one_device(args)
-    with launching_on(device), recorded() as launches:
-        operation(*arrays(*args), **options)
-    if device.type == "cuda":
-        remember(known, key, (device.index, launches))
+            plan.start(pointers, values, _raw_stream(index))
 
 
 def remember(known: dict, key, value) -> None:
-    """known[key] = value, of which there are never more than _MOST_KNOWN: then all begins anew."""
-    if len(known) == _MOST_KNOWN:
-        known.clear()
+    """known[key] = value. Of _MOST_KNOWN the oldest goes: to make it anew costs little."""
+    if len(known) >= _MOST_KNOWN:
+        known.pop(next(iter(known)), None)
     known[key] = value
 
 
-def _facts(arg):
-    if isinstance(arg, torch.Tensor):
-        # Launches take contiguous tensors alone, whose strides follow from their shape.
-        return arg.data_ptr(), arg.dtype, arg.device, arg.shape, arg.is_contiguous()
-    if isinstance(arg, Workspace):
-        return arg.data_ptr(), arg.memory.device, arg.layout
-    return arg.hex() if isinstance(arg, float) else arg  # 0.0 equals -0.0
+_MEMORY = (torch.Tensor, Workspace)
 
 
-def arrays(*args) -> list:
-    """`args` with an array in place of each tensor, and {name: array} in place of each `Workspace`.
-
-    For operations inside `launching_on`. Arrays keep the memory that they show, as tensors do.
-    """
-    return [
-        view(arg) if isinstance(arg, torch.Tensor) else _parts(arg) if isinstance(arg, Workspace) else arg
-        for arg in args
-    ]
+def _facts(value, pointer):
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.device, pointer & 15, value.is_contiguous()
+    if isinstance(value, Workspace):
+        return value.layout, value.memory.device, pointer & 15
+    return float if isinstance(value, float) else value
 
 
-def _parts(workspace):
-    memory = view(workspace.memory)
-    places = workspace.layout.places.items()
+def _stand_in(index, value):
+    if isinstance(value, torch.Tensor):
+        if not value.is_contiguous():
+            raise ValueError(
+                f"kernels take contiguous tensors, received shape {tuple(value.shape)} with strides {value.stride()}"
+            )
+        return Slot(index, value.shape, NUMPY[value.dtype], value.data_ptr() & 15)
+    if isinstance(value, Workspace):
+        places = value.layout.places.items()
+        return {
+            name: Slot(index, shape, dtype, value.data_ptr() & 15, offset) for name, (offset, shape, dtype) in places
+        }
+    if isinstance(value, float):
+        value = Varying(value)
+        value.index = index
+    return value
+
+
+def _array(slot, value):
+    """The array that a Slot of this tensor or workspace stands for."""
+    memory = view(value.memory if isinstance(value, Workspace) else value)
     if isinstance(memory, np.ndarray):
-        return {name: np.ndarray(shape, dtype, memory, offset) for name, (offset, shape, dtype) in places}
-    array, start = compiler.cupy().ndarray, memory.data
-    return {name: array(shape, dtype, start + offset) for name, (offset, shape, dtype) in places}
+        return np.ndarray(slot.shape, slot.dtype, memory if memory.size else None, slot.offset)
+    return compiler.cupy().ndarray(slot.shape, slot.dtype, memory.data + slot.offset)
 
 
 def one_device(args) -> torch.device:

@@ -18,7 +18,7 @@ from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_archit
 from cupy_kernels.source import Kernel, Variant, expanded, signature
 
 from .functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
-from .interop import arrays, launching_on, one_device
+from .interop import Workspace, launching_on, one_device, view
 from .layers import BatchNorm2d, ConvTranspose2d, GroupNorm
 from .numerics import required_plan
 
@@ -85,7 +85,16 @@ def _differentiable_gradients(*_):
 def run(operation, *args, like=None, **options) -> None:
     """operation(*args, **options), with arrays in place of tensors. `like` has no meaning here."""
     with launching_on(one_device(args)):
-        operation(*arrays(*args), **options)
+        operation(*map(_array, args), **options)
+
+
+def _array(arg):
+    if isinstance(arg, torch.Tensor):
+        return view(arg)
+    if not isinstance(arg, Workspace):
+        return arg
+    make, start = cupy().ndarray, view(arg.memory).data
+    return {name: make(shape, dtype, start + offset) for name, (offset, shape, dtype) in arg.layout.places.items()}
 
 
 @functools.cache

@@ -188,21 +188,6 @@ def test_what_is_compiled_together_is_what_runs(device, wanted, training, launch
     assert compiled == [forward, {k.variant for k in launched}]
 
 
-def test_how_often_the_border_is_crossed(device, monkeypatch):
-    """Each guard of device and stream, and each view of a tensor, costs microseconds, which a small batch waits for."""
-    _, ours, x = models(CASES["even"], "tf32", device)
-    x.requires_grad_()
-    ours(x).sum().backward()
-    guards, views = [], []
-    guard, view = interop.launching_on, interop.view
-    monkeypatch.setattr(interop, "launching_on", lambda device: guards.append(device) or guard(device))
-    monkeypatch.setattr(interop, "view", lambda tensor: views.append(tensor.shape) or view(tensor))
-    y = ours(x)
-    assert (len(guards), len(views)) == (1, 12)  # parameters, buffers, x, y and the workspace
-    y.sum().backward()
-    assert (len(guards), len(views)) == (1 + 3, 12 + 21)  # 7 gradients, dy, x, 4 parameters and 8 times a workspace
-
-
 @pytest.mark.parametrize("cls", CLASSES)
 def test_the_backwards_stages_share_their_room(device, cls):
     """The peak is one stage's: the pooled gradients are gone before wgrad, and the workspaces of wgrad before dgrad."""

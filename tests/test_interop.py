@@ -1,6 +1,5 @@
 """The border to torch: shared memory, no memory of CuPy's, torch's stream and device, and refusals."""
 
-import contextlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,11 +10,16 @@ import torch
 from cupy_kernels import common, compiler, source
 from cupy_kernels import launch as launch_module
 from cupy_kernels.errors import BackendError
-from cupy_kernels.launch import launch
+from cupy_kernels.launch import launch, observed
 from cupy_kernels.source import Kernel
 from modelnew import functional, interop
 
 DTYPES = [*interop.FLOATS, torch.uint8, torch.int32, torch.int64]
+FILL_TEXT = """#include "common.cuh"
+extern "C" __global__ void fill(float* a, i64 size) {
+    if (threadIdx.x < size) a[threadIdx.x] = threadIdx.x;
+}"""
+FILL = Kernel("fill.cu", "fill")
 SPIN = """#include "common.cuh"
 extern "C" __global__ void spin(float* y, i64 cycles) {
     i64 start = clock64();
@@ -32,22 +36,12 @@ def gpu_only(function):
 def test_memory_is_shared(device, dtype):
     tensor = torch.arange(12, device=device).to(dtype).reshape(3, 4)
     part = tensor[1:]
-    address = []
-
-    def write(array):
-        address.append(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
-        assert array.shape == (2, 4)
-        assert array.dtype.itemsize == dtype.itemsize
-        array[0, 1] = 7 if dtype != torch.bfloat16 else 0x40E0  # the bits of 7
-
-    if device == "cpu":
-        interop.run(write, part)
-    else:
-        write(interop.view(part).get())  # indexing a CuPy array is a kernel of CuPy's: shape and dtype alone
-        address = [interop.view(part).data.ptr]
-        part[0, 1] = 7
-    assert address == [part.data_ptr()]
-    assert tensor.double().flatten().tolist() == [0, 1, 2, 3, 4, 7, 6, 7, 8, 9, 10, 11]
+    array = interop.view(part)
+    assert common.address(array) == part.data_ptr()
+    assert (array.shape, array.dtype) == ((2, 4), interop.NUMPY[dtype])
+    part[0, 1] = 7
+    array = array if device == "cpu" else array.get()
+    assert array[0, 1] == (7 if dtype != torch.bfloat16 else 0x40E0)  # the bits of 7
 
 
 def test_a_kernel_writes_into_the_tensor(device):
@@ -84,18 +78,27 @@ def test_views_of_tensors_that_require_grad_and_of_empty_ones(device):
 def test_arrays_in_a_workspace(device):
     layout = interop.Layout({"a": ((3, 5), np.float32), "none": ((0, 2), np.int32), "b": ((7,), np.uint8)})
     workspace = interop.Workspace.empty(layout, torch.device(device))
-    received = []
-    interop.run(lambda *args: received.extend(args), workspace, 3)
-    arrays, _ = received
+    received, launched = [], []
+
+    def operation(arrays, size):
+        received.append(arrays)
+        launch(FILL, (1, 1, 1), (32, 1, 1), (arrays["a"], size))
+
+    with source.override({"fill.cu": FILL_TEXT}), observed(lambda *arguments: launched.append(arguments)):
+        interop.run(operation, workspace, 15)
+    (arrays,) = received
     assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {
         name: (shape, np.dtype(dtype)) for name, (_, shape, dtype) in layout.places.items()
     }
-    end = workspace.memory.data_ptr()
-    for array in (arrays["a"], arrays["b"]):
-        assert common.address(array) >= end
-        assert common.address(array) % 16 == 0
-        end = common.address(array) + array.nbytes
-    assert end <= workspace.memory.data_ptr() + workspace.memory.nbytes
+    end = 0
+    for array in arrays.values():
+        assert array.address >= end
+        assert array.address % 256 == 0
+        end = array.address + array.size * array.itemsize
+    assert end <= layout.size
+    (((kernel, _, _, (a, size), _),)) = launched
+    assert (kernel, size, a.shape, common.address(a)) == (FILL, 15, (3, 5), workspace.data_ptr())
+    assert workspace.memory[:60].view(torch.float32).tolist() == list(range(15))
 
 
 def test_what_is_no_tensor_passes_unchanged(device):
@@ -155,77 +158,73 @@ def operands(device):
     return [torch.randn(s, generator=make).to(device).requires_grad_() for s in shapes]
 
 
-def test_a_call_like_an_earlier_one_starts_its_launches_again(monkeypatch):
-    """With stand-ins for a GPU: what counts as alike."""
-    launches, repeated, called = ["launches"], [], []
-    monkeypatch.setattr(interop, "one_device", lambda args: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(interop, "_raw_stream", lambda device_index: 7)
-    monkeypatch.setattr(interop, "launching_on", contextlib.nullcontext)
-    monkeypatch.setattr(interop, "recorded", lambda: contextlib.nullcontext(launches))
-    monkeypatch.setattr(interop, "repeat", lambda *args: repeated.append(args))
-    monkeypatch.setattr(interop, "observing", lambda: False)
+def test_which_calls_share_a_plan(device):
+    recorded = []
 
-    def operation(*args, **options):
-        called.append(args)
-        if options.get("fails"):
-            raise ValueError("fails")
+    def operation(x, workspace, number, **options):
+        recorded.append((x, workspace, number, options))
 
     layout = interop.Layout({"a": ((2,), np.float32)})
-    x, memory = torch.zeros(4, 4), torch.empty(layout.size, dtype=torch.uint8)
-    workspace = interop.Workspace(memory, layout)
+    x, workspace = torch.zeros(4, 4, device=device), interop.Workspace.empty(layout, torch.device(device))
+    odd = torch.zeros(17, device=device)[1:].view(4, 4)
+
+    def made(*args, called=operation, **options):
+        recorded.clear()
+        interop.run(called, *args, **options)
+        return len(recorded)
+
     with source.override({}):
-        interop.run(operation, x, workspace, 2, eps=1.0)
-        interop.run(operation, x.detach(), interop.Workspace(memory[:], layout), 2, eps=1.0)
-        assert (len(called), repeated) == (1, [(launches, 7)])
-        for other in (
-            lambda: interop.run(operation, x.clone(), workspace, 2, eps=1.0),
-            lambda: interop.run(operation, x[:2], workspace, 2, eps=1.0),
-            lambda: interop.run(operation, x.view(2, 8), workspace, 2, eps=1.0),
-            lambda: interop.run(operation, x.T, workspace, 2, eps=1.0),
-            lambda: interop.run(operation, x.view(torch.int32), workspace, 2, eps=1.0),
-            lambda: interop.run(operation, x, interop.Workspace(memory, interop.Layout({})), 2, eps=1.0),
-            lambda: interop.run(operation, x, interop.Workspace(memory.clone(), layout), 2, eps=1.0),
-            lambda: interop.run(operation, x, workspace, None, eps=1.0),
-            lambda: interop.run(operation, x, workspace, 2, eps=2.0),
-            lambda: interop.run(operation, x, workspace, 2, eps=0.0),
-            lambda: interop.run(operation, x, workspace, 2, eps=-0.0),
-            lambda: interop.run(operation, x, workspace, 2, momentum=1.0),
-            lambda: interop.run(lambda *args, **options: called.append(args), x, workspace, 2, eps=1.0),
-        ):
-            before = len(called)
-            other()
-            assert len(called) == before + 1
-        repeats = len(repeated)
-        interop.run(operation, x, workspace, None, like="these", eps=1.0)
-        before = len(called)
-        interop.run(operation, x.detach(), interop.Workspace(memory[:], layout), None, like="these", eps=1.0)
-        assert (len(called), len(repeated)) == (before, repeats + 1)
-        for other in (
-            lambda: interop.run(operation, x, workspace, None, like="others", eps=1.0),
-            lambda: interop.run(operation, x.clone(), workspace, None, like="these", eps=1.0),
-            lambda: interop.run(operation, x, workspace, memory, like="these", eps=1.0),
-        ):
-            before = len(called)
-            other()
-            assert len(called) == before + 1
-        for _ in range(2):
-            with pytest.raises(ValueError, match="fails"):
-                interop.run(operation, x, fails=True)
+        assert made(x, workspace, 2, eps=1.0)
+        assert not made(x.clone(), interop.Workspace(workspace.memory.clone(), layout), 2, eps=-0.0)
+        assert made(x[:2], workspace, 2, eps=1.0)
+        assert made(x.view(2, 8), workspace, 2, eps=1.0)
+        assert made(x.view(torch.int32), workspace, 2, eps=1.0)
+        assert made(odd, workspace, 2, eps=1.0)
+        assert made(x, interop.Workspace(workspace.memory, interop.Layout({})), 2, eps=1.0)
+        assert made(x, workspace, None, eps=1.0)
+        assert made(x, workspace, 2, eps=None)
+        assert made(x, workspace, 2, momentum=1.0)
+        assert made(x, workspace, 2, called=lambda *args, **options: operation(*args, **options), eps=1.0)
+        with pytest.raises(ValueError, match=r"contiguous tensors, received shape \(4, 4\) with strides \(1, 4\)"):
+            made(x.T, workspace, 2, eps=1.0)
+        assert made(x, workspace, None, like="these", eps=1.0)
+        assert not made(x.clone(), workspace, None, like="these", eps=2.0)
+        assert made(odd, workspace, None, like="these", eps=2.0)
+        assert made(x, workspace, None, like="others", eps=1.0)
         with source.override({}):  # other kernels may be in force
-            before = len(called)
-            interop.run(operation, x, workspace, 2, eps=1.0)
-            assert len(called) == before + 1
-    assert repeated == [(launches, 7)] * 2
+            assert made(x, workspace, 2, eps=1.0)
+        with ThreadPoolExecutor(1) as other:  # whose kernels' arguments are its own
+            assert other.submit(made, x, workspace, 2, eps=1.0).result()
+
+
+def test_what_failed_is_tried_again(device):
+    def fails(x):
+        raise ValueError("fails")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="fails"):
+            interop.run(fails, torch.zeros(4, device=device))
+
+
+def test_plans_are_bounded(monkeypatch):
+    monkeypatch.setattr(interop, "_MOST_KNOWN", 3)
+    made = []
+
+    def operation(x, number):
+        made.append(number)
+
+    with source.override({}):
+        for number in (1, 2, 3, 1, 4, 2, 1):
+            interop.run(operation, torch.zeros(1), number)
+            assert len(interop._thread().__dict__) <= 3
+    assert made == [1, 2, 3, 4, 1]
 
 
 @gpu_only
 @pytest.mark.parametrize("name", OPERATORS)
 def test_repeated_launches(name, monkeypatch):
-    """Loops whose tensors lie at the same addresses: with new values, on many streams, in new threads."""
+    """Plans that are started again: with new values, on many streams, in new threads."""
     monkeypatch.setattr(launch_module, "_observers", [])
-    repeats = []
-    monkeypatch.setattr(interop, "repeat", lambda *args: repeats.append(args) or launch_module.repeat(*args))
     tensors = operands("cuda")
 
     def call():
@@ -243,7 +242,6 @@ def test_repeated_launches(name, monkeypatch):
 
     with source.override({}):
         first = [values(seed) for seed in range(6)]
-        assert repeats
         assert first[0] != first[2]
     for seed in range(6):
         with source.override({}), ThreadPoolExecutor(1) as worker:  # what was launched is forgotten

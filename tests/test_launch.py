@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cupy_kernels import compiler, source
-from cupy_kernels.launch import launch, recorded, repeat
+from cupy_kernels.launch import Varying, launch
+from cupy_kernels.plan import Plan, Slot
 from cupy_kernels.source import Kernel
 from modelnew.interop import run, view
 
@@ -15,7 +16,12 @@ COPY = """#include "common.cuh"
 extern "C" __global__ void copy(const float* x, float* y, int offset, i64 size) {
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < size) y[i] = (x ? x[i] : 0) + offset;
+}
+extern "C" __global__ void scale(const float* x, float* y, float factor, i64 size) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size) y[i] = x[i] * factor;
 }"""
+SCALE = Kernel("copy.cu", "scale")
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +78,7 @@ def test_dtype(device):
 def test_contiguity(device):
     x, y = torch.arange(12.0, device=device)[::2], torch.zeros(6, device=device)
     with pytest.raises(ValueError, match=r"x is not contiguous \(shape \(6,\), strides \(8,\)\)"):
-        run(start, x, y, 1, 6)
+        start(view(x), view(y), 1, 6)
 
 
 @pytest.mark.parametrize("grid", [(2**31, 1, 1), (1, 65536, 1), (1, 1, 65536)], ids=str)
@@ -175,22 +181,44 @@ def test_a_gpus_kernel_is_looked_up_once_and_again_when_it_changes(stand_in):
     assert len(stand_in.started) == 5
 
 
-def test_launches_are_recorded_and_repeated(stand_in):
-    start(None, gpu_array(0), 1, 6)
-    with recorded() as launches:
-        start(gpu_array(0, 2000), gpu_array(0, 3000), 2, 2**40)
-        start(None, gpu_array(0), 1, 6, grid=(0, 1, 1))
-        other = threading.Thread(target=lambda: start(None, gpu_array(0), 3, 6))
+def test_a_plan_starts_with_the_arrays_and_numbers_of_each_call(stand_in, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(compiler, "prepare", prepared.extend)
+
+    def operation(x, y, size, factor):
+        launch(SCALE, (5, 3, 2), (32, 4, 1), (x, y, factor, size))
+        launch(SCALE, (0, 1, 1), (32, 4, 1), (x, y, factor, size))
+        other = threading.Thread(target=lambda: start(None, gpu_array(0), 1, 6))  # is no part of the plan
         other.start()
         other.join()
-        start(None, gpu_array(0, 4000), 4, 6)
-    start(None, gpu_array(0), 5, 6)
-    before = stand_in.started[:]
-    assert [numbers[-3] for numbers in before] == [1, 2, 3, 4, 5]
+        launch(SCALE, (1, 1, 1), (32, 1, 1), (None, y.reshape(2, 3)[:1], 2.5, 2**40), 64)
+
+    factor = Varying(1.5)
+    factor.index = 3
+    places = Slot(0, (6,), np.float32), Slot(1, (6,), np.float32, offset=256)
+    plan = Plan(operation, (*places, 6), {"factor": factor})
+    assert [step.kernel for step in plan.steps] == [SCALE] * 2
+    stand_in.started.clear()
     stand_in.context = False
-    repeat(launches, stream=5)
-    assert stand_in.started == [*before, *((*call[:8], 5, *call[9:]) for call in (before[1], before[3]))]
+    for pointers, value, stream in (((1000, 2000), 0.5, 7), ((3000, 4000), -0.0, 8)):
+        plan.start([*pointers, 0, 0], [None, None, 6, value], stream)
+        bits = np.float32(value).view(np.int32)
+        first, second = stand_in.started
+        stand_in.started.clear()
+        assert first == (72, 5, 3, 2, 32, 4, 1, 0, stream, pointers[0], pointers[1] + 256, bits, 6, 0)
+        assert second == (73, *(1, 1, 1, 32, 1, 1), 64, stream, None, pointers[1] + 256, 0x40200000, 2**40, 0)
     assert stand_in.context
+    assert prepared == [SCALE] * 2
+
+
+def test_what_a_plan_refuses_it_refuses_before_anything_starts(stand_in):
+    slot = Slot(0, (6,), np.float64)
+    with pytest.raises(TypeError, match=r"x is float64, the kernel takes float32"):
+        Plan(lambda x: launch(SCALE, (1, 1, 1), (32, 1, 1), (x, None, 1.0, 6)), (slot,), {})
+    slot = Slot(0, (6,), np.float32)
+    with pytest.raises(TypeError, match="arrays of one kind"):
+        Plan(lambda x: launch(SCALE, (1, 1, 1), (32, 1, 1), (x, np.ones(6, np.float32), 1.0, 6)), (slot,), {})
+    assert not stand_in.started
 
 
 def test_numbers_that_do_not_fit(arguments):
