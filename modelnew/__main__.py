@@ -17,6 +17,7 @@ from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 from . import Model, ModelNew, environment, get_init_inputs, get_inputs
 from .bench import bench_command
 from .commands import usable_device
+from .host import host_command
 from .model import BATCH, OPERATORS
 from .notebooks import notebooks_command
 from .numerics import NUMERICS
@@ -91,6 +92,7 @@ def main(context, batch, seed, replace, numerics, device, times, trials):
 
 
 main.add_command(bench_command)
+main.add_command(host_command)
 main.add_command(notebooks_command)
 main.add_command(readme_command)
 main.add_command(submission_command)

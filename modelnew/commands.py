@@ -51,14 +51,19 @@ def publish(record: dict, kind: str, device: torch.device, output: Path | None, 
     """Writes <kind>_<gpu>.json and its picture where `output_option` says. `device` is the current one."""
     if not output and device.type == "cpu":
         return
-    folder = output or (environment.RESULTS if environment.RESULTS.parent.is_dir() else Path())
-    path = folder / f"{kind}_{environment.slug() if device.type == 'cuda' else 'cpu'}.json"
+    path = record_path(kind, device, output)
     records.write(record, path)
     out.print(f"recorded: {path}", highlight=False)
     try:
         out.print(f"drawn: {draw(record, path)}", highlight=False)
     except click.ClickException as error:
         out.print(error.message, highlight=False, markup=False)
+
+
+def record_path(kind: str, device: torch.device, output: Path | None) -> Path:
+    """Where a record of this kind goes, as `output_option` says."""
+    folder = output or (environment.RESULTS if environment.RESULTS.parent.is_dir() else Path())
+    return folder / f"{kind}_{environment.slug() if device.type == 'cuda' else 'cpu'}.json"
 
 
 def draw(record: dict, path: Path) -> Path:

@@ -9,7 +9,7 @@ import tolerance
 import torch
 
 from cupy_kernels.conv_transpose_mma import UnsupportedError
-from modelnew import Model, ModelNew, explain, interop, numerics, parity
+from modelnew import Model, ModelNew, explain, numerics, parity
 from modelnew.functional import conv_bn_pool as fused
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm, conv_transpose2d
 from modelnew.model import OPERATORS, fused_model

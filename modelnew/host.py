@@ -1,0 +1,170 @@
+"""`python -m modelnew host`: microseconds that the host spends on a call, beside PyTorch's.
+
+On tensors so small that the GPU is done before the host is. A loop of calls without a synchronisation between them,
+best of several: what the host needs when nothing disturbs it. "same": every call meets the tensors of the one before.
+"new": it meets tensors at addresses that no call before it met, as a network with varying memory does.
+"""
+
+import collections
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import click
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from . import commands, layers, records
+from .model import Model, ModelNew, get_init_inputs
+from .timing import current
+
+CALLS = 200
+TRIALS = 15
+_SHAPE = (2, 8, 8, 8)
+_CHANNELS = _SHAPE[1]
+
+out = Console(width=None if sys.stdout.isatty() else 120)
+
+
+class _Block(nn.Module):
+    """ResNet's basic block."""
+
+    def __init__(self, norm, channels_in, channels, stride):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
+            norm(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
+            norm(channels),
+        )
+        self.shortcut = nn.Identity()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), norm(channels))
+
+    def forward(self, x):
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18(kind) -> nn.Module:
+    """ResNet18 whose BatchNorm2d and MaxPool2d are those of `kind`, modelnew.layers or torch.nn."""
+    norm, widths = kind.BatchNorm2d, (64, 128, 256, 512)
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), norm(64), nn.ReLU(), kind.MaxPool2d(3, 2, 1)]
+    blocks = [
+        _Block(norm, before if first else width, width, 2 if first and width > 64 else 1)
+        for before, width in zip((64, *widths), widths)
+        for first in (True, False)
+    ]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def _operators() -> Iterator[tuple[str, Callable, tuple]]:
+    """(name, function of a kind, modelnew.layers or torch.nn, that makes the module, shape of its input)"""
+    yield "BatchNorm2d", lambda kind: kind.BatchNorm2d(_CHANNELS), _SHAPE
+    yield "Tanh", lambda kind: kind.Tanh(), _SHAPE
+    yield "MaxPool2d", lambda kind: kind.MaxPool2d(2), _SHAPE
+    yield "GroupNorm", lambda kind: kind.GroupNorm(2, _CHANNELS), _SHAPE
+    yield "ConvTranspose2d", lambda kind: kind.ConvTranspose2d(_CHANNELS, _CHANNELS, 3, padding=1), _SHAPE
+    models = {layers: ModelNew, nn: Model}
+    yield "ModelNew N=1", lambda kind: models[kind](*get_init_inputs()), (1, 64, 32, 32)
+    yield "ResNet18 N=2", resnet18, (2, 3, 64, 64)
+
+
+def measure(device: torch.device, calls: int, trials: int) -> Iterator[dict]:
+    """The rows of the record: microseconds a call, ours and PyTorch's in turns."""
+    for name, make, shape in _operators():
+        modules = [make(kind).to(device) for kind in (layers, nn)]
+        for what, addresses in itertools.product(("forward", "step"), ("same", "new")):
+            loops = [_loop(module, what, addresses, shape, device) for module in modules]
+            times = [[loop(calls) for loop in loops] for _ in range(trials + 1)][1:]
+            ours, eager = (statistics.median(column) for column in zip(*times))
+            least, least_eager = map(min, zip(*times))
+            yield {
+                "operator": name,
+                "what": what,
+                "addresses": addresses,
+                "us": round(ours, 2),
+                "eager_us": round(eager, 2),
+                "us_min": round(least, 2),
+                "eager_us_min": round(least_eager, 2),
+            }
+
+
+def _loop(module, what, addresses, shape, device) -> Callable[[int], float]:
+    """A function that times so many calls: microseconds each."""
+    step = what == "step"
+    inputs = [torch.randn(shape, device=device, requires_grad=step) for _ in range(16 if addresses == "new" else 1)]
+    with torch.no_grad():
+        gradient = torch.randn_like(module(inputs[0]))
+    parameters = list(module.parameters())
+
+    def loop(calls):
+        # Results that stay alive push those of the next calls to other addresses.
+        kept = collections.deque(maxlen=32 if addresses == "new" else 0)
+        for x in inputs:
+            x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        with torch.set_grad_enabled(step):
+            for i in range(calls):
+                x = inputs[i % len(inputs)]
+                y = module(x)
+                if step:
+                    found = torch.autograd.grad(y, [x, *parameters], gradient)
+                kept.append((y, found) if step else y)
+        us = (time.perf_counter() - start) / calls * 1e6
+        torch.cuda.synchronize(device)
+        return us
+
+    return loop
+
+
+def show(record: dict) -> None:
+    """Prints the rows, and how many times PyTorch's each is."""
+    table = Table("", "", "addresses", box=box.SIMPLE_HEAD)
+    for name in ("ours", "PyTorch", "ratio"):
+        table.add_column(name, justify="right")
+    for row in record["rows"]:
+        names = (row["operator"], row["what"], row["addresses"])
+        table.add_row(*names, f"{row['us']:.1f}", f"{row['eager_us']:.1f}", f"{row['us'] / row['eager_us']:.2f}x")
+    out.print("\n[bold]Microseconds of the host a call[/], median", highlight=False)
+    out.print(table)
+
+
+@click.command(
+    "host",
+    short_help="Time the host's part of a call beside PyTorch's.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option("--calls", type=click.IntRange(min=1), default=CALLS, show_default=True, help="Calls of a trial.")
+@click.option("--trials", type=click.IntRange(min=1), default=TRIALS, show_default=True, help="Trials of each time.")
+@commands.device_option
+@commands.output_option("host")
+def host_command(device, output, calls, trials):
+    """Time the host's part of a call on tiny tensors: each layer, ModelNew on one image, and a ResNet18.
+
+    Forward under no_grad, and a step: forward and all gradients; with the same tensors again and again, and with tensors
+    that lie elsewhere at each call. Prints a table and writes a record (JSON). Needs a GPU.
+    """
+    device = commands.usable_device(device)
+    if device.type == "cpu":
+        raise click.ClickException("host times are those of launches on a GPU; there is none here")
+    with current(device):
+        record = {
+            **commands.head(device),
+            "calls": calls,
+            "trials": trials,
+            "rows": list(measure(device, calls, trials)),
+        }
+        path = commands.record_path("host", device, output)
+        records.write(record, path)
+    show(record)
+    out.print(f"recorded: {path}", highlight=False)
