@@ -95,7 +95,10 @@ def _variant(size, tensors, copies, *parameters):
 
 
 def _defines(name, param, width, cached):
-    return (*scalar_macros(name), ("param_t", param), ("WIDTH", width), ("CACHED", cached))
+    return (*scalar_macros(name), ("param_t", param), ("WIDTH", width), ("CACHED", cached)) + (
+        ("THREADS", THREADS),
+        ("COLUMNS", _COLUMNS),
+    )
 
 
 def _launch(variant, name, blocks, packs, cached_packs, args):

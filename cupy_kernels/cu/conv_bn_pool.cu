@@ -24,7 +24,7 @@
 #define ADJACENT 1
 #include "conv_mma.cuh"
 #endif
-
+static_assert(EPILOGUE_OFFSET + (STATISTICS ? PARTS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES, "the epilogue's moments come last");
 
 // Chan's rule: how the moments of two sets of pixels combine.
 struct Merge {
