@@ -406,7 +406,7 @@ def variants():
 
 def _pool_macros(p: Plan, training, keep):
     macros = dict(p.macros)
-    if training:  # mean and sum of squared distances of each part's channels, behind what the convolution needs
+    if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
         macros["SHARED_BYTES"] += macros["PARTS_N"] * macros["TILE_M"] * 8
     return (
         *macros.items(),
@@ -443,10 +443,10 @@ def _tail_defines(macros, groups, planes):
 
 
 def _backward_defines(macros, shift):
-    saved = ("saved_t", "half_t" if macros["SPLIT"] == 1 else "float")
     split = macros["SPLIT"]
+    saved = ("saved_t", "half_t" if split == 1 else "float")
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
-    # Of conv_output_gradient_cells: a thread has 8 channels of a window, or at borders one channel for 128 threads.
+    # Of conv_output_gradient_cells: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
     tile = THREADS * 8 // chunk_channels(split)
     blocks = {
         "TILE": tile,
@@ -457,7 +457,7 @@ def _backward_defines(macros, shift):
 
 
 def _parts(macros) -> int:
-    """That a pooled plane is cut into; a warp takes one at a time."""
+    """Into how many parts a pooled plane is cut; a warp takes one at a time."""
     return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), _PART)
 
 

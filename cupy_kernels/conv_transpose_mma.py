@@ -85,18 +85,9 @@ def plan(
         **found.planes,
         **found.macros,
     }
-    common = (
-        "scalar_t",
-        "acc_t",
-        "IN_CHANNELS",
-        "OUT_CHANNELS",
-        *cell_macros(split),
-        "WGMMA",
-        "TILE_M",
-        "PACKED_WIDTH",
-    )
+    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH", *cell_macros(split))
     taps, tile_m = kernel[0] * kernel[1], macros["TILE_M"]
-    pack_macros = {**{name: macros[name] for name in common}, "TAPS": taps, "FLIP": int(dgrad)}
+    pack_macros = {**{name: macros[name] for name in both}, "TAPS": taps, "FLIP": int(dgrad)}
     rows = ceil_div(channels_out, tile_m) * tile_m
     return Plan(
         tuple(macros.items()),

@@ -18,6 +18,7 @@
 
 typedef Packed<scalar_t, WIDTH> Pack;
 enum { PACKS = ITEMS / WIDTH };
+static_assert(ITEMS % WIDTH == 0, "a thread's values are whole packs");
 enum { BATCH = sizeof(Pack) <= 4 ? 8 : 4 };  // packs in flight per thread; half of it per tensor where several are read
 
 // Walks over one thread's packs of the block's chunk, without a division per pack.

@@ -20,6 +20,8 @@
 #include "fp16_cells.cuh"
 #if WGMMA
 #include "conv_wgmma.cuh"
+enum { ONE_PASS = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W <= 4 * MOST_TILES * WARPGROUPS_N };
+static_assert((TILES % 4 == 0 || (ONE_PASS && PARTS_N == 1)) && (LAST_TILES % 4 == 0 || PARTS_N == 1), "16 windows are kept together");
 #else
 #define ADJACENT 1
 #include "conv_mma.cuh"
