@@ -14,7 +14,7 @@ from .source import Kernel, Variant
 _MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
 _MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
 _MOST_TILES_N = 8  # of a warpgroup; of its sums, as many as a thread has registers for
-_TILE_IC = 64
+_TILE_IC = 64  # input channels of a block of the kernel for wgmma
 _BAND_ROWS = 16
 _RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
 
@@ -118,7 +118,7 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     if stages < 2 + ceil_div(taps + 1, columns):
         return None
     tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
-    macros = {"WGMMA": 1, "THREADS": 256, "TILES_N": tiles_n, "COLUMNS": columns, "STAGES": stages}
+    macros = {"WGMMA": 1, "THREADS": 256, "TILE_IC": _TILE_IC, "TILES_N": tiles_n, "COLUMNS": columns, "STAGES": stages}
     return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
 
 

@@ -11,11 +11,10 @@
 // Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with the small products
 // first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores work for the other.
 //
-// Macros: TILES_N (tiles of 8 output channels of a warpgroup).
+// Macros: TILE_IC (64), TILES_N (tiles of 8 output channels of a warpgroup).
 #pragma once
 #include "wgmma.cuh"
 
-#define TILE_IC 64
 #define TILE_OC (16 * TILES_N)
 #define GROUPS_OC ((TILE_OC + 63) / 64)  // of 64 channels: of each warpgroup, or one of both
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
@@ -25,7 +24,7 @@
 #define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
 #define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)  // stages that are on their way
 enum { ZEROS_OFFSET = STAGES * COLUMNS * POSITION_BYTES };  // in shared memory, of 16 bytes
-static_assert(THREADS == 256, "two warpgroups");
+static_assert(THREADS == 256 && TILE_IC == 64, "two warpgroups, each with all input channels of the block");
 static_assert(TILES == KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC), "tiles make dw");
 static_assert(SPLIT == 1 ? COLUMNS % 2 == 0 : COLUMNS <= 2 && IN_W % COLUMNS == 0, "two columns of registers, and no stage ends beyond x");
 static_assert(AHEAD >= 1, "a stage is on its way while another one is multiplied");
