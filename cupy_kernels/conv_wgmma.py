@@ -24,7 +24,7 @@ class _Unit(NamedTuple):
 
     rows: int  # of windows
     windows: int  # from the first to the last one
-    along: int
+    along: int  # bytes from 8 channels to the next 8, an odd number of times 16: in different banks
     stages: int
     shared_bytes: int
 

@@ -87,7 +87,7 @@ class _Layout(NamedTuple):
 
 def _layout(split, channels, taps, limit) -> _Layout:
     """That of conv_wgrad_mma.cuh. UnsupportedError if there is not enough shared memory."""
-    columns = ceil_div(4, taps) * taps
+    columns = ceil_div(4, taps) * taps  # of a stage: at least 4, and whole windows of taps
     chunk = chunk_channels(split)
 
     def layout(warps):
