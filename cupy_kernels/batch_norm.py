@@ -186,7 +186,7 @@ def _macros(plane, tensors, parameter):
 
 
 def _defines(name, param, width):
-    return (*scalar_macros(name), ("param_t", param), ("WIDTH", width), ("ITEMS", ITEMS))
+    return (*scalar_macros(name), ("param_t", param), ("WIDTH", width), ("ITEMS", ITEMS), ("THREADS", THREADS))
 
 
 def _check_workspace(workspace, shape):

@@ -15,11 +15,12 @@ from .common import THREADS, accumulator, ceil_div, scalar_macros
 from .conv_transpose_mma import Plan, conv_transpose_mma, launch_units, pack_kernel, pack_weight, sample_plans
 from .conv_wgrad_mma import Plan as WgradPlan
 from .conv_wgrad_mma import conv_wgrad_mma
-from .fp16_cells import cells_shape, to_cells, to_cells_kernel
+from .fp16_cells import cell_macros, cells_shape, chunk_channels, to_cells, to_cells_kernel
 from .launch import launch
 from .source import DTYPES, Kernel, Variant
 
 _MOST_WARPS = 16
+_PART = 320  # values of a warp at most: 10 a lane
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
 _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
@@ -100,7 +101,6 @@ def conv_bn_pool_forward(
         x.shape[0],
         (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
         + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
-        shared_bytes=plan.threads * 16 if training else 0,
     )
     images, channels = out.shape[:2]
     if training:
@@ -309,7 +309,7 @@ def conv_output_gradient(
     images, channels = g.shape[:2]
     launch(
         Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups)),
-        (images * channels, ceil_div(_windows(plan), THREADS), 1),
+        (images * channels, ceil_div(_windows(dict(plan.macros)), THREADS), 1),
         (THREADS, 1, 1),
         (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
     )
@@ -338,13 +338,14 @@ def conv_output_gradient_cells(
     borders: None, or as `output_gradient_buffers` has it, written: sums of dy times 2^e over the pixels that have no
     partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
     """
-    split = dict(plan.macros)["SPLIT"]
-    images, channels = g.shape[:2]
+    images = g.shape[0]
     together = _images_together(images)
-    blocks = together * cells.shape[1] * ceil_div(_windows(plan), 32 * split)
-    blocks += 0 if borders is None else channels // 2
+    macros = _backward_macros(plan, groups)
+    sizes = dict(macros)
+    blocks = together * cells.shape[1] * sizes["TILES"]
+    blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", _backward_macros(plan, groups)),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", macros),
         (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
         (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells, borders)
@@ -394,8 +395,8 @@ def variants():
         pitch = ceil_div(size, 2)
         for wgmma in (0, 1):
             unit = 8 * pitch if wgmma else 64
-            stride = ceil_div(unit, 16) * 16
-            planes = conv_wgmma.planes(wgmma, pitch, unit, stride, ceil_div(pitch**2, unit) * stride)
+            units, stride = ceil_div(pitch**2, unit), ceil_div(unit, 16) * 16
+            planes = conv_wgmma.planes(wgmma, pitch, units, unit, stride, units * stride)
             tail = _tail_defines(sample, groups, planes.items())
             if (dtype, split) != ("float", 2):
                 for statistics in (1, 0):
@@ -404,9 +405,12 @@ def variants():
 
 
 def _pool_macros(p: Plan, training, keep):
+    macros = dict(p.macros)
+    if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
+        macros["SHARED_BYTES"] += macros["PARTS_N"] * macros["TILE_M"] * 8
     return (
-        *p.macros,
-        ("param_t", dict(p.macros)["scalar_t"]),
+        *macros.items(),
+        ("param_t", macros["scalar_t"]),
         ("saved_t", _saved_type(p)),
         ("STATISTICS", int(training)),
         ("SAVE", int(keep)),
@@ -432,19 +436,29 @@ def _tail_defines(macros, groups, planes):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
-    warps = min(macros["OUT_CHANNELS"] // groups * _parts(macros), _MOST_WARPS)
-    return (*types, *sizes, *planes, ("GROUPS", groups), ("WARPS", warps))
+    parts = _parts(macros)
+    warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
+    blocks = (("GROUPS", groups), ("PARTS", parts), ("WARPS", warps), ("THREADS", THREADS))
+    return (*types, *sizes, *planes, *blocks)
 
 
 def _backward_defines(macros, shift):
-    saved = ("saved_t", "half_t" if macros["SPLIT"] == 1 else "float")
-    convolution = ((name, macros[name]) for name in ("SPLIT", "KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
-    return (saved, ("SAVED_SHIFT", shift), *convolution)
+    split = macros["SPLIT"]
+    saved = ("saved_t", "half_t" if split == 1 else "float")
+    convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
+    # Of conv_output_gradient_cells: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
+    tile = THREADS * 8 // chunk_channels(split)
+    blocks = {
+        "TILE": tile,
+        "TILES": ceil_div(_windows(macros), tile),
+        "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
+    }
+    return (saved, ("SAVED_SHIFT", shift), *cell_macros(split).items(), *convolution, *blocks.items())
 
 
 def _parts(macros) -> int:
-    """PARTS of pooled_tail.cuh."""
-    return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), 320)
+    """Into how many parts a pooled plane is cut; a warp takes one at a time."""
+    return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), _PART)
 
 
 def _tail_threads(macros):
@@ -461,9 +475,8 @@ def pooled_places(p: Plan) -> np.ndarray:
     return unit * macros["UNIT_STRIDE"] + at
 
 
-def _windows(p: Plan) -> int:
+def _windows(macros) -> int:
     """2x2 windows of the convolution's output, those that an odd edge cuts too."""
-    macros = dict(p.macros)
     return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
 
 

@@ -18,7 +18,7 @@ _INT_MAX = 2**31 - 1
 _WGRAD_BLOCKS = (
     2048  # enough for several waves on today's largest GPUs; a constant, so that sums depend on shapes alone
 )
-_TILE_K = 8  # simt_gemm.cuh
+_TILE_K = 8  # channels or pixels that a step of the sum takes
 
 
 class Geometry(NamedTuple):
@@ -164,7 +164,8 @@ class _Tile(NamedTuple):
         return self.m * self.n // self.per_thread**2
 
     def macros(self) -> tuple:
-        return (("TILE_M", self.m), ("TILE_N", self.n), ("PER_THREAD", self.per_thread))
+        sizes = {"TILE_M": self.m, "TILE_N": self.n, "TILE_K": _TILE_K, "PER_THREAD": self.per_thread}
+        return (*sizes.items(), ("THREADS", self.threads))
 
 
 _LARGE, _SMALL = _Tile(64, 128, 8), _Tile(32, 32, 4)

@@ -11,12 +11,12 @@ from typing import NamedTuple
 from . import conv_wgmma
 from .common import THREADS, address, ceil_div
 from .conv_transpose import Geometry
+from .fp16_cells import CELL_BYTES, cell_macros, chunk_channels
 from .launch import launch
 from .source import Kernel, Variant
 
 MANY_IMAGES = 96  # from which on a block takes as much of an image as fits, to load x less often
 _MMA_DGRAD_IMAGES = 64  # from which on mma.sync takes less time than wgmma for dgrad with split 2 (benchmarks/NOTES.md)
-_CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
 _STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
@@ -81,30 +81,31 @@ def plan(
         "KERNEL_W": kernel[1],
         "PAD_H": pad[0],
         "PAD_W": pad[1],
-        "SPLIT": split,
+        **cell_macros(split),
         **found.planes,
         **found.macros,
     }
-    pack_macros = {
-        name: macros[name] for name in ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "SPLIT", "WGMMA")
-    }
-    taps = kernel[0] * kernel[1]
-    pack_macros.update(TAPS=taps, TILE_M=found.tile_m, FLIP=int(dgrad))
-    rows = ceil_div(channels_out, found.tile_m) * found.tile_m
+    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH", *cell_macros(split))
+    taps, tile_m = kernel[0] * kernel[1], macros["TILE_M"]
+    pack_macros = {**{name: macros[name] for name in both}, "TAPS": taps, "FLIP": int(dgrad)}
+    rows = ceil_div(channels_out, tile_m) * tile_m
     return Plan(
         tuple(macros.items()),
         tuple(pack_macros.items()),
         rows=rows,
-        packed_size=rows * taps * found.packed_width,
+        packed_size=rows * taps * macros["PACKED_WIDTH"],
+        units=macros["UNITS"],
+        tile_m=tile_m,
+        threads=macros["THREADS"],
+        shared_bytes=macros["SHARED_BYTES"],
         planes=tuple(found.planes.items()),
-        **{name: getattr(found, name) for name in ("units", "tile_m", "threads", "shared_bytes")},
     )
 
 
 def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmma.Layout:
     """The layout of conv_mma.cuh."""
     warps_m, most_warps_n = (1, 8) if channels[1] <= 64 else (2, 4)
-    chunks = ceil_div(channels[0], 64 // split)
+    chunks = ceil_div(channels[0], chunk_channels(split))
     windows_w = ceil_div(out[1], 2)
     windows = windows_w * ceil_div(out[0], 2)
     gap = max(0, kernel[1] - 1 - pad[1])
@@ -119,8 +120,8 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
             low = max(0, first // windows_w * 2 + pad[0] - (kernel[0] - 1))
             high = min(size[0], last // windows_w * 2 + 1 + pad[0] + 1)
             rows = max(rows, high - low)
-        band = (gap + (rows + 1) * pitch) * _CELL_BYTES * (chunks if resident else 1)
-        return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * _CELL_BYTES
+        band = (gap + (rows + 1) * pitch) * CELL_BYTES * (chunks if resident else 1)
+        return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * CELL_BYTES
 
     # Few images: one pass a unit, to spread over the GPU; else as many as fit. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
@@ -148,17 +149,15 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
         "BAND_ROWS": rows,
         "RESIDENT": resident,
         "STAGES": stages,
+        "GAP": gap,
+        "TILE_M": 64 * warps_m,
+        "PARTS_N": warps_n,
+        "THREADS": 32 * warps_m * warps_n,
+        "PACKED_WIDTH": chunks * CELL_BYTES // 2,
+        "SHARED_BYTES": shared_bytes,
     }
-    unit_windows = passes * warps_n * 16
-    return conv_wgmma.Layout(
-        macros,
-        chunks * _CELL_BYTES // 2,
-        units,
-        64 * warps_m,
-        32 * warps_m * warps_n,
-        shared_bytes,
-        conv_wgmma.planes(0, windows_w, unit_windows, unit_windows, ceil_div(windows, 4) * 4),
-    )
+    unit_windows, plane_stride = passes * warps_n * 16, ceil_div(windows, 4) * 4
+    return conv_wgmma.Layout(macros, conv_wgmma.planes(0, windows_w, units, unit_windows, unit_windows, plane_stride))
 
 
 def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
@@ -186,15 +185,15 @@ def pack_kernel(p: Plan) -> Kernel:
     return Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
 
 
-def launch_units(p: Plan, kernel: Kernel, x, images: int, args, shared_bytes: int = 0) -> None:
-    """Launches a kernel built on conv_mma.cuh over all units of x. shared_bytes: what its epilogue needs.
+def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
+    """Launches a kernel built on conv_mma.cuh or conv_wgmma.cuh over all units of x.
 
     ValueError unless x starts at a multiple of 16 bytes.
     """
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
     grid = (images * p.units, p.rows // p.tile_m, 1)
-    launch(kernel, grid, (p.threads, 1, 1), args, p.shared_bytes + shared_bytes)
+    launch(kernel, grid, (p.threads, 1, 1), args, dict(kernel.defines)["SHARED_BYTES"])
 
 
 def variants():

@@ -15,13 +15,8 @@ _FEW_WINDOWS = 64  # of a block at most, for few images
 class Layout(NamedTuple):
     """How a tensor-core convolution is laid out over blocks."""
 
-    macros: dict
-    packed_width: int  # halves that the packed weights have of each of their rows and each tap
-    units: int  # blocks an image, for each tile_m channels
-    tile_m: int
-    threads: int
-    shared_bytes: int
-    planes: dict  # macros of pooled_planes.cuh
+    macros: dict  # of the kernel's file
+    planes: dict  # of pooled_planes.cuh
 
 
 class _Unit(NamedTuple):
@@ -29,6 +24,7 @@ class _Unit(NamedTuple):
 
     rows: int  # of windows
     windows: int  # from the first to the last one
+    along: int  # bytes from 8 channels to the next 8, an odd number of times 16: in different banks
     stages: int
     shared_bytes: int
 
@@ -50,12 +46,12 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
 
     def unit(rows):
         """A block's part of an image, `rows` rows of windows; None if it does not fit."""
-        low, high = pad[0] - (kernel[0] - 1), 2 * rows - 1 + pad[0]  # LOW, HIGH and, below, ALONG of conv_wgmma.cuh
-        band_cells = gap + (high - low + 1) * pitch
+        band_cells = gap + (2 * rows + kernel[0] - 1) * pitch
         along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
         band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
         stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
-        return stages and _Unit(rows, (rows - 1) * window_pitch + windows_w, stages, band_bytes + stages * step_bytes)
+        windows = (rows - 1) * window_pitch + windows_w
+        return stages and _Unit(rows, windows, along, stages, band_bytes + stages * step_bytes)
 
     rows = sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True)
     choices = list(filter(None, map(unit, rows)))
@@ -65,7 +61,7 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         choices = [u for u in choices if u.windows <= _FEW_WINDOWS] or choices[-1:]
         at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
         choices = at_once[-1:] or choices
-    rows, _, stages, shared_bytes = choices[0]
+    rows, _, along, stages, shared_bytes = choices[0]
     granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
@@ -79,17 +75,16 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         "TILES": tiles,
         "LAST_TILES": last,
         "STAGES": stages,
+        "GAP": gap,
+        "ALONG": along,
+        "TILE_M": 64 * warpgroups_m,
+        "PARTS_N": warpgroups_n,
+        "THREADS": 128 * warpgroups_m * warpgroups_n,
+        "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
+        "SHARED_BYTES": shared_bytes,
     }
-    units = ceil_div(windows_h, rows)
-    return Layout(
-        macros,
-        steps * _STEP_CHANNELS * split,
-        units,
-        64 * warpgroups_m,
-        128 * warpgroups_m * warpgroups_n,
-        shared_bytes,
-        planes(1, window_pitch, rows * window_pitch, stride := ceil_div(rows * window_pitch, 16) * 16, units * stride),
-    )
+    units, stride = ceil_div(windows_h, rows), ceil_div(rows * window_pitch, 16) * 16
+    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
@@ -111,11 +106,12 @@ def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int
     return min(choices, key=cost)
 
 
-def planes(wgmma: int, window_pitch: int, unit_windows: int, unit_stride: int, plane_stride: int) -> dict:
+def planes(wgmma: int, window_pitch: int, units: int, unit_windows: int, unit_stride: int, plane_stride: int) -> dict:
     """Macros of pooled_planes.cuh."""
     return {
         "WGMMA": wgmma,
         "WINDOW_PITCH": window_pitch,
+        "UNITS": units,
         "UNIT_WINDOWS": unit_windows,
         "UNIT_STRIDE": unit_stride,
         "PLANE_STRIDE": plane_stride,

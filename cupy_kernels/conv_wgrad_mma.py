@@ -7,14 +7,14 @@ from typing import NamedTuple
 from .common import MULTIPROCESSORS, THREADS, ceil_div
 from .conv_transpose import Geometry, output_shape
 from .conv_transpose_mma import UnsupportedError, check_supported
+from .fp16_cells import CELL_BYTES, cell_macros, chunk_channels
 from .launch import launch
 from .source import Kernel, Variant
 
 _MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
 _MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
 _MOST_TILES_N = 8  # of a warpgroup; of its sums, as many as a thread has registers for
-_TILE_IC = 64
-_CELL_BYTES = 128
+_TILE_IC = 64  # input channels of a block of the kernel for wgmma
 _BAND_ROWS = 16
 _RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
 
@@ -66,12 +66,14 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
         "KERNEL_W": kernel[1],
         "PAD_H": geometry.padding[0],
         "PAD_W": geometry.padding[1],
-        "SPLIT": split,
+        **cell_macros(split),
         "TAPS_W": taps,
+        "BAND_ROWS": _BAND_ROWS,
+        "TILES": tiles,
         **found.macros,
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
-    sizes = (tiles, splits, split_bands, found.threads, found.shared_bytes, splits * size)
+    sizes = (tiles, splits, split_bands, macros["THREADS"], macros["SHARED_BYTES"], splits * size)
     return Plan(tuple(macros.items()), output, split, *sizes)
 
 
@@ -81,18 +83,16 @@ class _Layout(NamedTuple):
     macros: dict
     channel_tiles: int
     blocks: int  # that share a multiprocessor
-    threads: int
-    shared_bytes: int
 
 
 def _layout(split, channels, taps, limit) -> _Layout:
     """That of conv_wgrad_mma.cuh. UnsupportedError if there is not enough shared memory."""
-    columns = ceil_div(4, taps) * taps
-    chunk = 64 // split
+    columns = ceil_div(4, taps) * taps  # of a stage: at least 4, and whole windows of taps
+    chunk = chunk_channels(split)
 
     def layout(warps):
         """(stages, bytes of a stage)"""
-        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * _CELL_BYTES
+        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * CELL_BYTES
         blocks = 8 // warps
         return min(_MOST_STAGES, (limit - _RESERVED) // blocks // stage_bytes), stage_bytes
 
@@ -104,8 +104,8 @@ def _layout(split, channels, taps, limit) -> _Layout:
     if stages < 2:
         raise UnsupportedError(f"it needs {2 * stage_bytes + _RESERVED} bytes of shared memory, the GPU has {limit}")
     tiles = ceil_div(channels[1], 16 * warps) * ceil_div(channels[0], chunk)
-    macros = {"WGMMA": 0, "WARPS": warps, "STAGES": stages}
-    return _Layout(macros, tiles, 8 // warps, 32 * warps, stages * stage_bytes)
+    macros = {"WGMMA": 0, "THREADS": 32 * warps, "COLUMNS": columns, "STAGES": stages}
+    return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes}, tiles, 8 // warps)
 
 
 def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
@@ -113,12 +113,13 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     tiles_n = _MOST_TILES_N if channels[1] > 64 else channels[1] // 16
     columns = 4 if split == 1 else 1 if width % 2 else 2
 
-    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * _CELL_BYTES
+    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * CELL_BYTES
     stages = min(_MOST_STAGES_WGMMA, (limit - _RESERVED) // stage_bytes)
     if stages < 2 + ceil_div(taps + 1, columns):
         return None
     tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
-    return _Layout({"WGMMA": 1, "TILES_N": tiles_n, "STAGES": stages}, tiles, 1, 256, stages * stage_bytes + 16)
+    macros = {"WGMMA": 1, "THREADS": 256, "TILE_IC": _TILE_IC, "TILES_N": tiles_n, "COLUMNS": columns, "STAGES": stages}
+    return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
 
 
 def conv_wgrad_mma(p: Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, borders, partial, dw) -> None:

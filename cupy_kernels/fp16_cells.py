@@ -11,17 +11,28 @@ from .launch import launch
 from .source import Kernel, Variant
 
 _LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
-_BLOCK_BYTES = THREADS * 8 * 16  # that a block of largest_magnitude reads at a time
+_BATCH = 8  # accesses, of 16 bytes at most, that a thread of largest_magnitude has under way
+CELL_BYTES = 128
+
+
+def chunk_channels(split: int) -> int:
+    """Channels that a cell has values of."""
+    return CELL_BYTES // 2 // split
+
+
+def cell_macros(split: int) -> dict:
+    """Macros of fp16_cells.cuh, but for IN_CHANNELS."""
+    return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "CELL_BYTES": CELL_BYTES}
 
 
 def cells_shape(shape, split: int) -> tuple[int, int, int, int]:
     """[N, chunks, pixels, 64]: of the cells, float16, of a tensor of this shape."""
-    return shape[0], ceil_div(shape[1], 64 // split), math.prod(shape[2:]), 64
+    return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), CELL_BYTES // 2
 
 
 def exponents_size(shape, itemsize: int) -> int:
     """Elements (int32) of what `largest_magnitude` writes for a tensor of this shape."""
-    return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, _BLOCK_BYTES)))
+    return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, THREADS * _BATCH * 16)))
 
 
 def largest_magnitude(source, exponents) -> None:
@@ -37,10 +48,9 @@ def to_cells(source, exponents, sums, cells, split: int) -> None:
     sums: None, or the sums of the first image's channels: their means are subtracted, and the scale is half as large.
     """
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
-    chunk_channels = 64 // split
     launch(
         _kernel(scalar(source), split, width),
-        (ceil_div(images * pixels, THREADS * 8 // chunk_channels * width), ceil_div(channels, chunk_channels), 1),
+        (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
         (THREADS, 1, 1),
         (source, exponents, sums, cells, exponents.size, images, channels, pixels),
     )
@@ -63,7 +73,13 @@ def _kernel(name, split, width):
 
 
 def _macros(name, split, width):
-    return (*scalar_macros(name), ("SPLIT", split), ("WIDTH", width))
+    sizes = {"WIDTH": width, "THREADS": THREADS, "TILE_PIXELS": _tile_pixels(split, width), "BATCH": _BATCH}
+    return (*scalar_macros(name), *cell_macros(split).items(), *sizes.items())
+
+
+def _tile_pixels(split, width):
+    """Pixels that a block of to_cells takes: a thread has 8 channels of `width` of them."""
+    return THREADS * 8 // chunk_channels(split) * width
 
 
 def _width(source) -> int:

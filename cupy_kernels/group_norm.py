@@ -95,7 +95,8 @@ def _variant(size, tensors, copies, *parameters):
 
 
 def _defines(name, param, width, cached):
-    return (*scalar_macros(name), ("param_t", param), ("WIDTH", width), ("CACHED", cached))
+    sizes = {"WIDTH": width, "CACHED": cached, "THREADS": THREADS, "COLUMNS": _COLUMNS}
+    return (*scalar_macros(name), ("param_t", param), *sizes.items())
 
 
 def _launch(variant, name, blocks, packs, cached_packs, args):

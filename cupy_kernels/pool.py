@@ -87,7 +87,9 @@ def _defines(name, wide_taps, two_by_two, macros):
         *scalar_macros(name),
         ("tap_t", "int" if wide_taps else "u8"),
         ("WINDOW_2X2", int(two_by_two)),
+        ("SITE", 2 if two_by_two else 1),
         ("ITEMS", _ITEMS_2X2 if two_by_two else 1),
+        ("THREADS", THREADS),
         *macros,
     )
 
@@ -112,7 +114,7 @@ def launch_windows(kernel: Kernel, args, x, y, pool: Pool, channels: int = 1) ->
 
 def launch_pixels(kernel: Kernel, args, x, y, pool: Pool, channels: int = 1) -> None:
     """The same for a kernel whose places are sites of the input."""
-    site = dict(kernel.defines)["WINDOW_2X2"] + 1
+    site = dict(kernel.defines)["SITE"]
     _launch(kernel, math.prod(ceil_div(n, site) for n in x.shape[-2:]), args, x, y, pool, channels)
 
 

@@ -11,13 +11,14 @@
 // with given (running) statistics dx = weight invstd g.
 //
 // Macros: scalar_t, acc_t, param_t (weight, bias and their gradients; running statistics), WIDTH (a divisor of plane; pointers are
-// aligned to a pack), ITEMS (values per thread, a multiple of WIDTH). Whether there is a tanh is a run-time argument: its branch
+// aligned to a pack), ITEMS (values per thread, a multiple of WIDTH), THREADS. Whether there is a tanh is a run-time argument: its branch
 // is uniform and the kernels wait for memory, so that it costs less than twice as many variants would.
 #include "batch_norm.cuh"
 #include "tanh.cuh"
 
 typedef Packed<scalar_t, WIDTH> Pack;
 enum { PACKS = ITEMS / WIDTH };
+static_assert(ITEMS % WIDTH == 0, "a thread's values are whole packs");
 enum { BATCH = sizeof(Pack) <= 4 ? 8 : 4 };  // packs in flight per thread; half of it per tensor where several are read
 
 // Walks over one thread's packs of the block's chunk, without a division per pack.
@@ -65,7 +66,7 @@ __device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) { r
 //
 // A thread takes a batch's mean first and its squares relative to that, both from registers, then joins batches as Chan et al.
 // do: nothing cancels, whatever the mean is and wherever outliers are.
-extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_partials(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_partials(
     const scalar_t* __restrict__ x, acc_t* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
     __shared__ acc_t scratch[32];
     ChannelWalk walk(channels, plane, count);
@@ -116,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_partials(
 }
 
 // One block a channel: combines the chunks; updates the running statistics where they are not null.
-extern "C" __global__ void __launch_bounds__(256) batch_norm_statistics(
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
     const scalar_t* __restrict__ x, const acc_t* __restrict__ partials, INOUT param_t* running_mean, INOUT param_t* running_var,
     acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count, i64 chunks) {
     __shared__ acc_t scratch[32];
@@ -146,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_statistics(
 }
 
 // One thread a channel: mean and invstd from the running statistics.
-extern "C" __global__ void __launch_bounds__(256) batch_norm_eval_statistics(
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_eval_statistics(
     const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var, acc_t* __restrict__ mean,
     acc_t* __restrict__ invstd, acc_t eps, i64 channels) {
     i64 channel = (i64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -155,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_eval_statistics(
     invstd[channel] = 1 / sqrt(to_acc(running_var[channel]) + eps);
 }
 
-extern "C" __global__ void __launch_bounds__(256) batch_norm_apply(
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_apply(
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
     const param_t* __restrict__ bias, scalar_t* __restrict__ y, int with_tanh, i64 channels, i64 plane, i64 count) {
     ChannelWalk walk(channels, plane, count);
@@ -191,7 +192,7 @@ __device__ inline acc_t gradient_of(scalar_t dy, scalar_t y, bool with_tanh) {
 }
 
 // partials: sum of g, and sum of g xhat, of each chunk. y is null without tanh.
-extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_backward_partials(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_backward_partials(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ invstd, acc_t* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
     __shared__ acc_t scratch[32];
@@ -232,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_backward_partial
 }
 
 // One block a channel: sums [2][channels] over the chunks, which are also the gradients of bias and weight, where not null.
-extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_sums(
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(
     const acc_t* __restrict__ partials, acc_t* __restrict__ sums, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 channels,
     i64 chunks) {
     __shared__ acc_t scratch[32];
@@ -252,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_sums(
 }
 
 // sums: of the batch where its own statistics were applied, null where given ones were: then x is not read.
-extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_apply(
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_apply(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ invstd, const param_t* __restrict__ weight, const acc_t* __restrict__ sums, scalar_t* __restrict__ dx,
     i64 channels, i64 plane, i64 count) {

@@ -18,7 +18,7 @@ enum { IS_DOUBLE = sizeof(acc_t) == 8 };  // in launch bounds: without them ptxa
 __device__ inline acc_t gradient_of(scalar_t dy, scalar_t y) { return to_acc(dy) * tanh_slope(to_acc(y)); }
 
 // taps may be null.
-extern "C" __global__ void __launch_bounds__(256, IS_DOUBLE ? 2 : 5) bn_tanh_max_pool_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 5) bn_tanh_max_pool_forward(
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
     const acc_t* __restrict__ weight, const acc_t* __restrict__ bias, scalar_t* __restrict__ y,
     tap_t* __restrict__ taps, int channels, int planes, int period, int planes_per_block, int height, int width,
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(256, IS_DOUBLE ? 2 : 5) bn_tanh_max
 
 // partials [2][channels][chunks]: sum of g, and of g xhat. Block (group * channels + c, j) takes of channel c a group
 // of images_per_block images out of the first `period`, and the images that are a multiple of period behind these.
-extern "C" __global__ void __launch_bounds__(256, IS_DOUBLE ? 2 : 4) bn_tanh_max_pool_backward_partials(
+extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh_max_pool_backward_partials(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, const tap_t* __restrict__ taps,
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
     acc_t* __restrict__ partials, int channels, int images, int period, int images_per_block, int height, int width,
@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(256, IS_DOUBLE ? 2 : 4) bn_tanh_max
 
 // sums [2][channels]: of g and of g xhat over the batch, where its own statistics were applied; null where given ones
 // were, or without batch norm: then x is not read.
-extern "C" __global__ void __launch_bounds__(256, IS_DOUBLE ? 2 : 4) bn_tanh_max_pool_backward(
+extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh_max_pool_backward(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, const tap_t* __restrict__ taps,
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
     const acc_t* __restrict__ weight, const acc_t* __restrict__ sums, scalar_t* __restrict__ dx, acc_t inverse_count,

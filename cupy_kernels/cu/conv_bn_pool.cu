@@ -20,11 +20,13 @@
 #include "fp16_cells.cuh"
 #if WGMMA
 #include "conv_wgmma.cuh"
+enum { ONE_PASS = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W <= 4 * MOST_TILES * WARPGROUPS_N };
+static_assert((TILES % 4 == 0 || (ONE_PASS && PARTS_N == 1)) && (LAST_TILES % 4 == 0 || PARTS_N == 1), "16 windows are kept together");
 #else
 #define ADJACENT 1
 #include "conv_mma.cuh"
 #endif
-
+static_assert(EPILOGUE_OFFSET + (STATISTICS ? PARTS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES, "the epilogue's moments come last");
 
 // Chan's rule: how the moments of two sets of pixels combine.
 struct Merge {

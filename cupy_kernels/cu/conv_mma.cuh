@@ -18,29 +18,25 @@
 //
 // x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
 //
-// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W), scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16),
-// IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
-// RESIDENT (1: all chunks of the band stay in shared memory, 0: each pass loads one after the other), STAGES, ADJACENT.
+// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W) and fp16_cells.cuh, scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t
+// for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, WARPS_M, WARPS_N, UNIT_PASSES,
+// BAND_ROWS (rows of x that a unit needs at most), GAP, RESIDENT (1: all chunks of the band stay in shared memory, 0: each pass loads one after the
+// other), STAGES, TILE_M, THREADS, PARTS_N (warps that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the
+// epilogue's), ADJACENT.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
+#include "pooled_planes.cuh"
 
 #define TAPS (KERNEL_H * KERNEL_W)
-#define THREADS (32 * WARPS_M * WARPS_N)
-#define TILE_M (64 * WARPS_M)
 #define WARP_TILES 8            // n8-tiles of a warp
 #define PAIRS (WARP_TILES / 2)  // of tiles, the upper and lower rows of four windows
 #define TILE_N (8 * WARP_TILES * WARPS_N)
-#define GAP (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
 #define PITCH (IN_W + GAP)
 #define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
-#define WINDOWS_W ((OUT_W + 1) / 2)
-#define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
 #define PASS_WINDOWS (TILE_N / 4)
-#define UNIT_WINDOWS (UNIT_PASSES * PASS_WINDOWS)
 // Pairs that an image's last windows need; SPLIT 1's units of one pass do not care.
 #define LAST_PAIRS (UNIT_PASSES == 1 && SPLIT == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
-#define UNITS ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
 
 #include "fp16_cells.cuh"
 #include "mma.cuh"
@@ -52,6 +48,10 @@ enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
 // under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
 enum { GUESS = 10, SLACK = 6 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
+static_assert(THREADS == 32 * WARPS_M * WARPS_N && TILE_M == 64 * WARPS_M && PARTS_N == WARPS_N, "a warp has 64 channels");
+static_assert(UNIT_WINDOWS == UNIT_PASSES * PASS_WINDOWS, "a unit is its passes");
+static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
+static_assert(PACKED_WIDTH == CHUNKS * CELL_BYTES / 2, "weights are packed in cells");
 
 #if SPLIT == 2 && !defined(CUPY_KERNELS_EMULATOR)
 typedef unsigned Row;  // of ldmatrix: an address in shared memory, in one register, of which SPLIT 2 has none to spare
@@ -64,10 +64,9 @@ __device__ inline Row row_at(const u8* p) { return p; }
 
 typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
 
-// What epilogues see of a pass: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows. PARTS_N warps have the same channels.
+// What epilogues see of a pass: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows.
 #define LANE_ROWS 8
 #define LANE_WINDOWS PAIRS
-#define PARTS_N WARPS_N
 
 __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
     return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
@@ -109,6 +108,19 @@ __device__ inline int band_key(int row, int column) {
     return ADJACENT ? place / WARP_TILES % 4 * 2 + place % 2 : place % 8;
 }
 
+// Rows of x [first, end) that a window needs, as if x had rows beyond its own.
+__device__ constexpr int first_row_of(int window) { return window / WINDOWS_W * 2 + PAD_H - (KERNEL_H - 1); }
+__device__ constexpr int end_row_of(int window) { return window / WINDOWS_W * 2 + 1 + PAD_H + 1; }
+__device__ constexpr bool bands_fit() {
+    for (int first = 0; first < WINDOWS; first += UNIT_WINDOWS) {
+        int last = first + UNIT_WINDOWS < WINDOWS ? first + UNIT_WINDOWS - 1 : WINDOWS - 1;
+        int low = first_row_of(first) > 0 ? first_row_of(first) : 0, high = end_row_of(last) < IN_H ? end_row_of(last) : IN_H;
+        if (high - low > BAND_ROWS) return false;
+    }
+    return true;
+}
+static_assert(bands_fit(), "a band has the rows of x that a unit needs");
+
 // What a block works on.
 struct Unit {
     i64 image;
@@ -119,8 +131,8 @@ struct Unit {
         first_window = block % UNITS * UNIT_WINDOWS;
         int last_window = min(first_window + UNIT_WINDOWS, WINDOWS) - 1;
         passes = (last_window - first_window) / PASS_WINDOWS + 1;
-        first_row = max(0, first_window / WINDOWS_W * 2 + PAD_H - (KERNEL_H - 1));
-        last_row = min(IN_H, last_window / WINDOWS_W * 2 + 1 + PAD_H + 1);
+        first_row = max(0, first_row_of(first_window));
+        last_row = min(IN_H, end_row_of(last_window));
     }
 };
 

@@ -9,7 +9,7 @@
 // has one phase and skips the other taps whole.
 //
 // pack_weight writes w as [group][tap][k][m] in acc_t, so that blocks read it coalesced. Grid of conv_gather: x = phases times
-// pixel tiles, y = channel tiles, z = groups. Macros: scalar_t, acc_t, DGRAD (0, 1), TILE_M, TILE_N, PER_THREAD. Pixels of
+// pixel tiles, y = channel tiles, z = groups. Macros: scalar_t, acc_t, DGRAD (0, 1), those of simt_gemm.cuh. Pixels of
 // the batch and offsets inside one image are 32-bit (the host checks), all other offsets 64-bit.
 #include "common.cuh"
 #include "simt_gemm.cuh"

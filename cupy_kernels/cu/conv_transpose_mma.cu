@@ -4,6 +4,7 @@
 // neighbours, four pixels of a row for one store; four lanes then store eight windows.
 // Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file.
 #include "common.cuh"
+#include "pooled_planes.cuh"
 #include "async_copy.cuh"
 #include "fp16_cells.cuh"
 #if WGMMA
@@ -14,6 +15,7 @@ enum { STORED_WINDOWS = MOST_TILES };  // of LANE_WINDOWS
 #include "conv_mma.cuh"
 enum { STORED_WINDOWS = LANE_WINDOWS };
 #endif
+static_assert(EPILOGUE_OFFSET == SHARED_BYTES, "the epilogue needs none of the shared memory");
 
 // Two neighbouring windows' left pixels in a row.
 struct Spot {

@@ -5,7 +5,7 @@
 // wgrad_partial: rows are ic, columns oc, the sum runs over the pixels of x, for one tap. It is split over blocks (split-K):
 // each writes its own partial sums [split][group][tap][ic][oc] in acc_t. wgrad_reduce adds the splits in ascending order, so
 // the result depends on shapes alone. Grid of wgrad_partial: x = taps times channel tiles, y = splits, z = groups.
-// Macros: scalar_t, acc_t, TILE_M, TILE_N, PER_THREAD. Pixels of the batch and offsets inside one image are 32-bit (the
+// Macros: scalar_t, acc_t, those of simt_gemm.cuh. Pixels of the batch and offsets inside one image are 32-bit (the
 // host checks).
 #include "common.cuh"
 #include "simt_gemm.cuh"

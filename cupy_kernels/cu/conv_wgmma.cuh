@@ -16,28 +16,24 @@
 //
 // x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
 //
-// Macros: those of pooled_planes.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H,
-// IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles
-// of 8 pixels of a warpgroup in a pass, and in the last of a unit if that has no room in TILES, or needs no more), STAGES.
+// Macros: those of pooled_planes.cuh and fp16_cells.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of
+// 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles of 8 pixels of a
+// warpgroup in a pass, and in the last of a unit if that has no room in TILES, or needs no more), STAGES, GAP, ALONG (bytes from 8 channels to the next
+// 8), TILE_M, THREADS, PARTS_N (warpgroups that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's).
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
 #include "fp16_cells.cuh"
+#include "pooled_planes.cuh"
 #include "wgmma.cuh"
 
 #define TAPS (KERNEL_H * KERNEL_W)
-#define THREADS (128 * WARPGROUPS_M * WARPGROUPS_N)
-#define TILE_M (64 * WARPGROUPS_M)
 #define STEPS_K ((IN_CHANNELS + 31) / 32)  // of 32 channels; those past IN_CHANNELS are zero
 #define GROUPS_K (STEPS_K * 4)             // of 8 channels
 #define HALF_STEP (TILE_M * 64)            // bytes of a stage's values, and of its rests
 #define CHUNKS_64 ((STEPS_K + 1) / 2)      // of 64 channels
 #define STEP_BYTES (HALF_STEP * SPLIT)
-#define GAP (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-#define PITCH (((IN_W + GAP > OUT_W ? IN_W + GAP : OUT_W) + 1) / 2 * 2)
-#define WINDOWS_W ((OUT_W + 1) / 2)
-#define WINDOWS_H ((OUT_H + 1) / 2)
-#define UNITS ((WINDOWS_H + UNIT_ROWS - 1) / UNIT_ROWS)
+#define PITCH (2 * WINDOW_PITCH)
 #define PASS_WINDOWS (4 * TILES * WARPGROUPS_N)
 
 // Rows of x, relative to the unit's first row of windows: which of them it needs, and how those of each parity are numbered.
@@ -46,17 +42,20 @@ __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; 
 __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - first_of(parity) + 1; }
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
 enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_CELLS = GAP + BAND_ROWS * PITCH };
-enum { ALONG = (BAND_CELLS * 16 + 111) / 128 * 128 + 16 };  // of 8 channels; eight of them have the same cell in different banks
 enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128, EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
+static_assert(THREADS == 128 * WARPGROUPS_M * WARPGROUPS_N && TILE_M == 64 * WARPGROUPS_M && PARTS_N == WARPGROUPS_N, "a warpgroup has 64 channels");
+static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
+static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W && PITCH >= IN_W + GAP && PITCH >= OUT_W, "a tap left or right of the image reads the gap");
+static_assert(ALONG >= BAND_CELLS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same cell in different banks");
+static_assert(PACKED_WIDTH == STEPS_K * 32 * SPLIT, "weights are packed in steps");
 enum { GUESS = 10, SLACK = 6, ROOM = 3 };  // see conv_mma.cuh; ROOM: for larger values than those seen
 
 #define MOST_TILES (TILES > LAST_TILES ? TILES : LAST_TILES)
 #define LANE_WINDOWS ((MOST_TILES + 3) / 4 * 4)  // those past MOST_TILES are zero, and do not exist
 typedef float Sums[2][LANE_WINDOWS][4];  // [upper, lower pixels of windows][8 pixels of 4 windows][c of wgmma.cuh]
 
-// What epilogues see of a pass: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows. PARTS_N warpgroups have the same channels.
+// What epilogues see of a pass: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows.
 #define LANE_ROWS 2
-#define PARTS_N WARPGROUPS_N
 
 __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) { return sums[corner / 2][t][row * 2 + corner % 2]; }
 

@@ -17,8 +17,8 @@
 //
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw), IN_CHANNELS,
-// OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT, TAPS_W, STAGES, WGMMA (1:
-// conv_wgrad_wgmma.cuh, 0: conv_wgrad_mma.cuh) and those of that file.
+// OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TAPS_W, BAND_ROWS, TILES, COLUMNS (of a stage),
+// STAGES, THREADS, SHARED_BYTES, those of fp16_cells.cuh, WGMMA (1: conv_wgrad_wgmma.cuh, 0: conv_wgrad_mma.cuh) and those of that file.
 #define SHARED_ALIGNMENT 1024  // wgmma.cuh
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -29,7 +29,7 @@
 #define DY_CHUNKS ((OUT_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
 #define TAPS (KERNEL_H * KERNEL_W)
 #define TAP_GROUPS ((KERNEL_W + TAPS_W - 1) / TAPS_W)
-#define BAND_ROWS 16
+static_assert(BAND_ROWS == 16, "one instruction multiplies a column of a band");
 // Columns whose sums are added up before they go to memory. SPLIT 1: the tensor core's sums, which truncate, must stay below the operands'
 // rounding. SPLIT 2: by wgmma, an addition is for two columns.
 #define CHAIN (SPLIT == 1 ? 2048 : WGMMA ? 256 : 128)

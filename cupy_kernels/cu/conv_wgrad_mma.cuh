@@ -2,22 +2,23 @@
 // registers (`window`), and each column of x and of dy is read from shared memory once for all taps.
 //
 // A block owns TILE_OC output channels and one chunk of input channels, a warp 16 output channels. A stage of the ring has COLUMNS columns:
-// position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later x begins. Macros: WARPS (4 or 8).
+// position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later x begins.
 #pragma once
 #include "mma.cuh"
 
-#define THREADS (32 * WARPS)
+#define WARPS (THREADS / 32)  // 4 or 8
 #define TILE_OC (16 * WARPS)
 #define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)  // of dy
 #define PAIRS ((IN_CHANNELS < CHUNK_CHANNELS ? IN_CHANNELS : CHUNK_CHANNELS) / 16)  // of n8-tiles of input channels
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
-#define TILES (KERNEL_H * TAP_GROUPS * OC_TILES * X_CHUNKS)
 
-#define COLUMNS ((TAPS_W + 3) / TAPS_W * TAPS_W)  // at least 4 a stage, and a multiple of the window
 #define COLUMN_BYTES (BAND_ROWS * CELL_BYTES)
 #define SLOT_BYTES ((1 + TILE_CHUNKS) * COLUMNS * COLUMN_BYTES)  // x, then each chunk of dy
 #define BAND_STAGES ((IN_W + TAPS_W - 1 + COLUMNS - 1) / COLUMNS)
 #define BUFFERS (SPLIT == 1 ? 2 : 1)
+static_assert(WARPS % 4 == 0 && TILES == KERNEL_H * TAP_GROUPS * OC_TILES * X_CHUNKS, "tiles make dw");
+static_assert(COLUMNS % TAPS_W == 0, "a stage is a multiple of the window");
+static_assert(STAGES >= 2 && STAGES * SLOT_BYTES == SHARED_BYTES, "the ring is all of the shared memory");
 
 typedef float Sums[2 * PAIRS][4];  // of a tap: [8 input channels][fragment c of mma.cuh]
 

@@ -11,22 +11,24 @@
 // Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with the small products
 // first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores work for the other.
 //
-// Macros: TILES_N (tiles of 8 output channels of a warpgroup).
+// Macros: TILE_IC (64), TILES_N (tiles of 8 output channels of a warpgroup).
 #pragma once
 #include "wgmma.cuh"
 
-#define THREADS 256
-#define TILE_IC 64
 #define TILE_OC (16 * TILES_N)
 #define GROUPS_OC ((TILE_OC + 63) / 64)  // of 64 channels: of each warpgroup, or one of both
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
-#define TILES (KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC))
-#define COLUMNS (SPLIT == 1 ? 4 : IN_W % 2 ? 1 : 2)  // of a stage
 #define LEAD ((TAPS_W - 1 + COLUMNS - 1) / COLUMNS * COLUMNS)  // positions before x begins
 #define BLOCK_BYTES (BAND_ROWS * CELL_BYTES)
 #define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
 #define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
 #define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)  // stages that are on their way
+enum { ZEROS_OFFSET = STAGES * COLUMNS * POSITION_BYTES };  // in shared memory, of 16 bytes
+static_assert(THREADS == 256 && TILE_IC == 64, "two warpgroups, each with all input channels of the block");
+static_assert(TILES == KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC), "tiles make dw");
+static_assert(SPLIT == 1 ? COLUMNS % 2 == 0 : COLUMNS <= 2 && IN_W % COLUMNS == 0, "two columns of registers, and no stage ends beyond x");
+static_assert(AHEAD >= 1, "a stage is on its way while another one is multiplied");
+static_assert(ZEROS_OFFSET + 16 == SHARED_BYTES, "the ring and the zeros are all of the shared memory");
 
 __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);
@@ -135,7 +137,7 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     }
 #else
     // A stage's columns of x for tap t. Where a column of dy does not exist it is zeros here, and for its tap so is that of x: 0 * NaN is NaN.
-    u8* zeros = ring + STAGES * COLUMNS * POSITION_BYTES;
+    u8* zeros = ring + ZEROS_OFFSET;
     if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
     unsigned fragments[COLUMNS][SPLIT][4];
     auto load = [&](int stage, int t) __attribute__((always_inline)) {

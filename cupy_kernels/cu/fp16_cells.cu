@@ -5,20 +5,19 @@
 // largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them. to_cells: a
 // block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH pixels, and writes whole
 // cells after a turn through shared memory. Channels past the last one are zero.
-// sums: null, or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), SPLIT, WIDTH (pixels in one access; it divides the pixels of an image). `channels` is a
-// multiple of 8, N * pixels below 2^31.
+// sums: null, or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
+// fp16_cells.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH (accesses under way in a
+// thread of largest_magnitude). `channels` is a multiple of 8, N * pixels below 2^31.
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
-#define THREADS 256
 #define GROUPS (CHUNK_CHANNELS / 8)  // of 8 channels
-#define TILE_PIXELS (THREADS / GROUPS * WIDTH)
+static_assert(TILE_PIXELS == THREADS / GROUPS * WIDTH, "a thread has 8 channels of WIDTH pixels");
 typedef Packed<scalar_t, WIDTH> Pack;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
     __shared__ unsigned scratch[32];
-    enum { BATCH = 8 };
     i64 packs = size / WIDTH, step = (i64)gridDim.x * THREADS;
     unsigned largest = 0;
     for (i64 first = (i64)blockIdx.x * THREADS + threadIdx.x; first < packs; first += step * BATCH) {

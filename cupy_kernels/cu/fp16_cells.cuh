@@ -1,14 +1,13 @@
 // fp16 operands of the tensor-core convolution: cells of 64 halves in shared memory.
 //
 // fp16, like TF32, keeps 10 mantissa bits, and fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds to fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision):
-// a cell then holds 32 channels twice. Macros: SPLIT, IN_CHANNELS.
+// a cell then holds 32 channels twice. Macros: SPLIT, CHUNK_CHANNELS (of a cell), CELL_BYTES, IN_CHANNELS.
 #pragma once
 #include "fp16_scale.cuh"
 
-#define CHUNK_CHANNELS (64 / SPLIT)
 #define CHUNKS ((IN_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
-#define CELL_BYTES 128
 #define STAGE_BYTES (TILE_M * CELL_BYTES)
+static_assert(CELL_BYTES == 8 * 16 && CELL_BYTES == SPLIT * CHUNK_CHANNELS * sizeof(half_t), "a cell is eight parts of 16 bytes");
 
 // Where part `part` (16 bytes, 0 to 7) of a cell lies. Cells of different keys, 0 to 7, have the same part in different banks.
 __device__ inline int cell_offset(int cell, int part, int key) { return cell * CELL_BYTES + ((part ^ key) << 4); }

@@ -9,7 +9,7 @@
 // where xhat = (x - mean) rstd. The gradients of weight and bias are sums of dy xhat and dy over images and plane.
 //
 // Macros: scalar_t, acc_t, param_t (weight, bias and their gradients), WIDTH (a divisor of a group's size; pointers are aligned to
-// a pack), CACHED (0 or 1). Limit: fewer than 2^31 values in a group.
+// a pack), CACHED (0 or 1), THREADS and COLUMNS (of group_norm_backward_parameters). Limit: fewer than 2^31 values in a group.
 #include "batch_norm.cuh"  // one expression for all that normalises
 
 typedef Packed<scalar_t, WIDTH> Pack;
@@ -153,10 +153,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
 
 // dweight and dbias from partials, over the images in a fixed order. A block takes COLUMNS channels, whose neighbours are read
 // together, and each of its threads every (blockDim.x / COLUMNS)-th image. Null outputs are left out.
-extern "C" __global__ void __launch_bounds__(256) group_norm_backward_parameters(
+extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_parameters(
     const acc_t* __restrict__ partials, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 images, i64 channels) {
-    enum { COLUMNS = 8 };
-    __shared__ acc_t sums[256], dots[256];
+    static_assert(THREADS % COLUMNS == 0 && (THREADS / COLUMNS & (THREADS / COLUMNS - 1)) == 0, "threads are halved down to COLUMNS");
+    __shared__ acc_t sums[THREADS], dots[THREADS];
     i64 channel = (i64)blockIdx.x * COLUMNS + threadIdx.x % COLUMNS;
     acc_t sum = 0, dot = 0;
     if (channel < channels)

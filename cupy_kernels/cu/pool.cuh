@@ -3,17 +3,14 @@
 // Macros: scalar_t, acc_t, tap_t (u8, or int for a kernel of more than 254 taps).
 // WINDOW_2X2: 1 fixes kernel 2, stride 2, padding 0, dilation 1, for even widths and arrays whose pairs of elements are
 //     aligned, and moves two neighbours of a row as one. 0 takes the windows from the arguments.
+// SITE: pixels along each side of what a thread of a backward has, 2 with WINDOW_2X2, else 1. THREADS: of a block.
 // ITEMS: planes in which a thread does the same, `period` planes apart: their loads are in flight together, and what
 //     index arithmetic and the channel's parameters cost is paid once.
 // A tap is a position within a window, kh * kernel_w + kw. Limits: planes, and elements of a plane, below 2^30.
 #pragma once
 #include "common.cuh"
 
-#if WINDOW_2X2
-enum { SITE = 2 };  // a backward site is SITE x SITE pixels
-#else
-enum { SITE = 1 };
-#endif
+static_assert(SITE == (WINDOW_2X2 ? 2 : 1), "a site is what one window covers, or a pixel");
 typedef Packed<scalar_t, SITE> Pixels;
 
 struct Pool {

@@ -4,13 +4,19 @@
 // whole rows, each with room for UNIT_STRIDE, and 16 windows, four tiles of four lanes, change places among themselves, so that a lane writes 16
 // bytes of its own at a time, next to those of its neighbours.
 //
-// PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNIT_WINDOWS, UNIT_STRIDE, PLANE_STRIDE.
+// PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNITS (of a plane), UNIT_WINDOWS, UNIT_STRIDE, PLANE_STRIDE.
 #pragma once
 
-#define PLANE_UNITS (((OUT_H + 1) / 2 * WINDOW_PITCH + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
+#define WINDOWS_H ((OUT_H + 1) / 2)
+#define WINDOWS_W ((OUT_W + 1) / 2)
+#define WINDOWS (WINDOWS_H * WINDOWS_W)
+static_assert(WGMMA ? WINDOW_PITCH >= WINDOWS_W && UNIT_WINDOWS % WINDOW_PITCH == 0 : WINDOW_PITCH == WINDOWS_W, "rows of windows");
+static_assert((UNITS - 1) * UNIT_WINDOWS < WINDOWS_H * WINDOW_PITCH && WINDOWS_H * WINDOW_PITCH <= UNITS * UNIT_WINDOWS, "units make a plane");
+static_assert(!WGMMA || (UNIT_STRIDE >= UNIT_WINDOWS && UNIT_STRIDE % 16 == 0), "windows change places 16 at a time");
+static_assert(PLANE_STRIDE % 4 == 0 && PLANE_STRIDE >= (WGMMA ? UNITS * UNIT_STRIDE : WINDOWS), "a plane has room for its windows");
 
 __device__ inline int unit_of_window(int row, int column) {
-    if (PLANE_UNITS == 1) return 0;
+    if (UNITS == 1) return 0;
     return WGMMA ? row / (UNIT_WINDOWS / WINDOW_PITCH) : (row * WINDOW_PITCH + column) / UNIT_WINDOWS;
 }
 

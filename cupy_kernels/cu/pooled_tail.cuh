@@ -4,8 +4,8 @@
 // part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers (RESIDENT), all are loaded before
 // the first is used and stay there; else a warp loads a job's values again for each phase.
 //
-// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, WARPS,
-// and those of pooled_planes.cuh.
+// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS,
+// WARPS, THREADS (of the kernels whose blocks are not groups), and those of pooled_planes.cuh.
 #pragma once
 #include "batch_norm.cuh"
 #include "pooled_planes.cuh"
@@ -14,8 +14,8 @@
 #define POOLED_W (OUT_W / 2)
 #define PLANE (OUT_H / 2 * POOLED_W)
 #define MEMBERS (OUT_CHANNELS / GROUPS)
-#define PARTS ((PLANE + 319) / 320)
 #define ITEMS ((PLANE + PARTS * 32 - 1) / (PARTS * 32))
+static_assert(ITEMS <= 10, "a lane has registers for 10 values of each tensor");
 #define JOBS (MEMBERS * PARTS)
 #define ROUNDS ((JOBS + WARPS - 1) / WARPS)
 #define RESIDENT (ROUNDS * ITEMS <= 24)

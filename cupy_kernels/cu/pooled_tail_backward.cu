@@ -14,15 +14,12 @@
 // them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of dy_exponents [channels].
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of conv_bn_pool.cu, mean,
-// invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh, saved_t (half_t, float), SPLIT (1 with half_t, 2 with float),
-// SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution.
+// invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_cells.cuh, saved_t (half_t with SPLIT 1, float with 2),
+// SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution, and those of conv_output_gradient_cells.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_cells.cuh"
 #include "tanh.cuh"
-
-#define WINDOWS_W ((OUT_W + 1) / 2)
-#define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
 
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
@@ -122,15 +119,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
 //
 // |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by less than
 // |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's largest.
-extern "C" __global__ void __launch_bounds__(256) pooled_parameter_gradients(
+extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients(
     const float* __restrict__ partials, const float* __restrict__ mean, const float* __restrict__ invstd, const param_t* __restrict__ weight,
     float* __restrict__ sums, int* __restrict__ dy_exponents, param_t* __restrict__ dweight, param_t* __restrict__ dbias,
     param_t* __restrict__ dgroup_weight, param_t* __restrict__ dgroup_bias, param_t* __restrict__ dconv_bias, i64 images, float count,
     int training) {
-    __shared__ float warps[SUMS][8];
+    __shared__ float warps[SUMS][THREADS / 32];
     int c = blockIdx.x;
     float total[SUMS] = {};
-    for (i64 image = threadIdx.x; image < images; image += 256)
+    for (i64 image = threadIdx.x; image < images; image += THREADS)
         #pragma unroll
         for (int i = 0; i < SUMS; i++) {
             float v = partials[(i * images + image) * OUT_CHANNELS + c];
@@ -214,7 +211,7 @@ __device__ inline void unpack(uint2 kept, float (&v)[4]) {
 }
 // The exponent of a window's scale, but for its channel's.
 __device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
-    return unit_exponents[image * PLANE_UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
+    return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
 }
 // What undoes the scale. |y| below 2^-111 or above 2^112 is not restored in full: batch norm then sees zeros, or distances whose
 // squares overflow.
@@ -243,7 +240,6 @@ __device__ inline void gradients_of(
 #define TAPS (KERNEL_H * KERNEL_W)
 #define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
 #define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-#define WINDOWS_H ((OUT_H + 1) / 2)
 // Rows of windows from the top, and from which on to the bottom, that such rows meet, and columns likewise.
 enum { TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H, BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2 };
 enum { LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W, RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2 };
@@ -263,7 +259,7 @@ __device__ inline int edge_window(int i) {
 // 128 threads, four warps, take channel c. totals: in shared memory, of the block's warps.
 __device__ inline void sum_borders(
     const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents, OutputGradient gradient, int c,
-    i64 first, i64 end, float (&totals)[8][TAPS], float* borders) {
+    i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, exponent = SPLIT == 1 ? exponents[c] : 0;
     if (lane == 0)
         for (int tap = 0; tap < TAPS; tap++) totals[warp][tap] = 0;
@@ -298,21 +294,23 @@ __device__ inline void sum_borders(
         borders[tap * OUT_CHANNELS + c] = totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
 }
 
-// A block turns a tile of 32 SPLIT windows and one chunk of channels into cells. A thread computes eight channels of a window, whose
+// A block turns a tile of TILE windows, of TILES, and one chunk of channels into cells. A thread computes eight channels of a window, whose
 // 16 bytes of four cells meet those of the other threads in shared memory. Behind the blocks of each `together` images, while what they
-// have read is in the L2 cache, come those that sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
-extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
+// have read is in the L2 cache, come BORDER_BLOCKS that sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
+extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells(
     const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
     const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, const float* __restrict__ sums, const int* __restrict__ dy_exponents, half_t* __restrict__ cells,
     float* __restrict__ borders, float count, i64 images, int together) {
-    enum { TILE = 32 * SPLIT, TILES = (WINDOWS + TILE - 1) / TILE, OCTETS = CHUNK_CHANNELS / 8 };
+    enum { OCTETS = CHUNK_CHANNELS / 8 };
+    static_assert(TILE * OCTETS == THREADS && (TILES - 1) * TILE < WINDOWS && WINDOWS <= TILES * TILE, "tiles of all windows");
+    static_assert(BORDER_BLOCKS * (THREADS / 128) == OUT_CHANNELS, "128 threads sum up a channel's borders");
     struct __align__(16) Channel { OutputGradient gradient; int exponent, unused; };
     __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
-    __shared__ float totals[8][TAPS];
+    __shared__ float totals[THREADS / 32][TAPS];
     __shared__ unsigned scratch[32];
-    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? OUT_CHANNELS / 2 : 0), share = blockIdx.x / all, block = blockIdx.x % all;
+    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? BORDER_BLOCKS : 0), share = blockIdx.x / all, block = blockIdx.x % all;
     i64 image = (i64)share * together;
     if (block >= blocks) {
         int c = (block - blocks) * 2 + threadIdx.x / 128;
@@ -391,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
 }
 
 // A thread computes one window.
-extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
+extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
     const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
     const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, const float* __restrict__ sums, scalar_t* __restrict__ dy, float count) {

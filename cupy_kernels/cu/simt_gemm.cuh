@@ -1,7 +1,7 @@
 // Register-tiled matrix product of one block, on ordinary FMA units: acc[m][n] += sum_k a[k][m] * b[k][n].
 //
 // Macros: acc_t, TILE_M, TILE_N (the block's tile), PER_THREAD (4 or 8: a thread owns PER_THREAD x PER_THREAD values, in
-// groups of 4 neighbours so that shared memory is read 16 bytes at a time). TILE_K columns of a and b sit in shared memory,
+// groups of 4 neighbours so that shared memory is read 16 bytes at a time), TILE_K, THREADS. TILE_K columns of a and b sit in shared memory,
 // twice: while one copy is multiplied, the next is loaded through registers, with one barrier a step.
 //
 // Float sums have two levels: after every STEPS_PER_SUM steps a thread adds its values to running totals of its own in shared
@@ -9,9 +9,9 @@
 // kernels do, a single chain of thousands several times more.
 #pragma once
 
-#define TILE_K 8
 #define THREADS_N (TILE_N / PER_THREAD)
-#define THREADS (TILE_M * TILE_N / (PER_THREAD * PER_THREAD))
+static_assert(THREADS * PER_THREAD * PER_THREAD == TILE_M * TILE_N, "the threads own the tile");
+static_assert(TILE_M * TILE_K % THREADS == 0 && TILE_N * TILE_K % THREADS == 0, "all threads load as much");
 #define STEPS_PER_SUM 8
 #define MIN_BLOCKS (PER_THREAD == 8 ? 3 : 512 / THREADS)  // per SM: leaves the registers that a thread's values need
 #define GROUPS_OF_4 (PER_THREAD / 4)
