@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_partials(
     Moments moments;
     do moments = moments_of_chunk(x, unit, channels, plane, count, scratch);
     while (again(moments.squares, unit));
-    double back = 1 / unit;
+    double back = inverse_of(unit);
     store_partials(partials, channels, chunks, moments.mean * back, moments.squares * back * back);
 }
 
@@ -257,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_backward_partial
     Sums sums;
     do sums = sums_of_chunk(dy, x, y, mean, invstd, unit, channels, plane, count, scratch);
     while (again(sums.sum, sums.dot, unit));
-    double back = 1 / unit;
+    double back = inverse_of(unit);
     store_partials(partials, channels, chunks, sums.sum * back, sums.dot * back);
 }
 
@@ -279,11 +279,11 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_sums(
         dot = block_sum(dot, scratch);
     } while (again(sum, dot, unit));
     if (threadIdx.x) return;
-    double back = 1 / unit;
+    double back = inverse_of(unit);
     sums[channel] = sum * back;
     sums[channels + channel] = dot * back;
-    if (dbias) dbias[channel] = from_acc<param_t>(sum / unit);
-    if (dweight) dweight[channel] = from_acc<param_t>(dot / unit);
+    if (dbias) dbias[channel] = from_acc<param_t>((acc_t)(sum * back));
+    if (dweight) dweight[channel] = from_acc<param_t>((acc_t)(dot * back));
 }
 
 // sum / count: the sum may be beyond float, the quotient is not.

@@ -12,15 +12,20 @@ __device__ inline bool again(acc_t sum, acc_t other, acc_t& unit) {
     return true;
 }
 __device__ inline bool again(acc_t sum, acc_t& unit) { return again(sum, 0, unit); }
+// What undoes it.
+__device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 0x1p96f; }
 
 // Normalises the values of one channel or group. Where mean or standard deviation are beyond 2^64, a distance from the mean could
 // overflow, and invstd be a denormal, which -ftz=true flushes: there all is taken times `unit`, a power of two, which changes no bit
 // of what neither overflows nor vanishes.
 struct Normaliser {
     acc_t unit, mean, invstd;
-    __device__ Normaliser(acc_t mean, acc_t invstd)
-        : unit(sizeof(acc_t) == 4 && (invstd < 0x1p-64f || fabs(mean) > 0x1p64f) ? 0x1p-32f : 1), mean(mean * unit),
-          invstd(multiply_unflushed(invstd, 1 / unit)) {}
+    __device__ Normaliser(acc_t mean, acc_t invstd) {
+        bool large = sizeof(acc_t) == 4 && (invstd < 0x1p-64f || fabs(mean) > 0x1p64f);
+        unit = large ? 0x1p-32f : 1;
+        this->mean = mean * unit;
+        this->invstd = multiply_unflushed(invstd, large ? 0x1p32f : 1);
+    }
     __device__ acc_t operator()(acc_t x) const { return (x * unit - mean) * invstd; }
 };
 __device__ inline acc_t bn_affine(acc_t xhat, acc_t weight, acc_t bias) { return xhat * weight + bias; }
@@ -34,8 +39,8 @@ __device__ inline acc_t finite_or_zero(acc_t v) { return is_finite(v) ? v : (acc
 
 // 1/sqrt(variance + eps), for a variance of values times `unit`. The result may be a denormal.
 __device__ inline acc_t invstd_of(acc_t variance, acc_t unit, acc_t eps) {
-    acc_t lift = unit == 1 ? 1 : 0x1p32f;
-    return multiply_unflushed(lift * unit / sqrt(variance + eps * unit * unit), 1 / lift);
+    acc_t lift = unit == 1 ? 1 : 0x1p32f, fall = unit == 1 ? 1 : 0x1p-32f;
+    return multiply_unflushed(lift * unit / sqrt(variance + eps * unit * unit), fall);
 }
 
 struct Moments { acc_t mean, squares; };  // squares: sum of squared distances from the mean
@@ -45,7 +50,7 @@ struct Moments { acc_t mean, squares; };  // squares: sum of squared distances f
 template <class N, class P> __device__ inline void store_statistics(
     Moments moments, acc_t unit, N count, acc_t eps, acc_t* mean, acc_t* invstd, P* running_mean, P* running_var, acc_t momentum,
     acc_t shift) {
-    acc_t batch_mean = moments.mean / unit, batch_var = moments.squares / (count - 1) / unit / unit;
+    acc_t back = inverse_of(unit), batch_mean = moments.mean * back, batch_var = moments.squares / (count - 1) * back * back;
     *mean = batch_mean;
     *invstd = invstd_of(moments.squares / count, unit, eps);
     if (!running_mean) return;

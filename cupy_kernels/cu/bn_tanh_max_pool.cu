@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(256, IS_DOUBLE ? 2 : 4) bn_tanh_max
     do add_up();
     while (again(sum, dot, unit));
     if (threadIdx.x == 0) {
-        double back = 1 / unit;
+        double back = inverse_of(unit);
         i64 chunk = (i64)group * gridDim.y + blockIdx.y, chunks = (i64)(gridDim.x / channels) * gridDim.y;
         partials[channel * chunks + chunk] = sum * back;
         partials[(channels + channel) * chunks + chunk] = dot * back;

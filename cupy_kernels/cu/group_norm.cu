@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(1024) group_norm_forward(
     Moments moments;
     do moments = moments_of_group(in, cache, unit, packs, scratch);
     while (again(moments.squares, unit));
-    acc_t group_mean = moments.mean / unit, group_rstd = invstd_of(moments.squares / size, unit, eps);
+    acc_t group_mean = moments.mean * inverse_of(unit), group_rstd = invstd_of(moments.squares / size, unit, eps);
     if (threadIdx.x == 0) {
         mean[blockIdx.x] = group_mean;
         rstd[blockIdx.x] = group_rstd;
@@ -93,8 +93,8 @@ struct Group {
             weighted_sum += w * sum;
             weighted_dot += w * dot;
             if (partials) {
-                partials[first_plane + channel] = sum / unit;
-                partials[planes + first_plane + channel] = dot / unit;
+                partials[first_plane + channel] = sum * inverse_of(unit);
+                partials[planes + first_plane + channel] = dot * inverse_of(unit);
             }
         };
         int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -166,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
     do means = group.sum_up(unit, part_sums, part_dots, scratch);
     while (again(means.g, means.dot, unit));
     if (!dx) return;
-    acc_t mean_g = means.g / unit, mean_dot = means.dot / unit;
+    acc_t mean_g = means.g * inverse_of(unit), mean_dot = means.dot * inverse_of(unit);
     Divisor by_plane(plane);
     for (int p = threadIdx.x; p < packs; p += blockDim.x) {
         Pack g = CACHED ? cache[p] : gradients[p], v = CACHED ? cache[packs + p] : in[p];
