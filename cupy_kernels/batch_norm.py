@@ -1,8 +1,8 @@
 """Batch norm over [N, C, *]: statistics, normalisation with an optional tanh behind it, and the gradients.
 
-All arrays are contiguous. `mean` and `invstd`, (C,), and workspaces have the accumulator's dtype: see
-`common.accumulator_dtype`. weight, bias and their gradients share one dtype, and running_mean and running_var share
-one: x's, or float32.
+All arrays are contiguous. `mean` and `invstd`, (C,), have the accumulator's dtype: see `common.accumulator_dtype`.
+Workspaces and the backward's sums are float64: float32 sums may overflow. weight, bias and their gradients share one
+dtype, and running_mean and running_var share one: x's, or float32.
 """
 
 import itertools
@@ -90,7 +90,7 @@ def batch_norm_backward_reduce(dy, x, mean, invstd, sums, dweight, dbias, worksp
     """sums[0] = sum of g, sums[1] = sum of g xhat per channel, where xhat = (x - mean) invstd.
 
     g = dy; if `y` is given, the forward's result with tanh, g = dy (1 - y^2).
-    sums: (2, C), accumulator dtype, written. dweight = sums[1] and dbias = sums[0], in weight's dtype, are written
+    sums: (2, C), float64, written. dweight = sums[1] and dbias = sums[0], in weight's dtype, are written
     where not None. workspace: `batch_norm_workspace(x.shape)` elements, written.
     """
     same_shape(dy=dy, x=x, y=y)
@@ -106,20 +106,20 @@ def batch_norm_backward_reduce(dy, x, mean, invstd, sums, dweight, dbias, worksp
         (THREADS, 1, 1),
         (dy, x, y, mean, invstd, workspace, channels, plane, count, chunks),
     )
-    batch_norm_backward_combine(workspace.reshape(2, channels, chunks), sums, dweight, dbias, macros)
+    batch_norm_backward_combine(workspace.reshape(2, channels, chunks), mean, sums, dweight, dbias, macros)
 
 
-def batch_norm_backward_combine(partials, sums, dweight, dbias, macros=None) -> None:
+def batch_norm_backward_combine(partials, mean, sums, dweight, dbias, macros=None) -> None:
     """The second stage of `batch_norm_backward_reduce`: its results, from partial sums.
 
-    partials: (2, C, chunks), accumulator dtype. macros: of the module to take the kernel from, if the caller has one.
+    partials: (2, C, chunks), float64. macros: of the module to take the kernel from, if the caller has one.
     """
     _, channels, chunks = partials.shape
     if sums.shape != (2, channels):
         raise ValueError(f"sums must have shape {(2, channels)}, received {sums.shape}")
     check_per_channel(channels, dweight=dweight, dbias=dbias)
     if macros is None:
-        macros = _macros(1, (partials,), dweight if dweight is not None else dbias)
+        macros = _macros(1, (mean,), dweight if dweight is not None else dbias)
     launch(
         Kernel("batch_norm.cu", "batch_norm_backward_sums", macros),
         (channels, 1, 1),
@@ -156,7 +156,7 @@ def variants():
     for name in FLOATS:
         for param, width in itertools.product(sorted({accumulator(name), name}), _widths(name)):
             yield Variant("batch_norm.cu", _defines(name, param, width))
-    for param in ("half_t", "bf16_t"):  # the second stage of a reduction, whose partial sums are float
+    for param in ("half_t", "bf16_t"):  # the second stage of a reduction that another module began in float
         yield Variant("batch_norm.cu", _defines("float", param, 1))
 
 

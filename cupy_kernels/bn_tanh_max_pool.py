@@ -1,9 +1,9 @@
 """Max pooling of the tanh of a batch norm, or of the tanh alone, in one pass over the input each way.
 
 All arrays are contiguous: [N, C, H, W] or, without batch norm, any [..., H, W]; and [..., OH, OW]. `mean` and `invstd`
-are `batch_norm`'s; None, and with them weight and bias, stands for no batch norm. These four, (C,), and workspaces have
-the accumulator's dtype: see `common.accumulator_dtype`. taps, kernel_size, stride, padding and dilation are as in
-`max_pool`.
+are `batch_norm`'s; None, and with them weight and bias, stands for no batch norm. These four, (C,), have the accumulator's
+dtype: see `common.accumulator_dtype`; the workspace and sums are float64. taps, kernel_size, stride, padding and
+dilation are as in `max_pool`.
 """
 
 import math
@@ -47,9 +47,9 @@ def bn_tanh_max_pool_backward_reduce(
 ) -> None:
     """sums[0] = sum of g and sums[1] = sum of g xhat per channel, over all windows that have a pixel.
 
-    g = dy (1 - y^2) and xhat = (x - mean) invstd, at the window's tap. sums: (2, C), accumulator dtype, written.
+    g = dy (1 - y^2) and xhat = (x - mean) invstd, at the window's tap. sums: (2, C), float64, written.
     dweight = sums[1] and dbias = sums[0], of one dtype, x's or float32, are written where not None.
-    workspace: `bn_tanh_max_pool_workspace(y.shape)` elements, accumulator dtype, written.
+    workspace: `bn_tanh_max_pool_workspace(y.shape)` elements, float64, written.
     """
     pool = Pool(kernel_size, stride, padding, dilation)
     kernel = pool_kernel(_FILE, "bn_tanh_max_pool_backward_partials", (x,), (dy, y), taps, pool, _macros(mean))
@@ -60,7 +60,7 @@ def bn_tanh_max_pool_backward_reduce(
     period = pool_period(kernel, images)
     args = (dy, y, taps, x, mean, invstd, partials, channels, images, period, ceil_div(period, groups))
     launch(kernel, (channels * groups, splits, 1), (THREADS, 1, 1), (*args, *pool_geometry(x, y, pool)))
-    batch_norm_backward_combine(partials, sums, dweight, dbias)
+    batch_norm_backward_combine(partials, mean, sums, dweight, dbias)
 
 
 def bn_tanh_max_pool_backward(

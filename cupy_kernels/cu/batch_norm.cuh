@@ -1,8 +1,33 @@
-// Batch norm's arithmetic on one value, as every kernel that applies it computes it: y = (x - mean) invstd weight + bias.
+// Batch norm's arithmetic, as every kernel that applies it computes it: y = (x - mean) invstd weight + bias; and its statistics.
+//
+// Squares of float values beyond 1.8e19 overflow, and so may sums. So sums are of values times `unit`: 1, and where the sum is not finite,
+// 2^-96 in another pass over the same values. Powers of two change no bit. What blocks hand on to each other is double, without the unit.
 #pragma once
 #include "common.cuh"
 
-__device__ inline acc_t bn_normalise(acc_t x, acc_t mean, acc_t invstd) { return (x - mean) * invstd; }
+// Whether sums must be taken once more, then times another unit.
+__device__ inline bool again(acc_t sum, acc_t other, acc_t& unit) {
+    if (sizeof(acc_t) != 4 || unit != 1 || (is_finite(sum) && is_finite(other))) return false;
+    unit = 0x1p-96f;
+    return true;
+}
+__device__ inline bool again(acc_t sum, acc_t& unit) { return again(sum, 0, unit); }
+// What undoes it.
+__device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 0x1p96f; }
+
+// Normalises the values of one channel or group. Where mean or standard deviation are beyond 2^64, a distance from the mean could
+// overflow, and invstd be a denormal, which -ftz=true flushes: there all is taken times `unit`, a power of two, which changes no bit
+// of what neither overflows nor vanishes.
+struct Normaliser {
+    acc_t unit, mean, invstd;
+    __device__ Normaliser(acc_t mean, acc_t invstd) {
+        bool large = sizeof(acc_t) == 4 && (invstd < 0x1p-64f || fabs(mean) > 0x1p64f);
+        unit = large ? 0x1p-32f : 1;
+        this->mean = mean * unit;
+        this->invstd = multiply_unflushed(invstd, large ? 0x1p32f : 1);
+    }
+    __device__ acc_t operator()(acc_t x) const { return (x * unit - mean) * invstd; }
+};
 __device__ inline acc_t bn_affine(acc_t xhat, acc_t weight, acc_t bias) { return xhat * weight + bias; }
 
 // Weight and bias of channel c; null pointers stand for 1 and 0.
@@ -10,4 +35,25 @@ template <class P> __device__ inline acc_t bn_weight(const P* weight, i64 c) { r
 template <class P> __device__ inline acc_t bn_bias(const P* bias, i64 c) { return bias ? (acc_t)to_acc(bias[c]) : (acc_t)0; }
 
 // What sums are taken relative to, so that the rounding error of a large mean stays out of a small variance.
-__device__ inline acc_t finite_or_zero(acc_t v) { return v - v == 0 ? v : (acc_t)0; }
+__device__ inline acc_t finite_or_zero(acc_t v) { return is_finite(v) ? v : (acc_t)0; }
+
+// 1/sqrt(variance + eps), for a variance of values times `unit`. The result may be a denormal.
+__device__ inline acc_t invstd_of(acc_t variance, acc_t unit, acc_t eps) {
+    acc_t lift = unit == 1 ? 1 : 0x1p32f, fall = unit == 1 ? 1 : 0x1p-32f;
+    return multiply_unflushed(lift * unit / sqrt(variance + eps * unit * unit), fall);
+}
+
+struct Moments { acc_t mean, squares; };  // squares: sum of squared distances from the mean
+
+// From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where not null. shift:
+// what running_mean has besides the mean. Pointers are to the channel's values.
+template <class N, class P> __device__ inline void store_statistics(
+    Moments moments, acc_t unit, N count, acc_t eps, acc_t* mean, acc_t* invstd, P* running_mean, P* running_var, acc_t momentum,
+    acc_t shift) {
+    acc_t back = inverse_of(unit), batch_mean = moments.mean * back, batch_var = moments.squares / (count - 1) * back * back;
+    *mean = batch_mean;
+    *invstd = invstd_of(moments.squares / count, unit, eps);
+    if (!running_mean) return;
+    *running_mean = from_acc<P>((1 - momentum) * to_acc(*running_mean) + momentum * (batch_mean + shift));
+    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * batch_var);
+}

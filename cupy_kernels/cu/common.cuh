@@ -75,6 +75,7 @@ template <> __device__ inline half_t from_acc<half_t>(float v) {
 // CuPy compiles with -ftz=true, which flushes denormals in comparisons too; PTX's own comparison flushes nothing. greater is
 // IEEE's a > b: false where either is NaN.
 template <class A> __device__ inline bool is_nan(A v) { return v != v; }
+template <class A> __device__ inline bool is_finite(A v) { return v - v == 0; }
 #ifdef CUPY_KERNELS_EMULATOR
 static inline bool greater(float a, float b) { return a > b; }
 #else
@@ -85,6 +86,18 @@ __device__ inline bool greater(float a, float b) {
 }
 #endif
 __device__ inline bool greater(double a, double b) { return a > b; }
+
+// a * b without -ftz=true, which CuPy compiles with: scales lift denormals into range, and results may be denormal.
+__device__ inline float multiply_unflushed(float a, float b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    return a * b;
+#else
+    float product;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+    return product;
+#endif
+}
+__device__ inline double multiply_unflushed(double a, double b) { return a * b; }
 
 // Division of numbers below 2^31 by one that all threads share: the first quotient is right or one too small.
 struct Divisor {

@@ -15,17 +15,6 @@ __device__ inline int scale_exponent(unsigned largest_magnitude) { return min(12
 // 2^e for -126 <= e <= 127.
 __device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
 
-// a * b without -ftz=true, which CuPy compiles with: scales lift denormals into range, and results may be denormal.
-__device__ inline float multiply_unflushed(float a, float b) {
-#ifdef CUPY_KERNELS_EMULATOR
-    return a * b;
-#else
-    float product;
-    asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
-    return product;
-#endif
-}
-
 // a + b likewise. Adding 0 by an ordinary addition would flush, too.
 __device__ inline float add_unflushed(float a, float b) {
 #ifdef CUPY_KERNELS_EMULATOR
@@ -42,7 +31,12 @@ struct ScaleBack {
     float first, second;
     __device__ explicit ScaleBack(int e) : first(power_of_two(-e / 2)), second(power_of_two(-e - -e / 2)) {}
     __device__ float operator()(float v) const { return multiply_unflushed(multiply_unflushed(v, first), second); }
-    // The same, plus `shift`.
+    // v -> v * 2^-2e, in double: room for the square of any float.
+    __device__ double twice(float v) const {
+        double factor = (double)first * second;
+        return v * factor * factor;
+    }
+    // The same as for one v, plus `shift`.
     __device__ float operator()(float v, float shift) const {
         v = multiply_unflushed(v, first);
 #ifdef CUPY_KERNELS_EMULATOR

@@ -14,6 +14,31 @@
 
 typedef Packed<scalar_t, WIDTH> Pack;
 
+// Of the block's group, whose values it brings into the cache.
+__device__ inline Moments moments_of_group(const Pack* __restrict__ in, Pack* cache, acc_t unit, int packs, acc_t* scratch) {
+    int size = packs * WIDTH;
+    acc_t origin = finite_or_zero(to_acc(in->v[0])) * unit;  // the rounding error of a large mean must not enter the variance
+    acc_t sum = 0, squares = 0;
+    #pragma unroll 4
+    for (int p = threadIdx.x; p < packs; p += blockDim.x) {
+        Pack values = in[p];
+        if (CACHED) cache[p] = values;
+        #pragma unroll
+        for (int i = 0; i < WIDTH; i++) sum += to_acc(values.v[i]) * unit - origin;
+    }
+    acc_t distance = block_sum(sum, scratch) / size;
+    #pragma unroll 4
+    for (int p = threadIdx.x; p < packs; p += blockDim.x) {
+        Pack values = CACHED ? cache[p] : in[p];
+        #pragma unroll
+        for (int i = 0; i < WIDTH; i++) {
+            acc_t d = to_acc(values.v[i]) * unit - origin - distance;
+            squares += d * d;
+        }
+    }
+    return {origin + distance, block_sum(squares, scratch)};
+}
+
 extern "C" __global__ void __launch_bounds__(1024) group_norm_forward(
     const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
     acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int groups, int group_channels, int plane) {
@@ -22,30 +47,16 @@ extern "C" __global__ void __launch_bounds__(1024) group_norm_forward(
     int size = group_channels * plane, packs = size / WIDTH;
     i64 base = (i64)blockIdx.x * size;
     const Pack* in = (const Pack*)(x + base);
-    acc_t origin = finite_or_zero(to_acc(x[base]));  // the rounding error of a large mean must not enter the variance
-    acc_t sum = 0, squares = 0;
-    #pragma unroll 4
-    for (int p = threadIdx.x; p < packs; p += blockDim.x) {
-        Pack values = in[p];
-        if (CACHED) cache[p] = values;
-        #pragma unroll
-        for (int i = 0; i < WIDTH; i++) sum += to_acc(values.v[i]) - origin;
-    }
-    acc_t distance = block_sum(sum, scratch) / size, group_mean = origin + distance;
-    #pragma unroll 4
-    for (int p = threadIdx.x; p < packs; p += blockDim.x) {
-        Pack values = CACHED ? cache[p] : in[p];
-        #pragma unroll
-        for (int i = 0; i < WIDTH; i++) {
-            acc_t d = to_acc(values.v[i]) - origin - distance;
-            squares += d * d;
-        }
-    }
-    acc_t group_rstd = 1 / sqrt(block_sum(squares, scratch) / size + eps);
+    acc_t unit = 1;
+    Moments moments;
+    do moments = moments_of_group(in, cache, unit, packs, scratch);
+    while (again(moments.squares, unit));
+    acc_t group_mean = moments.mean * inverse_of(unit), group_rstd = invstd_of(moments.squares / size, unit, eps);
     if (threadIdx.x == 0) {
         mean[blockIdx.x] = group_mean;
         rstd[blockIdx.x] = group_rstd;
     }
+    Normaliser normalise(group_mean, group_rstd);
     Divisor by_plane(plane);
     int first_channel = blockIdx.x % groups * group_channels;
     for (int p = threadIdx.x; p < packs; p += blockDim.x) {
@@ -54,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(1024) group_norm_forward(
         acc_t w = bn_weight(weight, channel), b = bn_bias(bias, channel);
         #pragma unroll
         for (int i = 0; i < WIDTH; i++) {
-            values.v[i] = from_acc<scalar_t>(bn_affine(bn_normalise(to_acc(values.v[i]), group_mean, group_rstd), w, b));
+            values.v[i] = from_acc<scalar_t>(bn_affine(normalise(to_acc(values.v[i])), w, b));
             if (++within == plane && i + 1 < WIDTH) {
                 within = 0, channel++;
                 w = bn_weight(weight, channel), b = bn_bias(bias, channel);
@@ -64,10 +75,69 @@ extern "C" __global__ void __launch_bounds__(1024) group_norm_forward(
     }
 }
 
+struct Means { acc_t g, dot; };  // of dy weight, and of dy weight xhat, over a group
+
+struct Group {
+    const scalar_t *dy, *x;
+    const param_t* weight;
+    acc_t* partials;
+    int first_channel, channels, plane;
+    Normaliser normalise;
+
+    // Writes partials. Warps share the group's channels; where there are more warps than channels, several take parts of one channel each.
+    __device__ inline Means sum_up(acc_t unit, acc_t* part_sums, acc_t* part_dots, acc_t* scratch) const {
+        acc_t weighted_sum = 0, weighted_dot = 0;
+        i64 first_plane = (i64)blockIdx.x * channels, planes = (i64)gridDim.x * channels;
+        auto finish_channel = [&](int channel, acc_t sum, acc_t dot) {
+            acc_t w = bn_weight(weight, first_channel + channel);
+            weighted_sum += w * sum;
+            weighted_dot += w * dot;
+            if (partials) {
+                partials[first_plane + channel] = sum * inverse_of(unit);
+                partials[planes + first_plane + channel] = dot * inverse_of(unit);
+            }
+        };
+        int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        settle(warp), settle(warps);  // else a second pass would hold registers during the first
+        int parts = max(1, warps / channels), teams = warps / parts;
+        for (int channel = warp / parts; channel < channels; channel += teams) {
+            acc_t sum = 0, dot = 0;
+            #pragma unroll 4
+            for (int i = channel * plane + warp % parts * 32 + lane; i < (channel + 1) * plane; i += parts * 32) {
+                acc_t g = to_acc(dy[i]) * unit;
+                sum += g;
+                dot += g * normalise(to_acc(x[i]));
+            }
+            for (int lanes = 16; lanes > 0; lanes >>= 1) {
+                sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+                dot += __shfl_xor_sync(0xFFFFFFFFu, dot, lanes);
+            }
+            if (parts == 1) {
+                if (lane == 0) finish_channel(channel, sum, dot);
+            } else if (lane == 0) {
+                part_sums[warp] = sum;
+                part_dots[warp] = dot;
+            }
+        }
+        if (parts > 1) {
+            __syncthreads();
+            if (threadIdx.x < channels) {
+                acc_t sum = 0, dot = 0;
+                for (int part = 0; part < parts; part++) {
+                    sum += part_sums[threadIdx.x * parts + part];
+                    dot += part_dots[threadIdx.x * parts + part];
+                }
+                finish_channel(threadIdx.x, sum, dot);
+            }
+        }
+        int size = channels * plane;
+        acc_t mean_g = block_sum(weighted_sum, scratch) / size;
+        return {mean_g, block_sum(weighted_dot, scratch) / size};
+    }
+};
+
 // dx may be null. partials [2][images * channels]: sum of dy, and of dy xhat, over each plane; null where weight and bias need no
 // gradient.
-//
-// Warps share the group's channels; where there are more warps than channels, several take parts of one channel each.
 extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ rstd,
     const param_t* __restrict__ weight, scalar_t* __restrict__ dx, acc_t* __restrict__ partials, int groups, int group_channels,
@@ -86,53 +156,17 @@ extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
         }
         __syncthreads();
     }
-    acc_t m = mean[blockIdx.x], r = rstd[blockIdx.x], weighted_sum = 0, weighted_dot = 0;
+    acc_t r = rstd[blockIdx.x];
+    Normaliser normalise(mean[blockIdx.x], r);
     int first_channel = blockIdx.x % groups * group_channels;
-    i64 first_plane = (i64)blockIdx.x * group_channels, planes = (i64)gridDim.x * group_channels;
-    auto finish_channel = [&](int channel, acc_t sum, acc_t dot) {
-        acc_t w = bn_weight(weight, first_channel + channel);
-        weighted_sum += w * sum;
-        weighted_dot += w * dot;
-        if (partials) {
-            partials[first_plane + channel] = sum;
-            partials[planes + first_plane + channel] = dot;
-        }
-    };
-    int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int parts = max(1, warps / group_channels), teams = warps / parts;
-    for (int channel = warp / parts; channel < group_channels; channel += teams) {
-        acc_t sum = 0, dot = 0;
-        #pragma unroll 4
-        for (int i = channel * plane + warp % parts * 32 + lane; i < (channel + 1) * plane; i += parts * 32) {
-            acc_t g = to_acc(CACHED ? ((const scalar_t*)cache)[i] : dy[base + i]);
-            acc_t v = to_acc(CACHED ? ((const scalar_t*)(cache + packs))[i] : x[base + i]);
-            sum += g;
-            dot += g * bn_normalise(v, m, r);
-        }
-        for (int lanes = 16; lanes > 0; lanes >>= 1) {
-            sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-            dot += __shfl_xor_sync(0xFFFFFFFFu, dot, lanes);
-        }
-        if (parts == 1) {
-            if (lane == 0) finish_channel(channel, sum, dot);
-        } else if (lane == 0) {
-            part_sums[warp] = sum;
-            part_dots[warp] = dot;
-        }
-    }
-    if (parts > 1) {
-        __syncthreads();
-        if (threadIdx.x < group_channels) {
-            acc_t sum = 0, dot = 0;
-            for (int part = 0; part < parts; part++) {
-                sum += part_sums[threadIdx.x * parts + part];
-                dot += part_dots[threadIdx.x * parts + part];
-            }
-            finish_channel(threadIdx.x, sum, dot);
-        }
-    }
+    Group group = {CACHED ? (const scalar_t*)cache : dy + base, CACHED ? (const scalar_t*)(cache + packs) : x + base, weight, partials,
+                   first_channel, group_channels, plane, normalise};
+    acc_t unit = 1;
+    Means means;
+    do means = group.sum_up(unit, part_sums, part_dots, scratch);
+    while (again(means.g, means.dot, unit));
     if (!dx) return;
-    acc_t mean_g = block_sum(weighted_sum, scratch) / size, mean_dot = block_sum(weighted_dot, scratch) / size;
+    acc_t mean_g = means.g * inverse_of(unit), mean_dot = means.dot * inverse_of(unit);
     Divisor by_plane(plane);
     for (int p = threadIdx.x; p < packs; p += blockDim.x) {
         Pack g = CACHED ? cache[p] : gradients[p], v = CACHED ? cache[packs + p] : in[p];
@@ -140,8 +174,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
         acc_t w = bn_weight(weight, channel);
         #pragma unroll
         for (int i = 0; i < WIDTH; i++) {
-            acc_t xhat = bn_normalise(to_acc(v.v[i]), m, r);
-            g.v[i] = from_acc<scalar_t>((to_acc(g.v[i]) * w - (mean_g + xhat * mean_dot)) * r);
+            acc_t dxhat = to_acc(g.v[i]) * w - (mean_g + normalise(to_acc(v.v[i])) * mean_dot);
+            g.v[i] = from_acc<scalar_t>(multiply_unflushed(dxhat, r));
             if (++within == plane && i + 1 < WIDTH) {
                 within = 0, channel++;
                 w = bn_weight(weight, channel);

@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) max_pool_backward(
     });
 }
 
-extern "C" __global__ void __launch_bounds__(256) max_pool_select(
+extern "C" __global__ void __launch_bounds__(THREADS) max_pool_select(
     const scalar_t* __restrict__ x, const tap_t* __restrict__ taps, scalar_t* __restrict__ y,
     int planes, int period, int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h,
     int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {

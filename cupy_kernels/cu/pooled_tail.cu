@@ -8,33 +8,33 @@
 // Macro: STATISTICS (1: the batch's, of conv_bn_statistics; 0: the running ones, from which pooled_forward makes mean and invstd).
 #include "pooled_tail.cuh"
 
-// partials [3][channels][units]: count, mean and sum of squared distances of each unit. The running statistics are updated where not
+// partials [2][channels][units]: count and mean of each unit; squares [channels][units]: of distances from that. The running statistics are updated where not
 // null, and so is `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
-    const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean, INOUT param_t* running_var,
-    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
+    const float* __restrict__ partials, const double* __restrict__ squares, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean,
+    INOUT param_t* running_var, INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
     __shared__ float scratch[32];
     int c = blockIdx.x;
-    const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
-    float origin = means[0] - means[0] == 0 ? means[0] : 0;  // rounding errors of a large mean must not enter the variance
-    float count = 0, sum = 0, m2 = 0;
-    for (i64 i = threadIdx.x; i < units; i += blockDim.x) count += counts[i], sum += counts[i] * (means[i] - origin);
-    count = block_sum(count, scratch);
-    float total = block_sum(sum, scratch) / count;
-    for (i64 i = threadIdx.x; i < units; i += blockDim.x) {
-        float distance = means[i] - origin - total;
-        m2 += squares[i] + counts[i] * distance * distance;
-    }
-    m2 = block_sum(m2, scratch);
+    const float *counts = partials + c * units, *means = counts + channels * units;
+    squares += c * units;
+    float unit = 1, origin, count, total, m2;
+    do {
+        double wide = unit;
+        origin = finite_or_zero(means[0]) * unit;  // rounding errors of a large mean must not enter the variance
+        count = total = m2 = 0;
+        for (i64 i = threadIdx.x; i < units; i += blockDim.x) count += counts[i], total += counts[i] * (means[i] * unit - origin);
+        count = block_sum(count, scratch);
+        total = block_sum(total, scratch) / count;
+        for (i64 i = threadIdx.x; i < units; i += blockDim.x) {
+            float distance = means[i] * unit - origin - total;
+            m2 += (float)(squares[i] * wide * wide) + counts[i] * distance * distance;
+        }
+        m2 = block_sum(m2, scratch);
+    } while (again(m2, unit));
     if (threadIdx.x) return;
-    total += origin;
-    mean[c] = total;
-    invstd[c] = 1 / sqrt(m2 / count + eps);
     if (batches && c == 0) ++*batches;
-    if (running_mean) {
-        running_mean[c] = from_acc<param_t>((1 - momentum) * to_acc(running_mean[c]) + momentum * (total + bn_bias(conv_bias, c)));
-        running_var[c] = from_acc<param_t>((1 - momentum) * to_acc(running_var[c]) + momentum * (m2 / (count - 1)));
-    }
+    if (running_mean) running_mean += c, running_var += c;
+    store_statistics({total + origin, m2}, unit, count, eps, mean + c, invstd + c, running_mean, running_var, momentum, bn_bias(conv_bias, c));
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
@@ -103,6 +103,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         scalar_t* to = out + start + job.first;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++)
-            if (job.inside(i)) to[i * 32] = from_acc<scalar_t>(bn_affine(bn_normalise(v[i], m, s), w, b));
+            if (job.inside(i)) to[i * 32] = from_acc<scalar_t>(bn_affine((v[i] - m) * s, w, b));
     }
 }

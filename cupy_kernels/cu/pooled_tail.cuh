@@ -72,9 +72,9 @@ __device__ inline float warp_max(float v) {
 }
 
 struct Norm {
-    float mean, invstd, weight, bias;
+    Normaliser normalise;
+    float weight, bias;
     __device__ Norm(float mean, float invstd, const param_t* weights, const param_t* biases, int c)
-        : mean(mean), invstd(invstd), weight(bn_weight(weights, c)), bias(bn_bias(biases, c)) {}
-    __device__ float normalise(float v) const { return bn_normalise(v, mean, invstd); }
+        : normalise(mean, invstd), weight(bn_weight(weights, c)), bias(bn_bias(biases, c)) {}
     __device__ float tanh(float v) const { return tanh_branchless(bn_affine(normalise(v), weight, bias)); }
 };

@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
         for (int i = 0; i < ITEMS; i++) {
             p[i] = norm.tanh(v[i]);
             sum += d[i];
-            dot += d[i] * bn_normalise(p[i], m, s);
+            dot += d[i] * ((p[i] - m) * s);
         }
         sum = warp_sums(sum, dot);
         if (lane % 16 == 0) totals[lane / 16][job.number] = sum;
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             if (!job.inside(i)) continue;
-            d[i] = s * (w * d[i] - (mean_d + bn_normalise(p[i], m, s) * mean_dot)) * tanh_slope(p[i]);
+            d[i] = s * (w * d[i] - (mean_d + (p[i] - m) * s * mean_dot)) * tanh_slope(p[i]);
             to[i * 32] = d[i];
             sum += d[i];
             dot += d[i] * norm.normalise(v[i]);
@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
         total[i] = 0;
         for (int w = 0; w < 8; w++) total[i] = i == LARGEST ? fmaxf(total[i], warps[i][w]) : total[i] + warps[i][w];
     }
-    float scale = bn_weight(weight, c) * invstd[c];
+    float scale = multiply_unflushed(bn_weight(weight, c), invstd[c]);
     sums[c] = total[2], sums[OUT_CHANNELS + c] = total[3];
     if (dgroup_bias) dgroup_bias[c] = from_acc<param_t>(total[0]);
     if (dgroup_weight) dgroup_weight[c] = from_acc<param_t>(total[1]);
@@ -153,11 +153,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     if (dweight) dweight[c] = from_acc<param_t>(total[3]);
     float bound = total[LARGEST], means = 0;
     if (training) {
-        means = fabsf(total[2] / count) + fabsf(total[3] / count) + fabsf(mean[c]);
-        bound += fabsf(total[2] / count) + (sqrt(count) + fabsf(mean[c] * invstd[c])) * fabsf(total[3] / count);
+        Normaliser normalise(mean[c], invstd[c]);
+        means = fabsf(total[2] / count) + fabsf(total[3] / count) + fabsf(normalise.mean);
+        bound += fabsf(total[2] / count) + (sqrt(count) + fabsf(normalise.mean * normalise.invstd)) * fabsf(total[3] / count);
     }
     // Batch norm takes the bias out of its own batch, so there it has no influence at all: 0, or NaN.
-    if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? means - means : scale * total[2]);
+    if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? means - means : multiply_unflushed(scale, total[2]));
 
     // A channel of zeros, or without a finite dy, must not decide the scale of the others.
     int exponent = 126;
@@ -174,13 +175,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
 // dy of one channel, times 2^e: the part that all pixels have, and what the chosen corner of a window adds.
 struct OutputGradient {
     float mean, invstd, slope, offset, scale, enlarge;
+    int exponent;  // mean is times 2^-exponent, see Normaliser, and `restore` must be
 
     // Without statistics that depend on the batch (sums null) all pixels have 0.
     __device__ OutputGradient(const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
-        : mean(sums ? means[c] : 0), invstd(invstds[c]), slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0),
-          scale(bn_weight(weights, c)), enlarge(1) {}
+        : slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0), enlarge(1) {
+        Normaliser normalise(sums ? means[c] : 0, invstds[c]);
+        mean = normalise.mean, invstd = normalise.invstd, exponent = normalise.unit == 1 ? 0 : 32;
+        scale = multiply_unflushed(bn_weight(weights, c), invstds[c]);
+    }
     __device__ void finish(float count, int e) {
-        scale *= invstd;
         enlarge = power_of_two(e);
         slope = -of_chosen(slope / count);
         offset = -of_chosen(offset / count);
@@ -188,7 +192,7 @@ struct OutputGradient {
     // y = kept * restore
     __device__ float of(float kept, float restore) const { return (kept * restore - mean) * invstd * slope + offset; }
     // In this order, which neither loses nor overflows what fits in the end.
-    __device__ float of_chosen(float g) const { return multiply_unflushed(g, enlarge) * scale; }
+    __device__ float of_chosen(float g) const { return multiply_unflushed(multiply_unflushed(g, enlarge), scale); }
 };
 
 // A 2x2 window: its places among the taps, in `saved`, and in g, which for windows that an odd edge cuts is -1.
@@ -213,15 +217,13 @@ __device__ inline void unpack(uint2 kept, float (&v)[4]) {
 __device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
     return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
 }
-// What undoes the scale. |y| below 2^-111 or above 2^112 is not restored in full: batch norm then sees zeros, or distances whose
-// squares overflow.
-__device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
 #else
 typedef float4 Kept;
 __device__ inline void unpack(float4 kept, float (&v)[4]) { v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w; }
 __device__ inline int kept_exponent(const int*, i64, const Window&) { return 0; }
-__device__ inline float restoring(int) { return 1; }
 #endif
+// What undoes the scale. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
+__device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
 
 // dy of the corners of one window in plane `plane`. Corners outside the image get anything.
 __device__ inline void gradients_of(
@@ -260,7 +262,7 @@ __device__ inline int edge_window(int i) {
 __device__ inline void sum_borders(
     const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents, OutputGradient gradient, int c,
     i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, exponent = SPLIT == 1 ? exponents[c] : 0;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
     if (lane == 0)
         for (int tap = 0; tap < TAPS; tap++) totals[warp][tap] = 0;
     for (int start = threadIdx.x % 128; start - lane < EDGE_WINDOWS; start += 128) {
@@ -305,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
     enum { OCTETS = CHUNK_CHANNELS / 8 };
     static_assert(TILE * OCTETS == THREADS && (TILES - 1) * TILE < WINDOWS && WINDOWS <= TILES * TILE, "tiles of all windows");
     static_assert(BORDER_BLOCKS * (THREADS / 128) == OUT_CHANNELS, "128 threads sum up a channel's borders");
-    struct __align__(16) Channel { OutputGradient gradient; int exponent, unused; };
+    struct __align__(16) Channel { OutputGradient gradient; int exponent; };
     __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
     __shared__ float totals[THREADS / 32][TAPS];
@@ -348,6 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
     }
     int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1), least = 126;
     Channel channel = {OutputGradient(mean, invstd, weight, sums, own), SPLIT == 1 ? exponents[own] : 0};
+    channel.exponent += channel.gradient.exponent;
     #pragma unroll
     for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
     for (int lanes = 16; lanes > 0; lanes >>= 1) least = min(least, __shfl_xor_sync(0xFFFFFFFFu, least, lanes));
@@ -399,7 +402,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
     Window window(at);
     OutputGradient gradient(mean, invstd, weight, sums, c);
     gradient.finish(count, 0);
-    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)), v[4];
+    float restore = restoring(gradient.exponent + (SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)), v[4];
     gradients_of(gradient, g, taps, sums ? saved : 0, plane, window, restore, v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {

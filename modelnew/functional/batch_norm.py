@@ -58,8 +58,8 @@ def _gradients(mean, invstd, needed, training, dy, x, weight, bias, y=None):
     dbias = torch.empty_like(bias) if need_bias else None
     sums = None
     if need_weight or need_bias or training:
-        sums = mean.new_empty((2, *mean.shape))
-        workspace = mean.new_empty(batch_norm_workspace(dy.shape))
+        sums = mean.new_empty((2, *mean.shape), dtype=torch.float64)
+        workspace = sums.new_empty(batch_norm_workspace(dy.shape))
         run(batch_norm_backward_reduce, dy, x, mean, invstd, sums, dweight, dbias, workspace, y)
     if need_x:
         run(batch_norm_backward_apply, dy, x, mean, invstd, weight, sums if training else None, dx, y)
@@ -86,7 +86,7 @@ def batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps
     mean, invstd = (torch.empty(x.shape[1], dtype=accumulator_dtype(x), device=x.device) for _ in range(2))
 
     if training:
-        workspace = mean.new_empty(batch_norm_workspace(x.shape))
+        workspace = mean.new_empty(batch_norm_workspace(x.shape), dtype=torch.float64)
         updated = dense(running_mean), dense(running_var)
         run(batch_norm_statistics, x, *updated, mean, invstd, workspace, momentum, eps)
         note_update(running_mean, running_var, *updated)

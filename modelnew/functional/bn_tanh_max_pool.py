@@ -61,8 +61,8 @@ class _BnTanhMaxPool2d(torch.autograd.Function):
         dbias = torch.empty_like(bias) if need_dbias else None
         sums = None
         if ctx.training or need_dweight or need_dbias:
-            sums = mean.new_empty((2, *mean.shape))
-            partial = mean.new_empty(bn_tanh_max_pool_workspace(y.shape))
+            sums = mean.new_empty((2, *mean.shape), dtype=torch.float64)
+            partial = sums.new_empty(bn_tanh_max_pool_workspace(y.shape))
             run(
                 bn_tanh_max_pool_backward_reduce, dy, y, taps, x, mean, invstd, sums, dweight, dbias, partial, *ctx.pool
             )
