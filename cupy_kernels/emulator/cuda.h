@@ -162,12 +162,17 @@ struct SignalAction {
 extern "C" int emulator_sigaction(int number, const SignalAction* action, SignalAction* before) __asm__("sigaction");
 enum { BUS_ERROR = 7, ARITHMETIC_ERROR = 8, SEGMENTATION_FAULT = 11, WITH_INFO = 4, STAY_UNBLOCKED = 0x40000000 };
 
+static const int faults[] = {SEGMENTATION_FAULT, BUS_ERROR, ARITHMETIC_ERROR};
+static SignalAction before[3];  // what the process does about them
 static thread_local bool runs_here;
 
 // An access far outside of all arrays ends the kernel, not the process: a notebook goes on.
 static void on_fault(int number, SignalInfo* info, void*) {
-    SignalAction usual = {};
-    if (!runs_here || error[0]) return (void)emulator_sigaction(number, &usual, nullptr);  // not a fault of the kernel
+    if (!runs_here || error[0]) {  // not a fault of the kernel: it comes again, to the process
+        for (int i = 0; i < 3; i++)
+            if (faults[i] == number) emulator_sigaction(number, &before[i], nullptr);
+        return;
+    }
     if (number == ARITHMETIC_ERROR) EMULATOR_FAIL("thread %d divides an integer by zero", current);
     else EMULATOR_FAIL("thread %d reads or writes far out of bounds, at %p", current, info->address);
 }
@@ -339,8 +344,7 @@ static const char* run(void (*body)(), void** args, const unsigned* grid, const 
             int other = (seed >> 33) % (t + 1), swap = order[t];
             order[t] = order[other], order[other] = swap;
         }
-    SignalAction ours = {on_fault, {}, WITH_INFO | STAY_UNBLOCKED}, before[3];  // the handler does not return
-    const int faults[3] = {SEGMENTATION_FAULT, BUS_ERROR, ARITHMETIC_ERROR};
+    SignalAction ours = {on_fault, {}, WITH_INFO | STAY_UNBLOCKED};  // the handler does not return
     for (int i = 0; i < 3; i++) emulator_sigaction(faults[i], &ours, &before[i]);
     runs_here = true;
     dynamic_shared = (char*)aligned_alloc(128, (shared_bytes + 127) / 128 * 128 + GUARD_BYTES);
