@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import forks
 from .errors import KernelCompileError
 
 MACROS = "macros"  # stands for a file's name where the emulator's compiler speaks of a macro
@@ -40,7 +41,7 @@ _overrides: dict[str, str] = {}
 _constants: dict[str, dict[str, str | int]] = {}
 _added: dict[str, str] = {}
 _until_overridden = []
-_lock = threading.RLock()  # whoever holds it sees the same sources all the time
+_lock = forks.lock()  # whoever holds it sees the same sources all the time
 _blocks = []  # of `override`, from the outermost: the threads that are in them
 
 

@@ -51,14 +51,38 @@ def view(tensor: torch.Tensor):
     On a GPU CuPy gets the bare DLPack capsule. The protocol around it, `__dlpack__`, would make streams wait for each
     other; but the view is used on the stream that the tensor belongs to, waiting breaks the capture of a CUDA graph,
     and the protocol costs several times the view itself.
+    RuntimeError if the tensor's values are not what its memory holds.
     """
+    if tensor.is_neg() or tensor.is_conj():
+        raise RuntimeError("received a negated or conjugated view of other memory: use resolve_neg(), resolve_conj()")
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.int16)
     if tensor.is_cuda:
         return compiler.cupy().from_dlpack(to_dlpack(tensor))
-    return tensor.numpy()  # NumPy's from_dlpack returns a read-only array
+    return np.asarray(_Memory(tensor))
+
+
+class _Memory:
+    """What NumPy makes an array from; it keeps the tensor's memory while there is such an array.
+
+    After `tensor.numpy()` the storage could never be resized again, which FSDP does. NumPy's from_dlpack returns a
+    read-only array.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        if not tensor.data_ptr() and tensor.numel():
+            raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
+        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+        self.tensor = tensor
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),  # not read-only
+            "shape": tuple(tensor.shape),
+            "strides": tuple(step * dtype.itemsize for step in tensor.stride()),
+            "typestr": dtype.str,
+            "version": 3,
+        }
 
 
 # What the kernels' host code takes for a tensor's dtype. bfloat16 travels as int16.

@@ -2,16 +2,23 @@
 
 import functools
 import importlib.util
+import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 
 import numpy as np
 import pytest
 
-from cupy_kernels import emulator, source
-from cupy_kernels.errors import BackendError, EmulatorError
+from cupy_kernels import emulator, nvrtc, source
+from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 from cupy_kernels.launch import launch
-from cupy_kernels.source import Kernel
+from cupy_kernels.source import Kernel, Variant
 
 THREADS = 64
 SEEDS = range(4)
@@ -254,6 +261,216 @@ def test_block_sum(monkeypatch, x):
         run(text, x, results[-1])
     np.testing.assert_allclose(results[0], np.full(THREADS, x.sum()), rtol=1e-5)
     assert all((r == results[0]).all() for r in results)
+
+
+TYPES = [sign + kind for kind in ("char", "short", "int", "long", "long long") for sign in ("", "unsigned ")]
+TYPES += ["void", "bool", "signed char", "float", "double"]
+
+
+def overloads():
+    """Calls of every function of mathematics that cuda.h has, and of others that CUDA has for some types alone."""
+    header = resources.files(emulator).joinpath("cuda.h").read_text()
+    one = re.findall(r"EMULATOR_(?:OF_1|FLOAT|CLASS)\((?:[^()]*, )?(\w+)\)", header)
+    two = re.findall(r"EMULATOR_(?:OF_2|WITH)\((?:[^()]*, )?(\w+)\)", header)
+    assert {"sqrt", "lrint", "isnan"} < set(one)
+    assert {"fmod", "ldexp"} < set(two)
+    one, two = {*one, "abs", "labs", "llabs", "rsqrt", "rsqrtf"}, {*two, "min", "max", "fminf", "powf"}
+    calls = [f"{name}(A())" for name in sorted(one - {"name"})]
+    calls += [f"{name}(A(), B())" for name in sorted(two - {"name", "frexp", "modf"})]
+    calls += [
+        "fma(A(), B(), 1.0f)",
+        "fma(1.0, A(), B())",
+        "frexp(A(), (B*)0)",
+        "modf(A(), (B*)0)",
+        "__ldg((const A*)0)",
+    ]
+    calls += [f"__shfl_{kind}sync(1u, A(), 0)" for kind in ("", "xor_", "down_")]
+    calls += [f"__{name}(A())" for name in ("popc", "ffs", "float_as_int", "uint_as_float", "double_as_longlong")]
+    return calls
+
+
+def probes():
+    """(text that gives each call's result, for each of TYPES, a number; [(call and types, its constant)])"""
+    text = ["template <class T> struct Code { static constexpr int value = -1; };"]
+    text += [
+        f"template <> struct Code<{name}> {{ static constexpr int value = {i}; }};" for i, name in enumerate(TYPES, 1)
+    ]
+    constants = []
+    for i, call in enumerate(overloads()):
+        text += [
+            f"template <class A, class B> __device__ auto probe_{i}(int) -> Code<decltype({call})>;",
+            f"template <class, class> __device__ Code<void> probe_{i}(...);",
+        ]
+        for a in TYPES:
+            for b in TYPES if "B" in call else ["int"]:
+                constants.append((f"{call}, A = {a}, B = {b}", f"decltype(probe_{i}<{a}, {b}>(0))::value"))
+    return "\n".join(text), constants
+
+
+@pytest.mark.parametrize("least_major", [11, nvrtc.WGMMA_MAJOR])
+def test_functions_take_and_return_the_types_that_cudas_do(least_major):
+    """Or are ambiguous, as there: max(x, 0) of a float x, sqrt of an int."""
+    try:
+        nvrtc.shared_library(least_major)
+    except BackendError as error:
+        pytest.skip(str(error))
+    text, constants = probes()
+    table = ",\n".join(constant for _, constant in constants)
+    kernel = 'extern "C" __global__ void codes(int* y) { BODY }'
+    codes = np.zeros(len(constants), np.int32)
+    read = "static const int table[] = {" + table + "}; y[blockIdx.x] = table[blockIdx.x];"
+    run(text + kernel.replace("BODY", read), codes, grid=len(codes), block=1)
+    found = dict(zip((name for name, _ in constants), codes))
+    assert found["max(A(), B()), A = float, B = float"] == 1 + TYPES.index("float")
+    assert found["max(A(), B()), A = float, B = int"] == 1 + TYPES.index("void")
+    checks = [f'static_assert({c} == {code}, "{name}");' for (name, c), code in zip(constants, codes)]
+    with source.override({"planted.cu": "\n".join([text, *checks, kernel.replace("BODY", "y[0] = 0;")])}):
+        nvrtc.compile_variant(Variant("planted.cu"), "sm_80", least_major)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("max(x, 0.5f)", 0.75),
+        ("max(x, 0.5)", 0.75),
+        ("min(x, 0.5f)", 0.5),
+        ("max(nan, 0.5f)", 0.5),
+        ("max(0.5f, nan)", 0.5),
+        ("min(nan, 0.5)", 0.5),
+        ("min(0.5, nan)", 0.5),
+        ("max(-1, 1u)", 2**32),
+        ("min(1ull, -1ll)", 1),
+        ("max((char)3, (short)-4)", 3),
+        ("max(1ll << 40, 2ll)", 2**40),
+        ("abs(-x)", 0.75),
+        ("abs(-(1ll << 40))", 2**40),
+        ("rsqrt(x / 3)", 2),
+        ("copysign(x, -1.0)", -0.75),
+        ("pow(-2.0f, 3)", -8),
+        ("isnan(nan) + isinf(1 / (x - x)) + signbit(-x)", 3),
+        ("ldexp(x, 2)", 3),
+    ],
+)
+def test_values_of_overloads(call, expected):
+    """NaN loses: max of floats is CUDA's fmaxf."""
+    text = f"""extern "C" __global__ void compute(float* y, float x, float nan) {{ y[0] = {call}; }}"""
+    y = np.zeros(1, np.float32)
+    run(text, y, 0.75, float("nan"), block=1)
+    assert y == expected
+
+
+def test_a_float_beside_an_integer_is_ambiguous(x, y):
+    text = """extern "C" __global__ void relu(const float* x, float* y) { y[threadIdx.x] = max(x[threadIdx.x], 0); }"""
+    with pytest.raises(KernelCompileError, match=r"planted\.cu.*max.*ambiguous"):
+        run(text, x, y)
+    run(text.replace(", 0)", ", 0.0f)"), x, y)
+    assert (y == np.maximum(x, 0)).all()
+
+
+SLOW = """extern "C" __global__ void slow(const float* x, float* y) {
+    float v = x[threadIdx.x];
+    for (int i = 0; i < STEPS; i++) v = v * v;
+    y[threadIdx.x] = v;
+}"""
+
+
+def in_a_child(work):
+    """What becomes of work() in a forked process: 0, 1 after an exception, or minus the signal that ended it."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            signal.alarm(20)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_forks_while_another_thread_runs_kernels(x, y):
+    """The child can run kernels and look at the sources: no lock stays with a thread that it does not have."""
+    slow = Kernel("slow.cu", "slow", (("STEPS", 10000),))
+    over = threading.Event()
+
+    def reverse():
+        run(REVERSE, x, y, defines=(("BARRIER", "__syncthreads()"),))
+        assert (y == x[::-1]).all()
+
+    def work():
+        while not over.is_set():
+            launch(slow, (1, 1, 1), (THREADS, 1, 1), (x, np.zeros_like(x)))
+
+    reverse()
+    with source.override({"slow.cu": SLOW}):
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            for _ in range(10):
+                assert in_a_child(reverse) == 0
+        finally:
+            over.set()
+            thread.join()
+
+
+@pytest.mark.parametrize("lock", [emulator._one_at_a_time, source._lock], ids=["emulator", "sources"])
+def test_a_child_gets_no_lock_that_another_thread_holds(lock):
+    held = threading.Event()
+
+    def hold():
+        with lock:
+            held.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    assert in_a_child(lock.acquire) == 0
+    thread.join()
+
+
+def test_parent_and_children_run_kernels_at_the_same_time(x):
+    kernel = Kernel("planted.cu", "reverse", (("BARRIER", "__syncthreads()"),))
+
+    def work():
+        for _ in range(20):
+            y = np.zeros_like(x)
+            launch(kernel, (500, 1, 1), (THREADS, 1, 1), (x, y))
+            assert (y == x[::-1]).all()
+
+    with source.override({"planted.cu": REVERSE}), ThreadPoolExecutor(2) as threads:
+        work()
+        children = [threads.submit(in_a_child, work) for _ in range(2)]
+        work()
+        assert [child.result() for child in children] == [0, 0]
+
+
+CRASH = """
+import ctypes, faulthandler, sys, threading, time
+import numpy as np
+from cupy_kernels import emulator, source
+from cupy_kernels.launch import launch
+from cupy_kernels.source import Kernel, Variant
+
+faulthandler.enable()
+slow = Kernel("slow.cu", "slow", (("STEPS", 2**30),))
+with source.override({"slow.cu": sys.argv[1]}):
+    emulator.prepare([slow])
+    arrays = np.ones(1, np.float32), np.ones(1, np.float32)
+    threading.Thread(target=launch, args=(slow, (1, 1, 1), (1, 1, 1), arrays), daemon=True).start()
+    while emulator._one_at_a_time.acquire(False):
+        emulator._one_at_a_time.release()
+        time.sleep(0.01)
+    time.sleep(0.1)
+    ctypes.string_at(0)
+"""
+
+
+def test_a_crash_of_another_thread_is_not_the_kernels():
+    """It goes where it would go without a kernel: here, to faulthandler."""
+    done = subprocess.run([sys.executable, "-c", CRASH, SLOW], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in done.stderr
 
 
 @pytest.fixture

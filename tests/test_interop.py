@@ -1,6 +1,8 @@
 """The border to torch: shared memory, no memory of CuPy's, torch's stream and device, and refusals."""
 
+import gc
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -109,6 +111,46 @@ def test_what_is_no_tensor_passes_unchanged(device):
     assert received == [(None, 2), {"a": 3}]
 
 
+def views():
+    """Tensors of every layout, and what shows the same."""
+    x = torch.randn(4, 6)
+    yield from (x, x.T, x[1:], x[::2, 1::3], x[:, :1].expand(4, 5), x[0, 0], x[:0], torch.empty(3, 0, 2))
+    yield from (x.double(), x.half(), torch.arange(5, dtype=torch.uint8)[2:], torch.arange(3), torch.tensor([True]))
+
+
+@pytest.mark.parametrize("tensor", list(views()), ids=lambda t: f"{list(t.shape)}{t.dtype}")
+def test_views_of_every_layout(tensor):
+    array = interop.view(tensor)
+    assert array.shape == tuple(tensor.shape)
+    assert array.tolist() == tensor.tolist()
+    assert array.flags.writeable
+    if tensor.numel():
+        assert array.ctypes.data == tensor.data_ptr()
+        assert array.strides == tuple(s * tensor.element_size() for s in tensor.stride())
+
+
+def test_an_array_keeps_its_memory_and_no_more():
+    tensor = torch.arange(1000)
+    held, array = weakref.ref(tensor), interop.view(tensor)
+    del tensor
+    gc.collect()
+    assert held() is not None
+    assert array.tolist() == list(range(1000))
+    del array
+    assert held() is None
+
+
+def test_views_that_no_memory_holds():
+    x = torch.complex(torch.ones(2), torch.ones(2))
+    for tensor in (x.conj(), x.conj().imag):
+        with pytest.raises(RuntimeError, match=r"negated or conjugated view.*resolve_neg"):
+            interop.view(tensor)
+    freed = torch.ones(2)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"without memory: its storage was freed"):
+        interop.view(freed)
+
+
 def test_dense():
     x = torch.randn(3, 4)
     assert interop.dense(None) is None
@@ -152,10 +194,57 @@ OPERATORS = {
 }
 
 
+CALLS = {
+    **OPERATORS,
+    "batch_norm_tanh": lambda x, w, c: functional.batch_norm_tanh(x, None, None, c, c, training=True),
+    "bn_tanh_max_pool2d": lambda x, w, c: functional.bn_tanh_max_pool2d(x, None, None, c, c, training=True),
+    "conv_bn_tanh_max_pool_group_norm": lambda x, w, c: functional.conv_bn_tanh_max_pool_group_norm(
+        x, None, None, c, c, training=True, conv_weight=w, conv_bias=c, num_groups=2, group_weight=c, group_bias=c
+    ),
+    "tanh_max_pool2d": lambda x, w, c: functional.tanh_max_pool2d(x, 2),
+}
+
+
 def operands(device):
     make = torch.Generator().manual_seed(3)
     shapes = [(2, 4, 6, 6), (4, 4, 3, 3), (4,)]
     return [torch.randn(s, generator=make).to(device).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_storages_can_be_resized(device, name):
+    """As FSDP does, to free what it has gathered. After `tensor.numpy()` a storage never can."""
+    shapes = [(2, 16, 6, 6), (16, 16, 3, 3), (16,)]
+    tensors = [torch.randn(shape).to(device).requires_grad_() for shape in shapes]
+    before = [tensor.detach().clone() for tensor in tensors]
+    y = CALLS[name](*tensors)
+    expected, dy = y.tolist(), torch.ones_like(y)
+    grads = torch.autograd.grad(y, tensors, dy, allow_unused=True)
+    for tensor in (*tensors, y, dy, *grads):
+        if tensor is not None:
+            tensor.untyped_storage().resize_(0)
+    for tensor, values in zip(tensors, before):
+        tensor.untyped_storage().resize_(values.nbytes)
+        tensor.detach().copy_(values)
+    assert CALLS[name](*tensors).tolist() == expected
+
+
+class Tanhs(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return functional.tanh(torch.full((500,), float(index)))
+
+
+def test_workers_of_a_data_loader_that_are_forked():
+    expected = functional.tanh(torch.arange(16.0))[:, None].expand(16, 500)
+    for _ in range(8):
+        batches = []
+        for batch in torch.utils.data.DataLoader(Tanhs(), 4, num_workers=2, multiprocessing_context="fork", timeout=60):
+            functional.tanh(torch.ones(5000))
+            batches.append(batch)
+        assert torch.equal(torch.cat(batches), expected)
 
 
 def test_which_calls_share_a_plan(device):

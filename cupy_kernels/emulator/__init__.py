@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import cache
+from .. import cache, forks
 from ..compiler import announce
 from ..errors import BackendError, EmulatorError
 from ..source import MACROS, Kernel, compile_error, declarations, in_force, unit
@@ -46,7 +45,7 @@ STACKS_BYTES = 1024 * (128 << 10)  # MAX_THREADS * STACK_BYTES of cuda.h
 _ERROR_OF_TEXT = re.compile(r":\d+(:\d+)?: (fatal )?[Ee]rror: (?!error (writing|closing) )")
 
 _libraries = {}
-_one_at_a_time = threading.Lock()  # the state of a running block is static in its library
+_one_at_a_time = forks.lock()  # the state of a running block is static in its library
 
 
 @functools.cache
@@ -171,7 +170,8 @@ def _check_written(kernel, parameter, result) -> None:
 
 @functools.cache
 def _stacks() -> ctypes.c_char:
-    return ctypes.c_char.from_buffer(mmap.mmap(-1, STACKS_BYTES))
+    private = mmap.mmap(-1, STACKS_BYTES, mmap.MAP_PRIVATE)  # not shared with the children that a process forks
+    return ctypes.c_char.from_buffer(private)
 
 
 def _library(kernel: Kernel) -> ctypes.CDLL:

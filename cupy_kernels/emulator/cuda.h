@@ -8,11 +8,9 @@
 // Poison is 0xFF bytes: a NaN in every floating type. This shows logic errors; it shows nothing about memory ordering
 // between warps, speed, or the last bit of CUDA's mathematical functions.
 #pragma once
-#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define CUPY_KERNELS_EMULATOR 1
@@ -36,15 +34,85 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-#define EMULATOR_MINMAX(T) \
-    static inline T min(T a, T b) { return b < a ? b : a; } \
-    static inline T max(T a, T b) { return a < b ? b : a; }
-EMULATOR_MINMAX(int)
-EMULATOR_MINMAX(unsigned)
-EMULATOR_MINMAX(long long)
+// Mathematics: CUDA's overloads, no more and no fewer. A call means here what it means there, or is ambiguous in both.
+// A C++ compiler's <math.h> has others. It is not included; the functions for double are those of C.
+#define EMULATOR_FLOAT(T, U, name) \
+    extern "C" T name(double); \
+    extern "C" U name##f(float); \
+    static inline U name(float x) { return name##f(x); }
+#define EMULATOR_OF_1(name) EMULATOR_FLOAT(double, float, name)
+#define EMULATOR_WITH(T, U, name) \
+    extern "C" double name(double, T); \
+    extern "C" float name##f(float, U); \
+    static inline float name(float x, U y) { return name##f(x, y); }
+#define EMULATOR_OF_2(name) EMULATOR_WITH(double, float, name)
+EMULATOR_OF_1(acos) EMULATOR_OF_1(acosh) EMULATOR_OF_1(asin) EMULATOR_OF_1(asinh) EMULATOR_OF_1(atan)
+EMULATOR_OF_1(atanh) EMULATOR_OF_1(cbrt) EMULATOR_OF_1(ceil) EMULATOR_OF_1(cos) EMULATOR_OF_1(cosh) EMULATOR_OF_1(erf)
+EMULATOR_OF_1(erfc) EMULATOR_OF_1(exp) EMULATOR_OF_1(exp10) EMULATOR_OF_1(exp2) EMULATOR_OF_1(expm1)
+EMULATOR_OF_1(fabs) EMULATOR_OF_1(floor) EMULATOR_OF_1(j0) EMULATOR_OF_1(j1) EMULATOR_OF_1(lgamma) EMULATOR_OF_1(log)
+EMULATOR_OF_1(log10) EMULATOR_OF_1(log1p) EMULATOR_OF_1(log2) EMULATOR_OF_1(logb) EMULATOR_OF_1(nearbyint)
+EMULATOR_OF_1(rint) EMULATOR_OF_1(round) EMULATOR_OF_1(sin) EMULATOR_OF_1(sinh) EMULATOR_OF_1(sqrt) EMULATOR_OF_1(tan)
+EMULATOR_OF_1(tanh) EMULATOR_OF_1(tgamma) EMULATOR_OF_1(trunc) EMULATOR_OF_1(y0) EMULATOR_OF_1(y1)
+EMULATOR_OF_2(atan2) EMULATOR_OF_2(copysign) EMULATOR_OF_2(fdim) EMULATOR_OF_2(fmax) EMULATOR_OF_2(fmin)
+EMULATOR_OF_2(fmod) EMULATOR_OF_2(hypot) EMULATOR_OF_2(nextafter) EMULATOR_OF_2(pow) EMULATOR_OF_2(remainder)
+EMULATOR_FLOAT(int, int, ilogb)
+EMULATOR_FLOAT(long, long, lrint)
+EMULATOR_FLOAT(long, long, lround)
+EMULATOR_FLOAT(long long, long long, llrint)
+EMULATOR_FLOAT(long long, long long, llround)
+EMULATOR_WITH(int*, int*, frexp)
+EMULATOR_WITH(int, int, ldexp)
+EMULATOR_WITH(double*, float*, modf)
+EMULATOR_WITH(long, long, scalbln)
+EMULATOR_WITH(int, int, scalbn)
+extern "C" double fma(double, double, double);
+extern "C" float fmaf(float, float, float);
+extern "C" int abs(int);
+extern "C" long labs(long);
+extern "C" long long llabs(long long);
+static inline float fma(float x, float y, float z) { return fmaf(x, y, z); }
+static inline float pow(float x, int y) { return powf(x, y); }
+static inline double pow(double x, int y) { return pow(x, (double)y); }
+static inline double copysign(float x, double y) { return copysign((double)x, y); }
+static inline double copysign(double x, float y) { return copysign(x, (double)y); }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline float rsqrt(float x) { return rsqrtf(x); }
 static inline double rsqrt(double x) { return 1.0 / sqrt(x); }
-template <class T> static inline T __ldg(const T* p) { return *p; }
+static inline long abs(long x) { return labs(x); }
+static inline long long abs(long long x) { return llabs(x); }
+static inline float abs(float x) { return fabsf(x); }
+static inline double abs(double x) { return fabs(x); }
+#define EMULATOR_CLASS(name) \
+    static inline int name(float x) { return __builtin_##name(x) != 0; } \
+    static inline int name(double x) { return __builtin_##name(x) != 0; }
+EMULATOR_CLASS(isfinite) EMULATOR_CLASS(isinf) EMULATOR_CLASS(isnan) EMULATOR_CLASS(signbit)
+
+#define EMULATOR_MINMAX(T, A, B) \
+    static inline T min(A a, B b) { return (T)b < (T)a ? b : a; } \
+    static inline T max(A a, B b) { return (T)a < (T)b ? b : a; }
+#define EMULATOR_MINMAX_INTEGERS(T) \
+    EMULATOR_MINMAX(T, T, T) \
+    EMULATOR_MINMAX(unsigned T, unsigned T, unsigned T) \
+    EMULATOR_MINMAX(unsigned T, T, unsigned T) \
+    EMULATOR_MINMAX(unsigned T, unsigned T, T)
+EMULATOR_MINMAX_INTEGERS(int)
+EMULATOR_MINMAX_INTEGERS(long)
+EMULATOR_MINMAX_INTEGERS(long long)
+static inline float min(float a, float b) { return fminf(a, b); }
+static inline float max(float a, float b) { return fmaxf(a, b); }
+#define EMULATOR_MINMAX_DOUBLE(A, B) \
+    static inline double min(A a, B b) { return fmin((double)a, (double)b); } \
+    static inline double max(A a, B b) { return fmax((double)a, (double)b); }
+EMULATOR_MINMAX_DOUBLE(double, double)
+EMULATOR_MINMAX_DOUBLE(float, double)
+EMULATOR_MINMAX_DOUBLE(double, float)
+
+
+#define EMULATOR_LDG(T) static inline T __ldg(const T* p) { return *p; }
+EMULATOR_LDG(char) EMULATOR_LDG(signed char) EMULATOR_LDG(short) EMULATOR_LDG(int) EMULATOR_LDG(long)
+EMULATOR_LDG(unsigned char) EMULATOR_LDG(unsigned short) EMULATOR_LDG(unsigned) EMULATOR_LDG(unsigned long)
+EMULATOR_LDG(long long) EMULATOR_LDG(unsigned long long) EMULATOR_LDG(float) EMULATOR_LDG(double)
+EMULATOR_LDG(float2) EMULATOR_LDG(float4) EMULATOR_LDG(double2) EMULATOR_LDG(uint2) EMULATOR_LDG(uint4)
 static inline int __float_as_int(float x) { int i; memcpy(&i, &x, 4); return i; }
 static inline float __int_as_float(int i) { float x; memcpy(&x, &i, 4); return x; }
 static inline unsigned __float_as_uint(float x) { return (unsigned)__float_as_int(x); }
@@ -54,6 +122,9 @@ static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __ffs(int x) { return __builtin_ffs(x); }
 
 namespace emulator {
+
+extern "C" void* aligned_alloc(size_t alignment, size_t bytes);  // <stdlib.h> of C++ brings mathematics of its own
+extern "C" void free(void*);
 
 enum { MAX_THREADS = 1024, STACK_BYTES = 128 << 10, MAX_COPIES = 256, GUARD_BYTES = 4096 };
 enum State { READY, AT_BARRIER, AT_WARP, DONE };
@@ -162,12 +233,17 @@ struct SignalAction {
 extern "C" int emulator_sigaction(int number, const SignalAction* action, SignalAction* before) __asm__("sigaction");
 enum { BUS_ERROR = 7, ARITHMETIC_ERROR = 8, SEGMENTATION_FAULT = 11, WITH_INFO = 4, STAY_UNBLOCKED = 0x40000000 };
 
+static const int faults[] = {SEGMENTATION_FAULT, BUS_ERROR, ARITHMETIC_ERROR};
+static SignalAction before[3];  // what the process does about them
 static thread_local bool runs_here;
 
 // An access far outside of all arrays ends the kernel, not the process: a notebook goes on.
 static void on_fault(int number, SignalInfo* info, void*) {
-    SignalAction usual = {};
-    if (!runs_here || error[0]) return (void)emulator_sigaction(number, &usual, nullptr);  // not a fault of the kernel
+    if (!runs_here || error[0]) {  // not a fault of the kernel: it comes again, to the process
+        for (int i = 0; i < 3; i++)
+            if (faults[i] == number) emulator_sigaction(number, &before[i], nullptr);
+        return;
+    }
     if (number == ARITHMETIC_ERROR) EMULATOR_FAIL("thread %d divides an integer by zero", current);
     else EMULATOR_FAIL("thread %d reads or writes far out of bounds, at %p", current, info->address);
 }
@@ -226,12 +302,16 @@ template <class V> static Deposits<V> exchange_in_warp(unsigned mask, const V& m
 }
 
 // What lane `source` deposits: it must exist and be in the mask.
-template <class V> static V shuffle(unsigned mask, const V& mine, int source, const char* place) {
+template <class V> static V shuffle_any(unsigned mask, V mine, int source, const char* place) {
     Deposits<V> all = exchange_in_warp(mask, mine, place);
     if (source < 0 || source > 31 || !(mask >> source & 1) || current / 32 * 32 + source >= thread_count)
         EMULATOR_FAIL("%s: thread %d reads lane %d, which takes no part in the shuffle", place, current, source);
     return all[source];
 }
+#define EMULATOR_SHUFFLE(T) \
+    static inline T shuffle(unsigned mask, T mine, int source, const char* place) { return shuffle_any(mask, mine, source, place); }
+EMULATOR_SHUFFLE(int) EMULATOR_SHUFFLE(long) EMULATOR_SHUFFLE(long long) EMULATOR_SHUFFLE(float)
+EMULATOR_SHUFFLE(unsigned) EMULATOR_SHUFFLE(unsigned long) EMULATOR_SHUFFLE(unsigned long long) EMULATOR_SHUFFLE(double)
 
 static void copy_async(void* to, const void* from, int bytes, bool copied) {
     Fiber& f = fibers[current];
@@ -339,8 +419,7 @@ static const char* run(void (*body)(), void** args, const unsigned* grid, const 
             int other = (seed >> 33) % (t + 1), swap = order[t];
             order[t] = order[other], order[other] = swap;
         }
-    SignalAction ours = {on_fault, {}, WITH_INFO | STAY_UNBLOCKED}, before[3];  // the handler does not return
-    const int faults[3] = {SEGMENTATION_FAULT, BUS_ERROR, ARITHMETIC_ERROR};
+    SignalAction ours = {on_fault, {}, WITH_INFO | STAY_UNBLOCKED};  // the handler does not return
     for (int i = 0; i < 3; i++) emulator_sigaction(faults[i], &ours, &before[i]);
     runs_here = true;
     dynamic_shared = (char*)aligned_alloc(128, (shared_bytes + 127) / 128 * 128 + GUARD_BYTES);
