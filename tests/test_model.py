@@ -69,9 +69,7 @@ def test_replaced_operators_never_call_pytorch(device, replace):
     for name in OPERATORS:
         calls = [c for c in called if ATEN[name] in c]
         assert bool(calls) == (name not in replace), (name, calls)
-        assert isinstance(getattr(model_new, name), getattr(torch.nn, type(getattr(model_new, name)).__name__)) == (
-            name not in replace
-        )
+        assert (type(getattr(model_new, name)).__module__ == layers.__name__) == (name in replace)
 
 
 @pytest.mark.parametrize("replace", SUBSETS, ids=names)
@@ -97,7 +95,8 @@ def test_fusions(monkeypatch, replace):
     }[names(replace - {"conv_transpose", "group_norm"})]
     first = ["conv_transpose2d"] if "conv_transpose" in replace else []
     last = ["group_norm"] if "group_norm" in replace else []
-    assert calls == first + middle + last
+    fused = ["conv_bn_tanh_max_pool_group_norm"] if len(replace) == 5 else []  # which does not take so few channels
+    assert calls == fused + first + middle + last
 
 
 @pytest.mark.parametrize("child", ["batch_norm", "tanh", "max_pool"])
@@ -258,16 +257,6 @@ def test_copy_and_pickle(device):
         assert other.replace == model_new.replace
 
 
-def test_sync_batch_norm_conversion():
-    convert = torch.nn.SyncBatchNorm.convert_sync_batchnorm
-    with pytest.raises(RuntimeError, match="build ModelNew with replace="):
-        convert(ModelNew(*SMALL))
-    model, model_new, x = small_pair("cpu", replace=set(OPERATORS) - {"batch_norm"})
-    converted = convert(model_new)
-    assert type(converted.batch_norm) is torch.nn.SyncBatchNorm
-    torch.testing.assert_close(converted.eval()(x), model.eval()(x))  # training needs a process group
-
-
 def test_acceptance(device):
     """What ModelNew promises, on a small batch where there is no GPU."""
     batch = () if device == "cuda" else (1,)
@@ -311,8 +300,3 @@ def test_full_size_over_seeds(cls):
         means.append(Row(rows[0].what, cls, ours, theirs, None, ok))
         keep(means[-1])
     assert all(row.ok for row in means), "\n".join(map(str, means))
-
-
-def test_layers_are_not_torch_layers():
-    for name in ("ConvTranspose2d", "BatchNorm2d", "Tanh", "MaxPool2d", "GroupNorm"):
-        assert getattr(layers, name).__bases__ == (torch.nn.Module,)

@@ -1,5 +1,7 @@
 """batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well."""
 
+import math
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -69,21 +71,24 @@ def note_update(running_mean, running_var, new_mean, new_var) -> None:
             torch.autograd.graph.increment_version(buffer)
 
 
-def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> None:
-    """Refuses what torch.nn.functional.batch_norm refuses, before anything is written."""
-    if input.dim() < 2:
-        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
-    channels, count = input.shape[1], input.numel() // (input.shape[1] or 1)
-    if training and count == 1:
+def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> torch.Tensor:
+    """The input as [N, C, *]. Refuses what torch.nn.functional.batch_norm refuses, before anything is written."""
+    if training and input.dim() and math.prod((input.shape[0], *input.shape[2:])) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    if input.shape == (0,):  # an empty batch of as many channels as the others have
+        input = input.view(0, next((t.numel() for t in parameters.values() if t is not None), 0))
+    if input.dim() < 2:
+        raise RuntimeError(f"batch_norm takes input [N, C, *], or an empty [N], received shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     for name, tensor in parameters.items():
         if tensor is not None and tensor.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
     one_device((input, *parameters.values()))
     check_parameters(input, running_mean=running_mean, running_var=running_var)
     check_parameters(input, weight=weight, bias=bias)
+    return input
 
 
 def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> None:
@@ -115,7 +120,7 @@ def batch_norm(
 ) -> torch.Tensor:
     """y = (x - mean) / sqrt(var + eps) * weight + bias per channel. See torch.nn.functional.batch_norm.
 
-    input: [N, C, *], any number of dimensions from 2 on; float32, float64, float16 or bfloat16.
+    input: [N, C, *], any number of dimensions from 2 on, or an empty [N]; float32, float64, float16 or bfloat16.
     running_mean, running_var: (C,), both or neither. In training, mean and biased variance of the batch are applied,
         and running = (1 - momentum) running + momentum batch, in place, with the unbiased variance; an empty batch
         leaves them as they are. Otherwise they are applied.
@@ -127,8 +132,9 @@ def batch_norm(
     range; RuntimeError for a wrong number of dimensions or elements, or no running statistics outside training;
     TypeError for dtypes. A refused call changes nothing.
     """
-    check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, bool(training), momentum, eps, False)
+    x = check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = _BatchNorm.apply(x, weight, bias, running_mean, running_var, bool(training), momentum, eps, False)
+    return y if x is input else y.view(input.shape)
 
 
 def batch_norm_tanh(
@@ -142,5 +148,6 @@ def batch_norm_tanh(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     """tanh(batch_norm(...)) in one pass over memory each way; the arguments and errors of `batch_norm`."""
-    check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _BatchNorm.apply(input, weight, bias, running_mean, running_var, bool(training), momentum, eps, True)
+    x = check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = _BatchNorm.apply(x, weight, bias, running_mean, running_var, bool(training), momentum, eps, True)
+    return y if x is input else y.view(input.shape)
