@@ -72,8 +72,6 @@ class _Memory:
     """
 
     def __init__(self, tensor: torch.Tensor):
-        if not tensor.data_ptr() and tensor.numel():
-            raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
         dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
         self.tensor = tensor
         self.__array_interface__ = {
@@ -122,7 +120,7 @@ def run(operation, *args, like=None, **options) -> None:
     if like is None:
         key = (operation, *options, *map(_facts, values, pointers))
     else:
-        key = (operation, like, *[pointer & 15 for pointer in pointers])
+        key = (operation, like, *map(_alignment, pointers))
     known = _thread().__dict__
     found = known.get(key)
     if found is None:
@@ -153,14 +151,20 @@ _MEMORY = (torch.Tensor, Workspace)
 
 def _facts(value, pointer):
     if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype, value.device, pointer & 15, value.is_contiguous()
+        return value.shape, value.dtype, value.device, _alignment(pointer), value.is_contiguous()
     if isinstance(value, Workspace):
-        return value.layout, value.memory.device, pointer & 15
+        return value.layout, value.memory.device
     return float if isinstance(value, float) else value
+
+
+def _alignment(pointer):
+    return pointer & 15 if pointer else None
 
 
 def _stand_in(index, value):
     if isinstance(value, torch.Tensor):
+        if value.numel() and not value.data_ptr():
+            raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
         if not value.is_contiguous():
             raise ValueError(
                 f"kernels take contiguous tensors, received shape {tuple(value.shape)} with strides {value.stride()}"

@@ -125,10 +125,10 @@ class ModelNew(nn.Module):
         self.group_norm = GroupNorm(num_groups, out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        conv, group = self.conv_transpose, self.group_norm
-        return self.batch_norm.apply_with(
-            conv_bn_tanh_max_pool_group_norm,
+        conv, norm, group = self.conv_transpose, self.batch_norm, self.group_norm
+        return conv_bn_tanh_max_pool_group_norm(
             x,
+            *norm.arguments(x),
             conv_weight=conv.weight,
             conv_bias=conv.bias,
             padding=conv.padding,
@@ -136,6 +136,7 @@ class ModelNew(nn.Module):
             group_weight=group.weight,
             group_bias=group.bias,
             group_eps=group.eps,
+            num_batches_tracked=norm.counter(),
         )
 
 

@@ -4,17 +4,19 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from cupy_kernels.conv_transpose import Geometry
 
 from . import functional, layers
-from .functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm, fused_plan
+from .functional.conv_bn_pool import fused_plan
 from .interop import pair
 from .numerics import check_numerics, choose, resolve, tensor_core_plan
 
 OPERATORS = ("conv_transpose", "batch_norm", "tanh", "max_pool", "group_norm")
 
 _KINDS = (layers.ConvTranspose2d, layers.BatchNorm2d, layers.Tanh, layers.MaxPool2d, layers.GroupNorm)
+_FORWARDS, _CALL = {kind: kind.forward for kind in _KINDS}, nn.Module.__call__  # before anyone replaces them
 _WINDOW = (2, 2, 0, 1)  # kernel_size, stride, padding, dilation
 BATCH, CHANNELS, HEIGHT, WIDTH = 512, 64, 32, 32
 
@@ -71,11 +73,9 @@ class ModelNew(nn.Module):
         reference model that is built there and then moved.
 
     Replaced neighbours of batch_norm, tanh and max_pool run as one kernel, from the children's hyper-parameters at the
-    time of the call. A child with a hook of its own (pruning and weight norm are hooks, too), or one that was swapped
-    for another module, is called as a module, unfused. Hooks for all modules (register_module_forward_hook) see fused
-    children pass by.
-    torch.nn.SyncBatchNorm.convert_sync_batchnorm would skip a replaced batch_norm, so ModelNew refuses it; leave
-    "batch_norm" out of `replace` and it works.
+    time of the call. A child is called as a module, unfused, if it has a hook (pruning and weight norm are hooks, too),
+    a `forward` of its own, was compiled, or was swapped for another module, as by
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm; so are all while hooks for all modules are registered.
     """
 
     def __init__(
@@ -112,9 +112,10 @@ class ModelNew(nn.Module):
         if fused is not None:
             return fused
         norm, tanh, pool = self.batch_norm, self.tanh, self.max_pool
-        fuse_norm = _fusible(norm, layers.BatchNorm2d)
-        fuse_tanh = _fusible(tanh, layers.Tanh)
-        fuse_pool = _fusible(pool, layers.MaxPool2d) and not pool.return_indices
+        hooked = _has_any_global_hook()
+        fuse_norm = not hooked and _fusible(norm, layers.BatchNorm2d)
+        fuse_tanh = not hooked and _fusible(tanh, layers.Tanh)
+        fuse_pool = not hooked and _fusible(pool, layers.MaxPool2d) and not pool.return_indices
 
         x = self.conv_transpose(x)
         if fuse_norm and fuse_tanh and fuse_pool:
@@ -126,15 +127,6 @@ class ModelNew(nn.Module):
         else:
             x = pool(tanh(norm(x)))
         return self.group_norm(x)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As torch's. RuntimeError for convert_sync_batchnorm, which puts a replaced batch_norm back as it was."""
-        if isinstance(module, layers.BatchNorm2d) and self._modules.get(name) is module:
-            raise RuntimeError(
-                "SyncBatchNorm.convert_sync_batchnorm does not know the replaced batch_norm, which would stay "
-                'unsynchronised; build ModelNew with replace={"conv_transpose", "tanh", "max_pool", "group_norm"}'
-            )
-        super().add_module(name, module)
 
     def extra_repr(self) -> str:
         return f"replace={self.replace}, numerics={self.numerics!r}"
@@ -153,9 +145,11 @@ def fused_model(model: ModelNew, x: torch.Tensor):
 
 def _obstacle(children, x) -> str | None:
     """What in the modules, or in x's shape, keeps the model from being one fused operator."""
+    if _has_any_global_hook():
+        return "there are hooks for all modules"
     for name, child, kind in zip(OPERATORS, children, _KINDS):
         if not _fusible(child, kind):
-            return f"{name} is not replaced, has a hook, or was swapped"
+            return f"{name} is not replaced, has a hook, or was swapped, compiled or given another forward"
     conv, _, _, pool, _ = children
     window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     if pool.return_indices or (window != _WINDOW and not all(map(_is, window, _WINDOW))):
@@ -173,14 +167,13 @@ def _is(size, value) -> bool:
     return size == value or pair(size, "the pooling's window") == (value, value)
 
 
-@functional.untraced  # torch.compile has nothing to gain inside, and plans are kept by shape
 def _fused(model, x):
     """model(x) by the fused operator; None if that does not take it."""
     children = _children(model)
     if _obstacle(children, x):
         return None
     conv, norm, _, _, group = children
-    return conv_bn_tanh_max_pool_group_norm(
+    return functional.conv_bn_tanh_max_pool_group_norm(
         x,
         *norm.arguments(x),
         conv_weight=layers.tensor_of(conv, "weight"),
@@ -225,7 +218,7 @@ def explain(model: ModelNew, x: torch.Tensor) -> str:
         lines.append("conv_transpose: PyTorch's")
     for name in OPERATORS[1:]:
         module = getattr(model, name)
-        whose = "our kernels" if type(module).__module__ == layers.__name__ else "PyTorch's"
+        whose = "our kernels" if isinstance(module, _KINDS) else "PyTorch's"
         lines.append(f"{name}: {whose}")
     return "\n".join(lines)
 
@@ -240,8 +233,16 @@ def _operators(replace) -> tuple[str, ...]:
 
 def _fusible(module, kind) -> bool:
     """Whether calling `module` does what its class says and nothing else, so that a fused kernel may stand for it."""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if type(module) is not kind or kind.forward is not _FORWARDS[kind] or kind.__call__ is not _CALL:
+        return False
+    own = module.__dict__  # its attributes take half as long from there
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl")
     )
 
 

@@ -207,12 +207,15 @@ def test_denormals(device):
         torch.testing.assert_close(y, expected, rtol=0, atol=4e-36)  # -ftz=true flushes below 1.2e-38, times 316
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5), (0, 3), (2, 0, 4, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4, 5), (2, 3, 0, 5), (0, 3), (2, 0, 4, 5), (2, 0), (1, 0, 0), (0, 0), (0,)], ids=str
+)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("function", [batch_norm, batch_norm_tanh])
 def test_empty_input(device, shape, training, function):
     x = torch.randn(shape, device=device, requires_grad=True)
-    running, (weight, bias) = statistics(shape[1], device), parameters(shape[1], device)
+    channels = shape[1] if len(shape) > 1 else 3
+    running, (weight, bias) = statistics(channels, device), parameters(channels, device)
     before = [r.clone() for r in running]
     y = function(x, *running, weight, bias, training=training)
     assert y.shape == shape
@@ -378,7 +381,22 @@ def test_refused_calls_change_nothing(device, function, arguments, exception, me
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 1, 1), (1, 2), (1, 2, 1), (2, 2), (1, 2, 2), (1, 2, 1, 2), (0, 2, 1, 1)], ids=str
+    "shape",
+    [
+        (1, 2, 1, 1),
+        (1, 2),
+        (1, 2, 1),
+        (2, 2),
+        (1, 2, 2),
+        (1, 2, 1, 2),
+        (0, 2, 1, 1),
+        (0,),
+        (1,),
+        (1, 0),
+        (1, 0, 1),
+        (2, 0),
+    ],
+    ids=str,
 )
 def test_one_value_per_channel_is_refused_when_torch_refuses_it(device, shape):
     def refused(function):

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from tolerance import check_gradients
 
 from modelnew import layers
@@ -67,7 +68,7 @@ def pair_of(name, options, device="cpu"):
 def test_same_as_torch(device, name, options, shape):
     """Representation, state, and in both modes the output and every gradient."""
     ours, theirs = pair_of(name, options, device)
-    assert not isinstance(ours, type(theirs))
+    assert isinstance(ours, type(theirs))
     assert repr(ours) == repr(theirs)
     states = ours.state_dict(), theirs.state_dict()
     assert list(states[0]) == list(states[1])
@@ -194,14 +195,44 @@ def test_bad_arguments_raise_what_torch_raises(name, options):
     [
         (lambda: layers.ConvTranspose2d(4, 6, (1, 2, 3)), ValueError),
         (lambda: layers.ConvTranspose2d(4, 6, 3, padding="same"), ValueError),
-        (lambda: layers.ConvTranspose2d(4, 6, 2.5), TypeError),
-        (lambda: layers.GroupNorm(0, 4), ValueError),
-        (lambda: layers.GroupNorm(-2, 4), ValueError),
+        (lambda: layers.ConvTranspose2d(4, 6, 3, numerics="fp16"), ValueError),
+        (lambda: layers.MaxPool2d((2, 2, 2)), ValueError),
+        (lambda: layers.GroupNorm(-2, 4), RuntimeError),
     ],
 )
 def test_bad_arguments(layer, error):
-    with pytest.raises(error, match=r"kernel_size|padding|groups|iterable"):
-        layer()
+    """Some are known at the first call only, as in torch."""
+    with pytest.raises(error, match=r"weight|padding|numerics|kernel_size|groups"):
+        layer()(torch.randn(2, 4, 5, 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("BatchNorm2d", {"num_features": 4}, (2, 4, 3, 3)),
+        ("GroupNorm", {"num_groups": 2, "num_channels": 4}, (2, 4, 3)),
+    ],
+)
+def test_norm_without_bias(device, name, options, shape):
+    layer, reference = getattr(layers, name)(**options, bias=False, device=device), getattr(torch.nn, name)(**options)
+    layer.reset_parameters()
+    assert layer.bias is None
+    assert [n for n, _ in layer.named_parameters()] == ["weight"]
+    x = torch.randn(shape, device=device)
+    torch.testing.assert_close(layer(x), reference.to(device)(x))  # whose bias is 0
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpoint_counts_and_updates_as_torch(device, momentum):
+    """Its second forward stops within the operation, once it has the tensors that backward needs."""
+    states = []
+    for module in pair_of("BatchNorm2d", {"num_features": 3, "momentum": momentum}, device):
+        x = (3 + torch.arange(24.0, device=device)).reshape(2, 3, 2, 2).requires_grad_()
+        torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False).sum().backward()
+        states.append(module.state_dict())
+    for key, value in states[1].items():
+        torch.testing.assert_close(states[0][key], value)
+    assert states[0]["num_batches_tracked"] == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

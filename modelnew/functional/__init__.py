@@ -1,8 +1,19 @@
 """The five operators as functions, with torch's own signatures, run by the kernels of `cupy_kernels`."""
 
 import functools
+import inspect
+import typing
 
 import torch
+from torch._C import (
+    DispatchKey,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import batch_norm as _batch_norm
 from . import bn_tanh_max_pool as _bn_tanh_max_pool
@@ -12,20 +23,103 @@ from . import group_norm as _group_norm
 from . import max_pool as _max_pool
 from . import tanh as _tanh
 
+# Types of arguments that need no further look. All others join that are neither tensors nor stand for them.
+_plain = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list}
+_PRE_DISPATCH = DispatchKey.PreDispatch
+
 
 def untraced(function):
-    """`function`, where torch.compile breaks its graph: it cannot see into kernels, and calls them as they are.
+    """`function`, for calls of all kinds. What records torch's operators does not see kernels, so it is kept away.
 
-    torch.compiler.disable is applied at the first compilation only, because it takes a second to import.
+    torch.compile breaks its graph here, and calls the function as it is. torch.compiler.disable is applied at the first
+    compilation only, because it takes a second to import.
+    torch.jit.trace, make_fx, torch.export, FakeTensorMode and FlopCounterMode make their result of the operators that
+    they see, and get an error instead of a wrong result. Other dispatch modes (selective checkpointing, logging) see
+    what torch does, and no more. Tensors that are something else than memory with strides are refused, and subclasses
+    with a `__torch_function__` are asked first, as by torch's own functions.
     """
 
     @functools.wraps(function)
     def call(*args, **options):
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **options)
-        return function(*args, **options)
+        if is_dynamo_compiling():
+            return torch.compiler.disable(call)(*args, **options)
+        try:
+            if (
+                not _plain.issuperset(map(type, args))
+                or (options and not _plain.issuperset(map(type, options.values())))
+                or _len_torch_dispatch_stack()
+                or _get_tracing_state()
+                or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+            ):
+                values = (*args, *options.values())
+                if has_torch_function(values):
+                    return handle_torch_function(call, values, *args, **options)
+                _check_recorders(function)
+                _check_types(function, values)
+            return function(*args, **options)
+        except Exception as error:
+            _check_tensors(function, args, options, error)
+            raise
 
     return call
+
+
+def _check_recorders(function) -> None:
+    """RuntimeError where something makes its result of torch's operators alone."""
+    found = [
+        type(mode).__name__
+        for mode in _get_current_dispatch_mode_stack()
+        # torch's own kinds of mode, which replace or record operators, have a key
+        if getattr(mode, "_mode_key", None) is not None or "FlopCounter" in type(mode).__name__
+    ]
+    if _get_tracing_state():
+        found = ["torch.jit.trace (which torch.onnx.export(dynamo=False) uses)"]
+    elif _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
+        found = ["torch.export (or make_fx with pre_dispatch)"]
+    if found:
+        raise RuntimeError(
+            f"{function.__qualname__} runs kernels that {found[-1]} does not see, so that its result would be wrong. "
+            "Use PyTorch's operators there: torch.nn's layers, and ModelNew(..., replace=()), take the same state dict"
+        )
+
+
+def _check_types(function, values) -> None:
+    """TypeError for tensor subclasses that kernels cannot read."""
+    for kind in set(map(type, values)):
+        if issubclass(kind, torch.Tensor):
+            if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+                raise TypeError(
+                    f"{function.__qualname__} takes tensors whose memory kernels can read, received "
+                    f"{kind.__module__}.{kind.__qualname__}; pass the plain torch.Tensor inside it"
+                )
+        elif not hasattr(kind, "__torch_function__"):
+            _plain.add(kind)
+
+
+def _check_tensors(function, args, options, error) -> None:
+    """A clearer error in place of `error`, if an argument is no tensor where one is due, or none that kernels read.
+
+    Such calls fail before anything is launched; to look for the reason only then costs the others nothing.
+    """
+    parameters = inspect.signature(function).parameters
+    given = {**dict(zip(parameters, args)), **options}
+    for name, parameter in parameters.items():
+        allowed = typing.get_args(parameter.annotation) or (parameter.annotation,)
+        if torch.Tensor not in allowed or name not in given:
+            continue
+        value, what = given[name], f"{function.__qualname__}: {name} must be a dense tensor on a GPU or the CPU"
+        if not isinstance(value, allowed):
+            raise TypeError(f"{what}, received a {type(value).__module__}.{type(value).__qualname__}") from error
+        if value is None:
+            continue
+        if value.is_nested:
+            raise RuntimeError(f"{what}, received a nested tensor; use its parts, or .to_padded_tensor(0)") from error
+        if value.layout is not torch.strided:
+            raise RuntimeError(f"{what}, received layout {value.layout}; use .to_dense()") from error
+        if value.is_meta:
+            raise RuntimeError(
+                f"{what}, received a meta tensor, which has no values; for shapes alone use torch.nn's layers"
+            ) from error
 
 
 batch_norm = untraced(_batch_norm.batch_norm)

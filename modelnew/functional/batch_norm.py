@@ -1,6 +1,7 @@
 """batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well."""
 
 import functools
+import math
 
 import torch
 
@@ -111,21 +112,24 @@ def note_update(running_mean, running_var, new_mean, new_var) -> None:
             torch.autograd.graph.increment_version(buffer)
 
 
-def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> None:
-    """Refuses what torch.nn.functional.batch_norm refuses, before anything is written."""
-    if input.dim() < 2:
-        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
-    channels, count = input.shape[1], input.numel() // (input.shape[1] or 1)
-    if training and count == 1:
+def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> torch.Tensor:
+    """The input as [N, C, *]. Refuses what torch.nn.functional.batch_norm refuses, before anything is written."""
+    if training and input.dim() and math.prod((input.shape[0], *input.shape[2:])) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    if input.shape == (0,):  # an empty batch of as many channels as the others have
+        input = input.view(0, next((t.numel() for t in parameters.values() if t is not None), 0))
+    if input.dim() < 2:
+        raise RuntimeError(f"batch_norm takes input [N, C, *], or an empty [N], received shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     for name, tensor in parameters.items():
         if tensor is not None and tensor.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
     one_device((input, *parameters.values()))
     check_parameters(input, running_mean=running_mean, running_var=running_var)
     check_parameters(input, weight=weight, bias=bias)
+    return input
 
 
 def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> None:
@@ -159,7 +163,7 @@ def batch_norm(
 ) -> torch.Tensor:
     """y = (x - mean) / sqrt(var + eps) * weight + bias per channel. See torch.nn.functional.batch_norm.
 
-    input: [N, C, *], any number of dimensions from 2 on; float32, float64, float16 or bfloat16.
+    input: [N, C, *], any number of dimensions from 2 on, or an empty [N]; float32, float64, float16 or bfloat16.
     running_mean, running_var: (C,), both or neither. In training, mean and biased variance of the batch are applied,
         and running = (1 - momentum) running + momentum batch, in place, with the unbiased variance; an empty batch
         leaves them as they are. Otherwise they are applied.
@@ -173,7 +177,6 @@ def batch_norm(
     TypeError for dtypes. A refused call changes nothing. A backward outside training raises RuntimeError if the running
     statistics were changed since the forward.
     """
-    check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     arguments = (running_mean, running_var, weight, bias, bool(training), momentum, eps, num_batches_tracked)
     return _batch_norm(input, *arguments, tanh=False)
 
@@ -191,13 +194,14 @@ def batch_norm_tanh(
     num_batches_tracked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """tanh(batch_norm(...)) in one pass over memory each way; the arguments and errors of `batch_norm`."""
-    check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     arguments = (running_mean, running_var, weight, bias, bool(training), momentum, eps, num_batches_tracked)
     return _batch_norm(input, *arguments, tanh=True)
 
 
-def _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, batches, tanh):
+def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, tanh):
+    x = check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     x, weight, bias = dense(x), dense(weight), dense(bias)
     moments = batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps, batches)
     running = applied_statistics(running_mean, running_var, training)
-    return _BatchNorm.apply(x, weight, bias, *moments, running, training, eps, tanh)
+    y = _BatchNorm.apply(x, weight, bias, *moments, running, training, eps, tanh)
+    return y if y.shape == input.shape else y.view(input.shape)
