@@ -315,12 +315,15 @@ UNFIT = {
     "sparse": (lambda x: x.to_sparse(), RuntimeError, r"sparse_coo; use \.to_dense"),
     "mkldnn": (lambda x: x.to_mkldnn(), RuntimeError, r"_mkldnn; use \.to_dense"),
     "nested": (lambda x: torch.nested.nested_tensor(list(x)), RuntimeError, "nested"),
-    "meta": (lambda x: x.to("meta"), RuntimeError, "meta"),
+    "meta": (lambda x: x.to("meta"), RuntimeError, "needs values, received meta tensors"),
 }
+WEIGHT = torch.ones(4, 2, 3, 3)
 FUNCTIONS = {
     "tanh": functional.tanh,
     "max_pool2d": lambda x: functional.max_pool2d(x, 2),
-    "conv_transpose2d": lambda x: functional.conv_transpose2d(x, torch.ones(4, 2, 3, 3)),
+    "conv_transpose2d": lambda x: functional.conv_transpose2d(
+        x, WEIGHT.to("meta" if getattr(x, "is_meta", False) else "cpu")
+    ),
     "batch_norm": lambda x: functional.batch_norm(x, None, None, training=True),
     "group_norm": lambda x: functional.group_norm(input=x, num_groups=2),
     "tanh_max_pool2d": lambda x: functional.tanh_max_pool2d(x, 2),

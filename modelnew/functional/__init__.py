@@ -102,7 +102,7 @@ def _check_tensors(function, args, options, error) -> None:
     Such calls fail before anything is launched; to look for the reason only then costs the others nothing.
     """
     parameters = inspect.signature(function).parameters
-    given = {**dict(zip(parameters, args)), **options}
+    given, tensors = {**dict(zip(parameters, args)), **options}, []
     for name, parameter in parameters.items():
         allowed = typing.get_args(parameter.annotation) or (parameter.annotation,)
         if torch.Tensor not in allowed or name not in given:
@@ -116,10 +116,11 @@ def _check_tensors(function, args, options, error) -> None:
             raise RuntimeError(f"{what}, received a nested tensor; use its parts, or .to_padded_tensor(0)") from error
         if value.layout is not torch.strided:
             raise RuntimeError(f"{what}, received layout {value.layout}; use .to_dense()") from error
-        if value.is_meta:
-            raise RuntimeError(
-                f"{what}, received a meta tensor, which has no values; for shapes alone use torch.nn's layers"
-            ) from error
+        tensors.append(value)
+    if tensors and all(tensor.is_meta for tensor in tensors):
+        raise RuntimeError(
+            f"{function.__qualname__} needs values, received meta tensors; for shapes alone use torch.nn's layers"
+        ) from error
 
 
 batch_norm = untraced(_batch_norm.batch_norm)

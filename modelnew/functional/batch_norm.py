@@ -120,7 +120,7 @@ def check_batch_norm(input, running_mean, running_var, weight, bias, training, m
     if input.shape == (0,):  # an empty batch of as many channels as the others have
         input = input.view(0, next((t.numel() for t in parameters.values() if t is not None), 0))
     if input.dim() < 2:
-        raise RuntimeError(f"batch_norm takes input [N, C, *], or an empty [N], received shape {tuple(input.shape)}")
+        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
     channels = input.shape[1]
     check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     for name, tensor in parameters.items():
