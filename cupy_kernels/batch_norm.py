@@ -32,11 +32,12 @@ def batch_norm_workspace(shape) -> int:
     return 2 * channels * _chunks(shape[0] * plane)
 
 
-def batch_norm_statistics(x, running_mean, running_var, mean, invstd, workspace, momentum, eps) -> None:
+def batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, workspace, momentum, eps) -> None:
     """mean = x's mean per channel, invstd = 1/sqrt(biased variance + eps); both are written.
 
     running_mean, running_var: updated in place, running = (1 - momentum) running + momentum batch, with the unbiased
     variance; both may be None. An empty x leaves them as they are.
+    batches: one int64, which grows by 1, or None.
     workspace: `batch_norm_workspace(x.shape)` elements, written.
     """
     images, channels, plane = _sizes(x.shape)
@@ -55,7 +56,7 @@ def batch_norm_statistics(x, running_mean, running_var, mean, invstd, workspace,
         Kernel("batch_norm.cu", "batch_norm_statistics", macros),
         (channels, 1, 1),
         (THREADS, 1, 1),
-        (x, workspace, running_mean, running_var, mean, invstd, momentum, eps, channels, plane, count, chunks),
+        (x, workspace, running_mean, running_var, batches, mean, invstd, momentum, eps, channels, plane, count, chunks),
     )
 
 

@@ -19,14 +19,15 @@ class Slot:
     """Stands for a contiguous array that begins `offset` bytes into argument `index` of a call.
 
     alignment: the argument's address modulo 16, all that a launch may know of it.
+    kind: what else the caller wants to know of the argument.
     """
 
     flags = SimpleNamespace(c_contiguous=True)
 
-    def __init__(self, index: int, shape, dtype, alignment: int = 0, offset: int = 0):
-        self.index, self.shape, self.dtype = index, tuple(shape), np.dtype(dtype)
+    def __init__(self, index: int, shape, dtype, alignment: int = 0, offset: int = 0, kind=None):
+        self.kind, self.index, self.shape, self.dtype = kind, index, tuple(shape), np.dtype(dtype)
         self.alignment, self.offset = alignment, offset
-        self.size, self.itemsize = math.prod(self.shape), self.dtype.itemsize
+        self.size, self.ndim, self.itemsize = math.prod(self.shape), len(self.shape), self.dtype.itemsize
 
     @property
     def address(self) -> int:
@@ -37,21 +38,24 @@ class Slot:
         """The same elements in another shape."""
         return Slot(self.index, shape, self.dtype, self.alignment, self.offset)
 
-    def __getitem__(self, rows: slice) -> "Slot":
-        """The first rows."""
-        shape = (len(range(self.shape[0])[rows]), *self.shape[1:])
-        return Slot(self.index, shape, self.dtype, self.alignment, self.offset)
+    def __getitem__(self, rows: int | slice) -> "Slot":
+        """One row, or neighbouring ones."""
+        row, picked = self.shape[1:], range(self.shape[0])[rows]
+        first, shape = (picked, row) if isinstance(rows, int) else (picked.start, (len(picked), *row))
+        offset = self.offset + first * math.prod(row) * self.itemsize
+        return Slot(self.index, shape, self.dtype, self.alignment, offset)
 
 
 class Plan:
     """The launches of operation(*args, **options), whose arrays are `Slot`s and whose floats are `Varying`.
 
+    result: what the operation returned.
     For one thread: each start writes into the words that the kernels find their arguments in.
     """
 
     def __init__(self, operation: Callable, args, options: dict):
         with recorded() as self.steps:
-            operation(*args, **options)
+            self.result = operation(*args, **options)
         self._launches = None
 
     @property

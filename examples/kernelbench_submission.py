@@ -18,8 +18,10 @@ import itertools
 import math
 import re
 import tempfile
+from collections.abc import Iterable
 from functools import cache as until_overridden
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +55,8 @@ SHAPE_MACROS = frozenset(
     ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
     + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
     + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
-    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES", "TILES_N")
+    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES", "TILES_N", "PARTS_N", "PARTS")
+    + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS")
 )
 
 
@@ -200,6 +203,54 @@ def preload_wheels() -> tuple[str, ...]:
     return tuple(str(p) for p in paths)
 
 
+def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
+    """What to compile PTX for ("compute_90") where a GPU ("120") is newer than the `known` architectures, else None.
+
+    CuPy asks for a cubin of the newest that it knows of, which a GPU of another major version cannot load, or for one
+    that NVRTC does not know. The driver knows the GPU, so it is newer than NVRTC, and compiles its PTX.
+    """
+    older = [number for number in known if number <= int(capability)]
+    newest = max(older, default=int(capability))
+    return None if newest == int(capability) else f"compute_{newest}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/plan.py
+#
+# A call as a plan: its launches, recorded once, and started with the arguments of every call of the same kind.
+#
+# What a call launches follows from the operation, its options, and the shapes, dtypes and alignments of its arrays, not
+# from where these lie. So the operation runs once on stand-ins, `Slot`s. Where it passes one to a kernel, the plan
+# remembers which argument it was, and how many bytes into it.
+
+class Slot:
+    """Stands for a contiguous array that begins `offset` bytes into argument `index` of a call.
+
+    alignment: the argument's address modulo 16, all that a launch may know of it.
+    """
+
+    flags = SimpleNamespace(c_contiguous=True)
+
+    def __init__(self, index: int, shape, dtype, alignment: int = 0, offset: int = 0):
+        self.index, self.shape, self.dtype = index, tuple(shape), np.dtype(dtype)
+        self.alignment, self.offset = alignment, offset
+        self.size, self.itemsize = math.prod(self.shape), self.dtype.itemsize
+
+    @property
+    def address(self) -> int:
+        """One that is aligned as the array's own."""
+        return self.alignment + self.offset
+
+    def reshape(self, *shape: int) -> "Slot":
+        """The same elements in another shape."""
+        return Slot(self.index, shape, self.dtype, self.alignment, self.offset)
+
+    def __getitem__(self, rows: slice) -> "Slot":
+        """The first rows."""
+        shape = (len(range(self.shape[0])[rows]), *self.shape[1:])
+        return Slot(self.index, shape, self.dtype, self.alignment, self.offset)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/common.py
 #
@@ -242,6 +293,8 @@ def scalar_macros(name: str) -> tuple:
 
 def address(array) -> int:
     """Address of an array's first element."""
+    if isinstance(array, Slot):
+        return array.address
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
@@ -265,13 +318,8 @@ _FEW_WINDOWS = 64  # of a block at most, for few images
 class Layout(NamedTuple):
     """How a tensor-core convolution is laid out over blocks."""
 
-    macros: dict
-    packed_width: int  # halves that the packed weights have of each of their rows and each tap
-    units: int  # blocks an image, for each tile_m channels
-    tile_m: int
-    threads: int
-    shared_bytes: int
-    planes: dict  # macros of pooled_planes.cuh
+    macros: dict  # of the kernel's file
+    planes: dict  # of pooled_planes.cuh
 
 
 class _Unit(NamedTuple):
@@ -279,6 +327,7 @@ class _Unit(NamedTuple):
 
     rows: int  # of windows
     windows: int  # from the first to the last one
+    along: int  # bytes from 8 channels to the next 8, an odd number of times 16: in different banks
     stages: int
     shared_bytes: int
 
@@ -300,12 +349,12 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
 
     def unit(rows):
         """A block's part of an image, `rows` rows of windows; None if it does not fit."""
-        low, high = pad[0] - (kernel[0] - 1), 2 * rows - 1 + pad[0]  # LOW, HIGH and, below, ALONG of conv_wgmma.cuh
-        band_cells = gap + (high - low + 1) * pitch
+        band_cells = gap + (2 * rows + kernel[0] - 1) * pitch
         along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
         band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
         stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
-        return stages and _Unit(rows, (rows - 1) * window_pitch + windows_w, stages, band_bytes + stages * step_bytes)
+        windows = (rows - 1) * window_pitch + windows_w
+        return stages and _Unit(rows, windows, along, stages, band_bytes + stages * step_bytes)
 
     rows = sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True)
     choices = list(filter(None, map(unit, rows)))
@@ -315,7 +364,7 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         choices = [u for u in choices if u.windows <= _FEW_WINDOWS] or choices[-1:]
         at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
         choices = at_once[-1:] or choices
-    rows, _, stages, shared_bytes = choices[0]
+    rows, _, along, stages, shared_bytes = choices[0]
     granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
@@ -329,17 +378,16 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         "TILES": tiles,
         "LAST_TILES": last,
         "STAGES": stages,
+        "GAP": gap,
+        "ALONG": along,
+        "TILE_M": 64 * warpgroups_m,
+        "PARTS_N": warpgroups_n,
+        "THREADS": 128 * warpgroups_m * warpgroups_n,
+        "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
+        "SHARED_BYTES": shared_bytes,
     }
-    units = ceil_div(windows_h, rows)
-    return Layout(
-        macros,
-        steps * _STEP_CHANNELS * split,
-        units,
-        64 * warpgroups_m,
-        128 * warpgroups_m * warpgroups_n,
-        shared_bytes,
-        planes(1, window_pitch, rows * window_pitch, stride := ceil_div(rows * window_pitch, 16) * 16, units * stride),
-    )
+    units, stride = ceil_div(windows_h, rows), ceil_div(rows * window_pitch, 16) * 16
+    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
@@ -361,11 +409,12 @@ def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int
     return min(choices, key=cost)
 
 
-def planes(wgmma: int, window_pitch: int, unit_windows: int, unit_stride: int, plane_stride: int) -> dict:
+def planes(wgmma: int, window_pitch: int, units: int, unit_windows: int, unit_stride: int, plane_stride: int) -> dict:
     """Macros of pooled_planes.cuh."""
     return {
         "WGMMA": wgmma,
         "WINDOW_PITCH": window_pitch,
+        "UNITS": units,
         "UNIT_WINDOWS": unit_windows,
         "UNIT_STRIDE": unit_stride,
         "PLANE_STRIDE": plane_stride,
@@ -424,7 +473,7 @@ _INT_MAX = 2**31 - 1
 _WGRAD_BLOCKS = (
     2048  # enough for several waves on today's largest GPUs; a constant, so that sums depend on shapes alone
 )
-_TILE_K = 8  # simt_gemm.cuh
+_TILE_K = 8  # channels or pixels that a step of the sum takes
 
 
 class Geometry(NamedTuple):
@@ -555,7 +604,8 @@ class _Tile(NamedTuple):
         return self.m * self.n // self.per_thread**2
 
     def macros(self) -> tuple:
-        return (("TILE_M", self.m), ("TILE_N", self.n), ("PER_THREAD", self.per_thread))
+        sizes = {"TILE_M": self.m, "TILE_N": self.n, "TILE_K": _TILE_K, "PER_THREAD": self.per_thread}
+        return (*sizes.items(), ("THREADS", self.threads))
 
 
 _LARGE, _SMALL = _Tile(64, 128, 8), _Tile(32, 32, 4)
@@ -593,6 +643,83 @@ def _check(x, w, y, geometry):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/fp16_cells.py
+#
+# Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
+#
+# split 1: a cell is 64 channels; split 2: 32 channels as fp16 values, then the 32 rests that rounding left. An array of
+# exponents goes with the cells: the scale's is the smallest of them.
+
+_LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
+_BATCH = 8  # accesses, of 16 bytes at most, that a thread of largest_magnitude has under way
+CELL_BYTES = 128
+
+
+def chunk_channels(split: int) -> int:
+    """Channels that a cell has values of."""
+    return CELL_BYTES // 2 // split
+
+
+def cell_macros(split: int) -> dict:
+    """Macros of fp16_cells.cuh, but for IN_CHANNELS."""
+    return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "CELL_BYTES": CELL_BYTES}
+
+
+def cells_shape(shape, split: int) -> tuple[int, int, int, int]:
+    """[N, chunks, pixels, 64]: of the cells, float16, of a tensor of this shape."""
+    return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), CELL_BYTES // 2
+
+
+def exponents_size(shape, itemsize: int) -> int:
+    """Elements (int32) of what `largest_magnitude` writes for a tensor of this shape."""
+    return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, THREADS * _BATCH * 16)))
+
+
+def largest_magnitude(source, exponents) -> None:
+    """exponents, of the scales that parts of `source` would take, are written."""
+    width = _width(source)
+    kernel = Kernel("fp16_cells.cu", "largest_magnitude", _macros(scalar(source), 1, width))
+    launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
+
+
+def to_cells(source, exponents, sums, cells, split: int) -> None:
+    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
+
+    sums: None, or the sums of the first image's channels: their means are subtracted, and the scale is half as large.
+    """
+    width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
+    launch(
+        _kernel(scalar(source), split, width),
+        (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
+        (THREADS, 1, 1),
+        (source, exponents, sums, cells, exponents.size, images, channels, pixels),
+    )
+
+
+def to_cells_kernel(name: str, split: int, shape) -> Kernel:
+    """What `to_cells` launches for a tensor of this type and shape that starts at a multiple of 16 bytes."""
+    return _kernel(name, split, 1 if math.prod(shape[2:]) % 4 else 4)
+
+
+def _kernel(name, split, width):
+    return Kernel("fp16_cells.cu", "to_cells", _macros(name, split, width))
+
+
+def _macros(name, split, width):
+    sizes = {"WIDTH": width, "THREADS": THREADS, "TILE_PIXELS": _tile_pixels(split, width), "BATCH": _BATCH}
+    return (*scalar_macros(name), *cell_macros(split).items(), *sizes.items())
+
+
+def _tile_pixels(split, width):
+    """Pixels that a block of to_cells takes: a thread has 8 channels of `width` of them."""
+    return THREADS * 8 // chunk_channels(split) * width
+
+
+def _width(source) -> int:
+    return 1 if math.prod(source.shape[2:]) % 4 or address(source) % (4 * source.itemsize) else 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_transpose_mma.py
 #
 # 2D transposed convolution on tensor cores: stride 1, dilation 1, one group, channels in multiples of 16.
@@ -602,7 +729,6 @@ def _check(x, w, y, geometry):
 
 MANY_IMAGES = 96  # from which on a block takes as much of an image as fits, to load x less often
 _MMA_DGRAD_IMAGES = 64  # from which on mma.sync takes less time than wgmma for dgrad with split 2 (benchmarks/NOTES.md)
-_CELL_BYTES = 128
 _MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
 conv_transpose_mma_STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
@@ -667,30 +793,31 @@ def plan(
         "KERNEL_W": kernel[1],
         "PAD_H": pad[0],
         "PAD_W": pad[1],
-        "SPLIT": split,
+        **cell_macros(split),
         **found.planes,
         **found.macros,
     }
-    pack_macros = {
-        name: macros[name] for name in ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "SPLIT", "WGMMA")
-    }
-    taps = kernel[0] * kernel[1]
-    pack_macros.update(TAPS=taps, TILE_M=found.tile_m, FLIP=int(dgrad))
-    rows = ceil_div(channels_out, found.tile_m) * found.tile_m
+    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH", *cell_macros(split))
+    taps, tile_m = kernel[0] * kernel[1], macros["TILE_M"]
+    pack_macros = {**{name: macros[name] for name in both}, "TAPS": taps, "FLIP": int(dgrad)}
+    rows = ceil_div(channels_out, tile_m) * tile_m
     return Plan(
         tuple(macros.items()),
         tuple(pack_macros.items()),
         rows=rows,
-        packed_size=rows * taps * found.packed_width,
+        packed_size=rows * taps * macros["PACKED_WIDTH"],
+        units=macros["UNITS"],
+        tile_m=tile_m,
+        threads=macros["THREADS"],
+        shared_bytes=macros["SHARED_BYTES"],
         planes=tuple(found.planes.items()),
-        **{name: getattr(found, name) for name in ("units", "tile_m", "threads", "shared_bytes")},
     )
 
 
 def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
     """The layout of conv_mma.cuh."""
     warps_m, most_warps_n = (1, 8) if channels[1] <= 64 else (2, 4)
-    chunks = ceil_div(channels[0], 64 // split)
+    chunks = ceil_div(channels[0], chunk_channels(split))
     windows_w = ceil_div(out[1], 2)
     windows = windows_w * ceil_div(out[0], 2)
     gap = max(0, kernel[1] - 1 - pad[1])
@@ -705,8 +832,8 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
             low = max(0, first // windows_w * 2 + pad[0] - (kernel[0] - 1))
             high = min(size[0], last // windows_w * 2 + 1 + pad[0] + 1)
             rows = max(rows, high - low)
-        band = (gap + (rows + 1) * pitch) * _CELL_BYTES * (chunks if resident else 1)
-        return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * _CELL_BYTES
+        band = (gap + (rows + 1) * pitch) * CELL_BYTES * (chunks if resident else 1)
+        return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * CELL_BYTES
 
     # Few images: one turn a unit, to spread over the GPU; else as many as fit. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
@@ -734,17 +861,15 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
         "BAND_ROWS": rows,
         "RESIDENT": resident,
         "STAGES": stages,
+        "GAP": gap,
+        "TILE_M": 64 * warps_m,
+        "PARTS_N": warps_n,
+        "THREADS": 32 * warps_m * warps_n,
+        "PACKED_WIDTH": chunks * CELL_BYTES // 2,
+        "SHARED_BYTES": shared_bytes,
     }
-    unit_windows = passes * warps_n * 16
-    return Layout(
-        macros,
-        chunks * _CELL_BYTES // 2,
-        units,
-        64 * warps_m,
-        32 * warps_m * warps_n,
-        shared_bytes,
-        planes(0, windows_w, unit_windows, unit_windows, ceil_div(windows, 4) * 4),
-    )
+    unit_windows, plane_stride = passes * warps_n * 16, ceil_div(windows, 4) * 4
+    return Layout(macros, planes(0, windows_w, units, unit_windows, unit_windows, plane_stride))
 
 
 def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
@@ -772,15 +897,15 @@ def pack_kernel(p: Plan) -> Kernel:
     return Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
 
 
-def launch_units(p: Plan, kernel: Kernel, x, images: int, args, shared_bytes: int = 0) -> None:
-    """Launches a kernel built on conv_mma.cuh over all units of x. shared_bytes: what its epilogue needs.
+def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
+    """Launches a kernel built on conv_mma.cuh or conv_wgmma.cuh over all units of x.
 
     ValueError unless x starts at a multiple of 16 bytes.
     """
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
     grid = (images * p.units, p.rows // p.tile_m, 1)
-    launch(kernel, grid, (p.threads, 1, 1), args, p.shared_bytes + shared_bytes)
+    launch(kernel, grid, (p.threads, 1, 1), args, dict(kernel.defines)["SHARED_BYTES"])
 
 
 def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
@@ -810,8 +935,7 @@ def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
 _MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
 _MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
 _MOST_TILES_N = 8  # of a warpgroup; of its sums, as many as a thread has registers for
-_TILE_IC = 64
-conv_wgrad_mma_CELL_BYTES = 128
+_TILE_IC = 64  # input channels of a block of the kernel for wgmma
 _BAND_ROWS = 16
 conv_wgrad_mma_RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
 
@@ -863,12 +987,14 @@ def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype:
         "KERNEL_W": kernel[1],
         "PAD_H": geometry.padding[0],
         "PAD_W": geometry.padding[1],
-        "SPLIT": split,
+        **cell_macros(split),
         "TAPS_W": taps,
+        "BAND_ROWS": _BAND_ROWS,
+        "TILES": tiles,
         **found.macros,
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
-    sizes = (tiles, splits, split_bands, found.threads, found.shared_bytes, splits * size)
+    sizes = (tiles, splits, split_bands, macros["THREADS"], macros["SHARED_BYTES"], splits * size)
     return conv_wgrad_mma_Plan(tuple(macros.items()), output, split, *sizes)
 
 
@@ -878,18 +1004,16 @@ class _Layout(NamedTuple):
     macros: dict
     channel_tiles: int
     blocks: int  # that share a multiprocessor
-    threads: int
-    shared_bytes: int
 
 
 def conv_wgrad_mma_layout(split, channels, taps, limit) -> _Layout:
     """That of conv_wgrad_mma.cuh. UnsupportedError if there is not enough shared memory."""
-    columns = ceil_div(4, taps) * taps
-    chunk = 64 // split
+    columns = ceil_div(4, taps) * taps  # of a stage: at least 4, and whole windows of taps
+    chunk = chunk_channels(split)
 
     def layout(warps):
         """(stages, bytes of a stage)"""
-        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * conv_wgrad_mma_CELL_BYTES
+        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * CELL_BYTES
         blocks = 8 // warps
         return min(_MOST_STAGES, (limit - conv_wgrad_mma_RESERVED) // blocks // stage_bytes), stage_bytes
 
@@ -901,8 +1025,8 @@ def conv_wgrad_mma_layout(split, channels, taps, limit) -> _Layout:
     if stages < 2:
         raise UnsupportedError(f"it needs {2 * stage_bytes + conv_wgrad_mma_RESERVED} bytes of shared memory, the GPU has {limit}")
     tiles = ceil_div(channels[1], 16 * warps) * ceil_div(channels[0], chunk)
-    macros = {"WGMMA": 0, "WARPS": warps, "STAGES": stages}
-    return _Layout(macros, tiles, 8 // warps, 32 * warps, stages * stage_bytes)
+    macros = {"WGMMA": 0, "THREADS": 32 * warps, "COLUMNS": columns, "STAGES": stages}
+    return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes}, tiles, 8 // warps)
 
 
 def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
@@ -910,12 +1034,13 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     tiles_n = _MOST_TILES_N if channels[1] > 64 else channels[1] // 16
     columns = 4 if split == 1 else 1 if width % 2 else 2
 
-    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * conv_wgrad_mma_CELL_BYTES
+    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * CELL_BYTES
     stages = min(_MOST_STAGES_WGMMA, (limit - conv_wgrad_mma_RESERVED) // stage_bytes)
     if stages < 2 + ceil_div(taps + 1, columns):
         return None
     tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
-    return _Layout({"WGMMA": 1, "TILES_N": tiles_n, "STAGES": stages}, tiles, 1, 256, stages * stage_bytes + 16)
+    macros = {"WGMMA": 1, "THREADS": 256, "TILE_IC": _TILE_IC, "TILES_N": tiles_n, "COLUMNS": columns, "STAGES": stages}
+    return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
 
 
 def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, borders, partial, dw) -> None:
@@ -948,67 +1073,6 @@ def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cell
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/fp16_cells.py
-#
-# Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
-#
-# split 1: a cell is 64 channels; split 2: 32 channels as fp16 values, then the 32 rests that rounding left. An array of
-# exponents goes with the cells: the scale's is the smallest of them.
-
-_LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
-_BLOCK_BYTES = THREADS * 8 * 16  # that a block of largest_magnitude reads at a time
-
-
-def cells_shape(shape, split: int) -> tuple[int, int, int, int]:
-    """[N, chunks, pixels, 64]: of the cells, float16, of a tensor of this shape."""
-    return shape[0], ceil_div(shape[1], 64 // split), math.prod(shape[2:]), 64
-
-
-def exponents_size(shape, itemsize: int) -> int:
-    """Elements (int32) of what `largest_magnitude` writes for a tensor of this shape."""
-    return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, _BLOCK_BYTES)))
-
-
-def largest_magnitude(source, exponents) -> None:
-    """exponents, of the scales that parts of `source` would take, are written."""
-    width = _width(source)
-    kernel = Kernel("fp16_cells.cu", "largest_magnitude", _macros(scalar(source), 1, width))
-    launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
-
-
-def to_cells(source, exponents, sums, cells, split: int) -> None:
-    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
-
-    sums: None, or the sums of the first image's channels: their means are subtracted, and the scale is half as large.
-    """
-    width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
-    chunk_channels = 64 // split
-    launch(
-        _kernel(scalar(source), split, width),
-        (ceil_div(images * pixels, THREADS * 8 // chunk_channels * width), ceil_div(channels, chunk_channels), 1),
-        (THREADS, 1, 1),
-        (source, exponents, sums, cells, exponents.size, images, channels, pixels),
-    )
-
-
-def to_cells_kernel(name: str, split: int, shape) -> Kernel:
-    """What `to_cells` launches for a tensor of this type and shape that starts at a multiple of 16 bytes."""
-    return _kernel(name, split, 1 if math.prod(shape[2:]) % 4 else 4)
-
-
-def _kernel(name, split, width):
-    return Kernel("fp16_cells.cu", "to_cells", _macros(name, split, width))
-
-
-def _macros(name, split, width):
-    return (*scalar_macros(name), ("SPLIT", split), ("WIDTH", width))
-
-
-def _width(source) -> int:
-    return 1 if math.prod(source.shape[2:]) % 4 or address(source) % (4 * source.itemsize) else 4
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_bn_pool.py
 #
 # ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d(2, 2) -> GroupNorm, pooled in the convolution's epilogue.
@@ -1018,6 +1082,7 @@ def _width(source) -> int:
 # float16, or int16 that holds bfloat16; statistics and what is saved have the types that `buffers` says.
 
 _MOST_WARPS = 16
+_PART = 320  # values of a warp at most: 10 a lane
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
 _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
@@ -1044,7 +1109,8 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
         "group_invstd": ((images * groups,), np.float32),
     }
     if training:
-        sizes["partials"] = ((3, channels, units), np.float32)
+        sizes["partials"] = ((2, channels, units), np.float32)
+        sizes["squares"] = ((channels, units), np.float64)
     if keep:
         sizes["taps"] = (pooled, np.uint8)
         sizes["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
@@ -1088,8 +1154,7 @@ def conv_bn_pool_forward(
         x,
         x.shape[0],
         (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
-        + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
-        shared_bytes=plan.threads * 16 if training else 0,
+        + (written.get("squares"), written.get("taps"), written.get("saved"), written.get("unit_exponents")),
     )
     images, channels = out.shape[:2]
     if training:
@@ -1097,7 +1162,7 @@ def conv_bn_pool_forward(
             *statistics,
             (channels, 1, 1),
             (THREADS, 1, 1),
-            (written["partials"], conv_bias, *running, num_batches_tracked, *moments)
+            (written["partials"], written["squares"], conv_bias, *running, num_batches_tracked, *moments)
             + (momentum, eps, channels, images * plan.units),
         )
     launch(
@@ -1298,7 +1363,7 @@ def conv_output_gradient(
     images, channels = g.shape[:2]
     launch(
         Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups)),
-        (images * channels, ceil_div(_windows(plan), THREADS), 1),
+        (images * channels, ceil_div(_windows(dict(plan.macros)), THREADS), 1),
         (THREADS, 1, 1),
         (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
     )
@@ -1327,13 +1392,14 @@ def conv_output_gradient_cells(
     borders: None, or as `output_gradient_buffers` has it, written: sums of dy times 2^e over the pixels that have no
     partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
     """
-    split = dict(plan.macros)["SPLIT"]
-    images, channels = g.shape[:2]
+    images = g.shape[0]
     together = _images_together(images)
-    blocks = together * cells.shape[1] * ceil_div(_windows(plan), 32 * split)
-    blocks += 0 if borders is None else channels // 2
+    macros = _backward_macros(plan, groups)
+    sizes = dict(macros)
+    blocks = together * cells.shape[1] * sizes["TILES"]
+    blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", _backward_macros(plan, groups)),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", macros),
         (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
         (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells, borders)
@@ -1366,9 +1432,12 @@ def saved_shift(p: Plan) -> int:
 
 
 def _pool_macros(p: Plan, training, keep):
+    macros = dict(p.macros)
+    if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
+        macros["SHARED_BYTES"] += macros["PARTS_N"] * macros["TILE_M"] * 8
     return (
-        *p.macros,
-        ("param_t", dict(p.macros)["scalar_t"]),
+        *macros.items(),
+        ("param_t", macros["scalar_t"]),
         ("saved_t", _saved_type(p)),
         ("STATISTICS", int(training)),
         ("SAVE", int(keep)),
@@ -1394,28 +1463,37 @@ def _tail_defines(macros, groups, planes):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
-    warps = min(macros["OUT_CHANNELS"] // groups * _parts(macros), _MOST_WARPS)
-    return (*types, *sizes, *planes, ("GROUPS", groups), ("WARPS", warps))
+    parts = _parts(macros)
+    warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
+    blocks = (("GROUPS", groups), ("PARTS", parts), ("WARPS", warps), ("THREADS", THREADS))
+    return (*types, *sizes, *planes, *blocks)
 
 
 def _backward_defines(macros, shift):
-    saved = ("saved_t", "half_t" if macros["SPLIT"] == 1 else "float")
-    convolution = ((name, macros[name]) for name in ("SPLIT", "KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
-    return (saved, ("SAVED_SHIFT", shift), *convolution)
+    split = macros["SPLIT"]
+    saved = ("saved_t", "half_t" if split == 1 else "float")
+    convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
+    # Of conv_output_gradient_cells: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
+    tile = THREADS * 8 // chunk_channels(split)
+    blocks = {
+        "TILE": tile,
+        "TILES": ceil_div(_windows(macros), tile),
+        "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
+    }
+    return (saved, ("SAVED_SHIFT", shift), *cell_macros(split).items(), *convolution, *blocks.items())
 
 
 def _parts(macros) -> int:
-    """PARTS of pooled_tail.cuh."""
-    return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), 320)
+    """Into how many parts a pooled plane is cut; a warp takes one at a time."""
+    return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), _PART)
 
 
 def _tail_threads(macros):
     return 32 * dict(macros)["WARPS"]
 
 
-def _windows(p: Plan) -> int:
+def _windows(macros) -> int:
     """2x2 windows of the convolution's output, those that an odd edge cuts too."""
-    macros = dict(p.macros)
     return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
 
 
@@ -1468,44 +1546,46 @@ def view(tensor: torch.Tensor):
     On a GPU CuPy gets the bare DLPack capsule. The protocol around it, `__dlpack__`, would make streams wait for each
     other; but the view is used on the stream that the tensor belongs to, waiting breaks the capture of a CUDA graph,
     and the protocol costs several times the view itself.
+    RuntimeError if the tensor's values are not what its memory holds.
     """
+    if tensor.is_neg() or tensor.is_conj():
+        raise RuntimeError("received a negated or conjugated view of other memory: use resolve_neg(), resolve_conj()")
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.int16)
     if tensor.is_cuda:
         return cupy().from_dlpack(to_dlpack(tensor))
-    return tensor.numpy()  # NumPy's from_dlpack returns a read-only array
+    return np.asarray(_Memory(tensor))
 
 
-_MOST_KNOWN = 1000
+class _Memory:
+    """What NumPy makes an array from; it keeps the tensor's memory while there is such an array.
+
+    After `tensor.numpy()` the storage could never be resized again, which FSDP does. NumPy's from_dlpack returns a
+    read-only array.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+        self.tensor = tensor
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),  # not read-only
+            "shape": tuple(tensor.shape),
+            "strides": tuple(step * dtype.itemsize for step in tensor.stride()),
+            "typestr": dtype.str,
+            "version": 3,
+        }
+
+
+_MOST_KNOWN = 4096
 
 
 def remember(known: dict, key, value) -> None:
-    """known[key] = value, of which there are never more than _MOST_KNOWN: then all begins anew."""
-    if len(known) == _MOST_KNOWN:
-        known.clear()
+    """known[key] = value. Of _MOST_KNOWN the oldest goes: to make it anew costs little."""
+    if len(known) >= _MOST_KNOWN:
+        known.pop(next(iter(known)), None)
     known[key] = value
-
-
-def arrays(*args) -> list:
-    """`args` with an array in place of each tensor, and {name: array} in place of each `Workspace`.
-
-    For operations inside `launching_on`. Arrays keep the memory that they show, as tensors do.
-    """
-    return [
-        view(arg) if isinstance(arg, torch.Tensor) else interop_parts(arg) if isinstance(arg, Workspace) else arg
-        for arg in args
-    ]
-
-
-def interop_parts(workspace):
-    memory = view(workspace.memory)
-    places = workspace.layout.places.items()
-    if isinstance(memory, np.ndarray):
-        return {name: np.ndarray(shape, dtype, memory, offset) for name, (offset, shape, dtype) in places}
-    array, start = cupy().ndarray, memory.data
-    return {name: array(shape, dtype, start + offset) for name, (offset, shape, dtype) in places}
 
 
 def one_device(args) -> torch.device:
@@ -1709,21 +1789,24 @@ def note_update(running_mean, running_var, new_mean, new_var) -> None:
             torch.autograd.graph.increment_version(buffer)
 
 
-def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> None:
-    """Refuses what torch.nn.functional.batch_norm refuses, before anything is written."""
-    if input.dim() < 2:
-        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
-    channels, count = input.shape[1], input.numel() // (input.shape[1] or 1)
-    if training and count == 1:
+def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> torch.Tensor:
+    """The input as [N, C, *]. Refuses what torch.nn.functional.batch_norm refuses, before anything is written."""
+    if training and input.dim() and math.prod((input.shape[0], *input.shape[2:])) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    if input.shape == (0,):  # an empty batch of as many channels as the others have
+        input = input.view(0, next((t.numel() for t in parameters.values() if t is not None), 0))
+    if input.dim() < 2:
+        raise RuntimeError(f"batch_norm takes input [N, C, *], or an empty [N], received shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     for name, tensor in parameters.items():
         if tensor is not None and tensor.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
     one_device((input, *parameters.values()))
     check_parameters(input, running_mean=running_mean, running_var=running_var)
     check_parameters(input, weight=weight, bias=bias)
+    return input
 
 
 def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> None:
@@ -2070,15 +2153,14 @@ def _checked_shape(input, conv_weight, others, padding, training, momentum, eps,
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/layers.py
 #
-# The five operators as drop-in torch.nn modules: same arguments, parameters, buffers, state dicts and initialisation.
+# The five operators as drop-in torch.nn modules, on our kernels.
 #
-# They derive from torch.nn.Module itself, so what torch does for its own layer classes passes them over: above all
-# torch.nn.SyncBatchNorm.convert_sync_batchnorm, which leaves this BatchNorm2d as it is, synchronising nothing.
+# Each is a subclass of torch's own layer, for the sake of the many tools that look for torch's classes: SyncBatchNorm's
+# conversion, spectral_norm, update_bn, loops that freeze or initialise. Arguments, parameters, buffers, state dicts and
+# initialisation are torch's. `forward` is ours and calls none of torch's kernels.
 
-class ConvTranspose2d(nn.Module):
+class ConvTranspose2d(nn.ConvTranspose2d):
     """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
-
-    extra_repr = nn.ConvTranspose2d.extra_repr
 
     def __init__(
         self,
@@ -2097,47 +2179,14 @@ class ConvTranspose2d(nn.Module):
         *,
         numerics: str = "auto",
     ):
-        super().__init__()
         check_numerics(numerics)
-        if padding_mode != "zeros":
-            raise ValueError(f"ConvTranspose2d pads with zeros only, received padding_mode={padding_mode!r}")
-        if groups <= 0 or in_channels % groups or out_channels % groups:
-            raise ValueError(
-                f"groups must be positive and divide in_channels and out_channels, received groups={groups}, "
-                f"in_channels={in_channels}, out_channels={out_channels}"
-            )
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = pair(kernel_size, "kernel_size")
-        self.stride = pair(stride, "stride")
-        self.padding = pair(padding, "padding")
-        self.dilation = pair(dilation, "dilation")
-        self.output_padding = pair(output_padding, "output_padding")
-        self.groups = groups
-        self.padding_mode = padding_mode
+        window = (kernel_size, stride, padding, output_padding)
+        super().__init__(in_channels, out_channels, *window, groups, bias, dilation, padding_mode, device, dtype)
         self.numerics = numerics
-        shape = (in_channels, out_channels // groups, *self.kernel_size)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws weight, then bias, from torch's distributions, in torch's order."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        fan_in = math.prod(self.weight.shape[1:])
-        if self.bias is not None:
-            bound = 1 / math.sqrt(fan_in) if fan_in else 0
-            nn.init.uniform_(self.bias, -bound, bound)
 
 
-class BatchNorm2d(nn.Module):
+class BatchNorm2d(nn.BatchNorm2d):
     """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
-
-    _version = 2  # of the state dict: 2 has num_batches_tracked
-    extra_repr = nn.BatchNorm2d.extra_repr
 
     def __init__(
         self,
@@ -2151,45 +2200,18 @@ class BatchNorm2d(nn.Module):
         *,
         bias: bool = True,
     ):
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        _register_affine(self, num_features, affine, bias, device, dtype)
-        mean = var = count = None
-        if track_running_stats:
-            mean = torch.empty(num_features, device=device, dtype=dtype)
-            var = torch.empty(num_features, device=device, dtype=dtype)
-            count = torch.tensor(0, device=device, dtype=torch.long)
-        self.register_buffer("running_mean", mean)
-        self.register_buffer("running_var", var)
-        self.register_buffer("num_batches_tracked", count)
-        self.reset_parameters()
-
-    def reset_running_stats(self) -> None:
-        """Forgets what training has seen: mean 0, variance 1, no batches."""
-        if self.track_running_stats:
-            self.running_mean.zero_()
-            self.running_var.fill_(1)
-            self.num_batches_tracked.zero_()
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # not every version of torch knows it
+            self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, and `reset_running_stats`."""
         self.reset_running_stats()
         _reset_affine(self)
 
-    def apply_with(self, operation, input: torch.Tensor, **options) -> torch.Tensor:
-        """operation(input, *self.arguments(input), **options), for operations that fuse a batch norm with others."""
-        output = operation(input, *self.arguments(input), **options)
-        self.count_batch()  # once the operation has succeeded
-        return output
-
     def arguments(self, input: torch.Tensor) -> tuple:
         """(running_mean, running_var, weight, bias, training, momentum, eps) of `functional.batch_norm` for a batch."""
-        if input.dim() != 4:
-            raise ValueError(f"expected 4D input (got {input.dim()}D input of shape {tuple(input.shape)})")
+        self._check_input_dim(input)
         running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
         training = self.training or (running_mean is None and running_var is None)
         if self.training and not self.track_running_stats:
@@ -2201,21 +2223,13 @@ class BatchNorm2d(nn.Module):
         affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
         return running_mean, running_var, *affine, training, momentum, self.eps
 
-    def count_batch(self) -> None:
-        """Notes that the running statistics were updated, if this batch was one to do so."""
-        counter = self.counter()
-        if counter is not None:
-            counter.add_(1)
-
     def counter(self) -> torch.Tensor | None:
         """num_batches_tracked, if a batch now would be counted."""
         return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(nn.GroupNorm):
     """See torch.nn.GroupNorm and `modelnew.functional.group_norm`."""
-
-    extra_repr = nn.GroupNorm.extra_repr
 
     def __init__(
         self,
@@ -2228,17 +2242,9 @@ class GroupNorm(nn.Module):
         *,
         bias: bool = True,
     ):
-        super().__init__()
-        if num_groups <= 0 or num_channels % num_groups:
-            raise ValueError(
-                f"num_groups must be positive and divide num_channels, received {num_groups} and {num_channels}"
-            )
-        self.num_groups = num_groups
-        self.num_channels = num_channels
-        self.eps = eps
-        self.affine = affine
-        _register_affine(self, num_channels, affine, bias, device, dtype)
-        self.reset_parameters()
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        if not bias:  # not every version of torch knows it
+            self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0."""
@@ -2251,12 +2257,6 @@ def tensor_of(module: nn.Module, name: str) -> torch.Tensor | None:
         if name in known:
             return known[name]
     return getattr(module, name)  # someone put another tensor in its place
-
-
-def _register_affine(module, channels, affine, bias, device, dtype):
-    for name, wanted in (("weight", affine), ("bias", affine and bias)):
-        parameter = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if wanted else None
-        module.register_parameter(name, parameter)
 
 
 def _reset_affine(module):
@@ -2304,11 +2304,36 @@ template <int PENDING_GROUPS> __device__ inline void cp_async_wait() {
 #endif
 }
 """,
-    "batch_norm.cuh": r"""// Batch norm's arithmetic on one value, as every kernel that applies it computes it: y = (x - mean) invstd weight + bias.
+    "batch_norm.cuh": r"""// Batch norm's arithmetic, as every kernel that applies it computes it: y = (x - mean) invstd weight + bias; and its statistics.
+//
+// Squares of float values beyond 1.8e19 overflow, and so may sums. So sums are of values times `unit`: 1, and where the sum is not finite,
+// 2^-96 in another turn over the same values. Powers of two change no bit. What blocks hand on to each other is double, without the unit.
 #pragma once
 #include "common.cuh"
 
-__device__ inline acc_t bn_normalise(acc_t x, acc_t mean, acc_t invstd) { return (x - mean) * invstd; }
+// Whether sums must be taken once more, then times another unit.
+__device__ inline bool again(acc_t sum, acc_t other, acc_t& unit) {
+    if (sizeof(acc_t) != 4 || unit != 1 || (is_finite(sum) && is_finite(other))) return false;
+    unit = 0x1p-96f;
+    return true;
+}
+__device__ inline bool again(acc_t sum, acc_t& unit) { return again(sum, 0, unit); }
+// What undoes it.
+__device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 0x1p96f; }
+
+// Normalises the values of one channel or group. Where mean or standard deviation are beyond 2^64, a distance from the mean could
+// overflow, and invstd be a denormal, which -ftz=true flushes: there all is taken times `unit`, a power of two, which changes no bit
+// of what neither overflows nor vanishes.
+struct Normaliser {
+    acc_t unit, mean, invstd;
+    __device__ Normaliser(acc_t mean, acc_t invstd) {
+        bool large = sizeof(acc_t) == 4 && (invstd < 0x1p-64f || fabs(mean) > 0x1p64f);
+        unit = large ? 0x1p-32f : 1;
+        this->mean = mean * unit;
+        this->invstd = multiply_unflushed(invstd, large ? 0x1p32f : 1);
+    }
+    __device__ acc_t operator()(acc_t x) const { return (x * unit - mean) * invstd; }
+};
 __device__ inline acc_t bn_affine(acc_t xhat, acc_t weight, acc_t bias) { return xhat * weight + bias; }
 
 // Weight and bias of channel c; null pointers stand for 1 and 0.
@@ -2316,7 +2341,28 @@ template <class P> __device__ inline acc_t bn_weight(const P* weight, i64 c) { r
 template <class P> __device__ inline acc_t bn_bias(const P* bias, i64 c) { return bias ? (acc_t)to_acc(bias[c]) : (acc_t)0; }
 
 // What sums are taken relative to, so that the rounding error of a large mean stays out of a small variance.
-__device__ inline acc_t finite_or_zero(acc_t v) { return v - v == 0 ? v : (acc_t)0; }
+__device__ inline acc_t finite_or_zero(acc_t v) { return is_finite(v) ? v : (acc_t)0; }
+
+// 1/sqrt(variance + eps), for a variance of values times `unit`. The result may be a denormal.
+__device__ inline acc_t invstd_of(acc_t variance, acc_t unit, acc_t eps) {
+    acc_t lift = unit == 1 ? 1 : 0x1p32f, fall = unit == 1 ? 1 : 0x1p-32f;
+    return multiply_unflushed(lift * unit / sqrt(variance + eps * unit * unit), fall);
+}
+
+struct Moments { acc_t mean, squares; };  // squares: sum of squared distances from the mean
+
+// From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where not null. shift:
+// what running_mean has besides the mean. Pointers are to the channel's values.
+template <class N, class P> __device__ inline void store_statistics(
+    Moments moments, acc_t unit, N count, acc_t eps, acc_t* mean, acc_t* invstd, P* running_mean, P* running_var, acc_t momentum,
+    acc_t shift) {
+    acc_t back = inverse_of(unit), batch_mean = moments.mean * back, batch_var = moments.squares / (count - 1) * back * back;
+    *mean = batch_mean;
+    *invstd = invstd_of(moments.squares / count, unit, eps);
+    if (!running_mean) return;
+    *running_mean = from_acc<P>((1 - momentum) * to_acc(*running_mean) + momentum * (batch_mean + shift));
+    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * batch_var);
+}
 """,
     "channel_sum.cu": r"""// sums[c] = sum over n and s of x[n, c, s]: the bias gradient of a convolution.
 //
@@ -2423,6 +2469,7 @@ template <> __device__ inline half_t from_acc<half_t>(float v) {
 // CuPy compiles with -ftz=true, which flushes denormals in comparisons too; PTX's own comparison flushes nothing. greater is
 // IEEE's a > b: false where either is NaN.
 template <class A> __device__ inline bool is_nan(A v) { return v != v; }
+template <class A> __device__ inline bool is_finite(A v) { return v - v == 0; }
 #ifdef CUPY_KERNELS_EMULATOR
 static inline bool greater(float a, float b) { return a > b; }
 #else
@@ -2433,6 +2480,18 @@ __device__ inline bool greater(float a, float b) {
 }
 #endif
 __device__ inline bool greater(double a, double b) { return a > b; }
+
+// a * b without -ftz=true, which CuPy compiles with: scales lift denormals into range, and results may be denormal.
+__device__ inline float multiply_unflushed(float a, float b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    return a * b;
+#else
+    float product;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+    return product;
+#endif
+}
+__device__ inline double multiply_unflushed(double a, double b) { return a * b; }
 
 // Division of numbers below 2^31 by one that all threads share: the first quotient is right or one too small.
 struct Divisor {
@@ -2491,7 +2550,8 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 // All values are without the convolution's bias, which batch norm's mean takes out again:
 //     pooled [N, M, PLANE_STRIDE]                    the chosen sums of all windows, in the order of pooled_planes.cuh; windows that an odd edge cuts, and
 //                                             places that belong to no window, get values of no use
-//     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums
+//     STATISTICS: partials [2][M][N * UNITS]  count and mean of each unit's sums
+//                 squares [M][N * UNITS]      sums of squared distances from that; double, beyond float where sums are beyond 1.8e19
 //     SAVE, for the backward:
 //         taps, like pooled                   the chosen corner
 //         saved [N, M, PLANE_STRIDE, 4]              all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
@@ -2505,11 +2565,13 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 #include "fp16_cells.cuh"
 #if WGMMA
 #include "conv_wgmma.cuh"
+enum { ONE_PASS = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W <= 4 * MOST_TILES * WARPGROUPS_N };
+static_assert((TILES % 4 == 0 || (ONE_PASS && PARTS_N == 1)) && (LAST_TILES % 4 == 0 || PARTS_N == 1), "16 windows are kept together");
 #else
 #define ADJACENT 1
 #include "conv_mma.cuh"
 #endif
-
+static_assert(EPILOGUE_OFFSET + (STATISTICS ? PARTS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES, "the epilogue's moments come last");
 
 // Chan's rule: how the moments of two sets of pixels combine.
 struct Merge {
@@ -2572,12 +2634,13 @@ __device__ __forceinline__ void moments_of(
 
 struct Pool {
     float *pooled, *partials;
+    double* squares;
     u8* taps;
     saved_t* saved;
     int* unit_exponents;
     const int* exponents;  // in shared memory, of the block's channels, as `signs`
     const float* signs;    // of gamma, or 0; pack_weight_fp16 has multiplied the weights by -1 where it is negative
-    float2* moments;  // [PARTS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part
+    float2* moments;  // [PARTS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale
     int* counts;      // [PARTS_N] in shared memory
     int seen;
 
@@ -2609,7 +2672,7 @@ struct Pool {
                 ScaleBack scale(exponent + exponents[channel]);
                 if (STATISTICS && lane % 4 == 0) {
                     float2* at = moments + part * TILE_M + channel;
-                    *at = merge(seen ? *at : make_float2(0, 0), make_float2(scale(mean[i] * sign), scale(scale(squares[i]))));
+                    *at = merge(seen ? *at : make_float2(0, 0), make_float2(mean[i] * sign, squares[i]));
                 }
                 if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;  // the same in all lanes
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
@@ -2696,16 +2759,16 @@ struct Pool {
             all = merge(all, moments[part * TILE_M + threadIdx.x]);
             count = merge.count;
         }
-        float* to = partials + (i64)m * gridDim.x + blockIdx.x;
-        i64 kind = (i64)OUT_CHANNELS * gridDim.x;
-        to[0] = count, to[kind] = all.x, to[2 * kind] = all.y;
+        i64 at = (i64)m * gridDim.x + blockIdx.x;
+        ScaleBack scale(exponent + exponents[threadIdx.x]);
+        partials[at] = count, partials[(i64)OUT_CHANNELS * gridDim.x + at] = scale(all.x), squares[at] = scale.twice(all.y);
     }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, INOUT u8* __restrict__ taps,
-    INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
+    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, double* __restrict__ squares,
+    INOUT u8* __restrict__ taps, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[PARTS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
@@ -2716,7 +2779,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
         channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;
     }
     DYNAMIC_SHARED(u8, shared);
-    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
+    Pool epilogue = {pooled, partials, squares, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
     convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
 }
 """,
@@ -2740,29 +2803,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
 //
 // x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
 //
-// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W), scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16),
-// IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
-// RESIDENT (1: all chunks of the band stay in shared memory, 0: each turn loads one after the other), STAGES, ADJACENT.
+// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W) and fp16_cells.cuh, scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t
+// for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, WARPS_M, WARPS_N, UNIT_PASSES,
+// BAND_ROWS (rows of x that a unit needs at most), GAP, RESIDENT (1: all chunks of the band stay in shared memory, 0: each turn loads one after the
+// other), STAGES, TILE_M, THREADS, PARTS_N (warps that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the
+// epilogue's), ADJACENT.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
+#include "pooled_planes.cuh"
 
 #define TAPS (KERNEL_H * KERNEL_W)
-#define THREADS (32 * WARPS_M * WARPS_N)
-#define TILE_M (64 * WARPS_M)
 #define WARP_TILES 8            // n8-tiles of a warp
 #define PAIRS (WARP_TILES / 2)  // of tiles, the upper and lower rows of four windows
 #define TILE_N (8 * WARP_TILES * WARPS_N)
-#define GAP (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
 #define PITCH (IN_W + GAP)
 #define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
-#define WINDOWS_W ((OUT_W + 1) / 2)
-#define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
 #define PASS_WINDOWS (TILE_N / 4)
-#define UNIT_WINDOWS (UNIT_PASSES * PASS_WINDOWS)
 // Pairs that an image's last windows need; SPLIT 1's units of one turn do not care.
 #define LAST_PAIRS (UNIT_PASSES == 1 && SPLIT == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
-#define UNITS ((WINDOWS + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
 
 #include "fp16_cells.cuh"
 #include "mma.cuh"
@@ -2774,6 +2833,10 @@ enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
 // under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
 enum { GUESS = 10, SLACK = 6 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
+static_assert(THREADS == 32 * WARPS_M * WARPS_N && TILE_M == 64 * WARPS_M && PARTS_N == WARPS_N, "a warp has 64 channels");
+static_assert(UNIT_WINDOWS == UNIT_PASSES * PASS_WINDOWS, "a unit is its passes");
+static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
+static_assert(PACKED_WIDTH == CHUNKS * CELL_BYTES / 2, "weights are packed in cells");
 
 #if SPLIT == 2 && !defined(CUPY_KERNELS_EMULATOR)
 typedef unsigned Row;  // of ldmatrix: an address in shared memory, in one register, of which SPLIT 2 has none to spare
@@ -2786,10 +2849,9 @@ __device__ inline Row row_at(const u8* p) { return p; }
 
 typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
 
-// What epilogues see of a turn: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows. PARTS_N warps have the same channels.
+// What epilogues see of a turn: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows.
 #define LANE_ROWS 8
 #define LANE_WINDOWS PAIRS
-#define PARTS_N WARPS_N
 
 __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
     return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
@@ -2831,6 +2893,19 @@ __device__ inline int band_key(int row, int column) {
     return ADJACENT ? place / WARP_TILES % 4 * 2 + place % 2 : place % 8;
 }
 
+// Rows of x [first, end) that a window needs, as if x had rows beyond its own.
+__device__ constexpr int first_row_of(int window) { return window / WINDOWS_W * 2 + PAD_H - (KERNEL_H - 1); }
+__device__ constexpr int end_row_of(int window) { return window / WINDOWS_W * 2 + 1 + PAD_H + 1; }
+__device__ constexpr bool bands_fit() {
+    for (int first = 0; first < WINDOWS; first += UNIT_WINDOWS) {
+        int last = first + UNIT_WINDOWS < WINDOWS ? first + UNIT_WINDOWS - 1 : WINDOWS - 1;
+        int low = first_row_of(first) > 0 ? first_row_of(first) : 0, high = end_row_of(last) < IN_H ? end_row_of(last) : IN_H;
+        if (high - low > BAND_ROWS) return false;
+    }
+    return true;
+}
+static_assert(bands_fit(), "a band has the rows of x that a unit needs");
+
 // What a block works on.
 struct Unit {
     i64 image;
@@ -2841,8 +2916,8 @@ struct Unit {
         first_window = block % UNITS * UNIT_WINDOWS;
         int last_window = min(first_window + UNIT_WINDOWS, WINDOWS) - 1;
         passes = (last_window - first_window) / PASS_WINDOWS + 1;
-        first_row = max(0, first_window / WINDOWS_W * 2 + PAD_H - (KERNEL_H - 1));
-        last_row = min(IN_H, last_window / WINDOWS_W * 2 + 1 + PAD_H + 1);
+        first_row = max(0, first_row_of(first_window));
+        last_row = min(IN_H, end_row_of(last_window));
     }
 };
 
@@ -3094,7 +3169,7 @@ __device__ inline void convolve(
 // has one phase and skips the other taps whole.
 //
 // pack_weight writes w as [group][tap][k][m] in acc_t, so that blocks read it coalesced. Grid of conv_gather: x = phases times
-// pixel tiles, y = channel tiles, z = groups. Macros: scalar_t, acc_t, DGRAD (0, 1), TILE_M, TILE_N, PER_THREAD. Pixels of
+// pixel tiles, y = channel tiles, z = groups. Macros: scalar_t, acc_t, DGRAD (0, 1), those of simt_gemm.cuh. Pixels of
 // the batch and offsets inside one image are 32-bit (the host checks), all other offsets 64-bit.
 #include "common.cuh"
 #include "simt_gemm.cuh"
@@ -3237,6 +3312,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
 // neighbours, four pixels of a row for one store; four lanes then store eight windows.
 // Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file.
 #include "common.cuh"
+#include "pooled_planes.cuh"
 #include "async_copy.cuh"
 #include "fp16_cells.cuh"
 #if WGMMA
@@ -3247,6 +3323,7 @@ enum { STORED_WINDOWS = MOST_TILES };  // of LANE_WINDOWS
 #include "conv_mma.cuh"
 enum { STORED_WINDOWS = LANE_WINDOWS };
 #endif
+static_assert(EPILOGUE_OFFSET == SHARED_BYTES, "the epilogue needs none of the shared memory");
 
 // Two neighbouring windows' left pixels in a row.
 struct Spot {
@@ -3356,7 +3433,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
 // wgrad_partial: rows are ic, columns oc, the sum runs over the pixels of x, for one tap. It is split over blocks (split-K):
 // each writes its own partial sums [split][group][tap][ic][oc] in acc_t. wgrad_reduce adds the splits in ascending order, so
 // the result depends on shapes alone. Grid of wgrad_partial: x = taps times channel tiles, y = splits, z = groups.
-// Macros: scalar_t, acc_t, TILE_M, TILE_N, PER_THREAD. Pixels of the batch and offsets inside one image are 32-bit (the
+// Macros: scalar_t, acc_t, those of simt_gemm.cuh. Pixels of the batch and offsets inside one image are 32-bit (the
 // host checks).
 #include "common.cuh"
 #include "simt_gemm.cuh"
@@ -3471,28 +3548,24 @@ extern "C" __global__ void wgrad_reduce(const acc_t* __restrict__ partial, scala
 //
 // x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
 //
-// Macros: those of pooled_planes.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H,
-// IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT (fp16_cells.cuh), WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles
-// of 8 pixels of a warpgroup in a turn, and in the last of a unit if that has no room in TILES, or needs no more), STAGES.
+// Macros: those of pooled_planes.cuh and fp16_cells.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of
+// 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles of 8 pixels of a
+// warpgroup in a turn, and in the last of a unit if that has no room in TILES, or needs no more), STAGES, GAP, ALONG (bytes from 8 channels to the next
+// 8), TILE_M, THREADS, PARTS_N (warpgroups that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's).
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
 #include "fp16_cells.cuh"
+#include "pooled_planes.cuh"
 #include "wgmma.cuh"
 
 #define TAPS (KERNEL_H * KERNEL_W)
-#define THREADS (128 * WARPGROUPS_M * WARPGROUPS_N)
-#define TILE_M (64 * WARPGROUPS_M)
 #define STEPS_K ((IN_CHANNELS + 31) / 32)  // of 32 channels; those past IN_CHANNELS are zero
 #define GROUPS_K (STEPS_K * 4)             // of 8 channels
 #define HALF_STEP (TILE_M * 64)            // bytes of a stage's values, and of its rests
 #define CHUNKS_64 ((STEPS_K + 1) / 2)      // of 64 channels
 #define STEP_BYTES (HALF_STEP * SPLIT)
-#define GAP (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-#define PITCH (((IN_W + GAP > OUT_W ? IN_W + GAP : OUT_W) + 1) / 2 * 2)
-#define WINDOWS_W ((OUT_W + 1) / 2)
-#define WINDOWS_H ((OUT_H + 1) / 2)
-#define UNITS ((WINDOWS_H + UNIT_ROWS - 1) / UNIT_ROWS)
+#define PITCH (2 * WINDOW_PITCH)
 #define PASS_WINDOWS (4 * TILES * WARPGROUPS_N)
 
 // Rows of x, relative to the unit's first row of windows: which of them it needs, and how those of each parity are numbered.
@@ -3501,17 +3574,20 @@ __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; 
 __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - first_of(parity) + 1; }
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
 enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_CELLS = GAP + BAND_ROWS * PITCH };
-enum { ALONG = (BAND_CELLS * 16 + 111) / 128 * 128 + 16 };  // of 8 channels; eight of them have the same cell in different banks
 enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128, EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
+static_assert(THREADS == 128 * WARPGROUPS_M * WARPGROUPS_N && TILE_M == 64 * WARPGROUPS_M && PARTS_N == WARPGROUPS_N, "a warpgroup has 64 channels");
+static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
+static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W && PITCH >= IN_W + GAP && PITCH >= OUT_W, "a tap left or right of the image reads the gap");
+static_assert(ALONG >= BAND_CELLS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same cell in different banks");
+static_assert(PACKED_WIDTH == STEPS_K * 32 * SPLIT, "weights are packed in steps");
 enum { GUESS = 10, SLACK = 6, ROOM = 3 };  // see conv_mma.cuh; ROOM: for larger values than those seen
 
 #define MOST_TILES (TILES > LAST_TILES ? TILES : LAST_TILES)
 #define LANE_WINDOWS ((MOST_TILES + 3) / 4 * 4)  // those past MOST_TILES are zero, and do not exist
 typedef float Sums[2][LANE_WINDOWS][4];  // [upper, lower pixels of windows][8 pixels of 4 windows][c of wgmma.cuh]
 
-// What epilogues see of a turn: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows. PARTS_N warpgroups have the same channels.
+// What epilogues see of a turn: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows.
 #define LANE_ROWS 2
-#define PARTS_N WARPGROUPS_N
 
 __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) { return sums[corner / 2][t][row * 2 + corner % 2]; }
 
@@ -3845,8 +3921,8 @@ __device__ inline void convolve(
 //
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw), IN_CHANNELS,
-// OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, SPLIT, TAPS_W, STAGES, WGMMA (1:
-// conv_wgrad_wgmma.cuh, 0: conv_wgrad_mma.cuh) and those of that file.
+// OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TAPS_W, BAND_ROWS, TILES, COLUMNS (of a stage),
+// STAGES, THREADS, SHARED_BYTES, those of fp16_cells.cuh, WGMMA (1: conv_wgrad_wgmma.cuh, 0: conv_wgrad_mma.cuh) and those of that file.
 #define SHARED_ALIGNMENT 1024  // wgmma.cuh
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -3857,7 +3933,7 @@ __device__ inline void convolve(
 #define DY_CHUNKS ((OUT_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
 #define TAPS (KERNEL_H * KERNEL_W)
 #define TAP_GROUPS ((KERNEL_W + TAPS_W - 1) / TAPS_W)
-#define BAND_ROWS 16
+static_assert(BAND_ROWS == 16, "one instruction multiplies a column of a band");
 // Columns whose sums are added up before they go to memory. SPLIT 1: the tensor core's sums, which truncate, must stay below the operands'
 // rounding. SPLIT 2: by wgmma, an addition is for two columns.
 #define CHAIN (SPLIT == 1 ? 2048 : WGMMA ? 256 : 128)
@@ -3925,22 +4001,23 @@ extern "C" __global__ void conv_wgrad_reduce(
 // registers (`window`), and each column of x and of dy is read from shared memory once for all taps.
 //
 // A block owns TILE_OC output channels and one chunk of input channels, a warp 16 output channels. A stage of the ring has COLUMNS columns:
-// position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later x begins. Macros: WARPS (4 or 8).
+// position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later x begins.
 #pragma once
 #include "mma.cuh"
 
-#define THREADS (32 * WARPS)
+#define WARPS (THREADS / 32)  // 4 or 8
 #define TILE_OC (16 * WARPS)
 #define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)  // of dy
 #define PAIRS ((IN_CHANNELS < CHUNK_CHANNELS ? IN_CHANNELS : CHUNK_CHANNELS) / 16)  // of n8-tiles of input channels
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
-#define TILES (KERNEL_H * TAP_GROUPS * OC_TILES * X_CHUNKS)
 
-#define COLUMNS ((TAPS_W + 3) / TAPS_W * TAPS_W)  // at least 4 a stage, and a multiple of the window
 #define COLUMN_BYTES (BAND_ROWS * CELL_BYTES)
 #define SLOT_BYTES ((1 + TILE_CHUNKS) * COLUMNS * COLUMN_BYTES)  // x, then each chunk of dy
 #define BAND_STAGES ((IN_W + TAPS_W - 1 + COLUMNS - 1) / COLUMNS)
 #define BUFFERS (SPLIT == 1 ? 2 : 1)
+static_assert(WARPS % 4 == 0 && TILES == KERNEL_H * TAP_GROUPS * OC_TILES * X_CHUNKS, "tiles make dw");
+static_assert(COLUMNS % TAPS_W == 0, "a stage is a multiple of the window");
+static_assert(STAGES >= 2 && STAGES * SLOT_BYTES == SHARED_BYTES, "the ring is all of the shared memory");
 
 typedef float Sums[2 * PAIRS][4];  // of a tap: [8 input channels][fragment c of mma.cuh]
 
@@ -4081,22 +4158,24 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
 // Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with the small products
 // first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores work for the other.
 //
-// Macros: TILES_N (tiles of 8 output channels of a warpgroup).
+// Macros: TILE_IC (64), TILES_N (tiles of 8 output channels of a warpgroup).
 #pragma once
 #include "wgmma.cuh"
 
-#define THREADS 256
-#define TILE_IC 64
 #define TILE_OC (16 * TILES_N)
 #define GROUPS_OC ((TILE_OC + 63) / 64)  // of 64 channels: of each warpgroup, or one of both
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
-#define TILES (KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC))
-#define COLUMNS (SPLIT == 1 ? 4 : IN_W % 2 ? 1 : 2)  // of a stage
 #define LEAD ((TAPS_W - 1 + COLUMNS - 1) / COLUMNS * COLUMNS)  // positions before x begins
 #define BLOCK_BYTES (BAND_ROWS * CELL_BYTES)
 #define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
 #define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
 #define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)  // stages that are on their way
+enum { ZEROS_OFFSET = STAGES * COLUMNS * POSITION_BYTES };  // in shared memory, of 16 bytes
+static_assert(THREADS == 256 && TILE_IC == 64, "two warpgroups, each with all input channels of the block");
+static_assert(TILES == KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC), "tiles make dw");
+static_assert(SPLIT == 1 ? COLUMNS % 2 == 0 : COLUMNS <= 2 && IN_W % COLUMNS == 0, "two columns of registers, and no stage ends beyond x");
+static_assert(AHEAD >= 1, "a stage is on its way while another one is multiplied");
+static_assert(ZEROS_OFFSET + 16 == SHARED_BYTES, "the ring and the zeros are all of the shared memory");
 
 __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);
@@ -4205,7 +4284,7 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     }
 #else
     // A stage's columns of x for tap t. Where a column of dy does not exist it is zeros here, and for its tap so is that of x: 0 * NaN is NaN.
-    u8* zeros = ring + STAGES * COLUMNS * POSITION_BYTES;
+    u8* zeros = ring + ZEROS_OFFSET;
     if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
     unsigned fragments[COLUMNS][SPLIT][4];
     auto load = [&](int stage, int t) __attribute__((always_inline)) {
@@ -4267,20 +4346,19 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
 // largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them. to_cells: a
 // block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH pixels, and writes whole
 // cells after a turn through shared memory. Channels past the last one are zero.
-// sums: null, or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), SPLIT, WIDTH (pixels in one access; it divides the pixels of an image). `channels` is a
-// multiple of 8, N * pixels below 2^31.
+// sums: null, or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
+// fp16_cells.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH (accesses under way in a
+// thread of largest_magnitude). `channels` is a multiple of 8, N * pixels below 2^31.
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
-#define THREADS 256
 #define GROUPS (CHUNK_CHANNELS / 8)  // of 8 channels
-#define TILE_PIXELS (THREADS / GROUPS * WIDTH)
+static_assert(TILE_PIXELS == THREADS / GROUPS * WIDTH, "a thread has 8 channels of WIDTH pixels");
 typedef Packed<scalar_t, WIDTH> Pack;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
     __shared__ unsigned scratch[32];
-    enum { BATCH = 8 };
     i64 packs = size / WIDTH, step = (i64)gridDim.x * THREADS;
     unsigned largest = 0;
     for (i64 first = (i64)blockIdx.x * THREADS + threadIdx.x; first < packs; first += step * BATCH) {
@@ -4336,14 +4414,13 @@ to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents,
     "fp16_cells.cuh": r"""// fp16 operands of the tensor-core convolution: cells of 64 halves in shared memory.
 //
 // fp16, like TF32, keeps 10 mantissa bits, and fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds to fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision):
-// a cell then holds 32 channels twice. Macros: SPLIT, IN_CHANNELS.
+// a cell then holds 32 channels twice. Macros: SPLIT, CHUNK_CHANNELS (of a cell), CELL_BYTES, IN_CHANNELS.
 #pragma once
 #include "fp16_scale.cuh"
 
-#define CHUNK_CHANNELS (64 / SPLIT)
 #define CHUNKS ((IN_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
-#define CELL_BYTES 128
 #define STAGE_BYTES (TILE_M * CELL_BYTES)
+static_assert(CELL_BYTES == 8 * 16 && CELL_BYTES == SPLIT * CHUNK_CHANNELS * sizeof(half_t), "a cell is eight parts of 16 bytes");
 
 // Where part `part` (16 bytes, 0 to 7) of a cell lies. Cells of different keys, 0 to 7, have the same part in different banks.
 __device__ inline int cell_offset(int cell, int part, int key) { return cell * CELL_BYTES + ((part ^ key) << 4); }
@@ -4412,17 +4489,6 @@ __device__ inline int scale_exponent(unsigned largest_magnitude) { return min(12
 // 2^e for -126 <= e <= 127.
 __device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
 
-// a * b without -ftz=true, which CuPy compiles with: scales lift denormals into range, and results may be denormal.
-__device__ inline float multiply_unflushed(float a, float b) {
-#ifdef CUPY_KERNELS_EMULATOR
-    return a * b;
-#else
-    float product;
-    asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
-    return product;
-#endif
-}
-
 // a + b likewise. Adding 0 by an ordinary addition would flush, too.
 __device__ inline float add_unflushed(float a, float b) {
 #ifdef CUPY_KERNELS_EMULATOR
@@ -4439,7 +4505,12 @@ struct ScaleBack {
     float first, second;
     __device__ explicit ScaleBack(int e) : first(power_of_two(-e / 2)), second(power_of_two(-e - -e / 2)) {}
     __device__ float operator()(float v) const { return multiply_unflushed(multiply_unflushed(v, first), second); }
-    // The same, plus `shift`.
+    // v -> v * 2^-2e, in double: room for the square of any float.
+    __device__ double twice(float v) const {
+        double factor = (double)first * second;
+        return v * factor * factor;
+    }
+    // The same as for one v, plus `shift`.
     __device__ float operator()(float v, float shift) const {
         v = multiply_unflushed(v, first);
 #ifdef CUPY_KERNELS_EMULATOR
@@ -4539,7 +4610,8 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], const
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse order.
 // packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order], with WGMMA (conv_wgmma.cuh) [m tile][64
 // channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves]; exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block
-// per row of the padded matrix. Macros: scalar_t, IN_CHANNELS, OUT_CHANNELS, TAPS, TILE_M, SPLIT, FLIP, WGMMA.
+// per row of the padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA, and those of
+// fp16_cells.cuh.
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
@@ -4557,7 +4629,9 @@ extern "C" __global__ void pack_weight_fp16(
     int exponent = scale_exponent(largest);
     float scale = power_of_two(exponent) * (signs && m < OUT_CHANNELS && to_acc(signs[m]) < 0 ? -1 : 1);
     if (threadIdx.x == 0) exponents[m] = exponent;
-    enum { GROUPS_K = WGMMA ? (IN_CHANNELS + 31) / 32 * 4 : CHUNKS * CHUNK_CHANNELS / 8 };  // of 8 channels
+    enum { GROUPS_K = PACKED_WIDTH / SPLIT / 8 };  // of 8 channels
+    static_assert(GROUPS_K * 8 * SPLIT == PACKED_WIDTH && GROUPS_K * 8 >= IN_CHANNELS && GROUPS_K % (WGMMA ? 4 : CHUNK_CHANNELS / 8) == 0,
+                  "a packed row holds all channels");
     for (int i = threadIdx.x; i < GROUPS_K * TAPS; i += blockDim.x) {
         int group = i % GROUPS_K, tap = i / GROUPS_K;
         float v[8];
@@ -4587,13 +4661,19 @@ extern "C" __global__ void pack_weight_fp16(
 // whole rows, each with room for UNIT_STRIDE, and 16 windows, four tiles of four lanes, change places among themselves, so that a lane writes 16
 // bytes of its own at a time, next to those of its neighbours.
 //
-// PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNIT_WINDOWS, UNIT_STRIDE, PLANE_STRIDE.
+// PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNITS (of a plane), UNIT_WINDOWS, UNIT_STRIDE, PLANE_STRIDE.
 #pragma once
 
-#define PLANE_UNITS (((OUT_H + 1) / 2 * WINDOW_PITCH + UNIT_WINDOWS - 1) / UNIT_WINDOWS)
+#define WINDOWS_H ((OUT_H + 1) / 2)
+#define WINDOWS_W ((OUT_W + 1) / 2)
+#define WINDOWS (WINDOWS_H * WINDOWS_W)
+static_assert(WGMMA ? WINDOW_PITCH >= WINDOWS_W && UNIT_WINDOWS % WINDOW_PITCH == 0 : WINDOW_PITCH == WINDOWS_W, "rows of windows");
+static_assert((UNITS - 1) * UNIT_WINDOWS < WINDOWS_H * WINDOW_PITCH && WINDOWS_H * WINDOW_PITCH <= UNITS * UNIT_WINDOWS, "units make a plane");
+static_assert(!WGMMA || (UNIT_STRIDE >= UNIT_WINDOWS && UNIT_STRIDE % 16 == 0), "windows change places 16 at a time");
+static_assert(PLANE_STRIDE % 4 == 0 && PLANE_STRIDE >= (WGMMA ? UNITS * UNIT_STRIDE : WINDOWS), "a plane has room for its windows");
 
 __device__ inline int unit_of_window(int row, int column) {
-    if (PLANE_UNITS == 1) return 0;
+    if (UNITS == 1) return 0;
     return WGMMA ? row / (UNIT_WINDOWS / WINDOW_PITCH) : (row * WINDOW_PITCH + column) / UNIT_WINDOWS;
 }
 
@@ -4621,33 +4701,33 @@ template <class T> __device__ constexpr int together_saved() { return 4 / sizeof
 // Macro: STATISTICS (1: the batch's, of conv_bn_statistics; 0: the running ones, from which pooled_forward makes mean and invstd).
 #include "pooled_tail.cuh"
 
-// partials [3][channels][units]: count, mean and sum of squared distances of each unit. The running statistics are updated where not
+// partials [2][channels][units]: count and mean of each unit; squares [channels][units]: of distances from that. The running statistics are updated where not
 // null, and so is `batches`, which counts calls.
-extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
-    const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean, INOUT param_t* running_var,
-    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
+extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
+    const float* __restrict__ partials, const double* __restrict__ squares, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean,
+    INOUT param_t* running_var, INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
     __shared__ float scratch[32];
     int c = blockIdx.x;
-    const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
-    float origin = means[0] - means[0] == 0 ? means[0] : 0;  // rounding errors of a large mean must not enter the variance
-    float count = 0, sum = 0, m2 = 0;
-    for (i64 i = threadIdx.x; i < units; i += blockDim.x) count += counts[i], sum += counts[i] * (means[i] - origin);
-    count = block_sum(count, scratch);
-    float total = block_sum(sum, scratch) / count;
-    for (i64 i = threadIdx.x; i < units; i += blockDim.x) {
-        float distance = means[i] - origin - total;
-        m2 += squares[i] + counts[i] * distance * distance;
-    }
-    m2 = block_sum(m2, scratch);
+    const float *counts = partials + c * units, *means = counts + channels * units;
+    squares += c * units;
+    float unit = 1, origin, count, total, m2;
+    do {
+        double wide = unit;
+        origin = finite_or_zero(means[0]) * unit;  // rounding errors of a large mean must not enter the variance
+        count = total = m2 = 0;
+        for (i64 i = threadIdx.x; i < units; i += blockDim.x) count += counts[i], total += counts[i] * (means[i] * unit - origin);
+        count = block_sum(count, scratch);
+        total = block_sum(total, scratch) / count;
+        for (i64 i = threadIdx.x; i < units; i += blockDim.x) {
+            float distance = means[i] * unit - origin - total;
+            m2 += (float)(squares[i] * wide * wide) + counts[i] * distance * distance;
+        }
+        m2 = block_sum(m2, scratch);
+    } while (again(m2, unit));
     if (threadIdx.x) return;
-    total += origin;
-    mean[c] = total;
-    invstd[c] = 1 / sqrt(m2 / count + eps);
     if (batches && c == 0) ++*batches;
-    if (running_mean) {
-        running_mean[c] = from_acc<param_t>((1 - momentum) * to_acc(running_mean[c]) + momentum * (total + bn_bias(conv_bias, c)));
-        running_var[c] = from_acc<param_t>((1 - momentum) * to_acc(running_var[c]) + momentum * (m2 / (count - 1)));
-    }
+    if (running_mean) running_mean += c, running_var += c;
+    store_statistics({total + origin, m2}, unit, count, eps, mean + c, invstd + c, running_mean, running_var, momentum, bn_bias(conv_bias, c));
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
@@ -4716,7 +4796,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         scalar_t* to = out + start + job.first;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++)
-            if (job.inside(i)) to[i * 32] = from_acc<scalar_t>(bn_affine(bn_normalise(v[i], m, s), w, b));
+            if (job.inside(i)) to[i * 32] = from_acc<scalar_t>(bn_affine((v[i] - m) * s, w, b));
     }
 }
 """,
@@ -4726,8 +4806,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
 // part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers (RESIDENT), all are loaded before
 // the first is used and stay there; else a warp loads a job's values again for each phase.
 //
-// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, WARPS,
-// and those of pooled_planes.cuh.
+// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS,
+// WARPS, THREADS (of the kernels whose blocks are not groups), and those of pooled_planes.cuh.
 #pragma once
 #include "batch_norm.cuh"
 #include "pooled_planes.cuh"
@@ -4736,8 +4816,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
 #define POOLED_W (OUT_W / 2)
 #define PLANE (OUT_H / 2 * POOLED_W)
 #define MEMBERS (OUT_CHANNELS / GROUPS)
-#define PARTS ((PLANE + 319) / 320)
 #define ITEMS ((PLANE + PARTS * 32 - 1) / (PARTS * 32))
+static_assert(ITEMS <= 10, "a lane has registers for 10 values of each tensor");
 #define JOBS (MEMBERS * PARTS)
 #define ROUNDS ((JOBS + WARPS - 1) / WARPS)
 #define RESIDENT (ROUNDS * ITEMS <= 24)
@@ -4794,10 +4874,10 @@ __device__ inline float warp_max(float v) {
 }
 
 struct Norm {
-    float mean, invstd, weight, bias;
+    Normaliser normalise;
+    float weight, bias;
     __device__ Norm(float mean, float invstd, const param_t* weights, const param_t* biases, int c)
-        : mean(mean), invstd(invstd), weight(bn_weight(weights, c)), bias(bn_bias(biases, c)) {}
-    __device__ float normalise(float v) const { return bn_normalise(v, mean, invstd); }
+        : normalise(mean, invstd), weight(bn_weight(weights, c)), bias(bn_bias(biases, c)) {}
     __device__ float tanh(float v) const { return tanh_branchless(bn_affine(normalise(v), weight, bias)); }
 };
 """,
@@ -4817,15 +4897,12 @@ struct Norm {
 // them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of dy_exponents [channels].
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of conv_bn_pool.cu, mean,
-// invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh, saved_t (half_t, float), SPLIT (1 with half_t, 2 with float),
-// SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution.
+// invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_cells.cuh, saved_t (half_t with SPLIT 1, float with 2),
+// SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution, and those of conv_output_gradient_cells.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_cells.cuh"
 #include "tanh.cuh"
-
-#define WINDOWS_W ((OUT_W + 1) / 2)
-#define WINDOWS ((OUT_H + 1) / 2 * WINDOWS_W)
 
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
@@ -4862,7 +4939,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
         for (int i = 0; i < ITEMS; i++) {
             p[i] = norm.tanh(v[i]);
             sum += d[i];
-            dot += d[i] * bn_normalise(p[i], m, s);
+            dot += d[i] * ((p[i] - m) * s);
         }
         sum = warp_sums(sum, dot);
         if (lane % 16 == 0) totals[lane / 16][job.number] = sum;
@@ -4890,7 +4967,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             if (!job.inside(i)) continue;
-            d[i] = s * (w * d[i] - (mean_d + bn_normalise(p[i], m, s) * mean_dot)) * tanh_slope(p[i]);
+            d[i] = s * (w * d[i] - (mean_d + (p[i] - m) * s * mean_dot)) * tanh_slope(p[i]);
             to[i * 32] = d[i];
             sum += d[i];
             dot += d[i] * norm.normalise(v[i]);
@@ -4925,15 +5002,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
 //
 // |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by less than
 // |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's largest.
-extern "C" __global__ void __launch_bounds__(256) pooled_parameter_gradients(
+extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients(
     const float* __restrict__ partials, const float* __restrict__ mean, const float* __restrict__ invstd, const param_t* __restrict__ weight,
     float* __restrict__ sums, int* __restrict__ dy_exponents, param_t* __restrict__ dweight, param_t* __restrict__ dbias,
     param_t* __restrict__ dgroup_weight, param_t* __restrict__ dgroup_bias, param_t* __restrict__ dconv_bias, i64 images, float count,
     int training) {
-    __shared__ float warps[SUMS][8];
+    __shared__ float warps[SUMS][THREADS / 32];
     int c = blockIdx.x;
     float total[SUMS] = {};
-    for (i64 image = threadIdx.x; image < images; image += 256)
+    for (i64 image = threadIdx.x; image < images; image += THREADS)
         #pragma unroll
         for (int i = 0; i < SUMS; i++) {
             float v = partials[(i * images + image) * OUT_CHANNELS + c];
@@ -4951,7 +5028,7 @@ extern "C" __global__ void __launch_bounds__(256) pooled_parameter_gradients(
         total[i] = 0;
         for (int w = 0; w < 8; w++) total[i] = i == LARGEST ? fmaxf(total[i], warps[i][w]) : total[i] + warps[i][w];
     }
-    float scale = bn_weight(weight, c) * invstd[c];
+    float scale = multiply_unflushed(bn_weight(weight, c), invstd[c]);
     sums[c] = total[2], sums[OUT_CHANNELS + c] = total[3];
     if (dgroup_bias) dgroup_bias[c] = from_acc<param_t>(total[0]);
     if (dgroup_weight) dgroup_weight[c] = from_acc<param_t>(total[1]);
@@ -4959,11 +5036,12 @@ extern "C" __global__ void __launch_bounds__(256) pooled_parameter_gradients(
     if (dweight) dweight[c] = from_acc<param_t>(total[3]);
     float bound = total[LARGEST], means = 0;
     if (training) {
-        means = fabsf(total[2] / count) + fabsf(total[3] / count) + fabsf(mean[c]);
-        bound += fabsf(total[2] / count) + (sqrt(count) + fabsf(mean[c] * invstd[c])) * fabsf(total[3] / count);
+        Normaliser normalise(mean[c], invstd[c]);
+        means = fabsf(total[2] / count) + fabsf(total[3] / count) + fabsf(normalise.mean);
+        bound += fabsf(total[2] / count) + (sqrt(count) + fabsf(normalise.mean * normalise.invstd)) * fabsf(total[3] / count);
     }
     // Batch norm takes the bias out of its own batch, so there it has no influence at all: 0, or NaN.
-    if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? means - means : scale * total[2]);
+    if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? means - means : multiply_unflushed(scale, total[2]));
 
     // A channel of zeros, or without a finite dy, must not decide the scale of the others.
     int exponent = 126;
@@ -4980,13 +5058,16 @@ extern "C" __global__ void __launch_bounds__(256) pooled_parameter_gradients(
 // dy of one channel, times 2^e: the part that all pixels have, and what the chosen corner of a window adds.
 struct OutputGradient {
     float mean, invstd, slope, offset, scale, enlarge;
+    int exponent;  // mean is times 2^-exponent, see Normaliser, and `restore` must be
 
     // Without statistics that depend on the batch (sums null) all pixels have 0.
     __device__ OutputGradient(const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
-        : mean(sums ? means[c] : 0), invstd(invstds[c]), slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0),
-          scale(bn_weight(weights, c)), enlarge(1) {}
+        : slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0), enlarge(1) {
+        Normaliser normalise(sums ? means[c] : 0, invstds[c]);
+        mean = normalise.mean, invstd = normalise.invstd, exponent = normalise.unit == 1 ? 0 : 32;
+        scale = multiply_unflushed(bn_weight(weights, c), invstds[c]);
+    }
     __device__ void finish(float count, int e) {
-        scale *= invstd;
         enlarge = power_of_two(e);
         slope = -of_chosen(slope / count);
         offset = -of_chosen(offset / count);
@@ -4994,7 +5075,7 @@ struct OutputGradient {
     // y = kept * restore
     __device__ float of(float kept, float restore) const { return (kept * restore - mean) * invstd * slope + offset; }
     // In this order, which neither loses nor overflows what fits in the end.
-    __device__ float of_chosen(float g) const { return multiply_unflushed(g, enlarge) * scale; }
+    __device__ float of_chosen(float g) const { return multiply_unflushed(multiply_unflushed(g, enlarge), scale); }
 };
 
 // A 2x2 window: its places among the taps, in `saved`, and in g, which for windows that an odd edge cuts is -1.
@@ -5017,17 +5098,15 @@ __device__ inline void unpack(uint2 kept, float (&v)[4]) {
 }
 // The exponent of a window's scale, but for its channel's.
 __device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
-    return unit_exponents[image * PLANE_UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
+    return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
 }
-// What undoes the scale. |y| below 2^-111 or above 2^112 is not restored in full: batch norm then sees zeros, or distances whose
-// squares overflow.
-__device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
 #else
 typedef float4 Kept;
 __device__ inline void unpack(float4 kept, float (&v)[4]) { v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w; }
 __device__ inline int kept_exponent(const int*, i64, const Window&) { return 0; }
-__device__ inline float restoring(int) { return 1; }
 #endif
+// What undoes the scale. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
+__device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
 
 // dy of the corners of one window in plane `plane`. Corners outside the image get anything.
 __device__ inline void gradients_of(
@@ -5046,7 +5125,6 @@ __device__ inline void gradients_of(
 #define TAPS (KERNEL_H * KERNEL_W)
 #define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
 #define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-#define WINDOWS_H ((OUT_H + 1) / 2)
 // Rows of windows from the top, and from which on to the bottom, that such rows meet, and columns likewise.
 enum { TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H, BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2 };
 enum { LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W, RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2 };
@@ -5066,8 +5144,8 @@ __device__ inline int edge_window(int i) {
 // 128 threads, four warps, take channel c. totals: in shared memory, of the block's warps.
 __device__ inline void sum_borders(
     const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents, OutputGradient gradient, int c,
-    i64 first, i64 end, float (&totals)[8][TAPS], float* borders) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, exponent = SPLIT == 1 ? exponents[c] : 0;
+    i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
     if (lane == 0)
         for (int tap = 0; tap < TAPS; tap++) totals[warp][tap] = 0;
     for (int start = threadIdx.x % 128; start - lane < EDGE_WINDOWS; start += 128) {
@@ -5101,21 +5179,23 @@ __device__ inline void sum_borders(
         borders[tap * OUT_CHANNELS + c] = totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
 }
 
-// A block turns a tile of 32 SPLIT windows and one chunk of channels into cells. A thread computes eight channels of a window, whose
+// A block turns a tile of TILE windows, of TILES, and one chunk of channels into cells. A thread computes eight channels of a window, whose
 // 16 bytes of four cells meet those of the other threads in shared memory. Behind the blocks of each `together` images, while what they
-// have read is in the L2 cache, come those that sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
-extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
+// have read is in the L2 cache, come BORDER_BLOCKS that sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
+extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells(
     const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
     const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, const float* __restrict__ sums, const int* __restrict__ dy_exponents, half_t* __restrict__ cells,
     float* __restrict__ borders, float count, i64 images, int together) {
-    enum { TILE = 32 * SPLIT, TILES = (WINDOWS + TILE - 1) / TILE, OCTETS = CHUNK_CHANNELS / 8 };
-    struct __align__(16) Channel { OutputGradient gradient; int exponent, unused; };
+    enum { OCTETS = CHUNK_CHANNELS / 8 };
+    static_assert(TILE * OCTETS == THREADS && (TILES - 1) * TILE < WINDOWS && WINDOWS <= TILES * TILE, "tiles of all windows");
+    static_assert(BORDER_BLOCKS * (THREADS / 128) == OUT_CHANNELS, "128 threads sum up a channel's borders");
+    struct __align__(16) Channel { OutputGradient gradient; int exponent; };
     __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
-    __shared__ float totals[8][TAPS];
+    __shared__ float totals[THREADS / 32][TAPS];
     __shared__ unsigned scratch[32];
-    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? OUT_CHANNELS / 2 : 0), share = blockIdx.x / all, block = blockIdx.x % all;
+    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? BORDER_BLOCKS : 0), share = blockIdx.x / all, block = blockIdx.x % all;
     i64 image = (i64)share * together;
     if (block >= blocks) {
         int c = (block - blocks) * 2 + threadIdx.x / 128;
@@ -5153,6 +5233,7 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
     }
     int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1), least = 126;
     Channel channel = {OutputGradient(mean, invstd, weight, sums, own), SPLIT == 1 ? exponents[own] : 0};
+    channel.exponent += channel.gradient.exponent;
     #pragma unroll
     for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
     for (int lanes = 16; lanes > 0; lanes >>= 1) least = min(least, __shfl_xor_sync(0xFFFFFFFFu, least, lanes));
@@ -5194,7 +5275,7 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient_cells(
 }
 
 // A thread computes one window.
-extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
+extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
     const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
     const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, const float* __restrict__ sums, scalar_t* __restrict__ dy, float count) {
@@ -5204,7 +5285,7 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
     Window window(at);
     OutputGradient gradient(mean, invstd, weight, sums, c);
     gradient.finish(count, 0);
-    float restore = restoring((SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)), v[4];
+    float restore = restoring(gradient.exponent + (SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)), v[4];
     gradients_of(gradient, g, taps, sums ? saved : 0, plane, window, restore, v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
@@ -5216,7 +5297,7 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
     "simt_gemm.cuh": r"""// Register-tiled matrix product of one block, on ordinary FMA units: acc[m][n] += sum_k a[k][m] * b[k][n].
 //
 // Macros: acc_t, TILE_M, TILE_N (the block's tile), PER_THREAD (4 or 8: a thread owns PER_THREAD x PER_THREAD values, in
-// groups of 4 neighbours so that shared memory is read 16 bytes at a time). TILE_K columns of a and b sit in shared memory,
+// groups of 4 neighbours so that shared memory is read 16 bytes at a time), TILE_K, THREADS. TILE_K columns of a and b sit in shared memory,
 // twice: while one copy is multiplied, the next is loaded through registers, with one barrier a step.
 //
 // Float sums have two levels: after every STEPS_PER_SUM steps a thread adds its values to running totals of its own in shared
@@ -5224,9 +5305,9 @@ extern "C" __global__ void __launch_bounds__(256) conv_output_gradient(
 // kernels do, a single chain of thousands several times more.
 #pragma once
 
-#define TILE_K 8
 #define THREADS_N (TILE_N / PER_THREAD)
-#define THREADS (TILE_M * TILE_N / (PER_THREAD * PER_THREAD))
+static_assert(THREADS * PER_THREAD * PER_THREAD == TILE_M * TILE_N, "the threads own the tile");
+static_assert(TILE_M * TILE_K % THREADS == 0 && TILE_N * TILE_K % THREADS == 0, "all threads load as much");
 #define STEPS_PER_SUM 8
 #define MIN_BLOCKS (PER_THREAD == 8 ? 3 : 512 / THREADS)  // per SM: leaves the registers that a thread's values need
 #define GROUPS_OF_4 (PER_THREAD / 4)
@@ -5553,18 +5634,18 @@ def compile_together(kernels, device) -> None:
 
 @functools.cache
 def module(file: str, defines, device: int):
-    """The compiled text of a file, kept on disk by CuPy, unless it is for sm_90a, which CuPy does not compile for."""
-    options = (STANDARD, *(f"-D{name}={value}" for name, value in defines))
-    architecture = Variant(file, defines).architecture
+    """The compiled text of a file, kept on disk by CuPy, unless it is for what CuPy does not compile for."""
+    options, nvrtc = (STANDARD, *(f"-D{name}={value}" for name, value in defines)), cupy().cuda.nvrtc
+    capability = cupy().cuda.Device(device).compute_capability
+    architecture = Variant(file, defines).architecture or ptx_architecture(capability, nvrtc.getSupportedArchs())
     if not architecture:
         return cupy().RawModule(code=expanded(file), options=options)
-    nvrtc = cupy().cuda.nvrtc
     program = nvrtc.createProgram(expanded(file), file, (), ())
     nvrtc.compileProgram(program, (*options, "-ftz=true", f"-arch={architecture}"))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(nvrtc.getCUBIN(program))
-        cubin.flush()
-        found = cupy().RawModule(path=cubin.name)
+    with tempfile.NamedTemporaryFile() as code:
+        code.write(nvrtc.getPTX(program) if architecture.startswith("compute_") else nvrtc.getCUBIN(program))
+        code.flush()
+        found = cupy().RawModule(path=code.name)
         found.compile()
     return found
 
@@ -5593,7 +5674,16 @@ def _differentiable_gradients(*_):
 def run(operation, *args, like=None, **options) -> None:
     """operation(*args, **options), with arrays in place of tensors. `like` has no meaning here."""
     with launching_on(one_device(args)):
-        operation(*arrays(*args), **options)
+        operation(*map(_array, args), **options)
+
+
+def _array(arg):
+    if isinstance(arg, torch.Tensor):
+        return view(arg)
+    if not isinstance(arg, Workspace):
+        return arg
+    make, start = cupy().ndarray, view(arg.memory).data
+    return {name: make(shape, dtype, start + offset) for name, (offset, shape, dtype) in arg.layout.places.items()}
 
 
 @functools.cache
@@ -5624,10 +5714,10 @@ class ModelNew(nn.Module):
         self.group_norm = GroupNorm(num_groups, out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        conv, group = self.conv_transpose, self.group_norm
-        return self.batch_norm.apply_with(
-            conv_bn_tanh_max_pool_group_norm,
+        conv, norm, group = self.conv_transpose, self.batch_norm, self.group_norm
+        return conv_bn_tanh_max_pool_group_norm(
             x,
+            *norm.arguments(x),
             conv_weight=conv.weight,
             conv_bias=conv.bias,
             padding=conv.padding,
@@ -5635,6 +5725,7 @@ class ModelNew(nn.Module):
             group_weight=group.weight,
             group_bias=group.bias,
             group_eps=group.eps,
+            num_batches_tracked=norm.counter(),
         )
 
 

@@ -151,8 +151,8 @@ def show(record: dict) -> None:
 def host_command(device, output, calls, trials):
     """Time the host's part of a call on tiny tensors: each layer, ModelNew on one image, and a ResNet18.
 
-    Forward under no_grad, and a step: forward and all gradients; with the same tensors again and again, and with tensors
-    that lie elsewhere at each call. Prints a table and writes a record (JSON). Needs a GPU.
+    Forward under no_grad, and a step: forward and all gradients; with the same tensors again and again, and with
+    tensors that lie elsewhere at each call. Prints a table and writes a record (JSON). Needs a GPU.
     """
     device = commands.usable_device(device)
     if device.type == "cpu":

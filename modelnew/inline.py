@@ -13,10 +13,9 @@ from cupy_kernels.common import ceil_div, scalar_macros
 from cupy_kernels.launch import MAX_THREADS, launch
 from cupy_kernels.source import Kernel, signature
 
+from .calls import run
 from .functional import untraced
-from .interop import FLOATS, NUMPY, check_floating, dense, run
-
-_TORCH = {array: tensor for tensor, array in NUMPY.items()}
+from .interop import FLOATS, TORCH, check_floating, dense
 
 
 def operator(
@@ -181,7 +180,7 @@ class _Operator:
                     f"{name}: {p.name} must be const (an input) or an output, of a type among scalar_t, acc_t, "
                     f"{', '.join(source.DTYPES)}"
                 )
-            if not p.pointer and (p.name in self._generic(name) or _TORCH[p.dtype] == torch.bfloat16):
+            if not p.pointer and (p.name in self._generic(name) or TORCH[p.dtype] == torch.bfloat16):
                 raise ValueError(f"{name}: {p.name} is a number of type scalar_t or bf16_t; declare it acc_t")
 
     def _check_forward(self, saved):
@@ -236,8 +235,8 @@ class _Operator:
         scalar = next((FLOATS[tensor.dtype] for tensor in generic.values()), "float")
         for p in self.parameters[self.forward, scalar]:
             value = values.get(p.name)
-            if p.name in self.inputs and value.dtype != _TORCH[p.dtype]:
-                raise TypeError(f"{self.forward}: {p.name} must be {_TORCH[p.dtype]}, received {value.dtype}")
+            if p.name in self.inputs and value.dtype != TORCH[p.dtype]:
+                raise TypeError(f"{self.forward}: {p.name} must be {TORCH[p.dtype]}, received {value.dtype}")
             if p.name in self.numbers:
                 _check_number(f"{self.forward}: {p.name}", p.dtype, value)
         return scalar
@@ -279,7 +278,7 @@ class _Function(torch.autograd.Function):
         grids = {name: _blocks(name, grid(*arguments)) for name, grid in op.grid.items()}
         for p in op.parameters[op.forward, scalar]:
             if p.name in op.outputs:
-                tensors[p.name] = torch.empty(shapes[p.name], dtype=_TORCH[p.dtype], device=inputs[0].device)
+                tensors[p.name] = torch.empty(shapes[p.name], dtype=TORCH[p.dtype], device=inputs[0].device)
         op.run(op.forward, scalar, tensors, numbers, grids.get(op.forward))
         ctx.op, ctx.scalar, ctx.numbers, ctx.grids = op, scalar, numbers, grids
         ctx.empty = [partial(torch.empty, x.shape, dtype=x.dtype, device=x.device) for x in inputs]

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import math
-import threading
+import numbers
+import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -12,9 +13,7 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 from cupy_kernels import compiler, emulator
-from cupy_kernels.launch import Varying, observing
-from cupy_kernels.plan import Plan, Slot
-from cupy_kernels.source import Kernel, until_overridden
+from cupy_kernels.source import Kernel
 
 # What kernels compute with, and their name for it.
 FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
@@ -93,100 +92,7 @@ NUMPY = {
     torch.int32: np.dtype(np.int32),
     torch.int64: np.dtype(np.int64),
 }
-
-_MOST_KNOWN = 4096
-
-
-@until_overridden
-def _thread():
-    """Whose __dict__ is each thread's {key of a call: (its plan, the index of the GPU, or None)}."""
-    return threading.local()
-
-
-def run(operation, *args, like=None, **options) -> None:
-    """operation(*args, **options), with stand-ins for the tensors and workspaces; it launches kernels and no more.
-
-    What it launches is recorded once for each kind of call, as a `plan.Plan`, and started with the tensors of this one.
-    Floats may differ from call to call: the operation passes them on to kernels as they are.
-
-    like: something hashable from which options, shapes, dtypes and the device of all tensors, and layouts of workspaces
-        follow, so that they need not be looked at. Floats are told apart from it.
-
-    Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if
-    the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
-    """
-    values = (*args, *options.values())
-    pointers = [value.data_ptr() if isinstance(value, _MEMORY) else 0 for value in values]
-    if like is None:
-        key = (operation, *options, *map(_facts, values, pointers))
-    else:
-        key = (operation, like, *map(_alignment, pointers))
-    known = _thread().__dict__
-    found = known.get(key)
-    if found is None:
-        device = one_device(values)
-        stand_ins = [_stand_in(index, value) for index, value in enumerate(values)]
-        plan = Plan(operation, stand_ins[: len(args)], dict(zip(options, stand_ins[len(args) :])))
-        found = plan, device.index if device.type == "cuda" else None
-        remember(known, key, found)
-    plan, index = found
-    if observing():
-        plan.notify(lambda slot: _array(slot, values[slot.index]), values)
-    if index is None:
-        plan.emulate(lambda slot: _array(slot, values[slot.index]), values)
-    else:
-        with _nothing if index == torch.cuda.current_device() else torch.cuda.device(index):
-            plan.start(pointers, values, _raw_stream(index))
-
-
-def remember(known: dict, key, value) -> None:
-    """known[key] = value. Of _MOST_KNOWN the oldest goes: to make it anew costs little."""
-    if len(known) >= _MOST_KNOWN:
-        known.pop(next(iter(known)), None)
-    known[key] = value
-
-
-_MEMORY = (torch.Tensor, Workspace)
-
-
-def _facts(value, pointer):
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype, value.device, _alignment(pointer), value.is_contiguous()
-    if isinstance(value, Workspace):
-        return value.layout, value.memory.device
-    return float if isinstance(value, float) else value
-
-
-def _alignment(pointer):
-    return pointer & 15 if pointer else None
-
-
-def _stand_in(index, value):
-    if isinstance(value, torch.Tensor):
-        if value.numel() and not value.data_ptr():
-            raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
-        if not value.is_contiguous():
-            raise ValueError(
-                f"kernels take contiguous tensors, received shape {tuple(value.shape)} with strides {value.stride()}"
-            )
-        return Slot(index, value.shape, NUMPY[value.dtype], value.data_ptr() & 15)
-    if isinstance(value, Workspace):
-        places = value.layout.places.items()
-        return {
-            name: Slot(index, shape, dtype, value.data_ptr() & 15, offset) for name, (offset, shape, dtype) in places
-        }
-    if isinstance(value, float):
-        value = Varying(value)
-        value.index = index
-    return value
-
-
-def _array(slot, value):
-    """The array that a Slot of this tensor or workspace stands for."""
-    memory = view(value.memory if isinstance(value, Workspace) else value)
-    if isinstance(memory, np.ndarray):
-        return np.ndarray(slot.shape, slot.dtype, memory if memory.size else None, slot.offset)
-    return compiler.cupy().ndarray(slot.shape, slot.dtype, memory.data + slot.offset)
+TORCH = {array: tensor for tensor, array in NUMPY.items()}
 
 
 def one_device(args) -> torch.device:
@@ -219,13 +125,13 @@ def launching_on(device: torch.device):
         return _nothing
     cuda = compiler.cupy().cuda
     index = torch.cuda.current_device() if device.index is None else device.index
-    stream = _raw_stream(index)
+    stream = raw_stream(index)
     if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
         return _nothing
     return _switched(cuda, index, stream)
 
 
-def _raw_stream(device_index):
+def raw_stream(device_index):
     return torch._C._cuda_getCurrentRawStream(device_index)  # the current stream, without the object around it
 
 
@@ -290,13 +196,31 @@ def accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def number(value, name: str) -> float:
+    """A number, or a tensor of one, as a float. TypeError for anything else."""
+    if isinstance(value, (numbers.Real, torch.Tensor)):
+        return float(value)
+    raise TypeError(f"{name} must be a number, received {value!r}")
+
+
+def integer(value, name: str) -> int:
+    """A whole number, of NumPy's or a tensor, too, as an int. TypeError for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, received {value!r}") from None
+
+
 def pair(value, name: str) -> tuple[int, int]:
     """(value, value) for an int, (a, b) for two of them. TypeError or ValueError for anything else."""
-    if isinstance(value, int):
-        return value, value
-    values = tuple(value)
-    if len(values) == 1:
-        values *= 2
-    if len(values) != 2 or not (isinstance(values[0], int) and isinstance(values[1], int)):
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    try:
+        if hasattr(value, "__index__") and not (isinstance(value, torch.Tensor) and value.dim()):
+            return (operator.index(value),) * 2
+        values = tuple(map(operator.index, value))
+    except (TypeError, ValueError):
+        values = ()
+    if len(values) not in (1, 2):
         raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
-    return values
+    return (values * 2)[:2] if len(values) == 1 else values

@@ -28,7 +28,7 @@ REPLACED = (
     "cupy_kernels.source.text",
     "modelnew.functional.conv_bn_pool._differentiable_gradients",
     "modelnew.interop.compile_together",
-    "modelnew.interop.run",
+    "modelnew.calls.run",
     "modelnew.numerics.plan_or_reason",
     "modelnew.numerics.uses_wgmma",
 )

@@ -17,7 +17,7 @@ from cupy_kernels import cache, compiler, nvrtc, source
 from cupy_kernels.errors import BackendError, KernelCompileError
 from cupy_kernels.launch import launch
 from cupy_kernels.source import Kernel
-from modelnew.interop import run
+from modelnew.calls import run
 
 WRONG = {
     "wrong.cu": """#include "wrong.cuh"

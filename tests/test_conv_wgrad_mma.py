@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from cupy_kernels import conv_wgrad_mma, fp16_cells, source
 from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
+from modelnew.calls import run
 from modelnew.functional import conv_transpose2d
 from modelnew.functional.conv_transpose import conv_gradients, gradient_plans, to_cells, wgrad_of_cells
-from modelnew.interop import aligned, run
+from modelnew.interop import aligned
 from modelnew.parity import tf32_rounded
 
 KERNELS = ["largest_magnitude", "to_cells"] * 2 + ["conv_wgrad_mma", "conv_wgrad_reduce"]

@@ -6,7 +6,7 @@ import torch
 from cupy_kernels import source
 from cupy_kernels.launch import launch
 from cupy_kernels.source import Kernel
-from modelnew.interop import run
+from modelnew.calls import run
 
 CONVERT = """#include "common.cuh"
 extern "C" __global__ void convert(const from_t* x, to_t* y, int size) {

@@ -14,7 +14,7 @@ from cupy_kernels import launch as launch_module
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import launch, observed
 from cupy_kernels.source import Kernel
-from modelnew import functional, interop
+from modelnew import calls, functional, interop
 
 DTYPES = [*interop.FLOATS, torch.uint8, torch.int32, torch.int64]
 FILL_TEXT = """#include "common.cuh"
@@ -50,7 +50,7 @@ def test_a_kernel_writes_into_the_tensor(device):
     text = """extern "C" __global__ void write(float* y) { y[threadIdx.x] = threadIdx.x; }"""
     y = torch.empty(8, device=device)
     with source.override({"write.cu": text}):
-        interop.run(lambda a: launch(Kernel("write.cu", "write"), (1, 1, 1), (8, 1, 1), (a,)), y)
+        calls.run(lambda a: launch(Kernel("write.cu", "write"), (1, 1, 1), (8, 1, 1), (a,)), y)
     assert y.tolist() == list(range(8))
 
 
@@ -73,7 +73,7 @@ def test_what_was_compiled_together_is_ready(device, monkeypatch):
 def test_views_of_tensors_that_require_grad_and_of_empty_ones(device):
     shapes = []
     leaf, empty = torch.ones(2, device=device, requires_grad=True), torch.empty(0, 3, device=device)
-    interop.run(lambda *arrays: shapes.extend(a.shape for a in arrays), leaf, empty)
+    calls.run(lambda *arrays: shapes.extend(a.shape for a in arrays), leaf, empty)
     assert shapes == [(2,), (0, 3)]
 
 
@@ -87,7 +87,7 @@ def test_arrays_in_a_workspace(device):
         launch(FILL, (1, 1, 1), (32, 1, 1), (arrays["a"], size))
 
     with source.override({"fill.cu": FILL_TEXT}), observed(lambda *arguments: launched.append(arguments)):
-        interop.run(operation, workspace, 15)
+        calls.run(operation, workspace, 15)
     (arrays,) = received
     assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {
         name: (shape, np.dtype(dtype)) for name, (_, shape, dtype) in layout.places.items()
@@ -105,9 +105,7 @@ def test_arrays_in_a_workspace(device):
 
 def test_what_is_no_tensor_passes_unchanged(device):
     received = []
-    interop.run(
-        lambda *args, **options: received.extend([args[1:], options]), torch.ones(1, device=device), None, 2, a=3
-    )
+    calls.run(lambda *args, **options: received.extend([args[1:], options]), torch.ones(1, device=device), None, 2, a=3)
     assert received == [(None, 2), {"a": 3}]
 
 
@@ -168,7 +166,7 @@ def test_a_tensor_on_no_device_that_runs_kernels():
 
 def test_tensors_on_two_devices():
     with pytest.raises(RuntimeError, match=r"one device, received cpu, meta; use \.to"):
-        interop.run(pytest.fail, torch.ones(1), torch.ones(1, device="meta"))
+        calls.run(pytest.fail, torch.ones(1), torch.ones(1, device="meta"))
 
 
 @gpu_only
@@ -259,7 +257,7 @@ def test_which_calls_share_a_plan(device):
 
     def made(*args, called=operation, **options):
         recorded.clear()
-        interop.run(called, *args, **options)
+        calls.run(called, *args, **options)
         return len(recorded)
 
     with source.override({}):
@@ -292,11 +290,11 @@ def test_what_failed_is_tried_again(device):
 
     for _ in range(2):
         with pytest.raises(ValueError, match="fails"):
-            interop.run(fails, torch.zeros(4, device=device))
+            calls.run(fails, torch.zeros(4, device=device))
 
 
 def test_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(interop, "_MOST_KNOWN", 3)
+    monkeypatch.setattr(calls, "_MOST_KNOWN", 3)
     made = []
 
     def operation(x, number):
@@ -304,8 +302,8 @@ def test_plans_are_bounded(monkeypatch):
 
     with source.override({}):
         for number in (1, 2, 3, 1, 4, 2, 1):
-            interop.run(operation, torch.zeros(1), number)
-            assert len(interop._thread().__dict__) <= 3
+            calls.run(operation, torch.zeros(1), number)
+            assert len(calls._thread().__dict__) <= 3
     assert made == [1, 2, 3, 4, 1]
 
 
@@ -363,7 +361,7 @@ def test_current_stream(name):
     late = [torch.full_like(t, float("nan")).detach().requires_grad_() for t in tensors]
     torch.cuda.synchronize()
     with torch.cuda.stream(stream), source.override({"spin.cu": SPIN}):
-        interop.run(
+        calls.run(
             lambda y: launch(Kernel("spin.cu", "spin"), (1, 1, 1), (1, 1, 1), (y, 5 * 10**8)),
             torch.empty(1, device="cuda"),
         )

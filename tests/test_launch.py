@@ -10,7 +10,8 @@ from cupy_kernels import compiler, source
 from cupy_kernels.launch import Varying, launch
 from cupy_kernels.plan import Plan, Slot
 from cupy_kernels.source import Kernel
-from modelnew.interop import run, view
+from modelnew.calls import run
+from modelnew.interop import view
 
 COPY = """#include "common.cuh"
 extern "C" __global__ void copy(const float* x, float* y, int offset, i64 size) {

@@ -16,7 +16,8 @@ from cupy_kernels.conv_transpose_mma import plan as conv_plan
 from cupy_kernels.launch import launch
 from cupy_kernels.source import Kernel
 from modelnew import Model, ModelNew, parity
-from modelnew.interop import FLOATS, run
+from modelnew.calls import run
+from modelnew.interop import FLOATS
 
 # (channels, groups, images, height, width of the convolution's output)
 SHAPES = {

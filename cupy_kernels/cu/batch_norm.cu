@@ -146,12 +146,13 @@ __device__ inline Moments moments_of_channel(
     return {mean, block_sum(m2, scratch)};
 }
 
-// One block a channel: combines the chunks; updates the running statistics where they are not null.
+// One block a channel: combines the chunks; updates the running statistics where they are not null, and so is `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
     const scalar_t* __restrict__ x, const double* __restrict__ partials, INOUT param_t* running_mean, INOUT param_t* running_var,
-    acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count, i64 chunks) {
+    INOUT i64* batches, acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count, i64 chunks) {
     __shared__ acc_t scratch[32];
     i64 channel = blockIdx.x;
+    if (batches && channel == 0 && threadIdx.x == 0) ++*batches;
     const double* means = partials + channel * chunks;
     const double* m2s = partials + (channels + channel) * chunks;
     if (count == 0) {  // nothing to learn from an empty batch, and nothing will be normalised

@@ -5,16 +5,10 @@ import inspect
 import typing
 
 import torch
-from torch._C import (
-    DispatchKey,
-    _dispatch_tls_is_dispatch_key_included,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-)
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .. import recorders
 from . import batch_norm as _batch_norm
 from . import bn_tanh_max_pool as _bn_tanh_max_pool
 from . import conv_bn_pool as _conv_bn_pool
@@ -25,7 +19,6 @@ from . import tanh as _tanh
 
 # Types of arguments that need no further look. All others join that are neither tensors nor stand for them.
 _plain = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list}
-_PRE_DISPATCH = DispatchKey.PreDispatch
 
 
 def untraced(function):
@@ -33,10 +26,9 @@ def untraced(function):
 
     torch.compile breaks its graph here, and calls the function as it is. torch.compiler.disable is applied at the first
     compilation only, because it takes a second to import.
-    torch.jit.trace, make_fx, torch.export, FakeTensorMode and FlopCounterMode make their result of the operators that
-    they see, and get an error instead of a wrong result. Other dispatch modes (selective checkpointing, logging) see
-    what torch does, and no more. Tensors that are something else than memory with strides are refused, and subclasses
-    with a `__torch_function__` are asked first, as by torch's own functions.
+    Recorders of operators get an error instead of a wrong result, see `recorders.refuse`. Tensors that are something
+    else than memory with strides are refused, and subclasses with a `__torch_function__` are asked first, as by torch's
+    own functions.
     """
 
     @functools.wraps(function)
@@ -47,14 +39,12 @@ def untraced(function):
             if (
                 not _plain.issuperset(map(type, args))
                 or (options and not _plain.issuperset(map(type, options.values())))
-                or _len_torch_dispatch_stack()
-                or _get_tracing_state()
-                or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+                or recorders.may_record()
             ):
                 values = (*args, *options.values())
                 if has_torch_function(values):
                     return handle_torch_function(call, values, *args, **options)
-                _check_recorders(function)
+                recorders.refuse(function)
                 _check_types(function, values)
             return function(*args, **options)
         except Exception as error:
@@ -62,25 +52,6 @@ def untraced(function):
             raise
 
     return call
-
-
-def _check_recorders(function) -> None:
-    """RuntimeError where something makes its result of torch's operators alone."""
-    found = [
-        type(mode).__name__
-        for mode in _get_current_dispatch_mode_stack()
-        # torch's own kinds of mode, which replace or record operators, have a key
-        if getattr(mode, "_mode_key", None) is not None or "FlopCounter" in type(mode).__name__
-    ]
-    if _get_tracing_state():
-        found = ["torch.jit.trace (which torch.onnx.export(dynamo=False) uses)"]
-    elif _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
-        found = ["torch.export (or make_fx with pre_dispatch)"]
-    if found:
-        raise RuntimeError(
-            f"{function.__qualname__} runs kernels that {found[-1]} does not see, so that its result would be wrong. "
-            "Use PyTorch's operators there: torch.nn's layers, and ModelNew(..., replace=()), take the same state dict"
-        )
 
 
 def _check_types(function, values) -> None:

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import torch
 
 from cupy_kernels.batch_norm import (
@@ -13,63 +14,89 @@ from cupy_kernels.batch_norm import (
     batch_norm_statistics,
     batch_norm_workspace,
 )
+from cupy_kernels.common import accumulator_dtype
 
-from ..interop import accumulator_dtype, check_parameters, dense, one_device, run
-from .gradients import NormGradient
+from ..calls import call
+from ..interop import check_parameters, dense, number, one_device
+from .gradients import NormGradient, will_need_grad
 from .tanh import tanh_gradient
+
+
+def _forward(new, x, weight, bias, running_mean, running_var, batches, *, training, momentum, eps, tanh):
+    moments = statistics(new, x, running_mean, running_var, batches, training, momentum, eps)
+    y = new.like(x)
+    batch_norm_apply(x, moments[0], moments[1], weight, bias, y, tanh)
+    return y, moments
+
+
+def statistics(new, x, running_mean, running_var, batches, training, momentum, eps):
+    """(2, C): mean and 1/sqrt(var + eps) per channel; x's own in training, which updates the running ones, else those.
+
+    new: a `calls.New`. batches: num_batches_tracked, which grows by 1, or None.
+    """
+    moments = new((2, x.shape[1]), accumulator_dtype(x))
+    if training:
+        workspace = new.scratch(batch_norm_workspace(x.shape), np.float64)
+        batch_norm_statistics(x, running_mean, running_var, batches, moments[0], moments[1], workspace, momentum, eps)
+    else:
+        batch_norm_eval_statistics(running_mean, running_var, moments[0], moments[1], eps)
+    return moments
+
+
+def _backward(new, dy, x, weight, bias, moments, y, *, training, needed):
+    need_x, need_weight, need_bias = needed
+    mean, invstd = moments[0], moments[1]
+    dx = new.like(dy if need_x else None)
+    dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
+    sums = None
+    if need_weight or need_bias or training:
+        sums = new.scratch((2, *mean.shape), np.float64)
+        workspace = new.scratch(batch_norm_workspace(dy.shape), np.float64)
+        batch_norm_backward_reduce(dy, x, mean, invstd, sums, dweight, dbias, workspace, y)
+    if need_x:
+        batch_norm_backward_apply(dy, x, mean, invstd, weight, sums if training else None, dx, y)
+    return dx, dweight, dbias
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, invstd, running, training, eps, tanh):
-        y = torch.empty_like(x)
-        run(batch_norm_apply, x, mean, invstd, weight, bias, y, tanh)
-        ctx.training, ctx.eps = training, eps
-        x_needed = training or any(ctx.needs_input_grad[1:3])
-        ctx.save_for_backward(x if x_needed else None, weight, bias, mean, invstd, y if tanh else None, *running)
+    def forward(ctx, x, weight, bias, running, applied, check, options):
+        y, moments = call(_forward, x, weight, bias, *running, check=check, **options)
+        ctx.training, ctx.eps = options["training"], options["eps"]
+        x_needed = ctx.training or any(ctx.needs_input_grad[1:3])
+        saved = (x if x_needed else None, weight, bias, moments, y if options["tanh"] else None)
+        ctx.save_for_backward(*saved, *applied)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         *saved, _, _ = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        return *batch_norm_gradients(dy, *saved, needed, ctx.training, ctx.eps), *[None] * 6
+        return *batch_norm_gradients(dy, *saved, needed, ctx.training, ctx.eps), *[None] * 4
 
 
-def batch_norm_gradients(dy, x, weight, bias, mean, invstd, y, needed, training, eps):
+def batch_norm_gradients(dy, x, weight, bias, moments, y, needed, training, eps):
     """(dx, dweight, dbias) of a batch norm with these statistics, None for those that are not needed.
 
     x: may be None outside training where dx alone is needed. y: None, or tanh of the batch norm, whose gradient dy is.
     """
-    kernels = functools.partial(_gradients, mean, invstd, needed, training)
+    kernels = functools.partial(_gradients, moments, needed, training)
     if not torch.is_grad_enabled():
         return kernels(dy, x, weight, bias, y)
     if y is not None:
         dy = tanh_gradient(dy, y)
     if x is None:
         x = torch.zeros_like(dy)  # dx does not depend on it
-    return NormGradient.apply(kernels, functools.partial(_definition, mean, invstd, training, eps), dy, x, weight, bias)
+    return NormGradient.apply(kernels, functools.partial(_definition, moments, training, eps), dy, x, weight, bias)
 
 
-def _gradients(mean, invstd, needed, training, dy, x, weight, bias, y=None):
-    need_x, need_weight, need_bias = needed
-    dy = dense(dy)
-    dx = torch.empty_like(dy) if need_x else None
-    dweight = torch.empty_like(weight) if need_weight else None
-    dbias = torch.empty_like(bias) if need_bias else None
-    sums = None
-    if need_weight or need_bias or training:
-        sums = mean.new_empty((2, *mean.shape), dtype=torch.float64)
-        workspace = sums.new_empty(batch_norm_workspace(dy.shape))
-        run(batch_norm_backward_reduce, dy, x, mean, invstd, sums, dweight, dbias, workspace, y)
-    if need_x:
-        run(batch_norm_backward_apply, dy, x, mean, invstd, weight, sums if training else None, dx, y)
-    return dx, dweight, dbias
+def _gradients(moments, needed, training, dy, x, weight, bias, y=None):
+    return call(_backward, dense(dy), x, weight, bias, moments, y, training=training, needed=needed)
 
 
-def _definition(mean, invstd, training, eps, x, weight, bias):
+def _definition(moments, training, eps, x, weight, bias):
     channels = (-1, *[1] * (x.dim() - 2))
-    x, mean, invstd = x.to(mean.dtype), mean.view(channels), invstd.view(channels)
+    x, (mean, invstd) = x.to(moments.dtype), moments.view(2, *channels)
     if training:
         values = (0, *range(2, x.dim()))
         mean = x.mean(values, keepdim=True)
@@ -79,67 +106,52 @@ def _definition(mean, invstd, training, eps, x, weight, bias):
     return y if bias is None else y + bias.view(channels)
 
 
-def batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps, batches=None):
-    """(mean, invstd) per channel: x's own in training, which updates the running statistics, else the running ones.
-
-    batches: num_batches_tracked, which grows by 1, or None.
-    """
-    mean, invstd = (torch.empty(x.shape[1], dtype=accumulator_dtype(x), device=x.device) for _ in range(2))
-
-    if training:
-        workspace = mean.new_empty(batch_norm_workspace(x.shape), dtype=torch.float64)
-        updated = dense(running_mean), dense(running_var)
-        run(batch_norm_statistics, x, *updated, mean, invstd, workspace, momentum, eps)
-        note_update(running_mean, running_var, *updated)
-        if batches is not None:
-            batches.add_(1)
-    else:
-        run(batch_norm_eval_statistics, dense(running_mean), dense(running_var), mean, invstd, eps)
-    return mean, invstd
-
-
 def applied_statistics(running_mean, running_var, training):
     """The running statistics if they are applied, which a backward refuses if they were changed, as torch's does."""
     return (None, None) if training else (running_mean, running_var)
 
 
-def note_update(running_mean, running_var, new_mean, new_var) -> None:
-    """Tells autograd that kernels changed the statistics; new_mean, new_var: what they wrote to, `dense` of these."""
-    for buffer, new in ((running_mean, new_mean), (running_var, new_var)):
-        if new is not buffer:  # it is not contiguous: the kernel updated a copy
+def kernels_buffers(running_mean, running_var, batches, training):
+    """What kernels read, and in training update, for these; None for a counter that they do not count in."""
+    counts = training and batches is not None and batches.dtype == torch.int64 and batches.numel() == 1
+    return dense(running_mean), dense(running_var), batches if counts else None
+
+
+def note_update(running_mean, running_var, batches, updated) -> None:
+    """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
+    for buffer, new in zip((running_mean, running_var, batches), updated):
+        if buffer is None:
+            continue
+        if new is None:
+            buffer.add_(1)
+        elif new is not buffer:  # it is not contiguous: the kernel updated a copy
             buffer.copy_(new)
-        elif buffer is not None:
+        else:
             torch.autograd.graph.increment_version(buffer)
 
 
-def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> torch.Tensor:
-    """The input as [N, C, *]. Refuses what torch.nn.functional.batch_norm refuses, before anything is written."""
+def check_batch_norm(input, running_mean, running_var, weight, bias, training) -> None:
+    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices."""
     if training and input.dim() and math.prod((input.shape[0], *input.shape[2:])) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    if input.shape == (0,):  # an empty batch of as many channels as the others have
-        input = input.view(0, next((t.numel() for t in parameters.values() if t is not None), 0))
     if input.dim() < 2:
         raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
-    channels = input.shape[1]
-    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, tensor in parameters.items():
-        if tensor is not None and tensor.numel() != channels:
-            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+        if tensor is not None and tensor.numel() != input.shape[1]:
+            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {tensor.numel()}")
     one_device((input, *parameters.values()))
     check_parameters(input, running_mean=running_mean, running_var=running_var)
     check_parameters(input, weight=weight, bias=bias)
-    return input
 
 
-def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> None:
-    """The part of `check_batch_norm` that does not follow from shapes, dtypes and devices."""
+def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
+    """(momentum, eps) as floats. Refuses what the function refuses for other reasons."""
+    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
     if training and not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if not isinstance(momentum, (int, float)):
-        raise TypeError(f"batch_norm momentum must be a number, received {momentum!r}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if running_mean is None and not training:
@@ -147,6 +159,7 @@ def check_batch_norm_call(running_mean, running_var, training, momentum, eps) ->
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+    return momentum, eps
 
 
 def batch_norm(
@@ -199,9 +212,21 @@ def batch_norm_tanh(
 
 
 def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, tanh):
-    x = check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    x, weight, bias = dense(x), dense(weight), dense(bias)
-    moments = batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps, batches)
-    running = applied_statistics(running_mean, running_var, training)
-    y = _BatchNorm.apply(x, weight, bias, *moments, running, training, eps, tanh)
+    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    x, weight, bias = dense(input), dense(weight), dense(bias)
+    running = kernels_buffers(running_mean, running_var, batches, training)
+    if input.shape == (0,):  # an empty batch of as many channels as the others have
+        x = x.view(0, next((t.numel() for t in (running_mean, weight, bias) if t is not None), 0))
+
+    def check():
+        check_batch_norm(x, running_mean, running_var, weight, bias, training)
+
+    options = {"training": training, "momentum": momentum, "eps": eps, "tanh": tanh}
+    if will_need_grad(x, weight, bias):
+        saved = applied_statistics(running_mean, running_var, training)
+        y = _BatchNorm.apply(x, weight, bias, running, saved, check, options)
+    else:
+        y, _ = call(_forward, x, weight, bias, *running, check=check, **options)
+    if training:
+        note_update(running_mean, running_var, batches, running)
     return y if y.shape == input.shape else y.view(input.shape)

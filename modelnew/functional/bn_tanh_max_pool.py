@@ -1,5 +1,6 @@
 """Max pooling of tanh, and of tanh of a batch norm, in one kernel each way."""
 
+import numpy as np
 import torch
 
 from cupy_kernels.bn_tanh_max_pool import (
@@ -9,19 +10,39 @@ from cupy_kernels.bn_tanh_max_pool import (
     bn_tanh_max_pool_workspace,
 )
 
-from ..interop import check_floating, dense, run
-from .batch_norm import applied_statistics, batch_norm_gradients, batch_norm_mean_invstd, check_batch_norm
-from .max_pool import max_pool_gradient, new_taps, pool_of, pooled_shape, will_need_grad
+from ..calls import call
+from ..interop import accumulator_dtype, check_floating, dense
+from .batch_norm import (
+    applied_statistics,
+    batch_norm_gradients,
+    check_batch_norm,
+    check_batch_norm_call,
+    kernels_buffers,
+    note_update,
+    statistics,
+)
+from .gradients import will_need_grad
+from .max_pool import max_pool_gradient, new_taps, pool_of, pooled_shape
 from .tanh import tanh_gradient
+
+
+def _forward(new, x, pool, ceil_mode, keep):
+    y = new(pooled_shape(x.shape, pool, ceil_mode), x.dtype)
+    taps = new_taps(new, y, pool) if keep else None
+    bn_tanh_max_pool_forward(x, None, None, None, None, y, taps, *pool)
+    return y, taps
+
+
+def _backward(new, dy, y, taps, pool, shape):
+    dx = new(shape, dy.dtype)
+    bn_tanh_max_pool_backward(dy, y, taps, None, None, None, None, None, dx, *pool)
+    return dx
 
 
 class _TanhMaxPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, pool, ceil_mode, need_taps):
-        x = dense(x)
-        y = x.new_empty(pooled_shape(x.shape, pool, ceil_mode))
-        taps = new_taps(y, pool) if need_taps else None
-        run(bn_tanh_max_pool_forward, x, None, None, None, None, y, taps, *pool)
+    def forward(ctx, x, pool, ceil_mode):
+        y, taps = call(_forward, x, pool, ceil_mode, True)
         ctx.save_for_backward(y, taps)
         ctx.pool, ctx.shape = pool, x.shape
         return y
@@ -30,50 +51,63 @@ class _TanhMaxPool2d(torch.autograd.Function):
     def backward(ctx, dy):
         y, taps = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return max_pool_gradient(tanh_gradient(dy, y), taps, ctx.pool, ctx.shape), None, None, None
-        dx = y.new_empty(ctx.shape)
-        run(bn_tanh_max_pool_backward, dense(dy), y, taps, None, None, None, None, None, dx, *ctx.pool)
-        return dx, None, None, None
+            return max_pool_gradient(tanh_gradient(dy, y), taps, ctx.pool, ctx.shape), None, None
+        return call(_backward, dense(dy), y, taps, ctx.pool, ctx.shape), None, None
+
+
+def _normed_forward(new, x, weight, bias, mean, var, batches, *, training, momentum, eps, pool, ceil_mode, keep):
+    moments = statistics(new, x, mean, var, batches, training, momentum, eps)
+    y = new(pooled_shape(x.shape, pool, ceil_mode), x.dtype)
+    taps = new_taps(new, y, pool) if keep else None
+    bn_tanh_max_pool_forward(x, moments[0], moments[1], weight, bias, y, taps, *pool)
+    return y, moments, taps
+
+
+def _normed_backward(new, dy, x, weight, wide_weight, bias, moments, y, taps, *, training, needed, pool, shape):
+    need_x, need_weight, need_bias = needed
+    dx = new(shape, dy.dtype) if need_x else None
+    dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
+    mean, invstd = moments[0], moments[1]
+    sums = None
+    if training or need_weight or need_bias:
+        sums = new.scratch((2, *mean.shape), np.float64)
+        partial = new.scratch(bn_tanh_max_pool_workspace(y.shape), np.float64)
+        bn_tanh_max_pool_backward_reduce(dy, y, taps, x, mean, invstd, sums, dweight, dbias, partial, *pool)
+    if need_x:
+        sums = sums if training else None
+        bn_tanh_max_pool_backward(dy, y, taps, x, mean, invstd, wide_weight, sums, dx, *pool)
+    return dx, dweight, dbias
 
 
 class _BnTanhMaxPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, invstd, running, training, eps, pool, ceil_mode, need_taps):
-        y = x.new_empty(pooled_shape(x.shape, pool, ceil_mode))
-        taps = new_taps(y, pool) if need_taps else None
-        run(bn_tanh_max_pool_forward, x, mean, invstd, _cast(weight, mean), _cast(bias, mean), y, taps, *pool)
+    def forward(ctx, x, weight, bias, running, applied, check, options):
+        training, pool = options["training"], options["pool"]
+        wide = _wide(x, weight, bias)
+        y, moments, taps = call(_normed_forward, x, *wide, *running, check=check, keep=True, **options)
         need_x = training or any(ctx.needs_input_grad[1:3])
-        ctx.save_for_backward(x if need_x else None, weight, bias, mean, invstd, y, taps, *running)
-        ctx.pool, ctx.shape, ctx.training, ctx.eps = pool, x.shape, training, eps
+        saved = (x if need_x else None, weight, bias, moments, y, taps)
+        ctx.save_for_backward(*saved, *applied)
+        ctx.pool, ctx.shape, ctx.training, ctx.eps = pool, x.shape, training, options["eps"]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, mean, invstd, y, taps, _, _ = ctx.saved_tensors
-        need_dx, need_dweight, need_dbias = needed = ctx.needs_input_grad[:3]
+        x, weight, bias, moments, y, taps, _, _ = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             dz = max_pool_gradient(tanh_gradient(dy, y), taps, ctx.pool, ctx.shape)
-            gradients = batch_norm_gradients(dz, x, weight, bias, mean, invstd, None, needed, ctx.training, ctx.eps)
-            return *gradients, *[None] * 8
-        dy = dense(dy)
-        dx = y.new_empty(ctx.shape) if need_dx else None
-        dweight = torch.empty_like(weight) if need_dweight else None
-        dbias = torch.empty_like(bias) if need_dbias else None
-        sums = None
-        if ctx.training or need_dweight or need_dbias:
-            sums = mean.new_empty((2, *mean.shape), dtype=torch.float64)
-            partial = sums.new_empty(bn_tanh_max_pool_workspace(y.shape))
-            run(
-                bn_tanh_max_pool_backward_reduce, dy, y, taps, x, mean, invstd, sums, dweight, dbias, partial, *ctx.pool
-            )
-        if need_dx:
-            sums = sums if ctx.training else None
-            run(bn_tanh_max_pool_backward, dy, y, taps, x, mean, invstd, _cast(weight, mean), sums, dx, *ctx.pool)
-        return dx, dweight, dbias, *[None] * 8
+            gradients = batch_norm_gradients(dz, x, weight, bias, moments, None, needed, ctx.training, ctx.eps)
+        else:
+            options = {"training": ctx.training, "needed": needed, "pool": ctx.pool, "shape": ctx.shape}
+            wide_weight, _ = _wide(y, weight, None)
+            gradients = call(_normed_backward, dense(dy), x, weight, wide_weight, bias, moments, y, taps, **options)
+        return *gradients, *[None] * 4
 
 
-def _cast(parameter, mean):
-    return None if parameter is None else parameter.to(mean.dtype)
+def _wide(x, *parameters):
+    """The parameters in the dtype of the arithmetic, which is what the kernels take."""
+    return [None if parameter is None else parameter.to(accumulator_dtype(x)) for parameter in parameters]
 
 
 def tanh_max_pool2d(
@@ -91,9 +125,10 @@ def tanh_max_pool2d(
     where it is NaN (tanh's own gradient would be NaN there).
     """
     check_floating(input=input)
-    pool = pool_of(kernel_size, stride, padding, dilation)
-    pooled_shape(input.shape, pool, ceil_mode)
-    return _TanhMaxPool2d.apply(input, pool, bool(ceil_mode), will_need_grad(input))
+    pool, x, ceil_mode = pool_of(kernel_size, stride, padding, dilation), dense(input), bool(ceil_mode)
+    if will_need_grad(x):
+        return _TanhMaxPool2d.apply(x, pool, ceil_mode)
+    return call(_forward, x, pool, ceil_mode, False)[0]
 
 
 def bn_tanh_max_pool2d(
@@ -119,14 +154,23 @@ def bn_tanh_max_pool2d(
     bit `max_pool2d(batch_norm_tanh(x))`; as in `tanh_max_pool2d`, elements that win no window get nothing of its
     gradient. A refused call changes nothing.
     """
-    check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if input.dim() != 4:
-        raise RuntimeError(f"bn_tanh_max_pool2d takes input [N, C, H, W], received shape {tuple(input.shape)}")
-    pool = pool_of(kernel_size, stride, padding, dilation)
-    pooled_shape(input.shape, pool, ceil_mode)
-    need_taps, training = will_need_grad(input, weight, bias), bool(training)
+    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    training, pool, ceil_mode = bool(training), pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode)
     x, weight, bias = dense(input), dense(weight), dense(bias)
-    moments = batch_norm_mean_invstd(x, running_mean, running_var, training, momentum, eps, num_batches_tracked)
-    running = applied_statistics(running_mean, running_var, training)
-    options = (training, eps, pool, bool(ceil_mode), need_taps)
-    return _BnTanhMaxPool2d.apply(x, weight, bias, *moments, running, *options)
+    running = kernels_buffers(running_mean, running_var, num_batches_tracked, training)
+    options = {"training": training, "momentum": momentum, "eps": eps, "pool": pool, "ceil_mode": ceil_mode}
+
+    def check():
+        check_batch_norm(x, running_mean, running_var, weight, bias, training)
+        if input.dim() != 4:
+            raise RuntimeError(f"bn_tanh_max_pool2d takes input [N, C, H, W], received shape {tuple(input.shape)}")
+        pooled_shape(input.shape, pool, ceil_mode)
+
+    if will_need_grad(x, weight, bias):
+        applied = applied_statistics(running_mean, running_var, training)
+        y = _BnTanhMaxPool2d.apply(x, weight, bias, running, applied, check, options)
+    else:
+        y, _, _ = call(_normed_forward, x, *_wide(x, weight, bias), *running, check=check, keep=False, **options)
+    if training:
+        note_update(running_mean, running_var, num_batches_tracked, running)
+    return y

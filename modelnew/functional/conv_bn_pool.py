@@ -10,6 +10,7 @@ from cupy_kernels.conv_transpose import Geometry, output_shape
 from cupy_kernels.conv_transpose_mma import Plan, UnsupportedError
 from cupy_kernels.conv_wgrad_mma import Plan as WgradPlan
 
+from ..calls import remember, run
 from ..interop import (
     Layout,
     Workspace,
@@ -18,8 +19,6 @@ from ..interop import (
     dense,
     one_device,
     pair,
-    remember,
-    run,
 )
 from ..numerics import Choice, check_numerics, choose, tensor_core_plan
 from .batch_norm import applied_statistics, check_batch_norm, check_batch_norm_call, note_update
@@ -69,9 +68,7 @@ class _Fused(torch.autograd.Function):
         options.update(groups=call.groups, group_eps=group_eps)
         run(ops.conv_bn_pool_forward, *arguments, like=(call, momentum, eps, group_eps), **options)
         if call.training:
-            note_update(running_mean, running_var, *updated)
-            if batches is not None:
-                torch.autograd.graph.increment_version(batches)
+            note_update(running_mean, running_var, batches, (*updated, batches))
         if call.keep:
             running = applied_statistics(running_mean, running_var, call.training)
             ctx.save_for_backward(x, *parameters, workspace.memory, *running)
@@ -135,7 +132,7 @@ def _known(known, key, make):
     return found
 
 
-def _call(training, keep, padding, num_groups, numerics, momentum, eps, batches, input, conv_weight, *others):
+def _call(training, keep, padding, num_groups, numerics, batches, input, conv_weight, *others):
     """Plans and checks a call, and compiles its kernels at the same time, where launches would one by one.
 
     Where the fused kernels do not take it, the reason.
@@ -143,7 +140,7 @@ def _call(training, keep, padding, num_groups, numerics, momentum, eps, batches,
     reason = _mixture(input, batches, conv_weight, *others)
     if reason:
         return reason
-    shape = _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups)
+    shape = _checked_shape(input, conv_weight, others, padding, training, num_groups)
     choice = choose(numerics, input)
     plan, reason = _plan(input, conv_weight, padding, num_groups, choice)
     if reason:
@@ -235,7 +232,7 @@ def conv_bn_tanh_max_pool_group_norm(
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
     check_numerics(numerics)
-    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
     arguments = (num_batches_tracked, input, conv_weight, conv_bias, running_mean, running_var)
     arguments += (weight, bias, group_weight, group_bias)
@@ -244,7 +241,7 @@ def conv_bn_tanh_max_pool_group_norm(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     kind = (training, keep, padding, num_groups)
     key = (*kind, facts, *[None if t is None else (t.shape, t.dtype, t.device) for t in arguments])
-    call = _known(_calls, key, lambda: _call(*kind, numerics, momentum, eps, *arguments))
+    call = _known(_calls, key, lambda: _call(*kind, numerics, *arguments))
     if isinstance(call, str):
         if required:
             raise UnsupportedError(f"the fused kernels do not take this: {call}")
@@ -258,12 +255,12 @@ def conv_bn_tanh_max_pool_group_norm(
     return _Fused.forward(None, *tensors, rest)  # autograd, with nothing to keep or to refuse, would only take time
 
 
-def _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups):
+def _checked_shape(input, conv_weight, others, padding, training, num_groups):
     """The output's shape. Raises all errors that shapes, dtypes and devices can be the reason of."""
     conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias = others
     one_device((input, conv_weight, *others))
     images, channels, height, width = shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
-    check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training, momentum, eps)
+    check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
         if tensor is not None and tensor.shape != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")

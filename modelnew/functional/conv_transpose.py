@@ -2,29 +2,38 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cupy_kernels import channel_sum as bias_ops
+from cupy_kernels import common, fp16_cells
 from cupy_kernels import conv_transpose as ops
 from cupy_kernels import conv_transpose_mma as mma
 from cupy_kernels import conv_wgrad_mma as wgrad_mma
-from cupy_kernels import fp16_cells
 
 from .. import autocast
-from ..interop import accumulator_dtype, aligned, check_floating, dense, one_device, pair, run
+from ..calls import call, run
+from ..interop import accumulator_dtype, aligned, check_floating, dense, integer, one_device, pair
 from ..numerics import check_numerics, choose, tensor_core_plan, wgrad_plan
-from .gradients import differentiable
+from .gradients import differentiable, will_need_grad
+
+
+def _forward(new, x, w, bias, geometry, choice):
+    y = new(ops.output_shape(x.shape, w.shape, geometry), x.dtype)
+    plan, _ = tensor_core_plan(x.kind, w.shape, geometry, choice)
+    if plan:
+        workspaces = new.scratch(plan.packed_size, np.float16), new.scratch(plan.rows, np.int32)
+        mma.conv_transpose_mma(plan, x, w, bias, y, *workspaces)
+    else:
+        packed = new.scratch(ops.packed_weight_size(w.shape), common.accumulator_dtype(w))
+        ops.conv_transpose_forward(x, w, bias, y, packed, geometry)
+    return y
 
 
 class _ConvTranspose2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, bias, geometry, choice):
-        y = x.new_empty(ops.output_shape(x.shape, w.shape, geometry))
-        plan, _ = tensor_core_plan(x, w.shape, geometry, choice)
-        if plan:
-            run(mma.conv_transpose_mma, plan, aligned(x), w, bias, y, *mma_workspaces(plan, w))
-        else:
-            run(ops.conv_transpose_forward, x, w, bias, y, _packed(w), geometry)
+    def forward(ctx, x, w, bias, geometry, choice, check):
+        y = call(_forward, x, w, bias, geometry, choice, check=check)
         ctx.save_for_backward(x, w)
         ctx.options = geometry, choice
         return y
@@ -37,9 +46,9 @@ class _ConvTranspose2d(torch.autograd.Function):
         if torch.is_grad_enabled():
             dx = _InputGradient.apply(dy, w, x.shape, *ctx.options) if need_x else None
             dw = _WeightGradient.apply(x, dy, w.shape, *ctx.options) if need_w else None
-            return dx, dw, dy.sum((0, 2, 3)) if need_bias else None, None, None
+            return dx, dw, dy.sum((0, 2, 3)) if need_bias else None, None, None, None
         db = _channel_sums(dy) if need_bias else None
-        return *conv_gradients(x, w, dy, *ctx.options, need_x, need_w), db, None, None
+        return *conv_gradients(x, w, dy, *ctx.options, need_x, need_w), db, None, None, None
 
 
 # A transposed convolution y = T(x, w), its dx = D(dy, w) and its dw = W(x, dy) are linear in either argument, and each
@@ -61,8 +70,8 @@ class _InputGradient(torch.autograd.Function):
     def backward(ctx, v):
         dy, w = ctx.saved_tensors
         need_dy, need_w = ctx.needs_input_grad[:2]
-        v = dense(v)
-        ddy = _ConvTranspose2d.apply(v, w, None, *ctx.options) if need_dy else None
+        v = aligned(v)
+        ddy = _ConvTranspose2d.apply(v, w, None, *ctx.options, None) if need_dy else None
         dw = differentiable(_WeightGradient, v, dy, w.shape, *ctx.options) if need_w else None
         return ddy, dw, None, None, None
 
@@ -84,7 +93,7 @@ class _WeightGradient(torch.autograd.Function):
         need_x, need_dy = ctx.needs_input_grad[:2]
         v = dense(v)
         dx = differentiable(_InputGradient, dy, v, x.shape, *ctx.options) if need_x else None
-        ddy = _ConvTranspose2d.apply(x, v, None, *ctx.options) if need_dy else None
+        ddy = _ConvTranspose2d.apply(x, v, None, *ctx.options, None) if need_dy else None
         return dx, ddy, None, None, None
 
 
@@ -179,9 +188,12 @@ def _packed(w):
     return w.new_empty(ops.packed_weight_size(w.shape), dtype=accumulator_dtype(w))
 
 
-def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice) -> torch.Tensor:
-    """The checked convolution of a batch, multiplied as `choice`, a `numerics.Choice`, says."""
-    return _ConvTranspose2d.apply(dense(x), dense(w), dense(bias), geometry, choice)
+def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=None) -> torch.Tensor:
+    """The convolution of a batch, multiplied as `choice`, a `numerics.Choice`, says. check: as in `calls.call`."""
+    tensors = aligned(x), dense(w), dense(bias)
+    if will_need_grad(*tensors):
+        return _ConvTranspose2d.apply(*tensors, geometry, choice, check)
+    return call(_forward, *tensors, geometry, choice, check=check)
 
 
 def conv_transpose2d(
@@ -208,25 +220,31 @@ def conv_transpose2d(
     Raises TypeError for other or differing dtypes, ValueError for shapes and hyper-parameters that do not fit,
     RuntimeError for tensors on several devices.
     """
-    check_floating(input=input, weight=weight, bias=bias)
-    input, weight, bias = autocast.lower(input, weight, bias)
-    dtypes = {t.dtype for t in (input, weight, bias) if t is not None}
-    if len(dtypes) > 1:
-        raise TypeError(f"input, weight and bias must have one dtype, received {', '.join(sorted(map(str, dtypes)))}")
-    one_device((input, weight, bias))
     check_numerics(numerics)
-    if input.dim() not in (3, 4):
-        raise ValueError(f"input must be [N, C, H, W] or [C, H, W], received shape {tuple(input.shape)}")
+    input, weight, bias = autocast.lower(input, weight, bias)
     geometry = ops.Geometry(
         pair(stride, "stride"),
         pair(padding, "padding"),
         pair(output_padding, "output_padding"),
         pair(dilation, "dilation"),
-        groups,
+        integer(groups, "groups"),
     )
-    x = input if input.dim() == 4 else input.unsqueeze(0)
+    x = input if input.dim() != 3 else input.unsqueeze(0)
+    y = conv_transpose2d_as(
+        x, weight, bias, geometry, choose(numerics, x), check=lambda: _check(x, weight, bias, geometry)
+    )
+    return y if x is input else y.squeeze(0)
+
+
+def _check(x, weight, bias, geometry):
+    check_floating(input=x, weight=weight, bias=bias)
+    dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
+    if len(dtypes) > 1:
+        raise TypeError(f"input, weight and bias must have one dtype, received {', '.join(sorted(map(str, dtypes)))}")
+    one_device((x, weight, bias))
+    if x.dim() != 4:
+        raise ValueError(f"input must be [N, C, H, W] or [C, H, W], received shape {tuple(x.shape)}")
     ops.output_shape(x.shape, weight.shape, geometry)
-    if bias is not None and bias.shape != (weight.shape[1] * groups,):
-        raise ValueError(f"bias must have shape ({weight.shape[1] * groups},), received {tuple(bias.shape)}")
-    y = conv_transpose2d_as(x, weight, bias, geometry, choose(numerics, x))
-    return y if input.dim() == 4 else y.squeeze(0)
+    channels = weight.shape[1] * geometry.groups
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias must have shape ({channels},), received {tuple(bias.shape)}")

@@ -9,6 +9,11 @@ from collections.abc import Callable
 import torch
 
 
+def will_need_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward can follow a Function of these tensors. Without one, its forward alone is quicker."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def differentiable(gradient: type[torch.autograd.Function], *args):
     """What `gradient` computes of `args`; autograd can differentiate it if grad mode is on.
 

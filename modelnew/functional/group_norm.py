@@ -4,40 +4,51 @@ import functools
 
 import torch
 
+from cupy_kernels import common
 from cupy_kernels.group_norm import group_norm_backward, group_norm_forward, group_norm_workspace
 
 from .. import autocast
-from ..interop import accumulator_dtype, check_parameters, dense, one_device, run
-from .gradients import NormGradient, differentiable
+from ..calls import call
+from ..interop import accumulator_dtype, check_parameters, dense, integer, number, one_device
+from .gradients import NormGradient, differentiable, will_need_grad
+
+
+def _forward(new, x, weight, bias, num_groups, *, eps):
+    y, statistics = new.like(x), new((2, x.shape[0] * num_groups), common.accumulator_dtype(x))
+    group_norm_forward(x, num_groups, weight, bias, y, statistics[0], statistics[1], eps)
+    return y, statistics
+
+
+def _backward(new, dy, x, weight, bias, statistics, num_groups, needed):
+    need_x, need_weight, need_bias = needed
+    dx = new.like(x if need_x else None)
+    dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
+    workspace = None
+    if need_weight or need_bias:
+        workspace = new.scratch(group_norm_workspace(x.shape), statistics.dtype)
+    mean, rstd = statistics[0], statistics[1]
+    group_norm_backward(dy, x, num_groups, mean, rstd, weight, dx, dweight, dbias, workspace)
+    return dx, dweight, dbias
 
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, num_groups, eps):
-        statistics = torch.empty((2, x.shape[0] * num_groups), dtype=accumulator_dtype(x), device=x.device)
-        mean, rstd = statistics
-        y = torch.empty_like(x)
-        run(group_norm_forward, x, num_groups, weight, bias, y, mean, rstd, eps)
+    def forward(ctx, x, weight, bias, num_groups, eps, check):
+        y, statistics = call(_forward, x, weight, bias, num_groups, check=check, eps=eps)
         ctx.num_groups, ctx.eps = num_groups, eps
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(x, weight, bias, statistics)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        kernels = functools.partial(_gradients, mean, rstd, ctx.num_groups, ctx.needs_input_grad[:3])
+        x, weight, bias, statistics = ctx.saved_tensors
+        kernels = functools.partial(_gradients, statistics, ctx.num_groups, ctx.needs_input_grad[:3])
         definition = functools.partial(_definition, ctx.num_groups, ctx.eps)
-        return *differentiable(NormGradient, kernels, definition, dy, x, weight, bias), None, None
+        return *differentiable(NormGradient, kernels, definition, dy, x, weight, bias), None, None, None
 
 
-def _gradients(mean, rstd, num_groups, needed, dy, x, weight, bias):
-    need_x, need_weight, need_bias = needed
-    dx = torch.empty_like(x) if need_x else None
-    dweight = torch.empty_like(weight) if need_weight else None
-    dbias = torch.empty_like(bias) if need_bias else None
-    workspace = mean.new_empty(group_norm_workspace(x.shape)) if need_weight or need_bias else None
-    run(group_norm_backward, dense(dy), x, num_groups, mean, rstd, weight, dx, dweight, dbias, workspace)
-    return dx, dweight, dbias
+def _gradients(statistics, num_groups, needed, dy, x, weight, bias):
+    return call(_backward, dense(dy), x, weight, bias, statistics, num_groups, needed)
 
 
 def _definition(num_groups, eps, x, weight, bias):
@@ -69,10 +80,21 @@ def group_norm(
     Raises RuntimeError for a wrong number of dimensions, groups or elements; ValueError for one value per group in a
     batch of one, and for groups of 2^31 values and more; TypeError for dtypes.
     """
+    num_groups, eps = integer(num_groups, "num_groups"), number(eps, "eps")
+    input, weight, bias = autocast.single(input, weight, bias)
+
+    def check():
+        _check(input, num_groups, weight, bias)
+
+    tensors = (dense(input), dense(weight), dense(bias))
+    if will_need_grad(*tensors):
+        return _GroupNorm.apply(*tensors, num_groups, eps, check)
+    return call(_forward, *tensors, num_groups, check=check, eps=eps)[0]
+
+
+def _check(input, num_groups, weight, bias):
     if input.dim() < 2:
         raise RuntimeError(f"group_norm takes input [N, C, *], received shape {tuple(input.shape)}")
-    if isinstance(num_groups, bool) or not isinstance(num_groups, int):
-        raise TypeError(f"num_groups must be an int, received {num_groups!r}")
     channels = input.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise RuntimeError(
@@ -85,6 +107,4 @@ def group_norm(
         if tensor is not None and tensor.shape != (channels,):
             raise RuntimeError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")
     one_device((input, weight, bias))
-    input, weight, bias = autocast.single(input, weight, bias)
     check_parameters(input, weight=weight, bias=bias)
-    return _GroupNorm.apply(dense(input), dense(weight), dense(bias), num_groups, eps)

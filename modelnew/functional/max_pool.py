@@ -1,22 +1,40 @@
 """max_pool2d, with the signature of torch.nn.functional.max_pool2d."""
 
+import numpy as np
 import torch
 
 from cupy_kernels.max_pool import max_pool_backward, max_pool_forward, max_pool_select
 from cupy_kernels.pool import Pool, pool_output_size
 
-from ..interop import check_floating, dense, pair, run
-from .gradients import differentiable
+from ..calls import call
+from ..interop import check_floating, dense, pair
+from .gradients import differentiable, will_need_grad
+
+
+def _forward(new, x, pool, ceil_mode, return_indices, keep):
+    y = new(pooled_shape(x.shape, pool, ceil_mode), x.dtype)
+    indices = new(y.shape, np.int64) if return_indices else None
+    taps = new_taps(new, y, pool) if keep else None
+    max_pool_forward(x, y, taps, indices, *pool)
+    return y, indices, taps
+
+
+def _backward(new, dy, taps, pool, shape):
+    dx = new(shape, dy.dtype)
+    max_pool_backward(dy, taps, dx, *pool)
+    return dx
+
+
+def _select(new, x, taps, pool):
+    y = new(taps.shape, x.dtype)
+    max_pool_select(x, taps, y, *pool)
+    return y
 
 
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, pool, ceil_mode, return_indices, need_taps):
-        x = dense(x)
-        y = x.new_empty(pooled_shape(x.shape, pool, ceil_mode))
-        taps = new_taps(y, pool) if need_taps else None
-        indices = torch.empty_like(y, dtype=torch.int64) if return_indices else None
-        run(max_pool_forward, x, y, taps, indices, *pool)
+    def forward(ctx, x, pool, ceil_mode, return_indices):
+        y, indices, taps = call(_forward, x, pool, ceil_mode, return_indices, True)
         ctx.save_for_backward(taps)
         ctx.pool, ctx.shape = pool, x.shape
         if not return_indices:
@@ -26,7 +44,7 @@ class _MaxPool2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        return max_pool_gradient(dy, *ctx.saved_tensors, ctx.pool, ctx.shape), None, None, None, None
+        return max_pool_gradient(dy, *ctx.saved_tensors, ctx.pool, ctx.shape), None, None, None
 
 
 class _MaxPoolGradient(torch.autograd.Function):
@@ -34,9 +52,7 @@ class _MaxPoolGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(dy, taps, pool, shape):
-        dx = dy.new_empty(shape)
-        run(max_pool_backward, dense(dy), taps, dx, *pool)
-        return dx
+        return call(_backward, dense(dy), taps, pool, shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -53,9 +69,7 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     def forward(x, taps, pool):
-        y = torch.empty_like(taps, dtype=x.dtype)
-        run(max_pool_select, dense(x), taps, y, *pool)
-        return y
+        return call(_select, dense(x), taps, pool)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -89,14 +103,9 @@ def pool_of(kernel_size, stride, padding, dilation) -> Pool:
     return Pool(kernel_size, stride, pair(padding, "padding"), pair(dilation, "dilation"))
 
 
-def new_taps(y: torch.Tensor, pool: Pool) -> torch.Tensor:
-    """Memory for the position of each output within its window."""
-    return torch.empty_like(y, dtype=torch.int32 if pool.wide_taps else torch.uint8)
-
-
-def will_need_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether a backward can follow an autograd Function of these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def new_taps(new, y, pool: Pool):
+    """Memory for the position of each output within its window; new: a `calls.New`."""
+    return new(y.shape, np.int32 if pool.wide_taps else np.uint8)
 
 
 def max_pool2d(
@@ -123,4 +132,8 @@ def max_pool2d(
     """
     check_floating(input=input)
     pool = pool_of(kernel_size, stride, padding, dilation)
-    return _MaxPool2d.apply(input, pool, bool(ceil_mode), bool(return_indices), will_need_grad(input))
+    x, options = dense(input), (pool, bool(ceil_mode), bool(return_indices))
+    if will_need_grad(x):
+        return _MaxPool2d.apply(x, *options)
+    y, indices, _ = call(_forward, x, *options, False)
+    return (y, indices) if return_indices else y

@@ -4,16 +4,27 @@ import torch
 
 from cupy_kernels.tanh import tanh_backward, tanh_forward
 
-from ..interop import check_floating, dense, run
-from .gradients import differentiable
+from ..calls import call
+from ..interop import check_floating, dense
+from .gradients import differentiable, will_need_grad
+
+
+def _forward(new, x):
+    y = new.like(x)
+    tanh_forward(x, y)
+    return y
+
+
+def _backward(new, dy, y):
+    dx = new.like(y)
+    tanh_backward(dy, y, dx)
+    return dx
 
 
 class _Tanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        x = dense(x)
-        y = torch.empty_like(x)
-        run(tanh_forward, x, y)
+        y = call(_forward, x)
         ctx.save_for_backward(y)
         return y
 
@@ -27,9 +38,7 @@ class _TanhGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(dy, y):
-        dx = torch.empty_like(y)
-        run(tanh_backward, dense(dy), y, dx)
-        return dx
+        return call(_backward, dense(dy), y)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -52,4 +61,5 @@ def tanh(input: torch.Tensor) -> torch.Tensor:
     The result is contiguous. Raises TypeError for another dtype.
     """
     check_floating(input=input)
-    return _Tanh.apply(input)
+    x = dense(input)
+    return _Tanh.apply(x) if will_need_grad(x) else call(_forward, x)
