@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shlex
+import threading
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,8 @@ def wgmma(request, device):
 def many_passes(monkeypatch):
     """Units of several passes, as large batches have them, without the large batch."""
     monkeypatch.setattr(conv_transpose_mma, "MANY_IMAGES", 1)
+    plans = threading.local()
+    monkeypatch.setattr("modelnew.calls._thread", lambda: plans)
     monkeypatch.setattr("modelnew.functional.conv_bn_pool._calls", {})
     monkeypatch.setattr("modelnew.functional.conv_bn_pool._backward_calls", {})
     conv_transpose_mma.plan.cache_clear()

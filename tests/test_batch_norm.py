@@ -416,7 +416,7 @@ def test_one_value_per_channel_outside_training(device):
 def test_host_functions_refuse_arrays_that_do_not_fit():
     x, c = np.zeros((2, 3, 4, 4), np.float32), np.zeros(3, np.float32)
     with pytest.raises(ValueError, match=r"workspace for shape .* must have 6 elements, received 5"):
-        batch_norm_statistics(x, None, None, c, c, np.zeros(5, np.float32), 0.1, 1e-5)
+        batch_norm_statistics(x, None, None, None, c, c, np.zeros(5, np.float32), 0.1, 1e-5)
     with pytest.raises(ValueError, match="weight should contain 3 elements"):
         batch_norm_apply(x, c, c, np.zeros(2, np.float32), None, x.copy())
     with pytest.raises(ValueError, match="one shape"):
