@@ -14,9 +14,8 @@ number of elements. Three things keep rounding from being amplified, so that so 
   receives it (`_gradient`).
 - A loss is no measure: the errors of all elements cancel in it, by chance. The output is compared instead.
 
-PyTorch's error is that of NCHW or of channels_last, whichever is larger: cuDNN uses TF32 for the weight gradient in
-channels_last only, ModelNew always. Where neither multiplies in TF32, as on a CPU or for few images, operands rounded
-to TF32 stand for it (`parity.tf32_rounding`).
+In the TF32 class Model's error is PyTorch's or that of operands rounded to TF32 (`parity.tf32_rounding`), whichever is
+larger: cuDNN does not multiply in TF32 for few images, nor for the weight gradient in NCHW, and a CPU never does.
 
 Not judged: the convolution's bias. Its gradient is zero in mathematics, as batch norm removes what it adds, and what is
 left of it is noise, which the parity check limits.
@@ -44,18 +43,7 @@ from cupy_kernels import compiler
 
 from . import commands
 from .model import CHANNELS, HEIGHT, Model, ModelNew, get_init_inputs
-from .parity import (
-    CLASSES,
-    NEAR_TIE,
-    RATIO,
-    Error,
-    Row,
-    error,
-    multiplied_in_tf32,
-    tf32,
-    tf32_rounding,
-    within_policy,
-)
+from .parity import CLASSES, NEAR_TIE, RATIO, Error, Row, error, tf32, tf32_rounding, within_policy
 from .timing import current, free
 from .workloads import LAYOUTS
 
@@ -102,6 +90,7 @@ class Judgement(NamedTuple):
 RUNS = [Run("Model", cls, layout) for cls in reversed(CLASSES) for layout in LAYOUTS]
 RUNS += [Run("ModelNew", cls, "nchw") for cls in reversed(CLASSES)]
 _ROUNDED = Run("Model, rounded operands", "tf32", "nchw")
+_JUDGED = [run for run in RUNS if run.layout == "nchw"] + [_ROUNDED]
 
 
 def judge(settings: Settings, device: torch.device, describe: Callable[[Run], None]) -> Iterator[Judgement]:
@@ -114,7 +103,7 @@ def judge(settings: Settings, device: torch.device, describe: Callable[[Run], No
     pools = []
     truth.max_pool.register_forward_hook(lambda _, inputs, output: pools.append((*inputs, output)))
     optimizer = _optimizer(truth, settings)
-    models = {run: _build(run, start, settings) for run in (*RUNS, _ROUNDED)}
+    models = {run: _build(run, start, settings) for run in _JUDGED}
     trained = {run: (model, _optimizer(model, settings)) for run, model in models.items()}
     for step in range(JUDGED):
         x, target = batches[step % len(batches)]
@@ -129,8 +118,7 @@ def judge(settings: Settings, device: torch.device, describe: Callable[[Run], No
             describe(run)
             model.load_state_dict(state)
             with tf32(run.cls == "tf32" and run != _ROUNDED):
-                y = model(x.to(memory_format=LAYOUTS[run.layout]))
-                found[run] = _step(model, own, y, dy)
+                found[run] = _step(model, own, model(x), dy)
         for cls in CLASSES:
             for row in _rows(cls, found, expected):
                 yield Judgement(settings.seed, step + 1, row)
@@ -218,10 +206,7 @@ def _step(model, optimizer, y, dy):
 
 def _rows(cls, found, expected):
     """A row for each tensor of a class. found: {run: {tensor's name: tensor}}."""
-    runs = [run for run in RUNS if run.who == "Model" and run.cls == cls]
-    if cls == "tf32":
-        outputs = {run: error(found[run]["output"], expected["output"]) for run in (*runs, _ROUNDED)}
-        runs = [run for run in runs if multiplied_in_tf32(outputs[run], outputs[_ROUNDED])] or [_ROUNDED]
+    runs = [run for run in _JUDGED if run.cls == cls and run.who != "ModelNew"]
     for what, truth in expected.items():
         ours = found[Run("ModelNew", cls, "nchw")][what]
         errors = error(ours, truth), Error(*map(max, zip(*(error(found[run][what], truth) for run in runs))))
@@ -380,7 +365,7 @@ def training_command(device, output, steps, batch, channels, size, lr, momentum,
     shape = (channels or (16 if cpu else CHANNELS), size or (6 if cpu else HEIGHT))
     settings = Settings(steps or (10 if cpu else 300), batch or (4 if cpu else 128), *shape, lr, momentum, seed)
     seeds = seeds or (1 if cpu else 5)
-    work = seeds * JUDGED * (len(RUNS) + 1) + len(RUNS) * settings.steps
+    work = seeds * JUDGED * len(_JUDGED) + len(RUNS) * settings.steps
     try:
         with current(device), _progress(work) as describe:
             starts = [settings._replace(seed=seed + 2 * i) for i in range(seeds)]
