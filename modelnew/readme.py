@@ -1,4 +1,4 @@
-"""Writes the parts of README.md that committed records decide: times, where training ends, and what passed where."""
+"""Writes the parts of README.md that committed records decide: times, training, and what passed where."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import click
 
 from . import commands, environment
 from .generated import ROOT, check_option, settle
+from .parity import RATIO
 from .records import by_batch, comparisons, trials
 from .workloads import GRAPHS, MODELS
 
@@ -18,7 +19,7 @@ _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU
 _NO_SUITE = "No record says yet that the test suite passed on a GPU; `make record` on one writes it."
 _NEEDED = {
     "bench": ("command", "rows", "trials"),
-    "training": ("command", "rows", "steps", "batch", "seeds", "factor", "last", "comparisons"),
+    "training": ("command", "rows", "steps", "batch", "seeds", "judged", "judgements", "last"),
     "parity": ("passed", "failed", "skipped"),
 }
 
@@ -137,15 +138,26 @@ def _training(results, folder) -> str:
             f"{who} {ends[who, 'tf32']:.6f} with TF32 and {ends[who, 'fp32']:.6f} in float32"
             for who in ("Model", "ModelNew")
         ]
-        furthest = max(c["distance"] / c["classes"] for c in record["comparisons"])
-        single = max(max(c["ratios"]) for c in record["comparisons"])
+        judgements = record["judgements"]
+        of_output, of_weight = (
+            " and ".join(
+                f"{j['rms'] / j['torch_rms']:.2f} {text}"
+                for cls, text in (("tf32", "with TF32"), ("fp32", "in float32"))
+                for j in judgements
+                if (j["what"], j["class"]) == (what, cls)
+            )
+            for what in ("output", "conv_transpose.weight")
+        )
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append(
-            f"{_where(record)}, `{record['command']}`. {record['steps']} steps of SGD from the same parameters, on the "
-            f"same batches of {record['batch']}; mean loss of the last {record['last']}: {', '.join(losses)}. Losses "
-            f"and running statistics of ModelNew end at most {furthest:.2f} times as far from those of Model as "
-            f"Model's with TF32 end from Model's in float32 (allowed: {record['factor']}; distances are medians over "
-            f"{record['seeds']} seeds, whose furthest is {single:.2f}).\n\n![Loss curves]({picture})"
+            f"{_where(record)}, `{record['command']}`. After each of the first {record['judged']} steps of SGD, from "
+            f"{record['seeds']} seeds, output, parameters and running statistics of ModelNew are compared with a "
+            f"float64 run, and with how far Model of the same class is from it: {sum(j['ok'] for j in judgements)} of "
+            f"{len(judgements)} comparisons pass. At worst the output is {of_output} times as far as Model's, the "
+            f"convolution's weight {of_weight} (allowed: {RATIO}, and what rounding and chance explain).\n\nThen a "
+            f"demonstration: {record['steps']} steps on the same batches of {record['batch']}; "
+            f"mean loss of the last {record['last']}: {', '.join(losses)}. Rounding is amplified in so many steps, "
+            f"PyTorch's own too, so the ends are not compared.\n\n![Loss curves]({picture})"
         )
     return "\n\n".join(parts) or _NO_TRAINING
 

@@ -145,11 +145,13 @@ TRAINING = {
     "steps": 2,
     "batch": 64,
     "seeds": 3,
-    "factor": 2,
-    "last": 20,
-    "comparisons": [
-        {"what": "loss", "class": "tf32", "distance": 3e-5, "classes": 2e-5, "ratios": [1.5, 2.25, 0.5], "ok": True}
+    "judged": 5,
+    "judgements": [
+        {"what": what, "class": cls, "rms": 1.5e-7, "torch_rms": torch_rms, "ok": what == "output"}
+        for what, torch_rms in (("output", 3e-7), ("conv_transpose.weight", 1e-7))
+        for cls in ("fp32", "tf32")
     ],
+    "last": 20,
     "rows": [
         {"who": who, "class": cls, "layout": layout, "loss_last": 0.25, "losses": [1.0 + 1e-4 * (cls == "tf32"), 0.25]}
         for who in ("Model", "ModelNew")
@@ -197,7 +199,7 @@ def test_with_records(repository):
     text = (folder / "README.md").read_text(encoding="utf-8")
     where = "NVIDIA A, torch 2.11, CuPy 13.6, NVRTC 11.8, driver 580, kernels `0123456789ab`"
     assert f"{where}, `{BENCH['command']}`. Milliseconds" in text
-    assert f"{where}, `{TRAINING['command']}`. 2 steps" in text
+    assert f"{where}, `{TRAINING['command']}`. After each" in text
     assert "median of 20 trials (up to 8 images: 100), all in one process" in text
     assert "in a CUDA graph, too, that stands beside the fastest of all peers" in text
     assert "\n512 images:\n" in text
@@ -212,10 +214,11 @@ def test_with_records(repository):
     assert "conv_forward" not in text
     assert "4.2 s with nothing compiled before, 0.7 s with kernels compiled on disk." in text
     assert "driver 580, kernels `0123456789ab` | 1020 | 0 | 2 |" in text
-    assert "2 steps of SGD from the same parameters, on the same batches of 64; mean loss of the last 20: " in text
+    assert "After each of the first 5 steps of SGD, from 3 seeds, output" in text
+    assert "2 of 4 comparisons pass. At worst the output is 0.50 with TF32 and 0.50 in float32 times as far" in text
+    assert "the convolution's weight 1.50 with TF32 and 1.50 in float32 (allowed: 1.1, and what" in text
+    assert "demonstration: 2 steps on the same batches of 64; mean loss of the last 20: " in text
     assert "ModelNew 0.250000 with TF32 and 0.250000 in float32." in text
-    assert "end at most 1.50 times as far" in text
-    assert "distances are medians over 3 seeds, whose furthest is 2.25)" in text
     for name in ("bench_a.png", "training_a.png"):
         assert f"](results/{name})" in text
         assert (folder / "results" / name).read_bytes().startswith(b"\x89PNG")
