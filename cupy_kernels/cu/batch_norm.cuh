@@ -24,7 +24,7 @@ struct Normaliser {
         bool large = sizeof(acc_t) == 4 && (invstd < 0x1p-64f || fabs(mean) > 0x1p64f);
         unit = large ? 0x1p-32f : 1;
         this->mean = mean * unit;
-        this->invstd = multiply_unflushed(invstd, large ? 0x1p32f : 1);
+        this->invstd = multiply_unflushed(invstd, (acc_t)(large ? 0x1p32f : 1));
     }
     __device__ acc_t operator()(acc_t x) const { return (x * unit - mean) * invstd; }
 };
