@@ -50,10 +50,10 @@ struct Moments { acc_t mean, squares; };  // squares: sum of squared distances f
 template <class N, class P> __device__ inline void store_statistics(
     Moments moments, acc_t unit, N count, acc_t eps, acc_t* mean, acc_t* invstd, P* running_mean, P* running_var, acc_t momentum,
     acc_t shift) {
-    acc_t back = inverse_of(unit), batch_mean = moments.mean * back, batch_var = moments.squares / (count - 1) * back * back;
+    acc_t back = inverse_of(unit), batch_mean = moments.mean * back, batch_var = moments.squares / (count - 1) * back;
     *mean = batch_mean;
     *invstd = invstd_of(moments.squares / count, unit, eps);
     if (!running_mean) return;
     *running_mean = from_acc<P>((1 - momentum) * to_acc(*running_mean) + momentum * (batch_mean + shift));
-    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * batch_var);
+    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * back * batch_var);  // the variance alone may overflow
 }
