@@ -162,12 +162,14 @@ def test_large_mean_and_small_variance(device, outlier, shape):
     torch.testing.assert_close(y.double(), truth, rtol=1e-6, atol=rounding / columns.std(1).min().item() + 1e-6)
 
 
-def test_constant_channel(device):
-    x = torch.full((3, 2, 4, 5), 1e4 / 3, device=device, requires_grad=True)
+@pytest.mark.parametrize("value", [1e4 / 3, -3e38, 3.4e38])
+def test_constant_channel(device, value):
+    x = torch.full((3, 2, 4, 5), value, device=device, requires_grad=True)
     weight, bias = parameters(2, device)
     y = batch_norm(x, None, None, weight, bias, training=True)
     assert torch.equal(y, bias.view(2, 1, 1).expand(3, 2, 4, 5))
-    check_pair(PAIRS[0].values[0], x, (), weight, bias, training=True)
+    if value == 1e4 / 3:  # 120 times the others is not a float64 times 120: PyTorch finds a variance there
+        check_pair(PAIRS[0].values[0], x, (), weight, bias, training=True)
 
 
 @pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [INF, INF], [INF, -INF], [NAN, INF]], ids=str)
@@ -197,6 +199,63 @@ def test_nan_in_the_gradient(device, training):
     )
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+# Squares of float32 values overflow from 1.8e19 on, sums from 1.7e38 on, differences of opposite signs too.
+LARGE = {
+    "1e20": lambda shape: torch.randn(shape) * 1e20,
+    "1e38": lambda shape: torch.randn(shape).clamp(-3, 3) * 1e38,
+    "opposite": lambda shape: torch.randn(shape).sign() * 3e38,
+    "one_chunk": lambda shape: torch.randn(shape) * torch.tensor([1e38] + [1.0] * (shape[0] - 1)).view(-1, 1, 1, 1),
+    "outliers": lambda shape: torch.full(shape, -1e38).masked_fill(torch.rand(shape) < 0.05, 3.3e38),
+    "far": lambda shape: 2e38 + torch.randn(shape) * 3e37,
+}
+
+
+def results(function, cast, x, weight, bias, dy, training=True):
+    """Output, gradients and running statistics."""
+    leaves = [cast(t.detach()).requires_grad_() for t in (x, weight, bias)]
+    running = cast(torch.zeros_like(weight)), cast(torch.ones_like(weight))
+    y = function(leaves[0], *running, *leaves[1:], training=training)
+    return [y, *torch.autograd.grad(y, leaves, cast(dy)), *running]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 4, 5), (9, 2, 32, 32)], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_large_values_are_as_right_as_small_ones(device, name, shape, dtype, pair):
+    """PyTorch's own results are zeros and NaN there."""
+    x, dy = LARGE[name](shape).to(device, dtype), torch.randn(shape).to(device, dtype)
+    weight, bias = parameters(shape[1], device, dtype)
+    ours = results(pair[0], torch.Tensor.clone, x, weight, bias, dy)
+    truth = results(pair[1], torch.Tensor.double, x, weight, bias, dy)
+    for actual, expected in zip(ours, truth):
+        scale = x.abs().max().item() if expected is truth[4] else None  # of running_mean: rounding is that of values
+        assert error(actual, expected.to(dtype), scale).rms < 16 * torch.finfo(dtype).eps
+
+
+def test_large_values_outside_training(device):
+    """Sums overflow in both directions on the way to gradients that are infinite, too."""
+    x, dy = LARGE["1e38"]((4, 3, 8, 8)).to(device), torch.randn(4, 3, 8, 8, device=device)
+    weight, bias = parameters(3, device)
+    ours = results(batch_norm, torch.Tensor.clone, x, weight, bias, dy, training=False)
+    truth = results(F.batch_norm, torch.Tensor.double, x, weight, bias, dy, training=False)
+    for actual, expected in zip(ours, truth):
+        assert error(actual, expected.float()).rms < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4, 5), (9, 2, 32, 32)], ids=str)
+def test_large_incoming_gradients(device, shape):
+    """Their sums overflow, and so do the gradients of weight and bias, but not that of x."""
+    x, dy = 1e20 * torch.randn(shape, device=device), 1e37 * (torch.rand(shape, device=device) + 0.5)
+    weight, bias = parameters(shape[1], device)
+    ours = results(batch_norm, torch.Tensor.clone, x, weight, bias, dy)
+    truth = results(F.batch_norm, torch.Tensor.double, x, weight, bias, dy)
+    assert truth[3].float().isinf().all()
+    for actual, expected in zip(ours[:4], truth[:4]):
+        scale = dy.double().sum().item() if expected is truth[2] else None  # of weight's gradient, a sum that cancels
+        assert error(actual, expected.float(), scale).rms < 1e-6
 
 
 def test_denormals(device):

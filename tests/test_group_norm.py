@@ -8,6 +8,7 @@ from tolerance import check, check_gradients
 
 from cupy_kernels.group_norm import group_norm_backward, group_norm_forward
 from modelnew.functional import group_norm
+from modelnew.parity import error
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 PARAMETER_DTYPES = [*zip(DTYPES, DTYPES), (torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
@@ -109,8 +110,9 @@ def test_large_mean_and_small_variance(device, outlier, shape):
     torch.testing.assert_close(spread, torch.ones_like(spread), rtol=2e-6, atol=0)
 
 
-def test_constant_group(device):
-    x, (weight, bias) = torch.full((3, 2, 4, 5), 1e4 / 3, device=device), parameters(2, device)
+@pytest.mark.parametrize("value", [1e4 / 3, -3e38, 3.4e38])
+def test_constant_group(device, value):
+    x, (weight, bias) = torch.full((3, 2, 4, 5), value, device=device), parameters(2, device)
     assert torch.equal(group_norm(x, 1, weight, bias), bias.view(2, 1, 1).expand_as(x))
 
 
@@ -131,6 +133,48 @@ def test_nan_in_the_gradient(device):
     )
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+# Squares of float32 values overflow from 1.8e19 on, sums from 1.7e38 on, differences of opposite signs too.
+LARGE = {
+    "1e20": lambda shape: torch.randn(shape) * 1e20,
+    "1e38": lambda shape: torch.randn(shape).clamp(-3, 3) * 1e38,
+    "opposite": lambda shape: torch.randn(shape).sign() * 3e38,
+    "outliers": lambda shape: torch.full(shape, -1e38).masked_fill(torch.rand(shape) < 0.05, 3.3e38),
+    "far": lambda shape: 2e38 + torch.randn(shape) * 3e37,
+}
+
+
+def results(function, cast, x, weight, bias, dy):
+    """Output and gradients."""
+    leaves = [cast(t.detach()).requires_grad_() for t in (x, weight, bias)]
+    y = function(leaves[0], 2, *leaves[1:])
+    return [y, *torch.autograd.grad(y, leaves, cast(dy))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 5, 8), (1, 4, 90, 91)], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_large_values_are_as_right_as_small_ones(device, name, shape, dtype):
+    """PyTorch's own results are zeros and NaN there."""
+    x, dy = LARGE[name](shape).to(device, dtype), torch.randn(shape).to(device, dtype)
+    weight, bias = parameters(4, device, dtype)
+    ours = results(group_norm, torch.Tensor.clone, x, weight, bias, dy)
+    truth = results(F.group_norm, torch.Tensor.double, x, weight, bias, dy)
+    for actual, expected in zip(ours, truth):
+        assert error(actual, expected.to(dtype)).rms < 16 * torch.finfo(dtype).eps
+
+
+def test_large_incoming_gradients(device):
+    """Their sum over a group overflows; the gradient of x does not."""
+    shape = (3, 4, 5, 8)
+    x, dy = 1e20 * torch.randn(shape, device=device), 5e36 * (torch.rand(shape, device=device) + 0.5)
+    weight, bias = (p.detach().abs().requires_grad_() for p in parameters(4, device))
+    ours = results(group_norm, torch.Tensor.clone, x, weight, bias, dy)
+    truth = results(F.group_norm, torch.Tensor.double, x, weight, bias, dy)
+    assert (dy.double() * weight.view(1, 4, 1, 1)).view(3, 2, -1).sum(2).float().isinf().any()
+    for actual, expected in zip(ours, truth):
+        assert error(actual, expected.float()).rms < 1e-6
 
 
 def test_denormals(device):

@@ -24,7 +24,7 @@ struct Normaliser {
         bool large = sizeof(acc_t) == 4 && (invstd < 0x1p-64f || fabs(mean) > 0x1p64f);
         unit = large ? 0x1p-32f : 1;
         this->mean = mean * unit;
-        this->invstd = multiply_unflushed(invstd, large ? 0x1p32f : 1);
+        this->invstd = multiply_unflushed(invstd, (acc_t)(large ? 0x1p32f : 1));
     }
     __device__ acc_t operator()(acc_t x) const { return (x * unit - mean) * invstd; }
 };
@@ -50,10 +50,10 @@ struct Moments { acc_t mean, squares; };  // squares: sum of squared distances f
 template <class N, class P> __device__ inline void store_statistics(
     Moments moments, acc_t unit, N count, acc_t eps, acc_t* mean, acc_t* invstd, P* running_mean, P* running_var, acc_t momentum,
     acc_t shift) {
-    acc_t back = inverse_of(unit), batch_mean = moments.mean * back, batch_var = moments.squares / (count - 1) * back * back;
+    acc_t back = inverse_of(unit), batch_mean = moments.mean * back, batch_var = moments.squares / (count - 1) * back;
     *mean = batch_mean;
     *invstd = invstd_of(moments.squares / count, unit, eps);
     if (!running_mean) return;
     *running_mean = from_acc<P>((1 - momentum) * to_acc(*running_mean) + momentum * (batch_mean + shift));
-    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * batch_var);
+    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * back * batch_var);  // the variance alone may overflow
 }

@@ -36,14 +36,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
         bool more = start < steps_end;
         if (more) {
             int oh = h * stride_h + shift_h, ow = w * stride_w + shift_w;
-            bool valid = pixel < steps_end, inside = valid && oh >= 0 && oh < out_h && ow >= 0 && ow < out_w;
+            bool inside = pixel < steps_end && oh >= 0 && oh < out_h && ow >= 0 && ow < out_w;
             i64 place = (i64)image * groups + group;
             const scalar_t* a = x + place * in_channels * in_pixels + h * in_w + w;
             const scalar_t* b = dy + place * out_channels * out_pixels + oh * out_w + ow;
             #pragma unroll
             for (int i = 0; i < LOADS_M; i++) {
                 int m = m_start + (threadIdx.x + i * THREADS) / TILE_K;
-                next_a[i] = valid && m < in_channels ? to_acc(a[m * in_pixels]) : 0;
+                next_a[i] = inside && m < in_channels ? to_acc(a[m * in_pixels]) : 0;
             }
             #pragma unroll
             for (int i = 0; i < LOADS_N; i++) {
