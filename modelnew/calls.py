@@ -18,7 +18,7 @@ from cupy_kernels.plan import Plan, Slot
 from cupy_kernels.source import until_overridden
 
 from . import recorders
-from .interop import NUMPY, TORCH, Layout, Workspace, one_device, raw_stream, view
+from .interop import NUMPY, TORCH, Layout, Workspace, check_memory, dense, one_device, raw_stream, view
 
 _MOST_KNOWN = 4096  # plans of a thread
 _MEMORY = (torch.Tensor, Workspace)
@@ -31,8 +31,6 @@ class Kind(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    alignment: int | None  # the address modulo 16; None for a tensor without memory
-    contiguous: bool
 
     @property
     def is_cuda(self) -> bool:
@@ -67,7 +65,7 @@ class _Known(NamedTuple):
     plan: Plan
     gpu: int | None  # its index
     device: torch.device
-    scratch: int  # bytes
+    scratch: int | None  # bytes of workspaces; None if there are none
     results: list[tuple[tuple[int, ...], torch.dtype]]  # what to allocate
     returned: tuple[int | None, ...] | int | None  # places in `results`
 
@@ -89,8 +87,7 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
     if recorders.may_record():
         recorders.refuse(operation)
     values = [*args, *options.values()]
-    pointers = [value.data_ptr() if isinstance(value, _MEMORY) else 0 for value in values]
-    key = (operation, *options, *map(_facts, values, pointers))
+    key, pointers = _kind(operation, options, values)
     known = _thread().__dict__
     found = known.get(key)
     if found is None:
@@ -98,7 +95,9 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
             check()
         found = _make(operation, values, options, new=New(len(values)))
         remember(known, key, found)
-    scratch = torch.empty(found.scratch, dtype=torch.uint8, device=found.device) if found.scratch else None
+    scratch = None
+    if found.scratch is not None:
+        scratch = torch.empty(found.scratch, dtype=torch.uint8, device=found.device)
     results = [torch.empty(shape, dtype=dtype, device=found.device) for shape, dtype in found.results]
     made = (scratch, *results)
     pointers += [0 if tensor is None else tensor.data_ptr() for tensor in made]
@@ -106,6 +105,13 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
     if isinstance(found.returned, tuple):
         return tuple(None if place is None else results[place] for place in found.returned)
     return None if found.returned is None else results[found.returned]
+
+
+def dense_after(check: Callable, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors as `dense`. Where one has to be copied, check() comes first: a refused call copies nothing."""
+    if not all(t is None or t.is_contiguous() for t in tensors):
+        check()
+    return [dense(t) for t in tensors]
 
 
 def run(operation: Callable, *args, like=None, **options) -> None:
@@ -121,10 +127,10 @@ def run(operation: Callable, *args, like=None, **options) -> None:
     if recorders.may_record():
         recorders.refuse(operation)
     values = [*args, *options.values()]
-    pointers = [value.data_ptr() if isinstance(value, _MEMORY) else 0 for value in values]
     if like is None:
-        key = (operation, *options, *map(_facts, values, pointers))
+        key, pointers = _kind(operation, options, values)
     else:
+        pointers = [value.data_ptr() if isinstance(value, _MEMORY) else 0 for value in values]
         key = (operation, like, *map(_alignment, pointers))
     known = _thread().__dict__
     found = known.get(key)
@@ -142,7 +148,7 @@ def _make(operation, values, options, new=None) -> _Known:
     plan = Plan(operation, args, dict(zip(options, stand_ins[count:])))
     gpu = device.index if device.type == "cuda" else None
     if new is None:
-        return _Known(plan, gpu, device, 0, [], None)
+        return _Known(plan, gpu, device, None, [], None)
     results = [(slot.shape, TORCH[slot.dtype]) for slot in new.results]
     places = {id(slot): place for place, slot in enumerate(new.results)}
     returned = plan.result
@@ -150,7 +156,8 @@ def _make(operation, values, options, new=None) -> _Known:
         returned = tuple(None if slot is None else places[id(slot)] for slot in returned)
     elif returned is not None:
         returned = places[id(returned)]
-    return _Known(plan, gpu, device, Layout(new.scratches).size, results, returned)
+    scratch = Layout(new.scratches).size if new.scratches else None
+    return _Known(plan, gpu, device, scratch, results, returned)
 
 
 def _start(found, values, pointers):
@@ -171,12 +178,23 @@ def remember(known: dict, key, value) -> None:
     known[key] = value
 
 
-def _facts(value, pointer):
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype, value.device, _alignment(pointer), value.is_contiguous()
-    if isinstance(value, Workspace):
-        return value.layout, value.memory.device
-    return float if isinstance(value, float) else value
+def _kind(operation, options, values):
+    """(what plans are known by, the addresses of the values)"""
+    key, pointers = [operation, *options], []
+    for value in values:
+        pointer = 0
+        if isinstance(value, torch.Tensor):
+            pointer = value.data_ptr()
+            key += value.shape, value.dtype, value.get_device(), _alignment(pointer), value.is_contiguous()
+        elif isinstance(value, float):
+            key.append(float)
+        elif isinstance(value, Workspace):
+            pointer = value.data_ptr()
+            key += value.layout, value.memory.get_device()
+        else:
+            key.append(value)
+        pointers.append(pointer)
+    return tuple(key), pointers
 
 
 def _alignment(pointer):
@@ -185,14 +203,13 @@ def _alignment(pointer):
 
 def _stand_in(index, value):
     if isinstance(value, torch.Tensor):
-        kind = Kind(*_facts(value, value.data_ptr()))
-        if value.numel() and kind.alignment is None:
-            raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
-        if not kind.contiguous:
+        kind, alignment = Kind(value.shape, value.dtype, value.device), value.data_ptr() & 15
+        check_memory(value)
+        if not value.is_contiguous():
             raise ValueError(
                 f"kernels take contiguous tensors, received shape {tuple(value.shape)} with strides {value.stride()}"
             )
-        return Slot(index, kind.shape, NUMPY[kind.dtype], kind.alignment or 0, kind=kind)
+        return Slot(index, kind.shape, NUMPY[kind.dtype], alignment, kind=kind)
     if isinstance(value, Workspace):
         places = value.layout.places.items()
         return {name: Slot(index, shape, dtype, offset=offset) for name, (offset, shape, dtype) in places}

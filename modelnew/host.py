@@ -24,11 +24,13 @@ from . import commands, layers, records
 from .model import Model, ModelNew, get_init_inputs
 from .timing import current
 
-CALLS = 200
 TRIALS = 15
+_TRIAL_SECONDS = 0.02
+_FEWEST_CALLS = 5
 _SHAPE = (2, 8, 8, 8)
 _CHANNELS = _SHAPE[1]
 
+progress = Console(stderr=True)
 out = Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -76,13 +78,17 @@ def _operators() -> Iterator[tuple[str, Callable, tuple]]:
     yield "ResNet18 N=2", resnet18, (2, 3, 64, 64)
 
 
-def measure(device: torch.device, calls: int, trials: int) -> Iterator[dict]:
+def measure(device: torch.device, trials: int) -> Iterator[dict]:
     """The rows of the record: microseconds a call, ours and PyTorch's in turns."""
     for name, make, shape in _operators():
         modules = [make(kind).to(device) for kind in (layers, nn)]
         for what, addresses in itertools.product(("forward", "step"), ("same", "new")):
             loops = [_loop(module, what, addresses, shape, device) for module in modules]
-            times = [[loop(calls) for loop in loops] for _ in range(trials + 1)][1:]
+            for loop in loops * 3:  # the first calls compile
+                loop(_FEWEST_CALLS)
+            slowest = max(loop(_FEWEST_CALLS) for loop in loops)
+            calls = max(_FEWEST_CALLS, round(_TRIAL_SECONDS / slowest * 1e6))
+            times = [[loop(calls) for loop in loops] for _ in range(trials)]
             ours, eager = (statistics.median(column) for column in zip(*times))
             least, least_eager = map(min, zip(*times))
             yield {
@@ -144,11 +150,10 @@ def show(record: dict) -> None:
     short_help="Time the host's part of a call beside PyTorch's.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option("--calls", type=click.IntRange(min=1), default=CALLS, show_default=True, help="Calls of a trial.")
 @click.option("--trials", type=click.IntRange(min=1), default=TRIALS, show_default=True, help="Trials of each time.")
 @commands.device_option
 @commands.output_option("host")
-def host_command(device, output, calls, trials):
+def host_command(device, output, trials):
     """Time the host's part of a call on tiny tensors: each layer, ModelNew on one image, and a ResNet18.
 
     Forward under no_grad, and a step: forward and all gradients; with the same tensors again and again, and with
@@ -158,12 +163,11 @@ def host_command(device, output, calls, trials):
     if device.type == "cpu":
         raise click.ClickException("host times are those of launches on a GPU; there is none here")
     with current(device):
-        record = {
-            **commands.head(device),
-            "calls": calls,
-            "trials": trials,
-            "rows": list(measure(device, calls, trials)),
-        }
+        rows = []
+        for row in measure(device, trials):
+            rows.append(row)
+            progress.print("{operator}, {what}, {addresses} addresses".format(**row), highlight=False)
+        record = {**commands.head(device), "trials": trials, "rows": rows}
         path = commands.record_path("host", device, output)
         records.write(record, path)
     show(record)

@@ -71,6 +71,7 @@ class _Memory:
     """
 
     def __init__(self, tensor: torch.Tensor):
+        check_memory(tensor)
         dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
         self.tensor = tensor
         self.__array_interface__ = {
@@ -157,6 +158,12 @@ class _ExternalStream(NamedTuple):
         return 0, self.pointer
 
 
+def check_memory(tensor: torch.Tensor) -> None:
+    """RuntimeError for a tensor that has elements and no memory for them."""
+    if tensor.numel() and not tensor.data_ptr():
+        raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
+
+
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must.
 
@@ -206,13 +213,17 @@ def number(value, name: str) -> float:
 def integer(value, name: str) -> int:
     """A whole number, of NumPy's or a tensor, too, as an int. TypeError for anything else."""
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int, received {value!r}") from None
+        pass
+    raise TypeError(f"{name} must be an int, received {value!r}")
 
 
 def pair(value, name: str) -> tuple[int, int]:
     """(value, value) for an int, (a, b) for two of them. TypeError or ValueError for anything else."""
+    if type(value) is int:
+        return value, value
     if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
         return value
     try:

@@ -16,7 +16,7 @@ from cupy_kernels.batch_norm import (
 )
 from cupy_kernels.common import accumulator_dtype
 
-from ..calls import call
+from ..calls import call, dense_after
 from ..interop import check_parameters, dense, number, one_device
 from .gradients import NormGradient, will_need_grad
 from .tanh import tanh_gradient
@@ -213,14 +213,15 @@ def batch_norm_tanh(
 
 def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, tanh):
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    x, weight, bias = dense(input), dense(weight), dense(bias)
-    running = kernels_buffers(running_mean, running_var, batches, training)
+    x = input
     if input.shape == (0,):  # an empty batch of as many channels as the others have
-        x = x.view(0, next((t.numel() for t in (running_mean, weight, bias) if t is not None), 0))
+        x = input.view(0, next((t.numel() for t in (running_mean, weight, bias) if t is not None), 0))
 
     def check():
         check_batch_norm(x, running_mean, running_var, weight, bias, training)
 
+    x, weight, bias = dense_after(check, x, weight, bias)
+    running = kernels_buffers(running_mean, running_var, batches, training)
     options = {"training": training, "momentum": momentum, "eps": eps, "tanh": tanh}
     if will_need_grad(x, weight, bias):
         saved = applied_statistics(running_mean, running_var, training)

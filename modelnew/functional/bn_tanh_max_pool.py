@@ -10,7 +10,7 @@ from cupy_kernels.bn_tanh_max_pool import (
     bn_tanh_max_pool_workspace,
 )
 
-from ..calls import call
+from ..calls import call, dense_after
 from ..interop import accumulator_dtype, check_floating, dense
 from .batch_norm import (
     applied_statistics,
@@ -156,16 +156,16 @@ def bn_tanh_max_pool2d(
     """
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     training, pool, ceil_mode = bool(training), pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode)
-    x, weight, bias = dense(input), dense(weight), dense(bias)
-    running = kernels_buffers(running_mean, running_var, num_batches_tracked, training)
     options = {"training": training, "momentum": momentum, "eps": eps, "pool": pool, "ceil_mode": ceil_mode}
 
     def check():
-        check_batch_norm(x, running_mean, running_var, weight, bias, training)
+        check_batch_norm(input, running_mean, running_var, weight, bias, training)
         if input.dim() != 4:
             raise RuntimeError(f"bn_tanh_max_pool2d takes input [N, C, H, W], received shape {tuple(input.shape)}")
         pooled_shape(input.shape, pool, ceil_mode)
 
+    x, weight, bias = dense_after(check, input, weight, bias)
+    running = kernels_buffers(running_mean, running_var, num_batches_tracked, training)
     if will_need_grad(x, weight, bias):
         applied = applied_statistics(running_mean, running_var, training)
         y = _BnTanhMaxPool2d.apply(x, weight, bias, running, applied, check, options)

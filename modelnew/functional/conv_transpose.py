@@ -12,7 +12,7 @@ from cupy_kernels import conv_transpose_mma as mma
 from cupy_kernels import conv_wgrad_mma as wgrad_mma
 
 from .. import autocast
-from ..calls import call, run
+from ..calls import call, dense_after, run
 from ..interop import accumulator_dtype, aligned, check_floating, dense, integer, one_device, pair
 from ..numerics import check_numerics, choose, tensor_core_plan, wgrad_plan
 from .gradients import differentiable, will_need_grad
@@ -188,9 +188,10 @@ def _packed(w):
     return w.new_empty(ops.packed_weight_size(w.shape), dtype=accumulator_dtype(w))
 
 
-def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=None) -> torch.Tensor:
+def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=lambda: None) -> torch.Tensor:
     """The convolution of a batch, multiplied as `choice`, a `numerics.Choice`, says. check: as in `calls.call`."""
-    tensors = aligned(x), dense(w), dense(bias)
+    x, w, bias = dense_after(check, x, w, bias)
+    tensors = aligned(x), w, bias
     if will_need_grad(*tensors):
         return _ConvTranspose2d.apply(*tensors, geometry, choice, check)
     return call(_forward, *tensors, geometry, choice, check=check)

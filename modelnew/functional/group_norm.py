@@ -8,7 +8,7 @@ from cupy_kernels import common
 from cupy_kernels.group_norm import group_norm_backward, group_norm_forward, group_norm_workspace
 
 from .. import autocast
-from ..calls import call
+from ..calls import call, dense_after
 from ..interop import accumulator_dtype, check_parameters, dense, integer, number, one_device
 from .gradients import NormGradient, differentiable, will_need_grad
 
@@ -86,7 +86,7 @@ def group_norm(
     def check():
         _check(input, num_groups, weight, bias)
 
-    tensors = (dense(input), dense(weight), dense(bias))
+    tensors = dense_after(check, input, weight, bias)
     if will_need_grad(*tensors):
         return _GroupNorm.apply(*tensors, num_groups, eps, check)
     return call(_forward, *tensors, num_groups, check=check, eps=eps)[0]
