@@ -2,9 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerance import check_gradients
+from torch.nn.modules.utils import _pair as pair
 
 from modelnew.functional import conv_transpose2d
-from modelnew.interop import pair
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -124,7 +124,7 @@ def test_nan_and_inf_spread_as_in_torch(device):
 @pytest.mark.parametrize("special", [float("inf"), float("nan")])
 @pytest.mark.parametrize("case", ["stride", "dilation", "padding_over_kernel"])
 def test_pixels_without_a_partner_add_nothing_to_dw(device, case, special):
-    """Nor do infinite ones, times a zero that stands for dy outside the image; some of PyTorch's kernels give NaN there."""
+    """Nor do infinite ones, times a zero that stands for dy outside the image; some of PyTorch's kernels do."""
     x, w, b = (t.detach() for t in tensors(CASES[case], device, torch.float32))
     stride, padding, _, _, dilation = options = CASES[case][3:]
     x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1] = [special] * 4
