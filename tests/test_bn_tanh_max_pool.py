@@ -12,6 +12,7 @@ from modelnew.functional import (
     tanh,
     tanh_max_pool2d,
 )
+from modelnew.parity import error
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 INF, NAN = float("inf"), float("nan")
@@ -375,3 +376,20 @@ def test_partial_sums_of_a_large_plane(device):
     dy = torch.randn_like(y)
     (dx,), (expected,) = (torch.autograd.grad(z, x, dy) for z in (y, expected))
     check(dx, expected, expected, terms=x.numel())
+
+
+@pytest.mark.parametrize(
+    "scale", [(1e20, 1), (1e38, 1), (1, 1e36)], ids=["values_1e20", "values_1e38", "gradients_1e36"]
+)
+@pytest.mark.parametrize("window", [TWO_BY_TWO, OVERLAPPING], ids=str)
+def test_large_values_are_as_right_as_small_ones(device, window, scale):
+    """Squares and sums overflow float32; PyTorch's own results are zeros and NaN there."""
+    x = separated(2, 3, 24, 26, device=device).float() * scale[0]
+    weight, bias, _, _ = parameters(3, device)
+    found = []
+    for function, cast in ((bn_tanh_max_pool, torch.Tensor.clone), (reference, torch.Tensor.double)):
+        leaves = [cast(t).requires_grad_() for t in (x, weight, bias)]
+        y = function(leaves[0], None, None, *leaves[1:], True, window)
+        found.append([y, *torch.autograd.grad(y, leaves, torch.full_like(y, scale[1]))])
+    for ours, truth in zip(*found):
+        assert error(ours, truth.float()).rms < 2e-6

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerance import check_gradients
+from torch.nn.modules.utils import _pair as pair
 
 from modelnew.functional import conv_transpose2d
 
@@ -118,6 +119,25 @@ def test_nan_and_inf_spread_as_in_torch(device):
     options = CASES["stride"][3:]
     ours, theirs = conv_transpose2d(x, w, b, *options), F.conv_transpose2d(x, w, b, *options)
     torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("special", [float("inf"), float("nan")])
+@pytest.mark.parametrize("case", ["stride", "dilation", "padding_over_kernel"])
+def test_pixels_without_a_partner_add_nothing_to_dw(device, case, special):
+    """Nor do infinite ones, times a zero that stands for dy outside the image; some of PyTorch's kernels do."""
+    x, w, b = (t.detach() for t in tensors(CASES[case], device, torch.float32))
+    stride, padding, _, _, dilation = options = CASES[case][3:]
+    x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1] = [special] * 4
+    y = conv_transpose2d(x, w.requires_grad_(), b, *options)
+    (dw,) = torch.autograd.grad(y, w, torch.ones_like(y))
+    inside = []  # [size, kernel]: whether a row or column of x meets dy under a tap
+    for size, out, k, s, p, d in zip(x.shape[2:], y.shape[2:], w.shape[2:], *map(pair, (stride, padding, dilation))):
+        at = torch.arange(size).view(-1, 1) * s - p + torch.arange(k) * d
+        inside.append((at >= 0) & (at < out))
+    meets = inside[0].view(-1, 1, w.shape[2], 1) & inside[1].view(1, -1, 1, w.shape[3])
+    met = torch.where(meets, x.cpu()[:, :, :, :, None, None], 0).sum((0, 2, 3))
+    expected = met.unsqueeze(1).expand(w.shape)
+    torch.testing.assert_close(dw.cpu(), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 def test_gradcheck(device):

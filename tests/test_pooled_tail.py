@@ -467,12 +467,7 @@ def test_large_inputs_are_as_right_as_small_ones(device, cls, exponent, training
             y.backward(dout.to(y.dtype))
             found.append([y.detach(), leaf.grad, *(p.grad for p in m.parameters()), *m.buffers()])
             m.zero_grad()
-        names = [
-            "output",
-            "x",
-            *(name for name, _ in ours.named_parameters()),
-            *(name for name, _ in ours.named_buffers()),
-        ]
+        names = ["output", "x", *dict(ours.named_parameters()), *dict(ours.named_buffers())]
         of = {n: parity.error(a, t.to(a.dtype)).rms for n, a, t in zip(names, *found) if n != "conv_transpose.bias"}
         errors.append(of)
     for name, large in errors[1].items():
