@@ -49,7 +49,7 @@ def check_pair(pair, x, running, weight, bias, **options):
         return function(x, *(copies or (None, None)), weight, bias, **options)
 
     ours, theirs = ((lambda *args, f=f: with_copies(f, *args)) for f in pair)
-    check_gradients(ours, theirs, [x, weight, bias], terms=x.numel() // max(1, x.shape[1]))
+    check_gradients(ours, theirs, [x, weight, bias], terms=(0, 0, *[x.numel() // max(1, x.shape[1])] * 2))
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -110,7 +110,7 @@ def test_weight_and_statistics_of_different_dtypes(device, dtype):
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("shape", [(9, 2, 32, 32), (1, 2, 95, 101), (1500, 1, 2, 3), (5, 2, 35, 54)], ids=str)
 def test_several_chunks(device, pair, shape):
-    x = (torch.randn(shape, device=device) + 3).requires_grad_()
+    x = (torch.randn(shape, device=device) + 1).requires_grad_()
     check_pair(pair, x, statistics(shape[1], device), *parameters(shape[1], device), training=True)
 
 

@@ -38,13 +38,28 @@ def test_policy():
     assert within_policy(truth.float(), truth, Error(1.09e-3, 5.4e-3), theirs)
     assert not within_policy(truth.float(), truth, Error(1.2e-3, 5e-3), theirs)
     assert not within_policy(truth.float(), truth, Error(1e-3, 6.5e-3), theirs)
-    assert not within_policy(truth.float(), truth, Error(1e-6, 1e-6), Error(0.0, 0.0))
-    assert within_policy(truth.float(), truth, Error(1e-6, 1e-6), Error(0.0, 0.0), terms=1000)
-    assert within_policy(truth.half(), truth, Error(4.5e-4, 3e-3), Error(0.0, 0.0))
-    assert not within_policy(truth.half(), truth, Error(5.5e-4, 3e-3), Error(0.0, 0.0))
-    assert not within_policy(truth.float(), truth, Error(0.0, 2e-6), Error(0.0, 0.0))
+    exact = Error(0.0, 0.0)
+    assert not within_policy(truth.float(), truth, Error(7e-7, 1e-6), exact)
+    assert within_policy(truth.float(), truth, Error(7e-7, 1e-6), exact, terms=1000)
+    assert within_policy(truth.float(), truth, Error(1e-7, 1e-6), exact)
+    assert not within_policy(truth.float(), truth, Error(2e-7, 1e-6), exact)
+    assert not within_policy(truth.float(), truth, Error(0.0, 2e-6), exact)
     nothing = truth[:0]
     assert within_policy(nothing, nothing, error(nothing, nothing), error(nothing, nothing))
+
+
+def test_an_infinite_error_allows_nothing():
+    """Where PyTorch's result overflows, or is NaN, ours is judged all the same; so is a truth that is nowhere finite."""
+    truth = torch.randn(1000, dtype=torch.float64)
+    infinite = Error(float("inf"), float("inf"))
+    assert within_policy(truth.float(), truth, error(truth.float(), truth), infinite)
+    assert not within_policy(truth.float(), truth, Error(1e-3, 1e-3), infinite)
+    assert not within_policy(truth.float(), truth, infinite, infinite)
+    nan = torch.full((3,), float("nan"))
+    assert within_policy(nan, nan, error(nan, nan), infinite)
+    assert not within_policy(torch.zeros(3), nan, error(torch.zeros(3), nan), infinite)
+    large = truth.sign() * 1e5
+    assert not within_policy(large.half(), large, error(large.half(), large), infinite)  # float16 cannot hold it
 
 
 def test_policy_lets_equals_pass():
