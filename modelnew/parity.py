@@ -57,11 +57,12 @@ class Row(NamedTuple):
 def error(actual: torch.Tensor, truth: torch.Tensor, scale: float | None = None) -> Error:
     """rms and max of |actual - truth| over `scale`, by default the rms of the truth (1 where the truth is all zero).
 
-    NaN must stand where the truth has NaN and infinities must equal the truth's; anything else is an infinite error.
+    NaN must stand where the truth has NaN and infinities must equal the truth's; anything else is an infinite error. A
+    truth that the result's dtype cannot hold is an infinity.
     """
-    actual, truth = actual.detach().double(), truth.detach().double()
     if actual.shape != truth.shape:
         raise ValueError(f"result has shape {tuple(actual.shape)}, truth {tuple(truth.shape)}")
+    actual, truth = actual.detach().double(), _held(truth, actual.dtype)
     finite = truth.isfinite()
     if not torch.equal(actual.isfinite(), finite):
         return Error(float("inf"), float("inf"))
@@ -92,7 +93,7 @@ def within_policy(actual: torch.Tensor, truth: torch.Tensor, ours: Error, theirs
     that of two samples by sqrt(2) times that; twice as much is allowed, or 6 / sqrt(n) for the few errors for which
     this is more.
     """
-    truth = truth.detach().double()
+    truth = _held(truth, actual.dtype)
     finite = truth.isfinite()
     if not finite.all():
         truth = truth[finite]
@@ -100,7 +101,7 @@ def within_policy(actual: torch.Tensor, truth: torch.Tensor, ours: Error, theirs
     if not n:
         return ours == Error(0.0, 0.0)
     rounded = error(truth.to(actual.dtype), truth)
-    # An infinite error is no yardstick: where PyTorch's result, or the dtype, overflows, arithmetic alone is allowed for.
+    # An infinite error of PyTorch's is no yardstick.
     rms, largest = (max(e for e in (*pair, 0.0) if math.isfinite(e)) for pair in zip(theirs, rounded))
     peak = truth.abs().max().item() / (_rms(truth) or 1.0)
     chance = 3 / n**0.5
@@ -108,9 +109,8 @@ def within_policy(actual: torch.Tensor, truth: torch.Tensor, ours: Error, theirs
     arithmetic = torch.finfo(accumulator_dtype(actual)).eps * (2 + terms / 24) ** 0.5
     if actual.dtype == torch.float64:
         arithmetic *= 4
-    return (
-        ours.rms <= (1 + chance) * (RATIO * rms + arithmetic)
-        and ours.max <= (1 + chance_of_max) * (RATIO * largest + 2 * arithmetic * peak)
+    return ours.rms <= (1 + chance) * (RATIO * rms + arithmetic) and ours.max <= (1 + chance_of_max) * (
+        RATIO * largest + 2 * arithmetic * peak
     )
 
 
@@ -280,6 +280,13 @@ def tf32(allowed: bool):
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def _held(truth: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The truth in float64, with infinities where it is too large for a dtype."""
+    truth = truth.detach().double()
+    held = truth.to(dtype)
+    return torch.where(held.isinf(), held.double(), truth) if held.isinf().any() else truth
 
 
 def _rms(t: torch.Tensor) -> float:

@@ -119,12 +119,15 @@ SPECIAL = [
 def test_special_values(device, values, window):
     x = torch.tensor(values, device=device).reshape(1, 1, 2, 2).requires_grad_()
     y, expected = tanh_max_pool2d(x, **window), F.max_pool2d(torch.tanh(x), **window)
-    torch.testing.assert_close(y, expected, rtol=1e-6, atol=0, equal_nan=True)
+    double = x.detach().double().requires_grad_()
+    truth = F.max_pool2d(torch.tanh(double), **window)
+    check(y, truth, expected)
     assert torch.equal(y.signbit() & ~y.isnan(), expected.signbit() & ~y.isnan())
     dy = torch.ones_like(y)
     (dx,), (expected,) = (torch.autograd.grad(z, x, dy) for z in (y, expected))
     wins = F.max_pool2d(torch.tanh(x), **window, return_indices=True)[1].unique()
-    torch.testing.assert_close(dx.flatten()[wins], expected.flatten()[wins], rtol=1e-5, atol=1e-7, equal_nan=True)
+    (truth,) = torch.autograd.grad(truth, double, dy.double())
+    check(*(t.flatten()[wins] for t in (dx, truth, expected)))
     assert dx.flatten().nonzero().flatten().tolist() == [i for i in wins.tolist() if dx.flatten()[i] != 0]
 
 
@@ -379,8 +382,10 @@ def test_other_refusals(device):
 
 
 def test_partial_sums_of_a_large_plane(device):
-    x = torch.randn(2, 1, 300, 130, device=device, dtype=torch.float64).requires_grad_()
+    """Of whole numbers with a mean of 0: the statistics of so many are exact in whatever order they are added."""
+    x = torch.randint(1, 9, (1, 1, 300, 130), device=device).double()
+    x = torch.cat([x, -x]).requires_grad_()
     y, expected = (f(x, None, None, None, None, True, {"kernel_size": 1}) for f in (bn_tanh_max_pool, reference))
     dy = torch.randn_like(y)
     (dx,), (expected,) = (torch.autograd.grad(z, x, dy) for z in (y, expected))
-    check(dx, expected, expected, terms=x.numel())
+    check(dx, expected, expected)

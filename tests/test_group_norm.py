@@ -105,8 +105,6 @@ def test_large_mean_and_small_variance(device, outlier, shape):
     x[:, 0, 0, 0] += outlier
     y = group_norm(x, 2, eps=0)
     check(y, F.group_norm(x.double(), 2, eps=0), F.group_norm(x, 2, eps=0))
-    spread = y.double().view(shape[0], 2, -1).var(2, correction=0)
-    torch.testing.assert_close(spread, torch.ones_like(spread), rtol=2e-6, atol=0)
 
 
 def test_constant_group(device):

@@ -87,10 +87,17 @@ def test_truncation_in_a_kernel_is_refused(device, dtype, function, reference):
 
 @SIXTEEN_BITS
 def test_truncation_in_the_fused_model_is_refused(device, dtype):
+    """Beside PyTorch's float32 results of the same tensors, rounded: its own in 16 bits are worse on some CPUs."""
     case = case_of("fused model, tf32, training")
+
+    def in_float32(x, **tensors):
+        wide = [t if t.dtype == torch.float64 else t.float() for t in (x, *tensors.values())]
+        return tuple(t.to(x.dtype) for t in case.theirs(*wide))
+
+    strict = case._replace(theirs=in_float32)
+    assert not broken(checks.compare(strict, dtype, torch.device(device), None))
     with planted("common.cuh", *TRUNCATION):
-        found = broken(checks.compare(case, dtype, torch.device(device), None))
-    assert {"output", "gradient of w"} <= found
+        assert {"output", "gradient of w"} <= broken(checks.compare(strict, dtype, torch.device(device), None))
 
 
 def cut(values, dtype, bits=0):
@@ -139,7 +146,10 @@ def test_tf32_is_refused_in_the_float32_class(device):
     assert found == {"output", "gradient of x", "gradient of w"}
     case = case_of("fused model, fp32, eval")._replace(ours=checks._fused("tf32", False))
     assert {"output", "gradient of w"} <= broken(checks.compare(case, torch.float32, torch.device(device), None))
-    model, ours = Model(16, 16, 3, 1, 1, 1, 4, device=device), ModelNew(16, 16, 3, 1, 1, 1, 4, numerics="tf32", device=device)
+    model, ours = (
+        Model(16, 16, 3, 1, 1, 1, 4, device=device),
+        ModelNew(16, 16, 3, 1, 1, 1, 4, numerics="tf32", device=device),
+    )
     rows = parity.compare_models(model, ours, torch.randn(2, 16, 6, 8, device=device))
     assert {"output", "grad x", "grad conv_transpose.weight", "batch_norm.running_var"} <= broken(rows)
 
@@ -148,7 +158,10 @@ def test_float32_arithmetic_is_refused_in_float64(device):
     case = test_conv_transpose.CASES["mission"]
     inputs = test_conv_transpose.tensors(case, device, torch.float64)
     test_conv_transpose.check_case(case, inputs)
-    with planted("conv_transpose.cu", ("acc_t value = acc[i][j];", "acc_t value = (float)acc[i][j];")), refused("output"):
+    with (
+        planted("conv_transpose.cu", ("acc_t value = acc[i][j];", "acc_t value = (float)acc[i][j];")),
+        refused("output"),
+    ):
         test_conv_transpose.check_case(case, inputs)
     x = torch.randn(3, 12, 4, 4, device=device, dtype=torch.float64)
     parameters = test_batch_norm.parameters(12, device, torch.float64)

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from modelnew.parity import Row, error, within_policy
+from modelnew.parity import Row, error, tf32_rounded, within_policy
 
 CLASSES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -45,6 +45,11 @@ def check(
     assert within_policy(actual, truth, ours, theirs, terms), f"{what}: received {ours}, torch has {theirs}"
     if actual.is_cuda:
         keep(Row(what, CLASSES[actual.dtype], ours, theirs, close=None, ok=True))
+
+
+def torch_result(function, cls: str, *tensors: torch.Tensor) -> torch.Tensor:
+    """What PyTorch computes in a class; "tf32", which no CPU has, of operands (not vectors) rounded to it."""
+    return function(*(tf32_rounded(t) if cls == "tf32" and t.dim() > 1 else t for t in tensors))
 
 
 def check_gradients(function, reference, inputs, what: str = "gradient", terms: tuple[int, ...] | None = None) -> None:
