@@ -1,5 +1,5 @@
 """`%%cu` and `%cu_reset` for IPython and notebooks: a kernel's text in a cell, and in a second whether it is right and
-faster. `%load_ext cupy_kernels` loads them.
+faster. `%load_ext modelnew` loads them.
 """
 
 from typing import NamedTuple
@@ -144,7 +144,7 @@ def _caption(verdict):
 
 @magics_class
 class KernelMagics(Magics):
-    """The magics of `%load_ext cupy_kernels`."""
+    """The magics of `%load_ext modelnew`."""
 
     @magic_arguments()
     @argument("kernel", help="a kernel (tanh_forward), whose definition the cell replaces, or a file (tanh.cu)")
@@ -183,8 +183,3 @@ class KernelMagics(Magics):
 
 def _unchanged():
     return f"Nothing was changed. Edited at present: {', '.join(sorted(source.overridden())) or 'nothing'}."
-
-
-def register(ipython) -> None:
-    """Makes the magics known to an IPython shell."""
-    ipython.register_magics(KernelMagics)
