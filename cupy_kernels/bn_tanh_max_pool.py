@@ -2,8 +2,8 @@
 
 All arrays are contiguous: [N, C, H, W] or, without batch norm, any [..., H, W]; and [..., OH, OW]. `mean` and `invstd`
 are `batch_norm`'s; None, and with them weight and bias, stands for no batch norm. These four, (C,), have the
-accumulator's dtype: see `common.accumulator_dtype`; the workspace and sums are float64. taps, kernel_size, stride,
-padding and dilation are as in `max_pool`.
+accumulator's dtype: see `common.accumulator_dtype`. Workspace and sums are float64. taps, kernel_size, stride, padding
+and dilation are as in `max_pool`.
 """
 
 import math

@@ -54,7 +54,7 @@ progress = Console(stderr=True)
     default="auto",
     show_default=True,
     help="Class of the convolution: tf32 (10-bit operands, as PyTorch's default on a GPU), fp32, or auto: both, as "
-    "torch.backends.cudnn.allow_tf32 would have it. A CPU has fp32 only.",
+    "torch.backends.cudnn.allow_tf32 would have it; on a CPU fp32, and for tf32 PyTorch is given rounded operands.",
 )
 @click.option(
     "--device", help="cuda, cuda:1, ... or cpu, which runs the emulator.  [default: the GPU, if one is usable]"
@@ -80,8 +80,8 @@ def main(context, batch, seed, replace, numerics, device, times, trials):
             model = Model(*get_init_inputs(), device=device)
             model_new = ModelNew(*get_init_inputs(), replace=replace, numerics=numerics, device=device)
             inputs = get_inputs(batch, seed=seed, device=device)
-            classes = ("fp32",) if device.type == "cpu" else ("tf32", "fp32") if numerics == "auto" else (numerics,)
-            for cls in classes:
+            both = ("fp32",) if device.type == "cpu" else ("tf32", "fp32")
+            for cls in both if numerics == "auto" else (numerics,):
                 holds = _errors(model, model_new, *inputs, cls, seed) and holds
                 if times and device.type == "cuda":
                     _times(model, model_new, *inputs, cls, trials)
@@ -141,6 +141,8 @@ def _literal(batch, seed, device) -> bool:
 
 def _errors(model, model_new, x, cls, seed) -> bool:
     rows = compare_models(model, model_new, x, cls, seed)
+    if cls == "tf32" and x.device.type == "cpu":
+        out.print("PyTorch has no TF32 on a CPU: what it is compared with is PyTorch's, of operands rounded to TF32.")
     out.print(
         f"\n[bold]Error against float64, relative to its rms: class {cls}, replaced {', '.join(model_new.replace)}"
     )

@@ -1,7 +1,7 @@
 """How far results are from the truth, the float64 run of the reference, and the one policy that judges them.
 
 A result is right when its error against the truth is at most 1.1 times PyTorch's own error in the same class, plus
-what rounding and chance explain (`within_policy`). Classes: "fp32" (TF32 off) and "tf32" (PyTorch may round a
+what arithmetic and chance explain (`within_policy`). Classes: "fp32" (TF32 off) and "tf32" (PyTorch may round a
 convolution's operands to 10 mantissa bits).
 """
 
@@ -57,11 +57,12 @@ class Row(NamedTuple):
 def error(actual: torch.Tensor, truth: torch.Tensor, scale: float | None = None) -> Error:
     """rms and max of |actual - truth| over `scale`, by default the rms of the truth (1 where the truth is all zero).
 
-    NaN must stand where the truth has NaN and infinities must equal the truth's; anything else is an infinite error.
+    NaN must stand where the truth has NaN and infinities must equal the truth's; anything else is an infinite error. A
+    truth that the result's dtype cannot hold is an infinity.
     """
-    actual, truth = actual.detach().double(), truth.detach().double()
     if actual.shape != truth.shape:
         raise ValueError(f"result has shape {tuple(actual.shape)}, truth {tuple(truth.shape)}")
+    actual, truth = actual.detach().double(), _held(truth, actual.dtype)
     finite = truth.isfinite()
     if not torch.equal(actual.isfinite(), finite):
         return Error(float("inf"), float("inf"))
@@ -79,31 +80,37 @@ def error(actual: torch.Tensor, truth: torch.Tensor, scale: float | None = None)
 def within_policy(actual: torch.Tensor, truth: torch.Tensor, ours: Error, theirs: Error, terms: int = 0) -> bool:
     """Whether error `ours` of `actual` is at most 1.1 times PyTorch's error `theirs`, in rms and max, plus allowances.
 
+    For the dtype: no result is held to less than what rounding the truth to its dtype costs. In 16 bits that is nearly
+    all of a right result's error; a truncated one has twice as much.
+    For arithmetic: PyTorch may have computed in float64 what we compute in float32. Each operation in the accumulator's
+    dtype may be off by half a unit in the last place, eps / sqrt(12) in rms. Allowed are two dozen operations, and the
+    additions of `terms` values one after another, whose partial sums grow like sqrt(k): terms / 2 times that variance.
+    `terms` is this result's own number. Twice as much, of the truth's largest value, for the largest error.
+    For float64: the truth is a run in float64, too, and so is PyTorch's result. What they are off is unknown, and
+    depends on the order in which a CPU adds: four times the arithmetic is allowed for both together.
     For chance: two samples of n errors from one distribution differ, in rms by 1 / sqrt(n), and three times as much is
     allowed. The largest of n normal errors scatters by pi / sqrt(6) / (2 log n) of itself (extreme value statistics),
     that of two samples by sqrt(2) times that; twice as much is allowed, or 6 / sqrt(n) for the few errors for which
     this is more.
-    For rounding, where errors are too small for a ratio to mean anything: half a unit in the last place of the result's
-    dtype, relative to the truth's rms, for the rms error; two, relative to the truth's largest value, for the largest
-    error. float64 results are compared with a truth of their own precision: 16 times that. Where a result is a long
-    sum, `terms` adds what n terms added one by one in the accumulator's dtype lose, half a unit times sqrt(n / 6),
-    twice over.
     """
-    truth = truth.detach().double()
+    truth = _held(truth, actual.dtype)
     finite = truth.isfinite()
     if not finite.all():
         truth = truth[finite]
     n = truth.numel()
     if not n:
-        return ours == theirs
+        return ours == Error(0.0, 0.0)
+    rounded = error(truth.to(actual.dtype), truth)
+    # An infinite error of PyTorch's is no yardstick.
+    rms, largest = (max(e for e in (*pair, 0.0) if math.isfinite(e)) for pair in zip(theirs, rounded))
     peak = truth.abs().max().item() / (_rms(truth) or 1.0)
     chance = 3 / n**0.5
     chance_of_max = max(2 * chance, 2 * 2**0.5 * math.pi / 6**0.5 / (2 * math.log(max(n, 2))))
-    eps = torch.finfo(actual.dtype).eps * (16 if actual.dtype == torch.float64 else 1)
-    rounding = eps / 2 + torch.finfo(accumulator_dtype(actual)).eps * (terms / 6) ** 0.5
-    return (
-        ours.rms <= RATIO * (1 + chance) * theirs.rms + rounding
-        and ours.max <= RATIO * (1 + chance_of_max) * theirs.max + 4 * rounding * peak
+    arithmetic = torch.finfo(accumulator_dtype(actual)).eps * (2 + terms / 24) ** 0.5
+    if actual.dtype == torch.float64:
+        arithmetic *= 4
+    return ours.rms <= (1 + chance) * (RATIO * rms + arithmetic) and ours.max <= (1 + chance_of_max) * (
+        RATIO * largest + 2 * arithmetic * peak
     )
 
 
@@ -273,6 +280,13 @@ def tf32(allowed: bool):
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def _held(truth: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The truth in float64, with infinities where it is too large for a dtype."""
+    truth = truth.detach().double()
+    held = truth.to(dtype)
+    return torch.where(held.isinf(), held.double(), truth) if held.isinf().any() else truth
 
 
 def _rms(t: torch.Tensor) -> float:

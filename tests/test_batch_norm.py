@@ -49,7 +49,7 @@ def check_pair(pair, x, running, weight, bias, **options):
         return function(x, *(copies or (None, None)), weight, bias, **options)
 
     ours, theirs = ((lambda *args, f=f: with_copies(f, *args)) for f in pair)
-    check_gradients(ours, theirs, [x, weight, bias], terms=x.numel() // max(1, x.shape[1]))
+    check_gradients(ours, theirs, [x, weight, bias], terms=(0, 0, *[x.numel() // max(1, x.shape[1])] * 2))
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -85,16 +85,8 @@ def test_dtypes(device, dtype, parameter_dtype, training, shape):
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), PARAMETER_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 12, 4, 4), (3, 12, 3, 5)], ids=str)
 def test_dtypes_with_tanh(device, dtype, parameter_dtype, shape):
-    """The gradient of tanh from its rounded result scatters more than a comparison of two errors bears."""
     x = torch.randn(shape, device=device).to(dtype).requires_grad_()
-    weight, bias = parameters(12, device, parameter_dtype)
-    dy = torch.randn(shape, device=device).to(dtype)
-    results = []
-    for function, cast in ((batch_norm_tanh, torch.Tensor.clone), (torch_batch_norm_tanh, torch.Tensor.double)):
-        y = function(cast(x), None, None, cast(weight), cast(bias), training=True)
-        results.append((y, *torch.autograd.grad(y, (x, weight, bias), cast(dy))))
-    for ours, truth in zip(*results):
-        assert error(ours, truth).rms < 4 * torch.finfo(dtype).eps
+    check_pair(PAIRS[1].values[0], x, (), *parameters(12, device, parameter_dtype), training=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -104,13 +96,13 @@ def test_weight_and_statistics_of_different_dtypes(device, dtype):
     weight, bias = parameters(2, device, dtype)
     y = batch_norm(x, mean, var, weight, bias)
     expected = F.batch_norm(*(t.double() for t in (x, mean, var, weight, bias)))
-    torch.testing.assert_close(y, expected.to(dtype))
+    check(y, expected, expected.to(dtype))
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("shape", [(9, 2, 32, 32), (1, 2, 95, 101), (1500, 1, 2, 3), (5, 2, 35, 54)], ids=str)
 def test_several_chunks(device, pair, shape):
-    x = (torch.randn(shape, device=device) + 3).requires_grad_()
+    x = (torch.randn(shape, device=device) + 1).requires_grad_()
     check_pair(pair, x, statistics(shape[1], device), *parameters(shape[1], device), training=True)
 
 
@@ -155,11 +147,12 @@ def test_large_mean_and_small_variance(device, outlier, shape):
     mean, var = torch.zeros(2, device=device), torch.zeros(2, device=device)
     y = batch_norm(x, mean, var, training=True, momentum=1.0)
     columns = x.double().transpose(0, 1).flatten(1)
-    torch.testing.assert_close(var.double(), columns.var(1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(mean.double(), columns.mean(1), rtol=1e-7, atol=0)
-    truth = F.batch_norm(x.double(), None, None, training=True)
-    rounding = (x.max() - x.max().nextafter(x.new_tensor(0.0))).item()  # of the mean: the largest error of all
-    torch.testing.assert_close(y.double(), truth, rtol=1e-6, atol=rounding / columns.std(1).min().item() + 1e-6)
+    for statistic, truth in ((var, columns.var(1)), (mean, columns.mean(1))):
+        check(statistic, truth, truth.float())
+    expected = F.batch_norm(x.double(), None, None, training=True)
+    # In float32 the mean alone is half a unit of 1e4 off.
+    rounded = F.batch_norm(x.double(), columns.mean(1) + torch.finfo(x.dtype).eps * 2**13 / 2, columns.var(1, False))
+    check(y, expected, rounded.float())
 
 
 @pytest.mark.parametrize("value", [1e4 / 3, -3e38, 3.4e38])

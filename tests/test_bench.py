@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from faults import planted
 
 from cupy_kernels import source
 from modelnew import bench, environment, functional, plots, records, timing, workloads
@@ -151,8 +152,8 @@ def test_nothing_is_written_for_a_cpu(small, monkeypatch, tmp_path):
 
 
 def test_wrong_results_are_not_timed(small, tmp_path):
-    slope = source.text("tanh.cuh").replace("(acc_t)1 - y * y", "(acc_t)1.001f - y * y")
-    with source.override({"tanh.cuh": slope}):
+    fault = planted("tanh.cuh", ("(acc_t)1 - y * y", "(acc_t)1.001f - y * y"))
+    with fault:
         rows = measured(tmp_path, "--what", "forward_train_grad,step", "--batches", "2", code=1)
     assert rows["forward_train_grad", "fp32", 2, "modelnew", "nchw"]["ms"] > 0
     failed = rows["step", "fp32", 2, "modelnew", "nchw"]
@@ -217,9 +218,7 @@ def test_dgrad_alone_is_the_gradient(device, fusible):
 
 
 def test_kernels_alone_of_a_wrong_call_are_not_timed(fusible, tmp_path):
-    text = source.text("pooled_tail_backward.cu").replace("sum += d[i];", "sum += d[i] * 1.001f;")
-    assert text != source.text("pooled_tail_backward.cu")
-    with source.override({"pooled_tail_backward.cu": text}):
+    with planted("pooled_tail_backward.cu", ("sum += d[i];", "sum += d[i] * 1.001f;")):
         rows = measured(tmp_path, "--what", "wgrad_kernel", "--batches", "2", code=1)
     assert "parity fails: grad" in rows["wgrad_kernel", "fp32", 2, "modelnew", "nchw"]["reason"]
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from faults import planted
 
 from cupy_kernels import emulator, source
 from cupy_kernels.errors import BackendError
@@ -79,9 +80,25 @@ def test_options(small):
     assert "replaced tanh, group_norm" in text
 
 
+def test_each_class_is_judged_as_itself(monkeypatch):
+    """On a CPU, too, where PyTorch has no TF32: ours is not held to float32's errors, and bfloat16's are found."""
+    monkeypatch.setattr(cli, "get_init_inputs", lambda: [16, 16, 3, 1, 1, 1, 4])
+    x = torch.randn(2, 16, 6, 8)
+    monkeypatch.setattr(cli, "get_inputs", lambda *_, **__: [x])
+    for numerics, cls in (("tf32", "tf32"), ("fp32", "fp32"), ("auto", "fp32")):
+        code, text = invoke("--device", "cpu", "--numerics", numerics)
+        assert code == 0, text
+        assert f"class {cls}, " in text
+        assert ("PyTorch has no TF32" in text) == (cls == "tf32")
+    compare = cli.compare_models
+    rounded = lambda model, ours, x, *more: compare(model, ours, x, "fp32", *more[1:])  # noqa: E731
+    monkeypatch.setattr(cli, "compare_models", rounded)
+    assert invoke("--device", "cpu", "--numerics", "tf32")[0] == 1
+    assert invoke("--device", "cpu", "--numerics", "fp32")[0] == 0
+
+
 def test_broken_kernel_fails(small):
-    text = source.text("tanh.cuh")
-    with source.override({"tanh.cuh": text.replace("(acc_t)1 - y * y", "(acc_t)1.001f - y * y")}):
+    with planted("tanh.cuh", ("(acc_t)1 - y * y", "(acc_t)1.001f - y * y")):
         code, text = invoke("--device", "cpu", "--replace", "tanh")
     assert code == 1
     assert "Parity does not hold" in text

@@ -126,13 +126,20 @@ def test_without_a_backward_nothing_is_kept(device, cls, launched):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_types(device, dtype):
-    model, ours, x = models(CASES["even"], "auto", device, dtype)
-    truth = copy.deepcopy(model).double()(x.double())
+    """Output and gradients, of windows whose winner is the same in PyTorch's 16 bits."""
+    model, ours, x = models((16, 16, 3, 1, 4, 4, 12, 14), "auto", device, dtype)
     assert explain(ours, x).startswith("fused")
-    tolerance.check(ours(x), truth, model(x), "output")
-    leaf = x.clone().requires_grad_()
-    ours(leaf).sum().backward()
-    assert leaf.grad.isfinite().all()
+    mask = well_separated(model, x, 16 * torch.finfo(dtype).eps)
+    assert mask.double().mean() > 0.2
+    dy, found = (torch.randn(mask.shape, device=device) * mask).to(dtype), {}
+    for name, m in (("truth", copy.deepcopy(model).double()), ("torch", model), ("ours", ours)):
+        leaf = x.to(next(m.parameters()).dtype, copy=True).requires_grad_()
+        y = m(leaf)
+        y.backward(dy.to(y.dtype))
+        found[name] = {"output": y, "x": leaf.grad, **{k: p.grad for k, p in m.named_parameters()}}
+    assert not found["ours"].pop("conv_transpose.bias").any()  # zero in mathematics
+    for name, actual in found["ours"].items():
+        tolerance.check(actual, found["truth"][name], found["torch"][name], name)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -338,7 +345,8 @@ def test_other_counters_of_batches_are_counted_unfused(device, counter):
     model, ours, x = models(CASES["even"], "fp32", device)
     model.batch_norm.num_batches_tracked = ours.batch_norm.num_batches_tracked = counter.to(device, copy=True)
     assert "num_batches_tracked must be one torch.int64" in explain(ours, x)
-    torch.testing.assert_close(ours(x), model(x), atol=1e-4, rtol=1e-4)
+    truth = copy.deepcopy(model).double()(x.double())
+    tolerance.check(ours(x), truth, model(x), "output")
     assert ours.batch_norm.num_batches_tracked.tolist() == (counter + 2).tolist()  # the two models share it
 
 
@@ -444,7 +452,7 @@ def test_what_is_kept_for_the_backward(device):
     places = dict(fused_model(ours, x)[0].planes)["PLANE_STRIDE"]  # which a plane of windows takes
     assert (
         sum(sizes) - 4 * sum(t.numel() for t in given) - packed
-        < places * y[:, :, 0, 0].numel() * (4 * 2 + 4 + 1) * 1.02
+        < places * y[:, :, 0, 0].numel() * (4 * 2 + 4 + 1) * 1.025
     )
     y.sum().backward()
 
@@ -498,7 +506,7 @@ def test_running_statistics_of_any_kind(device):
             if buffer.is_floating_point():
                 found = (dict(m.batch_norm.named_buffers())[name] for m in (ours, model))
                 actual, theirs = found
-                tolerance.check(actual, buffer, theirs, f"{name}, {change}", terms=100)
+                tolerance.check(actual, buffer, theirs, f"{name}, {change}")
             else:
                 assert buffer == dict(ours.batch_norm.named_buffers())[name]
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerance import check_gradients
+from torch.nn.modules.utils import _pair as pair
 
 from modelnew.functional import conv_transpose2d
 
@@ -32,28 +33,28 @@ def tensors(case, device, dtype, bias=True):
     return x, w, b
 
 
+def check_case(case, inputs):
+    (images, channels, *size), out, kernel, *options = case
+    taps, groups = kernel[0] * kernel[1], options[-2]
+    pixels = images * size[0] * size[1]  # of x, for a tap of the weight's gradient; the bias's are about as many a tap
+    check_gradients(
+        lambda *t: conv_transpose2d(*t, *options),
+        lambda *t: F.conv_transpose2d(*t, *options),
+        inputs,
+        terms=(channels // groups * taps, out * taps, pixels, pixels * taps),
+    )
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_and_gradients(device, case, bias):
-    options = case[3:]
-    x, w, b = tensors(case, device, torch.float32, bias)
-    check_gradients(
-        lambda x, w, b: conv_transpose2d(x, w, b, *options),
-        lambda x, w, b: F.conv_transpose2d(x, w, b, *options),
-        [x, w, b],
-        terms=x[:, 0].numel(),  # of the weight's gradient
-    )
+    check_case(case, tensors(case, device, torch.float32, bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", ["mission", "stride_and_dilation", "groups"])
 def test_dtypes(device, dtype, name):
-    options = CASES[name][3:]
-    check_gradients(
-        lambda *t: conv_transpose2d(*t, *options),
-        lambda *t: F.conv_transpose2d(*t, *options),
-        tensors(CASES[name], device, dtype),
-    )
+    check_case(CASES[name], tensors(CASES[name], device, dtype))
 
 
 @pytest.mark.parametrize("channels", [(40, 130), (130, 40)], ids=["more_out", "more_in"])
@@ -61,13 +62,21 @@ def test_large_tiles(device, channels):
     """More than 32 channels and 4096 pixels take the tiles that real shapes take; edges are partial everywhere."""
     x = torch.randn(2, channels[0], 47, 45, device=device, requires_grad=True)
     w = torch.randn(channels[0], channels[1], 2, 1, device=device, requires_grad=True)
-    check_gradients(conv_transpose2d, F.conv_transpose2d, [x, w], terms=1000)
+    check_gradients(conv_transpose2d, F.conv_transpose2d, [x, w], terms=(2 * channels[0], 2 * channels[1], 2 * 47 * 45))
 
 
 def test_large_tiles_double(device):
-    x = torch.randn(1, 33, 65, 64, device=device, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(33, 34, 1, 2, device=device, dtype=torch.float64, requires_grad=True)
-    check_gradients(conv_transpose2d, F.conv_transpose2d, [x, w])
+    """Of whole numbers, so that every sum is exact in whatever order it is added."""
+    x, w, dy = (
+        torch.randint(-(2**20), 2**20, shape, device=device).double()
+        for shape in ((1, 33, 65, 64), (33, 34, 1, 2), (1, 34, 65, 65))
+    )
+    results = []
+    for function in (conv_transpose2d, F.conv_transpose2d):
+        leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+        y = function(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    assert all(map(torch.equal, *results))
 
 
 def test_unbatched(device):
@@ -118,6 +127,25 @@ def test_nan_and_inf_spread_as_in_torch(device):
     options = CASES["stride"][3:]
     ours, theirs = conv_transpose2d(x, w, b, *options), F.conv_transpose2d(x, w, b, *options)
     torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("special", [float("inf"), float("nan")])
+@pytest.mark.parametrize("case", ["stride", "dilation", "padding_over_kernel"])
+def test_pixels_without_a_partner_add_nothing_to_dw(device, case, special):
+    """Nor do infinite ones, times a zero that stands for dy outside the image; some of PyTorch's kernels do."""
+    x, w, b = (t.detach() for t in tensors(CASES[case], device, torch.float32))
+    stride, padding, _, _, dilation = options = CASES[case][3:]
+    x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1] = [special] * 4
+    y = conv_transpose2d(x, w.requires_grad_(), b, *options)
+    (dw,) = torch.autograd.grad(y, w, torch.ones_like(y))
+    inside = []  # [size, kernel]: whether a row or column of x meets dy under a tap
+    for size, out, k, s, p, d in zip(x.shape[2:], y.shape[2:], w.shape[2:], *map(pair, (stride, padding, dilation))):
+        at = torch.arange(size).view(-1, 1) * s - p + torch.arange(k) * d
+        inside.append((at >= 0) & (at < out))
+    meets = inside[0].view(-1, 1, w.shape[2], 1) & inside[1].view(1, -1, 1, w.shape[3])
+    met = torch.where(meets, x.cpu()[:, :, :, :, None, None], 0).sum((0, 2, 3))
+    expected = met.unsqueeze(1).expand(w.shape)
+    torch.testing.assert_close(dw.cpu(), expected, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 def test_gradcheck(device):

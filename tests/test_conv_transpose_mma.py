@@ -14,10 +14,6 @@ from modelnew import numerics
 from modelnew.functional import conv_transpose2d
 from modelnew.functional.conv_transpose import dgrad_of_cells, gradient_plans, to_cells
 
-# TF32 rounds both operands to 10 mantissa bits: relative errors up to 2^-11 each, uniform, so rms 2^-11 sqrt(2 / 3) of
-# a product; sums keep the ratio. cuDNN's TF32 measures the same (benchmarks/NOTES.md).
-TF32_RMS = 4.0e-4
-
 # (input shape, Cout, kernel, padding)
 CASES = {
     "one_unit": ((1, 16, 6, 7), 16, (3, 3), (1, 1)),
@@ -47,10 +43,38 @@ def tensors(case, device, dtype=torch.float32):
     return [t.to(dtype).requires_grad_() for t in (x, w, b)]
 
 
-def results(function, leaves, dy):
-    leaves = [leaves[0], *(t.detach() for t in leaves[1:])]
-    y = function(*leaves)
-    return [y.detach(), torch.autograd.grad(y, leaves[0], dy.to(y.dtype))[0]]
+def torch_dgrad(x, w, dy, padding):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(F.conv_transpose2d(x, w, padding=padding), x, dy)[0]
+
+
+def check(actual, cls, function, terms, *tensors, at=...):
+    """Our result in a class, or what is `at` a place of it, beside torch's `function` of the same tensors."""
+    truth = function(*(t.detach().double() for t in tensors))
+    theirs = tolerance.torch_result(function, cls, *(t.detach() for t in tensors))
+    tolerance.check(actual[at], truth[at], theirs[at], f"{cls}, {actual.dtype}", terms)
+
+
+def check_forward(y, cls, padding, *tensors, at=...):
+    """tensors: x, w and perhaps a bias."""
+    terms = tensors[1][:, 0].numel()
+    check(y.detach(), cls, lambda *t: F.conv_transpose2d(*t, padding=padding), terms, *tensors, at=at)
+
+
+def check_dgrad(dx, cls, padding, x, w, dy):
+    check(dx, cls, lambda *t: torch_dgrad(*t, padding), w[0].numel(), x, w, dy)
+
+
+def check_both(cls, case, leaves, launched, wgmma):
+    """Output and gradient of x, and the kernels that they are from."""
+    x, w, b = (leaves[0], *(t.detach() for t in leaves[1:]))
+    y = conv_transpose2d(x, w, b, padding=case[3], numerics=cls)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert [k.name for k in launched] == ["pack_weight_fp16", "conv_transpose_mma"] * 2
+    assert uses_wgmma(launched) == wgmma
+    check_forward(y, cls, case[3], x, w, b)
+    check_dgrad(dx, cls, case[3], x, w, dy)
 
 
 def uses_wgmma(launched):
@@ -59,21 +83,9 @@ def uses_wgmma(launched):
     return bool(used)
 
 
-def rms(actual, truth):
-    return ((actual.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt()).item()
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_tf32_class(device, case, wgmma, launched):
-    leaves = tensors(case, device)
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
-    truth_y = F.conv_transpose2d(*doubles, padding=case[3])
-    dy = torch.randn_like(truth_y)
-    truth = [truth_y.detach(), torch.autograd.grad(truth_y, doubles[0], dy)[0]]
-    ours = results(lambda *t: conv_transpose2d(*t, padding=case[3], numerics="tf32"), leaves, dy)
-    assert [k.name for k in launched] == ["pack_weight_fp16", "conv_transpose_mma"] * 2
-    assert uses_wgmma(launched) == wgmma
-    assert all(rms(a, b) < TF32_RMS for a, b in zip(ours, truth, strict=True))
+    check_both("tf32", case, tensors(case, device), launched, wgmma)
 
 
 @pytest.mark.parametrize(
@@ -83,16 +95,12 @@ def test_tf32_class(device, case, wgmma, launched):
 def test_dgrad_of_cells(device, case, dtype, wgmma, launched):
     x, w, _ = tensors(CASES[case], device, dtype)
     padding = CASES[case][3]
-    doubles = [t.detach().double().requires_grad_() for t in (x, w)]
-    truth_y = F.conv_transpose2d(*doubles, padding=padding)
-    dy = torch.randn_like(truth_y).to(dtype)
-    plan, _ = gradient_plans(
-        x, w, Geometry((1, 1), padding, (0, 0), (1, 1), 1), numerics.choose("tf32", x), True, False
-    )
+    dy = torch.randn_like(F.conv_transpose2d(x, w, padding=padding)).detach()
+    choice = numerics.choose("tf32", x)
+    plan, _ = gradient_plans(x, w, Geometry((1, 1), padding, (0, 0), (1, 1), 1), choice, True, False)
     dx = dgrad_of_cells(plan, x, w.detach(), to_cells(dy, 1))
     assert uses_wgmma(launched) == wgmma
-    limit = TF32_RMS if dtype == torch.float32 else 2e-3  # bfloat16 results have 8 mantissa bits
-    assert rms(dx, torch.autograd.grad(truth_y, doubles[0], dy.double())[0]) < limit
+    check_dgrad(dx, "tf32" if dtype == torch.float32 else "bf16", padding, x, w, dy)
 
 
 @pytest.mark.parametrize(
@@ -104,25 +112,13 @@ def test_dgrad_of_cells(device, case, dtype, wgmma, launched):
     indirect=["wgmma"],
 )
 def test_fp32_class(device, case, wgmma, launched):
-    case = CASES[case]
-    leaves = tensors(case, device)
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
-    truth_y = F.conv_transpose2d(*doubles, padding=case[3])
-    dy = torch.randn_like(truth_y)
-    truth = [truth_y.detach(), torch.autograd.grad(truth_y, doubles[0], dy)[0]]
-    ours = results(lambda *t: conv_transpose2d(*t, padding=case[3], numerics="fp32"), leaves, dy)
-    assert [k.name for k in launched] == ["pack_weight_fp16", "conv_transpose_mma"] * 2
-    assert uses_wgmma(launched) == wgmma
-    theirs = results(lambda *t: F.conv_transpose2d(*t, padding=case[3]), leaves, dy)
-    for name, a, t, b in zip(("y", "dx"), ours, truth, theirs, strict=True):
-        tolerance.check(a, t, b, name, terms=leaves[1].numel() // leaves[1].shape[1])
+    check_both("fp32", CASES[case], tensors(CASES[case], device), launched, wgmma)
 
 
 @pytest.mark.parametrize("case", MANY_PASSES.values(), ids=MANY_PASSES)
 @IN_EVERY_CLASS
 def test_units_of_several_passes(device, case, cls, wgmma, many_passes, launched):
     x, w, b = (t.detach() for t in tensors(case, device))
-    truth = F.conv_transpose2d(x.double(), w.double(), b.double(), padding=case[3])
     y = conv_transpose2d(x, w, b, padding=case[3], numerics=cls)
     macros = [dict(k.defines) for k in launched if k.name == "conv_transpose_mma"]
     if wgmma:
@@ -130,7 +126,7 @@ def test_units_of_several_passes(device, case, cls, wgmma, many_passes, launched
         assert all(m["LAST_TILES"] != m["TILES"] for m in macros)
     else:
         assert all(m["UNIT_PASSES"] > 1 for m in macros)
-    assert rms(y, truth) < (TF32_RMS if cls == "tf32" else 5e-7)
+    check_forward(y, cls, case[3], x, w, b)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +164,7 @@ def test_unaligned_arrays_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_types_are_exact_in_fp16_operands(device, dtype, wgmma):
     leaves = tensors(CASES["two_images"], device, dtype)
-    doubles = [t.detach().double() for t in leaves]
-    ours = conv_transpose2d(*leaves, padding=1)
-    theirs = F.conv_transpose2d(*leaves, padding=1)
-    tolerance.check(ours, F.conv_transpose2d(*doubles, padding=1), theirs, "y")
+    check_forward(conv_transpose2d(*leaves, padding=1), "exact", 1, *leaves)
 
 
 @IN_EVERY_CLASS
@@ -183,8 +176,7 @@ def test_16_bit_types_are_exact_in_fp16_operands(device, dtype, wgmma):
 def test_scales_far_from_fp16(device, cls, wgmma, x_scale, w_scale):
     x, w, _ = (t.detach() for t in tensors(CASES["one_unit"], device))
     x, w = x * x_scale, w * w_scale
-    truth = F.conv_transpose2d(x.double(), w.double(), padding=1)
-    assert rms(conv_transpose2d(x, w, padding=1, numerics=cls), truth) < (TF32_RMS if cls == "tf32" else 5e-7)
+    check_forward(conv_transpose2d(x, w, padding=1, numerics=cls), cls, 1, x, w)
 
 
 @IN_EVERY_CLASS
@@ -192,9 +184,8 @@ def test_outliers_do_not_flush_the_rest(device, cls, wgmma):
     """One value a million times the rest: pixels that it does not reach are as exact as ever."""
     x, w, _ = (t.detach() for t in tensors(CASES["one_unit"], device))
     x[0, 3, 0, 0] = 1e6
-    truth = F.conv_transpose2d(x.double(), w.double(), padding=1)[..., 3:, 3:]
-    y = conv_transpose2d(x, w, padding=1, numerics=cls)[..., 3:, 3:]
-    assert rms(y, truth) < (TF32_RMS if cls == "tf32" else 1e-6)
+    y = conv_transpose2d(x, w, padding=1, numerics=cls)
+    check_forward(y, cls, 1, x, w, at=(..., slice(3, None), slice(3, None)))
 
 
 @IN_EVERY_CLASS
@@ -225,8 +216,7 @@ def test_little_shared_memory(device, monkeypatch):
     monkeypatch.setattr(numerics, "_EMULATED_SHARED_BYTES", 99 * 1024)
     for shape, out in (((1, 144, 20, 40), 80), ((1, 16, 32, 60), 80)):
         x, w, b = (t.detach() for t in tensors((shape, out, (3, 3), (1, 1)), device))
-        truth = F.conv_transpose2d(*(t.double() for t in (x, w, b)), padding=1)
-        assert rms(conv_transpose2d(x, w, b, padding=1, numerics="tf32"), truth) < TF32_RMS
+        check_forward(conv_transpose2d(x, w, b, padding=1, numerics="tf32"), "tf32", 1, x, w, b)
     geometry = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
     plans = [
         dict(conv_transpose_mma.plan(s, (s[1], 80, 3, 3), geometry, 1, False, "float", 99 * 1024).macros)
@@ -242,8 +232,7 @@ def test_units_of_wgmma(device, wgmma, many_passes, monkeypatch, launched):
     monkeypatch.setattr(numerics, "_EMULATED_SHARED_BYTES", 48 * 1024)
     case = (1, 16, 24, 25), 16, (2, 3), (0, 1)
     x, w, b = (t.detach() for t in tensors(case, device))
-    truth = F.conv_transpose2d(*(t.double() for t in (x, w, b)), padding=case[3])
-    assert rms(conv_transpose2d(x, w, b, padding=case[3], numerics="tf32"), truth) < TF32_RMS
+    check_forward(conv_transpose2d(x, w, b, padding=case[3], numerics="tf32"), "tf32", case[3], x, w, b)
     assert uses_wgmma(launched)
     assert dict(launched[-1].defines)["UNIT_ROWS"] == 7  # of 13
 
@@ -274,15 +263,13 @@ def test_float32_dgrad_of_many_images_is_by_mma(images, split, dgrad, expected):
 def test_dgrad_of_an_image_wider_than_a_block(device, wgmma, launched):
     """Padding cuts y to a size that is taken; a row of dx is 75 windows, more than blocks of few images have."""
     x, w, _ = tensors(((1, 16, 4, 150), 16, (3, 3), None), device)
-    doubles = [t.detach().double().requires_grad_() for t in (x, w)]
     y = conv_transpose2d(x, w, padding=(1, 41), numerics="tf32")
-    truth_y = F.conv_transpose2d(*doubles, padding=(1, 41))
-    dy = torch.randn_like(truth_y)
+    dy = torch.randn_like(y)
     launched.clear()
-    dx = torch.autograd.grad(y, x, dy.float())[0]
+    dx = torch.autograd.grad(y, x, dy)[0]
     assert uses_wgmma(launched)
     assert [dict(k.defines)["UNIT_ROWS"] for k in launched if k.name == "conv_transpose_mma"] == [1]
-    assert rms(dx, torch.autograd.grad(truth_y, doubles[0], dy)[0]) < TF32_RMS
+    check_dgrad(dx, "tf32", (1, 41), x, w, dy)
 
 
 def test_wgmma_leaves_what_does_not_fit_to_mma():

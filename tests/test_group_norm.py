@@ -27,7 +27,7 @@ def check_against_torch(x, num_groups, weight, bias, **options):
 
     functions = (group_norm, torch_group_norm)
     ours, theirs = (lambda *args, f=f: f(args[0], num_groups, *args[1:], **options) for f in functions)
-    check_gradients(ours, theirs, [x, weight, bias], terms=max(x[0].numel() // num_groups, x[:, 0].numel()))
+    check_gradients(ours, theirs, [x, weight, bias], terms=(0, 0, x[:, 0].numel(), x[:, 0].numel()))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_without_weight_or_bias(device, affine):
         weight = torch.ones_like(x[0, :, 0, 0]) if weight is None else weight
         return F.group_norm(x, 2, weight, bias, eps=0.1)
 
-    check_gradients(lambda x, w, b: group_norm(x, 2, w, b, eps=0.1), reference, [x, weight, bias], terms=60)
+    check_gradients(lambda x, w, b: group_norm(x, 2, w, b, eps=0.1), reference, [x, weight, bias], terms=(0, 0, 60, 60))
 
 
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), PARAMETER_DTYPES, ids=str)
@@ -106,8 +106,6 @@ def test_large_mean_and_small_variance(device, outlier, shape):
     x[:, 0, 0, 0] += outlier
     y = group_norm(x, 2, eps=0)
     check(y, F.group_norm(x.double(), 2, eps=0), F.group_norm(x, 2, eps=0))
-    spread = y.double().view(shape[0], 2, -1).var(2, correction=0)
-    torch.testing.assert_close(spread, torch.ones_like(spread), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("value", [1e4 / 3, -3e38, 3.4e38])

@@ -25,8 +25,8 @@ def version(least_major):
 
 VERSION = version(11)
 WGMMA_VERSION = version(nvrtc.WGMMA_MAJOR)
-pytestmark = pytest.mark.skipif(VERSION != "11.8", reason=f"needs NVRTC 11.8, found {VERSION}")
-
+needs_nvrtc = pytest.mark.skipif(not VERSION, reason="needs NVRTC, of a CUDA toolkit or a wheel")
+MEASURED = "11.8"  # Others allocate registers otherwise: with them, what runs by this version must only compile.
 
 # Bytes, by kernel, SPLIT, and whether it goes with wgmma. A warp's 128 sums of the float32 class leave too few
 # registers, and some that are read once a tap or less go to local memory. Half as many sums need none of it, and were
@@ -50,10 +50,12 @@ def resources(variant, architecture):
     return {name: nvrtc.Resources(*used) for name, used in json.loads(cache.read(kept)).items()}
 
 
+@needs_nvrtc
 @pytest.mark.parametrize("file", sorted({v.file for v in variants()}))
 def test_no_variant_needs_local_memory(file):
     tensor_cores = '#line 1 "mma.cuh"' in source.expanded(file)
-    architectures = [a for a in ARCHITECTURES if not tensor_cores or a >= "sm_80"]
+    known = nvrtc.architectures()
+    architectures = [a for a in ARCHITECTURES if a in known and (not tensor_cores or a >= "sm_80")]
     general = [v for v in variants() if v.file == file and not goes_with_wgmma(v)]
     check_memory(list(itertools.product(general, architectures)))
 
@@ -68,12 +70,15 @@ def check_memory(jobs):
     with ProcessPoolExecutor(os.cpu_count()) as pool:  # NVRTC compiles one program at a time in a process
         for job, kernels in zip(jobs, pool.map(resources, *zip(*jobs))):
             assert kernels
+            if VERSION != MEASURED and not goes_with_wgmma(job[0]):
+                continue
             for name, used in kernels.items():
                 allowed = SPILLS.get((name, dict(job[0].defines).get("SPLIT"), goes_with_wgmma(job[0])), 0)
                 assert used.spill_bytes <= allowed, f"{name} of {job[0]} for {job[1]}: {used}"
                 assert used.spill_bytes or not used.stack_bytes, f"{name} of {job[0]} for {job[1]}: {used}"
 
 
+@needs_nvrtc
 def test_spills_are_seen():
     text = """extern "C" __global__ void __launch_bounds__(1024) spill(const float* x, float* y, int n) {
         float v[200];

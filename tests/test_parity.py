@@ -2,8 +2,8 @@ import copy
 
 import pytest
 import torch
+from faults import planted
 
-from cupy_kernels import source
 from modelnew import Model, ModelNew, parity
 from modelnew.parity import CLASSES, Error, Row, compare_models, error, within_policy
 
@@ -38,13 +38,35 @@ def test_policy():
     assert within_policy(truth.float(), truth, Error(1.09e-3, 5.4e-3), theirs)
     assert not within_policy(truth.float(), truth, Error(1.2e-3, 5e-3), theirs)
     assert not within_policy(truth.float(), truth, Error(1e-3, 6.5e-3), theirs)
-    assert not within_policy(truth.float(), truth, Error(1e-6, 1e-6), Error(0.0, 0.0))
-    assert within_policy(truth.float(), truth, Error(1e-6, 1e-6), Error(0.0, 0.0), terms=1000)
-    assert within_policy(truth.half(), truth, Error(4.5e-4, 3e-3), Error(0.0, 0.0))
-    assert not within_policy(truth.half(), truth, Error(5.5e-4, 3e-3), Error(0.0, 0.0))
-    assert not within_policy(truth.float(), truth, Error(0.0, 2e-6), Error(0.0, 0.0))
+    exact = Error(0.0, 0.0)
+    assert not within_policy(truth.float(), truth, Error(7e-7, 1e-6), exact)
+    assert within_policy(truth.float(), truth, Error(7e-7, 1e-6), exact, terms=1000)
+    assert within_policy(truth.float(), truth, Error(1e-7, 1e-6), exact)
+    assert not within_policy(truth.float(), truth, Error(2e-7, 1e-6), exact)
+    assert not within_policy(truth.float(), truth, Error(0.0, 2.5e-6), exact)
     nothing = truth[:0]
     assert within_policy(nothing, nothing, error(nothing, nothing), error(nothing, nothing))
+
+
+def test_an_infinite_error_allows_nothing():
+    """Where PyTorch's result is not finite, ours is judged all the same; so it is where no value of the truth is."""
+    truth = torch.randn(1000, dtype=torch.float64)
+    infinite = Error(float("inf"), float("inf"))
+    assert within_policy(truth.float(), truth, error(truth.float(), truth), infinite)
+    assert not within_policy(truth.float(), truth, Error(1e-3, 1e-3), infinite)
+    assert not within_policy(truth.float(), truth, infinite, infinite)
+    nan = torch.full((3,), float("nan"))
+    assert within_policy(nan, nan, error(nan, nan), infinite)
+    assert not within_policy(torch.zeros(3), nan, error(torch.zeros(3), nan), infinite)
+
+
+def test_a_truth_too_large_for_the_dtype_is_an_infinity():
+    truth = torch.tensor([1e5, -1e5, 2.0], dtype=torch.float64)
+    right = error(truth.half(), truth)
+    assert right == Error(0.0, 0.0)
+    assert within_policy(truth.half(), truth, right, right)
+    wrong = truth.clamp(-65504, 65504).half()
+    assert not within_policy(wrong, truth, error(wrong, truth), error(wrong, truth))
 
 
 def test_policy_lets_equals_pass():
@@ -118,8 +140,7 @@ def test_a_wrong_gradient_is_found(device):
     model, model_new = Model(*SMALL, device=device), ModelNew(*SMALL, replace="tanh", device=device)
     x = torch.randn(2, 4, 6, 6, device=device)
     assert not broken(compare_models(model, model_new, x))
-    slope = source.text("tanh.cuh")
-    with source.override({"tanh.cuh": slope.replace("(acc_t)1 - y * y", "(acc_t)1.00001f - y * y")}):
+    with planted("tanh.cuh", ("(acc_t)1 - y * y", "(acc_t)1.00001f - y * y")):
         found = broken(compare_models(model, model_new, x))
     assert "grad x" in found
     assert "output" not in found

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tolerance import check_gradients
+from tolerance import check, check_gradients
 
 from modelnew.functional import tanh
 
@@ -10,7 +10,8 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (7, 1, 3), (2, 3, 17, 5), (0, 4)], ids=str)
 def test_forward_and_gradient(device, dtype, shape):
-    x = (3 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+    scale = 1 if dtype == torch.float64 else 3  # from 3 on, 1 - y * y is what the truth's own tanh rounds to
+    x = (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
     check_gradients(tanh, torch.tanh, [x])
 
 
@@ -19,7 +20,7 @@ def test_special_values(device):
     x = torch.tensor(
         [0.0, -0.0, float("inf"), -float("inf"), float("nan"), tiny / 4, -tiny / 8, 1e-20, 30.0], device=device
     )
-    torch.testing.assert_close(tanh(x), torch.tanh(x), rtol=1e-7, atol=0, equal_nan=True)
+    check(tanh(x), torch.tanh(x.double()), torch.tanh(x))
     assert torch.equal(torch.signbit(tanh(x)), torch.signbit(x))
 
 
@@ -37,7 +38,7 @@ def test_special_values(device):
 def test_layouts(device, make):
     x = make(torch.randn(3, 4, 6, 5, device=device))
     y = tanh(x.requires_grad_())
-    torch.testing.assert_close(y, torch.tanh(x))
+    assert torch.equal(y, tanh(x.detach().contiguous()))
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     torch.testing.assert_close(dx, 1 - torch.tanh(x) ** 2)
 

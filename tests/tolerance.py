@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from modelnew.parity import Row, error, within_policy
+from modelnew.parity import Row, error, tf32_rounded, within_policy
 
 CLASSES = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -33,7 +33,10 @@ def kept() -> list[dict]:
 def check(
     actual: torch.Tensor, truth: torch.Tensor, torch_result: torch.Tensor, what: str = "result", terms: int = 0
 ) -> None:
-    """Fails unless `actual` (any dtype) is as close to `truth` (float64) as PyTorch's own result in that dtype is."""
+    """Fails unless `actual` (any dtype) is as close to `truth` (float64) as PyTorch's own result in that dtype is.
+
+    terms: how many terms this result sums, if it is a long sum.
+    """
     assert actual.dtype == torch_result.dtype, f"{what}: dtype {actual.dtype}, torch's is {torch_result.dtype}"
     assert actual.shape == torch_result.shape, (
         f"{what}: shape {tuple(actual.shape)}, torch's is {tuple(torch_result.shape)}"
@@ -44,28 +47,37 @@ def check(
         keep(Row(what, CLASSES[actual.dtype], ours, theirs, close=None, ok=True))
 
 
-def check_gradients(function, reference, inputs, what: str = "gradient", terms: int = 0) -> None:
+def torch_result(function, cls: str, *tensors: torch.Tensor) -> torch.Tensor:
+    """What PyTorch computes in a class; "tf32", which no CPU has, of operands (not vectors) rounded to it."""
+    return function(*(tf32_rounded(t) if cls == "tf32" and t.dim() > 1 else t for t in tensors))
+
+
+def check_gradients(function, reference, inputs, what: str = "gradient", terms: tuple[int, ...] | None = None) -> None:
     """Compares output and input gradients of `function` with torch's `reference`, at the inputs' dtype and in float64.
 
     function, reference: callables of the tensors in `inputs`, each returning one tensor. Inputs that require grad get
     one random incoming gradient. Also fails if an input was changed.
+    terms: how many terms the output and the gradient of each of `inputs` sum, 0 where no long sum is.
     """
+    terms = (0,) * (1 + len(inputs)) if terms is None else terms
+    assert len(terms) == 1 + len(inputs), f"{what}: {len(inputs)} inputs and an output, received terms {terms}"
 
-    def run(f, tensors, seed_grad):
+    def run(f, tensors, dtype=None):
         leaves = [t.detach().clone().requires_grad_(t.requires_grad) if t is not None else None for t in tensors]
         y = f(*leaves)
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-        grads = torch.autograd.grad(y, wanted, dy.to(seed_grad.device, y.dtype)) if wanted and y.requires_grad else ()
+        dy = dy.to(dtype or y.dtype).to(y)  # the truth, too, gets a gradient that the results' dtype holds
+        grads = torch.autograd.grad(y, wanted, dy) if wanted and y.requires_grad else ()
         for before, after in zip(tensors, leaves):
             if before is not None:
                 assert torch.equal(before.nan_to_num(), after.detach().nan_to_num()), f"{what}: an input was changed"
         return [y.detach(), *grads]
 
-    first = next(t for t in inputs if t is not None)
-    ours = run(function, inputs, first)
-    theirs = run(reference, inputs, first)
+    ours = run(function, inputs)
+    theirs = run(reference, inputs)
     as_double = [None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
-    truth = run(reference, as_double, first)
+    truth = run(reference, as_double, ours[0].dtype)
+    summed = [terms[0], *(n for n, t in zip(terms[1:], inputs) if t is not None and t.requires_grad)]
     for i, (a, b, t) in enumerate(zip(ours, theirs, truth, strict=True)):
-        check(a, t, b, f"{what}, output" if i == 0 else f"{what}, gradient {i}", terms)
+        check(a, t, b, f"{what}, output" if i == 0 else f"{what}, gradient {i}", summed[i])

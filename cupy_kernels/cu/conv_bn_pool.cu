@@ -125,11 +125,11 @@ struct Pool {
                 int channel = place.channel + (first + i) * 8;
                 bool any = signs[channel] != 0;
                 float sign = any ? signs[channel] : 1;
-                ScaleBack scale(exponent + exponents[channel]);
                 if (STATISTICS && lane % 4 == 0) {
                     float2* at = moments + part * TILE_M + channel;
                     *at = merge(seen ? *at : make_float2(0, 0), make_float2(mean[i] * sign, squares[i]));
                 }
+                ScaleBack scale(exponent + exponents[channel]);
                 if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;  // the same in all lanes
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
@@ -202,6 +202,8 @@ struct Pool {
 
     // Adds up what the warps of a block have seen of each channel, in their order.
     __device__ void finish(int exponent) {
+        // Read here, once: conv_mma.cuh spills it.
+        int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
         if (SAVE && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
         if (!STATISTICS) return;
         if (threadIdx.x % (THREADS / PARTS_N) == 0) counts[threadIdx.x / (THREADS / PARTS_N)] = seen;
@@ -216,7 +218,7 @@ struct Pool {
             count = merge.count;
         }
         i64 at = (i64)m * gridDim.x + blockIdx.x;
-        ScaleBack scale(exponent + exponents[threadIdx.x]);
+        ScaleBack scale(of_channel);
         partials[at] = count, partials[(i64)OUT_CHANNELS * gridDim.x + at] = scale(all.x), squares[at] = scale.twice(all.y);
     }
 };
