@@ -18,8 +18,8 @@ __all__ = ["attributes", "edit", "kernels", "override", "ptx", "reset", "sass", 
 def load_ipython_extension(ipython) -> None:
     """What `%load_ext cupy_kernels` calls.
 
-    The magics compare kernels with torch, so they live in modelnew; this package imports it here alone, when a user
-    asks for them, and works on without torch otherwise.
+    The magics compare kernels with torch, so they live in modelnew. It is imported only here, when a user asks for the
+    magics: the rest of this package works without torch.
     """
     try:
         magics = importlib.import_module("modelnew.magics")
