@@ -168,13 +168,12 @@ def _first_call(who, plan, device, folder):
     """(seconds of making the CUDA context, seconds of the rest), or what went wrong."""
     init = get_init_inputs()
     arguments = ["ModelNew" if who == "modelnew" else "Model", init, [plan.batches[0], init[0], plan.size, plan.size]]
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     variables = {
         **os.environ,
         "CUPY_CACHE_DIR": folder,
         "CUPY_KERNELS_CACHE_DIR": folder,
         "CUDA_CACHE_PATH": folder,  # where NVRTC of CUDA 12.9 and newer keeps what it compiled
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join(sys.path),  # the modelnew that runs here
     }
     command = [sys.executable, "-c", _FIRST_CALL, json.dumps([*arguments, str(device)])]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
-"""`%%cu` and `%cu_reset` for IPython and notebooks, which `%load_ext cupy_kernels` loads.
+"""`%%cu` and `%cu_reset` for IPython and notebooks, which `%load_ext modelnew` loads.
 
-A cell has a kernel's text, and says within a second whether it is right and faster.
+A cell has a kernel's text; `%%cu` says within a second whether it is right and faster.
 """
 
 from typing import NamedTuple
@@ -145,7 +145,7 @@ def _caption(verdict):
 
 @magics_class
 class KernelMagics(Magics):
-    """The magics of `%load_ext cupy_kernels`."""
+    """The magics of `%load_ext modelnew`."""
 
     @magic_arguments()
     @argument("kernel", help="a kernel (tanh_forward), whose definition the cell replaces, or a file (tanh.cu)")
@@ -184,8 +184,3 @@ class KernelMagics(Magics):
 
 def _unchanged():
     return f"Nothing was changed. Edited at present: {', '.join(sorted(source.overridden())) or 'nothing'}."
-
-
-def register(ipython) -> None:
-    """Makes the magics known to an IPython shell."""
-    ipython.register_magics(KernelMagics)
