@@ -72,7 +72,7 @@ class Variant(NamedTuple):
 
     @property
     def architecture(self) -> str | None:
-        """The only one that it compiles and runs for, None for most variants, which have no such bounds."""
+        """The only architecture that it compiles for and runs on. None for most variants, which have no such limit."""
         return "sm_90a" if ("WGMMA", 1) in self.defines else None
 
     @property
@@ -205,10 +205,10 @@ def preload_wheels() -> tuple[str, ...]:
 
 
 def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
-    """What to compile PTX for ("compute_90") where a GPU ("120") is newer than the `known` architectures, else None.
+    """What to compile PTX for ("compute_90") if a GPU ("120") is newer than the `known` architectures, else None.
 
-    CuPy asks for a cubin of the newest that it knows of, which a GPU of another major version cannot load, or for one
-    that NVRTC does not know. The driver knows the GPU, so it is newer than NVRTC, and compiles its PTX.
+    For such a GPU CuPy would ask for a cubin of the newest architecture that CuPy knows. Either the GPU cannot load it,
+    as its major version is another, or NVRTC does not know it. The driver knows the GPU, and can compile older PTX.
     """
     older = [number for number in known if number <= int(capability)]
     newest = max(older, default=int(capability))
@@ -240,7 +240,7 @@ class Slot:
 
     @property
     def address(self) -> int:
-        """One that is aligned as the array's own."""
+        """An address with the alignment of the array's own."""
         return self.alignment + self.offset
 
     def reshape(self, *shape: int) -> "Slot":
@@ -319,7 +319,7 @@ _INT_MAX = 2**31 - 1
 _WGRAD_BLOCKS = (
     2048  # enough for several waves on today's largest GPUs; a constant, so that sums depend on shapes alone
 )
-_TILE_K = 8  # channels or pixels that a step of the sum takes
+_TILE_K = 8  # channels or pixels in one step of the sum
 
 
 class Geometry(NamedTuple):
@@ -413,7 +413,7 @@ def _gather(source, w, bias, out, packed, geometry, dgrad):
 
 
 def wgrad_workspace_size(x_shape, w_shape, geometry: Geometry, double: bool) -> int:
-    """Elements of the workspace `partial` that wgrad takes, of the accumulator's dtype (`double`: it is float64)."""
+    """Elements of wgrad's workspace `partial`, of the accumulator's dtype. double: whether that is float64."""
     return _wgrad_plan(x_shape, w_shape, geometry, double)[1] * math.prod(w_shape)
 
 
@@ -468,7 +468,7 @@ def _tile(array, rows: int, columns: int) -> _Tile:
 
 
 def _wgrad_plan(x_shape, w_shape, geometry, double):
-    """(tile, splits, pixels of a split)."""
+    """(tile, number of splits of the sum over pixels, pixels of a split)"""
     channels_in, channels_out = w_shape[0] // geometry.groups, w_shape[1]
     pixels = x_shape[0] * x_shape[2] * x_shape[3]
     if channels_in <= 32 or channels_out <= 32:
@@ -493,11 +493,12 @@ def _check(x, w, y, geometry):
 #
 # How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks.
 
-# By split and dgrad: two sums, with split 2 three, of 8 pixels and 64 channels that fit a warpgroup's registers.
+# {(split, dgrad): most tiles of 8 pixels and 64 channels whose sums fit a warpgroup's registers}; a tile has two sums,
+# with split 2 three.
 _MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
 _STAGES = (6, 5, 4)  # preferred first
 _STEP_CHANNELS = 32
-_FEW_WINDOWS = 64  # of a block at most, for few images
+_FEW_WINDOWS = 64  # the most of a block, for few images
 
 
 class Layout(NamedTuple):
@@ -512,7 +513,7 @@ class _Unit(NamedTuple):
 
     rows: int  # of windows
     windows: int  # from the first to the last one
-    along: int  # bytes from 8 channels to the next 8, an odd number of times 16: in different banks
+    along: int  # bytes from 8 channels to the next 8; an odd multiple of 16, to use different banks
     stages: int
     shared_bytes: int
 
@@ -520,7 +521,8 @@ class _Unit(NamedTuple):
 def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
-    images: how many, if few: then a block takes little of one, so that they fill the GPU; None: as much as fits.
+    images: their number, if they are few: a block then takes a small part of one, so that all fill the GPU. None: a
+        block takes as much of an image as fits.
     channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
     """
     warpgroups_m = 1 if channels[1] <= 64 else 2
@@ -550,10 +552,10 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
         choices = at_once[-1:] or choices
     rows, _, along, stages, shared_bytes = choices[0]
-    granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
+    granule = 1 if dgrad else 4  # tiles that stay together: four in conv_bn_pool
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
-    pixelwise = dgrad and out[1] % 2  # how odd rows are stored, which takes registers
+    pixelwise = dgrad and out[1] % 2  # rows of odd length are stored pixel by pixel, which takes registers
     most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
     tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
     macros = {
@@ -576,13 +578,13 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
-    """TILES and LAST_TILES, with which units that need so many tiles take least time."""
+    """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles that each unit needs."""
     if max(needed) <= most // last_granule * last_granule:
         tiles = ceil_div(max(needed), last_granule) * last_granule
         return tiles, tiles
 
     def cost(choice):
-        """Of all units. Few tiles wait for shared memory, and a turn has a begin and an end."""
+        """Relative time of all units: few tiles wait for shared memory, and each turn has a start and an end."""
         tiles, last = choice
         passes = [max(1, ceil_div(n - max(0, last - tiles), tiles)) for n in needed]
         rests = [n - (p - 1) * tiles for n, p in zip(needed, passes)]
@@ -641,7 +643,7 @@ def channel_sum(x, sums, partial) -> None:
 
 
 def _plan(shape) -> tuple[int, int]:
-    """(images of a chunk, chunks)."""
+    """(images in a chunk, number of chunks)"""
     chunk_images = max(1, ceil_div(shape[0], _CHUNKS))
     return chunk_images, max(1, ceil_div(shape[0], chunk_images))
 
@@ -651,32 +653,33 @@ def _plan(shape) -> tuple[int, int]:
 #
 # Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
 #
-# split 1: a cell is 64 channels; split 2: 32 channels as fp16 values, then the 32 rests that rounding left. An array of
-# exponents goes with the cells: the scale's is the smallest of them.
+# split 1: a cell has the fp16 values of 64 channels. split 2: it has those of 32 channels, then their 32 residuals, which
+# is what rounding to fp16 left. An array of exponents goes with the cells: the smallest of them is the scale's.
 
-_BATCH = 8  # accesses, of 16 bytes at most, that a thread of largest_magnitude has under way
+_BATCH = 8  # accesses of at most 16 bytes that a thread of largest_magnitude has in flight
 CELL_BYTES = 128
 
 
 def chunk_channels(split: int) -> int:
-    """Channels that a cell has values of."""
+    """The number of channels in a cell."""
     return CELL_BYTES // 2 // split
 
 
 def cell_macros(split: int) -> dict:
-    """Macros of fp16_cells.cuh, but for IN_CHANNELS."""
+    """Macros of fp16_cells.cuh but IN_CHANNELS."""
     return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "CELL_BYTES": CELL_BYTES}
 
 
 def cells_shape(shape, split: int) -> tuple[int, int, int, int]:
-    """[N, chunks, pixels, 64]: of the cells, float16, of a tensor of this shape."""
+    """[N, chunks, pixels, 64], the shape of the cells (float16) of a tensor of this shape."""
     return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), CELL_BYTES // 2
 
 
 def to_cells(source, exponents, sums, cells, split: int) -> None:
-    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
+    """Writes `cells` of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
 
-    sums: None, or the sums of the first image's channels: their means are subtracted, and the scale is half as large.
+    sums: None, or the sum of each channel of the first image: the channels' means are then subtracted, and the scale is
+        half as large.
     """
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
     launch(
@@ -718,12 +721,12 @@ def _width(source) -> int:
 # Shapes as in `conv_transpose`. Operands are fp16 under power-of-two scales: split 1 has TF32's precision, split 2
 # float32's.
 
-MANY_IMAGES = 96  # from which on a block takes as much of an image as fits, to load x less often
-_MMA_DGRAD_IMAGES = 64  # from which on mma.sync takes less time than wgmma for dgrad with split 2 (benchmarks/NOTES.md)
-_MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
+MANY_IMAGES = 96  # from so many on, a block takes as much of an image as fits, to load x less often
+_MMA_DGRAD_IMAGES = 64  # from so many on, mma.sync is faster than wgmma for dgrad with split 2: benchmarks/NOTES.md
+_MAX_IMAGE = 70  # height or width of x or dy: with a 7 x 7 kernel, dy of a 64 x 64 image is 70 x 70
 conv_transpose_mma_STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
-_BLOCK_RESERVED = 1024  # what an SM's shared memory has over a block's largest, for each block
+_BLOCK_RESERVED = 1024  # shared memory that each block takes on top of its own
 
 
 class Plan(NamedTuple):
@@ -740,7 +743,7 @@ class Plan(NamedTuple):
     planes: tuple
 
     def of_cells(self) -> "Plan":
-        """The same for x that is cells already, see `fp16_cells`."""
+        """The same plan for an x that already is cells, see `fp16_cells`."""
         changed = {**dict(self.macros), "CELLS": 1, "input_t": "half_t"}
         return self._replace(macros=tuple(changed.items()))
 
@@ -756,8 +759,8 @@ def plan(
     """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
 
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
-    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where it can and it is the
-    quicker one. Raises UnsupportedError for what the kernels do not take.
+    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where that is possible and
+    faster. Raises UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
@@ -866,7 +869,7 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
 def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
     """y = conv_transpose2d(x, w) + bias, or with a plan for dgrad y = dx from x = dy; bias may be None.
 
-    x_exponents: with a plan of cells, the exponents that go with them. y and the workspaces packed (plan.packed_size,
+    x_exponents: the exponents that go with x, if it is cells. y and the workspaces packed (plan.packed_size,
     float16) and exponents (plan.rows, int32) are written.
     """
     pack_weight(p, w, packed, exponents)
@@ -878,7 +881,7 @@ def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=No
 def pack_weight(p: Plan, w, packed, exponents, signs=None) -> None:
     """Writes the workspaces `packed` and `exponents` that the plan's kernel reads.
 
-    signs: for each row one value; where it is negative, so are the packed weights.
+    signs: one value for each row; where it is negative, the row's weights change sign.
     """
     launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents))
 
@@ -923,9 +926,9 @@ def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
 #
 # Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` takes.
 
-_MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
+_MOST_TAPS = 5  # neighbouring taps in a block: a thread has no registers for more
 _MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
-_MOST_TILES_N = 8  # of a warpgroup; of its sums, as many as a thread has registers for
+_MOST_TILES_N = 8  # tiles of sums in a warpgroup: a thread has no registers for more
 _TILE_IC = 64  # input channels of a block of the kernel for wgmma
 _BAND_ROWS = 16
 conv_wgrad_mma_RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
@@ -939,7 +942,7 @@ class conv_wgrad_mma_Plan(NamedTuple):
     split: int  # of the cells, see `fp16_cells`
     tiles: int
     splits: int
-    split_bands: int  # bands of a split; the last one may have fewer
+    split_bands: int  # bands in a split; the last split may have fewer
     threads: int
     shared_bytes: int
     partial_size: int  # elements of the workspace, float32
@@ -950,8 +953,8 @@ def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype:
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
     split: of the cells of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
-    block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where it can. Raises UnsupportedError for what
-    the kernels do not take.
+    block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. Raises UnsupportedError for
+    what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -999,7 +1002,7 @@ class _Layout(NamedTuple):
 
 def conv_wgrad_mma_layout(split, channels, taps, limit) -> _Layout:
     """That of conv_wgrad_mma.cuh. UnsupportedError if there is not enough shared memory."""
-    columns = ceil_div(4, taps) * taps  # of a stage: at least 4, and whole windows of taps
+    columns = ceil_div(4, taps) * taps  # in a stage: at least 4, and a multiple of taps
     chunk = chunk_channels(split)
 
     def layout(warps):
@@ -1011,7 +1014,7 @@ def conv_wgrad_mma_layout(split, channels, taps, limit) -> _Layout:
     choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels[1] > 64]
     warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
     if stages < 2:
-        # One block for each multiprocessor then, as only GPUs with little shared memory need.
+        # Then only one block fits a multiprocessor. Only GPUs with little shared memory need this.
         stages = min(_MOST_STAGES, (limit - conv_wgrad_mma_RESERVED) // stage_bytes)
     if stages < 2:
         raise UnsupportedError(f"it needs {2 * stage_bytes + conv_wgrad_mma_RESERVED} bytes of shared memory, the GPU has {limit}")
@@ -1037,10 +1040,11 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
 def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, borders, partial, dw) -> None:
     """dw, the gradient of w, from x and the gradient of the output as cells.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale.
-    x_sums, borders: None; or what `fp16_cells.to_cells` took, for a dy whose sum over all pixels is 0 in each channel,
-    and, float32 [parts, KH * KW, M], sums of dy under its cells' scale over the pixels that have no partner in x for a
-    tap. Their sum over the parts counts.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is the cells' scale.
+    x_sums, borders: both None, or both given for an x whose means were subtracted, which needs a dy whose sum over all
+        pixels is 0 in each channel. x_sums: what `fp16_cells.to_cells` took. borders: float32 [parts, KH * KW, M];
+        added up over the parts, they are for each tap the sum of dy, under its cells' scale, over the pixels that
+        have no partner in x.
     dw and the workspace partial (its size in the plan, float32) are written.
     ValueError if only one of x_sums and borders is None.
     """
@@ -1698,10 +1702,10 @@ def _is_whole(value) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/calls.py
 #
-# Calls of kernels on tensors. A call is a plan: what it checks, allocates and launches is found out once for its kind.
+# Calls of kernels on tensors. A call is a plan: what it checks, allocates and launches is worked out once.
 #
-# Its kind: the operation, its options, and shape, dtype, device, layout and alignment of each tensor. Where tensors lie
-# does not matter, nor do the values of floats.
+# It is worked out once for each kind of call. The kind is the operation, its options, and the shape, dtype, device,
+# layout and alignment of each tensor. Where tensors lie does not matter, nor do the values of floats.
 
 _MOST_KNOWN = 4096  # plans of a thread
 
@@ -1719,7 +1723,7 @@ class Kind(NamedTuple):
 
 
 def remember(known: dict, key, value) -> None:
-    """known[key] = value. Of _MOST_KNOWN the oldest goes: to make it anew costs little."""
+    """known[key] = value. Beyond _MOST_KNOWN the oldest goes: making it anew costs little."""
     if len(known) >= _MOST_KNOWN:
         known.pop(next(iter(known)), None)
     known[key] = value
