@@ -199,7 +199,9 @@ LARGE = {
     "1e20": lambda shape: torch.randn(shape) * 1e20,
     "1e38": lambda shape: torch.randn(shape).clamp(-3, 3) * 1e38,
     "opposite": lambda shape: torch.randn(shape).sign() * 3e38,
-    "one_chunk": lambda shape: torch.randn(shape) * torch.tensor([1e38] + [1.0] * (shape[0] - 1)).view(-1, 1, 1, 1),
+    "one_chunk": lambda shape: (
+        torch.randn(shape).clamp(-3, 3) * torch.tensor([1e38] + [1.0] * (shape[0] - 1)).view(-1, 1, 1, 1)
+    ),
     "outliers": lambda shape: torch.full(shape, -1e38).masked_fill(torch.rand(shape) < 0.05, 3.3e38),
     "far": lambda shape: 2e38 + torch.randn(shape) * 3e37,
 }
