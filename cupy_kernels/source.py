@@ -182,9 +182,14 @@ def set_overrides(texts: dict[str, str], constants: dict[str, dict[str, str | in
         _put(dict(texts), dict(constants))
 
 
-def _put(texts, constants):
+def texts(macros: dict[str, str | int | float]) -> dict[str, str | int]:
+    """The macros as kernels are told apart by: 2.0, and True, are other texts than 2, which they equal."""
+    return {name: value if type(value) is int else str(value) for name, value in macros.items()}
+
+
+def _put(overrides, constants):
     global _overrides, _constants
-    _overrides, _constants = texts, constants
+    _overrides, _constants = overrides, {name: texts(macros) for name, macros in constants.items()}
     for known in _until_overridden:
         known.clear()
 

@@ -120,7 +120,8 @@ class _Operator:
         self.forward = forward
         self.backward = tuple(entry for entry in backward if isinstance(entry, str))
         self.operators = tuple(entry for entry in backward if not isinstance(entry, str))
-        self.output, self.sizes, self.block, self.defines = output, sizes or {}, block, defines or {}
+        self.output, self.sizes, self.block = output, sizes or {}, block
+        self.defines = source.texts(defines or {})
         self.grid = grid if isinstance(grid, dict) else dict.fromkeys((forward, *self.backward), grid) if grid else {}
         self.file = source.add(forward, text)
         for name in (forward, *self.backward, *self.grid):
@@ -221,7 +222,9 @@ class _Operator:
         except TypeError as error:
             raise TypeError(f"{self}: {error}") from None
         scalar = self._check(values)
-        numbers = {name: values[name] for name in self.numbers}
+        # A float is a plan's to vary; numbers of other types would be told apart by ==, which 0.0 and -0.0 are not.
+        kinds = {p.name: float if p.dtype.kind == "f" else int for p in self.parameters[self.forward, scalar]}
+        numbers = {name: kinds[name](values[name]) for name in self.numbers}
         results = _Function.apply(self, scalar, numbers, *(dense(values[name]) for name in self.inputs))
         return results[0] if len(results) == 1 else results
 

@@ -151,7 +151,8 @@ def _obstacle(children, x) -> str | None:
         if not _fusible(child, kind):
             return f"{name} is not replaced, has a hook, or was swapped, compiled or given another forward"
     conv, _, _, pool, _ = children
-    window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    stride = pool.kernel_size if pool.stride is None else pool.stride
+    window = (pool.kernel_size, stride, pool.padding, pool.dilation)
     if pool.return_indices or (window != _WINDOW and not all(map(_is, window, _WINDOW))):
         return "the pooling is not over 2x2 windows"
     if pool.ceil_mode:
@@ -242,6 +243,7 @@ def _fusible(module, kind) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
+        or "_call_impl" in own
         or own.get("_compiled_call_impl")
     )
 

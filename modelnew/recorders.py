@@ -16,7 +16,8 @@ def may_record() -> bool:
 def refuse(function) -> None:
     """RuntimeError if a recorder is at work: torch.jit.trace, make_fx, torch.export, FakeTensorMode, FlopCounterMode.
 
-    Other dispatch modes (selective checkpointing, logging) see what torch does, and no more.
+    Other dispatch modes (logging, selective checkpointing) see what torch does, and no more. Selective checkpointing
+    must compute kernels' results again: those that it saves have no values yet, which it notices and refuses.
     """
     found = [
         type(mode).__name__

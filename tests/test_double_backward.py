@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -329,3 +330,52 @@ def test_inline_operators_name_what_does_not_fit():
         operator(other, "cube", operator(CUBE, "cube_backward"))
     with pytest.raises(TypeError, match="a name or an operator"):
         operator(CUBE, "cube", 3)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e14, 3e19])
+@pytest.mark.parametrize("name", ["batch_norm", "group_norm"])
+def test_values_far_from_one(device, name, scale):
+    """Powers of 1 / std, of which second derivatives are made, leave float32's range."""
+    ours, theirs = PAIRS[name]
+    results = []
+    for function, dtype in ((ours, torch.float32), (theirs, torch.float64)):
+        leaf = (
+            (torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1)) * scale).to(device, x).requires_grad_()
+        )
+        (g,) = grad((function(leaf) ** 3).sum(), leaf, create_graph=True)
+        results.append(grad((g * scale).square().sum(), leaf)[0].double() * scale)
+    expected = results[1]
+    assert (results[0] - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_an_empty_batch(device):
+    for function in (norm(functional.batch_norm, True, 4), lambda x: functional.group_norm(x, 2)):
+        x = torch.randn(0, 4, 3, 3, device=device, requires_grad=True)
+        y = function(x)
+        (g,) = grad(y.square().sum(), x, create_graph=True)
+        (y.sum() + g.square().sum()).backward()
+        assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_forward_mode_is_refused(device, name):
+    """A tangent that is dropped would be a derivative of 0."""
+    x = torch.randn(2, 3, 9, 9, device=device)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        PAIRS[name][0](torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_numbers_that_are_equal_and_differ(device):
+    """0.0 == -0.0, and a macro 2 == 2.0."""
+    text = """#include "common.cuh"
+    extern "C" __global__ void sign_of(const scalar_t* x, scalar_t* y, float slope, i64 size) {
+        i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+        if (i < size) y[i] = from_acc<scalar_t>(copysign(to_acc(x[i]) * (1 / K), slope));
+    }"""
+    x = torch.ones(3, device=device)
+    whole, real = (operator(text, "sign_of", defines={"K": k}) for k in (2, 2.0))
+    one = operator(text, "sign_of", defines={"K": 1})
+    assert whole(x, 1.0).tolist() == [0] * 3
+    assert real(x, 1.0).tolist() == [0.5] * 3
+    for slope in (0, np.float32(-0.0), 0.0, -0.0, np.float64(-0.0), 0):
+        assert one(x, slope).tolist() == [float(np.copysign(1, slope))] * 3

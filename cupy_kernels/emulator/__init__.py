@@ -130,7 +130,7 @@ def prepare(kernels: Iterable[Kernel]) -> None:
 
 
 def _seed() -> int:
-    chosen = os.environ.get("CUPY_KERNELS_SEED", "0")
+    chosen = os.environ.get("CUPY_KERNELS_SEED") or "0"
     if not re.fullmatch("[0-9]+", chosen) or int(chosen) >= 2**64:
         raise BackendError(
             f"CUPY_KERNELS_SEED={chosen!r} is not an integer from 0 to 2**64 - 1: set one, or unset it, which is 0"

@@ -96,7 +96,7 @@ def _gradients(moments, needed, training, dy, x, weight, bias, y=None):
 
 def _definition(moments, training, eps, x, weight, bias):
     channels = (-1, *[1] * (x.dim() - 2))
-    x, (mean, invstd) = x.to(moments.dtype), moments.view(2, *channels)
+    x, (mean, invstd) = x.double(), moments.double().view(2, *channels)
     if training:
         values = (0, *range(2, x.dim()))
         mean = x.mean(values, keepdim=True)
@@ -212,6 +212,8 @@ def batch_norm_tanh(
 
 
 def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, tanh):
+    if not input.numel() and running_mean is None:
+        training = True  # there is nothing to normalise, and torch asks for no statistics
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     x = input
     if input.shape == (0,):  # an empty batch of as many channels as the others have

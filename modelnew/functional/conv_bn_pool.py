@@ -17,6 +17,8 @@ from ..interop import (
     aligned,
     compile_together,
     dense,
+    integer,
+    number,
     one_device,
     pair,
 )
@@ -237,6 +239,7 @@ def conv_bn_tanh_max_pool_group_norm(
     tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
     arguments = (num_batches_tracked, input, conv_weight, conv_bias, running_mean, running_var)
     arguments += (weight, bias, group_weight, group_bias)
+    group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     training, padding, device = bool(training), pair(padding, "padding"), "cuda" if input.is_cuda else "cpu"
     facts = choose(numerics, input), torch.is_autocast_enabled(device)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -249,7 +252,7 @@ def conv_bn_tanh_max_pool_group_norm(
         return None
     tensors = (aligned(input), *map(dense, tensors[1:]))
     rest = (call, running_mean, running_var, num_batches_tracked, momentum, eps, group_eps)
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # which it refuses
         return _Fused.apply(*tensors, rest)
     if keep:
         return _apply(*tensors, rest)

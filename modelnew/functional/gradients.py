@@ -7,10 +7,16 @@ its own, which starts the same kernels. Otherwise the kernels alone run, and not
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 
 def will_need_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether a backward can follow a Function of these tensors. Without one, its forward alone is quicker."""
+    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker.
+
+    It sees those in forward mode and under torch.func, too, which it refuses: the Functions have no rule for them.
+    """
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -48,8 +54,8 @@ class NormGradient(torch.autograd.Function):
     """(dx, dweight, dbias) of a norm. Kernels compute them; what is differentiated is the norm's definition.
 
     kernels(dy, x, weight, bias) returns them, None for those that are not needed.
-    definition(x, weight, bias): the norm as elementary operations of torch, in the accumulator's dtype, which autograd
-        differentiates as often as it is asked to.
+    definition(x, weight, bias): the norm as elementary operations of torch, which autograd differentiates as often as
+        it is asked to. In float64: powers of 1 / std leave float32's range where std is far from 1.
     """
 
     @staticmethod

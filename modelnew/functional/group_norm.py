@@ -1,6 +1,7 @@
 """group_norm, with the signature of torch.nn.functional.group_norm."""
 
 import functools
+import math
 
 import torch
 
@@ -9,7 +10,7 @@ from cupy_kernels.group_norm import group_norm_backward, group_norm_forward, gro
 
 from .. import autocast
 from ..calls import call, dense_after
-from ..interop import accumulator_dtype, check_parameters, dense, integer, number, one_device
+from ..interop import check_parameters, dense, integer, number, one_device
 from .gradients import NormGradient, differentiable, will_need_grad
 
 
@@ -52,7 +53,7 @@ def _gradients(statistics, num_groups, needed, dy, x, weight, bias):
 
 
 def _definition(num_groups, eps, x, weight, bias):
-    grouped = x.to(accumulator_dtype(x)).reshape(x.shape[0], num_groups, -1)
+    grouped = x.double().reshape(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
     grouped = grouped - grouped.mean(2, keepdim=True)
     grouped = grouped * (grouped.square().mean(2, keepdim=True) + eps).rsqrt()
     channels = (-1, *[1] * (x.dim() - 2))
