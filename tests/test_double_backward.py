@@ -339,9 +339,8 @@ def test_values_far_from_one(device, name, scale):
     ours, theirs = PAIRS[name]
     results = []
     for function, dtype in ((ours, torch.float32), (theirs, torch.float64)):
-        leaf = (
-            (torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1)) * scale).to(device, x).requires_grad_()
-        )
+        values = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1)) * scale
+        leaf = values.to(device, dtype).requires_grad_()
         (g,) = grad((function(leaf) ** 3).sum(), leaf, create_graph=True)
         results.append(grad((g * scale).square().sum(), leaf)[0].double() * scale)
     expected = results[1]
