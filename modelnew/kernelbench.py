@@ -17,9 +17,11 @@ from torch import nn
 from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_architecture
 from cupy_kernels.source import Kernel, Variant, expanded, signature
 
+from .functional.batch_norm import BatchNorm2d
 from .functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
+from .functional.conv_transpose import ConvTranspose2d
+from .functional.group_norm import GroupNorm
 from .interop import Workspace, launching_on, one_device, view
-from .layers import BatchNorm2d, ConvTranspose2d, GroupNorm
 from .numerics import required_plan
 
 KERNELS: dict[str, str] = {}  # file name: text

@@ -180,7 +180,7 @@ def test_judge_refuses_what_no_check_launches(monkeypatch):
         magics.judge("tanh_forward", FORWARD, dtypes=("int8",))
     monkeypatch.setattr(checks, "CASES", [case for case in checks.CASES if "conv_transpose.cu" not in case.files])
     text = source.packaged_kernels("conv_transpose.cu")["conv_gather"]
-    with pytest.raises(ValueError, match=r"no check launches conv_gather in float64, float32.*modelnew/checks\.py"):
+    with pytest.raises(ValueError, match=r"no check launches conv_gather in float64, float32.*modelnew/cases\.py"):
         magics.judge("conv_gather", text, dtypes=("float64", "float32"), device="cpu")
 
 
