@@ -1,6 +1,7 @@
 """%%cu and %cu_reset in an IPython shell, and the checks behind them."""
 
 import itertools
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import cupy_kernels
 from cupy_kernels import emulator, source, tinker
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import observed
-from modelnew import checks, magics
+from modelnew import checks, functional, magics
 from modelnew.functional import tanh
 
 FORWARD = source.packaged_kernels("tanh.cu")["tanh_forward"]
@@ -190,6 +191,11 @@ def test_what_torch_keeps_does_not_make_a_check_smaller(monkeypatch):
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, reserved=reserved: reserved)
         assert checks.images_for(torch.device("cuda")) == images
     assert checks.images_for(torch.device("cpu")) is None
+
+
+def test_every_function_has_a_case():
+    named = {re.match(r"\w+", case.what)[0] for case in checks.CASES}
+    assert set(functional.__all__) - named == {"conv_bn_tanh_max_pool_group_norm"}  # those of the fused model
 
 
 @pytest.mark.parametrize("case", checks.CASES, ids=lambda case: case.what)

@@ -140,7 +140,7 @@ def test_folding_batch_norm_into_the_convolution(device):
 def test_quantization_refuses():
     """By the exact class; torch has no fused quantized layer of these in either case."""
     _, model_new, _ = small_pair("cpu")
-    with pytest.raises((AssertionError, NotImplementedError), match=r"modelnew\.layers\.ConvTranspose2d"):
+    with pytest.raises((AssertionError, NotImplementedError), match=r"modelnew\..*ConvTranspose2d"):
         torch.ao.quantization.fuse_modules(model_new.eval(), [["conv_transpose", "batch_norm"]])
 
 
