@@ -10,6 +10,7 @@ from .batch_norm import BatchNorm2d, batch_norm, batch_norm_tanh
 from .bn_tanh_max_pool import bn_tanh_max_pool2d, tanh_max_pool2d
 from .conv_transpose import ConvTranspose2d, conv_transpose2d
 from .group_norm import GroupNorm, group_norm
+from .leaky_relu import LeakyReLU, leaky_relu
 from .max_pool import MaxPool2d, max_pool2d
 from .tanh import Tanh, tanh
 
