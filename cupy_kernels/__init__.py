@@ -1,8 +1,7 @@
 """CUDA C kernels as text, and what runs them on arrays: CuPy's on a GPU, NumPy's through a CPU emulator.
 
-One module per operator: `conv_transpose`, `conv_transpose_mma`, `batch_norm`, `tanh`, `max_pool`, `group_norm`, and the
-fusions `bn_tanh_max_pool` and `conv_bn_pool`. Their functions take outputs and workspaces as arguments and allocate
-nothing. `modelnew` puts torch on top.
+One module per operator or fusion, of the name of its `.cu` file. Their functions take outputs and workspaces as
+arguments and allocate nothing. `modelnew` puts torch on top.
 
 To look at the kernels and to change them: `kernels`, `show`, `override`, `edit`, `reset`, `attributes`, `ptx`, `sass`;
 in IPython `%load_ext modelnew`, then `%%cu?`.

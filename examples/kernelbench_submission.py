@@ -489,6 +489,360 @@ def _check(x, w, y, geometry):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# modelnew/interop.py
+#
+# The border between torch and the kernels: DLPack views of tensors, on the tensors' device and torch's stream.
+
+# What kernels compute with, and their name for it.
+interop_FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
+
+
+class Layout:
+    """Where arrays, {name: (shape, NumPy type)}, lie in one piece of memory."""
+
+    def __init__(self, arrays: dict[str, tuple[tuple[int, ...], type]]):
+        self.places, self.size = {}, 0
+        for name, (shape, dtype) in arrays.items():
+            self.places[name] = (self.size, shape, dtype)
+            self.size += -(-math.prod(shape) * np.dtype(dtype).itemsize // 256) * 256
+
+
+class Workspace(NamedTuple):
+    """Many arrays in one tensor: one allocation, one DLPack view and one saved tensor for all of them."""
+
+    memory: torch.Tensor
+    layout: Layout
+
+    @classmethod
+    def empty(cls, layout: Layout, device: torch.device) -> "Workspace":
+        return cls(torch.empty(layout.size, dtype=torch.uint8, device=device), layout)
+
+    def data_ptr(self) -> int:
+        """The address where the arrays begin."""
+        return self.memory.data_ptr()
+
+
+def view(tensor: torch.Tensor):
+    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16.
+
+    On a GPU CuPy gets the bare DLPack capsule. The protocol around it, `__dlpack__`, would make streams wait for each
+    other; but the view is used on the stream that the tensor belongs to, waiting breaks the capture of a CUDA graph,
+    and the protocol costs several times the view itself.
+    RuntimeError if the tensor's values are not what its memory holds.
+    """
+    if tensor.is_neg() or tensor.is_conj():
+        raise RuntimeError("received a negated or conjugated view of other memory: use resolve_neg(), resolve_conj()")
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    if tensor.is_cuda:
+        return cupy().from_dlpack(to_dlpack(tensor))
+    return np.asarray(_Memory(tensor))
+
+
+class _Memory:
+    """What NumPy makes an array from; it keeps the tensor's memory while there is such an array.
+
+    After `tensor.numpy()` the storage could never be resized again, which FSDP does. NumPy's from_dlpack returns a
+    read-only array.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        check_memory(tensor)
+        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+        self.tensor = tensor
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),  # not read-only
+            "shape": tuple(tensor.shape),
+            "strides": tuple(step * dtype.itemsize for step in tensor.stride()),
+            "typestr": dtype.str,
+            "version": 3,
+        }
+
+
+def one_device(args) -> torch.device:
+    """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
+    tensors = [arg.memory if isinstance(arg, Workspace) else arg for arg in args]
+    tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            received = ", ".join(sorted({str(t.device) for t in tensors}))
+            raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
+    if device.type not in ("cuda", "cpu"):
+        raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
+    return device
+
+
+_nothing = contextlib.nullcontext()
+
+
+def launching_on(device: torch.device):
+    """A context in which CuPy launches on `device`, if that is a GPU, and on torch's current stream there."""
+    if device.type == "cpu":
+        return _nothing
+    cuda = cupy().cuda
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = raw_stream(index)
+    if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
+        return _nothing
+    return _switched(cuda, index, stream)
+
+
+def raw_stream(device_index):
+    return torch._C._cuda_getCurrentRawStream(device_index)  # the current stream, without the object around it
+
+
+@contextlib.contextmanager
+def _switched(cuda, device_index, stream):
+    with cuda.Device(device_index), _stream(stream, device_index):
+        yield
+
+
+@functools.cache
+def _stream(pointer, device_index):
+    """CuPy's object for a stream of torch's. Call it with the device current."""
+    stream = cupy().cuda.Stream
+    if hasattr(stream, "from_external"):  # since CuPy 14
+        return stream.from_external(_ExternalStream(pointer))
+    return cupy().cuda.ExternalStream(pointer, device_index)
+
+
+class _ExternalStream(NamedTuple):
+    pointer: int
+
+    def __cuda_stream__(self):
+        return 0, self.pointer
+
+
+def check_memory(tensor: torch.Tensor) -> None:
+    """RuntimeError for a tensor that has elements and no memory for them."""
+    if tensor.numel() and not tensor.data_ptr():
+        raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must.
+
+    Autograd sees the copy: a Function that keeps its input for a backward is given the result of this.
+    """
+    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
+        return tensor
+    return tensor.resolve_neg().contiguous()
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`dense`, at an address that is a multiple of 16, which kernels that read 16 bytes at a time insist on."""
+    tensor = dense(tensor)
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def check_floating(**tensors: torch.Tensor | None) -> None:
+    """TypeError unless every named tensor (None left out) has a dtype that kernels compute with."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in interop_FLOATS:
+            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, received {tensor.dtype}")
+
+
+def check_parameters(input: torch.Tensor, **parameters: torch.Tensor | None) -> None:
+    """TypeError unless the tensors (None left out) share one dtype: input's, or float32 where that has 16 bits."""
+    check_floating(input=input, **parameters)
+    allowed = {input.dtype, interop_accumulator_dtype(input)}
+    dtypes = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}
+    if len(set(dtypes.values())) > 1 or not allowed.issuperset(dtypes.values()):
+        received = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        choice = " or all ".join(sorted(map(str, allowed)))
+        raise TypeError(f"with input {input.dtype}, {' and '.join(dtypes)} must be all {choice}; received {received}")
+
+
+def interop_accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """dtype of statistics, partial sums and workspaces for a tensor: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def number(value, name: str) -> float:
+    """A number, or a tensor of one, as a float. TypeError for anything else."""
+    if isinstance(value, (numbers.Real, torch.Tensor)):
+        return float(value)
+    raise TypeError(f"{name} must be a number, received {value!r}")
+
+
+def integer(value, name: str) -> int:
+    """A whole number, of NumPy's or a tensor, too, as an int. TypeError for anything else."""
+    if isinstance(value, bool) or not _is_whole(value):
+        raise TypeError(f"{name} must be an int, received {value!r}")
+    return int(value)
+
+
+def pair(value, name: str) -> tuple[int, int]:
+    """(value, value) for a whole number, (a, b) for two of them. ValueError for anything else."""
+    if type(value) is int:
+        return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    values = (value,) if _is_whole(value) else tuple(value) if isinstance(value, Iterable) else ()
+    if len(values) not in (1, 2) or not all(map(_is_whole, values)):
+        raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
+    return int(values[0]), int(values[-1])
+
+
+def _is_whole(value) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
+    return isinstance(value, numbers.Integral)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/calls.py
+#
+# Calls of kernels on tensors. A call is a plan: what it checks, allocates and launches is worked out once.
+#
+# It is worked out once for each kind of call. The kind is the operation, its options, and the shape, dtype, device,
+# layout and alignment of each tensor. Where tensors lie does not matter, nor do the values of floats.
+
+_MOST_KNOWN = 4096  # plans of a thread
+
+
+class Kind(NamedTuple):
+    """What a plan may know of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def remember(known: dict, key, value) -> None:
+    """known[key] = value. Beyond _MOST_KNOWN the oldest goes: making it anew costs little."""
+    if len(known) >= _MOST_KNOWN:
+        known.pop(next(iter(known)), None)
+    known[key] = value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/affine.py
+#
+# What the norms' layers share: their weight and bias.
+
+def tensor_of(module: nn.Module, name: str) -> torch.Tensor | None:
+    """module.name, a parameter or buffer: getattr, which searches for it, takes three times as long."""
+    for known in (module._parameters, module._buffers):
+        if name in known:
+            return known[name]
+    return getattr(module, name)  # someone put another tensor in its place
+
+
+def reset_affine(module: nn.Module) -> None:
+    """Weight 1, bias 0."""
+    if module.weight is not None:
+        nn.init.ones_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/batch_norm.py
+#
+# batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well.
+
+def applied_statistics(running_mean, running_var, training):
+    """The running statistics if they are applied, which a backward refuses if they were changed, as torch's does."""
+    return (None, None) if training else (running_mean, running_var)
+
+
+def note_update(running_mean, running_var, batches, updated) -> None:
+    """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
+    for buffer, new in zip((running_mean, running_var, batches), updated):
+        if buffer is None:
+            continue
+        if new is None:
+            buffer.add_(1)
+        elif new is not buffer:  # it is not contiguous: the kernel updated a copy
+            buffer.copy_(new)
+        else:
+            torch.autograd.graph.increment_version(buffer)
+
+
+def check_batch_norm(input, running_mean, running_var, weight, bias, training) -> None:
+    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices."""
+    if training and input.dim() and math.prod((input.shape[0], *input.shape[2:])) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    if input.dim() < 2:
+        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, tensor in parameters.items():
+        if tensor is not None and tensor.numel() != input.shape[1]:
+            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {tensor.numel()}")
+    one_device((input, *parameters.values()))
+    check_parameters(input, running_mean=running_mean, running_var=running_var)
+    check_parameters(input, weight=weight, bias=bias)
+
+
+def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
+    """(momentum, eps) as floats. Refuses what the function refuses for other reasons."""
+    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is None and not training:
+        raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+    return momentum, eps
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # not every version of torch knows it
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, and `reset_running_stats`."""
+        self.reset_running_stats()
+        reset_affine(self)
+
+    def arguments(self, input: torch.Tensor) -> tuple:
+        """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for a batch."""
+        self._check_input_dim(input)
+        running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
+        training = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = None
+        momentum = self.momentum
+        if momentum is None:  # the average over all batches
+            counter = self.counter()
+            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
+        affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
+        return running_mean, running_var, *affine, training, momentum, self.eps
+
+    def counter(self) -> torch.Tensor | None:
+        """num_batches_tracked, if a batch now would be counted."""
+        return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_wgmma.py
 #
 # How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks.
@@ -501,7 +855,7 @@ _STEP_CHANNELS = 32
 _FEW_WINDOWS = 64  # the most of a block, for few images
 
 
-class Layout(NamedTuple):
+class conv_wgmma_Layout(NamedTuple):
     """How a tensor-core convolution is laid out over blocks."""
 
     macros: dict  # of the kernel's file
@@ -518,7 +872,7 @@ class _Unit(NamedTuple):
     shared_bytes: int
 
 
-def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
+def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> conv_wgmma_Layout | None:
     """The layout, or None if there is not enough shared memory.
 
     images: their number, if they are few: a block then takes a small part of one, so that all fill the GPU. None: a
@@ -574,7 +928,7 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         "SHARED_BYTES": shared_bytes,
     }
     units, stride = ceil_div(windows_h, rows), ceil_div(rows * window_pitch, 16) * 16
-    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
+    return conv_wgmma_Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
@@ -808,7 +1162,7 @@ def plan(
     )
 
 
-def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
+def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmma_Layout:
     """The layout of conv_mma.cuh."""
     warps_m, most_warps_n = (1, 8) if channels[1] <= 64 else (2, 4)
     chunks = ceil_div(channels[0], chunk_channels(split))
@@ -863,7 +1217,7 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
         "SHARED_BYTES": shared_bytes,
     }
     unit_windows, plane_stride = passes * warps_n * 16, ceil_div(windows, 4) * 4
-    return Layout(macros, planes(0, windows_w, units, unit_windows, unit_windows, plane_stride))
+    return conv_wgmma_Layout(macros, planes(0, windows_w, units, unit_windows, unit_windows, plane_stride))
 
 
 def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
@@ -1502,234 +1856,6 @@ def _count(p: Plan, images: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# modelnew/interop.py
-#
-# The border between torch and the kernels: DLPack views of tensors, on the tensors' device and torch's stream.
-
-# What kernels compute with, and their name for it.
-interop_FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
-
-
-class interop_Layout:
-    """Where arrays, {name: (shape, NumPy type)}, lie in one piece of memory."""
-
-    def __init__(self, arrays: dict[str, tuple[tuple[int, ...], type]]):
-        self.places, self.size = {}, 0
-        for name, (shape, dtype) in arrays.items():
-            self.places[name] = (self.size, shape, dtype)
-            self.size += -(-math.prod(shape) * np.dtype(dtype).itemsize // 256) * 256
-
-
-class Workspace(NamedTuple):
-    """Many arrays in one tensor: one allocation, one DLPack view and one saved tensor for all of them."""
-
-    memory: torch.Tensor
-    layout: interop_Layout
-
-    @classmethod
-    def empty(cls, layout: interop_Layout, device: torch.device) -> "Workspace":
-        return cls(torch.empty(layout.size, dtype=torch.uint8, device=device), layout)
-
-    def data_ptr(self) -> int:
-        """The address where the arrays begin."""
-        return self.memory.data_ptr()
-
-
-def view(tensor: torch.Tensor):
-    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16.
-
-    On a GPU CuPy gets the bare DLPack capsule. The protocol around it, `__dlpack__`, would make streams wait for each
-    other; but the view is used on the stream that the tensor belongs to, waiting breaks the capture of a CUDA graph,
-    and the protocol costs several times the view itself.
-    RuntimeError if the tensor's values are not what its memory holds.
-    """
-    if tensor.is_neg() or tensor.is_conj():
-        raise RuntimeError("received a negated or conjugated view of other memory: use resolve_neg(), resolve_conj()")
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-    if tensor.is_cuda:
-        return cupy().from_dlpack(to_dlpack(tensor))
-    return np.asarray(_Memory(tensor))
-
-
-class _Memory:
-    """What NumPy makes an array from; it keeps the tensor's memory while there is such an array.
-
-    After `tensor.numpy()` the storage could never be resized again, which FSDP does. NumPy's from_dlpack returns a
-    read-only array.
-    """
-
-    def __init__(self, tensor: torch.Tensor):
-        check_memory(tensor)
-        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
-        self.tensor = tensor
-        self.__array_interface__ = {
-            "data": (tensor.data_ptr(), False),  # not read-only
-            "shape": tuple(tensor.shape),
-            "strides": tuple(step * dtype.itemsize for step in tensor.stride()),
-            "typestr": dtype.str,
-            "version": 3,
-        }
-
-
-def one_device(args) -> torch.device:
-    """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
-    tensors = [arg.memory if isinstance(arg, Workspace) else arg for arg in args]
-    tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-    device = tensors[0].device
-    for tensor in tensors:
-        if tensor.device != device:
-            received = ", ".join(sorted({str(t.device) for t in tensors}))
-            raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
-    if device.type not in ("cuda", "cpu"):
-        raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
-    return device
-
-
-_nothing = contextlib.nullcontext()
-
-
-def launching_on(device: torch.device):
-    """A context in which CuPy launches on `device`, if that is a GPU, and on torch's current stream there."""
-    if device.type == "cpu":
-        return _nothing
-    cuda = cupy().cuda
-    index = torch.cuda.current_device() if device.index is None else device.index
-    stream = raw_stream(index)
-    if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
-        return _nothing
-    return _switched(cuda, index, stream)
-
-
-def raw_stream(device_index):
-    return torch._C._cuda_getCurrentRawStream(device_index)  # the current stream, without the object around it
-
-
-@contextlib.contextmanager
-def _switched(cuda, device_index, stream):
-    with cuda.Device(device_index), _stream(stream, device_index):
-        yield
-
-
-@functools.cache
-def _stream(pointer, device_index):
-    """CuPy's object for a stream of torch's. Call it with the device current."""
-    stream = cupy().cuda.Stream
-    if hasattr(stream, "from_external"):  # since CuPy 14
-        return stream.from_external(_ExternalStream(pointer))
-    return cupy().cuda.ExternalStream(pointer, device_index)
-
-
-class _ExternalStream(NamedTuple):
-    pointer: int
-
-    def __cuda_stream__(self):
-        return 0, self.pointer
-
-
-def check_memory(tensor: torch.Tensor) -> None:
-    """RuntimeError for a tensor that has elements and no memory for them."""
-    if tensor.numel() and not tensor.data_ptr():
-        raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
-
-
-def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must.
-
-    Autograd sees the copy: a Function that keeps its input for a backward is given the result of this.
-    """
-    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
-        return tensor
-    return tensor.resolve_neg().contiguous()
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """`dense`, at an address that is a multiple of 16, which kernels that read 16 bytes at a time insist on."""
-    tensor = dense(tensor)
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
-def check_floating(**tensors: torch.Tensor | None) -> None:
-    """TypeError unless every named tensor (None left out) has a dtype that kernels compute with."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in interop_FLOATS:
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, received {tensor.dtype}")
-
-
-def check_parameters(input: torch.Tensor, **parameters: torch.Tensor | None) -> None:
-    """TypeError unless the tensors (None left out) share one dtype: input's, or float32 where that has 16 bits."""
-    check_floating(input=input, **parameters)
-    allowed = {input.dtype, interop_accumulator_dtype(input)}
-    dtypes = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}
-    if len(set(dtypes.values())) > 1 or not allowed.issuperset(dtypes.values()):
-        received = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        choice = " or all ".join(sorted(map(str, allowed)))
-        raise TypeError(f"with input {input.dtype}, {' and '.join(dtypes)} must be all {choice}; received {received}")
-
-
-def interop_accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """dtype of statistics, partial sums and workspaces for a tensor: float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def number(value, name: str) -> float:
-    """A number, or a tensor of one, as a float. TypeError for anything else."""
-    if isinstance(value, (numbers.Real, torch.Tensor)):
-        return float(value)
-    raise TypeError(f"{name} must be a number, received {value!r}")
-
-
-def pair(value, name: str) -> tuple[int, int]:
-    """(value, value) for a whole number, (a, b) for two of them. ValueError for anything else."""
-    if type(value) is int:
-        return value, value
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
-        return value
-    values = (value,) if _is_whole(value) else tuple(value) if isinstance(value, Iterable) else ()
-    if len(values) not in (1, 2) or not all(map(_is_whole, values)):
-        raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
-    return int(values[0]), int(values[-1])
-
-
-def _is_whole(value) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
-    return isinstance(value, numbers.Integral)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/calls.py
-#
-# Calls of kernels on tensors. A call is a plan: what it checks, allocates and launches is worked out once.
-#
-# It is worked out once for each kind of call. The kind is the operation, its options, and the shape, dtype, device,
-# layout and alignment of each tensor. Where tensors lie does not matter, nor do the values of floats.
-
-_MOST_KNOWN = 4096  # plans of a thread
-
-
-class Kind(NamedTuple):
-    """What a plan may know of a tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-
-def remember(known: dict, key, value) -> None:
-    """known[key] = value. Beyond _MOST_KNOWN the oldest goes: making it anew costs little."""
-    if len(known) >= _MOST_KNOWN:
-        known.pop(next(iter(known)), None)
-    known[key] = value
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/numerics.py
 #
 # How the transposed convolution multiplies: numeric classes, and the one rule that picks tensor cores or not.
@@ -1806,61 +1932,6 @@ def _shared_bytes(device_index: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/batch_norm.py
-#
-# batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well.
-
-def applied_statistics(running_mean, running_var, training):
-    """The running statistics if they are applied, which a backward refuses if they were changed, as torch's does."""
-    return (None, None) if training else (running_mean, running_var)
-
-
-def note_update(running_mean, running_var, batches, updated) -> None:
-    """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
-    for buffer, new in zip((running_mean, running_var, batches), updated):
-        if buffer is None:
-            continue
-        if new is None:
-            buffer.add_(1)
-        elif new is not buffer:  # it is not contiguous: the kernel updated a copy
-            buffer.copy_(new)
-        else:
-            torch.autograd.graph.increment_version(buffer)
-
-
-def check_batch_norm(input, running_mean, running_var, weight, bias, training) -> None:
-    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices."""
-    if training and input.dim() and math.prod((input.shape[0], *input.shape[2:])) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    if input.dim() < 2:
-        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
-    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, tensor in parameters.items():
-        if tensor is not None and tensor.numel() != input.shape[1]:
-            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {tensor.numel()}")
-    one_device((input, *parameters.values()))
-    check_parameters(input, running_mean=running_mean, running_var=running_var)
-    check_parameters(input, weight=weight, bias=bias)
-
-
-def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
-    """(momentum, eps) as floats. Refuses what the function refuses for other reasons."""
-    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
-    if training and not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if not eps >= 0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if running_mean is None and not training:
-        raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
-    return momentum, eps
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/conv_transpose.py
 #
 # conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
@@ -1879,6 +1950,60 @@ def gradient_plans(kind, x_shape, w_shape, geometry, choice, need_x, need_w):
     return dgrad, wgrad
 
 
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        numerics: str = "auto",
+    ):
+        check_numerics(numerics)
+        window = (kernel_size, stride, padding, output_padding)
+        super().__init__(in_channels, out_channels, *window, groups, bias, dilation, padding_mode, device, dtype)
+        self.numerics = numerics
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/group_norm.py
+#
+# group_norm, with the signature of torch.nn.functional.group_norm.
+
+class GroupNorm(nn.GroupNorm):
+    """See torch.nn.GroupNorm and `modelnew.functional.group_norm`."""
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        if not bias:  # not every version of torch knows it
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0."""
+        reset_affine(self)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/conv_bn_pool.py
 #
@@ -1894,7 +2019,7 @@ class _Call:
     plan: Plan
     choice: Choice
     geometry: Geometry
-    layout: interop_Layout  # of the workspace
+    layout: Layout  # of the workspace
     shape: tuple  # of the output
     training: bool
     keep: bool
@@ -1908,7 +2033,7 @@ class _BackwardCall:
     dgrad: Plan | None  # of cells
     wgrad: conv_wgrad_mma_Plan | None
     dy_shape: tuple | None  # where the general kernels take the convolution's gradients
-    layouts: tuple[interop_Layout, ...]  # of what the backward makes, gives to wgrad and dgrad, and of what these two write
+    layouts: tuple[Layout, ...]  # of what the backward makes, gives to wgrad and dgrad, and of what these two write
 
 
 class _Fused(torch.autograd.Function):
@@ -1992,7 +2117,7 @@ def _call(training, keep, padding, num_groups, numerics, batches, input, conv_we
     if reason:
         return reason
     compile_together(kernels(plan, num_groups, training, keep), input.device)
-    layout = interop_Layout(buffers(plan, input.shape, num_groups, training, keep))
+    layout = Layout(buffers(plan, input.shape, num_groups, training, keep))
     return _Call(plan, choice, _geometry(padding), layout, shape, training, keep, num_groups)
 
 
@@ -2011,7 +2136,7 @@ def _backward_call(call, need_x, need_w, x, w):
         weight_gradient_buffers(wgrad, x.shape, call.training) if wgrad else {},
         input_gradient_buffers(dgrad) if dgrad else {},
     )
-    return _BackwardCall(dgrad, wgrad, dy_shape, tuple(map(interop_Layout, buffers)))
+    return _BackwardCall(dgrad, wgrad, dy_shape, tuple(map(Layout, buffers)))
 
 
 def conv_bn_pool_plan(x, conv_weight, padding, num_groups, choice):
@@ -2073,6 +2198,7 @@ def conv_bn_tanh_max_pool_group_norm(
     tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
     arguments = (num_batches_tracked, input, conv_weight, conv_bias, running_mean, running_var)
     arguments += (weight, bias, group_weight, group_bias)
+    group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     training, padding, device = bool(training), pair(padding, "padding"), "cuda" if input.is_cuda else "cpu"
     facts = choose(numerics, input), torch.is_autocast_enabled(device)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -2085,7 +2211,7 @@ def conv_bn_tanh_max_pool_group_norm(
         return None
     tensors = (aligned(input), *map(dense, tensors[1:]))
     rest = (call, running_mean, running_var, num_batches_tracked, momentum, eps, group_eps)
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # which it refuses
         return _Fused.apply(*tensors, rest)
     if keep:
         return _apply(*tensors, rest)
@@ -2104,122 +2230,6 @@ def _checked_shape(input, conv_weight, others, padding, training, num_groups):
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups must divide the {channels} channels, received {num_groups}")
     return images, channels, height // 2, width // 2
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/layers.py
-#
-# The five operators as drop-in torch.nn modules, on our kernels.
-#
-# Each is a subclass of torch's own layer, for the sake of the many tools that look for torch's classes: SyncBatchNorm's
-# conversion, spectral_norm, update_bn, loops that freeze or initialise. Arguments, parameters, buffers, state dicts and
-# initialisation are torch's. `forward` is ours and calls none of torch's kernels.
-
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        output_padding: int | tuple[int, int] = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: int | tuple[int, int] = 1,
-        padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
-        *,
-        numerics: str = "auto",
-    ):
-        check_numerics(numerics)
-        window = (kernel_size, stride, padding, output_padding)
-        super().__init__(in_channels, out_channels, *window, groups, bias, dilation, padding_mode, device, dtype)
-        self.numerics = numerics
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:  # not every version of torch knows it
-            self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        """Weight 1, bias 0, and `reset_running_stats`."""
-        self.reset_running_stats()
-        _reset_affine(self)
-
-    def arguments(self, input: torch.Tensor) -> tuple:
-        """(running_mean, running_var, weight, bias, training, momentum, eps) of `functional.batch_norm` for a batch."""
-        self._check_input_dim(input)
-        running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
-        training = self.training or (running_mean is None and running_var is None)
-        if self.training and not self.track_running_stats:
-            running_mean = running_var = None
-        momentum = self.momentum
-        if momentum is None:  # the average over all batches
-            counter = self.counter()
-            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
-        affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
-        return running_mean, running_var, *affine, training, momentum, self.eps
-
-    def counter(self) -> torch.Tensor | None:
-        """num_batches_tracked, if a batch now would be counted."""
-        return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
-
-
-class GroupNorm(nn.GroupNorm):
-    """See torch.nn.GroupNorm and `modelnew.functional.group_norm`."""
-
-    def __init__(
-        self,
-        num_groups: int,
-        num_channels: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        if not bias:  # not every version of torch knows it
-            self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        """Weight 1, bias 0."""
-        _reset_affine(self)
-
-
-def tensor_of(module: nn.Module, name: str) -> torch.Tensor | None:
-    """module.name, a parameter or buffer: getattr, which searches for it, takes three times as long."""
-    for known in (module._parameters, module._buffers):
-        if name in known:
-            return known[name]
-    return getattr(module, name)  # someone put another tensor in its place
-
-
-def _reset_affine(module):
-    if module.weight is not None:
-        nn.init.ones_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,45 +3,22 @@
 What the magic `%%cu` runs on an edited kernel: quick, one dtype; the tests look at far more.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable
+import importlib
+import pkgutil
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from . import functional, parity
-from .numerics import without_tensor_cores
+from .cases import Case, first
+from .functional.batch_norm import per_channel
+from .functional.conv_transpose import conv_inputs, torch_conv
 from .parity import tf32_rounded
 
 IMAGES = 512  # on a GPU with this much memory; a sixteenth on others
 _MEMORY = 30e9
-
-
-class Case(NamedTuple):
-    """One operator, forward and backward.
-
-    ours, theirs: functions of the tensors, which return a tensor, or a tuple whose first element gets a gradient.
-    inputs: inputs(images) gives {name: float32 tensor}, small ones where images is None. Those whose name begins with _
-        need no gradient.
-    terms: terms(images) gives {result: how many terms it sums}, of long sums, for `parity.within_policy`. Results are
-        "output", "gradient of x", ..., "result 2", ...
-    rounded: in float32, whether ours rounds operands to TF32. PyTorch on the CPU, and often cuDNN, does not: the error
-        that this causes in float64 is then what ours may have.
-    gradient: gradient(dtype, **tensors in float64) gives the output's gradient. Default: random.
-    within: a context that ours runs in.
-    """
-
-    what: str
-    files: tuple[str, ...]
-    ours: Callable
-    theirs: Callable
-    inputs: Callable
-    terms: Callable = lambda images: {}
-    rounded: bool = False
-    gradient: Callable | None = None
-    within: Callable = contextlib.nullcontext
 
 
 def cases(files) -> list[Case]:
@@ -91,7 +68,7 @@ def _reference(case, dtype, device, images) -> _Reference:
         tensors = {name: t.to(dtype) for name, t in case.inputs(images).items()}
     double = {name: t.double() for name, t in tensors.items()}
     with torch.no_grad():
-        shape = _first(case.theirs(**double)).shape
+        shape = first(case.theirs(**double)).shape
     if case.gradient:
         dy = case.gradient(dtype, **double).to(dtype)
     else:
@@ -112,125 +89,19 @@ def _reference(case, dtype, device, images) -> _Reference:
 def _results(function, tensors, dy) -> dict[str, torch.Tensor]:
     leaves = {name: t.detach().clone().requires_grad_(not name.startswith("_")) for name, t in tensors.items()}
     result = function(**leaves)
-    y, rest = _first(result), result[1:] if isinstance(result, tuple) else ()
+    y, rest = first(result), result[1:] if isinstance(result, tuple) else ()
     wanted = {f"gradient of {name}": t for name, t in leaves.items() if t.requires_grad}
     gradients = torch.autograd.grad(y, list(wanted.values()), dy)
     others = {f"result {i}": t.detach() for i, t in enumerate(rest, 2)}
     return {"output": y.detach(), **dict(zip(wanted, gradients)), **others}
 
 
-def _first(result):
-    return result[0] if isinstance(result, tuple) else result
-
-
-def _activations(images):
-    """Shape of the convolution's output."""
-    return (images, 128, 34, 34) if images else (2, 8, 10, 12)
-
-
-def _x(images):
-    return {"x": torch.randn(_activations(images))}
-
-
-def _pool_gradient(max_pool2d, _x, dy):
-    """dx, a function of dy whose gradient takes a kernel of its own."""
-    x = _x.detach().requires_grad_()
-    with torch.enable_grad():
-        return torch.autograd.grad(max_pool2d(x, 2), x, dy, create_graph=True)[0]
-
-
-def _pool_gradient_inputs(images):
-    *shape, height, width = _activations(images)
-    return {"_x": torch.randn(*shape, height, width), "dy": torch.randn(*shape, height // 2, width // 2)}
-
-
-def _clear_winners(before_pooling, kernel_size=2, stride=2, padding=0):
-    """A gradient that is 0 where rounding may decide which element of a window is the largest."""
-
-    def gradient(dtype, **tensors):
-        with torch.no_grad():
-            y = F.pad(_first(before_pooling(*tensors.values())), [padding] * 4, value=-float("inf"))
-        first, second = (
-            y.unfold(2, kernel_size, stride).unfold(3, kernel_size, stride).flatten(4).topk(2).values.unbind(-1)
-        )
-        return torch.randn_like(first) * (first - second > min(64 * torch.finfo(dtype).eps, 0.1))
-
-    return gradient
-
-
-def _channels(c):
-    """weight, bias, running mean and variance. One weight is negative, and none small."""
-    weight = torch.rand(c) / 2 + 0.5
-    weight[c // 2] *= -1
-    return {"weight": weight, "bias": torch.rand(c) - 0.5, "_mean": torch.rand(c) / 5, "_var": torch.rand(c) + 0.5}
-
-
-def _norm_inputs(images):
-    return {**_x(images), **_channels(_activations(images)[1])}
-
-
-def _sums_of(inputs):
-    """`Case.terms` of a norm: the gradients of weight and bias sum over a channel."""
-
-    def terms(images):
-        with torch.device("meta"):
-            x = inputs(images)["x"]
-        return dict.fromkeys(("gradient of weight", "gradient of bias"), x.numel() // x.shape[1])
-
-    return terms
-
-
-def _norm(function, training):
-    """`function`, with batch_norm's arguments, of tensors; in training it also returns the running statistics."""
-
-    def call(x, weight, bias, _mean, _var):
-        mean, var = _mean.clone(), _var.clone()
-        y = function(x, mean, var, weight, bias, training)
-        return (y, mean, var) if training else y
-
-    return call
-
-
-def _torch_norm(after, training):
-    return _norm(lambda *args: after(F.batch_norm(*args)), training)
-
-
-def _group_inputs(images):
-    shape = (images, 128, 17, 17) if images else (2, 32, 5, 6)
-    return {"x": torch.randn(shape), "weight": torch.rand(shape[1]) + 0.5, "bias": torch.randn(shape[1])}
-
-
-def _few_large_groups(images):
-    """More values in a group than a block keeps."""
-    return {"x": torch.randn(2, 2, 90, 80), "weight": torch.rand(2) + 0.5, "bias": torch.randn(2)}
-
-
-def _conv_inputs(images):
-    # The small one is such that forward and dgrad are one variant on tensor cores: that takes seconds to compile.
-    shapes = ((images, 64, 32, 32), (64, 128, 5, 5)) if images else ((2, 16, 9, 11), (16, 16, 3, 3))
-    return {"x": torch.rand(shapes[0]), "w": torch.randn(shapes[1]) / 40, "bias": torch.randn(shapes[1][1])}
-
-
-def _conv_terms(images):
-    n, k, m, taps, pixels = (images, 64, 128, 25, 34 * 34) if images else (2, 16, 16, 9, 99)
-    sums = {"gradient of w": n * pixels, "gradient of bias": n * pixels}
-    return {"output": k * taps, "gradient of x": m * taps, **sums}
-
-
-def _conv(numerics):
-    return lambda x, w, bias: functional.conv_transpose2d(x, w, bias, padding=1, numerics=numerics)
-
-
-def _torch_conv(x, w, bias):
-    return F.conv_transpose2d(x, w, bias, padding=1)
-
-
 def _fused_inputs(images):
-    inputs = _conv_inputs(images)
+    inputs = conv_inputs(images)
     m = inputs["w"].shape[1]
     conv_bias = inputs.pop("bias")
     group = {"group_weight": torch.rand(m) + 0.5, "group_bias": torch.randn(m)}
-    return {**inputs, "_conv_bias": conv_bias, **_channels(m), **group}
+    return {**inputs, "_conv_bias": conv_bias, **per_channel(m), **group}
 
 
 def _fused(numerics, training):
@@ -266,7 +137,7 @@ def _unfused(training):
 
 def _before_pooling(x, w, conv_bias, weight, bias, mean, var, training):
     mean, var = mean.clone(), var.clone()
-    return torch.tanh(F.batch_norm(_torch_conv(x, w, conv_bias), mean, var, weight, bias, training)), mean, var
+    return torch.tanh(F.batch_norm(torch_conv(x, w, conv_bias), mean, var, weight, bias, training)), mean, var
 
 
 def _fused_gradient(near_tie, training):
@@ -311,113 +182,14 @@ def _fused_case(numerics, training, near_tie, tall=False, **options):
     )
 
 
-_OVERLAPPING = {"kernel_size": 3, "stride": 2, "padding": 1}
-_MMA = ("conv_transpose_mma.cu", "pack_weight_fp16.cu", "conv_wgrad_mma.cu", "fp16_cells.cu")
-_GENERAL = ("conv_transpose.cu", "conv_transpose_wgrad.cu", "channel_sum.cu")
-_POOLED = "bn_tanh_max_pool.cu"
+def _found():
+    """CASES of all operators, each of which has them in its file."""
+    for file in pkgutil.iter_modules(functional.__path__, f"{functional.__name__}."):
+        yield from getattr(importlib.import_module(file.name), "CASES", ())
+
 
 CASES = (
-    # An odd size has a rest that fills no pack, the second starts where 16 bytes do not, and where values are small a
-    # formula that cancels is far off.
-    *(
-        Case(
-            what,
-            ("tanh.cu",),
-            lambda input, part=part: functional.tanh(input.flatten()[part]),
-            lambda input, part=part: torch.tanh(input.flatten()[part]),
-            lambda images, scale=scale: {"input": scale * torch.randn(_activations(images))},
-        )
-        for what, part, scale in (
-            ("tanh", slice(None, -1), 1),
-            ("tanh, unaligned", slice(1, None), 1),
-            ("tanh, small values", slice(None, -1), 1e-3),
-        )
-    ),
-    *(
-        Case(
-            f"max_pool2d {window['kernel_size']}x{window['kernel_size']}",
-            ("max_pool.cu",),
-            functools.partial(functional.max_pool2d, **window),
-            functools.partial(F.max_pool2d, **window),
-            lambda images: {"input": torch.randn(_activations(images))},
-        )
-        for window in ({"kernel_size": 2}, _OVERLAPPING)
-    ),
-    Case(
-        "gradient of max_pool2d, and its gradient",
-        ("max_pool.cu",),
-        functools.partial(_pool_gradient, functional.max_pool2d),
-        functools.partial(_pool_gradient, F.max_pool2d),
-        _pool_gradient_inputs,
-    ),
-    Case(
-        "batch_norm, training",
-        ("batch_norm.cu",),
-        _norm(functional.batch_norm, True),
-        _torch_norm(lambda y: y, True),
-        _norm_inputs,
-        _sums_of(_norm_inputs),
-    ),
-    Case(
-        "batch_norm_tanh, eval",
-        ("batch_norm.cu",),
-        _norm(functional.batch_norm_tanh, False),
-        _torch_norm(torch.tanh, False),
-        _norm_inputs,
-        _sums_of(_norm_inputs),
-    ),
-    Case(
-        "group_norm",
-        ("group_norm.cu",),
-        lambda x, weight, bias: functional.group_norm(x, x.shape[1] // 16, weight, bias),
-        lambda x, weight, bias: F.group_norm(x, x.shape[1] // 16, weight, bias),
-        _group_inputs,
-        _sums_of(_group_inputs),
-    ),
-    Case(
-        "group_norm, large groups",
-        ("group_norm.cu",),
-        lambda x, weight, bias: functional.group_norm(x, 1, weight, bias),
-        lambda x, weight, bias: F.group_norm(x, 1, weight, bias),
-        _few_large_groups,
-        _sums_of(_few_large_groups),
-    ),
-    Case(
-        "bn_tanh_max_pool2d, training",
-        (_POOLED,),
-        _norm(functional.bn_tanh_max_pool2d, True),
-        _torch_norm(lambda y: F.max_pool2d(y.tanh(), 2), True),
-        _norm_inputs,
-        _sums_of(_norm_inputs),
-        gradient=_clear_winners(_torch_norm(torch.tanh, True)),
-    ),
-    Case(
-        "tanh_max_pool2d",
-        (_POOLED,),
-        lambda x: functional.tanh_max_pool2d(x, 2),
-        lambda x: F.max_pool2d(x.tanh(), 2),
-        _x,
-        gradient=_clear_winners(torch.tanh),
-    ),
-    Case(
-        "tanh_max_pool2d, overlapping",
-        (_POOLED,),
-        lambda x: functional.tanh_max_pool2d(x, **_OVERLAPPING),
-        lambda x: F.max_pool2d(x.tanh(), **_OVERLAPPING),
-        _x,
-        gradient=_clear_winners(torch.tanh, **_OVERLAPPING),
-    ),
-    Case(
-        "conv_transpose2d, general",
-        _GENERAL,
-        _conv("fp32"),
-        _torch_conv,
-        _conv_inputs,
-        _conv_terms,
-        within=without_tensor_cores,
-    ),
-    Case("conv_transpose2d, tf32", _MMA, _conv("tf32"), _torch_conv, _conv_inputs, _conv_terms, rounded=True),
-    Case("conv_transpose2d, fp32", _MMA, _conv("fp32"), _torch_conv, _conv_inputs, _conv_terms),
+    *_found(),
     # Both modes and both classes in two compilations. Few values are summed, so that one bad rounding counts.
     _fused_case("tf32", True, 3e-2, rounded=True),
     _fused_case("fp32", False, 1e-3),

@@ -14,8 +14,8 @@ from cupy_kernels.launch import MAX_THREADS, launch
 from cupy_kernels.source import Kernel, signature
 
 from .calls import run
-from .functional import untraced
 from .interop import FLOATS, TORCH, check_floating, dense
+from .untraced import untraced
 
 
 def operator(

@@ -84,7 +84,7 @@ def judge(name: str, text: str, *, dtypes=("float32",), device=None, images: int
         if not launches:
             raise ValueError(
                 f"no check launches {kernel or file} in {', '.join(dtypes)}; those of {', '.join(files)} are "
-                f"{', '.join(case.what for case in cases) or 'none: add one to modelnew/checks.py'}"
+                f"{', '.join(case.what for case in cases) or 'none: add one, see modelnew/cases.py'}"
             )
         _known[key] = list(launches)
         verdict = Verdict(device, rows, [])

@@ -12,6 +12,12 @@ from modelnew.parity import error
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 PARAMETER_DTYPES = [*zip(DTYPES, DTYPES), (torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
+LAYERS = [
+    ({"num_features": 3}, (4, 3, 2, 3)),
+    ({"num_features": 3, "eps": 0.001, "momentum": None}, (4, 3, 2, 3)),
+    ({"num_features": 3, "momentum": 0.7, "affine": False}, (4, 3, 2, 3)),
+    ({"num_features": 3, "track_running_stats": False, "dtype": torch.float64}, (4, 3, 2, 3)),
+]
 INF, NAN = float("inf"), float("nan")
 
 

@@ -9,6 +9,33 @@ from modelnew.functional import conv_transpose2d
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 # (input shape, Cout per group, kernel, stride, padding, output_padding, groups, dilation)
+LAYERS = [
+    ({"in_channels": 4, "out_channels": 6, "kernel_size": 3}, (2, 4, 5, 4)),
+    (
+        {
+            "in_channels": 4,
+            "out_channels": 6,
+            "kernel_size": (3, 2),
+            "stride": (2, 1),
+            "padding": (1, 0),
+            "output_padding": (1, 0),
+        },
+        (2, 4, 5, 4),
+    ),
+    (
+        {
+            "in_channels": 4,
+            "out_channels": 6,
+            "kernel_size": [2, 3],
+            "stride": 3,
+            "groups": 2,
+            "bias": False,
+            "dilation": 2,
+        },
+        (2, 4, 5, 4),
+    ),
+    ({"in_channels": 4, "out_channels": 6, "kernel_size": 1, "dtype": torch.float64}, (2, 4, 5, 4)),
+]
 CASES = {
     "mission": ((2, 6, 5, 7), 8, (5, 5), 1, 1, 0, 1, 1),
     "one_pixel": ((1, 1, 1, 1), 1, (1, 1), 1, 0, 0, 1, 1),

@@ -12,6 +12,11 @@ from modelnew.parity import error
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 PARAMETER_DTYPES = [*zip(DTYPES, DTYPES), (torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
+LAYERS = [
+    ({"num_groups": 2, "num_channels": 6}, (2, 6, 3, 2)),
+    ({"num_groups": 3, "num_channels": 6, "eps": 0.01, "affine": False}, (2, 6, 3, 2)),
+    ({"num_groups": 2, "num_channels": 6}, (2, 6, 5)),
+]
 INF, NAN = float("inf"), float("nan")
 
 

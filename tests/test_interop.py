@@ -14,7 +14,8 @@ from cupy_kernels import launch as launch_module
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import launch, observed
 from cupy_kernels.source import Kernel
-from modelnew import calls, functional, interop
+from modelnew import calls, checks, functional, interop
+from modelnew.cases import first
 
 DTYPES = [*interop.FLOATS, torch.uint8, torch.int32, torch.int64]
 FILL_TEXT = """#include "common.cuh"
@@ -183,48 +184,38 @@ def test_a_gpu_without_cupy(monkeypatch):
         functional.tanh(torch.ones(3, device="cuda"))
 
 
-OPERATORS = {
-    "tanh": lambda x, w, c: functional.tanh(x),
-    "max_pool2d": lambda x, w, c: functional.max_pool2d(x, 2),
-    "conv_transpose2d": lambda x, w, c: functional.conv_transpose2d(x, w, c),
-    "batch_norm": lambda x, w, c: functional.batch_norm(x, None, None, c, c, training=True),
-    "group_norm": lambda x, w, c: functional.group_norm(x, 2, c, c),
-}
+OPERATORS = {case.what: case for case in checks.CASES}
 
 
-CALLS = {
-    **OPERATORS,
-    "batch_norm_tanh": lambda x, w, c: functional.batch_norm_tanh(x, None, None, c, c, training=True),
-    "bn_tanh_max_pool2d": lambda x, w, c: functional.bn_tanh_max_pool2d(x, None, None, c, c, training=True),
-    "conv_bn_tanh_max_pool_group_norm": lambda x, w, c: functional.conv_bn_tanh_max_pool_group_norm(
-        x, None, None, c, c, training=True, conv_weight=w, conv_bias=c, num_groups=2, group_weight=c, group_bias=c
-    ),
-    "tanh_max_pool2d": lambda x, w, c: functional.tanh_max_pool2d(x, 2),
-}
+def operands(name, device, seed=3):
+    torch.manual_seed(seed)
+    tensors = {key: tensor.to(device) for key, tensor in OPERATORS[name].inputs(None).items()}
+    return {key: tensor.requires_grad_(not key.startswith("_")) for key, tensor in tensors.items()}
 
 
-def operands(device):
-    make = torch.Generator().manual_seed(3)
-    shapes = [(2, 4, 6, 6), (4, 4, 3, 3), (4,)]
-    return [torch.randn(s, generator=make).to(device).requires_grad_() for s in shapes]
+def call(name, tensors):
+    with OPERATORS[name].within():
+        return first(OPERATORS[name].ours(**tensors))
 
 
-@pytest.mark.parametrize("name", functional.__all__)
+def result_and_gradients(name, tensors):
+    y = call(name, tensors)
+    return [y, *torch.autograd.grad(y.sum(), [tensor for tensor in tensors.values() if tensor.requires_grad])]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_storages_can_be_resized(device, name):
     """As FSDP does, to free what it has gathered. After `tensor.numpy()` a storage never can."""
-    shapes = [(2, 16, 6, 6), (16, 16, 3, 3), (16,)]
-    tensors = [torch.randn(shape).to(device).requires_grad_() for shape in shapes]
-    before = [tensor.detach().clone() for tensor in tensors]
-    y = CALLS[name](*tensors)
-    expected, dy = y.tolist(), torch.ones_like(y)
-    grads = torch.autograd.grad(y, tensors, dy, allow_unused=True)
-    for tensor in (*tensors, y, dy, *grads):
-        if tensor is not None:
-            tensor.untyped_storage().resize_(0)
-    for tensor, values in zip(tensors, before):
+    tensors = operands(name, device)
+    before = [tensor.detach().clone() for tensor in tensors.values()]
+    results = result_and_gradients(name, tensors)
+    expected = results[0].tolist()
+    for tensor in (*tensors.values(), *results):
+        tensor.untyped_storage().resize_(0)
+    for tensor, values in zip(tensors.values(), before):
         tensor.untyped_storage().resize_(values.nbytes)
         tensor.detach().copy_(values)
-    assert CALLS[name](*tensors).tolist() == expected
+    assert call(name, tensors).tolist() == expected
 
 
 class Tanhs(torch.utils.data.Dataset):
@@ -312,27 +303,21 @@ def test_plans_are_bounded(monkeypatch):
 def test_repeated_launches(name, monkeypatch):
     """Plans that are started again: with new values, on many streams, in new threads."""
     monkeypatch.setattr(launch_module, "_observers", [])
-    tensors = operands("cuda")
-
-    def call():
-        y = OPERATORS[name](*tensors)
-        return [y, *(g for g in torch.autograd.grad(y.sum(), tensors, allow_unused=True) if g is not None)]
+    tensors = operands(name, "cuda")
 
     def values(seed):
-        for tensor in tensors:
-            new = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
-            tensor.detach().copy_(new)
+        for key, new in operands(name, "cpu", seed).items():
+            tensors[key].detach().copy_(new)
         with torch.cuda.stream(torch.cuda.Stream() if seed % 2 else torch.cuda.default_stream()):
             torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
-            results = [result.tolist() for result in call()]
-        return results
+            return [result.tolist() for result in result_and_gradients(name, tensors)]
 
     with source.override({}):
-        first = [values(seed) for seed in range(6)]
-        assert first[0] != first[2]
+        expected = [values(seed) for seed in range(6)]
+        assert expected[0] != expected[2]
     for seed in range(6):
         with source.override({}), ThreadPoolExecutor(1) as worker:  # what was launched is forgotten
-            assert worker.submit(values, seed).result() == first[seed]
+            assert worker.submit(values, seed).result() == expected[seed]
 
 
 @gpu_only
@@ -343,7 +328,7 @@ def test_nothing_is_taken_from_cupys_pool(name):
 
     pool = cupy.get_default_memory_pool()
     before = pool.used_bytes(), pool.total_bytes()
-    OPERATORS[name](*operands("cuda")).sum().backward()
+    call(name, operands(name, "cuda")).sum().backward()
     torch.cuda.synchronize()
     assert (pool.used_bytes(), pool.total_bytes()) == before
 
@@ -352,22 +337,24 @@ def test_nothing_is_taken_from_cupys_pool(name):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_current_stream(name):
     """The kernels wait for what the current stream does before: here, to write their input, 0.3 s late."""
-    tensors = operands("cuda")
-    expected = OPERATORS[name](*tensors)
+    tensors = operands(name, "cuda")
+    expected = call(name, tensors)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        OPERATORS[name](*tensors)  # compiles, and allocates what it takes
-    late = [torch.full_like(t, float("nan")).detach().requires_grad_() for t in tensors]
+        call(name, tensors)  # compiles, and allocates what it takes
+    late = operands(name, "cuda")
+    for tensor in late.values():
+        tensor.detach().fill_(float("nan"))
     torch.cuda.synchronize()
     with torch.cuda.stream(stream), source.override({"spin.cu": SPIN}):
         calls.run(
             lambda y: launch(Kernel("spin.cu", "spin"), (1, 1, 1), (1, 1, 1), (y, 5 * 10**8)),
             torch.empty(1, device="cuda"),
         )
-        for old, new in zip(late, tensors):
-            old.detach().copy_(new)
-        result = OPERATORS[name](*late)
+        for key, new in tensors.items():
+            late[key].detach().copy_(new)
+        result = call(name, late)
         assert not stream.query()  # nothing above waited
     stream.synchronize()
     assert torch.equal(result, expected)
@@ -376,25 +363,20 @@ def test_current_stream(name):
 @gpu_only
 @pytest.mark.parametrize("name", OPERATORS)
 def test_cuda_graph(name):
-    tensors = operands("cuda")
+    tensors = operands(name, "cuda")
     warm = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(warm):
-        grads = torch.autograd.grad(OPERATORS[name](*tensors).sum(), tensors, allow_unused=True)
+        result_and_gradients(name, tensors)
     warm.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = OPERATORS[name](*tensors)
-        grads = torch.autograd.grad(result.sum(), tensors, allow_unused=True)
+        results = result_and_gradients(name, tensors)
     for seed in (1, 2):
-        new = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(seed)).cuda()
-        with torch.no_grad():
-            tensors[0].copy_(new)
+        for key, new in operands(name, "cuda", seed).items():
+            tensors[key].detach().copy_(new)
         graph.replay()
-        expected = OPERATORS[name](*tensors)
-        assert torch.equal(result, expected)
-        for grad, other in zip(grads, torch.autograd.grad(expected.sum(), tensors, allow_unused=True)):
-            assert other is grad is None or torch.equal(grad, other)
+        assert all(map(torch.equal, results, result_and_gradients(name, tensors)))
 
 
 @gpu_only

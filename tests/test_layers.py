@@ -1,6 +1,8 @@
 """The layers beside torch.nn's: construction, state, representation, refusals. The arithmetic has its own tests."""
 
 import copy
+import importlib
+import inspect
 import pickle
 
 import pytest
@@ -10,48 +12,16 @@ from tolerance import check, check_gradients
 
 from modelnew import layers
 
-CONV = [
-    {"in_channels": 4, "out_channels": 6, "kernel_size": 3},
-    {
-        "in_channels": 4,
-        "out_channels": 6,
-        "kernel_size": (3, 2),
-        "stride": (2, 1),
-        "padding": (1, 0),
-        "output_padding": (1, 0),
-    },
-    {
-        "in_channels": 4,
-        "out_channels": 6,
-        "kernel_size": [2, 3],
-        "stride": 3,
-        "groups": 2,
-        "bias": False,
-        "dilation": 2,
-    },
-    {"in_channels": 4, "out_channels": 6, "kernel_size": 1, "dtype": torch.float64},
-]
-NORM = [
-    {"num_features": 3},
-    {"num_features": 3, "eps": 1e-3, "momentum": None},
-    {"num_features": 3, "momentum": 0.7, "affine": False},
-    {"num_features": 3, "track_running_stats": False, "dtype": torch.float64},
-]
-POOL = [
-    {"kernel_size": 2},
-    {"kernel_size": (3, 2), "stride": [2, 1], "padding": 1, "ceil_mode": True},
-    {"kernel_size": 2, "dilation": 2},
-]
-GROUP = [{"num_groups": 2, "num_channels": 6}, {"num_groups": 3, "num_channels": 6, "eps": 1e-2, "affine": False}]
-ALL = [
-    *(("ConvTranspose2d", options, (2, 4, 5, 4)) for options in CONV),
-    *(("BatchNorm2d", options, (4, 3, 2, 3)) for options in NORM),
-    ("Tanh", {}, (2, 3, 4)),
-    *(("MaxPool2d", options, (2, 3, 7, 6)) for options in POOL),
-    *(("GroupNorm", options, (2, 6, 3, 2)) for options in GROUP),
-    ("GroupNorm", GROUP[0], (2, 6, 5)),
-]
+
+def of(name):
+    """LAYERS, [(arguments, shape of an input)], of the test with the name of the layer's file."""
+    file = getattr(layers, name).__module__.rpartition(".")[2]
+    return importlib.import_module(f"test_{file}").LAYERS
+
+
+ALL = [(name, *layer) for name in layers.__all__ for layer in of(name)]
 IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(ALL)]
+CONV, NORM, POOL = ([options for options, _ in of(name)] for name in ("ConvTranspose2d", "BatchNorm2d", "MaxPool2d"))
 
 
 def pair_of(name, options, device="cpu"):
@@ -59,7 +29,7 @@ def pair_of(name, options, device="cpu"):
     modules = []
     for library in (layers, torch.nn):
         torch.manual_seed(3)
-        takes_device = name not in ("Tanh", "MaxPool2d")
+        takes_device = "device" in inspect.signature(getattr(torch.nn, name)).parameters
         modules.append(getattr(library, name)(**options, **({"device": device} if takes_device else {})))
     return modules
 
@@ -236,20 +206,12 @@ def test_checkpoint_counts_and_updates_as_torch(device, momentum):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("ConvTranspose2d", CONV[0]),
-        ("BatchNorm2d", {"num_features": 4}),
-        ("Tanh", {}),
-        ("MaxPool2d", POOL[0]),
-        ("GroupNorm", {"num_groups": 2, "num_channels": 4}),
-    ],
-)
-def test_autocast(device, name, options, dtype):
+@pytest.mark.parametrize("name", layers.__all__)
+def test_autocast(device, name, dtype):
     """The result's dtype is torch's, and gradients come back in the leaves' own dtypes."""
+    options, shape = of(name)[0]
     ours, theirs = pair_of(name, options, device)
-    x = torch.randn(2, 4, 5, 4, device=device).to(dtype).requires_grad_()
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
     truth = copy.deepcopy(theirs).double()(x.double())
     with torch.autocast(device, dtype=torch.bfloat16):
         y, expected = ours(x), theirs(x)

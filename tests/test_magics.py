@@ -1,6 +1,7 @@
 """%%cu and %cu_reset in an IPython shell, and the checks behind them."""
 
 import itertools
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import cupy_kernels
 from cupy_kernels import emulator, source, tinker
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import observed
-from modelnew import checks, magics
+from modelnew import checks, functional, magics
 from modelnew.functional import tanh
 
 FORWARD = source.packaged_kernels("tanh.cu")["tanh_forward"]
@@ -194,7 +195,7 @@ def test_judge_refuses_what_no_check_launches(monkeypatch):
         magics.judge("tanh_forward", FORWARD, dtypes=("int8",))
     monkeypatch.setattr(checks, "CASES", [case for case in checks.CASES if "conv_transpose.cu" not in case.files])
     text = source.packaged_kernels("conv_transpose.cu")["conv_gather"]
-    with pytest.raises(ValueError, match=r"no check launches conv_gather in float64, float32.*modelnew/checks\.py"):
+    with pytest.raises(ValueError, match=r"no check launches conv_gather in float64, float32.*modelnew/cases\.py"):
         magics.judge("conv_gather", text, dtypes=("float64", "float32"), device="cpu")
 
 
@@ -204,6 +205,11 @@ def test_what_torch_keeps_does_not_make_a_check_smaller(monkeypatch):
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, reserved=reserved: reserved)
         assert checks.images_for(torch.device("cuda")) == images
     assert checks.images_for(torch.device("cpu")) is None
+
+
+def test_every_function_has_a_case():
+    named = {re.match(r"\w+", case.what)[0] for case in checks.CASES}
+    assert set(functional.__all__) - named == {"conv_bn_tanh_max_pool_group_norm"}  # those of the fused model
 
 
 @pytest.mark.parametrize("case", checks.CASES, ids=lambda case: case.what)

@@ -11,6 +11,11 @@ from cupy_kernels.pool import Pool, pool_output_size
 from modelnew.functional import max_pool2d
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LAYERS = [
+    ({"kernel_size": 2}, (2, 3, 7, 6)),
+    ({"kernel_size": (3, 2), "stride": [2, 1], "padding": 1, "ceil_mode": True}, (2, 3, 7, 6)),
+    ({"kernel_size": 2, "dilation": 2}, (2, 3, 7, 6)),
+]
 INF, NAN = float("inf"), float("nan")
 WINDOWS = [
     {"kernel_size": 2},

@@ -5,6 +5,7 @@ from tolerance import check, check_gradients
 from modelnew.functional import tanh
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LAYERS = [({}, (2, 3, 4))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

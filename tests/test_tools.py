@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelnew import ModelNew, explain, functional, layers
+from modelnew.untraced import untraced
 
 FUSED = (16, 32, 3, 1, 1, 1, 4)  # a model that the fused kernels take
 RECORDED = r"runs kernels that .* does not see.*replace=\(\)"
@@ -99,7 +100,7 @@ def test_loops_over_classes():
         drawn = [name for name, child in m.named_modules() if isinstance(child, nn.ConvTranspose2d)]
         found.append((frozen, norms, drawn))
     assert found[0] == found[1] == (["batch_norm"], ["batch_norm", "group_norm"], ["conv_transpose"])
-    for name in ("ConvTranspose2d", "BatchNorm2d", "Tanh", "MaxPool2d", "GroupNorm"):
+    for name in layers.__all__:
         assert issubclass(getattr(layers, name), getattr(nn, name))
 
 
@@ -139,7 +140,7 @@ def test_folding_batch_norm_into_the_convolution(device):
 def test_quantization_refuses():
     """By the exact class; torch has no fused quantized layer of these in either case."""
     _, model_new, _ = small_pair("cpu")
-    with pytest.raises((AssertionError, NotImplementedError), match=r"modelnew\.layers\.ConvTranspose2d"):
+    with pytest.raises((AssertionError, NotImplementedError), match=r"modelnew\..*ConvTranspose2d"):
         torch.ao.quantization.fuse_modules(model_new.eval(), [["conv_transpose", "batch_norm"]])
 
 
@@ -358,6 +359,11 @@ def test_subclasses_without_behaviour_are_kept(name):
     result = FUNCTIONS[name](x.as_subclass(Plain))
     assert type(result) is Plain
     assert torch.equal(result.as_subclass(torch.Tensor), expected)
+
+
+def test_every_function_is_untraced():
+    wrappers = {getattr(functional, name).__code__ for name in functional.__all__}
+    assert wrappers == {untraced(len).__code__}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

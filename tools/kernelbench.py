@@ -17,9 +17,11 @@ from torch import nn
 from cupy_kernels import conv_transpose
 from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_architecture
 from cupy_kernels.source import Kernel, Variant, expanded, signature
+from modelnew.functional.batch_norm import BatchNorm2d
 from modelnew.functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
+from modelnew.functional.conv_transpose import ConvTranspose2d
+from modelnew.functional.group_norm import GroupNorm
 from modelnew.interop import Workspace, launching_on, one_device, view
-from modelnew.layers import BatchNorm2d, ConvTranspose2d, GroupNorm
 from modelnew.numerics import required_plan
 
 KERNELS: dict[str, str] = {}  # file name: text

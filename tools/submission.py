@@ -83,8 +83,8 @@ class _Module:
 
     def dropped(self, node) -> list[ast.AST]:
         """The statements of a class that stay out."""
-        layer = self.name == "modelnew.layers" and isinstance(node, ast.ClassDef)
-        return [n for n in node.body if getattr(n, "name", None) in DROPPED] if layer else []
+        layers = [base for base in getattr(node, "bases", ()) if ast.unparse(base).startswith("nn.")]
+        return [n for n in node.body if getattr(n, "name", None) in DROPPED] if layers and self.name != ENTRY else []
 
     def references(self, node) -> Iterator[tuple[ast.AST, object, set[str]]]:
         """(use, what it means, names that are local there) of all that a definition uses from outside it."""

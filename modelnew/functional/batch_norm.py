@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from cupy_kernels.batch_norm import (
     batch_norm_apply,
@@ -17,7 +19,10 @@ from cupy_kernels.batch_norm import (
 from cupy_kernels.common import accumulator_dtype
 
 from ..calls import call, dense_after
+from ..cases import Case, activations, sums_of
 from ..interop import check_parameters, dense, number, one_device
+from ..untraced import untraced
+from .affine import reset_affine, tensor_of
 from .gradients import NormGradient, will_need_grad
 from .tanh import tanh_gradient
 
@@ -162,6 +167,7 @@ def check_batch_norm_call(running_mean, running_var, training, momentum, eps) ->
     return momentum, eps
 
 
+@untraced
 def batch_norm(
     input: torch.Tensor,
     running_mean: torch.Tensor | None,
@@ -194,6 +200,7 @@ def batch_norm(
     return _batch_norm(input, *arguments, tanh=False)
 
 
+@untraced
 def batch_norm_tanh(
     input: torch.Tensor,
     running_mean: torch.Tensor | None,
@@ -233,3 +240,102 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
     if training:
         note_update(running_mean, running_var, batches, running)
     return y if y.shape == input.shape else y.view(input.shape)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # not every version of torch knows it
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, and `reset_running_stats`."""
+        self.reset_running_stats()
+        reset_affine(self)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.apply_with(batch_norm, input)
+
+    def apply_with(self, operation, input: torch.Tensor, **options) -> torch.Tensor:
+        """operation(input, *self.arguments(input), **options), for operations that fuse a batch norm with others."""
+        return operation(input, *self.arguments(input), num_batches_tracked=self.counter(), **options)
+
+    def arguments(self, input: torch.Tensor) -> tuple:
+        """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for a batch."""
+        self._check_input_dim(input)
+        running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
+        training = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = None
+        momentum = self.momentum
+        if momentum is None:  # the average over all batches
+            counter = self.counter()
+            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
+        affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
+        return running_mean, running_var, *affine, training, momentum, self.eps
+
+    def counter(self) -> torch.Tensor | None:
+        """num_batches_tracked, if a batch now would be counted."""
+        return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
+
+
+def per_channel(c):
+    """weight, bias, running mean and variance. One weight is negative, and none small."""
+    weight = torch.rand(c) / 2 + 0.5
+    weight[c // 2] *= -1
+    return {"weight": weight, "bias": torch.rand(c) - 0.5, "_mean": torch.rand(c) / 5, "_var": torch.rand(c) + 0.5}
+
+
+def norm_inputs(images):
+    """x and `per_channel`."""
+    shape = activations(images)
+    return {"x": torch.randn(shape), **per_channel(shape[1])}
+
+
+def of_tensors(function, training):
+    """`function`, with batch_norm's arguments, of tensors; in training it also returns the running statistics."""
+
+    def call(x, weight, bias, _mean, _var):
+        mean, var = _mean.clone(), _var.clone()
+        y = function(x, mean, var, weight, bias, training)
+        return (y, mean, var) if training else y
+
+    return call
+
+
+def torch_norm(after, training):
+    """after(batch_norm) by PyTorch, as `of_tensors`."""
+    return of_tensors(lambda *args: after(F.batch_norm(*args)), training)
+
+
+CASES = (
+    Case(
+        "batch_norm, training",
+        ("batch_norm.cu",),
+        of_tensors(batch_norm, True),
+        torch_norm(lambda y: y, True),
+        norm_inputs,
+        sums_of(norm_inputs),
+    ),
+    Case(
+        "batch_norm_tanh, eval",
+        ("batch_norm.cu",),
+        of_tensors(batch_norm_tanh, False),
+        torch_norm(torch.tanh, False),
+        norm_inputs,
+        sums_of(norm_inputs),
+    ),
+)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from cupy_kernels.bn_tanh_max_pool import (
     bn_tanh_max_pool_backward,
@@ -11,18 +12,23 @@ from cupy_kernels.bn_tanh_max_pool import (
 )
 
 from ..calls import call, dense_after
+from ..cases import Case, activations, first, sums_of
 from ..interop import accumulator_dtype, check_floating, dense
+from ..untraced import untraced
 from .batch_norm import (
     applied_statistics,
     batch_norm_gradients,
     check_batch_norm,
     check_batch_norm_call,
     kernels_buffers,
+    norm_inputs,
     note_update,
+    of_tensors,
     statistics,
+    torch_norm,
 )
 from .gradients import will_need_grad
-from .max_pool import max_pool_gradient, new_taps, pool_of, pooled_shape
+from .max_pool import OVERLAPPING, max_pool_gradient, new_taps, pool_of, pooled_shape
 from .tanh import tanh_gradient
 
 
@@ -110,6 +116,7 @@ def _wide(x, *parameters):
     return [None if parameter is None else parameter.to(accumulator_dtype(x)) for parameter in parameters]
 
 
+@untraced
 def tanh_max_pool2d(
     input: torch.Tensor,
     kernel_size: int | tuple[int, int],
@@ -131,6 +138,7 @@ def tanh_max_pool2d(
     return call(_forward, x, pool, ceil_mode, False)[0]
 
 
+@untraced
 def bn_tanh_max_pool2d(
     input: torch.Tensor,
     running_mean: torch.Tensor | None,
@@ -174,3 +182,51 @@ def bn_tanh_max_pool2d(
     if training:
         note_update(running_mean, running_var, num_batches_tracked, running)
     return y
+
+
+def _x(images):
+    return {"x": torch.randn(activations(images))}
+
+
+def _clear_winners(before_pooling, kernel_size=2, stride=2, padding=0):
+    """A gradient that is 0 where rounding may decide which element of a window is the largest."""
+
+    def gradient(dtype, **tensors):
+        with torch.no_grad():
+            y = F.pad(first(before_pooling(*tensors.values())), [padding] * 4, value=-float("inf"))
+        largest, second = (
+            y.unfold(2, kernel_size, stride).unfold(3, kernel_size, stride).flatten(4).topk(2).values.unbind(-1)
+        )
+        return torch.randn_like(largest) * (largest - second > min(64 * torch.finfo(dtype).eps, 0.1))
+
+    return gradient
+
+
+_FILES = ("bn_tanh_max_pool.cu",)
+CASES = (
+    Case(
+        "bn_tanh_max_pool2d, training",
+        _FILES,
+        of_tensors(bn_tanh_max_pool2d, True),
+        torch_norm(lambda y: F.max_pool2d(y.tanh(), 2), True),
+        norm_inputs,
+        sums_of(norm_inputs),
+        gradient=_clear_winners(torch_norm(torch.tanh, True)),
+    ),
+    Case(
+        "tanh_max_pool2d",
+        _FILES,
+        lambda x: tanh_max_pool2d(x, 2),
+        lambda x: F.max_pool2d(x.tanh(), 2),
+        _x,
+        gradient=_clear_winners(torch.tanh),
+    ),
+    Case(
+        "tanh_max_pool2d, overlapping",
+        _FILES,
+        lambda x: tanh_max_pool2d(x, **OVERLAPPING),
+        lambda x: F.max_pool2d(x.tanh(), **OVERLAPPING),
+        _x,
+        gradient=_clear_winners(torch.tanh, **OVERLAPPING),
+    ),
+)

@@ -2,6 +2,8 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from cupy_kernels import channel_sum as bias_ops
 from cupy_kernels import common, fp16_cells
@@ -11,8 +13,10 @@ from cupy_kernels import conv_wgrad_mma as wgrad_mma
 
 from .. import autocast
 from ..calls import Kind, call, dense_after
+from ..cases import Case
 from ..interop import aligned, check_floating, dense, integer, one_device, pair
-from ..numerics import check_numerics, choose, tensor_core_plan, wgrad_plan
+from ..numerics import check_numerics, choose, tensor_core_plan, wgrad_plan, without_tensor_cores
+from ..untraced import untraced
 from .gradients import differentiable, will_need_grad
 
 
@@ -170,6 +174,7 @@ def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=lambda
     return call(_forward, *tensors, geometry, choice, check=check)
 
 
+@untraced
 def conv_transpose2d(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -222,3 +227,87 @@ def _check(x, weight, bias, geometry):
     channels = weight.shape[1] * geometry.groups
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must have shape ({channels},), received {tuple(bias.shape)}")
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        numerics: str = "auto",
+    ):
+        check_numerics(numerics)
+        window = (kernel_size, stride, padding, output_padding)
+        super().__init__(in_channels, out_channels, *window, groups, bias, dilation, padding_mode, device, dtype)
+        self.numerics = numerics
+
+    def forward(self, input: torch.Tensor, output_size=None) -> torch.Tensor:
+        """output_size: [.., OH, OW] picks among the sizes that stride leaves open, instead of `output_padding`."""
+        extra = self.output_padding
+        if output_size is not None:
+            window = (self.stride, self.padding, self.kernel_size)
+            extra = self._output_padding(input, list(output_size), *window, 2, self.dilation)
+        return conv_transpose2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            extra,
+            self.groups,
+            self.dilation,
+            numerics=self.numerics,
+        )
+
+
+def conv_inputs(images):
+    """x, w and bias."""
+    # The small one is such that forward and dgrad are one variant on tensor cores: that takes seconds to compile.
+    shapes = ((images, 64, 32, 32), (64, 128, 5, 5)) if images else ((2, 16, 9, 11), (16, 16, 3, 3))
+    return {"x": torch.rand(shapes[0]), "w": torch.randn(shapes[1]) / 40, "bias": torch.randn(shapes[1][1])}
+
+
+def conv_terms(images):
+    """`Case.terms` for `conv_inputs`."""
+    n, k, m, taps, pixels = (images, 64, 128, 25, 34 * 34) if images else (2, 16, 16, 9, 99)
+    sums = {"gradient of w": n * pixels, "gradient of bias": n * pixels}
+    return {"output": k * taps, "gradient of x": m * taps, **sums}
+
+
+def _conv(numerics):
+    return lambda x, w, bias: conv_transpose2d(x, w, bias, padding=1, numerics=numerics)
+
+
+def torch_conv(x, w, bias):
+    """The convolution of the cases by PyTorch."""
+    return F.conv_transpose2d(x, w, bias, padding=1)
+
+
+_GENERAL = ("conv_transpose.cu", "conv_transpose_wgrad.cu", "channel_sum.cu")
+_MMA = ("conv_transpose_mma.cu", "pack_weight_fp16.cu", "conv_wgrad_mma.cu", "fp16_cells.cu")
+CASES = (
+    Case(
+        "conv_transpose2d, general",
+        _GENERAL,
+        _conv("fp32"),
+        torch_conv,
+        conv_inputs,
+        conv_terms,
+        within=without_tensor_cores,
+    ),
+    Case("conv_transpose2d, tf32", _MMA, _conv("tf32"), torch_conv, conv_inputs, conv_terms, rounded=True),
+    Case("conv_transpose2d, fp32", _MMA, _conv("fp32"), torch_conv, conv_inputs, conv_terms),
+)

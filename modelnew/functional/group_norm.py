@@ -4,13 +4,18 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from cupy_kernels import common
 from cupy_kernels.group_norm import group_norm_backward, group_norm_forward, group_norm_workspace
 
 from .. import autocast
 from ..calls import call, dense_after
+from ..cases import Case, sums_of
 from ..interop import check_parameters, dense, integer, number, one_device
+from ..untraced import untraced
+from .affine import reset_affine
 from .gradients import NormGradient, differentiable, will_need_grad
 
 
@@ -62,6 +67,7 @@ def _definition(num_groups, eps, x, weight, bias):
     return y if bias is None else y + bias.view(channels)
 
 
+@untraced
 def group_norm(
     input: torch.Tensor,
     num_groups: int,
@@ -109,3 +115,59 @@ def _check(input, num_groups, weight, bias):
             raise RuntimeError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")
     one_device((input, weight, bias))
     check_parameters(input, weight=weight, bias=bias)
+
+
+class GroupNorm(nn.GroupNorm):
+    """See torch.nn.GroupNorm and `modelnew.functional.group_norm`."""
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        if not bias:  # not every version of torch knows it
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0."""
+        reset_affine(self)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def _inputs(images):
+    shape = (images, 128, 17, 17) if images else (2, 32, 5, 6)
+    return {"x": torch.randn(shape), "weight": torch.rand(shape[1]) + 0.5, "bias": torch.randn(shape[1])}
+
+
+def _few_large_groups(images):
+    """More values in a group than a block keeps."""
+    return {"x": torch.randn(2, 2, 90, 80), "weight": torch.rand(2) + 0.5, "bias": torch.randn(2)}
+
+
+CASES = (
+    Case(
+        "group_norm",
+        ("group_norm.cu",),
+        lambda x, weight, bias: group_norm(x, x.shape[1] // 16, weight, bias),
+        lambda x, weight, bias: F.group_norm(x, x.shape[1] // 16, weight, bias),
+        _inputs,
+        sums_of(_inputs),
+    ),
+    Case(
+        "group_norm, large groups",
+        ("group_norm.cu",),
+        lambda x, weight, bias: group_norm(x, 1, weight, bias),
+        lambda x, weight, bias: F.group_norm(x, 1, weight, bias),
+        _few_large_groups,
+        sums_of(_few_large_groups),
+    ),
+)

@@ -1,13 +1,19 @@
 """max_pool2d, with the signature of torch.nn.functional.max_pool2d."""
 
+import functools
+
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from cupy_kernels.max_pool import max_pool_backward, max_pool_forward, max_pool_select
 from cupy_kernels.pool import Pool, pool_output_size
 
 from ..calls import call
+from ..cases import Case, activations
 from ..interop import check_floating, dense, pair
+from ..untraced import untraced
 from .gradients import differentiable, will_need_grad
 
 
@@ -108,6 +114,7 @@ def new_taps(new, y, pool: Pool):
     return new(y.shape, np.int32 if pool.wide_taps else np.uint8)
 
 
+@untraced
 def max_pool2d(
     input: torch.Tensor,
     kernel_size: int | tuple[int, int],
@@ -137,3 +144,50 @@ def max_pool2d(
         return _MaxPool2d.apply(x, *options)
     y, indices, _ = call(_forward, x, *options, False)
     return (y, indices) if return_indices else y
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """See torch.nn.MaxPool2d and `modelnew.functional.max_pool2d`."""
+
+    @property
+    def window(self) -> dict:
+        """kernel_size, stride, padding, dilation and ceil_mode, as the functions of a pooling window take them."""
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+        return {name: getattr(self, name) for name in names}
+
+    def forward(self, input: torch.Tensor):
+        return max_pool2d(input, **self.window, return_indices=self.return_indices)
+
+
+def _gradient_of(pool, _x, dy):
+    """dx, a function of dy whose gradient takes a kernel of its own."""
+    x = _x.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(pool(x, 2), x, dy, create_graph=True)[0]
+
+
+def _gradient_inputs(images):
+    *shape, height, width = activations(images)
+    return {"_x": torch.randn(*shape, height, width), "dy": torch.randn(*shape, height // 2, width // 2)}
+
+
+OVERLAPPING = {"kernel_size": 3, "stride": 2, "padding": 1}
+CASES = (
+    *(
+        Case(
+            f"max_pool2d {window['kernel_size']}x{window['kernel_size']}",
+            ("max_pool.cu",),
+            functools.partial(max_pool2d, **window),
+            functools.partial(F.max_pool2d, **window),
+            lambda images: {"input": torch.randn(activations(images))},
+        )
+        for window in ({"kernel_size": 2}, OVERLAPPING)
+    ),
+    Case(
+        "gradient of max_pool2d, and its gradient",
+        ("max_pool.cu",),
+        functools.partial(_gradient_of, max_pool2d),
+        functools.partial(_gradient_of, F.max_pool2d),
+        _gradient_inputs,
+    ),
+)

@@ -1,11 +1,14 @@
 """tanh, with the signature of torch.tanh."""
 
 import torch
+from torch import nn
 
 from cupy_kernels.tanh import tanh_backward, tanh_forward
 
 from ..calls import call
+from ..cases import Case, activations
 from ..interop import check_floating, dense
+from ..untraced import untraced
 from .gradients import differentiable, will_need_grad
 
 
@@ -55,6 +58,7 @@ def tanh_gradient(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return differentiable(_TanhGradient, dy, y)
 
 
+@untraced
 def tanh(input: torch.Tensor) -> torch.Tensor:
     """y = tanh(x), elementwise, for any shape; float32, float64, float16 or bfloat16. See torch.tanh.
 
@@ -63,3 +67,28 @@ def tanh(input: torch.Tensor) -> torch.Tensor:
     check_floating(input=input)
     x = dense(input)
     return _Tanh.apply(x) if will_need_grad(x) else call(_forward, x)
+
+
+class Tanh(nn.Tanh):
+    """See torch.nn.Tanh and `modelnew.functional.tanh`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return tanh(input)
+
+
+# An odd size has a rest that fills no pack, the second starts where 16 bytes do not, and where values are small a
+# formula that cancels is far off.
+CASES = tuple(
+    Case(
+        what,
+        ("tanh.cu",),
+        lambda input, part=part: tanh(input.flatten()[part]),
+        lambda input, part=part: torch.tanh(input.flatten()[part]),
+        lambda images, scale=scale: {"input": scale * torch.randn(activations(images))},
+    )
+    for what, part, scale in (
+        ("tanh", slice(None, -1), 1),
+        ("tanh, unaligned", slice(1, None), 1),
+        ("tanh, small values", slice(None, -1), 1e-3),
+    )
+)
