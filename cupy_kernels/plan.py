@@ -54,6 +54,7 @@ class Plan:
     """
 
     def __init__(self, operation: Callable, args, options: dict):
+        self.operation = operation
         with recorded() as self.steps:
             self.result = operation(*args, **options)
         self._launches = None

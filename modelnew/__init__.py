@@ -3,7 +3,8 @@
 In IPython `%load_ext modelnew` loads the magics `%%cu` and `%cu_reset`.
 """
 
-from .model import Model, ModelNew, explain, get_init_inputs, get_inputs
+from .explanation import explain
+from .model import Model, ModelNew, get_init_inputs, get_inputs
 
 __all__ = ["Model", "ModelNew", "explain", "get_init_inputs", "get_inputs"]
 

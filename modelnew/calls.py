@@ -160,8 +160,24 @@ def _make(operation, values, options, new=None) -> _Known:
     return _Known(plan, gpu, device, scratch, results, returned)
 
 
+@contextlib.contextmanager
+def planned():
+    """Within the block, this thread's calls are planned, not started; gives the plans. Results hold nothing."""
+    before, _planned.plans = getattr(_planned, "plans", None), []
+    try:
+        yield _planned.plans
+    finally:
+        _planned.plans = before
+
+
+_planned = threading.local()
+
+
 def _start(found, values, pointers):
     plan, index = found.plan, found.gpu
+    if getattr(_planned, "plans", None) is not None:
+        _planned.plans.append(plan)
+        return
     if observing():
         plan.notify(lambda slot: _array(slot, values[slot.index]), values)
     if index is None:

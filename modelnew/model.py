@@ -6,12 +6,10 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from cupy_kernels.conv_transpose import Geometry
-
 from . import functional, layers
 from .functional.conv_bn_pool import fused_plan
 from .interop import pair
-from .numerics import check_numerics, choose, resolve, tensor_core_plan
+from .numerics import check_numerics
 
 OPERATORS = ("conv_transpose", "batch_norm", "tanh", "max_pool", "group_norm")
 
@@ -193,35 +191,6 @@ def _fused(model, x):
 def _children(model):
     """The operators' modules; getattr, which looks in three places, takes ten times as long."""
     return [model._modules.get(name) for name in OPERATORS]
-
-
-def explain(model: ModelNew, x: torch.Tensor) -> str:
-    """Which kernels model(x) runs, and why, in words. Runs nothing."""
-    conv = model.conv_transpose
-    _, reason = fused_model(model, x)
-    if reason is None:
-        cls, norm = resolve(conv.numerics, x), model.batch_norm
-        statistics = "conv_bn_statistics, " if norm.training or norm.running_mean is None else ""
-        return (
-            f"fused: conv_bn_pool (tensor cores, {cls} class), {statistics}pooled_forward; backward: "
-            "pooled_backward, pooled_parameter_gradients, conv_output_gradient_cells, conv_transpose_mma (dgrad), "
-            "conv_wgrad_mma; on GPUs with little shared memory dgrad and wgrad may be the general kernels"
-        )
-    lines = [f"not fused into one operator: {reason}"]
-    if isinstance(conv, layers.ConvTranspose2d):
-        geometry = Geometry(conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
-        plan, obstacle = tensor_core_plan(x, conv.weight.shape, geometry, choose(conv.numerics, x))
-        if plan:
-            lines.append(f"conv_transpose: conv_transpose_mma, tensor cores, {resolve(conv.numerics, x)} class")
-        else:
-            lines.append(f"conv_transpose: conv_gather, general float kernels, because {obstacle}")
-    else:
-        lines.append("conv_transpose: PyTorch's")
-    for name in OPERATORS[1:]:
-        module = getattr(model, name)
-        whose = "our kernels" if isinstance(module, _KINDS) else "PyTorch's"
-        lines.append(f"{name}: {whose}")
-    return "\n".join(lines)
 
 
 def _operators(replace) -> tuple[str, ...]:

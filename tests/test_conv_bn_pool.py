@@ -378,8 +378,8 @@ def test_explain_says_why_not():
     assert "multiples of 16" in explain(ModelNew(8, 16, 3, 1, 1, 1, 4, device="cpu"), x[:, :8])
     partly = explain(ModelNew(16, 16, 3, 1, 1, 1, 4, device="cpu", replace={"conv_transpose", "tanh"}), x)
     assert "batch_norm is not replaced" in partly
-    assert "conv_transpose_mma" in partly
-    assert "max_pool: PyTorch" in partly
+    assert "conv_transpose: tensor cores, fp32 class" in partly
+    assert "forward: pack_weight_fp16, conv_transpose_mma, tanh_forward\nbackward: tanh_backward, " in partly
     ours.tanh.register_forward_hook(lambda *_: None)
     assert "tanh is not replaced, has a hook" in explain(ours, x)
 

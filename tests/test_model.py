@@ -417,3 +417,31 @@ def test_full_size_over_seeds(cls):
         means.append(Row(rows[0].what, cls, ours, theirs, None, ok))
         keep(means[-1])
     assert all(row.ok for row in means), "\n".join(map(str, means))
+
+
+def test_explain_any_module(device, launched):
+    """Names are those of the launches that follow; nothing starts, and nothing changes."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3),
+        layers.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        layers.MaxPool2d(2),
+        layers.ConvTranspose2d(4, 2, 3),
+    ).to(device)
+    x = torch.randn(2, 3, 8, 8, device=device)
+    for module in (net, net.eval(), ModelNew(*FUSED, device=device)):
+        x = x if module is net else torch.randn(2, 16, 6, 6, device=device)
+        before = {name: (t.clone(), t._version) for name, t in module.state_dict().items()}
+        launched.clear()
+        text = explain(module, x)
+        assert not launched
+        for name, t in module.state_dict().items():
+            assert torch.equal(t, before[name][0]), name
+            assert t._version == before[name][1], name
+        y = module(x.requires_grad_())
+        forward = [kernel.name for kernel in launched]
+        launched.clear()
+        torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+        backward = [kernel.name for kernel in launched]
+        assert text.splitlines()[-2:] == [f"forward: {', '.join(forward)}", f"backward: {', '.join(backward)}"]
+    assert explain(torch.nn.ReLU(), x).endswith("backward: no kernel of ours")

@@ -1,0 +1,50 @@
+"""`explain`: which kernels a call launches, read from its plans."""
+
+import torch
+from torch import nn
+
+from cupy_kernels.conv_transpose import Geometry
+
+from . import layers
+from .calls import planned
+from .model import ModelNew, fused_model
+from .numerics import choose, resolve, tensor_core_plan
+
+
+def explain(module: nn.Module, x: torch.Tensor) -> str:
+    """Which of our kernels module(x) launches, forward and backward; for ModelNew and ConvTranspose2d why, in words.
+
+    module: any module with layers of ours in it. None of our kernels starts; what else is in the module runs, on
+    memory that nobody wrote. Parameters, buffers and x stay as they are.
+    """
+    lines = []
+    if isinstance(module, ModelNew):
+        _, reason = fused_model(module, x)
+        cls = f"tensor cores, {resolve(module.conv_transpose.numerics, x)} class" if reason is None else ""
+        lines.append(f"not fused into one operator: {reason}" if reason else f"fused into one operator, {cls}")
+        if reason and isinstance(module.conv_transpose, layers.ConvTranspose2d):
+            lines.append(f"conv_transpose: {_convolution(module.conv_transpose, x)}")
+    elif isinstance(module, layers.ConvTranspose2d):
+        lines.append(_convolution(module, x))
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    leaf = x.detach().requires_grad_(x.is_floating_point())
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):  # plans are the thread's
+        with planned() as forward:
+            y = torch.func.functional_call(module, buffers, (leaf,))
+        with planned() as backward:
+            if isinstance(y, torch.Tensor) and y.requires_grad:
+                wanted = [t for t in (leaf, *module.parameters()) if t.requires_grad]
+                torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
+    for direction, plans in (("forward", forward), ("backward", backward)):
+        names = [kernel.name for plan in plans for kernel in plan.kernels]
+        lines.append(f"{direction}: {', '.join(names) or 'no kernel of ours'}")
+    return "\n".join(lines)
+
+
+def _convolution(conv, x) -> str:
+    """Whether tensor cores take it, and why not."""
+    geometry = Geometry(conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
+    plan, reason = tensor_core_plan(x, conv.weight.shape, geometry, choose(conv.numerics, x))
+    if plan:
+        return f"tensor cores, {resolve(conv.numerics, x)} class"
+    return f"general kernels, in float32's precision, because {reason}"
