@@ -97,6 +97,7 @@ def _check_tensors(function, args, options, error) -> None:
 batch_norm = untraced(_batch_norm.batch_norm)
 batch_norm_tanh = untraced(_batch_norm.batch_norm_tanh)
 bn_tanh_max_pool2d = untraced(_bn_tanh_max_pool.bn_tanh_max_pool2d)
+conv_bn_activation_max_pool_group_norm = untraced(_conv_bn_pool.conv_bn_activation_max_pool_group_norm)
 conv_bn_tanh_max_pool_group_norm = untraced(_conv_bn_pool.conv_bn_tanh_max_pool_group_norm)
 conv_transpose2d = untraced(_conv_transpose.conv_transpose2d)
 group_norm = untraced(_group_norm.group_norm)
@@ -108,6 +109,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_tanh",
     "bn_tanh_max_pool2d",
+    "conv_bn_activation_max_pool_group_norm",
     "conv_bn_tanh_max_pool_group_norm",
     "conv_transpose2d",
     "group_norm",
