@@ -327,7 +327,20 @@ def parameter_gradients(
 
 
 def conv_output_gradient(
-    g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan, groups: int, activation: str
+    g,
+    taps,
+    saved,
+    exponents,
+    unit_exponents,
+    mean,
+    invstd,
+    weight,
+    sums,
+    dy,
+    *,
+    plan: Plan,
+    groups: int,
+    activation: str,
 ) -> None:
     """dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
 

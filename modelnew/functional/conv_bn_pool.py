@@ -184,12 +184,12 @@ def _backward_call(call, need_x, need_w, x, w):
     return _BackwardCall(dgrad, wgrad, dy_shape, tuple(map(Layout, buffers)))
 
 
-def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, others=(), parameter=0):
+def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, others=(), negative_slope=0):
     """(plan, None) if the fused kernels take the layers on x, else (None, the reason).
 
-    batches: num_batches_tracked. others: the other parameters. parameter: the activation's number.
+    batches: num_batches_tracked. others: the other parameters. negative_slope: the activation's, if it has one.
     """
-    reason = _decreases(parameter) or _mixture(x, batches, conv_weight, *others)
+    reason = _decreases(negative_slope) or _mixture(x, batches, conv_weight, *others)
     return (None, reason) if reason else _plan(x, conv_weight, padding, num_groups, choose(numerics, x))
 
 
