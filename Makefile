@@ -53,12 +53,12 @@ docs:
 
 # Everything in the repository that a command writes.
 generated:
-	$(PYTHON) -m modelnew submission
-	$(PYTHON) -m modelnew readme
+	$(PYTHON) -m tools.submission
+	$(PYTHON) -m tools.readme
 
 # The notebooks from the scripts beside them, run on a GPU; an error without one.
 notebooks:
-	$(PYTHON) -m modelnew notebooks
+	$(PYTHON) -m tools.notebooks
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

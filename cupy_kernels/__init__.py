@@ -5,10 +5,8 @@ fusions `bn_tanh_max_pool` and `conv_bn_pool`. Their functions take outputs and 
 nothing. `modelnew` puts torch on top.
 
 To look at the kernels and to change them: `kernels`, `show`, `override`, `edit`, `reset`, `attributes`, `ptx`, `sass`;
-in IPython `%load_ext cupy_kernels`, then `%%cu?`.
+in IPython `%load_ext modelnew`, then `%%cu?`.
 """
-
-import importlib
 
 from .tinker import attributes, edit, kernels, override, ptx, reset, sass, show
 
@@ -16,16 +14,11 @@ __all__ = ["attributes", "edit", "kernels", "override", "ptx", "reset", "sass", 
 
 
 def load_ipython_extension(ipython) -> None:
-    """What `%load_ext cupy_kernels` calls.
-
-    The magics compare kernels with torch, so they live in modelnew; this package imports it here alone, when a user
-    asks for them, and works on without torch otherwise.
-    """
+    """What `%load_ext cupy_kernels` calls: it does what `%load_ext modelnew` does."""
     try:
-        magics = importlib.import_module("modelnew.magics")
+        ipython.extension_manager.load_extension("modelnew")
     except ImportError as error:
         raise ImportError(
             f"the magics compare kernels with PyTorch's operators, and need modelnew and torch: {error}. "
             "pip install modelnew; the functions of cupy_kernels (show, override, ...) work without"
         ) from error
-    magics.register(ipython)

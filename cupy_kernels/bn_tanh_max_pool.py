@@ -1,9 +1,9 @@
 """Max pooling of the tanh of a batch norm, or of the tanh alone, in one pass over the input each way.
 
-All arrays are contiguous: [N, C, H, W] or, without batch norm, any [..., H, W]; and [..., OH, OW]. `mean` and `invstd`
-are `batch_norm`'s; None, and with them weight and bias, stands for no batch norm. These four, (C,), have the
-accumulator's dtype: see `common.accumulator_dtype`. Workspace and sums are float64. taps, kernel_size, stride, padding
-and dilation are as in `max_pool`.
+All arrays are contiguous: inputs [N, C, H, W] or, without batch norm, any [..., H, W]; outputs [..., OH, OW]. `mean`
+and `invstd`, (C,), are as in `batch_norm`, and so are weight and bias. All four have the accumulator's dtype: see
+`common.accumulator_dtype`. Without batch norm all four are None. Workspace and sums are float64. taps, kernel_size,
+stride, padding and dilation are as in `max_pool`.
 """
 
 import math
@@ -23,7 +23,7 @@ from .pool import (
 )
 
 _FILE = "bn_tanh_max_pool.cu"
-_CHUNK = 8192  # windows per partial sum, about: a constant, so that sums depend on shapes alone
+_CHUNK = 8192  # about so many windows per partial sum; a constant, so that sums depend on shapes alone
 
 
 def bn_tanh_max_pool_forward(x, mean, invstd, weight, bias, y, taps, kernel_size, stride, padding, dilation) -> None:
@@ -47,7 +47,7 @@ def bn_tanh_max_pool_backward_reduce(
 ) -> None:
     """sums[0] = sum of g and sums[1] = sum of g xhat per channel, over all windows that have a pixel.
 
-    g = dy (1 - y^2) and xhat = (x - mean) invstd, at the window's tap. sums: (2, C), float64, written.
+    g = dy (1 - y^2) and xhat = (x - mean) invstd, at the window's argmax. sums: (2, C), float64, written.
     dweight = sums[1] and dbias = sums[0], of one dtype, x's or float32, are written where not None.
     workspace: `bn_tanh_max_pool_workspace(y.shape)` elements, float64, written.
     """
@@ -68,7 +68,7 @@ def bn_tanh_max_pool_backward(
 ) -> None:
     """dx from the sums of `bn_tanh_max_pool_backward_reduce`; dx is written.
 
-    sums None stands for statistics that do not depend on x, or for no batch norm; then x may be None.
+    sums is None where statistics do not depend on x, or without batch norm; then x may be None, too.
     """
     if sums is not None and x is None:
         raise ValueError("the gradient through the batch's statistics needs x")
@@ -104,7 +104,7 @@ def _channels(x, mean, **arrays):
 
 
 def _chunks(shape):
-    """Partial sums of a channel: (groups of images, blocks that share a group)."""
+    """Partial sums of a channel: (number of groups of images, number of blocks that share a group)."""
     windows = shape[0] * math.prod(shape[-2:])
     groups = max(1, min(shape[0], windows // _CHUNK))
     return groups, min(max(1, ceil_div(windows, groups * 2 * _CHUNK)), MAX_BLOCKS_Y)

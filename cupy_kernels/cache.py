@@ -1,8 +1,8 @@
-"""Where compiled kernels are kept from one process to the next, but for those that CuPy keeps itself.
+"""Compiled kernels on disk, kept from one process to the next. CuPy keeps those that it compiles in a cache of its own.
 
-What lies there becomes code of the process. So the folder must be the user's own, and nobody else's to write to; and an
-entry ends in a seal, a line with the hash of its name and content, without which it is made anew. To PTX that line is a
-comment, to loaders of ELF files it is beyond the end.
+A process runs these files as code. So the folder must belong to the user, and nobody else may be able to write to it.
+Each entry ends in a seal, a line with the hash of its name and content; an entry without the right seal is made anew.
+In PTX that line is a comment, and loaders of ELF files do not read so far.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ VARIABLE = "CUPY_KERNELS_CACHE_DIR"
 SEAL_BYTES = len("\n// sha256 \n") + 64
 
 _locks = {}
-os.register_at_fork(after_in_child=_locks.clear)  # the threads that held them are not there to release them
+os.register_at_fork(after_in_child=_locks.clear)  # a forked child lacks the threads that would release them
 
 
 def once(known: dict, key, make: Callable):
-    """known[key]. Where it is missing, make() gives it, in one thread; others that want it wait."""
+    """known[key]. If it is missing, one thread calls make() for it, and others that want the same key wait."""
     if key not in known:
         with _lock(id(known), key):
             if key not in known:
@@ -37,7 +37,7 @@ def _lock(*key) -> threading.Lock:
 
 
 def folder() -> Path:
-    """Where compiled kernels are kept; made if it does not exist. BackendError if it cannot be, or is not safe."""
+    """Where compiled kernels are kept; made if it does not exist. BackendError if it cannot be made or is not safe."""
     chosen = os.environ.get(VARIABLE)
     of_system = os.environ.get("XDG_CACHE_HOME", "")
     default = Path(of_system if os.path.isabs(of_system) else "~/.cache", "cupy_kernels")
@@ -66,7 +66,7 @@ def folder() -> Path:
 
 
 def entry(name: str, make: Callable[[], bytes]) -> Path:
-    """File `name` of the folder with the bytes that make() returns, and a seal; kept where it is as it was written."""
+    """The path of entry `name`. Unless `read` can read it, it is written anew: the bytes of make(), and a seal."""
     path = folder() / name
     with _lock(path):
         if read(path) is None:
@@ -75,7 +75,7 @@ def entry(name: str, make: Callable[[], bytes]) -> Path:
 
 
 def read(path: Path) -> bytes | None:
-    """What was written to an entry, without its seal. None if it is not there, or not as it was written."""
+    """The content of an entry, without its seal. None if there is none that is the user's own with a right seal."""
     with _errors_of(path.parent):
         try:
             with open(path, "rb") as file:

@@ -39,6 +39,6 @@ def variants():
 
 
 def _plan(shape) -> tuple[int, int]:
-    """(images of a chunk, chunks)."""
+    """(images in a chunk, number of chunks)"""
     chunk_images = max(1, ceil_div(shape[0], _CHUNKS))
     return chunk_images, max(1, ceil_div(shape[0], chunk_images))

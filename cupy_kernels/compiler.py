@@ -43,9 +43,9 @@ def cupy():
 def on_compile(listener):
     """Calls listener(kernel) before each variant that this process compiles or loads from a disk cache, on any backend.
 
-    The kernels of one file with the same macros are one compilation, but for those that are edited: the first that is
-    launched is named. The call comes from the thread that compiles.
-    Returns a function that ends it.
+    Kernels of one file with the same macros are compiled together, except edited ones: the listener gets the first that
+    is launched. It is called in the thread that compiles.
+    Returns a function that removes the listener.
     """
     _listeners.append(listener)
     return lambda: _listeners.remove(listener)
@@ -60,25 +60,26 @@ def announce(kernel: Kernel) -> None:
 def function(kernel: Kernel, shared_bytes: int = 0):
     """The compiled kernel on the current device, loaded at the first call of a process.
 
-    One module for a file and its macros, and one for each edited kernel; its cubin is kept on disk for the next
-    process, or its PTX where the GPU is newer than NVRTC. KernelCompileError if the text does not compile, BackendError
-    if NVRTC or a folder is of no use. More than 48 KiB of dynamic shared memory is allowed for as `shared_bytes` says.
+    There is one module for a file and its macros, and one for each edited kernel. Its cubin, or its PTX if the GPU is
+    newer than NVRTC, is kept on disk for the next process.
+    shared_bytes: dynamic shared memory of a launch. A kernel must be told of more than 48 KiB, which happens here.
+    KernelCompileError if the text does not compile, BackendError if NVRTC or a folder cannot be used.
     """
     device = cupy().cuda.runtime.getDevice()
     key = (kernel, unit(kernel), device)
     found = cache.once(_functions, key, lambda: _module(kernel, device).get_function(kernel.name))
     if shared_bytes > _shared_bytes.get(key, DEFAULT_SHARED_BYTES):
-        with _shared_bytes_lock:  # or of two threads the one that needs less might come last
+        with _shared_bytes_lock:  # else, of two threads, the one that needs less might write last
             if shared_bytes > _shared_bytes.get(key, DEFAULT_SHARED_BYTES):
                 found.max_dynamic_shared_size_bytes = _shared_bytes[key] = shared_bytes
     return found
 
 
 def prepare(kernels: Iterable[Kernel]) -> None:
-    """Compiles those of `kernels` that are not compiled yet for the current device, all at the same time.
+    """Compiles those of `kernels` that are not compiled yet for the current device, in parallel.
 
-    For a caller that knows what it is going to launch: launches would compile one after the other. NVRTC of CUDA 12
-    and newer compiles in as many threads as call it, 11.8's threads take turns. Errors come once all are done.
+    For a caller that knows what it will launch: the launches would compile one after the other. NVRTC of CUDA 12 and
+    newer compiles in several threads at once, that of 11.8 in one at a time. Errors are raised once all are done.
     """
     device = cupy().cuda.runtime.getDevice()
     kernels = map(in_force, kernels)

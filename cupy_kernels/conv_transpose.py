@@ -18,7 +18,7 @@ _INT_MAX = 2**31 - 1
 _WGRAD_BLOCKS = (
     2048  # enough for several waves on today's largest GPUs; a constant, so that sums depend on shapes alone
 )
-_TILE_K = 8  # channels or pixels that a step of the sum takes
+_TILE_K = 8  # channels or pixels in one step of the sum
 
 
 class Geometry(NamedTuple):
@@ -117,7 +117,7 @@ def _gather(source, w, bias, out, packed, geometry, dgrad):
 
 
 def wgrad_workspace_size(x_shape, w_shape, geometry: Geometry, double: bool) -> int:
-    """Elements of the workspace `partial` that wgrad takes, of the accumulator's dtype (`double`: it is float64)."""
+    """Elements of wgrad's workspace `partial`, of the accumulator's dtype. double: whether that is float64."""
     return _wgrad_plan(x_shape, w_shape, geometry, double)[1] * math.prod(w_shape)
 
 
@@ -182,7 +182,7 @@ def _tile(array, rows: int, columns: int) -> _Tile:
 
 
 def _wgrad_plan(x_shape, w_shape, geometry, double):
-    """(tile, splits, pixels of a split)."""
+    """(tile, number of splits of the sum over pixels, pixels of a split)"""
     channels_in, channels_out = w_shape[0] // geometry.groups, w_shape[1]
     pixels = x_shape[0] * x_shape[2] * x_shape[3]
     if channels_in <= 32 or channels_out <= 32:

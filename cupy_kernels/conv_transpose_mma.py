@@ -15,12 +15,12 @@ from .fp16_cells import CELL_BYTES, cell_macros, chunk_channels
 from .launch import launch
 from .source import Kernel, Variant
 
-MANY_IMAGES = 96  # from which on a block takes as much of an image as fits, to load x less often
-_MMA_DGRAD_IMAGES = 64  # from which on mma.sync takes less time than wgmma for dgrad with split 2 (benchmarks/NOTES.md)
-_MAX_IMAGE = 70  # of x and of dy, which for images up to 64 x 64 and 7 x 7 kernels is up to 70 x 70
+MANY_IMAGES = 96  # from so many on, a block takes as much of an image as fits, to load x less often
+_MMA_DGRAD_IMAGES = 64  # from so many on, mma.sync is faster than wgmma for dgrad with split 2: benchmarks/NOTES.md
+_MAX_IMAGE = 70  # height or width of x or dy: with a 7 x 7 kernel, dy of a 64 x 64 image is 70 x 70
 _STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
-_BLOCK_RESERVED = 1024  # what an SM's shared memory has over a block's largest, for each block
+_BLOCK_RESERVED = 1024  # shared memory that each block takes on top of its own
 
 
 class Plan(NamedTuple):
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     planes: tuple
 
     def of_cells(self) -> "Plan":
-        """The same for x that is cells already, see `fp16_cells`."""
+        """The same plan for an x that already is cells, see `fp16_cells`."""
         changed = {**dict(self.macros), "CELLS": 1, "input_t": "half_t"}
         return self._replace(macros=tuple(changed.items()))
 
@@ -53,8 +53,8 @@ def plan(
     """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
 
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
-    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where it can and it is the
-    quicker one. Raises UnsupportedError for what the kernels do not take.
+    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where that is possible and
+    faster. Raises UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
@@ -163,7 +163,7 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
 def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
     """y = conv_transpose2d(x, w) + bias, or with a plan for dgrad y = dx from x = dy; bias may be None.
 
-    x_exponents: with a plan of cells, the exponents that go with them. y and the workspaces packed (plan.packed_size,
+    x_exponents: the exponents that go with x, if it is cells. y and the workspaces packed (plan.packed_size,
     float16) and exponents (plan.rows, int32) are written.
     """
     pack_weight(p, w, packed, exponents)
@@ -175,7 +175,7 @@ def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=No
 def pack_weight(p: Plan, w, packed, exponents, signs=None) -> None:
     """Writes the workspaces `packed` and `exponents` that the plan's kernel reads.
 
-    signs: for each row one value; where it is negative, so are the packed weights.
+    signs: one value for each row; where it is negative, the row's weights change sign.
     """
     launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents))
 
@@ -197,7 +197,7 @@ def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
 
 
 def variants():
-    """Variants of shapes that reach every branch: the mission's, kernel sizes 1 and 7, many, few and odd channels."""
+    """Variants of shapes that reach every branch: the reference shape, kernels of 1 and 7, many, few, odd channels."""
     packs, convolutions = set(), set()
     for p in sample_plans():
         packs.add(Variant("pack_weight_fp16.cu", p.pack_macros))

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 from .common import MULTIPROCESSORS, ceil_div
 
-# By split and dgrad: two sums, with split 2 three, of 8 pixels and 64 channels that fit a warpgroup's registers.
+# {(split, dgrad): most tiles of 8 pixels and 64 channels whose sums fit a warpgroup's registers}; a tile has two sums,
+# with split 2 three.
 _MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
 _STAGES = (6, 5, 4)  # preferred first
 _STEP_CHANNELS = 32
-_FEW_WINDOWS = 64  # of a block at most, for few images
+_FEW_WINDOWS = 64  # the most of a block, for few images
 
 
 class Layout(NamedTuple):
@@ -24,7 +25,7 @@ class _Unit(NamedTuple):
 
     rows: int  # of windows
     windows: int  # from the first to the last one
-    along: int  # bytes from 8 channels to the next 8, an odd number of times 16: in different banks
+    along: int  # bytes from 8 channels to the next 8; an odd multiple of 16, to use different banks
     stages: int
     shared_bytes: int
 
@@ -32,7 +33,8 @@ class _Unit(NamedTuple):
 def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
-    images: how many, if few: then a block takes little of one, so that they fill the GPU; None: as much as fits.
+    images: their number, if they are few: a block then takes a small part of one, so that all fill the GPU. None: a
+        block takes as much of an image as fits.
     channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
     """
     warpgroups_m = 1 if channels[1] <= 64 else 2
@@ -62,10 +64,10 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
         choices = at_once[-1:] or choices
     rows, _, along, stages, shared_bytes = choices[0]
-    granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
+    granule = 1 if dgrad else 4  # tiles that stay together: four in conv_bn_pool
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
-    pixelwise = dgrad and out[1] % 2  # how odd rows are stored, which takes registers
+    pixelwise = dgrad and out[1] % 2  # rows of odd length are stored pixel by pixel, which takes registers
     most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
     tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
     macros = {
@@ -88,13 +90,13 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
-    """TILES and LAST_TILES, with which units that need so many tiles take least time."""
+    """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles that each unit needs."""
     if max(needed) <= most // last_granule * last_granule:
         tiles = ceil_div(max(needed), last_granule) * last_granule
         return tiles, tiles
 
     def cost(choice):
-        """Of all units. Few tiles wait for shared memory, and a pass has a begin and an end."""
+        """Relative time of all units: few tiles wait for shared memory, and each pass has a start and an end."""
         tiles, last = choice
         passes = [max(1, ceil_div(n - max(0, last - tiles), tiles)) for n in needed]
         rests = [n - (p - 1) * tiles for n, p in zip(needed, passes)]

@@ -11,9 +11,9 @@ from .fp16_cells import CELL_BYTES, cell_macros, chunk_channels
 from .launch import launch
 from .source import Kernel, Variant
 
-_MOST_TAPS = 5  # neighbouring taps of a block: more would need more registers than a thread has
+_MOST_TAPS = 5  # neighbouring taps in a block: a thread has no registers for more
 _MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
-_MOST_TILES_N = 8  # of a warpgroup; of its sums, as many as a thread has registers for
+_MOST_TILES_N = 8  # tiles of sums in a warpgroup: a thread has no registers for more
 _TILE_IC = 64  # input channels of a block of the kernel for wgmma
 _BAND_ROWS = 16
 _RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     split: int  # of the cells, see `fp16_cells`
     tiles: int
     splits: int
-    split_bands: int  # bands of a split; the last one may have fewer
+    split_bands: int  # bands in a split; the last split may have fewer
     threads: int
     shared_bytes: int
     partial_size: int  # elements of the workspace, float32
@@ -38,8 +38,8 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
     split: of the cells of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
-    block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where it can. Raises UnsupportedError for what
-    the kernels do not take.
+    block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. Raises UnsupportedError for
+    what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -87,7 +87,7 @@ class _Layout(NamedTuple):
 
 def _layout(split, channels, taps, limit) -> _Layout:
     """That of conv_wgrad_mma.cuh. UnsupportedError if there is not enough shared memory."""
-    columns = ceil_div(4, taps) * taps  # of a stage: at least 4, and whole windows of taps
+    columns = ceil_div(4, taps) * taps  # in a stage: at least 4, and a multiple of taps
     chunk = chunk_channels(split)
 
     def layout(warps):
@@ -99,7 +99,7 @@ def _layout(split, channels, taps, limit) -> _Layout:
     choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels[1] > 64]
     warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
     if stages < 2:
-        # One block for each multiprocessor then, as only GPUs with little shared memory need.
+        # Then only one block fits a multiprocessor. Only GPUs with little shared memory need this.
         stages = min(_MOST_STAGES, (limit - _RESERVED) // stage_bytes)
     if stages < 2:
         raise UnsupportedError(f"it needs {2 * stage_bytes + _RESERVED} bytes of shared memory, the GPU has {limit}")
@@ -125,10 +125,11 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
 def conv_wgrad_mma(p: Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, borders, partial, dw) -> None:
     """dw, the gradient of w, from x and the gradient of the output as cells.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the cells' scale.
-    x_sums, borders: None; or what `fp16_cells.to_cells` took, for a dy whose sum over all pixels is 0 in each channel,
-    and, float32 [parts, KH * KW, M], sums of dy under its cells' scale over the pixels that have no partner in x for a
-    tap. Their sum over the parts counts.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is the cells' scale.
+    x_sums, borders: both None, or both given for an x whose means were subtracted, which needs a dy whose sum over all
+        pixels is 0 in each channel. x_sums: what `fp16_cells.to_cells` took. borders: float32 [parts, KH * KW, M];
+        added up over the parts, they are for each tap the sum of dy, under its cells' scale, over the pixels that
+        have no partner in x.
     dw and the workspace partial (its size in the plan, float32) are written.
     ValueError if only one of x_sums and borders is None.
     """
@@ -152,7 +153,7 @@ def conv_wgrad_mma(p: Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents
 
 
 def variants():
-    """Variants of shapes that reach every branch: the mission's, kernel sizes 1 and 7, many, few and odd channels."""
+    """Variants of shapes that reach every branch: the reference shape, kernels of 1 and 7, many, few, odd channels."""
     unit = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
     much, little = 227 * 1024, 99 * 1024
     plans = []

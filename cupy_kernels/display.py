@@ -2,7 +2,7 @@
 
 
 class Rows(list):
-    """A list of named tuples that shows itself as a table, without the fields `hidden`; a tuple in it, line by line."""
+    """A list of named tuples, shown as a table without the fields `hidden`. Tuples in a field are shown by lines."""
 
     def __init__(self, rows, caption: str = "", hidden: tuple[str, ...] = ()):
         super().__init__(rows)

@@ -6,9 +6,9 @@ class KernelCompileError(RuntimeError):
 
 
 class EmulatorError(RuntimeError):
-    """The emulator caught a kernel at something that CUDA leaves undefined."""
+    """The emulator found that a kernel does something that CUDA leaves undefined."""
 
 
 class BackendError(RuntimeError):
-    """Nothing here can run a kernel: no GPU that CuPy can use, no C++ compiler for the emulator, or a folder or setting
-    that they need is of no use."""
+    """No kernel can run here: there is no GPU that CuPy can use and no C++ compiler for the emulator, or a folder or
+    setting that they need cannot be used."""

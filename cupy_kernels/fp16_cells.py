@@ -1,7 +1,7 @@
 """Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
 
-split 1: a cell is 64 channels; split 2: 32 channels as fp16 values, then the 32 rests that rounding left. An array of
-exponents goes with the cells: the scale's is the smallest of them.
+split 1: a cell has the fp16 values of 64 channels. split 2: it has those of 32 channels, then their 32 residuals, which
+is what rounding to fp16 left. An array of exponents goes with the cells: the smallest of them is the scale's.
 """
 
 import math
@@ -11,22 +11,22 @@ from .launch import launch
 from .source import Kernel, Variant
 
 _LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
-_BATCH = 8  # accesses, of 16 bytes at most, that a thread of largest_magnitude has under way
+_BATCH = 8  # accesses of at most 16 bytes that a thread of largest_magnitude has in flight
 CELL_BYTES = 128
 
 
 def chunk_channels(split: int) -> int:
-    """Channels that a cell has values of."""
+    """The number of channels in a cell."""
     return CELL_BYTES // 2 // split
 
 
 def cell_macros(split: int) -> dict:
-    """Macros of fp16_cells.cuh, but for IN_CHANNELS."""
+    """Macros of fp16_cells.cuh, except IN_CHANNELS."""
     return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "CELL_BYTES": CELL_BYTES}
 
 
 def cells_shape(shape, split: int) -> tuple[int, int, int, int]:
-    """[N, chunks, pixels, 64]: of the cells, float16, of a tensor of this shape."""
+    """[N, chunks, pixels, 64], the shape of the cells (float16) of a tensor of this shape."""
     return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), CELL_BYTES // 2
 
 
@@ -36,16 +36,17 @@ def exponents_size(shape, itemsize: int) -> int:
 
 
 def largest_magnitude(source, exponents) -> None:
-    """exponents, of the scales that parts of `source` would take, are written."""
+    """Writes `exponents`: for each part of `source`, the exponent of the scale that this part would take alone."""
     width = _width(source)
     kernel = Kernel("fp16_cells.cu", "largest_magnitude", _macros(scalar(source), 1, width))
     launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
 
 
 def to_cells(source, exponents, sums, cells, split: int) -> None:
-    """cells of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
+    """Writes `cells` of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
 
-    sums: None, or the sums of the first image's channels: their means are subtracted, and the scale is half as large.
+    sums: None, or the sum of each channel of the first image: the channels' means are then subtracted, and the scale is
+        half as large.
     """
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
     launch(

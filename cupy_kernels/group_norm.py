@@ -29,7 +29,7 @@ _COLUMNS = 8  # channels of a block of group_norm_backward_parameters
 def group_norm_forward(x, num_groups, weight, bias, y, mean, rstd, eps) -> None:
     """y = (x - mean) rstd weight + bias with mean and rstd = 1/sqrt(biased variance + eps) of each image's groups.
 
-    weight and bias may be None. y, mean and rstd are written; of an empty x, nothing is.
+    weight and bias may be None. y, mean and rstd are written; for an empty x nothing is.
     """
     same_shape(x=x, y=y)
     blocks, group_channels, plane = _sizes(x.shape, num_groups)
@@ -50,8 +50,8 @@ def group_norm_workspace(shape) -> int:
 def group_norm_backward(dy, x, num_groups, mean, rstd, weight, dx, dweight, dbias, workspace) -> None:
     """The gradients from the forward's mean and rstd. dx, dweight and dbias are written; any may be None.
 
-    weight: the forward's, or None. workspace: `group_norm_workspace(x.shape)` elements, written, with dweight or dbias;
-    without, None.
+    weight: the forward's, or None. workspace: `group_norm_workspace(x.shape)` elements, written; None if dweight and
+        dbias are None.
     """
     same_shape(dy=dy, x=x, dx=dx)
     blocks, group_channels, plane = _sizes(x.shape, num_groups)
@@ -85,7 +85,7 @@ def variants():
 
 
 def _variant(size, tensors, copies, *parameters):
-    """The variant for groups of `size` values, of which a block may keep `copies`, and the packs of a group."""
+    """(variant, packs in a group). size: values in a group. copies: how many tensors' groups a block would cache."""
     tensors = [a for a in tensors if a is not None]
     name, width = scalar(tensors[0]), vector_width(*tensors)
     width = 1 if size % width else width

@@ -58,8 +58,8 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
         the declared type. Outputs are arrays of the caller; nothing is allocated here.
     shared_bytes: dynamic shared memory per block.
     Raises ValueError for a wrong number of arguments, a non-contiguous array, a number that its type cannot hold, or
-    limits that CUDA does not allow; TypeError for an array of another kind or dtype than the kernel and its neighbours
-    have; RuntimeError for an array that is not on the current device.
+    limits that CUDA does not allow; TypeError for an array of another dtype than the kernel declares, and for arrays of
+    several kinds; RuntimeError for an array that is not on the current device.
     """
     steps, requested = getattr(_thread, "steps", None), kernel
     if steps is None:

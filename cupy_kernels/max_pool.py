@@ -4,10 +4,10 @@ from .pool import Pool, launch_pixels, launch_windows, pool_kernel, pool_variant
 
 
 def max_pool_forward(x, y, taps, indices, kernel_size, stride, padding, dilation) -> None:
-    """y = the largest element of each window of x, the first of equals. A NaN beats everything, the last of several.
+    """y = the largest element of each window of x: of equal ones the first. A NaN is the largest: of several the last.
 
-    taps: where in its window that lies, kh * kernel_w + kw; uint8, or int32 for windows of more than 254 elements.
-    indices: where in its plane that lies, h * W + w; int64. Both have y's shape, or are None.
+    taps: the argmax as its place in the window, kh * kernel_w + kw; uint8, or int32 for windows of more than 254
+        elements. indices: the argmax as its place in the plane, h * W + w; int64. Both have y's shape, or are None.
     y, taps and indices are written.
     kernel_size, stride, padding, dilation: pairs; `pool_output_size` has the shapes they allow.
     """
@@ -18,7 +18,7 @@ def max_pool_forward(x, y, taps, indices, kernel_size, stride, padding, dilation
 
 
 def max_pool_backward(dy, taps, dx, kernel_size, stride, padding, dilation) -> None:
-    """dx = for each pixel the sum of dy over the windows whose tap it is; taps are the forward's. dx is written."""
+    """dx = for each pixel the sum of dy over the windows whose argmax it is, by the forward's taps. dx is written."""
     pool = Pool(kernel_size, stride, padding, dilation)
     kernel = pool_kernel("max_pool.cu", "max_pool_backward", (dx,), (dy,), taps, pool)
     launch_pixels(kernel, (dy, taps, dx), dx, dy, pool)

@@ -18,7 +18,7 @@ from .source import Kernel, Variant, compile_error, declarations, unit
 
 STANDARD = "-std=c++17"
 WGMMA_MAJOR = 12  # the first version that compiles for sm_90a
-ERROR_COMPILATION = 6  # NVRTC's status where the text is wrong; others speak of NVRTC, its options, or the machine
+ERROR_COMPILATION = 6  # NVRTC's status for a wrong text; others concern NVRTC, its options, or the machine
 
 
 class Resources(NamedTuple):
@@ -56,9 +56,9 @@ def preload_wheels() -> tuple[str, ...]:
 
 @functools.cache
 def shared_library(least_major: int = 11) -> ctypes.CDLL:
-    """The NVRTC library: of the installed CuPy's CUDA if it is there, else any; a wheel's, or the system's.
+    """The NVRTC library, from a wheel or from the system: that of the installed CuPy's CUDA if there is one, else any.
 
-    least_major: of its version. BackendError if there is none.
+    least_major: the lowest major version to use. BackendError if there is no such library.
     """
     preload_wheels()
     candidates = [str(p) for p in _wheel_libraries("cuda_nvrtc", "libnvrtc.so.*")]
@@ -113,10 +113,10 @@ def architectures(least_major: int = 11) -> list[str]:
 
 
 def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
-    """What to compile PTX for ("compute_90") where a GPU ("120") is newer than the `known` architectures, else None.
+    """What to compile PTX for ("compute_90") if a GPU ("120") is newer than the `known` architectures, else None.
 
-    CuPy asks for a cubin of the newest that it knows of, which a GPU of another major version cannot load, or for one
-    that NVRTC does not know. The driver knows the GPU, so it is newer than NVRTC, and compiles its PTX.
+    For such a GPU CuPy would ask for a cubin of the newest architecture that CuPy knows. Either the GPU cannot load it,
+    as its major version is another, or NVRTC does not know it. The driver knows the GPU, and can compile older PTX.
     """
     older = [number for number in known if number <= int(capability)]
     newest = max(older, default=int(capability))
@@ -137,8 +137,8 @@ def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, Resources]:
 def compile_variant(what: Variant | Kernel, arch: str, least_major: int = 11) -> tuple[bytes, dict[str, Resources]]:
     """Compiles for `arch` ("sm_80") to a cubin, as CuPy would; KernelCompileError with NVRTC's log.
 
-    A variant that has an architecture of its own is compiled for that one; of a kernel, what `source.unit` says.
-    least_major: of NVRTC's version. Returns the cubin and the resources of each kernel in it.
+    A variant that has an architecture of its own is compiled for that one, a kernel as `source.unit` says.
+    least_major: the lowest major version of NVRTC to use. Returns the cubin and the resources of each kernel in it.
     """
     cubin, ptx, log = _compile(what, arch, "--ptxas-options=-v", least_major=least_major)
     return cubin, {name: _resources(name, log.decode(), ptx.decode()) for name in declarations(unit(what))}

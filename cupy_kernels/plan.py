@@ -31,7 +31,7 @@ class Slot:
 
     @property
     def address(self) -> int:
-        """One that is aligned as the array's own."""
+        """An address with the alignment of the array's own."""
         return self.alignment + self.offset
 
     def reshape(self, *shape: int) -> "Slot":
@@ -50,7 +50,7 @@ class Plan:
     """The launches of operation(*args, **options), whose arrays are `Slot`s and whose floats are `Varying`.
 
     result: what the operation returned.
-    For one thread: each start writes into the words that the kernels find their arguments in.
+    A plan is for one thread: each start writes its arguments into the same words, which the kernels read.
     """
 
     def __init__(self, operation: Callable, args, options: dict):
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def kernels(self) -> list:
-        """What it starts, in order."""
+        """The kernels that it starts, in order."""
         return [step.kernel for step in self.steps]
 
     def start(self, pointers: list[int], values: list, stream: int) -> None:

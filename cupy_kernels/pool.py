@@ -12,8 +12,8 @@ _LIMIT = 2**31
 _MAX_PLANES = 2**30
 MAX_BLOCKS_Y = 65535
 _ITEMS_2X2 = 4  # planes of a thread
-_PLACES = 2048  # of a block's planes at least, so that its last places, fewer than its threads, count little
-_ROUNDS = 4  # of a block where there are many, so that what it computes once counts little
+_PLACES = 2048  # the fewest of a block: its last round, with fewer places than threads, then counts little
+_ROUNDS = 4  # of a block, if there are many blocks: what it computes once then counts little
 _MANY_BLOCKS = 4096
 
 
@@ -27,7 +27,7 @@ class Pool(NamedTuple):
 
     @property
     def wide_taps(self) -> bool:
-        """Whether taps, positions in the window, are int32, not uint8. The emulator's poison, 255, is none of them."""
+        """Whether taps, places in the window, are int32 instead of uint8, in which 255 is the emulator's poison."""
         return math.prod(self.kernel_size) > 254
 
 
@@ -62,10 +62,10 @@ def _windows(size, pool, ceil_mode):
 
 
 def pool_kernel(file: str, name: str, pixels, windows, taps, pool: Pool, macros=()) -> Kernel:
-    """The variant of a kernel for these arrays. ValueError unless their shapes are what `pool` makes of each other.
+    """The variant of a kernel for these arrays. ValueError unless `pool` makes the output's shape of the input's.
 
     pixels, windows: the arrays of the input's shape [..., H, W], and those of the output's, at least one each.
-    taps: one more of the output's, or None. macros: besides those of pool.cuh.
+    taps: one more of the output's shape, or None. macros: besides those of pool.cuh.
     """
     x, y = pixels[0], windows[0]
     same_shape(**{f"array {i} like the input": a for i, a in enumerate(pixels)})
@@ -113,7 +113,7 @@ def launch_windows(kernel: Kernel, args, x, y, pool: Pool, channels: int = 1) ->
 
 
 def launch_pixels(kernel: Kernel, args, x, y, pool: Pool, channels: int = 1) -> None:
-    """The same for a kernel whose places are sites of the input."""
+    """`launch_windows` for a kernel whose places are positions in the input."""
     site = dict(kernel.defines)["SITE"]
     _launch(kernel, math.prod(ceil_div(n, site) for n in x.shape[-2:]), args, x, y, pool, channels)
 

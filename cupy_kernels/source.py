@@ -14,7 +14,7 @@ import numpy as np
 from . import forks
 from .errors import KernelCompileError
 
-MACROS = "macros"  # stands for a file's name where the emulator's compiler speaks of a macro
+MACROS = "macros"  # the file's name in messages of the emulator's compiler about a macro
 
 _FOLDER = resources.files(__package__) / "cu"
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
@@ -36,13 +36,13 @@ DTYPES = {
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
 
-# The first two are replaced, never changed: other threads read them.
+# The first two are replaced by new dicts, never changed in place: other threads read them.
 _overrides: dict[str, str] = {}
 _constants: dict[str, dict[str, str | int]] = {}
 _added: dict[str, str] = {}
 _until_overridden = []
 _lock = forks.lock()  # whoever holds it sees the same sources all the time
-_blocks = []  # of `override`, from the outermost: the threads that are in them
+_blocks = []  # the thread of each open block of `override`, the outermost first
 
 
 # Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
@@ -57,9 +57,9 @@ SHAPE_MACROS = frozenset(
 
 
 def until_overridden(function):
-    """functools.cache, until `set_overrides`: for what follows from the sources and constants in force.
+    """functools.cache that `set_overrides` empties: for what follows from the sources and constants in force.
 
-    What a thread computes while another one edits is never kept.
+    What a thread computes while another one edits is not kept.
     """
     known = {}
     _until_overridden.append(known)
@@ -86,7 +86,7 @@ class Variant(NamedTuple):
 
     @property
     def architecture(self) -> str | None:
-        """The only one that it compiles and runs for, None for most variants, which have no such bounds."""
+        """The only architecture that it compiles for and runs on. None for most variants, which have no such limit."""
         return "sm_90a" if ("WGMMA", 1) in self.defines else None
 
     @property
@@ -122,7 +122,7 @@ class Parameter(NamedTuple):
 
 @contextlib.contextmanager
 def override(texts: dict[str, str], constants: dict[str, dict[str, str | int]] | None = None):
-    """Within the block, `texts` stand in place of packaged files or kernels, and `constants` in place of their macros.
+    """Within the block, `texts` replace packaged files or kernels, and `constants` replace their macros.
 
     texts: {name: text}. A name that ends in .cu or .cuh is a file, packaged or new; any other is a kernel, whose
         definition in its packaged file the text replaces.
@@ -157,12 +157,12 @@ def overridden() -> frozenset[str]:
 
 
 def overridden_texts() -> frozenset[str]:
-    """Those of `overridden` whose text is another."""
+    """Those of `overridden` that have another text, not only other constants."""
     return frozenset(_overrides)
 
 
 def merged(texts, constants) -> tuple[dict, dict]:
-    """What is in force, and on top of it `texts` and `constants`. A new text of a file ends those of its kernels."""
+    """What is in force, with `texts` and `constants` on top. A new text of a file ends the edits of its kernels."""
     known, known_constants = overrides()
     ended = {name for file in texts if is_file(file) and file in names() for name in packaged_kernels(file)}
     known = {name: text for name, text in known.items() if name not in ended}
@@ -217,10 +217,10 @@ def names() -> list[str]:
 
 
 def text(file: str, kernels: Iterable[str] | None = None) -> str:
-    """Text of one source file as it stands; of a kernel that has an override, that. ValueError if there is none.
+    """The text in force of a source file, or of a kernel that has an override. ValueError if there is none.
 
     Where a kernel of the file has an override, an #include of its name stands in place of its definition.
-    kernels: those whose overrides count, all by default.
+    kernels: those whose overrides count; all by default.
     """
     edited = _overrides
     if not is_file(file) and file in edited:
@@ -232,7 +232,7 @@ def text(file: str, kernels: Iterable[str] | None = None) -> str:
         counts = not is_file(name) and (kernels is None or name in kernels)
         place = span(found, name) if counts else None
         if place:
-            # As many lines as before, so that messages about the rest of the file name the lines that it had.
+            # As many lines as before, so that messages about the rest of the file keep their line numbers.
             lines = "\n" * max(1, found.count("\n", *place))
             found = f'{found[: place[0]]}#include "{name}"{lines}{found[place[1] :]}'
     return found
@@ -297,10 +297,10 @@ def _expand(file: str, seen: set[str], read) -> str:
 
 
 def unit(what: Kernel | Variant) -> str:
-    """The text that is compiled for a kernel; for a variant, that of all kernels: its file's, expanded.
+    """The text that is compiled for a kernel, or for all kernels of a variant: that of its file, expanded.
 
-    As long as no kernel of a file is edited, that is one text for all of them. An edited kernel is compiled alone, and
-    its siblings as if it were not edited: what an edit changes is all that it compiles.
+    As long as no kernel of a file is edited, all its kernels have this one text. An edited kernel is compiled alone,
+    and the others as if it were not edited, so that an edit compiles nothing but the edited kernel.
     """
     return _unit(what.file, what.name) if isinstance(what, Kernel) else expanded(what.file)
 
@@ -314,11 +314,11 @@ def _unit(file, kernel):
     found = _expand(file, set(), lambda name: text(name, alone))
     left_out = {match[1] for match in _KERNEL.finditer(found)} - alone
     if not alone:
-        # To an edited header the packaged text of an edited kernel need not fit.
+        # The packaged text of an edited kernel need not fit an edited header.
         left_out = left_out & edited if any(map(is_file, overridden())) else ()
     for name in left_out:
         start, end = span(found, name)
-        # Empty lines: messages about the rest name the lines that it had.
+        # Empty lines: messages about the rest keep their line numbers.
         found = found[:start] + "\n" * found.count("\n", start, end) + found[end:]
     return found
 
@@ -379,7 +379,7 @@ def digest() -> str:
 
 def compile_error(what: Kernel | Variant, log: str) -> KernelCompileError:
     """The error for a compiler's log: the first message that names a line of a kernel source comes first."""
-    log = re.sub(r'(in the compilation of ")[^"\n]*[/\\]', r"\1", log)  # CuPy's folder for it, which is gone
+    log = re.sub(r'(in the compilation of ")[^"\n]*[/\\]', r"\1", log)  # CuPy's temporary folder, which is gone
     for match in re.finditer(r"^([\w.]+)[(:](\d+)\)?[^\n]*error[^\n]*", log, re.MULTILINE):
         file, number = match[1], int(match[2])
         lines = text(file).splitlines() if file in (*_overrides, *_added, *names()) else []

@@ -41,8 +41,8 @@ _known_resources = {}  # {(text, macros, architecture): {kernel: resources}}
 class KernelInfo(NamedTuple):
     """A kernel, as `kernels` lists it.
 
-    variants: how many sets of macros the host compiles the file with; of kernels that are specialised for a shape,
-    those of some shapes. macros: their names. values: of each macro.
+    variants: how many sets of macros the host compiles the file with; for kernels that are specialised for a shape,
+    only some shapes count. macros: names of the macros. values: the values of each macro.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Attributes(NamedTuple):
     """What one variant of a kernel takes.
 
     macros: those that the variants do not share.
-    registers: per thread. local_bytes: of local memory per thread, where spilled registers go; 0 is what one wants.
+    registers: per thread. local_bytes: of local memory per thread, where spilled registers go; 0 is best.
     shared_bytes: per block, static and dynamic. block: threads. blocks_per_sm, occupancy: how many such blocks a
     multiprocessor holds, and the share of its threads that they are.
     """
@@ -76,7 +76,7 @@ def kernels(name: str | None = None) -> Rows:
     """All kernels of the package, or those of `name` (of a header: of the files that include it): file, parameters, and
     how many variants with which macros.
 
-    The table of several files leaves parameters and values of macros out; the items have them. `attributes` has a row
+    A table of several files does not show parameters and values of macros; the items have them. `attributes` has a row
     for each variant.
     """
     from .variants import variants  # imports every operator
@@ -118,11 +118,11 @@ def show(name: str) -> None:
 
 @contextlib.contextmanager
 def override(edits: dict[str, str | dict]):
-    """Within the block, `edits` ({name: text, or {macro: value}}) stand in place of what the package has.
+    """Within the block, `edits` ({name: text, or {macro: value}}) replace what the package has.
 
     A text replaces a file, or one kernel's definition in its file; {macro: value} replaces -D macros of one kernel, or
     adds some. Everything that launches the kernel uses it at once, ModelNew too, and the package's own is back at the
-    end of the block; what was compiled once is not compiled again.
+    end of the block; a text that was compiled once is not compiled again.
 
     The host goes on computing grids from its own value of a macro: one that says how many elements a thread takes
     (WIDTH, ITEMS, tiles) cannot be changed here alone. acc_t, and macros of your own, can.
@@ -164,7 +164,7 @@ def attributes(
     block: threads in a block, for the occupancy. Default: the most that __launch_bounds__ allows, else 256.
     shared_bytes: dynamic shared memory per block, for the occupancy.
     macros: variants that have these values only: attributes("tanh_forward", scalar_t="float").
-    Variants for wgmma instructions are there for "sm_90", if there is an NVRTC of CUDA 12 or newer.
+    Variants with wgmma instructions are listed for "sm_90" if there is an NVRTC of CUDA 12 or newer.
     Edits in force count. Raises ValueError for an unknown name or arch, or if no variant fits; BackendError without
     NVRTC.
     """
@@ -180,7 +180,7 @@ def attributes(
 
 
 def told_apart(defines) -> tuple[list[str], str]:
-    """Of several lists of macros: of each, those that not all share, as words; and those that all share."""
+    """From several lists of macros: of each list, the macros that not all lists share; and those that all share."""
     shared = set.intersection(*map(set, defines))
 
     def words(macros, wanted):
@@ -248,7 +248,7 @@ def unedited():
 
 
 def _checked_arch(arch):
-    """`arch`, by default the default's. ValueError for one that NVRTC does not know."""
+    """`arch`, or `default_arch()` for None. ValueError for an architecture that NVRTC does not know."""
     if arch is None:
         return default_arch()
     known = nvrtc.architectures()
@@ -356,7 +356,7 @@ def _list(parameters):
 
 
 def _matching(name, arch, macros):
-    """(variant, names of its kernels) of a name, for the variants for `arch` that have these macros."""
+    """(variant, names of its kernels) for each variant of a name that has these macros and is for `arch`."""
     from .variants import variants
 
     file, kernel = locate(name)

@@ -23,7 +23,7 @@ import torch
 import cupy_kernels
 from modelnew import ModelNew, environment
 
-# %load_ext cupy_kernels
+# %load_ext modelnew
 print(environment.backend()["why"])
 
 # %% [markdown]

@@ -6,7 +6,7 @@ the one that torch.backends.cudnn.allow_tf32 chooses. For GPUs of compute capabi
 tensor-core kernels take: stride 1, channels in multiples of 16 up to 512, kernels up to 7x7, images up to 64x64. Others
 are refused.
 
-Written by `python -m modelnew submission`: change the package, not this file.
+Written by `python3 -m tools.submission`: change the package, not this file.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import numbers
 import re
 import tempfile
 from collections.abc import Iterable
@@ -227,14 +228,15 @@ class Slot:
     """Stands for a contiguous array that begins `offset` bytes into argument `index` of a call.
 
     alignment: the argument's address modulo 16, all that a launch may know of it.
+    kind: what else the caller wants to know of the argument.
     """
 
     flags = SimpleNamespace(c_contiguous=True)
 
-    def __init__(self, index: int, shape, dtype, alignment: int = 0, offset: int = 0):
-        self.index, self.shape, self.dtype = index, tuple(shape), np.dtype(dtype)
+    def __init__(self, index: int, shape, dtype, alignment: int = 0, offset: int = 0, kind=None):
+        self.kind, self.index, self.shape, self.dtype = kind, index, tuple(shape), np.dtype(dtype)
         self.alignment, self.offset = alignment, offset
-        self.size, self.itemsize = math.prod(self.shape), self.dtype.itemsize
+        self.size, self.ndim, self.itemsize = math.prod(self.shape), len(self.shape), self.dtype.itemsize
 
     @property
     def address(self) -> int:
@@ -245,10 +247,12 @@ class Slot:
         """The same elements in another shape."""
         return Slot(self.index, shape, self.dtype, self.alignment, self.offset)
 
-    def __getitem__(self, rows: slice) -> "Slot":
-        """The first rows."""
-        shape = (len(range(self.shape[0])[rows]), *self.shape[1:])
-        return Slot(self.index, shape, self.dtype, self.alignment, self.offset)
+    def __getitem__(self, rows: int | slice) -> "Slot":
+        """One row, or neighbouring ones."""
+        row, picked = self.shape[1:], range(self.shape[0])[rows]
+        first, shape = (picked, row) if isinstance(rows, int) else (picked.start, (len(picked), *row))
+        offset = self.offset + first * math.prod(row) * self.itemsize
+        return Slot(self.index, shape, self.dtype, self.alignment, offset)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -301,164 +305,6 @@ def address(array) -> int:
 def ceil_div(a: int, b: int) -> int:
     """The smallest integer that is at least a / b."""
     return -(-a // b)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/conv_wgmma.py
-#
-# How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks.
-
-# By split and dgrad: two sums, with split 2 three, of 8 pixels and 64 channels that fit a warpgroup's registers.
-_MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
-_STAGES = (6, 5, 4)  # preferred first
-_STEP_CHANNELS = 32
-_FEW_WINDOWS = 64  # of a block at most, for few images
-
-
-class Layout(NamedTuple):
-    """How a tensor-core convolution is laid out over blocks."""
-
-    macros: dict  # of the kernel's file
-    planes: dict  # of pooled_planes.cuh
-
-
-class _Unit(NamedTuple):
-    """A block's part of an image."""
-
-    rows: int  # of windows
-    windows: int  # from the first to the last one
-    along: int  # bytes from 8 channels to the next 8, an odd number of times 16: in different banks
-    stages: int
-    shared_bytes: int
-
-
-def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
-    """The layout, or None if there is not enough shared memory.
-
-    images: how many, if few: then a block takes little of one, so that they fill the GPU; None: as much as fits.
-    channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
-    """
-    warpgroups_m = 1 if channels[1] <= 64 else 2
-    warpgroups_n = 2 // warpgroups_m
-    tiles_m = ceil_div(channels[1], 64 * warpgroups_m)
-    steps = ceil_div(channels[0], _STEP_CHANNELS)
-    step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
-    gap = max(0, kernel[1] - 1 - pad[1])
-    pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
-    window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
-
-    def unit(rows):
-        """A block's part of an image, `rows` rows of windows; None if it does not fit."""
-        band_cells = gap + (2 * rows + kernel[0] - 1) * pitch
-        along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
-        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
-        stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
-        windows = (rows - 1) * window_pitch + windows_w
-        return stages and _Unit(rows, windows, along, stages, band_bytes + stages * step_bytes)
-
-    rows = sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True)
-    choices = list(filter(None, map(unit, rows)))
-    if not choices:
-        return None
-    if images:
-        choices = [u for u in choices if u.windows <= _FEW_WINDOWS] or choices[-1:]
-        at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
-        choices = at_once[-1:] or choices
-    rows, _, along, stages, shared_bytes = choices[0]
-    granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
-    images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
-    needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
-    pixelwise = dgrad and out[1] % 2  # how odd rows are stored, which takes registers
-    most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
-    tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
-    macros = {
-        "WARPGROUPS_M": warpgroups_m,
-        "WARPGROUPS_N": warpgroups_n,
-        "UNIT_ROWS": rows,
-        "TILES": tiles,
-        "LAST_TILES": last,
-        "STAGES": stages,
-        "GAP": gap,
-        "ALONG": along,
-        "TILE_M": 64 * warpgroups_m,
-        "PARTS_N": warpgroups_n,
-        "THREADS": 128 * warpgroups_m * warpgroups_n,
-        "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
-        "SHARED_BYTES": shared_bytes,
-    }
-    units, stride = ceil_div(windows_h, rows), ceil_div(rows * window_pitch, 16) * 16
-    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
-
-
-def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
-    """TILES and LAST_TILES, with which units that need so many tiles take least time."""
-    if max(needed) <= most // last_granule * last_granule:
-        tiles = ceil_div(max(needed), last_granule) * last_granule
-        return tiles, tiles
-
-    def cost(choice):
-        """Of all units. Few tiles wait for shared memory, and a turn has a begin and an end."""
-        tiles, last = choice
-        passes = [max(1, ceil_div(n - max(0, last - tiles), tiles)) for n in needed]
-        rests = [n - (p - 1) * tiles for n, p in zip(needed, passes)]
-        lasts = [last if (n <= last if last < tiles else n > tiles) else tiles for n in rests]
-        taken = lasts + [tiles] * (sum(passes) - len(needed))
-        return sum(max(2 * t, t + 8) + 4 for t in taken)
-
-    choices = itertools.product(range(granule, most + 1, granule), range(last_granule, most + 1, last_granule))
-    return min(choices, key=cost)
-
-
-def planes(wgmma: int, window_pitch: int, units: int, unit_windows: int, unit_stride: int, plane_stride: int) -> dict:
-    """Macros of pooled_planes.cuh."""
-    return {
-        "WGMMA": wgmma,
-        "WINDOW_PITCH": window_pitch,
-        "UNITS": units,
-        "UNIT_WINDOWS": unit_windows,
-        "UNIT_STRIDE": unit_stride,
-        "PLANE_STRIDE": plane_stride,
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/channel_sum.py
-#
-# Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
-
-_CHUNKS = 64  # a constant, so that sums depend on shapes alone
-
-
-def channel_sum_workspace_size(shape) -> int:
-    """Elements of the workspace `partial`, of the accumulator's dtype."""
-    return shape[1] * _plan(shape)[1]
-
-
-def channel_sum(x, sums, partial) -> None:
-    """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
-    if sums.shape != (x.shape[1],):
-        raise ValueError(f"sums must have shape ({x.shape[1]},), received {sums.shape}")
-    macros = type_macros(x)
-    chunk_images, chunks = _plan(x.shape)
-    plane = x.size // max(1, x.shape[0] * x.shape[1])
-    launch(
-        Kernel("channel_sum.cu", "channel_sum_partial", macros),
-        (x.shape[1], chunks, 1),
-        (THREADS, 1, 1),
-        (x, partial, x.shape[0], x.shape[1], plane, chunk_images),
-    )
-    launch(
-        Kernel("channel_sum.cu", "channel_sum_reduce", macros),
-        (ceil_div(x.shape[1], THREADS), 1, 1),
-        (THREADS, 1, 1),
-        (partial, sums, x.shape[1], chunks),
-    )
-
-
-def _plan(shape) -> tuple[int, int]:
-    """(images of a chunk, chunks)."""
-    chunk_images = max(1, ceil_div(shape[0], _CHUNKS))
-    return chunk_images, max(1, ceil_div(shape[0], chunk_images))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -643,6 +489,164 @@ def _check(x, w, y, geometry):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/conv_wgmma.py
+#
+# How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks.
+
+# By split and dgrad: two sums, with split 2 three, of 8 pixels and 64 channels that fit a warpgroup's registers.
+_MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
+_STAGES = (6, 5, 4)  # preferred first
+_STEP_CHANNELS = 32
+_FEW_WINDOWS = 64  # of a block at most, for few images
+
+
+class Layout(NamedTuple):
+    """How a tensor-core convolution is laid out over blocks."""
+
+    macros: dict  # of the kernel's file
+    planes: dict  # of pooled_planes.cuh
+
+
+class _Unit(NamedTuple):
+    """A block's part of an image."""
+
+    rows: int  # of windows
+    windows: int  # from the first to the last one
+    along: int  # bytes from 8 channels to the next 8, an odd number of times 16: in different banks
+    stages: int
+    shared_bytes: int
+
+
+def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
+    """The layout, or None if there is not enough shared memory.
+
+    images: how many, if few: then a block takes little of one, so that they fill the GPU; None: as much as fits.
+    channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
+    """
+    warpgroups_m = 1 if channels[1] <= 64 else 2
+    warpgroups_n = 2 // warpgroups_m
+    tiles_m = ceil_div(channels[1], 64 * warpgroups_m)
+    steps = ceil_div(channels[0], _STEP_CHANNELS)
+    step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
+    gap = max(0, kernel[1] - 1 - pad[1])
+    pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
+    window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
+
+    def unit(rows):
+        """A block's part of an image, `rows` rows of windows; None if it does not fit."""
+        band_cells = gap + (2 * rows + kernel[0] - 1) * pitch
+        along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
+        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
+        stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
+        windows = (rows - 1) * window_pitch + windows_w
+        return stages and _Unit(rows, windows, along, stages, band_bytes + stages * step_bytes)
+
+    rows = sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True)
+    choices = list(filter(None, map(unit, rows)))
+    if not choices:
+        return None
+    if images:
+        choices = [u for u in choices if u.windows <= _FEW_WINDOWS] or choices[-1:]
+        at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
+        choices = at_once[-1:] or choices
+    rows, _, along, stages, shared_bytes = choices[0]
+    granule = 1 if dgrad else 4  # of tiles: conv_bn_pool keeps four together
+    images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
+    needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
+    pixelwise = dgrad and out[1] % 2  # how odd rows are stored, which takes registers
+    most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
+    tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
+    macros = {
+        "WARPGROUPS_M": warpgroups_m,
+        "WARPGROUPS_N": warpgroups_n,
+        "UNIT_ROWS": rows,
+        "TILES": tiles,
+        "LAST_TILES": last,
+        "STAGES": stages,
+        "GAP": gap,
+        "ALONG": along,
+        "TILE_M": 64 * warpgroups_m,
+        "PARTS_N": warpgroups_n,
+        "THREADS": 128 * warpgroups_m * warpgroups_n,
+        "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
+        "SHARED_BYTES": shared_bytes,
+    }
+    units, stride = ceil_div(windows_h, rows), ceil_div(rows * window_pitch, 16) * 16
+    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
+
+
+def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
+    """TILES and LAST_TILES, with which units that need so many tiles take least time."""
+    if max(needed) <= most // last_granule * last_granule:
+        tiles = ceil_div(max(needed), last_granule) * last_granule
+        return tiles, tiles
+
+    def cost(choice):
+        """Of all units. Few tiles wait for shared memory, and a turn has a begin and an end."""
+        tiles, last = choice
+        passes = [max(1, ceil_div(n - max(0, last - tiles), tiles)) for n in needed]
+        rests = [n - (p - 1) * tiles for n, p in zip(needed, passes)]
+        lasts = [last if (n <= last if last < tiles else n > tiles) else tiles for n in rests]
+        taken = lasts + [tiles] * (sum(passes) - len(needed))
+        return sum(max(2 * t, t + 8) + 4 for t in taken)
+
+    choices = itertools.product(range(granule, most + 1, granule), range(last_granule, most + 1, last_granule))
+    return min(choices, key=cost)
+
+
+def planes(wgmma: int, window_pitch: int, units: int, unit_windows: int, unit_stride: int, plane_stride: int) -> dict:
+    """Macros of pooled_planes.cuh."""
+    return {
+        "WGMMA": wgmma,
+        "WINDOW_PITCH": window_pitch,
+        "UNITS": units,
+        "UNIT_WINDOWS": unit_windows,
+        "UNIT_STRIDE": unit_stride,
+        "PLANE_STRIDE": plane_stride,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/channel_sum.py
+#
+# Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
+
+_CHUNKS = 64  # a constant, so that sums depend on shapes alone
+
+
+def channel_sum_workspace_size(shape) -> int:
+    """Elements of the workspace `partial`, of the accumulator's dtype."""
+    return shape[1] * _plan(shape)[1]
+
+
+def channel_sum(x, sums, partial) -> None:
+    """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
+    if sums.shape != (x.shape[1],):
+        raise ValueError(f"sums must have shape ({x.shape[1]},), received {sums.shape}")
+    macros = type_macros(x)
+    chunk_images, chunks = _plan(x.shape)
+    plane = x.size // max(1, x.shape[0] * x.shape[1])
+    launch(
+        Kernel("channel_sum.cu", "channel_sum_partial", macros),
+        (x.shape[1], chunks, 1),
+        (THREADS, 1, 1),
+        (x, partial, x.shape[0], x.shape[1], plane, chunk_images),
+    )
+    launch(
+        Kernel("channel_sum.cu", "channel_sum_reduce", macros),
+        (ceil_div(x.shape[1], THREADS), 1, 1),
+        (THREADS, 1, 1),
+        (partial, sums, x.shape[1], chunks),
+    )
+
+
+def _plan(shape) -> tuple[int, int]:
+    """(images of a chunk, chunks)."""
+    chunk_images = max(1, ceil_div(shape[0], _CHUNKS))
+    return chunk_images, max(1, ceil_div(shape[0], chunk_images))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/fp16_cells.py
 #
 # Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
@@ -650,7 +654,6 @@ def _check(x, w, y, geometry):
 # split 1: a cell is 64 channels; split 2: 32 channels as fp16 values, then the 32 rests that rounding left. An array of
 # exponents goes with the cells: the scale's is the smallest of them.
 
-_LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
 _BATCH = 8  # accesses, of 16 bytes at most, that a thread of largest_magnitude has under way
 CELL_BYTES = 128
 
@@ -668,18 +671,6 @@ def cell_macros(split: int) -> dict:
 def cells_shape(shape, split: int) -> tuple[int, int, int, int]:
     """[N, chunks, pixels, 64]: of the cells, float16, of a tensor of this shape."""
     return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), CELL_BYTES // 2
-
-
-def exponents_size(shape, itemsize: int) -> int:
-    """Elements (int32) of what `largest_magnitude` writes for a tensor of this shape."""
-    return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, THREADS * _BATCH * 16)))
-
-
-def largest_magnitude(source, exponents) -> None:
-    """exponents, of the scales that parts of `source` would take, are written."""
-    width = _width(source)
-    kernel = Kernel("fp16_cells.cu", "largest_magnitude", _macros(scalar(source), 1, width))
-    launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
 
 
 def to_cells(source, exponents, sums, cells, split: int) -> None:
@@ -1567,6 +1558,7 @@ class _Memory:
     """
 
     def __init__(self, tensor: torch.Tensor):
+        check_memory(tensor)
         dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
         self.tensor = tensor
         self.__array_interface__ = {
@@ -1576,16 +1568,6 @@ class _Memory:
             "typestr": dtype.str,
             "version": 3,
         }
-
-
-_MOST_KNOWN = 4096
-
-
-def remember(known: dict, key, value) -> None:
-    """known[key] = value. Of _MOST_KNOWN the oldest goes: to make it anew costs little."""
-    if len(known) >= _MOST_KNOWN:
-        known.pop(next(iter(known)), None)
-    known[key] = value
 
 
 def one_device(args) -> torch.device:
@@ -1611,13 +1593,13 @@ def launching_on(device: torch.device):
         return _nothing
     cuda = cupy().cuda
     index = torch.cuda.current_device() if device.index is None else device.index
-    stream = _raw_stream(index)
+    stream = raw_stream(index)
     if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
         return _nothing
     return _switched(cuda, index, stream)
 
 
-def _raw_stream(device_index):
+def raw_stream(device_index):
     return torch._C._cuda_getCurrentRawStream(device_index)  # the current stream, without the object around it
 
 
@@ -1641,6 +1623,12 @@ class _ExternalStream(NamedTuple):
 
     def __cuda_stream__(self):
         return 0, self.pointer
+
+
+def check_memory(tensor: torch.Tensor) -> None:
+    """RuntimeError for a tensor that has elements and no memory for them."""
+    if tensor.numel() and not tensor.data_ptr():
+        raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -1682,16 +1670,59 @@ def interop_accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def number(value, name: str) -> float:
+    """A number, or a tensor of one, as a float. TypeError for anything else."""
+    if isinstance(value, (numbers.Real, torch.Tensor)):
+        return float(value)
+    raise TypeError(f"{name} must be a number, received {value!r}")
+
+
 def pair(value, name: str) -> tuple[int, int]:
-    """(value, value) for an int, (a, b) for two of them. TypeError or ValueError for anything else."""
-    if isinstance(value, int):
+    """(value, value) for a whole number, (a, b) for two of them. ValueError for anything else."""
+    if type(value) is int:
         return value, value
-    values = tuple(value)
-    if len(values) == 1:
-        values *= 2
-    if len(values) != 2 or not (isinstance(values[0], int) and isinstance(values[1], int)):
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    values = (value,) if _is_whole(value) else tuple(value) if isinstance(value, Iterable) else ()
+    if len(values) not in (1, 2) or not all(map(_is_whole, values)):
         raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
-    return values
+    return int(values[0]), int(values[-1])
+
+
+def _is_whole(value) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
+    return isinstance(value, numbers.Integral)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/calls.py
+#
+# Calls of kernels on tensors. A call is a plan: what it checks, allocates and launches is found out once for its kind.
+#
+# Its kind: the operation, its options, and shape, dtype, device, layout and alignment of each tensor. Where tensors lie
+# does not matter, nor do the values of floats.
+
+_MOST_KNOWN = 4096  # plans of a thread
+
+
+class Kind(NamedTuple):
+    """What a plan may know of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def remember(known: dict, key, value) -> None:
+    """known[key] = value. Of _MOST_KNOWN the oldest goes: to make it anew costs little."""
+    if len(known) >= _MOST_KNOWN:
+        known.pop(next(iter(known)), None)
+    known[key] = value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1780,43 +1811,41 @@ def applied_statistics(running_mean, running_var, training):
     return (None, None) if training else (running_mean, running_var)
 
 
-def note_update(running_mean, running_var, new_mean, new_var) -> None:
-    """Tells autograd that kernels changed the statistics; new_mean, new_var: what they wrote to, `dense` of these."""
-    for buffer, new in ((running_mean, new_mean), (running_var, new_var)):
-        if new is not buffer:  # it is not contiguous: the kernel updated a copy
+def note_update(running_mean, running_var, batches, updated) -> None:
+    """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
+    for buffer, new in zip((running_mean, running_var, batches), updated):
+        if buffer is None:
+            continue
+        if new is None:
+            buffer.add_(1)
+        elif new is not buffer:  # it is not contiguous: the kernel updated a copy
             buffer.copy_(new)
-        elif buffer is not None:
+        else:
             torch.autograd.graph.increment_version(buffer)
 
 
-def check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) -> torch.Tensor:
-    """The input as [N, C, *]. Refuses what torch.nn.functional.batch_norm refuses, before anything is written."""
+def check_batch_norm(input, running_mean, running_var, weight, bias, training) -> None:
+    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices."""
     if training and input.dim() and math.prod((input.shape[0], *input.shape[2:])) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    if input.shape == (0,):  # an empty batch of as many channels as the others have
-        input = input.view(0, next((t.numel() for t in parameters.values() if t is not None), 0))
     if input.dim() < 2:
-        raise RuntimeError(f"batch_norm takes input [N, C, *], or an empty [N], received shape {tuple(input.shape)}")
-    channels = input.shape[1]
-    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, tensor in parameters.items():
-        if tensor is not None and tensor.numel() != channels:
-            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+        if tensor is not None and tensor.numel() != input.shape[1]:
+            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {tensor.numel()}")
     one_device((input, *parameters.values()))
     check_parameters(input, running_mean=running_mean, running_var=running_var)
     check_parameters(input, weight=weight, bias=bias)
-    return input
 
 
-def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> None:
-    """The part of `check_batch_norm` that does not follow from shapes, dtypes and devices."""
+def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
+    """(momentum, eps) as floats. Refuses what the function refuses for other reasons."""
+    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
     if training and not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not eps >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if not isinstance(momentum, (int, float)):
-        raise TypeError(f"batch_norm momentum must be a number, received {momentum!r}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if running_mean is None and not training:
@@ -1824,6 +1853,7 @@ def check_batch_norm_call(running_mean, running_var, training, momentum, eps) ->
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+    return momentum, eps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1831,95 +1861,18 @@ def check_batch_norm_call(running_mean, running_var, training, momentum, eps) ->
 #
 # conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
 
-class Cells(NamedTuple):
-    """A tensor as fp16 cells, and what goes with them, see `cupy_kernels.fp16_cells`."""
+def gradient_plans(kind, x_shape, w_shape, geometry, choice, need_x, need_w):
+    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken.
 
-    cells: torch.Tensor
-    exponents: torch.Tensor
-    sums: torch.Tensor | None = None
-
-
-def conv_gradients(x, w, dy, geometry, choice, need_x, need_w):
-    """(dx, dw), None where not needed. Of x, or w, only the shape matters where the other's gradient is not needed."""
-    dgrad, wgrad = gradient_plans(x, w, geometry, choice, need_x, need_w)
-    dx = dw = None
-    cells = conv_transpose_to_cells(dy, wgrad.split) if wgrad else None
-    if need_x:
-        if cells and dgrad:
-            dx = dgrad_of_cells(dgrad, x, w, cells)
-        else:
-            dx = dy.new_empty(x.shape)
-            if dgrad:
-                run(conv_transpose_mma, dgrad, aligned(dy), w, None, dx, *mma_workspaces(dgrad, w))
-            else:
-                run(conv_transpose_dgrad, dy, w, dx, _packed(w), geometry)
-    if need_w:
-        if wgrad:
-            dw = wgrad_of_cells(wgrad, conv_transpose_to_cells(x, wgrad.split), w, cells)
-        else:
-            dw = dy.new_empty(w.shape)
-            dtype = interop_accumulator_dtype(w)
-            size = wgrad_workspace_size(x.shape, w.shape, geometry, dtype == torch.float64)
-            run(conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=dtype), geometry)
-    return dx, dw
-
-
-def gradient_plans(x, w, geometry, choice, need_x, need_w):
-    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken."""
+    kind: a tensor, or a `calls.Kind`, of the dtype and on the device of all of them.
+    """
     dgrad = wgrad = None
     if need_x:
-        dy = x.new_empty(()).expand(output_shape(x.shape, w.shape, geometry))
-        dgrad, _ = tensor_core_plan(dy, w.shape, geometry, choice, dgrad=True)
+        dy = Kind(output_shape(x_shape, w_shape, geometry), kind.dtype, kind.device)
+        dgrad, _ = tensor_core_plan(dy, w_shape, geometry, choice, dgrad=True)
     if need_w:
-        wgrad, _ = wgrad_plan(x, w.shape, geometry, choice)
+        wgrad, _ = wgrad_plan(Kind(x_shape, kind.dtype, kind.device), w_shape, geometry, choice)
     return dgrad, wgrad
-
-
-def dgrad_of_cells(plan, x, w, dy: Cells):
-    """dx; plan: that of a tensor dy."""
-    dx = w.new_empty(x.shape)
-    workspaces = mma_workspaces(plan, w)
-    run(conv_transpose_mma, plan.of_cells(), dy.cells, w, None, dx, *workspaces, dy.exponents)
-    return dx
-
-
-def wgrad_of_cells(plan, x: Cells, w, dy: Cells, borders=None):
-    """dw. x may be centred if dy sums to 0 in each channel; borders: see `conv_wgrad_mma`."""
-    dw, partial = w.new_empty(w.shape), w.new_empty(plan.partial_size, dtype=torch.float32)
-    run(conv_wgrad_mma, plan, *x, dy.cells, dy.exponents, borders, partial, dw)
-    return dw
-
-
-def _channel_sums(tensor):
-    sums = tensor.new_empty(tensor.shape[1])
-    partial = tensor.new_empty(channel_sum_workspace_size(tensor.shape), dtype=interop_accumulator_dtype(tensor))
-    run(channel_sum, tensor, sums, partial)
-    return sums
-
-
-def conv_transpose_to_cells(tensor, split, exponents=None, centred=False) -> Cells:
-    """`tensor` as Cells; exponents: of scales of its parts, where they are known already.
-
-    centred: less the means of the first image's channels.
-    """
-    tensor = aligned(tensor)
-    sums = _channel_sums(tensor[:1]) if centred else None
-    if exponents is None:
-        size = exponents_size(tensor.shape, tensor.element_size())
-        exponents = tensor.new_empty(size, dtype=torch.int32)
-        run(largest_magnitude, tensor, exponents)
-    cells = tensor.new_empty(cells_shape(tensor.shape, split), dtype=torch.float16)
-    run(to_cells, tensor, exponents, sums, cells, split=split)
-    return Cells(cells, exponents, sums)
-
-
-def mma_workspaces(plan, w):
-    """(packed weights, exponents of their scales), to be written."""
-    return w.new_empty(plan.packed_size, dtype=torch.float16), w.new_empty(plan.rows, dtype=torch.int32)
-
-
-def _packed(w):
-    return w.new_empty(packed_weight_size(w.shape), dtype=interop_accumulator_dtype(w))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1968,9 +1921,7 @@ class _Fused(torch.autograd.Function):
         options.update(groups=call.groups, group_eps=group_eps)
         run(conv_bn_pool_forward, *arguments, like=(call, momentum, eps, group_eps), **options)
         if call.training:
-            note_update(running_mean, running_var, *updated)
-            if batches is not None:
-                torch.autograd.graph.increment_version(batches)
+            note_update(running_mean, running_var, batches, (*updated, batches))
         if call.keep:
             running = applied_statistics(running_mean, running_var, call.training)
             ctx.save_for_backward(x, *parameters, workspace.memory, *running)
@@ -2006,7 +1957,8 @@ class _Fused(torch.autograd.Function):
             options = {"like": prepared, "plan": prepared.dgrad}
             run(input_gradient, output, w, dx, Workspace.empty(of_dgrad, x.device), **options)
         if dy is not None:
-            dx, dw = conv_gradients(x, w, dy, call.geometry, call.choice, need_x, need_w)
+            options = (x.shape, w.shape, call.geometry, call.choice, (need_x, need_w, False))
+            dx, dw, _ = conv_gradients(x, w, dy, *options)
         return dx, dw, *gradients, None
 
 
@@ -2022,7 +1974,7 @@ def _known(known, key, make):
     return found
 
 
-def _call(training, keep, padding, num_groups, numerics, momentum, eps, batches, input, conv_weight, *others):
+def _call(training, keep, padding, num_groups, numerics, batches, input, conv_weight, *others):
     """Plans and checks a call, and compiles its kernels at the same time, where launches would one by one.
 
     Where the fused kernels do not take it, the reason.
@@ -2030,7 +1982,7 @@ def _call(training, keep, padding, num_groups, numerics, momentum, eps, batches,
     reason = _mixture(input, batches, conv_weight, *others)
     if reason:
         return reason
-    shape = _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups)
+    shape = _checked_shape(input, conv_weight, others, padding, training, num_groups)
     choice = choose(numerics, input)
     plan, reason = conv_bn_pool_plan(input, conv_weight, padding, num_groups, choice)
     if reason:
@@ -2042,7 +1994,7 @@ def _call(training, keep, padding, num_groups, numerics, momentum, eps, batches,
 
 def _backward_call(call, need_x, need_w, x, w):
     """Plans a backward, and compiles as `_call` does."""
-    dgrad, wgrad = gradient_plans(x, w, call.geometry, call.choice, need_x, need_w)
+    dgrad, wgrad = gradient_plans(x, x.shape, w.shape, call.geometry, call.choice, need_x, need_w)
     dy_shape = None
     if (dgrad is None, wgrad is None) != (not need_x, not need_w):
         dgrad = wgrad = None
@@ -2113,7 +2065,7 @@ def conv_bn_tanh_max_pool_group_norm(
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
     check_numerics(numerics)
-    check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
     arguments = (num_batches_tracked, input, conv_weight, conv_bias, running_mean, running_var)
     arguments += (weight, bias, group_weight, group_bias)
@@ -2122,7 +2074,7 @@ def conv_bn_tanh_max_pool_group_norm(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     kind = (training, keep, padding, num_groups)
     key = (*kind, facts, *[None if t is None else (t.shape, t.dtype, t.device) for t in arguments])
-    call = _known(_calls, key, lambda: _call(*kind, numerics, momentum, eps, *arguments))
+    call = _known(_calls, key, lambda: _call(*kind, numerics, *arguments))
     if isinstance(call, str):
         if required:
             raise UnsupportedError(f"the fused kernels do not take this: {call}")
@@ -2136,12 +2088,12 @@ def conv_bn_tanh_max_pool_group_norm(
     return _Fused.forward(None, *tensors, rest)  # autograd, with nothing to keep or to refuse, would only take time
 
 
-def _checked_shape(input, conv_weight, others, padding, training, momentum, eps, num_groups):
+def _checked_shape(input, conv_weight, others, padding, training, num_groups):
     """The output's shape. Raises all errors that shapes, dtypes and devices can be the reason of."""
     conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias = others
     one_device((input, conv_weight, *others))
     images, channels, height, width = shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
-    check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training, momentum, eps)
+    check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
         if tensor is not None and tensor.shape != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")
@@ -2267,7 +2219,7 @@ def _reset_affine(module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# modelnew/kernelbench.py
+# tools/kernelbench.py
 
 KERNELS: dict[str, str] = {
     "async_copy.cuh": r"""// Copies from global to shared memory that run behind the arithmetic: cp.async on sm_80 and newer, plain copies before.
@@ -2330,7 +2282,7 @@ struct Normaliser {
         bool large = sizeof(acc_t) == 4 && (invstd < 0x1p-64f || fabs(mean) > 0x1p64f);
         unit = large ? 0x1p-32f : 1;
         this->mean = mean * unit;
-        this->invstd = multiply_unflushed(invstd, large ? 0x1p32f : 1);
+        this->invstd = multiply_unflushed(invstd, (acc_t)(large ? 0x1p32f : 1));
     }
     __device__ acc_t operator()(acc_t x) const { return (x * unit - mean) * invstd; }
 };
@@ -2356,12 +2308,12 @@ struct Moments { acc_t mean, squares; };  // squares: sum of squared distances f
 template <class N, class P> __device__ inline void store_statistics(
     Moments moments, acc_t unit, N count, acc_t eps, acc_t* mean, acc_t* invstd, P* running_mean, P* running_var, acc_t momentum,
     acc_t shift) {
-    acc_t back = inverse_of(unit), batch_mean = moments.mean * back, batch_var = moments.squares / (count - 1) * back * back;
+    acc_t back = inverse_of(unit), batch_mean = moments.mean * back, batch_var = moments.squares / (count - 1) * back;
     *mean = batch_mean;
     *invstd = invstd_of(moments.squares / count, unit, eps);
     if (!running_mean) return;
     *running_mean = from_acc<P>((1 - momentum) * to_acc(*running_mean) + momentum * (batch_mean + shift));
-    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * batch_var);
+    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * back * batch_var);  // the variance alone may overflow
 }
 """,
     "channel_sum.cu": r"""// sums[c] = sum over n and s of x[n, c, s]: the bias gradient of a convolution.
@@ -2669,11 +2621,11 @@ struct Pool {
                 int channel = place.channel + (first + i) * 8;
                 bool any = signs[channel] != 0;
                 float sign = any ? signs[channel] : 1;
-                ScaleBack scale(exponent + exponents[channel]);
                 if (STATISTICS && lane % 4 == 0) {
                     float2* at = moments + part * TILE_M + channel;
                     *at = merge(seen ? *at : make_float2(0, 0), make_float2(mean[i] * sign, squares[i]));
                 }
+                ScaleBack scale(exponent + exponents[channel]);
                 if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;  // the same in all lanes
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
@@ -2746,6 +2698,8 @@ struct Pool {
 
     // Adds up what the warps of a block have seen of each channel, in their order.
     __device__ void finish(int exponent) {
+        // Read here, once: conv_mma.cuh spills it.
+        int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
         if (SAVE && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
         if (!STATISTICS) return;
         if (threadIdx.x % (THREADS / PARTS_N) == 0) counts[threadIdx.x / (THREADS / PARTS_N)] = seen;
@@ -2760,7 +2714,7 @@ struct Pool {
             count = merge.count;
         }
         i64 at = (i64)m * gridDim.x + blockIdx.x;
-        ScaleBack scale(exponent + exponents[threadIdx.x]);
+        ScaleBack scale(of_channel);
         partials[at] = count, partials[(i64)OUT_CHANNELS * gridDim.x + at] = scale(all.x), squares[at] = scale.twice(all.y);
     }
 };
@@ -3464,14 +3418,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
         bool more = start < steps_end;
         if (more) {
             int oh = h * stride_h + shift_h, ow = w * stride_w + shift_w;
-            bool valid = pixel < steps_end, inside = valid && oh >= 0 && oh < out_h && ow >= 0 && ow < out_w;
+            bool inside = pixel < steps_end && oh >= 0 && oh < out_h && ow >= 0 && ow < out_w;
             i64 place = (i64)image * groups + group;
             const scalar_t* a = x + place * in_channels * in_pixels + h * in_w + w;
             const scalar_t* b = dy + place * out_channels * out_pixels + oh * out_w + ow;
             #pragma unroll
             for (int i = 0; i < LOADS_M; i++) {
                 int m = m_start + (threadIdx.x + i * THREADS) / TILE_K;
-                next_a[i] = valid && m < in_channels ? to_acc(a[m * in_pixels]) : 0;
+                next_a[i] = inside && m < in_channels ? to_acc(a[m * in_pixels]) : 0;
             }
             #pragma unroll
             for (int i = 0; i < LOADS_N; i++) {
@@ -5671,6 +5625,19 @@ def _differentiable_gradients(*_):
     raise RuntimeError("the kernels in this file compute first derivatives: call backward without create_graph")
 
 
+def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
+    """(dx, dw, None) by the general kernels, for GPUs whose shared memory is too small for the others."""
+    need_x, need_w, _ = needed
+    dx, dw = x.new_empty(x_shape) if need_x else None, w.new_empty(w_shape) if need_w else None
+    if need_x:
+        packed = w.new_empty(packed_weight_size(w_shape), dtype=torch.float32)
+        run(conv_transpose_dgrad, dy, w, dx, packed, geometry)
+    if need_w:
+        size = wgrad_workspace_size(x_shape, w_shape, geometry, False)
+        run(conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=torch.float32), geometry)
+    return dx, dw, None
+
+
 def run(operation, *args, like=None, **options) -> None:
     """operation(*args, **options), with arrays in place of tensors. `like` has no meaning here."""
     with launching_on(one_device(args)):
@@ -5682,8 +5649,11 @@ def _array(arg):
         return view(arg)
     if not isinstance(arg, Workspace):
         return arg
-    make, start = cupy().ndarray, view(arg.memory).data
-    return {name: make(shape, dtype, start + offset) for name, (offset, shape, dtype) in arg.layout.places.items()}
+    memory, places = view(arg.memory), arg.layout.places.items()
+    if isinstance(memory, np.ndarray):
+        return {name: np.ndarray(shape, dtype, memory, offset) for name, (offset, shape, dtype) in places}
+    make, start = cupy().ndarray, memory.data
+    return {name: make(shape, dtype, start + offset) for name, (offset, shape, dtype) in places}
 
 
 @functools.cache

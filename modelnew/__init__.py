@@ -1,6 +1,16 @@
-"""ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d -> GroupNorm as CUDA C kernels, drop-in for PyTorch's modules."""
+"""ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d -> GroupNorm as CUDA C kernels, drop-in for PyTorch's modules.
+
+In IPython `%load_ext modelnew` loads the magics `%%cu` and `%cu_reset`.
+"""
 
 from .fusions import Sequential
 from .model import Model, ModelNew, explain, get_init_inputs, get_inputs
 
 __all__ = ["Model", "ModelNew", "Sequential", "explain", "get_init_inputs", "get_inputs"]
+
+
+def load_ipython_extension(ipython) -> None:
+    """What `%load_ext modelnew` calls."""
+    from .magics import KernelMagics  # needs IPython
+
+    ipython.register_magics(KernelMagics)

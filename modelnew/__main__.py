@@ -19,22 +19,20 @@ from .bench import bench_command
 from .commands import usable_device
 from .host import host_command
 from .model import BATCH, OPERATORS
-from .notebooks import notebooks_command
 from .numerics import NUMERICS
 from .parity import RATIO, compare_models, is_close, tf32
-from .readme import readme_command
-from .submission import submission_command
 from .timing import measure
 from .training import training_command
 
 EMULATED_BATCH = 2
 BIT_EXACT = ("tanh", "max_pool")
+_HELP = {"help_option_names": ["-h", "--help"]}
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 progress = Console(stderr=True)
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("parity", short_help="The default: compare ModelNew with Model.", context_settings=_HELP)
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
@@ -62,15 +60,13 @@ progress = Console(stderr=True)
 @click.option("--times/--no-times", default=True, show_default=True, help="Time both models (on a GPU only).")
 @click.option("--trials", type=click.IntRange(min=1), default=20, show_default=True, help="Trials of each time.")
 @click.pass_context
-def main(context, batch, seed, replace, numerics, device, times, trials):
+def parity_command(context, batch, seed, replace, numerics, device, times, trials):
     """Compare ModelNew, on our kernels, with Model, on PyTorch's.
 
     First, with tanh and max_pool replaced: are the outputs equal? Then, with everything replaced: errors of the output
     and of every gradient against a float64 run, beside PyTorch's own errors; and, on a GPU, times. Exit code 0 only if
     parity holds.
     """
-    if context.invoked_subcommand is not None:
-        return
     try:
         device = _device(device)
         batch = batch or (BATCH if device.type == "cuda" else EMULATED_BATCH)
@@ -91,18 +87,35 @@ def main(context, batch, seed, replace, numerics, device, times, trials):
     context.exit(0 if holds else 1)
 
 
-main.add_command(bench_command)
-main.add_command(host_command)
-main.add_command(notebooks_command)
-main.add_command(readme_command)
-main.add_command(submission_command)
-main.add_command(training_command)
+class _ParityByDefault(click.Group):
+    """Commands, of which `parity` may be left out."""
+
+    def parse_args(self, context, args):
+        if not args or (args[0].startswith("-") and args[0] not in context.help_option_names):
+            args = [parity_command.name, *args]
+        return super().parse_args(context, args)
+
+    def format_options(self, context, formatter):
+        parity_command.format_options(context, formatter)
+        self.format_commands(context, formatter)
+
+
+main = _ParityByDefault(
+    "modelnew",
+    [parity_command, bench_command, host_command, training_command],
+    help=parity_command.help,
+    subcommand_metavar="[COMMAND] [ARGS]...",
+    context_settings=_HELP,
+)
 
 
 @main.command("env", short_help="Print versions, and which backend runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def env(as_json):
-    """Print versions, GPUs, which backend is used and why, and whether committed results belong to this code."""
+    """Print versions, GPUs, and which backend is used and why.
+
+    In a clone's root also which of the committed results belong to its kernels.
+    """
     found = environment.describe()
     if as_json:
         click.echo(json.dumps(found, indent=2))

@@ -86,14 +86,14 @@ class Plan(NamedTuple):
     what: tuple[str, ...]
     peers: str
     trials: int
-    trials_of_few: int  # images, whose times are the host's and vary
+    trials_of_few: int  # for few images, whose times are the host's and vary
     size: int
     seed: int
     budget: float
     startup: bool
 
     def cells(self, device) -> list[tuple[int, str, str]]:
-        """(n, what, class) of all that is measured together; parts of the model at the first n only."""
+        """(n, what, class) of each group that is measured together; parts of the model at the first n only."""
         cells = ((n, what, cls) for n in self.batches for what in self.what for cls in self.classes)
         cells = (cell for cell in cells if cell[1] in MODELS or cell[0] == self.batches[0])
         cells = (cell for cell in cells if cell[1] not in KERNELS or cell[2] in PRECISE)  # autocast fuses nothing
@@ -101,7 +101,7 @@ class Plan(NamedTuple):
 
 
 def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> Iterator[list[dict]]:
-    """Rows of the first calls, if these are wanted, then of each cell. describe(text): what is going on."""
+    """Rows of the first calls, if these are wanted, then of each cell. describe(text): what is being done."""
     start = time.monotonic()
 
     def refused(entrant):
@@ -129,7 +129,7 @@ def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> It
 
 def first_calls(plan: Plan, device: torch.device) -> list[dict]:
     """Rows startup_cold and startup_warm: a new process, from having imported torch to the result of its first forward
-    in training mode under no_grad, without and with compiled kernels on disk. "context_ms": a part of it, which makes
+    in training mode under no_grad, without and with compiled kernels on disk. "context_ms": the part of it that makes
     the CUDA context.
     """
     seconds = {}
@@ -168,13 +168,12 @@ def _first_call(who, plan, device, folder):
     """(seconds of making the CUDA context, seconds of the rest), or what went wrong."""
     init = get_init_inputs()
     arguments = ["ModelNew" if who == "modelnew" else "Model", init, [plan.batches[0], init[0], plan.size, plan.size]]
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     variables = {
         **os.environ,
         "CUPY_CACHE_DIR": folder,
         "CUPY_KERNELS_CACHE_DIR": folder,
         "CUDA_CACHE_PATH": folder,  # where NVRTC of CUDA 12.9 and newer keeps what it compiled
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join(sys.path),  # the modelnew that runs here
     }
     command = [sys.executable, "-c", _FIRST_CALL, json.dumps([*arguments, str(device)])]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)

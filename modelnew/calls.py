@@ -1,7 +1,7 @@
-"""Calls of kernels on tensors. A call is a plan: what it checks, allocates and launches is found out once for its kind.
+"""Calls of kernels on tensors. A call is a plan: what it checks, allocates and launches is worked out once.
 
-Its kind: the operation, its options, and shape, dtype, device, layout and alignment of each tensor. Where tensors lie
-does not matter, nor do the values of floats.
+It is worked out once for each kind of call. The kind is the operation, its options, and the shape, dtype, device,
+layout and alignment of each tensor. Where tensors lie does not matter, nor do the values of floats.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ class _Known(NamedTuple):
 
 @until_overridden
 def _thread():
-    """Whose __dict__ is each thread's {key of a call: _Known}: a plan's words are one thread's."""
+    """Its __dict__ is each thread's own {key of a call: _Known}, since a plan is for one thread."""
     return threading.local()
 
 
@@ -108,7 +108,7 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
 
 
 def dense_after(check: Callable, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors as `dense`. Where one has to be copied, check() comes first: a refused call copies nothing."""
+    """`dense` of each tensor. If one must be copied, check() runs first, so that a refused call copies nothing."""
     if not all(t is None or t.is_contiguous() for t in tensors):
         check()
     return [dense(t) for t in tensors]
@@ -118,11 +118,11 @@ def run(operation: Callable, *args, like=None, **options) -> None:
     """`call` of an operation that allocates nothing and returns nothing: operation(*args, **options).
 
     args: may be workspaces, which the operation gets as {name: array}.
-    like: something hashable from which options, shapes, dtypes and the device of all tensors, and layouts of workspaces
-        follow, so that they need not be looked at. Floats are told apart from it.
+    like: a key, hashable, from which options, shapes, dtypes and the device of all tensors, and layouts of workspaces
+        follow, so that these need not be looked at. Floats may differ under the same key.
 
-    Kernels go to the tensors' device and to torch's current stream there, CPU tensors to the emulator. RuntimeError if
-    the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
+    Kernels run on the tensors' device, in torch's current stream there; for CPU tensors, on the emulator.
+    RuntimeError if the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
     """
     if recorders.may_record():
         recorders.refuse(operation)
@@ -172,14 +172,14 @@ def _start(found, values, pointers):
 
 
 def remember(known: dict, key, value) -> None:
-    """known[key] = value. Of _MOST_KNOWN the oldest goes: to make it anew costs little."""
+    """known[key] = value. Beyond _MOST_KNOWN the oldest goes: making it anew costs little."""
     if len(known) >= _MOST_KNOWN:
         known.pop(next(iter(known)), None)
     known[key] = value
 
 
 def _kind(operation, options, values):
-    """(what plans are known by, the addresses of the values)"""
+    """(key of the plan, addresses of the values)"""
     key, pointers = [operation, *options], []
     for value in values:
         pointer = 0

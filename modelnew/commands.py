@@ -23,8 +23,8 @@ def output_option(kind: str):
     return click.option(
         "--output",
         type=click.Path(file_okay=False, path_type=Path),
-        help=f"Folder for {kind}_<gpu>.json and .png.  [default: benchmarks/results of the repository, else here; on "
-        "the CPU nothing is written]",
+        help=f"Folder for {kind}_<gpu>.json and .png.  [default: benchmarks/results in the repository's root, the "
+        "current directory elsewhere; on the CPU nothing is written]",
     )
 
 
@@ -62,7 +62,7 @@ def publish(record: dict, kind: str, device: torch.device, output: Path | None, 
 
 def record_path(kind: str, device: torch.device, output: Path | None) -> Path:
     """Where a record of this kind goes, as `output_option` says."""
-    folder = output or (environment.RESULTS if environment.RESULTS.parent.is_dir() else Path())
+    folder = output or environment.results() or Path()
     return folder / f"{kind}_{environment.slug() if device.type == 'cuda' else 'cpu'}.json"
 
 

@@ -12,8 +12,6 @@ import torch
 from cupy_kernels import compiler, emulator, nvrtc, source
 from cupy_kernels.errors import BackendError
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-
 
 def describe() -> dict:
     """Everything that `python -m modelnew env` prints, as values that JSON can hold."""
@@ -101,13 +99,18 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
 
 
+def results() -> Path | None:
+    """The folder of committed results, if the current directory is the repository's root."""
+    return Path("benchmarks", "results") if Path("cupy_kernels", "cu").is_dir() else None
+
+
 def records() -> list[dict]:
     """{"file", "digest", "matches"} for each committed result: `matches` says whether today's kernel sources made it.
 
-    Empty where the package is installed without the repository.
+    Empty where the current directory is not the repository's root.
     """
-    found = []
-    for path in sorted(RESULTS.glob("*.json")):
+    found, folder = [], results()
+    for path in sorted(folder.glob("*.json")) if folder else ():
         content = json.loads(path.read_text(encoding="utf-8"))
         digest = content.get("digest") if isinstance(content, dict) else None
         found.append({"file": path.name, "digest": digest, "matches": digest == source.digest()})

@@ -1,8 +1,8 @@
 """`python -m modelnew host`: microseconds that the host spends on a call, beside PyTorch's.
 
-On tensors so small that the GPU is done before the host is. A loop of calls without a synchronisation between them,
-best of several: what the host needs when nothing disturbs it. "same": every call meets the tensors of the one before.
-"new": it meets tensors at addresses that no call before it met, as a network with varying memory does.
+The tensors are so small that the GPU is done before the host is. A loop makes calls without a synchronisation between
+them; the median of several loops is reported. "same": every call gets the same tensors. "new": inputs and results lie
+elsewhere from call to call, as in a network whose use of memory varies.
 """
 
 import collections

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 import numbers
-import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -212,26 +211,24 @@ def number(value, name: str) -> float:
 
 def integer(value, name: str) -> int:
     """A whole number, of NumPy's or a tensor, too, as an int. TypeError for anything else."""
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise TypeError(f"{name} must be an int, received {value!r}")
+    if isinstance(value, bool) or not _is_whole(value):
+        raise TypeError(f"{name} must be an int, received {value!r}")
+    return int(value)
 
 
 def pair(value, name: str) -> tuple[int, int]:
-    """(value, value) for an int, (a, b) for two of them. TypeError or ValueError for anything else."""
+    """(value, value) for a whole number, (a, b) for two of them. ValueError for anything else."""
     if type(value) is int:
         return value, value
     if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
         return value
-    try:
-        if hasattr(value, "__index__") and not (isinstance(value, torch.Tensor) and value.dim()):
-            return (operator.index(value),) * 2
-        values = tuple(map(operator.index, value))
-    except (TypeError, ValueError):
-        values = ()
-    if len(values) not in (1, 2):
+    values = (value,) if _is_whole(value) else tuple(value) if isinstance(value, Iterable) else ()
+    if len(values) not in (1, 2) or not all(map(_is_whole, values)):
         raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
-    return (values * 2)[:2] if len(values) == 1 else values
+    return int(values[0]), int(values[-1])
+
+
+def _is_whole(value) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
+    return isinstance(value, numbers.Integral)

@@ -1,5 +1,6 @@
-"""`%%cu` and `%cu_reset` for IPython and notebooks: a kernel's text in a cell, and in a second whether it is right and
-faster. `%load_ext cupy_kernels` loads them.
+"""`%%cu` and `%cu_reset` for IPython and notebooks, which `%load_ext modelnew` loads.
+
+A cell has a kernel's text; `%%cu` says within a second whether it is right and faster.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from .timing import measure_launches
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 
-_known = {}  # what the checks of an edit have launched, so that the next one's kernels are compiled at the same time
+_known = {}  # kernels that an edit's checks launched: those of the next edit are compiled in parallel
 
 
 class Time(NamedTuple):
@@ -54,7 +55,7 @@ class Verdict(NamedTuple):
 def judge(name: str, text: str, *, dtypes=("float32",), device=None, images: int | None = None) -> Verdict:
     """Compiles `text` in place of a kernel or file, checks all operators that launch it, and times its kernels.
 
-    Nothing stays edited. images: of a GPU's checks; by default as many as the model has, where memory allows.
+    Nothing stays edited. images: batch of the checks on a GPU; by default the model's, where memory allows.
     Raises ValueError for a name, dtype or device that does not exist, no images, and a text with other entry points,
     KernelCompileError, EmulatorError, and BackendError where no kernel can run.
     """
@@ -144,7 +145,7 @@ def _caption(verdict):
 
 @magics_class
 class KernelMagics(Magics):
-    """The magics of `%load_ext cupy_kernels`."""
+    """The magics of `%load_ext modelnew`."""
 
     @magic_arguments()
     @argument("kernel", help="a kernel (tanh_forward), whose definition the cell replaces, or a file (tanh.cu)")
@@ -183,8 +184,3 @@ class KernelMagics(Magics):
 
 def _unchanged():
     return f"Nothing was changed. Edited at present: {', '.join(sorted(source.overridden())) or 'nothing'}."
-
-
-def register(ipython) -> None:
-    """Makes the magics known to an IPython shell."""
-    ipython.register_magics(KernelMagics)

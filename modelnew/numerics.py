@@ -60,7 +60,7 @@ def without_tensor_cores():
 
 @contextlib.contextmanager
 def wgmma(use: bool):
-    """Within the block, plans use sm_90a's wgmma instructions where they can and gain by it, or nowhere.
+    """Within the block, plans use sm_90a's wgmma instructions where it is possible and faster, or (False) nowhere.
 
     By default: on GPUs that have them, if NVRTC is version 12 or newer; nowhere on the emulator.
     """

@@ -1,4 +1,4 @@
-"""Things that make their result of torch's operators alone, and so cannot see kernels."""
+"""Recorders build their result from the torch operators that they see. They do not see our kernels."""
 
 from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _get_tracing_state, _len_torch_dispatch_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack

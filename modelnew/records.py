@@ -14,7 +14,7 @@ from .workloads import FEW_IMAGES, GRAPHS, MODELS, WORKLOADS, Shape, floor_ms, w
 
 
 def write(record: dict, path: Path) -> None:
-    """Writes the record, a line for each row, or leaves what was there."""
+    """Writes the record, a line for each row. If that fails, the old file stays."""
     rows = ",\n  ".join(json.dumps(row) for row in record["rows"])
     head = json.dumps({**record, "rows": []}, indent=1).removesuffix("[]\n}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def comparisons(record: dict) -> Iterator[tuple[dict, dict | None]]:
 
 
 def trials(record: dict) -> str:
-    """How many there were of each time."""
+    """How many trials there were, in words."""
     few = record.get("trials_of_few", record["trials"])
     return f"{record['trials']} trials" + (f" (up to {FEW_IMAGES} images: {few})" if few != record["trials"] else "")
 

@@ -16,7 +16,7 @@ from .interop import launching_on
 
 _FLUSH_BYTES = 256 * 2**20  # several times the largest L2 cache
 _WARMUP = 5
-_LONG_MS = 20  # of a launch in the emulator, which others are given a few trials
+_LONG_MS = 20  # a launch in the emulator that takes longer is timed once, others a few times
 _EMULATED_TRIALS = 3
 _REASON_LENGTH = 200
 
@@ -73,7 +73,7 @@ class Clock:
 
 
 class Contender:
-    """One who does a piece of work, in one layout; and what was measured, or the reason why nothing was."""
+    """Somebody who does a piece of work in one layout, and the times, or the reason why there are none."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Contender:
         self.pending = []
 
     def warm_up(self, clock: Clock) -> None:
-        """Checks, builds, calls (which compiles), and then measures the peak memory over what it was built of."""
+        """Checks, builds, calls (which compiles), and then measures the peak memory beyond what it was built from."""
 
         def run():
             if self.check and (wrong := self.check()):

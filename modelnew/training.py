@@ -1,6 +1,6 @@
 """`python -m modelnew training`: whether training steps of `ModelNew` are right, and loss curves beside `Model`'s.
 
-The task: to put out what a `Model` with other random parameters, the teacher, puts out; mean squared error, SGD.
+The task: to reproduce the outputs of a teacher, a `Model` with other random parameters. Mean squared error, SGD.
 
 Judged: the output, the parameters and batch norm's running statistics after each of the first JUDGED steps, in both
 numeric classes, from every seed. Truth is a run of `Model` in float64. ModelNew must be as close to it as `Model` of
@@ -21,8 +21,8 @@ Not judged: the convolution's bias. Its gradient is zero in mathematics, as batc
 left of it is noise, which the parity check limits.
 
 Not judged either: how far runs are from each other after many steps. A training run amplifies rounding, and ends
-elsewhere when anything rounds differently, PyTorch's own too. The loss curves show it. Of them is asked only that
-ModelNew's loss falls where Model's does.
+elsewhere when anything rounds differently, PyTorch's own too. The loss curves show it. The one demand on
+them is that ModelNew's loss falls where Model's does.
 """
 
 import contextlib
@@ -129,7 +129,7 @@ def judge(settings: Settings, device: torch.device, describe: Callable[[Run], No
 
 
 def _task(settings, device):
-    """The model that all start from, and batches with what the teacher puts out."""
+    """The model that all start from, and batches with the teacher's outputs."""
     start, teacher = (_initial(settings, settings.seed + i, device) for i in range(2))
     for norm in (teacher.batch_norm, teacher.group_norm):  # or the biases would have nothing to learn
         torch.nn.init.normal_(norm.weight, 1, 0.2)
@@ -168,7 +168,7 @@ def _gradient(y, target, unpooled, pooled, norm):
     tie.
 
     What flows back through a group norm is the part of gradient * weight that is orthogonal, within each group, to 1
-    and to the pooled values. Of that part is kept what is zero at near ties and still orthogonal to both.
+    and to the pooled values. What is kept of that part is zero at near ties and still orthogonal to both.
     """
     windows = unpooled.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
     first, second = windows.topk(2).values.unbind(-1)

@@ -63,7 +63,7 @@ MODES = {"compile": "default", "compile-max-autotune": "max-autotune", "compile-
 # Who replays CUDA graphs: compile in these modes, and ModelNew in a graph of ours.
 GRAPHS = ("modelnew-graph", "compile-max-autotune", "compile-reduce-overhead")
 
-# Of a workload of KERNELS: what it launches, and what the last of these writes.
+# For each workload of KERNELS: the kernels that it launches, and the arrays that the last of them writes.
 _LAUNCHES = {
     "conv_bn_pool_kernel": (("conv_bn_pool",), ("pooled", "partials", "squares")),
     "dgrad_kernel": (("conv_transpose_mma",), ("y",)),
@@ -185,10 +185,11 @@ def build(case: Case, what: str, cls: str, who: str, layout: str) -> Callable:
 def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
     """What is wrong with the result of `who`, one of ours, or None. Call it inside `numerics(cls)`.
 
-    Outputs, and gradients of operators: the error against float64, over whole batches for sums over images, else over
-    some images of the batch, is no worse than PyTorch's. Steps: so is that of their output; in the classes of
-    float32 tensors, also of every gradient and of the running statistics, over at most 512 images of the batch.
-    Kernels alone: so is what the call that they were taken from makes, and they write the same bits again.
+    The error against float64 must be no worse than PyTorch's. That is checked
+    - of outputs, and of operators' gradients: over the whole batch for sums over images, else over some of its images;
+    - of steps: of their output; in the classes of float32 tensors, also of every gradient and of the running
+      statistics, over at most 512 images of the batch;
+    - of kernels alone: of the call that they were taken from. Launched again, they must also write the same bits.
     """
     if what in KERNELS:
         call = "forward_train" if what == "conv_bn_pool_kernel" else "step"
@@ -287,7 +288,7 @@ class _Graphed:
 
 
 class _Alone:
-    """Launches of one call of ModelNew, again: kernels alone, on what the call prepared for them."""
+    """Repeats launches of one call of ModelNew: kernels alone, on what the call prepared for them."""
 
     def __init__(self, what, case):
         model = case.model_of("modelnew").train()
@@ -305,7 +306,7 @@ class _Alone:
         kernel, *_, args, _ = self.launches[-1]
         arrays = dict(zip((parameter.name for parameter in signature(kernel)), args))
         self.results = [torch.from_dlpack(arrays[name]) for name in written]
-        # Of pooled sums, those that belong to a value; the other places are nobody's.
+        # The places of pooled sums that belong to a window; nobody reads the others.
         self.places = torch.from_numpy(pooled_places(plan).ravel()).to(self.device) if "pooled" in written else None
 
     def __call__(self):

@@ -143,7 +143,7 @@ def test_16_bit_class(device, small, tmp_path):
 
 
 def test_nothing_is_written_for_a_cpu(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    monkeypatch.setattr(environment, "results", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     code, text = invoke("--device", "cpu", "--what", "forward_eval")
     assert code == 0

@@ -34,10 +34,11 @@ def invoke(*arguments):
 def test_module_runs_and_help_explains_every_option():
     done = subprocess.run([sys.executable, "-m", "modelnew", "--help"], capture_output=True, text=True, check=True)
     text = re.sub(r"\s+", " ", done.stdout)
-    for parameter in cli.main.params:
+    for parameter in cli.parity_command.params:
         assert max(parameter.opts, key=len) in text
         assert parameter.help.split("  ")[0] in text
-    assert "env" in text
+    for name in ("parity", "bench", "host", "training", "env"):
+        assert f" {name} " in text
 
 
 def test_env():
@@ -52,7 +53,7 @@ def test_env():
 
 
 def test_env_says_which_records_belong_to_the_code(monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    monkeypatch.setattr(environment, "results", lambda: tmp_path)
     (tmp_path / "bench_a.json").write_text(json.dumps({"digest": source.digest()}))
     (tmp_path / "bench_b.json").write_text(json.dumps({"digest": "0"}))
     _, text = invoke("env")
@@ -74,8 +75,11 @@ def test_main_job(device, small):
     assert ("forward + backward" in text) == (device == "cuda")
 
 
-def test_options(small):
-    code, text = invoke("--device", "cpu", "--replace", "tanh, group_norm", "--numerics", "fp32", "--seed", "3")
+@pytest.mark.parametrize("command", [(), ("parity",)])
+def test_options(small, command):
+    code, text = invoke(
+        *command, "--device", "cpu", "--replace", "tanh, group_norm", "--numerics", "fp32", "--seed", "3"
+    )
     assert code == 0
     assert "replaced tanh, group_norm" in text
 
@@ -119,6 +123,9 @@ def test_broken_output_fails_the_literal_assertion(small, monkeypatch):
         (["--device", "nowhere"], "nowhere"),
         (["--numerics", "fp8"], "fp8"),
         (["--batch", "0"], "0 is not in the range"),
+        (["parity", "--batch", "0"], "0 is not in the range"),
+        (["--batch", "2", "env"], "unexpected extra argument (env)"),
+        (["readme"], "No such command 'readme'"),
     ],
 )
 def test_bad_options(arguments, message):

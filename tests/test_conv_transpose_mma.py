@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from cupy_kernels import conv_transpose_mma
 from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
+from modelnew.calls import call, run
 from modelnew.functional import conv_transpose2d
-from modelnew.functional.conv_transpose import dgrad_of_cells, gradient_plans, to_cells
+from modelnew.functional.conv_transpose import gradient_plans, to_cells
 
 # (input shape, Cout, kernel, padding)
 CASES = {
@@ -97,8 +98,12 @@ def test_dgrad_of_cells(device, case, dtype, wgmma, launched):
     padding = CASES[case][3]
     dy = torch.randn_like(F.conv_transpose2d(x, w, padding=padding)).detach()
     choice = numerics.choose("tf32", x)
-    plan, _ = gradient_plans(x, w, Geometry((1, 1), padding, (0, 0), (1, 1), 1), choice, True, False)
-    dx = dgrad_of_cells(plan, x, w.detach(), to_cells(dy, 1))
+    geometry = Geometry((1, 1), padding, (0, 0), (1, 1), 1)
+    plan, _ = gradient_plans(x, x.shape, w.shape, geometry, choice, True, False)
+    cells, exponents, _ = call(to_cells, dy, 1)
+    dx, packed = torch.empty_like(x), w.new_empty(plan.packed_size, dtype=torch.float16)
+    workspaces = packed, w.new_empty(plan.rows, dtype=torch.int32)
+    run(conv_transpose_mma.conv_transpose_mma, plan.of_cells(), cells, w, None, dx, *workspaces, exponents)
     assert uses_wgmma(launched) == wgmma
     check_dgrad(dx, "tf32" if dtype == torch.float32 else "bf16", padding, x, w, dy)
 

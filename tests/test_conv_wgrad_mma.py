@@ -9,10 +9,9 @@ from faults import planted
 from cupy_kernels import conv_wgrad_mma, fp16_cells
 from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
-from modelnew.calls import run
+from modelnew.calls import call, run
 from modelnew.functional import conv_transpose2d
-from modelnew.functional.conv_transpose import conv_gradients, gradient_plans, to_cells, wgrad_of_cells
-from modelnew.interop import aligned
+from modelnew.functional.conv_transpose import conv_gradients, gradient_plans, to_cells
 from modelnew.parity import tf32_rounded
 
 KERNELS = ["largest_magnitude", "to_cells"] * 2 + ["conv_wgrad_mma", "conv_wgrad_reduce"]
@@ -44,7 +43,18 @@ def geometry(padding):
 
 
 def gradient(x, w, dy, padding, cls):
-    return conv_gradients(aligned(x), w, aligned(dy), geometry(padding), numerics.choose(cls, x), False, True)[1]
+    options = (x.shape, w.shape, geometry(padding), numerics.choose(cls, x), (False, True, False))
+    return conv_gradients(x, None, dy, *options)[1]
+
+
+def cells_of(tensor, split, exponents=None, centred=False):
+    return call(to_cells, tensor, split, exponents, centred)
+
+
+def wgrad_of_cells(plan, x_cells, w, cells, exponents, alone=None):
+    dw, partial = torch.empty_like(w), w.new_empty(plan.partial_size, dtype=torch.float32)
+    run(conv_wgrad_mma.conv_wgrad_mma, plan, *x_cells, cells, exponents, alone, partial, dw)
+    return dw
 
 
 def truth(x, w, dy, padding):
@@ -125,7 +135,7 @@ def test_parts_of_zeros_leave_the_scale_to_the_others(device):
     exponents = torch.empty(4, dtype=torch.int32, device=device)
     run(fp16_cells.largest_magnitude, tensor, exponents)
     assert exponents.tolist() == [126, 126, 79, 126]
-    cells = to_cells(tensor, 1, exponents).cells.float()
+    cells = cells_of(tensor, 1, exponents)[0].float()
     assert 2**14 <= cells.abs().max() < 2**15
 
 
@@ -187,21 +197,21 @@ def test_centred(device, wgmma, case, cls):
     """x far from 0, and a dy that sums to 0 in each channel, as batch norm's backward makes it."""
     x, w, dy = tensors(case, device)
     x, dy = x + torch.arange(x.shape[1], device=device)[:, None, None], dy - dy.mean((0, 2, 3), keepdim=True)
-    _, plan = gradient_plans(x, w, geometry(case[3]), numerics.choose(cls, x), False, True)
-    cells = to_cells(dy, plan.split)
-    alone = borders(x, w, dy, case[3], cells.exponents)
-    dw = wgrad_of_cells(plan, to_cells(x, plan.split, centred=True), w, cells, alone)
+    _, plan = gradient_plans(x, x.shape, w.shape, geometry(case[3]), numerics.choose(cls, x), False, True)
+    cells, exponents, _ = cells_of(dy, plan.split)
+    alone = borders(x, w, dy, case[3], exponents)
+    dw = wgrad_of_cells(plan, cells_of(x, plan.split, centred=True), w, cells, exponents, alone)
     check(dw, x, w, dy, case[3], cls)
 
 
 def test_centred_needs_borders(device):
     x, w, dy = tensors(CASES["three"], device)
-    _, plan = gradient_plans(x, w, geometry((1, 1)), numerics.choose("fp32", x), False, True)
-    cells = to_cells(dy, plan.split)
+    _, plan = gradient_plans(x, x.shape, w.shape, geometry((1, 1)), numerics.choose("fp32", x), False, True)
+    cells, exponents, _ = cells_of(dy, plan.split)
     for centred in (True, False):
-        alone = None if centred else borders(x, w, dy, (1, 1), cells.exponents)
+        alone = None if centred else borders(x, w, dy, (1, 1), exponents)
         with pytest.raises(ValueError, match="x_sums and borders go together"):
-            wgrad_of_cells(plan, to_cells(x, plan.split, centred=centred), w, cells, alone)
+            wgrad_of_cells(plan, cells_of(x, plan.split, centred=centred), w, cells, exponents, alone)
 
 
 def test_centring_makes_errors_smaller(device, wgmma):
@@ -210,11 +220,11 @@ def test_centring_makes_errors_smaller(device, wgmma):
     x = torch.randn(shape, device=device) + 10
     dy = (torch.rand(shape, device=device) > 0.9) * (1 + torch.rand(shape, device=device))
     dy -= dy.mean((0, 2, 3), keepdim=True)
-    _, plan = gradient_plans(x, w, geometry((1, 1)), numerics.choose("tf32", x), False, True)
-    expected, errors, cells = truth(x, w, dy, (1, 1)), [], to_cells(dy, 1)
+    _, plan = gradient_plans(x, x.shape, w.shape, geometry((1, 1)), numerics.choose("tf32", x), False, True)
+    expected, errors, (cells, exponents, _) = truth(x, w, dy, (1, 1)), [], cells_of(dy, 1)
     for centred in (True, False):
-        alone = borders(x, w, dy, (1, 1), cells.exponents) if centred else None
-        dw = wgrad_of_cells(plan, to_cells(x, 1, centred=centred), w, cells, alone)
+        alone = borders(x, w, dy, (1, 1), exponents) if centred else None
+        dw = wgrad_of_cells(plan, cells_of(x, 1, centred=centred), w, cells, exponents, alone)
         errors.append((dw.double() - expected).square().mean().sqrt())
     assert errors[0] < errors[1] / 3
 
@@ -224,11 +234,11 @@ def test_cells_and_exponents_that_are_there_already(device, cls, launched):
     x, w, dy = tensors(CASES["three"], device)
     split = 1 if cls == "tf32" else 2
     expected = gradient(x, w, dy, (1, 1), cls)
-    dy_cells, x_exponents = to_cells(dy, split), to_cells(x, split).exponents
+    (cells, exponents, _), (_, x_exponents, _) = cells_of(dy, split), cells_of(x, split)
     more = torch.cat([x_exponents + 3, x_exponents, x_exponents + 1])
     launched.clear()
-    _, plan = gradient_plans(x, w, geometry((1, 1)), numerics.choose(cls, x), False, True)
-    dw = wgrad_of_cells(plan, to_cells(x, split, more), w, dy_cells)
+    _, plan = gradient_plans(x, x.shape, w.shape, geometry((1, 1)), numerics.choose(cls, x), False, True)
+    dw = wgrad_of_cells(plan, cells_of(x, split, more), w, cells, exponents)
     assert [k.name for k in launched] == ["to_cells", "conv_wgrad_mma", "conv_wgrad_reduce"]
     assert torch.equal(dw, expected)
 
@@ -249,7 +259,7 @@ def test_cells(device, shape, dtype, split):
     """[N][chunk][pixel][64 halves]: values, with split 2 of 32 channels, then all that they leave, infinities too."""
     tensor = torch.randn(shape, device=device).to(dtype) * 100
     tensor[0, 1, 0, 0], tensor[0, 2, 0, 0], tensor[0, 3, 0, 0] = float("inf"), float("nan"), 0
-    cells, exponents, _ = to_cells(tensor, split)
+    cells, exponents, _ = cells_of(tensor, split)
     finite = tensor[tensor.isfinite()].abs().max()
     scale = 2.0 ** exponents.min().item()
     assert 2**14 <= finite * scale < 2**15

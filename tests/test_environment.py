@@ -1,11 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from cupy_kernels import emulator, source
 from cupy_kernels.errors import BackendError
-from modelnew import environment
+from modelnew import commands, environment
 
 
 def test_describe_can_be_written_as_json():
@@ -47,12 +48,25 @@ def test_a_gpu_that_cupy_cannot_use(monkeypatch):
     ids=["this code", "other code", "no digest", "no record"],
 )
 def test_records(monkeypatch, tmp_path, content, matches):
-    monkeypatch.setattr(environment, "RESULTS", tmp_path)
-    assert environment.records() == []
-    (tmp_path / "parity_gpu.json").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "parity_gpu.json").write_text(json.dumps(content))
+    assert environment.records() == []  # another project's
+    (tmp_path / "cupy_kernels" / "cu").mkdir(parents=True)
     (record,) = environment.records()
     assert record["file"] == "parity_gpu.json"
     assert record["matches"] is matches
+
+
+def test_where_a_record_goes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cpu = torch.device("cpu")
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    assert commands.record_path("bench", cpu, None) == Path("bench_cpu.json")
+    (tmp_path / "cupy_kernels" / "cu").mkdir(parents=True)
+    assert commands.record_path("bench", cpu, None) == Path("benchmarks/results/bench_cpu.json")
+    assert commands.record_path("bench", cpu, Path("a")) == Path("a/bench_cpu.json")
 
 
 def test_device(monkeypatch):

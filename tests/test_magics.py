@@ -28,7 +28,7 @@ BROKEN = FORWARD.replace("tanh_of(", "nothing(")
 @pytest.fixture(scope="module")
 def shell():
     shell = InteractiveShell.instance()
-    shell.run_cell("%load_ext cupy_kernels").raise_error()
+    shell.run_cell("%load_ext modelnew").raise_error()
     yield shell
     InteractiveShell.clear_instance()
 
@@ -158,6 +158,20 @@ def test_neither_gpu_nor_compiler(run, monkeypatch):
     assert error == "UsageError"
     assert "pip install 'modelnew[emulator]'" in text
     assert not source.overridden()
+
+
+def test_the_other_spelling():
+    script = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+import cupy_kernels
+assert "modelnew" not in sys.modules
+shell = InteractiveShell.instance()
+shell.run_cell("%load_ext cupy_kernels").raise_error()
+shell.run_cell("%cu_reset").raise_error()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_without_torch():

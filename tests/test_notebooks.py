@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from modelnew import __main__ as cli
 from modelnew import environment
+from tools import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -90,7 +90,7 @@ def test_command(tmp_path, monkeypatch):
     script.write_text(SCRIPT.format("print('line 2')"), encoding="utf-8")
 
     def invoke(*arguments):
-        return CliRunner().invoke(cli.main, ["notebooks", *arguments])
+        return CliRunner().invoke(notebooks.command, arguments)
 
     assert invoke("--emulator", str(script)).exit_code == 0
     title, code = nbformat.read(stored, as_version=4).cells

@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import torch, modelnew, cupy_kernels
 from cupy_kernels import source
+from modelnew import environment
 from modelnew.functional import tanh
 x = torch.randn(50)
 torch.testing.assert_close(tanh(x), torch.tanh(x))
+assert environment.records() == []
 print(modelnew.__file__, cupy_kernels.__file__, source.digest(), sep="\\n")
 """
 
@@ -28,7 +30,7 @@ def wheel(tmp_path_factory):
     pytest.importorskip("setuptools", minversion="77")
     pytest.importorskip("pip")
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("cupy_kernels", "modelnew"):
+    for name in ("cupy_kernels", "modelnew", "tools", "tests"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
@@ -40,6 +42,7 @@ def wheel(tmp_path_factory):
 
 
 def test_contents(wheel):
+    """The two packages whole, and nothing of the repository's other folders."""
     files = set(zipfile.ZipFile(wheel).namelist())
     tracked = [p for name in ("cupy_kernels", "modelnew") for p in (ROOT / name).rglob("*") if p.is_file()]
     expected = {str(p.relative_to(ROOT)) for p in tracked if "__pycache__" not in p.parts}

@@ -1,6 +1,7 @@
 """README.md: its code runs, its commands and links exist, its generated parts are what the committed records say."""
 
 import configparser
+import importlib
 import json
 import re
 import shlex
@@ -12,12 +13,12 @@ import torch
 from click.testing import CliRunner
 
 from modelnew import __main__ as cli
-from modelnew import readme
+from tools import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NEEDS_GPU = "<!-- needs a GPU -->"
-MARKED = "# A\n<!-- {0}: written by `python3 -m modelnew readme` -->\nold\n<!-- end of {0} -->\n"
+MARKED = "# A\n<!-- {0}: written by `python3 -m tools.readme` -->\nold\n<!-- end of {0} -->\n"
 EMPTY = "".join(map(MARKED.format, ("times", "training", "suite"))) + "the end\n"
 
 
@@ -82,6 +83,9 @@ def test_commands():
         elif words[:3] == ["python3", "-m", "modelnew"]:
             result = CliRunner().invoke(cli.main, [*words[3:], "--help"])
             assert result.exit_code == 0, (words, result.output)
+        elif words[:2] == ["python3", "-m"] and words[2].startswith("tools."):
+            result = CliRunner().invoke(importlib.import_module(words[2]).command, [*words[3:], "--help"])
+            assert result.exit_code == 0, (words, result.output)
         elif words[0] == "make":
             assert words[1] in targets
         elif words[1] == "-m":
@@ -105,7 +109,7 @@ def test_what_ci_runs():
 
 def test_is_current():
     paths = ["--file", str(ROOT / "README.md"), "--results", str(ROOT / "benchmarks" / "results")]
-    result = CliRunner().invoke(cli.main, ["readme", "--check", *paths])
+    result = CliRunner().invoke(readme.command, ["--check", *paths])
     assert result.exit_code == 0, result.output
 
 
@@ -170,7 +174,7 @@ def repository(tmp_path):
 
     def invoke(*arguments):
         paths = ["--file", str(tmp_path / "README.md"), "--results", str(tmp_path / "results")]
-        return CliRunner().invoke(cli.main, ["readme", *paths, *arguments])
+        return CliRunner().invoke(readme.command, [*paths, *arguments])
 
     return tmp_path, invoke
 

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 import modelnew
 from cupy_kernels import launch, source
-from modelnew import __main__ as cli
-from modelnew import parity, submission
+from modelnew import parity
+from tools import submission
 
 FILE = Path(__file__).resolve().parents[1] / "examples" / "kernelbench_submission.py"
 SMALL = [16, 32, 3, 1, 1, 1, 4]
@@ -61,7 +61,7 @@ def runnable(written, device, monkeypatch):
 
 
 def test_is_current():
-    assert FILE.read_text(encoding="utf-8") == submission.generate(), "run: python3 -m modelnew submission"
+    assert FILE.read_text(encoding="utf-8") == submission.generate(), "run: python3 -m tools.submission"
 
 
 def test_form():
@@ -133,7 +133,7 @@ def test_command(tmp_path):
     path = tmp_path / "file.py"
 
     def invoke(*arguments):
-        return CliRunner().invoke(cli.main, ["submission", "--output", str(path), *arguments])
+        return CliRunner().invoke(submission.command, ["--output", str(path), *arguments])
 
     assert invoke("--check").exit_code == 1
     assert not path.exists()

@@ -112,7 +112,8 @@ class _Fused(torch.autograd.Function):
             options = {"like": prepared, "plan": prepared.dgrad}
             run(ops.input_gradient, output, w, dx, Workspace.empty(of_dgrad, x.device), **options)
         if dy is not None:
-            dx, dw = conv_gradients(x, w, dy, call.geometry, call.choice, need_x, need_w)
+            options = (x.shape, w.shape, call.geometry, call.choice, (need_x, need_w, False))
+            dx, dw, _ = conv_gradients(x, w, dy, *options)
         return dx, dw, *gradients, None
 
 
@@ -167,7 +168,7 @@ def _call(training, keep, padding, num_groups, activation, numerics, batches, in
 
 def _backward_call(call, need_x, need_w, x, w):
     """Plans a backward, and compiles as `_call` does."""
-    dgrad, wgrad = gradient_plans(x, w, call.geometry, call.choice, need_x, need_w)
+    dgrad, wgrad = gradient_plans(x, x.shape, w.shape, call.geometry, call.choice, need_x, need_w)
     dy_shape = None
     if (dgrad is None, wgrad is None) != (not need_x, not need_w):
         dgrad = wgrad = None

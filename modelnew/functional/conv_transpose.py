@@ -1,7 +1,5 @@
 """conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d."""
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
@@ -12,8 +10,8 @@ from cupy_kernels import conv_transpose_mma as mma
 from cupy_kernels import conv_wgrad_mma as wgrad_mma
 
 from .. import autocast
-from ..calls import call, dense_after, run
-from ..interop import accumulator_dtype, aligned, check_floating, dense, integer, one_device, pair
+from ..calls import Kind, call, dense_after
+from ..interop import aligned, check_floating, dense, integer, one_device, pair
 from ..numerics import check_numerics, choose, tensor_core_plan, wgrad_plan
 from .gradients import differentiable, will_need_grad
 
@@ -22,11 +20,9 @@ def _forward(new, x, w, bias, geometry, choice):
     y = new(ops.output_shape(x.shape, w.shape, geometry), x.dtype)
     plan, _ = tensor_core_plan(x.kind, w.shape, geometry, choice)
     if plan:
-        workspaces = new.scratch(plan.packed_size, np.float16), new.scratch(plan.rows, np.int32)
-        mma.conv_transpose_mma(plan, x, w, bias, y, *workspaces)
+        mma.conv_transpose_mma(plan, x, w, bias, y, *_mma_workspaces(new, plan))
     else:
-        packed = new.scratch(ops.packed_weight_size(w.shape), common.accumulator_dtype(w))
-        ops.conv_transpose_forward(x, w, bias, y, packed, geometry)
+        ops.conv_transpose_forward(x, w, bias, y, _packed(new, w), geometry)
     return y
 
 
@@ -41,14 +37,12 @@ class _ConvTranspose2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, w = ctx.saved_tensors
-        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
-        dy = dense(dy)
-        if torch.is_grad_enabled():
-            dx = _InputGradient.apply(dy, w, x.shape, *ctx.options) if need_x else None
-            dw = _WeightGradient.apply(x, dy, w.shape, *ctx.options) if need_w else None
-            return dx, dw, dy.sum((0, 2, 3)) if need_bias else None, None, None, None
-        db = _channel_sums(dy) if need_bias else None
-        return *conv_gradients(x, w, dy, *ctx.options, need_x, need_w), db, None, None, None
+        need_x, need_w, need_bias = needed = ctx.needs_input_grad[:3]
+        if not torch.is_grad_enabled():
+            return *conv_gradients(x, w, dy, x.shape, w.shape, *ctx.options, needed), None, None, None
+        dx = _InputGradient.apply(dy, w, x.shape, *ctx.options) if need_x else None
+        dw = _WeightGradient.apply(x, dy, w.shape, *ctx.options) if need_w else None
+        return dx, dw, dy.sum((0, 2, 3)) if need_bias else None, None, None, None
 
 
 # A transposed convolution y = T(x, w), its dx = D(dy, w) and its dw = W(x, dy) are linear in either argument, and each
@@ -58,8 +52,7 @@ class _ConvTranspose2d(torch.autograd.Function):
 class _InputGradient(torch.autograd.Function):
     @staticmethod
     def forward(dy, w, x_shape, geometry, choice):
-        x = dy.new_empty(1).expand(x_shape)
-        return conv_gradients(x, w, dy, geometry, choice, need_x=True, need_w=False)[0]
+        return conv_gradients(None, w, dy, x_shape, w.shape, geometry, choice, (True, False, False))[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -79,8 +72,7 @@ class _InputGradient(torch.autograd.Function):
 class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def forward(x, dy, w_shape, geometry, choice):
-        w = x.new_empty(1).expand(w_shape)
-        return conv_gradients(x, w, dy, geometry, choice, need_x=False, need_w=True)[1]
+        return conv_gradients(x, None, dy, x.shape, w_shape, geometry, choice, (False, True, False))[1]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,95 +89,76 @@ class _WeightGradient(torch.autograd.Function):
         return dx, ddy, None, None, None
 
 
-class Cells(NamedTuple):
-    """A tensor as fp16 cells, and what goes with them, see `cupy_kernels.fp16_cells`."""
-
-    cells: torch.Tensor
-    exponents: torch.Tensor
-    sums: torch.Tensor | None = None
+def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
+    """(dx, dw, gradient of the bias), None where not needed. x is for dw alone, w for dx: the other may be None."""
+    x = None if x is None else aligned(x)
+    return call(_gradients, x, w, aligned(dy), x_shape, w_shape, geometry, choice, needed)
 
 
-def conv_gradients(x, w, dy, geometry, choice, need_x, need_w):
-    """(dx, dw), None where not needed. Of x, or w, only the shape matters where the other's gradient is not needed."""
-    dgrad, wgrad = gradient_plans(x, w, geometry, choice, need_x, need_w)
-    dx = dw = None
-    cells = to_cells(dy, wgrad.split) if wgrad else None
-    if need_x:
-        if cells and dgrad:
-            dx = dgrad_of_cells(dgrad, x, w, cells)
-        else:
-            dx = dy.new_empty(x.shape)
-            if dgrad:
-                run(mma.conv_transpose_mma, dgrad, aligned(dy), w, None, dx, *mma_workspaces(dgrad, w))
-            else:
-                run(ops.conv_transpose_dgrad, dy, w, dx, _packed(w), geometry)
-    if need_w:
-        if wgrad:
-            dw = wgrad_of_cells(wgrad, to_cells(x, wgrad.split), w, cells)
-        else:
-            dw = dy.new_empty(w.shape)
-            dtype = accumulator_dtype(w)
-            size = ops.wgrad_workspace_size(x.shape, w.shape, geometry, dtype == torch.float64)
-            run(ops.conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=dtype), geometry)
-    return dx, dw
+def _gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
+    need_x, need_w, need_bias = needed
+    dgrad, wgrad = gradient_plans(dy.kind, x_shape, w_shape, geometry, choice, need_x, need_w)
+    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
+    cells, exponents, _ = to_cells(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
+    if need_x and dgrad:
+        source = (dgrad.of_cells(), cells) if wgrad else (dgrad, dy)
+        mma.conv_transpose_mma(*source, w, None, dx, *_mma_workspaces(new, dgrad), *([exponents] if wgrad else ()))
+    elif need_x:
+        ops.conv_transpose_dgrad(dy, w, dx, _packed(new, w), geometry)
+    if need_w and wgrad:
+        partial = new.scratch(wgrad.partial_size, np.float32)
+        x_cells = to_cells(new.scratch, x, wgrad.split)
+        wgrad_mma.conv_wgrad_mma(wgrad, *x_cells, cells, exponents, None, partial, dw)
+    elif need_w:
+        dtype = common.accumulator_dtype(dy)
+        size = ops.wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
+        ops.conv_transpose_wgrad(x, dy, dw, new.scratch(size, dtype), geometry)
+    return dx, dw, _channel_sums(new, dy) if need_bias else None
 
 
-def gradient_plans(x, w, geometry, choice, need_x, need_w):
-    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken."""
+def gradient_plans(kind, x_shape, w_shape, geometry, choice, need_x, need_w):
+    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken.
+
+    kind: a tensor, or a `calls.Kind`, of the dtype and on the device of all of them.
+    """
     dgrad = wgrad = None
     if need_x:
-        dy = x.new_empty(()).expand(ops.output_shape(x.shape, w.shape, geometry))
-        dgrad, _ = tensor_core_plan(dy, w.shape, geometry, choice, dgrad=True)
+        dy = Kind(ops.output_shape(x_shape, w_shape, geometry), kind.dtype, kind.device)
+        dgrad, _ = tensor_core_plan(dy, w_shape, geometry, choice, dgrad=True)
     if need_w:
-        wgrad, _ = wgrad_plan(x, w.shape, geometry, choice)
+        wgrad, _ = wgrad_plan(Kind(x_shape, kind.dtype, kind.device), w_shape, geometry, choice)
     return dgrad, wgrad
 
 
-def dgrad_of_cells(plan, x, w, dy: Cells):
-    """dx; plan: that of a tensor dy."""
-    dx = w.new_empty(x.shape)
-    workspaces = mma_workspaces(plan, w)
-    run(mma.conv_transpose_mma, plan.of_cells(), dy.cells, w, None, dx, *workspaces, dy.exponents)
-    return dx
+def to_cells(allocate, tensor, split, exponents=None, centred=False):
+    """(cells, exponents, sums) of a tensor, see `cupy_kernels.fp16_cells`.
+
+    allocate: a `calls.New`, or its `scratch`. exponents: of scales of the tensor's parts, where they are known already.
+    centred: less the means of the first image's channels, whose sums are else None.
+    """
+    sums = _channel_sums(allocate, tensor[:1]) if centred else None
+    if exponents is None:
+        exponents = allocate((fp16_cells.exponents_size(tensor.shape, tensor.itemsize),), np.int32)
+        fp16_cells.largest_magnitude(tensor, exponents)
+    cells = allocate(fp16_cells.cells_shape(tensor.shape, split), np.float16)
+    fp16_cells.to_cells(tensor, exponents, sums, cells, split=split)
+    return cells, exponents, sums
 
 
-def wgrad_of_cells(plan, x: Cells, w, dy: Cells, borders=None):
-    """dw. x may be centred if dy sums to 0 in each channel; borders: see `conv_wgrad_mma`."""
-    dw, partial = w.new_empty(w.shape), w.new_empty(plan.partial_size, dtype=torch.float32)
-    run(wgrad_mma.conv_wgrad_mma, plan, *x, dy.cells, dy.exponents, borders, partial, dw)
-    return dw
-
-
-def _channel_sums(tensor):
-    sums = tensor.new_empty(tensor.shape[1])
-    partial = tensor.new_empty(bias_ops.channel_sum_workspace_size(tensor.shape), dtype=accumulator_dtype(tensor))
-    run(bias_ops.channel_sum, tensor, sums, partial)
+def _channel_sums(allocate, tensor):
+    sums = allocate((tensor.shape[1],), tensor.dtype)
+    partial = allocate((bias_ops.channel_sum_workspace_size(tensor.shape),), common.accumulator_dtype(tensor))
+    bias_ops.channel_sum(tensor, sums, partial)
     return sums
 
 
-def to_cells(tensor, split, exponents=None, centred=False) -> Cells:
-    """`tensor` as Cells; exponents: of scales of its parts, where they are known already.
-
-    centred: less the means of the first image's channels.
-    """
-    tensor = aligned(tensor)
-    sums = _channel_sums(tensor[:1]) if centred else None
-    if exponents is None:
-        size = fp16_cells.exponents_size(tensor.shape, tensor.element_size())
-        exponents = tensor.new_empty(size, dtype=torch.int32)
-        run(fp16_cells.largest_magnitude, tensor, exponents)
-    cells = tensor.new_empty(fp16_cells.cells_shape(tensor.shape, split), dtype=torch.float16)
-    run(fp16_cells.to_cells, tensor, exponents, sums, cells, split=split)
-    return Cells(cells, exponents, sums)
-
-
-def mma_workspaces(plan, w):
+def _mma_workspaces(new, plan):
     """(packed weights, exponents of their scales), to be written."""
-    return w.new_empty(plan.packed_size, dtype=torch.float16), w.new_empty(plan.rows, dtype=torch.int32)
+    return new.scratch(plan.packed_size, np.float16), new.scratch(plan.rows, np.int32)
 
 
-def _packed(w):
-    return w.new_empty(ops.packed_weight_size(w.shape), dtype=accumulator_dtype(w))
+def _packed(new, w):
+    return new.scratch(ops.packed_weight_size(w.shape), common.accumulator_dtype(w))
 
 
 def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=lambda: None) -> torch.Tensor:

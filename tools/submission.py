@@ -1,6 +1,6 @@
-"""Writes examples/kernelbench_submission.py: the fused path of this package as one file, in KernelBench's form.
+"""Writes examples/kernelbench_submission.py: the package's fused path as one file, in KernelBench's form.
 
-The file begins at `modelnew.kernelbench` and takes in what that uses, definition by definition, as its text stands.
+The file begins at `tools.kernelbench` and takes in what that uses, definition by definition, as its text stands.
 Imports inside the package disappear, a name that two modules define gets a module's name in front, kernels become
 strings.
 """
@@ -18,7 +18,7 @@ from cupy_kernels import source
 
 from .generated import EXAMPLES, check_option, settle
 
-ENTRY = "modelnew.kernelbench"
+ENTRY = "tools.kernelbench"
 PACKAGES = ("modelnew", "cupy_kernels")
 
 # For these definitions, kernelbench.py has one of its own of the same name.
@@ -27,6 +27,7 @@ REPLACED = (
     "cupy_kernels.compiler.cupy",
     "cupy_kernels.source.text",
     "modelnew.functional.conv_bn_pool._differentiable_gradients",
+    "modelnew.functional.conv_transpose.conv_gradients",
     "modelnew.interop.compile_together",
     "modelnew.calls.run",
     "modelnew.numerics.plan_or_reason",
@@ -141,7 +142,7 @@ def generate() -> str:
         "KERNELS: dict[str, str] = {}", f"KERNELS: dict[str, str] = {_dict(kernels)}"
     )
     about = ast.get_docstring(_module(ENTRY).tree)
-    head = f'"""{about}\n\nWritten by `python -m modelnew submission`: change the package, not this file.\n"""'
+    head = f'"""{about}\n\nWritten by `python3 -m tools.submission`: change the package, not this file.\n"""'
     text = "\n".join([head, "", *_sorted_imports(imports), "", body, ""])
     if not any(isinstance(node, ast.Pass) for node in ast.walk(ast.parse(text))):
         text = re.sub(r"\bpass\b", "turn", text)  # a name in the kernels, and a word of comments
@@ -237,9 +238,7 @@ def _sorted_imports(imports) -> list[str]:
     return [*groups[0], "", *groups[1]]
 
 
-@click.command(
-    "submission", short_help="Write KernelBench's one file.", context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -248,6 +247,10 @@ def _sorted_imports(imports) -> list[str]:
     help="File to write.",
 )
 @check_option
-def submission_command(output, check):
+def command(output, check):
     """Write the fused path of ModelNew as one file in KernelBench's form, which needs torch, NumPy and CuPy alone."""
     settle(output, generate(), check)
+
+
+if __name__ == "__main__":
+    command()

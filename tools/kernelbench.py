@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from cupy_kernels import conv_transpose
 from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_architecture
 from cupy_kernels.source import Kernel, Variant, expanded, signature
-
-from .functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
-from .interop import Workspace, launching_on, one_device, view
-from .layers import BatchNorm2d, ConvTranspose2d, GroupNorm
-from .numerics import required_plan
+from modelnew.functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
+from modelnew.interop import Workspace, launching_on, one_device, view
+from modelnew.layers import BatchNorm2d, ConvTranspose2d, GroupNorm
+from modelnew.numerics import required_plan
 
 KERNELS: dict[str, str] = {}  # file name: text
 
@@ -82,6 +82,19 @@ def _differentiable_gradients(*_):
     raise RuntimeError("the kernels in this file compute first derivatives: call backward without create_graph")
 
 
+def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
+    """(dx, dw, None) by the general kernels, for GPUs whose shared memory is too small for the others."""
+    need_x, need_w, _ = needed
+    dx, dw = x.new_empty(x_shape) if need_x else None, w.new_empty(w_shape) if need_w else None
+    if need_x:
+        packed = w.new_empty(conv_transpose.packed_weight_size(w_shape), dtype=torch.float32)
+        run(conv_transpose.conv_transpose_dgrad, dy, w, dx, packed, geometry)
+    if need_w:
+        size = conv_transpose.wgrad_workspace_size(x_shape, w_shape, geometry, False)
+        run(conv_transpose.conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=torch.float32), geometry)
+    return dx, dw, None
+
+
 def run(operation, *args, like=None, **options) -> None:
     """operation(*args, **options), with arrays in place of tensors. `like` has no meaning here."""
     with launching_on(one_device(args)):
@@ -93,8 +106,11 @@ def _array(arg):
         return view(arg)
     if not isinstance(arg, Workspace):
         return arg
-    make, start = cupy().ndarray, view(arg.memory).data
-    return {name: make(shape, dtype, start + offset) for name, (offset, shape, dtype) in arg.layout.places.items()}
+    memory, places = view(arg.memory), arg.layout.places.items()
+    if isinstance(memory, np.ndarray):
+        return {name: np.ndarray(shape, dtype, memory, offset) for name, (offset, shape, dtype) in places}
+    make, start = cupy().ndarray, memory.data
+    return {name: make(shape, dtype, start + offset) for name, (offset, shape, dtype) in places}
 
 
 @functools.cache

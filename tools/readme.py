@@ -8,11 +8,12 @@ from pathlib import Path
 
 import click
 
-from . import commands, environment
+from modelnew import commands
+from modelnew.parity import RATIO
+from modelnew.records import by_batch, comparisons, trials
+from modelnew.workloads import GRAPHS, MODELS
+
 from .generated import ROOT, check_option, settle
-from .parity import RATIO
-from .records import by_batch, comparisons, trials
-from .workloads import GRAPHS, MODELS
 
 _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
@@ -30,7 +31,7 @@ def rendered(text: str, results: Path, folder: Path) -> str:
     ValueError if the text has no such parts, or if a record is none.
     """
     for name, part in (("times", _times), ("training", _training), ("suite", _suite)):
-        begin, end = f"<!-- {name}: written by `python3 -m modelnew readme` -->", f"<!-- end of {name} -->"
+        begin, end = f"<!-- {name}: written by `python3 -m tools.readme` -->", f"<!-- end of {name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if len(pattern.findall(text)) != 1:
             raise ValueError(f"the text must have one part that begins with the line {begin} and ends with {end}")
@@ -197,9 +198,7 @@ def _records(results, kind) -> Iterator[tuple[Path, dict]]:
         yield path, record
 
 
-@click.command(
-    "readme", short_help="Write README.md's measured parts.", context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -210,12 +209,13 @@ def _records(results, kind) -> Iterator[tuple[Path, dict]]:
 @click.option(
     "--results",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with records.  [default: benchmarks/results of the repository]",
+    default=ROOT / "benchmarks" / "results",
+    show_default="benchmarks/results of the repository",
+    help="Folder with records.",
 )
 @check_option
-def readme_command(file, results, check):
+def command(file, results, check):
     """Write what the README says of times, training and passed suites from committed records, and draw the plots."""
-    results = results or environment.RESULTS
     try:
         text = rendered(file.read_text(encoding="utf-8"), results, file.parent)
         drawn = [(path, record) for kind in ("bench", "training") for path, record in _records(results, kind)]
@@ -228,3 +228,7 @@ def readme_command(file, results, check):
             raise click.ClickException(f"there is no {path.with_suffix('.png')}: run the command without --check")
         if not check:
             click.echo(f"drawn: {commands.draw(record, path)}")
+
+
+if __name__ == "__main__":
+    command()

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from . import environment
+from modelnew import environment
+
 from .generated import EXAMPLES
 
 
@@ -33,12 +34,10 @@ def execute(script: Path, timeout: int = 300):
     return client.execute()
 
 
-@click.command(
-    "notebooks", short_help="Run and store the notebooks.", context_settings={"help_option_names": ["-h", "--help"]}
-)
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("scripts", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--emulator", is_flag=True, help="Store what the emulator puts out where there is no GPU.")
-def notebooks_command(scripts, emulator):
+def command(scripts, emulator):
     """Run the notebooks in examples and store them with their outputs, a GPU's.
 
     SCRIPTS: of which notebooks.  [default: examples/NN_*.py of the repository]
@@ -49,10 +48,10 @@ def notebooks_command(scripts, emulator):
         import nbformat
         from nbclient.exceptions import CellExecutionError, DeadKernelError
     except ImportError as error:
-        raise click.ClickException(f"{error}: pip install 'modelnew[notebooks]'") from error
+        raise click.ClickException(f"{error}: python3 -m pip install '.[notebooks]'") from error
     scripts = scripts or sorted(EXAMPLES.glob("[0-9]*.py"))
     if not scripts:
-        raise click.ClickException(f"there are no scripts in {EXAMPLES}: run this in the repository, or name them")
+        raise click.ClickException(f"there are no scripts in {EXAMPLES}: name them")
     backend = environment.backend()
     if backend["name"] != "cuda" and not emulator:
         raise click.ClickException(
@@ -65,3 +64,7 @@ def notebooks_command(scripts, emulator):
             raise click.ClickException(f"{script} fails, its notebook stays as it was:\n{error}") from error
         nbformat.write(notebook, script.with_suffix(".ipynb"))
         click.echo(f"written: {script.with_suffix('.ipynb')}")
+
+
+if __name__ == "__main__":
+    command()
