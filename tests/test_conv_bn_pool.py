@@ -37,9 +37,9 @@ def models(case, cls, device, dtype=torch.float32, activation=None):
         for p in model.parameters():
             p.add_(torch.randn_like(p) / 2)
         model.batch_norm.weight[0] = 0  # pooling then takes the first corner
-        model.batch_norm.weight[1::3].neg_()  # and here the smallest
-    if activation:
-        model.tanh = ours.tanh = activation
+        if activation:
+            model.batch_norm.weight[1::3].neg_()  # and here the smallest
+            model.tanh = ours.tanh = activation
     model.to(dtype)
     ours.to(dtype).load_state_dict(model.state_dict())
     x = torch.randn(batch, channels, height, width, device=device).to(dtype)
