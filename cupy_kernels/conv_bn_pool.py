@@ -1,8 +1,10 @@
-"""ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d(2, 2) -> GroupNorm, pooled in the convolution's epilogue.
+"""ConvTranspose2d -> BatchNorm2d -> activation -> MaxPool2d(2, 2) -> GroupNorm, pooled in the convolution's epilogue.
 
 Shapes: x [N, K, H, W], w [K, M, KH, KW], the convolution's output [N, M, OH, OW], pooled and out [N, M, OH/2, OW/2].
 The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,
 float16, or int16 that holds bfloat16; statistics and what is saved have the types that `buffers` says.
+
+activation, parameter: one of ACTIVATIONS and the number it takes, negative_slope of "leaky_relu"; others take none.
 """
 
 import functools
@@ -18,6 +20,8 @@ from .conv_wgrad_mma import conv_wgrad_mma
 from .fp16_cells import cell_macros, cells_shape, chunk_channels, to_cells, to_cells_kernel
 from .launch import launch
 from .source import DTYPES, Kernel, Variant
+
+ACTIVATIONS = {"tanh": "Tanh", "leaky_relu": "LeakyReLU"}  # the struct of each, see activation.cuh
 
 _MOST_WARPS = 16
 _PART = 320  # values of a warp at most: 10 a lane
@@ -85,14 +89,16 @@ def conv_bn_pool_forward(
     eps: float,
     groups: int,
     group_eps: float,
+    activation: str,
+    parameter: float,
 ) -> None:
-    """out = group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
+    """out = group_norm(max_pool2d(activation(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
 
     conv_bias, weight, bias, group_weight, group_bias: may be None. running_mean, running_var: updated in training,
     where they may be None. num_batches_tracked: one int64, which grows by 1 in training, or None. written: {name:
     array} as `buffers` describes them.
     """
-    _, pool, *statistics, tail = kernels(plan, groups, training, "saved" in written)
+    _, pool, *statistics, tail = kernels(plan, groups, activation, training, "saved" in written)
     moments, running = (written["mean"], written["invstd"]), (running_mean, running_var)
     pack_weight(plan, w, written["packed"], written["exponents"], signs=weight)
     launch_units(
@@ -117,14 +123,14 @@ def conv_bn_pool_forward(
         (images * groups, 1, 1),
         (_tail_threads(tail.defines), 1, 1),
         (written["pooled"], *moments, conv_bias, *running, weight, bias, group_weight, group_bias, out)
-        + (written["group_mean"], written["group_invstd"], eps, group_eps),
+        + (written["group_mean"], written["group_invstd"], eps, group_eps, parameter),
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, ...]:
+def kernels(p: Plan, groups: int, activation: str, training: bool, keep: bool) -> tuple[Kernel, ...]:
     """What `conv_bn_pool_forward` launches, in order. Only training has one for statistics."""
-    tail = *_tail_macros(p, groups), ("STATISTICS", int(training))
+    tail = *_tail_macros(p, groups, activation), ("STATISTICS", int(training))
     return (
         pack_kernel(p),
         Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
@@ -177,6 +183,8 @@ def conv_bn_pool_backward(
     plan: Plan,
     groups: int,
     training: bool,
+    activation: str,
+    parameter: float,
 ) -> None:
     """Gradients of all parameters but the convolution's weight, and dy, that of the convolution's output.
 
@@ -187,9 +195,10 @@ def conv_bn_pool_backward(
     pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
     g, partials, sums, dy_exponents = made["g"], made["partials"], output["sums"], output["dy_exponents"]
     statistics = (kept["group_mean"], kept["group_invstd"])
-    pooled_gradients(dout, pooled, mean, invstd, weight, bias, group_weight, *statistics, g, partials, plan=plan)
+    options = {"plan": plan, "groups": groups, "activation": activation}
+    values = (dout, pooled, mean, invstd, weight, bias, group_weight, *statistics, g, partials)
+    pooled_gradients(*values, **options, parameter=parameter)
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
-    options = {"plan": plan, "groups": groups}
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
     given = (g, kept["taps"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
     given += (sums if training else None,)
@@ -236,10 +245,10 @@ def input_gradient(output, w, dx, written, *, plan: Plan) -> None:
 
 
 def gradient_kernels(
-    p: Plan, groups: int, x_shape, centred: bool, dgrad: Plan | None, wgrad: WgradPlan | None
+    p: Plan, groups: int, activation: str, x_shape, centred: bool, dgrad: Plan | None, wgrad: WgradPlan | None
 ) -> tuple[Kernel, ...]:
     """A kernel of each compilation that the backward needs. dgrad: a plan of cells."""
-    found = [Kernel("pooled_tail_backward.cu", "pooled_backward", _backward_macros(p, groups))]
+    found = [Kernel("pooled_tail_backward.cu", "pooled_backward", _backward_macros(p, groups, activation))]
     if wgrad:
         name = dict(p.macros)["scalar_t"]
         found.append(to_cells_kernel(name, wgrad.split, x_shape))
@@ -252,19 +261,35 @@ def gradient_kernels(
 
 
 def pooled_gradients(
-    dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, *, plan: Plan
+    dout,
+    pooled,
+    mean,
+    invstd,
+    weight,
+    bias,
+    group_weight,
+    group_mean,
+    group_invstd,
+    g,
+    partials,
+    *,
+    plan: Plan,
+    groups: int,
+    activation: str,
+    parameter: float,
 ) -> None:
     """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
 
     dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_buffers` has them, written.
     """
     images = pooled.shape[0]
-    macros = _backward_macros(plan, group_mean.size // images)
+    macros = _backward_macros(plan, groups, activation)
     launch(
         Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
         (group_mean.size, 1, 1),
         (_tail_threads(macros), 1, 1),
-        (dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, images),
+        (dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials)
+        + (images, parameter),
     )
 
 
@@ -283,6 +308,7 @@ def parameter_gradients(
     *,
     plan: Plan,
     groups: int,
+    activation: str,
     training: bool,
 ) -> None:
     """Gradients of all parameters but the convolution's weight, and what the gradient of its output is computed from.
@@ -293,7 +319,7 @@ def parameter_gradients(
     images, channels = partials.shape[1:]
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     launch(
-        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, groups)),
+        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, groups, activation)),
         (channels, 1, 1),
         (THREADS, 1, 1),
         (partials, mean, invstd, weight, sums, dy_exponents, *gradients, images, _count(plan, images), training),
@@ -301,7 +327,20 @@ def parameter_gradients(
 
 
 def conv_output_gradient(
-    g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan, groups: int
+    g,
+    taps,
+    saved,
+    exponents,
+    unit_exponents,
+    mean,
+    invstd,
+    weight,
+    sums,
+    dy,
+    *,
+    plan: Plan,
+    groups: int,
+    activation: str,
 ) -> None:
     """dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
 
@@ -309,7 +348,7 @@ def conv_output_gradient(
     """
     images, channels = g.shape[:2]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups)),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups, activation)),
         (images * channels, ceil_div(_windows(dict(plan.macros)), THREADS), 1),
         (THREADS, 1, 1),
         (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
@@ -332,6 +371,7 @@ def conv_output_gradient_cells(
     *,
     plan: Plan,
     groups: int,
+    activation: str,
 ) -> None:
     """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
@@ -341,7 +381,7 @@ def conv_output_gradient_cells(
     """
     images = g.shape[0]
     together = _images_together(images)
-    macros = _backward_macros(plan, groups)
+    macros = _backward_macros(plan, groups, activation)
     sizes = dict(macros)
     blocks = together * cells.shape[1] * sizes["TILES"]
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
@@ -398,11 +438,12 @@ def variants():
             unit = 8 * pitch if wgmma else 64
             units, stride = ceil_div(pitch**2, unit), ceil_div(unit, 16) * 16
             planes = conv_wgmma.planes(wgmma, pitch, units, unit, stride, units * stride)
-            tail = _tail_defines(sample, groups, planes.items())
-            if (dtype, split) != ("float", 2):
-                for statistics in (1, 0):
-                    yield Variant("pooled_tail.cu", (*tail, ("STATISTICS", statistics)))
-            yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(sample, 26)))
+            for activation in ACTIVATIONS:
+                tail = _tail_defines(sample, groups, activation, planes.items())
+                if (dtype, split) != ("float", 2):
+                    for statistics in (1, 0):
+                        yield Variant("pooled_tail.cu", (*tail, ("STATISTICS", statistics)))
+                yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(sample, 26)))
 
 
 def _pool_macros(p: Plan, training, keep):
@@ -423,19 +464,20 @@ def _saved_type(p: Plan) -> str:
     return "half_t" if dict(p.macros)["SPLIT"] == 1 else "float"
 
 
-def _tail_macros(p: Plan, groups: int):
-    return _tail_defines(dict(p.macros), groups, p.planes)
+def _tail_macros(p: Plan, groups: int, activation: str):
+    return _tail_defines(dict(p.macros), groups, activation, p.planes)
 
 
 @functools.lru_cache(maxsize=1024)
-def _backward_macros(p: Plan, groups: int):
+def _backward_macros(p: Plan, groups: int, activation: str):
     macros = dict(p.macros)
-    return *_tail_macros(p, groups), *_backward_defines(macros, saved_shift(p))
+    return *_tail_macros(p, groups, activation), *_backward_defines(macros, saved_shift(p))
 
 
-def _tail_defines(macros, groups, planes):
+def _tail_defines(macros, groups, activation, planes):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
+    types += (("ACTIVATION", ACTIVATIONS[activation]),)
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     parts = _parts(macros)
     warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)

@@ -21,7 +21,7 @@ def chunk_channels(split: int) -> int:
 
 
 def cell_macros(split: int) -> dict:
-    """Macros of fp16_cells.cuh but IN_CHANNELS."""
+    """Macros of fp16_cells.cuh without IN_CHANNELS."""
     return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "CELL_BYTES": CELL_BYTES}
 
 

@@ -1020,7 +1020,7 @@ def chunk_channels(split: int) -> int:
 
 
 def cell_macros(split: int) -> dict:
-    """Macros of fp16_cells.cuh but IN_CHANNELS."""
+    """Macros of fp16_cells.cuh without IN_CHANNELS."""
     return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "CELL_BYTES": CELL_BYTES}
 
 
@@ -1424,12 +1424,15 @@ def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cell
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_bn_pool.py
 #
-# ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d(2, 2) -> GroupNorm, pooled in the convolution's epilogue.
+# ConvTranspose2d -> BatchNorm2d -> activation -> MaxPool2d(2, 2) -> GroupNorm, pooled in the convolution's epilogue.
 #
 # Shapes: x [N, K, H, W], w [K, M, KH, KW], the convolution's output [N, M, OH, OW], pooled and out [N, M, OH/2, OW/2].
 # The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,
 # float16, or int16 that holds bfloat16; statistics and what is saved have the types that `buffers` says.
+#
+# activation, parameter: one of ACTIVATIONS and the number it takes, negative_slope of "leaky_relu"; others take none.
 
+ACTIVATIONS = {"tanh": "Tanh", "leaky_relu": "LeakyReLU"}  # the struct of each, see activation.cuh
 _MOST_WARPS = 16
 _PART = 320  # values of a warp at most: 10 a lane
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
@@ -1487,14 +1490,16 @@ def conv_bn_pool_forward(
     eps: float,
     groups: int,
     group_eps: float,
+    activation: str,
+    parameter: float,
 ) -> None:
-    """out = group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
+    """out = group_norm(max_pool2d(activation(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
 
     conv_bias, weight, bias, group_weight, group_bias: may be None. running_mean, running_var: updated in training,
     where they may be None. num_batches_tracked: one int64, which grows by 1 in training, or None. written: {name:
     array} as `buffers` describes them.
     """
-    _, pool, *statistics, tail = kernels(plan, groups, training, "saved" in written)
+    _, pool, *statistics, tail = kernels(plan, groups, activation, training, "saved" in written)
     moments, running = (written["mean"], written["invstd"]), (running_mean, running_var)
     pack_weight(plan, w, written["packed"], written["exponents"], signs=weight)
     launch_units(
@@ -1519,14 +1524,14 @@ def conv_bn_pool_forward(
         (images * groups, 1, 1),
         (_tail_threads(tail.defines), 1, 1),
         (written["pooled"], *moments, conv_bias, *running, weight, bias, group_weight, group_bias, out)
-        + (written["group_mean"], written["group_invstd"], eps, group_eps),
+        + (written["group_mean"], written["group_invstd"], eps, group_eps, parameter),
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def kernels(p: Plan, groups: int, training: bool, keep: bool) -> tuple[Kernel, ...]:
+def kernels(p: Plan, groups: int, activation: str, training: bool, keep: bool) -> tuple[Kernel, ...]:
     """What `conv_bn_pool_forward` launches, in order. Only training has one for statistics."""
-    tail = *_tail_macros(p, groups), ("STATISTICS", int(training))
+    tail = *_tail_macros(p, groups, activation), ("STATISTICS", int(training))
     return (
         pack_kernel(p),
         Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
@@ -1579,6 +1584,8 @@ def conv_bn_pool_backward(
     plan: Plan,
     groups: int,
     training: bool,
+    activation: str,
+    parameter: float,
 ) -> None:
     """Gradients of all parameters but the convolution's weight, and dy, that of the convolution's output.
 
@@ -1589,9 +1596,10 @@ def conv_bn_pool_backward(
     pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
     g, partials, sums, dy_exponents = made["g"], made["partials"], output["sums"], output["dy_exponents"]
     statistics = (kept["group_mean"], kept["group_invstd"])
-    pooled_gradients(dout, pooled, mean, invstd, weight, bias, group_weight, *statistics, g, partials, plan=plan)
+    options = {"plan": plan, "groups": groups, "activation": activation}
+    values = (dout, pooled, mean, invstd, weight, bias, group_weight, *statistics, g, partials)
+    pooled_gradients(*values, **options, parameter=parameter)
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
-    options = {"plan": plan, "groups": groups}
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
     given = (g, kept["taps"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
     given += (sums if training else None,)
@@ -1638,10 +1646,10 @@ def input_gradient(output, w, dx, written, *, plan: Plan) -> None:
 
 
 def gradient_kernels(
-    p: Plan, groups: int, x_shape, centred: bool, dgrad: Plan | None, wgrad: conv_wgrad_mma_Plan | None
+    p: Plan, groups: int, activation: str, x_shape, centred: bool, dgrad: Plan | None, wgrad: conv_wgrad_mma_Plan | None
 ) -> tuple[Kernel, ...]:
     """A kernel of each compilation that the backward needs. dgrad: a plan of cells."""
-    found = [Kernel("pooled_tail_backward.cu", "pooled_backward", _backward_macros(p, groups))]
+    found = [Kernel("pooled_tail_backward.cu", "pooled_backward", _backward_macros(p, groups, activation))]
     if wgrad:
         name = dict(p.macros)["scalar_t"]
         found.append(to_cells_kernel(name, wgrad.split, x_shape))
@@ -1654,19 +1662,35 @@ def gradient_kernels(
 
 
 def pooled_gradients(
-    dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, *, plan: Plan
+    dout,
+    pooled,
+    mean,
+    invstd,
+    weight,
+    bias,
+    group_weight,
+    group_mean,
+    group_invstd,
+    g,
+    partials,
+    *,
+    plan: Plan,
+    groups: int,
+    activation: str,
+    parameter: float,
 ) -> None:
     """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
 
     dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_buffers` has them, written.
     """
     images = pooled.shape[0]
-    macros = _backward_macros(plan, group_mean.size // images)
+    macros = _backward_macros(plan, groups, activation)
     launch(
         Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
         (group_mean.size, 1, 1),
         (_tail_threads(macros), 1, 1),
-        (dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, images),
+        (dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials)
+        + (images, parameter),
     )
 
 
@@ -1685,6 +1709,7 @@ def parameter_gradients(
     *,
     plan: Plan,
     groups: int,
+    activation: str,
     training: bool,
 ) -> None:
     """Gradients of all parameters but the convolution's weight, and what the gradient of its output is computed from.
@@ -1695,7 +1720,7 @@ def parameter_gradients(
     images, channels = partials.shape[1:]
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     launch(
-        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, groups)),
+        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, groups, activation)),
         (channels, 1, 1),
         (THREADS, 1, 1),
         (partials, mean, invstd, weight, sums, dy_exponents, *gradients, images, _count(plan, images), training),
@@ -1703,7 +1728,20 @@ def parameter_gradients(
 
 
 def conv_output_gradient(
-    g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan, groups: int
+    g,
+    taps,
+    saved,
+    exponents,
+    unit_exponents,
+    mean,
+    invstd,
+    weight,
+    sums,
+    dy,
+    *,
+    plan: Plan,
+    groups: int,
+    activation: str,
 ) -> None:
     """dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
 
@@ -1711,7 +1749,7 @@ def conv_output_gradient(
     """
     images, channels = g.shape[:2]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups)),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups, activation)),
         (images * channels, ceil_div(_windows(dict(plan.macros)), THREADS), 1),
         (THREADS, 1, 1),
         (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
@@ -1734,6 +1772,7 @@ def conv_output_gradient_cells(
     *,
     plan: Plan,
     groups: int,
+    activation: str,
 ) -> None:
     """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
@@ -1743,7 +1782,7 @@ def conv_output_gradient_cells(
     """
     images = g.shape[0]
     together = _images_together(images)
-    macros = _backward_macros(plan, groups)
+    macros = _backward_macros(plan, groups, activation)
     sizes = dict(macros)
     blocks = together * cells.shape[1] * sizes["TILES"]
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
@@ -1798,19 +1837,20 @@ def _saved_type(p: Plan) -> str:
     return "half_t" if dict(p.macros)["SPLIT"] == 1 else "float"
 
 
-def _tail_macros(p: Plan, groups: int):
-    return _tail_defines(dict(p.macros), groups, p.planes)
+def _tail_macros(p: Plan, groups: int, activation: str):
+    return _tail_defines(dict(p.macros), groups, activation, p.planes)
 
 
 @functools.lru_cache(maxsize=1024)
-def _backward_macros(p: Plan, groups: int):
+def _backward_macros(p: Plan, groups: int, activation: str):
     macros = dict(p.macros)
-    return *_tail_macros(p, groups), *_backward_defines(macros, saved_shift(p))
+    return *_tail_macros(p, groups, activation), *_backward_defines(macros, saved_shift(p))
 
 
-def _tail_defines(macros, groups, planes):
+def _tail_defines(macros, groups, activation, planes):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
+    types += (("ACTIVATION", ACTIVATIONS[activation]),)
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     parts = _parts(macros)
     warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
@@ -2007,7 +2047,8 @@ class GroupNorm(nn.GroupNorm):
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/conv_bn_pool.py
 #
-# All five operators of ModelNew in three main kernels forward, with the pooling in the convolution's epilogue.
+# A convolution, a batch norm, an activation, a max pooling and a group norm in three main kernels forward, with the
+# pooling in the convolution's epilogue.
 
 _calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
 
@@ -2024,6 +2065,7 @@ class _Call:
     training: bool
     keep: bool
     groups: int
+    activation: str
 
 
 @dataclasses.dataclass(eq=False)
@@ -2039,7 +2081,7 @@ class _BackwardCall:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *args):
-        *parameters, (call, running_mean, running_var, batches, momentum, eps, group_eps) = args
+        *parameters, (call, running_mean, running_var, batches, momentum, eps, group_eps, parameter) = args
         w, conv_bias, weight, bias, group_weight, group_bias = parameters
         workspace = Workspace.empty(call.layout, x.device)
         out = x.new_empty(call.shape)
@@ -2047,14 +2089,14 @@ class _Fused(torch.autograd.Function):
         updated = dense(running_mean), dense(running_var)
         arguments = (x, w, conv_bias, *updated, batches, weight, bias, group_weight, group_bias, out, workspace)
         options = {"plan": call.plan, "training": call.training, "momentum": momentum, "eps": eps}
-        options.update(groups=call.groups, group_eps=group_eps)
+        options.update(groups=call.groups, group_eps=group_eps, activation=call.activation, parameter=parameter)
         run(conv_bn_pool_forward, *arguments, like=(call, momentum, eps, group_eps), **options)
         if call.training:
             note_update(running_mean, running_var, batches, (*updated, batches))
         if call.keep:
             running = applied_statistics(running_mean, running_var, call.training)
             ctx.save_for_backward(x, *parameters, workspace.memory, *running)
-            ctx.call, ctx.eps, ctx.group_eps = call, eps, group_eps
+            ctx.call, ctx.eps, ctx.group_eps, ctx.parameter = call, eps, group_eps, parameter
         return out
 
     @staticmethod
@@ -2076,6 +2118,7 @@ class _Fused(torch.autograd.Function):
         kept, output = Workspace(memory, call.layout), Workspace.empty(output, x.device)
         tensors = (dense(dout), weight, bias, group_weight, *gradients, dy)
         options = {"like": prepared, "plan": call.plan, "groups": call.groups, "training": call.training}
+        options.update(activation=call.activation, parameter=ctx.parameter)
         run(conv_bn_pool_backward, *tensors, Workspace.empty(made, x.device), kept, output, **options)
         if prepared.wgrad:  # first: the room of its workspaces is dx's then
             dw = torch.empty_like(w)
@@ -2103,7 +2146,7 @@ def _known(known, key, make):
     return found
 
 
-def _call(training, keep, padding, num_groups, numerics, batches, input, conv_weight, *others):
+def _call(training, keep, padding, num_groups, activation, numerics, batches, input, conv_weight, *others):
     """Plans and checks a call, and compiles its kernels at the same time, where launches would one by one.
 
     Where the fused kernels do not take it, the reason.
@@ -2116,9 +2159,9 @@ def _call(training, keep, padding, num_groups, numerics, batches, input, conv_we
     plan, reason = conv_bn_pool_plan(input, conv_weight, padding, num_groups, choice)
     if reason:
         return reason
-    compile_together(kernels(plan, num_groups, training, keep), input.device)
+    compile_together(kernels(plan, num_groups, activation, training, keep), input.device)
     layout = Layout(buffers(plan, input.shape, num_groups, training, keep))
-    return _Call(plan, choice, _geometry(padding), layout, shape, training, keep, num_groups)
+    return _Call(plan, choice, _geometry(padding), layout, shape, training, keep, num_groups, activation)
 
 
 def _backward_call(call, need_x, need_w, x, w):
@@ -2129,7 +2172,8 @@ def _backward_call(call, need_x, need_w, x, w):
         dgrad = wgrad = None
         dy_shape = output_shape(x.shape, w.shape, call.geometry)
     dgrad = dgrad and dgrad.of_cells()
-    compile_together(gradient_kernels(call.plan, call.groups, x.shape, call.training, dgrad, wgrad), x.device)
+    tail = (call.plan, call.groups, call.activation)
+    compile_together(gradient_kernels(*tail, x.shape, call.training, dgrad, wgrad), x.device)
     buffers = (
         gradient_buffers(call.plan, x.shape[0]),
         output_gradient_buffers(call.plan, x.shape[0], bool(dgrad or wgrad), bool(wgrad and call.training)),
@@ -2163,7 +2207,7 @@ def _geometry(padding):
     return Geometry((1, 1), pair(padding, "padding"), (0, 0), (1, 1), 1)
 
 
-def conv_bn_tanh_max_pool_group_norm(
+def conv_bn_activation_max_pool_group_norm(
     input: torch.Tensor,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
@@ -2176,6 +2220,8 @@ def conv_bn_tanh_max_pool_group_norm(
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor | None = None,
     padding: int | tuple[int, int] = 0,
+    activation: str = "tanh",
+    negative_slope: float = 0.01,
     num_groups: int,
     group_weight: torch.Tensor | None = None,
     group_bias: torch.Tensor | None = None,
@@ -2184,16 +2230,18 @@ def conv_bn_tanh_max_pool_group_norm(
     numerics: str = "auto",
     required: bool = True,
 ) -> torch.Tensor | None:
-    """group_norm(max_pool2d(tanh(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
+    """group_norm(max_pool2d(act(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
     and group_norm. One dtype for all: float32, float16 or bfloat16.
+    activation: act, "tanh" or "leaky_relu". negative_slope: of leaky_relu, finite and not negative.
     num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
     For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError,
     with the reason, or None if not `required`. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
     check_numerics(numerics)
+    parameter = conv_bn_pool_parameter(activation, negative_slope)
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
     arguments = (num_batches_tracked, input, conv_weight, conv_bias, running_mean, running_var)
@@ -2202,20 +2250,40 @@ def conv_bn_tanh_max_pool_group_norm(
     training, padding, device = bool(training), pair(padding, "padding"), "cuda" if input.is_cuda else "cpu"
     facts = choose(numerics, input), torch.is_autocast_enabled(device)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    kind = (training, keep, padding, num_groups)
+    kind = (training, keep, padding, num_groups, activation)
     key = (*kind, facts, *[None if t is None else (t.shape, t.dtype, t.device) for t in arguments])
-    call = _known(_calls, key, lambda: _call(*kind, numerics, *arguments))
+    call = _decreases(parameter) or _known(_calls, key, lambda: _call(*kind, numerics, *arguments))
     if isinstance(call, str):
         if required:
             raise UnsupportedError(f"the fused kernels do not take this: {call}")
         return None
     tensors = (aligned(input), *map(dense, tensors[1:]))
-    rest = (call, running_mean, running_var, num_batches_tracked, momentum, eps, group_eps)
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # which it refuses
+    rest = (call, running_mean, running_var, num_batches_tracked, momentum, eps, group_eps, parameter)
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return _Fused.apply(*tensors, rest)
     if keep:
         return _apply(*tensors, rest)
     return _Fused.forward(None, *tensors, rest)  # autograd, with nothing to keep or to refuse, would only take time
+
+
+@functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature
+def conv_bn_tanh_max_pool_group_norm(*args, **options):
+    """`conv_bn_activation_max_pool_group_norm` with the activation tanh."""
+    return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
+
+
+def conv_bn_pool_parameter(activation, negative_slope):
+    """The number that the kernels get for the activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, received {activation!r}")
+    return 0 if activation == "tanh" else number(negative_slope, "negative_slope")
+
+
+def _decreases(parameter):
+    """Why an activation with this number cannot follow the pooling, or None."""
+    if 0 <= parameter < math.inf:
+        return None
+    return f"pooling before the activation needs a finite negative_slope of at least 0, received {parameter}"
 
 
 def _checked_shape(input, conv_weight, others, padding, training, num_groups):
@@ -2236,6 +2304,47 @@ def _checked_shape(input, conv_weight, others, padding, training, num_groups):
 # tools/kernelbench.py
 
 KERNELS: dict[str, str] = {
+    "activation.cuh": r"""// The activation between batch norm and max pooling in the fused chain. The macro ACTIVATION names its struct; each has a header.
+//
+//     Activation(float parameter)    the launch's, 0 where the activation has none
+//     float of(float v)              the activation of v; no v is a denormal, which -ftz=true makes 0
+//     float slope(float y)           its derivative where its value is y
+//
+// It must never decrease: then it can follow max pooling. Pooling here takes the first of the largest v, PyTorch the first of the largest
+// activations. These are two places only where different v have one activation: in the flat parts, where the slope, and with it what the
+// place would get, is 0; or where rounding makes neighbours equal.
+#pragma once
+#include "activation_leaky_relu.cuh"
+#include "activation_tanh.cuh"
+
+typedef ACTIVATION Activation;
+""",
+    "activation_leaky_relu.cuh": r"""// v where v > 0, else v negative_slope, as an activation of the fused chain (activation.cuh).
+//
+// negative_slope is finite and not negative. 0 is ReLU, but for infinite v: as in PyTorch's LeakyReLU, -inf * 0 is NaN. All v <= 0 of a
+// window then tie at 0, and whichever wins gets the gradient 0.
+#pragma once
+
+struct LeakyReLU {
+    float negative_slope;
+
+    __device__ explicit LeakyReLU(float negative_slope) : negative_slope(negative_slope) {}
+    __device__ float of(float v) const { return v > 0 ? v : v * negative_slope; }
+    // A negative v with a product too small for float has y = 0, and so has v = 0: both slope down.
+    __device__ float slope(float y) const { return y > 0 ? 1 : negative_slope; }
+};
+""",
+    "activation_tanh.cuh": r"""// tanh, as an activation of the fused chain (activation.cuh).
+#pragma once
+#include "tanh.cuh"
+#include "tanh_branchless.cuh"
+
+struct Tanh {
+    __device__ explicit Tanh(float) {}
+    __device__ float of(float v) const { return tanh_branchless(v); }
+    __device__ float slope(float y) const { return tanh_slope(y); }
+};
+""",
     "async_copy.cuh": r"""// Copies from global to shared memory that run behind the arithmetic: cp.async on sm_80 and newer, plain copies before.
 //
 // A thread issues copies, closes a group of them by cp_async_commit(), and sees its own copies after cp_async_wait<N>(), which leaves
@@ -2508,10 +2617,11 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 #endif
 }
 """,
-    "conv_bn_pool.cu": r"""// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, tanh and 2x2 max pooling need of it.
+    "conv_bn_pool.cu": r"""// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, an activation and 2x2 max pooling need of it.
 //
-// Batch norm and tanh are monotone in each channel, so max pooling can come first: of each 2x2 window it takes the largest sum where
-// gamma, batch norm's weight, is positive, the smallest where it is negative, and the first where it is zero.
+// Batch norm is monotone in each channel, and the activation never decreases (activation.cuh), so max pooling can come first:
+// of each 2x2 window it takes the largest sum where gamma, batch norm's weight, is positive, the smallest where it is
+// negative, and the first where it is zero.
 //
 // All values are without the convolution's bias, which batch norm's mean takes out again:
 //     pooled [N, M, PLANE_STRIDE]                    the chosen sums of all windows, in the order of pooled_planes.cuh; windows that an odd edge cuts, and
@@ -4659,9 +4769,9 @@ template <int TOGETHER> __device__ inline int place_of_window(int row, int colum
 enum { TOGETHER_POOLED = 4 };  // and taps, which go with them
 template <class T> __device__ constexpr int together_saved() { return 4 / sizeof(T); }
 """,
-    "pooled_tail.cu": r"""// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, tanh and group norm over the pooled sums.
+    "pooled_tail.cu": r"""// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, activation and group norm over the pooled sums.
 //
-//     z = (pooled - mean) invstd weight + bias,  p = tanh(z),  out = (p - group_mean) group_invstd group_weight + group_bias
+//     z = (pooled - mean) invstd weight + bias,  p = activation(z),  out = (p - group_mean) group_invstd group_weight + group_bias
 //
 // `pooled`, `mean` and all sums are without the convolution's bias. conv_bn_statistics: one block a channel. pooled_forward: one block
 // a group of one image, threads and macros as in pooled_tail.cuh. Saved for the backward: mean, invstd, group_mean, group_invstd.
@@ -4703,9 +4813,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     const param_t* __restrict__ conv_bias, const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
     const param_t* __restrict__ group_bias, scalar_t* __restrict__ out, float* __restrict__ group_mean, float* __restrict__ group_invstd,
-    float eps, float group_eps) {
+    float eps, float group_eps, float parameter) {
     __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
     __shared__ float running[2][STATISTICS ? 1 : MEMBERS];
+    Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     i64 start = (i64)blockIdx.x * SIZE;
     const float* source = pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE;
@@ -4726,18 +4837,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         }
         __syncthreads();
     }
-    auto tanh_of_job = [&](const Job& job, float (&v)[ITEMS]) {
+    auto activate = [&](const Job& job, float (&v)[ITEMS]) {
         Norm norm(channel_mean[job.member], channel_invstd[job.member], weight, bias, channel + job.member);
         if (!RESIDENT) job.load_pooled(source, v);
         #pragma unroll
-        for (int i = 0; i < ITEMS; i++) v[i] = norm.tanh(v[i]);
+        for (int i = 0; i < ITEMS; i++) v[i] = activation.of(norm(v[i]));
     };
     #pragma unroll UNROLLED
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
         float(&v)[ITEMS] = values[RESIDENT ? round : 0];
-        tanh_of_job(job, v);
+        activate(job, v);
         float m = 0, s = 0;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) m += job.inside(i) ? v[i] : 0;
@@ -4759,7 +4870,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         Job job(round);
         if (!job.exists()) continue;
         float(&v)[ITEMS] = values[RESIDENT ? round : 0];
-        if (!RESIDENT) tanh_of_job(job, v);
+        if (!RESIDENT) activate(job, v);
         float w = bn_weight(group_weight, channel + job.member), b = bn_bias(group_bias, channel + job.member);
         scalar_t* to = out + start + job.first;
         #pragma unroll
@@ -4774,12 +4885,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
 // part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers (RESIDENT), all are loaded before
 // the first is used and stay there; else a warp loads a job's values again for each phase.
 //
-// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS,
-// WARPS, THREADS (of the kernels whose blocks are not groups), and those of pooled_planes.cuh.
+// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), ACTIVATION (activation.cuh), OUT_CHANNELS, OUT_H,
+// OUT_W, GROUPS, PARTS, WARPS, THREADS (of the kernels whose blocks are not groups), and those of pooled_planes.cuh.
 #pragma once
+#include "activation.cuh"
 #include "batch_norm.cuh"
 #include "pooled_planes.cuh"
-#include "tanh_branchless.cuh"
 
 #define POOLED_W (OUT_W / 2)
 #define PLANE (OUT_H / 2 * POOLED_W)
@@ -4846,12 +4957,12 @@ struct Norm {
     float weight, bias;
     __device__ Norm(float mean, float invstd, const param_t* weights, const param_t* biases, int c)
         : normalise(mean, invstd), weight(bn_weight(weights, c)), bias(bn_bias(biases, c)) {}
-    __device__ float tanh(float v) const { return tanh_branchless(bn_affine(normalise(v), weight, bias)); }
+    __device__ float operator()(float v) const { return bn_affine(normalise(v), weight, bias); }
 };
 """,
     "pooled_tail_backward.cu": r"""// Gradients of what follows conv_bn_pool (pooled_tail.cu): from dout to that of the convolution's output, and of all parameters on the way.
 //
-//     phat = (p - group_mean) group_invstd,  p = tanh(z),  xhat = (pooled - mean) invstd
+//     phat = (p - group_mean) group_invstd,  p = activation(z),  xhat = (pooled - mean) invstd
 //     g = dz at the pooled values, dy = weight invstd (g at the chosen corner - mean(g) - xhat mean(g xhat)) at all pixels
 //
 // with the means over all pixels of a channel, or left out where the statistics were running ones. Four steps:
@@ -4870,7 +4981,6 @@ struct Norm {
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_cells.cuh"
-#include "tanh.cuh"
 
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
@@ -4878,12 +4988,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     const scalar_t* __restrict__ dout, const float* __restrict__ pooled, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
     const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g, float* __restrict__ partials,
-    i64 images) {
+    i64 images, float parameter) {
     __shared__ float totals[SUMS][JOBS], weights[JOBS];  // of each job; its channel's group_weight
+    Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     i64 start = (i64)blockIdx.x * SIZE;
     float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
-    float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], tanhs[UNROLLED][ITEMS];
+    float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], activated[UNROLLED][ITEMS];
     auto load = [&](const Job& job, float (&v)[ITEMS], float (&d)[ITEMS]) {
         job.load_pooled(pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE, v);
         job.load(dout + start, d);
@@ -4898,14 +5009,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
+        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
+        float(&p)[ITEMS] = activated[RESIDENT ? round : 0];
         if (!RESIDENT) load(job, v, d);
         int c = channel + job.member;
         Norm norm(mean[c], invstd[c], weight, bias, c);
         float sum = 0, dot = 0, w = bn_weight(group_weight, c);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            p[i] = norm.tanh(v[i]);
+            p[i] = activation.of(norm(v[i]));
             sum += d[i];
             dot += d[i] * ((p[i] - m) * s);
         }
@@ -4923,19 +5035,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
+        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
+        float(&p)[ITEMS] = activated[RESIDENT ? round : 0];
         int c = channel + job.member;
         Norm norm(mean[c], invstd[c], weight, bias, c);
         if (!RESIDENT) {
             load(job, v, d);
             #pragma unroll
-            for (int i = 0; i < ITEMS; i++) p[i] = norm.tanh(v[i]);
+            for (int i = 0; i < ITEMS; i++) p[i] = activation.of(norm(v[i]));
         }
         float sum = 0, dot = 0, largest = 0, w = weights[job.number], *to = g + start + job.first;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             if (!job.inside(i)) continue;
-            d[i] = s * (w * d[i] - (mean_d + (p[i] - m) * s * mean_dot)) * tanh_slope(p[i]);
+            d[i] = s * (w * d[i] - (mean_d + (p[i] - m) * s * mean_dot)) * activation.slope(p[i]);
             to[i * 32] = d[i];
             sum += d[i];
             dot += d[i] * norm.normalise(v[i]);

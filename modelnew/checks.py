@@ -104,11 +104,12 @@ def _fused_inputs(images):
     return {**inputs, "_conv_bias": conv_bias, **per_channel(m), **group}
 
 
-def _fused(numerics, training):
+def _fused(numerics, training, activation):
     def call(x, w, _conv_bias, weight, bias, _mean, _var, group_weight, group_bias):
         mean, var = _mean.clone(), _var.clone()
-        y = functional.conv_bn_tanh_max_pool_group_norm(
+        y = functional.conv_bn_activation_max_pool_group_norm(
             *(x, mean, var, weight, bias, training),
+            activation=activation,
             conv_weight=w,
             conv_bias=_conv_bias,
             padding=1,
@@ -126,24 +127,25 @@ def _num_groups(w):
     return 8 if w.shape[1] == 128 else 2
 
 
-def _unfused(training):
+def _unfused(training, activation):
     def call(x, w, _conv_bias, weight, bias, _mean, _var, group_weight, group_bias):
-        y, mean, var = _before_pooling(x, w, _conv_bias, weight, bias, _mean, _var, training)
+        y, mean, var = _before_pooling(x, w, _conv_bias, weight, bias, _mean, _var, training, activation)
         y = F.group_norm(F.max_pool2d(y, 2), _num_groups(w), group_weight, group_bias)
         return (y, mean, var) if training else y
 
     return call
 
 
-def _before_pooling(x, w, conv_bias, weight, bias, mean, var, training):
+def _before_pooling(x, w, conv_bias, weight, bias, mean, var, training, activation):
     mean, var = mean.clone(), var.clone()
-    return torch.tanh(F.batch_norm(torch_conv(x, w, conv_bias), mean, var, weight, bias, training)), mean, var
+    y = F.batch_norm(torch_conv(x, w, conv_bias), mean, var, weight, bias, training)
+    return getattr(F, activation)(y), mean, var
 
 
-def _fused_gradient(near_tie, training):
+def _fused_gradient(near_tie, training, activation):
     def gradient(dtype, x, w, _conv_bias, weight, bias, _mean, _var, group_weight, group_bias):
         with torch.no_grad():
-            y = _before_pooling(x, w, _conv_bias, weight, bias, _mean, _var, training)[0]
+            y = _before_pooling(x, w, _conv_bias, weight, bias, _mean, _var, training, activation)[0]
             return parity.incoming_gradient(y, F.max_pool2d(y, 2), _num_groups(w), group_weight, near_tie, seed=0)
 
     return gradient
@@ -168,16 +170,17 @@ def _tall_terms(_images):
     return dict.fromkeys(_fused_terms(None), 8 * 36 * 3)
 
 
-def _fused_case(numerics, training, near_tie, tall=False, **options):
+def _fused_case(numerics, training, near_tie, tall=False, activation="tanh", **options):
     files = ("conv_bn_pool.cu", "pooled_tail.cu", "pooled_tail_backward.cu", "conv_wgrad_mma.cu")
+    name = "fused model" if activation == "tanh" else f"fused chain with {activation}"
     return Case(
-        f"fused model, {numerics}, {'training' if training else 'eval'}{', tall images' if tall else ''}",
-        files[2:3] if tall else files,
-        _fused(numerics, training),
-        _unfused(training),
+        f"{name}, {numerics}, {'training' if training else 'eval'}{', tall images' if tall else ''}",
+        files[2:3] if tall else files if activation == "tanh" else files[1:3],
+        _fused(numerics, training, activation),
+        _unfused(training, activation),
         _tall_inputs if tall else _fused_inputs,
         _tall_terms if tall else _fused_terms,
-        gradient=_fused_gradient(near_tie, training),
+        gradient=_fused_gradient(near_tie, training, activation),
         **options,
     )
 
@@ -194,4 +197,5 @@ CASES = (
     _fused_case("tf32", True, 3e-2, rounded=True),
     _fused_case("fp32", False, 1e-3),
     _fused_case("fp32", False, 1e-3, tall=True),
+    _fused_case("tf32", True, 3e-2, activation="leaky_relu", rounded=True),
 )

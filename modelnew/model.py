@@ -7,15 +7,11 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional, layers
-from .functional.conv_bn_pool import fused_plan
-from .interop import pair
+from .fusions import plan_of, run_fused, unchanged
 from .numerics import check_numerics
 
 OPERATORS = ("conv_transpose", "batch_norm", "tanh", "max_pool", "group_norm")
 
-_KINDS = (layers.ConvTranspose2d, layers.BatchNorm2d, layers.Tanh, layers.MaxPool2d, layers.GroupNorm)
-_FORWARDS, _CALL = {kind: kind.forward for kind in _KINDS}, nn.Module.__call__  # before anyone replaces them
-_WINDOW = (2, 2, 0, 1)  # kernel_size, stride, padding, dilation
 BATCH, CHANNELS, HEIGHT, WIDTH = 512, 64, 32, 32
 
 
@@ -106,14 +102,14 @@ class ModelNew(nn.Module):
         _place(self, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fused = _fused(self, x)
+        fused = run_fused(_children(self), x)
         if fused is not None:
             return fused
         norm, tanh, pool = self.batch_norm, self.tanh, self.max_pool
         hooked = _has_any_global_hook()
-        fuse_norm = not hooked and _fusible(norm, layers.BatchNorm2d)
-        fuse_tanh = not hooked and _fusible(tanh, layers.Tanh)
-        fuse_pool = not hooked and _fusible(pool, layers.MaxPool2d) and not pool.return_indices
+        fuse_norm = not hooked and unchanged(norm, layers.BatchNorm2d)
+        fuse_tanh = not hooked and unchanged(tanh, layers.Tanh)
+        fuse_pool = not hooked and unchanged(pool, layers.MaxPool2d) and not pool.return_indices
 
         x = self.conv_transpose(x)
         if fuse_norm and fuse_tanh and fuse_pool:
@@ -132,60 +128,7 @@ class ModelNew(nn.Module):
 
 def fused_model(model: ModelNew, x: torch.Tensor):
     """(plan, None) if model(x) runs as one fused operator, else (None, the reason)."""
-    children = _children(model)
-    reason = _obstacle(children, x)
-    if reason:
-        return None, reason
-    conv, norm, _, _, group = children
-    others = (conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, group.weight, group.bias)
-    return fused_plan(x, conv.weight, conv.padding, group.num_groups, conv.numerics, norm.counter(), others)
-
-
-def _obstacle(children, x) -> str | None:
-    """What in the modules, or in x's shape, keeps the model from being one fused operator."""
-    if _has_any_global_hook():
-        return "there are hooks for all modules"
-    for name, child, kind in zip(OPERATORS, children, _KINDS):
-        if not _fusible(child, kind):
-            return f"{name} is not replaced, has a hook, or was swapped, compiled or given another forward"
-    conv, _, _, pool, _ = children
-    stride = pool.kernel_size if pool.stride is None else pool.stride
-    window = (pool.kernel_size, stride, pool.padding, pool.dilation)
-    if pool.return_indices or (window != _WINDOW and not all(map(_is, window, _WINDOW))):
-        return "the pooling is not over 2x2 windows"
-    if pool.ceil_mode:
-        return "the pooling has ceil_mode"
-    if (conv.stride, conv.output_padding, conv.dilation, conv.groups) != ((1, 1), (0, 0), (1, 1), 1):
-        return "the convolution has a stride, output padding, dilation or groups"
-    if x.dim() != 4 or x.shape[1] != conv.in_channels:
-        return f"the input, of shape {tuple(x.shape)}, is not [N, {conv.in_channels}, H, W]"
-    return None
-
-
-def _is(size, value) -> bool:
-    return size == value or pair(size, "the pooling's window") == (value, value)
-
-
-def _fused(model, x):
-    """model(x) by the fused operator; None if that does not take it."""
-    children = _children(model)
-    if _obstacle(children, x):
-        return None
-    conv, norm, _, _, group = children
-    return functional.conv_bn_tanh_max_pool_group_norm(
-        x,
-        *norm.arguments(x),
-        conv_weight=layers.tensor_of(conv, "weight"),
-        conv_bias=layers.tensor_of(conv, "bias"),
-        padding=conv.padding,
-        num_groups=group.num_groups,
-        group_weight=layers.tensor_of(group, "weight"),
-        group_bias=layers.tensor_of(group, "bias"),
-        group_eps=group.eps,
-        num_batches_tracked=norm.counter(),
-        numerics=conv.numerics,
-        required=False,
-    )
+    return plan_of(dict(zip(OPERATORS, _children(model))), x)
 
 
 def _children(model):
@@ -199,22 +142,6 @@ def _operators(replace) -> tuple[str, ...]:
     if unknown:
         raise ValueError(f'replace takes "all" or names out of {", ".join(OPERATORS)}; received {unknown}')
     return tuple(name for name in OPERATORS if name in names)
-
-
-def _fusible(module, kind) -> bool:
-    """Whether calling `module` does what its class says and nothing else, so that a fused kernel may stand for it."""
-    if type(module) is not kind or kind.forward is not _FORWARDS[kind] or kind.__call__ is not _CALL:
-        return False
-    own = module.__dict__  # its attributes take half as long from there
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or "_call_impl" in own
-        or own.get("_compiled_call_impl")
-    )
 
 
 def _place(model, device) -> None:

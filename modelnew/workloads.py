@@ -41,6 +41,10 @@ OPERATORS = {
     "wgrad_general": "its gradient of the weight, likewise",
     "post_conv_forward": "batch norm, tanh, max pool and group norm, in training mode, under no_grad",
 }
+CHAINS = {
+    "leaky_relu_forward_train": "forward_train with LeakyReLU in place of tanh",
+    "leaky_relu_step": "step with LeakyReLU in place of tanh",
+}
 KERNELS = {
     "conv_bn_pool_kernel": "of forward_train the convolution's launch alone, with statistics and pooling behind it; "
     "before it, untimed: the weights packed",
@@ -49,8 +53,8 @@ KERNELS = {
     "wgrad_kernel": "of step the launches alone that make the gradient of the convolution's weight, with the sum over "
     "their parts; before them, untimed: both operands as fp16 cells, sums at the borders",
 }
-WORKLOADS = MODELS | OPERATORS | KERNELS
-GENERAL = "_general"
+WORKLOADS = MODELS | OPERATORS | CHAINS | KERNELS
+GENERAL, _LEAKY_RELU = "_general", "leaky_relu_"
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"tf32": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PEERS = {
@@ -98,17 +102,26 @@ class Shape(NamedTuple):
 class Case:
     """A model and a batch of n images that all workloads share, and the float64 results that their checks need."""
 
-    def __init__(self, n: int, size: int, device: torch.device, seed: int = 0):
-        self.n, self.device, self.seed = n, device, seed
+    def __init__(self, n: int, size: int, device: torch.device, seed: int = 0, leaky: bool = False):
+        self.n, self.device, self.seed, self.leaky = n, device, seed, leaky
         self.init = get_init_inputs()
         self.shape = Shape(*self.init[:5], size)
         torch.manual_seed(seed)
         self.model = Model(*self.init, device=device)
+        if leaky:
+            self.model.tanh = nn.LeakyReLU()
         self.picked = torch.linspace(0, n - 1, min(n, _CHECKED_IMAGES), device=device).long()
         self.truth = functools.cache(lambda training: _truth(self.model, self.x, training, self.picked))
         self.gradients_differ = functools.cache(self._gradients_differ)
         # One result for all: cuDNN need not give the same bits twice.
         self.hidden = functools.lru_cache(1)(self._hidden)
+
+    @functools.cached_property
+    def leaky_relu(self) -> "Case":
+        """The same with LeakyReLU in place of tanh."""
+        other = Case(self.n, self.shape.size, self.device, self.seed, leaky=True)
+        other.x = self.x
+        return other
 
     @functools.cached_property
     def x(self) -> torch.Tensor:
@@ -142,14 +155,19 @@ class Case:
         return f"parity fails: {', '.join(bad)}" if bad else None
 
     def _new(self):
-        return ModelNew(*self.init, device=self.device)
+        model = ModelNew(*self.init, device=self.device)
+        if self.leaky:
+            model.tanh = nn.LeakyReLU()
+        return model
 
     def _generator(self):
         return torch.Generator(self.device).manual_seed(self.seed)
 
 
 def contenders(what: str, n: int, peers: str, device: torch.device) -> list[tuple[str, str]]:
-    """(who, layout) of all who take part, ours first. Operators are compared with eager alone, kernels with nobody."""
+    """(who, layout) of all who take part, ours first. Parts and other chains are compared with eager alone,
+    kernels with nobody.
+    """
     if n > FEW_IMAGES and what == "latency_forward_train":
         return []
     if what in KERNELS:
@@ -168,6 +186,8 @@ def build(case: Case, what: str, cls: str, who: str, layout: str) -> Callable:
     """
     if what in KERNELS:
         return _Alone(what, case)
+    if what in CHAINS:
+        return build(case.leaky_relu, what.removeprefix(_LEAKY_RELU), cls, who, layout)
     if what.removesuffix(GENERAL) in ("conv_forward", "dgrad", "wgrad"):
         function = functional.conv_transpose2d if who == "modelnew" else F.conv_transpose2d
         tensors = (t.to(memory_format=LAYOUTS[layout]) for t in _conv_tensors(case, cls))
@@ -191,6 +211,8 @@ def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
       statistics, over at most 512 images of the batch;
     - of kernels alone: of the call that they were taken from. Launched again, they must also write the same bits.
     """
+    if what in CHAINS:
+        return check(case.leaky_relu, what.removeprefix(_LEAKY_RELU), cls, who)
     if what in KERNELS:
         call = "forward_train" if what == "conv_bn_pool_kernel" else "step"
         return check(case, call, cls, who) or build(case, what, cls, who, "nchw").differs()
@@ -259,7 +281,7 @@ def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]
         "dgrad_kernel": [(flop, x + weight + y * cells)],
         "wgrad_kernel": [(flop, x * cells + weight + y * cells)],
     }
-    return stages.get(what.removesuffix(GENERAL), training)
+    return stages.get(what.removesuffix(GENERAL).removeprefix(_LEAKY_RELU), training)
 
 
 def floor_ms(what: str, cls: str, n: int, shape: Shape, limits: dict) -> float:

@@ -208,6 +208,18 @@ def test_kernels_alone(device, fusible, launched, what):
     assert found == workloads._LAUNCHES[what][0]
 
 
+@pytest.mark.parametrize("what", workloads.CHAINS)
+def test_other_chains_are_fused_and_checked(device, fusible, launched, what):
+    case = Case(3, 6, torch.device(device))
+    with workloads.numerics("fp32", case.device):
+        assert workloads.check(case, what, "fp32") is None
+        structs = {dict(k.defines)["ACTIVATION"] for k in launched if k.name == "pooled_forward"}
+        assert structs == {"LeakyReLU"}
+        other = Case(3, 6, torch.device(device))
+        other.leaky_relu.model.tanh.negative_slope = 0.011
+        assert "parity fails" in workloads.check(other, what, "fp32")
+
+
 def test_dgrad_alone_is_the_gradient(device, fusible):
     case = Case(3, 6, torch.device(device))
     with workloads.numerics("fp32", case.device):
@@ -408,7 +420,7 @@ def test_plans():
     assert quick.batches == (512, 1)
     assert not quick.startup
     assert set(quick.what) == {
-        w for w in workloads.WORKLOADS if "latency" not in w and "post" not in w and "general" not in w
+        w for w in workloads.WORKLOADS if not any(word in w for word in ("latency", "post", "general", "leaky"))
     }
     own = bench._plan(gpu, True, (4,), ("step",), *nothing[2:], 0, 240, True)
     assert own[:3] == ((4,), ("tf32", "fp32"), ("step",))

@@ -23,10 +23,13 @@ CASES = {
     "many_units": (16, 144, 3, 1, 2, 1, 18, 20),
 }
 CLASSES = ("tf32", "fp32")
+# LeakyReLU(0) is ReLU: many values of a window are equal after it.
+ACTIVATIONS = {"tanh": None, "leaky_relu": torch.nn.LeakyReLU(0.2), "relu": torch.nn.LeakyReLU(0)}
 OTHERS = [c for n in range(5) for c in itertools.combinations(OPERATORS[1:], n)]
 
 
-def models(case, cls, device, dtype=torch.float32):
+def models(case, cls, device, dtype=torch.float32, activation=None):
+    """Model, ModelNew with its state, and a batch. activation: in place of tanh."""
     channels, out, kernel, padding, groups, batch, height, width = case
     arguments = (channels, out, kernel, 1, padding, 1, groups)
     model, ours = Model(*arguments, device=device), ModelNew(*arguments, numerics=cls, device=device)
@@ -34,6 +37,9 @@ def models(case, cls, device, dtype=torch.float32):
         for p in model.parameters():
             p.add_(torch.randn_like(p) / 2)
         model.batch_norm.weight[0] = 0  # pooling then takes the first corner
+        if activation:
+            model.batch_norm.weight[1::3].neg_()  # and here the smallest
+            model.tanh = ours.tanh = activation
     model.to(dtype)
     ours.to(dtype).load_state_dict(model.state_dict())
     x = torch.randn(batch, channels, height, width, device=device).to(dtype)
@@ -44,7 +50,7 @@ def well_separated(model, x, gap):
     """Where no other value in a pooling window comes near the largest, so that rounding cannot move a gradient."""
     double = copy.deepcopy(model).double()
     with torch.no_grad():
-        y = torch.tanh(double.batch_norm(double.conv_transpose(x.double())))
+        y = double.tanh(double.batch_norm(double.conv_transpose(x.double())))
     windows = y.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).sort(-1).values
     return ((windows[..., 3] - windows[..., 2]) > gap) | (windows[..., 3] == windows[..., 0])
 
@@ -52,8 +58,9 @@ def well_separated(model, x, gap):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_output_gradients_and_buffers(device, case, cls, training, launched):
-    model, ours, x = models(case, cls, device)
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_output_gradients_and_buffers(device, case, cls, training, launched, activation):
+    model, ours, x = models(case, cls, device, activation=activation)
     if not training:  # statistics that fit the data: where tanh is 1 but for rounding, so is its gradient nothing else
         model.batch_norm.momentum = None
         with torch.no_grad():
@@ -88,7 +95,7 @@ def test_output_gradients_and_buffers(device, case, cls, training, launched):
 def test_units_of_several_passes(device, cls, many_passes, launched):
     """90 windows an image: a pass of 64 (several of 32 in the fp32 class), and one that is trimmed to what is left."""
     with numerics.wgmma(False):
-        test_output_gradients_and_buffers(device, (16, 80, 3, 1, 2, 2, 18, 20), cls, True, launched)
+        test_output_gradients_and_buffers(device, (16, 80, 3, 1, 2, 2, 18, 20), cls, True, launched, None)
     pool = next(k for k in launched if k.name == "conv_bn_pool")
     assert dict(pool.defines)["UNIT_PASSES"] > 1
 
@@ -98,7 +105,7 @@ def test_units_of_several_passes(device, cls, many_passes, launched):
 @pytest.mark.parametrize("case", ["odd", "odd_width", "partial_chunk", "many_units", "64_channels", "two_rows"])
 def test_wgmma(device, case, cls, wgmma, launched):
     sizes = {**CASES, "64_channels": (64, 32, 3, 1, 4, 1, 4, 7), "two_rows": (16, 32, 3, 1, 2, 8, 33, 5)}
-    test_output_gradients_and_buffers(device, sizes[case], cls, True, launched)
+    test_output_gradients_and_buffers(device, sizes[case], cls, True, launched, None)
     convolutions = [dict(k.defines) for k in launched if k.name in ("conv_bn_pool", "conv_transpose_mma")]
     assert [(m["WGMMA"], m["CELLS"]) for m in convolutions] == [(1, 0), (1, 1)]
     assert {m["UNIT_ROWS"] for m in convolutions} == {2 if case == "two_rows" else 1}
@@ -108,7 +115,7 @@ def test_wgmma(device, case, cls, wgmma, launched):
 @pytest.mark.parametrize("wgmma", [True], indirect=True)
 def test_wgmma_passes_of_two_sizes(device, wgmma, many_passes, launched):
     """98 windows an image from one unit to the next: one pass of some tiles and a last one of more."""
-    test_output_gradients_and_buffers(device, (16, 80, 3, 1, 2, 2, 18, 20), "fp32", True, launched)
+    test_output_gradients_and_buffers(device, (16, 80, 3, 1, 2, 2, 18, 20), "fp32", True, launched, None)
     pool = dict(next(k for k in launched if k.name == "conv_bn_pool").defines)
     assert pool["LAST_TILES"] > pool["TILES"]
 

@@ -29,14 +29,29 @@ SHAPES = {
     "not_resident": (80, 1, 1, 26, 26),
 }
 SPLITS = (1, 2)
+# The reference of each activation, and the number that its kernels get: one that float32 and float64 both have.
+ACTIVATIONS = {
+    "tanh": (torch.tanh, 0),
+    "leaky_relu": (lambda v: F.leaky_relu(v, 0.25), 0.25),
+}
 
 
 class Tail:
     """Random arrays as the forward leaves them for the backward, and float64's results."""
 
     def __init__(
-        self, shape, split, device, training=True, dtype=torch.float32, change=None, kernel=(2, 2), padding=(0, 0)
+        self,
+        shape,
+        split,
+        device,
+        training=True,
+        dtype=torch.float32,
+        change=None,
+        kernel=(2, 2),
+        padding=(0, 0),
+        activation="tanh",
     ):
+        self.activation, (self.activate, self.parameter) = activation, ACTIVATIONS[activation]
         self.channels, self.groups, self.images, height, width = shape
         self.kernel, self.padding = kernel, padding
         size = tuple(n - k + 1 + 2 * p for n, k, p in zip((height, width), kernel, padding))
@@ -68,7 +83,7 @@ class Tail:
         windows = F.pad(self.y, (0, self.y.shape[3] % 2, 0, self.y.shape[2] % 2)).unfold(2, 2, 2).unfold(3, 2, 2)
         windows = windows.reshape(self.images, self.channels, -1, 4)
         if self.split == 1:
-            macros = dict(ops._backward_macros(self.plan, self.groups))
+            macros = dict(ops._backward_macros(self.plan, self.groups, self.activation))
             window, per_row = torch.arange(windows.shape[2]), (self.y.shape[3] + 1) // 2
             unit = (window // per_row * macros["WINDOW_PITCH"] + window % per_row) // macros["UNIT_WINDOWS"]
             exponent = exponents.view(1, -1, 1) + units.view(self.images, 1, -1)[:, :, unit] - macros["SAVED_SHIFT"]
@@ -99,7 +114,7 @@ class Tail:
             "invstd": self.invstd.float(),
             **{k: getattr(self, k).to(self.dtype) for k in ("weight", "bias", "group_weight", "group_bias")},
         }
-        p = self.normalised(self.pooled).tanh().reshape(self.images, self.groups, -1)
+        p = self.activate(self.normalised(self.pooled)).reshape(self.images, self.groups, -1)
         self.arrays["group_mean"] = p.mean(2).flatten().float()
         self.arrays["group_invstd"] = (p.var(2, correction=0) + 1e-5).rsqrt().flatten().float()
         self.arrays = {name: t.contiguous().to(self.device) for name, t in self.arrays.items()}
@@ -135,7 +150,7 @@ class Tail:
         """g, sums, dy and the parameters' gradients, in float64."""
         z = self.normalised(self.pooled).requires_grad_()
         group_weight, group_bias = (t.clone().requires_grad_() for t in (self.group_weight, self.group_bias))
-        out = F.group_norm(z.tanh(), self.groups, group_weight, group_bias)
+        out = F.group_norm(self.activate(z), self.groups, group_weight, group_bias)
         g, dgroup_weight, dgroup_bias = torch.autograd.grad(out, (z, group_weight, group_bias), self.dout)
         xhat = (self.pooled - self.mean.view(1, -1, 1, 1)) * self.invstd.view(1, -1, 1, 1)
         sums = torch.stack((g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))))
@@ -154,14 +169,16 @@ class Tail:
 
     def compute(self, wanted=("weight", "bias", "group_weight", "group_bias", "conv_bias"), cells=True):
         """The same by the kernels; dy from cells, or as the general kernels get it."""
-        a, options = self.arrays, {"plan": self.plan, "groups": self.groups}
+        a = self.arrays
+        options = {"plan": self.plan, "groups": self.groups, "activation": self.activation}
         sizes = {
             **ops.gradient_buffers(self.plan, self.images),
             **ops.output_gradient_buffers(self.plan, self.images, cells=False, borders=self.training),
         }
         made = {k: torch.empty(s, dtype=getattr(torch, d.__name__), device=self.device) for k, (s, d) in sizes.items()}
         names = ("dout", "pooled", "mean", "invstd", "weight", "bias", "group_weight", "group_mean", "group_invstd")
-        run(ops.pooled_gradients, *(a[k] for k in names), made["g"], made["partials"], plan=self.plan)
+        given = (*(a[k] for k in names), made["g"], made["partials"])
+        run(ops.pooled_gradients, *given, **options, parameter=self.parameter)
         names = ("weight", "bias", "group_weight", "group_bias", "conv_bias")
         gradients = {k: torch.empty(self.channels, dtype=self.dtype, device=self.device) for k in wanted}
         given = (made["partials"], a["mean"], a["invstd"], a["weight"], made["sums"], made["dy_exponents"])
@@ -203,8 +220,9 @@ def check(found, tail, *names, cells=True):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_every_step_against_float64(device, shape, split, training):
-    tail = Tail(shape, split, device, training)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_step_against_float64(device, shape, split, training, activation):
+    tail = Tail(shape, split, device, training, activation=activation)
     names = [name for name in tail.truth() if name != "conv_bias" or not training]
     for cells in (True, False):
         found = tail.compute(cells=cells)
@@ -247,9 +265,10 @@ def test_borders(device, split, shape, shares, conv):
     assert (alone == 0).all() == (conv == BORDERS["no_edges"])
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_16_bit_types(device, dtype):
-    tail = Tail(SHAPES["odd_few_channels_a_chunk"], 1, device, dtype=dtype)
+def test_16_bit_types(device, dtype, activation):
+    tail = Tail(SHAPES["odd_few_channels_a_chunk"], 1, device, dtype=dtype, activation=activation)
     found, parameters = tail.compute(), ("weight", "bias", "group_weight", "group_bias")
     assert {found[name].dtype for name in parameters} == {dtype}
     check(found, tail, "g", "sums", "dy", *parameters)

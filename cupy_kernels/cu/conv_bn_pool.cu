@@ -1,7 +1,8 @@
-// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, tanh and 2x2 max pooling need of it.
+// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, an activation and 2x2 max pooling need of it.
 //
-// Batch norm and tanh are monotone in each channel, so max pooling can come first: of each 2x2 window it takes the largest sum where
-// gamma, batch norm's weight, is positive, the smallest where it is negative, and the first where it is zero.
+// Batch norm is monotone in each channel, and the activation never decreases (activation.cuh), so max pooling can come first:
+// of each 2x2 window it takes the largest sum where gamma, batch norm's weight, is positive, the smallest where it is
+// negative, and the first where it is zero.
 //
 // All values are without the convolution's bias, which batch norm's mean takes out again:
 //     pooled [N, M, PLANE_STRIDE]                    the chosen sums of all windows, in the order of pooled_planes.cuh; windows that an odd edge cuts, and

@@ -1,6 +1,6 @@
-// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, tanh and group norm over the pooled sums.
+// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, activation and group norm over the pooled sums.
 //
-//     z = (pooled - mean) invstd weight + bias,  p = tanh(z),  out = (p - group_mean) group_invstd group_weight + group_bias
+//     z = (pooled - mean) invstd weight + bias,  p = activation(z),  out = (p - group_mean) group_invstd group_weight + group_bias
 //
 // `pooled`, `mean` and all sums are without the convolution's bias. conv_bn_statistics: one block a channel. pooled_forward: one block
 // a group of one image, threads and macros as in pooled_tail.cuh. Saved for the backward: mean, invstd, group_mean, group_invstd.
@@ -42,9 +42,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     const param_t* __restrict__ conv_bias, const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
     const param_t* __restrict__ group_bias, scalar_t* __restrict__ out, float* __restrict__ group_mean, float* __restrict__ group_invstd,
-    float eps, float group_eps) {
+    float eps, float group_eps, float parameter) {
     __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
     __shared__ float running[2][STATISTICS ? 1 : MEMBERS];
+    Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     i64 start = (i64)blockIdx.x * SIZE;
     const float* source = pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE;
@@ -65,18 +66,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         }
         __syncthreads();
     }
-    auto tanh_of_job = [&](const Job& job, float (&v)[ITEMS]) {
+    auto activate = [&](const Job& job, float (&v)[ITEMS]) {
         Norm norm(channel_mean[job.member], channel_invstd[job.member], weight, bias, channel + job.member);
         if (!RESIDENT) job.load_pooled(source, v);
         #pragma unroll
-        for (int i = 0; i < ITEMS; i++) v[i] = norm.tanh(v[i]);
+        for (int i = 0; i < ITEMS; i++) v[i] = activation.of(norm(v[i]));
     };
     #pragma unroll UNROLLED
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
         float(&v)[ITEMS] = values[RESIDENT ? round : 0];
-        tanh_of_job(job, v);
+        activate(job, v);
         float m = 0, s = 0;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) m += job.inside(i) ? v[i] : 0;
@@ -98,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         Job job(round);
         if (!job.exists()) continue;
         float(&v)[ITEMS] = values[RESIDENT ? round : 0];
-        if (!RESIDENT) tanh_of_job(job, v);
+        if (!RESIDENT) activate(job, v);
         float w = bn_weight(group_weight, channel + job.member), b = bn_bias(group_bias, channel + job.member);
         scalar_t* to = out + start + job.first;
         #pragma unroll

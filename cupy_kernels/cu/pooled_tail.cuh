@@ -4,12 +4,12 @@
 // part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers (RESIDENT), all are loaded before
 // the first is used and stay there; else a warp loads a job's values again for each phase.
 //
-// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS,
-// WARPS, THREADS (of the kernels whose blocks are not groups), and those of pooled_planes.cuh.
+// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), ACTIVATION (activation.cuh), OUT_CHANNELS, OUT_H,
+// OUT_W, GROUPS, PARTS, WARPS, THREADS (of the kernels whose blocks are not groups), and those of pooled_planes.cuh.
 #pragma once
+#include "activation.cuh"
 #include "batch_norm.cuh"
 #include "pooled_planes.cuh"
-#include "tanh_branchless.cuh"
 
 #define POOLED_W (OUT_W / 2)
 #define PLANE (OUT_H / 2 * POOLED_W)
@@ -76,5 +76,5 @@ struct Norm {
     float weight, bias;
     __device__ Norm(float mean, float invstd, const param_t* weights, const param_t* biases, int c)
         : normalise(mean, invstd), weight(bn_weight(weights, c)), bias(bn_bias(biases, c)) {}
-    __device__ float tanh(float v) const { return tanh_branchless(bn_affine(normalise(v), weight, bias)); }
+    __device__ float operator()(float v) const { return bn_affine(normalise(v), weight, bias); }
 };

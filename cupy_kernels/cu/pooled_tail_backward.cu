@@ -1,6 +1,6 @@
 // Gradients of what follows conv_bn_pool (pooled_tail.cu): from dout to that of the convolution's output, and of all parameters on the way.
 //
-//     phat = (p - group_mean) group_invstd,  p = tanh(z),  xhat = (pooled - mean) invstd
+//     phat = (p - group_mean) group_invstd,  p = activation(z),  xhat = (pooled - mean) invstd
 //     g = dz at the pooled values, dy = weight invstd (g at the chosen corner - mean(g) - xhat mean(g xhat)) at all pixels
 //
 // with the means over all pixels of a channel, or left out where the statistics were running ones. Four steps:
@@ -19,7 +19,6 @@
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_cells.cuh"
-#include "tanh.cuh"
 
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
@@ -27,12 +26,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     const scalar_t* __restrict__ dout, const float* __restrict__ pooled, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
     const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g, float* __restrict__ partials,
-    i64 images) {
+    i64 images, float parameter) {
     __shared__ float totals[SUMS][JOBS], weights[JOBS];  // of each job; its channel's group_weight
+    Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     i64 start = (i64)blockIdx.x * SIZE;
     float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
-    float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], tanhs[UNROLLED][ITEMS];
+    float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], activated[UNROLLED][ITEMS];
     auto load = [&](const Job& job, float (&v)[ITEMS], float (&d)[ITEMS]) {
         job.load_pooled(pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE, v);
         job.load(dout + start, d);
@@ -47,14 +47,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
+        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
+        float(&p)[ITEMS] = activated[RESIDENT ? round : 0];
         if (!RESIDENT) load(job, v, d);
         int c = channel + job.member;
         Norm norm(mean[c], invstd[c], weight, bias, c);
         float sum = 0, dot = 0, w = bn_weight(group_weight, c);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            p[i] = norm.tanh(v[i]);
+            p[i] = activation.of(norm(v[i]));
             sum += d[i];
             dot += d[i] * ((p[i] - m) * s);
         }
@@ -72,19 +73,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0], (&p)[ITEMS] = tanhs[RESIDENT ? round : 0];
+        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
+        float(&p)[ITEMS] = activated[RESIDENT ? round : 0];
         int c = channel + job.member;
         Norm norm(mean[c], invstd[c], weight, bias, c);
         if (!RESIDENT) {
             load(job, v, d);
             #pragma unroll
-            for (int i = 0; i < ITEMS; i++) p[i] = norm.tanh(v[i]);
+            for (int i = 0; i < ITEMS; i++) p[i] = activation.of(norm(v[i]));
         }
         float sum = 0, dot = 0, largest = 0, w = weights[job.number], *to = g + start + job.first;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             if (!job.inside(i)) continue;
-            d[i] = s * (w * d[i] - (mean_d + (p[i] - m) * s * mean_dot)) * tanh_slope(p[i]);
+            d[i] = s * (w * d[i] - (mean_d + (p[i] - m) * s * mean_dot)) * activation.slope(p[i]);
             to[i * 32] = d[i];
             sum += d[i];
             dot += d[i] * norm.normalise(v[i]);

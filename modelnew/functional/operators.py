@@ -14,4 +14,5 @@ from .leaky_relu import LeakyReLU, leaky_relu
 from .max_pool import MaxPool2d, max_pool2d
 from .tanh import Tanh, tanh
 
+conv_bn_activation_max_pool_group_norm = _untraced.untraced(_conv_bn_pool.conv_bn_activation_max_pool_group_norm)
 conv_bn_tanh_max_pool_group_norm = _untraced.untraced(_conv_bn_pool.conv_bn_tanh_max_pool_group_norm)

@@ -1,0 +1,127 @@
+"""Chains of layers that run as one operator: the table of them, and which calls its kernels take."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import functional, layers
+from .functional.conv_bn_pool import fused_plan
+from .interop import pair
+
+
+class Chain(NamedTuple):
+    """Layers that are `functional.conv_bn_activation_max_pool_group_norm` with this activation.
+
+    options: attributes of the activation's layer that are the function's arguments of the same names.
+    """
+
+    kinds: tuple[type[nn.Module], ...]
+    activation: str
+    options: tuple[str, ...] = ()
+
+
+_BEFORE, _AFTER = (layers.ConvTranspose2d, layers.BatchNorm2d), (layers.MaxPool2d, layers.GroupNorm)
+CHAINS = (
+    Chain((*_BEFORE, layers.Tanh, *_AFTER), "tanh"),
+    Chain((*_BEFORE, layers.LeakyReLU, *_AFTER), "leaky_relu", ("negative_slope",)),
+)
+LENGTH = 5  # of a chain
+
+_OF_KINDS = {chain.kinds: chain for chain in CHAINS}
+_FORWARDS, _CALL = {kind: kind.forward for kinds in _OF_KINDS for kind in kinds}, nn.Module.__call__  # nobody's own yet
+_WINDOW = (2, 2, 0, 1)  # kernel_size, stride, padding, dilation
+
+
+class Sequential(nn.Sequential):
+    """torch.nn.Sequential in which layers that are one of `CHAINS` run as one operator, where that takes the call.
+
+    Arguments, indexing and state dict are torch's. Chains are of layers of `modelnew.layers`; any modules may stand
+    before and behind them. Layers are called one by one, unfused, in the same cases as those of ModelNew.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        children, at = list(self._modules.values()), 0
+        while at < len(children):
+            fused = run_fused(children[at : at + LENGTH], input)
+            input, at = (children[at](input), at + 1) if fused is None else (fused, at + LENGTH)
+        return input
+
+
+def run_fused(children: list[nn.Module], x: torch.Tensor) -> torch.Tensor | None:
+    """What the modules, one after the other, make of x, by the fused operator; None if that does not take it."""
+    chain = _OF_KINDS.get(tuple(map(type, children)))
+    if chain is None or _obstacle(chain, range(LENGTH), children, x):
+        return None
+    conv, norm, activation, _, group = children
+    return functional.conv_bn_activation_max_pool_group_norm(
+        x,
+        *norm.arguments(x),
+        conv_weight=layers.tensor_of(conv, "weight"),
+        conv_bias=layers.tensor_of(conv, "bias"),
+        padding=conv.padding,
+        activation=chain.activation,
+        num_groups=group.num_groups,
+        group_weight=layers.tensor_of(group, "weight"),
+        group_bias=layers.tensor_of(group, "bias"),
+        group_eps=group.eps,
+        num_batches_tracked=norm.counter(),
+        numerics=conv.numerics,
+        required=False,
+        **{name: getattr(activation, name) for name in chain.options},
+    )
+
+
+def plan_of(children: dict[str, nn.Module], x: torch.Tensor):
+    """(plan, None) if `run_fused` takes the modules and x, else (None, the reason)."""
+    names, children = zip(*children.items())
+    chain = max(CHAINS, key=lambda chain: sum(map(isinstance, children, chain.kinds)))  # what they are, or come next to
+    reason = _obstacle(chain, names, children, x)
+    if reason:
+        return None, reason
+    conv, norm, activation, _, group = children
+    others = (conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, group.weight, group.bias)
+    options = {name: getattr(activation, name) for name in chain.options}
+    return fused_plan(x, conv.weight, conv.padding, group.num_groups, conv.numerics, norm.counter(), others, **options)
+
+
+def _obstacle(chain, names, children, x) -> str | None:
+    """What in the modules, or in x's shape, keeps them from being the chain's operator."""
+    if _has_any_global_hook():
+        return "there are hooks for all modules"
+    for name, child, kind in zip(names, children, chain.kinds):
+        if not unchanged(child, kind):
+            return f"{name} is not replaced, has a hook, or was swapped, compiled or given another forward"
+    conv, _, _, pool, _ = children
+    stride = pool.kernel_size if pool.stride is None else pool.stride
+    window = (pool.kernel_size, stride, pool.padding, pool.dilation)
+    if pool.return_indices or (window != _WINDOW and not all(map(_is, window, _WINDOW))):
+        return "the pooling is not over 2x2 windows"
+    if pool.ceil_mode:
+        return "the pooling has ceil_mode"
+    if (conv.stride, conv.output_padding, conv.dilation, conv.groups) != ((1, 1), (0, 0), (1, 1), 1):
+        return "the convolution has a stride, output padding, dilation or groups"
+    if x.dim() != 4 or x.shape[1] != conv.in_channels:
+        return f"the input, of shape {tuple(x.shape)}, is not [N, {conv.in_channels}, H, W]"
+    return None
+
+
+def _is(size, value) -> bool:
+    return size == value or pair(size, "the pooling's window") == (value, value)
+
+
+def unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what its class `kind` says and nothing else: a fused kernel may stand for it."""
+    if type(module) is not kind or kind.forward is not _FORWARDS[kind] or kind.__call__ is not _CALL:
+        return False
+    own = module.__dict__  # its attributes take half as long from there
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or "_call_impl" in own
+        or own.get("_compiled_call_impl")
+    )
