@@ -152,7 +152,7 @@ def _make(operation, values, options, new=None) -> _Known:
     results = [(slot.shape, TORCH[slot.dtype]) for slot in new.results]
     places = {id(slot): place for place, slot in enumerate(new.results)}
     returned = plan.result
-    if isinstance(returned, tuple):
+    if isinstance(returned, tuple):  # KeyError for what `new` has not made: a call returns no argument of its own
         returned = tuple(None if slot is None else places[id(slot)] for slot in returned)
     elif returned is not None:
         returned = places[id(returned)]

@@ -17,7 +17,7 @@ from cupy_kernels.conv_transpose_mma import UnsupportedError
 from cupy_kernels.launch import launch, observed
 from cupy_kernels.source import signature
 
-from . import functional
+from . import functional, layers
 from .interop import launching_on
 from .model import Model, ModelNew, fused_model, get_init_inputs
 from .numerics import without_tensor_cores
@@ -157,7 +157,7 @@ class Case:
     def _new(self):
         model = ModelNew(*self.init, device=self.device)
         if self.leaky:
-            model.tanh = nn.LeakyReLU()
+            model.tanh = layers.LeakyReLU()
         return model
 
     def _generator(self):

@@ -14,6 +14,8 @@ from modelnew import bench, environment, functional, plots, records, timing, wor
 from modelnew.timing import Clock, Contender, Times, measure_together
 from modelnew.workloads import Case, Shape
 
+operator_file = sys.modules["modelnew.functional.conv_transpose"]  # where the layer finds its function
+
 INIT = [4, 8, 3, 1, 1, 1, 2]
 FUSED = [16, 16, 3, 1, 1, 1, 4]
 MISSION = Shape(64, 128, 5, 1, 1, 32)
@@ -173,7 +175,8 @@ def test_checks_find_small_errors(device, small, monkeypatch, what):
         y = right(*args, **options)
         return y + 1e-4 * y.roll(1, -1)
 
-    monkeypatch.setattr(functional, "conv_transpose2d", slightly_wrong)
+    for where in (functional, operator_file):
+        monkeypatch.setattr(where, "conv_transpose2d", slightly_wrong)
     case = Case(3, 6, torch.device(device))
     with workloads.numerics("fp32", case.device):
         assert "parity fails" in workloads.check(case, what, "fp32")
@@ -289,7 +292,8 @@ def test_our_exceptions_are_failures(small, monkeypatch, tmp_path):
     def broken(*args, **options):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(functional, "conv_transpose2d", broken)
+    for where in (functional, operator_file):
+        monkeypatch.setattr(where, "conv_transpose2d", broken)
     rows = measured(tmp_path, "--what", "conv_forward,forward_eval", code=1)
     ours = [r for r in rows.values() if r["who"] == "modelnew"]
     assert [(r["reason"], r["failed"]) for r in ours] == [("RuntimeError: planted", True)] * 2

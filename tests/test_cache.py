@@ -261,7 +261,7 @@ def test_the_text_is_blamed_for_its_own_errors(statement):
         run_copy(text)
 
 
-@pytest.mark.parametrize("seed", ["abc", "", "-1", "1.5", str(2**64)])
+@pytest.mark.parametrize("seed", ["abc", "-1", "1.5", str(2**64)])
 def test_a_seed_that_is_none(monkeypatch, seed):
     monkeypatch.setenv("CUPY_KERNELS_SEED", seed)
     refused(f"CUPY_KERNELS_SEED='{seed}' is not an integer from 0")

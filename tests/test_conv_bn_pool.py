@@ -9,7 +9,7 @@ import tolerance
 import torch
 
 from cupy_kernels.conv_transpose_mma import UnsupportedError
-from modelnew import Model, ModelNew, explain, numerics, parity
+from modelnew import Model, ModelNew, explain, layers, numerics, parity
 from modelnew.functional import conv_bn_pool as fused
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm, conv_transpose2d
 from modelnew.model import OPERATORS, fused_model
@@ -39,7 +39,7 @@ def models(case, cls, device, dtype=torch.float32, activation=None):
         model.batch_norm.weight[0] = 0  # pooling then takes the first corner
         if activation:
             model.batch_norm.weight[1::3].neg_()  # and here the smallest
-            model.tanh = ours.tanh = activation
+            model.tanh, ours.tanh = activation, layers.LeakyReLU(activation.negative_slope)
     model.to(dtype)
     ours.to(dtype).load_state_dict(model.state_dict())
     x = torch.randn(batch, channels, height, width, device=device).to(dtype)

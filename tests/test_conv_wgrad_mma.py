@@ -48,7 +48,14 @@ def gradient(x, w, dy, padding, cls):
 
 
 def cells_of(tensor, split, exponents=None, centred=False):
-    return call(to_cells, tensor, split, exponents, centred)
+    """(cells, exponents, sums)"""
+    if exponents is None:
+        return call(to_cells, tensor, split, None, centred)
+    return *call(_cells_alone, tensor, split, exponents), exponents, None
+
+
+def _cells_alone(new, tensor, split, exponents):
+    return to_cells(new, tensor, split, exponents)[:1]
 
 
 def wgrad_of_cells(plan, x_cells, w, cells, exponents, alone=None):

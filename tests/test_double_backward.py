@@ -130,7 +130,7 @@ def test_as_exact_as_torch(device, name, dtype):
         leaf = leaf.clone().requires_grad_()
         weights = torch.linspace(-1, 2, 81, device=device).view(9, 9).to(leaf.dtype)
         (g,) = grad((function(leaf) ** 3).sum(), leaf, create_graph=True)
-        results.append(grad((g * g * weights).sum(), leaf)[0])
+        results.append(grad((g * g * weights).sum() / 64, leaf)[0])  # PyTorch's sums stay finite in float16
     check(results[0], results[2], results[1], name, terms=81 * 12)
 
 
