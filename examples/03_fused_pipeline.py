@@ -23,6 +23,7 @@
 import json
 import math
 from copy import deepcopy
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -488,7 +489,7 @@ plt.show()
 # at its limits, over what was taken.
 
 # %%
-committed = sorted(environment.RESULTS.glob("bench_*.json"))
+committed = sorted(Path("../benchmarks/results").glob("bench_*.json"))
 if committed:
     record = json.loads(committed[0].read_text())
     print(f"{committed[0].name}: {record['versions']['gpu']}, kernels {record['digest'][:12]}")

@@ -171,7 +171,7 @@ def test_bn_tanh_max_pool(device, training, dtype, window):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("shape", [(6, 3, 34, 34), (2, 1, 2, 1), (1, 2, 1, 6), (9, 2, 4, 6), (1, 2, 130, 130)], ids=str)
 def test_shapes(device, training, shape):
-    x = torch.randn(shape, device=device, requires_grad=True)
+    x = torch.randn(shape).to(device).requires_grad_()
     weight, bias, mean, var = parameters(shape[1], device)
     window = {"kernel_size": 2, "ceil_mode": True}
     check_gradients(

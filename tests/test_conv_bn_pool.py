@@ -29,20 +29,20 @@ OTHERS = [c for n in range(5) for c in itertools.combinations(OPERATORS[1:], n)]
 
 
 def models(case, cls, device, dtype=torch.float32, activation=None):
-    """Model, ModelNew with its state, and a batch. activation: in place of tanh."""
+    """Model, ModelNew with its state, and a batch, the same on every device. activation: in place of tanh."""
     channels, out, kernel, padding, groups, batch, height, width = case
     arguments = (channels, out, kernel, 1, padding, 1, groups)
     model, ours = Model(*arguments, device=device), ModelNew(*arguments, numerics=cls, device=device)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p) / 2)
+            p.add_(torch.randn(p.shape).to(p) / 2)
         model.batch_norm.weight[0] = 0  # pooling then takes the first corner
         if activation:
             model.batch_norm.weight[1::3].neg_()  # and here the smallest
             model.tanh, ours.tanh = activation, layers.LeakyReLU(activation.negative_slope)
     model.to(dtype)
     ours.to(dtype).load_state_dict(model.state_dict())
-    x = torch.randn(batch, channels, height, width, device=device).to(dtype)
+    x = torch.randn(batch, channels, height, width).to(device, dtype)
     return model, ours, x
 
 

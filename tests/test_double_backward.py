@@ -332,7 +332,7 @@ def test_inline_operators_name_what_does_not_fit():
         operator(CUBE, "cube", 3)
 
 
-@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e14, 3e19])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e14, 3e19])
 @pytest.mark.parametrize("name", ["batch_norm", "group_norm"])
 def test_values_far_from_one(device, name, scale):
     """Powers of 1 / std, of which second derivatives are made, leave float32's range."""

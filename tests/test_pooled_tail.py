@@ -450,7 +450,7 @@ def test_extreme_inputs_to_the_whole_model(device, cls, name):
 
 @pytest.mark.parametrize("wgmma", [False, True], indirect=True)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("exponent", [62, 66, 120])
+@pytest.mark.parametrize("exponent", [62, 66, 108])  # beyond, gradients are denormals, which a GPU takes for 0
 @pytest.mark.parametrize("cls", ["fp32", "tf32"])
 def test_large_inputs_are_as_right_as_small_ones(device, cls, exponent, training, wgmma):
     """Squares of the convolution's results overflow float32, where PyTorch's own results are zeros and NaN.

@@ -10,6 +10,7 @@ from tolerance import check, check_gradients
 
 from modelnew import Model, ModelNew, checks, parity
 from modelnew.functional import batch_norm, conv_transpose2d, group_norm, tanh
+from modelnew.functional.conv_transpose import _conv
 
 SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 SUMS_OF_A_CHANNEL = 10**6  # additions granted to the gradients of a norm's parameters, and to nothing else
@@ -40,10 +41,10 @@ def norm_pair(device):
 
 
 def test_an_eps_half_too_large_is_refused(device):
-    right, wrong = "1 / sqrt(m2 / count + eps)", "1 / sqrt(m2 / count + (acc_t)1.5 * eps)"
+    right, wrong = "variance + eps * unit", "variance + (acc_t)1.5 * eps * unit"
     case = case_of("batch_norm, training")
     test_batch_norm.check_pair(*norm_pair(device), training=True)
-    with planted("batch_norm.cu", (right, wrong)):
+    with planted("batch_norm.cuh", (right, wrong)):
         with refused("output"):
             test_batch_norm.check_pair(*norm_pair(device), training=True)
         assert {"output", "gradient of x"} <= broken(checks.compare(case, torch.float32, torch.device(device), None))
@@ -141,10 +142,10 @@ def test_tf32_is_refused_in_the_float32_class(device):
 
         with refused(what):
             check_gradients(convolution, F.conv_transpose2d, [x, w], terms=(144, 144, 84))
-    case = case_of("conv_transpose2d, fp32")._replace(ours=checks._conv("tf32"))
+    case = case_of("conv_transpose2d, fp32")._replace(ours=_conv("tf32"))
     found = broken(checks.compare(case, torch.float32, torch.device(device), None))
     assert found == {"output", "gradient of x", "gradient of w"}
-    case = case_of("fused model, fp32, eval")._replace(ours=checks._fused("tf32", False))
+    case = case_of("fused model, fp32, eval")._replace(ours=checks._fused("tf32", False, "tanh"))
     assert {"output", "gradient of w"} <= broken(checks.compare(case, torch.float32, torch.device(device), None))
     model, ours = (
         Model(16, 16, 3, 1, 1, 1, 4, device=device),
@@ -165,8 +166,8 @@ def test_float32_arithmetic_is_refused_in_float64(device):
         test_conv_transpose.check_case(case, inputs)
     x = torch.randn(3, 12, 4, 4, device=device, dtype=torch.float64)
     parameters = test_batch_norm.parameters(12, device, torch.float64)
-    right, wrong = "1 / sqrt(m2 / count + eps)", "1 / sqrt(m2 / count + (acc_t)1e-5f)"  # 3e-8 of eps, in float32
-    with planted("batch_norm.cu", (right, wrong)), refused("output"):
+    right, wrong = "variance + eps * unit", "variance + (acc_t)1e-5f * unit"  # 3e-8 of eps, in float32
+    with planted("batch_norm.cuh", (right, wrong)), refused("output"):
         test_batch_norm.check_pair((batch_norm, F.batch_norm), x, (), *parameters, training=True)
 
 
