@@ -65,7 +65,7 @@ GRAPHS = ("modelnew-graph", "compile-max-autotune", "compile-reduce-overhead")
 
 # Of a workload of KERNELS: what it launches, and what the last of these writes.
 _LAUNCHES = {
-    "conv_bn_pool_kernel": (("conv_bn_pool",), ("pooled", "partials", "squares")),
+    "conv_bn_pool_kernel": (("conv_bn_pool",), ("pooled", "partials")),
     "dgrad_kernel": (("conv_transpose_mma",), ("y",)),
     "wgrad_kernel": (("conv_wgrad_mma", "conv_wgrad_reduce"), ("dw",)),
 }
