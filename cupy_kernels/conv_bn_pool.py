@@ -60,8 +60,7 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
         "group_invstd": ((images * groups,), np.float32),
     }
     if training:
-        sizes["partials"] = ((2, channels, units), np.float32)
-        sizes["squares"] = ((channels, units), np.float64)
+        sizes["partials"] = ((3, channels, units), np.float32)
     if keep:
         sizes["taps"] = (pooled, np.uint8)
         sizes["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
@@ -107,7 +106,12 @@ def conv_bn_pool_forward(
         x,
         x.shape[0],
         (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
+<<<<<<< HEAD
         + (written.get("squares"), written.get("taps"), written.get("saved"), written.get("unit_exponents")),
+=======
+        + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
+        shared_bytes=plan.threads * 16 if training else 0,
+>>>>>>> range
     )
     images, channels = out.shape[:2]
     if training:
@@ -115,7 +119,7 @@ def conv_bn_pool_forward(
             *statistics,
             (channels, 1, 1),
             (THREADS, 1, 1),
-            (written["partials"], written["squares"], conv_bias, *running, num_batches_tracked, *moments)
+            (written["partials"], conv_bias, *running, num_batches_tracked, *moments)
             + (momentum, eps, channels, images * plan.units),
         )
     launch(

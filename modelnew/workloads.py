@@ -69,7 +69,7 @@ GRAPHS = ("modelnew-graph", "compile-max-autotune", "compile-reduce-overhead")
 
 # For each workload of KERNELS: the kernels that it launches, and the arrays that the last of them writes.
 _LAUNCHES = {
-    "conv_bn_pool_kernel": (("conv_bn_pool",), ("pooled", "partials", "squares")),
+    "conv_bn_pool_kernel": (("conv_bn_pool",), ("pooled", "partials")),
     "dgrad_kernel": (("conv_transpose_mma",), ("y",)),
     "wgrad_kernel": (("conv_wgrad_mma", "conv_wgrad_reduce"), ("dw",)),
 }

@@ -459,7 +459,7 @@ def test_what_is_kept_for_the_backward(device):
     places = dict(fused_model(ours, x)[0].planes)["PLANE_STRIDE"]  # which a plane of windows takes
     assert (
         sum(sizes) - 4 * sum(t.numel() for t in given) - packed
-        < places * y[:, :, 0, 0].numel() * (4 * 2 + 4 + 1) * 1.025
+        < places * y[:, :, 0, 0].numel() * (4 * 2 + 4 + 1) * 1.02
     )
     y.sum().backward()
 

@@ -7,8 +7,8 @@
 // All values are without the convolution's bias, which batch norm's mean takes out again:
 //     pooled [N, M, PLANE_STRIDE]                    the chosen sums of all windows, in the order of pooled_planes.cuh; windows that an odd edge cuts, and
 //                                             places that belong to no window, get values of no use
-//     STATISTICS: partials [2][M][N * UNITS]  count and mean of each unit's sums
-//                 squares [M][N * UNITS]      sums of squared distances from that; double, beyond float where sums are beyond 1.8e19
+//     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last one, where float cannot
+//                                             hold it, negative and times 2^-160
 //     SAVE, for the backward:
 //         taps, like pooled                   the chosen corner
 //         saved [N, M, PLANE_STRIDE, 4]              all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
@@ -91,7 +91,6 @@ __device__ __forceinline__ void moments_of(
 
 struct Pool {
     float *pooled, *partials;
-    double* squares;
     u8* taps;
     saved_t* saved;
     int* unit_exponents;
@@ -218,16 +217,19 @@ struct Pool {
             all = merge(all, moments[part * TILE_M + threadIdx.x]);
             count = merge.count;
         }
-        i64 at = (i64)m * gridDim.x + blockIdx.x;
+        float* to = partials + (i64)m * gridDim.x + blockIdx.x;
+        i64 kind = (i64)OUT_CHANNELS * gridDim.x;
         ScaleBack scale(of_channel);
-        partials[at] = count, partials[(i64)OUT_CHANNELS * gridDim.x + at] = scale(all.x), squares[at] = scale.twice(all.y);
+        float squares = scale(scale(all.y));
+        if (!is_finite(squares)) squares = -scale(scale(all.y * 0x1p-80f) * 0x1p-80f);
+        to[0] = count, to[kind] = scale(all.x), to[2 * kind] = squares;
     }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, double* __restrict__ squares,
-    INOUT u8* __restrict__ taps, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
+    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, INOUT u8* __restrict__ taps,
+    INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[PARTS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
@@ -238,6 +240,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
         channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;
     }
     DYNAMIC_SHARED(u8, shared);
-    Pool epilogue = {pooled, partials, squares, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
+    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
     convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
 }

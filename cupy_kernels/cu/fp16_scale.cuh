@@ -31,12 +31,7 @@ struct ScaleBack {
     float first, second;
     __device__ explicit ScaleBack(int e) : first(power_of_two(-e / 2)), second(power_of_two(-e - -e / 2)) {}
     __device__ float operator()(float v) const { return multiply_unflushed(multiply_unflushed(v, first), second); }
-    // v -> v * 2^-2e, in double: room for the square of any float.
-    __device__ double twice(float v) const {
-        double factor = (double)first * second;
-        return v * factor * factor;
-    }
-    // The same as for one v, plus `shift`.
+    // The same, plus `shift`.
     __device__ float operator()(float v, float shift) const {
         v = multiply_unflushed(v, first);
 #ifdef CUPY_KERNELS_EMULATOR

@@ -8,18 +8,22 @@
 // Macro: STATISTICS (1: the batch's, of conv_bn_statistics; 0: the running ones, from which pooled_forward makes mean and invstd).
 #include "pooled_tail.cuh"
 
-// partials [2][channels][units]: count and mean of each unit; squares [channels][units]: of distances from that. The running statistics are updated where not
+// partials [3][channels][units]: count, mean and sum of squared distances of each unit, as conv_bn_pool writes them. The running statistics are updated where not
 // null, and so is `batches`, which counts calls.
+<<<<<<< HEAD
 extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
     const float* __restrict__ partials, const double* __restrict__ squares, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean,
     INOUT param_t* running_var, INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
+=======
+extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
+    const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean, INOUT param_t* running_var,
+    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
+>>>>>>> range
     __shared__ float scratch[32];
     int c = blockIdx.x;
-    const float *counts = partials + c * units, *means = counts + channels * units;
-    squares += c * units;
+    const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
     float unit = 1, origin, count, total, m2;
     do {
-        double wide = unit;
         origin = finite_or_zero(means[0]) * unit;  // rounding errors of a large mean must not enter the variance
         count = total = m2 = 0;
         for (i64 i = threadIdx.x; i < units; i += blockDim.x) count += counts[i], total += counts[i] * (means[i] * unit - origin);
@@ -27,7 +31,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
         total = block_sum(total, scratch) / count;
         for (i64 i = threadIdx.x; i < units; i += blockDim.x) {
             float distance = means[i] * unit - origin - total;
-            m2 += (float)(squares[i] * wide * wide) + counts[i] * distance * distance;
+            double square = squares[i] < 0 ? squares[i] * -0x1p160 : squares[i];
+            m2 += (float)(square * unit * unit) + counts[i] * distance * distance;
         }
         m2 = block_sum(m2, scratch);
     } while (again(m2, unit));
