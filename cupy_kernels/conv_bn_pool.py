@@ -106,12 +106,7 @@ def conv_bn_pool_forward(
         x,
         x.shape[0],
         (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
-<<<<<<< HEAD
-        + (written.get("squares"), written.get("taps"), written.get("saved"), written.get("unit_exponents")),
-=======
         + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
-        shared_bytes=plan.threads * 16 if training else 0,
->>>>>>> range
     )
     images, channels = out.shape[:2]
     if training:

@@ -1461,8 +1461,7 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
         "group_invstd": ((images * groups,), np.float32),
     }
     if training:
-        sizes["partials"] = ((2, channels, units), np.float32)
-        sizes["squares"] = ((channels, units), np.float64)
+        sizes["partials"] = ((3, channels, units), np.float32)
     if keep:
         sizes["taps"] = (pooled, np.uint8)
         sizes["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
@@ -1508,7 +1507,7 @@ def conv_bn_pool_forward(
         x,
         x.shape[0],
         (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
-        + (written.get("squares"), written.get("taps"), written.get("saved"), written.get("unit_exponents")),
+        + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
     )
     images, channels = out.shape[:2]
     if training:
@@ -1516,7 +1515,7 @@ def conv_bn_pool_forward(
             *statistics,
             (channels, 1, 1),
             (THREADS, 1, 1),
-            (written["partials"], written["squares"], conv_bias, *running, num_batches_tracked, *moments)
+            (written["partials"], conv_bias, *running, num_batches_tracked, *moments)
             + (momentum, eps, channels, images * plan.units),
         )
     launch(
@@ -2626,8 +2625,8 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 // All values are without the convolution's bias, which batch norm's mean takes out again:
 //     pooled [N, M, PLANE_STRIDE]                    the chosen sums of all windows, in the order of pooled_planes.cuh; windows that an odd edge cuts, and
 //                                             places that belong to no window, get values of no use
-//     STATISTICS: partials [2][M][N * UNITS]  count and mean of each unit's sums
-//                 squares [M][N * UNITS]      sums of squared distances from that; double, beyond float where sums are beyond 1.8e19
+//     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last one, where float cannot
+//                                             hold it, negative and times 2^-160
 //     SAVE, for the backward:
 //         taps, like pooled                   the chosen corner
 //         saved [N, M, PLANE_STRIDE, 4]              all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
@@ -2710,7 +2709,6 @@ __device__ __forceinline__ void moments_of(
 
 struct Pool {
     float *pooled, *partials;
-    double* squares;
     u8* taps;
     saved_t* saved;
     int* unit_exponents;
@@ -2837,16 +2835,19 @@ struct Pool {
             all = merge(all, moments[part * TILE_M + threadIdx.x]);
             count = merge.count;
         }
-        i64 at = (i64)m * gridDim.x + blockIdx.x;
+        float* to = partials + (i64)m * gridDim.x + blockIdx.x;
+        i64 kind = (i64)OUT_CHANNELS * gridDim.x;
         ScaleBack scale(of_channel);
-        partials[at] = count, partials[(i64)OUT_CHANNELS * gridDim.x + at] = scale(all.x), squares[at] = scale.twice(all.y);
+        float squares = scale(scale(all.y));
+        if (!is_finite(squares)) squares = -scale(scale(all.y * 0x1p-80f) * 0x1p-80f);
+        to[0] = count, to[kind] = scale(all.x), to[2 * kind] = squares;
     }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, double* __restrict__ squares,
-    INOUT u8* __restrict__ taps, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
+    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, INOUT u8* __restrict__ taps,
+    INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[PARTS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
@@ -2857,7 +2858,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
         channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;
     }
     DYNAMIC_SHARED(u8, shared);
-    Pool epilogue = {pooled, partials, squares, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
+    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
     convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
 }
 """,
@@ -4583,12 +4584,7 @@ struct ScaleBack {
     float first, second;
     __device__ explicit ScaleBack(int e) : first(power_of_two(-e / 2)), second(power_of_two(-e - -e / 2)) {}
     __device__ float operator()(float v) const { return multiply_unflushed(multiply_unflushed(v, first), second); }
-    // v -> v * 2^-2e, in double: room for the square of any float.
-    __device__ double twice(float v) const {
-        double factor = (double)first * second;
-        return v * factor * factor;
-    }
-    // The same as for one v, plus `shift`.
+    // The same, plus `shift`.
     __device__ float operator()(float v, float shift) const {
         v = multiply_unflushed(v, first);
 #ifdef CUPY_KERNELS_EMULATOR
@@ -4779,18 +4775,16 @@ template <class T> __device__ constexpr int together_saved() { return 4 / sizeof
 // Macro: STATISTICS (1: the batch's, of conv_bn_statistics; 0: the running ones, from which pooled_forward makes mean and invstd).
 #include "pooled_tail.cuh"
 
-// partials [2][channels][units]: count and mean of each unit; squares [channels][units]: of distances from that. The running statistics are updated where not
+// partials [3][channels][units]: count, mean and sum of squared distances of each unit, as conv_bn_pool writes them. The running statistics are updated where not
 // null, and so is `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
-    const float* __restrict__ partials, const double* __restrict__ squares, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean,
-    INOUT param_t* running_var, INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
+    const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean, INOUT param_t* running_var,
+    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
     __shared__ float scratch[32];
     int c = blockIdx.x;
-    const float *counts = partials + c * units, *means = counts + channels * units;
-    squares += c * units;
+    const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
     float unit = 1, origin, count, total, m2;
     do {
-        double wide = unit;
         origin = finite_or_zero(means[0]) * unit;  // rounding errors of a large mean must not enter the variance
         count = total = m2 = 0;
         for (i64 i = threadIdx.x; i < units; i += blockDim.x) count += counts[i], total += counts[i] * (means[i] * unit - origin);
@@ -4798,7 +4792,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
         total = block_sum(total, scratch) / count;
         for (i64 i = threadIdx.x; i < units; i += blockDim.x) {
             float distance = means[i] * unit - origin - total;
-            m2 += (float)(squares[i] * wide * wide) + counts[i] * distance * distance;
+            double square = squares[i] < 0 ? squares[i] * -0x1p160 : squares[i];
+            m2 += (float)(square * unit * unit) + counts[i] * distance * distance;
         }
         m2 = block_sum(m2, scratch);
     } while (again(m2, unit));

@@ -10,15 +10,9 @@
 
 // partials [3][channels][units]: count, mean and sum of squared distances of each unit, as conv_bn_pool writes them. The running statistics are updated where not
 // null, and so is `batches`, which counts calls.
-<<<<<<< HEAD
 extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
-    const float* __restrict__ partials, const double* __restrict__ squares, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean,
-    INOUT param_t* running_var, INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
-=======
-extern "C" __global__ void __launch_bounds__(256) conv_bn_statistics(
     const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean, INOUT param_t* running_var,
     INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
->>>>>>> range
     __shared__ float scratch[32];
     int c = blockIdx.x;
     const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
