@@ -11,6 +11,7 @@ from typing import NamedTuple
 from . import conv_wgmma
 from .common import THREADS, address, ceil_div
 from .conv_transpose import Geometry
+from .errors import UnsupportedError
 from .fp16_cells import CELL_BYTES, cell_macros, chunk_channels
 from .launch import launch
 from .source import Kernel, Variant
@@ -40,10 +41,6 @@ class Plan(NamedTuple):
         """The same plan for an x that already is cells, see `fp16_cells`."""
         changed = {**dict(self.macros), "CELLS": 1, "input_t": "half_t"}
         return self._replace(macros=tuple(changed.items()))
-
-
-class UnsupportedError(ValueError):
-    """These kernels do not take a convolution; the message says why."""
 
 
 @functools.lru_cache(maxsize=1024)

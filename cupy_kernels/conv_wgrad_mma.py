@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from .common import MULTIPROCESSORS, THREADS, ceil_div
 from .conv_transpose import Geometry, output_shape
-from .conv_transpose_mma import UnsupportedError, check_supported
+from .conv_transpose_mma import check_supported
+from .errors import UnsupportedError
 from .fp16_cells import CELL_BYTES, cell_macros, chunk_channels
 from .launch import launch
 from .source import Kernel, Variant

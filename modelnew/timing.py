@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from cupy_kernels.conv_transpose_mma import UnsupportedError
+from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.launch import launch
 
 from .interop import launching_on

@@ -19,9 +19,9 @@ def untraced(function):
 
     torch.compile breaks its graph here, and calls the function as it is. torch.compiler.disable is applied at the first
     compilation only, because it takes a second to import.
-    Recorders of operators get an error instead of a wrong result, see `recorders.refuse`. Tensors that are something
-    else than memory with strides are refused, and subclasses with a `__torch_function__` are asked first, as by torch's
-    own functions.
+    Recorders of operators get an error instead of a wrong result, see `calls.call`. Tensors that are something else
+    than memory with strides are refused, and subclasses with a `__torch_function__` are asked first, as by torch's own
+    functions.
     """
 
     @functools.wraps(function)
@@ -29,15 +29,11 @@ def untraced(function):
         if is_dynamo_compiling():
             return torch.compiler.disable(call)(*args, **options)
         try:
-            if (
-                not _plain.issuperset(map(type, args))
-                or (options and not _plain.issuperset(map(type, options.values())))
-                or recorders.may_record()
-            ):
+            if not _plain.issuperset(map(type, args)) or not _plain.issuperset(map(type, options.values())):
                 values = (*args, *options.values())
                 if has_torch_function(values):
                     return handle_torch_function(call, values, *args, **options)
-                recorders.refuse(function)
+                recorders.refuse()
                 _check_types(function, values)
             return function(*args, **options)
         except Exception as error:

@@ -8,7 +8,7 @@ import pytest
 import tolerance
 import torch
 
-from cupy_kernels.conv_transpose_mma import UnsupportedError
+from cupy_kernels.errors import UnsupportedError
 from modelnew import Model, ModelNew, explain, layers, numerics, parity
 from modelnew.functional import conv_bn_pool as fused
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm, conv_transpose2d

@@ -11,7 +11,7 @@ from faults import planted
 from torch import nn
 
 import modelnew
-from cupy_kernels.conv_transpose_mma import UnsupportedError
+from cupy_kernels.errors import UnsupportedError
 from modelnew import functional, fusions, layers
 
 FUSED = {"conv_bn_pool", "pooled_forward"}

@@ -23,7 +23,7 @@ from ..cases import Case, activations, sums_of
 from ..interop import check_parameters, dense, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine, tensor_of
-from .gradients import NormGradient, will_need_grad
+from .gradients import NormGradient, apply, will_need_grad
 from .tanh import tanh_gradient
 
 
@@ -124,15 +124,17 @@ def kernels_buffers(running_mean, running_var, batches, training):
 
 def note_update(running_mean, running_var, batches, updated) -> None:
     """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
+    written = []
     for buffer, new in zip((running_mean, running_var, batches), updated):
         if buffer is None:
             continue
-        if new is None:
+        if new is buffer:
+            written.append(buffer)
+        elif new is None:
             buffer.add_(1)
-        elif new is not buffer:  # it is not contiguous: the kernel updated a copy
+        else:  # it is not contiguous: the kernel updated a copy
             buffer.copy_(new)
-        else:
-            torch.autograd.graph.increment_version(buffer)
+    torch.autograd.graph.increment_version(written)
 
 
 def check_batch_norm(input, running_mean, running_var, weight, bias, training) -> None:
@@ -234,7 +236,7 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
     options = {"training": training, "momentum": momentum, "eps": eps, "tanh": tanh}
     if will_need_grad(x, weight, bias):
         saved = applied_statistics(running_mean, running_var, training)
-        y = _BatchNorm.apply(x, weight, bias, running, saved, check, options)
+        y = apply(_BatchNorm, x, weight, bias, running, saved, check, options)
     else:
         y, _ = call(_forward, x, weight, bias, *running, check=check, **options)
     if training:
