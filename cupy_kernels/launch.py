@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import compiler, emulator, source
+from .backend import Backend
 from .source import Kernel, Parameter
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
@@ -25,7 +26,6 @@ class _Prepared(NamedTuple):
     parameters: tuple[Parameter, ...]
     scalars: list[tuple[int, type]]  # (place, type to cast to)
     pointers: list[tuple[int, np.dtype | None]]  # (place, dtype)
-    functions: dict  # {(device, shared_bytes): the compiled kernel's handle}
 
 
 class Step(NamedTuple):
@@ -46,7 +46,7 @@ def _prepared(kernel: Kernel) -> _Prepared:
     parameters = source.signature(kernel)
     scalars = [(i, parameter.dtype.type) for i, parameter in enumerate(parameters) if not parameter.pointer]
     pointers = [(i, parameter.dtype) for i, parameter in enumerate(parameters) if parameter.pointer]
-    return _Prepared(kernel, parameters, scalars, pointers, {})
+    return _Prepared(kernel, parameters, scalars, pointers)
 
 
 def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
@@ -64,7 +64,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     steps, requested = getattr(_thread, "steps", None), kernel
     if steps is None:
         notify(kernel, grid, block, args, shared_bytes)
-    kernel, parameters, scalars, pointers, functions = _prepared(kernel)
+    kernel, parameters, scalars, pointers = _prepared(kernel)
     if len(args) != len(parameters):
         raise ValueError(f"{kernel} takes {len(parameters)} arguments, received {len(args)}")
     if 0 in grid:
@@ -94,40 +94,31 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     except OverflowError as error:
         number, dtype = parameters[i].name, parameters[i].dtype
         raise ValueError(f"{kernel}: {number}={args[i]} does not fit {dtype}") from error
+    step = Step(requested, kernel, parameters, grid, block, cast, shared_bytes)
     if steps is not None:
-        steps.append(Step(requested, kernel, parameters, grid, block, cast, shared_bytes))
+        steps.append(step)
     elif on_gpu:
-        handle = functions.get((device, shared_bytes))
-        if handle is None:
-            handle = functions[device, shared_bytes] = compiler.function(kernel, shared_bytes).kernel.ptr
         values = [arg if isinstance(arg, np.generic) else np.uint64(arg.data.ptr) for arg in cast]
-        start([Packed((handle, *grid, *block, shared_bytes), values)], compiler.cupy().cuda.get_current_stream().ptr)
+        stream = compiler.cupy().cuda.get_current_stream().ptr
+        compiler.backend.start([Packed(step, compiler.backend, values)], stream)
     else:
-        cast = [None if arg is NULL else arg for arg in cast]
-        emulator.run(kernel, parameters, grid, block, cast, shared_bytes)
+        values = [arg if isinstance(arg, np.generic) else np.uint64(arg.ctypes.data) for arg in cast]
+        emulator.backend.start([Packed(step, emulator.backend, values)], None)
 
 
 class Packed:
-    """A launch as the driver takes it. numbers: the kernel's handle, grid, block, bytes of shared memory."""
+    """A launch as a backend starts it. numbers: the kernel's handle, grid, block, bytes of shared memory."""
 
-    def __init__(self, numbers: tuple[int, ...], values: list[np.generic]):
-        count = len(values)
+    def __init__(self, step: Step, backend: Backend, values: list[np.generic]):
+        self.step, count = step, len(values)
         words = np.zeros(2 * count, np.uint64)  # the arguments, 8 bytes each; then their addresses
         address = words.ctypes.data
         for i, value in enumerate(values):
             words[i : i + 1].view(np.uint8)[: value.itemsize] = np.frombuffer(value.tobytes(), np.uint8)
             words[count + i] = address + 8 * i
-        self.words, self.numbers, self.parameters = words, numbers, address + 8 * count
-
-
-def start(launches: list[Packed], stream: int) -> None:
-    """Starts them on the current device, in a stream of it; checks nothing."""
-    cuda = compiler.cupy().cuda
-    if not cuda.driver.ctxGetCurrent():  # a thread that has not used the GPU
-        cuda.runtime.free(0)
-    start = cuda.driver.launchKernel
-    for packed in launches:
-        start(*packed.numbers, stream, packed.parameters, 0)
+        self.words, self.parameters = words, address + 8 * count
+        handle = backend.handle(step.kernel, step.shared_bytes)
+        self.numbers = (handle, *step.grid, *step.block, step.shared_bytes)
 
 
 class Varying(float):

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import compiler, emulator, launch
+from . import launch
+from .backend import Backend
 from .launch import NULL, Packed, Varying, recorded
 
 
@@ -49,12 +50,12 @@ class Slot:
 class Plan:
     """The launches of operation(*args, **options), whose arrays are `Slot`s and whose floats are `Varying`.
 
-    result: what the operation returned.
+    backend: what starts them. result: what the operation returned.
     A plan is for one thread: each start writes its arguments into the same words, which the kernels read.
     """
 
-    def __init__(self, operation: Callable, args, options: dict):
-        self.operation = operation
+    def __init__(self, backend: Backend, operation: Callable, args, options: dict):
+        self.backend, self.operation = backend, operation
         with recorded() as self.steps:
             self.result = operation(*args, **options)
         self._launches = None
@@ -64,24 +65,17 @@ class Plan:
         """The kernels that it starts, in order."""
         return [step.kernel for step in self.steps]
 
-    def start(self, pointers: list[int], values: list, stream: int) -> None:
-        """Starts the launches on the current GPU. pointers, values: of the arguments, by their index."""
+    def start(self, pointers: list[int], values: list, stream: int | None) -> None:
+        """Starts the launches, in a stream of the current GPU. pointers, values: of the arguments, by their index."""
         if self._launches is None:
-            compiler.prepare(self.kernels)
-            self._launches = [_Packed(step) for step in self.steps]
+            self.backend.prepare(self.kernels)
+            self._launches = [_Packed(step, self.backend) for step in self.steps]
         for packed in self._launches:
             packed.fill(pointers, values)
-        launch.start(self._launches, stream)
-
-    def emulate(self, array: Callable, values: list) -> None:
-        """Runs the launches on the emulator. array(slot): the array that a Slot stands for."""
-        emulator.prepare(self.kernels)
-        for step in self.steps:
-            args = _arguments(step, array, values)
-            emulator.run(step.kernel, step.parameters, step.grid, step.block, args, step.shared_bytes)
+        self.backend.start(self._launches, stream)
 
     def notify(self, array: Callable, values: list) -> None:
-        """Shows the launches to those who observe launches."""
+        """Shows the launches to those who observe launches. array(slot): the array that a Slot stands for."""
         for step in self.steps:
             launch.notify(step.requested, step.grid, step.block, _arguments(step, array, values), step.shared_bytes)
 
@@ -89,10 +83,8 @@ class Plan:
 class _Packed(Packed):
     """A launch, and which of its words are filled at each start: addresses, and numbers that vary."""
 
-    def __init__(self, step):
-        handle = compiler.function(step.kernel, step.shared_bytes).kernel.ptr
-        values = [arg if isinstance(arg, np.generic) else NULL for arg in step.args]
-        super().__init__((handle, *step.grid, *step.block, step.shared_bytes), values)
+    def __init__(self, step, backend):
+        super().__init__(step, backend, [arg if isinstance(arg, np.generic) else NULL for arg in step.args])
         self.addresses, self.varying = [], []
         for i, (arg, parameter) in enumerate(zip(step.args, step.parameters)):
             if isinstance(arg, Slot):

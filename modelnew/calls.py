@@ -18,7 +18,7 @@ from cupy_kernels.plan import Plan, Slot
 from cupy_kernels.source import until_overridden
 
 from . import recorders
-from .interop import NUMPY, TORCH, Layout, Workspace, check_memory, dense, one_device, raw_stream, view
+from .interop import NUMPY, TORCH, Layout, Workspace, backend, check_memory, dense, one_device, raw_stream, view
 
 _MOST_KNOWN = 4096  # plans of a thread
 _MEMORY = (torch.Tensor, Workspace)
@@ -145,7 +145,7 @@ def _make(operation, values, options, new=None) -> _Known:
     stand_ins = [_stand_in(index, value) for index, value in enumerate(values)]
     count = len(values) - len(options)
     args = stand_ins[:count] if new is None else [new, *stand_ins[:count]]
-    plan = Plan(operation, args, dict(zip(options, stand_ins[count:])))
+    plan = Plan(backend(device), operation, args, dict(zip(options, stand_ins[count:])))
     gpu = device.index if device.type == "cuda" else None
     if new is None:
         return _Known(plan, gpu, device, None, [], None)
@@ -181,7 +181,7 @@ def _start(found, values, pointers):
     if observing():
         plan.notify(lambda slot: _array(slot, values[slot.index]), values)
     if index is None:
-        plan.emulate(lambda slot: _array(slot, values[slot.index]), values)
+        plan.start(pointers, values, None)
     else:
         with _nothing if index == torch.cuda.current_device() else torch.cuda.device(index):
             plan.start(pointers, values, raw_stream(index))
