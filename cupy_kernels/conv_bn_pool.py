@@ -14,9 +14,17 @@ import numpy as np
 from . import conv_wgmma
 from .channel_sum import channel_sum, channel_sum_workspace_size
 from .common import THREADS, accumulator, ceil_div, scalar_macros
-from .conv_transpose_mma import Plan, conv_transpose_mma, launch_units, pack_kernel, pack_weight, sample_plans
+from .conv_transpose_mma import (
+    Plan,
+    conv_transpose_mma,
+    convolution_kernel,
+    launch_units,
+    pack_kernel,
+    pack_weight,
+    sample_plans,
+)
 from .conv_wgrad_mma import Plan as WgradPlan
-from .conv_wgrad_mma import conv_wgrad_mma
+from .conv_wgrad_mma import conv_wgrad_mma, wgrad_kernel
 from .fp16_cells import cell_macros, cells_shape, chunk_channels, to_cells, to_cells_kernel
 from .launch import launch
 from .source import DTYPES, Kernel, Variant
@@ -132,7 +140,7 @@ def kernels(p: Plan, groups: int, activation: str, training: bool, keep: bool) -
     tail = *_tail_macros(p, groups, activation), ("STATISTICS", int(training))
     return (
         pack_kernel(p),
-        Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
+        _pool_kernel(p, training, keep),
         *([Kernel("pooled_tail.cu", "conv_bn_statistics", tail)] if training else ()),
         Kernel("pooled_tail.cu", "pooled_forward", tail),
     )
@@ -251,11 +259,11 @@ def gradient_kernels(
     if wgrad:
         name = dict(p.macros)["scalar_t"]
         found.append(to_cells_kernel(name, wgrad.split, x_shape))
-        found.append(Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", wgrad.macros))
+        found.append(wgrad_kernel(wgrad))
         if centred:
             found.append(Kernel("channel_sum.cu", "channel_sum_partial", scalar_macros(name)))
     if dgrad:
-        found += [pack_kernel(dgrad), Kernel("conv_transpose_mma.cu", "conv_transpose_mma", dgrad.macros)]
+        found += [pack_kernel(dgrad), convolution_kernel(dgrad)]
     return tuple(found)
 
 
@@ -427,7 +435,7 @@ def variants():
         kind = macros["scalar_t"], macros["SPLIT"], macros["WGMMA"]
         modes = ((True, True), (True, False), (False, False), (False, True))
         for mode in modes[:1] if kind in found else modes:
-            yield Variant("conv_bn_pool.cu", _pool_macros(p, *mode))
+            yield _pool_kernel(p, *mode).variant
         found.add(kind)
     for channels, groups, size, dtype, split in _TAIL_SAMPLES:
         sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
@@ -445,18 +453,13 @@ def variants():
                 yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(sample, 26)))
 
 
-def _pool_macros(p: Plan, training, keep):
+def _pool_kernel(p: Plan, training, keep):
     macros = dict(p.macros)
     if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
         macros["SHARED_BYTES"] += macros["PARTS_N"] * macros["TILE_M"] * 8
-    return (
-        *macros.items(),
-        ("param_t", macros["scalar_t"]),
-        ("saved_t", _saved_type(p)),
-        ("STATISTICS", int(training)),
-        ("SAVE", int(keep)),
-        ("SAVED_SHIFT", saved_shift(p)),
-    )
+    macros.update(param_t=macros["scalar_t"], saved_t=_saved_type(p))
+    macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
+    return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), conv_wgmma.architecture(p.macros))
 
 
 def _saved_type(p: Plan) -> str:

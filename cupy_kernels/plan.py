@@ -6,14 +6,14 @@ remembers which argument it was, and how many bytes into it.
 """
 
 import math
-import struct
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 
-from . import compiler, emulator, launch
-from .launch import NULL, Varying, recorded
+from . import launch
+from .backend import Backend
+from .launch import NULL, Batch, Varying, recorded
 
 ALIGNMENT = 256  # bytes, of arrays that share memory
 
@@ -76,83 +76,33 @@ def _rounded(array):
 class Plan:
     """The launches of operation(*args, **options), whose arrays are `Slot`s and whose floats are `Varying`.
 
-    result: what the operation returned.
+    backend: what starts them. result: what the operation returned.
     A plan is for one thread: each start writes its arguments into the same words, which the kernels read.
     """
 
-    def __init__(self, operation: Callable, args, options: dict):
+    def __init__(self, backend: Backend, operation: Callable, args, options: dict):
+        self._backend, self._batches = backend, {}
         with recorded() as self.steps:
             self.result = operation(*args, **options)
-        self._prepared = {}
 
     @property
     def kernels(self) -> list:
         """The kernels that it starts, in order."""
         return [step.kernel for step in self.steps]
 
-    def start(self, pointers: list[int], values: list, stream: int, steps: range) -> None:
-        """Starts some of its launches on the current GPU. pointers, values: of the arguments, by their index."""
-        prepared = self._prepared.get(steps.start)
-        if prepared is None:
-            compiler.prepare(self.kernels)
-            prepared = self._prepared[steps.start] = _Packed(self.steps[steps.start : steps.stop], len(pointers))
-        prepared.start(pointers, values, stream)
+    def start(self, steps: range, pointers: list[int], values: list, stream: int | None) -> None:
+        """Starts some of the launches. The rest as in `launch.Batch.start`."""
+        batch = self._batches.get(steps.start)
+        if batch is None:
+            self._backend.prepare(self.kernels)  # of all steps at once
+            launches = [(step, step.args) for step in self.steps[steps.start : steps.stop]]
+            batch = self._batches[steps.start] = Batch(self._backend, launches, len(pointers))
+        batch.start(pointers, values, stream)
 
-    def emulate(self, array: Callable, values: list, steps: range) -> None:
-        """Runs some of its launches on the emulator. array(slot): the array that a Slot stands for."""
-        emulator.prepare(self.kernels)
-        for step in self.steps[steps.start : steps.stop]:
-            args = _arguments(step, array, values)
-            emulator.run(step.kernel, step.parameters, step.grid, step.block, args, step.shared_bytes)
-
-    def notify(self, array: Callable, values: list, steps: range) -> None:
-        """Shows some of its launches to those who observe launches."""
+    def notify(self, steps: range, array: Callable, values: list) -> None:
+        """Shows some of the launches to those who observe launches. array(slot): the array that a Slot stands for."""
         for step in self.steps[steps.start : steps.stop]:
             launch.notify(step.requested, step.grid, step.block, _arguments(step, array, values), step.shared_bytes)
-
-
-class _Packed:
-    """Launches as the driver takes them. All their arguments lie in one piece of memory, 8 bytes each.
-
-    First the addresses of the call's arguments, then addresses inside of arguments, both written at each start; then
-    numbers, of which the varying ones are written at each start; then, for each launch, where its arguments lie.
-    """
-
-    def __init__(self, steps, count):
-        addresses = {(index, 0): index for index in range(count)}
-        for arg in (arg for step in steps for arg in step.args if isinstance(arg, Slot)):
-            addresses.setdefault((arg.index, arg.offset), len(addresses))
-        self._inside = list(addresses)[count:]
-        self._pack = struct.Struct(f"={len(addresses)}Q").pack_into
-        self._words = words = np.zeros(len(addresses) + 2 * sum(len(step.args) for step in steps), np.uint64)
-        self._varying, self._launches, end = [], [], len(addresses)
-        for step in steps:
-            pointers = []
-            for arg, parameter in zip(step.args, step.parameters):
-                place = addresses.get((arg.index, arg.offset)) if isinstance(arg, Slot) else end
-                pointers.append(words.ctypes.data + 8 * place)
-                if place == end:
-                    word, end = words[end : end + 1], end + 1
-                    if type(arg) is Varying:
-                        self._varying.append((word.view(parameter.dtype), arg.index))
-                    else:
-                        word.view(np.uint8)[: arg.itemsize] = np.frombuffer(arg.tobytes(), np.uint8)
-            words[end : end + len(pointers)] = pointers
-            handle = compiler.function(step.kernel, step.shared_bytes).kernel.ptr
-            numbers = (handle, *step.grid, *step.block, step.shared_bytes)
-            self._launches.append((numbers, words.ctypes.data + 8 * end))
-            end += len(pointers)
-        cuda = compiler.cupy().cuda
-        if not cuda.driver.ctxGetCurrent():  # a thread that has not used the GPU
-            cuda.runtime.free(0)
-        self._launch = cuda.driver.launchKernel
-
-    def start(self, pointers, values, stream):
-        self._pack(self._words, 0, *pointers, *[pointers[index] + offset for index, offset in self._inside])
-        for word, index in self._varying:
-            word[0] = values[index]
-        for numbers, arguments in self._launches:
-            self._launch(*numbers, stream, arguments, 0)
 
 
 def _arguments(step, array, values):

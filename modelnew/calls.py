@@ -20,7 +20,7 @@ from cupy_kernels.plan import ALIGNMENT, Plan, Slot
 from cupy_kernels.source import until_overridden
 
 from . import recorders
-from .interop import NUMPY, TORCH, check_memory, dense, one_device, view
+from .interop import NUMPY, TORCH, backend, check_memory, dense, one_device, view
 from .shortcuts import current_device, raw_stream
 
 _MOST_KNOWN = 4096  # plans of a thread
@@ -136,10 +136,7 @@ def _run(found, values, pointers):
             tensor = values[index] = torch.empty_strided(shape, strides, dtype=dtype, device=device)
             pointers[index] = tensor.data_ptr()
         if not observed or _show(plan, values, steps):
-            if gpu is None:
-                plan.emulate(lambda slot: _array(slot, values[slot.index]), values, steps)
-            else:
-                plan.start(pointers, values, raw_stream(gpu), steps)
+            plan.start(steps, pointers, values, None if gpu is None else raw_stream(gpu))
         for index in dropped:
             values[index] = None
 
@@ -148,7 +145,7 @@ def _show(plan, values, steps) -> bool:
     """Shows launches to those who asked for them. Returns whether they are to start."""
     plans = _planning.get(threading.get_ident())
     if plans is None:
-        plan.notify(lambda slot: _array(slot, values[slot.index]), values, steps)
+        plan.notify(steps, lambda slot: _array(slot, values[slot.index]), values)
     elif plan not in plans[-1:]:
         plans.append(plan)
     return plans is None
@@ -184,7 +181,7 @@ def _planned_call(operation, values, options) -> _Known:
     device, new = one_device(values), New(len(values))
     stand_ins = [_stand_in(index, value) for index, value in enumerate(values)]
     count = len(values) - len(options)
-    plan = Plan(operation, [new, *stand_ins[:count]], dict(zip(options, stand_ins[count:])))
+    plan = Plan(backend(device), operation, [new, *stand_ins[:count]], dict(zip(options, stand_ins[count:])))
     indexes = {id(slot): slot.index for slot in new.slots}
     returned = plan.result
     if isinstance(returned, tuple):  # KeyError for what `new` has not made: a call returns no argument of its own

@@ -11,6 +11,7 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 from cupy_kernels import compiler, emulator
+from cupy_kernels.backend import Backend
 from cupy_kernels.source import Kernel
 
 from .shortcuts import raw_stream
@@ -86,9 +87,13 @@ def one_device(args) -> torch.device:
 
 def compile_together(kernels: Iterable[Kernel], device: torch.device) -> None:
     """Compiles those of `kernels` that are not compiled yet, at the same time. To be called once, not at each call."""
-    prepare = compiler.prepare if device.type == "cuda" else emulator.prepare
     with launching_on(device):
-        prepare(kernels)
+        backend(device).prepare(kernels)
+
+
+def backend(device: torch.device) -> Backend:
+    """What runs kernels on tensors of the device."""
+    return (compiler if device.type == "cuda" else emulator).backend
 
 
 _nothing = contextlib.nullcontext()

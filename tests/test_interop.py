@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_kernels import common, compiler, source
+from cupy_kernels import backend, common, compiler, source
 from cupy_kernels import launch as launch_module
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import launch, observed
@@ -58,7 +58,7 @@ def test_a_kernel_writes_into_the_tensor(device):
 def test_what_was_compiled_together_is_ready(device, monkeypatch):
     text = 'extern "C" __global__ void write(float* y) { y[threadIdx.x] = VALUE; }'
     seen = []
-    monkeypatch.setattr(compiler, "_listeners", [seen.append])
+    monkeypatch.setattr(backend, "_listeners", [seen.append])
     kernels = [Kernel("write.cu", "write", (("VALUE", value),)) for value in (1, 2, 3)]
     y = torch.empty(3, device=device)
     with source.override({"write.cu": text}):

@@ -46,14 +46,15 @@ def compile_together(kernels, device) -> None:
 
 
 @functools.cache
-def module(file: str, defines, device: int):
+def module(variant: Variant, device: int):
     """The compiled text of a file, kept on disk by CuPy, unless it is for what CuPy does not compile for."""
-    options, nvrtc = (STANDARD, *(f"-D{name}={value}" for name, value in defines)), cupy().cuda.nvrtc
+    options, nvrtc = (STANDARD, *(f"-D{name}={value}" for name, value in variant.defines)), cupy().cuda.nvrtc
+    text = expanded(variant.file)
     capability = cupy().cuda.Device(device).compute_capability
-    architecture = Variant(file, defines).architecture or ptx_architecture(capability, nvrtc.getSupportedArchs())
+    architecture = variant.architecture or ptx_architecture(capability, nvrtc.getSupportedArchs())
     if not architecture:
-        return cupy().RawModule(code=expanded(file), options=options)
-    program = nvrtc.createProgram(expanded(file), file, (), ())
+        return cupy().RawModule(code=text, options=options)
+    program = nvrtc.createProgram(text, variant.file, (), ())
     nvrtc.compileProgram(program, (*options, "-ftz=true", f"-arch={architecture}"))
     with tempfile.NamedTemporaryFile() as code:
         code.write(nvrtc.getPTX(program) if architecture.startswith("compute_") else nvrtc.getCUBIN(program))
@@ -66,7 +67,7 @@ def module(file: str, defines, device: int):
 @functools.cache
 def function(kernel: Kernel, device: int, shared_bytes: int):
     """A compiled kernel on one device that may have this much shared memory."""
-    found = module(kernel.file, kernel.defines, device).get_function(kernel.name)
+    found = module(kernel.variant, device).get_function(kernel.name)
     if shared_bytes > 48 * 1024:
         found.max_dynamic_shared_size_bytes = shared_bytes
     return found
