@@ -106,14 +106,14 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
     found = known.get(key)
     if type(found) is not _Known:
         found = _make(known, key, operation, values, options, check, found)
-    _, gpu, device, stages, slots, returned = found
-    values += slots * [None]
-    pointers += slots * [0]
-    if gpu is None or gpu == current_device():
+    values += found.slots * [None]
+    pointers += found.slots * [0]
+    if found.gpu is None or found.gpu == current_device():
         _run(found, values, pointers)
     else:
-        with torch.cuda.device(gpu):
+        with torch.cuda.device(found.gpu):
             _run(found, values, pointers)
+    returned = found.returned
     if type(returned) is tuple:
         return tuple([None if index is None else values[index] for index in returned])
     return None if returned is None else values[returned]

@@ -4,7 +4,6 @@ Where a version of torch lacks the private one, the public one takes its place.
 """
 
 import torch
-from torch.autograd import forward_ad
 
 
 class Public:

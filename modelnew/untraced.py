@@ -8,6 +8,8 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
+from cupy_kernels.errors import UnsupportedError
+
 from . import recorders
 
 # Types of arguments that need no further look. All others join that are neither tensors nor stand for them.
@@ -36,6 +38,8 @@ def untraced(function):
                 recorders.refuse()
                 _check_types(function, values)
             return function(*args, **options)
+        except UnsupportedError:
+            raise
         except Exception as error:
             _check_tensors(function, args, options, error)
             raise

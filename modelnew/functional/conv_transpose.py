@@ -96,10 +96,11 @@ class _WeightGradient(torch.autograd.Function):
 def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
     """(dx, dw, gradient of the bias), None where not needed. x is for dw alone, w for dx: the other may be None."""
     x = None if x is None else aligned(x)
-    return call(_gradients, x, w, aligned(dy), x_shape, w_shape, geometry, choice, needed)
+    return call(gradients, x, w, aligned(dy), x_shape, w_shape, geometry, choice, needed)
 
 
-def _gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
+def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
+    """The operation of `conv_gradients`, see `calls.call`."""
     need_x, need_w, need_bias = needed
     dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
