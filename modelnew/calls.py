@@ -154,10 +154,10 @@ def _show(plan, values, steps) -> bool:
 def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """`dense` of each tensor. If one must be copied, check() runs first, so that a refused call copies nothing."""
     for tensor in tensors:
-        if tensor is not None and not tensor.is_contiguous():
+        if tensor is not None and (not tensor.is_contiguous() or tensor.is_neg()):
             check()
-            break
-    return tuple([dense(tensor) for tensor in tensors])
+            return tuple(map(dense, tensors))
+    return tensors
 
 
 def _make(known, key, operation, values, options, check, refusal) -> _Known:

@@ -51,8 +51,8 @@ def choose(numerics: str, x: torch.Tensor) -> Choice:
     without = "tensor cores are switched off" if _switched_off else None
     if not x.is_cuda:
         return Choice(resolve(numerics, x), uses_wgmma(x), _EMULATED_SHARED_BYTES, without)
-    shared_bytes, too_old = _device(x.get_device())
-    return Choice(resolve(numerics, x), uses_wgmma(x), shared_bytes, without or too_old)
+    index = x.get_device()
+    return Choice(resolve(numerics, x), uses_wgmma(x), _shared_bytes(index), without or _too_old(index))
 
 
 @contextlib.contextmanager
@@ -129,8 +129,12 @@ def _capability(device_index: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, str | None]:
-    """(bytes of shared memory that a block may use, why the GPU's tensor cores cannot be used)"""
-    major, minor = capability = _capability(index)
-    too_old = f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80" if capability < (8, 0) else None
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin, too_old
+def _too_old(device_index: int) -> str | None:
+    """Why the GPU's tensor cores cannot be used."""
+    major, minor = _capability(device_index)
+    return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80" if major < 8 else None
+
+
+@functools.cache
+def _shared_bytes(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin

@@ -107,8 +107,6 @@ def many_passes(monkeypatch):
     monkeypatch.setattr(conv_transpose_mma, "MANY_IMAGES", 1)
     plans = threading.local()
     monkeypatch.setattr("modelnew.calls._thread", lambda: plans)
-    monkeypatch.setattr("modelnew.functional.conv_bn_pool._calls", {})
-    monkeypatch.setattr("modelnew.functional.conv_bn_pool._backward_calls", {})
     conv_transpose_mma.plan.cache_clear()
     yield
     conv_transpose_mma.plan.cache_clear()

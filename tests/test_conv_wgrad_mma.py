@@ -12,6 +12,7 @@ from modelnew import numerics
 from modelnew.calls import call, run
 from modelnew.functional import conv_transpose2d
 from modelnew.functional.conv_transpose import conv_gradients, gradient_plans, to_cells
+from modelnew.interop import NUMPY
 from modelnew.parity import tf32_rounded
 
 KERNELS = ["largest_magnitude", "to_cells"] * 2 + ["conv_wgrad_mma", "conv_wgrad_reduce"]
@@ -112,7 +113,9 @@ def test_long_sums(device, wgmma, cls, monkeypatch):
     conv_wgrad_mma.plan.cache_clear()
     case = ((3, 16, 30, 5), 16, (3, 2), (1, 1))
     x, w, dy = tensors(case, device)
-    assert numerics.wgrad_plan(x, w.shape, geometry(case[3]), numerics.choose(cls, x))[0].splits == 1
+    assert (
+        numerics.wgrad_plan(x.shape, NUMPY[x.dtype], w.shape, geometry(case[3]), numerics.choose(cls, x))[0].splits == 1
+    )
     with planted("conv_wgrad_mma.cu", ("#define CHAIN (SPLIT", "#define CHAIN (10 + 0 * SPLIT")):
         dw = gradient(x, w, dy, case[3], cls)
     conv_wgrad_mma.plan.cache_clear()

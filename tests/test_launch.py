@@ -194,7 +194,7 @@ def test_a_plan_starts_with_the_arrays_and_numbers_of_each_call(stand_in, monkey
         other = threading.Thread(target=lambda: start(None, gpu_array(0), 1, 6))  # is no part of the plan
         other.start()
         other.join()
-        launch(SCALE, (1, 1, 1), (32, 1, 1), (None, y.reshape(2, 3)[:1], 2.5, 2**40), 64)
+        launch(SCALE, (1, 1, 1), (32, 1, 1), (None, y.reshape((2, 3))[:1], 2.5, 2**40), 64)
 
     factor = Varying(1.5)
     factor.index = 3
@@ -204,7 +204,7 @@ def test_a_plan_starts_with_the_arrays_and_numbers_of_each_call(stand_in, monkey
     stand_in.started.clear()
     stand_in.context = False
     for pointers, value, stream in (((1000, 2000), 0.5, 7), ((3000, 4000), -0.0, 8)):
-        plan.start([*pointers, 0, 0], [None, None, 6, value], stream)
+        plan.start(range(2), [*pointers, 0, 0], [None, None, 6, value], stream)
         bits = np.float32(value).view(np.int32)
         first, second = stand_in.started
         stand_in.started.clear()
