@@ -133,8 +133,8 @@ def _run(found, values, pointers):
     observed = _planning or observing()
     for made, steps, dropped in stages:
         for index, shape, strides, dtype in made:
-            tensor = values[index] = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            pointers[index] = tensor.data_ptr()
+            values[index] = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            pointers[index] = values[index].data_ptr()
         if not observed or _show(plan, values, steps):
             plan.start(steps, pointers, values, None if gpu is None else raw_stream(gpu))
         for index in dropped:
