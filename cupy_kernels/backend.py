@@ -12,7 +12,7 @@ _listeners = []
 class Backend:
     """Compiles kernels, keeps what it compiled, and starts launches.
 
-    Kernels of one file with the same macros are compiled together, except edited ones. What that gives is kept by text,
+    Kernels of one file with the same macros are compiled together, edited ones alone. What that gives is kept by text,
     macros and `_place`.
     """
 

@@ -5,6 +5,7 @@ layout and alignment of each tensor. Where tensors lie does not matter, nor do t
 """
 
 import contextlib
+import functools
 import itertools
 import threading
 from collections.abc import Callable
@@ -90,19 +91,9 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
     if recorders.may_record():
         recorders.refuse()
     values = [*args, *options.values()]
-    key, pointers = [operation, *options], []
-    for value in values:
-        pointer = 0
-        if isinstance(value, torch.Tensor):
-            pointer = value.data_ptr()
-            alignment = pointer & 15 if pointer else None
-            key += value.shape, value.dtype, value.get_device(), alignment, value.is_contiguous()
-        elif isinstance(value, float):
-            key.append(float)
-        else:
-            key.append(value)
-        pointers.append(pointer)
-    key, known = tuple(key), _thread().__dict__
+    kinds = (*map(type, values),)
+    facts, pointers = _reader(kinds)(*values)
+    key, known = (operation, kinds, *options, facts), _thread().__dict__
     found = known.get(key)
     if type(found) is not _Known:
         found = _make(known, key, operation, values, options, check, found)
@@ -117,6 +108,25 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
     if type(returned) is tuple:
         return tuple([None if index is None else values[index] for index in returned])
     return None if returned is None else values[returned]
+
+
+@functools.lru_cache(maxsize=1024)
+def _reader(kinds: tuple[type, ...]) -> Callable:
+    """read(*values) -> (what a plan may know of values of these types, their addresses).
+
+    Written out for the types, as a loop over the values takes half as long again.
+    """
+    names = [f"v{i}" for i in range(len(kinds))]
+    tensors = [name for name, kind in zip(names, kinds) if issubclass(kind, torch.Tensor)]
+    facts = "{0}.shape, {0}.dtype, {0}.get_device(), {0}.is_contiguous(), {0}_at and {0}_at & 15 | 16"
+    known = list(map(facts.format, tensors))
+    known += [v for v, kind in zip(names, kinds) if not issubclass(kind, torch.Tensor | float)]
+    lines = [f"def read({', '.join(names)}):", *(f"    {v}_at = {v}.data_ptr()" for v in tensors)]
+    pointers = ", ".join(f"{v}_at" if v in tensors else "0" for v in names)
+    lines.append(f"    return ({', '.join(known)},), [{pointers}]" if known else f"    return (), [{pointers}]")
+    defined = {}
+    exec("\n".join(lines), defined)
+    return defined["read"]
 
 
 def run(operation: Callable, *args, **options) -> None:

@@ -163,9 +163,13 @@ def check_batch_norm_call(running_mean, running_var, training, momentum, eps) ->
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if running_mean is None and not training:
         raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+    if (
+        running_mean is not None
+        and torch.is_grad_enabled()
+        and (running_mean.requires_grad or running_var.requires_grad)
+    ):
+        name = "running_mean" if running_mean.requires_grad else "running_var"
+        raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
     return momentum, eps
 
 

@@ -203,7 +203,6 @@ def conv_bn_activation_max_pool_group_norm(
     training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-
     choice = choose(numerics, input)
 
     def check():
@@ -215,9 +214,18 @@ def conv_bn_activation_max_pool_group_norm(
     tensors = dense_after(check, input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
     x, w, conv_bias, *affine = tensors = (aligned(tensors[0]), *tensors[1:])
     updated = dense(running_mean), dense(running_var), num_batches_tracked
-    options = {"padding": padding, "choice": choice, "groups": num_groups, "training": training}
-    options.update(momentum=momentum, eps=eps, group_eps=group_eps, activation=activation, parameter=parameter)
-    options["autocast"] = torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")  # as check() looks at it
+    options = {
+        "padding": padding,
+        "choice": choice,
+        "groups": num_groups,
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "group_eps": group_eps,
+        "activation": activation,
+        "parameter": parameter,
+        "autocast": torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu"),  # as check() looks at it
+    }
     if will_need_grad(*tensors):
         applied = applied_statistics(running_mean, running_var, training)
         out = apply(_Fused, *tensors, updated, applied, check, options)
