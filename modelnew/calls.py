@@ -216,10 +216,11 @@ def _stages(plan, new, returned) -> list[_Stage]:
     for number in sorted({first.get(index, 0) for index in large}):
         if any(starts[-1] <= end < number for end in dropped.values()):
             starts.append(number)
-    slots = [Slot(new.first, (new.small_bytes,), np.uint8)] if new.small_bytes else []
-    stages = []
+    slots, stages = [*new.slots], []
+    if new.first in first:
+        slots.append(Slot(new.first, (new.small_bytes,), np.uint8))
     for start, end in itertools.pairwise([*starts, max(count, 1)]):
-        made = [s for s in [*slots, *new.slots] if start <= (first.get(s.index, 0) if s.index in large else 0) < end]
+        made = [s for s in slots if start <= (first.get(s.index, 0) if s.index in large else 0) < end]
         stages.append(
             _Stage(
                 [(s.index, s.shape, _strides(s.shape), TORCH[s.dtype]) for s in made],

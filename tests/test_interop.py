@@ -122,7 +122,7 @@ def test_memory_of_a_call(device, monkeypatch):
             monkeypatch.undo()
             monkeypatch.setattr(calls, "_LARGE", 3 * 4096)
             assert torch.equal(y, x)
-            assert order == [1, 2, 2, 3], order  # small, first; then second and the result
+            assert order == [1, 2, 2, 3], order  # first, small; then second and the result
             del y
             alive.clear()
 
