@@ -107,7 +107,7 @@ def batch_norm_backward_reduce(dy, x, mean, invstd, sums, dweight, dbias, worksp
         (THREADS, 1, 1),
         (dy, x, y, mean, invstd, workspace, channels, plane, count, chunks),
     )
-    batch_norm_backward_combine(workspace.reshape(2, channels, chunks), mean, sums, dweight, dbias, macros)
+    batch_norm_backward_combine(workspace.reshape((2, channels, chunks)), mean, sums, dweight, dbias, macros)
 
 
 def batch_norm_backward_combine(partials, mean, sums, dweight, dbias, macros=None) -> None:

@@ -55,7 +55,7 @@ def bn_tanh_max_pool_backward_reduce(
     kernel = pool_kernel(_FILE, "bn_tanh_max_pool_backward_partials", (x,), (dy, y), taps, pool, _macros(mean))
     channels = _channels(x, mean, invstd=invstd, dweight=dweight, dbias=dbias)
     groups, splits = _chunks(y.shape)
-    partials = workspace.reshape(2, channels, groups * splits)
+    partials = workspace.reshape((2, channels, groups * splits))
     images = x.shape[0]
     period = pool_period(kernel, images)
     args = (dy, y, taps, x, mean, invstd, partials, channels, images, period, ceil_div(period, groups))

@@ -11,9 +11,10 @@ from typing import NamedTuple
 from . import conv_wgmma
 from .common import THREADS, address, ceil_div
 from .conv_transpose import Geometry
+from .errors import UnsupportedError
 from .fp16_cells import CELL_BYTES, cell_macros, chunk_channels
 from .launch import launch
-from .source import Kernel, Variant
+from .source import Kernel
 
 MANY_IMAGES = 96  # from so many on, a block takes as much of an image as fits, to load x less often
 _MMA_DGRAD_IMAGES = 64  # from so many on, mma.sync is faster than wgmma for dgrad with split 2: benchmarks/NOTES.md
@@ -21,6 +22,16 @@ _MAX_IMAGE = 70  # height or width of x or dy: with a 7 x 7 kernel, dy of a 64 x
 _STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
 _BLOCK_RESERVED = 1024  # shared memory that each block takes on top of its own
+
+# Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
+# shared memory; see `variants`.
+SHAPE_MACROS = (
+    ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
+    + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
+    + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
+    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES", "TILES_N", "PARTS_N", "PARTS")
+    + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS")
+)
 
 
 class Plan(NamedTuple):
@@ -40,10 +51,6 @@ class Plan(NamedTuple):
         """The same plan for an x that already is cells, see `fp16_cells`."""
         changed = {**dict(self.macros), "CELLS": 1, "input_t": "half_t"}
         return self._replace(macros=tuple(changed.items()))
-
-
-class UnsupportedError(ValueError):
-    """These kernels do not take a convolution; the message says why."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -167,7 +174,7 @@ def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=No
     float16) and exponents (plan.rows, int32) are written.
     """
     pack_weight(p, w, packed, exponents)
-    kernel = Kernel("conv_transpose_mma.cu", "conv_transpose_mma", p.macros)
+    kernel = convolution_kernel(p)
     count = 0 if x_exponents is None else x_exponents.size
     launch_units(p, kernel, x, y.shape[0], (x, x_exponents, packed, exponents, bias, y, count))
 
@@ -178,6 +185,11 @@ def pack_weight(p: Plan, w, packed, exponents, signs=None) -> None:
     signs: one value for each row; where it is negative, the row's weights change sign.
     """
     launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents))
+
+
+def convolution_kernel(p: Plan) -> Kernel:
+    """What `conv_transpose_mma` launches after `pack_weight`."""
+    return Kernel("conv_transpose_mma.cu", "conv_transpose_mma", p.macros, conv_wgmma.architecture(p.macros))
 
 
 def pack_kernel(p: Plan) -> Kernel:
@@ -200,10 +212,10 @@ def variants():
     """Variants of shapes that reach every branch: the reference shape, kernels of 1 and 7, many, few, odd channels."""
     packs, convolutions = set(), set()
     for p in sample_plans():
-        packs.add(Variant("pack_weight_fp16.cu", p.pack_macros))
-        convolutions.add(Variant("conv_transpose_mma.cu", p.macros))
+        packs.add(pack_kernel(p).variant)
+        convolutions.add(convolution_kernel(p).variant)
         if dict(p.pack_macros)["FLIP"]:
-            convolutions.add(Variant("conv_transpose_mma.cu", p.of_cells().macros))
+            convolutions.add(convolution_kernel(p.of_cells()).variant)
     yield from sorted(packs, key=str)
     yield from sorted(convolutions, key=str)
 

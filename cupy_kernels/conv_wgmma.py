@@ -30,6 +30,11 @@ class _Unit(NamedTuple):
     shared_bytes: int
 
 
+def architecture(macros) -> str | None:
+    """The only one that a kernel with these macros compiles for; None if it has no such limit."""
+    return "sm_90a" if ("WGMMA", 1) in macros else None
+
+
 def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 

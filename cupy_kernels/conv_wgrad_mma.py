@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 from .common import MULTIPROCESSORS, THREADS, ceil_div
 from .conv_transpose import Geometry, output_shape
-from .conv_transpose_mma import UnsupportedError, check_supported
+from .conv_transpose_mma import check_supported
+from .conv_wgmma import architecture
+from .errors import UnsupportedError
 from .fp16_cells import CELL_BYTES, cell_macros, chunk_channels
 from .launch import launch
-from .source import Kernel, Variant
+from .source import Kernel
 
 _MOST_TAPS = 5  # neighbouring taps in a block: a thread has no registers for more
 _MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
@@ -137,19 +139,24 @@ def conv_wgrad_mma(p: Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents
         given = "borders" if x_sums is None else "x_sums"
         raise ValueError(f"x_sums and borders go together, received {given} alone; give both, or None for both")
     launch(
-        Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
+        wgrad_kernel(p),
         (p.tiles * p.splits, 1, 1),
         (p.threads, 1, 1),
         (x_cells, dy_cells, partial, p.output_shape[0], p.split_bands),
         p.shared_bytes,
     )
     launch(
-        Kernel("conv_wgrad_mma.cu", "conv_wgrad_reduce", p.macros),
+        wgrad_kernel(p)._replace(name="conv_wgrad_reduce"),
         (ceil_div(dw.size, THREADS), 1, 1),
         (THREADS, 1, 1),
         (partial, x_exponents, dy_exponents, x_sums, borders, dw, x_exponents.size, dy_exponents.size, p.splits)
         + (0 if borders is None else borders.shape[0],),
     )
+
+
+def wgrad_kernel(p: Plan) -> Kernel:
+    """What `conv_wgrad_mma` launches first; `conv_wgrad_reduce` is compiled with it."""
+    return Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros, architecture(p.macros))
 
 
 def variants():
@@ -166,4 +173,4 @@ def variants():
             plans.append(plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, "float", little))
     for dtype, wgmma in itertools.product(("half_t", "bf16_t"), (False, True)):
         plans.append(plan((512, 64, 32, 32), (64, 128, 1, 1), unit._replace(padding=(0, 0)), 1, dtype, much, wgmma))
-    yield from (Variant("conv_wgrad_mma.cu", p.macros) for p in plans)
+    yield from (wgrad_kernel(p).variant for p in plans)

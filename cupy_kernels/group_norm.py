@@ -20,7 +20,7 @@ from .common import (
     vector_width,
 )
 from .launch import launch
-from .source import DTYPES, SCALARS, Kernel, Variant
+from .source import DTYPES, SCALARS, Variant
 
 _CACHE_BYTES = 47 * 1024  # of the 48 KiB that every GPU has; the kernels' fixed arrays take the rest
 _COLUMNS = 8  # channels of a block of group_norm_backward_parameters
@@ -69,7 +69,7 @@ def group_norm_backward(dy, x, num_groups, mean, rstd, weight, dx, dweight, dbia
         _launch(variant, "group_norm_backward", blocks, packs, 2 * packs, args)
     if has_parameters:
         launch(
-            Kernel(variant.file, "group_norm_backward_parameters", variant.defines),
+            variant.kernel("group_norm_backward_parameters"),
             (ceil_div(channels, _COLUMNS), 1, 1),
             (THREADS, 1, 1),
             (workspace, dweight, dbias, images if x.size else 0, channels),
@@ -105,7 +105,7 @@ def _launch(variant, name, blocks, packs, cached_packs, args):
     threads = 32
     while threads < 1024 and 5 * threads < packs:  # about five packs in flight per thread
         threads *= 2
-    launch(Kernel(variant.file, name, variant.defines), (blocks, 1, 1), (threads, 1, 1), args, shared_bytes)
+    launch(variant.kernel(name), (blocks, 1, 1), (threads, 1, 1), args, shared_bytes)
 
 
 def _sizes(shape, num_groups):

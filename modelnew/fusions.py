@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from cupy_kernels.errors import UnsupportedError
+
 from . import functional, layers
 from .functional.conv_bn_pool import fused_plan
 from .interop import pair
@@ -55,22 +57,24 @@ def run_fused(children: list[nn.Module], x: torch.Tensor) -> torch.Tensor | None
     if chain is None or _obstacle(chain, range(LENGTH), children, x):
         return None
     conv, norm, activation, _, group = children
-    return functional.conv_bn_activation_max_pool_group_norm(
-        x,
-        *norm.arguments(x),
-        conv_weight=layers.tensor_of(conv, "weight"),
-        conv_bias=layers.tensor_of(conv, "bias"),
-        padding=conv.padding,
-        activation=chain.activation,
-        num_groups=group.num_groups,
-        group_weight=layers.tensor_of(group, "weight"),
-        group_bias=layers.tensor_of(group, "bias"),
-        group_eps=group.eps,
-        num_batches_tracked=norm.counter(),
-        numerics=conv.numerics,
-        required=False,
-        **{name: getattr(activation, name) for name in chain.options},
-    )
+    try:
+        return functional.conv_bn_activation_max_pool_group_norm(
+            x,
+            *norm.arguments(x),
+            conv_weight=layers.tensor_of(conv, "weight"),
+            conv_bias=layers.tensor_of(conv, "bias"),
+            padding=conv.padding,
+            activation=chain.activation,
+            num_groups=group.num_groups,
+            group_weight=layers.tensor_of(group, "weight"),
+            group_bias=layers.tensor_of(group, "bias"),
+            group_eps=group.eps,
+            num_batches_tracked=norm.counter(),
+            numerics=conv.numerics,
+            **{name: getattr(activation, name) for name in chain.options},
+        )
+    except UnsupportedError:
+        return None
 
 
 def plan_of(children: dict[str, nn.Module], x: torch.Tensor):

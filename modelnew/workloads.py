@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels.conv_bn_pool import pooled_places
-from cupy_kernels.conv_transpose_mma import UnsupportedError
+from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.launch import launch, observed
 from cupy_kernels.source import signature
 

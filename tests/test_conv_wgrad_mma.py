@@ -12,6 +12,7 @@ from modelnew import numerics
 from modelnew.calls import call, run
 from modelnew.functional import conv_transpose2d
 from modelnew.functional.conv_transpose import conv_gradients, gradient_plans, to_cells
+from modelnew.interop import NUMPY
 from modelnew.parity import tf32_rounded
 
 KERNELS = ["largest_magnitude", "to_cells"] * 2 + ["conv_wgrad_mma", "conv_wgrad_reduce"]
@@ -112,7 +113,9 @@ def test_long_sums(device, wgmma, cls, monkeypatch):
     conv_wgrad_mma.plan.cache_clear()
     case = ((3, 16, 30, 5), 16, (3, 2), (1, 1))
     x, w, dy = tensors(case, device)
-    assert numerics.wgrad_plan(x, w.shape, geometry(case[3]), numerics.choose(cls, x))[0].splits == 1
+    assert (
+        numerics.wgrad_plan(x.shape, NUMPY[x.dtype], w.shape, geometry(case[3]), numerics.choose(cls, x))[0].splits == 1
+    )
     with planted("conv_wgrad_mma.cu", ("#define CHAIN (SPLIT", "#define CHAIN (10 + 0 * SPLIT")):
         dw = gradient(x, w, dy, case[3], cls)
     conv_wgrad_mma.plan.cache_clear()
@@ -204,7 +207,7 @@ def test_centred(device, wgmma, case, cls):
     """x far from 0, and a dy that sums to 0 in each channel, as batch norm's backward makes it."""
     x, w, dy = tensors(case, device)
     x, dy = x + torch.arange(x.shape[1], device=device)[:, None, None], dy - dy.mean((0, 2, 3), keepdim=True)
-    _, plan = gradient_plans(x, x.shape, w.shape, geometry(case[3]), numerics.choose(cls, x), False, True)
+    _, plan = gradient_plans(NUMPY[x.dtype], x.shape, w.shape, geometry(case[3]), numerics.choose(cls, x), False, True)
     cells, exponents, _ = cells_of(dy, plan.split)
     alone = borders(x, w, dy, case[3], exponents)
     dw = wgrad_of_cells(plan, cells_of(x, plan.split, centred=True), w, cells, exponents, alone)
@@ -213,7 +216,9 @@ def test_centred(device, wgmma, case, cls):
 
 def test_centred_needs_borders(device):
     x, w, dy = tensors(CASES["three"], device)
-    _, plan = gradient_plans(x, x.shape, w.shape, geometry((1, 1)), numerics.choose("fp32", x), False, True)
+    _, plan = gradient_plans(
+        NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose("fp32", x), False, True
+    )
     cells, exponents, _ = cells_of(dy, plan.split)
     for centred in (True, False):
         alone = None if centred else borders(x, w, dy, (1, 1), exponents)
@@ -227,7 +232,9 @@ def test_centring_makes_errors_smaller(device, wgmma):
     x = torch.randn(shape, device=device) + 10
     dy = (torch.rand(shape, device=device) > 0.9) * (1 + torch.rand(shape, device=device))
     dy -= dy.mean((0, 2, 3), keepdim=True)
-    _, plan = gradient_plans(x, x.shape, w.shape, geometry((1, 1)), numerics.choose("tf32", x), False, True)
+    _, plan = gradient_plans(
+        NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose("tf32", x), False, True
+    )
     expected, errors, (cells, exponents, _) = truth(x, w, dy, (1, 1)), [], cells_of(dy, 1)
     for centred in (True, False):
         alone = borders(x, w, dy, (1, 1), exponents) if centred else None
@@ -244,7 +251,7 @@ def test_cells_and_exponents_that_are_there_already(device, cls, launched):
     (cells, exponents, _), (_, x_exponents, _) = cells_of(dy, split), cells_of(x, split)
     more = torch.cat([x_exponents + 3, x_exponents, x_exponents + 1])
     launched.clear()
-    _, plan = gradient_plans(x, x.shape, w.shape, geometry((1, 1)), numerics.choose(cls, x), False, True)
+    _, plan = gradient_plans(NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose(cls, x), False, True)
     dw = wgrad_of_cells(plan, cells_of(x, split, more), w, cells, exponents)
     assert [k.name for k in launched] == ["to_cells", "conv_wgrad_mma", "conv_wgrad_reduce"]
     assert torch.equal(dw, expected)

@@ -100,7 +100,7 @@ def test_a_wrong_value_does_not_compile(file, wgmma, macro):
     wrong = {**macros, macro: WRONG[file, wgmma][macro](macros)}
     assert wrong != macros
     with pytest.raises(KernelCompileError, match=r"static.assert"):
-        emulator.prepare([Kernel(file, source.kernel_names(file)[0], tuple(wrong.items()))])
+        emulator.backend.prepare([Kernel(file, source.kernel_names(file)[0], tuple(wrong.items()))])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -121,7 +121,7 @@ class Tail:
 
     def padded(self, planes, value):
         """Planes [N, C, rows of windows, windows, ...] in the room that the forward leaves for each."""
-        room = ops.buffers(self.plan, (self.images,), self.groups, True, True)["pooled"][0][2]
+        room = ops.kept_arrays(self.plan, (self.images,), self.groups, True)["pooled"][0][2]
         padded = torch.full((*planes.shape[:2], room, *planes.shape[4:]), value, dtype=planes.dtype)
         macros = dict(self.plan.planes)
         row, column = (t.flatten() for t in torch.meshgrid(*map(torch.arange, planes.shape[2:4]), indexing="ij"))
@@ -171,10 +171,7 @@ class Tail:
         """The same by the kernels; dy from cells, or as the general kernels get it."""
         a = self.arrays
         options = {"plan": self.plan, "groups": self.groups, "activation": self.activation}
-        sizes = {
-            **ops.gradient_buffers(self.plan, self.images),
-            **ops.output_gradient_buffers(self.plan, self.images, cells=False, borders=self.training),
-        }
+        sizes = ops.gradient_arrays(self.plan, self.images, cells=False, borders=self.training)
         made = {k: torch.empty(s, dtype=getattr(torch, d.__name__), device=self.device) for k, (s, d) in sizes.items()}
         names = ("dout", "pooled", "mean", "invstd", "weight", "bias", "group_weight", "group_mean", "group_invstd")
         given = (*(a[k] for k in names), made["g"], made["partials"])

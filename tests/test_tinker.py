@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cupy_kernels
-from cupy_kernels import compiler, nvrtc, source, tinker
+from cupy_kernels import backend, nvrtc, source, tinker
 from cupy_kernels.errors import BackendError, KernelCompileError
 from modelnew import ModelNew
 from modelnew.functional import tanh
@@ -34,8 +34,8 @@ def nothing_stays_edited():
 def compiled(monkeypatch):
     """Kernels that were compiled, or loaded from the disk cache."""
     seen = []
-    monkeypatch.setattr(compiler, "_listeners", [])
-    compiler.on_compile(seen.append)
+    monkeypatch.setattr(backend, "_listeners", [])
+    backend.on_compile(seen.append)
     return seen
 
 

@@ -27,9 +27,7 @@ REPLACED = (
     "cupy_kernels.compiler.cupy",
     "cupy_kernels.source.text",
     "modelnew.functional.conv_bn_pool._differentiable_gradients",
-    "modelnew.functional.conv_transpose.conv_gradients",
-    "modelnew.interop.compile_together",
-    "modelnew.calls.run",
+    "modelnew.calls.call",
     "modelnew.numerics.plan_or_reason",
     "modelnew.numerics.uses_wgmma",
 )

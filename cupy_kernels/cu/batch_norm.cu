@@ -1,18 +1,19 @@
-// Batch norm over x [images, channels, plane]: statistics per channel, y = (x - mean) invstd weight + bias or tanh of that, and
-// the gradients.
+// Batch norm over x [images, channels, plane]: statistics per channel, y = (x - mean) invstd weight + bias or tanh of
+// that, and the gradients.
 //
-// Thread mapping: a channel's images * plane values are cut into chunks of blockDim.x * ITEMS; block chunk * channels + c takes one
-// chunk of channel c, in packs of WIDTH neighbours, so that neighbouring blocks read neighbouring planes. Reductions have two stages:
-// each block writes two partial results to partials [2][channels][chunks], double; then one block a channel combines them. Order and
-// chunks depend on the shape alone.
+// Thread mapping: a channel's images * plane values are cut into chunks of blockDim.x * ITEMS; block chunk * channels +
+// c takes one chunk of channel c, in packs of WIDTH neighbours, so that neighbouring blocks read neighbouring planes.
+// Reductions have two stages: each block writes two partial results to partials [2][channels][chunks], double; then one
+// block a channel combines them. Order and chunks depend on the shape alone.
 //
 // Saved for the backward: mean and invstd = 1/sqrt(variance + eps), both acc_t [channels], x, and y with tanh.
-// dx = weight invstd (g - sum(g)/count - xhat sum(g xhat)/count), where xhat = (x - mean) invstd, g = dy, or dy (1 - y^2) with tanh;
-// with given (running) statistics dx = weight invstd g.
+// dx = weight invstd (g - sum(g)/count - xhat sum(g xhat)/count), where xhat = (x - mean) invstd, g = dy, or dy (1 -
+// y^2) with tanh; with given (running) statistics dx = weight invstd g.
 //
-// Macros: scalar_t, acc_t, param_t (weight, bias and their gradients; running statistics), WIDTH (a divisor of plane; pointers are
-// aligned to a pack), ITEMS (values per thread, a multiple of WIDTH), THREADS. Whether there is a tanh is a run-time argument: its branch
-// is uniform and the kernels wait for memory, so that it costs less than twice as many variants would.
+// Macros: scalar_t, acc_t, param_t (weight, bias and their gradients; running statistics), WIDTH (a divisor of plane;
+// pointers are aligned to a pack), ITEMS (values per thread, a multiple of WIDTH), THREADS. Whether there is a tanh is
+// a run-time argument: its branch is uniform and the kernels wait for memory, so that it costs less than twice as many
+// variants would.
 #include "batch_norm.cuh"
 #include "tanh.cuh"
 
@@ -59,7 +60,9 @@ struct ChannelWalk {
 };
 
 // Number of values in a chunk.
-__device__ inline i64 chunk_count(i64 count, i64 chunk, i64 chunk_size) { return min(chunk_size, count - chunk * chunk_size); }
+__device__ inline i64 chunk_count(i64 count, i64 chunk, i64 chunk_size) {
+    return min(chunk_size, count - chunk * chunk_size);
+}
 
 __device__ inline void store_partials(double* partials, i64 channels, i64 chunks, double first, double second) {
     if (threadIdx.x) return;
@@ -69,12 +72,14 @@ __device__ inline void store_partials(double* partials, i64 channels, i64 chunks
 }
 
 // Means are kept relative to the channel's first value: the rounding error of a large mean must not enter the variance.
-__device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) { return finite_or_zero(to_acc(x[channel * plane])); }
+__device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) {
+    return finite_or_zero(to_acc(x[channel * plane]));
+}
 
 // Mean - origin, and squares, of the block's chunk.
 //
-// A thread takes a batch's mean first and its squares relative to that, both from registers, then joins batches as Chan et al.
-// do: nothing cancels, whatever the mean is and wherever outliers are.
+// A thread takes a batch's mean first and its squares relative to that, both from registers, then joins batches as Chan
+// et al. do: nothing cancels, whatever the mean is and wherever outliers are.
 __device__ inline Moments moments_of_chunk(
     const scalar_t* __restrict__ x, acc_t unit, i64 channels, i64 plane, i64 count, acc_t* scratch) {
     ChannelWalk walk(channels, plane, count);
@@ -134,10 +139,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_partials(
 
 // Of a channel, from those of its chunks.
 __device__ inline Moments moments_of_channel(
-    const double* __restrict__ means, const double* __restrict__ m2s, acc_t unit, i64 count, i64 chunks, acc_t* scratch) {
+    const double* __restrict__ means, const double* __restrict__ m2s, acc_t unit, i64 count, i64 chunks,
+    acc_t* scratch) {
     acc_t sum = 0, m2 = 0;
     double wide = unit;
-    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += chunk_count(count, k, (i64)blockDim.x * ITEMS) * (acc_t)(means[k] * wide);
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x)
+        sum += chunk_count(count, k, (i64)blockDim.x * ITEMS) * (acc_t)(means[k] * wide);
     acc_t mean = block_sum(sum, scratch) / count;
     for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
         acc_t distance = (acc_t)(means[k] * wide) - mean;
@@ -146,10 +153,12 @@ __device__ inline Moments moments_of_channel(
     return {mean, block_sum(m2, scratch)};
 }
 
-// One block a channel: combines the chunks; updates the running statistics where they are not null, and so is `batches`, which counts calls.
+// One block a channel: combines the chunks; updates the running statistics where they are not null, and so is
+// `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
-    const scalar_t* __restrict__ x, const double* __restrict__ partials, INOUT param_t* running_mean, INOUT param_t* running_var,
-    INOUT i64* batches, acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count, i64 chunks) {
+    const scalar_t* __restrict__ x, const double* __restrict__ partials, INOUT param_t* running_mean,
+    INOUT param_t* running_var, INOUT i64* batches, acc_t* __restrict__ mean, acc_t* __restrict__ invstd,
+    acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count, i64 chunks) {
     __shared__ acc_t scratch[32];
     i64 channel = blockIdx.x;
     if (batches && channel == 0 && threadIdx.x == 0) ++*batches;
@@ -166,7 +175,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
     if (threadIdx.x) return;
     moments.mean += origin_of(x, channel, plane) * unit;
     if (running_mean) running_mean += channel, running_var += channel;
-    store_statistics(moments, unit, count, eps, mean + channel, invstd + channel, running_mean, running_var, momentum, 0);
+    store_statistics(
+        moments, unit, count, eps, mean + channel, invstd + channel, running_mean, running_var, momentum, 0);
 }
 
 // One thread a channel: mean and invstd from the running statistics.
@@ -180,8 +190,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_eval_statistics
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_apply(
-    const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
-    const param_t* __restrict__ bias, scalar_t* __restrict__ y, int with_tanh, i64 channels, i64 plane, i64 count) {
+    const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y, int with_tanh,
+    i64 channels, i64 plane, i64 count) {
     ChannelWalk walk(channels, plane, count);
     i64 channel = walk.channel;
     Normaliser normalise(mean[channel], invstd[channel]);
@@ -211,13 +222,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_apply(
 }
 
 // Gradient at batch norm's output.
-__device__ inline acc_t gradient_of(acc_t dy, scalar_t y, bool with_tanh) { return with_tanh ? dy * tanh_slope(to_acc(y)) : dy; }
+__device__ inline acc_t gradient_of(acc_t dy, scalar_t y, bool with_tanh) {
+    return with_tanh ? dy * tanh_slope(to_acc(y)) : dy;
+}
 
 struct Sums { acc_t sum, dot; };  // of g, and of g xhat
 
 __device__ inline Sums sums_of_chunk(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
-    const acc_t* __restrict__ invstd, acc_t unit, i64 channels, i64 plane, i64 count, acc_t* scratch) {
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
+    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, acc_t unit, i64 channels, i64 plane, i64 count,
+    acc_t* scratch) {
     ChannelWalk walk(channels, plane, count);
     Normaliser normalise(mean[walk.channel], invstd[walk.channel]);
     acc_t sum = 0, dot = 0;
@@ -252,8 +266,9 @@ __device__ inline Sums sums_of_chunk(
 
 // partials: sums of each chunk. y is null without tanh.
 extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_backward_partials(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
-    const acc_t* __restrict__ invstd, double* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
+    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, double* __restrict__ partials, i64 channels,
+    i64 plane, i64 count, i64 chunks) {
     __shared__ acc_t scratch[32];
     acc_t unit = 1;
     Sums sums;
@@ -263,10 +278,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_backward_par
     store_partials(partials, channels, chunks, sums.sum * back, sums.dot * back);
 }
 
-// One block a channel: sums [2][channels] over the chunks, which are also the gradients of bias and weight, where not null.
+// One block a channel: sums [2][channels] over the chunks, which are also the gradients of bias and weight, where not
+// null.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(
-    const double* __restrict__ partials, double* __restrict__ sums, param_t* __restrict__ dweight, param_t* __restrict__ dbias,
-    i64 channels, i64 chunks) {
+    const double* __restrict__ partials, double* __restrict__ sums, param_t* __restrict__ dweight,
+    param_t* __restrict__ dbias, i64 channels, i64 chunks) {
     __shared__ acc_t scratch[32];
     i64 channel = blockIdx.x;
     acc_t unit = 1, sum, dot;
@@ -296,14 +312,15 @@ __device__ inline acc_t mean_of(double sum, i64 count) {
 
 // sums: of the batch where its own statistics were applied, null where given ones were: then x is not read.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_apply(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
-    const acc_t* __restrict__ invstd, const param_t* __restrict__ weight, const double* __restrict__ sums, scalar_t* __restrict__ dx,
-    i64 channels, i64 plane, i64 count) {
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
+    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
+    const double* __restrict__ sums, scalar_t* __restrict__ dx, i64 channels, i64 plane, i64 count) {
     ChannelWalk walk(channels, plane, count);
     i64 channel = walk.channel;
     Normaliser normalise(mean[channel], invstd[channel]);
     acc_t scale = multiply_unflushed(bn_weight(weight, channel), invstd[channel]);
-    acc_t mean_g = sums ? mean_of(sums[channel], count) : (acc_t)0, mean_dot = sums ? mean_of(sums[channels + channel], count) : (acc_t)0;
+    acc_t mean_g = sums ? mean_of(sums[channel], count) : (acc_t)0,
+          mean_dot = sums ? mean_of(sums[channels + channel], count) : (acc_t)0;
     #pragma unroll 1
     for (int first = 0; first < PACKS; first += BATCH / 2) {
         Pack gradient[BATCH / 2], in[BATCH / 2], out[BATCH / 2];

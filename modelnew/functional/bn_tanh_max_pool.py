@@ -27,7 +27,7 @@ from .batch_norm import (
     statistics,
     torch_norm,
 )
-from .gradients import will_need_grad
+from .gradients import apply, will_need_grad
 from .max_pool import OVERLAPPING, max_pool_gradient, new_taps, pool_of, pooled_shape
 from .tanh import tanh_gradient
 
@@ -134,7 +134,7 @@ def tanh_max_pool2d(
     check_floating(input=input)
     pool, x, ceil_mode = pool_of(kernel_size, stride, padding, dilation), dense(input), bool(ceil_mode)
     if will_need_grad(x):
-        return _TanhMaxPool2d.apply(x, pool, ceil_mode)
+        return apply(_TanhMaxPool2d, x, pool, ceil_mode)
     return call(_forward, x, pool, ceil_mode, False)[0]
 
 
@@ -176,7 +176,7 @@ def bn_tanh_max_pool2d(
     running = kernels_buffers(running_mean, running_var, num_batches_tracked, training)
     if will_need_grad(x, weight, bias):
         applied = applied_statistics(running_mean, running_var, training)
-        y = _BnTanhMaxPool2d.apply(x, weight, bias, running, applied, check, options)
+        y = apply(_BnTanhMaxPool2d, x, weight, bias, running, applied, check, options)
     else:
         y, _, _ = call(_normed_forward, x, *_wide(x, weight, bias), *running, check=check, keep=False, **options)
     if training:

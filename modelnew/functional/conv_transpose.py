@@ -12,17 +12,17 @@ from cupy_kernels import conv_transpose_mma as mma
 from cupy_kernels import conv_wgrad_mma as wgrad_mma
 
 from .. import autocast
-from ..calls import Kind, call, dense_after
+from ..calls import call, dense_after
 from ..cases import Case
 from ..interop import aligned, check_floating, dense, integer, one_device, pair
 from ..numerics import check_numerics, choose, tensor_core_plan, wgrad_plan, without_tensor_cores
 from ..untraced import untraced
-from .gradients import differentiable, will_need_grad
+from .gradients import apply, differentiable, will_need_grad
 
 
 def _forward(new, x, w, bias, geometry, choice):
     y = new(ops.output_shape(x.shape, w.shape, geometry), x.dtype)
-    plan, _ = tensor_core_plan(x.kind, w.shape, geometry, choice)
+    plan, _ = tensor_core_plan(x.shape, x.dtype, w.shape, geometry, choice)
     if plan:
         mma.conv_transpose_mma(plan, x, w, bias, y, *_mma_workspaces(new, plan))
     else:
@@ -96,12 +96,13 @@ class _WeightGradient(torch.autograd.Function):
 def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
     """(dx, dw, gradient of the bias), None where not needed. x is for dw alone, w for dx: the other may be None."""
     x = None if x is None else aligned(x)
-    return call(_gradients, x, w, aligned(dy), x_shape, w_shape, geometry, choice, needed)
+    return call(gradients, x, w, aligned(dy), x_shape, w_shape, geometry, choice, needed)
 
 
-def _gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
+def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
+    """The operation of `conv_gradients`, see `calls.call`."""
     need_x, need_w, need_bias = needed
-    dgrad, wgrad = gradient_plans(dy.kind, x_shape, w_shape, geometry, choice, need_x, need_w)
+    dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
     cells, exponents, _ = to_cells(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
     if need_x and dgrad:
@@ -120,17 +121,14 @@ def _gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
     return dx, dw, _channel_sums(new, dy) if need_bias else None
 
 
-def gradient_plans(kind, x_shape, w_shape, geometry, choice, need_x, need_w):
-    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken.
-
-    kind: a tensor, or a `calls.Kind`, of the dtype and on the device of all of them.
-    """
+def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
+    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken. dtype: NumPy's."""
     dgrad = wgrad = None
     if need_x:
-        dy = Kind(ops.output_shape(x_shape, w_shape, geometry), kind.dtype, kind.device)
-        dgrad, _ = tensor_core_plan(dy, w_shape, geometry, choice, dgrad=True)
+        dy_shape = ops.output_shape(x_shape, w_shape, geometry)
+        dgrad, _ = tensor_core_plan(dy_shape, dtype, w_shape, geometry, choice, dgrad=True)
     if need_w:
-        wgrad, _ = wgrad_plan(Kind(x_shape, kind.dtype, kind.device), w_shape, geometry, choice)
+        wgrad, _ = wgrad_plan(x_shape, dtype, w_shape, geometry, choice)
     return dgrad, wgrad
 
 
@@ -170,7 +168,7 @@ def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=lambda
     x, w, bias = dense_after(check, x, w, bias)
     tensors = aligned(x), w, bias
     if will_need_grad(*tensors):
-        return _ConvTranspose2d.apply(*tensors, geometry, choice, check)
+        return apply(_ConvTranspose2d, *tensors, geometry, choice, check)
     return call(_forward, *tensors, geometry, choice, check=check)
 
 

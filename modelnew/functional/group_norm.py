@@ -16,7 +16,7 @@ from ..cases import Case, sums_of
 from ..interop import check_parameters, dense, integer, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine
-from .gradients import NormGradient, differentiable, will_need_grad
+from .gradients import NormGradient, apply, differentiable, will_need_grad
 
 
 def _forward(new, x, weight, bias, num_groups, *, eps):
@@ -95,7 +95,7 @@ def group_norm(
 
     tensors = dense_after(check, input, weight, bias)
     if will_need_grad(*tensors):
-        return _GroupNorm.apply(*tensors, num_groups, eps, check)
+        return apply(_GroupNorm, *tensors, num_groups, eps, check)
     return call(_forward, *tensors, num_groups, check=check, eps=eps)[0]
 
 

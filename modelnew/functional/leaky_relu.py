@@ -10,7 +10,7 @@ from ..calls import call
 from ..cases import Case, activations
 from ..interop import check_floating, dense, number
 from ..untraced import untraced
-from .gradients import differentiable, will_need_grad
+from .gradients import apply, differentiable, will_need_grad
 
 
 def _forward(new, x, slope):
@@ -71,7 +71,7 @@ def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool 
         raise ValueError("leaky_relu writes to new memory, received inplace=True; leave it out, or pass inplace=False")
     check_floating(input=input)
     x, slope = dense(input), number(negative_slope, "negative_slope")
-    return _LeakyReLU.apply(x, slope) if will_need_grad(x) else call(_forward, x, slope)
+    return apply(_LeakyReLU, x, slope) if will_need_grad(x) else call(_forward, x, slope)
 
 
 class LeakyReLU(nn.LeakyReLU):

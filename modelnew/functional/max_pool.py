@@ -14,7 +14,7 @@ from ..calls import call
 from ..cases import Case, activations
 from ..interop import check_floating, dense, pair
 from ..untraced import untraced
-from .gradients import differentiable, will_need_grad
+from .gradients import apply, differentiable, will_need_grad
 
 
 def _forward(new, x, pool, ceil_mode, return_indices, keep):
@@ -141,7 +141,7 @@ def max_pool2d(
     pool = pool_of(kernel_size, stride, padding, dilation)
     x, options = dense(input), (pool, bool(ceil_mode), bool(return_indices))
     if will_need_grad(x):
-        return _MaxPool2d.apply(x, *options)
+        return apply(_MaxPool2d, x, *options)
     y, indices, _ = call(_forward, x, *options, False)
     return (y, indices) if return_indices else y
 

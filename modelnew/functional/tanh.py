@@ -9,7 +9,7 @@ from ..calls import call
 from ..cases import Case, activations
 from ..interop import check_floating, dense
 from ..untraced import untraced
-from .gradients import differentiable, will_need_grad
+from .gradients import apply, differentiable, will_need_grad
 
 
 def _forward(new, x):
@@ -66,7 +66,7 @@ def tanh(input: torch.Tensor) -> torch.Tensor:
     """
     check_floating(input=input)
     x = dense(input)
-    return _Tanh.apply(x) if will_need_grad(x) else call(_forward, x)
+    return apply(_Tanh, x) if will_need_grad(x) else call(_forward, x)
 
 
 class Tanh(nn.Tanh):
