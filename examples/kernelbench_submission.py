@@ -18,7 +18,8 @@ import math
 import numbers
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Iterable
 from functools import cache as until_overridden
 from pathlib import Path
 from types import SimpleNamespace
