@@ -4,10 +4,11 @@ Shapes: x [N, K, H, W], w [K, M, KH, KW], the convolution's output [N, M, OH, OW
 The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,
 float16, or int16 that holds bfloat16; statistics and what is saved have the types that `kept_arrays` says.
 
-activation, parameter: one of ACTIVATIONS and the number it takes, negative_slope of "leaky_relu"; others take none.
+activation, parameter: one of activation.cuh's, such as "leaky_relu", and the number that it takes, if it takes one.
 """
 
 import functools
+import re
 
 import numpy as np
 
@@ -20,9 +21,7 @@ from .conv_wgrad_mma import conv_wgrad_mma
 from .errors import UnsupportedError
 from .fp16_cells import cell_macros, cells_shape, chunk_channels, to_cells
 from .launch import launch
-from .source import Kernel, Variant
-
-ACTIVATIONS = {"tanh": "Tanh", "leaky_relu": "LeakyReLU"}  # the struct of each, see activation.cuh
+from .source import Kernel, Variant, text, until_overridden
 
 _MOST_WARPS = 16
 _PART = 320  # values of a warp at most: 10 a lane
@@ -360,6 +359,22 @@ def check_supported(p: Plan, groups: int) -> None:
         )
 
 
+@until_overridden
+def activations() -> tuple[str, ...]:
+    """The structs of activation.cuh."""
+    return tuple(re.findall(r"^struct (\w+)", text("activation.cuh"), re.MULTILINE))
+
+
+def struct_of(activation: str) -> str:
+    """The activation's struct. ValueError if it has none."""
+    found = {name.lower(): name for name in activations()}.get(activation.replace("_", "").lower())
+    if found is None:
+        raise ValueError(
+            f"activation must be one of those in activation.cuh, {', '.join(activations())}; received {activation!r}"
+        )
+    return found
+
+
 def saved_shift(p: Plan) -> int:
     """SAVED_SHIFT: both operands are below 2^15, and so many products must stay below 2^15 in sum."""
     macros = dict(p.macros)
@@ -387,7 +402,7 @@ def variants():
             unit = 8 * pitch if wgmma else 64
             units, stride = ceil_div(pitch**2, unit), ceil_div(unit, 16) * 16
             planes = conv_wgmma.planes(wgmma, pitch, units, unit, stride, units * stride)
-            for activation in ACTIVATIONS:
+            for activation in activations():
                 tail = _tail_defines(sample, groups, activation, planes.items())
                 if (dtype, split) != ("float", 2):
                     for statistics in (1, 0):
@@ -421,7 +436,7 @@ def _backward_macros(p: Plan, groups: int, activation: str):
 def _tail_defines(macros, groups, activation, planes):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
-    types += (("ACTIVATION", ACTIVATIONS[activation]),)
+    types += (("ACTIVATION", struct_of(activation)),)
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     parts = _parts(macros)
     warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)

@@ -18,8 +18,7 @@ import math
 import numbers
 import re
 import tempfile
-from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache as until_overridden
 from pathlib import Path
 from types import SimpleNamespace
@@ -1522,9 +1521,8 @@ def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
 # The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,
 # float16, or int16 that holds bfloat16; statistics and what is saved have the types that `kept_arrays` says.
 #
-# activation, parameter: one of ACTIVATIONS and the number it takes, negative_slope of "leaky_relu"; others take none.
+# activation, parameter: one of activation.cuh's, such as "leaky_relu", and the number that it takes, if it takes one.
 
-ACTIVATIONS = {"tanh": "Tanh", "leaky_relu": "LeakyReLU"}  # the struct of each, see activation.cuh
 _MOST_WARPS = 16
 _PART = 320  # values of a warp at most: 10 a lane
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
@@ -1852,6 +1850,22 @@ def conv_bn_pool_check_supported(p: Plan, groups: int) -> None:
         )
 
 
+@until_overridden
+def activations() -> tuple[str, ...]:
+    """The structs of activation.cuh."""
+    return tuple(re.findall(r"^struct (\w+)", text("activation.cuh"), re.MULTILINE))
+
+
+def struct_of(activation: str) -> str:
+    """The activation's struct. ValueError if it has none."""
+    found = {name.lower(): name for name in activations()}.get(activation.replace("_", "").lower())
+    if found is None:
+        raise ValueError(
+            f"activation must be one of those in activation.cuh, {', '.join(activations())}; received {activation!r}"
+        )
+    return found
+
+
 def saved_shift(p: Plan) -> int:
     """SAVED_SHIFT: both operands are below 2^15, and so many products must stay below 2^15 in sum."""
     macros = dict(p.macros)
@@ -1885,7 +1899,7 @@ def _backward_macros(p: Plan, groups: int, activation: str):
 def _tail_defines(macros, groups, activation, planes):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
-    types += (("ACTIVATION", ACTIVATIONS[activation]),)
+    types += (("ACTIVATION", struct_of(activation)),)
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     parts = _parts(macros)
     warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
@@ -2275,14 +2289,16 @@ def conv_bn_activation_max_pool_group_norm(
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
     and group_norm. One dtype for all: float32, float16 or bfloat16.
-    activation: act, "tanh" or "leaky_relu". negative_slope: of leaky_relu, finite and not negative.
+    activation: act, the name of an operator that activation.cuh has, "tanh" or "leaky_relu". negative_slope: of
+        leaky_relu, finite and not negative.
     num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
     For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
     with the reason. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
     check_numerics(numerics)
-    parameter = conv_bn_pool_parameter(activation, negative_slope)
+    struct_of(activation)
+    parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
@@ -2326,13 +2342,6 @@ def conv_bn_tanh_max_pool_group_norm(*args, **options):
     return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
 
 
-def conv_bn_pool_parameter(activation, negative_slope) -> float:
-    """The number that the kernels get for the activation."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, received {activation!r}")
-    return 0.0 if activation == "tanh" else number(negative_slope, "negative_slope")
-
-
 def _check_shapes(
     input,
     conv_weight,
@@ -2368,38 +2377,17 @@ def _pooled_shape(x_shape, w_shape, padding):
 # tools/kernelbench.py
 
 KERNELS: dict[str, str] = {
-    "activation.cuh": r"""// The activation between batch norm and max pooling in the fused chain. The macro ACTIVATION names its struct; each has
-// a header.
+    "activation.cuh": r"""// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION names one's struct:
 //
-//     Activation(float parameter)    the launch's, 0 where the activation has none
+//     Activation(float parameter)    the launch's; only some activations have one
 //     float of(float v)              the activation of v; no v is a denormal, which -ftz=true makes 0
 //     float slope(float y)           its derivative where its value is y
 //
 // It must never decrease: then it can follow max pooling. Pooling here takes the first of the largest v, PyTorch the
 // first of the largest activations. These are two places only where different v have one activation: in the flat parts,
 // where the slope, and with it what the place would get, is 0; or where rounding makes neighbours equal.
-#pragma once
-#include "activation_leaky_relu.cuh"
-#include "activation_tanh.cuh"
-
-typedef ACTIVATION Activation;
-""",
-    "activation_leaky_relu.cuh": r"""// v where v > 0, else v negative_slope, as an activation of the fused chain (activation.cuh).
 //
-// negative_slope is finite and not negative. 0 is ReLU, but for infinite v: as in PyTorch's LeakyReLU, -inf * 0 is NaN.
-// All v <= 0 of a window then tie at 0, and whichever wins gets the gradient 0.
-#pragma once
-
-struct LeakyReLU {
-    float negative_slope;
-
-    __device__ explicit LeakyReLU(float negative_slope) : negative_slope(negative_slope) {}
-    __device__ float of(float v) const { return v > 0 ? v : v * negative_slope; }
-    // A negative v with a product too small for float has y = 0, and so has v = 0: both slope down.
-    __device__ float slope(float y) const { return y > 0 ? 1 : negative_slope; }
-};
-""",
-    "activation_tanh.cuh": r"""// tanh, as an activation of the fused chain (activation.cuh).
+// A struct is named as its layer, which is the function's name without underscores in any case: LeakyReLU, leaky_relu.
 #pragma once
 #include "tanh.cuh"
 #include "tanh_branchless.cuh"
@@ -2409,6 +2397,19 @@ struct Tanh {
     __device__ float of(float v) const { return tanh_branchless(v); }
     __device__ float slope(float y) const { return tanh_slope(y); }
 };
+
+// v where v > 0, else v negative_slope, which is finite and not negative. 0 is ReLU, but for infinite v: as in PyTorch's
+// LeakyReLU, -inf * 0 is NaN. All v <= 0 of a window then tie at 0, and whichever wins gets the gradient 0.
+struct LeakyReLU {
+    float negative_slope;
+
+    __device__ explicit LeakyReLU(float negative_slope) : negative_slope(negative_slope) {}
+    __device__ float of(float v) const { return v > 0 ? v : v * negative_slope; }
+    // A negative v with a product too small for float has y = 0, and so has v = 0: both slope down.
+    __device__ float slope(float y) const { return y > 0 ? 1 : negative_slope; }
+};
+
+typedef ACTIVATION Activation;
 """,
     "async_copy.cuh": r"""// Copies from global to shared memory that run behind the arithmetic: cp.async on sm_80 and newer, plain copies before.
 //

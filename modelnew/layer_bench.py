@@ -101,6 +101,7 @@ ENTRIES = (
     _conv("dilated 64-64", (16, 64, 64, 64), 64, 3, 1, 2, dilation=2),
     _conv("8 groups 256-256", (32, 256, 32, 32), 256, 4, 2, 1, groups=8),
     _conv("depthwise 256", (16, 256, 32, 32), 256, 4, 2, 1, groups=256),
+    _conv("reference shape 64-128", (512, 64, 32, 32), 128, 5, 1, 1),
     *_batch_norms("ResNet 64, 112x112", 64, 64, 112, 112),
     *_batch_norms("ResNet 256, 56x56", 64, 256, 56, 56),
     *_batch_norms("ResNet 512, 28x28", 64, 512, 28, 28),
@@ -115,6 +116,7 @@ ENTRIES = (
     *_batch_norms("two images 64, 56x56", 2, 64, 56, 56),
     *_batch_norms("[8192, 1024]", 8192, 1024),
     *_batch_norms("[64, 512, 1000]", 64, 512, 1000),
+    *_batch_norms("reference shape 128, 34x34", 512, 128, 34, 34),
     *_batch_norms("video 64, 16x56x56", 2, 64, 16, 56, 56),
     _group("text-to-image 320, 64x64", 32, 16, 320, 64, 64),
     _group("text-to-image 640, 32x32", 32, 16, 640, 32, 32),
@@ -125,6 +127,7 @@ ENTRIES = (
     _group("detection 256, 56x56", 32, 64, 256, 56, 56),
     _group("volume 64, 8x32x32", 8, 2, 64, 8, 32, 32),
     _group("[64, 512, 1000]", 32, 64, 512, 1000),
+    _group("reference shape 128, 17x17", 8, 512, 128, 17, 17),
     _pool("ResNet stem", (64, 64, 112, 112), 3, 2, 1),
     _pool("VGG 64, 224x224", (16, 64, 224, 224), 2),
     _pool("VGG 512, 14x14", (32, 512, 14, 14), 2),
@@ -134,10 +137,12 @@ ENTRIES = (
     _pool("SPP 5x5", (16, 512, 20, 20), 5, 1, 2),
     _pool("SPP 9x9", (16, 512, 20, 20), 9, 1, 4),
     _pool("SPP 13x13", (16, 512, 20, 20), 13, 1, 6),
+    _pool("reference shape 128, 34x34", (512, 128, 34, 34), 2),
     _pool("more than 2^31 elements", (80, 64, 648, 656), 2, huge=True),
     *_activations("DCGAN 64, 112x112", 64, 64, 112, 112),
     *_activations("decoder 3, 256x256", 16, 3, 256, 256),
     *_activations("[8192, 1024]", 8192, 1024),
+    *_activations("reference shape 128, 34x34", 512, 128, 34, 34),
 )
 
 

@@ -3,6 +3,7 @@ pooling in the convolution's epilogue.
 """
 
 import functools
+import inspect
 import math
 
 import torch
@@ -17,11 +18,9 @@ from ..calls import call, dense_after
 from ..interop import NUMPY, aligned, dense, integer, number, one_device, pair
 from ..numerics import check_numerics, choose, required_plan
 from .batch_norm import applied_statistics, batch_norm, check_batch_norm, check_batch_norm_call, note_update
-from .bn_tanh_max_pool import bn_tanh_max_pool2d
 from .conv_transpose import conv_transpose2d_as, gradient_plans, gradients
 from .gradients import apply, gradients_of, will_need_grad
 from .group_norm import group_norm
-from .leaky_relu import leaky_relu
 from .max_pool import max_pool2d
 
 
@@ -102,23 +101,25 @@ class _Fused(torch.autograd.Function):
 
 def _differentiable_gradients(options, running_mean, running_var, tensors, dout):
     """The gradients of `tensors` by operators that can be differentiated twice."""
+    activate = _operator(options["activation"], options["parameter"])
 
     def unfused(x, w, conv_bias, weight, bias, group_weight, group_bias):
         y = conv_transpose2d_as(x, w, conv_bias, _geometry(options["padding"]), options["choice"])
-        norm = (y, running_mean, running_var, weight, bias, options["training"])
-        if options["activation"] == "tanh":
-            y = bn_tanh_max_pool2d(*norm, eps=options["eps"])
-        else:
-            y = _UNFUSED[options["activation"]](batch_norm(*norm, eps=options["eps"]), options["parameter"])
-            y = max_pool2d(y, 2)
+        y = batch_norm(y, running_mean, running_var, weight, bias, options["training"], eps=options["eps"])
+        y = max_pool2d(activate(y), 2)
         return group_norm(y, options["groups"], group_weight, group_bias, options["group_eps"])
 
     with torch.autocast(dout.device.type, enabled=False):  # as in the forward, whatever holds around the backward
         return gradients_of(unfused, tensors, dout)
 
 
-# Activations as operators of their own; tanh has one with batch norm and pooling.
-_UNFUSED = {"leaky_relu": leaky_relu}
+def _operator(activation, parameter):
+    """The activation as an operator of its own."""
+    from . import operators  # which imports this module
+
+    function = getattr(operators, activation)
+    takes_one = "negative_slope" in inspect.signature(function).parameters
+    return functools.partial(function, negative_slope=parameter) if takes_one else function
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, others=(), negative_slope=0):
@@ -191,14 +192,16 @@ def conv_bn_activation_max_pool_group_norm(
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
     and group_norm. One dtype for all: float32, float16 or bfloat16.
-    activation: act, "tanh" or "leaky_relu". negative_slope: of leaky_relu, finite and not negative.
+    activation: act, the name of an operator that activation.cuh has, "tanh" or "leaky_relu". negative_slope: of
+        leaky_relu, finite and not negative.
     num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
     For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
     with the reason. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
     """
     check_numerics(numerics)
-    parameter = _parameter(activation, negative_slope)
+    ops.struct_of(activation)
+    parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
@@ -240,13 +243,6 @@ def conv_bn_activation_max_pool_group_norm(
 def conv_bn_tanh_max_pool_group_norm(*args, **options):
     """`conv_bn_activation_max_pool_group_norm` with the activation tanh."""
     return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
-
-
-def _parameter(activation, negative_slope) -> float:
-    """The number that the kernels get for the activation."""
-    if activation not in ops.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ops.ACTIVATIONS)}, received {activation!r}")
-    return 0.0 if activation == "tanh" else number(negative_slope, "negative_slope")
 
 
 def _check_shapes(
