@@ -1945,6 +1945,33 @@ def _count(p: Plan, images: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# modelnew/autocast.py
+#
+# torch.autocast's rules, for operators that torch's dispatcher does not know.
+
+def enabled(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    return torch.is_autocast_enabled("cuda" if tensor.is_cuda else "cpu")
+
+
+def lower(*tensors: torch.Tensor | None) -> tuple:
+    """The tensors as autocast gives them to a convolution: in its dtype where it is on."""
+    device = tensors[0].device.type
+    return _cast(tensors, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensors
+
+
+def result_of_norm(result: torch.Tensor) -> torch.Tensor:
+    """A float32 result of a chain that ends in a group norm, as autocast has it: on a CPU in its dtype."""
+    return result if result.is_cuda or not enabled(result) else lower(result)[0]
+
+
+def _cast(tensors, dtype):
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/numerics.py
 #
 # How the transposed convolution multiplies: numeric classes, and the one rule that picks tensor cores or not.
@@ -2174,7 +2201,7 @@ def _forward(
     padding,
     choice,
     keep,
-    autocast,
+    autocast_on,
     **options,
 ):
     plan = conv_bn_pool_plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
@@ -2248,8 +2275,8 @@ def _check_slope(negative_slope) -> None:
 
 def _check_mixture(x, batches, *others) -> None:
     """UnsupportedError for dtypes or a counter of batches that do not go together."""
-    if torch.is_autocast_enabled(x.device.type):
-        raise UnsupportedError("autocast gives the operators different dtypes")
+    if enabled(x) and x.dtype != torch.float32:
+        raise UnsupportedError(f"under autocast the input must be float32, received {x.dtype}")
     if any(t is not None and t.dtype != x.dtype for t in others):
         raise UnsupportedError("input and parameters have different dtypes")
     if batches is not None and (batches.dtype, batches.numel(), batches.device) != (torch.int64, 1, x.device):
@@ -2257,6 +2284,11 @@ def _check_mixture(x, batches, *others) -> None:
             f"num_batches_tracked must be one {torch.int64} on {x.device}, received shape {tuple(batches.shape)}, "
             f"{batches.dtype} on {batches.device}"
         )
+
+
+def _class(numerics, x) -> str:
+    """Under autocast the convolution's operands have 10 mantissa bits at most in PyTorch, too."""
+    return "tf32" if enabled(x) else numerics
 
 
 def _geometry(padding):
@@ -2295,6 +2327,8 @@ def conv_bn_activation_max_pool_group_norm(
     For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
     with the reason. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
+    Under torch.autocast, of float32 tensors: as without it, in the class "tf32", whose errors are smaller than those of
+    casts between the operators. The result has the dtype that autocast gives group_norm's.
     """
     check_numerics(numerics)
     struct_of(activation)
@@ -2303,7 +2337,7 @@ def conv_bn_activation_max_pool_group_norm(
     training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    choice = choose(numerics, input)
+    choice = choose(_class(numerics, input), input)
 
     def check():
         _check_mixture(input, num_batches_tracked, *others)
@@ -2324,7 +2358,7 @@ def conv_bn_activation_max_pool_group_norm(
         "group_eps": group_eps,
         "activation": activation,
         "parameter": parameter,
-        "autocast": torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu"),  # as check() looks at it
+        "autocast_on": enabled(input),  # as check() looks at it
     }
     if will_need_grad(*tensors):
         applied = applied_statistics(running_mean, running_var, training)
@@ -2333,7 +2367,7 @@ def conv_bn_activation_max_pool_group_norm(
         out, _ = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=False, **options)
     if training:
         note_update(running_mean, running_var, num_batches_tracked, updated)
-    return out
+    return result_of_norm(out)
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature

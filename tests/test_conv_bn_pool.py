@@ -328,8 +328,35 @@ def test_a_call_that_passed_vouches_for_none_that_differs():
         with pytest.raises(error):
             conv_bn_tanh_max_pool_group_norm(**{**arguments, **change})
     conv_bn_tanh_max_pool_group_norm(**arguments)
-    with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast"):
-        conv_bn_tanh_max_pool_group_norm(**arguments)
+    half = {name: value.half() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    conv_bn_tanh_max_pool_group_norm(**{**arguments, **half})
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="under autocast the input must be float32"):
+        conv_bn_tanh_max_pool_group_norm(**{**arguments, **half})
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(device, dtype, training, launched):
+    """The dtypes are PyTorch's, the errors at most its errors, and a scaled loss neither overflows nor vanishes."""
+    model, ours, x = models(CASES["even"], "fp32", device)
+    truth = copy.deepcopy(model).double()
+    found = {}
+    for scale in (1.0, 2.0 ** (20 if device == "cuda" else 10)):  # on a CPU y, and with it dy, has 16 bits
+        for name, module, data in (("truth", truth, x.double()), ("torch", model, x), ("ours", ours, x)):
+            module.train(training)
+            leaf = data.clone().requires_grad_()
+            with torch.autocast(device, dtype, enabled=name != "truth"):
+                y = module(leaf)
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+            gradients = torch.autograd.grad(y, [leaf, *module.parameters()], dy * scale)
+            found[name] = {"output": y, **dict(zip(["x", *dict(module.named_parameters())], gradients))}
+        assert {k.name for k in launched} >= {"conv_bn_pool", "pooled_backward"}
+        for what, result in found["ours"].items():
+            assert result.dtype == found["torch"][what].dtype
+            if not (training and what == "conv_transpose.bias"):  # which is 0
+                exact = found["truth"][what]
+                errors = [parity.error(found[who][what], exact) for who in ("ours", "torch")]
+                assert parity.within_policy(result, exact, *errors), (what, errors)
 
 
 def test_batches_are_counted(device):

@@ -14,6 +14,7 @@ from cupy_kernels.conv_transpose_mma import plan as convolution_plan
 from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.plan import parts, room
 
+from .. import autocast
 from ..calls import call, dense_after
 from ..interop import NUMPY, aligned, dense, integer, number, one_device, pair
 from ..numerics import check_numerics, choose, required_plan
@@ -40,7 +41,7 @@ def _forward(
     padding,
     choice,
     keep,
-    autocast,
+    autocast_on,
     **options,
 ):
     plan = _plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
@@ -131,7 +132,7 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, othe
         _check_slope(negative_slope)
         _check_mixture(x, batches, conv_weight, *others)
         shapes = x.shape, NUMPY[x.dtype], conv_weight.shape
-        return _plan(*shapes, pair(padding, "padding"), num_groups, choose(numerics, x)), None
+        return _plan(*shapes, pair(padding, "padding"), num_groups, choose(_class(numerics, x), x)), None
     except UnsupportedError as error:
         return None, str(error)
 
@@ -151,8 +152,8 @@ def _check_slope(negative_slope) -> None:
 
 def _check_mixture(x, batches, *others) -> None:
     """UnsupportedError for dtypes or a counter of batches that do not go together."""
-    if torch.is_autocast_enabled(x.device.type):
-        raise UnsupportedError("autocast gives the operators different dtypes")
+    if autocast.enabled(x) and x.dtype != torch.float32:
+        raise UnsupportedError(f"under autocast the input must be float32, received {x.dtype}")
     if any(t is not None and t.dtype != x.dtype for t in others):
         raise UnsupportedError("input and parameters have different dtypes")
     if batches is not None and (batches.dtype, batches.numel(), batches.device) != (torch.int64, 1, x.device):
@@ -160,6 +161,11 @@ def _check_mixture(x, batches, *others) -> None:
             f"num_batches_tracked must be one {torch.int64} on {x.device}, received shape {tuple(batches.shape)}, "
             f"{batches.dtype} on {batches.device}"
         )
+
+
+def _class(numerics, x) -> str:
+    """Under autocast the convolution's operands have 10 mantissa bits at most in PyTorch, too."""
+    return "tf32" if autocast.enabled(x) else numerics
 
 
 def _geometry(padding):
@@ -198,6 +204,8 @@ def conv_bn_activation_max_pool_group_norm(
     For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
     with the reason. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
+    Under torch.autocast, of float32 tensors: as without it, in the class "tf32", whose errors are smaller than those of
+    casts between the operators. The result has the dtype that autocast gives group_norm's.
     """
     check_numerics(numerics)
     ops.struct_of(activation)
@@ -206,7 +214,7 @@ def conv_bn_activation_max_pool_group_norm(
     training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    choice = choose(numerics, input)
+    choice = choose(_class(numerics, input), input)
 
     def check():
         _check_mixture(input, num_batches_tracked, *others)
@@ -227,7 +235,7 @@ def conv_bn_activation_max_pool_group_norm(
         "group_eps": group_eps,
         "activation": activation,
         "parameter": parameter,
-        "autocast": torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu"),  # as check() looks at it
+        "autocast_on": autocast.enabled(input),  # as check() looks at it
     }
     if will_need_grad(*tensors):
         applied = applied_statistics(running_mean, running_var, training)
@@ -236,7 +244,7 @@ def conv_bn_activation_max_pool_group_norm(
         out, _ = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=False, **options)
     if training:
         note_update(running_mean, running_var, num_batches_tracked, updated)
-    return out
+    return autocast.result_of_norm(out)
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature
