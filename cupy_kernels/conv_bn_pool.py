@@ -19,7 +19,7 @@ from .conv_transpose_mma import Plan, conv_transpose_mma, launch_units, pack_wei
 from .conv_wgrad_mma import Plan as WgradPlan
 from .conv_wgrad_mma import conv_wgrad_mma
 from .errors import UnsupportedError
-from .fp16_cells import cell_macros, cells_shape, chunk_channels, to_cells
+from .fp16_tiles import packing_macros, packed_shape, chunk_channels, pack_fp16
 from .launch import launch
 from .source import Kernel, Variant, text, until_overridden
 
@@ -28,7 +28,7 @@ _PART = 320  # values of a warp at most: 10 a lane
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
 _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
-# Channels, groups, image size, type and split: the mission's, groups that registers do not hold, parts and odd sizes.
+# Channels, groups, image size, type and split: the reference shape, groups that registers do not hold, parts and odd sizes.
 _TAIL_SAMPLES = (
     (128, 8, 34, "float", 1),
     (128, 8, 34, "float", 2),
@@ -57,7 +57,7 @@ def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tu
         "group_invstd": ((images * groups,), np.float32),
     }
     if keep:
-        arrays["taps"] = (pooled, np.uint8)
+        arrays["argmax"] = (pooled, np.uint8)
         arrays["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
         arrays["unit_exponents"] = ((images * p.units,), np.int32)
     return arrays
@@ -104,7 +104,7 @@ def conv_bn_pool_forward(
         x,
         images,
         (x, packed, kept["exponents"], weight, kept["pooled"], partials)
-        + (kept.get("taps"), kept.get("saved"), kept.get("unit_exponents")),
+        + (kept.get("argmax"), kept.get("saved"), kept.get("unit_exponents")),
     )
     moments, running = (kept["mean"], kept["invstd"]), (running_mean, running_var)
     macros = *_tail_macros(plan, groups, activation), ("STATISTICS", int(training))
@@ -124,10 +124,10 @@ def conv_bn_pool_forward(
     )
 
 
-def gradient_arrays(p: Plan, images: int, cells: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
+def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that `conv_bn_pool_backward` writes, for itself, `weight_gradient` and dgrad.
 
-    cells: whether dy is to be among them. borders: whether what `weight_gradient` needs with a centred x is.
+    packed: whether dy is to be among them. borders: whether what `weight_gradient` needs with a centred x is.
     """
     macros = dict(p.macros)
     channels = macros["OUT_CHANNELS"]
@@ -137,8 +137,8 @@ def gradient_arrays(p: Plan, images: int, cells: bool, borders: bool) -> dict[st
         "sums": ((2, channels), np.float32),
         "dy_exponents": ((channels,), np.int32),
     }
-    if cells:
-        arrays["cells"] = (output_cells_shape(p, images), np.float16)
+    if packed:
+        arrays["dy_packed"] = (packed_output_shape(p, images), np.float16)
     if borders:
         shares = ceil_div(images, _images_together(images))
         arrays["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
@@ -178,10 +178,10 @@ def conv_bn_pool_backward(
     pooled_gradients(*values, **options, parameter=parameter)
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
-    given = (g, kept["taps"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
+    given = (g, kept["argmax"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
     given += (sums if training else None,)
-    if "cells" in made:
-        conv_output_gradient_cells(*given, dy_exponents, made["cells"], made.get("borders"), **options)
+    if "dy_packed" in made:
+        conv_output_gradient_packed(*given, dy_exponents, made["dy_packed"], made.get("borders"), **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
@@ -196,16 +196,16 @@ def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan, centred: boo
     if centred:
         sums = scratch((x.shape[1],), x.dtype)
         channel_sum(x[:1], sums, scratch(channel_sum_workspace_size((1, *x.shape[1:])), np.float32))
-    x_cells, partial = scratch(cells_shape(x.shape, plan.split), np.float16), scratch(plan.partial_size, np.float32)
-    to_cells(x, unit_exponents, sums, x_cells, plan.split)
-    dy = made["cells"], made["dy_exponents"], made.get("borders")
-    conv_wgrad_mma(plan, x_cells, unit_exponents, sums, *dy, partial, dw)
+    x_packed, partial = scratch(packed_shape(x.shape, plan.split), np.float16), scratch(plan.partial_size, np.float32)
+    pack_fp16(x, unit_exponents, sums, x_packed, plan.split)
+    dy = made["dy_packed"], made["dy_exponents"], made.get("borders")
+    conv_wgrad_mma(plan, x_packed, unit_exponents, sums, *dy, partial, dw)
 
 
 def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
-    """dx, the gradient of x, from dy. plan: one for dgrad, of cells. The rest as in `weight_gradient`."""
+    """dx, the gradient of x, from dy. plan: one for dgrad, of packed tiles. The rest as in `weight_gradient`."""
     workspaces = scratch(plan.packed_size, np.float16), scratch(plan.rows, np.int32)
-    conv_transpose_mma(plan, made["cells"], w, None, dx, *workspaces, made["dy_exponents"])
+    conv_transpose_mma(plan, made["dy_packed"], w, None, dx, *workspaces, made["dy_exponents"])
 
 
 def pooled_gradients(
@@ -276,7 +276,7 @@ def parameter_gradients(
 
 def conv_output_gradient(
     g,
-    taps,
+    argmax,
     saved,
     exponents,
     unit_exponents,
@@ -299,13 +299,13 @@ def conv_output_gradient(
         Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups, activation)),
         (images * channels, ceil_div(_windows(dict(plan.macros)), THREADS), 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
+        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
     )
 
 
-def conv_output_gradient_cells(
+def conv_output_gradient_packed(
     g,
-    taps,
+    argmax,
     saved,
     exponents,
     unit_exponents,
@@ -314,16 +314,16 @@ def conv_output_gradient_cells(
     weight,
     sums,
     dy_exponents,
-    cells,
+    packed,
     borders,
     *,
     plan: Plan,
     groups: int,
     activation: str,
 ) -> None:
-    """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
+    """The same as packed fp16 tiles, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
-    dy_exponents: those of `parameter_gradients`. cells: float16, of `output_cells_shape`, written.
+    dy_exponents: those of `parameter_gradients`. packed: float16, of `packed_output_shape`, written.
     borders: None, or as `gradient_arrays` has it, written: sums of dy times 2^e over the pixels that have no
     partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
     """
@@ -331,21 +331,21 @@ def conv_output_gradient_cells(
     together = _images_together(images)
     macros = _backward_macros(plan, groups, activation)
     sizes = dict(macros)
-    blocks = together * cells.shape[1] * sizes["TILES"]
+    blocks = together * packed.shape[1] * sizes["TILES"]
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", macros),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", macros),
         (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells, borders)
+        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, packed, borders)
         + (_count(plan, images), images, together),
     )
 
 
-def output_cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
-    """Of the cells of the convolution's output, see `fp16_cells`."""
+def packed_output_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
+    """Of the packed tiles of the convolution's output, see `fp16_tiles`."""
     macros = dict(p.macros)
-    return cells_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
+    return packed_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
 
 
 def check_supported(p: Plan, groups: int) -> None:
@@ -448,14 +448,14 @@ def _backward_defines(macros, shift):
     split = macros["SPLIT"]
     saved = ("saved_t", "half_t" if split == 1 else "float")
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
-    # Of conv_output_gradient_cells: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
+    # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
     tile = THREADS * 8 // chunk_channels(split)
     blocks = {
         "TILE": tile,
         "TILES": ceil_div(_windows(macros), tile),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
     }
-    return (saved, ("SAVED_SHIFT", shift), *cell_macros(split).items(), *convolution, *blocks.items())
+    return (saved, ("SAVED_SHIFT", shift), *packing_macros(split).items(), *convolution, *blocks.items())
 
 
 def _parts(macros) -> int:

@@ -14,7 +14,7 @@ from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels import source
 from cupy_kernels.conv_transpose import Geometry
 from cupy_kernels.errors import UnsupportedError
-from cupy_kernels.fp16_cells import cells_shape
+from cupy_kernels.fp16_tiles import packed_shape
 from modelnew import Model, ModelNew, calls, explain, layers, numerics, parity
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm, conv_transpose2d
 from modelnew.functional.conv_transpose import gradient_plans
@@ -210,7 +210,7 @@ def test_the_backwards_stages_share_their_room(device, cls, monkeypatch):
     dgrad, wgrad = gradient_plans(*options)
     arrays = {name: sized(*a) for name, a in ops.gradient_arrays(fused_model(ours, x)[0], 16, True, True).items()}
     passed_on = sum(arrays[name] for name in ("sums", "dy_exponents", "cells", "borders"))
-    of_wgrad = sized(cells_shape(x.shape, wgrad.split), np.float16) + sized((wgrad.partial_size,), np.float32)
+    of_wgrad = sized(packed_shape(x.shape, wgrad.split), np.float16) + sized((wgrad.partial_size,), np.float32)
     of_dgrad = sized((dgrad.packed_size,), np.float16)
     stage = max(arrays["g"] + arrays["partials"], w.nbytes + of_wgrad, w.nbytes + of_dgrad + x.nbytes)
     assert found <= passed_on + stage + 8192

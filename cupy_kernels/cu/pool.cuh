@@ -1,6 +1,6 @@
 // Pooling windows: how threads walk over them, the largest element of one, and the windows that cover a pixel.
 //
-// Macros: scalar_t, acc_t, tap_t (u8, or int for a kernel of more than 254 taps).
+// Macros: scalar_t, acc_t, argmax_t (u8, or int for a kernel of more than 254 taps).
 // WINDOW_2X2: 1 fixes kernel 2, stride 2, padding 0, dilation 1, for even widths and arrays whose pairs of elements are
 //     aligned, and moves two neighbours of a row as one. 0 takes the windows from the arguments.
 // SITE: pixels along each side of what a thread of a backward has, 2 with WINDOW_2X2, else 1. THREADS: of a block.
@@ -120,7 +120,7 @@ template <class F> __device__ inline void store_site(const Pool& p, scalar_t* dx
 
 #if WINDOW_2X2
 template <class F>
-__device__ inline Gathered gather(const Pool& p, const tap_t* taps, int row, int column, F gradient) {
+__device__ inline Gathered gather(const Pool& p, const argmax_t* taps, int row, int column, F gradient) {
     if (row >= p.out_height) return {(acc_t)0, 0};
     int o = row * p.out_width + column;
     return {gradient(o), taps[o]};
@@ -143,7 +143,7 @@ __device__ inline int tap_at(int offset, int dilation) {
 // Sums gradient(o) over the windows o of the plane whose tap is the pixel (row, column), in ascending order.
 // `taps` points at the plane's taps.
 template <class F>
-__device__ inline Gathered gather(const Pool& p, const tap_t* taps, int row, int column, F gradient) {
+__device__ inline Gathered gather(const Pool& p, const argmax_t* taps, int row, int column, F gradient) {
     int h = row + p.padding_h, w = column + p.padding_w;
     int oh = first_window(h, p.kernel_h, p.stride_h, p.dilation_h), oh_last = last_window(h, p.stride_h, p.out_height);
     int first = first_window(w, p.kernel_w, p.stride_w, p.dilation_w), last = last_window(w, p.stride_w, p.out_width);

@@ -75,7 +75,7 @@ def _backward(
     if need_w:  # first: the room of its workspaces is dx's then
         ops.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
     if need_x:
-        ops.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_cells())
+        ops.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed())
     return dx, dw, *found
 
 
