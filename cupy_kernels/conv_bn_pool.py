@@ -448,7 +448,7 @@ def variants():
 def _pool_macros(p: Plan, training, keep):
     macros = dict(p.macros)
     if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
-        macros["SHARED_BYTES"] += macros["PARTS_N"] * macros["TILE_M"] * 8
+        macros["SHARED_BYTES"] += macros["WARPS_N"] * macros["TILE_M"] * 8
     return (
         *macros.items(),
         ("param_t", macros["scalar_t"]),

@@ -104,8 +104,8 @@ def _layout(split, channels, taps, limit) -> _Layout:
     if stages < 2:
         raise UnsupportedError(f"it needs {2 * stage_bytes + _RESERVED} bytes of shared memory, the GPU has {limit}")
     tiles = ceil_div(channels[1], 16 * warps) * ceil_div(channels[0], chunk)
-    macros = {"WGMMA": 0, "THREADS": 32 * warps, "COLUMNS": columns, "STAGES": stages}
-    return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes}, tiles, 8 // warps)
+    macros = {"WGMMA": 0, "THREADS": 32 * warps, "TILE_OC": 16 * warps, "TILE_IC": chunk, "COLUMNS": columns}
+    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes}, tiles, 8 // warps)
 
 
 def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
@@ -118,8 +118,8 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     if stages < 2 + ceil_div(taps + 1, columns):
         return None
     tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
-    macros = {"WGMMA": 1, "THREADS": 256, "TILE_IC": _TILE_IC, "TILES_N": tiles_n, "COLUMNS": columns, "STAGES": stages}
-    return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
+    macros = {"WGMMA": 1, "THREADS": 256, "TILE_OC": 16 * tiles_n, "TILE_IC": _TILE_IC, "COLUMNS": columns}
+    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
 
 
 def conv_wgrad_mma(p: Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, borders, partial, dw) -> None:

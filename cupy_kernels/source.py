@@ -49,9 +49,9 @@ _blocks = []  # the thread of each open block of `override`, the outermost first
 # shared memory.
 SHAPE_MACROS = frozenset(
     ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
-    + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
+    + ("WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
     + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
-    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES", "TILES_N", "PARTS_N", "PARTS")
+    + ("UNIT_ROWS", "TILES", "LAST_TILES", "TILE_OC", "TILE_IC", "PARTS")
     + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS")
 )
 
