@@ -167,19 +167,20 @@ struct Pool {
     template <bool FULL> __device__ __forceinline__ void store(
         const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap,
         const Packed<saved_t, 16>& kept) {
-#if WGMMA
-        int sixteen = place.first_window + t * 4 + place.unit * (UNIT_STRIDE - UNIT_WINDOWS);  // pooled_planes.cuh
-        if (t >= place.tiles || sixteen >= (place.unit + 1) * UNIT_STRIDE) return;
-        i64 at = row + sixteen + threadIdx.x % 4 * TOGETHER_POOLED;
-        store_at_once(pooled + at, best);
-        if (SAVE) store_at_once(taps + at, tap);
-        enum { TOGETHER = together_saved<saved_t>() };
-        #pragma unroll
-        for (int j = 0; SAVE && j < 4; j += TOGETHER) {
-            i64 window = row + sixteen + j * 4 + threadIdx.x % 4 * TOGETHER;
-            store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4));
+        if constexpr (WGMMA) {
+            int sixteen = place.first_window + t * 4 + place.unit * (UNIT_STRIDE - UNIT_WINDOWS);  // pooled_planes.cuh
+            if (t >= place.tiles || sixteen >= (place.unit + 1) * UNIT_STRIDE) return;
+            i64 at = row + sixteen + threadIdx.x % 4 * TOGETHER_POOLED;
+            store_at_once(pooled + at, best);
+            if (SAVE) store_at_once(taps + at, tap);
+            enum { TOGETHER = together_saved<saved_t>() };
+            #pragma unroll
+            for (int j = 0; SAVE && j < 4; j += TOGETHER) {
+                i64 window = row + sixteen + j * 4 + threadIdx.x % 4 * TOGETHER;
+                store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4));
+            }
+            return;
         }
-#else
         i64 at = row + place.window(0);
         if (FULL) {
             store_at_once(pooled + at, best);
@@ -193,7 +194,6 @@ struct Pool {
             if (SAVE) taps[at + j] = tap.v[j];
             if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(kept.v + j * 4));
         }
-#endif
     }
 
     // Corners outside the image are read by nobody.

@@ -23,11 +23,8 @@ extern "C" __global__ void pack_weight(
     i64 size = (i64)groups * taps * in_channels * out_channels;
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size) return;
-#if DGRAD
-    int ic = i % in_channels, oc = i / in_channels % out_channels;
-#else
-    int oc = i % out_channels, ic = i / out_channels % in_channels;
-#endif
+    int ic = DGRAD ? i % in_channels : i / out_channels % in_channels,
+        oc = DGRAD ? i / in_channels % out_channels : i % out_channels;
     i64 block = i / ((i64)in_channels * out_channels);
     int tap = block % taps, group = block / taps;
     packed[i] = to_acc(w[(((i64)group * in_channels + ic) * out_channels + oc) * taps + tap]);
@@ -37,20 +34,10 @@ struct Window {  // one spatial dimension
     int phase, pad, dilation, stride;
 
     // Whether tap k meets pixels of this phase.
-    __device__ bool meets(int k) const {
-#if DGRAD
-        return true;
-#else
-        return (phase + pad - k * dilation) % stride == 0;
-#endif
-    }
+    __device__ bool meets(int k) const { return DGRAD || (phase + pad - k * dilation) % stride == 0; }
     // Source of pixel r (counted within its phase) for tap k.
     __device__ int source(int r, int k) const {
-#if DGRAD
-        return r * stride - pad + k * dilation;
-#else
-        return r + (phase + pad - k * dilation) / stride;
-#endif
+        return DGRAD ? r * stride - pad + k * dilation : r + (phase + pad - k * dilation) / stride;
     }
 };
 

@@ -18,17 +18,6 @@ __device__ inline int scale_exponent(unsigned largest_magnitude) {
 // 2^e for -126 <= e <= 127.
 __device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
 
-// a + b likewise. Adding 0 by an ordinary addition would flush, too.
-__device__ inline float add_unflushed(float a, float b) {
-#ifdef CUPY_KERNELS_EMULATOR
-    return a + b;
-#else
-    float sum;
-    asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
-    return sum;
-#endif
-}
-
 // v -> v * 2^-e for |e| <= 252; two factors keep every intermediate value in range where the result is.
 struct ScaleBack {
     float first, second;
@@ -48,7 +37,7 @@ struct ScaleBack {
 };
 
 __device__ inline unsigned block_max(unsigned v, unsigned* scratch) {
-    for (int lanes = 16; lanes > 0; lanes >>= 1) v = max(v, __shfl_xor_sync(0xFFFFFFFFu, v, lanes));
+    v = warp_max(v);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
     __syncthreads();
     for (unsigned w = 0; w < blockDim.x / 32; w++) v = max(v, scratch[w]);

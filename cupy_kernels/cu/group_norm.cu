@@ -115,10 +115,8 @@ struct Group {
                 sum += g;
                 dot += g * normalise(to_acc(x[i]));
             }
-            for (int lanes = 16; lanes > 0; lanes >>= 1) {
-                sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-                dot += __shfl_xor_sync(0xFFFFFFFFu, dot, lanes);
-            }
+            sum = warp_sum(sum);
+            dot = warp_sum(dot);
             if (parts == 1) {
                 if (lane == 0) finish_channel(channel, sum, dot);
             } else if (lane == 0) {

@@ -29,13 +29,10 @@ __device__ inline int unit_of_window(int row, int column) {
 
 // Of values of which TOGETHER windows, 1, 2 or 4, make 16 bytes.
 template <int TOGETHER> __device__ inline int place_of_window(int row, int column) {
-#if WGMMA
+    if (!WGMMA) return row * WINDOW_PITCH + column;
     int unit = unit_of_window(row, column), window = row * WINDOW_PITCH + column - unit * UNIT_WINDOWS;
     int lane = window & 3, tile = window >> 2 & 3;
     return unit * UNIT_STRIDE + (window & ~15) + tile / TOGETHER * (4 * TOGETHER) + lane * TOGETHER + tile % TOGETHER;
-#else
-    return row * WINDOW_PITCH + column;
-#endif
 }
 
 enum { TOGETHER_POOLED = 4 };  // and taps, which go with them

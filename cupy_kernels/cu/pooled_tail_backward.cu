@@ -219,23 +219,21 @@ struct Window {
 };
 
 // What conv_bn_pool saved of a window.
-#if SPLIT == 1
-typedef uint2 Kept;
+template <int> struct KeptOf { typedef uint2 type; };
+template <> struct KeptOf<2> { typedef float4 type; };
+typedef KeptOf<SPLIT>::type Kept;
 __device__ inline void unpack(uint2 kept, float (&v)[4]) {
     #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = to_acc(half_t{(unsigned short)((i < 2 ? kept.x : kept.y) >> i % 2 * 16)});
 }
-// The exponent of a window's scale, but for its channel's.
-__device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
-    return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
-}
-#else
-typedef float4 Kept;
 __device__ inline void unpack(float4 kept, float (&v)[4]) {
     v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w;
 }
-__device__ inline int kept_exponent(const int*, i64, const Window&) { return 0; }
-#endif
+// The exponent of a window's scale, but for its channel's.
+__device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
+    if (SPLIT == 2) return 0;
+    return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
+}
 // What undoes the scale. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
 __device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
 
@@ -384,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
     channel.exponent += channel.gradient.exponent;
     #pragma unroll
     for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
-    for (int lanes = 16; lanes > 0; lanes >>= 1) least = min(least, __shfl_xor_sync(0xFFFFFFFFu, least, lanes));
+    least = -warp_max(-least);
     if (threadIdx.x < CHUNK_CHANNELS) {
         channel.gradient.finish(count, least);
         ((Channel*)channels)[threadIdx.x] = channel;
