@@ -17,7 +17,7 @@ from .common import THREADS, accumulator, ceil_div, scalar_macros
 from .conv_transpose_mma import Plan, conv_transpose_mma, launch_units, pack_kernel, pack_weight, sample_plans
 from .conv_wgrad_mma import Plan as WgradPlan
 from .conv_wgrad_mma import conv_wgrad_mma
-from .fp16_cells import cell_macros, cells_shape, chunk_channels, to_cells, to_cells_kernel
+from .fp16_tiles import chunk_channels, pack_fp16, pack_fp16_kernel, packed_shape, packing_macros
 from .launch import launch
 from .source import DTYPES, Kernel, Variant
 
@@ -28,7 +28,7 @@ _PART = 320  # values of a warp at most: 10 a lane
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
 _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
-# Channels, groups, image size, type and split: the mission's, groups that registers do not hold, parts and odd sizes.
+# Channels, groups, image size, type and split: the reference shape, groups that registers do not hold, odd sizes.
 _TAIL_SAMPLES = (
     (128, 8, 34, "float", 1),
     (128, 8, 34, "float", 2),
@@ -62,7 +62,7 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
     if training:
         sizes["partials"] = ((3, channels, units), np.float32)
     if keep:
-        sizes["taps"] = (pooled, np.uint8)
+        sizes["argmax"] = (pooled, np.uint8)
         sizes["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
         sizes["unit_exponents"] = ((units,), np.int32)
     return sizes
@@ -106,7 +106,7 @@ def conv_bn_pool_forward(
         x,
         x.shape[0],
         (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
-        + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
+        + (written.get("argmax"), written.get("saved"), written.get("unit_exponents")),
     )
     images, channels = out.shape[:2]
     if training:
@@ -148,16 +148,16 @@ def gradient_buffers(p: Plan, images: int) -> dict[str, tuple[tuple, type]]:
     }
 
 
-def output_gradient_buffers(p: Plan, images: int, cells: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
-    """The same of those that it writes for `weight_gradient` and dgrad. cells: whether dy is to be among them.
+def output_gradient_buffers(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
+    """The same of those that it writes for `weight_gradient` and dgrad. packed: whether dy is to be among them.
 
     borders: whether what `weight_gradient` needs with a centred x is.
     """
     macros = dict(p.macros)
     channels = macros["OUT_CHANNELS"]
     sizes = {"sums": ((2, channels), np.float32), "dy_exponents": ((channels,), np.int32)}
-    if cells:
-        sizes["cells"] = (output_cells_shape(p, images), np.float16)
+    if packed:
+        sizes["dy_packed"] = (packed_output_shape(p, images), np.float16)
     if borders:
         shares = ceil_div(images, _images_together(images))
         sizes["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
@@ -199,10 +199,10 @@ def conv_bn_pool_backward(
     pooled_gradients(*values, **options, parameter=parameter)
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
-    given = (g, kept["taps"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
+    given = (g, kept["argmax"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
     given += (sums if training else None,)
-    if "cells" in output:
-        conv_output_gradient_cells(*given, dy_exponents, output["cells"], output.get("borders"), **options)
+    if "dy_packed" in output:
+        conv_output_gradient_packed(*given, dy_exponents, output["dy_packed"], output.get("borders"), **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
@@ -212,7 +212,7 @@ def weight_gradient_buffers(p: WgradPlan, x_shape, centred: bool) -> dict[str, t
 
     With statistics of the batch dy sums to 0, so x may be centred (benchmarks/NOTES.md says why).
     """
-    sizes = {"x_cells": (cells_shape(x_shape, p.split), np.float16), "partial": ((p.partial_size,), np.float32)}
+    sizes = {"x_packed": (packed_shape(x_shape, p.split), np.float16), "partial": ((p.partial_size,), np.float32)}
     if centred:
         sizes["sums"] = ((x_shape[1],), DTYPES[dict(p.macros)["scalar_t"]].type)
         sizes["sum_partials"] = ((channel_sum_workspace_size((1, *x_shape[1:])),), np.float32)
@@ -227,9 +227,9 @@ def weight_gradient(output, kept, x, dw, written, *, plan: WgradPlan) -> None:
     unit_exponents, sums = kept["unit_exponents"], written.get("sums")
     if sums is not None:
         channel_sum(x[:1], sums, written["sum_partials"])
-    to_cells(x, unit_exponents, sums, written["x_cells"], plan.split)
-    dy = output["cells"], output["dy_exponents"], output.get("borders")
-    conv_wgrad_mma(plan, written["x_cells"], unit_exponents, sums, *dy, written["partial"], dw)
+    pack_fp16(x, unit_exponents, sums, written["x_packed"], plan.split)
+    dy = output["dy_packed"], output["dy_exponents"], output.get("borders")
+    conv_wgrad_mma(plan, written["x_packed"], unit_exponents, sums, *dy, written["partial"], dw)
 
 
 def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
@@ -238,19 +238,19 @@ def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
 
 
 def input_gradient(output, w, dx, written, *, plan: Plan) -> None:
-    """dx, the gradient of x, from dy. plan: one for dgrad, of cells. The rest as in `weight_gradient`."""
+    """dx, the gradient of x, from dy. plan: one for dgrad, of packed tiles. The rest as in `weight_gradient`."""
     workspaces = (written["packed"], written["exponents"])
-    conv_transpose_mma(plan, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
+    conv_transpose_mma(plan, output["dy_packed"], w, None, dx, *workspaces, output["dy_exponents"])
 
 
 def gradient_kernels(
     p: Plan, groups: int, activation: str, x_shape, centred: bool, dgrad: Plan | None, wgrad: WgradPlan | None
 ) -> tuple[Kernel, ...]:
-    """A kernel of each compilation that the backward needs. dgrad: a plan of cells."""
+    """A kernel of each compilation that the backward needs. dgrad: a plan of packed tiles."""
     found = [Kernel("pooled_tail_backward.cu", "pooled_backward", _backward_macros(p, groups, activation))]
     if wgrad:
         name = dict(p.macros)["scalar_t"]
-        found.append(to_cells_kernel(name, wgrad.split, x_shape))
+        found.append(pack_fp16_kernel(name, wgrad.split, x_shape))
         found.append(Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", wgrad.macros))
         if centred:
             found.append(Kernel("channel_sum.cu", "channel_sum_partial", scalar_macros(name)))
@@ -260,29 +260,14 @@ def gradient_kernels(
 
 
 def pooled_gradients(
-    dout,
-    pooled,
-    mean,
-    invstd,
-    weight,
-    bias,
-    group_weight,
-    group_mean,
-    group_invstd,
-    g,
-    partials,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
-    parameter: float,
+    dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, *, parameter, **tail
 ) -> None:
     """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
 
     dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_buffers` has them, written.
+    tail: plan, groups, activation; the same in the functions that follow.
     """
-    images = pooled.shape[0]
-    macros = _backward_macros(plan, groups, activation)
+    images, macros = pooled.shape[0], _backward_macros(**tail)
     launch(
         Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
         (group_mean.size, 1, 1),
@@ -293,32 +278,16 @@ def pooled_gradients(
 
 
 def parameter_gradients(
-    partials,
-    mean,
-    invstd,
-    weight,
-    sums,
-    dy_exponents,
-    dweight,
-    dbias,
-    dgroup_weight,
-    dgroup_bias,
-    dconv_bias,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
-    training: bool,
+    partials, mean, invstd, weight, sums, dy_exponents, *gradients, plan: Plan, training: bool, **tail
 ) -> None:
-    """Gradients of all parameters but the convolution's weight, and what the gradient of its output is computed from.
+    """Gradients of all parameters but the convolution's weight, and what the gradient of its output is made of.
 
-    sums, dy_exponents: as `gradient_buffers` has them, written. The gradients are written where not None.
-    training: whether the batch's own statistics were applied.
+    sums, dy_exponents: as `output_gradient_buffers` has them, written. gradients: of weight, bias, group_weight,
+    group_bias and conv_bias, written where not None. training: whether the batch's own statistics were applied.
     """
     images, channels = partials.shape[1:]
-    gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     launch(
-        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, groups, activation)),
+        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, **tail)),
         (channels, 1, 1),
         (THREADS, 1, 1),
         (partials, mean, invstd, weight, sums, dy_exponents, *gradients, images, _count(plan, images), training),
@@ -326,20 +295,7 @@ def parameter_gradients(
 
 
 def conv_output_gradient(
-    g,
-    taps,
-    saved,
-    exponents,
-    unit_exponents,
-    mean,
-    invstd,
-    weight,
-    sums,
-    dy,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
+    g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan, **tail
 ) -> None:
     """dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
 
@@ -347,60 +303,45 @@ def conv_output_gradient(
     """
     images, channels = g.shape[:2]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups, activation)),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, **tail)),
         (images * channels, ceil_div(_windows(dict(plan.macros)), THREADS), 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
+        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
     )
 
 
-def conv_output_gradient_cells(
-    g,
-    taps,
-    saved,
-    exponents,
-    unit_exponents,
-    mean,
-    invstd,
-    weight,
-    sums,
-    dy_exponents,
-    cells,
-    borders,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
+def conv_output_gradient_packed(
+    g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders, *, plan, **tail
 ) -> None:
-    """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
+    """The same as packed fp16 tiles, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
-    dy_exponents: those of `parameter_gradients`. cells: float16, of `output_cells_shape`, written.
+    dy_exponents: those of `parameter_gradients`. dy: float16, of `packed_output_shape`, written.
     borders: None, or as `output_gradient_buffers` has it, written: sums of dy times 2^e over the pixels that have no
     partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
     """
     images = g.shape[0]
     together = _images_together(images)
-    macros = _backward_macros(plan, groups, activation)
+    macros = _backward_macros(plan, **tail)
     sizes = dict(macros)
-    blocks = together * cells.shape[1] * sizes["TILES"]
+    blocks = together * dy.shape[1] * sizes["TILES"]
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", macros),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", macros),
         (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells, borders)
+        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders)
         + (_count(plan, images), images, together),
     )
 
 
-def output_cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
-    """Of the cells of the convolution's output, see `fp16_cells`."""
+def packed_output_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
+    """Of the packed tiles of the convolution's output, see `fp16_tiles`."""
     macros = dict(p.macros)
-    return cells_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
+    return packed_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
 
 
 @functools.lru_cache(maxsize=1024)
-def obstacle(p: Plan, groups: int) -> str | None:
+def unsupported_reason(p: Plan, groups: int) -> str | None:
     """Why these kernels do not take what follows the convolution, or None if they do."""
     macros = dict(p.macros)
     if min(macros["OUT_H"], macros["OUT_W"]) < 2:
@@ -488,14 +429,14 @@ def _backward_defines(macros, shift):
     split = macros["SPLIT"]
     saved = ("saved_t", "half_t" if split == 1 else "float")
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
-    # Of conv_output_gradient_cells: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
+    # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
     tile = THREADS * 8 // chunk_channels(split)
     blocks = {
         "TILE": tile,
         "TILES": ceil_div(_windows(macros), tile),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
     }
-    return (saved, ("SAVED_SHIFT", shift), *cell_macros(split).items(), *convolution, *blocks.items())
+    return (saved, ("SAVED_SHIFT", shift), *packing_macros(split).items(), *convolution, *blocks.items())
 
 
 def _parts(macros) -> int:

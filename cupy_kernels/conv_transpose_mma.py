@@ -11,7 +11,7 @@ from typing import NamedTuple
 from . import conv_wgmma
 from .common import THREADS, address, ceil_div
 from .conv_transpose import Geometry
-from .fp16_cells import CELL_BYTES, cell_macros, chunk_channels
+from .fp16_tiles import LINE_BYTES, chunk_channels, packing_macros
 from .launch import launch
 from .source import Kernel, Variant
 
@@ -37,9 +37,9 @@ class Plan(NamedTuple):
     shared_bytes: int
     planes: tuple
 
-    def of_cells(self) -> "Plan":
-        """The same plan for an x that already is cells, see `fp16_cells`."""
-        changed = {**dict(self.macros), "CELLS": 1, "input_t": "half_t"}
+    def of_packed(self) -> "Plan":
+        """The same plan for an x that already is packed, see `fp16_tiles`."""
+        changed = {**dict(self.macros), "X_PACKED": 1, "input_t": "half_t"}
         return self._replace(macros=tuple(changed.items()))
 
 
@@ -71,7 +71,7 @@ def plan(
         "scalar_t": dtype,
         "acc_t": "float",
         "input_t": dtype,
-        "CELLS": 0,
+        "X_PACKED": 0,
         "IN_CHANNELS": channels_in,
         "OUT_CHANNELS": channels_out,
         "IN_H": size[0],
@@ -82,13 +82,13 @@ def plan(
         "KERNEL_W": kernel[1],
         "PAD_H": pad[0],
         "PAD_W": pad[1],
-        **cell_macros(split),
+        **packing_macros(split),
         **found.planes,
         **found.macros,
     }
-    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH", *cell_macros(split))
+    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH")
     taps, tile_m = kernel[0] * kernel[1], macros["TILE_M"]
-    pack_macros = {**{name: macros[name] for name in both}, "TAPS": taps, "FLIP": int(dgrad)}
+    pack_macros = {**{name: macros[name] for name in both}, **packing_macros(split), "TAPS": taps, "FLIP": int(dgrad)}
     rows = ceil_div(channels_out, tile_m) * tile_m
     return Plan(
         tuple(macros.items()),
@@ -121,8 +121,8 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
             low = max(0, first // windows_w * 2 + pad[0] - (kernel[0] - 1))
             high = min(size[0], last // windows_w * 2 + 1 + pad[0] + 1)
             rows = max(rows, high - low)
-        band = (gap + (rows + 1) * pitch) * CELL_BYTES * (chunks if resident else 1)
-        return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * CELL_BYTES
+        band = (gap + (rows + 1) * pitch) * LINE_BYTES * (chunks if resident else 1)
+        return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * LINE_BYTES
 
     # Few images: one pass a unit, to spread over the GPU; else as many as fit. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
@@ -157,7 +157,7 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
         "GAP": gap,
         "TILE_M": 64 * warps_m,
         "THREADS": 32 * warps_m * warps_n,
-        "PACKED_WIDTH": chunks * CELL_BYTES // 2,
+        "PACKED_WIDTH": chunks * LINE_BYTES // 2,
         "SHARED_BYTES": shared_bytes,
     }
     unit_windows, plane_stride = pass_windows * passes, ceil_div(windows, 4) * 4
@@ -167,7 +167,7 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
 def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
     """y = conv_transpose2d(x, w) + bias, or with a plan for dgrad y = dx from x = dy; bias may be None.
 
-    x_exponents: the exponents that go with x, if it is cells. y and the workspaces packed (plan.packed_size,
+    x_exponents: the exponents that go with x, if it is packed. y and the workspaces packed (plan.packed_size,
     float16) and exponents (plan.rows, int32) are written.
     """
     pack_weight(p, w, packed, exponents)
@@ -207,7 +207,7 @@ def variants():
         packs.add(Variant("pack_weight_fp16.cu", p.pack_macros))
         convolutions.add(Variant("conv_transpose_mma.cu", p.macros))
         if dict(p.pack_macros)["FLIP"]:
-            convolutions.add(Variant("conv_transpose_mma.cu", p.of_cells().macros))
+            convolutions.add(Variant("conv_transpose_mma.cu", p.of_packed().macros))
     yield from sorted(packs, key=str)
     yield from sorted(convolutions, key=str)
 

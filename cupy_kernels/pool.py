@@ -26,8 +26,8 @@ class Pool(NamedTuple):
     dilation: tuple[int, int]
 
     @property
-    def wide_taps(self) -> bool:
-        """Whether taps, places in the window, are int32 instead of uint8, in which 255 is the emulator's poison."""
+    def wide_argmax(self) -> bool:
+        """Whether an argmax, a tap of the window, is int32 instead of uint8, in which 255 is the emulator's poison."""
         return math.prod(self.kernel_size) > 254
 
 
@@ -61,31 +61,31 @@ def _windows(size, pool, ceil_mode):
     return tuple(output)
 
 
-def pool_kernel(file: str, name: str, pixels, windows, taps, pool: Pool, macros=()) -> Kernel:
+def pool_kernel(file: str, name: str, pixels, windows, argmax, pool: Pool, macros=()) -> Kernel:
     """The variant of a kernel for these arrays. ValueError unless `pool` makes the output's shape of the input's.
 
     pixels, windows: the arrays of the input's shape [..., H, W], and those of the output's, at least one each.
-    taps: one more of the output's shape, or None. macros: besides those of pool.cuh.
+    argmax: one more of the output's shape, or None. macros: besides those of pool.cuh.
     """
     x, y = pixels[0], windows[0]
     same_shape(**{f"array {i} like the input": a for i, a in enumerate(pixels)})
-    same_shape(**{f"array {i} like the output": a for i, a in enumerate((*windows, taps))})
+    same_shape(**{f"array {i} like the output": a for i, a in enumerate((*windows, argmax))})
     _check_shapes(x.shape, y.shape, pool)
     two_by_two = pool == _TWO_BY_TWO and row_width(x.shape[-1], *pixels) >= 2
-    return Kernel(file, name, _defines(scalar(x), pool.wide_taps, two_by_two, macros))
+    return Kernel(file, name, _defines(scalar(x), pool.wide_argmax, two_by_two, macros))
 
 
 def pool_variants(file: str, macros=()):
     """Every variant that `pool_kernel` makes of a file."""
     for name in FLOATS:
-        for wide_taps, two_by_two in ((False, True), (False, False), (True, False)):
-            yield Variant(file, _defines(name, wide_taps, two_by_two, macros))
+        for wide_argmax, two_by_two in ((False, True), (False, False), (True, False)):
+            yield Variant(file, _defines(name, wide_argmax, two_by_two, macros))
 
 
-def _defines(name, wide_taps, two_by_two, macros):
+def _defines(name, wide_argmax, two_by_two, macros):
     return (
         *scalar_macros(name),
-        ("tap_t", "int" if wide_taps else "u8"),
+        ("argmax_t", "int" if wide_argmax else "u8"),
         ("WINDOW_2X2", int(two_by_two)),
         ("SITE", 2 if two_by_two else 1),
         ("ITEMS", _ITEMS_2X2 if two_by_two else 1),

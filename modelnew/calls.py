@@ -114,11 +114,11 @@ def dense_after(check: Callable, *tensors: torch.Tensor | None) -> list[torch.Te
     return [dense(t) for t in tensors]
 
 
-def run(operation: Callable, *args, like=None, **options) -> None:
+def run(operation: Callable, *args, key=None, **options) -> None:
     """`call` of an operation that allocates nothing and returns nothing: operation(*args, **options).
 
     args: may be workspaces, which the operation gets as {name: array}.
-    like: a key, hashable, from which options, shapes, dtypes and the device of all tensors, and layouts of workspaces
+    key: hashable, something from which options, shapes, dtypes and the device of all tensors, and layouts of workspaces
         follow, so that these need not be looked at. Floats may differ under the same key.
 
     Kernels run on the tensors' device, in torch's current stream there; for CPU tensors, on the emulator.
@@ -127,11 +127,11 @@ def run(operation: Callable, *args, like=None, **options) -> None:
     if recorders.may_record():
         recorders.refuse(operation)
     values = [*args, *options.values()]
-    if like is None:
+    if key is None:
         key, pointers = _kind(operation, options, values)
     else:
         pointers = [value.data_ptr() if isinstance(value, _MEMORY) else 0 for value in values]
-        key = (operation, like, *map(_alignment, pointers))
+        key = (operation, key, *map(_alignment, pointers))
     known = _thread().__dict__
     found = known.get(key)
     if found is None:

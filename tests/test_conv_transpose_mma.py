@@ -13,7 +13,7 @@ from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
 from modelnew.calls import call, run
 from modelnew.functional import conv_transpose2d
-from modelnew.functional.conv_transpose import gradient_plans, to_cells
+from modelnew.functional.conv_transpose import gradient_plans, pack_fp16
 
 # (input shape, Cout, kernel, padding)
 CASES = {
@@ -93,17 +93,17 @@ def test_tf32_class(device, case, wgmma, launched):
     ("case", "dtype"),
     [("over_padding", torch.float32), ("partial_chunk", torch.float32), ("many_units", torch.bfloat16)],
 )
-def test_dgrad_of_cells(device, case, dtype, wgmma, launched):
+def test_dgrad_of_packed(device, case, dtype, wgmma, launched):
     x, w, _ = tensors(CASES[case], device, dtype)
     padding = CASES[case][3]
     dy = torch.randn_like(F.conv_transpose2d(x, w, padding=padding)).detach()
     choice = numerics.choose("tf32", x)
     geometry = Geometry((1, 1), padding, (0, 0), (1, 1), 1)
     plan, _ = gradient_plans(x, x.shape, w.shape, geometry, choice, True, False)
-    cells, exponents, _ = call(to_cells, dy, 1)
+    packed, exponents, _ = call(pack_fp16, dy, 1)
     dx, packed = torch.empty_like(x), w.new_empty(plan.packed_size, dtype=torch.float16)
     workspaces = packed, w.new_empty(plan.rows, dtype=torch.int32)
-    run(conv_transpose_mma.conv_transpose_mma, plan.of_cells(), cells, w, None, dx, *workspaces, exponents)
+    run(conv_transpose_mma.conv_transpose_mma, plan.of_packed(), packed, w, None, dx, *workspaces, exponents)
     assert uses_wgmma(launched) == wgmma
     check_dgrad(dx, "tf32" if dtype == torch.float32 else "bf16", padding, x, w, dy)
 

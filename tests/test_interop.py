@@ -265,10 +265,10 @@ def test_which_calls_share_a_plan(device):
         assert made(x, workspace, 2, called=lambda *args, **options: operation(*args, **options), eps=1.0)
         with pytest.raises(ValueError, match=r"contiguous tensors, received shape \(4, 4\) with strides \(1, 4\)"):
             made(x.T, workspace, 2, eps=1.0)
-        assert made(x, workspace, None, like="these", eps=1.0)
-        assert not made(x.clone(), workspace, None, like="these", eps=2.0)
-        assert made(odd, workspace, None, like="these", eps=2.0)
-        assert made(x, workspace, None, like="others", eps=1.0)
+        assert made(x, workspace, None, key="these", eps=1.0)
+        assert not made(x.clone(), workspace, None, key="these", eps=2.0)
+        assert made(odd, workspace, None, key="these", eps=2.0)
+        assert made(x, workspace, None, key="others", eps=1.0)
         with source.override({}):  # other kernels may be in force
             assert made(x, workspace, 2, eps=1.0)
         with ThreadPoolExecutor(1) as other:  # whose kernels' arguments are its own

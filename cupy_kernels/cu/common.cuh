@@ -146,8 +146,8 @@ template <class A> __device__ inline A block_sum(A v, A* scratch) {
     return total;
 }
 
-// What is computed from v is computed after this point.
-__device__ inline void settle(int& v) {
+// Hides v's origin from the compiler: what is computed from v is computed after this point.
+__device__ inline void make_opaque(int& v) {
 #ifndef CUPY_KERNELS_EMULATOR
     asm volatile("" : "+r"(v));
 #endif

@@ -12,7 +12,7 @@
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last
 //                                             one, where float cannot hold it, negative and times 2^-160
 //     SAVE, for the backward:
-//         taps, like pooled                   the chosen corner
+//         argmax, like pooled                   the chosen corner
 //         saved [N, M, PLANE_STRIDE, 4]       all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the
 //                                             tensor cores deliver them, so that a sum is
 //                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
@@ -93,9 +93,9 @@ __device__ __forceinline__ void moments_of(
     for (int i = 0; i < ROWS; i++) squares[i] = quad_sum(squares[i]);
 }
 
-struct Pool {
+struct PoolEpilogue {
     float *pooled, *partials;
-    u8* taps;
+    u8* argmax;
     saved_t* saved;
     int* unit_exponents;
     const int* exponents;  // in shared memory, of the block's channels, as `signs`
@@ -172,7 +172,7 @@ struct Pool {
             if (t >= place.tiles || sixteen >= (place.unit + 1) * UNIT_STRIDE) return;
             i64 at = row + sixteen + threadIdx.x % 4 * TOGETHER_POOLED;
             store_at_once(pooled + at, best);
-            if (SAVE) store_at_once(taps + at, tap);
+            if (SAVE) store_at_once(argmax + at, tap);
             enum { TOGETHER = together_saved<saved_t>() };
             #pragma unroll
             for (int j = 0; SAVE && j < 4; j += TOGETHER) {
@@ -184,14 +184,14 @@ struct Pool {
         i64 at = row + place.window(0);
         if (FULL) {
             store_at_once(pooled + at, best);
-            if (SAVE) store_at_once(taps + at, tap);
+            if (SAVE) store_at_once(argmax + at, tap);
             if (SAVE) store_at_once(saved + at * 4, kept);
         }
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             if (FULL || !place.exists(j)) continue;
             pooled[at + j] = best.v[j];
-            if (SAVE) taps[at + j] = tap.v[j];
+            if (SAVE) argmax[at + j] = tap.v[j];
             if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(kept.v + j * 4));
         }
     }
@@ -240,7 +240,7 @@ struct Pool {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials,
-    INOUT u8* __restrict__ taps, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
+    INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
@@ -251,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
         channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;
     }
     DYNAMIC_SHARED(u8, shared);
-    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs,
+    PoolEpilogue epilogue = {pooled, partials, argmax, saved, unit_exponents, channel_exponents, signs,
         (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
     convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
 }

@@ -1,16 +1,17 @@
 // The convolution of implicit_gemm.cuh by mma.sync (sm_80 and newer).
 //
-// The band lies in shared memory as cells [row][column][64 halves], every tap reads them shifted, by ldmatrix. A zero
-// row comes first, which rows outside the image read; GAP zero cells between rows are the right border of one and the
-// left border of the next:
+// The band lies in shared memory as lines of packed fp16 tiles [row][column][64 halves], every tap reads them shifted,
+// by ldmatrix. A zero row comes first, which rows outside the image read; GAP zero lines between rows are the right
+// border of one and the left border of the next:
 //
-//              GAP       IN_W        GAP       IN_W
-//     row -1  | 0 0 | 0 0 0 0 0 0 0 | 0 0 |                 cells of 64 halves, CHUNKS of such bands if RESIDENT
-//     row 0         | x x x x x x x | 0 0 |                 PITCH = IN_W + GAP cells a row
-//     ...           | x x x x x x x | 0 0 |
+//               GAP       IN_W
+//     row -1    | 0 0 | 0 0 0 0 0 0 0 |    a line in each place: 64 halves of a pixel
+//     row 0     | 0 0 | x x x x x x x |    PITCH = GAP + IN_W lines a row
+//     row 1     | 0 0 | x x x x x x x |    with RESIDENT, CHUNKS such bands
+//               | 0 0 |
 //
-// The order of a cell's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in different
-// banks. A step of weights is one tap of one chunk.
+// The order of a line's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in
+// different banks. A step of weights is one tap of one chunk.
 //
 // Macros besides those of implicit_gemm.cuh: UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most), RESIDENT (1:
 // all chunks of the band stay in shared memory, 0: each pass loads one after the other). WINDOW_PITCH is WINDOWS_W.
@@ -18,14 +19,14 @@
 #include "mma.cuh"
 
 #define PITCH (IN_W + GAP)
-#define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
+#define BAND_LINES (GAP + (BAND_ROWS + 1) * PITCH)
 #define SLICES_AT_ONCE (THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
 // Of 16 channels; those past IN_CHANNELS are zero.
 #define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)
-enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
+enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_LINES * LINE_BYTES };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
 static_assert(TILES == 4 && LAST_TILES <= TILES && UNIT_WINDOWS == UNIT_PASSES * PASS_WINDOWS, "a unit is its passes");
-static_assert(PACKED_WIDTH == CHUNKS * CELL_BYTES / 2, "weights are packed in cells");
+static_assert(PACKED_WIDTH == CHUNKS * LINE_BYTES / 2, "weights are packed in lines");
 
 __device__ constexpr bool bands_fit() {
     for (int first = 0; first < WINDOWS; first += UNIT_WINDOWS) {
@@ -38,13 +39,13 @@ __device__ constexpr bool bands_fit() {
 }
 static_assert(bands_fit(), "a band has the rows of x that a unit needs");
 
-#if SPLIT == 2 && !defined(CUPY_KERNELS_EMULATOR)
+#ifdef CUPY_KERNELS_EMULATOR
+typedef const u8* Row;
+__device__ inline Row row_at(const u8* p) { return p; }
+#else
 typedef unsigned Row;  // of ldmatrix: an address in shared memory, in one register, of which SPLIT 2 has none to spare
 __device__ inline Row row_at(const u8* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ inline Row other_part(Row row, int parts) { return row ^ parts * 16; }
-#else
-typedef const u8* Row;
-__device__ inline Row row_at(const u8* p) { return p; }
 #endif
 
 typedef float Sums[4][2 * TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
@@ -55,7 +56,7 @@ __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int co
     return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
 }
 
-// Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without
+// Order of a band line's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without
 // a gap.
 __device__ inline int band_key(int row, int column) {
     unsigned place = row * WINDOWS_W + column;
@@ -63,23 +64,23 @@ __device__ inline int band_key(int row, int column) {
 }
 
 __device__ inline u8* band_of(u8* shared, int chunk) {
-    return shared + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES;
+    return shared + (RESIDENT ? chunk : 0) * BAND_LINES * LINE_BYTES;
 }
 
-// Zeros in the cells that hold no pixel: the zero row, and the borders.
-__device__ inline void clear_border(u8* cells) {
+// Zeros in the lines that hold no pixel: the zero row, and the borders.
+__device__ inline void clear_border(u8* lines) {
     enum { ZERO_ROW = PITCH + GAP, COUNT = (ZERO_ROW + BAND_ROWS * GAP) * 8, BORDER = GAP ? GAP : 1 };
     for (int i = threadIdx.x; i < COUNT; i += THREADS) {
         int at = i / 8, right = at - ZERO_ROW;
-        int cell = right < 0 ? at : (right / BORDER + 1) * PITCH + GAP + IN_W + right % BORDER;
-        *(uint4*)(cells + cell_offset(cell, i % 8)) = make_uint4(0, 0, 0, 0);
+        int line = right < 0 ? at : (right / BORDER + 1) * PITCH + GAP + IN_W + right % BORDER;
+        *(uint4*)(lines + line_offset(line, i % 8)) = make_uint4(0, 0, 0, 0);
     }
 }
 
-// load(chunk): brings one chunk of the unit's rows into cells.
+// load(chunk): brings one chunk of the unit's rows into lines.
 template <bool> struct Band;
 
-// x is cells: copied asynchronously.
+// x is packed: copied asynchronously.
 template <> struct Band<true> {
     const half_t* source;  // row first_row of chunk 0
     const Unit& unit;
@@ -88,19 +89,19 @@ template <> struct Band<true> {
     int exponent_count, exponent;
 
     __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
-        : source(x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (CELL_BYTES / 2)), unit(unit),
+        : source(x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2)), unit(unit),
           shared(shared), exponents(exponents), exponent_count(exponent_count) {
         for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(shared, chunk));
         if (RESIDENT)
             for (int chunk = 0; chunk < CHUNKS; chunk++) load(chunk);
     }
     __device__ void load(int chunk) {
-        u8* cells = band_of(shared, chunk);
-        const half_t* from = source + (i64)chunk * IN_H * IN_W * (CELL_BYTES / 2);
+        u8* lines = band_of(shared, chunk);
+        const half_t* from = source + (i64)chunk * IN_H * IN_W * (LINE_BYTES / 2);
         for (int i = threadIdx.x; i < (unit.end_row - unit.first_row) * IN_W * 8; i += THREADS) {
             int row = i / 8 / IN_W, column = i / 8 % IN_W + GAP;
             cp_async_16(
-                cells + cell_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)),
+                lines + line_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)),
                 from + i * 8, true);
         }
         cp_async_commit();
@@ -153,7 +154,7 @@ template <> struct Band<false> {
     }
 
     __device__ void load(int chunk) {
-        u8* cells = band_of(shared, chunk);
+        u8* lines = band_of(shared, chunk);
         float scale = power_of_two(exponent);
         // Not resident, the sums hold the registers; SPLIT 2 has room where its fragments will be.
         enum { BATCH = RESIDENT ? 8 : SPLIT == 2 ? 4 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };
@@ -181,7 +182,7 @@ template <> struct Band<false> {
                     v[b][j] = multiply_unflushed(v[b][j], scale);
                 }
                 int key = band_key(unit.first_row + row, column);
-                if (i < COUNT) store_cell(cells, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b], key);
+                if (i < COUNT) store_line(lines, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b], key);
             }
         }
     }
@@ -200,7 +201,7 @@ template <> struct Multiply<1> {
         for (int slice = 0; slice < SLICES; slice++) {
             unsigned a[4][4], b[4];
             #pragma unroll
-            for (int i = 0; i < 4; i++) ldmatrix_x4(a[i], other_part(a_row + i * 16 * CELL_BYTES, slice * 2));
+            for (int i = 0; i < 4; i++) ldmatrix_x4(a[i], other_part(a_row + i * 16 * LINE_BYTES, slice * 2));
             #pragma unroll
             for (int t = 0; t < COUNT; t++) {
                 ldmatrix_x4(b, other_part(b_row[t], slice * 2));
@@ -232,7 +233,7 @@ template <> struct Multiply<2> {
     template <int COUNT> __device__ static __forceinline__ void add(Sums& sums, Row a_row, const Row (&b_row)[COUNT]) {
         Parts a[4], b;
         #pragma unroll
-        for (int i = 0; i < 4; i++) load(a[i], a_row + i * 16 * CELL_BYTES);
+        for (int i = 0; i < 4; i++) load(a[i], a_row + i * 16 * LINE_BYTES);
         #pragma unroll
         for (int t = 0; t < COUNT; t++) {
             load(b, b_row[t]);
@@ -240,7 +241,7 @@ template <> struct Multiply<2> {
             for (int i = 0; i < 4; i++) {
                 float partial[2][4] = {};
                 #pragma unroll
-                for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+                for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
                     #pragma unroll
                     for (int slice = 0; slice < SLICES; slice++)
                         #pragma unroll
@@ -257,12 +258,12 @@ template <> struct Multiply<2> {
 
 struct MainLoop {
     const Unit& unit;
-    Band<CELLS>& band;
+    Band<X_PACKED>& band;
     u8* shared;
     WeightRing<STAGE_BYTES, CHUNKS * TAPS> weights;
     int stage = 0, lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
 
-    __device__ MainLoop(const Unit& unit, Band<CELLS>& band, const half_t* packed, u8* shared)
+    __device__ MainLoop(const Unit& unit, Band<X_PACKED>& band, const half_t* packed, u8* shared)
         : unit(unit), band(band), shared(shared), weights(shared + RING_OFFSET, packed) {
         for (int i = 0; i < STAGES - 1; i++) weights.fetch(i * STAGE_BYTES);
     }
@@ -282,22 +283,22 @@ struct MainLoop {
             if (!RESIDENT) {
                 __syncthreads();
                 band.load(chunk);
-                if (CELLS) cp_async_wait<0>();
+                if (X_PACKED) cp_async_wait<0>();
                 __syncthreads();
             }
-            Row chunk_cells = row_at(band_of(shared, chunk)), a_row, b_row[COUNT];
+            Row chunk_lines = row_at(band_of(shared, chunk)), a_row, b_row[COUNT];
             // Called when the last tap's fragments are loaded: its stage is free once all warps are here.
             auto turn_to = [&](int kh, int kw) __attribute__((always_inline)) {
                 cp_async_wait<STAGES - 2>();
                 __syncthreads();
                 weights.fetch(weights.previous(stage));
-                a_row = row_at(weights.ring) + stage + cell_offset(warp_m * 64 + lane % 16, lane / 16);
+                a_row = row_at(weights.ring) + stage + line_offset(warp_m * 64 + lane % 16, lane / 16);
                 stage = weights.next(stage);
                 #pragma unroll
                 for (int t = 0; t < COUNT; t++) {
                     int ih = row_of[t] - kh, column = column_of[t] - kw;
-                    int row_cell = ih >= 0 && ih < unit.end_row ? (ih - unit.first_row + 1) * PITCH : 0;
-                    b_row[t] = chunk_cells + cell_offset(row_cell + column, lane / 8 % 2, band_key(ih, column));
+                    int row_line = ih >= 0 && ih < unit.end_row ? (ih - unit.first_row + 1) * PITCH : 0;
+                    b_row[t] = chunk_lines + line_offset(row_line + column, lane / 8 % 2, band_key(ih, column));
                 }
             };
             for (int kh = 0; kh < KERNEL_H; kh++)

@@ -53,7 +53,7 @@ struct Finish {
     __device__ scalar_t operator()(float sum) const { return from_acc<scalar_t>(scale(sum, shift)); }
 };
 
-struct Store {
+struct StoreEpilogue {
     const scalar_t* bias;
     scalar_t* y;
     const int* exponents;
@@ -117,6 +117,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     int x_exponent_count) {
     __shared__ unsigned scratch[32];
     DYNAMIC_SHARED(u8, shared);
-    Store epilogue = {bias, y, exponents};
+    StoreEpilogue epilogue = {bias, y, exponents};
     convolve(x, x_exponents, x_exponent_count, packed, shared, scratch, epilogue);
 }

@@ -1,9 +1,9 @@
 // The convolution of implicit_gemm.cuh by wgmma (sm_90a), which reads both operands from shared memory on its own.
 //
 // The band lies in shared memory as fp16, 8 channels after 8 channels (GROUPS_K groups, ALONG bytes apart; with SPLIT 2
-// as many with the rests of fp16_cells.cuh follow), the even rows of x before the odd ones, rows outside the image as
-// zeros. Between two rows lie PITCH - IN_W zeros, right border of one and left border of the next; rows of y fit in a
-// pitch, too:
+// as many with the residuals of fp16_tiles.cuh follow), the even rows of x before the odd ones, rows outside the image
+// as zeros. Between two rows lie PITCH - IN_W zeros, right border of one and left border of the next; rows of y fit in
+// a pitch, too:
 //
 //              GAP    IN_W       PITCH - IN_W
 //             | 0 0 | x x x x x | 0 0 0 |       even rows of x; 16 bytes, 8 channels of a pixel, in each place
@@ -15,8 +15,9 @@
 // neighbouring places, whatever the tap. So a pass takes neighbouring windows, some of which lie between two rows and
 // do not exist.
 //
-// A step of weights is 32 channels of a tap (with SPLIT 2 their values, then their rests). What the tensor cores still
-// read is never written: a stage is refilled two steps later, after a barrier that follows everybody's wait for it.
+// A step of weights is 32 channels of a tap (with SPLIT 2 their values, then their residuals). What the tensor cores
+// still read is never written: a stage is refilled two steps later, after a barrier that follows everybody's wait for
+// it.
 //
 // Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum. With SPLIT 2
 // they start from zero every STEPS_AT_ONCE steps, with the small products first, and ordinary additions add up what
@@ -28,24 +29,24 @@
 
 #define STEPS_K ((IN_CHANNELS + 31) / 32)  // of 32 channels; those past IN_CHANNELS are zero
 #define GROUPS_K (STEPS_K * 4)             // of 8 channels
-#define HALF_STEP (TILE_M * 64)            // bytes of a stage's values, and of its rests
+#define HALF_STEP (TILE_M * 64)            // bytes of a stage's values, and of its residuals
 #define CHUNKS_64 ((STEPS_K + 1) / 2)      // of 64 channels
 #define STEP_BYTES (HALF_STEP * SPLIT)
 #define PITCH (2 * WINDOW_PITCH)
 
-// Rows of x, relative to twice the unit's first row of windows: which of them it needs, and how those of each parity are
-// numbered.
+// Rows of x, relative to twice the unit's first row of windows: which of them it needs, and how those of each parity
+// are numbered.
 enum { LOW = PAD_H - (KERNEL_H - 1), HIGH = 2 * UNIT_ROWS - 1 + PAD_H };
 __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; }
 __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - first_of(parity) + 1; }
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
-enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_CELLS = GAP + BAND_ROWS * PITCH };
+enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_PIXELS = GAP + BAND_ROWS * PITCH };
 enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };  // in dynamic shared memory
 static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
 static_assert(PITCH >= IN_W + GAP && PITCH >= OUT_W, "a pitch has room for rows of x and of y");
 static_assert(
-    ALONG >= BAND_CELLS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same cell in different banks");
+    ALONG >= BAND_PIXELS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same pixel in different banks");
 static_assert(PACKED_WIDTH == STEPS_K * 32 * SPLIT, "weights are packed in steps");
 
 #define LANE_ROWS 2
@@ -62,14 +63,14 @@ __device__ inline int origin_of(const Unit& unit) { return unit.number * (2 * UN
 __device__ constexpr int band_offset(int row, int column) { return (GAP + band_row(row) * PITCH + column) * 16; }
 
 // Zeros where no pixel is.
-__device__ inline void clear_border(u8* cells, const Unit& unit) {
-    for (int cell = threadIdx.x; cell < BAND_CELLS; cell += THREADS) {
-        int row = (cell - GAP + PITCH) / PITCH - 1, column = (cell - GAP + PITCH) % PITCH, parity = row >= rows_of(0);
+__device__ inline void clear_border(u8* shared, const Unit& unit) {
+    for (int i = threadIdx.x; i < BAND_PIXELS; i += THREADS) {
+        int row = (i - GAP + PITCH) / PITCH - 1, column = (i - GAP + PITCH) % PITCH, parity = row >= rows_of(0);
         int ih = 2 * (row - parity * rows_of(0) + first_of(parity)) + origin_of(unit) + parity;
         if (row >= 0 && column < IN_W && ih >= 0 && ih < IN_H) continue;
         #pragma unroll
         for (int group = 0; group < GROUPS_K * SPLIT; group++)
-            *(uint4*)(cells + group * ALONG + cell * 16) = make_uint4(0, 0, 0, 0);
+            *(uint4*)(shared + group * ALONG + i * 16) = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -77,35 +78,35 @@ __device__ inline void clear_border(u8* cells, const Unit& unit) {
 // pass before it. next_chunk(pass, at): called at the first step of 64 channels, with that step's weights.
 template <bool> struct Band;
 
-// x is cells: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next
+// x is packed: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next
 // ones behind those.
 template <> struct Band<true> {
     enum { AHEAD = 2 * TAPS >= STAGES };
     const half_t* source;  // chunk 0 of the image
     const Unit& unit;
-    u8* cells;
+    u8* shared;
     const int* exponents;
     int exponent_count, exponent = 0;
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* cells)
-        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (CELL_BYTES / 2))), unit(unit), cells(cells),
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
+        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (LINE_BYTES / 2))), unit(unit), shared(shared),
           exponents(exponents), exponent_count(exponent_count) {
-        clear_border(cells, unit);
+        clear_border(shared, unit);
         for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
         cp_async_commit();
     }
-    // Eight lanes take one part of eight cells, which are neighbours in shared memory, where writes to eight places
-    // could take turns. Four times eight lanes read half of each of these cells.
+    // Eight lanes take one part of eight lines, which are neighbours in shared memory, where writes to eight places
+    // could take turns. Four times eight lanes read half of each of these lines.
     __device__ void copy(int chunk) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
-        const half_t* from = source + (chunk * IN_H + unit.first_row) * IN_W * (CELL_BYTES / 2);
+        const half_t* from = source + (chunk * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2);
         int pixels = (unit.end_row - unit.first_row) * IN_W, first = unit.first_row - origin_of(unit);
         for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS) {
             int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
-            int group = chunk * GROUPS + part % GROUPS, rest = part / GROUPS * GROUPS_K;
-            u8* cell = cells + band_offset(first + pixel / IN_W, pixel % IN_W);
+            int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
+            u8* to = shared + band_offset(first + pixel / IN_W, pixel % IN_W);
             if (pixel < pixels && group < GROUPS_K)
-                cp_async_16(cell + (group + rest) * ALONG, from + pixel * (CELL_BYTES / 2) + part * 8, true);
+                cp_async_16(to + (group + residual) * ALONG, from + pixel * (LINE_BYTES / 2) + part * 8, true);
         }
     }
     __device__ void next_chunk(int pass, int at) const {
@@ -137,16 +138,16 @@ template <> struct Band<false> {
     };
     const scalar_t* source;  // the image
     const Unit& unit;
-    u8* cells;
+    u8* shared;
     int exponent = GUESS, attempts = 0;
     unsigned largest;  // finite magnitude
     // Of the rows for the next pass; the thread's next octet of them, which is in v.
     int first_pixel, pixels, group, pixel;
     float v[8];
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* cells)
-        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), cells(cells) {
-        clear_border(cells, unit);
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
+        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), shared(shared) {
+        clear_border(shared, unit);
     }
     // Where the rows end that the first `passes` passes need.
     __device__ int rows_end(int passes) const {
@@ -164,9 +165,9 @@ template <> struct Band<false> {
             largest = max(largest, finite_magnitude(v[j]));
             v[j] = multiply_unflushed(v[j], power_of_two(exponent));
         }
-        u8* cell = cells + group * ALONG + band_offset(pixel / IN_W - origin_of(unit), pixel % IN_W);
+        u8* to = shared + group * ALONG + band_offset(pixel / IN_W - origin_of(unit), pixel % IN_W);
         #pragma unroll
-        for (int part = 0; part < SPLIT; part++) *(uint4*)(cell + part * GROUPS_K * ALONG) = take_halves(v, part);
+        for (int part = 0; part < SPLIT; part++) *(uint4*)(to + part * GROUPS_K * ALONG) = take_halves(v, part);
     }
     __device__ void load_first_rows() {
         largest = 0;
@@ -224,8 +225,9 @@ template <> struct Band<false> {
 // additions would.
 #define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
 
-// add<TILES>(sums, a_stages, at, upper, lower, band): sums += the products of STEPS_AT_ONCE steps. at: where each step's
-// stage begins. upper, lower: the pixels of the first step. On return what the step before read may be overwritten.
+// add<TILES>(sums, a_stages, at, upper, lower, band): sums += the products of STEPS_AT_ONCE steps. at: where each
+// step's stage begins. upper, lower: the pixels of the first step. On return what the step before read may be
+// overwritten.
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
@@ -233,7 +235,7 @@ template <> struct Multiply<1> {
 
     template <int COUNT> __device__ __forceinline__ void add(
         Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Band<CELLS>& band) {
+        Band<X_PACKED>& band) {
         wgmma_fence();
         #pragma unroll
         for (int k = 0; k < 2; k++)
@@ -253,12 +255,12 @@ template <> struct Multiply<2> {
 
     template <int COUNT> __device__ __forceinline__ void add(
         Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Band<CELLS>&) {
+        Band<X_PACKED>&) {
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             wgmma_fence();
             #pragma unroll
-            for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+            for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
                 #pragma unroll
                 for (int k = 0; k < STEPS_AT_ONCE * 2; k++) {
                     WgmmaOperand left = a_stages.moved(at[k / 2] + (product == 0) * HALF_STEP + k % 2 * TILE_M * 32);
@@ -279,14 +281,14 @@ template <> struct Multiply<2> {
 
 struct MainLoop {
     const Unit& unit;
-    Band<CELLS>& band;
+    Band<X_PACKED>& band;
     WeightRing<STEP_BYTES, TAPS * STEPS_K> weights;
     int stage = 0, to = 0, warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
     int warp_m = warpgroup % WARPS_M, warp_n = warpgroup / WARPS_M;
-    WgmmaOperand cells, a_stages;
+    WgmmaOperand pixels, a_stages;
 
-    __device__ MainLoop(const Unit& unit, Band<CELLS>& band, const half_t* packed, u8* shared)
-        : unit(unit), band(band), weights(shared + RING_OFFSET, packed), cells(shared, ALONG, 128),
+    __device__ MainLoop(const Unit& unit, Band<X_PACKED>& band, const half_t* packed, u8* shared)
+        : unit(unit), band(band), weights(shared + RING_OFFSET, packed), pixels(shared, ALONG, 128),
           a_stages(shared + RING_OFFSET + warp_m * 1024, TILE_M * 16, 128) {
         for (int i = 0; i < STAGES - 2; i++) fetch();
     }
@@ -301,11 +303,11 @@ struct MainLoop {
         band.follow(pass + 1);
         for (int chunk = 0; chunk < CHUNKS_64; chunk++)
             for (int kh = 0; kh < KERNEL_H; kh++) {
-                WgmmaOperand rows[2] = {cells, cells};
+                WgmmaOperand rows[2] = {pixels, pixels};
                 #pragma unroll
                 for (int lower = 0; lower < 2; lower++)
                     rows[lower] =
-                        cells.moved(band_offset(lower + PAD_H - kh, 2 * (first_window - unit.first_window) + PAD_W));
+                        pixels.moved(band_offset(lower + PAD_H - kh, 2 * (first_window - unit.first_window) + PAD_W));
                 #pragma unroll 1
                 for (int kw = 0; kw < KERNEL_W; kw++)
                     for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {

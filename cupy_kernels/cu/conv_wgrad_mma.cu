@@ -3,10 +3,10 @@
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih - PAD_H + kh, iw - PAD_W + kw]
 //
-// x, dy: fp16 cells (fp16_cells.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16 pixels
-// that one instruction multiplies lie below each other: one column of a band of 16 rows, rows counted through all
-// images. So a tap one to the right pairs the same column of x with dy's next column, images of any width and height
-// leave nothing empty, and a column without a partner is left out.
+// x, dy: packed fp16 tiles (fp16_tiles.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16
+// pixels that one instruction multiplies lie below each other: one column of a band of 16 rows, rows counted through
+// all images. So a tap one to the right pairs the same column of x with dy's next column, images of any width and
+// height leave nothing empty, and a column without a partner is left out.
 //
 // conv_wgrad_mma: a block owns one kh, TAPS_W taps in a row, TILE_OC channels of dy, TILE_IC of x, and a share of the
 // bands (split-K). Columns come through a ring of STAGES cp.async stages, COLUMNS in each. Position 0 of a band is the
@@ -18,7 +18,7 @@
 // The sums come from sum_pixels(x, dy, partial, tile, ring): conv_wgrad_mma.cuh multiplies by mma.sync,
 // conv_wgrad_wgmma.cuh by wgmma (sm_90a). What they share, Tile and store_chain, is here.
 //
-// x may be centred, less a constant c[ic] (fp16_cells.cuh). Then dw lacks c[ic] times the sum of dy over the pixels
+// x may be centred, less a constant c[ic] (fp16_tiles.cuh). Then dw lacks c[ic] times the sum of dy over the pixels
 // that have a partner in x: for a dy whose sum over all pixels is 0, as batch norm's backward makes it, what those
 // without one have (`borders` of pooled_tail_backward.cu), negative. So roundings of small values that most of dy has
 // in common cancel, where x is far from 0 on average.
@@ -26,11 +26,11 @@
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw),
 // IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TAPS_W,
-// TILE_OC, TILE_IC, BAND_ROWS, TILES, COLUMNS, STAGES, THREADS, SHARED_BYTES, WGMMA, those of fp16_cells.cuh.
+// TILE_OC, TILE_IC, BAND_ROWS, TILES, COLUMNS, STAGES, THREADS, SHARED_BYTES, WGMMA, those of fp16_tiles.cuh.
 #define SHARED_ALIGNMENT 1024  // wgmma.cuh
 #include "common.cuh"
 #include "async_copy.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 #include "mma.cuh"
 
 #define X_CHUNKS CHUNKS
@@ -51,19 +51,19 @@ static_assert(TILES == KERNEL_H * TAP_GROUPS * OC_TILES * IC_TILES, "tiles make 
 
 // What a block sums up.
 struct Tile {
-    int split, kh, kw, new_taps, oc_tile, ic_tile, rows, first_band, stages, inner_first, inner_end;
+    int split, kh, kw, first_tap, oc_tile, ic_tile, rows, first_band, stages, inner_first, inner_end;
 
-    __device__ Tile(int images, int split_bands) {
+    __device__ Tile(int images, int bands_per_split) {
         int tile = blockIdx.x % TILES, group = tile / KERNEL_H % TAP_GROUPS;
         split = blockIdx.x / TILES;
         kh = tile % KERNEL_H;
         kw = min(group * TAPS_W, KERNEL_W - TAPS_W);
-        new_taps = group * TAPS_W - kw;  // the last group may begin with taps of the one before
+        first_tap = group * TAPS_W - kw;  // the last group may begin with taps of the one before
         oc_tile = tile / (KERNEL_H * TAP_GROUPS) % OC_TILES;
         ic_tile = tile / (KERNEL_H * TAP_GROUPS * OC_TILES);
         rows = images * IN_H;
-        first_band = split * split_bands;
-        stages = min(split_bands, (rows + BAND_ROWS - 1) / BAND_ROWS - first_band) * BAND_STAGES;
+        first_band = split * bands_per_split;
+        stages = min(bands_per_split, (rows + BAND_ROWS - 1) / BAND_ROWS - first_band) * BAND_STAGES;
         // Columns of x [inner_first, inner_end) have a partner for every tap.
         inner_first = max(0, PAD_W - kw);
         inner_end = min(IN_W, OUT_W + PAD_W - kw - (TAPS_W - 1));
@@ -86,7 +86,7 @@ struct Tile {
     __device__ i64 tap(int t) const { return (i64)split * TAPS + kh * KERNEL_W + kw + t; }
 };
 
-// What a thread copies of a stage: 16 bytes, `part`, of a cell in row `row` of the band.
+// What a thread copies of a stage: 16 bytes, `part`, of a line in row `row` of the band.
 struct Copies {
     int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
     int image, ih, oh;
@@ -97,11 +97,11 @@ struct Copies {
         image = of_all / IN_H, ih = of_all % IN_H, oh = ih - PAD_H + tile.kh;
         valid = of_all < tile.rows && oh >= 0 && oh < OUT_H;
     }
-    __device__ const u8* x(const half_t* cells, int chunk, int column) const {
-        return (const u8*)cells + ((((i64)image * X_CHUNKS + chunk) * IN_H + ih) * IN_W + column) * CELL_BYTES;
+    __device__ const u8* x(const half_t* packed, int chunk, int column) const {
+        return (const u8*)packed + ((((i64)image * X_CHUNKS + chunk) * IN_H + ih) * IN_W + column) * LINE_BYTES;
     }
-    __device__ const u8* dy(const half_t* cells, int chunk, int column) const {
-        return (const u8*)cells + ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + column) * CELL_BYTES;
+    __device__ const u8* dy(const half_t* packed, int chunk, int column) const {
+        return (const u8*)packed + ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + column) * LINE_BYTES;
     }
 };
 
@@ -134,9 +134,9 @@ __device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Pla
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv_wgrad_mma(
     const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images,
-    int split_bands) {
+    int bands_per_split) {
     DYNAMIC_SHARED(u8, shared);
-    sum_pixels(x, dy, partial, Tile(images, split_bands), shared);
+    sum_pixels(x, dy, partial, Tile(images, bands_per_split), shared);
 }
 
 // x_sums, and borders [border_parts][tap][oc]: null, or for an x that is centred.

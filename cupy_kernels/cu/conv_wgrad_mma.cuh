@@ -6,7 +6,7 @@
 #define WARPS (THREADS / 32)                                                        // 4 or 8
 #define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)                                      // of dy
 #define PAIRS ((IN_CHANNELS < CHUNK_CHANNELS ? IN_CHANNELS : CHUNK_CHANNELS) / 16)  // of n8-tiles of input channels
-#define COLUMN_BYTES (BAND_ROWS * CELL_BYTES)
+#define COLUMN_BYTES (BAND_ROWS * LINE_BYTES)
 #define SLOT_BYTES ((1 + TILE_CHUNKS) * COLUMNS * COLUMN_BYTES)  // x, then each chunk of dy
 #define BUFFERS (SPLIT == 1 ? 2 : 1)
 static_assert(WARPS % 4 == 0 && TILE_OC == 16 * WARPS && TILE_IC == CHUNK_CHANNELS, "a warp has 16 output channels");
@@ -33,7 +33,7 @@ template <> struct Multiply<2> {
         Sums& sums, const unsigned (&a)[2][4], const unsigned (&b)[2][PAIRS][4]) {
         Sums partial = {};
         #pragma unroll
-        for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+        for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
             #pragma unroll
             for (int n = 0; n < 2 * PAIRS; n++) {
                 const unsigned (&right)[4] = b[product == 1][n / 2];
@@ -52,13 +52,13 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         if (stage < tile.stages) {
             Copies copies(tile, stage);
             int iw = tile.column_of(stage), ow = tile.partner(iw, TAPS_W - 1);
-            u8* to = ring + stage % STAGES * SLOT_BYTES + cell_offset(copies.row, copies.part);
+            u8* to = ring + stage % STAGES * SLOT_BYTES + line_offset(copies.row, copies.part);
             const u8* from = copies.x(x, tile.ic_tile, iw) + copies.part * 16;
             #pragma unroll
             for (int i = 0; i < (COLUMNS + WARPS / 4 - 1) / (WARPS / 4); i++) {
                 int c = i * (WARPS / 4) + copies.loader;
                 bool valid = copies.valid && iw + c >= 0 && iw + c < IN_W;
-                if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * CELL_BYTES, valid);
+                if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * LINE_BYTES, valid);
             }
             #pragma unroll 1  // at most two; unrolled, their addresses would take registers from the sums
             for (int i = 0; i < TILE_CHUNKS / (WARPS / 4); i++) {
@@ -67,7 +67,7 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
                 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++) {
                     bool valid = copies.valid && chunk < DY_CHUNKS && ow + c >= 0 && ow + c < OUT_W;
-                    cp_async_16(to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * CELL_BYTES, valid);
+                    cp_async_16(to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * LINE_BYTES, valid);
                 }
             }
         }
@@ -77,8 +77,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     // This lane's rows of ldmatrix. dy: pixel lane % 8 + lane / 16 * 8, channels + 8 for lane / 8 odd; x: the other way
     // round.
     int dy_row = (1 + oc_in_tile / CHUNK_CHANNELS) * COLUMNS * COLUMN_BYTES +
-                 cell_offset(lane % 8 + lane / 16 * 8, oc_in_tile % CHUNK_CHANNELS / 8 + lane / 8 % 2);
-    int x_row = cell_offset(lane % 8 + lane / 8 % 2 * 8, lane / 16);
+                 line_offset(lane % 8 + lane / 16 * 8, oc_in_tile % CHUNK_CHANNELS / 8 + lane / 8 % 2);
+    int x_row = line_offset(lane % 8 + lane / 8 % 2 * 8, lane / 16);
 
     Sums sums[TAPS_W] = {};
     unsigned window[TAPS_W][SPLIT][4];
@@ -120,7 +120,7 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     auto store_sums = [&](bool first) {
         #pragma unroll
         for (int t = 0; t < TAPS_W; t++) {
-            if (!active || t < tile.new_taps) continue;
+            if (!active || t < tile.first_tap) continue;
             i64 row = tile.tap(t) * OUT_CHANNELS + first_oc + lane / 4;
             float* to = partial + row * IN_CHANNELS + tile.ic_tile * TILE_IC + lane % 4 * 2;
             auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * IN_CHANNELS + i / 2 * 8); };

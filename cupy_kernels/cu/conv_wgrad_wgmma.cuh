@@ -1,9 +1,10 @@
 // The sums of conv_wgrad_mma.cu by wgmma (sm_90a): x in registers, dy read from shared memory by the tensor cores on
-// their own. Input channels are the rows of the products; each of two warpgroups has half of the tile's output channels.
+// their own. Input channels are the rows of the products; each of two warpgroups has half of the tile's output
+// channels.
 //
-// Shared memory: positions, each a column of x and one of dy, as blocks of 16 cells of 64 channels; with SPLIT 2 such a
-// cell has the values of two (fp16_cells.cuh), and the next block their rests. A block begins at a multiple of 1024
-// bytes, so that wgmma's swizzle is that of cell_offset, and a tap is another block. A stage is refilled when no tensor
+// Shared memory: positions, each a column of x and one of dy, as blocks of 16 lines of 64 channels; with SPLIT 2 such a
+// line has the values of two (fp16_tiles.cuh), and the next block their residuals. A block begins at a multiple of 1024
+// bytes, so that wgmma's swizzle is that of line_offset, and a tap is another block. A stage is refilled when no tensor
 // core can still read it: after a barrier before which everybody has waited for all but the youngest multiplications.
 //
 // Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with
@@ -14,7 +15,7 @@
 
 #define TILES_N (TILE_OC / 16)           // of 8 output channels of a warpgroup
 #define GROUPS_OC ((TILE_OC + 63) / 64)  // of 64 channels: of each warpgroup, or one of both
-#define BLOCK_BYTES (BAND_ROWS * CELL_BYTES)
+#define BLOCK_BYTES (BAND_ROWS * LINE_BYTES)
 #define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
 #define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)   // stages that are on their way
 enum { ZEROS_OFFSET = STAGES * COLUMNS * POSITION_BYTES };  // in shared memory, of 16 bytes
@@ -37,12 +38,12 @@ struct MainLoop {
         first_oc = tile.oc_tile * TILE_OC + warpgroup * (TILE_OC / 2);
     bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS, first = true;
     // This lane's of ldmatrix.
-    const u8* x_row = ring + cell_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);
-    WgmmaCells dy_cells = {
+    const u8* x_row = ring + line_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);
+    WgmmaLines dy_lines = {
         ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0};
     float sums[TAPS_W][TILES_N][4] = {};
 
-    // A thread takes a part of a row's cells in every other position. Eight lanes write whole cells: writes to eight
+    // A thread takes a part of a row's lines in every other position. Eight lanes write whole lines: writes to eight
     // places would take turns.
     __device__ __forceinline__ void fetch(int stage) {
         if (stage < tile.stages) {
@@ -51,16 +52,16 @@ struct MainLoop {
             int iw = tile.column_of(stage) + copies.loader, ow = tile.partner(iw, TAPS_W - 1);
             int first_chunk = copies.part / PARTS, offset = copies.part % PARTS * 16;
             u8* to = ring + (stage % STAGES * COLUMNS + copies.loader) * POSITION_BYTES +
-                     cell_offset(copies.row, copies.part);
+                     line_offset(copies.row, copies.part);
             // 64 channels of `width` columns, of which `from` is `column`.
             auto copy = [&](int block, const u8* from, bool valid, int width, int column) {
                 #pragma unroll
                 for (int i = 0; i < (COLUMNS + 1) / 2 * SPLIT; i++) {
-                    int c = i / SPLIT * 2, rest = i % SPLIT;
+                    int c = i / SPLIT * 2, residual = i % SPLIT;
                     if (COLUMNS == 1 && copies.loader) break;
                     cp_async_16(
-                        to + c * POSITION_BYTES + (block * SPLIT + rest) * BLOCK_BYTES,
-                        from + offset + c * CELL_BYTES + rest * PARTS * 16,
+                        to + c * POSITION_BYTES + (block * SPLIT + residual) * BLOCK_BYTES,
+                        from + offset + c * LINE_BYTES + residual * PARTS * 16,
                         valid && column + c >= 0 && column + c < width);
                 }
             };
@@ -80,15 +81,15 @@ struct MainLoop {
         __syncthreads();
     }
     // The column of dy `c` positions from where the stage in `slot` begins, a little before that or in it.
-    __device__ __forceinline__ WgmmaCells dy_column(int slot, int c) const {
+    __device__ __forceinline__ WgmmaLines dy_column(int slot, int c) const {
         int position = slot * COLUMNS + c;
-        return dy_cells.moved((c < 0 && position < 0 ? position + STAGES * COLUMNS : position) * POSITION_BYTES);
+        return dy_lines.moved((c < 0 && position < 0 ? position + STAGES * COLUMNS : position) * POSITION_BYTES);
     }
     __device__ __forceinline__ void store_sums() {
         #pragma unroll
         for (int t = 0; t < TAPS_W; t++) {
             wgmma_arrived<TILES_N>(sums[t]);
-            if (!active || t < tile.new_taps) continue;
+            if (!active || t < tile.first_tap) continue;
             float* to =
                 partial + (tile.tap(t) * IN_CHANNELS + first_ic + lane / 4) * OUT_CHANNELS + first_oc + lane % 4 * 2;
             auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * OUT_CHANNELS + i / 2 * 8); };
@@ -159,10 +160,10 @@ struct MainLoop {
                 for (int t = 0; t < TAPS_W; t++) {
                     wgmma_fence();
                     #pragma unroll
-                    for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+                    for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
                         #pragma unroll
                         for (int c = 0; c < COLUMNS; c++) {
-                            WgmmaCells right =
+                            WgmmaLines right =
                                 dy_column(slot, c + t - (TAPS_W - 1)).moved(product == 1 ? BLOCK_BYTES : 0);
                             wgmma<TILES_N>(products, fragments[c][product == 0], right, product + c > 0);
                         }

@@ -105,7 +105,7 @@ struct Group {
             }
         };
         int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        settle(warp), settle(warps);  // else a second pass would hold registers during the first
+        make_opaque(warp), make_opaque(warps);  // else a second pass would hold registers during the first
         int parts = max(1, warps / channels), teams = warps / parts;
         for (int channel = warp / parts; channel < channels; channel += teams) {
             acc_t sum = 0, dot = 0;

@@ -12,8 +12,9 @@
 // WARPS_N x TILES tiles. A warp (with WGMMA a warpgroup) has 64 of the channels and TILES tiles of a pass, in the last
 // pass of a unit LAST_TILES.
 //
-// Load. The rows of x that a unit needs (the band) lie in shared memory as fp16, so that a tap is a shifted read. x is a
-// tensor of scalar_t, converted on the way, or with CELLS 1 it is cells already (fp16_cells.cu). struct Band<CELLS>:
+// Load. The rows of x that a unit needs (the band) lie in shared memory as fp16, so that a tap is a shifted read. x is
+// a tensor of scalar_t, converted on the way, or with X_PACKED 1 it is packed already (fp16_tiles.cu). struct
+// Band<X_PACKED>:
 //     Band(x, x_exponents, count, unit, shared)  clears what holds no pixel, begins asynchronous copies
 //     begin(scratch)                             the first pass can run under the scale of `exponent`
 //     fits(scratch)                              whether this scale was right; if not, all passes run again
@@ -29,15 +30,15 @@
 //     restart()                                  forgets all passes: they come again
 //     finish(exponent)                           after the last pass
 //
-// Macros: those of pooled_planes.cuh and fp16_cells.cuh, scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t,
-// half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H,
-// PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES, THREADS, STAGES, GAP (zeros between two rows of the band), PACKED_WIDTH
-// (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's), ADJACENT (1: the windows of a lane are neighbours, for
-// wide stores; 0: those of four lanes are), and those of the form.
+// Macros: those of pooled_planes.cuh and fp16_tiles.cuh, scalar_t (float, half_t, bf16_t), X_PACKED, input_t (scalar_t,
+// half_t for packed tiles), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
+// PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES, THREADS, STAGES, GAP (zeros between two rows of the band),
+// PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's), ADJACENT (1: the windows of a lane are
+// neighbours, for wide stores; 0: those of four lanes are), and those of the form.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 #include "pooled_planes.cuh"
 
 #define TAPS (KERNEL_H * KERNEL_W)
@@ -86,8 +87,8 @@ struct Pixel {
     __device__ bool valid() const { return (OUT_H % 2 == 0 || oh < OUT_H) && (OUT_W % 2 == 0 || ow < OUT_W); }
 };
 
-// Where the sums of a lane belong. channel: the lane's first one in the block. first_window: the warp's; end_window: the
-// unit's.
+// Where the sums of a lane belong. channel: the lane's first one in the block. first_window: the warp's; end_window:
+// the unit's.
 struct Place {
     i64 image;
     int channel, first_window, end_window, tiles, unit;
@@ -137,20 +138,20 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
 #include "conv_mma.cuh"
 #endif
 
-// The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them.
+// The convolution of one unit. x_exponents: of a packed x, `x_exponent_count` of them.
 template <class Epilogue>
 __device__ inline void convolve(
     const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
     Epilogue& epilogue) {
     Unit unit(blockIdx.x);
-    Band<CELLS> band(x, x_exponents, x_exponent_count, unit, shared);
+    Band<X_PACKED> band(x, x_exponents, x_exponent_count, unit, shared);
     MainLoop loop(unit, band, packed, shared);
     for (bool again = true; again;) {
         band.begin(scratch);
         for (int pass = 0; pass < unit.passes; pass++) {
-            int start = unit.first_window + pass * PASS_WINDOWS, rest = unit.end_window - start;
-            bool last = LAST_TILES < TILES ? rest <= 4 * LAST_TILES * WARPS_N
-                                           : LAST_TILES > TILES && pass == unit.passes - 1 && rest > PASS_WINDOWS;
+            int start = unit.first_window + pass * PASS_WINDOWS, left = unit.end_window - start;
+            bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
+                                           : LAST_TILES > TILES && pass == unit.passes - 1 && left > PASS_WINDOWS;
             int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
             Sums sums = {};
             if (last) loop.pass<LAST_TILES>(sums, pass, first_window);

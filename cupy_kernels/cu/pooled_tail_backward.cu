@@ -9,22 +9,21 @@
 //     pooled_backward             g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those
 //                                 finite, the largest |g|
 //     pooled_parameter_gradients  sums of all images, and the exponent of a scale under which dy fits fp16
-//     conv_output_gradient_cells  dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores, and
-//                                 sums of dy at its borders, which the gradient of the convolution's weight needs where
-//                                 its x is centred
+//     conv_output_gradient_packed dy as scaled, packed fp16 tiles [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor
+//                                 cores, and sums of dy at its borders, which the gradient of the convolution's weight
+//                                 needs where its x is centred
 //     conv_output_gradient        dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
 //
-// Cells are those of fp16_cells.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what
-// rounding left of them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of
-// dy_exponents [channels].
+// Packed tiles are those of fp16_tiles.cu; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e
+// the least of dy_exponents [channels].
 //
-// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of
-// conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_cells.cuh, saved_t
+// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, argmax, saved and the exponents of
+// conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_tiles.cuh, saved_t
 // (half_t with SPLIT 1, float with 2), SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the
-// convolution, and those of conv_output_gradient_cells.
+// convolution, and those of conv_output_gradient_packed.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
@@ -207,12 +206,12 @@ struct OutputGradient {
     __device__ float of_chosen(float g) const { return multiply_unflushed(multiply_unflushed(g, enlarge), scale); }
 };
 
-// A 2x2 window: its places among the taps, in `saved`, and in g, which for windows that an odd edge cuts is -1.
+// A 2x2 window: its places in `argmax`, in `saved`, and in g, which for windows that an odd edge cuts is -1.
 struct Window {
-    int row, column, tap, saved, pooled;
+    int row, column, argmax, saved, pooled;
 
     __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
-        tap = place_of_window<TOGETHER_POOLED>(row, column);
+        argmax = place_of_window<TOGETHER_POOLED>(row, column);
         saved = place_of_window<together_saved<saved_t>()>(row, column);
         pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
     }
@@ -239,10 +238,10 @@ __device__ inline float restoring(int exponent) { return power_of_two(max(-126, 
 
 // dy of the corners of one window in plane `plane`. Corners outside the image get anything.
 __device__ inline void gradients_of(
-    const OutputGradient& gradient, const float* g, const u8* taps, const saved_t* saved, i64 plane,
+    const OutputGradient& gradient, const float* g, const u8* argmax, const saved_t* saved, i64 plane,
     const Window& window, float restore, float (&dy)[4]) {
     float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]);
-    int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.tap];
+    int tap = window.pooled < 0 ? -1 : argmax[plane * PLANE_STRIDE + window.argmax];
     unpack(saved ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), dy);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++)
@@ -276,11 +275,11 @@ __device__ inline int edge_window(int i) {
 }
 
 // borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no
-// partner in the convolution's input. Not from the cells: conv_wgrad_reduce multiplies these sums by what x was centred
-// by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the block's
-// warps.
+// partner in the convolution's input. Not from the packed tiles: conv_wgrad_reduce multiplies these sums by what x was
+// centred by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the
+// block's warps.
 __device__ inline void sum_borders(
-    const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents,
+    const float* g, const u8* argmax, const saved_t* saved, const int* exponents, const int* unit_exponents,
     OutputGradient gradient, int c, i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32,
         exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
@@ -293,7 +292,7 @@ __device__ inline void sum_borders(
         #pragma unroll 4
         for (i64 image = first; image < end; image++) {
             float restore = restoring(exponent + kept_exponent(unit_exponents, image, window)), v[4];
-            gradients_of(gradient, g, taps, saved, image * OUT_CHANNELS + c, window, restore, v);
+            gradients_of(gradient, g, argmax, saved, image * OUT_CHANNELS + c, window, restore, v);
             #pragma unroll
             for (int corner = 0; corner < 4; corner++) sum[corner] += v[corner];
         }
@@ -318,15 +317,15 @@ __device__ inline void sum_borders(
             totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
 }
 
-// A block turns a tile of TILE windows, of TILES, and one chunk of channels into cells. A thread computes eight
-// channels of a window, whose 16 bytes of four cells meet those of the other threads in shared memory. Behind the
-// blocks of each `together` images, while what they have read is in the L2 cache, come BORDER_BLOCKS that sum up the
-// borders of these images, two channels each; borders [.][taps][channels] may be null.
-extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells(
-    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved,
+// A block turns a tile of TILE windows, of TILES, and one chunk of channels into lines of packed tiles. A thread
+// computes eight channels of a window, whose 16 bytes of four lines meet those of the other threads in shared memory.
+// Behind the blocks of each `together` images, while what they have read is in the L2 cache, come BORDER_BLOCKS that
+// sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
+extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packed(
+    const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
-    const int* __restrict__ dy_exponents, half_t* __restrict__ cells, float* __restrict__ borders, float count,
+    const int* __restrict__ dy_exponents, half_t* __restrict__ packed, float* __restrict__ borders, float count,
     i64 images, int together) {
     enum { OCTETS = CHUNK_CHANNELS / 8 };
     static_assert(
@@ -336,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
         OutputGradient gradient;
         int exponent;
     };
-    __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
+    __shared__ __align__(16) u8 corners[4][TILE * LINE_BYTES];  // lines of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
     __shared__ float totals[THREADS / 32][TAPS];
     __shared__ unsigned scratch[32];
@@ -349,14 +348,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
         gradient.finish(count, smallest_exponent(dy_exponents, OUT_CHANNELS, scratch));
         i64 end = min(image + together, images);
         float* to = borders + (i64)share * TAPS * OUT_CHANNELS;
-        sum_borders(g, taps, saved, exponents, unit_exponents, gradient, c, image, end, totals, to);
+        sum_borders(g, argmax, saved, exponents, unit_exponents, gradient, c, image, end, totals, to);
         return;
     }
     int tile = block % TILES, chunk = block / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     image += block / (TILES * CHUNKS);
     if (image >= images) return;
     int place = warp / OCTETS * 32 + lane, octet = warp % OCTETS, c = chunk * CHUNK_CHANNELS + octet * 8;
-    int at = min(tile * TILE + place, WINDOWS - 1);  // cells past the last window are written to shared memory alone
+    int at = min(tile * TILE + place, WINDOWS - 1);  // lines past the last window are written to shared memory alone
     bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
 
     Kept kept[8] = {};
@@ -370,9 +369,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
             #pragma unroll
             for (int j = 0; j < 8; j++) kept[j] = from[j * PLANE_STRIDE];
         const float* g_from = g + plane * PLANE + max(window.pooled, 0);
-        const u8* tap_from = taps + plane * PLANE_STRIDE + window.tap;
+        const u8* argmax_from = argmax + plane * PLANE_STRIDE + window.argmax;
         #pragma unroll
-        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * PLANE_STRIDE];
+        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = argmax_from[j * PLANE_STRIDE];
         if (window.pooled < 0)
             #pragma unroll
             for (int j = 0; j < 8; j++) tap[j] = -1;
@@ -402,10 +401,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
                 v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == tap[j] ? add : 0);
         }
     #pragma unroll
-    for (int corner = 0; corner < 4; corner++) store_cell(corners[corner], place, octet, v[corner], place & 7);
+    for (int corner = 0; corner < 4; corner++) store_line(corners[corner], place, octet, v[corner], place & 7);
     __syncthreads();
 
-    uint4* to = (uint4*)cells + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
+    uint4* to = (uint4*)packed + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
     int right = threadIdx.x / 8 % 2;
     #pragma unroll
     for (int i = 0; i < TILE; i += 16) {
@@ -417,14 +416,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
             int h = window.row * 2 + lower;
             if (h < OUT_H && column < OUT_W)  // so for no window past the last
                 to[(h * OUT_W + column) * 8] =
-                    *(const uint4*)(corners[lower * 2 + right] + cell_offset(w, threadIdx.x % 8));
+                    *(const uint4*)(corners[lower * 2 + right] + line_offset(w, threadIdx.x % 8));
         }
     }
 }
 
 // A thread computes one window.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
-    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved,
+    const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
     scalar_t* __restrict__ dy, float count) {
@@ -438,7 +437,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
               gradient.exponent + (SPLIT == 1 ? exponents[c] : 0) +
               kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)),
           v[4];
-    gradients_of(gradient, g, taps, sums ? saved : 0, plane, window, restore, v);
+    gradients_of(gradient, g, argmax, sums ? saved : 0, plane, window, restore, v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
         int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;

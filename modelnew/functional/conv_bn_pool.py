@@ -57,7 +57,7 @@ class _Call:
 class _BackwardCall:
     """What follows from a forward's _Call and from which gradients are needed."""
 
-    dgrad: Plan | None  # of cells
+    dgrad: Plan | None  # of packed tiles
     wgrad: WgradPlan | None
     dy_shape: tuple | None  # where the general kernels take the convolution's gradients
     layouts: tuple[Layout, ...]  # of what the backward makes, gives to wgrad and dgrad, and of what these two write
@@ -75,7 +75,7 @@ class _Fused(torch.autograd.Function):
         arguments = (x, w, conv_bias, *updated, batches, weight, bias, group_weight, group_bias, out, workspace)
         options = {"plan": call.plan, "training": call.training, "momentum": momentum, "eps": eps}
         options.update(groups=call.groups, group_eps=group_eps, activation=call.activation, parameter=parameter)
-        run(ops.conv_bn_pool_forward, *arguments, like=(call, momentum, eps, group_eps), **options)
+        run(ops.conv_bn_pool_forward, *arguments, key=(call, momentum, eps, group_eps), **options)
         if call.training:
             note_update(running_mean, running_var, batches, (*updated, batches))
         if call.keep:
@@ -102,16 +102,16 @@ class _Fused(torch.autograd.Function):
         # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
         kept, output = Workspace(memory, call.layout), Workspace.empty(output, x.device)
         tensors = (dense(dout), weight, bias, group_weight, *gradients, dy)
-        options = {"like": prepared, "plan": call.plan, "groups": call.groups, "training": call.training}
+        options = {"key": prepared, "plan": call.plan, "groups": call.groups, "training": call.training}
         options.update(activation=call.activation, parameter=ctx.parameter)
         run(ops.conv_bn_pool_backward, *tensors, Workspace.empty(made, x.device), kept, output, **options)
         if prepared.wgrad:  # first: the room of its workspaces is dx's then
             dw = torch.empty_like(w)
-            options = {"like": prepared, "plan": prepared.wgrad}
+            options = {"key": prepared, "plan": prepared.wgrad}
             run(ops.weight_gradient, output, kept, x, dw, Workspace.empty(of_wgrad, x.device), **options)
         if prepared.dgrad:
             dx = torch.empty_like(x)
-            options = {"like": prepared, "plan": prepared.dgrad}
+            options = {"key": prepared, "plan": prepared.dgrad}
             run(ops.input_gradient, output, w, dx, Workspace.empty(of_dgrad, x.device), **options)
         if dy is not None:
             options = (x.shape, w.shape, call.geometry, call.choice, (need_x, need_w, False))
@@ -175,7 +175,7 @@ def _backward_call(call, need_x, need_w, x, w):
     if (dgrad is None, wgrad is None) != (not need_x, not need_w):
         dgrad = wgrad = None
         dy_shape = output_shape(x.shape, w.shape, call.geometry)
-    dgrad = dgrad and dgrad.of_cells()
+    dgrad = dgrad and dgrad.of_packed()
     tail = (call.plan, call.groups, call.activation)
     compile_together(ops.gradient_kernels(*tail, x.shape, call.training, dgrad, wgrad), x.device)
     buffers = (
@@ -198,7 +198,7 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, othe
 
 def _plan(x, conv_weight, padding, num_groups, choice):
     plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), choice)
-    reason = reason or ops.obstacle(plan, num_groups)
+    reason = reason or ops.unsupported_reason(plan, num_groups)
     return (None, reason) if reason else (plan, None)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels import channel_sum as bias_ops
-from cupy_kernels import common, fp16_cells
+from cupy_kernels import common, fp16_tiles
 from cupy_kernels import conv_transpose as ops
 from cupy_kernels import conv_transpose_mma as mma
 from cupy_kernels import conv_wgrad_mma as wgrad_mma
@@ -103,16 +103,16 @@ def _gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
     need_x, need_w, need_bias = needed
     dgrad, wgrad = gradient_plans(dy.kind, x_shape, w_shape, geometry, choice, need_x, need_w)
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
-    cells, exponents, _ = to_cells(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
+    packed, exponents, _ = pack_fp16(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
     if need_x and dgrad:
-        source = (dgrad.of_cells(), cells) if wgrad else (dgrad, dy)
+        source = (dgrad.of_packed(), packed) if wgrad else (dgrad, dy)
         mma.conv_transpose_mma(*source, w, None, dx, *_mma_workspaces(new, dgrad), *([exponents] if wgrad else ()))
     elif need_x:
         ops.conv_transpose_dgrad(dy, w, dx, _packed(new, w), geometry)
     if need_w and wgrad:
         partial = new.scratch(wgrad.partial_size, np.float32)
-        x_cells = to_cells(new.scratch, x, wgrad.split)
-        wgrad_mma.conv_wgrad_mma(wgrad, *x_cells, cells, exponents, None, partial, dw)
+        x_packed = pack_fp16(new.scratch, x, wgrad.split)
+        wgrad_mma.conv_wgrad_mma(wgrad, *x_packed, packed, exponents, None, partial, dw)
     elif need_w:
         dtype = common.accumulator_dtype(dy)
         size = ops.wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
@@ -134,19 +134,19 @@ def gradient_plans(kind, x_shape, w_shape, geometry, choice, need_x, need_w):
     return dgrad, wgrad
 
 
-def to_cells(allocate, tensor, split, exponents=None, centred=False):
-    """(cells, exponents, sums) of a tensor, see `cupy_kernels.fp16_cells`.
+def pack_fp16(allocate, tensor, split, exponents=None, centred=False):
+    """(packed, exponents, sums) of a tensor, see `cupy_kernels.fp16_tiles`.
 
     allocate: a `calls.New`, or its `scratch`. exponents: of scales of the tensor's parts, where they are known already.
     centred: less the means of the first image's channels, whose sums are else None.
     """
     sums = _channel_sums(allocate, tensor[:1]) if centred else None
     if exponents is None:
-        exponents = allocate((fp16_cells.exponents_size(tensor.shape, tensor.itemsize),), np.int32)
-        fp16_cells.largest_magnitude(tensor, exponents)
-    cells = allocate(fp16_cells.cells_shape(tensor.shape, split), np.float16)
-    fp16_cells.to_cells(tensor, exponents, sums, cells, split=split)
-    return cells, exponents, sums
+        exponents = allocate((fp16_tiles.exponents_size(tensor.shape, tensor.itemsize),), np.int32)
+        fp16_tiles.largest_magnitude(tensor, exponents)
+    packed = allocate(fp16_tiles.packed_shape(tensor.shape, split), np.float16)
+    fp16_tiles.pack_fp16(tensor, exponents, sums, packed, split=split)
+    return packed, exponents, sums
 
 
 def _channel_sums(allocate, tensor):
@@ -297,7 +297,7 @@ def torch_conv(x, w, bias):
 
 
 _GENERAL = ("conv_transpose.cu", "conv_transpose_wgrad.cu", "channel_sum.cu")
-_MMA = ("conv_transpose_mma.cu", "pack_weight_fp16.cu", "conv_wgrad_mma.cu", "fp16_cells.cu")
+_MMA = ("conv_transpose_mma.cu", "pack_weight_fp16.cu", "conv_wgrad_mma.cu", "fp16_tiles.cu")
 CASES = (
     Case(
         "conv_transpose2d, general",

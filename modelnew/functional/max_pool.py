@@ -20,28 +20,28 @@ from .gradients import differentiable, will_need_grad
 def _forward(new, x, pool, ceil_mode, return_indices, keep):
     y = new(pooled_shape(x.shape, pool, ceil_mode), x.dtype)
     indices = new(y.shape, np.int64) if return_indices else None
-    taps = new_taps(new, y, pool) if keep else None
-    max_pool_forward(x, y, taps, indices, *pool)
-    return y, indices, taps
+    argmax = new_argmax(new, y, pool) if keep else None
+    max_pool_forward(x, y, argmax, indices, *pool)
+    return y, indices, argmax
 
 
-def _backward(new, dy, taps, pool, shape):
+def _backward(new, dy, argmax, pool, shape):
     dx = new(shape, dy.dtype)
-    max_pool_backward(dy, taps, dx, *pool)
+    max_pool_backward(dy, argmax, dx, *pool)
     return dx
 
 
-def _select(new, x, taps, pool):
-    y = new(taps.shape, x.dtype)
-    max_pool_select(x, taps, y, *pool)
+def _select(new, x, argmax, pool):
+    y = new(argmax.shape, x.dtype)
+    max_pool_select(x, argmax, y, *pool)
     return y
 
 
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pool, ceil_mode, return_indices):
-        y, indices, taps = call(_forward, x, pool, ceil_mode, return_indices, True)
-        ctx.save_for_backward(taps)
+        y, indices, argmax = call(_forward, x, pool, ceil_mode, return_indices, True)
+        ctx.save_for_backward(argmax)
         ctx.pool, ctx.shape = pool, x.shape
         if not return_indices:
             return y
@@ -57,13 +57,13 @@ class _MaxPoolGradient(torch.autograd.Function):
     """dx = the sum of dy over the windows whose maximum the pixel is."""
 
     @staticmethod
-    def forward(dy, taps, pool, shape):
-        return call(_backward, dense(dy), taps, pool, shape)
+    def forward(dy, argmax, pool, shape):
+        return call(_backward, dense(dy), argmax, pool, shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, taps, ctx.pool, ctx.shape = inputs
-        ctx.save_for_backward(taps)
+        _, argmax, ctx.pool, ctx.shape = inputs
+        ctx.save_for_backward(argmax)
 
     @staticmethod
     def backward(ctx, v):
@@ -74,23 +74,23 @@ class _Select(torch.autograd.Function):
     """y = x where each window's maximum was, the transpose of _MaxPoolGradient."""
 
     @staticmethod
-    def forward(x, taps, pool):
-        return call(_select, dense(x), taps, pool)
+    def forward(x, argmax, pool):
+        return call(_select, dense(x), argmax, pool)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, taps, ctx.pool = inputs
+        x, argmax, ctx.pool = inputs
         ctx.shape = x.shape
-        ctx.save_for_backward(taps)
+        ctx.save_for_backward(argmax)
 
     @staticmethod
     def backward(ctx, v):
         return max_pool_gradient(v, *ctx.saved_tensors, ctx.pool, ctx.shape), None, None
 
 
-def max_pool_gradient(dy: torch.Tensor, taps: torch.Tensor, pool: Pool, shape) -> torch.Tensor:
-    """dx, of `shape`, of a pooling whose maxima lie at `taps`."""
-    return differentiable(_MaxPoolGradient, dy, taps, pool, shape)
+def max_pool_gradient(dy: torch.Tensor, argmax: torch.Tensor, pool: Pool, shape) -> torch.Tensor:
+    """dx, of `shape`, of a pooling whose maxima lie at `argmax`."""
+    return differentiable(_MaxPoolGradient, dy, argmax, pool, shape)
 
 
 def pooled_shape(shape, pool: Pool, ceil_mode: bool) -> tuple[int, ...]:
@@ -109,9 +109,9 @@ def pool_of(kernel_size, stride, padding, dilation) -> Pool:
     return Pool(kernel_size, stride, pair(padding, "padding"), pair(dilation, "dilation"))
 
 
-def new_taps(new, y, pool: Pool):
+def new_argmax(new, y, pool: Pool):
     """Memory for the position of each output within its window; new: a `calls.New`."""
-    return new(y.shape, np.int32 if pool.wide_taps else np.uint8)
+    return new(y.shape, np.int32 if pool.wide_argmax else np.uint8)
 
 
 @untraced
