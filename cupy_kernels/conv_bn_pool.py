@@ -409,9 +409,8 @@ def _tail_macros(p: Plan, groups: int, activation: str):
 
 
 @functools.lru_cache(maxsize=1024)
-def _backward_macros(p: Plan, groups: int, activation: str):
-    macros = dict(p.macros)
-    return *_tail_macros(p, groups, activation), *_backward_defines(macros, saved_shift(p))
+def _backward_macros(plan: Plan, groups: int, activation: str):
+    return *_tail_macros(plan, groups, activation), *_backward_defines(dict(plan.macros), saved_shift(plan))
 
 
 def _tail_defines(macros, groups, activation, planes):

@@ -12,7 +12,7 @@
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last
 //                                             one, where float cannot hold it, negative and times 2^-160
 //     SAVE, for the backward:
-//         argmax, like pooled                   the chosen corner
+//         argmax, like pooled                 the chosen corner
 //         saved [N, M, PLANE_STRIDE, 4]       all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the
 //                                             tensor cores deliver them, so that a sum is
 //                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
@@ -105,7 +105,8 @@ struct PoolEpilogue {
     int* counts;  // [WARPS_N] in shared memory
     int seen;
 
-    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) {
+    __device__ __forceinline__ void pass(const Sums& sums, Place place, int exponent) {
+        make_opaque(place.first_window);  // else addresses are computed before the loop, where registers are few
         if (place.full()) windows<true>(sums, place, exponent);
         else windows<false>(sums, place, exponent);
     }
@@ -197,16 +198,12 @@ struct PoolEpilogue {
     }
 
     // Corners outside the image are read by nobody.
-    __device__ static Packed<half_t, 4> save(const float (&v)[4], float sign, const ScaleBack&, half_t*) {
-        float shrink = power_of_two(-SAVED_SHIFT) * sign;
-        uint2 kept = {pack_halves(v[0] * shrink, v[1] * shrink), pack_halves(v[2] * shrink, v[3] * shrink)};
-        return *(Packed<half_t, 4>*)&kept;
-    }
-    __device__ static Packed<float, 4> save(const float (&v)[4], float sign, const ScaleBack& scale, float*) {
-        return {{scale(v[0] * sign), scale(v[1] * sign), scale(v[2] * sign), scale(v[3] * sign)}};
-    }
     __device__ static Packed<saved_t, 4> save(const float (&v)[4], float sign, const ScaleBack& scale) {
-        return save(v, sign, scale, (saved_t*)0);
+        Packed<saved_t, 4> kept;
+        float shrink = power_of_two(-SAVED_SHIFT) * sign;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) kept.v[i] = from_acc<saved_t>(SPLIT == 1 ? v[i] * shrink : scale(v[i] * sign));
+        return kept;
     }
 
     __device__ void restart() { seen = 0; }

@@ -135,21 +135,13 @@ template <> struct Band<false> {
 
     // Exponent of the scale for the unit's rows, all channels.
     __device__ int measured(unsigned* scratch) const {
-        enum { WIDTH = IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t), BATCH = 16 };
+        enum { WIDTH = IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t) };
         typedef Packed<scalar_t, WIDTH> Pack;
         int count = (unit.end_row - unit.first_row) * IN_W / WIDTH;
         unsigned largest = 0;
-        for (int k = threadIdx.x / 32; k < IN_CHANNELS; k += THREADS / 32) {
-            const Pack* row = (const Pack*)(source + k * IN_H * IN_W);
-            for (int first = threadIdx.x % 32; first < count; first += 32 * BATCH) {
-                Pack in[BATCH];
-                #pragma unroll
-                for (int i = 0; i < BATCH; i++) in[i] = row[min(first + i * 32, count - 1)];
-                #pragma unroll
-                for (int i = 0; i < BATCH * WIDTH; i++)
-                    largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
-            }
-        }
+        for (int k = threadIdx.x / 32; k < IN_CHANNELS; k += THREADS / 32)
+            largest =
+                max(largest, largest_of<16>((const Pack*)(source + k * IN_H * IN_W), (int)threadIdx.x % 32, 32, count));
         return scale_exponent(block_max(largest, scratch));
     }
 

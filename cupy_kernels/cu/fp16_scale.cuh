@@ -8,6 +8,20 @@ __device__ inline unsigned finite_magnitude(float v) {
     return bits < 0x7F800000 ? bits : 0;
 }
 
+// The largest of the values first, first + step, ... of `count` packs, AT_ONCE of which are in flight together.
+template <int AT_ONCE, class T, int W, class I>
+__device__ inline unsigned largest_of(const Packed<T, W>* from, I first, I step, I count) {
+    unsigned largest = 0;
+    for (; first < count; first += step * AT_ONCE) {
+        Packed<T, W> in[AT_ONCE];
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) in[i] = from[min(first + i * step, count - 1)];
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE * W; i++) largest = max(largest, finite_magnitude(to_acc(in[i / W].v[i % W])));
+    }
+    return largest;
+}
+
 // Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16. At most
 // 126, which zeros get too, so that a part of a tensor that is all zero leaves the smallest exponent of the parts as it
 // is.

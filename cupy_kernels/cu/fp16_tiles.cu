@@ -20,16 +20,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
     __shared__ unsigned scratch[32];
     i64 packs = size / WIDTH, step = (i64)gridDim.x * THREADS;
-    unsigned largest = 0;
-    for (i64 first = (i64)blockIdx.x * THREADS + threadIdx.x; first < packs; first += step * BATCH) {
-        Pack in[BATCH];
-        #pragma unroll
-        for (int i = 0; i < BATCH; i++) in[i] = ((const Pack*)source)[min(first + i * step, packs - 1)];
-        #pragma unroll
-        for (int i = 0; i < BATCH * WIDTH; i++)
-            largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
-    }
-    largest = block_max(largest, scratch);
+    i64 first = (i64)blockIdx.x * THREADS + threadIdx.x;
+    unsigned largest = block_max(largest_of<BATCH>((const Pack*)source, first, step, packs), scratch);
     if (threadIdx.x == 0) exponents[blockIdx.x] = scale_exponent(largest);
 }
 
