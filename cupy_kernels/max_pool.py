@@ -6,7 +6,7 @@ from .pool import Pool, launch_pixels, launch_windows, pool_kernel, pool_variant
 def max_pool_forward(x, y, argmax, indices, kernel_size, stride, padding, dilation) -> None:
     """y = the largest element of each window of x: of equal ones the first. A NaN is the largest: of several the last.
 
-    argmax: the argmax as its place in the window, kh * kernel_w + kw; uint8, or int32 for windows of more than 254
+    argmax: its place in the window, kh * kernel_w + kw; uint8, or int32 for windows of more than 254
         elements. indices: the argmax as its place in the plane, h * W + w; int64. Both have y's shape, or are None.
     y, argmax and indices are written.
     kernel_size, stride, padding, dilation: pairs; `pool_output_size` has the shapes they allow.
@@ -18,14 +18,14 @@ def max_pool_forward(x, y, argmax, indices, kernel_size, stride, padding, dilati
 
 
 def max_pool_backward(dy, argmax, dx, kernel_size, stride, padding, dilation) -> None:
-    """dx = for each pixel the sum of dy over the windows whose argmax it is, by the forward's argmax. dx is written."""
+    """dx = for each pixel the sum of dy over the windows whose argmax, the forward's, it is. dx is written."""
     pool = Pool(kernel_size, stride, padding, dilation)
     kernel = pool_kernel("max_pool.cu", "max_pool_backward", (dx,), (dy,), argmax, pool)
     launch_pixels(kernel, (dy, argmax, dx), dx, dy, pool)
 
 
 def max_pool_select(x, argmax, y, kernel_size, stride, padding, dilation) -> None:
-    """y = the element of x at each window's tap, 0 where a window holds none; argmax are a forward's. y is written."""
+    """y = the element of x at each window's argmax, a forward's; 0 where a window holds none. y is written."""
     pool = Pool(kernel_size, stride, padding, dilation)
     kernel = pool_kernel("max_pool.cu", "max_pool_select", (x,), (y,), argmax, pool)
     launch_windows(kernel, (x, argmax, y), x, y, pool)

@@ -34,7 +34,7 @@ struct ChannelWalk {
         const int far = 1 << 30;  // a chunk is smaller, so distances beyond make no difference
         unsigned stride = blockDim.x * WIDTH;
         int block = blockIdx.x;
-        settle(block);  // else a second pass would hold registers during the first
+        make_opaque(block);  // else a second pass would hold registers during the first
         chunk = block / (unsigned)channels;
         channel = block - chunk * channels;
         i64 first = chunk * blockDim.x * ITEMS, index = first + threadIdx.x * WIDTH;

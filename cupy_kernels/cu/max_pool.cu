@@ -35,8 +35,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) max_pool_forward(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) max_pool_backward(
-    const scalar_t* __restrict__ dy, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ dx, int planes, int period,
-    int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w,
+    const scalar_t* __restrict__ dy, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ dx, int planes,
+    int period, int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w,
     int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
         dilation_h, dilation_w};
@@ -58,8 +58,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) max_pool_backward(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) max_pool_select(
-    const scalar_t* __restrict__ x, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ y, int planes, int period,
-    int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w,
+    const scalar_t* __restrict__ x, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ y, int planes,
+    int period, int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w,
     int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
         dilation_h, dilation_w};

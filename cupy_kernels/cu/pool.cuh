@@ -47,7 +47,7 @@ struct Largest {
 #if WINDOW_2X2
 struct Window {
     Pixels top, bottom;
-    int taps;  // mask: where ceil_mode's last window hangs over the edge, bottom is top again
+    int mask;  // of taps: where ceil_mode's last window hangs over the edge, bottom is top again
 };
 __device__ inline Window window(const Pool& p, const scalar_t* x, int oh, int ow) {
     const Pixels* pixels = (const Pixels*)(x + 2 * oh * p.width + 2 * ow);
@@ -59,7 +59,7 @@ template <class F> __device__ inline Largest largest(const Pool&, const Window& 
     best.take(f(w.top.v[1]), 1);
     best.take(f(w.bottom.v[0]), 2);
     best.take(f(w.bottom.v[1]), 3);
-    best.tap &= w.taps;
+    best.tap &= w.mask;
     return best;
 }
 #else
@@ -120,10 +120,10 @@ template <class F> __device__ inline void store_site(const Pool& p, scalar_t* dx
 
 #if WINDOW_2X2
 template <class F>
-__device__ inline Gathered gather(const Pool& p, const argmax_t* taps, int row, int column, F gradient) {
+__device__ inline Gathered gather(const Pool& p, const argmax_t* argmax, int row, int column, F gradient) {
     if (row >= p.out_height) return {(acc_t)0, 0};
     int o = row * p.out_width + column;
-    return {gradient(o), taps[o]};
+    return {gradient(o), argmax[o]};
 }
 #else
 // (first, last) window along one axis that reaches the pixel at `position`, counted from the start of the padding.
@@ -141,9 +141,9 @@ __device__ inline int tap_at(int offset, int dilation) {
 }
 
 // Sums gradient(o) over the windows o of the plane whose tap is the pixel (row, column), in ascending order.
-// `taps` points at the plane's taps.
+// `argmax` points at the plane's.
 template <class F>
-__device__ inline Gathered gather(const Pool& p, const argmax_t* taps, int row, int column, F gradient) {
+__device__ inline Gathered gather(const Pool& p, const argmax_t* argmax, int row, int column, F gradient) {
     int h = row + p.padding_h, w = column + p.padding_w;
     int oh = first_window(h, p.kernel_h, p.stride_h, p.dilation_h), oh_last = last_window(h, p.stride_h, p.out_height);
     int first = first_window(w, p.kernel_w, p.stride_w, p.dilation_w), last = last_window(w, p.stride_w, p.out_width);
@@ -153,7 +153,7 @@ __device__ inline Gathered gather(const Pool& p, const argmax_t* taps, int row, 
         if (kh < 0) continue;
         for (int ow = first; ow <= last; ow++) {
             int kw = tap_at(w - ow * p.stride_w, p.dilation_w), o = oh * p.out_width + ow;
-            if (kw >= 0 && taps[o] == kh * p.kernel_w + kw) sum += gradient(o);
+            if (kw >= 0 && argmax[o] == kh * p.kernel_w + kw) sum += gradient(o);
         }
     }
     return {sum, 0};
