@@ -113,7 +113,7 @@ def test_wgmma(device, case, cls, wgmma, launched):
     sizes = {**CASES, "64_channels": (64, 32, 3, 1, 4, 1, 4, 7), "two_rows": (16, 32, 3, 1, 2, 8, 33, 5)}
     test_output_gradients_and_buffers(device, sizes[case], cls, True, launched, None)
     convolutions = [dict(k.defines) for k in launched if k.name in ("conv_bn_pool", "conv_transpose_mma")]
-    assert [(m["WGMMA"], m["CELLS"]) for m in convolutions] == [(1, 0), (1, 1)]
+    assert [(m["WGMMA"], m["X_PACKED"]) for m in convolutions] == [(1, 0), (1, 1)]
     assert {m["UNIT_ROWS"] for m in convolutions} == {2 if case == "two_rows" else 1}
     assert {dict(k.defines)["WGMMA"] for k in launched if k.name == "conv_wgrad_mma"} == {1}
 
@@ -209,7 +209,7 @@ def test_the_backwards_stages_share_their_room(device, cls, monkeypatch):
     options = (np.dtype(np.float32), x.shape, w.shape, geometry, choice, True, True)
     dgrad, wgrad = gradient_plans(*options)
     arrays = {name: sized(*a) for name, a in ops.gradient_arrays(fused_model(ours, x)[0], 16, True, True).items()}
-    passed_on = sum(arrays[name] for name in ("sums", "dy_exponents", "cells", "borders"))
+    passed_on = sum(arrays[name] for name in ("sums", "dy_exponents", "dy_packed", "borders"))
     of_wgrad = sized(packed_shape(x.shape, wgrad.split), np.float16) + sized((wgrad.partial_size,), np.float32)
     of_dgrad = sized((dgrad.packed_size,), np.float16)
     stage = max(arrays["g"] + arrays["partials"], w.nbytes + of_wgrad, w.nbytes + of_dgrad + x.nbytes)
