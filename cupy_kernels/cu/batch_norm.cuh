@@ -20,6 +20,7 @@ __device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 0x1p96f;
 // of what neither overflows nor vanishes.
 struct Normaliser {
     acc_t unit, mean, invstd;
+    __device__ Normaliser() {}
     __device__ Normaliser(acc_t mean, acc_t invstd) {
         bool large = sizeof(acc_t) == 4 && (invstd < 0x1p-64f || fabs(mean) > 0x1p64f);
         unit = large ? 0x1p-32f : 1;

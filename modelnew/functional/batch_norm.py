@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels.batch_norm import (
-    batch_norm_apply,
-    batch_norm_backward_apply,
-    batch_norm_backward_reduce,
+    batch_norm_backward,
+    batch_norm_eval,
     batch_norm_eval_statistics,
+    batch_norm_forward,
     batch_norm_statistics,
     batch_norm_workspace,
 )
@@ -28,9 +28,14 @@ from .tanh import tanh_gradient
 
 
 def _forward(new, x, weight, bias, running_mean, running_var, batches, *, training, momentum, eps, tanh):
-    moments = statistics(new, x, running_mean, running_var, batches, training, momentum, eps)
-    y = new.like(x)
-    batch_norm_apply(x, moments[0], moments[1], weight, bias, y, tanh)
+    moments, y = new((2, x.shape[1]), accumulator_dtype(x)), new.like(x)
+    mean, invstd = moments[0], moments[1]
+    if training:
+        workspace = new.scratch(batch_norm_workspace(x), np.float64)
+        running = (running_mean, running_var, batches)
+        batch_norm_forward(x, *running, weight, bias, y, mean, invstd, workspace, momentum, eps, tanh)
+    else:
+        batch_norm_eval(x, running_mean, running_var, weight, bias, y, mean, invstd, eps, tanh)
     return y, moments
 
 
@@ -41,7 +46,7 @@ def statistics(new, x, running_mean, running_var, batches, training, momentum, e
     """
     moments = new((2, x.shape[1]), accumulator_dtype(x))
     if training:
-        workspace = new.scratch(batch_norm_workspace(x.shape), np.float64)
+        workspace = new.scratch(batch_norm_workspace(x), np.float64)
         batch_norm_statistics(x, running_mean, running_var, batches, moments[0], moments[1], workspace, momentum, eps)
     else:
         batch_norm_eval_statistics(running_mean, running_var, moments[0], moments[1], eps)
@@ -53,13 +58,10 @@ def _backward(new, dy, x, weight, bias, moments, y, *, training, needed):
     mean, invstd = moments[0], moments[1]
     dx = new.like(dy if need_x else None)
     dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
-    sums = None
+    workspace = None
     if need_weight or need_bias or training:
-        sums = new.scratch((2, *mean.shape), np.float64)
-        workspace = new.scratch(batch_norm_workspace(dy.shape), np.float64)
-        batch_norm_backward_reduce(dy, x, mean, invstd, sums, dweight, dbias, workspace, y)
-    if need_x:
-        batch_norm_backward_apply(dy, x, mean, invstd, weight, sums if training else None, dx, y)
+        workspace = new.scratch(batch_norm_workspace(dy), np.float64)
+    batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspace, training, y)
     return dx, dweight, dbias
 
 
