@@ -15,10 +15,12 @@ MODULES = modelnew cupy_kernels '!.+[.]' $(subst /,.,$(patsubst %/__init__,%,$(b
 lint:
 	ruff check .
 	ruff format --check .
+	clang-format --dry-run -Werror cupy_kernels/cu/*
 
 format:
 	ruff check --fix .
 	ruff format .
+	clang-format -i cupy_kernels/cu/*
 
 test:
 	$(PYTHON) -m pytest

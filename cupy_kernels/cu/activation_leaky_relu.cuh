@@ -1,7 +1,7 @@
 // v where v > 0, else v negative_slope, as an activation of the fused chain (activation.cuh).
 //
-// negative_slope is finite and not negative. 0 is ReLU, but for infinite v: as in PyTorch's LeakyReLU, -inf * 0 is NaN. All v <= 0 of a
-// window then tie at 0, and whichever wins gets the gradient 0.
+// negative_slope is finite and not negative. 0 is ReLU, but for infinite v: as in PyTorch's LeakyReLU, -inf * 0 is NaN.
+// All v <= 0 of a window then tie at 0, and whichever wins gets the gradient 0.
 #pragma once
 
 struct LeakyReLU {

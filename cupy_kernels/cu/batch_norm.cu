@@ -30,7 +30,8 @@ struct Partials {
 
 // partials: mean - origin, and squares, of each chunk.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_partials(
-    const scalar_t* __restrict__ x, double* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks, int tile) {
+    const scalar_t* __restrict__ x, double* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunk,
+    i64 chunks, int tile) {
     DYNAMIC_SHARED(acc_t, scratch);
     with_units(scratch, [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
@@ -50,10 +51,12 @@ __device__ inline i64 chunk_count(i64 count, i64 k, i64 chunk) { return min(chun
 
 // Of a channel, from those of its chunks.
 __device__ inline Moments moments_of_channel(
-    const double* __restrict__ means, const double* __restrict__ m2s, acc_t unit, i64 count, i64 chunk, i64 chunks, acc_t* scratch) {
+    const double* __restrict__ means, const double* __restrict__ m2s, acc_t unit, i64 count, i64 chunk, i64 chunks,
+    acc_t* scratch) {
     acc_t sum = 0, m2 = 0;
     double wide = unit;
-    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += chunk_count(count, k, chunk) * (acc_t)(means[k] * wide);
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x)
+        sum += chunk_count(count, k, chunk) * (acc_t)(means[k] * wide);
     acc_t mean = block_sum(sum, scratch) / count;
     for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
         acc_t distance = (acc_t)(means[k] * wide) - mean;
@@ -64,9 +67,9 @@ __device__ inline Moments moments_of_channel(
 
 // One block a channel: combines the chunks; updates the running statistics where they are not null, and so is `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
-    const scalar_t* __restrict__ x, const double* __restrict__ partials, INOUT param_t* running_mean, INOUT param_t* running_var,
-    INOUT i64* batches, acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count,
-    i64 chunk, i64 chunks) {
+    const scalar_t* __restrict__ x, const double* __restrict__ partials, INOUT param_t* running_mean,
+    INOUT param_t* running_var, INOUT i64* batches, acc_t* __restrict__ mean, acc_t* __restrict__ invstd,
+    acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks) {
     __shared__ acc_t scratch[32];
     i64 channel = blockIdx.x;
     if (batches && channel == 0 && threadIdx.x == 0) ++*batches;
@@ -83,7 +86,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
     if (threadIdx.x) return;
     moments.mean += origin_of(x, channel, plane) * unit;
     if (running_mean) running_mean += channel, running_var += channel;
-    store_statistics(moments, unit, count, eps, mean + channel, invstd + channel, running_mean, running_var, momentum, 0);
+    store_statistics(
+        moments, unit, count, eps, mean + channel, invstd + channel, running_mean, running_var, momentum, 0);
 }
 
 // One thread a channel: mean and invstd from the running statistics.
@@ -98,8 +102,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_eval_statistics
 
 // y of a chunk, from mean(s) and invstd(s) of each slot's channel.
 template <class M, class I> __device__ inline void apply(
-    const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
-    bool with_tanh, Walk walk, M mean, I invstd) {
+    const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
+    scalar_t* __restrict__ y, bool with_tanh, Walk walk, M mean, I invstd) {
     Normaliser normalise[SLOTS];
     acc_t w[SLOTS], b[SLOTS];
     #pragma unroll
@@ -111,7 +115,8 @@ template <class M, class I> __device__ inline void apply(
     while (walk.packs > 0) {
         Pack in[BATCH];
         i64 offsets[BATCH];
-        int have = next_packs(walk, BATCH, [&](int j, i64 offset) { in[j] = *(const Pack*)(x + (offsets[j] = offset)); });
+        int have =
+            next_packs(walk, BATCH, [&](int j, i64 offset) { in[j] = *(const Pack*)(x + (offsets[j] = offset)); });
         #pragma unroll
         for (int j = 0; j < BATCH; j++) {
             if (j >= have) break;
@@ -128,17 +133,21 @@ template <class M, class I> __device__ inline void apply(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_apply(
-    const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
-    const param_t* __restrict__ bias, scalar_t* __restrict__ y, int with_tanh, i64 channels, i64 plane, i64 count, i64 chunk, int tile) {
+    const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y, int with_tanh,
+    i64 channels, i64 plane, i64 count, i64 chunk, int tile) {
     Walk walk(gridDim.x - 1 - blockIdx.x, channels, plane, count, chunk, tile);
-    apply(x, weight, bias, y, with_tanh, walk, [&](int s) { return mean[walk.channel(s)]; }, [&](int s) { return invstd[walk.channel(s)]; });
+    apply(
+        x, weight, bias, y, with_tanh, walk, [&](int s) { return mean[walk.channel(s)]; },
+        [&](int s) { return invstd[walk.channel(s)]; });
 }
 
 // With the running statistics, which it writes to mean and invstd, too, as the backward needs them.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_eval(
     const scalar_t* __restrict__ x, const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var,
-    const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y, acc_t* __restrict__ mean,
-    acc_t* __restrict__ invstd, acc_t eps, int with_tanh, i64 channels, i64 plane, i64 count, i64 chunk, int tile) {
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
+    acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t eps, int with_tanh, i64 channels, i64 plane, i64 count,
+    i64 chunk, int tile) {
     Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
     acc_t means[SLOTS], invstds[SLOTS];
     #pragma unroll
@@ -154,8 +163,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_eval(
 // Statistics and result, of blocks that have whole channels.
 extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_forward(
     const scalar_t* __restrict__ x, INOUT param_t* running_mean, INOUT param_t* running_var, INOUT i64* batches,
-    const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y, acc_t* __restrict__ mean,
-    acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, int with_tanh, i64 channels, i64 plane, i64 count, i64 chunk, int tile) {
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
+    acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, int with_tanh, i64 channels,
+    i64 plane, i64 count, i64 chunk, int tile) {
     DYNAMIC_SHARED(acc_t, scratch);
     if (batches && blockIdx.x == 0 && threadIdx.x == 0) ++*batches;
     acc_t means[SLOTS], invstds[SLOTS];
@@ -171,8 +181,10 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_forward(
             means[s] = moments[s].mean * inverse_of(open.unit);
             invstds[s] = invstd_of(moments[s].squares / count, open.unit, eps);
             if (!walk.writes(s)) continue;
-            param_t *to_mean = running_mean ? running_mean + channel : running_mean, *to_var = running_mean ? running_var + channel : running_var;
-            store_statistics(moments[s], open.unit, count, eps, mean + channel, invstd + channel, to_mean, to_var, momentum, 0);
+            param_t *to_mean = running_mean ? running_mean + channel : running_mean,
+                    *to_var = running_mean ? running_var + channel : running_var;
+            store_statistics(
+                moments[s], open.unit, count, eps, mean + channel, invstd + channel, to_mean, to_var, momentum, 0);
         }
     });
     Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
@@ -213,8 +225,8 @@ struct Tensors {
 
 // Sums of g, and of g xhat, over what the block has of each slot's channel; and dx, where not null, of statistics that do not depend on x.
 __device__ inline void sums_of_chunk(
-    const Tensors& tensors, const Channel (&channels)[SLOTS], scalar_t* __restrict__ dx, acc_t unit, Walk walk, acc_t* scratch,
-    acc_t (&sum)[SLOTS], acc_t (&dot)[SLOTS]) {
+    const Tensors& tensors, const Channel (&channels)[SLOTS], scalar_t* __restrict__ dx, acc_t unit, Walk walk,
+    acc_t* scratch, acc_t (&sum)[SLOTS], acc_t (&dot)[SLOTS]) {
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) sum[s] = dot[s] = 0;
     #pragma unroll 1
@@ -231,7 +243,9 @@ __device__ inline void sums_of_chunk(
                 acc_t g = tensors.gradient(batch, j, i, unit);
                 sum[s] += g;
                 dot[s] += g * channels[s].normalise(to_acc(batch.x[j].v[i]));
-                if (dx) result.v[i] = from_acc<scalar_t>(multiply_unflushed(tensors.gradient(batch, j, i), channels[s].scale));
+                if (dx)
+                    result.v[i] =
+                        from_acc<scalar_t>(multiply_unflushed(tensors.gradient(batch, j, i), channels[s].scale));
             }
             if (dx) *(Pack*)(dx + batch.offsets[j]) = result;
         }
@@ -249,9 +263,10 @@ __device__ inline void channels_of(
 
 // partials: sums of each chunk. y is null without tanh; dx is null where the statistics depend on x, or nobody needs it.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backward_partials(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
-    const acc_t* __restrict__ invstd, const param_t* __restrict__ weight, double* __restrict__ partials, scalar_t* __restrict__ dx,
-    i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks, int tile) {
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
+    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
+    double* __restrict__ partials, scalar_t* __restrict__ dx, i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks,
+    int tile) {
     DYNAMIC_SHARED(acc_t, scratch);
     with_units(scratch, [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
@@ -263,7 +278,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backwar
         Partials to = {partials, channels, chunks};
         #pragma unroll
         for (int s = 0; s < SLOTS; s++)
-            if (open.keep(s, is_finite(sum[s]) && is_finite(dot[s])) && walk.writes(s)) to.store(walk, s, sum[s] * back, dot[s] * back);
+            if (open.keep(s, is_finite(sum[s]) && is_finite(dot[s])) && walk.writes(s))
+                to.store(walk, s, sum[s] * back, dot[s] * back);
     });
 }
 
@@ -275,8 +291,8 @@ __device__ inline void store_gradients(param_t* dweight, param_t* dbias, i64 cha
 
 // One block a channel: sums [2][channels] over the chunks.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(
-    const double* __restrict__ partials, double* __restrict__ sums, param_t* __restrict__ dweight, param_t* __restrict__ dbias,
-    i64 channels, i64 chunks) {
+    const double* __restrict__ partials, double* __restrict__ sums, param_t* __restrict__ dweight,
+    param_t* __restrict__ dbias, i64 channels, i64 chunks) {
     __shared__ acc_t scratch[32];
     i64 channel = blockIdx.x;
     acc_t unit = 1, sum, dot;
@@ -305,8 +321,8 @@ __device__ inline acc_t mean_of(double sum, i64 count) {
 
 // dx of a chunk, from mean_g(s) and mean_dot(s), the means of g and of g xhat, of each slot's channel.
 __device__ inline void backward_apply(
-    const Tensors& tensors, const Channel (&channels)[SLOTS], const acc_t (&mean_g)[SLOTS], const acc_t (&mean_dot)[SLOTS],
-    scalar_t* __restrict__ dx, Walk walk) {
+    const Tensors& tensors, const Channel (&channels)[SLOTS], const acc_t (&mean_g)[SLOTS],
+    const acc_t (&mean_dot)[SLOTS], scalar_t* __restrict__ dx, Walk walk) {
     #pragma unroll 1
     while (walk.packs > 0) {
         Tensors::Batch batch;
@@ -329,9 +345,10 @@ __device__ inline void backward_apply(
 
 // sums: of the batch where its own statistics were applied, null where given ones were: then x is not read.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backward_apply(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
-    const acc_t* __restrict__ invstd, const param_t* __restrict__ weight, const double* __restrict__ sums, scalar_t* __restrict__ dx,
-    i64 channels, i64 plane, i64 count, i64 chunk, int tile) {
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
+    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
+    const double* __restrict__ sums, scalar_t* __restrict__ dx, i64 channels, i64 plane, i64 count, i64 chunk,
+    int tile) {
     Walk walk(gridDim.x - 1 - blockIdx.x, channels, plane, count, chunk, tile);
     Channel known[SLOTS];
     channels_of(known, walk, mean, invstd, weight);
@@ -346,9 +363,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backwar
 
 // All gradients, of blocks that have whole channels, through the batch's statistics. dx, dweight and dbias may be null.
 extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_backward(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y, const acc_t* __restrict__ mean,
-    const acc_t* __restrict__ invstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx, param_t* __restrict__ dweight,
-    param_t* __restrict__ dbias, i64 channels, i64 plane, i64 count, i64 chunk, int tile) {
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
+    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
+    scalar_t* __restrict__ dx, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 channels, i64 plane,
+    i64 count, i64 chunk, int tile) {
     DYNAMIC_SHARED(acc_t, scratch);
     acc_t mean_g[SLOTS], mean_dot[SLOTS];
     Channel known[SLOTS];

@@ -1,7 +1,9 @@
-// Batch norm's arithmetic, as every kernel that applies it computes it: y = (x - mean) invstd weight + bias; and its statistics.
+// Batch norm's arithmetic, as every kernel that applies it computes it: y = (x - mean) invstd weight + bias; and its
+// statistics.
 //
-// Squares of float values beyond 1.8e19 overflow, and so may sums. So sums are of values times `unit`: 1, and where the sum is not finite,
-// 2^-96 in another pass over the same values. Powers of two change no bit. What blocks hand on to each other is double, without the unit.
+// Squares of float values beyond 1.8e19 overflow, and so may sums. So sums are of values times `unit`: 1, and where the
+// sum is not finite, 2^-96 in another pass over the same values. Powers of two change no bit. What blocks hand on to
+// each other is double, without the unit.
 #pragma once
 #include "common.cuh"
 
@@ -15,9 +17,9 @@ __device__ inline bool again(acc_t sum, acc_t& unit) { return again(sum, 0, unit
 // What undoes it.
 __device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 0x1p96f; }
 
-// Normalises the values of one channel or group. Where mean or standard deviation are beyond 2^64, a distance from the mean could
-// overflow, and invstd be a denormal, which -ftz=true flushes: there all is taken times `unit`, a power of two, which changes no bit
-// of what neither overflows nor vanishes.
+// Normalises the values of one channel or group. Where mean or standard deviation are beyond 2^64, a distance from the
+// mean could overflow, and invstd be a denormal, which -ftz=true flushes: there all is taken times `unit`, a power of
+// two, which changes no bit of what neither overflows nor vanishes.
 struct Normaliser {
     acc_t unit, mean, invstd;
     __device__ Normaliser() {}
@@ -32,8 +34,12 @@ struct Normaliser {
 __device__ inline acc_t bn_affine(acc_t xhat, acc_t weight, acc_t bias) { return xhat * weight + bias; }
 
 // Weight and bias of channel c; null pointers stand for 1 and 0.
-template <class P> __device__ inline acc_t bn_weight(const P* weight, i64 c) { return weight ? (acc_t)to_acc(weight[c]) : (acc_t)1; }
-template <class P> __device__ inline acc_t bn_bias(const P* bias, i64 c) { return bias ? (acc_t)to_acc(bias[c]) : (acc_t)0; }
+template <class P> __device__ inline acc_t bn_weight(const P* weight, i64 c) {
+    return weight ? (acc_t)to_acc(weight[c]) : (acc_t)1;
+}
+template <class P> __device__ inline acc_t bn_bias(const P* bias, i64 c) {
+    return bias ? (acc_t)to_acc(bias[c]) : (acc_t)0;
+}
 
 // What sums are taken relative to, so that the rounding error of a large mean stays out of a small variance.
 __device__ inline acc_t finite_or_zero(acc_t v) { return is_finite(v) ? v : (acc_t)0; }
@@ -46,15 +52,16 @@ __device__ inline acc_t invstd_of(acc_t variance, acc_t unit, acc_t eps) {
 
 struct Moments { acc_t mean, squares; };  // squares: sum of squared distances from the mean
 
-// From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where not null. shift:
-// what running_mean has besides the mean. Pointers are to the channel's values.
+// From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where
+// not null. shift: what running_mean has besides the mean. Pointers are to the channel's values.
 template <class N, class P> __device__ inline void store_statistics(
-    Moments moments, acc_t unit, N count, acc_t eps, acc_t* mean, acc_t* invstd, P* running_mean, P* running_var, acc_t momentum,
-    acc_t shift) {
+    Moments moments, acc_t unit, N count, acc_t eps, acc_t* mean, acc_t* invstd, P* running_mean, P* running_var,
+    acc_t momentum, acc_t shift) {
     acc_t back = inverse_of(unit), batch_mean = moments.mean * back, batch_var = moments.squares / (count - 1) * back;
     *mean = batch_mean;
     *invstd = invstd_of(moments.squares / count, unit, eps);
     if (!running_mean) return;
     *running_mean = from_acc<P>((1 - momentum) * to_acc(*running_mean) + momentum * (batch_mean + shift));
-    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * back * batch_var);  // the variance alone may overflow
+    // The variance alone may overflow.
+    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * back * batch_var);
 }

@@ -24,8 +24,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 5) bn_tanh
     tap_t* __restrict__ taps, int channels, int planes, int period, int planes_per_block, int height, int width,
     int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w,
     int dilation_h, int dilation_w) {
-    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w,
-              stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w};
+    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
+        dilation_h, dilation_w};
     Divisor by_channel(channels);
     int first = blockIdx.x * planes_per_block;
     int own = min(planes_per_block, period - first);
@@ -52,8 +52,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 5) bn_tanh
     });
 }
 
-// partials [2][channels][chunks], double: sum of g, and of g xhat. Block (group * channels + c, j) takes of channel c a group
-// of images_per_block images out of the first `period`, and the images that are a multiple of period behind these.
+// partials [2][channels][chunks], double: sum of g, and of g xhat. Block (group * channels + c, j) takes of channel c a
+// group of images_per_block images out of the first `period`, and the images that are a multiple of period behind
+// these.
 extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh_max_pool_backward_partials(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, const tap_t* __restrict__ taps,
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
@@ -61,8 +62,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh
     int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w,
     int dilation_h, int dilation_w) {
     __shared__ acc_t scratch[32];
-    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w,
-              stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w};
+    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
+        dilation_h, dilation_w};
     int channel = blockIdx.x % channels, group = blockIdx.x / channels, first = group * images_per_block;
     Normaliser normalise(mean[channel], invstd[channel]);
     int own = max(0, min(images_per_block, period - first));  // the last groups may be empty
@@ -113,8 +114,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh
     int channels, int planes, int period, int planes_per_block, int height, int width, int out_height, int out_width,
     int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h,
     int dilation_w) {
-    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w,
-              stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w};
+    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
+        dilation_h, dilation_w};
     Divisor by_channel(channels);
     int first = blockIdx.x * planes_per_block, rows = (height + SITE - 1) / SITE, columns = width / SITE;
     int own = min(planes_per_block, period - first);
@@ -124,8 +125,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             i64 from = item_plane(plane, i, period, planes), outputs = from * (out_height * out_width);
-            gathered[i] = gather(p, taps + outputs, row, column,
-                                 [&](int o) { return gradient_of(to_acc(dy[outputs + o]), y[outputs + o]); });
+            gathered[i] = gather(p, taps + outputs, row, column, [&](int o) {
+                return gradient_of(to_acc(dy[outputs + o]), y[outputs + o]);
+            });
             #pragma unroll
             for (int r = 0; r < SITE; r++)
                 if (HAS_BN && sums) in[i][r] = load_pixels(p, x + from * (height * width), row, column, r);

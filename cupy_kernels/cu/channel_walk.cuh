@@ -66,7 +66,8 @@ struct Walk {
     __device__ Walk(int block, i64 channels, i64 plane_size, i64 count, i64 chunk_size, int tile) : tile(tile) {
         settle(block);  // else a second pass would hold registers during the first
         plane = (int)plane_size, columns = (int)(channels * plane_size);
-        unsigned tiles = (columns / WIDTH + tile - 1) / tile, at = threadIdx.x % (unsigned)tile, row = threadIdx.x / (unsigned)tile;
+        unsigned tiles = (columns / WIDTH + tile - 1) / tile, at = threadIdx.x % (unsigned)tile,
+                 row = threadIdx.x / (unsigned)tile;
         int across = blockDim.x / tile;
         chunk = block / tiles;
         column = ((block - (int)chunk * tiles) * tile + at) * WIDTH;
@@ -119,13 +120,14 @@ __device__ inline void block_sums(acc_t (&v)[SLOTS], const Walk& walk, acc_t* sc
         __syncthreads();
         if (thread < (rows - half) * walk.tile) {
             #pragma unroll
-            for (int s = 0; s < SLOTS; s++) scratch[s * threads + thread] += scratch[s * threads + thread + half * walk.tile];
+            for (int s = 0; s < SLOTS; s++)
+                scratch[s * threads + thread] += scratch[s * threads + thread + half * walk.tile];
         }
         rows = half;
     }
     __syncthreads();
     int at = thread % walk.tile * WIDTH;  // of the thread's first value in a row of the tile
-    if (walk.plane > 1) {  // a warp a channel
+    if (walk.plane > 1) {                 // a warp a channel
         for (int first = thread / 32 * walk.plane; first < walk.tile * WIDTH; first += threads / 32 * walk.plane) {
             acc_t sum = 0;
             for (int column = thread % 32; column < walk.plane; column += 32) sum += scratch[place(first + column)];
@@ -135,7 +137,8 @@ __device__ inline void block_sums(acc_t (&v)[SLOTS], const Walk& walk, acc_t* sc
         __syncthreads();
     }
     #pragma unroll
-    for (int s = 0; s < SLOTS; s++) v[s] = scratch[place(walk.plane == 1 ? at + s : (at + s) / walk.plane * walk.plane)];
+    for (int s = 0; s < SLOTS; s++)
+        v[s] = scratch[place(walk.plane == 1 ? at + s : (at + s) / walk.plane * walk.plane)];
     __syncthreads();
 }
 #endif
@@ -164,7 +167,9 @@ template <class F> __device__ inline void with_units(acc_t* scratch, F pass) {
 }
 
 // Means are kept relative to the channel's first value: the rounding error of a large mean must not enter the variance.
-__device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) { return finite_or_zero(to_acc(x[channel * plane])); }
+__device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) {
+    return finite_or_zero(to_acc(x[channel * plane]));
+}
 
 // Mean - origin, and squares, of what the block has of each slot's channel.
 //
@@ -203,7 +208,8 @@ __device__ inline void moments_of_chunk(
                     squares += d * d;
                 }
             }
-            acc_t distance = shift - origin[s] + rest * inverse, step = n > 0 ? distance - sum[s] * inverse_n : (acc_t)0;
+            acc_t distance = shift - origin[s] + rest * inverse,
+                  step = n > 0 ? distance - sum[s] * inverse_n : (acc_t)0;
             m2[s] += squares - rest * rest * inverse + step * step * weight;
             sum[s] += k * distance;
         }

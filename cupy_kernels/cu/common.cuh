@@ -1,7 +1,8 @@
-// Types, conversions and reductions that the kernels share. Includes nothing of a CUDA toolkit: pip wheels have no headers.
+// Types, conversions and reductions that the kernels share. Includes nothing of a CUDA toolkit: pip wheels have no
+// headers.
 //
-// scalar_t: type of the tensors in memory (float, double, half_t, bf16_t). acc_t: type of the arithmetic (float; double for double).
-// A pointer parameter that is neither const nor INOUT is an output that the kernel writes in full.
+// scalar_t: type of the tensors in memory (float, double, half_t, bf16_t). acc_t: type of the arithmetic (float; double
+// for double). A pointer parameter that is neither const nor INOUT is an output that the kernel writes in full.
 #pragma once
 
 typedef long long i64;
@@ -19,7 +20,8 @@ template <class U, int W> struct __align__(W * sizeof(U)) Packed { U v[W]; };
 #endif
 #ifndef CUPY_KERNELS_EMULATOR
 #define DYNAMIC_SHARED(U, name) \
-    extern __shared__ __align__(SHARED_ALIGNMENT) char dynamic_shared_bytes[]; \
+    extern __shared__ __align__(SHARED_ALIGNMENT) \
+    char dynamic_shared_bytes[]; \
     U* name = (U*)dynamic_shared_bytes
 #endif
 
@@ -59,7 +61,7 @@ template <> inline half_t from_acc<half_t>(float v) {
     half_t r;
     if (magnitude > 0x7F800000) r.bits = sign | 0x7E00;
     else if (magnitude >= 0x477FF000) r.bits = sign | 0x7C00;  // 65520 and more round to infinity
-    else if (magnitude < 0x38800000)                          // below 2^-14: the float addition rounds to 2^-24 steps
+    else if (magnitude < 0x38800000)                           // below 2^-14: the float addition rounds to 2^-24 steps
         r.bits = sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3F000000);
     else r.bits = sign | ((magnitude + 0xFFF + (magnitude >> 13 & 1)) >> 13) - (112 << 10);
     return r;
@@ -72,8 +74,8 @@ template <> __device__ inline half_t from_acc<half_t>(float v) {
 }
 #endif
 
-// CuPy compiles with -ftz=true, which flushes denormals in comparisons too; PTX's own comparison flushes nothing. greater is
-// IEEE's a > b: false where either is NaN.
+// CuPy compiles with -ftz=true, which flushes denormals in comparisons too; PTX's own comparison flushes nothing.
+// greater is IEEE's a > b: false where either is NaN.
 template <class A> __device__ inline bool is_nan(A v) { return v != v; }
 template <class A> __device__ inline bool is_finite(A v) { return v - v == 0; }
 #ifdef CUPY_KERNELS_EMULATOR
@@ -140,7 +142,8 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
         store_at_once(to + W / 2, *(const Packed<T, W / 2>*)(v.v + W / 2));
     } else if constexpr (sizeof(v) == 16) {
         uint4 bits = *(const uint4*)&v;
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w));
+        asm volatile(
+            "st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w));
     } else if constexpr (sizeof(v) == 8) {
         uint2 bits = *(const uint2*)&v;
         asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));

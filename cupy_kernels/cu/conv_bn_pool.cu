@@ -1,21 +1,26 @@
-// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, an activation and 2x2 max pooling need of it.
+// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, an activation and 2x2 max pooling need of
+// it.
 //
-// Batch norm is monotone in each channel, and the activation never decreases (activation.cuh), so max pooling can come first:
-// of each 2x2 window it takes the largest sum where gamma, batch norm's weight, is positive, the smallest where it is
-// negative, and the first where it is zero.
+// Batch norm is monotone in each channel, and the activation never decreases (activation.cuh), so max pooling can come
+// first: of each 2x2 window it takes the largest sum where gamma, batch norm's weight, is positive, the smallest where
+// it is negative, and the first where it is zero.
 //
 // All values are without the convolution's bias, which batch norm's mean takes out again:
-//     pooled [N, M, PLANE_STRIDE]                    the chosen sums of all windows, in the order of pooled_planes.cuh; windows that an odd edge cuts, and
-//                                             places that belong to no window, get values of no use
-//     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last one, where float cannot
-//                                             hold it, negative and times 2^-160
+//     pooled [N, M, PLANE_STRIDE]             the chosen sums of all windows, in the order of pooled_planes.cuh;
+//                                             windows that an odd edge cuts, and places of no window, get values of
+//                                             no use
+//     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last
+//                                             one, where float cannot hold it, negative and times 2^-160
 //     SAVE, for the backward:
 //         taps, like pooled                   the chosen corner
-//         saved [N, M, PLANE_STRIDE, 4]              all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
-//                                             a sum is saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
-//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. SPLIT 2: float
+//         saved [N, M, PLANE_STRIDE, 4]       all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the
+//                                             tensor cores deliver them, so that a sum is
+//                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
+//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows.
+//                                             SPLIT 2: float
 //         unit_exponents [N * UNITS]
-// Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
+// Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file, param_t (gamma's type), saved_t (half_t,
+// float), STATISTICS, SAVE, SAVED_SHIFT.
 #include "batch_norm.cuh"
 #include "pooled_planes.cuh"
 #include "async_copy.cuh"
@@ -23,12 +28,16 @@
 #if WGMMA
 #include "conv_wgmma.cuh"
 enum { ONE_PASS = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W <= 4 * MOST_TILES * WARPGROUPS_N };
-static_assert((TILES % 4 == 0 || (ONE_PASS && PARTS_N == 1)) && (LAST_TILES % 4 == 0 || PARTS_N == 1), "16 windows are kept together");
+static_assert(
+    (TILES % 4 == 0 || (ONE_PASS && PARTS_N == 1)) && (LAST_TILES % 4 == 0 || PARTS_N == 1),
+    "16 windows are kept together");
 #else
 #define ADJACENT 1
 #include "conv_mma.cuh"
 #endif
-static_assert(EPILOGUE_OFFSET + (STATISTICS ? PARTS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES, "the epilogue's moments come last");
+static_assert(
+    EPILOGUE_OFFSET + (STATISTICS ? PARTS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES,
+    "the epilogue's moments come last");
 
 // Chan's rule: how the moments of two sets of pixels combine.
 struct Merge {
@@ -62,10 +71,12 @@ __device__ inline float max_or_nan(float a, float b) {
 }
 
 typedef unsigned Valid[4];  // bit t: whether the pixel of window t exists, by corner, if need be
-__device__ inline bool is_valid(const Valid& valid, int t, int corner) { return valid[OUT_H % 2 || OUT_W % 2 ? corner : 0] >> t & 1; }
+__device__ inline bool is_valid(const Valid& valid, int t, int corner) {
+    return valid[OUT_H % 2 || OUT_W % 2 ? corner : 0] >> t & 1;
+}
 
-// For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four lanes. The
-// channels take each step together, so that none waits for its own last step.
+// For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four
+// lanes. The channels take each step together, so that none waits for its own last step.
 template <bool FULL>
 __device__ __forceinline__ void moments_of(
     const Sums& sums, int first, const Valid& valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
@@ -96,8 +107,9 @@ struct Pool {
     int* unit_exponents;
     const int* exponents;  // in shared memory, of the block's channels, as `signs`
     const float* signs;    // of gamma, or 0; pack_weight_fp16 has multiplied the weights by -1 where it is negative
-    float2* moments;  // [PARTS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale
-    int* counts;      // [PARTS_N] in shared memory
+    // [PARTS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale.
+    float2* moments;
+    int* counts;  // [PARTS_N] in shared memory
     int seen;
 
     __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) {
@@ -112,8 +124,11 @@ struct Pool {
         #pragma unroll
         for (int t = 0; t < LANE_WINDOWS; t++)
             #pragma unroll
-            for (int corner = 0; corner < 4; corner++) valid[corner] |= (unsigned)(place.exists(t) && place.inside(t, corner)) << t;
-        float count = FULL ? LANE_WINDOWS * 16 : quad_sum((float)(__popc(valid[0]) + __popc(valid[1]) + __popc(valid[2]) + __popc(valid[3])));
+            for (int corner = 0; corner < 4; corner++)
+                valid[corner] |= (unsigned)(place.exists(t) && place.inside(t, corner)) << t;
+        float count =
+            FULL ? LANE_WINDOWS * 16
+                 : quad_sum((float)(__popc(valid[0]) + __popc(valid[1]) + __popc(valid[2]) + __popc(valid[3])));
         float per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
         #pragma unroll
@@ -130,7 +145,8 @@ struct Pool {
                     *at = merge(seen ? *at : make_float2(0, 0), make_float2(mean[i] * sign, squares[i]));
                 }
                 ScaleBack scale(exponent + exponents[channel]);
-                if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;  // the same in all lanes
+                // The same in all lanes.
+                if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
                 for (int t = 0; t < LANE_WINDOWS; t += 4) {
@@ -156,7 +172,8 @@ struct Pool {
 
     // The values of the windows t to t + 3, to the plane at `row`.
     template <bool FULL> __device__ __forceinline__ void store(
-        const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap, const Packed<saved_t, 16>& kept) {
+        const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap,
+        const Packed<saved_t, 16>& kept) {
 #if WGMMA
         if (t >= place.tiles || place.sixteen(t) >= place.unit_place + UNIT_STRIDE) return;
         i64 at = row + place.sixteen(t) + threadIdx.x % 4 * TOGETHER_POOLED;
@@ -228,8 +245,8 @@ struct Pool {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, INOUT u8* __restrict__ taps,
-    INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
+    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials,
+    INOUT u8* __restrict__ taps, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[PARTS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
@@ -240,6 +257,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
         channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;
     }
     DYNAMIC_SHARED(u8, shared);
-    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
+    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs,
+        (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
     convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
 }

@@ -1,28 +1,33 @@
-// Transposed convolution with stride 1, dilation 1 and one group on tensor cores (sm_80 and newer): loads and main loop.
+// Transposed convolution with stride 1, dilation 1 and one group on tensor cores (sm_80 and newer): loads and main
+// loop.
 //
 //     sums[n, m, oh, ow] = sum_{k, kh, kw} x[n, k, oh + PAD_H - kh, ow + PAD_W - kw] * w[k, m, kh, kw]
 //
 // dgrad is the same sum over dy with PAD' = KERNEL - 1 - PAD and flipped, transposed weights (pack_weight_fp16.cu).
 //
-// Implicit GEMM: channels m are rows, pixels are columns, the sum runs over chunks of input channels and taps. A block owns one
-// unit: TILE_M channels and UNIT_PASSES passes of TILE_N pixels of one image. The rows of x that it needs (the band) lie in shared
-// memory as fp16 cells [row][column][64 halves]; every tap reads them shifted, by ldmatrix. Weights stream through a ring of STAGES
-// cp.async stages, one tap of one chunk each. Each warp owns 64 channels x 8 WARP_TILES pixels. An epilogue, the
-// kernel's own, takes the sums of each pass.
+// Implicit GEMM: channels m are rows, pixels are columns, the sum runs over chunks of input channels and taps. A block
+// owns one unit: TILE_M channels and UNIT_PASSES passes of TILE_N pixels of one image. The rows of x that it needs (the
+// band) lie in shared memory as fp16 cells [row][column][64 halves]; every tap reads them shifted, by ldmatrix. Weights
+// stream through a ring of STAGES cp.async stages, one tap of one chunk each. Each warp owns 64 channels x 8 WARP_TILES
+// pixels. An epilogue, the kernel's own, takes the sums of each pass.
 //
-// Pixels are ordered by 2x2 windows: the upper row of four windows is an n8-tile, their lower row the next one, so that a lane's
-// accumulators are whole windows. ADJACENT 1: the windows of a lane are neighbours, for wide stores; 0: those of four lanes are.
+// Pixels are ordered by 2x2 windows: the upper row of four windows is an n8-tile, their lower row the next one, so that
+// a lane's accumulators are whole windows. ADJACENT 1: the windows of a lane are neighbours, for wide stores; 0: those
+// of four lanes are.
 //
-// Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right border. The
-// order of a cell's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in different banks.
+// Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right
+// border. The order of a cell's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in
+// different banks.
 //
-// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
+// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already
+// (fp16_cells.cu).
 //
-// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W) and fp16_cells.cuh, scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t
-// for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, WARPS_M, WARPS_N, UNIT_PASSES,
-// BAND_ROWS (rows of x that a unit needs at most), GAP, RESIDENT (1: all chunks of the band stay in shared memory, 0: each pass loads one after the
-// other), STAGES, TILE_M, THREADS, PARTS_N (warps that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the
-// epilogue's), ADJACENT.
+// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W) and fp16_cells.cuh, scalar_t (float, half_t, bf16_t),
+// CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W,
+// KERNEL_H, KERNEL_W, PAD_H, PAD_W, WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
+// GAP, RESIDENT (1: all chunks of the band stay in shared memory, 0: each pass loads one after the other), STAGES,
+// TILE_M, THREADS, PARTS_N (warps that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with
+// the epilogue's), ADJACENT.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -36,19 +41,22 @@
 #define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
 #define PASS_WINDOWS (TILE_N / 4)
 // Pairs that an image's last windows need; SPLIT 1's units of one pass do not care.
-#define LAST_PAIRS (UNIT_PASSES == 1 && SPLIT == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
+#define LAST_PAIRS \
+    (UNIT_PASSES == 1 && SPLIT == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
 
 #include "fp16_cells.cuh"
 #include "mma.cuh"
 
 #define SLICES_AT_ONCE (THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
-#define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)  // of 16 channels; those past IN_CHANNELS are zero
+// Of 16 channels; those past IN_CHANNELS are zero.
+#define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)
 enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
-// Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are loaded once,
-// under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
+// Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are
+// loaded once, under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
 enum { GUESS = 10, SLACK = 6 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
-static_assert(THREADS == 32 * WARPS_M * WARPS_N && TILE_M == 64 * WARPS_M && PARTS_N == WARPS_N, "a warp has 64 channels");
+static_assert(
+    THREADS == 32 * WARPS_M * WARPS_N && TILE_M == 64 * WARPS_M && PARTS_N == WARPS_N, "a warp has 64 channels");
 static_assert(UNIT_WINDOWS == UNIT_PASSES * PASS_WINDOWS, "a unit is its passes");
 static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
 static_assert(PACKED_WIDTH == CHUNKS * CELL_BYTES / 2, "weights are packed in cells");
@@ -75,14 +83,16 @@ __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int co
 // Which window of a warp's `pairs` times 4 the j-th one of lanes 4 n + quad is.
 __device__ inline int lane_window(int quad, int j, int pairs) { return ADJACENT ? quad * pairs + j : j * 4 + quad; }
 
-// The pixel of a corner of a 2x2 window. Windows past the last one, and the missing half of windows at an odd edge, are not valid.
+// The pixel of a corner of a 2x2 window. Windows past the last one, and the missing half of windows at an odd edge, are
+// not valid.
 struct Pixel {
     int oh, ow;
     __device__ Pixel(int window, int corner) {
         oh = window / WINDOWS_W * 2 + corner / 2;
         ow = window % WINDOWS_W * 2 + corner % 2;
     }
-    __device__ bool valid() const { return (OUT_H % 2 == 0 || oh < OUT_H) && (OUT_W % 2 == 0 || ow < OUT_W); }  // of a window that exists
+    // Of a window that exists.
+    __device__ bool valid() const { return (OUT_H % 2 == 0 || oh < OUT_H) && (OUT_W % 2 == 0 || ow < OUT_W); }
 };
 
 // Where the sums of a lane belong.
@@ -95,14 +105,17 @@ struct Place {
     // Whether a pixel of a window that exists does.
     __device__ bool inside(int t, int corner) const { return Pixel(window(t), corner).valid(); }
     // All pixels exist, which is the usual case and needs no masks.
-    __device__ bool full() const { return OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window; }
+    __device__ bool full() const {
+        return OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window;
+    }
     // The warp has `count` windows from `start` on, a number that begins with row `first_row` of windows.
     __device__ int start() const { return first_window; }
     __device__ int count() const { return min(pairs * 4, end_window - first_window); }
     __device__ int first_row() const { return 0; }
 };
 
-// Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without a gap.
+// Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without
+// a gap.
 __device__ inline int band_key(int row, int column) {
     unsigned place = row * WINDOWS_W + column;
     return ADJACENT ? place / WARP_TILES % 4 * 2 + place % 2 : place % 8;
@@ -114,7 +127,8 @@ __device__ constexpr int end_row_of(int window) { return window / WINDOWS_W * 2 
 __device__ constexpr bool bands_fit() {
     for (int first = 0; first < WINDOWS; first += UNIT_WINDOWS) {
         int last = first + UNIT_WINDOWS < WINDOWS ? first + UNIT_WINDOWS - 1 : WINDOWS - 1;
-        int low = first_row_of(first) > 0 ? first_row_of(first) : 0, high = end_row_of(last) < IN_H ? end_row_of(last) : IN_H;
+        int low = first_row_of(first) > 0 ? first_row_of(first) : 0,
+            high = end_row_of(last) < IN_H ? end_row_of(last) : IN_H;
         if (high - low > BAND_ROWS) return false;
     }
     return true;
@@ -152,7 +166,9 @@ __device__ inline void copy_band(const half_t* source, const Unit& unit, u8* cel
     source += (i64)chunk * IN_H * IN_W * (CELL_BYTES / 2);
     for (int i = threadIdx.x; i < (unit.last_row - unit.first_row) * IN_W * 8; i += THREADS) {
         int row = i / 8 / IN_W, column = i / 8 % IN_W + GAP;
-        cp_async_16(cells + cell_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)), source + i * 8, true);
+        cp_async_16(
+            cells + cell_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)),
+            source + i * 8, true);
     }
     cp_async_commit();
 }
@@ -170,14 +186,16 @@ __device__ inline int band_exponent(const scalar_t* source, const Unit& unit, un
             #pragma unroll
             for (int i = 0; i < BATCH; i++) in[i] = row[min(first + i * 32, count - 1)];
             #pragma unroll
-            for (int i = 0; i < BATCH * WIDTH; i++) largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
+            for (int i = 0; i < BATCH * WIDTH; i++)
+                largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
         }
     }
     return scale_exponent(block_max(largest, scratch));
 }
 
 // Brings chunk `chunk` of a unit's rows into cells, scaled; `largest` grows to their largest finite magnitude.
-__device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
+__device__ inline void load_band(
+    const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
     // Not resident, the sums hold the registers; SPLIT 2 has room where its fragments will be.
     enum { BATCH = RESIDENT ? 8 : SPLIT == 2 ? 4 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };
     // Lanes take 32 pixels in such an order that eight at a time write to different banks.
@@ -187,7 +205,8 @@ __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* c
         float v[BATCH][8];
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W), k = chunk * CHUNK_CHANNELS + i / (BAND_ROWS * IN_W) * 8;
+            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W),
+                k = chunk * CHUNK_CHANNELS + i / (BAND_ROWS * IN_W) * 8;
             bool inside = unit.first_row + pixel / IN_W < unit.last_row && k < IN_CHANNELS && i < COUNT;
             const scalar_t* from = source + k * IN_H * IN_W + pixel;
             #pragma unroll
@@ -195,20 +214,24 @@ __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* c
         }
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W), row = pixel / IN_W, column = pixel % IN_W + GAP;
+            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W), row = pixel / IN_W,
+                column = pixel % IN_W + GAP;
             #pragma unroll
             for (int j = 0; j < 8; j++) {
                 largest = max(largest, finite_magnitude(v[b][j]));
                 v[b][j] = multiply_unflushed(v[b][j], scale);
             }
             if (i < COUNT)
-                store_cell(cells, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b], band_key(unit.first_row + row, column));
+                store_cell(
+                    cells, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b],
+                    band_key(unit.first_row + row, column));
         }
     }
 }
 #endif
 
-// sums += what one tap of one chunk adds: the channels at `a_row` times the pixels at `b_row`, fragments as mma.cuh has them.
+// sums += what one tap of one chunk adds: the channels at `a_row` times the pixels at `b_row`, fragments as mma.cuh has
+// them.
 __device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_row)[PAIRS], int pairs) {
 #if SPLIT == 1
     #pragma unroll SLICES_AT_ONCE
@@ -227,8 +250,8 @@ __device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_ro
         }
     }
 #else
-    // Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add the products of
-    // this tap only, the small ones first, and an ordinary addition adds those.
+    // Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add
+    // the products of this tap only, the small ones first, and an ordinary addition adds those.
     typedef unsigned Parts[SLICES][SPLIT][4];
     auto load = [](Parts& parts, Row row) {
         #pragma unroll
@@ -253,7 +276,7 @@ __device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_ro
                 for (int slice = 0; slice < SLICES; slice++)
                     #pragma unroll
                     for (int n = 0; n < 2; n++) {
-                        const unsigned(&right)[4] = b[slice][product == 1];
+                        const unsigned (&right)[4] = b[slice][product == 1];
                         mma_m16n8k16(partial[n], a[i][slice][product == 0], right[2 * n], right[2 * n + 1]);
                     }
             #pragma unroll
@@ -282,7 +305,9 @@ __device__ inline void convolve(
     const input_t* source = x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W;
     int exponent = GUESS;
     unsigned largest = 0;
-    auto bring_band = [&](int chunk) { load_band(source, unit, band_of(chunk), chunk, power_of_two(exponent), largest); };
+    auto bring_band = [&](int chunk) {
+        load_band(source, unit, band_of(chunk), chunk, power_of_two(exponent), largest);
+    };
 #endif
     const u8* weights = (const u8*)packed + (i64)blockIdx.y * CHUNKS * TAPS * STAGE_BYTES;
 
@@ -293,7 +318,8 @@ __device__ inline void convolve(
         u8* target = ring + to + threadIdx.x * 16;
         const u8* mine = weights + (from + (int)threadIdx.x * 16);
         #pragma unroll
-        for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) cp_async_16(target + i * THREADS * 16, mine + i * THREADS * 16, true);
+        for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++)
+            cp_async_16(target + i * THREADS * 16, mine + i * THREADS * 16, true);
 #else
         #pragma unroll
         for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) {
@@ -318,9 +344,11 @@ __device__ inline void convolve(
     }
 #endif
 
-    // A pass over windows of which the warp's first is `first_window`. `pairs` is a constant at each call, so that a copy is made for it.
+    // A pass over windows of which the warp's first is `first_window`. `pairs` is a constant at each call, so that a
+    // copy is made for it.
     auto run_pass = [&](Sums& sums, const int pairs, int first_window) __attribute__((always_inline)) {
-        // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of pair j; lanes 8 to 15 and 24 to 31 pass channels + 8.
+        // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of pair j; lanes 8 to 15 and 24 to 31
+        // pass channels + 8.
         int row_of[PAIRS], column_of[PAIRS];
         #pragma unroll
         for (int j = 0; j < PAIRS; j++) {
@@ -363,7 +391,8 @@ __device__ inline void convolve(
     };
     for (int pass = 0; pass < unit.passes; pass++) {
         bool trimmed = LAST_PAIRS < PAIRS && unit.first_window + (pass + 1) * PASS_WINDOWS >= WINDOWS;
-        int pairs = trimmed ? LAST_PAIRS : PAIRS, first_window = unit.first_window + pass * PASS_WINDOWS + warp_n * (pairs * 4);
+        int pairs = trimmed ? LAST_PAIRS : PAIRS,
+            first_window = unit.first_window + pass * PASS_WINDOWS + warp_n * (pairs * 4);
         Sums sums = {};
         if (trimmed) run_pass(sums, LAST_PAIRS, first_window);
         else run_pass(sums, PAIRS, first_window);

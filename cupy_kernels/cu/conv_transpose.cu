@@ -1,21 +1,24 @@
 // Transposed convolution and its input gradient as one implicit GEMM on ordinary FMA units, for any hyper-parameters.
 //
-//     forward  y [n, oc, oh, ow] = bias[oc] + sum_{ic, kh, kw} x [n, ic, ih, iw] * w[ic, oc, kh, kw],  oh = ih s - p + kh d
+//     forward  y [n, oc, oh, ow] = bias[oc] + sum_{ic, kh, kw} x [n, ic, ih, iw] * w[ic, oc, kh, kw]
 //     dgrad    dx[n, ic, ih, iw] =            sum_{oc, kh, kw} dy[n, oc, oh, ow] * w[ic, oc, kh, kw]
+//     with oh = ih s - p + kh d, and ow likewise
 //
-// Both gather: out[m, pixel] = sum over taps and k of a[tap, k, m] * in[k, pixel's source for this tap]. Rows m are the output's
-// channels of one group, columns are pixels, the sum runs over the input's channels, tap by tap. In the forward with
-// stride s only every s-th tap meets a given pixel; pixels are ordered by their phase (oh mod s, ow mod s), so that a block
-// has one phase and skips the other taps whole.
+// Both gather: out[m, pixel] = sum over taps and k of a[tap, k, m] * in[k, pixel's source for this tap]. Rows m are the
+// output's channels of one group, columns are pixels, the sum runs over the input's channels, tap by tap. In the
+// forward with stride s only every s-th tap meets a given pixel; pixels are ordered by their phase (oh mod s, ow mod
+// s), so that a block has one phase and skips the other taps whole.
 //
-// pack_weight writes w as [group][tap][k][m] in acc_t, so that blocks read it coalesced. Grid of conv_gather: x = phases times
-// pixel tiles, y = channel tiles, z = groups. Macros: scalar_t, acc_t, DGRAD (0, 1), those of simt_gemm.cuh. Pixels of
-// the batch and offsets inside one image are 32-bit (the host checks), all other offsets 64-bit.
+// pack_weight writes w as [group][tap][k][m] in acc_t, so that blocks read it coalesced. Grid of conv_gather: x =
+// phases times pixel tiles, y = channel tiles, z = groups. Macros: scalar_t, acc_t, DGRAD (0, 1), those of
+// simt_gemm.cuh. Pixels of the batch and offsets inside one image are 32-bit (the host checks), all other offsets
+// 64-bit.
 #include "common.cuh"
 #include "simt_gemm.cuh"
 
-extern "C" __global__ void pack_weight(const scalar_t* __restrict__ w, acc_t* __restrict__ packed, int groups, int in_channels,
-                                       int out_channels, int taps) {
+extern "C" __global__ void pack_weight(
+    const scalar_t* __restrict__ w, acc_t* __restrict__ packed, int groups, int in_channels, int out_channels,
+    int taps) {
     // in_channels, out_channels: of the convolution, per group
     i64 size = (i64)groups * taps * in_channels * out_channels;
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -52,15 +55,17 @@ struct Window {  // one spatial dimension
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
-    const scalar_t* __restrict__ in, const acc_t* __restrict__ packed, const scalar_t* __restrict__ bias, scalar_t* __restrict__ out,
-    int images, int groups, int channels_in, int channels_out,  // channels per group, of `in` and `out`
-    int in_h, int in_w, int out_h, int out_w, int kernel_h, int kernel_w,
-    int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int tiles_per_phase) {
+    const scalar_t* __restrict__ in, const acc_t* __restrict__ packed, const scalar_t* __restrict__ bias,
+    scalar_t* __restrict__ out, int images, int groups, int channels_in, int channels_out, int in_h, int in_w,
+    int out_h, int out_w, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,
+    int dilation_w, int tiles_per_phase) {
     __shared__ Tiles tiles;
     int phase = blockIdx.x / tiles_per_phase, group = blockIdx.z;
     int steps_w = DGRAD ? 1 : stride_w, steps_h = DGRAD ? 1 : stride_h;  // pixels of a phase are this far apart
-    Window rows = {phase / steps_w, pad_h, dilation_h, stride_h}, columns = {phase % steps_w, pad_w, dilation_w, stride_w};
-    int phase_h = max(0, (out_h - rows.phase + steps_h - 1) / steps_h), phase_w = max(0, (out_w - columns.phase + steps_w - 1) / steps_w);
+    Window rows = {phase / steps_w, pad_h, dilation_h, stride_h},
+           columns = {phase % steps_w, pad_w, dilation_w, stride_w};
+    int phase_h = max(0, (out_h - rows.phase + steps_h - 1) / steps_h),
+        phase_w = max(0, (out_w - columns.phase + steps_w - 1) / steps_w);
     int phase_pixels = phase_h * phase_w, in_pixels = in_h * in_w;
     int pixels = images * phase_pixels, tile_start = blockIdx.x % tiles_per_phase * TILE_N;
     if (tile_start >= pixels) return;

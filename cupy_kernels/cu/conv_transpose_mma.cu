@@ -1,8 +1,8 @@
 // Transposed convolution and its input gradient on tensor cores: y[n, m, oh, ow] = sums + bias[m].
 //
-// Four lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that each has pairs of
-// neighbours, four pixels of a row for one store; four lanes then store eight windows.
-// Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file.
+// Four lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that
+// each has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. Macros: WGMMA
+// (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file.
 #include "common.cuh"
 #include "pooled_planes.cuh"
 #include "async_copy.cuh"
@@ -20,7 +20,8 @@ static_assert(EPILOGUE_OFFSET == SHARED_BYTES, "the epilogue needs none of the s
 // Two neighbouring windows' left pixels in a row.
 struct Spot {
     scalar_t* to[2];
-    bool exists[2], last_column[2], together;  // last_column: the window has but one pixel; together: four pixels in a row, aligned
+    // last_column: the window has but one pixel; together: four pixels in a row, aligned.
+    bool exists[2], last_column[2], together;
 
     // The upper or lower row of windows `first` and first + 1 of the warp, in the plane.
     __device__ __forceinline__ Spot(const Place& place, int first, int lower, scalar_t* plane) {
@@ -28,13 +29,15 @@ struct Spot {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
             int oh = (place.first_row() + row) * 2 + lower;
-            exists[j] = first + j >= 0 && first + j < place.count() && column < WINDOWS_W && (OUT_H % 2 == 0 || oh < OUT_H);
+            exists[j] =
+                first + j >= 0 && first + j < place.count() && column < WINDOWS_W && (OUT_H % 2 == 0 || oh < OUT_H);
             last_column[j] = OUT_W % 2 && column == WINDOWS_W - 1;
             at[j] = oh * OUT_W + column * 2;
             to[j] = plane + at[j];
             if (++column == WINDOW_PITCH) row++, column = 0;
         }
-        together = OUT_W % 2 == 0 && OUT_H * OUT_W % 4 == 0 && exists[0] && exists[1] && at[0] % 4 == 0 && at[1] == at[0] + 2;
+        together =
+            OUT_W % 2 == 0 && OUT_H * OUT_W % 4 == 0 && exists[0] && exists[1] && at[0] % 4 == 0 && at[1] == at[0] + 2;
     }
 
     __device__ __forceinline__ void store(int planes_on, const Packed<scalar_t, 4>& line) const {
@@ -75,16 +78,21 @@ struct Store {
         }
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
-            // Where four pixels are aligned, a pair begins: at an even window, but in lower rows of 4 n + 2 pixels at an odd one.
+            // Where four pixels are aligned, a pair begins: at an even window, but in lower rows of 4 n + 2 pixels at
+            // an odd one.
             const int odd = lower && OUT_W % 4 == 2;
-            int quad = threadIdx.x % 4, turned = (quad - odd) & 3, later = turned % 2, first = later * 4 + turned / 2 * 2 + odd;
+            int quad = threadIdx.x % 4, turned = (quad - odd) & 3, later = turned % 2,
+                first = later * 4 + turned / 2 * 2 + odd;
             #pragma unroll
             for (int t = 0; t < LANE_WINDOWS; t += 4) {
-                Spot spots[2] = {Spot(place, t * 4 + first, lower, plane), Spot(place, t * 4 + 8 + first, lower, plane)};
+                Spot spots[2] = {
+                    Spot(place, t * 4 + first, lower, plane), Spot(place, t * 4 + 8 + first, lower, plane)};
                 #pragma unroll
                 for (int row = 0; row < LANE_ROWS; row++) {
                     if (OUT_CHANNELS % TILE_M && first_m + row * 8 >= OUT_CHANNELS) continue;  // the same in all lanes
-                    auto pixel = [&](int t, int right) { return t < LANE_WINDOWS ? sum_of(sums, row, t, lower * 2 + right) : 0; };
+                    auto pixel = [&](int t, int right) {
+                        return t < LANE_WINDOWS ? sum_of(sums, row, t, lower * 2 + right) : 0;
+                    };
                     Packed<scalar_t, 4> lines[2];
                     #pragma unroll
                     for (int i = 0; i < 4; i++) {
@@ -99,7 +107,10 @@ struct Store {
                     for (int i = 0; i < 2; i++)
                         if (t + 2 * i < STORED_WINDOWS) spots[i].store(row * 8, lines[i]);
                     if (odd && t == 0 && quad == 0)
-                        Spot(place, -1, lower, plane).store(row * 8, {{scalar_t(), scalar_t(), finish[row](pixel(0, 0)), finish[row](pixel(0, 1))}});
+                        Spot(place, -1, lower, plane)
+                            .store(
+                                row * 8,
+                                {{scalar_t(), scalar_t(), finish[row](pixel(0, 0)), finish[row](pixel(0, 1))}});
                 }
             }
         }
@@ -110,8 +121,9 @@ struct Store {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
-    const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const scalar_t* __restrict__ bias, scalar_t* __restrict__ y, int x_exponent_count) {
+    const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed,
+    const int* __restrict__ exponents, const scalar_t* __restrict__ bias, scalar_t* __restrict__ y,
+    int x_exponent_count) {
     __shared__ unsigned scratch[32];
     DYNAMIC_SHARED(u8, shared);
     Store epilogue = {bias, y, exponents};

@@ -2,19 +2,19 @@
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih s - p + kh d, iw s - p + kw d]
 //
-// wgrad_partial: rows are ic, columns oc, the sum runs over the pixels of x, for one tap. It is split over blocks (split-K):
-// each writes its own partial sums [split][group][tap][ic][oc] in acc_t. wgrad_reduce adds the splits in ascending order, so
-// the result depends on shapes alone. Grid of wgrad_partial: x = taps times channel tiles, y = splits, z = groups.
-// Macros: scalar_t, acc_t, those of simt_gemm.cuh. Pixels of the batch and offsets inside one image are 32-bit (the
-// host checks).
+// wgrad_partial: rows are ic, columns oc, the sum runs over the pixels of x, for one tap. It is split over blocks
+// (split-K): each writes its own partial sums [split][group][tap][ic][oc] in acc_t. wgrad_reduce adds the splits in
+// ascending order, so the result depends on shapes alone. Grid of wgrad_partial: x = taps times channel tiles, y =
+// splits, z = groups. Macros: scalar_t, acc_t, those of simt_gemm.cuh. Pixels of the batch and offsets inside one image
+// are 32-bit (the host checks).
 #include "common.cuh"
 #include "simt_gemm.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
-    const scalar_t* __restrict__ x, const scalar_t* __restrict__ dy, acc_t* __restrict__ partial, int images, int groups,
-    int in_channels, int out_channels,  // per group
-    int in_h, int in_w, int out_h, int out_w, int kernel_h, int kernel_w,
-    int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int split_pixels) {
+    const scalar_t* __restrict__ x, const scalar_t* __restrict__ dy, acc_t* __restrict__ partial, int images,
+    int groups, int in_channels, int out_channels,  // per group
+    int in_h, int in_w, int out_h, int out_w, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h,
+    int pad_w, int dilation_h, int dilation_w, int split_pixels) {
     __shared__ Tiles tiles;
     int tiles_n = (out_channels + TILE_N - 1) / TILE_N, tiles_m = (in_channels + TILE_M - 1) / TILE_M;
     int tap = blockIdx.x / (tiles_m * tiles_n), tile = blockIdx.x % (tiles_m * tiles_n);
@@ -89,8 +89,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
     }
 }
 
-extern "C" __global__ void wgrad_reduce(const acc_t* __restrict__ partial, scalar_t* __restrict__ dw, int groups, int taps,
-                                        int in_channels, int out_channels, int splits) {
+extern "C" __global__ void wgrad_reduce(
+    const acc_t* __restrict__ partial, scalar_t* __restrict__ dw, int groups, int taps, int in_channels,
+    int out_channels, int splits) {
     i64 size = (i64)groups * taps * in_channels * out_channels;
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size) return;

@@ -1,14 +1,16 @@
-// The sums of conv_wgrad_mma.cu by mma.sync: products of dy (rows oc) and x (columns ic). Fragments of TAPS_W neighbouring columns of dy wait in
-// registers (`window`), and each column of x and of dy is read from shared memory once for all taps.
+// The sums of conv_wgrad_mma.cu by mma.sync: products of dy (rows oc) and x (columns ic). Fragments of TAPS_W
+// neighbouring columns of dy wait in registers (`window`), and each column of x and of dy is read from shared memory
+// once for all taps.
 //
-// A block owns TILE_OC output channels and one chunk of input channels, a warp 16 output channels. A stage of the ring has COLUMNS columns:
-// position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later x begins.
+// A block owns TILE_OC output channels and one chunk of input channels, a warp 16 output channels. A stage of the ring
+// has COLUMNS columns: position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later
+// x begins.
 #pragma once
 #include "mma.cuh"
 
 #define WARPS (THREADS / 32)  // 4 or 8
 #define TILE_OC (16 * WARPS)
-#define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)  // of dy
+#define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)                                      // of dy
 #define PAIRS ((IN_CHANNELS < CHUNK_CHANNELS ? IN_CHANNELS : CHUNK_CHANNELS) / 16)  // of n8-tiles of input channels
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
 
@@ -23,10 +25,12 @@ static_assert(STAGES >= 2 && STAGES * SLOT_BYTES == SHARED_BYTES, "the ring is a
 typedef float Sums[2 * PAIRS][4];  // of a tap: [8 input channels][fragment c of mma.cuh]
 
 // sums += a b over 16 pixels. With SPLIT 2 an ordinary addition adds the three products, as in conv_mma.cuh.
-__device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][PAIRS][4]) {
+__device__ __forceinline__ void multiply(
+    Sums& sums, const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][PAIRS][4]) {
     if (SPLIT == 1) {
         #pragma unroll
-        for (int n = 0; n < 2 * PAIRS; n++) mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
+        for (int n = 0; n < 2 * PAIRS; n++)
+            mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
         return;
     }
     Sums partial = {};
@@ -34,14 +38,15 @@ __device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[SPLIT][
     for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
         #pragma unroll
         for (int n = 0; n < 2 * PAIRS; n++) {
-            const unsigned(&right)[4] = b[product == 1 ? SPLIT - 1 : 0][n / 2];
+            const unsigned (&right)[4] = b[product == 1 ? SPLIT - 1 : 0][n / 2];
             mma_m16n8k16(partial[n], a[product == 0 ? SPLIT - 1 : 0], right[n % 2 * 2], right[n % 2 * 2 + 1]);
         }
     #pragma unroll
     for (int i = 0; i < 8 * PAIRS; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
 }
 
-__device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
+__device__ inline void sum_pixels(
+    const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
     int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
@@ -60,20 +65,25 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             bool valid = row_of_all < rows && oh >= 0 && oh < OUT_H;
             int position = stage % BAND_STAGES * COLUMNS, iw = position - (TAPS_W - 1), ow = position - PAD_W + kw;
             u8* to = ring + stage % STAGES * SLOT_BYTES + cell_offset(row, part);
-            const u8* from = (const u8*)x + ((((i64)image * X_CHUNKS + ic_chunk) * IN_H + ih) * IN_W + iw) * CELL_BYTES + part * 16;
+            const u8* from =
+                (const u8*)x + ((((i64)image * X_CHUNKS + ic_chunk) * IN_H + ih) * IN_W + iw) * CELL_BYTES + part * 16;
             #pragma unroll
             for (int i = 0; i < (COLUMNS + WARPS / 4 - 1) / (WARPS / 4); i++) {
                 int c = i * (WARPS / 4) + loader;
-                if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * CELL_BYTES, valid && iw + c >= 0 && iw + c < IN_W);
+                if (c < COLUMNS)
+                    cp_async_16(to + c * COLUMN_BYTES, from + c * CELL_BYTES, valid && iw + c >= 0 && iw + c < IN_W);
             }
             #pragma unroll 1  // at most two; unrolled, their addresses would take registers from the sums
             for (int i = 0; i < TILE_CHUNKS / (WARPS / 4); i++) {
                 int q = i * (WARPS / 4) + loader, chunk = oc_tile * TILE_CHUNKS + q;
-                const u8* from = (const u8*)dy + ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + ow) * CELL_BYTES + part * 16;
+                const u8* from = (const u8*)dy +
+                                 ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + ow) * CELL_BYTES +
+                                 part * 16;
                 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++)
-                    cp_async_16(to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * CELL_BYTES,
-                                valid && chunk < DY_CHUNKS && ow + c >= 0 && ow + c < OUT_W);
+                    cp_async_16(
+                        to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * CELL_BYTES,
+                        valid && chunk < DY_CHUNKS && ow + c >= 0 && ow + c < OUT_W);
             }
         }
         cp_async_commit();
@@ -81,7 +91,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
 
     // Columns of x [inner_first, inner_end) have a partner for every tap.
     int inner_first = max(0, PAD_W - kw), inner_end = min(IN_W, OUT_W + PAD_W - kw - (TAPS_W - 1));
-    // This lane's rows of ldmatrix. dy: pixel lane % 8 + lane / 16 * 8, channels + 8 for lane / 8 odd; x: the other way round.
+    // This lane's rows of ldmatrix. dy: pixel lane % 8 + lane / 16 * 8, channels + 8 for lane / 8 odd; x: the other way
+    // round.
     int oc_in_tile = warp * 16;
     int dy_row = (1 + oc_in_tile / CHUNK_CHANNELS) * COLUMNS * COLUMN_BYTES +
                  cell_offset(lane % 8 + lane / 16 * 8, oc_in_tile % CHUNK_CHANNELS / 8 + lane / 8 % 2);
@@ -97,10 +108,12 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         auto load = [&](int c) __attribute__((always_inline)) {
             #pragma unroll
             for (int part = 0; part < SPLIT; part++) {
-                ldmatrix_x4_transposed(window[c % TAPS_W][part], other_part(slot + dy_row, part * 4) + c * COLUMN_BYTES);
+                ldmatrix_x4_transposed(
+                    window[c % TAPS_W][part], other_part(slot + dy_row, part * 4) + c * COLUMN_BYTES);
                 #pragma unroll
                 for (int j = 0; j < PAIRS; j++)
-                    ldmatrix_x4_transposed(b[c % BUFFERS][part][j], other_part(slot + x_row, part * 4 + j * 2) + c * COLUMN_BYTES);
+                    ldmatrix_x4_transposed(
+                        b[c % BUFFERS][part][j], other_part(slot + x_row, part * 4 + j * 2) + c * COLUMN_BYTES);
             }
         };
         load(0);
@@ -119,7 +132,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             };
             if (column >= inner_first && column < inner_end) multiply_column(true);
             else multiply_column(false);
-            if (c == 0) fetch(stage + STAGES - 1);  // not right after the barrier, where no warp would keep the tensor core busy
+            // Not right after the barrier, where no warp would keep the tensor core busy.
+            if (c == 0) fetch(stage + STAGES - 1);
         }
     };
 

@@ -1,15 +1,19 @@
-// The sums of conv_wgrad_mma.cu for sm_90a, by wgmma: x in registers, dy read from shared memory by the tensor cores on their own.
+// The sums of conv_wgrad_mma.cu for sm_90a, by wgmma: x in registers, dy read from shared memory by the tensor cores on
+// their own.
 //
-// A block owns 64 input channels, the rows of the products, and 16 TILES_N output channels, half of them each warpgroup's.
+// A block owns 64 input channels, the rows of the products, and 16 TILES_N output channels, half of them each
+// warpgroup's.
 //
-// Shared memory: a ring of STAGES stages of COLUMNS positions, each a column of x and one of dy, as blocks of 16 cells of 64 channels; with
-// SPLIT 2 such a cell has the values of two (fp16_cells.cuh), and the next block their rests. A block begins at a multiple of 1024 bytes, so
-// that wgmma's swizzle is that of cell_offset, and a tap is another block. Position 0 of a band is the first column of dy that a tap needs, x
-// begins LEAD positions later. A stage is refilled when no tensor core can still read it: after a barrier before which everybody has waited for
-// all but the youngest multiplications.
+// Shared memory: a ring of STAGES stages of COLUMNS positions, each a column of x and one of dy, as blocks of 16 cells
+// of 64 channels; with SPLIT 2 such a cell has the values of two (fp16_cells.cuh), and the next block their rests. A
+// block begins at a multiple of 1024 bytes, so that wgmma's swizzle is that of cell_offset, and a tap is another block.
+// Position 0 of a band is the first column of dy that a tap needs, x begins LEAD positions later. A stage is refilled
+// when no tensor core can still read it: after a barrier before which everybody has waited for all but the youngest
+// multiplications.
 //
-// Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with the small products
-// first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores work for the other.
+// Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with
+// the small products first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores
+// work for the other.
 //
 // Macros: TILE_IC (64), TILES_N (tiles of 8 output channels of a warpgroup).
 #pragma once
@@ -22,15 +26,18 @@
 #define BLOCK_BYTES (BAND_ROWS * CELL_BYTES)
 #define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
 #define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
-#define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)  // stages that are on their way
+#define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)   // stages that are on their way
 enum { ZEROS_OFFSET = STAGES * COLUMNS * POSITION_BYTES };  // in shared memory, of 16 bytes
 static_assert(THREADS == 256 && TILE_IC == 64, "two warpgroups, each with all input channels of the block");
 static_assert(TILES == KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC), "tiles make dw");
-static_assert(SPLIT == 1 ? COLUMNS % 2 == 0 : COLUMNS <= 2 && IN_W % COLUMNS == 0, "two columns of registers, and no stage ends beyond x");
+static_assert(
+    SPLIT == 1 ? COLUMNS % 2 == 0 : COLUMNS <= 2 && IN_W % COLUMNS == 0,
+    "two columns of registers, and no stage ends beyond x");
 static_assert(AHEAD >= 1, "a stage is on its way while another one is multiplied");
 static_assert(ZEROS_OFFSET + 16 == SHARED_BYTES, "the ring and the zeros are all of the shared memory");
 
-__device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
+__device__ inline void sum_pixels(
+    const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);
     int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
     int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
@@ -41,7 +48,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
     int first_band = split * split_bands, stages = min(split_bands, bands - first_band) * BAND_STAGES;
 
-    // A thread takes a part of a row's cells in every other position. Eight lanes write whole cells: writes to eight places would take turns.
+    // A thread takes a part of a row's cells in every other position. Eight lanes write whole cells: writes to eight
+    // places would take turns.
     auto fetch = [&](int stage) {
         if (stage < stages) {
             int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
@@ -52,21 +60,28 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             u8* to = ring + (stage % STAGES * COLUMNS + loader) * POSITION_BYTES + cell_offset(row, part);
             enum { PARTS = 8 / SPLIT };  // of values
             // 64 channels, those of the source's chunk `chunk` and following ones, of `chunks`.
-            auto copy = [&](int block, const half_t* source, int chunk, int chunks, int height, int width, int h, int column) {
+            auto copy = [&](int block, const half_t* source, int chunk, int chunks, int height, int width, int h,
+                            int column) {
                 chunk += part / PARTS;
-                const u8* from = (const u8*)source + ((((i64)image * chunks + chunk) * height + h) * width + column) * CELL_BYTES + part % PARTS * 16;
+                const u8* from = (const u8*)source +
+                                 ((((i64)image * chunks + chunk) * height + h) * width + column) * CELL_BYTES +
+                                 part % PARTS * 16;
                 #pragma unroll
                 for (int i = 0; i < (COLUMNS + 1) / 2 * SPLIT; i++) {
                     int c = i / SPLIT * 2, rest = i % SPLIT;
                     if (COLUMNS == 1 && loader) break;
-                    cp_async_16(to + c * POSITION_BYTES + (block * SPLIT + rest) * BLOCK_BYTES, from + c * CELL_BYTES + rest * PARTS * 16,
-                                valid && chunk < chunks && column + c >= 0 && column + c < width);
+                    cp_async_16(
+                        to + c * POSITION_BYTES + (block * SPLIT + rest) * BLOCK_BYTES,
+                        from + c * CELL_BYTES + rest * PARTS * 16,
+                        valid && chunk < chunks && column + c >= 0 && column + c < width);
                 }
             };
             copy(0, x, ic_tile * SPLIT, X_CHUNKS, IN_H, IN_W, ih, position - LEAD);
             #pragma unroll 1  // unrolled, addresses would take more registers
             for (int group = 0; group < GROUPS_OC; group++)
-                copy(1 + group, dy, (oc_tile * GROUPS_OC + group) * SPLIT, DY_CHUNKS, OUT_H, OUT_W, oh, position - LEAD + TAPS_W - 1 - PAD_W + kw);
+                copy(
+                    1 + group, dy, (oc_tile * GROUPS_OC + group) * SPLIT, DY_CHUNKS, OUT_H, OUT_W, oh,
+                    position - LEAD + TAPS_W - 1 - PAD_W + kw);
         }
         cp_async_commit();
     };
@@ -82,8 +97,10 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         int ow = column - PAD_W + kw + t;
         return column >= 0 && column < IN_W && ow >= 0 && ow < OUT_W;
     };
-    const u8* x_row = ring + cell_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);  // this lane's of ldmatrix
-    WgmmaCells dy_cells(ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0);
+    // This lane's of ldmatrix.
+    const u8* x_row = ring + cell_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);
+    WgmmaCells dy_cells(
+        ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0);
     // The column of dy `c` positions from where the stage in `slot` begins, a little before that or in it.
     auto dy_column = [&](int slot, int c) {
         int position = slot * COLUMNS + c;
@@ -96,10 +113,13 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         for (int t = 0; t < TAPS_W; t++) {
             wgmma_arrived<TILES_N>(sums[t]);
             if (!active || kw + t < tap_group * TAPS_W) continue;
-            i64 row = ((i64)split * TAPS + kh * KERNEL_W + kw + t) * IN_CHANNELS + ic_tile * TILE_IC + warp % 4 * 16 + lane / 4;
+            i64 row = ((i64)split * TAPS + kh * KERNEL_W + kw + t) * IN_CHANNELS + ic_tile * TILE_IC + warp % 4 * 16 +
+                      lane / 4;
             float* to = partial + row * OUT_CHANNELS + first_oc + lane % 4 * 2;
             auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * OUT_CHANNELS + i / 2 * 8); };
-            auto exists = [&](int i) { return ic_tile * TILE_IC + warp % 4 * 16 < IN_CHANNELS && first_oc + i / 2 * 8 < OUT_CHANNELS; };
+            auto exists = [&](int i) {
+                return ic_tile * TILE_IC + warp % 4 * 16 < IN_CHANNELS && first_oc + i / 2 * 8 < OUT_CHANNELS;
+            };
             store_chain(sums[t], first, place, exists);
         }
     };
@@ -114,17 +134,19 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
             int column = first_column + c;
-            unsigned(&a)[4] = fragments[c % 2];
+            unsigned (&a)[4] = fragments[c % 2];
             auto multiply_column = [&](const bool inner) __attribute__((always_inline)) {
                 wgmma_fence();
                 #pragma unroll
                 for (int t = 0; t < TAPS_W; t++)
-                    if (inner || has_partner(column, t)) wgmma<TILES_N>(sums[t], a, dy_column(slot, c + t - (TAPS_W - 1)));
+                    if (inner || has_partner(column, t))
+                        wgmma<TILES_N>(sums[t], a, dy_column(slot, c + t - (TAPS_W - 1)));
                 wgmma_commit();
             };
             if (active && column >= 0 && column < IN_W) {
-                // Of the columns before this one, two may be under way at a barrier. The one before that had this one's registers; where
-                // their number is odd, the next band's first column has the registers of this one's last.
+                // Of the columns before this one, two may be under way at a barrier. The one before that had this one's
+                // registers; where their number is odd, the next band's first column has the registers of this one's
+                // last.
                 if (IN_W % 2 && column == 0) wgmma_wait<0>();
                 else wgmma_wait<1>();
                 ldmatrix_x4_transposed(a, x_row + (slot * COLUMNS + c) * POSITION_BYTES);
@@ -133,10 +155,12 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             }
             if (c == 1) fetch(stage + AHEAD);  // not right after the barrier, when the tensor cores have least to do
         }
-        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) wgmma_wait<0>(), store_sums(first), first = false;
+        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages)
+            wgmma_wait<0>(), store_sums(first), first = false;
     }
 #else
-    // A stage's columns of x for tap t. Where a column of dy does not exist it is zeros here, and for its tap so is that of x: 0 * NaN is NaN.
+    // A stage's columns of x for tap t. Where a column of dy does not exist it is zeros here, and for its tap so is
+    // that of x: 0 * NaN is NaN.
     u8* zeros = ring + ZEROS_OFFSET;
     if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
     unsigned fragments[COLUMNS][SPLIT][4];
@@ -146,7 +170,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             bool has = has_partner(stage % BAND_STAGES * COLUMNS - LEAD + c, t);
             const u8* row = x_row + (stage % STAGES * COLUMNS + c) * POSITION_BYTES;
             #pragma unroll
-            for (int part = 0; part < SPLIT; part++) ldmatrix_x4_transposed(fragments[c][part], has ? row + part * BLOCK_BYTES : zeros);
+            for (int part = 0; part < SPLIT; part++)
+                ldmatrix_x4_transposed(fragments[c][part], has ? row + part * BLOCK_BYTES : zeros);
         }
     };
     float products[TILES_N][4] = {};
@@ -175,7 +200,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
                 else if (!inner) {
                     bool changes = false;  // in which columns have a partner
                     #pragma unroll
-                    for (int c = 0; c < COLUMNS; c++) changes |= has_partner(first_column + c, t) != has_partner(first_column + c, t + 1);
+                    for (int c = 0; c < COLUMNS; c++)
+                        changes |= has_partner(first_column + c, t) != has_partner(first_column + c, t + 1);
                     if (changes) load(stage, t + 1);
                 }
                 #pragma unroll

@@ -1,13 +1,15 @@
-// A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by cp.async.
+// A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by
+// cp.async.
 //
-//     cells [N][chunk][pixel][64 halves], (value - centre) * 2^e, parts of a cell in ascending order; fp16_cells.cuh says what is in a cell
+//     cells [N][chunk][pixel][64 halves], (value - centre) * 2^e, parts of a cell in ascending order;
+//     fp16_cells.cuh says what is in a cell
 //
-// largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them. to_cells: a
-// block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH pixels, and writes whole
-// cells after a turn through shared memory. Channels past the last one are zero.
-// sums: null, or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
-// fp16_cells.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH (accesses under way in a
-// thread of largest_magnitude). `channels` is a multiple of 8, N * pixels below 2^31.
+// largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them.
+// to_cells: a block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH
+// pixels, and writes whole cells after a turn through shared memory. Channels past the last one are zero. sums: null,
+// or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
+// fp16_cells.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH
+// (accesses under way in a thread of largest_magnitude). `channels` is a multiple of 8, N * pixels below 2^31.
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
@@ -16,7 +18,7 @@ static_assert(TILE_PIXELS == THREADS / GROUPS * WIDTH, "a thread has 8 channels 
 typedef Packed<scalar_t, WIDTH> Pack;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
+    largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
     __shared__ unsigned scratch[32];
     i64 packs = size / WIDTH, step = (i64)gridDim.x * THREADS;
     unsigned largest = 0;
@@ -25,15 +27,16 @@ largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponen
         #pragma unroll
         for (int i = 0; i < BATCH; i++) in[i] = ((const Pack*)source)[min(first + i * step, packs - 1)];
         #pragma unroll
-        for (int i = 0; i < BATCH * WIDTH; i++) largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
+        for (int i = 0; i < BATCH * WIDTH; i++)
+            largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
     }
     largest = block_max(largest, scratch);
     if (threadIdx.x == 0) exponents[blockIdx.x] = scale_exponent(largest);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents, const scalar_t* __restrict__ sums, half_t* __restrict__ cells,
-         int exponent_count, int images, int channels, int pixels) {
+extern "C" __global__ void __launch_bounds__(THREADS) to_cells(
+    const scalar_t* __restrict__ source, const int* __restrict__ exponents, const scalar_t* __restrict__ sums,
+    half_t* __restrict__ cells, int exponent_count, int images, int channels, int pixels) {
     __shared__ uint4 tile[TILE_PIXELS * 8];
     __shared__ unsigned scratch[32];
     Divisor by_image(pixels);
@@ -48,7 +51,8 @@ to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents,
         #pragma unroll
         for (int j = 0; j < 8; j++) in[j] = *(const Pack*)(from + (i64)j * pixels);
     }
-    float scale = power_of_two(centred_exponent(sums, smallest_exponent(exponents, exponent_count, scratch))), centres[8];
+    float scale = power_of_two(centred_exponent(sums, smallest_exponent(exponents, exponent_count, scratch))),
+          centres[8];
     #pragma unroll
     for (int j = 0; j < 8; j++) centres[j] = first_channel < channels ? centre(sums, first_channel + j, pixels) : 0;
     // The XOR makes eight neighbouring threads write to all banks.
@@ -58,7 +62,8 @@ to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents,
         #pragma unroll
         for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(add_unflushed(to_acc(in[j].v[k]), -centres[j]), scale);
         #pragma unroll
-        for (int part = 0; part < SPLIT; part++) tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
+        for (int part = 0; part < SPLIT; part++)
+            tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
     }
     __syncthreads();
     #pragma unroll
@@ -66,6 +71,7 @@ to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents,
         int cell = i / 8, part = i % 8;
         if (first + cell >= total) break;
         unsigned pixel, image = by_image.divide((unsigned)(first + cell), pixel);
-        ((uint4*)cells)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] = tile[cell * 8 + (part ^ (cell / WIDTH & 7))];
+        ((uint4*)cells)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
+            tile[cell * 8 + (part ^ (cell / WIDTH & 7))];
     }
 }

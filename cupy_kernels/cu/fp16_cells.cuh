@@ -1,21 +1,27 @@
 // fp16 operands of the tensor-core convolution: cells of 64 halves in shared memory.
 //
-// fp16, like TF32, keeps 10 mantissa bits, and fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds to fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision):
-// a cell then holds 32 channels twice. Macros: SPLIT, CHUNK_CHANNELS (of a cell), CELL_BYTES, IN_CHANNELS.
+// fp16, like TF32, keeps 10 mantissa bits, and fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds to
+// fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision): a cell then
+// holds 32 channels twice. Macros: SPLIT, CHUNK_CHANNELS (of a cell), CELL_BYTES, IN_CHANNELS.
 #pragma once
 #include "fp16_scale.cuh"
 
 #define CHUNKS ((IN_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
 #define STAGE_BYTES (TILE_M * CELL_BYTES)
-static_assert(CELL_BYTES == 8 * 16 && CELL_BYTES == SPLIT * CHUNK_CHANNELS * sizeof(half_t), "a cell is eight parts of 16 bytes");
+static_assert(
+    CELL_BYTES == 8 * 16 && CELL_BYTES == SPLIT * CHUNK_CHANNELS * sizeof(half_t), "a cell is eight parts of 16 bytes");
 
-// Where part `part` (16 bytes, 0 to 7) of a cell lies. Cells of different keys, 0 to 7, have the same part in different banks.
+// Where part `part` (16 bytes, 0 to 7) of a cell lies. Cells of different keys, 0 to 7, have the same part in different
+// banks.
 __device__ inline int cell_offset(int cell, int part, int key) { return cell * CELL_BYTES + ((part ^ key) << 4); }
 // With keys that differ in eight neighbouring cells.
 __device__ inline int cell_offset(int cell, int part) { return cell_offset(cell, part, cell & 7); }
 
-// The part that lies `parts` parts on from the one at `row`, where `parts` sets only bits that are 0 in that one's number.
-__device__ inline const u8* other_part(const u8* row, int parts) { return (const u8*)((size_t)row ^ (size_t)(parts * 16)); }
+// The part that lies `parts` parts on from the one at `row`, where `parts` sets only bits that are 0 in that one's
+// number.
+__device__ inline const u8* other_part(const u8* row, int parts) {
+    return (const u8*)((size_t)row ^ (size_t)(parts * 16));
+}
 
 __device__ inline unsigned pack_halves(float low, float high) {
 #if defined(CUPY_KERNELS_EMULATOR) || __CUDA_ARCH__ < 800
@@ -27,8 +33,8 @@ __device__ inline unsigned pack_halves(float low, float high) {
 #endif
 }
 
-// What is taken from all values of channel c before they become cells: about their mean, from the channel's sum over `count` values. With
-// `sums` null, or where it is not finite, nothing.
+// What is taken from all values of channel c before they become cells: about their mean, from the channel's sum over
+// `count` values. With `sums` null, or where it is not finite, nothing.
 template <class V> __device__ inline float centre(const V* sums, int c, int count) {
     float mean = sums ? to_acc(sums[c]) / count : 0;
     return mean - mean == 0 ? mean : 0;
@@ -36,8 +42,9 @@ template <class V> __device__ inline float centre(const V* sums, int c, int coun
 // A difference of two values can be twice the largest.
 __device__ inline int centred_exponent(const void* sums, int exponent) { return sums ? exponent - 1 : exponent; }
 
-// Eight values as the halves of a cell's part `part`; leaves in `v` what is left for the next part. With SPLIT 2 infinities and NaNs are
-// all rest, the first value is 0: rests are multiplied by first values only, not by rests, whose sign would make NaN of an infinity.
+// Eight values as the halves of a cell's part `part`; leaves in `v` what is left for the next part. With SPLIT 2
+// infinities and NaNs are all rest, the first value is 0: rests are multiplied by first values only, not by rests,
+// whose sign would make NaN of an infinity.
 __device__ inline uint4 take_halves(float (&v)[8], int part) {
     float rest[8];
     #pragma unroll
@@ -46,13 +53,15 @@ __device__ inline uint4 take_halves(float (&v)[8], int part) {
         if (part + 1 < SPLIT && v[j] - v[j] != 0) v[j] = 0;
         rest[j] -= to_acc(from_acc<half_t>(v[j]));
     }
-    uint4 halves = make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
+    uint4 halves =
+        make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
     #pragma unroll
     for (int j = 0; j < 8; j++) v[j] = rest[j];
     return halves;
 }
 
-// Writes eight channels, `group` of its chunk, to a cell: part `group`, and with SPLIT 2 what rounding left of them, 4 parts on.
+// Writes eight channels, `group` of its chunk, to a cell: part `group`, and with SPLIT 2 what rounding left of them, 4
+// parts on.
 __device__ inline void store_cell(u8* cells, int cell, int group, float (&v)[8], int key) {
     #pragma unroll
     for (int part = 0; part < SPLIT; part++)

@@ -8,9 +8,12 @@ __device__ inline unsigned finite_magnitude(float v) {
     return bits < 0x7F800000 ? bits : 0;
 }
 
-// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16. At most 126, which
-// zeros get too, so that a part of a tensor that is all zero leaves the smallest exponent of the parts as it is.
-__device__ inline int scale_exponent(unsigned largest_magnitude) { return min(126, 14 + 127 - (int)(largest_magnitude >> 23)); }
+// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16. At most
+// 126, which zeros get too, so that a part of a tensor that is all zero leaves the smallest exponent of the parts as it
+// is.
+__device__ inline int scale_exponent(unsigned largest_magnitude) {
+    return min(126, 14 + 127 - (int)(largest_magnitude >> 23));
+}
 
 // 2^e for -126 <= e <= 127.
 __device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }

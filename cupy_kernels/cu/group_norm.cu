@@ -1,23 +1,28 @@
-// Group norm over x [images, channels, plane]: y = (x - mean) rstd weight + bias, with mean and rstd = 1/sqrt(variance + eps) of
-// each image's groups of group_channels channels, and its gradients.
+// Group norm over x [images, channels, plane]: y = (x - mean) rstd weight + bias, with mean and rstd = 1/sqrt(variance
+// + eps) of each image's groups of group_channels channels, and its gradients.
 //
-// Thread mapping: one block a group, whose group_channels * plane values lie in a row and are read in packs of WIDTH. With CACHED
-// the block keeps them in dynamic shared memory and reads global memory once: `packs` packs forward, twice as many backward.
+// Thread mapping: one block a group, whose group_channels * plane values lie in a row and are read in packs of WIDTH.
+// With CACHED the block keeps them in dynamic shared memory and reads global memory once: `packs` packs forward, twice
+// as many backward.
 //
 // Saved for the backward: x, and mean and rstd, both acc_t [images * groups].
-// dx = rstd (dy weight - (S1 + xhat S2)/size), S1 = sum(dy weight) and S2 = sum(dy weight xhat) over the group's `size` values,
-// where xhat = (x - mean) rstd. The gradients of weight and bias are sums of dy xhat and dy over images and plane.
+// dx = rstd (dy weight - (S1 + xhat S2)/size), S1 = sum(dy weight) and S2 = sum(dy weight xhat) over the group's `size`
+// values, where xhat = (x - mean) rstd. The gradients of weight and bias are sums of dy xhat and dy over images and
+// plane.
 //
-// Macros: scalar_t, acc_t, param_t (weight, bias and their gradients), WIDTH (a divisor of a group's size; pointers are aligned to
-// a pack), CACHED (0 or 1), THREADS and COLUMNS (of group_norm_backward_parameters). Limit: fewer than 2^31 values in a group.
+// Macros: scalar_t, acc_t, param_t (weight, bias and their gradients), WIDTH (a divisor of a group's size; pointers are
+// aligned to a pack), CACHED (0 or 1), THREADS and COLUMNS (of group_norm_backward_parameters). Limit: fewer than 2^31
+// values in a group.
 #include "batch_norm.cuh"  // one expression for all that normalises
 
 typedef Packed<scalar_t, WIDTH> Pack;
 
 // Of the block's group, whose values it brings into the cache.
-__device__ inline Moments moments_of_group(const Pack* __restrict__ in, Pack* cache, acc_t unit, int packs, acc_t* scratch) {
+__device__ inline Moments moments_of_group(
+    const Pack* __restrict__ in, Pack* cache, acc_t unit, int packs, acc_t* scratch) {
     int size = packs * WIDTH;
-    acc_t origin = finite_or_zero(to_acc(in->v[0])) * unit;  // the rounding error of a large mean must not enter the variance
+    // The rounding error of a large mean must not enter the variance.
+    acc_t origin = finite_or_zero(to_acc(in->v[0])) * unit;
     acc_t sum = 0, squares = 0;
     #pragma unroll 4
     for (int p = threadIdx.x; p < packs; p += blockDim.x) {
@@ -40,8 +45,9 @@ __device__ inline Moments moments_of_group(const Pack* __restrict__ in, Pack* ca
 }
 
 extern "C" __global__ void __launch_bounds__(1024) group_norm_forward(
-    const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
-    acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int groups, int group_channels, int plane) {
+    const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
+    scalar_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int groups,
+    int group_channels, int plane) {
     DYNAMIC_SHARED(Pack, cache);
     __shared__ acc_t scratch[32];
     int size = group_channels * plane, packs = size / WIDTH;
@@ -84,7 +90,8 @@ struct Group {
     int first_channel, channels, plane;
     Normaliser normalise;
 
-    // Writes partials. Warps share the group's channels; where there are more warps than channels, several take parts of one channel each.
+    // Writes partials. Warps share the group's channels; where there are more warps than channels, several take parts
+    // of one channel each.
     __device__ inline Means sum_up(acc_t unit, acc_t* part_sums, acc_t* part_dots, acc_t* scratch) const {
         acc_t weighted_sum = 0, weighted_dot = 0;
         i64 first_plane = (i64)blockIdx.x * channels, planes = (i64)gridDim.x * channels;
@@ -136,12 +143,12 @@ struct Group {
     }
 };
 
-// dx may be null. partials [2][images * channels]: sum of dy, and of dy xhat, over each plane; null where weight and bias need no
-// gradient.
+// dx may be null. partials [2][images * channels]: sum of dy, and of dy xhat, over each plane; null where weight and
+// bias need no gradient.
 extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ rstd,
-    const param_t* __restrict__ weight, scalar_t* __restrict__ dx, acc_t* __restrict__ partials, int groups, int group_channels,
-    int plane) {
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
+    const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx,
+    acc_t* __restrict__ partials, int groups, int group_channels, int plane) {
     DYNAMIC_SHARED(Pack, cache);
     __shared__ acc_t scratch[32], part_sums[32], part_dots[32];
     int size = group_channels * plane, packs = size / WIDTH;
@@ -159,8 +166,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
     acc_t r = rstd[blockIdx.x];
     Normaliser normalise(mean[blockIdx.x], r);
     int first_channel = blockIdx.x % groups * group_channels;
-    Group group = {CACHED ? (const scalar_t*)cache : dy + base, CACHED ? (const scalar_t*)(cache + packs) : x + base, weight, partials,
-                   first_channel, group_channels, plane, normalise};
+    Group group = {CACHED ? (const scalar_t*)cache : dy + base, CACHED ? (const scalar_t*)(cache + packs) : x + base,
+        weight, partials, first_channel, group_channels, plane, normalise};
     acc_t unit = 1;
     Means means;
     do means = group.sum_up(unit, part_sums, part_dots, scratch);
@@ -185,11 +192,14 @@ extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
     }
 }
 
-// dweight and dbias from partials, over the images in a fixed order. A block takes COLUMNS channels, whose neighbours are read
-// together, and each of its threads every (blockDim.x / COLUMNS)-th image. Null outputs are left out.
+// dweight and dbias from partials, over the images in a fixed order. A block takes COLUMNS channels, whose neighbours
+// are read together, and each of its threads every (blockDim.x / COLUMNS)-th image. Null outputs are left out.
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_parameters(
-    const acc_t* __restrict__ partials, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 images, i64 channels) {
-    static_assert(THREADS % COLUMNS == 0 && (THREADS / COLUMNS & (THREADS / COLUMNS - 1)) == 0, "threads are halved down to COLUMNS");
+    const acc_t* __restrict__ partials, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 images,
+    i64 channels) {
+    static_assert(
+        THREADS % COLUMNS == 0 && (THREADS / COLUMNS & (THREADS / COLUMNS - 1)) == 0,
+        "threads are halved down to COLUMNS");
     __shared__ acc_t sums[THREADS], dots[THREADS];
     i64 channel = (i64)blockIdx.x * COLUMNS + threadIdx.x % COLUMNS;
     acc_t sum = 0, dot = 0;

@@ -1,7 +1,7 @@
 // Forward y = x where x > 0, else slope x; backward dx = dy where x > 0, else slope dy.
 //
-// One thread per WIDTH neighbouring elements of a contiguous array. Macros: scalar_t, acc_t, WIDTH (16 bytes of scalar_t
-// where all pointers are aligned to 16 bytes, else 1).
+// One thread per WIDTH neighbouring elements of a contiguous array. Macros: scalar_t, acc_t, WIDTH (16 bytes of
+// scalar_t where all pointers are aligned to 16 bytes, else 1).
 #include "common.cuh"
 
 typedef Packed<scalar_t, WIDTH> Pack;
@@ -25,8 +25,8 @@ extern "C" __global__ void leaky_relu_forward(
     }
 }
 
-extern "C" __global__ void leaky_relu_backward(const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x,
-    scalar_t* __restrict__ dx, acc_t slope, i64 size) {
+extern "C" __global__ void leaky_relu_backward(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, scalar_t* __restrict__ dx, acc_t slope, i64 size) {
     i64 start = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     if (start + WIDTH <= size) {
         Pack gradient = *(const Pack*)(dy + start), in = *(const Pack*)(x + start), out;

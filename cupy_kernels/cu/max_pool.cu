@@ -1,19 +1,18 @@
 // Forward y[plane, oh, ow] = the largest element of a window of x[plane], and where in the window it lies; backward
-// dx[plane, h, w] = sum of dy over the windows whose largest element is that pixel, in a fixed order, no atomics. The backward of the
-// backward, max_pool_select, reads the pixels instead: y[plane, oh, ow] = x[plane] at the window's tap.
+// dx[plane, h, w] = sum of dy over the windows whose largest element is that pixel, in a fixed order, no atomics. The
+// backward of the backward, max_pool_select, reads the pixels instead: y[plane, oh, ow] = x[plane] at the window's tap.
 //
-// Threads: see for_places in pool.cuh; a place is an output in max_pool_forward and max_pool_select, SITE x SITE pixels of dx in
-// max_pool_backward.
-// Saved: taps, the position within the window; indices, where not null, is the same as torch has it, h * width + w.
-// taps and indices may be null in the forward. Macros and limits: pool.cuh.
+// Threads: see for_places in pool.cuh; a place is an output in max_pool_forward and max_pool_select, SITE x SITE pixels
+// of dx in max_pool_backward. Saved: taps, the position within the window; indices, where not null, is the same as
+// torch has it, h * width + w. taps and indices may be null in the forward. Macros and limits: pool.cuh.
 #include "pool.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) max_pool_forward(
     const scalar_t* __restrict__ x, scalar_t* __restrict__ y, tap_t* __restrict__ taps, i64* __restrict__ indices,
     int planes, int period, int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h,
     int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
-    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w,
-              stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w};
+    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
+        dilation_h, dilation_w};
     int first = blockIdx.x * planes_per_block;
     int own = min(planes_per_block, period - first);
     for_places(first, own, out_height, out_width, [&](int plane, int row, int column) {
@@ -36,11 +35,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) max_pool_forward(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) max_pool_backward(
-    const scalar_t* __restrict__ dy, const tap_t* __restrict__ taps, scalar_t* __restrict__ dx,
-    int planes, int period, int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h,
-    int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
-    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w,
-              stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w};
+    const scalar_t* __restrict__ dy, const tap_t* __restrict__ taps, scalar_t* __restrict__ dx, int planes, int period,
+    int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w,
+    int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
+    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
+        dilation_h, dilation_w};
     int first = blockIdx.x * planes_per_block, rows = (height + SITE - 1) / SITE, columns = width / SITE;
     int own = min(planes_per_block, period - first);
     for_places(first, own, rows, columns, [&](int plane, int row, int column) {
@@ -59,11 +58,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) max_pool_backward(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) max_pool_select(
-    const scalar_t* __restrict__ x, const tap_t* __restrict__ taps, scalar_t* __restrict__ y,
-    int planes, int period, int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h,
-    int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
-    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w,
-              stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w};
+    const scalar_t* __restrict__ x, const tap_t* __restrict__ taps, scalar_t* __restrict__ y, int planes, int period,
+    int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w,
+    int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
+    Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
+        dilation_h, dilation_w};
     int first = blockIdx.x * planes_per_block;
     int own = min(planes_per_block, period - first);
     for_places(first, own, out_height, out_width, [&](int plane, int row, int column) {

@@ -1,31 +1,38 @@
-// Weights of a transposed convolution as conv_mma.cuh reads them: fp16 under a power-of-two scale for each output channel m.
+// Weights of a transposed convolution as conv_mma.cuh reads them: fp16 under a power-of-two scale for each output
+// channel m.
 //
 // signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu).
-// w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse order.
-// packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order], with WGMMA (conv_wgmma.cuh) [m tile][64
-// channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves]; exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block
-// per row of the padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA, and those of
-// fp16_cells.cuh.
+// w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse
+// order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order], with WGMMA
+// (conv_wgmma.cuh) [m tile][64 channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves];
+// exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block per row of the
+// padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA, and
+// those of fp16_cells.cuh.
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
 extern "C" __global__ void pack_weight_fp16(
-    const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed, int* __restrict__ exponents) {
+    const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed,
+    int* __restrict__ exponents) {
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;
     if (m < OUT_CHANNELS)
         for (int i = threadIdx.x; i < IN_CHANNELS * TAPS; i += blockDim.x) {
             int k = i / TAPS, tap = i % TAPS;
-            largest = max(largest, finite_magnitude(to_acc(w[FLIP ? (m * IN_CHANNELS + k) * TAPS + tap : (k * OUT_CHANNELS + m) * TAPS + tap])));
+            largest =
+                max(largest, finite_magnitude(to_acc(
+                                 w[FLIP ? (m * IN_CHANNELS + k) * TAPS + tap : (k * OUT_CHANNELS + m) * TAPS + tap])));
         }
     largest = block_max(largest, scratch);
     int exponent = scale_exponent(largest);
     float scale = power_of_two(exponent) * (signs && m < OUT_CHANNELS && to_acc(signs[m]) < 0 ? -1 : 1);
     if (threadIdx.x == 0) exponents[m] = exponent;
     enum { GROUPS_K = PACKED_WIDTH / SPLIT / 8 };  // of 8 channels
-    static_assert(GROUPS_K * 8 * SPLIT == PACKED_WIDTH && GROUPS_K * 8 >= IN_CHANNELS && GROUPS_K % (WGMMA ? 4 : CHUNK_CHANNELS / 8) == 0,
-                  "a packed row holds all channels");
+    static_assert(
+        GROUPS_K * 8 * SPLIT == PACKED_WIDTH && GROUPS_K * 8 >= IN_CHANNELS &&
+            GROUPS_K % (WGMMA ? 4 : CHUNK_CHANNELS / 8) == 0,
+        "a packed row holds all channels");
     for (int i = threadIdx.x; i < GROUPS_K * TAPS; i += blockDim.x) {
         int group = i % GROUPS_K, tap = i / GROUPS_K;
         float v[8];

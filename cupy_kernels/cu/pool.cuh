@@ -91,7 +91,7 @@ __device__ inline Pixel pixel_under(const Pool& p, int oh, int ow, int tap) {
     return {2 * oh + (tap >> 1), 2 * ow + (tap & 1)};
 #else
     return {oh * p.stride_h - p.padding_h + tap / p.kernel_w * p.dilation_h,
-            ow * p.stride_w - p.padding_w + tap % p.kernel_w * p.dilation_w};
+        ow * p.stride_w - p.padding_w + tap % p.kernel_w * p.dilation_w};
 #endif
 }
 

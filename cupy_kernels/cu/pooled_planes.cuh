@@ -1,19 +1,26 @@
 // Where conv_bn_pool keeps the 2x2 windows of a plane: one of OUT_H x OUT_W sums, pooled.
 //
-// Windows are numbered row by row, WINDOW_PITCH a row. Without WGMMA they follow one another. With it they are cut into units of UNIT_WINDOWS,
-// whole rows, each with room for UNIT_STRIDE, and 16 windows, four tiles of four lanes, change places among themselves, so that a lane writes 16
-// bytes of its own at a time, next to those of its neighbours.
+// Windows are numbered row by row, WINDOW_PITCH a row. Without WGMMA they follow one another. With it they are cut into
+// units of UNIT_WINDOWS, whole rows, each with room for UNIT_STRIDE, and 16 windows, four tiles of four lanes, change
+// places among themselves, so that a lane writes 16 bytes of its own at a time, next to those of its neighbours.
 //
-// PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNITS (of a plane), UNIT_WINDOWS, UNIT_STRIDE, PLANE_STRIDE.
+// PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNITS (of a plane), UNIT_WINDOWS,
+// UNIT_STRIDE, PLANE_STRIDE.
 #pragma once
 
 #define WINDOWS_H ((OUT_H + 1) / 2)
 #define WINDOWS_W ((OUT_W + 1) / 2)
 #define WINDOWS (WINDOWS_H * WINDOWS_W)
-static_assert(WGMMA ? WINDOW_PITCH >= WINDOWS_W && UNIT_WINDOWS % WINDOW_PITCH == 0 : WINDOW_PITCH == WINDOWS_W, "rows of windows");
-static_assert((UNITS - 1) * UNIT_WINDOWS < WINDOWS_H * WINDOW_PITCH && WINDOWS_H * WINDOW_PITCH <= UNITS * UNIT_WINDOWS, "units make a plane");
+static_assert(
+    WGMMA ? WINDOW_PITCH >= WINDOWS_W && UNIT_WINDOWS % WINDOW_PITCH == 0 : WINDOW_PITCH == WINDOWS_W,
+    "rows of windows");
+static_assert(
+    (UNITS - 1) * UNIT_WINDOWS < WINDOWS_H * WINDOW_PITCH && WINDOWS_H * WINDOW_PITCH <= UNITS * UNIT_WINDOWS,
+    "units make a plane");
 static_assert(!WGMMA || (UNIT_STRIDE >= UNIT_WINDOWS && UNIT_STRIDE % 16 == 0), "windows change places 16 at a time");
-static_assert(PLANE_STRIDE % 4 == 0 && PLANE_STRIDE >= (WGMMA ? UNITS * UNIT_STRIDE : WINDOWS), "a plane has room for its windows");
+static_assert(
+    PLANE_STRIDE % 4 == 0 && PLANE_STRIDE >= (WGMMA ? UNITS * UNIT_STRIDE : WINDOWS),
+    "a plane has room for its windows");
 
 __device__ inline int unit_of_window(int row, int column) {
     if (UNITS == 1) return 0;

@@ -1,18 +1,23 @@
-// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, activation and group norm over the pooled sums.
+// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, activation and group norm over
+// the pooled sums.
 //
-//     z = (pooled - mean) invstd weight + bias,  p = activation(z),  out = (p - group_mean) group_invstd group_weight + group_bias
+//     z = (pooled - mean) invstd weight + bias,  p = activation(z),
+//     out = (p - group_mean) group_invstd group_weight + group_bias
 //
-// `pooled`, `mean` and all sums are without the convolution's bias. conv_bn_statistics: one block a channel. pooled_forward: one block
-// a group of one image, threads and macros as in pooled_tail.cuh. Saved for the backward: mean, invstd, group_mean, group_invstd.
+// `pooled`, `mean` and all sums are without the convolution's bias. conv_bn_statistics: one block a channel.
+// pooled_forward: one block a group of one image, threads and macros as in pooled_tail.cuh. Saved for the backward:
+// mean, invstd, group_mean, group_invstd.
 //
-// Macro: STATISTICS (1: the batch's, of conv_bn_statistics; 0: the running ones, from which pooled_forward makes mean and invstd).
+// Macro: STATISTICS (1: the batch's, of conv_bn_statistics; 0: the running ones, from which pooled_forward makes mean
+// and invstd).
 #include "pooled_tail.cuh"
 
-// partials [3][channels][units]: count, mean and sum of squared distances of each unit, as conv_bn_pool writes them. The running statistics are updated where not
-// null, and so is `batches`, which counts calls.
+// partials [3][channels][units]: count, mean and sum of squared distances of each unit, as conv_bn_pool writes them.
+// The running statistics are updated where not null, and so is `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
-    const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean, INOUT param_t* running_var,
-    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
+    const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean,
+    INOUT param_t* running_var, INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd,
+    float momentum, float eps, int channels, i64 units) {
     __shared__ float scratch[32];
     int c = blockIdx.x;
     const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
@@ -20,7 +25,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
     do {
         origin = finite_or_zero(means[0]) * unit;  // rounding errors of a large mean must not enter the variance
         count = total = m2 = 0;
-        for (i64 i = threadIdx.x; i < units; i += blockDim.x) count += counts[i], total += counts[i] * (means[i] * unit - origin);
+        for (i64 i = threadIdx.x; i < units; i += blockDim.x)
+            count += counts[i], total += counts[i] * (means[i] * unit - origin);
         count = block_sum(count, scratch);
         total = block_sum(total, scratch) / count;
         for (i64 i = threadIdx.x; i < units; i += blockDim.x) {
@@ -33,15 +39,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
     if (threadIdx.x) return;
     if (batches && c == 0) ++*batches;
     if (running_mean) running_mean += c, running_var += c;
-    store_statistics({total + origin, m2}, unit, count, eps, mean + c, invstd + c, running_mean, running_var, momentum, bn_bias(conv_bias, c));
+    store_statistics(
+        {total + origin, m2}, unit, count, eps, mean + c, invstd + c, running_mean, running_var, momentum,
+        bn_bias(conv_bias, c));
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     const float* __restrict__ pooled, INOUT float* __restrict__ mean, INOUT float* __restrict__ invstd,
-    const param_t* __restrict__ conv_bias, const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var,
-    const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
-    const param_t* __restrict__ group_bias, scalar_t* __restrict__ out, float* __restrict__ group_mean, float* __restrict__ group_invstd,
-    float eps, float group_eps, float parameter) {
+    const param_t* __restrict__ conv_bias, const param_t* __restrict__ running_mean,
+    const param_t* __restrict__ running_var, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
+    const param_t* __restrict__ group_weight, const param_t* __restrict__ group_bias, scalar_t* __restrict__ out,
+    float* __restrict__ group_mean, float* __restrict__ group_invstd, float eps, float group_eps, float parameter) {
     __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
     __shared__ float running[2][STATISTICS ? 1 : MEMBERS];
     Activation activation(parameter);
@@ -49,7 +57,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     i64 start = (i64)blockIdx.x * SIZE;
     const float* source = pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE;
     float values[UNROLLED][ITEMS];
-    const float *channel_mean = STATISTICS ? mean + channel : running[0], *channel_invstd = STATISTICS ? invstd + channel : running[1];
+    const float *channel_mean = STATISTICS ? mean + channel : running[0],
+                *channel_invstd = STATISTICS ? invstd + channel : running[1];
     if (RESIDENT)
         #pragma unroll
         for (int round = 0; round < UNROLLED; round++) {
@@ -61,7 +70,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
             int c = channel + m;
             running[0][m] = to_acc(running_mean[c]) - bn_bias(conv_bias, c);
             running[1][m] = 1 / sqrt(to_acc(running_var[c]) + eps);
-            if (blockIdx.x < GROUPS) mean[c] = running[0][m], invstd[c] = running[1][m];  // one image does, for a backward
+            // One image does, for a backward.
+            if (blockIdx.x < GROUPS) mean[c] = running[0][m], invstd[c] = running[1][m];
         }
         __syncthreads();
     }
@@ -75,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = values[RESIDENT ? round : 0];
+        float (&v)[ITEMS] = values[RESIDENT ? round : 0];
         activate(job, v);
         float m = 0, s = 0;
         #pragma unroll
@@ -97,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = values[RESIDENT ? round : 0];
+        float (&v)[ITEMS] = values[RESIDENT ? round : 0];
         if (!RESIDENT) activate(job, v);
         float w = bn_weight(group_weight, channel + job.member), b = bn_bias(group_bias, channel + job.member);
         scalar_t* to = out + start + job.first;

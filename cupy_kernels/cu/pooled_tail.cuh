@@ -1,11 +1,13 @@
 // What forward and backward over the pooled sums share: which thread has which values, and batch norm of one channel.
 //
-// A block owns a group of group norm: MEMBERS neighbouring planes of one image. A plane is cut into PARTS parts, and a warp takes one
-// part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers (RESIDENT), all are loaded before
-// the first is used and stay there; else a warp loads a job's values again for each phase.
+// A block owns a group of group norm: MEMBERS neighbouring planes of one image. A plane is cut into PARTS parts, and a
+// warp takes one part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers
+// (RESIDENT), all are loaded before the first is used and stay there; else a warp loads a job's values again for each
+// phase.
 //
-// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), ACTIVATION (activation.cuh), OUT_CHANNELS, OUT_H,
-// OUT_W, GROUPS, PARTS, WARPS, THREADS (of the kernels whose blocks are not groups), and those of pooled_planes.cuh.
+// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), ACTIVATION (activation.cuh),
+// OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS, WARPS, THREADS (of the kernels whose blocks are not groups), and those of
+// pooled_planes.cuh.
 #pragma once
 #include "activation.cuh"
 #include "batch_norm.cuh"

@@ -1,21 +1,27 @@
-// Gradients of what follows conv_bn_pool (pooled_tail.cu): from dout to that of the convolution's output, and of all parameters on the way.
+// Gradients of what follows conv_bn_pool (pooled_tail.cu): from dout to that of the convolution's output, and of all
+// parameters on the way.
 //
 //     phat = (p - group_mean) group_invstd,  p = activation(z),  xhat = (pooled - mean) invstd
-//     g = dz at the pooled values, dy = weight invstd (g at the chosen corner - mean(g) - xhat mean(g xhat)) at all pixels
+//     g = dz at the pooled values
+//     dy = weight invstd (g at the chosen corner - mean(g) - xhat mean(g xhat)) at all pixels
 //
 // with the means over all pixels of a channel, or left out where the statistics were running ones. Four steps:
-//     pooled_backward                 g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those finite, the largest |g|
-//     pooled_parameter_gradients      sums of all images, and the exponent of a scale under which dy fits fp16
-//     conv_output_gradient_cells      dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores, and sums of dy at its
-//                                     borders, which the gradient of the convolution's weight needs where its x is centred
-//     conv_output_gradient            dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
+//     pooled_backward             g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those
+//                                 finite, the largest |g|
+//     pooled_parameter_gradients  sums of all images, and the exponent of a scale under which dy fits fp16
+//     conv_output_gradient_cells  dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores, and
+//                                 sums of dy at its borders, which the gradient of the convolution's weight needs where
+//                                 its x is centred
+//     conv_output_gradient        dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
 //
-// Cells are those of fp16_cells.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what rounding left of
-// them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of dy_exponents [channels].
+// Cells are those of fp16_cells.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what
+// rounding left of them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of
+// dy_exponents [channels].
 //
-// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of conv_bn_pool.cu, mean,
-// invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_cells.cuh, saved_t (half_t with SPLIT 1, float with 2),
-// SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution, and those of conv_output_gradient_cells.
+// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of
+// conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_cells.cuh, saved_t
+// (half_t with SPLIT 1, float with 2), SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the
+// convolution, and those of conv_output_gradient_cells.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_cells.cuh"
@@ -23,10 +29,11 @@
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
-    const scalar_t* __restrict__ dout, const float* __restrict__ pooled, const float* __restrict__ mean, const float* __restrict__ invstd,
-    const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
-    const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g, float* __restrict__ partials,
-    i64 images, float parameter) {
+    const scalar_t* __restrict__ dout, const float* __restrict__ pooled, const float* __restrict__ mean,
+    const float* __restrict__ invstd, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
+    const param_t* __restrict__ group_weight, const float* __restrict__ group_mean,
+    const float* __restrict__ group_invstd, float* __restrict__ g, float* __restrict__ partials, i64 images,
+    float parameter) {
     __shared__ float totals[SUMS][JOBS], weights[JOBS];  // of each job; its channel's group_weight
     Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
@@ -47,8 +54,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
-        float(&p)[ITEMS] = activated[RESIDENT ? round : 0];
+        float (&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
+        float (&p)[ITEMS] = activated[RESIDENT ? round : 0];
         if (!RESIDENT) load(job, v, d);
         int c = channel + job.member;
         Norm norm(mean[c], invstd[c], weight, bias, c);
@@ -73,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
-        float(&p)[ITEMS] = activated[RESIDENT ? round : 0];
+        float (&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
+        float (&p)[ITEMS] = activated[RESIDENT ? round : 0];
         int c = channel + job.member;
         Norm norm(mean[c], invstd[c], weight, bias, c);
         if (!RESIDENT) {
@@ -116,16 +123,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     }
 }
 
-// One block a channel. sums [2][channels]: of g and g xhat. count: pixels of a channel. training: whether the batch's own statistics were
-// applied. The gradients are null where not wanted.
+// One block a channel. sums [2][channels]: of g and g xhat. count: pixels of a channel. training: whether the batch's
+// own statistics were applied. The gradients are null where not wanted.
 //
-// |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by less than
-// |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's largest.
+// |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by
+// less than |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's
+// largest.
 extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients(
-    const float* __restrict__ partials, const float* __restrict__ mean, const float* __restrict__ invstd, const param_t* __restrict__ weight,
-    float* __restrict__ sums, int* __restrict__ dy_exponents, param_t* __restrict__ dweight, param_t* __restrict__ dbias,
-    param_t* __restrict__ dgroup_weight, param_t* __restrict__ dgroup_bias, param_t* __restrict__ dconv_bias, i64 images, float count,
-    int training) {
+    const float* __restrict__ partials, const float* __restrict__ mean, const float* __restrict__ invstd,
+    const param_t* __restrict__ weight, float* __restrict__ sums, int* __restrict__ dy_exponents,
+    param_t* __restrict__ dweight, param_t* __restrict__ dbias, param_t* __restrict__ dgroup_weight,
+    param_t* __restrict__ dgroup_bias, param_t* __restrict__ dconv_bias, i64 images, float count, int training) {
     __shared__ float warps[SUMS][THREADS / 32];
     int c = blockIdx.x;
     float total[SUMS] = {};
@@ -157,7 +165,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     if (training) {
         Normaliser normalise(mean[c], invstd[c]);
         means = fabsf(total[2] / count) + fabsf(total[3] / count) + fabsf(normalise.mean);
-        bound += fabsf(total[2] / count) + (sqrt(count) + fabsf(normalise.mean * normalise.invstd)) * fabsf(total[3] / count);
+        bound += fabsf(total[2] / count) +
+                 (sqrt(count) + fabsf(normalise.mean * normalise.invstd)) * fabsf(total[3] / count);
     }
     // Batch norm takes the bias out of its own batch, so there it has no influence at all: 0, or NaN.
     if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? means - means : multiply_unflushed(scale, total[2]));
@@ -180,7 +189,8 @@ struct OutputGradient {
     int exponent;  // mean is times 2^-exponent, see Normaliser, and `restore` must be
 
     // Without statistics that depend on the batch (sums null) all pixels have 0.
-    __device__ OutputGradient(const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
+    __device__ OutputGradient(
+        const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
         : slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0), enlarge(1) {
         Normaliser normalise(sums ? means[c] : 0, invstds[c]);
         mean = normalise.mean, invstd = normalise.invstd, exponent = normalise.unit == 1 ? 0 : 32;
@@ -221,7 +231,9 @@ __device__ inline int kept_exponent(const int* unit_exponents, i64 image, const 
 }
 #else
 typedef float4 Kept;
-__device__ inline void unpack(float4 kept, float (&v)[4]) { v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w; }
+__device__ inline void unpack(float4 kept, float (&v)[4]) {
+    v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w;
+}
 __device__ inline int kept_exponent(const int*, i64, const Window&) { return 0; }
 #endif
 // What undoes the scale. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
@@ -229,13 +241,14 @@ __device__ inline float restoring(int exponent) { return power_of_two(max(-126, 
 
 // dy of the corners of one window in plane `plane`. Corners outside the image get anything.
 __device__ inline void gradients_of(
-    const OutputGradient& gradient, const float* g, const u8* taps, const saved_t* saved, i64 plane, const Window& window, float restore,
-    float (&dy)[4]) {
+    const OutputGradient& gradient, const float* g, const u8* taps, const saved_t* saved, i64 plane,
+    const Window& window, float restore, float (&dy)[4]) {
     float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]);
     int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.tap];
     unpack(saved ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), dy);
     #pragma unroll
-    for (int corner = 0; corner < 4; corner++) dy[corner] = gradient.of(dy[corner], restore) + (corner == tap ? add : 0);
+    for (int corner = 0; corner < 4; corner++)
+        dy[corner] = gradient.of(dy[corner], restore) + (corner == tap ? add : 0);
 }
 
 // The convolution's input; rows and columns at each edge of its output that have no partner in it for some tap.
@@ -245,8 +258,14 @@ __device__ inline void gradients_of(
 #define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
 #define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
 // Rows of windows from the top, and from which on to the bottom, that such rows meet, and columns likewise.
-enum { TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H, BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2 };
-enum { LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W, RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2 };
+enum {
+    TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H,
+    BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2
+};
+enum {
+    LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W,
+    RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2
+};
 enum { FULL_ROWS = TOP + WINDOWS_H - BOTTOM, SIDES = LEFT + WINDOWS_W - RIGHT };
 enum { EDGE_WINDOWS = FULL_ROWS * WINDOWS_W + (BOTTOM - TOP) * SIDES };
 
@@ -258,13 +277,15 @@ __device__ inline int edge_window(int i) {
     return (TOP + i / (SIDES ? SIDES : 1)) * WINDOWS_W + (side < LEFT ? side : side + RIGHT - LEFT);
 }
 
-// borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no partner in the
-// convolution's input. Not from the cells: conv_wgrad_reduce multiplies these sums by what x was centred by, and their rounding with it.
-// 128 threads, four warps, take channel c. totals: in shared memory, of the block's warps.
+// borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no
+// partner in the convolution's input. Not from the cells: conv_wgrad_reduce multiplies these sums by what x was centred
+// by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the block's
+// warps.
 __device__ inline void sum_borders(
-    const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents, OutputGradient gradient, int c,
-    i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
+    const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents,
+    OutputGradient gradient, int c, i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32,
+        exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
     if (lane == 0)
         for (int tap = 0; tap < TAPS; tap++) totals[warp][tap] = 0;
     for (int start = threadIdx.x % 128; start - lane < EDGE_WINDOWS; start += 128) {
@@ -295,26 +316,34 @@ __device__ inline void sum_borders(
     __syncthreads();
     warp = warp / 4 * 4;
     for (int tap = threadIdx.x % 128; tap < TAPS; tap += 128)
-        borders[tap * OUT_CHANNELS + c] = totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
+        borders[tap * OUT_CHANNELS + c] =
+            totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
 }
 
-// A block turns a tile of TILE windows, of TILES, and one chunk of channels into cells. A thread computes eight channels of a window, whose
-// 16 bytes of four cells meet those of the other threads in shared memory. Behind the blocks of each `together` images, while what they
-// have read is in the L2 cache, come BORDER_BLOCKS that sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
+// A block turns a tile of TILE windows, of TILES, and one chunk of channels into cells. A thread computes eight
+// channels of a window, whose 16 bytes of four cells meet those of the other threads in shared memory. Behind the
+// blocks of each `together` images, while what they have read is in the L2 cache, come BORDER_BLOCKS that sum up the
+// borders of these images, two channels each; borders [.][taps][channels] may be null.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells(
-    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
-    const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
-    const param_t* __restrict__ weight, const float* __restrict__ sums, const int* __restrict__ dy_exponents, half_t* __restrict__ cells,
-    float* __restrict__ borders, float count, i64 images, int together) {
+    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved,
+    const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
+    const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
+    const int* __restrict__ dy_exponents, half_t* __restrict__ cells, float* __restrict__ borders, float count,
+    i64 images, int together) {
     enum { OCTETS = CHUNK_CHANNELS / 8 };
-    static_assert(TILE * OCTETS == THREADS && (TILES - 1) * TILE < WINDOWS && WINDOWS <= TILES * TILE, "tiles of all windows");
+    static_assert(
+        TILE * OCTETS == THREADS && (TILES - 1) * TILE < WINDOWS && WINDOWS <= TILES * TILE, "tiles of all windows");
     static_assert(BORDER_BLOCKS * (THREADS / 128) == OUT_CHANNELS, "128 threads sum up a channel's borders");
-    struct __align__(16) Channel { OutputGradient gradient; int exponent; };
+    struct __align__(16) Channel {
+        OutputGradient gradient;
+        int exponent;
+    };
     __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
     __shared__ float totals[THREADS / 32][TAPS];
     __shared__ unsigned scratch[32];
-    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? BORDER_BLOCKS : 0), share = blockIdx.x / all, block = blockIdx.x % all;
+    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? BORDER_BLOCKS : 0), share = blockIdx.x / all,
+        block = blockIdx.x % all;
     i64 image = (i64)share * together;
     if (block >= blocks) {
         int c = (block - blocks) * 2 + threadIdx.x / 128;
@@ -367,7 +396,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
         #pragma unroll
         for (int j = 0; j < 8; j++) {
             channel = ((const Channel*)channels)[octet * 8 + j];
-            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]), window[4];
+            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]),
+                  window[4];
             unpack(kept[j], window);
             #pragma unroll
             for (int corner = 0; corner < 4; corner++)
@@ -388,23 +418,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
         for (int lower = 0; lower < 2; lower++) {
             int h = window.row * 2 + lower;
             if (h < OUT_H && column < OUT_W)  // so for no window past the last
-                to[(h * OUT_W + column) * 8] = *(const uint4*)(corners[lower * 2 + right] + cell_offset(w, threadIdx.x % 8));
+                to[(h * OUT_W + column) * 8] =
+                    *(const uint4*)(corners[lower * 2 + right] + cell_offset(w, threadIdx.x % 8));
         }
     }
 }
 
 // A thread computes one window.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
-    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
-    const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
-    const param_t* __restrict__ weight, const float* __restrict__ sums, scalar_t* __restrict__ dy, float count) {
+    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved,
+    const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
+    const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
+    scalar_t* __restrict__ dy, float count) {
     int at = blockIdx.y * blockDim.x + threadIdx.x, c = blockIdx.x % OUT_CHANNELS;
     i64 plane = blockIdx.x;
     if (at >= WINDOWS) return;
     Window window(at);
     OutputGradient gradient(mean, invstd, weight, sums, c);
     gradient.finish(count, 0);
-    float restore = restoring(gradient.exponent + (SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)), v[4];
+    float restore = restoring(
+              gradient.exponent + (SPLIT == 1 ? exponents[c] : 0) +
+              kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)),
+          v[4];
     gradients_of(gradient, g, taps, sums ? saved : 0, plane, window, restore, v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {

@@ -1,12 +1,13 @@
 // Register-tiled matrix product of one block, on ordinary FMA units: acc[m][n] += sum_k a[k][m] * b[k][n].
 //
-// Macros: acc_t, TILE_M, TILE_N (the block's tile), PER_THREAD (4 or 8: a thread owns PER_THREAD x PER_THREAD values, in
-// groups of 4 neighbours so that shared memory is read 16 bytes at a time), TILE_K, THREADS. TILE_K columns of a and b sit in shared memory,
-// twice: while one copy is multiplied, the next is loaded through registers, with one barrier a step.
+// Macros: acc_t, TILE_M, TILE_N (the block's tile), PER_THREAD (4 or 8: a thread owns PER_THREAD x PER_THREAD values,
+// in groups of 4 neighbours so that shared memory is read 16 bytes at a time), TILE_K, THREADS. TILE_K columns of a and
+// b sit in shared memory, twice: while one copy is multiplied, the next is loaded through registers, with one barrier a
+// step.
 //
-// Float sums have two levels: after every STEPS_PER_SUM steps a thread adds its values to running totals of its own in shared
-// memory. A chain of n additions loses about sqrt(n) units; 64 terms and then the partial sums lose as much as cuDNN's
-// kernels do, a single chain of thousands several times more.
+// Float sums have two levels: after every STEPS_PER_SUM steps a thread adds its values to running totals of its own in
+// shared memory. A chain of n additions loses about sqrt(n) units; 64 terms and then the partial sums lose as much as
+// cuDNN's kernels do, a single chain of thousands several times more.
 #pragma once
 
 #define THREADS_N (TILE_N / PER_THREAD)
@@ -22,7 +23,10 @@ static_assert(TILE_M * TILE_K % THREADS == 0 && TILE_N * TILE_K % THREADS == 0, 
 
 struct __align__(16) Quad { acc_t v[4]; };
 #define TOTALS (sizeof(acc_t) == 4 ? PER_THREAD * GROUPS_OF_4 : 1)  // double needs no second level
-struct Tiles { acc_t a[2][TILE_K * ROW_M], b[2][TILE_K * ROW_N]; Quad totals[TOTALS][THREADS]; };
+struct Tiles {
+    acc_t a[2][TILE_K * ROW_M], b[2][TILE_K * ROW_N];
+    Quad totals[TOTALS][THREADS];
+};
 typedef acc_t Accumulators[PER_THREAD][PER_THREAD];
 
 // Row (or column) of the tile that this thread's i-th value belongs to; `thread` counts along that dimension.

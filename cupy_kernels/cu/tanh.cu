@@ -1,7 +1,7 @@
 // Forward y = tanh(x); backward dx = dy (1 - y^2), from the saved y.
 //
-// One thread per WIDTH neighbouring elements of a contiguous array. Macros: scalar_t, acc_t, WIDTH (16 bytes of scalar_t where all
-// pointers are aligned to 16 bytes, else 1).
+// One thread per WIDTH neighbouring elements of a contiguous array. Macros: scalar_t, acc_t, WIDTH (16 bytes of
+// scalar_t where all pointers are aligned to 16 bytes, else 1).
 #include "common.cuh"
 #include "tanh.cuh"
 
@@ -19,7 +19,8 @@ extern "C" __global__ void tanh_forward(const scalar_t* __restrict__ x, scalar_t
     }
 }
 
-extern "C" __global__ void tanh_backward(const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, scalar_t* __restrict__ dx, i64 size) {
+extern "C" __global__ void tanh_backward(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, scalar_t* __restrict__ dx, i64 size) {
     i64 start = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * WIDTH;
     if (start + WIDTH <= size) {
         Pack gradient = *(const Pack*)(dy + start), saved = *(const Pack*)(y + start), out;

@@ -1,4 +1,5 @@
-// tanh as accurate as tanhf, for values that are no denormals: 14 instructions in place of two paths that most warps both take.
+// tanh as accurate as tanhf, for values that are no denormals: 14 instructions in place of two paths that most warps
+// both take.
 #pragma once
 #include "common.cuh"
 
@@ -18,8 +19,9 @@ __device__ inline float reciprocal_approximate(float v) {
 }
 #endif
 
-// The formulas, coefficients and bound of NVRTC 11.8's tanhf, which selects between them by a branch. Its third select, of 1 from
-// 9.01 on, changes nothing: there 2 / (e^2v + 1) rounds off. Infinities give 1 and -1, NaN stays NaN, -0 becomes 0.
+// The formulas, coefficients and bound of NVRTC 11.8's tanhf, which selects between them by a branch. Its third select,
+// of 1 from 9.01 on, changes nothing: there 2 / (e^2v + 1) rounds off. Infinities give 1 and -1, NaN stays NaN, -0
+// becomes 0.
 __device__ inline float tanh_branchless(float v) {
     float size = fabsf(v), square = v * v;
     float large = fmaf(-2, reciprocal_approximate(exp2_approximate(size * 2.88539f) + 1), 1);

@@ -1,23 +1,28 @@
-// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory (A in registers, too), float32 accumulation.
+// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory (A in registers, too), float32
+// accumulation.
 //
-// A warpgroup (four warps, 128 threads) issues multiplications together, closes a group of them by wgmma_commit(), and may touch the
-// sums after a wgmma_wait<N>(), which leaves at most the N youngest groups in flight. wgmma_fence() comes before the first one that
-// follows other use of the sums' registers, fence_async_proxy() between a thread's writes to shared memory and the barrier
-// after which wgmma reads them.
+// A warpgroup (four warps, 128 threads) issues multiplications together, closes a group of them by wgmma_commit(), and
+// may touch the sums after a wgmma_wait<N>(), which leaves at most the N youngest groups in flight. wgmma_fence() comes
+// before the first one that follows other use of the sums' registers, fence_async_proxy() between a thread's writes to
+// shared memory and the barrier after which wgmma reads them.
 //
 // Sums, for warp w of the group and lane l: d[t][c] is row 16 w + l/4 + c/2 * 8, column 8 t + 2 (l%4) + c%2.
 #pragma once
 
-// An operand in shared memory: rows of 16 halves (rows of A, columns of B). 8 halves of a row, 16 bytes, lie together, and 8 rows of
-// them one after the other; `along` bytes further lie the rows' next 8 halves, `across` bytes further the next 8 rows.
+// An operand in shared memory: rows of 16 halves (rows of A, columns of B). 8 halves of a row, 16 bytes, lie together,
+// and 8 rows of them one after the other; `along` bytes further lie the rows' next 8 halves, `across` bytes further the
+// next 8 rows.
 struct WgmmaOperand {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* start;
     int along, across;
     __device__ WgmmaOperand(const u8* start, int along, int across) : start(start), along(along), across(across) {}
-    float at(int row, int k) const { return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]); }
+    float at(int row, int k) const {
+        return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]);
+    }
 #else
-    unsigned start, stride;  // the two words of PTX's matrix descriptor, lengths in units of 16 bytes, without a swizzle
+    // The two words of PTX's matrix descriptor, lengths in units of 16 bytes, without a swizzle.
+    unsigned start, stride;
     __device__ WgmmaOperand(const u8* from, int along, int across)
         : start((unsigned)__cvta_generic_to_shared(from) / 16 | along / 16 << 16), stride(across / 16) {}
     __device__ unsigned long long bits() const { return (unsigned long long)stride << 32 | start; }
@@ -33,18 +38,23 @@ struct WgmmaOperand {
     }
 };
 
-// The operand B, transposed, as cells (fp16_cells.cuh) in shared memory: 16 cells of 128 bytes, at a multiple of 1024 bytes and with their
-// parts in cell_offset's order. A cell has a half of each of 64 rows, of which `first_part` eights are left out.
+// The operand B, transposed, as cells (fp16_cells.cuh) in shared memory: 16 cells of 128 bytes, at a multiple of 1024
+// bytes and with their parts in cell_offset's order. A cell has a half of each of 64 rows, of which `first_part` eights
+// are left out.
 struct WgmmaCells {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* start;
     int first_part;
     __device__ WgmmaCells(const u8* start, int first_part) : start(start), first_part(first_part) {}
-    float at(int row, int k) const { return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]); }
+    float at(int row, int k) const {
+        return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]);
+    }
 #else
     unsigned start;
-    __device__ WgmmaCells(const u8* from, int first_part) : start((unsigned)__cvta_generic_to_shared(from) / 16 + first_part) {}
-    __device__ unsigned long long bits() const { return (1ull << 30 | 1024 / 16) << 32 | start; }  // swizzled by 128 bytes, 8 cells further: 1024
+    __device__ WgmmaCells(const u8* from, int first_part)
+        : start((unsigned)__cvta_generic_to_shared(from) / 16 + first_part) {}
+    // Swizzled by 128 bytes, 8 cells further: 1024.
+    __device__ unsigned long long bits() const { return (1ull << 30 | 1024 / 16) << 32 | start; }
 #endif
     __device__ WgmmaCells moved(int bytes) const {
         WgmmaCells other = *this;
@@ -95,14 +105,16 @@ struct WgmmaCells {
 #define WGMMA_TILES_17(use) WGMMA_TILES_16(use), WGMMA_TILE(use, 16)
 #define WGMMA_TILES_18(use) WGMMA_TILES_17(use), WGMMA_TILE(use, 17)
 #define WGMMA_ISSUE(tiles, n, equal, use) \
-    asm volatile("{.reg .pred accumulate; setp." equal ".u32 accumulate, 0, 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" \
-        WGMMA_REGISTERS_##tiles "}, %0, %1, accumulate, 1, 1, 0, 0;}" : "+l"(a_bits), "+l"(b_bits), WGMMA_TILES_##tiles(use));
+    asm volatile("{.reg .pred accumulate; setp." equal ".u32 accumulate, 0, 0; wgmma.mma_async.sync.aligned.m64n" #n \
+                 "k16.f32.f16.f16 {" WGMMA_REGISTERS_##tiles "}, %0, %1, accumulate, 1, 1, 0, 0;}" \
+        : "+l"(a_bits), "+l"(b_bits), WGMMA_TILES_##tiles(use));
 #define WGMMA_CASE(tiles, n) \
     if constexpr (COUNT == tiles && ACCUMULATE) WGMMA_ISSUE(tiles, n, "eq", "+f") \
     if constexpr (COUNT == tiles && !ACCUMULATE) WGMMA_ISSUE(tiles, n, "ne", "=f")
 
 // The first COUNT tiles of 8 columns of d += a b, or without ACCUMULATE d = a b.
-template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline__ void wgmma(float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
+template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline__ void wgmma(
+    float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
 #ifdef CUPY_KERNELS_EMULATOR
     int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     for (int t = 0; t < COUNT; t++)
@@ -134,16 +146,19 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline_
 }
 
 #define WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, use) \
-    asm volatile("{.reg .pred accumulate; setp.ne.u32 accumulate, %1, 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" \
-        WGMMA_REGISTERS_##tiles "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %0, accumulate, 1, 1, 1;}" \
-        : "+l"(b_bits), "+r"(accumulate), WGMMA_TILES_##tiles(use) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
+    asm volatile("{.reg .pred accumulate; setp.ne.u32 accumulate, %1, 0; wgmma.mma_async.sync.aligned.m64n" #n \
+                 "k16.f32.f16.f16 {" WGMMA_REGISTERS_##tiles "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 \
+                                                             "}, %0, accumulate, 1, 1, 1;}" \
+        : "+l"(b_bits), "+r"(accumulate), WGMMA_TILES_##tiles(use) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
 #define WGMMA_CASE_FRAGMENT(tiles, n, a0, a1, a2, a3) \
     if constexpr (COUNT == tiles) WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, "+f")
 
-// The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh. Until a wait for it, the registers of
-// `a` must not change.
+// The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh. Until a wait for
+// it, the registers of `a` must not change.
 template <int COUNT, int MOST>
-__device__ __forceinline__ void wgmma(float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaCells& b, int accumulate = 1) {
+__device__ __forceinline__ void wgmma(
+    float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaCells& b, int accumulate = 1) {
 #ifdef CUPY_KERNELS_EMULATOR
     struct Fragment { float v[8]; } mine;
     for (int i = 0; i < 8; i++) mine.v[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
