@@ -119,7 +119,7 @@ template <class M, class I> __device__ inline void apply(
             next_packs(walk, BATCH, [&](int j, i64 offset) { in[j] = *(const Pack*)(x + (offsets[j] = offset)); });
         #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-            if (j >= have) break;
+            if (j >= have) continue;
             Pack out;
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
@@ -177,14 +177,15 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_forward(
         for (int s = 0; s < SLOTS; s++) {
             if (!open.keep(s, is_finite(moments[s].squares))) continue;
             int channel = walk.channel(s);
-            moments[s].mean += origin_of(x, channel, plane) * open.unit;
-            means[s] = moments[s].mean * inverse_of(open.unit);
-            invstds[s] = invstd_of(moments[s].squares / count, open.unit, eps);
+            acc_t unit = without_unit(moments[s], open.unit);
+            moments[s].mean += origin_of(x, channel, plane) * unit;
+            means[s] = moments[s].mean * inverse_of(unit);
+            invstds[s] = invstd_of(moments[s].squares / count, unit, eps);
             if (!walk.writes(s)) continue;
             param_t *to_mean = running_mean ? running_mean + channel : running_mean,
                     *to_var = running_mean ? running_var + channel : running_var;
             store_statistics(
-                moments[s], open.unit, count, eps, mean + channel, invstd + channel, to_mean, to_var, momentum, 0);
+                moments[s], unit, count, eps, mean + channel, invstd + channel, to_mean, to_var, momentum, 0);
         }
     });
     Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
@@ -235,7 +236,7 @@ __device__ inline void sums_of_chunk(
         int have = tensors.next(walk, batch);
         #pragma unroll
         for (int j = 0; j < Tensors::PACKS; j++) {
-            if (j >= have) break;
+            if (j >= have) continue;
             Pack result;
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
@@ -329,7 +330,7 @@ __device__ inline void backward_apply(
         int have = tensors.next(walk, batch);
         #pragma unroll
         for (int j = 0; j < Tensors::PACKS; j++) {
-            if (j >= have) break;
+            if (j >= have) continue;
             Pack result;
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {

@@ -52,6 +52,15 @@ __device__ inline acc_t invstd_of(acc_t variance, acc_t unit, acc_t eps) {
 
 struct Moments { acc_t mean, squares; };  // squares: sum of squared distances from the mean
 
+// Moments of values times `unit` become those of the values themselves, unless these overflow. Returns the unit that holds then.
+__device__ inline acc_t without_unit(Moments& moments, acc_t unit) {
+    acc_t back = inverse_of(unit);
+    Moments plain = {moments.mean * back, moments.squares * back * back};
+    if (!is_finite(plain.mean) || !is_finite(plain.squares)) return unit;
+    moments = plain;
+    return 1;
+}
+
 // From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where
 // not null. shift: what running_mean has besides the mean. Pointers are to the channel's values.
 template <class N, class P> __device__ inline void store_statistics(

@@ -193,14 +193,14 @@ __device__ inline void moments_of_chunk(
             acc_t total = 0, rest = 0, squares = 0;
             #pragma unroll
             for (int b = 0; b < BATCH; b++) {
-                if (b >= have) break;
+                if (b >= have) continue;
                 #pragma unroll
                 for (int i = 0; i < PER_SLOT; i++) total += to_acc(in[b].v[s + i]) * unit;
             }
             acc_t shift = finite_or_zero(total * inverse);
             #pragma unroll
             for (int b = 0; b < BATCH; b++) {
-                if (b >= have) break;
+                if (b >= have) continue;
                 #pragma unroll
                 for (int i = 0; i < PER_SLOT; i++) {
                     acc_t d = to_acc(in[b].v[s + i]) * unit - shift;
