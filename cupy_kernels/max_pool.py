@@ -1,36 +1,87 @@
-"""Max pooling over two dimensions, of arrays [..., H, W]."""
+"""Max pooling over two dimensions, of arrays [..., H, W], or channels_last ones, [N, H, W, C]."""
 
-from .pool import Pool, launch_pixels, launch_windows, pool_kernel, pool_variants
+import itertools
+import math
+
+import numpy as np
+
+from .common import FLOATS, THREADS, ceil_div, row_width, same_shape, scalar, scalar_macros
+from .launch import launch
+from .pool import (
+    Pool,
+    check_pool_shapes,
+    launch_pixels,
+    launch_windows,
+    pool_kernel,
+    pool_variants,
+    tap_type,
+)
+from .source import DTYPES, Kernel, Variant
+
+_FILE, _CHANNELS_LAST_FILE = "max_pool.cu", "max_pool_channels_last.cu"
 
 
-def max_pool_forward(x, y, taps, indices, kernel_size, stride, padding, dilation) -> None:
+def max_pool_forward(
+    x, y, taps, indices, kernel_size, stride, padding, dilation, channels_last: bool = False
+) -> None:
     """y = the largest element of each window of x: of equal ones the first. A NaN is the largest: of several the last.
 
     taps: the argmax as its place in the window, kh * kernel_w + kw; uint8, or int32 for windows of more than 254
         elements. indices: the argmax as its place in the plane, h * W + w; int64. Both have y's shape, or are None.
     y, taps and indices are written.
     kernel_size, stride, padding, dilation: pairs; `pool_output_size` has the shapes they allow.
+    channels_last: all arrays are [N, H, W, C].
     """
     pool = Pool(kernel_size, stride, padding, dilation)
+    if channels_last:
+        _launch("max_pool_forward_channels_last", (x, y, taps, indices), x, y, y, pool)
+        return
     windows = [a for a in (y, indices) if a is not None]
-    kernel = pool_kernel("max_pool.cu", "max_pool_forward", (x,), windows, taps, pool)
+    kernel = pool_kernel(_FILE, "max_pool_forward", (x,), windows, taps, pool)
     launch_windows(kernel, (x, y, taps, indices), x, y, pool)
 
 
-def max_pool_backward(dy, taps, dx, kernel_size, stride, padding, dilation) -> None:
+def max_pool_backward(dy, taps, dx, kernel_size, stride, padding, dilation, channels_last: bool = False) -> None:
     """dx = for each pixel the sum of dy over the windows whose argmax it is, by the forward's taps. dx is written."""
     pool = Pool(kernel_size, stride, padding, dilation)
-    kernel = pool_kernel("max_pool.cu", "max_pool_backward", (dx,), (dy,), taps, pool)
+    if channels_last:
+        _launch("max_pool_backward_channels_last", (dy, taps, dx), dx, dy, dx, pool)
+        return
+    kernel = pool_kernel(_FILE, "max_pool_backward", (dx,), (dy,), taps, pool)
     launch_pixels(kernel, (dy, taps, dx), dx, dy, pool)
 
 
-def max_pool_select(x, taps, y, kernel_size, stride, padding, dilation) -> None:
+def max_pool_select(x, taps, y, kernel_size, stride, padding, dilation, channels_last: bool = False) -> None:
     """y = the element of x at each window's tap, 0 where a window holds none; taps are a forward's. y is written."""
     pool = Pool(kernel_size, stride, padding, dilation)
-    kernel = pool_kernel("max_pool.cu", "max_pool_select", (x,), (y,), taps, pool)
+    if channels_last:
+        _launch("max_pool_select_channels_last", (x, taps, y), x, y, y, pool)
+        return
+    kernel = pool_kernel(_FILE, "max_pool_select", (x,), (y,), taps, pool)
     launch_windows(kernel, (x, taps, y), x, y, pool)
 
 
 def variants():
     """Every variant that this module launches."""
-    yield from pool_variants("max_pool.cu")
+    yield from pool_variants(_FILE)
+    for name, wide_taps in itertools.product(FLOATS, (False, True)):
+        for width in (16 // DTYPES[name].itemsize, 1):
+            yield Variant(_CHANNELS_LAST_FILE, _macros(name, wide_taps, width))
+
+
+def _launch(name, args, x, y, places, pool):
+    """Starts a kernel on [N, H, W, C]. x, y: arrays of the input's and the output's shape; places: the one it writes."""
+    same_shape(**{f"array {i} like the output": a for i, a in enumerate(args) if a is not x}, y=y)
+    (images, height, width, channels), output = x.shape, y.shape
+    check_pool_shapes((images, channels, height, width), (output[0], output[3], *output[1:3]), pool)
+    wide = 16 // x.itemsize
+    if row_width(channels, x, *(a for a in args if a is not None and a.dtype != np.int64)) < wide:
+        wide = 1
+    blocks = images * ceil_div(math.prod(places.shape[1:3]) * channels // wide, THREADS)
+    kernel = Kernel(_CHANNELS_LAST_FILE, name, _macros(scalar(x), pool.wide_taps, wide))
+    sizes = (height, width, *output[1:3], *itertools.chain(*pool))
+    launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (*args, channels, *sizes))
+
+
+def _macros(name, wide_taps, width):
+    return (*scalar_macros(name), ("tap_t", tap_type(wide_taps)), ("WIDTH", width), ("THREADS", THREADS))

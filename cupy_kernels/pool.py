@@ -70,7 +70,7 @@ def pool_kernel(file: str, name: str, pixels, windows, taps, pool: Pool, macros=
     x, y = pixels[0], windows[0]
     same_shape(**{f"array {i} like the input": a for i, a in enumerate(pixels)})
     same_shape(**{f"array {i} like the output": a for i, a in enumerate((*windows, taps))})
-    _check_shapes(x.shape, y.shape, pool)
+    check_pool_shapes(x.shape, y.shape, pool)
     two_by_two = pool == _TWO_BY_TWO and row_width(x.shape[-1], *pixels) >= 2
     return Kernel(file, name, _defines(scalar(x), pool.wide_taps, two_by_two, macros))
 
@@ -82,10 +82,15 @@ def pool_variants(file: str, macros=()):
             yield Variant(file, _defines(name, wide_taps, two_by_two, macros))
 
 
+def tap_type(wide_taps: bool) -> str:
+    """The kernels' name for the type of taps."""
+    return "int" if wide_taps else "u8"
+
+
 def _defines(name, wide_taps, two_by_two, macros):
     return (
         *scalar_macros(name),
-        ("tap_t", "int" if wide_taps else "u8"),
+        ("tap_t", tap_type(wide_taps)),
         ("WINDOW_2X2", int(two_by_two)),
         ("SITE", 2 if two_by_two else 1),
         ("ITEMS", _ITEMS_2X2 if two_by_two else 1),
@@ -95,7 +100,8 @@ def _defines(name, wide_taps, two_by_two, macros):
 
 
 @functools.lru_cache(maxsize=1024)
-def _check_shapes(shape, output_shape, pool):
+def check_pool_shapes(shape, output_shape, pool: Pool) -> None:
+    """ValueError unless `pool` makes output_shape of shape, both [..., H, W], with ceil_mode or without."""
     pool_output_size(shape[-2:], pool, ceil_mode=True)
     allowed = [(*shape[:-2], *_windows(shape[-2:], pool, ceil_mode)) for ceil_mode in (False, True)]
     if output_shape not in allowed:

@@ -7,7 +7,7 @@
 // torch has it, h * width + w. taps and indices may be null in the forward. Macros and limits: pool.cuh.
 #include "pool.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS) max_pool_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_forward(
     const scalar_t* __restrict__ x, scalar_t* __restrict__ y, tap_t* __restrict__ taps, i64* __restrict__ indices,
     int planes, int period, int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h,
     int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
