@@ -51,14 +51,11 @@ def batch_norm_forward(
     As `batch_norm_statistics` and `batch_norm_apply`, in one kernel where a block can have all of a channel.
     """
     same_shape(x=x, y=y)
-    walk = _whole((x, y), 1, running_mean, weight, bias)
-    if walk is None:
+    if not _one_dtype(running_mean, weight, bias) or not _whole(
+        x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh
+    ):
         batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, workspace, momentum, eps)
         batch_norm_apply(x, mean, invstd, weight, bias, y, tanh)
-        return
-    _check_channels(x, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    args = (x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh)
-    walk.launch("batch_norm_forward", (*args, *walk.sizes, walk.tile))
 
 
 def batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, workspace, momentum, eps) -> None:
@@ -69,9 +66,11 @@ def batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, w
     batches: one int64, which grows by 1, or None.
     workspace: `batch_norm_workspace(x)` elements, written.
     """
+    partials = _partials(workspace, x)
+    if _whole(x, running_mean, running_var, batches, None, None, None, mean, invstd, momentum, eps, False):
+        return
     channels = _check_channels(x, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
     walk = _walk((x,), running_mean)
-    partials = _partials(workspace, x)
     walk.launch("batch_norm_partials", (x, partials, *walk.sizes, walk.chunks, walk.tile))
     args = (x, partials, running_mean, running_var, batches, mean, invstd, momentum, eps, *walk.sizes, walk.chunks)
     _combine(Kernel(_FILE, "batch_norm_statistics", walk.macros), channels, walk.chunks, args)
@@ -131,7 +130,7 @@ def batch_norm_backward(
     channels = _check_channels(dy, mean=mean, invstd=invstd, weight=weight, dweight=dweight, dbias=dbias)
     tensors = [a for a in (dy, x if sums_needed else None, y, dx) if a is not None]
     parameters = (weight, dweight, dbias)
-    whole = _whole(tensors, 2 + (y is not None), *parameters) if through_statistics else None
+    whole = _whole_walk(tensors, 2 + (y is not None), *parameters) if through_statistics else None
     if whole is not None:
         args = (dy, x, y, mean, invstd, weight, dx, dweight, dbias, *whole.sizes, whole.tile)
         whole.launch("batch_norm_backward", args)
@@ -174,6 +173,18 @@ def variants():
         yield Variant(_FILE, _macros("float", param, 1, 1))
 
 
+def _whole(x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh) -> bool:
+    """`batch_norm_forward` by blocks that have whole channels, without y if that is None; False if others are quicker."""
+    walk = _whole_walk([a for a in (x, y) if a is not None], 1, running_mean, weight, bias)
+    if walk is None:
+        return False
+    running = {"running_mean": running_mean, "running_var": running_var}
+    _check_channels(x, mean=mean, invstd=invstd, weight=weight, bias=bias, **running)
+    args = (x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh)
+    walk.launch("batch_norm_forward", (*args, *walk.sizes, walk.tile))
+    return True
+
+
 class _Walk(NamedTuple):
     """How blocks share [images, channels, plane], see channel_walk.cuh."""
 
@@ -208,7 +219,7 @@ def _walk(tensors, *parameters) -> _Walk:
     return _Walk(macros, across, (channels, plane, images * plane, chunk), chunks, tile, threads)
 
 
-def _whole(tensors, read: int, *parameters) -> _Walk | None:
+def _whole_walk(tensors, read: int, *parameters) -> _Walk | None:
     """The walk of blocks that have whole channels; None if that is not quicker, or no variant has the parameters.
 
     read: how many tensors are read twice.

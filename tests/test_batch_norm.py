@@ -1,4 +1,5 @@
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -303,9 +304,51 @@ def test_layouts(device, make, pair):
     weight, bias = (make(p.view(1, 4, 1, 1).expand(3, 4, 6, 8))[0, :, 0, 0] for p in parameters(4, device))
     y, expected = (f(x, None, None, weight, bias, training=True) for f in pair)
     torch.testing.assert_close(y, expected)
-    assert y.is_contiguous()
+    assert y.stride() == expected.stride()
     dy = torch.randn(y.shape[::-1], device=device).permute(3, 2, 1, 0)
     torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, x, dy)[0])
+
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), PARAMETER_DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(
+    "shape", [(3, 16, 5, 7), (2, 3, 4, 5), (2, 12, 3, 2, 4), (5, 8, 1, 1), (3, 2, 4, 5), (1, 264, 5, 5)], ids=str
+)
+def test_channels_last(device, pair, dtype, parameter_dtype, training, shape):
+    x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=FORMATS[len(shape)]).requires_grad_()
+    running = statistics(shape[1], device, parameter_dtype)
+    weight, bias = parameters(shape[1], device, parameter_dtype)
+    check_pair(pair, x, running, weight, bias, training=training)
+    y, expected = (f(x, *(r.clone() for r in running), weight, bias, training) for f in pair)
+    assert y.stride() == expected.stride()
+    dy = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(result, x, dy)[0] for result in (y, expected))
+    assert ours.stride() == theirs.stride()
+
+
+@pytest.mark.parametrize("shape", [(64, 5, 6, 33), (520, 12), (70, 17, 7, 7), (20, 40, 3, 3), (450, 300)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("whole", [False, True], ids=["chunks", "whole"])
+def test_walks(device, monkeypatch, launched, shape, dtype, last, whole):
+    """Planes, rows, and rows of small planes; by blocks of a chunk, and of whole channels."""
+    if not whole:
+        monkeypatch.setattr("cupy_kernels.batch_norm._WHOLE_BYTES", 0)
+        monkeypatch.setattr("cupy_kernels.batch_norm._ROWS_CHUNK_BYTES", (2**12, 2**12))
+        monkeypatch.setattr("cupy_kernels.batch_norm._PLANES_CHUNK_BYTES", 2**14)
+        plans = threading.local()
+        monkeypatch.setattr("modelnew.calls._thread", lambda: plans)
+    x = (torch.randn(shape, device=device) + 1).to(dtype)
+    if last and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    running, (weight, bias) = statistics(shape[1], device), parameters(shape[1], device)
+    check_pair(PAIRS[1].values[0], x.requires_grad_(), running, weight, bias, training=True)
+    names = {kernel.name for kernel in launched}
+    assert ("batch_norm_forward" in names, "batch_norm_backward" in names) == (whole, whole)
 
 
 @pytest.mark.parametrize("function", [batch_norm, batch_norm_tanh])

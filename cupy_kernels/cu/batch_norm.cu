@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_eval(
     apply(x, weight, bias, y, with_tanh, walk, [&](int s) { return means[s]; }, [&](int s) { return invstds[s]; });
 }
 
-// Statistics and result, of blocks that have whole channels.
+// Statistics, and where y is not null the result, of blocks that have whole channels.
 extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_forward(
     const scalar_t* __restrict__ x, INOUT param_t* running_mean, INOUT param_t* running_var, INOUT i64* batches,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
@@ -188,6 +188,7 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_forward(
                 moments[s], unit, count, eps, mean + channel, invstd + channel, to_mean, to_var, momentum, 0);
         }
     });
+    if (!y) return;
     Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
     apply(x, weight, bias, y, with_tanh, walk, [&](int s) { return means[s]; }, [&](int s) { return invstds[s]; });
 }
