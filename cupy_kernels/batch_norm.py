@@ -7,9 +7,10 @@ float32.
 """
 
 import itertools
-from math import lcm, prod
+from math import prod
 from typing import NamedTuple
 
+from .channel_walk import PACK_BYTES, row_tile, scratch_bytes, whole_warps, widths
 from .common import (
     FLOATS,
     MULTIPROCESSORS,
@@ -24,22 +25,23 @@ from .common import (
     scalar_macros,
 )
 from .launch import launch
-from .source import DTYPES, SCALARS, Kernel, Variant
+from .source import SCALARS, Kernel, Variant
 
 _FILE = "batch_norm.cu"
-_PACK_BYTES = 16  # of the widest access
 _PLANES_CHUNK_BYTES = 2**15
 _ROWS_CHUNK_BYTES = (2**14, 2**16)  # least and most: fewer partial results if there are enough blocks
 _BLOCKS = 4 * MULTIPROCESSORS  # enough of them
-_TILE_BYTES, _WHOLE_TILE_BYTES = 512, 128  # of a row that a block reads: of a chunk, of whole channels
+_TILE_BYTES, _WHOLE_TILE_BYTES = 512, (128, 64, 32)  # of a row that a block reads: of a chunk, of whole channels
 _ROWS_OF_PLANES = 16  # the fewest images that are worth a walk over rows
-_WHOLE_BYTES = 200 * 2**10  # of whole channels: one such block an SM, and what is read twice is in the L2 cache then
-_FEW_BYTES, _FEW_BLOCKS = 2**21, 64  # fewer blocks than these cannot keep the memory busy, unless there is little to do
-_WHOLE_THREADS = {0: 512, 1: 1024}  # the most, by PLANES
+_WHOLE_THREADS = {0: (256, 512), 1: (256, 512, 1024)}  # of a block of whole channels, by PLANES
+_SM_THREADS = 1024  # that an SM runs at once, as many registers as they have
+_L2_BYTES = 27 * 10**6  # that stay in the L2 cache until they are read again
+_SM_BYTES_US, _BYTES_US = 45 * 10**3, 2.8 * 10**6  # an H100's memory: bytes a microsecond for one SM, and for all
+_LAUNCHES_US = 9  # what two more launches, and partial results, cost
 
 
 def batch_norm_workspace(x) -> int:
-    """Elements of the workspace that the statistics and the gradients of this x, or one of its shape and dtype, need."""
+    """Elements of the workspace that the statistics and the gradients of x, or one of its shape and dtype, need."""
     return 2 * x.shape[1] * (1 + _chunks(x)[1])
 
 
@@ -112,9 +114,7 @@ def batch_norm_apply(x, mean, invstd, weight, bias, y, tanh=False) -> None:
     walk.launch("batch_norm_apply", args, shared=False)
 
 
-def batch_norm_backward(
-    dy, x, mean, invstd, weight, dx, dweight, dbias, workspace, through_statistics, y=None
-) -> None:
+def batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspace, through_statistics, y=None) -> None:
     """dx, dweight and dbias, written where not None. xhat = (x - mean) invstd.
 
     dbias = sum of g, and dweight = sum of g xhat, per channel. g = dy; if `y` is given, the forward's result with tanh,
@@ -152,7 +152,7 @@ def batch_norm_backward(
 def batch_norm_backward_combine(partials, mean, sums, dweight, dbias, macros=None) -> None:
     """The gradients of weight and bias from partial sums, and both sums in float64.
 
-    partials: (2, C, chunks), sums: (2, C), float64. macros: of the module to take the kernel from, if the caller has one.
+    partials: (2, C, chunks), sums: (2, C), float64. macros: of the module to take the kernel from, if there is one.
     """
     _, channels, chunks = partials.shape
     if sums.shape != (2, channels):
@@ -167,14 +167,14 @@ def batch_norm_backward_combine(partials, mean, sums, dweight, dbias, macros=Non
 def variants():
     """Every variant that this module launches."""
     for name in FLOATS:
-        for param, width, planes in itertools.product(sorted({accumulator(name), name}), _widths(name), (1, 0)):
+        for param, width, planes in itertools.product(sorted({accumulator(name), name}), widths(name), (1, 0)):
             yield Variant(_FILE, _macros(name, param, width, planes))
     for param in ("half_t", "bf16_t"):  # the second stage of a reduction that another module began in float
         yield Variant(_FILE, _macros("float", param, 1, 1))
 
 
 def _whole(x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh) -> bool:
-    """`batch_norm_forward` by blocks that have whole channels, without y if that is None; False if others are quicker."""
+    """`batch_norm_forward` by blocks of whole channels, without y if that is None; False if chunks are quicker."""
     walk = _whole_walk([a for a in (x, y) if a is not None], 1, running_mean, weight, bias)
     if walk is None:
         return False
@@ -196,12 +196,9 @@ class _Walk(NamedTuple):
     threads: int
 
     def launch(self, name, args, shared=True):
-        macros = dict(self.macros)
-        slots = 1 if macros["PLANES"] else macros["WIDTH"]
-        values = max(32, slots * self.threads * (slots > 1 or not macros["PLANES"])) if shared else 0
         blocks = self.across * self.chunks if self.sizes[2] else 0
-        kernel, shared_bytes = Kernel(_FILE, name, self.macros), values * DTYPES[macros["acc_t"]].itemsize
-        launch(kernel, (blocks, 1, 1), (self.threads, 1, 1), args, shared_bytes)
+        shared_bytes = scratch_bytes(self.macros, self.threads) if shared else 0
+        launch(Kernel(_FILE, name, self.macros), (blocks, 1, 1), (self.threads, 1, 1), args, shared_bytes)
 
 
 def _walk(tensors, *parameters) -> _Walk:
@@ -212,8 +209,8 @@ def _walk(tensors, *parameters) -> _Walk:
     width = _width(channels * plane if by_rows else plane, tensors)
     tile, threads = 0, THREADS
     if by_rows:
-        tile = _tile(channels * plane, plane, width, x.itemsize, _TILE_BYTES)
-        threads = _whole_warps(tile * max(1, THREADS // tile))
+        tile = row_tile(channels * plane, plane, width, _TILE_BYTES // (width * x.itemsize))
+        threads = whole_warps(tile * max(1, THREADS // tile))
     across = ceil_div(channels * plane // width, tile) if by_rows else channels
     macros = _macros(scalar(x), _parameter(x, *parameters), width, int(not by_rows))
     return _Walk(macros, across, (channels, plane, images * plane, chunk), chunks, tile, threads)
@@ -230,18 +227,24 @@ def _whole_walk(tensors, read: int, *parameters) -> _Walk | None:
     if not x.size or not _one_dtype(*parameters):
         return None
     width = _width(channels * plane if by_rows else plane, tensors)
-    if by_rows:
-        tile = _tile(channels * plane, plane, width, x.itemsize, _WHOLE_TILE_BYTES)
+    tile, across, packs = 0, channels, count // width
+    for tile_bytes in _WHOLE_TILE_BYTES if by_rows else ():  # the widest of which there are enough blocks
+        tile = row_tile(channels * plane, plane, width, tile_bytes // (width * x.itemsize))
         across, packs = ceil_div(channels * plane // width, tile), tile * images
-    else:
-        tile, across, packs = 0, channels, count // width
+        if across >= MULTIPROCESSORS:
+            break
     block_bytes = packs * width * x.itemsize * read
-    if block_bytes > _WHOLE_BYTES or (across < _FEW_BLOCKS and block_bytes * across > _FEW_BYTES):
+    total = across * block_bytes
+    for most in _WHOLE_THREADS[not by_rows]:  # the fewest that keep the memory busy: the more blocks overlap
+        resident = min(across, MULTIPROCESSORS * (_SM_THREADS // most))
+        if resident * most >= MULTIPROCESSORS * _SM_THREADS // 2 and resident * block_bytes <= _L2_BYTES:
+            break
+    whole_us = max(2 * block_bytes / _SM_BYTES_US, (total + total / read) / _BYTES_US)
+    chunks_us = (2 * total + total / read) / _BYTES_US + _LAUNCHES_US
+    if resident * block_bytes > _L2_BYTES or whole_us > chunks_us:
         return None
-    # Two packs in flight per thread, and as many threads as leave what is read twice in the L2 cache.
-    most = min(256 if block_bytes <= 48 * 2**10 else 512 if block_bytes <= 96 * 2**10 else 1024, _WHOLE_THREADS[not by_rows])
     threads = min(ceil_div(packs, 2), most)
-    threads = _whole_warps(tile * max(1, threads // tile) if by_rows else threads)
+    threads = whole_warps(tile * max(1, threads // tile) if by_rows else threads)
     chunk = count if by_rows else threads * width * ceil_div(count, threads * width)
     macros = _macros(scalar(x), _parameter(x, *parameters), width, int(not by_rows))
     return _Walk(macros, across, (channels, plane, count, chunk), 1, tile, threads)
@@ -250,35 +253,23 @@ def _whole_walk(tensors, read: int, *parameters) -> _Walk | None:
 def _chunks(x):
     """(whether blocks walk over rows, chunks of a channel, values of a chunk): for the shape and dtype of x alone."""
     images, channels, plane = _sizes(x.shape)
-    widest, row = _PACK_BYTES // x.itemsize, channels * plane
+    widest, row = PACK_BYTES // x.itemsize, channels * plane
     few = plane <= THREADS and plane % widest and images >= _ROWS_OF_PLANES and row % widest == 0
     if row >= 2**31 or not (plane == 1 or few):
         chunk = _PLANES_CHUNK_BYTES // x.itemsize
         return False, ceil_div(images * plane, chunk), chunk
     least, most = _ROWS_CHUNK_BYTES
     chunk_bytes = max(least, min(most, images * row * x.itemsize // _BLOCKS))
-    tile_bytes = _tile(row, plane, widest if row % widest == 0 else 1, x.itemsize, _TILE_BYTES)
-    tile_bytes *= widest if row % widest == 0 else 1
-    chunks = ceil_div(images * tile_bytes * x.itemsize, chunk_bytes)
+    width = widest if row % widest == 0 else 1
+    tile = row_tile(row, plane, width, _TILE_BYTES // (width * x.itemsize))
+    chunks = ceil_div(images * tile * width * x.itemsize, chunk_bytes)
     rows = max(1, ceil_div(images, max(1, chunks)))
     return True, ceil_div(images, rows), rows * plane
 
 
-def _tile(row, plane, width, itemsize, wanted):
-    """Packs of a row, of whole channels: about `wanted` bytes, and as many for each block."""
-    unit, packs = lcm(width, plane) // width, row // width
-    tile = unit * max(1, wanted // (unit * width * itemsize))
-    tiles = max(1, ceil_div(packs, tile))
-    return unit * max(1, ceil_div(ceil_div(packs, tiles), unit))
-
-
-def _whole_warps(threads):
-    return 32 * ceil_div(threads, 32)
-
-
 def _combine(kernel, channels, chunks, args):
     """A block for each channel, of no more threads than there are chunks."""
-    launch(kernel, (channels, 1, 1), (min(THREADS, _whole_warps(max(1, chunks))), 1, 1), args)
+    launch(kernel, (channels, 1, 1), (min(THREADS, whole_warps(max(1, chunks))), 1, 1), args)
 
 
 def _partials(workspace, x):
@@ -316,15 +307,9 @@ def _parameter(x, *parameters):
 def _width(length, tensors):
     """Elements per access, for which there is a variant, that divides rows of this length and all addresses."""
     aligned = row_width(length, *tensors)
-    return next(w for w in _widths(scalar(tensors[0])) if w <= aligned)
-
-
-def _widths(name):
-    """Elements per access, the widest first: 16 bytes, half of that for 16-bit types, one element."""
-    widest = _PACK_BYTES // DTYPES[name].itemsize
-    return (8, 4, 1) if widest == 8 else (widest, 1)
+    return next(w for w in widths(scalar(tensors[0])) if w <= aligned)
 
 
 def _macros(name, param, width, planes):
-    sizes = {"WIDTH": width, "PLANES": planes, "THREADS": THREADS, "WHOLE_THREADS": _WHOLE_THREADS[planes]}
+    sizes = {"WIDTH": width, "PLANES": planes, "THREADS": THREADS, "WHOLE_THREADS": _WHOLE_THREADS[planes][-1]}
     return (*scalar_macros(name), ("param_t", param), *sizes.items())

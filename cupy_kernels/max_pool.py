@@ -21,9 +21,7 @@ from .source import DTYPES, Kernel, Variant
 _FILE, _CHANNELS_LAST_FILE = "max_pool.cu", "max_pool_channels_last.cu"
 
 
-def max_pool_forward(
-    x, y, taps, indices, kernel_size, stride, padding, dilation, channels_last: bool = False
-) -> None:
+def max_pool_forward(x, y, taps, indices, kernel_size, stride, padding, dilation, channels_last: bool = False) -> None:
     """y = the largest element of each window of x: of equal ones the first. A NaN is the largest: of several the last.
 
     taps: the argmax as its place in the window, kh * kernel_w + kw; uint8, or int32 for windows of more than 254
@@ -70,7 +68,7 @@ def variants():
 
 
 def _launch(name, args, x, y, places, pool):
-    """Starts a kernel on [N, H, W, C]. x, y: arrays of the input's and the output's shape; places: the one it writes."""
+    """Starts a kernel on [N, H, W, C]. x, y: of the input's and the output's shape; places: the array it writes."""
     same_shape(**{f"array {i} like the output": a for i, a in enumerate(args) if a is not x}, y=y)
     (images, height, width, channels), output = x.shape, y.shape
     check_pool_shapes((images, channels, height, width), (output[0], output[3], *output[1:3]), pool)

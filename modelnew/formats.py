@@ -1,4 +1,4 @@
-"""Memory formats: which one a tensor has, as torch tells them apart, and the contiguous array that kernels see of it."""
+"""Memory formats: which one a tensor has, as torch tells them apart, and what kernels see of it."""
 
 import torch
 
@@ -25,6 +25,33 @@ def dense_in(tensor: torch.Tensor, last: bool) -> torch.Tensor:
     """The tensor in one of both formats, without lazy negation. Copies only if it must."""
     memory_format = _FORMATS[tensor.dim()] if last else torch.contiguous_format
     return tensor.resolve_neg().contiguous(memory_format=memory_format)
+
+
+def dense_like(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor without gaps, with the strides of `like`, or those that torch's results would have. May be a copy."""
+    like = tensor if like is None else like
+    if tensor.stride() == like.stride() and (tensor.is_contiguous() or _fills_memory(tensor)) and not tensor.is_neg():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor without gaps, in the order in which they lie in memory."""
+    return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+
+
+def unflat(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A result for flat(like), with the shape and strides of `like`."""
+    return tensor if tensor.stride() == like.stride() else tensor.as_strided(like.shape, like.stride())
+
+
+def _fills_memory(tensor):
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def stored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:

@@ -226,9 +226,10 @@ def results(function, cast, x, weight, bias, dy, training=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(5, 3, 4, 5), (9, 2, 32, 32)], ids=str)
 @pytest.mark.parametrize("name", LARGE)
-def test_large_values_are_as_right_as_small_ones(device, name, shape, dtype, pair):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_large_values_are_as_right_as_small_ones(device, name, shape, dtype, pair, memory_format):
     """PyTorch's own results are zeros and NaN there."""
-    x, dy = LARGE[name](shape).to(device, dtype), torch.randn(shape).to(device, dtype)
+    x, dy = (t.to(device, dtype, memory_format=memory_format) for t in (LARGE[name](shape), torch.randn(shape)))
     weight, bias = parameters(shape[1], device, dtype)
     ours = results(pair[0], torch.Tensor.clone, x, weight, bias, dy)
     truth = results(pair[1], torch.Tensor.double, x, weight, bias, dy)
@@ -337,7 +338,7 @@ def test_channels_last(device, pair, dtype, parameter_dtype, training, shape):
 def test_walks(device, monkeypatch, launched, shape, dtype, last, whole):
     """Planes, rows, and rows of small planes; by blocks of a chunk, and of whole channels."""
     if not whole:
-        monkeypatch.setattr("cupy_kernels.batch_norm._WHOLE_BYTES", 0)
+        monkeypatch.setattr("cupy_kernels.batch_norm._L2_BYTES", 0)
         monkeypatch.setattr("cupy_kernels.batch_norm._ROWS_CHUNK_BYTES", (2**12, 2**12))
         monkeypatch.setattr("cupy_kernels.batch_norm._PLANES_CHUNK_BYTES", 2**14)
         plans = threading.local()

@@ -145,7 +145,12 @@ def test_layouts(device, make):
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("shape", [(2, 16, 8, 10), (1, 3, 7, 6), (3, 24, 5, 9)], ids=str)
 def test_channels_last(device, dtype, window, shape):
-    x = torch.randn(shape, device=device).round(decimals=1).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    x = (
+        torch.randn(shape, device=device)
+        .round(decimals=1)
+        .to(dtype, memory_format=torch.channels_last)
+        .requires_grad_()
+    )
     (y, indices), (expected, expected_indices) = with_indices(x, **window)
     for ours, theirs in ((y, expected), (indices, expected_indices)):
         assert torch.equal(ours, theirs)

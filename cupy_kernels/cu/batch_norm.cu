@@ -103,33 +103,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_eval_statistics
 // y of a chunk, from mean(s) and invstd(s) of each slot's channel.
 template <class M, class I> __device__ inline void apply(
     const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
-    scalar_t* __restrict__ y, bool with_tanh, Walk walk, M mean, I invstd) {
-    Normaliser normalise[SLOTS];
-    acc_t w[SLOTS], b[SLOTS];
-    #pragma unroll
-    for (int s = 0; s < SLOTS; s++) {
-        normalise[s] = Normaliser(mean(s), invstd(s));
-        w[s] = bn_weight(weight, walk.channel(s)), b[s] = bn_bias(bias, walk.channel(s));
-    }
-    #pragma unroll 1
-    while (walk.packs > 0) {
-        Pack in[BATCH];
-        i64 offsets[BATCH];
-        int have =
-            next_packs(walk, BATCH, [&](int j, i64 offset) { in[j] = *(const Pack*)(x + (offsets[j] = offset)); });
-        #pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            if (j >= have) continue;
-            Pack out;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                int s = i / PER_SLOT;
-                acc_t v = bn_affine(normalise[s](to_acc(in[j].v[i])), w[s], b[s]);
-                out.v[i] = from_acc<scalar_t>(with_tanh ? tanh_of(v) : v);
-            }
-            *(Pack*)(y + offsets[j]) = out;
-        }
-    }
+    scalar_t* __restrict__ y, bool with_tanh, const Walk& walk, M mean, I invstd) {
+    auto weight_of = [&](int s) { return bn_weight(weight, walk.channel(s)); };
+    auto bias_of = [&](int s) { return bn_bias(bias, walk.channel(s)); };
+    normalise_chunk(x, y, walk, mean, invstd, weight_of, bias_of, [=](acc_t v) { return with_tanh ? tanh_of(v) : v; });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_apply(

@@ -110,9 +110,9 @@ template <class F> __device__ inline int next_packs(Walk& walk, int most, F load
 #if PLANES
 __device__ inline void block_sums(acc_t (&v)[SLOTS], const Walk&, acc_t* scratch) { v[0] = block_sum(v[0], scratch); }
 #else
-__device__ inline void block_sums(acc_t (&v)[SLOTS], const Walk& walk, acc_t* scratch) {
+// The first half: sums over the block's rows; every thread gets those of its columns.
+__device__ inline void column_sums(acc_t (&v)[SLOTS], const Walk& walk, acc_t* scratch) {
     int threads = blockDim.x, thread = threadIdx.x;
-    auto place = [&](int column) { return column % WIDTH * threads + column / WIDTH; };
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) scratch[s * threads + thread] = v[s];
     for (int rows = threads / walk.tile; rows > 1;) {
@@ -126,20 +126,32 @@ __device__ inline void block_sums(acc_t (&v)[SLOTS], const Walk& walk, acc_t* sc
         rows = half;
     }
     __syncthreads();
-    int at = thread % walk.tile * WIDTH;  // of the thread's first value in a row of the tile
-    if (walk.plane > 1) {                 // a warp a channel
-        for (int first = thread / 32 * walk.plane; first < walk.tile * WIDTH; first += threads / 32 * walk.plane) {
-            acc_t sum = 0;
-            for (int column = thread % 32; column < walk.plane; column += 32) sum += scratch[place(first + column)];
-            for (int lanes = 16; lanes > 0; lanes >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-            if (thread % 32 == 0) scratch[place(first)] = sum;
-        }
-        __syncthreads();
-    }
+    #pragma unroll
+    for (int s = 0; s < SLOTS; s++) v[s] = scratch[s * threads + thread % walk.tile];
+    __syncthreads();
+}
+// The second half, a warp a channel: sums over a channel's columns, of what the threads of a column all have.
+__device__ inline void sums_of_columns(acc_t (&v)[SLOTS], const Walk& walk, acc_t* scratch) {
+    int threads = blockDim.x, thread = threadIdx.x, plane = walk.plane;
+    auto place = [&](int column) { return column % WIDTH * threads + column / WIDTH; };
     #pragma unroll
     for (int s = 0; s < SLOTS; s++)
-        v[s] = scratch[place(walk.plane == 1 ? at + s : (at + s) / walk.plane * walk.plane)];
+        if (thread < walk.tile) scratch[s * threads + thread] = v[s];
     __syncthreads();
+    for (int first = thread / 32 * plane; first < walk.tile * WIDTH; first += threads / 32 * plane) {
+        acc_t sum = 0;
+        for (int column = thread % 32; column < plane; column += 32) sum += scratch[place(first + column)];
+        for (int lanes = 16; lanes > 0; lanes >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+        if (thread % 32 == 0) scratch[place(first)] = sum;
+    }
+    __syncthreads();
+    #pragma unroll
+    for (int s = 0; s < SLOTS; s++) v[s] = scratch[place((thread % walk.tile * WIDTH + s) / plane * plane)];
+    __syncthreads();
+}
+__device__ inline void block_sums(acc_t (&v)[SLOTS], const Walk& walk, acc_t* scratch) {
+    column_sums(v, walk, scratch);
+    if (walk.plane > 1) sums_of_columns(v, walk, scratch);
 }
 #endif
 
@@ -228,4 +240,31 @@ __device__ inline void moments_of_chunk(
     block_sums(m2, walk, scratch);
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) moments[s].squares = m2[s];
+}
+
+// y = after(xhat weight + bias) of a chunk, where mean(s), invstd(s), weight(s) and bias(s) are those of a slot.
+template <class M, class I, class W, class B, class F> __device__ inline void normalise_chunk(
+    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, Walk walk, M mean, I invstd, W weight, B bias, F after) {
+    Normaliser normalise[SLOTS];
+    acc_t w[SLOTS], b[SLOTS];
+    #pragma unroll
+    for (int s = 0; s < SLOTS; s++) normalise[s] = Normaliser(mean(s), invstd(s)), w[s] = weight(s), b[s] = bias(s);
+    #pragma unroll 1
+    while (walk.packs > 0) {
+        Pack in[BATCH];
+        i64 offsets[BATCH];
+        int have =
+            next_packs(walk, BATCH, [&](int j, i64 offset) { in[j] = *(const Pack*)(x + (offsets[j] = offset)); });
+        #pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            if (j >= have) continue;
+            Pack out;
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) {
+                int s = i / PER_SLOT;
+                out.v[i] = from_acc<scalar_t>(after(bn_affine(normalise[s](to_acc(in[j].v[i])), w[s], b[s])));
+            }
+            *(Pack*)(y + offsets[j]) = out;
+        }
+    }
 }

@@ -210,7 +210,8 @@ def batch_norm(
     num_batches_tracked: one integer, which grows by 1 in training, in place; or None.
     Both pairs may be float32 where input is float16 or bfloat16; otherwise they have its dtype.
 
-    The result is channels_last (or channels_last_3d) if input is, else contiguous, and has input's dtype; the arithmetic is float32, or float64 for float64.
+    The result is channels_last (or channels_last_3d) if input is, else contiguous, and has input's dtype; the
+    arithmetic is float32, or float64 for float64.
     Raises ValueError for one value per channel in training, one running statistic without the other, or eps out of
     range; RuntimeError for a wrong number of dimensions or elements, or no running statistics outside training;
     TypeError for dtypes. A refused call changes nothing. A backward outside training raises RuntimeError if the running
@@ -252,6 +253,7 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
     last = channels_last(x)
     if last:
         _, weight, bias = dense_after(check, None, weight, bias)
+        x = dense_in(x, last)
     else:
         x, weight, bias = dense_after(check, x, weight, bias)
     running = kernels_buffers(running_mean, running_var, batches, training)

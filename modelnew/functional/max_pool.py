@@ -145,8 +145,9 @@ def max_pool2d(
     return_indices: also return h * W + w of each maximum, int64, of the output's shape.
 
     Of equal elements the first is the maximum; a NaN is, if there is one, the last of several. The gradient goes to
-    that one element. The result is channels_last if input is, else contiguous. Raises TypeError for other dtypes, ValueError for hyper-parameters that
-    are neither ints nor pairs, RuntimeError, as torch, for shapes and windows that do not fit.
+    that one element. The result is channels_last if input is, else contiguous. Raises TypeError for other dtypes,
+    ValueError for hyper-parameters that are neither ints nor pairs, RuntimeError, as torch, for shapes and windows that
+    do not fit.
     """
     check_floating(input=input)
     pool = pool_of(kernel_size, stride, padding, dilation)
