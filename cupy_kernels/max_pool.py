@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from .common import FLOATS, THREADS, ceil_div, row_width, same_shape, scalar, scalar_macros
+from .common import FLOATS, THREADS, accumulator_dtype, ceil_div, row_width, same_shape, scalar, scalar_macros
 from .launch import launch
 from .pool import (
     Pool,
@@ -18,7 +18,10 @@ from .pool import (
 )
 from .source import DTYPES, Kernel, Variant
 
-_FILE, _CHANNELS_LAST_FILE = "max_pool.cu", "max_pool_channels_last.cu"
+_FILE, _CHANNELS_LAST_FILE, _SEPARABLE_FILE = "max_pool.cu", "max_pool_channels_last.cu", "max_pool_separable.cu"
+_SEPARABLE_TAPS = 25  # the fewest of windows that are taken row by row
+_SEPARABLE_TILE = 32  # the most outputs of a block in both directions
+_SHARED_BYTES = 48 * 2**10  # that every GPU has
 
 
 def max_pool_forward(x, y, taps, indices, kernel_size, stride, padding, dilation, channels_last: bool = False) -> None:
@@ -36,7 +39,15 @@ def max_pool_forward(x, y, taps, indices, kernel_size, stride, padding, dilation
         return
     windows = [a for a in (y, indices) if a is not None]
     kernel = pool_kernel(_FILE, "max_pool_forward", (x,), windows, taps, pool)
-    launch_windows(kernel, (x, y, taps, indices), x, y, pool)
+    tile = _separable(x, y, pool)
+    if tile is None:
+        launch_windows(kernel, (x, y, taps, indices), x, y, pool)
+        return
+    kernel = Kernel(_SEPARABLE_FILE, "max_pool_forward_separable", _separable_macros(scalar(x), pool.wide_taps))
+    blocks = math.prod(y.shape[:-2]) * math.prod(ceil_div(n, t) for n, t in zip(y.shape[-2:], tile))
+    sizes = (*x.shape[-2:], *y.shape[-2:], *pool.kernel_size, *pool.padding, *tile)
+    shared_bytes = _separable_bytes(tile, pool.kernel_size, x)
+    launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (x, y, taps, indices, *sizes), shared_bytes)
 
 
 def max_pool_backward(dy, taps, dx, kernel_size, stride, padding, dilation, channels_last: bool = False) -> None:
@@ -63,8 +74,26 @@ def variants():
     """Every variant that this module launches."""
     yield from pool_variants(_FILE)
     for name, wide_taps in itertools.product(FLOATS, (False, True)):
+        yield Variant(_SEPARABLE_FILE, _separable_macros(name, wide_taps))
         for width in (16 // DTYPES[name].itemsize, 1):
             yield Variant(_CHANNELS_LAST_FILE, _macros(name, wide_taps, width))
+
+
+def _separable(x, y, pool):
+    """The tile of a block that takes windows row by row; None where that is not quicker, or takes too much memory."""
+    if pool.stride != (1, 1) or pool.dilation != (1, 1) or math.prod(pool.kernel_size) < _SEPARABLE_TAPS:
+        return None
+    tile = tuple(min(n, _SEPARABLE_TILE) for n in y.shape[-2:])
+    return tile if _separable_bytes(tile, pool.kernel_size, x) <= _SHARED_BYTES else None
+
+
+def _separable_bytes(tile, kernel_size, x):
+    rows, columns = (t + k - 1 for t, k in zip(tile, kernel_size))
+    return rows * (columns + tile[1]) * accumulator_dtype(x).itemsize + 4 * rows * tile[1]
+
+
+def _separable_macros(name, wide_taps):
+    return (*scalar_macros(name), ("tap_t", tap_type(wide_taps)), ("THREADS", THREADS))
 
 
 def _launch(name, args, x, y, places, pool):

@@ -184,6 +184,31 @@ def test_two_runs_are_bit_equal(device):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        ((2, 3, 13, 13), {"kernel_size": 5, "padding": 2}),
+        ((2, 2, 10, 12), {"kernel_size": (13, 9), "padding": (6, 4)}),
+        ((1, 2, 40, 37), {"kernel_size": (3, 9), "padding": (0, 3)}),
+        ((1, 1, 34, 70), {"kernel_size": 17, "padding": 8}),
+        ((3, 20, 9), {"kernel_size": (1, 25), "padding": (0, 12)}),
+    ],
+    ids=str,
+)
+def test_large_windows_at_stride_1(device, dtype, shape, window, launched):
+    x = torch.randn(shape, device=device).round(decimals=1)
+    x[torch.rand_like(x) < 0.02] = NAN
+    x[torch.rand_like(x) < 0.5] = -INF
+    x = x.to(dtype)
+    (y, indices), (expected, expected_indices) = with_indices(x, stride=1, **window)
+    assert torch.equal(y.nan_to_num(99), expected.nan_to_num(99))
+    assert torch.equal(indices, expected_indices)
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    check_gradients(lambda x: max_pool2d(x, stride=1, **window), lambda x: F.max_pool2d(x, stride=1, **window), [x])
+    assert {kernel.name for kernel in launched} == {"max_pool_forward_separable", "max_pool_backward"}
+
+
 def test_which_path_runs(device, launched):
     def fast(shape, offset=0, **window):
         x = torch.randn(offset + math.prod(shape), device=device)[offset:].view(shape).requires_grad_()

@@ -185,21 +185,22 @@ __device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) {
 
 // Mean - origin, and squares, of what the block has of each slot's channel.
 //
-// A thread takes a batch's mean first and its squares relative to that, both from registers, then joins batches as Chan et al.
-// do: nothing cancels, whatever the mean is and wherever outliers are.
+// A thread takes a batch's mean first and its squares relative to that, both from registers, then joins batches as Chan
+// et al. do: nothing cancels, whatever the mean is and wherever outliers are. The threads' means are summed up twice, the
+// second time relative to the first result, whose rounding errors that makes up for.
 __device__ inline void moments_of_chunk(
     const scalar_t* __restrict__ x, acc_t unit, Walk walk, i64 plane, acc_t* scratch, Moments (&moments)[SLOTS]) {
-    acc_t n = 0, origin[SLOTS], sum[SLOTS], m2[SLOTS];  // of the thread's values - origin
+    acc_t n = 0, origin[SLOTS], mean[SLOTS], m2[SLOTS];  // of the thread's values - origin
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) {
         origin[s] = origin_of(x, walk.channel(s), plane) * unit;
-        sum[s] = m2[s] = 0;
+        mean[s] = m2[s] = 0;
     }
     #pragma unroll 1
     while (walk.packs > 0) {
         Pack in[BATCH];
         int have = next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + offset); });
-        acc_t k = have * PER_SLOT, inverse = 1 / k, inverse_n = n > 0 ? 1 / n : (acc_t)0, weight = n * k / (n + k);
+        acc_t k = have * PER_SLOT, inverse = 1 / k, share = k / (n + k), weight = n * share;
         #pragma unroll
         for (int s = 0; s < SLOTS; s++) {
             acc_t total = 0, rest = 0, squares = 0;
@@ -220,26 +221,27 @@ __device__ inline void moments_of_chunk(
                     squares += d * d;
                 }
             }
-            acc_t distance = shift - origin[s] + rest * inverse,
-                  step = n > 0 ? distance - sum[s] * inverse_n : (acc_t)0;
+            acc_t distance = shift - origin[s] + rest * inverse, step = distance - mean[s];
             m2[s] += squares - rest * rest * inverse + step * step * weight;
-            sum[s] += k * distance;
+            mean[s] += is_finite(step) ? step * share : distance;  // infinite stays infinite
         }
         n += k;
     }
-    acc_t total[SLOTS];
+    acc_t total[SLOTS], rest[SLOTS];
     #pragma unroll
-    for (int s = 0; s < SLOTS; s++) total[s] = sum[s];
+    for (int s = 0; s < SLOTS; s++) total[s] = n * mean[s];
     block_sums(total, walk, scratch);
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) {
-        moments[s].mean = total[s] / walk.size;
-        acc_t distance = n > 0 ? sum[s] / n - moments[s].mean : (acc_t)0;
-        m2[s] += n * distance * distance;
+        total[s] /= walk.size;
+        acc_t distance = mean[s] - total[s];
+        rest[s] = n * distance;
+        m2[s] = n > 0 ? m2[s] + n * distance * distance : (acc_t)0;
     }
+    block_sums(rest, walk, scratch);
     block_sums(m2, walk, scratch);
     #pragma unroll
-    for (int s = 0; s < SLOTS; s++) moments[s].squares = m2[s];
+    for (int s = 0; s < SLOTS; s++) moments[s] = {total[s] + finite_or_zero(rest[s] / walk.size), m2[s]};
 }
 
 // y = after(xhat weight + bias) of a chunk, where mean(s), invstd(s), weight(s) and bias(s) are those of a slot.
