@@ -36,7 +36,8 @@ _ROWS_OF_PLANES = 16  # the fewest images that are worth a walk over rows
 _WHOLE_THREADS = {0: (256, 512), 1: (256, 512, 1024)}  # of a block of whole channels, by PLANES
 _SM_THREADS = 1024  # that an SM runs at once, as many registers as they have
 _L2_BYTES = 27 * 10**6  # that stay in the L2 cache until they are read again
-_SM_BYTES_US, _BYTES_US = 45 * 10**3, 2.8 * 10**6  # an H100's memory: bytes a microsecond for one SM, and for all
+_SM_BYTES_US = {0: 20 * 10**3, 1: 45 * 10**3}  # bytes a microsecond that a block gets from memory, by PLANES
+_BYTES_US = 2.8 * 10**6  # that all get, on an H100
 _LAUNCHES_US = 9  # what two more launches, and partial results, cost
 
 
@@ -239,11 +240,11 @@ def _whole_walk(tensors, read: int, *parameters) -> _Walk | None:
         resident = min(across, MULTIPROCESSORS * (_SM_THREADS // most))
         if resident * most >= MULTIPROCESSORS * _SM_THREADS // 2 and resident * block_bytes <= _L2_BYTES:
             break
-    whole_us = max(2 * block_bytes / _SM_BYTES_US, (total + total / read) / _BYTES_US)
+    whole_us = max(2 * block_bytes / _SM_BYTES_US[not by_rows], (total + total / read) / _BYTES_US)
     chunks_us = (2 * total + total / read) / _BYTES_US + _LAUNCHES_US
     if resident * block_bytes > _L2_BYTES or whole_us > chunks_us:
         return None
-    threads = min(ceil_div(packs, 2), most)
+    threads = min(ceil_div(packs, 8 if by_rows else 2), most)  # slots take time, however few packs there are
     threads = whole_warps(tile * max(1, threads // tile) if by_rows else threads)
     chunk = count if by_rows else threads * width * ceil_div(count, threads * width)
     macros = _macros(scalar(x), _parameter(x, *parameters), width, int(not by_rows))
@@ -254,7 +255,8 @@ def _chunks(x):
     """(whether blocks walk over rows, chunks of a channel, values of a chunk): for the shape and dtype of x alone."""
     images, channels, plane = _sizes(x.shape)
     widest, row = PACK_BYTES // x.itemsize, channels * plane
-    few = plane <= THREADS and plane % widest and images >= _ROWS_OF_PLANES and row % widest == 0
+    narrow = plane * x.itemsize % 8 or plane % min(4, widest)  # then a pack of a plane is one value
+    few = plane <= THREADS and narrow and images >= _ROWS_OF_PLANES and row % widest == 0
     if row >= 2**31 or not (plane == 1 or few):
         chunk = _PLANES_CHUNK_BYTES // x.itemsize
         return False, ceil_div(images * plane, chunk), chunk

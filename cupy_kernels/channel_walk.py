@@ -30,5 +30,5 @@ def whole_warps(threads: int) -> int:
 def scratch_bytes(macros, threads: int) -> int:
     """Shared memory that a block's sums need, see channel_walk.cuh."""
     known = dict(macros)
-    slots = 0 if known["PLANES"] else known["WIDTH"]
-    return max(32, slots * threads) * DTYPES[known["acc_t"]].itemsize
+    values = 0 if known["PLANES"] else 2 * known["WIDTH"]
+    return max(32, values * threads) * DTYPES[known["acc_t"]].itemsize

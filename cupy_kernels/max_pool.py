@@ -8,6 +8,7 @@ import numpy as np
 from .common import FLOATS, THREADS, accumulator_dtype, ceil_div, row_width, same_shape, scalar, scalar_macros
 from .launch import launch
 from .pool import (
+    THREE_BY_THREE,
     Pool,
     check_pool_shapes,
     launch_pixels,
@@ -37,17 +38,13 @@ def max_pool_forward(x, y, taps, indices, kernel_size, stride, padding, dilation
     if channels_last:
         _launch("max_pool_forward_channels_last", (x, y, taps, indices), x, y, y, pool)
         return
-    windows = [a for a in (y, indices) if a is not None]
-    kernel = pool_kernel(_FILE, "max_pool_forward", (x,), windows, taps, pool)
     tile = _separable(x, y, pool)
     if tile is None:
+        windows = [a for a in (y, indices) if a is not None]
+        kernel = pool_kernel(_FILE, "max_pool_forward", (x,), windows, taps, pool, three_by_three=THREE_BY_THREE)
         launch_windows(kernel, (x, y, taps, indices), x, y, pool)
         return
-    kernel = Kernel(_SEPARABLE_FILE, "max_pool_forward_separable", _separable_macros(scalar(x), pool.wide_taps))
-    blocks = math.prod(y.shape[:-2]) * math.prod(ceil_div(n, t) for n, t in zip(y.shape[-2:], tile))
-    sizes = (*x.shape[-2:], *y.shape[-2:], *pool.kernel_size, *pool.padding, *tile)
-    shared_bytes = _separable_bytes(tile, pool.kernel_size, x)
-    launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (x, y, taps, indices, *sizes), shared_bytes)
+    _launch_separable("max_pool_forward_separable", (x, y, taps, indices), x, y, y, tile, pool, taps, indices)
 
 
 def max_pool_backward(dy, taps, dx, kernel_size, stride, padding, dilation, channels_last: bool = False) -> None:
@@ -56,7 +53,11 @@ def max_pool_backward(dy, taps, dx, kernel_size, stride, padding, dilation, chan
     if channels_last:
         _launch("max_pool_backward_channels_last", (dy, taps, dx), dx, dy, dx, pool)
         return
-    kernel = pool_kernel(_FILE, "max_pool_backward", (dx,), (dy,), taps, pool)
+    tile = _separable(dx, dx, pool)
+    if tile is not None:
+        _launch_separable("max_pool_backward_separable", (dy, taps, dx), dx, dy, dx, tile, pool, taps)
+        return
+    kernel = pool_kernel(_FILE, "max_pool_backward", (dx,), (dy,), taps, pool, three_by_three=THREE_BY_THREE)
     launch_pixels(kernel, (dy, taps, dx), dx, dy, pool)
 
 
@@ -66,30 +67,40 @@ def max_pool_select(x, taps, y, kernel_size, stride, padding, dilation, channels
     if channels_last:
         _launch("max_pool_select_channels_last", (x, taps, y), x, y, y, pool)
         return
-    kernel = pool_kernel(_FILE, "max_pool_select", (x,), (y,), taps, pool)
+    kernel = pool_kernel(_FILE, "max_pool_select", (x,), (y,), taps, pool, three_by_three=THREE_BY_THREE)
     launch_windows(kernel, (x, taps, y), x, y, pool)
 
 
 def variants():
     """Every variant that this module launches."""
-    yield from pool_variants(_FILE)
+    yield from pool_variants(_FILE, three_by_three=THREE_BY_THREE)
     for name, wide_taps in itertools.product(FLOATS, (False, True)):
         yield Variant(_SEPARABLE_FILE, _separable_macros(name, wide_taps))
         for width in (16 // DTYPES[name].itemsize, 1):
             yield Variant(_CHANNELS_LAST_FILE, _macros(name, wide_taps, width))
 
 
-def _separable(x, y, pool):
+def _separable(x, places, pool):
     """The tile of a block that takes windows row by row; None where that is not quicker, or takes too much memory."""
     if pool.stride != (1, 1) or pool.dilation != (1, 1) or math.prod(pool.kernel_size) < _SEPARABLE_TAPS:
         return None
-    tile = tuple(min(n, _SEPARABLE_TILE) for n in y.shape[-2:])
+    tile = tuple(min(n, _SEPARABLE_TILE) for n in places.shape[-2:])
     return tile if _separable_bytes(tile, pool.kernel_size, x) <= _SHARED_BYTES else None
 
 
 def _separable_bytes(tile, kernel_size, x):
     rows, columns = (t + k - 1 for t, k in zip(tile, kernel_size))
-    return rows * (columns + tile[1]) * accumulator_dtype(x).itemsize + 4 * rows * tile[1]
+    return (accumulator_dtype(x).itemsize + 4) * columns * (rows + tile[0])
+
+
+def _launch_separable(name, args, x, y, places, tile, pool, *like_y):
+    """Starts a kernel on blocks of a tile of the places of one of the arrays x and y, of input and output."""
+    same_shape(**{f"array {i} like the output": a for i, a in enumerate(like_y)}, y=y)
+    check_pool_shapes(x.shape, y.shape, pool)
+    kernel = Kernel(_SEPARABLE_FILE, name, _separable_macros(scalar(x), pool.wide_taps))
+    blocks = math.prod(x.shape[:-2]) * math.prod(ceil_div(n, t) for n, t in zip(places.shape[-2:], tile))
+    sizes = (*x.shape[-2:], *y.shape[-2:], *pool.kernel_size, *pool.padding, *tile)
+    launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (*args, *sizes), _separable_bytes(tile, pool.kernel_size, x))
 
 
 def _separable_macros(name, wide_taps):

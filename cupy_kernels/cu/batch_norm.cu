@@ -1,18 +1,19 @@
-// Batch norm over x [images, channels, plane]: statistics per channel, y = (x - mean) invstd weight + bias or tanh of that, and
-// the gradients.
+// Batch norm over x [images, channels, plane]: statistics per channel, y = (x - mean) invstd weight + bias or tanh of
+// that, and the gradients.
 //
-// Thread mapping: channel_walk.cuh. Where a block has all values of its channels, it does all: batch_norm_forward, batch_norm_backward.
-// Else reductions have two stages: each block writes two partial results to partials [2][channels][chunks], double; then one block a
-// channel combines them, and another kernel applies them, which takes chunks in reverse, as the last ones are still in the L2 cache.
-// Order and chunks depend on shape and dtype alone.
+// Thread mapping: channel_walk.cuh. Where a block has all values of its channels, it does all: batch_norm_forward,
+// batch_norm_backward. Else reductions have two stages: each block writes two partial results to partials
+// [2][channels][chunks], double; then one block a channel combines them, and another kernel applies them, which takes
+// chunks in reverse, as the last ones are still in the L2 cache. Order and chunks depend on shape and dtype alone.
 //
 // Saved for the backward: mean and invstd = 1/sqrt(variance + eps), both acc_t [channels], x, and y with tanh.
-// dx = weight invstd (g - sum(g)/count - xhat sum(g xhat)/count), where xhat = (x - mean) invstd, g = dy, or dy (1 - y^2) with tanh;
-// with given (running) statistics dx = weight invstd g.
+// dx = weight invstd (g - sum(g)/count - xhat sum(g xhat)/count), where xhat = (x - mean) invstd, g = dy, or dy (1 -
+// y^2) with tanh; with given (running) statistics dx = weight invstd g.
 //
-// Macros: those of channel_walk.cuh, param_t (weight, bias and their gradients; running statistics), THREADS (the most of a block of the
-// kernels that have chunks), WHOLE_THREADS (of those that have whole channels). Whether there is a tanh is a run-time argument: its branch
-// is uniform and the kernels wait for memory, so that it costs less than twice as many variants would.
+// Macros: those of channel_walk.cuh, param_t (weight, bias and their gradients; running statistics), THREADS (the most
+// of a block of the kernels that have chunks), WHOLE_THREADS (of those that have whole channels). Whether there is a
+// tanh is a run-time argument: its branch is uniform and the kernels wait for memory, so that it costs less than twice
+// as many variants would.
 #include "channel_walk.cuh"
 #include "tanh.cuh"
 
@@ -28,14 +29,14 @@ struct Partials {
     }
 };
 
-// partials: mean - origin, and squares, of each chunk.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_partials(
+// partials: mean, and squares, of each chunk.
+extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_partials(
     const scalar_t* __restrict__ x, double* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunk,
     i64 chunks, int tile) {
     DYNAMIC_SHARED(acc_t, scratch);
     with_units(scratch, [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
-        Moments moments[SLOTS];
+        ChunkMoments moments[SLOTS];
         moments_of_chunk(x, open.unit, walk, plane, scratch, moments);
         double back = inverse_of(open.unit);
         Partials to = {partials, channels, chunks};
@@ -49,23 +50,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_partial
 // Number of values in a chunk.
 __device__ inline i64 chunk_count(i64 count, i64 k, i64 chunk) { return min(chunk, count - k * chunk); }
 
-// Of a channel, from those of its chunks.
+// Of a channel, from those of its chunks: mean - origin, and squares, of values times `unit`.
 __device__ inline Moments moments_of_channel(
-    const double* __restrict__ means, const double* __restrict__ m2s, acc_t unit, i64 count, i64 chunk, i64 chunks,
-    acc_t* scratch) {
+    const double* __restrict__ means, const double* __restrict__ m2s, double origin, acc_t unit, i64 count, i64 chunk,
+    i64 chunks, acc_t* scratch) {
     acc_t sum = 0, m2 = 0;
     double wide = unit;
     for (i64 k = threadIdx.x; k < chunks; k += blockDim.x)
-        sum += chunk_count(count, k, chunk) * (acc_t)(means[k] * wide);
+        sum += chunk_count(count, k, chunk) * (acc_t)((means[k] - origin) * wide);
     acc_t mean = block_sum(sum, scratch) / count;
     for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
-        acc_t distance = (acc_t)(means[k] * wide) - mean;
+        acc_t distance = (acc_t)((means[k] - origin) * wide) - mean;
         m2 += (acc_t)(m2s[k] * wide * wide) + chunk_count(count, k, chunk) * distance * distance;
     }
     return {mean, block_sum(m2, scratch)};
 }
 
-// One block a channel: combines the chunks; updates the running statistics where they are not null, and so is `batches`, which counts calls.
+// One block a channel: combines the chunks; updates the running statistics where they are not null, and so is
+// `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
     const scalar_t* __restrict__ x, const double* __restrict__ partials, INOUT param_t* running_mean,
     INOUT param_t* running_var, INOUT i64* batches, acc_t* __restrict__ mean, acc_t* __restrict__ invstd,
@@ -79,12 +81,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
         if (threadIdx.x == 0) mean[channel] = invstd[channel] = 0;
         return;
     }
-    acc_t unit = 1;
+    acc_t unit = 1, origin = origin_of(x, channel, plane);
     Moments moments;
-    do moments = moments_of_channel(means, m2s, unit, count, chunk, chunks, scratch);
+    do moments = moments_of_channel(means, m2s, origin, unit, count, chunk, chunks, scratch);
     while (again(moments.squares, unit));
     if (threadIdx.x) return;
-    moments.mean += origin_of(x, channel, plane) * unit;
+    moments.mean += origin * unit;
     if (running_mean) running_mean += channel, running_var += channel;
     store_statistics(
         moments, unit, count, eps, mean + channel, invstd + channel, running_mean, running_var, momentum, 0);
@@ -148,21 +150,20 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_forward(
     acc_t means[SLOTS], invstds[SLOTS];
     with_units(scratch, [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
-        Moments moments[SLOTS];
+        ChunkMoments moments[SLOTS];
         moments_of_chunk(x, open.unit, walk, plane, scratch, moments);
         #pragma unroll
         for (int s = 0; s < SLOTS; s++) {
             if (!open.keep(s, is_finite(moments[s].squares))) continue;
             int channel = walk.channel(s);
-            acc_t unit = without_unit(moments[s], open.unit);
-            moments[s].mean += origin_of(x, channel, plane) * unit;
-            means[s] = moments[s].mean * inverse_of(unit);
-            invstds[s] = invstd_of(moments[s].squares / count, unit, eps);
+            Moments found = {(acc_t)moments[s].mean, moments[s].squares};
+            acc_t unit = without_unit(found, open.unit);
+            means[s] = found.mean * inverse_of(unit);
+            invstds[s] = invstd_of(found.squares / count, unit, eps);
             if (!walk.writes(s)) continue;
             param_t *to_mean = running_mean ? running_mean + channel : running_mean,
                     *to_var = running_mean ? running_var + channel : running_var;
-            store_statistics(
-                moments[s], unit, count, eps, mean + channel, invstd + channel, to_mean, to_var, momentum, 0);
+            store_statistics(found, unit, count, eps, mean + channel, invstd + channel, to_mean, to_var, momentum, 0);
         }
     });
     if (!y) return;
@@ -170,13 +171,18 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_forward(
     apply(x, weight, bias, y, with_tanh, walk, [&](int s) { return means[s]; }, [&](int s) { return invstds[s]; });
 }
 
-// What the backward knows of a slot's channel.
-struct Channel {
-    Normaliser normalise;
-    acc_t scale;  // of a gradient at batch norm's output
-    __device__ Channel(const acc_t* mean, const acc_t* invstd, const param_t* weight, i64 c)
-        : normalise(mean[c], invstd[c]), scale(multiply_unflushed(bn_weight(weight, c), invstd[c])) {}
-    __device__ Channel() {}
+// What the backward knows of the slots' channels.
+struct Channels {
+    Normalisers normalise;
+    acc_t scale[SLOTS];  // of a gradient at batch norm's output
+    __device__ Channels(const Walk& walk, const acc_t* mean, const acc_t* invstd, const param_t* weight) {
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++) {
+            int c = walk.channel(s);
+            normalise.set(s, mean[c], invstd[c]);
+            scale[s] = multiply_unflushed(bn_weight(weight, c), invstd[c]);
+        }
+    }
 };
 
 // What the backward reads. x is null where nobody needs it, y without tanh.
@@ -202,12 +208,13 @@ struct Tensors {
     }
 };
 
-// Sums of g, and of g xhat, over what the block has of each slot's channel; and dx, where not null, of statistics that do not depend on x.
+// Sums of g, and of g xhat, over what the block has of each slot's channel; and dx, where not null, of statistics that
+// do not depend on x.
 __device__ inline void sums_of_chunk(
-    const Tensors& tensors, const Channel (&channels)[SLOTS], scalar_t* __restrict__ dx, acc_t unit, Walk walk,
-    acc_t* scratch, acc_t (&sum)[SLOTS], acc_t (&dot)[SLOTS]) {
+    const Tensors& tensors, const Channels& channels, scalar_t* __restrict__ dx, acc_t unit, Walk walk, acc_t* scratch,
+    acc_t (&sums)[2][SLOTS]) {
     #pragma unroll
-    for (int s = 0; s < SLOTS; s++) sum[s] = dot[s] = 0;
+    for (int s = 0; s < SLOTS; s++) sums[0][s] = sums[1][s] = 0;
     #pragma unroll 1
     while (walk.packs > 0) {
         Tensors::Batch batch;
@@ -216,31 +223,26 @@ __device__ inline void sums_of_chunk(
         for (int j = 0; j < Tensors::PACKS; j++) {
             if (j >= have) continue;
             Pack result;
+            acc_t xhat[WIDTH];
+            channels.normalise(batch.x[j], xhat);
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
                 int s = i / PER_SLOT;
                 acc_t g = tensors.gradient(batch, j, i, unit);
-                sum[s] += g;
-                dot[s] += g * channels[s].normalise(to_acc(batch.x[j].v[i]));
+                sums[0][s] += g;
+                sums[1][s] += g * xhat[i];
                 if (dx)
                     result.v[i] =
-                        from_acc<scalar_t>(multiply_unflushed(tensors.gradient(batch, j, i), channels[s].scale));
+                        from_acc<scalar_t>(multiply_unflushed(tensors.gradient(batch, j, i), channels.scale[s]));
             }
             if (dx) *(Pack*)(dx + batch.offsets[j]) = result;
         }
     }
-    block_sums(sum, walk, scratch);
-    block_sums(dot, walk, scratch);
+    block_sums(sums, walk, scratch);
 }
 
-__device__ inline void channels_of(
-    Channel (&known)[SLOTS], const Walk& walk, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
-    const param_t* __restrict__ weight) {
-    #pragma unroll
-    for (int s = 0; s < SLOTS; s++) known[s] = Channel(mean, invstd, weight, walk.channel(s));
-}
-
-// partials: sums of each chunk. y is null without tanh; dx is null where the statistics depend on x, or nobody needs it.
+// partials: sums of each chunk. y is null without tanh; dx is null where the statistics depend on x, or nobody needs
+// it.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backward_partials(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
     const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
@@ -249,16 +251,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backwar
     DYNAMIC_SHARED(acc_t, scratch);
     with_units(scratch, [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
-        Channel known[SLOTS];
-        channels_of(known, walk, mean, invstd, weight);
-        acc_t sum[SLOTS], dot[SLOTS];
-        sums_of_chunk({dy, x, y}, known, dx, open.unit, walk, scratch, sum, dot);
+        acc_t sums[2][SLOTS];
+        sums_of_chunk({dy, x, y}, Channels(walk, mean, invstd, weight), dx, open.unit, walk, scratch, sums);
         double back = inverse_of(open.unit);
         Partials to = {partials, channels, chunks};
         #pragma unroll
         for (int s = 0; s < SLOTS; s++)
-            if (open.keep(s, is_finite(sum[s]) && is_finite(dot[s])) && walk.writes(s))
-                to.store(walk, s, sum[s] * back, dot[s] * back);
+            if (open.keep(s, is_finite(sums[0][s]) && is_finite(sums[1][s])) && walk.writes(s))
+                to.store(walk, s, sums[0][s] * back, sums[1][s] * back);
     });
 }
 
@@ -298,10 +298,10 @@ __device__ inline acc_t mean_of(double sum, i64 count) {
     return is_finite(mean) ? mean : (acc_t)(sum * 0x1p-96) / count * 0x1p96f;
 }
 
-// dx of a chunk, from mean_g(s) and mean_dot(s), the means of g and of g xhat, of each slot's channel.
+// dx of a chunk, from the means of g and of g xhat of each slot's channel.
 __device__ inline void backward_apply(
-    const Tensors& tensors, const Channel (&channels)[SLOTS], const acc_t (&mean_g)[SLOTS],
-    const acc_t (&mean_dot)[SLOTS], scalar_t* __restrict__ dx, Walk walk) {
+    const Tensors& tensors, const Channels& channels, const acc_t (&mean_g)[SLOTS], const acc_t (&mean_dot)[SLOTS],
+    scalar_t* __restrict__ dx, Walk walk) {
     #pragma unroll 1
     while (walk.packs > 0) {
         Tensors::Batch batch;
@@ -310,12 +310,14 @@ __device__ inline void backward_apply(
         for (int j = 0; j < Tensors::PACKS; j++) {
             if (j >= have) continue;
             Pack result;
+            acc_t xhat[WIDTH];
+            if (tensors.x) channels.normalise(batch.x[j], xhat);
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
                 int s = i / PER_SLOT;
                 acc_t g = tensors.gradient(batch, j, i);
-                if (tensors.x) g -= mean_g[s] + channels[s].normalise(to_acc(batch.x[j].v[i])) * mean_dot[s];
-                result.v[i] = from_acc<scalar_t>(multiply_unflushed(g, channels[s].scale));
+                if (tensors.x) g -= mean_g[s] + xhat[i] * mean_dot[s];
+                result.v[i] = from_acc<scalar_t>(multiply_unflushed(g, channels.scale[s]));
             }
             *(Pack*)(dx + batch.offsets[j]) = result;
         }
@@ -329,15 +331,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backwar
     const double* __restrict__ sums, scalar_t* __restrict__ dx, i64 channels, i64 plane, i64 count, i64 chunk,
     int tile) {
     Walk walk(gridDim.x - 1 - blockIdx.x, channels, plane, count, chunk, tile);
-    Channel known[SLOTS];
-    channels_of(known, walk, mean, invstd, weight);
     acc_t mean_g[SLOTS], mean_dot[SLOTS];
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) {
         mean_g[s] = sums ? mean_of(sums[walk.channel(s)], count) : (acc_t)0;
         mean_dot[s] = sums ? mean_of(sums[channels + walk.channel(s)], count) : (acc_t)0;
     }
-    backward_apply({dy, sums ? x : nullptr, y}, known, mean_g, mean_dot, dx, walk);
+    backward_apply({dy, sums ? x : nullptr, y}, Channels(walk, mean, invstd, weight), mean_g, mean_dot, dx, walk);
 }
 
 // All gradients, of blocks that have whole channels, through the batch's statistics. dx, dweight and dbias may be null.
@@ -348,19 +348,19 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_backward(
     i64 count, i64 chunk, int tile) {
     DYNAMIC_SHARED(acc_t, scratch);
     acc_t mean_g[SLOTS], mean_dot[SLOTS];
-    Channel known[SLOTS];
-    channels_of(known, Walk(blockIdx.x, channels, plane, count, chunk, tile), mean, invstd, weight);
+    Channels known(Walk(blockIdx.x, channels, plane, count, chunk, tile), mean, invstd, weight);
     Tensors tensors = {dy, x, y};
     with_units(scratch, [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
-        acc_t sum[SLOTS], dot[SLOTS];
-        sums_of_chunk(tensors, known, nullptr, open.unit, walk, scratch, sum, dot);
+        acc_t sums[2][SLOTS];
+        sums_of_chunk(tensors, known, nullptr, open.unit, walk, scratch, sums);
         double back = inverse_of(open.unit);
         #pragma unroll
         for (int s = 0; s < SLOTS; s++) {
-            if (!open.keep(s, is_finite(sum[s]) && is_finite(dot[s]))) continue;
-            mean_g[s] = mean_of(sum[s] * back, count), mean_dot[s] = mean_of(dot[s] * back, count);
-            if (walk.writes(s)) store_gradients(dweight, dbias, walk.channel(s), sum[s] * back, dot[s] * back);
+            if (!open.keep(s, is_finite(sums[0][s]) && is_finite(sums[1][s]))) continue;
+            double sum = sums[0][s] * back, dot = sums[1][s] * back;
+            mean_g[s] = mean_of(sum, count), mean_dot[s] = mean_of(dot, count);
+            if (walk.writes(s)) store_gradients(dweight, dbias, walk.channel(s), sum, dot);
         }
     });
     if (dx) backward_apply(tensors, known, mean_g, mean_dot, dx, Walk(blockIdx.x, channels, plane, count, chunk, tile));

@@ -1,10 +1,12 @@
-// max_pool.cu's kernels for x [images, height, width, channels]; y, taps and indices are [images, out_height, out_width, channels].
+// max_pool.cu's kernels for x [images, height, width, channels]; y, taps and indices are [images, out_height,
+// out_width, channels].
 //
-// Thread mapping: a thread takes WIDTH neighbouring channels of one place, an output or, in the backward, a pixel of dx; neighbouring
-// threads take neighbouring channels, then places of a plane. Blocks image * segments + s share an image's places.
+// Thread mapping: a thread takes WIDTH neighbouring channels of one place, an output or, in the backward, a pixel of
+// dx; neighbouring threads take neighbouring channels, then places of a plane. Blocks image * segments + s share an
+// image's places.
 //
-// Macros: scalar_t, acc_t, tap_t (u8, or int for a kernel of more than 254 taps), WIDTH (a divisor of channels; pointers are aligned to
-// a pack), THREADS. Limits: planes below 2^31 elements, all channels counted.
+// Macros: scalar_t, acc_t, tap_t (u8, or int for a kernel of more than 254 taps), WIDTH (a divisor of channels;
+// pointers are aligned to a pack), THREADS. Limits: planes below 2^31 elements, all channels counted.
 #include "pool_window.cuh"
 
 typedef Packed<scalar_t, WIDTH> Pack;

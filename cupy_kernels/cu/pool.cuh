@@ -3,7 +3,8 @@
 // Macros: scalar_t, acc_t, tap_t (u8, or int for a kernel of more than 254 taps).
 // WINDOW_2X2: 1 fixes kernel 2, stride 2, padding 0, dilation 1, for even widths and arrays whose pairs of elements are
 //     aligned, and moves two neighbours of a row as one. 0 takes the windows from the arguments.
-// SITE: pixels along each side of what a thread of a backward has, 2 with WINDOW_2X2, else 1. THREADS: of a block.
+// WINDOW_3X3: 1 or 2 fixes kernel 3, dilation 1 and this stride, so that what a place needs is loaded at once. 0 does
+// not. SITE: pixels along each side of what a thread of a backward has, 2 with WINDOW_2X2, else 1. THREADS: of a block.
 // ITEMS: planes in which a thread does the same, `period` planes apart: their loads are in flight together, and what
 //     index arithmetic and the channel's parameters cost is paid once.
 // Limits: planes, and elements of a plane, below 2^30.
@@ -27,6 +28,14 @@ template <class F> __device__ inline void for_places(int first, int planes, int 
 // The plane of a thread's i-th item; the first where there is none, so that loads need no branch.
 __device__ inline i64 item_plane(int plane, int i, int period, int planes) {
     return plane + (plane + i * period < planes ? (i64)i * period : 0);
+}
+
+// What the compiler may know of the windows.
+__device__ inline Pool fixed(Pool p) {
+    if (WINDOW_3X3) {
+        p.kernel_h = p.kernel_w = 3, p.stride_h = p.stride_w = WINDOW_3X3, p.dilation_h = p.dilation_w = 1;
+    }
+    return p;
 }
 
 // Elements of the window (oh, ow) of the plane at x: loaded here with WINDOW_2X2, else when `largest` reads them.
@@ -58,6 +67,18 @@ __device__ inline Window window(const Pool& p, const scalar_t* x, int oh, int ow
 }
 template <class F> __device__ inline Largest largest(const Pool& p, const Window& w, F f) {
     Largest best = {-(acc_t)__int_as_float(0x7F800000), w.rows.first * p.kernel_w + w.columns.first};
+#if WINDOW_3X3
+    const scalar_t* corner = w.x + w.rows.start * p.width + w.columns.start;
+    auto inside = [&](int tap) { return w.rows.has(tap / 3) && w.columns.has(tap % 3); };
+    scalar_t in[9];
+    #pragma unroll
+    for (int tap = 0; tap < 9; tap++)
+        if (inside(tap)) in[tap] = corner[tap / 3 * p.width + tap % 3];
+    #pragma unroll
+    for (int tap = 0; tap < 9; tap++)
+        if (inside(tap)) best.take(f(in[tap]), tap);
+    return best;
+#endif
     for (int kh = w.rows.first; kh < w.rows.end; kh++) {
         const scalar_t* row = w.x + (w.rows.start + kh * p.dilation_h) * p.width + w.columns.start;
         for (int kw = w.columns.first; kw < w.columns.end; kw++)
@@ -112,6 +133,24 @@ __device__ inline Gathered gather(const Pool& p, const tap_t* taps, int row, int
 template <class F>
 __device__ inline Gathered gather(const Pool& p, const tap_t* taps, int row, int column, F gradient) {
     acc_t sum = 0;
+#if WINDOW_3X3
+    enum { MOST = WINDOW_3X3 == 1 ? 3 : 2, NONE = -100 };  // windows along each axis that cover a pixel; no tap
+    int h = row + p.padding_h, w = column + p.padding_w;
+    int oh = first_window(h, 3, WINDOW_3X3, 1), rows = last_window(h, WINDOW_3X3, p.out_height) - oh + 1;
+    int ow = first_window(w, 3, WINDOW_3X3, 1), columns = last_window(w, WINDOW_3X3, p.out_width) - ow + 1;
+    int won[MOST * MOST], first = oh * p.out_width + ow;
+    int own = (h - oh * WINDOW_3X3) * 3 + w - ow * WINDOW_3X3;  // the pixel's tap in the first window
+    #pragma unroll
+    for (int i = 0; i < MOST * MOST; i++) {
+        bool covers = i / MOST < rows && i % MOST < columns;
+        won[i] = covers ? (int)taps[first + i / MOST * p.out_width + i % MOST] : NONE;
+    }
+    #pragma unroll
+    for (int i = 0; i < MOST * MOST; i++)
+        if (won[i] == own - (i / MOST * 3 + i % MOST) * WINDOW_3X3)
+            sum += gradient(first + i / MOST * p.out_width + i % MOST);
+    return {sum, 0};
+#endif
     p.for_windows(row, column, [&](int o, int tap) {
         if (taps[o] == tap) sum += gradient(o);
     });

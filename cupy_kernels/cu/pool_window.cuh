@@ -14,6 +14,7 @@ struct Span {
         first = start >= 0 ? 0 : dense ? -start : (dilation - 1 - start) / dilation;
         end = min(kernel, dense ? size - start : (size - start + dilation - 1) / dilation);
     }
+    __device__ bool has(int tap) const { return tap >= first && tap < end; }
 };
 
 // (first, last) window along one axis that reaches the pixel at `position`, counted from the start of the padding.
@@ -45,7 +46,8 @@ struct Pool {
             ow * stride_w - padding_w + tap % kernel_w * dilation_w};
     }
 
-    // Calls visit(window, tap) for the windows that cover the pixel (row, column), in ascending order; tap: the pixel's.
+    // Calls visit(window, tap) for the windows that cover the pixel (row, column), in ascending order; tap: the
+    // pixel's.
     template <class F> __device__ void for_windows(int row, int column, F visit) const {
         int h = row + padding_h, w = column + padding_w;
         int oh = first_window(h, kernel_h, stride_h, dilation_h), oh_last = last_window(h, stride_h, out_height);
