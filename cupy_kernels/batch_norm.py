@@ -140,11 +140,13 @@ def batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspa
     sums = None
     if sums_needed:
         partials = _partials(workspace, dy)
-        sums = workspace[: 2 * channels].reshape(2, channels)
+        sums = workspace[: 2 * channels].reshape((2, channels))
         given = None if through_statistics else dx
         args = (dy, x, y, mean, invstd, weight, partials, given, *walk.sizes, walk.chunks, walk.tile)
         walk.launch("batch_norm_backward_partials", args)
-        batch_norm_backward_combine(partials.reshape(2, channels, walk.chunks), mean, sums, dweight, dbias, walk.macros)
+        batch_norm_backward_combine(
+            partials.reshape((2, channels, walk.chunks)), mean, sums, dweight, dbias, walk.macros
+        )
     if dx is not None and (through_statistics or not sums_needed):
         args = (dy, x, y, mean, invstd, weight, sums, dx, *walk.sizes, walk.tile)
         walk.launch("batch_norm_backward_apply", args, shared=False)

@@ -2,7 +2,7 @@
 
 All arrays are contiguous: inputs [N, C, H, W] or, without batch norm, any [..., H, W]; outputs [..., OH, OW]. `mean`
 and `invstd`, (C,), are as in `batch_norm`, and so are weight and bias. All four have the accumulator's dtype: see
-`common.accumulator_dtype`. Without batch norm all four are None. Workspace and sums are float64. taps, kernel_size,
+`common.accumulator_dtype`. Without batch norm all four are None. Workspace and sums are float64. argmax, kernel_size,
 stride, padding and dilation are as in `max_pool`.
 """
 
@@ -26,15 +26,15 @@ _FILE = "bn_tanh_max_pool.cu"
 _CHUNK = 8192  # about so many windows per partial sum; a constant, so that sums depend on shapes alone
 
 
-def bn_tanh_max_pool_forward(x, mean, invstd, weight, bias, y, taps, kernel_size, stride, padding, dilation) -> None:
-    """y = max pooling of tanh((x - mean) invstd weight + bias). weight and bias may be None. y and taps are written.
+def bn_tanh_max_pool_forward(x, mean, invstd, weight, bias, y, argmax, kernel_size, stride, padding, dilation) -> None:
+    """y = max pooling of tanh((x - mean) invstd weight + bias). weight and bias may be None. y and argmax are written.
 
-    taps may be None.
+    argmax may be None.
     """
     pool = Pool(kernel_size, stride, padding, dilation)
-    kernel = pool_kernel(_FILE, "bn_tanh_max_pool_forward", (x,), (y,), taps, pool, _macros(mean))
+    kernel = pool_kernel(_FILE, "bn_tanh_max_pool_forward", (x,), (y,), argmax, pool, _macros(mean))
     channels = _channels(x, mean, invstd=invstd, weight=weight, bias=bias)
-    launch_windows(kernel, (x, mean, invstd, weight, bias, y, taps, channels), x, y, pool, channels)
+    launch_windows(kernel, (x, mean, invstd, weight, bias, y, argmax, channels), x, y, pool, channels)
 
 
 def bn_tanh_max_pool_workspace(shape) -> int:
@@ -43,7 +43,7 @@ def bn_tanh_max_pool_workspace(shape) -> int:
 
 
 def bn_tanh_max_pool_backward_reduce(
-    dy, y, taps, x, mean, invstd, sums, dweight, dbias, workspace, kernel_size, stride, padding, dilation
+    dy, y, argmax, x, mean, invstd, sums, dweight, dbias, workspace, kernel_size, stride, padding, dilation
 ) -> None:
     """sums[0] = sum of g and sums[1] = sum of g xhat per channel, over all windows that have a pixel.
 
@@ -52,19 +52,19 @@ def bn_tanh_max_pool_backward_reduce(
     workspace: `bn_tanh_max_pool_workspace(y.shape)` elements, float64, written.
     """
     pool = Pool(kernel_size, stride, padding, dilation)
-    kernel = pool_kernel(_FILE, "bn_tanh_max_pool_backward_partials", (x,), (dy, y), taps, pool, _macros(mean))
+    kernel = pool_kernel(_FILE, "bn_tanh_max_pool_backward_partials", (x,), (dy, y), argmax, pool, _macros(mean))
     channels = _channels(x, mean, invstd=invstd, dweight=dweight, dbias=dbias)
     groups, splits = _chunks(y.shape)
-    partials = workspace.reshape(2, channels, groups * splits)
+    partials = workspace.reshape((2, channels, groups * splits))
     images = x.shape[0]
     period = pool_period(kernel, images)
-    args = (dy, y, taps, x, mean, invstd, partials, channels, images, period, ceil_div(period, groups))
+    args = (dy, y, argmax, x, mean, invstd, partials, channels, images, period, ceil_div(period, groups))
     launch(kernel, (channels * groups, splits, 1), (THREADS, 1, 1), (*args, *pool_geometry(x, y, pool)))
     batch_norm_backward_combine(partials, mean, sums, dweight, dbias)
 
 
 def bn_tanh_max_pool_backward(
-    dy, y, taps, x, mean, invstd, weight, sums, dx, kernel_size, stride, padding, dilation
+    dy, y, argmax, x, mean, invstd, weight, sums, dx, kernel_size, stride, padding, dilation
 ) -> None:
     """dx from the sums of `bn_tanh_max_pool_backward_reduce`; dx is written.
 
@@ -75,12 +75,12 @@ def bn_tanh_max_pool_backward(
     pool = Pool(kernel_size, stride, padding, dilation)
     x = None if sums is None else x
     pixels = [a for a in (dx, x) if a is not None]
-    kernel = pool_kernel(_FILE, "bn_tanh_max_pool_backward", pixels, (dy, y), taps, pool, _macros(mean))
+    kernel = pool_kernel(_FILE, "bn_tanh_max_pool_backward", pixels, (dy, y), argmax, pool, _macros(mean))
     channels = _channels(dx, mean, invstd=invstd, weight=weight)
     if sums is not None and sums.shape != (2, channels):
         raise ValueError(f"sums must have shape {(2, channels)}, received {sums.shape}")
     inverse_count = channels / max(1, dx.size)
-    args = (dy, y, taps, x, mean, invstd, weight, sums, dx, inverse_count, channels)
+    args = (dy, y, argmax, x, mean, invstd, weight, sums, dx, inverse_count, channels)
     launch_pixels(kernel, args, dx, dy, pool, channels)
 
 

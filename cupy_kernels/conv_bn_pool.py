@@ -2,33 +2,33 @@
 
 Shapes: x [N, K, H, W], w [K, M, KH, KW], the convolution's output [N, M, OH, OW], pooled and out [N, M, OH/2, OW/2].
 The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,
-float16, or int16 that holds bfloat16; statistics and what is saved have the types that `buffers` says.
+float16, or int16 that holds bfloat16; statistics and what is saved have the types that `kept_arrays` says.
 
-activation, parameter: one of ACTIVATIONS and the number it takes, negative_slope of "leaky_relu"; others take none.
+activation, parameter: one of activation.cuh's, such as "leaky_relu", and the number that it takes, if it takes one.
 """
 
 import functools
+import re
 
 import numpy as np
 
 from . import conv_wgmma
 from .channel_sum import channel_sum, channel_sum_workspace_size
-from .common import THREADS, accumulator, ceil_div, scalar_macros
-from .conv_transpose_mma import Plan, conv_transpose_mma, launch_units, pack_kernel, pack_weight, sample_plans
+from .common import THREADS, accumulator, ceil_div
+from .conv_transpose_mma import Plan, conv_transpose_mma, launch_units, pack_weight, sample_plans
 from .conv_wgrad_mma import Plan as WgradPlan
 from .conv_wgrad_mma import conv_wgrad_mma
-from .fp16_cells import cell_macros, cells_shape, chunk_channels, to_cells, to_cells_kernel
+from .errors import UnsupportedError
+from .fp16_tiles import packing_macros, packed_shape, chunk_channels, pack_fp16
 from .launch import launch
-from .source import DTYPES, Kernel, Variant
-
-ACTIVATIONS = {"tanh": "Tanh", "leaky_relu": "LeakyReLU"}  # the struct of each, see activation.cuh
+from .source import Kernel, Variant, text, until_overridden
 
 _MOST_WARPS = 16
 _PART = 320  # values of a warp at most: 10 a lane
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
 _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
-# Channels, groups, image size, type and split: the mission's, groups that registers do not hold, parts and odd sizes.
+# Channels, groups, image size, type and split: the reference shape, groups that registers do not hold, parts and odd sizes.
 _TAIL_SAMPLES = (
     (128, 8, 34, "float", 1),
     (128, 8, 34, "float", 2),
@@ -39,19 +39,16 @@ _TAIL_SAMPLES = (
 )
 
 
-@functools.lru_cache(maxsize=1024)
-def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that the forward writes besides `out`; absent ones are None.
+def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of the arrays that the forward writes besides `out`. keep: whether a backward follows.
 
-    keep: whether a backward follows. Then `saved`, the largest, is needed: the convolution's output, as float16 under
-    scales with split 1, as float32 with split 2.
+    Then `saved`, the largest, is among them: the convolution's output, as float16 under scales with split 1, as float32
+    with split 2.
     """
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
     pooled = (images, channels, dict(p.planes)["PLANE_STRIDE"])
-    units = images * p.units
-    sizes = {
-        "packed": ((p.packed_size,), np.float16),
+    arrays = {
         "exponents": ((p.rows,), np.int32),
         "pooled": (pooled, np.float32),
         "mean": ((channels,), np.float32),
@@ -59,16 +56,15 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
         "group_mean": ((images * groups,), np.float32),
         "group_invstd": ((images * groups,), np.float32),
     }
-    if training:
-        sizes["partials"] = ((3, channels, units), np.float32)
     if keep:
-        sizes["taps"] = (pooled, np.uint8)
-        sizes["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
-        sizes["unit_exponents"] = ((units,), np.int32)
-    return sizes
+        arrays["argmax"] = (pooled, np.uint8)
+        arrays["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
+        arrays["unit_exponents"] = ((images * p.units,), np.int32)
+    return arrays
 
 
 def conv_bn_pool_forward(
+    scratch,
     x,
     w,
     conv_bias,
@@ -80,7 +76,7 @@ def conv_bn_pool_forward(
     group_weight,
     group_bias,
     out,
-    written,
+    kept,
     *,
     plan: Plan,
     training: bool,
@@ -93,75 +89,60 @@ def conv_bn_pool_forward(
 ) -> None:
     """out = group_norm(max_pool2d(activation(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
 
-    conv_bias, weight, bias, group_weight, group_bias: may be None. running_mean, running_var: updated in training,
-    where they may be None. num_batches_tracked: one int64, which grows by 1 in training, or None. written: {name:
-    array} as `buffers` describes them.
+    scratch(shape, dtype): makes a workspace. conv_bias, weight, bias, group_weight, group_bias: may be None.
+    running_mean, running_var: updated in training, where they may be None. num_batches_tracked: one int64, which grows
+    by 1 in training, or None. kept: {name: array} of `kept_arrays`, written.
     """
-    _, pool, *statistics, tail = kernels(plan, groups, activation, training, "saved" in written)
-    moments, running = (written["mean"], written["invstd"]), (running_mean, running_var)
-    pack_weight(plan, w, written["packed"], written["exponents"], signs=weight)
+    images, channels = out.shape[:2]
+    units = images * plan.units
+    packed = scratch(plan.packed_size, np.float16)
+    partials = scratch((3, channels, units), np.float32) if training else None
+    pack_weight(plan, w, packed, kept["exponents"], signs=weight)
     launch_units(
         plan,
-        pool,
+        _pool_kernel(plan, training, "saved" in kept),
         x,
-        x.shape[0],
-        (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
-        + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
+        images,
+        (x, packed, kept["exponents"], weight, kept["pooled"], partials)
+        + (kept.get("argmax"), kept.get("saved"), kept.get("unit_exponents")),
     )
-    images, channels = out.shape[:2]
+    moments, running = (kept["mean"], kept["invstd"]), (running_mean, running_var)
+    macros = *_tail_macros(plan, groups, activation), ("STATISTICS", int(training))
     if training:
         launch(
-            *statistics,
+            Kernel("pooled_tail.cu", "conv_bn_statistics", macros),
             (channels, 1, 1),
             (THREADS, 1, 1),
-            (written["partials"], conv_bias, *running, num_batches_tracked, *moments)
-            + (momentum, eps, channels, images * plan.units),
+            (partials, conv_bias, *running, num_batches_tracked, *moments, momentum, eps, channels, units),
         )
     launch(
-        tail,
+        Kernel("pooled_tail.cu", "pooled_forward", macros),
         (images * groups, 1, 1),
-        (_tail_threads(tail.defines), 1, 1),
-        (written["pooled"], *moments, conv_bias, *running, weight, bias, group_weight, group_bias, out)
-        + (written["group_mean"], written["group_invstd"], eps, group_eps, parameter),
+        (_tail_threads(macros), 1, 1),
+        (kept["pooled"], *moments, conv_bias, *running, weight, bias, group_weight, group_bias, out)
+        + (kept["group_mean"], kept["group_invstd"], eps, group_eps, parameter),
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def kernels(p: Plan, groups: int, activation: str, training: bool, keep: bool) -> tuple[Kernel, ...]:
-    """What `conv_bn_pool_forward` launches, in order. Only training has one for statistics."""
-    tail = *_tail_macros(p, groups, activation), ("STATISTICS", int(training))
-    return (
-        pack_kernel(p),
-        Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
-        *([Kernel("pooled_tail.cu", "conv_bn_statistics", tail)] if training else ()),
-        Kernel("pooled_tail.cu", "pooled_forward", tail),
-    )
+def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of the arrays that `conv_bn_pool_backward` writes, for itself, `weight_gradient` and dgrad.
 
-
-def gradient_buffers(p: Plan, images: int) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that `conv_bn_pool_backward` writes and nothing after it reads."""
-    macros = dict(p.macros)
-    channels = macros["OUT_CHANNELS"]
-    return {
-        "g": ((images, channels, macros["OUT_H"] // 2, macros["OUT_W"] // 2), np.float32),
-        "partials": ((5, images, channels), np.float32),
-    }
-
-
-def output_gradient_buffers(p: Plan, images: int, cells: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
-    """The same of those that it writes for `weight_gradient` and dgrad. cells: whether dy is to be among them.
-
-    borders: whether what `weight_gradient` needs with a centred x is.
+    packed: whether dy is to be among them. borders: whether what `weight_gradient` needs with a centred x is.
     """
     macros = dict(p.macros)
     channels = macros["OUT_CHANNELS"]
-    sizes = {"sums": ((2, channels), np.float32), "dy_exponents": ((channels,), np.int32)}
-    if cells:
-        sizes["cells"] = (output_cells_shape(p, images), np.float16)
+    arrays = {
+        "g": ((images, channels, macros["OUT_H"] // 2, macros["OUT_W"] // 2), np.float32),
+        "partials": ((5, images, channels), np.float32),
+        "sums": ((2, channels), np.float32),
+        "dy_exponents": ((channels,), np.int32),
+    }
+    if packed:
+        arrays["dy_packed"] = (packed_output_shape(p, images), np.float16)
     if borders:
         shares = ceil_div(images, _images_together(images))
-        sizes["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
-    return sizes
+        arrays["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
+    return arrays
 
 
 def conv_bn_pool_backward(
@@ -175,9 +156,8 @@ def conv_bn_pool_backward(
     dgroup_weight,
     dgroup_bias,
     dy,
-    made,
     kept,
-    output,
+    made,
     *,
     plan: Plan,
     groups: int,
@@ -187,76 +167,45 @@ def conv_bn_pool_backward(
 ) -> None:
     """Gradients of all parameters but the convolution's weight, and dy, that of the convolution's output.
 
-    The gradients are written where not None; dy, [N, M, OH, OW], is for the general convolution kernels. made, kept,
-    output: {name: array}. kept is `written` of the forward; made and output are written, as `gradient_buffers` and
-    `output_gradient_buffers` describe them.
+    The gradients are written where not None; dy, [N, M, OH, OW], is for the general convolution kernels. kept: the
+    forward's. made: {name: array} of `gradient_arrays`, written.
     """
     pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
-    g, partials, sums, dy_exponents = made["g"], made["partials"], output["sums"], output["dy_exponents"]
+    g, partials, sums, dy_exponents = made["g"], made["partials"], made["sums"], made["dy_exponents"]
     statistics = (kept["group_mean"], kept["group_invstd"])
     options = {"plan": plan, "groups": groups, "activation": activation}
     values = (dout, pooled, mean, invstd, weight, bias, group_weight, *statistics, g, partials)
     pooled_gradients(*values, **options, parameter=parameter)
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
-    given = (g, kept["taps"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
+    given = (g, kept["argmax"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
     given += (sums if training else None,)
-    if "cells" in output:
-        conv_output_gradient_cells(*given, dy_exponents, output["cells"], output.get("borders"), **options)
+    if "dy_packed" in made:
+        conv_output_gradient_packed(*given, dy_exponents, made["dy_packed"], made.get("borders"), **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
 
-def weight_gradient_buffers(p: WgradPlan, x_shape, centred: bool) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that `weight_gradient` writes besides dw. centred: x less its first image's means.
+def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan, centred: bool) -> None:
+    """dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `conv_bn_pool_backward`.
 
-    With statistics of the batch dy sums to 0, so x may be centred (benchmarks/NOTES.md says why).
+    centred: x less its first image's means. With statistics of the batch dy sums to 0, so that this changes nothing but
+    the error (benchmarks/NOTES.md says why).
     """
-    sizes = {"x_cells": (cells_shape(x_shape, p.split), np.float16), "partial": ((p.partial_size,), np.float32)}
+    unit_exponents, sums = kept["unit_exponents"], None
     if centred:
-        sizes["sums"] = ((x_shape[1],), DTYPES[dict(p.macros)["scalar_t"]].type)
-        sizes["sum_partials"] = ((channel_sum_workspace_size((1, *x_shape[1:])),), np.float32)
-    return sizes
+        sums = scratch((x.shape[1],), x.dtype)
+        channel_sum(x[:1], sums, scratch(channel_sum_workspace_size((1, *x.shape[1:])), np.float32))
+    x_packed, partial = scratch(packed_shape(x.shape, plan.split), np.float16), scratch(plan.partial_size, np.float32)
+    pack_fp16(x, unit_exponents, sums, x_packed, plan.split)
+    dy = made["dy_packed"], made["dy_exponents"], made.get("borders")
+    conv_wgrad_mma(plan, x_packed, unit_exponents, sums, *dy, partial, dw)
 
 
-def weight_gradient(output, kept, x, dw, written, *, plan: WgradPlan) -> None:
-    """dw, the gradient of w, from x and dy.
-
-    output, kept: as in `conv_bn_pool_backward`. written: {name: array} as `weight_gradient_buffers` describes them.
-    """
-    unit_exponents, sums = kept["unit_exponents"], written.get("sums")
-    if sums is not None:
-        channel_sum(x[:1], sums, written["sum_partials"])
-    to_cells(x, unit_exponents, sums, written["x_cells"], plan.split)
-    dy = output["cells"], output["dy_exponents"], output.get("borders")
-    conv_wgrad_mma(plan, written["x_cells"], unit_exponents, sums, *dy, written["partial"], dw)
-
-
-def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that `input_gradient` writes besides dx."""
-    return {"packed": ((p.packed_size,), np.float16), "exponents": ((p.rows,), np.int32)}
-
-
-def input_gradient(output, w, dx, written, *, plan: Plan) -> None:
-    """dx, the gradient of x, from dy. plan: one for dgrad, of cells. The rest as in `weight_gradient`."""
-    workspaces = (written["packed"], written["exponents"])
-    conv_transpose_mma(plan, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
-
-
-def gradient_kernels(
-    p: Plan, groups: int, activation: str, x_shape, centred: bool, dgrad: Plan | None, wgrad: WgradPlan | None
-) -> tuple[Kernel, ...]:
-    """A kernel of each compilation that the backward needs. dgrad: a plan of cells."""
-    found = [Kernel("pooled_tail_backward.cu", "pooled_backward", _backward_macros(p, groups, activation))]
-    if wgrad:
-        name = dict(p.macros)["scalar_t"]
-        found.append(to_cells_kernel(name, wgrad.split, x_shape))
-        found.append(Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", wgrad.macros))
-        if centred:
-            found.append(Kernel("channel_sum.cu", "channel_sum_partial", scalar_macros(name)))
-    if dgrad:
-        found += [pack_kernel(dgrad), Kernel("conv_transpose_mma.cu", "conv_transpose_mma", dgrad.macros)]
-    return tuple(found)
+def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
+    """dx, the gradient of x, from dy. plan: one for dgrad, of packed tiles. The rest as in `weight_gradient`."""
+    workspaces = scratch(plan.packed_size, np.float16), scratch(plan.rows, np.int32)
+    conv_transpose_mma(plan, made["dy_packed"], w, None, dx, *workspaces, made["dy_exponents"])
 
 
 def pooled_gradients(
@@ -279,7 +228,7 @@ def pooled_gradients(
 ) -> None:
     """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
 
-    dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_buffers` has them, written.
+    dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_arrays` has them, written.
     """
     images = pooled.shape[0]
     macros = _backward_macros(plan, groups, activation)
@@ -312,7 +261,7 @@ def parameter_gradients(
 ) -> None:
     """Gradients of all parameters but the convolution's weight, and what the gradient of its output is computed from.
 
-    sums, dy_exponents: as `gradient_buffers` has them, written. The gradients are written where not None.
+    sums, dy_exponents: as `gradient_arrays` has them, written. The gradients are written where not None.
     training: whether the batch's own statistics were applied.
     """
     images, channels = partials.shape[1:]
@@ -327,7 +276,7 @@ def parameter_gradients(
 
 def conv_output_gradient(
     g,
-    taps,
+    argmax,
     saved,
     exponents,
     unit_exponents,
@@ -350,13 +299,13 @@ def conv_output_gradient(
         Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups, activation)),
         (images * channels, ceil_div(_windows(dict(plan.macros)), THREADS), 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
+        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
     )
 
 
-def conv_output_gradient_cells(
+def conv_output_gradient_packed(
     g,
-    taps,
+    argmax,
     saved,
     exponents,
     unit_exponents,
@@ -365,49 +314,65 @@ def conv_output_gradient_cells(
     weight,
     sums,
     dy_exponents,
-    cells,
+    packed,
     borders,
     *,
     plan: Plan,
     groups: int,
     activation: str,
 ) -> None:
-    """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
+    """The same as packed fp16 tiles, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
-    dy_exponents: those of `parameter_gradients`. cells: float16, of `output_cells_shape`, written.
-    borders: None, or as `output_gradient_buffers` has it, written: sums of dy times 2^e over the pixels that have no
+    dy_exponents: those of `parameter_gradients`. packed: float16, of `packed_output_shape`, written.
+    borders: None, or as `gradient_arrays` has it, written: sums of dy times 2^e over the pixels that have no
     partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
     """
     images = g.shape[0]
     together = _images_together(images)
     macros = _backward_macros(plan, groups, activation)
     sizes = dict(macros)
-    blocks = together * cells.shape[1] * sizes["TILES"]
+    blocks = together * packed.shape[1] * sizes["TILES"]
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", macros),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", macros),
         (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells, borders)
+        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, packed, borders)
         + (_count(plan, images), images, together),
     )
 
 
-def output_cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
-    """Of the cells of the convolution's output, see `fp16_cells`."""
+def packed_output_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
+    """Of the packed tiles of the convolution's output, see `fp16_tiles`."""
     macros = dict(p.macros)
-    return cells_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
+    return packed_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
 
 
-@functools.lru_cache(maxsize=1024)
-def obstacle(p: Plan, groups: int) -> str | None:
-    """Why these kernels do not take what follows the convolution, or None if they do."""
+def check_supported(p: Plan, groups: int) -> None:
+    """UnsupportedError if these kernels do not take what follows the convolution."""
     macros = dict(p.macros)
     if min(macros["OUT_H"], macros["OUT_W"]) < 2:
-        return "nothing is left after pooling"
+        raise UnsupportedError("nothing is left after pooling")
     if macros["OUT_CHANNELS"] // groups * _parts(macros) > _MOST_JOBS:
-        return f"a group has {macros['OUT_CHANNELS'] // groups} channels of {macros['OUT_H']} x {macros['OUT_W']}"
-    return None
+        raise UnsupportedError(
+            f"a group has {macros['OUT_CHANNELS'] // groups} channels of {macros['OUT_H']} x {macros['OUT_W']}"
+        )
+
+
+@until_overridden
+def activations() -> tuple[str, ...]:
+    """The structs of activation.cuh."""
+    return tuple(re.findall(r"^struct (\w+)", text("activation.cuh"), re.MULTILINE))
+
+
+def struct_of(activation: str) -> str:
+    """The activation's struct. ValueError if it has none."""
+    found = {name.lower(): name for name in activations()}.get(activation.replace("_", "").lower())
+    if found is None:
+        raise ValueError(
+            f"activation must be one of those in activation.cuh, {', '.join(activations())}; received {activation!r}"
+        )
+    return found
 
 
 def saved_shift(p: Plan) -> int:
@@ -427,7 +392,7 @@ def variants():
         kind = macros["scalar_t"], macros["SPLIT"], macros["WGMMA"]
         modes = ((True, True), (True, False), (False, False), (False, True))
         for mode in modes[:1] if kind in found else modes:
-            yield Variant("conv_bn_pool.cu", _pool_macros(p, *mode))
+            yield _pool_kernel(p, *mode).variant
         found.add(kind)
     for channels, groups, size, dtype, split in _TAIL_SAMPLES:
         sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
@@ -437,7 +402,7 @@ def variants():
             unit = 8 * pitch if wgmma else 64
             units, stride = ceil_div(pitch**2, unit), ceil_div(unit, 16) * 16
             planes = conv_wgmma.planes(wgmma, pitch, units, unit, stride, units * stride)
-            for activation in ACTIVATIONS:
+            for activation in activations():
                 tail = _tail_defines(sample, groups, activation, planes.items())
                 if (dtype, split) != ("float", 2):
                     for statistics in (1, 0):
@@ -445,18 +410,13 @@ def variants():
                 yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(sample, 26)))
 
 
-def _pool_macros(p: Plan, training, keep):
+def _pool_kernel(p: Plan, training, keep):
     macros = dict(p.macros)
     if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
         macros["SHARED_BYTES"] += macros["PARTS_N"] * macros["TILE_M"] * 8
-    return (
-        *macros.items(),
-        ("param_t", macros["scalar_t"]),
-        ("saved_t", _saved_type(p)),
-        ("STATISTICS", int(training)),
-        ("SAVE", int(keep)),
-        ("SAVED_SHIFT", saved_shift(p)),
-    )
+    macros.update(param_t=macros["scalar_t"], saved_t=_saved_type(p))
+    macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
+    return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), conv_wgmma.architecture(p.macros))
 
 
 def _saved_type(p: Plan) -> str:
@@ -476,7 +436,7 @@ def _backward_macros(p: Plan, groups: int, activation: str):
 def _tail_defines(macros, groups, activation, planes):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
-    types += (("ACTIVATION", ACTIVATIONS[activation]),)
+    types += (("ACTIVATION", struct_of(activation)),)
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     parts = _parts(macros)
     warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
@@ -488,14 +448,14 @@ def _backward_defines(macros, shift):
     split = macros["SPLIT"]
     saved = ("saved_t", "half_t" if split == 1 else "float")
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
-    # Of conv_output_gradient_cells: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
+    # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
     tile = THREADS * 8 // chunk_channels(split)
     blocks = {
         "TILE": tile,
         "TILES": ceil_div(_windows(macros), tile),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
     }
-    return (saved, ("SAVED_SHIFT", shift), *cell_macros(split).items(), *convolution, *blocks.items())
+    return (saved, ("SAVED_SHIFT", shift), *packing_macros(split).items(), *convolution, *blocks.items())
 
 
 def _parts(macros) -> int:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 from . import conv_wgmma
 from .common import THREADS, address, ceil_div
 from .conv_transpose import Geometry
-from .fp16_cells import CELL_BYTES, cell_macros, chunk_channels
+from .errors import UnsupportedError
+from .fp16_tiles import LINE_BYTES, packing_macros, chunk_channels
 from .launch import launch
-from .source import Kernel, Variant
+from .source import Kernel
 
 MANY_IMAGES = 96  # from so many on, a block takes as much of an image as fits, to load x less often
 _MMA_DGRAD_IMAGES = 64  # from so many on, mma.sync is faster than wgmma for dgrad with split 2: benchmarks/NOTES.md
@@ -21,6 +22,16 @@ _MAX_IMAGE = 70  # height or width of x or dy: with a 7 x 7 kernel, dy of a 64 x
 _STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
 _BLOCK_RESERVED = 1024  # shared memory that each block takes on top of its own
+
+# Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
+# shared memory; see `variants`.
+SHAPE_MACROS = (
+    ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
+    + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
+    + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
+    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES", "TILES_N", "PARTS_N", "PARTS")
+    + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS")
+)
 
 
 class Plan(NamedTuple):
@@ -36,14 +47,10 @@ class Plan(NamedTuple):
     shared_bytes: int
     planes: tuple
 
-    def of_cells(self) -> "Plan":
-        """The same plan for an x that already is cells, see `fp16_cells`."""
-        changed = {**dict(self.macros), "CELLS": 1, "input_t": "half_t"}
+    def of_packed(self) -> "Plan":
+        """The same plan for an x that already is packed, see `fp16_tiles`."""
+        changed = {**dict(self.macros), "X_PACKED": 1, "input_t": "half_t"}
         return self._replace(macros=tuple(changed.items()))
-
-
-class UnsupportedError(ValueError):
-    """These kernels do not take a convolution; the message says why."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -70,7 +77,7 @@ def plan(
         "scalar_t": dtype,
         "acc_t": "float",
         "input_t": dtype,
-        "CELLS": 0,
+        "X_PACKED": 0,
         "IN_CHANNELS": channels_in,
         "OUT_CHANNELS": channels_out,
         "IN_H": size[0],
@@ -81,11 +88,11 @@ def plan(
         "KERNEL_W": kernel[1],
         "PAD_H": pad[0],
         "PAD_W": pad[1],
-        **cell_macros(split),
+        **packing_macros(split),
         **found.planes,
         **found.macros,
     }
-    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH", *cell_macros(split))
+    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH", *packing_macros(split))
     taps, tile_m = kernel[0] * kernel[1], macros["TILE_M"]
     pack_macros = {**{name: macros[name] for name in both}, "TAPS": taps, "FLIP": int(dgrad)}
     rows = ceil_div(channels_out, tile_m) * tile_m
@@ -120,8 +127,8 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
             low = max(0, first // windows_w * 2 + pad[0] - (kernel[0] - 1))
             high = min(size[0], last // windows_w * 2 + 1 + pad[0] + 1)
             rows = max(rows, high - low)
-        band = (gap + (rows + 1) * pitch) * CELL_BYTES * (chunks if resident else 1)
-        return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * CELL_BYTES
+        band = (gap + (rows + 1) * pitch) * LINE_BYTES * (chunks if resident else 1)
+        return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * LINE_BYTES
 
     # Few images: one pass a unit, to spread over the GPU; else as many as fit. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
@@ -153,7 +160,7 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
         "TILE_M": 64 * warps_m,
         "PARTS_N": warps_n,
         "THREADS": 32 * warps_m * warps_n,
-        "PACKED_WIDTH": chunks * CELL_BYTES // 2,
+        "PACKED_WIDTH": chunks * LINE_BYTES // 2,
         "SHARED_BYTES": shared_bytes,
     }
     unit_windows, plane_stride = passes * warps_n * 16, ceil_div(windows, 4) * 4
@@ -163,11 +170,11 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
 def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
     """y = conv_transpose2d(x, w) + bias, or with a plan for dgrad y = dx from x = dy; bias may be None.
 
-    x_exponents: the exponents that go with x, if it is cells. y and the workspaces packed (plan.packed_size,
+    x_exponents: the exponents that go with x, if it is packed. y and the workspaces packed (plan.packed_size,
     float16) and exponents (plan.rows, int32) are written.
     """
     pack_weight(p, w, packed, exponents)
-    kernel = Kernel("conv_transpose_mma.cu", "conv_transpose_mma", p.macros)
+    kernel = convolution_kernel(p)
     count = 0 if x_exponents is None else x_exponents.size
     launch_units(p, kernel, x, y.shape[0], (x, x_exponents, packed, exponents, bias, y, count))
 
@@ -178,6 +185,11 @@ def pack_weight(p: Plan, w, packed, exponents, signs=None) -> None:
     signs: one value for each row; where it is negative, the row's weights change sign.
     """
     launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents))
+
+
+def convolution_kernel(p: Plan) -> Kernel:
+    """What `conv_transpose_mma` launches after `pack_weight`."""
+    return Kernel("conv_transpose_mma.cu", "conv_transpose_mma", p.macros, conv_wgmma.architecture(p.macros))
 
 
 def pack_kernel(p: Plan) -> Kernel:
@@ -200,10 +212,10 @@ def variants():
     """Variants of shapes that reach every branch: the reference shape, kernels of 1 and 7, many, few, odd channels."""
     packs, convolutions = set(), set()
     for p in sample_plans():
-        packs.add(Variant("pack_weight_fp16.cu", p.pack_macros))
-        convolutions.add(Variant("conv_transpose_mma.cu", p.macros))
+        packs.add(pack_kernel(p).variant)
+        convolutions.add(convolution_kernel(p).variant)
         if dict(p.pack_macros)["FLIP"]:
-            convolutions.add(Variant("conv_transpose_mma.cu", p.of_cells().macros))
+            convolutions.add(convolution_kernel(p.of_packed()).variant)
     yield from sorted(packs, key=str)
     yield from sorted(convolutions, key=str)
 

@@ -30,6 +30,11 @@ class _Unit(NamedTuple):
     shared_bytes: int
 
 
+def architecture(macros) -> str | None:
+    """The only one that a kernel with these macros compiles for; None if it has no such limit."""
+    return "sm_90a" if ("WGMMA", 1) in macros else None
+
+
 def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
@@ -48,8 +53,8 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
 
     def unit(rows):
         """A block's part of an image, `rows` rows of windows; None if it does not fit."""
-        band_cells = gap + (2 * rows + kernel[0] - 1) * pitch
-        along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
+        band_lines = gap + (2 * rows + kernel[0] - 1) * pitch
+        along = ceil_div(band_lines * 16 - 16, 128) * 128 + 16
         band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
         stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
         windows = (rows - 1) * window_pitch + windows_w

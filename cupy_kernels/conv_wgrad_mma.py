@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 from .common import MULTIPROCESSORS, THREADS, ceil_div
 from .conv_transpose import Geometry, output_shape
-from .conv_transpose_mma import UnsupportedError, check_supported
-from .fp16_cells import CELL_BYTES, cell_macros, chunk_channels
+from .conv_transpose_mma import check_supported
+from .conv_wgmma import architecture
+from .errors import UnsupportedError
+from .fp16_tiles import LINE_BYTES, packing_macros, chunk_channels
 from .launch import launch
-from .source import Kernel, Variant
+from .source import Kernel
 
 _MOST_TAPS = 5  # neighbouring taps in a block: a thread has no registers for more
 _MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
@@ -24,10 +26,10 @@ class Plan(NamedTuple):
 
     macros: tuple
     output_shape: tuple
-    split: int  # of the cells, see `fp16_cells`
+    split: int  # of the packed tiles, see `fp16_tiles`
     tiles: int
     splits: int
-    split_bands: int  # bands in a split; the last split may have fewer
+    bands_per_split: int  # bands in a split; the last split may have fewer
     threads: int
     shared_bytes: int
     partial_size: int  # elements of the workspace, float32
@@ -37,7 +39,7 @@ class Plan(NamedTuple):
 def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int, wgmma: bool = False) -> Plan:
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
-    split: of the cells of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
+    split: of the packed tiles of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
     block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. Raises UnsupportedError for
     what the kernels do not take.
     """
@@ -51,8 +53,8 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
     found = (_wgmma_layout(width, *sizes) if wgmma else None) or _layout(*sizes)
     tiles = kernel[0] * ceil_div(kernel[1], taps) * found.channel_tiles
     bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
-    split_bands = ceil_div(bands, max(1, MULTIPROCESSORS * found.blocks // tiles))
-    splits = ceil_div(bands, split_bands)
+    bands_per_split = ceil_div(bands, max(1, MULTIPROCESSORS * found.blocks // tiles))
+    splits = ceil_div(bands, bands_per_split)
     macros = {
         "scalar_t": dtype,
         "acc_t": "float",
@@ -66,14 +68,14 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
         "KERNEL_W": kernel[1],
         "PAD_H": geometry.padding[0],
         "PAD_W": geometry.padding[1],
-        **cell_macros(split),
+        **packing_macros(split),
         "TAPS_W": taps,
         "BAND_ROWS": _BAND_ROWS,
         "TILES": tiles,
         **found.macros,
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
-    sizes = (tiles, splits, split_bands, macros["THREADS"], macros["SHARED_BYTES"], splits * size)
+    sizes = (tiles, splits, bands_per_split, macros["THREADS"], macros["SHARED_BYTES"], splits * size)
     return Plan(tuple(macros.items()), output, split, *sizes)
 
 
@@ -92,7 +94,7 @@ def _layout(split, channels, taps, limit) -> _Layout:
 
     def layout(warps):
         """(stages, bytes of a stage)"""
-        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * CELL_BYTES
+        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * LINE_BYTES
         blocks = 8 // warps
         return min(_MOST_STAGES, (limit - _RESERVED) // blocks // stage_bytes), stage_bytes
 
@@ -113,7 +115,7 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     tiles_n = _MOST_TILES_N if channels[1] > 64 else channels[1] // 16
     columns = 4 if split == 1 else 1 if width % 2 else 2
 
-    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * CELL_BYTES
+    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * LINE_BYTES
     stages = min(_MOST_STAGES_WGMMA, (limit - _RESERVED) // stage_bytes)
     if stages < 2 + ceil_div(taps + 1, columns):
         return None
@@ -122,13 +124,13 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
 
 
-def conv_wgrad_mma(p: Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, borders, partial, dw) -> None:
-    """dw, the gradient of w, from x and the gradient of the output as cells.
+def conv_wgrad_mma(p: Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponents, borders, partial, dw) -> None:
+    """dw, the gradient of w, from x and the gradient of the output as packed tiles.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is the cells' scale.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is the packed tiles' scale.
     x_sums, borders: both None, or both given for an x whose means were subtracted, which needs a dy whose sum over all
-        pixels is 0 in each channel. x_sums: what `fp16_cells.to_cells` took. borders: float32 [parts, KH * KW, M];
-        added up over the parts, they are for each tap the sum of dy, under its cells' scale, over the pixels that
+        pixels is 0 in each channel. x_sums: what `fp16_tiles.pack_fp16` took. borders: float32 [parts, KH * KW, M];
+        added up over the parts, they are for each tap the sum of dy, under its tiles' scale, over the pixels that
         have no partner in x.
     dw and the workspace partial (its size in the plan, float32) are written.
     ValueError if only one of x_sums and borders is None.
@@ -137,19 +139,24 @@ def conv_wgrad_mma(p: Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents
         given = "borders" if x_sums is None else "x_sums"
         raise ValueError(f"x_sums and borders go together, received {given} alone; give both, or None for both")
     launch(
-        Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
+        wgrad_kernel(p),
         (p.tiles * p.splits, 1, 1),
         (p.threads, 1, 1),
-        (x_cells, dy_cells, partial, p.output_shape[0], p.split_bands),
+        (x_packed, dy_packed, partial, p.output_shape[0], p.bands_per_split),
         p.shared_bytes,
     )
     launch(
-        Kernel("conv_wgrad_mma.cu", "conv_wgrad_reduce", p.macros),
+        wgrad_kernel(p)._replace(name="conv_wgrad_reduce"),
         (ceil_div(dw.size, THREADS), 1, 1),
         (THREADS, 1, 1),
         (partial, x_exponents, dy_exponents, x_sums, borders, dw, x_exponents.size, dy_exponents.size, p.splits)
         + (0 if borders is None else borders.shape[0],),
     )
+
+
+def wgrad_kernel(p: Plan) -> Kernel:
+    """What `conv_wgrad_mma` launches first; `conv_wgrad_reduce` is compiled with it."""
+    return Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros, architecture(p.macros))
 
 
 def variants():
@@ -166,4 +173,4 @@ def variants():
             plans.append(plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, "float", little))
     for dtype, wgmma in itertools.product(("half_t", "bf16_t"), (False, True)):
         plans.append(plan((512, 64, 32, 32), (64, 128, 1, 1), unit._replace(padding=(0, 0)), 1, dtype, much, wgmma))
-    yield from (Variant("conv_wgrad_mma.cu", p.macros) for p in plans)
+    yield from (wgrad_kernel(p).variant for p in plans)

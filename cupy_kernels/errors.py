@@ -5,6 +5,10 @@ class KernelCompileError(RuntimeError):
     """A kernel's text does not compile; the message shows file, line and source line, then the compiler's log."""
 
 
+class UnsupportedError(ValueError):
+    """Some kernels do not take a call, and others may; the message says why."""
+
+
 class EmulatorError(RuntimeError):
     """The emulator found that a kernel does something that CUDA leaves undefined."""
 

@@ -23,7 +23,7 @@ from .common import (
     vector_width,
 )
 from .launch import launch
-from .source import DTYPES, SCALARS, Kernel, Variant
+from .source import DTYPES, SCALARS, Variant
 
 _CACHE_BYTES = 47 * 1024  # of the 48 KiB that every GPU has; the kernels' fixed arrays take the rest
 _CHANNELS_LAST_FILE = "group_norm_channels_last.cu"
@@ -89,7 +89,7 @@ def group_norm_backward(
         _launch(variant, "group_norm_backward", blocks, packs, 2 * packs, args)
     if has_parameters:
         launch(
-            Kernel(variant.file, "group_norm_backward_parameters", variant.defines),
+            variant.kernel("group_norm_backward_parameters"),
             (ceil_div(channels, _COLUMNS), 1, 1),
             (THREADS, 1, 1),
             (workspace, dweight, dbias, images if x.size else 0, channels),
@@ -125,7 +125,7 @@ def _launch_rows(name, args, shape, num_groups, tensors, *parameters):
     rows = max(1, min(_ROW_THREADS, ceil_div(tile * plane, 4)) // tile)  # some packs for each thread
     threads, defines = whole_warps(tile * rows), _row_defines(scalar(x), SCALARS[param], width)
     sizes = (tiles, channels, channels // num_groups, plane, tile)
-    kernel = Kernel(_CHANNELS_LAST_FILE, name, defines)
+    kernel = Variant(_CHANNELS_LAST_FILE, defines).kernel(name)
     launch(kernel, (images * tiles, 1, 1), (threads, 1, 1), (*args, *sizes), scratch_bytes(defines, threads))
 
 
@@ -159,7 +159,7 @@ def _launch(variant, name, blocks, packs, cached_packs, args):
     threads = 32
     while threads < 1024 and 5 * threads < packs:  # about five packs in flight per thread
         threads *= 2
-    launch(Kernel(variant.file, name, variant.defines), (blocks, 1, 1), (threads, 1, 1), args, shared_bytes)
+    launch(variant.kernel(name), (blocks, 1, 1), (threads, 1, 1), args, shared_bytes)
 
 
 def _sizes(shape, num_groups):

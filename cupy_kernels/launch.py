@@ -1,12 +1,15 @@
 """The one place that starts a kernel, on CuPy arrays (GPU) or NumPy arrays (emulator)."""
 
 import contextlib
+import ctypes
+import struct
 import threading
 from typing import NamedTuple
 
 import numpy as np
 
 from . import compiler, emulator, source
+from .backend import Backend
 from .source import Kernel, Parameter
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
@@ -25,7 +28,6 @@ class _Prepared(NamedTuple):
     parameters: tuple[Parameter, ...]
     scalars: list[tuple[int, type]]  # (place, type to cast to)
     pointers: list[tuple[int, np.dtype | None]]  # (place, dtype)
-    functions: dict  # {(device, shared_bytes): the compiled kernel's handle}
 
 
 class Step(NamedTuple):
@@ -46,7 +48,7 @@ def _prepared(kernel: Kernel) -> _Prepared:
     parameters = source.signature(kernel)
     scalars = [(i, parameter.dtype.type) for i, parameter in enumerate(parameters) if not parameter.pointer]
     pointers = [(i, parameter.dtype) for i, parameter in enumerate(parameters) if parameter.pointer]
-    return _Prepared(kernel, parameters, scalars, pointers, {})
+    return _Prepared(kernel, parameters, scalars, pointers)
 
 
 def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
@@ -64,7 +66,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     steps, requested = getattr(_thread, "steps", None), kernel
     if steps is None:
         notify(kernel, grid, block, args, shared_bytes)
-    kernel, parameters, scalars, pointers, functions = _prepared(kernel)
+    kernel, parameters, scalars, pointers = _prepared(kernel)
     if len(args) != len(parameters):
         raise ValueError(f"{kernel} takes {len(parameters)} arguments, received {len(args)}")
     if 0 in grid:
@@ -94,40 +96,77 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     except OverflowError as error:
         number, dtype = parameters[i].name, parameters[i].dtype
         raise ValueError(f"{kernel}: {number}={args[i]} does not fit {dtype}") from error
+    step = Step(requested, kernel, parameters, grid, block, cast, shared_bytes)
     if steps is not None:
-        steps.append(Step(requested, kernel, parameters, grid, block, cast, shared_bytes))
+        steps.append(step)
     elif on_gpu:
-        handle = functions.get((device, shared_bytes))
-        if handle is None:
-            handle = functions[device, shared_bytes] = compiler.function(kernel, shared_bytes).kernel.ptr
         values = [arg if isinstance(arg, np.generic) else np.uint64(arg.data.ptr) for arg in cast]
-        start([Packed((handle, *grid, *block, shared_bytes), values)], compiler.cupy().cuda.get_current_stream().ptr)
+        stream = compiler.cupy().cuda.get_current_stream().ptr
+        Batch(compiler.backend, [(step, values)]).start([], [], stream)
     else:
-        cast = [None if arg is NULL else arg for arg in cast]
-        emulator.run(kernel, parameters, grid, block, cast, shared_bytes)
+        values = [arg if isinstance(arg, np.generic) else np.uint64(arg.ctypes.data) for arg in cast]
+        Batch(emulator.backend, [(step, values)]).start([], [], None)
 
 
 class Packed:
-    """A launch as the driver takes it. numbers: the kernel's handle, grid, block, bytes of shared memory."""
+    """A launch as a backend starts it. numbers: the kernel's handle, grid, block, bytes of shared memory.
 
-    def __init__(self, numbers: tuple[int, ...], values: list[np.generic]):
-        count = len(values)
-        words = np.zeros(2 * count, np.uint64)  # the arguments, 8 bytes each; then their addresses
-        address = words.ctypes.data
-        for i, value in enumerate(values):
-            words[i : i + 1].view(np.uint8)[: value.itemsize] = np.frombuffer(value.tobytes(), np.uint8)
-            words[count + i] = address + 8 * i
-        self.words, self.numbers, self.parameters = words, numbers, address + 8 * count
+    parameters: the address of `pointers`, which say where the values of the arguments lie.
+    """
+
+    __slots__ = ("numbers", "parameters", "pointers", "step")
+
+    def __init__(self, step: Step, handle, pointers: np.ndarray):
+        self.step, self.numbers = step, (handle, *step.grid, *step.block, step.shared_bytes)
+        self.pointers, self.parameters = pointers, pointers.ctypes.data
+
+    @property
+    def words(self) -> np.ndarray:
+        """The arguments now, 8 bytes each."""
+        return np.array([ctypes.c_uint64.from_address(int(place)).value for place in self.pointers], np.uint64)
 
 
-def start(launches: list[Packed], stream: int) -> None:
-    """Starts them on the current device, in a stream of it; checks nothing."""
-    cuda = compiler.cupy().cuda
-    if not cuda.driver.ctxGetCurrent():  # a thread that has not used the GPU
-        cuda.runtime.free(0)
-    start = cuda.driver.launchKernel
-    for packed in launches:
-        start(*packed.numbers, stream, packed.parameters, 0)
+class Batch:
+    """Launches that are started together. Their arguments lie in one piece of memory, 8 bytes each.
+
+    First come the addresses of `count` arguments of a call, then addresses inside of them, both written at each start;
+    then numbers, of which the varying ones are written at each start; then, for each launch, where its arguments lie.
+
+    launches: (step, arguments): of each argument its bytes, a stand-in (`plan.Slot`), or a `Varying`.
+    """
+
+    def __init__(self, backend: Backend, launches: list[tuple[Step, list]], count: int = 0):
+        places = {(index, 0): index for index in range(count)}
+        for arg in (arg for _, args in launches for arg in args):
+            if not isinstance(arg, np.generic | Varying):
+                places.setdefault((arg.index, arg.offset), len(places))
+        self._backend, self._launches, self._varying, end = backend, [], [], len(places)
+        self._inside = list(places)[count:]
+        self._pack = struct.Struct(f"={end}Q").pack_into
+        self._words = words = np.zeros(end + 2 * sum(len(args) for _, args in launches), np.uint64)
+        for step, args in launches:
+            pointers = []
+            for arg, parameter in zip(args, step.parameters):
+                place = end
+                if isinstance(arg, np.generic):
+                    words[end : end + 1].view(np.uint8)[: arg.itemsize] = np.frombuffer(arg.tobytes(), np.uint8)
+                elif isinstance(arg, Varying):
+                    self._varying.append((words[end : end + 1].view(parameter.dtype), arg.index))
+                else:
+                    place = places[arg.index, arg.offset]
+                end += place == end
+                pointers.append(words.ctypes.data + 8 * place)
+            words[end : end + len(pointers)] = pointers
+            handle = backend.handle(step.kernel, step.shared_bytes)
+            self._launches.append(Packed(step, handle, words[end : end + len(pointers)]))
+            end += len(pointers)
+
+    def start(self, pointers: list[int], values: list, stream: int | None) -> None:
+        """Starts them, in a stream of the current GPU. pointers, values: of the call's arguments, by their index."""
+        self._pack(self._words, 0, *pointers, *[pointers[index] + offset for index, offset in self._inside])
+        for word, index in self._varying:
+            word[0] = values[index]
+        self._backend.start(self._launches, stream)
 
 
 class Varying(float):

@@ -11,32 +11,39 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import compiler, emulator, launch
-from .launch import NULL, Packed, Varying, recorded
+from . import launch
+from .backend import Backend
+from .launch import NULL, Batch, Varying, recorded
+
+ALIGNMENT = 256  # bytes, of arrays that share memory
 
 
 class Slot:
     """Stands for a contiguous array that begins `offset` bytes into argument `index` of a call.
 
     alignment: the argument's address modulo 16, all that a launch may know of it.
-    kind: what else the caller wants to know of the argument.
     """
 
     flags = SimpleNamespace(c_contiguous=True)
 
-    def __init__(self, index: int, shape, dtype, alignment: int = 0, offset: int = 0, kind=None):
-        self.kind, self.index, self.shape, self.dtype = kind, index, tuple(shape), np.dtype(dtype)
+    def __init__(self, index: int, shape, dtype, alignment: int = 0, offset: int = 0):
+        self.index, self.shape, self.dtype = index, tuple(shape), np.dtype(dtype)
         self.alignment, self.offset = alignment, offset
         self.size, self.ndim, self.itemsize = math.prod(self.shape), len(self.shape), self.dtype.itemsize
+        self.nbytes = self.size * self.itemsize
 
     @property
     def address(self) -> int:
         """An address with the alignment of the array's own."""
         return self.alignment + self.offset
 
-    def reshape(self, *shape: int) -> "Slot":
+    def reshape(self, shape) -> "Slot":
         """The same elements in another shape."""
         return Slot(self.index, shape, self.dtype, self.alignment, self.offset)
+
+    def view(self, dtype) -> "Slot":
+        """The same bytes, of one dimension, as another type."""
+        return Slot(self.index, (self.nbytes // np.dtype(dtype).itemsize,), dtype, self.alignment, self.offset)
 
     def __getitem__(self, rows: int | slice) -> "Slot":
         """One row, or neighbouring ones."""
@@ -46,66 +53,56 @@ class Slot:
         return Slot(self.index, shape, self.dtype, self.alignment, offset)
 
 
+def room(arrays: dict[str, tuple[tuple[int, ...], type]]) -> int:
+    """Bytes that `parts` needs."""
+    return sum(map(_rounded, arrays.values()))
+
+
+def parts(memory, arrays: dict[str, tuple[tuple[int, ...], type]]) -> dict:
+    """{name: array} of arrays, {name: (shape, dtype)}, that share `memory`, an array of `room(arrays)` bytes."""
+    found, start = {}, 0
+    for name, (shape, dtype) in arrays.items():
+        end = start + math.prod(shape) * np.dtype(dtype).itemsize
+        found[name] = memory[start:end].view(dtype).reshape(shape)
+        start += _rounded((shape, dtype))
+    return found
+
+
+def _rounded(array):
+    shape, dtype = array
+    return -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+
+
 class Plan:
     """The launches of operation(*args, **options), whose arrays are `Slot`s and whose floats are `Varying`.
 
-    result: what the operation returned.
+    backend: what starts them. result: what the operation returned.
     A plan is for one thread: each start writes its arguments into the same words, which the kernels read.
     """
 
-    def __init__(self, operation: Callable, args, options: dict):
-        self.operation = operation
+    def __init__(self, backend: Backend, operation: Callable, args, options: dict):
+        self._backend, self._batches = backend, {}
         with recorded() as self.steps:
             self.result = operation(*args, **options)
-        self._launches = None
 
     @property
     def kernels(self) -> list:
         """The kernels that it starts, in order."""
         return [step.kernel for step in self.steps]
 
-    def start(self, pointers: list[int], values: list, stream: int) -> None:
-        """Starts the launches on the current GPU. pointers, values: of the arguments, by their index."""
-        if self._launches is None:
-            compiler.prepare(self.kernels)
-            self._launches = [_Packed(step) for step in self.steps]
-        for packed in self._launches:
-            packed.fill(pointers, values)
-        launch.start(self._launches, stream)
+    def start(self, steps: range, pointers: list[int], values: list, stream: int | None) -> None:
+        """Starts some of the launches. The rest as in `launch.Batch.start`."""
+        batch = self._batches.get(steps.start)
+        if batch is None:
+            self._backend.prepare(self.kernels)  # of all steps at once
+            launches = [(step, step.args) for step in self.steps[steps.start : steps.stop]]
+            batch = self._batches[steps.start] = Batch(self._backend, launches, len(pointers))
+        batch.start(pointers, values, stream)
 
-    def emulate(self, array: Callable, values: list) -> None:
-        """Runs the launches on the emulator. array(slot): the array that a Slot stands for."""
-        emulator.prepare(self.kernels)
-        for step in self.steps:
-            args = _arguments(step, array, values)
-            emulator.run(step.kernel, step.parameters, step.grid, step.block, args, step.shared_bytes)
-
-    def notify(self, array: Callable, values: list) -> None:
-        """Shows the launches to those who observe launches."""
-        for step in self.steps:
+    def notify(self, steps: range, array: Callable, values: list) -> None:
+        """Shows some of the launches to those who observe launches. array(slot): the array that a Slot stands for."""
+        for step in self.steps[steps.start : steps.stop]:
             launch.notify(step.requested, step.grid, step.block, _arguments(step, array, values), step.shared_bytes)
-
-
-class _Packed(Packed):
-    """A launch, and which of its words are filled at each start: addresses, and numbers that vary."""
-
-    def __init__(self, step):
-        handle = compiler.function(step.kernel, step.shared_bytes).kernel.ptr
-        values = [arg if isinstance(arg, np.generic) else NULL for arg in step.args]
-        super().__init__((handle, *step.grid, *step.block, step.shared_bytes), values)
-        self.addresses, self.varying = [], []
-        for i, (arg, parameter) in enumerate(zip(step.args, step.parameters)):
-            if isinstance(arg, Slot):
-                self.addresses.append((i, arg.index, arg.offset))
-            elif type(arg) is Varying:
-                self.varying.append((self.words[i : i + 1].view(parameter.dtype), arg.index))
-
-    def fill(self, pointers, values):
-        words = self.words
-        for word, index, offset in self.addresses:
-            words[word] = pointers[index] + offset
-        for word, index in self.varying:
-            word[0] = values[index]
 
 
 def _arguments(step, array, values):

@@ -26,8 +26,8 @@ class Pool(NamedTuple):
     dilation: tuple[int, int]
 
     @property
-    def wide_taps(self) -> bool:
-        """Whether taps, places in the window, are int32 instead of uint8, in which 255 is the emulator's poison."""
+    def wide_argmax(self) -> bool:
+        """Whether argmax, places in the window, are int32 instead of uint8, in which 255 is the emulator's poison."""
         return math.prod(self.kernel_size) > 254
 
 
@@ -63,41 +63,41 @@ def _windows(size, pool, ceil_mode):
 
 
 def pool_kernel(
-    file: str, name: str, pixels, windows, taps, pool: Pool, macros=(), three_by_three: tuple[Pool, ...] = ()
+    file: str, name: str, pixels, windows, argmax, pool: Pool, macros=(), three_by_three: tuple[Pool, ...] = ()
 ) -> Kernel:
     """The variant of a kernel for these arrays. ValueError unless `pool` makes the output's shape of the input's.
 
     pixels, windows: the arrays of the input's shape [..., H, W], and those of the output's, at least one each.
-    taps: one more of the output's shape, or None. macros: besides those of pool.cuh. three_by_three: of
+    argmax: one more of the output's shape, or None. macros: besides those of pool.cuh. three_by_three: of
     THREE_BY_THREE, those windows, with any padding, that the file has a variant for.
     """
     x, y = pixels[0], windows[0]
     same_shape(**{f"array {i} like the input": a for i, a in enumerate(pixels)})
-    same_shape(**{f"array {i} like the output": a for i, a in enumerate((*windows, taps))})
+    same_shape(**{f"array {i} like the output": a for i, a in enumerate((*windows, argmax))})
     check_pool_shapes(x.shape, y.shape, pool)
     two_by_two = pool == _TWO_BY_TWO and row_width(x.shape[-1], *pixels) >= 2
     fixed = pool.stride[0] if pool._replace(padding=(0, 0)) in three_by_three else 0
-    return Kernel(file, name, _defines(scalar(x), pool.wide_taps, two_by_two, fixed, macros))
+    return Kernel(file, name, _defines(scalar(x), pool.wide_argmax, two_by_two, fixed, macros))
 
 
 def pool_variants(file: str, macros=(), three_by_three: tuple[Pool, ...] = ()):
     """Every variant that `pool_kernel` makes of a file."""
     for name in FLOATS:
-        for wide_taps, two_by_two in ((False, True), (False, False), (True, False)):
-            yield Variant(file, _defines(name, wide_taps, two_by_two, 0, macros))
+        for wide_argmax, two_by_two in ((False, True), (False, False), (True, False)):
+            yield Variant(file, _defines(name, wide_argmax, two_by_two, 0, macros))
         for pool in three_by_three:
             yield Variant(file, _defines(name, False, False, pool.stride[0], macros))
 
 
-def tap_type(wide_taps: bool) -> str:
-    """The kernels' name for the type of taps."""
-    return "int" if wide_taps else "u8"
+def argmax_type(wide_argmax: bool) -> str:
+    """The kernels' name for the type of argmax."""
+    return "int" if wide_argmax else "u8"
 
 
-def _defines(name, wide_taps, two_by_two, three_by_three, macros):
+def _defines(name, wide_argmax, two_by_two, three_by_three, macros):
     return (
         *scalar_macros(name),
-        ("tap_t", tap_type(wide_taps)),
+        ("argmax_t", argmax_type(wide_argmax)),
         ("WINDOW_2X2", int(two_by_two)),
         ("WINDOW_3X3", three_by_three),
         ("SITE", 2 if two_by_two else 1),

@@ -45,17 +45,6 @@ _lock = forks.lock()  # whoever holds it sees the same sources all the time
 _blocks = []  # the thread of each open block of `override`, the outermost first
 
 
-# Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
-# shared memory.
-SHAPE_MACROS = frozenset(
-    ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
-    + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
-    + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
-    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES", "TILES_N", "PARTS_N", "PARTS")
-    + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS")
-)
-
-
 def until_overridden(function):
     """functools.cache that `set_overrides` empties: for what follows from the sources and constants in force.
 
@@ -76,38 +65,37 @@ def until_overridden(function):
 
 
 class Variant(NamedTuple):
-    """A .cu file and the macros it is compiled with: one compilation, which gives all kernels of the file."""
+    """A .cu file and the macros it is compiled with: one compilation, which gives all kernels of the file.
+
+    architecture: the only one that it compiles for and runs on ("sm_90a"). None: it has no such limit.
+    """
 
     file: str
     defines: tuple[tuple[str, str | int], ...] = ()
+    architecture: str | None = None
 
     def __str__(self):
         return " ".join([self.file, *(f"-D{k}={v}" for k, v in self.defines)])
 
-    @property
-    def architecture(self) -> str | None:
-        """The only architecture that it compiles for and runs on. None for most variants, which have no such limit."""
-        return "sm_90a" if ("WGMMA", 1) in self.defines else None
-
-    @property
-    def family(self) -> "Variant":
-        """The variant without the macros that specialise it for a shape, whose values nobody can enumerate."""
-        return Variant(self.file, tuple((k, v) for k, v in self.defines if k not in SHAPE_MACROS))
+    def kernel(self, name: str) -> "Kernel":
+        """One of its kernels."""
+        return Kernel(self.file, name, self.defines, self.architecture)
 
 
 class Kernel(NamedTuple):
-    """A .cu file, one of its kernels, and the macros it is compiled with."""
+    """One kernel of a `Variant`."""
 
     file: str
     name: str
     defines: tuple[tuple[str, str | int], ...] = ()
+    architecture: str | None = None
 
     def __str__(self):
         return f"{self.name} [{self.variant}]"
 
     @property
     def variant(self) -> Variant:
-        return Variant(self.file, self.defines)
+        return Variant(self.file, self.defines, self.architecture)
 
 
 class Parameter(NamedTuple):

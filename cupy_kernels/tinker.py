@@ -19,7 +19,7 @@ from .common import THREADS, ceil_div
 from .display import Rows, highlighted
 from .errors import BackendError
 from .launch import MAX_THREADS
-from .source import Kernel, Variant
+from .source import Variant
 
 DEFAULT_ARCH = "sm_80"  # where there is no GPU to ask
 TOOLKIT = "/usr/local/cuda/bin"
@@ -79,7 +79,7 @@ def kernels(name: str | None = None) -> Rows:
     A table of several files does not show parameters and values of macros; the items have them. `attributes` has a row
     for each variant.
     """
-    from .variants import variants  # imports every operator
+    from .variants import shape_macros, variants  # imports every operator
 
     declared = {}
     for variant in variants():
@@ -91,7 +91,7 @@ def kernels(name: str | None = None) -> Rows:
         macros = {}
         for macro, value in (define for variant in declared.get(file, ()) for define in variant.defines):
             macros.setdefault(macro, {})[str(value)] = None
-        names = [macro for macro in macros if macro not in source.SHAPE_MACROS]
+        names = [macro for macro in macros if macro not in shape_macros()]
         others = len(macros) - len(names)
         names = [*names, f"and {others} of the shape"] if others > 1 else list(macros)
         values = tuple(f"{macro}: {', '.join(values)}" for macro, values in macros.items())
@@ -172,7 +172,7 @@ def attributes(
     arch = _checked_arch(arch)
     if not (block is None or 0 < block <= MAX_THREADS):
         raise ValueError(f"block must be 1 to {MAX_THREADS} threads, received {block}")
-    found = [Kernel(v.file, kernel, v.defines) for v, names in _matching(name, arch, macros) for kernel in names]
+    found = [v.kernel(kernel) for v, names in _matching(name, arch, macros) for kernel in names]
     found = list(map(source.in_force, found))
     words, common = told_apart([kernel.defines for kernel in found])
     rows = [measure(kernel, arch, block, shared_bytes)._replace(macros=word) for kernel, word in zip(found, words)]
@@ -384,7 +384,7 @@ def _first(name, arch, macros):
     """(Kernel, arch) of the first variant; the kernel's name is empty for a file."""
     arch = _checked_arch(arch)
     variant, names = _matching(name, arch, macros)[0]
-    kernel = source.in_force(Kernel(variant.file, names[0], variant.defines))
+    kernel = source.in_force(variant.kernel(names[0]))
     return kernel if locate(name)[1] else kernel._replace(name=""), arch
 
 
@@ -420,7 +420,7 @@ def _of_nvrtc(kernel, arch, block, shared_bytes):
 
 
 def _of_gpu(kernel, arch, block, shared_bytes):
-    function, cuda = compiler.function(kernel, shared_bytes), compiler.cupy().cuda
+    function, cuda = compiler.backend.function(kernel, shared_bytes), compiler.cupy().cuda
     # Without __launch_bounds__ a kernel may have the most threads that its registers leave room for.
     bound = function.max_threads_per_block
     used = nvrtc.Resources(function.num_regs, function.local_size_bytes, 0, function.shared_size_bytes)

@@ -1,9 +1,10 @@
 """Every variant of the kernels that the host code may launch, so that all can be compiled ahead, without a GPU.
 
 A module with host code declares its own by `variants()`, a generator of `source.Variant`; the tests fail on a launch
-that is not declared.
+that is not declared. Macros that depend on shapes, whose values nobody can enumerate, it names in `SHAPE_MACROS`.
 """
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Iterator
@@ -13,9 +14,24 @@ from .source import Variant
 
 def variants() -> Iterator[Variant]:
     """All variants of all operators."""
+    for declared in _declared("variants"):
+        yield from declared()
+
+
+@functools.cache
+def shape_macros() -> frozenset[str]:
+    """The macros that specialise a variant for a shape."""
+    return frozenset().union(*_declared("SHAPE_MACROS"))
+
+
+def family(variant: Variant) -> Variant:
+    """The variant without the macros that specialise it for a shape."""
+    return variant._replace(defines=tuple((k, v) for k, v in variant.defines if k not in shape_macros()))
+
+
+def _declared(name):
     package = importlib.import_module(__package__)
     for found in pkgutil.iter_modules(package.__path__, f"{__package__}."):
-        if found.name != __name__:
-            declared = getattr(importlib.import_module(found.name), "variants", None)
-            if declared:
-                yield from declared()
+        module = importlib.import_module(found.name)
+        if found.name != __name__ and hasattr(module, name):
+            yield getattr(module, name)

@@ -138,9 +138,9 @@ axes.set_yticks([0, 1])
 plt.show()
 
 # %% [markdown]
-# The image lies in shared memory as *cells*: one pixel, 64 channels, 128 bytes of fp16. Every tap reads the same cells,
+# The image lies in shared memory as *lines*: one pixel, 64 channels, 128 bytes of fp16. Every tap reads the same lines,
 # shifted by $(kh, kw)$; nothing is copied into columns. What a shift reads outside the image must be zero: one row of
-# zeros serves for all rows outside, and a gap of zero cells between two rows serves as the right border of one and the
+# zeros serves for all rows outside, and a gap of zero lines between two rows serves as the right border of one and the
 # left border of the next.
 
 # %%
@@ -148,11 +148,11 @@ gap = max(0, macros["KERNEL_W"] - 1 - macros["PAD_W"])
 pitch = macros["IN_W"] + gap
 rows = 7
 figure, axes = plt.subplots(figsize=(11, 3.4))
-cells = np.zeros((rows, gap + pitch))
-cells[1:, gap : gap + macros["IN_W"]] = 1
-axes.imshow(cells, cmap="Blues", vmin=0, vmax=2.5, aspect="auto")
+lines = np.zeros((rows, gap + pitch))
+lines[1:, gap : gap + macros["IN_W"]] = 1
+axes.imshow(lines, cmap="Blues", vmin=0, vmax=2.5, aspect="auto")
 axes.text(pitch / 2, 0, "zero row", ha="center", va="center", color="gray")
-axes.text(gap + macros["IN_W"] / 2 + 6, 4, "cells of x", ha="center", va="center")
+axes.text(gap + macros["IN_W"] / 2 + 6, 4, "lines of x", ha="center", va="center")
 axes.text(pitch + gap / 2 - 0.5, 3, "the next row's gap", rotation=90, ha="center", va="center", color="gray")
 for tap, colour in (((0, 0), "tab:red"), ((2, 2), "tab:green"), ((4, 4), "tab:purple")):
     # Output pixels (2..3, 0..7): rows oh + pad - kh of x, which start one below the zero row.
@@ -160,22 +160,22 @@ for tap, colour in (((0, 0), "tab:red"), ((2, 2), "tab:green"), ((4, 4), "tab:pu
     axes.add_patch(Rectangle((start - 0.45, top - 0.45), 7.9, 1.9, fill=False, ec=colour, lw=2.5))
     axes.text(start + 3.5, top + 0.5, f"tap {tap}", ha="center", va="center", color=colour, weight="bold")
 axes.set_title(
-    f"what three taps read for output pixels (2..3, 0..7): {gap} zero cells a row, pitch {pitch}", fontsize=10
+    f"what three taps read for output pixels (2..3, 0..7): {gap} zero lines a row, pitch {pitch}", fontsize=10
 )
-axes.set_xlabel("cell")
-axes.set_ylabel("row of cells")
+axes.set_xlabel("line")
+axes.set_ylabel("row of lines")
 plt.show()
 
 # %% [markdown]
-# Shared memory has 32 banks of 4 bytes, so a cell spans all of them once, and the same part (16 bytes) of every cell
+# Shared memory has 32 banks of 4 bytes, so a line spans all of them once, and the same part (16 bytes) of every line
 # would lie in the same four banks. `ldmatrix`, the tensor cores' load, fetches one part of eight pixels at a time; here
 # these are the upper rows of four windows that lie 8 pixels apart. Eight accesses to the same banks would have to take
-# turns. So parts are swapped by an XOR with a key of the cell, chosen such that these eight differ:
+# turns. So parts are swapped by an XOR with a key of the line, chosen such that these eight differ:
 
 
 # %%
-def key(ih, cell_column):
-    place = ih * windows_w + cell_column
+def key(ih, line_column):
+    place = ih * windows_w + line_column
     return place // 8 % 4 * 2 + place % 2
 
 
@@ -185,8 +185,8 @@ windows = start + np.arange(per_lane)[:, None] + np.repeat(np.arange(LANES), 2) 
 for kh in range(MISSION.kernel_size):
     for kw in range(MISSION.kernel_size):
         ih = 2 * (windows // windows_w) + macros["PAD_H"] - kh
-        cell_column = gap + 2 * (windows % windows_w) + np.tile([0, 1], LANES) + macros["PAD_W"] - kw
-        keys = np.sort(key(ih + 8, cell_column))  # 8 rows more: the same keys, and no negative number
+        line_column = gap + 2 * (windows % windows_w) + np.tile([0, 1], LANES) + macros["PAD_W"] - kw
+        keys = np.sort(key(ih + 8, line_column))  # 8 rows more: the same keys, and no negative number
         assert (keys == np.arange(8)).all()
 
 pixel = np.repeat(np.arange(LANES), 2) * 2 * per_lane + np.tile([0, 1], LANES)
@@ -200,7 +200,7 @@ for panel, keys, title in zip(panels, (np.zeros(8, int), key(0, gap + pixel)), (
     panel.set_xticks(place, [f"{4 * p}-{4 * p + 3}" for p in place], fontsize=8)
     panel.set_yticks(place, [f"ow={p}" for p in pixel], fontsize=8)
     panel.set_xlabel("banks")
-    panel.set_title(f"parts of eight cells, {title}", fontsize=10)
+    panel.set_title(f"parts of eight lines, {title}", fontsize=10)
 plt.show()
 
 # %% [markdown]
@@ -211,7 +211,7 @@ plt.show()
 # H200, with NVRTC 12 or newer, run another one (`conv_wgmma.cuh`), and times of them below are that one's. `wgmma`
 # instructions read both operands from shared memory on their own, so there is no `ldmatrix`, and no key: eight channels
 # of all pixels lie together, the even rows of $x$ before the odd ones, such that neighbouring windows read neighbouring
-# cells whatever the tap. All four corners of a window end up in one lane there, too, and what follows is the same.
+# lines whatever the tap. All four corners of a window end up in one lane there, too, and what follows is the same.
 
 # %% [markdown]
 # ## Numeric classes: fp16 under scales
@@ -402,7 +402,7 @@ for panel, (title, gradient) in zip(panels, pictures.items()):
 plt.show()
 
 # %% [markdown]
-# That gradient, $dy$, is written once, as cells of scaled fp16, and two convolutions read it. The gradient of $x$ is
+# That gradient, $dy$, is written once, as packed fp16 tiles, and two convolutions read it. The gradient of $x$ is
 # the first one with flipped weights, so it is the same kernel. The gradient of the weight is, for each tap, a product
 # of $x$ and $dy$ summed over all pixels. There, the 16 pixels that one tensor-core instruction sums over lie below each
 # other. The next tap to the right then needs the same column of $x$, and of $dy$ the column beside: a warp keeps five

@@ -11,7 +11,6 @@ Written by `python3 -m tools.submission`: change the package, not this file.
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -19,7 +18,7 @@ import math
 import numbers
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache as until_overridden
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,15 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.dlpack import to_dlpack
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/errors.py
+#
+# Exceptions of this package besides ValueError and TypeError.
+
+class UnsupportedError(ValueError):
+    """Some kernels do not take a call, and others may; the message says why."""
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/source.py
@@ -50,50 +58,40 @@ DTYPES = {
     "i64": np.dtype(np.int64),
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
-# Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
-# shared memory.
-SHAPE_MACROS = frozenset(
-    ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
-    + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
-    + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
-    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES", "TILES_N", "PARTS_N", "PARTS")
-    + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS")
-)
 
 
 class Variant(NamedTuple):
-    """A .cu file and the macros it is compiled with: one compilation, which gives all kernels of the file."""
+    """A .cu file and the macros it is compiled with: one compilation, which gives all kernels of the file.
+
+    architecture: the only one that it compiles for and runs on ("sm_90a"). None: it has no such limit.
+    """
 
     file: str
     defines: tuple[tuple[str, str | int], ...] = ()
+    architecture: str | None = None
 
     def __str__(self):
         return " ".join([self.file, *(f"-D{k}={v}" for k, v in self.defines)])
 
-    @property
-    def architecture(self) -> str | None:
-        """The only architecture that it compiles for and runs on. None for most variants, which have no such limit."""
-        return "sm_90a" if ("WGMMA", 1) in self.defines else None
-
-    @property
-    def family(self) -> "Variant":
-        """The variant without the macros that specialise it for a shape, whose values nobody can enumerate."""
-        return Variant(self.file, tuple((k, v) for k, v in self.defines if k not in SHAPE_MACROS))
+    def kernel(self, name: str) -> "Kernel":
+        """One of its kernels."""
+        return Kernel(self.file, name, self.defines, self.architecture)
 
 
 class Kernel(NamedTuple):
-    """A .cu file, one of its kernels, and the macros it is compiled with."""
+    """One kernel of a `Variant`."""
 
     file: str
     name: str
     defines: tuple[tuple[str, str | int], ...] = ()
+    architecture: str | None = None
 
     def __str__(self):
         return f"{self.name} [{self.variant}]"
 
     @property
     def variant(self) -> Variant:
-        return Variant(self.file, self.defines)
+        return Variant(self.file, self.defines, self.architecture)
 
 
 class Parameter(NamedTuple):
@@ -224,28 +222,35 @@ def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
 # from where these lie. So the operation runs once on stand-ins, `Slot`s. Where it passes one to a kernel, the plan
 # remembers which argument it was, and how many bytes into it.
 
+ALIGNMENT = 256  # bytes, of arrays that share memory
+
+
 class Slot:
     """Stands for a contiguous array that begins `offset` bytes into argument `index` of a call.
 
     alignment: the argument's address modulo 16, all that a launch may know of it.
-    kind: what else the caller wants to know of the argument.
     """
 
     flags = SimpleNamespace(c_contiguous=True)
 
-    def __init__(self, index: int, shape, dtype, alignment: int = 0, offset: int = 0, kind=None):
-        self.kind, self.index, self.shape, self.dtype = kind, index, tuple(shape), np.dtype(dtype)
+    def __init__(self, index: int, shape, dtype, alignment: int = 0, offset: int = 0):
+        self.index, self.shape, self.dtype = index, tuple(shape), np.dtype(dtype)
         self.alignment, self.offset = alignment, offset
         self.size, self.ndim, self.itemsize = math.prod(self.shape), len(self.shape), self.dtype.itemsize
+        self.nbytes = self.size * self.itemsize
 
     @property
     def address(self) -> int:
         """An address with the alignment of the array's own."""
         return self.alignment + self.offset
 
-    def reshape(self, *shape: int) -> "Slot":
+    def reshape(self, shape) -> "Slot":
         """The same elements in another shape."""
         return Slot(self.index, shape, self.dtype, self.alignment, self.offset)
+
+    def view(self, dtype) -> "Slot":
+        """The same bytes, of one dimension, as another type."""
+        return Slot(self.index, (self.nbytes // np.dtype(dtype).itemsize,), dtype, self.alignment, self.offset)
 
     def __getitem__(self, rows: int | slice) -> "Slot":
         """One row, or neighbouring ones."""
@@ -253,6 +258,26 @@ class Slot:
         first, shape = (picked, row) if isinstance(rows, int) else (picked.start, (len(picked), *row))
         offset = self.offset + first * math.prod(row) * self.itemsize
         return Slot(self.index, shape, self.dtype, self.alignment, offset)
+
+
+def room(arrays: dict[str, tuple[tuple[int, ...], type]]) -> int:
+    """Bytes that `parts` needs."""
+    return sum(map(_rounded, arrays.values()))
+
+
+def parts(memory, arrays: dict[str, tuple[tuple[int, ...], type]]) -> dict:
+    """{name: array} of arrays, {name: (shape, dtype)}, that share `memory`, an array of `room(arrays)` bytes."""
+    found, start = {}, 0
+    for name, (shape, dtype) in arrays.items():
+        end = start + math.prod(shape) * np.dtype(dtype).itemsize
+        found[name] = memory[start:end].view(dtype).reshape(shape)
+        start += _rounded((shape, dtype))
+    return found
+
+
+def _rounded(array):
+    shape, dtype = array
+    return -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,6 +330,572 @@ def address(array) -> int:
 def ceil_div(a: int, b: int) -> int:
     """The smallest integer that is at least a / b."""
     return -(-a // b)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/shortcuts.py
+#
+# Private functions of torch that save time at every call. Each has a public one beside it, which it must agree with.
+#
+# Where a version of torch lacks the private one, the public one takes its place.
+
+class Public:
+    """What the functions of this module do, by torch's public functions."""
+
+    @staticmethod
+    def current_device() -> int:
+        """Index of the current GPU."""
+        return torch.cuda.current_device()
+
+    @staticmethod
+    def raw_stream(index: int) -> int:
+        """Handle of the current stream of a GPU."""
+        return torch.cuda.current_stream(index).cuda_stream
+
+    @staticmethod
+    def allows_tf32() -> bool:
+        """Whether cuDNN's convolutions may multiply in TF32."""
+        return torch.backends.cudnn.allow_tf32
+
+    @staticmethod
+    def apply(function: type[torch.autograd.Function], *args):
+        """function.apply(*args), for a call that is not inside a transform of torch.func."""
+        return function.apply(*args)
+
+
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", Public.raw_stream)
+allows_tf32 = getattr(torch._C, "_get_cudnn_allow_tf32", Public.allows_tf32)
+
+
+def apply(function: type[torch.autograd.Function], *args):
+    """See Public.apply. The rest of `Function.apply` serves torch.func."""
+    return super(torch.autograd.Function, function).apply(*args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/interop.py
+#
+# The border between torch and the kernels: DLPack views of tensors, on the tensors' device and torch's stream.
+
+# What kernels compute with, and their name for it.
+interop_FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
+
+
+def view(tensor: torch.Tensor):
+    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16.
+
+    On a GPU CuPy gets the bare DLPack capsule. The protocol around it, `__dlpack__`, would make streams wait for each
+    other; but the view is used on the stream that the tensor belongs to, waiting breaks the capture of a CUDA graph,
+    and the protocol costs several times the view itself.
+    RuntimeError if the tensor's values are not what its memory holds.
+    """
+    if tensor.is_neg() or tensor.is_conj():
+        raise RuntimeError("received a negated or conjugated view of other memory: use resolve_neg(), resolve_conj()")
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.int16)
+    if tensor.is_cuda:
+        return cupy().from_dlpack(to_dlpack(tensor))
+    return np.asarray(_Memory(tensor))
+
+
+class _Memory:
+    """What NumPy makes an array from; it keeps the tensor's memory while there is such an array.
+
+    After `tensor.numpy()` the storage could never be resized again, which FSDP does. NumPy's from_dlpack returns a
+    read-only array.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        check_memory(tensor)
+        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+        self.tensor = tensor
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False),  # not read-only
+            "shape": tuple(tensor.shape),
+            "strides": tuple(step * dtype.itemsize for step in tensor.stride()),
+            "typestr": dtype.str,
+            "version": 3,
+        }
+
+
+# What the kernels' host code takes for a tensor's dtype. bfloat16 travels as int16.
+NUMPY = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(np.int16),
+    torch.uint8: np.dtype(np.uint8),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+}
+TORCH = {array: tensor for tensor, array in NUMPY.items()}
+
+
+def one_device(args) -> torch.device:
+    """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            received = ", ".join(sorted({str(t.device) for t in tensors}))
+            raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
+    if device.type not in ("cuda", "cpu"):
+        raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
+    return device
+
+
+_nothing = contextlib.nullcontext()
+
+
+def launching_on(device: torch.device):
+    """A context in which CuPy launches on `device`, if that is a GPU, and on torch's current stream there."""
+    if device.type == "cpu":
+        return _nothing
+    cuda = cupy().cuda
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = raw_stream(index)
+    if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
+        return _nothing
+    return _switched(cuda, index, stream)
+
+
+@contextlib.contextmanager
+def _switched(cuda, device_index, stream):
+    with cuda.Device(device_index), _stream(stream, device_index):
+        yield
+
+
+@functools.cache
+def _stream(pointer, device_index):
+    """CuPy's object for a stream of torch's. Call it with the device current."""
+    stream = cupy().cuda.Stream
+    if hasattr(stream, "from_external"):  # since CuPy 14
+        return stream.from_external(_ExternalStream(pointer))
+    return cupy().cuda.ExternalStream(pointer, device_index)
+
+
+class _ExternalStream(NamedTuple):
+    pointer: int
+
+    def __cuda_stream__(self):
+        return 0, self.pointer
+
+
+def check_memory(tensor: torch.Tensor) -> None:
+    """RuntimeError for a tensor that has elements and no memory for them."""
+    if tensor.numel() and not tensor.data_ptr():
+        raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
+
+
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must.
+
+    Autograd sees the copy: a Function that keeps its input for a backward is given the result of this.
+    """
+    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
+        return tensor
+    return tensor.resolve_neg().contiguous()
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`dense`, at an address that is a multiple of 16, which kernels that read 16 bytes at a time insist on."""
+    tensor = dense(tensor)
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def check_floating(**tensors: torch.Tensor | None) -> None:
+    """TypeError unless every named tensor (None left out) has a dtype that kernels compute with."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in interop_FLOATS:
+            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, received {tensor.dtype}")
+
+
+def check_parameters(input: torch.Tensor, **parameters: torch.Tensor | None) -> None:
+    """TypeError unless the tensors (None left out) share one dtype: input's, or float32 where that has 16 bits."""
+    check_floating(input=input, **parameters)
+    allowed = {input.dtype, interop_accumulator_dtype(input)}
+    dtypes = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}
+    if len(set(dtypes.values())) > 1 or not allowed.issuperset(dtypes.values()):
+        received = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        choice = " or all ".join(sorted(map(str, allowed)))
+        raise TypeError(f"with input {input.dtype}, {' and '.join(dtypes)} must be all {choice}; received {received}")
+
+
+def interop_accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """dtype of statistics, partial sums and workspaces for a tensor: float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def number(value, name: str) -> float:
+    """A number, or a tensor of one, as a float. TypeError for anything else."""
+    if type(value) is float:
+        return value
+    if isinstance(value, (numbers.Real, torch.Tensor)):
+        return float(value)
+    raise TypeError(f"{name} must be a number, received {value!r}")
+
+
+def integer(value, name: str) -> int:
+    """A whole number, of NumPy's or a tensor, too, as an int. TypeError for anything else."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not _is_whole(value):
+        raise TypeError(f"{name} must be an int, received {value!r}")
+    return int(value)
+
+
+def pair(value, name: str) -> tuple[int, int]:
+    """(value, value) for a whole number, (a, b) for two of them. ValueError for anything else."""
+    if type(value) is int:
+        return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    values = (value,) if _is_whole(value) else tuple(value) if isinstance(value, Iterable) else ()
+    if len(values) not in (1, 2) or not all(map(_is_whole, values)):
+        raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
+    return int(values[0]), int(values[-1])
+
+
+def _is_whole(value) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
+    return isinstance(value, numbers.Integral)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/calls.py
+#
+# Calls of kernels on tensors. A call is a plan: what it checks, allocates and launches is worked out once.
+#
+# It is worked out once for each kind of call. The kind is the operation, its options, and the shape, dtype, device,
+# layout and alignment of each tensor. Where tensors lie does not matter, nor do the values of floats.
+
+def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """`dense` of each tensor. If one must be copied, check() runs first, so that a refused call copies nothing."""
+    for tensor in tensors:
+        if tensor is not None and (not tensor.is_contiguous() or tensor.is_neg()):
+            check()
+            return tuple(map(dense, tensors))
+    return tensors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/affine.py
+#
+# What the norms' layers share: their weight and bias.
+
+def tensor_of(module: nn.Module, name: str) -> torch.Tensor | None:
+    """module.name, a parameter or buffer: getattr, which searches for it, takes three times as long."""
+    for known in (module._parameters, module._buffers):
+        if name in known:
+            return known[name]
+    return getattr(module, name)  # someone put another tensor in its place
+
+
+def reset_affine(module: nn.Module) -> None:
+    """Weight 1, bias 0."""
+    if module.weight is not None:
+        nn.init.ones_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/gradients.py
+#
+# What the operators' backwards share: gradients that can be differentiated again.
+#
+# A backward runs with grad mode on if its caller asked for `create_graph`. Then each gradient is an autograd Function of
+# its own, which starts the same kernels. Otherwise the kernels alone run, and nothing more is kept.
+
+def will_need_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker.
+
+    It sees those in forward mode and under torch.func, too, which it refuses: the Functions have no rule for them.
+    """
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def gradients_apply(function: type[torch.autograd.Function], *args):
+    """function.apply(*args), quicker."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return apply(function, *args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/batch_norm.py
+#
+# batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well.
+
+def applied_statistics(running_mean, running_var, training):
+    """The running statistics if they are applied, which a backward refuses if they were changed, as torch's does."""
+    return (None, None) if training else (running_mean, running_var)
+
+
+def note_update(running_mean, running_var, batches, updated) -> None:
+    """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
+    written = []
+    for buffer, new in zip((running_mean, running_var, batches), updated):
+        if buffer is None:
+            continue
+        if new is buffer:
+            written.append(buffer)
+        elif new is None:
+            buffer.add_(1)
+        else:  # it is not contiguous: the kernel updated a copy
+            buffer.copy_(new)
+    torch.autograd.graph.increment_version(written)
+
+
+def check_batch_norm(input, running_mean, running_var, weight, bias, training) -> None:
+    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices."""
+    if training and input.dim() and math.prod((input.shape[0], *input.shape[2:])) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+    if input.dim() < 2:
+        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, tensor in parameters.items():
+        if tensor is not None and tensor.numel() != input.shape[1]:
+            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {tensor.numel()}")
+    one_device((input, *parameters.values()))
+    check_parameters(input, running_mean=running_mean, running_var=running_var)
+    check_parameters(input, weight=weight, bias=bias)
+
+
+def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
+    """(momentum, eps) as floats. Refuses what the function refuses for other reasons."""
+    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is None and not training:
+        raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
+    if (
+        running_mean is not None
+        and torch.is_grad_enabled()
+        and (running_mean.requires_grad or running_var.requires_grad)
+    ):
+        name = "running_mean" if running_mean.requires_grad else "running_var"
+        raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+    return momentum, eps
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # not every version of torch knows it
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, and `reset_running_stats`."""
+        self.reset_running_stats()
+        reset_affine(self)
+
+    def arguments(self, input: torch.Tensor) -> tuple:
+        """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for a batch."""
+        self._check_input_dim(input)
+        running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
+        training = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = None
+        momentum = self.momentum
+        if momentum is None:  # the average over all batches
+            counter = self.counter()
+            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
+        affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
+        return running_mean, running_var, *affine, training, momentum, self.eps
+
+    def counter(self) -> torch.Tensor | None:
+        """num_batches_tracked, if a batch now would be counted."""
+        return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/conv_wgmma.py
+#
+# How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks.
+
+# {(split, dgrad): most tiles of 8 pixels and 64 channels whose sums fit a warpgroup's registers}; a tile has two sums,
+# with split 2 three.
+_MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
+_STAGES = (6, 5, 4)  # preferred first
+_STEP_CHANNELS = 32
+_FEW_WINDOWS = 64  # the most of a block, for few images
+
+
+class Layout(NamedTuple):
+    """How a tensor-core convolution is laid out over blocks."""
+
+    macros: dict  # of the kernel's file
+    planes: dict  # of pooled_planes.cuh
+
+
+class _Unit(NamedTuple):
+    """A block's part of an image."""
+
+    rows: int  # of windows
+    windows: int  # from the first to the last one
+    along: int  # bytes from 8 channels to the next 8; an odd multiple of 16, to use different banks
+    stages: int
+    shared_bytes: int
+
+
+def architecture(macros) -> str | None:
+    """The only one that a kernel with these macros compiles for; None if it has no such limit."""
+    return "sm_90a" if ("WGMMA", 1) in macros else None
+
+
+def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
+    """The layout, or None if there is not enough shared memory.
+
+    images: their number, if they are few: a block then takes a small part of one, so that all fill the GPU. None: a
+        block takes as much of an image as fits.
+    channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
+    """
+    warpgroups_m = 1 if channels[1] <= 64 else 2
+    warpgroups_n = 2 // warpgroups_m
+    tiles_m = ceil_div(channels[1], 64 * warpgroups_m)
+    steps = ceil_div(channels[0], _STEP_CHANNELS)
+    step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
+    gap = max(0, kernel[1] - 1 - pad[1])
+    pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
+    window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
+
+    def unit(rows):
+        """A block's part of an image, `rows` rows of windows; None if it does not fit."""
+        band_cells = gap + (2 * rows + kernel[0] - 1) * pitch
+        along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
+        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
+        stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
+        windows = (rows - 1) * window_pitch + windows_w
+        return stages and _Unit(rows, windows, along, stages, band_bytes + stages * step_bytes)
+
+    rows = sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True)
+    choices = list(filter(None, map(unit, rows)))
+    if not choices:
+        return None
+    if images:
+        choices = [u for u in choices if u.windows <= _FEW_WINDOWS] or choices[-1:]
+        at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
+        choices = at_once[-1:] or choices
+    rows, _, along, stages, shared_bytes = choices[0]
+    granule = 1 if dgrad else 4  # tiles that stay together: four in conv_bn_pool
+    images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
+    needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
+    pixelwise = dgrad and out[1] % 2  # rows of odd length are stored pixel by pixel, which takes registers
+    most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
+    tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
+    macros = {
+        "WARPGROUPS_M": warpgroups_m,
+        "WARPGROUPS_N": warpgroups_n,
+        "UNIT_ROWS": rows,
+        "TILES": tiles,
+        "LAST_TILES": last,
+        "STAGES": stages,
+        "GAP": gap,
+        "ALONG": along,
+        "TILE_M": 64 * warpgroups_m,
+        "PARTS_N": warpgroups_n,
+        "THREADS": 128 * warpgroups_m * warpgroups_n,
+        "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
+        "SHARED_BYTES": shared_bytes,
+    }
+    units, stride = ceil_div(windows_h, rows), ceil_div(rows * window_pitch, 16) * 16
+    return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
+
+
+def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
+    """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles that each unit needs."""
+    if max(needed) <= most // last_granule * last_granule:
+        tiles = ceil_div(max(needed), last_granule) * last_granule
+        return tiles, tiles
+
+    def cost(choice):
+        """Relative time of all units: few tiles wait for shared memory, and each turn has a start and an end."""
+        tiles, last = choice
+        passes = [max(1, ceil_div(n - max(0, last - tiles), tiles)) for n in needed]
+        rests = [n - (p - 1) * tiles for n, p in zip(needed, passes)]
+        lasts = [last if (n <= last if last < tiles else n > tiles) else tiles for n in rests]
+        taken = lasts + [tiles] * (sum(passes) - len(needed))
+        return sum(max(2 * t, t + 8) + 4 for t in taken)
+
+    choices = itertools.product(range(granule, most + 1, granule), range(last_granule, most + 1, last_granule))
+    return min(choices, key=cost)
+
+
+def planes(wgmma: int, window_pitch: int, units: int, unit_windows: int, unit_stride: int, plane_stride: int) -> dict:
+    """Macros of pooled_planes.cuh."""
+    return {
+        "WGMMA": wgmma,
+        "WINDOW_PITCH": window_pitch,
+        "UNITS": units,
+        "UNIT_WINDOWS": unit_windows,
+        "UNIT_STRIDE": unit_stride,
+        "PLANE_STRIDE": plane_stride,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/channel_sum.py
+#
+# Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
+
+_CHUNKS = 64  # a constant, so that sums depend on shapes alone
+
+
+def channel_sum_workspace_size(shape) -> int:
+    """Elements of the workspace `partial`, of the accumulator's dtype."""
+    return shape[1] * _plan(shape)[1]
+
+
+def channel_sum(x, sums, partial) -> None:
+    """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
+    if sums.shape != (x.shape[1],):
+        raise ValueError(f"sums must have shape ({x.shape[1]},), received {sums.shape}")
+    macros = type_macros(x)
+    chunk_images, chunks = _plan(x.shape)
+    plane = x.size // max(1, x.shape[0] * x.shape[1])
+    launch(
+        Kernel("channel_sum.cu", "channel_sum_partial", macros),
+        (x.shape[1], chunks, 1),
+        (THREADS, 1, 1),
+        (x, partial, x.shape[0], x.shape[1], plane, chunk_images),
+    )
+    launch(
+        Kernel("channel_sum.cu", "channel_sum_reduce", macros),
+        (ceil_div(x.shape[1], THREADS), 1, 1),
+        (THREADS, 1, 1),
+        (partial, sums, x.shape[1], chunks),
+    )
+
+
+def _plan(shape) -> tuple[int, int]:
+    """(images in a chunk, number of chunks)"""
+    chunk_images = max(1, ceil_div(shape[0], _CHUNKS))
+    return chunk_images, max(1, ceil_div(shape[0], chunk_images))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -489,520 +1080,6 @@ def _check(x, w, y, geometry):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# modelnew/interop.py
-#
-# The border between torch and the kernels: DLPack views of tensors, on the tensors' device and torch's stream.
-
-# What kernels compute with, and their name for it.
-interop_FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
-
-
-class Layout:
-    """Where arrays, {name: (shape, NumPy type)}, lie in one piece of memory."""
-
-    def __init__(self, arrays: dict[str, tuple[tuple[int, ...], type]]):
-        self.places, self.size = {}, 0
-        for name, (shape, dtype) in arrays.items():
-            self.places[name] = (self.size, shape, dtype)
-            self.size += -(-math.prod(shape) * np.dtype(dtype).itemsize // 256) * 256
-
-
-class Workspace(NamedTuple):
-    """Many arrays in one tensor: one allocation, one DLPack view and one saved tensor for all of them."""
-
-    memory: torch.Tensor
-    layout: Layout
-
-    @classmethod
-    def empty(cls, layout: Layout, device: torch.device) -> "Workspace":
-        return cls(torch.empty(layout.size, dtype=torch.uint8, device=device), layout)
-
-    def data_ptr(self) -> int:
-        """The address where the arrays begin."""
-        return self.memory.data_ptr()
-
-
-def view(tensor: torch.Tensor):
-    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16.
-
-    On a GPU CuPy gets the bare DLPack capsule. The protocol around it, `__dlpack__`, would make streams wait for each
-    other; but the view is used on the stream that the tensor belongs to, waiting breaks the capture of a CUDA graph,
-    and the protocol costs several times the view itself.
-    RuntimeError if the tensor's values are not what its memory holds.
-    """
-    if tensor.is_neg() or tensor.is_conj():
-        raise RuntimeError("received a negated or conjugated view of other memory: use resolve_neg(), resolve_conj()")
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-    if tensor.is_cuda:
-        return cupy().from_dlpack(to_dlpack(tensor))
-    return np.asarray(_Memory(tensor))
-
-
-class _Memory:
-    """What NumPy makes an array from; it keeps the tensor's memory while there is such an array.
-
-    After `tensor.numpy()` the storage could never be resized again, which FSDP does. NumPy's from_dlpack returns a
-    read-only array.
-    """
-
-    def __init__(self, tensor: torch.Tensor):
-        check_memory(tensor)
-        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
-        self.tensor = tensor
-        self.__array_interface__ = {
-            "data": (tensor.data_ptr(), False),  # not read-only
-            "shape": tuple(tensor.shape),
-            "strides": tuple(step * dtype.itemsize for step in tensor.stride()),
-            "typestr": dtype.str,
-            "version": 3,
-        }
-
-
-def one_device(args) -> torch.device:
-    """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
-    tensors = [arg.memory if isinstance(arg, Workspace) else arg for arg in args]
-    tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-    device = tensors[0].device
-    for tensor in tensors:
-        if tensor.device != device:
-            received = ", ".join(sorted({str(t.device) for t in tensors}))
-            raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
-    if device.type not in ("cuda", "cpu"):
-        raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
-    return device
-
-
-_nothing = contextlib.nullcontext()
-
-
-def launching_on(device: torch.device):
-    """A context in which CuPy launches on `device`, if that is a GPU, and on torch's current stream there."""
-    if device.type == "cpu":
-        return _nothing
-    cuda = cupy().cuda
-    index = torch.cuda.current_device() if device.index is None else device.index
-    stream = raw_stream(index)
-    if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
-        return _nothing
-    return _switched(cuda, index, stream)
-
-
-def raw_stream(device_index):
-    return torch._C._cuda_getCurrentRawStream(device_index)  # the current stream, without the object around it
-
-
-@contextlib.contextmanager
-def _switched(cuda, device_index, stream):
-    with cuda.Device(device_index), _stream(stream, device_index):
-        yield
-
-
-@functools.cache
-def _stream(pointer, device_index):
-    """CuPy's object for a stream of torch's. Call it with the device current."""
-    stream = cupy().cuda.Stream
-    if hasattr(stream, "from_external"):  # since CuPy 14
-        return stream.from_external(_ExternalStream(pointer))
-    return cupy().cuda.ExternalStream(pointer, device_index)
-
-
-class _ExternalStream(NamedTuple):
-    pointer: int
-
-    def __cuda_stream__(self):
-        return 0, self.pointer
-
-
-def check_memory(tensor: torch.Tensor) -> None:
-    """RuntimeError for a tensor that has elements and no memory for them."""
-    if tensor.numel() and not tensor.data_ptr():
-        raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
-
-
-def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must.
-
-    Autograd sees the copy: a Function that keeps its input for a backward is given the result of this.
-    """
-    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
-        return tensor
-    return tensor.resolve_neg().contiguous()
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """`dense`, at an address that is a multiple of 16, which kernels that read 16 bytes at a time insist on."""
-    tensor = dense(tensor)
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
-def check_floating(**tensors: torch.Tensor | None) -> None:
-    """TypeError unless every named tensor (None left out) has a dtype that kernels compute with."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in interop_FLOATS:
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, received {tensor.dtype}")
-
-
-def check_parameters(input: torch.Tensor, **parameters: torch.Tensor | None) -> None:
-    """TypeError unless the tensors (None left out) share one dtype: input's, or float32 where that has 16 bits."""
-    check_floating(input=input, **parameters)
-    allowed = {input.dtype, interop_accumulator_dtype(input)}
-    dtypes = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}
-    if len(set(dtypes.values())) > 1 or not allowed.issuperset(dtypes.values()):
-        received = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        choice = " or all ".join(sorted(map(str, allowed)))
-        raise TypeError(f"with input {input.dtype}, {' and '.join(dtypes)} must be all {choice}; received {received}")
-
-
-def interop_accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """dtype of statistics, partial sums and workspaces for a tensor: float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def number(value, name: str) -> float:
-    """A number, or a tensor of one, as a float. TypeError for anything else."""
-    if isinstance(value, (numbers.Real, torch.Tensor)):
-        return float(value)
-    raise TypeError(f"{name} must be a number, received {value!r}")
-
-
-def integer(value, name: str) -> int:
-    """A whole number, of NumPy's or a tensor, too, as an int. TypeError for anything else."""
-    if isinstance(value, bool) or not _is_whole(value):
-        raise TypeError(f"{name} must be an int, received {value!r}")
-    return int(value)
-
-
-def pair(value, name: str) -> tuple[int, int]:
-    """(value, value) for a whole number, (a, b) for two of them. ValueError for anything else."""
-    if type(value) is int:
-        return value, value
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
-        return value
-    values = (value,) if _is_whole(value) else tuple(value) if isinstance(value, Iterable) else ()
-    if len(values) not in (1, 2) or not all(map(_is_whole, values)):
-        raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
-    return int(values[0]), int(values[-1])
-
-
-def _is_whole(value) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
-    return isinstance(value, numbers.Integral)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/calls.py
-#
-# Calls of kernels on tensors. A call is a plan: what it checks, allocates and launches is worked out once.
-#
-# It is worked out once for each kind of call. The kind is the operation, its options, and the shape, dtype, device,
-# layout and alignment of each tensor. Where tensors lie does not matter, nor do the values of floats.
-
-_MOST_KNOWN = 4096  # plans of a thread
-
-
-class Kind(NamedTuple):
-    """What a plan may know of a tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-
-def remember(known: dict, key, value) -> None:
-    """known[key] = value. Beyond _MOST_KNOWN the oldest goes: making it anew costs little."""
-    if len(known) >= _MOST_KNOWN:
-        known.pop(next(iter(known)), None)
-    known[key] = value
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/affine.py
-#
-# What the norms' layers share: their weight and bias.
-
-def tensor_of(module: nn.Module, name: str) -> torch.Tensor | None:
-    """module.name, a parameter or buffer: getattr, which searches for it, takes three times as long."""
-    for known in (module._parameters, module._buffers):
-        if name in known:
-            return known[name]
-    return getattr(module, name)  # someone put another tensor in its place
-
-
-def reset_affine(module: nn.Module) -> None:
-    """Weight 1, bias 0."""
-    if module.weight is not None:
-        nn.init.ones_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/batch_norm.py
-#
-# batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well.
-
-def applied_statistics(running_mean, running_var, training):
-    """The running statistics if they are applied, which a backward refuses if they were changed, as torch's does."""
-    return (None, None) if training else (running_mean, running_var)
-
-
-def note_update(running_mean, running_var, batches, updated) -> None:
-    """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
-    for buffer, new in zip((running_mean, running_var, batches), updated):
-        if buffer is None:
-            continue
-        if new is None:
-            buffer.add_(1)
-        elif new is not buffer:  # it is not contiguous: the kernel updated a copy
-            buffer.copy_(new)
-        else:
-            torch.autograd.graph.increment_version(buffer)
-
-
-def check_batch_norm(input, running_mean, running_var, weight, bias, training) -> None:
-    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices."""
-    if training and input.dim() and math.prod((input.shape[0], *input.shape[2:])) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    if input.dim() < 2:
-        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
-    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, tensor in parameters.items():
-        if tensor is not None and tensor.numel() != input.shape[1]:
-            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {tensor.numel()}")
-    one_device((input, *parameters.values()))
-    check_parameters(input, running_mean=running_mean, running_var=running_var)
-    check_parameters(input, weight=weight, bias=bias)
-
-
-def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
-    """(momentum, eps) as floats. Refuses what the function refuses for other reasons."""
-    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
-    if training and not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if not eps >= 0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if running_mean is None and not training:
-        raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
-    return momentum, eps
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:  # not every version of torch knows it
-            self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        """Weight 1, bias 0, and `reset_running_stats`."""
-        self.reset_running_stats()
-        reset_affine(self)
-
-    def arguments(self, input: torch.Tensor) -> tuple:
-        """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for a batch."""
-        self._check_input_dim(input)
-        running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
-        training = self.training or (running_mean is None and running_var is None)
-        if self.training and not self.track_running_stats:
-            running_mean = running_var = None
-        momentum = self.momentum
-        if momentum is None:  # the average over all batches
-            counter = self.counter()
-            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
-        affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
-        return running_mean, running_var, *affine, training, momentum, self.eps
-
-    def counter(self) -> torch.Tensor | None:
-        """num_batches_tracked, if a batch now would be counted."""
-        return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/conv_wgmma.py
-#
-# How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks.
-
-# {(split, dgrad): most tiles of 8 pixels and 64 channels whose sums fit a warpgroup's registers}; a tile has two sums,
-# with split 2 three.
-_MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
-_STAGES = (6, 5, 4)  # preferred first
-_STEP_CHANNELS = 32
-_FEW_WINDOWS = 64  # the most of a block, for few images
-
-
-class conv_wgmma_Layout(NamedTuple):
-    """How a tensor-core convolution is laid out over blocks."""
-
-    macros: dict  # of the kernel's file
-    planes: dict  # of pooled_planes.cuh
-
-
-class _Unit(NamedTuple):
-    """A block's part of an image."""
-
-    rows: int  # of windows
-    windows: int  # from the first to the last one
-    along: int  # bytes from 8 channels to the next 8; an odd multiple of 16, to use different banks
-    stages: int
-    shared_bytes: int
-
-
-def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> conv_wgmma_Layout | None:
-    """The layout, or None if there is not enough shared memory.
-
-    images: their number, if they are few: a block then takes a small part of one, so that all fill the GPU. None: a
-        block takes as much of an image as fits.
-    channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
-    """
-    warpgroups_m = 1 if channels[1] <= 64 else 2
-    warpgroups_n = 2 // warpgroups_m
-    tiles_m = ceil_div(channels[1], 64 * warpgroups_m)
-    steps = ceil_div(channels[0], _STEP_CHANNELS)
-    step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
-    gap = max(0, kernel[1] - 1 - pad[1])
-    pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
-    window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
-
-    def unit(rows):
-        """A block's part of an image, `rows` rows of windows; None if it does not fit."""
-        band_cells = gap + (2 * rows + kernel[0] - 1) * pitch
-        along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
-        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
-        stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
-        windows = (rows - 1) * window_pitch + windows_w
-        return stages and _Unit(rows, windows, along, stages, band_bytes + stages * step_bytes)
-
-    rows = sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True)
-    choices = list(filter(None, map(unit, rows)))
-    if not choices:
-        return None
-    if images:
-        choices = [u for u in choices if u.windows <= _FEW_WINDOWS] or choices[-1:]
-        at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
-        choices = at_once[-1:] or choices
-    rows, _, along, stages, shared_bytes = choices[0]
-    granule = 1 if dgrad else 4  # tiles that stay together: four in conv_bn_pool
-    images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
-    needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
-    pixelwise = dgrad and out[1] % 2  # rows of odd length are stored pixel by pixel, which takes registers
-    most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
-    tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
-    macros = {
-        "WARPGROUPS_M": warpgroups_m,
-        "WARPGROUPS_N": warpgroups_n,
-        "UNIT_ROWS": rows,
-        "TILES": tiles,
-        "LAST_TILES": last,
-        "STAGES": stages,
-        "GAP": gap,
-        "ALONG": along,
-        "TILE_M": 64 * warpgroups_m,
-        "PARTS_N": warpgroups_n,
-        "THREADS": 128 * warpgroups_m * warpgroups_n,
-        "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
-        "SHARED_BYTES": shared_bytes,
-    }
-    units, stride = ceil_div(windows_h, rows), ceil_div(rows * window_pitch, 16) * 16
-    return conv_wgmma_Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
-
-
-def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
-    """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles that each unit needs."""
-    if max(needed) <= most // last_granule * last_granule:
-        tiles = ceil_div(max(needed), last_granule) * last_granule
-        return tiles, tiles
-
-    def cost(choice):
-        """Relative time of all units: few tiles wait for shared memory, and each turn has a start and an end."""
-        tiles, last = choice
-        passes = [max(1, ceil_div(n - max(0, last - tiles), tiles)) for n in needed]
-        rests = [n - (p - 1) * tiles for n, p in zip(needed, passes)]
-        lasts = [last if (n <= last if last < tiles else n > tiles) else tiles for n in rests]
-        taken = lasts + [tiles] * (sum(passes) - len(needed))
-        return sum(max(2 * t, t + 8) + 4 for t in taken)
-
-    choices = itertools.product(range(granule, most + 1, granule), range(last_granule, most + 1, last_granule))
-    return min(choices, key=cost)
-
-
-def planes(wgmma: int, window_pitch: int, units: int, unit_windows: int, unit_stride: int, plane_stride: int) -> dict:
-    """Macros of pooled_planes.cuh."""
-    return {
-        "WGMMA": wgmma,
-        "WINDOW_PITCH": window_pitch,
-        "UNITS": units,
-        "UNIT_WINDOWS": unit_windows,
-        "UNIT_STRIDE": unit_stride,
-        "PLANE_STRIDE": plane_stride,
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/channel_sum.py
-#
-# Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
-
-_CHUNKS = 64  # a constant, so that sums depend on shapes alone
-
-
-def channel_sum_workspace_size(shape) -> int:
-    """Elements of the workspace `partial`, of the accumulator's dtype."""
-    return shape[1] * _plan(shape)[1]
-
-
-def channel_sum(x, sums, partial) -> None:
-    """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
-    if sums.shape != (x.shape[1],):
-        raise ValueError(f"sums must have shape ({x.shape[1]},), received {sums.shape}")
-    macros = type_macros(x)
-    chunk_images, chunks = _plan(x.shape)
-    plane = x.size // max(1, x.shape[0] * x.shape[1])
-    launch(
-        Kernel("channel_sum.cu", "channel_sum_partial", macros),
-        (x.shape[1], chunks, 1),
-        (THREADS, 1, 1),
-        (x, partial, x.shape[0], x.shape[1], plane, chunk_images),
-    )
-    launch(
-        Kernel("channel_sum.cu", "channel_sum_reduce", macros),
-        (ceil_div(x.shape[1], THREADS), 1, 1),
-        (THREADS, 1, 1),
-        (partial, sums, x.shape[1], chunks),
-    )
-
-
-def _plan(shape) -> tuple[int, int]:
-    """(images in a chunk, number of chunks)"""
-    chunk_images = max(1, ceil_div(shape[0], _CHUNKS))
-    return chunk_images, max(1, ceil_div(shape[0], chunk_images))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/fp16_cells.py
 #
 # Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
@@ -1010,6 +1087,7 @@ def _plan(shape) -> tuple[int, int]:
 # split 1: a cell has the fp16 values of 64 channels. split 2: it has those of 32 channels, then their 32 residuals, which
 # is what rounding to fp16 left. An array of exponents goes with the cells: the smallest of them is the scale's.
 
+_LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
 _BATCH = 8  # accesses of at most 16 bytes that a thread of largest_magnitude has in flight
 CELL_BYTES = 128
 
@@ -1029,6 +1107,18 @@ def cells_shape(shape, split: int) -> tuple[int, int, int, int]:
     return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), CELL_BYTES // 2
 
 
+def exponents_size(shape, itemsize: int) -> int:
+    """Elements (int32) of what `largest_magnitude` writes for a tensor of this shape."""
+    return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, THREADS * _BATCH * 16)))
+
+
+def largest_magnitude(source, exponents) -> None:
+    """Writes `exponents`: for each part of `source`, the exponent of the scale that this part would take alone."""
+    width = _width(source)
+    kernel = Kernel("fp16_cells.cu", "largest_magnitude", _macros(scalar(source), 1, width))
+    launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
+
+
 def to_cells(source, exponents, sums, cells, split: int) -> None:
     """Writes `cells` of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
 
@@ -1042,11 +1132,6 @@ def to_cells(source, exponents, sums, cells, split: int) -> None:
         (THREADS, 1, 1),
         (source, exponents, sums, cells, exponents.size, images, channels, pixels),
     )
-
-
-def to_cells_kernel(name: str, split: int, shape) -> Kernel:
-    """What `to_cells` launches for a tensor of this type and shape that starts at a multiple of 16 bytes."""
-    return _kernel(name, split, 1 if math.prod(shape[2:]) % 4 else 4)
 
 
 def _kernel(name, split, width):
@@ -1102,12 +1187,8 @@ class Plan(NamedTuple):
         return self._replace(macros=tuple(changed.items()))
 
 
-class UnsupportedError(ValueError):
-    """These kernels do not take a convolution; the message says why."""
-
-
 @functools.lru_cache(maxsize=1024)
-def plan(
+def conv_transpose_mma_plan(
     x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: str, shared_limit: int, wgmma: bool = False
 ) -> Plan:
     """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
@@ -1162,7 +1243,7 @@ def plan(
     )
 
 
-def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmma_Layout:
+def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
     """The layout of conv_mma.cuh."""
     warps_m, most_warps_n = (1, 8) if channels[1] <= 64 else (2, 4)
     chunks = ceil_div(channels[0], chunk_channels(split))
@@ -1217,7 +1298,7 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
         "SHARED_BYTES": shared_bytes,
     }
     unit_windows, plane_stride = passes * warps_n * 16, ceil_div(windows, 4) * 4
-    return conv_wgmma_Layout(macros, planes(0, windows_w, units, unit_windows, unit_windows, plane_stride))
+    return Layout(macros, planes(0, windows_w, units, unit_windows, unit_windows, plane_stride))
 
 
 def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
@@ -1227,7 +1308,7 @@ def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=No
     float16) and exponents (plan.rows, int32) are written.
     """
     pack_weight(p, w, packed, exponents)
-    kernel = Kernel("conv_transpose_mma.cu", "conv_transpose_mma", p.macros)
+    kernel = convolution_kernel(p)
     count = 0 if x_exponents is None else x_exponents.size
     launch_units(p, kernel, x, y.shape[0], (x, x_exponents, packed, exponents, bias, y, count))
 
@@ -1238,6 +1319,11 @@ def pack_weight(p: Plan, w, packed, exponents, signs=None) -> None:
     signs: one value for each row; where it is negative, the row's weights change sign.
     """
     launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents))
+
+
+def convolution_kernel(p: Plan) -> Kernel:
+    """What `conv_transpose_mma` launches after `pack_weight`."""
+    return Kernel("conv_transpose_mma.cu", "conv_transpose_mma", p.macros, architecture(p.macros))
 
 
 def pack_kernel(p: Plan) -> Kernel:
@@ -1303,7 +1389,7 @@ class conv_wgrad_mma_Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def conv_wgrad_mma_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int, wgmma: bool = False) -> conv_wgrad_mma_Plan:
+def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int, wgmma: bool = False) -> conv_wgrad_mma_Plan:
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
     split: of the cells of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
@@ -1406,19 +1492,24 @@ def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cell
         given = "borders" if x_sums is None else "x_sums"
         raise ValueError(f"x_sums and borders go together, received {given} alone; give both, or None for both")
     launch(
-        Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros),
+        wgrad_kernel(p),
         (p.tiles * p.splits, 1, 1),
         (p.threads, 1, 1),
         (x_cells, dy_cells, partial, p.output_shape[0], p.split_bands),
         p.shared_bytes,
     )
     launch(
-        Kernel("conv_wgrad_mma.cu", "conv_wgrad_reduce", p.macros),
+        wgrad_kernel(p)._replace(name="conv_wgrad_reduce"),
         (ceil_div(dw.size, THREADS), 1, 1),
         (THREADS, 1, 1),
         (partial, x_exponents, dy_exponents, x_sums, borders, dw, x_exponents.size, dy_exponents.size, p.splits)
         + (0 if borders is None else borders.shape[0],),
     )
+
+
+def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
+    """What `conv_wgrad_mma` launches first; `conv_wgrad_reduce` is compiled with it."""
+    return Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros, architecture(p.macros))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1428,11 +1519,10 @@ def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cell
 #
 # Shapes: x [N, K, H, W], w [K, M, KH, KW], the convolution's output [N, M, OH, OW], pooled and out [N, M, OH/2, OW/2].
 # The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,
-# float16, or int16 that holds bfloat16; statistics and what is saved have the types that `buffers` says.
+# float16, or int16 that holds bfloat16; statistics and what is saved have the types that `kept_arrays` says.
 #
-# activation, parameter: one of ACTIVATIONS and the number it takes, negative_slope of "leaky_relu"; others take none.
+# activation, parameter: one of activation.cuh's, such as "leaky_relu", and the number that it takes, if it takes one.
 
-ACTIVATIONS = {"tanh": "Tanh", "leaky_relu": "LeakyReLU"}  # the struct of each, see activation.cuh
 _MOST_WARPS = 16
 _PART = 320  # values of a warp at most: 10 a lane
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
@@ -1440,19 +1530,16 @@ _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
 
 
-@functools.lru_cache(maxsize=1024)
-def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that the forward writes besides `out`; absent ones are None.
+def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of the arrays that the forward writes besides `out`. keep: whether a backward follows.
 
-    keep: whether a backward follows. Then `saved`, the largest, is needed: the convolution's output, as float16 under
-    scales with split 1, as float32 with split 2.
+    Then `saved`, the largest, is among them: the convolution's output, as float16 under scales with split 1, as float32
+    with split 2.
     """
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
     pooled = (images, channels, dict(p.planes)["PLANE_STRIDE"])
-    units = images * p.units
-    sizes = {
-        "packed": ((p.packed_size,), np.float16),
+    arrays = {
         "exponents": ((p.rows,), np.int32),
         "pooled": (pooled, np.float32),
         "mean": ((channels,), np.float32),
@@ -1460,16 +1547,15 @@ def buffers(p: Plan, x_shape, groups: int, training: bool, keep: bool) -> dict[s
         "group_mean": ((images * groups,), np.float32),
         "group_invstd": ((images * groups,), np.float32),
     }
-    if training:
-        sizes["partials"] = ((3, channels, units), np.float32)
     if keep:
-        sizes["taps"] = (pooled, np.uint8)
-        sizes["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
-        sizes["unit_exponents"] = ((units,), np.int32)
-    return sizes
+        arrays["taps"] = (pooled, np.uint8)
+        arrays["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
+        arrays["unit_exponents"] = ((images * p.units,), np.int32)
+    return arrays
 
 
 def conv_bn_pool_forward(
+    scratch,
     x,
     w,
     conv_bias,
@@ -1481,7 +1567,7 @@ def conv_bn_pool_forward(
     group_weight,
     group_bias,
     out,
-    written,
+    kept,
     *,
     plan: Plan,
     training: bool,
@@ -1494,75 +1580,60 @@ def conv_bn_pool_forward(
 ) -> None:
     """out = group_norm(max_pool2d(activation(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
 
-    conv_bias, weight, bias, group_weight, group_bias: may be None. running_mean, running_var: updated in training,
-    where they may be None. num_batches_tracked: one int64, which grows by 1 in training, or None. written: {name:
-    array} as `buffers` describes them.
+    scratch(shape, dtype): makes a workspace. conv_bias, weight, bias, group_weight, group_bias: may be None.
+    running_mean, running_var: updated in training, where they may be None. num_batches_tracked: one int64, which grows
+    by 1 in training, or None. kept: {name: array} of `kept_arrays`, written.
     """
-    _, pool, *statistics, tail = kernels(plan, groups, activation, training, "saved" in written)
-    moments, running = (written["mean"], written["invstd"]), (running_mean, running_var)
-    pack_weight(plan, w, written["packed"], written["exponents"], signs=weight)
+    images, channels = out.shape[:2]
+    units = images * plan.units
+    packed = scratch(plan.packed_size, np.float16)
+    partials = scratch((3, channels, units), np.float32) if training else None
+    pack_weight(plan, w, packed, kept["exponents"], signs=weight)
     launch_units(
         plan,
-        pool,
+        _pool_kernel(plan, training, "saved" in kept),
         x,
-        x.shape[0],
-        (x, written["packed"], written["exponents"], weight, written["pooled"], written.get("partials"))
-        + (written.get("taps"), written.get("saved"), written.get("unit_exponents")),
+        images,
+        (x, packed, kept["exponents"], weight, kept["pooled"], partials)
+        + (kept.get("taps"), kept.get("saved"), kept.get("unit_exponents")),
     )
-    images, channels = out.shape[:2]
+    moments, running = (kept["mean"], kept["invstd"]), (running_mean, running_var)
+    macros = *_tail_macros(plan, groups, activation), ("STATISTICS", int(training))
     if training:
         launch(
-            *statistics,
+            Kernel("pooled_tail.cu", "conv_bn_statistics", macros),
             (channels, 1, 1),
             (THREADS, 1, 1),
-            (written["partials"], conv_bias, *running, num_batches_tracked, *moments)
-            + (momentum, eps, channels, images * plan.units),
+            (partials, conv_bias, *running, num_batches_tracked, *moments, momentum, eps, channels, units),
         )
     launch(
-        tail,
+        Kernel("pooled_tail.cu", "pooled_forward", macros),
         (images * groups, 1, 1),
-        (_tail_threads(tail.defines), 1, 1),
-        (written["pooled"], *moments, conv_bias, *running, weight, bias, group_weight, group_bias, out)
-        + (written["group_mean"], written["group_invstd"], eps, group_eps, parameter),
+        (_tail_threads(macros), 1, 1),
+        (kept["pooled"], *moments, conv_bias, *running, weight, bias, group_weight, group_bias, out)
+        + (kept["group_mean"], kept["group_invstd"], eps, group_eps, parameter),
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def kernels(p: Plan, groups: int, activation: str, training: bool, keep: bool) -> tuple[Kernel, ...]:
-    """What `conv_bn_pool_forward` launches, in order. Only training has one for statistics."""
-    tail = *_tail_macros(p, groups, activation), ("STATISTICS", int(training))
-    return (
-        pack_kernel(p),
-        Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
-        *([Kernel("pooled_tail.cu", "conv_bn_statistics", tail)] if training else ()),
-        Kernel("pooled_tail.cu", "pooled_forward", tail),
-    )
+def gradient_arrays(p: Plan, images: int, cells: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of the arrays that `conv_bn_pool_backward` writes, for itself, `weight_gradient` and dgrad.
 
-
-def gradient_buffers(p: Plan, images: int) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that `conv_bn_pool_backward` writes and nothing after it reads."""
-    macros = dict(p.macros)
-    channels = macros["OUT_CHANNELS"]
-    return {
-        "g": ((images, channels, macros["OUT_H"] // 2, macros["OUT_W"] // 2), np.float32),
-        "partials": ((5, images, channels), np.float32),
-    }
-
-
-def output_gradient_buffers(p: Plan, images: int, cells: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
-    """The same of those that it writes for `weight_gradient` and dgrad. cells: whether dy is to be among them.
-
-    borders: whether what `weight_gradient` needs with a centred x is.
+    cells: whether dy is to be among them. borders: whether what `weight_gradient` needs with a centred x is.
     """
     macros = dict(p.macros)
     channels = macros["OUT_CHANNELS"]
-    sizes = {"sums": ((2, channels), np.float32), "dy_exponents": ((channels,), np.int32)}
+    arrays = {
+        "g": ((images, channels, macros["OUT_H"] // 2, macros["OUT_W"] // 2), np.float32),
+        "partials": ((5, images, channels), np.float32),
+        "sums": ((2, channels), np.float32),
+        "dy_exponents": ((channels,), np.int32),
+    }
     if cells:
-        sizes["cells"] = (output_cells_shape(p, images), np.float16)
+        arrays["cells"] = (output_cells_shape(p, images), np.float16)
     if borders:
         shares = ceil_div(images, _images_together(images))
-        sizes["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
-    return sizes
+        arrays["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
+    return arrays
 
 
 def conv_bn_pool_backward(
@@ -1576,9 +1647,8 @@ def conv_bn_pool_backward(
     dgroup_weight,
     dgroup_bias,
     dy,
-    made,
     kept,
-    output,
+    made,
     *,
     plan: Plan,
     groups: int,
@@ -1588,12 +1658,11 @@ def conv_bn_pool_backward(
 ) -> None:
     """Gradients of all parameters but the convolution's weight, and dy, that of the convolution's output.
 
-    The gradients are written where not None; dy, [N, M, OH, OW], is for the general convolution kernels. made, kept,
-    output: {name: array}. kept is `written` of the forward; made and output are written, as `gradient_buffers` and
-    `output_gradient_buffers` describe them.
+    The gradients are written where not None; dy, [N, M, OH, OW], is for the general convolution kernels. kept: the
+    forward's. made: {name: array} of `gradient_arrays`, written.
     """
     pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
-    g, partials, sums, dy_exponents = made["g"], made["partials"], output["sums"], output["dy_exponents"]
+    g, partials, sums, dy_exponents = made["g"], made["partials"], made["sums"], made["dy_exponents"]
     statistics = (kept["group_mean"], kept["group_invstd"])
     options = {"plan": plan, "groups": groups, "activation": activation}
     values = (dout, pooled, mean, invstd, weight, bias, group_weight, *statistics, g, partials)
@@ -1602,62 +1671,32 @@ def conv_bn_pool_backward(
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
     given = (g, kept["taps"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
     given += (sums if training else None,)
-    if "cells" in output:
-        conv_output_gradient_cells(*given, dy_exponents, output["cells"], output.get("borders"), **options)
+    if "cells" in made:
+        conv_output_gradient_cells(*given, dy_exponents, made["cells"], made.get("borders"), **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
 
-def weight_gradient_buffers(p: conv_wgrad_mma_Plan, x_shape, centred: bool) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that `weight_gradient` writes besides dw. centred: x less its first image's means.
+def weight_gradient(scratch, x, kept, made, dw, *, plan: conv_wgrad_mma_Plan, centred: bool) -> None:
+    """dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `conv_bn_pool_backward`.
 
-    With statistics of the batch dy sums to 0, so x may be centred (benchmarks/NOTES.md says why).
+    centred: x less its first image's means. With statistics of the batch dy sums to 0, so that this changes nothing but
+    the error (benchmarks/NOTES.md says why).
     """
-    sizes = {"x_cells": (cells_shape(x_shape, p.split), np.float16), "partial": ((p.partial_size,), np.float32)}
+    unit_exponents, sums = kept["unit_exponents"], None
     if centred:
-        sizes["sums"] = ((x_shape[1],), DTYPES[dict(p.macros)["scalar_t"]].type)
-        sizes["sum_partials"] = ((channel_sum_workspace_size((1, *x_shape[1:])),), np.float32)
-    return sizes
+        sums = scratch((x.shape[1],), x.dtype)
+        channel_sum(x[:1], sums, scratch(channel_sum_workspace_size((1, *x.shape[1:])), np.float32))
+    x_cells, partial = scratch(cells_shape(x.shape, plan.split), np.float16), scratch(plan.partial_size, np.float32)
+    to_cells(x, unit_exponents, sums, x_cells, plan.split)
+    dy = made["cells"], made["dy_exponents"], made.get("borders")
+    conv_wgrad_mma(plan, x_cells, unit_exponents, sums, *dy, partial, dw)
 
 
-def weight_gradient(output, kept, x, dw, written, *, plan: conv_wgrad_mma_Plan) -> None:
-    """dw, the gradient of w, from x and dy.
-
-    output, kept: as in `conv_bn_pool_backward`. written: {name: array} as `weight_gradient_buffers` describes them.
-    """
-    unit_exponents, sums = kept["unit_exponents"], written.get("sums")
-    if sums is not None:
-        channel_sum(x[:1], sums, written["sum_partials"])
-    to_cells(x, unit_exponents, sums, written["x_cells"], plan.split)
-    dy = output["cells"], output["dy_exponents"], output.get("borders")
-    conv_wgrad_mma(plan, written["x_cells"], unit_exponents, sums, *dy, written["partial"], dw)
-
-
-def input_gradient_buffers(p: Plan) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that `input_gradient` writes besides dx."""
-    return {"packed": ((p.packed_size,), np.float16), "exponents": ((p.rows,), np.int32)}
-
-
-def input_gradient(output, w, dx, written, *, plan: Plan) -> None:
+def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
     """dx, the gradient of x, from dy. plan: one for dgrad, of cells. The rest as in `weight_gradient`."""
-    workspaces = (written["packed"], written["exponents"])
-    conv_transpose_mma(plan, output["cells"], w, None, dx, *workspaces, output["dy_exponents"])
-
-
-def gradient_kernels(
-    p: Plan, groups: int, activation: str, x_shape, centred: bool, dgrad: Plan | None, wgrad: conv_wgrad_mma_Plan | None
-) -> tuple[Kernel, ...]:
-    """A kernel of each compilation that the backward needs. dgrad: a plan of cells."""
-    found = [Kernel("pooled_tail_backward.cu", "pooled_backward", _backward_macros(p, groups, activation))]
-    if wgrad:
-        name = dict(p.macros)["scalar_t"]
-        found.append(to_cells_kernel(name, wgrad.split, x_shape))
-        found.append(Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", wgrad.macros))
-        if centred:
-            found.append(Kernel("channel_sum.cu", "channel_sum_partial", scalar_macros(name)))
-    if dgrad:
-        found += [pack_kernel(dgrad), Kernel("conv_transpose_mma.cu", "conv_transpose_mma", dgrad.macros)]
-    return tuple(found)
+    workspaces = scratch(plan.packed_size, np.float16), scratch(plan.rows, np.int32)
+    conv_transpose_mma(plan, made["cells"], w, None, dx, *workspaces, made["dy_exponents"])
 
 
 def pooled_gradients(
@@ -1680,7 +1719,7 @@ def pooled_gradients(
 ) -> None:
     """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
 
-    dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_buffers` has them, written.
+    dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_arrays` has them, written.
     """
     images = pooled.shape[0]
     macros = _backward_macros(plan, groups, activation)
@@ -1713,7 +1752,7 @@ def parameter_gradients(
 ) -> None:
     """Gradients of all parameters but the convolution's weight, and what the gradient of its output is computed from.
 
-    sums, dy_exponents: as `gradient_buffers` has them, written. The gradients are written where not None.
+    sums, dy_exponents: as `gradient_arrays` has them, written. The gradients are written where not None.
     training: whether the batch's own statistics were applied.
     """
     images, channels = partials.shape[1:]
@@ -1776,7 +1815,7 @@ def conv_output_gradient_cells(
     """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
     dy_exponents: those of `parameter_gradients`. cells: float16, of `output_cells_shape`, written.
-    borders: None, or as `output_gradient_buffers` has it, written: sums of dy times 2^e over the pixels that have no
+    borders: None, or as `gradient_arrays` has it, written: sums of dy times 2^e over the pixels that have no
     partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
     """
     images = g.shape[0]
@@ -1800,15 +1839,31 @@ def output_cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
     return cells_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
 
 
-@functools.lru_cache(maxsize=1024)
-def obstacle(p: Plan, groups: int) -> str | None:
-    """Why these kernels do not take what follows the convolution, or None if they do."""
+def conv_bn_pool_check_supported(p: Plan, groups: int) -> None:
+    """UnsupportedError if these kernels do not take what follows the convolution."""
     macros = dict(p.macros)
     if min(macros["OUT_H"], macros["OUT_W"]) < 2:
-        return "nothing is left after pooling"
+        raise UnsupportedError("nothing is left after pooling")
     if macros["OUT_CHANNELS"] // groups * _parts(macros) > _MOST_JOBS:
-        return f"a group has {macros['OUT_CHANNELS'] // groups} channels of {macros['OUT_H']} x {macros['OUT_W']}"
-    return None
+        raise UnsupportedError(
+            f"a group has {macros['OUT_CHANNELS'] // groups} channels of {macros['OUT_H']} x {macros['OUT_W']}"
+        )
+
+
+@until_overridden
+def activations() -> tuple[str, ...]:
+    """The structs of activation.cuh."""
+    return tuple(re.findall(r"^struct (\w+)", text("activation.cuh"), re.MULTILINE))
+
+
+def struct_of(activation: str) -> str:
+    """The activation's struct. ValueError if it has none."""
+    found = {name.lower(): name for name in activations()}.get(activation.replace("_", "").lower())
+    if found is None:
+        raise ValueError(
+            f"activation must be one of those in activation.cuh, {', '.join(activations())}; received {activation!r}"
+        )
+    return found
 
 
 def saved_shift(p: Plan) -> int:
@@ -1818,18 +1873,13 @@ def saved_shift(p: Plan) -> int:
     return 15 + (terms - 1).bit_length()
 
 
-def _pool_macros(p: Plan, training, keep):
+def _pool_kernel(p: Plan, training, keep):
     macros = dict(p.macros)
     if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
         macros["SHARED_BYTES"] += macros["PARTS_N"] * macros["TILE_M"] * 8
-    return (
-        *macros.items(),
-        ("param_t", macros["scalar_t"]),
-        ("saved_t", _saved_type(p)),
-        ("STATISTICS", int(training)),
-        ("SAVE", int(keep)),
-        ("SAVED_SHIFT", saved_shift(p)),
-    )
+    macros.update(param_t=macros["scalar_t"], saved_t=_saved_type(p))
+    macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
+    return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), architecture(p.macros))
 
 
 def _saved_type(p: Plan) -> str:
@@ -1849,7 +1899,7 @@ def _backward_macros(p: Plan, groups: int, activation: str):
 def _tail_defines(macros, groups, activation, planes):
     name = macros["scalar_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
-    types += (("ACTIVATION", ACTIVATIONS[activation]),)
+    types += (("ACTIVATION", struct_of(activation)),)
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     parts = _parts(macros)
     warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
@@ -1895,6 +1945,33 @@ def _count(p: Plan, images: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# modelnew/autocast.py
+#
+# torch.autocast's rules, for operators that torch's dispatcher does not know.
+
+def enabled(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    return torch.is_autocast_enabled("cuda" if tensor.is_cuda else "cpu")
+
+
+def lower(*tensors: torch.Tensor | None) -> tuple:
+    """The tensors as autocast gives them to a convolution: in its dtype where it is on."""
+    device = tensors[0].device.type
+    return _cast(tensors, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensors
+
+
+def result_of_norm(result: torch.Tensor) -> torch.Tensor:
+    """A float32 result of a chain that ends in a group norm, as autocast has it: on a CPU in its dtype."""
+    return result if result.is_cuda or not enabled(result) else lower(result)[0]
+
+
+def _cast(tensors, dtype):
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/numerics.py
 #
 # How the transposed convolution multiplies: numeric classes, and the one rule that picks tensor cores or not.
@@ -1917,52 +1994,61 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
     """Either "tf32" or "fp32", for a convolution of x."""
     if numerics != "auto":
         return numerics
-    # torch.backends.cudnn.allow_tf32 is this function's value, and takes five times as long.
-    return "tf32" if x.is_cuda and torch._C._get_cudnn_allow_tf32() else "fp32"
+    return "tf32" if x.is_cuda and allows_tf32() else "fp32"
 
 
 class Choice(NamedTuple):
     """How one call's convolutions multiply. A backward takes its forward's, whatever was switched in between."""
 
     cls: str  # "tf32" or "fp32"
-    tensor_cores: bool
     wgmma: bool
+    shared_bytes: int  # that a block may use
+    without: str | None  # why there are no tensor cores
 
 
 def choose(numerics: str, x: torch.Tensor) -> Choice:
     """What holds now for a convolution of x."""
-    return Choice(resolve(numerics, x), not _switched_off, uses_wgmma(x))
+    without = "tensor cores are switched off" if _switched_off else None
+    if not x.is_cuda:
+        return Choice(resolve(numerics, x), uses_wgmma(x), _EMULATED_SHARED_BYTES, without)
+    index = x.get_device()
+    return Choice(resolve(numerics, x), uses_wgmma(x), _shared_bytes(index), without or _too_old(index))
 
 
-def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False):
+def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False):
     """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
 
-    dgrad: x is the incoming gradient, and the convolution its input gradient.
+    dtype: x's, NumPy's. dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
-    return plan_or_reason(plan, x, w_shape, geometry, choice, dgrad=dgrad)
+    return plan_or_reason(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad)
 
 
-def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, choice: Choice):
+def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice):
     """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason)."""
-    return plan_or_reason(conv_wgrad_mma_plan, x, w_shape, geometry, choice)
+    return plan_or_reason(plan, x_shape, dtype, w_shape, geometry, choice)
 
 
-def required_plan(make, x, w_shape, geometry, choice, **options):
-    """What `make`, such as conv_transpose_mma.plan, plans for x on its device. UnsupportedError if there is no plan."""
-    if x.is_cuda and _capability(x.device.index) < (8, 0):
-        major, minor = _capability(x.device.index)
-        raise UnsupportedError(f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80")
-    if not x.shape[0]:
+def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
+    """What `make`, such as conv_transpose_mma.plan, plans. UnsupportedError if there is no plan."""
+    if choice.without:
+        raise UnsupportedError(choice.without)
+    if not x_shape[0]:
         raise UnsupportedError("the batch is empty")
-    split = 2 if x.dtype == torch.float32 and choice.cls == "fp32" else 1
-    options["dtype"], options["wgmma"] = interop_FLOATS[x.dtype], choice.wgmma
-    options["shared_limit"] = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
-    return make(tuple(x.shape), tuple(w_shape), geometry, split, **options)
+    split = 2 if dtype == np.float32 and choice.cls == "fp32" else 1
+    options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
+    return make(tuple(x_shape), tuple(w_shape), geometry, split, **options)
 
 
 @functools.cache
 def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
+
+
+@functools.cache
+def _too_old(device_index: int) -> str | None:
+    """Why the GPU's tensor cores cannot be used."""
+    major, minor = _capability(device_index)
+    return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80" if major < 8 else None
 
 
 @functools.cache
@@ -1975,18 +2061,68 @@ def _shared_bytes(device_index: int) -> int:
 #
 # conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
 
-def gradient_plans(kind, x_shape, w_shape, geometry, choice, need_x, need_w):
-    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken.
+def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
+    """The operation of `conv_gradients`, see `calls.call`."""
+    need_x, need_w, need_bias = needed
+    dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
+    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
+    cells, exponents, _ = conv_transpose_to_cells(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
+    if need_x and dgrad:
+        source = (dgrad.of_cells(), cells) if wgrad else (dgrad, dy)
+        conv_transpose_mma(*source, w, None, dx, *_mma_workspaces(new, dgrad), *([exponents] if wgrad else ()))
+    elif need_x:
+        conv_transpose_dgrad(dy, w, dx, _packed(new, w), geometry)
+    if need_w and wgrad:
+        partial = new.scratch(wgrad.partial_size, np.float32)
+        x_cells = conv_transpose_to_cells(new.scratch, x, wgrad.split)
+        conv_wgrad_mma(wgrad, *x_cells, cells, exponents, None, partial, dw)
+    elif need_w:
+        dtype = accumulator_dtype(dy)
+        size = wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
+        conv_transpose_wgrad(x, dy, dw, new.scratch(size, dtype), geometry)
+    return dx, dw, _channel_sums(new, dy) if need_bias else None
 
-    kind: a tensor, or a `calls.Kind`, of the dtype and on the device of all of them.
-    """
+
+def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
+    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken. dtype: NumPy's."""
     dgrad = wgrad = None
     if need_x:
-        dy = Kind(output_shape(x_shape, w_shape, geometry), kind.dtype, kind.device)
-        dgrad, _ = tensor_core_plan(dy, w_shape, geometry, choice, dgrad=True)
+        dy_shape = output_shape(x_shape, w_shape, geometry)
+        dgrad, _ = tensor_core_plan(dy_shape, dtype, w_shape, geometry, choice, dgrad=True)
     if need_w:
-        wgrad, _ = wgrad_plan(Kind(x_shape, kind.dtype, kind.device), w_shape, geometry, choice)
+        wgrad, _ = wgrad_plan(x_shape, dtype, w_shape, geometry, choice)
     return dgrad, wgrad
+
+
+def conv_transpose_to_cells(allocate, tensor, split, exponents=None, centred=False):
+    """(cells, exponents, sums) of a tensor, see `cupy_kernels.fp16_cells`.
+
+    allocate: a `calls.New`, or its `scratch`. exponents: of scales of the tensor's parts, where they are known already.
+    centred: less the means of the first image's channels, whose sums are else None.
+    """
+    sums = _channel_sums(allocate, tensor[:1]) if centred else None
+    if exponents is None:
+        exponents = allocate((exponents_size(tensor.shape, tensor.itemsize),), np.int32)
+        largest_magnitude(tensor, exponents)
+    cells = allocate(cells_shape(tensor.shape, split), np.float16)
+    to_cells(tensor, exponents, sums, cells, split=split)
+    return cells, exponents, sums
+
+
+def _channel_sums(allocate, tensor):
+    sums = allocate((tensor.shape[1],), tensor.dtype)
+    partial = allocate((channel_sum_workspace_size(tensor.shape),), accumulator_dtype(tensor))
+    channel_sum(tensor, sums, partial)
+    return sums
+
+
+def _mma_workspaces(new, plan):
+    """(packed weights, exponents of their scales), to be written."""
+    return new.scratch(plan.packed_size, np.float16), new.scratch(plan.rows, np.int32)
+
+
+def _packed(new, w):
+    return new.scratch(packed_weight_size(w.shape), accumulator_dtype(w))
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -2049,161 +2185,114 @@ class GroupNorm(nn.GroupNorm):
 # A convolution, a batch norm, an activation, a max pooling and a group norm in three main kernels forward, with the
 # pooling in the convolution's epilogue.
 
-_calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
+def _forward(
+    new,
+    x,
+    w,
+    conv_bias,
+    running_mean,
+    running_var,
+    batches,
+    weight,
+    bias,
+    group_weight,
+    group_bias,
+    *,
+    padding,
+    choice,
+    keep,
+    autocast_on,
+    **options,
+):
+    plan = conv_bn_pool_plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
+    out = new(_pooled_shape(x.shape, w.shape, padding), x.dtype)
+    arrays = kept_arrays(plan, x.shape, options["groups"], keep)
+    memory = (new if keep else new.scratch)((room(arrays),), "uint8")
+    tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
+    conv_bn_pool_forward(new.scratch, *tensors, out, parts(memory, arrays), plan=plan, **options)
+    return out, memory if keep else None
 
 
-@dataclasses.dataclass(eq=False)  # each is one of its own, which makes it a quick key
-class _Call:
-    """What follows from the kinds of a call's arguments."""
-
-    plan: Plan
-    choice: Choice
-    geometry: Geometry
-    layout: Layout  # of the workspace
-    shape: tuple  # of the output
-    training: bool
-    keep: bool
-    groups: int
-    activation: str
-
-
-@dataclasses.dataclass(eq=False)
-class _BackwardCall:
-    """What follows from a forward's _Call and from which gradients are needed."""
-
-    dgrad: Plan | None  # of cells
-    wgrad: conv_wgrad_mma_Plan | None
-    dy_shape: tuple | None  # where the general kernels take the convolution's gradients
-    layouts: tuple[Layout, ...]  # of what the backward makes, gives to wgrad and dgrad, and of what these two write
+def _backward(
+    new, dout, x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *, padding, choice, needed, **options
+):
+    need_x, need_w, *need = needed
+    plan = conv_bn_pool_plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
+    kept = parts(memory, kept_arrays(plan, x.shape, options["groups"], True))
+    dgrad, wgrad = gradient_plans(x.dtype, x.shape, w.shape, _geometry(padding), choice, need_x, need_w)
+    general = (dgrad is None, wgrad is None) != (not need_x, not need_w)
+    dy = new.scratch(output_shape(x.shape, w.shape, _geometry(padding)), x.dtype) if general else None
+    by_cells, centred = not general and (need_x or need_w), options["training"]
+    arrays = gradient_arrays(plan, x.shape[0], by_cells, by_cells and need_w and centred)
+    made = {name: new.scratch(*array) for name, array in arrays.items()}
+    parameters = (conv_bias, weight, bias, group_weight, group_bias)
+    found = [new.like(t if needed else None) for t, needed in zip(parameters, need)]
+    conv_bn_pool_backward(dout, weight, bias, group_weight, *found, dy, kept, made, plan=plan, **options)
+    if general:
+        dx, dw, _ = gradients(new, x, w, dy, x.shape, w.shape, _geometry(padding), choice, (need_x, need_w, False))
+        return dx, dw, *found
+    dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
+    if need_w:  # first: the room of its workspaces is dx's then
+        weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
+    if need_x:
+        input_gradient(new.scratch, w, made, dx, plan=dgrad.of_cells())
+    return dx, dw, *found
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, *args):
-        *parameters, (call, running_mean, running_var, batches, momentum, eps, group_eps, parameter) = args
-        w, conv_bias, weight, bias, group_weight, group_bias = parameters
-        workspace = Workspace.empty(call.layout, x.device)
-        out = x.new_empty(call.shape)
-
-        updated = dense(running_mean), dense(running_var)
-        arguments = (x, w, conv_bias, *updated, batches, weight, bias, group_weight, group_bias, out, workspace)
-        options = {"plan": call.plan, "training": call.training, "momentum": momentum, "eps": eps}
-        options.update(groups=call.groups, group_eps=group_eps, activation=call.activation, parameter=parameter)
-        run(conv_bn_pool_forward, *arguments, like=(call, momentum, eps, group_eps), **options)
-        if call.training:
-            note_update(running_mean, running_var, batches, (*updated, batches))
-        if call.keep:
-            running = applied_statistics(running_mean, running_var, call.training)
-            ctx.save_for_backward(x, *parameters, workspace.memory, *running)
-            ctx.call, ctx.eps, ctx.group_eps, ctx.parameter = call, eps, group_eps, parameter
+    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
+        tensors = (x, w, conv_bias, *running, weight, bias, group_weight, group_bias)
+        out, memory = call(_forward, *tensors, check=check, keep=True, **options)
+        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *applied)
+        ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx, dout):
         *tensors, memory, running_mean, running_var = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable_gradients(ctx, running_mean, running_var, tensors, dout), None
-        x, w, conv_bias, weight, bias, group_weight, group_bias = tensors
-        need_x, need_w, *need = ctx.needs_input_grad[:7]
-        parameters = (conv_bias, weight, bias, group_weight, group_bias)
-        gradients = [torch.empty_like(t) if needed else None for t, needed in zip(parameters, need)]
-        call = ctx.call
-        key = (call, need_x, need_w)
-        prepared = _known(_backward_calls, key, lambda: _backward_call(*key, x, w))
-        made, output, of_wgrad, of_dgrad = prepared.layouts
-        dx = dw = None
-        dy = None if prepared.dy_shape is None else x.new_empty(prepared.dy_shape)
-        # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
-        kept, output = Workspace(memory, call.layout), Workspace.empty(output, x.device)
-        tensors = (dense(dout), weight, bias, group_weight, *gradients, dy)
-        options = {"like": prepared, "plan": call.plan, "groups": call.groups, "training": call.training}
-        options.update(activation=call.activation, parameter=ctx.parameter)
-        run(conv_bn_pool_backward, *tensors, Workspace.empty(made, x.device), kept, output, **options)
-        if prepared.wgrad:  # first: the room of its workspaces is dx's then
-            dw = torch.empty_like(w)
-            options = {"like": prepared, "plan": prepared.wgrad}
-            run(weight_gradient, output, kept, x, dw, Workspace.empty(of_wgrad, x.device), **options)
-        if prepared.dgrad:
-            dx = torch.empty_like(x)
-            options = {"like": prepared, "plan": prepared.dgrad}
-            run(input_gradient, output, w, dx, Workspace.empty(of_dgrad, x.device), **options)
-        if dy is not None:
-            options = (x.shape, w.shape, call.geometry, call.choice, (need_x, need_w, False))
-            dx, dw, _ = conv_gradients(x, w, dy, *options)
-        return dx, dw, *gradients, None
+            found = _differentiable_gradients(ctx.options, running_mean, running_var, tensors, dout)
+        else:
+            names = ("padding", "choice", "groups", "training", "activation", "parameter")
+            options = {name: ctx.options[name] for name in names}
+            found = call(_backward, dense(dout), *tensors, memory, needed=ctx.needs_input_grad[:7], **options)
+        return *found, *[None] * 4
 
 
-_apply = super(torch.autograd.Function, _Fused).apply  # without what its `apply` does for functorch and setup_context
+def conv_bn_pool_plan(x_shape, dtype, w_shape, padding, groups, choice):
+    plan = required_plan(conv_transpose_mma_plan, x_shape, dtype, w_shape, _geometry(padding), choice, dgrad=False)
+    conv_bn_pool_check_supported(plan, groups)
+    return plan
 
 
-def _known(known, key, make):
-    """known[key], which make() makes where it is missing."""
-    found = known.get(key)
-    if found is None:
-        found = make()
-        remember(known, key, found)
-    return found
+def _check_slope(negative_slope) -> None:
+    if not 0 <= negative_slope < math.inf:
+        raise UnsupportedError(
+            f"pooling before the activation needs a finite negative_slope of at least 0, received {negative_slope}"
+        )
 
 
-def _call(training, keep, padding, num_groups, activation, numerics, batches, input, conv_weight, *others):
-    """Plans and checks a call, and compiles its kernels at the same time, where launches would one by one.
-
-    Where the fused kernels do not take it, the reason.
-    """
-    reason = _mixture(input, batches, conv_weight, *others)
-    if reason:
-        return reason
-    shape = _checked_shape(input, conv_weight, others, padding, training, num_groups)
-    choice = choose(numerics, input)
-    plan, reason = conv_bn_pool_plan(input, conv_weight, padding, num_groups, choice)
-    if reason:
-        return reason
-    compile_together(kernels(plan, num_groups, activation, training, keep), input.device)
-    layout = Layout(buffers(plan, input.shape, num_groups, training, keep))
-    return _Call(plan, choice, _geometry(padding), layout, shape, training, keep, num_groups, activation)
-
-
-def _backward_call(call, need_x, need_w, x, w):
-    """Plans a backward, and compiles as `_call` does."""
-    dgrad, wgrad = gradient_plans(x, x.shape, w.shape, call.geometry, call.choice, need_x, need_w)
-    dy_shape = None
-    if (dgrad is None, wgrad is None) != (not need_x, not need_w):
-        dgrad = wgrad = None
-        dy_shape = output_shape(x.shape, w.shape, call.geometry)
-    dgrad = dgrad and dgrad.of_cells()
-    tail = (call.plan, call.groups, call.activation)
-    compile_together(gradient_kernels(*tail, x.shape, call.training, dgrad, wgrad), x.device)
-    buffers = (
-        gradient_buffers(call.plan, x.shape[0]),
-        output_gradient_buffers(call.plan, x.shape[0], bool(dgrad or wgrad), bool(wgrad and call.training)),
-        weight_gradient_buffers(wgrad, x.shape, call.training) if wgrad else {},
-        input_gradient_buffers(dgrad) if dgrad else {},
-    )
-    return _BackwardCall(dgrad, wgrad, dy_shape, tuple(map(Layout, buffers)))
-
-
-def conv_bn_pool_plan(x, conv_weight, padding, num_groups, choice):
-    plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), choice)
-    reason = reason or obstacle(plan, num_groups)
-    return (None, reason) if reason else (plan, None)
-
-
-def _mixture(x, batches, *others):
-    """What does not go together in the tensors' dtypes, or with the counter of batches, or None."""
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast gives the operators different dtypes"
+def _check_mixture(x, batches, *others) -> None:
+    """UnsupportedError for dtypes or a counter of batches that do not go together."""
+    if enabled(x) and x.dtype != torch.float32:
+        raise UnsupportedError(f"under autocast the input must be float32, received {x.dtype}")
     if any(t is not None and t.dtype != x.dtype for t in others):
-        return "input and parameters have different dtypes"
+        raise UnsupportedError("input and parameters have different dtypes")
     if batches is not None and (batches.dtype, batches.numel(), batches.device) != (torch.int64, 1, x.device):
-        return (
+        raise UnsupportedError(
             f"num_batches_tracked must be one {torch.int64} on {x.device}, received shape {tuple(batches.shape)}, "
             f"{batches.dtype} on {batches.device}"
         )
-    return None
+
+
+def _class(numerics, x) -> str:
+    """Under autocast the convolution's operands have 10 mantissa bits at most in PyTorch, too."""
+    return "tf32" if enabled(x) else numerics
 
 
 def _geometry(padding):
-    return Geometry((1, 1), pair(padding, "padding"), (0, 0), (1, 1), 1)
+    return Geometry((1, 1), padding, (0, 0), (1, 1), 1)
 
 
 def conv_bn_activation_max_pool_group_norm(
@@ -2227,42 +2316,58 @@ def conv_bn_activation_max_pool_group_norm(
     group_eps: float = 1e-5,
     num_batches_tracked: torch.Tensor | None = None,
     numerics: str = "auto",
-    required: bool = True,
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """group_norm(max_pool2d(act(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
     and group_norm. One dtype for all: float32, float16 or bfloat16.
-    activation: act, "tanh" or "leaky_relu". negative_slope: of leaky_relu, finite and not negative.
+    activation: act, the name of an operator that activation.cuh has, "tanh" or "leaky_relu". negative_slope: of
+        leaky_relu, finite and not negative.
     num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
-    For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError,
-    with the reason, or None if not `required`. Besides, batch_norm's errors.
+    For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
+    with the reason. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
+    Under torch.autocast, of float32 tensors: as without it, in the class "tf32", whose errors are smaller than those of
+    casts between the operators. The result has the dtype that autocast gives group_norm's.
     """
     check_numerics(numerics)
-    parameter = conv_bn_pool_parameter(activation, negative_slope)
+    struct_of(activation)
+    parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
-    arguments = (num_batches_tracked, input, conv_weight, conv_bias, running_mean, running_var)
-    arguments += (weight, bias, group_weight, group_bias)
+    training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
-    training, padding, device = bool(training), pair(padding, "padding"), "cuda" if input.is_cuda else "cpu"
-    facts = choose(numerics, input), torch.is_autocast_enabled(device)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    kind = (training, keep, padding, num_groups, activation)
-    key = (*kind, facts, *[None if t is None else (t.shape, t.dtype, t.device) for t in arguments])
-    call = _decreases(parameter) or _known(_calls, key, lambda: _call(*kind, numerics, *arguments))
-    if isinstance(call, str):
-        if required:
-            raise UnsupportedError(f"the fused kernels do not take this: {call}")
-        return None
-    tensors = (aligned(input), *map(dense, tensors[1:]))
-    rest = (call, running_mean, running_var, num_batches_tracked, momentum, eps, group_eps, parameter)
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return _Fused.apply(*tensors, rest)
-    if keep:
-        return _apply(*tensors, rest)
-    return _Fused.forward(None, *tensors, rest)  # autograd, with nothing to keep or to refuse, would only take time
+    others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
+    choice = choose(_class(numerics, input), input)
+
+    def check():
+        _check_mixture(input, num_batches_tracked, *others)
+        _check_shapes(input, *others, padding, training, num_groups)
+        conv_bn_pool_plan(input.shape, NUMPY[input.dtype], conv_weight.shape, padding, num_groups, choice)
+
+    _check_slope(parameter)
+    tensors = dense_after(check, input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    x, w, conv_bias, *affine = tensors = (aligned(tensors[0]), *tensors[1:])
+    updated = dense(running_mean), dense(running_var), num_batches_tracked
+    options = {
+        "padding": padding,
+        "choice": choice,
+        "groups": num_groups,
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "group_eps": group_eps,
+        "activation": activation,
+        "parameter": parameter,
+        "autocast_on": enabled(input),  # as check() looks at it
+    }
+    if will_need_grad(*tensors):
+        applied = applied_statistics(running_mean, running_var, training)
+        out = gradients_apply(_Fused, *tensors, updated, applied, check, options)
+    else:
+        out, _ = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=False, **options)
+    if training:
+        note_update(running_mean, running_var, num_batches_tracked, updated)
+    return result_of_norm(out)
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature
@@ -2271,69 +2376,52 @@ def conv_bn_tanh_max_pool_group_norm(*args, **options):
     return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
 
 
-def conv_bn_pool_parameter(activation, negative_slope):
-    """The number that the kernels get for the activation."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, received {activation!r}")
-    return 0 if activation == "tanh" else number(negative_slope, "negative_slope")
-
-
-def _decreases(parameter):
-    """Why an activation with this number cannot follow the pooling, or None."""
-    if 0 <= parameter < math.inf:
-        return None
-    return f"pooling before the activation needs a finite negative_slope of at least 0, received {parameter}"
-
-
-def _checked_shape(input, conv_weight, others, padding, training, num_groups):
-    """The output's shape. Raises all errors that shapes, dtypes and devices can be the reason of."""
-    conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias = others
-    one_device((input, conv_weight, *others))
-    images, channels, height, width = shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
+def _check_shapes(
+    input,
+    conv_weight,
+    conv_bias,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    group_weight,
+    group_bias,
+    padding,
+    training,
+    num_groups,
+) -> None:
+    """Raises all errors that shapes, dtypes and devices can be the reason of."""
+    affine = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
+    one_device((input, conv_weight, *affine))
+    shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
     check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
-        if tensor is not None and tensor.shape != (channels,):
-            raise ValueError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups must divide the {channels} channels, received {num_groups}")
-    return images, channels, height // 2, width // 2
+        if tensor is not None and tensor.shape != (shape[1],):
+            raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
+    if num_groups < 1 or shape[1] % num_groups:
+        raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
+
+
+def _pooled_shape(x_shape, w_shape, padding):
+    *outer, height, width = output_shape(x_shape, w_shape, _geometry(padding))
+    return *outer, height // 2, width // 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/kernelbench.py
 
 KERNELS: dict[str, str] = {
-    "activation.cuh": r"""// The activation between batch norm and max pooling in the fused chain. The macro ACTIVATION names its struct; each has a header.
+    "activation.cuh": r"""// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION names one's struct:
 //
-//     Activation(float parameter)    the launch's, 0 where the activation has none
+//     Activation(float parameter)    the launch's; only some activations have one
 //     float of(float v)              the activation of v; no v is a denormal, which -ftz=true makes 0
 //     float slope(float y)           its derivative where its value is y
 //
-// It must never decrease: then it can follow max pooling. Pooling here takes the first of the largest v, PyTorch the first of the largest
-// activations. These are two places only where different v have one activation: in the flat parts, where the slope, and with it what the
-// place would get, is 0; or where rounding makes neighbours equal.
-#pragma once
-#include "activation_leaky_relu.cuh"
-#include "activation_tanh.cuh"
-
-typedef ACTIVATION Activation;
-""",
-    "activation_leaky_relu.cuh": r"""// v where v > 0, else v negative_slope, as an activation of the fused chain (activation.cuh).
+// It must never decrease: then it can follow max pooling. Pooling here takes the first of the largest v, PyTorch the
+// first of the largest activations. These are two places only where different v have one activation: in the flat parts,
+// where the slope, and with it what the place would get, is 0; or where rounding makes neighbours equal.
 //
-// negative_slope is finite and not negative. 0 is ReLU, but for infinite v: as in PyTorch's LeakyReLU, -inf * 0 is NaN. All v <= 0 of a
-// window then tie at 0, and whichever wins gets the gradient 0.
-#pragma once
-
-struct LeakyReLU {
-    float negative_slope;
-
-    __device__ explicit LeakyReLU(float negative_slope) : negative_slope(negative_slope) {}
-    __device__ float of(float v) const { return v > 0 ? v : v * negative_slope; }
-    // A negative v with a product too small for float has y = 0, and so has v = 0: both slope down.
-    __device__ float slope(float y) const { return y > 0 ? 1 : negative_slope; }
-};
-""",
-    "activation_tanh.cuh": r"""// tanh, as an activation of the fused chain (activation.cuh).
+// A struct is named as its layer, which is the function's name without underscores in any case: LeakyReLU, leaky_relu.
 #pragma once
 #include "tanh.cuh"
 #include "tanh_branchless.cuh"
@@ -2343,11 +2431,25 @@ struct Tanh {
     __device__ float of(float v) const { return tanh_branchless(v); }
     __device__ float slope(float y) const { return tanh_slope(y); }
 };
+
+// v where v > 0, else v negative_slope, which is finite and not negative. 0 is ReLU, but for infinite v: as in PyTorch's
+// LeakyReLU, -inf * 0 is NaN. All v <= 0 of a window then tie at 0, and whichever wins gets the gradient 0.
+struct LeakyReLU {
+    float negative_slope;
+
+    __device__ explicit LeakyReLU(float negative_slope) : negative_slope(negative_slope) {}
+    __device__ float of(float v) const { return v > 0 ? v : v * negative_slope; }
+    // A negative v with a product too small for float has y = 0, and so has v = 0: both slope down.
+    __device__ float slope(float y) const { return y > 0 ? 1 : negative_slope; }
+};
+
+typedef ACTIVATION Activation;
 """,
     "async_copy.cuh": r"""// Copies from global to shared memory that run behind the arithmetic: cp.async on sm_80 and newer, plain copies before.
 //
-// A thread issues copies, closes a group of them by cp_async_commit(), and sees its own copies after cp_async_wait<N>(), which leaves
-// at most the N youngest groups in flight; the other threads of the block see them after a __syncthreads() that follows.
+// A thread issues copies, closes a group of them by cp_async_commit(), and sees its own copies after
+// cp_async_wait<N>(), which leaves at most the N youngest groups in flight; the other threads of the block see them
+// after a __syncthreads() that follows.
 #pragma once
 
 // 16 bytes, both addresses multiples of 16. Not valid: writes zeros, and `global` is not read.
@@ -2356,7 +2458,8 @@ __device__ inline void cp_async_16(void* shared, const void* global, bool valid)
     emulator::copy_async(shared, global, 16, valid);
 #elif __CUDA_ARCH__ >= 800
     unsigned to = (unsigned)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0)
+        : "memory");
 #else
     *(uint4*)shared = valid ? *(const uint4*)global : make_uint4(0, 0, 0, 0);
 #endif
@@ -2378,10 +2481,12 @@ template <int PENDING_GROUPS> __device__ inline void cp_async_wait() {
 #endif
 }
 """,
-    "batch_norm.cuh": r"""// Batch norm's arithmetic, as every kernel that applies it computes it: y = (x - mean) invstd weight + bias; and its statistics.
+    "batch_norm.cuh": r"""// Batch norm's arithmetic, as every kernel that applies it computes it: y = (x - mean) invstd weight + bias; and its
+// statistics.
 //
-// Squares of float values beyond 1.8e19 overflow, and so may sums. So sums are of values times `unit`: 1, and where the sum is not finite,
-// 2^-96 in another turn over the same values. Powers of two change no bit. What blocks hand on to each other is double, without the unit.
+// Squares of float values beyond 1.8e19 overflow, and so may sums. So sums are of values times `unit`: 1, and where the
+// sum is not finite, 2^-96 in another turn over the same values. Powers of two change no bit. What blocks hand on to
+// each other is double, without the unit.
 #pragma once
 #include "common.cuh"
 
@@ -2395,9 +2500,9 @@ __device__ inline bool again(acc_t sum, acc_t& unit) { return again(sum, 0, unit
 // What undoes it.
 __device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 0x1p96f; }
 
-// Normalises the values of one channel or group. Where mean or standard deviation are beyond 2^64, a distance from the mean could
-// overflow, and invstd be a denormal, which -ftz=true flushes: there all is taken times `unit`, a power of two, which changes no bit
-// of what neither overflows nor vanishes.
+// Normalises the values of one channel or group. Where mean or standard deviation are beyond 2^64, a distance from the
+// mean could overflow, and invstd be a denormal, which -ftz=true flushes: there all is taken times `unit`, a power of
+// two, which changes no bit of what neither overflows nor vanishes.
 struct Normaliser {
     acc_t unit, mean, invstd;
     __device__ Normaliser(acc_t mean, acc_t invstd) {
@@ -2411,8 +2516,12 @@ struct Normaliser {
 __device__ inline acc_t bn_affine(acc_t xhat, acc_t weight, acc_t bias) { return xhat * weight + bias; }
 
 // Weight and bias of channel c; null pointers stand for 1 and 0.
-template <class P> __device__ inline acc_t bn_weight(const P* weight, i64 c) { return weight ? (acc_t)to_acc(weight[c]) : (acc_t)1; }
-template <class P> __device__ inline acc_t bn_bias(const P* bias, i64 c) { return bias ? (acc_t)to_acc(bias[c]) : (acc_t)0; }
+template <class P> __device__ inline acc_t bn_weight(const P* weight, i64 c) {
+    return weight ? (acc_t)to_acc(weight[c]) : (acc_t)1;
+}
+template <class P> __device__ inline acc_t bn_bias(const P* bias, i64 c) {
+    return bias ? (acc_t)to_acc(bias[c]) : (acc_t)0;
+}
 
 // What sums are taken relative to, so that the rounding error of a large mean stays out of a small variance.
 __device__ inline acc_t finite_or_zero(acc_t v) { return is_finite(v) ? v : (acc_t)0; }
@@ -2425,27 +2534,29 @@ __device__ inline acc_t invstd_of(acc_t variance, acc_t unit, acc_t eps) {
 
 struct Moments { acc_t mean, squares; };  // squares: sum of squared distances from the mean
 
-// From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where not null. shift:
-// what running_mean has besides the mean. Pointers are to the channel's values.
+// From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where
+// not null. shift: what running_mean has besides the mean. Pointers are to the channel's values.
 template <class N, class P> __device__ inline void store_statistics(
-    Moments moments, acc_t unit, N count, acc_t eps, acc_t* mean, acc_t* invstd, P* running_mean, P* running_var, acc_t momentum,
-    acc_t shift) {
+    Moments moments, acc_t unit, N count, acc_t eps, acc_t* mean, acc_t* invstd, P* running_mean, P* running_var,
+    acc_t momentum, acc_t shift) {
     acc_t back = inverse_of(unit), batch_mean = moments.mean * back, batch_var = moments.squares / (count - 1) * back;
     *mean = batch_mean;
     *invstd = invstd_of(moments.squares / count, unit, eps);
     if (!running_mean) return;
     *running_mean = from_acc<P>((1 - momentum) * to_acc(*running_mean) + momentum * (batch_mean + shift));
-    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * back * batch_var);  // the variance alone may overflow
+    // The variance alone may overflow.
+    *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * back * batch_var);
 }
 """,
     "channel_sum.cu": r"""// sums[c] = sum over n and s of x[n, c, s]: the bias gradient of a convolution.
 //
-// channel_sum_partial: block (c, chunk) adds a chunk of the images, in acc_t; channel_sum_reduce: one thread per channel adds
-// the chunks in ascending order. Macros: scalar_t, acc_t.
+// channel_sum_partial: block (c, chunk) adds a chunk of the images, in acc_t; channel_sum_reduce: one thread per
+// channel adds the chunks in ascending order. Macros: scalar_t, acc_t.
 #include "common.cuh"
 
-extern "C" __global__ void channel_sum_partial(const scalar_t* __restrict__ x, acc_t* __restrict__ partial, i64 images,
-                                               int channels, i64 plane, i64 chunk_images) {
+extern "C" __global__ void channel_sum_partial(
+    const scalar_t* __restrict__ x, acc_t* __restrict__ partial, i64 images, int channels, i64 plane,
+    i64 chunk_images) {
     __shared__ acc_t scratch[32];
     acc_t sum = 0;
     i64 first = blockIdx.y * chunk_images, last = min(first + chunk_images, images);
@@ -2457,8 +2568,8 @@ extern "C" __global__ void channel_sum_partial(const scalar_t* __restrict__ x, a
     if (threadIdx.x == 0) partial[(i64)blockIdx.x * gridDim.y + blockIdx.y] = sum;
 }
 
-extern "C" __global__ void channel_sum_reduce(const acc_t* __restrict__ partial, scalar_t* __restrict__ sums, int channels,
-                                              int chunks) {
+extern "C" __global__ void channel_sum_reduce(
+    const acc_t* __restrict__ partial, scalar_t* __restrict__ sums, int channels, int chunks) {
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= channels) return;
     acc_t sum = 0;
@@ -2466,10 +2577,11 @@ extern "C" __global__ void channel_sum_reduce(const acc_t* __restrict__ partial,
     sums[c] = from_acc<scalar_t>(sum);
 }
 """,
-    "common.cuh": r"""// Types, conversions and reductions that the kernels share. Includes nothing of a CUDA toolkit: pip wheels have no headers.
+    "common.cuh": r"""// Types, conversions and reductions that the kernels share. Includes nothing of a CUDA toolkit: pip wheels have no
+// headers.
 //
-// scalar_t: type of the tensors in memory (float, double, half_t, bf16_t). acc_t: type of the arithmetic (float; double for double).
-// A pointer parameter that is neither const nor INOUT is an output that the kernel writes in full.
+// scalar_t: type of the tensors in memory (float, double, half_t, bf16_t). acc_t: type of the arithmetic (float; double
+// for double). A pointer parameter that is neither const nor INOUT is an output that the kernel writes in full.
 #pragma once
 
 typedef long long i64;
@@ -2487,7 +2599,8 @@ template <class U, int W> struct __align__(W * sizeof(U)) Packed { U v[W]; };
 #endif
 #ifndef CUPY_KERNELS_EMULATOR
 #define DYNAMIC_SHARED(U, name) \
-    extern __shared__ __align__(SHARED_ALIGNMENT) char dynamic_shared_bytes[]; \
+    extern __shared__ __align__(SHARED_ALIGNMENT) \
+    char dynamic_shared_bytes[]; \
     U* name = (U*)dynamic_shared_bytes
 #endif
 
@@ -2527,7 +2640,7 @@ template <> inline half_t from_acc<half_t>(float v) {
     half_t r;
     if (magnitude > 0x7F800000) r.bits = sign | 0x7E00;
     else if (magnitude >= 0x477FF000) r.bits = sign | 0x7C00;  // 65520 and more round to infinity
-    else if (magnitude < 0x38800000)                          // below 2^-14: the float addition rounds to 2^-24 steps
+    else if (magnitude < 0x38800000)                           // below 2^-14: the float addition rounds to 2^-24 steps
         r.bits = sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3F000000);
     else r.bits = sign | ((magnitude + 0xFFF + (magnitude >> 13 & 1)) >> 13) - (112 << 10);
     return r;
@@ -2540,8 +2653,8 @@ template <> __device__ inline half_t from_acc<half_t>(float v) {
 }
 #endif
 
-// CuPy compiles with -ftz=true, which flushes denormals in comparisons too; PTX's own comparison flushes nothing. greater is
-// IEEE's a > b: false where either is NaN.
+// CuPy compiles with -ftz=true, which flushes denormals in comparisons too; PTX's own comparison flushes nothing.
+// greater is IEEE's a > b: false where either is NaN.
 template <class A> __device__ inline bool is_nan(A v) { return v != v; }
 template <class A> __device__ inline bool is_finite(A v) { return v - v == 0; }
 #ifdef CUPY_KERNELS_EMULATOR
@@ -2608,7 +2721,8 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
         store_at_once(to + W / 2, *(const Packed<T, W / 2>*)(v.v + W / 2));
     } else if constexpr (sizeof(v) == 16) {
         uint4 bits = *(const uint4*)&v;
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w));
+        asm volatile(
+            "st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w));
     } else if constexpr (sizeof(v) == 8) {
         uint2 bits = *(const uint2*)&v;
         asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
@@ -2616,24 +2730,29 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 #endif
 }
 """,
-    "conv_bn_pool.cu": r"""// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, an activation and 2x2 max pooling need of it.
+    "conv_bn_pool.cu": r"""// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, an activation and 2x2 max pooling need of
+// it.
 //
-// Batch norm is monotone in each channel, and the activation never decreases (activation.cuh), so max pooling can come first:
-// of each 2x2 window it takes the largest sum where gamma, batch norm's weight, is positive, the smallest where it is
-// negative, and the first where it is zero.
+// Batch norm is monotone in each channel, and the activation never decreases (activation.cuh), so max pooling can come
+// first: of each 2x2 window it takes the largest sum where gamma, batch norm's weight, is positive, the smallest where
+// it is negative, and the first where it is zero.
 //
 // All values are without the convolution's bias, which batch norm's mean takes out again:
-//     pooled [N, M, PLANE_STRIDE]                    the chosen sums of all windows, in the order of pooled_planes.cuh; windows that an odd edge cuts, and
-//                                             places that belong to no window, get values of no use
-//     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last one, where float cannot
-//                                             hold it, negative and times 2^-160
+//     pooled [N, M, PLANE_STRIDE]             the chosen sums of all windows, in the order of pooled_planes.cuh;
+//                                             windows that an odd edge cuts, and places of no window, get values of
+//                                             no use
+//     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last
+//                                             one, where float cannot hold it, negative and times 2^-160
 //     SAVE, for the backward:
 //         taps, like pooled                   the chosen corner
-//         saved [N, M, PLANE_STRIDE, 4]              all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the tensor cores deliver them, so that
-//                                             a sum is saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
-//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. SPLIT 2: float
+//         saved [N, M, PLANE_STRIDE, 4]       all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the
+//                                             tensor cores deliver them, so that a sum is
+//                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
+//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows.
+//                                             SPLIT 2: float
 //         unit_exponents [N * UNITS]
-// Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
+// Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file, param_t (gamma's type), saved_t (half_t,
+// float), STATISTICS, SAVE, SAVED_SHIFT.
 #include "batch_norm.cuh"
 #include "pooled_planes.cuh"
 #include "async_copy.cuh"
@@ -2641,12 +2760,16 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 #if WGMMA
 #include "conv_wgmma.cuh"
 enum { ONE_PASS = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W <= 4 * MOST_TILES * WARPGROUPS_N };
-static_assert((TILES % 4 == 0 || (ONE_PASS && PARTS_N == 1)) && (LAST_TILES % 4 == 0 || PARTS_N == 1), "16 windows are kept together");
+static_assert(
+    (TILES % 4 == 0 || (ONE_PASS && PARTS_N == 1)) && (LAST_TILES % 4 == 0 || PARTS_N == 1),
+    "16 windows are kept together");
 #else
 #define ADJACENT 1
 #include "conv_mma.cuh"
 #endif
-static_assert(EPILOGUE_OFFSET + (STATISTICS ? PARTS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES, "the epilogue's moments come last");
+static_assert(
+    EPILOGUE_OFFSET + (STATISTICS ? PARTS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES,
+    "the epilogue's moments come last");
 
 // Chan's rule: how the moments of two sets of pixels combine.
 struct Merge {
@@ -2680,10 +2803,12 @@ __device__ inline float max_or_nan(float a, float b) {
 }
 
 typedef unsigned Valid[4];  // bit t: whether the pixel of window t exists, by corner, if need be
-__device__ inline bool is_valid(const Valid& valid, int t, int corner) { return valid[OUT_H % 2 || OUT_W % 2 ? corner : 0] >> t & 1; }
+__device__ inline bool is_valid(const Valid& valid, int t, int corner) {
+    return valid[OUT_H % 2 || OUT_W % 2 ? corner : 0] >> t & 1;
+}
 
-// For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four lanes. The
-// channels take each step together, so that none waits for its own last step.
+// For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four
+// lanes. The channels take each step together, so that none waits for its own last step.
 template <bool FULL>
 __device__ __forceinline__ void moments_of(
     const Sums& sums, int first, const Valid& valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
@@ -2714,8 +2839,9 @@ struct Pool {
     int* unit_exponents;
     const int* exponents;  // in shared memory, of the block's channels, as `signs`
     const float* signs;    // of gamma, or 0; pack_weight_fp16 has multiplied the weights by -1 where it is negative
-    float2* moments;  // [PARTS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale
-    int* counts;      // [PARTS_N] in shared memory
+    // [PARTS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale.
+    float2* moments;
+    int* counts;  // [PARTS_N] in shared memory
     int seen;
 
     __device__ __forceinline__ void turn(const Sums& sums, const Place& place, int exponent) {
@@ -2730,8 +2856,11 @@ struct Pool {
         #pragma unroll
         for (int t = 0; t < LANE_WINDOWS; t++)
             #pragma unroll
-            for (int corner = 0; corner < 4; corner++) valid[corner] |= (unsigned)(place.exists(t) && place.inside(t, corner)) << t;
-        float count = FULL ? LANE_WINDOWS * 16 : quad_sum((float)(__popc(valid[0]) + __popc(valid[1]) + __popc(valid[2]) + __popc(valid[3])));
+            for (int corner = 0; corner < 4; corner++)
+                valid[corner] |= (unsigned)(place.exists(t) && place.inside(t, corner)) << t;
+        float count =
+            FULL ? LANE_WINDOWS * 16
+                 : quad_sum((float)(__popc(valid[0]) + __popc(valid[1]) + __popc(valid[2]) + __popc(valid[3])));
         float per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
         #pragma unroll
@@ -2748,7 +2877,8 @@ struct Pool {
                     *at = merge(seen ? *at : make_float2(0, 0), make_float2(mean[i] * sign, squares[i]));
                 }
                 ScaleBack scale(exponent + exponents[channel]);
-                if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;  // the same in all lanes
+                // The same in all lanes.
+                if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
                 for (int t = 0; t < LANE_WINDOWS; t += 4) {
@@ -2774,7 +2904,8 @@ struct Pool {
 
     // The values of the windows t to t + 3, to the plane at `row`.
     template <bool FULL> __device__ __forceinline__ void store(
-        const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap, const Packed<saved_t, 16>& kept) {
+        const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap,
+        const Packed<saved_t, 16>& kept) {
 #if WGMMA
         if (t >= place.tiles || place.sixteen(t) >= place.unit_place + UNIT_STRIDE) return;
         i64 at = row + place.sixteen(t) + threadIdx.x % 4 * TOGETHER_POOLED;
@@ -2846,8 +2977,8 @@ struct Pool {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials, INOUT u8* __restrict__ taps,
-    INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
+    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials,
+    INOUT u8* __restrict__ taps, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[PARTS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
@@ -2858,35 +2989,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
         channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;
     }
     DYNAMIC_SHARED(u8, shared);
-    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs, (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
+    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs,
+        (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
     convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
 }
 """,
-    "conv_mma.cuh": r"""// Transposed convolution with stride 1, dilation 1 and one group on tensor cores (sm_80 and newer): loads and main loop.
+    "conv_mma.cuh": r"""// Transposed convolution with stride 1, dilation 1 and one group on tensor cores (sm_80 and newer): loads and main
+// loop.
 //
 //     sums[n, m, oh, ow] = sum_{k, kh, kw} x[n, k, oh + PAD_H - kh, ow + PAD_W - kw] * w[k, m, kh, kw]
 //
 // dgrad is the same sum over dy with PAD' = KERNEL - 1 - PAD and flipped, transposed weights (pack_weight_fp16.cu).
 //
-// Implicit GEMM: channels m are rows, pixels are columns, the sum runs over chunks of input channels and taps. A block owns one
-// unit: TILE_M channels and UNIT_PASSES passes of TILE_N pixels of one image. The rows of x that it needs (the band) lie in shared
-// memory as fp16 cells [row][column][64 halves]; every tap reads them shifted, by ldmatrix. Weights stream through a ring of STAGES
-// cp.async stages, one tap of one chunk each. Each warp owns 64 channels x 8 WARP_TILES pixels. An epilogue, the
-// kernel's own, takes the sums of each turn.
+// Implicit GEMM: channels m are rows, pixels are columns, the sum runs over chunks of input channels and taps. A block
+// owns one unit: TILE_M channels and UNIT_PASSES passes of TILE_N pixels of one image. The rows of x that it needs (the
+// band) lie in shared memory as fp16 cells [row][column][64 halves]; every tap reads them shifted, by ldmatrix. Weights
+// stream through a ring of STAGES cp.async stages, one tap of one chunk each. Each warp owns 64 channels x 8 WARP_TILES
+// pixels. An epilogue, the kernel's own, takes the sums of each turn.
 //
-// Pixels are ordered by 2x2 windows: the upper row of four windows is an n8-tile, their lower row the next one, so that a lane's
-// accumulators are whole windows. ADJACENT 1: the windows of a lane are neighbours, for wide stores; 0: those of four lanes are.
+// Pixels are ordered by 2x2 windows: the upper row of four windows is an n8-tile, their lower row the next one, so that
+// a lane's accumulators are whole windows. ADJACENT 1: the windows of a lane are neighbours, for wide stores; 0: those
+// of four lanes are.
 //
-// Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right border. The
-// order of a cell's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in different banks.
+// Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right
+// border. The order of a cell's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in
+// different banks.
 //
-// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
+// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already
+// (fp16_cells.cu).
 //
-// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W) and fp16_cells.cuh, scalar_t (float, half_t, bf16_t), CELLS, input_t (scalar_t, half_t
-// for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, WARPS_M, WARPS_N, UNIT_PASSES,
-// BAND_ROWS (rows of x that a unit needs at most), GAP, RESIDENT (1: all chunks of the band stay in shared memory, 0: each turn loads one after the
-// other), STAGES, TILE_M, THREADS, PARTS_N (warps that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the
-// epilogue's), ADJACENT.
+// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W) and fp16_cells.cuh, scalar_t (float, half_t, bf16_t),
+// CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W,
+// KERNEL_H, KERNEL_W, PAD_H, PAD_W, WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
+// GAP, RESIDENT (1: all chunks of the band stay in shared memory, 0: each turn loads one after the other), STAGES,
+// TILE_M, THREADS, PARTS_N (warps that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with
+// the epilogue's), ADJACENT.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -2900,19 +3037,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
 #define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
 #define PASS_WINDOWS (TILE_N / 4)
 // Pairs that an image's last windows need; SPLIT 1's units of one turn do not care.
-#define LAST_PAIRS (UNIT_PASSES == 1 && SPLIT == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
+#define LAST_PAIRS \
+    (UNIT_PASSES == 1 && SPLIT == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
 
 #include "fp16_cells.cuh"
 #include "mma.cuh"
 
 #define SLICES_AT_ONCE (THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
-#define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)  // of 16 channels; those past IN_CHANNELS are zero
+// Of 16 channels; those past IN_CHANNELS are zero.
+#define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)
 enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
-// Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are loaded once,
-// under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
+// Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are
+// loaded once, under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
 enum { GUESS = 10, SLACK = 6 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
-static_assert(THREADS == 32 * WARPS_M * WARPS_N && TILE_M == 64 * WARPS_M && PARTS_N == WARPS_N, "a warp has 64 channels");
+static_assert(
+    THREADS == 32 * WARPS_M * WARPS_N && TILE_M == 64 * WARPS_M && PARTS_N == WARPS_N, "a warp has 64 channels");
 static_assert(UNIT_WINDOWS == UNIT_PASSES * PASS_WINDOWS, "a unit is its passes");
 static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
 static_assert(PACKED_WIDTH == CHUNKS * CELL_BYTES / 2, "weights are packed in cells");
@@ -2939,14 +3079,16 @@ __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int co
 // Which window of a warp's `pairs` times 4 the j-th one of lanes 4 n + quad is.
 __device__ inline int lane_window(int quad, int j, int pairs) { return ADJACENT ? quad * pairs + j : j * 4 + quad; }
 
-// The pixel of a corner of a 2x2 window. Windows past the last one, and the missing half of windows at an odd edge, are not valid.
+// The pixel of a corner of a 2x2 window. Windows past the last one, and the missing half of windows at an odd edge, are
+// not valid.
 struct Pixel {
     int oh, ow;
     __device__ Pixel(int window, int corner) {
         oh = window / WINDOWS_W * 2 + corner / 2;
         ow = window % WINDOWS_W * 2 + corner % 2;
     }
-    __device__ bool valid() const { return (OUT_H % 2 == 0 || oh < OUT_H) && (OUT_W % 2 == 0 || ow < OUT_W); }  // of a window that exists
+    // Of a window that exists.
+    __device__ bool valid() const { return (OUT_H % 2 == 0 || oh < OUT_H) && (OUT_W % 2 == 0 || ow < OUT_W); }
 };
 
 // Where the sums of a lane belong.
@@ -2959,14 +3101,17 @@ struct Place {
     // Whether a pixel of a window that exists does.
     __device__ bool inside(int t, int corner) const { return Pixel(window(t), corner).valid(); }
     // All pixels exist, which is the usual case and needs no masks.
-    __device__ bool full() const { return OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window; }
+    __device__ bool full() const {
+        return OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window;
+    }
     // The warp has `count` windows from `start` on, a number that begins with row `first_row` of windows.
     __device__ int start() const { return first_window; }
     __device__ int count() const { return min(pairs * 4, end_window - first_window); }
     __device__ int first_row() const { return 0; }
 };
 
-// Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without a gap.
+// Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without
+// a gap.
 __device__ inline int band_key(int row, int column) {
     unsigned place = row * WINDOWS_W + column;
     return ADJACENT ? place / WARP_TILES % 4 * 2 + place % 2 : place % 8;
@@ -2978,7 +3123,8 @@ __device__ constexpr int end_row_of(int window) { return window / WINDOWS_W * 2 
 __device__ constexpr bool bands_fit() {
     for (int first = 0; first < WINDOWS; first += UNIT_WINDOWS) {
         int last = first + UNIT_WINDOWS < WINDOWS ? first + UNIT_WINDOWS - 1 : WINDOWS - 1;
-        int low = first_row_of(first) > 0 ? first_row_of(first) : 0, high = end_row_of(last) < IN_H ? end_row_of(last) : IN_H;
+        int low = first_row_of(first) > 0 ? first_row_of(first) : 0,
+            high = end_row_of(last) < IN_H ? end_row_of(last) : IN_H;
         if (high - low > BAND_ROWS) return false;
     }
     return true;
@@ -3016,7 +3162,9 @@ __device__ inline void copy_band(const half_t* source, const Unit& unit, u8* cel
     source += (i64)chunk * IN_H * IN_W * (CELL_BYTES / 2);
     for (int i = threadIdx.x; i < (unit.last_row - unit.first_row) * IN_W * 8; i += THREADS) {
         int row = i / 8 / IN_W, column = i / 8 % IN_W + GAP;
-        cp_async_16(cells + cell_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)), source + i * 8, true);
+        cp_async_16(
+            cells + cell_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)),
+            source + i * 8, true);
     }
     cp_async_commit();
 }
@@ -3034,14 +3182,16 @@ __device__ inline int band_exponent(const scalar_t* source, const Unit& unit, un
             #pragma unroll
             for (int i = 0; i < BATCH; i++) in[i] = row[min(first + i * 32, count - 1)];
             #pragma unroll
-            for (int i = 0; i < BATCH * WIDTH; i++) largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
+            for (int i = 0; i < BATCH * WIDTH; i++)
+                largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
         }
     }
     return scale_exponent(block_max(largest, scratch));
 }
 
 // Brings chunk `chunk` of a unit's rows into cells, scaled; `largest` grows to their largest finite magnitude.
-__device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
+__device__ inline void load_band(
+    const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
     // Not resident, the sums hold the registers; SPLIT 2 has room where its fragments will be.
     enum { BATCH = RESIDENT ? 8 : SPLIT == 2 ? 4 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };
     // Lanes take 32 pixels in such an order that eight at a time write to different banks.
@@ -3051,7 +3201,8 @@ __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* c
         float v[BATCH][8];
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W), k = chunk * CHUNK_CHANNELS + i / (BAND_ROWS * IN_W) * 8;
+            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W),
+                k = chunk * CHUNK_CHANNELS + i / (BAND_ROWS * IN_W) * 8;
             bool inside = unit.first_row + pixel / IN_W < unit.last_row && k < IN_CHANNELS && i < COUNT;
             const scalar_t* from = source + k * IN_H * IN_W + pixel;
             #pragma unroll
@@ -3059,20 +3210,24 @@ __device__ inline void load_band(const scalar_t* source, const Unit& unit, u8* c
         }
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W), row = pixel / IN_W, column = pixel % IN_W + GAP;
+            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W), row = pixel / IN_W,
+                column = pixel % IN_W + GAP;
             #pragma unroll
             for (int j = 0; j < 8; j++) {
                 largest = max(largest, finite_magnitude(v[b][j]));
                 v[b][j] = multiply_unflushed(v[b][j], scale);
             }
             if (i < COUNT)
-                store_cell(cells, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b], band_key(unit.first_row + row, column));
+                store_cell(
+                    cells, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b],
+                    band_key(unit.first_row + row, column));
         }
     }
 }
 #endif
 
-// sums += what one tap of one chunk adds: the channels at `a_row` times the pixels at `b_row`, fragments as mma.cuh has them.
+// sums += what one tap of one chunk adds: the channels at `a_row` times the pixels at `b_row`, fragments as mma.cuh has
+// them.
 __device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_row)[PAIRS], int pairs) {
 #if SPLIT == 1
     #pragma unroll SLICES_AT_ONCE
@@ -3091,8 +3246,8 @@ __device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_ro
         }
     }
 #else
-    // Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add the products of
-    // this tap only, the small ones first, and an ordinary addition adds those.
+    // Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add
+    // the products of this tap only, the small ones first, and an ordinary addition adds those.
     typedef unsigned Parts[SLICES][SPLIT][4];
     auto load = [](Parts& parts, Row row) {
         #pragma unroll
@@ -3117,7 +3272,7 @@ __device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_ro
                 for (int slice = 0; slice < SLICES; slice++)
                     #pragma unroll
                     for (int n = 0; n < 2; n++) {
-                        const unsigned(&right)[4] = b[slice][product == 1];
+                        const unsigned (&right)[4] = b[slice][product == 1];
                         mma_m16n8k16(partial[n], a[i][slice][product == 0], right[2 * n], right[2 * n + 1]);
                     }
             #pragma unroll
@@ -3146,7 +3301,9 @@ __device__ inline void convolve(
     const input_t* source = x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W;
     int exponent = GUESS;
     unsigned largest = 0;
-    auto bring_band = [&](int chunk) { load_band(source, unit, band_of(chunk), chunk, power_of_two(exponent), largest); };
+    auto bring_band = [&](int chunk) {
+        load_band(source, unit, band_of(chunk), chunk, power_of_two(exponent), largest);
+    };
 #endif
     const u8* weights = (const u8*)packed + (i64)blockIdx.y * CHUNKS * TAPS * STAGE_BYTES;
 
@@ -3157,7 +3314,8 @@ __device__ inline void convolve(
         u8* target = ring + to + threadIdx.x * 16;
         const u8* mine = weights + (from + (int)threadIdx.x * 16);
         #pragma unroll
-        for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) cp_async_16(target + i * THREADS * 16, mine + i * THREADS * 16, true);
+        for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++)
+            cp_async_16(target + i * THREADS * 16, mine + i * THREADS * 16, true);
 #else
         #pragma unroll
         for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) {
@@ -3182,9 +3340,11 @@ __device__ inline void convolve(
     }
 #endif
 
-    // A turn over windows of which the warp's first is `first_window`. `pairs` is a constant at each call, so that a copy is made for it.
+    // A turn over windows of which the warp's first is `first_window`. `pairs` is a constant at each call, so that a
+    // copy is made for it.
     auto run_pass = [&](Sums& sums, const int pairs, int first_window) __attribute__((always_inline)) {
-        // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of pair j; lanes 8 to 15 and 24 to 31 turn channels + 8.
+        // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of pair j; lanes 8 to 15 and 24 to 31
+        // turn channels + 8.
         int row_of[PAIRS], column_of[PAIRS];
         #pragma unroll
         for (int j = 0; j < PAIRS; j++) {
@@ -3227,7 +3387,8 @@ __device__ inline void convolve(
     };
     for (int turn = 0; turn < unit.passes; turn++) {
         bool trimmed = LAST_PAIRS < PAIRS && unit.first_window + (turn + 1) * PASS_WINDOWS >= WINDOWS;
-        int pairs = trimmed ? LAST_PAIRS : PAIRS, first_window = unit.first_window + turn * PASS_WINDOWS + warp_n * (pairs * 4);
+        int pairs = trimmed ? LAST_PAIRS : PAIRS,
+            first_window = unit.first_window + turn * PASS_WINDOWS + warp_n * (pairs * 4);
         Sums sums = {};
         if (trimmed) run_pass(sums, LAST_PAIRS, first_window);
         else run_pass(sums, PAIRS, first_window);
@@ -3239,22 +3400,25 @@ __device__ inline void convolve(
 """,
     "conv_transpose.cu": r"""// Transposed convolution and its input gradient as one implicit GEMM on ordinary FMA units, for any hyper-parameters.
 //
-//     forward  y [n, oc, oh, ow] = bias[oc] + sum_{ic, kh, kw} x [n, ic, ih, iw] * w[ic, oc, kh, kw],  oh = ih s - p + kh d
+//     forward  y [n, oc, oh, ow] = bias[oc] + sum_{ic, kh, kw} x [n, ic, ih, iw] * w[ic, oc, kh, kw]
 //     dgrad    dx[n, ic, ih, iw] =            sum_{oc, kh, kw} dy[n, oc, oh, ow] * w[ic, oc, kh, kw]
+//     with oh = ih s - p + kh d, and ow likewise
 //
-// Both gather: out[m, pixel] = sum over taps and k of a[tap, k, m] * in[k, pixel's source for this tap]. Rows m are the output's
-// channels of one group, columns are pixels, the sum runs over the input's channels, tap by tap. In the forward with
-// stride s only every s-th tap meets a given pixel; pixels are ordered by their phase (oh mod s, ow mod s), so that a block
-// has one phase and skips the other taps whole.
+// Both gather: out[m, pixel] = sum over taps and k of a[tap, k, m] * in[k, pixel's source for this tap]. Rows m are the
+// output's channels of one group, columns are pixels, the sum runs over the input's channels, tap by tap. In the
+// forward with stride s only every s-th tap meets a given pixel; pixels are ordered by their phase (oh mod s, ow mod
+// s), so that a block has one phase and skips the other taps whole.
 //
-// pack_weight writes w as [group][tap][k][m] in acc_t, so that blocks read it coalesced. Grid of conv_gather: x = phases times
-// pixel tiles, y = channel tiles, z = groups. Macros: scalar_t, acc_t, DGRAD (0, 1), those of simt_gemm.cuh. Pixels of
-// the batch and offsets inside one image are 32-bit (the host checks), all other offsets 64-bit.
+// pack_weight writes w as [group][tap][k][m] in acc_t, so that blocks read it coalesced. Grid of conv_gather: x =
+// phases times pixel tiles, y = channel tiles, z = groups. Macros: scalar_t, acc_t, DGRAD (0, 1), those of
+// simt_gemm.cuh. Pixels of the batch and offsets inside one image are 32-bit (the host checks), all other offsets
+// 64-bit.
 #include "common.cuh"
 #include "simt_gemm.cuh"
 
-extern "C" __global__ void pack_weight(const scalar_t* __restrict__ w, acc_t* __restrict__ packed, int groups, int in_channels,
-                                       int out_channels, int taps) {
+extern "C" __global__ void pack_weight(
+    const scalar_t* __restrict__ w, acc_t* __restrict__ packed, int groups, int in_channels, int out_channels,
+    int taps) {
     // in_channels, out_channels: of the convolution, per group
     i64 size = (i64)groups * taps * in_channels * out_channels;
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -3291,15 +3455,17 @@ struct Window {  // one spatial dimension
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
-    const scalar_t* __restrict__ in, const acc_t* __restrict__ packed, const scalar_t* __restrict__ bias, scalar_t* __restrict__ out,
-    int images, int groups, int channels_in, int channels_out,  // channels per group, of `in` and `out`
-    int in_h, int in_w, int out_h, int out_w, int kernel_h, int kernel_w,
-    int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int tiles_per_phase) {
+    const scalar_t* __restrict__ in, const acc_t* __restrict__ packed, const scalar_t* __restrict__ bias,
+    scalar_t* __restrict__ out, int images, int groups, int channels_in, int channels_out, int in_h, int in_w,
+    int out_h, int out_w, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,
+    int dilation_w, int tiles_per_phase) {
     __shared__ Tiles tiles;
     int phase = blockIdx.x / tiles_per_phase, group = blockIdx.z;
     int steps_w = DGRAD ? 1 : stride_w, steps_h = DGRAD ? 1 : stride_h;  // pixels of a phase are this far apart
-    Window rows = {phase / steps_w, pad_h, dilation_h, stride_h}, columns = {phase % steps_w, pad_w, dilation_w, stride_w};
-    int phase_h = max(0, (out_h - rows.phase + steps_h - 1) / steps_h), phase_w = max(0, (out_w - columns.phase + steps_w - 1) / steps_w);
+    Window rows = {phase / steps_w, pad_h, dilation_h, stride_h},
+           columns = {phase % steps_w, pad_w, dilation_w, stride_w};
+    int phase_h = max(0, (out_h - rows.phase + steps_h - 1) / steps_h),
+        phase_w = max(0, (out_w - columns.phase + steps_w - 1) / steps_w);
     int phase_pixels = phase_h * phase_w, in_pixels = in_h * in_w;
     int pixels = images * phase_pixels, tile_start = blockIdx.x % tiles_per_phase * TILE_N;
     if (tile_start >= pixels) return;
@@ -3387,9 +3553,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
 """,
     "conv_transpose_mma.cu": r"""// Transposed convolution and its input gradient on tensor cores: y[n, m, oh, ow] = sums + bias[m].
 //
-// Four lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that each has pairs of
-// neighbours, four pixels of a row for one store; four lanes then store eight windows.
-// Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file.
+// Four lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that
+// each has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. Macros: WGMMA
+// (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file.
 #include "common.cuh"
 #include "pooled_planes.cuh"
 #include "async_copy.cuh"
@@ -3407,7 +3573,8 @@ static_assert(EPILOGUE_OFFSET == SHARED_BYTES, "the epilogue needs none of the s
 // Two neighbouring windows' left pixels in a row.
 struct Spot {
     scalar_t* to[2];
-    bool exists[2], last_column[2], together;  // last_column: the window has but one pixel; together: four pixels in a row, aligned
+    // last_column: the window has but one pixel; together: four pixels in a row, aligned.
+    bool exists[2], last_column[2], together;
 
     // The upper or lower row of windows `first` and first + 1 of the warp, in the plane.
     __device__ __forceinline__ Spot(const Place& place, int first, int lower, scalar_t* plane) {
@@ -3415,13 +3582,15 @@ struct Spot {
         #pragma unroll
         for (int j = 0; j < 2; j++) {
             int oh = (place.first_row() + row) * 2 + lower;
-            exists[j] = first + j >= 0 && first + j < place.count() && column < WINDOWS_W && (OUT_H % 2 == 0 || oh < OUT_H);
+            exists[j] =
+                first + j >= 0 && first + j < place.count() && column < WINDOWS_W && (OUT_H % 2 == 0 || oh < OUT_H);
             last_column[j] = OUT_W % 2 && column == WINDOWS_W - 1;
             at[j] = oh * OUT_W + column * 2;
             to[j] = plane + at[j];
             if (++column == WINDOW_PITCH) row++, column = 0;
         }
-        together = OUT_W % 2 == 0 && OUT_H * OUT_W % 4 == 0 && exists[0] && exists[1] && at[0] % 4 == 0 && at[1] == at[0] + 2;
+        together =
+            OUT_W % 2 == 0 && OUT_H * OUT_W % 4 == 0 && exists[0] && exists[1] && at[0] % 4 == 0 && at[1] == at[0] + 2;
     }
 
     __device__ __forceinline__ void store(int planes_on, const Packed<scalar_t, 4>& line) const {
@@ -3462,16 +3631,21 @@ struct Store {
         }
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
-            // Where four pixels are aligned, a pair begins: at an even window, but in lower rows of 4 n + 2 pixels at an odd one.
+            // Where four pixels are aligned, a pair begins: at an even window, but in lower rows of 4 n + 2 pixels at
+            // an odd one.
             const int odd = lower && OUT_W % 4 == 2;
-            int quad = threadIdx.x % 4, turned = (quad - odd) & 3, later = turned % 2, first = later * 4 + turned / 2 * 2 + odd;
+            int quad = threadIdx.x % 4, turned = (quad - odd) & 3, later = turned % 2,
+                first = later * 4 + turned / 2 * 2 + odd;
             #pragma unroll
             for (int t = 0; t < LANE_WINDOWS; t += 4) {
-                Spot spots[2] = {Spot(place, t * 4 + first, lower, plane), Spot(place, t * 4 + 8 + first, lower, plane)};
+                Spot spots[2] = {
+                    Spot(place, t * 4 + first, lower, plane), Spot(place, t * 4 + 8 + first, lower, plane)};
                 #pragma unroll
                 for (int row = 0; row < LANE_ROWS; row++) {
                     if (OUT_CHANNELS % TILE_M && first_m + row * 8 >= OUT_CHANNELS) continue;  // the same in all lanes
-                    auto pixel = [&](int t, int right) { return t < LANE_WINDOWS ? sum_of(sums, row, t, lower * 2 + right) : 0; };
+                    auto pixel = [&](int t, int right) {
+                        return t < LANE_WINDOWS ? sum_of(sums, row, t, lower * 2 + right) : 0;
+                    };
                     Packed<scalar_t, 4> lines[2];
                     #pragma unroll
                     for (int i = 0; i < 4; i++) {
@@ -3486,7 +3660,10 @@ struct Store {
                     for (int i = 0; i < 2; i++)
                         if (t + 2 * i < STORED_WINDOWS) spots[i].store(row * 8, lines[i]);
                     if (odd && t == 0 && quad == 0)
-                        Spot(place, -1, lower, plane).store(row * 8, {{scalar_t(), scalar_t(), finish[row](pixel(0, 0)), finish[row](pixel(0, 1))}});
+                        Spot(place, -1, lower, plane)
+                            .store(
+                                row * 8,
+                                {{scalar_t(), scalar_t(), finish[row](pixel(0, 0)), finish[row](pixel(0, 1))}});
                 }
             }
         }
@@ -3497,8 +3674,9 @@ struct Store {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
-    const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const scalar_t* __restrict__ bias, scalar_t* __restrict__ y, int x_exponent_count) {
+    const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed,
+    const int* __restrict__ exponents, const scalar_t* __restrict__ bias, scalar_t* __restrict__ y,
+    int x_exponent_count) {
     __shared__ unsigned scratch[32];
     DYNAMIC_SHARED(u8, shared);
     Store epilogue = {bias, y, exponents};
@@ -3509,19 +3687,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih s - p + kh d, iw s - p + kw d]
 //
-// wgrad_partial: rows are ic, columns oc, the sum runs over the pixels of x, for one tap. It is split over blocks (split-K):
-// each writes its own partial sums [split][group][tap][ic][oc] in acc_t. wgrad_reduce adds the splits in ascending order, so
-// the result depends on shapes alone. Grid of wgrad_partial: x = taps times channel tiles, y = splits, z = groups.
-// Macros: scalar_t, acc_t, those of simt_gemm.cuh. Pixels of the batch and offsets inside one image are 32-bit (the
-// host checks).
+// wgrad_partial: rows are ic, columns oc, the sum runs over the pixels of x, for one tap. It is split over blocks
+// (split-K): each writes its own partial sums [split][group][tap][ic][oc] in acc_t. wgrad_reduce adds the splits in
+// ascending order, so the result depends on shapes alone. Grid of wgrad_partial: x = taps times channel tiles, y =
+// splits, z = groups. Macros: scalar_t, acc_t, those of simt_gemm.cuh. Pixels of the batch and offsets inside one image
+// are 32-bit (the host checks).
 #include "common.cuh"
 #include "simt_gemm.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
-    const scalar_t* __restrict__ x, const scalar_t* __restrict__ dy, acc_t* __restrict__ partial, int images, int groups,
-    int in_channels, int out_channels,  // per group
-    int in_h, int in_w, int out_h, int out_w, int kernel_h, int kernel_w,
-    int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int split_pixels) {
+    const scalar_t* __restrict__ x, const scalar_t* __restrict__ dy, acc_t* __restrict__ partial, int images,
+    int groups, int in_channels, int out_channels,  // per group
+    int in_h, int in_w, int out_h, int out_w, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h,
+    int pad_w, int dilation_h, int dilation_w, int split_pixels) {
     __shared__ Tiles tiles;
     int tiles_n = (out_channels + TILE_N - 1) / TILE_N, tiles_m = (in_channels + TILE_M - 1) / TILE_M;
     int tap = blockIdx.x / (tiles_m * tiles_n), tile = blockIdx.x % (tiles_m * tiles_n);
@@ -3596,8 +3774,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
     }
 }
 
-extern "C" __global__ void wgrad_reduce(const acc_t* __restrict__ partial, scalar_t* __restrict__ dw, int groups, int taps,
-                                        int in_channels, int out_channels, int splits) {
+extern "C" __global__ void wgrad_reduce(
+    const acc_t* __restrict__ partial, scalar_t* __restrict__ dw, int groups, int taps, int in_channels,
+    int out_channels, int splits) {
     i64 size = (i64)groups * taps * in_channels * out_channels;
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size) return;
@@ -3609,28 +3788,34 @@ extern "C" __global__ void wgrad_reduce(const acc_t* __restrict__ partial, scala
     dw[(((i64)group * in_channels + ic) * out_channels + oc) * taps + tap] = from_acc<scalar_t>(sum);
 }
 """,
-    "conv_wgmma.cuh": r"""// The convolution of conv_mma.cuh for sm_90a: the same sums by wgmma, which reads both operands from shared memory on its own.
+    "conv_wgmma.cuh": r"""// The convolution of conv_mma.cuh for sm_90a: the same sums by wgmma, which reads both operands from shared memory on
+// its own.
 //
-// A block owns one unit: TILE_M channels and UNIT_ROWS rows of 2x2 windows of one image. The rows of x that it needs (the band) lie in shared
-// memory as fp16, 8 channels after 8 channels (GROUPS_K groups; with SPLIT 2 as many with the rests of fp16_cells.cuh follow), the even rows of x
-// before the odd ones, rows outside the image as zeros. Between two rows lie PITCH - IN_W zeros, right border of one and left border of the
-// next; rows of y fit in a pitch, too. In this order a tap is a shift: the pixels of the
-// upper (or lower) rows of neighbouring windows, row after row of them, read neighbouring cells, whatever the tap. So a turn takes
-// 4 TILES neighbouring windows a warpgroup, some of which lie between two rows and are not valid: WINDOW_PITCH a row, of which WINDOWS_W are.
+// A block owns one unit: TILE_M channels and UNIT_ROWS rows of 2x2 windows of one image. The rows of x that it needs
+// (the band) lie in shared memory as fp16, 8 channels after 8 channels (GROUPS_K groups; with SPLIT 2 as many with the
+// rests of fp16_cells.cuh follow), the even rows of x before the odd ones, rows outside the image as zeros. Between two
+// rows lie PITCH - IN_W zeros, right border of one and left border of the next; rows of y fit in a pitch, too. In this
+// order a tap is a shift: the pixels of the upper (or lower) rows of neighbouring windows, row after row of them, read
+// neighbouring cells, whatever the tap. So a turn takes 4 TILES neighbouring windows a warpgroup, some of which lie
+// between two rows and are not valid: WINDOW_PITCH a row, of which WINDOWS_W are.
 //
-// Weights stream through a ring of STAGES cp.async stages, each 32 channels of a tap (with SPLIT 2 their values, then their rests). What the tensor cores still read is never
-// written: a stage is refilled two steps later, after a barrier that follows everybody's wait for it.
+// Weights stream through a ring of STAGES cp.async stages, each 32 channels of a tap (with SPLIT 2 their values, then
+// their rests). What the tensor cores still read is never written: a stage is refilled two steps later, after a barrier
+// that follows everybody's wait for it.
 //
-// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum. With SPLIT 2 they start from zero
-// every STEPS_AT_ONCE steps, with the small products first, and ordinary additions add up what comes out: one warpgroup adds while the
-// tensor cores work for the other.
+// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum. With SPLIT 2
+// they start from zero every STEPS_AT_ONCE steps, with the small products first, and ordinary additions add up what
+// comes out: one warpgroup adds while the tensor cores work for the other.
 //
-// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already (fp16_cells.cu).
+// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already
+// (fp16_cells.cu).
 //
-// Macros: those of pooled_planes.cuh and fp16_cells.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of
-// 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles of 8 pixels of a
-// warpgroup in a turn, and in the last of a unit if that has no room in TILES, or needs no more), STAGES, GAP, ALONG (bytes from 8 channels to the next
-// 8), TILE_M, THREADS, PARTS_N (warpgroups that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's).
+// Macros: those of pooled_planes.cuh and fp16_cells.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells),
+// IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W,
+// WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles of 8 pixels of a warpgroup in a turn, and in the
+// last of a unit if that has no room in TILES, or needs no more), STAGES, GAP, ALONG (bytes from 8 channels to the next
+// 8), TILE_M, THREADS, PARTS_N (warpgroups that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu),
+// SHARED_BYTES (with the epilogue's).
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -3647,17 +3832,26 @@ extern "C" __global__ void wgrad_reduce(const acc_t* __restrict__ partial, scala
 #define PITCH (2 * WINDOW_PITCH)
 #define PASS_WINDOWS (4 * TILES * WARPGROUPS_N)
 
-// Rows of x, relative to the unit's first row of windows: which of them it needs, and how those of each parity are numbered.
+// Rows of x, relative to the unit's first row of windows: which of them it needs, and how those of each parity are
+// numbered.
 enum { LOW = PAD_H - (KERNEL_H - 1), HIGH = 2 * UNIT_ROWS - 1 + PAD_H };
 __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; }
 __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - first_of(parity) + 1; }
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
 enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_CELLS = GAP + BAND_ROWS * PITCH };
-enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128, EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
-static_assert(THREADS == 128 * WARPGROUPS_M * WARPGROUPS_N && TILE_M == 64 * WARPGROUPS_M && PARTS_N == WARPGROUPS_N, "a warpgroup has 64 channels");
+enum {
+    RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128,
+    EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES
+};
+static_assert(
+    THREADS == 128 * WARPGROUPS_M * WARPGROUPS_N && TILE_M == 64 * WARPGROUPS_M && PARTS_N == WARPGROUPS_N,
+    "a warpgroup has 64 channels");
 static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
-static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W && PITCH >= IN_W + GAP && PITCH >= OUT_W, "a tap left or right of the image reads the gap");
-static_assert(ALONG >= BAND_CELLS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same cell in different banks");
+static_assert(
+    GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W && PITCH >= IN_W + GAP && PITCH >= OUT_W,
+    "a tap left or right of the image reads the gap");
+static_assert(
+    ALONG >= BAND_CELLS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same cell in different banks");
 static_assert(PACKED_WIDTH == STEPS_K * 32 * SPLIT, "weights are packed in steps");
 enum { GUESS = 10, SLACK = 6, ROOM = 3 };  // see conv_mma.cuh; ROOM: for larger values than those seen
 
@@ -3668,7 +3862,9 @@ typedef float Sums[2][LANE_WINDOWS][4];  // [upper, lower pixels of windows][8 p
 // What epilogues see of a turn: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows.
 #define LANE_ROWS 2
 
-__device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) { return sums[corner / 2][t][row * 2 + corner % 2]; }
+__device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
+    return sums[corner / 2][t][row * 2 + corner % 2];
+}
 
 struct Unit {
     i64 image;
@@ -3687,11 +3883,14 @@ struct Unit {
 // Where the sums of a lane belong.
 struct Place {
     i64 image;
-    int channel, first, tiles, unit_window, unit_place, windows;  // the lane's first channel in the block; `first` counts from the unit's first window
+    // The lane's first channel in the block; `first` counts from the unit's first window.
+    int channel, first, tiles, unit_window, unit_place, windows;
 
     __device__ int in_unit(int t) const { return first + t * 4 + threadIdx.x % 4; }
     __device__ int window(int t) const { return unit_window + in_unit(t); }
-    __device__ bool exists(int t) const { return t < tiles && in_unit(t) < windows && in_unit(t) % WINDOW_PITCH < WINDOWS_W; }
+    __device__ bool exists(int t) const {
+        return t < tiles && in_unit(t) < windows && in_unit(t) % WINDOW_PITCH < WINDOWS_W;
+    }
     // Whether a pixel of a window that exists does.
     __device__ bool inside(int t, int corner) const {
         int row = window(t) / WINDOW_PITCH * 2 + corner / 2, column = window(t) % WINDOW_PITCH * 2 + corner % 2;
@@ -3713,14 +3912,16 @@ __device__ inline void clear_border(u8* cells, const Unit& unit) {
         int ih = 2 * (row - parity * rows_of(0) + first_of(parity) + unit.first_row) + parity;
         if (row >= 0 && column < IN_W && ih >= 0 && ih < IN_H) continue;
         #pragma unroll
-        for (int group = 0; group < GROUPS_K * SPLIT; group++) *(uint4*)(cells + group * ALONG + cell * 16) = make_uint4(0, 0, 0, 0);
+        for (int group = 0; group < GROUPS_K * SPLIT; group++)
+            *(uint4*)(cells + group * ALONG + cell * 16) = make_uint4(0, 0, 0, 0);
     }
 }
 
-// The rows of x that a unit needs, brought into cells: those of the first turn by begin(), those of each next turn by advance() between follow() and
-// the end of the turn before it. `exponent` is that of their scale.
+// The rows of x that a unit needs, brought into cells: those of the first turn by begin(), those of each next turn by
+// advance() between follow() and the end of the turn before it. `exponent` is that of their scale.
 #if CELLS
-// x is cells: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next ones behind those.
+// x is cells: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next
+// ones behind those.
 struct Band {
     enum { AHEAD = 2 * TAPS >= STAGES };
     const half_t* source;
@@ -3729,26 +3930,30 @@ struct Band {
     int exponent_count, first, end, row, exponent;
 
     __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* cells)
-        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (CELL_BYTES / 2))), cells(cells), exponents(exponents), exponent_count(exponent_count),
-          first(max(0, 2 * unit.first_row + LOW)), end(min(IN_H, 2 * unit.first_row + HIGH + 1)), row(2 * unit.first_row), exponent(0) {
+        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (CELL_BYTES / 2))), cells(cells), exponents(exponents),
+          exponent_count(exponent_count), first(max(0, 2 * unit.first_row + LOW)),
+          end(min(IN_H, 2 * unit.first_row + HIGH + 1)), row(2 * unit.first_row), exponent(0) {
         for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
         cp_async_commit();
     }
-    // Eight lanes take one part of eight cells, which are neighbours in shared memory, where writes to eight places could take turns. Four times eight
-    // lanes read half of each of these cells.
+    // Eight lanes take one part of eight cells, which are neighbours in shared memory, where writes to eight places
+    // could take turns. Four times eight lanes read half of each of these cells.
     __device__ void copy(int chunk) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
         const half_t* from = source + (chunk * IN_H + first) * IN_W * (CELL_BYTES / 2);
         int pixels = (end - first) * IN_W;
         for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS) {
-            int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8, group = chunk * GROUPS + part % GROUPS, rest = part / GROUPS * GROUPS_K;
+            int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8, group = chunk * GROUPS + part % GROUPS,
+                rest = part / GROUPS * GROUPS_K;
             u8* cell = cells + (GAP + band_row(first + pixel / IN_W - row) * PITCH + pixel % IN_W) * 16;
-            if (pixel < pixels && group < GROUPS_K) cp_async_16(cell + (group + rest) * ALONG, from + pixel * (CELL_BYTES / 2) + part * 8, true);
+            if (pixel < pixels && group < GROUPS_K)
+                cp_async_16(cell + (group + rest) * ALONG, from + pixel * (CELL_BYTES / 2) + part * 8, true);
         }
     }
     // At the first step of 64 channels, with that step's weights: brings the next ones.
     __device__ void next_chunk(int turn, int at) const {
-        for (int chunk = (at + 1) * SPLIT; AHEAD && turn == 0 && chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++) copy(chunk);
+        for (int chunk = (at + 1) * SPLIT; AHEAD && turn == 0 && chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
+            copy(chunk);
     }
     __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
     __device__ void follow(int) {}
@@ -3757,24 +3962,37 @@ struct Band {
     __device__ bool fits(unsigned*) { return true; }
 };
 #else
-// x is a tensor: converted under a scale that is chosen from the rows of the first turn, with room for larger values in later ones. Where
-// that is not enough, all starts again.
+// x is a tensor: converted under a scale that is chosen from the rows of the first turn, with room for larger values in
+// later ones. Where that is not enough, all starts again.
 struct Band {
-    // What the first turn needs at most, in octets (eight channels of a pixel) a thread, and how many of them are in flight at a time.
-    // Whether rows come behind multiplications; with SPLIT 2 there are no registers for it.
-    enum { UNIT = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W, LATER = SPLIT == 1 && UNIT > PASS_WINDOWS, EARLY_WINDOWS = LATER ? PASS_WINDOWS : UNIT };
-    enum { NEEDED_ROWS = 2 * ((EARLY_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H, FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H };
-    enum { FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS, ROUNDS = (FIRST_OCTETS + 9) / 10, BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS };
+    // What the first turn needs at most, in octets (eight channels of a pixel) a thread, and how many of them are in
+    // flight at a time. Whether rows come behind multiplications; with SPLIT 2 there are no registers for it.
+    enum {
+        UNIT = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W,
+        LATER = SPLIT == 1 && UNIT > PASS_WINDOWS,
+        EARLY_WINDOWS = LATER ? PASS_WINDOWS : UNIT
+    };
+    enum {
+        NEEDED_ROWS = 2 * ((EARLY_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H,
+        FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H
+    };
+    enum {
+        FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS,
+        ROUNDS = (FIRST_OCTETS + 9) / 10,
+        BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS
+    };
     const scalar_t* source;  // the image
     const Unit& unit;
     u8* cells;
     int exponent, attempts;
     unsigned largest;  // finite magnitude
-    int first_pixel, pixels, group, pixel;  // of the rows for the next turn; the thread's next octet of them, which is in v
+    // Of the rows for the next turn; the thread's next octet of them, which is in v.
+    int first_pixel, pixels, group, pixel;
     float v[8];
 
     __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* cells)
-        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), cells(cells), exponent(GUESS), attempts(0) {}
+        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), cells(cells), exponent(GUESS), attempts(0) {
+    }
 
     // Where the rows end that the first `passes` passes need.
     __device__ int rows_end(int passes) const {
@@ -3783,7 +4001,8 @@ struct Band {
     }
     __device__ void load(int group, int pixel, bool real, float (&v)[8]) const {
         #pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
+        for (int j = 0; j < 8; j++)
+            v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
     }
     __device__ void store(int group, int pixel, float (&v)[8]) {
         #pragma unroll
@@ -3791,7 +4010,8 @@ struct Band {
             largest = max(largest, finite_magnitude(v[j]));
             v[j] = multiply_unflushed(v[j], power_of_two(exponent));
         }
-        u8* cell = cells + group * ALONG + (GAP + band_row(pixel / IN_W - 2 * unit.first_row) * PITCH + pixel % IN_W) * 16;
+        u8* cell =
+            cells + group * ALONG + (GAP + band_row(pixel / IN_W - 2 * unit.first_row) * PITCH + pixel % IN_W) * 16;
         #pragma unroll
         for (int part = 0; part < SPLIT; part++) *(uint4*)(cell + part * GROUPS_K * ALONG) = take_halves(v, part);
     }
@@ -3848,14 +4068,16 @@ struct Band {
 };
 #endif
 
-// Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more additions would.
+// Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more
+// additions would.
 #define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
 
 #if SPLIT == 2
-// partial = the products of some steps for one of two sets of pixels: rest * value, value * rest, value * value. at: where each
-// step's stage begins; b: of the first step.
+// partial = the products of some steps for one of two sets of pixels: rest * value, value * rest, value * value. at:
+// where each step's stage begins; b: of the first step.
 template <int COUNT> __device__ __forceinline__ void multiply(
-    float (&partial)[MOST_TILES][4], const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand& b) {
+    float (&partial)[MOST_TILES][4], const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE],
+    const WgmmaOperand& b) {
     wgmma_fence();
     #pragma unroll
     for (int product = 0; product < 3; product++)
@@ -3869,12 +4091,14 @@ template <int COUNT> __device__ __forceinline__ void multiply(
     wgmma_commit();
 }
 
-template <int COUNT> __device__ __forceinline__ void add_partial(float (&sums)[LANE_WINDOWS][4], float (&partial)[MOST_TILES][4]) {
+template <int COUNT> __device__ __forceinline__ void add_partial(
+    float (&sums)[LANE_WINDOWS][4], float (&partial)[MOST_TILES][4]) {
     wgmma_wait<0>();
     wgmma_arrived<COUNT>(partial);
     #pragma unroll
     for (int i = 0; i < COUNT * 4; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
-    wgmma_arrived<COUNT>(sums);  // else the additions may move behind the next multiplications, with copies of what they read
+    // Else the additions may move behind the next multiplications, with copies of what they read.
+    wgmma_arrived<COUNT>(sums);
 }
 #endif
 
@@ -3884,7 +4108,8 @@ __device__ inline void convolve(
     const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
     Epilogue& epilogue) {
     u8* ring = shared + RING_OFFSET;
-    int warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0), warpgroup_m = warpgroup % WARPGROUPS_M, warpgroup_n = warpgroup / WARPGROUPS_M;
+    int warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0), warpgroup_m = warpgroup % WARPGROUPS_M,
+        warpgroup_n = warpgroup / WARPGROUPS_M;
     Unit unit(blockIdx.x);
     clear_border(shared, unit);
     Band band(x, x_exponents, x_exponent_count, unit, shared);
@@ -3897,7 +4122,8 @@ __device__ inline void convolve(
         #pragma unroll
         for (int i = 0; i < STEP_BYTES / 16; i += THREADS) {
             int at = (i + threadIdx.x) * 16;
-            if (STEP_BYTES / 16 % THREADS == 0 || at < STEP_BYTES) cp_async_16(ring + to + at, weights + from + at, true);
+            if (STEP_BYTES / 16 % THREADS == 0 || at < STEP_BYTES)
+                cp_async_16(ring + to + at, weights + from + at, true);
         }
         from = from + STEP_BYTES == TAPS * STEPS_K * STEP_BYTES ? 0 : from + STEP_BYTES;
         to = next(to);
@@ -3939,7 +4165,8 @@ __device__ inline void convolve(
                         for (int k = 0; k < 2; k++)
                             #pragma unroll
                             for (int lower = 0; lower < 2; lower++) {
-                                WgmmaOperand left = a_stages.moved(at[0] + k * TILE_M * 32), right = b(lower).moved(k * 2 * ALONG);
+                                WgmmaOperand left = a_stages.moved(at[0] + k * TILE_M * 32),
+                                             right = b(lower).moved(k * 2 * ALONG);
                                 if (tiles == TILES) wgmma<TILES>(sums[lower], left, right);
                                 else wgmma<LAST_TILES>(sums[lower], left, right);
                             }
@@ -3951,8 +4178,12 @@ __device__ inline void convolve(
 #else
                         #pragma unroll
                         for (int lower = 0; lower < 2; lower++) {
-                            if (tiles == TILES) multiply<TILES>(partial, a_stages, at, b(lower)), add_partial<TILES>(sums[lower], partial);
-                            else multiply<LAST_TILES>(partial, a_stages, at, b(lower)), add_partial<LAST_TILES>(sums[lower], partial);
+                            if (tiles == TILES)
+                                multiply<TILES>(partial, a_stages, at, b(lower)),
+                                    add_partial<TILES>(sums[lower], partial);
+                            else
+                                multiply<LAST_TILES>(partial, a_stages, at, b(lower)),
+                                    add_partial<LAST_TILES>(sums[lower], partial);
                         }
 #endif
                     }
@@ -3964,7 +4195,8 @@ __device__ inline void convolve(
         band.begin(scratch);
         for (int turn = 0; turn < unit.passes; turn++) {
             int rest = unit.windows - turn * PASS_WINDOWS;
-            bool last = LAST_TILES < TILES ? rest <= 4 * LAST_TILES * WARPGROUPS_N : LAST_TILES > TILES && turn == unit.passes - 1 && rest > PASS_WINDOWS;
+            bool last = LAST_TILES < TILES ? rest <= 4 * LAST_TILES * WARPGROUPS_N
+                                           : LAST_TILES > TILES && turn == unit.passes - 1 && rest > PASS_WINDOWS;
             int tiles = last ? LAST_TILES : TILES, first = turn * PASS_WINDOWS + warpgroup_n * (tiles * 4);
             Sums sums = {};
             band.follow(turn + 1);
@@ -3972,7 +4204,8 @@ __device__ inline void convolve(
             else run_pass(sums, TILES, turn, first);
             int channel = warpgroup_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
             settle(first);  // else addresses of the epilogue are computed before the loop, where registers are few
-            Place place = {unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE, unit.windows};
+            Place place = {unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE,
+                unit.windows};
             epilogue.turn(sums, place, band.exponent);
         }
         again = !band.fits(scratch);
@@ -3981,27 +4214,31 @@ __device__ inline void convolve(
     epilogue.finish(band.exponent);
 }
 """,
-    "conv_wgrad_mma.cu": r"""// Weight gradient of the transposed convolution with stride 1, dilation 1 and one group, on tensor cores (sm_80 and newer).
+    "conv_wgrad_mma.cu": r"""// Weight gradient of the transposed convolution with stride 1, dilation 1 and one group, on tensor cores (sm_80 and
+// newer).
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih - PAD_H + kh, iw - PAD_W + kw]
 //
-// x, dy: fp16 cells (fp16_cells.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16 pixels that one instruction
-// multiplies lie below each other: one column of a band of 16 rows, rows counted through all images. So a tap one to the right pairs the
-// same column of x with dy's next column, images of any width and height leave nothing empty, and a column without a partner is left out.
+// x, dy: fp16 cells (fp16_cells.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16 pixels
+// that one instruction multiplies lie below each other: one column of a band of 16 rows, rows counted through all
+// images. So a tap one to the right pairs the same column of x with dy's next column, images of any width and height
+// leave nothing empty, and a column without a partner is left out.
 //
-// conv_wgrad_mma: a block owns one kh, TAPS_W taps in a row, some channels of each, and a share of the bands (split-K). Columns come through
-// a ring of cp.async stages. Each block writes its sums, partial [split][tap][oc][ic], with WGMMA [split][tap][ic][oc]. Chains of additions are
-// limited: after CHAIN_BANDS bands the sums go to `partial` and begin anew. conv_wgrad_reduce adds the splits in ascending order, undoes the
-// scales, and writes dw [ic][oc][tap].
+// conv_wgrad_mma: a block owns one kh, TAPS_W taps in a row, some channels of each, and a share of the bands (split-K).
+// Columns come through a ring of cp.async stages. Each block writes its sums, partial [split][tap][oc][ic], with WGMMA
+// [split][tap][ic][oc]. Chains of additions are limited: after CHAIN_BANDS bands the sums go to `partial` and begin
+// anew. conv_wgrad_reduce adds the splits in ascending order, undoes the scales, and writes dw [ic][oc][tap].
 //
-// x may be centred, less a constant c[ic] (fp16_cells.cuh). Then dw lacks c[ic] times the sum of dy over the pixels that have a partner in
-// x: for a dy whose sum over all pixels is 0, as batch norm's backward makes it, what those without one have (`borders` of
-// pooled_tail_backward.cu), negative. So roundings of small values that most of dy has in common cancel, where x is far from 0 on average.
+// x may be centred, less a constant c[ic] (fp16_cells.cuh). Then dw lacks c[ic] times the sum of dy over the pixels
+// that have a partner in x: for a dy whose sum over all pixels is 0, as batch norm's backward makes it, what those
+// without one have (`borders` of pooled_tail_backward.cu), negative. So roundings of small values that most of dy has
+// in common cancel, where x is far from 0 on average.
 //
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
-// Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw), IN_CHANNELS,
-// OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TAPS_W, BAND_ROWS, TILES, COLUMNS (of a stage),
-// STAGES, THREADS, SHARED_BYTES, those of fp16_cells.cuh, WGMMA (1: conv_wgrad_wgmma.cuh, 0: conv_wgrad_mma.cuh) and those of that file.
+// Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw),
+// IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TAPS_W,
+// BAND_ROWS, TILES, COLUMNS (of a stage), STAGES, THREADS, SHARED_BYTES, those of fp16_cells.cuh, WGMMA (1:
+// conv_wgrad_wgmma.cuh, 0: conv_wgrad_mma.cuh) and those of that file.
 #define SHARED_ALIGNMENT 1024  // wgmma.cuh
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -4013,12 +4250,13 @@ __device__ inline void convolve(
 #define TAPS (KERNEL_H * KERNEL_W)
 #define TAP_GROUPS ((KERNEL_W + TAPS_W - 1) / TAPS_W)
 static_assert(BAND_ROWS == 16, "one instruction multiplies a column of a band");
-// Columns whose sums are added up before they go to memory. SPLIT 1: the tensor core's sums, which truncate, must stay below the operands'
-// rounding. SPLIT 2: by wgmma, an addition is for two columns.
+// Columns whose sums are added up before they go to memory. SPLIT 1: the tensor core's sums, which truncate, must stay
+// below the operands' rounding. SPLIT 2: by wgmma, an addition is for two columns.
 #define CHAIN (SPLIT == 1 ? 2048 : WGMMA ? 256 : 128)
 #define CHAIN_BANDS (CHAIN > IN_W ? CHAIN / IN_W : 1)
 
-// Adds a thread's sums of a tap to those of earlier chains, and sets them to 0. place(i): of the i-th neighbouring two of them in `partial`.
+// Adds a thread's sums of a tap to those of earlier chains, and sets them to 0. place(i): of the i-th neighbouring two
+// of them in `partial`.
 template <int TILES_OF_8, class Place, class Exists>
 __device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Place place, Exists exists) {
     Packed<float, 2> totals[2 * TILES_OF_8] = {};
@@ -4044,8 +4282,9 @@ __device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Pla
 #include "conv_wgrad_mma.cuh"
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images, int split_bands) {
+extern "C" __global__ void __launch_bounds__(THREADS) conv_wgrad_mma(
+    const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images,
+    int split_bands) {
     DYNAMIC_SHARED(u8, shared);
     sum_pixels(x, dy, partial, images, split_bands, shared);
 }
@@ -4053,8 +4292,8 @@ conv_wgrad_mma(const half_t* __restrict__ x, const half_t* __restrict__ dy, floa
 // x_sums, and borders [border_parts][tap][oc]: null, or for an x that is centred.
 extern "C" __global__ void conv_wgrad_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
-    const scalar_t* __restrict__ x_sums, const float* __restrict__ borders, scalar_t* __restrict__ dw, int x_count, int dy_count, int splits,
-    int border_parts) {
+    const scalar_t* __restrict__ x_sums, const float* __restrict__ borders, scalar_t* __restrict__ dw, int x_count,
+    int dy_count, int splits, int border_parts) {
     __shared__ unsigned scratch[32];
     enum { SIZE = TAPS * OUT_CHANNELS * IN_CHANNELS };
     int x_exponent = centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch));
@@ -4065,7 +4304,8 @@ extern "C" __global__ void conv_wgrad_reduce(
     #pragma unroll 8
     for (int s = 0; s < splits; s++) sum += partial[(i64)s * SIZE + i];
     int tap = i / (IN_CHANNELS * OUT_CHANNELS);
-    int ic = WGMMA ? i / OUT_CHANNELS % IN_CHANNELS : i % IN_CHANNELS, oc = WGMMA ? i % OUT_CHANNELS : i / IN_CHANNELS % OUT_CHANNELS;
+    int ic = WGMMA ? i / OUT_CHANNELS % IN_CHANNELS : i % IN_CHANNELS,
+        oc = WGMMA ? i % OUT_CHANNELS : i / IN_CHANNELS % OUT_CHANNELS;
     float total = ScaleBack(x_exponent + dy_exponent)(sum);
     if (x_sums) {
         float alone = 0;
@@ -4076,17 +4316,19 @@ extern "C" __global__ void conv_wgrad_reduce(
     dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(total);
 }
 """,
-    "conv_wgrad_mma.cuh": r"""// The sums of conv_wgrad_mma.cu by mma.sync: products of dy (rows oc) and x (columns ic). Fragments of TAPS_W neighbouring columns of dy wait in
-// registers (`window`), and each column of x and of dy is read from shared memory once for all taps.
+    "conv_wgrad_mma.cuh": r"""// The sums of conv_wgrad_mma.cu by mma.sync: products of dy (rows oc) and x (columns ic). Fragments of TAPS_W
+// neighbouring columns of dy wait in registers (`window`), and each column of x and of dy is read from shared memory
+// once for all taps.
 //
-// A block owns TILE_OC output channels and one chunk of input channels, a warp 16 output channels. A stage of the ring has COLUMNS columns:
-// position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later x begins.
+// A block owns TILE_OC output channels and one chunk of input channels, a warp 16 output channels. A stage of the ring
+// has COLUMNS columns: position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later
+// x begins.
 #pragma once
 #include "mma.cuh"
 
 #define WARPS (THREADS / 32)  // 4 or 8
 #define TILE_OC (16 * WARPS)
-#define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)  // of dy
+#define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)                                      // of dy
 #define PAIRS ((IN_CHANNELS < CHUNK_CHANNELS ? IN_CHANNELS : CHUNK_CHANNELS) / 16)  // of n8-tiles of input channels
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
 
@@ -4101,10 +4343,12 @@ static_assert(STAGES >= 2 && STAGES * SLOT_BYTES == SHARED_BYTES, "the ring is a
 typedef float Sums[2 * PAIRS][4];  // of a tap: [8 input channels][fragment c of mma.cuh]
 
 // sums += a b over 16 pixels. With SPLIT 2 an ordinary addition adds the three products, as in conv_mma.cuh.
-__device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][PAIRS][4]) {
+__device__ __forceinline__ void multiply(
+    Sums& sums, const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][PAIRS][4]) {
     if (SPLIT == 1) {
         #pragma unroll
-        for (int n = 0; n < 2 * PAIRS; n++) mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
+        for (int n = 0; n < 2 * PAIRS; n++)
+            mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
         return;
     }
     Sums partial = {};
@@ -4112,14 +4356,15 @@ __device__ __forceinline__ void multiply(Sums& sums, const unsigned (&a)[SPLIT][
     for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
         #pragma unroll
         for (int n = 0; n < 2 * PAIRS; n++) {
-            const unsigned(&right)[4] = b[product == 1 ? SPLIT - 1 : 0][n / 2];
+            const unsigned (&right)[4] = b[product == 1 ? SPLIT - 1 : 0][n / 2];
             mma_m16n8k16(partial[n], a[product == 0 ? SPLIT - 1 : 0], right[n % 2 * 2], right[n % 2 * 2 + 1]);
         }
     #pragma unroll
     for (int i = 0; i < 8 * PAIRS; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
 }
 
-__device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
+__device__ inline void sum_pixels(
+    const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
     int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
@@ -4138,20 +4383,25 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             bool valid = row_of_all < rows && oh >= 0 && oh < OUT_H;
             int position = stage % BAND_STAGES * COLUMNS, iw = position - (TAPS_W - 1), ow = position - PAD_W + kw;
             u8* to = ring + stage % STAGES * SLOT_BYTES + cell_offset(row, part);
-            const u8* from = (const u8*)x + ((((i64)image * X_CHUNKS + ic_chunk) * IN_H + ih) * IN_W + iw) * CELL_BYTES + part * 16;
+            const u8* from =
+                (const u8*)x + ((((i64)image * X_CHUNKS + ic_chunk) * IN_H + ih) * IN_W + iw) * CELL_BYTES + part * 16;
             #pragma unroll
             for (int i = 0; i < (COLUMNS + WARPS / 4 - 1) / (WARPS / 4); i++) {
                 int c = i * (WARPS / 4) + loader;
-                if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * CELL_BYTES, valid && iw + c >= 0 && iw + c < IN_W);
+                if (c < COLUMNS)
+                    cp_async_16(to + c * COLUMN_BYTES, from + c * CELL_BYTES, valid && iw + c >= 0 && iw + c < IN_W);
             }
             #pragma unroll 1  // at most two; unrolled, their addresses would take registers from the sums
             for (int i = 0; i < TILE_CHUNKS / (WARPS / 4); i++) {
                 int q = i * (WARPS / 4) + loader, chunk = oc_tile * TILE_CHUNKS + q;
-                const u8* from = (const u8*)dy + ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + ow) * CELL_BYTES + part * 16;
+                const u8* from = (const u8*)dy +
+                                 ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + ow) * CELL_BYTES +
+                                 part * 16;
                 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++)
-                    cp_async_16(to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * CELL_BYTES,
-                                valid && chunk < DY_CHUNKS && ow + c >= 0 && ow + c < OUT_W);
+                    cp_async_16(
+                        to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * CELL_BYTES,
+                        valid && chunk < DY_CHUNKS && ow + c >= 0 && ow + c < OUT_W);
             }
         }
         cp_async_commit();
@@ -4159,7 +4409,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
 
     // Columns of x [inner_first, inner_end) have a partner for every tap.
     int inner_first = max(0, PAD_W - kw), inner_end = min(IN_W, OUT_W + PAD_W - kw - (TAPS_W - 1));
-    // This lane's rows of ldmatrix. dy: pixel lane % 8 + lane / 16 * 8, channels + 8 for lane / 8 odd; x: the other way round.
+    // This lane's rows of ldmatrix. dy: pixel lane % 8 + lane / 16 * 8, channels + 8 for lane / 8 odd; x: the other way
+    // round.
     int oc_in_tile = warp * 16;
     int dy_row = (1 + oc_in_tile / CHUNK_CHANNELS) * COLUMNS * COLUMN_BYTES +
                  cell_offset(lane % 8 + lane / 16 * 8, oc_in_tile % CHUNK_CHANNELS / 8 + lane / 8 % 2);
@@ -4175,10 +4426,12 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         auto load = [&](int c) __attribute__((always_inline)) {
             #pragma unroll
             for (int part = 0; part < SPLIT; part++) {
-                ldmatrix_x4_transposed(window[c % TAPS_W][part], other_part(slot + dy_row, part * 4) + c * COLUMN_BYTES);
+                ldmatrix_x4_transposed(
+                    window[c % TAPS_W][part], other_part(slot + dy_row, part * 4) + c * COLUMN_BYTES);
                 #pragma unroll
                 for (int j = 0; j < PAIRS; j++)
-                    ldmatrix_x4_transposed(b[c % BUFFERS][part][j], other_part(slot + x_row, part * 4 + j * 2) + c * COLUMN_BYTES);
+                    ldmatrix_x4_transposed(
+                        b[c % BUFFERS][part][j], other_part(slot + x_row, part * 4 + j * 2) + c * COLUMN_BYTES);
             }
         };
         load(0);
@@ -4197,7 +4450,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             };
             if (column >= inner_first && column < inner_end) multiply_column(true);
             else multiply_column(false);
-            if (c == 0) fetch(stage + STAGES - 1);  // not right after the barrier, where no warp would keep the tensor core busy
+            // Not right after the barrier, where no warp would keep the tensor core busy.
+            if (c == 0) fetch(stage + STAGES - 1);
         }
     };
 
@@ -4224,18 +4478,22 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     }
 }
 """,
-    "conv_wgrad_wgmma.cuh": r"""// The sums of conv_wgrad_mma.cu for sm_90a, by wgmma: x in registers, dy read from shared memory by the tensor cores on their own.
+    "conv_wgrad_wgmma.cuh": r"""// The sums of conv_wgrad_mma.cu for sm_90a, by wgmma: x in registers, dy read from shared memory by the tensor cores on
+// their own.
 //
-// A block owns 64 input channels, the rows of the products, and 16 TILES_N output channels, half of them each warpgroup's.
+// A block owns 64 input channels, the rows of the products, and 16 TILES_N output channels, half of them each
+// warpgroup's.
 //
-// Shared memory: a ring of STAGES stages of COLUMNS positions, each a column of x and one of dy, as blocks of 16 cells of 64 channels; with
-// SPLIT 2 such a cell has the values of two (fp16_cells.cuh), and the next block their rests. A block begins at a multiple of 1024 bytes, so
-// that wgmma's swizzle is that of cell_offset, and a tap is another block. Position 0 of a band is the first column of dy that a tap needs, x
-// begins LEAD positions later. A stage is refilled when no tensor core can still read it: after a barrier before which everybody has waited for
-// all but the youngest multiplications.
+// Shared memory: a ring of STAGES stages of COLUMNS positions, each a column of x and one of dy, as blocks of 16 cells
+// of 64 channels; with SPLIT 2 such a cell has the values of two (fp16_cells.cuh), and the next block their rests. A
+// block begins at a multiple of 1024 bytes, so that wgmma's swizzle is that of cell_offset, and a tap is another block.
+// Position 0 of a band is the first column of dy that a tap needs, x begins LEAD positions later. A stage is refilled
+// when no tensor core can still read it: after a barrier before which everybody has waited for all but the youngest
+// multiplications.
 //
-// Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with the small products
-// first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores work for the other.
+// Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with
+// the small products first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores
+// work for the other.
 //
 // Macros: TILE_IC (64), TILES_N (tiles of 8 output channels of a warpgroup).
 #pragma once
@@ -4248,15 +4506,18 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
 #define BLOCK_BYTES (BAND_ROWS * CELL_BYTES)
 #define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
 #define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
-#define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)  // stages that are on their way
+#define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)   // stages that are on their way
 enum { ZEROS_OFFSET = STAGES * COLUMNS * POSITION_BYTES };  // in shared memory, of 16 bytes
 static_assert(THREADS == 256 && TILE_IC == 64, "two warpgroups, each with all input channels of the block");
 static_assert(TILES == KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC), "tiles make dw");
-static_assert(SPLIT == 1 ? COLUMNS % 2 == 0 : COLUMNS <= 2 && IN_W % COLUMNS == 0, "two columns of registers, and no stage ends beyond x");
+static_assert(
+    SPLIT == 1 ? COLUMNS % 2 == 0 : COLUMNS <= 2 && IN_W % COLUMNS == 0,
+    "two columns of registers, and no stage ends beyond x");
 static_assert(AHEAD >= 1, "a stage is on its way while another one is multiplied");
 static_assert(ZEROS_OFFSET + 16 == SHARED_BYTES, "the ring and the zeros are all of the shared memory");
 
-__device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
+__device__ inline void sum_pixels(
+    const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);
     int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
     int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
@@ -4267,7 +4528,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
     int first_band = split * split_bands, stages = min(split_bands, bands - first_band) * BAND_STAGES;
 
-    // A thread takes a part of a row's cells in every other position. Eight lanes write whole cells: writes to eight places would take turns.
+    // A thread takes a part of a row's cells in every other position. Eight lanes write whole cells: writes to eight
+    // places would take turns.
     auto fetch = [&](int stage) {
         if (stage < stages) {
             int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
@@ -4278,21 +4540,28 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             u8* to = ring + (stage % STAGES * COLUMNS + loader) * POSITION_BYTES + cell_offset(row, part);
             enum { PARTS = 8 / SPLIT };  // of values
             // 64 channels, those of the source's chunk `chunk` and following ones, of `chunks`.
-            auto copy = [&](int block, const half_t* source, int chunk, int chunks, int height, int width, int h, int column) {
+            auto copy = [&](int block, const half_t* source, int chunk, int chunks, int height, int width, int h,
+                            int column) {
                 chunk += part / PARTS;
-                const u8* from = (const u8*)source + ((((i64)image * chunks + chunk) * height + h) * width + column) * CELL_BYTES + part % PARTS * 16;
+                const u8* from = (const u8*)source +
+                                 ((((i64)image * chunks + chunk) * height + h) * width + column) * CELL_BYTES +
+                                 part % PARTS * 16;
                 #pragma unroll
                 for (int i = 0; i < (COLUMNS + 1) / 2 * SPLIT; i++) {
                     int c = i / SPLIT * 2, rest = i % SPLIT;
                     if (COLUMNS == 1 && loader) break;
-                    cp_async_16(to + c * POSITION_BYTES + (block * SPLIT + rest) * BLOCK_BYTES, from + c * CELL_BYTES + rest * PARTS * 16,
-                                valid && chunk < chunks && column + c >= 0 && column + c < width);
+                    cp_async_16(
+                        to + c * POSITION_BYTES + (block * SPLIT + rest) * BLOCK_BYTES,
+                        from + c * CELL_BYTES + rest * PARTS * 16,
+                        valid && chunk < chunks && column + c >= 0 && column + c < width);
                 }
             };
             copy(0, x, ic_tile * SPLIT, X_CHUNKS, IN_H, IN_W, ih, position - LEAD);
             #pragma unroll 1  // unrolled, addresses would take more registers
             for (int group = 0; group < GROUPS_OC; group++)
-                copy(1 + group, dy, (oc_tile * GROUPS_OC + group) * SPLIT, DY_CHUNKS, OUT_H, OUT_W, oh, position - LEAD + TAPS_W - 1 - PAD_W + kw);
+                copy(
+                    1 + group, dy, (oc_tile * GROUPS_OC + group) * SPLIT, DY_CHUNKS, OUT_H, OUT_W, oh,
+                    position - LEAD + TAPS_W - 1 - PAD_W + kw);
         }
         cp_async_commit();
     };
@@ -4308,8 +4577,10 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         int ow = column - PAD_W + kw + t;
         return column >= 0 && column < IN_W && ow >= 0 && ow < OUT_W;
     };
-    const u8* x_row = ring + cell_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);  // this lane's of ldmatrix
-    WgmmaCells dy_cells(ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0);
+    // This lane's of ldmatrix.
+    const u8* x_row = ring + cell_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);
+    WgmmaCells dy_cells(
+        ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0);
     // The column of dy `c` positions from where the stage in `slot` begins, a little before that or in it.
     auto dy_column = [&](int slot, int c) {
         int position = slot * COLUMNS + c;
@@ -4322,10 +4593,13 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         for (int t = 0; t < TAPS_W; t++) {
             wgmma_arrived<TILES_N>(sums[t]);
             if (!active || kw + t < tap_group * TAPS_W) continue;
-            i64 row = ((i64)split * TAPS + kh * KERNEL_W + kw + t) * IN_CHANNELS + ic_tile * TILE_IC + warp % 4 * 16 + lane / 4;
+            i64 row = ((i64)split * TAPS + kh * KERNEL_W + kw + t) * IN_CHANNELS + ic_tile * TILE_IC + warp % 4 * 16 +
+                      lane / 4;
             float* to = partial + row * OUT_CHANNELS + first_oc + lane % 4 * 2;
             auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * OUT_CHANNELS + i / 2 * 8); };
-            auto exists = [&](int i) { return ic_tile * TILE_IC + warp % 4 * 16 < IN_CHANNELS && first_oc + i / 2 * 8 < OUT_CHANNELS; };
+            auto exists = [&](int i) {
+                return ic_tile * TILE_IC + warp % 4 * 16 < IN_CHANNELS && first_oc + i / 2 * 8 < OUT_CHANNELS;
+            };
             store_chain(sums[t], first, place, exists);
         }
     };
@@ -4340,17 +4614,19 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
             int column = first_column + c;
-            unsigned(&a)[4] = fragments[c % 2];
+            unsigned (&a)[4] = fragments[c % 2];
             auto multiply_column = [&](const bool inner) __attribute__((always_inline)) {
                 wgmma_fence();
                 #pragma unroll
                 for (int t = 0; t < TAPS_W; t++)
-                    if (inner || has_partner(column, t)) wgmma<TILES_N>(sums[t], a, dy_column(slot, c + t - (TAPS_W - 1)));
+                    if (inner || has_partner(column, t))
+                        wgmma<TILES_N>(sums[t], a, dy_column(slot, c + t - (TAPS_W - 1)));
                 wgmma_commit();
             };
             if (active && column >= 0 && column < IN_W) {
-                // Of the columns before this one, two may be under way at a barrier. The one before that had this one's registers; where
-                // their number is odd, the next band's first column has the registers of this one's last.
+                // Of the columns before this one, two may be under way at a barrier. The one before that had this one's
+                // registers; where their number is odd, the next band's first column has the registers of this one's
+                // last.
                 if (IN_W % 2 && column == 0) wgmma_wait<0>();
                 else wgmma_wait<1>();
                 ldmatrix_x4_transposed(a, x_row + (slot * COLUMNS + c) * POSITION_BYTES);
@@ -4359,10 +4635,12 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             }
             if (c == 1) fetch(stage + AHEAD);  // not right after the barrier, when the tensor cores have least to do
         }
-        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) wgmma_wait<0>(), store_sums(first), first = false;
+        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages)
+            wgmma_wait<0>(), store_sums(first), first = false;
     }
 #else
-    // A stage's columns of x for tap t. Where a column of dy does not exist it is zeros here, and for its tap so is that of x: 0 * NaN is NaN.
+    // A stage's columns of x for tap t. Where a column of dy does not exist it is zeros here, and for its tap so is
+    // that of x: 0 * NaN is NaN.
     u8* zeros = ring + ZEROS_OFFSET;
     if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
     unsigned fragments[COLUMNS][SPLIT][4];
@@ -4372,7 +4650,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             bool has = has_partner(stage % BAND_STAGES * COLUMNS - LEAD + c, t);
             const u8* row = x_row + (stage % STAGES * COLUMNS + c) * POSITION_BYTES;
             #pragma unroll
-            for (int part = 0; part < SPLIT; part++) ldmatrix_x4_transposed(fragments[c][part], has ? row + part * BLOCK_BYTES : zeros);
+            for (int part = 0; part < SPLIT; part++)
+                ldmatrix_x4_transposed(fragments[c][part], has ? row + part * BLOCK_BYTES : zeros);
         }
     };
     float products[TILES_N][4] = {};
@@ -4401,7 +4680,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
                 else if (!inner) {
                     bool changes = false;  // in which columns have a partner
                     #pragma unroll
-                    for (int c = 0; c < COLUMNS; c++) changes |= has_partner(first_column + c, t) != has_partner(first_column + c, t + 1);
+                    for (int c = 0; c < COLUMNS; c++)
+                        changes |= has_partner(first_column + c, t) != has_partner(first_column + c, t + 1);
                     if (changes) load(stage, t + 1);
                 }
                 #pragma unroll
@@ -4418,16 +4698,18 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
 #endif
 }
 """,
-    "fp16_cells.cu": r"""// A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by cp.async.
+    "fp16_cells.cu": r"""// A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by
+// cp.async.
 //
-//     cells [N][chunk][pixel][64 halves], (value - centre) * 2^e, parts of a cell in ascending order; fp16_cells.cuh says what is in a cell
+//     cells [N][chunk][pixel][64 halves], (value - centre) * 2^e, parts of a cell in ascending order;
+//     fp16_cells.cuh says what is in a cell
 //
-// largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them. to_cells: a
-// block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH pixels, and writes whole
-// cells after a turn through shared memory. Channels past the last one are zero.
-// sums: null, or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
-// fp16_cells.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH (accesses under way in a
-// thread of largest_magnitude). `channels` is a multiple of 8, N * pixels below 2^31.
+// largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them.
+// to_cells: a block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH
+// pixels, and writes whole cells after a turn through shared memory. Channels past the last one are zero. sums: null,
+// or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
+// fp16_cells.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH
+// (accesses under way in a thread of largest_magnitude). `channels` is a multiple of 8, N * pixels below 2^31.
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
@@ -4436,7 +4718,7 @@ static_assert(TILE_PIXELS == THREADS / GROUPS * WIDTH, "a thread has 8 channels 
 typedef Packed<scalar_t, WIDTH> Pack;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
+    largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
     __shared__ unsigned scratch[32];
     i64 packs = size / WIDTH, step = (i64)gridDim.x * THREADS;
     unsigned largest = 0;
@@ -4445,15 +4727,16 @@ largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponen
         #pragma unroll
         for (int i = 0; i < BATCH; i++) in[i] = ((const Pack*)source)[min(first + i * step, packs - 1)];
         #pragma unroll
-        for (int i = 0; i < BATCH * WIDTH; i++) largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
+        for (int i = 0; i < BATCH * WIDTH; i++)
+            largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
     }
     largest = block_max(largest, scratch);
     if (threadIdx.x == 0) exponents[blockIdx.x] = scale_exponent(largest);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents, const scalar_t* __restrict__ sums, half_t* __restrict__ cells,
-         int exponent_count, int images, int channels, int pixels) {
+extern "C" __global__ void __launch_bounds__(THREADS) to_cells(
+    const scalar_t* __restrict__ source, const int* __restrict__ exponents, const scalar_t* __restrict__ sums,
+    half_t* __restrict__ cells, int exponent_count, int images, int channels, int pixels) {
     __shared__ uint4 tile[TILE_PIXELS * 8];
     __shared__ unsigned scratch[32];
     Divisor by_image(pixels);
@@ -4468,7 +4751,8 @@ to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents,
         #pragma unroll
         for (int j = 0; j < 8; j++) in[j] = *(const Pack*)(from + (i64)j * pixels);
     }
-    float scale = power_of_two(centred_exponent(sums, smallest_exponent(exponents, exponent_count, scratch))), centres[8];
+    float scale = power_of_two(centred_exponent(sums, smallest_exponent(exponents, exponent_count, scratch))),
+          centres[8];
     #pragma unroll
     for (int j = 0; j < 8; j++) centres[j] = first_channel < channels ? centre(sums, first_channel + j, pixels) : 0;
     // The XOR makes eight neighbouring threads write to all banks.
@@ -4478,7 +4762,8 @@ to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents,
         #pragma unroll
         for (int j = 0; j < 8; j++) v[j] = multiply_unflushed(add_unflushed(to_acc(in[j].v[k]), -centres[j]), scale);
         #pragma unroll
-        for (int part = 0; part < SPLIT; part++) tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
+        for (int part = 0; part < SPLIT; part++)
+            tile[(place * WIDTH + k) * 8 + ((part * GROUPS + group) ^ (place & 7))] = take_halves(v, part);
     }
     __syncthreads();
     #pragma unroll
@@ -4486,28 +4771,35 @@ to_cells(const scalar_t* __restrict__ source, const int* __restrict__ exponents,
         int cell = i / 8, part = i % 8;
         if (first + cell >= total) break;
         unsigned pixel, image = by_image.divide((unsigned)(first + cell), pixel);
-        ((uint4*)cells)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] = tile[cell * 8 + (part ^ (cell / WIDTH & 7))];
+        ((uint4*)cells)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
+            tile[cell * 8 + (part ^ (cell / WIDTH & 7))];
     }
 }
 """,
     "fp16_cells.cuh": r"""// fp16 operands of the tensor-core convolution: cells of 64 halves in shared memory.
 //
-// fp16, like TF32, keeps 10 mantissa bits, and fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds to fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision):
-// a cell then holds 32 channels twice. Macros: SPLIT, CHUNK_CHANNELS (of a cell), CELL_BYTES, IN_CHANNELS.
+// fp16, like TF32, keeps 10 mantissa bits, and fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds to
+// fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision): a cell then
+// holds 32 channels twice. Macros: SPLIT, CHUNK_CHANNELS (of a cell), CELL_BYTES, IN_CHANNELS.
 #pragma once
 #include "fp16_scale.cuh"
 
 #define CHUNKS ((IN_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
 #define STAGE_BYTES (TILE_M * CELL_BYTES)
-static_assert(CELL_BYTES == 8 * 16 && CELL_BYTES == SPLIT * CHUNK_CHANNELS * sizeof(half_t), "a cell is eight parts of 16 bytes");
+static_assert(
+    CELL_BYTES == 8 * 16 && CELL_BYTES == SPLIT * CHUNK_CHANNELS * sizeof(half_t), "a cell is eight parts of 16 bytes");
 
-// Where part `part` (16 bytes, 0 to 7) of a cell lies. Cells of different keys, 0 to 7, have the same part in different banks.
+// Where part `part` (16 bytes, 0 to 7) of a cell lies. Cells of different keys, 0 to 7, have the same part in different
+// banks.
 __device__ inline int cell_offset(int cell, int part, int key) { return cell * CELL_BYTES + ((part ^ key) << 4); }
 // With keys that differ in eight neighbouring cells.
 __device__ inline int cell_offset(int cell, int part) { return cell_offset(cell, part, cell & 7); }
 
-// The part that lies `parts` parts on from the one at `row`, where `parts` sets only bits that are 0 in that one's number.
-__device__ inline const u8* other_part(const u8* row, int parts) { return (const u8*)((size_t)row ^ (size_t)(parts * 16)); }
+// The part that lies `parts` parts on from the one at `row`, where `parts` sets only bits that are 0 in that one's
+// number.
+__device__ inline const u8* other_part(const u8* row, int parts) {
+    return (const u8*)((size_t)row ^ (size_t)(parts * 16));
+}
 
 __device__ inline unsigned pack_halves(float low, float high) {
 #if defined(CUPY_KERNELS_EMULATOR) || __CUDA_ARCH__ < 800
@@ -4519,8 +4811,8 @@ __device__ inline unsigned pack_halves(float low, float high) {
 #endif
 }
 
-// What is taken from all values of channel c before they become cells: about their mean, from the channel's sum over `count` values. With
-// `sums` null, or where it is not finite, nothing.
+// What is taken from all values of channel c before they become cells: about their mean, from the channel's sum over
+// `count` values. With `sums` null, or where it is not finite, nothing.
 template <class V> __device__ inline float centre(const V* sums, int c, int count) {
     float mean = sums ? to_acc(sums[c]) / count : 0;
     return mean - mean == 0 ? mean : 0;
@@ -4528,8 +4820,9 @@ template <class V> __device__ inline float centre(const V* sums, int c, int coun
 // A difference of two values can be twice the largest.
 __device__ inline int centred_exponent(const void* sums, int exponent) { return sums ? exponent - 1 : exponent; }
 
-// Eight values as the halves of a cell's part `part`; leaves in `v` what is left for the next part. With SPLIT 2 infinities and NaNs are
-// all rest, the first value is 0: rests are multiplied by first values only, not by rests, whose sign would make NaN of an infinity.
+// Eight values as the halves of a cell's part `part`; leaves in `v` what is left for the next part. With SPLIT 2
+// infinities and NaNs are all rest, the first value is 0: rests are multiplied by first values only, not by rests,
+// whose sign would make NaN of an infinity.
 __device__ inline uint4 take_halves(float (&v)[8], int part) {
     float rest[8];
     #pragma unroll
@@ -4538,13 +4831,15 @@ __device__ inline uint4 take_halves(float (&v)[8], int part) {
         if (part + 1 < SPLIT && v[j] - v[j] != 0) v[j] = 0;
         rest[j] -= to_acc(from_acc<half_t>(v[j]));
     }
-    uint4 halves = make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
+    uint4 halves =
+        make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
     #pragma unroll
     for (int j = 0; j < 8; j++) v[j] = rest[j];
     return halves;
 }
 
-// Writes eight channels, `group` of its chunk, to a cell: part `group`, and with SPLIT 2 what rounding left of them, 4 parts on.
+// Writes eight channels, `group` of its chunk, to a cell: part `group`, and with SPLIT 2 what rounding left of them, 4
+// parts on.
 __device__ inline void store_cell(u8* cells, int cell, int group, float (&v)[8], int key) {
     #pragma unroll
     for (int part = 0; part < SPLIT; part++)
@@ -4561,9 +4856,12 @@ __device__ inline unsigned finite_magnitude(float v) {
     return bits < 0x7F800000 ? bits : 0;
 }
 
-// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16. At most 126, which
-// zeros get too, so that a part of a tensor that is all zero leaves the smallest exponent of the parts as it is.
-__device__ inline int scale_exponent(unsigned largest_magnitude) { return min(126, 14 + 127 - (int)(largest_magnitude >> 23)); }
+// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16. At most
+// 126, which zeros get too, so that a part of a tensor that is all zero leaves the smallest exponent of the parts as it
+// is.
+__device__ inline int scale_exponent(unsigned largest_magnitude) {
+    return min(126, 14 + 127 - (int)(largest_magnitude >> 23));
+}
 
 // 2^e for -126 <= e <= 127.
 __device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
@@ -4626,13 +4924,15 @@ __device__ inline int smallest_exponent(const int* exponents, int count, unsigne
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
 #if __CUDA_ARCH__ >= 750
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+        : "r"(address)
+        : "memory");
 #endif
 }
 #endif
 
-// Four 8x8 matrices of halves: lane l passes the address of row l%8 (16 bytes) of matrix l/8, and gets in r[i] the values of
-// matrix i at row l/4, columns 2(l%4)+{0,1}.
+// Four 8x8 matrices of halves: lane l passes the address of row l%8 (16 bytes) of matrix l/8, and gets in r[i] the
+// values of matrix i at row l/4, columns 2(l%4)+{0,1}.
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
     auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
@@ -4649,13 +4949,16 @@ __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row)
     auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
     int lane = emulator::current % 32, first = lane % 4 * 2, column = lane / 4;
     for (int i = 0; i < 4; i++) {
-        const unsigned short* const two[] = {(const unsigned short*)rows[8 * i + first], (const unsigned short*)rows[8 * i + first + 1]};
+        const unsigned short* const two[] = {
+            (const unsigned short*)rows[8 * i + first], (const unsigned short*)rows[8 * i + first + 1]};
         r[i] = two[0][column] | (unsigned)two[1][column] << 16;
     }
 #elif __CUDA_ARCH__ >= 750
     unsigned address = (unsigned)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+        : "r"(address)
+        : "memory");
 #endif
 }
 
@@ -4673,39 +4976,48 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], const
             c[i] += left.a[k / 8 * 4 + i / 2 * 2 + k % 2] * right.b[k / 8 * 2 + k % 2];
         }
 #elif __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 """,
-    "pack_weight_fp16.cu": r"""// Weights of a transposed convolution as conv_mma.cuh reads them: fp16 under a power-of-two scale for each output channel m.
+    "pack_weight_fp16.cu": r"""// Weights of a transposed convolution as conv_mma.cuh reads them: fp16 under a power-of-two scale for each output
+// channel m.
 //
 // signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu).
-// w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse order.
-// packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order], with WGMMA (conv_wgmma.cuh) [m tile][64
-// channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves]; exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block
-// per row of the padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA, and those of
-// fp16_cells.cuh.
+// w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse
+// order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order], with WGMMA
+// (conv_wgmma.cuh) [m tile][64 channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves];
+// exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block per row of the
+// padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA, and
+// those of fp16_cells.cuh.
 #include "common.cuh"
 #include "fp16_cells.cuh"
 
 extern "C" __global__ void pack_weight_fp16(
-    const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed, int* __restrict__ exponents) {
+    const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed,
+    int* __restrict__ exponents) {
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;
     if (m < OUT_CHANNELS)
         for (int i = threadIdx.x; i < IN_CHANNELS * TAPS; i += blockDim.x) {
             int k = i / TAPS, tap = i % TAPS;
-            largest = max(largest, finite_magnitude(to_acc(w[FLIP ? (m * IN_CHANNELS + k) * TAPS + tap : (k * OUT_CHANNELS + m) * TAPS + tap])));
+            largest =
+                max(largest, finite_magnitude(to_acc(
+                                 w[FLIP ? (m * IN_CHANNELS + k) * TAPS + tap : (k * OUT_CHANNELS + m) * TAPS + tap])));
         }
     largest = block_max(largest, scratch);
     int exponent = scale_exponent(largest);
     float scale = power_of_two(exponent) * (signs && m < OUT_CHANNELS && to_acc(signs[m]) < 0 ? -1 : 1);
     if (threadIdx.x == 0) exponents[m] = exponent;
     enum { GROUPS_K = PACKED_WIDTH / SPLIT / 8 };  // of 8 channels
-    static_assert(GROUPS_K * 8 * SPLIT == PACKED_WIDTH && GROUPS_K * 8 >= IN_CHANNELS && GROUPS_K % (WGMMA ? 4 : CHUNK_CHANNELS / 8) == 0,
-                  "a packed row holds all channels");
+    static_assert(
+        GROUPS_K * 8 * SPLIT == PACKED_WIDTH && GROUPS_K * 8 >= IN_CHANNELS &&
+            GROUPS_K % (WGMMA ? 4 : CHUNK_CHANNELS / 8) == 0,
+        "a packed row holds all channels");
     for (int i = threadIdx.x; i < GROUPS_K * TAPS; i += blockDim.x) {
         int group = i % GROUPS_K, tap = i / GROUPS_K;
         float v[8];
@@ -4731,20 +5043,27 @@ extern "C" __global__ void pack_weight_fp16(
 """,
     "pooled_planes.cuh": r"""// Where conv_bn_pool keeps the 2x2 windows of a plane: one of OUT_H x OUT_W sums, pooled.
 //
-// Windows are numbered row by row, WINDOW_PITCH a row. Without WGMMA they follow one another. With it they are cut into units of UNIT_WINDOWS,
-// whole rows, each with room for UNIT_STRIDE, and 16 windows, four tiles of four lanes, change places among themselves, so that a lane writes 16
-// bytes of its own at a time, next to those of its neighbours.
+// Windows are numbered row by row, WINDOW_PITCH a row. Without WGMMA they follow one another. With it they are cut into
+// units of UNIT_WINDOWS, whole rows, each with room for UNIT_STRIDE, and 16 windows, four tiles of four lanes, change
+// places among themselves, so that a lane writes 16 bytes of its own at a time, next to those of its neighbours.
 //
-// PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNITS (of a plane), UNIT_WINDOWS, UNIT_STRIDE, PLANE_STRIDE.
+// PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNITS (of a plane), UNIT_WINDOWS,
+// UNIT_STRIDE, PLANE_STRIDE.
 #pragma once
 
 #define WINDOWS_H ((OUT_H + 1) / 2)
 #define WINDOWS_W ((OUT_W + 1) / 2)
 #define WINDOWS (WINDOWS_H * WINDOWS_W)
-static_assert(WGMMA ? WINDOW_PITCH >= WINDOWS_W && UNIT_WINDOWS % WINDOW_PITCH == 0 : WINDOW_PITCH == WINDOWS_W, "rows of windows");
-static_assert((UNITS - 1) * UNIT_WINDOWS < WINDOWS_H * WINDOW_PITCH && WINDOWS_H * WINDOW_PITCH <= UNITS * UNIT_WINDOWS, "units make a plane");
+static_assert(
+    WGMMA ? WINDOW_PITCH >= WINDOWS_W && UNIT_WINDOWS % WINDOW_PITCH == 0 : WINDOW_PITCH == WINDOWS_W,
+    "rows of windows");
+static_assert(
+    (UNITS - 1) * UNIT_WINDOWS < WINDOWS_H * WINDOW_PITCH && WINDOWS_H * WINDOW_PITCH <= UNITS * UNIT_WINDOWS,
+    "units make a plane");
 static_assert(!WGMMA || (UNIT_STRIDE >= UNIT_WINDOWS && UNIT_STRIDE % 16 == 0), "windows change places 16 at a time");
-static_assert(PLANE_STRIDE % 4 == 0 && PLANE_STRIDE >= (WGMMA ? UNITS * UNIT_STRIDE : WINDOWS), "a plane has room for its windows");
+static_assert(
+    PLANE_STRIDE % 4 == 0 && PLANE_STRIDE >= (WGMMA ? UNITS * UNIT_STRIDE : WINDOWS),
+    "a plane has room for its windows");
 
 __device__ inline int unit_of_window(int row, int column) {
     if (UNITS == 1) return 0;
@@ -4765,21 +5084,26 @@ template <int TOGETHER> __device__ inline int place_of_window(int row, int colum
 enum { TOGETHER_POOLED = 4 };  // and taps, which go with them
 template <class T> __device__ constexpr int together_saved() { return 4 / sizeof(T); }
 """,
-    "pooled_tail.cu": r"""// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, activation and group norm over the pooled sums.
+    "pooled_tail.cu": r"""// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, activation and group norm over
+// the pooled sums.
 //
-//     z = (pooled - mean) invstd weight + bias,  p = activation(z),  out = (p - group_mean) group_invstd group_weight + group_bias
+//     z = (pooled - mean) invstd weight + bias,  p = activation(z),
+//     out = (p - group_mean) group_invstd group_weight + group_bias
 //
-// `pooled`, `mean` and all sums are without the convolution's bias. conv_bn_statistics: one block a channel. pooled_forward: one block
-// a group of one image, threads and macros as in pooled_tail.cuh. Saved for the backward: mean, invstd, group_mean, group_invstd.
+// `pooled`, `mean` and all sums are without the convolution's bias. conv_bn_statistics: one block a channel.
+// pooled_forward: one block a group of one image, threads and macros as in pooled_tail.cuh. Saved for the backward:
+// mean, invstd, group_mean, group_invstd.
 //
-// Macro: STATISTICS (1: the batch's, of conv_bn_statistics; 0: the running ones, from which pooled_forward makes mean and invstd).
+// Macro: STATISTICS (1: the batch's, of conv_bn_statistics; 0: the running ones, from which pooled_forward makes mean
+// and invstd).
 #include "pooled_tail.cuh"
 
-// partials [3][channels][units]: count, mean and sum of squared distances of each unit, as conv_bn_pool writes them. The running statistics are updated where not
-// null, and so is `batches`, which counts calls.
+// partials [3][channels][units]: count, mean and sum of squared distances of each unit, as conv_bn_pool writes them.
+// The running statistics are updated where not null, and so is `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
-    const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean, INOUT param_t* running_var,
-    INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd, float momentum, float eps, int channels, i64 units) {
+    const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean,
+    INOUT param_t* running_var, INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd,
+    float momentum, float eps, int channels, i64 units) {
     __shared__ float scratch[32];
     int c = blockIdx.x;
     const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
@@ -4787,7 +5111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
     do {
         origin = finite_or_zero(means[0]) * unit;  // rounding errors of a large mean must not enter the variance
         count = total = m2 = 0;
-        for (i64 i = threadIdx.x; i < units; i += blockDim.x) count += counts[i], total += counts[i] * (means[i] * unit - origin);
+        for (i64 i = threadIdx.x; i < units; i += blockDim.x)
+            count += counts[i], total += counts[i] * (means[i] * unit - origin);
         count = block_sum(count, scratch);
         total = block_sum(total, scratch) / count;
         for (i64 i = threadIdx.x; i < units; i += blockDim.x) {
@@ -4800,15 +5125,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
     if (threadIdx.x) return;
     if (batches && c == 0) ++*batches;
     if (running_mean) running_mean += c, running_var += c;
-    store_statistics({total + origin, m2}, unit, count, eps, mean + c, invstd + c, running_mean, running_var, momentum, bn_bias(conv_bias, c));
+    store_statistics(
+        {total + origin, m2}, unit, count, eps, mean + c, invstd + c, running_mean, running_var, momentum,
+        bn_bias(conv_bias, c));
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     const float* __restrict__ pooled, INOUT float* __restrict__ mean, INOUT float* __restrict__ invstd,
-    const param_t* __restrict__ conv_bias, const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var,
-    const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
-    const param_t* __restrict__ group_bias, scalar_t* __restrict__ out, float* __restrict__ group_mean, float* __restrict__ group_invstd,
-    float eps, float group_eps, float parameter) {
+    const param_t* __restrict__ conv_bias, const param_t* __restrict__ running_mean,
+    const param_t* __restrict__ running_var, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
+    const param_t* __restrict__ group_weight, const param_t* __restrict__ group_bias, scalar_t* __restrict__ out,
+    float* __restrict__ group_mean, float* __restrict__ group_invstd, float eps, float group_eps, float parameter) {
     __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
     __shared__ float running[2][STATISTICS ? 1 : MEMBERS];
     Activation activation(parameter);
@@ -4816,7 +5143,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     i64 start = (i64)blockIdx.x * SIZE;
     const float* source = pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE;
     float values[UNROLLED][ITEMS];
-    const float *channel_mean = STATISTICS ? mean + channel : running[0], *channel_invstd = STATISTICS ? invstd + channel : running[1];
+    const float *channel_mean = STATISTICS ? mean + channel : running[0],
+                *channel_invstd = STATISTICS ? invstd + channel : running[1];
     if (RESIDENT)
         #pragma unroll
         for (int round = 0; round < UNROLLED; round++) {
@@ -4828,7 +5156,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
             int c = channel + m;
             running[0][m] = to_acc(running_mean[c]) - bn_bias(conv_bias, c);
             running[1][m] = 1 / sqrt(to_acc(running_var[c]) + eps);
-            if (blockIdx.x < GROUPS) mean[c] = running[0][m], invstd[c] = running[1][m];  // one image does, for a backward
+            // One image does, for a backward.
+            if (blockIdx.x < GROUPS) mean[c] = running[0][m], invstd[c] = running[1][m];
         }
         __syncthreads();
     }
@@ -4842,7 +5171,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = values[RESIDENT ? round : 0];
+        float (&v)[ITEMS] = values[RESIDENT ? round : 0];
         activate(job, v);
         float m = 0, s = 0;
         #pragma unroll
@@ -4864,7 +5193,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = values[RESIDENT ? round : 0];
+        float (&v)[ITEMS] = values[RESIDENT ? round : 0];
         if (!RESIDENT) activate(job, v);
         float w = bn_weight(group_weight, channel + job.member), b = bn_bias(group_bias, channel + job.member);
         scalar_t* to = out + start + job.first;
@@ -4876,12 +5205,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
 """,
     "pooled_tail.cuh": r"""// What forward and backward over the pooled sums share: which thread has which values, and batch norm of one channel.
 //
-// A block owns a group of group norm: MEMBERS neighbouring planes of one image. A plane is cut into PARTS parts, and a warp takes one
-// part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers (RESIDENT), all are loaded before
-// the first is used and stay there; else a warp loads a job's values again for each phase.
+// A block owns a group of group norm: MEMBERS neighbouring planes of one image. A plane is cut into PARTS parts, and a
+// warp takes one part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers
+// (RESIDENT), all are loaded before the first is used and stay there; else a warp loads a job's values again for each
+// phase.
 //
-// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), ACTIVATION (activation.cuh), OUT_CHANNELS, OUT_H,
-// OUT_W, GROUPS, PARTS, WARPS, THREADS (of the kernels whose blocks are not groups), and those of pooled_planes.cuh.
+// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), ACTIVATION (activation.cuh),
+// OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS, WARPS, THREADS (of the kernels whose blocks are not groups), and those of
+// pooled_planes.cuh.
 #pragma once
 #include "activation.cuh"
 #include "batch_norm.cuh"
@@ -4955,24 +5286,30 @@ struct Norm {
     __device__ float operator()(float v) const { return bn_affine(normalise(v), weight, bias); }
 };
 """,
-    "pooled_tail_backward.cu": r"""// Gradients of what follows conv_bn_pool (pooled_tail.cu): from dout to that of the convolution's output, and of all parameters on the way.
+    "pooled_tail_backward.cu": r"""// Gradients of what follows conv_bn_pool (pooled_tail.cu): from dout to that of the convolution's output, and of all
+// parameters on the way.
 //
 //     phat = (p - group_mean) group_invstd,  p = activation(z),  xhat = (pooled - mean) invstd
-//     g = dz at the pooled values, dy = weight invstd (g at the chosen corner - mean(g) - xhat mean(g xhat)) at all pixels
+//     g = dz at the pooled values
+//     dy = weight invstd (g at the chosen corner - mean(g) - xhat mean(g xhat)) at all pixels
 //
 // with the means over all pixels of a channel, or left out where the statistics were running ones. Four steps:
-//     pooled_backward                 g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those finite, the largest |g|
-//     pooled_parameter_gradients      sums of all images, and the exponent of a scale under which dy fits fp16
-//     conv_output_gradient_cells      dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores, and sums of dy at its
-//                                     borders, which the gradient of the convolution's weight needs where its x is centred
-//     conv_output_gradient            dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
+//     pooled_backward             g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those
+//                                 finite, the largest |g|
+//     pooled_parameter_gradients  sums of all images, and the exponent of a scale under which dy fits fp16
+//     conv_output_gradient_cells  dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores, and
+//                                 sums of dy at its borders, which the gradient of the convolution's weight needs where
+//                                 its x is centred
+//     conv_output_gradient        dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
 //
-// Cells are those of fp16_cells.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what rounding left of
-// them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of dy_exponents [channels].
+// Cells are those of fp16_cells.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what
+// rounding left of them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of
+// dy_exponents [channels].
 //
-// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of conv_bn_pool.cu, mean,
-// invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_cells.cuh, saved_t (half_t with SPLIT 1, float with 2),
-// SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution, and those of conv_output_gradient_cells.
+// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of
+// conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_cells.cuh, saved_t
+// (half_t with SPLIT 1, float with 2), SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the
+// convolution, and those of conv_output_gradient_cells.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_cells.cuh"
@@ -4980,10 +5317,11 @@ struct Norm {
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
-    const scalar_t* __restrict__ dout, const float* __restrict__ pooled, const float* __restrict__ mean, const float* __restrict__ invstd,
-    const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
-    const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g, float* __restrict__ partials,
-    i64 images, float parameter) {
+    const scalar_t* __restrict__ dout, const float* __restrict__ pooled, const float* __restrict__ mean,
+    const float* __restrict__ invstd, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
+    const param_t* __restrict__ group_weight, const float* __restrict__ group_mean,
+    const float* __restrict__ group_invstd, float* __restrict__ g, float* __restrict__ partials, i64 images,
+    float parameter) {
     __shared__ float totals[SUMS][JOBS], weights[JOBS];  // of each job; its channel's group_weight
     Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
@@ -5004,8 +5342,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
-        float(&p)[ITEMS] = activated[RESIDENT ? round : 0];
+        float (&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
+        float (&p)[ITEMS] = activated[RESIDENT ? round : 0];
         if (!RESIDENT) load(job, v, d);
         int c = channel + job.member;
         Norm norm(mean[c], invstd[c], weight, bias, c);
@@ -5030,8 +5368,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     for (int round = 0; round < ROUNDS; round++) {
         Job job(round);
         if (!job.exists()) continue;
-        float(&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
-        float(&p)[ITEMS] = activated[RESIDENT ? round : 0];
+        float (&v)[ITEMS] = pools[RESIDENT ? round : 0], (&d)[ITEMS] = gradients[RESIDENT ? round : 0];
+        float (&p)[ITEMS] = activated[RESIDENT ? round : 0];
         int c = channel + job.member;
         Norm norm(mean[c], invstd[c], weight, bias, c);
         if (!RESIDENT) {
@@ -5073,16 +5411,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     }
 }
 
-// One block a channel. sums [2][channels]: of g and g xhat. count: pixels of a channel. training: whether the batch's own statistics were
-// applied. The gradients are null where not wanted.
+// One block a channel. sums [2][channels]: of g and g xhat. count: pixels of a channel. training: whether the batch's
+// own statistics were applied. The gradients are null where not wanted.
 //
-// |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by less than
-// |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's largest.
+// |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by
+// less than |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's
+// largest.
 extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients(
-    const float* __restrict__ partials, const float* __restrict__ mean, const float* __restrict__ invstd, const param_t* __restrict__ weight,
-    float* __restrict__ sums, int* __restrict__ dy_exponents, param_t* __restrict__ dweight, param_t* __restrict__ dbias,
-    param_t* __restrict__ dgroup_weight, param_t* __restrict__ dgroup_bias, param_t* __restrict__ dconv_bias, i64 images, float count,
-    int training) {
+    const float* __restrict__ partials, const float* __restrict__ mean, const float* __restrict__ invstd,
+    const param_t* __restrict__ weight, float* __restrict__ sums, int* __restrict__ dy_exponents,
+    param_t* __restrict__ dweight, param_t* __restrict__ dbias, param_t* __restrict__ dgroup_weight,
+    param_t* __restrict__ dgroup_bias, param_t* __restrict__ dconv_bias, i64 images, float count, int training) {
     __shared__ float warps[SUMS][THREADS / 32];
     int c = blockIdx.x;
     float total[SUMS] = {};
@@ -5114,7 +5453,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     if (training) {
         Normaliser normalise(mean[c], invstd[c]);
         means = fabsf(total[2] / count) + fabsf(total[3] / count) + fabsf(normalise.mean);
-        bound += fabsf(total[2] / count) + (sqrt(count) + fabsf(normalise.mean * normalise.invstd)) * fabsf(total[3] / count);
+        bound += fabsf(total[2] / count) +
+                 (sqrt(count) + fabsf(normalise.mean * normalise.invstd)) * fabsf(total[3] / count);
     }
     // Batch norm takes the bias out of its own batch, so there it has no influence at all: 0, or NaN.
     if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? means - means : multiply_unflushed(scale, total[2]));
@@ -5137,7 +5477,8 @@ struct OutputGradient {
     int exponent;  // mean is times 2^-exponent, see Normaliser, and `restore` must be
 
     // Without statistics that depend on the batch (sums null) all pixels have 0.
-    __device__ OutputGradient(const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
+    __device__ OutputGradient(
+        const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
         : slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0), enlarge(1) {
         Normaliser normalise(sums ? means[c] : 0, invstds[c]);
         mean = normalise.mean, invstd = normalise.invstd, exponent = normalise.unit == 1 ? 0 : 32;
@@ -5178,7 +5519,9 @@ __device__ inline int kept_exponent(const int* unit_exponents, i64 image, const 
 }
 #else
 typedef float4 Kept;
-__device__ inline void unpack(float4 kept, float (&v)[4]) { v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w; }
+__device__ inline void unpack(float4 kept, float (&v)[4]) {
+    v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w;
+}
 __device__ inline int kept_exponent(const int*, i64, const Window&) { return 0; }
 #endif
 // What undoes the scale. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
@@ -5186,13 +5529,14 @@ __device__ inline float restoring(int exponent) { return power_of_two(max(-126, 
 
 // dy of the corners of one window in plane `plane`. Corners outside the image get anything.
 __device__ inline void gradients_of(
-    const OutputGradient& gradient, const float* g, const u8* taps, const saved_t* saved, i64 plane, const Window& window, float restore,
-    float (&dy)[4]) {
+    const OutputGradient& gradient, const float* g, const u8* taps, const saved_t* saved, i64 plane,
+    const Window& window, float restore, float (&dy)[4]) {
     float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]);
     int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.tap];
     unpack(saved ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), dy);
     #pragma unroll
-    for (int corner = 0; corner < 4; corner++) dy[corner] = gradient.of(dy[corner], restore) + (corner == tap ? add : 0);
+    for (int corner = 0; corner < 4; corner++)
+        dy[corner] = gradient.of(dy[corner], restore) + (corner == tap ? add : 0);
 }
 
 // The convolution's input; rows and columns at each edge of its output that have no partner in it for some tap.
@@ -5202,8 +5546,14 @@ __device__ inline void gradients_of(
 #define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
 #define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
 // Rows of windows from the top, and from which on to the bottom, that such rows meet, and columns likewise.
-enum { TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H, BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2 };
-enum { LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W, RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2 };
+enum {
+    TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H,
+    BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2
+};
+enum {
+    LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W,
+    RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2
+};
 enum { FULL_ROWS = TOP + WINDOWS_H - BOTTOM, SIDES = LEFT + WINDOWS_W - RIGHT };
 enum { EDGE_WINDOWS = FULL_ROWS * WINDOWS_W + (BOTTOM - TOP) * SIDES };
 
@@ -5215,13 +5565,15 @@ __device__ inline int edge_window(int i) {
     return (TOP + i / (SIDES ? SIDES : 1)) * WINDOWS_W + (side < LEFT ? side : side + RIGHT - LEFT);
 }
 
-// borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no partner in the
-// convolution's input. Not from the cells: conv_wgrad_reduce multiplies these sums by what x was centred by, and their rounding with it.
-// 128 threads, four warps, take channel c. totals: in shared memory, of the block's warps.
+// borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no
+// partner in the convolution's input. Not from the cells: conv_wgrad_reduce multiplies these sums by what x was centred
+// by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the block's
+// warps.
 __device__ inline void sum_borders(
-    const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents, OutputGradient gradient, int c,
-    i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
+    const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents,
+    OutputGradient gradient, int c, i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32,
+        exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
     if (lane == 0)
         for (int tap = 0; tap < TAPS; tap++) totals[warp][tap] = 0;
     for (int start = threadIdx.x % 128; start - lane < EDGE_WINDOWS; start += 128) {
@@ -5252,26 +5604,34 @@ __device__ inline void sum_borders(
     __syncthreads();
     warp = warp / 4 * 4;
     for (int tap = threadIdx.x % 128; tap < TAPS; tap += 128)
-        borders[tap * OUT_CHANNELS + c] = totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
+        borders[tap * OUT_CHANNELS + c] =
+            totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
 }
 
-// A block turns a tile of TILE windows, of TILES, and one chunk of channels into cells. A thread computes eight channels of a window, whose
-// 16 bytes of four cells meet those of the other threads in shared memory. Behind the blocks of each `together` images, while what they
-// have read is in the L2 cache, come BORDER_BLOCKS that sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
+// A block turns a tile of TILE windows, of TILES, and one chunk of channels into cells. A thread computes eight
+// channels of a window, whose 16 bytes of four cells meet those of the other threads in shared memory. Behind the
+// blocks of each `together` images, while what they have read is in the L2 cache, come BORDER_BLOCKS that sum up the
+// borders of these images, two channels each; borders [.][taps][channels] may be null.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells(
-    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
-    const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
-    const param_t* __restrict__ weight, const float* __restrict__ sums, const int* __restrict__ dy_exponents, half_t* __restrict__ cells,
-    float* __restrict__ borders, float count, i64 images, int together) {
+    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved,
+    const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
+    const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
+    const int* __restrict__ dy_exponents, half_t* __restrict__ cells, float* __restrict__ borders, float count,
+    i64 images, int together) {
     enum { OCTETS = CHUNK_CHANNELS / 8 };
-    static_assert(TILE * OCTETS == THREADS && (TILES - 1) * TILE < WINDOWS && WINDOWS <= TILES * TILE, "tiles of all windows");
+    static_assert(
+        TILE * OCTETS == THREADS && (TILES - 1) * TILE < WINDOWS && WINDOWS <= TILES * TILE, "tiles of all windows");
     static_assert(BORDER_BLOCKS * (THREADS / 128) == OUT_CHANNELS, "128 threads sum up a channel's borders");
-    struct __align__(16) Channel { OutputGradient gradient; int exponent; };
+    struct __align__(16) Channel {
+        OutputGradient gradient;
+        int exponent;
+    };
     __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
     __shared__ float totals[THREADS / 32][TAPS];
     __shared__ unsigned scratch[32];
-    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? BORDER_BLOCKS : 0), share = blockIdx.x / all, block = blockIdx.x % all;
+    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? BORDER_BLOCKS : 0), share = blockIdx.x / all,
+        block = blockIdx.x % all;
     i64 image = (i64)share * together;
     if (block >= blocks) {
         int c = (block - blocks) * 2 + threadIdx.x / 128;
@@ -5324,7 +5684,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
         #pragma unroll
         for (int j = 0; j < 8; j++) {
             channel = ((const Channel*)channels)[octet * 8 + j];
-            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]), window[4];
+            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]),
+                  window[4];
             unpack(kept[j], window);
             #pragma unroll
             for (int corner = 0; corner < 4; corner++)
@@ -5345,23 +5706,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
         for (int lower = 0; lower < 2; lower++) {
             int h = window.row * 2 + lower;
             if (h < OUT_H && column < OUT_W)  // so for no window past the last
-                to[(h * OUT_W + column) * 8] = *(const uint4*)(corners[lower * 2 + right] + cell_offset(w, threadIdx.x % 8));
+                to[(h * OUT_W + column) * 8] =
+                    *(const uint4*)(corners[lower * 2 + right] + cell_offset(w, threadIdx.x % 8));
         }
     }
 }
 
 // A thread computes one window.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
-    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved, const int* __restrict__ exponents,
-    const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
-    const param_t* __restrict__ weight, const float* __restrict__ sums, scalar_t* __restrict__ dy, float count) {
+    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved,
+    const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
+    const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
+    scalar_t* __restrict__ dy, float count) {
     int at = blockIdx.y * blockDim.x + threadIdx.x, c = blockIdx.x % OUT_CHANNELS;
     i64 plane = blockIdx.x;
     if (at >= WINDOWS) return;
     Window window(at);
     OutputGradient gradient(mean, invstd, weight, sums, c);
     gradient.finish(count, 0);
-    float restore = restoring(gradient.exponent + (SPLIT == 1 ? exponents[c] : 0) + kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)), v[4];
+    float restore = restoring(
+              gradient.exponent + (SPLIT == 1 ? exponents[c] : 0) +
+              kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)),
+          v[4];
     gradients_of(gradient, g, taps, sums ? saved : 0, plane, window, restore, v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
@@ -5372,13 +5738,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
 """,
     "simt_gemm.cuh": r"""// Register-tiled matrix product of one block, on ordinary FMA units: acc[m][n] += sum_k a[k][m] * b[k][n].
 //
-// Macros: acc_t, TILE_M, TILE_N (the block's tile), PER_THREAD (4 or 8: a thread owns PER_THREAD x PER_THREAD values, in
-// groups of 4 neighbours so that shared memory is read 16 bytes at a time), TILE_K, THREADS. TILE_K columns of a and b sit in shared memory,
-// twice: while one copy is multiplied, the next is loaded through registers, with one barrier a step.
+// Macros: acc_t, TILE_M, TILE_N (the block's tile), PER_THREAD (4 or 8: a thread owns PER_THREAD x PER_THREAD values,
+// in groups of 4 neighbours so that shared memory is read 16 bytes at a time), TILE_K, THREADS. TILE_K columns of a and
+// b sit in shared memory, twice: while one copy is multiplied, the next is loaded through registers, with one barrier a
+// step.
 //
-// Float sums have two levels: after every STEPS_PER_SUM steps a thread adds its values to running totals of its own in shared
-// memory. A chain of n additions loses about sqrt(n) units; 64 terms and then the partial sums lose as much as cuDNN's
-// kernels do, a single chain of thousands several times more.
+// Float sums have two levels: after every STEPS_PER_SUM steps a thread adds its values to running totals of its own in
+// shared memory. A chain of n additions loses about sqrt(n) units; 64 terms and then the partial sums lose as much as
+// cuDNN's kernels do, a single chain of thousands several times more.
 #pragma once
 
 #define THREADS_N (TILE_N / PER_THREAD)
@@ -5394,7 +5761,10 @@ static_assert(TILE_M * TILE_K % THREADS == 0 && TILE_N * TILE_K % THREADS == 0, 
 
 struct __align__(16) Quad { acc_t v[4]; };
 #define TOTALS (sizeof(acc_t) == 4 ? PER_THREAD * GROUPS_OF_4 : 1)  // double needs no second level
-struct Tiles { acc_t a[2][TILE_K * ROW_M], b[2][TILE_K * ROW_N]; Quad totals[TOTALS][THREADS]; };
+struct Tiles {
+    acc_t a[2][TILE_K * ROW_M], b[2][TILE_K * ROW_N];
+    Quad totals[TOTALS][THREADS];
+};
 typedef acc_t Accumulators[PER_THREAD][PER_THREAD];
 
 // Row (or column) of the tile that this thread's i-th value belongs to; `thread` counts along that dimension.
@@ -5452,7 +5822,8 @@ __device__ inline acc_t tanh_of(acc_t v) { return fabs(v) < (acc_t)1.17549435e-3
 // d tanh(v) / dv, from y = tanh(v).
 __device__ inline acc_t tanh_slope(acc_t y) { return (acc_t)1 - y * y; }
 """,
-    "tanh_branchless.cuh": r"""// tanh as accurate as tanhf, for values that are no denormals: 14 instructions in place of two paths that most warps both take.
+    "tanh_branchless.cuh": r"""// tanh as accurate as tanhf, for values that are no denormals: 14 instructions in place of two paths that most warps
+// both take.
 #pragma once
 #include "common.cuh"
 
@@ -5472,8 +5843,9 @@ __device__ inline float reciprocal_approximate(float v) {
 }
 #endif
 
-// The formulas, coefficients and bound of NVRTC 11.8's tanhf, which selects between them by a branch. Its third select, of 1 from
-// 9.01 on, changes nothing: there 2 / (e^2v + 1) rounds off. Infinities give 1 and -1, NaN stays NaN, -0 becomes 0.
+// The formulas, coefficients and bound of NVRTC 11.8's tanhf, which selects between them by a branch. Its third select,
+// of 1 from 9.01 on, changes nothing: there 2 / (e^2v + 1) rounds off. Infinities give 1 and -1, NaN stays NaN, -0
+// becomes 0.
 __device__ inline float tanh_branchless(float v) {
     float size = fabsf(v), square = v * v;
     float large = fmaf(-2, reciprocal_approximate(exp2_approximate(size * 2.88539f) + 1), 1);
@@ -5483,26 +5855,31 @@ __device__ inline float tanh_branchless(float v) {
     return size >= 0.6f ? __uint_as_float(__float_as_uint(large) | sign) : small;
 }
 """,
-    "wgmma.cuh": r"""// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory (A in registers, too), float32 accumulation.
+    "wgmma.cuh": r"""// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory (A in registers, too), float32
+// accumulation.
 //
-// A warpgroup (four warps, 128 threads) issues multiplications together, closes a group of them by wgmma_commit(), and may touch the
-// sums after a wgmma_wait<N>(), which leaves at most the N youngest groups in flight. wgmma_fence() comes before the first one that
-// follows other use of the sums' registers, fence_async_proxy() between a thread's writes to shared memory and the barrier
-// after which wgmma reads them.
+// A warpgroup (four warps, 128 threads) issues multiplications together, closes a group of them by wgmma_commit(), and
+// may touch the sums after a wgmma_wait<N>(), which leaves at most the N youngest groups in flight. wgmma_fence() comes
+// before the first one that follows other use of the sums' registers, fence_async_proxy() between a thread's writes to
+// shared memory and the barrier after which wgmma reads them.
 //
 // Sums, for warp w of the group and lane l: d[t][c] is row 16 w + l/4 + c/2 * 8, column 8 t + 2 (l%4) + c%2.
 #pragma once
 
-// An operand in shared memory: rows of 16 halves (rows of A, columns of B). 8 halves of a row, 16 bytes, lie together, and 8 rows of
-// them one after the other; `along` bytes further lie the rows' next 8 halves, `across` bytes further the next 8 rows.
+// An operand in shared memory: rows of 16 halves (rows of A, columns of B). 8 halves of a row, 16 bytes, lie together,
+// and 8 rows of them one after the other; `along` bytes further lie the rows' next 8 halves, `across` bytes further the
+// next 8 rows.
 struct WgmmaOperand {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* start;
     int along, across;
     __device__ WgmmaOperand(const u8* start, int along, int across) : start(start), along(along), across(across) {}
-    float at(int row, int k) const { return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]); }
+    float at(int row, int k) const {
+        return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]);
+    }
 #else
-    unsigned start, stride;  // the two words of PTX's matrix descriptor, lengths in units of 16 bytes, without a swizzle
+    // The two words of PTX's matrix descriptor, lengths in units of 16 bytes, without a swizzle.
+    unsigned start, stride;
     __device__ WgmmaOperand(const u8* from, int along, int across)
         : start((unsigned)__cvta_generic_to_shared(from) / 16 | along / 16 << 16), stride(across / 16) {}
     __device__ unsigned long long bits() const { return (unsigned long long)stride << 32 | start; }
@@ -5518,18 +5895,23 @@ struct WgmmaOperand {
     }
 };
 
-// The operand B, transposed, as cells (fp16_cells.cuh) in shared memory: 16 cells of 128 bytes, at a multiple of 1024 bytes and with their
-// parts in cell_offset's order. A cell has a half of each of 64 rows, of which `first_part` eights are left out.
+// The operand B, transposed, as cells (fp16_cells.cuh) in shared memory: 16 cells of 128 bytes, at a multiple of 1024
+// bytes and with their parts in cell_offset's order. A cell has a half of each of 64 rows, of which `first_part` eights
+// are left out.
 struct WgmmaCells {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* start;
     int first_part;
     __device__ WgmmaCells(const u8* start, int first_part) : start(start), first_part(first_part) {}
-    float at(int row, int k) const { return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]); }
+    float at(int row, int k) const {
+        return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]);
+    }
 #else
     unsigned start;
-    __device__ WgmmaCells(const u8* from, int first_part) : start((unsigned)__cvta_generic_to_shared(from) / 16 + first_part) {}
-    __device__ unsigned long long bits() const { return (1ull << 30 | 1024 / 16) << 32 | start; }  // swizzled by 128 bytes, 8 cells further: 1024
+    __device__ WgmmaCells(const u8* from, int first_part)
+        : start((unsigned)__cvta_generic_to_shared(from) / 16 + first_part) {}
+    // Swizzled by 128 bytes, 8 cells further: 1024.
+    __device__ unsigned long long bits() const { return (1ull << 30 | 1024 / 16) << 32 | start; }
 #endif
     __device__ WgmmaCells moved(int bytes) const {
         WgmmaCells other = *this;
@@ -5580,14 +5962,16 @@ struct WgmmaCells {
 #define WGMMA_TILES_17(use) WGMMA_TILES_16(use), WGMMA_TILE(use, 16)
 #define WGMMA_TILES_18(use) WGMMA_TILES_17(use), WGMMA_TILE(use, 17)
 #define WGMMA_ISSUE(tiles, n, equal, use) \
-    asm volatile("{.reg .pred accumulate; setp." equal ".u32 accumulate, 0, 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" \
-        WGMMA_REGISTERS_##tiles "}, %0, %1, accumulate, 1, 1, 0, 0;}" : "+l"(a_bits), "+l"(b_bits), WGMMA_TILES_##tiles(use));
+    asm volatile("{.reg .pred accumulate; setp." equal ".u32 accumulate, 0, 0; wgmma.mma_async.sync.aligned.m64n" #n \
+                 "k16.f32.f16.f16 {" WGMMA_REGISTERS_##tiles "}, %0, %1, accumulate, 1, 1, 0, 0;}" \
+        : "+l"(a_bits), "+l"(b_bits), WGMMA_TILES_##tiles(use));
 #define WGMMA_CASE(tiles, n) \
     if constexpr (COUNT == tiles && ACCUMULATE) WGMMA_ISSUE(tiles, n, "eq", "+f") \
     if constexpr (COUNT == tiles && !ACCUMULATE) WGMMA_ISSUE(tiles, n, "ne", "=f")
 
 // The first COUNT tiles of 8 columns of d += a b, or without ACCUMULATE d = a b.
-template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline__ void wgmma(float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
+template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline__ void wgmma(
+    float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
 #ifdef CUPY_KERNELS_EMULATOR
     int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     for (int t = 0; t < COUNT; t++)
@@ -5619,16 +6003,19 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline_
 }
 
 #define WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, use) \
-    asm volatile("{.reg .pred accumulate; setp.ne.u32 accumulate, %1, 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16 {" \
-        WGMMA_REGISTERS_##tiles "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %0, accumulate, 1, 1, 1;}" \
-        : "+l"(b_bits), "+r"(accumulate), WGMMA_TILES_##tiles(use) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
+    asm volatile("{.reg .pred accumulate; setp.ne.u32 accumulate, %1, 0; wgmma.mma_async.sync.aligned.m64n" #n \
+                 "k16.f32.f16.f16 {" WGMMA_REGISTERS_##tiles "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 \
+                                                             "}, %0, accumulate, 1, 1, 1;}" \
+        : "+l"(b_bits), "+r"(accumulate), WGMMA_TILES_##tiles(use) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
 #define WGMMA_CASE_FRAGMENT(tiles, n, a0, a1, a2, a3) \
     if constexpr (COUNT == tiles) WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, "+f")
 
-// The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh. Until a wait for it, the registers of
-// `a` must not change.
+// The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh. Until a wait for
+// it, the registers of `a` must not change.
 template <int COUNT, int MOST>
-__device__ __forceinline__ void wgmma(float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaCells& b, int accumulate = 1) {
+__device__ __forceinline__ void wgmma(
+    float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaCells& b, int accumulate = 1) {
 #ifdef CUPY_KERNELS_EMULATOR
     struct Fragment { float v[8]; } mine;
     for (int i = 0; i < 8; i++) mine.v[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
@@ -5704,19 +6091,16 @@ def cupy():
     return cupy
 
 
-def compile_together(kernels, device) -> None:
-    """Nothing: the first launch of a kernel compiles it."""
-
-
 @functools.cache
-def module(file: str, defines, device: int):
+def module(variant: Variant, device: int):
     """The compiled text of a file, kept on disk by CuPy, unless it is for what CuPy does not compile for."""
-    options, nvrtc = (STANDARD, *(f"-D{name}={value}" for name, value in defines)), cupy().cuda.nvrtc
+    options, nvrtc = (STANDARD, *(f"-D{name}={value}" for name, value in variant.defines)), cupy().cuda.nvrtc
+    text = expanded(variant.file)
     capability = cupy().cuda.Device(device).compute_capability
-    architecture = Variant(file, defines).architecture or ptx_architecture(capability, nvrtc.getSupportedArchs())
+    architecture = variant.architecture or ptx_architecture(capability, nvrtc.getSupportedArchs())
     if not architecture:
-        return cupy().RawModule(code=expanded(file), options=options)
-    program = nvrtc.createProgram(expanded(file), file, (), ())
+        return cupy().RawModule(code=text, options=options)
+    program = nvrtc.createProgram(text, variant.file, (), ())
     nvrtc.compileProgram(program, (*options, "-ftz=true", f"-arch={architecture}"))
     with tempfile.NamedTemporaryFile() as code:
         code.write(nvrtc.getPTX(program) if architecture.startswith("compute_") else nvrtc.getCUBIN(program))
@@ -5729,7 +6113,7 @@ def module(file: str, defines, device: int):
 @functools.cache
 def function(kernel: Kernel, device: int, shared_bytes: int):
     """A compiled kernel on one device that may have this much shared memory."""
-    found = module(kernel.file, kernel.defines, device).get_function(kernel.name)
+    found = module(kernel.variant, device).get_function(kernel.name)
     if shared_bytes > 48 * 1024:
         found.max_dynamic_shared_size_bytes = shared_bytes
     return found
@@ -5747,35 +6131,35 @@ def _differentiable_gradients(*_):
     raise RuntimeError("the kernels in this file compute first derivatives: call backward without create_graph")
 
 
-def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
-    """(dx, dw, None) by the general kernels, for GPUs whose shared memory is too small for the others."""
-    need_x, need_w, _ = needed
-    dx, dw = x.new_empty(x_shape) if need_x else None, w.new_empty(w_shape) if need_w else None
-    if need_x:
-        packed = w.new_empty(packed_weight_size(w_shape), dtype=torch.float32)
-        run(conv_transpose_dgrad, dy, w, dx, packed, geometry)
-    if need_w:
-        size = wgrad_workspace_size(x_shape, w_shape, geometry, False)
-        run(conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=torch.float32), geometry)
-    return dx, dw, None
+class New:
+    """Makes the arrays of a call, in torch's memory."""
+
+    def __init__(self, device):
+        self.device, self.tensors = device, {}
+
+    def __call__(self, shape, dtype):
+        """An array of which `call` returns the tensor."""
+        tensor = torch.empty(shape, dtype=TORCH[np.dtype(dtype)], device=self.device)
+        array = view(tensor)
+        self.tensors[id(array)] = array, tensor
+        return array
+
+    scratch = __call__
+
+    def like(self, array):
+        """An array of another's shape and dtype; None for None."""
+        return None if array is None else self(array.shape, array.dtype)
 
 
-def run(operation, *args, like=None, **options) -> None:
-    """operation(*args, **options), with arrays in place of tensors. `like` has no meaning here."""
-    with launching_on(one_device(args)):
-        operation(*map(_array, args), **options)
-
-
-def _array(arg):
-    if isinstance(arg, torch.Tensor):
-        return view(arg)
-    if not isinstance(arg, Workspace):
-        return arg
-    memory, places = view(arg.memory), arg.layout.places.items()
-    if isinstance(memory, np.ndarray):
-        return {name: np.ndarray(shape, dtype, memory, offset) for name, (offset, shape, dtype) in places}
-    make, start = cupy().ndarray, memory.data
-    return {name: make(shape, dtype, start + offset) for name, (offset, shape, dtype) in places}
+def call(operation, *args, check=None, **options):
+    """operation(new, *args, **options) with arrays in place of tensors, and tensors in place of what it returns."""
+    if check is not None:
+        check()
+    device = one_device(args)
+    new = New(device)
+    with launching_on(device):
+        results = operation(new, *[view(a) if isinstance(a, torch.Tensor) else a for a in args], **options)
+    return tuple(None if array is None else new.tensors[id(array)][1] for array in results)
 
 
 @functools.cache

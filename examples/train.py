@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from cupy_kernels import compiler
+from cupy_kernels.backend import on_compile
 from cupy_kernels.errors import BackendError
 from modelnew import Model, ModelNew, environment
 
@@ -182,7 +182,7 @@ def main(device, epochs, checkpoint, resume, plot, reference, **settings):
     with bar as progress, contextlib.ExitStack() as stack:
         steps = -(-(len(x) - held_out) // batch)
         task = progress.add_task("", total=epochs * steps, completed=len(losses))
-        stop = compiler.on_compile(lambda kernel: progress.update(task, description=f"compiling {kernel.name}"))
+        stop = on_compile(lambda kernel: progress.update(task, description=f"compiling {kernel.name}"))
         stack.callback(stop)
         for epoch in range(len(accuracies) + 1, epochs + 1):
             found = []

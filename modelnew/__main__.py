@@ -11,7 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cupy_kernels import compiler, emulator
+from cupy_kernels import emulator
+from cupy_kernels.backend import on_compile
 from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 
 from . import Model, ModelNew, environment, get_init_inputs, get_inputs
@@ -237,7 +238,7 @@ def _compiling_shown():
             count += 1
             status.update(f"kernel {count}: compiling {kernel.name} ({kernel.file})")
 
-        stop = compiler.on_compile(show)
+        stop = on_compile(show)
         try:
             yield
         finally:

@@ -3,6 +3,11 @@
 import torch
 
 
+def enabled(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    return torch.is_autocast_enabled("cuda" if tensor.is_cuda else "cpu")
+
+
 def lower(*tensors: torch.Tensor | None) -> tuple:
     """The tensors as autocast gives them to a convolution: in its dtype where it is on."""
     device = tensors[0].device.type
@@ -13,6 +18,11 @@ def single(*tensors: torch.Tensor | None) -> tuple:
     """The tensors as autocast gives them to a group norm: in float32 where it is on, on a GPU."""
     device = tensors[0].device.type
     return _cast(tensors, torch.float32) if device == "cuda" and torch.is_autocast_enabled(device) else tensors
+
+
+def result_of_norm(result: torch.Tensor) -> torch.Tensor:
+    """A float32 result of a chain that ends in a group norm, as autocast has it: on a CPU in its dtype."""
+    return result if result.is_cuda or not enabled(result) else lower(result)[0]
 
 
 def _cast(tensors, dtype):

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import commands, records
+from . import commands, layer_bench, records
 from .model import HEIGHT, get_init_inputs
 from .timing import Clock, Contender, Times, current, free, measure_together, rounded
 from .workloads import (
@@ -96,7 +96,7 @@ class Plan(NamedTuple):
         """(n, what, class) of each group that is measured together; parts of the model at the first n only."""
         cells = ((n, what, cls) for n in self.batches for what in self.what for cls in self.classes)
         cells = (cell for cell in cells if cell[1] in MODELS or cell[0] == self.batches[0])
-        cells = (cell for cell in cells if cell[1] not in KERNELS or cell[2] in PRECISE)  # autocast fuses nothing
+        cells = (cell for cell in cells if cell[1] not in KERNELS or cell[2] in PRECISE)  # under autocast they are tf32's
         return [cell for cell in cells if contenders(cell[1], cell[0], self.peers, device)]
 
 
@@ -212,6 +212,12 @@ def _listed(choices=None):
     help=f"A short selection: N 512 and 1, without startup, and only {', '.join(_QUICK)}. Other options still hold.",
 )
 @click.option(
+    "--layers",
+    is_flag=True,
+    help="Instead: every layer at shapes of well-known networks, forward and step, in NCHW and channels_last. Of the "
+    "other options --classes (16-bit ones mean tensors of that type), --peers, --trials and --budget hold.",
+)
+@click.option(
     "--batches",
     callback=_listed(),
     help="Images in a batch: one number, or several with commas between, measured in that order; what is only a part "
@@ -266,7 +272,7 @@ def _listed(choices=None):
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Measure nothing: draw the PNG of this record, or of one of training, beside it.",
 )
-def bench_command(device, output, plot_only, **options):
+def bench_command(device, output, plot_only, layers, **options):
     """Times and peak memory of ModelNew and of its peers, side by side, after a check of parity.
 
     Prints a table, writes a record (JSON) and, with matplotlib installed (the extra "bench"), plots (PNG). Floor: what
@@ -280,20 +286,50 @@ def bench_command(device, output, plot_only, **options):
         out.print(f"drawn: {picture}", highlight=False)
         return
     device = commands.usable_device(device)
+    if layers:
+        _bench_layers(device, output, **options)
+        return
     plan = _plan(device, **options)
     with current(device):
         record = _head(plan, device)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(plan.cells(device)) + plan.startup)
-        for rows in run(plan, device, lambda text: progress.update(task, description=text)):
-            record["rows"] += rows
-            progress.advance(task)
+    _collect(record, len(plan.cells(device)) + plan.startup, lambda describe: run(plan, device, describe))
     records.show(record, out)
     if device.type == "cpu":
         out.print("Times of the emulator on a CPU say nothing about speed.")
     with current(device):
         commands.publish(record, "bench", device, output, out)
+    if any(row.get("failed") for row in record["rows"]):
+        raise click.exceptions.Exit(1)
+
+
+def _collect(record, total, rows_of) -> None:
+    """Fills the record with the rows of rows_of(describe), lists of them, behind a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        for rows in rows_of(lambda text: progress.update(task, description=text)):
+            record["rows"] += rows
+            progress.advance(task)
+
+
+def _bench_layers(device, output, classes, peers, trials, budget, **_):
+    if device.type == "cpu":
+        raise click.ClickException("--layers measures a GPU; there is none here")
+    if peers == "all":
+        raise click.BadParameter("with --layers: none, eager or compile", param_hint="--peers")
+    start, peers = time.monotonic(), PEERS[peers or "eager"]
+
+    def refused(entrant):
+        return f"time budget of {budget:g} s spent" if time.monotonic() - start > budget else None
+
+    trials, classes = trials or 20, classes or tuple(DTYPES)
+    with current(device):
+        record = {**commands.head(device), "trials": trials, "rows": []}
+    measured = lambda describe: layer_bench.measure(classes, peers, trials, device, refused, describe)  # noqa: E731
+    _collect(record, len(layer_bench.ENTRIES), measured)
+    layer_bench.show(record, out)
+    with current(device):
+        commands.publish(record, "layers", device, output, out)
     if any(row.get("failed") for row in record["rows"]):
         raise click.exceptions.Exit(1)
 

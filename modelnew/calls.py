@@ -5,6 +5,8 @@ layout and alignment of each tensor. Where tensors lie does not matter, nor do t
 """
 
 import contextlib
+import functools
+import itertools
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,61 +15,61 @@ import numpy as np
 import torch
 
 from cupy_kernels import compiler
+from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.launch import Varying, observing
-from cupy_kernels.plan import Plan, Slot
+from cupy_kernels.plan import ALIGNMENT, Plan, Slot
 from cupy_kernels.source import until_overridden
 
 from . import recorders
-from .interop import NUMPY, TORCH, Layout, Workspace, check_memory, dense, one_device, raw_stream, view
+from .interop import NUMPY, TORCH, backend, check_memory, dense, one_device, view
+from .shortcuts import current_device, raw_stream
 
 _MOST_KNOWN = 4096  # plans of a thread
-_MEMORY = (torch.Tensor, Workspace)
-_nothing = contextlib.nullcontext()
-
-
-class Kind(NamedTuple):
-    """What a plan may know of a tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
+_LARGE = 1 << 20  # bytes from which a workspace is made late and given back early
+_planning = {}  # {thread: plans of its calls}, see `planned`
 
 
 class New:
     """Makes the stand-ins of what a call allocates: `new(shape, dtype)` for a result, `new.scratch` for a workspace."""
 
     def __init__(self, first: int):
-        self.first, self.results, self.scratches = first, [], {}
+        self.first = first  # index of the memory that small workspaces share
+        self.small_bytes = 0
+        self.slots = []  # those with memory of their own
 
     def __call__(self, shape, dtype) -> Slot:
         """A tensor that the call returns. dtype: NumPy's, int16 for bfloat16."""
-        slot = Slot(self.first + 1 + len(self.results), shape, dtype)
-        self.results.append(slot)
-        return slot
+        self.slots.append(Slot(self.first + 1 + len(self.slots), shape, dtype))
+        return self.slots[-1]
 
     def like(self, array: Slot | None) -> Slot | None:
         """A result of another array's shape and dtype; None for None."""
         return None if array is None else self(array.shape, array.dtype)
 
     def scratch(self, shape, dtype) -> Slot:
-        """Memory that is given back when the call returns."""
-        shape = (shape,) if isinstance(shape, int) else shape
-        self.scratches[len(self.scratches)] = (shape, dtype)
-        offset = Layout(self.scratches).places[len(self.scratches) - 1][0]
-        return Slot(self.first, shape, dtype, offset=offset)
+        """Memory that is given back when the call returns, or before if it is large."""
+        slot = Slot(self.first, (shape,) if isinstance(shape, int) else shape, dtype, offset=self.small_bytes)
+        if slot.nbytes >= _LARGE:
+            return self(slot.shape, dtype)
+        self.small_bytes += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
+        return slot
+
+
+class _Stage(NamedTuple):
+    """Neighbouring launches, what is allocated before them, and what is given back behind them."""
+
+    made: list[tuple]  # (index, shape, strides, dtype)
+    steps: range
+    dropped: list[int]
 
 
 class _Known(NamedTuple):
     plan: Plan
     gpu: int | None  # its index
     device: torch.device
-    scratch: int | None  # bytes of workspaces; None if there are none
-    results: list[tuple[tuple[int, ...], torch.dtype]]  # what to allocate
-    returned: tuple[int | None, ...] | int | None  # places in `results`
+    stages: list[_Stage]
+    slots: int  # tensors to make
+    returned: tuple[int | None, ...] | int | None  # their indexes
 
 
 @until_overridden
@@ -79,165 +81,190 @@ def _thread():
 def call(operation: Callable, *args, check: Callable | None = None, **options):
     """What operation(new, *args, **options) returns: stand-ins made by `new`, or None, alone or in a tuple.
 
-    The operation runs once for each kind of call, on stand-ins of the tensors: `plan.Slot`s that have a `Kind`. It
-    launches kernels and asks `new`, a `New`, for memory. Floats may differ from call to call: it passes them on to
-    kernels as they are.
+    The operation runs once for each kind of call, on stand-ins of the tensors, `plan.Slot`s. It launches kernels and
+    asks `new`, a `New`, for memory. Floats may differ from call to call: it passes them on to kernels as they are.
     check: called before, once for each kind of call, for errors that follow from the kind.
-    """
-    if recorders.may_record():
-        recorders.refuse(operation)
-    values = [*args, *options.values()]
-    key, pointers = _kind(operation, options, values)
-    known = _thread().__dict__
-    found = known.get(key)
-    if found is None:
-        if check is not None:
-            check()
-        found = _make(operation, values, options, new=New(len(values)))
-        remember(known, key, found)
-    scratch = None
-    if found.scratch is not None:
-        scratch = torch.empty(found.scratch, dtype=torch.uint8, device=found.device)
-    results = [torch.empty(shape, dtype=dtype, device=found.device) for shape, dtype in found.results]
-    made = (scratch, *results)
-    pointers += [0 if tensor is None else tensor.data_ptr() for tensor in made]
-    _start(found, (*values, *made), pointers)
-    if isinstance(found.returned, tuple):
-        return tuple(None if place is None else results[place] for place in found.returned)
-    return None if found.returned is None else results[found.returned]
-
-
-def dense_after(check: Callable, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """`dense` of each tensor. If one must be copied, check() runs first, so that a refused call copies nothing."""
-    if not all(t is None or t.is_contiguous() for t in tensors):
-        check()
-    return [dense(t) for t in tensors]
-
-
-def run(operation: Callable, *args, like=None, **options) -> None:
-    """`call` of an operation that allocates nothing and returns nothing: operation(*args, **options).
-
-    args: may be workspaces, which the operation gets as {name: array}.
-    like: a key, hashable, from which options, shapes, dtypes and the device of all tensors, and layouts of workspaces
-        follow, so that these need not be looked at. Floats may differ under the same key.
 
     Kernels run on the tensors' device, in torch's current stream there; for CPU tensors, on the emulator.
     RuntimeError if the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
     """
     if recorders.may_record():
-        recorders.refuse(operation)
+        recorders.refuse()
     values = [*args, *options.values()]
-    if like is None:
-        key, pointers = _kind(operation, options, values)
-    else:
-        pointers = [value.data_ptr() if isinstance(value, _MEMORY) else 0 for value in values]
-        key = (operation, like, *map(_alignment, pointers))
-    known = _thread().__dict__
+    kinds = (*map(type, values),)
+    facts, pointers = _reader(kinds)(*values)
+    key, known = (operation, kinds, *options, facts), _thread().__dict__
     found = known.get(key)
-    if found is None:
-        found = _make(operation, values, options)
-        remember(known, key, found)
-    _start(found, values, pointers)
+    if type(found) is not _Known:
+        found = _make(known, key, operation, values, options, check, found)
+    values += found.slots * [None]
+    pointers += found.slots * [0]
+    if found.gpu is None or found.gpu == current_device():
+        _run(found, values, pointers)
+    else:
+        with torch.cuda.device(found.gpu):
+            _run(found, values, pointers)
+    returned = found.returned
+    if type(returned) is tuple:
+        return tuple([None if index is None else values[index] for index in returned])
+    return None if returned is None else values[returned]
 
 
-def _make(operation, values, options, new=None) -> _Known:
-    device = one_device(values)
+@functools.lru_cache(maxsize=1024)
+def _reader(kinds: tuple[type, ...]) -> Callable:
+    """read(*values) -> (what a plan may know of values of these types, their addresses).
+
+    Written out for the types, as a loop over the values takes half as long again.
+    """
+    names = [f"v{i}" for i in range(len(kinds))]
+    tensors = [name for name, kind in zip(names, kinds) if issubclass(kind, torch.Tensor)]
+    facts = "{0}.shape, {0}.dtype, {0}.get_device(), {0}.is_contiguous(), {0}_at and {0}_at & 15 | 16"
+    known = list(map(facts.format, tensors))
+    known += [v for v, kind in zip(names, kinds) if not issubclass(kind, torch.Tensor | float)]
+    lines = [f"def read({', '.join(names)}):", *(f"    {v}_at = {v}.data_ptr()" for v in tensors)]
+    pointers = ", ".join(f"{v}_at" if v in tensors else "0" for v in names)
+    lines.append(f"    return ({', '.join(known)},), [{pointers}]" if known else f"    return (), [{pointers}]")
+    defined = {}
+    exec("\n".join(lines), defined)
+    return defined["read"]
+
+
+def run(operation: Callable, *args, **options) -> None:
+    """`call` of an operation that allocates nothing and returns nothing: operation(*args, **options)."""
+    call(_run_alone, operation, *args, **options)
+
+
+def _run_alone(new, operation, *args, **options):
+    operation(*args, **options)
+
+
+def _run(found, values, pointers):
+    plan, gpu, device, stages, *_ = found
+    observed = _planning or observing()
+    for made, steps, dropped in stages:
+        for index, shape, strides, dtype in made:
+            values[index] = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            pointers[index] = values[index].data_ptr()
+        if not observed or _show(plan, values, steps):
+            plan.start(steps, pointers, values, None if gpu is None else raw_stream(gpu))
+        for index in dropped:
+            values[index] = None
+
+
+def _show(plan, values, steps) -> bool:
+    """Shows launches to those who asked for them. Returns whether they are to start."""
+    plans = _planning.get(threading.get_ident())
+    if plans is None:
+        plan.notify(steps, lambda slot: _array(slot, values[slot.index]), values)
+    elif plan not in plans[-1:]:
+        plans.append(plan)
+    return plans is None
+
+
+def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """`dense` of each tensor. If one must be copied, check() runs first, so that a refused call copies nothing."""
+    for tensor in tensors:
+        if tensor is not None and (not tensor.is_contiguous() or tensor.is_neg()):
+            check()
+            return tuple(map(dense, tensors))
+    return tensors
+
+
+def _make(known, key, operation, values, options, check, refusal) -> _Known:
+    """Plans a call. A refusal is remembered, too: whoever falls back to other kernels does so at every call."""
+    if refusal is None:
+        try:
+            if check is not None:
+                check()
+            refusal = _planned_call(operation, values, options)
+        except UnsupportedError as error:
+            refusal = error
+        if len(known) >= _MOST_KNOWN:  # the oldest goes: making it anew costs little
+            known.pop(next(iter(known)), None)
+        known[key] = refusal
+    if isinstance(refusal, UnsupportedError):
+        raise refusal.with_traceback(None)
+    return refusal
+
+
+def _planned_call(operation, values, options) -> _Known:
+    device, new = one_device(values), New(len(values))
     stand_ins = [_stand_in(index, value) for index, value in enumerate(values)]
     count = len(values) - len(options)
-    args = stand_ins[:count] if new is None else [new, *stand_ins[:count]]
-    plan = Plan(operation, args, dict(zip(options, stand_ins[count:])))
-    gpu = device.index if device.type == "cuda" else None
-    if new is None:
-        return _Known(plan, gpu, device, None, [], None)
-    results = [(slot.shape, TORCH[slot.dtype]) for slot in new.results]
-    places = {id(slot): place for place, slot in enumerate(new.results)}
+    plan = Plan(backend(device), operation, [new, *stand_ins[:count]], dict(zip(options, stand_ins[count:])))
+    indexes = {id(slot): slot.index for slot in new.slots}
     returned = plan.result
     if isinstance(returned, tuple):  # KeyError for what `new` has not made: a call returns no argument of its own
-        returned = tuple(None if slot is None else places[id(slot)] for slot in returned)
+        returned = tuple(None if slot is None else indexes[id(slot)] for slot in returned)
     elif returned is not None:
-        returned = places[id(returned)]
-    scratch = Layout(new.scratches).size if new.scratches else None
-    return _Known(plan, gpu, device, scratch, results, returned)
+        returned = indexes[id(returned)]
+    gpu = device.index if device.type == "cuda" else None
+    return _Known(plan, gpu, device, _stages(plan, new, returned), 1 + len(new.slots), returned)
+
+
+def _stages(plan, new, returned) -> list[_Stage]:
+    """A stage begins where something large is needed and something large no longer is."""
+    count, returned = len(plan.steps), returned if isinstance(returned, tuple) else (returned,)
+    first, last = {}, {}
+    for number, step in enumerate(plan.steps):
+        for index in {arg.index for arg in step.args if isinstance(arg, Slot)}:
+            first.setdefault(index, number)
+            last[index] = number
+    large = {slot.index for slot in new.slots if slot.nbytes >= _LARGE}
+    dropped = {index: last.get(index, 0) for index in large.difference(returned)}
+    starts = [0]
+    for number in sorted({first.get(index, 0) for index in large}):
+        if any(starts[-1] <= end < number for end in dropped.values()):
+            starts.append(number)
+    slots, stages = [*new.slots], []
+    if new.first in first:
+        slots.append(Slot(new.first, (new.small_bytes,), np.uint8))
+    for start, end in itertools.pairwise([*starts, max(count, 1)]):
+        made = [s for s in slots if start <= (first.get(s.index, 0) if s.index in large else 0) < end]
+        stages.append(
+            _Stage(
+                [(s.index, s.shape, _strides(s.shape), TORCH[s.dtype]) for s in made],
+                range(start, min(end, count)),
+                [index for index, number in dropped.items() if start <= number < end],
+            )
+        )
+    return stages
+
+
+def _strides(shape):
+    return torch.empty(shape, device="meta").stride()
 
 
 @contextlib.contextmanager
 def planned():
     """Within the block, this thread's calls are planned, not started; gives the plans. Results hold nothing."""
-    before, _planned.plans = getattr(_planned, "plans", None), []
+    thread = threading.get_ident()
+    before, _planning[thread] = _planning.get(thread), []
     try:
-        yield _planned.plans
+        yield _planning[thread]
     finally:
-        _planned.plans = before
-
-
-_planned = threading.local()
-
-
-def _start(found, values, pointers):
-    plan, index = found.plan, found.gpu
-    if getattr(_planned, "plans", None) is not None:
-        _planned.plans.append(plan)
-        return
-    if observing():
-        plan.notify(lambda slot: _array(slot, values[slot.index]), values)
-    if index is None:
-        plan.emulate(lambda slot: _array(slot, values[slot.index]), values)
-    else:
-        with _nothing if index == torch.cuda.current_device() else torch.cuda.device(index):
-            plan.start(pointers, values, raw_stream(index))
-
-
-def remember(known: dict, key, value) -> None:
-    """known[key] = value. Beyond _MOST_KNOWN the oldest goes: making it anew costs little."""
-    if len(known) >= _MOST_KNOWN:
-        known.pop(next(iter(known)), None)
-    known[key] = value
-
-
-def _kind(operation, options, values):
-    """(key of the plan, addresses of the values)"""
-    key, pointers = [operation, *options], []
-    for value in values:
-        pointer = 0
-        if isinstance(value, torch.Tensor):
-            pointer = value.data_ptr()
-            key += value.shape, value.dtype, value.get_device(), _alignment(pointer), value.is_contiguous()
-        elif isinstance(value, float):
-            key.append(float)
-        elif isinstance(value, Workspace):
-            pointer = value.data_ptr()
-            key += value.layout, value.memory.get_device()
-        else:
-            key.append(value)
-        pointers.append(pointer)
-    return tuple(key), pointers
-
-
-def _alignment(pointer):
-    return pointer & 15 if pointer else None
+        del _planning[thread]
+        if before is not None:
+            _planning[thread] = before
 
 
 def _stand_in(index, value):
     if isinstance(value, torch.Tensor):
-        kind, alignment = Kind(value.shape, value.dtype, value.device), value.data_ptr() & 15
         check_memory(value)
         if not value.is_contiguous():
             raise ValueError(
                 f"kernels take contiguous tensors, received shape {tuple(value.shape)} with strides {value.stride()}"
             )
-        return Slot(index, kind.shape, NUMPY[kind.dtype], alignment, kind=kind)
-    if isinstance(value, Workspace):
-        places = value.layout.places.items()
-        return {name: Slot(index, shape, dtype, offset=offset) for name, (offset, shape, dtype) in places}
+        return Slot(index, value.shape, NUMPY[value.dtype], value.data_ptr() & 15)
     if isinstance(value, float):
         value = Varying(value)
         value.index = index
     return value
 
 
-def _array(slot, value):
-    """The array that a Slot of this tensor or workspace stands for."""
-    memory = view(value.memory if isinstance(value, Workspace) else value)
+def _array(slot, tensor):
+    """The array that a Slot of this tensor stands for."""
+    memory = view(tensor)
     if isinstance(memory, np.ndarray):
         return np.ndarray(slot.shape, slot.dtype, memory if memory.size else None, slot.offset)
     return compiler.cupy().ndarray(slot.shape, slot.dtype, memory.data + slot.offset)

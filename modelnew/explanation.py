@@ -7,6 +7,7 @@ from cupy_kernels.conv_transpose import Geometry
 
 from . import layers
 from .calls import planned
+from .interop import NUMPY
 from .model import ModelNew, fused_model
 from .numerics import choose, resolve, tensor_core_plan
 
@@ -44,7 +45,8 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
 def _convolution(conv, x) -> str:
     """Whether tensor cores take it, and why not."""
     geometry = Geometry(conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
-    plan, reason = tensor_core_plan(x, conv.weight.shape, geometry, choose(conv.numerics, x))
+    shapes = (x.shape, NUMPY[x.dtype], conv.weight.shape)
+    plan, reason = tensor_core_plan(*shapes, geometry, choose(conv.numerics, x))
     if plan:
         return f"tensor cores, {resolve(conv.numerics, x)} class"
     return f"general kernels, in float32's precision, because {reason}"

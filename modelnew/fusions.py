@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from cupy_kernels.errors import UnsupportedError
+
 from . import functional, layers
 from .functional.conv_bn_pool import fused_plan
 from .interop import pair
@@ -52,32 +54,34 @@ class Sequential(nn.Sequential):
 def run_fused(children: list[nn.Module], x: torch.Tensor) -> torch.Tensor | None:
     """What the modules, one after the other, make of x, by the fused operator; None if that does not take it."""
     chain = _OF_KINDS.get(tuple(map(type, children)))
-    if chain is None or _obstacle(chain, range(LENGTH), children, x):
+    if chain is None or _unsupported_reason(chain, range(LENGTH), children, x):
         return None
     conv, norm, activation, _, group = children
-    return functional.conv_bn_activation_max_pool_group_norm(
-        x,
-        *norm.arguments(x),
-        conv_weight=layers.tensor_of(conv, "weight"),
-        conv_bias=layers.tensor_of(conv, "bias"),
-        padding=conv.padding,
-        activation=chain.activation,
-        num_groups=group.num_groups,
-        group_weight=layers.tensor_of(group, "weight"),
-        group_bias=layers.tensor_of(group, "bias"),
-        group_eps=group.eps,
-        num_batches_tracked=norm.counter(),
-        numerics=conv.numerics,
-        required=False,
-        **{name: getattr(activation, name) for name in chain.options},
-    )
+    try:
+        return functional.conv_bn_activation_max_pool_group_norm(
+            x,
+            *norm.arguments(x),
+            conv_weight=layers.tensor_of(conv, "weight"),
+            conv_bias=layers.tensor_of(conv, "bias"),
+            padding=conv.padding,
+            activation=chain.activation,
+            num_groups=group.num_groups,
+            group_weight=layers.tensor_of(group, "weight"),
+            group_bias=layers.tensor_of(group, "bias"),
+            group_eps=group.eps,
+            num_batches_tracked=norm.counter(),
+            numerics=conv.numerics,
+            **{name: getattr(activation, name) for name in chain.options},
+        )
+    except UnsupportedError:
+        return None
 
 
 def plan_of(children: dict[str, nn.Module], x: torch.Tensor):
     """(plan, None) if `run_fused` takes the modules and x, else (None, the reason)."""
     names, children = zip(*children.items())
     chain = max(CHAINS, key=lambda chain: sum(map(isinstance, children, chain.kinds)))  # what they are, or come next to
-    reason = _obstacle(chain, names, children, x)
+    reason = _unsupported_reason(chain, names, children, x)
     if reason:
         return None, reason
     conv, norm, activation, _, group = children
@@ -86,7 +90,7 @@ def plan_of(children: dict[str, nn.Module], x: torch.Tensor):
     return fused_plan(x, conv.weight, conv.padding, group.num_groups, conv.numerics, norm.counter(), others, **options)
 
 
-def _obstacle(chain, names, children, x) -> str | None:
+def _unsupported_reason(chain, names, children, x) -> str | None:
     """What in the modules, or in x's shape, keeps them from being the chain's operator."""
     if _has_any_global_hook():
         return "there are hooks for all modules"

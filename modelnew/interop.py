@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import numbers
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -12,35 +11,13 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 from cupy_kernels import compiler, emulator
+from cupy_kernels.backend import Backend
 from cupy_kernels.source import Kernel
+
+from .shortcuts import raw_stream
 
 # What kernels compute with, and their name for it.
 FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
-
-
-class Layout:
-    """Where arrays, {name: (shape, NumPy type)}, lie in one piece of memory."""
-
-    def __init__(self, arrays: dict[str, tuple[tuple[int, ...], type]]):
-        self.places, self.size = {}, 0
-        for name, (shape, dtype) in arrays.items():
-            self.places[name] = (self.size, shape, dtype)
-            self.size += -(-math.prod(shape) * np.dtype(dtype).itemsize // 256) * 256
-
-
-class Workspace(NamedTuple):
-    """Many arrays in one tensor: one allocation, one DLPack view and one saved tensor for all of them."""
-
-    memory: torch.Tensor
-    layout: Layout
-
-    @classmethod
-    def empty(cls, layout: Layout, device: torch.device) -> "Workspace":
-        return cls(torch.empty(layout.size, dtype=torch.uint8, device=device), layout)
-
-    def data_ptr(self) -> int:
-        """The address where the arrays begin."""
-        return self.memory.data_ptr()
 
 
 def view(tensor: torch.Tensor):
@@ -97,8 +74,7 @@ TORCH = {array: tensor for tensor, array in NUMPY.items()}
 
 def one_device(args) -> torch.device:
     """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
-    tensors = [arg.memory if isinstance(arg, Workspace) else arg for arg in args]
-    tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device:
@@ -111,9 +87,13 @@ def one_device(args) -> torch.device:
 
 def compile_together(kernels: Iterable[Kernel], device: torch.device) -> None:
     """Compiles those of `kernels` that are not compiled yet, at the same time. To be called once, not at each call."""
-    prepare = compiler.prepare if device.type == "cuda" else emulator.prepare
     with launching_on(device):
-        prepare(kernels)
+        backend(device).prepare(kernels)
+
+
+def backend(device: torch.device) -> Backend:
+    """What runs kernels on tensors of the device."""
+    return (compiler if device.type == "cuda" else emulator).backend
 
 
 _nothing = contextlib.nullcontext()
@@ -129,10 +109,6 @@ def launching_on(device: torch.device):
     if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
         return _nothing
     return _switched(cuda, index, stream)
-
-
-def raw_stream(device_index):
-    return torch._C._cuda_getCurrentRawStream(device_index)  # the current stream, without the object around it
 
 
 @contextlib.contextmanager
@@ -204,6 +180,8 @@ def accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def number(value, name: str) -> float:
     """A number, or a tensor of one, as a float. TypeError for anything else."""
+    if type(value) is float:
+        return value
     if isinstance(value, (numbers.Real, torch.Tensor)):
         return float(value)
     raise TypeError(f"{name} must be a number, received {value!r}")
@@ -211,6 +189,8 @@ def number(value, name: str) -> float:
 
 def integer(value, name: str) -> int:
     """A whole number, of NumPy's or a tensor, too, as an int. TypeError for anything else."""
+    if type(value) is int:
+        return value
     if isinstance(value, bool) or not _is_whole(value):
         raise TypeError(f"{name} must be an int, received {value!r}")
     return int(value)

@@ -13,7 +13,7 @@ from rich import box, print
 from rich.table import Table
 
 import cupy_kernels
-from cupy_kernels import emulator, source, tinker
+from cupy_kernels import source, tinker
 from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 from cupy_kernels.launch import observed
 
@@ -70,7 +70,7 @@ def judge(name: str, text: str, *, dtypes=("float32",), device=None, images: int
         images = images if images and device.type == "cuda" else checks.images_for(device)
         files, launches, rows = tinker.files_with(name), {}, []
         key = name, tuple(dtypes), device, images
-        _prepare(_known.get(key, ()), device)
+        compile_together(_known.get(key, ()), device)
 
         def keep(started, *arguments):
             if started.file in files and kernel in (None, started.name):
@@ -92,7 +92,7 @@ def judge(name: str, text: str, *, dtypes=("float32",), device=None, images: int
             calls = [(started, *arguments) for started, arguments in launches.items()]
             edited = measure_launches(calls, device)
             with tinker.unedited():
-                _prepare(launches, device)
+                compile_together(launches, device)
                 original = measure_launches(calls, device)
             words = _told_apart(launches)
             for started, *times in zip(launches, edited, original):
@@ -107,13 +107,6 @@ def _told_apart(kernels) -> dict:
         namesakes = [kernel for kernel in kernels if kernel.name == name]
         words.update(zip(namesakes, tinker.told_apart([kernel.defines for kernel in namesakes])[0]))
     return words
-
-
-def _prepare(kernels, device):
-    if device.type == "cpu":
-        emulator.prepare(kernels)
-    else:
-        compile_together(kernels, device)
 
 
 def table(verdict: Verdict) -> Table:

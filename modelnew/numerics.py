@@ -8,12 +8,15 @@ import contextlib
 import functools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cupy_kernels import conv_transpose_mma, conv_wgrad_mma, nvrtc
 from cupy_kernels.conv_transpose import Geometry
+from cupy_kernels.errors import UnsupportedError
+from cupy_kernels.source import SCALARS
 
-from .interop import FLOATS
+from .shortcuts import allows_tf32
 
 NUMERICS = ("auto", "tf32", "fp32")
 _switched_off = []
@@ -31,21 +34,25 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
     """Either "tf32" or "fp32", for a convolution of x."""
     if numerics != "auto":
         return numerics
-    # torch.backends.cudnn.allow_tf32 is this function's value, and takes five times as long.
-    return "tf32" if x.is_cuda and torch._C._get_cudnn_allow_tf32() else "fp32"
+    return "tf32" if x.is_cuda and allows_tf32() else "fp32"
 
 
 class Choice(NamedTuple):
     """How one call's convolutions multiply. A backward takes its forward's, whatever was switched in between."""
 
     cls: str  # "tf32" or "fp32"
-    tensor_cores: bool
     wgmma: bool
+    shared_bytes: int  # that a block may use
+    without: str | None  # why there are no tensor cores
 
 
 def choose(numerics: str, x: torch.Tensor) -> Choice:
     """What holds now for a convolution of x."""
-    return Choice(resolve(numerics, x), not _switched_off, uses_wgmma(x))
+    without = "tensor cores are switched off" if _switched_off else None
+    if not x.is_cuda:
+        return Choice(resolve(numerics, x), uses_wgmma(x), _EMULATED_SHARED_BYTES, without)
+    index = x.get_device()
+    return Choice(resolve(numerics, x), uses_wgmma(x), _shared_bytes(index), without or _too_old(index))
 
 
 @contextlib.contextmanager
@@ -71,40 +78,36 @@ def wgmma(use: bool):
         _wgmma_chosen.pop()
 
 
-def tensor_core_plan(x: torch.Tensor, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False):
+def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False):
     """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
 
-    dgrad: x is the incoming gradient, and the convolution its input gradient.
+    dtype: x's, NumPy's. dgrad: x is the incoming gradient, and the convolution its input gradient.
     """
-    return plan_or_reason(conv_transpose_mma.plan, x, w_shape, geometry, choice, dgrad=dgrad)
+    return plan_or_reason(conv_transpose_mma.plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad)
 
 
-def wgrad_plan(x: torch.Tensor, w_shape, geometry: Geometry, choice: Choice):
+def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice):
     """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason)."""
-    return plan_or_reason(conv_wgrad_mma.plan, x, w_shape, geometry, choice)
+    return plan_or_reason(conv_wgrad_mma.plan, x_shape, dtype, w_shape, geometry, choice)
 
 
-def plan_or_reason(make, x, w_shape, geometry, choice, **options):
+def plan_or_reason(*convolution, **options):
     """(`required_plan`, None), or (None, the reason why there is none)."""
-    if not choice.tensor_cores:
-        return None, "tensor cores are switched off"
     try:
-        return required_plan(make, x, w_shape, geometry, choice, **options), None
-    except conv_transpose_mma.UnsupportedError as error:
+        return required_plan(*convolution, **options), None
+    except UnsupportedError as error:
         return None, str(error)
 
 
-def required_plan(make, x, w_shape, geometry, choice, **options):
-    """What `make`, such as conv_transpose_mma.plan, plans for x on its device. UnsupportedError if there is no plan."""
-    if x.is_cuda and _capability(x.device.index) < (8, 0):
-        major, minor = _capability(x.device.index)
-        raise conv_transpose_mma.UnsupportedError(f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80")
-    if not x.shape[0]:
-        raise conv_transpose_mma.UnsupportedError("the batch is empty")
-    split = 2 if x.dtype == torch.float32 and choice.cls == "fp32" else 1
-    options["dtype"], options["wgmma"] = FLOATS[x.dtype], choice.wgmma
-    options["shared_limit"] = _shared_bytes(x.device.index) if x.is_cuda else _EMULATED_SHARED_BYTES
-    return make(tuple(x.shape), tuple(w_shape), geometry, split, **options)
+def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
+    """What `make`, such as conv_transpose_mma.plan, plans. UnsupportedError if there is no plan."""
+    if choice.without:
+        raise UnsupportedError(choice.without)
+    if not x_shape[0]:
+        raise UnsupportedError("the batch is empty")
+    split = 2 if dtype == np.float32 and choice.cls == "fp32" else 1
+    options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
+    return make(tuple(x_shape), tuple(w_shape), geometry, split, **options)
 
 
 def uses_wgmma(x: torch.Tensor) -> bool:
@@ -123,6 +126,13 @@ def has_wgmma(device_index: int) -> bool:
 @functools.cache
 def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
+
+
+@functools.cache
+def _too_old(device_index: int) -> str | None:
+    """Why the GPU's tensor cores cannot be used."""
+    major, minor = _capability(device_index)
+    return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80" if major < 8 else None
 
 
 @functools.cache

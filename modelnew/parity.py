@@ -161,8 +161,13 @@ def tf32_rounding(model: Model) -> Model:
     what TF32 costs, on any device. To be run with TF32 off.
     """
     model = copy.deepcopy(model)
-    model.conv_transpose.forward = types.MethodType(_rounding_forward, model.conv_transpose)  # which deepcopy rebinds
+    round_operands(model.conv_transpose)
     return model
+
+
+def round_operands(conv: torch.nn.ConvTranspose2d) -> None:
+    """From now on it rounds its operands to TF32, as in `tf32_rounding`."""
+    conv.forward = types.MethodType(_rounding_forward, conv)  # which deepcopy rebinds
 
 
 def _rounding_forward(conv, x):

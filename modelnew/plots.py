@@ -2,8 +2,10 @@
 `python -m modelnew training`, loss curves.
 """
 
+import math
 from pathlib import Path
 
+from . import layer_bench
 from .records import by_batch, comparisons
 from .workloads import GENERAL, GRAPHS, LAYOUTS, WORKLOADS, Shape, floor_ms, work
 
@@ -26,8 +28,39 @@ def draw(record: dict, path: Path) -> None:
     versions = record["versions"]
     figure = Figure(layout="constrained")
     figure.suptitle(f"{versions['gpu'] or 'CPU (emulator)'}, torch {versions['torch']}, NVRTC {versions['nvrtc']}")
-    (_curves if "steps" in record else _times)(figure, record)
+    kind = _curves if "steps" in record else _times if "shape" in record else _ratios
+    kind(figure, record)
     figure.savefig(path, format="png", dpi=110)
+
+
+def _ratios(figure, record):
+    """PyTorch's time over ours of each row of `bench --layers`: a panel for each layer, a column for each setting."""
+    found = layer_bench.groups(record)
+    if not found:
+        raise ValueError("no row has a time beside PyTorch's, so there is nothing to draw")
+    operators = list(dict.fromkeys(key[0] for key in found))
+    figure.set_size_inches(14, 2.6 * len(operators))
+    axes = figure.subplots(len(operators), 1, squeeze=False)[:, 0]
+    for operator, panel in zip(operators, axes):
+        columns = [key for key in found if key[0] == operator]
+        for place, key in enumerate(columns):
+            ratios = sorted(map(layer_bench.ratio, found[key]))
+            shifts = [place + 0.5 * (i / max(len(ratios) - 1, 1) - 0.5) for i in range(len(ratios))]
+            colours = [_COLOURS["modelnew" if ratio < 1 else "compile"] for ratio in ratios]
+            panel.scatter(shifts, ratios, s=14, c=colours)
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            panel.plot([place - 0.35, place + 0.35], [mean, mean], color="black", lw=1.5)
+            panel.annotate(f"{mean:.2f}", (place + 0.36, mean), fontsize=7, va="center")
+        panel.axhline(1, color="grey", lw=0.8)
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        panel.set_xticks(range(len(columns)), ["\n".join(key[1:]) for key in columns], fontsize=7)
+        panel.set_title(operator, fontsize=10, loc="left")
+    axes[0].set_title(
+        "PyTorch's time over ours, a dot a shape; red: slower than PyTorch; line: geometric mean",
+        fontsize=9,
+        loc="right",
+    )
 
 
 def _times(figure, record):

@@ -13,7 +13,7 @@ def may_record() -> bool:
     )
 
 
-def refuse(function) -> None:
+def refuse() -> None:
     """RuntimeError if a recorder is at work: torch.jit.trace, make_fx, torch.export, FakeTensorMode, FlopCounterMode.
 
     Other dispatch modes (logging, selective checkpointing) see what torch does, and no more. Selective checkpointing
@@ -31,6 +31,6 @@ def refuse(function) -> None:
         found = ["torch.export (or make_fx with pre_dispatch)"]
     if found:
         raise RuntimeError(
-            f"{function.__qualname__} runs kernels that {found[-1]} does not see, so that its result would be wrong. "
+            f"{found[-1]} does not see the kernels that this call runs, so that its result would be wrong. "
             "Use PyTorch's operators there: torch.nn's layers, and ModelNew(..., replace=()), take the same state dict"
         )

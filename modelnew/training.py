@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cupy_kernels import compiler
+from cupy_kernels.backend import on_compile
 
 from . import commands
 from .model import CHANNELS, HEIGHT, Model, ModelNew, get_init_inputs
@@ -305,7 +305,7 @@ def _progress(steps):
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=steps, completed=-1)
-        stop = compiler.on_compile(lambda kernel: progress.update(task, description=f"compiling {kernel.name}"))
+        stop = on_compile(lambda kernel: progress.update(task, description=f"compiling {kernel.name}"))
         try:
             yield lambda run: progress.update(task, advance=1, description=" ".join(run))
         finally:

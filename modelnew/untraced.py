@@ -8,6 +8,8 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
+from cupy_kernels.errors import UnsupportedError
+
 from . import recorders
 
 # Types of arguments that need no further look. All others join that are neither tensors nor stand for them.
@@ -19,9 +21,9 @@ def untraced(function):
 
     torch.compile breaks its graph here, and calls the function as it is. torch.compiler.disable is applied at the first
     compilation only, because it takes a second to import.
-    Recorders of operators get an error instead of a wrong result, see `recorders.refuse`. Tensors that are something
-    else than memory with strides are refused, and subclasses with a `__torch_function__` are asked first, as by torch's
-    own functions.
+    Recorders of operators get an error instead of a wrong result, see `calls.call`. Tensors that are something else
+    than memory with strides are refused, and subclasses with a `__torch_function__` are asked first, as by torch's own
+    functions.
     """
 
     @functools.wraps(function)
@@ -29,17 +31,15 @@ def untraced(function):
         if is_dynamo_compiling():
             return torch.compiler.disable(call)(*args, **options)
         try:
-            if (
-                not _plain.issuperset(map(type, args))
-                or (options and not _plain.issuperset(map(type, options.values())))
-                or recorders.may_record()
-            ):
+            if not _plain.issuperset(map(type, args)) or not _plain.issuperset(map(type, options.values())):
                 values = (*args, *options.values())
                 if has_torch_function(values):
                     return handle_torch_function(call, values, *args, **options)
-                recorders.refuse(function)
+                recorders.refuse()
                 _check_types(function, values)
             return function(*args, **options)
+        except UnsupportedError:
+            raise
         except Exception as error:
             _check_tensors(function, args, options, error)
             raise

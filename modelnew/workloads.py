@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels.conv_bn_pool import pooled_places
-from cupy_kernels.conv_transpose_mma import UnsupportedError
+from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.launch import launch, observed
 from cupy_kernels.source import signature
 
@@ -49,9 +49,9 @@ KERNELS = {
     "conv_bn_pool_kernel": "of forward_train the convolution's launch alone, with statistics and pooling behind it; "
     "before it, untimed: the weights packed",
     "dgrad_kernel": "of step the launch alone that makes the gradient of x; before it, untimed: the gradient of the "
-    "convolution's output as fp16 cells, the weights packed",
+    "convolution's output as packed fp16 tiles, the weights packed",
     "wgrad_kernel": "of step the launches alone that make the gradient of the convolution's weight, with the sum over "
-    "their parts; before them, untimed: both operands as fp16 cells, sums at the borders",
+    "their parts; before them, untimed: both operands as packed fp16 tiles, sums at the borders",
 }
 WORKLOADS = MODELS | OPERATORS | CHAINS | KERNELS
 GENERAL, _LEAKY_RELU = "_general", "leaky_relu_"
@@ -261,7 +261,7 @@ def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]
     pooled values, then wgrad, then dgrad.
     """
     itemsize = DTYPES[cls].itemsize if what in OPERATORS else 4
-    cells = 0.5 if cls == "tf32" else 1  # bytes of fp16 cells for one of float32; the fp32 class has two halves
+    packed = 0.5 if cls == "tf32" else 1  # bytes of packed fp16 tiles for one of float32; the fp32 class has two halves
     x = n * shape.in_channels * shape.size**2 * itemsize
     y = n * shape.out_channels * shape.out_size**2 * itemsize
     pooled = n * shape.out_channels * (shape.out_size // 2) ** 2 * itemsize
@@ -278,8 +278,8 @@ def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]
         "wgrad": [(flop, x + weight + y)],
         "post_conv_forward": [(0, y + pooled)],
         "conv_bn_pool_kernel": [(flop, x + weight + pooled)],
-        "dgrad_kernel": [(flop, x + weight + y * cells)],
-        "wgrad_kernel": [(flop, x * cells + weight + y * cells)],
+        "dgrad_kernel": [(flop, x + weight + y * packed)],
+        "wgrad_kernel": [(flop, x * packed + weight + y * packed)],
     }
     return stages.get(what.removesuffix(GENERAL).removeprefix(_LEAKY_RELU), training)
 

@@ -206,7 +206,7 @@ def test_kernels_alone(device, fusible, launched, what):
         alone()
         found = tuple(kernel.name for kernel in launched)
         assert workloads.check(case, what, "fp32") is None
-        torch.from_dlpack(alone.launches[0][3][0]).zero_()  # the first kernel's first operand, x or cells of dy
+        torch.from_dlpack(alone.launches[0][3][0]).zero_()  # the first kernel's first operand, x or packed dy
         assert "parity fails: launched again" in alone.differs()
     assert found == workloads._LAUNCHES[what][0]
 
@@ -432,7 +432,7 @@ def test_plans():
 
 
 def test_floors():
-    """The figures of the mission's shape, from its arithmetic."""
+    """The figures of the reference shape, from its arithmetic."""
     flop = 2 * 512 * 34 * 34 * 128 * 64 * 25
     assert flop == pytest.approx(242.4e9, rel=1e-3)
     (conv,) = workloads.work("conv_forward", "tf32", 512, MISSION)

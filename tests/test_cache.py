@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cupy_kernels import cache, compiler, emulator, source
+from cupy_kernels import backend, cache, compiler, emulator, source
 from cupy_kernels.errors import BackendError, KernelCompileError
 from cupy_kernels.launch import launch
 from cupy_kernels.source import Kernel
@@ -35,8 +35,8 @@ assert (x == y).all()
 def folder(monkeypatch, tmp_path):
     """An empty folder for compiled kernels, and nothing loaded."""
     monkeypatch.setenv("CUPY_KERNELS_CACHE_DIR", str(tmp_path / "cache"))
-    for module, name in ((emulator, "_libraries"), (compiler, "_modules"), (compiler, "_functions")):
-        monkeypatch.setattr(module, name, {})
+    monkeypatch.setattr(emulator, "backend", emulator.Emulator())
+    monkeypatch.setattr(compiler, "backend", compiler.Gpu())
     return tmp_path / "cache"
 
 
@@ -295,7 +295,7 @@ def in_threads(work, count=8):
 def test_threads_compile_a_kernel_once(monkeypatch, folder):
     compiled, announced, run = [], [], subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *a, **options: compiled.append(a) or run(*a, **options))
-    monkeypatch.setattr(compiler, "_listeners", [announced.append])
+    monkeypatch.setattr(backend, "_listeners", [announced.append])
     results = [np.zeros(64, np.float32) for _ in range(8)]
     x = np.arange(64, dtype=np.float32)
     with source.override({"planted.cu": COPY}):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cupy_kernels import cache, compiler, nvrtc, source
+from cupy_kernels import backend, cache, compiler, nvrtc, source
 from cupy_kernels.errors import BackendError, KernelCompileError
 from cupy_kernels.launch import launch
 from cupy_kernels.source import Kernel
@@ -90,8 +90,8 @@ def test_an_edited_kernel_runs_and_the_packaged_one_returns(device):
 
 def test_one_compilation_for_a_file_and_its_macros(device, monkeypatch):
     seen = []
-    monkeypatch.setattr(compiler, "_listeners", [])
-    compiler.on_compile(seen.append)
+    monkeypatch.setattr(backend, "_listeners", [])
+    backend.on_compile(seen.append)
     y = torch.zeros(3, device=device)
     with source.override({"add.cu": ADD + f"// {device}"}):
         for value, name in ((1, "add"), (1, "subtract"), (2, "add"), (1, "add"), (2, "subtract")):
@@ -127,7 +127,7 @@ class Function:
 
 
 @pytest.fixture
-def backend(monkeypatch, tmp_path):
+def gpu(monkeypatch, tmp_path):
     """What compiler.py takes from CuPy, without a GPU. loaded: modules so far; compiling(module): a compilation."""
     fake = SimpleNamespace(loaded=[], compiling=lambda module: None, capability="90", architectures=(80, 90))
     thread = threading.local()
@@ -155,15 +155,14 @@ def backend(monkeypatch, tmp_path):
         nvrtc=SimpleNamespace(getSupportedArchs=lambda: fake.architectures),
     )
     monkeypatch.setattr(compiler, "cupy", lambda: SimpleNamespace(cuda=cuda, RawModule=RawModule))
-    for name in ("_modules", "_functions", "_shared_bytes"):
-        monkeypatch.setattr(compiler, name, {})
-    monkeypatch.setattr(compiler, "_listeners", [])
+    monkeypatch.setattr(compiler, "backend", compiler.Gpu())
+    monkeypatch.setattr(backend, "_listeners", [])
     monkeypatch.setenv("CUPY_KERNELS_CACHE_DIR", str(tmp_path / "cache"))
     fake.thread = thread
     return fake
 
 
-def test_kernels_of_a_call_are_compiled_at_the_same_time(backend):
+def test_kernels_of_a_call_are_compiled_at_the_same_time(gpu):
     together = threading.Barrier(2, timeout=10)  # a compilation ends only if two run at the same time
 
     def compiling(module):
@@ -171,18 +170,18 @@ def test_kernels_of_a_call_are_compiled_at_the_same_time(backend):
         if "wrong" in module.code:
             raise Refused("wrong.cu(1): error: no")
 
-    backend.compiling = compiling
+    gpu.compiling = compiling
     seen = []
-    compiler.on_compile(seen.append)
+    backend.on_compile(seen.append)
     kernels = [Kernel("add.cu", name, (("ADDEND", value),)) for name in ("add", "subtract") for value in (1, 2)]
     with source.override({"add.cu": ADD}):
-        compiler.prepare(kernels)
+        compiler.backend.prepare(kernels)
         assert {(k.name, dict(k.defines)["ADDEND"]) for k in seen} == {("subtract", 1), ("subtract", 2)}
-        compiler.prepare(kernels)
-        assert [compiler.function(k).name for k in kernels] == ["add", "add", "subtract", "subtract"]
+        compiler.backend.prepare(kernels)
+        assert [compiler.backend.function(k).name for k in kernels] == ["add", "add", "subtract", "subtract"]
     assert len(seen) == 2
     with source.override({"add.cu": ADD + "// wrong"}), pytest.raises(KernelCompileError, match="does not compile"):
-        compiler.prepare(kernels)
+        compiler.backend.prepare(kernels)
 
 
 def in_threads(work, count=8):
@@ -197,35 +196,35 @@ def in_threads(work, count=8):
         return list(threads.map(started, range(count)))
 
 
-def test_threads_compile_a_variant_once_for_a_gpu(backend):
+def test_threads_compile_a_variant_once_for_a_gpu(gpu):
     kernel, seen = Kernel("add.cu", "add", (("ADDEND", 1),)), []
-    backend.compiling = lambda module: time.sleep(0.05)
-    compiler.on_compile(seen.append)
+    gpu.compiling = lambda module: time.sleep(0.05)
+    backend.on_compile(seen.append)
 
     def of_device(i):
-        backend.thread.device = i % 2
-        return compiler.function(kernel)
+        gpu.thread.device = i % 2
+        return compiler.backend.function(kernel)
 
     with source.override({"add.cu": ADD}):
         found = in_threads(of_device)
     assert len(set(found[::2])) == len(set(found[1::2])) == 1
     assert found[0] is not found[1]
-    assert len(seen) == len(backend.loaded) == 2
+    assert len(seen) == len(gpu.loaded) == 2
 
 
-def test_of_threads_the_one_that_needs_most_shared_memory_counts(backend):
+def test_of_threads_the_one_that_needs_most_shared_memory_counts(gpu):
     sizes = [compiler.DEFAULT_SHARED_BYTES + 1024 * (8 - i) for i in range(8)]
     kernel = Kernel("add.cu", "add", (("ADDEND", 1),))
     with source.override({"add.cu": ADD}):
-        found = in_threads(lambda i: compiler.function(kernel, sizes[i]))
+        found = in_threads(lambda i: compiler.backend.function(kernel, sizes[i]))
     assert found[0].max_dynamic_shared_size_bytes == max(sizes)
 
 
-WGMMA = Kernel("add.cu", "add", (("ADDEND", 1), ("WGMMA", 1)))
+WGMMA = Kernel("add.cu", "add", (("ADDEND", 1),), "sm_90a")
 
 
 @pytest.mark.parametrize("real", [False, True], ids=["fake", "real"])
-def test_threads_make_a_cubin_once(backend, monkeypatch, tmp_path, real):
+def test_threads_make_a_cubin_once(gpu, monkeypatch, tmp_path, real):
     """One for two GPUs."""
     if real:
         needs_nvrtc(nvrtc.WGMMA_MAJOR)
@@ -234,41 +233,39 @@ def test_threads_make_a_cubin_once(backend, monkeypatch, tmp_path, real):
     monkeypatch.setattr(nvrtc, "cubin", lambda kernel: calls.append(kernel) or compile_it(kernel))
 
     def of_device(i):
-        backend.thread.device = i % 2
-        return compiler.function(WGMMA)
+        gpu.thread.device = i % 2
+        return compiler.backend.function(WGMMA)
 
     with source.override({"add.cu": ADD}):
         in_threads(of_device)
     (kept,) = (tmp_path / "cache").iterdir()
-    assert [module.path for module in backend.loaded] == [str(kept)] * 2
+    assert [module.path for module in gpu.loaded] == [str(kept)] * 2
     assert len(calls) == 1
     assert cache.read(kept).startswith(b"\x7fELF" if real else b"code")
 
 
-def test_a_short_cubin_is_not_handed_on(backend, monkeypatch, tmp_path):
+def test_a_short_cubin_is_not_handed_on(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(nvrtc, "version", lambda least_major: "12")
     monkeypatch.setattr(nvrtc, "cubin", lambda kernel: b"code" * 100)
     with source.override({"add.cu": ADD}):
-        compiler.function(WGMMA)
+        compiler.backend.function(WGMMA)
         (kept,) = (tmp_path / "cache").iterdir()
         whole = kept.read_bytes()
         kept.write_bytes(whole[:200])
-        compiler._functions.clear()
-        compiler._modules.clear()
-        compiler.function(WGMMA)
+        compiler.backend.forget()
+        compiler.backend.function(WGMMA)
     assert kept.read_bytes() == whole
 
 
-def test_ptx_for_a_gpu_that_is_newer_than_nvrtc(backend, tmp_path):
+def test_ptx_for_a_gpu_that_is_newer_than_nvrtc(gpu, tmp_path):
     needs_nvrtc()
     kernel = Kernel("add.cu", "add", (("ADDEND", 1),))
     with source.override({"add.cu": ADD}):
-        compiler.function(kernel)
-        backend.capability = "120"
-        compiler._functions.clear()
-        compiler._modules.clear()
-        compiler.function(kernel)
-    of_cupy, own = backend.loaded
+        compiler.backend.function(kernel)
+        gpu.capability = "120"
+        compiler.backend.forget()
+        compiler.backend.function(kernel)
+    of_cupy, own = gpu.loaded
     assert of_cupy.path is None
     assert of_cupy.code
     (kept,) = (tmp_path / "cache").iterdir()
@@ -307,12 +304,12 @@ def test_the_driver_compiles_ptx(monkeypatch):
     y, kernel = torch.zeros(3, device="cuda"), Kernel("add.cu", "add", (("ADDEND", 1),))
     with source.override({"add.cu": ADD + "// as PTX"}):
         start(kernel, y)
-        found = compiler.function(kernel)
+        found = compiler.backend.function(kernel)
     assert y.tolist() == [1] * 3
     assert (found.ptx_version, found.binary_version) == (older, int(capability))
 
 
-def test_the_text_is_blamed_for_its_own_errors_alone(backend):
+def test_the_text_is_blamed_for_its_own_errors_alone(gpu):
     needs_nvrtc()
     kernel, shared = Kernel("wrong.cu", "wrong"), "__shared__ float s[1 << 20]; s[threadIdx.x] = 1; y[0] = s[1 - y[0]]"
     for body in ("undefined_name", shared, 'asm volatile("no.such.instruction;")'):  # the compiler, and ptxas
@@ -323,22 +320,22 @@ def test_the_text_is_blamed_for_its_own_errors_alone(backend):
     def invalid_option(module):
         raise Refused("nvrtc: error: invalid value for --gpu-architecture (-arch)", status=5)
 
-    backend.compiling = invalid_option
+    gpu.compiling = invalid_option
     with source.override({"add.cu": ADD}):
         kernel = Kernel("add.cu", "add", (("ADDEND", 1),))
-        for compile_it in (compiler.function, lambda kernel: nvrtc.compile_cubin(kernel, "sm_999")):
+        for compile_it in (compiler.backend.function, lambda kernel: nvrtc.compile_cubin(kernel, "sm_999")):
             with pytest.raises(BackendError, match=r"status 5.*gpu-architecture") as error:
                 compile_it(kernel)
             assert "does not compile" not in str(error.value)
 
 
-def test_the_folder_of_cupy(backend):
+def test_the_folder_of_cupy(gpu):
     def full(module):
         raise OSError(28, "No space left on device", "/cache/1.cubin")
 
-    backend.compiling = full
+    gpu.compiling = full
     with source.override({"add.cu": ADD}), pytest.raises(BackendError, match=r"/cache/1\.cubin.*CUPY_CACHE_DIR"):
-        compiler.function(Kernel("add.cu", "add", (("ADDEND", 1),)))
+        compiler.backend.function(Kernel("add.cu", "add", (("ADDEND", 1),)))
 
 
 @pytest.mark.gpu

@@ -2,16 +2,22 @@
 
 import copy
 import itertools
+import math
 import pickle
 
+import numpy as np
 import pytest
 import tolerance
 import torch
 
-from cupy_kernels.conv_transpose_mma import UnsupportedError
-from modelnew import Model, ModelNew, explain, layers, numerics, parity
-from modelnew.functional import conv_bn_pool as fused
+from cupy_kernels import conv_bn_pool as ops
+from cupy_kernels import source
+from cupy_kernels.conv_transpose import Geometry
+from cupy_kernels.errors import UnsupportedError
+from cupy_kernels.fp16_tiles import packed_shape
+from modelnew import Model, ModelNew, calls, explain, layers, numerics, parity
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm, conv_transpose2d
+from modelnew.functional.conv_transpose import gradient_plans
 from modelnew.model import OPERATORS, fused_model
 
 # (in, out, kernel, padding, groups of group norm, batch, height, width)
@@ -184,39 +190,34 @@ def test_only_the_gradients_asked_for(device, wanted, launched):
     assert [name for name, p in ours.named_parameters() if p.grad is not None] == [wanted]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("wanted", [("x", "conv_transpose.weight"), ("x",), ("conv_transpose.weight",), ()], ids=str)
-def test_what_is_compiled_together_is_what_runs(device, wanted, training, launched, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(
-        fused, "compile_together", lambda kernels, device: compiled.append({k.variant for k in kernels})
-    )
-    fused._calls.clear()
-    fused._backward_calls.clear()
-    _, ours, x = models(CASES["even"], "tf32", device)
-    ours.train(training).conv_transpose.weight.requires_grad_("conv_transpose.weight" in wanted)
-    y = ours(x.requires_grad_("x" in wanted))
-    forward = {k.variant for k in launched}
-    launched.clear()
-    y.sum().backward()
-    assert compiled == [forward, {k.variant for k in launched}]
-
-
 @pytest.mark.parametrize("cls", CLASSES)
-def test_the_backwards_stages_share_their_room(device, cls):
+def test_the_backwards_stages_share_their_room(device, cls, monkeypatch):
     """The peak is one stage's: the pooled gradients are gone before wgrad, and the workspaces of wgrad before dgrad."""
-    case = (16, 16, 3, 1, 4, 4, 18, 20)
-    fused._backward_calls.clear()
-    _, ours, x = models(case, cls, device)
-    weight = ours.conv_transpose.weight
-    y = ours(x.requires_grad_())
-    y.backward(torch.ones_like(y))
-    made, output, of_wgrad, of_dgrad = (layout.size for layout in [*fused._backward_calls.values()][-1].layouts)
-    y = ours(x)
-    ours.zero_grad()
-    x.grad, dy = None, torch.ones_like(y)
-    stage = max(made, weight.nbytes + of_wgrad, weight.nbytes + of_dgrad + x.nbytes)
-    assert peak(lambda: y.backward(dy), device) <= output + stage + 8192
+    monkeypatch.setattr(calls, "_LARGE", 0)
+    with source.override({}):  # plans are made anew
+        case = (16, 16, 3, 1, 4, 4, 18, 20)
+        _, ours, x = models(case, cls, device)
+        w = ours.conv_transpose.weight
+        y = ours(x.requires_grad_())
+        y.backward(torch.ones_like(y))
+        y = ours(x)
+        ours.zero_grad()
+        x.grad, dy = None, torch.ones_like(y)
+        found = peak(lambda: y.backward(dy), device)
+
+    choice, geometry = numerics.choose(cls, x), Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    options = (np.dtype(np.float32), x.shape, w.shape, geometry, choice, True, True)
+    dgrad, wgrad = gradient_plans(*options)
+    arrays = {name: sized(*a) for name, a in ops.gradient_arrays(fused_model(ours, x)[0], 16, True, True).items()}
+    passed_on = sum(arrays[name] for name in ("sums", "dy_exponents", "cells", "borders"))
+    of_wgrad = sized(packed_shape(x.shape, wgrad.split), np.float16) + sized((wgrad.partial_size,), np.float32)
+    of_dgrad = sized((dgrad.packed_size,), np.float16)
+    stage = max(arrays["g"] + arrays["partials"], w.nbytes + of_wgrad, w.nbytes + of_dgrad + x.nbytes)
+    assert found <= passed_on + stage + 8192
+
+
+def sized(shape, dtype):
+    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def peak(function, device):
@@ -326,11 +327,36 @@ def test_a_call_that_passed_vouches_for_none_that_differs():
     ):
         with pytest.raises(error):
             conv_bn_tanh_max_pool_group_norm(**{**arguments, **change})
-    unsupported = {"weight": torch.ones(16).double(), "required": False}
-    assert conv_bn_tanh_max_pool_group_norm(**{**arguments, **unsupported}) is None
     conv_bn_tanh_max_pool_group_norm(**arguments)
-    with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast"):
-        conv_bn_tanh_max_pool_group_norm(**arguments)
+    half = {name: value.half() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    conv_bn_tanh_max_pool_group_norm(**{**arguments, **half})
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="under autocast the input must be float32"):
+        conv_bn_tanh_max_pool_group_norm(**{**arguments, **half})
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(device, dtype, training, launched):
+    """The dtypes are PyTorch's, the errors at most its errors, and a scaled loss neither overflows nor vanishes."""
+    model, ours, x = models(CASES["even"], "fp32", device)
+    truth = copy.deepcopy(model).double()
+    found = {}
+    for scale in (1.0, 2.0 ** (20 if device == "cuda" else 10)):  # on a CPU y, and with it dy, has 16 bits
+        for name, module, data in (("truth", truth, x.double()), ("torch", model, x), ("ours", ours, x)):
+            module.train(training)
+            leaf = data.clone().requires_grad_()
+            with torch.autocast(device, dtype, enabled=name != "truth"):
+                y = module(leaf)
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+            gradients = torch.autograd.grad(y, [leaf, *module.parameters()], dy * scale)
+            found[name] = {"output": y, **dict(zip(["x", *dict(module.named_parameters())], gradients))}
+        assert {k.name for k in launched} >= {"conv_bn_pool", "pooled_backward"}
+        for what, result in found["ours"].items():
+            assert result.dtype == found["torch"][what].dtype
+            if not (training and what == "conv_transpose.bias"):  # which is 0
+                exact = found["truth"][what]
+                errors = [parity.error(found[who][what], exact) for who in ("ours", "torch")]
+                assert parity.within_policy(result, exact, *errors), (what, errors)
 
 
 def test_batches_are_counted(device):

@@ -37,7 +37,7 @@ LAYERS = [
     ({"in_channels": 4, "out_channels": 6, "kernel_size": 1, "dtype": torch.float64}, (2, 4, 5, 4)),
 ]
 CASES = {
-    "mission": ((2, 6, 5, 7), 8, (5, 5), 1, 1, 0, 1, 1),
+    "reference": ((2, 6, 5, 7), 8, (5, 5), 1, 1, 0, 1, 1),
     "one_pixel": ((1, 1, 1, 1), 1, (1, 1), 1, 0, 0, 1, 1),
     "stride": ((2, 5, 4, 3), 3, (3, 4), (2, 3), (1, 0), (1, 2), 1, 1),
     "stride_over_kernel": ((2, 3, 3, 4), 2, (2, 1), 3, 0, 1, 1, 1),
@@ -79,7 +79,7 @@ def test_forward_and_gradients(device, case, bias):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("name", ["mission", "stride_and_dilation", "groups"])
+@pytest.mark.parametrize("name", ["reference", "stride_and_dilation", "groups"])
 def test_dtypes(device, dtype, name):
     check_case(CASES[name], tensors(CASES[name], device, dtype))
 
@@ -107,7 +107,7 @@ def test_large_tiles_double(device):
 
 
 def test_unbatched(device):
-    x, w, b = tensors(CASES["mission"], device, torch.float32)
+    x, w, b = tensors(CASES["reference"], device, torch.float32)
     torch.testing.assert_close(conv_transpose2d(x[0], w, b, 2), F.conv_transpose2d(x[0], w, b, 2))
 
 
@@ -122,7 +122,7 @@ def test_unbatched(device):
     ids=["transposed", "channels_last", "offset", "negative_bit"],
 )
 def test_layouts(device, make):
-    x, w, b = (t.detach() for t in tensors(CASES["mission"], device, torch.float32))
+    x, w, b = (t.detach() for t in tensors(CASES["reference"], device, torch.float32))
     x, w = make(x).requires_grad_(), make(w).requires_grad_()
     y, expected = conv_transpose2d(x, w, b, 1, 1), F.conv_transpose2d(x, w, b, 1, 1)
     torch.testing.assert_close(y, expected)
@@ -135,7 +135,7 @@ def test_layouts(device, make):
     "wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=["x", "w", "bias"]
 )
 def test_only_the_gradients_asked_for(device, wanted, launched):
-    x, w, b = (t.detach().requires_grad_(g) for t, g in zip(tensors(CASES["mission"], device, torch.float32), wanted))
+    x, w, b = (t.detach().requires_grad_(g) for t, g in zip(tensors(CASES["reference"], device, torch.float32), wanted))
     y = conv_transpose2d(x, w, b)
     launched.clear()
     y.backward(torch.ones_like(y))

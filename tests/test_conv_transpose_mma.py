@@ -13,7 +13,8 @@ from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
 from modelnew.calls import call, run
 from modelnew.functional import conv_transpose2d
-from modelnew.functional.conv_transpose import gradient_plans, to_cells
+from modelnew.functional.conv_transpose import gradient_plans, pack_fp16
+from modelnew.interop import NUMPY
 
 # (input shape, Cout, kernel, padding)
 CASES = {
@@ -93,17 +94,17 @@ def test_tf32_class(device, case, wgmma, launched):
     ("case", "dtype"),
     [("over_padding", torch.float32), ("partial_chunk", torch.float32), ("many_units", torch.bfloat16)],
 )
-def test_dgrad_of_cells(device, case, dtype, wgmma, launched):
+def test_dgrad_of_packed(device, case, dtype, wgmma, launched):
     x, w, _ = tensors(CASES[case], device, dtype)
     padding = CASES[case][3]
     dy = torch.randn_like(F.conv_transpose2d(x, w, padding=padding)).detach()
     choice = numerics.choose("tf32", x)
     geometry = Geometry((1, 1), padding, (0, 0), (1, 1), 1)
-    plan, _ = gradient_plans(x, x.shape, w.shape, geometry, choice, True, False)
-    cells, exponents, _ = call(to_cells, dy, 1)
+    plan, _ = gradient_plans(NUMPY[x.dtype], x.shape, w.shape, geometry, choice, True, False)
+    packed, exponents, _ = call(pack_fp16, dy, 1)
     dx, packed = torch.empty_like(x), w.new_empty(plan.packed_size, dtype=torch.float16)
     workspaces = packed, w.new_empty(plan.rows, dtype=torch.int32)
-    run(conv_transpose_mma.conv_transpose_mma, plan.of_cells(), cells, w, None, dx, *workspaces, exponents)
+    run(conv_transpose_mma.conv_transpose_mma, plan.of_packed(), packed, w, None, dx, *workspaces, exponents)
     assert uses_wgmma(launched) == wgmma
     check_dgrad(dx, "tf32" if dtype == torch.float32 else "bf16", padding, x, w, dy)
 
@@ -306,7 +307,8 @@ def test_what_is_not_taken(change, reason):
         for name, default in (("stride", 1), ("padding", 1), ("out", 0), ("dilation", 1))
     ]
     geometry = Geometry(*pairs, change.get("groups", 1))
-    plan, why = numerics.tensor_core_plan(x, (shape[1], 16, kernel, kernel), geometry, numerics.choose("tf32", x))
+    shapes = shape, NUMPY[x.dtype], (shape[1], 16, kernel, kernel)
+    plan, why = numerics.tensor_core_plan(*shapes, geometry, numerics.choose("tf32", x))
     assert plan is None
     assert reason in why
 

@@ -1,4 +1,4 @@
-"""The weight gradient on tensor cores and the fp16 cells that it reads; all shapes here are ones it takes."""
+"""The weight gradient on tensor cores and the packed fp16 tiles that it reads; all shapes here are ones it takes."""
 
 import pytest
 import tolerance
@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from faults import planted
 
-from cupy_kernels import conv_wgrad_mma, fp16_cells
+from cupy_kernels import conv_wgrad_mma, fp16_tiles
 from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
 from modelnew.calls import call, run
 from modelnew.functional import conv_transpose2d
-from modelnew.functional.conv_transpose import conv_gradients, gradient_plans, to_cells
+from modelnew.functional.conv_transpose import conv_gradients, gradient_plans, pack_fp16
+from modelnew.interop import NUMPY
 from modelnew.parity import tf32_rounded
 
-KERNELS = ["largest_magnitude", "to_cells"] * 2 + ["conv_wgrad_mma", "conv_wgrad_reduce"]
+KERNELS = ["largest_magnitude", "pack_fp16"] * 2 + ["conv_wgrad_mma", "conv_wgrad_reduce"]
 
 # (input shape, Cout, kernel, padding)
 CASES = {
@@ -47,20 +48,20 @@ def gradient(x, w, dy, padding, cls):
     return conv_gradients(x, None, dy, *options)[1]
 
 
-def cells_of(tensor, split, exponents=None, centred=False):
-    """(cells, exponents, sums)"""
+def packed_of(tensor, split, exponents=None, centred=False):
+    """(packed, exponents, sums)"""
     if exponents is None:
-        return call(to_cells, tensor, split, None, centred)
-    return *call(_cells_alone, tensor, split, exponents), exponents, None
+        return call(pack_fp16, tensor, split, None, centred)
+    return *call(_packed_alone, tensor, split, exponents), exponents, None
 
 
-def _cells_alone(new, tensor, split, exponents):
-    return to_cells(new, tensor, split, exponents)[:1]
+def _packed_alone(new, tensor, split, exponents):
+    return pack_fp16(new, tensor, split, exponents)[:1]
 
 
-def wgrad_of_cells(plan, x_cells, w, cells, exponents, alone=None):
+def wgrad_of_packed(plan, x_packed, w, packed, exponents, alone=None):
     dw, partial = torch.empty_like(w), w.new_empty(plan.partial_size, dtype=torch.float32)
-    run(conv_wgrad_mma.conv_wgrad_mma, plan, *x_cells, cells, exponents, alone, partial, dw)
+    run(conv_wgrad_mma.conv_wgrad_mma, plan, *x_packed, packed, exponents, alone, partial, dw)
     return dw
 
 
@@ -112,7 +113,9 @@ def test_long_sums(device, wgmma, cls, monkeypatch):
     conv_wgrad_mma.plan.cache_clear()
     case = ((3, 16, 30, 5), 16, (3, 2), (1, 1))
     x, w, dy = tensors(case, device)
-    assert numerics.wgrad_plan(x, w.shape, geometry(case[3]), numerics.choose(cls, x))[0].splits == 1
+    assert (
+        numerics.wgrad_plan(x.shape, NUMPY[x.dtype], w.shape, geometry(case[3]), numerics.choose(cls, x))[0].splits == 1
+    )
     with planted("conv_wgrad_mma.cu", ("#define CHAIN (SPLIT", "#define CHAIN (10 + 0 * SPLIT")):
         dw = gradient(x, w, dy, case[3], cls)
     conv_wgrad_mma.plan.cache_clear()
@@ -140,17 +143,17 @@ def test_parts_of_zeros_leave_the_scale_to_the_others(device):
     tensor = torch.zeros(4, 16, 8, 8, device=device)  # a block reads 1024 elements
     tensor[2] = torch.linspace(-3e-20, 2e-20, 1024).view(16, 8, 8)
     exponents = torch.empty(4, dtype=torch.int32, device=device)
-    run(fp16_cells.largest_magnitude, tensor, exponents)
+    run(fp16_tiles.largest_magnitude, tensor, exponents)
     assert exponents.tolist() == [126, 126, 79, 126]
-    cells = cells_of(tensor, 1, exponents)[0].float()
-    assert 2**14 <= cells.abs().max() < 2**15
+    packed = packed_of(tensor, 1, exponents)[0].float()
+    assert 2**14 <= packed.abs().max() < 2**15
 
 
 @CLASSES
 def test_outliers_do_not_flush_the_rest(device, wgmma, cls):
     """One value a million times the rest: channels that it does not reach are as exact as ever.
 
-    In the float32 class they are what cells can hold: those end at 2^-24, and have 1e6 as 1e6 / 2^5.
+    In the float32 class they are what packed tiles can hold: those end at 2^-24, and have 1e6 as 1e6 / 2^5.
     """
     x, w, dy = tensors(CASES["three"], device)
     x[0, 3, 2, 2] = dy[1, 5, 3, 3] = 1e6
@@ -204,21 +207,23 @@ def test_centred(device, wgmma, case, cls):
     """x far from 0, and a dy that sums to 0 in each channel, as batch norm's backward makes it."""
     x, w, dy = tensors(case, device)
     x, dy = x + torch.arange(x.shape[1], device=device)[:, None, None], dy - dy.mean((0, 2, 3), keepdim=True)
-    _, plan = gradient_plans(x, x.shape, w.shape, geometry(case[3]), numerics.choose(cls, x), False, True)
-    cells, exponents, _ = cells_of(dy, plan.split)
+    _, plan = gradient_plans(NUMPY[x.dtype], x.shape, w.shape, geometry(case[3]), numerics.choose(cls, x), False, True)
+    packed, exponents, _ = packed_of(dy, plan.split)
     alone = borders(x, w, dy, case[3], exponents)
-    dw = wgrad_of_cells(plan, cells_of(x, plan.split, centred=True), w, cells, exponents, alone)
+    dw = wgrad_of_packed(plan, packed_of(x, plan.split, centred=True), w, packed, exponents, alone)
     check(dw, x, w, dy, case[3], cls)
 
 
 def test_centred_needs_borders(device):
     x, w, dy = tensors(CASES["three"], device)
-    _, plan = gradient_plans(x, x.shape, w.shape, geometry((1, 1)), numerics.choose("fp32", x), False, True)
-    cells, exponents, _ = cells_of(dy, plan.split)
+    _, plan = gradient_plans(
+        NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose("fp32", x), False, True
+    )
+    packed, exponents, _ = packed_of(dy, plan.split)
     for centred in (True, False):
         alone = None if centred else borders(x, w, dy, (1, 1), exponents)
         with pytest.raises(ValueError, match="x_sums and borders go together"):
-            wgrad_of_cells(plan, cells_of(x, plan.split, centred=centred), w, cells, exponents, alone)
+            wgrad_of_packed(plan, packed_of(x, plan.split, centred=centred), w, packed, exponents, alone)
 
 
 def test_centring_makes_errors_smaller(device, wgmma):
@@ -227,26 +232,28 @@ def test_centring_makes_errors_smaller(device, wgmma):
     x = torch.randn(shape, device=device) + 10
     dy = (torch.rand(shape, device=device) > 0.9) * (1 + torch.rand(shape, device=device))
     dy -= dy.mean((0, 2, 3), keepdim=True)
-    _, plan = gradient_plans(x, x.shape, w.shape, geometry((1, 1)), numerics.choose("tf32", x), False, True)
-    expected, errors, (cells, exponents, _) = truth(x, w, dy, (1, 1)), [], cells_of(dy, 1)
+    _, plan = gradient_plans(
+        NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose("tf32", x), False, True
+    )
+    expected, errors, (packed, exponents, _) = truth(x, w, dy, (1, 1)), [], packed_of(dy, 1)
     for centred in (True, False):
         alone = borders(x, w, dy, (1, 1), exponents) if centred else None
-        dw = wgrad_of_cells(plan, cells_of(x, 1, centred=centred), w, cells, exponents, alone)
+        dw = wgrad_of_packed(plan, packed_of(x, 1, centred=centred), w, packed, exponents, alone)
         errors.append((dw.double() - expected).square().mean().sqrt())
     assert errors[0] < errors[1] / 3
 
 
 @CLASSES
-def test_cells_and_exponents_that_are_there_already(device, cls, launched):
+def test_tiles_and_exponents_that_are_there_already(device, cls, launched):
     x, w, dy = tensors(CASES["three"], device)
     split = 1 if cls == "tf32" else 2
     expected = gradient(x, w, dy, (1, 1), cls)
-    (cells, exponents, _), (_, x_exponents, _) = cells_of(dy, split), cells_of(x, split)
+    (packed, exponents, _), (_, x_exponents, _) = packed_of(dy, split), packed_of(x, split)
     more = torch.cat([x_exponents + 3, x_exponents, x_exponents + 1])
     launched.clear()
-    _, plan = gradient_plans(x, x.shape, w.shape, geometry((1, 1)), numerics.choose(cls, x), False, True)
-    dw = wgrad_of_cells(plan, cells_of(x, split, more), w, cells, exponents)
-    assert [k.name for k in launched] == ["to_cells", "conv_wgrad_mma", "conv_wgrad_reduce"]
+    _, plan = gradient_plans(NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose(cls, x), False, True)
+    dw = wgrad_of_packed(plan, packed_of(x, split, more), w, packed, exponents)
+    assert [k.name for k in launched] == ["pack_fp16", "conv_wgrad_mma", "conv_wgrad_reduce"]
     assert torch.equal(dw, expected)
 
 
@@ -266,7 +273,7 @@ def test_cells(device, shape, dtype, split):
     """[N][chunk][pixel][64 halves]: values, with split 2 of 32 channels, then all that they leave, infinities too."""
     tensor = torch.randn(shape, device=device).to(dtype) * 100
     tensor[0, 1, 0, 0], tensor[0, 2, 0, 0], tensor[0, 3, 0, 0] = float("inf"), float("nan"), 0
-    cells, exponents, _ = cells_of(tensor, split)
+    packed, exponents, _ = packed_of(tensor, split)
     finite = tensor[tensor.isfinite()].abs().max()
     scale = 2.0 ** exponents.min().item()
     assert 2**14 <= finite * scale < 2**15
@@ -277,7 +284,7 @@ def test_cells(device, shape, dtype, split):
     rests = (padded - values.float()).half()
     expected = [part.view(shape[0], -1, chunk, shape[2] * shape[3]) for part in (values, rests)[:split]]
     expected = torch.cat(expected, dim=2).transpose(2, 3)
-    torch.testing.assert_close(cells.view(expected.shape), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(packed.view(expected.shape), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

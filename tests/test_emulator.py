@@ -455,7 +455,7 @@ from cupy_kernels.source import Kernel, Variant
 faulthandler.enable()
 slow = Kernel("slow.cu", "slow", (("STEPS", 2**30),))
 with source.override({"slow.cu": sys.argv[1]}):
-    emulator.prepare([slow])
+    emulator.backend.prepare([slow])
     arrays = np.ones(1, np.float32), np.ones(1, np.float32)
     threading.Thread(target=launch, args=(slow, (1, 1, 1), (1, 1, 1), arrays), daemon=True).start()
     while emulator._one_at_a_time.acquire(False):
@@ -477,7 +477,7 @@ def test_a_crash_of_another_thread_is_not_the_kernels():
 def fresh(monkeypatch, tmp_path):
     """Forgets the compiler that was found and all libraries; new ones go to an empty folder, which is returned."""
     monkeypatch.setattr(emulator, "compiler", functools.cache(emulator.compiler.__wrapped__))
-    monkeypatch.setattr(emulator, "_libraries", {})
+    monkeypatch.setattr(emulator, "backend", emulator.Emulator())
     monkeypatch.setenv("CUPY_KERNELS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("CUPY_KERNELS_CXX", raising=False)
     return tmp_path / "cache"
@@ -514,7 +514,7 @@ def test_ziglang(monkeypatch, fresh, x, y, chosen):
 def test_compiled_kernels_are_kept_on_disk(monkeypatch, fresh, x, y):
     run(COPY, x, y)
     (library,) = fresh.iterdir()  # nothing half-written lies beside it
-    emulator._libraries.clear()
+    emulator.backend.forget()
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("compiled again"))
     run(COPY, x, y)
     assert [library] == list(fresh.iterdir())

@@ -72,8 +72,8 @@ def largest(**options):
 @pytest.fixture
 def started(monkeypatch):
     """Names of the kernels that the emulator has run."""
-    names, run = [], emulator.run
-    monkeypatch.setattr(emulator, "run", lambda kernel, *args: (names.append(kernel.name), run(kernel, *args)))
+    names, run = [], emulator._run
+    monkeypatch.setattr(emulator, "_run", lambda packed: (names.append(packed.step.kernel.name), run(packed)))
     return names
 
 

@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_kernels import common, compiler, source
+from cupy_kernels import backend, common, compiler, source
 from cupy_kernels import launch as launch_module
-from cupy_kernels.errors import BackendError
-from cupy_kernels.launch import launch, observed
+from cupy_kernels.errors import BackendError, UnsupportedError
+from cupy_kernels.launch import launch
+from cupy_kernels.plan import Slot, parts, room
 from cupy_kernels.source import Kernel
 from modelnew import calls, checks, functional, interop
 from modelnew.cases import first
 
 DTYPES = [*interop.FLOATS, torch.uint8, torch.int32, torch.int64]
-FILL_TEXT = """#include "common.cuh"
-extern "C" __global__ void fill(float* a, i64 size) {
-    if (threadIdx.x < size) a[threadIdx.x] = threadIdx.x;
+COPY_TEXT = """#include "common.cuh"
+extern "C" __global__ void copy(const float* x, float* y, int size) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size) y[i] = x[i];
 }"""
-FILL = Kernel("fill.cu", "fill")
+COPY = Kernel("copy.cu", "copy")
 SPIN = """#include "common.cuh"
 extern "C" __global__ void spin(float* y, i64 cycles) {
     i64 start = clock64();
@@ -58,7 +60,7 @@ def test_a_kernel_writes_into_the_tensor(device):
 def test_what_was_compiled_together_is_ready(device, monkeypatch):
     text = 'extern "C" __global__ void write(float* y) { y[threadIdx.x] = VALUE; }'
     seen = []
-    monkeypatch.setattr(compiler, "_listeners", [seen.append])
+    monkeypatch.setattr(backend, "_listeners", [seen.append])
     kernels = [Kernel("write.cu", "write", (("VALUE", value),)) for value in (1, 2, 3)]
     y = torch.empty(3, device=device)
     with source.override({"write.cu": text}):
@@ -78,30 +80,51 @@ def test_views_of_tensors_that_require_grad_and_of_empty_ones(device):
     assert shapes == [(2,), (0, 3)]
 
 
-def test_arrays_in_a_workspace(device):
-    layout = interop.Layout({"a": ((3, 5), np.float32), "none": ((0, 2), np.int32), "b": ((7,), np.uint8)})
-    workspace = interop.Workspace.empty(layout, torch.device(device))
-    received, launched = [], []
+def test_arrays_that_share_memory():
+    arrays = {"a": ((3, 5), np.float32), "none": ((0, 2), np.int32), "b": ((7,), np.uint8)}
+    memory = np.zeros(room(arrays), np.uint8)
+    for whole in (memory, Slot(0, memory.shape, np.uint8)):
+        found, end = parts(whole, arrays), common.address(whole)
+        for name, (shape, dtype) in arrays.items():
+            array = found[name]
+            assert (array.shape, array.dtype) == (shape, np.dtype(dtype))
+            assert common.address(array) == end or not array.size
+            end += -(-array.size * array.itemsize // 256) * 256
+        assert end == common.address(whole) + memory.size
 
-    def operation(arrays, size):
-        received.append(arrays)
-        launch(FILL, (1, 1, 1), (32, 1, 1), (arrays["a"], size))
 
-    with source.override({"fill.cu": FILL_TEXT}), observed(lambda *arguments: launched.append(arguments)):
-        calls.run(operation, workspace, 15)
-    (arrays,) = received
-    assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {
-        name: (shape, np.dtype(dtype)) for name, (_, shape, dtype) in layout.places.items()
-    }
-    end = 0
-    for array in arrays.values():
-        assert array.address >= end
-        assert array.address % 256 == 0
-        end = array.address + array.size * array.itemsize
-    assert end <= layout.size
-    (((kernel, _, _, (a, size), _),)) = launched
-    assert (kernel, size, a.shape, common.address(a)) == (FILL, 15, (3, 5), workspace.data_ptr())
-    assert workspace.memory[:60].view(torch.float32).tolist() == list(range(15))
+def test_memory_of_a_call(device, monkeypatch):
+    """Results and workspaces hold what kernels write; a large workspace is given back when no kernel needs it."""
+    monkeypatch.setattr(calls, "_LARGE", 3 * 4096)
+    alive = []
+
+    def operation(new, x, size):
+        small = new.scratch(10, np.float32)
+        first, second = new.scratch((64, 64), np.float32), new.scratch(4096, np.float32)
+        y = new((4096,), np.float32)
+        for read, written in ((x, first), (first, small), (x, second), (second, y)):
+            launch(COPY, (32, 1, 1), (128, 1, 1), (read, written, written.size))
+        return y
+
+    empty = torch.empty_strided
+
+    def watched(*args, **options):
+        alive.append(weakref.ref(tensor := empty(*args, **options)))
+        order.append(sum(ref() is not None for ref in alive))
+        return tensor
+
+    x = torch.randn(4096, device=device)
+    with source.override({"copy.cu": COPY_TEXT}):
+        for _ in range(2):
+            order = []
+            monkeypatch.setattr(torch, "empty_strided", watched)
+            y = calls.call(operation, x, 4096)
+            monkeypatch.undo()
+            monkeypatch.setattr(calls, "_LARGE", 3 * 4096)
+            assert torch.equal(y, x)
+            assert order == [1, 2, 2, 3], order  # first, small; then second and the result
+            del y
+            alive.clear()
 
 
 def test_what_is_no_tensor_passes_unchanged(device):
@@ -239,11 +262,10 @@ def test_workers_of_a_data_loader_that_are_forked():
 def test_which_calls_share_a_plan(device):
     recorded = []
 
-    def operation(x, workspace, number, **options):
-        recorded.append((x, workspace, number, options))
+    def operation(x, number, **options):
+        recorded.append((x, number, options))
 
-    layout = interop.Layout({"a": ((2,), np.float32)})
-    x, workspace = torch.zeros(4, 4, device=device), interop.Workspace.empty(layout, torch.device(device))
+    x = torch.zeros(4, 4, device=device)
     odd = torch.zeros(17, device=device)[1:].view(4, 4)
 
     def made(*args, called=operation, **options):
@@ -252,27 +274,36 @@ def test_which_calls_share_a_plan(device):
         return len(recorded)
 
     with source.override({}):
-        assert made(x, workspace, 2, eps=1.0)
-        assert not made(x.clone(), interop.Workspace(workspace.memory.clone(), layout), 2, eps=-0.0)
-        assert made(x[:2], workspace, 2, eps=1.0)
-        assert made(x.view(2, 8), workspace, 2, eps=1.0)
-        assert made(x.view(torch.int32), workspace, 2, eps=1.0)
-        assert made(odd, workspace, 2, eps=1.0)
-        assert made(x, interop.Workspace(workspace.memory, interop.Layout({})), 2, eps=1.0)
-        assert made(x, workspace, None, eps=1.0)
-        assert made(x, workspace, 2, eps=None)
-        assert made(x, workspace, 2, momentum=1.0)
-        assert made(x, workspace, 2, called=lambda *args, **options: operation(*args, **options), eps=1.0)
+        assert made(x, 2, eps=1.0)
+        assert not made(x.clone(), 2, eps=-0.0)
+        assert made(x[:2], 2, eps=1.0)
+        assert made(x.view(2, 8), 2, eps=1.0)
+        assert made(x.view(torch.int32), 2, eps=1.0)
+        assert made(odd, 2, eps=1.0)
+        assert made(x, None, eps=1.0)
+        assert made(x, 2, eps=None)
+        assert made(x, 2, momentum=1.0)
+        assert made(x, 2, called=lambda *args, **options: operation(*args, **options), eps=1.0)
         with pytest.raises(ValueError, match=r"contiguous tensors, received shape \(4, 4\) with strides \(1, 4\)"):
-            made(x.T, workspace, 2, eps=1.0)
-        assert made(x, workspace, None, like="these", eps=1.0)
-        assert not made(x.clone(), workspace, None, like="these", eps=2.0)
-        assert made(odd, workspace, None, like="these", eps=2.0)
-        assert made(x, workspace, None, like="others", eps=1.0)
+            made(x.T, 2, eps=1.0)
         with source.override({}):  # other kernels may be in force
-            assert made(x, workspace, 2, eps=1.0)
+            assert made(x, 2, eps=1.0)
         with ThreadPoolExecutor(1) as other:  # whose kernels' arguments are its own
-            assert other.submit(made, x, workspace, 2, eps=1.0).result()
+            assert other.submit(made, x, 2, eps=1.0).result()
+
+
+def test_a_refusal_is_remembered(device):
+    asked = []
+
+    def operation(new, x):
+        asked.append(x)
+        raise UnsupportedError("not this")
+
+    with source.override({}):
+        for _ in range(2):
+            with pytest.raises(UnsupportedError, match="not this"):
+                calls.call(operation, torch.zeros(4, device=device))
+    assert len(asked) == 1
 
 
 def test_what_failed_is_tried_again(device):

@@ -10,14 +10,14 @@ from cupy_kernels.source import Kernel
 from cupy_kernels.variants import variants
 from modelnew import ModelNew
 
-CELLS = {"CHUNK_CHANNELS": lambda m: m["CHUNK_CHANNELS"] // 2, "CELL_BYTES": lambda m: 64}
+PACKING = {"CHUNK_CHANNELS": lambda m: m["CHUNK_CHANNELS"] // 2, "LINE_BYTES": lambda m: 64}
 PLANES = {
     "UNITS": lambda m: m["UNITS"] + 1,
     "WINDOW_PITCH": lambda m: m["WINDOW_PITCH"] - 1,
     "PLANE_STRIDE": lambda m: m["PLANE_STRIDE"] // 8 * 4,
 }
 UNIT = {
-    **CELLS,
+    **PACKING,
     **PLANES,
     "THREADS": lambda m: m["THREADS"] + 64,
     "TILE_M": lambda m: m["TILE_M"] * 2,
@@ -30,7 +30,7 @@ MMA = {
     **UNIT,
     "UNIT_PASSES": lambda m: m["UNIT_PASSES"] + 1,
     "BAND_ROWS": lambda m: m["BAND_ROWS"] - 1,
-    "SHARED_BYTES": lambda m: m["SHARED_BYTES"] - (m["IN_W"] + m["GAP"]) * m["CELL_BYTES"],  # a row of the band
+    "SHARED_BYTES": lambda m: m["SHARED_BYTES"] - (m["IN_W"] + m["GAP"]) * m["LINE_BYTES"],  # a row of the band
 }
 WGMMA = {
     **UNIT,
@@ -45,7 +45,7 @@ SIMT = {
     "TILE_K": lambda m: 1,
 }
 WGRAD = {
-    **CELLS,
+    **PACKING,
     "THREADS": lambda m: 320,
     "TILES": lambda m: m["TILES"] - 1,
     "COLUMNS": lambda m: m["COLUMNS"] + 1,
@@ -61,17 +61,17 @@ WRONG = {
     ("conv_transpose_mma.cu", 1): WGMMA,
     ("conv_bn_pool.cu", 0): {name: MMA[name] for name in ("SHARED_BYTES", "THREADS")} | STATISTICS,
     ("conv_bn_pool.cu", 1): {name: WGMMA[name] for name in ("SHARED_BYTES", "THREADS")} | STATISTICS,
-    ("pack_weight_fp16.cu", 0): {**CELLS, "PACKED_WIDTH": UNIT["PACKED_WIDTH"]},
-    ("pack_weight_fp16.cu", 1): {**CELLS, "PACKED_WIDTH": UNIT["PACKED_WIDTH"]},
+    ("pack_weight_fp16.cu", 0): {**PACKING, "PACKED_WIDTH": UNIT["PACKED_WIDTH"]},
+    ("pack_weight_fp16.cu", 1): {**PACKING, "PACKED_WIDTH": UNIT["PACKED_WIDTH"]},
     ("conv_wgrad_mma.cu", 0): WGRAD,
     ("conv_wgrad_mma.cu", 1): {**WGRAD, "TILE_IC": lambda m: 128, "TILES_N": lambda m: m["TILES_N"] // 2},
     ("conv_transpose.cu", None): SIMT,
     ("conv_transpose_wgrad.cu", None): SIMT,
-    ("fp16_cells.cu", None): {**CELLS, "TILE_PIXELS": lambda m: m["TILE_PIXELS"] // 2, "THREADS": lambda m: 320},
+    ("fp16_tiles.cu", None): {**PACKING, "TILE_PIXELS": lambda m: m["TILE_PIXELS"] // 2, "THREADS": lambda m: 320},
     ("pooled_tail.cu", 0): {**PLANES, "PARTS": lambda m: m["PARTS"] - 1},
     ("pooled_tail.cu", 1): PLANES,
     ("pooled_tail_backward.cu", 0): {
-        **CELLS,
+        **PACKING,
         "THREADS": lambda m: 320,
         "TILE": lambda m: m["TILE"] * 2,
         "TILES": lambda m: m["TILES"] - 1,
@@ -100,7 +100,7 @@ def test_a_wrong_value_does_not_compile(file, wgmma, macro):
     wrong = {**macros, macro: WRONG[file, wgmma][macro](macros)}
     assert wrong != macros
     with pytest.raises(KernelCompileError, match=r"static.assert"):
-        emulator.prepare([Kernel(file, source.kernel_names(file)[0], tuple(wrong.items()))])
+        emulator.backend.prepare([Kernel(file, source.kernel_names(file)[0], tuple(wrong.items()))])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

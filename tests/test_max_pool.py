@@ -223,12 +223,12 @@ def test_which_path_runs(device, launched):
     assert fast((1, 2, 6, 8), kernel_size=2, stride=1) == [0, 0]
 
 
-def test_taps_are_written_only_for_a_backward(device, monkeypatch):
+def test_argmax_is_written_only_for_a_backward(device, monkeypatch):
     written = []
 
-    def spy(x, y, taps, *args):
-        written.append(taps is not None)
-        max_pool_forward(x, y, taps, *args)
+    def spy(x, y, argmax, *args):
+        written.append(argmax is not None)
+        max_pool_forward(x, y, argmax, *args)
 
     monkeypatch.setattr("modelnew.functional.max_pool.max_pool_forward", spy)
     x = torch.randn(1, 1, 4, 4, device=device, requires_grad=True)
@@ -299,5 +299,5 @@ def test_host_function_refuses_arrays_that_do_not_fit():
         max_pool_forward(x, x, None, None, *window)
     with pytest.raises(ValueError, match="one shape"):
         max_pool_forward(x, y, torch.zeros(1, 2, 2, 1, dtype=torch.uint8).numpy(), None, *window)
-    with pytest.raises(TypeError, match="taps is int32, the kernel takes uint8"):
+    with pytest.raises(TypeError, match="argmax is int32, the kernel takes uint8"):
         max_pool_forward(x, y, torch.zeros(1, 2, 2, 2, dtype=torch.int32).numpy(), None, *window)

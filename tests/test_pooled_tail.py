@@ -102,11 +102,11 @@ class Tail:
         pooled, index = F.max_pool2d(self.y * sign, 2, return_indices=True)
         row, column = index // width, index % width
         self.pooled = torch.where(sign == 0, self.y[:, :, : height // 2 * 2 : 2, : width // 2 * 2 : 2], pooled * sign)
-        self.taps = torch.where(sign == 0, 0, row % 2 * 2 + column % 2)
+        self.argmax = torch.where(sign == 0, 0, row % 2 * 2 + column % 2)
         self.arrays = {
             "dout": self.dout.to(self.dtype),
             "pooled": self.padded(self.pooled.float(), float("nan")),
-            "taps": self.padded(self.taps.byte(), 99),
+            "argmax": self.padded(self.argmax.byte(), 99),
             "saved": self.padded(saved.unflatten(2, ((height + 1) // 2, -1)), float("nan")),
             "exponents": exponents.int(),
             "unit_exponents": units.int(),
@@ -121,7 +121,7 @@ class Tail:
 
     def padded(self, planes, value):
         """Planes [N, C, rows of windows, windows, ...] in the room that the forward leaves for each."""
-        room = ops.buffers(self.plan, (self.images,), self.groups, True, True)["pooled"][0][2]
+        room = ops.kept_arrays(self.plan, (self.images,), self.groups, True)["pooled"][0][2]
         padded = torch.full((*planes.shape[:2], room, *planes.shape[4:]), value, dtype=planes.dtype)
         macros = dict(self.plan.planes)
         row, column = (t.flatten() for t in torch.meshgrid(*map(torch.arange, planes.shape[2:4]), indexing="ij"))
@@ -158,7 +158,7 @@ class Tail:
         dy = torch.zeros_like(self.y)
         for corner in range(4):
             at = (slice(None), slice(None), slice(corner // 2, g.shape[2] * 2, 2), slice(corner % 2, g.shape[3] * 2, 2))
-            dy[at] = torch.where(self.taps == corner, g, 0)
+            dy[at] = torch.where(self.argmax == corner, g, 0)
         if self.training:
             count = self.y.numel() / self.channels
             mean_g, mean_dot = (s.view(1, -1, 1, 1) / count for s in sums)
@@ -167,14 +167,11 @@ class Tail:
         gradients["conv_bias"] = torch.zeros_like(sums[0]) if self.training else sums[0] * self.weight * self.invstd
         return {"g": g, "sums": sums, "dy": dy * scale, **gradients}
 
-    def compute(self, wanted=("weight", "bias", "group_weight", "group_bias", "conv_bias"), cells=True):
-        """The same by the kernels; dy from cells, or as the general kernels get it."""
+    def compute(self, wanted=("weight", "bias", "group_weight", "group_bias", "conv_bias"), packed=True):
+        """The same by the kernels; dy from packed tiles, or as the general kernels get it."""
         a = self.arrays
         options = {"plan": self.plan, "groups": self.groups, "activation": self.activation}
-        sizes = {
-            **ops.gradient_buffers(self.plan, self.images),
-            **ops.output_gradient_buffers(self.plan, self.images, cells=False, borders=self.training),
-        }
+        sizes = ops.gradient_arrays(self.plan, self.images, packed=False, borders=self.training)
         made = {k: torch.empty(s, dtype=getattr(torch, d.__name__), device=self.device) for k, (s, d) in sizes.items()}
         names = ("dout", "pooled", "mean", "invstd", "weight", "bias", "group_weight", "group_mean", "group_invstd")
         given = (*(a[k] for k in names), made["g"], made["partials"])
@@ -183,13 +180,13 @@ class Tail:
         gradients = {k: torch.empty(self.channels, dtype=self.dtype, device=self.device) for k in wanted}
         given = (made["partials"], a["mean"], a["invstd"], a["weight"], made["sums"], made["dy_exponents"])
         run(ops.parameter_gradients, *given, *map(gradients.get, names), **options, training=self.training)
-        names = ("taps", "saved", "exponents", "unit_exponents", "mean", "invstd", "weight")
+        names = ("argmax", "saved", "exponents", "unit_exponents", "mean", "invstd", "weight")
         given = (made["g"], *(a[k] for k in names), made["sums"] if self.training else None)
-        if cells:
-            dy = torch.empty(ops.output_cells_shape(self.plan, self.images), dtype=torch.float16, device=self.device)
+        if packed:
+            dy = torch.empty(ops.packed_output_shape(self.plan, self.images), dtype=torch.float16, device=self.device)
             borders = made.get("borders")
-            run(ops.conv_output_gradient_cells, *given, made["dy_exponents"], dy, borders, **options)
-            self.cells, dy = dy, self.uncell(dy, made["dy_exponents"])
+            run(ops.conv_output_gradient_packed, *given, made["dy_exponents"], dy, borders, **options)
+            self.packed, dy = dy, self.unpack(dy, made["dy_exponents"])
             if borders is not None:
                 self.borders = borders.double() * torch.exp2(-made["dy_exponents"].min().double())
         else:
@@ -197,27 +194,27 @@ class Tail:
             run(ops.conv_output_gradient, *given, dy, **options)
         return {"g": made["g"], "sums": made["sums"], "dy": dy, "dy_exponents": made["dy_exponents"], **gradients}
 
-    def uncell(self, cells, exponents):
-        """dy in float64 from cells; fails unless the channels that fill the last chunk are zero."""
-        images, chunks, pixels, _ = cells.shape
-        values = cells.double().view(images, chunks, pixels, self.split, 64 // self.split).sum(3)
+    def unpack(self, packed, exponents):
+        """dy in float64 from packed; fails unless the channels that fill the last chunk are zero."""
+        images, chunks, pixels, _ = packed.shape
+        values = packed.double().view(images, chunks, pixels, self.split, 64 // self.split).sum(3)
         values = values.transpose(2, 3).reshape(images, -1, *self.y.shape[2:])
         assert not values[:, self.channels :].any()
         return values[:, : self.channels] * torch.exp2(-exponents.min().double())
 
 
-def check(found, tail, *names, cells=True):
+def check(found, tail, *names, packed=True):
     """Results, where they are finite, beside PyTorch's in float32, rounded to their dtype if that has 16 bits."""
     truth, theirs = tail.truth(), tail.in_float32()
     for name in names:
-        rounds = cells and name == "dy" and tail.split == 1  # what TF32 does to an operand of dgrad and wgrad
+        rounds = packed and name == "dy" and tail.split == 1  # what TF32 does to an operand of dgrad and wgrad
         reference = parity.tf32_rounded(theirs[name]) if rounds else theirs[name]
         actual = found[name].cpu()
         actual = actual.float() if actual.dtype == torch.float64 else actual
         finite = truth[name].isfinite()
         assert torch.equal(actual.isfinite(), finite), name
         results = (actual, truth[name], reference.to(actual.dtype))
-        tolerance.check(*(t[finite] for t in results), f"{name}, cells {cells}")
+        tolerance.check(*(t[finite] for t in results), f"{name}, packed {packed}")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -227,15 +224,15 @@ def check(found, tail, *names, cells=True):
 def test_every_step_against_float64(device, shape, split, training, activation):
     tail = Tail(shape, split, device, training, activation=activation)
     names = [name for name in tail.truth() if name != "conv_bias" or not training]
-    for cells in (True, False):
-        found = tail.compute(cells=cells)
+    for packed in (True, False):
+        found = tail.compute(packed=packed)
         assert found["conv_bias"].any() != training
-        check(found, tail, *names, cells=cells)
+        check(found, tail, *names, packed=packed)
 
 
 # A kernel's size and padding: edges at all sides, two of both kinds of windows, none, more than half of the image.
 BORDERS = {
-    "mission": ((5, 5), (1, 1)),
+    "reference": ((5, 5), (1, 1)),
     "three_and_six": ((3, 6), (2, 1)),
     "no_edges": ((3, 1), (2, 0)),
     "all_edges": ((6, 5), (0, 0)),
@@ -291,7 +288,7 @@ def test_scaled_incoming_gradients_neither_vanish_nor_overflow(device, split, fa
     for change in (scaled, scaled_channel):
         tail = Tail(SHAPES["even"], split, device, change=change)
         found = tail.compute()
-        assert tail.cells.abs().max() > 8  # nor is half of fp16's range left unused: the bound is that close
+        assert tail.packed.abs().max() > 8  # nor is half of fp16's range left unused: the bound is that close
         check(found, tail, "g", "sums", "dy", "weight", "group_weight")
 
 
@@ -366,10 +363,10 @@ def test_only_wanted_gradients_are_written(device):
 @pytest.mark.parametrize("split", SPLITS)
 def test_two_runs_are_bit_equal(device, split):
     tail = Tail(SHAPES["not_resident"], split, device)
-    first, cells = tail.compute(), tail.cells
+    first, packed = tail.compute(), tail.packed
     second = tail.compute()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert torch.equal(cells, tail.cells)
+    assert torch.equal(packed, tail.packed)
 
 
 TANH = """#include "tanh_branchless.cuh"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cupy_kernels
-from cupy_kernels import compiler, nvrtc, source, tinker
+from cupy_kernels import backend, nvrtc, source, tinker
 from cupy_kernels.errors import BackendError, KernelCompileError
 from modelnew import ModelNew
 from modelnew.functional import tanh
@@ -34,8 +34,8 @@ def nothing_stays_edited():
 def compiled(monkeypatch):
     """Kernels that were compiled, or loaded from the disk cache."""
     seen = []
-    monkeypatch.setattr(compiler, "_listeners", [])
-    compiler.on_compile(seen.append)
+    monkeypatch.setattr(backend, "_listeners", [])
+    backend.on_compile(seen.append)
     return seen
 
 
@@ -54,7 +54,7 @@ def test_kernels_are_listed():
     assert "const scalar_t* x" in repr(cupy_kernels.kernels("tanh_forward"))
     assert "WIDTH: 1, 4, 2, 8" in repr(cupy_kernels.kernels("tanh_forward"))
     (row,) = cupy_kernels.kernels("pack_weight_fp16")
-    assert row.macros == "scalar_t acc_t WGMMA SPLIT CHUNK_CHANNELS CELL_BYTES FLIP and 5 of the shape"
+    assert row.macros == "scalar_t acc_t WGMMA SPLIT CHUNK_CHANNELS LINE_BYTES FLIP and 5 of the shape"
     of_header = cupy_kernels.kernels("tanh.cuh")
     assert {row.file for row in of_header} == set(tinker.files_with("tanh.cuh"))
     assert "const scalar_t* x" not in repr(of_header)

@@ -156,7 +156,7 @@ def test_tf32_is_refused_in_the_float32_class(device):
 
 
 def test_float32_arithmetic_is_refused_in_float64(device):
-    case = test_conv_transpose.CASES["mission"]
+    case = test_conv_transpose.CASES["reference"]
     inputs = test_conv_transpose.tensors(case, device, torch.float64)
     test_conv_transpose.check_case(case, inputs)
     with (

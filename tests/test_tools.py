@@ -20,7 +20,7 @@ from modelnew import ModelNew, explain, functional, layers
 from modelnew.untraced import untraced
 
 FUSED = (16, 32, 3, 1, 1, 1, 4)  # a model that the fused kernels take
-RECORDED = r"runs kernels that .* does not see.*replace=\(\)"
+RECORDED = r"does not see the kernels that this call runs.*replace=\(\)"
 
 
 def conv(library, device):
@@ -220,10 +220,8 @@ CALLS = {
 @pytest.mark.parametrize("operator", CALLS)
 @pytest.mark.parametrize("recorder", RECORDERS)
 def test_recorders_get_an_error(recorder, operator, launched):
-    with pytest.raises(RuntimeError, match=RECORDED) as refusal:
+    with pytest.raises(RuntimeError, match=RECORDED):
         RECORDERS[recorder](CALLS[operator], torch.randn(2, 16, 6, 6))
-    # Some have hooks for all modules, for which ModelNew is not fused.
-    assert str(refusal.value).startswith(("conv_bn_", "conv_transpose2d") if "conv" in operator else operator)
     assert not launched
 
 

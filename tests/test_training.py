@@ -90,7 +90,7 @@ def test_every_step_and_seed_is_judged(launched):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu(tmp_path):
-    """The mission's model, from 5 seeds. 64 images: for fewer cuDNN uses no TF32."""
+    """The reference model, from 5 seeds. 64 images: for fewer cuDNN uses no TF32."""
     code, text = invoke("--device", "cuda", "--steps", 300, "--batch", 64, "--output", tmp_path)
     assert code == 0, text
     record = json.loads((tmp_path / f"training_{environment.slug()}.json").read_text())

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from cupy_kernels import conv_transpose
 from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_architecture
 from cupy_kernels.source import Kernel, Variant, expanded, signature
 from modelnew.functional.batch_norm import BatchNorm2d
 from modelnew.functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
 from modelnew.functional.conv_transpose import ConvTranspose2d
 from modelnew.functional.group_norm import GroupNorm
-from modelnew.interop import Workspace, launching_on, one_device, view
+from modelnew.interop import TORCH, launching_on, one_device, view
 from modelnew.numerics import required_plan
 
 KERNELS: dict[str, str] = {}  # file name: text
@@ -41,19 +40,16 @@ def cupy():
     return cupy
 
 
-def compile_together(kernels, device) -> None:
-    """Nothing: the first launch of a kernel compiles it."""
-
-
 @functools.cache
-def module(file: str, defines, device: int):
+def module(variant: Variant, device: int):
     """The compiled text of a file, kept on disk by CuPy, unless it is for what CuPy does not compile for."""
-    options, nvrtc = (STANDARD, *(f"-D{name}={value}" for name, value in defines)), cupy().cuda.nvrtc
+    options, nvrtc = (STANDARD, *(f"-D{name}={value}" for name, value in variant.defines)), cupy().cuda.nvrtc
+    text = expanded(variant.file)
     capability = cupy().cuda.Device(device).compute_capability
-    architecture = Variant(file, defines).architecture or ptx_architecture(capability, nvrtc.getSupportedArchs())
+    architecture = variant.architecture or ptx_architecture(capability, nvrtc.getSupportedArchs())
     if not architecture:
-        return cupy().RawModule(code=expanded(file), options=options)
-    program = nvrtc.createProgram(expanded(file), file, (), ())
+        return cupy().RawModule(code=text, options=options)
+    program = nvrtc.createProgram(text, variant.file, (), ())
     nvrtc.compileProgram(program, (*options, "-ftz=true", f"-arch={architecture}"))
     with tempfile.NamedTemporaryFile() as code:
         code.write(nvrtc.getPTX(program) if architecture.startswith("compute_") else nvrtc.getCUBIN(program))
@@ -66,7 +62,7 @@ def module(file: str, defines, device: int):
 @functools.cache
 def function(kernel: Kernel, device: int, shared_bytes: int):
     """A compiled kernel on one device that may have this much shared memory."""
-    found = module(kernel.file, kernel.defines, device).get_function(kernel.name)
+    found = module(kernel.variant, device).get_function(kernel.name)
     if shared_bytes > 48 * 1024:
         found.max_dynamic_shared_size_bytes = shared_bytes
     return found
@@ -84,35 +80,35 @@ def _differentiable_gradients(*_):
     raise RuntimeError("the kernels in this file compute first derivatives: call backward without create_graph")
 
 
-def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
-    """(dx, dw, None) by the general kernels, for GPUs whose shared memory is too small for the others."""
-    need_x, need_w, _ = needed
-    dx, dw = x.new_empty(x_shape) if need_x else None, w.new_empty(w_shape) if need_w else None
-    if need_x:
-        packed = w.new_empty(conv_transpose.packed_weight_size(w_shape), dtype=torch.float32)
-        run(conv_transpose.conv_transpose_dgrad, dy, w, dx, packed, geometry)
-    if need_w:
-        size = conv_transpose.wgrad_workspace_size(x_shape, w_shape, geometry, False)
-        run(conv_transpose.conv_transpose_wgrad, x, dy, dw, w.new_empty(size, dtype=torch.float32), geometry)
-    return dx, dw, None
+class New:
+    """Makes the arrays of a call, in torch's memory."""
+
+    def __init__(self, device):
+        self.device, self.tensors = device, {}
+
+    def __call__(self, shape, dtype):
+        """An array of which `call` returns the tensor."""
+        tensor = torch.empty(shape, dtype=TORCH[np.dtype(dtype)], device=self.device)
+        array = view(tensor)
+        self.tensors[id(array)] = array, tensor
+        return array
+
+    scratch = __call__
+
+    def like(self, array):
+        """An array of another's shape and dtype; None for None."""
+        return None if array is None else self(array.shape, array.dtype)
 
 
-def run(operation, *args, like=None, **options) -> None:
-    """operation(*args, **options), with arrays in place of tensors. `like` has no meaning here."""
-    with launching_on(one_device(args)):
-        operation(*map(_array, args), **options)
-
-
-def _array(arg):
-    if isinstance(arg, torch.Tensor):
-        return view(arg)
-    if not isinstance(arg, Workspace):
-        return arg
-    memory, places = view(arg.memory), arg.layout.places.items()
-    if isinstance(memory, np.ndarray):
-        return {name: np.ndarray(shape, dtype, memory, offset) for name, (offset, shape, dtype) in places}
-    make, start = cupy().ndarray, memory.data
-    return {name: make(shape, dtype, start + offset) for name, (offset, shape, dtype) in places}
+def call(operation, *args, check=None, **options):
+    """operation(new, *args, **options) with arrays in place of tensors, and tensors in place of what it returns."""
+    if check is not None:
+        check()
+    device = one_device(args)
+    new = New(device)
+    with launching_on(device):
+        results = operation(new, *[view(a) if isinstance(a, torch.Tensor) else a for a in args], **options)
+    return tuple(None if array is None else new.tensors[id(array)][1] for array in results)
 
 
 @functools.cache

@@ -27,9 +27,7 @@ REPLACED = (
     "cupy_kernels.compiler.cupy",
     "cupy_kernels.source.text",
     "modelnew.functional.conv_bn_pool._differentiable_gradients",
-    "modelnew.functional.conv_transpose.conv_gradients",
-    "modelnew.interop.compile_together",
-    "modelnew.calls.run",
+    "modelnew.calls.call",
     "modelnew.numerics.plan_or_reason",
     "modelnew.numerics.uses_wgmma",
 )
@@ -233,7 +231,12 @@ def _dict(files) -> str:
 
 def _sorted_imports(imports) -> list[str]:
     ours = ("torch", "numpy", "cupy")
-    imports = sorted(imports, key=lambda text: (text.startswith("from"), text))
+    names = {}
+    for text in sorted(imports):
+        module, _, name = text.partition(" import ")
+        names.setdefault(module, []).extend([name] if name else [])
+    imports = [f"{module} import {', '.join(found)}" if found else module for module, found in names.items()]
+    imports.sort(key=lambda text: (text.startswith("from"), text))
     groups = [[i for i in imports if (i.split()[1].split(".")[0] in ours) == other] for other in (False, True)]
     return [*groups[0], "", *groups[1]]
 

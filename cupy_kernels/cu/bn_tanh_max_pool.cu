@@ -7,7 +7,7 @@
 // both sums run over pooled values alone; with given (running) statistics, dx = weight invstd scatter(g).
 //
 // Threads: see for_places in pool.cuh; a place is a window in the forward and the sums, SITE x SITE pixels in the
-// backward. Saved: y, taps, and with batch norm x, mean, invstd. Macros: HAS_BN, and those of pool.cuh. Planes are
+// backward. Saved: y, argmax, and with batch norm x, mean, invstd. Macros: HAS_BN, and those of pool.cuh. Planes are
 // numbered image * channels + channel, and period is a multiple of channels.
 #include "batch_norm.cuh"
 #include "pool.cuh"
@@ -17,11 +17,11 @@ enum { IS_DOUBLE = sizeof(acc_t) == 8 };  // in launch bounds: without them ptxa
 
 __device__ inline acc_t gradient_of(acc_t dy, scalar_t y) { return dy * tanh_slope(to_acc(y)); }
 
-// taps may be null.
+// argmax may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 5) bn_tanh_max_pool_forward(
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
     const acc_t* __restrict__ weight, const acc_t* __restrict__ bias, scalar_t* __restrict__ y,
-    tap_t* __restrict__ taps, int channels, int planes, int period, int planes_per_block, int height, int width,
+    argmax_t* __restrict__ argmax, int channels, int planes, int period, int planes_per_block, int height, int width,
     int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w,
     int dilation_h, int dilation_w) {
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 5) bn_tanh
                 return to_acc(from_acc<scalar_t>(tanh_of(v)));
             });
             y[o] = from_acc<scalar_t>(best.value);
-            if (taps) taps[o] = best.tap;
+            if (argmax) argmax[o] = best.tap;
         }
     });
 }
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 5) bn_tanh
 // group of images_per_block images out of the first `period`, and the images that are a multiple of period behind
 // these.
 extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh_max_pool_backward_partials(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, const tap_t* __restrict__ taps,
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, const argmax_t* __restrict__ argmax,
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
     double* __restrict__ partials, int channels, int images, int period, int images_per_block, int height, int width,
     int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w,
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh
             for (int i = 0; i < ITEMS; i++) {
                 i64 plane = item_plane(image, i, period, images) * channels + channel;
                 i64 o = plane * (out_height * out_width) + row * out_width + column;
-                Pixel pixel = pixel_under(p, row, column, taps[o]);
+                Pixel pixel = pixel_under(p, row, column, argmax[o]);
                 bool inside = pixel.h < height && pixel.w < width;
                 i64 at = plane * (height * width) + (inside ? pixel.h * width + pixel.w : 0);
                 g[i] = inside ? gradient_of(to_acc(dy[o]) * unit, y[o]) : (acc_t)0;
@@ -108,7 +108,7 @@ __device__ inline acc_t mean_of(double sum, acc_t inverse_count) {
 // sums [2][channels]: of g and of g xhat over the batch, where its own statistics were applied; null where given ones
 // were, or without batch norm: then x is not read.
 extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh_max_pool_backward(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, const tap_t* __restrict__ taps,
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, const argmax_t* __restrict__ argmax,
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
     const acc_t* __restrict__ weight, const double* __restrict__ sums, scalar_t* __restrict__ dx, acc_t inverse_count,
     int channels, int planes, int period, int planes_per_block, int height, int width, int out_height, int out_width,
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             i64 from = item_plane(plane, i, period, planes), outputs = from * (out_height * out_width);
-            gathered[i] = gather(p, taps + outputs, row, column, [&](int o) {
+            gathered[i] = gather(p, argmax + outputs, row, column, [&](int o) {
                 return gradient_of(to_acc(dy[outputs + o]), y[outputs + o]);
             });
             #pragma unroll

@@ -24,7 +24,7 @@
 #include "batch_norm.cuh"
 #include "pooled_planes.cuh"
 #include "async_copy.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 #if WGMMA
 #include "conv_wgmma.cuh"
 enum { ONE_PASS = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W <= 4 * MOST_TILES * WARPGROUPS_N };

@@ -7,7 +7,7 @@
 //
 // Implicit GEMM: channels m are rows, pixels are columns, the sum runs over chunks of input channels and taps. A block
 // owns one unit: TILE_M channels and UNIT_PASSES passes of TILE_N pixels of one image. The rows of x that it needs (the
-// band) lie in shared memory as fp16 cells [row][column][64 halves]; every tap reads them shifted, by ldmatrix. Weights
+// band) lie in shared memory as packed fp16 tiles [row][column][64 halves]; every tap reads them shifted, by ldmatrix. Weights
 // stream through a ring of STAGES cp.async stages, one tap of one chunk each. Each warp owns 64 channels x 8 WARP_TILES
 // pixels. An epilogue, the kernel's own, takes the sums of each pass.
 //
@@ -15,15 +15,15 @@
 // a lane's accumulators are whole windows. ADJACENT 1: the windows of a lane are neighbours, for wide stores; 0: those
 // of four lanes are.
 //
-// Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right
-// border. The order of a cell's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in
+// Lines: a zero row comes first, rows outside the image read it; GAP zero lines between rows serve as left and right
+// border. The order of a line's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in
 // different banks.
 //
-// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already
-// (fp16_cells.cu).
+// x is a tensor of scalar_t, converted on the way to shared memory, or with X_PACKED 1 it is packed already
+// (fp16_tiles.cu).
 //
-// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W) and fp16_cells.cuh, scalar_t (float, half_t, bf16_t),
-// CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W,
+// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W) and fp16_tiles.cuh, scalar_t (float, half_t, bf16_t),
+// X_PACKED, input_t (scalar_t, half_t for lines), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W,
 // KERNEL_H, KERNEL_W, PAD_H, PAD_W, WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
 // GAP, RESIDENT (1: all chunks of the band stay in shared memory, 0: each pass loads one after the other), STAGES,
 // TILE_M, THREADS, PARTS_N (warps that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with
@@ -38,19 +38,19 @@
 #define PAIRS (WARP_TILES / 2)  // of tiles, the upper and lower rows of four windows
 #define TILE_N (8 * WARP_TILES * WARPS_N)
 #define PITCH (IN_W + GAP)
-#define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
+#define BAND_LINES (GAP + (BAND_ROWS + 1) * PITCH)
 #define PASS_WINDOWS (TILE_N / 4)
 // Pairs that an image's last windows need; SPLIT 1's units of one pass do not care.
 #define LAST_PAIRS \
     (UNIT_PASSES == 1 && SPLIT == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
 
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 #include "mma.cuh"
 
 #define SLICES_AT_ONCE (THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
 // Of 16 channels; those past IN_CHANNELS are zero.
 #define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)
-enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
+enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_LINES * LINE_BYTES };
 // Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are
 // loaded once, under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
 enum { GUESS = 10, SLACK = 6 };
@@ -59,7 +59,7 @@ static_assert(
     THREADS == 32 * WARPS_M * WARPS_N && TILE_M == 64 * WARPS_M && PARTS_N == WARPS_N, "a warp has 64 channels");
 static_assert(UNIT_WINDOWS == UNIT_PASSES * PASS_WINDOWS, "a unit is its passes");
 static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
-static_assert(PACKED_WIDTH == CHUNKS * CELL_BYTES / 2, "weights are packed in cells");
+static_assert(PACKED_WIDTH == CHUNKS * LINE_BYTES / 2, "weights are packed in lines");
 
 #if SPLIT == 2 && !defined(CUPY_KERNELS_EMULATOR)
 typedef unsigned Row;  // of ldmatrix: an address in shared memory, in one register, of which SPLIT 2 has none to spare
@@ -114,7 +114,7 @@ struct Place {
     __device__ int first_row() const { return 0; }
 };
 
-// Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without
+// Order of a band line's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without
 // a gap.
 __device__ inline int band_key(int row, int column) {
     unsigned place = row * WINDOWS_W + column;
@@ -150,24 +150,24 @@ struct Unit {
     }
 };
 
-// Zeros in the cells that hold no pixel: the zero row, and the borders.
-__device__ inline void clear_border(u8* cells) {
+// Zeros in the lines that hold no pixel: the zero row, and the borders.
+__device__ inline void clear_border(u8* lines) {
     enum { ZERO_ROW = PITCH + GAP, COUNT = (ZERO_ROW + BAND_ROWS * GAP) * 8, BORDER = GAP ? GAP : 1 };
     for (int i = threadIdx.x; i < COUNT; i += THREADS) {
         int at = i / 8, right = at - ZERO_ROW;
-        int cell = right < 0 ? at : (right / BORDER + 1) * PITCH + GAP + IN_W + right % BORDER;
-        *(uint4*)(cells + cell_offset(cell, i % 8)) = make_uint4(0, 0, 0, 0);
+        int line = right < 0 ? at : (right / BORDER + 1) * PITCH + GAP + IN_W + right % BORDER;
+        *(uint4*)(lines + line_offset(line, i % 8)) = make_uint4(0, 0, 0, 0);
     }
 }
 
-#if CELLS
+#if X_PACKED
 // Copies chunk `chunk` of a unit's rows, asynchronously. `source`: row first_row of chunk 0.
-__device__ inline void copy_band(const half_t* source, const Unit& unit, u8* cells, int chunk) {
-    source += (i64)chunk * IN_H * IN_W * (CELL_BYTES / 2);
+__device__ inline void copy_band(const half_t* source, const Unit& unit, u8* lines, int chunk) {
+    source += (i64)chunk * IN_H * IN_W * (LINE_BYTES / 2);
     for (int i = threadIdx.x; i < (unit.last_row - unit.first_row) * IN_W * 8; i += THREADS) {
         int row = i / 8 / IN_W, column = i / 8 % IN_W + GAP;
         cp_async_16(
-            cells + cell_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)),
+            lines + line_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)),
             source + i * 8, true);
     }
     cp_async_commit();
@@ -193,9 +193,9 @@ __device__ inline int band_exponent(const scalar_t* source, const Unit& unit, un
     return scale_exponent(block_max(largest, scratch));
 }
 
-// Brings chunk `chunk` of a unit's rows into cells, scaled; `largest` grows to their largest finite magnitude.
+// Brings chunk `chunk` of a unit's rows into lines, scaled; `largest` grows to their largest finite magnitude.
 __device__ inline void load_band(
-    const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
+    const scalar_t* source, const Unit& unit, u8* lines, int chunk, float scale, unsigned& largest) {
     // Not resident, the sums hold the registers; SPLIT 2 has room where its fragments will be.
     enum { BATCH = RESIDENT ? 8 : SPLIT == 2 ? 4 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };
     // Lanes take 32 pixels in such an order that eight at a time write to different banks.
@@ -222,8 +222,8 @@ __device__ inline void load_band(
                 v[b][j] = multiply_unflushed(v[b][j], scale);
             }
             if (i < COUNT)
-                store_cell(
-                    cells, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b],
+                store_line(
+                    lines, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b],
                     band_key(unit.first_row + row, column));
         }
     }
@@ -238,7 +238,7 @@ __device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_ro
     for (int slice = 0; slice < SLICES; slice++) {
         unsigned a[4][4], b[4];
         #pragma unroll
-        for (int i = 0; i < 4; i++) ldmatrix_x4(a[i], other_part(a_row + i * 16 * CELL_BYTES, slice * 2));
+        for (int i = 0; i < 4; i++) ldmatrix_x4(a[i], other_part(a_row + i * 16 * LINE_BYTES, slice * 2));
         #pragma unroll
         for (int j = 0; j < PAIRS; j++) {
             if (j >= pairs) continue;
@@ -262,7 +262,7 @@ __device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_ro
     };
     Parts a[4], b;
     #pragma unroll
-    for (int i = 0; i < 4; i++) load(a[i], a_row + i * 16 * CELL_BYTES);
+    for (int i = 0; i < 4; i++) load(a[i], a_row + i * 16 * LINE_BYTES);
     #pragma unroll
     for (int j = 0; j < PAIRS; j++) {
         if (j >= pairs) continue;
@@ -286,18 +286,18 @@ __device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_ro
 #endif
 }
 
-// The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them.
+// The convolution of one unit. x_exponents: of lines, `x_exponent_count` of them.
 template <class Epilogue>
 __device__ inline void convolve(
     const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
     Epilogue& epilogue) {
     u8* ring = shared + RING_OFFSET;
-    auto band_of = [&](int chunk) { return shared + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES; };
+    auto band_of = [&](int chunk) { return shared + (RESIDENT ? chunk : 0) * BAND_LINES * LINE_BYTES; };
     for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(chunk));
     int lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
     Unit unit(blockIdx.x);
-#if CELLS
-    const input_t* source = x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (CELL_BYTES / 2);
+#if X_PACKED
+    const input_t* source = x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2);
     auto bring_band = [&](int chunk) { copy_band(source, unit, band_of(chunk), chunk); };
     if (RESIDENT)
         for (int chunk = 0; chunk < CHUNKS; chunk++) bring_band(chunk);
@@ -332,7 +332,7 @@ __device__ inline void convolve(
     };
     for (int i = 0; i < STAGES - 1; i++) fetch(i * STAGE_BYTES);
 
-#if CELLS
+#if X_PACKED
     int exponent = smallest_exponent(x_exponents, x_exponent_count, scratch);
 #else
     if (!RESIDENT) exponent = band_exponent(source, unit, scratch);
@@ -360,22 +360,22 @@ __device__ inline void convolve(
             if (!RESIDENT) {
                 __syncthreads();
                 bring_band(chunk);
-                if (CELLS) cp_async_wait<0>();
+                if (X_PACKED) cp_async_wait<0>();
                 __syncthreads();
             }
-            Row chunk_cells = row_at(band_of(chunk)), a_row, b_row[PAIRS];
+            Row chunk_lines = row_at(band_of(chunk)), a_row, b_row[PAIRS];
             // Called when the last tap's fragments are loaded: its stage is free once all warps are here.
             auto turn_to = [&](int kh, int kw) __attribute__((always_inline)) {
                 cp_async_wait<STAGES - 2>();
                 __syncthreads();
                 fetch(stage ? stage - STAGE_BYTES : (STAGES - 1) * STAGE_BYTES);
-                a_row = row_at(ring) + stage + cell_offset(warp_m * 64 + lane % 16, lane / 16);
+                a_row = row_at(ring) + stage + line_offset(warp_m * 64 + lane % 16, lane / 16);
                 stage = stage + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
                 #pragma unroll
                 for (int j = 0; j < PAIRS; j++) {
                     int ih = row_of[j] - kh, column = column_of[j] - kw;
-                    int row_cell = ih >= 0 && ih < unit.last_row ? (ih - unit.first_row + 1) * PITCH : 0;
-                    b_row[j] = chunk_cells + cell_offset(row_cell + column, lane / 8 % 2, band_key(ih, column));
+                    int row_line = ih >= 0 && ih < unit.last_row ? (ih - unit.first_row + 1) * PITCH : 0;
+                    b_row[j] = chunk_lines + line_offset(row_line + column, lane / 8 % 2, band_key(ih, column));
                 }
             };
             for (int kh = 0; kh < KERNEL_H; kh++) {

@@ -6,7 +6,7 @@
 #include "common.cuh"
 #include "pooled_planes.cuh"
 #include "async_copy.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 #if WGMMA
 #include "conv_wgmma.cuh"
 enum { STORED_WINDOWS = MOST_TILES };  // of LANE_WINDOWS

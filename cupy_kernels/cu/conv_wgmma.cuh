@@ -3,10 +3,10 @@
 //
 // A block owns one unit: TILE_M channels and UNIT_ROWS rows of 2x2 windows of one image. The rows of x that it needs
 // (the band) lie in shared memory as fp16, 8 channels after 8 channels (GROUPS_K groups; with SPLIT 2 as many with the
-// rests of fp16_cells.cuh follow), the even rows of x before the odd ones, rows outside the image as zeros. Between two
+// rests of fp16_tiles.cuh follow), the even rows of x before the odd ones, rows outside the image as zeros. Between two
 // rows lie PITCH - IN_W zeros, right border of one and left border of the next; rows of y fit in a pitch, too. In this
 // order a tap is a shift: the pixels of the upper (or lower) rows of neighbouring windows, row after row of them, read
-// neighbouring cells, whatever the tap. So a pass takes 4 TILES neighbouring windows a warpgroup, some of which lie
+// neighbouring lines, whatever the tap. So a pass takes 4 TILES neighbouring windows a warpgroup, some of which lie
 // between two rows and are not valid: WINDOW_PITCH a row, of which WINDOWS_W are.
 //
 // Weights stream through a ring of STAGES cp.async stages, each 32 channels of a tap (with SPLIT 2 their values, then
@@ -17,10 +17,10 @@
 // they start from zero every STEPS_AT_ONCE steps, with the small products first, and ordinary additions add up what
 // comes out: one warpgroup adds while the tensor cores work for the other.
 //
-// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already
-// (fp16_cells.cu).
+// x is a tensor of scalar_t, converted on the way to shared memory, or with X_PACKED 1 it is packed already
+// (fp16_tiles.cu).
 //
-// Macros: those of pooled_planes.cuh and fp16_cells.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells),
+// Macros: those of pooled_planes.cuh and fp16_tiles.cuh, scalar_t, X_PACKED, input_t (scalar_t, half_t for lines),
 // IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W,
 // WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles of 8 pixels of a warpgroup in a pass, and in the
 // last of a unit if that has no room in TILES, or needs no more), STAGES, GAP, ALONG (bytes from 8 channels to the next
@@ -29,7 +29,7 @@
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 #include "pooled_planes.cuh"
 #include "wgmma.cuh"
 
@@ -48,7 +48,7 @@ enum { LOW = PAD_H - (KERNEL_H - 1), HIGH = 2 * UNIT_ROWS - 1 + PAD_H };
 __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; }
 __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - first_of(parity) + 1; }
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
-enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_CELLS = GAP + BAND_ROWS * PITCH };
+enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_LINES = GAP + BAND_ROWS * PITCH };
 enum {
     RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128,
     EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES
@@ -61,7 +61,7 @@ static_assert(
     GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W && PITCH >= IN_W + GAP && PITCH >= OUT_W,
     "a tap left or right of the image reads the gap");
 static_assert(
-    ALONG >= BAND_CELLS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same cell in different banks");
+    ALONG >= BAND_LINES * 16 && ALONG % 128 == 16, "eight times 8 channels have the same line in different banks");
 static_assert(PACKED_WIDTH == STEPS_K * 32 * SPLIT, "weights are packed in steps");
 enum { GUESS = 10, SLACK = 6, ROOM = 3 };  // see conv_mma.cuh; ROOM: for larger values than those seen
 
@@ -115,49 +115,49 @@ struct Place {
     __device__ int sixteen(int t) const { return unit_place + first + t * 4; }
 };
 
-// Zeros in the cells that hold no pixel.
-__device__ inline void clear_border(u8* cells, const Unit& unit) {
-    for (int cell = threadIdx.x; cell < BAND_CELLS; cell += THREADS) {
-        int row = (cell - GAP + PITCH) / PITCH - 1, column = (cell - GAP + PITCH) % PITCH, parity = row >= rows_of(0);
+// Zeros in the lines that hold no pixel.
+__device__ inline void clear_border(u8* lines, const Unit& unit) {
+    for (int line = threadIdx.x; line < BAND_LINES; line += THREADS) {
+        int row = (line - GAP + PITCH) / PITCH - 1, column = (line - GAP + PITCH) % PITCH, parity = row >= rows_of(0);
         int ih = 2 * (row - parity * rows_of(0) + first_of(parity) + unit.first_row) + parity;
         if (row >= 0 && column < IN_W && ih >= 0 && ih < IN_H) continue;
         #pragma unroll
         for (int group = 0; group < GROUPS_K * SPLIT; group++)
-            *(uint4*)(cells + group * ALONG + cell * 16) = make_uint4(0, 0, 0, 0);
+            *(uint4*)(lines + group * ALONG + line * 16) = make_uint4(0, 0, 0, 0);
     }
 }
 
-// The rows of x that a unit needs, brought into cells: those of the first pass by begin(), those of each next pass by
+// The rows of x that a unit needs, brought into lines: those of the first pass by begin(), those of each next pass by
 // advance() between follow() and the end of the pass before it. `exponent` is that of their scale.
-#if CELLS
-// x is cells: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next
+#if X_PACKED
+// x is packed: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next
 // ones behind those.
 struct Band {
     enum { AHEAD = 2 * TAPS >= STAGES };
     const half_t* source;
-    u8* cells;
+    u8* lines;
     const int* exponents;
     int exponent_count, first, end, row, exponent;
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* cells)
-        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (CELL_BYTES / 2))), cells(cells), exponents(exponents),
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* lines)
+        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (LINE_BYTES / 2))), lines(lines), exponents(exponents),
           exponent_count(exponent_count), first(max(0, 2 * unit.first_row + LOW)),
           end(min(IN_H, 2 * unit.first_row + HIGH + 1)), row(2 * unit.first_row), exponent(0) {
         for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
         cp_async_commit();
     }
-    // Eight lanes take one part of eight cells, which are neighbours in shared memory, where writes to eight places
-    // could take turns. Four times eight lanes read half of each of these cells.
+    // Eight lanes take one part of eight lines, which are neighbours in shared memory, where writes to eight places
+    // could take turns. Four times eight lanes read half of each of these lines.
     __device__ void copy(int chunk) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
-        const half_t* from = source + (chunk * IN_H + first) * IN_W * (CELL_BYTES / 2);
+        const half_t* from = source + (chunk * IN_H + first) * IN_W * (LINE_BYTES / 2);
         int pixels = (end - first) * IN_W;
         for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS) {
             int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8, group = chunk * GROUPS + part % GROUPS,
                 rest = part / GROUPS * GROUPS_K;
-            u8* cell = cells + (GAP + band_row(first + pixel / IN_W - row) * PITCH + pixel % IN_W) * 16;
+            u8* line = lines + (GAP + band_row(first + pixel / IN_W - row) * PITCH + pixel % IN_W) * 16;
             if (pixel < pixels && group < GROUPS_K)
-                cp_async_16(cell + (group + rest) * ALONG, from + pixel * (CELL_BYTES / 2) + part * 8, true);
+                cp_async_16(line + (group + rest) * ALONG, from + pixel * (LINE_BYTES / 2) + part * 8, true);
         }
     }
     // At the first step of 64 channels, with that step's weights: brings the next ones.
@@ -193,15 +193,15 @@ struct Band {
     };
     const scalar_t* source;  // the image
     const Unit& unit;
-    u8* cells;
+    u8* lines;
     int exponent, attempts;
     unsigned largest;  // finite magnitude
     // Of the rows for the next pass; the thread's next octet of them, which is in v.
     int first_pixel, pixels, group, pixel;
     float v[8];
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* cells)
-        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), cells(cells), exponent(GUESS), attempts(0) {
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* lines)
+        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), lines(lines), exponent(GUESS), attempts(0) {
     }
 
     // Where the rows end that the first `passes` passes need.
@@ -220,10 +220,10 @@ struct Band {
             largest = max(largest, finite_magnitude(v[j]));
             v[j] = multiply_unflushed(v[j], power_of_two(exponent));
         }
-        u8* cell =
-            cells + group * ALONG + (GAP + band_row(pixel / IN_W - 2 * unit.first_row) * PITCH + pixel % IN_W) * 16;
+        u8* line =
+            lines + group * ALONG + (GAP + band_row(pixel / IN_W - 2 * unit.first_row) * PITCH + pixel % IN_W) * 16;
         #pragma unroll
-        for (int part = 0; part < SPLIT; part++) *(uint4*)(cell + part * GROUPS_K * ALONG) = take_halves(v, part);
+        for (int part = 0; part < SPLIT; part++) *(uint4*)(line + part * GROUPS_K * ALONG) = take_halves(v, part);
     }
     __device__ void load_first_rows() {
         largest = 0;
@@ -312,7 +312,7 @@ template <int COUNT> __device__ __forceinline__ void add_partial(
 }
 #endif
 
-// The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them.
+// The convolution of one unit. x_exponents: of lines, `x_exponent_count` of them.
 template <class Epilogue>
 __device__ inline void convolve(
     const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
@@ -341,7 +341,7 @@ __device__ inline void convolve(
     };
     for (int i = 0; i < STAGES - 2; i++) fetch();
 
-    WgmmaOperand cells(shared, ALONG, 128), a_stages(ring + warpgroup_m * 1024, TILE_M * 16, 128);
+    WgmmaOperand lines(shared, ALONG, 128), a_stages(ring + warpgroup_m * 1024, TILE_M * 16, 128);
     // `pass` over windows from `first` on. `tiles` is a constant at each call, so that a copy is made for it.
     auto run_pass = [&](Sums& sums, const int tiles, int pass, int first) __attribute__((always_inline)) {
         bool second = false;
@@ -350,10 +350,10 @@ __device__ inline void convolve(
 #endif
         for (int chunk = 0; chunk < CHUNKS_64; chunk++)
             for (int kh = 0; kh < KERNEL_H; kh++) {
-                WgmmaOperand rows[2] = {cells, cells};
+                WgmmaOperand rows[2] = {lines, lines};
                 #pragma unroll
                 for (int lower = 0; lower < 2; lower++)
-                    rows[lower] = cells.moved((GAP + band_row(lower + PAD_H - kh) * PITCH + 2 * first + PAD_W) * 16);
+                    rows[lower] = lines.moved((GAP + band_row(lower + PAD_H - kh) * PITCH + 2 * first + PAD_W) * 16);
                 #pragma unroll 1
                 for (int kw = 0; kw < KERNEL_W; kw++)
                     for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {

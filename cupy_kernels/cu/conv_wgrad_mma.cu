@@ -3,7 +3,7 @@
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih - PAD_H + kh, iw - PAD_W + kw]
 //
-// x, dy: fp16 cells (fp16_cells.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16 pixels
+// x, dy: packed fp16 tiles (fp16_tiles.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16 pixels
 // that one instruction multiplies lie below each other: one column of a band of 16 rows, rows counted through all
 // images. So a tap one to the right pairs the same column of x with dy's next column, images of any width and height
 // leave nothing empty, and a column without a partner is left out.
@@ -13,7 +13,7 @@
 // [split][tap][ic][oc]. Chains of additions are limited: after CHAIN_BANDS bands the sums go to `partial` and begin
 // anew. conv_wgrad_reduce adds the splits in ascending order, undoes the scales, and writes dw [ic][oc][tap].
 //
-// x may be centred, less a constant c[ic] (fp16_cells.cuh). Then dw lacks c[ic] times the sum of dy over the pixels
+// x may be centred, less a constant c[ic] (fp16_tiles.cuh). Then dw lacks c[ic] times the sum of dy over the pixels
 // that have a partner in x: for a dy whose sum over all pixels is 0, as batch norm's backward makes it, what those
 // without one have (`borders` of pooled_tail_backward.cu), negative. So roundings of small values that most of dy has
 // in common cancel, where x is far from 0 on average.
@@ -21,12 +21,12 @@
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw),
 // IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TAPS_W,
-// BAND_ROWS, TILES, COLUMNS (of a stage), STAGES, THREADS, SHARED_BYTES, those of fp16_cells.cuh, WGMMA (1:
+// BAND_ROWS, TILES, COLUMNS (of a stage), STAGES, THREADS, SHARED_BYTES, those of fp16_tiles.cuh, WGMMA (1:
 // conv_wgrad_wgmma.cuh, 0: conv_wgrad_mma.cuh) and those of that file.
 #define SHARED_ALIGNMENT 1024  // wgmma.cuh
 #include "common.cuh"
 #include "async_copy.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 #include "mma.cuh"
 
 #define X_CHUNKS CHUNKS
@@ -68,9 +68,9 @@ __device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Pla
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv_wgrad_mma(
     const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images,
-    int split_bands) {
+    int bands_per_split) {
     DYNAMIC_SHARED(u8, shared);
-    sum_pixels(x, dy, partial, images, split_bands, shared);
+    sum_pixels(x, dy, partial, images, bands_per_split, shared);
 }
 
 // x_sums, and borders [border_parts][tap][oc]: null, or for an x that is centred.

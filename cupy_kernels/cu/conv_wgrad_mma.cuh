@@ -14,7 +14,7 @@
 #define PAIRS ((IN_CHANNELS < CHUNK_CHANNELS ? IN_CHANNELS : CHUNK_CHANNELS) / 16)  // of n8-tiles of input channels
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
 
-#define COLUMN_BYTES (BAND_ROWS * CELL_BYTES)
+#define COLUMN_BYTES (BAND_ROWS * LINE_BYTES)
 #define SLOT_BYTES ((1 + TILE_CHUNKS) * COLUMNS * COLUMN_BYTES)  // x, then each chunk of dy
 #define BAND_STAGES ((IN_W + TAPS_W - 1 + COLUMNS - 1) / COLUMNS)
 #define BUFFERS (SPLIT == 1 ? 2 : 1)
@@ -46,7 +46,7 @@ __device__ __forceinline__ void multiply(
 }
 
 __device__ inline void sum_pixels(
-    const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
+    const half_t* x, const half_t* dy, float* partial, int images, int bands_per_split, u8* ring) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
     int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
@@ -55,7 +55,7 @@ __device__ inline void sum_pixels(
     int first_oc = oc_tile * TILE_OC + warp * 16;
     bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS;
     int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
-    int first_band = split * split_bands, stages = min(split_bands, bands - first_band) * BAND_STAGES;
+    int first_band = split * bands_per_split, stages = min(bands_per_split, bands - first_band) * BAND_STAGES;
 
     auto fetch = [&](int stage) {
         if (stage < stages) {
@@ -64,25 +64,25 @@ __device__ inline void sum_pixels(
             int image = row_of_all / IN_H, ih = row_of_all % IN_H, oh = ih - PAD_H + kh;
             bool valid = row_of_all < rows && oh >= 0 && oh < OUT_H;
             int position = stage % BAND_STAGES * COLUMNS, iw = position - (TAPS_W - 1), ow = position - PAD_W + kw;
-            u8* to = ring + stage % STAGES * SLOT_BYTES + cell_offset(row, part);
+            u8* to = ring + stage % STAGES * SLOT_BYTES + line_offset(row, part);
             const u8* from =
-                (const u8*)x + ((((i64)image * X_CHUNKS + ic_chunk) * IN_H + ih) * IN_W + iw) * CELL_BYTES + part * 16;
+                (const u8*)x + ((((i64)image * X_CHUNKS + ic_chunk) * IN_H + ih) * IN_W + iw) * LINE_BYTES + part * 16;
             #pragma unroll
             for (int i = 0; i < (COLUMNS + WARPS / 4 - 1) / (WARPS / 4); i++) {
                 int c = i * (WARPS / 4) + loader;
                 if (c < COLUMNS)
-                    cp_async_16(to + c * COLUMN_BYTES, from + c * CELL_BYTES, valid && iw + c >= 0 && iw + c < IN_W);
+                    cp_async_16(to + c * COLUMN_BYTES, from + c * LINE_BYTES, valid && iw + c >= 0 && iw + c < IN_W);
             }
             #pragma unroll 1  // at most two; unrolled, their addresses would take registers from the sums
             for (int i = 0; i < TILE_CHUNKS / (WARPS / 4); i++) {
                 int q = i * (WARPS / 4) + loader, chunk = oc_tile * TILE_CHUNKS + q;
                 const u8* from = (const u8*)dy +
-                                 ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + ow) * CELL_BYTES +
+                                 ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + ow) * LINE_BYTES +
                                  part * 16;
                 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++)
                     cp_async_16(
-                        to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * CELL_BYTES,
+                        to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * LINE_BYTES,
                         valid && chunk < DY_CHUNKS && ow + c >= 0 && ow + c < OUT_W);
             }
         }
@@ -95,8 +95,8 @@ __device__ inline void sum_pixels(
     // round.
     int oc_in_tile = warp * 16;
     int dy_row = (1 + oc_in_tile / CHUNK_CHANNELS) * COLUMNS * COLUMN_BYTES +
-                 cell_offset(lane % 8 + lane / 16 * 8, oc_in_tile % CHUNK_CHANNELS / 8 + lane / 8 % 2);
-    int x_row = cell_offset(lane % 8 + lane / 8 % 2 * 8, lane / 16);
+                 line_offset(lane % 8 + lane / 16 * 8, oc_in_tile % CHUNK_CHANNELS / 8 + lane / 8 % 2);
+    int x_row = line_offset(lane % 8 + lane / 8 % 2 * 8, lane / 16);
 
     Sums sums[TAPS_W] = {};
     unsigned window[TAPS_W][SPLIT][4];

@@ -4,9 +4,9 @@
 // A block owns 64 input channels, the rows of the products, and 16 TILES_N output channels, half of them each
 // warpgroup's.
 //
-// Shared memory: a ring of STAGES stages of COLUMNS positions, each a column of x and one of dy, as blocks of 16 cells
-// of 64 channels; with SPLIT 2 such a cell has the values of two (fp16_cells.cuh), and the next block their rests. A
-// block begins at a multiple of 1024 bytes, so that wgmma's swizzle is that of cell_offset, and a tap is another block.
+// Shared memory: a ring of STAGES stages of COLUMNS positions, each a column of x and one of dy, as blocks of 16 lines
+// of 64 channels; with SPLIT 2 such a line has the values of two (fp16_tiles.cuh), and the next block their rests. A
+// block begins at a multiple of 1024 bytes, so that wgmma's swizzle is that of line_offset, and a tap is another block.
 // Position 0 of a band is the first column of dy that a tap needs, x begins LEAD positions later. A stage is refilled
 // when no tensor core can still read it: after a barrier before which everybody has waited for all but the youngest
 // multiplications.
@@ -23,7 +23,7 @@
 #define GROUPS_OC ((TILE_OC + 63) / 64)  // of 64 channels: of each warpgroup, or one of both
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
 #define LEAD ((TAPS_W - 1 + COLUMNS - 1) / COLUMNS * COLUMNS)  // positions before x begins
-#define BLOCK_BYTES (BAND_ROWS * CELL_BYTES)
+#define BLOCK_BYTES (BAND_ROWS * LINE_BYTES)
 #define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
 #define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
 #define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)   // stages that are on their way
@@ -37,7 +37,7 @@ static_assert(AHEAD >= 1, "a stage is on its way while another one is multiplied
 static_assert(ZEROS_OFFSET + 16 == SHARED_BYTES, "the ring and the zeros are all of the shared memory");
 
 __device__ inline void sum_pixels(
-    const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
+    const half_t* x, const half_t* dy, float* partial, int images, int bands_per_split, u8* ring) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);
     int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
     int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
@@ -46,9 +46,9 @@ __device__ inline void sum_pixels(
     int first_oc = oc_tile * TILE_OC + warpgroup * (TILE_OC / 2);
     bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS;
     int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
-    int first_band = split * split_bands, stages = min(split_bands, bands - first_band) * BAND_STAGES;
+    int first_band = split * bands_per_split, stages = min(bands_per_split, bands - first_band) * BAND_STAGES;
 
-    // A thread takes a part of a row's cells in every other position. Eight lanes write whole cells: writes to eight
+    // A thread takes a part of a row's lines in every other position. Eight lanes write whole lines: writes to eight
     // places would take turns.
     auto fetch = [&](int stage) {
         if (stage < stages) {
@@ -57,14 +57,14 @@ __device__ inline void sum_pixels(
             int image = row_of_all / IN_H, ih = row_of_all % IN_H, oh = ih - PAD_H + kh;
             bool valid = row_of_all < rows && oh >= 0 && oh < OUT_H;
             int position = stage % BAND_STAGES * COLUMNS + loader;
-            u8* to = ring + (stage % STAGES * COLUMNS + loader) * POSITION_BYTES + cell_offset(row, part);
+            u8* to = ring + (stage % STAGES * COLUMNS + loader) * POSITION_BYTES + line_offset(row, part);
             enum { PARTS = 8 / SPLIT };  // of values
             // 64 channels, those of the source's chunk `chunk` and following ones, of `chunks`.
             auto copy = [&](int block, const half_t* source, int chunk, int chunks, int height, int width, int h,
                             int column) {
                 chunk += part / PARTS;
                 const u8* from = (const u8*)source +
-                                 ((((i64)image * chunks + chunk) * height + h) * width + column) * CELL_BYTES +
+                                 ((((i64)image * chunks + chunk) * height + h) * width + column) * LINE_BYTES +
                                  part % PARTS * 16;
                 #pragma unroll
                 for (int i = 0; i < (COLUMNS + 1) / 2 * SPLIT; i++) {
@@ -72,7 +72,7 @@ __device__ inline void sum_pixels(
                     if (COLUMNS == 1 && loader) break;
                     cp_async_16(
                         to + c * POSITION_BYTES + (block * SPLIT + rest) * BLOCK_BYTES,
-                        from + c * CELL_BYTES + rest * PARTS * 16,
+                        from + c * LINE_BYTES + rest * PARTS * 16,
                         valid && chunk < chunks && column + c >= 0 && column + c < width);
                 }
             };
@@ -98,13 +98,13 @@ __device__ inline void sum_pixels(
         return column >= 0 && column < IN_W && ow >= 0 && ow < OUT_W;
     };
     // This lane's of ldmatrix.
-    const u8* x_row = ring + cell_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);
-    WgmmaCells dy_cells(
+    const u8* x_row = ring + line_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);
+    WgmmaLines dy_packed(
         ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0);
     // The column of dy `c` positions from where the stage in `slot` begins, a little before that or in it.
     auto dy_column = [&](int slot, int c) {
         int position = slot * COLUMNS + c;
-        return dy_cells.moved((c < 0 && position < 0 ? position + STAGES * COLUMNS : position) * POSITION_BYTES);
+        return dy_packed.moved((c < 0 && position < 0 ? position + STAGES * COLUMNS : position) * POSITION_BYTES);
     };
     float sums[TAPS_W][TILES_N][4] = {};
 
@@ -188,7 +188,7 @@ __device__ inline void sum_pixels(
                 for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
                     #pragma unroll
                     for (int c = 0; c < COLUMNS; c++) {
-                        WgmmaCells right = dy_column(slot, c + t - (TAPS_W - 1)).moved(product == 1 ? BLOCK_BYTES : 0);
+                        WgmmaLines right = dy_column(slot, c + t - (TAPS_W - 1)).moved(product == 1 ? BLOCK_BYTES : 0);
                         wgmma<TILES_N>(products, fragments[c][product == 0], right, product + c > 0);
                     }
                 wgmma_commit();

@@ -3,12 +3,12 @@
 // backward of the backward, max_pool_select, reads the pixels instead: y[plane, oh, ow] = x[plane] at the window's tap.
 //
 // Threads: see for_places in pool.cuh; a place is an output in max_pool_forward and max_pool_select, SITE x SITE pixels
-// of dx in max_pool_backward. Saved: taps, the position within the window; indices, where not null, is the same as
-// torch has it, h * width + w. taps and indices may be null in the forward. Macros and limits: pool.cuh.
+// of dx in max_pool_backward. Saved: argmax, the position within the window; indices, where not null, is the same as
+// torch has it, h * width + w. argmax and indices may be null in the forward. Macros and limits: pool.cuh.
 #include "pool.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_forward(
-    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, tap_t* __restrict__ taps, i64* __restrict__ indices,
+    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, argmax_t* __restrict__ argmax, i64* __restrict__ indices,
     int planes, int period, int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h,
     int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
     Pool p = fixed(
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_forward(
             i64 o = (plane + (i64)i * period) * (out_height * out_width) + row * out_width + column;
             Largest best = largest(p, in[i], [](scalar_t v) { return to_acc(v); });
             y[o] = from_acc<scalar_t>(best.value);
-            if (taps) taps[o] = best.tap;
+            if (argmax) argmax[o] = best.tap;
             if (indices) {
                 Pixel pixel = pixel_under(p, row, column, best.tap);
                 indices[o] = (i64)pixel.h * width + pixel.w;
@@ -36,8 +36,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_forward(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_backward(
-    const scalar_t* __restrict__ dy, const tap_t* __restrict__ taps, scalar_t* __restrict__ dx, int planes, int period,
-    int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w,
+    const scalar_t* __restrict__ dy, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ dx, int planes,
+    int period, int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w,
     int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
     Pool p = fixed(
         {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h,
@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_backward(
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             i64 outputs = item_plane(plane, i, period, planes) * (out_height * out_width);
-            gathered[i] = gather(p, taps + outputs, row, column, [&](int o) { return to_acc(dy[outputs + o]); });
+            gathered[i] = gather(p, argmax + outputs, row, column, [&](int o) { return to_acc(dy[outputs + o]); });
         }
         #pragma unroll
         for (int i = 0; i < ITEMS && plane + i * period < planes; i++) {
@@ -60,8 +60,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_backward(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) max_pool_select(
-    const scalar_t* __restrict__ x, const tap_t* __restrict__ taps, scalar_t* __restrict__ y, int planes, int period,
-    int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w,
+    const scalar_t* __restrict__ x, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ y, int planes,
+    int period, int planes_per_block, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w,
     int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
     Pool p = fixed(
         {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h,
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) max_pool_select(
     for_places(first, own, out_height, out_width, [&](int plane, int row, int column) {
         for (int i = 0; i < ITEMS && plane + i * period < planes; i++) {
             i64 at = plane + (i64)i * period, o = at * (out_height * out_width) + row * out_width + column;
-            Pixel pixel = pixel_under(p, row, column, taps[o]);
+            Pixel pixel = pixel_under(p, row, column, argmax[o]);
             bool inside = pixel.h < height && pixel.w < width;
             y[o] = inside ? x[at * (height * width) + pixel.h * width + pixel.w] : from_acc<scalar_t>((acc_t)0);
         }

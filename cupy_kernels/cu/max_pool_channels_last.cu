@@ -1,16 +1,16 @@
-// max_pool.cu's kernels for x [images, height, width, channels]; y, taps and indices are [images, out_height,
+// max_pool.cu's kernels for x [images, height, width, channels]; y, argmax and indices are [images, out_height,
 // out_width, channels].
 //
 // Thread mapping: a thread takes WIDTH neighbouring channels of one place, an output or, in the backward, a pixel of
 // dx; neighbouring threads take neighbouring channels, then places of a plane. Blocks image * segments + s share an
 // image's places.
 //
-// Macros: scalar_t, acc_t, tap_t (u8, or int for a kernel of more than 254 taps), WIDTH (a divisor of channels;
+// Macros: scalar_t, acc_t, argmax_t (u8, or int for a kernel of more than 254 taps), WIDTH (a divisor of channels;
 // pointers are aligned to a pack), THREADS. Limits: planes below 2^31 elements, all channels counted.
 #include "pool_window.cuh"
 
 typedef Packed<scalar_t, WIDTH> Pack;
-typedef Packed<tap_t, WIDTH> Taps;
+typedef Packed<argmax_t, WIDTH> Taps;
 typedef Packed<i64, WIDTH> Indices;
 enum { IN_FLIGHT = 3 };  // taps of a row that are loaded together
 
@@ -31,7 +31,7 @@ struct Place {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_forward_channels_last(
-    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, tap_t* __restrict__ taps, i64* __restrict__ indices,
+    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, argmax_t* __restrict__ argmax, i64* __restrict__ indices,
     int channels, int height, int width, int out_height, int out_width, int kernel_h, int kernel_w, int stride_h,
     int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w) {
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_forward_channe
     #pragma unroll
     for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<scalar_t>(best[i].value), found.v[i] = best[i].tap;
     *(Pack*)(y + o) = out;
-    if (taps) *(Taps*)(taps + o) = found;
+    if (argmax) *(Taps*)(argmax + o) = found;
     if (!indices) return;
     #pragma unroll
     for (int i = 0; i < WIDTH; i++) {
@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_forward_channe
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_backward_channels_last(
-    const scalar_t* __restrict__ dy, const tap_t* __restrict__ taps, scalar_t* __restrict__ dx, int channels,
+    const scalar_t* __restrict__ dy, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ dx, int channels,
     int height, int width, int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w,
     int padding_h, int padding_w, int dilation_h, int dilation_w) {
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_backward_chann
     for (int i = 0; i < WIDTH; i++) sum[i] = 0;
     p.for_windows(at.row, at.column, [&](int o, int tap) {
         i64 from = outputs + (i64)o * channels;
-        Taps won = *(const Taps*)(taps + from);
+        Taps won = *(const Taps*)(argmax + from);
         Pack gradient = *(const Pack*)(dy + from);
         #pragma unroll
         for (int i = 0; i < WIDTH; i++)
@@ -102,9 +102,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_backward_chann
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_select_channels_last(
-    const scalar_t* __restrict__ x, const tap_t* __restrict__ taps, scalar_t* __restrict__ y, int channels, int height,
-    int width, int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h,
-    int padding_w, int dilation_h, int dilation_w) {
+    const scalar_t* __restrict__ x, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ y, int channels,
+    int height, int width, int out_height, int out_width, int kernel_h, int kernel_w, int stride_h, int stride_w,
+    int padding_h, int padding_w, int dilation_h, int dilation_w) {
     Pool p = {height, width, out_height, out_width, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w,
         dilation_h, dilation_w};
     Place at(out_height, out_width, channels);
@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) max_pool_select_channel
     Pack out;
     #pragma unroll
     for (int i = 0; i < WIDTH; i++) {
-        Pixel pixel = p.pixel_under(at.row, at.column, taps[o + i]);
+        Pixel pixel = p.pixel_under(at.row, at.column, argmax[o + i]);
         i64 from = ((at.image * height + pixel.h) * width + pixel.w) * channels + at.channel + i;
         out.v[i] = pixel.h < height && pixel.w < width ? x[from] : from_acc<scalar_t>((acc_t)0);
     }

@@ -5,7 +5,7 @@
 // threads share what the tile depends on, brought into shared memory, then what is between the two directions, then the
 // tile.
 //
-// Macros: scalar_t, acc_t, tap_t (u8, or int for a kernel of more than 254 taps), THREADS. Limits: a plane has fewer
+// Macros: scalar_t, acc_t, argmax_t (u8, or int for a kernel of more than 254 taps), THREADS. Limits: a plane has fewer
 // than 2^31 elements; dynamic shared memory holds (tile_h + kernel_h - 1 + tile_h) * (tile_w + kernel_w - 1) pairs of
 // acc_t and int, tiles sorted by size.
 #include "pool_window.cuh"
@@ -32,7 +32,7 @@ template <class F> __device__ inline void for_shared(int rows, int columns, F vi
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) max_pool_forward_separable(
-    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, tap_t* __restrict__ taps, i64* __restrict__ indices,
+    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, argmax_t* __restrict__ argmax, i64* __restrict__ indices,
     int height, int width, int out_height, int out_width, int kernel_h, int kernel_w, int padding_h, int padding_w,
     int tile_h, int tile_w) {
     DYNAMIC_SHARED(acc_t, input);
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) max_pool_forward_separable
         int place = places[i + best.tap * tile_w];
         i64 o = (tile.plane * out_height + oh) * out_width + ow;
         y[o] = from_acc<scalar_t>(best.value);
-        if (taps) taps[o] = best.tap * kernel_w + place;
+        if (argmax) argmax[o] = best.tap * kernel_w + place;
         if (indices) indices[o] = (i64)(oh - padding_h + best.tap) * width + ow - padding_w + place;
     });
 }
@@ -74,8 +74,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) max_pool_forward_separable
 // A row of a window has one largest element: what the windows give to rows is summed up first, then what rows give to
 // pixels.
 extern "C" __global__ void __launch_bounds__(THREADS) max_pool_backward_separable(
-    const scalar_t* __restrict__ dy, const tap_t* __restrict__ taps, scalar_t* __restrict__ dx, int height, int width,
-    int out_height, int out_width, int kernel_h, int kernel_w, int padding_h, int padding_w, int tile_h, int tile_w) {
+    const scalar_t* __restrict__ dy, const argmax_t* __restrict__ argmax, scalar_t* __restrict__ dx, int height,
+    int width, int out_height, int out_width, int kernel_h, int kernel_w, int padding_h, int padding_w, int tile_h,
+    int tile_w) {
     DYNAMIC_SHARED(acc_t, gradients);
     int rows = tile_h + kernel_h - 1, columns = tile_w + kernel_w - 1;  // of windows that cover a pixel of the tile
     acc_t* sums = gradients + rows * columns;                           // [tile_h, columns]: of a row of windows
@@ -90,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) max_pool_backward_separabl
         int oh = first_oh + row, ow = first_ow + column;
         bool inside = oh >= 0 && oh < out_height && ow >= 0 && ow < out_width;
         i64 o = outputs + oh * out_width + ow;
-        won[i] = inside ? (int)taps[o] : -1;
+        won[i] = inside ? (int)argmax[o] : -1;
         gradients[i] = inside ? to_acc(dy[o]) : (acc_t)0;
     });
     __syncthreads();

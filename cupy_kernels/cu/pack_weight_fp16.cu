@@ -3,13 +3,13 @@
 //
 // signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu).
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse
-// order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order], with WGMMA
+// order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in line_offset's order], with WGMMA
 // (conv_wgmma.cuh) [m tile][64 channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves];
 // exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block per row of the
 // padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA, and
-// those of fp16_cells.cuh.
+// those of fp16_tiles.cuh.
 #include "common.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 
 extern "C" __global__ void pack_weight_fp16(
     const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed,
@@ -52,6 +52,6 @@ extern "C" __global__ void pack_weight_fp16(
         }
         int chunk = group / (CHUNK_CHANNELS / 8);
         u8* stage = (u8*)packed + (((i64)(m / TILE_M) * CHUNKS + chunk) * TAPS + tap) * STAGE_BYTES;
-        store_cell(stage, m % TILE_M, group % (CHUNK_CHANNELS / 8), v, m & 7);
+        store_line(stage, m % TILE_M, group % (CHUNK_CHANNELS / 8), v, m & 7);
     }
 }

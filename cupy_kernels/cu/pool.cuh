@@ -1,6 +1,6 @@
 // Pooling of planes: how threads walk over them, the largest element of a window, and the windows that cover a pixel.
 //
-// Macros: scalar_t, acc_t, tap_t (u8, or int for a kernel of more than 254 taps).
+// Macros: scalar_t, acc_t, argmax_t (u8, or int for a kernel of more than 254 taps).
 // WINDOW_2X2: 1 fixes kernel 2, stride 2, padding 0, dilation 1, for even widths and arrays whose pairs of elements are
 //     aligned, and moves two neighbours of a row as one. 0 takes the windows from the arguments.
 // WINDOW_3X3: 1 or 2 fixes kernel 3, dilation 1 and this stride, so that what a place needs is loaded at once. 0 does
@@ -122,7 +122,7 @@ template <class F> __device__ inline void store_site(const Pool& p, scalar_t* dx
 
 #if WINDOW_2X2
 template <class F>
-__device__ inline Gathered gather(const Pool& p, const tap_t* taps, int row, int column, F gradient) {
+__device__ inline Gathered gather(const Pool& p, const argmax_t* taps, int row, int column, F gradient) {
     if (row >= p.out_height) return {(acc_t)0, 0};
     int o = row * p.out_width + column;
     return {gradient(o), taps[o]};
@@ -131,7 +131,7 @@ __device__ inline Gathered gather(const Pool& p, const tap_t* taps, int row, int
 // Sums gradient(o) over the windows o of the plane whose tap is the pixel (row, column), in ascending order.
 // `taps` points at the plane's taps.
 template <class F>
-__device__ inline Gathered gather(const Pool& p, const tap_t* taps, int row, int column, F gradient) {
+__device__ inline Gathered gather(const Pool& p, const argmax_t* taps, int row, int column, F gradient) {
     acc_t sum = 0;
 #if WINDOW_3X3
     enum { MOST = WINDOW_3X3 == 1 ? 3 : 2, NONE = -100 };  // windows along each axis that cover a pixel; no tap

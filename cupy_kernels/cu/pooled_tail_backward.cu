@@ -9,22 +9,22 @@
 //     pooled_backward             g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those
 //                                 finite, the largest |g|
 //     pooled_parameter_gradients  sums of all images, and the exponent of a scale under which dy fits fp16
-//     conv_output_gradient_cells  dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores, and
+//     conv_output_gradient_packed  dy as scaled, packed fp16 tiles [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores, and
 //                                 sums of dy at its borders, which the gradient of the convolution's weight needs where
 //                                 its x is centred
 //     conv_output_gradient        dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
 //
-// Cells are those of fp16_cells.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what
+// Lines are those of fp16_tiles.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what
 // rounding left of them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of
 // dy_exponents [channels].
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of
-// conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_cells.cuh, saved_t
+// conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_tiles.cuh, saved_t
 // (half_t with SPLIT 1, float with 2), SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the
-// convolution, and those of conv_output_gradient_cells.
+// convolution, and those of conv_output_gradient_packed.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
@@ -278,7 +278,7 @@ __device__ inline int edge_window(int i) {
 }
 
 // borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no
-// partner in the convolution's input. Not from the cells: conv_wgrad_reduce multiplies these sums by what x was centred
+// partner in the convolution's input. Not from the lines: conv_wgrad_reduce multiplies these sums by what x was centred
 // by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the block's
 // warps.
 __device__ inline void sum_borders(
@@ -320,15 +320,15 @@ __device__ inline void sum_borders(
             totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
 }
 
-// A block turns a tile of TILE windows, of TILES, and one chunk of channels into cells. A thread computes eight
-// channels of a window, whose 16 bytes of four cells meet those of the other threads in shared memory. Behind the
+// A block turns a tile of TILE windows, of TILES, and one chunk of channels into lines. A thread computes eight
+// channels of a window, whose 16 bytes of four lines meet those of the other threads in shared memory. Behind the
 // blocks of each `together` images, while what they have read is in the L2 cache, come BORDER_BLOCKS that sum up the
 // borders of these images, two channels each; borders [.][taps][channels] may be null.
-extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells(
+extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packed(
     const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
-    const int* __restrict__ dy_exponents, half_t* __restrict__ cells, float* __restrict__ borders, float count,
+    const int* __restrict__ dy_exponents, half_t* __restrict__ lines, float* __restrict__ borders, float count,
     i64 images, int together) {
     enum { OCTETS = CHUNK_CHANNELS / 8 };
     static_assert(
@@ -338,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
         OutputGradient gradient;
         int exponent;
     };
-    __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
+    __shared__ __align__(16) u8 corners[4][TILE * LINE_BYTES];  // lines of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
     __shared__ float totals[THREADS / 32][TAPS];
     __shared__ unsigned scratch[32];
@@ -358,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
     image += block / (TILES * CHUNKS);
     if (image >= images) return;
     int place = warp / OCTETS * 32 + lane, octet = warp % OCTETS, c = chunk * CHUNK_CHANNELS + octet * 8;
-    int at = min(tile * TILE + place, WINDOWS - 1);  // cells past the last window are written to shared memory alone
+    int at = min(tile * TILE + place, WINDOWS - 1);  // lines past the last window are written to shared memory alone
     bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
 
     Kept kept[8] = {};
@@ -404,10 +404,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
                 v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == tap[j] ? add : 0);
         }
     #pragma unroll
-    for (int corner = 0; corner < 4; corner++) store_cell(corners[corner], place, octet, v[corner], place & 7);
+    for (int corner = 0; corner < 4; corner++) store_line(corners[corner], place, octet, v[corner], place & 7);
     __syncthreads();
 
-    uint4* to = (uint4*)cells + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
+    uint4* to = (uint4*)lines + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
     int right = threadIdx.x / 8 % 2;
     #pragma unroll
     for (int i = 0; i < TILE; i += 16) {
@@ -419,7 +419,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
             int h = window.row * 2 + lower;
             if (h < OUT_H && column < OUT_W)  // so for no window past the last
                 to[(h * OUT_W + column) * 8] =
-                    *(const uint4*)(corners[lower * 2 + right] + cell_offset(w, threadIdx.x % 8));
+                    *(const uint4*)(corners[lower * 2 + right] + line_offset(w, threadIdx.x % 8));
         }
     }
 }

@@ -38,26 +38,26 @@ struct WgmmaOperand {
     }
 };
 
-// The operand B, transposed, as cells (fp16_cells.cuh) in shared memory: 16 cells of 128 bytes, at a multiple of 1024
-// bytes and with their parts in cell_offset's order. A cell has a half of each of 64 rows, of which `first_part` eights
+// The operand B, transposed, as packed tiles (fp16_tiles.cuh) in shared memory: 16 lines of 128 bytes, at a multiple of 1024
+// bytes and with their parts in line_offset's order. A line has a half of each of 64 rows, of which `first_part` eights
 // are left out.
-struct WgmmaCells {
+struct WgmmaLines {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* start;
     int first_part;
-    __device__ WgmmaCells(const u8* start, int first_part) : start(start), first_part(first_part) {}
+    __device__ WgmmaLines(const u8* start, int first_part) : start(start), first_part(first_part) {}
     float at(int row, int k) const {
         return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]);
     }
 #else
     unsigned start;
-    __device__ WgmmaCells(const u8* from, int first_part)
+    __device__ WgmmaLines(const u8* from, int first_part)
         : start((unsigned)__cvta_generic_to_shared(from) / 16 + first_part) {}
-    // Swizzled by 128 bytes, 8 cells further: 1024.
+    // Swizzled by 128 bytes, 8 lines further: 1024.
     __device__ unsigned long long bits() const { return (1ull << 30 | 1024 / 16) << 32 | start; }
 #endif
-    __device__ WgmmaCells moved(int bytes) const {
-        WgmmaCells other = *this;
+    __device__ WgmmaLines moved(int bytes) const {
+        WgmmaLines other = *this;
 #ifdef CUPY_KERNELS_EMULATOR
         other.start += bytes;
 #else
@@ -158,7 +158,7 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline_
 // it, the registers of `a` must not change.
 template <int COUNT, int MOST>
 __device__ __forceinline__ void wgmma(
-    float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaCells& b, int accumulate = 1) {
+    float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaLines& b, int accumulate = 1) {
 #ifdef CUPY_KERNELS_EMULATOR
     struct Fragment { float v[8]; } mine;
     for (int i = 0; i < 8; i++) mine.v[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});

@@ -20,17 +20,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
 from .. import cache, forks
-from ..compiler import announce
+from ..backend import Backend
 from ..errors import BackendError, EmulatorError
-from ..source import MACROS, Kernel, compile_error, declarations, in_force, unit
+from ..source import MACROS, Kernel, compile_error, declarations, unit
 
 GUARD_BYTES = 4096
 ALIGNMENT = 256  # of arrays, as cudaMalloc has it
@@ -44,7 +42,6 @@ STACKS_BYTES = 1024 * (128 << 10)  # MAX_THREADS * STACK_BYTES of cuda.h
 # What g++ and clang++ say of a line of the text, and the assembler of one of its own; not of a file they cannot write.
 _ERROR_OF_TEXT = re.compile(r":\d+(:\d+)?: (fatal )?[Ee]rror: (?!error (writing|closing) )")
 
-_libraries = {}
 _one_at_a_time = forks.lock()  # the state of a running block is static in its library
 
 
@@ -74,59 +71,73 @@ def compiler() -> tuple[str, ...]:
     )
 
 
-def run(kernel: Kernel, parameters, grid, block, args, shared_bytes: int, seed: int | None = None) -> None:
-    """Runs a kernel over NumPy arrays; see `launch.launch`, which checks and casts the arguments.
+class Emulator(Backend):
+    """The CPU."""
 
-    Arrays are copied between guard zones. An array that the kernel declares neither `const` nor `INOUT` is an output:
-    it is poisoned first, and must be written in full. Outputs are copied back only if nothing failed.
-    Raises EmulatorError for an error that the kernel made, BackendError without a compiler.
+    def handle(self, kernel, shared_bytes):
+        return getattr(self.compiled(kernel), f"emulator_{kernel.name}")
+
+    def start(self, launches, stream=None):
+        for packed in launches:
+            _run(packed)
+
+    def _compile(self, kernel, place):
+        """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
+        text, command = _translation_unit(kernel), [*compiler(), *FLAGS]
+        key = hashlib.sha256("\0".join([text, *command, *_machine()]).encode()).hexdigest()
+        path = cache.entry(f"{Path(kernel.file).stem}_{key[:24]}.so", lambda: _build(kernel, text, command))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            if "undefined symbol" in str(error):  # the linker lets pass a function that is declared and nobody has
+                raise compile_error(kernel, str(error)) from error
+            raise cache.unusable(path.parent, f"{error} (made by {shlex.join(compiler())})") from error
+        for name in declarations(unit(kernel)):
+            getattr(library, f"emulator_{name}").restype = ctypes.c_char_p
+        return library
+
+
+backend = Emulator()
+
+
+def _run(packed) -> None:
+    """Runs a launch, on copies of its arrays between guard zones.
+
+    An array that the kernel declares neither `const` nor `INOUT` is an output: it is poisoned first, and must be
+    written in full. Outputs are copied back only if nothing failed.
+    Raises EmulatorError for an error that the kernel made.
     """
-    library = _library(kernel)
-    seed = _seed() if seed is None else seed
-    buffers, pointers, scalars = [], (ctypes.c_void_p * len(args))(), []
-    for i, (parameter, arg) in enumerate(zip(parameters, args)):
-        if parameter.pointer:
-            buffer = None if arg is None else _guarded(arg, parameter)
-            buffers.append(buffer)
-            value = ctypes.c_void_p(None if buffer is None else buffer.ctypes.data + GUARD_BYTES)
-            scalars.append(value)
-            pointers[i] = ctypes.addressof(value)
-        else:
-            buffers.append(None)
-            value = np.array(arg)
-            scalars.append(value)
-            pointers[i] = value.ctypes.data
+    function, *_ = packed.numbers
+    step, count = packed.step, len(packed.step.parameters)
+    words = packed.words[:count].copy()
+    arrays = []
+    for i, (parameter, arg) in enumerate(zip(step.parameters, step.args)):
+        if parameter.pointer and words[i]:
+            memory = np.frombuffer((ctypes.c_uint8 * (arg.size * arg.itemsize)).from_address(int(words[i])), arg.dtype)
+            buffer = _guarded(memory, parameter)
+            words[i] = buffer.ctypes.data + GUARD_BYTES
+            arrays.append((parameter, memory, buffer))
+    pointers = (ctypes.c_void_p * count)(*(words.ctypes.data + 8 * i for i in range(count)))
     unsigned3 = ctypes.c_uint * 3
     with _one_at_a_time:
-        failure = getattr(library, f"emulator_{kernel.name}")(
+        failure = function(
             pointers,
-            unsigned3(*grid),
-            unsigned3(*block),
-            ctypes.c_size_t(shared_bytes),
-            ctypes.c_ulonglong(seed),
+            unsigned3(*step.grid),
+            unsigned3(*step.block),
+            ctypes.c_size_t(step.shared_bytes),
+            ctypes.c_ulonglong(_seed()),
             ctypes.byref(_stacks()),
         )
-    for parameter, buffer in zip(parameters, buffers):
-        if buffer is not None:
-            _check_guards(kernel, parameter, buffer)
+    for parameter, _, buffer in arrays:
+        _check_guards(step.kernel, parameter, buffer)
     if failure:
-        raise EmulatorError(f"{kernel}: {failure.decode()}")
-    for parameter, arg, buffer in zip(parameters, args, buffers):
-        if buffer is None or parameter.const:
-            continue
-        result = buffer[GUARD_BYTES:-GUARD_BYTES].view(arg.dtype).reshape(arg.shape)
-        if not parameter.inout:
-            _check_written(kernel, parameter, result)
-        arg[...] = result
-
-
-def prepare(kernels: Iterable[Kernel]) -> None:
-    """Compiles those of `kernels` that are not compiled yet, all at the same time, as `compiler.prepare` does."""
-    variants = {(unit(k), k.defines): k for k in map(in_force, kernels)}
-    missing = [kernel for key, kernel in variants.items() if key not in _libraries]
-    with ThreadPoolExecutor() as threads:
-        for built in [threads.submit(_library, kernel) for kernel in missing]:
-            built.result()
+        raise EmulatorError(f"{step.kernel}: {failure.decode()}")
+    for parameter, memory, buffer in arrays:
+        if not parameter.const:
+            result = buffer[GUARD_BYTES:-GUARD_BYTES].view(memory.dtype)
+            if not parameter.inout:
+                _check_written(step.kernel, parameter, result)
+            memory[...] = result
 
 
 def _seed() -> int:
@@ -143,7 +154,7 @@ def _guarded(array, parameter) -> np.ndarray:
     start = -memory.ctypes.data % ALIGNMENT
     buffer = memory[start : start + array.nbytes + 2 * GUARD_BYTES]
     inside = buffer[GUARD_BYTES : GUARD_BYTES + array.nbytes]
-    inside[...] = array.reshape(-1).view(np.uint8) if parameter.const or parameter.inout else _poison(array.dtype)
+    inside[...] = array.view(np.uint8) if parameter.const or parameter.inout else _poison(array.dtype)
     return buffer
 
 
@@ -159,7 +170,7 @@ def _check_guards(kernel, parameter, buffer) -> None:
 
 
 def _check_written(kernel, parameter, result) -> None:
-    elements = result.reshape(-1).view(np.uint8).reshape(-1, result.itemsize)
+    elements = result.view(np.uint8).reshape(-1, result.itemsize)
     missing = np.flatnonzero((elements == _poison(result.dtype)).all(1))
     if len(missing):
         raise EmulatorError(
@@ -172,27 +183,6 @@ def _check_written(kernel, parameter, result) -> None:
 def _stacks() -> ctypes.c_char:
     private = mmap.mmap(-1, STACKS_BYTES, mmap.MAP_PRIVATE)  # not shared with the children that a process forks
     return ctypes.c_char.from_buffer(private)
-
-
-def _library(kernel: Kernel) -> ctypes.CDLL:
-    """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
-    return cache.once(_libraries, (unit(kernel), kernel.defines), lambda: _loaded(kernel))
-
-
-def _loaded(kernel):
-    announce(kernel)
-    text, command = _translation_unit(kernel), [*compiler(), *FLAGS]
-    key = hashlib.sha256("\0".join([text, *command, *_machine()]).encode()).hexdigest()
-    path = cache.entry(f"{Path(kernel.file).stem}_{key[:24]}.so", lambda: _build(kernel, text, command))
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        if "undefined symbol" in str(error):  # the linker lets a function pass that the text declares and nobody has
-            raise compile_error(kernel, str(error)) from error
-        raise cache.unusable(path.parent, f"{error} (made by {shlex.join(compiler())})") from error
-    for name in declarations(unit(kernel)):
-        getattr(library, f"emulator_{name}").restype = ctypes.c_char_p
-    return library
 
 
 @functools.cache

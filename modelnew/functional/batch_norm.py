@@ -24,7 +24,7 @@ from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_parameters, dense, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine, tensor_of
-from .gradients import NormGradient, will_need_grad
+from .gradients import NormGradient, apply, will_need_grad
 from .tanh import tanh_gradient
 
 
@@ -46,7 +46,7 @@ def _rows(x, last):
     """[N, *, C] as rows of channels, if `last`."""
     if x is None or not last:
         return x
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def statistics(new, x, running_mean, running_var, batches, training, momentum, eps):
@@ -144,15 +144,17 @@ def kernels_buffers(running_mean, running_var, batches, training):
 
 def note_update(running_mean, running_var, batches, updated) -> None:
     """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
+    written = []
     for buffer, new in zip((running_mean, running_var, batches), updated):
         if buffer is None:
             continue
-        if new is None:
+        if new is buffer:
+            written.append(buffer)
+        elif new is None:
             buffer.add_(1)
-        elif new is not buffer:  # it is not contiguous: the kernel updated a copy
+        else:  # it is not contiguous: the kernel updated a copy
             buffer.copy_(new)
-        else:
-            torch.autograd.graph.increment_version(buffer)
+    torch.autograd.graph.increment_version(written)
 
 
 def check_batch_norm(input, running_mean, running_var, weight, bias, training) -> None:
@@ -181,9 +183,13 @@ def check_batch_norm_call(running_mean, running_var, training, momentum, eps) ->
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if running_mean is None and not training:
         raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+    if (
+        running_mean is not None
+        and torch.is_grad_enabled()
+        and (running_mean.requires_grad or running_var.requires_grad)
+    ):
+        name = "running_mean" if running_mean.requires_grad else "running_var"
+        raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
     return momentum, eps
 
 
@@ -260,7 +266,7 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
     options = {"training": training, "momentum": momentum, "eps": eps, "tanh": tanh, "last": last}
     if will_need_grad(x, weight, bias):
         saved = applied_statistics(running_mean, running_var, training)
-        y = _BatchNorm.apply(x, weight, bias, running, saved, check, options)
+        y = apply(_BatchNorm, x, weight, bias, running, saved, check, options)
     else:
         y, _ = _call(x, weight, bias, running, check, options)
     if training:

@@ -27,49 +27,49 @@ from .batch_norm import (
     statistics,
     torch_norm,
 )
-from .gradients import will_need_grad
-from .max_pool import OVERLAPPING, max_pool_gradient, new_taps, pool_of, pooled_shape
+from .gradients import apply, will_need_grad
+from .max_pool import OVERLAPPING, max_pool_gradient, new_argmax, pool_of, pooled_shape
 from .tanh import tanh_gradient
 
 
 def _forward(new, x, pool, ceil_mode, keep):
     y = new(pooled_shape(x.shape, pool, ceil_mode), x.dtype)
-    taps = new_taps(new, y, pool) if keep else None
-    bn_tanh_max_pool_forward(x, None, None, None, None, y, taps, *pool)
-    return y, taps
+    argmax = new_argmax(new, y, pool) if keep else None
+    bn_tanh_max_pool_forward(x, None, None, None, None, y, argmax, *pool)
+    return y, argmax
 
 
-def _backward(new, dy, y, taps, pool, shape):
+def _backward(new, dy, y, argmax, pool, shape):
     dx = new(shape, dy.dtype)
-    bn_tanh_max_pool_backward(dy, y, taps, None, None, None, None, None, dx, *pool)
+    bn_tanh_max_pool_backward(dy, y, argmax, None, None, None, None, None, dx, *pool)
     return dx
 
 
 class _TanhMaxPool2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pool, ceil_mode):
-        y, taps = call(_forward, x, pool, ceil_mode, True)
-        ctx.save_for_backward(y, taps)
+        y, argmax = call(_forward, x, pool, ceil_mode, True)
+        ctx.save_for_backward(y, argmax)
         ctx.pool, ctx.shape = pool, x.shape
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        y, taps = ctx.saved_tensors
+        y, argmax = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return max_pool_gradient(tanh_gradient(dy, y), taps, ctx.pool, ctx.shape), None, None
-        return call(_backward, dense(dy), y, taps, ctx.pool, ctx.shape), None, None
+            return max_pool_gradient(tanh_gradient(dy, y), argmax, ctx.pool, ctx.shape), None, None
+        return call(_backward, dense(dy), y, argmax, ctx.pool, ctx.shape), None, None
 
 
 def _normed_forward(new, x, weight, bias, mean, var, batches, *, training, momentum, eps, pool, ceil_mode, keep):
     moments = statistics(new, x, mean, var, batches, training, momentum, eps)
     y = new(pooled_shape(x.shape, pool, ceil_mode), x.dtype)
-    taps = new_taps(new, y, pool) if keep else None
-    bn_tanh_max_pool_forward(x, moments[0], moments[1], weight, bias, y, taps, *pool)
-    return y, moments, taps
+    argmax = new_argmax(new, y, pool) if keep else None
+    bn_tanh_max_pool_forward(x, moments[0], moments[1], weight, bias, y, argmax, *pool)
+    return y, moments, argmax
 
 
-def _normed_backward(new, dy, x, weight, wide_weight, bias, moments, y, taps, *, training, needed, pool, shape):
+def _normed_backward(new, dy, x, weight, wide_weight, bias, moments, y, argmax, *, training, needed, pool, shape):
     need_x, need_weight, need_bias = needed
     dx = new(shape, dy.dtype) if need_x else None
     dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
@@ -78,10 +78,10 @@ def _normed_backward(new, dy, x, weight, wide_weight, bias, moments, y, taps, *,
     if training or need_weight or need_bias:
         sums = new.scratch((2, *mean.shape), np.float64)
         partial = new.scratch(bn_tanh_max_pool_workspace(y.shape), np.float64)
-        bn_tanh_max_pool_backward_reduce(dy, y, taps, x, mean, invstd, sums, dweight, dbias, partial, *pool)
+        bn_tanh_max_pool_backward_reduce(dy, y, argmax, x, mean, invstd, sums, dweight, dbias, partial, *pool)
     if need_x:
         sums = sums if training else None
-        bn_tanh_max_pool_backward(dy, y, taps, x, mean, invstd, wide_weight, sums, dx, *pool)
+        bn_tanh_max_pool_backward(dy, y, argmax, x, mean, invstd, wide_weight, sums, dx, *pool)
     return dx, dweight, dbias
 
 
@@ -90,24 +90,24 @@ class _BnTanhMaxPool2d(torch.autograd.Function):
     def forward(ctx, x, weight, bias, running, applied, check, options):
         training, pool = options["training"], options["pool"]
         wide = _wide(x, weight, bias)
-        y, moments, taps = call(_normed_forward, x, *wide, *running, check=check, keep=True, **options)
+        y, moments, argmax = call(_normed_forward, x, *wide, *running, check=check, keep=True, **options)
         need_x = training or any(ctx.needs_input_grad[1:3])
-        saved = (x if need_x else None, weight, bias, moments, y, taps)
+        saved = (x if need_x else None, weight, bias, moments, y, argmax)
         ctx.save_for_backward(*saved, *applied)
         ctx.pool, ctx.shape, ctx.training, ctx.eps = pool, x.shape, training, options["eps"]
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, moments, y, taps, _, _ = ctx.saved_tensors
+        x, weight, bias, moments, y, argmax, _, _ = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            dz = max_pool_gradient(tanh_gradient(dy, y), taps, ctx.pool, ctx.shape)
+            dz = max_pool_gradient(tanh_gradient(dy, y), argmax, ctx.pool, ctx.shape)
             gradients = batch_norm_gradients(dz, x, weight, bias, moments, None, needed, ctx.training, ctx.eps)
         else:
             options = {"training": ctx.training, "needed": needed, "pool": ctx.pool, "shape": ctx.shape}
             wide_weight, _ = _wide(y, weight, None)
-            gradients = call(_normed_backward, dense(dy), x, weight, wide_weight, bias, moments, y, taps, **options)
+            gradients = call(_normed_backward, dense(dy), x, weight, wide_weight, bias, moments, y, argmax, **options)
         return *gradients, *[None] * 4
 
 
@@ -134,7 +134,7 @@ def tanh_max_pool2d(
     check_floating(input=input)
     pool, x, ceil_mode = pool_of(kernel_size, stride, padding, dilation), dense(input), bool(ceil_mode)
     if will_need_grad(x):
-        return _TanhMaxPool2d.apply(x, pool, ceil_mode)
+        return apply(_TanhMaxPool2d, x, pool, ceil_mode)
     return call(_forward, x, pool, ceil_mode, False)[0]
 
 
@@ -176,7 +176,7 @@ def bn_tanh_max_pool2d(
     running = kernels_buffers(running_mean, running_var, num_batches_tracked, training)
     if will_need_grad(x, weight, bias):
         applied = applied_statistics(running_mean, running_var, training)
-        y = _BnTanhMaxPool2d.apply(x, weight, bias, running, applied, check, options)
+        y = apply(_BnTanhMaxPool2d, x, weight, bias, running, applied, check, options)
     else:
         y, _, _ = call(_normed_forward, x, *_wide(x, weight, bias), *running, check=check, keep=False, **options)
     if training:

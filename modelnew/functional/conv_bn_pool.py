@@ -2,189 +2,125 @@
 pooling in the convolution's epilogue.
 """
 
-import dataclasses
 import functools
+import inspect
 import math
 
 import torch
-from torch.autograd import forward_ad
 
 from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels.conv_transpose import Geometry, output_shape
-from cupy_kernels.conv_transpose_mma import Plan, UnsupportedError
-from cupy_kernels.conv_wgrad_mma import Plan as WgradPlan
+from cupy_kernels.conv_transpose_mma import plan as convolution_plan
+from cupy_kernels.errors import UnsupportedError
+from cupy_kernels.plan import parts, room
 
-from ..calls import remember, run
-from ..interop import (
-    Layout,
-    Workspace,
-    aligned,
-    compile_together,
-    dense,
-    integer,
-    number,
-    one_device,
-    pair,
-)
-from ..numerics import Choice, check_numerics, choose, tensor_core_plan
+from .. import autocast
+from ..calls import call, dense_after
+from ..interop import NUMPY, aligned, dense, integer, number, one_device, pair
+from ..numerics import check_numerics, choose, required_plan
 from .batch_norm import applied_statistics, batch_norm, check_batch_norm, check_batch_norm_call, note_update
-from .bn_tanh_max_pool import bn_tanh_max_pool2d
-from .conv_transpose import conv_gradients, conv_transpose2d_as, gradient_plans
-from .gradients import gradients_of
+from .conv_transpose import conv_transpose2d_as, gradient_plans, gradients
+from .gradients import apply, gradients_of, will_need_grad
 from .group_norm import group_norm
-from .leaky_relu import leaky_relu
 from .max_pool import max_pool2d
 
-_calls, _backward_calls = {}, {}  # {what distinguishes calls: _Call or _BackwardCall}
+
+def _forward(
+    new,
+    x,
+    w,
+    conv_bias,
+    running_mean,
+    running_var,
+    batches,
+    weight,
+    bias,
+    group_weight,
+    group_bias,
+    *,
+    padding,
+    choice,
+    keep,
+    autocast_on,
+    **options,
+):
+    plan = _plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
+    out = new(_pooled_shape(x.shape, w.shape, padding), x.dtype)
+    arrays = ops.kept_arrays(plan, x.shape, options["groups"], keep)
+    memory = (new if keep else new.scratch)((room(arrays),), "uint8")
+    tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
+    ops.conv_bn_pool_forward(new.scratch, *tensors, out, parts(memory, arrays), plan=plan, **options)
+    return out, memory if keep else None
 
 
-@dataclasses.dataclass(eq=False)  # each is one of its own, which makes it a quick key
-class _Call:
-    """What follows from the kinds of a call's arguments."""
-
-    plan: Plan
-    choice: Choice
-    geometry: Geometry
-    layout: Layout  # of the workspace
-    shape: tuple  # of the output
-    training: bool
-    keep: bool
-    groups: int
-    activation: str
-
-
-@dataclasses.dataclass(eq=False)
-class _BackwardCall:
-    """What follows from a forward's _Call and from which gradients are needed."""
-
-    dgrad: Plan | None  # of cells
-    wgrad: WgradPlan | None
-    dy_shape: tuple | None  # where the general kernels take the convolution's gradients
-    layouts: tuple[Layout, ...]  # of what the backward makes, gives to wgrad and dgrad, and of what these two write
+def _backward(
+    new, dout, x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *, padding, choice, needed, **options
+):
+    need_x, need_w, *need = needed
+    plan = _plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
+    kept = parts(memory, ops.kept_arrays(plan, x.shape, options["groups"], True))
+    dgrad, wgrad = gradient_plans(x.dtype, x.shape, w.shape, _geometry(padding), choice, need_x, need_w)
+    general = (dgrad is None, wgrad is None) != (not need_x, not need_w)
+    dy = new.scratch(output_shape(x.shape, w.shape, _geometry(padding)), x.dtype) if general else None
+    by_cells, centred = not general and (need_x or need_w), options["training"]
+    arrays = ops.gradient_arrays(plan, x.shape[0], by_cells, by_cells and need_w and centred)
+    made = {name: new.scratch(*array) for name, array in arrays.items()}
+    parameters = (conv_bias, weight, bias, group_weight, group_bias)
+    found = [new.like(t if needed else None) for t, needed in zip(parameters, need)]
+    ops.conv_bn_pool_backward(dout, weight, bias, group_weight, *found, dy, kept, made, plan=plan, **options)
+    if general:
+        dx, dw, _ = gradients(new, x, w, dy, x.shape, w.shape, _geometry(padding), choice, (need_x, need_w, False))
+        return dx, dw, *found
+    dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
+    if need_w:  # first: the room of its workspaces is dx's then
+        ops.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
+    if need_x:
+        ops.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed())
+    return dx, dw, *found
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, *args):
-        *parameters, (call, running_mean, running_var, batches, momentum, eps, group_eps, parameter) = args
-        w, conv_bias, weight, bias, group_weight, group_bias = parameters
-        workspace = Workspace.empty(call.layout, x.device)
-        out = x.new_empty(call.shape)
-
-        updated = dense(running_mean), dense(running_var)
-        arguments = (x, w, conv_bias, *updated, batches, weight, bias, group_weight, group_bias, out, workspace)
-        options = {"plan": call.plan, "training": call.training, "momentum": momentum, "eps": eps}
-        options.update(groups=call.groups, group_eps=group_eps, activation=call.activation, parameter=parameter)
-        run(ops.conv_bn_pool_forward, *arguments, like=(call, momentum, eps, group_eps), **options)
-        if call.training:
-            note_update(running_mean, running_var, batches, (*updated, batches))
-        if call.keep:
-            running = applied_statistics(running_mean, running_var, call.training)
-            ctx.save_for_backward(x, *parameters, workspace.memory, *running)
-            ctx.call, ctx.eps, ctx.group_eps, ctx.parameter = call, eps, group_eps, parameter
+    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
+        tensors = (x, w, conv_bias, *running, weight, bias, group_weight, group_bias)
+        out, memory = call(_forward, *tensors, check=check, keep=True, **options)
+        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *applied)
+        ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx, dout):
         *tensors, memory, running_mean, running_var = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable_gradients(ctx, running_mean, running_var, tensors, dout), None
-        x, w, conv_bias, weight, bias, group_weight, group_bias = tensors
-        need_x, need_w, *need = ctx.needs_input_grad[:7]
-        parameters = (conv_bias, weight, bias, group_weight, group_bias)
-        gradients = [torch.empty_like(t) if needed else None for t, needed in zip(parameters, need)]
-        call = ctx.call
-        key = (call, need_x, need_w)
-        prepared = _known(_backward_calls, key, lambda: _backward_call(*key, x, w))
-        made, output, of_wgrad, of_dgrad = prepared.layouts
-        dx = dw = None
-        dy = None if prepared.dy_shape is None else x.new_empty(prepared.dy_shape)
-        # Large arrays are made as late, and given back as early, as can be: the step's peak of memory is here.
-        kept, output = Workspace(memory, call.layout), Workspace.empty(output, x.device)
-        tensors = (dense(dout), weight, bias, group_weight, *gradients, dy)
-        options = {"like": prepared, "plan": call.plan, "groups": call.groups, "training": call.training}
-        options.update(activation=call.activation, parameter=ctx.parameter)
-        run(ops.conv_bn_pool_backward, *tensors, Workspace.empty(made, x.device), kept, output, **options)
-        if prepared.wgrad:  # first: the room of its workspaces is dx's then
-            dw = torch.empty_like(w)
-            options = {"like": prepared, "plan": prepared.wgrad}
-            run(ops.weight_gradient, output, kept, x, dw, Workspace.empty(of_wgrad, x.device), **options)
-        if prepared.dgrad:
-            dx = torch.empty_like(x)
-            options = {"like": prepared, "plan": prepared.dgrad}
-            run(ops.input_gradient, output, w, dx, Workspace.empty(of_dgrad, x.device), **options)
-        if dy is not None:
-            options = (x.shape, w.shape, call.geometry, call.choice, (need_x, need_w, False))
-            dx, dw, _ = conv_gradients(x, w, dy, *options)
-        return dx, dw, *gradients, None
+            found = _differentiable_gradients(ctx.options, running_mean, running_var, tensors, dout)
+        else:
+            names = ("padding", "choice", "groups", "training", "activation", "parameter")
+            options = {name: ctx.options[name] for name in names}
+            found = call(_backward, dense(dout), *tensors, memory, needed=ctx.needs_input_grad[:7], **options)
+        return *found, *[None] * 4
 
 
-def _differentiable_gradients(ctx, running_mean, running_var, tensors, dout):
+def _differentiable_gradients(options, running_mean, running_var, tensors, dout):
     """The gradients of `tensors` by operators that can be differentiated twice."""
+    activate = _operator(options["activation"], options["parameter"])
 
     def unfused(x, w, conv_bias, weight, bias, group_weight, group_bias):
-        y = conv_transpose2d_as(x, w, conv_bias, ctx.call.geometry, ctx.call.choice)
-        norm = (y, running_mean, running_var, weight, bias, ctx.call.training)
-        if ctx.call.activation == "tanh":
-            y = bn_tanh_max_pool2d(*norm, eps=ctx.eps)
-        else:
-            y = max_pool2d(_UNFUSED[ctx.call.activation](batch_norm(*norm, eps=ctx.eps), ctx.parameter), 2)
-        return group_norm(y, ctx.call.groups, group_weight, group_bias, ctx.group_eps)
+        y = conv_transpose2d_as(x, w, conv_bias, _geometry(options["padding"]), options["choice"])
+        y = batch_norm(y, running_mean, running_var, weight, bias, options["training"], eps=options["eps"])
+        y = max_pool2d(activate(y), 2)
+        return group_norm(y, options["groups"], group_weight, group_bias, options["group_eps"])
 
     with torch.autocast(dout.device.type, enabled=False):  # as in the forward, whatever holds around the backward
         return gradients_of(unfused, tensors, dout)
 
 
-# Activations as operators of their own; tanh has one with batch norm and pooling.
-_UNFUSED = {"leaky_relu": leaky_relu}
+def _operator(activation, parameter):
+    """The activation as an operator of its own."""
+    from . import operators  # which imports this module
 
-_apply = super(torch.autograd.Function, _Fused).apply  # without what its `apply` does for functorch and setup_context
-
-
-def _known(known, key, make):
-    """known[key], which make() makes where it is missing."""
-    found = known.get(key)
-    if found is None:
-        found = make()
-        remember(known, key, found)
-    return found
-
-
-def _call(training, keep, padding, num_groups, activation, numerics, batches, input, conv_weight, *others):
-    """Plans and checks a call, and compiles its kernels at the same time, where launches would one by one.
-
-    Where the fused kernels do not take it, the reason.
-    """
-    reason = _mixture(input, batches, conv_weight, *others)
-    if reason:
-        return reason
-    shape = _checked_shape(input, conv_weight, others, padding, training, num_groups)
-    choice = choose(numerics, input)
-    plan, reason = _plan(input, conv_weight, padding, num_groups, choice)
-    if reason:
-        return reason
-    compile_together(ops.kernels(plan, num_groups, activation, training, keep), input.device)
-    layout = Layout(ops.buffers(plan, input.shape, num_groups, training, keep))
-    return _Call(plan, choice, _geometry(padding), layout, shape, training, keep, num_groups, activation)
-
-
-def _backward_call(call, need_x, need_w, x, w):
-    """Plans a backward, and compiles as `_call` does."""
-    dgrad, wgrad = gradient_plans(x, x.shape, w.shape, call.geometry, call.choice, need_x, need_w)
-    dy_shape = None
-    if (dgrad is None, wgrad is None) != (not need_x, not need_w):
-        dgrad = wgrad = None
-        dy_shape = output_shape(x.shape, w.shape, call.geometry)
-    dgrad = dgrad and dgrad.of_cells()
-    tail = (call.plan, call.groups, call.activation)
-    compile_together(ops.gradient_kernels(*tail, x.shape, call.training, dgrad, wgrad), x.device)
-    buffers = (
-        ops.gradient_buffers(call.plan, x.shape[0]),
-        ops.output_gradient_buffers(call.plan, x.shape[0], bool(dgrad or wgrad), bool(wgrad and call.training)),
-        ops.weight_gradient_buffers(wgrad, x.shape, call.training) if wgrad else {},
-        ops.input_gradient_buffers(dgrad) if dgrad else {},
-    )
-    return _BackwardCall(dgrad, wgrad, dy_shape, tuple(map(Layout, buffers)))
+    function = getattr(operators, activation)
+    takes_one = "negative_slope" in inspect.signature(function).parameters
+    return functools.partial(function, negative_slope=parameter) if takes_one else function
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, others=(), negative_slope=0):
@@ -192,32 +128,48 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, othe
 
     batches: num_batches_tracked. others: the other parameters. negative_slope: the activation's, if it has one.
     """
-    reason = _decreases(negative_slope) or _mixture(x, batches, conv_weight, *others)
-    return (None, reason) if reason else _plan(x, conv_weight, padding, num_groups, choose(numerics, x))
+    try:
+        _check_slope(negative_slope)
+        _check_mixture(x, batches, conv_weight, *others)
+        shapes = x.shape, NUMPY[x.dtype], conv_weight.shape
+        return _plan(*shapes, pair(padding, "padding"), num_groups, choose(_class(numerics, x), x)), None
+    except UnsupportedError as error:
+        return None, str(error)
 
 
-def _plan(x, conv_weight, padding, num_groups, choice):
-    plan, reason = tensor_core_plan(x, conv_weight.shape, _geometry(padding), choice)
-    reason = reason or ops.obstacle(plan, num_groups)
-    return (None, reason) if reason else (plan, None)
+def _plan(x_shape, dtype, w_shape, padding, groups, choice):
+    plan = required_plan(convolution_plan, x_shape, dtype, w_shape, _geometry(padding), choice, dgrad=False)
+    ops.check_supported(plan, groups)
+    return plan
 
 
-def _mixture(x, batches, *others):
-    """What does not go together in the tensors' dtypes, or with the counter of batches, or None."""
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast gives the operators different dtypes"
+def _check_slope(negative_slope) -> None:
+    if not 0 <= negative_slope < math.inf:
+        raise UnsupportedError(
+            f"pooling before the activation needs a finite negative_slope of at least 0, received {negative_slope}"
+        )
+
+
+def _check_mixture(x, batches, *others) -> None:
+    """UnsupportedError for dtypes or a counter of batches that do not go together."""
+    if autocast.enabled(x) and x.dtype != torch.float32:
+        raise UnsupportedError(f"under autocast the input must be float32, received {x.dtype}")
     if any(t is not None and t.dtype != x.dtype for t in others):
-        return "input and parameters have different dtypes"
+        raise UnsupportedError("input and parameters have different dtypes")
     if batches is not None and (batches.dtype, batches.numel(), batches.device) != (torch.int64, 1, x.device):
-        return (
+        raise UnsupportedError(
             f"num_batches_tracked must be one {torch.int64} on {x.device}, received shape {tuple(batches.shape)}, "
             f"{batches.dtype} on {batches.device}"
         )
-    return None
+
+
+def _class(numerics, x) -> str:
+    """Under autocast the convolution's operands have 10 mantissa bits at most in PyTorch, too."""
+    return "tf32" if autocast.enabled(x) else numerics
 
 
 def _geometry(padding):
-    return Geometry((1, 1), pair(padding, "padding"), (0, 0), (1, 1), 1)
+    return Geometry((1, 1), padding, (0, 0), (1, 1), 1)
 
 
 def conv_bn_activation_max_pool_group_norm(
@@ -241,42 +193,58 @@ def conv_bn_activation_max_pool_group_norm(
     group_eps: float = 1e-5,
     num_batches_tracked: torch.Tensor | None = None,
     numerics: str = "auto",
-    required: bool = True,
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """group_norm(max_pool2d(act(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
     and group_norm. One dtype for all: float32, float16 or bfloat16.
-    activation: act, "tanh" or "leaky_relu". negative_slope: of leaky_relu, finite and not negative.
+    activation: act, the name of an operator that activation.cuh has, "tanh" or "leaky_relu". negative_slope: of
+        leaky_relu, finite and not negative.
     num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
-    For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError,
-    with the reason, or None if not `required`. Besides, batch_norm's errors.
+    For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
+    with the reason. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
+    Under torch.autocast, of float32 tensors: as without it, in the class "tf32", whose errors are smaller than those of
+    casts between the operators. The result has the dtype that autocast gives group_norm's.
     """
     check_numerics(numerics)
-    parameter = _parameter(activation, negative_slope)
+    ops.struct_of(activation)
+    parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    tensors = (input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
-    arguments = (num_batches_tracked, input, conv_weight, conv_bias, running_mean, running_var)
-    arguments += (weight, bias, group_weight, group_bias)
+    training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
-    training, padding, device = bool(training), pair(padding, "padding"), "cuda" if input.is_cuda else "cpu"
-    facts = choose(numerics, input), torch.is_autocast_enabled(device)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    kind = (training, keep, padding, num_groups, activation)
-    key = (*kind, facts, *[None if t is None else (t.shape, t.dtype, t.device) for t in arguments])
-    call = _decreases(parameter) or _known(_calls, key, lambda: _call(*kind, numerics, *arguments))
-    if isinstance(call, str):
-        if required:
-            raise UnsupportedError(f"the fused kernels do not take this: {call}")
-        return None
-    tensors = (aligned(input), *map(dense, tensors[1:]))
-    rest = (call, running_mean, running_var, num_batches_tracked, momentum, eps, group_eps, parameter)
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return _Fused.apply(*tensors, rest)
-    if keep:
-        return _apply(*tensors, rest)
-    return _Fused.forward(None, *tensors, rest)  # autograd, with nothing to keep or to refuse, would only take time
+    others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
+    choice = choose(_class(numerics, input), input)
+
+    def check():
+        _check_mixture(input, num_batches_tracked, *others)
+        _check_shapes(input, *others, padding, training, num_groups)
+        _plan(input.shape, NUMPY[input.dtype], conv_weight.shape, padding, num_groups, choice)
+
+    _check_slope(parameter)
+    tensors = dense_after(check, input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    x, w, conv_bias, *affine = tensors = (aligned(tensors[0]), *tensors[1:])
+    updated = dense(running_mean), dense(running_var), num_batches_tracked
+    options = {
+        "padding": padding,
+        "choice": choice,
+        "groups": num_groups,
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "group_eps": group_eps,
+        "activation": activation,
+        "parameter": parameter,
+        "autocast_on": autocast.enabled(input),  # as check() looks at it
+    }
+    if will_need_grad(*tensors):
+        applied = applied_statistics(running_mean, running_var, training)
+        out = apply(_Fused, *tensors, updated, applied, check, options)
+    else:
+        out, _ = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=False, **options)
+    if training:
+        note_update(running_mean, running_var, num_batches_tracked, updated)
+    return autocast.result_of_norm(out)
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature
@@ -285,29 +253,32 @@ def conv_bn_tanh_max_pool_group_norm(*args, **options):
     return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
 
 
-def _parameter(activation, negative_slope):
-    """The number that the kernels get for the activation."""
-    if activation not in ops.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ops.ACTIVATIONS)}, received {activation!r}")
-    return 0 if activation == "tanh" else number(negative_slope, "negative_slope")
-
-
-def _decreases(parameter):
-    """Why an activation with this number cannot follow the pooling, or None."""
-    if 0 <= parameter < math.inf:
-        return None
-    return f"pooling before the activation needs a finite negative_slope of at least 0, received {parameter}"
-
-
-def _checked_shape(input, conv_weight, others, padding, training, num_groups):
-    """The output's shape. Raises all errors that shapes, dtypes and devices can be the reason of."""
-    conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias = others
-    one_device((input, conv_weight, *others))
-    images, channels, height, width = shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
+def _check_shapes(
+    input,
+    conv_weight,
+    conv_bias,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    group_weight,
+    group_bias,
+    padding,
+    training,
+    num_groups,
+) -> None:
+    """Raises all errors that shapes, dtypes and devices can be the reason of."""
+    affine = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
+    one_device((input, conv_weight, *affine))
+    shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
     check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
-        if tensor is not None and tensor.shape != (channels,):
-            raise ValueError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups must divide the {channels} channels, received {num_groups}")
-    return images, channels, height // 2, width // 2
+        if tensor is not None and tensor.shape != (shape[1],):
+            raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
+    if num_groups < 1 or shape[1] % num_groups:
+        raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
+
+
+def _pooled_shape(x_shape, w_shape, padding):
+    *outer, height, width = output_shape(x_shape, w_shape, _geometry(padding))
+    return *outer, height // 2, width // 2

@@ -6,23 +6,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels import channel_sum as bias_ops
-from cupy_kernels import common, fp16_cells
+from cupy_kernels import common, fp16_tiles
 from cupy_kernels import conv_transpose as ops
 from cupy_kernels import conv_transpose_mma as mma
 from cupy_kernels import conv_wgrad_mma as wgrad_mma
 
 from .. import autocast
-from ..calls import Kind, call, dense_after
+from ..calls import call, dense_after
 from ..cases import Case
 from ..interop import aligned, check_floating, dense, integer, one_device, pair
 from ..numerics import check_numerics, choose, tensor_core_plan, wgrad_plan, without_tensor_cores
 from ..untraced import untraced
-from .gradients import differentiable, will_need_grad
+from .gradients import apply, differentiable, will_need_grad
 
 
 def _forward(new, x, w, bias, geometry, choice):
     y = new(ops.output_shape(x.shape, w.shape, geometry), x.dtype)
-    plan, _ = tensor_core_plan(x.kind, w.shape, geometry, choice)
+    plan, _ = tensor_core_plan(x.shape, x.dtype, w.shape, geometry, choice)
     if plan:
         mma.conv_transpose_mma(plan, x, w, bias, y, *_mma_workspaces(new, plan))
     else:
@@ -96,23 +96,24 @@ class _WeightGradient(torch.autograd.Function):
 def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
     """(dx, dw, gradient of the bias), None where not needed. x is for dw alone, w for dx: the other may be None."""
     x = None if x is None else aligned(x)
-    return call(_gradients, x, w, aligned(dy), x_shape, w_shape, geometry, choice, needed)
+    return call(gradients, x, w, aligned(dy), x_shape, w_shape, geometry, choice, needed)
 
 
-def _gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
+def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
+    """The operation of `conv_gradients`, see `calls.call`."""
     need_x, need_w, need_bias = needed
-    dgrad, wgrad = gradient_plans(dy.kind, x_shape, w_shape, geometry, choice, need_x, need_w)
+    dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
-    cells, exponents, _ = to_cells(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
+    packed, exponents, _ = pack_fp16(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
     if need_x and dgrad:
-        source = (dgrad.of_cells(), cells) if wgrad else (dgrad, dy)
+        source = (dgrad.of_packed(), packed) if wgrad else (dgrad, dy)
         mma.conv_transpose_mma(*source, w, None, dx, *_mma_workspaces(new, dgrad), *([exponents] if wgrad else ()))
     elif need_x:
         ops.conv_transpose_dgrad(dy, w, dx, _packed(new, w), geometry)
     if need_w and wgrad:
         partial = new.scratch(wgrad.partial_size, np.float32)
-        x_cells = to_cells(new.scratch, x, wgrad.split)
-        wgrad_mma.conv_wgrad_mma(wgrad, *x_cells, cells, exponents, None, partial, dw)
+        x_packed = pack_fp16(new.scratch, x, wgrad.split)
+        wgrad_mma.conv_wgrad_mma(wgrad, *x_packed, packed, exponents, None, partial, dw)
     elif need_w:
         dtype = common.accumulator_dtype(dy)
         size = ops.wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
@@ -120,33 +121,30 @@ def _gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
     return dx, dw, _channel_sums(new, dy) if need_bias else None
 
 
-def gradient_plans(kind, x_shape, w_shape, geometry, choice, need_x, need_w):
-    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken.
-
-    kind: a tensor, or a `calls.Kind`, of the dtype and on the device of all of them.
-    """
+def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
+    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken. dtype: NumPy's."""
     dgrad = wgrad = None
     if need_x:
-        dy = Kind(ops.output_shape(x_shape, w_shape, geometry), kind.dtype, kind.device)
-        dgrad, _ = tensor_core_plan(dy, w_shape, geometry, choice, dgrad=True)
+        dy_shape = ops.output_shape(x_shape, w_shape, geometry)
+        dgrad, _ = tensor_core_plan(dy_shape, dtype, w_shape, geometry, choice, dgrad=True)
     if need_w:
-        wgrad, _ = wgrad_plan(Kind(x_shape, kind.dtype, kind.device), w_shape, geometry, choice)
+        wgrad, _ = wgrad_plan(x_shape, dtype, w_shape, geometry, choice)
     return dgrad, wgrad
 
 
-def to_cells(allocate, tensor, split, exponents=None, centred=False):
-    """(cells, exponents, sums) of a tensor, see `cupy_kernels.fp16_cells`.
+def pack_fp16(allocate, tensor, split, exponents=None, centred=False):
+    """(packed, exponents, sums) of a tensor, see `cupy_kernels.fp16_tiles`.
 
     allocate: a `calls.New`, or its `scratch`. exponents: of scales of the tensor's parts, where they are known already.
     centred: less the means of the first image's channels, whose sums are else None.
     """
     sums = _channel_sums(allocate, tensor[:1]) if centred else None
     if exponents is None:
-        exponents = allocate((fp16_cells.exponents_size(tensor.shape, tensor.itemsize),), np.int32)
-        fp16_cells.largest_magnitude(tensor, exponents)
-    cells = allocate(fp16_cells.cells_shape(tensor.shape, split), np.float16)
-    fp16_cells.to_cells(tensor, exponents, sums, cells, split=split)
-    return cells, exponents, sums
+        exponents = allocate((fp16_tiles.exponents_size(tensor.shape, tensor.itemsize),), np.int32)
+        fp16_tiles.largest_magnitude(tensor, exponents)
+    packed = allocate(fp16_tiles.packed_shape(tensor.shape, split), np.float16)
+    fp16_tiles.pack_fp16(tensor, exponents, sums, packed, split=split)
+    return packed, exponents, sums
 
 
 def _channel_sums(allocate, tensor):
@@ -170,7 +168,7 @@ def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=lambda
     x, w, bias = dense_after(check, x, w, bias)
     tensors = aligned(x), w, bias
     if will_need_grad(*tensors):
-        return _ConvTranspose2d.apply(*tensors, geometry, choice, check)
+        return apply(_ConvTranspose2d, *tensors, geometry, choice, check)
     return call(_forward, *tensors, geometry, choice, check=check)
 
 
@@ -297,7 +295,7 @@ def torch_conv(x, w, bias):
 
 
 _GENERAL = ("conv_transpose.cu", "conv_transpose_wgrad.cu", "channel_sum.cu")
-_MMA = ("conv_transpose_mma.cu", "pack_weight_fp16.cu", "conv_wgrad_mma.cu", "fp16_cells.cu")
+_MMA = ("conv_transpose_mma.cu", "pack_weight_fp16.cu", "conv_wgrad_mma.cu", "fp16_tiles.cu")
 CASES = (
     Case(
         "conv_transpose2d, general",

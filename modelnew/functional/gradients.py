@@ -9,15 +9,26 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
+from .. import shortcuts
+
 
 def will_need_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker.
 
     It sees those in forward mode and under torch.func, too, which it refuses: the Functions have no rule for them.
     """
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def apply(function: type[torch.autograd.Function], *args):
+    """function.apply(*args), quicker."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return shortcuts.apply(function, *args)
 
 
 def differentiable(gradient: type[torch.autograd.Function], *args):

@@ -17,7 +17,7 @@ from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_parameters, integer, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine
-from .gradients import NormGradient, differentiable, will_need_grad
+from .gradients import NormGradient, apply, differentiable, will_need_grad
 
 
 def _forward(new, x, weight, bias, num_groups, last, *, eps):
@@ -115,7 +115,7 @@ def group_norm(
     x, weight, bias = dense_after(check, None if last else input, weight, bias)
     x = input if last else x
     if will_need_grad(x, weight, bias):
-        return _GroupNorm.apply(x, weight, bias, num_groups, last, eps, check)
+        return apply(_GroupNorm, x, weight, bias, num_groups, last, eps, check)
     return _call(x, weight, bias, num_groups, last, eps, check)[0]
 
 

@@ -11,7 +11,7 @@ from ..cases import Case, activations
 from ..formats import dense_like, flat, unflat
 from ..interop import check_floating, number
 from ..untraced import untraced
-from .gradients import differentiable, will_need_grad
+from .gradients import apply, differentiable, will_need_grad
 
 
 def _forward(new, x, slope):
@@ -72,7 +72,7 @@ def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool 
         raise ValueError("leaky_relu writes to new memory, received inplace=True; leave it out, or pass inplace=False")
     check_floating(input=input)
     x, slope = dense_like(input), number(negative_slope, "negative_slope")
-    return _LeakyReLU.apply(x, slope) if will_need_grad(x) else unflat(call(_forward, flat(x), slope), x)
+    return apply(_LeakyReLU, x, slope) if will_need_grad(x) else unflat(call(_forward, flat(x), slope), x)
 
 
 class LeakyReLU(nn.LeakyReLU):

@@ -15,26 +15,26 @@ from ..cases import Case, activations
 from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_floating, pair
 from ..untraced import untraced
-from .gradients import differentiable, will_need_grad
+from .gradients import apply, differentiable, will_need_grad
 
 
 def _forward(new, x, pool, ceil_mode, return_indices, keep, last=False):
     y = new(pooled_shape(x.shape, pool, ceil_mode, last), x.dtype)
     indices = new(y.shape, np.int64) if return_indices else None
-    taps = new_taps(new, y, pool) if keep else None
-    max_pool_forward(x, y, taps, indices, *pool, last)
-    return y, indices, taps
+    argmax = new_argmax(new, y, pool) if keep else None
+    max_pool_forward(x, y, argmax, indices, *pool, last)
+    return y, indices, argmax
 
 
-def _backward(new, dy, taps, pool, shape, last):
+def _backward(new, dy, argmax, pool, shape, last):
     dx = new(shape, dy.dtype)
-    max_pool_backward(dy, taps, dx, *pool, last)
+    max_pool_backward(dy, argmax, dx, *pool, last)
     return dx
 
 
-def _select(new, x, taps, pool, last):
-    y = new(taps.shape, x.dtype)
-    max_pool_select(x, taps, y, *pool, last)
+def _select(new, x, argmax, pool, last):
+    y = new(argmax.shape, x.dtype)
+    max_pool_select(x, argmax, y, *pool, last)
     return y
 
 
@@ -42,8 +42,8 @@ class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pool, ceil_mode, return_indices, last):
         x = stored(x, last)
-        y, indices, taps = call(_forward, x, pool, ceil_mode, return_indices, True, last)
-        ctx.save_for_backward(taps)
+        y, indices, argmax = call(_forward, x, pool, ceil_mode, return_indices, True, last)
+        ctx.save_for_backward(argmax)
         ctx.pool, ctx.shape, ctx.last = pool, x.shape, last
         y, indices = restored(y, last), restored(indices, last)
         if not return_indices:
@@ -60,14 +60,14 @@ class _MaxPoolGradient(torch.autograd.Function):
     """dx = the sum of dy over the windows whose maximum the pixel is."""
 
     @staticmethod
-    def forward(dy, taps, pool, shape, last):
+    def forward(dy, argmax, pool, shape, last):
         dy = stored(dense_in(dy, last), last)
-        return restored(call(_backward, dy, taps, pool, shape, last), last)
+        return restored(call(_backward, dy, argmax, pool, shape, last), last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, taps, ctx.pool, ctx.shape, ctx.last = inputs
-        ctx.save_for_backward(taps)
+        _, argmax, ctx.pool, ctx.shape, ctx.last = inputs
+        ctx.save_for_backward(argmax)
 
     @staticmethod
     def backward(ctx, v):
@@ -78,23 +78,23 @@ class _Select(torch.autograd.Function):
     """y = x where each window's maximum was, the transpose of _MaxPoolGradient."""
 
     @staticmethod
-    def forward(x, taps, pool, last):
-        return restored(call(_select, stored(dense_in(x, last), last), taps, pool, last), last)
+    def forward(x, argmax, pool, last):
+        return restored(call(_select, stored(dense_in(x, last), last), argmax, pool, last), last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, taps, ctx.pool, ctx.last = inputs
+        x, argmax, ctx.pool, ctx.last = inputs
         ctx.shape = stored(x, ctx.last).shape
-        ctx.save_for_backward(taps)
+        ctx.save_for_backward(argmax)
 
     @staticmethod
     def backward(ctx, v):
         return max_pool_gradient(v, *ctx.saved_tensors, ctx.pool, ctx.shape, ctx.last), *[None] * 3
 
 
-def max_pool_gradient(dy: torch.Tensor, taps: torch.Tensor, pool: Pool, shape, last: bool = False) -> torch.Tensor:
-    """dx of a pooling whose maxima lie at `taps`. last: taps and `shape`, dx's, are [N, H, W, C]."""
-    return differentiable(_MaxPoolGradient, dy, taps, pool, shape, last)
+def max_pool_gradient(dy: torch.Tensor, argmax: torch.Tensor, pool: Pool, shape, last: bool = False) -> torch.Tensor:
+    """dx of a pooling whose maxima lie at `argmax`. last: argmax and `shape`, dx's, are [N, H, W, C]."""
+    return differentiable(_MaxPoolGradient, dy, argmax, pool, shape, last)
 
 
 def pooled_shape(shape, pool: Pool, ceil_mode: bool, last: bool = False) -> tuple[int, ...]:
@@ -120,9 +120,9 @@ def pool_of(kernel_size, stride, padding, dilation) -> Pool:
     return Pool(kernel_size, stride, pair(padding, "padding"), pair(dilation, "dilation"))
 
 
-def new_taps(new, y, pool: Pool):
+def new_argmax(new, y, pool: Pool):
     """Memory for the position of each output within its window; new: a `calls.New`."""
-    return new(y.shape, np.int32 if pool.wide_taps else np.uint8)
+    return new(y.shape, np.int32 if pool.wide_argmax else np.uint8)
 
 
 @untraced
@@ -154,7 +154,7 @@ def max_pool2d(
     last = channels_last(input)
     x, options = dense_in(input, last), (pool, bool(ceil_mode), bool(return_indices))
     if will_need_grad(x):
-        return _MaxPool2d.apply(x, *options, last)
+        return apply(_MaxPool2d, x, *options, last)
     y, indices, _ = (restored(t, last) for t in call(_forward, stored(x, last), *options, False, last))
     return (y, indices) if return_indices else y
 

@@ -10,7 +10,7 @@ from ..cases import Case, activations
 from ..formats import dense_like, flat, unflat
 from ..interop import check_floating
 from ..untraced import untraced
-from .gradients import differentiable, will_need_grad
+from .gradients import apply, differentiable, will_need_grad
 
 
 def _forward(new, x):
@@ -67,7 +67,7 @@ def tanh(input: torch.Tensor) -> torch.Tensor:
     """
     check_floating(input=input)
     x = dense_like(input)
-    return _Tanh.apply(x) if will_need_grad(x) else unflat(call(_forward, flat(x)), x)
+    return apply(_Tanh, x) if will_need_grad(x) else unflat(call(_forward, flat(x)), x)
 
 
 class Tanh(nn.Tanh):

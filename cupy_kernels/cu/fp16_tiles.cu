@@ -1,17 +1,17 @@
-// A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by
+// A tensor [N, channels, pixels] as packed fp16 tiles in global memory, for kernels that bring lines to shared memory by
 // cp.async.
 //
-//     cells [N][chunk][pixel][64 halves], (value - centre) * 2^e, parts of a cell in ascending order;
-//     fp16_cells.cuh says what is in a cell
+//     lines [N][chunk][pixel][64 halves], (value - centre) * 2^e, parts of a line in ascending order;
+//     fp16_tiles.cuh says what is in a line
 //
 // largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them.
-// to_cells: a block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH
-// pixels, and writes whole cells after a turn through shared memory. Channels past the last one are zero. sums: null,
-// or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
-// fp16_cells.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH
+// pack_fp16: a block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH
+// pixels, and writes whole lines after a turn through shared memory. Channels past the last one are zero. sums: null,
+// or of each channel over one image (fp16_tiles.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
+// fp16_tiles.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH
 // (accesses under way in a thread of largest_magnitude). `channels` is a multiple of 8, N * pixels below 2^31.
 #include "common.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 
 #define GROUPS (CHUNK_CHANNELS / 8)  // of 8 channels
 static_assert(TILE_PIXELS == THREADS / GROUPS * WIDTH, "a thread has 8 channels of WIDTH pixels");
@@ -34,9 +34,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) exponents[blockIdx.x] = scale_exponent(largest);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) to_cells(
+extern "C" __global__ void __launch_bounds__(THREADS) pack_fp16(
     const scalar_t* __restrict__ source, const int* __restrict__ exponents, const scalar_t* __restrict__ sums,
-    half_t* __restrict__ cells, int exponent_count, int images, int channels, int pixels) {
+    half_t* __restrict__ lines, int exponent_count, int images, int channels, int pixels) {
     __shared__ uint4 tile[TILE_PIXELS * 8];
     __shared__ unsigned scratch[32];
     Divisor by_image(pixels);
@@ -68,10 +68,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) to_cells(
     __syncthreads();
     #pragma unroll
     for (int i = threadIdx.x; i < TILE_PIXELS * 8; i += THREADS) {
-        int cell = i / 8, part = i % 8;
-        if (first + cell >= total) break;
-        unsigned pixel, image = by_image.divide((unsigned)(first + cell), pixel);
-        ((uint4*)cells)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
-            tile[cell * 8 + (part ^ (cell / WIDTH & 7))];
+        int line = i / 8, part = i % 8;
+        if (first + line >= total) break;
+        unsigned pixel, image = by_image.divide((unsigned)(first + line), pixel);
+        ((uint4*)lines)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
+            tile[line * 8 + (part ^ (line / WIDTH & 7))];
     }
 }

@@ -1,7 +1,7 @@
-"""Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
+"""Tensors [N, C, H, W] as packed fp16 tiles [N, chunks, H * W, 64] under one power-of-two scale, see fp16_tiles.cu.
 
-split 1: a cell has the fp16 values of 64 channels. split 2: it has those of 32 channels, then their 32 residuals, which
-is what rounding to fp16 left. An array of exponents goes with the cells: the smallest of them is the scale's.
+split 1: a line has the fp16 values of 64 channels. split 2: it has those of 32 channels, then their 32 residuals, which
+is what rounding to fp16 left. An array of exponents goes with the packed tiles: the smallest of them is the scale's.
 """
 
 import math
@@ -12,22 +12,22 @@ from .source import Kernel, Variant
 
 _LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
 _BATCH = 8  # accesses of at most 16 bytes that a thread of largest_magnitude has in flight
-CELL_BYTES = 128
+LINE_BYTES = 128
 
 
 def chunk_channels(split: int) -> int:
-    """The number of channels in a cell."""
-    return CELL_BYTES // 2 // split
+    """The number of channels in a line."""
+    return LINE_BYTES // 2 // split
 
 
-def cell_macros(split: int) -> dict:
-    """Macros of fp16_cells.cuh without IN_CHANNELS."""
-    return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "CELL_BYTES": CELL_BYTES}
+def packing_macros(split: int) -> dict:
+    """Macros of fp16_tiles.cuh without IN_CHANNELS."""
+    return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "LINE_BYTES": LINE_BYTES}
 
 
-def cells_shape(shape, split: int) -> tuple[int, int, int, int]:
-    """[N, chunks, pixels, 64], the shape of the cells (float16) of a tensor of this shape."""
-    return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), CELL_BYTES // 2
+def packed_shape(shape, split: int) -> tuple[int, int, int, int]:
+    """[N, chunks, pixels, 64], the shape of the packed tiles (float16) of a tensor of this shape."""
+    return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), LINE_BYTES // 2
 
 
 def exponents_size(shape, itemsize: int) -> int:
@@ -38,12 +38,12 @@ def exponents_size(shape, itemsize: int) -> int:
 def largest_magnitude(source, exponents) -> None:
     """Writes `exponents`: for each part of `source`, the exponent of the scale that this part would take alone."""
     width = _width(source)
-    kernel = Kernel("fp16_cells.cu", "largest_magnitude", _macros(scalar(source), 1, width))
+    kernel = Kernel("fp16_tiles.cu", "largest_magnitude", _macros(scalar(source), 1, width))
     launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
 
 
-def to_cells(source, exponents, sums, cells, split: int) -> None:
-    """Writes `cells` of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
+def pack_fp16(source, exponents, sums, packed, split: int) -> None:
+    """Writes `packed` of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
 
     sums: None, or the sum of each channel of the first image: the channels' means are then subtracted, and the scale is
         half as large.
@@ -53,12 +53,12 @@ def to_cells(source, exponents, sums, cells, split: int) -> None:
         _kernel(scalar(source), split, width),
         (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
         (THREADS, 1, 1),
-        (source, exponents, sums, cells, exponents.size, images, channels, pixels),
+        (source, exponents, sums, packed, exponents.size, images, channels, pixels),
     )
 
 
-def to_cells_kernel(name: str, split: int, shape) -> Kernel:
-    """What `to_cells` launches for a tensor of this type and shape that starts at a multiple of 16 bytes."""
+def pack_fp16_kernel(name: str, split: int, shape) -> Kernel:
+    """What `pack_fp16` launches for a tensor of this type and shape that starts at a multiple of 16 bytes."""
     return _kernel(name, split, 1 if math.prod(shape[2:]) % 4 else 4)
 
 
@@ -66,20 +66,20 @@ def variants():
     """Every variant that this module launches."""
     for name, split in (("float", 1), ("float", 2), ("half_t", 1), ("bf16_t", 1)):
         for width in (1, 4):
-            yield Variant("fp16_cells.cu", _macros(name, split, width))
+            yield Variant("fp16_tiles.cu", _macros(name, split, width))
 
 
 def _kernel(name, split, width):
-    return Kernel("fp16_cells.cu", "to_cells", _macros(name, split, width))
+    return Kernel("fp16_tiles.cu", "pack_fp16", _macros(name, split, width))
 
 
 def _macros(name, split, width):
     sizes = {"WIDTH": width, "THREADS": THREADS, "TILE_PIXELS": _tile_pixels(split, width), "BATCH": _BATCH}
-    return (*scalar_macros(name), *cell_macros(split).items(), *sizes.items())
+    return (*scalar_macros(name), *packing_macros(split).items(), *sizes.items())
 
 
 def _tile_pixels(split, width):
-    """Pixels that a block of to_cells takes: a thread has 8 channels of `width` of them."""
+    """Pixels that a block of pack_fp16 takes: a thread has 8 channels of `width` of them."""
     return THREADS * 8 // chunk_channels(split) * width
 
 

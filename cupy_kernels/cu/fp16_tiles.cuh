@@ -1,21 +1,21 @@
-// fp16 operands of the tensor-core convolution: cells of 64 halves in shared memory.
+// fp16 operands of the tensor-core convolution: lines of 64 halves in shared memory.
 //
 // fp16, like TF32, keeps 10 mantissa bits, and fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds to
-// fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision): a cell then
-// holds 32 channels twice. Macros: SPLIT, CHUNK_CHANNELS (of a cell), CELL_BYTES, IN_CHANNELS.
+// fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision): a line then
+// holds 32 channels twice. Macros: SPLIT, CHUNK_CHANNELS (of a line), LINE_BYTES, IN_CHANNELS.
 #pragma once
 #include "fp16_scale.cuh"
 
 #define CHUNKS ((IN_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
-#define STAGE_BYTES (TILE_M * CELL_BYTES)
+#define STAGE_BYTES (TILE_M * LINE_BYTES)
 static_assert(
-    CELL_BYTES == 8 * 16 && CELL_BYTES == SPLIT * CHUNK_CHANNELS * sizeof(half_t), "a cell is eight parts of 16 bytes");
+    LINE_BYTES == 8 * 16 && LINE_BYTES == SPLIT * CHUNK_CHANNELS * sizeof(half_t), "a line is eight parts of 16 bytes");
 
-// Where part `part` (16 bytes, 0 to 7) of a cell lies. Cells of different keys, 0 to 7, have the same part in different
+// Where part `part` (16 bytes, 0 to 7) of a line lies. Lines of different keys, 0 to 7, have the same part in different
 // banks.
-__device__ inline int cell_offset(int cell, int part, int key) { return cell * CELL_BYTES + ((part ^ key) << 4); }
-// With keys that differ in eight neighbouring cells.
-__device__ inline int cell_offset(int cell, int part) { return cell_offset(cell, part, cell & 7); }
+__device__ inline int line_offset(int line, int part, int key) { return line * LINE_BYTES + ((part ^ key) << 4); }
+// With keys that differ in eight neighbouring lines.
+__device__ inline int line_offset(int line, int part) { return line_offset(line, part, line & 7); }
 
 // The part that lies `parts` parts on from the one at `row`, where `parts` sets only bits that are 0 in that one's
 // number.
@@ -33,7 +33,7 @@ __device__ inline unsigned pack_halves(float low, float high) {
 #endif
 }
 
-// What is taken from all values of channel c before they become cells: about their mean, from the channel's sum over
+// What is taken from all values of channel c before they become lines: about their mean, from the channel's sum over
 // `count` values. With `sums` null, or where it is not finite, nothing.
 template <class V> __device__ inline float centre(const V* sums, int c, int count) {
     float mean = sums ? to_acc(sums[c]) / count : 0;
@@ -42,7 +42,7 @@ template <class V> __device__ inline float centre(const V* sums, int c, int coun
 // A difference of two values can be twice the largest.
 __device__ inline int centred_exponent(const void* sums, int exponent) { return sums ? exponent - 1 : exponent; }
 
-// Eight values as the halves of a cell's part `part`; leaves in `v` what is left for the next part. With SPLIT 2
+// Eight values as the halves of a line's part `part`; leaves in `v` what is left for the next part. With SPLIT 2
 // infinities and NaNs are all rest, the first value is 0: rests are multiplied by first values only, not by rests,
 // whose sign would make NaN of an infinity.
 __device__ inline uint4 take_halves(float (&v)[8], int part) {
@@ -60,10 +60,10 @@ __device__ inline uint4 take_halves(float (&v)[8], int part) {
     return halves;
 }
 
-// Writes eight channels, `group` of its chunk, to a cell: part `group`, and with SPLIT 2 what rounding left of them, 4
+// Writes eight channels, `group` of its chunk, to a line: part `group`, and with SPLIT 2 what rounding left of them, 4
 // parts on.
-__device__ inline void store_cell(u8* cells, int cell, int group, float (&v)[8], int key) {
+__device__ inline void store_line(u8* lines, int line, int group, float (&v)[8], int key) {
     #pragma unroll
     for (int part = 0; part < SPLIT; part++)
-        *(uint4*)(cells + cell_offset(cell, part * (CHUNK_CHANNELS / 8) + group, key)) = take_halves(v, part);
+        *(uint4*)(lines + line_offset(line, part * (CHUNK_CHANNELS / 8) + group, key)) = take_halves(v, part);
 }
