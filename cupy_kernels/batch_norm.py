@@ -1,15 +1,19 @@
 """Batch norm over [N, C, *]: statistics, normalisation with an optional tanh behind it, and the gradients.
 
-All arrays are contiguous. `mean` and `invstd`, (C,), have the accumulator's dtype: see `common.accumulator_dtype`.
-Workspaces and the backward's sums are float64: float32 sums may overflow. weight, bias and their gradients share one
-dtype, and running_mean and running_var share one: x's, or float32.
+All arrays are contiguous. A channels_last tensor is one of rows and channels, and passed as that: [N * H * W, C].
+`mean` and `invstd`, (C,), have the accumulator's dtype: see `common.accumulator_dtype`. Workspaces are float64: float32
+sums may overflow. weight, bias and their gradients share one dtype, and running_mean and running_var share one: x's, or
+float32.
 """
 
 import itertools
 from math import prod
+from typing import NamedTuple
 
+from .channel_walk import PACK_BYTES, row_tile, scratch_bytes, whole_warps, widths
 from .common import (
     FLOATS,
+    MULTIPROCESSORS,
     THREADS,
     accumulator,
     accumulator_dtype,
@@ -21,15 +25,40 @@ from .common import (
     scalar_macros,
 )
 from .launch import launch
-from .source import DTYPES, SCALARS, Kernel, Variant
+from .source import SCALARS, Kernel, Variant
 
-ITEMS = 32  # values per thread
+_FILE = "batch_norm.cu"
+_PLANES_CHUNK_BYTES = 2**15
+_ROWS_CHUNK_BYTES = (2**14, 2**16)  # least and most: fewer partial results if there are enough blocks
+_BLOCKS = 4 * MULTIPROCESSORS  # enough of them
+_TILE_BYTES, _WHOLE_TILE_BYTES = 512, (128, 64, 32)  # of a row that a block reads: of a chunk, of whole channels
+_ROWS_OF_PLANES = 16  # the fewest images that are worth a walk over rows
+_WHOLE_THREADS = {0: (256, 512), 1: (256, 512, 1024)}  # of a block of whole channels, by PLANES
+_SM_THREADS = 1024  # that an SM runs at once, as many registers as they have
+_L2_BYTES = 27 * 10**6  # that stay in the L2 cache until they are read again
+_SM_BYTES_US = {0: 20 * 10**3, 1: 45 * 10**3}  # bytes a microsecond that a block gets from memory, by PLANES
+_BYTES_US = 2.8 * 10**6  # that all get, on an H100
+_LAUNCHES_US = 9  # what two more launches, and partial results, cost
 
 
-def batch_norm_workspace(shape) -> int:
-    """Elements of the workspace that the statistics and the backward's sums of an x of this shape need."""
-    _, channels, plane = _sizes(shape)
-    return 2 * channels * _chunks(shape[0] * plane)
+def batch_norm_workspace(x) -> int:
+    """Elements of the workspace that the statistics and the gradients of x, or one of its shape and dtype, need."""
+    return 2 * x.shape[1] * (1 + _chunks(x)[1])
+
+
+def batch_norm_forward(
+    x, running_mean, running_var, batches, weight, bias, y, mean, invstd, workspace, momentum, eps, tanh=False
+) -> None:
+    """y = (x - mean) invstd weight + bias, or tanh of that; y and x's own statistics, mean and invstd, are written.
+
+    As `batch_norm_statistics` and `batch_norm_apply`, in one kernel where a block can have all of a channel.
+    """
+    same_shape(x=x, y=y)
+    if not _one_dtype(running_mean, weight, bias) or not _whole(
+        x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh
+    ):
+        batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, workspace, momentum, eps)
+        batch_norm_apply(x, mean, invstd, weight, bias, y, tanh)
 
 
 def batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, workspace, momentum, eps) -> None:
@@ -38,133 +67,221 @@ def batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, w
     running_mean, running_var: updated in place, running = (1 - momentum) running + momentum batch, with the unbiased
     variance; both may be None. An empty x leaves them as they are.
     batches: one int64, which grows by 1, or None.
-    workspace: `batch_norm_workspace(x.shape)` elements, written.
+    workspace: `batch_norm_workspace(x)` elements, written.
     """
-    images, channels, plane = _sizes(x.shape)
-    count = images * plane
-    chunks = _chunks(count)
-    check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
-    _check_workspace(workspace, x.shape)
-    macros = _macros(plane, (x,), running_mean)
-    launch(
-        Kernel("batch_norm.cu", "batch_norm_partials", macros),
-        (channels * chunks, 1, 1),
-        (THREADS, 1, 1),
-        (x, workspace, channels, plane, count, chunks),
-    )
-    launch(
-        Kernel("batch_norm.cu", "batch_norm_statistics", macros),
-        (channels, 1, 1),
-        (THREADS, 1, 1),
-        (x, workspace, running_mean, running_var, batches, mean, invstd, momentum, eps, channels, plane, count, chunks),
-    )
+    partials = _partials(workspace, x)
+    if _whole(x, running_mean, running_var, batches, None, None, None, mean, invstd, momentum, eps, False):
+        return
+    channels = _check_channels(x, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
+    walk = _walk((x,), running_mean)
+    walk.launch("batch_norm_partials", (x, partials, *walk.sizes, walk.chunks, walk.tile))
+    args = (x, partials, running_mean, running_var, batches, mean, invstd, momentum, eps, *walk.sizes, walk.chunks)
+    _combine(Kernel(_FILE, "batch_norm_statistics", walk.macros), channels, walk.chunks, args)
 
 
 def batch_norm_eval_statistics(running_mean, running_var, mean, invstd, eps) -> None:
     """mean = running_mean, invstd = 1/sqrt(running_var + eps); both are written."""
     channels = mean.size
     check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
+    macros = _macros(scalar(running_mean), scalar(running_mean), 1, 1)
     launch(
-        Kernel("batch_norm.cu", "batch_norm_eval_statistics", _macros(1, (running_mean,), running_mean)),
+        Kernel(_FILE, "batch_norm_eval_statistics", macros),
         (ceil_div(channels, THREADS), 1, 1),
         (THREADS, 1, 1),
         (running_mean, running_var, mean, invstd, eps, channels),
     )
 
 
+def batch_norm_eval(x, running_mean, running_var, weight, bias, y, mean, invstd, eps, tanh=False) -> None:
+    """`batch_norm_forward` with the running statistics: `batch_norm_eval_statistics` and `batch_norm_apply` at once."""
+    same_shape(x=x, y=y)
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    _check_channels(x, mean=mean, invstd=invstd, **parameters)
+    if not x.size or not _one_dtype(*parameters.values()):
+        batch_norm_eval_statistics(running_mean, running_var, mean, invstd, eps)
+        batch_norm_apply(x, mean, invstd, weight, bias, y, tanh)
+        return
+    walk = _walk((x, y), running_mean)
+    args = (x, running_mean, running_var, weight, bias, y, mean, invstd, eps, tanh)
+    walk.launch("batch_norm_eval", (*args, *walk.sizes, walk.tile), shared=False)
+
+
 def batch_norm_apply(x, mean, invstd, weight, bias, y, tanh=False) -> None:
     """y = (x - mean) invstd weight + bias, or tanh of that. weight and bias may be None. y is written."""
     same_shape(x=x, y=y)
-    images, channels, plane = _sizes(x.shape)
-    check_per_channel(channels, mean=mean, invstd=invstd, weight=weight, bias=bias)
-    macros = _macros(plane, (x, y), weight if weight is not None else bias)
-    count = images * plane
-    launch(
-        Kernel("batch_norm.cu", "batch_norm_apply", macros),
-        (channels * _chunks(count), 1, 1),
-        (THREADS, 1, 1),
-        (x, mean, invstd, weight, bias, y, tanh, channels, plane, count),
-    )
+    _check_channels(x, mean=mean, invstd=invstd, weight=weight, bias=bias)
+    walk = _walk((x, y), weight, bias)
+    args = (x, mean, invstd, weight, bias, y, tanh, *walk.sizes, walk.tile)
+    walk.launch("batch_norm_apply", args, shared=False)
 
 
-def batch_norm_backward_reduce(dy, x, mean, invstd, sums, dweight, dbias, workspace, y=None) -> None:
-    """sums[0] = sum of g, sums[1] = sum of g xhat per channel, where xhat = (x - mean) invstd.
+def batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspace, through_statistics, y=None) -> None:
+    """dx, dweight and dbias, written where not None. xhat = (x - mean) invstd.
 
-    g = dy; if `y` is given, the forward's result with tanh, g = dy (1 - y^2).
-    sums: (2, C), float64, written. dweight = sums[1] and dbias = sums[0], in weight's dtype, are written
-    where not None. workspace: `batch_norm_workspace(x.shape)` elements, written.
+    dbias = sum of g, and dweight = sum of g xhat, per channel. g = dy; if `y` is given, the forward's result with tanh,
+    g = dy (1 - y^2). dx = weight invstd g, or with through_statistics, where mean and invstd are those of x itself,
+    weight invstd (g - mean of g - xhat mean of g xhat).
+    weight may be None; x too, if neither statistics nor parameters need a gradient. workspace:
+    `batch_norm_workspace(dy)` elements, written; None if x is.
     """
-    same_shape(dy=dy, x=x, y=y)
-    images, channels, plane = _sizes(x.shape)
-    count = images * plane
-    chunks = _chunks(count)
-    check_per_channel(channels, mean=mean, invstd=invstd, dweight=dweight, dbias=dbias)
-    _check_workspace(workspace, x.shape)
-    macros = _macros(plane, (dy, x, y), dweight if dweight is not None else dbias)
-    launch(
-        Kernel("batch_norm.cu", "batch_norm_backward_partials", macros),
-        (channels * chunks, 1, 1),
-        (THREADS, 1, 1),
-        (dy, x, y, mean, invstd, workspace, channels, plane, count, chunks),
-    )
-    batch_norm_backward_combine(workspace.reshape((2, channels, chunks)), mean, sums, dweight, dbias, macros)
+    sums_needed = through_statistics or dweight is not None or dbias is not None
+    if sums_needed and x is None:
+        raise ValueError("the gradients of weight and bias, and the one through the batch's statistics, need x")
+    same_shape(dy=dy, x=x, y=y, dx=dx)
+    channels = _check_channels(dy, mean=mean, invstd=invstd, weight=weight, dweight=dweight, dbias=dbias)
+    tensors = [a for a in (dy, x if sums_needed else None, y, dx) if a is not None]
+    parameters = (weight, dweight, dbias)
+    whole = _whole_walk(tensors, 2 + (y is not None), *parameters) if through_statistics else None
+    if whole is not None:
+        args = (dy, x, y, mean, invstd, weight, dx, dweight, dbias, *whole.sizes, whole.tile)
+        whole.launch("batch_norm_backward", args)
+        return
+    walk = _walk(tensors, *parameters)
+    sums = None
+    if sums_needed:
+        partials = _partials(workspace, dy)
+        sums = workspace[: 2 * channels].reshape((2, channels))
+        given = None if through_statistics else dx
+        args = (dy, x, y, mean, invstd, weight, partials, given, *walk.sizes, walk.chunks, walk.tile)
+        walk.launch("batch_norm_backward_partials", args)
+        batch_norm_backward_combine(
+            partials.reshape((2, channels, walk.chunks)), mean, sums, dweight, dbias, walk.macros
+        )
+    if dx is not None and (through_statistics or not sums_needed):
+        args = (dy, x, y, mean, invstd, weight, sums, dx, *walk.sizes, walk.tile)
+        walk.launch("batch_norm_backward_apply", args, shared=False)
 
 
 def batch_norm_backward_combine(partials, mean, sums, dweight, dbias, macros=None) -> None:
-    """The second stage of `batch_norm_backward_reduce`: its results, from partial sums.
+    """The gradients of weight and bias from partial sums, and both sums in float64.
 
-    partials: (2, C, chunks), float64. macros: of the module to take the kernel from, if the caller has one.
+    partials: (2, C, chunks), sums: (2, C), float64. macros: of the module to take the kernel from, if there is one.
     """
     _, channels, chunks = partials.shape
     if sums.shape != (2, channels):
         raise ValueError(f"sums must have shape {(2, channels)}, received {sums.shape}")
     check_per_channel(channels, dweight=dweight, dbias=dbias)
     if macros is None:
-        macros = _macros(1, (mean,), dweight if dweight is not None else dbias)
-    launch(
-        Kernel("batch_norm.cu", "batch_norm_backward_sums", macros),
-        (channels, 1, 1),
-        (THREADS, 1, 1),
-        (partials, sums, dweight, dbias, channels, chunks),
-    )
-
-
-def batch_norm_backward_apply(dy, x, mean, invstd, weight, sums, dx, y=None) -> None:
-    """dx from `batch_norm_backward_reduce`'s sums; with sums None (statistics that do not depend on x), x may be None.
-
-    weight may be None. y: as in the reduction. dx is written.
-    """
-    if sums is not None and x is None:
-        raise ValueError("the gradient through the batch's statistics needs x")
-    x = None if sums is None else x
-    same_shape(dy=dy, x=x, y=y, dx=dx)
-    images, channels, plane = _sizes(dy.shape)
-    check_per_channel(channels, mean=mean, invstd=invstd, weight=weight)
-    if sums is not None and sums.shape != (2, channels):
-        raise ValueError(f"sums must have shape {(2, channels)}, received {sums.shape}")
-    count = images * plane
-    macros = _macros(plane, (dy, x, y, dx), weight)
-    launch(
-        Kernel("batch_norm.cu", "batch_norm_backward_apply", macros),
-        (channels * _chunks(count), 1, 1),
-        (THREADS, 1, 1),
-        (dy, x, y, mean, invstd, weight, sums, dx, channels, plane, count),
-    )
+        macros = _macros(scalar(mean), _parameter(mean, dweight, dbias), 1, 1)
+    args = (partials, sums, dweight, dbias, channels, chunks)
+    _combine(Kernel(_FILE, "batch_norm_backward_sums", macros), channels, chunks, args)
 
 
 def variants():
     """Every variant that this module launches."""
     for name in FLOATS:
-        for param, width in itertools.product(sorted({accumulator(name), name}), _widths(name)):
-            yield Variant("batch_norm.cu", _defines(name, param, width))
+        for param, width, planes in itertools.product(sorted({accumulator(name), name}), widths(name), (1, 0)):
+            yield Variant(_FILE, _macros(name, param, width, planes))
     for param in ("half_t", "bf16_t"):  # the second stage of a reduction that another module began in float
-        yield Variant("batch_norm.cu", _defines("float", param, 1))
+        yield Variant(_FILE, _macros("float", param, 1, 1))
 
 
-def _widths(name):
-    """Elements per access, the widest first: 16 bytes, half of that for 16-bit types, one element."""
-    widest = 16 // DTYPES[name].itemsize
-    return (8, 4, 1) if widest == 8 else (widest, 1)
+def _whole(x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh) -> bool:
+    """`batch_norm_forward` by blocks of whole channels, without y if that is None; False if chunks are quicker."""
+    walk = _whole_walk([a for a in (x, y) if a is not None], 1, running_mean, weight, bias)
+    if walk is None:
+        return False
+    running = {"running_mean": running_mean, "running_var": running_var}
+    _check_channels(x, mean=mean, invstd=invstd, weight=weight, bias=bias, **running)
+    args = (x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh)
+    walk.launch("batch_norm_forward", (*args, *walk.sizes, walk.tile))
+    return True
+
+
+class _Walk(NamedTuple):
+    """How blocks share [images, channels, plane], see channel_walk.cuh."""
+
+    macros: tuple
+    across: int  # blocks that share a chunk's rows, or channels
+    sizes: tuple[int, int, int, int]  # channels, plane, values of a channel, of a chunk of it
+    chunks: int
+    tile: int  # packs of a row that a block takes
+    threads: int
+
+    def launch(self, name, args, shared=True):
+        blocks = self.across * self.chunks if self.sizes[2] else 0
+        shared_bytes = scratch_bytes(self.macros, self.threads) if shared else 0
+        launch(Kernel(_FILE, name, self.macros), (blocks, 1, 1), (self.threads, 1, 1), args, shared_bytes)
+
+
+def _walk(tensors, *parameters) -> _Walk:
+    """The walk over chunks of tensors of one shape. parameters: arrays of the type of the per-channel parameters."""
+    x = tensors[0]
+    images, channels, plane = _sizes(x.shape)
+    by_rows, chunks, chunk = _chunks(x)
+    width = _width(channels * plane if by_rows else plane, tensors)
+    tile, threads = 0, THREADS
+    if by_rows:
+        tile = row_tile(channels * plane, plane, width, _TILE_BYTES // (width * x.itemsize))
+        threads = whole_warps(tile * max(1, THREADS // tile))
+    across = ceil_div(channels * plane // width, tile) if by_rows else channels
+    macros = _macros(scalar(x), _parameter(x, *parameters), width, int(not by_rows))
+    return _Walk(macros, across, (channels, plane, images * plane, chunk), chunks, tile, threads)
+
+
+def _whole_walk(tensors, read: int, *parameters) -> _Walk | None:
+    """The walk of blocks that have whole channels; None if that is not quicker, or no variant has the parameters.
+
+    read: how many tensors are read twice.
+    """
+    x = tensors[0]
+    images, channels, plane = _sizes(x.shape)
+    by_rows, count = _chunks(x)[0], images * plane
+    if not x.size or not _one_dtype(*parameters):
+        return None
+    width = _width(channels * plane if by_rows else plane, tensors)
+    tile, across, packs = 0, channels, count // width
+    for tile_bytes in _WHOLE_TILE_BYTES if by_rows else ():  # the widest of which there are enough blocks
+        tile = row_tile(channels * plane, plane, width, tile_bytes // (width * x.itemsize))
+        across, packs = ceil_div(channels * plane // width, tile), tile * images
+        if across >= MULTIPROCESSORS:
+            break
+    block_bytes = packs * width * x.itemsize * read
+    total = across * block_bytes
+    for most in _WHOLE_THREADS[not by_rows]:  # the fewest that keep the memory busy: the more blocks overlap
+        resident = min(across, MULTIPROCESSORS * (_SM_THREADS // most))
+        if resident * most >= MULTIPROCESSORS * _SM_THREADS // 2 and resident * block_bytes <= _L2_BYTES:
+            break
+    whole_us = max(2 * block_bytes / _SM_BYTES_US[not by_rows], (total + total / read) / _BYTES_US)
+    chunks_us = (2 * total + total / read) / _BYTES_US + _LAUNCHES_US
+    if resident * block_bytes > _L2_BYTES or whole_us > chunks_us:
+        return None
+    threads = min(ceil_div(packs, 8 if by_rows else 2), most)  # slots take time, however few packs there are
+    threads = whole_warps(tile * max(1, threads // tile) if by_rows else threads)
+    chunk = count if by_rows else threads * width * ceil_div(count, threads * width)
+    macros = _macros(scalar(x), _parameter(x, *parameters), width, int(not by_rows))
+    return _Walk(macros, across, (channels, plane, count, chunk), 1, tile, threads)
+
+
+def _chunks(x):
+    """(whether blocks walk over rows, chunks of a channel, values of a chunk): for the shape and dtype of x alone."""
+    images, channels, plane = _sizes(x.shape)
+    widest, row = PACK_BYTES // x.itemsize, channels * plane
+    narrow = plane * x.itemsize % 8 or plane % min(4, widest)  # then a pack of a plane is one value
+    few = plane <= THREADS and narrow and images >= _ROWS_OF_PLANES and row % widest == 0
+    if row >= 2**31 or not (plane == 1 or few):
+        chunk = _PLANES_CHUNK_BYTES // x.itemsize
+        return False, ceil_div(images * plane, chunk), chunk
+    least, most = _ROWS_CHUNK_BYTES
+    chunk_bytes = max(least, min(most, images * row * x.itemsize // _BLOCKS))
+    width = widest if row % widest == 0 else 1
+    tile = row_tile(row, plane, width, _TILE_BYTES // (width * x.itemsize))
+    chunks = ceil_div(images * tile * width * x.itemsize, chunk_bytes)
+    rows = max(1, ceil_div(images, max(1, chunks)))
+    return True, ceil_div(images, rows), rows * plane
+
+
+def _combine(kernel, channels, chunks, args):
+    """A block for each channel, of no more threads than there are chunks."""
+    launch(kernel, (channels, 1, 1), (min(THREADS, whole_warps(max(1, chunks))), 1, 1), args)
+
+
+def _partials(workspace, x):
+    """What of the workspace holds partial results: the rest, before it, holds sums."""
+    needed, channels = batch_norm_workspace(x), x.shape[1]
+    if workspace.size != needed:
+        raise ValueError(f"the workspace for shape {x.shape} must have {needed} elements, received {workspace.size}")
+    return workspace[2 * channels :]
 
 
 def _sizes(shape):
@@ -174,23 +291,29 @@ def _sizes(shape):
     return shape[0], shape[1], prod(shape[2:])
 
 
-def _chunks(count):
-    return ceil_div(count, THREADS * ITEMS)
+def _check_channels(x, **arrays):
+    """The number of channels, which all arrays (None left out) must have as many elements as."""
+    channels = _sizes(x.shape)[1]
+    check_per_channel(channels, **arrays)
+    return channels
 
 
-def _macros(plane, tensors, parameter):
-    """`parameter`: an array of the type of the per-channel parameters, or None: then no kernel reads or writes one."""
-    tensors = [a for a in tensors if a is not None]
-    param = accumulator_dtype(tensors[0]) if parameter is None else parameter.dtype
-    name, aligned = scalar(tensors[0]), row_width(plane, *tensors)
-    return _defines(name, SCALARS[param], next(w for w in _widths(name) if w <= aligned))
+def _one_dtype(*parameters):
+    return len({a.dtype for a in parameters if a is not None}) < 2
 
 
-def _defines(name, param, width):
-    return (*scalar_macros(name), ("param_t", param), ("WIDTH", width), ("ITEMS", ITEMS), ("THREADS", THREADS))
+def _parameter(x, *parameters):
+    """The kernels' name for the type of the per-channel parameters; any that fits x if there are none."""
+    dtype = next((a.dtype for a in parameters if a is not None), accumulator_dtype(x))
+    return SCALARS[dtype]
 
 
-def _check_workspace(workspace, shape):
-    needed = batch_norm_workspace(shape)
-    if workspace.size != needed:
-        raise ValueError(f"the workspace for shape {shape} must have {needed} elements, received {workspace.size}")
+def _width(length, tensors):
+    """Elements per access, for which there is a variant, that divides rows of this length and all addresses."""
+    aligned = row_width(length, *tensors)
+    return next(w for w in widths(scalar(tensors[0])) if w <= aligned)
+
+
+def _macros(name, param, width, planes):
+    sizes = {"WIDTH": width, "PLANES": planes, "THREADS": THREADS, "WHOLE_THREADS": _WHOLE_THREADS[planes][-1]}
+    return (*scalar_macros(name), ("param_t", param), *sizes.items())

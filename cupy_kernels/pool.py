@@ -11,7 +11,7 @@ from .source import Kernel, Variant
 _LIMIT = 2**31
 _MAX_PLANES = 2**30
 MAX_BLOCKS_Y = 65535
-_ITEMS_2X2 = 4  # planes of a thread
+_ITEMS_2X2, _ITEMS_3X3 = 4, 2  # planes of a thread
 _PLACES = 2048  # the fewest of a block: its last round, with fewer places than threads, then counts little
 _ROUNDS = 4  # of a block, if there are many blocks: what it computes once then counts little
 _MANY_BLOCKS = 4096
@@ -32,6 +32,7 @@ class Pool(NamedTuple):
 
 
 _TWO_BY_TWO = Pool((2, 2), (2, 2), (0, 0), (1, 1))
+THREE_BY_THREE = tuple(Pool((3, 3), (stride, stride), (0, 0), (1, 1)) for stride in (1, 2))
 
 
 def pool_output_size(size, pool: Pool, ceil_mode: bool = False) -> tuple[int, int]:
@@ -61,41 +62,54 @@ def _windows(size, pool, ceil_mode):
     return tuple(output)
 
 
-def pool_kernel(file: str, name: str, pixels, windows, argmax, pool: Pool, macros=()) -> Kernel:
+def pool_kernel(
+    file: str, name: str, pixels, windows, argmax, pool: Pool, macros=(), three_by_three: tuple[Pool, ...] = ()
+) -> Kernel:
     """The variant of a kernel for these arrays. ValueError unless `pool` makes the output's shape of the input's.
 
     pixels, windows: the arrays of the input's shape [..., H, W], and those of the output's, at least one each.
-    argmax: one more of the output's shape, or None. macros: besides those of pool.cuh.
+    argmax: one more of the output's shape, or None. macros: besides those of pool.cuh. three_by_three: of
+    THREE_BY_THREE, those windows, with any padding, that the file has a variant for.
     """
     x, y = pixels[0], windows[0]
     same_shape(**{f"array {i} like the input": a for i, a in enumerate(pixels)})
     same_shape(**{f"array {i} like the output": a for i, a in enumerate((*windows, argmax))})
-    _check_shapes(x.shape, y.shape, pool)
+    check_pool_shapes(x.shape, y.shape, pool)
     two_by_two = pool == _TWO_BY_TWO and row_width(x.shape[-1], *pixels) >= 2
-    return Kernel(file, name, _defines(scalar(x), pool.wide_argmax, two_by_two, macros))
+    fixed = pool.stride[0] if pool._replace(padding=(0, 0)) in three_by_three else 0
+    return Kernel(file, name, _defines(scalar(x), pool.wide_argmax, two_by_two, fixed, macros))
 
 
-def pool_variants(file: str, macros=()):
+def pool_variants(file: str, macros=(), three_by_three: tuple[Pool, ...] = ()):
     """Every variant that `pool_kernel` makes of a file."""
     for name in FLOATS:
         for wide_argmax, two_by_two in ((False, True), (False, False), (True, False)):
-            yield Variant(file, _defines(name, wide_argmax, two_by_two, macros))
+            yield Variant(file, _defines(name, wide_argmax, two_by_two, 0, macros))
+        for pool in three_by_three:
+            yield Variant(file, _defines(name, False, False, pool.stride[0], macros))
 
 
-def _defines(name, wide_argmax, two_by_two, macros):
+def argmax_type(wide_argmax: bool) -> str:
+    """The kernels' name for the type of argmax."""
+    return "int" if wide_argmax else "u8"
+
+
+def _defines(name, wide_argmax, two_by_two, three_by_three, macros):
     return (
         *scalar_macros(name),
-        ("argmax_t", "int" if wide_argmax else "u8"),
+        ("argmax_t", argmax_type(wide_argmax)),
         ("WINDOW_2X2", int(two_by_two)),
+        ("WINDOW_3X3", three_by_three),
         ("SITE", 2 if two_by_two else 1),
-        ("ITEMS", _ITEMS_2X2 if two_by_two else 1),
+        ("ITEMS", _ITEMS_2X2 if two_by_two else _ITEMS_3X3 if three_by_three else 1),
         ("THREADS", THREADS),
         *macros,
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def _check_shapes(shape, output_shape, pool):
+def check_pool_shapes(shape, output_shape, pool: Pool) -> None:
+    """ValueError unless `pool` makes output_shape of shape, both [..., H, W], with ceil_mode or without."""
     pool_output_size(shape[-2:], pool, ceil_mode=True)
     allowed = [(*shape[:-2], *_windows(shape[-2:], pool, ceil_mode)) for ceil_mode in (False, True)]
     if output_shape not in allowed:

@@ -2449,9 +2449,10 @@ __device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 0x1p96f;
 // two, which changes no bit of what neither overflows nor vanishes.
 struct Normaliser {
     acc_t unit, mean, invstd;
+    __device__ static acc_t LARGE_UNIT() { return 0x1p-32f; }
     __device__ Normaliser(acc_t mean, acc_t invstd) {
         bool large = sizeof(acc_t) == 4 && (invstd < 0x1p-64f || fabs(mean) > 0x1p64f);
-        unit = large ? 0x1p-32f : 1;
+        unit = large ? LARGE_UNIT() : 1;
         this->mean = mean * unit;
         this->invstd = multiply_unflushed(invstd, (acc_t)(large ? 0x1p32f : 1));
     }
@@ -2477,6 +2478,16 @@ __device__ inline acc_t invstd_of(acc_t variance, acc_t unit, acc_t eps) {
 }
 
 struct Moments { acc_t mean, squares; };  // squares: sum of squared distances from the mean
+
+// Moments of values times `unit` become those of the values themselves, unless these overflow. Returns the unit that
+// holds then.
+__device__ inline acc_t without_unit(Moments& moments, acc_t unit) {
+    acc_t back = inverse_of(unit);
+    Moments plain = {moments.mean * back, moments.squares * back * back};
+    if (!is_finite(plain.mean) || !is_finite(plain.squares)) return unit;
+    moments = plain;
+    return 1;
+}
 
 // From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where
 // not null. shift: what running_mean has besides the mean. Pointers are to the channel's values.
@@ -2573,9 +2584,13 @@ template <> __device__ inline float from_acc<float>(double v) { return (float)v;
 template <> __device__ inline double from_acc<double>(double v) { return v; }
 // Round to nearest even; NaN stays NaN.
 template <> __device__ inline bf16_t from_acc<bf16_t>(float v) {
-    unsigned u = __float_as_uint(v);
     bf16_t r;
+#if !defined(CUPY_KERNELS_EMULATOR) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+#else
+    unsigned u = __float_as_uint(v);
     r.bits = (u & 0x7FFFFFFF) > 0x7F800000 ? (u >> 16 & 0x8000) | 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+#endif
     return r;
 }
 #ifdef CUPY_KERNELS_EMULATOR
@@ -5724,9 +5739,14 @@ __device__ __forceinline__ void sum_steps(Accumulators& acc, Tiles& tiles, Next 
 """,
     "tanh.cuh": r"""// tanh and its derivative, as every kernel that applies it computes them.
 #pragma once
+#include "tanh_branchless.cuh"
 
 // tanhf under -ftz=true flushes denormals; there tanh(v) = v to the last bit, and a select moves the bits unharmed.
-__device__ inline acc_t tanh_of(acc_t v) { return fabs(v) < (acc_t)1.17549435e-38f ? v : tanh(v); }
+// Kernels of 16-bit tensors move twice as many values in the same time, of which tanhf would take most.
+__device__ inline acc_t tanh_of(acc_t v) {
+    acc_t t = sizeof(scalar_t) == 2 ? (acc_t)tanh_branchless((float)v) : tanh(v);
+    return fabs(v) < (acc_t)1.17549435e-38f ? v : t;
+}
 
 // d tanh(v) / dv, from y = tanh(v).
 __device__ inline acc_t tanh_slope(acc_t y) { return (acc_t)1 - y * y; }

@@ -1,4 +1,5 @@
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tolerance import check, check_gradients
 
-from cupy_kernels.batch_norm import batch_norm_apply, batch_norm_backward_apply, batch_norm_statistics
+from cupy_kernels.batch_norm import batch_norm_apply, batch_norm_backward, batch_norm_statistics
 from modelnew.functional import batch_norm, batch_norm_tanh, tanh
 from modelnew.parity import error
 
@@ -225,9 +226,10 @@ def results(function, cast, x, weight, bias, dy, training=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(5, 3, 4, 5), (9, 2, 32, 32)], ids=str)
 @pytest.mark.parametrize("name", LARGE)
-def test_large_values_are_as_right_as_small_ones(device, name, shape, dtype, pair):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_large_values_are_as_right_as_small_ones(device, name, shape, dtype, pair, memory_format):
     """PyTorch's own results are zeros and NaN there."""
-    x, dy = LARGE[name](shape).to(device, dtype), torch.randn(shape).to(device, dtype)
+    x, dy = (t.to(device, dtype, memory_format=memory_format) for t in (LARGE[name](shape), torch.randn(shape)))
     weight, bias = parameters(shape[1], device, dtype)
     ours = results(pair[0], torch.Tensor.clone, x, weight, bias, dy)
     truth = results(pair[1], torch.Tensor.double, x, weight, bias, dy)
@@ -303,9 +305,52 @@ def test_layouts(device, make, pair):
     weight, bias = (make(p.view(1, 4, 1, 1).expand(3, 4, 6, 8))[0, :, 0, 0] for p in parameters(4, device))
     y, expected = (f(x, None, None, weight, bias, training=True) for f in pair)
     torch.testing.assert_close(y, expected)
-    assert y.is_contiguous()
+    assert y.stride() == expected.stride()
     dy = torch.randn(y.shape[::-1], device=device).permute(3, 2, 1, 0)
     torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, x, dy)[0])
+
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), PARAMETER_DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(
+    "shape", [(3, 16, 5, 7), (2, 3, 4, 5), (2, 12, 3, 2, 4), (5, 8, 1, 1), (3, 2, 4, 5), (1, 264, 5, 5)], ids=str
+)
+def test_channels_last(device, pair, dtype, parameter_dtype, training, shape):
+    x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=FORMATS[len(shape)]).requires_grad_()
+    running = statistics(shape[1], device, parameter_dtype)
+    weight, bias = parameters(shape[1], device, parameter_dtype)
+    check_pair(pair, x, running, weight, bias, training=training)
+    y, expected = (f(x, *(r.clone() for r in running), weight, bias, training) for f in pair)
+    assert y.stride() == expected.stride()
+    dy = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(result, x, dy)[0] for result in (y, expected))
+    assert ours.stride() == theirs.stride()
+
+
+@pytest.mark.parametrize("shape", [(64, 5, 6, 33), (520, 12), (70, 17, 7, 7), (20, 40, 3, 3), (450, 300)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("whole", [False, True], ids=["chunks", "whole"])
+def test_walks(device, monkeypatch, launched, shape, dtype, last, whole):
+    """Planes, rows, and rows of small planes; by blocks of a chunk, and of whole channels."""
+    if not whole:
+        monkeypatch.setattr("cupy_kernels.batch_norm._L2_BYTES", 0)
+        monkeypatch.setattr("cupy_kernels.batch_norm._ROWS_CHUNK_BYTES", (2**12, 2**12))
+        monkeypatch.setattr("cupy_kernels.batch_norm._PLANES_CHUNK_BYTES", 2**14)
+        plans = threading.local()
+        monkeypatch.setattr("modelnew.calls._thread", lambda: plans)
+    x = (torch.randn(shape, device=device) + 1).to(dtype)
+    if last and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    running, (weight, bias) = statistics(shape[1], device), parameters(shape[1], device)
+    check_pair(PAIRS[1].values[0], x.requires_grad_(), running, weight, bias, training=True)
+    names = {kernel.name for kernel in launched}
+    if not (last and whole):  # where it depends on the shape
+        assert ("batch_norm_forward" in names, "batch_norm_backward" in names) == (whole, whole)
 
 
 @pytest.mark.parametrize("function", [batch_norm, batch_norm_tanh])
@@ -342,8 +387,12 @@ def test_no_work_for_gradients_that_nobody_wants(device, function, training, lau
             continue
         found, kernels = gradients(wanted)
         assert all(torch.equal(a, b) for a, b in zip(found, everything) if a is not None)
-        assert ("batch_norm_backward_apply" in kernels) == wanted[0]
-        assert ("batch_norm_backward_partials" in kernels) == (training or any(wanted[1:]))
+        if training:
+            assert kernels == {"batch_norm_backward"}
+        elif any(wanted[1:]):
+            assert kernels == {"batch_norm_backward_partials", "batch_norm_backward_sums"}
+        else:
+            assert kernels == {"batch_norm_backward_apply"}
 
 
 def test_nothing_is_saved_that_the_gradients_do_not_need(device):
@@ -475,7 +524,7 @@ def test_one_value_per_channel_outside_training(device):
 
 def test_host_functions_refuse_arrays_that_do_not_fit():
     x, c = np.zeros((2, 3, 4, 4), np.float32), np.zeros(3, np.float32)
-    with pytest.raises(ValueError, match=r"workspace for shape .* must have 6 elements, received 5"):
+    with pytest.raises(ValueError, match=r"workspace for shape .* must have 12 elements, received 5"):
         batch_norm_statistics(x, None, None, None, c, c, np.zeros(5, np.float32), 0.1, 1e-5)
     with pytest.raises(ValueError, match="weight should contain 3 elements"):
         batch_norm_apply(x, c, c, np.zeros(2, np.float32), None, x.copy())
@@ -483,7 +532,7 @@ def test_host_functions_refuse_arrays_that_do_not_fit():
         batch_norm_apply(x, c, c, None, None, x[:1].copy())
     with pytest.raises(ValueError, match=r"\[N, C, \*\]"):
         batch_norm_apply(c, c, c, None, None, c.copy())
-    with pytest.raises(ValueError, match="needs x"):
-        batch_norm_backward_apply(x, None, c, c, None, np.zeros((2, 3), np.float32), x.copy())
-    with pytest.raises(ValueError, match=r"sums must have shape \(2, 3\)"):
-        batch_norm_backward_apply(x, x, c, c, None, np.zeros((3, 2), np.float32), x.copy())
+    with pytest.raises(ValueError, match="need x"):
+        batch_norm_backward(x, None, c, c, None, x.copy(), None, None, np.zeros(12), True)
+    with pytest.raises(ValueError, match=r"workspace for shape .* must have 12 elements, received 6"):
+        batch_norm_backward(x, x, c, c, None, None, c.copy(), None, np.zeros(6), False)

@@ -124,7 +124,9 @@ def test_constant_group(device, value):
 def test_nan_and_inf(device, values, place):
     x = torch.randn(2, 4, 4, 5, device=device)
     x[1, :2].view(-1)[place : place + len(values)] = torch.tensor(values, device=device)
-    torch.testing.assert_close(group_norm(x, 2), F.group_norm(x, 2), equal_nan=True)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        y = group_norm(x.contiguous(memory_format=memory_format), 2)
+        torch.testing.assert_close(y, F.group_norm(x, 2), equal_nan=True)
 
 
 def test_nan_in_the_gradient(device):
@@ -158,9 +160,10 @@ def results(function, cast, x, weight, bias, dy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(3, 4, 5, 8), (1, 4, 90, 91)], ids=str)
 @pytest.mark.parametrize("name", LARGE)
-def test_large_values_are_as_right_as_small_ones(device, name, shape, dtype):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_large_values_are_as_right_as_small_ones(device, name, shape, dtype, memory_format):
     """PyTorch's own results are zeros and NaN there."""
-    x, dy = LARGE[name](shape).to(device, dtype), torch.randn(shape).to(device, dtype)
+    x, dy = (t.to(device, dtype, memory_format=memory_format) for t in (LARGE[name](shape), torch.randn(shape)))
     weight, bias = parameters(4, device, dtype)
     ours = results(group_norm, torch.Tensor.clone, x, weight, bias, dy)
     truth = results(F.group_norm, torch.Tensor.double, x, weight, bias, dy)
@@ -212,9 +215,34 @@ def test_layouts(device, make):
     weight, bias = (make(p.view(1, 4, 1, 1).expand(3, 4, 6, 8))[0, :, 0, 0] for p in parameters(4, device))
     y, expected = (f(x, 2, weight, bias) for f in (group_norm, F.group_norm))
     torch.testing.assert_close(y, expected)
-    assert y.is_contiguous()
+    assert x.is_cuda or y.stride() == expected.stride()
     dy = torch.randn(y.shape[::-1], device=device).permute(3, 2, 1, 0)
     torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, x, dy)[0])
+
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), PARAMETER_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [
+        ((3, 16, 5, 7), 4),
+        ((2, 12, 4, 5), 12),
+        ((2, 30, 3, 2, 4), 3),
+        ((140, 40, 3, 3), 4),
+        ((2, 600, 3, 2), 1),
+        ((2, 7, 30, 20), 1),
+    ],
+    ids=str,
+)
+def test_channels_last(device, dtype, parameter_dtype, shape, num_groups):
+    x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=FORMATS[len(shape)]).requires_grad_()
+    weight, bias = parameters(shape[1], device, parameter_dtype)
+    check_against_torch(x, num_groups, weight, bias)
+    y = group_norm(x, num_groups, weight, bias)
+    (dx,) = torch.autograd.grad(y, x, torch.randn(shape, device=device, dtype=dtype))
+    assert (y.stride(), dx.stride()) == (x.stride(), x.stride())
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])

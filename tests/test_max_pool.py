@@ -101,8 +101,10 @@ SPECIAL = {
 @pytest.mark.parametrize(
     "window", [{"kernel_size": 2}, {"kernel_size": 2, "stride": 1, "padding": 1}], ids=["2x2", "padded"]
 )
-def test_special_values(device, values, window):
-    x = torch.tensor(values, device=device).reshape(1, 1, 2, 2).requires_grad_()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_special_values(device, values, window, memory_format):
+    x = torch.tensor(values, device=device).reshape(1, 1, 2, 2).expand(1, 4, 2, 2)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
     (y, indices), (expected, expected_indices) = with_indices(x, **window)
     assert torch.equal(y.nan_to_num(99), expected.nan_to_num(99))
     assert torch.equal(torch.signbit(y) & ~y.isnan(), torch.signbit(expected) & ~y.isnan())
@@ -134,9 +136,29 @@ def test_layouts(device, make):
     x = make(torch.randn(3, 4, 6, 8, device=device)).requires_grad_()
     y, expected = max_pool2d(x, 2), F.max_pool2d(x, 2)
     assert torch.equal(y, expected)
-    assert y.is_contiguous()
+    assert y.stride() == expected.stride()
     dy = torch.randn(y.shape[::-1], device=device).permute(3, 2, 1, 0)
     assert torch.equal(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, x, dy)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 16, 8, 10), (1, 3, 7, 6), (3, 24, 5, 9)], ids=str)
+def test_channels_last(device, dtype, window, shape):
+    x = (
+        torch.randn(shape, device=device)
+        .round(decimals=1)
+        .to(dtype, memory_format=torch.channels_last)
+        .requires_grad_()
+    )
+    (y, indices), (expected, expected_indices) = with_indices(x, **window)
+    for ours, theirs in ((y, expected), (indices, expected_indices)):
+        assert torch.equal(ours, theirs)
+        assert ours.stride() == theirs.stride()
+    check_gradients(lambda x: max_pool2d(x, **window), lambda x: F.max_pool2d(x, **window), [x])
+    dy = torch.randn(y.shape, device=device, dtype=dtype)
+    ours, theirs = (torch.autograd.grad(result, x, dy)[0] for result in (y, expected))
+    assert ours.stride() == theirs.stride()
 
 
 def test_gradient_of_an_expanded_tensor(device):
@@ -147,9 +169,12 @@ def test_gradient_of_an_expanded_tensor(device):
 
 
 @pytest.mark.parametrize("window", [WINDOWS[0], WINDOWS[3], WINDOWS[6]], ids=str)
-def test_gradcheck(device, window):
-    x = torch.randperm(2 * 6 * 8, dtype=torch.float64, device=device).view(1, 2, 6, 8).requires_grad_()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradcheck(device, window, memory_format):
+    x = torch.randperm(2 * 6 * 8, dtype=torch.float64, device=device).view(1, 2, 6, 8)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: max_pool2d(x, **window), x)
+    assert torch.autograd.gradgradcheck(lambda x: max_pool2d(x, **window), x)
 
 
 def test_two_runs_are_bit_equal(device):
@@ -157,6 +182,31 @@ def test_two_runs_are_bit_equal(device):
     dy = torch.randn(2, 3, 7, 8, device=device)
     first, second = (torch.autograd.grad(max_pool2d(x, 3, 1), x, dy)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        ((2, 3, 13, 13), {"kernel_size": 5, "padding": 2}),
+        ((2, 2, 10, 12), {"kernel_size": (13, 9), "padding": (6, 4)}),
+        ((1, 2, 40, 37), {"kernel_size": (3, 9), "padding": (0, 3)}),
+        ((1, 1, 34, 70), {"kernel_size": 17, "padding": 8}),
+        ((3, 20, 9), {"kernel_size": (1, 25), "padding": (0, 12)}),
+    ],
+    ids=str,
+)
+def test_large_windows_at_stride_1(device, dtype, shape, window, launched):
+    x = torch.randn(shape, device=device).round(decimals=1)
+    x[torch.rand_like(x) < 0.02] = NAN
+    x[torch.rand_like(x) < 0.5] = -INF
+    x = x.to(dtype)
+    (y, indices), (expected, expected_indices) = with_indices(x, stride=1, **window)
+    assert torch.equal(y.nan_to_num(99), expected.nan_to_num(99))
+    assert torch.equal(indices, expected_indices)
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    check_gradients(lambda x: max_pool2d(x, stride=1, **window), lambda x: F.max_pool2d(x, stride=1, **window), [x])
+    assert {kernel.name for kernel in launched} == {"max_pool_forward_separable", "max_pool_backward_separable"}
 
 
 def test_which_path_runs(device, launched):

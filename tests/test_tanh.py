@@ -33,15 +33,22 @@ def test_special_values(device):
         lambda x: x[1:, :, 1:],
         lambda x: torch.complex(x, x).conj().imag,
         lambda x: x.flatten()[1:],
+        lambda x: x[..., None].expand(3, 4, 6, 5, 2),
+        lambda x: x[:, :1, :1, :1].to(memory_format=torch.channels_last),
     ],
-    ids=["transposed", "channels_last", "offset", "negative_bit", "unaligned"],
+    ids=["transposed", "channels_last", "offset", "negative_bit", "unaligned", "expanded", "single"],
 )
 def test_layouts(device, make):
     x = make(torch.randn(3, 4, 6, 5, device=device))
     y = tanh(x.requires_grad_())
     assert torch.equal(y, tanh(x.detach().contiguous()))
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    torch.testing.assert_close(dx, 1 - torch.tanh(x) ** 2)
+    expected = torch.tanh(x)
+    assert y.stride() == expected.stride()
+    for dy in (torch.ones_like(y), torch.ones(y.shape[::-1], device=device).permute(*range(y.dim())[::-1])):
+        (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        torch.testing.assert_close(dx, 1 - expected**2)
+    ours, theirs = (torch.autograd.grad(t, x, torch.ones_like(t))[0] for t in (y, expected))
+    assert ours.stride() == theirs.stride()
 
 
 def test_gradcheck(device):

@@ -1,154 +1,67 @@
 // Batch norm over x [images, channels, plane]: statistics per channel, y = (x - mean) invstd weight + bias or tanh of
 // that, and the gradients.
 //
-// Thread mapping: a channel's images * plane values are cut into chunks of blockDim.x * ITEMS; block chunk * channels +
-// c takes one chunk of channel c, in packs of WIDTH neighbours, so that neighbouring blocks read neighbouring planes.
-// Reductions have two stages: each block writes two partial results to partials [2][channels][chunks], double; then one
-// block a channel combines them. Order and chunks depend on the shape alone.
+// Thread mapping: channel_walk.cuh. Where a block has all values of its channels, it does all: batch_norm_forward,
+// batch_norm_backward. Else reductions have two stages: each block writes two partial results to partials
+// [2][channels][chunks], double; then one block a channel combines them, and another kernel applies them, which takes
+// chunks in reverse, as the last ones are still in the L2 cache. Order and chunks depend on shape and dtype alone.
 //
 // Saved for the backward: mean and invstd = 1/sqrt(variance + eps), both acc_t [channels], x, and y with tanh.
 // dx = weight invstd (g - sum(g)/count - xhat sum(g xhat)/count), where xhat = (x - mean) invstd, g = dy, or dy (1 -
 // y^2) with tanh; with given (running) statistics dx = weight invstd g.
 //
-// Macros: scalar_t, acc_t, param_t (weight, bias and their gradients; running statistics), WIDTH (a divisor of plane;
-// pointers are aligned to a pack), ITEMS (values per thread, a multiple of WIDTH), THREADS. Whether there is a tanh is
-// a run-time argument: its branch is uniform and the kernels wait for memory, so that it costs less than twice as many
-// variants would.
-#include "batch_norm.cuh"
+// Macros: those of channel_walk.cuh, param_t (weight, bias and their gradients; running statistics), THREADS (the most
+// of a block of the kernels that have chunks), WHOLE_THREADS (of those that have whole channels). Whether there is a
+// tanh is a run-time argument: its branch is uniform and the kernels wait for memory, so that it costs less than twice
+// as many variants would.
+#include "channel_walk.cuh"
 #include "tanh.cuh"
 
-typedef Packed<scalar_t, WIDTH> Pack;
-enum { PACKS = ITEMS / WIDTH };
-static_assert(ITEMS % WIDTH == 0, "a thread's values are whole packs");
-enum { BATCH = sizeof(Pack) <= 4 ? 8 : 4 };  // packs in flight per thread; half of it per tensor where several are read
+enum { BLOCKS = PLANES ? 3 : 2 };  // at least, of an SM: slots take registers
 
-// Walks over one thread's packs of the block's chunk, without a division per pack.
-struct ChannelWalk {
-    i64 channel, chunk;
-    int size;    // values in the chunk
-    i64 offset;  // of the current pack in the tensor
-    i64 jump, skip;
-    int left, plane, jump_within;  // left: values to the end of the plane
-
-    __device__ ChannelWalk(i64 channels, i64 plane_size, i64 count) {
-        const int far = 1 << 30;  // a chunk is smaller, so distances beyond make no difference
-        unsigned stride = blockDim.x * WIDTH;
-        int block = blockIdx.x;
-        make_opaque(block);  // else a second pass would hold registers during the first
-        chunk = block / (unsigned)channels;
-        channel = block - chunk * channels;
-        i64 first = chunk * blockDim.x * ITEMS, index = first + threadIdx.x * WIDTH;
-        size = (int)min((i64)blockDim.x * ITEMS, count - first);
-        plane = (int)min(plane_size, (i64)far);
-        unsigned jump_images = stride / plane;
-        jump_within = stride - jump_images * plane;
-        skip = (channels - 1) * plane_size;
-        jump = stride + jump_images * skip;
-        i64 image = index / plane_size, within = index - image * plane_size;
-        left = (int)min(plane_size - within, (i64)far);
-        offset = (image * channels + channel) * plane_size + within;
-    }
-    __device__ bool inside(int pack) const { return (int)((pack * blockDim.x + threadIdx.x) * WIDTH) < size; }
-    __device__ void advance() {
-        offset += jump;
-        left -= jump_within;
-        if (left <= 0) {
-            left += plane;
-            offset += skip;
-        }
+struct Partials {
+    double* first;
+    i64 channels, chunks;
+    __device__ void store(const Walk& walk, int slot, double one, double other) const {
+        i64 at = walk.channel(slot) * chunks + walk.chunk;
+        first[at] = one;
+        first[channels * chunks + at] = other;
     }
 };
 
-// Number of values in a chunk.
-__device__ inline i64 chunk_count(i64 count, i64 chunk, i64 chunk_size) {
-    return min(chunk_size, count - chunk * chunk_size);
-}
-
-__device__ inline void store_partials(double* partials, i64 channels, i64 chunks, double first, double second) {
-    if (threadIdx.x) return;
-    i64 chunk = blockIdx.x / (unsigned)channels, channel = blockIdx.x - chunk * channels;
-    partials[channel * chunks + chunk] = first;
-    partials[(channels + channel) * chunks + chunk] = second;
-}
-
-// Means are kept relative to the channel's first value: the rounding error of a large mean must not enter the variance.
-__device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) {
-    return finite_or_zero(to_acc(x[channel * plane]));
-}
-
-// Mean - origin, and squares, of the block's chunk.
-//
-// A thread takes a batch's mean first and its squares relative to that, both from registers, then joins batches as Chan
-// et al. do: nothing cancels, whatever the mean is and wherever outliers are.
-__device__ inline Moments moments_of_chunk(
-    const scalar_t* __restrict__ x, acc_t unit, i64 channels, i64 plane, i64 count, acc_t* scratch) {
-    ChannelWalk walk(channels, plane, count);
-    acc_t origin = origin_of(x, walk.channel, plane) * unit;
-    acc_t n = 0, sum = 0, m2 = 0;  // of the thread's values - origin
-    #pragma unroll 1
-    for (int first = 0; first < PACKS && walk.inside(first); first += BATCH) {
-        Pack in[BATCH];
-        bool inside[BATCH];
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            inside[b] = walk.inside(first + b);
-            if (inside[b]) in[b] = *(const Pack*)(x + walk.offset);
-            walk.advance();
-        }
-        acc_t k = 0, total = 0, rest = 0, squares = 0;
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            if (!inside[b]) continue;
-            k += WIDTH;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) total += to_acc(in[b].v[i]) * unit;
-        }
-        acc_t inverse = 1 / k, shift = finite_or_zero(total * inverse);
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            if (!inside[b]) continue;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                acc_t d = to_acc(in[b].v[i]) * unit - shift;
-                rest += d;
-                squares += d * d;
-            }
-        }
-        acc_t distance = shift - origin + rest * inverse, step = n > 0 ? distance - sum / n : (acc_t)0;
-        m2 += squares - rest * rest * inverse + step * step * (n * k / (n + k));
-        sum += k * distance;
-        n += k;
-    }
-    acc_t mean = n > 0 ? sum / n : (acc_t)0;
-    acc_t chunk_mean = block_sum(sum, scratch) / walk.size;
-    acc_t distance = mean - chunk_mean;
-    return {chunk_mean, block_sum(m2 + n * distance * distance, scratch)};
-}
-
-// partials: mean - origin, and squares, of each chunk.
+// partials: mean, and squares, of each chunk.
 extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_partials(
-    const scalar_t* __restrict__ x, double* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunks) {
-    __shared__ acc_t scratch[32];
-    acc_t unit = 1;
-    Moments moments;
-    do moments = moments_of_chunk(x, unit, channels, plane, count, scratch);
-    while (again(moments.squares, unit));
-    double back = inverse_of(unit);
-    store_partials(partials, channels, chunks, moments.mean * back, moments.squares * back * back);
+    const scalar_t* __restrict__ x, double* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunk,
+    i64 chunks, int tile) {
+    DYNAMIC_SHARED(acc_t, scratch);
+    with_units(scratch, [&](Open& open) {
+        Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
+        ChunkMoments moments[SLOTS];
+        moments_of_chunk(x, open.unit, walk, plane, scratch, moments);
+        double back = inverse_of(open.unit);
+        Partials to = {partials, channels, chunks};
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++)
+            if (open.keep(s, is_finite(moments[s].squares)) && walk.writes(s))
+                to.store(walk, s, moments[s].mean * back, moments[s].squares * back * back);
+    });
 }
 
-// Of a channel, from those of its chunks.
+// Number of values in a chunk.
+__device__ inline i64 chunk_count(i64 count, i64 k, i64 chunk) { return min(chunk, count - k * chunk); }
+
+// Of a channel, from those of its chunks: mean - origin, and squares, of values times `unit`.
 __device__ inline Moments moments_of_channel(
-    const double* __restrict__ means, const double* __restrict__ m2s, acc_t unit, i64 count, i64 chunks,
-    acc_t* scratch) {
+    const double* __restrict__ means, const double* __restrict__ m2s, double origin, acc_t unit, i64 count, i64 chunk,
+    i64 chunks, acc_t* scratch) {
     acc_t sum = 0, m2 = 0;
     double wide = unit;
     for (i64 k = threadIdx.x; k < chunks; k += blockDim.x)
-        sum += chunk_count(count, k, (i64)blockDim.x * ITEMS) * (acc_t)(means[k] * wide);
+        sum += chunk_count(count, k, chunk) * (acc_t)((means[k] - origin) * wide);
     acc_t mean = block_sum(sum, scratch) / count;
     for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
-        acc_t distance = (acc_t)(means[k] * wide) - mean;
-        m2 += (acc_t)(m2s[k] * wide * wide) + chunk_count(count, k, (i64)blockDim.x * ITEMS) * distance * distance;
+        acc_t distance = (acc_t)((means[k] - origin) * wide) - mean;
+        m2 += (acc_t)(m2s[k] * wide * wide) + chunk_count(count, k, chunk) * distance * distance;
     }
     return {mean, block_sum(m2, scratch)};
 }
@@ -158,7 +71,7 @@ __device__ inline Moments moments_of_channel(
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
     const scalar_t* __restrict__ x, const double* __restrict__ partials, INOUT param_t* running_mean,
     INOUT param_t* running_var, INOUT i64* batches, acc_t* __restrict__ mean, acc_t* __restrict__ invstd,
-    acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count, i64 chunks) {
+    acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks) {
     __shared__ acc_t scratch[32];
     i64 channel = blockIdx.x;
     if (batches && channel == 0 && threadIdx.x == 0) ++*batches;
@@ -168,12 +81,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
         if (threadIdx.x == 0) mean[channel] = invstd[channel] = 0;
         return;
     }
-    acc_t unit = 1;
+    acc_t unit = 1, origin = origin_of(x, channel, plane);
     Moments moments;
-    do moments = moments_of_channel(means, m2s, unit, count, chunks, scratch);
+    do moments = moments_of_channel(means, m2s, origin, unit, count, chunk, chunks, scratch);
     while (again(moments.squares, unit));
     if (threadIdx.x) return;
-    moments.mean += origin_of(x, channel, plane) * unit;
+    moments.mean += origin * unit;
     if (running_mean) running_mean += channel, running_var += channel;
     store_statistics(
         moments, unit, count, eps, mean + channel, invstd + channel, running_mean, running_var, momentum, 0);
@@ -189,97 +102,173 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_eval_statistics
     invstd[channel] = 1 / sqrt(to_acc(running_var[channel]) + eps);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_apply(
+// y of a chunk, from mean(s) and invstd(s) of each slot's channel.
+template <class M, class I> __device__ inline void apply(
+    const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
+    scalar_t* __restrict__ y, bool with_tanh, const Walk& walk, M mean, I invstd) {
+    auto weight_of = [&](int s) { return bn_weight(weight, walk.channel(s)); };
+    auto bias_of = [&](int s) { return bn_bias(bias, walk.channel(s)); };
+    normalise_chunk(x, y, walk, mean, invstd, weight_of, bias_of, [=](acc_t v) { return with_tanh ? tanh_of(v) : v; });
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_apply(
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y, int with_tanh,
-    i64 channels, i64 plane, i64 count) {
-    ChannelWalk walk(channels, plane, count);
-    i64 channel = walk.channel;
-    Normaliser normalise(mean[channel], invstd[channel]);
-    acc_t w = bn_weight(weight, channel), b = bn_bias(bias, channel);
-    #pragma unroll 1
-    for (int first = 0; first < PACKS; first += BATCH) {
-        Pack in[BATCH];
-        i64 offsets[BATCH];
+    i64 channels, i64 plane, i64 count, i64 chunk, int tile) {
+    Walk walk(gridDim.x - 1 - blockIdx.x, channels, plane, count, chunk, tile);
+    apply(
+        x, weight, bias, y, with_tanh, walk, [&](int s) { return mean[walk.channel(s)]; },
+        [&](int s) { return invstd[walk.channel(s)]; });
+}
+
+// With the running statistics, which it writes to mean and invstd, too, as the backward needs them.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_eval(
+    const scalar_t* __restrict__ x, const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
+    acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t eps, int with_tanh, i64 channels, i64 plane, i64 count,
+    i64 chunk, int tile) {
+    Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
+    acc_t means[SLOTS], invstds[SLOTS];
+    #pragma unroll
+    for (int s = 0; s < SLOTS; s++) {
+        int channel = walk.channel(s);
+        means[s] = to_acc(running_mean[channel]);
+        invstds[s] = 1 / sqrt(to_acc(running_var[channel]) + eps);
+        if (walk.chunk == 0 && walk.writes(s)) mean[channel] = means[s], invstd[channel] = invstds[s];
+    }
+    apply(x, weight, bias, y, with_tanh, walk, [&](int s) { return means[s]; }, [&](int s) { return invstds[s]; });
+}
+
+// Statistics, and where y is not null the result, of blocks that have whole channels.
+extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_forward(
+    const scalar_t* __restrict__ x, INOUT param_t* running_mean, INOUT param_t* running_var, INOUT i64* batches,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
+    acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, int with_tanh, i64 channels,
+    i64 plane, i64 count, i64 chunk, int tile) {
+    DYNAMIC_SHARED(acc_t, scratch);
+    if (batches && blockIdx.x == 0 && threadIdx.x == 0) ++*batches;
+    acc_t means[SLOTS], invstds[SLOTS];
+    with_units(scratch, [&](Open& open) {
+        Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
+        ChunkMoments moments[SLOTS];
+        moments_of_chunk(x, open.unit, walk, plane, scratch, moments);
         #pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            offsets[j] = walk.inside(first + j) ? walk.offset : -1;
-            if (offsets[j] >= 0) in[j] = *(const Pack*)(x + offsets[j]);
-            walk.advance();
+        for (int s = 0; s < SLOTS; s++) {
+            if (!open.keep(s, is_finite(moments[s].squares))) continue;
+            int channel = walk.channel(s);
+            Moments found = {(acc_t)moments[s].mean, moments[s].squares};
+            acc_t unit = without_unit(found, open.unit);
+            means[s] = found.mean * inverse_of(unit);
+            invstds[s] = invstd_of(found.squares / count, unit, eps);
+            if (!walk.writes(s)) continue;
+            param_t *to_mean = running_mean ? running_mean + channel : running_mean,
+                    *to_var = running_mean ? running_var + channel : running_var;
+            store_statistics(found, unit, count, eps, mean + channel, invstd + channel, to_mean, to_var, momentum, 0);
         }
+    });
+    if (!y) return;
+    Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
+    apply(x, weight, bias, y, with_tanh, walk, [&](int s) { return means[s]; }, [&](int s) { return invstds[s]; });
+}
+
+// What the backward knows of the slots' channels.
+struct Channels {
+    Normalisers normalise;
+    acc_t scale[SLOTS];  // of a gradient at batch norm's output
+    __device__ Channels(const Walk& walk, const acc_t* mean, const acc_t* invstd, const param_t* weight) {
         #pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            if (offsets[j] < 0) continue;
-            Pack out;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                acc_t v = bn_affine(normalise(to_acc(in[j].v[i])), w, b);
-                out.v[i] = from_acc<scalar_t>(with_tanh ? tanh_of(v) : v);
-            }
-            *(Pack*)(y + offsets[j]) = out;
+        for (int s = 0; s < SLOTS; s++) {
+            int c = walk.channel(s);
+            normalise.set(s, mean[c], invstd[c]);
+            scale[s] = multiply_unflushed(bn_weight(weight, c), invstd[c]);
         }
     }
-}
+};
 
-// Gradient at batch norm's output.
-__device__ inline acc_t gradient_of(acc_t dy, scalar_t y, bool with_tanh) {
-    return with_tanh ? dy * tanh_slope(to_acc(y)) : dy;
-}
+// What the backward reads. x is null where nobody needs it, y without tanh.
+struct Tensors {
+    const scalar_t *dy, *x, *y;
+    enum { PACKS = BATCH / 2 };
+    struct Batch {
+        Pack dy[PACKS], x[PACKS], y[PACKS];
+        i64 offsets[PACKS];
+    };
+    __device__ int next(Walk& walk, Batch& batch) const {
+        return next_packs(walk, PACKS, [&](int j, i64 offset) {
+            batch.offsets[j] = offset;
+            batch.dy[j] = *(const Pack*)(dy + offset);
+            if (x) batch.x[j] = *(const Pack*)(x + offset);
+            if (y) batch.y[j] = *(const Pack*)(y + offset);
+        });
+    }
+    // Value i of pack j of the gradient at batch norm's output.
+    __device__ acc_t gradient(const Batch& batch, int j, int i, acc_t unit = 1) const {
+        acc_t g = to_acc(batch.dy[j].v[i]) * unit;
+        return y ? g * tanh_slope(to_acc(batch.y[j].v[i])) : g;
+    }
+};
 
-struct Sums { acc_t sum, dot; };  // of g, and of g xhat
-
-__device__ inline Sums sums_of_chunk(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
-    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, acc_t unit, i64 channels, i64 plane, i64 count,
-    acc_t* scratch) {
-    ChannelWalk walk(channels, plane, count);
-    Normaliser normalise(mean[walk.channel], invstd[walk.channel]);
-    acc_t sum = 0, dot = 0;
+// Sums of g, and of g xhat, over what the block has of each slot's channel; and dx, where not null, of statistics that
+// do not depend on x.
+__device__ inline void sums_of_chunk(
+    const Tensors& tensors, const Channels& channels, scalar_t* __restrict__ dx, acc_t unit, Walk walk, acc_t* scratch,
+    acc_t (&sums)[2][SLOTS]) {
+    #pragma unroll
+    for (int s = 0; s < SLOTS; s++) sums[0][s] = sums[1][s] = 0;
     #pragma unroll 1
-    for (int first = 0; first < PACKS; first += BATCH / 2) {
-        Pack gradient[BATCH / 2], in[BATCH / 2], out[BATCH / 2];
-        bool inside[BATCH / 2];
+    while (walk.packs > 0) {
+        Tensors::Batch batch;
+        int have = tensors.next(walk, batch);
         #pragma unroll
-        for (int j = 0; j < BATCH / 2; j++) {
-            inside[j] = walk.inside(first + j);
-            if (inside[j]) {
-                gradient[j] = *(const Pack*)(dy + walk.offset);
-                in[j] = *(const Pack*)(x + walk.offset);
-                if (y) out[j] = *(const Pack*)(y + walk.offset);
-            }
-            walk.advance();
-        }
-        #pragma unroll
-        for (int j = 0; j < BATCH / 2; j++) {
-            if (!inside[j]) continue;
+        for (int j = 0; j < Tensors::PACKS; j++) {
+            if (j >= have) continue;
+            Pack result;
+            acc_t xhat[WIDTH];
+            channels.normalise(batch.x[j], xhat);
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
-                acc_t g = gradient_of(to_acc(gradient[j].v[i]) * unit, out[j].v[i], y);
-                sum += g;
-                dot += g * normalise(to_acc(in[j].v[i]));
+                int s = i / PER_SLOT;
+                acc_t g = tensors.gradient(batch, j, i, unit);
+                sums[0][s] += g;
+                sums[1][s] += g * xhat[i];
+                if (dx)
+                    result.v[i] =
+                        from_acc<scalar_t>(multiply_unflushed(tensors.gradient(batch, j, i), channels.scale[s]));
             }
+            if (dx) *(Pack*)(dx + batch.offsets[j]) = result;
         }
     }
-    sum = block_sum(sum, scratch);
-    return {sum, block_sum(dot, scratch)};
+    block_sums(sums, walk, scratch);
 }
 
-// partials: sums of each chunk. y is null without tanh.
-extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_backward_partials(
+// partials: sums of each chunk. y is null without tanh; dx is null where the statistics depend on x, or nobody needs
+// it.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backward_partials(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
-    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, double* __restrict__ partials, i64 channels,
-    i64 plane, i64 count, i64 chunks) {
-    __shared__ acc_t scratch[32];
-    acc_t unit = 1;
-    Sums sums;
-    do sums = sums_of_chunk(dy, x, y, mean, invstd, unit, channels, plane, count, scratch);
-    while (again(sums.sum, sums.dot, unit));
-    double back = inverse_of(unit);
-    store_partials(partials, channels, chunks, sums.sum * back, sums.dot * back);
+    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
+    double* __restrict__ partials, scalar_t* __restrict__ dx, i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks,
+    int tile) {
+    DYNAMIC_SHARED(acc_t, scratch);
+    with_units(scratch, [&](Open& open) {
+        Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
+        acc_t sums[2][SLOTS];
+        sums_of_chunk({dy, x, y}, Channels(walk, mean, invstd, weight), dx, open.unit, walk, scratch, sums);
+        double back = inverse_of(open.unit);
+        Partials to = {partials, channels, chunks};
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++)
+            if (open.keep(s, is_finite(sums[0][s]) && is_finite(sums[1][s])) && walk.writes(s))
+                to.store(walk, s, sums[0][s] * back, sums[1][s] * back);
+    });
 }
 
-// One block a channel: sums [2][channels] over the chunks, which are also the gradients of bias and weight, where not
-// null.
+// A channel's sums of g, and of g xhat, are the gradients of bias and weight, where not null.
+__device__ inline void store_gradients(param_t* dweight, param_t* dbias, i64 channel, double sum, double dot) {
+    if (dbias) dbias[channel] = from_acc<param_t>((acc_t)sum);
+    if (dweight) dweight[channel] = from_acc<param_t>((acc_t)dot);
+}
+
+// One block a channel: sums [2][channels] over the chunks.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(
     const double* __restrict__ partials, double* __restrict__ sums, param_t* __restrict__ dweight,
     param_t* __restrict__ dbias, i64 channels, i64 chunks) {
@@ -300,8 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(
     double back = inverse_of(unit);
     sums[channel] = sum * back;
     sums[channels + channel] = dot * back;
-    if (dbias) dbias[channel] = from_acc<param_t>((acc_t)(sum * back));
-    if (dweight) dweight[channel] = from_acc<param_t>((acc_t)(dot * back));
+    store_gradients(dweight, dbias, channel, sum * back, dot * back);
 }
 
 // sum / count: the sum may be beyond float, the quotient is not.
@@ -310,42 +298,70 @@ __device__ inline acc_t mean_of(double sum, i64 count) {
     return is_finite(mean) ? mean : (acc_t)(sum * 0x1p-96) / count * 0x1p96f;
 }
 
-// sums: of the batch where its own statistics were applied, null where given ones were: then x is not read.
-extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_apply(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
-    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
-    const double* __restrict__ sums, scalar_t* __restrict__ dx, i64 channels, i64 plane, i64 count) {
-    ChannelWalk walk(channels, plane, count);
-    i64 channel = walk.channel;
-    Normaliser normalise(mean[channel], invstd[channel]);
-    acc_t scale = multiply_unflushed(bn_weight(weight, channel), invstd[channel]);
-    acc_t mean_g = sums ? mean_of(sums[channel], count) : (acc_t)0,
-          mean_dot = sums ? mean_of(sums[channels + channel], count) : (acc_t)0;
+// dx of a chunk, from the means of g and of g xhat of each slot's channel.
+__device__ inline void backward_apply(
+    const Tensors& tensors, const Channels& channels, const acc_t (&mean_g)[SLOTS], const acc_t (&mean_dot)[SLOTS],
+    scalar_t* __restrict__ dx, Walk walk) {
     #pragma unroll 1
-    for (int first = 0; first < PACKS; first += BATCH / 2) {
-        Pack gradient[BATCH / 2], in[BATCH / 2], out[BATCH / 2];
-        i64 offsets[BATCH / 2];
+    while (walk.packs > 0) {
+        Tensors::Batch batch;
+        int have = tensors.next(walk, batch);
         #pragma unroll
-        for (int j = 0; j < BATCH / 2; j++) {
-            offsets[j] = walk.inside(first + j) ? walk.offset : -1;
-            if (offsets[j] >= 0) {
-                gradient[j] = *(const Pack*)(dy + offsets[j]);
-                if (sums) in[j] = *(const Pack*)(x + offsets[j]);
-                if (y) out[j] = *(const Pack*)(y + offsets[j]);
-            }
-            walk.advance();
-        }
-        #pragma unroll
-        for (int j = 0; j < BATCH / 2; j++) {
-            if (offsets[j] < 0) continue;
+        for (int j = 0; j < Tensors::PACKS; j++) {
+            if (j >= have) continue;
             Pack result;
+            acc_t xhat[WIDTH];
+            if (tensors.x) channels.normalise(batch.x[j], xhat);
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
-                acc_t g = gradient_of(to_acc(gradient[j].v[i]), out[j].v[i], y);
-                if (sums) g -= mean_g + normalise(to_acc(in[j].v[i])) * mean_dot;
-                result.v[i] = from_acc<scalar_t>(multiply_unflushed(g, scale));
+                int s = i / PER_SLOT;
+                acc_t g = tensors.gradient(batch, j, i);
+                if (tensors.x) g -= mean_g[s] + xhat[i] * mean_dot[s];
+                result.v[i] = from_acc<scalar_t>(multiply_unflushed(g, channels.scale[s]));
             }
-            *(Pack*)(dx + offsets[j]) = result;
+            *(Pack*)(dx + batch.offsets[j]) = result;
         }
     }
+}
+
+// sums: of the batch where its own statistics were applied, null where given ones were: then x is not read.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backward_apply(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
+    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
+    const double* __restrict__ sums, scalar_t* __restrict__ dx, i64 channels, i64 plane, i64 count, i64 chunk,
+    int tile) {
+    Walk walk(gridDim.x - 1 - blockIdx.x, channels, plane, count, chunk, tile);
+    acc_t mean_g[SLOTS], mean_dot[SLOTS];
+    #pragma unroll
+    for (int s = 0; s < SLOTS; s++) {
+        mean_g[s] = sums ? mean_of(sums[walk.channel(s)], count) : (acc_t)0;
+        mean_dot[s] = sums ? mean_of(sums[channels + walk.channel(s)], count) : (acc_t)0;
+    }
+    backward_apply({dy, sums ? x : nullptr, y}, Channels(walk, mean, invstd, weight), mean_g, mean_dot, dx, walk);
+}
+
+// All gradients, of blocks that have whole channels, through the batch's statistics. dx, dweight and dbias may be null.
+extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_backward(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
+    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
+    scalar_t* __restrict__ dx, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 channels, i64 plane,
+    i64 count, i64 chunk, int tile) {
+    DYNAMIC_SHARED(acc_t, scratch);
+    acc_t mean_g[SLOTS], mean_dot[SLOTS];
+    Channels known(Walk(blockIdx.x, channels, plane, count, chunk, tile), mean, invstd, weight);
+    Tensors tensors = {dy, x, y};
+    with_units(scratch, [&](Open& open) {
+        Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
+        acc_t sums[2][SLOTS];
+        sums_of_chunk(tensors, known, nullptr, open.unit, walk, scratch, sums);
+        double back = inverse_of(open.unit);
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++) {
+            if (!open.keep(s, is_finite(sums[0][s]) && is_finite(sums[1][s]))) continue;
+            double sum = sums[0][s] * back, dot = sums[1][s] * back;
+            mean_g[s] = mean_of(sum, count), mean_dot[s] = mean_of(dot, count);
+            if (walk.writes(s)) store_gradients(dweight, dbias, walk.channel(s), sum, dot);
+        }
+    });
+    if (dx) backward_apply(tensors, known, mean_g, mean_dot, dx, Walk(blockIdx.x, channels, plane, count, chunk, tile));
 }

@@ -22,9 +22,10 @@ __device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 0x1p96f;
 // two, which changes no bit of what neither overflows nor vanishes.
 struct Normaliser {
     acc_t unit, mean, invstd;
+    __device__ static acc_t LARGE_UNIT() { return 0x1p-32f; }
     __device__ Normaliser(acc_t mean, acc_t invstd) {
         bool large = sizeof(acc_t) == 4 && (invstd < 0x1p-64f || fabs(mean) > 0x1p64f);
-        unit = large ? 0x1p-32f : 1;
+        unit = large ? LARGE_UNIT() : 1;
         this->mean = mean * unit;
         this->invstd = multiply_unflushed(invstd, (acc_t)(large ? 0x1p32f : 1));
     }
@@ -50,6 +51,16 @@ __device__ inline acc_t invstd_of(acc_t variance, acc_t unit, acc_t eps) {
 }
 
 struct Moments { acc_t mean, squares; };  // squares: sum of squared distances from the mean
+
+// Moments of values times `unit` become those of the values themselves, unless these overflow. Returns the unit that
+// holds then.
+__device__ inline acc_t without_unit(Moments& moments, acc_t unit) {
+    acc_t back = inverse_of(unit);
+    Moments plain = {moments.mean * back, moments.squares * back * back};
+    if (!is_finite(plain.mean) || !is_finite(plain.squares)) return unit;
+    moments = plain;
+    return 1;
+}
 
 // From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where
 // not null. shift: what running_mean has besides the mean. Pointers are to the channel's values.

@@ -50,9 +50,13 @@ template <> __device__ inline float from_acc<float>(double v) { return (float)v;
 template <> __device__ inline double from_acc<double>(double v) { return v; }
 // Round to nearest even; NaN stays NaN.
 template <> __device__ inline bf16_t from_acc<bf16_t>(float v) {
-    unsigned u = __float_as_uint(v);
     bf16_t r;
+#if !defined(CUPY_KERNELS_EMULATOR) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+#else
+    unsigned u = __float_as_uint(v);
     r.bits = (u & 0x7FFFFFFF) > 0x7F800000 ? (u >> 16 & 0x8000) | 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+#endif
     return r;
 }
 #ifdef CUPY_KERNELS_EMULATOR

@@ -109,11 +109,23 @@ struct Group {
         int parts = max(1, warps / channels), teams = warps / parts;
         for (int channel = warp / parts; channel < channels; channel += teams) {
             acc_t sum = 0, dot = 0;
-            #pragma unroll 4
-            for (int i = channel * plane + warp % parts * 32 + lane; i < (channel + 1) * plane; i += parts * 32) {
-                acc_t g = to_acc(dy[i]) * unit;
+            auto add = [&](scalar_t gradient, scalar_t value) {
+                acc_t g = to_acc(gradient) * unit;
                 sum += g;
-                dot += g * normalise(to_acc(x[i]));
+                dot += g * normalise(to_acc(value));
+            };
+            int first = channel * plane, start = warp % parts * 32 + lane, step = parts * 32;
+            if (plane % WIDTH == 0) {
+                const Pack *gradients = (const Pack*)(dy + first), *values = (const Pack*)(x + first);
+                #pragma unroll 2
+                for (int p = start; p < plane / WIDTH; p += step) {
+                    Pack g = gradients[p], v = values[p];
+                    #pragma unroll
+                    for (int i = 0; i < WIDTH; i++) add(g.v[i], v.v[i]);
+                }
+            } else {
+                #pragma unroll 4
+                for (int i = start; i < plane; i += step) add(dy[first + i], x[first + i]);
             }
             sum = warp_sum(sum);
             dot = warp_sum(dot);

@@ -1,22 +1,18 @@
-// Pooling windows: how threads walk over them, the largest element of one, and the windows that cover a pixel.
+// Pooling of planes: how threads walk over them, the largest element of a window, and the windows that cover a pixel.
 //
 // Macros: scalar_t, acc_t, argmax_t (u8, or int for a kernel of more than 254 taps).
 // WINDOW_2X2: 1 fixes kernel 2, stride 2, padding 0, dilation 1, for even widths and arrays whose pairs of elements are
 //     aligned, and moves two neighbours of a row as one. 0 takes the windows from the arguments.
-// SITE: pixels along each side of what a thread of a backward has, 2 with WINDOW_2X2, else 1. THREADS: of a block.
+// WINDOW_3X3: 1 or 2 fixes kernel 3, dilation 1 and this stride, so that what a place needs is loaded at once. 0 does
+// not. SITE: pixels along each side of what a thread of a backward has, 2 with WINDOW_2X2, else 1. THREADS: of a block.
 // ITEMS: planes in which a thread does the same, `period` planes apart: their loads are in flight together, and what
 //     index arithmetic and the channel's parameters cost is paid once.
-// A tap is a position within a window, kh * kernel_w + kw. Limits: planes, and elements of a plane, below 2^30.
+// Limits: planes, and elements of a plane, below 2^30.
 #pragma once
-#include "common.cuh"
+#include "pool_window.cuh"
 
 static_assert(SITE == (WINDOW_2X2 ? 2 : 1), "a site is what one window covers, or a pixel");
 typedef Packed<scalar_t, SITE> Pixels;
-
-struct Pool {
-    int height, width, out_height, out_width;
-    int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-};
 
 // Calls visit(plane, row, column) for every place of a rows x columns grid in each of `planes` planes from `first`.
 // Blocks that differ in blockIdx.y alone share these planes: each takes every gridDim.y-th batch of blockDim.x places.
@@ -34,20 +30,19 @@ __device__ inline i64 item_plane(int plane, int i, int period, int planes) {
     return plane + (plane + i * period < planes ? (i64)i * period : 0);
 }
 
-// The largest element so far. A NaN beats everything, the last of several; of equals the first wins.
-struct Largest {
-    acc_t value;
-    int tap;
-    __device__ void take(acc_t v, int at) {
-        if (greater(v, value) | is_nan(v)) value = v, tap = at;  // no short circuit: a select, not a branch
+// What the compiler may know of the windows.
+__device__ inline Pool fixed(Pool p) {
+    if (WINDOW_3X3) {
+        p.kernel_h = p.kernel_w = 3, p.stride_h = p.stride_w = WINDOW_3X3, p.dilation_h = p.dilation_w = 1;
     }
-};
+    return p;
+}
 
 // Elements of the window (oh, ow) of the plane at x: loaded here with WINDOW_2X2, else when `largest` reads them.
 #if WINDOW_2X2
 struct Window {
     Pixels top, bottom;
-    int mask;  // of taps: where ceil_mode's last window hangs over the edge, bottom is top again
+    int taps;  // mask: where ceil_mode's last window hangs over the edge, bottom is top again
 };
 __device__ inline Window window(const Pool& p, const scalar_t* x, int oh, int ow) {
     const Pixels* pixels = (const Pixels*)(x + 2 * oh * p.width + 2 * ow);
@@ -59,39 +54,46 @@ template <class F> __device__ inline Largest largest(const Pool&, const Window& 
     best.take(f(w.top.v[1]), 1);
     best.take(f(w.bottom.v[0]), 2);
     best.take(f(w.bottom.v[1]), 3);
-    best.tap &= w.mask;
+    best.tap &= w.taps;
     return best;
 }
 #else
 struct Window {
     const scalar_t* x;
-    int h, w;  // of tap 0; negative in the padding
+    Span rows, columns;
 };
 __device__ inline Window window(const Pool& p, const scalar_t* x, int oh, int ow) {
-    return {x, oh * p.stride_h - p.padding_h, ow * p.stride_w - p.padding_w};
-}
-__device__ inline int taps_in_padding(int start, int dilation) {
-    return start < 0 ? (dilation - 1 - start) / dilation : 0;
+    return {x, p.rows(oh), p.columns(ow)};
 }
 template <class F> __device__ inline Largest largest(const Pool& p, const Window& w, F f) {
-    int kh = taps_in_padding(w.h, p.dilation_h), first_kw = taps_in_padding(w.w, p.dilation_w);
-    int h = w.h + kh * p.dilation_h, first_w = w.w + first_kw * p.dilation_w;
-    Largest best = {-(acc_t)__int_as_float(0x7F800000), kh * p.kernel_w + first_kw};
-    for (; kh < p.kernel_h && h < p.height; kh++, h += p.dilation_h)
-        for (int kw = first_kw, iw = first_w; kw < p.kernel_w && iw < p.width; kw++, iw += p.dilation_w)
-            best.take(f(w.x[h * p.width + iw]), kh * p.kernel_w + kw);
+    Largest best = {-(acc_t)__int_as_float(0x7F800000), w.rows.first * p.kernel_w + w.columns.first};
+#if WINDOW_3X3
+    const scalar_t* corner = w.x + w.rows.start * p.width + w.columns.start;
+    auto inside = [&](int tap) { return w.rows.has(tap / 3) && w.columns.has(tap % 3); };
+    scalar_t in[9];
+    #pragma unroll
+    for (int tap = 0; tap < 9; tap++)
+        if (inside(tap)) in[tap] = corner[tap / 3 * p.width + tap % 3];
+    #pragma unroll
+    for (int tap = 0; tap < 9; tap++)
+        if (inside(tap)) best.take(f(in[tap]), tap);
+    return best;
+#endif
+    for (int kh = w.rows.first; kh < w.rows.end; kh++) {
+        const scalar_t* row = w.x + (w.rows.start + kh * p.dilation_h) * p.width + w.columns.start;
+        for (int kw = w.columns.first; kw < w.columns.end; kw++)
+            best.take(f(row[kw * p.dilation_w]), kh * p.kernel_w + kw);
+    }
     return best;
 }
 #endif
 
-// The pixel under a tap of the window (oh, ow). It lies beyond the plane where a dilated window holds no pixel at all.
-struct Pixel { int h, w; };
+// The pixel under a tap of the window (oh, ow), see `Pool::pixel_under`.
 __device__ inline Pixel pixel_under(const Pool& p, int oh, int ow, int tap) {
 #if WINDOW_2X2
     return {2 * oh + (tap >> 1), 2 * ow + (tap & 1)};
 #else
-    return {oh * p.stride_h - p.padding_h + tap / p.kernel_w * p.dilation_h,
-        ow * p.stride_w - p.padding_w + tap % p.kernel_w * p.dilation_w};
+    return p.pixel_under(oh, ow, tap);
 #endif
 }
 
@@ -126,36 +128,32 @@ __device__ inline Gathered gather(const Pool& p, const argmax_t* argmax, int row
     return {gradient(o), argmax[o]};
 }
 #else
-// (first, last) window along one axis that reaches the pixel at `position`, counted from the start of the padding.
-__device__ inline int first_window(int position, int kernel, int stride, int dilation) {
-    int before = position - (kernel - 1) * dilation;
-    return before <= 0 ? 0 : (before + stride - 1) / stride;
-}
-__device__ inline int last_window(int position, int stride, int windows) { return min(position / stride, windows - 1); }
-
-// The tap that lies `offset` pixels into a window, or -1 if none does.
-__device__ inline int tap_at(int offset, int dilation) {
-    if (dilation == 1) return offset;
-    int tap = offset / dilation;
-    return tap * dilation == offset ? tap : -1;
-}
-
 // Sums gradient(o) over the windows o of the plane whose tap is the pixel (row, column), in ascending order.
 // `argmax` points at the plane's.
 template <class F>
 __device__ inline Gathered gather(const Pool& p, const argmax_t* argmax, int row, int column, F gradient) {
-    int h = row + p.padding_h, w = column + p.padding_w;
-    int oh = first_window(h, p.kernel_h, p.stride_h, p.dilation_h), oh_last = last_window(h, p.stride_h, p.out_height);
-    int first = first_window(w, p.kernel_w, p.stride_w, p.dilation_w), last = last_window(w, p.stride_w, p.out_width);
     acc_t sum = 0;
-    for (; oh <= oh_last; oh++) {
-        int kh = tap_at(h - oh * p.stride_h, p.dilation_h);
-        if (kh < 0) continue;
-        for (int ow = first; ow <= last; ow++) {
-            int kw = tap_at(w - ow * p.stride_w, p.dilation_w), o = oh * p.out_width + ow;
-            if (kw >= 0 && argmax[o] == kh * p.kernel_w + kw) sum += gradient(o);
-        }
+#if WINDOW_3X3
+    enum { MOST = WINDOW_3X3 == 1 ? 3 : 2, NONE = -100 };  // windows along each axis that cover a pixel; no tap
+    int h = row + p.padding_h, w = column + p.padding_w;
+    int oh = first_window(h, 3, WINDOW_3X3, 1), rows = last_window(h, WINDOW_3X3, p.out_height) - oh + 1;
+    int ow = first_window(w, 3, WINDOW_3X3, 1), columns = last_window(w, WINDOW_3X3, p.out_width) - ow + 1;
+    int won[MOST * MOST], first = oh * p.out_width + ow;
+    int own = (h - oh * WINDOW_3X3) * 3 + w - ow * WINDOW_3X3;  // the pixel's tap in the first window
+    #pragma unroll
+    for (int i = 0; i < MOST * MOST; i++) {
+        bool covers = i / MOST < rows && i % MOST < columns;
+        won[i] = covers ? (int)argmax[first + i / MOST * p.out_width + i % MOST] : NONE;
     }
+    #pragma unroll
+    for (int i = 0; i < MOST * MOST; i++)
+        if (won[i] == own - (i / MOST * 3 + i % MOST) * WINDOW_3X3)
+            sum += gradient(first + i / MOST * p.out_width + i % MOST);
+    return {sum, 0};
+#endif
+    p.for_windows(row, column, [&](int o, int tap) {
+        if (argmax[o] == tap) sum += gradient(o);
+    });
     return {sum, 0};
 }
 #endif

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels.batch_norm import (
-    batch_norm_apply,
-    batch_norm_backward_apply,
-    batch_norm_backward_reduce,
+    batch_norm_backward,
+    batch_norm_eval,
     batch_norm_eval_statistics,
+    batch_norm_forward,
     batch_norm_statistics,
     batch_norm_workspace,
 )
@@ -20,6 +20,7 @@ from cupy_kernels.common import accumulator_dtype
 
 from ..calls import call, dense_after
 from ..cases import Case, activations, sums_of
+from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_parameters, dense, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine, tensor_of
@@ -27,11 +28,25 @@ from .gradients import NormGradient, apply, will_need_grad
 from .tanh import tanh_gradient
 
 
-def _forward(new, x, weight, bias, running_mean, running_var, batches, *, training, momentum, eps, tanh):
-    moments = statistics(new, x, running_mean, running_var, batches, training, momentum, eps)
+def _forward(new, x, weight, bias, running_mean, running_var, batches, *, training, momentum, eps, tanh, last):
     y = new.like(x)
-    batch_norm_apply(x, moments[0], moments[1], weight, bias, y, tanh)
+    x, out = _rows(x, last), _rows(y, last)
+    moments = new((2, x.shape[1]), accumulator_dtype(x))
+    mean, invstd = moments[0], moments[1]
+    if training:
+        workspace = new.scratch(batch_norm_workspace(x), np.float64)
+        running = (running_mean, running_var, batches)
+        batch_norm_forward(x, *running, weight, bias, out, mean, invstd, workspace, momentum, eps, tanh)
+    else:
+        batch_norm_eval(x, running_mean, running_var, weight, bias, out, mean, invstd, eps, tanh)
     return y, moments
+
+
+def _rows(x, last):
+    """[N, *, C] as rows of channels, if `last`."""
+    if x is None or not last:
+        return x
+    return x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def statistics(new, x, running_mean, running_var, batches, training, momentum, eps):
@@ -41,33 +56,31 @@ def statistics(new, x, running_mean, running_var, batches, training, momentum, e
     """
     moments = new((2, x.shape[1]), accumulator_dtype(x))
     if training:
-        workspace = new.scratch(batch_norm_workspace(x.shape), np.float64)
+        workspace = new.scratch(batch_norm_workspace(x), np.float64)
         batch_norm_statistics(x, running_mean, running_var, batches, moments[0], moments[1], workspace, momentum, eps)
     else:
         batch_norm_eval_statistics(running_mean, running_var, moments[0], moments[1], eps)
     return moments
 
 
-def _backward(new, dy, x, weight, bias, moments, y, *, training, needed):
+def _backward(new, dy, x, weight, bias, moments, y, *, training, needed, last):
     need_x, need_weight, need_bias = needed
     mean, invstd = moments[0], moments[1]
     dx = new.like(dy if need_x else None)
     dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
-    sums = None
+    dy, x, y, out = (_rows(t, last) for t in (dy, x, y, dx))
+    workspace = None
     if need_weight or need_bias or training:
-        sums = new.scratch((2, *mean.shape), np.float64)
-        workspace = new.scratch(batch_norm_workspace(dy.shape), np.float64)
-        batch_norm_backward_reduce(dy, x, mean, invstd, sums, dweight, dbias, workspace, y)
-    if need_x:
-        batch_norm_backward_apply(dy, x, mean, invstd, weight, sums if training else None, dx, y)
+        workspace = new.scratch(batch_norm_workspace(dy), np.float64)
+    batch_norm_backward(dy, x, mean, invstd, weight, out, dweight, dbias, workspace, training, y)
     return dx, dweight, dbias
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running, applied, check, options):
-        y, moments = call(_forward, x, weight, bias, *running, check=check, **options)
-        ctx.training, ctx.eps = options["training"], options["eps"]
+        y, moments = _call(x, weight, bias, running, check, options)
+        ctx.training, ctx.eps, ctx.last = options["training"], options["eps"], options["last"]
         x_needed = ctx.training or any(ctx.needs_input_grad[1:3])
         saved = (x if x_needed else None, weight, bias, moments, y if options["tanh"] else None)
         ctx.save_for_backward(*saved, *applied)
@@ -77,15 +90,20 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, dy):
         *saved, _, _ = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        return *batch_norm_gradients(dy, *saved, needed, ctx.training, ctx.eps), *[None] * 4
+        return *batch_norm_gradients(dy, *saved, needed, ctx.training, ctx.eps, ctx.last), *[None] * 4
 
 
-def batch_norm_gradients(dy, x, weight, bias, moments, y, needed, training, eps):
+def _call(x, weight, bias, running, check, options):
+    y, moments = call(_forward, stored(x, options["last"]), weight, bias, *running, check=check, **options)
+    return restored(y, options["last"]), moments
+
+
+def batch_norm_gradients(dy, x, weight, bias, moments, y, needed, training, eps, last=False):
     """(dx, dweight, dbias) of a batch norm with these statistics, None for those that are not needed.
 
     x: may be None outside training where dx alone is needed. y: None, or tanh of the batch norm, whose gradient dy is.
     """
-    kernels = functools.partial(_gradients, moments, needed, training)
+    kernels = functools.partial(_gradients, moments, needed, training, last)
     if not torch.is_grad_enabled():
         return kernels(dy, x, weight, bias, y)
     if y is not None:
@@ -95,8 +113,10 @@ def batch_norm_gradients(dy, x, weight, bias, moments, y, needed, training, eps)
     return NormGradient.apply(kernels, functools.partial(_definition, moments, training, eps), dy, x, weight, bias)
 
 
-def _gradients(moments, needed, training, dy, x, weight, bias, y=None):
-    return call(_backward, dense(dy), x, weight, bias, moments, y, training=training, needed=needed)
+def _gradients(moments, needed, training, last, dy, x, weight, bias, y=None):
+    dy, x, y = stored(dense_in(dy, last), last), stored(x, last), stored(y, last)
+    dx, *others = call(_backward, dy, x, weight, bias, moments, y, training=training, needed=needed, last=last)
+    return restored(dx, last), *others
 
 
 def _definition(moments, training, eps, x, weight, bias):
@@ -196,7 +216,8 @@ def batch_norm(
     num_batches_tracked: one integer, which grows by 1 in training, in place; or None.
     Both pairs may be float32 where input is float16 or bfloat16; otherwise they have its dtype.
 
-    The result is contiguous and has input's dtype; the arithmetic is float32, or float64 for float64.
+    The result is channels_last (or channels_last_3d) if input is, else contiguous, and has input's dtype; the
+    arithmetic is float32, or float64 for float64.
     Raises ValueError for one value per channel in training, one running statistic without the other, or eps out of
     range; RuntimeError for a wrong number of dimensions or elements, or no running statistics outside training;
     TypeError for dtypes. A refused call changes nothing. A backward outside training raises RuntimeError if the running
@@ -235,14 +256,19 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
     def check():
         check_batch_norm(x, running_mean, running_var, weight, bias, training)
 
-    x, weight, bias = dense_after(check, x, weight, bias)
+    last = channels_last(x)
+    if last:
+        _, weight, bias = dense_after(check, None, weight, bias)
+        x = dense_in(x, last)
+    else:
+        x, weight, bias = dense_after(check, x, weight, bias)
     running = kernels_buffers(running_mean, running_var, batches, training)
-    options = {"training": training, "momentum": momentum, "eps": eps, "tanh": tanh}
+    options = {"training": training, "momentum": momentum, "eps": eps, "tanh": tanh, "last": last}
     if will_need_grad(x, weight, bias):
         saved = applied_statistics(running_mean, running_var, training)
         y = apply(_BatchNorm, x, weight, bias, running, saved, check, options)
     else:
-        y, _ = call(_forward, x, weight, bias, *running, check=check, **options)
+        y, _ = _call(x, weight, bias, running, check, options)
     if training:
         note_update(running_mean, running_var, batches, running)
     return y if y.shape == input.shape else y.view(input.shape)

@@ -8,53 +8,70 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels import common
-from cupy_kernels.group_norm import group_norm_backward, group_norm_forward, group_norm_workspace
+from cupy_kernels.group_norm import MAX_ROW_CHANNELS, group_norm_backward, group_norm_forward, group_norm_workspace
 
 from .. import autocast
 from ..calls import call, dense_after
 from ..cases import Case, sums_of
-from ..interop import check_parameters, dense, integer, number, one_device
+from ..formats import channels_last, dense_in, restored, stored
+from ..interop import check_parameters, integer, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine
 from .gradients import NormGradient, apply, differentiable, will_need_grad
 
 
-def _forward(new, x, weight, bias, num_groups, *, eps):
+def _forward(new, x, weight, bias, num_groups, last, *, eps):
     y, statistics = new.like(x), new((2, x.shape[0] * num_groups), common.accumulator_dtype(x))
-    group_norm_forward(x, num_groups, weight, bias, y, statistics[0], statistics[1], eps)
+    group_norm_forward(x, num_groups, weight, bias, y, statistics[0], statistics[1], eps, last)
     return y, statistics
 
 
-def _backward(new, dy, x, weight, bias, statistics, num_groups, needed):
+def _backward(new, dy, x, weight, bias, statistics, num_groups, needed, last):
     need_x, need_weight, need_bias = needed
     dx = new.like(x if need_x else None)
     dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
     workspace = None
     if need_weight or need_bias:
-        workspace = new.scratch(group_norm_workspace(x.shape), statistics.dtype)
+        channels = weight.size if need_weight else bias.size
+        workspace = new.scratch(group_norm_workspace((x.shape[0], channels)), statistics.dtype)
     mean, rstd = statistics[0], statistics[1]
-    group_norm_backward(dy, x, num_groups, mean, rstd, weight, dx, dweight, dbias, workspace)
+    group_norm_backward(dy, x, num_groups, mean, rstd, weight, dx, dweight, dbias, workspace, last)
     return dx, dweight, dbias
 
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, num_groups, eps, check):
-        y, statistics = call(_forward, x, weight, bias, num_groups, check=check, eps=eps)
-        ctx.num_groups, ctx.eps = num_groups, eps
+    def forward(ctx, x, weight, bias, num_groups, last, eps, check):
+        y, statistics = _call(x, weight, bias, num_groups, last, eps, check)
+        ctx.num_groups, ctx.last, ctx.eps = num_groups, last, eps
         ctx.save_for_backward(x, weight, bias, statistics)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, statistics = ctx.saved_tensors
-        kernels = functools.partial(_gradients, statistics, ctx.num_groups, ctx.needs_input_grad[:3])
+        kernels = functools.partial(_gradients, statistics, ctx.num_groups, ctx.last, ctx.needs_input_grad[:3])
         definition = functools.partial(_definition, ctx.num_groups, ctx.eps)
-        return *differentiable(NormGradient, kernels, definition, dy, x, weight, bias), None, None, None
+        return *differentiable(NormGradient, kernels, definition, dy, x, weight, bias), *[None] * 4
 
 
-def _gradients(statistics, num_groups, needed, dy, x, weight, bias):
-    return call(_backward, dense(dy), x, weight, bias, statistics, num_groups, needed)
+def _call(x, weight, bias, num_groups, last, eps, check):
+    rows = last and _few_channels(x, num_groups)
+    x = stored(dense_in(x, rows), rows)
+    y, statistics = call(_forward, x, weight, bias, num_groups, rows, check=check, eps=eps)
+    return dense_in(restored(y, rows), last), statistics
+
+
+def _gradients(statistics, num_groups, last, needed, dy, x, weight, bias):
+    rows = last and _few_channels(x, num_groups)
+    dy, x = (stored(dense_in(t, rows), rows) for t in (dy, x))
+    dx, *others = call(_backward, dy, x, weight, bias, statistics, num_groups, needed, rows)
+    return None if dx is None else dense_in(restored(dx, rows), last), *others
+
+
+def _few_channels(x, num_groups):
+    """Whether the kernels for channels_last take groups of so many channels."""
+    return x.shape[1] <= MAX_ROW_CHANNELS * num_groups
 
 
 def _definition(num_groups, eps, x, weight, bias):
@@ -82,8 +99,9 @@ def group_norm(
     weight, bias: (C,), or None for 1 and 0. Both may be float32 where input is float16 or bfloat16; otherwise they have
         its dtype. Under torch.autocast on a GPU all three are cast to float32.
 
-    The result is contiguous and has input's dtype; the arithmetic is float32, or float64 for float64. An empty input
-    gives an empty result, and gradients of 0 for weight and bias.
+    The result is channels_last (or channels_last_3d) if input is, as torch's is on a CPU, else contiguous, and has
+    input's dtype; the arithmetic is float32, or float64 for float64. An empty input gives an empty result, and
+    gradients of 0 for weight and bias.
     Raises RuntimeError for a wrong number of dimensions, groups or elements; ValueError for one value per group in a
     batch of one, and for groups of 2^31 values and more; TypeError for dtypes.
     """
@@ -93,10 +111,12 @@ def group_norm(
     def check():
         _check(input, num_groups, weight, bias)
 
-    tensors = dense_after(check, input, weight, bias)
-    if will_need_grad(*tensors):
-        return apply(_GroupNorm, *tensors, num_groups, eps, check)
-    return call(_forward, *tensors, num_groups, check=check, eps=eps)[0]
+    last = channels_last(input)
+    x, weight, bias = dense_after(check, None if last else input, weight, bias)
+    x = input if last else x
+    if will_need_grad(x, weight, bias):
+        return apply(_GroupNorm, x, weight, bias, num_groups, last, eps, check)
+    return _call(x, weight, bias, num_groups, last, eps, check)[0]
 
 
 def _check(input, num_groups, weight, bias):

@@ -8,7 +8,8 @@ from cupy_kernels.leaky_relu import leaky_relu_backward, leaky_relu_forward
 
 from ..calls import call
 from ..cases import Case, activations
-from ..interop import check_floating, dense, number
+from ..formats import dense_like, flat, unflat
+from ..interop import check_floating, number
 from ..untraced import untraced
 from .gradients import apply, differentiable, will_need_grad
 
@@ -30,7 +31,7 @@ class _LeakyReLU(torch.autograd.Function):
     def forward(ctx, x, slope):
         ctx.save_for_backward(x)
         ctx.slope = slope
-        return call(_forward, x, slope)
+        return unflat(call(_forward, flat(x), slope), x)
 
     @staticmethod
     def backward(ctx, dy):
@@ -42,7 +43,7 @@ class _LeakyReLUGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(dy, x, slope):
-        return call(_backward, dense(dy), x, slope)
+        return unflat(call(_backward, flat(dense_like(dy, x)), flat(x), slope), x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -62,7 +63,7 @@ def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool 
     """y = x where x > 0, else negative_slope x, elementwise. See torch.nn.functional.leaky_relu.
 
     input: any shape; float32, float64, float16 or bfloat16.
-    inplace: False; the result is new memory, contiguous.
+    inplace: False; the result is new memory, with the strides that torch's has.
 
     Result and gradient equal torch's bit for bit: at 0 the gradient is negative_slope dy. Raises TypeError for another
     dtype, ValueError for inplace=True.
@@ -70,8 +71,8 @@ def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool 
     if inplace:
         raise ValueError("leaky_relu writes to new memory, received inplace=True; leave it out, or pass inplace=False")
     check_floating(input=input)
-    x, slope = dense(input), number(negative_slope, "negative_slope")
-    return apply(_LeakyReLU, x, slope) if will_need_grad(x) else call(_forward, x, slope)
+    x, slope = dense_like(input), number(negative_slope, "negative_slope")
+    return apply(_LeakyReLU, x, slope) if will_need_grad(x) else unflat(call(_forward, flat(x), slope), x)
 
 
 class LeakyReLU(nn.LeakyReLU):

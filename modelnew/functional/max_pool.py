@@ -12,37 +12,40 @@ from cupy_kernels.pool import Pool, pool_output_size
 
 from ..calls import call
 from ..cases import Case, activations
-from ..interop import check_floating, dense, pair
+from ..formats import channels_last, dense_in, restored, stored
+from ..interop import check_floating, pair
 from ..untraced import untraced
 from .gradients import apply, differentiable, will_need_grad
 
 
-def _forward(new, x, pool, ceil_mode, return_indices, keep):
-    y = new(pooled_shape(x.shape, pool, ceil_mode), x.dtype)
+def _forward(new, x, pool, ceil_mode, return_indices, keep, last=False):
+    y = new(pooled_shape(x.shape, pool, ceil_mode, last), x.dtype)
     indices = new(y.shape, np.int64) if return_indices else None
     argmax = new_argmax(new, y, pool) if keep else None
-    max_pool_forward(x, y, argmax, indices, *pool)
+    max_pool_forward(x, y, argmax, indices, *pool, last)
     return y, indices, argmax
 
 
-def _backward(new, dy, argmax, pool, shape):
+def _backward(new, dy, argmax, pool, shape, last):
     dx = new(shape, dy.dtype)
-    max_pool_backward(dy, argmax, dx, *pool)
+    max_pool_backward(dy, argmax, dx, *pool, last)
     return dx
 
 
-def _select(new, x, argmax, pool):
+def _select(new, x, argmax, pool, last):
     y = new(argmax.shape, x.dtype)
-    max_pool_select(x, argmax, y, *pool)
+    max_pool_select(x, argmax, y, *pool, last)
     return y
 
 
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, pool, ceil_mode, return_indices):
-        y, indices, argmax = call(_forward, x, pool, ceil_mode, return_indices, True)
+    def forward(ctx, x, pool, ceil_mode, return_indices, last):
+        x = stored(x, last)
+        y, indices, argmax = call(_forward, x, pool, ceil_mode, return_indices, True, last)
         ctx.save_for_backward(argmax)
-        ctx.pool, ctx.shape = pool, x.shape
+        ctx.pool, ctx.shape, ctx.last = pool, x.shape, last
+        y, indices = restored(y, last), restored(indices, last)
         if not return_indices:
             return y
         ctx.mark_non_differentiable(indices)
@@ -50,51 +53,59 @@ class _MaxPool2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        return max_pool_gradient(dy, *ctx.saved_tensors, ctx.pool, ctx.shape), None, None, None
+        return max_pool_gradient(dy, *ctx.saved_tensors, ctx.pool, ctx.shape, ctx.last), *[None] * 4
 
 
 class _MaxPoolGradient(torch.autograd.Function):
     """dx = the sum of dy over the windows whose maximum the pixel is."""
 
     @staticmethod
-    def forward(dy, argmax, pool, shape):
-        return call(_backward, dense(dy), argmax, pool, shape)
+    def forward(dy, argmax, pool, shape, last):
+        dy = stored(dense_in(dy, last), last)
+        return restored(call(_backward, dy, argmax, pool, shape, last), last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, argmax, ctx.pool, ctx.shape = inputs
+        _, argmax, ctx.pool, ctx.shape, ctx.last = inputs
         ctx.save_for_backward(argmax)
 
     @staticmethod
     def backward(ctx, v):
-        return differentiable(_Select, v, *ctx.saved_tensors, ctx.pool), None, None, None
+        return differentiable(_Select, v, *ctx.saved_tensors, ctx.pool, ctx.last), *[None] * 4
 
 
 class _Select(torch.autograd.Function):
     """y = x where each window's maximum was, the transpose of _MaxPoolGradient."""
 
     @staticmethod
-    def forward(x, argmax, pool):
-        return call(_select, dense(x), argmax, pool)
+    def forward(x, argmax, pool, last):
+        return restored(call(_select, stored(dense_in(x, last), last), argmax, pool, last), last)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, argmax, ctx.pool = inputs
-        ctx.shape = x.shape
+        x, argmax, ctx.pool, ctx.last = inputs
+        ctx.shape = stored(x, ctx.last).shape
         ctx.save_for_backward(argmax)
 
     @staticmethod
     def backward(ctx, v):
-        return max_pool_gradient(v, *ctx.saved_tensors, ctx.pool, ctx.shape), None, None
+        return max_pool_gradient(v, *ctx.saved_tensors, ctx.pool, ctx.shape, ctx.last), *[None] * 3
 
 
-def max_pool_gradient(dy: torch.Tensor, argmax: torch.Tensor, pool: Pool, shape) -> torch.Tensor:
-    """dx, of `shape`, of a pooling whose maxima lie at `argmax`."""
-    return differentiable(_MaxPoolGradient, dy, argmax, pool, shape)
+def max_pool_gradient(dy: torch.Tensor, argmax: torch.Tensor, pool: Pool, shape, last: bool = False) -> torch.Tensor:
+    """dx of a pooling whose maxima lie at `argmax`. last: argmax and `shape`, dx's, are [N, H, W, C]."""
+    return differentiable(_MaxPoolGradient, dy, argmax, pool, shape, last)
 
 
-def pooled_shape(shape, pool: Pool, ceil_mode: bool) -> tuple[int, ...]:
-    """Shape of the output for an input of `shape`, [N, C, H, W] or [C, H, W]. RuntimeError where torch raises it."""
+def pooled_shape(shape, pool: Pool, ceil_mode: bool, last: bool = False) -> tuple[int, ...]:
+    """Shape of the output for an input of `shape`: [N, C, H, W] or [C, H, W], or [N, H, W, C] if `last`.
+
+    RuntimeError where torch raises it.
+    """
+    if last:
+        images, height, width, channels = shape
+        output = pooled_shape((images, channels, height, width), pool, ceil_mode)
+        return images, *output[2:], channels
     if len(shape) not in (3, 4) or 0 in shape[-3:]:
         raise RuntimeError(
             f"pooling takes input [N, C, H, W] or [C, H, W], where only N may be 0; received shape {tuple(shape)}"
@@ -134,15 +145,17 @@ def max_pool2d(
     return_indices: also return h * W + w of each maximum, int64, of the output's shape.
 
     Of equal elements the first is the maximum; a NaN is, if there is one, the last of several. The gradient goes to
-    that one element. The result is contiguous. Raises TypeError for other dtypes, ValueError for hyper-parameters that
-    are neither ints nor pairs, RuntimeError, as torch, for shapes and windows that do not fit.
+    that one element. The result is channels_last if input is, else contiguous. Raises TypeError for other dtypes,
+    ValueError for hyper-parameters that are neither ints nor pairs, RuntimeError, as torch, for shapes and windows that
+    do not fit.
     """
     check_floating(input=input)
     pool = pool_of(kernel_size, stride, padding, dilation)
-    x, options = dense(input), (pool, bool(ceil_mode), bool(return_indices))
+    last = channels_last(input)
+    x, options = dense_in(input, last), (pool, bool(ceil_mode), bool(return_indices))
     if will_need_grad(x):
-        return apply(_MaxPool2d, x, *options)
-    y, indices, _ = call(_forward, x, *options, False)
+        return apply(_MaxPool2d, x, *options, last)
+    y, indices, _ = (restored(t, last) for t in call(_forward, stored(x, last), *options, False, last))
     return (y, indices) if return_indices else y
 
 

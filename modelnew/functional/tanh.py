@@ -7,7 +7,8 @@ from cupy_kernels.tanh import tanh_backward, tanh_forward
 
 from ..calls import call
 from ..cases import Case, activations
-from ..interop import check_floating, dense
+from ..formats import dense_like, flat, unflat
+from ..interop import check_floating
 from ..untraced import untraced
 from .gradients import apply, differentiable, will_need_grad
 
@@ -27,7 +28,7 @@ def _backward(new, dy, y):
 class _Tanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        y = call(_forward, x)
+        y = unflat(call(_forward, flat(x)), x)
         ctx.save_for_backward(y)
         return y
 
@@ -41,7 +42,7 @@ class _TanhGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(dy, y):
-        return call(_backward, dense(dy), y)
+        return unflat(call(_backward, flat(dense_like(dy, y)), flat(y)), y)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -62,11 +63,11 @@ def tanh_gradient(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def tanh(input: torch.Tensor) -> torch.Tensor:
     """y = tanh(x), elementwise, for any shape; float32, float64, float16 or bfloat16. See torch.tanh.
 
-    The result is contiguous. Raises TypeError for another dtype.
+    The result has the strides that torch's has. Raises TypeError for another dtype.
     """
     check_floating(input=input)
-    x = dense(input)
-    return apply(_Tanh, x) if will_need_grad(x) else call(_forward, x)
+    x = dense_like(input)
+    return apply(_Tanh, x) if will_need_grad(x) else unflat(call(_forward, flat(x)), x)
 
 
 class Tanh(nn.Tanh):

@@ -1,0 +1,64 @@
+"""Memory formats: which one a tensor has, as torch tells them apart, and what kernels see of it."""
+
+import torch
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def channels_last(tensor: torch.Tensor) -> bool:
+    """Whether torch's results of an operator on `tensor` are channels_last, or, with 5 dimensions, channels_last_3d."""
+    memory_format = _FORMATS.get(tensor.dim())
+    if memory_format is None or not tensor.is_contiguous(memory_format=memory_format):
+        return False
+    if not tensor.is_contiguous():
+        return True
+    # Dimensions of size 1 leave it open. Torch then looks at all strides.
+    least, strides = 0, tensor.stride()
+    for d in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        if strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * max(1, tensor.shape[d])
+    return tensor.numel() > 0
+
+
+def dense_in(tensor: torch.Tensor, last: bool) -> torch.Tensor:
+    """The tensor in one of both formats, without lazy negation. Copies only if it must."""
+    memory_format = _FORMATS[tensor.dim()] if last else torch.contiguous_format
+    return tensor.resolve_neg().contiguous(memory_format=memory_format)
+
+
+def dense_like(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor without gaps, with the strides of `like`, or those that torch's results would have. May be a copy."""
+    like = tensor if like is None else like
+    if tensor.stride() == like.stride() and (tensor.is_contiguous() or _fills_memory(tensor)) and not tensor.is_neg():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor without gaps, in the order in which they lie in memory."""
+    return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+
+
+def unflat(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A result for flat(like), with the shape and strides of `like`."""
+    return tensor if tensor.stride() == like.stride() else tensor.as_strided(like.shape, like.stride())
+
+
+def _fills_memory(tensor):
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def stored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
+    """The contiguous tensor over the same memory: [N, *, C] if `last`."""
+    return tensor.movedim(1, -1) if last and tensor is not None else tensor
+
+
+def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
+    """What `stored` makes `tensor` of."""
+    return tensor.movedim(-1, 1) if last and tensor is not None else tensor
