@@ -13,12 +13,16 @@ from modelnew.parity import error
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 PARAMETER_DTYPES = [*zip(DTYPES, DTYPES), (torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
-LAYERS = [
-    ({"num_features": 3}, (4, 3, 2, 3)),
-    ({"num_features": 3, "eps": 0.001, "momentum": None}, (4, 3, 2, 3)),
-    ({"num_features": 3, "momentum": 0.7, "affine": False}, (4, 3, 2, 3)),
-    ({"num_features": 3, "track_running_stats": False, "dtype": torch.float64}, (4, 3, 2, 3)),
-]
+LAYERS = {
+    "BatchNorm1d": [({"num_features": 3}, (8, 3)), ({"num_features": 3, "momentum": None}, (4, 3, 5))],
+    "BatchNorm2d": [
+        ({"num_features": 3}, (4, 3, 2, 3)),
+        ({"num_features": 3, "eps": 0.001, "momentum": None}, (4, 3, 2, 3)),
+        ({"num_features": 3, "momentum": 0.7, "affine": False}, (4, 3, 2, 3)),
+        ({"num_features": 3, "track_running_stats": False, "dtype": torch.float64}, (4, 3, 2, 3)),
+    ],
+    "BatchNorm3d": [({"num_features": 3}, (2, 3, 2, 3, 2))],
+}
 INF, NAN = float("inf"), float("nan")
 
 

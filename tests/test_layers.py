@@ -14,9 +14,10 @@ from modelnew import layers
 
 
 def of(name):
-    """LAYERS, [(arguments, shape of an input)], of the test with the name of the layer's file."""
+    """LAYERS, [(arguments, shape of an input)], of the test with the name of the layer's file; or its LAYERS[name]."""
     file = getattr(layers, name).__module__.rpartition(".")[2]
-    return importlib.import_module(f"test_{file}").LAYERS
+    found = importlib.import_module(f"test_{file}").LAYERS
+    return found[name] if isinstance(found, dict) else found
 
 
 ALL = [(name, *layer) for name in layers.__all__ for layer in of(name)]

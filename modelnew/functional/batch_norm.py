@@ -274,9 +274,7 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
     return y if y.shape == input.shape else y.view(input.shape)
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
-
+class _Layer(nn.modules.batchnorm._BatchNorm):
     def __init__(
         self,
         num_features: int,
@@ -322,6 +320,18 @@ class BatchNorm2d(nn.BatchNorm2d):
     def counter(self) -> torch.Tensor | None:
         """num_batches_tracked, if a batch now would be counted."""
         return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
+
+
+class BatchNorm1d(_Layer, nn.BatchNorm1d):
+    """See torch.nn.BatchNorm1d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
+
+
+class BatchNorm2d(_Layer, nn.BatchNorm2d):
+    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
+
+
+class BatchNorm3d(_Layer, nn.BatchNorm3d):
+    """See torch.nn.BatchNorm3d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
 
 
 def per_channel(c):
