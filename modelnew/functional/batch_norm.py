@@ -28,10 +28,10 @@ from .gradients import NormGradient, apply, will_need_grad
 from .tanh import tanh_gradient
 
 
-def _forward(new, x, weight, bias, running_mean, running_var, batches, *, training, momentum, eps, tanh, last):
+def _forward(new, x, weight, bias, running_mean, running_var, batches, *, training, momentum, eps, tanh, last, keep):
     y = new.like(x)
     x, out = _rows(x, last), _rows(y, last)
-    moments = new((2, x.shape[1]), accumulator_dtype(x))
+    moments = (new if keep else new.scratch)((2, x.shape[1]), accumulator_dtype(x))
     mean, invstd = moments[0], moments[1]
     if training:
         workspace = new.scratch(batch_norm_workspace(x), np.float64)
@@ -39,7 +39,7 @@ def _forward(new, x, weight, bias, running_mean, running_var, batches, *, traini
         batch_norm_forward(x, *running, weight, bias, out, mean, invstd, workspace, momentum, eps, tanh)
     else:
         batch_norm_eval(x, running_mean, running_var, weight, bias, out, mean, invstd, eps, tanh)
-    return y, moments
+    return y, moments if keep else None
 
 
 def _rows(x, last):
@@ -79,7 +79,7 @@ def _backward(new, dy, x, weight, bias, moments, y, *, training, needed, last):
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running, applied, check, options):
-        y, moments = _call(x, weight, bias, running, check, options)
+        y, moments = _call(x, weight, bias, running, check, options, keep=True)
         ctx.training, ctx.eps, ctx.last = options["training"], options["eps"], options["last"]
         x_needed = ctx.training or any(ctx.needs_input_grad[1:3])
         saved = (x if x_needed else None, weight, bias, moments, y if options["tanh"] else None)
@@ -93,9 +93,10 @@ class _BatchNorm(torch.autograd.Function):
         return *batch_norm_gradients(dy, *saved, needed, ctx.training, ctx.eps, ctx.last), *[None] * 4
 
 
-def _call(x, weight, bias, running, check, options):
-    y, moments = call(_forward, stored(x, options["last"]), weight, bias, *running, check=check, **options)
-    return restored(y, options["last"]), moments
+def _call(x, weight, bias, running, check, options, keep):
+    last = options["last"]
+    y, moments = call(_forward, stored(x, last), weight, bias, *running, check=check, keep=keep, **options)
+    return restored(y, last), moments
 
 
 def batch_norm_gradients(dy, x, weight, bias, moments, y, needed, training, eps, last=False):
@@ -268,7 +269,7 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
         saved = applied_statistics(running_mean, running_var, training)
         y = apply(_BatchNorm, x, weight, bias, running, saved, check, options)
     else:
-        y, _ = _call(x, weight, bias, running, check, options)
+        y, _ = _call(x, weight, bias, running, check, options, keep=False)
     if training:
         note_update(running_mean, running_var, batches, running)
     return y if y.shape == input.shape else y.view(input.shape)

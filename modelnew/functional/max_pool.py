@@ -155,8 +155,8 @@ def max_pool2d(
     x, options = dense_in(input, last), (pool, bool(ceil_mode), bool(return_indices))
     if will_need_grad(x):
         return apply(_MaxPool2d, x, *options, last)
-    y, indices, _ = (restored(t, last) for t in call(_forward, stored(x, last), *options, False, last))
-    return (y, indices) if return_indices else y
+    y, indices, _ = call(_forward, stored(x, last), *options, False, last)
+    return (restored(y, last), restored(indices, last)) if return_indices else restored(y, last)
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -169,7 +169,8 @@ class MaxPool2d(nn.MaxPool2d):
         return {name: getattr(self, name) for name in names}
 
     def forward(self, input: torch.Tensor):
-        return max_pool2d(input, **self.window, return_indices=self.return_indices)
+        window = (self.kernel_size, self.stride, self.padding, self.dilation)
+        return max_pool2d(input, *window, self.ceil_mode, self.return_indices)
 
 
 def _gradient_of(pool, _x, dy):
