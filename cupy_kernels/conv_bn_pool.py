@@ -129,7 +129,7 @@ def conv_bn_pool_forward(
 @functools.lru_cache(maxsize=1024)
 def kernels(p: Plan, groups: int, activation: str, training: bool, keep: bool) -> tuple[Kernel, ...]:
     """What `conv_bn_pool_forward` launches, in order. Only training has one for statistics."""
-    tail = *_tail_macros(p, groups, activation), ("STATISTICS", int(training))
+    tail = *_tail_defines(dict(p.macros), groups, activation, p.planes), ("STATISTICS", int(training))
     return (
         pack_kernel(p),
         Kernel("conv_bn_pool.cu", "conv_bn_pool", _pool_macros(p, training, keep)),
@@ -393,24 +393,21 @@ def _pool_macros(p: Plan, training, keep):
     return (
         *macros.items(),
         ("param_t", macros["scalar_t"]),
-        ("saved_t", _saved_type(p)),
+        ("saved_t", _saved_type(macros["SPLIT"])),
         ("STATISTICS", int(training)),
         ("SAVE", int(keep)),
         ("SAVED_SHIFT", saved_shift(p)),
     )
 
 
-def _saved_type(p: Plan) -> str:
-    return "half_t" if dict(p.macros)["SPLIT"] == 1 else "float"
-
-
-def _tail_macros(p: Plan, groups: int, activation: str):
-    return _tail_defines(dict(p.macros), groups, activation, p.planes)
+def _saved_type(split: int) -> str:
+    return "half_t" if split == 1 else "float"
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward_macros(plan: Plan, groups: int, activation: str):
-    return *_tail_macros(plan, groups, activation), *_backward_defines(dict(plan.macros), saved_shift(plan))
+    macros = dict(plan.macros)
+    return *_tail_defines(macros, groups, activation, plan.planes), *_backward_defines(macros, saved_shift(plan))
 
 
 def _tail_defines(macros, groups, activation, planes):
@@ -426,7 +423,7 @@ def _tail_defines(macros, groups, activation, planes):
 
 def _backward_defines(macros, shift):
     split = macros["SPLIT"]
-    saved = ("saved_t", "half_t" if split == 1 else "float")
+    saved = ("saved_t", _saved_type(split))
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
     # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
     tile = THREADS * 8 // chunk_channels(split)

@@ -3,30 +3,27 @@
 from .pool import Pool, launch_pixels, launch_windows, pool_kernel, pool_variants
 
 
-def max_pool_forward(x, y, argmax, indices, kernel_size, stride, padding, dilation) -> None:
+def max_pool_forward(x, y, argmax, indices, pool: Pool) -> None:
     """y = the largest element of each window of x: of equal ones the first. A NaN is the largest: of several the last.
 
     argmax: its place in the window, kh * kernel_w + kw; uint8, or int32 for windows of more than 254
         elements. indices: the argmax as its place in the plane, h * W + w; int64. Both have y's shape, or are None.
     y, argmax and indices are written.
-    kernel_size, stride, padding, dilation: pairs; `pool_output_size` has the shapes they allow.
+    pool: the windows; `pool_output_size` has the shapes they allow.
     """
-    pool = Pool(kernel_size, stride, padding, dilation)
     windows = [a for a in (y, indices) if a is not None]
     kernel = pool_kernel("max_pool.cu", "max_pool_forward", (x,), windows, argmax, pool)
     launch_windows(kernel, (x, y, argmax, indices), x, y, pool)
 
 
-def max_pool_backward(dy, argmax, dx, kernel_size, stride, padding, dilation) -> None:
+def max_pool_backward(dy, argmax, dx, pool: Pool) -> None:
     """dx = for each pixel the sum of dy over the windows whose argmax, the forward's, it is. dx is written."""
-    pool = Pool(kernel_size, stride, padding, dilation)
     kernel = pool_kernel("max_pool.cu", "max_pool_backward", (dx,), (dy,), argmax, pool)
     launch_pixels(kernel, (dy, argmax, dx), dx, dy, pool)
 
 
-def max_pool_select(x, argmax, y, kernel_size, stride, padding, dilation) -> None:
+def max_pool_select(x, argmax, y, pool: Pool) -> None:
     """y = the element of x at each window's argmax, a forward's; 0 where a window holds none. y is written."""
-    pool = Pool(kernel_size, stride, padding, dilation)
     kernel = pool_kernel("max_pool.cu", "max_pool_select", (x,), (y,), argmax, pool)
     launch_windows(kernel, (x, argmax, y), x, y, pool)
 

@@ -21,19 +21,19 @@ def _forward(new, x, pool, ceil_mode, return_indices, keep):
     y = new(pooled_shape(x.shape, pool, ceil_mode), x.dtype)
     indices = new(y.shape, np.int64) if return_indices else None
     argmax = new_argmax(new, y, pool) if keep else None
-    max_pool_forward(x, y, argmax, indices, *pool)
+    max_pool_forward(x, y, argmax, indices, pool)
     return y, indices, argmax
 
 
 def _backward(new, dy, argmax, pool, shape):
     dx = new(shape, dy.dtype)
-    max_pool_backward(dy, argmax, dx, *pool)
+    max_pool_backward(dy, argmax, dx, pool)
     return dx
 
 
 def _select(new, x, argmax, pool):
     y = new(argmax.shape, x.dtype)
-    max_pool_select(x, argmax, y, *pool)
+    max_pool_select(x, argmax, y, pool)
     return y
 
 
