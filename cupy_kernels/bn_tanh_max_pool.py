@@ -2,8 +2,8 @@
 
 All arrays are contiguous: inputs [N, C, H, W] or, without batch norm, any [..., H, W]; outputs [..., OH, OW]. `mean`
 and `invstd`, (C,), are as in `batch_norm`, and so are weight and bias. All four have the accumulator's dtype: see
-`common.accumulator_dtype`. Without batch norm all four are None. Workspace and sums are float64. argmax, kernel_size,
-stride, padding and dilation are as in `max_pool`.
+`common.accumulator_dtype`. Without batch norm all four are None. Workspace and sums are float64. argmax and pool are as
+in `max_pool`.
 """
 
 import math
@@ -26,12 +26,11 @@ _FILE = "bn_tanh_max_pool.cu"
 _CHUNK = 8192  # about so many windows per partial sum; a constant, so that sums depend on shapes alone
 
 
-def bn_tanh_max_pool_forward(x, mean, invstd, weight, bias, y, argmax, kernel_size, stride, padding, dilation) -> None:
+def bn_tanh_max_pool_forward(x, mean, invstd, weight, bias, y, argmax, pool: Pool) -> None:
     """y = max pooling of tanh((x - mean) invstd weight + bias). weight and bias may be None. y and argmax are written.
 
     argmax may be None.
     """
-    pool = Pool(kernel_size, stride, padding, dilation)
     kernel = pool_kernel(_FILE, "bn_tanh_max_pool_forward", (x,), (y,), argmax, pool, _macros(mean))
     channels = _channels(x, mean, invstd=invstd, weight=weight, bias=bias)
     launch_windows(kernel, (x, mean, invstd, weight, bias, y, argmax, channels), x, y, pool, channels)
@@ -43,7 +42,7 @@ def bn_tanh_max_pool_workspace(shape) -> int:
 
 
 def bn_tanh_max_pool_backward_reduce(
-    dy, y, argmax, x, mean, invstd, sums, dweight, dbias, workspace, kernel_size, stride, padding, dilation
+    dy, y, argmax, x, mean, invstd, sums, dweight, dbias, workspace, pool: Pool
 ) -> None:
     """sums[0] = sum of g and sums[1] = sum of g xhat per channel, over all windows that have a pixel.
 
@@ -51,7 +50,6 @@ def bn_tanh_max_pool_backward_reduce(
     dweight = sums[1] and dbias = sums[0], of one dtype, x's or float32, are written where not None.
     workspace: `bn_tanh_max_pool_workspace(y.shape)` elements, float64, written.
     """
-    pool = Pool(kernel_size, stride, padding, dilation)
     kernel = pool_kernel(_FILE, "bn_tanh_max_pool_backward_partials", (x,), (dy, y), argmax, pool, _macros(mean))
     channels = _channels(x, mean, invstd=invstd, dweight=dweight, dbias=dbias)
     groups, splits = _chunks(y.shape)
@@ -63,16 +61,13 @@ def bn_tanh_max_pool_backward_reduce(
     batch_norm_backward_combine(partials, mean, sums, dweight, dbias)
 
 
-def bn_tanh_max_pool_backward(
-    dy, y, argmax, x, mean, invstd, weight, sums, dx, kernel_size, stride, padding, dilation
-) -> None:
+def bn_tanh_max_pool_backward(dy, y, argmax, x, mean, invstd, weight, sums, dx, pool: Pool) -> None:
     """dx from the sums of `bn_tanh_max_pool_backward_reduce`; dx is written.
 
     sums is None where statistics do not depend on x, or without batch norm; then x may be None, too.
     """
     if sums is not None and x is None:
         raise ValueError("the gradient through the batch's statistics needs x")
-    pool = Pool(kernel_size, stride, padding, dilation)
     x = None if sums is None else x
     pixels = [a for a in (dx, x) if a is not None]
     kernel = pool_kernel(_FILE, "bn_tanh_max_pool_backward", pixels, (dy, y), argmax, pool, _macros(mean))

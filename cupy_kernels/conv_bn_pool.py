@@ -107,7 +107,7 @@ def conv_bn_pool_forward(
         + (kept.get("argmax"), kept.get("saved"), kept.get("unit_exponents")),
     )
     moments, running = (kept["mean"], kept["invstd"]), (running_mean, running_var)
-    macros = *_tail_macros(plan, groups, activation), ("STATISTICS", int(training))
+    macros = *_tail_defines(dict(plan.macros), groups, activation, plan.planes), ("STATISTICS", int(training))
     if training:
         launch(
             Kernel("pooled_tail.cu", "conv_bn_statistics", macros),
@@ -355,22 +355,19 @@ def _pool_kernel(p: Plan, training, keep):
     macros = dict(p.macros)
     if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
         macros["SHARED_BYTES"] += macros["WARPS_N"] * macros["TILE_M"] * 8
-    macros.update(param_t=macros["scalar_t"], saved_t=_saved_type(p))
+    macros.update(param_t=macros["scalar_t"], saved_t=_saved_type(macros["SPLIT"]))
     macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
     return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), conv_wgmma.architecture(p.macros))
 
 
-def _saved_type(p: Plan) -> str:
-    return "half_t" if dict(p.macros)["SPLIT"] == 1 else "float"
-
-
-def _tail_macros(p: Plan, groups: int, activation: str):
-    return _tail_defines(dict(p.macros), groups, activation, p.planes)
+def _saved_type(split: int) -> str:
+    return "half_t" if split == 1 else "float"
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward_macros(plan: Plan, groups: int, activation: str):
-    return *_tail_macros(plan, groups, activation), *_backward_defines(dict(plan.macros), saved_shift(plan))
+    macros = dict(plan.macros)
+    return *_tail_defines(macros, groups, activation, plan.planes), *_backward_defines(macros, saved_shift(plan))
 
 
 def _tail_defines(macros, groups, activation, planes):
@@ -386,7 +383,7 @@ def _tail_defines(macros, groups, activation, planes):
 
 def _backward_defines(macros, shift):
     split = macros["SPLIT"]
-    saved = ("saved_t", "half_t" if split == 1 else "float")
+    saved = ("saved_t", _saved_type(split))
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
     # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
     tile = THREADS * 8 // chunk_channels(split)

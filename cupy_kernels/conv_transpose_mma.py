@@ -75,20 +75,9 @@ def plan(
     found = conv_wgmma.layout(split, dgrad, *sizes) if wgmma and not slower else None
     found = found or _layout(split, *sizes)
     macros = {
-        "scalar_t": dtype,
-        "acc_t": "float",
         "input_t": dtype,
         "X_PACKED": 0,
-        "IN_CHANNELS": channels_in,
-        "OUT_CHANNELS": channels_out,
-        "IN_H": size[0],
-        "IN_W": size[1],
-        "OUT_H": out[0],
-        "OUT_W": out[1],
-        "KERNEL_H": kernel[0],
-        "KERNEL_W": kernel[1],
-        "PAD_H": pad[0],
-        "PAD_W": pad[1],
+        **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
         **packing_macros(split),
         **found.planes,
         **found.macros,
@@ -240,6 +229,13 @@ def sample_plans():
         point = unit._replace(padding=(0, 0))
         yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, 1, False, dtype, much, wgmma)
         yield plan((64, 16, 16, 15), (512, 16, 1, 1), point, 1, True, dtype, much, wgmma)
+
+
+def shape_macros(dtype: str, channels, size, out, kernel, pad) -> dict:
+    """Macros of types and sizes. channels: (of x, of the output). size, out, kernel, pad: (height, width)."""
+    macros = {"scalar_t": dtype, "acc_t": "float", "IN_CHANNELS": channels[0], "OUT_CHANNELS": channels[1]}
+    pairs = {"IN": size, "OUT": out, "KERNEL": kernel, "PAD": pad}
+    return macros | {f"{name}_{axis}": n for name, pair in pairs.items() for axis, n in zip("HW", pair)}
 
 
 def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .common import MULTIPROCESSORS, THREADS, ceil_div
 from .conv_transpose import Geometry, output_shape
-from .conv_transpose_mma import check_supported
+from .conv_transpose_mma import check_supported, shape_macros
 from .conv_wgmma import architecture
 from .errors import UnsupportedError
 from .fp16_tiles import LINE_BYTES, chunk_channels, packing_macros
@@ -56,18 +56,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
     bands_per_split = ceil_div(bands, max(1, MULTIPROCESSORS * found.blocks // tiles))
     splits = ceil_div(bands, bands_per_split)
     macros = {
-        "scalar_t": dtype,
-        "acc_t": "float",
-        "IN_CHANNELS": channels_in,
-        "OUT_CHANNELS": channels_out,
-        "IN_H": height,
-        "IN_W": width,
-        "OUT_H": out[0],
-        "OUT_W": out[1],
-        "KERNEL_H": kernel[0],
-        "KERNEL_W": kernel[1],
-        "PAD_H": geometry.padding[0],
-        "PAD_W": geometry.padding[1],
+        **shape_macros(dtype, (channels_in, channels_out), (height, width), out, kernel, geometry.padding),
         **packing_macros(split),
         "TAPS_W": taps,
         "BAND_ROWS": _BAND_ROWS,

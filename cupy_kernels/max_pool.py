@@ -25,18 +25,15 @@ _SEPARABLE_TILE = 32  # the most outputs of a block in both directions
 _SHARED_BYTES = 48 * 2**10  # that every GPU has
 
 
-def max_pool_forward(
-    x, y, argmax, indices, kernel_size, stride, padding, dilation, channels_last: bool = False
-) -> None:
+def max_pool_forward(x, y, argmax, indices, pool: Pool, channels_last: bool = False) -> None:
     """y = the largest element of each window of x: of equal ones the first. A NaN is the largest: of several the last.
 
     argmax: the argmax as its place in the window, kh * kernel_w + kw; uint8, or int32 for windows of more than 254
         elements. indices: the argmax as its place in the plane, h * W + w; int64. Both have y's shape, or are None.
     y, argmax and indices are written.
-    kernel_size, stride, padding, dilation: pairs; `pool_output_size` has the shapes they allow.
+    pool: the windows; `pool_output_size` has the shapes they allow.
     channels_last: all arrays are [N, H, W, C].
     """
-    pool = Pool(kernel_size, stride, padding, dilation)
     if channels_last:
         _launch("max_pool_forward_channels_last", (x, y, argmax, indices), x, y, y, pool)
         return
@@ -49,9 +46,8 @@ def max_pool_forward(
     _launch_separable("max_pool_forward_separable", (x, y, argmax, indices), x, y, y, tile, pool, argmax, indices)
 
 
-def max_pool_backward(dy, argmax, dx, kernel_size, stride, padding, dilation, channels_last: bool = False) -> None:
+def max_pool_backward(dy, argmax, dx, pool: Pool, channels_last: bool = False) -> None:
     """dx = for each pixel the sum of dy over the windows whose argmax it is, by the forward's argmax. dx is written."""
-    pool = Pool(kernel_size, stride, padding, dilation)
     if channels_last:
         _launch("max_pool_backward_channels_last", (dy, argmax, dx), dx, dy, dx, pool)
         return
@@ -63,9 +59,8 @@ def max_pool_backward(dy, argmax, dx, kernel_size, stride, padding, dilation, ch
     launch_pixels(kernel, (dy, argmax, dx), dx, dy, pool)
 
 
-def max_pool_select(x, argmax, y, kernel_size, stride, padding, dilation, channels_last: bool = False) -> None:
+def max_pool_select(x, argmax, y, pool: Pool, channels_last: bool = False) -> None:
     """y = the element of x at each window's tap, 0 where a window holds none; argmax are a forward's. y is written."""
-    pool = Pool(kernel_size, stride, padding, dilation)
     if channels_last:
         _launch("max_pool_select_channels_last", (x, argmax, y), x, y, y, pool)
         return

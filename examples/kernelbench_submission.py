@@ -690,9 +690,7 @@ def check_batch_norm_call(running_mean, running_var, training, momentum, eps) ->
     return momentum, eps
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
-
+class _Layer(nn.modules.batchnorm._BatchNorm):
     def __init__(
         self,
         num_features: int,
@@ -731,6 +729,10 @@ class BatchNorm2d(nn.BatchNorm2d):
     def counter(self) -> torch.Tensor | None:
         """num_batches_tracked, if a batch now would be counted."""
         return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
+
+
+class BatchNorm2d(_Layer, nn.BatchNorm2d):
+    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1209,20 +1211,9 @@ def conv_transpose_mma_plan(
     found = layout(split, dgrad, *sizes) if wgmma and not slower else None
     found = found or _layout(split, *sizes)
     macros = {
-        "scalar_t": dtype,
-        "acc_t": "float",
         "input_t": dtype,
         "X_PACKED": 0,
-        "IN_CHANNELS": channels_in,
-        "OUT_CHANNELS": channels_out,
-        "IN_H": size[0],
-        "IN_W": size[1],
-        "OUT_H": out[0],
-        "OUT_W": out[1],
-        "KERNEL_H": kernel[0],
-        "KERNEL_W": kernel[1],
-        "PAD_H": pad[0],
-        "PAD_W": pad[1],
+        **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
         **packing_macros(split),
         **found.planes,
         **found.macros,
@@ -1346,6 +1337,13 @@ def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
     launch(kernel, grid, (p.threads, 1, 1), args, dict(kernel.defines)["SHARED_BYTES"])
 
 
+def shape_macros(dtype: str, channels, size, out, kernel, pad) -> dict:
+    """Macros of types and sizes. channels: (of x, of the output). size, out, kernel, pad: (height, width)."""
+    macros = {"scalar_t": dtype, "acc_t": "float", "IN_CHANNELS": channels[0], "OUT_CHANNELS": channels[1]}
+    pairs = {"IN": size, "OUT": out, "KERNEL": kernel, "PAD": pad}
+    return macros | {f"{name}_{axis}": n for name, pair in pairs.items() for axis, n in zip("HW", pair)}
+
+
 def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
     """UnsupportedError, which says why, unless the tensor-core kernels take this convolution of x."""
     kernel = tuple(w_shape[2:])
@@ -1413,18 +1411,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
     bands_per_split = ceil_div(bands, max(1, MULTIPROCESSORS * found.blocks // tiles))
     splits = ceil_div(bands, bands_per_split)
     macros = {
-        "scalar_t": dtype,
-        "acc_t": "float",
-        "IN_CHANNELS": channels_in,
-        "OUT_CHANNELS": channels_out,
-        "IN_H": height,
-        "IN_W": width,
-        "OUT_H": out[0],
-        "OUT_W": out[1],
-        "KERNEL_H": kernel[0],
-        "KERNEL_W": kernel[1],
-        "PAD_H": geometry.padding[0],
-        "PAD_W": geometry.padding[1],
+        **shape_macros(dtype, (channels_in, channels_out), (height, width), out, kernel, geometry.padding),
         **packing_macros(split),
         "TAPS_W": taps,
         "BAND_ROWS": _BAND_ROWS,
@@ -1602,7 +1589,7 @@ def conv_bn_pool_forward(
         + (kept.get("argmax"), kept.get("saved"), kept.get("unit_exponents")),
     )
     moments, running = (kept["mean"], kept["invstd"]), (running_mean, running_var)
-    macros = *_tail_macros(plan, groups, activation), ("STATISTICS", int(training))
+    macros = *_tail_defines(dict(plan.macros), groups, activation, plan.planes), ("STATISTICS", int(training))
     if training:
         launch(
             Kernel("pooled_tail.cu", "conv_bn_statistics", macros),
@@ -1822,22 +1809,19 @@ def _pool_kernel(p: Plan, training, keep):
     macros = dict(p.macros)
     if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
         macros["SHARED_BYTES"] += macros["WARPS_N"] * macros["TILE_M"] * 8
-    macros.update(param_t=macros["scalar_t"], saved_t=_saved_type(p))
+    macros.update(param_t=macros["scalar_t"], saved_t=_saved_type(macros["SPLIT"]))
     macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
     return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), architecture(p.macros))
 
 
-def _saved_type(p: Plan) -> str:
-    return "half_t" if dict(p.macros)["SPLIT"] == 1 else "float"
-
-
-def _tail_macros(p: Plan, groups: int, activation: str):
-    return _tail_defines(dict(p.macros), groups, activation, p.planes)
+def _saved_type(split: int) -> str:
+    return "half_t" if split == 1 else "float"
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward_macros(plan: Plan, groups: int, activation: str):
-    return *_tail_macros(plan, groups, activation), *_backward_defines(dict(plan.macros), saved_shift(plan))
+    macros = dict(plan.macros)
+    return *_tail_defines(macros, groups, activation, plan.planes), *_backward_defines(macros, saved_shift(plan))
 
 
 def _tail_defines(macros, groups, activation, planes):
@@ -1853,7 +1837,7 @@ def _tail_defines(macros, groups, activation, planes):
 
 def _backward_defines(macros, shift):
     split = macros["SPLIT"]
-    saved = ("saved_t", "half_t" if split == 1 else "float")
+    saved = ("saved_t", _saved_type(split))
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
     # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
     tile = THREADS * 8 // chunk_channels(split)
@@ -2710,8 +2694,9 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 #endif
 }
 """,
-    "conv_bn_pool.cu": r"""// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, an activation and 2x2 max pooling need of
-// it.
+    "conv_bn_pool.cu": r"""// Transposed convolution on tensor cores (implicit_gemm.cuh), and what batch norm, an activation and 2x2 max pooling
+// need of it. Grid: x = units of all images, y = tiles of TILE_M channels. A lane has whole windows, and pools in
+// registers.
 //
 // Batch norm is monotone in each channel, and the activation never decreases (activation.cuh), so max pooling can come
 // first: of each 2x2 window it takes the largest sum where gamma, batch norm's weight, is positive, the smallest where
@@ -2731,8 +2716,7 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 //                                             SAVED_SHIFT bounds the sum of all products: nothing overflows.
 //                                             SPLIT 2: float
 //         unit_exponents [N * UNITS]
-// Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file, param_t (gamma's type), saved_t (half_t,
-// float), STATISTICS, SAVE, SAVED_SHIFT.
+// Macros: those of implicit_gemm.cuh, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
 #define ADJACENT (!WGMMA)
 #include "batch_norm.cuh"
 #include "implicit_gemm.cuh"
@@ -3173,8 +3157,7 @@ template <> struct Multiply<1> {
     }
 };
 
-// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add the
-// products of this tap only, the small ones first, and an ordinary addition adds those.
+// From zero for each tap, see fp16_tiles.cuh.
 template <> struct Multiply<2> {
     template <class Tap> __device__ static __forceinline__ void taps(Tap tap) {
         #pragma unroll 1
@@ -3200,7 +3183,7 @@ template <> struct Multiply<2> {
             for (int i = 0; i < 4; i++) {
                 float partial[2][4] = {};
                 #pragma unroll
-                for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
+                for (int product = 0; product < 3; product++)
                     #pragma unroll
                     for (int slice = 0; slice < SLICES; slice++)
                         #pragma unroll
@@ -3385,11 +3368,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
     }
 }
 """,
-    "conv_transpose_mma.cu": r"""// Transposed convolution and its input gradient on tensor cores: y[n, m, oh, ow] = sums + bias[m].
+    "conv_transpose_mma.cu": r"""// Transposed convolution and its input gradient on tensor cores (implicit_gemm.cuh), with nothing after it:
 //
-// Four lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that
-// each has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. Macros: WGMMA
-// (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of implicit_gemm.cuh and of that file.
+//     y[n, m, oh, ow] = sums + bias[m]
+//
+// Grid: x = units of all images, y = tiles of TILE_M channels. y is written in whole, bias may be null. Epilogue: four
+// lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that each
+// has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. Macros and limits:
+// implicit_gemm.cuh.
 #define ADJACENT 0
 #include "implicit_gemm.cuh"
 static_assert(EPILOGUE_OFFSET == SHARED_BYTES, "the epilogue needs none of the shared memory");
@@ -3611,9 +3597,8 @@ extern "C" __global__ void wgrad_reduce(
 // still read is never written: a stage is refilled two steps later, after a barrier that follows everybody's wait for
 // it.
 //
-// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum. With SPLIT 2
-// they start from zero every STEPS_AT_ONCE steps, with the small products first, and ordinary additions add up what
-// comes out: one warpgroup adds while the tensor cores work for the other.
+// With SPLIT 2 (fp16_tiles.cuh) the sums start from zero every STEPS_AT_ONCE steps: one warpgroup adds up while the
+// tensor cores work for the other.
 //
 // Macros besides those of implicit_gemm.cuh, with ADJACENT 0: UNIT_ROWS (of windows), ALONG.
 #pragma once
@@ -3852,7 +3837,7 @@ template <> struct Multiply<2> {
         for (int lower = 0; lower < 2; lower++) {
             wgmma_fence();
             #pragma unroll
-            for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
+            for (int product = 0; product < 3; product++)
                 #pragma unroll
                 for (int k = 0; k < STEPS_AT_ONCE * 2; k++) {
                     WgmmaOperand left = a_stages.moved(at[k / 2] + (product == 0) * HALF_STEP + k % 2 * TILE_M * 32);
@@ -4121,13 +4106,13 @@ template <> struct Multiply<1> {
     }
 };
 
-// An ordinary addition adds the three products, as in conv_mma.cuh.
+// From zero, see fp16_tiles.cuh.
 template <> struct Multiply<2> {
     __device__ static __forceinline__ void add(
         Sums& sums, const unsigned (&a)[2][4], const unsigned (&b)[2][PAIRS][4]) {
         Sums partial = {};
         #pragma unroll
-        for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
+        for (int product = 0; product < 3; product++)
             #pragma unroll
             for (int n = 0; n < 2 * PAIRS; n++) {
                 const unsigned (&right)[4] = b[product == 1][n / 2];
@@ -4243,9 +4228,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
 // bytes, so that wgmma's swizzle is that of line_offset, and a tap is another block. A stage is refilled when no tensor
 // core can still read it: after a barrier before which everybody has waited for all but the youngest multiplications.
 //
-// Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with
-// the small products first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores
-// work for the other.
+// With SPLIT 2 (fp16_tiles.cuh) the sums start from zero for each tap and stage: one warpgroup adds up while the tensor
+// cores work for the other.
 #pragma once
 #include "wgmma.cuh"
 
@@ -4396,7 +4380,7 @@ struct MainLoop {
                 for (int t = 0; t < TAPS_W; t++) {
                     wgmma_fence();
                     #pragma unroll
-                    for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
+                    for (int product = 0; product < 3; product++)
                         #pragma unroll
                         for (int c = 0; c < COLUMNS; c++) {
                             WgmmaLines right =
@@ -4582,6 +4566,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_fp16(
 // then their residuals. In shared memory the parts of lines are swizzled, so that the same part of neighbouring lines
 // lies in different banks.
 //
+// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum. With SPLIT 2
+// they start from zero every few steps, with the small products first (residual * value, value * residual, value *
+// value), and ordinary additions add up what comes out.
+//
 // Macros: SPLIT, CHUNK_CHANNELS (of a line), LINE_BYTES, IN_CHANNELS.
 #pragma once
 #include "fp16_scale.cuh"
@@ -4684,7 +4672,8 @@ __device__ inline void store_line(u8* lines, int line, int group, float (&v)[8],
 // half_t for packed tiles), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
 // PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES, THREADS, STAGES, GAP (zeros between two rows of the band),
 // PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's), ADJACENT (1: the windows of a lane are
-// neighbours, for wide stores; 0: those of four lanes are), and those of the form.
+// neighbours, for wide stores; 0: those of four lanes are), WGMMA, and those of the form. Limits: those that
+// check_supported in conv_transpose_mma.py checks.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"

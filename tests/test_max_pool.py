@@ -296,8 +296,8 @@ def test_host_function_refuses_arrays_that_do_not_fit():
     x, y = torch.zeros(1, 2, 4, 4).numpy(), torch.zeros(1, 2, 2, 2).numpy()
     window = ((2, 2), (2, 2), (0, 0), (1, 1))
     with pytest.raises(ValueError, match="received \\(1, 2, 4, 4\\)"):
-        max_pool_forward(x, x, None, None, *window)
+        max_pool_forward(x, x, None, None, Pool(*window))
     with pytest.raises(ValueError, match="one shape"):
-        max_pool_forward(x, y, torch.zeros(1, 2, 2, 1, dtype=torch.uint8).numpy(), None, *window)
+        max_pool_forward(x, y, torch.zeros(1, 2, 2, 1, dtype=torch.uint8).numpy(), None, Pool(*window))
     with pytest.raises(TypeError, match="argmax is int32, the kernel takes uint8"):
-        max_pool_forward(x, y, torch.zeros(1, 2, 2, 2, dtype=torch.int32).numpy(), None, *window)
+        max_pool_forward(x, y, torch.zeros(1, 2, 2, 2, dtype=torch.int32).numpy(), None, Pool(*window))

@@ -1,5 +1,6 @@
-// Transposed convolution on tensor cores (conv_mma.cuh), and what batch norm, an activation and 2x2 max pooling need of
-// it.
+// Transposed convolution on tensor cores (implicit_gemm.cuh), and what batch norm, an activation and 2x2 max pooling
+// need of it. Grid: x = units of all images, y = tiles of TILE_M channels. A lane has whole windows, and pools in
+// registers.
 //
 // Batch norm is monotone in each channel, and the activation never decreases (activation.cuh), so max pooling can come
 // first: of each 2x2 window it takes the largest sum where gamma, batch norm's weight, is positive, the smallest where
@@ -19,8 +20,7 @@
 //                                             SAVED_SHIFT bounds the sum of all products: nothing overflows.
 //                                             SPLIT 2: float
 //         unit_exponents [N * UNITS]
-// Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file, param_t (gamma's type), saved_t (half_t,
-// float), STATISTICS, SAVE, SAVED_SHIFT.
+// Macros: those of implicit_gemm.cuh, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
 #define ADJACENT (!WGMMA)
 #include "batch_norm.cuh"
 #include "implicit_gemm.cuh"

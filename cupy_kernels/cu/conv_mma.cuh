@@ -206,8 +206,7 @@ template <> struct Multiply<1> {
     }
 };
 
-// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add the
-// products of this tap only, the small ones first, and an ordinary addition adds those.
+// From zero for each tap, see fp16_tiles.cuh.
 template <> struct Multiply<2> {
     template <class Tap> __device__ static __forceinline__ void taps(Tap tap) {
         #pragma unroll 1
@@ -233,7 +232,7 @@ template <> struct Multiply<2> {
             for (int i = 0; i < 4; i++) {
                 float partial[2][4] = {};
                 #pragma unroll
-                for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
+                for (int product = 0; product < 3; product++)
                     #pragma unroll
                     for (int slice = 0; slice < SLICES; slice++)
                         #pragma unroll

@@ -1,8 +1,11 @@
-// Transposed convolution and its input gradient on tensor cores: y[n, m, oh, ow] = sums + bias[m].
+// Transposed convolution and its input gradient on tensor cores (implicit_gemm.cuh), with nothing after it:
 //
-// Four lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that
-// each has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. Macros: WGMMA
-// (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of implicit_gemm.cuh and of that file.
+//     y[n, m, oh, ow] = sums + bias[m]
+//
+// Grid: x = units of all images, y = tiles of TILE_M channels. y is written in whole, bias may be null. Epilogue: four
+// lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that each
+// has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. Macros and limits:
+// implicit_gemm.cuh.
 #define ADJACENT 0
 #include "implicit_gemm.cuh"
 static_assert(EPILOGUE_OFFSET == SHARED_BYTES, "the epilogue needs none of the shared memory");

@@ -19,9 +19,8 @@
 // still read is never written: a stage is refilled two steps later, after a barrier that follows everybody's wait for
 // it.
 //
-// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum. With SPLIT 2
-// they start from zero every STEPS_AT_ONCE steps, with the small products first, and ordinary additions add up what
-// comes out: one warpgroup adds while the tensor cores work for the other.
+// With SPLIT 2 (fp16_tiles.cuh) the sums start from zero every STEPS_AT_ONCE steps: one warpgroup adds up while the
+// tensor cores work for the other.
 //
 // Macros besides those of implicit_gemm.cuh, with ADJACENT 0: UNIT_ROWS (of windows), ALONG.
 #pragma once
@@ -260,7 +259,7 @@ template <> struct Multiply<2> {
         for (int lower = 0; lower < 2; lower++) {
             wgmma_fence();
             #pragma unroll
-            for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
+            for (int product = 0; product < 3; product++)
                 #pragma unroll
                 for (int k = 0; k < STEPS_AT_ONCE * 2; k++) {
                     WgmmaOperand left = a_stages.moved(at[k / 2] + (product == 0) * HALF_STEP + k % 2 * TILE_M * 32);

@@ -27,13 +27,13 @@ template <> struct Multiply<1> {
     }
 };
 
-// An ordinary addition adds the three products, as in conv_mma.cuh.
+// From zero, see fp16_tiles.cuh.
 template <> struct Multiply<2> {
     __device__ static __forceinline__ void add(
         Sums& sums, const unsigned (&a)[2][4], const unsigned (&b)[2][PAIRS][4]) {
         Sums partial = {};
         #pragma unroll
-        for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
+        for (int product = 0; product < 3; product++)
             #pragma unroll
             for (int n = 0; n < 2 * PAIRS; n++) {
                 const unsigned (&right)[4] = b[product == 1][n / 2];

@@ -7,9 +7,8 @@
 // bytes, so that wgmma's swizzle is that of line_offset, and a tap is another block. A stage is refilled when no tensor
 // core can still read it: after a barrier before which everybody has waited for all but the youngest multiplications.
 //
-// Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with
-// the small products first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores
-// work for the other.
+// With SPLIT 2 (fp16_tiles.cuh) the sums start from zero for each tap and stage: one warpgroup adds up while the tensor
+// cores work for the other.
 #pragma once
 #include "wgmma.cuh"
 
@@ -160,7 +159,7 @@ struct MainLoop {
                 for (int t = 0; t < TAPS_W; t++) {
                     wgmma_fence();
                     #pragma unroll
-                    for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
+                    for (int product = 0; product < 3; product++)
                         #pragma unroll
                         for (int c = 0; c < COLUMNS; c++) {
                             WgmmaLines right =

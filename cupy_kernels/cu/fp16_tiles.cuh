@@ -7,6 +7,10 @@
 // then their residuals. In shared memory the parts of lines are swizzled, so that the same part of neighbouring lines
 // lies in different banks.
 //
+// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum. With SPLIT 2
+// they start from zero every few steps, with the small products first (residual * value, value * residual, value *
+// value), and ordinary additions add up what comes out.
+//
 // Macros: SPLIT, CHUNK_CHANNELS (of a line), LINE_BYTES, IN_CHANNELS.
 #pragma once
 #include "fp16_scale.cuh"

@@ -34,7 +34,8 @@
 // half_t for packed tiles), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
 // PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES, THREADS, STAGES, GAP (zeros between two rows of the band),
 // PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's), ADJACENT (1: the windows of a lane are
-// neighbours, for wide stores; 0: those of four lanes are), and those of the form.
+// neighbours, for wide stores; 0: those of four lanes are), WGMMA, and those of the form. Limits: those that
+// check_supported in conv_transpose_mma.py checks.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"

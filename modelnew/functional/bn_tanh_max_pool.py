@@ -35,13 +35,13 @@ from .tanh import tanh_gradient
 def _forward(new, x, pool, ceil_mode, keep):
     y = new(pooled_shape(x.shape, pool, ceil_mode), x.dtype)
     argmax = new_argmax(new, y, pool) if keep else None
-    bn_tanh_max_pool_forward(x, None, None, None, None, y, argmax, *pool)
+    bn_tanh_max_pool_forward(x, None, None, None, None, y, argmax, pool)
     return y, argmax
 
 
 def _backward(new, dy, y, argmax, pool, shape):
     dx = new(shape, dy.dtype)
-    bn_tanh_max_pool_backward(dy, y, argmax, None, None, None, None, None, dx, *pool)
+    bn_tanh_max_pool_backward(dy, y, argmax, None, None, None, None, None, dx, pool)
     return dx
 
 
@@ -65,7 +65,7 @@ def _normed_forward(new, x, weight, bias, mean, var, batches, *, training, momen
     moments = statistics(new, x, mean, var, batches, training, momentum, eps)
     y = new(pooled_shape(x.shape, pool, ceil_mode), x.dtype)
     argmax = new_argmax(new, y, pool) if keep else None
-    bn_tanh_max_pool_forward(x, moments[0], moments[1], weight, bias, y, argmax, *pool)
+    bn_tanh_max_pool_forward(x, moments[0], moments[1], weight, bias, y, argmax, pool)
     return y, moments, argmax
 
 
@@ -78,10 +78,10 @@ def _normed_backward(new, dy, x, weight, wide_weight, bias, moments, y, argmax, 
     if training or need_weight or need_bias:
         sums = new.scratch((2, *mean.shape), np.float64)
         partial = new.scratch(bn_tanh_max_pool_workspace(y.shape), np.float64)
-        bn_tanh_max_pool_backward_reduce(dy, y, argmax, x, mean, invstd, sums, dweight, dbias, partial, *pool)
+        bn_tanh_max_pool_backward_reduce(dy, y, argmax, x, mean, invstd, sums, dweight, dbias, partial, pool)
     if need_x:
         sums = sums if training else None
-        bn_tanh_max_pool_backward(dy, y, argmax, x, mean, invstd, wide_weight, sums, dx, *pool)
+        bn_tanh_max_pool_backward(dy, y, argmax, x, mean, invstd, wide_weight, sums, dx, pool)
     return dx, dweight, dbias
 
 

@@ -22,19 +22,19 @@ def _forward(new, x, pool, ceil_mode, return_indices, keep, last=False):
     y = new(pooled_shape(x.shape, pool, ceil_mode, last), x.dtype)
     indices = new(y.shape, np.int64) if return_indices else None
     argmax = new_argmax(new, y, pool) if keep else None
-    max_pool_forward(x, y, argmax, indices, *pool, last)
+    max_pool_forward(x, y, argmax, indices, pool, last)
     return y, indices, argmax
 
 
 def _backward(new, dy, argmax, pool, shape, last):
     dx = new(shape, dy.dtype)
-    max_pool_backward(dy, argmax, dx, *pool, last)
+    max_pool_backward(dy, argmax, dx, pool, last)
     return dx
 
 
 def _select(new, x, argmax, pool, last):
     y = new(argmax.shape, x.dtype)
-    max_pool_select(x, argmax, y, *pool, last)
+    max_pool_select(x, argmax, y, pool, last)
     return y
 
 
