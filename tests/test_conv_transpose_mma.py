@@ -101,10 +101,10 @@ def test_dgrad_of_packed(device, case, dtype, wgmma, launched):
     choice = numerics.choose("tf32", x)
     geometry = Geometry((1, 1), padding, (0, 0), (1, 1), 1)
     plan, _ = gradient_plans(NUMPY[x.dtype], x.shape, w.shape, geometry, choice, True, False)
-    packed, exponents, _ = call(pack_fp16, dy, 1)
+    dy_packed, exponents, _ = call(pack_fp16, dy, 1)
     dx, packed = torch.empty_like(x), w.new_empty(plan.packed_size, dtype=torch.float16)
     workspaces = packed, w.new_empty(plan.rows, dtype=torch.int32)
-    run(conv_transpose_mma.conv_transpose_mma, plan.of_packed(), packed, w, None, dx, *workspaces, exponents)
+    run(conv_transpose_mma.conv_transpose_mma, plan.of_packed(), dy_packed, w, None, dx, *workspaces, exponents)
     assert uses_wgmma(launched) == wgmma
     check_dgrad(dx, "tf32" if dtype == torch.float32 else "bf16", padding, x, w, dy)
 
