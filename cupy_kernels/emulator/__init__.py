@@ -35,7 +35,7 @@ from . import lines
 
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti", "-w")
 FLAGS += ("-fvisibility=hidden",)  # or a kernel named like a function of libc would call that one
-# What makes the compiler call the runtime, before each access to memory and where a value is wrong. clang makes none for
+# What makes the compiler call the runtime: before each access to memory, and where a value is wrong. clang does not for
 # accesses of more than 16 bytes, which vectorised loops have. A loop without an end stays one.
 CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,signed-integer-overflow", "-fno-tree-vectorize")
 CHECKS += ("-fno-tree-slp-vectorize", "-fno-finite-loops", "-g1", "-gdwarf-4")
