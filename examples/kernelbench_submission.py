@@ -2537,6 +2537,7 @@ template <class U, int W> struct __align__(W * sizeof(U)) Packed { U v[W]; };
 #define SHARED_ALIGNMENT 128
 #endif
 #ifndef CUPY_KERNELS_EMULATOR
+#define UNCHECKED  // the emulator's checks of memory, left out of what stands for one instruction
 #define DYNAMIC_SHARED(U, name) \
     extern __shared__ __align__(SHARED_ALIGNMENT) \
     char dynamic_shared_bytes[]; \
@@ -4828,6 +4829,7 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
 // values of matrix i at row l/4, columns 2(l%4)+{0,1}.
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
+    emulator::read_any(row, 16);
     auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
     int lane = emulator::current % 32;
     for (int i = 0; i < 4; i++) r[i] = ((const unsigned*)rows[8 * i + lane / 4])[lane % 4];
@@ -4837,8 +4839,9 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 }
 
 // As ldmatrix_x4, of the transposed matrices: r[i] holds rows 2(l%4)+{0,1} at column l/4 of what lies in memory.
-__device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row) {
+UNCHECKED __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
+    emulator::read_any(row, 16);
     auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
     int lane = emulator::current % 32, first = lane % 4 * 2, column = lane / 4;
     for (int i = 0; i < 4; i++) {
@@ -4856,7 +4859,8 @@ __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row)
 }
 
 // c += a b
-__device__ inline void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], const unsigned b0, const unsigned b1) {
+UNCHECKED __device__ inline void mma_m16n8k16(
+    float (&c)[4], const unsigned (&a)[4], const unsigned b0, const unsigned b1) {
 #ifdef CUPY_KERNELS_EMULATOR
     struct Fragments { float a[8], b[4]; } mine;
     for (int i = 0; i < 8; i++) mine.a[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
@@ -5792,7 +5796,7 @@ struct WgmmaOperand {
     const u8* start;
     int along, across;
     __device__ WgmmaOperand(const u8* start, int along, int across) : start(start), along(along), across(across) {}
-    float at(int row, int k) const {
+    UNCHECKED float at(int row, int k) const {
         return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]);
     }
 #else
@@ -5821,7 +5825,7 @@ struct WgmmaLines {
     const u8* start;
     int first_part;
     __device__ WgmmaLines(const u8* start, int first_part) : start(start), first_part(first_part) {}
-    float at(int row, int k) const {
+    UNCHECKED float at(int row, int k) const {
         return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]);
     }
 #else
@@ -5888,7 +5892,7 @@ struct WgmmaLines {
     if constexpr (COUNT == tiles && !ACCUMULATE) WGMMA_ISSUE(tiles, n, "ne", "=f")
 
 // The first COUNT tiles of 8 columns of d += a b, or without ACCUMULATE d = a b.
-template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline__ void wgmma(
+template <int COUNT, bool ACCUMULATE = true, int MOST> UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
 #ifdef CUPY_KERNELS_EMULATOR
     int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -5932,7 +5936,7 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline_
 // The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh. Until a wait for
 // it, the registers of `a` must not change.
 template <int COUNT, int MOST>
-__device__ __forceinline__ void wgmma(
+UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaLines& b, int accumulate = 1) {
 #ifdef CUPY_KERNELS_EMULATOR
     struct Fragment { float v[8]; } mine;

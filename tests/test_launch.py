@@ -233,4 +233,4 @@ def test_numbers_that_do_not_fit(arguments):
     x, y, _, size = arguments
     with pytest.raises(ValueError, match="offset=2147483648 does not fit int32"):
         start(x, y, 2**31, size)
-    start(x, y, -1, 2**40)
+    start(x, y, -1, 2**40, block=(6, 1, 1))

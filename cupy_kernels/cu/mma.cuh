@@ -22,6 +22,7 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
 // values of matrix i at row l/4, columns 2(l%4)+{0,1}.
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
+    emulator::read_any(row, 16);
     auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
     int lane = emulator::current % 32;
     for (int i = 0; i < 4; i++) r[i] = ((const unsigned*)rows[8 * i + lane / 4])[lane % 4];
@@ -31,8 +32,9 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 }
 
 // As ldmatrix_x4, of the transposed matrices: r[i] holds rows 2(l%4)+{0,1} at column l/4 of what lies in memory.
-__device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row) {
+UNCHECKED __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
+    emulator::read_any(row, 16);
     auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
     int lane = emulator::current % 32, first = lane % 4 * 2, column = lane / 4;
     for (int i = 0; i < 4; i++) {
@@ -50,7 +52,8 @@ __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row)
 }
 
 // c += a b
-__device__ inline void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], const unsigned b0, const unsigned b1) {
+UNCHECKED __device__ inline void mma_m16n8k16(
+    float (&c)[4], const unsigned (&a)[4], const unsigned b0, const unsigned b1) {
 #ifdef CUPY_KERNELS_EMULATOR
     struct Fragments { float a[8], b[4]; } mine;
     for (int i = 0; i < 8; i++) mine.a[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});

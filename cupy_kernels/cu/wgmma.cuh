@@ -17,7 +17,7 @@ struct WgmmaOperand {
     const u8* start;
     int along, across;
     __device__ WgmmaOperand(const u8* start, int along, int across) : start(start), along(along), across(across) {}
-    float at(int row, int k) const {
+    UNCHECKED float at(int row, int k) const {
         return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]);
     }
 #else
@@ -46,7 +46,7 @@ struct WgmmaLines {
     const u8* start;
     int first_part;
     __device__ WgmmaLines(const u8* start, int first_part) : start(start), first_part(first_part) {}
-    float at(int row, int k) const {
+    UNCHECKED float at(int row, int k) const {
         return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]);
     }
 #else
@@ -113,7 +113,7 @@ struct WgmmaLines {
     if constexpr (COUNT == tiles && !ACCUMULATE) WGMMA_ISSUE(tiles, n, "ne", "=f")
 
 // The first COUNT tiles of 8 columns of d += a b, or without ACCUMULATE d = a b.
-template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline__ void wgmma(
+template <int COUNT, bool ACCUMULATE = true, int MOST> UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
 #ifdef CUPY_KERNELS_EMULATOR
     int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -157,7 +157,7 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline_
 // The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh. Until a wait for
 // it, the registers of `a` must not change.
 template <int COUNT, int MOST>
-__device__ __forceinline__ void wgmma(
+UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaLines& b, int accumulate = 1) {
 #ifdef CUPY_KERNELS_EMULATOR
     struct Fragment { float v[8]; } mine;

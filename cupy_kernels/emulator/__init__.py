@@ -1,47 +1,51 @@
 """Runs the kernels' text on the CPU: cuda.h stands in for CUDA, a host C++ compiler builds a shared library.
 
-It checks what it can: barriers that diverge, writes outside an array, reads far from all, outputs that are not written,
-cp.async read too early. It proves logic, not memory ordering, speed or last-bit rounding.
+It looks for bugs, of which tests/test_planted_bugs.py has a collection: accesses out of bounds or misaligned, races,
+barriers and warp operations that not all threads reach, outputs that are not written, reads of what nobody has written
+or of a cp.async in flight, int overflow. runtime.cpp says how. It proves logic, not speed or last-bit rounding.
 
 Environment: CUPY_KERNELS_CXX chooses the compiler; CUPY_KERNELS_CACHE_DIR the folder of compiled kernels (default
-~/.cache/cupy_kernels); CUPY_KERNELS_SEED the order in which threads run (0, the default: ascending).
+~/.cache/cupy_kernels); CUPY_KERNELS_SEED the order in which threads run (0, the default:
+ascending); CUPY_KERNELS_TIMEOUT how many seconds a launch may take (no limit by default). Ctrl-C ends one at any time.
 """
 
 import ctypes
 import functools
 import hashlib
 import importlib.util
-import mmap
+import math
 import os
 import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from importlib import resources
 from pathlib import Path
-
-import numpy as np
 
 from .. import cache, forks
 from ..backend import Backend
 from ..errors import BackendError, EmulatorError
 from ..source import MACROS, Kernel, compile_error, declarations, unit
+from . import lines
 
-GUARD_BYTES = 4096
-ALIGNMENT = 256  # of arrays, as cudaMalloc has it
-POISON = 0xFF
-INTEGER_POISON = 0x99
-FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-w")
+FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti", "-w")
 FLAGS += ("-fvisibility=hidden",)  # or a kernel named like a function of libc would call that one
+# What makes the compiler call the runtime: before each access to memory, and where a value is wrong. clang does not for
+# accesses of more than 16 bytes, which vectorised loops have. A loop without an end stays one.
+CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,signed-integer-overflow", "-fno-tree-vectorize")
+CHECKS += ("-fno-tree-slp-vectorize", "-fno-finite-loops", "-g1", "-gdwarf-4")
+CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1")  # y[i] += 1 reads, too
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
-STACKS_BYTES = 1024 * (128 << 10)  # MAX_THREADS * STACK_BYTES of cuda.h
 
 # What g++ and clang++ say of a line of the text, and the assembler of one of its own; not of a file they cannot write.
 _ERROR_OF_TEXT = re.compile(r":\d+(:\d+)?: (fatal )?[Ee]rror: (?!error (writing|closing) )")
 
+_EXTERN_SHARED = re.compile(r"\bextern\s+__shared__\s+(?:__align__\([^)]*\)\s*)?([\w ]+?)\s*\b(\w+)\s*\[\s*\]\s*;")
 _one_at_a_time = forks.lock()  # the state of a running block is static in its library
 
 
@@ -71,6 +75,22 @@ def compiler() -> tuple[str, ...]:
     )
 
 
+class _Parameter(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("bytes", ctypes.c_uint64), ("item", ctypes.c_uint), ("kind", ctypes.c_int))
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("parameters", ctypes.POINTER(_Parameter)),
+        ("words", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint64),
+        ("seed", ctypes.c_uint64),
+    )
+
+
 class Emulator(Backend):
     """The CPU."""
 
@@ -83,15 +103,9 @@ class Emulator(Backend):
 
     def _compile(self, kernel, place):
         """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
-        text, command = _translation_unit(kernel), [*compiler(), *FLAGS]
-        key = hashlib.sha256("\0".join([text, *command, *_machine()]).encode()).hexdigest()
-        path = cache.entry(f"{Path(kernel.file).stem}_{key[:24]}.so", lambda: _build(kernel, text, command))
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            if "undefined symbol" in str(error):  # the linker lets pass a function that is declared and nobody has
-                raise compile_error(kernel, str(error)) from error
-            raise cache.unusable(path.parent, f"{error} (made by {shlex.join(compiler())})") from error
+        _runtime()  # whose functions the library calls
+        checks = CHECKS + CLANG_CHECKS if _is_clang() else CHECKS
+        library = _library(Path(kernel.file).stem, _translation_unit(kernel), checks, kernel)
         for name in declarations(unit(kernel)):
             getattr(library, f"emulator_{name}").restype = ctypes.c_char_p
         return library
@@ -101,43 +115,38 @@ backend = Emulator()
 
 
 def _run(packed) -> None:
-    """Runs a launch, on copies of its arrays between guard zones.
+    """Runs a launch, on copies of its arrays.
 
-    An array that the kernel declares neither `const` nor `INOUT` is an output: it is poisoned first, and must be
-    written in full. Outputs are copied back only if nothing failed.
-    Raises EmulatorError for an error that the kernel made.
+    An array that the kernel declares neither `const` nor `INOUT` is an output, and must be written in full. Outputs are
+    copied back only if nothing failed. Raises EmulatorError for an error that the kernel made, KeyboardInterrupt.
     """
-    function, *_ = packed.numbers
-    step, count = packed.step, len(packed.step.parameters)
-    words = packed.words[:count].copy()
-    arrays = []
-    for i, (parameter, arg) in enumerate(zip(step.parameters, step.args)):
-        if parameter.pointer and words[i]:
-            memory = np.frombuffer((ctypes.c_uint8 * (arg.size * arg.itemsize)).from_address(int(words[i])), arg.dtype)
-            buffer = _guarded(memory, parameter)
-            words[i] = buffer.ctypes.data + GUARD_BYTES
-            arrays.append((parameter, memory, buffer))
-    pointers = (ctypes.c_void_p * count)(*(words.ctypes.data + 8 * i for i in range(count)))
-    unsigned3 = ctypes.c_uint * 3
+    step, limit = packed.step, _limit()
+    parameters = (_Parameter * len(step.parameters))()
+    for given, parameter, arg in zip(parameters, step.parameters, step.args):
+        given.name = parameter.name.encode()
+        if parameter.pointer:
+            given.bytes, given.item = arg.size * arg.itemsize, arg.itemsize
+            given.kind = 1 if parameter.const else 2 if parameter.inout else 3
+    launch = _Launch(parameters, packed.words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
+    launch.seed = _seed()
     with _one_at_a_time:
-        failure = function(
-            pointers,
-            unsigned3(*step.grid),
-            unsigned3(*step.block),
-            ctypes.c_size_t(step.shared_bytes),
-            ctypes.c_ulonglong(_seed()),
-            ctypes.byref(_stacks()),
-        )
-    for parameter, _, buffer in arrays:
-        _check_guards(step.kernel, parameter, buffer)
+        watch = limit and threading.Timer(limit, _runtime().emulator_stop)
+        if watch:
+            watch.start()
+        failure = packed.numbers[0](ctypes.byref(launch))
+        if watch:
+            watch.cancel()
+    if failure and failure.startswith(b"interrupted"):
+        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
     if failure:
-        raise EmulatorError(f"{step.kernel}: {failure.decode()}")
-    for parameter, memory, buffer in arrays:
-        if not parameter.const:
-            result = buffer[GUARD_BYTES:-GUARD_BYTES].view(memory.dtype)
-            if not parameter.inout:
-                _check_written(step.kernel, parameter, result)
-            memory[...] = result
+        library = Path(backend.compiled(step.kernel)._name)
+        raise EmulatorError(f"{step.kernel}: {_with_lines(failure.decode(), library)}")
+
+
+def _with_lines(message, library):
+    """The message with "file:line" in place of <byte of the library>."""
+    return re.sub("<([0-9a-f]+)>", lambda m: lines.line(library, int(m[1], 16) - 1) or "?", message)
 
 
 def _seed() -> int:
@@ -149,40 +158,41 @@ def _seed() -> int:
     return int(chosen)
 
 
-def _guarded(array, parameter) -> np.ndarray:
-    memory = np.full(array.nbytes + 2 * GUARD_BYTES + ALIGNMENT, POISON, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    buffer = memory[start : start + array.nbytes + 2 * GUARD_BYTES]
-    inside = buffer[GUARD_BYTES : GUARD_BYTES + array.nbytes]
-    inside[...] = array.view(np.uint8) if parameter.const or parameter.inout else _poison(array.dtype)
-    return buffer
-
-
-def _poison(dtype) -> int:
-    """What each byte of an output of this type holds before a kernel runs. Integers may well be -1: exponents are."""
-    return INTEGER_POISON if dtype in (np.int32, np.int64) else POISON
-
-
-def _check_guards(kernel, parameter, buffer) -> None:
-    for side, guard in (("before", buffer[:GUARD_BYTES]), ("after", buffer[-GUARD_BYTES:])):
-        if (guard != POISON).any():
-            raise EmulatorError(f"{kernel} writes out of bounds, {side} the array {parameter.name}")
-
-
-def _check_written(kernel, parameter, result) -> None:
-    elements = result.view(np.uint8).reshape(-1, result.itemsize)
-    missing = np.flatnonzero((elements == _poison(result.dtype)).all(1))
-    if len(missing):
-        raise EmulatorError(
-            f"{kernel} leaves {len(missing)} of {len(elements)} elements of its output {parameter.name} unwritten, or "
-            f"copies memory there that nobody wrote; the first at flat index {missing[0]}"
+def _limit() -> float | None:
+    chosen = os.environ.get("CUPY_KERNELS_TIMEOUT") or "inf"
+    try:
+        limit = float(chosen)
+    except ValueError:
+        limit = 0
+    if not limit > 0:
+        raise BackendError(
+            f"CUPY_KERNELS_TIMEOUT={chosen!r} is not a positive number of seconds: set one, or unset it for no limit"
         )
+    return None if limit == math.inf else limit
 
 
 @functools.cache
-def _stacks() -> ctypes.c_char:
-    private = mmap.mmap(-1, STACKS_BYTES, mmap.MAP_PRIVATE)  # not shared with the children that a process forks
-    return ctypes.c_char.from_buffer(private)
+def _runtime() -> ctypes.CDLL:
+    return _library("runtime", _text("runtime.cpp").replace('#include "cuda.h"', _text("cuda.h")), (), None)
+
+
+def _library(stem: str, text: str, checks: tuple[str, ...], kernel: Kernel | None) -> ctypes.CDLL:
+    command = [*compiler(), *FLAGS, *checks]
+    key = hashlib.sha256("\0".join([text, *command, *_machine()]).encode()).hexdigest()
+    path = cache.entry(f"{stem}_{key[:24]}.so", lambda: _build(kernel, text, command))
+    try:
+        return ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL if kernel is None else ctypes.RTLD_LOCAL)
+    except OSError as error:
+        if kernel and "undefined symbol" in str(
+            error
+        ):  # the linker lets pass a function that is declared and nobody has
+            raise compile_error(kernel, str(error)) from error
+        raise cache.unusable(path.parent, f"{error} (made by {shlex.join(compiler())})") from error
+
+
+def _is_clang() -> bool:
+    program = Path(shutil.which(compiler()[0]) or "").resolve().name
+    return any(name in word for word in (program, *compiler()) for name in ("clang", "zig"))
 
 
 @functools.cache
@@ -197,10 +207,14 @@ def _machine() -> tuple[str, ...]:
 
 
 def _translation_unit(kernel: Kernel) -> str:
-    header = resources.files(__package__).joinpath("cuda.h").read_text(encoding="utf-8")
     macros = "\n".join(f"#define {k} {v}" for k, v in kernel.defines)  # after the header: -D would reach libc's headers
+    text = _EXTERN_SHARED.sub(r"static emulator::Dynamic<\1> \2;", unit(kernel))
     entries = "\n".join(_entry(name, parameters) for name, parameters in declarations(unit(kernel)).items())
-    return f'{header}\n#line 1 "{MACROS}"\n{macros}\n{unit(kernel)}\n#line 1 "emulator_entries"\n{entries}\n'
+    return f'{_text("cuda.h")}\n#line 1 "{MACROS}"\n{macros}\n{text}\n#line 1 "emulator_entries"\n{entries}\n'
+
+
+def _text(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _entry(name, parameters) -> str:
@@ -212,20 +226,23 @@ def _build(kernel: Kernel, text: str, command: list[str]) -> bytes:
     """The shared library. KernelCompileError if the text does not compile, BackendError for any other failure."""
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            source, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
+            source, half, built = (Path(scratch, f"kernel.{kind}") for kind in ("cpp", "o", "so"))
             source.write_text(text, encoding="utf-8")
-            subprocess.run(
-                [*command, str(source), "-o", str(built), "-lm"],
-                capture_output=True,
-                check=True,
-                env={**os.environ, "LC_ALL": "C"},  # messages in English, which are read below
-            )
+            compile_it = [*command, "-c", str(source), "-o", str(half)]
+            link = [*compiler(), "-shared", str(half), "-o", str(built), "-lm"]  # -fsanitize would bring a runtime
+            for step in (compile_it, link):
+                subprocess.run(
+                    step,
+                    capture_output=True,
+                    check=True,
+                    env={**os.environ, "LC_ALL": "C"},  # messages in English, which are read below
+                )
             return built.read_bytes()
     except (OSError, subprocess.CalledProcessError) as error:
         log = (getattr(error, "stderr", None) or b"").decode(errors="replace")
-        if _ERROR_OF_TEXT.search(log):
+        if kernel and _ERROR_OF_TEXT.search(log):
             raise compile_error(kernel, log) from None
         raise BackendError(
-            f"the C++ compiler {shlex.join(compiler())} failed, for no error in {kernel}: {error}\n{log}"
+            f"the C++ compiler {shlex.join(compiler())} failed, for no error in {kernel or 'a kernel'}: {error}\n{log}"
             "CUPY_KERNELS_CXX chooses another compiler, TMPDIR the folder that it works in"
         ) from error
