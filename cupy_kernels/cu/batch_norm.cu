@@ -106,7 +106,11 @@ __device__ inline void apply(
     const scalar_t* __restrict__ x, scalar_t* __restrict__ y, bool with_tanh, const Walk& walk, const Kept& kept) {
     acc_t w[SLOTS], b[SLOTS];
     kept.slots(WEIGHT, walk, w), kept.slots(BIAS, walk, b);
-    normalise_chunk(x, y, walk, kept, w, b, [=](acc_t v) { return with_tanh ? tanh_of(v) : v; });
+    normalise_chunk(x, y, walk, kept, w, b, [=](acc_t(&v)[WIDTH]) {
+        if (!with_tanh) return;
+        #pragma unroll
+        for (int i = 0; i < WIDTH; i++) v[i] = tanh_of(v[i]);
+    });
 }
 __device__ inline void keep_channel(
     const Kept& kept, int place, int channel, acc_t mean, acc_t invstd, const param_t* weight, const param_t* bias) {

@@ -64,6 +64,7 @@ struct Walk {
     i64 chunk, offset, step;  // offset: of the current pack in the tensor
     int size, packs;          // values of each channel in the chunk; packs of the thread
     int rows, across;         // in the chunk; that the block's threads take together
+    int turns, extra;         // rows of each row of threads; how many of these have one more
     int column, columns, plane, tile;
     int first, own, within,
         channels;  // the tile's first channel; of it that of the thread's first value; place in that
@@ -86,12 +87,13 @@ struct Walk {
         i64 first_row = chunk * chunk_rows;
         rows = (int)min(chunk_rows, all_rows - first_row);
         size = rows * plane;
+        turns = (unsigned)rows / (unsigned)across, extra = rows - turns * across;
         packs = column < columns && row < across ? rows_of(row) : 0;
         offset = (first_row + row) * columns + column;
         step = (i64)across * columns;
     }
     // The rows of a row of threads.
-    __device__ int rows_of(int row) const { return (rows - row + across - 1) / across; }
+    __device__ int rows_of(int row) const { return turns + (row < extra); }
     // The channel of a slot, counted from the tile's first.
     __device__ int place(int slot) const {
         if (plane == 1) return own + slot;
@@ -387,7 +389,7 @@ struct Normalisers {
     }
 };
 
-// y = after(xhat weight + bias) of a chunk, with the weights and biases of the slots, and the block's means.
+// y = xhat weight + bias of a chunk, which after(values of a pack) may change, with the weights and biases of the slots, and the block's means.
 template <class F> __device__ inline void normalise_chunk(
     const scalar_t* __restrict__ x, scalar_t* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS],
     const acc_t (&b)[SLOTS], F after) {
@@ -405,8 +407,10 @@ template <class F> __device__ inline void normalise_chunk(
             acc_t xhat[WIDTH];
             normalise(in[j], xhat);
             #pragma unroll
-            for (int i = 0; i < WIDTH; i++)
-                out.v[i] = from_acc<scalar_t>(after(bn_affine(xhat[i], w[i / PER_SLOT], b[i / PER_SLOT])));
+            for (int i = 0; i < WIDTH; i++) xhat[i] = bn_affine(xhat[i], w[i / PER_SLOT], b[i / PER_SLOT]);
+            after(xhat);
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<scalar_t>(xhat[i]);
             *(Pack*)(y + offsets[j]) = out;
         }
     }

@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_forward_channel
     ImageWalk walk(tiles, channels, group_channels, plane, tile);
     acc_t w[SLOTS], b[SLOTS];
     columns_of_slots(kept, WEIGHT, walk, w), columns_of_slots(kept, BIAS, walk, b);
-    normalise_chunk(x + walk.base, y + walk.base, walk, kept, w, b, [](acc_t v) { return v; });
+    normalise_chunk(x + walk.base, y + walk.base, walk, kept, w, b, [](acc_t(&)[WIDTH]) {});
 }
 
 // dx may be null. partials [2][images * channels]: sum of dy, and of dy xhat, over each plane; null where weight and bias
