@@ -113,7 +113,7 @@ def test_wgmma(device, case, cls, wgmma, launched):
     sizes = {**CASES, "64_channels": (64, 32, 3, 1, 4, 1, 4, 7), "two_rows": (16, 32, 3, 1, 2, 8, 33, 5)}
     test_output_gradients_and_buffers(device, sizes[case], cls, True, launched, None)
     convolutions = [dict(k.defines) for k in launched if k.name in ("conv_bn_pool", "conv_transpose_mma")]
-    assert [(m["WGMMA"], m["CELLS"]) for m in convolutions] == [(1, 0), (1, 1)]
+    assert [(m["WGMMA"], m["X_PACKED"]) for m in convolutions] == [(1, 0), (1, 1)]
     assert {m["UNIT_ROWS"] for m in convolutions} == {2 if case == "two_rows" else 1}
     assert {dict(k.defines)["WGMMA"] for k in launched if k.name == "conv_wgrad_mma"} == {1}
 
