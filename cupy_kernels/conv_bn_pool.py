@@ -19,7 +19,7 @@ from .conv_transpose_mma import Plan, conv_transpose_mma, launch_units, pack_wei
 from .conv_wgrad_mma import Plan as WgradPlan
 from .conv_wgrad_mma import conv_wgrad_mma
 from .errors import UnsupportedError
-from .fp16_tiles import packing_macros, packed_shape, chunk_channels, pack_fp16
+from .fp16_tiles import chunk_channels, pack_fp16, packed_shape, packing_macros
 from .launch import launch
 from .source import Kernel, Variant, text, until_overridden
 
@@ -28,7 +28,7 @@ _PART = 320  # values of a warp at most: 10 a lane
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
 _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
-# Channels, groups, image size, type and split: the reference shape, groups that registers do not hold, parts and odd sizes.
+# Channels, groups, image size, type and split: the reference shape, groups that registers do not hold, odd sizes.
 _TAIL_SAMPLES = (
     (128, 8, 34, "float", 1),
     (128, 8, 34, "float", 2),
@@ -209,29 +209,14 @@ def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
 
 
 def pooled_gradients(
-    dout,
-    pooled,
-    mean,
-    invstd,
-    weight,
-    bias,
-    group_weight,
-    group_mean,
-    group_invstd,
-    g,
-    partials,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
-    parameter: float,
+    dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, *, parameter, **tail
 ) -> None:
     """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
 
     dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_arrays` has them, written.
+    tail: plan, groups, activation; the same in the functions that follow.
     """
-    images = pooled.shape[0]
-    macros = _backward_macros(plan, groups, activation)
+    images, macros = pooled.shape[0], _backward_macros(**tail)
     launch(
         Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
         (group_mean.size, 1, 1),
@@ -242,32 +227,16 @@ def pooled_gradients(
 
 
 def parameter_gradients(
-    partials,
-    mean,
-    invstd,
-    weight,
-    sums,
-    dy_exponents,
-    dweight,
-    dbias,
-    dgroup_weight,
-    dgroup_bias,
-    dconv_bias,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
-    training: bool,
+    partials, mean, invstd, weight, sums, dy_exponents, *gradients, plan: Plan, training: bool, **tail
 ) -> None:
-    """Gradients of all parameters but the convolution's weight, and what the gradient of its output is computed from.
+    """Gradients of all parameters but the convolution's weight, and what the gradient of its output is made of.
 
-    sums, dy_exponents: as `gradient_arrays` has them, written. The gradients are written where not None.
-    training: whether the batch's own statistics were applied.
+    sums, dy_exponents: as `gradient_arrays` has them, written. gradients: of weight, bias, group_weight,
+    group_bias and conv_bias, written where not None. training: whether the batch's own statistics were applied.
     """
     images, channels = partials.shape[1:]
-    gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     launch(
-        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, groups, activation)),
+        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, **tail)),
         (channels, 1, 1),
         (THREADS, 1, 1),
         (partials, mean, invstd, weight, sums, dy_exponents, *gradients, images, _count(plan, images), training),
@@ -275,20 +244,7 @@ def parameter_gradients(
 
 
 def conv_output_gradient(
-    g,
-    argmax,
-    saved,
-    exponents,
-    unit_exponents,
-    mean,
-    invstd,
-    weight,
-    sums,
-    dy,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
+    g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan, **tail
 ) -> None:
     """dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
 
@@ -296,7 +252,7 @@ def conv_output_gradient(
     """
     images, channels = g.shape[:2]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups, activation)),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, **tail)),
         (images * channels, ceil_div(_windows(dict(plan.macros)), THREADS), 1),
         (THREADS, 1, 1),
         (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
@@ -304,40 +260,25 @@ def conv_output_gradient(
 
 
 def conv_output_gradient_packed(
-    g,
-    argmax,
-    saved,
-    exponents,
-    unit_exponents,
-    mean,
-    invstd,
-    weight,
-    sums,
-    dy_exponents,
-    packed,
-    borders,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
+    g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders, *, plan, **tail
 ) -> None:
     """The same as packed fp16 tiles, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
-    dy_exponents: those of `parameter_gradients`. packed: float16, of `packed_output_shape`, written.
+    dy_exponents: those of `parameter_gradients`. dy: float16, of `packed_output_shape`, written.
     borders: None, or as `gradient_arrays` has it, written: sums of dy times 2^e over the pixels that have no
     partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
     """
     images = g.shape[0]
     together = _images_together(images)
-    macros = _backward_macros(plan, groups, activation)
+    macros = _backward_macros(plan, **tail)
     sizes = dict(macros)
-    blocks = together * packed.shape[1] * sizes["TILES"]
+    blocks = together * dy.shape[1] * sizes["TILES"]
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
     launch(
         Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", macros),
         (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
-        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, packed, borders)
+        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders)
         + (_count(plan, images), images, together),
     )
 
@@ -413,7 +354,7 @@ def variants():
 def _pool_kernel(p: Plan, training, keep):
     macros = dict(p.macros)
     if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
-        macros["SHARED_BYTES"] += macros["PARTS_N"] * macros["TILE_M"] * 8
+        macros["SHARED_BYTES"] += macros["WARPS_N"] * macros["TILE_M"] * 8
     macros.update(param_t=macros["scalar_t"], saved_t=_saved_type(p))
     macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
     return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), conv_wgmma.architecture(p.macros))
@@ -428,9 +369,8 @@ def _tail_macros(p: Plan, groups: int, activation: str):
 
 
 @functools.lru_cache(maxsize=1024)
-def _backward_macros(p: Plan, groups: int, activation: str):
-    macros = dict(p.macros)
-    return *_tail_macros(p, groups, activation), *_backward_defines(macros, saved_shift(p))
+def _backward_macros(plan: Plan, groups: int, activation: str):
+    return *_tail_macros(plan, groups, activation), *_backward_defines(dict(plan.macros), saved_shift(plan))
 
 
 def _tail_defines(macros, groups, activation, planes):

@@ -12,13 +12,14 @@ from . import conv_wgmma
 from .common import THREADS, address, ceil_div
 from .conv_transpose import Geometry
 from .errors import UnsupportedError
-from .fp16_tiles import LINE_BYTES, packing_macros, chunk_channels
+from .fp16_tiles import LINE_BYTES, chunk_channels, packing_macros
 from .launch import launch
 from .source import Kernel
 
 MANY_IMAGES = 96  # from so many on, a block takes as much of an image as fits, to load x less often
 _MMA_DGRAD_IMAGES = 64  # from so many on, mma.sync is faster than wgmma for dgrad with split 2: benchmarks/NOTES.md
 _MAX_IMAGE = 70  # height or width of x or dy: with a 7 x 7 kernel, dy of a 64 x 64 image is 70 x 70
+_TILES = 4  # of four windows, that a warp has in a pass: a thread has no registers for more
 _STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
 _BLOCK_RESERVED = 1024  # shared memory that each block takes on top of its own
@@ -27,9 +28,9 @@ _BLOCK_RESERVED = 1024  # shared memory that each block takes on top of its own
 # shared memory; see `variants`.
 SHAPE_MACROS = (
     ("IN_CHANNELS", "OUT_CHANNELS", "IN_H", "IN_W", "OUT_H", "OUT_W", "KERNEL_H", "KERNEL_W", "TAPS", "PAD_H", "PAD_W")
-    + ("WARPS_M", "WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
+    + ("WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
     + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
-    + ("WARPGROUPS_M", "WARPGROUPS_N", "UNIT_ROWS", "TILES", "LAST_TILES", "TILES_N", "PARTS_N", "PARTS")
+    + ("UNIT_ROWS", "TILES", "LAST_TILES", "TILE_OC", "TILE_IC", "PARTS")
     + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS")
 )
 
@@ -92,9 +93,9 @@ def plan(
         **found.planes,
         **found.macros,
     }
-    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH", *packing_macros(split))
+    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH")
     taps, tile_m = kernel[0] * kernel[1], macros["TILE_M"]
-    pack_macros = {**{name: macros[name] for name in both}, "TAPS": taps, "FLIP": int(dgrad)}
+    pack_macros = {**{name: macros[name] for name in both}, **packing_macros(split), "TAPS": taps, "FLIP": int(dgrad)}
     rows = ceil_div(channels_out, tile_m) * tile_m
     return Plan(
         tuple(macros.items()),
@@ -120,7 +121,7 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
 
     def layout(warps_n, passes, resident, stages):
         """(units, rows of the largest band, bytes of shared memory)"""
-        unit_windows = passes * warps_n * 16
+        unit_windows = 4 * _TILES * warps_n * passes
         rows = 0
         for first in range(0, windows, unit_windows):
             last = min(first + unit_windows, windows) - 1
@@ -133,7 +134,7 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
     # Few images: one pass a unit, to spread over the GPU; else as many as fit. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
     def choices_with(warps_n):
-        most_passes = ceil_div(windows, warps_n * 16) if images is None else 1
+        most_passes = ceil_div(windows, 4 * _TILES * warps_n) if images is None else 1
         return [(warps_n, passes, 1) for passes in range(most_passes, 0, -1)] + [(warps_n, 1, 0)]
 
     choices = choices_with(most_warps_n) + [(most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
@@ -149,21 +150,24 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
             break
     else:
         raise UnsupportedError(f"it needs {shared_bytes} bytes of shared memory, the GPU has {limit}")
+    pass_windows = 4 * _TILES * warps_n
+    last = (windows - 1) % pass_windows + 1  # windows that are left for an image's last pass
+    last_tiles = _TILES if passes == 1 and split == 1 else ceil_div(last, 4 * warps_n)
     macros = {
-        "WARPS_M": warps_m,
         "WARPS_N": warps_n,
+        "TILES": _TILES,
+        "LAST_TILES": last_tiles,
         "UNIT_PASSES": passes,
         "BAND_ROWS": rows,
         "RESIDENT": resident,
         "STAGES": stages,
         "GAP": gap,
         "TILE_M": 64 * warps_m,
-        "PARTS_N": warps_n,
         "THREADS": 32 * warps_m * warps_n,
         "PACKED_WIDTH": chunks * LINE_BYTES // 2,
         "SHARED_BYTES": shared_bytes,
     }
-    unit_windows, plane_stride = passes * warps_n * 16, ceil_div(windows, 4) * 4
+    unit_windows, plane_stride = pass_windows * passes, ceil_div(windows, 4) * 4
     return conv_wgmma.Layout(macros, conv_wgmma.planes(0, windows_w, units, unit_windows, unit_windows, plane_stride))
 
 

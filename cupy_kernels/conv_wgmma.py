@@ -76,8 +76,7 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
     most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
     tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
     macros = {
-        "WARPGROUPS_M": warpgroups_m,
-        "WARPGROUPS_N": warpgroups_n,
+        "WARPS_N": warpgroups_n,
         "UNIT_ROWS": rows,
         "TILES": tiles,
         "LAST_TILES": last,
@@ -85,7 +84,6 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         "GAP": gap,
         "ALONG": along,
         "TILE_M": 64 * warpgroups_m,
-        "PARTS_N": warpgroups_n,
         "THREADS": 128 * warpgroups_m * warpgroups_n,
         "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
         "SHARED_BYTES": shared_bytes,

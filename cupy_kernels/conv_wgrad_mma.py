@@ -9,7 +9,7 @@ from .conv_transpose import Geometry, output_shape
 from .conv_transpose_mma import check_supported
 from .conv_wgmma import architecture
 from .errors import UnsupportedError
-from .fp16_tiles import LINE_BYTES, packing_macros, chunk_channels
+from .fp16_tiles import LINE_BYTES, chunk_channels, packing_macros
 from .launch import launch
 from .source import Kernel
 
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     split: int  # of the packed tiles, see `fp16_tiles`
     tiles: int
     splits: int
-    bands_per_split: int  # bands in a split; the last split may have fewer
+    bands_per_split: int  # the last split may have fewer
     threads: int
     shared_bytes: int
     partial_size: int  # elements of the workspace, float32
@@ -39,9 +39,9 @@ class Plan(NamedTuple):
 def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int, wgmma: bool = False) -> Plan:
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
-    split: of the packed tiles of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
-    block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. Raises UnsupportedError for
-    what the kernels do not take.
+    split: of the packed tiles of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory
+    that a block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. Raises UnsupportedError
+    for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -106,8 +106,8 @@ def _layout(split, channels, taps, limit) -> _Layout:
     if stages < 2:
         raise UnsupportedError(f"it needs {2 * stage_bytes + _RESERVED} bytes of shared memory, the GPU has {limit}")
     tiles = ceil_div(channels[1], 16 * warps) * ceil_div(channels[0], chunk)
-    macros = {"WGMMA": 0, "THREADS": 32 * warps, "COLUMNS": columns, "STAGES": stages}
-    return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes}, tiles, 8 // warps)
+    macros = {"WGMMA": 0, "THREADS": 32 * warps, "TILE_OC": 16 * warps, "TILE_IC": chunk, "COLUMNS": columns}
+    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes}, tiles, 8 // warps)
 
 
 def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
@@ -120,14 +120,14 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     if stages < 2 + ceil_div(taps + 1, columns):
         return None
     tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
-    macros = {"WGMMA": 1, "THREADS": 256, "TILE_IC": _TILE_IC, "TILES_N": tiles_n, "COLUMNS": columns, "STAGES": stages}
-    return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
+    macros = {"WGMMA": 1, "THREADS": 256, "TILE_OC": 16 * tiles_n, "TILE_IC": _TILE_IC, "COLUMNS": columns}
+    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
 
 
 def conv_wgrad_mma(p: Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponents, borders, partial, dw) -> None:
     """dw, the gradient of w, from x and the gradient of the output as packed tiles.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is the packed tiles' scale.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the tiles' scale.
     x_sums, borders: both None, or both given for an x whose means were subtracted, which needs a dy whose sum over all
         pixels is 0 in each channel. x_sums: what `fp16_tiles.pack_fp16` took. borders: float32 [parts, KH * KW, M];
         added up over the parts, they are for each tap the sum of dy, under its tiles' scale, over the pixels that

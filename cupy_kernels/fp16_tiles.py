@@ -1,7 +1,8 @@
 """Tensors [N, C, H, W] as packed fp16 tiles [N, chunks, H * W, 64] under one power-of-two scale, see fp16_tiles.cu.
 
-split 1: a line has the fp16 values of 64 channels. split 2: it has those of 32 channels, then their 32 residuals, which
-is what rounding to fp16 left. An array of exponents goes with the packed tiles: the smallest of them is the scale's.
+A line is the 64 values of a pixel. split 1: it has the fp16 values of 64 channels. split 2: it has those of 32
+channels, then their 32 residuals, which is what rounding to fp16 left. An array of exponents goes with the tiles: the
+smallest of them is the scale's.
 """
 
 import math
@@ -43,8 +44,9 @@ def largest_magnitude(source, exponents) -> None:
 
 
 def pack_fp16(source, exponents, sums, packed, split: int) -> None:
-    """Writes `packed` of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
+    """Writes `packed`, the tiles of `source`, under the scale of the smallest of `exponents`.
 
+    The channels of `source` are a multiple of 8.
     sums: None, or the sum of each channel of the first image: the channels' means are then subtracted, and the scale is
         half as large.
     """

@@ -27,7 +27,7 @@ class Pool(NamedTuple):
 
     @property
     def wide_argmax(self) -> bool:
-        """Whether argmax, places in the window, are int32 instead of uint8, in which 255 is the emulator's poison."""
+        """Whether an argmax, a tap of the window, is int32 instead of uint8, in which 255 is the emulator's poison."""
         return math.prod(self.kernel_size) > 254
 
 

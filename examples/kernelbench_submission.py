@@ -786,8 +786,8 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
 
     def unit(rows):
         """A block's part of an image, `rows` rows of windows; None if it does not fit."""
-        band_cells = gap + (2 * rows + kernel[0] - 1) * pitch
-        along = ceil_div(band_cells * 16 - 16, 128) * 128 + 16
+        band_lines = gap + (2 * rows + kernel[0] - 1) * pitch
+        along = ceil_div(band_lines * 16 - 16, 128) * 128 + 16
         band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
         stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
         windows = (rows - 1) * window_pitch + windows_w
@@ -809,8 +809,7 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
     most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
     tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
     macros = {
-        "WARPGROUPS_M": warpgroups_m,
-        "WARPGROUPS_N": warpgroups_n,
+        "WARPS_N": warpgroups_n,
         "UNIT_ROWS": rows,
         "TILES": tiles,
         "LAST_TILES": last,
@@ -818,7 +817,6 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         "GAP": gap,
         "ALONG": along,
         "TILE_M": 64 * warpgroups_m,
-        "PARTS_N": warpgroups_n,
         "THREADS": 128 * warpgroups_m * warpgroups_n,
         "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
         "SHARED_BYTES": shared_bytes,
@@ -1080,31 +1078,32 @@ def _check(x, w, y, geometry):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/fp16_cells.py
+# cupy_kernels/fp16_tiles.py
 #
-# Tensors [N, C, H, W] as fp16 cells [N, chunks, H * W, 64] under one power-of-two scale, see fp16_cells.cu.
+# Tensors [N, C, H, W] as packed fp16 tiles [N, chunks, H * W, 64] under one power-of-two scale, see fp16_tiles.cu.
 #
-# split 1: a cell has the fp16 values of 64 channels. split 2: it has those of 32 channels, then their 32 residuals, which
-# is what rounding to fp16 left. An array of exponents goes with the cells: the smallest of them is the scale's.
+# A line is the 64 values of a pixel. split 1: it has the fp16 values of 64 channels. split 2: it has those of 32
+# channels, then their 32 residuals, which is what rounding to fp16 left. An array of exponents goes with the tiles: the
+# smallest of them is the scale's.
 
 _LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
 _BATCH = 8  # accesses of at most 16 bytes that a thread of largest_magnitude has in flight
-CELL_BYTES = 128
+LINE_BYTES = 128
 
 
 def chunk_channels(split: int) -> int:
-    """The number of channels in a cell."""
-    return CELL_BYTES // 2 // split
+    """The number of channels in a line."""
+    return LINE_BYTES // 2 // split
 
 
-def cell_macros(split: int) -> dict:
-    """Macros of fp16_cells.cuh without IN_CHANNELS."""
-    return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "CELL_BYTES": CELL_BYTES}
+def packing_macros(split: int) -> dict:
+    """Macros of fp16_tiles.cuh without IN_CHANNELS."""
+    return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "LINE_BYTES": LINE_BYTES}
 
 
-def cells_shape(shape, split: int) -> tuple[int, int, int, int]:
-    """[N, chunks, pixels, 64], the shape of the cells (float16) of a tensor of this shape."""
-    return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), CELL_BYTES // 2
+def packed_shape(shape, split: int) -> tuple[int, int, int, int]:
+    """[N, chunks, pixels, 64], the shape of the packed tiles (float16) of a tensor of this shape."""
+    return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), LINE_BYTES // 2
 
 
 def exponents_size(shape, itemsize: int) -> int:
@@ -1115,13 +1114,14 @@ def exponents_size(shape, itemsize: int) -> int:
 def largest_magnitude(source, exponents) -> None:
     """Writes `exponents`: for each part of `source`, the exponent of the scale that this part would take alone."""
     width = _width(source)
-    kernel = Kernel("fp16_cells.cu", "largest_magnitude", _macros(scalar(source), 1, width))
+    kernel = Kernel("fp16_tiles.cu", "largest_magnitude", _macros(scalar(source), 1, width))
     launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
 
 
-def to_cells(source, exponents, sums, cells, split: int) -> None:
-    """Writes `cells` of `source`, whose channels are a multiple of 8, under the scale of the smallest of `exponents`.
+def pack_fp16(source, exponents, sums, packed, split: int) -> None:
+    """Writes `packed`, the tiles of `source`, under the scale of the smallest of `exponents`.
 
+    The channels of `source` are a multiple of 8.
     sums: None, or the sum of each channel of the first image: the channels' means are then subtracted, and the scale is
         half as large.
     """
@@ -1130,21 +1130,21 @@ def to_cells(source, exponents, sums, cells, split: int) -> None:
         _kernel(scalar(source), split, width),
         (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
         (THREADS, 1, 1),
-        (source, exponents, sums, cells, exponents.size, images, channels, pixels),
+        (source, exponents, sums, packed, exponents.size, images, channels, pixels),
     )
 
 
 def _kernel(name, split, width):
-    return Kernel("fp16_cells.cu", "to_cells", _macros(name, split, width))
+    return Kernel("fp16_tiles.cu", "pack_fp16", _macros(name, split, width))
 
 
 def _macros(name, split, width):
     sizes = {"WIDTH": width, "THREADS": THREADS, "TILE_PIXELS": _tile_pixels(split, width), "BATCH": _BATCH}
-    return (*scalar_macros(name), *cell_macros(split).items(), *sizes.items())
+    return (*scalar_macros(name), *packing_macros(split).items(), *sizes.items())
 
 
 def _tile_pixels(split, width):
-    """Pixels that a block of to_cells takes: a thread has 8 channels of `width` of them."""
+    """Pixels that a block of pack_fp16 takes: a thread has 8 channels of `width` of them."""
     return THREADS * 8 // chunk_channels(split) * width
 
 
@@ -1163,6 +1163,7 @@ def _width(source) -> int:
 MANY_IMAGES = 96  # from so many on, a block takes as much of an image as fits, to load x less often
 _MMA_DGRAD_IMAGES = 64  # from so many on, mma.sync is faster than wgmma for dgrad with split 2: benchmarks/NOTES.md
 _MAX_IMAGE = 70  # height or width of x or dy: with a 7 x 7 kernel, dy of a 64 x 64 image is 70 x 70
+_TILES = 4  # of four windows, that a warp has in a turn: a thread has no registers for more
 conv_transpose_mma_STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
 _BLOCK_RESERVED = 1024  # shared memory that each block takes on top of its own
@@ -1181,9 +1182,9 @@ class Plan(NamedTuple):
     shared_bytes: int
     planes: tuple
 
-    def of_cells(self) -> "Plan":
-        """The same plan for an x that already is cells, see `fp16_cells`."""
-        changed = {**dict(self.macros), "CELLS": 1, "input_t": "half_t"}
+    def of_packed(self) -> "Plan":
+        """The same plan for an x that already is packed, see `fp16_tiles`."""
+        changed = {**dict(self.macros), "X_PACKED": 1, "input_t": "half_t"}
         return self._replace(macros=tuple(changed.items()))
 
 
@@ -1211,7 +1212,7 @@ def conv_transpose_mma_plan(
         "scalar_t": dtype,
         "acc_t": "float",
         "input_t": dtype,
-        "CELLS": 0,
+        "X_PACKED": 0,
         "IN_CHANNELS": channels_in,
         "OUT_CHANNELS": channels_out,
         "IN_H": size[0],
@@ -1222,13 +1223,13 @@ def conv_transpose_mma_plan(
         "KERNEL_W": kernel[1],
         "PAD_H": pad[0],
         "PAD_W": pad[1],
-        **cell_macros(split),
+        **packing_macros(split),
         **found.planes,
         **found.macros,
     }
-    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH", *cell_macros(split))
+    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH")
     taps, tile_m = kernel[0] * kernel[1], macros["TILE_M"]
-    pack_macros = {**{name: macros[name] for name in both}, "TAPS": taps, "FLIP": int(dgrad)}
+    pack_macros = {**{name: macros[name] for name in both}, **packing_macros(split), "TAPS": taps, "FLIP": int(dgrad)}
     rows = ceil_div(channels_out, tile_m) * tile_m
     return Plan(
         tuple(macros.items()),
@@ -1254,20 +1255,20 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
 
     def layout(warps_n, passes, resident, stages):
         """(units, rows of the largest band, bytes of shared memory)"""
-        unit_windows = passes * warps_n * 16
+        unit_windows = 4 * _TILES * warps_n * passes
         rows = 0
         for first in range(0, windows, unit_windows):
             last = min(first + unit_windows, windows) - 1
             low = max(0, first // windows_w * 2 + pad[0] - (kernel[0] - 1))
             high = min(size[0], last // windows_w * 2 + 1 + pad[0] + 1)
             rows = max(rows, high - low)
-        band = (gap + (rows + 1) * pitch) * CELL_BYTES * (chunks if resident else 1)
-        return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * CELL_BYTES
+        band = (gap + (rows + 1) * pitch) * LINE_BYTES * (chunks if resident else 1)
+        return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * LINE_BYTES
 
     # Few images: one turn a unit, to spread over the GPU; else as many as fit. N alone decides,
     # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
     def choices_with(warps_n):
-        most_passes = ceil_div(windows, warps_n * 16) if images is None else 1
+        most_passes = ceil_div(windows, 4 * _TILES * warps_n) if images is None else 1
         return [(warps_n, passes, 1) for passes in range(most_passes, 0, -1)] + [(warps_n, 1, 0)]
 
     choices = choices_with(most_warps_n) + [(most_warps_n // 2, 1, 1), (most_warps_n // 2, 1, 0)]
@@ -1283,28 +1284,31 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
             break
     else:
         raise UnsupportedError(f"it needs {shared_bytes} bytes of shared memory, the GPU has {limit}")
+    pass_windows = 4 * _TILES * warps_n
+    last = (windows - 1) % pass_windows + 1  # windows that are left for an image's last turn
+    last_tiles = _TILES if passes == 1 and split == 1 else ceil_div(last, 4 * warps_n)
     macros = {
-        "WARPS_M": warps_m,
         "WARPS_N": warps_n,
+        "TILES": _TILES,
+        "LAST_TILES": last_tiles,
         "UNIT_PASSES": passes,
         "BAND_ROWS": rows,
         "RESIDENT": resident,
         "STAGES": stages,
         "GAP": gap,
         "TILE_M": 64 * warps_m,
-        "PARTS_N": warps_n,
         "THREADS": 32 * warps_m * warps_n,
-        "PACKED_WIDTH": chunks * CELL_BYTES // 2,
+        "PACKED_WIDTH": chunks * LINE_BYTES // 2,
         "SHARED_BYTES": shared_bytes,
     }
-    unit_windows, plane_stride = passes * warps_n * 16, ceil_div(windows, 4) * 4
+    unit_windows, plane_stride = pass_windows * passes, ceil_div(windows, 4) * 4
     return Layout(macros, planes(0, windows_w, units, unit_windows, unit_windows, plane_stride))
 
 
 def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
     """y = conv_transpose2d(x, w) + bias, or with a plan for dgrad y = dx from x = dy; bias may be None.
 
-    x_exponents: the exponents that go with x, if it is cells. y and the workspaces packed (plan.packed_size,
+    x_exponents: the exponents that go with x, if it is packed. y and the workspaces packed (plan.packed_size,
     float16) and exponents (plan.rows, int32) are written.
     """
     pack_weight(p, w, packed, exponents)
@@ -1379,10 +1383,10 @@ class conv_wgrad_mma_Plan(NamedTuple):
 
     macros: tuple
     output_shape: tuple
-    split: int  # of the cells, see `fp16_cells`
+    split: int  # of the packed tiles, see `fp16_tiles`
     tiles: int
     splits: int
-    split_bands: int  # bands in a split; the last split may have fewer
+    bands_per_split: int  # the last split may have fewer
     threads: int
     shared_bytes: int
     partial_size: int  # elements of the workspace, float32
@@ -1392,9 +1396,9 @@ class conv_wgrad_mma_Plan(NamedTuple):
 def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int, wgmma: bool = False) -> conv_wgrad_mma_Plan:
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
-    split: of the cells of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory that a
-    block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. Raises UnsupportedError for
-    what the kernels do not take.
+    split: of the packed tiles of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory
+    that a block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. Raises UnsupportedError
+    for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -1406,8 +1410,8 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
     found = (_wgmma_layout(width, *sizes) if wgmma else None) or conv_wgrad_mma_layout(*sizes)
     tiles = kernel[0] * ceil_div(kernel[1], taps) * found.channel_tiles
     bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
-    split_bands = ceil_div(bands, max(1, MULTIPROCESSORS * found.blocks // tiles))
-    splits = ceil_div(bands, split_bands)
+    bands_per_split = ceil_div(bands, max(1, MULTIPROCESSORS * found.blocks // tiles))
+    splits = ceil_div(bands, bands_per_split)
     macros = {
         "scalar_t": dtype,
         "acc_t": "float",
@@ -1421,14 +1425,14 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
         "KERNEL_W": kernel[1],
         "PAD_H": geometry.padding[0],
         "PAD_W": geometry.padding[1],
-        **cell_macros(split),
+        **packing_macros(split),
         "TAPS_W": taps,
         "BAND_ROWS": _BAND_ROWS,
         "TILES": tiles,
         **found.macros,
     }
     size = channels_in * channels_out * kernel[0] * kernel[1]
-    sizes = (tiles, splits, split_bands, macros["THREADS"], macros["SHARED_BYTES"], splits * size)
+    sizes = (tiles, splits, bands_per_split, macros["THREADS"], macros["SHARED_BYTES"], splits * size)
     return conv_wgrad_mma_Plan(tuple(macros.items()), output, split, *sizes)
 
 
@@ -1447,7 +1451,7 @@ def conv_wgrad_mma_layout(split, channels, taps, limit) -> _Layout:
 
     def layout(warps):
         """(stages, bytes of a stage)"""
-        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * CELL_BYTES
+        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * LINE_BYTES
         blocks = 8 // warps
         return min(_MOST_STAGES, (limit - conv_wgrad_mma_RESERVED) // blocks // stage_bytes), stage_bytes
 
@@ -1459,8 +1463,8 @@ def conv_wgrad_mma_layout(split, channels, taps, limit) -> _Layout:
     if stages < 2:
         raise UnsupportedError(f"it needs {2 * stage_bytes + conv_wgrad_mma_RESERVED} bytes of shared memory, the GPU has {limit}")
     tiles = ceil_div(channels[1], 16 * warps) * ceil_div(channels[0], chunk)
-    macros = {"WGMMA": 0, "THREADS": 32 * warps, "COLUMNS": columns, "STAGES": stages}
-    return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes}, tiles, 8 // warps)
+    macros = {"WGMMA": 0, "THREADS": 32 * warps, "TILE_OC": 16 * warps, "TILE_IC": chunk, "COLUMNS": columns}
+    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes}, tiles, 8 // warps)
 
 
 def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
@@ -1468,22 +1472,22 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
     tiles_n = _MOST_TILES_N if channels[1] > 64 else channels[1] // 16
     columns = 4 if split == 1 else 1 if width % 2 else 2
 
-    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * CELL_BYTES
+    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * LINE_BYTES
     stages = min(_MOST_STAGES_WGMMA, (limit - conv_wgrad_mma_RESERVED) // stage_bytes)
     if stages < 2 + ceil_div(taps + 1, columns):
         return None
     tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
-    macros = {"WGMMA": 1, "THREADS": 256, "TILE_IC": _TILE_IC, "TILES_N": tiles_n, "COLUMNS": columns, "STAGES": stages}
-    return _Layout({**macros, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
+    macros = {"WGMMA": 1, "THREADS": 256, "TILE_OC": 16 * tiles_n, "TILE_IC": _TILE_IC, "COLUMNS": columns}
+    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
 
 
-def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cells, dy_exponents, borders, partial, dw) -> None:
-    """dw, the gradient of w, from x and the gradient of the output as cells.
+def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponents, borders, partial, dw) -> None:
+    """dw, the gradient of w, from x and the gradient of the output as packed tiles.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is the cells' scale.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the tiles' scale.
     x_sums, borders: both None, or both given for an x whose means were subtracted, which needs a dy whose sum over all
-        pixels is 0 in each channel. x_sums: what `fp16_cells.to_cells` took. borders: float32 [parts, KH * KW, M];
-        added up over the parts, they are for each tap the sum of dy, under its cells' scale, over the pixels that
+        pixels is 0 in each channel. x_sums: what `fp16_tiles.pack_fp16` took. borders: float32 [parts, KH * KW, M];
+        added up over the parts, they are for each tap the sum of dy, under its tiles' scale, over the pixels that
         have no partner in x.
     dw and the workspace partial (its size in the plan, float32) are written.
     ValueError if only one of x_sums and borders is None.
@@ -1495,7 +1499,7 @@ def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_cells, x_exponents, x_sums, dy_cell
         wgrad_kernel(p),
         (p.tiles * p.splits, 1, 1),
         (p.threads, 1, 1),
-        (x_cells, dy_cells, partial, p.output_shape[0], p.split_bands),
+        (x_packed, dy_packed, partial, p.output_shape[0], p.bands_per_split),
         p.shared_bytes,
     )
     launch(
@@ -1548,7 +1552,7 @@ def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tu
         "group_invstd": ((images * groups,), np.float32),
     }
     if keep:
-        arrays["taps"] = (pooled, np.uint8)
+        arrays["argmax"] = (pooled, np.uint8)
         arrays["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
         arrays["unit_exponents"] = ((images * p.units,), np.int32)
     return arrays
@@ -1595,7 +1599,7 @@ def conv_bn_pool_forward(
         x,
         images,
         (x, packed, kept["exponents"], weight, kept["pooled"], partials)
-        + (kept.get("taps"), kept.get("saved"), kept.get("unit_exponents")),
+        + (kept.get("argmax"), kept.get("saved"), kept.get("unit_exponents")),
     )
     moments, running = (kept["mean"], kept["invstd"]), (running_mean, running_var)
     macros = *_tail_macros(plan, groups, activation), ("STATISTICS", int(training))
@@ -1615,10 +1619,10 @@ def conv_bn_pool_forward(
     )
 
 
-def gradient_arrays(p: Plan, images: int, cells: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
+def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that `conv_bn_pool_backward` writes, for itself, `weight_gradient` and dgrad.
 
-    cells: whether dy is to be among them. borders: whether what `weight_gradient` needs with a centred x is.
+    packed: whether dy is to be among them. borders: whether what `weight_gradient` needs with a centred x is.
     """
     macros = dict(p.macros)
     channels = macros["OUT_CHANNELS"]
@@ -1628,8 +1632,8 @@ def gradient_arrays(p: Plan, images: int, cells: bool, borders: bool) -> dict[st
         "sums": ((2, channels), np.float32),
         "dy_exponents": ((channels,), np.int32),
     }
-    if cells:
-        arrays["cells"] = (output_cells_shape(p, images), np.float16)
+    if packed:
+        arrays["dy_packed"] = (packed_output_shape(p, images), np.float16)
     if borders:
         shares = ceil_div(images, _images_together(images))
         arrays["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
@@ -1669,10 +1673,10 @@ def conv_bn_pool_backward(
     pooled_gradients(*values, **options, parameter=parameter)
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
-    given = (g, kept["taps"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
+    given = (g, kept["argmax"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
     given += (sums if training else None,)
-    if "cells" in made:
-        conv_output_gradient_cells(*given, dy_exponents, made["cells"], made.get("borders"), **options)
+    if "dy_packed" in made:
+        conv_output_gradient_packed(*given, dy_exponents, made["dy_packed"], made.get("borders"), **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
@@ -1687,42 +1691,27 @@ def weight_gradient(scratch, x, kept, made, dw, *, plan: conv_wgrad_mma_Plan, ce
     if centred:
         sums = scratch((x.shape[1],), x.dtype)
         channel_sum(x[:1], sums, scratch(channel_sum_workspace_size((1, *x.shape[1:])), np.float32))
-    x_cells, partial = scratch(cells_shape(x.shape, plan.split), np.float16), scratch(plan.partial_size, np.float32)
-    to_cells(x, unit_exponents, sums, x_cells, plan.split)
-    dy = made["cells"], made["dy_exponents"], made.get("borders")
-    conv_wgrad_mma(plan, x_cells, unit_exponents, sums, *dy, partial, dw)
+    x_packed, partial = scratch(packed_shape(x.shape, plan.split), np.float16), scratch(plan.partial_size, np.float32)
+    pack_fp16(x, unit_exponents, sums, x_packed, plan.split)
+    dy = made["dy_packed"], made["dy_exponents"], made.get("borders")
+    conv_wgrad_mma(plan, x_packed, unit_exponents, sums, *dy, partial, dw)
 
 
 def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
-    """dx, the gradient of x, from dy. plan: one for dgrad, of cells. The rest as in `weight_gradient`."""
+    """dx, the gradient of x, from dy. plan: one for dgrad, of packed tiles. The rest as in `weight_gradient`."""
     workspaces = scratch(plan.packed_size, np.float16), scratch(plan.rows, np.int32)
-    conv_transpose_mma(plan, made["cells"], w, None, dx, *workspaces, made["dy_exponents"])
+    conv_transpose_mma(plan, made["dy_packed"], w, None, dx, *workspaces, made["dy_exponents"])
 
 
 def pooled_gradients(
-    dout,
-    pooled,
-    mean,
-    invstd,
-    weight,
-    bias,
-    group_weight,
-    group_mean,
-    group_invstd,
-    g,
-    partials,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
-    parameter: float,
+    dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, *, parameter, **tail
 ) -> None:
     """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
 
     dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_arrays` has them, written.
+    tail: plan, groups, activation; the same in the functions that follow.
     """
-    images = pooled.shape[0]
-    macros = _backward_macros(plan, groups, activation)
+    images, macros = pooled.shape[0], _backward_macros(**tail)
     launch(
         Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
         (group_mean.size, 1, 1),
@@ -1733,32 +1722,16 @@ def pooled_gradients(
 
 
 def parameter_gradients(
-    partials,
-    mean,
-    invstd,
-    weight,
-    sums,
-    dy_exponents,
-    dweight,
-    dbias,
-    dgroup_weight,
-    dgroup_bias,
-    dconv_bias,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
-    training: bool,
+    partials, mean, invstd, weight, sums, dy_exponents, *gradients, plan: Plan, training: bool, **tail
 ) -> None:
-    """Gradients of all parameters but the convolution's weight, and what the gradient of its output is computed from.
+    """Gradients of all parameters but the convolution's weight, and what the gradient of its output is made of.
 
-    sums, dy_exponents: as `gradient_arrays` has them, written. The gradients are written where not None.
-    training: whether the batch's own statistics were applied.
+    sums, dy_exponents: as `gradient_arrays` has them, written. gradients: of weight, bias, group_weight,
+    group_bias and conv_bias, written where not None. training: whether the batch's own statistics were applied.
     """
     images, channels = partials.shape[1:]
-    gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     launch(
-        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, groups, activation)),
+        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, **tail)),
         (channels, 1, 1),
         (THREADS, 1, 1),
         (partials, mean, invstd, weight, sums, dy_exponents, *gradients, images, _count(plan, images), training),
@@ -1766,20 +1739,7 @@ def parameter_gradients(
 
 
 def conv_output_gradient(
-    g,
-    taps,
-    saved,
-    exponents,
-    unit_exponents,
-    mean,
-    invstd,
-    weight,
-    sums,
-    dy,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
+    g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan, **tail
 ) -> None:
     """dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
 
@@ -1787,56 +1747,41 @@ def conv_output_gradient(
     """
     images, channels = g.shape[:2]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, groups, activation)),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, **tail)),
         (images * channels, ceil_div(_windows(dict(plan.macros)), THREADS), 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
+        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
     )
 
 
-def conv_output_gradient_cells(
-    g,
-    taps,
-    saved,
-    exponents,
-    unit_exponents,
-    mean,
-    invstd,
-    weight,
-    sums,
-    dy_exponents,
-    cells,
-    borders,
-    *,
-    plan: Plan,
-    groups: int,
-    activation: str,
+def conv_output_gradient_packed(
+    g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders, *, plan, **tail
 ) -> None:
-    """The same as fp16 cells, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
+    """The same as packed fp16 tiles, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
 
-    dy_exponents: those of `parameter_gradients`. cells: float16, of `output_cells_shape`, written.
+    dy_exponents: those of `parameter_gradients`. dy: float16, of `packed_output_shape`, written.
     borders: None, or as `gradient_arrays` has it, written: sums of dy times 2^e over the pixels that have no
     partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
     """
     images = g.shape[0]
     together = _images_together(images)
-    macros = _backward_macros(plan, groups, activation)
+    macros = _backward_macros(plan, **tail)
     sizes = dict(macros)
-    blocks = together * cells.shape[1] * sizes["TILES"]
+    blocks = together * dy.shape[1] * sizes["TILES"]
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
     launch(
-        Kernel("pooled_tail_backward.cu", "conv_output_gradient_cells", macros),
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", macros),
         (ceil_div(images, together) * blocks, 1, 1),
         (THREADS, 1, 1),
-        (g, taps, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, cells, borders)
+        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders)
         + (_count(plan, images), images, together),
     )
 
 
-def output_cells_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
-    """Of the cells of the convolution's output, see `fp16_cells`."""
+def packed_output_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
+    """Of the packed tiles of the convolution's output, see `fp16_tiles`."""
     macros = dict(p.macros)
-    return cells_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
+    return packed_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
 
 
 def conv_bn_pool_check_supported(p: Plan, groups: int) -> None:
@@ -1876,7 +1821,7 @@ def saved_shift(p: Plan) -> int:
 def _pool_kernel(p: Plan, training, keep):
     macros = dict(p.macros)
     if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
-        macros["SHARED_BYTES"] += macros["PARTS_N"] * macros["TILE_M"] * 8
+        macros["SHARED_BYTES"] += macros["WARPS_N"] * macros["TILE_M"] * 8
     macros.update(param_t=macros["scalar_t"], saved_t=_saved_type(p))
     macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
     return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), architecture(p.macros))
@@ -1891,9 +1836,8 @@ def _tail_macros(p: Plan, groups: int, activation: str):
 
 
 @functools.lru_cache(maxsize=1024)
-def _backward_macros(p: Plan, groups: int, activation: str):
-    macros = dict(p.macros)
-    return *_tail_macros(p, groups, activation), *_backward_defines(macros, saved_shift(p))
+def _backward_macros(plan: Plan, groups: int, activation: str):
+    return *_tail_macros(plan, groups, activation), *_backward_defines(dict(plan.macros), saved_shift(plan))
 
 
 def _tail_defines(macros, groups, activation, planes):
@@ -1911,14 +1855,14 @@ def _backward_defines(macros, shift):
     split = macros["SPLIT"]
     saved = ("saved_t", "half_t" if split == 1 else "float")
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
-    # Of conv_output_gradient_cells: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
+    # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
     tile = THREADS * 8 // chunk_channels(split)
     blocks = {
         "TILE": tile,
         "TILES": ceil_div(_windows(macros), tile),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
     }
-    return (saved, ("SAVED_SHIFT", shift), *cell_macros(split).items(), *convolution, *blocks.items())
+    return (saved, ("SAVED_SHIFT", shift), *packing_macros(split).items(), *convolution, *blocks.items())
 
 
 def _parts(macros) -> int:
@@ -2066,16 +2010,16 @@ def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
     need_x, need_w, need_bias = needed
     dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
-    cells, exponents, _ = conv_transpose_to_cells(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
+    packed, exponents, _ = conv_transpose_pack_fp16(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
     if need_x and dgrad:
-        source = (dgrad.of_cells(), cells) if wgrad else (dgrad, dy)
+        source = (dgrad.of_packed(), packed) if wgrad else (dgrad, dy)
         conv_transpose_mma(*source, w, None, dx, *_mma_workspaces(new, dgrad), *([exponents] if wgrad else ()))
     elif need_x:
         conv_transpose_dgrad(dy, w, dx, _packed(new, w), geometry)
     if need_w and wgrad:
         partial = new.scratch(wgrad.partial_size, np.float32)
-        x_cells = conv_transpose_to_cells(new.scratch, x, wgrad.split)
-        conv_wgrad_mma(wgrad, *x_cells, cells, exponents, None, partial, dw)
+        x_packed = conv_transpose_pack_fp16(new.scratch, x, wgrad.split)
+        conv_wgrad_mma(wgrad, *x_packed, packed, exponents, None, partial, dw)
     elif need_w:
         dtype = accumulator_dtype(dy)
         size = wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
@@ -2094,8 +2038,8 @@ def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
     return dgrad, wgrad
 
 
-def conv_transpose_to_cells(allocate, tensor, split, exponents=None, centred=False):
-    """(cells, exponents, sums) of a tensor, see `cupy_kernels.fp16_cells`.
+def conv_transpose_pack_fp16(allocate, tensor, split, exponents=None, centred=False):
+    """(packed, exponents, sums) of a tensor, see `cupy_kernels.fp16_tiles`.
 
     allocate: a `calls.New`, or its `scratch`. exponents: of scales of the tensor's parts, where they are known already.
     centred: less the means of the first image's channels, whose sums are else None.
@@ -2104,9 +2048,9 @@ def conv_transpose_to_cells(allocate, tensor, split, exponents=None, centred=Fal
     if exponents is None:
         exponents = allocate((exponents_size(tensor.shape, tensor.itemsize),), np.int32)
         largest_magnitude(tensor, exponents)
-    cells = allocate(cells_shape(tensor.shape, split), np.float16)
-    to_cells(tensor, exponents, sums, cells, split=split)
-    return cells, exponents, sums
+    packed = allocate(packed_shape(tensor.shape, split), np.float16)
+    pack_fp16(tensor, exponents, sums, packed, split=split)
+    return packed, exponents, sums
 
 
 def _channel_sums(allocate, tensor):
@@ -2222,8 +2166,8 @@ def _backward(
     dgrad, wgrad = gradient_plans(x.dtype, x.shape, w.shape, _geometry(padding), choice, need_x, need_w)
     general = (dgrad is None, wgrad is None) != (not need_x, not need_w)
     dy = new.scratch(output_shape(x.shape, w.shape, _geometry(padding)), x.dtype) if general else None
-    by_cells, centred = not general and (need_x or need_w), options["training"]
-    arrays = gradient_arrays(plan, x.shape[0], by_cells, by_cells and need_w and centred)
+    packed, centred = not general and (need_x or need_w), options["training"]
+    arrays = gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
     made = {name: new.scratch(*array) for name, array in arrays.items()}
     parameters = (conv_bias, weight, bias, group_weight, group_bias)
     found = [new.like(t if needed else None) for t, needed in zip(parameters, need)]
@@ -2235,7 +2179,7 @@ def _backward(
     if need_w:  # first: the room of its workspaces is dx's then
         weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
     if need_x:
-        input_gradient(new.scratch, w, made, dx, plan=dgrad.of_cells())
+        input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed())
     return dx, dw, *found
 
 
@@ -2505,9 +2449,10 @@ __device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 0x1p96f;
 // two, which changes no bit of what neither overflows nor vanishes.
 struct Normaliser {
     acc_t unit, mean, invstd;
+    __device__ static acc_t LARGE_UNIT() { return 0x1p-32f; }
     __device__ Normaliser(acc_t mean, acc_t invstd) {
         bool large = sizeof(acc_t) == 4 && (invstd < 0x1p-64f || fabs(mean) > 0x1p64f);
-        unit = large ? 0x1p-32f : 1;
+        unit = large ? LARGE_UNIT() : 1;
         this->mean = mean * unit;
         this->invstd = multiply_unflushed(invstd, (acc_t)(large ? 0x1p32f : 1));
     }
@@ -2533,6 +2478,16 @@ __device__ inline acc_t invstd_of(acc_t variance, acc_t unit, acc_t eps) {
 }
 
 struct Moments { acc_t mean, squares; };  // squares: sum of squared distances from the mean
+
+// Moments of values times `unit` become those of the values themselves, unless these overflow. Returns the unit that
+// holds then.
+__device__ inline acc_t without_unit(Moments& moments, acc_t unit) {
+    acc_t back = inverse_of(unit);
+    Moments plain = {moments.mean * back, moments.squares * back * back};
+    if (!is_finite(plain.mean) || !is_finite(plain.squares)) return unit;
+    moments = plain;
+    return 1;
+}
 
 // From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where
 // not null. shift: what running_mean has besides the mean. Pointers are to the channel's values.
@@ -2629,9 +2584,13 @@ template <> __device__ inline float from_acc<float>(double v) { return (float)v;
 template <> __device__ inline double from_acc<double>(double v) { return v; }
 // Round to nearest even; NaN stays NaN.
 template <> __device__ inline bf16_t from_acc<bf16_t>(float v) {
-    unsigned u = __float_as_uint(v);
     bf16_t r;
+#if !defined(CUPY_KERNELS_EMULATOR) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+#else
+    unsigned u = __float_as_uint(v);
     r.bits = (u & 0x7FFFFFFF) > 0x7F800000 ? (u >> 16 & 0x8000) | 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+#endif
     return r;
 }
 #ifdef CUPY_KERNELS_EMULATOR
@@ -2680,6 +2639,17 @@ __device__ inline float multiply_unflushed(float a, float b) {
 }
 __device__ inline double multiply_unflushed(double a, double b) { return a * b; }
 
+// a + b likewise. Adding 0 by an ordinary addition would flush, too.
+__device__ inline float add_unflushed(float a, float b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    return a + b;
+#else
+    float sum;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+    return sum;
+#endif
+}
+
 // Division of numbers below 2^31 by one that all threads share: the first quotient is right or one too small.
 struct Divisor {
     unsigned d, reciprocal;
@@ -2692,10 +2662,20 @@ struct Divisor {
     }
 };
 
+// Over a warp, in a fixed order; every lane gets it.
+template <class A> __device__ inline A warp_sum(A v) {
+    for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
+    return v;
+}
+template <class A> __device__ inline A warp_max(A v) {
+    for (int lanes = 16; lanes > 0; lanes >>= 1) v = max(v, __shfl_xor_sync(0xFFFFFFFFu, v, lanes));
+    return v;
+}
+
 // Sum over a block of a multiple of 32 threads in a fixed order; every thread gets it. `scratch` holds 32 values and is
 // free again after the next __syncthreads().
 template <class A> __device__ inline A block_sum(A v, A* scratch) {
-    for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
+    v = warp_sum(v);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
     __syncthreads();
     A total = 0;
@@ -2704,8 +2684,8 @@ template <class A> __device__ inline A block_sum(A v, A* scratch) {
     return total;
 }
 
-// What is computed from v is computed after this point.
-__device__ inline void settle(int& v) {
+// Hides v's origin from the compiler: what is computed from v is computed after this point.
+__device__ inline void make_opaque(int& v) {
 #ifndef CUPY_KERNELS_EMULATOR
     asm volatile("" : "+r"(v));
 #endif
@@ -2744,7 +2724,7 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last
 //                                             one, where float cannot hold it, negative and times 2^-160
 //     SAVE, for the backward:
-//         taps, like pooled                   the chosen corner
+//         argmax, like pooled                 the chosen corner
 //         saved [N, M, PLANE_STRIDE, 4]       all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the
 //                                             tensor cores deliver them, so that a sum is
 //                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
@@ -2753,22 +2733,15 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 //         unit_exponents [N * UNITS]
 // Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file, param_t (gamma's type), saved_t (half_t,
 // float), STATISTICS, SAVE, SAVED_SHIFT.
+#define ADJACENT (!WGMMA)
 #include "batch_norm.cuh"
-#include "pooled_planes.cuh"
-#include "async_copy.cuh"
-#include "fp16_cells.cuh"
-#if WGMMA
-#include "conv_wgmma.cuh"
-enum { ONE_PASS = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W <= 4 * MOST_TILES * WARPGROUPS_N };
+#include "implicit_gemm.cuh"
+enum { ONE_PASS = UNIT_WINDOWS - (WINDOW_PITCH - WINDOWS_W) <= 4 * MOST_TILES * WARPS_N };
 static_assert(
-    (TILES % 4 == 0 || (ONE_PASS && PARTS_N == 1)) && (LAST_TILES % 4 == 0 || PARTS_N == 1),
+    (TILES % 4 == 0 || (ONE_PASS && WARPS_N == 1)) && (LAST_TILES % 4 == 0 || !WGMMA || WARPS_N == 1),
     "16 windows are kept together");
-#else
-#define ADJACENT 1
-#include "conv_mma.cuh"
-#endif
 static_assert(
-    EPILOGUE_OFFSET + (STATISTICS ? PARTS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES,
+    EPILOGUE_OFFSET + (STATISTICS ? WARPS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES,
     "the epilogue's moments come last");
 
 // Chan's rule: how the moments of two sets of pixels combine.
@@ -2832,25 +2805,26 @@ __device__ __forceinline__ void moments_of(
     for (int i = 0; i < ROWS; i++) squares[i] = quad_sum(squares[i]);
 }
 
-struct Pool {
+struct PoolEpilogue {
     float *pooled, *partials;
-    u8* taps;
+    u8* argmax;
     saved_t* saved;
     int* unit_exponents;
     const int* exponents;  // in shared memory, of the block's channels, as `signs`
     const float* signs;    // of gamma, or 0; pack_weight_fp16 has multiplied the weights by -1 where it is negative
-    // [PARTS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale.
+    // [WARPS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale.
     float2* moments;
-    int* counts;  // [PARTS_N] in shared memory
+    int* counts;  // [WARPS_N] in shared memory
     int seen;
 
-    __device__ __forceinline__ void turn(const Sums& sums, const Place& place, int exponent) {
+    __device__ __forceinline__ void turn(const Sums& sums, Place place, int exponent) {
+        make_opaque(place.first_window);  // else addresses are computed before the loop, where registers are few
         if (place.full()) windows<true>(sums, place, exponent);
         else windows<false>(sums, place, exponent);
     }
 
     template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
-        int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / PARTS_N);
+        int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / WARPS_N);
         i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE_STRIDE;
         Valid valid = {};
         #pragma unroll
@@ -2906,45 +2880,42 @@ struct Pool {
     template <bool FULL> __device__ __forceinline__ void store(
         const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap,
         const Packed<saved_t, 16>& kept) {
-#if WGMMA
-        if (t >= place.tiles || place.sixteen(t) >= place.unit_place + UNIT_STRIDE) return;
-        i64 at = row + place.sixteen(t) + threadIdx.x % 4 * TOGETHER_POOLED;
-        store_at_once(pooled + at, best);
-        if (SAVE) store_at_once(taps + at, tap);
-        enum { TOGETHER = together_saved<saved_t>() };
-        #pragma unroll
-        for (int j = 0; SAVE && j < 4; j += TOGETHER) {
-            i64 window = row + place.sixteen(t) + j * 4 + threadIdx.x % 4 * TOGETHER;
-            store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4));
+        if constexpr (WGMMA) {
+            int sixteen = place.first_window + t * 4 + place.unit * (UNIT_STRIDE - UNIT_WINDOWS);  // pooled_planes.cuh
+            if (t >= place.tiles || sixteen >= (place.unit + 1) * UNIT_STRIDE) return;
+            i64 at = row + sixteen + threadIdx.x % 4 * TOGETHER_POOLED;
+            store_at_once(pooled + at, best);
+            if (SAVE) store_at_once(argmax + at, tap);
+            enum { TOGETHER = together_saved<saved_t>() };
+            #pragma unroll
+            for (int j = 0; SAVE && j < 4; j += TOGETHER) {
+                i64 window = row + sixteen + j * 4 + threadIdx.x % 4 * TOGETHER;
+                store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4));
+            }
+            return;
         }
-#else
         i64 at = row + place.window(0);
         if (FULL) {
             store_at_once(pooled + at, best);
-            if (SAVE) store_at_once(taps + at, tap);
+            if (SAVE) store_at_once(argmax + at, tap);
             if (SAVE) store_at_once(saved + at * 4, kept);
         }
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             if (FULL || !place.exists(j)) continue;
             pooled[at + j] = best.v[j];
-            if (SAVE) taps[at + j] = tap.v[j];
+            if (SAVE) argmax[at + j] = tap.v[j];
             if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(kept.v + j * 4));
         }
-#endif
     }
 
     // Corners outside the image are read by nobody.
-    __device__ static Packed<half_t, 4> save(const float (&v)[4], float sign, const ScaleBack&, half_t*) {
-        float shrink = power_of_two(-SAVED_SHIFT) * sign;
-        uint2 kept = {pack_halves(v[0] * shrink, v[1] * shrink), pack_halves(v[2] * shrink, v[3] * shrink)};
-        return *(Packed<half_t, 4>*)&kept;
-    }
-    __device__ static Packed<float, 4> save(const float (&v)[4], float sign, const ScaleBack& scale, float*) {
-        return {{scale(v[0] * sign), scale(v[1] * sign), scale(v[2] * sign), scale(v[3] * sign)}};
-    }
     __device__ static Packed<saved_t, 4> save(const float (&v)[4], float sign, const ScaleBack& scale) {
-        return save(v, sign, scale, (saved_t*)0);
+        Packed<saved_t, 4> kept;
+        float shrink = power_of_two(-SAVED_SHIFT) * sign;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) kept.v[i] = from_acc<saved_t>(SPLIT == 1 ? v[i] * shrink : scale(v[i] * sign));
+        return kept;
     }
 
     __device__ void restart() { seen = 0; }
@@ -2955,13 +2926,13 @@ struct Pool {
         int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
         if (SAVE && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
         if (!STATISTICS) return;
-        if (threadIdx.x % (THREADS / PARTS_N) == 0) counts[threadIdx.x / (THREADS / PARTS_N)] = seen;
+        if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
         __syncthreads();
         int m = blockIdx.y * TILE_M + threadIdx.x;
         if (threadIdx.x >= TILE_M || m >= OUT_CHANNELS) return;
         float2 all = moments[threadIdx.x];
         float count = counts[0];
-        for (int part = 1; part < PARTS_N; part++) {
+        for (int part = 1; part < WARPS_N; part++) {
             Merge merge(count, counts[part]);
             all = merge(all, moments[part * TILE_M + threadIdx.x]);
             count = merge.count;
@@ -2978,9 +2949,9 @@ struct Pool {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials,
-    INOUT u8* __restrict__ taps, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
+    INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
-    __shared__ int counts[PARTS_N], channel_exponents[TILE_M];
+    __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
     for (int i = threadIdx.x; i < TILE_M; i += THREADS) {
         int m = blockIdx.y * TILE_M + i;
@@ -2989,137 +2960,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
         channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;
     }
     DYNAMIC_SHARED(u8, shared);
-    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs,
+    PoolEpilogue epilogue = {pooled, partials, argmax, saved, unit_exponents, channel_exponents, signs,
         (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
     convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
 }
 """,
-    "conv_mma.cuh": r"""// Transposed convolution with stride 1, dilation 1 and one group on tensor cores (sm_80 and newer): loads and main
-// loop.
+    "conv_mma.cuh": r"""// The convolution of implicit_gemm.cuh by mma.sync (sm_80 and newer).
 //
-//     sums[n, m, oh, ow] = sum_{k, kh, kw} x[n, k, oh + PAD_H - kh, ow + PAD_W - kw] * w[k, m, kh, kw]
+// The band lies in shared memory as lines of packed fp16 tiles [row][column][64 halves], every tap reads them shifted,
+// by ldmatrix. A zero row comes first, which rows outside the image read; GAP zero lines between rows are the right
+// border of one and the left border of the next:
 //
-// dgrad is the same sum over dy with PAD' = KERNEL - 1 - PAD and flipped, transposed weights (pack_weight_fp16.cu).
+//               GAP       IN_W
+//     row -1    | 0 0 | 0 0 0 0 0 0 0 |    a line in each place: 64 halves of a pixel
+//     row 0     | 0 0 | x x x x x x x |    PITCH = GAP + IN_W lines a row
+//     row 1     | 0 0 | x x x x x x x |    with RESIDENT, CHUNKS such bands
+//               | 0 0 |
 //
-// Implicit GEMM: channels m are rows, pixels are columns, the sum runs over chunks of input channels and taps. A block
-// owns one unit: TILE_M channels and UNIT_PASSES passes of TILE_N pixels of one image. The rows of x that it needs (the
-// band) lie in shared memory as fp16 cells [row][column][64 halves]; every tap reads them shifted, by ldmatrix. Weights
-// stream through a ring of STAGES cp.async stages, one tap of one chunk each. Each warp owns 64 channels x 8 WARP_TILES
-// pixels. An epilogue, the kernel's own, takes the sums of each turn.
+// The order of a line's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in
+// different banks. A step of weights is one tap of one chunk.
 //
-// Pixels are ordered by 2x2 windows: the upper row of four windows is an n8-tile, their lower row the next one, so that
-// a lane's accumulators are whole windows. ADJACENT 1: the windows of a lane are neighbours, for wide stores; 0: those
-// of four lanes are.
-//
-// Cells: a zero row comes first, rows outside the image read it; GAP zero cells between rows serve as left and right
-// border. The order of a cell's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in
-// different banks.
-//
-// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already
-// (fp16_cells.cu).
-//
-// Macros: those of pooled_planes.cuh (WINDOW_PITCH is WINDOWS_W) and fp16_cells.cuh, scalar_t (float, half_t, bf16_t),
-// CELLS, input_t (scalar_t, half_t for cells), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W,
-// KERNEL_H, KERNEL_W, PAD_H, PAD_W, WARPS_M, WARPS_N, UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most),
-// GAP, RESIDENT (1: all chunks of the band stay in shared memory, 0: each turn loads one after the other), STAGES,
-// TILE_M, THREADS, PARTS_N (warps that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with
-// the epilogue's), ADJACENT.
+// Macros besides those of implicit_gemm.cuh: UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most), RESIDENT (1:
+// all chunks of the band stay in shared memory, 0: each turn loads one after the other). WINDOW_PITCH is WINDOWS_W.
 #pragma once
-#include "common.cuh"
-#include "async_copy.cuh"
-#include "pooled_planes.cuh"
-
-#define TAPS (KERNEL_H * KERNEL_W)
-#define WARP_TILES 8            // n8-tiles of a warp
-#define PAIRS (WARP_TILES / 2)  // of tiles, the upper and lower rows of four windows
-#define TILE_N (8 * WARP_TILES * WARPS_N)
-#define PITCH (IN_W + GAP)
-#define BAND_CELLS (GAP + (BAND_ROWS + 1) * PITCH)
-#define PASS_WINDOWS (TILE_N / 4)
-// Pairs that an image's last windows need; SPLIT 1's units of one turn do not care.
-#define LAST_PAIRS \
-    (UNIT_PASSES == 1 && SPLIT == 1 ? PAIRS : ((WINDOWS - 1) % PASS_WINDOWS + WARPS_N * 4) / (WARPS_N * 4))
-
-#include "fp16_cells.cuh"
 #include "mma.cuh"
 
+#define PITCH (IN_W + GAP)
+#define BAND_LINES (GAP + (BAND_ROWS + 1) * PITCH)
 #define SLICES_AT_ONCE (THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
 // Of 16 channels; those past IN_CHANNELS are zero.
 #define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)
-enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_CELLS * CELL_BYTES };
-// Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are
-// loaded once, under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
-enum { GUESS = 10, SLACK = 6 };
+enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_LINES * LINE_BYTES };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
-static_assert(
-    THREADS == 32 * WARPS_M * WARPS_N && TILE_M == 64 * WARPS_M && PARTS_N == WARPS_N, "a warp has 64 channels");
-static_assert(UNIT_WINDOWS == UNIT_PASSES * PASS_WINDOWS, "a unit is its passes");
-static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
-static_assert(PACKED_WIDTH == CHUNKS * CELL_BYTES / 2, "weights are packed in cells");
+static_assert(TILES == 4 && LAST_TILES <= TILES && UNIT_WINDOWS == UNIT_PASSES * PASS_WINDOWS, "a unit is its passes");
+static_assert(PACKED_WIDTH == CHUNKS * LINE_BYTES / 2, "weights are packed in lines");
 
-#if SPLIT == 2 && !defined(CUPY_KERNELS_EMULATOR)
-typedef unsigned Row;  // of ldmatrix: an address in shared memory, in one register, of which SPLIT 2 has none to spare
-__device__ inline Row row_at(const u8* p) { return (unsigned)__cvta_generic_to_shared(p); }
-__device__ inline Row other_part(Row row, int parts) { return row ^ parts * 16; }
-#else
-typedef const u8* Row;
-__device__ inline Row row_at(const u8* p) { return p; }
-#endif
-
-typedef float Sums[4][WARP_TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
-
-// What epilogues see of a turn: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows.
-#define LANE_ROWS 8
-#define LANE_WINDOWS PAIRS
-
-__device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
-    return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
-}
-
-// Which window of a warp's `pairs` times 4 the j-th one of lanes 4 n + quad is.
-__device__ inline int lane_window(int quad, int j, int pairs) { return ADJACENT ? quad * pairs + j : j * 4 + quad; }
-
-// The pixel of a corner of a 2x2 window. Windows past the last one, and the missing half of windows at an odd edge, are
-// not valid.
-struct Pixel {
-    int oh, ow;
-    __device__ Pixel(int window, int corner) {
-        oh = window / WINDOWS_W * 2 + corner / 2;
-        ow = window % WINDOWS_W * 2 + corner % 2;
-    }
-    // Of a window that exists.
-    __device__ bool valid() const { return (OUT_H % 2 == 0 || oh < OUT_H) && (OUT_W % 2 == 0 || ow < OUT_W); }
-};
-
-// Where the sums of a lane belong.
-struct Place {
-    i64 image;
-    int channel, first_window, pairs, end_window;  // the lane's first channel in the block; the warp's windows
-
-    __device__ int window(int t) const { return first_window + lane_window(threadIdx.x % 4, t, pairs); }
-    __device__ bool exists(int t) const { return t < pairs && window(t) < end_window; }
-    // Whether a pixel of a window that exists does.
-    __device__ bool inside(int t, int corner) const { return Pixel(window(t), corner).valid(); }
-    // All pixels exist, which is the usual case and needs no masks.
-    __device__ bool full() const {
-        return OUT_H % 2 == 0 && OUT_W % 2 == 0 && pairs == PAIRS && first_window + PAIRS * 4 == end_window;
-    }
-    // The warp has `count` windows from `start` on, a number that begins with row `first_row` of windows.
-    __device__ int start() const { return first_window; }
-    __device__ int count() const { return min(pairs * 4, end_window - first_window); }
-    __device__ int first_row() const { return 0; }
-};
-
-// Order of a band cell's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without
-// a gap.
-__device__ inline int band_key(int row, int column) {
-    unsigned place = row * WINDOWS_W + column;
-    return ADJACENT ? place / WARP_TILES % 4 * 2 + place % 2 : place % 8;
-}
-
-// Rows of x [first, end) that a window needs, as if x had rows beyond its own.
-__device__ constexpr int first_row_of(int window) { return window / WINDOWS_W * 2 + PAD_H - (KERNEL_H - 1); }
-__device__ constexpr int end_row_of(int window) { return window / WINDOWS_W * 2 + 1 + PAD_H + 1; }
 __device__ constexpr bool bands_fit() {
     for (int first = 0; first < WINDOWS; first += UNIT_WINDOWS) {
         int last = first + UNIT_WINDOWS < WINDOWS ? first + UNIT_WINDOWS - 1 : WINDOWS - 1;
@@ -3131,272 +3006,268 @@ __device__ constexpr bool bands_fit() {
 }
 static_assert(bands_fit(), "a band has the rows of x that a unit needs");
 
-// What a block works on.
-struct Unit {
-    i64 image;
-    int first_window, passes, first_row, last_row;  // rows [first_row, last_row) of x
+#ifdef CUPY_KERNELS_EMULATOR
+typedef const u8* Row;
+__device__ inline Row row_at(const u8* p) { return p; }
+#else
+typedef unsigned Row;  // of ldmatrix: an address in shared memory, in one register, of which SPLIT 2 has none to spare
+__device__ inline Row row_at(const u8* p) { return (unsigned)__cvta_generic_to_shared(p); }
+__device__ inline Row other_part(Row row, int parts) { return row ^ parts * 16; }
+#endif
 
-    __device__ explicit Unit(i64 block) {
-        image = block / UNITS;
-        first_window = block % UNITS * UNIT_WINDOWS;
-        int last_window = min(first_window + UNIT_WINDOWS, WINDOWS) - 1;
-        passes = (last_window - first_window) / PASS_WINDOWS + 1;
-        first_row = max(0, first_row_of(first_window));
-        last_row = min(IN_H, end_row_of(last_window));
-    }
-};
+typedef float Sums[4][2 * TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
+#define LANE_ROWS 8
+#define LANE_WINDOWS TILES
 
-// Zeros in the cells that hold no pixel: the zero row, and the borders.
-__device__ inline void clear_border(u8* cells) {
+__device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
+    return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
+}
+
+// Order of a band line's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without
+// a gap.
+__device__ inline int band_key(int row, int column) {
+    unsigned place = row * WINDOWS_W + column;
+    return ADJACENT ? place / (2 * TILES) % 4 * 2 + place % 2 : place % 8;
+}
+
+__device__ inline u8* band_of(u8* shared, int chunk) {
+    return shared + (RESIDENT ? chunk : 0) * BAND_LINES * LINE_BYTES;
+}
+
+// Zeros in the lines that hold no pixel: the zero row, and the borders.
+__device__ inline void clear_border(u8* lines) {
     enum { ZERO_ROW = PITCH + GAP, COUNT = (ZERO_ROW + BAND_ROWS * GAP) * 8, BORDER = GAP ? GAP : 1 };
     for (int i = threadIdx.x; i < COUNT; i += THREADS) {
         int at = i / 8, right = at - ZERO_ROW;
-        int cell = right < 0 ? at : (right / BORDER + 1) * PITCH + GAP + IN_W + right % BORDER;
-        *(uint4*)(cells + cell_offset(cell, i % 8)) = make_uint4(0, 0, 0, 0);
+        int line = right < 0 ? at : (right / BORDER + 1) * PITCH + GAP + IN_W + right % BORDER;
+        *(uint4*)(lines + line_offset(line, i % 8)) = make_uint4(0, 0, 0, 0);
     }
 }
 
-#if CELLS
-// Copies chunk `chunk` of a unit's rows, asynchronously. `source`: row first_row of chunk 0.
-__device__ inline void copy_band(const half_t* source, const Unit& unit, u8* cells, int chunk) {
-    source += (i64)chunk * IN_H * IN_W * (CELL_BYTES / 2);
-    for (int i = threadIdx.x; i < (unit.last_row - unit.first_row) * IN_W * 8; i += THREADS) {
-        int row = i / 8 / IN_W, column = i / 8 % IN_W + GAP;
-        cp_async_16(
-            cells + cell_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)),
-            source + i * 8, true);
-    }
-    cp_async_commit();
-}
-#else
-// Exponent of the scale for a unit's rows, all channels. `source`: channel 0 of row first_row.
-__device__ inline int band_exponent(const scalar_t* source, const Unit& unit, unsigned* scratch) {
-    enum { WIDTH = IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t), BATCH = 16 };
-    typedef Packed<scalar_t, WIDTH> Pack;
-    int count = (unit.last_row - unit.first_row) * IN_W / WIDTH;
-    unsigned largest = 0;
-    for (int k = threadIdx.x / 32; k < IN_CHANNELS; k += THREADS / 32) {
-        const Pack* row = (const Pack*)(source + k * IN_H * IN_W);
-        for (int first = threadIdx.x % 32; first < count; first += 32 * BATCH) {
-            Pack in[BATCH];
-            #pragma unroll
-            for (int i = 0; i < BATCH; i++) in[i] = row[min(first + i * 32, count - 1)];
-            #pragma unroll
-            for (int i = 0; i < BATCH * WIDTH; i++)
-                largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
-        }
-    }
-    return scale_exponent(block_max(largest, scratch));
-}
+// load(chunk): brings one chunk of the unit's rows into lines.
+template <bool> struct Band;
 
-// Brings chunk `chunk` of a unit's rows into cells, scaled; `largest` grows to their largest finite magnitude.
-__device__ inline void load_band(
-    const scalar_t* source, const Unit& unit, u8* cells, int chunk, float scale, unsigned& largest) {
-    // Not resident, the sums hold the registers; SPLIT 2 has room where its fragments will be.
-    enum { BATCH = RESIDENT ? 8 : SPLIT == 2 ? 4 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };
-    // Lanes take 32 pixels in such an order that eight at a time write to different banks.
-    int lane = threadIdx.x % 32, spread = lane;
-    if (ADJACENT) spread = lane % 2 + lane / 2 % 4 * WARP_TILES + lane / 8 % PAIRS * 2;
-    for (int first = threadIdx.x - lane + spread; first < COUNT; first += THREADS * BATCH) {
-        float v[BATCH][8];
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W),
-                k = chunk * CHUNK_CHANNELS + i / (BAND_ROWS * IN_W) * 8;
-            bool inside = unit.first_row + pixel / IN_W < unit.last_row && k < IN_CHANNELS && i < COUNT;
-            const scalar_t* from = source + k * IN_H * IN_W + pixel;
-            #pragma unroll
-            for (int j = 0; j < 8; j++) v[b][j] = inside ? to_acc(from[j * IN_H * IN_W]) : 0;
+// x is packed: copied asynchronously.
+template <> struct Band<true> {
+    const half_t* source;  // row first_row of chunk 0
+    const Unit& unit;
+    u8* shared;
+    const int* exponents;
+    int exponent_count, exponent;
+
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
+        : source(x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2)), unit(unit),
+          shared(shared), exponents(exponents), exponent_count(exponent_count) {
+        for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(shared, chunk));
+        if (RESIDENT)
+            for (int chunk = 0; chunk < CHUNKS; chunk++) load(chunk);
+    }
+    __device__ void load(int chunk) {
+        u8* lines = band_of(shared, chunk);
+        const half_t* from = source + (i64)chunk * IN_H * IN_W * (LINE_BYTES / 2);
+        for (int i = threadIdx.x; i < (unit.end_row - unit.first_row) * IN_W * 8; i += THREADS) {
+            int row = i / 8 / IN_W, column = i / 8 % IN_W + GAP;
+            cp_async_16(
+                lines + line_offset((row + 1) * PITCH + column, i % 8, band_key(unit.first_row + row, column)),
+                from + i * 8, true);
         }
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W), row = pixel / IN_W,
-                column = pixel % IN_W + GAP;
-            #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                largest = max(largest, finite_magnitude(v[b][j]));
-                v[b][j] = multiply_unflushed(v[b][j], scale);
-            }
-            if (i < COUNT)
-                store_cell(
-                    cells, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b],
-                    band_key(unit.first_row + row, column));
+        cp_async_commit();
+    }
+    __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
+    __device__ bool fits(unsigned*) const { return true; }
+};
+
+// x is a tensor: converted under a scale that is chosen from all rows of the unit.
+template <> struct Band<false> {
+    const scalar_t* source;  // channel 0 of row first_row
+    const Unit& unit;
+    u8* shared;
+    int exponent = GUESS;
+    unsigned largest = 0;  // finite magnitude
+
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
+        : source(x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W), unit(unit), shared(shared) {
+        for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(shared, chunk));
+    }
+    __device__ void begin(unsigned* scratch) {
+        if (!RESIDENT) exponent = measured(scratch);
+        for (bool again = RESIDENT; again;) {
+            for (int chunk = 0; chunk < CHUNKS; chunk++) load(chunk);
+            int right = scale_exponent(block_max(largest, scratch));
+            again = exponent == GUESS && (right < GUESS || right > GUESS + SLACK);
+            if (again) exponent = right;
         }
     }
-}
-#endif
+    __device__ bool fits(unsigned*) const { return true; }
 
-// sums += what one tap of one chunk adds: the channels at `a_row` times the pixels at `b_row`, fragments as mma.cuh has
-// them.
-__device__ __forceinline__ void multiply(Sums& sums, Row a_row, const Row (&b_row)[PAIRS], int pairs) {
-#if SPLIT == 1
-    #pragma unroll SLICES_AT_ONCE
-    for (int slice = 0; slice < SLICES; slice++) {
-        unsigned a[4][4], b[4];
-        #pragma unroll
-        for (int i = 0; i < 4; i++) ldmatrix_x4(a[i], other_part(a_row + i * 16 * CELL_BYTES, slice * 2));
-        #pragma unroll
-        for (int j = 0; j < PAIRS; j++) {
-            if (j >= pairs) continue;
-            ldmatrix_x4(b, other_part(b_row[j], slice * 2));
+    // Exponent of the scale for the unit's rows, all channels.
+    __device__ int measured(unsigned* scratch) const {
+        enum { WIDTH = IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t) };
+        typedef Packed<scalar_t, WIDTH> Pack;
+        int count = (unit.end_row - unit.first_row) * IN_W / WIDTH;
+        unsigned largest = 0;
+        for (int k = threadIdx.x / 32; k < IN_CHANNELS; k += THREADS / 32)
+            largest =
+                max(largest, largest_of<16>((const Pack*)(source + k * IN_H * IN_W), (int)threadIdx.x % 32, 32, count));
+        return scale_exponent(block_max(largest, scratch));
+    }
+
+    __device__ void load(int chunk) {
+        u8* lines = band_of(shared, chunk);
+        float scale = power_of_two(exponent);
+        // Not resident, the sums hold the registers; SPLIT 2 has room where its fragments will be.
+        enum { BATCH = RESIDENT ? 8 : SPLIT == 2 ? 4 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };
+        // Lanes take 32 pixels in such an order that eight at a time write to different banks.
+        int lane = threadIdx.x % 32, spread = lane;
+        if (ADJACENT) spread = lane % 2 + lane / 2 % 4 * (2 * TILES) + lane / 8 % TILES * 2;
+        for (int first = threadIdx.x - lane + spread; first < COUNT; first += THREADS * BATCH) {
+            float v[BATCH][8];
             #pragma unroll
-            for (int i = 0; i < 4; i++)
+            for (int b = 0; b < BATCH; b++) {
+                int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W);
+                int k = chunk * CHUNK_CHANNELS + i / (BAND_ROWS * IN_W) * 8;
+                bool inside = unit.first_row + pixel / IN_W < unit.end_row && k < IN_CHANNELS && i < COUNT;
+                const scalar_t* from = source + k * IN_H * IN_W + pixel;
                 #pragma unroll
-                for (int n = 0; n < 2; n++) mma_m16n8k16(sums[i][2 * j + n], a[i], b[2 * n], b[2 * n + 1]);
+                for (int j = 0; j < 8; j++) v[b][j] = inside ? to_acc(from[j * IN_H * IN_W]) : 0;
+            }
+            #pragma unroll
+            for (int b = 0; b < BATCH; b++) {
+                int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W);
+                int row = pixel / IN_W, column = pixel % IN_W + GAP;
+                #pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    largest = max(largest, finite_magnitude(v[b][j]));
+                    v[b][j] = multiply_unflushed(v[b][j], scale);
+                }
+                int key = band_key(unit.first_row + row, column);
+                if (i < COUNT) store_line(lines, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b], key);
+            }
         }
     }
-#else
-    // Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add
-    // the products of this tap only, the small ones first, and an ordinary addition adds those.
-    typedef unsigned Parts[SLICES][SPLIT][4];
-    auto load = [](Parts& parts, Row row) {
+};
+
+// add<TILES>(sums, a_row, b_row): sums += what one tap of one chunk adds, the channels at `a_row` times the pixels at
+// `b_row`, fragments as mma.cuh has them. taps(tap): calls tap(kw) for a row of taps.
+template <int> struct Multiply;
+
+template <> struct Multiply<1> {
+    template <class Tap> __device__ static __forceinline__ void taps(Tap tap) {
+        for (int kw = 0; kw < KERNEL_W; kw++) tap(kw);
+    }
+    template <int COUNT> __device__ static __forceinline__ void add(Sums& sums, Row a_row, const Row (&b_row)[COUNT]) {
+        #pragma unroll SLICES_AT_ONCE
+        for (int slice = 0; slice < SLICES; slice++) {
+            unsigned a[4][4], b[4];
+            #pragma unroll
+            for (int i = 0; i < 4; i++) ldmatrix_x4(a[i], other_part(a_row + i * 16 * LINE_BYTES, slice * 2));
+            #pragma unroll
+            for (int t = 0; t < COUNT; t++) {
+                ldmatrix_x4(b, other_part(b_row[t], slice * 2));
+                #pragma unroll
+                for (int i = 0; i < 4; i++)
+                    #pragma unroll
+                    for (int n = 0; n < 2; n++) mma_m16n8k16(sums[i][2 * t + n], a[i], b[2 * n], b[2 * n + 1]);
+            }
+        }
+    }
+};
+
+// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add the
+// products of this tap only, the small ones first, and an ordinary addition adds those.
+template <> struct Multiply<2> {
+    template <class Tap> __device__ static __forceinline__ void taps(Tap tap) {
+        #pragma unroll 1
+        for (int kw = 0; kw < KERNEL_W; kw++) tap(kw);
+    }
+    typedef unsigned Parts[SLICES][2][4];
+
+    __device__ static __forceinline__ void load(Parts& parts, Row row) {
         #pragma unroll
         for (int slice = 0; slice < SLICES; slice++)
             #pragma unroll
-            for (int part = 0; part < SPLIT; part++)
+            for (int part = 0; part < 2; part++)
                 ldmatrix_x4(parts[slice][part], other_part(row, part * (CHUNK_CHANNELS / 8) + slice * 2));
-    };
-    Parts a[4], b;
-    #pragma unroll
-    for (int i = 0; i < 4; i++) load(a[i], a_row + i * 16 * CELL_BYTES);
-    #pragma unroll
-    for (int j = 0; j < PAIRS; j++) {
-        if (j >= pairs) continue;
-        load(b, b_row[j]);
+    }
+    template <int COUNT> __device__ static __forceinline__ void add(Sums& sums, Row a_row, const Row (&b_row)[COUNT]) {
+        Parts a[4], b;
         #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float partial[2][4] = {};
+        for (int i = 0; i < 4; i++) load(a[i], a_row + i * 16 * LINE_BYTES);
+        #pragma unroll
+        for (int t = 0; t < COUNT; t++) {
+            load(b, b_row[t]);
             #pragma unroll
-            for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
+            for (int i = 0; i < 4; i++) {
+                float partial[2][4] = {};
                 #pragma unroll
-                for (int slice = 0; slice < SLICES; slice++)
+                for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
                     #pragma unroll
-                    for (int n = 0; n < 2; n++) {
-                        const unsigned (&right)[4] = b[slice][product == 1];
-                        mma_m16n8k16(partial[n], a[i][slice][product == 0], right[2 * n], right[2 * n + 1]);
-                    }
-            #pragma unroll
-            for (int t = 0; t < 8; t++) sums[i][2 * j + t / 4][t % 4] += partial[t / 4][t % 4];
+                    for (int slice = 0; slice < SLICES; slice++)
+                        #pragma unroll
+                        for (int n = 0; n < 2; n++) {
+                            const unsigned (&right)[4] = b[slice][product == 1];
+                            mma_m16n8k16(partial[n], a[i][slice][product == 0], right[2 * n], right[2 * n + 1]);
+                        }
+                #pragma unroll
+                for (int j = 0; j < 8; j++) sums[i][2 * t + j / 4][j % 4] += partial[j / 4][j % 4];
+            }
         }
     }
-#endif
-}
+};
 
-// The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them.
-template <class Epilogue>
-__device__ inline void convolve(
-    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
-    Epilogue& epilogue) {
-    u8* ring = shared + RING_OFFSET;
-    auto band_of = [&](int chunk) { return shared + (RESIDENT ? chunk : 0) * BAND_CELLS * CELL_BYTES; };
-    for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(chunk));
-    int lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
-    Unit unit(blockIdx.x);
-#if CELLS
-    const input_t* source = x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (CELL_BYTES / 2);
-    auto bring_band = [&](int chunk) { copy_band(source, unit, band_of(chunk), chunk); };
-    if (RESIDENT)
-        for (int chunk = 0; chunk < CHUNKS; chunk++) bring_band(chunk);
-#else
-    const input_t* source = x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W;
-    int exponent = GUESS;
-    unsigned largest = 0;
-    auto bring_band = [&](int chunk) {
-        load_band(source, unit, band_of(chunk), chunk, power_of_two(exponent), largest);
-    };
-#endif
-    const u8* weights = (const u8*)packed + (i64)blockIdx.y * CHUNKS * TAPS * STAGE_BYTES;
+struct MainLoop {
+    const Unit& unit;
+    Band<X_PACKED>& band;
+    u8* shared;
+    WeightRing<STAGE_BYTES, CHUNKS * TAPS> weights;
+    int stage = 0, lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
 
-    // Past the last step it fetches the first ones again, which nobody reads: cheaper than to ask each time.
-    int from = 0, stage = 0;
-    auto fetch = [&](int to) {
-#if SPLIT == 2  // addresses that differ by constants: one for all copies
-        u8* target = ring + to + threadIdx.x * 16;
-        const u8* mine = weights + (from + (int)threadIdx.x * 16);
-        #pragma unroll
-        for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++)
-            cp_async_16(target + i * THREADS * 16, mine + i * THREADS * 16, true);
-#else
-        #pragma unroll
-        for (int i = 0; i < STAGE_BYTES / 16 / THREADS; i++) {
-            int at = (i * THREADS + threadIdx.x) * 16;
-            cp_async_16(ring + to + at, weights + from + at, true);
-        }
-#endif
-        from = from + STAGE_BYTES == CHUNKS * TAPS * STAGE_BYTES ? 0 : from + STAGE_BYTES;
-        cp_async_commit();
-    };
-    for (int i = 0; i < STAGES - 1; i++) fetch(i * STAGE_BYTES);
-
-#if CELLS
-    int exponent = smallest_exponent(x_exponents, x_exponent_count, scratch);
-#else
-    if (!RESIDENT) exponent = band_exponent(source, unit, scratch);
-    for (bool again = RESIDENT; again;) {
-        for (int chunk = 0; chunk < CHUNKS; chunk++) bring_band(chunk);
-        int right = scale_exponent(block_max(largest, scratch));
-        again = exponent == GUESS && (right < GUESS || right > GUESS + SLACK);
-        if (again) exponent = right;
+    __device__ MainLoop(const Unit& unit, Band<X_PACKED>& band, const half_t* packed, u8* shared)
+        : unit(unit), band(band), shared(shared), weights(shared + RING_OFFSET, packed) {
+        for (int i = 0; i < STAGES - 1; i++) weights.fetch(i * STAGE_BYTES);
     }
-#endif
+    __device__ int channel() const { return warp_m * 64 + lane / 4; }
 
-    // A turn over windows of which the warp's first is `first_window`. `pairs` is a constant at each call, so that a
-    // copy is made for it.
-    auto run_pass = [&](Sums& sums, const int pairs, int first_window) __attribute__((always_inline)) {
-        // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of pair j; lanes 8 to 15 and 24 to 31
+    template <int COUNT> __device__ __forceinline__ void turn(Sums& sums, int, int first_window) {
+        // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of tile t; lanes 8 to 15 and 24 to 31
         // turn channels + 8.
-        int row_of[PAIRS], column_of[PAIRS];
+        int row_of[COUNT], column_of[COUNT];
         #pragma unroll
-        for (int j = 0; j < PAIRS; j++) {
-            Pixel pixel(first_window + lane_window(lane % 8 / 2, j, pairs), lane / 16 * 2 + lane % 2);
-            row_of[j] = pixel.oh + PAD_H;
-            column_of[j] = GAP + min(pixel.ow, OUT_W - 1) + PAD_W;
+        for (int t = 0; t < COUNT; t++) {
+            Pixel pixel(first_window + lane_window(lane % 8 / 2, t, COUNT), lane / 16 * 2 + lane % 2);
+            row_of[t] = pixel.oh + PAD_H;
+            column_of[t] = GAP + min(pixel.ow, OUT_W - 1) + PAD_W;
         }
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             if (!RESIDENT) {
                 __syncthreads();
-                bring_band(chunk);
-                if (CELLS) cp_async_wait<0>();
+                band.load(chunk);
+                if (X_PACKED) cp_async_wait<0>();
                 __syncthreads();
             }
-            Row chunk_cells = row_at(band_of(chunk)), a_row, b_row[PAIRS];
+            Row chunk_lines = row_at(band_of(shared, chunk)), a_row, b_row[COUNT];
             // Called when the last tap's fragments are loaded: its stage is free once all warps are here.
             auto turn_to = [&](int kh, int kw) __attribute__((always_inline)) {
                 cp_async_wait<STAGES - 2>();
                 __syncthreads();
-                fetch(stage ? stage - STAGE_BYTES : (STAGES - 1) * STAGE_BYTES);
-                a_row = row_at(ring) + stage + cell_offset(warp_m * 64 + lane % 16, lane / 16);
-                stage = stage + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
+                weights.fetch(weights.previous(stage));
+                a_row = row_at(weights.ring) + stage + line_offset(warp_m * 64 + lane % 16, lane / 16);
+                stage = weights.next(stage);
                 #pragma unroll
-                for (int j = 0; j < PAIRS; j++) {
-                    int ih = row_of[j] - kh, column = column_of[j] - kw;
-                    int row_cell = ih >= 0 && ih < unit.last_row ? (ih - unit.first_row + 1) * PITCH : 0;
-                    b_row[j] = chunk_cells + cell_offset(row_cell + column, lane / 8 % 2, band_key(ih, column));
+                for (int t = 0; t < COUNT; t++) {
+                    int ih = row_of[t] - kh, column = column_of[t] - kw;
+                    int row_line = ih >= 0 && ih < unit.end_row ? (ih - unit.first_row + 1) * PITCH : 0;
+                    b_row[t] = chunk_lines + line_offset(row_line + column, lane / 8 % 2, band_key(ih, column));
                 }
             };
-            for (int kh = 0; kh < KERNEL_H; kh++) {
-#if SPLIT == 2
-                #pragma unroll 1
-#endif
-                for (int kw = 0; kw < KERNEL_W; kw++) {
+            for (int kh = 0; kh < KERNEL_H; kh++)
+                Multiply<SPLIT>::taps([&](int kw) __attribute__((always_inline)) {
                     turn_to(kh, kw);
-                    multiply(sums, a_row, b_row, pairs);
-                }
-            }
+                    Multiply<SPLIT>::add(sums, a_row, b_row);
+                });
         }
-    };
-    for (int turn = 0; turn < unit.passes; turn++) {
-        bool trimmed = LAST_PAIRS < PAIRS && unit.first_window + (turn + 1) * PASS_WINDOWS >= WINDOWS;
-        int pairs = trimmed ? LAST_PAIRS : PAIRS,
-            first_window = unit.first_window + turn * PASS_WINDOWS + warp_n * (pairs * 4);
-        Sums sums = {};
-        if (trimmed) run_pass(sums, LAST_PAIRS, first_window);
-        else run_pass(sums, PAIRS, first_window);
-        int end_window = min(first_window + pairs * 4, WINDOWS);
-        epilogue.turn(sums, Place{unit.image, warp_m * 64 + lane / 4, first_window, pairs, end_window}, exponent);
     }
-    epilogue.finish(exponent);
-}
+};
 """,
     "conv_transpose.cu": r"""// Transposed convolution and its input gradient as one implicit GEMM on ordinary FMA units, for any hyper-parameters.
 //
@@ -3423,11 +3294,8 @@ extern "C" __global__ void pack_weight(
     i64 size = (i64)groups * taps * in_channels * out_channels;
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size) return;
-#if DGRAD
-    int ic = i % in_channels, oc = i / in_channels % out_channels;
-#else
-    int oc = i % out_channels, ic = i / out_channels % in_channels;
-#endif
+    int ic = DGRAD ? i % in_channels : i / out_channels % in_channels,
+        oc = DGRAD ? i / in_channels % out_channels : i % out_channels;
     i64 block = i / ((i64)in_channels * out_channels);
     int tap = block % taps, group = block / taps;
     packed[i] = to_acc(w[(((i64)group * in_channels + ic) * out_channels + oc) * taps + tap]);
@@ -3437,20 +3305,10 @@ struct Window {  // one spatial dimension
     int phase, pad, dilation, stride;
 
     // Whether tap k meets pixels of this phase.
-    __device__ bool meets(int k) const {
-#if DGRAD
-        return true;
-#else
-        return (phase + pad - k * dilation) % stride == 0;
-#endif
-    }
+    __device__ bool meets(int k) const { return DGRAD || (phase + pad - k * dilation) % stride == 0; }
     // Source of pixel r (counted within its phase) for tap k.
     __device__ int source(int r, int k) const {
-#if DGRAD
-        return r * stride - pad + k * dilation;
-#else
-        return r + (phase + pad - k * dilation) / stride;
-#endif
+        return DGRAD ? r * stride - pad + k * dilation : r + (phase + pad - k * dilation) / stride;
     }
 };
 
@@ -3480,57 +3338,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
     const acc_t* weights = packed + (i64)group * kernel_h * kernel_w * channels_in * channels_out;
 
     Accumulators acc = {};
-    acc_t next_a[LOADS_M], next_b[LOADS_N];
-    int kh = 0, kw = -1, k = channels_in, buffer = 0, offset = 0;  // "the end of the tap before the first"
+    int kh = 0, kw = -1, k = channels_in, offset = 0;  // "the end of the tap before the first"
     bool inside = false;
-    int sums = 0;  // multiplied steps
-    bool primed = false;
-    for (;;) {
-        bool more = true;
+    sum_steps<false>(acc, tiles, [&](acc_t(&next_a)[LOADS_M], acc_t(&next_b)[LOADS_N]) {
         if (k >= channels_in) {  // next tap that meets this phase
             do {
                 if (++kw == kernel_w) kw = 0, kh++;
             } while (kh < kernel_h && !(rows.meets(kh) && columns.meets(kw)));
-            more = kh < kernel_h;
+            if (kh >= kernel_h) return false;
             k = 0;
             int h = rows.source(r, kh), w = columns.source(c, kw);
             inside = in_range && h >= 0 && h < in_h && w >= 0 && w < in_w;
             offset = h * in_w + w;
         }
-        if (more) {
-            const acc_t* a = weights + ((i64)(kh * kernel_w + kw) * channels_in + k) * channels_out;
-            #pragma unroll
-            for (int i = 0; i < LOADS_M; i++) {
-                int index = threadIdx.x + i * THREADS, row = index / TILE_M, m = m_start + index % TILE_M;
-                next_a[i] = k + row < channels_in && m < channels_out ? a[row * channels_out + m] : 0;
-            }
-            #pragma unroll
-            for (int i = 0; i < LOADS_N; i++) {
-                int row = k + (threadIdx.x + i * THREADS) / TILE_N;
-                next_b[i] = inside && row < channels_in ? to_acc(source[row * in_pixels + offset]) : 0;
-            }
-        }
-        if (primed) {
-            multiply_tiles(acc, tiles.a[buffer], tiles.b[buffer]);
-            if (++sums % STEPS_PER_SUM == 0) store_sum(acc, tiles, sums == STEPS_PER_SUM);
-        }
-        if (!more) break;
-        buffer ^= 1;
+        const acc_t* a = weights + ((i64)(kh * kernel_w + kw) * channels_in + k) * channels_out;
         #pragma unroll
         for (int i = 0; i < LOADS_M; i++) {
-            int index = threadIdx.x + i * THREADS;
-            tiles.a[buffer][index / TILE_M * ROW_M + index % TILE_M] = next_a[i];
+            int index = threadIdx.x + i * THREADS, row = index / TILE_M, m = m_start + index % TILE_M;
+            next_a[i] = k + row < channels_in && m < channels_out ? a[row * channels_out + m] : 0;
         }
         #pragma unroll
         for (int i = 0; i < LOADS_N; i++) {
-            int index = threadIdx.x + i * THREADS;
-            tiles.b[buffer][index / TILE_N * ROW_N + index % TILE_N] = next_b[i];
+            int row = k + (threadIdx.x + i * THREADS) / TILE_N;
+            next_b[i] = inside && row < channels_in ? to_acc(source[row * in_pixels + offset]) : 0;
         }
-        __syncthreads();
-        primed = true;
         k += TILE_K;
-    }
-    finish_sum(acc, tiles, sums >= STEPS_PER_SUM);
+        return true;
+    });
 
     int thread_m = threadIdx.x / THREADS_N, thread_n = threadIdx.x % THREADS_N;
     #pragma unroll
@@ -3555,19 +3389,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
 //
 // Four lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that
 // each has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. Macros: WGMMA
-// (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file.
-#include "common.cuh"
-#include "pooled_planes.cuh"
-#include "async_copy.cuh"
-#include "fp16_cells.cuh"
-#if WGMMA
-#include "conv_wgmma.cuh"
-enum { STORED_WINDOWS = MOST_TILES };  // of LANE_WINDOWS
-#else
+// (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of implicit_gemm.cuh and of that file.
 #define ADJACENT 0
-#include "conv_mma.cuh"
-enum { STORED_WINDOWS = LANE_WINDOWS };
-#endif
+#include "implicit_gemm.cuh"
 static_assert(EPILOGUE_OFFSET == SHARED_BYTES, "the epilogue needs none of the shared memory");
 
 // Two neighbouring windows' left pixels in a row.
@@ -3578,10 +3402,11 @@ struct Spot {
 
     // The upper or lower row of windows `first` and first + 1 of the warp, in the plane.
     __device__ __forceinline__ Spot(const Place& place, int first, int lower, scalar_t* plane) {
-        int row = (place.start() + first) / WINDOW_PITCH, column = (place.start() + first) % WINDOW_PITCH, at[2];
+        int row = (place.first_window + first) / WINDOW_PITCH, column = (place.first_window + first) % WINDOW_PITCH,
+            at[2];
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            int oh = (place.first_row() + row) * 2 + lower;
+            int oh = row * 2 + lower;
             exists[j] =
                 first + j >= 0 && first + j < place.count() && column < WINDOWS_W && (OUT_H % 2 == 0 || oh < OUT_H);
             last_column[j] = OUT_W % 2 && column == WINDOWS_W - 1;
@@ -3615,7 +3440,7 @@ struct Finish {
     __device__ scalar_t operator()(float sum) const { return from_acc<scalar_t>(scale(sum, shift)); }
 };
 
-struct Store {
+struct StoreEpilogue {
     const scalar_t* bias;
     scalar_t* y;
     const int* exponents;
@@ -3658,7 +3483,7 @@ struct Store {
                     }
                     #pragma unroll
                     for (int i = 0; i < 2; i++)
-                        if (t + 2 * i < STORED_WINDOWS) spots[i].store(row * 8, lines[i]);
+                        if (t + 2 * i < MOST_TILES) spots[i].store(row * 8, lines[i]);
                     if (odd && t == 0 && quad == 0)
                         Spot(place, -1, lower, plane)
                             .store(
@@ -3679,7 +3504,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     int x_exponent_count) {
     __shared__ unsigned scratch[32];
     DYNAMIC_SHARED(u8, shared);
-    Store epilogue = {bias, y, exponents};
+    StoreEpilogue epilogue = {bias, y, exponents};
     convolve(x, x_exponents, x_exponent_count, packed, shared, scratch, epilogue);
 }
 """,
@@ -3713,52 +3538,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
     int image = pixel / in_pixels, h = pixel % in_pixels / in_w, w = pixel % in_pixels % in_w;
 
     Accumulators acc = {};
-    acc_t next_a[LOADS_M], next_b[LOADS_N];
-    int buffer = 0;
-    int sums = 0;  // multiplied steps
-    bool primed = false;
-    for (int start = blockIdx.y * split_pixels;; start += TILE_K) {
-        bool more = start < steps_end;
-        if (more) {
-            int oh = h * stride_h + shift_h, ow = w * stride_w + shift_w;
-            bool inside = pixel < steps_end && oh >= 0 && oh < out_h && ow >= 0 && ow < out_w;
-            i64 place = (i64)image * groups + group;
-            const scalar_t* a = x + place * in_channels * in_pixels + h * in_w + w;
-            const scalar_t* b = dy + place * out_channels * out_pixels + oh * out_w + ow;
-            #pragma unroll
-            for (int i = 0; i < LOADS_M; i++) {
-                int m = m_start + (threadIdx.x + i * THREADS) / TILE_K;
-                next_a[i] = inside && m < in_channels ? to_acc(a[m * in_pixels]) : 0;
-            }
-            #pragma unroll
-            for (int i = 0; i < LOADS_N; i++) {
-                int n = n_start + (threadIdx.x + i * THREADS) / TILE_K;
-                next_b[i] = inside && n < out_channels ? to_acc(b[n * out_pixels]) : 0;
-            }
-            pixel += TILE_K;
-            for (w += TILE_K; w >= in_w; w -= in_w) h++;
-            for (; h >= in_h; h -= in_h) image++;
-        }
-        if (primed) {
-            multiply_tiles(acc, tiles.a[buffer], tiles.b[buffer]);
-            if (++sums % STEPS_PER_SUM == 0) store_sum(acc, tiles, sums == STEPS_PER_SUM);
-        }
-        if (!more) break;
-        buffer ^= 1;
+    int start = blockIdx.y * split_pixels;
+    sum_steps<true>(acc, tiles, [&](acc_t(&next_a)[LOADS_M], acc_t(&next_b)[LOADS_N]) {
+        if (start >= steps_end) return false;
+        int oh = h * stride_h + shift_h, ow = w * stride_w + shift_w;
+        bool inside = pixel < steps_end && oh >= 0 && oh < out_h && ow >= 0 && ow < out_w;
+        i64 place = (i64)image * groups + group;
+        const scalar_t* a = x + place * in_channels * in_pixels + h * in_w + w;
+        const scalar_t* b = dy + place * out_channels * out_pixels + oh * out_w + ow;
         #pragma unroll
         for (int i = 0; i < LOADS_M; i++) {
-            int index = threadIdx.x + i * THREADS;
-            tiles.a[buffer][index % TILE_K * ROW_M + index / TILE_K] = next_a[i];
+            int m = m_start + (threadIdx.x + i * THREADS) / TILE_K;
+            next_a[i] = inside && m < in_channels ? to_acc(a[m * in_pixels]) : 0;
         }
         #pragma unroll
         for (int i = 0; i < LOADS_N; i++) {
-            int index = threadIdx.x + i * THREADS;
-            tiles.b[buffer][index % TILE_K * ROW_N + index / TILE_K] = next_b[i];
+            int n = n_start + (threadIdx.x + i * THREADS) / TILE_K;
+            next_b[i] = inside && n < out_channels ? to_acc(b[n * out_pixels]) : 0;
         }
-        __syncthreads();
-        primed = true;
-    }
-    finish_sum(acc, tiles, sums >= STEPS_PER_SUM);
+        start += TILE_K, pixel += TILE_K;
+        for (w += TILE_K; w >= in_w; w -= in_w) h++;
+        for (; h >= in_h; h -= in_h) image++;
+        return true;
+    });
 
     int thread_m = threadIdx.x / THREADS_N, thread_n = threadIdx.x % THREADS_N;
     i64 matrix = ((i64)blockIdx.y * groups + group) * kernel_h * kernel_w + tap;
@@ -3788,169 +3590,117 @@ extern "C" __global__ void wgrad_reduce(
     dw[(((i64)group * in_channels + ic) * out_channels + oc) * taps + tap] = from_acc<scalar_t>(sum);
 }
 """,
-    "conv_wgmma.cuh": r"""// The convolution of conv_mma.cuh for sm_90a: the same sums by wgmma, which reads both operands from shared memory on
-// its own.
+    "conv_wgmma.cuh": r"""// The convolution of implicit_gemm.cuh by wgmma (sm_90a), which reads both operands from shared memory on its own.
 //
-// A block owns one unit: TILE_M channels and UNIT_ROWS rows of 2x2 windows of one image. The rows of x that it needs
-// (the band) lie in shared memory as fp16, 8 channels after 8 channels (GROUPS_K groups; with SPLIT 2 as many with the
-// rests of fp16_cells.cuh follow), the even rows of x before the odd ones, rows outside the image as zeros. Between two
-// rows lie PITCH - IN_W zeros, right border of one and left border of the next; rows of y fit in a pitch, too. In this
-// order a tap is a shift: the pixels of the upper (or lower) rows of neighbouring windows, row after row of them, read
-// neighbouring cells, whatever the tap. So a turn takes 4 TILES neighbouring windows a warpgroup, some of which lie
-// between two rows and are not valid: WINDOW_PITCH a row, of which WINDOWS_W are.
+// The band lies in shared memory as fp16, 8 channels after 8 channels (GROUPS_K groups, ALONG bytes apart; with SPLIT 2
+// as many with the residuals of fp16_tiles.cuh follow), the even rows of x before the odd ones, rows outside the image
+// as zeros. Between two rows lie PITCH - IN_W zeros, right border of one and left border of the next; rows of y fit in
+// a pitch, too:
 //
-// Weights stream through a ring of STAGES cp.async stages, each 32 channels of a tap (with SPLIT 2 their values, then
-// their rests). What the tensor cores still read is never written: a stage is refilled two steps later, after a barrier
-// that follows everybody's wait for it.
+//              GAP    IN_W       PITCH - IN_W
+//             | 0 0 | x x x x x | 0 0 0 |       even rows of x; 16 bytes, 8 channels of a pixel, in each place
+//                   | x x x x x | 0 0 0 |
+//                   | x x x x x | 0 0 0 |       odd rows of x
+//                   | x x x x x | 0 0 0 |
+//
+// In this order a tap is a shift: the upper (or lower) pixels of neighbouring windows, row after row of them, read
+// neighbouring places, whatever the tap. So a turn takes neighbouring windows, some of which lie between two rows and
+// do not exist.
+//
+// A step of weights is 32 channels of a tap (with SPLIT 2 their values, then their residuals). What the tensor cores
+// still read is never written: a stage is refilled two steps later, after a barrier that follows everybody's wait for
+// it.
 //
 // Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum. With SPLIT 2
 // they start from zero every STEPS_AT_ONCE steps, with the small products first, and ordinary additions add up what
 // comes out: one warpgroup adds while the tensor cores work for the other.
 //
-// x is a tensor of scalar_t, converted on the way to shared memory, or with CELLS 1 it is cells already
-// (fp16_cells.cu).
-//
-// Macros: those of pooled_planes.cuh and fp16_cells.cuh, scalar_t, CELLS, input_t (scalar_t, half_t for cells),
-// IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W,
-// WARPGROUPS_M, WARPGROUPS_N, UNIT_ROWS, TILES and LAST_TILES (tiles of 8 pixels of a warpgroup in a turn, and in the
-// last of a unit if that has no room in TILES, or needs no more), STAGES, GAP, ALONG (bytes from 8 channels to the next
-// 8), TILE_M, THREADS, PARTS_N (warpgroups that have the same channels), PACKED_WIDTH (pack_weight_fp16.cu),
-// SHARED_BYTES (with the epilogue's).
+// Macros besides those of implicit_gemm.cuh, with ADJACENT 0: UNIT_ROWS (of windows), ALONG.
 #pragma once
-#include "common.cuh"
-#include "async_copy.cuh"
-#include "fp16_cells.cuh"
-#include "pooled_planes.cuh"
 #include "wgmma.cuh"
 
-#define TAPS (KERNEL_H * KERNEL_W)
 #define STEPS_K ((IN_CHANNELS + 31) / 32)  // of 32 channels; those past IN_CHANNELS are zero
 #define GROUPS_K (STEPS_K * 4)             // of 8 channels
-#define HALF_STEP (TILE_M * 64)            // bytes of a stage's values, and of its rests
+#define HALF_STEP (TILE_M * 64)            // bytes of a stage's values, and of its residuals
 #define CHUNKS_64 ((STEPS_K + 1) / 2)      // of 64 channels
 #define STEP_BYTES (HALF_STEP * SPLIT)
 #define PITCH (2 * WINDOW_PITCH)
-#define PASS_WINDOWS (4 * TILES * WARPGROUPS_N)
 
-// Rows of x, relative to the unit's first row of windows: which of them it needs, and how those of each parity are
-// numbered.
+// Rows of x, relative to twice the unit's first row of windows: which of them it needs, and how those of each parity
+// are numbered.
 enum { LOW = PAD_H - (KERNEL_H - 1), HIGH = 2 * UNIT_ROWS - 1 + PAD_H };
 __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; }
 __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - first_of(parity) + 1; }
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
-enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_CELLS = GAP + BAND_ROWS * PITCH };
-enum {
-    RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128,
-    EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES
-};
-static_assert(
-    THREADS == 128 * WARPGROUPS_M * WARPGROUPS_N && TILE_M == 64 * WARPGROUPS_M && PARTS_N == WARPGROUPS_N,
-    "a warpgroup has 64 channels");
+enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_PIXELS = GAP + BAND_ROWS * PITCH };
+enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128 };
+enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };  // in dynamic shared memory
 static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
+static_assert(PITCH >= IN_W + GAP && PITCH >= OUT_W, "a pitch has room for rows of x and of y");
 static_assert(
-    GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W && PITCH >= IN_W + GAP && PITCH >= OUT_W,
-    "a tap left or right of the image reads the gap");
-static_assert(
-    ALONG >= BAND_CELLS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same cell in different banks");
+    ALONG >= BAND_PIXELS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same pixel in different banks");
 static_assert(PACKED_WIDTH == STEPS_K * 32 * SPLIT, "weights are packed in steps");
-enum { GUESS = 10, SLACK = 6, ROOM = 3 };  // see conv_mma.cuh; ROOM: for larger values than those seen
 
-#define MOST_TILES (TILES > LAST_TILES ? TILES : LAST_TILES)
+#define LANE_ROWS 2
 #define LANE_WINDOWS ((MOST_TILES + 3) / 4 * 4)  // those past MOST_TILES are zero, and do not exist
 typedef float Sums[2][LANE_WINDOWS][4];  // [upper, lower pixels of windows][8 pixels of 4 windows][c of wgmma.cuh]
-
-// What epilogues see of a turn: a lane has LANE_ROWS channels, 8 apart, of LANE_WINDOWS windows.
-#define LANE_ROWS 2
 
 __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
     return sums[corner / 2][t][row * 2 + corner % 2];
 }
 
-struct Unit {
-    i64 image;
-    int number, first_row, rows, windows, passes;  // rows of windows; `windows`: from the first to the last valid one
-    __device__ explicit Unit(i64 block) {
-        image = block / UNITS;
-        number = block % UNITS;
-        first_row = number * UNIT_ROWS;
-        rows = min(UNIT_ROWS, WINDOWS_H - first_row);
-        windows = (rows - 1) * WINDOW_PITCH + WINDOWS_W;
-        enum { LARGER = MOST_TILES * 4 * WARPGROUPS_N - PASS_WINDOWS };  // what the last turn can take more
-        passes = max(1, (windows - LARGER + PASS_WINDOWS - 1) / PASS_WINDOWS);
-    }
-};
+// Twice the unit's first row of windows.
+__device__ inline int origin_of(const Unit& unit) { return unit.number * (2 * UNIT_ROWS); }
+// Where a pixel of row `row`, counted from there, lies.
+__device__ constexpr int band_offset(int row, int column) { return (GAP + band_row(row) * PITCH + column) * 16; }
 
-// Where the sums of a lane belong.
-struct Place {
-    i64 image;
-    // The lane's first channel in the block; `first` counts from the unit's first window.
-    int channel, first, tiles, unit_window, unit_place, windows;
-
-    __device__ int in_unit(int t) const { return first + t * 4 + threadIdx.x % 4; }
-    __device__ int window(int t) const { return unit_window + in_unit(t); }
-    __device__ bool exists(int t) const {
-        return t < tiles && in_unit(t) < windows && in_unit(t) % WINDOW_PITCH < WINDOWS_W;
-    }
-    // Whether a pixel of a window that exists does.
-    __device__ bool inside(int t, int corner) const {
-        int row = window(t) / WINDOW_PITCH * 2 + corner / 2, column = window(t) % WINDOW_PITCH * 2 + corner % 2;
-        return (OUT_H % 2 == 0 || row < OUT_H) && (OUT_W % 2 == 0 || column < OUT_W);
-    }
-    __device__ bool full() const { return false; }
-    // The warp has `count` windows from `start` on, a number that begins with row `first_row` of windows.
-    __device__ int start() const { return first; }
-    __device__ int count() const { return min(tiles * 4, windows - first); }
-    __device__ int first_row() const { return unit_window / WINDOW_PITCH; }
-    // Where in memory the windows t to t + 3, t % 4 == 0, of four lanes begin (pooled_planes.cuh).
-    __device__ int sixteen(int t) const { return unit_place + first + t * 4; }
-};
-
-// Zeros in the cells that hold no pixel.
-__device__ inline void clear_border(u8* cells, const Unit& unit) {
-    for (int cell = threadIdx.x; cell < BAND_CELLS; cell += THREADS) {
-        int row = (cell - GAP + PITCH) / PITCH - 1, column = (cell - GAP + PITCH) % PITCH, parity = row >= rows_of(0);
-        int ih = 2 * (row - parity * rows_of(0) + first_of(parity) + unit.first_row) + parity;
+// Zeros where no pixel is.
+__device__ inline void clear_border(u8* shared, const Unit& unit) {
+    for (int i = threadIdx.x; i < BAND_PIXELS; i += THREADS) {
+        int row = (i - GAP + PITCH) / PITCH - 1, column = (i - GAP + PITCH) % PITCH, parity = row >= rows_of(0);
+        int ih = 2 * (row - parity * rows_of(0) + first_of(parity)) + origin_of(unit) + parity;
         if (row >= 0 && column < IN_W && ih >= 0 && ih < IN_H) continue;
         #pragma unroll
         for (int group = 0; group < GROUPS_K * SPLIT; group++)
-            *(uint4*)(cells + group * ALONG + cell * 16) = make_uint4(0, 0, 0, 0);
+            *(uint4*)(shared + group * ALONG + i * 16) = make_uint4(0, 0, 0, 0);
     }
 }
 
-// The rows of x that a unit needs, brought into cells: those of the first turn by begin(), those of each next turn by
-// advance() between follow() and the end of the turn before it. `exponent` is that of their scale.
-#if CELLS
-// x is cells: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next
-// ones behind those.
-struct Band {
-    enum { AHEAD = 2 * TAPS >= STAGES };
-    const half_t* source;
-    u8* cells;
-    const int* exponents;
-    int exponent_count, first, end, row, exponent;
+// The rows of the first turn come by begin(), those of each next turn by advance() between follow() and the end of the
+// turn before it. next_chunk(turn, at): called at the first step of 64 channels, with that step's weights.
+template <bool> struct Band;
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* cells)
-        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (CELL_BYTES / 2))), cells(cells), exponents(exponents),
-          exponent_count(exponent_count), first(max(0, 2 * unit.first_row + LOW)),
-          end(min(IN_H, 2 * unit.first_row + HIGH + 1)), row(2 * unit.first_row), exponent(0) {
+// x is packed: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next
+// ones behind those.
+template <> struct Band<true> {
+    enum { AHEAD = 2 * TAPS >= STAGES };
+    const half_t* source;  // chunk 0 of the image
+    const Unit& unit;
+    u8* shared;
+    const int* exponents;
+    int exponent_count, exponent = 0;
+
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
+        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (LINE_BYTES / 2))), unit(unit), shared(shared),
+          exponents(exponents), exponent_count(exponent_count) {
+        clear_border(shared, unit);
         for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
         cp_async_commit();
     }
-    // Eight lanes take one part of eight cells, which are neighbours in shared memory, where writes to eight places
-    // could take turns. Four times eight lanes read half of each of these cells.
+    // Eight lanes take one part of eight lines, which are neighbours in shared memory, where writes to eight places
+    // could take turns. Four times eight lanes read half of each of these lines.
     __device__ void copy(int chunk) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
-        const half_t* from = source + (chunk * IN_H + first) * IN_W * (CELL_BYTES / 2);
-        int pixels = (end - first) * IN_W;
+        const half_t* from = source + (chunk * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2);
+        int pixels = (unit.end_row - unit.first_row) * IN_W, first = unit.first_row - origin_of(unit);
         for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS) {
-            int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8, group = chunk * GROUPS + part % GROUPS,
-                rest = part / GROUPS * GROUPS_K;
-            u8* cell = cells + (GAP + band_row(first + pixel / IN_W - row) * PITCH + pixel % IN_W) * 16;
+            int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
+            int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
+            u8* to = shared + band_offset(first + pixel / IN_W, pixel % IN_W);
             if (pixel < pixels && group < GROUPS_K)
-                cp_async_16(cell + (group + rest) * ALONG, from + pixel * (CELL_BYTES / 2) + part * 8, true);
+                cp_async_16(to + (group + residual) * ALONG, from + pixel * (LINE_BYTES / 2) + part * 8, true);
         }
     }
-    // At the first step of 64 channels, with that step's weights: brings the next ones.
     __device__ void next_chunk(int turn, int at) const {
         for (int chunk = (at + 1) * SPLIT; AHEAD && turn == 0 && chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
             copy(chunk);
@@ -3961,43 +3711,40 @@ struct Band {
     __device__ void advance() {}
     __device__ bool fits(unsigned*) { return true; }
 };
-#else
+
 // x is a tensor: converted under a scale that is chosen from the rows of the first turn, with room for larger values in
 // later ones. Where that is not enough, all starts again.
-struct Band {
+template <> struct Band<false> {
     // What the first turn needs at most, in octets (eight channels of a pixel) a thread, and how many of them are in
     // flight at a time. Whether rows come behind multiplications; with SPLIT 2 there are no registers for it.
     enum {
-        UNIT = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W,
-        LATER = SPLIT == 1 && UNIT > PASS_WINDOWS,
-        EARLY_WINDOWS = LATER ? PASS_WINDOWS : UNIT
-    };
-    enum {
+        ROOM = 3,  // of the scale's exponent, for values of later passes
+        WINDOWS_OF_UNIT = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W,
+        LATER = SPLIT == 1 && WINDOWS_OF_UNIT > PASS_WINDOWS,
+        EARLY_WINDOWS = LATER ? PASS_WINDOWS : WINDOWS_OF_UNIT,
         NEEDED_ROWS = 2 * ((EARLY_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H,
-        FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H
-    };
-    enum {
+        FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H,
         FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS,
         ROUNDS = (FIRST_OCTETS + 9) / 10,
         BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS
     };
     const scalar_t* source;  // the image
     const Unit& unit;
-    u8* cells;
-    int exponent, attempts;
+    u8* shared;
+    int exponent = GUESS, attempts = 0;
     unsigned largest;  // finite magnitude
     // Of the rows for the next turn; the thread's next octet of them, which is in v.
     int first_pixel, pixels, group, pixel;
     float v[8];
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* cells)
-        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), cells(cells), exponent(GUESS), attempts(0) {
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
+        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), shared(shared) {
+        clear_border(shared, unit);
     }
-
     // Where the rows end that the first `passes` passes need.
     __device__ int rows_end(int passes) const {
-        int window = (LATER && passes < unit.passes ? passes * PASS_WINDOWS : unit.windows) - 1;
-        return max(0, min(IN_H, 2 * (unit.first_row + window / WINDOW_PITCH + 1) + PAD_H));
+        if (!LATER || passes >= unit.passes) return max(0, unit.end_row);
+        return max(0, min(IN_H, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
     }
     __device__ void load(int group, int pixel, bool real, float (&v)[8]) const {
         #pragma unroll
@@ -4010,14 +3757,13 @@ struct Band {
             largest = max(largest, finite_magnitude(v[j]));
             v[j] = multiply_unflushed(v[j], power_of_two(exponent));
         }
-        u8* cell =
-            cells + group * ALONG + (GAP + band_row(pixel / IN_W - 2 * unit.first_row) * PITCH + pixel % IN_W) * 16;
+        u8* to = shared + group * ALONG + band_offset(pixel / IN_W - origin_of(unit), pixel % IN_W);
         #pragma unroll
-        for (int part = 0; part < SPLIT; part++) *(uint4*)(cell + part * GROUPS_K * ALONG) = take_halves(v, part);
+        for (int part = 0; part < SPLIT; part++) *(uint4*)(to + part * GROUPS_K * ALONG) = take_halves(v, part);
     }
     __device__ void load_first_rows() {
         largest = 0;
-        int start = max(0, 2 * unit.first_row + LOW) * IN_W, count = max(0, rows_end(1) * IN_W - start);
+        int start = unit.first_row * IN_W, count = max(0, rows_end(1) * IN_W - start);
         for (int at = threadIdx.x; at < count * GROUPS_K; at += THREADS * BATCH) {
             float v[BATCH][8];
             #pragma unroll
@@ -4066,88 +3812,98 @@ struct Band {
         return fit;
     }
 };
-#endif
 
 // Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more
 // additions would.
 #define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
 
-#if SPLIT == 2
-// partial = the products of some steps for one of two sets of pixels: rest * value, value * rest, value * value. at:
-// where each step's stage begins; b: of the first step.
-template <int COUNT> __device__ __forceinline__ void multiply(
-    float (&partial)[MOST_TILES][4], const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE],
-    const WgmmaOperand& b) {
-    wgmma_fence();
-    #pragma unroll
-    for (int product = 0; product < 3; product++)
+// add<TILES>(sums, a_stages, at, upper, lower, band): sums += the products of STEPS_AT_ONCE steps. at: where each
+// step's stage begins. upper, lower: the pixels of the first step. On return what the step before read may be
+// overwritten.
+template <int> struct Multiply;
+
+template <> struct Multiply<1> {
+    bool second = false;
+
+    template <int COUNT> __device__ __forceinline__ void add(
+        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
+        Band<X_PACKED>& band) {
+        wgmma_fence();
         #pragma unroll
-        for (int k = 0; k < STEPS_AT_ONCE * 2; k++) {
-            WgmmaOperand left = a_stages.moved(at[k / 2] + (product == 0) * HALF_STEP + k % 2 * TILE_M * 32);
-            WgmmaOperand right = b.moved(((product == 1) * GROUPS_K + k * 2) * ALONG);
-            if (product + k == 0) wgmma<COUNT, false>(partial, left, right);
-            else wgmma<COUNT>(partial, left, right);
-        }
-    wgmma_commit();
-}
+        for (int k = 0; k < 2; k++)
+            #pragma unroll
+            for (int lower = 0; lower < 2; lower++)
+                wgmma<COUNT>(sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), rows[lower].moved(k * 2 * ALONG));
+        wgmma_commit();
+        // What a step has loaded arrives during the next one.
+        if (second && band.pending()) band.advance();
+        second = !second;
+        wgmma_wait<1>();
+    }
+};
 
-template <int COUNT> __device__ __forceinline__ void add_partial(
-    float (&sums)[LANE_WINDOWS][4], float (&partial)[MOST_TILES][4]) {
-    wgmma_wait<0>();
-    wgmma_arrived<COUNT>(partial);
-    #pragma unroll
-    for (int i = 0; i < COUNT * 4; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
-    // Else the additions may move behind the next multiplications, with copies of what they read.
-    wgmma_arrived<COUNT>(sums);
-}
-#endif
+template <> struct Multiply<2> {
+    float partial[MOST_TILES][4];
 
-// The convolution of one unit. x_exponents: of cells, `x_exponent_count` of them.
-template <class Epilogue>
-__device__ inline void convolve(
-    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
-    Epilogue& epilogue) {
-    u8* ring = shared + RING_OFFSET;
-    int warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0), warpgroup_m = warpgroup % WARPGROUPS_M,
-        warpgroup_n = warpgroup / WARPGROUPS_M;
-    Unit unit(blockIdx.x);
-    clear_border(shared, unit);
-    Band band(x, x_exponents, x_exponent_count, unit, shared);
-    const u8* weights = (const u8*)packed + (i64)blockIdx.y * TAPS * STEPS_K * STEP_BYTES;
-
-    // Past the last step it fetches the first ones again, which only the next turn reads.
-    int from = 0, to = 0, stage = 0;
-    auto next = [](int offset) { return offset + STEP_BYTES == STAGES * STEP_BYTES ? 0 : offset + STEP_BYTES; };
-    auto fetch = [&]() {
+    template <int COUNT> __device__ __forceinline__ void add(
+        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
+        Band<X_PACKED>&) {
         #pragma unroll
-        for (int i = 0; i < STEP_BYTES / 16; i += THREADS) {
-            int at = (i + threadIdx.x) * 16;
-            if (STEP_BYTES / 16 % THREADS == 0 || at < STEP_BYTES)
-                cp_async_16(ring + to + at, weights + from + at, true);
+        for (int lower = 0; lower < 2; lower++) {
+            wgmma_fence();
+            #pragma unroll
+            for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
+                #pragma unroll
+                for (int k = 0; k < STEPS_AT_ONCE * 2; k++) {
+                    WgmmaOperand left = a_stages.moved(at[k / 2] + (product == 0) * HALF_STEP + k % 2 * TILE_M * 32);
+                    WgmmaOperand right = rows[lower].moved(((product == 1) * GROUPS_K + k * 2) * ALONG);
+                    if (product + k == 0) wgmma<COUNT, false>(partial, left, right);
+                    else wgmma<COUNT>(partial, left, right);
+                }
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_arrived<COUNT>(partial);
+            #pragma unroll
+            for (int i = 0; i < COUNT * 4; i++) sums[lower][i / 4][i % 4] += partial[i / 4][i % 4];
+            // Else the additions may move behind the next multiplications, with copies of what they read.
+            wgmma_arrived<COUNT>(sums[lower]);
         }
-        from = from + STEP_BYTES == TAPS * STEPS_K * STEP_BYTES ? 0 : from + STEP_BYTES;
-        to = next(to);
-        cp_async_commit();
-    };
-    for (int i = 0; i < STAGES - 2; i++) fetch();
+    }
+};
 
-    WgmmaOperand cells(shared, ALONG, 128), a_stages(ring + warpgroup_m * 1024, TILE_M * 16, 128);
-    // `turn` over windows from `first` on. `tiles` is a constant at each call, so that a copy is made for it.
-    auto run_pass = [&](Sums& sums, const int tiles, int turn, int first) __attribute__((always_inline)) {
-        bool second = false;
-#if SPLIT == 2
-        float partial[MOST_TILES][4];
-#endif
+struct MainLoop {
+    const Unit& unit;
+    Band<X_PACKED>& band;
+    WeightRing<STEP_BYTES, TAPS * STEPS_K> weights;
+    int stage = 0, to = 0, warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
+    int warp_m = warpgroup % WARPS_M, warp_n = warpgroup / WARPS_M;
+    WgmmaOperand pixels, a_stages;
+
+    __device__ MainLoop(const Unit& unit, Band<X_PACKED>& band, const half_t* packed, u8* shared)
+        : unit(unit), band(band), weights(shared + RING_OFFSET, packed), pixels(shared, ALONG, 128),
+          a_stages(shared + RING_OFFSET + warp_m * 1024, TILE_M * 16, 128) {
+        for (int i = 0; i < STAGES - 2; i++) fetch();
+    }
+    __device__ void fetch() {
+        weights.fetch(to);
+        to = weights.next(to);
+    }
+    __device__ int channel() const { return warp_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+
+    template <int COUNT> __device__ __forceinline__ void turn(Sums& sums, int turn, int first_window) {
+        Multiply<SPLIT> multiply;
+        band.follow(turn + 1);
         for (int chunk = 0; chunk < CHUNKS_64; chunk++)
             for (int kh = 0; kh < KERNEL_H; kh++) {
-                WgmmaOperand rows[2] = {cells, cells};
+                WgmmaOperand rows[2] = {pixels, pixels};
                 #pragma unroll
                 for (int lower = 0; lower < 2; lower++)
-                    rows[lower] = cells.moved((GAP + band_row(lower + PAD_H - kh) * PITCH + 2 * first + PAD_W) * 16);
+                    rows[lower] =
+                        pixels.moved(band_offset(lower + PAD_H - kh, 2 * (first_window - unit.first_window) + PAD_W));
                 #pragma unroll 1
                 for (int kw = 0; kw < KERNEL_W; kw++)
                     for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
-                        int at[STEPS_AT_ONCE];  // where their stages begin
+                        int at[STEPS_AT_ONCE];
                         #pragma unroll
                         for (int i = 0; i < STEPS_AT_ONCE; i++) {
                             cp_async_wait<STAGES - 3>();
@@ -4156,80 +3912,39 @@ __device__ inline void convolve(
                             if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(turn, chunk);
                             fetch();
                             at[i] = stage;
-                            stage = next(stage);
+                            stage = weights.next(stage);
                         }
-                        auto b = [&](int lower) { return rows[lower].moved(step * 4 * ALONG - kw * 16); };
-#if SPLIT == 1
-                        wgmma_fence();
-                        #pragma unroll
-                        for (int k = 0; k < 2; k++)
-                            #pragma unroll
-                            for (int lower = 0; lower < 2; lower++) {
-                                WgmmaOperand left = a_stages.moved(at[0] + k * TILE_M * 32),
-                                             right = b(lower).moved(k * 2 * ALONG);
-                                if (tiles == TILES) wgmma<TILES>(sums[lower], left, right);
-                                else wgmma<LAST_TILES>(sums[lower], left, right);
-                            }
-                        wgmma_commit();
-                        // What a step has loaded arrives during the next one.
-                        if (second && band.pending()) band.advance();
-                        second = !second;
-                        wgmma_wait<1>();
-#else
-                        #pragma unroll
-                        for (int lower = 0; lower < 2; lower++) {
-                            if (tiles == TILES)
-                                multiply<TILES>(partial, a_stages, at, b(lower)),
-                                    add_partial<TILES>(sums[lower], partial);
-                            else
-                                multiply<LAST_TILES>(partial, a_stages, at, b(lower)),
-                                    add_partial<LAST_TILES>(sums[lower], partial);
-                        }
-#endif
+                        int shift = step * 4 * ALONG - kw * 16;
+                        WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};
+                        multiply.add<COUNT>(sums, a_stages, at, shifted, band);
                     }
             }
         while (band.pending()) band.advance();
         wgmma_wait<0>();
-    };
-    for (bool again = true; again;) {
-        band.begin(scratch);
-        for (int turn = 0; turn < unit.passes; turn++) {
-            int rest = unit.windows - turn * PASS_WINDOWS;
-            bool last = LAST_TILES < TILES ? rest <= 4 * LAST_TILES * WARPGROUPS_N
-                                           : LAST_TILES > TILES && turn == unit.passes - 1 && rest > PASS_WINDOWS;
-            int tiles = last ? LAST_TILES : TILES, first = turn * PASS_WINDOWS + warpgroup_n * (tiles * 4);
-            Sums sums = {};
-            band.follow(turn + 1);
-            if (last) run_pass(sums, LAST_TILES, turn, first);
-            else run_pass(sums, TILES, turn, first);
-            int channel = warpgroup_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-            settle(first);  // else addresses of the epilogue are computed before the loop, where registers are few
-            Place place = {unit.image, channel, first, tiles, unit.first_row * WINDOW_PITCH, unit.number * UNIT_STRIDE,
-                unit.windows};
-            epilogue.turn(sums, place, band.exponent);
-        }
-        again = !band.fits(scratch);
-        if (again) epilogue.restart();
     }
-    epilogue.finish(band.exponent);
-}
+};
 """,
     "conv_wgrad_mma.cu": r"""// Weight gradient of the transposed convolution with stride 1, dilation 1 and one group, on tensor cores (sm_80 and
 // newer).
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih - PAD_H + kh, iw - PAD_W + kw]
 //
-// x, dy: fp16 cells (fp16_cells.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16 pixels
-// that one instruction multiplies lie below each other: one column of a band of 16 rows, rows counted through all
-// images. So a tap one to the right pairs the same column of x with dy's next column, images of any width and height
-// leave nothing empty, and a column without a partner is left out.
+// x, dy: packed fp16 tiles (fp16_tiles.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16
+// pixels that one instruction multiplies lie below each other: one column of a band of 16 rows, rows counted through
+// all images. So a tap one to the right pairs the same column of x with dy's next column, images of any width and
+// height leave nothing empty, and a column without a partner is left out.
 //
-// conv_wgrad_mma: a block owns one kh, TAPS_W taps in a row, some channels of each, and a share of the bands (split-K).
-// Columns come through a ring of cp.async stages. Each block writes its sums, partial [split][tap][oc][ic], with WGMMA
-// [split][tap][ic][oc]. Chains of additions are limited: after CHAIN_BANDS bands the sums go to `partial` and begin
-// anew. conv_wgrad_reduce adds the splits in ascending order, undoes the scales, and writes dw [ic][oc][tap].
+// conv_wgrad_mma: a block owns one kh, TAPS_W taps in a row, TILE_OC channels of dy, TILE_IC of x, and a share of the
+// bands (split-K). Columns come through a ring of STAGES cp.async stages, COLUMNS in each. Position 0 of a band is the
+// first column of dy that a tap needs, LEAD positions later x begins. Each block writes its sums, partial
+// [split][tap][oc][ic], with WGMMA [split][tap][ic][oc]. Chains of additions are limited: after CHAIN_BANDS bands the
+// sums go to `partial` and begin anew. conv_wgrad_reduce adds the splits in ascending order, undoes the scales, and
+// writes dw [ic][oc][tap].
 //
-// x may be centred, less a constant c[ic] (fp16_cells.cuh). Then dw lacks c[ic] times the sum of dy over the pixels
+// The sums come from sum_pixels(x, dy, partial, tile, ring): conv_wgrad_mma.cuh multiplies by mma.sync,
+// conv_wgrad_wgmma.cuh by wgmma (sm_90a). What they share, Tile and store_chain, is here.
+//
+// x may be centred, less a constant c[ic] (fp16_tiles.cuh). Then dw lacks c[ic] times the sum of dy over the pixels
 // that have a partner in x: for a dy whose sum over all pixels is 0, as batch norm's backward makes it, what those
 // without one have (`borders` of pooled_tail_backward.cu), negative. So roundings of small values that most of dy has
 // in common cancel, where x is far from 0 on average.
@@ -4237,23 +3952,84 @@ __device__ inline void convolve(
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw),
 // IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TAPS_W,
-// BAND_ROWS, TILES, COLUMNS (of a stage), STAGES, THREADS, SHARED_BYTES, those of fp16_cells.cuh, WGMMA (1:
-// conv_wgrad_wgmma.cuh, 0: conv_wgrad_mma.cuh) and those of that file.
+// TILE_OC, TILE_IC, BAND_ROWS, TILES, COLUMNS, STAGES, THREADS, SHARED_BYTES, WGMMA, those of fp16_tiles.cuh.
 #define SHARED_ALIGNMENT 1024  // wgmma.cuh
 #include "common.cuh"
 #include "async_copy.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 #include "mma.cuh"
 
 #define X_CHUNKS CHUNKS
 #define DY_CHUNKS ((OUT_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
 #define TAPS (KERNEL_H * KERNEL_W)
 #define TAP_GROUPS ((KERNEL_W + TAPS_W - 1) / TAPS_W)
-static_assert(BAND_ROWS == 16, "one instruction multiplies a column of a band");
+#define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
+#define IC_TILES ((IN_CHANNELS + TILE_IC - 1) / TILE_IC)
+// Where x begins; by wgmma at the start of a stage.
+#define LEAD (WGMMA ? (TAPS_W - 1 + COLUMNS - 1) / COLUMNS * COLUMNS : TAPS_W - 1)
+#define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
 // Columns whose sums are added up before they go to memory. SPLIT 1: the tensor core's sums, which truncate, must stay
 // below the operands' rounding. SPLIT 2: by wgmma, an addition is for two columns.
 #define CHAIN (SPLIT == 1 ? 2048 : WGMMA ? 256 : 128)
 #define CHAIN_BANDS (CHAIN > IN_W ? CHAIN / IN_W : 1)
+static_assert(BAND_ROWS == 16, "one instruction multiplies a column of a band");
+static_assert(TILES == KERNEL_H * TAP_GROUPS * OC_TILES * IC_TILES, "tiles make dw");
+
+// What a block sums up.
+struct Tile {
+    int split, kh, kw, first_tap, oc_tile, ic_tile, rows, first_band, stages, inner_first, inner_end;
+
+    __device__ Tile(int images, int bands_per_split) {
+        int tile = blockIdx.x % TILES, group = tile / KERNEL_H % TAP_GROUPS;
+        split = blockIdx.x / TILES;
+        kh = tile % KERNEL_H;
+        kw = min(group * TAPS_W, KERNEL_W - TAPS_W);
+        first_tap = group * TAPS_W - kw;  // the last group may begin with taps of the one before
+        oc_tile = tile / (KERNEL_H * TAP_GROUPS) % OC_TILES;
+        ic_tile = tile / (KERNEL_H * TAP_GROUPS * OC_TILES);
+        rows = images * IN_H;
+        first_band = split * bands_per_split;
+        stages = min(bands_per_split, (rows + BAND_ROWS - 1) / BAND_ROWS - first_band) * BAND_STAGES;
+        // Columns of x [inner_first, inner_end) have a partner for every tap.
+        inner_first = max(0, PAD_W - kw);
+        inner_end = min(IN_W, OUT_W + PAD_W - kw - (TAPS_W - 1));
+    }
+    // The first column of x in a stage; it may lie before x.
+    __device__ static int column_of(int stage) { return stage % BAND_STAGES * COLUMNS - LEAD; }
+    // The column of dy that goes with one of x.
+    __device__ int partner(int column, int t) const { return column - PAD_W + kw + t; }
+    __device__ bool has_partner(int column, int t) const {
+        int ow = partner(column, t);
+        return column >= 0 && column < IN_W && ow >= 0 && ow < OUT_W;
+    }
+    __device__ bool inner(int column, int count = 1) const {
+        return column >= inner_first && column + count <= inner_end;
+    }
+    __device__ bool ends_chain(int stage) const {
+        return (stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages;
+    }
+    // Of tap t, in `partial`, in units of its innermost two dimensions.
+    __device__ i64 tap(int t) const { return (i64)split * TAPS + kh * KERNEL_W + kw + t; }
+};
+
+// What a thread copies of a stage: 16 bytes, `part`, of a line in row `row` of the band.
+struct Copies {
+    int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
+    int image, ih, oh;
+    bool valid;
+
+    __device__ Copies(const Tile& tile, int stage) {
+        int of_all = (tile.first_band + stage / BAND_STAGES) * BAND_ROWS + row;
+        image = of_all / IN_H, ih = of_all % IN_H, oh = ih - PAD_H + tile.kh;
+        valid = of_all < tile.rows && oh >= 0 && oh < OUT_H;
+    }
+    __device__ const u8* x(const half_t* packed, int chunk, int column) const {
+        return (const u8*)packed + ((((i64)image * X_CHUNKS + chunk) * IN_H + ih) * IN_W + column) * LINE_BYTES;
+    }
+    __device__ const u8* dy(const half_t* packed, int chunk, int column) const {
+        return (const u8*)packed + ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + column) * LINE_BYTES;
+    }
+};
 
 // Adds a thread's sums of a tap to those of earlier chains, and sets them to 0. place(i): of the i-th neighbouring two
 // of them in `partial`.
@@ -4284,9 +4060,9 @@ __device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Pla
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv_wgrad_mma(
     const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images,
-    int split_bands) {
+    int bands_per_split) {
     DYNAMIC_SHARED(u8, shared);
-    sum_pixels(x, dy, partial, images, split_bands, shared);
+    sum_pixels(x, dy, partial, Tile(images, bands_per_split), shared);
 }
 
 // x_sums, and borders [border_parts][tap][oc]: null, or for an x that is centred.
@@ -4318,110 +4094,91 @@ extern "C" __global__ void conv_wgrad_reduce(
 """,
     "conv_wgrad_mma.cuh": r"""// The sums of conv_wgrad_mma.cu by mma.sync: products of dy (rows oc) and x (columns ic). Fragments of TAPS_W
 // neighbouring columns of dy wait in registers (`window`), and each column of x and of dy is read from shared memory
-// once for all taps.
-//
-// A block owns TILE_OC output channels and one chunk of input channels, a warp 16 output channels. A stage of the ring
-// has COLUMNS columns: position 0 of a band is the first column of dy that a tap needs, and TAPS_W - 1 positions later
-// x begins.
+// once for all taps. A warp has 16 output channels of the tile, and all its input channels, one chunk.
 #pragma once
-#include "mma.cuh"
 
-#define WARPS (THREADS / 32)  // 4 or 8
-#define TILE_OC (16 * WARPS)
+#define WARPS (THREADS / 32)                                                        // 4 or 8
 #define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)                                      // of dy
 #define PAIRS ((IN_CHANNELS < CHUNK_CHANNELS ? IN_CHANNELS : CHUNK_CHANNELS) / 16)  // of n8-tiles of input channels
-#define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
-
-#define COLUMN_BYTES (BAND_ROWS * CELL_BYTES)
+#define COLUMN_BYTES (BAND_ROWS * LINE_BYTES)
 #define SLOT_BYTES ((1 + TILE_CHUNKS) * COLUMNS * COLUMN_BYTES)  // x, then each chunk of dy
-#define BAND_STAGES ((IN_W + TAPS_W - 1 + COLUMNS - 1) / COLUMNS)
 #define BUFFERS (SPLIT == 1 ? 2 : 1)
-static_assert(WARPS % 4 == 0 && TILES == KERNEL_H * TAP_GROUPS * OC_TILES * X_CHUNKS, "tiles make dw");
+static_assert(WARPS % 4 == 0 && TILE_OC == 16 * WARPS && TILE_IC == CHUNK_CHANNELS, "a warp has 16 output channels");
 static_assert(COLUMNS % TAPS_W == 0, "a stage is a multiple of the window");
 static_assert(STAGES >= 2 && STAGES * SLOT_BYTES == SHARED_BYTES, "the ring is all of the shared memory");
 
 typedef float Sums[2 * PAIRS][4];  // of a tap: [8 input channels][fragment c of mma.cuh]
 
-// sums += a b over 16 pixels. With SPLIT 2 an ordinary addition adds the three products, as in conv_mma.cuh.
-__device__ __forceinline__ void multiply(
-    Sums& sums, const unsigned (&a)[SPLIT][4], const unsigned (&b)[SPLIT][PAIRS][4]) {
-    if (SPLIT == 1) {
+// add(sums, a, b): sums += a b over 16 pixels.
+template <int> struct Multiply;
+
+template <> struct Multiply<1> {
+    __device__ static __forceinline__ void add(
+        Sums& sums, const unsigned (&a)[1][4], const unsigned (&b)[1][PAIRS][4]) {
         #pragma unroll
         for (int n = 0; n < 2 * PAIRS; n++)
             mma_m16n8k16(sums[n], a[0], b[0][n / 2][n % 2 * 2], b[0][n / 2][n % 2 * 2 + 1]);
-        return;
     }
-    Sums partial = {};
-    #pragma unroll
-    for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
-        #pragma unroll
-        for (int n = 0; n < 2 * PAIRS; n++) {
-            const unsigned (&right)[4] = b[product == 1 ? SPLIT - 1 : 0][n / 2];
-            mma_m16n8k16(partial[n], a[product == 0 ? SPLIT - 1 : 0], right[n % 2 * 2], right[n % 2 * 2 + 1]);
-        }
-    #pragma unroll
-    for (int i = 0; i < 8 * PAIRS; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
-}
+};
 
-__device__ inline void sum_pixels(
-    const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
-    int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
-    int oc_tile = tile / (KERNEL_H * TAP_GROUPS) % OC_TILES, ic_chunk = tile / (KERNEL_H * TAP_GROUPS * OC_TILES);
-    int kw = min(tap_group * TAPS_W, KERNEL_W - TAPS_W);  // the last group may repeat taps of the one before
-    int first_oc = oc_tile * TILE_OC + warp * 16;
+// An ordinary addition adds the three products, as in conv_mma.cuh.
+template <> struct Multiply<2> {
+    __device__ static __forceinline__ void add(
+        Sums& sums, const unsigned (&a)[2][4], const unsigned (&b)[2][PAIRS][4]) {
+        Sums partial = {};
+        #pragma unroll
+        for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
+            #pragma unroll
+            for (int n = 0; n < 2 * PAIRS; n++) {
+                const unsigned (&right)[4] = b[product == 1][n / 2];
+                mma_m16n8k16(partial[n], a[product == 0], right[n % 2 * 2], right[n % 2 * 2 + 1]);
+            }
+        #pragma unroll
+        for (int i = 0; i < 8 * PAIRS; i++) sums[i / 4][i % 4] += partial[i / 4][i % 4];
+    }
+};
+
+__device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, const Tile& tile, u8* ring) {
+    int lane = threadIdx.x % 32, oc_in_tile = threadIdx.x / 32 * 16, first_oc = tile.oc_tile * TILE_OC + oc_in_tile;
     bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS;
-    int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
-    int first_band = split * split_bands, stages = min(split_bands, bands - first_band) * BAND_STAGES;
 
     auto fetch = [&](int stage) {
-        if (stage < stages) {
-            int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
-            int row_of_all = (first_band + stage / BAND_STAGES) * BAND_ROWS + row;
-            int image = row_of_all / IN_H, ih = row_of_all % IN_H, oh = ih - PAD_H + kh;
-            bool valid = row_of_all < rows && oh >= 0 && oh < OUT_H;
-            int position = stage % BAND_STAGES * COLUMNS, iw = position - (TAPS_W - 1), ow = position - PAD_W + kw;
-            u8* to = ring + stage % STAGES * SLOT_BYTES + cell_offset(row, part);
-            const u8* from =
-                (const u8*)x + ((((i64)image * X_CHUNKS + ic_chunk) * IN_H + ih) * IN_W + iw) * CELL_BYTES + part * 16;
+        if (stage < tile.stages) {
+            Copies copies(tile, stage);
+            int iw = tile.column_of(stage), ow = tile.partner(iw, TAPS_W - 1);
+            u8* to = ring + stage % STAGES * SLOT_BYTES + line_offset(copies.row, copies.part);
+            const u8* from = copies.x(x, tile.ic_tile, iw) + copies.part * 16;
             #pragma unroll
             for (int i = 0; i < (COLUMNS + WARPS / 4 - 1) / (WARPS / 4); i++) {
-                int c = i * (WARPS / 4) + loader;
-                if (c < COLUMNS)
-                    cp_async_16(to + c * COLUMN_BYTES, from + c * CELL_BYTES, valid && iw + c >= 0 && iw + c < IN_W);
+                int c = i * (WARPS / 4) + copies.loader;
+                bool valid = copies.valid && iw + c >= 0 && iw + c < IN_W;
+                if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * LINE_BYTES, valid);
             }
             #pragma unroll 1  // at most two; unrolled, their addresses would take registers from the sums
             for (int i = 0; i < TILE_CHUNKS / (WARPS / 4); i++) {
-                int q = i * (WARPS / 4) + loader, chunk = oc_tile * TILE_CHUNKS + q;
-                const u8* from = (const u8*)dy +
-                                 ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + ow) * CELL_BYTES +
-                                 part * 16;
+                int q = i * (WARPS / 4) + copies.loader, chunk = tile.oc_tile * TILE_CHUNKS + q;
+                const u8* from = copies.dy(dy, chunk, ow) + copies.part * 16;
                 #pragma unroll
-                for (int c = 0; c < COLUMNS; c++)
-                    cp_async_16(
-                        to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * CELL_BYTES,
-                        valid && chunk < DY_CHUNKS && ow + c >= 0 && ow + c < OUT_W);
+                for (int c = 0; c < COLUMNS; c++) {
+                    bool valid = copies.valid && chunk < DY_CHUNKS && ow + c >= 0 && ow + c < OUT_W;
+                    cp_async_16(to + ((1 + q) * COLUMNS + c) * COLUMN_BYTES, from + c * LINE_BYTES, valid);
+                }
             }
         }
         cp_async_commit();
     };
 
-    // Columns of x [inner_first, inner_end) have a partner for every tap.
-    int inner_first = max(0, PAD_W - kw), inner_end = min(IN_W, OUT_W + PAD_W - kw - (TAPS_W - 1));
     // This lane's rows of ldmatrix. dy: pixel lane % 8 + lane / 16 * 8, channels + 8 for lane / 8 odd; x: the other way
     // round.
-    int oc_in_tile = warp * 16;
     int dy_row = (1 + oc_in_tile / CHUNK_CHANNELS) * COLUMNS * COLUMN_BYTES +
-                 cell_offset(lane % 8 + lane / 16 * 8, oc_in_tile % CHUNK_CHANNELS / 8 + lane / 8 % 2);
-    int x_row = cell_offset(lane % 8 + lane / 8 % 2 * 8, lane / 16);
+                 line_offset(lane % 8 + lane / 16 * 8, oc_in_tile % CHUNK_CHANNELS / 8 + lane / 8 % 2);
+    int x_row = line_offset(lane % 8 + lane / 8 % 2 * 8, lane / 16);
 
     Sums sums[TAPS_W] = {};
     unsigned window[TAPS_W][SPLIT][4];
 
     auto multiply_stage = [&](int stage) __attribute__((always_inline)) {
         const u8* slot = ring + stage % STAGES * SLOT_BYTES;
-        int first_column = stage % BAND_STAGES * COLUMNS - (TAPS_W - 1);
         unsigned b[BUFFERS][SPLIT][PAIRS][4];
         auto load = [&](int c) __attribute__((always_inline)) {
             #pragma unroll
@@ -4437,18 +4194,17 @@ __device__ inline void sum_pixels(
         load(0);
         #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
-            int column = first_column + c;
+            int column = tile.column_of(stage) + c;
             auto multiply_column = [&](const bool inner) __attribute__((always_inline)) {
                 #pragma unroll
                 for (int t = 0; t < TAPS_W; t++) {
-                    int ow = column - PAD_W + kw + t;
-                    if (inner || (column >= 0 && column < IN_W && ow >= 0 && ow < OUT_W))
-                        multiply(sums[t], window[(c + 1 + t) % TAPS_W], b[c % BUFFERS]);
+                    if (inner || tile.has_partner(column, t))
+                        Multiply<SPLIT>::add(sums[t], window[(c + 1 + t) % TAPS_W], b[c % BUFFERS]);
                     // The first tap is the last to use the window's oldest column.
                     if (t == (BUFFERS == 2 ? 0 : TAPS_W - 1) && c + 1 < COLUMNS) load(c + 1);
                 }
             };
-            if (column >= inner_first && column < inner_end) multiply_column(true);
+            if (tile.inner(column)) multiply_column(true);
             else multiply_column(false);
             // Not right after the barrier, where no warp would keep the tensor core busy.
             if (c == 0) fetch(stage + STAGES - 1);
@@ -4458,260 +4214,309 @@ __device__ inline void sum_pixels(
     auto store_sums = [&](bool first) {
         #pragma unroll
         for (int t = 0; t < TAPS_W; t++) {
-            if (!active || kw + t < tap_group * TAPS_W) continue;
-            i64 row = ((i64)split * TAPS + kh * KERNEL_W + kw + t) * OUT_CHANNELS + first_oc + lane / 4;
-            float* to = partial + row * IN_CHANNELS + ic_chunk * CHUNK_CHANNELS + lane % 4 * 2;
+            if (!active || t < tile.first_tap) continue;
+            i64 row = tile.tap(t) * OUT_CHANNELS + first_oc + lane / 4;
+            float* to = partial + row * IN_CHANNELS + tile.ic_tile * TILE_IC + lane % 4 * 2;
             auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * IN_CHANNELS + i / 2 * 8); };
-            auto exists = [&](int i) { return ic_chunk * CHUNK_CHANNELS + i / 2 * 8 < IN_CHANNELS; };
+            auto exists = [&](int i) { return tile.ic_tile * TILE_IC + i / 2 * 8 < IN_CHANNELS; };
             store_chain(sums[t], first, place, exists);
         }
     };
 
     for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage);
     bool first = true;
-    for (int stage = 0; stage < stages; stage++) {
+    for (int stage = 0; stage < tile.stages; stage++) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();
         if (active) multiply_stage(stage);
         else fetch(stage + STAGES - 1);
-        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) store_sums(first), first = false;
+        if (tile.ends_chain(stage)) store_sums(first), first = false;
     }
 }
 """,
-    "conv_wgrad_wgmma.cuh": r"""// The sums of conv_wgrad_mma.cu for sm_90a, by wgmma: x in registers, dy read from shared memory by the tensor cores on
-// their own.
+    "conv_wgrad_wgmma.cuh": r"""// The sums of conv_wgrad_mma.cu by wgmma (sm_90a): x in registers, dy read from shared memory by the tensor cores on
+// their own. Input channels are the rows of the products; each of two warpgroups has half of the tile's output
+// channels.
 //
-// A block owns 64 input channels, the rows of the products, and 16 TILES_N output channels, half of them each
-// warpgroup's.
-//
-// Shared memory: a ring of STAGES stages of COLUMNS positions, each a column of x and one of dy, as blocks of 16 cells
-// of 64 channels; with SPLIT 2 such a cell has the values of two (fp16_cells.cuh), and the next block their rests. A
-// block begins at a multiple of 1024 bytes, so that wgmma's swizzle is that of cell_offset, and a tap is another block.
-// Position 0 of a band is the first column of dy that a tap needs, x begins LEAD positions later. A stage is refilled
-// when no tensor core can still read it: after a barrier before which everybody has waited for all but the youngest
-// multiplications.
+// Shared memory: positions, each a column of x and one of dy, as blocks of 16 lines of 64 channels; with SPLIT 2 such a
+// line has the values of two (fp16_tiles.cuh), and the next block their residuals. A block begins at a multiple of 1024
+// bytes, so that wgmma's swizzle is that of line_offset, and a tap is another block. A stage is refilled when no tensor
+// core can still read it: after a barrier before which everybody has waited for all but the youngest multiplications.
 //
 // Tensor cores truncate when they add to an accumulator. With SPLIT 2 they start from zero for each tap and stage, with
 // the small products first, and ordinary additions add up what comes out: one warpgroup adds while the tensor cores
 // work for the other.
-//
-// Macros: TILE_IC (64), TILES_N (tiles of 8 output channels of a warpgroup).
 #pragma once
 #include "wgmma.cuh"
 
-#define TILE_OC (16 * TILES_N)
+#define TILES_N (TILE_OC / 16)           // of 8 output channels of a warpgroup
 #define GROUPS_OC ((TILE_OC + 63) / 64)  // of 64 channels: of each warpgroup, or one of both
-#define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
-#define LEAD ((TAPS_W - 1 + COLUMNS - 1) / COLUMNS * COLUMNS)  // positions before x begins
-#define BLOCK_BYTES (BAND_ROWS * CELL_BYTES)
+#define BLOCK_BYTES (BAND_ROWS * LINE_BYTES)
 #define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
-#define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
 #define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)   // stages that are on their way
 enum { ZEROS_OFFSET = STAGES * COLUMNS * POSITION_BYTES };  // in shared memory, of 16 bytes
 static_assert(THREADS == 256 && TILE_IC == 64, "two warpgroups, each with all input channels of the block");
-static_assert(TILES == KERNEL_H * TAP_GROUPS * OC_TILES * ((IN_CHANNELS + TILE_IC - 1) / TILE_IC), "tiles make dw");
+static_assert(TILE_OC == 16 * TILES_N, "a warpgroup has half of the output channels");
 static_assert(
     SPLIT == 1 ? COLUMNS % 2 == 0 : COLUMNS <= 2 && IN_W % COLUMNS == 0,
     "two columns of registers, and no stage ends beyond x");
 static_assert(AHEAD >= 1, "a stage is on its way while another one is multiplied");
+template <int> struct Multiply {};  // picks the loop
 static_assert(ZEROS_OFFSET + 16 == SHARED_BYTES, "the ring and the zeros are all of the shared memory");
 
-__device__ inline void sum_pixels(
-    const half_t* x, const half_t* dy, float* partial, int images, int split_bands, u8* ring) {
+struct MainLoop {
+    const half_t *x, *dy;
+    float* partial;
+    const Tile& tile;
+    u8* ring;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);
-    int tile = blockIdx.x % TILES, split = blockIdx.x / TILES;
-    int kh = tile % KERNEL_H, tap_group = tile / KERNEL_H % TAP_GROUPS;
-    int oc_tile = tile / (KERNEL_H * TAP_GROUPS) % OC_TILES, ic_tile = tile / (KERNEL_H * TAP_GROUPS * OC_TILES);
-    int kw = min(tap_group * TAPS_W, KERNEL_W - TAPS_W);  // the last group may repeat taps of the one before
-    int first_oc = oc_tile * TILE_OC + warpgroup * (TILE_OC / 2);
-    bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS;
-    int rows = images * IN_H, bands = (rows + BAND_ROWS - 1) / BAND_ROWS;
-    int first_band = split * split_bands, stages = min(split_bands, bands - first_band) * BAND_STAGES;
+    int first_ic = tile.ic_tile * TILE_IC + warp % 4 * 16,
+        first_oc = tile.oc_tile * TILE_OC + warpgroup * (TILE_OC / 2);
+    bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS, first = true;
+    // This lane's of ldmatrix.
+    const u8* x_row = ring + line_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);
+    WgmmaLines dy_lines = {
+        ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0};
+    float sums[TAPS_W][TILES_N][4] = {};
 
-    // A thread takes a part of a row's cells in every other position. Eight lanes write whole cells: writes to eight
+    // A thread takes a part of a row's lines in every other position. Eight lanes write whole lines: writes to eight
     // places would take turns.
-    auto fetch = [&](int stage) {
-        if (stage < stages) {
-            int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
-            int row_of_all = (first_band + stage / BAND_STAGES) * BAND_ROWS + row;
-            int image = row_of_all / IN_H, ih = row_of_all % IN_H, oh = ih - PAD_H + kh;
-            bool valid = row_of_all < rows && oh >= 0 && oh < OUT_H;
-            int position = stage % BAND_STAGES * COLUMNS + loader;
-            u8* to = ring + (stage % STAGES * COLUMNS + loader) * POSITION_BYTES + cell_offset(row, part);
+    __device__ __forceinline__ void fetch(int stage) {
+        if (stage < tile.stages) {
+            Copies copies(tile, stage);
             enum { PARTS = 8 / SPLIT };  // of values
-            // 64 channels, those of the source's chunk `chunk` and following ones, of `chunks`.
-            auto copy = [&](int block, const half_t* source, int chunk, int chunks, int height, int width, int h,
-                            int column) {
-                chunk += part / PARTS;
-                const u8* from = (const u8*)source +
-                                 ((((i64)image * chunks + chunk) * height + h) * width + column) * CELL_BYTES +
-                                 part % PARTS * 16;
+            int iw = tile.column_of(stage) + copies.loader, ow = tile.partner(iw, TAPS_W - 1);
+            int first_chunk = copies.part / PARTS, offset = copies.part % PARTS * 16;
+            u8* to = ring + (stage % STAGES * COLUMNS + copies.loader) * POSITION_BYTES +
+                     line_offset(copies.row, copies.part);
+            // 64 channels of `width` columns, of which `from` is `column`.
+            auto copy = [&](int block, const u8* from, bool valid, int width, int column) {
                 #pragma unroll
                 for (int i = 0; i < (COLUMNS + 1) / 2 * SPLIT; i++) {
-                    int c = i / SPLIT * 2, rest = i % SPLIT;
-                    if (COLUMNS == 1 && loader) break;
+                    int c = i / SPLIT * 2, residual = i % SPLIT;
+                    if (COLUMNS == 1 && copies.loader) break;
                     cp_async_16(
-                        to + c * POSITION_BYTES + (block * SPLIT + rest) * BLOCK_BYTES,
-                        from + c * CELL_BYTES + rest * PARTS * 16,
-                        valid && chunk < chunks && column + c >= 0 && column + c < width);
+                        to + c * POSITION_BYTES + (block * SPLIT + residual) * BLOCK_BYTES,
+                        from + offset + c * LINE_BYTES + residual * PARTS * 16,
+                        valid && column + c >= 0 && column + c < width);
                 }
             };
-            copy(0, x, ic_tile * SPLIT, X_CHUNKS, IN_H, IN_W, ih, position - LEAD);
+            int chunk = tile.ic_tile * SPLIT + first_chunk;
+            copy(0, copies.x(x, chunk, iw), copies.valid && chunk < X_CHUNKS, IN_W, iw);
             #pragma unroll 1  // unrolled, addresses would take more registers
-            for (int group = 0; group < GROUPS_OC; group++)
-                copy(
-                    1 + group, dy, (oc_tile * GROUPS_OC + group) * SPLIT, DY_CHUNKS, OUT_H, OUT_W, oh,
-                    position - LEAD + TAPS_W - 1 - PAD_W + kw);
+            for (int group = 0; group < GROUPS_OC; group++) {
+                int chunk = (tile.oc_tile * GROUPS_OC + group) * SPLIT + first_chunk;
+                copy(1 + group, copies.dy(dy, chunk, ow), copies.valid && chunk < DY_CHUNKS, OUT_W, ow);
+            }
         }
         cp_async_commit();
-    };
-    auto arrive = [&]() {
+    }
+    __device__ __forceinline__ void arrive() {
         cp_async_wait<AHEAD - 1>();
         fence_async_proxy();
         __syncthreads();
-    };
-
-    // Columns of x [inner_first, inner_end) have a partner for every tap.
-    int inner_first = max(0, PAD_W - kw), inner_end = min(IN_W, OUT_W + PAD_W - kw - (TAPS_W - 1));
-    auto has_partner = [&](int column, int t) {
-        int ow = column - PAD_W + kw + t;
-        return column >= 0 && column < IN_W && ow >= 0 && ow < OUT_W;
-    };
-    // This lane's of ldmatrix.
-    const u8* x_row = ring + cell_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);
-    WgmmaCells dy_cells(
-        ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0);
+    }
     // The column of dy `c` positions from where the stage in `slot` begins, a little before that or in it.
-    auto dy_column = [&](int slot, int c) {
+    __device__ __forceinline__ WgmmaLines dy_column(int slot, int c) const {
         int position = slot * COLUMNS + c;
-        return dy_cells.moved((c < 0 && position < 0 ? position + STAGES * COLUMNS : position) * POSITION_BYTES);
-    };
-    float sums[TAPS_W][TILES_N][4] = {};
-
-    auto store_sums = [&](bool first) {
+        return dy_lines.moved((c < 0 && position < 0 ? position + STAGES * COLUMNS : position) * POSITION_BYTES);
+    }
+    __device__ __forceinline__ void store_sums() {
         #pragma unroll
         for (int t = 0; t < TAPS_W; t++) {
             wgmma_arrived<TILES_N>(sums[t]);
-            if (!active || kw + t < tap_group * TAPS_W) continue;
-            i64 row = ((i64)split * TAPS + kh * KERNEL_W + kw + t) * IN_CHANNELS + ic_tile * TILE_IC + warp % 4 * 16 +
-                      lane / 4;
-            float* to = partial + row * OUT_CHANNELS + first_oc + lane % 4 * 2;
+            if (!active || t < tile.first_tap) continue;
+            float* to =
+                partial + (tile.tap(t) * IN_CHANNELS + first_ic + lane / 4) * OUT_CHANNELS + first_oc + lane % 4 * 2;
             auto place = [&](int i) { return (Packed<float, 2>*)(to + i % 2 * 8 * OUT_CHANNELS + i / 2 * 8); };
-            auto exists = [&](int i) {
-                return ic_tile * TILE_IC + warp % 4 * 16 < IN_CHANNELS && first_oc + i / 2 * 8 < OUT_CHANNELS;
-            };
+            auto exists = [&](int i) { return first_ic < IN_CHANNELS && first_oc + i / 2 * 8 < OUT_CHANNELS; };
             store_chain(sums[t], first, place, exists);
         }
-    };
+        first = false;
+    }
 
-    for (int stage = 0; stage < AHEAD; stage++) fetch(stage);
-    bool first = true;
-#if SPLIT == 1
-    unsigned fragments[2][4];
-    for (int stage = 0; stage < stages; stage++) {
-        arrive();
-        int slot = stage % STAGES, first_column = stage % BAND_STAGES * COLUMNS - LEAD;
-        #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            int column = first_column + c;
-            unsigned (&a)[4] = fragments[c % 2];
-            auto multiply_column = [&](const bool inner) __attribute__((always_inline)) {
-                wgmma_fence();
-                #pragma unroll
-                for (int t = 0; t < TAPS_W; t++)
-                    if (inner || has_partner(column, t))
-                        wgmma<TILES_N>(sums[t], a, dy_column(slot, c + t - (TAPS_W - 1)));
-                wgmma_commit();
-            };
-            if (active && column >= 0 && column < IN_W) {
-                // Of the columns before this one, two may be under way at a barrier. The one before that had this one's
-                // registers; where their number is odd, the next band's first column has the registers of this one's
-                // last.
-                if (IN_W % 2 && column == 0) wgmma_wait<0>();
-                else wgmma_wait<1>();
-                ldmatrix_x4_transposed(a, x_row + (slot * COLUMNS + c) * POSITION_BYTES);
-                if (column >= inner_first && column < inner_end) multiply_column(true);
-                else multiply_column(false);
-            }
-            if (c == 1) fetch(stage + AHEAD);  // not right after the barrier, when the tensor cores have least to do
-        }
-        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages)
-            wgmma_wait<0>(), store_sums(first), first = false;
-    }
-#else
-    // A stage's columns of x for tap t. Where a column of dy does not exist it is zeros here, and for its tap so is
-    // that of x: 0 * NaN is NaN.
-    u8* zeros = ring + ZEROS_OFFSET;
-    if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
-    unsigned fragments[COLUMNS][SPLIT][4];
-    auto load = [&](int stage, int t) __attribute__((always_inline)) {
-        #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            bool has = has_partner(stage % BAND_STAGES * COLUMNS - LEAD + c, t);
-            const u8* row = x_row + (stage % STAGES * COLUMNS + c) * POSITION_BYTES;
-            #pragma unroll
-            for (int part = 0; part < SPLIT; part++)
-                ldmatrix_x4_transposed(fragments[c][part], has ? row + part * BLOCK_BYTES : zeros);
-        }
-    };
-    float products[TILES_N][4] = {};
-    arrive();
-    load(0, 0);
-    for (int stage = 0; stage < stages; stage++) {
-        int slot = stage % STAGES, first_column = stage % BAND_STAGES * COLUMNS - LEAD;
-        bool inner = first_column >= inner_first && first_column + COLUMNS <= inner_end;
-        if (active && first_column >= 0) {
-            #pragma unroll
-            for (int t = 0; t < TAPS_W; t++) {
-                wgmma_fence();
-                #pragma unroll
-                for (int product = 0; product < 3; product++)  // rest * value, value * rest, value * value
-                    #pragma unroll
-                    for (int c = 0; c < COLUMNS; c++) {
-                        WgmmaCells right = dy_column(slot, c + t - (TAPS_W - 1)).moved(product == 1 ? BLOCK_BYTES : 0);
-                        wgmma<TILES_N>(products, fragments[c][product == 0], right, product + c > 0);
-                    }
-                wgmma_commit();
-                if (t == 0) fetch(stage + AHEAD);
-                if (t == TAPS_W - 1) arrive();
-                wgmma_wait<0>();
-                wgmma_arrived<TILES_N>(products);
-                if (t == TAPS_W - 1) load(stage + 1, 0);  // past the last stage this is nothing that anybody uses
-                else if (!inner) {
-                    bool changes = false;  // in which columns have a partner
-                    #pragma unroll
-                    for (int c = 0; c < COLUMNS; c++)
-                        changes |= has_partner(first_column + c, t) != has_partner(first_column + c, t + 1);
-                    if (changes) load(stage, t + 1);
-                }
-                #pragma unroll
-                for (int i = 0; i < TILES_N * 4; i++) sums[t][i / 4][i % 4] += products[i / 4][i % 4];
-                wgmma_arrived<TILES_N>(sums[t]);  // see conv_wgmma.cuh
-            }
-        } else {
-            fetch(stage + AHEAD);
+    __device__ __forceinline__ void run(Multiply<1>) {
+        unsigned fragments[2][4];
+        for (int stage = 0; stage < tile.stages; stage++) {
             arrive();
-            load(stage + 1, 0);
+            int slot = stage % STAGES;
+            #pragma unroll
+            for (int c = 0; c < COLUMNS; c++) {
+                int column = tile.column_of(stage) + c;
+                unsigned (&a)[4] = fragments[c % 2];
+                auto multiply_column = [&](const bool inner) __attribute__((always_inline)) {
+                    wgmma_fence();
+                    #pragma unroll
+                    for (int t = 0; t < TAPS_W; t++)
+                        if (inner || tile.has_partner(column, t))
+                            wgmma<TILES_N>(sums[t], a, dy_column(slot, c + t - (TAPS_W - 1)));
+                    wgmma_commit();
+                };
+                if (active && column >= 0 && column < IN_W) {
+                    // Of the columns before this one, two may be under way at a barrier. The one before that had this
+                    // one's registers; where their number is odd, the next band's first column has the registers of
+                    // this one's last.
+                    if (IN_W % 2 && column == 0) wgmma_wait<0>();
+                    else wgmma_wait<1>();
+                    ldmatrix_x4_transposed(a, x_row + (slot * COLUMNS + c) * POSITION_BYTES);
+                    if (tile.inner(column)) multiply_column(true);
+                    else multiply_column(false);
+                }
+                if (c == 1)
+                    fetch(stage + AHEAD);  // not right after the barrier, when the tensor cores have least to do
+            }
+            if (tile.ends_chain(stage)) wgmma_wait<0>(), store_sums();
         }
-        if ((stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages) store_sums(first), first = false;
     }
-#endif
+
+    __device__ __forceinline__ void run(Multiply<2>) {
+        // A stage's columns of x for tap t. Where a column of dy does not exist it is zeros here, and for its tap so is
+        // that of x: 0 * NaN is NaN.
+        u8* zeros = ring + ZEROS_OFFSET;
+        if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
+        unsigned fragments[COLUMNS][2][4];
+        auto load = [&](int stage, int t) __attribute__((always_inline)) {
+            #pragma unroll
+            for (int c = 0; c < COLUMNS; c++) {
+                bool has = tile.has_partner(tile.column_of(stage) + c, t);
+                const u8* row = x_row + (stage % STAGES * COLUMNS + c) * POSITION_BYTES;
+                #pragma unroll
+                for (int part = 0; part < 2; part++)
+                    ldmatrix_x4_transposed(fragments[c][part], has ? row + part * BLOCK_BYTES : zeros);
+            }
+        };
+        float products[TILES_N][4] = {};
+        arrive();
+        load(0, 0);
+        for (int stage = 0; stage < tile.stages; stage++) {
+            int slot = stage % STAGES, column = tile.column_of(stage);
+            bool inner = tile.inner(column, COLUMNS);
+            if (active && column >= 0) {
+                #pragma unroll
+                for (int t = 0; t < TAPS_W; t++) {
+                    wgmma_fence();
+                    #pragma unroll
+                    for (int product = 0; product < 3; product++)  // residual * value, value * residual, value * value
+                        #pragma unroll
+                        for (int c = 0; c < COLUMNS; c++) {
+                            WgmmaLines right =
+                                dy_column(slot, c + t - (TAPS_W - 1)).moved(product == 1 ? BLOCK_BYTES : 0);
+                            wgmma<TILES_N>(products, fragments[c][product == 0], right, product + c > 0);
+                        }
+                    wgmma_commit();
+                    if (t == 0) fetch(stage + AHEAD);
+                    if (t == TAPS_W - 1) arrive();
+                    wgmma_wait<0>();
+                    wgmma_arrived<TILES_N>(products);
+                    if (t == TAPS_W - 1) load(stage + 1, 0);  // past the last stage this is nothing that anybody uses
+                    else if (!inner) {
+                        bool changes = false;  // in which columns have a partner
+                        #pragma unroll
+                        for (int c = 0; c < COLUMNS; c++)
+                            changes |= tile.has_partner(column + c, t) != tile.has_partner(column + c, t + 1);
+                        if (changes) load(stage, t + 1);
+                    }
+                    #pragma unroll
+                    for (int i = 0; i < TILES_N * 4; i++) sums[t][i / 4][i % 4] += products[i / 4][i % 4];
+                    wgmma_arrived<TILES_N>(sums[t]);  // see conv_wgmma.cuh
+                }
+            } else {
+                fetch(stage + AHEAD);
+                arrive();
+                load(stage + 1, 0);
+            }
+            if (tile.ends_chain(stage)) store_sums();
+        }
+    }
+};
+
+__device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, const Tile& tile, u8* ring) {
+    MainLoop loop = {x, dy, partial, tile, ring};
+    for (int stage = 0; stage < AHEAD; stage++) loop.fetch(stage);
+    loop.run(Multiply<SPLIT>());
 }
 """,
-    "fp16_cells.cu": r"""// A tensor [N, channels, pixels] as fp16 cells in global memory, for kernels that bring cells to shared memory by
+    "fp16_scale.cuh": r"""// Power-of-two scales, measured from the data, that bring float32 values into fp16's normal range without loss.
+#pragma once
+#include "common.cuh"
+
+// Bits of |v| if v is finite, else 0: their order as integers is the order of the values, denormals included.
+__device__ inline unsigned finite_magnitude(float v) {
+    unsigned bits = __float_as_uint(v) & 0x7FFFFFFF;
+    return bits < 0x7F800000 ? bits : 0;
+}
+
+// The largest of the values first, first + step, ... of `count` packs, AT_ONCE of which are in flight together.
+template <int AT_ONCE, class T, int W, class I>
+__device__ inline unsigned largest_of(const Packed<T, W>* from, I first, I step, I count) {
+    unsigned largest = 0;
+    for (; first < count; first += step * AT_ONCE) {
+        Packed<T, W> in[AT_ONCE];
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) in[i] = from[min(first + i * step, count - 1)];
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE * W; i++) largest = max(largest, finite_magnitude(to_acc(in[i / W].v[i % W])));
+    }
+    return largest;
+}
+
+// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16. At most
+// 126, which zeros get too, so that a part of a tensor that is all zero leaves the smallest exponent of the parts as it
+// is.
+__device__ inline int scale_exponent(unsigned largest_magnitude) {
+    return min(126, 14 + 127 - (int)(largest_magnitude >> 23));
+}
+
+// 2^e for -126 <= e <= 127.
+__device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
+
+// v -> v * 2^-e for |e| <= 252; two factors keep every intermediate value in range where the result is.
+struct ScaleBack {
+    float first, second;
+    __device__ explicit ScaleBack(int e) : first(power_of_two(-e / 2)), second(power_of_two(-e - -e / 2)) {}
+    __device__ float operator()(float v) const { return multiply_unflushed(multiply_unflushed(v, first), second); }
+    // The same, plus `shift`.
+    __device__ float operator()(float v, float shift) const {
+        v = multiply_unflushed(v, first);
+#ifdef CUPY_KERNELS_EMULATOR
+        return fmaf(v, second, shift);
+#else
+        float sum;
+        asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(v), "f"(second), "f"(shift));
+        return sum;
+#endif
+    }
+};
+
+__device__ inline unsigned block_max(unsigned v, unsigned* scratch) {
+    v = warp_max(v);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (unsigned w = 0; w < blockDim.x / 32; w++) v = max(v, scratch[w]);
+    __syncthreads();
+    return v;
+}
+
+// The smallest of `count` exponents: what a tensor takes whose parts would take these.
+__device__ inline int smallest_exponent(const int* exponents, int count, unsigned* scratch) {
+    unsigned largest = 0;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) largest = max(largest, (unsigned)(126 - exponents[i]));
+    return 126 - (int)block_max(largest, scratch);
+}
+""",
+    "fp16_tiles.cu": r"""// Packs a tensor [N, channels, pixels] as fp16 tiles (fp16_tiles.cuh), for kernels that bring lines to shared memory by
 // cp.async.
 //
-//     cells [N][chunk][pixel][64 halves], (value - centre) * 2^e, parts of a cell in ascending order;
-//     fp16_cells.cuh says what is in a cell
+//     packed [N][chunk][pixel][64 halves], (value - centre) * 2^e, the parts of a line in ascending order
 //
 // largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them.
-// to_cells: a block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH
-// pixels, and writes whole cells after a turn through shared memory. Channels past the last one are zero. sums: null,
-// or of each channel over one image (fp16_cells.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
-// fp16_cells.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH
-// (accesses under way in a thread of largest_magnitude). `channels` is a multiple of 8, N * pixels below 2^31.
+// pack_fp16: a block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH
+// pixels, and writes whole lines after a turn through shared memory. Channels past the last one are zero. sums: null,
+// or of each channel over one image (fp16_tiles.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
+// fp16_tiles.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH
+// (accesses under way in a thread of largest_magnitude). Limits: channels a multiple of 8, N * pixels below 2^31.
 #include "common.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 
 #define GROUPS (CHUNK_CHANNELS / 8)  // of 8 channels
 static_assert(TILE_PIXELS == THREADS / GROUPS * WIDTH, "a thread has 8 channels of WIDTH pixels");
@@ -4721,22 +4526,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
     __shared__ unsigned scratch[32];
     i64 packs = size / WIDTH, step = (i64)gridDim.x * THREADS;
-    unsigned largest = 0;
-    for (i64 first = (i64)blockIdx.x * THREADS + threadIdx.x; first < packs; first += step * BATCH) {
-        Pack in[BATCH];
-        #pragma unroll
-        for (int i = 0; i < BATCH; i++) in[i] = ((const Pack*)source)[min(first + i * step, packs - 1)];
-        #pragma unroll
-        for (int i = 0; i < BATCH * WIDTH; i++)
-            largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
-    }
-    largest = block_max(largest, scratch);
+    i64 first = (i64)blockIdx.x * THREADS + threadIdx.x;
+    unsigned largest = block_max(largest_of<BATCH>((const Pack*)source, first, step, packs), scratch);
     if (threadIdx.x == 0) exponents[blockIdx.x] = scale_exponent(largest);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) to_cells(
+extern "C" __global__ void __launch_bounds__(THREADS) pack_fp16(
     const scalar_t* __restrict__ source, const int* __restrict__ exponents, const scalar_t* __restrict__ sums,
-    half_t* __restrict__ cells, int exponent_count, int images, int channels, int pixels) {
+    half_t* __restrict__ packed, int exponent_count, int images, int channels, int pixels) {
     __shared__ uint4 tile[TILE_PIXELS * 8];
     __shared__ unsigned scratch[32];
     Divisor by_image(pixels);
@@ -4768,32 +4565,37 @@ extern "C" __global__ void __launch_bounds__(THREADS) to_cells(
     __syncthreads();
     #pragma unroll
     for (int i = threadIdx.x; i < TILE_PIXELS * 8; i += THREADS) {
-        int cell = i / 8, part = i % 8;
-        if (first + cell >= total) break;
-        unsigned pixel, image = by_image.divide((unsigned)(first + cell), pixel);
-        ((uint4*)cells)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
-            tile[cell * 8 + (part ^ (cell / WIDTH & 7))];
+        int line = i / 8, part = i % 8;
+        if (first + line >= total) break;
+        unsigned pixel, image = by_image.divide((unsigned)(first + line), pixel);
+        ((uint4*)packed)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
+            tile[line * 8 + (part ^ (line / WIDTH & 7))];
     }
 }
 """,
-    "fp16_cells.cuh": r"""// fp16 operands of the tensor-core convolution: cells of 64 halves in shared memory.
+    "fp16_tiles.cuh": r"""// fp16 operands of tensor cores: packed tiles, in global memory [N][chunk][pixel][64 halves], in shared memory as it
+// suits.
 //
-// fp16, like TF32, keeps 10 mantissa bits, and fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds to
-// fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision): a cell then
-// holds 32 channels twice. Macros: SPLIT, CHUNK_CHANNELS (of a cell), CELL_BYTES, IN_CHANNELS.
+// The 64 halves of a pixel are a line, eight parts of 16 bytes. fp16, like TF32, keeps 10 mantissa bits, and
+// fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds 64 channels to fp16 (TF32's precision). SPLIT 2
+// keeps what that leaves, the residual, as a second fp16 value (nearly float32's precision): a line has 32 channels,
+// then their residuals. In shared memory the parts of lines are swizzled, so that the same part of neighbouring lines
+// lies in different banks.
+//
+// Macros: SPLIT, CHUNK_CHANNELS (of a line), LINE_BYTES, IN_CHANNELS.
 #pragma once
 #include "fp16_scale.cuh"
 
 #define CHUNKS ((IN_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
-#define STAGE_BYTES (TILE_M * CELL_BYTES)
+#define STAGE_BYTES (TILE_M * LINE_BYTES)
 static_assert(
-    CELL_BYTES == 8 * 16 && CELL_BYTES == SPLIT * CHUNK_CHANNELS * sizeof(half_t), "a cell is eight parts of 16 bytes");
+    LINE_BYTES == 8 * 16 && LINE_BYTES == SPLIT * CHUNK_CHANNELS * sizeof(half_t), "a line is eight parts of 16 bytes");
 
-// Where part `part` (16 bytes, 0 to 7) of a cell lies. Cells of different keys, 0 to 7, have the same part in different
+// Where part `part` (16 bytes, 0 to 7) of a line lies. Lines of different keys, 0 to 7, have the same part in different
 // banks.
-__device__ inline int cell_offset(int cell, int part, int key) { return cell * CELL_BYTES + ((part ^ key) << 4); }
-// With keys that differ in eight neighbouring cells.
-__device__ inline int cell_offset(int cell, int part) { return cell_offset(cell, part, cell & 7); }
+__device__ inline int line_offset(int line, int part, int key) { return line * LINE_BYTES + ((part ^ key) << 4); }
+// With keys that differ in eight neighbouring lines.
+__device__ inline int line_offset(int line, int part) { return line_offset(line, part, line & 7); }
 
 // The part that lies `parts` parts on from the one at `row`, where `parts` sets only bits that are 0 in that one's
 // number.
@@ -4811,7 +4613,7 @@ __device__ inline unsigned pack_halves(float low, float high) {
 #endif
 }
 
-// What is taken from all values of channel c before they become cells: about their mean, from the channel's sum over
+// What is taken from all values of channel c before they are packed: about their mean, from the channel's sum over
 // `count` values. With `sums` null, or where it is not finite, nothing.
 template <class V> __device__ inline float centre(const V* sums, int c, int count) {
     float mean = sums ? to_acc(sums[c]) / count : 0;
@@ -4820,95 +4622,197 @@ template <class V> __device__ inline float centre(const V* sums, int c, int coun
 // A difference of two values can be twice the largest.
 __device__ inline int centred_exponent(const void* sums, int exponent) { return sums ? exponent - 1 : exponent; }
 
-// Eight values as the halves of a cell's part `part`; leaves in `v` what is left for the next part. With SPLIT 2
-// infinities and NaNs are all rest, the first value is 0: rests are multiplied by first values only, not by rests,
+// Eight values as the halves of a line's part `part`; leaves in `v` what is left for the next part. With SPLIT 2
+// infinities and NaNs are all residual, the value is 0: residuals are multiplied by values only, not by residuals,
 // whose sign would make NaN of an infinity.
 __device__ inline uint4 take_halves(float (&v)[8], int part) {
-    float rest[8];
+    float residual[8];
     #pragma unroll
     for (int j = 0; j < 8; j++) {
-        rest[j] = v[j];
+        residual[j] = v[j];
         if (part + 1 < SPLIT && v[j] - v[j] != 0) v[j] = 0;
-        rest[j] -= to_acc(from_acc<half_t>(v[j]));
+        residual[j] -= to_acc(from_acc<half_t>(v[j]));
     }
     uint4 halves =
         make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
     #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = rest[j];
+    for (int j = 0; j < 8; j++) v[j] = residual[j];
     return halves;
 }
 
-// Writes eight channels, `group` of its chunk, to a cell: part `group`, and with SPLIT 2 what rounding left of them, 4
+// Writes eight channels, `group` of its chunk, to a line: part `group`, and with SPLIT 2 what rounding left of them, 4
 // parts on.
-__device__ inline void store_cell(u8* cells, int cell, int group, float (&v)[8], int key) {
+__device__ inline void store_line(u8* lines, int line, int group, float (&v)[8], int key) {
     #pragma unroll
     for (int part = 0; part < SPLIT; part++)
-        *(uint4*)(cells + cell_offset(cell, part * (CHUNK_CHANNELS / 8) + group, key)) = take_halves(v, part);
+        *(uint4*)(lines + line_offset(line, part * (CHUNK_CHANNELS / 8) + group, key)) = take_halves(v, part);
 }
 """,
-    "fp16_scale.cuh": r"""// Power-of-two scales, measured from the data, that bring float32 values into fp16's normal range without loss.
+    "implicit_gemm.cuh": r"""// Transposed convolution with stride 1, dilation 1 and one group on tensor cores, as an implicit GEMM: what its two
+// forms share. conv_mma.cuh multiplies by mma.sync (sm_80 and newer), conv_wgmma.cuh by wgmma (sm_90a).
+//
+//     sums[n, m, oh, ow] = sum_{k, kh, kw} x[n, k, oh + PAD_H - kh, ow + PAD_W - kw] * w[k, m, kh, kw]
+//
+// dgrad is the same sum over dy with PAD' = KERNEL - 1 - PAD and flipped, transposed weights (pack_weight_fp16.cu).
+//
+// Rows of the product are output channels m, columns are pixels, the sum runs over input channels and taps. Pixels are
+// ordered by 2x2 windows, so that an epilogue can pool: four windows make a tile, their upper pixels one n8-tile of the
+// tensor cores and their lower pixels another. Windows are numbered row by row, WINDOW_PITCH a row, of which the first
+// WINDOWS_W exist. A block owns one unit: TILE_M channels and UNIT_WINDOWS windows of one image, in passes of
+// WARPS_N x TILES tiles. A warp (with WGMMA a warpgroup) has 64 of the channels and TILES tiles of a turn, in the last
+// turn of a unit LAST_TILES.
+//
+// Load. The rows of x that a unit needs (the band) lie in shared memory as fp16, so that a tap is a shifted read. x is
+// a tensor of scalar_t, converted on the way, or with X_PACKED 1 it is packed already (fp16_tiles.cu). struct
+// Band<X_PACKED>:
+//     Band(x, x_exponents, count, unit, shared)  clears what holds no pixel, begins asynchronous copies
+//     begin(scratch)                             the first turn can run under the scale of `exponent`
+//     fits(scratch)                              whether this scale was right; if not, all passes run again
+// Weights stream through a ring (WeightRing), a step at a time.
+//
+// Main loop. struct MainLoop(unit, band, packed, shared), with
+//     turn<TILES>(sums, turn, first_window)      the sums of a warp's tiles; Sums are its registers
+//     sum_of(sums, row, t, corner)               that of the lane's channel `row` of LANE_ROWS, 8 apart, and a corner
+//                                                (upper left, right, lower left, right) of its window t of LANE_WINDOWS
+//
+// Epilogue. The kernel's own, a struct with
+//     turn(sums, place, exponent)                takes the sums of a turn, times 2^(exponent + the channel's exponent)
+//     restart()                                  forgets all passes: they come again
+//     finish(exponent)                           after the last turn
+//
+// Macros: those of pooled_planes.cuh and fp16_tiles.cuh, scalar_t (float, half_t, bf16_t), X_PACKED, input_t (scalar_t,
+// half_t for packed tiles), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
+// PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES, THREADS, STAGES, GAP (zeros between two rows of the band),
+// PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's), ADJACENT (1: the windows of a lane are
+// neighbours, for wide stores; 0: those of four lanes are), and those of the form.
 #pragma once
 #include "common.cuh"
+#include "async_copy.cuh"
+#include "fp16_tiles.cuh"
+#include "pooled_planes.cuh"
 
-// Bits of |v| if v is finite, else 0: their order as integers is the order of the values, denormals included.
-__device__ inline unsigned finite_magnitude(float v) {
-    unsigned bits = __float_as_uint(v) & 0x7FFFFFFF;
-    return bits < 0x7F800000 ? bits : 0;
-}
+#define TAPS (KERNEL_H * KERNEL_W)
+#define WARPS_M (TILE_M / 64)
+#define PASS_WINDOWS (4 * TILES * WARPS_N)
+#define MOST_TILES (TILES > LAST_TILES ? TILES : LAST_TILES)
+static_assert(
+    TILE_M == 64 * WARPS_M && THREADS == (WGMMA ? 128 : 32) * WARPS_M * WARPS_N, "a warp or warpgroup has 64 channels");
+static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
 
-// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16. At most
-// 126, which zeros get too, so that a part of a tensor that is all zero leaves the smallest exponent of the parts as it
-// is.
-__device__ inline int scale_exponent(unsigned largest_magnitude) {
-    return min(126, 14 + 127 - (int)(largest_magnitude >> 23));
-}
+// Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are
+// loaded once, under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
+enum { GUESS = 10, SLACK = 6 };
 
-// 2^e for -126 <= e <= 127.
-__device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
+// Rows of x [first, end) that a window needs, as if x had rows beyond its own.
+__device__ constexpr int first_row_of(int window) { return window / WINDOW_PITCH * 2 + PAD_H - (KERNEL_H - 1); }
+__device__ constexpr int end_row_of(int window) { return window / WINDOW_PITCH * 2 + 1 + PAD_H + 1; }
 
-// a + b likewise. Adding 0 by an ordinary addition would flush, too.
-__device__ inline float add_unflushed(float a, float b) {
-#ifdef CUPY_KERNELS_EMULATOR
-    return a + b;
-#else
-    float sum;
-    asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
-    return sum;
-#endif
-}
+// What a block works on: windows [first_window, end_window), whose last one exists, and rows [first_row, end_row) of x.
+struct Unit {
+    i64 image;
+    int number, first_window, end_window, passes, first_row, end_row;
 
-// v -> v * 2^-e for |e| <= 252; two factors keep every intermediate value in range where the result is.
-struct ScaleBack {
-    float first, second;
-    __device__ explicit ScaleBack(int e) : first(power_of_two(-e / 2)), second(power_of_two(-e - -e / 2)) {}
-    __device__ float operator()(float v) const { return multiply_unflushed(multiply_unflushed(v, first), second); }
-    // The same, plus `shift`.
-    __device__ float operator()(float v, float shift) const {
-        v = multiply_unflushed(v, first);
-#ifdef CUPY_KERNELS_EMULATOR
-        return fmaf(v, second, shift);
-#else
-        float sum;
-        asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(v), "f"(second), "f"(shift));
-        return sum;
-#endif
+    __device__ explicit Unit(i64 block) {
+        image = block / UNITS;
+        number = block % UNITS;
+        first_window = number * UNIT_WINDOWS;
+        end_window = min(first_window + UNIT_WINDOWS, WINDOWS_H * WINDOW_PITCH) - (WINDOW_PITCH - WINDOWS_W);
+        enum { LARGER = (MOST_TILES - TILES) * 4 * WARPS_N };  // what the last turn can take more
+        passes = (end_window - first_window - LARGER + PASS_WINDOWS - 1) / PASS_WINDOWS;
+        if (LARGER) passes = max(1, passes);
+        first_row = max(0, first_row_of(first_window));
+        end_row = min(IN_H, end_row_of(end_window - 1));
     }
 };
 
-__device__ inline unsigned block_max(unsigned v, unsigned* scratch) {
-    for (int lanes = 16; lanes > 0; lanes >>= 1) v = max(v, __shfl_xor_sync(0xFFFFFFFFu, v, lanes));
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-    __syncthreads();
-    for (unsigned w = 0; w < blockDim.x / 32; w++) v = max(v, scratch[w]);
-    __syncthreads();
-    return v;
-}
+// Which window of a warp's `tiles` times 4 the t-th one of lanes 4 n + quad is.
+__device__ inline int lane_window(int quad, int t, int tiles) { return ADJACENT ? quad * tiles + t : t * 4 + quad; }
 
-// The smallest of `count` exponents: what a tensor takes whose parts would take these.
-__device__ inline int smallest_exponent(const int* exponents, int count, unsigned* scratch) {
-    unsigned largest = 0;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) largest = max(largest, (unsigned)(126 - exponents[i]));
-    return 126 - (int)block_max(largest, scratch);
+// The pixel of a corner of a window.
+struct Pixel {
+    int oh, ow;
+    __device__ Pixel(int window, int corner)
+        : oh(window / WINDOW_PITCH * 2 + corner / 2), ow(window % WINDOW_PITCH * 2 + corner % 2) {}
+    // Of a window that exists: whether the pixel does, which an odd edge cuts off.
+    __device__ bool valid() const { return (OUT_H % 2 == 0 || oh < OUT_H) && (OUT_W % 2 == 0 || ow < OUT_W); }
+};
+
+// Where the sums of a lane belong. channel: the lane's first one in the block. first_window: the warp's; end_window:
+// the unit's.
+struct Place {
+    i64 image;
+    int channel, first_window, end_window, tiles, unit;
+
+    __device__ int window(int t) const { return first_window + lane_window(threadIdx.x % 4, t, tiles); }
+    __device__ bool exists(int t) const {
+        return t < tiles && window(t) < end_window &&
+               (WINDOW_PITCH == WINDOWS_W || window(t) % WINDOW_PITCH < WINDOWS_W);
+    }
+    // Whether a pixel of a window that exists does.
+    __device__ bool inside(int t, int corner) const { return Pixel(window(t), corner).valid(); }
+    // All pixels exist, which is the usual case and needs no masks.
+    __device__ bool full() const {
+        return !WGMMA && OUT_H % 2 == 0 && OUT_W % 2 == 0 && tiles == TILES && first_window + TILES * 4 <= end_window;
+    }
+    __device__ int count() const { return min(tiles * 4, end_window - first_window); }
+};
+
+// Brings the weights' steps, STEPS times STEP_BYTES, one after the other into a ring of STAGES stages. Past the last
+// step it begins again, for the next turn; what the last one does not need nobody reads, which is cheaper than to ask.
+template <int STEP_BYTES, int STEPS> struct WeightRing {
+    u8* ring;
+    const u8* weights;
+    int from = 0;
+
+    __device__ WeightRing(u8* ring, const half_t* packed)
+        : ring(ring), weights((const u8*)packed + (i64)blockIdx.y * STEPS * STEP_BYTES) {}
+    // Stages are told apart by where they begin.
+    __device__ static int next(int stage) { return stage + STEP_BYTES == STAGES * STEP_BYTES ? 0 : stage + STEP_BYTES; }
+    __device__ static int previous(int stage) { return stage ? stage - STEP_BYTES : (STAGES - 1) * STEP_BYTES; }
+
+    __device__ __forceinline__ void fetch(int stage) {
+        u8* to = ring + stage + threadIdx.x * 16;
+        const u8* mine = weights + (from + (int)threadIdx.x * 16);
+        #pragma unroll
+        for (int at = 0; at < STEP_BYTES; at += THREADS * 16)
+            if (STEP_BYTES % (THREADS * 16) == 0 || at + (int)threadIdx.x * 16 < STEP_BYTES)
+                cp_async_16(to + at, mine + at, true);
+        from = from + STEP_BYTES == STEPS * STEP_BYTES ? 0 : from + STEP_BYTES;
+        cp_async_commit();
+    }
+};
+
+#if WGMMA
+#include "conv_wgmma.cuh"
+#else
+#include "conv_mma.cuh"
+#endif
+
+// The convolution of one unit. x_exponents: of a packed x, `x_exponent_count` of them.
+template <class Epilogue>
+__device__ inline void convolve(
+    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
+    Epilogue& epilogue) {
+    Unit unit(blockIdx.x);
+    Band<X_PACKED> band(x, x_exponents, x_exponent_count, unit, shared);
+    MainLoop loop(unit, band, packed, shared);
+    for (bool again = true; again;) {
+        band.begin(scratch);
+        for (int turn = 0; turn < unit.passes; turn++) {
+            int start = unit.first_window + turn * PASS_WINDOWS, left = unit.end_window - start;
+            bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
+                                           : LAST_TILES > TILES && turn == unit.passes - 1 && left > PASS_WINDOWS;
+            int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
+            Sums sums = {};
+            if (last) loop.turn<LAST_TILES>(sums, turn, first_window);
+            else loop.turn<TILES>(sums, turn, first_window);
+            Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
+            epilogue.turn(sums, place, band.exponent);
+        }
+        again = !band.fits(scratch);
+        if (again) epilogue.restart();
+    }
+    epilogue.finish(band.exponent);
 }
 """,
     "mma.cuh": r"""// Tensor-core building blocks of sm_80 and newer: ldmatrix and mma.sync m16n8k16, fp16 operands, float32 accumulation.
@@ -4988,13 +4892,13 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], const
 //
 // signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu).
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse
-// order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in cell_offset's order], with WGMMA
+// order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in line_offset's order], with WGMMA
 // (conv_wgmma.cuh) [m tile][64 channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves];
 // exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block per row of the
 // padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA, and
-// those of fp16_cells.cuh.
+// those of fp16_tiles.cuh.
 #include "common.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 
 extern "C" __global__ void pack_weight_fp16(
     const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed,
@@ -5037,7 +4941,7 @@ extern "C" __global__ void pack_weight_fp16(
         }
         int chunk = group / (CHUNK_CHANNELS / 8);
         u8* stage = (u8*)packed + (((i64)(m / TILE_M) * CHUNKS + chunk) * TAPS + tap) * STAGE_BYTES;
-        store_cell(stage, m % TILE_M, group % (CHUNK_CHANNELS / 8), v, m & 7);
+        store_line(stage, m % TILE_M, group % (CHUNK_CHANNELS / 8), v, m & 7);
     }
 }
 """,
@@ -5046,6 +4950,12 @@ extern "C" __global__ void pack_weight_fp16(
 // Windows are numbered row by row, WINDOW_PITCH a row. Without WGMMA they follow one another. With it they are cut into
 // units of UNIT_WINDOWS, whole rows, each with room for UNIT_STRIDE, and 16 windows, four tiles of four lanes, change
 // places among themselves, so that a lane writes 16 bytes of its own at a time, next to those of its neighbours.
+// In units of TOGETHER windows, where window 4 t + l of the 16 is in tile t of lane l:
+//
+//     place                     0  1  2  3 |  4  5  6  7 |  8  9 10 11 | 12 13 14 15
+//     pooled, argmax (4)        0  4  8 12 |  1  5  9 13 |  2  6 10 14 |  3  7 11 15
+//     saved as half_t (2)       0  4 |  1  5 |  2  6 |  3  7 |  8 12 |  9 13 | 10 14 | 11 15
+//     saved as float (1)        0 |  1 |  2 |  3 |  4 |  5 |  6 |  7 |  8 |  9 | 10 | 11 | 12 | 13 | 14 | 15
 //
 // PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNITS (of a plane), UNIT_WINDOWS,
 // UNIT_STRIDE, PLANE_STRIDE.
@@ -5072,16 +4982,13 @@ __device__ inline int unit_of_window(int row, int column) {
 
 // Of values of which TOGETHER windows, 1, 2 or 4, make 16 bytes.
 template <int TOGETHER> __device__ inline int place_of_window(int row, int column) {
-#if WGMMA
+    if (!WGMMA) return row * WINDOW_PITCH + column;
     int unit = unit_of_window(row, column), window = row * WINDOW_PITCH + column - unit * UNIT_WINDOWS;
     int lane = window & 3, tile = window >> 2 & 3;
     return unit * UNIT_STRIDE + (window & ~15) + tile / TOGETHER * (4 * TOGETHER) + lane * TOGETHER + tile % TOGETHER;
-#else
-    return row * WINDOW_PITCH + column;
-#endif
 }
 
-enum { TOGETHER_POOLED = 4 };  // and taps, which go with them
+enum { TOGETHER_POOLED = 4 };  // and argmax, which go with them
 template <class T> __device__ constexpr int together_saved() { return 4 / sizeof(T); }
 """,
     "pooled_tail.cu": r"""// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, activation and group norm over
@@ -5260,21 +5167,11 @@ struct Job {
 
 __device__ inline int values_in(int job) { return min(ITEMS * 32, PLANE - job % PARTS * (ITEMS * 32)); }
 
-__device__ inline float warp_sum(float v) {
-    for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
-    return v;
-}
-
 // The sum of `a` in lanes 0 to 15, of `b` in the others: for the price of one.
 __device__ inline float warp_sums(float a, float b) {
     bool upper = threadIdx.x & 16;
     float v = (upper ? b : a) + __shfl_xor_sync(0xFFFFFFFFu, upper ? a : b, 16);
     for (int lanes = 8; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
-    return v;
-}
-
-__device__ inline float warp_max(float v) {
-    for (int lanes = 16; lanes > 0; lanes >>= 1) v = fmaxf(v, __shfl_xor_sync(0xFFFFFFFFu, v, lanes));
     return v;
 }
 
@@ -5297,22 +5194,21 @@ struct Norm {
 //     pooled_backward             g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those
 //                                 finite, the largest |g|
 //     pooled_parameter_gradients  sums of all images, and the exponent of a scale under which dy fits fp16
-//     conv_output_gradient_cells  dy as scaled fp16 cells [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores, and
-//                                 sums of dy at its borders, which the gradient of the convolution's weight needs where
-//                                 its x is centred
+//     conv_output_gradient_packed dy as scaled, packed fp16 tiles [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor
+//                                 cores, and sums of dy at its borders, which the gradient of the convolution's weight
+//                                 needs where its x is centred
 //     conv_output_gradient        dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
 //
-// Cells are those of fp16_cells.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what
-// rounding left of them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of
-// dy_exponents [channels].
+// Packed tiles are those of fp16_tiles.cu; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e
+// the least of dy_exponents [channels].
 //
-// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of
-// conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_cells.cuh, saved_t
+// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, argmax, saved and the exponents of
+// conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_tiles.cuh, saved_t
 // (half_t with SPLIT 1, float with 2), SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the
-// convolution, and those of conv_output_gradient_cells.
+// convolution, and those of conv_output_gradient_packed.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
-#include "fp16_cells.cuh"
+#include "fp16_tiles.cuh"
 
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
@@ -5495,44 +5391,42 @@ struct OutputGradient {
     __device__ float of_chosen(float g) const { return multiply_unflushed(multiply_unflushed(g, enlarge), scale); }
 };
 
-// A 2x2 window: its places among the taps, in `saved`, and in g, which for windows that an odd edge cuts is -1.
+// A 2x2 window: its places in `argmax`, in `saved`, and in g, which for windows that an odd edge cuts is -1.
 struct Window {
-    int row, column, tap, saved, pooled;
+    int row, column, argmax, saved, pooled;
 
     __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
-        tap = place_of_window<TOGETHER_POOLED>(row, column);
+        argmax = place_of_window<TOGETHER_POOLED>(row, column);
         saved = place_of_window<together_saved<saved_t>()>(row, column);
         pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
     }
 };
 
 // What conv_bn_pool saved of a window.
-#if SPLIT == 1
-typedef uint2 Kept;
+template <int> struct KeptOf { typedef uint2 type; };
+template <> struct KeptOf<2> { typedef float4 type; };
+typedef KeptOf<SPLIT>::type Kept;
 __device__ inline void unpack(uint2 kept, float (&v)[4]) {
     #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = to_acc(half_t{(unsigned short)((i < 2 ? kept.x : kept.y) >> i % 2 * 16)});
 }
-// The exponent of a window's scale, but for its channel's.
-__device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
-    return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
-}
-#else
-typedef float4 Kept;
 __device__ inline void unpack(float4 kept, float (&v)[4]) {
     v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w;
 }
-__device__ inline int kept_exponent(const int*, i64, const Window&) { return 0; }
-#endif
+// The exponent of a window's scale, but for its channel's.
+__device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
+    if (SPLIT == 2) return 0;
+    return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
+}
 // What undoes the scale. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
 __device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
 
 // dy of the corners of one window in plane `plane`. Corners outside the image get anything.
 __device__ inline void gradients_of(
-    const OutputGradient& gradient, const float* g, const u8* taps, const saved_t* saved, i64 plane,
+    const OutputGradient& gradient, const float* g, const u8* argmax, const saved_t* saved, i64 plane,
     const Window& window, float restore, float (&dy)[4]) {
     float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]);
-    int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.tap];
+    int tap = window.pooled < 0 ? -1 : argmax[plane * PLANE_STRIDE + window.argmax];
     unpack(saved ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), dy);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++)
@@ -5566,11 +5460,11 @@ __device__ inline int edge_window(int i) {
 }
 
 // borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no
-// partner in the convolution's input. Not from the cells: conv_wgrad_reduce multiplies these sums by what x was centred
-// by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the block's
-// warps.
+// partner in the convolution's input. Not from the packed tiles: conv_wgrad_reduce multiplies these sums by what x was
+// centred by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the
+// block's warps.
 __device__ inline void sum_borders(
-    const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents,
+    const float* g, const u8* argmax, const saved_t* saved, const int* exponents, const int* unit_exponents,
     OutputGradient gradient, int c, i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32,
         exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
@@ -5583,7 +5477,7 @@ __device__ inline void sum_borders(
         #pragma unroll 4
         for (i64 image = first; image < end; image++) {
             float restore = restoring(exponent + kept_exponent(unit_exponents, image, window)), v[4];
-            gradients_of(gradient, g, taps, saved, image * OUT_CHANNELS + c, window, restore, v);
+            gradients_of(gradient, g, argmax, saved, image * OUT_CHANNELS + c, window, restore, v);
             #pragma unroll
             for (int corner = 0; corner < 4; corner++) sum[corner] += v[corner];
         }
@@ -5608,15 +5502,15 @@ __device__ inline void sum_borders(
             totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
 }
 
-// A block turns a tile of TILE windows, of TILES, and one chunk of channels into cells. A thread computes eight
-// channels of a window, whose 16 bytes of four cells meet those of the other threads in shared memory. Behind the
-// blocks of each `together` images, while what they have read is in the L2 cache, come BORDER_BLOCKS that sum up the
-// borders of these images, two channels each; borders [.][taps][channels] may be null.
-extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells(
-    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved,
+// A block turns a tile of TILE windows, of TILES, and one chunk of channels into lines of packed tiles. A thread
+// computes eight channels of a window, whose 16 bytes of four lines meet those of the other threads in shared memory.
+// Behind the blocks of each `together` images, while what they have read is in the L2 cache, come BORDER_BLOCKS that
+// sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
+extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packed(
+    const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
-    const int* __restrict__ dy_exponents, half_t* __restrict__ cells, float* __restrict__ borders, float count,
+    const int* __restrict__ dy_exponents, half_t* __restrict__ packed, float* __restrict__ borders, float count,
     i64 images, int together) {
     enum { OCTETS = CHUNK_CHANNELS / 8 };
     static_assert(
@@ -5626,7 +5520,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
         OutputGradient gradient;
         int exponent;
     };
-    __shared__ __align__(16) u8 corners[4][TILE * CELL_BYTES];  // cells of the tile's windows
+    __shared__ __align__(16) u8 corners[4][TILE * LINE_BYTES];  // lines of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
     __shared__ float totals[THREADS / 32][TAPS];
     __shared__ unsigned scratch[32];
@@ -5639,14 +5533,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
         gradient.finish(count, smallest_exponent(dy_exponents, OUT_CHANNELS, scratch));
         i64 end = min(image + together, images);
         float* to = borders + (i64)share * TAPS * OUT_CHANNELS;
-        sum_borders(g, taps, saved, exponents, unit_exponents, gradient, c, image, end, totals, to);
+        sum_borders(g, argmax, saved, exponents, unit_exponents, gradient, c, image, end, totals, to);
         return;
     }
     int tile = block % TILES, chunk = block / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     image += block / (TILES * CHUNKS);
     if (image >= images) return;
     int place = warp / OCTETS * 32 + lane, octet = warp % OCTETS, c = chunk * CHUNK_CHANNELS + octet * 8;
-    int at = min(tile * TILE + place, WINDOWS - 1);  // cells past the last window are written to shared memory alone
+    int at = min(tile * TILE + place, WINDOWS - 1);  // lines past the last window are written to shared memory alone
     bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
 
     Kept kept[8] = {};
@@ -5660,9 +5554,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
             #pragma unroll
             for (int j = 0; j < 8; j++) kept[j] = from[j * PLANE_STRIDE];
         const float* g_from = g + plane * PLANE + max(window.pooled, 0);
-        const u8* tap_from = taps + plane * PLANE_STRIDE + window.tap;
+        const u8* argmax_from = argmax + plane * PLANE_STRIDE + window.argmax;
         #pragma unroll
-        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * PLANE_STRIDE];
+        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = argmax_from[j * PLANE_STRIDE];
         if (window.pooled < 0)
             #pragma unroll
             for (int j = 0; j < 8; j++) tap[j] = -1;
@@ -5672,7 +5566,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
     channel.exponent += channel.gradient.exponent;
     #pragma unroll
     for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
-    for (int lanes = 16; lanes > 0; lanes >>= 1) least = min(least, __shfl_xor_sync(0xFFFFFFFFu, least, lanes));
+    least = -warp_max(-least);
     if (threadIdx.x < CHUNK_CHANNELS) {
         channel.gradient.finish(count, least);
         ((Channel*)channels)[threadIdx.x] = channel;
@@ -5692,10 +5586,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
                 v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == tap[j] ? add : 0);
         }
     #pragma unroll
-    for (int corner = 0; corner < 4; corner++) store_cell(corners[corner], place, octet, v[corner], place & 7);
+    for (int corner = 0; corner < 4; corner++) store_line(corners[corner], place, octet, v[corner], place & 7);
     __syncthreads();
 
-    uint4* to = (uint4*)cells + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
+    uint4* to = (uint4*)packed + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
     int right = threadIdx.x / 8 % 2;
     #pragma unroll
     for (int i = 0; i < TILE; i += 16) {
@@ -5707,14 +5601,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_cells
             int h = window.row * 2 + lower;
             if (h < OUT_H && column < OUT_W)  // so for no window past the last
                 to[(h * OUT_W + column) * 8] =
-                    *(const uint4*)(corners[lower * 2 + right] + cell_offset(w, threadIdx.x % 8));
+                    *(const uint4*)(corners[lower * 2 + right] + line_offset(w, threadIdx.x % 8));
         }
     }
 }
 
 // A thread computes one window.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
-    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved,
+    const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
     scalar_t* __restrict__ dy, float count) {
@@ -5728,7 +5622,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
               gradient.exponent + (SPLIT == 1 ? exponents[c] : 0) +
               kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)),
           v[4];
-    gradients_of(gradient, g, taps, sums ? saved : 0, plane, window, restore, v);
+    gradients_of(gradient, g, argmax, sums ? saved : 0, plane, window, restore, v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
         int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
@@ -5812,12 +5706,47 @@ __device__ inline void finish_sum(Accumulators& acc, const Tiles& tiles, bool an
         #pragma unroll
         for (int j = 0; j < 4; j++) acc[i / GROUPS_OF_4][i % GROUPS_OF_4 * 4 + j] += tiles.totals[i][threadIdx.x].v[j];
 }
+
+// acc = the sum of all steps. next(a, b): loads the thread's values of the next step, and returns whether there is one.
+// The value i of a, counted threadIdx.x + i THREADS in the block, is of row value % TILE_M in the step's k value /
+// TILE_M; TRANSPOSED: of row value / TILE_K in k value % TILE_K. Those of b likewise.
+template <bool TRANSPOSED, class Next>
+__device__ __forceinline__ void sum_steps(Accumulators& acc, Tiles& tiles, Next next) {
+    acc_t a[LOADS_M], b[LOADS_N];
+    for (int step = 0, buffer = 0;; step++) {
+        bool more = next(a, b);
+        if (step) {
+            multiply_tiles(acc, tiles.a[buffer], tiles.b[buffer]);
+            if (step % STEPS_PER_SUM == 0) store_sum(acc, tiles, step == STEPS_PER_SUM);
+        }
+        if (!more) return finish_sum(acc, tiles, step >= STEPS_PER_SUM);
+        buffer ^= 1;
+        #pragma unroll
+        for (int i = 0; i < LOADS_M; i++) {
+            int value = threadIdx.x + i * THREADS;
+            int k = TRANSPOSED ? value % TILE_K : value / TILE_M, row = TRANSPOSED ? value / TILE_K : value % TILE_M;
+            tiles.a[buffer][k * ROW_M + row] = a[i];
+        }
+        #pragma unroll
+        for (int i = 0; i < LOADS_N; i++) {
+            int value = threadIdx.x + i * THREADS;
+            int k = TRANSPOSED ? value % TILE_K : value / TILE_N, row = TRANSPOSED ? value / TILE_K : value % TILE_N;
+            tiles.b[buffer][k * ROW_N + row] = b[i];
+        }
+        __syncthreads();
+    }
+}
 """,
     "tanh.cuh": r"""// tanh and its derivative, as every kernel that applies it computes them.
 #pragma once
+#include "tanh_branchless.cuh"
 
 // tanhf under -ftz=true flushes denormals; there tanh(v) = v to the last bit, and a select moves the bits unharmed.
-__device__ inline acc_t tanh_of(acc_t v) { return fabs(v) < (acc_t)1.17549435e-38f ? v : tanh(v); }
+// Kernels of 16-bit tensors move twice as many values in the same time, of which tanhf would take most.
+__device__ inline acc_t tanh_of(acc_t v) {
+    acc_t t = sizeof(scalar_t) == 2 ? (acc_t)tanh_branchless((float)v) : tanh(v);
+    return fabs(v) < (acc_t)1.17549435e-38f ? v : t;
+}
 
 // d tanh(v) / dv, from y = tanh(v).
 __device__ inline acc_t tanh_slope(acc_t y) { return (acc_t)1 - y * y; }
@@ -5895,26 +5824,26 @@ struct WgmmaOperand {
     }
 };
 
-// The operand B, transposed, as cells (fp16_cells.cuh) in shared memory: 16 cells of 128 bytes, at a multiple of 1024
-// bytes and with their parts in cell_offset's order. A cell has a half of each of 64 rows, of which `first_part` eights
-// are left out.
-struct WgmmaCells {
+// The operand B, transposed, as swizzled lines (fp16_tiles.cuh) in shared memory: 16 of 128 bytes, at a multiple of
+// 1024 bytes and with their parts in line_offset's order. A line has a half of each of 64 rows, of which `first_part`
+// eights are left out.
+struct WgmmaLines {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* start;
     int first_part;
-    __device__ WgmmaCells(const u8* start, int first_part) : start(start), first_part(first_part) {}
+    __device__ WgmmaLines(const u8* start, int first_part) : start(start), first_part(first_part) {}
     float at(int row, int k) const {
         return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]);
     }
 #else
     unsigned start;
-    __device__ WgmmaCells(const u8* from, int first_part)
+    __device__ WgmmaLines(const u8* from, int first_part)
         : start((unsigned)__cvta_generic_to_shared(from) / 16 + first_part) {}
-    // Swizzled by 128 bytes, 8 cells further: 1024.
+    // Swizzled by 128 bytes, 8 lines further: 1024.
     __device__ unsigned long long bits() const { return (1ull << 30 | 1024 / 16) << 32 | start; }
 #endif
-    __device__ WgmmaCells moved(int bytes) const {
-        WgmmaCells other = *this;
+    __device__ WgmmaLines moved(int bytes) const {
+        WgmmaLines other = *this;
 #ifdef CUPY_KERNELS_EMULATOR
         other.start += bytes;
 #else
@@ -6015,7 +5944,7 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> __device__ __forceinline_
 // it, the registers of `a` must not change.
 template <int COUNT, int MOST>
 __device__ __forceinline__ void wgmma(
-    float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaCells& b, int accumulate = 1) {
+    float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaLines& b, int accumulate = 1) {
 #ifdef CUPY_KERNELS_EMULATOR
     struct Fragment { float v[8]; } mine;
     for (int i = 0; i < 8; i++) mine.v[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});

@@ -96,7 +96,8 @@ class Plan(NamedTuple):
         """(n, what, class) of each group that is measured together; parts of the model at the first n only."""
         cells = ((n, what, cls) for n in self.batches for what in self.what for cls in self.classes)
         cells = (cell for cell in cells if cell[1] in MODELS or cell[0] == self.batches[0])
-        cells = (cell for cell in cells if cell[1] not in KERNELS or cell[2] in PRECISE)  # under autocast they are tf32's
+        # Under autocast they are tf32's.
+        cells = (cell for cell in cells if cell[1] not in KERNELS or cell[2] in PRECISE)
         return [cell for cell in cells if contenders(cell[1], cell[0], self.peers, device)]
 
 

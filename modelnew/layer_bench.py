@@ -24,7 +24,7 @@ from .timing import Clock, Contender, current, free, measure_together
 
 DTYPES = {"tf32": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_LONG_US = 30  # PyTorch's time from which on a ratio counts as the worst
+LONG_US = 30  # PyTorch's time from which on a ratio counts as the worst
 _SHOWN = 30  # rows of the table
 _FLUSHES = 8
 
@@ -274,6 +274,14 @@ def groups(record: dict) -> dict[tuple, list[dict]]:
     return found
 
 
+def mean_and_worst(rows: list[dict]) -> tuple[float, float | None]:
+    """Geometric mean of the ratios, and the smallest where PyTorch takes over `LONG_US`, or None."""
+    ratios = list(map(ratio, rows))
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    long = [found for row, found in zip(rows, ratios) if 1e3 * row["ms"] * found > LONG_US]
+    return mean, min(long, default=None)
+
+
 def show(record: dict, out: Console) -> None:
     """Prints the worst ratios, geometric means, and what was wrong."""
     table = Table(box=box.SIMPLE_HEAD, title="Slowest beside PyTorch", title_justify="left")
@@ -287,16 +295,15 @@ def show(record: dict, out: Console) -> None:
     out.print(table)
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"PyTorch's time over ours: geometric mean (worst of those over {_LONG_US} us)",
+        title=f"PyTorch's time over ours: geometric mean (worst of those over {LONG_US} us)",
         title_justify="left",
     )
     for name in ("layer", "dtype", "layout", "forward", "step"):
         table.add_column(name)
     cells = collections.defaultdict(dict)
     for (*key, what), rows in groups(record).items():
-        mean = math.exp(sum(math.log(ratio(row)) for row in rows) / len(rows))
-        long = [ratio(row) for row in rows if 1e3 * row["ms"] * ratio(row) > _LONG_US]
-        cells[tuple(key)][what] = f"{mean:.2f}x" + (f" ({min(long):.2f}x)" if long else "")
+        mean, worst = mean_and_worst(rows)
+        cells[tuple(key)][what] = f"{mean:.2f}x" + (f" ({worst:.2f}x)" if worst else "")
     for key, found in cells.items():
         table.add_row(*key, found.get("forward", ""), found.get("step", ""))
     out.print(table)

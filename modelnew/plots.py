@@ -2,7 +2,6 @@
 `python -m modelnew training`, loss curves.
 """
 
-import math
 from pathlib import Path
 
 from . import layer_bench
@@ -48,7 +47,7 @@ def _ratios(figure, record):
             shifts = [place + 0.5 * (i / max(len(ratios) - 1, 1) - 0.5) for i in range(len(ratios))]
             colours = [_COLOURS["modelnew" if ratio < 1 else "compile"] for ratio in ratios]
             panel.scatter(shifts, ratios, s=14, c=colours)
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            mean, _ = layer_bench.mean_and_worst(found[key])
             panel.plot([place - 0.35, place + 0.35], [mean, mean], color="black", lw=1.5)
             panel.annotate(f"{mean:.2f}", (place + 0.36, mean), fontsize=7, va="center")
         panel.axhline(1, color="grey", lw=0.8)

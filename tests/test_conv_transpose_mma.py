@@ -128,7 +128,7 @@ def test_units_of_several_passes(device, case, cls, wgmma, many_passes, launched
     y = conv_transpose2d(x, w, b, padding=case[3], numerics=cls)
     macros = [dict(k.defines) for k in launched if k.name == "conv_transpose_mma"]
     if wgmma:
-        assert all(m["UNIT_ROWS"] * m["WINDOW_PITCH"] > 4 * m["TILES"] * m["WARPGROUPS_N"] for m in macros)
+        assert all(m["UNIT_ROWS"] * m["WINDOW_PITCH"] > 4 * m["TILES"] * m["WARPS_N"] for m in macros)
         assert all(m["LAST_TILES"] != m["TILES"] for m in macros)
     else:
         assert all(m["UNIT_PASSES"] > 1 for m in macros)

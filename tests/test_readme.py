@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NEEDS_GPU = "<!-- needs a GPU -->"
 MARKED = "# A\n<!-- {0}: written by `python3 -m tools.readme` -->\nold\n<!-- end of {0} -->\n"
-EMPTY = "".join(map(MARKED.format, ("times", "training", "suite"))) + "the end\n"
+EMPTY = "".join(map(MARKED.format, ("times", "layers", "training", "suite"))) + "the end\n"
 
 
 class Block(NamedTuple):
@@ -163,6 +163,22 @@ TRAINING = {
         for layout in ("nchw", "nhwc")
     ],
 }
+LAYERS = {
+    "command": "python3 -m modelnew bench --layers",
+    "versions": VERSIONS,
+    "digest": "0123456789abcdef",
+    "trials": 20,
+    "rows": [
+        {"operator": "Tanh", "case": case, "dtype": "fp16", "layout": layout, "what": what, "ms": 0.02, "eager_ms": ms}
+        for case, layout, what, ms in (
+            ("a", "nchw", "forward", 0.08),
+            ("b", "nchw", "forward", 0.02),
+            ("a", "nchw", "step", 0.03),
+            ("a", "nhwc", "forward", 0.01),
+            ("b", "nhwc", "step", None),
+        )
+    ],
+}
 PARITY = {"versions": VERSIONS, "digest": "0123456789abcdef", "passed": 1020, "failed": 0, "skipped": 2}
 
 
@@ -188,6 +204,7 @@ def test_without_records(repository):
     assert text.endswith("<!-- end of suite -->\nthe end\n")
     assert "old" not in text
     assert readme._NO_TIMES in text
+    assert readme._NO_LAYERS in text
     assert readme._NO_TRAINING in text
     assert readme._NO_SUITE in text
     assert invoke("--check").exit_code == 0
@@ -197,6 +214,7 @@ def test_with_records(repository):
     pytest.importorskip("matplotlib")
     folder, invoke = repository
     (folder / "results" / "bench_a.json").write_text(json.dumps(BENCH), encoding="utf-8")
+    (folder / "results" / "layers_a.json").write_text(json.dumps(LAYERS), encoding="utf-8")
     (folder / "results" / "training_a.json").write_text(json.dumps(TRAINING), encoding="utf-8")
     (folder / "results" / "parity_a.json").write_text(json.dumps(PARITY), encoding="utf-8")
     assert invoke().exit_code == 0
@@ -204,6 +222,8 @@ def test_with_records(repository):
     where = "NVIDIA A, torch 2.11, CuPy 13.6, NVRTC 11.8, driver 580, kernels `0123456789ab`"
     assert f"{where}, `{BENCH['command']}`. Milliseconds" in text
     assert f"{where}, `{TRAINING['command']}`. After each" in text
+    assert f"{where}, `{LAYERS['command']}`. Layers of ours beside PyTorch's at 2 shapes" in text
+    assert "| Tanh | fp16 | 2.00x (4.00x) | 1.50x | 0.50x |  |\n" in text
     assert "median of 20 trials (up to 8 images: 100), all in one process" in text
     assert "in a CUDA graph, too, that stands beside the fastest of all peers" in text
     assert "\n512 images:\n" in text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from modelnew import commands
+from modelnew import commands, layer_bench
 from modelnew.parity import RATIO
 from modelnew.records import by_batch, comparisons, trials
 from modelnew.workloads import GRAPHS, MODELS
@@ -17,9 +17,11 @@ from .generated import ROOT, check_option, settle
 
 _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
+_NO_LAYERS = "No record of layers is committed yet; `python3 -m modelnew bench --layers` on a GPU writes one."
 _NO_SUITE = "No record says yet that the test suite passed on a GPU; `make record` on one writes it."
 _NEEDED = {
     "bench": ("command", "rows", "trials"),
+    "layers": ("command", "rows", "trials"),
     "training": ("command", "rows", "steps", "batch", "seeds", "judged", "judgements", "last"),
     "parity": ("passed", "failed", "skipped"),
 }
@@ -30,7 +32,7 @@ def rendered(text: str, results: Path, folder: Path) -> str:
 
     ValueError if the text has no such parts, or if a record is none.
     """
-    for name, part in (("times", _times), ("training", _training), ("suite", _suite)):
+    for name, part in (("times", _times), ("layers", _layers), ("training", _training), ("suite", _suite)):
         begin, end = f"<!-- {name}: written by `python3 -m tools.readme` -->", f"<!-- end of {name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if len(pattern.findall(text)) != 1:
@@ -131,6 +133,33 @@ def _startup(record) -> list[str]:
     return ["", f"The first forward of a process takes {', '.join(parts)}."] if parts else []
 
 
+def _layers(results, folder) -> str:
+    parts = []
+    for path, record in _records(results, "layers"):
+        found = layer_bench.groups(record)
+        shapes = len({(row["operator"], row["case"]) for row in record["rows"]})
+        lines = [
+            f"{_where(record)}, `{record['command']}`. Layers of ours beside PyTorch's at {shapes} shapes of "
+            f"well-known networks, median of {record['trials']} trials in turns, L2 flushed, results checked first. "
+            "PyTorch's time over ours: geometric mean, and in brackets the worst of those for which PyTorch takes over "
+            f"{layer_bench.LONG_US} us. Above 1x ours is faster.",
+            "",
+            "| | | forward, NCHW | step, NCHW | forward, channels_last | step, channels_last |",
+            "|---|---|--:|--:|--:|--:|",
+        ]
+        for operator, dtype in dict.fromkeys(key[:2] for key in found):
+            cells = []
+            for layout in ("nchw", "nhwc"):
+                for what in ("forward", "step"):
+                    rows = found.get((operator, dtype, layout, what))
+                    mean, worst = layer_bench.mean_and_worst(rows) if rows else (None, None)
+                    cells.append(f"{mean:.2f}x" + (f" ({worst:.2f}x)" if worst else "") if rows else "")
+            lines.append(f"| {operator} | {dtype} | {' | '.join(cells)} |")
+        picture = os.path.relpath(path.with_suffix(".png"), folder)
+        parts.append("\n".join([*lines, "", f"![PyTorch's time over ours, a dot a shape]({picture})"]))
+    return "\n\n".join(parts) or _NO_LAYERS
+
+
 def _training(results, folder) -> str:
     parts = []
     for path, record in _records(results, "training"):
@@ -218,7 +247,7 @@ def command(file, results, check):
     """Write what the README says of times, training and passed suites from committed records, and draw the plots."""
     try:
         text = rendered(file.read_text(encoding="utf-8"), results, file.parent)
-        drawn = [(path, record) for kind in ("bench", "training") for path, record in _records(results, kind)]
+        drawn = [(path, record) for kind in ("bench", "layers", "training") for path, record in _records(results, kind)]
         drawn = [(path, record) for path, record in drawn if path.with_suffix(".png").name in text]
     except ValueError as error:
         raise click.ClickException(str(error)) from error

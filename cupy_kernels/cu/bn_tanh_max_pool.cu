@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, IS_DOUBLE ? 2 : 4) bn_tanh
     acc_t unit = 1, sum, dot;
     auto add_up = [&] {
         sum = dot = 0;
-        settle(first);  // else a second pass would hold registers during the first
+        make_opaque(first);  // else a second pass would hold registers during the first
         for_places(first, own, out_height, out_width, [&](int image, int row, int column) {
             acc_t g[ITEMS], xhat[ITEMS];
             #pragma unroll

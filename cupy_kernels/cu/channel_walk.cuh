@@ -33,7 +33,7 @@ struct Walk {
     __device__ Walk(int block, i64 channels, i64 plane_size, i64 count, i64 chunk_size, int) {
         const int far = 1 << 30;  // a chunk is smaller, so distances beyond make no difference
         int stride = blockDim.x * WIDTH, start = threadIdx.x * WIDTH;
-        settle(block);  // else a second pass would hold registers during the first
+        make_opaque(block);  // else a second pass would hold registers during the first
         chunk = block / (unsigned)channels;
         only = block - chunk * channels;
         i64 first = chunk * chunk_size, index = first + start;
@@ -71,7 +71,7 @@ struct Walk {
 
     __device__ Walk(int block, i64 channels, i64 plane_size, i64 count, i64 chunk_size, int tile)
         : tile(tile), channels((int)channels) {
-        settle(block);  // else a second pass would hold registers during the first
+        make_opaque(block);  // else a second pass would hold registers during the first
         plane = (int)plane_size, columns = (int)(channels * plane_size);
         unsigned tiles = (columns / WIDTH + tile - 1) / tile, at = threadIdx.x % (unsigned)tile,
                  row = threadIdx.x / (unsigned)tile;

@@ -105,6 +105,17 @@ __device__ inline float multiply_unflushed(float a, float b) {
 }
 __device__ inline double multiply_unflushed(double a, double b) { return a * b; }
 
+// a + b likewise. Adding 0 by an ordinary addition would flush, too.
+__device__ inline float add_unflushed(float a, float b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    return a + b;
+#else
+    float sum;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+    return sum;
+#endif
+}
+
 // Division of numbers below 2^31 by one that all threads share: the first quotient is right or one too small.
 struct Divisor {
     unsigned d, reciprocal;
@@ -117,10 +128,20 @@ struct Divisor {
     }
 };
 
+// Over a warp, in a fixed order; every lane gets it.
+template <class A> __device__ inline A warp_sum(A v) {
+    for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
+    return v;
+}
+template <class A> __device__ inline A warp_max(A v) {
+    for (int lanes = 16; lanes > 0; lanes >>= 1) v = max(v, __shfl_xor_sync(0xFFFFFFFFu, v, lanes));
+    return v;
+}
+
 // Sum over a block of a multiple of 32 threads in a fixed order; every thread gets it. `scratch` holds 32 values and is
 // free again after the next __syncthreads().
 template <class A> __device__ inline A block_sum(A v, A* scratch) {
-    for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
+    v = warp_sum(v);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
     __syncthreads();
     A total = 0;
@@ -129,8 +150,8 @@ template <class A> __device__ inline A block_sum(A v, A* scratch) {
     return total;
 }
 
-// What is computed from v is computed after this point.
-__device__ inline void settle(int& v) {
+// Hides v's origin from the compiler: what is computed from v is computed after this point.
+__device__ inline void make_opaque(int& v) {
 #ifndef CUPY_KERNELS_EMULATOR
     asm volatile("" : "+r"(v));
 #endif

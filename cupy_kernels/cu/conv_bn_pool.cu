@@ -12,7 +12,7 @@
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last
 //                                             one, where float cannot hold it, negative and times 2^-160
 //     SAVE, for the backward:
-//         taps, like pooled                   the chosen corner
+//         argmax, like pooled                 the chosen corner
 //         saved [N, M, PLANE_STRIDE, 4]       all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the
 //                                             tensor cores deliver them, so that a sum is
 //                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
@@ -21,22 +21,15 @@
 //         unit_exponents [N * UNITS]
 // Macros: WGMMA (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file, param_t (gamma's type), saved_t (half_t,
 // float), STATISTICS, SAVE, SAVED_SHIFT.
+#define ADJACENT (!WGMMA)
 #include "batch_norm.cuh"
-#include "pooled_planes.cuh"
-#include "async_copy.cuh"
-#include "fp16_tiles.cuh"
-#if WGMMA
-#include "conv_wgmma.cuh"
-enum { ONE_PASS = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W <= 4 * MOST_TILES * WARPGROUPS_N };
+#include "implicit_gemm.cuh"
+enum { ONE_PASS = UNIT_WINDOWS - (WINDOW_PITCH - WINDOWS_W) <= 4 * MOST_TILES * WARPS_N };
 static_assert(
-    (TILES % 4 == 0 || (ONE_PASS && PARTS_N == 1)) && (LAST_TILES % 4 == 0 || PARTS_N == 1),
+    (TILES % 4 == 0 || (ONE_PASS && WARPS_N == 1)) && (LAST_TILES % 4 == 0 || !WGMMA || WARPS_N == 1),
     "16 windows are kept together");
-#else
-#define ADJACENT 1
-#include "conv_mma.cuh"
-#endif
 static_assert(
-    EPILOGUE_OFFSET + (STATISTICS ? PARTS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES,
+    EPILOGUE_OFFSET + (STATISTICS ? WARPS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES,
     "the epilogue's moments come last");
 
 // Chan's rule: how the moments of two sets of pixels combine.
@@ -100,25 +93,26 @@ __device__ __forceinline__ void moments_of(
     for (int i = 0; i < ROWS; i++) squares[i] = quad_sum(squares[i]);
 }
 
-struct Pool {
+struct PoolEpilogue {
     float *pooled, *partials;
-    u8* taps;
+    u8* argmax;
     saved_t* saved;
     int* unit_exponents;
     const int* exponents;  // in shared memory, of the block's channels, as `signs`
     const float* signs;    // of gamma, or 0; pack_weight_fp16 has multiplied the weights by -1 where it is negative
-    // [PARTS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale.
+    // [WARPS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale.
     float2* moments;
-    int* counts;  // [PARTS_N] in shared memory
+    int* counts;  // [WARPS_N] in shared memory
     int seen;
 
-    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) {
+    __device__ __forceinline__ void pass(const Sums& sums, Place place, int exponent) {
+        make_opaque(place.first_window);  // else addresses are computed before the loop, where registers are few
         if (place.full()) windows<true>(sums, place, exponent);
         else windows<false>(sums, place, exponent);
     }
 
     template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
-        int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / PARTS_N);
+        int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / WARPS_N);
         i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE_STRIDE;
         Valid valid = {};
         #pragma unroll
@@ -174,45 +168,42 @@ struct Pool {
     template <bool FULL> __device__ __forceinline__ void store(
         const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap,
         const Packed<saved_t, 16>& kept) {
-#if WGMMA
-        if (t >= place.tiles || place.sixteen(t) >= place.unit_place + UNIT_STRIDE) return;
-        i64 at = row + place.sixteen(t) + threadIdx.x % 4 * TOGETHER_POOLED;
-        store_at_once(pooled + at, best);
-        if (SAVE) store_at_once(taps + at, tap);
-        enum { TOGETHER = together_saved<saved_t>() };
-        #pragma unroll
-        for (int j = 0; SAVE && j < 4; j += TOGETHER) {
-            i64 window = row + place.sixteen(t) + j * 4 + threadIdx.x % 4 * TOGETHER;
-            store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4));
+        if constexpr (WGMMA) {
+            int sixteen = place.first_window + t * 4 + place.unit * (UNIT_STRIDE - UNIT_WINDOWS);  // pooled_planes.cuh
+            if (t >= place.tiles || sixteen >= (place.unit + 1) * UNIT_STRIDE) return;
+            i64 at = row + sixteen + threadIdx.x % 4 * TOGETHER_POOLED;
+            store_at_once(pooled + at, best);
+            if (SAVE) store_at_once(argmax + at, tap);
+            enum { TOGETHER = together_saved<saved_t>() };
+            #pragma unroll
+            for (int j = 0; SAVE && j < 4; j += TOGETHER) {
+                i64 window = row + sixteen + j * 4 + threadIdx.x % 4 * TOGETHER;
+                store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4));
+            }
+            return;
         }
-#else
         i64 at = row + place.window(0);
         if (FULL) {
             store_at_once(pooled + at, best);
-            if (SAVE) store_at_once(taps + at, tap);
+            if (SAVE) store_at_once(argmax + at, tap);
             if (SAVE) store_at_once(saved + at * 4, kept);
         }
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             if (FULL || !place.exists(j)) continue;
             pooled[at + j] = best.v[j];
-            if (SAVE) taps[at + j] = tap.v[j];
+            if (SAVE) argmax[at + j] = tap.v[j];
             if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(kept.v + j * 4));
         }
-#endif
     }
 
     // Corners outside the image are read by nobody.
-    __device__ static Packed<half_t, 4> save(const float (&v)[4], float sign, const ScaleBack&, half_t*) {
-        float shrink = power_of_two(-SAVED_SHIFT) * sign;
-        uint2 kept = {pack_halves(v[0] * shrink, v[1] * shrink), pack_halves(v[2] * shrink, v[3] * shrink)};
-        return *(Packed<half_t, 4>*)&kept;
-    }
-    __device__ static Packed<float, 4> save(const float (&v)[4], float sign, const ScaleBack& scale, float*) {
-        return {{scale(v[0] * sign), scale(v[1] * sign), scale(v[2] * sign), scale(v[3] * sign)}};
-    }
     __device__ static Packed<saved_t, 4> save(const float (&v)[4], float sign, const ScaleBack& scale) {
-        return save(v, sign, scale, (saved_t*)0);
+        Packed<saved_t, 4> kept;
+        float shrink = power_of_two(-SAVED_SHIFT) * sign;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) kept.v[i] = from_acc<saved_t>(SPLIT == 1 ? v[i] * shrink : scale(v[i] * sign));
+        return kept;
     }
 
     __device__ void restart() { seen = 0; }
@@ -223,13 +214,13 @@ struct Pool {
         int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
         if (SAVE && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
         if (!STATISTICS) return;
-        if (threadIdx.x % (THREADS / PARTS_N) == 0) counts[threadIdx.x / (THREADS / PARTS_N)] = seen;
+        if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
         __syncthreads();
         int m = blockIdx.y * TILE_M + threadIdx.x;
         if (threadIdx.x >= TILE_M || m >= OUT_CHANNELS) return;
         float2 all = moments[threadIdx.x];
         float count = counts[0];
-        for (int part = 1; part < PARTS_N; part++) {
+        for (int part = 1; part < WARPS_N; part++) {
             Merge merge(count, counts[part]);
             all = merge(all, moments[part * TILE_M + threadIdx.x]);
             count = merge.count;
@@ -246,9 +237,9 @@ struct Pool {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials,
-    INOUT u8* __restrict__ taps, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
+    INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
-    __shared__ int counts[PARTS_N], channel_exponents[TILE_M];
+    __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
     for (int i = threadIdx.x; i < TILE_M; i += THREADS) {
         int m = blockIdx.y * TILE_M + i;
@@ -257,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
         channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;
     }
     DYNAMIC_SHARED(u8, shared);
-    Pool epilogue = {pooled, partials, taps, saved, unit_exponents, channel_exponents, signs,
+    PoolEpilogue epilogue = {pooled, partials, argmax, saved, unit_exponents, channel_exponents, signs,
         (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
     convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
 }

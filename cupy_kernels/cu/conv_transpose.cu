@@ -23,11 +23,8 @@ extern "C" __global__ void pack_weight(
     i64 size = (i64)groups * taps * in_channels * out_channels;
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size) return;
-#if DGRAD
-    int ic = i % in_channels, oc = i / in_channels % out_channels;
-#else
-    int oc = i % out_channels, ic = i / out_channels % in_channels;
-#endif
+    int ic = DGRAD ? i % in_channels : i / out_channels % in_channels,
+        oc = DGRAD ? i / in_channels % out_channels : i % out_channels;
     i64 block = i / ((i64)in_channels * out_channels);
     int tap = block % taps, group = block / taps;
     packed[i] = to_acc(w[(((i64)group * in_channels + ic) * out_channels + oc) * taps + tap]);
@@ -37,20 +34,10 @@ struct Window {  // one spatial dimension
     int phase, pad, dilation, stride;
 
     // Whether tap k meets pixels of this phase.
-    __device__ bool meets(int k) const {
-#if DGRAD
-        return true;
-#else
-        return (phase + pad - k * dilation) % stride == 0;
-#endif
-    }
+    __device__ bool meets(int k) const { return DGRAD || (phase + pad - k * dilation) % stride == 0; }
     // Source of pixel r (counted within its phase) for tap k.
     __device__ int source(int r, int k) const {
-#if DGRAD
-        return r * stride - pad + k * dilation;
-#else
-        return r + (phase + pad - k * dilation) / stride;
-#endif
+        return DGRAD ? r * stride - pad + k * dilation : r + (phase + pad - k * dilation) / stride;
     }
 };
 
@@ -80,57 +67,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
     const acc_t* weights = packed + (i64)group * kernel_h * kernel_w * channels_in * channels_out;
 
     Accumulators acc = {};
-    acc_t next_a[LOADS_M], next_b[LOADS_N];
-    int kh = 0, kw = -1, k = channels_in, buffer = 0, offset = 0;  // "the end of the tap before the first"
+    int kh = 0, kw = -1, k = channels_in, offset = 0;  // "the end of the tap before the first"
     bool inside = false;
-    int sums = 0;  // multiplied steps
-    bool primed = false;
-    for (;;) {
-        bool more = true;
+    sum_steps<false>(acc, tiles, [&](acc_t(&next_a)[LOADS_M], acc_t(&next_b)[LOADS_N]) {
         if (k >= channels_in) {  // next tap that meets this phase
             do {
                 if (++kw == kernel_w) kw = 0, kh++;
             } while (kh < kernel_h && !(rows.meets(kh) && columns.meets(kw)));
-            more = kh < kernel_h;
+            if (kh >= kernel_h) return false;
             k = 0;
             int h = rows.source(r, kh), w = columns.source(c, kw);
             inside = in_range && h >= 0 && h < in_h && w >= 0 && w < in_w;
             offset = h * in_w + w;
         }
-        if (more) {
-            const acc_t* a = weights + ((i64)(kh * kernel_w + kw) * channels_in + k) * channels_out;
-            #pragma unroll
-            for (int i = 0; i < LOADS_M; i++) {
-                int index = threadIdx.x + i * THREADS, row = index / TILE_M, m = m_start + index % TILE_M;
-                next_a[i] = k + row < channels_in && m < channels_out ? a[row * channels_out + m] : 0;
-            }
-            #pragma unroll
-            for (int i = 0; i < LOADS_N; i++) {
-                int row = k + (threadIdx.x + i * THREADS) / TILE_N;
-                next_b[i] = inside && row < channels_in ? to_acc(source[row * in_pixels + offset]) : 0;
-            }
-        }
-        if (primed) {
-            multiply_tiles(acc, tiles.a[buffer], tiles.b[buffer]);
-            if (++sums % STEPS_PER_SUM == 0) store_sum(acc, tiles, sums == STEPS_PER_SUM);
-        }
-        if (!more) break;
-        buffer ^= 1;
+        const acc_t* a = weights + ((i64)(kh * kernel_w + kw) * channels_in + k) * channels_out;
         #pragma unroll
         for (int i = 0; i < LOADS_M; i++) {
-            int index = threadIdx.x + i * THREADS;
-            tiles.a[buffer][index / TILE_M * ROW_M + index % TILE_M] = next_a[i];
+            int index = threadIdx.x + i * THREADS, row = index / TILE_M, m = m_start + index % TILE_M;
+            next_a[i] = k + row < channels_in && m < channels_out ? a[row * channels_out + m] : 0;
         }
         #pragma unroll
         for (int i = 0; i < LOADS_N; i++) {
-            int index = threadIdx.x + i * THREADS;
-            tiles.b[buffer][index / TILE_N * ROW_N + index % TILE_N] = next_b[i];
+            int row = k + (threadIdx.x + i * THREADS) / TILE_N;
+            next_b[i] = inside && row < channels_in ? to_acc(source[row * in_pixels + offset]) : 0;
         }
-        __syncthreads();
-        primed = true;
         k += TILE_K;
-    }
-    finish_sum(acc, tiles, sums >= STEPS_PER_SUM);
+        return true;
+    });
 
     int thread_m = threadIdx.x / THREADS_N, thread_n = threadIdx.x % THREADS_N;
     #pragma unroll

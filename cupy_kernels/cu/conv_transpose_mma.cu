@@ -2,19 +2,9 @@
 //
 // Four lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that
 // each has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. Macros: WGMMA
-// (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of that file.
-#include "common.cuh"
-#include "pooled_planes.cuh"
-#include "async_copy.cuh"
-#include "fp16_tiles.cuh"
-#if WGMMA
-#include "conv_wgmma.cuh"
-enum { STORED_WINDOWS = MOST_TILES };  // of LANE_WINDOWS
-#else
+// (1: conv_wgmma.cuh, 0: conv_mma.cuh) and those of implicit_gemm.cuh and of that file.
 #define ADJACENT 0
-#include "conv_mma.cuh"
-enum { STORED_WINDOWS = LANE_WINDOWS };
-#endif
+#include "implicit_gemm.cuh"
 static_assert(EPILOGUE_OFFSET == SHARED_BYTES, "the epilogue needs none of the shared memory");
 
 // Two neighbouring windows' left pixels in a row.
@@ -25,10 +15,11 @@ struct Spot {
 
     // The upper or lower row of windows `first` and first + 1 of the warp, in the plane.
     __device__ __forceinline__ Spot(const Place& place, int first, int lower, scalar_t* plane) {
-        int row = (place.start() + first) / WINDOW_PITCH, column = (place.start() + first) % WINDOW_PITCH, at[2];
+        int row = (place.first_window + first) / WINDOW_PITCH, column = (place.first_window + first) % WINDOW_PITCH,
+            at[2];
         #pragma unroll
         for (int j = 0; j < 2; j++) {
-            int oh = (place.first_row() + row) * 2 + lower;
+            int oh = row * 2 + lower;
             exists[j] =
                 first + j >= 0 && first + j < place.count() && column < WINDOWS_W && (OUT_H % 2 == 0 || oh < OUT_H);
             last_column[j] = OUT_W % 2 && column == WINDOWS_W - 1;
@@ -62,7 +53,7 @@ struct Finish {
     __device__ scalar_t operator()(float sum) const { return from_acc<scalar_t>(scale(sum, shift)); }
 };
 
-struct Store {
+struct StoreEpilogue {
     const scalar_t* bias;
     scalar_t* y;
     const int* exponents;
@@ -105,7 +96,7 @@ struct Store {
                     }
                     #pragma unroll
                     for (int i = 0; i < 2; i++)
-                        if (t + 2 * i < STORED_WINDOWS) spots[i].store(row * 8, lines[i]);
+                        if (t + 2 * i < MOST_TILES) spots[i].store(row * 8, lines[i]);
                     if (odd && t == 0 && quad == 0)
                         Spot(place, -1, lower, plane)
                             .store(
@@ -126,6 +117,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     int x_exponent_count) {
     __shared__ unsigned scratch[32];
     DYNAMIC_SHARED(u8, shared);
-    Store epilogue = {bias, y, exponents};
+    StoreEpilogue epilogue = {bias, y, exponents};
     convolve(x, x_exponents, x_exponent_count, packed, shared, scratch, epilogue);
 }

@@ -28,52 +28,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
     int image = pixel / in_pixels, h = pixel % in_pixels / in_w, w = pixel % in_pixels % in_w;
 
     Accumulators acc = {};
-    acc_t next_a[LOADS_M], next_b[LOADS_N];
-    int buffer = 0;
-    int sums = 0;  // multiplied steps
-    bool primed = false;
-    for (int start = blockIdx.y * split_pixels;; start += TILE_K) {
-        bool more = start < steps_end;
-        if (more) {
-            int oh = h * stride_h + shift_h, ow = w * stride_w + shift_w;
-            bool inside = pixel < steps_end && oh >= 0 && oh < out_h && ow >= 0 && ow < out_w;
-            i64 place = (i64)image * groups + group;
-            const scalar_t* a = x + place * in_channels * in_pixels + h * in_w + w;
-            const scalar_t* b = dy + place * out_channels * out_pixels + oh * out_w + ow;
-            #pragma unroll
-            for (int i = 0; i < LOADS_M; i++) {
-                int m = m_start + (threadIdx.x + i * THREADS) / TILE_K;
-                next_a[i] = inside && m < in_channels ? to_acc(a[m * in_pixels]) : 0;
-            }
-            #pragma unroll
-            for (int i = 0; i < LOADS_N; i++) {
-                int n = n_start + (threadIdx.x + i * THREADS) / TILE_K;
-                next_b[i] = inside && n < out_channels ? to_acc(b[n * out_pixels]) : 0;
-            }
-            pixel += TILE_K;
-            for (w += TILE_K; w >= in_w; w -= in_w) h++;
-            for (; h >= in_h; h -= in_h) image++;
-        }
-        if (primed) {
-            multiply_tiles(acc, tiles.a[buffer], tiles.b[buffer]);
-            if (++sums % STEPS_PER_SUM == 0) store_sum(acc, tiles, sums == STEPS_PER_SUM);
-        }
-        if (!more) break;
-        buffer ^= 1;
+    int start = blockIdx.y * split_pixels;
+    sum_steps<true>(acc, tiles, [&](acc_t(&next_a)[LOADS_M], acc_t(&next_b)[LOADS_N]) {
+        if (start >= steps_end) return false;
+        int oh = h * stride_h + shift_h, ow = w * stride_w + shift_w;
+        bool inside = pixel < steps_end && oh >= 0 && oh < out_h && ow >= 0 && ow < out_w;
+        i64 place = (i64)image * groups + group;
+        const scalar_t* a = x + place * in_channels * in_pixels + h * in_w + w;
+        const scalar_t* b = dy + place * out_channels * out_pixels + oh * out_w + ow;
         #pragma unroll
         for (int i = 0; i < LOADS_M; i++) {
-            int index = threadIdx.x + i * THREADS;
-            tiles.a[buffer][index % TILE_K * ROW_M + index / TILE_K] = next_a[i];
+            int m = m_start + (threadIdx.x + i * THREADS) / TILE_K;
+            next_a[i] = inside && m < in_channels ? to_acc(a[m * in_pixels]) : 0;
         }
         #pragma unroll
         for (int i = 0; i < LOADS_N; i++) {
-            int index = threadIdx.x + i * THREADS;
-            tiles.b[buffer][index % TILE_K * ROW_N + index / TILE_K] = next_b[i];
+            int n = n_start + (threadIdx.x + i * THREADS) / TILE_K;
+            next_b[i] = inside && n < out_channels ? to_acc(b[n * out_pixels]) : 0;
         }
-        __syncthreads();
-        primed = true;
-    }
-    finish_sum(acc, tiles, sums >= STEPS_PER_SUM);
+        start += TILE_K, pixel += TILE_K;
+        for (w += TILE_K; w >= in_w; w -= in_w) h++;
+        for (; h >= in_h; h -= in_h) image++;
+        return true;
+    });
 
     int thread_m = threadIdx.x / THREADS_N, thread_n = threadIdx.x % THREADS_N;
     i64 matrix = ((i64)blockIdx.y * groups + group) * kernel_h * kernel_w + tap;

@@ -8,6 +8,20 @@ __device__ inline unsigned finite_magnitude(float v) {
     return bits < 0x7F800000 ? bits : 0;
 }
 
+// The largest of the values first, first + step, ... of `count` packs, AT_ONCE of which are in flight together.
+template <int AT_ONCE, class T, int W, class I>
+__device__ inline unsigned largest_of(const Packed<T, W>* from, I first, I step, I count) {
+    unsigned largest = 0;
+    for (; first < count; first += step * AT_ONCE) {
+        Packed<T, W> in[AT_ONCE];
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) in[i] = from[min(first + i * step, count - 1)];
+        #pragma unroll
+        for (int i = 0; i < AT_ONCE * W; i++) largest = max(largest, finite_magnitude(to_acc(in[i / W].v[i % W])));
+    }
+    return largest;
+}
+
 // Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16. At most
 // 126, which zeros get too, so that a part of a tensor that is all zero leaves the smallest exponent of the parts as it
 // is.
@@ -17,17 +31,6 @@ __device__ inline int scale_exponent(unsigned largest_magnitude) {
 
 // 2^e for -126 <= e <= 127.
 __device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
-
-// a + b likewise. Adding 0 by an ordinary addition would flush, too.
-__device__ inline float add_unflushed(float a, float b) {
-#ifdef CUPY_KERNELS_EMULATOR
-    return a + b;
-#else
-    float sum;
-    asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
-    return sum;
-#endif
-}
 
 // v -> v * 2^-e for |e| <= 252; two factors keep every intermediate value in range where the result is.
 struct ScaleBack {
@@ -48,7 +51,7 @@ struct ScaleBack {
 };
 
 __device__ inline unsigned block_max(unsigned v, unsigned* scratch) {
-    for (int lanes = 16; lanes > 0; lanes >>= 1) v = max(v, __shfl_xor_sync(0xFFFFFFFFu, v, lanes));
+    v = warp_max(v);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
     __syncthreads();
     for (unsigned w = 0; w < blockDim.x / 32; w++) v = max(v, scratch[w]);

@@ -1,15 +1,14 @@
-// A tensor [N, channels, pixels] as packed fp16 tiles in global memory, for kernels that bring lines to shared memory by
+// Packs a tensor [N, channels, pixels] as fp16 tiles (fp16_tiles.cuh), for kernels that bring lines to shared memory by
 // cp.async.
 //
-//     lines [N][chunk][pixel][64 halves], (value - centre) * 2^e, parts of a line in ascending order;
-//     fp16_tiles.cuh says what is in a line
+//     packed [N][chunk][pixel][64 halves], (value - centre) * 2^e, the parts of a line in ascending order
 //
 // largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them.
 // pack_fp16: a block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH
 // pixels, and writes whole lines after a turn through shared memory. Channels past the last one are zero. sums: null,
 // or of each channel over one image (fp16_tiles.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
 // fp16_tiles.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH
-// (accesses under way in a thread of largest_magnitude). `channels` is a multiple of 8, N * pixels below 2^31.
+// (accesses under way in a thread of largest_magnitude). Limits: channels a multiple of 8, N * pixels below 2^31.
 #include "common.cuh"
 #include "fp16_tiles.cuh"
 
@@ -21,22 +20,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     largest_magnitude(const scalar_t* __restrict__ source, int* __restrict__ exponents, i64 size) {
     __shared__ unsigned scratch[32];
     i64 packs = size / WIDTH, step = (i64)gridDim.x * THREADS;
-    unsigned largest = 0;
-    for (i64 first = (i64)blockIdx.x * THREADS + threadIdx.x; first < packs; first += step * BATCH) {
-        Pack in[BATCH];
-        #pragma unroll
-        for (int i = 0; i < BATCH; i++) in[i] = ((const Pack*)source)[min(first + i * step, packs - 1)];
-        #pragma unroll
-        for (int i = 0; i < BATCH * WIDTH; i++)
-            largest = max(largest, finite_magnitude(to_acc(in[i / WIDTH].v[i % WIDTH])));
-    }
-    largest = block_max(largest, scratch);
+    i64 first = (i64)blockIdx.x * THREADS + threadIdx.x;
+    unsigned largest = block_max(largest_of<BATCH>((const Pack*)source, first, step, packs), scratch);
     if (threadIdx.x == 0) exponents[blockIdx.x] = scale_exponent(largest);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) pack_fp16(
     const scalar_t* __restrict__ source, const int* __restrict__ exponents, const scalar_t* __restrict__ sums,
-    half_t* __restrict__ lines, int exponent_count, int images, int channels, int pixels) {
+    half_t* __restrict__ packed, int exponent_count, int images, int channels, int pixels) {
     __shared__ uint4 tile[TILE_PIXELS * 8];
     __shared__ unsigned scratch[32];
     Divisor by_image(pixels);
@@ -71,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_fp16(
         int line = i / 8, part = i % 8;
         if (first + line >= total) break;
         unsigned pixel, image = by_image.divide((unsigned)(first + line), pixel);
-        ((uint4*)lines)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
+        ((uint4*)packed)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
             tile[line * 8 + (part ^ (line / WIDTH & 7))];
     }
 }

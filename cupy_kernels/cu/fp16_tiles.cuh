@@ -1,8 +1,13 @@
-// fp16 operands of the tensor-core convolution: lines of 64 halves in shared memory.
+// fp16 operands of tensor cores: packed tiles, in global memory [N][chunk][pixel][64 halves], in shared memory as it
+// suits.
 //
-// fp16, like TF32, keeps 10 mantissa bits, and fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds to
-// fp16 (TF32's precision). SPLIT 2 keeps a second fp16 value with the rest (nearly float32's precision): a line then
-// holds 32 channels twice. Macros: SPLIT, CHUNK_CHANNELS (of a line), LINE_BYTES, IN_CHANNELS.
+// The 64 halves of a pixel are a line, eight parts of 16 bytes. fp16, like TF32, keeps 10 mantissa bits, and
+// fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds 64 channels to fp16 (TF32's precision). SPLIT 2
+// keeps what that leaves, the residual, as a second fp16 value (nearly float32's precision): a line has 32 channels,
+// then their residuals. In shared memory the parts of lines are swizzled, so that the same part of neighbouring lines
+// lies in different banks.
+//
+// Macros: SPLIT, CHUNK_CHANNELS (of a line), LINE_BYTES, IN_CHANNELS.
 #pragma once
 #include "fp16_scale.cuh"
 
@@ -33,7 +38,7 @@ __device__ inline unsigned pack_halves(float low, float high) {
 #endif
 }
 
-// What is taken from all values of channel c before they become lines: about their mean, from the channel's sum over
+// What is taken from all values of channel c before they are packed: about their mean, from the channel's sum over
 // `count` values. With `sums` null, or where it is not finite, nothing.
 template <class V> __device__ inline float centre(const V* sums, int c, int count) {
     float mean = sums ? to_acc(sums[c]) / count : 0;
@@ -43,20 +48,20 @@ template <class V> __device__ inline float centre(const V* sums, int c, int coun
 __device__ inline int centred_exponent(const void* sums, int exponent) { return sums ? exponent - 1 : exponent; }
 
 // Eight values as the halves of a line's part `part`; leaves in `v` what is left for the next part. With SPLIT 2
-// infinities and NaNs are all rest, the first value is 0: rests are multiplied by first values only, not by rests,
+// infinities and NaNs are all residual, the value is 0: residuals are multiplied by values only, not by residuals,
 // whose sign would make NaN of an infinity.
 __device__ inline uint4 take_halves(float (&v)[8], int part) {
-    float rest[8];
+    float residual[8];
     #pragma unroll
     for (int j = 0; j < 8; j++) {
-        rest[j] = v[j];
+        residual[j] = v[j];
         if (part + 1 < SPLIT && v[j] - v[j] != 0) v[j] = 0;
-        rest[j] -= to_acc(from_acc<half_t>(v[j]));
+        residual[j] -= to_acc(from_acc<half_t>(v[j]));
     }
     uint4 halves =
         make_uint4(pack_halves(v[0], v[1]), pack_halves(v[2], v[3]), pack_halves(v[4], v[5]), pack_halves(v[6], v[7]));
     #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = rest[j];
+    for (int j = 0; j < 8; j++) v[j] = residual[j];
     return halves;
 }
 

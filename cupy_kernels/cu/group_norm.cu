@@ -105,7 +105,7 @@ struct Group {
             }
         };
         int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        settle(warp), settle(warps);  // else a second pass would hold registers during the first
+        make_opaque(warp), make_opaque(warps);  // else a second pass would hold registers during the first
         int parts = max(1, warps / channels), teams = warps / parts;
         for (int channel = warp / parts; channel < channels; channel += teams) {
             acc_t sum = 0, dot = 0;
@@ -127,10 +127,8 @@ struct Group {
                 #pragma unroll 4
                 for (int i = start; i < plane; i += step) add(dy[first + i], x[first + i]);
             }
-            for (int lanes = 16; lanes > 0; lanes >>= 1) {
-                sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-                dot += __shfl_xor_sync(0xFFFFFFFFu, dot, lanes);
-            }
+            sum = warp_sum(sum);
+            dot = warp_sum(dot);
             if (parts == 1) {
                 if (lane == 0) finish_channel(channel, sum, dot);
             } else if (lane == 0) {

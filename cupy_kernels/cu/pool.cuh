@@ -122,16 +122,16 @@ template <class F> __device__ inline void store_site(const Pool& p, scalar_t* dx
 
 #if WINDOW_2X2
 template <class F>
-__device__ inline Gathered gather(const Pool& p, const argmax_t* taps, int row, int column, F gradient) {
+__device__ inline Gathered gather(const Pool& p, const argmax_t* argmax, int row, int column, F gradient) {
     if (row >= p.out_height) return {(acc_t)0, 0};
     int o = row * p.out_width + column;
-    return {gradient(o), taps[o]};
+    return {gradient(o), argmax[o]};
 }
 #else
 // Sums gradient(o) over the windows o of the plane whose tap is the pixel (row, column), in ascending order.
-// `taps` points at the plane's taps.
+// `argmax` points at the plane's.
 template <class F>
-__device__ inline Gathered gather(const Pool& p, const argmax_t* taps, int row, int column, F gradient) {
+__device__ inline Gathered gather(const Pool& p, const argmax_t* argmax, int row, int column, F gradient) {
     acc_t sum = 0;
 #if WINDOW_3X3
     enum { MOST = WINDOW_3X3 == 1 ? 3 : 2, NONE = -100 };  // windows along each axis that cover a pixel; no tap
@@ -143,7 +143,7 @@ __device__ inline Gathered gather(const Pool& p, const argmax_t* taps, int row, 
     #pragma unroll
     for (int i = 0; i < MOST * MOST; i++) {
         bool covers = i / MOST < rows && i % MOST < columns;
-        won[i] = covers ? (int)taps[first + i / MOST * p.out_width + i % MOST] : NONE;
+        won[i] = covers ? (int)argmax[first + i / MOST * p.out_width + i % MOST] : NONE;
     }
     #pragma unroll
     for (int i = 0; i < MOST * MOST; i++)
@@ -152,7 +152,7 @@ __device__ inline Gathered gather(const Pool& p, const argmax_t* taps, int row, 
     return {sum, 0};
 #endif
     p.for_windows(row, column, [&](int o, int tap) {
-        if (taps[o] == tap) sum += gradient(o);
+        if (argmax[o] == tap) sum += gradient(o);
     });
     return {sum, 0};
 }

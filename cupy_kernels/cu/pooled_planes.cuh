@@ -3,6 +3,12 @@
 // Windows are numbered row by row, WINDOW_PITCH a row. Without WGMMA they follow one another. With it they are cut into
 // units of UNIT_WINDOWS, whole rows, each with room for UNIT_STRIDE, and 16 windows, four tiles of four lanes, change
 // places among themselves, so that a lane writes 16 bytes of its own at a time, next to those of its neighbours.
+// In units of TOGETHER windows, where window 4 t + l of the 16 is in tile t of lane l:
+//
+//     place                     0  1  2  3 |  4  5  6  7 |  8  9 10 11 | 12 13 14 15
+//     pooled, argmax (4)        0  4  8 12 |  1  5  9 13 |  2  6 10 14 |  3  7 11 15
+//     saved as half_t (2)       0  4 |  1  5 |  2  6 |  3  7 |  8 12 |  9 13 | 10 14 | 11 15
+//     saved as float (1)        0 |  1 |  2 |  3 |  4 |  5 |  6 |  7 |  8 |  9 | 10 | 11 | 12 | 13 | 14 | 15
 //
 // PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNITS (of a plane), UNIT_WINDOWS,
 // UNIT_STRIDE, PLANE_STRIDE.
@@ -29,14 +35,11 @@ __device__ inline int unit_of_window(int row, int column) {
 
 // Of values of which TOGETHER windows, 1, 2 or 4, make 16 bytes.
 template <int TOGETHER> __device__ inline int place_of_window(int row, int column) {
-#if WGMMA
+    if (!WGMMA) return row * WINDOW_PITCH + column;
     int unit = unit_of_window(row, column), window = row * WINDOW_PITCH + column - unit * UNIT_WINDOWS;
     int lane = window & 3, tile = window >> 2 & 3;
     return unit * UNIT_STRIDE + (window & ~15) + tile / TOGETHER * (4 * TOGETHER) + lane * TOGETHER + tile % TOGETHER;
-#else
-    return row * WINDOW_PITCH + column;
-#endif
 }
 
-enum { TOGETHER_POOLED = 4 };  // and taps, which go with them
+enum { TOGETHER_POOLED = 4 };  // and argmax, which go with them
 template <class T> __device__ constexpr int together_saved() { return 4 / sizeof(T); }

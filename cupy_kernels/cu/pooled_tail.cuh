@@ -55,21 +55,11 @@ struct Job {
 
 __device__ inline int values_in(int job) { return min(ITEMS * 32, PLANE - job % PARTS * (ITEMS * 32)); }
 
-__device__ inline float warp_sum(float v) {
-    for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
-    return v;
-}
-
 // The sum of `a` in lanes 0 to 15, of `b` in the others: for the price of one.
 __device__ inline float warp_sums(float a, float b) {
     bool upper = threadIdx.x & 16;
     float v = (upper ? b : a) + __shfl_xor_sync(0xFFFFFFFFu, upper ? a : b, 16);
     for (int lanes = 8; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
-    return v;
-}
-
-__device__ inline float warp_max(float v) {
-    for (int lanes = 16; lanes > 0; lanes >>= 1) v = fmaxf(v, __shfl_xor_sync(0xFFFFFFFFu, v, lanes));
     return v;
 }
 

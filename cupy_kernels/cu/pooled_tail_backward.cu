@@ -9,16 +9,15 @@
 //     pooled_backward             g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those
 //                                 finite, the largest |g|
 //     pooled_parameter_gradients  sums of all images, and the exponent of a scale under which dy fits fp16
-//     conv_output_gradient_packed  dy as scaled, packed fp16 tiles [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor cores, and
-//                                 sums of dy at its borders, which the gradient of the convolution's weight needs where
-//                                 its x is centred
+//     conv_output_gradient_packed dy as scaled, packed fp16 tiles [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor
+//                                 cores, and sums of dy at its borders, which the gradient of the convolution's weight
+//                                 needs where its x is centred
 //     conv_output_gradient        dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
 //
-// Lines are those of fp16_tiles.cuh without its XOR: 64 channels as fp16, or with SPLIT 2 32 channels and then what
-// rounding left of them; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e the least of
-// dy_exponents [channels].
+// Packed tiles are those of fp16_tiles.cu; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e
+// the least of dy_exponents [channels].
 //
-// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, taps, saved and the exponents of
+// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, argmax, saved and the exponents of
 // conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_tiles.cuh, saved_t
 // (half_t with SPLIT 1, float with 2), SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the
 // convolution, and those of conv_output_gradient_packed.
@@ -207,44 +206,42 @@ struct OutputGradient {
     __device__ float of_chosen(float g) const { return multiply_unflushed(multiply_unflushed(g, enlarge), scale); }
 };
 
-// A 2x2 window: its places among the taps, in `saved`, and in g, which for windows that an odd edge cuts is -1.
+// A 2x2 window: its places in `argmax`, in `saved`, and in g, which for windows that an odd edge cuts is -1.
 struct Window {
-    int row, column, tap, saved, pooled;
+    int row, column, argmax, saved, pooled;
 
     __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
-        tap = place_of_window<TOGETHER_POOLED>(row, column);
+        argmax = place_of_window<TOGETHER_POOLED>(row, column);
         saved = place_of_window<together_saved<saved_t>()>(row, column);
         pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
     }
 };
 
 // What conv_bn_pool saved of a window.
-#if SPLIT == 1
-typedef uint2 Kept;
+template <int> struct KeptOf { typedef uint2 type; };
+template <> struct KeptOf<2> { typedef float4 type; };
+typedef KeptOf<SPLIT>::type Kept;
 __device__ inline void unpack(uint2 kept, float (&v)[4]) {
     #pragma unroll
     for (int i = 0; i < 4; i++) v[i] = to_acc(half_t{(unsigned short)((i < 2 ? kept.x : kept.y) >> i % 2 * 16)});
 }
-// The exponent of a window's scale, but for its channel's.
-__device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
-    return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
-}
-#else
-typedef float4 Kept;
 __device__ inline void unpack(float4 kept, float (&v)[4]) {
     v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w;
 }
-__device__ inline int kept_exponent(const int*, i64, const Window&) { return 0; }
-#endif
+// The exponent of a window's scale, but for its channel's.
+__device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
+    if (SPLIT == 2) return 0;
+    return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
+}
 // What undoes the scale. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
 __device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
 
 // dy of the corners of one window in plane `plane`. Corners outside the image get anything.
 __device__ inline void gradients_of(
-    const OutputGradient& gradient, const float* g, const u8* taps, const saved_t* saved, i64 plane,
+    const OutputGradient& gradient, const float* g, const u8* argmax, const saved_t* saved, i64 plane,
     const Window& window, float restore, float (&dy)[4]) {
     float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]);
-    int tap = window.pooled < 0 ? -1 : taps[plane * PLANE_STRIDE + window.tap];
+    int tap = window.pooled < 0 ? -1 : argmax[plane * PLANE_STRIDE + window.argmax];
     unpack(saved ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), dy);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++)
@@ -278,11 +275,11 @@ __device__ inline int edge_window(int i) {
 }
 
 // borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no
-// partner in the convolution's input. Not from the lines: conv_wgrad_reduce multiplies these sums by what x was centred
-// by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the block's
-// warps.
+// partner in the convolution's input. Not from the packed tiles: conv_wgrad_reduce multiplies these sums by what x was
+// centred by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the
+// block's warps.
 __device__ inline void sum_borders(
-    const float* g, const u8* taps, const saved_t* saved, const int* exponents, const int* unit_exponents,
+    const float* g, const u8* argmax, const saved_t* saved, const int* exponents, const int* unit_exponents,
     OutputGradient gradient, int c, i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32,
         exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
@@ -295,7 +292,7 @@ __device__ inline void sum_borders(
         #pragma unroll 4
         for (i64 image = first; image < end; image++) {
             float restore = restoring(exponent + kept_exponent(unit_exponents, image, window)), v[4];
-            gradients_of(gradient, g, taps, saved, image * OUT_CHANNELS + c, window, restore, v);
+            gradients_of(gradient, g, argmax, saved, image * OUT_CHANNELS + c, window, restore, v);
             #pragma unroll
             for (int corner = 0; corner < 4; corner++) sum[corner] += v[corner];
         }
@@ -320,15 +317,15 @@ __device__ inline void sum_borders(
             totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
 }
 
-// A block turns a tile of TILE windows, of TILES, and one chunk of channels into lines. A thread computes eight
-// channels of a window, whose 16 bytes of four lines meet those of the other threads in shared memory. Behind the
-// blocks of each `together` images, while what they have read is in the L2 cache, come BORDER_BLOCKS that sum up the
-// borders of these images, two channels each; borders [.][taps][channels] may be null.
+// A block turns a tile of TILE windows, of TILES, and one chunk of channels into lines of packed tiles. A thread
+// computes eight channels of a window, whose 16 bytes of four lines meet those of the other threads in shared memory.
+// Behind the blocks of each `together` images, while what they have read is in the L2 cache, come BORDER_BLOCKS that
+// sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packed(
-    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved,
+    const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
-    const int* __restrict__ dy_exponents, half_t* __restrict__ lines, float* __restrict__ borders, float count,
+    const int* __restrict__ dy_exponents, half_t* __restrict__ packed, float* __restrict__ borders, float count,
     i64 images, int together) {
     enum { OCTETS = CHUNK_CHANNELS / 8 };
     static_assert(
@@ -351,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
         gradient.finish(count, smallest_exponent(dy_exponents, OUT_CHANNELS, scratch));
         i64 end = min(image + together, images);
         float* to = borders + (i64)share * TAPS * OUT_CHANNELS;
-        sum_borders(g, taps, saved, exponents, unit_exponents, gradient, c, image, end, totals, to);
+        sum_borders(g, argmax, saved, exponents, unit_exponents, gradient, c, image, end, totals, to);
         return;
     }
     int tile = block % TILES, chunk = block / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -372,9 +369,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
             #pragma unroll
             for (int j = 0; j < 8; j++) kept[j] = from[j * PLANE_STRIDE];
         const float* g_from = g + plane * PLANE + max(window.pooled, 0);
-        const u8* tap_from = taps + plane * PLANE_STRIDE + window.tap;
+        const u8* argmax_from = argmax + plane * PLANE_STRIDE + window.argmax;
         #pragma unroll
-        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = tap_from[j * PLANE_STRIDE];
+        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = argmax_from[j * PLANE_STRIDE];
         if (window.pooled < 0)
             #pragma unroll
             for (int j = 0; j < 8; j++) tap[j] = -1;
@@ -384,7 +381,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     channel.exponent += channel.gradient.exponent;
     #pragma unroll
     for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
-    for (int lanes = 16; lanes > 0; lanes >>= 1) least = min(least, __shfl_xor_sync(0xFFFFFFFFu, least, lanes));
+    least = -warp_max(-least);
     if (threadIdx.x < CHUNK_CHANNELS) {
         channel.gradient.finish(count, least);
         ((Channel*)channels)[threadIdx.x] = channel;
@@ -407,7 +404,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     for (int corner = 0; corner < 4; corner++) store_line(corners[corner], place, octet, v[corner], place & 7);
     __syncthreads();
 
-    uint4* to = (uint4*)lines + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
+    uint4* to = (uint4*)packed + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
     int right = threadIdx.x / 8 % 2;
     #pragma unroll
     for (int i = 0; i < TILE; i += 16) {
@@ -426,7 +423,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
 
 // A thread computes one window.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
-    const float* __restrict__ g, const u8* __restrict__ taps, const saved_t* __restrict__ saved,
+    const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
     scalar_t* __restrict__ dy, float count) {
@@ -440,7 +437,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
               gradient.exponent + (SPLIT == 1 ? exponents[c] : 0) +
               kept_exponent(unit_exponents, plane / OUT_CHANNELS, window)),
           v[4];
-    gradients_of(gradient, g, taps, sums ? saved : 0, plane, window, restore, v);
+    gradients_of(gradient, g, argmax, sums ? saved : 0, plane, window, restore, v);
     #pragma unroll
     for (int corner = 0; corner < 4; corner++) {
         int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;

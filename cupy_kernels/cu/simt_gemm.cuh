@@ -74,3 +74,33 @@ __device__ inline void finish_sum(Accumulators& acc, const Tiles& tiles, bool an
         #pragma unroll
         for (int j = 0; j < 4; j++) acc[i / GROUPS_OF_4][i % GROUPS_OF_4 * 4 + j] += tiles.totals[i][threadIdx.x].v[j];
 }
+
+// acc = the sum of all steps. next(a, b): loads the thread's values of the next step, and returns whether there is one.
+// The value i of a, counted threadIdx.x + i THREADS in the block, is of row value % TILE_M in the step's k value /
+// TILE_M; TRANSPOSED: of row value / TILE_K in k value % TILE_K. Those of b likewise.
+template <bool TRANSPOSED, class Next>
+__device__ __forceinline__ void sum_steps(Accumulators& acc, Tiles& tiles, Next next) {
+    acc_t a[LOADS_M], b[LOADS_N];
+    for (int step = 0, buffer = 0;; step++) {
+        bool more = next(a, b);
+        if (step) {
+            multiply_tiles(acc, tiles.a[buffer], tiles.b[buffer]);
+            if (step % STEPS_PER_SUM == 0) store_sum(acc, tiles, step == STEPS_PER_SUM);
+        }
+        if (!more) return finish_sum(acc, tiles, step >= STEPS_PER_SUM);
+        buffer ^= 1;
+        #pragma unroll
+        for (int i = 0; i < LOADS_M; i++) {
+            int value = threadIdx.x + i * THREADS;
+            int k = TRANSPOSED ? value % TILE_K : value / TILE_M, row = TRANSPOSED ? value / TILE_K : value % TILE_M;
+            tiles.a[buffer][k * ROW_M + row] = a[i];
+        }
+        #pragma unroll
+        for (int i = 0; i < LOADS_N; i++) {
+            int value = threadIdx.x + i * THREADS;
+            int k = TRANSPOSED ? value % TILE_K : value / TILE_N, row = TRANSPOSED ? value / TILE_K : value % TILE_N;
+            tiles.b[buffer][k * ROW_N + row] = b[i];
+        }
+        __syncthreads();
+    }
+}

@@ -38,9 +38,9 @@ struct WgmmaOperand {
     }
 };
 
-// The operand B, transposed, as packed tiles (fp16_tiles.cuh) in shared memory: 16 lines of 128 bytes, at a multiple of 1024
-// bytes and with their parts in line_offset's order. A line has a half of each of 64 rows, of which `first_part` eights
-// are left out.
+// The operand B, transposed, as swizzled lines (fp16_tiles.cuh) in shared memory: 16 of 128 bytes, at a multiple of
+// 1024 bytes and with their parts in line_offset's order. A line has a half of each of 64 rows, of which `first_part`
+// eights are left out.
 struct WgmmaLines {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* start;

@@ -62,8 +62,8 @@ def _backward(
     dgrad, wgrad = gradient_plans(x.dtype, x.shape, w.shape, _geometry(padding), choice, need_x, need_w)
     general = (dgrad is None, wgrad is None) != (not need_x, not need_w)
     dy = new.scratch(output_shape(x.shape, w.shape, _geometry(padding)), x.dtype) if general else None
-    by_cells, centred = not general and (need_x or need_w), options["training"]
-    arrays = ops.gradient_arrays(plan, x.shape[0], by_cells, by_cells and need_w and centred)
+    packed, centred = not general and (need_x or need_w), options["training"]
+    arrays = ops.gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
     made = {name: new.scratch(*array) for name, array in arrays.items()}
     parameters = (conv_bias, weight, bias, group_weight, group_bias)
     found = [new.like(t if needed else None) for t, needed in zip(parameters, need)]
