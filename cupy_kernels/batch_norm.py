@@ -10,7 +10,7 @@ import itertools
 from math import prod
 from typing import NamedTuple
 
-from .channel_walk import PACK_BYTES, row_tile, shared_bytes, whole_warps, widths
+from .channel_walk import KEPT, PACK_BYTES, row_tile, shared_bytes, whole_warps, widths
 from .common import (
     FLOATS,
     MULTIPROCESSORS,
@@ -315,5 +315,11 @@ def _width(length, tensors):
 
 
 def _macros(name, param, width, planes):
-    sizes = {"WIDTH": width, "PLANES": planes, "THREADS": THREADS, "WHOLE_THREADS": _WHOLE_THREADS[planes][-1]}
+    sizes = {
+        "WIDTH": width,
+        "PLANES": planes,
+        "KEPT": KEPT,
+        "THREADS": THREADS,
+        "WHOLE_THREADS": _WHOLE_THREADS[planes][-1],
+    }
     return (*scalar_macros(name), ("param_t", param), *sizes.items())

@@ -7,7 +7,7 @@ see `common.accumulator_dtype`. weight, bias and their gradients share one dtype
 import itertools
 from math import prod
 
-from .channel_walk import row_tile, shared_bytes, whole_warps, widths
+from .channel_walk import KEPT, row_tile, shared_bytes, whole_warps, widths
 from .common import (
     FLOATS,
     MULTIPROCESSORS,
@@ -130,7 +130,14 @@ def _launch_rows(name, args, shape, num_groups, tensors, *parameters):
 
 
 def _row_defines(name, param, width):
-    return (*scalar_macros(name), ("param_t", param), ("WIDTH", width), ("PLANES", 0), ("THREADS", _ROW_THREADS))
+    return (
+        *scalar_macros(name),
+        ("param_t", param),
+        ("WIDTH", width),
+        ("PLANES", 0),
+        ("KEPT", KEPT),
+        ("THREADS", _ROW_THREADS),
+    )
 
 
 def _shape(x, channels_last):

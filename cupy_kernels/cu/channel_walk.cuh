@@ -15,7 +15,7 @@
 // is 0.
 //
 // Macros: scalar_t, acc_t, PLANES, WIDTH (with PLANES a divisor of plane, else of the columns; pointers are aligned to
-// a pack).
+// a pack), KEPT.
 #pragma once
 #include "batch_norm.cuh"
 
@@ -120,7 +120,8 @@ template <class F> __device__ inline int next_packs(Walk& walk, int most, F load
 // What a block knows of its channels lies in shared memory: KEPT arrays of an entry for each channel of the tile, or for
 // each column where these differ in weight and bias; behind them the scratch memory of sums, 32 values, and without PLANES
 // 3 WIDTH for each thread.
-enum { MEAN, INVSTD, UNIT, WEIGHT, BIAS, OTHER, KEPT };
+enum { MEAN, INVSTD, UNIT, WEIGHT, BIAS, OTHER, ARRAYS };
+static_assert(KEPT == ARRAYS, "the launch has room for the arrays");
 struct Kept {
     acc_t* first;
     int stride;  // of the arrays
