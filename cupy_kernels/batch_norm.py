@@ -33,7 +33,6 @@ _ROWS_CHUNK_BYTES = (2**14, 2**16)  # least and most: fewer partial results if t
 _BLOCKS = 4 * MULTIPROCESSORS  # enough of them
 _TILE_BYTES, _WHOLE_TILE_BYTES = 512, (128, 64, 32)  # of a row that a block reads: of a chunk, of whole channels
 _ROWS_OF_PLANES = 16  # the fewest images that are worth a walk over rows
-_WHOLE_THREADS = {0: (128, 256), 1: (256, 512, 1024)}  # of a block of whole channels, by PLANES
 _SM_THREADS = 1024  # that an SM runs at once, as many registers as they have
 _L2_BYTES = 27 * 10**6  # that stay in the L2 cache until they are read again
 _SM_BYTES_US = {0: 20 * 10**3, 1: 45 * 10**3}  # bytes a microsecond that a block gets from memory, by PLANES
@@ -238,7 +237,7 @@ def _whole_walk(tensors, read: int, *parameters) -> _Walk | None:
             break
     block_bytes = packs * width * x.itemsize * read
     total = across * block_bytes
-    for most in _WHOLE_THREADS[not by_rows]:  # the fewest that keep the memory busy: the more blocks overlap
+    for most in _whole_threads(scalar(x), not by_rows):  # the fewest that keep the memory busy: the more blocks overlap
         resident = min(across, MULTIPROCESSORS * (_SM_THREADS // most))
         if resident * most >= MULTIPROCESSORS * _SM_THREADS // 2 and resident * block_bytes <= _L2_BYTES:
             break
@@ -314,12 +313,19 @@ def _width(length, tensors):
     return next(w for w in widths(scalar(tensors[0])) if w <= aligned)
 
 
+def _whole_threads(name, planes):
+    """Threads of a block of whole channels: as many as have enough registers."""
+    if not planes:
+        return 128, 256
+    return {"float": (256, 512, 1024), "half_t": (256, 512, 1024), "bf16_t": (256, 512), "double": (128, 256)}[name]
+
+
 def _macros(name, param, width, planes):
     sizes = {
         "WIDTH": width,
         "PLANES": planes,
         "KEPT": KEPT,
         "THREADS": THREADS,
-        "WHOLE_THREADS": _WHOLE_THREADS[planes][-1],
+        "WHOLE_THREADS": _whole_threads(name, planes)[-1],
     }
     return (*scalar_macros(name), ("param_t", param), *sizes.items())

@@ -17,7 +17,7 @@
 #include "channel_walk.cuh"
 #include "tanh.cuh"
 
-enum { BLOCKS = PLANES ? 3 : 2 };  // at least, of an SM: slots take registers
+enum { BLOCKS = 2 };  // of an SM, at least
 
 struct Partials {
     double* first;
