@@ -317,7 +317,7 @@ def _whole_threads(name, planes):
     """Threads of a block of whole channels: as many as have enough registers."""
     if not planes:
         return 128, 256
-    return {"float": (256, 512, 1024), "half_t": (256, 512, 1024), "bf16_t": (256, 512), "double": (128, 256)}[name]
+    return (128, 256) if name == "double" else (256, 512, 640)
 
 
 def _macros(name, param, width, planes):
