@@ -10,7 +10,7 @@ import itertools
 from math import prod
 from typing import NamedTuple
 
-from .channel_walk import PACK_BYTES, row_tile, scratch_bytes, whole_warps, widths
+from .channel_walk import KEPT, PACK_BYTES, row_tile, shared_bytes, whole_warps, widths
 from .common import (
     FLOATS,
     MULTIPROCESSORS,
@@ -33,7 +33,6 @@ _ROWS_CHUNK_BYTES = (2**14, 2**16)  # least and most: fewer partial results if t
 _BLOCKS = 4 * MULTIPROCESSORS  # enough of them
 _TILE_BYTES, _WHOLE_TILE_BYTES = 512, (128, 64, 32)  # of a row that a block reads: of a chunk, of whole channels
 _ROWS_OF_PLANES = 16  # the fewest images that are worth a walk over rows
-_WHOLE_THREADS = {0: (256, 512), 1: (256, 512, 1024)}  # of a block of whole channels, by PLANES
 _SM_THREADS = 1024  # that an SM runs at once, as many registers as they have
 _L2_BYTES = 27 * 10**6  # that stay in the L2 cache until they are read again
 _SM_BYTES_US = {0: 20 * 10**3, 1: 45 * 10**3}  # bytes a microsecond that a block gets from memory, by PLANES
@@ -103,7 +102,7 @@ def batch_norm_eval(x, running_mean, running_var, weight, bias, y, mean, invstd,
         return
     walk = _walk((x, y), running_mean)
     args = (x, running_mean, running_var, weight, bias, y, mean, invstd, eps, tanh)
-    walk.launch("batch_norm_eval", (*args, *walk.sizes, walk.tile), shared=False)
+    walk.launch("batch_norm_eval", (*args, *walk.sizes, walk.tile), sums=False)
 
 
 def batch_norm_apply(x, mean, invstd, weight, bias, y, tanh=False) -> None:
@@ -112,7 +111,7 @@ def batch_norm_apply(x, mean, invstd, weight, bias, y, tanh=False) -> None:
     _check_channels(x, mean=mean, invstd=invstd, weight=weight, bias=bias)
     walk = _walk((x, y), weight, bias)
     args = (x, mean, invstd, weight, bias, y, tanh, *walk.sizes, walk.tile)
-    walk.launch("batch_norm_apply", args, shared=False)
+    walk.launch("batch_norm_apply", args, sums=False)
 
 
 def batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspace, through_statistics, y=None) -> None:
@@ -149,7 +148,7 @@ def batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspa
         )
     if dx is not None and (through_statistics or not sums_needed):
         args = (dy, x, y, mean, invstd, weight, sums, dx, *walk.sizes, walk.tile)
-        walk.launch("batch_norm_backward_apply", args, shared=False)
+        walk.launch("batch_norm_backward_apply", args, sums=False)
 
 
 def batch_norm_backward_combine(partials, mean, sums, dweight, dbias, macros=None) -> None:
@@ -198,10 +197,10 @@ class _Walk(NamedTuple):
     tile: int  # packs of a row that a block takes
     threads: int
 
-    def launch(self, name, args, shared=True):
-        blocks = self.across * self.chunks if self.sizes[2] else 0
-        shared_bytes = scratch_bytes(self.macros, self.threads) if shared else 0
-        launch(Kernel(_FILE, name, self.macros), (blocks, 1, 1), (self.threads, 1, 1), args, shared_bytes)
+    def launch(self, name, args, sums=True):
+        blocks, block = self.across * self.chunks if self.sizes[2] else 0, (self.threads, 1, 1)
+        kernel = Kernel(_FILE, name, self.macros)
+        launch(kernel, (blocks, 1, 1), block, args, shared_bytes(self.macros, self.tile, self.threads, sums))
 
 
 def _walk(tensors, *parameters) -> _Walk:
@@ -238,7 +237,7 @@ def _whole_walk(tensors, read: int, *parameters) -> _Walk | None:
             break
     block_bytes = packs * width * x.itemsize * read
     total = across * block_bytes
-    for most in _WHOLE_THREADS[not by_rows]:  # the fewest that keep the memory busy: the more blocks overlap
+    for most in _whole_threads(scalar(x), not by_rows):  # the fewest that keep the memory busy: the more blocks overlap
         resident = min(across, MULTIPROCESSORS * (_SM_THREADS // most))
         if resident * most >= MULTIPROCESSORS * _SM_THREADS // 2 and resident * block_bytes <= _L2_BYTES:
             break
@@ -314,6 +313,19 @@ def _width(length, tensors):
     return next(w for w in widths(scalar(tensors[0])) if w <= aligned)
 
 
+def _whole_threads(name, planes):
+    """Threads of a block of whole channels: as many as have enough registers."""
+    if not planes:
+        return 128, 256
+    return (128, 256) if name == "double" else (256, 512, 640)
+
+
 def _macros(name, param, width, planes):
-    sizes = {"WIDTH": width, "PLANES": planes, "THREADS": THREADS, "WHOLE_THREADS": _WHOLE_THREADS[planes][-1]}
+    sizes = {
+        "WIDTH": width,
+        "PLANES": planes,
+        "KEPT": KEPT,
+        "THREADS": THREADS,
+        "WHOLE_THREADS": _whole_threads(name, planes)[-1],
+    }
     return (*scalar_macros(name), ("param_t", param), *sizes.items())

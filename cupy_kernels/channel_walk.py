@@ -6,6 +6,7 @@ from .common import ceil_div
 from .source import DTYPES
 
 PACK_BYTES = 16  # of the widest access
+KEPT = 6  # values of a channel, or column
 
 
 def widths(name: str) -> tuple[int, ...]:
@@ -27,8 +28,8 @@ def whole_warps(threads: int) -> int:
     return 32 * ceil_div(threads, 32)
 
 
-def scratch_bytes(macros, threads: int) -> int:
-    """Shared memory that a block's sums need, see channel_walk.cuh."""
+def shared_bytes(macros, tile: int, threads: int, sums: bool = True) -> int:
+    """Shared memory of a block: what it keeps of its channels, and room for sums, see channel_walk.cuh."""
     known = dict(macros)
-    values = 0 if known["PLANES"] else 2 * known["WIDTH"]
-    return max(32, values * threads) * DTYPES[known["acc_t"]].itemsize
+    columns, scratch = (1, 32) if known["PLANES"] else (tile * known["WIDTH"], 3 * known["WIDTH"] * threads)
+    return (KEPT * columns + (max(32, scratch) if sums else 0)) * DTYPES[known["acc_t"]].itemsize

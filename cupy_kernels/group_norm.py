@@ -7,7 +7,7 @@ see `common.accumulator_dtype`. weight, bias and their gradients share one dtype
 import itertools
 from math import prod
 
-from .channel_walk import row_tile, scratch_bytes, whole_warps, widths
+from .channel_walk import KEPT, row_tile, shared_bytes, whole_warps, widths
 from .common import (
     FLOATS,
     MULTIPROCESSORS,
@@ -28,7 +28,7 @@ from .source import DTYPES, SCALARS, Variant
 _CACHE_BYTES = 47 * 1024  # of the 48 KiB that every GPU has; the kernels' fixed arrays take the rest
 _CHANNELS_LAST_FILE = "group_norm_channels_last.cu"
 _TILE_BYTES = (512, 256, 128, 64, 32, 16)  # of a row that a block reads
-_ROW_THREADS = MAX_ROW_CHANNELS = 512  # the most threads of a block, of which each has a channel at least
+_ROW_THREADS = MAX_ROW_CHANNELS = 256  # the most threads of a block, of which each has a channel at least
 _COLUMNS = 8  # channels of a block of group_norm_backward_parameters
 
 
@@ -126,11 +126,18 @@ def _launch_rows(name, args, shape, num_groups, tensors, *parameters):
     threads, defines = whole_warps(tile * rows), _row_defines(scalar(x), SCALARS[param], width)
     sizes = (tiles, channels, channels // num_groups, plane, tile)
     kernel = Variant(_CHANNELS_LAST_FILE, defines).kernel(name)
-    launch(kernel, (images * tiles, 1, 1), (threads, 1, 1), (*args, *sizes), scratch_bytes(defines, threads))
+    launch(kernel, (images * tiles, 1, 1), (threads, 1, 1), (*args, *sizes), shared_bytes(defines, tile, threads))
 
 
 def _row_defines(name, param, width):
-    return (*scalar_macros(name), ("param_t", param), ("WIDTH", width), ("PLANES", 0), ("THREADS", _ROW_THREADS))
+    return (
+        *scalar_macros(name),
+        ("param_t", param),
+        ("WIDTH", width),
+        ("PLANES", 0),
+        ("KEPT", KEPT),
+        ("THREADS", _ROW_THREADS),
+    )
 
 
 def _shape(x, channels_last):

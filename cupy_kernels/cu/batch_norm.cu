@@ -17,13 +17,13 @@
 #include "channel_walk.cuh"
 #include "tanh.cuh"
 
-enum { BLOCKS = PLANES ? 3 : 2 };  // at least, of an SM: slots take registers
+enum { BLOCKS = 2 };  // of an SM, at least
 
 struct Partials {
     double* first;
     i64 channels, chunks;
-    __device__ void store(const Walk& walk, int slot, double one, double other) const {
-        i64 at = walk.channel(slot) * chunks + walk.chunk;
+    __device__ void store(const Walk& walk, int channel, double one, double other) const {
+        i64 at = channel * chunks + walk.chunk;
         first[at] = one;
         first[channels * chunks + at] = other;
     }
@@ -33,17 +33,16 @@ struct Partials {
 extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_partials(
     const scalar_t* __restrict__ x, double* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunk,
     i64 chunks, int tile) {
-    DYNAMIC_SHARED(acc_t, scratch);
-    with_units(scratch, [&](Open& open) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
+    with_units(kept.scratch(), [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
-        ChunkMoments moments[SLOTS];
-        moments_of_chunk(x, open.unit, walk, plane, scratch, moments);
-        double back = inverse_of(open.unit);
         Partials to = {partials, channels, chunks};
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++)
-            if (open.keep(s, is_finite(moments[s].squares)) && walk.writes(s))
-                to.store(walk, s, moments[s].mean * back, moments[s].squares * back * back);
+        moments_of_chunk(x, open.unit, walk, kept.scratch(), [&](int k, int, int channel, ChunkMoments moments) {
+            double back = inverse_of(open.unit);
+            if (open.keep(k, is_finite(moments.squares)))
+                to.store(walk, channel, moments.mean * back, moments.squares * back * back);
+        });
     });
 }
 
@@ -102,23 +101,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_eval_statistics
     invstd[channel] = 1 / sqrt(to_acc(running_var[channel]) + eps);
 }
 
-// y of a chunk, from mean(s) and invstd(s) of each slot's channel.
-template <class M, class I> __device__ inline void apply(
-    const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
-    scalar_t* __restrict__ y, bool with_tanh, const Walk& walk, M mean, I invstd) {
-    auto weight_of = [&](int s) { return bn_weight(weight, walk.channel(s)); };
-    auto bias_of = [&](int s) { return bn_bias(bias, walk.channel(s)); };
-    normalise_chunk(x, y, walk, mean, invstd, weight_of, bias_of, [=](acc_t v) { return with_tanh ? tanh_of(v) : v; });
+// y of a chunk, with what is kept of the channels.
+__device__ inline void apply(
+    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, bool with_tanh, const Walk& walk, const Kept& kept) {
+    acc_t w[SLOTS], b[SLOTS];
+    kept.slots(WEIGHT, walk, w), kept.slots(BIAS, walk, b);
+    normalise_chunk(x, y, walk, kept, w, b, [=](acc_t(&v)[WIDTH]) {
+        if (!with_tanh) return;
+        #pragma unroll
+        for (int i = 0; i < WIDTH; i++) v[i] = tanh_of(v[i]);
+    });
+}
+__device__ inline void keep_channel(
+    const Kept& kept, int place, int channel, acc_t mean, acc_t invstd, const param_t* weight, const param_t* bias) {
+    kept.normaliser(place, mean, invstd);
+    kept.at(WEIGHT, place) = bn_weight(weight, channel), kept.at(BIAS, place) = bn_bias(bias, channel);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_apply(
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y, int with_tanh,
     i64 channels, i64 plane, i64 count, i64 chunk, int tile) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
     Walk walk(gridDim.x - 1 - blockIdx.x, channels, plane, count, chunk, tile);
-    apply(
-        x, weight, bias, y, with_tanh, walk, [&](int s) { return mean[walk.channel(s)]; },
-        [&](int s) { return invstd[walk.channel(s)]; });
+    for_channels(walk, [&](int place, int c) { keep_channel(kept, place, c, mean[c], invstd[c], weight, bias); });
+    __syncthreads();
+    apply(x, y, with_tanh, walk, kept);
 }
 
 // With the running statistics, which it writes to mean and invstd, too, as the backward needs them.
@@ -127,63 +136,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_eval(
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
     acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t eps, int with_tanh, i64 channels, i64 plane, i64 count,
     i64 chunk, int tile) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
     Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
-    acc_t means[SLOTS], invstds[SLOTS];
-    #pragma unroll
-    for (int s = 0; s < SLOTS; s++) {
-        int channel = walk.channel(s);
-        means[s] = to_acc(running_mean[channel]);
-        invstds[s] = 1 / sqrt(to_acc(running_var[channel]) + eps);
-        if (walk.chunk == 0 && walk.writes(s)) mean[channel] = means[s], invstd[channel] = invstds[s];
-    }
-    apply(x, weight, bias, y, with_tanh, walk, [&](int s) { return means[s]; }, [&](int s) { return invstds[s]; });
+    for_channels(walk, [&](int place, int c) {
+        acc_t m = to_acc(running_mean[c]), i = 1 / sqrt(to_acc(running_var[c]) + eps);
+        keep_channel(kept, place, c, m, i, weight, bias);
+        if (walk.chunk == 0) mean[c] = m, invstd[c] = i;
+    });
+    __syncthreads();
+    apply(x, y, with_tanh, walk, kept);
 }
 
 // Statistics, and where y is not null the result, of blocks that have whole channels.
-extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_forward(
+extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, 1) batch_norm_forward(
     const scalar_t* __restrict__ x, INOUT param_t* running_mean, INOUT param_t* running_var, INOUT i64* batches,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
     acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, int with_tanh, i64 channels,
     i64 plane, i64 count, i64 chunk, int tile) {
-    DYNAMIC_SHARED(acc_t, scratch);
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
     if (batches && blockIdx.x == 0 && threadIdx.x == 0) ++*batches;
-    acc_t means[SLOTS], invstds[SLOTS];
-    with_units(scratch, [&](Open& open) {
+    with_units(kept.scratch(), [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
-        ChunkMoments moments[SLOTS];
-        moments_of_chunk(x, open.unit, walk, plane, scratch, moments);
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++) {
-            if (!open.keep(s, is_finite(moments[s].squares))) continue;
-            int channel = walk.channel(s);
-            Moments found = {(acc_t)moments[s].mean, moments[s].squares};
+        moments_of_chunk(x, open.unit, walk, kept.scratch(), [&](int k, int place, int c, ChunkMoments moments) {
+            if (!open.keep(k, is_finite(moments.squares))) return;
+            Moments found = {(acc_t)moments.mean, moments.squares};
             acc_t unit = without_unit(found, open.unit);
-            means[s] = found.mean * inverse_of(unit);
-            invstds[s] = invstd_of(found.squares / count, unit, eps);
-            if (!walk.writes(s)) continue;
-            param_t *to_mean = running_mean ? running_mean + channel : running_mean,
-                    *to_var = running_mean ? running_var + channel : running_var;
-            store_statistics(found, unit, count, eps, mean + channel, invstd + channel, to_mean, to_var, momentum, 0);
-        }
+            param_t *to_mean = running_mean ? running_mean + c : running_mean,
+                    *to_var = running_mean ? running_var + c : running_var;
+            store_statistics(found, unit, count, eps, mean + c, invstd + c, to_mean, to_var, momentum, 0);
+            acc_t batch_invstd = invstd_of(found.squares / count, unit, eps);
+            keep_channel(kept, place, c, found.mean * inverse_of(unit), batch_invstd, weight, bias);
+        });
     });
-    if (!y) return;
-    Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
-    apply(x, weight, bias, y, with_tanh, walk, [&](int s) { return means[s]; }, [&](int s) { return invstds[s]; });
+    if (y) apply(x, y, with_tanh, Walk(blockIdx.x, channels, plane, count, chunk, tile), kept);
 }
 
-// What the backward knows of the slots' channels.
-struct Channels {
-    Normalisers normalise;
-    acc_t scale[SLOTS];  // of a gradient at batch norm's output
-    __device__ Channels(const Walk& walk, const acc_t* mean, const acc_t* invstd, const param_t* weight) {
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++) {
-            int c = walk.channel(s);
-            normalise.set(s, mean[c], invstd[c]);
-            scale[s] = multiply_unflushed(bn_weight(weight, c), invstd[c]);
-        }
-    }
-};
+// What the backward knows of the channels: SCALE, of a gradient at batch norm's output, and the means of g and of g xhat.
+enum { SCALE = WEIGHT, MEAN_G = BIAS, MEAN_DOT = OTHER };
+__device__ inline void keep_scale(
+    const Kept& kept, int place, int c, const acc_t* mean, const acc_t* invstd, const param_t* weight) {
+    kept.normaliser(place, mean[c], invstd[c]);
+    kept.at(SCALE, place) = multiply_unflushed(bn_weight(weight, c), invstd[c]);
+}
 
 // What the backward reads. x is null where nobody needs it, y without tanh.
 struct Tensors {
@@ -208,11 +204,12 @@ struct Tensors {
     }
 };
 
-// Sums of g, and of g xhat, over what the block has of each slot's channel; and dx, where not null, of statistics that
-// do not depend on x.
-__device__ inline void sums_of_chunk(
-    const Tensors& tensors, const Channels& channels, scalar_t* __restrict__ dx, acc_t unit, Walk walk, acc_t* scratch,
-    acc_t (&sums)[2][SLOTS]) {
+// Calls finish(k, place, channel, {sum of g, sum of g xhat}), as sums_of_channels; and writes dx, where not null, of
+// statistics that do not depend on x.
+template <class F> __device__ inline void sums_of_chunk(
+    const Tensors& tensors, scalar_t* __restrict__ dx, acc_t unit, Walk walk, const Kept& kept, F finish) {
+    Normalisers normalise(kept, walk);
+    acc_t sums[2][SLOTS];
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) sums[0][s] = sums[1][s] = 0;
     #pragma unroll 1
@@ -222,43 +219,47 @@ __device__ inline void sums_of_chunk(
         #pragma unroll
         for (int j = 0; j < Tensors::PACKS; j++) {
             if (j >= have) continue;
-            Pack result;
             acc_t xhat[WIDTH];
-            channels.normalise(batch.x[j], xhat);
+            normalise(batch.x[j], xhat);
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
-                int s = i / PER_SLOT;
                 acc_t g = tensors.gradient(batch, j, i, unit);
-                sums[0][s] += g;
-                sums[1][s] += g * xhat[i];
-                if (dx)
-                    result.v[i] =
-                        from_acc<scalar_t>(multiply_unflushed(tensors.gradient(batch, j, i), channels.scale[s]));
+                sums[0][i / PER_SLOT] += g;
+                sums[1][i / PER_SLOT] += g * xhat[i];
             }
-            if (dx) *(Pack*)(dx + batch.offsets[j]) = result;
+            if (!dx) continue;
+            Pack result;
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) {
+                acc_t scale = kept.at(SCALE, walk.place(i / PER_SLOT));
+                result.v[i] = from_acc<scalar_t>(multiply_unflushed(tensors.gradient(batch, j, i), scale));
+            }
+            *(Pack*)(dx + batch.offsets[j]) = result;
         }
     }
-    block_sums(sums, walk, scratch);
+    sums_of_channels(sums, walk, kept.scratch(), [](int, acc_t(&)[2]) {}, finish);
 }
 
-// partials: sums of each chunk. y is null without tanh; dx is null where the statistics depend on x, or nobody needs
-// it.
+// partials: sums of each chunk. y is null without tanh; dx is null where the statistics depend on x, or nobody needs it.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backward_partials(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
     const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
     double* __restrict__ partials, scalar_t* __restrict__ dx, i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks,
     int tile) {
-    DYNAMIC_SHARED(acc_t, scratch);
-    with_units(scratch, [&](Open& open) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
+    for_channels(Walk(blockIdx.x, channels, plane, count, chunk, tile), [&](int place, int c) {
+        keep_scale(kept, place, c, mean, invstd, weight);
+    });
+    __syncthreads();
+    with_units(kept.scratch(), [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
-        acc_t sums[2][SLOTS];
-        sums_of_chunk({dy, x, y}, Channels(walk, mean, invstd, weight), dx, open.unit, walk, scratch, sums);
-        double back = inverse_of(open.unit);
         Partials to = {partials, channels, chunks};
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++)
-            if (open.keep(s, is_finite(sums[0][s]) && is_finite(sums[1][s])) && walk.writes(s))
-                to.store(walk, s, sums[0][s] * back, sums[1][s] * back);
+        sums_of_chunk({dy, x, y}, dx, open.unit, walk, kept, [&](int k, int, int c, const acc_t(&sums)[2]) {
+            double back = inverse_of(open.unit);
+            if (open.keep(k, is_finite(sums[0]) && is_finite(sums[1])))
+                to.store(walk, c, sums[0] * back, sums[1] * back);
+        });
     });
 }
 
@@ -298,10 +299,11 @@ __device__ inline acc_t mean_of(double sum, i64 count) {
     return is_finite(mean) ? mean : (acc_t)(sum * 0x1p-96) / count * 0x1p96f;
 }
 
-// dx of a chunk, from the means of g and of g xhat of each slot's channel.
-__device__ inline void backward_apply(
-    const Tensors& tensors, const Channels& channels, const acc_t (&mean_g)[SLOTS], const acc_t (&mean_dot)[SLOTS],
-    scalar_t* __restrict__ dx, Walk walk) {
+// dx of a chunk, with what is kept of the channels.
+__device__ inline void backward_apply(const Tensors& tensors, const Kept& kept, scalar_t* __restrict__ dx, Walk walk) {
+    Normalisers normalise(kept, walk);
+    acc_t scale[SLOTS], mean_g[SLOTS], mean_dot[SLOTS];
+    kept.slots(SCALE, walk, scale), kept.slots(MEAN_G, walk, mean_g), kept.slots(MEAN_DOT, walk, mean_dot);
     #pragma unroll 1
     while (walk.packs > 0) {
         Tensors::Batch batch;
@@ -311,17 +313,20 @@ __device__ inline void backward_apply(
             if (j >= have) continue;
             Pack result;
             acc_t xhat[WIDTH];
-            if (tensors.x) channels.normalise(batch.x[j], xhat);
+            if (tensors.x) normalise(batch.x[j], xhat);
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
                 int s = i / PER_SLOT;
                 acc_t g = tensors.gradient(batch, j, i);
                 if (tensors.x) g -= mean_g[s] + xhat[i] * mean_dot[s];
-                result.v[i] = from_acc<scalar_t>(multiply_unflushed(g, channels.scale[s]));
+                result.v[i] = from_acc<scalar_t>(multiply_unflushed(g, scale[s]));
             }
             *(Pack*)(dx + batch.offsets[j]) = result;
         }
     }
+}
+__device__ inline void keep_means(const Kept& kept, int place, double sum, double dot, i64 count) {
+    kept.at(MEAN_G, place) = mean_of(sum, count), kept.at(MEAN_DOT, place) = mean_of(dot, count);
 }
 
 // sums: of the batch where its own statistics were applied, null where given ones were: then x is not read.
@@ -330,38 +335,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backwar
     const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
     const double* __restrict__ sums, scalar_t* __restrict__ dx, i64 channels, i64 plane, i64 count, i64 chunk,
     int tile) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
     Walk walk(gridDim.x - 1 - blockIdx.x, channels, plane, count, chunk, tile);
-    acc_t mean_g[SLOTS], mean_dot[SLOTS];
-    #pragma unroll
-    for (int s = 0; s < SLOTS; s++) {
-        mean_g[s] = sums ? mean_of(sums[walk.channel(s)], count) : (acc_t)0;
-        mean_dot[s] = sums ? mean_of(sums[channels + walk.channel(s)], count) : (acc_t)0;
-    }
-    backward_apply({dy, sums ? x : nullptr, y}, Channels(walk, mean, invstd, weight), mean_g, mean_dot, dx, walk);
+    for_channels(walk, [&](int place, int c) {
+        keep_scale(kept, place, c, mean, invstd, weight);
+        keep_means(kept, place, sums ? sums[c] : 0, sums ? sums[channels + c] : 0, count);
+    });
+    __syncthreads();
+    backward_apply({dy, sums ? x : nullptr, y}, kept, dx, walk);
 }
 
 // All gradients, of blocks that have whole channels, through the batch's statistics. dx, dweight and dbias may be null.
-extern "C" __global__ void __launch_bounds__(WHOLE_THREADS) batch_norm_backward(
+extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, 1) batch_norm_backward(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
     const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
     scalar_t* __restrict__ dx, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 channels, i64 plane,
     i64 count, i64 chunk, int tile) {
-    DYNAMIC_SHARED(acc_t, scratch);
-    acc_t mean_g[SLOTS], mean_dot[SLOTS];
-    Channels known(Walk(blockIdx.x, channels, plane, count, chunk, tile), mean, invstd, weight);
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
     Tensors tensors = {dy, x, y};
-    with_units(scratch, [&](Open& open) {
-        Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
-        acc_t sums[2][SLOTS];
-        sums_of_chunk(tensors, known, nullptr, open.unit, walk, scratch, sums);
-        double back = inverse_of(open.unit);
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++) {
-            if (!open.keep(s, is_finite(sums[0][s]) && is_finite(sums[1][s]))) continue;
-            double sum = sums[0][s] * back, dot = sums[1][s] * back;
-            mean_g[s] = mean_of(sum, count), mean_dot[s] = mean_of(dot, count);
-            if (walk.writes(s)) store_gradients(dweight, dbias, walk.channel(s), sum, dot);
-        }
+    for_channels(Walk(blockIdx.x, channels, plane, count, chunk, tile), [&](int place, int c) {
+        keep_scale(kept, place, c, mean, invstd, weight);
     });
-    if (dx) backward_apply(tensors, known, mean_g, mean_dot, dx, Walk(blockIdx.x, channels, plane, count, chunk, tile));
+    __syncthreads();
+    with_units(kept.scratch(), [&](Open& open) {
+        Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
+        sums_of_chunk(tensors, nullptr, open.unit, walk, kept, [&](int k, int place, int c, const acc_t(&sums)[2]) {
+            if (!open.keep(k, is_finite(sums[0]) && is_finite(sums[1]))) return;
+            double back = inverse_of(open.unit), sum = sums[0] * back, dot = sums[1] * back;
+            keep_means(kept, place, sum, dot, count);
+            store_gradients(dweight, dbias, c, sum, dot);
+        });
+    });
+    if (dx) backward_apply(tensors, kept, dx, Walk(blockIdx.x, channels, plane, count, chunk, tile));
 }

@@ -15,7 +15,7 @@
 // is 0.
 //
 // Macros: scalar_t, acc_t, PLANES, WIDTH (with PLANES a divisor of plane, else of the columns; pointers are aligned to
-// a pack).
+// a pack), KEPT.
 #pragma once
 #include "batch_norm.cuh"
 
@@ -48,9 +48,8 @@ struct Walk {
         left = (int)min(plane_size - within, (i64)far);
         offset = (image * channels + only) * plane_size + within;
     }
-    __device__ int channel(int) const { return only; }
-    // Whether the thread is the one that writes what the block found for a slot's channel.
-    __device__ bool writes(int) const { return threadIdx.x == 0; }
+    __device__ int entries() const { return 1; }
+    __device__ int place(int) const { return 0; }
     __device__ void advance() {
         offset += jump;
         left -= jump_within;
@@ -65,6 +64,7 @@ struct Walk {
     i64 chunk, offset, step;  // offset: of the current pack in the tensor
     int size, packs;          // values of each channel in the chunk; packs of the thread
     int rows, across;         // in the chunk; that the block's threads take together
+    int turns, extra;         // rows of each row of threads; how many of these have one more
     int column, columns, plane, tile;
     int first, own, within,
         channels;  // the tile's first channel; of it that of the thread's first value; place in that
@@ -87,24 +87,20 @@ struct Walk {
         i64 first_row = chunk * chunk_rows;
         rows = (int)min(chunk_rows, all_rows - first_row);
         size = rows * plane;
+        turns = (unsigned)rows / (unsigned)across, extra = rows - turns * across;
         packs = column < columns && row < across ? rows_of(row) : 0;
         offset = (first_row + row) * columns + column;
         step = (i64)across * columns;
     }
     // The rows of a row of threads.
-    __device__ int rows_of(int row) const { return (rows - row + across - 1) / across; }
+    __device__ int rows_of(int row) const { return turns + (row < extra); }
     // The channel of a slot, counted from the tile's first.
     __device__ int place(int slot) const {
         if (plane == 1) return own + slot;
         return own + (plane < WIDTH ? (within + slot) / plane : within + slot >= plane);
     }
-    // The last channel stands for those beyond it, which no thread has values of.
-    __device__ int channel(int slot) const { return min(first + place(slot), channels - 1); }
-    // Whether the thread is the one that writes what the block found for a slot's channel.
-    __device__ bool writes(int slot) const {
-        return threadIdx.x < tile && column + slot < columns &&
-               (plane == 1 || within + slot == (place(slot) - own) * plane);
-    }
+    // Channels of the tile; the last tile has fewer, but room for as many.
+    __device__ int entries() const { return plane == 1 ? tile * WIDTH : tile * WIDTH / plane; }
     __device__ void advance() { offset += step; }
 };
 #endif
@@ -121,86 +117,137 @@ template <class F> __device__ inline int next_packs(Walk& walk, int most, F load
     return have;
 }
 
-// K sums over all values that the block has of a slot's channel, in a fixed order; every thread gets those of its
-// slots. `scratch` holds at least 32 values, and without PLANES 2 SLOTS per thread; it is free again afterwards.
-#if PLANES
-template <int K> __device__ inline void block_sums(acc_t (&v)[K][SLOTS], const Walk&, acc_t* scratch) {
-    #pragma unroll
-    for (int k = 0; k < K; k++) v[k][0] = block_sum(v[k][0], scratch);
-}
-#else
-// The first half: sums over the block's rows; every thread gets those of its columns.
-template <int K> __device__ inline void column_sums(acc_t (&v)[K][SLOTS], const Walk& walk, acc_t* scratch) {
-    int threads = blockDim.x, thread = threadIdx.x;
-    acc_t* values = &v[0][0];
-    #pragma unroll
-    for (int i = 0; i < K * SLOTS; i++) scratch[i * threads + thread] = values[i];
-    for (int rows = walk.across; rows > 1;) {
-        int half = (rows + 1) / 2;
-        __syncthreads();
-        if (thread < (rows - half) * walk.tile) {
-            #pragma unroll
-            for (int i = 0; i < K * SLOTS; i++)
-                scratch[i * threads + thread] += scratch[i * threads + thread + half * walk.tile];
-        }
-        rows = half;
+// What a block knows of its channels lies in shared memory: KEPT arrays of an entry for each channel of the tile, or for
+// each column where these differ in weight and bias; behind them the scratch memory of sums, 32 values, and without PLANES
+// 3 WIDTH for each thread.
+enum { MEAN, INVSTD, UNIT, WEIGHT, BIAS, OTHER, ARRAYS };
+static_assert(KEPT == ARRAYS, "the launch has room for the arrays");
+struct Kept {
+    acc_t* first;
+    int stride;  // of the arrays
+    __device__ Kept(acc_t* shared, int tile) : first(shared), stride(PLANES ? 1 : tile * WIDTH) {}
+    __device__ acc_t& at(int array, int place) const { return first[array * stride + place]; }
+    __device__ acc_t* scratch() const { return first + KEPT * stride; }
+    __device__ void normaliser(int place, acc_t mean, acc_t invstd) const {
+        Normaliser one(mean, invstd);
+        at(MEAN, place) = one.mean, at(INVSTD, place) = one.invstd, at(UNIT, place) = one.unit;
     }
-    __syncthreads();
-    #pragma unroll
-    for (int i = 0; i < K * SLOTS; i++) values[i] = scratch[i * threads + thread % walk.tile];
-    __syncthreads();
-}
-// The second half, a warp a channel: sums over a channel's columns, of what the threads of a column all have.
-template <int K> __device__ inline void sums_of_columns(acc_t (&v)[K][SLOTS], const Walk& walk, acc_t* scratch) {
-    int threads = blockDim.x, thread = threadIdx.x, plane = walk.plane;
-    acc_t* values = &v[0][0];
-    auto place = [&](int k, int column) { return (k * SLOTS + column % WIDTH) * threads + column / WIDTH; };
-    #pragma unroll
-    for (int i = 0; i < K * SLOTS; i++)
-        if (thread < walk.tile) scratch[i * threads + thread] = values[i];
-    __syncthreads();
-    for (int first = thread / 32 * plane; first < walk.tile * WIDTH; first += threads / 32 * plane)
-        for (int k = 0; k < K; k++) {
-            acc_t sum = 0;
-            for (int column = thread % 32; column < plane; column += 32) sum += scratch[place(k, first + column)];
-            for (int lanes = 16; lanes > 0; lanes >>= 1) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-            if (thread % 32 == 0) scratch[place(k, first)] = sum;
-        }
-    __syncthreads();
-    #pragma unroll
-    for (int k = 0; k < K; k++)
+    __device__ void slots(int array, const Walk& walk, acc_t (&v)[SLOTS]) const {
         #pragma unroll
-        for (int s = 0; s < SLOTS; s++) v[k][s] = scratch[place(k, walk.place(s) * plane)];
-    __syncthreads();
-}
-template <int K> __device__ inline void block_sums(acc_t (&v)[K][SLOTS], const Walk& walk, acc_t* scratch) {
-    column_sums(v, walk, scratch);
-    if (walk.plane > 1) sums_of_columns(v, walk, scratch);
-}
-#endif
+        for (int s = 0; s < SLOTS; s++) v[s] = at(array, walk.place(s));
+    }
+};
 
-// Slots that have no result yet. Sums are of values times `unit`: 1, and where a slot's sums are not finite, once more
-// another.
+// Calls visit(place, channel) once for each channel of the block.
+template <class F> __device__ inline void for_channels(const Walk& walk, F visit) {
+#if PLANES
+    if (threadIdx.x == 0) visit(0, walk.only);
+#else
+    for (int place = threadIdx.x; place < walk.entries() && walk.first + place < walk.channels; place += blockDim.x)
+        visit(place, walk.first + place);
+#endif
+}
+
+// Channels that have no result yet. Sums are of values times `unit`: 1, and where sums are not finite, once more another.
 struct Open {
-    unsigned slots = (1u << SLOTS) - 1;
     acc_t unit = 1;
-    // Whether a slot's results are those to be kept. finite: whether its sums are.
-    __device__ bool keep(int slot, bool finite) {
-        bool kept = slots >> slot & 1 && (finite || sizeof(acc_t) != 4 || unit != 1);
-        if (kept) slots &= ~(1u << slot);
+    unsigned done = 0;  // of the thread's channels
+    bool again = false;
+    // Whether the sums of the thread's k-th channel are those to be kept. finite: whether they are.
+    __device__ bool keep(int k, bool finite) {
+        if (done >> k & 1) return false;
+        bool kept = finite || sizeof(acc_t) != 4 || unit != 1;
+        if (kept) done |= 1u << k;
+        else again = true;
         return kept;
     }
 };
 
-// Calls pass(open) until all slots of the block have results. `scratch`: as in block_sums.
+// Calls pass(open) until all channels of the block have results, which all threads see then.
 template <class F> __device__ inline void with_units(acc_t* scratch, F pass) {
     Open open;
     #pragma unroll 1
     for (;;) {
+        open.again = false;
         pass(open);
-        if (PLANES ? !open.slots : block_sum(open.slots ? (acc_t)1 : (acc_t)0, scratch) == 0) return;
+        __syncthreads();
+        if (block_sum(open.again ? (acc_t)1 : (acc_t)0, scratch) == 0) return;
         open.unit = 0x1p-96f;
     }
+}
+
+#if !PLANES
+// Shared memory for values of each column, by row of threads.
+struct Columns {
+    acc_t* first;
+    int count, rows, across;  // columns; rows of threads that have values, of all rows
+    __device__ Columns(const Walk& walk, acc_t* scratch)
+        : first(scratch), count(walk.tile * WIDTH), rows(min(walk.across, walk.rows)), across(walk.across) {}
+    __device__ acc_t& at(int array, int row, int column) const {
+        return first[(array * across + row) * count + column];
+    }
+    // A thread's values lie behind those of the thread before it.
+    __device__ void put(int array, const acc_t (&v)[SLOTS]) const {
+        if (threadIdx.x * WIDTH >= across * count) return;
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++) at(array, 0, threadIdx.x * WIDTH + s) = v[s];
+    }
+};
+
+// Calls visit(k, place, lane, lanes) with `lanes` threads, 1 or a warp, for each channel of the block: the k-th of these threads.
+template <class F> __device__ inline void for_columns_of_channels(const Walk& walk, F visit) {
+    int lanes = walk.plane < 32 ? 1 : 32, k = 0;
+    for (int place = threadIdx.x / lanes; place < walk.entries() && walk.first + place < walk.channels;
+        place += blockDim.x / lanes)
+        visit(k++, place, (int)threadIdx.x % lanes, lanes);
+}
+__device__ inline acc_t sum_of_lanes(acc_t v, int lanes) {
+    for (lanes /= 2; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
+    return v;
+}
+#endif
+
+// Calls finish(k, place, channel, sums), in one thread, for each channel of the block, the k-th of that thread: with K sums of
+// what all threads have for it, in a fixed order. Before, calls of_column(column of the tile, sums), which may change them.
+template <int K, class C, class F>
+__device__ inline void sums_of_channels(acc_t (&v)[K][SLOTS], const Walk& walk, acc_t* scratch, C of_column, F finish) {
+    acc_t total[K];
+#if PLANES
+    #pragma unroll
+    for (int i = 0; i < K; i++) total[i] = block_sum(v[i][0], scratch);
+    if (threadIdx.x == 0) finish(0, 0, walk.only, total);
+#else
+    Columns columns(walk, scratch);
+    #pragma unroll
+    for (int i = 0; i < K; i++) columns.put(i, v[i]);
+    __syncthreads();
+    int k = 0;
+    for (int column = threadIdx.x; column < columns.count; column += blockDim.x, k++) {
+        #pragma unroll
+        for (int i = 0; i < K; i++) {
+            total[i] = 0;
+            #pragma unroll 4
+            for (int row = 0; row < columns.rows; row++) total[i] += columns.at(i, row, column);
+        }
+        of_column(column, total);
+        #pragma unroll
+        for (int i = 0; i < K; i++) columns.at(i, 0, column) = total[i];
+        if (walk.plane == 1 && walk.first + column < walk.channels) finish(k, column, walk.first + column, total);
+    }
+    if (walk.plane > 1) {
+        __syncthreads();
+        for_columns_of_channels(walk, [&](int k, int place, int lane, int lanes) {
+            #pragma unroll
+            for (int i = 0; i < K; i++) {
+                total[i] = 0;
+                for (int column = lane; column < walk.plane; column += lanes)
+                    total[i] += columns.at(i, 0, place * walk.plane + column);
+                total[i] = sum_of_lanes(total[i], lanes);
+            }
+            if (lane == 0) finish(k, place, walk.first + place, total);
+        });
+    }
+#endif
 }
 
 // What means are summed up relative to: the rounding error of a large mean must not enter the variance.
@@ -214,13 +261,15 @@ struct ChunkMoments {
     acc_t squares;
 };
 
-// Moments of what the block has of each slot's channel.
+// Calls finish(k, place, channel, moments), as sums_of_channels, with the moments of what the block has of each channel.
 //
 // A thread sums up distances from the mean of its first batch, and their squares. That mean is off by no more than the
-// batch's own standard deviation, so what cancels at the end is no more than batches times what is left. The block's mean
-// is summed up twice, the second time relative to the first result, whose rounding errors that makes up for.
+// batch's own standard deviation, so what cancels at the end is no more than batches times what is left. Means of several
+// threads, or columns, are summed up twice, the second time relative to the first result, whose rounding errors that makes
+// up for.
+template <class F>
 __device__ inline void moments_of_chunk(
-    const scalar_t* __restrict__ x, acc_t unit, Walk walk, i64 plane, acc_t* scratch, ChunkMoments (&moments)[SLOTS]) {
+    const scalar_t* __restrict__ x, acc_t unit, Walk walk, acc_t* scratch, F finish) {
     acc_t n = 0, shift[SLOTS], sum[SLOTS], squares[SLOTS];
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) shift[s] = sum[s] = squares[s] = 0;
@@ -229,6 +278,7 @@ __device__ inline void moments_of_chunk(
         Pack in[BATCH];
         int have = next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + offset); });
         if (n == 0) {
+            acc_t inverse = (acc_t)1 / (have * PER_SLOT);
             #pragma unroll
             for (int s = 0; s < SLOTS; s++) {
                 acc_t total = 0;
@@ -238,7 +288,7 @@ __device__ inline void moments_of_chunk(
                     #pragma unroll
                     for (int i = 0; i < PER_SLOT; i++) total += to_acc(in[b].v[s + i]) * unit;
                 }
-                shift[s] = finite_or_zero(total / (have * PER_SLOT));
+                shift[s] = finite_or_zero(total * inverse);
             }
         }
         #pragma unroll
@@ -254,34 +304,78 @@ __device__ inline void moments_of_chunk(
         }
         n += have * PER_SLOT;
     }
-    acc_t origin[SLOTS];
-    #pragma unroll
-    for (int s = 0; s < SLOTS; s++) origin[s] = origin_of(x, walk.channel(s), plane) * unit;
-    acc_t near[1][SLOTS], sums[2][SLOTS], inverse = n > 0 ? 1 / n : (acc_t)0;
-    #pragma unroll
-    for (int s = 0; s < SLOTS; s++) near[0][s] = n * (shift[s] - origin[s]) + sum[s];
-    block_sums(near, walk, scratch);
+    acc_t inverse = n > 0 ? 1 / n : (acc_t)0;
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) {
-        near[0][s] = origin[s] + near[0][s] / walk.size;
-        acc_t mean = sum[s] * inverse, rest = squares[s] - mean * sum[s], distance = shift[s] - near[0][s] + mean;
-        sums[0][s] = n > 0 ? n * distance : (acc_t)0;
-        sums[1][s] = n > 0 ? (rest < 0 ? (acc_t)0 : rest) + n * distance * distance : (acc_t)0;
+        sum[s] *= inverse;  // the mean, relative to shift
+        acc_t rest = squares[s] - n * sum[s] * sum[s];
+        squares[s] = rest < 0 ? (acc_t)0 : rest;
     }
-    block_sums(sums, walk, scratch);
-    #pragma unroll
-    for (int s = 0; s < SLOTS; s++)
-        moments[s] = {(double)near[0][s] + finite_or_zero(sums[0][s] / walk.size), sums[1][s]};
+#if PLANES
+    if (threadIdx.x == 0) scratch[0] = shift[0];
+    __syncthreads();
+    acc_t reference = scratch[0];
+    __syncthreads();
+    acc_t near = reference + block_sum(n * (shift[0] - reference + sum[0]), scratch) / walk.size;
+    acc_t distance = n > 0 ? shift[0] - near + sum[0] : (acc_t)0;
+    acc_t rest = block_sum(n * distance, scratch) / walk.size;
+    acc_t m2 = block_sum(squares[0] + n * distance * distance, scratch);
+    if (threadIdx.x == 0) finish(0, 0, walk.only, ChunkMoments{(double)near + finite_or_zero(rest), m2});
+#else
+    enum { SHIFT, DISTANCE, SQUARES };  // of a thread; then in row 0 of a column: two parts of the mean, and squares
+    Columns columns(walk, scratch);
+    columns.put(SHIFT, shift), columns.put(DISTANCE, sum), columns.put(SQUARES, squares);
+    __syncthreads();
+    int k = 0;
+    for (int column = threadIdx.x; column < columns.count; column += blockDim.x, k++) {
+        acc_t reference = columns.at(SHIFT, 0, column), near = 0, rest = 0, m2 = 0;
+        #pragma unroll 4
+        for (int row = 0; row < columns.rows; row++)
+            near +=
+                walk.rows_of(row) * (columns.at(SHIFT, row, column) - reference + columns.at(DISTANCE, row, column));
+        near = reference + near / walk.rows;
+        #pragma unroll 4
+        for (int row = 0; row < columns.rows; row++) {
+            acc_t distance = columns.at(SHIFT, row, column) - near + columns.at(DISTANCE, row, column);
+            rest += walk.rows_of(row) * distance;
+            m2 += columns.at(SQUARES, row, column) + walk.rows_of(row) * distance * distance;
+        }
+        rest = finite_or_zero(rest / walk.rows);
+        columns.at(SHIFT, 0, column) = near, columns.at(DISTANCE, 0, column) = rest,
+                             columns.at(SQUARES, 0, column) = m2;
+        if (walk.plane == 1 && walk.first + column < walk.channels)
+            finish(k, column, walk.first + column, ChunkMoments{(double)near + rest, m2});
+    }
+    if (walk.plane > 1) {
+        __syncthreads();
+        for_columns_of_channels(walk, [&](int k, int place, int lane, int lanes) {
+            int first = place * walk.plane;
+            acc_t reference = columns.at(SHIFT, 0, first), sum = 0, m2 = 0;
+            auto distance_of = [&](int column) {
+                return columns.at(SHIFT, 0, column) - reference + columns.at(DISTANCE, 0, column);
+            };
+            for (int i = lane; i < walk.plane; i += lanes) sum += distance_of(first + i);
+            acc_t mean = sum_of_lanes(sum, lanes) / walk.plane;
+            for (int i = lane; i < walk.plane; i += lanes) {
+                acc_t distance = distance_of(first + i) - mean;
+                m2 += columns.at(SQUARES, 0, first + i) + walk.rows * distance * distance;
+            }
+            m2 = sum_of_lanes(m2, lanes);
+            if (lane == 0) finish(k, place, walk.first + place, ChunkMoments{(double)reference + mean, m2});
+        });
+    }
+#endif
 }
 
 // What a thread needs to normalise values of its slots, see Normaliser.
 struct Normalisers {
     acc_t mean[SLOTS], invstd[SLOTS];
     unsigned large = 0;  // slots whose values are taken times a power of two
-    __device__ void set(int slot, acc_t own_mean, acc_t own_invstd) {
-        Normaliser one(own_mean, own_invstd);
-        mean[slot] = one.mean, invstd[slot] = one.invstd;
-        if (one.unit != 1) large |= 1u << slot;
+    __device__ Normalisers(const Kept& kept, const Walk& walk) {
+        kept.slots(MEAN, walk, mean), kept.slots(INVSTD, walk, invstd);
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++)
+            if (kept.at(UNIT, walk.place(s)) != 1) large |= 1u << s;
     }
     __device__ void operator()(const Pack& in, acc_t (&xhat)[WIDTH]) const {
         #pragma unroll
@@ -296,13 +390,11 @@ struct Normalisers {
     }
 };
 
-// y = after(xhat weight + bias) of a chunk, where mean(s), invstd(s), weight(s) and bias(s) are those of a slot.
-template <class M, class I, class W, class B, class F> __device__ inline void normalise_chunk(
-    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, Walk walk, M mean, I invstd, W weight, B bias, F after) {
-    Normalisers normalise;
-    acc_t w[SLOTS], b[SLOTS];
-    #pragma unroll
-    for (int s = 0; s < SLOTS; s++) normalise.set(s, mean(s), invstd(s)), w[s] = weight(s), b[s] = bias(s);
+// y = xhat weight + bias of a chunk, which after(values of a pack) may change, with the weights and biases of the slots, and the block's means.
+template <class F> __device__ inline void normalise_chunk(
+    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS],
+    const acc_t (&b)[SLOTS], F after) {
+    Normalisers normalise(kept, walk);
     #pragma unroll 1
     while (walk.packs > 0) {
         Pack in[BATCH];
@@ -316,8 +408,10 @@ template <class M, class I, class W, class B, class F> __device__ inline void no
             acc_t xhat[WIDTH];
             normalise(in[j], xhat);
             #pragma unroll
-            for (int i = 0; i < WIDTH; i++)
-                out.v[i] = from_acc<scalar_t>(after(bn_affine(xhat[i], w[i / PER_SLOT], b[i / PER_SLOT])));
+            for (int i = 0; i < WIDTH; i++) xhat[i] = bn_affine(xhat[i], w[i / PER_SLOT], b[i / PER_SLOT]);
+            after(xhat);
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<scalar_t>(xhat[i]);
             *(Pack*)(y + offsets[j]) = out;
         }
     }

@@ -8,8 +8,7 @@
 // of a block).
 #include "channel_walk.cuh"
 
-// The block's walk over its image, which begins `base` elements into the tensor, and that image's first channel and
-// group.
+// The block's walk over its image, which begins `base` elements into the tensor.
 struct ImageWalk : Walk {
     i64 image, base;
     __device__ ImageWalk(int tiles, int channels, int group_channels, int plane, int tile)
@@ -17,55 +16,60 @@ struct ImageWalk : Walk {
               blockIdx.x % tiles, channels / group_channels, group_channels, (i64)plane * group_channels,
               (i64)plane * group_channels, tile),
           image(blockIdx.x / tiles), base(image * plane * channels) {}
-    __device__ i64 group(int slot) const { return image * (columns / plane) + channel(slot); }
-    // The last column stands for those beyond it.
-    __device__ int own_channel(int slot) const { return min(column + slot, columns - 1); }
+    __device__ i64 group(int channel) const { return image * channels + channel; }
+    __device__ int column_of_tile() const { return threadIdx.x % (unsigned)tile * WIDTH; }
+    // Calls visit(column of the tile, channel) for each of the block.
+    template <class F> __device__ void for_columns(F visit) const {
+        int first = this->first * Walk::plane;
+        for (int i = threadIdx.x; i < tile * WIDTH && first + i < columns; i += blockDim.x) visit(i, first + i);
+    }
 };
+// Weights lie by column, and so do biases.
+__device__ inline void columns_of_slots(const Kept& kept, int array, const ImageWalk& walk, acc_t (&v)[SLOTS]) {
+    #pragma unroll
+    for (int s = 0; s < SLOTS; s++) v[s] = kept.at(array, walk.column_of_tile() + s);
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_forward_channels_last(
     const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
     scalar_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int tiles, int channels,
     int group_channels, int plane, int tile) {
-    DYNAMIC_SHARED(acc_t, scratch);
-    acc_t means[SLOTS], rstds[SLOTS];
-    with_units(scratch, [&](Open& open) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
+    with_units(kept.scratch(), [&](Open& open) {
         ImageWalk walk(tiles, channels, group_channels, plane, tile);
-        ChunkMoments moments[SLOTS];
-        moments_of_chunk(x + walk.base, open.unit, walk, group_channels, scratch, moments);
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++) {
-            if (!open.keep(s, is_finite(moments[s].squares))) continue;
-            Moments found = {(acc_t)moments[s].mean, moments[s].squares};
-            acc_t unit = without_unit(found, open.unit);
-            means[s] = found.mean * inverse_of(unit);
-            rstds[s] = invstd_of(found.squares / walk.size, unit, eps);
-            if (walk.writes(s)) mean[walk.group(s)] = means[s], rstd[walk.group(s)] = rstds[s];
-        }
+        walk.for_columns(
+            [&](int i, int c) { kept.at(WEIGHT, i) = bn_weight(weight, c), kept.at(BIAS, i) = bn_bias(bias, c); });
+        moments_of_chunk(
+            x + walk.base, open.unit, walk, kept.scratch(), [&](int k, int place, int g, ChunkMoments moments) {
+                if (!open.keep(k, is_finite(moments.squares))) return;
+                Moments found = {(acc_t)moments.mean, moments.squares};
+                acc_t unit = without_unit(found, open.unit), group_mean = found.mean * inverse_of(unit);
+                acc_t group_rstd = invstd_of(found.squares / walk.size, unit, eps);
+                mean[walk.group(g)] = group_mean, rstd[walk.group(g)] = group_rstd;
+                kept.normaliser(place, group_mean, group_rstd);
+            });
     });
     ImageWalk walk(tiles, channels, group_channels, plane, tile);
-    normalise_chunk(
-        x + walk.base, y + walk.base, walk, [&](int s) { return means[s]; }, [&](int s) { return rstds[s]; },
-        [&](int s) { return bn_weight(weight, walk.own_channel(s)); },
-        [&](int s) { return bn_bias(bias, walk.own_channel(s)); }, [](acc_t v) { return v; });
+    acc_t w[SLOTS], b[SLOTS];
+    columns_of_slots(kept, WEIGHT, walk, w), columns_of_slots(kept, BIAS, walk, b);
+    normalise_chunk(x + walk.base, y + walk.base, walk, kept, w, b, [](acc_t(&)[WIDTH]) {});
 }
 
-// dx may be null. partials [2][images * channels]: sum of dy, and of dy xhat, over each plane; null where weight and
-// bias need no gradient.
+// dx may be null. partials [2][images * channels]: sum of dy, and of dy xhat, over each plane; null where weight and bias
+// need no gradient.
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_channels_last(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx,
     acc_t* __restrict__ partials, int tiles, int channels, int group_channels, int plane, int tile) {
-    DYNAMIC_SHARED(acc_t, scratch);
-    enum { PACKS = BATCH / 2 };
-    Normalisers normalise;
-    acc_t w[SLOTS], mean_g[SLOTS], mean_dot[SLOTS];
+    DYNAMIC_SHARED(acc_t, shared);
+    enum { PACKS = BATCH / 2, MEAN_G = BIAS, MEAN_DOT = OTHER };
+    Kept kept(shared, tile);
     {
         ImageWalk walk(tiles, channels, group_channels, plane, tile);
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++) {
-            normalise.set(s, mean[walk.group(s)], rstd[walk.group(s)]);
-            w[s] = bn_weight(weight, walk.own_channel(s));
-        }
+        for_channels(walk, [&](int place, int g) { kept.normaliser(place, mean[walk.group(g)], rstd[walk.group(g)]); });
+        walk.for_columns([&](int i, int c) { kept.at(WEIGHT, i) = bn_weight(weight, c); });
+        __syncthreads();
     }
     auto next = [&](ImageWalk& walk, Pack(&g)[PACKS], Pack(&v)[PACKS], i64(&offsets)[PACKS]) {
         return next_packs(walk, PACKS, [&](int j, i64 offset) {
@@ -76,9 +80,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_channe
     };
     Pack g[PACKS], v[PACKS];
     i64 offsets[PACKS];
-    with_units(scratch, [&](Open& open) {
+    with_units(kept.scratch(), [&](Open& open) {
         ImageWalk walk(tiles, channels, group_channels, plane, tile);
-        acc_t sums[2][SLOTS], group_sums[2][SLOTS];
+        Normalisers normalise(kept, walk);
+        acc_t sums[2][SLOTS];
         #pragma unroll
         for (int s = 0; s < SLOTS; s++) sums[0][s] = sums[1][s] = 0;
         #pragma unroll 1
@@ -97,28 +102,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_channe
                 }
             }
         }
-        column_sums(sums, walk, scratch);
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++) group_sums[0][s] = w[s] * sums[0][s], group_sums[1][s] = w[s] * sums[1][s];
-        if (group_channels > 1) sums_of_columns(group_sums, walk, scratch);
         acc_t back = inverse_of(open.unit);
-        i64 own = walk.image * channels + walk.column, all = (i64)(gridDim.x / tiles) * channels;
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++) {
-            acc_t g_mean = group_sums[0][s] / walk.size, dot_mean = group_sums[1][s] / walk.size;
-            if (!open.keep(s, is_finite(g_mean) && is_finite(dot_mean))) continue;
-            mean_g[s] = g_mean * back, mean_dot[s] = dot_mean * back;
-            if (partials && threadIdx.x < tile && walk.column + s < channels) {
-                partials[own + s] = sums[0][s] * back;
-                partials[all + own + s] = sums[1][s] * back;
+        i64 all = (i64)(gridDim.x / tiles) * channels;
+        auto of_column = [&](int i, acc_t(&total)[2]) {
+            int c = walk.first * group_channels + i;
+            #pragma unroll
+            for (int which = 0; which < 2; which++) {
+                // A later pass is for sums that were not finite.
+                acc_t* to = partials + which * all + walk.image * channels + c;
+                if (partials && c < channels && (open.unit == 1 || !is_finite(*to))) *to = total[which] * back;
+                total[which] *= kept.at(WEIGHT, i);
             }
-        }
+        };
+        sums_of_channels(sums, walk, kept.scratch(), of_column, [&](int k, int place, int, const acc_t(&total)[2]) {
+            acc_t group_g = total[0] / walk.size, group_dot = total[1] / walk.size;
+            if (!open.keep(k, is_finite(group_g) && is_finite(group_dot))) return;
+            kept.at(MEAN_G, place) = group_g * back, kept.at(MEAN_DOT, place) = group_dot * back;
+        });
     });
     if (!dx) return;
     ImageWalk walk(tiles, channels, group_channels, plane, tile);
-    acc_t r[SLOTS];
+    Normalisers normalise(kept, walk);
+    acc_t w[SLOTS], r[SLOTS], mean_g[SLOTS], mean_dot[SLOTS];
+    columns_of_slots(kept, WEIGHT, walk, w);
+    kept.slots(MEAN_G, walk, mean_g), kept.slots(MEAN_DOT, walk, mean_dot);
     #pragma unroll
-    for (int s = 0; s < SLOTS; s++) r[s] = rstd[walk.group(s)];
+    for (int s = 0; s < SLOTS; s++) r[s] = rstd[walk.group(min(walk.first + walk.place(s), walk.channels - 1))];
     #pragma unroll 1
     while (walk.packs > 0) {
         int have = next(walk, g, v, offsets);

@@ -348,6 +348,17 @@ def norm_inputs(images):
     return {"x": torch.randn(shape), **per_channel(shape[1])}
 
 
+def _large_planes(images):
+    """More values of a channel than one block takes."""
+    return {"x": torch.randn(2, 2, 190, 200), **per_channel(2)}
+
+
+def _channels_last(images):
+    """Few rows in all, so that blocks take whole channels."""
+    x = torch.randn(16, 64, 7, 7) if images else torch.randn(3, 16, 5, 4)
+    return {"x": x.contiguous(memory_format=torch.channels_last), **per_channel(x.shape[1])}
+
+
 def of_tensors(function, training):
     """`function`, with batch_norm's arguments, of tensors; in training it also returns the running statistics."""
 
@@ -365,13 +376,16 @@ def torch_norm(after, training):
 
 
 CASES = (
-    Case(
-        "batch_norm, training",
-        ("batch_norm.cu",),
-        of_tensors(batch_norm, True),
-        torch_norm(lambda y: y, True),
-        norm_inputs,
-        sums_of(norm_inputs),
+    *(
+        Case(
+            f"batch_norm, training{what}",
+            ("batch_norm.cu",),
+            of_tensors(batch_norm, True),
+            torch_norm(lambda y: y, True),
+            inputs,
+            sums_of(inputs),
+        )
+        for what, inputs in (("", norm_inputs), (", large planes", _large_planes), (", channels_last", _channels_last))
     ),
     Case(
         "batch_norm_tanh, eval",

@@ -204,14 +204,17 @@ def _clear_winners(before_pooling, kernel_size=2, stride=2, padding=0):
 
 _FILES = ("bn_tanh_max_pool.cu",)
 CASES = (
-    Case(
-        "bn_tanh_max_pool2d, training",
-        _FILES,
-        of_tensors(bn_tanh_max_pool2d, True),
-        torch_norm(lambda y: F.max_pool2d(y.tanh(), 2), True),
-        norm_inputs,
-        sums_of(norm_inputs),
-        gradient=_clear_winners(torch_norm(torch.tanh, True)),
+    *(
+        Case(
+            f"bn_tanh_max_pool2d, {'training' if training else 'eval'}",
+            (*_FILES, "batch_norm.cu"),
+            of_tensors(bn_tanh_max_pool2d, training),
+            torch_norm(lambda y: F.max_pool2d(y.tanh(), 2), training),
+            norm_inputs,
+            sums_of(norm_inputs),
+            gradient=_clear_winners(torch_norm(torch.tanh, training)),
+        )
+        for training in (True, False)
     ),
     Case(
         "tanh_max_pool2d",

@@ -168,6 +168,11 @@ def _inputs(images):
     return {"x": torch.randn(shape), "weight": torch.rand(shape[1]) + 0.5, "bias": torch.randn(shape[1])}
 
 
+def _channels_last(images):
+    inputs = _inputs(images)
+    return {**inputs, "x": inputs["x"].contiguous(memory_format=torch.channels_last)}
+
+
 def _few_large_groups(images):
     """More values in a group than a block keeps."""
     return {"x": torch.randn(2, 2, 90, 80), "weight": torch.rand(2) + 0.5, "bias": torch.randn(2)}
@@ -180,6 +185,14 @@ CASES = (
         lambda x, weight, bias: group_norm(x, x.shape[1] // 16, weight, bias),
         lambda x, weight, bias: F.group_norm(x, x.shape[1] // 16, weight, bias),
         _inputs,
+        sums_of(_inputs),
+    ),
+    Case(
+        "group_norm, channels_last",
+        ("group_norm_channels_last.cu",),
+        lambda x, weight, bias: group_norm(x, x.shape[1] // 16, weight, bias),
+        lambda x, weight, bias: F.group_norm(x, x.shape[1] // 16, weight, bias),
+        _channels_last,
         sums_of(_inputs),
     ),
     Case(

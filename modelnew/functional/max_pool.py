@@ -185,23 +185,44 @@ def _gradient_inputs(images):
     return {"_x": torch.randn(*shape, height, width), "dy": torch.randn(*shape, height // 2, width // 2)}
 
 
+def _last(inputs):
+    """The same inputs, channels_last."""
+    return lambda images: {k: t.contiguous(memory_format=torch.channels_last) for k, t in inputs(images).items()}
+
+
+def _inputs(images):
+    return {"input": torch.randn(activations(images))}
+
+
 OVERLAPPING = {"kernel_size": 3, "stride": 2, "padding": 1}
+_LARGE = {"kernel_size": 5, "stride": 1, "padding": 2}
 CASES = (
     *(
         Case(
-            f"max_pool2d {window['kernel_size']}x{window['kernel_size']}",
-            ("max_pool.cu",),
+            f"max_pool2d {window['kernel_size']}x{window['kernel_size']}{what}",
+            (file,),
             functools.partial(max_pool2d, **window),
             functools.partial(F.max_pool2d, **window),
-            lambda images: {"input": torch.randn(activations(images))},
+            inputs,
         )
-        for window in ({"kernel_size": 2}, OVERLAPPING)
+        for window, what, file, inputs in (
+            ({"kernel_size": 2}, "", "max_pool.cu", _inputs),
+            (OVERLAPPING, "", "max_pool.cu", _inputs),
+            (OVERLAPPING, ", channels_last", "max_pool_channels_last.cu", _last(_inputs)),
+            (_LARGE, "", "max_pool_separable.cu", _inputs),
+        )
     ),
-    Case(
-        "gradient of max_pool2d, and its gradient",
-        ("max_pool.cu",),
-        functools.partial(_gradient_of, max_pool2d),
-        functools.partial(_gradient_of, F.max_pool2d),
-        _gradient_inputs,
+    *(
+        Case(
+            f"gradient of max_pool2d, and its gradient{what}",
+            (file,),
+            functools.partial(_gradient_of, max_pool2d),
+            functools.partial(_gradient_of, F.max_pool2d),
+            inputs,
+        )
+        for what, file, inputs in (
+            ("", "max_pool.cu", _gradient_inputs),
+            (", channels_last", "max_pool_channels_last.cu", _last(_gradient_inputs)),
+        )
     ),
 )
