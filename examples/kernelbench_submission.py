@@ -4827,7 +4827,7 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
 
 // Four 8x8 matrices of halves: lane l passes the address of row l%8 (16 bytes) of matrix l/8, and gets in r[i] the
 // values of matrix i at row l/4, columns 2(l%4)+{0,1}.
-__device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
+UNCHECKED __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::read_any(row, 16);
     auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
