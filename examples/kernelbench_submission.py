@@ -333,6 +333,187 @@ def ceil_div(a: int, b: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/conv_transpose.py
+#
+# 2D transposed convolution: general kernels, for any hyper-parameters, on ordinary FMA units.
+#
+# Shapes: x [N, G*Ci, H, W], w [G*Ci, Co, KH, KW], bias [G*Co], y [N, G*Co, OH, OW], with G groups, Ci and Co channels per
+# group and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
+
+_INT_MAX = 2**31 - 1
+_WGRAD_BLOCKS = (
+    2048  # enough for several waves on today's largest GPUs; a constant, so that sums depend on shapes alone
+)
+_TILE_K = 8  # channels or pixels in one step of the sum
+
+
+class Geometry(NamedTuple):
+    """Hyper-parameters of a transposed convolution, pairs in the order (height, width)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    output_padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+@functools.lru_cache(maxsize=1024)
+def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, int]:
+    """Shape of y. ValueError for ranks, channels, hyper-parameters or sizes that no transposed convolution has."""
+    if len(x_shape) != 4 or len(w_shape) != 4:
+        raise ValueError(
+            f"input and weight must have 4 dimensions, received shapes {tuple(x_shape)} and {tuple(w_shape)}"
+        )
+    g = geometry
+    for name, values, least in (("stride", g.stride, 1), ("dilation", g.dilation, 1), ("groups", (g.groups,), 1)):
+        if min(values) < least:
+            raise ValueError(f"{name} must be at least {least}, received {values}")
+    for name, values in (("padding", g.padding), ("output_padding", g.output_padding)):
+        if min(values) < 0:
+            raise ValueError(f"{name} must not be negative, received {values}")
+    if any(o >= max(s, d) for o, s, d in zip(g.output_padding, g.stride, g.dilation)):
+        raise ValueError(
+            f"output_padding must be smaller than stride or dilation, received output_padding {g.output_padding}, "
+            f"stride {g.stride}, dilation {g.dilation}"
+        )
+    if x_shape[1] != w_shape[0] or w_shape[0] % g.groups:
+        raise ValueError(
+            f"input has {x_shape[1]} channels, weight {tuple(w_shape)} takes {w_shape[0]}, "
+            f"which groups={g.groups} must divide"
+        )
+    if 0 in x_shape[1:] or 0 in w_shape:
+        raise ValueError(f"only the batch may be empty, received shapes {tuple(x_shape)} and {tuple(w_shape)}")
+    size = tuple(
+        (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+        for n, k, s, p, o, d in zip(x_shape[2:], w_shape[2:], g.stride, g.padding, g.output_padding, g.dilation)
+    )
+    if min(size) < 1:
+        raise ValueError(f"output size would be {size}: padding {g.padding} is too large for input {tuple(x_shape)}")
+    shape = (x_shape[0], w_shape[1] * g.groups, *size)
+    for name, s in (("input", x_shape), ("output", shape), ("weight", (1, *w_shape))):
+        if math.prod(s[1:]) > _INT_MAX:
+            raise ValueError(f"one image of the {name} has more than {_INT_MAX} elements: shape {tuple(s)}")
+    for name, s in (("input", x_shape), ("output", shape)):
+        if s[0] * s[2] * s[3] > _INT_MAX - 1024:  # room for a tile
+            raise ValueError(f"the {name} of shape {tuple(s)} has more pixels than {_INT_MAX - 1024}: split the batch")
+    return shape
+
+
+def packed_weight_size(w_shape) -> int:
+    """Elements of the workspace `packed`, of the accumulator's dtype, that forward and dgrad take."""
+    return math.prod(w_shape)
+
+
+def conv_transpose_dgrad(dy, w, dx, packed, geometry: Geometry) -> None:
+    """dx, the gradient of x, from dy, that of y: dy convolved with w. dx and the workspace `packed` are written."""
+    _gather(dy, w, None, dx, packed, geometry, dgrad=True)
+
+
+def _gather(source, w, bias, out, packed, geometry, dgrad):
+    x, y = (out, source) if dgrad else (source, out)
+    _check(x, w, y, geometry)
+    groups, taps = geometry.groups, w.shape[2] * w.shape[3]
+    channels_in, channels_out = w.shape[0] // groups, w.shape[1]
+    macros = (*type_macros(x), ("DGRAD", int(dgrad)))
+    rows, pixels = (channels_in if dgrad else channels_out), out.shape[0] * out.shape[2] * out.shape[3]
+    tile = _tile(source, rows, pixels)
+    macros += tile.macros()
+    launch(
+        Kernel("conv_transpose.cu", "pack_weight", macros),
+        (ceil_div(w.size, THREADS), 1, 1),
+        (THREADS, 1, 1),
+        (w, packed, groups, channels_in, channels_out, taps),
+    )
+    phases = (1, 1) if dgrad else geometry.stride
+    largest_phase = out.shape[0] * ceil_div(out.shape[2], phases[0]) * ceil_div(out.shape[3], phases[1])
+    tiles_per_phase = ceil_div(largest_phase, tile.n)
+    launch(
+        Kernel("conv_transpose.cu", "conv_gather", macros),
+        (phases[0] * phases[1] * tiles_per_phase, ceil_div(rows, tile.m), groups),
+        (tile.threads, 1, 1),
+        (source, packed, bias, out, out.shape[0], groups, source.shape[1] // groups, rows)
+        + (*source.shape[2:], *out.shape[2:], *w.shape[2:])
+        + (*geometry.stride, *geometry.padding, *geometry.dilation, tiles_per_phase),
+    )
+
+
+def wgrad_workspace_size(x_shape, w_shape, geometry: Geometry, double: bool) -> int:
+    """Elements of wgrad's workspace `partial`, of the accumulator's dtype. double: whether that is float64."""
+    return _wgrad_plan(x_shape, w_shape, geometry, double)[1] * math.prod(w_shape)
+
+
+def conv_transpose_wgrad(x, dy, dw, partial, geometry: Geometry) -> None:
+    """dw, the gradient of w. dw and the workspace `partial` are written."""
+    _check(x, dw, dy, geometry)
+    groups, taps = geometry.groups, dw.shape[2] * dw.shape[3]
+    channels_in, channels_out = dw.shape[0] // groups, dw.shape[1]
+    tile, splits, split_pixels = _wgrad_plan(x.shape, dw.shape, geometry, double=accumulator_dtype(x) == np.float64)
+    macros = type_macros(x) + tile.macros()
+    launch(
+        Kernel("conv_transpose_wgrad.cu", "wgrad_partial", macros),
+        (taps * ceil_div(channels_in, tile.m) * ceil_div(channels_out, tile.n), splits, groups),
+        (tile.threads, 1, 1),
+        (x, dy, partial, x.shape[0], groups, channels_in, channels_out)
+        + (*x.shape[2:], *dy.shape[2:], *dw.shape[2:])
+        + (*geometry.stride, *geometry.padding, *geometry.dilation, split_pixels),
+    )
+    launch(
+        Kernel("conv_transpose_wgrad.cu", "wgrad_reduce", macros),
+        (ceil_div(dw.size, THREADS), 1, 1),
+        (THREADS, 1, 1),
+        (partial, dw, groups, taps, channels_in, channels_out, splits),
+    )
+
+
+class _Tile(NamedTuple):
+    m: int
+    n: int
+    per_thread: int
+
+    @property
+    def threads(self) -> int:
+        return self.m * self.n // self.per_thread**2
+
+    def macros(self) -> tuple:
+        sizes = {"TILE_M": self.m, "TILE_N": self.n, "TILE_K": _TILE_K, "PER_THREAD": self.per_thread}
+        return (*sizes.items(), ("THREADS", self.threads))
+
+
+_LARGE, _SMALL = _Tile(64, 128, 8), _Tile(32, 32, 4)
+_DOUBLE = _Tile(64, 64, 4)
+
+
+def _tile(array, rows: int, columns: int) -> _Tile:
+    """The tile for a product of rows x columns: large where the matrix fills it, small where most would be padding."""
+    if rows <= 32 or columns < 4096:
+        return _SMALL
+    if accumulator_dtype(array) == np.float64:
+        return _DOUBLE
+    return _LARGE
+
+
+def _wgrad_plan(x_shape, w_shape, geometry, double):
+    """(tile, number of splits of the sum over pixels, pixels of a split)"""
+    channels_in, channels_out = w_shape[0] // geometry.groups, w_shape[1]
+    pixels = x_shape[0] * x_shape[2] * x_shape[3]
+    if channels_in <= 32 or channels_out <= 32:
+        tile = _SMALL
+    else:
+        tile = _DOUBLE if double else _LARGE
+    matrices = w_shape[2] * w_shape[3] * geometry.groups
+    blocks = matrices * ceil_div(channels_in, tile.m) * ceil_div(channels_out, tile.n)
+    splits = max(1, min(_WGRAD_BLOCKS // blocks, pixels // 512, 65535))
+    split_pixels = ceil_div(ceil_div(pixels, splits), _TILE_K) * _TILE_K
+    return tile, max(1, ceil_div(pixels, split_pixels) if split_pixels else 1), split_pixels
+
+
+def _check(x, w, y, geometry):
+    expected = output_shape(x.shape, w.shape, geometry)
+    if y.shape != expected:
+        raise ValueError(f"output must have shape {expected}, received {y.shape}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/shortcuts.py
 #
 # Private functions of torch that save time at every call. Each has a public one beside it, which it must agree with.
@@ -899,187 +1080,6 @@ def _plan(shape) -> tuple[int, int]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/conv_transpose.py
-#
-# 2D transposed convolution: general kernels, for any hyper-parameters, on ordinary FMA units.
-#
-# Shapes: x [N, G*Ci, H, W], w [G*Ci, Co, KH, KW], bias [G*Co], y [N, G*Co, OH, OW], with G groups, Ci and Co channels per
-# group and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
-
-_INT_MAX = 2**31 - 1
-_WGRAD_BLOCKS = (
-    2048  # enough for several waves on today's largest GPUs; a constant, so that sums depend on shapes alone
-)
-_TILE_K = 8  # channels or pixels in one step of the sum
-
-
-class Geometry(NamedTuple):
-    """Hyper-parameters of a transposed convolution, pairs in the order (height, width)."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    output_padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-
-@functools.lru_cache(maxsize=1024)
-def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, int]:
-    """Shape of y. ValueError for ranks, channels, hyper-parameters or sizes that no transposed convolution has."""
-    if len(x_shape) != 4 or len(w_shape) != 4:
-        raise ValueError(
-            f"input and weight must have 4 dimensions, received shapes {tuple(x_shape)} and {tuple(w_shape)}"
-        )
-    g = geometry
-    for name, values, least in (("stride", g.stride, 1), ("dilation", g.dilation, 1), ("groups", (g.groups,), 1)):
-        if min(values) < least:
-            raise ValueError(f"{name} must be at least {least}, received {values}")
-    for name, values in (("padding", g.padding), ("output_padding", g.output_padding)):
-        if min(values) < 0:
-            raise ValueError(f"{name} must not be negative, received {values}")
-    if any(o >= max(s, d) for o, s, d in zip(g.output_padding, g.stride, g.dilation)):
-        raise ValueError(
-            f"output_padding must be smaller than stride or dilation, received output_padding {g.output_padding}, "
-            f"stride {g.stride}, dilation {g.dilation}"
-        )
-    if x_shape[1] != w_shape[0] or w_shape[0] % g.groups:
-        raise ValueError(
-            f"input has {x_shape[1]} channels, weight {tuple(w_shape)} takes {w_shape[0]}, "
-            f"which groups={g.groups} must divide"
-        )
-    if 0 in x_shape[1:] or 0 in w_shape:
-        raise ValueError(f"only the batch may be empty, received shapes {tuple(x_shape)} and {tuple(w_shape)}")
-    size = tuple(
-        (n - 1) * s - 2 * p + d * (k - 1) + o + 1
-        for n, k, s, p, o, d in zip(x_shape[2:], w_shape[2:], g.stride, g.padding, g.output_padding, g.dilation)
-    )
-    if min(size) < 1:
-        raise ValueError(f"output size would be {size}: padding {g.padding} is too large for input {tuple(x_shape)}")
-    shape = (x_shape[0], w_shape[1] * g.groups, *size)
-    for name, s in (("input", x_shape), ("output", shape), ("weight", (1, *w_shape))):
-        if math.prod(s[1:]) > _INT_MAX:
-            raise ValueError(f"one image of the {name} has more than {_INT_MAX} elements: shape {tuple(s)}")
-    for name, s in (("input", x_shape), ("output", shape)):
-        if s[0] * s[2] * s[3] > _INT_MAX - 1024:  # room for a tile
-            raise ValueError(f"the {name} of shape {tuple(s)} has more pixels than {_INT_MAX - 1024}: split the batch")
-    return shape
-
-
-def packed_weight_size(w_shape) -> int:
-    """Elements of the workspace `packed`, of the accumulator's dtype, that forward and dgrad take."""
-    return math.prod(w_shape)
-
-
-def conv_transpose_dgrad(dy, w, dx, packed, geometry: Geometry) -> None:
-    """dx, the gradient of x, from dy, that of y: dy convolved with w. dx and the workspace `packed` are written."""
-    _gather(dy, w, None, dx, packed, geometry, dgrad=True)
-
-
-def _gather(source, w, bias, out, packed, geometry, dgrad):
-    x, y = (out, source) if dgrad else (source, out)
-    _check(x, w, y, geometry)
-    groups, taps = geometry.groups, w.shape[2] * w.shape[3]
-    channels_in, channels_out = w.shape[0] // groups, w.shape[1]
-    macros = (*type_macros(x), ("DGRAD", int(dgrad)))
-    rows, pixels = (channels_in if dgrad else channels_out), out.shape[0] * out.shape[2] * out.shape[3]
-    tile = _tile(source, rows, pixels)
-    macros += tile.macros()
-    launch(
-        Kernel("conv_transpose.cu", "pack_weight", macros),
-        (ceil_div(w.size, THREADS), 1, 1),
-        (THREADS, 1, 1),
-        (w, packed, groups, channels_in, channels_out, taps),
-    )
-    phases = (1, 1) if dgrad else geometry.stride
-    largest_phase = out.shape[0] * ceil_div(out.shape[2], phases[0]) * ceil_div(out.shape[3], phases[1])
-    tiles_per_phase = ceil_div(largest_phase, tile.n)
-    launch(
-        Kernel("conv_transpose.cu", "conv_gather", macros),
-        (phases[0] * phases[1] * tiles_per_phase, ceil_div(rows, tile.m), groups),
-        (tile.threads, 1, 1),
-        (source, packed, bias, out, out.shape[0], groups, source.shape[1] // groups, rows)
-        + (*source.shape[2:], *out.shape[2:], *w.shape[2:])
-        + (*geometry.stride, *geometry.padding, *geometry.dilation, tiles_per_phase),
-    )
-
-
-def wgrad_workspace_size(x_shape, w_shape, geometry: Geometry, double: bool) -> int:
-    """Elements of wgrad's workspace `partial`, of the accumulator's dtype. double: whether that is float64."""
-    return _wgrad_plan(x_shape, w_shape, geometry, double)[1] * math.prod(w_shape)
-
-
-def conv_transpose_wgrad(x, dy, dw, partial, geometry: Geometry) -> None:
-    """dw, the gradient of w. dw and the workspace `partial` are written."""
-    _check(x, dw, dy, geometry)
-    groups, taps = geometry.groups, dw.shape[2] * dw.shape[3]
-    channels_in, channels_out = dw.shape[0] // groups, dw.shape[1]
-    tile, splits, split_pixels = _wgrad_plan(x.shape, dw.shape, geometry, double=accumulator_dtype(x) == np.float64)
-    macros = type_macros(x) + tile.macros()
-    launch(
-        Kernel("conv_transpose_wgrad.cu", "wgrad_partial", macros),
-        (taps * ceil_div(channels_in, tile.m) * ceil_div(channels_out, tile.n), splits, groups),
-        (tile.threads, 1, 1),
-        (x, dy, partial, x.shape[0], groups, channels_in, channels_out)
-        + (*x.shape[2:], *dy.shape[2:], *dw.shape[2:])
-        + (*geometry.stride, *geometry.padding, *geometry.dilation, split_pixels),
-    )
-    launch(
-        Kernel("conv_transpose_wgrad.cu", "wgrad_reduce", macros),
-        (ceil_div(dw.size, THREADS), 1, 1),
-        (THREADS, 1, 1),
-        (partial, dw, groups, taps, channels_in, channels_out, splits),
-    )
-
-
-class _Tile(NamedTuple):
-    m: int
-    n: int
-    per_thread: int
-
-    @property
-    def threads(self) -> int:
-        return self.m * self.n // self.per_thread**2
-
-    def macros(self) -> tuple:
-        sizes = {"TILE_M": self.m, "TILE_N": self.n, "TILE_K": _TILE_K, "PER_THREAD": self.per_thread}
-        return (*sizes.items(), ("THREADS", self.threads))
-
-
-_LARGE, _SMALL = _Tile(64, 128, 8), _Tile(32, 32, 4)
-_DOUBLE = _Tile(64, 64, 4)
-
-
-def _tile(array, rows: int, columns: int) -> _Tile:
-    """The tile for a product of rows x columns: large where the matrix fills it, small where most would be padding."""
-    if rows <= 32 or columns < 4096:
-        return _SMALL
-    if accumulator_dtype(array) == np.float64:
-        return _DOUBLE
-    return _LARGE
-
-
-def _wgrad_plan(x_shape, w_shape, geometry, double):
-    """(tile, number of splits of the sum over pixels, pixels of a split)"""
-    channels_in, channels_out = w_shape[0] // geometry.groups, w_shape[1]
-    pixels = x_shape[0] * x_shape[2] * x_shape[3]
-    if channels_in <= 32 or channels_out <= 32:
-        tile = _SMALL
-    else:
-        tile = _DOUBLE if double else _LARGE
-    matrices = w_shape[2] * w_shape[3] * geometry.groups
-    blocks = matrices * ceil_div(channels_in, tile.m) * ceil_div(channels_out, tile.n)
-    splits = max(1, min(_WGRAD_BLOCKS // blocks, pixels // 512, 65535))
-    split_pixels = ceil_div(ceil_div(pixels, splits), _TILE_K) * _TILE_K
-    return tile, max(1, ceil_div(pixels, split_pixels) if split_pixels else 1), split_pixels
-
-
-def _check(x, w, y, geometry):
-    expected = output_shape(x.shape, w.shape, geometry)
-    if y.shape != expected:
-        raise ValueError(f"output must have shape {expected}, received {y.shape}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/fp16_tiles.py
 #
 # Tensors [N, C, H, W] as packed fp16 tiles [N, chunks, H * W, 64] under one power-of-two scale, see fp16_tiles.cu.
@@ -1088,7 +1088,6 @@ def _check(x, w, y, geometry):
 # channels, then their 32 residuals, which is what rounding to fp16 left. An array of exponents goes with the tiles: the
 # smallest of them is the scale's.
 
-_LARGEST_BLOCKS = 1024  # fills today's largest GPUs; a constant, so that `exponents` depends on shapes alone
 _BATCH = 8  # accesses of at most 16 bytes that a thread of largest_magnitude has in flight
 LINE_BYTES = 128
 
@@ -1106,18 +1105,6 @@ def packing_macros(split: int) -> dict:
 def packed_shape(shape, split: int) -> tuple[int, int, int, int]:
     """[N, chunks, pixels, 64], the shape of the packed tiles (float16) of a tensor of this shape."""
     return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), LINE_BYTES // 2
-
-
-def exponents_size(shape, itemsize: int) -> int:
-    """Elements (int32) of what `largest_magnitude` writes for a tensor of this shape."""
-    return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, THREADS * _BATCH * 16)))
-
-
-def largest_magnitude(source, exponents) -> None:
-    """Writes `exponents`: for each part of `source`, the exponent of the scale that this part would take alone."""
-    width = _width(source)
-    kernel = Kernel("fp16_tiles.cu", "largest_magnitude", _macros(scalar(source), 1, width))
-    launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
 
 
 def pack_fp16(source, exponents, sums, packed, split: int) -> None:
@@ -1962,9 +1949,12 @@ def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
         raise UnsupportedError(choice.without)
     if not x_shape[0]:
         raise UnsupportedError("the batch is empty")
-    split = 2 if dtype == np.float32 and choice.cls == "fp32" else 1
     options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
-    return make(tuple(x_shape), tuple(w_shape), geometry, split, **options)
+    return make(tuple(x_shape), tuple(w_shape), geometry, numerics_split(dtype, choice), **options)
+
+
+def numerics_split(dtype, choice) -> int:
+    return 2 if dtype == np.float32 and choice.cls == "fp32" else 1
 
 
 @functools.cache
@@ -1989,28 +1979,6 @@ def _shared_bytes(device_index: int) -> int:
 #
 # conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
 
-def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
-    """The operation of `conv_gradients`, see `calls.call`."""
-    need_x, need_w, need_bias = needed
-    dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
-    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
-    packed, exponents, _ = conv_transpose_pack_fp16(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
-    if need_x and dgrad:
-        source = (dgrad.of_packed(), packed) if wgrad else (dgrad, dy)
-        conv_transpose_mma(*source, w, None, dx, *_mma_workspaces(new, dgrad), *([exponents] if wgrad else ()))
-    elif need_x:
-        conv_transpose_dgrad(dy, w, dx, _packed(new, w), geometry)
-    if need_w and wgrad:
-        partial = new.scratch(wgrad.partial_size, np.float32)
-        x_packed = conv_transpose_pack_fp16(new.scratch, x, wgrad.split)
-        conv_wgrad_mma(wgrad, *x_packed, packed, exponents, None, partial, dw)
-    elif need_w:
-        dtype = accumulator_dtype(dy)
-        size = wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
-        conv_transpose_wgrad(x, dy, dw, new.scratch(size, dtype), geometry)
-    return dx, dw, _channel_sums(new, dy) if need_bias else None
-
-
 def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
     """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken. dtype: NumPy's."""
     dgrad = wgrad = None
@@ -2020,37 +1988,6 @@ def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
     if need_w:
         wgrad, _ = wgrad_plan(x_shape, dtype, w_shape, geometry, choice)
     return dgrad, wgrad
-
-
-def conv_transpose_pack_fp16(allocate, tensor, split, exponents=None, centred=False):
-    """(packed, exponents, sums) of a tensor, see `cupy_kernels.fp16_tiles`.
-
-    allocate: a `calls.New`, or its `scratch`. exponents: of scales of the tensor's parts, where they are known already.
-    centred: less the means of the first image's channels, whose sums are else None.
-    """
-    sums = _channel_sums(allocate, tensor[:1]) if centred else None
-    if exponents is None:
-        exponents = allocate((exponents_size(tensor.shape, tensor.itemsize),), np.int32)
-        largest_magnitude(tensor, exponents)
-    packed = allocate(packed_shape(tensor.shape, split), np.float16)
-    pack_fp16(tensor, exponents, sums, packed, split=split)
-    return packed, exponents, sums
-
-
-def _channel_sums(allocate, tensor):
-    sums = allocate((tensor.shape[1],), tensor.dtype)
-    partial = allocate((channel_sum_workspace_size(tensor.shape),), accumulator_dtype(tensor))
-    channel_sum(tensor, sums, partial)
-    return sums
-
-
-def _mma_workspaces(new, plan):
-    """(packed weights, exponents of their scales), to be written."""
-    return new.scratch(plan.packed_size, np.float16), new.scratch(plan.rows, np.int32)
-
-
-def _packed(new, w):
-    return new.scratch(packed_weight_size(w.shape), accumulator_dtype(w))
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -6051,6 +5988,19 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
 def _differentiable_gradients(*_):
     """Refuses create_graph: this file has the fused kernels alone."""
     raise RuntimeError("the kernels in this file compute first derivatives: call backward without create_graph")
+
+
+def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
+    """(dx, dw, None) by the general kernels, for GPUs whose shared memory is too small for the others."""
+    need_x, need_w, _ = needed
+    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
+    if need_x:
+        packed = new.scratch(packed_weight_size(w_shape), "float32")
+        conv_transpose_dgrad(dy, w, dx, packed, geometry)
+    if need_w:
+        size = wgrad_workspace_size(x_shape, w_shape, geometry, False)
+        conv_transpose_wgrad(x, dy, dw, new.scratch(size, "float32"), geometry)
+    return dx, dw, None
 
 
 class New:

@@ -7,9 +7,11 @@ from cupy_kernels.conv_transpose import Geometry
 
 from . import layers
 from .calls import planned
+from .formats import channels_last
+from .functional.conv_transpose import kernels_of
 from .interop import NUMPY
 from .model import ModelNew, fused_model
-from .numerics import choose, resolve, tensor_core_plan
+from .numerics import choose, resolve
 
 
 def explain(module: nn.Module, x: torch.Tensor) -> str:
@@ -43,10 +45,12 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
 
 
 def _convolution(conv, x) -> str:
-    """Whether tensor cores take it, and why not."""
+    """Which kernels take it, and why no others do."""
     geometry = Geometry(conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
-    shapes = (x.shape, NUMPY[x.dtype], conv.weight.shape)
-    plan, reason = tensor_core_plan(*shapes, geometry, choose(conv.numerics, x))
-    if plan:
-        return f"tensor cores, {resolve(conv.numerics, x)} class"
-    return f"general kernels, in float32's precision, because {reason}"
+    choice, formats = choose(conv.numerics, x), (channels_last(x), channels_last(conv.weight))
+    kernels, detail = kernels_of(NUMPY[x.dtype], x.shape, conv.weight.shape, geometry, choice, formats)
+    if kernels == "depthwise":
+        return "depthwise kernels, in float32's precision"
+    if kernels == "general":
+        return f"general kernels, in float32's precision, because {detail}"
+    return f"tensor cores by {kernels}, {choice.cls} class"

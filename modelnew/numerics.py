@@ -6,6 +6,7 @@ torch.backends.cudnn.allow_tf32 on a GPU and float32 on the CPU. 16-bit tensors 
 
 import contextlib
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,9 @@ from .shortcuts import allows_tf32
 NUMERICS = ("auto", "tf32", "fp32")
 _switched_off = []
 _wgmma_chosen = []
+# What implicit GEMMs leave to the general kernels: what the GPU computes faster than the host starts more kernels, and
+# groups of which most of an octet of channels would be padding.
+SMALL, FEW_CHANNELS = 2**24, 4
 _EMULATED_SHARED_BYTES = 227 * 1024  # an H100's
 
 
@@ -105,9 +109,30 @@ def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
         raise UnsupportedError(choice.without)
     if not x_shape[0]:
         raise UnsupportedError("the batch is empty")
-    split = 2 if dtype == np.float32 and choice.cls == "fp32" else 1
     options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
-    return make(tuple(x_shape), tuple(w_shape), geometry, split, **options)
+    return make(tuple(x_shape), tuple(w_shape), geometry, _split(dtype, choice), **options)
+
+
+@functools.lru_cache(maxsize=1024)
+def gather_gemm_split(dtype, x_shape, w_shape, geometry: Geometry, choice: Choice):
+    """(split, None) if `cupy_kernels.gather_gemm` takes the convolution of x, else (None, the reason).
+
+    dtype: x's, NumPy's.
+    """
+    products = math.prod(x_shape) * math.prod(w_shape[1:])
+    group = min(w_shape[0] // max(1, geometry.groups), w_shape[1])
+    reason = choice.without
+    if dtype == np.float64:
+        reason = reason or "the dtype is float64"
+    if products < SMALL:
+        reason = reason or f"{products} products are fewer than {SMALL}"
+    if geometry.groups > 1 and group < FEW_CHANNELS:
+        reason = reason or f"its groups have {group} channels, fewer than {FEW_CHANNELS}"
+    return (None, reason) if reason else (_split(dtype, choice), None)
+
+
+def _split(dtype, choice) -> int:
+    return 2 if dtype == np.float32 and choice.cls == "fp32" else 1
 
 
 def uses_wgmma(x: torch.Tensor) -> bool:

@@ -102,11 +102,16 @@ def wgmma(request, device):
 
 
 @pytest.fixture
-def many_passes(monkeypatch):
-    """Units of several passes, as large batches have them, without the large batch."""
-    monkeypatch.setattr(conv_transpose_mma, "MANY_IMAGES", 1)
+def fresh_plans(monkeypatch):
+    """What a test plans is forgotten after it, and it finds nothing planned."""
     plans = threading.local()
     monkeypatch.setattr("modelnew.calls._thread", lambda: plans)
+
+
+@pytest.fixture
+def many_passes(monkeypatch, fresh_plans):
+    """Units of several passes, as large batches have them, without the large batch."""
+    monkeypatch.setattr(conv_transpose_mma, "MANY_IMAGES", 1)
     conv_transpose_mma.plan.cache_clear()
     yield
     conv_transpose_mma.plan.cache_clear()

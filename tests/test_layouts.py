@@ -44,6 +44,13 @@ SIMT = {
     "TILE_N": lambda m: m["TILE_N"] + 4,
     "TILE_K": lambda m: 1,
 }
+GEMM = {
+    **PACKING,
+    "THREADS": lambda m: m["THREADS"] * 2,
+    "WARPS_M": lambda m: m["WARPS_M"] * 2,
+    "STAGES": lambda m: m["STAGES"] + 1,
+    "SHARED_BYTES": lambda m: m["SHARED_BYTES"] - 16,
+}
 WGRAD = {
     **PACKING,
     "THREADS": lambda m: 320,
@@ -67,6 +74,11 @@ WRONG = {
     ("conv_wgrad_mma.cu", 1): {**WGRAD, "TILE_IC": lambda m: 128, "TILE_OC": lambda m: m["TILE_OC"] // 2},
     ("conv_transpose.cu", None): SIMT,
     ("conv_transpose_wgrad.cu", None): SIMT,
+    ("gather_gemm.cu", 0): GEMM,
+    ("gather_gemm.cu", 1): GEMM,
+    ("gather_gemm_wgrad.cu", 0): GEMM,
+    ("gather_gemm_wgrad.cu", 1): GEMM,
+    ("gather_gemm_pack.cu", None): PACKING,
     ("fp16_tiles.cu", None): {**PACKING, "TILE_PIXELS": lambda m: m["TILE_PIXELS"] // 2, "THREADS": lambda m: 320},
     ("pooled_tail.cu", 0): {**PLANES, "PARTS": lambda m: m["PARTS"] - 1},
     ("pooled_tail.cu", 1): PLANES,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cupy_kernels import conv_transpose
 from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_architecture
 from cupy_kernels.source import Kernel, Variant, expanded, signature
 from modelnew.functional.batch_norm import BatchNorm2d
@@ -78,6 +79,19 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
 def _differentiable_gradients(*_):
     """Refuses create_graph: this file has the fused kernels alone."""
     raise RuntimeError("the kernels in this file compute first derivatives: call backward without create_graph")
+
+
+def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
+    """(dx, dw, None) by the general kernels, for GPUs whose shared memory is too small for the others."""
+    need_x, need_w, _ = needed
+    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
+    if need_x:
+        packed = new.scratch(conv_transpose.packed_weight_size(w_shape), "float32")
+        conv_transpose.conv_transpose_dgrad(dy, w, dx, packed, geometry)
+    if need_w:
+        size = conv_transpose.wgrad_workspace_size(x_shape, w_shape, geometry, False)
+        conv_transpose.conv_transpose_wgrad(x, dy, dw, new.scratch(size, "float32"), geometry)
+    return dx, dw, None
 
 
 class New:

@@ -6,25 +6,51 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels import channel_sum as bias_ops
-from cupy_kernels import common, fp16_tiles
+from cupy_kernels import common, depthwise, fp16_tiles
 from cupy_kernels import conv_transpose as ops
 from cupy_kernels import conv_transpose_mma as mma
 from cupy_kernels import conv_wgrad_mma as wgrad_mma
+from cupy_kernels.gather_gemm import logical
 
 from .. import autocast
 from ..calls import call, dense_after
 from ..cases import Case
-from ..interop import aligned, check_floating, dense, integer, one_device, pair
-from ..numerics import check_numerics, choose, tensor_core_plan, wgrad_plan, without_tensor_cores
+from ..formats import channels_last, restored, stored
+from ..interop import NUMPY, aligned, check_floating, dense, integer, one_device, pair
+from ..numerics import check_numerics, choose, gather_gemm_split, tensor_core_plan, wgrad_plan, without_tensor_cores
 from ..untraced import untraced
+from . import gather_gemm
 from .gradients import apply, differentiable, will_need_grad
 
 
-def _forward(new, x, w, bias, geometry, choice):
-    y = new(ops.output_shape(x.shape, w.shape, geometry), x.dtype)
-    plan, _ = tensor_core_plan(x.shape, x.dtype, w.shape, geometry, choice)
-    if plan:
-        mma.conv_transpose_mma(plan, x, w, bias, y, *_mma_workspaces(new, plan))
+def kernels_of(dtype, x_shape, w_shape, geometry, choice, formats=(False, False)):
+    """The rule that picks a forward's kernels: (what kernels, what they need to know).
+
+    ("resident bands", their plan): `conv_transpose_mma`, of stride 1 and contiguous tensors. ("depthwise", None).
+    ("implicit GEMM", split): `gather_gemm`, of nearly all else. ("general", why not the one before).
+    dtype: NumPy's. formats: of x and w, whether they are channels_last.
+    """
+    if depthwise.takes(w_shape, geometry):
+        return "depthwise", None
+    if not any(formats):
+        plan, _ = tensor_core_plan(x_shape, dtype, w_shape, geometry, choice)
+        if plan:
+            return "resident bands", plan
+    split, reason = gather_gemm_split(dtype, tuple(x_shape), tuple(w_shape), geometry, choice)
+    return ("implicit GEMM", split) if split else ("general", reason)
+
+
+def _forward(new, x, w, bias, geometry, choice, formats=(False, False)):
+    """formats: of x and w, whether they are channels_last; the arrays are then [N, H, W, C]."""
+    shapes = tuple(logical(t.shape, last) for t, last in zip((x, w), formats))
+    kernels, detail = kernels_of(x.dtype, *shapes, geometry, choice, formats)
+    if kernels == "implicit GEMM":
+        return gather_gemm.forward(new, x, w, bias, geometry, detail, choice.wgmma, *formats)
+    y = new(gather_gemm.physical(ops.output_shape(*shapes, geometry), formats[0]), x.dtype)
+    if kernels == "depthwise":
+        depthwise.gather(x, w, bias, y, geometry, formats[0])
+    elif kernels == "resident bands":
+        mma.conv_transpose_mma(detail, x, w, bias, y, *_mma_workspaces(new, detail))
     else:
         ops.conv_transpose_forward(x, w, bias, y, _packed(new, w), geometry)
     return y
@@ -33,7 +59,7 @@ def _forward(new, x, w, bias, geometry, choice):
 class _ConvTranspose2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, geometry, choice, check):
-        y = call(_forward, x, w, bias, geometry, choice, check=check)
+        y = _call_forward(x, w, bias, geometry, choice, check)
         ctx.save_for_backward(x, w)
         ctx.options = geometry, choice
         return y
@@ -94,15 +120,32 @@ class _WeightGradient(torch.autograd.Function):
 
 
 def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
-    """(dx, dw, gradient of the bias), None where not needed. x is for dw alone, w for dx: the other may be None."""
-    x = None if x is None else aligned(x)
-    return call(gradients, x, w, aligned(dy), x_shape, w_shape, geometry, choice, needed)
+    """(dx, dw, gradient of the bias), None where not needed. x is for dw alone, w for dx: the other may be None.
 
-
-def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
-    """The operation of `conv_gradients`, see `calls.call`."""
+    dx is of x's memory format, and dw of w's; of dy's, and contiguous, where they are None.
+    """
     need_x, need_w, need_bias = needed
+    formats = x_last, w_last = _formats(dy if x is None else x, w, x_shape, w_shape, geometry, choice)
+    arrays = (None if t is None else _array(t, last) for t, last in ((x, x_last), (w, w_last), (dy, x_last)))
+    options = x_shape, w_shape, geometry, choice, (need_x, need_w, need_bias and not x_last), formats
+    dx, dw, dbias = call(gradients, *arrays, *options)
+    if x_last and need_bias:
+        dbias = dy.sum((0, 2, 3))
+    return restored(dx, x_last), restored(dw, w_last), dbias
+
+
+def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed, formats=(False, False)):
+    """The operation of `conv_gradients`, see `calls.call`. formats: as in `_forward`, of x and dy, and of w."""
+    need_x, need_w, need_bias = needed
+    if depthwise.takes(w_shape, geometry):
+        dx, dw = _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, needed, formats[0])
+        return dx, dw, _channel_sums(new, dy) if need_bias else None
+    split, _ = gather_gemm_split(dy.dtype, tuple(x_shape), tuple(w_shape), geometry, choice)
     dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
+    if split and (any(formats) or (need_x and not dgrad) or (need_w and not wgrad)):
+        how = geometry, split, choice.wgmma, *formats, need_x, need_w
+        dx, dw = gather_gemm.gradients(new, x, w, dy, x_shape, w_shape, *how)
+        return dx, dw, _channel_sums(new, dy) if need_bias else None
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
     packed, exponents, _ = pack_fp16(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
     if need_x and dgrad:
@@ -119,6 +162,18 @@ def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
         size = ops.wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
         ops.conv_transpose_wgrad(x, dy, dw, new.scratch(size, dtype), geometry)
     return dx, dw, _channel_sums(new, dy) if need_bias else None
+
+
+def _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, needed, channels_last):
+    dx = dw = None
+    if needed[0]:
+        dx = new(gather_gemm.physical(x_shape, channels_last), dy.dtype)
+        depthwise.gather(dy, w, None, dx, geometry, channels_last, dgrad=True)
+    if needed[1]:
+        dw = new(w_shape, dy.dtype)
+        size = depthwise.wgrad_workspace_size(x_shape, w_shape)
+        depthwise.wgrad(x, dy, dw, new.scratch(size, common.accumulator_dtype(dy)), geometry, channels_last)
+    return dx, dw
 
 
 def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
@@ -159,17 +214,44 @@ def _mma_workspaces(new, plan):
     return new.scratch(plan.packed_size, np.float16), new.scratch(plan.rows, np.int32)
 
 
+def _array(tensor, last):
+    """The tensor as kernels take it, in a memory format; a copy where it has another or is not aligned."""
+    return aligned(stored(tensor, last))
+
+
 def _packed(new, w):
     return new.scratch(ops.packed_weight_size(w.shape), common.accumulator_dtype(w))
 
 
 def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=lambda: None) -> torch.Tensor:
     """The convolution of a batch, multiplied as `choice`, a `numerics.Choice`, says. check: as in `calls.call`."""
-    x, w, bias = dense_after(check, x, w, bias)
-    tensors = aligned(x), w, bias
+    formats = _formats(x, w, x.shape, w.shape, geometry, choice)
+    copy = not x.is_contiguous() and not formats[0] and channels_last(x)
+    tensors = [t if last else dense_after(check, t)[0] for t, last in zip((x, w, bias), (*formats, False))]
     if will_need_grad(*tensors):
-        return apply(_ConvTranspose2d, *tensors, geometry, choice, check)
-    return call(_forward, *tensors, geometry, choice, check=check)
+        y = apply(_ConvTranspose2d, *tensors, geometry, choice, check)
+    else:
+        y = _call_forward(*tensors, geometry, choice, check)
+    return y.contiguous(memory_format=torch.channels_last) if copy else y
+
+
+def _call_forward(x, w, bias, geometry, choice, check):
+    formats = _formats(x, w, x.shape, w.shape, geometry, choice)
+    arrays = (_array(t, last) for t, last in zip((x, w), formats))
+    return restored(call(_forward, *arrays, bias, geometry, choice, formats, check=check), formats[0])
+
+
+def _formats(x, w, x_shape, w_shape, geometry, choice) -> tuple[bool, bool]:
+    """Whether kernels take x, and w, as channels_last, without a copy. Those that are None are not."""
+    formats = x is not None and channels_last(x), w is not None and channels_last(w)
+    if not any(formats):
+        return formats
+    if depthwise.takes(w_shape, geometry):
+        return formats[0], False
+    dtype = NUMPY.get((w if x is None else x).dtype)
+    if not gather_gemm_split(dtype, tuple(x_shape), tuple(w_shape), geometry, choice)[0]:
+        return False, False
+    return formats
 
 
 @untraced
@@ -192,7 +274,8 @@ def conv_transpose2d(
     input: [N, Cin, H, W] or [Cin, H, W]; float32, float64, float16, bfloat16, summed in float32 (float64 for float64).
     weight: [Cin, Cout/groups, KH, KW]; bias: [Cout] or None; both of the input's dtype and on its device.
     Under torch.autocast all three are cast to its dtype.
-    Returns [N, Cout, OH, OW] (or [Cout, OH, OW]), contiguous, OH = (H-1) s - 2p + d (KH-1) + output_padding + 1.
+    Returns [N, Cout, OH, OW] (or [Cout, OH, OW]), OH = (H-1) s - 2p + d (KH-1) + output_padding + 1, in the input's
+        memory format: channels_last or else contiguous. Gradients are in that of what they belong to.
     numerics: "tf32", "fp32" or "auto", see `modelnew.numerics`; "tf32" matters where tensor cores take the convolution.
     Raises TypeError for other or differing dtypes, ValueError for shapes and hyper-parameters that do not fit,
     RuntimeError for tensors on several devices.
@@ -294,8 +377,29 @@ def torch_conv(x, w, bias):
     return F.conv_transpose2d(x, w, bias, padding=1)
 
 
+def _strided_inputs(images):
+    shapes = ((images, 256, 16, 16), (256, 128, 4, 4)) if images else ((2, 64, 16, 16), (64, 32, 4, 4))
+    return {"x": torch.rand(shapes[0]), "w": torch.randn(shapes[1]) / 40, "bias": torch.randn(shapes[1][1])}
+
+
+def _strided_terms(images):
+    n, k, m = (images, 256, 128) if images else (2, 64, 32)
+    sums = {"gradient of w": n * 256, "gradient of bias": n * 1024}
+    return {"output": k * 4, "gradient of x": m * 16, **sums}
+
+
+def _strided(numerics, memory_format):
+    return lambda x, w, bias: conv_transpose2d(x.to(memory_format=memory_format), w, bias, 2, 1, numerics=numerics)
+
+
+def _depthwise_inputs(images):
+    channels = 64 if images else 5
+    return {"x": torch.rand(images or 2, channels, 16, 15), "w": torch.randn(channels, 1, 4, 4)}
+
+
 _GENERAL = ("conv_transpose.cu", "conv_transpose_wgrad.cu", "channel_sum.cu")
 _MMA = ("conv_transpose_mma.cu", "pack_weight_fp16.cu", "conv_wgrad_mma.cu", "fp16_tiles.cu")
+_GATHER_GEMM = ("gather_gemm.cu", "gather_gemm_pack.cu", "gather_gemm_wgrad.cu", "fp16_tiles.cu")
 CASES = (
     Case(
         "conv_transpose2d, general",
@@ -308,4 +412,24 @@ CASES = (
     ),
     Case("conv_transpose2d, tf32", _MMA, _conv("tf32"), torch_conv, conv_inputs, conv_terms, rounded=True),
     Case("conv_transpose2d, fp32", _MMA, _conv("fp32"), torch_conv, conv_inputs, conv_terms),
+    *(
+        Case(
+            f"conv_transpose2d with a stride, {numerics}",
+            _GATHER_GEMM,
+            _strided(numerics, memory_format),
+            lambda x, w, bias: F.conv_transpose2d(x, w, bias, 2, 1),
+            _strided_inputs,
+            _strided_terms,
+            rounded=numerics == "tf32",
+        )
+        for numerics, memory_format in (("tf32", torch.contiguous_format), ("fp32", torch.channels_last))
+    ),
+    Case(
+        "conv_transpose2d, depthwise",
+        ("depthwise_conv_transpose.cu",),
+        lambda x, w: conv_transpose2d(x, w, None, 2, 1, groups=len(w)),
+        lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, groups=len(w)),
+        _depthwise_inputs,
+        lambda images: {"gradient of w": (images or 2) * 16 * 15},
+    ),
 )
