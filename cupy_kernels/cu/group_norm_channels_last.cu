@@ -30,7 +30,7 @@ __device__ inline void columns_of_slots(const Kept& kept, int array, const Image
     for (int s = 0; s < SLOTS; s++) v[s] = kept.at(array, walk.column_of_tile() + s);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) group_norm_forward_channels_last(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_forward_channels_last(
     const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
     scalar_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int tiles, int channels,
     int group_channels, int plane, int tile) {
@@ -56,14 +56,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_forward_channel
     normalise_chunk(x + walk.base, y + walk.base, walk, kept, w, b, [](acc_t(&)[WIDTH]) {});
 }
 
+// What the backward has in flight.
+struct Batch {
+    enum { PACKS = BATCH / 2 };
+    Pack dy[PACKS], x[PACKS];
+    i64 offsets[PACKS];
+    __device__ int next(Walk& walk, const scalar_t* __restrict__ from_dy, const scalar_t* __restrict__ from_x) {
+        return next_packs(walk, PACKS, [&](int j, i64 offset) {
+            offsets[j] = offset;
+            dy[j] = *(const Pack*)(from_dy + offset);
+            x[j] = *(const Pack*)(from_x + offset);
+        });
+    }
+};
+
 // dx may be null. partials [2][images * channels]: sum of dy, and of dy xhat, over each plane; null where weight and bias
 // need no gradient.
-extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_channels_last(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_backward_channels_last(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx,
     acc_t* __restrict__ partials, int tiles, int channels, int group_channels, int plane, int tile) {
     DYNAMIC_SHARED(acc_t, shared);
-    enum { PACKS = BATCH / 2, MEAN_G = BIAS, MEAN_DOT = OTHER };
+    enum { MEAN_G = BIAS, MEAN_DOT = OTHER };
     Kept kept(shared, tile);
     {
         ImageWalk walk(tiles, channels, group_channels, plane, tile);
@@ -71,15 +85,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_channe
         walk.for_columns([&](int i, int c) { kept.at(WEIGHT, i) = bn_weight(weight, c); });
         __syncthreads();
     }
-    auto next = [&](ImageWalk& walk, Pack(&g)[PACKS], Pack(&v)[PACKS], i64(&offsets)[PACKS]) {
-        return next_packs(walk, PACKS, [&](int j, i64 offset) {
-            offsets[j] = walk.base + offset;
-            g[j] = *(const Pack*)(dy + offsets[j]);
-            v[j] = *(const Pack*)(x + offsets[j]);
-        });
-    };
-    Pack g[PACKS], v[PACKS];
-    i64 offsets[PACKS];
     with_units(kept.scratch(), [&](Open& open) {
         ImageWalk walk(tiles, channels, group_channels, plane, tile);
         Normalisers normalise(kept, walk);
@@ -88,15 +93,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_channe
         for (int s = 0; s < SLOTS; s++) sums[0][s] = sums[1][s] = 0;
         #pragma unroll 1
         while (walk.packs > 0) {
-            int have = next(walk, g, v, offsets);
+            Batch batch;
+            int have = batch.next(walk, dy + walk.base, x + walk.base);
             #pragma unroll
-            for (int j = 0; j < PACKS; j++) {
+            for (int j = 0; j < Batch::PACKS; j++) {
                 if (j >= have) continue;
                 acc_t xhat[WIDTH];
-                normalise(v[j], xhat);
+                normalise(batch.x[j], xhat);
                 #pragma unroll
                 for (int s = 0; s < SLOTS; s++) {
-                    acc_t gradient = to_acc(g[j].v[s]) * open.unit;
+                    acc_t gradient = to_acc(batch.dy[j].v[s]) * open.unit;
                     sums[0][s] += gradient;
                     sums[1][s] += gradient * xhat[s];
                 }
@@ -130,19 +136,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_channe
     for (int s = 0; s < SLOTS; s++) r[s] = rstd[walk.group(min(walk.first + walk.place(s), walk.channels - 1))];
     #pragma unroll 1
     while (walk.packs > 0) {
-        int have = next(walk, g, v, offsets);
+        Batch batch;
+        int have = batch.next(walk, dy + walk.base, x + walk.base);
         #pragma unroll
-        for (int j = 0; j < PACKS; j++) {
+        for (int j = 0; j < Batch::PACKS; j++) {
             if (j >= have) continue;
             Pack out;
             acc_t xhat[WIDTH];
-            normalise(v[j], xhat);
+            normalise(batch.x[j], xhat);
             #pragma unroll
             for (int s = 0; s < SLOTS; s++) {
-                acc_t dxhat = to_acc(g[j].v[s]) * w[s] - (mean_g[s] + xhat[s] * mean_dot[s]);
+                acc_t dxhat = to_acc(batch.dy[j].v[s]) * w[s] - (mean_g[s] + xhat[s] * mean_dot[s]);
                 out.v[s] = from_acc<scalar_t>(multiply_unflushed(dxhat, r[s]));
             }
-            *(Pack*)(dx + offsets[j]) = out;
+            *(Pack*)(dx + walk.base + batch.offsets[j]) = out;
         }
     }
 }
