@@ -155,7 +155,9 @@ def pack_pixels(source, exponents, packed, split: int, groups: int, channels_las
         fp16_tiles.largest_magnitude(source, exponents)
     images, channels, *size = logical(source.shape, channels_last)
     pixels, group_octets = math.prod(size), octets(channels // groups)
-    width = 4 if not channels_last and row_width(pixels, source) >= 4 else 1
+    # One octet with its residual would need all of the 48 KiB that a block has without asking.
+    wide = row_width(pixels, source) >= 4 and (groups * group_octets, split) != (1, 2)
+    width = 4 if not channels_last and wide else 1
     macros = _pack_macros(name, split, width)
     args = source, exponents, packed, 0 if exponents is None else exponents.size
     args += images, groups, channels // groups, group_octets, pixels
@@ -341,9 +343,8 @@ def _pack_taps(p, w, packed, exponents, channels_last):
     strides = (in_stride, out_stride) if p.dgrad else (out_stride, in_stride)
     args = (*p.pack_args, w.shape[0] // groups * in_stride, *strides, tap_stride, columns)
     if exponents is not None:
-        per_block = 8 if channels_last and not p.dgrad else 1
         kernel = Kernel("gather_gemm_pack.cu", "tap_exponents", p.pack_macros)
-        launch(kernel, (ceil_div(columns, per_block), groups, 1), (256, 1, 1), (w, exponents, *args, per_block))
+        launch(kernel, (columns, groups, 1), (THREADS, 1, 1), (w, exponents, *args))
     kernel, octet_count = Kernel("gather_gemm_pack.cu", "pack_taps", p.pack_macros), p.packed_octets
     grid = ceil_div(octet_count, THREADS), groups, 1
     launch(kernel, grid, (THREADS, 1, 1), (w, exponents, packed, *args, int(not p.dgrad)))

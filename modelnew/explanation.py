@@ -53,4 +53,4 @@ def _convolution(conv, x) -> str:
         return "depthwise kernels, in float32's precision"
     if kernels == "general":
         return f"general kernels, in float32's precision, because {detail}"
-    return f"tensor cores by {kernels}, {choice.cls} class"
+    return f"tensor cores, {choice.cls} class, by {kernels}"

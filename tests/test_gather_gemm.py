@@ -13,6 +13,7 @@ from cupy_kernels import gather_gemm
 from cupy_kernels.conv_transpose import Geometry, output_shape
 from modelnew import explain, layers, numerics
 from modelnew.functional import conv_transpose2d
+from modelnew.interop import NUMPY
 
 # (input shape, Cout per group, kernel, stride, padding, output_padding, groups, dilation)
 CASES = {
@@ -278,7 +279,7 @@ def test_what_is_not_taken(monkeypatch, change, reason):
     x = torch.zeros(change.get("shape", (1, 16, 6, 6)), dtype=change.get("dtype", torch.float32))
     geometry = Geometry((2, 2), (1, 1), (0, 0), (1, 1), change.get("groups", 1))
     choice = numerics.choose("tf32", x)
-    split, why = numerics.gather_gemm_split(x, x.shape, (16, 16 // geometry.groups, 4, 4), geometry, choice)
+    split, why = numerics.gather_gemm_split(NUMPY[x.dtype], tuple(x.shape), (16, 16 // geometry.groups, 4, 4), geometry, choice)
     assert split is None
     assert reason in why
 

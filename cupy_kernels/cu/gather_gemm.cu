@@ -134,7 +134,8 @@ __device__ __forceinline__ void store(
         }
         return;
     }
-    if (s.merged_w > 1) {
+    bool together = s.merged_w == 2 && s.out_w % 2 == 0;  // a thread stores two neighbours at once
+    if (s.merged_w > 1 && !together) {
         // Neighbouring threads have neighbouring pixels of a line, of all its phases: sectors of memory that are stored in parts cost many times as much.
         Divisor by_line(TILE_M * s.merged_w), by_phase(s.merged_w), by_merged_h(s.merged_h), by_out_w(s.out_w),
             by_out_h(s.out_h);
@@ -161,9 +162,14 @@ __device__ __forceinline__ void store(
         #pragma unroll 1
         for (int phase_h = 0; phase_h < s.merged_h; phase_h++) {
             if (within / s.out_w + phase_h > last_h) break;
-            int column = phase_h * share + channel;
-            to[channel * plane + phase_h * s.out_w] =
-                from_acc<scalar_t>(finish(shared[column * PITCH_M + m], column, group * s.channels + first + channel));
+            auto value = [&](int phase_w) {
+                int column = (phase_h * s.merged_w + phase_w) * share + channel;
+                return from_acc<scalar_t>(
+                    finish(shared[column * PITCH_M + m], column, group * s.channels + first + channel));
+            };
+            scalar_t* line = to + channel * plane + phase_h * s.out_w;
+            if (together) store_at_once(line, Packed<scalar_t, 2>{{value(0), value(1)}});
+            else *line = value(0);
         }
     }
 }

@@ -160,28 +160,21 @@ struct Weights {
     }
 };
 
-// exponents[group][column]. A block has `per_block` neighbouring columns. Grid: x = blocks of a group's columns, y = groups.
+// exponents[group][column]. A block has a column. Grid: x = a group's columns, y = groups.
 extern "C" __global__ void tap_exponents(
     const scalar_t* __restrict__ w, int* __restrict__ exponents, int tile_n, int channels, int sum_channels, int octets,
     int kernel_h, int kernel_w, int taps_h, int taps_w, int merged_h, int merged_w, int base_h, int base_w,
-    i64 group_stride, i64 channel_stride, i64 sum_stride, int tap_stride, int columns, int per_block) {
-    __shared__ unsigned scratch[256];
+    i64 group_stride, i64 channel_stride, i64 sum_stride, int tap_stride, int columns) {
+    __shared__ unsigned scratch[32];
     Weights weights = {tile_n, channels, sum_channels, octets, kernel_h, kernel_w, taps_h, taps_w, merged_h, merged_w,
         base_h, base_w, group_stride, channel_stride, sum_stride, tap_stride};
-    int taps = taps_h * taps_w, column = blockIdx.x * per_block + threadIdx.x % per_block;
+    int taps = taps_h * taps_w;
     unsigned largest = 0;
-    if (column < columns)
-        for (int i = threadIdx.x / per_block; i < sum_channels * taps; i += 256 / per_block) {
-            int c = tap_stride == 1 ? i / taps : i % sum_channels, tap = tap_stride == 1 ? i % taps : i / sum_channels;
-            largest = max(largest, finite_magnitude(weights.value(w, blockIdx.y, column, c, tap)));
-        }
-    scratch[threadIdx.x] = largest;
-    for (int other = 128; other >= per_block; other /= 2) {
-        __syncthreads();
-        if (threadIdx.x < other) scratch[threadIdx.x] = max(scratch[threadIdx.x], scratch[threadIdx.x + other]);
-    }
-    if (threadIdx.x < per_block && column < columns)
-        exponents[blockIdx.y * columns + column] = scale_exponent(scratch[threadIdx.x]);
+    #pragma unroll 4
+    for (int i = threadIdx.x; i < sum_channels * taps; i += blockDim.x)
+        largest = max(largest, finite_magnitude(weights.value(w, blockIdx.y, blockIdx.x, i / taps, i % taps)));
+    largest = block_max(largest, scratch);
+    if (threadIdx.x == 0) exponents[blockIdx.y * columns + blockIdx.x] = scale_exponent(largest);
 }
 
 // A thread has an octet, two neighbours two octets of a tap. The pairs read neighbouring memory: by_columns says whether columns lie closer than channels of the sum. exponents: null

@@ -378,13 +378,13 @@ def torch_conv(x, w, bias):
 
 
 def _strided_inputs(images):
-    shapes = ((images, 256, 16, 16), (256, 128, 4, 4)) if images else ((2, 64, 16, 16), (64, 32, 4, 4))
+    shapes = ((images, 256, 16, 16), (256, 128, 4, 4)) if images else ((2, 512, 4, 4), (512, 64, 4, 4))
     return {"x": torch.rand(shapes[0]), "w": torch.randn(shapes[1]) / 40, "bias": torch.randn(shapes[1][1])}
 
 
 def _strided_terms(images):
-    n, k, m = (images, 256, 128) if images else (2, 64, 32)
-    sums = {"gradient of w": n * 256, "gradient of bias": n * 1024}
+    n, k, m, pixels = (images, 256, 128, 256) if images else (2, 512, 64, 16)
+    sums = {"gradient of w": n * pixels, "gradient of bias": n * pixels * 4}
     return {"output": k * 4, "gradient of x": m * 16, **sums}
 
 
