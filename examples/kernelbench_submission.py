@@ -835,16 +835,20 @@ def note_update(running_mean, running_var, batches, updated) -> None:
     torch.autograd.graph.increment_version(written)
 
 
-def check_batch_norm(input, running_mean, running_var, weight, bias, training) -> None:
-    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices."""
-    if training and input.dim() and math.prod((input.shape[0], *input.shape[2:])) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-    if input.dim() < 2:
-        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(input.shape)}")
+def check_batch_norm(input, running_mean, running_var, weight, bias, training, shape=None) -> None:
+    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices.
+
+    shape: what is normalised, if it is not input itself.
+    """
+    shape = input.shape if shape is None else shape
+    if training and shape and math.prod((shape[0], *shape[2:])) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    if len(shape) < 2:
+        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(shape)}")
     parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, tensor in parameters.items():
-        if tensor is not None and tensor.numel() != input.shape[1]:
-            raise RuntimeError(f"{name} should contain {input.shape[1]} elements not {tensor.numel()}")
+        if tensor is not None and tensor.numel() != shape[1]:
+            raise RuntimeError(f"{name} should contain {shape[1]} elements not {tensor.numel()}")
     one_device((input, *parameters.values()))
     check_parameters(input, running_mean=running_mean, running_var=running_var)
     check_parameters(input, weight=weight, bias=bias)
@@ -2259,7 +2263,7 @@ def _check_shapes(
     affine = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
     one_device((input, conv_weight, *affine))
     shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
-    check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training)
+    check_batch_norm(input, running_mean, running_var, weight, bias, training, shape)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
         if tensor is not None and tensor.shape != (shape[1],):
             raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")

@@ -29,6 +29,13 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
             lines.append(f"conv_transpose: {_convolution(module.conv_transpose, x)}")
     elif isinstance(module, layers.ConvTranspose2d):
         lines.append(_convolution(module, x))
+    for direction, kernels in zip(("forward", "backward"), planned_kernels(module, x)):
+        lines.append(f"{direction}: {', '.join(kernel.name for kernel in kernels) or 'no kernel of ours'}")
+    return "\n".join(lines)
+
+
+def planned_kernels(module: nn.Module, x: torch.Tensor) -> tuple[list, list]:
+    """Kernels of ours that module(x) launches, forward and backward, in order, see `explain`."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     leaf = x.detach().requires_grad_(x.is_floating_point())
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):  # plans are the thread's
@@ -38,10 +45,8 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
             if isinstance(y, torch.Tensor) and y.requires_grad:
                 wanted = [t for t in (leaf, *module.parameters()) if t.requires_grad]
                 torch.autograd.grad(y, wanted, torch.ones_like(y), allow_unused=True)
-    for direction, plans in (("forward", forward), ("backward", backward)):
-        names = [kernel.name for plan in plans for kernel in plan.kernels]
-        lines.append(f"{direction}: {', '.join(names) or 'no kernel of ours'}")
-    return "\n".join(lines)
+    forward, backward = ([kernel for plan in plans for kernel in plan.kernels] for plans in (forward, backward))
+    return forward, backward
 
 
 def _convolution(conv, x) -> str:

@@ -19,6 +19,8 @@ from rich.table import Table
 from torch import nn
 
 from . import layers
+from .explanation import planned_kernels
+from .interop import compile_together
 from .parity import error, round_operands, tf32, within_policy
 from .timing import Clock, Contender, current, free, measure_together
 
@@ -150,6 +152,10 @@ def measure(
     classes, peers: tuple[str, ...], trials: int, device, refused: Callable, describe: Callable[[str], None]
 ) -> Iterator[list[dict]]:
     """Rows of each entry. refused(contender): why it may not begin, or None. describe(text): what is being done."""
+    describe("compiling")
+    with current(device):
+        compile_together(_kernels(classes, device), device)
+    free()
     for entry in ENTRIES:
         rows = []
         for cls, layout in entry.settings(classes):
@@ -158,6 +164,19 @@ def measure(
                 rows += _Setting(entry, cls, layout, device).rows(clock, peers, trials, refused, describe)
             free()
         yield rows
+
+
+def _kernels(classes, device) -> set:
+    """All that the entries launch: compiled one by one they would take longer than all measurements."""
+    found = set()
+    for entry in ENTRIES:
+        for cls, layout in entry.settings(classes):
+            if not entry.huge:
+                with tf32(cls == "tf32"):
+                    setting = _Setting(entry, cls, layout, device)
+                    for kernels in planned_kernels(setting.modules["modelnew"], setting.x):
+                        found.update(kernels)
+    return found
 
 
 class _Setting:
@@ -174,10 +193,13 @@ class _Setting:
             if entry.operator != "BatchNorm":  # whose parameters stay float32, as in mixed precision
                 module.to(dtype)
         self.x = torch.randn(entry.shape, device=device, dtype=dtype).contiguous(memory_format=memory)
-        with torch.no_grad():
-            y = copy.deepcopy(self.modules["eager"])(self.x)
-        self.dy = torch.randn_like(y)
         self.error_ratio = None
+
+    @functools.cached_property
+    def dy(self) -> torch.Tensor:
+        """A gradient of the output, of PyTorch's format."""
+        with torch.no_grad():
+            return torch.randn_like(copy.deepcopy(self.modules["eager"])(self.x))
 
     def rows(self, clock, peers, trials, refused, describe):
         for what in ("forward", "step"):

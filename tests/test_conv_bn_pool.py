@@ -340,7 +340,7 @@ def test_autocast(device, dtype, training, launched):
     """The dtypes are PyTorch's, the errors at most its errors, and a scaled loss neither overflows nor vanishes."""
     model, ours, x = models(CASES["even"], "fp32", device)
     truth = copy.deepcopy(model).double()
-    found = {}
+    found, errors = {}, {}
     for scale in (1.0, 2.0 ** (20 if device == "cuda" else 10)):  # on a CPU y, and with it dy, has 16 bits
         for name, module, data in (("truth", truth, x.double()), ("torch", model, x), ("ours", ours, x)):
             module.train(training)
@@ -355,8 +355,12 @@ def test_autocast(device, dtype, training, launched):
             assert result.dtype == found["torch"][what].dtype
             if not (training and what == "conv_transpose.bias"):  # which is 0
                 exact = found["truth"][what]
-                errors = [parity.error(found[who][what], exact) for who in ("ours", "torch")]
-                assert parity.within_policy(result, exact, *errors), (what, errors)
+                ours_, theirs = (parity.error(found[who][what], exact) for who in ("ours", "torch"))
+                unscaled = errors.setdefault(what, (ours_, theirs))
+                if math.isfinite(theirs.rms):
+                    assert parity.within_policy(result, exact, ours_, theirs), (what, ours_, theirs)
+                else:  # PyTorch's gradients overflow; ours are as exact as without the scale
+                    assert ours_.rms <= 1.01 * unscaled[0].rms
 
 
 def test_batches_are_counted(device):

@@ -248,12 +248,13 @@ def test_second_derivatives(device, memory_format):
 def test_only_the_gradients_asked_for(device, launched):
     case = CASES["phases"]
     x, w, b, dy = tensors(case, device, torch.float16, torch.channels_last)
-    for wanted, kernels in ((x, {"pack_taps", "gather_gemm"}), (w, {"wgrad_gemm", "wgrad_gemm_reduce"})):
+    of_x, of_w = {"pack_taps", "gather_gemm", "gather_gemm_reduce"}, {"wgrad_gemm", "wgrad_gemm_reduce"}
+    for wanted, kernels in ((x, of_x), (w, of_w)):
         wanted.requires_grad_()
         y = conv_transpose2d(x, w, b, *case[3:])
         launched.clear()
         y.backward(dy)
-        assert names(launched) == kernels
+        assert names(launched) <= kernels
         wanted.requires_grad_(False)
 
 
@@ -279,7 +280,8 @@ def test_what_is_not_taken(monkeypatch, change, reason):
     x = torch.zeros(change.get("shape", (1, 16, 6, 6)), dtype=change.get("dtype", torch.float32))
     geometry = Geometry((2, 2), (1, 1), (0, 0), (1, 1), change.get("groups", 1))
     choice = numerics.choose("tf32", x)
-    split, why = numerics.gather_gemm_split(NUMPY[x.dtype], tuple(x.shape), (16, 16 // geometry.groups, 4, 4), geometry, choice)
+    shapes = tuple(x.shape), (16, 16 // geometry.groups, 4, 4)
+    split, why = numerics.gather_gemm_split(NUMPY[x.dtype], *shapes, geometry, choice)
     assert split is None
     assert reason in why
 

@@ -105,7 +105,9 @@ SPECIAL = {
 def test_special_values(device, values, window, memory_format):
     x = torch.tensor(values, device=device).reshape(1, 1, 2, 2).expand(1, 4, 2, 2)
     x = x.contiguous(memory_format=memory_format).requires_grad_()
-    (y, indices), (expected, expected_indices) = with_indices(x, **window)
+    y, indices = max_pool2d(x, **window, return_indices=True)
+    # torch's kernel for channels_last on a GPU takes other elements where none is the largest.
+    expected, expected_indices = F.max_pool2d(x.contiguous(), **window, return_indices=True)
     assert torch.equal(y.nan_to_num(99), expected.nan_to_num(99))
     assert torch.equal(torch.signbit(y) & ~y.isnan(), torch.signbit(expected) & ~y.isnan())
     assert torch.equal(indices, expected_indices)

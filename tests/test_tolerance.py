@@ -19,6 +19,7 @@ TRUNCATION = (
     ("(u + 0x7FFF + (u >> 16 & 1)) >> 16", "u >> 16"),
     ("((magnitude + 0xFFF + (magnitude >> 13 & 1)) >> 13)", "(magnitude >> 13)"),
     ("cvt.rn.f16.f32", "cvt.rz.f16.f32"),
+    ("cvt.rn.bf16.f32", "cvt.rz.bf16.f32"),
 )
 
 

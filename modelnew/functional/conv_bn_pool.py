@@ -271,7 +271,7 @@ def _check_shapes(
     affine = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
     one_device((input, conv_weight, *affine))
     shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
-    check_batch_norm(input.new_empty(1).expand(shape), running_mean, running_var, weight, bias, training)
+    check_batch_norm(input, running_mean, running_var, weight, bias, training, shape)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
         if tensor is not None and tensor.shape != (shape[1],):
             raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
