@@ -234,7 +234,9 @@ def _stages(plan, new, returned) -> list[_Stage]:
 
 def _strides(shape):
     """Of a contiguous tensor. Not asked of torch: whoever watches its operators would see one more."""
-    return tuple(itertools.accumulate((max(n, 1) for n in shape[:0:-1]), operator.mul, initial=1))[::-1] if shape else ()
+    return (
+        tuple(itertools.accumulate((max(n, 1) for n in shape[:0:-1]), operator.mul, initial=1))[::-1] if shape else ()
+    )
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 LONG_US = 30  # PyTorch's time from which on a ratio counts as the worst
 _SHOWN = 30  # rows of the table
 _FLUSHES = 8
+_EVALUATION = ", eval"  # ends the name of a batch norm's shape
 
 
 class Entry(NamedTuple):
@@ -63,7 +64,7 @@ def _conv(name, shape, out, kernel, stride=1, padding=0, **options):
 def _batch_norms(name, *shape):
     layer = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}[len(shape)]
     for training in (True, False):
-        what = name if training else f"{name}, eval"
+        what = name if training else name + _EVALUATION
         yield Entry("BatchNorm", what, lambda kind: getattr(kind, layer)(shape[1]), shape, training)
 
 
@@ -288,11 +289,12 @@ def ratio(row: dict) -> float | None:
 
 
 def groups(record: dict) -> dict[tuple, list[dict]]:
-    """{(operator, dtype, layout, what): rows with a ratio}"""
+    """{(operator, dtype, layout, what): rows with a ratio}. A batch norm in evaluation is an operator of its own."""
     found = collections.defaultdict(list)
     for row in record["rows"]:
         if ratio(row):
-            found[row["operator"], row["dtype"], row["layout"], row["what"]].append(row)
+            evaluation = ", evaluation" if row["case"].endswith(_EVALUATION) else ""
+            found[row["operator"] + evaluation, row["dtype"], row["layout"], row["what"]].append(row)
     return found
 
 

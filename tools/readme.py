@@ -138,11 +138,13 @@ def _layers(results, folder) -> str:
     for path, record in _records(results, "layers"):
         found = layer_bench.groups(record)
         shapes = len({(row["operator"], row["case"]) for row in record["rows"]})
+        missing = sum(layer_bench.ratio(row) is None for row in record["rows"])
         lines = [
             f"{_where(record)}, `{record['command']}`. Layers of ours beside PyTorch's at {shapes} shapes of "
             f"well-known networks, median of {record['trials']} trials in turns, L2 flushed, results checked first. "
             "PyTorch's time over ours: geometric mean, and in brackets the worst of those for which PyTorch takes over "
-            f"{layer_bench.LONG_US} us. Above 1x ours is faster.",
+            f"{layer_bench.LONG_US} us. Above 1x ours is faster."
+            + (f" {missing} of {len(record['rows'])} rows have no time; the record says why." if missing else ""),
             "",
             "| | | forward, NCHW | step, NCHW | forward, channels_last | step, channels_last |",
             "|---|---|--:|--:|--:|--:|",
