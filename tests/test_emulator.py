@@ -443,6 +443,15 @@ ENDLESS = """extern "C" __global__ void endless(const float* x, float* y) {
 }"""
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("body", ["{}", "y[threadIdx.x] = x[i % 64]", "__syncthreads()", "__syncwarp()"])
 @pytest.mark.parametrize("thread", ["main", "other"])
 def test_a_loop_without_end_is_interrupted(x, y, body, thread):
@@ -465,7 +474,7 @@ def test_a_loop_without_end_is_interrupted(x, y, body, thread):
             with pytest.raises(KeyboardInterrupt):
                 other.join()
             other.join()
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 3  # a busy machine
     run(COPY, x, y)
     assert (y == x).all()
 
