@@ -132,7 +132,9 @@ struct Kept {
         Normaliser one(mean, invstd);
         at(MEAN, place) = one.mean, at(INVSTD, place) = one.invstd, at(UNIT, place) = one.unit;
     }
-    __device__ void slots(int array, const Walk& walk, acc_t (&v)[SLOTS]) const {
+    // Of channels beyond the last nothing is kept, and nobody uses what is read.
+    UNCHECKED __device__ acc_t value(int array, int place) const { return at(array, place); }
+    UNCHECKED __device__ void slots(int array, const Walk& walk, acc_t (&v)[SLOTS]) const {
         #pragma unroll
         for (int s = 0; s < SLOTS; s++) v[s] = at(array, walk.place(s));
     }
@@ -371,7 +373,7 @@ __device__ inline void moments_of_chunk(
 struct Normalisers {
     acc_t mean[SLOTS], invstd[SLOTS];
     unsigned large = 0;  // slots whose values are taken times a power of two
-    __device__ Normalisers(const Kept& kept, const Walk& walk) {
+    UNCHECKED __device__ Normalisers(const Kept& kept, const Walk& walk) {
         kept.slots(MEAN, walk, mean), kept.slots(INVSTD, walk, invstd);
         #pragma unroll
         for (int s = 0; s < SLOTS; s++)

@@ -19,7 +19,7 @@ template <class U, int W> struct __align__(W * sizeof(U)) Packed { U v[W]; };
 #define SHARED_ALIGNMENT 128
 #endif
 #ifndef CUPY_KERNELS_EMULATOR
-#define UNCHECKED  // the emulator's checks of memory, left out of what stands for one instruction
+#define UNCHECKED  // the emulator's checks of memory, left out of what stands for one instruction, or reads too much
 #define DYNAMIC_SHARED(U, name) \
     extern __shared__ __align__(SHARED_ALIGNMENT) \
     char dynamic_shared_bytes[]; \

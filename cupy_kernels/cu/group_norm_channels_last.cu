@@ -24,8 +24,9 @@ struct ImageWalk : Walk {
         for (int i = threadIdx.x; i < tile * WIDTH && first + i < columns; i += blockDim.x) visit(i, first + i);
     }
 };
-// Weights lie by column, and so do biases.
-__device__ inline void columns_of_slots(const Kept& kept, int array, const ImageWalk& walk, acc_t (&v)[SLOTS]) {
+// Weights lie by column, and so do biases. Of columns beyond the last nothing is kept, and nobody uses what is read.
+UNCHECKED __device__ inline void columns_of_slots(
+    const Kept& kept, int array, const ImageWalk& walk, acc_t (&v)[SLOTS]) {
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) v[s] = kept.at(array, walk.column_of_tile() + s);
 }
@@ -117,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_backward_cha
                 // A later pass is for sums that were not finite.
                 acc_t* to = partials + which * all + walk.image * channels + c;
                 if (partials && c < channels && (open.unit == 1 || !is_finite(*to))) *to = total[which] * back;
-                total[which] *= kept.at(WEIGHT, i);
+                total[which] *= kept.value(WEIGHT, i);
             }
         };
         sums_of_channels(sums, walk, kept.scratch(), of_column, [&](int k, int place, int, const acc_t(&total)[2]) {

@@ -127,7 +127,8 @@ def _run(packed) -> None:
         if parameter.pointer:
             given.bytes, given.item = arg.size * arg.itemsize, arg.itemsize
             given.kind = 1 if parameter.const else 2 if parameter.inout else 3
-    launch = _Launch(parameters, packed.words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
+    words = packed.words  # made by this, and alive until the kernel ends
+    launch = _Launch(parameters, words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
     launch.seed = _seed()
     with _one_at_a_time:
         watch = limit and threading.Timer(limit, _runtime().emulator_stop)
