@@ -52,16 +52,11 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
     """
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
     launch(
-        _kernel(scalar(source), split, width),
+        Kernel("fp16_tiles.cu", "pack_fp16", _macros(scalar(source), split, width)),
         (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
         (THREADS, 1, 1),
         (source, exponents, sums, packed, exponents.size, images, channels, pixels),
     )
-
-
-def pack_fp16_kernel(name: str, split: int, shape) -> Kernel:
-    """What `pack_fp16` launches for a tensor of this type and shape that starts at a multiple of 16 bytes."""
-    return _kernel(name, split, 1 if math.prod(shape[2:]) % 4 else 4)
 
 
 def variants():
@@ -69,10 +64,6 @@ def variants():
     for name, split in (("float", 1), ("float", 2), ("half_t", 1), ("bf16_t", 1)):
         for width in (1, 4):
             yield Variant("fp16_tiles.cu", _macros(name, split, width))
-
-
-def _kernel(name, split, width):
-    return Kernel("fp16_tiles.cu", "pack_fp16", _macros(name, split, width))
 
 
 def _macros(name, split, width):

@@ -7,7 +7,7 @@ layout and alignment of each tensor. Where tensors lie does not matter, nor do t
 import contextlib
 import functools
 import itertools
-import operator
+import math
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -96,8 +96,10 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
     facts, pointers = _reader(kinds)(*values)
     key, known = (operation, kinds, *options, facts), _thread().__dict__
     found = known.get(key)
-    if type(found) is not _Known:
-        found = _make(known, key, operation, values, options, check, found)
+    if found is None:
+        found = _make(known, key, operation, values, options, check)
+    if type(found) is str:
+        raise UnsupportedError(found)
     values += found.slots * [None]
     pointers += found.slots * [0]
     if found.gpu is None or found.gpu == current_device():
@@ -171,21 +173,18 @@ def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.T
     return tensors
 
 
-def _make(known, key, operation, values, options, check, refusal) -> _Known:
-    """Plans a call. A refusal is remembered, too: whoever falls back to other kernels does so at every call."""
-    if refusal is None:
-        try:
-            if check is not None:
-                check()
-            refusal = _planned_call(operation, values, options)
-        except UnsupportedError as error:
-            refusal = error
-        if len(known) >= _MOST_KNOWN:  # the oldest goes: making it anew costs little
-            known.pop(next(iter(known)), None)
-        known[key] = refusal
-    if isinstance(refusal, UnsupportedError):
-        raise refusal.with_traceback(None)
-    return refusal
+def _make(known, key, operation, values, options, check) -> _Known | str:
+    """Plans a call; gives the reason if it is refused. That is remembered, too: a fallback comes at every call."""
+    try:
+        if check is not None:
+            check()
+        found = _planned_call(operation, values, options)
+    except UnsupportedError as error:
+        found = str(error)  # the error itself would keep the call's tensors alive
+    if len(known) >= _MOST_KNOWN:  # the oldest goes: making it anew costs little
+        known.pop(next(iter(known)), None)
+    known[key] = found
+    return found
 
 
 def _planned_call(operation, values, options) -> _Known:
@@ -234,9 +233,7 @@ def _stages(plan, new, returned) -> list[_Stage]:
 
 def _strides(shape):
     """Of a contiguous tensor. Not asked of torch: whoever watches its operators would see one more."""
-    return (
-        tuple(itertools.accumulate((max(n, 1) for n in shape[:0:-1]), operator.mul, initial=1))[::-1] if shape else ()
-    )
+    return tuple(math.prod(max(n, 1) for n in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 @contextlib.contextmanager

@@ -301,8 +301,13 @@ def test_a_refusal_is_remembered(device):
 
     with source.override({}):
         for _ in range(2):
+            x = torch.zeros(4, device=device)
             with pytest.raises(UnsupportedError, match="not this"):
-                calls.call(operation, torch.zeros(4, device=device))
+                calls.call(operation, x)
+            alive = weakref.ref(x)
+            del x
+            gc.collect()
+            assert alive() is None
     assert len(asked) == 1
 
 

@@ -19,8 +19,8 @@ struct Tanh {
     __device__ float slope(float y) const { return tanh_slope(y); }
 };
 
-// v where v > 0, else v negative_slope, which is finite and not negative. 0 is ReLU, but for infinite v: as in PyTorch's
-// LeakyReLU, -inf * 0 is NaN. All v <= 0 of a window then tie at 0, and whichever wins gets the gradient 0.
+// v where v > 0, else v negative_slope, which is finite and not negative. 0 is ReLU, but for infinite v: as in
+// PyTorch's LeakyReLU, -inf * 0 is NaN. All v <= 0 of a window then tie at 0, and whichever wins gets the gradient 0.
 struct LeakyReLU {
     float negative_slope;
 

@@ -173,7 +173,8 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, 1) batch_norm_forwar
     if (y) apply(x, y, with_tanh, Walk(blockIdx.x, channels, plane, count, chunk, tile), kept);
 }
 
-// What the backward knows of the channels: SCALE, of a gradient at batch norm's output, and the means of g and of g xhat.
+// What the backward knows of the channels: SCALE, of a gradient at batch norm's output, and the means of g and of g
+// xhat.
 enum { SCALE = WEIGHT, MEAN_G = BIAS, MEAN_DOT = OTHER };
 __device__ inline void keep_scale(
     const Kept& kept, int place, int c, const acc_t* mean, const acc_t* invstd, const param_t* weight) {
@@ -240,7 +241,8 @@ template <class F> __device__ inline void sums_of_chunk(
     sums_of_channels(sums, walk, kept.scratch(), [](int, acc_t(&)[2]) {}, finish);
 }
 
-// partials: sums of each chunk. y is null without tanh; dx is null where the statistics depend on x, or nobody needs it.
+// partials: sums of each chunk. y is null without tanh; dx is null where the statistics depend on x, or nobody needs
+// it.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backward_partials(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
     const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,

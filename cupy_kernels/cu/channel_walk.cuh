@@ -10,9 +10,9 @@
 //     takes `tile` packs of each row of its chunk; its threads are a grid of `tile` times blockDim.x / tile, and those
 //     left over idle. A tile begins and ends where channels do. Block chunk * tiles + t takes tile t.
 //
-// So neighbouring blocks read neighbouring memory. A thread's packs belong to SLOTS channels, always the same: value i of
-// a pack belongs to slot i, or all to slot 0. `chunk` counts values of a channel, and is a multiple of plane where PLANES
-// is 0.
+// So neighbouring blocks read neighbouring memory. A thread's packs belong to SLOTS channels, always the same: value i
+// of a pack belongs to slot i, or all to slot 0. `chunk` counts values of a channel, and is a multiple of plane where
+// PLANES is 0.
 //
 // Macros: scalar_t, acc_t, PLANES, WIDTH (with PLANES a divisor of plane, else of the columns; pointers are aligned to
 // a pack), KEPT.
@@ -117,9 +117,9 @@ template <class F> __device__ inline int next_packs(Walk& walk, int most, F load
     return have;
 }
 
-// What a block knows of its channels lies in shared memory: KEPT arrays of an entry for each channel of the tile, or for
-// each column where these differ in weight and bias; behind them the scratch memory of sums, 32 values, and without PLANES
-// 3 WIDTH for each thread.
+// What a block knows of its channels lies in shared memory: KEPT arrays of an entry for each channel of the tile, or
+// for each column where these differ in weight and bias; behind them the scratch memory of sums, 32 values, and without
+// PLANES 3 WIDTH for each thread.
 enum { MEAN, INVSTD, UNIT, WEIGHT, BIAS, OTHER, ARRAYS };
 static_assert(KEPT == ARRAYS, "the launch has room for the arrays");
 struct Kept {
@@ -150,7 +150,8 @@ template <class F> __device__ inline void for_channels(const Walk& walk, F visit
 #endif
 }
 
-// Channels that have no result yet. Sums are of values times `unit`: 1, and where sums are not finite, once more another.
+// Channels that have no result yet. Sums are of values times `unit`: 1, and where sums are not finite, once more
+// another.
 struct Open {
     acc_t unit = 1;
     unsigned done = 0;  // of the thread's channels
@@ -196,7 +197,8 @@ struct Columns {
     }
 };
 
-// Calls visit(k, place, lane, lanes) with `lanes` threads, 1 or a warp, for each channel of the block: the k-th of these threads.
+// Calls visit(k, place, lane, lanes) with `lanes` threads, 1 or a warp, for each channel of the block: the k-th of
+// these threads.
 template <class F> __device__ inline void for_columns_of_channels(const Walk& walk, F visit) {
     int lanes = walk.plane < 32 ? 1 : 32, k = 0;
     for (int place = threadIdx.x / lanes; place < walk.entries() && walk.first + place < walk.channels;
@@ -209,8 +211,9 @@ __device__ inline acc_t sum_of_lanes(acc_t v, int lanes) {
 }
 #endif
 
-// Calls finish(k, place, channel, sums), in one thread, for each channel of the block, the k-th of that thread: with K sums of
-// what all threads have for it, in a fixed order. Before, calls of_column(column of the tile, sums), which may change them.
+// Calls finish(k, place, channel, sums), in one thread, for each channel of the block, the k-th of that thread: with K
+// sums of what all threads have for it, in a fixed order. Before, calls of_column(column of the tile, sums), which may
+// change them.
 template <int K, class C, class F>
 __device__ inline void sums_of_channels(acc_t (&v)[K][SLOTS], const Walk& walk, acc_t* scratch, C of_column, F finish) {
     acc_t total[K];
@@ -263,12 +266,13 @@ struct ChunkMoments {
     acc_t squares;
 };
 
-// Calls finish(k, place, channel, moments), as sums_of_channels, with the moments of what the block has of each channel.
+// Calls finish(k, place, channel, moments), as sums_of_channels, with the moments of what the block has of each
+// channel.
 //
 // A thread sums up distances from the mean of its first batch, and their squares. That mean is off by no more than the
-// batch's own standard deviation, so what cancels at the end is no more than batches times what is left. Means of several
-// threads, or columns, are summed up twice, the second time relative to the first result, whose rounding errors that makes
-// up for.
+// batch's own standard deviation, so what cancels at the end is no more than batches times what is left. Means of
+// several threads, or columns, are summed up twice, the second time relative to the first result, whose rounding errors
+// that makes up for.
 template <class F>
 __device__ inline void moments_of_chunk(
     const scalar_t* __restrict__ x, acc_t unit, Walk walk, acc_t* scratch, F finish) {
@@ -392,7 +396,8 @@ struct Normalisers {
     }
 };
 
-// y = xhat weight + bias of a chunk, which after(values of a pack) may change, with the weights and biases of the slots, and the block's means.
+// y = xhat weight + bias of a chunk, which after(values of a pack) may change, with the weights and biases of the
+// slots, and the block's means.
 template <class F> __device__ inline void normalise_chunk(
     const scalar_t* __restrict__ x, scalar_t* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS],
     const acc_t (&b)[SLOTS], F after) {

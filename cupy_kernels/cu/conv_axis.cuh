@@ -2,11 +2,12 @@
 //
 //     out pixel = r * phases + phase,   in pixel = r * in_step + (phase + offset - tap * step) / phases
 //
-// forward: phases = stride, offset = padding, step = dilation, in_step = 1; taps for which the division leaves a rest do not meet the phase.
-// dgrad: phases = 1, offset = -padding, step = -dilation, in_step = stride.
+// forward: phases = stride, offset = padding, step = dilation, in_step = 1; taps for which the division leaves a rest
+// do not meet the phase. dgrad: phases = 1, offset = -padding, step = -dilation, in_step = stride.
 #pragma once
 
-// An axis of one phase. Its taps are first, first + every, ...; those are `count`, and the i-th one's source is r * in_step + shift + i * shift_step.
+// An axis of one phase. Its taps are first, first + every, ...; those are `count`, and the i-th one's source is r *
+// in_step + shift + i * shift_step.
 struct Axis {
     int phase, first, every, count, shift, shift_step;
 

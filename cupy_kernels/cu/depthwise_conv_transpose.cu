@@ -1,14 +1,15 @@
-// Depthwise transposed convolution and its gradients: as many groups as channels. Bound by memory, on ordinary FMA units.
+// Depthwise transposed convolution and its gradients: as many groups as channels. Bound by memory, on ordinary FMA
+// units.
 //
 //     forward  y [n, c, oh, ow] = bias[c] + sum_{kh, kw} x [n, c, ih, iw] * w[c, kh, kw],  oh = ih s - p + kh d
 //     dgrad    dx[n, c, ih, iw] =           sum_{kh, kw} dy[n, c, oh, ow] * w[c, kh, kw]
 //     wgrad    dw[c, kh, kw]    =           sum_{n, ih, iw} x[n, c, ih, iw] * dy[n, c, oh, ow]
 //
-// depthwise_gather, forward and dgrad (conv_axis.cuh): a thread has WIDTH channels of a pixel with CHANNELS_LAST, else one, of neighbouring
-// pixels' threads. Grid: x = `blocks` of an image, times images.
-// depthwise_wgrad: a block has CHANNELS channels, TAPS taps, and a share of the images and rows; 256 / CHANNELS threads have a channel. It writes partial
-// [split][channel][tap]; depthwise_wgrad_reduce adds the splits in ascending order. Grid: x = channel blocks, y = tap blocks, z = splits.
-// Macros: scalar_t, acc_t, CHANNELS_LAST, WIDTH (1 without CHANNELS_LAST).
+// depthwise_gather, forward and dgrad (conv_axis.cuh): a thread has WIDTH channels of a pixel with CHANNELS_LAST, else
+// one, of neighbouring pixels' threads. Grid: x = `blocks` of an image, times images. depthwise_wgrad: a block has
+// CHANNELS channels, TAPS taps, and a share of the images and rows; 256 / CHANNELS threads have a channel. It writes
+// partial [split][channel][tap]; depthwise_wgrad_reduce adds the splits in ascending order. Grid: x = channel blocks, y
+// = tap blocks, z = splits. Macros: scalar_t, acc_t, CHANNELS_LAST, WIDTH (1 without CHANNELS_LAST).
 #include "common.cuh"
 #include "conv_axis.cuh"
 

@@ -3,18 +3,19 @@
 //     forward  y [n, oc, oh, ow] = bias[oc] + sum_{ic, kh, kw} x [n, ic, ih, iw] * w[ic, oc, kh, kw],  oh = ih s - p + kh d
 //     dgrad    dx[n, ic, ih, iw] =            sum_{oc, kh, kw} dy[n, oc, oh, ow] * w[ic, oc, kh, kw]
 //
-// Rows m of the product are pixels of `out`, columns n its channels, the sum runs over taps and channels of `in`, tap by tap. Both are
-// packed with channels innermost (gather_gemm_pack.cu). Which pixel of `in` a tap needs is index arithmetic (conv_axis.cuh). A block has
-// one phase.
+// Rows m of the product are pixels of `out`, columns n its channels, the sum runs over taps and channels of `in`, tap
+// by tap. Both are packed with channels innermost (gather_gemm_pack.cu). Which pixel of `in` a tap needs is index
+// arithmetic (conv_axis.cuh). A block has one phase.
 //
-// A forward of dilation 1 may have all phases of a pixel r as columns: phases = 1, merged = stride, and out pixel = r * merged + phase of the column.
-// Taps are then shifts of r, and weights are 0 where a shift does not meet a phase. Each pixel of `in` is read once for all phases.
+// A forward of dilation 1 may have all phases of a pixel r as columns: phases = 1, merged = stride, and out pixel = r *
+// merged + phase of the column. Taps are then shifts of r, and weights are 0 where a shift does not meet a phase. Each
+// pixel of `in` is read once for all phases.
 //
-// The columns of a channel tile: TILE_N / (merged phases) channels of the first phase, the same channels of the next, ...
-// With more than one split, each takes `split_steps` steps of the sum and writes `partial` [split][group][tile][fragment][thread];
-// gather_gemm_reduce adds them in ascending order.
-// Grid: x = channel tiles (fastest), phases, pixel tiles; y = groups; z = splits (1 for the reduction). Macros: scalar_t (of out and bias), MIN_BLOCKS,
-// those of gather_gemm.cuh. The batch's pixels are below 2^31.
+// The columns of a channel tile: TILE_N / (merged phases) channels of the first phase, the same channels of the next,
+// ... With more than one split, each takes `split_steps` steps of the sum and writes `partial`
+// [split][group][tile][fragment][thread]; gather_gemm_reduce adds them in ascending order. Grid: x = channel tiles
+// (fastest), phases, pixel tiles; y = groups; z = splits (1 for the reduction). Macros: scalar_t (of out and bias),
+// MIN_BLOCKS, those of gather_gemm.cuh. The batch's pixels are below 2^31.
 #include "gather_gemm.cuh"
 #include "conv_axis.cuh"
 
@@ -136,7 +137,8 @@ __device__ __forceinline__ void store(
     }
     bool together = s.merged_w == 2 && s.out_w % 2 == 0;  // a thread stores two neighbours at once
     if (s.merged_w > 1 && !together) {
-        // Neighbouring threads have neighbouring pixels of a line, of all its phases: sectors of memory that are stored in parts cost many times as much.
+        // Neighbouring threads have neighbouring pixels of a line, of all its phases: sectors of memory that are stored
+        // in parts cost many times as much.
         Divisor by_line(TILE_M * s.merged_w), by_phase(s.merged_w), by_merged_h(s.merged_h), by_out_w(s.out_w),
             by_out_h(s.out_h);
         for (int i = threadIdx.x; i < count * s.merged_h * TILE_M * s.merged_w; i += THREADS) {
@@ -200,7 +202,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gather_gemm(
     int all_taps = tile.rows.count * tile.columns.count, first_step = blockIdx.z * split_steps;
     int steps = (all_taps * octets + LINE_OCTETS - 1) / LINE_OCTETS;
     steps = max(0, min(steps - first_step, split_steps));
-    // In this order: chunks of channels, taps, channels of a chunk. Taps that follow each other read neighbouring pixels, which the L1 cache has.
+    // In this order: chunks of channels, taps, channels of a chunk. Taps that follow each other read neighbouring
+    // pixels, which the L1 cache has.
     int chunk = octets % LINE_OCTETS ? octets : LINE_OCTETS;
     Divisor by_chunk(chunk), by_taps(max(1, all_taps)), by_columns(max(1, tile.columns.count));
     int in_pitch = SPLIT * groups * octets * 16, weight_pitch = SPLIT * taps_h * taps_w * octets * 16;

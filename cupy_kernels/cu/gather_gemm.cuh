@@ -1,16 +1,19 @@
 // Main loop of the implicit GEMMs on tensor cores (sm_80 and newer), C[m, n] = sum over k of A[m, k] B[n, k].
 //
-// A step of the sum brings STEP values of k to shared memory, by cp.async through a ring of STAGES stages; who includes this says from
-// where. Memory is read in octets of 16 bytes: eight neighbouring channels. Operands are fp16 or bf16. SPLIT 1: a value. SPLIT 2: a value
-// and its residual, three products, see fp16_tiles.cuh.
+// A step of the sum brings STEP values of k to shared memory, by cp.async through a ring of STAGES stages; who includes
+// this says from where. Memory is read in octets of 16 bytes: eight neighbouring channels. Operands are fp16 or bf16.
+// SPLIT 1: a value. SPLIT 2: a value and its residual, three products, see fp16_tiles.cuh.
 //
-// Shared memory is made of lines of 8 octets (line_offset). Where k is contiguous in memory (K_MAJOR 1), a line holds the k of a step for one m
-// or n: with SPLIT 2, of the values in octets 0 to 3, of the residuals in 4 to 7. Where m and n are (K_MAJOR 0), it holds 64 of them for one k,
-// and fragments are loaded transposed: with SPLIT 2 all lines of residuals follow those of values.
+// Shared memory is made of lines of 8 octets (line_offset). Where k is contiguous in memory (K_MAJOR 1), a line holds
+// the k of a step for one m or n: with SPLIT 2, of the values in octets 0 to 3, of the residuals in 4 to 7. Where m and
+// n are (K_MAJOR 0), it holds 64 of them for one k, and fragments are loaded transposed: with SPLIT 2 all lines of
+// residuals follow those of values.
 //
-// WGMMA 1 (sm_90a): a warpgroup multiplies 64 m by all n of the tile. The lines are in the order of wgmma's swizzle of 128 bytes.
+// WGMMA 1 (sm_90a): a warpgroup multiplies 64 m by all n of the tile. The lines are in the order of wgmma's swizzle of
+// 128 bytes.
 //
-// Macros: operand_t (half_t, bf16_t), K_MAJOR, TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, THREADS, MIN_BLOCKS (of a multiprocessor), SHARED_BYTES, WGMMA, those of fp16_tiles.cuh.
+// Macros: operand_t (half_t, bf16_t), K_MAJOR, TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, THREADS, MIN_BLOCKS (of a
+// multiprocessor), SHARED_BYTES, WGMMA, those of fp16_tiles.cuh.
 #pragma once
 #define SHARED_ALIGNMENT 1024  // wgmma's
 #include "common.cuh"
@@ -33,7 +36,8 @@ enum {
     RING_STAGE_BYTES = A_BYTES + OPERAND_LINES(TILE_N) * LINE_BYTES,
     RING_BYTES = STAGES * RING_STAGE_BYTES
 };
-// Steps whose products are under way at a barrier, where no other block of the multiprocessor keeps the tensor cores busy; and those whose copies are.
+// Steps whose products are under way at a barrier, where no other block of the multiprocessor keeps the tensor cores
+// busy; and those whose copies are.
 enum { IN_FLIGHT = WGMMA && SPLIT == 1 && MIN_BLOCKS == 1, AHEAD = STAGES - 1 - IN_FLIGHT };
 static_assert(THREADS == 32 * WARPS_M * WARPS_N && WARP_M % 16 == 0 && WARP_N % 16 == 0, "a warp has tiles of 16 x 16");
 static_assert(AHEAD >= 1 && RING_BYTES <= SHARED_BYTES, "the ring is in the shared memory");
@@ -67,7 +71,8 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], Shared row) {
         : "memory");
 #endif
 }
-// Copies an octet, or writes zeros, behind the arithmetic: async_copy.cuh. CACHED: by way of the L1 cache, for what is soon read again.
+// Copies an octet, or writes zeros, behind the arithmetic: async_copy.cuh. CACHED: by way of the L1 cache, for what is
+// soon read again.
 template <bool CACHED> __device__ __forceinline__ void copy_octet(Shared to, const void* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
     if (CACHED)
@@ -81,35 +86,6 @@ template <bool CACHED> __device__ __forceinline__ void copy_octet(Shared to, con
 #endif
 
 typedef float Sums[TILES_M][TILES_N][4];  // fragment c of mma.cuh
-
-struct Fp16Operands {};
-struct Bf16Operands { short sizes_differ; };
-template <class T> struct Operands { typedef Fp16Operands type; };
-template <> struct Operands<bf16_t> { typedef Bf16Operands type; };
-
-__device__ __forceinline__ void multiply_fragments(
-    float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Fp16Operands) {
-    mma_m16n8k16(c, a, b0, b1);
-}
-__device__ __forceinline__ void multiply_fragments(
-    float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Bf16Operands) {
-#ifdef CUPY_KERNELS_EMULATOR
-    struct Fragments { float a[8], b[4]; } mine;
-    for (int i = 0; i < 8; i++) mine.a[i] = to_acc(bf16_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
-    for (int i = 0; i < 4; i++) mine.b[i] = to_acc(bf16_t{(unsigned short)((i < 2 ? b0 : b1) >> i % 2 * 16)});
-    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine, EMULATOR_PLACE);
-    int lane = emulator::current % 32;
-    for (int i = 0; i < 4; i++)
-        for (int k = 0; k < 16; k++) {
-            const Fragments &left = all[lane / 4 * 4 + k % 8 / 2], &right = all[(lane % 4 * 2 + i % 2) * 4 + k % 8 / 2];
-            c[i] += left.a[k / 8 * 4 + i / 2 * 2 + k % 2] * right.b[k / 8 * 2 + k % 2];
-        }
-#elif __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
 
 // Where octet `octet` of m or n lies, for the k of `row`, in an operand of `tile` of them that is not k-major.
 __device__ inline int octet_offset(int tile, int row, int octet, int part) {
@@ -168,14 +144,14 @@ struct GemmOperand {
         : "+l"(a.bits), "+l"(b.bits), WGMMA_TILES_##tiles("+f") \
         : "r"(accumulate));
 #define WGMMA_GEMM_CASE(tiles, n, flag) \
-    if constexpr (TILES_N == tiles && K_MAJOR && sizeof(operands) == 1) WGMMA_GEMM_ISSUE(tiles, n, flag, "f16", "0") \
-    if constexpr (TILES_N == tiles && K_MAJOR && sizeof(operands) == 2) WGMMA_GEMM_ISSUE(tiles, n, flag, "bf16", "0") \
-    if constexpr (TILES_N == tiles && !K_MAJOR && sizeof(operands) == 1) WGMMA_GEMM_ISSUE(tiles, n, flag, "f16", "1") \
-    if constexpr (TILES_N == tiles && !K_MAJOR && sizeof(operands) == 2) WGMMA_GEMM_ISSUE(tiles, n, flag, "bf16", "1")
+    if constexpr (TILES_N == tiles && K_MAJOR && !IsBf16<T>::VALUE) WGMMA_GEMM_ISSUE(tiles, n, flag, "f16", "0") \
+    if constexpr (TILES_N == tiles && K_MAJOR && IsBf16<T>::VALUE) WGMMA_GEMM_ISSUE(tiles, n, flag, "bf16", "0") \
+    if constexpr (TILES_N == tiles && !K_MAJOR && !IsBf16<T>::VALUE) WGMMA_GEMM_ISSUE(tiles, n, flag, "f16", "1") \
+    if constexpr (TILES_N == tiles && !K_MAJOR && IsBf16<T>::VALUE) WGMMA_GEMM_ISSUE(tiles, n, flag, "bf16", "1")
 
 // d += a b, or without `accumulate` d = a b.
-template <class Type> __device__ __forceinline__ void wgmma_gemm(
-    float (&d)[TILES_N][4], GemmOperand a, GemmOperand b, int accumulate, Type operands) {
+template <class T> __device__ __forceinline__ void wgmma_gemm(
+    float (&d)[TILES_N][4], GemmOperand a, GemmOperand b, int accumulate) {
 #ifdef CUPY_KERNELS_EMULATOR
     int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     for (int t = 0; t < TILES_N; t++)
@@ -190,8 +166,8 @@ template <class Type> __device__ __forceinline__ void wgmma_gemm(
 }
 #endif
 
-// Where a lane's row of ldmatrix begins in an operand, for the first slice and the warp's m or n from `first` on. A's matrices lie (m, k), (m + 8, k),
-// (m, k + 8), (m + 8, k + 8); B's (n, k), (n, k + 8), (n + 8, k), (n + 8, k + 8).
+// Where a lane's row of ldmatrix begins in an operand, for the first slice and the warp's m or n from `first` on. A's
+// matrices lie (m, k), (m + 8, k), (m, k + 8), (m + 8, k + 8); B's (n, k), (n, k + 8), (n + 8, k), (n + 8, k + 8).
 template <bool IS_A> __device__ inline int lane_offset(int tile, int first) {
     int lane = threadIdx.x % 32, low = IS_A ? lane / 8 % 2 : lane / 16,
         high = IS_A ? lane / 16 : lane / 8 % 2;  // + 8 in m or n; in k
@@ -210,21 +186,20 @@ template <int TILE> __device__ __forceinline__ void load_fragments(
 #if WGMMA
 template <class Copy> __device__ __forceinline__ void multiply(Sums& sums, u8* stage, Copy copy) {
     int first_m = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0) * 64;
-    typename Operands<operand_t>::type operands;
     auto a = [&](int slice, int part) { return GemmOperand{stage, TILE_M, first_m, slice, part}; };
     auto b = [&](int slice, int part) { return GemmOperand{stage + A_BYTES, TILE_N, 0, slice, part}; };
     wgmma_fence();
 #if SPLIT == 1
     Sums& products = sums;
     #pragma unroll
-    for (int slice = 0; slice < SLICES; slice++) wgmma_gemm(products[0], a(slice, 0), b(slice, 0), 1, operands);
+    for (int slice = 0; slice < SLICES; slice++) wgmma_gemm<operand_t>(products[0], a(slice, 0), b(slice, 0), 1);
 #else
     Sums products;  // see below
     #pragma unroll
     for (int product = 0; product < 3; product++)
         #pragma unroll
         for (int slice = 0; slice < SLICES; slice++)
-            wgmma_gemm(products[0], a(slice, product == 0), b(slice, product == 1), product + slice > 0, operands);
+            wgmma_gemm<operand_t>(products[0], a(slice, product == 0), b(slice, product == 1), product + slice > 0);
 #endif
     wgmma_commit();
     #pragma unroll
@@ -241,7 +216,6 @@ template <class Copy> __device__ __forceinline__ void multiply(Sums& sums, u8* s
     int warp = threadIdx.x / 32;
     Shared a_row = shared_address(stage) + lane_offset<true>(TILE_M, warp % WARPS_M * WARP_M);
     Shared b_row = shared_address(stage) + A_BYTES + lane_offset<false>(TILE_N, warp / WARPS_M * WARP_N);
-    typename Operands<operand_t>::type operands;
 #if SPLIT == 1
     #pragma unroll
     for (int slice = 0; slice < SLICES; slice++) {
@@ -255,13 +229,12 @@ template <class Copy> __device__ __forceinline__ void multiply(Sums& sums, u8* s
             #pragma unroll
             for (int i = 0; i < TILES_M; i++)
                 #pragma unroll
-                for (int n = 0; n < 2; n++)
-                    multiply_fragments(sums[i][2 * j + n], a[i], b[2 * n], b[2 * n + 1], operands);
+                for (int n = 0; n < 2; n++) mma_m16n8k16<operand_t>(sums[i][2 * j + n], a[i], b[2 * n], b[2 * n + 1]);
         }
     }
 #else
-    // Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add the products of
-    // this step only, the small ones first, and an ordinary addition adds those.
+    // Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum: they add
+    // the products of this step only, the small ones first, and an ordinary addition adds those.
     unsigned a[TILES_M][SLICES][SPLIT][4], b[SLICES][SPLIT][4];
     #pragma unroll
     for (int i = 0; i < TILES_M; i++)
@@ -285,8 +258,7 @@ template <class Copy> __device__ __forceinline__ void multiply(Sums& sums, u8* s
                     #pragma unroll
                     for (int n = 0; n < 2; n++) {
                         const unsigned (&right)[4] = b[slice][product == 1];
-                        multiply_fragments(
-                            partial[n], a[i][slice][product == 0], right[2 * n], right[2 * n + 1], operands);
+                        mma_m16n8k16<operand_t>(partial[n], a[i][slice][product == 0], right[2 * n], right[2 * n + 1]);
                     }
             #pragma unroll
             for (int t = 0; t < 8; t++) sums[i][2 * j + t / 4][t % 4] += partial[t / 4][t % 4];
@@ -296,8 +268,8 @@ template <class Copy> __device__ __forceinline__ void multiply(Sums& sums, u8* s
 }
 #endif
 
-// The sums of `steps` steps. begin(step) looks up what copy(stage, piece), for all pieces 0 to SLICES - 1, brings; the block has passed a barrier
-// between two steps. A step past the last one is begun, too: it may bring anything.
+// The sums of `steps` steps. begin(step) looks up what copy(stage, piece), for all pieces 0 to SLICES - 1, brings; the
+// block has passed a barrier between two steps. A step past the last one is begun, too: it may bring anything.
 template <class Begin, class Copy> __device__ __forceinline__ void sum_steps(
     Sums& sums, u8* ring, int steps, Begin begin, Copy copy) {
     for (int step = 0; step < AHEAD; step++) {

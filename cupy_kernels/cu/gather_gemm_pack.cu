@@ -1,16 +1,17 @@
-// Operands of the implicit GEMMs (gather_gemm.cuh), and what is left to do with results. Operands: channels innermost, in octets, those past the last one zero.
+// Operands of the implicit GEMMs (gather_gemm.cuh), and what is left to do with results. Operands: channels innermost,
+// in octets, those past the last one zero.
 //
 //     pixels  [image, h, w][part][group][octets of channels], value * 2^e, e the smallest of `exponents`
 //     taps    [group][channel tile][column][part][tap][octets of channels], value * 2^weight_exponents[group][channel tile][column]
 //
-// part: 0 the value, with SPLIT 2 also 1 the residual. 16-bit tensors are not scaled: `exponents` is null. fp16_tiles.cu's largest_magnitude
-// writes the exponents of a float tensor.
-// pack_planes: from [N, C, H, W]; a thread has an octet of WIDTH pixels. They are turned in shared memory, so that neighbouring threads write
-// neighbouring octets. pack_rows: from [N, H, W, C]; a thread has an octet.
-// turn_rows: back from [N, H, W, C] to [N, C, H, W], where a product would store sectors of memory in parts, which costs many times as much.
-// pack_taps, tap_exponents: column n of a channel tile is channel n % share of the tile, under phase n / share of the merged phases
-// (gather_gemm.cu); share = TILE_N / phases. Its tap t is tap phase + base + t * merged of w, on each axis, 0 where w has none.
-// Macros: scalar_t, operand_t, those of fp16_tiles.cuh, WIDTH.
+// part: 0 the value, with SPLIT 2 also 1 the residual. 16-bit tensors are not scaled: `exponents` is null.
+// fp16_tiles.cu's largest_magnitude writes the exponents of a float tensor. pack_planes: from [N, C, H, W]; a thread
+// has an octet of WIDTH pixels. They are turned in shared memory, so that neighbouring threads write neighbouring
+// octets. pack_rows: from [N, H, W, C]; a thread has an octet. turn_rows: back from [N, H, W, C] to [N, C, H, W], where
+// a product would store sectors of memory in parts, which costs many times as much. pack_taps, tap_exponents: column n
+// of a channel tile is channel n % share of the tile, under phase n / share of the merged phases (gather_gemm.cu);
+// share = TILE_N / phases. Its tap t is tap phase + base + t * merged of w, on each axis, 0 where w has none. Macros:
+// scalar_t, operand_t, those of fp16_tiles.cuh, WIDTH.
 #include "common.cuh"
 #include "fp16_tiles.cuh"
 
@@ -37,8 +38,8 @@ __device__ inline void store_octet(float (&v)[8], float scale, operand_t* to, i6
     for (int part = 0; part < SPLIT; part++) *(uint4*)(to + part * part_stride) = take_octet(v, part, octets);
 }
 
-// Grid: x = blocks of `block_octets` octets of all groups (fastest) and as many pixels as 256 threads have. Dynamic shared memory: `block_octets` octets
-// and one more for each pixel.
+// Grid: x = blocks of `block_octets` octets of all groups (fastest) and as many pixels as 256 threads have. Dynamic
+// shared memory: `block_octets` octets and one more for each pixel.
 extern "C" __global__ void pack_planes(
     const scalar_t* __restrict__ source, const int* __restrict__ exponents, operand_t* __restrict__ packed,
     int exponent_count, int images, int groups, int channels, int octets, int pixels, int block_octets) {
@@ -108,8 +109,8 @@ extern "C" __global__ void pack_rows(
     if (exists) store_octet(v, scale, packed + pixel * SPLIT * all_octets * 8 + octet * 8, all_octets * 8);
 }
 
-// target [N, C, H, W] of source [N, H, W, C]. A block turns 64 pixels and 32 channels of an image in shared memory. Grid: x = blocks of channels (fastest),
-// of pixels, images.
+// target [N, C, H, W] of source [N, H, W, C]. A block turns 64 pixels and 32 channels of an image in shared memory.
+// Grid: x = blocks of channels (fastest), of pixels, images.
 extern "C" __global__ void __launch_bounds__(256)
     turn_rows(const scalar_t* __restrict__ source, scalar_t* __restrict__ target, int channels, int pixels) {
     enum { PIXELS = 64, CHANNELS = 32, VECTOR = 16 / sizeof(scalar_t) };
@@ -177,8 +178,9 @@ extern "C" __global__ void tap_exponents(
     if (threadIdx.x == 0) exponents[blockIdx.y * columns + blockIdx.x] = scale_exponent(largest);
 }
 
-// A thread has an octet, two neighbours two octets of a tap. The pairs read neighbouring memory: by_columns says whether columns lie closer than channels of the sum. exponents: null
-// for 16-bit weights. Grid: x = octets of a group, y = groups.
+// A thread has an octet, two neighbours two octets of a tap. The pairs read neighbouring memory: by_columns says
+// whether columns lie closer than channels of the sum. exponents: null for 16-bit weights. Grid: x = octets of a group,
+// y = groups.
 extern "C" __global__ void pack_taps(
     const scalar_t* __restrict__ w, const int* __restrict__ exponents, operand_t* __restrict__ packed, int tile_n,
     int channels, int sum_channels, int octets, int kernel_h, int kernel_w, int taps_h, int taps_w, int merged_h,

@@ -2,12 +2,12 @@
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih s - p + kh d, iw s - p + kw d]
 //
-// Rows m of the product are input channels, columns n are taps times output channels (octets * 8 a tap), the sum runs over the pixels of x.
-// x and dy are packed (gather_gemm_pack.cu). A split of the sum takes `split_steps` steps and writes partial [split][group][ic][n];
-// wgrad_gemm_reduce adds the splits in ascending order, undoes the scales, and writes dw.
-// The octets of a pixel that a tap takes outside of dy are zero; a pixel of x that is infinite makes NaN of them, as in cuDNN.
-// Grid of wgrad_gemm: x = tiles of m (fastest) and n, y = splits, z = groups; of the reduction: x = elements of partial, y = groups. Macros:
-// scalar_t (of dw), MIN_BLOCKS, those of gather_gemm.cuh.
+// Rows m of the product are input channels, columns n are taps times output channels (octets * 8 a tap), the sum runs
+// over the pixels of x. x and dy are packed (gather_gemm_pack.cu). A split of the sum takes `split_steps` steps and
+// writes partial [split][group][ic][n]; wgrad_gemm_reduce adds the splits in ascending order, undoes the scales, and
+// writes dw. The octets of a pixel that a tap takes outside of dy are zero; a pixel of x that is infinite makes NaN of
+// them, as in cuDNN. Grid of wgrad_gemm: x = tiles of m (fastest) and n, y = splits, z = groups; of the reduction: x =
+// elements of partial, y = groups. Macros: scalar_t (of dw), MIN_BLOCKS, those of gather_gemm.cuh.
 #include "gather_gemm.cuh"
 
 struct Pixel { int dy, h, w; };  // of dy, in the whole batch and in its image, under a tap that shifts by 0

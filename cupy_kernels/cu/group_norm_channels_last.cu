@@ -71,8 +71,8 @@ struct Batch {
     }
 };
 
-// dx may be null. partials [2][images * channels]: sum of dy, and of dy xhat, over each plane; null where weight and bias
-// need no gradient.
+// dx may be null. partials [2][images * channels]: sum of dy, and of dy xhat, over each plane; null where weight and
+// bias need no gradient.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_backward_channels_last(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx,

@@ -51,13 +51,25 @@ UNCHECKED __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const 
 #endif
 }
 
-// c += a b
-UNCHECKED __device__ inline void mma_m16n8k16(
+// c += a b, of two halves a register, or with T bf16_t of two bf16.
+template <class T> struct IsBf16 {
+    enum { VALUE = 0 };
+};
+template <> struct IsBf16<bf16_t> {
+    enum { VALUE = 1 };
+};
+#define MMA_M16N8K16(type) \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+        ".f32 " \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+template <class T = half_t> UNCHECKED __device__ __forceinline__ void mma_m16n8k16(
     float (&c)[4], const unsigned (&a)[4], const unsigned b0, const unsigned b1) {
 #ifdef CUPY_KERNELS_EMULATOR
     struct Fragments { float a[8], b[4]; } mine;
-    for (int i = 0; i < 8; i++) mine.a[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
-    for (int i = 0; i < 4; i++) mine.b[i] = to_acc(half_t{(unsigned short)((i < 2 ? b0 : b1) >> i % 2 * 16)});
+    for (int i = 0; i < 8; i++) mine.a[i] = to_acc(T{(unsigned short)(a[i / 2] >> i % 2 * 16)});
+    for (int i = 0; i < 4; i++) mine.b[i] = to_acc(T{(unsigned short)((i < 2 ? b0 : b1) >> i % 2 * 16)});
     auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine, EMULATOR_PLACE);
     int lane = emulator::current % 32;
     for (int i = 0; i < 4; i++)
@@ -66,9 +78,7 @@ UNCHECKED __device__ inline void mma_m16n8k16(
             c[i] += left.a[k / 8 * 4 + i / 2 * 2 + k % 2] * right.b[k / 8 * 2 + k % 2];
         }
 #elif __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    if constexpr (IsBf16<T>::VALUE) MMA_M16N8K16("bf16");
+    else MMA_M16N8K16("f16");
 #endif
 }

@@ -58,8 +58,8 @@ def _forward(new, x, w, bias, geometry, choice, formats=(False, False)):
 
 class _ConvTranspose2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, bias, geometry, choice, check):
-        y = _call_forward(x, w, bias, geometry, choice, check)
+    def forward(ctx, x, w, bias, geometry, choice, formats, check):
+        y = _call_forward(x, w, bias, geometry, choice, formats, check)
         ctx.save_for_backward(x, w)
         ctx.options = geometry, choice
         return y
@@ -69,10 +69,10 @@ class _ConvTranspose2d(torch.autograd.Function):
         x, w = ctx.saved_tensors
         need_x, need_w, need_bias = needed = ctx.needs_input_grad[:3]
         if not torch.is_grad_enabled():
-            return *conv_gradients(x, w, dy, x.shape, w.shape, *ctx.options, needed), None, None, None
+            return *conv_gradients(x, w, dy, x.shape, w.shape, *ctx.options, needed), *[None] * 4
         dx = _InputGradient.apply(dy, w, x.shape, *ctx.options) if need_x else None
         dw = _WeightGradient.apply(x, dy, w.shape, *ctx.options) if need_w else None
-        return dx, dw, dy.sum((0, 2, 3)) if need_bias else None, None, None, None
+        return dx, dw, dy.sum((0, 2, 3)) if need_bias else None, *[None] * 4
 
 
 # A transposed convolution y = T(x, w), its dx = D(dy, w) and its dw = W(x, dy) are linear in either argument, and each
@@ -94,7 +94,7 @@ class _InputGradient(torch.autograd.Function):
         dy, w = ctx.saved_tensors
         need_dy, need_w = ctx.needs_input_grad[:2]
         v = aligned(v)
-        ddy = _ConvTranspose2d.apply(v, w, None, *ctx.options, None) if need_dy else None
+        ddy = conv_transpose2d_as(v, w, None, *ctx.options) if need_dy else None
         dw = differentiable(_WeightGradient, v, dy, w.shape, *ctx.options) if need_w else None
         return ddy, dw, None, None, None
 
@@ -115,7 +115,7 @@ class _WeightGradient(torch.autograd.Function):
         need_x, need_dy = ctx.needs_input_grad[:2]
         v = dense(v)
         dx = differentiable(_InputGradient, dy, v, x.shape, *ctx.options) if need_x else None
-        ddy = _ConvTranspose2d.apply(x, v, None, *ctx.options, None) if need_dy else None
+        ddy = conv_transpose2d_as(x, v, None, *ctx.options) if need_dy else None
         return dx, ddy, None, None, None
 
 
@@ -229,14 +229,13 @@ def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=lambda
     copy = not x.is_contiguous() and not formats[0] and channels_last(x)
     tensors = [t if last else dense_after(check, t)[0] for t, last in zip((x, w, bias), (*formats, False))]
     if will_need_grad(*tensors):
-        y = apply(_ConvTranspose2d, *tensors, geometry, choice, check)
+        y = apply(_ConvTranspose2d, *tensors, geometry, choice, formats, check)
     else:
-        y = _call_forward(*tensors, geometry, choice, check)
+        y = _call_forward(*tensors, geometry, choice, formats, check)
     return y.contiguous(memory_format=torch.channels_last) if copy else y
 
 
-def _call_forward(x, w, bias, geometry, choice, check):
-    formats = _formats(x, w, x.shape, w.shape, geometry, choice)
+def _call_forward(x, w, bias, geometry, choice, formats, check):
     arrays = (_array(t, last) for t, last in zip((x, w), formats))
     return restored(call(_forward, *arrays, bias, geometry, choice, formats, check=check), formats[0])
 
