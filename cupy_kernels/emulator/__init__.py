@@ -174,7 +174,8 @@ def _limit() -> float | None:
 
 @functools.cache
 def _runtime() -> ctypes.CDLL:
-    return _library("runtime", _text("runtime.cpp").replace('#include "cuda.h"', _text("cuda.h")), (), None)
+    text = re.sub(r'^#include "(.+)"$', lambda include: _text(include[1]), _text("runtime.cpp"), flags=re.MULTILINE)
+    return _library("runtime", text, (), None)
 
 
 def _library(stem: str, text: str, checks: tuple[str, ...], kernel: Kernel | None) -> ctypes.CDLL:

@@ -1,0 +1,198 @@
+// What checks each access of a kernel to memory, and the compiler's other checks. A part of runtime.cpp, which says how.
+namespace emulator {
+
+// The place of an access as Python finds the source line for: the library's byte.
+static unsigned place_of(const char* caller) { return unsigned(caller - image_start); }
+
+static unsigned thread_of(u64 stamp) { return stamp >> THREAD_SHIFT & 1023; }
+
+// Whether what `then` says came before what the current thread does now.
+static inline bool ordered(u64 then) {
+    unsigned epoch = then >> EPOCH_SHIFT, thread = thread_of(then);
+    if (epoch != block_epoch) return epoch >= first_epoch || acquired;
+    if (thread == (unsigned)current) return true;
+    if ((thread ^ current) / 32) return false;
+    return fibers[current].seen[thread % 32] > (then >> CLOCK_SHIFT & MOST_CLOCK);
+}
+
+struct Where { char text[160]; };
+
+// An element as the source has it, such as y[7].
+static Where element(const Array& array, const char* address) {
+    Where where;
+    long long offset = address - array.start, index = offset / array.item - (offset % (int)array.item < 0);
+    if (array.shared) snprintf(where.text, sizeof where.text, "%s, byte %lld", array.name, offset);
+    else snprintf(where.text, sizeof where.text, "%s[%lld]", array.name, index);
+    return where;
+}
+
+static Where block_of(unsigned epoch) {
+    Where where;
+    if (epoch >= first_epoch) return where.text[0] = 0, where;
+    snprintf(where.text, sizeof where.text, " of another block");
+    return where;
+}
+
+static void race(const Array& array, const char* address, const char* did, const char* place, u64 then, const char* had, unsigned then_place) {
+    FAIL("<%x>: race: thread %d %s %s, which thread %d%s %s at <%x>, with no barrier between them", place_of(place), current, did,
+         element(array, address).text, thread_of(then), block_of(then >> EPOCH_SHIFT).text, had, then_place);
+}
+
+static void out_of_bounds(const Array& array, const char* address, const char* did, const char* place) {
+    if (array.shared)
+        return FAIL("<%x>: thread %d %s out of bounds: %s, which has %zu bytes", place_of(place), current, did, element(array, address).text, array.bytes);
+    FAIL("<%x>: thread %d %s out of bounds: %s, which has %zu elements", place_of(place), current, did, element(array, address).text, array.bytes / array.item);
+}
+
+// Checks and notes an access of the current thread to the bytes of an array.
+template <bool WRITE> static inline void touch(Array& array, const char* address, size_t bytes, const char* place, u64 how = 0) {
+    size_t offset = address - array.start;
+    if (offset >= array.bytes || bytes > array.bytes - offset) return out_of_bounds(array, address, WRITE ? "writes" : "reads", place);
+    if (WRITE && array.constant) return FAIL("<%x>: thread %d writes %s, which is const", place_of(place), current, element(array, address).text);
+    unsigned oldest = array.shared ? first_epoch : 1;
+    for (size_t end = offset + bytes; offset < end;) {
+        size_t first = offset % 4, last = end - (offset - first) < 4 ? end - (offset - first) : 4;
+        u64 mask = (1 << last) - (1 << first), now = self | how | mask;
+        Word& word = array.words[offset / 4];
+        char* at = array.start + offset;
+        offset += last - first;
+        u64 write = word.write;
+        bool written = write >> EPOCH_SHIFT >= oldest;
+        if (!WRITE) {
+            if (word.read == now) continue;
+            if (written && write & mask) {
+                if (write & FLYING) return FAIL("<%x>: thread %d reads %s before the wait for the cp.async of thread %d at <%x>", place_of(place), current, element(array, at).text, thread_of(write), word.write_place);
+                if (!ordered(write)) return race(array, at, "reads", place, write, "writes", word.write_place);
+            }
+            if (!how && !array.initialised && (mask & ~(written ? write >> EVER_SHIFT : 0) & TOUCHED))
+                return FAIL("<%x>: thread %d reads %s, which nobody has written", place_of(place), current, element(array, at).text);
+            if ((word.read ^ now) >> THREAD_SHIFT) word.other_read = word.read;
+            word.read = now;
+            word.read_place = place_of(place);
+        } else {
+            if (written && write & mask) {
+                if (write & FLYING && !(how & FLYING)) return FAIL("<%x>: thread %d writes %s before the wait for the cp.async of thread %d at <%x>", place_of(place), current, element(array, at).text, thread_of(write), word.write_place);
+                if (!(write & now & ATOMIC) && !ordered(write)) return race(array, at, "writes", place, write, "writes", word.write_place);
+            }
+            if (now & ATOMIC && !array.initialised && mask & ~(written ? write >> EVER_SHIFT : 0) & TOUCHED)
+                return FAIL("<%x>: thread %d reads %s, which nobody has written", place_of(place), current, element(array, at).text);
+            if (word.read & mask && word.read >> EPOCH_SHIFT >= oldest && !ordered(word.read))
+                return race(array, at, "writes", place, word.read, "reads", word.read_place);
+            if (word.other_read & mask && word.other_read >> EPOCH_SHIFT >= oldest && !ordered(word.other_read))
+                return race(array, at, "writes", place, word.other_read, "reads", word.read_place);
+            word.write = now | mask << EVER_SHIFT | (written ? write & EVER : 0);
+            word.write_place = place_of(place);
+            word.read = word.other_read = 0;
+        }
+    }
+}
+
+// The array at or around an address, shared memory too; null if there is none.
+static inline Array* find(const char* address) {
+    size_t slot = size_t(address - arena) >> slot_bits;
+    if (slot < array_count) return &arrays[slot];
+    if (size_t(address - fixed.start) < fixed.bytes) return &fixed;
+    return nullptr;
+}
+
+// Local memory, the kernel's own constants, and the runtime's memory.
+static inline bool own(const char* address) {
+    return size_t(address - stack_low) < STACK_BYTES || size_t(address - image_start) < size_t(image_end - image_start) ||
+           size_t(address - __ehdr_start) < size_t(_end - __ehdr_start);
+}
+
+template <bool WRITE> static void stray(const char* address, const char* place) {
+    const char* did = WRITE ? "writes" : "reads";
+    if (size_t(address) < 1 << 16) return FAIL("<%x>: thread %d %s through a null pointer", place_of(place), current, did);
+    if (size_t(address - stacks) < MAX_THREADS * (STACK_BYTES + STACK_GAP))
+        return FAIL("<%x>: thread %d %s local memory of another thread, or more of its own than %d KiB", place_of(place), current, did, int(STACK_BYTES >> 10));
+    FAIL("<%x>: thread %d %s far out of bounds, at %p", place_of(place), current, did, address);
+}
+
+template <bool WRITE> static inline void access(const void* pointer, size_t bytes, const char* place) {
+    const char* address = (const char*)pointer;
+    size_t slot = size_t(address - arena) >> slot_bits;
+    if (slot < array_count) return touch<WRITE>(arrays[slot], address, bytes, place);
+    if (size_t(address - stack_low) < STACK_BYTES) return;
+    if (size_t(address - fixed.start) < fixed.bytes) return touch<WRITE>(fixed, address, bytes, place);
+    if (!own(address)) stray<WRITE>(address, place);
+}
+
+// For instructions that read whole rows, of which not all elements need to be there.
+void read_any(const void* address, size_t bytes) {
+    Array* array = find((const char*)address);
+    if (array) touch<false>(*array, (const char*)address, bytes, CALLER, ATOMIC);
+    else access<false>(address, bytes, CALLER);
+}
+
+// A thread that calls __threadfence() and then an atomic function tells what its block did before to threads that call one
+// later. Blocks run one after another; so if all blocks so far did, all that they did came before.
+void atomic(void* address, size_t bytes) {
+    Array* array = find((const char*)address);
+    if (array) touch<true>(*array, (const char*)address, bytes, CALLER, ATOMIC);
+    else access<true>(address, bytes, CALLER);
+    if (fibers[current].fenced) acquired = all_released;
+}
+
+unsigned warp_call() { return fibers[current].warp_calls++; }
+
+void fence() { fibers[current].fenced = true; }
+
+}  // namespace emulator
+
+#define ACCESS(kind, WRITE, bytes) \
+    extern "C" EXPORTED void __tsan_##kind##bytes(void* address) { emulator::access<WRITE>(address, bytes, CALLER); }
+#define ACCESSES(bytes) \
+    ACCESS(read, false, bytes) ACCESS(write, true, bytes) ACCESS(unaligned_read, false, bytes) ACCESS(unaligned_write, true, bytes)
+ACCESSES(1) ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
+extern "C" EXPORTED void __tsan_read_range(void* address, size_t bytes) { emulator::access<false>(address, bytes, CALLER); }
+extern "C" EXPORTED void __tsan_write_range(void* address, size_t bytes) { emulator::access<true>(address, bytes, CALLER); }
+extern "C" EXPORTED void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
+    emulator::access<false>(from, bytes, CALLER);
+    emulator::access<true>(to, bytes, CALLER);
+    return memcpy(to, from, bytes);
+}
+extern "C" EXPORTED void* __tsan_memmove(void* to, const void* from, size_t bytes) {
+    emulator::access<false>(from, bytes, CALLER);
+    emulator::access<true>(to, bytes, CALLER);
+    return memmove(to, from, bytes);
+}
+extern "C" EXPORTED void* __tsan_memset(void* to, int value, size_t bytes) {
+    emulator::access<true>(to, bytes, CALLER);
+    return memset(to, value, bytes);
+}
+extern "C" EXPORTED void __tsan_init() {}
+extern "C" EXPORTED void __tsan_func_entry(void*) {}
+extern "C" EXPORTED void __tsan_func_exit() {}
+
+// -fsanitize=alignment and others: the compiler checks, and calls these where something is wrong.
+struct SourceLocation { const char* file; unsigned line, column; };
+struct Type { unsigned short kind, info; char name[1]; };
+struct Mismatch { SourceLocation at; Type* type; unsigned char log_alignment, kind; };
+struct Overflow { SourceLocation at; Type* type; };
+struct OutOfBounds { SourceLocation at; Type *array, *index; };
+
+extern "C" EXPORTED void __ubsan_handle_type_mismatch_v1(Mismatch* what, void* address) {
+    size_t alignment = size_t(1) << what->log_alignment;
+    if (alignment > 16) alignment = 16;  // no access of a GPU has more bytes
+    if ((size_t)address % alignment == 0) return;
+    emulator::Array* array = emulator::find((char*)address);
+    emulator::Where where;
+    if (array) where = emulator::element(*array, (char*)address);
+    else snprintf(where.text, sizeof where.text, "%p", address);
+    FAIL_AT(what->at, "thread %d accesses %zu aligned bytes, %s, at a place that is not a multiple of %zu bytes: %s", emulator::current,
+            alignment, what->type->name, alignment, where.text);
+}
+extern "C" EXPORTED void __ubsan_handle_out_of_bounds(OutOfBounds* what, size_t index) {
+    bool narrow = what->index->kind == 0 && what->index->info >> 1 <= 5;
+    FAIL_AT(what->at, "thread %d: index %lld is out of bounds of %s", emulator::current, narrow && what->index->info & 1 ? (int)index : (long long)index, what->array->name);
+}
+#define OVERFLOW(which, sign) \
+    extern "C" EXPORTED void __ubsan_handle_##which##_overflow(Overflow* what, size_t a, size_t b) { \
+        bool narrow = what->type->info >> 1 <= 5; \
+        FAIL_AT(what->at, "thread %d: %lld " sign " %lld overflows %s", emulator::current, narrow ? (int)a : (long long)a, narrow ? (int)b : (long long)b, what->type->name); \
+    }
+OVERFLOW(add, "+") OVERFLOW(sub, "-") OVERFLOW(mul, "*") OVERFLOW(divrem, "/")
+extern "C" EXPORTED void __ubsan_handle_negate_overflow(Overflow* what, size_t) {
+    FAIL_AT(what->at, "thread %d: a negation overflows %s", emulator::current, what->type->name);
+}
