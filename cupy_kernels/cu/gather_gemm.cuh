@@ -98,10 +98,10 @@ struct GemmOperand {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* operand;
     int tile, first, slice, part;
-    float at(int row, int k) const {
-        int place = K_MAJOR ? line_offset(first + row, part * LINE_OCTETS + slice * 2 + k / 8) + k % 8 * 2
-                            : octet_offset(tile, slice * 16 + k, (first + row) / 8, part) + row % 8 * 2;
-        return to_acc(*(const operand_t*)(operand + place));
+    static constexpr bool ALONG_K = K_MAJOR;
+    const u8* octet(int row, int k) const {
+        return operand + (K_MAJOR ? line_offset(first + row, part * LINE_OCTETS + slice * 2 + k / 8)
+                                  : octet_offset(tile, slice * 16 + k, (first + row) / 8, part));
     }
 #else
     unsigned long long
@@ -150,15 +150,10 @@ struct GemmOperand {
     if constexpr (TILES_N == tiles && !K_MAJOR && IsBf16<T>::VALUE) WGMMA_GEMM_ISSUE(tiles, n, flag, "bf16", "1")
 
 // d += a b, or without `accumulate` d = a b.
-template <class T> __device__ __forceinline__ void wgmma_gemm(
+template <class T> UNCHECKED __device__ __forceinline__ void wgmma_gemm(
     float (&d)[TILES_N][4], GemmOperand a, GemmOperand b, int accumulate) {
 #ifdef CUPY_KERNELS_EMULATOR
-    int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-    for (int t = 0; t < TILES_N; t++)
-        for (int c = 0; c < 4; c++) {
-            if (!accumulate) d[t][c] = 0;
-            for (int k = 0; k < 16; k++) d[t][c] += a.at(row + c / 2 * 8, k) * b.at(t * 8 + column + c % 2, k);
-        }
+    emulator::multiply_async<T>(&d[0][0], TILES_N * 8, accumulate, &a, nullptr, b, EMULATOR_CALLER);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     WGMMA_GEMM_CASE(16, 128, 66)
     WGMMA_GEMM_CASE(32, 256, 130)

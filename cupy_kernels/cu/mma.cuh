@@ -23,7 +23,7 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
 UNCHECKED __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::read_any(row, 16);
-    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
+    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row);
     int lane = emulator::current % 32;
     for (int i = 0; i < 4; i++) r[i] = ((const unsigned*)rows[8 * i + lane / 4])[lane % 4];
 #elif __CUDA_ARCH__ >= 750
@@ -35,7 +35,7 @@ UNCHECKED __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) 
 UNCHECKED __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::read_any(row, 16);
-    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
+    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row);
     int lane = emulator::current % 32, first = lane % 4 * 2, column = lane / 4;
     for (int i = 0; i < 4; i++) {
         const unsigned short* const two[] = {
@@ -70,7 +70,7 @@ template <class T = half_t> UNCHECKED __device__ __forceinline__ void mma_m16n8k
     struct Fragments { float a[8], b[4]; } mine;
     for (int i = 0; i < 8; i++) mine.a[i] = to_acc(T{(unsigned short)(a[i / 2] >> i % 2 * 16)});
     for (int i = 0; i < 4; i++) mine.b[i] = to_acc(T{(unsigned short)((i < 2 ? b0 : b1) >> i % 2 * 16)});
-    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine, EMULATOR_PLACE);
+    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine);
     int lane = emulator::current % 32;
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 16; k++) {

@@ -17,9 +17,8 @@ struct WgmmaOperand {
     const u8* start;
     int along, across;
     __device__ WgmmaOperand(const u8* start, int along, int across) : start(start), along(along), across(across) {}
-    UNCHECKED float at(int row, int k) const {
-        return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]);
-    }
+    static constexpr bool ALONG_K = true;
+    const u8* octet(int row, int k) const { return start + row / 8 * across + k / 8 * along + row % 8 * 16; }
 #else
     // The two words of PTX's matrix descriptor, lengths in units of 16 bytes, without a swizzle.
     unsigned start, stride;
@@ -46,9 +45,8 @@ struct WgmmaLines {
     const u8* start;
     int first_part;
     __device__ WgmmaLines(const u8* start, int first_part) : start(start), first_part(first_part) {}
-    UNCHECKED float at(int row, int k) const {
-        return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]);
-    }
+    static constexpr bool ALONG_K = false;
+    const u8* octet(int row, int k) const { return start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16; }
 #else
     unsigned start;
     __device__ WgmmaLines(const u8* from, int first_part)
@@ -116,12 +114,7 @@ struct WgmmaLines {
 template <int COUNT, bool ACCUMULATE = true, int MOST> UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
 #ifdef CUPY_KERNELS_EMULATOR
-    int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-    for (int t = 0; t < COUNT; t++)
-        for (int c = 0; c < 4; c++) {
-            if (!ACCUMULATE) d[t][c] = 0;
-            for (int k = 0; k < 16; k++) d[t][c] += a.at(row + c / 2 * 8, k) * b.at(t * 8 + column + c % 2, k);
-        }
+    emulator::multiply_async<half_t>(&d[0][0], COUNT * 8, ACCUMULATE, &a, nullptr, b, EMULATOR_CALLER);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned long long a_bits = a.bits(), b_bits = b.bits();
     WGMMA_CASE(1, 8)
@@ -160,18 +153,8 @@ template <int COUNT, int MOST>
 UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaLines& b, int accumulate = 1) {
 #ifdef CUPY_KERNELS_EMULATOR
-    struct Fragment { float v[8]; } mine;
-    for (int i = 0; i < 8; i++) mine.v[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
-    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine, EMULATOR_PLACE);
-    int lane = threadIdx.x % 32;
-    for (int k = 0; k < 16; k++) {
-        const Fragment& left = all[lane / 4 * 4 + k % 8 / 2];
-        for (int t = 0; t < COUNT; t++)
-            for (int c = 0; c < 4; c++) {
-                if (!accumulate && k == 0) d[t][c] = 0;
-                d[t][c] += left.v[k / 8 * 4 + c / 2 * 2 + k % 2] * b.at(t * 8 + lane % 4 * 2 + c % 2, k);
-            }
-    }
+    emulator::multiply_async<half_t>(
+        &d[0][0], COUNT * 8, accumulate, (const WgmmaOperand*)nullptr, a, b, EMULATOR_CALLER);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned long long b_bits = b.bits();
     WGMMA_CASE_FRAGMENT(1, 8, 6, 7, 8, 9)
@@ -186,19 +169,25 @@ UNCHECKED __device__ __forceinline__ void wgmma(
 }
 
 __device__ inline void wgmma_fence() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::fence_registers();
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 
 __device__ inline void wgmma_commit() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::commit_multiplications();
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
 
 template <int PENDING_GROUPS> __device__ inline void wgmma_wait() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::wait_for_multiplications(PENDING_GROUPS);
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING_GROUPS) : "memory");
 #endif
 }
@@ -212,7 +201,9 @@ template <int COUNT, int MOST> __device__ __forceinline__ void wgmma_arrived(flo
 }
 
 __device__ inline void fence_async_proxy() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::fence_proxy();
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }

@@ -33,12 +33,13 @@ from ..errors import BackendError, EmulatorError
 from ..source import MACROS, Kernel, compile_error, declarations, unit
 from . import lines
 
-FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti", "-w")
+FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti")
 FLAGS += ("-fvisibility=hidden",)  # or a kernel named like a function of libc would call that one
 # What makes the compiler call the runtime: before each access to memory, and where a value is wrong. clang does not for
 # accesses of more than 16 bytes, which vectorised loops have. A loop without an end stays one.
 CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,signed-integer-overflow", "-fno-tree-vectorize")
 CHECKS += ("-fno-tree-slp-vectorize", "-fno-finite-loops", "-g1", "-gdwarf-4")
+CHECKS += ("-pedantic-errors",)  # NVRTC knows few of the extensions that host compilers have
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1")  # y[i] += 1 reads, too
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 
@@ -46,6 +47,10 @@ ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 _ERROR_OF_TEXT = re.compile(r":\d+(:\d+)?: (fatal )?[Ee]rror: (?!error (writing|closing) )")
 
 _EXTERN_SHARED = re.compile(r"\bextern\s+__shared__\s+(?:__align__\([^)]*\)\s*)?([\w ]+?)\s*\b(\w+)\s*\[\s*\]\s*;")
+_STATIC_SHARED = re.compile(r"\bstatic\s+(?=__shared__\b)|(?<=__shared__)\s+static\b")  # __shared__ stands for static
+_ALIGNED_SHARED = re.compile(r"\b__shared__\s+(alignas\([^)]*\))")  # alignas comes first in C++
+# What NVRTC does not know, and host compilers take even with -pedantic-errors.
+_UNKNOWN = "__int128 _Float16 thread_local throw __typeof__ __typeof _Complex"
 _one_at_a_time = forks.lock()  # the state of a running block is static in its library
 
 
@@ -174,8 +179,7 @@ def _limit() -> float | None:
 
 @functools.cache
 def _runtime() -> ctypes.CDLL:
-    text = re.sub(r'^#include "(.+)"$', lambda include: _text(include[1]), _text("runtime.cpp"), flags=re.MULTILINE)
-    return _library("runtime", text, (), None)
+    return _library("runtime", _text("runtime.cpp"), (), None)
 
 
 def _library(stem: str, text: str, checks: tuple[str, ...], kernel: Kernel | None) -> ctypes.CDLL:
@@ -211,12 +215,19 @@ def _machine() -> tuple[str, ...]:
 def _translation_unit(kernel: Kernel) -> str:
     macros = "\n".join(f"#define {k} {v}" for k, v in kernel.defines)  # after the header: -D would reach libc's headers
     text = _EXTERN_SHARED.sub(r"static emulator::Dynamic<\1> \2;", unit(kernel))
+    text = _ALIGNED_SHARED.sub(r"\1 __shared__", _STATIC_SHARED.sub("", text)).replace("#pragma once", "")
     entries = "\n".join(_entry(name, parameters) for name, parameters in declarations(unit(kernel)).items())
-    return f'{_text("cuda.h")}\n#line 1 "{MACROS}"\n{macros}\n{text}\n#line 1 "emulator_entries"\n{entries}\n'
+    return (
+        f'#line 1 "cuda.h"\n{_text("cuda.h")}\n#pragma GCC poison {_UNKNOWN}\n#line 1 "{MACROS}"\n{macros}\n{text}\n'
+        f'#line 1 "emulator_entries"\n{entries}\n'
+    )
 
 
+@functools.cache
 def _text(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    """A file of the emulator, with those that it includes."""
+    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return re.sub(r'^#include "(.+)"$', lambda include: _text(include[1]), text, flags=re.MULTILINE)
 
 
 def _entry(name, parameters) -> str:

@@ -1,4 +1,4 @@
-// What checks each access of a kernel to memory, and the compiler's other checks. A part of runtime.cpp, which says how.
+// Checks each access of a kernel to memory, and the compiler's other checks. A part of runtime.cpp, which says how.
 namespace emulator {
 
 // The place of an access as Python finds the source line for: the library's byte.
@@ -33,22 +33,34 @@ static Where block_of(unsigned epoch) {
     return where;
 }
 
-static void race(const Array& array, const char* address, const char* did, const char* place, u64 then, const char* had, unsigned then_place) {
-    FAIL("<%x>: race: thread %d %s %s, which thread %d%s %s at <%x>, with no barrier between them", place_of(place), current, did,
-         element(array, address).text, thread_of(then), block_of(then >> EPOCH_SHIFT).text, had, then_place);
+static void race(
+    const Array& array, const char* address, const char* did, const char* place, u64 then, const char* had,
+    unsigned then_place) {
+    FAIL(
+        "<%x>: race: thread %d %s %s, which thread %d%s %s at <%x>, with no barrier between them", place_of(place),
+        current, did, element(array, address).text, thread_of(then), block_of(then >> EPOCH_SHIFT).text, had,
+        then_place);
 }
 
 static void out_of_bounds(const Array& array, const char* address, const char* did, const char* place) {
     if (array.shared)
-        return FAIL("<%x>: thread %d %s out of bounds: %s, which has %zu bytes", place_of(place), current, did, element(array, address).text, array.bytes);
-    FAIL("<%x>: thread %d %s out of bounds: %s, which has %zu elements", place_of(place), current, did, element(array, address).text, array.bytes / array.item);
+        return FAIL(
+            "<%x>: thread %d %s out of bounds: %s, which has %zu bytes", place_of(place), current, did,
+            element(array, address).text, array.bytes);
+    FAIL(
+        "<%x>: thread %d %s out of bounds: %s, which has %zu elements", place_of(place), current, did,
+        element(array, address).text, array.bytes / array.item);
 }
 
 // Checks and notes an access of the current thread to the bytes of an array.
-template <bool WRITE> static inline void touch(Array& array, const char* address, size_t bytes, const char* place, u64 how = 0) {
+template <bool WRITE> static inline void touch(
+    Array& array, const char* address, size_t bytes, const char* place, u64 how = 0) {
     size_t offset = address - array.start;
-    if (offset >= array.bytes || bytes > array.bytes - offset) return out_of_bounds(array, address, WRITE ? "writes" : "reads", place);
-    if (WRITE && array.constant) return FAIL("<%x>: thread %d writes %s, which is const", place_of(place), current, element(array, address).text);
+    if (offset >= array.bytes || bytes > array.bytes - offset)
+        return out_of_bounds(array, address, WRITE ? "writes" : "reads", place);
+    if (WRITE && array.constant)
+        return FAIL(
+            "<%x>: thread %d writes %s, which is const", place_of(place), current, element(array, address).text);
     unsigned oldest = array.shared ? first_epoch : 1;
     for (size_t end = offset + bytes; offset < end;) {
         size_t first = offset % 4, last = end - (offset - first) < 4 ? end - (offset - first) : 4;
@@ -61,21 +73,32 @@ template <bool WRITE> static inline void touch(Array& array, const char* address
         if (!WRITE) {
             if (word.read == now) continue;
             if (written && write & mask) {
-                if (write & FLYING) return FAIL("<%x>: thread %d reads %s before the wait for the cp.async of thread %d at <%x>", place_of(place), current, element(array, at).text, thread_of(write), word.write_place);
+                if (write & FLYING)
+                    return FAIL(
+                        "<%x>: thread %d reads %s before the wait for the cp.async of thread %d at <%x>",
+                        place_of(place), current, element(array, at).text, thread_of(write), word.write_place);
                 if (!ordered(write)) return race(array, at, "reads", place, write, "writes", word.write_place);
             }
             if (!how && !array.initialised && (mask & ~(written ? write >> EVER_SHIFT : 0) & TOUCHED))
-                return FAIL("<%x>: thread %d reads %s, which nobody has written", place_of(place), current, element(array, at).text);
+                return FAIL(
+                    "<%x>: thread %d reads %s, which nobody has written", place_of(place), current,
+                    element(array, at).text);
             if ((word.read ^ now) >> THREAD_SHIFT) word.other_read = word.read;
             word.read = now;
             word.read_place = place_of(place);
         } else {
             if (written && write & mask) {
-                if (write & FLYING && !(how & FLYING)) return FAIL("<%x>: thread %d writes %s before the wait for the cp.async of thread %d at <%x>", place_of(place), current, element(array, at).text, thread_of(write), word.write_place);
-                if (!(write & now & ATOMIC) && !ordered(write)) return race(array, at, "writes", place, write, "writes", word.write_place);
+                if (write & FLYING && !(how & FLYING))
+                    return FAIL(
+                        "<%x>: thread %d writes %s before the wait for the cp.async of thread %d at <%x>",
+                        place_of(place), current, element(array, at).text, thread_of(write), word.write_place);
+                if (!(write & now & ATOMIC) && !ordered(write))
+                    return race(array, at, "writes", place, write, "writes", word.write_place);
             }
             if (now & ATOMIC && !array.initialised && mask & ~(written ? write >> EVER_SHIFT : 0) & TOUCHED)
-                return FAIL("<%x>: thread %d reads %s, which nobody has written", place_of(place), current, element(array, at).text);
+                return FAIL(
+                    "<%x>: thread %d reads %s, which nobody has written", place_of(place), current,
+                    element(array, at).text);
             if (word.read & mask && word.read >> EPOCH_SHIFT >= oldest && !ordered(word.read))
                 return race(array, at, "writes", place, word.read, "reads", word.read_place);
             if (word.other_read & mask && word.other_read >> EPOCH_SHIFT >= oldest && !ordered(word.other_read))
@@ -97,15 +120,19 @@ static inline Array* find(const char* address) {
 
 // Local memory, the kernel's own constants, and the runtime's memory.
 static inline bool own(const char* address) {
-    return size_t(address - stack_low) < STACK_BYTES || size_t(address - image_start) < size_t(image_end - image_start) ||
+    return size_t(address - stack_low) < STACK_BYTES ||
+           size_t(address - image_start) < size_t(image_end - image_start) ||
            size_t(address - __ehdr_start) < size_t(_end - __ehdr_start);
 }
 
 template <bool WRITE> static void stray(const char* address, const char* place) {
     const char* did = WRITE ? "writes" : "reads";
-    if (size_t(address) < 1 << 16) return FAIL("<%x>: thread %d %s through a null pointer", place_of(place), current, did);
+    if (size_t(address) < 1 << 16)
+        return FAIL("<%x>: thread %d %s through a null pointer", place_of(place), current, did);
     if (size_t(address - stacks) < MAX_THREADS * (STACK_BYTES + STACK_GAP))
-        return FAIL("<%x>: thread %d %s local memory of another thread, or more of its own than %d KiB", place_of(place), current, did, int(STACK_BYTES >> 10));
+        return FAIL(
+            "<%x>: thread %d %s local memory of another thread, or more of its own than %d KiB", place_of(place),
+            current, did, int(STACK_BYTES >> 10));
     FAIL("<%x>: thread %d %s far out of bounds, at %p", place_of(place), current, did, address);
 }
 
@@ -113,7 +140,10 @@ template <bool WRITE> static inline void access(const void* pointer, size_t byte
     const char* address = (const char*)pointer;
     size_t slot = size_t(address - arena) >> slot_bits;
     if (slot < array_count) return touch<WRITE>(arrays[slot], address, bytes, place);
-    if (size_t(address - stack_low) < STACK_BYTES) return;
+    if (size_t(address - stack_low) < STACK_BYTES) {
+        if (sums_count) touch_sums(address, bytes, WRITE, place);
+        return;
+    }
     if (size_t(address - fixed.start) < fixed.bytes) return touch<WRITE>(fixed, address, bytes, place);
     if (!own(address)) stray<WRITE>(address, place);
 }
@@ -143,10 +173,16 @@ void fence() { fibers[current].fenced = true; }
 #define ACCESS(kind, WRITE, bytes) \
     extern "C" EXPORTED void __tsan_##kind##bytes(void* address) { emulator::access<WRITE>(address, bytes, CALLER); }
 #define ACCESSES(bytes) \
-    ACCESS(read, false, bytes) ACCESS(write, true, bytes) ACCESS(unaligned_read, false, bytes) ACCESS(unaligned_write, true, bytes)
-ACCESSES(1) ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
-extern "C" EXPORTED void __tsan_read_range(void* address, size_t bytes) { emulator::access<false>(address, bytes, CALLER); }
-extern "C" EXPORTED void __tsan_write_range(void* address, size_t bytes) { emulator::access<true>(address, bytes, CALLER); }
+    ACCESS(read, false, bytes) \
+    ACCESS(write, true, bytes) ACCESS(unaligned_read, false, bytes) ACCESS(unaligned_write, true, bytes)
+ACCESSES(1)
+ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16) extern "C" EXPORTED
+    void __tsan_read_range(void* address, size_t bytes) {
+    emulator::access<false>(address, bytes, CALLER);
+}
+extern "C" EXPORTED void __tsan_write_range(void* address, size_t bytes) {
+    emulator::access<true>(address, bytes, CALLER);
+}
 extern "C" EXPORTED void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
     emulator::access<false>(from, bytes, CALLER);
     emulator::access<true>(to, bytes, CALLER);
@@ -166,11 +202,27 @@ extern "C" EXPORTED void __tsan_func_entry(void*) {}
 extern "C" EXPORTED void __tsan_func_exit() {}
 
 // -fsanitize=alignment and others: the compiler checks, and calls these where something is wrong.
-struct SourceLocation { const char* file; unsigned line, column; };
-struct Type { unsigned short kind, info; char name[1]; };
-struct Mismatch { SourceLocation at; Type* type; unsigned char log_alignment, kind; };
-struct Overflow { SourceLocation at; Type* type; };
-struct OutOfBounds { SourceLocation at; Type *array, *index; };
+struct SourceLocation {
+    const char* file;
+    unsigned line, column;
+};
+struct Type {
+    unsigned short kind, info;
+    char name[1];
+};
+struct Mismatch {
+    SourceLocation at;
+    Type* type;
+    unsigned char log_alignment, kind;
+};
+struct Overflow {
+    SourceLocation at;
+    Type* type;
+};
+struct OutOfBounds {
+    SourceLocation at;
+    Type *array, *index;
+};
 
 extern "C" EXPORTED void __ubsan_handle_type_mismatch_v1(Mismatch* what, void* address) {
     size_t alignment = size_t(1) << what->log_alignment;
@@ -180,19 +232,25 @@ extern "C" EXPORTED void __ubsan_handle_type_mismatch_v1(Mismatch* what, void* a
     emulator::Where where;
     if (array) where = emulator::element(*array, (char*)address);
     else snprintf(where.text, sizeof where.text, "%p", address);
-    FAIL_AT(what->at, "thread %d accesses %zu aligned bytes, %s, at a place that is not a multiple of %zu bytes: %s", emulator::current,
-            alignment, what->type->name, alignment, where.text);
+    FAIL_AT(
+        what->at, "thread %d accesses %zu aligned bytes, %s, at a place that is not a multiple of %zu bytes: %s",
+        emulator::current, alignment, what->type->name, alignment, where.text);
 }
 extern "C" EXPORTED void __ubsan_handle_out_of_bounds(OutOfBounds* what, size_t index) {
     bool narrow = what->index->kind == 0 && what->index->info >> 1 <= 5;
-    FAIL_AT(what->at, "thread %d: index %lld is out of bounds of %s", emulator::current, narrow && what->index->info & 1 ? (int)index : (long long)index, what->array->name);
+    FAIL_AT(
+        what->at, "thread %d: index %lld is out of bounds of %s", emulator::current,
+        narrow && what->index->info & 1 ? (int)index : (long long)index, what->array->name);
 }
 #define OVERFLOW(which, sign) \
     extern "C" EXPORTED void __ubsan_handle_##which##_overflow(Overflow* what, size_t a, size_t b) { \
         bool narrow = what->type->info >> 1 <= 5; \
-        FAIL_AT(what->at, "thread %d: %lld " sign " %lld overflows %s", emulator::current, narrow ? (int)a : (long long)a, narrow ? (int)b : (long long)b, what->type->name); \
+        FAIL_AT( \
+            what->at, "thread %d: %lld " sign " %lld overflows %s", emulator::current, narrow ? (int)a : (long long)a, \
+            narrow ? (int)b : (long long)b, what->type->name); \
     }
-OVERFLOW(add, "+") OVERFLOW(sub, "-") OVERFLOW(mul, "*") OVERFLOW(divrem, "/")
-extern "C" EXPORTED void __ubsan_handle_negate_overflow(Overflow* what, size_t) {
+OVERFLOW(add, "+")
+OVERFLOW(sub, "-") OVERFLOW(mul, "*") OVERFLOW(divrem, "/") extern "C" EXPORTED
+    void __ubsan_handle_negate_overflow(Overflow* what, size_t) {
     FAIL_AT(what->at, "thread %d: a negation overflows %s", emulator::current, what->type->name);
 }

@@ -9,8 +9,12 @@
 // shared memory, have a `Word`: who wrote it last, and who read it. Two accesses of two threads to the same bytes, one
 // of them a write, must have a barrier between them. It is found out for one order of threads, whatever order ran.
 #define EMULATOR_RUNTIME
+#include <fenv.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -27,8 +31,15 @@ namespace emulator {
 typedef unsigned long long u64;
 
 enum { MAX_COPIES = 256, MAX_PARAMETERS = 62, POISON = 0xFF };
-enum : size_t { STACK_BYTES = 576 << 10, STACK_GAP = 16 << 20 };  // a gap wider than local arrays are, so that no access skips it
-enum State { READY, AT_BARRIER, AT_WARP, DONE };
+enum : size_t {
+    STACK_BYTES = 576 << 10,
+    STACK_GAP = 16 << 20
+};  // a gap wider than local arrays are, so that no access
+    // skips it
+enum : size_t {
+    STACK_SHIFT = 128
+};  // not all stacks end at the same place of a page: they would share lines of the cache
+enum State { READY, AT_BARRIER, AT_WARP, AT_WGMMA, DONE };
 
 // What a thread did last to 4 bytes, in one number: number of the barrier before it, number of the __syncwarp, thread,
 // whether it was atomic or is a copy in flight, which of the bytes were ever written, which it touched.
@@ -48,18 +59,31 @@ struct Array {
     Word* words;
 };
 
-struct Copy { char* to; const char* from; int bytes; };
+struct Copy {
+    char* to;
+    const char* from;
+    int bytes;
+};
 struct Fiber {
     void* stack_pointer;
     State state;
-    const char* place;        // file and line of the barrier it waits at
-    unsigned warp_calls;      // parity picks the exchange buffer: a fast lane may be one call ahead
+    Place place;          // of the barrier it waits at
+    unsigned warp_calls;  // parity picks the exchange buffer: a fast lane may be one call ahead
     bool vote, fenced;
-    unsigned short clock, seen[32];  // __syncwarps; and of each lane, up to which one its accesses came before this thread's
+    unsigned short clock,
+        seen[32];             // __syncwarps; and of each lane, up to which one its accesses came before this thread's
     Copy copies[MAX_COPIES];  // cp.async issued and not yet waited for
     int copy_count, group_ends[MAX_COPIES], group_count;
+    // wgmma.cpp: whether it has called wgmma_fence(), which sums it used since, which ones are in flight; and when it
+    // called fence_async_proxy()
+    bool registers_fenced;
+    unsigned touched_sums, flying_sums;
+    u64 proxy_fence;
 };
-struct Warp { unsigned arrived, mask; const char* place; bool syncs; };
+struct Warp {
+    unsigned arrived, mask;
+    Place place;
+};
 
 EXPORTED int current, thread_count;
 static int votes;
@@ -77,13 +101,16 @@ static char* stack_low;
 
 static char *arena, *image_start, *image_end;
 static int slot_bits = 36;
-static Array arrays[MAX_PARAMETERS + 2], &dynamic = arrays[0], &fixed = arrays[MAX_PARAMETERS + 1];  // the latter: static shared memory
+static Array arrays[MAX_PARAMETERS + 2], &dynamic = arrays[0],
+                                         &fixed = arrays[MAX_PARAMETERS + 1];  // the latter: static shared memory
 static unsigned array_count;
-static u64 self;                              // the stamp of what the current thread does
-static unsigned block_epoch, first_epoch;     // number of the last barrier, and of the block's start
-static bool acquired, all_released;           // earlier blocks' accesses came before this block's: see atomic()
+static u64 self;                           // the stamp of what the current thread does
+static unsigned block_epoch, first_epoch;  // number of the last barrier, and of the block's start
+static bool acquired, all_released;        // earlier blocks' accesses came before this block's: see atomic()
 static u64 argument_words[MAX_PARAMETERS];
 static void* argument_addresses[MAX_PARAMETERS];
+static int sums_count;  // of wgmma, in local memory
+static void touch_sums(const char* address, size_t bytes, bool writes, const char* place);
 
 extern "C" void emulator_switch(void** save, void* load);
 #if defined(__x86_64__)
@@ -159,7 +186,9 @@ static void report(const char* format, ...) {
 #define FAIL(...) (emulator::report(__VA_ARGS__), emulator::yield())
 #define FAIL_AT(at, format, ...) FAIL("%s:%u: " format, (at).file, (at).line, __VA_ARGS__)
 
-EXPORTED void fail(const char* place, const char* what) { FAIL("%s: thread %d %s", place, current, what); }
+EXPORTED void fail(Place place, const char* what) {
+    FAIL("%s:%d: thread %d %s", place.file, place.line, current, what);
+}
 
 }  // namespace emulator
 
@@ -186,7 +215,7 @@ static void fiber_main() {
     for (;;) yield();
 }
 
-int block_barrier(const char* place, bool vote) {
+int block_barrier(Place place, bool vote) {
     Fiber& f = fibers[current];
     f.state = AT_BARRIER, f.place = place, f.vote = vote;
     yield();
@@ -208,25 +237,46 @@ static void synchronise(unsigned mask) {
         if (mask >> i & 1) memcpy(lanes[i].seen, seen, sizeof seen);
 }
 
-void warp_barrier(unsigned mask, const char* place, bool synchronises) {
+bool warp_barrier(unsigned mask, Place place, bool synchronises) {
     Warp& warp = warps[current / 32];
     unsigned lanes = thread_count - current / 32 * 32, lane = 1u << current % 32;
     if (lanes < 32) mask &= (1u << lanes) - 1;
-    if (!(mask & lane)) return FAIL("%s: thread %d calls a warp operation whose mask leaves it out", place, current);
+    if (!(mask & lane))
+        return FAIL(
+                   "%s:%d: thread %d calls a warp operation whose mask leaves it out", place.file, place.line, current),
+               false;
     if (!warp.arrived) warp.mask = mask, warp.place = place;
     if (warp.mask != mask || warp.place != place)
-        return FAIL("%s and %s: lanes of warp %d meet at different warp operations", warp.place, place, current / 32);
+        return FAIL(
+                   "%s:%d and %s:%d: lanes of warp %d meet at different warp operations", warp.place.file,
+                   warp.place.line, place.file, place.line, current / 32),
+               false;
     warp.arrived |= lane;
     if (warp.arrived == mask) {
         warp.arrived = 0;
         for (int i = 0; i < 32; i++)
             if (mask >> i & 1) fibers[current / 32 * 32 + i].state = READY;
         if (synchronises) synchronise(mask), set_stamp();
-        return;
+        return true;
     }
     fibers[current].state = AT_WARP;
     fibers[current].place = place;
     yield();
+    return false;
+}
+
+bool is_shared(const void* address) {
+    Array* array = find((const char*)address);
+    return array && array->shared;
+}
+bool is_global(const void* address) {
+    Array* array = find((const char*)address);
+    return array ? !array->shared : size_t((const char*)address - image_start) < size_t(image_end - image_start);
+}
+
+void set_rounding(int mode) {
+    static const int modes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_UPWARD, FE_DOWNWARD};
+    fesetround(modes[mode]);
 }
 
 unsigned active_lanes() {
@@ -245,7 +295,8 @@ void copy_async(void* to, const void* from, int bytes, bool copied) {
     if (f.copy_count == MAX_COPIES) return FAIL("thread %d has more than %d cp.async in flight", current, MAX_COPIES);
     if (copied) access<false>(from, bytes, CALLER);
     Array* array = find((char*)to);
-    if (!array || !array->shared) return FAIL("<%x>: thread %d: a cp.async writes to shared memory alone", place_of(CALLER), current);
+    if (!array || !array->shared)
+        return FAIL("<%x>: thread %d: a cp.async writes to shared memory alone", place_of(CALLER), current);
     touch<true>(*array, (char*)to, bytes, CALLER, FLYING);
     memset(to, POISON, bytes);
     f.copies[f.copy_count++] = {(char*)to, copied ? (const char*)from : nullptr, bytes};
@@ -253,7 +304,8 @@ void copy_async(void* to, const void* from, int bytes, bool copied) {
 
 void copy_commit() {
     Fiber& f = fibers[current];
-    if (f.group_count == MAX_COPIES) return FAIL("thread %d has more than %d cp.async groups in flight", current, MAX_COPIES);
+    if (f.group_count == MAX_COPIES)
+        return FAIL("thread %d has more than %d cp.async groups in flight", current, MAX_COPIES);
     f.group_ends[f.group_count++] = f.copy_count;
 }
 
@@ -278,6 +330,12 @@ void copy_wait(int pending_groups) {
     f.group_count -= groups;
 }
 
+}  // namespace emulator
+
+#include "wgmma.cpp"
+
+namespace emulator {
+
 static void next_epoch() {
     block_epoch++;
     for (int t = 0; t < thread_count; t++)
@@ -291,14 +349,14 @@ static void start_block() {
     memset(dynamic.start, POISON, dynamic.bytes);
     memset(fixed.start, POISON, fixed.bytes);
     memset(warps, 0, sizeof warps);
+    memset(queues, 0, sizeof queues);
     next_epoch();
     first_epoch = block_epoch;
     all_released &= acquired;
     acquired = false;
     for (int t = 0; t < thread_count; t++) {
         Fiber& f = fibers[t];
-        // Not all stacks end at the same place of a page: they would share lines of the cache.
-        void** top = (void**)(stacks + (t + 1) * (STACK_BYTES + STACK_GAP) - t % 32 * 128) - SAVED_WORDS - 4;
+        void** top = (void**)(stacks + (t + 1) * (STACK_BYTES + STACK_GAP) - t % 32 * STACK_SHIFT) - SAVED_WORDS - 4;
         memset(top, 0, SAVED_WORDS * sizeof(void*));
         top[RETURN_WORD] = (void*)fiber_main;
         f.stack_pointer = top;
@@ -306,6 +364,8 @@ static void start_block() {
         f.warp_calls = 0;
         f.fenced = false;
         f.copy_count = f.group_count = 0;
+        f.registers_fenced = false;
+        f.touched_sums = f.flying_sums = 0;
     }
 }
 
@@ -317,17 +377,28 @@ static bool release_barrier() {
         Fiber& f = fibers[t];
         done += f.state == DONE;
         if (f.state == AT_WARP)
-            return report("%s: thread %d waits in a warp operation for lanes that do not come", f.place, t), false;
+            return report(
+                       "%s:%d: thread %d waits in a warp operation for lanes that do not come", f.place.file,
+                       f.place.line, t),
+                   false;
+        if (f.state == AT_WGMMA)
+            return report("thread %d waits for a wgmma that not all warps of its warpgroup issue", t), false;
         if (f.state != AT_BARRIER) continue;
         waiting++;
         votes += f.vote;
         if (first < 0) first = t;
         if (f.place != fibers[first].place)
-            return report("divergent barrier: thread %d waits at %s, thread %d at %s", first, fibers[first].place, t, f.place), false;
+            return report(
+                       "divergent barrier: thread %d waits at %s:%d, thread %d at %s:%d", first,
+                       fibers[first].place.file, fibers[first].place.line, t, f.place.file, f.place.line),
+                   false;
     }
     if (done == thread_count) return false;
     if (done)
-        return report("divergent barrier: %d of %d threads wait at %s, the others have returned", waiting, thread_count, fibers[first].place), false;
+        return report(
+                   "divergent barrier: %d of %d threads wait at %s:%d, the others have returned", waiting, thread_count,
+                   fibers[first].place.file, fibers[first].place.line),
+               false;
     for (int t = 0; t < thread_count; t++) fibers[t].state = READY;
     next_epoch();
     return true;
@@ -386,7 +457,9 @@ static void on_signal(int number, siginfo_t* info, void* context) {
     char* address = (char*)info->si_addr;
     if (number == SIGFPE) FAIL("thread %d divides an integer by zero", current);
     else if (size_t(address - stacks) < MAX_THREADS * (STACK_BYTES + STACK_GAP))
-        FAIL("thread %d needs more than %d KiB of local memory: a large array, or a recursion without end", current, int(STACK_BYTES >> 10));
+        FAIL(
+            "thread %d needs more than %d KiB of local memory: a large array, or a recursion without end", current,
+            int(STACK_BYTES >> 10));
     else FAIL("thread %d reads or writes far out of bounds, at %p", current, address);
 }
 
@@ -405,8 +478,10 @@ static bool reserve_all() {
     signal_stack = reserve(SIGNAL_STACK_BYTES, PROT_READ | PROT_WRITE);
     stacks = reserve(MAX_THREADS * (STACK_BYTES + STACK_GAP), PROT_NONE);
     if (!stacks || !signal_stack) return false;
-    for (int t = 0; t < MAX_THREADS; t++) mprotect(stacks + t * (STACK_BYTES + STACK_GAP) + STACK_GAP, STACK_BYTES, PROT_READ | PROT_WRITE);
-    for (; slot_bits >= 30 && !arena; slot_bits -= 2) arena = reserve((size_t)(MAX_PARAMETERS + 1) << slot_bits, PROT_NONE);
+    for (int t = 0; t < MAX_THREADS; t++)
+        mprotect(stacks + t * (STACK_BYTES + STACK_GAP) + STACK_GAP, STACK_BYTES, PROT_READ | PROT_WRITE);
+    for (; slot_bits >= 30 && !arena; slot_bits -= 2)
+        arena = reserve((size_t)(MAX_PARAMETERS + 1) << slot_bits, PROT_NONE);
     slot_bits += 2;
     return arena;
 }
@@ -448,7 +523,10 @@ static void check_written(const Array& array) {
             whole &= array.words[byte / 4].write >> (EVER_SHIFT + byte % 4) & 1;
         if (!whole) missing++, first = i;
     }
-    if (missing) report("leaves %zu of %zu elements of its output %s unwritten; the first at flat index %zu", missing, count, array.name, first);
+    if (missing)
+        report(
+            "leaves %zu of %zu elements of its output %s unwritten; the first at flat index %zu", missing, count,
+            array.name, first);
 }
 
 static void run_blocks(unsigned long long seed) {
@@ -462,6 +540,8 @@ static void run_blocks(unsigned long long seed) {
         }
     block_epoch = 0;
     acquired = all_released = true;
+    sums_count = 0, fault_count = 1;
+    for (int t = 0; t < thread_count; t++) fibers[t].proxy_fence = 0;
     long long blocks = (long long)gridDim.x * gridDim.y * gridDim.z;
     for (long long i = 0; i < blocks && !error[0]; i++) {
         long long b = backwards ? blocks - 1 - i : i;
@@ -516,7 +596,8 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     runner = pthread_self();
     runs_here = true;
     struct sigaction action = {};
-    action.sa_sigaction = on_signal, action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;  // the handler may not return
+    action.sa_sigaction = on_signal,
+    action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;  // the handler may not return
     for (int i = 0; i < SIGNALS; i++) {
         sigaction(signals[i], nullptr, &before[i]);
         if (signals[i] != SIGINT || before[i].sa_handler != SIG_IGN) sigaction(signals[i], &action, nullptr);
@@ -527,9 +608,10 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     sigaltstack(&theirs, nullptr);
 
     for (unsigned i = 1; i < array_count && !error[0]; i++)
-        if (arrays[i].bytes && !arrays[i].initialised) check_written(arrays[i]);
+        if (arrays[i].bytes && !arrays[i].initialised) check_written(arrays[i]), check_faults(arrays[i]);
     for (unsigned i = 0; i < array_count; i++) {
-        if (i && arrays[i].bytes && !arrays[i].constant && !error[0]) memcpy((void*)launch.words[i - 1], arrays[i].start, arrays[i].bytes);
+        if (i && arrays[i].bytes && !arrays[i].constant && !error[0])
+            memcpy((void*)launch.words[i - 1], arrays[i].start, arrays[i].bytes);
         release(i);
     }
     return error[0] ? error : nullptr;
