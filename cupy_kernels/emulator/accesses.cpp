@@ -155,8 +155,8 @@ void read_any(const void* address, size_t bytes) {
     else access<false>(address, bytes, CALLER);
 }
 
-// A thread that calls __threadfence() and then an atomic function tells what its block did before to threads that call one
-// later. Blocks run one after another; so if all blocks so far did, all that they did came before.
+// A thread that calls __threadfence() and then an atomic function tells what its block did before to threads that call
+// one later. Blocks run one after another; so if all blocks so far did, all that they did came before.
 void atomic(void* address, size_t bytes) {
     Array* array = find((const char*)address);
     if (array) touch<true>(*array, (const char*)address, bytes, CALLER, ATOMIC);
@@ -176,8 +176,8 @@ void fence() { fibers[current].fenced = true; }
     ACCESS(read, false, bytes) \
     ACCESS(write, true, bytes) ACCESS(unaligned_read, false, bytes) ACCESS(unaligned_write, true, bytes)
 ACCESSES(1)
-ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16) extern "C" EXPORTED
-    void __tsan_read_range(void* address, size_t bytes) {
+ACCESSES(2)
+ACCESSES(4) ACCESSES(8) ACCESSES(16) extern "C" EXPORTED void __tsan_read_range(void* address, size_t bytes) {
     emulator::access<false>(address, bytes, CALLER);
 }
 extern "C" EXPORTED void __tsan_write_range(void* address, size_t bytes) {
@@ -250,7 +250,8 @@ extern "C" EXPORTED void __ubsan_handle_out_of_bounds(OutOfBounds* what, size_t 
             narrow ? (int)b : (long long)b, what->type->name); \
     }
 OVERFLOW(add, "+")
-OVERFLOW(sub, "-") OVERFLOW(mul, "*") OVERFLOW(divrem, "/") extern "C" EXPORTED
+OVERFLOW(sub, "-")
+OVERFLOW(mul, "*") OVERFLOW(divrem, "/") extern "C" EXPORTED
     void __ubsan_handle_negate_overflow(Overflow* what, size_t) {
     FAIL_AT(what->at, "thread %d: a negation overflows %s", emulator::current, what->type->name);
 }

@@ -1,4 +1,4 @@
-// CUDA's intrinsics that are functions of their arguments alone, and mathematics that C does not have. A part of cuda.h.
+// CUDA's functions of their arguments alone: intrinsics, and mathematics that C does not have. A part of cuda.h.
 
 // --- Loads and stores with a hint for the caches
 
@@ -14,7 +14,8 @@
     static inline void __stcs(T* p, T v) { *p = v; } \
     static inline void __stwt(T* p, T v) { *p = v; }
 EMULATOR_LOADS(char)
-EMULATOR_LOADS(signed char) EMULATOR_LOADS(short) EMULATOR_LOADS(int) EMULATOR_LOADS(long) EMULATOR_LOADS(unsigned char)
+EMULATOR_LOADS(signed char)
+EMULATOR_LOADS(short) EMULATOR_LOADS(int) EMULATOR_LOADS(long) EMULATOR_LOADS(unsigned char)
     EMULATOR_LOADS(unsigned short) EMULATOR_LOADS(unsigned) EMULATOR_LOADS(unsigned long) EMULATOR_LOADS(long long)
         EMULATOR_LOADS(unsigned long long) EMULATOR_LOADS(float) EMULATOR_LOADS(double) EMULATOR_LOADS(char2)
             EMULATOR_LOADS(char4) EMULATOR_LOADS(uchar2) EMULATOR_LOADS(uchar4) EMULATOR_LOADS(short2)
@@ -157,10 +158,11 @@ template <class T, class F> static inline T rounded(int mode, F compute) {
             EMULATOR_ROUNDED_##arguments(name, _ru, 2, T, A, expression) \
                 EMULATOR_ROUNDED_##arguments(name, _rd, 3, T, A, expression)
 EMULATOR_ROUNDED(2, __fadd, float, float, a + b)
-EMULATOR_ROUNDED(2, __dadd, double, double, a + b) EMULATOR_ROUNDED(2, __fsub, float, float, a - b)
-    EMULATOR_ROUNDED(2, __dsub, double, double, a - b) EMULATOR_ROUNDED(2, __fmul, float, float, a* b)
-        EMULATOR_ROUNDED(2, __dmul, double, double, a* b) EMULATOR_ROUNDED(2, __fdiv, float, float, a / b)
-            EMULATOR_ROUNDED(2, __ddiv, double, double, a / b) EMULATOR_ROUNDED(3, __fmaf, float, float, fmaf(a, b, c))
+EMULATOR_ROUNDED(2, __dadd, double, double, a + b)
+EMULATOR_ROUNDED(2, __fsub, float, float, a - b) EMULATOR_ROUNDED(2, __dsub, double, double, a - b)
+    EMULATOR_ROUNDED(2, __fmul, float, float, a* b) EMULATOR_ROUNDED(2, __dmul, double, double, a* b)
+        EMULATOR_ROUNDED(2, __fdiv, float, float, a / b) EMULATOR_ROUNDED(2, __ddiv, double, double, a / b)
+            EMULATOR_ROUNDED(3, __fmaf, float, float, fmaf(a, b, c))
                 EMULATOR_ROUNDED(3, __fma, double, double, fma(a, b, c))
                     EMULATOR_ROUNDED(1, __frcp, float, float, 1 / a) EMULATOR_ROUNDED(1, __drcp, double, double, 1 / a)
                         EMULATOR_ROUNDED(1, __fsqrt, float, float, sqrtf(a))
@@ -207,7 +209,8 @@ EMULATOR_TO_INTEGER(__double2ull, double, unsigned long long, 0, 0x1p64, 1ull <<
 #define EMULATOR_FAST(name) \
     static inline float __##name##f(float x) { return name##f(x); }
 EMULATOR_FAST(exp)
-EMULATOR_FAST(exp10) EMULATOR_FAST(log) EMULATOR_FAST(log2) EMULATOR_FAST(log10) EMULATOR_FAST(sin) EMULATOR_FAST(cos)
+EMULATOR_FAST(exp10)
+EMULATOR_FAST(log) EMULATOR_FAST(log2) EMULATOR_FAST(log10) EMULATOR_FAST(sin) EMULATOR_FAST(cos)
     EMULATOR_FAST(tan) static inline float __powf(float x, float y) {
     return powf(x, y);
 }
@@ -222,9 +225,6 @@ static inline float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1.0f : 0.0
 #define EMULATOR_FOR_FLOAT_1(name) \
     static inline float name##f(float x) { return (float)name((double)x); } \
     static inline float name(float x) { return name##f(x); }
-#define EMULATOR_FOR_FLOAT_2(name) \
-    static inline float name##f(float x, float y) { return (float)name((double)x, (double)y); } \
-    static inline float name(float x, float y) { return name##f(x, y); }
 static inline double rcbrt(double x) { return 1 / cbrt(x); }
 static inline double sinpi(double x) {
     double rest = remainder(x, 2);  // -1 to 1
@@ -255,10 +255,11 @@ static inline double erfinv(double y) {
 }
 static inline double normcdfinv(double y) { return -1.41421356237309504880 * erfcinv(2 * y); }
 static inline double rhypot(double x, double y) { return 1 / hypot(x, y); }
+static inline float rhypotf(float x, float y) { return (float)rhypot(x, y); }
 EMULATOR_FOR_FLOAT_1(rcbrt)
-EMULATOR_FOR_FLOAT_1(sinpi) EMULATOR_FOR_FLOAT_1(cospi) EMULATOR_FOR_FLOAT_1(erfcx) EMULATOR_FOR_FLOAT_1(normcdf)
-    EMULATOR_FOR_FLOAT_1(erfcinv) EMULATOR_FOR_FLOAT_1(erfinv) EMULATOR_FOR_FLOAT_1(normcdfinv)
-        EMULATOR_FOR_FLOAT_2(rhypot)
+EMULATOR_FOR_FLOAT_1(sinpi)
+EMULATOR_FOR_FLOAT_1(cospi) EMULATOR_FOR_FLOAT_1(erfcx) EMULATOR_FOR_FLOAT_1(normcdf) EMULATOR_FOR_FLOAT_1(erfcinv)
+    EMULATOR_FOR_FLOAT_1(erfinv) EMULATOR_FOR_FLOAT_1(normcdfinv)
     // Modified Bessel functions of the first kind, by their series.
     static inline double cyl_bessel_i0(double x) {
     double term = 1, sum = 1;
@@ -306,10 +307,8 @@ EMULATOR_NORM(rnorm)
     static inline void name(double x, double* s, double* c) { *s = sine(x), *c = cosine(x); } \
     static inline void name##f(float x, float* s, float* c) { *s = sine##f(x), *c = cosine##f(x); } \
     static inline void name(float x, float* s, float* c) { name##f(x, s, c); }
-    EMULATOR_SINCOS(sincos, sin, cos)
-        EMULATOR_SINCOS(sincospi, sinpi, cospi) static inline void __sincosf(float x, float* s, float* c) {
-    sincosf(x, s, c);
-}
+EMULATOR_SINCOS(sincos, sin, cos)
+EMULATOR_SINCOS(sincospi, sinpi, cospi) static inline void __sincosf(float x, float* s, float* c) { sincosf(x, s, c); }
 
 extern "C" double remquo(double, double, int*);
 extern "C" float remquof(float, float, int*);

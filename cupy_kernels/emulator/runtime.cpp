@@ -35,7 +35,7 @@ enum : size_t {
     STACK_BYTES = 576 << 10,
     STACK_GAP = 16 << 20
 };  // a gap wider than local arrays are, so that no access
-    // skips it
+// skips it
 enum : size_t {
     STACK_SHIFT = 128
 };  // not all stacks end at the same place of a page: they would share lines of the cache

@@ -129,7 +129,8 @@ static unsigned char number_of_fault(const char* place, const char* is, Array* a
 
 // Notes what is wrong with an operand: at its issue, or at the wait, where it must be what it was.
 static void check_operand(
-    const Operand& operand, unsigned char (*copy)[16], bool waited, unsigned char* bad, const char* place) {
+    const Operand& operand, unsigned char (*copy)[16], bool waited, unsigned char* bad, const char* place,
+    bool by_own_warp = false) {
     for (int i = 0; i < operand.count; i++) {
         const char* at = (const char*)operand.octets[i];
         Array* array = find(at);
@@ -142,6 +143,8 @@ static void check_operand(
                 waited ? memcmp(address, copy[i] + 4 * word, 4) ? "is written before the wait for that" : nullptr
                        : fault_of(array->words[(address - array->start) / 4]);
             if (!is) continue;
+            u64 write = array->words[(address - array->start) / 4].write;
+            if (by_own_warp && thread_of(write) / 32 != (unsigned)current / 32) continue;
             unsigned char number = number_of_fault(place, is, array, address);
             if (operand.along_k) bad[i / 2] = number;
             else bad[i / 16 * 8 + 2 * word] = bad[i / 16 * 8 + 2 * word + 1] = number;
@@ -182,11 +185,12 @@ static void values(
         }
 }
 
-static void check_unchanged(InFlight& m) {
-    if (m.read) return;
+// At the first wait of the warpgroup's warps for it; and at its own, as threads of a warp that has not waited may not write.
+static void check_unchanged(InFlight& m, bool own) {
+    if (m.read && !own) return;
+    check_operand(m.a, m.a_copy, true, m.a_faults, m.place, m.read);
+    check_operand(m.b, m.b_copy, true, m.b_faults, m.place, m.read);
     m.read = true;
-    check_operand(m.a, m.a_copy, true, m.a_faults, m.place);
-    check_operand(m.b, m.b_copy, true, m.b_faults, m.place);
 }
 
 static void take_effect(InFlight& m) {
@@ -226,7 +230,7 @@ void wait_for_multiplications(int pending_groups) {
     if (!warp_barrier(0xFFFFFFFFu, {"wgmma_wait()", 0}, false) || !done) return;
     for (int warp = current / 128 * 4; warp < current / 128 * 4 + 4; warp++)
         for (int number = queues[warp].issued - queues[warp].count; number < end; number++)
-            check_unchanged(multiplication(warp, number));
+            check_unchanged(multiplication(warp, number), warp == current / 32);
     for (int number = first; number < end; number++) take_effect(multiplication(current / 32, number));
     for (int i = groups; i < queue.group_count; i++) queue.group_ends[i - groups] = queue.group_ends[i] - done;
     queue.count -= done;
