@@ -6,6 +6,7 @@ knows no wheels), and lets a machine without a GPU compile every variant to a cu
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import re
 from collections.abc import Iterable
@@ -13,10 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from . import cache
 from .errors import BackendError
 from .source import Kernel, Variant, compile_error, declarations, unit
 
 STANDARD = "-std=c++17"
+CHECK_ARCHITECTURE = "compute_80"
 WGMMA_MAJOR = 12  # the first version that compiles for sm_90a
 ERROR_COMPILATION = 6  # NVRTC's status for a wrong text; others concern NVRTC, its options, or the machine
 
@@ -147,6 +150,20 @@ def compile_variant(what: Variant | Kernel, arch: str, least_major: int = 11) ->
 def compile_ptx(what: Variant | Kernel, arch: str) -> str:
     """The PTX behind `compile_variant`'s cubin; for "compute_80", the same without a cubin."""
     return _compile(what, arch)[1].decode()
+
+
+def check(kernel: Kernel) -> str | None:
+    """Version of the NVRTC that takes the text of `kernel`; None if none is there. KernelCompileError if it refuses.
+
+    For a text that runs on the emulator, and is to run on a GPU. What was found is kept on disk.
+    """
+    try:
+        found = version(WGMMA_MAJOR if kernel.architecture else 11)
+    except BackendError:
+        return None
+    key = hashlib.sha256(repr((found, unit(kernel), kernel.variant)).encode()).hexdigest()
+    cache.entry(f"{key}.checked", lambda: compile_ptx(kernel, CHECK_ARCHITECTURE)[:0].encode())
+    return found
 
 
 def cubin(kernel: Kernel) -> bytes:

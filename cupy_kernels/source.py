@@ -18,10 +18,27 @@ MACROS = "macros"  # the file's name in messages of the emulator's compiler abou
 
 _FOLDER = resources.files(__package__) / "cu"
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
-_KERNEL = re.compile(r'[ \t]*extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
+_HEADER = re.compile(r"^\s*#\s*include\s*<([^>]+)>")
+# What stands in for headers, which pip's CUDA does not have.
+_INSTEAD = {
+    "math.h cmath": "mathematics is there without a header",
+    "stdint.h cstdint": "write int, unsigned, long long, or i64 and u8 of common.cuh",
+    "limits.h climits float.h cfloat limits": "write the number; common.cuh has is_nan and is_finite",
+    "stdio.h cstdio assert.h cassert string.h cstring": "printf, assert, memcpy and memset are there without a header",
+    "cuda_fp16.h cuda_bf16.h": "half_t and bf16_t of common.cuh are converted by to_acc and from_acc<half_t>",
+    "cooperative_groups.h": "__syncthreads, __syncwarp, __shfl_sync and the like are there without a header",
+}
 
 # Comments and strings are tokens of their own, so that braces in them do not count.
 _BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
+_PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+_ATTRIBUTES = rf"(?:(?:static|inline|__(?:launch_bounds|maxnreg|attribute|cluster_dims)__\s*{_PARENTHESES})\s*)*"
+_KERNEL = re.compile(
+    rf'[ \t]*(extern\s+"C"\s+)?{_ATTRIBUTES}__global__\s+{_ATTRIBUTES}void\s+{_ATTRIBUTES}'
+    rf"(\w+)\s*({_PARENTHESES})\s*(?=\{{)"
+)
+_NO_TYPE = ("*", "const", "volatile", "INOUT", "__restrict__", "__restrict", "__grid_constant__", "struct")
+_C_BLOCK = re.compile(r'\bextern\s+"C"\s*\{')
 
 # Scalar types of the kernels, and the NumPy dtype of an array that holds them. NumPy has no bfloat16: its arrays travel
 # as int16.
@@ -35,6 +52,14 @@ DTYPES = {
     "i64": np.dtype(np.int64),
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
+_UNSIGNED = {"unsigned": np.dtype(np.uint32)}  # of numbers alone: arrays have none of it
+_SYNONYMS = {
+    "long long": "i64",
+    "long long int": "i64",
+    "signed": "int",
+    "unsigned int": "unsigned",
+    "unsigned char": "u8",
+}
 
 # The first two are replaced by new dicts, never changed in place: other threads read them.
 _overrides: dict[str, str] = {}
@@ -242,22 +267,30 @@ def packaged(file: str) -> str:
 def packaged_kernels(file: str) -> dict[str, str]:
     """{name: definition} of the kernels of a packaged file, whatever is in force."""
     text = packaged(file)
-    return {match[1]: text[slice(*span(text, match[1]))] for match in _KERNEL.finditer(text)}
+    return {name: text[slice(*span(text, name))] for name in _kernels(text)}
 
 
 def span(text, name) -> tuple[int, int] | None:
     """Where in `text` the definition of the kernel `name` begins and ends; None if it is not there."""
-    match = next((m for m in _KERNEL.finditer(text) if m[1] == name), None)
+    match = _kernels(text).get(name)
     return match and (match.start(), _end(text, match) or len(text))
 
 
 def unfinished(text) -> list[str]:
     """Kernels of `text` whose body has no end."""
-    return [match[1] for match in _KERNEL.finditer(text) if not _end(text, match)]
+    return [name for name, match in _kernels(text).items() if not _end(text, match)]
 
 
-def _end(text, declaration) -> int | None:
-    depth = 0
+@functools.lru_cache(64)
+def _kernels(text: str) -> dict[str, re.Match]:
+    """{name: the match of its declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
+    code = _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
+    blocks = [range(block.end(), _end(code, block, 1) or len(code)) for block in _C_BLOCK.finditer(code)]
+    found = [m for m in _KERNEL.finditer(code) if m[1] or any(m.start(2) in block for block in blocks)]
+    return {match[2]: match for match in found}
+
+
+def _end(text, declaration, depth=0) -> int | None:
     for token in _BRACES.finditer(text, declaration.end()):
         depth += {"{": 1, "}": -1}.get(token[0], 0)
         if token[0] == "}" and depth == 0:
@@ -279,6 +312,8 @@ def _expand(file: str, seen: set[str], read) -> str:
     seen.add(file)
     lines = [f'#line 1 "{file}"']
     for number, line in enumerate(read(file).splitlines(), 1):
+        if header := _HEADER.match(line):
+            raise ValueError(_no_header(file, number, header[1]))
         include = _INCLUDE.match(line)
         if not include:
             lines.append(line)
@@ -287,6 +322,11 @@ def _expand(file: str, seen: set[str], read) -> str:
         else:
             lines.append("")
     return "\n".join(lines)
+
+
+def _no_header(file, number, header):
+    instead = [way for headers, way in _INSTEAD.items() if header in headers.split()]
+    return f"{file}:{number}: kernels include no header, received <{header}>: {', '.join(instead) or 'leave it out'}"
 
 
 def unit(what: Kernel | Variant) -> str:
@@ -305,7 +345,7 @@ def _unit(file, kernel):
         return expanded(file)
     alone = {kernel} & edited
     found = _expand(file, set(), lambda name: text(name, alone))
-    left_out = {match[1] for match in _KERNEL.finditer(found)} - alone
+    left_out = _kernels(found).keys() - alone
     if not alone:
         # The packaged text of an edited kernel need not fit an edited header.
         left_out = left_out & edited if any(map(is_file, overridden())) else ()
@@ -316,25 +356,42 @@ def _unit(file, kernel):
     return found
 
 
+def is_packaged(kernel: Kernel) -> bool:
+    """Whether `kernel` is compiled from the package's own text."""
+    return kernel.file in names() and unit(kernel) == _expand(kernel.file, set(), packaged)
+
+
 @until_overridden
 def kernel_names(file: str) -> tuple[str, ...]:
     """Names of the kernels that `file` defines."""
-    return tuple(match[1] for match in _KERNEL.finditer(expanded(file)))
+    return tuple(_kernels(expanded(file)))
 
 
 def declarations(text: str) -> dict[str, list[tuple[str, str]]]:
     """{kernel: [(type, name) of each parameter]} of the kernels in `text`; types as "const scalar_t*"."""
     return {
-        match[1]: [_split(p) for p in re.sub(r"//.*", "", match[2]).split(",") if p.strip()]
-        for match in _KERNEL.finditer(text)
+        name: [_split(p) for p in match[3][1:-1].split(",") if p.strip() not in ("", "void")]
+        for name, match in _kernels(text).items()
     }
 
 
 def _split(declaration: str) -> tuple[str, str]:
-    *words, name = declaration.replace("*", " * ").split()
-    kind = [w for w in words if w not in ("*", "const", "INOUT", "__restrict__")]
+    found = re.fullmatch(r"(.*?)(\w+)\s*((?:\[[^]]*\])?)", declaration.strip(), re.DOTALL)
+    if (
+        not found
+        or not found[1]
+        or re.search(r"[^\w\s*]", found[1])
+        or (found[1] + found[3]).count("*") + bool(found[3]) > 1
+    ):
+        raise ValueError(
+            f"a kernel's parameter is an array, as in const float* x, or a number, as in int size; received "
+            f"{declaration.strip()!r}. Pass several arrays one by one, and what belongs together as numbers"
+        )
+    words = found[1].replace("*", " * ").split()
+    kind = " ".join(w for w in words if w not in _NO_TYPE)
     marks = [w for w in ("INOUT", "const") if w in words]
-    return " ".join([*marks, *kind]) + "*" * words.count("*"), name
+    pointer = "*" if found[3] or "*" in words else ""
+    return " ".join([*marks, _SYNONYMS.get(kind, kind)]) + pointer, found[2]
 
 
 @until_overridden
@@ -353,10 +410,11 @@ def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
     marks = [word for word in kind.split() if word in ("INOUT", "const")]
     base = " ".join(kind.split()[len(marks) :])  # "unsigned int" is not "int"
     base, pointer = base.rstrip("*"), base.endswith("*")
-    dtype = DTYPES.get(str(dict(kernel.defines).get(base, base)))
+    numbers = DTYPES if pointer else DTYPES | _UNSIGNED
+    dtype = numbers.get(str(dict(kernel.defines).get(base, base)))
     if dtype is None and not pointer:
         raise ValueError(
-            f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"
+            f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(numbers)}, or a macro of these"
         )
     return Parameter(name, dtype, pointer, "const" in marks, "INOUT" in marks)
 

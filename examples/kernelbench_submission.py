@@ -45,7 +45,26 @@ class UnsupportedError(ValueError):
 # Kernel sources: text of a .cu file with its includes expanded, kernel signatures, and the digest of all sources.
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
-_KERNEL = re.compile(r'[ \t]*extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(([^)]*)\)')
+_HEADER = re.compile(r"^\s*#\s*include\s*<([^>]+)>")
+# What stands in for headers, which pip's CUDA does not have.
+_INSTEAD = {
+    "math.h cmath": "mathematics is there without a header",
+    "stdint.h cstdint": "write int, unsigned, long long, or i64 and u8 of common.cuh",
+    "limits.h climits float.h cfloat limits": "write the number; common.cuh has is_nan and is_finite",
+    "stdio.h cstdio assert.h cassert string.h cstring": "printf, assert, memcpy and memset are there without a header",
+    "cuda_fp16.h cuda_bf16.h": "half_t and bf16_t of common.cuh are converted by to_acc and from_acc<half_t>",
+    "cooperative_groups.h": "__syncthreads, __syncwarp, __shfl_sync and the like are there without a header",
+}
+# Comments and strings are tokens of their own, so that braces in them do not count.
+_BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
+_PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+_ATTRIBUTES = rf"(?:(?:static|inline|__(?:launch_bounds|maxnreg|attribute|cluster_dims)__\s*{_PARENTHESES})\s*)*"
+_KERNEL = re.compile(
+    rf'[ \t]*(extern\s+"C"\s+)?{_ATTRIBUTES}__global__\s+{_ATTRIBUTES}void\s+{_ATTRIBUTES}'
+    rf"(\w+)\s*({_PARENTHESES})\s*(?=\{{)"
+)
+_NO_TYPE = ("*", "const", "volatile", "INOUT", "__restrict__", "__restrict", "__grid_constant__", "struct")
+_C_BLOCK = re.compile(r'\bextern\s+"C"\s*\{')
 # Scalar types of the kernels, and the NumPy dtype of an array that holds them. NumPy has no bfloat16: its arrays travel
 # as int16.
 DTYPES = {
@@ -58,6 +77,14 @@ DTYPES = {
     "i64": np.dtype(np.int64),
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
+_UNSIGNED = {"unsigned": np.dtype(np.uint32)}  # of numbers alone: arrays have none of it
+_SYNONYMS = {
+    "long long": "i64",
+    "long long int": "i64",
+    "signed": "int",
+    "unsigned int": "unsigned",
+    "unsigned char": "u8",
+}
 
 
 class Variant(NamedTuple):
@@ -104,6 +131,23 @@ class Parameter(NamedTuple):
     inout: bool
 
 
+@functools.lru_cache(64)
+def _kernels(text: str) -> dict[str, re.Match]:
+    """{name: the match of its declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
+    code = _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
+    blocks = [range(block.end(), _end(code, block, 1) or len(code)) for block in _C_BLOCK.finditer(code)]
+    found = [m for m in _KERNEL.finditer(code) if m[1] or any(m.start(2) in block for block in blocks)]
+    return {match[2]: match for match in found}
+
+
+def _end(text, declaration, depth=0) -> int | None:
+    for token in _BRACES.finditer(text, declaration.end()):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if token[0] == "}" and depth == 0:
+            return token.end()
+    return None
+
+
 @until_overridden
 def expanded(file: str) -> str:
     """Text of `file` with every `#include "..."` replaced by the included text, each file once.
@@ -118,6 +162,8 @@ def _expand(file: str, seen: set[str], read) -> str:
     seen.add(file)
     lines = [f'#line 1 "{file}"']
     for number, line in enumerate(read(file).splitlines(), 1):
+        if header := _HEADER.match(line):
+            raise ValueError(_no_header(file, number, header[1]))
         include = _INCLUDE.match(line)
         if not include:
             lines.append(line)
@@ -128,19 +174,36 @@ def _expand(file: str, seen: set[str], read) -> str:
     return "\n".join(lines)
 
 
+def _no_header(file, number, header):
+    instead = [way for headers, way in _INSTEAD.items() if header in headers.split()]
+    return f"{file}:{number}: kernels include no header, received <{header}>: {', '.join(instead) or 'leave it out'}"
+
+
 def declarations(text: str) -> dict[str, list[tuple[str, str]]]:
     """{kernel: [(type, name) of each parameter]} of the kernels in `text`; types as "const scalar_t*"."""
     return {
-        match[1]: [_split(p) for p in re.sub(r"//.*", "", match[2]).split(",") if p.strip()]
-        for match in _KERNEL.finditer(text)
+        name: [_split(p) for p in match[3][1:-1].split(",") if p.strip() not in ("", "void")]
+        for name, match in _kernels(text).items()
     }
 
 
 def _split(declaration: str) -> tuple[str, str]:
-    *words, name = declaration.replace("*", " * ").split()
-    kind = [w for w in words if w not in ("*", "const", "INOUT", "__restrict__")]
+    found = re.fullmatch(r"(.*?)(\w+)\s*((?:\[[^]]*\])?)", declaration.strip(), re.DOTALL)
+    if (
+        not found
+        or not found[1]
+        or re.search(r"[^\w\s*]", found[1])
+        or (found[1] + found[3]).count("*") + bool(found[3]) > 1
+    ):
+        raise ValueError(
+            f"a kernel's parameter is an array, as in const float* x, or a number, as in int size; received "
+            f"{declaration.strip()!r}. Pass several arrays one by one, and what belongs together as numbers"
+        )
+    words = found[1].replace("*", " * ").split()
+    kind = " ".join(w for w in words if w not in _NO_TYPE)
     marks = [w for w in ("INOUT", "const") if w in words]
-    return " ".join([*marks, *kind]) + "*" * words.count("*"), name
+    pointer = "*" if found[3] or "*" in words else ""
+    return " ".join([*marks, _SYNONYMS.get(kind, kind)]) + pointer, found[2]
 
 
 @until_overridden
@@ -159,10 +222,11 @@ def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
     marks = [word for word in kind.split() if word in ("INOUT", "const")]
     base = " ".join(kind.split()[len(marks) :])  # "unsigned int" is not "int"
     base, pointer = base.rstrip("*"), base.endswith("*")
-    dtype = DTYPES.get(str(dict(kernel.defines).get(base, base)))
+    numbers = DTYPES if pointer else DTYPES | _UNSIGNED
+    dtype = numbers.get(str(dict(kernel.defines).get(base, base)))
     if dtype is None and not pointer:
         raise ValueError(
-            f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"
+            f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(numbers)}, or a macro of these"
         )
     return Parameter(name, dtype, pointer, "const" in marks, "INOUT" in marks)
 
@@ -4287,6 +4351,8 @@ struct MainLoop {
                 if (c == 1)
                     fetch(stage + AHEAD);  // not right after the barrier, when the tensor cores have least to do
             }
+            // Where a stage ends beyond x, the two columns that are under way may begin a stage earlier than AHEAD says.
+            if (IN_W % COLUMNS && tile.column_of(stage) + COLUMNS > IN_W) wgmma_wait<0>();
             if (tile.ends_chain(stage)) wgmma_wait<0>(), store_sums();
         }
     }
@@ -4767,7 +4833,7 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
 UNCHECKED __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::read_any(row, 16);
-    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
+    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row);
     int lane = emulator::current % 32;
     for (int i = 0; i < 4; i++) r[i] = ((const unsigned*)rows[8 * i + lane / 4])[lane % 4];
 #elif __CUDA_ARCH__ >= 750
@@ -4779,7 +4845,7 @@ UNCHECKED __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) 
 UNCHECKED __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::read_any(row, 16);
-    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
+    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row);
     int lane = emulator::current % 32, first = lane % 4 * 2, column = lane / 4;
     for (int i = 0; i < 4; i++) {
         const unsigned short* const two[] = {
@@ -4814,7 +4880,7 @@ template <class T = half_t> UNCHECKED __device__ __forceinline__ void mma_m16n8k
     struct Fragments { float a[8], b[4]; } mine;
     for (int i = 0; i < 8; i++) mine.a[i] = to_acc(T{(unsigned short)(a[i / 2] >> i % 2 * 16)});
     for (int i = 0; i < 4; i++) mine.b[i] = to_acc(T{(unsigned short)((i < 2 ? b0 : b1) >> i % 2 * 16)});
-    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine, EMULATOR_PLACE);
+    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine);
     int lane = emulator::current % 32;
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 16; k++) {
@@ -5743,9 +5809,8 @@ struct WgmmaOperand {
     const u8* start;
     int along, across;
     __device__ WgmmaOperand(const u8* start, int along, int across) : start(start), along(along), across(across) {}
-    UNCHECKED float at(int row, int k) const {
-        return to_acc(((const half_t*)(start + row / 8 * across + k / 8 * along + row % 8 * 16))[k % 8]);
-    }
+    static constexpr bool ALONG_K = true;
+    const u8* octet(int row, int k) const { return start + row / 8 * across + k / 8 * along + row % 8 * 16; }
 #else
     // The two words of PTX's matrix descriptor, lengths in units of 16 bytes, without a swizzle.
     unsigned start, stride;
@@ -5772,9 +5837,8 @@ struct WgmmaLines {
     const u8* start;
     int first_part;
     __device__ WgmmaLines(const u8* start, int first_part) : start(start), first_part(first_part) {}
-    UNCHECKED float at(int row, int k) const {
-        return to_acc(((const half_t*)(start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16))[row % 8]);
-    }
+    static constexpr bool ALONG_K = false;
+    const u8* octet(int row, int k) const { return start + k * 128 + ((first_part + row / 8) ^ (k & 7)) * 16; }
 #else
     unsigned start;
     __device__ WgmmaLines(const u8* from, int first_part)
@@ -5842,12 +5906,7 @@ struct WgmmaLines {
 template <int COUNT, bool ACCUMULATE = true, int MOST> UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
 #ifdef CUPY_KERNELS_EMULATOR
-    int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-    for (int t = 0; t < COUNT; t++)
-        for (int c = 0; c < 4; c++) {
-            if (!ACCUMULATE) d[t][c] = 0;
-            for (int k = 0; k < 16; k++) d[t][c] += a.at(row + c / 2 * 8, k) * b.at(t * 8 + column + c % 2, k);
-        }
+    emulator::multiply_async<half_t>(&d[0][0], COUNT * 8, ACCUMULATE, &a, nullptr, b, EMULATOR_CALLER);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned long long a_bits = a.bits(), b_bits = b.bits();
     WGMMA_CASE(1, 8)
@@ -5886,18 +5945,8 @@ template <int COUNT, int MOST>
 UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaLines& b, int accumulate = 1) {
 #ifdef CUPY_KERNELS_EMULATOR
-    struct Fragment { float v[8]; } mine;
-    for (int i = 0; i < 8; i++) mine.v[i] = to_acc(half_t{(unsigned short)(a[i / 2] >> i % 2 * 16)});
-    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine, EMULATOR_PLACE);
-    int lane = threadIdx.x % 32;
-    for (int k = 0; k < 16; k++) {
-        const Fragment& left = all[lane / 4 * 4 + k % 8 / 2];
-        for (int t = 0; t < COUNT; t++)
-            for (int c = 0; c < 4; c++) {
-                if (!accumulate && k == 0) d[t][c] = 0;
-                d[t][c] += left.v[k / 8 * 4 + c / 2 * 2 + k % 2] * b.at(t * 8 + lane % 4 * 2 + c % 2, k);
-            }
-    }
+    emulator::multiply_async<half_t>(
+        &d[0][0], COUNT * 8, accumulate, (const WgmmaOperand*)nullptr, a, b, EMULATOR_CALLER);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     unsigned long long b_bits = b.bits();
     WGMMA_CASE_FRAGMENT(1, 8, 6, 7, 8, 9)
@@ -5912,19 +5961,25 @@ UNCHECKED __device__ __forceinline__ void wgmma(
 }
 
 __device__ inline void wgmma_fence() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::fence_registers();
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 
 __device__ inline void wgmma_commit() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::commit_multiplications();
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
 
 template <int PENDING_GROUPS> __device__ inline void wgmma_wait() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::wait_for_multiplications(PENDING_GROUPS);
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING_GROUPS) : "memory");
 #endif
 }
@@ -5938,7 +5993,9 @@ template <int COUNT, int MOST> __device__ __forceinline__ void wgmma_arrived(flo
 }
 
 __device__ inline void fence_async_proxy() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::fence_proxy();
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }

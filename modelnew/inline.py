@@ -181,7 +181,7 @@ class _Operator:
                     f"{name}: {p.name} must be const (an input) or an output, of a type among scalar_t, acc_t, "
                     f"{', '.join(source.DTYPES)}"
                 )
-            if not p.pointer and (p.name in self._generic(name) or TORCH[p.dtype] == torch.bfloat16):
+            if not p.pointer and (p.name in self._generic(name) or TORCH.get(p.dtype) == torch.bfloat16):
                 raise ValueError(f"{name}: {p.name} is a number of type scalar_t or bf16_t; declare it acc_t")
 
     def _check_forward(self, saved):

@@ -359,6 +359,51 @@ def test_a_float_beside_an_integer_is_ambiguous(x, y):
     assert (y == np.maximum(x, 0)).all()
 
 
+def nvrtc_version():
+    try:
+        return nvrtc.version()
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+def test_nvrtc_is_asked_about_an_edited_text(x, y):
+    """Compilers for the host do not tell functions of the host from those of the device."""
+    version = nvrtc_version()
+    text = "float twice(float v) { return 2 * v; }\n" + COPY.replace("x[threadIdx.x]", "twice(x[threadIdx.x])")
+    with pytest.raises(KernelCompileError, match=rf"NVRTC {version}, which compiles .*\nplanted\.cu\(1\): error.*host"):
+        run(text, x, y)
+    assert not y.any()
+    run("__device__ " + text, x, y)
+    assert (y == 2 * x).all()
+
+
+def test_nvrtc_is_asked_about_what_the_emulator_refuses(x, y):
+    version = nvrtc_version()
+    with pytest.raises(KernelCompileError, match=rf"__vadd4(.|\n)*NVRTC {version} takes this text"):
+        run(COPY.replace("x[threadIdx.x]", "__vadd4(1, 2)"), x, y)
+    with pytest.raises(
+        KernelCompileError, match=rf"planted\.cu:1:\d+: error(.|\n)*NVRTC {version}, which .*\nplanted\.cu\(1\)"
+    ):
+        run(COPY.replace("x[threadIdx.x]", "unknown"), x, y)
+
+
+def test_nvrtc_is_asked_once(monkeypatch, fresh, x, y):
+    nvrtc_version()
+    run(COPY, x, y)
+    emulator.backend.forget()
+    monkeypatch.setattr(nvrtc, "compile_ptx", lambda *arguments: pytest.fail("compiled again"))
+    run(COPY, x, y)
+
+
+def test_no_nvrtc(monkeypatch, fresh, x, y):
+    def missing(least_major=11):
+        raise BackendError("no NVRTC")
+
+    monkeypatch.setattr(nvrtc, "shared_library", missing)
+    run(COPY, x, y)
+    assert (y == x).all()
+
+
 SLOW = """extern "C" __global__ void slow(const float* x, float* y) {
     float v = x[threadIdx.x];
     for (int i = 0; i < STEPS; i++) v = v * v;
@@ -557,13 +602,20 @@ def test_ziglang(monkeypatch, fresh, x, y, chosen):
     assert (y == x[::-1]).all()
 
 
+def libraries(folder):
+    """Those in it; beside them are marks of texts that NVRTC takes, and nothing half-written."""
+    kinds = [path.suffix for path in folder.iterdir()]
+    assert set(kinds) <= {".so", ".checked"}
+    return [path for path in folder.iterdir() if path.suffix == ".so"]
+
+
 def test_compiled_kernels_are_kept_on_disk(monkeypatch, fresh, x, y):
     run(COPY, x, y)
-    (library,) = fresh.iterdir()  # nothing half-written lies beside it
+    (library,) = libraries(fresh)
     emulator.backend.forget()
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("compiled again"))
     run(COPY, x, y)
-    assert [library] == list(fresh.iterdir())
+    assert [library] == libraries(fresh)
 
 
 def test_a_folder_that_cannot_be_made(monkeypatch, fresh, tmp_path, x, y):
@@ -594,4 +646,4 @@ def test_a_new_text_is_a_new_library(fresh, x, y):
     assert (y == 2 * x).all()
     run(COPY, x, y)
     assert (y == x).all()
-    assert len(list(fresh.iterdir())) == 2
+    assert len(libraries(fresh)) == 2

@@ -42,6 +42,19 @@ def test_a_missing_include_is_named():
         source.expanded("a.cu")
 
 
+@pytest.mark.parametrize(
+    ("header", "instead"),
+    [("math.h", "without a header"), ("cstdint", "i64 and u8"), ("cuda_fp16.h", "half_t"), ("vector", "leave it out")],
+)
+def test_headers(header, instead):
+    """One answer on all backends."""
+    with (
+        source.override({"a.cu": f"int a;\n # include <{header}>\n"}),
+        pytest.raises(ValueError, match=rf"a\.cu:2: kernels include no header, received <{header}>: .*{instead}"),
+    ):
+        source.expanded("a.cu")
+
+
 @pytest.mark.parametrize("file", [f for f in source.names() if f.endswith(".cu")])
 def test_every_file_is_self_contained(file):
     """CuPy's disk cache hashes the text, not what it would include; and no toolkit's header may be needed."""
@@ -66,6 +79,77 @@ extern "C" __global__ void __launch_bounds__(256, 512 / 256) many(
         Parameter("eps", DTYPES["float"], pointer=False, const=False, inout=False),
         Parameter("size", DTYPES["i64"], pointer=False, const=False, inout=False),
     )
+
+
+PLAIN = [("const float*", "x"), ("float*", "y"), ("int", "n")]
+CONST = [*PLAIN[:2], ("const int", "n")]
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters"),
+    [
+        ('extern "C" {\n__global__ void k(const float* x, float* y, int n) { { } }\n}', PLAIN),
+        ('extern "C"\n__global__ void k(const float *x, float *y, int n)\n{ }', PLAIN),
+        ('extern  "C" __global__\tvoid\nk ( const float*x,float*y,int n ) { }', PLAIN),
+        ('extern "C" __launch_bounds__(256) __global__ void k(float const* x, float* y, const int n) {}', CONST),
+        (
+            'extern "C" __global__ __launch_bounds__((A + (1)) * 32, 2) void k(const float* x, float* y, int n) {}',
+            PLAIN,
+        ),
+        ('extern "C" __global__ void __launch_bounds__(256) k(const float* x, float* y, int n) {}', PLAIN),
+        ('extern "C" __attribute__((noinline)) __global__ void k(const float* x, float* y, int n) {}', PLAIN),
+        (
+            'extern "C" /* a (k) */ __global__ void k(const float* x /* in, ) */, // a, b)\n float* y, int n) {}',
+            PLAIN,
+        ),
+        ('extern "C" __global__ void k(const float x[], float y[64], int n) {}', PLAIN),
+        (
+            'extern "C" __global__ void k(unsigned a, unsigned int b, long long c, const i64 d, unsigned char e) {}',
+            [("unsigned", "a"), ("unsigned", "b"), ("i64", "c"), ("const i64", "d"), ("u8", "e")],
+        ),
+        ('extern "C" __global__ void k() {}', []),
+        ('extern "C" __global__ void k(void) {}', []),
+    ],
+)
+def test_declarations(text, parameters):
+    """As CUDA takes them."""
+    assert source.declarations(text) == {"k": parameters}
+    start, end = source.span(text, "k")
+    assert "__global__" in text[start:end]
+    assert text[start:end].endswith("}")
+    assert not source.unfinished(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '// extern "C" __global__ void k(float* y) {}',
+        '/* extern "C" __global__ void k(float* y) {} */',
+        "__global__ void k(float* y) {}",
+        'extern "C" { int a; }\n__global__ void k(float* y) {}',
+        'extern "C" __global__ void k(float* y);',
+        'const char* text = "extern __global__ void k(float* y) {}";',
+    ],
+)
+def test_no_kernel(text):
+    """A comment, a declaration, and what cannot be called by its name."""
+    assert source.declarations(text) == {}
+
+
+@pytest.mark.parametrize(
+    "parameter", ["float** x", "float* x[4]", "float& x", "float", "void (*f)(int)", "Pair<int> p"]
+)
+def test_a_parameter_that_cannot_be_passed(parameter):
+    with pytest.raises(ValueError, match=r"an array, as in const float\* x, or a number.*received '"):
+        source.declarations(f'extern "C" __global__ void k({parameter}) {{}}')
+
+
+def test_unsigned_numbers():
+    text = 'extern "C" __global__ void k(const unsigned* x, unsigned n) {}'
+    with source.override({"k.cu": text}):
+        x, n = source.signature(Kernel("k.cu", "k"))
+    assert x.dtype is None
+    assert n.dtype == np.uint32
 
 
 def test_a_scalar_of_unknown_type_is_refused():

@@ -27,10 +27,10 @@ import threading
 from importlib import resources
 from pathlib import Path
 
-from .. import cache, forks
+from .. import cache, forks, nvrtc
 from ..backend import Backend
-from ..errors import BackendError, EmulatorError
-from ..source import MACROS, Kernel, compile_error, declarations, unit
+from ..errors import BackendError, EmulatorError, KernelCompileError
+from ..source import MACROS, Kernel, compile_error, declarations, is_packaged, unit
 from . import lines
 
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti")
@@ -110,13 +110,30 @@ class Emulator(Backend):
         """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
         _runtime()  # whose functions the library calls
         checks = CHECKS + CLANG_CHECKS if _is_clang() else CHECKS
-        library = _library(Path(kernel.file).stem, _translation_unit(kernel), checks, kernel)
+        try:
+            library = _library(Path(kernel.file).stem, _translation_unit(kernel), checks, kernel)
+        except KernelCompileError as error:
+            raise KernelCompileError(f"{error}\n{_of_nvrtc(kernel)}".rstrip()) from None
+        if not is_packaged(kernel):
+            try:
+                nvrtc.check(kernel)
+            except KernelCompileError as error:
+                raise KernelCompileError(f"NVRTC {nvrtc.version()}, which compiles for GPUs: {error}") from None
         for name in declarations(unit(kernel)):
             getattr(library, f"emulator_{name}").restype = ctypes.c_char_p
         return library
 
 
 backend = Emulator()
+
+
+def _of_nvrtc(kernel) -> str:
+    """What NVRTC says of a text that the emulator's compiler refuses."""
+    try:
+        version = nvrtc.check(kernel)
+    except KernelCompileError as error:
+        return f"NVRTC {nvrtc.version()}, which compiles for GPUs: {error}"
+    return f"NVRTC {version} takes this text: it can run on a GPU, and not on the emulator" if version else ""
 
 
 def _run(packed) -> None:
