@@ -1,4 +1,4 @@
-"""Two processes of a gloo group, which tests give work."""
+"""Processes of one group, which tests give work."""
 
 import datetime
 import multiprocessing
@@ -60,10 +60,12 @@ class Ranks:
 
 def _work(pipe, rank, count, backend, store):
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
+    options = {"init_method": f"file://{store}", "rank": rank, "world_size": count}
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    timeout = datetime.timedelta(seconds=_SECONDS)
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=count, timeout=timeout)
+        options["device_id"] = torch.device("cuda", rank)
+    dist.init_process_group(backend, **options, timeout=datetime.timedelta(seconds=_SECONDS))
     while True:
         function, args = pickle.loads(pipe.recv_bytes())
         torch.manual_seed(0)

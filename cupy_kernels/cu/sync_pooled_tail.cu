@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sync_parameter_gradients(
     const float* __restrict__ mean, const float* __restrict__ invstd, const float* __restrict__ distance,
     const double* __restrict__ share, const param_t* __restrict__ weight, float* __restrict__ sums,
     float* __restrict__ rest, int* __restrict__ dy_exponents, param_t* __restrict__ dconv_bias, i64 channels, i64 ranks,
-    i64 images, double count) {
+    i64 images, float count) {
     __shared__ float warps[THREADS / 32];
     i64 c = blockIdx.x;
     float most = 0;
@@ -27,16 +27,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) sync_parameter_gradients(
     __syncthreads();
     if (threadIdx.x) return;
     for (int w = 0; w < THREADS / 32; w++) most = fmaxf(most, warps[w]);
-    double sum = 0, dot = 0, all = count / *share;
+    double sum = 0, dot = 0;
     for (i64 rank = 0; rank < ranks; rank++) {
         sum += gathered[rank * 2 * channels + c];
         dot += gathered[(rank * 2 + 1) * channels + c];
     }
-    double mean_g = sum / all, mean_dot = dot / all;
-    sums[c] = (float)(mean_g * count), sums[channels + c] = (float)(mean_dot * count);
+    sum *= *share, dot *= *share;
+    sums[c] = (float)sum, sums[channels + c] = (float)dot;
     float scale = multiply_unflushed(bn_weight(weight, c), invstd[c]);
-    rest[c] = (float)(own[c] - count * (mean_g + distance[c] * mean_dot));
-    GradientBound bound(most, (float)mean_g, (float)mean_dot, (float)all, mean[c], invstd[c]);
+    rest[c] = (float)(own[c] - (sum + distance[c] * dot));
+    GradientBound bound(most, (float)sum / count, (float)dot / count, count / (float)*share, mean[c], invstd[c]);
     dy_exponents[c] = bound.exponent(scale);
     if (dconv_bias) dconv_bias[c] = from_acc<param_t>(multiply_unflushed(scale, rest[c]));
 }
