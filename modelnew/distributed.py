@@ -17,7 +17,7 @@ _COUNTERPARTS = {
 _LAYERS = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d)
 
 
-def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> nn.Module:
     """Synchronises every batch norm in `module`: in training its statistics are those of all processes' batches.
 
     module: changed in place and returned; the network, or a batch norm itself. BatchNorm1d, 2d and 3d of
@@ -47,7 +47,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
 class Peers:
     """The processes whose batches a layer's statistics are of. process_group: None for all processes."""
 
-    def __init__(self, process_group: dist.ProcessGroup | None):
+    def __init__(self, process_group: "dist.ProcessGroup | None"):
         self.process_group = process_group
 
     def __deepcopy__(self, memo):

@@ -28,7 +28,7 @@ from .model import BATCH, Model, ModelNew, get_init_inputs
 from .numerics import resolve
 from .timing import current
 
-TRIALS, STEPS, WARMUP = 10, 10, 5
+TRIALS, STEPS = 10, 10
 TINY = (16, 16, 3, 1, 1, 1, 4), (16, 6, 8)  # arguments of the models, and an image
 FULL = tuple(get_init_inputs()), (64, 32, 32)
 _MOST_APART = 0.05  # rms of both models' gradients of the convolution's weight: TF32 moves some of pooling's winners
@@ -76,10 +76,10 @@ def _rank(rank, kind, count, images, trials, tiny, folder):
         dist.init_process_group("nccl" if gpu else "gloo", **store, device_id=device if gpu else None)
         steps, cls = _steps(rank, device, images, tiny)
         found = {key: [] for key in steps}
-        for trial in range(-1, trials):
+        for trial in range(-1, trials):  # the first one warms up
             for (who, what), step in steps.items():
                 dist.barrier()
-                ms = _time(step, device, STEPS if trial >= 0 else WARMUP) if what != "alone" or rank == 0 else 0.0
+                ms = _time(step, device, _steps_of_trial(tiny)) if what != "alone" or rank == 0 else 0.0
                 slowest = torch.tensor(ms, device=device)
                 dist.all_reduce(slowest, dist.ReduceOp.MAX)
                 found[who, what] += [slowest.item()] if trial >= 0 else []
@@ -128,6 +128,10 @@ def _step(model, x, dy):
         model(x).backward(dy)
 
     return step
+
+
+def _steps_of_trial(tiny) -> int:
+    return 1 if tiny else STEPS
 
 
 def _time(step, device, steps) -> float:
@@ -196,7 +200,7 @@ def scaling_command(gpus, images, trials, tiny, device, output):
     except RuntimeError as error:
         raise click.ClickException(str(error)) from error
     with current(device):
-        record = {**commands.head(device), "trials": trials, "steps": STEPS, "rows": rows}
+        record = {**commands.head(device), "trials": trials, "steps": _steps_of_trial(tiny), "rows": rows}
         show(record)
         if not tiny or output:
             path = commands.record_path("scaling", device, output)

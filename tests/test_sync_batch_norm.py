@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -30,9 +31,10 @@ def ranks():
 def run(module, batches, call=None):
     """Results of each step, in training and then in evaluation; with the last, parameters' gradients and buffers."""
     found = []
+    module.train()
     for x, dy in batches:
         x = x.clone().requires_grad_()
-        y = (call or module.train())(x)
+        y = module(x) if call is None else call(x)
         y.backward(dy.to(y.dtype))
         found.append({"output": y.detach(), "dx": x.grad})
         if list(module.buffers()):  # without any, evaluation has the statistics of the rank's own batch
@@ -327,6 +329,30 @@ def checkpointed(reentrant, module):
     return lambda x: checkpoint(module, x, use_reentrant=reentrant)
 
 
+def autocast(module):
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x)
+
+    return call
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [autocast, compiled])
+def test_around_the_fused_model(ranks, wrap):
+    ours, theirs = models()
+    batches = batches_of((16, 6, 8), [(2, 1)], torch.float32, theirs)
+    (steps, gradients, _), expected = in_both(ranks, ours, batches, [(2, 1)], wrap=wrap), run(ours, batches, wrap(ours))
+    for name in ("output", "dx"):
+        torch.testing.assert_close(steps[0][name], expected[0][0][name], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        gradients["conv_transpose.weight"], expected[1]["conv_transpose.weight"], rtol=1e-2, atol=1e-2
+    )
+
+
 def offloaded(module):
     def call(x):
         with torch.autograd.graph.save_on_cpu():
@@ -417,7 +443,8 @@ def test_conversion():
     assert all("synchronised" in repr(layer) for layer in ours)
     assert type(network[1][0]) is nn.SyncBatchNorm
     assert all(map(torch.equal, state.values(), network.state_dict().values()))
-    assert "synchronised" in repr(copy.deepcopy(network)[0])
+    for again in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert "synchronised" in repr(again[0])
     norm = layers.BatchNorm2d(3)
     assert convert_sync_batchnorm(norm) is norm
     assert type(convert_sync_batchnorm(nn.BatchNorm2d(3))) is nn.SyncBatchNorm

@@ -20,17 +20,17 @@ from .batch_norm import check_batch_norm, check_batch_norm_call, kernels_buffers
 from .gradients import apply, will_need_grad
 from .max_pool import max_pool2d
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-
-def gathered(message: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def gathered(message: torch.Tensor, group) -> torch.Tensor:
     """The messages of all processes of the group, in the order of their ranks.
 
     Gathered, not reduced: the order of the sums is ours then, and all processes compute the same bits.
     """
     found = message.new_empty(dist.get_world_size(group) * message.numel())
     if not planning():
-        _all_gather(found, message.view(-1), group=group)
+        # The newer name of the same function comes first.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(found, message.view(-1), group=group)
     return found
 
 
