@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from ranks import Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -12,13 +11,6 @@ from modelnew import Model, ModelNew, convert_sync_batchnorm, layers
 
 FUSED = (16, 16, 3, 1, 1, 1, 4)
 ROOM = {"rtol": 1e-3, "atol": 1e-4}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    found = Ranks(2, "gloo")
-    yield found
-    found.stop()
 
 
 class Network(nn.Module):
