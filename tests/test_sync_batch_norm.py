@@ -11,7 +11,8 @@ from synchronised import FUSED, batches_of, copied, in_both, of_both, run, run_p
 from tolerance import check
 from torch import nn
 
-from modelnew import ModelNew, convert_sync_batchnorm, layers
+from cupy_kernels import sync_batch_norm as ops
+from modelnew import ModelNew, calls, convert_sync_batchnorm, layers
 from modelnew.parity import error
 
 
@@ -108,6 +109,34 @@ def test_large_values(ranks):
         copy.deepcopy(theirs).double()(x.double()),
     )
     assert error(steps[0]["output"], double.detach()).rms < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1, 1e30])
+def test_many_ranks(scale):
+    """The kernels alone, with messages of five ranks, one of them without any values."""
+    counts, channels = (7, 1, 0, 300, 2), 3
+    parts = [scale * (torch.randn(n, channels) + 10 * torch.randn(channels)) for n in counts]
+    messages = torch.zeros(len(counts), 2 * channels + 1, dtype=torch.float64)
+    for part, message in zip(parts, messages):
+        mean, invstd = part.mean(0), 1 / part.double().std(0, unbiased=False).float()
+        calls.run(ops.sync_message, mean, invstd, None, message, count=len(part))
+    running = torch.zeros(channels), torch.ones(channels)
+    mean, invstd, distance = (torch.empty(channels) for _ in range(3))
+    share = torch.empty(1, dtype=torch.float64)
+    results = (mean, invstd, distance, share)
+    calls.run(ops.sync_statistics, messages, messages[3], *running, None, None, *results, momentum=0.5, eps=1e-5)
+    whole = torch.cat(parts).double()
+    assert error(mean, whole.mean(0)).max < 1e-6
+    assert error(invstd, 1 / (whole.var(0, unbiased=False) + 1e-5).sqrt()).max < 1e-6
+    assert error(distance, (parts[3].double().mean(0) - whole.mean(0)) / whole.std(0, unbiased=False)).max < 1e-5
+    assert error(running[0], whole.mean(0) / 2).max < 1e-6
+    if scale == 1:  # float32 has no variance of 1e60
+        assert error(running[1], (1 + whole.var(0)) / 2).max < 1e-6
+    assert share.item() == 300 / sum(counts)
+    gathered = torch.randn(len(counts), 2, channels, dtype=torch.float64)
+    sums = torch.empty(2, channels, dtype=torch.float64)
+    calls.run(ops.sync_sums, gathered, share, sums)
+    torch.testing.assert_close(sums, gathered.sum(0) * share)
 
 
 def refused(rank, module, x):

@@ -57,10 +57,15 @@ def as_near(actual, truth, other, what):
     assert ours.rms <= allowed, f"{what}: {ours}, in one process {theirs}"
 
 
-@pytest.mark.parametrize("kind", ["layer", "channels_last", "tf32", "fp32"])
+@pytest.mark.parametrize("kind", ["layer", "channels_last", "tf32", "fp32", "frozen"])
 def test_two_threads_as_ranks(device, kind, monkeypatch):
     """The kernels on one GPU, too, which two processes of NCCL cannot share."""
-    ours, theirs = models(kind) if kind in ("tf32", "fp32") else of_both("BatchNorm2d", {"channels": 16})
+    layer = kind in ("layer", "channels_last")
+    ours, theirs = of_both("BatchNorm2d", {"channels": 16}) if layer else models("tf32" if kind == "tf32" else "fp32")
+    if kind == "frozen":
+        for module in (ours, theirs):
+            for part in (module.conv_transpose.weight, module.batch_norm.bias, module.group_norm.weight):
+                part.requires_grad_(False)
     x, dy = batches_of((16, 6, 8), [(3, 2)], torch.float32, theirs)[0]
     x = x.contiguous(memory_format=torch.channels_last) if kind == "channels_last" else x
     ours, theirs, batches = ours.to(device), theirs.to(device), [(x.to(device), dy.to(device))]
@@ -84,12 +89,17 @@ def test_two_threads_as_ranks(device, kind, monkeypatch):
             return run(convert_sync_batchnorm(copy.deepcopy(ours)), parts)
 
     with ThreadPoolExecutor(2) as threads:
-        (one, *_), (other, *_) = threads.map(rank_of, range(2))
-    expected, *_ = run(theirs, batches)
+        (one, gradients, _), (other, other_gradients, _) = threads.map(rank_of, range(2))
+    expected, expected_gradients, _ = run(theirs, batches)
     room = 5e-2 if kind == "tf32" else 1e-4
     for name in ("output", "dx", "evaluation"):
         both = torch.cat((one[0][name], other[0][name]))
         assert error(both, expected[0][name].double()).rms < room, name
+    for name, gradient in expected_gradients.items():
+        if gradient is None:
+            assert gradients[name] is other_gradients[name] is None
+        elif name != "conv_transpose.bias":  # zero in mathematics
+            assert error(gradients[name] + other_gradients[name], gradient.double()).rms < room, name
 
 
 def updated(rank, module, batches):
