@@ -37,10 +37,9 @@ def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup 
         module.peers = Peers(process_group)
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
-    for name, child in module.named_children():
-        converted = convert_sync_batchnorm(child, process_group)
-        if converted is not child:
-            setattr(module, name, converted)
+    for name, child in module._modules.items():  # named_children() has one name of a child that has two
+        if child is not None:
+            module._modules[name] = convert_sync_batchnorm(child, process_group)
     return module
 
 

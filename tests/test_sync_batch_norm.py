@@ -199,6 +199,9 @@ def test_conversion():
     assert all(map(torch.equal, state.values(), network.state_dict().values()))
     for again in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         assert "synchronised" in repr(again[0])
+    norm = nn.BatchNorm1d(3)
+    twice = convert_sync_batchnorm(nn.Sequential(norm, norm))
+    assert all(type(child) is nn.SyncBatchNorm for child in twice)
     norm = layers.BatchNorm2d(3)
     assert convert_sync_batchnorm(norm) is norm
     assert type(convert_sync_batchnorm(nn.BatchNorm2d(3))) is nn.SyncBatchNorm
@@ -217,3 +220,14 @@ def test_without_a_process_group_it_is_an_ordinary_batch_norm():
 def test_torchs_converter_takes_a_synchronised_layer():
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(convert_sync_batchnorm(layers.BatchNorm2d(3)))
     assert type(converted) is nn.SyncBatchNorm
+
+
+def sparse(rank, module):
+    try:
+        convert_sync_batchnorm(module)(torch.ones(2, 3).to_sparse())
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_what_is_no_dense_tensor_is_named(ranks):
+    assert all("input must be a dense tensor" in message for message in ranks.run(sparse, layers.BatchNorm1d(3)))

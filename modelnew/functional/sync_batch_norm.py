@@ -1,5 +1,7 @@
 """batch_norm over the batches of all processes of a group, which exchange their statistics in forward and backward."""
 
+import functools
+
 import torch
 import torch.distributed as dist
 
@@ -16,6 +18,8 @@ from cupy_kernels.common import accumulator_dtype
 from ..calls import call, dense_after, planning
 from ..formats import channels_last, dense_in, restored, stored
 from ..untraced import untraced
+from .batch_norm import batch_norm as batch_norm_alone
+from .batch_norm import batch_norm_tanh as batch_norm_tanh_alone
 from .batch_norm import check_batch_norm, check_batch_norm_call, kernels_buffers, note_update, rows
 from .gradients import apply, will_need_grad
 from .max_pool import max_pool2d
@@ -141,6 +145,7 @@ def _sync_batch_norm(
 
 
 @untraced
+@functools.wraps(batch_norm_alone, assigned=())  # for its signature
 def batch_norm(*args, **options) -> torch.Tensor:
     """`modelnew.functional.batch_norm` in training, with the statistics of the batches of all ranks of `process_group`.
 
@@ -150,6 +155,7 @@ def batch_norm(*args, **options) -> torch.Tensor:
 
 
 @untraced
+@functools.wraps(batch_norm_tanh_alone, assigned=())
 def batch_norm_tanh(*args, **options) -> torch.Tensor:
     """tanh(batch_norm(...))."""
     return _sync_batch_norm(*args, tanh=True, **options)
