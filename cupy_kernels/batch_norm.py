@@ -135,20 +135,36 @@ def batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspa
         args = (dy, x, y, mean, invstd, weight, dx, dweight, dbias, *whole.sizes, whole.tile)
         whole.launch("batch_norm_backward", args)
         return
-    walk = _walk(tensors, *parameters)
     sums = None
     if sums_needed:
-        partials = _partials(workspace, dy)
         sums = workspace[: 2 * channels].reshape((2, channels))
         given = None if through_statistics else dx
-        args = (dy, x, y, mean, invstd, weight, partials, given, *walk.sizes, walk.chunks, walk.tile)
-        walk.launch("batch_norm_backward_partials", args)
-        batch_norm_backward_combine(
-            partials.reshape((2, channels, walk.chunks)), mean, sums, dweight, dbias, walk.macros
-        )
+        batch_norm_backward_sums(dy, x, mean, invstd, weight, sums, dweight, dbias, workspace, y, given)
     if dx is not None and (through_statistics or not sums_needed):
-        args = (dy, x, y, mean, invstd, weight, sums, dx, *walk.sizes, walk.tile)
-        walk.launch("batch_norm_backward_apply", args, sums=False)
+        batch_norm_backward_apply(dy, x, mean, invstd, weight, sums, dx, y)
+
+
+def batch_norm_backward_sums(dy, x, mean, invstd, weight, sums, dweight, dbias, workspace, y=None, dx=None) -> None:
+    """sums, (2, C) float64: of g and of g xhat per channel; written. dweight and dbias are written where not None.
+
+    dx: None, or weight invstd g, written. The rest as in `batch_norm_backward`.
+    """
+    walk = _walk([a for a in (dy, x, y, dx) if a is not None], weight, dweight, dbias)
+    partials = _partials(workspace, dy)
+    args = (dy, x, y, mean, invstd, weight, partials, dx, *walk.sizes, walk.chunks, walk.tile)
+    walk.launch("batch_norm_backward_partials", args)
+    partials = partials.reshape((2, mean.size, walk.chunks))
+    batch_norm_backward_combine(partials, mean, sums, dweight, dbias, walk.macros)
+
+
+def batch_norm_backward_apply(dy, x, mean, invstd, weight, sums, dx, y=None) -> None:
+    """dx = weight invstd (g - sums[0] / count - xhat sums[1] / count), written; count: dy's values of a channel.
+
+    sums: those of `batch_norm_backward_sums`; None, as x may be then, for dx = weight invstd g.
+    """
+    walk = _walk([a for a in (dy, None if sums is None else x, y, dx) if a is not None], weight)
+    args = (dy, x, y, mean, invstd, weight, sums, dx, *walk.sizes, walk.tile)
+    walk.launch("batch_norm_backward_apply", args, sums=False)
 
 
 def batch_norm_backward_combine(partials, mean, sums, dweight, dbias, macros=None) -> None:

@@ -93,10 +93,20 @@ def conv_bn_pool_forward(
     running_mean, running_var: updated in training, where they may be None. num_batches_tracked: one int64, which grows
     by 1 in training, or None. kept: {name: array} of `kept_arrays`, written.
     """
-    images, channels = out.shape[:2]
-    units = images * plan.units
+    moments, running, affine = (kept["mean"], kept["invstd"]), (running_mean, running_var), (weight, bias)
+    tail = {"plan": plan, "groups": groups, "activation": activation, "training": training}
+    partials = pooled_sums(scratch, x, w, weight, kept, plan=plan, training=training)
+    if training:
+        batch_statistics(partials, conv_bias, *running, num_batches_tracked, *moments, momentum, eps, **tail)
+    given = (conv_bias, *running, *affine, group_weight, group_bias, out, kept, eps)
+    pooled_output(*given, **tail, group_eps=group_eps, parameter=parameter)
+
+
+def pooled_sums(scratch, x, w, weight, kept, *, plan: Plan, training: bool):
+    """The convolution and the pooling, into `kept`. Returns, in training, (3, C, units): counts, means and squares."""
+    images, channels = x.shape[0], dict(plan.macros)["OUT_CHANNELS"]
     packed = scratch(plan.packed_size, np.float16)
-    partials = scratch((3, channels, units), np.float32) if training else None
+    partials = scratch((3, channels, images * plan.units), np.float32) if training else None
     pack_weight(plan, w, packed, kept["exponents"], signs=weight)
     launch_units(
         plan,
@@ -106,26 +116,51 @@ def conv_bn_pool_forward(
         (x, packed, kept["exponents"], weight, kept["pooled"], partials)
         + (kept.get("argmax"), kept.get("saved"), kept.get("unit_exponents")),
     )
-    moments, running = (kept["mean"], kept["invstd"]), (running_mean, running_var)
-    macros = *_tail_defines(dict(plan.macros), groups, activation, plan.planes), ("STATISTICS", int(training))
-    if training:
-        launch(
-            Kernel("pooled_tail.cu", "conv_bn_statistics", macros),
-            (channels, 1, 1),
-            (THREADS, 1, 1),
-            (partials, conv_bias, *running, num_batches_tracked, *moments, momentum, eps, channels, units),
-        )
+    return partials
+
+
+def batch_statistics(
+    partials, conv_bias, running_mean, running_var, num_batches_tracked, mean, invstd, momentum, eps, **tail
+) -> None:
+    """mean, without the convolution's bias, and invstd, both written, from what `pooled_sums` returns.
+
+    The running statistics, updated, and num_batches_tracked may be None. tail: plan, groups, activation, training.
+    """
+    channels, units = partials.shape[1:]
+    args = (partials, conv_bias, running_mean, running_var, num_batches_tracked, mean, invstd, momentum, eps)
+    kernel = Kernel("pooled_tail.cu", "conv_bn_statistics", _forward_macros(**tail))
+    launch(kernel, (channels, 1, 1), (THREADS, 1, 1), (*args, channels, units))
+
+
+def pooled_output(
+    conv_bias,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    group_weight,
+    group_bias,
+    out,
+    kept,
+    eps,
+    *,
+    group_eps,
+    parameter,
+    **tail,
+) -> None:
+    """out, and what `kept` has of group norm, from the pooled sums and statistics. tail: as in `batch_statistics`."""
+    macros = _forward_macros(**tail)
     launch(
         Kernel("pooled_tail.cu", "pooled_forward", macros),
-        (images * groups, 1, 1),
+        (kept["group_mean"].size, 1, 1),
         (_tail_threads(macros), 1, 1),
-        (kept["pooled"], *moments, conv_bias, *running, weight, bias, group_weight, group_bias, out)
-        + (kept["group_mean"], kept["group_invstd"], eps, group_eps, parameter),
+        (kept["pooled"], kept["mean"], kept["invstd"], conv_bias, running_mean, running_var, weight, bias)
+        + (group_weight, group_bias, out, kept["group_mean"], kept["group_invstd"], eps, group_eps, parameter),
     )
 
 
 def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that `conv_bn_pool_backward` writes, for itself, `weight_gradient` and dgrad.
+    """Shape and dtype of the arrays that `tail_gradients` and `output_gradient` write, for `weight_gradient` and dgrad.
 
     packed: whether dy is to be among them. borders: whether what `weight_gradient` needs with a centred x is.
     """
@@ -145,7 +180,7 @@ def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[s
     return arrays
 
 
-def conv_bn_pool_backward(
+def tail_gradients(
     dout,
     weight,
     bias,
@@ -155,7 +190,6 @@ def conv_bn_pool_backward(
     dbias,
     dgroup_weight,
     dgroup_bias,
-    dy,
     kept,
     made,
     *,
@@ -165,10 +199,9 @@ def conv_bn_pool_backward(
     activation: str,
     parameter: float,
 ) -> None:
-    """Gradients of all parameters but the convolution's weight, and dy, that of the convolution's output.
+    """Gradients of all parameters but the convolution's weight, written where not None; what `output_gradient` reads.
 
-    The gradients are written where not None; dy, [N, M, OH, OW], is for the general convolution kernels. kept: the
-    forward's. made: {name: array} of `gradient_arrays`, written.
+    kept: the forward's. made: {name: array} of `gradient_arrays`, written.
     """
     pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
     g, partials, sums, dy_exponents = made["g"], made["partials"], made["sums"], made["dy_exponents"]
@@ -178,16 +211,24 @@ def conv_bn_pool_backward(
     pooled_gradients(*values, **options, parameter=parameter)
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
-    given = (g, kept["argmax"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
-    given += (sums if training else None,)
+
+
+def output_gradient(weight, dy, kept, made, *, training: bool, **options) -> None:
+    """dy, the gradient of the convolution's output, from what `tail_gradients` has made.
+
+    As packed tiles where `made` has them; and to dy, [N, M, OH, OW], where not None, for the general convolution
+    kernels. options: plan, groups, activation.
+    """
+    given = (made["g"], *map(kept.get, ("argmax", "saved", "exponents", "unit_exponents", "mean", "invstd")), weight)
+    given += (made["sums"] if training else None,)
     if "dy_packed" in made:
-        conv_output_gradient_packed(*given, dy_exponents, made["dy_packed"], made.get("borders"), **options)
+        conv_output_gradient_packed(*given, made["dy_exponents"], made["dy_packed"], made.get("borders"), **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
 
 def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan, centred: bool) -> None:
-    """dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `conv_bn_pool_backward`.
+    """dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`.
 
     centred: x less its first image's means. With statistics of the batch dy sums to 0, so that this changes nothing but
     the error (benchmarks/NOTES.md says why).
@@ -368,6 +409,10 @@ def _saved_type(split: int) -> str:
 def _backward_macros(plan: Plan, groups: int, activation: str):
     macros = dict(plan.macros)
     return *_tail_defines(macros, groups, activation, plan.planes), *_backward_defines(macros, saved_shift(plan))
+
+
+def _forward_macros(plan: Plan, groups: int, activation: str, training: bool):
+    return *_tail_defines(dict(plan.macros), groups, activation, plan.planes), ("STATISTICS", int(training))
 
 
 def _tail_defines(macros, groups, activation, planes):

@@ -940,6 +940,8 @@ def check_batch_norm_call(running_mean, running_var, training, momentum, eps) ->
 
 
 class _Layer(nn.modules.batchnorm._BatchNorm):
+    peers = None  # a `distributed.Peers`, see `modelnew.convert_sync_batchnorm`
+
     def __init__(
         self,
         num_features: int,
@@ -1626,10 +1628,20 @@ def conv_bn_pool_forward(
     running_mean, running_var: updated in training, where they may be None. num_batches_tracked: one int64, which grows
     by 1 in training, or None. kept: {name: array} of `kept_arrays`, written.
     """
-    images, channels = out.shape[:2]
-    units = images * plan.units
+    moments, running, affine = (kept["mean"], kept["invstd"]), (running_mean, running_var), (weight, bias)
+    tail = {"plan": plan, "groups": groups, "activation": activation, "training": training}
+    partials = pooled_sums(scratch, x, w, weight, kept, plan=plan, training=training)
+    if training:
+        batch_statistics(partials, conv_bias, *running, num_batches_tracked, *moments, momentum, eps, **tail)
+    given = (conv_bias, *running, *affine, group_weight, group_bias, out, kept, eps)
+    pooled_output(*given, **tail, group_eps=group_eps, parameter=parameter)
+
+
+def pooled_sums(scratch, x, w, weight, kept, *, plan: Plan, training: bool):
+    """The convolution and the pooling, into `kept`. Returns, in training, (3, C, units): counts, means and squares."""
+    images, channels = x.shape[0], dict(plan.macros)["OUT_CHANNELS"]
     packed = scratch(plan.packed_size, np.float16)
-    partials = scratch((3, channels, units), np.float32) if training else None
+    partials = scratch((3, channels, images * plan.units), np.float32) if training else None
     pack_weight(plan, w, packed, kept["exponents"], signs=weight)
     launch_units(
         plan,
@@ -1639,26 +1651,51 @@ def conv_bn_pool_forward(
         (x, packed, kept["exponents"], weight, kept["pooled"], partials)
         + (kept.get("argmax"), kept.get("saved"), kept.get("unit_exponents")),
     )
-    moments, running = (kept["mean"], kept["invstd"]), (running_mean, running_var)
-    macros = *_tail_defines(dict(plan.macros), groups, activation, plan.planes), ("STATISTICS", int(training))
-    if training:
-        launch(
-            Kernel("pooled_tail.cu", "conv_bn_statistics", macros),
-            (channels, 1, 1),
-            (THREADS, 1, 1),
-            (partials, conv_bias, *running, num_batches_tracked, *moments, momentum, eps, channels, units),
-        )
+    return partials
+
+
+def batch_statistics(
+    partials, conv_bias, running_mean, running_var, num_batches_tracked, mean, invstd, momentum, eps, **tail
+) -> None:
+    """mean, without the convolution's bias, and invstd, both written, from what `pooled_sums` returns.
+
+    The running statistics, updated, and num_batches_tracked may be None. tail: plan, groups, activation, training.
+    """
+    channels, units = partials.shape[1:]
+    args = (partials, conv_bias, running_mean, running_var, num_batches_tracked, mean, invstd, momentum, eps)
+    kernel = Kernel("pooled_tail.cu", "conv_bn_statistics", _forward_macros(**tail))
+    launch(kernel, (channels, 1, 1), (THREADS, 1, 1), (*args, channels, units))
+
+
+def pooled_output(
+    conv_bias,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    group_weight,
+    group_bias,
+    out,
+    kept,
+    eps,
+    *,
+    group_eps,
+    parameter,
+    **tail,
+) -> None:
+    """out, and what `kept` has of group norm, from the pooled sums and statistics. tail: as in `batch_statistics`."""
+    macros = _forward_macros(**tail)
     launch(
         Kernel("pooled_tail.cu", "pooled_forward", macros),
-        (images * groups, 1, 1),
+        (kept["group_mean"].size, 1, 1),
         (_tail_threads(macros), 1, 1),
-        (kept["pooled"], *moments, conv_bias, *running, weight, bias, group_weight, group_bias, out)
-        + (kept["group_mean"], kept["group_invstd"], eps, group_eps, parameter),
+        (kept["pooled"], kept["mean"], kept["invstd"], conv_bias, running_mean, running_var, weight, bias)
+        + (group_weight, group_bias, out, kept["group_mean"], kept["group_invstd"], eps, group_eps, parameter),
     )
 
 
 def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
-    """Shape and dtype of the arrays that `conv_bn_pool_backward` writes, for itself, `weight_gradient` and dgrad.
+    """Shape and dtype of the arrays that `tail_gradients` and `output_gradient` write, for `weight_gradient` and dgrad.
 
     packed: whether dy is to be among them. borders: whether what `weight_gradient` needs with a centred x is.
     """
@@ -1678,7 +1715,7 @@ def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[s
     return arrays
 
 
-def conv_bn_pool_backward(
+def tail_gradients(
     dout,
     weight,
     bias,
@@ -1688,7 +1725,6 @@ def conv_bn_pool_backward(
     dbias,
     dgroup_weight,
     dgroup_bias,
-    dy,
     kept,
     made,
     *,
@@ -1698,10 +1734,9 @@ def conv_bn_pool_backward(
     activation: str,
     parameter: float,
 ) -> None:
-    """Gradients of all parameters but the convolution's weight, and dy, that of the convolution's output.
+    """Gradients of all parameters but the convolution's weight, written where not None; what `output_gradient` reads.
 
-    The gradients are written where not None; dy, [N, M, OH, OW], is for the general convolution kernels. kept: the
-    forward's. made: {name: array} of `gradient_arrays`, written.
+    kept: the forward's. made: {name: array} of `gradient_arrays`, written.
     """
     pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
     g, partials, sums, dy_exponents = made["g"], made["partials"], made["sums"], made["dy_exponents"]
@@ -1711,16 +1746,24 @@ def conv_bn_pool_backward(
     pooled_gradients(*values, **options, parameter=parameter)
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
-    given = (g, kept["argmax"], kept["saved"], kept["exponents"], kept["unit_exponents"], mean, invstd, weight)
-    given += (sums if training else None,)
+
+
+def output_gradient(weight, dy, kept, made, *, training: bool, **options) -> None:
+    """dy, the gradient of the convolution's output, from what `tail_gradients` has made.
+
+    As packed tiles where `made` has them; and to dy, [N, M, OH, OW], where not None, for the general convolution
+    kernels. options: plan, groups, activation.
+    """
+    given = (made["g"], *map(kept.get, ("argmax", "saved", "exponents", "unit_exponents", "mean", "invstd")), weight)
+    given += (made["sums"] if training else None,)
     if "dy_packed" in made:
-        conv_output_gradient_packed(*given, dy_exponents, made["dy_packed"], made.get("borders"), **options)
+        conv_output_gradient_packed(*given, made["dy_exponents"], made["dy_packed"], made.get("borders"), **options)
     if dy is not None:
         conv_output_gradient(*given, dy, **options)
 
 
 def weight_gradient(scratch, x, kept, made, dw, *, plan: conv_wgrad_mma_Plan, centred: bool) -> None:
-    """dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `conv_bn_pool_backward`.
+    """dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`.
 
     centred: x less its first image's means. With statistics of the batch dy sums to 0, so that this changes nothing but
     the error (benchmarks/NOTES.md says why).
@@ -1873,6 +1916,10 @@ def _saved_type(split: int) -> str:
 def _backward_macros(plan: Plan, groups: int, activation: str):
     macros = dict(plan.macros)
     return *_tail_defines(macros, groups, activation, plan.planes), *_backward_defines(macros, saved_shift(plan))
+
+
+def _forward_macros(plan: Plan, groups: int, activation: str, training: bool):
+    return *_tail_defines(dict(plan.macros), groups, activation, plan.planes), ("STATISTICS", int(training))
 
 
 def _tail_defines(macros, groups, activation, planes):
@@ -2133,8 +2180,8 @@ def _forward(
     autocast_on,
     **options,
 ):
-    plan = conv_bn_pool_plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
-    out = new(_pooled_shape(x.shape, w.shape, padding), x.dtype)
+    plan = plan_for(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
+    out = new(pooled_shape(x.shape, w.shape, padding), x.dtype)
     arrays = kept_arrays(plan, x.shape, options["groups"], keep)
     memory = (new if keep else new.scratch)((room(arrays),), "uint8")
     tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
@@ -2143,29 +2190,50 @@ def _forward(
 
 
 def _backward(
-    new, dout, x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *, padding, choice, needed, **options
+    new, dout, x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *, needed, parameter, **options
 ):
-    need_x, need_w, *need = needed
-    plan = conv_bn_pool_plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
-    kept = parts(memory, kept_arrays(plan, x.shape, options["groups"], True))
-    dgrad, wgrad = gradient_plans(x.dtype, x.shape, w.shape, _geometry(padding), choice, need_x, need_w)
-    general = (dgrad is None, wgrad is None) != (not need_x, not need_w)
-    dy = new.scratch(output_shape(x.shape, w.shape, _geometry(padding)), x.dtype) if general else None
-    packed, centred = not general and (need_x or need_w), options["training"]
-    arrays = gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
-    made = {name: new.scratch(*array) for name, array in arrays.items()}
     parameters = (conv_bias, weight, bias, group_weight, group_bias)
-    found = [new.like(t if needed else None) for t, needed in zip(parameters, need)]
-    conv_bn_pool_backward(dout, weight, bias, group_weight, *found, dy, kept, made, plan=plan, **options)
+    found = [new.like(t if needed else None) for t, needed in zip(parameters, needed[2:])]
+
+    def tail(plan, kept, made):
+        of_tail = {name: options[name] for name in ("groups", "training", "activation")}
+        tail_gradients(
+            dout, weight, bias, group_weight, *found, kept, made, plan=plan, **of_tail, parameter=parameter
+        )
+
+    return *convolution_gradients(new, tail, None, {}, x, w, weight, memory, needed=needed[:2], **options), *found
+
+
+def convolution_gradients(
+    new, before, after, given, x, w, weight, memory, *, padding, choice, needed, groups, training, activation
+):
+    """(dx, dw) of the fused operator.
+
+    before(plan, kept, made): writes what `ops.output_gradient` reads. after(kept, made), if not None, changes what that
+    wrote. given: those of `ops.gradient_arrays` that exist already.
+    """
+    need_x, need_w = needed
+    plan = plan_for(x.shape, x.dtype, w.shape, padding, groups, choice)
+    kept = parts(memory, kept_arrays(plan, x.shape, groups, True))
+    dgrad, wgrad = gradient_plans(x.dtype, x.shape, w.shape, geometry_of(padding), choice, need_x, need_w)
+    general = (dgrad is None, wgrad is None) != (not need_x, not need_w)
+    dy = new.scratch(output_shape(x.shape, w.shape, geometry_of(padding)), x.dtype) if general else None
+    packed = not general and (need_x or need_w)
+    arrays = gradient_arrays(plan, x.shape[0], packed, packed and need_w and training)
+    made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
+    before(plan, kept, made)
+    output_gradient(weight, dy, kept, made, plan=plan, groups=groups, training=training, activation=activation)
+    if after is not None:
+        after(kept, made)
     if general:
-        dx, dw, _ = gradients(new, x, w, dy, x.shape, w.shape, _geometry(padding), choice, (need_x, need_w, False))
-        return dx, dw, *found
+        dx, dw, _ = gradients(new, x, w, dy, x.shape, w.shape, geometry_of(padding), choice, (need_x, need_w, False))
+        return dx, dw
     dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
     if need_w:  # first: the room of its workspaces is dx's then
-        weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
+        weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=training)
     if need_x:
         input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed())
-    return dx, dw, *found
+    return dx, dw
 
 
 class _Fused(torch.autograd.Function):
@@ -2189,8 +2257,8 @@ class _Fused(torch.autograd.Function):
         return *found, *[None] * 4
 
 
-def conv_bn_pool_plan(x_shape, dtype, w_shape, padding, groups, choice):
-    plan = required_plan(conv_transpose_mma_plan, x_shape, dtype, w_shape, _geometry(padding), choice, dgrad=False)
+def plan_for(x_shape, dtype, w_shape, padding, groups, choice):
+    plan = required_plan(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry_of(padding), choice, dgrad=False)
     conv_bn_pool_check_supported(plan, groups)
     return plan
 
@@ -2220,7 +2288,7 @@ def _class(numerics, x) -> str:
     return "tf32" if enabled(x) else numerics
 
 
-def _geometry(padding):
+def geometry_of(padding):
     return Geometry((1, 1), padding, (0, 0), (1, 1), 1)
 
 
@@ -2245,6 +2313,7 @@ def conv_bn_activation_max_pool_group_norm(
     group_eps: float = 1e-5,
     num_batches_tracked: torch.Tensor | None = None,
     numerics: str = "auto",
+    peers: Callable | None = None,
 ) -> torch.Tensor:
     """group_norm(max_pool2d(act(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
@@ -2253,6 +2322,8 @@ def conv_bn_activation_max_pool_group_norm(
     activation: act, the name of an operator that activation.cuh has, "tanh" or "leaky_relu". negative_slope: of
         leaky_relu, finite and not negative.
     num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
+    peers: for layers that `modelnew.convert_sync_batchnorm` has synchronised: runs the call in training with the
+        statistics of several processes.
     For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
     with the reason. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
@@ -2267,11 +2338,14 @@ def conv_bn_activation_max_pool_group_norm(
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
     choice = choose(_class(numerics, input), input)
+    alone = training and peers is None
 
     def check():
         _check_mixture(input, num_batches_tracked, *others)
-        _check_shapes(input, *others, padding, training, num_groups)
-        conv_bn_pool_plan(input.shape, NUMPY[input.dtype], conv_weight.shape, padding, num_groups, choice)
+        if peers is not None and not input.shape[0]:
+            raise UnsupportedError("the batch is empty, and other processes' batches count, too")
+        _check_shapes(input, *others, padding, alone, num_groups)
+        plan_for(input.shape, NUMPY[input.dtype], conv_weight.shape, padding, num_groups, choice)
 
     _check_slope(parameter)
     tensors = dense_after(check, input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
@@ -2289,7 +2363,9 @@ def conv_bn_activation_max_pool_group_norm(
         "parameter": parameter,
         "autocast_on": enabled(input),  # as check() looks at it
     }
-    if will_need_grad(*tensors):
+    if peers is not None:
+        out = peers(tensors, updated, check, options)
+    elif will_need_grad(*tensors):
         applied = applied_statistics(running_mean, running_var, training)
         out = gradients_apply(_Fused, *tensors, updated, applied, check, options)
     else:
@@ -2316,14 +2392,14 @@ def _check_shapes(
     group_weight,
     group_bias,
     padding,
-    training,
+    alone,
     num_groups,
 ) -> None:
-    """Raises all errors that shapes, dtypes and devices can be the reason of."""
+    """Raises all errors that shapes, dtypes and devices can be the reason of. alone: one value is too few."""
     affine = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
     one_device((input, conv_weight, *affine))
-    shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
-    check_batch_norm(input, running_mean, running_var, weight, bias, training, shape)
+    shape = output_shape(input.shape, conv_weight.shape, geometry_of(padding))
+    check_batch_norm(input, running_mean, running_var, weight, bias, alone, shape)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
         if tensor is not None and tensor.shape != (shape[1],):
             raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
@@ -2331,8 +2407,8 @@ def _check_shapes(
         raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
 
 
-def _pooled_shape(x_shape, w_shape, padding):
-    *outer, height, width = output_shape(x_shape, w_shape, _geometry(padding))
+def pooled_shape(x_shape, w_shape, padding):
+    *outer, height, width = output_shape(x_shape, w_shape, geometry_of(padding))
     return *outer, height // 2, width // 2
 
 
@@ -4640,6 +4716,37 @@ __device__ inline void store_line(u8* lines, int line, int group, float (&v)[8],
         *(uint4*)(lines + line_offset(line, part * (CHUNK_CHANNELS / 8) + group, key)) = take_halves(v, part);
 }
 """,
+    "gradient_bound.cuh": r"""// A bound of the gradient of the convolution's output, and the scale under which it fits fp16.
+#pragma once
+#include "batch_norm.cuh"
+#include "fp16_scale.cuh"
+
+// Of one channel of dy = scale (g - mean(g) - xhat mean(g xhat)), or scale g with running statistics.
+//
+// |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by
+// less than |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's
+// largest.
+struct GradientBound {
+    float bound, means;  // |dy / scale| at most; not finite where a mean is not
+
+    __device__ explicit GradientBound(float largest) : bound(largest), means(0) {}
+    __device__ GradientBound(float largest, float mean_g, float mean_dot, float count, float mean, float invstd)
+        : GradientBound(largest) {
+        Normaliser normalise(mean, invstd);
+        means = fabsf(mean_g) + fabsf(mean_dot) + fabsf(normalise.mean);
+        bound += fabsf(mean_g) + (sqrtf(count) + fabsf(normalise.mean * normalise.invstd)) * fabsf(mean_dot);
+    }
+    // e, such that dy times 2^e fits. A channel of zeros, or without a finite dy, must not decide the scale of the others.
+    __device__ int exponent(float scale) const {
+        if (!(bound > 0) || !is_finite(scale) || !is_finite(means)) return 126;
+        const unsigned largest = 0x7F7FFFFF;
+        unsigned v = finite_magnitude(bound), dy = finite_magnitude(multiply_unflushed(bound, fabsf(scale)));
+        // Keeps g in range between the multiplications by 2^e and by `scale`.
+        int e = min(126, 112 + scale_exponent(v ? v : largest));
+        return scale != 0 ? min(e, scale_exponent(dy ? dy : largest)) : e;
+    }
+};
+""",
     "implicit_gemm.cuh": r"""// Transposed convolution with stride 1, dilation 1 and one group on tensor cores, as an implicit GEMM: what its two
 // forms share. conv_mma.cuh multiplies by mma.sync (sm_80 and newer), conv_wgmma.cuh by wgmma (sm_90a).
 //
@@ -5215,6 +5322,7 @@ struct Norm {
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_tiles.cuh"
+#include "gradient_bound.cuh"
 
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
@@ -5315,10 +5423,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
 
 // One block a channel. sums [2][channels]: of g and g xhat. count: pixels of a channel. training: whether the batch's
 // own statistics were applied. The gradients are null where not wanted.
-//
-// |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by
-// less than |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's
-// largest.
 extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients(
     const float* __restrict__ partials, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, float* __restrict__ sums, int* __restrict__ dy_exponents,
@@ -5351,26 +5455,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     if (dgroup_weight) dgroup_weight[c] = from_acc<param_t>(total[1]);
     if (dbias) dbias[c] = from_acc<param_t>(total[2]);
     if (dweight) dweight[c] = from_acc<param_t>(total[3]);
-    float bound = total[LARGEST], means = 0;
-    if (training) {
-        Normaliser normalise(mean[c], invstd[c]);
-        means = fabsf(total[2] / count) + fabsf(total[3] / count) + fabsf(normalise.mean);
-        bound += fabsf(total[2] / count) +
-                 (sqrt(count) + fabsf(normalise.mean * normalise.invstd)) * fabsf(total[3] / count);
-    }
+    GradientBound bound(total[LARGEST]);
+    if (training) bound = {total[LARGEST], total[2] / count, total[3] / count, count, mean[c], invstd[c]};
     // Batch norm takes the bias out of its own batch, so there it has no influence at all: 0, or NaN.
-    if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? means - means : multiply_unflushed(scale, total[2]));
-
-    // A channel of zeros, or without a finite dy, must not decide the scale of the others.
-    int exponent = 126;
-    if (bound > 0 && scale - scale == 0 && means - means == 0) {
-        const unsigned largest = 0x7F7FFFFF;
-        unsigned v = finite_magnitude(bound), dy = finite_magnitude(multiply_unflushed(bound, fabsf(scale)));
-        // Keeps g in range between the multiplications by 2^e and by `scale`.
-        exponent = min(exponent, 112 + scale_exponent(v ? v : largest));
-        if (scale != 0) exponent = min(exponent, scale_exponent(dy ? dy : largest));
-    }
-    dy_exponents[c] = exponent;
+    if (dconv_bias)
+        dconv_bias[c] = from_acc<param_t>(training ? bound.means - bound.means : multiply_unflushed(scale, total[2]));
+    dy_exponents[c] = bound.exponent(scale);
 }
 
 // dy of one channel, times 2^e: the part that all pixels have, and what the chosen corner of a window adds.

@@ -3,11 +3,12 @@
 In IPython `%load_ext modelnew` loads the magics `%%cu` and `%cu_reset`.
 """
 
+from .distributed import convert_sync_batchnorm
 from .explanation import explain
 from .fusions import Sequential
 from .model import Model, ModelNew, get_init_inputs, get_inputs
 
-__all__ = ["Model", "ModelNew", "Sequential", "explain", "get_init_inputs", "get_inputs"]
+__all__ = ["Model", "ModelNew", "Sequential", "convert_sync_batchnorm", "explain", "get_init_inputs", "get_inputs"]
 
 
 def load_ipython_extension(ipython) -> None:

@@ -22,6 +22,7 @@ from .host import host_command
 from .model import BATCH, OPERATORS
 from .numerics import NUMERICS
 from .parity import RATIO, compare_models, is_close, tf32
+from .scaling import scaling_command
 from .timing import measure
 from .training import training_command
 
@@ -103,7 +104,7 @@ class _ParityByDefault(click.Group):
 
 main = _ParityByDefault(
     "modelnew",
-    [parity_command, bench_command, host_command, training_command],
+    [parity_command, bench_command, host_command, scaling_command, training_command],
     help=parity_command.help,
     subcommand_metavar="[COMMAND] [ARGS]...",
     context_settings=_HELP,

@@ -249,6 +249,11 @@ def planned():
             _planning[thread] = before
 
 
+def planning() -> bool:
+    """Whether this thread's calls are planned, not started."""
+    return threading.get_ident() in _planning
+
+
 def _stand_in(index, value):
     if isinstance(value, torch.Tensor):
         check_memory(value)

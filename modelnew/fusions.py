@@ -58,7 +58,7 @@ def run_fused(children: list[nn.Module], x: torch.Tensor) -> torch.Tensor | None
         return None
     conv, norm, activation, _, group = children
     try:
-        return functional.conv_bn_activation_max_pool_group_norm(
+        return norm.operation(functional.conv_bn_activation_max_pool_group_norm)(
             x,
             *norm.arguments(x),
             conv_weight=layers.tensor_of(conv, "weight"),

@@ -69,7 +69,8 @@ class ModelNew(nn.Module):
     Replaced neighbours of batch_norm, tanh and max_pool run as one kernel, from the children's hyper-parameters at the
     time of the call. A child is called as a module, unfused, if it has a hook (pruning and weight norm are hooks, too),
     a `forward` of its own, was compiled, or was swapped for another module, as by
-    torch.nn.SyncBatchNorm.convert_sync_batchnorm; so are all while hooks for all modules are registered.
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm; so are all while hooks for all modules are registered. After
+    `modelnew.convert_sync_batchnorm` the model stays fused, with the statistics of all processes' batches.
     """
 
     def __init__(

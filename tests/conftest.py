@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tolerance
 import torch
+from ranks import Ranks
 
 from cupy_kernels import compiler, conv_transpose_mma, source
 from cupy_kernels.errors import BackendError
@@ -90,6 +91,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Two processes on the CPU, see `ranks.Ranks`."""
+    found = Ranks(2, "gloo")
+    yield found
+    found.stop()
 
 
 @pytest.fixture(params=[False, True], ids=["mma", "wgmma"])

@@ -35,7 +35,7 @@ REPLACED = (
 # Nobody edits a text there, and KernelBench's checker may refuse threads and what serves them.
 IMPORTED = {"cupy_kernels.source.until_overridden": "from functools import cache as until_overridden"}
 # Methods of layers of which the parameters alone are used.
-DROPPED = ("forward", "apply_with")
+DROPPED = ("forward", "apply_with", "operation", "extra_repr")
 
 _FORBIDDEN = re.compile(r"\b(try|except|pass)\b")  # not in comments either: KernelBench's checker may not know them
 

@@ -24,6 +24,7 @@
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
 #include "fp16_tiles.cuh"
+#include "gradient_bound.cuh"
 
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
@@ -124,10 +125,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
 
 // One block a channel. sums [2][channels]: of g and g xhat. count: pixels of a channel. training: whether the batch's
 // own statistics were applied. The gradients are null where not wanted.
-//
-// |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by
-// less than |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's
-// largest.
 extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients(
     const float* __restrict__ partials, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, float* __restrict__ sums, int* __restrict__ dy_exponents,
@@ -160,26 +157,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     if (dgroup_weight) dgroup_weight[c] = from_acc<param_t>(total[1]);
     if (dbias) dbias[c] = from_acc<param_t>(total[2]);
     if (dweight) dweight[c] = from_acc<param_t>(total[3]);
-    float bound = total[LARGEST], means = 0;
-    if (training) {
-        Normaliser normalise(mean[c], invstd[c]);
-        means = fabsf(total[2] / count) + fabsf(total[3] / count) + fabsf(normalise.mean);
-        bound += fabsf(total[2] / count) +
-                 (sqrt(count) + fabsf(normalise.mean * normalise.invstd)) * fabsf(total[3] / count);
-    }
+    GradientBound bound(total[LARGEST]);
+    if (training) bound = {total[LARGEST], total[2] / count, total[3] / count, count, mean[c], invstd[c]};
     // Batch norm takes the bias out of its own batch, so there it has no influence at all: 0, or NaN.
-    if (dconv_bias) dconv_bias[c] = from_acc<param_t>(training ? means - means : multiply_unflushed(scale, total[2]));
-
-    // A channel of zeros, or without a finite dy, must not decide the scale of the others.
-    int exponent = 126;
-    if (bound > 0 && scale - scale == 0 && means - means == 0) {
-        const unsigned largest = 0x7F7FFFFF;
-        unsigned v = finite_magnitude(bound), dy = finite_magnitude(multiply_unflushed(bound, fabsf(scale)));
-        // Keeps g in range between the multiplications by 2^e and by `scale`.
-        exponent = min(exponent, 112 + scale_exponent(v ? v : largest));
-        if (scale != 0) exponent = min(exponent, scale_exponent(dy ? dy : largest));
-    }
-    dy_exponents[c] = exponent;
+    if (dconv_bias)
+        dconv_bias[c] = from_acc<param_t>(training ? bound.means - bound.means : multiply_unflushed(scale, total[2]));
+    dy_exponents[c] = bound.exponent(scale);
 }
 
 // dy of one channel, times 2^e: the part that all pixels have, and what the chosen corner of a window adds.

@@ -30,7 +30,7 @@ from .tanh import tanh_gradient
 
 def _forward(new, x, weight, bias, running_mean, running_var, batches, *, training, momentum, eps, tanh, last, keep):
     y = new.like(x)
-    x, out = _rows(x, last), _rows(y, last)
+    x, out = rows(x, last), rows(y, last)
     moments = (new if keep else new.scratch)((2, x.shape[1]), accumulator_dtype(x))
     mean, invstd = moments[0], moments[1]
     if training:
@@ -42,7 +42,7 @@ def _forward(new, x, weight, bias, running_mean, running_var, batches, *, traini
     return y, moments if keep else None
 
 
-def _rows(x, last):
+def rows(x, last):
     """[N, *, C] as rows of channels, if `last`."""
     if x is None or not last:
         return x
@@ -68,7 +68,7 @@ def _backward(new, dy, x, weight, bias, moments, y, *, training, needed, last):
     mean, invstd = moments[0], moments[1]
     dx = new.like(dy if need_x else None)
     dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
-    dy, x, y, out = (_rows(t, last) for t in (dy, x, y, dx))
+    dy, x, y, out = (rows(t, last) for t in (dy, x, y, dx))
     workspace = None
     if need_weight or need_bias or training:
         workspace = new.scratch(batch_norm_workspace(dy), np.float64)
@@ -280,6 +280,8 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
 
 
 class _Layer(nn.modules.batchnorm._BatchNorm):
+    peers = None  # a `distributed.Peers`, see `modelnew.convert_sync_batchnorm`
+
     def __init__(
         self,
         num_features: int,
@@ -306,7 +308,15 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
 
     def apply_with(self, operation, input: torch.Tensor, **options) -> torch.Tensor:
         """operation(input, *self.arguments(input), **options), for operations that fuse a batch norm with others."""
+        operation = self.operation(operation)
         return operation(input, *self.arguments(input), num_batches_tracked=self.counter(), **options)
+
+    def operation(self, operation):
+        """`operation`, or what stands for it where the layer is synchronised."""
+        return operation if self.peers is None or not self.training else self.peers.counterpart(operation)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", synchronised" if self.peers else "")
 
     def arguments(self, input: torch.Tensor) -> tuple:
         """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for a batch."""

@@ -5,6 +5,7 @@ pooling in the convolution's epilogue.
 import functools
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -44,8 +45,8 @@ def _forward(
     autocast_on,
     **options,
 ):
-    plan = _plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
-    out = new(_pooled_shape(x.shape, w.shape, padding), x.dtype)
+    plan = plan_for(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
+    out = new(pooled_shape(x.shape, w.shape, padding), x.dtype)
     arrays = ops.kept_arrays(plan, x.shape, options["groups"], keep)
     memory = (new if keep else new.scratch)((room(arrays),), "uint8")
     tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
@@ -54,29 +55,50 @@ def _forward(
 
 
 def _backward(
-    new, dout, x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *, padding, choice, needed, **options
+    new, dout, x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *, needed, parameter, **options
 ):
-    need_x, need_w, *need = needed
-    plan = _plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
-    kept = parts(memory, ops.kept_arrays(plan, x.shape, options["groups"], True))
-    dgrad, wgrad = gradient_plans(x.dtype, x.shape, w.shape, _geometry(padding), choice, need_x, need_w)
-    general = (dgrad is None, wgrad is None) != (not need_x, not need_w)
-    dy = new.scratch(output_shape(x.shape, w.shape, _geometry(padding)), x.dtype) if general else None
-    packed, centred = not general and (need_x or need_w), options["training"]
-    arrays = ops.gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
-    made = {name: new.scratch(*array) for name, array in arrays.items()}
     parameters = (conv_bias, weight, bias, group_weight, group_bias)
-    found = [new.like(t if needed else None) for t, needed in zip(parameters, need)]
-    ops.conv_bn_pool_backward(dout, weight, bias, group_weight, *found, dy, kept, made, plan=plan, **options)
+    found = [new.like(t if needed else None) for t, needed in zip(parameters, needed[2:])]
+
+    def tail(plan, kept, made):
+        of_tail = {name: options[name] for name in ("groups", "training", "activation")}
+        ops.tail_gradients(
+            dout, weight, bias, group_weight, *found, kept, made, plan=plan, **of_tail, parameter=parameter
+        )
+
+    return *convolution_gradients(new, tail, None, {}, x, w, weight, memory, needed=needed[:2], **options), *found
+
+
+def convolution_gradients(
+    new, before, after, given, x, w, weight, memory, *, padding, choice, needed, groups, training, activation
+):
+    """(dx, dw) of the fused operator.
+
+    before(plan, kept, made): writes what `ops.output_gradient` reads. after(kept, made), if not None, changes what that
+    wrote. given: those of `ops.gradient_arrays` that exist already.
+    """
+    need_x, need_w = needed
+    plan = plan_for(x.shape, x.dtype, w.shape, padding, groups, choice)
+    kept = parts(memory, ops.kept_arrays(plan, x.shape, groups, True))
+    dgrad, wgrad = gradient_plans(x.dtype, x.shape, w.shape, geometry_of(padding), choice, need_x, need_w)
+    general = (dgrad is None, wgrad is None) != (not need_x, not need_w)
+    dy = new.scratch(output_shape(x.shape, w.shape, geometry_of(padding)), x.dtype) if general else None
+    packed = not general and (need_x or need_w)
+    arrays = ops.gradient_arrays(plan, x.shape[0], packed, packed and need_w and training)
+    made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
+    before(plan, kept, made)
+    ops.output_gradient(weight, dy, kept, made, plan=plan, groups=groups, training=training, activation=activation)
+    if after is not None:
+        after(kept, made)
     if general:
-        dx, dw, _ = gradients(new, x, w, dy, x.shape, w.shape, _geometry(padding), choice, (need_x, need_w, False))
-        return dx, dw, *found
+        dx, dw, _ = gradients(new, x, w, dy, x.shape, w.shape, geometry_of(padding), choice, (need_x, need_w, False))
+        return dx, dw
     dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
     if need_w:  # first: the room of its workspaces is dx's then
-        ops.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
+        ops.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=training)
     if need_x:
         ops.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed())
-    return dx, dw, *found
+    return dx, dw
 
 
 class _Fused(torch.autograd.Function):
@@ -105,7 +127,7 @@ def _differentiable_gradients(options, running_mean, running_var, tensors, dout)
     activate = _operator(options["activation"], options["parameter"])
 
     def unfused(x, w, conv_bias, weight, bias, group_weight, group_bias):
-        y = conv_transpose2d_as(x, w, conv_bias, _geometry(options["padding"]), options["choice"])
+        y = conv_transpose2d_as(x, w, conv_bias, geometry_of(options["padding"]), options["choice"])
         y = batch_norm(y, running_mean, running_var, weight, bias, options["training"], eps=options["eps"])
         y = max_pool2d(activate(y), 2)
         return group_norm(y, options["groups"], group_weight, group_bias, options["group_eps"])
@@ -132,13 +154,13 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, othe
         _check_slope(negative_slope)
         _check_mixture(x, batches, conv_weight, *others)
         shapes = x.shape, NUMPY[x.dtype], conv_weight.shape
-        return _plan(*shapes, pair(padding, "padding"), num_groups, choose(_class(numerics, x), x)), None
+        return plan_for(*shapes, pair(padding, "padding"), num_groups, choose(_class(numerics, x), x)), None
     except UnsupportedError as error:
         return None, str(error)
 
 
-def _plan(x_shape, dtype, w_shape, padding, groups, choice):
-    plan = required_plan(convolution_plan, x_shape, dtype, w_shape, _geometry(padding), choice, dgrad=False)
+def plan_for(x_shape, dtype, w_shape, padding, groups, choice):
+    plan = required_plan(convolution_plan, x_shape, dtype, w_shape, geometry_of(padding), choice, dgrad=False)
     ops.check_supported(plan, groups)
     return plan
 
@@ -168,7 +190,7 @@ def _class(numerics, x) -> str:
     return "tf32" if autocast.enabled(x) else numerics
 
 
-def _geometry(padding):
+def geometry_of(padding):
     return Geometry((1, 1), padding, (0, 0), (1, 1), 1)
 
 
@@ -193,6 +215,7 @@ def conv_bn_activation_max_pool_group_norm(
     group_eps: float = 1e-5,
     num_batches_tracked: torch.Tensor | None = None,
     numerics: str = "auto",
+    peers: Callable | None = None,
 ) -> torch.Tensor:
     """group_norm(max_pool2d(act(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
@@ -201,6 +224,8 @@ def conv_bn_activation_max_pool_group_norm(
     activation: act, the name of an operator that activation.cuh has, "tanh" or "leaky_relu". negative_slope: of
         leaky_relu, finite and not negative.
     num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
+    peers: for layers that `modelnew.convert_sync_batchnorm` has synchronised: runs the call in training with the
+        statistics of several processes.
     For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
     with the reason. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
@@ -215,11 +240,14 @@ def conv_bn_activation_max_pool_group_norm(
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
     choice = choose(_class(numerics, input), input)
+    alone = training and peers is None
 
     def check():
         _check_mixture(input, num_batches_tracked, *others)
-        _check_shapes(input, *others, padding, training, num_groups)
-        _plan(input.shape, NUMPY[input.dtype], conv_weight.shape, padding, num_groups, choice)
+        if peers is not None and not input.shape[0]:
+            raise UnsupportedError("the batch is empty, and other processes' batches count, too")
+        _check_shapes(input, *others, padding, alone, num_groups)
+        plan_for(input.shape, NUMPY[input.dtype], conv_weight.shape, padding, num_groups, choice)
 
     _check_slope(parameter)
     tensors = dense_after(check, input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
@@ -237,7 +265,9 @@ def conv_bn_activation_max_pool_group_norm(
         "parameter": parameter,
         "autocast_on": autocast.enabled(input),  # as check() looks at it
     }
-    if will_need_grad(*tensors):
+    if peers is not None:
+        out = peers(tensors, updated, check, options)
+    elif will_need_grad(*tensors):
         applied = applied_statistics(running_mean, running_var, training)
         out = apply(_Fused, *tensors, updated, applied, check, options)
     else:
@@ -264,14 +294,14 @@ def _check_shapes(
     group_weight,
     group_bias,
     padding,
-    training,
+    alone,
     num_groups,
 ) -> None:
-    """Raises all errors that shapes, dtypes and devices can be the reason of."""
+    """Raises all errors that shapes, dtypes and devices can be the reason of. alone: one value is too few."""
     affine = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
     one_device((input, conv_weight, *affine))
-    shape = output_shape(input.shape, conv_weight.shape, _geometry(padding))
-    check_batch_norm(input, running_mean, running_var, weight, bias, training, shape)
+    shape = output_shape(input.shape, conv_weight.shape, geometry_of(padding))
+    check_batch_norm(input, running_mean, running_var, weight, bias, alone, shape)
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
         if tensor is not None and tensor.shape != (shape[1],):
             raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
@@ -279,6 +309,6 @@ def _check_shapes(
         raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
 
 
-def _pooled_shape(x_shape, w_shape, padding):
-    *outer, height, width = output_shape(x_shape, w_shape, _geometry(padding))
+def pooled_shape(x_shape, w_shape, padding):
+    *outer, height, width = output_shape(x_shape, w_shape, geometry_of(padding))
     return *outer, height // 2, width // 2

@@ -1,0 +1,169 @@
+"""The chain of `conv_bn_pool`, fused, with a batch norm over the batches of all processes of a group.
+
+They exchange their statistics between the convolution and what follows it, and in the backward the sums of batch norm
+before the gradient of the convolution's output is made.
+"""
+
+import math
+
+import torch
+
+from cupy_kernels import conv_bn_pool as ops
+from cupy_kernels.conv_transpose import output_shape
+from cupy_kernels.plan import parts, room
+from cupy_kernels.sync_batch_norm import sync_borders, sync_message, sync_parameter_gradients, sync_statistics
+
+from ..calls import call
+from ..interop import dense
+from .conv_bn_pool import convolution_gradients, geometry_of, plan_for, pooled_shape
+from .gradients import apply, will_need_grad
+from .sync_batch_norm import gathered, refuse_second_derivatives
+
+_OPTIONS = ("padding", "choice", "groups", "activation")
+
+
+def _convolved(
+    new,
+    x,
+    w,
+    conv_bias,
+    _mean,
+    _var,
+    _batches,
+    weight,
+    _bias,
+    _group_weight,
+    _group_bias,
+    *,
+    padding,
+    choice,
+    keep,
+    autocast_on,
+    **tail,
+):
+    """What is kept of the convolution, and the rank's message. Of the others the check of the call needs to know."""
+    plan = plan_for(x.shape, x.dtype, w.shape, padding, tail["groups"], choice)
+    arrays = ops.kept_arrays(plan, x.shape, tail["groups"], keep)
+    memory, message = new((room(arrays),), "uint8"), new((2 * w.shape[1] + 1,), "float64")
+    mean, invstd = (new.scratch(w.shape[1], "float32") for _ in range(2))
+    partials = ops.pooled_sums(new.scratch, x, w, weight, parts(memory, arrays), plan=plan, training=True)
+    ops.batch_statistics(partials, None, None, None, None, mean, invstd, 0, 0, plan=plan, training=True, **tail)
+    sync_message(mean, invstd, conv_bias, message, _count(x, w, padding))
+    return memory, message
+
+
+def _output(
+    new,
+    x,
+    w,
+    conv_bias,
+    running_mean,
+    running_var,
+    batches,
+    weight,
+    bias,
+    group_weight,
+    group_bias,
+    memory,
+    own,
+    messages,
+    *,
+    padding,
+    choice,
+    keep,
+    momentum,
+    eps,
+    **options,
+):
+    plan = plan_for(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
+    kept = parts(memory, ops.kept_arrays(plan, x.shape, options["groups"], keep))
+    out = new(pooled_shape(x.shape, w.shape, padding), x.dtype)
+    distance, share = new((w.shape[1],), "float32"), new((1,), "float64")
+    statistics, moments = (running_mean, running_var, batches), (kept["mean"], kept["invstd"])
+    sync_statistics(messages, own, *statistics, conv_bias, *moments, distance, share, momentum, eps)
+    given = (conv_bias, None, None, weight, bias, group_weight, group_bias, out, kept, eps)
+    ops.pooled_output(*given, plan=plan, training=True, **options)
+    return out, distance, share
+
+
+def _tail_gradients(
+    new, dout, x, w, weight, bias, group_weight, group_bias, memory, *, padding, choice, needed, groups, **options
+):
+    """g, partial sums and sums of the rank, and gradients of the parameters behind the convolution."""
+    plan = plan_for(x.shape, x.dtype, w.shape, padding, groups, choice)
+    kept = parts(memory, ops.kept_arrays(plan, x.shape, groups, True))
+    made = {name: new(*array) for name, array in ops.gradient_arrays(plan, x.shape[0], False, False).items()}
+    parameters = (weight, bias, group_weight, group_bias)
+    found = [new.like(t if needed else None) for t, needed in zip(parameters, needed)]
+    affine = (weight, bias, group_weight)
+    ops.tail_gradients(dout, *affine, None, *found, kept, made, plan=plan, groups=groups, training=True, **options)
+    return made["g"], made["partials"], made["sums"], *found
+
+
+def _convolution_gradients(
+    new, x, w, conv_bias, weight, memory, g, partials, distance, share, own, every, *, needed, **options
+):
+    """(dx, dw, dconv_bias)"""
+    *needed, need_bias = needed
+    dconv_bias, rest = new.like(conv_bias if need_bias else None), new.scratch(w.shape[1], "float32")
+    count = _count(x, w, options["padding"])
+
+    def before(plan, kept, made):
+        statistics, sums = (kept["mean"], kept["invstd"], distance, share), (made["sums"], rest, made["dy_exponents"])
+        sync_parameter_gradients(every, own, partials, *statistics, weight, *sums, dconv_bias, count)
+
+    def after(kept, made):
+        if "borders" in made:
+            sync_borders(rest, kept["invstd"], weight, made["dy_exponents"], made["borders"])
+
+    given, tensors = {"g": g, "partials": partials}, (x, w, weight, memory)
+    found = convolution_gradients(new, before, after, given, *tensors, needed=needed, training=True, **options)
+    return *found, dconv_bias
+
+
+def _count(x, w, padding):
+    """Values of a channel of the convolution's output."""
+    images, _, *size = output_shape(x.shape, w.shape, geometry_of(padding))
+    return images * math.prod(size)
+
+
+def _call(x, w, conv_bias, weight, bias, group_weight, group_bias, running, check, group, keep, options):
+    """(out, what is kept of the convolution, distance, share)"""
+    tensors = (x, w, conv_bias, *running, weight, bias, group_weight, group_bias)
+    before = {name: options[name] for name in (*_OPTIONS, "autocast_on")}
+    after = {name: options[name] for name in (*_OPTIONS, "momentum", "eps", "group_eps", "parameter")}
+    memory, own = call(_convolved, *tensors, check=check, keep=keep, **before)
+    out, *others = call(_output, *tensors, memory, own, gathered(own, group), keep=keep, **after)
+    return out, memory, *others
+
+
+class _SyncFused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        *tensors, running, check, group, options = args
+        out, *kept = _call(*tensors, running, check, group, True, options)
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.group, ctx.options = group, options
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        refuse_second_derivatives()
+        x, w, conv_bias, *affine, memory, distance, share = ctx.saved_tensors
+        of_convolution, of_tail = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:7]
+        options = {name: ctx.options[name] for name in _OPTIONS}
+        given, parameter = (dense(dout), x, w, *affine, memory), ctx.options["parameter"]
+        g, partials, sums, *found = call(_tail_gradients, *given, needed=of_tail, parameter=parameter, **options)
+        gradients = (None,) * 3
+        if any(of_convolution):
+            own = sums.double()
+            given = (x, w, conv_bias, affine[0], memory, g, partials, distance, share, own, gathered(own, ctx.group))
+            gradients = call(_convolution_gradients, *given, needed=of_convolution, **options)
+        return *gradients, *found, *[None] * 4
+
+
+def run(group, tensors, running, check, options) -> torch.Tensor:
+    """`conv_bn_activation_max_pool_group_norm` in training with the statistics of all ranks of `group`: its `peers`."""
+    if will_need_grad(*tensors):
+        return apply(_SyncFused, *tensors, running, check, group, options)
+    return _call(*tensors, running, check, group, False, options)[0]
