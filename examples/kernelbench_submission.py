@@ -5475,10 +5475,11 @@ struct Pooled {
     __device__ void load(const Job& job, float (&v)[ITEMS]) const {
         enum { SCALED = sizeof(pooled_t) == 2 };
         const pooled_t* from = source + job.member * PLANE_STRIDE;
-        int exponent = SCALED ? exponents[job.member] - SAVED_SHIFT : 0;
+        int exponent = SCALED ? exponents[job.member] - SAVED_SHIFT : 0, at = job.at;
+        if (SCALED && !RESIDENT) make_opaque(at);  // else what all rounds have in common takes too many registers
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            int p = job.at + i * 32, row = p / POOLED_W, column = p % POOLED_W;
+            int p = at + i * 32, row = p / POOLED_W, column = p % POOLED_W;
             v[i] = job.inside(i) ? to_acc(from[place_of_window<TOGETHER_POOLED>(row, column)]) : 0;
             if (SCALED && job.inside(i))
                 v[i] = multiply_unflushed(v[i], restoring(exponent + unit_exponents[unit_of_window(row, column)]));

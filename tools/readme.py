@@ -11,10 +11,11 @@ import click
 from modelnew import commands, layer_bench
 from modelnew.parity import RATIO
 from modelnew.records import by_batch, comparisons, trials
-from modelnew.workloads import GRAPHS, MODELS
+from modelnew.workloads import FLOAT16, GRAPHS, MODELS
 
 from .generated import ROOT, check_option, settle
 
+_SHOWN = MODELS | FLOAT16
 _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
 _NO_LAYERS = "No record of layers is committed yet; `python3 -m modelnew bench --layers` on a GPU writes one."
@@ -62,8 +63,8 @@ def _times(results, folder) -> str:
             )
         for n in dict.fromkeys(shown):
             lines += ["", f"{n} image{'s'[: n != 1]}:", "", *_table(record, n)]
-        used = {row["what"]: None for row in record["rows"] if row["n"] in shown and row["what"] in MODELS}
-        lines += ["", "; ".join(f"`{what}`: {MODELS[what]}" for what in used) + "."]
+        used = {row["what"]: None for row in record["rows"] if row["n"] in shown and row["what"] in _SHOWN}
+        lines += ["", "; ".join(f"`{what}`: {_SHOWN[what]}" for what in used) + "."]
         if len(set(batches)) > 2:
             lines += [
                 "",
@@ -81,7 +82,7 @@ def _table(record, n) -> list[str]:
     """The rows of `n` images, those of CUDA graphs beside the others."""
     found, head = {}, ["", "class", "ModelNew", "MB"]
     for row, peer in comparisons(record):
-        if row["n"] == n and row["what"] in MODELS and row["ms"] is not None:
+        if row["n"] == n and row["what"] in _SHOWN and row["ms"] is not None:
             found.setdefault((row["what"], row["class"]), {})[row["who"] in GRAPHS] = row, peer
     graphs = any(True in pair for pair in found.values())
     head += ["PyTorch", "", "fastest peer", "", "MB", "", *(["in a CUDA graph", ""] if graphs else [])]
