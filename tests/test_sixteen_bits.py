@@ -121,7 +121,7 @@ def test_an_uncentred_input(device):
 
 
 def test_pooled_sums_have_16_bits_under_autocast(device):
-    model, ours, x = models(CASES["even"], "fp32", device)
+    _, ours, x = models(CASES["even"], "fp32", device)
     conv = ours.conv_transpose
 
     def kept(keep):
