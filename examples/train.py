@@ -26,7 +26,8 @@ from modelnew import Model, ModelNew, environment
 
 CLASSES = 10
 HELD_OUT = 5  # every fifth image
-SETTINGS = ("channels", "size", "images", "batch", "lr", "seed", "amp")  # what a run must share with the one that it resumes
+# What a run must share with the one that it resumes.
+SETTINGS = ("channels", "size", "images", "batch", "lr", "seed", "amp")
 EXTRA = "python3 -m pip install 'modelnew[examples]'"
 
 out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)

@@ -396,7 +396,8 @@ def training_command(device, output, steps, batch, channels, size, lr, amp, mome
     device = commands.usable_device(device)
     cpu = device.type == "cpu"
     shape = (channels or (16 if cpu else CHANNELS), size or (6 if cpu else HEIGHT))
-    settings = Settings(steps or (10 if cpu else 300), batch or ((12 if amp else 4) if cpu else 128), *shape, lr, momentum, seed, amp)
+    batch = batch or ((12 if amp else 4) if cpu else 128)
+    settings = Settings(steps or (10 if cpu else 300), batch, *shape, lr, momentum, seed, amp)
     seeds = seeds or (1 if cpu else 5)
     work = seeds * JUDGED * len(_judged(settings)) + len(settings.runs) * settings.steps
     try:
