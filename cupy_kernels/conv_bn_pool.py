@@ -2,12 +2,15 @@
 
 Shapes: x [N, K, H, W], w [K, M, KH, KW], the convolution's output [N, M, OH, OW], pooled and out [N, M, OH/2, OW/2].
 The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,
-float16, or int16 that holds bfloat16; statistics and what is saved have the types that `kept_arrays` says.
+float16, or int16 that holds bfloat16; statistics and what is saved have the types that `kept_arrays` says. With
+`typed`, x may have 16 bits where all others are float32. With a plan for channels_last, x, out, dout and dx are
+[N, H, W, C].
 
 activation, parameter: one of activation.cuh's, such as "leaky_relu", and the number that it takes, if it takes one.
 """
 
 import functools
+import itertools
 import re
 
 import numpy as np
@@ -19,7 +22,7 @@ from .conv_transpose_mma import Plan, conv_transpose_mma, launch_units, pack_wei
 from .conv_wgrad_mma import Plan as WgradPlan
 from .conv_wgrad_mma import conv_wgrad_mma
 from .errors import UnsupportedError
-from .fp16_tiles import chunk_channels, pack_fp16, packed_shape, packing_macros
+from .fp16_tiles import chunk_channels, pack_fp16, packed_shape, packing_macros, scale_fp16
 from .launch import launch
 from .source import Kernel, Variant, text, until_overridden
 
@@ -28,29 +31,44 @@ _PART = 320  # values of a warp at most: 10 a lane
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
 _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
-# Channels, groups, image size, type and split: the reference shape, groups that registers do not hold, odd sizes.
+# Channels, groups, image size, type, split, whether pooled sums have 16 bits, and whether tensors are channels_last:
+# the reference shape, groups that registers do not hold, odd sizes.
 _TAIL_SAMPLES = (
-    (128, 8, 34, "float", 1),
-    (128, 8, 34, "float", 2),
-    (128, 8, 34, "half_t", 1),
-    (128, 8, 34, "bf16_t", 1),
-    (80, 1, 66, "float", 1),
-    (48, 3, 71, "float", 2),
+    (128, 8, 34, "float", 1, False, False),
+    (128, 8, 34, "float", 2, False, False),
+    *(
+        (128, 8, 34, dtype, 1, True, last)
+        for dtype, last in itertools.product(("float", "half_t", "bf16_t"), (False, True))
+    ),
+    (80, 1, 66, "float", 1, False, False),
+    (80, 1, 66, "half_t", 1, True, True),
+    (48, 3, 71, "float", 2, False, False),
 )
+
+
+def typed(p: Plan, parameters: str, half: bool) -> Plan:
+    """The plan for weights, biases, running statistics and `out` of another type than x's: the kernels' name of it.
+
+    half: whether the pooled sums are kept as float16 under scales, with split 1: as exact as PyTorch's convolution of
+    16-bit tensors or under autocast, and half the memory.
+    """
+    types = ("param_t", parameters), ("pooled_t", "half_t" if half else "float")
+    return p.of_weights(parameters)._replace(macros=(*p.macros, *types))
 
 
 def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that the forward writes besides `out`. keep: whether a backward follows.
 
     Then `saved`, the largest, is among them: the convolution's output, as float16 under scales with split 1, as float32
-    with split 2.
+    with split 2. `pooled` is float16 under scales, too, where `typed` says so.
     """
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
     pooled = (images, channels, dict(p.planes)["PLANE_STRIDE"])
+    half = _types(macros)["pooled_t"] == "half_t"
     arrays = {
         "exponents": ((p.rows,), np.int32),
-        "pooled": (pooled, np.float32),
+        "pooled": (pooled, np.float16 if half else np.float32),
         "mean": ((channels,), np.float32),
         "invstd": ((channels,), np.float32),
         "group_mean": ((images * groups,), np.float32),
@@ -59,6 +77,7 @@ def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tu
     if keep:
         arrays["argmax"] = (pooled, np.uint8)
         arrays["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
+    if keep or half:
         arrays["unit_exponents"] = ((images * p.units,), np.int32)
     return arrays
 
@@ -107,13 +126,16 @@ def pooled_sums(scratch, x, w, weight, kept, *, plan: Plan, training: bool):
     images, channels = x.shape[0], dict(plan.macros)["OUT_CHANNELS"]
     packed = scratch(plan.packed_size, np.float16)
     partials = scratch((3, channels, images * plan.units), np.float32) if training else None
-    pack_weight(plan, w, packed, kept["exponents"], signs=weight)
+    signs = weight
+    if weight is not None and weight.dtype != np.float32:
+        signs = scratch(plan.rows, np.float32)
+    pack_weight(plan, w, packed, kept["exponents"], weight, None if signs is weight else signs)
     launch_units(
         plan,
         _pool_kernel(plan, training, "saved" in kept),
         x,
         images,
-        (x, packed, kept["exponents"], weight, kept["pooled"], partials)
+        (x, packed, kept["exponents"], signs, kept["pooled"], partials)
         + (kept.get("argmax"), kept.get("saved"), kept.get("unit_exponents")),
     )
     return partials
@@ -154,8 +176,9 @@ def pooled_output(
         Kernel("pooled_tail.cu", "pooled_forward", macros),
         (kept["group_mean"].size, 1, 1),
         (_tail_threads(macros), 1, 1),
-        (kept["pooled"], kept["mean"], kept["invstd"], conv_bias, running_mean, running_var, weight, bias)
-        + (group_weight, group_bias, out, kept["group_mean"], kept["group_invstd"], eps, group_eps, parameter),
+        (kept["pooled"], kept["exponents"], kept.get("unit_exponents"), kept["mean"], kept["invstd"], conv_bias)
+        + (running_mean, running_var, weight, bias, group_weight, group_bias, out)
+        + (kept["group_mean"], kept["group_invstd"], eps, group_eps, parameter),
     )
 
 
@@ -204,10 +227,11 @@ def tail_gradients(
     kept: the forward's. made: {name: array} of `gradient_arrays`, written.
     """
     pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
+    scales = kept["exponents"], kept["unit_exponents"]
     g, partials, sums, dy_exponents = made["g"], made["partials"], made["sums"], made["dy_exponents"]
     statistics = (kept["group_mean"], kept["group_invstd"])
     options = {"plan": plan, "groups": groups, "activation": activation}
-    values = (dout, pooled, mean, invstd, weight, bias, group_weight, *statistics, g, partials)
+    values = (dout, pooled, *scales, mean, invstd, weight, bias, group_weight, *statistics, g, partials)
     pooled_gradients(*values, **options, parameter=parameter)
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
@@ -230,14 +254,22 @@ def output_gradient(weight, dy, kept, made, *, training: bool, **options) -> Non
 def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan, centred: bool) -> None:
     """dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`.
 
-    centred: x less its first image's means. With statistics of the batch dy sums to 0, so that this changes nothing but
-    the error (benchmarks/NOTES.md says why).
+    centred: x, float32, less its first image's means. With statistics of the batch dy sums to 0, so that this changes
+    nothing but the error (benchmarks/NOTES.md says why).
     """
     unit_exponents, sums = kept["unit_exponents"], None
+    partial = scratch(plan.partial_size, np.float32)
+    if ("CHANNELS_LAST", 1) in plan.macros:
+        x_packed, x_exponents = x, None
+        if x.dtype != np.float16:
+            x_packed, x_exponents = scratch(x.shape, np.float16), unit_exponents
+            scale_fp16(x, x_exponents, x_packed)
+        conv_wgrad_mma(plan, x_packed, x_exponents, None, made["dy_packed"], made["dy_exponents"], None, partial, dw)
+        return
     if centred:
         sums = scratch((x.shape[1],), x.dtype)
         channel_sum(x[:1], sums, scratch(channel_sum_workspace_size((1, *x.shape[1:])), np.float32))
-    x_packed, partial = scratch(packed_shape(x.shape, plan.split), np.float16), scratch(plan.partial_size, np.float32)
+    x_packed = scratch(packed_shape(x.shape, plan.split), np.float16)
     pack_fp16(x, unit_exponents, sums, x_packed, plan.split)
     dy = made["dy_packed"], made["dy_exponents"], made.get("borders")
     conv_wgrad_mma(plan, x_packed, unit_exponents, sums, *dy, partial, dw)
@@ -250,7 +282,22 @@ def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
 
 
 def pooled_gradients(
-    dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, *, parameter, **tail
+    dout,
+    pooled,
+    exponents,
+    unit_exponents,
+    mean,
+    invstd,
+    weight,
+    bias,
+    group_weight,
+    group_mean,
+    group_invstd,
+    g,
+    partials,
+    *,
+    parameter,
+    **tail,
 ) -> None:
     """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
 
@@ -262,8 +309,8 @@ def pooled_gradients(
         Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
         (group_mean.size, 1, 1),
         (_tail_threads(macros), 1, 1),
-        (dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials)
-        + (images, parameter),
+        (dout, pooled, exponents, unit_exponents, mean, invstd, weight, bias, group_weight)
+        + (group_mean, group_invstd, g, partials, images, parameter),
     )
 
 
@@ -367,36 +414,46 @@ def saved_shift(p: Plan) -> int:
 def variants():
     """Every mode for the first forward of each type of `sample_plans`; training with a backward for the others."""
     found = set()
-    for p in sample_plans():
-        macros = dict(p.macros)
-        if dict(p.pack_macros)["FLIP"]:
+    for sample in sample_plans():
+        if dict(sample.pack_macros)["FLIP"]:
             continue
-        kind = macros["scalar_t"], macros["SPLIT"], macros["WGMMA"]
-        modes = ((True, True), (True, False), (False, False), (False, True))
-        for mode in modes[:1] if kind in found else modes:
-            yield _pool_kernel(p, *mode).variant
-        found.add(kind)
-    for channels, groups, size, dtype, split in _TAIL_SAMPLES:
+        dtype, split = (dict(sample.macros)[name] for name in ("scalar_t", "SPLIT"))
+        for half in sorted({dtype != "float", split == 1}):
+            p = typed(sample, dtype, half)
+            macros = dict(p.macros)
+            kind = (*(macros[name] for name in ("scalar_t", "pooled_t", "SPLIT", "WGMMA", "CHANNELS_LAST")),)
+            modes = ((True, True), (True, False), (False, False), (False, True))
+            for mode in modes[:1] if kind in found else modes:
+                yield _pool_kernel(p, *mode).variant
+            found.add(kind)
+    for channels, groups, size, dtype, split, half, last in _TAIL_SAMPLES:
         sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
-        sample.update(KERNEL_H=5, KERNEL_W=5, PAD_H=1, PAD_W=1)
+        sample.update(KERNEL_H=5, KERNEL_W=5, PAD_H=1, PAD_W=1, CHANNELS_LAST=int(last))
+        sample.update(param_t=dtype, pooled_t="half_t" if half else "float")
         pitch = ceil_div(size, 2)
         for wgmma in (0, 1):
             unit = 8 * pitch if wgmma else 64
             units, stride = ceil_div(pitch**2, unit), ceil_div(unit, 16) * 16
             planes = conv_wgmma.planes(wgmma, pitch, units, unit, stride, units * stride)
             for activation in activations():
-                tail = _tail_defines(sample, groups, activation, planes.items())
+                tail = _tail_defines(sample, groups, activation, planes.items(), 26)
                 if (dtype, split) != ("float", 2):
                     for statistics in (1, 0):
                         yield Variant("pooled_tail.cu", (*tail, ("STATISTICS", statistics)))
-                yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(sample, 26)))
+                yield Variant("pooled_tail_backward.cu", (*tail, *_backward_defines(sample)))
+
+
+def _types(macros) -> dict:
+    """param_t and pooled_t; of a plan that is not `typed`, x's type and float."""
+    return {"param_t": macros.get("param_t", macros["scalar_t"]), "pooled_t": macros.get("pooled_t", "float")}
 
 
 def _pool_kernel(p: Plan, training, keep):
     macros = dict(p.macros)
     if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
         macros["SHARED_BYTES"] += macros["WARPS_N"] * macros["TILE_M"] * 8
-    macros.update(param_t=macros["scalar_t"], saved_t=_saved_type(macros["SPLIT"]))
+    macros.update(pooled_t=_types(macros)["pooled_t"], saved_t=_saved_type(macros["SPLIT"]))
+    macros.pop("param_t", None)
     macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
     return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), conv_wgmma.architecture(p.macros))
 
@@ -407,18 +464,21 @@ def _saved_type(split: int) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _backward_macros(plan: Plan, groups: int, activation: str):
-    macros = dict(plan.macros)
-    return *_tail_defines(macros, groups, activation, plan.planes), *_backward_defines(macros, saved_shift(plan))
+    return *_tail_macros(plan, groups, activation), *_backward_defines(dict(plan.macros))
 
 
 def _forward_macros(plan: Plan, groups: int, activation: str, training: bool):
-    return *_tail_defines(dict(plan.macros), groups, activation, plan.planes), ("STATISTICS", int(training))
+    return *_tail_macros(plan, groups, activation), ("STATISTICS", int(training))
 
 
-def _tail_defines(macros, groups, activation, planes):
-    name = macros["scalar_t"]
-    types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
-    types += (("ACTIVATION", struct_of(activation)),)
+def _tail_macros(plan: Plan, groups: int, activation: str):
+    return _tail_defines(dict(plan.macros), groups, activation, plan.planes, saved_shift(plan))
+
+
+def _tail_defines(macros, groups, activation, planes, shift):
+    types, name = _types(macros), _types(macros)["param_t"]
+    types = (("scalar_t", name), ("acc_t", accumulator(name)), *types.items())
+    types += (("ACTIVATION", struct_of(activation)), ("CHANNELS_LAST", macros["CHANNELS_LAST"]), ("SAVED_SHIFT", shift))
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     parts = _parts(macros)
     warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
@@ -426,7 +486,7 @@ def _tail_defines(macros, groups, activation, planes):
     return (*types, *sizes, *planes, *blocks)
 
 
-def _backward_defines(macros, shift):
+def _backward_defines(macros):
     split = macros["SPLIT"]
     saved = ("saved_t", _saved_type(split))
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
@@ -437,7 +497,7 @@ def _backward_defines(macros, shift):
         "TILES": ceil_div(_windows(macros), tile),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
     }
-    return (saved, ("SAVED_SHIFT", shift), *packing_macros(split).items(), *convolution, *blocks.items())
+    return (saved, *packing_macros(split).items(), *convolution, *blocks.items())
 
 
 def _parts(macros) -> int:

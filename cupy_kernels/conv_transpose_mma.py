@@ -53,16 +53,30 @@ class Plan(NamedTuple):
         changed = {**dict(self.macros), "X_PACKED": 1, "input_t": "half_t"}
         return self._replace(macros=tuple(changed.items()))
 
+    def of_weights(self, dtype: str) -> "Plan":
+        """The same plan for weights of another type than x's."""
+        changed = {**dict(self.pack_macros), "scalar_t": dtype}
+        return self._replace(pack_macros=tuple(changed.items()))
+
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: str, shared_limit: int, wgmma: bool = False
+    x_shape,
+    w_shape,
+    geometry: Geometry,
+    split: int,
+    dgrad: bool,
+    dtype: str,
+    shared_limit: int,
+    wgmma: bool = False,
+    channels_last: bool = False,
 ) -> Plan:
     """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
 
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
     block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where that is possible and
-    faster. Raises UnsupportedError for what the kernels do not take.
+    faster. channels_last: x and y, of 16-bit types, are [N, H, W, C]. Raises UnsupportedError for what the kernels do
+    not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
@@ -77,6 +91,7 @@ def plan(
     macros = {
         "input_t": dtype,
         "X_PACKED": 0,
+        "CHANNELS_LAST": int(channels_last),
         **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
         **packing_macros(split),
         **found.planes,
@@ -172,12 +187,13 @@ def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=No
     launch_units(p, kernel, x, y.shape[0], (x, x_exponents, packed, exponents, bias, y, count))
 
 
-def pack_weight(p: Plan, w, packed, exponents, signs=None) -> None:
+def pack_weight(p: Plan, w, packed, exponents, signs=None, copied_signs=None) -> None:
     """Writes the workspaces `packed` and `exponents` that the plan's kernel reads.
 
-    signs: one value for each row; where it is negative, the row's weights change sign.
+    signs: one value for each channel; where it is negative, the channel's weights change sign. copied_signs: None, or
+        float32 of plan.rows, written: these values.
     """
-    launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents))
+    launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents, copied_signs))
 
 
 def convolution_kernel(p: Plan) -> Kernel:
@@ -225,10 +241,10 @@ def sample_plans():
         yield plan((1, 48, 64, 64), (48, 80, 7, 7), seven, split, False, "float", much, wgmma)
         if not wgmma:
             yield plan((64, 64, 32, 32), (64, 128, 5, 5), unit, split, False, "float", little)
-    for dtype, wgmma in itertools.product(("half_t", "bf16_t"), (False, True)):
+    for dtype, wgmma, last in itertools.product(("half_t", "bf16_t"), (False, True), (False, True)):
         point = unit._replace(padding=(0, 0))
-        yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, 1, False, dtype, much, wgmma)
-        yield plan((64, 16, 16, 15), (512, 16, 1, 1), point, 1, True, dtype, much, wgmma)
+        yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, 1, False, dtype, much, wgmma, last)
+        yield plan((64, 16, 16, 15), (512, 16, 1, 1), point, 1, True, dtype, much, wgmma, last)
 
 
 def shape_macros(dtype: str, channels, size, out, kernel, pad) -> dict:

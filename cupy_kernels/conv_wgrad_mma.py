@@ -36,12 +36,21 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int, wgmma: bool = False) -> Plan:
+def plan(
+    x_shape,
+    w_shape,
+    geometry: Geometry,
+    split: int,
+    dtype: str,
+    shared_limit: int,
+    wgmma: bool = False,
+    channels_last: bool = False,
+) -> Plan:
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
     split: of the packed tiles of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory
-    that a block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. Raises UnsupportedError
-    for what the kernels do not take.
+    that a block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. channels_last: x is
+    float16 [N, H, W, C] instead of tiles, with split 1. Raises UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -59,6 +68,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
         **shape_macros(dtype, (channels_in, channels_out), (height, width), out, kernel, geometry.padding),
         **packing_macros(split),
         "TAPS_W": taps,
+        "CHANNELS_LAST": int(channels_last),
         "BAND_ROWS": _BAND_ROWS,
         "TILES": tiles,
         **found.macros,
@@ -116,7 +126,8 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
 def conv_wgrad_mma(p: Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponents, borders, partial, dw) -> None:
     """dw, the gradient of w, from x and the gradient of the output as packed tiles.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the tiles' scale.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the tiles' scale. x_exponents may be
+        None, for an x without a scale.
     x_sums, borders: both None, or both given for an x whose means were subtracted, which needs a dy whose sum over all
         pixels is 0 in each channel. x_sums: what `fp16_tiles.pack_fp16` took. borders: float32 [parts, KH * KW, M];
         added up over the parts, they are for each tap the sum of dy, under its tiles' scale, over the pixels that
@@ -138,7 +149,8 @@ def conv_wgrad_mma(p: Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponen
         wgrad_kernel(p)._replace(name="conv_wgrad_reduce"),
         (ceil_div(dw.size, THREADS), 1, 1),
         (THREADS, 1, 1),
-        (partial, x_exponents, dy_exponents, x_sums, borders, dw, x_exponents.size, dy_exponents.size, p.splits)
+        (partial, x_exponents, dy_exponents, x_sums, borders, dw, 0 if x_exponents is None else x_exponents.size)
+        + (dy_exponents.size, p.splits)
         + (0 if borders is None else borders.shape[0],),
     )
 
@@ -160,6 +172,8 @@ def variants():
         plans.append(plan((64, 144, 16, 15), (144, 16, 1, 1), unit._replace(padding=(0, 0)), *options))
         if not wgmma:
             plans.append(plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, "float", little))
-    for dtype, wgmma in itertools.product(("half_t", "bf16_t"), (False, True)):
-        plans.append(plan((512, 64, 32, 32), (64, 128, 1, 1), unit._replace(padding=(0, 0)), 1, dtype, much, wgmma))
+    for dtype, wgmma, last in itertools.product(("float", "half_t", "bf16_t"), (False, True), (False, True)):
+        if last or dtype != "float":
+            point = (512, 64, 32, 32), (64, 128, 1, 1), unit._replace(padding=(0, 0))
+            plans.append(plan(*point, 1, dtype, much, wgmma, last))
     yield from (wgrad_kernel(p).variant for p in plans)

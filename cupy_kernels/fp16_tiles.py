@@ -59,6 +59,14 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
     )
 
 
+def scale_fp16(source, exponents, scaled) -> None:
+    """Writes `scaled`, float16 of the shape of `source`, under the scale of the smallest of `exponents`."""
+    width = 4 if source.size % 4 == 0 and address(source) % (4 * source.itemsize) == 0 else 1
+    kernel = Kernel("fp16_tiles.cu", "scale_fp16", _macros(scalar(source), 1, width))
+    blocks = ceil_div(source.size, THREADS * width)
+    launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (source, exponents, scaled, exponents.size, source.size))
+
+
 def variants():
     """Every variant that this module launches."""
     for name, split in (("float", 1), ("float", 2), ("half_t", 1), ("bf16_t", 1)):

@@ -827,6 +827,46 @@ def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.T
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# modelnew/formats.py
+#
+# Memory formats: which one a tensor has, as torch tells them apart, and what kernels see of it.
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def channels_last(tensor: torch.Tensor) -> bool:
+    """Whether torch's results of an operator on `tensor` are channels_last, or, with 5 dimensions, channels_last_3d."""
+    memory_format = _FORMATS.get(tensor.dim())
+    if memory_format is None or not tensor.is_contiguous(memory_format=memory_format):
+        return False
+    if not tensor.is_contiguous():
+        return True
+    # Dimensions of size 1 leave it open. Torch then looks at all strides.
+    least, strides = 0, tensor.stride()
+    for d in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        if strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * max(1, tensor.shape[d])
+    return tensor.numel() > 0
+
+
+def dense_in(tensor: torch.Tensor, last: bool) -> torch.Tensor:
+    """The tensor in one of both formats, without lazy negation. Copies only if it must."""
+    memory_format = _FORMATS[tensor.dim()] if last else torch.contiguous_format
+    return tensor.resolve_neg().contiguous(memory_format=memory_format)
+
+
+def stored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
+    """The contiguous tensor over the same memory: [N, *, C] if `last`."""
+    return tensor.movedim(1, -1) if last and tensor is not None else tensor
+
+
+def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
+    """What `stored` makes `tensor` of."""
+    return tensor.movedim(-1, 1) if last and tensor is not None else tensor
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/affine.py
 #
 # What the norms' layers share: their weight and bias.
@@ -1193,6 +1233,14 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
     )
 
 
+def scale_fp16(source, exponents, scaled) -> None:
+    """Writes `scaled`, float16 of the shape of `source`, under the scale of the smallest of `exponents`."""
+    width = 4 if source.size % 4 == 0 and address(source) % (4 * source.itemsize) == 0 else 1
+    kernel = Kernel("fp16_tiles.cu", "scale_fp16", _macros(scalar(source), 1, width))
+    blocks = ceil_div(source.size, THREADS * width)
+    launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (source, exponents, scaled, exponents.size, source.size))
+
+
 def _macros(name, split, width):
     sizes = {"WIDTH": width, "THREADS": THREADS, "TILE_PIXELS": _tile_pixels(split, width), "BATCH": _BATCH}
     return (*scalar_macros(name), *packing_macros(split).items(), *sizes.items())
@@ -1242,16 +1290,30 @@ class Plan(NamedTuple):
         changed = {**dict(self.macros), "X_PACKED": 1, "input_t": "half_t"}
         return self._replace(macros=tuple(changed.items()))
 
+    def of_weights(self, dtype: str) -> "Plan":
+        """The same plan for weights of another type than x's."""
+        changed = {**dict(self.pack_macros), "scalar_t": dtype}
+        return self._replace(pack_macros=tuple(changed.items()))
+
 
 @functools.lru_cache(maxsize=1024)
 def conv_transpose_mma_plan(
-    x_shape, w_shape, geometry: Geometry, split: int, dgrad: bool, dtype: str, shared_limit: int, wgmma: bool = False
+    x_shape,
+    w_shape,
+    geometry: Geometry,
+    split: int,
+    dgrad: bool,
+    dtype: str,
+    shared_limit: int,
+    wgmma: bool = False,
+    channels_last: bool = False,
 ) -> Plan:
     """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
 
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
     block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where that is possible and
-    faster. Raises UnsupportedError for what the kernels do not take.
+    faster. channels_last: x and y, of 16-bit types, are [N, H, W, C]. Raises UnsupportedError for what the kernels do
+    not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
@@ -1266,6 +1328,7 @@ def conv_transpose_mma_plan(
     macros = {
         "input_t": dtype,
         "X_PACKED": 0,
+        "CHANNELS_LAST": int(channels_last),
         **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
         **packing_macros(split),
         **found.planes,
@@ -1361,12 +1424,13 @@ def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=No
     launch_units(p, kernel, x, y.shape[0], (x, x_exponents, packed, exponents, bias, y, count))
 
 
-def pack_weight(p: Plan, w, packed, exponents, signs=None) -> None:
+def pack_weight(p: Plan, w, packed, exponents, signs=None, copied_signs=None) -> None:
     """Writes the workspaces `packed` and `exponents` that the plan's kernel reads.
 
-    signs: one value for each row; where it is negative, the row's weights change sign.
+    signs: one value for each channel; where it is negative, the channel's weights change sign. copied_signs: None, or
+        float32 of plan.rows, written: these values.
     """
-    launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents))
+    launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents, copied_signs))
 
 
 def convolution_kernel(p: Plan) -> Kernel:
@@ -1444,12 +1508,21 @@ class conv_wgrad_mma_Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_limit: int, wgmma: bool = False) -> conv_wgrad_mma_Plan:
+def plan(
+    x_shape,
+    w_shape,
+    geometry: Geometry,
+    split: int,
+    dtype: str,
+    shared_limit: int,
+    wgmma: bool = False,
+    channels_last: bool = False,
+) -> conv_wgrad_mma_Plan:
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
     split: of the packed tiles of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory
-    that a block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. Raises UnsupportedError
-    for what the kernels do not take.
+    that a block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. channels_last: x is
+    float16 [N, H, W, C] instead of tiles, with split 1. Raises UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -1467,6 +1540,7 @@ def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, shared_li
         **shape_macros(dtype, (channels_in, channels_out), (height, width), out, kernel, geometry.padding),
         **packing_macros(split),
         "TAPS_W": taps,
+        "CHANNELS_LAST": int(channels_last),
         "BAND_ROWS": _BAND_ROWS,
         "TILES": tiles,
         **found.macros,
@@ -1524,7 +1598,8 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
 def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponents, borders, partial, dw) -> None:
     """dw, the gradient of w, from x and the gradient of the output as packed tiles.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the tiles' scale.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the tiles' scale. x_exponents may be
+        None, for an x without a scale.
     x_sums, borders: both None, or both given for an x whose means were subtracted, which needs a dy whose sum over all
         pixels is 0 in each channel. x_sums: what `fp16_tiles.pack_fp16` took. borders: float32 [parts, KH * KW, M];
         added up over the parts, they are for each tap the sum of dy, under its tiles' scale, over the pixels that
@@ -1546,7 +1621,8 @@ def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_packed, x_exponents, x_sums, dy_pac
         wgrad_kernel(p)._replace(name="conv_wgrad_reduce"),
         (ceil_div(dw.size, THREADS), 1, 1),
         (THREADS, 1, 1),
-        (partial, x_exponents, dy_exponents, x_sums, borders, dw, x_exponents.size, dy_exponents.size, p.splits)
+        (partial, x_exponents, dy_exponents, x_sums, borders, dw, 0 if x_exponents is None else x_exponents.size)
+        + (dy_exponents.size, p.splits)
         + (0 if borders is None else borders.shape[0],),
     )
 
@@ -1563,7 +1639,9 @@ def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
 #
 # Shapes: x [N, K, H, W], w [K, M, KH, KW], the convolution's output [N, M, OH, OW], pooled and out [N, M, OH/2, OW/2].
 # The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,
-# float16, or int16 that holds bfloat16; statistics and what is saved have the types that `kept_arrays` says.
+# float16, or int16 that holds bfloat16; statistics and what is saved have the types that `kept_arrays` says. With
+# `typed`, x may have 16 bits where all others are float32. With a plan for channels_last, x, out, dout and dx are
+# [N, H, W, C].
 #
 # activation, parameter: one of activation.cuh's, such as "leaky_relu", and the number that it takes, if it takes one.
 
@@ -1574,18 +1652,29 @@ _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
 
 
+def typed(p: Plan, parameters: str, half: bool) -> Plan:
+    """The plan for weights, biases, running statistics and `out` of another type than x's: the kernels' name of it.
+
+    half: whether the pooled sums are kept as float16 under scales, with split 1: as exact as PyTorch's convolution of
+    16-bit tensors or under autocast, and half the memory.
+    """
+    types = ("param_t", parameters), ("pooled_t", "half_t" if half else "float")
+    return p.of_weights(parameters)._replace(macros=(*p.macros, *types))
+
+
 def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that the forward writes besides `out`. keep: whether a backward follows.
 
     Then `saved`, the largest, is among them: the convolution's output, as float16 under scales with split 1, as float32
-    with split 2.
+    with split 2. `pooled` is float16 under scales, too, where `typed` says so.
     """
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
     pooled = (images, channels, dict(p.planes)["PLANE_STRIDE"])
+    half = _types(macros)["pooled_t"] == "half_t"
     arrays = {
         "exponents": ((p.rows,), np.int32),
-        "pooled": (pooled, np.float32),
+        "pooled": (pooled, np.float16 if half else np.float32),
         "mean": ((channels,), np.float32),
         "invstd": ((channels,), np.float32),
         "group_mean": ((images * groups,), np.float32),
@@ -1594,6 +1683,7 @@ def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tu
     if keep:
         arrays["argmax"] = (pooled, np.uint8)
         arrays["saved"] = ((*pooled, 4), np.float16 if macros["SPLIT"] == 1 else np.float32)
+    if keep or half:
         arrays["unit_exponents"] = ((images * p.units,), np.int32)
     return arrays
 
@@ -1642,13 +1732,16 @@ def pooled_sums(scratch, x, w, weight, kept, *, plan: Plan, training: bool):
     images, channels = x.shape[0], dict(plan.macros)["OUT_CHANNELS"]
     packed = scratch(plan.packed_size, np.float16)
     partials = scratch((3, channels, images * plan.units), np.float32) if training else None
-    pack_weight(plan, w, packed, kept["exponents"], signs=weight)
+    signs = weight
+    if weight is not None and weight.dtype != np.float32:
+        signs = scratch(plan.rows, np.float32)
+    pack_weight(plan, w, packed, kept["exponents"], weight, None if signs is weight else signs)
     launch_units(
         plan,
         _pool_kernel(plan, training, "saved" in kept),
         x,
         images,
-        (x, packed, kept["exponents"], weight, kept["pooled"], partials)
+        (x, packed, kept["exponents"], signs, kept["pooled"], partials)
         + (kept.get("argmax"), kept.get("saved"), kept.get("unit_exponents")),
     )
     return partials
@@ -1689,8 +1782,9 @@ def pooled_output(
         Kernel("pooled_tail.cu", "pooled_forward", macros),
         (kept["group_mean"].size, 1, 1),
         (_tail_threads(macros), 1, 1),
-        (kept["pooled"], kept["mean"], kept["invstd"], conv_bias, running_mean, running_var, weight, bias)
-        + (group_weight, group_bias, out, kept["group_mean"], kept["group_invstd"], eps, group_eps, parameter),
+        (kept["pooled"], kept["exponents"], kept.get("unit_exponents"), kept["mean"], kept["invstd"], conv_bias)
+        + (running_mean, running_var, weight, bias, group_weight, group_bias, out)
+        + (kept["group_mean"], kept["group_invstd"], eps, group_eps, parameter),
     )
 
 
@@ -1739,10 +1833,11 @@ def tail_gradients(
     kept: the forward's. made: {name: array} of `gradient_arrays`, written.
     """
     pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
+    scales = kept["exponents"], kept["unit_exponents"]
     g, partials, sums, dy_exponents = made["g"], made["partials"], made["sums"], made["dy_exponents"]
     statistics = (kept["group_mean"], kept["group_invstd"])
     options = {"plan": plan, "groups": groups, "activation": activation}
-    values = (dout, pooled, mean, invstd, weight, bias, group_weight, *statistics, g, partials)
+    values = (dout, pooled, *scales, mean, invstd, weight, bias, group_weight, *statistics, g, partials)
     pooled_gradients(*values, **options, parameter=parameter)
     gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
     parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
@@ -1765,14 +1860,22 @@ def output_gradient(weight, dy, kept, made, *, training: bool, **options) -> Non
 def weight_gradient(scratch, x, kept, made, dw, *, plan: conv_wgrad_mma_Plan, centred: bool) -> None:
     """dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`.
 
-    centred: x less its first image's means. With statistics of the batch dy sums to 0, so that this changes nothing but
-    the error (benchmarks/NOTES.md says why).
+    centred: x, float32, less its first image's means. With statistics of the batch dy sums to 0, so that this changes
+    nothing but the error (benchmarks/NOTES.md says why).
     """
     unit_exponents, sums = kept["unit_exponents"], None
+    partial = scratch(plan.partial_size, np.float32)
+    if ("CHANNELS_LAST", 1) in plan.macros:
+        x_packed, x_exponents = x, None
+        if x.dtype != np.float16:
+            x_packed, x_exponents = scratch(x.shape, np.float16), unit_exponents
+            scale_fp16(x, x_exponents, x_packed)
+        conv_wgrad_mma(plan, x_packed, x_exponents, None, made["dy_packed"], made["dy_exponents"], None, partial, dw)
+        return
     if centred:
         sums = scratch((x.shape[1],), x.dtype)
         channel_sum(x[:1], sums, scratch(channel_sum_workspace_size((1, *x.shape[1:])), np.float32))
-    x_packed, partial = scratch(packed_shape(x.shape, plan.split), np.float16), scratch(plan.partial_size, np.float32)
+    x_packed = scratch(packed_shape(x.shape, plan.split), np.float16)
     pack_fp16(x, unit_exponents, sums, x_packed, plan.split)
     dy = made["dy_packed"], made["dy_exponents"], made.get("borders")
     conv_wgrad_mma(plan, x_packed, unit_exponents, sums, *dy, partial, dw)
@@ -1785,7 +1888,22 @@ def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
 
 
 def pooled_gradients(
-    dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials, *, parameter, **tail
+    dout,
+    pooled,
+    exponents,
+    unit_exponents,
+    mean,
+    invstd,
+    weight,
+    bias,
+    group_weight,
+    group_mean,
+    group_invstd,
+    g,
+    partials,
+    *,
+    parameter,
+    **tail,
 ) -> None:
     """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
 
@@ -1797,8 +1915,8 @@ def pooled_gradients(
         Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
         (group_mean.size, 1, 1),
         (_tail_threads(macros), 1, 1),
-        (dout, pooled, mean, invstd, weight, bias, group_weight, group_mean, group_invstd, g, partials)
-        + (images, parameter),
+        (dout, pooled, exponents, unit_exponents, mean, invstd, weight, bias, group_weight)
+        + (group_mean, group_invstd, g, partials, images, parameter),
     )
 
 
@@ -1899,11 +2017,17 @@ def saved_shift(p: Plan) -> int:
     return 15 + (terms - 1).bit_length()
 
 
+def _types(macros) -> dict:
+    """param_t and pooled_t; of a plan that is not `typed`, x's type and float."""
+    return {"param_t": macros.get("param_t", macros["scalar_t"]), "pooled_t": macros.get("pooled_t", "float")}
+
+
 def _pool_kernel(p: Plan, training, keep):
     macros = dict(p.macros)
     if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
         macros["SHARED_BYTES"] += macros["WARPS_N"] * macros["TILE_M"] * 8
-    macros.update(param_t=macros["scalar_t"], saved_t=_saved_type(macros["SPLIT"]))
+    macros.update(pooled_t=_types(macros)["pooled_t"], saved_t=_saved_type(macros["SPLIT"]))
+    macros.pop("param_t", None)
     macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
     return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), architecture(p.macros))
 
@@ -1914,18 +2038,21 @@ def _saved_type(split: int) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _backward_macros(plan: Plan, groups: int, activation: str):
-    macros = dict(plan.macros)
-    return *_tail_defines(macros, groups, activation, plan.planes), *_backward_defines(macros, saved_shift(plan))
+    return *_tail_macros(plan, groups, activation), *_backward_defines(dict(plan.macros))
 
 
 def _forward_macros(plan: Plan, groups: int, activation: str, training: bool):
-    return *_tail_defines(dict(plan.macros), groups, activation, plan.planes), ("STATISTICS", int(training))
+    return *_tail_macros(plan, groups, activation), ("STATISTICS", int(training))
 
 
-def _tail_defines(macros, groups, activation, planes):
-    name = macros["scalar_t"]
-    types = (("scalar_t", name), ("acc_t", accumulator(name)), ("param_t", name))
-    types += (("ACTIVATION", struct_of(activation)),)
+def _tail_macros(plan: Plan, groups: int, activation: str):
+    return _tail_defines(dict(plan.macros), groups, activation, plan.planes, saved_shift(plan))
+
+
+def _tail_defines(macros, groups, activation, planes, shift):
+    types, name = _types(macros), _types(macros)["param_t"]
+    types = (("scalar_t", name), ("acc_t", accumulator(name)), *types.items())
+    types += (("ACTIVATION", struct_of(activation)), ("CHANNELS_LAST", macros["CHANNELS_LAST"]), ("SAVED_SHIFT", shift))
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     parts = _parts(macros)
     warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
@@ -1933,7 +2060,7 @@ def _tail_defines(macros, groups, activation, planes):
     return (*types, *sizes, *planes, *blocks)
 
 
-def _backward_defines(macros, shift):
+def _backward_defines(macros):
     split = macros["SPLIT"]
     saved = ("saved_t", _saved_type(split))
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
@@ -1944,7 +2071,7 @@ def _backward_defines(macros, shift):
         "TILES": ceil_div(_windows(macros), tile),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
     }
-    return (saved, ("SAVED_SHIFT", shift), *packing_macros(split).items(), *convolution, *blocks.items())
+    return (saved, *packing_macros(split).items(), *convolution, *blocks.items())
 
 
 def _parts(macros) -> int:
@@ -1968,6 +2095,23 @@ def _images_together(images: int) -> int:
 def _count(p: Plan, images: int) -> float:
     macros = dict(p.macros)
     return float(images * macros["OUT_H"] * macros["OUT_W"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/gather_gemm.py
+#
+# 2D transposed convolution on tensor cores for any hyper-parameters, channels and sizes: forward, dgrad and wgrad.
+#
+# Shapes as in `conv_transpose`. Each product is an implicit GEMM: pixels by channels, gathered from operands that are
+# packed with channels innermost. Operands are fp16 under power-of-two scales (split 1 has TF32's precision, split 2
+# float32's), and 16-bit tensors as they are. A 16-bit tensor in channels_last format, with a multiple of 8 channels a
+# group, needs no packing.
+#
+# channels_last: whether tensors are [N, H, W, C] arrays, in and out, instead of [N, C, H, W].
+
+def logical(shape, channels_last) -> tuple[int, ...]:
+    """[N, C, H, W] of an array of either format."""
+    return (shape[0], shape[3], *shape[1:3]) if channels_last else tuple(shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2041,17 +2185,21 @@ def choose(numerics: str, x: torch.Tensor) -> Choice:
     return Choice(resolve(numerics, x), uses_wgmma(x), _shared_bytes(index), without or _too_old(index))
 
 
-def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False):
+def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
     """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
 
     dtype: x's, NumPy's. dgrad: x is the incoming gradient, and the convolution its input gradient.
+    options: `channels_last` of `conv_transpose_mma.plan`.
     """
-    return plan_or_reason(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad)
+    return plan_or_reason(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad, **options)
 
 
-def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice):
-    """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason)."""
-    return plan_or_reason(plan, x_shape, dtype, w_shape, geometry, choice)
+def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, **options):
+    """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason).
+
+    dtype: w's, NumPy's. options: `channels_last` of `conv_wgrad_mma.plan`.
+    """
+    return plan_or_reason(plan, x_shape, dtype, w_shape, geometry, choice, **options)
 
 
 def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
@@ -2086,20 +2234,23 @@ def _shared_bytes(device_index: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/gather_gemm.py
+#
+# Operations of `calls.call` on the implicit GEMMs: conv_transpose2d's forward and gradients in either memory format.
+#
+# Arrays are [N, C, H, W], or [N, H, W, C] with channels_last, and weights [Cin, Cout/groups, KH, KW], or [Cin, KH, KW,
+# Cout/groups] with w_channels_last: what channels_last tensors are in memory. Results are of the format of what they
+# belong to.
+
+def physical(shape, channels_last) -> tuple[int, ...]:
+    """The shape of the array that holds [N, C, H, W]."""
+    return (shape[0], *shape[2:], shape[1]) if channels_last else tuple(shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/conv_transpose.py
 #
 # conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
-
-def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
-    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken. dtype: NumPy's."""
-    dgrad = wgrad = None
-    if need_x:
-        dy_shape = output_shape(x_shape, w_shape, geometry)
-        dgrad, _ = tensor_core_plan(dy_shape, dtype, w_shape, geometry, choice, dgrad=True)
-    if need_w:
-        wgrad, _ = wgrad_plan(x_shape, dtype, w_shape, geometry, choice)
-    return dgrad, wgrad
-
 
 class ConvTranspose2d(nn.ConvTranspose2d):
     """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
@@ -2178,10 +2329,12 @@ def _forward(
     choice,
     keep,
     autocast_on,
+    last,
     **options,
 ):
-    plan = plan_for(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
-    out = new(pooled_shape(x.shape, w.shape, padding), x.dtype)
+    """last: whether x and the output are channels_last: [N, H, W, C]."""
+    plan = plan_for(x, w, padding, options["groups"], choice, last, autocast_on)
+    out = new_output(new, x, w, padding, last)
     arrays = kept_arrays(plan, x.shape, options["groups"], keep)
     memory = (new if keep else new.scratch)((room(arrays),), "uint8")
     tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
@@ -2205,7 +2358,23 @@ def _backward(
 
 
 def convolution_gradients(
-    new, before, after, given, x, w, weight, memory, *, padding, choice, needed, groups, training, activation
+    new,
+    before,
+    after,
+    given,
+    x,
+    w,
+    weight,
+    memory,
+    *,
+    padding,
+    choice,
+    needed,
+    groups,
+    training,
+    activation,
+    autocast_on,
+    last,
 ):
     """(dx, dw) of the fused operator.
 
@@ -2213,13 +2382,14 @@ def convolution_gradients(
     wrote. given: those of `ops.gradient_arrays` that exist already.
     """
     need_x, need_w = needed
-    plan = plan_for(x.shape, x.dtype, w.shape, padding, groups, choice)
+    x_shape = logical(x.shape, last)
+    plan = plan_for(x, w, padding, groups, choice, last, autocast_on)
     kept = parts(memory, kept_arrays(plan, x.shape, groups, True))
-    dgrad, wgrad = gradient_plans(x.dtype, x.shape, w.shape, geometry_of(padding), choice, need_x, need_w)
-    general = (dgrad is None, wgrad is None) != (not need_x, not need_w)
-    dy = new.scratch(output_shape(x.shape, w.shape, geometry_of(padding)), x.dtype) if general else None
-    packed = not general and (need_x or need_w)
-    arrays = gradient_arrays(plan, x.shape[0], packed, packed and need_w and training)
+    (dgrad, _), (wgrad, _) = _gradient_plans(x_shape, x.dtype, w.shape, w.dtype, padding, choice, last)
+    general = (need_x and dgrad is None) or (need_w and wgrad is None)
+    dy = new.scratch(output_shape(x_shape, w.shape, geometry_of(padding)), x.dtype) if general else None
+    packed, centred = not general and (need_x or need_w), training and x.dtype == np.float32
+    arrays = gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
     made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
     before(plan, kept, made)
     output_gradient(weight, dy, kept, made, plan=plan, groups=groups, training=training, activation=activation)
@@ -2230,20 +2400,20 @@ def convolution_gradients(
         return dx, dw
     dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
     if need_w:  # first: the room of its workspaces is dx's then
-        weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=training)
+        weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
     if need_x:
-        input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed())
+        input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed().of_weights(SCALARS[w.dtype]))
     return dx, dw
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
-        tensors = (x, w, conv_bias, *running, weight, bias, group_weight, group_bias)
+        tensors = (stored(x, options["last"]), w, conv_bias, *running, weight, bias, group_weight, group_bias)
         out, memory = call(_forward, *tensors, check=check, keep=True, **options)
         ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *applied)
         ctx.options = options
-        return out
+        return restored(out, options["last"])
 
     @staticmethod
     def backward(ctx, dout):
@@ -2251,16 +2421,49 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _differentiable_gradients(ctx.options, running_mean, running_var, tensors, dout)
         else:
-            names = ("padding", "choice", "groups", "training", "activation", "parameter")
+            names = ("padding", "choice", "groups", "training", "activation", "parameter", "autocast_on", "last")
             options = {name: ctx.options[name] for name in names}
-            found = call(_backward, dense(dout), *tensors, memory, needed=ctx.needs_input_grad[:7], **options)
+            x, *others = tensors
+            last = options["last"]
+            dout = stored(dense_in(dout, True), True) if last else dense(dout)
+            needed = ctx.needs_input_grad[:7]
+            dx, *others = call(_backward, dout, stored(x, last), *others, memory, needed=needed, **options)
+            found = restored(dx, last), *others
         return *found, *[None] * 4
 
 
-def plan_for(x_shape, dtype, w_shape, padding, groups, choice):
-    plan = required_plan(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry_of(padding), choice, dgrad=False)
+def plan_for(x, w, padding, groups, choice, last, autocast_on):
+    """The plan of the convolution for arrays; last: whether x is [N, H, W, C]."""
+    return conv_bn_pool_plan(logical(x.shape, last), x.dtype, w.shape, w.dtype, padding, groups, choice, last, autocast_on)
+
+
+def new_output(new, x, w, padding, last):
+    """Memory of the fused operator's output."""
+    *outer, height, width = output_shape(logical(x.shape, last), w.shape, geometry_of(padding))
+    return new(physical((*outer, height // 2, width // 2), last), w.dtype)
+
+
+def conv_bn_pool_plan(x_shape, dtype, w_shape, w_dtype, padding, groups, choice, last, autocast_on):
+    options = {"dgrad": False, "channels_last": last}
+    plan = required_plan(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry_of(padding), choice, **options)
     conv_bn_pool_check_supported(plan, groups)
-    return plan
+    if last or w_dtype != dtype:  # which the general kernels for gradients do not take
+        for found, reason in _gradient_plans(x_shape, dtype, w_shape, w_dtype, padding, choice, last):
+            if not found:
+                raise UnsupportedError(f"of a gradient, {reason}")
+    return typed(plan, SCALARS[w_dtype], half=autocast_on or dtype.itemsize == 2)
+
+
+def _gradient_plans(x_shape, dtype, w_shape, w_dtype, padding, choice, last):
+    """(plan or None, the reason), of dx and of dw."""
+    dy_shape, how = output_shape(x_shape, w_shape, geometry_of(padding)), (w_shape, geometry_of(padding), choice)
+    dgrad = tensor_core_plan(dy_shape, dtype, *how, dgrad=True, channels_last=last)
+    return dgrad, wgrad_plan(x_shape, w_dtype, *how, channels_last=last)
+
+
+def _last(x) -> bool:
+    """Whether the kernels take x, and give the output, as channels_last: of 16 bits."""
+    return x.dtype is not torch.float32 and channels_last(x)
 
 
 def _check_slope(negative_slope) -> None:
@@ -2272,9 +2475,10 @@ def _check_slope(negative_slope) -> None:
 
 def _check_mixture(x, batches, *others) -> None:
     """UnsupportedError for dtypes or a counter of batches that do not go together."""
-    if enabled(x) and x.dtype != torch.float32:
-        raise UnsupportedError(f"under autocast the input must be float32, received {x.dtype}")
-    if any(t is not None and t.dtype != x.dtype for t in others):
+    if enabled(x):
+        if x.dtype == torch.float64 or any(t is not None and t.dtype != torch.float32 for t in others):
+            raise UnsupportedError("under autocast parameters must be float32, and the input not float64")
+    elif any(t is not None and t.dtype != x.dtype for t in others):
         raise UnsupportedError("input and parameters have different dtypes")
     if batches is not None and (batches.dtype, batches.numel(), batches.device) != (torch.int64, 1, x.device):
         raise UnsupportedError(
@@ -2318,7 +2522,8 @@ def conv_bn_activation_max_pool_group_norm(
     """group_norm(max_pool2d(act(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
-    and group_norm. One dtype for all: float32, float16 or bfloat16.
+    and group_norm. One dtype for all: float32, float16 or bfloat16. Those of 16 bits may be channels_last: then no
+    kernel converts them, and the result, and input's gradient, are channels_last, too.
     activation: act, the name of an operator that activation.cuh has, "tanh" or "leaky_relu". negative_slope: of
         leaky_relu, finite and not negative.
     num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
@@ -2327,8 +2532,9 @@ def conv_bn_activation_max_pool_group_norm(
     For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
     with the reason. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
-    Under torch.autocast, of float32 tensors: as without it, in the class "tf32", whose errors are smaller than those of
-    casts between the operators. The result has the dtype that autocast gives group_norm's.
+    Under torch.autocast all but the input are float32, and nothing is cast: products are those of the class "tf32",
+    whose errors are smaller than those of casts between the operators. Between the kernels values have 16 bits. The
+    result has the dtype that autocast gives group_norm's.
     """
     check_numerics(numerics)
     struct_of(activation)
@@ -2337,7 +2543,7 @@ def conv_bn_activation_max_pool_group_norm(
     training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    choice = choose(_class(numerics, input), input)
+    choice, last, autocast_on = choose(_class(numerics, input), input), _last(input), enabled(input)
     alone = training and peers is None
 
     def check():
@@ -2345,11 +2551,13 @@ def conv_bn_activation_max_pool_group_norm(
         if peers is not None and not input.shape[0]:
             raise UnsupportedError("the batch is empty, and other processes' batches count, too")
         _check_shapes(input, *others, padding, alone, num_groups)
-        plan_for(input.shape, NUMPY[input.dtype], conv_weight.shape, padding, num_groups, choice)
+        dtypes = NUMPY[input.dtype], NUMPY[conv_weight.dtype]
+        how = padding, num_groups, choice, last, autocast_on
+        conv_bn_pool_plan(input.shape, dtypes[0], conv_weight.shape, dtypes[1], *how)
 
     _check_slope(parameter)
-    tensors = dense_after(check, input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
-    x, w, conv_bias, *affine = tensors = (aligned(tensors[0]), *tensors[1:])
+    tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    x, w, conv_bias, *affine = tensors = (restored(aligned(tensors[0]), last), *tensors[1:])
     updated = dense(running_mean), dense(running_var), num_batches_tracked
     options = {
         "padding": padding,
@@ -2361,7 +2569,8 @@ def conv_bn_activation_max_pool_group_norm(
         "group_eps": group_eps,
         "activation": activation,
         "parameter": parameter,
-        "autocast_on": enabled(input),  # as check() looks at it
+        "autocast_on": autocast_on,  # as check() looks at it
+        "last": last,
     }
     if peers is not None:
         out = peers(tensors, updated, check, options)
@@ -2369,7 +2578,9 @@ def conv_bn_activation_max_pool_group_norm(
         applied = applied_statistics(running_mean, running_var, training)
         out = gradients_apply(_Fused, *tensors, updated, applied, check, options)
     else:
+        x = stored(x, last)
         out, _ = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=False, **options)
+        out = restored(out, last)
     if training:
         note_update(running_mean, running_var, num_batches_tracked, updated)
     return result_of_norm(out)
@@ -2405,11 +2616,6 @@ def _check_shapes(
             raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
     if num_groups < 1 or shape[1] % num_groups:
         raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
-
-
-def pooled_shape(x_shape, w_shape, padding):
-    *outer, height, width = output_shape(x_shape, w_shape, geometry_of(padding))
-    return *outer, height // 2, width // 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2783,7 +2989,7 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 // All values are without the convolution's bias, which batch norm's mean takes out again:
 //     pooled [N, M, PLANE_STRIDE]             the chosen sums of all windows, in the order of pooled_planes.cuh;
 //                                             windows that an odd edge cuts, and places of no window, get values of
-//                                             no use
+//                                             no use. pooled_t half_t: under scales, as `saved` is with SPLIT 1
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last
 //                                             one, where float cannot hold it, negative and times 2^-160
 //     SAVE, for the backward:
@@ -2793,8 +2999,9 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 //                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
 //                                             SAVED_SHIFT bounds the sum of all products: nothing overflows.
 //                                             SPLIT 2: float
-//         unit_exponents [N * UNITS]
-// Macros: those of implicit_gemm.cuh, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
+//     unit_exponents [N * UNITS]              if anything is under scales, or with SAVE
+// Macros: those of implicit_gemm.cuh, pooled_t (float, or half_t with SPLIT 1), saved_t (half_t, float), STATISTICS, SAVE,
+// SAVED_SHIFT.
 #define ADJACENT (!WGMMA)
 #include "batch_norm.cuh"
 #include "implicit_gemm.cuh"
@@ -2868,7 +3075,8 @@ __device__ __forceinline__ void moments_of(
 }
 
 struct PoolEpilogue {
-    float *pooled, *partials;
+    pooled_t* pooled;
+    float* partials;
     u8* argmax;
     saved_t* saved;
     int* unit_exponents;
@@ -2918,20 +3126,23 @@ struct PoolEpilogue {
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
                 for (int t = 0; t < LANE_WINDOWS; t += 4) {
-                    Packed<float, 4> best;
+                    Packed<pooled_t, 4> best;
                     Packed<u8, 4> tap;
-                    Packed<saved_t, 16> kept;
+                    Packed<saved_t, 16> all;
                     #pragma unroll
                     for (int j = 0; j < 4; j++) {
                         float v[4], largest;
                         #pragma unroll
                         for (int corner = 0; corner < 4; corner++) v[corner] = sum_of(sums, first + i, t + j, corner);
                         largest = max_or_nan(max_or_nan(v[0], v[1]), max_or_nan(v[2], v[3]));
-                        best.v[j] = scale((any ? largest : v[0]) * sign);
+                        best.v[j] = kept<pooled_t>(any ? largest : v[0], sign, scale);
                         tap.v[j] = !any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3;
-                        if (SAVE) *(Packed<saved_t, 4>*)(kept.v + j * 4) = save(v, sign, scale);
+                        // Corners outside the image are read by nobody.
+                        #pragma unroll
+                        for (int corner = 0; SAVE && corner < 4; corner++)
+                            all.v[j * 4 + corner] = kept<saved_t>(v[corner], sign, scale);
                     }
-                    store<FULL>(place, row, t, best, tap, kept);
+                    store<FULL>(place, row, t, best, tap, all);
                 }
             }
         }
@@ -2940,8 +3151,8 @@ struct PoolEpilogue {
 
     // The values of the windows t to t + 3, to the plane at `row`.
     template <bool FULL> __device__ __forceinline__ void store(
-        const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap,
-        const Packed<saved_t, 16>& kept) {
+        const Place& place, i64 row, int t, Packed<pooled_t, 4>& best, Packed<u8, 4>& tap,
+        const Packed<saved_t, 16>& all) {
         if constexpr (WGMMA) {
             int sixteen = place.first_window + t * 4 + place.unit * (UNIT_STRIDE - UNIT_WINDOWS);  // pooled_planes.cuh
             if (t >= place.tiles || sixteen >= (place.unit + 1) * UNIT_STRIDE) return;
@@ -2952,7 +3163,7 @@ struct PoolEpilogue {
             #pragma unroll
             for (int j = 0; SAVE && j < 4; j += TOGETHER) {
                 i64 window = row + sixteen + j * 4 + threadIdx.x % 4 * TOGETHER;
-                store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4));
+                store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(all.v + j * 4));
             }
             return;
         }
@@ -2960,24 +3171,20 @@ struct PoolEpilogue {
         if (FULL) {
             store_at_once(pooled + at, best);
             if (SAVE) store_at_once(argmax + at, tap);
-            if (SAVE) store_at_once(saved + at * 4, kept);
+            if (SAVE) store_at_once(saved + at * 4, all);
         }
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             if (FULL || !place.exists(j)) continue;
             pooled[at + j] = best.v[j];
             if (SAVE) argmax[at + j] = tap.v[j];
-            if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(kept.v + j * 4));
+            if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(all.v + j * 4));
         }
     }
 
-    // Corners outside the image are read by nobody.
-    __device__ static Packed<saved_t, 4> save(const float (&v)[4], float sign, const ScaleBack& scale) {
-        Packed<saved_t, 4> kept;
-        float shrink = power_of_two(-SAVED_SHIFT) * sign;
-        #pragma unroll
-        for (int i = 0; i < 4; i++) kept.v[i] = from_acc<saved_t>(SPLIT == 1 ? v[i] * shrink : scale(v[i] * sign));
-        return kept;
+    // A sum as memory has it: float, or half_t under scales.
+    template <class T> __device__ static T kept(float v, float sign, const ScaleBack& scale) {
+        return from_acc<T>(sizeof(T) == 2 ? v * (power_of_two(-SAVED_SHIFT) * sign) : scale(v * sign));
     }
 
     __device__ void restart() { seen = 0; }
@@ -2986,7 +3193,8 @@ struct PoolEpilogue {
     __device__ void finish(int exponent) {
         // Read here, once: conv_mma.cuh spills it.
         int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
-        if (SAVE && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
+        enum { SCALED = SAVE || sizeof(pooled_t) == 2 };
+        if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
         if (!STATISTICS) return;
         if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
         __syncthreads();
@@ -3010,7 +3218,7 @@ struct PoolEpilogue {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials,
+    const float* __restrict__ gamma, INOUT pooled_t* __restrict__ pooled, float* __restrict__ partials,
     INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
@@ -3045,7 +3253,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
 // Macros besides those of implicit_gemm.cuh: UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most), RESIDENT (1:
 // all chunks of the band stay in shared memory, 0: each turn loads one after the other). WINDOW_PITCH is WINDOWS_W.
 #pragma once
-#include "mma.cuh"
 
 #define PITCH (IN_W + GAP)
 #define BAND_LINES (GAP + (BAND_ROWS + 1) * PITCH)
@@ -3148,7 +3355,10 @@ template <> struct Band<false> {
     unsigned largest = 0;  // finite magnitude
 
     __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
-        : source(x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W), unit(unit), shared(shared) {
+        : source(
+              x + (CHANNELS_LAST ? (unit.image * IN_H + unit.first_row) * IN_W * IN_CHANNELS
+                                 : (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W)),
+          unit(unit), shared(shared) {
         for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(shared, chunk));
     }
     __device__ void begin(unsigned* scratch) {
@@ -3164,15 +3374,23 @@ template <> struct Band<false> {
 
     // Exponent of the scale for the unit's rows, all channels.
     __device__ int measured(unsigned* scratch) const {
-        enum { WIDTH = IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t) };
+        enum { WIDTH = !CHANNELS_LAST && IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t) };
         typedef Packed<scalar_t, WIDTH> Pack;
         int count = (unit.end_row - unit.first_row) * IN_W / WIDTH;
         unsigned largest = 0;
+        if constexpr (CHANNELS_LAST) {
+            largest = largest_of<16>((const Pack*)source, (int)threadIdx.x, THREADS, count * IN_CHANNELS);
+            return scale_exponent(block_max(largest, scratch));
+        }
         for (int k = threadIdx.x / 32; k < IN_CHANNELS; k += THREADS / 32)
             largest =
                 max(largest, largest_of<16>((const Pack*)(source + k * IN_H * IN_W), (int)threadIdx.x % 32, 32, count));
         return scale_exponent(block_max(largest, scratch));
     }
+
+    // Of the i-th octet of channels: neighbours in memory follow one another.
+    __device__ static int pixel_of(int i) { return CHANNELS_LAST ? i / (CHUNK_CHANNELS / 8) : i % (BAND_ROWS * IN_W); }
+    __device__ static int octet_of(int i) { return CHANNELS_LAST ? i % (CHUNK_CHANNELS / 8) : i / (BAND_ROWS * IN_W); }
 
     __device__ void load(int chunk) {
         u8* lines = band_of(shared, chunk);
@@ -3181,21 +3399,29 @@ template <> struct Band<false> {
         enum { BATCH = RESIDENT ? 8 : SPLIT == 2 ? 4 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };
         // Lanes take 32 pixels in such an order that eight at a time write to different banks.
         int lane = threadIdx.x % 32, spread = lane;
-        if (ADJACENT) spread = lane % 2 + lane / 2 % 4 * (2 * TILES) + lane / 8 % TILES * 2;
+        if (ADJACENT && !CHANNELS_LAST) spread = lane % 2 + lane / 2 % 4 * (2 * TILES) + lane / 8 % TILES * 2;
         for (int first = threadIdx.x - lane + spread; first < COUNT; first += THREADS * BATCH) {
             float v[BATCH][8];
             #pragma unroll
             for (int b = 0; b < BATCH; b++) {
-                int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W);
-                int k = chunk * CHUNK_CHANNELS + i / (BAND_ROWS * IN_W) * 8;
+                int i = first + b * THREADS, pixel = pixel_of(i);
+                int k = chunk * CHUNK_CHANNELS + octet_of(i) * 8;
                 bool inside = unit.first_row + pixel / IN_W < unit.end_row && k < IN_CHANNELS && i < COUNT;
+                if constexpr (CHANNELS_LAST) {
+                    typedef Packed<scalar_t, 8> Channels;
+                    Channels in = {};
+                    if (inside) in = *(const Channels*)(source + pixel * IN_CHANNELS + k);
+                    #pragma unroll
+                    for (int j = 0; j < 8; j++) v[b][j] = to_acc(in.v[j]);
+                    continue;
+                }
                 const scalar_t* from = source + k * IN_H * IN_W + pixel;
                 #pragma unroll
                 for (int j = 0; j < 8; j++) v[b][j] = inside ? to_acc(from[j * IN_H * IN_W]) : 0;
             }
             #pragma unroll
             for (int b = 0; b < BATCH; b++) {
-                int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W);
+                int i = first + b * THREADS, pixel = pixel_of(i);
                 int row = pixel / IN_W, column = pixel % IN_W + GAP;
                 #pragma unroll
                 for (int j = 0; j < 8; j++) {
@@ -3203,7 +3429,7 @@ template <> struct Band<false> {
                     v[b][j] = multiply_unflushed(v[b][j], scale);
                 }
                 int key = band_key(unit.first_row + row, column);
-                if (i < COUNT) store_line(lines, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b], key);
+                if (i < COUNT) store_line(lines, (row + 1) * PITCH + column, octet_of(i), v[b], key);
             }
         }
     }
@@ -3452,7 +3678,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
 //
 // Grid: x = units of all images, y = tiles of TILE_M channels. y is written in whole, bias may be null. Epilogue: four
 // lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that each
-// has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. Macros and limits:
+// has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. With CHANNELS_LAST,
+// of 16-bit types, a warp turns 8 channels of 8 pixels, and four lanes store 16 channels of a pixel. Macros and limits:
 // implicit_gemm.cuh.
 #define ADJACENT 0
 #include "implicit_gemm.cuh"
@@ -3509,6 +3736,44 @@ struct StoreEpilogue {
     scalar_t* y;
     const int* exponents;
 
+#if CHANNELS_LAST
+    __device__ __forceinline__ void turn(const Sums& sums, const Place& place, int exponent) const {
+        int first_m = blockIdx.y * TILE_M + place.channel, lane = threadIdx.x % 32, odd = lane % 2;
+        Finish finish[LANE_ROWS];
+        #pragma unroll
+        for (int row = 0; row < LANE_ROWS; row++) {
+            int m = first_m + row * 8;
+            if (m < OUT_CHANNELS) finish[row] = {ScaleBack(exponent + exponents[m]), bias ? to_acc(bias[m]) : 0};
+        }
+        // Of what the lane has when channels and pixels are turned.
+        int first_turned = first_m - lane / 4 + odd * 8 + lane / 2 % 2 * 4;
+        #pragma unroll
+        for (int t = 0; t < MOST_TILES; t++) {
+            int window = place.first_window + t * 4 + lane / 8;
+            bool exists = t * 4 + lane / 8 < place.count() && window % WINDOW_PITCH < WINDOWS_W;
+            #pragma unroll
+            for (int lower = 0; lower < 2; lower++) {
+                Pixel pixel(window, lower * 2 + lane / 4 % 2);
+                scalar_t* to = y + ((place.image * OUT_H + pixel.oh) * OUT_W + pixel.ow) * OUT_CHANNELS + first_turned;
+                #pragma unroll
+                for (int row = 0; row < LANE_ROWS; row += 2) {
+                    unsigned turned[2];
+                    #pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        scalar_t left = finish[row + i](sum_of(sums, row + i, t, lower * 2)),
+                                 right = finish[row + i](sum_of(sums, row + i, t, lower * 2 + 1));
+                        turned[i] = movmatrix(left.bits | (unsigned)right.bits << 16);
+                    }
+                    // The lane keeps two channels of its eight, and swaps the others for two of these.
+                    unsigned other = __shfl_xor_sync(0xFFFFFFFFu, odd ? turned[0] : turned[1], 1);
+                    uint2 four = make_uint2(odd ? other : turned[0], odd ? turned[1] : other);
+                    if (exists && pixel.valid() && first_turned + row * 8 < OUT_CHANNELS)
+                        store_at_once(to + row * 8, *(const Packed<scalar_t, 4>*)&four);
+                }
+            }
+        }
+    }
+#else
     __device__ __forceinline__ void turn(const Sums& sums, const Place& place, int exponent) const {
         int first_m = blockIdx.y * TILE_M + place.channel;
         scalar_t* plane = y + (place.image * OUT_CHANNELS + first_m) * (OUT_H * OUT_W);
@@ -3557,6 +3822,8 @@ struct StoreEpilogue {
             }
         }
     }
+
+#endif
 
     __device__ void restart() const {}
     __device__ void finish(int) const {}
@@ -3796,7 +4063,8 @@ template <> struct Band<false> {
     u8* shared;
     int exponent = GUESS, attempts = 0;
     unsigned largest;  // finite magnitude
-    // Of the rows for the next turn; the thread's next octet of them, which is in v.
+    // Of the rows for the next turn; the thread's next octet of them, which is in v. With CHANNELS_LAST `pixel` counts
+    // octets.
     int first_pixel, pixels, group, pixel;
     float v[8];
 
@@ -3809,7 +4077,21 @@ template <> struct Band<false> {
         if (!LATER || passes >= unit.passes) return max(0, unit.end_row);
         return max(0, min(IN_H, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
     }
+    // The i-th octet of `count` pixels: neighbours in memory follow one another.
+    struct Octet {
+        int group, pixel;
+        __device__ Octet(int i, int count)
+            : group(CHANNELS_LAST ? i % GROUPS_K : i / count), pixel(CHANNELS_LAST ? i / GROUPS_K : i % count) {}
+    };
     __device__ void load(int group, int pixel, bool real, float (&v)[8]) const {
+        if constexpr (CHANNELS_LAST) {
+            typedef Packed<scalar_t, 8> Channels;
+            Channels in = {};
+            if (real && group * 8 < IN_CHANNELS) in = *(const Channels*)(source + pixel * IN_CHANNELS + group * 8);
+            #pragma unroll
+            for (int j = 0; j < 8; j++) v[j] = to_acc(in.v[j]);
+            return;
+        }
         #pragma unroll
         for (int j = 0; j < 8; j++)
             v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
@@ -3832,12 +4114,14 @@ template <> struct Band<false> {
             #pragma unroll
             for (int b = 0; b < BATCH; b++) {
                 int i = at + b * THREADS;
-                load(i / count, start + i % count, i < count * GROUPS_K, v[b]);
+                Octet octet(i, count);
+                load(octet.group, start + octet.pixel, i < count * GROUPS_K, v[b]);
             }
             #pragma unroll
             for (int b = 0; b < BATCH; b++) {
                 int i = at + b * THREADS;
-                if (i < count * GROUPS_K) store(i / count, start + i % count, v[b]);
+                Octet octet(i, count);
+                if (i < count * GROUPS_K) store(octet.group, start + octet.pixel, v[b]);
             }
         }
     }
@@ -3858,13 +4142,21 @@ template <> struct Band<false> {
         pixel = threadIdx.x;
         load_next();
     }
-    __device__ bool pending() const { return LATER && group < GROUPS_K; }
+    __device__ bool pending() const { return LATER && (CHANNELS_LAST ? pixel < pixels * GROUPS_K : group < GROUPS_K); }
     __device__ void load_next() {
+        if constexpr (CHANNELS_LAST) {
+            Octet octet(pixel, pixels);
+            if (pending()) load(octet.group, first_pixel + octet.pixel, true, v);
+            return;
+        }
         for (; pending() && pixel >= pixels; group++) pixel -= pixels;
         if (pending()) load(group, first_pixel + pixel, true, v);
     }
     __device__ void advance() {
-        store(group, first_pixel + pixel, v);
+        if constexpr (CHANNELS_LAST) {
+            Octet octet(pixel, pixels);
+            store(octet.group, first_pixel + octet.pixel, v);
+        } else store(group, first_pixel + pixel, v);
         pixel += THREADS;
         load_next();
     }
@@ -3992,7 +4284,8 @@ struct MainLoop {
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih - PAD_H + kh, iw - PAD_W + kw]
 //
-// x, dy: packed fp16 tiles (fp16_tiles.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16
+// x, dy: packed fp16 tiles (fp16_tiles.cu); with CHANNELS_LAST and SPLIT 1 x is half_t [N, IN_H, IN_W, IN_CHANNELS]. For
+// each tap, a product of x and dy, summed over the pixels of x. The 16
 // pixels that one instruction multiplies lie below each other: one column of a band of 16 rows, rows counted through
 // all images. So a tap one to the right pairs the same column of x with dy's next column, images of any width and
 // height leave nothing empty, and a column without a partner is left out.
@@ -4015,7 +4308,7 @@ struct MainLoop {
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw),
 // IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TAPS_W,
-// TILE_OC, TILE_IC, BAND_ROWS, TILES, COLUMNS, STAGES, THREADS, SHARED_BYTES, WGMMA, those of fp16_tiles.cuh.
+// CHANNELS_LAST, TILE_OC, TILE_IC, BAND_ROWS, TILES, COLUMNS, STAGES, THREADS, SHARED_BYTES, WGMMA, those of fp16_tiles.cuh.
 #define SHARED_ALIGNMENT 1024  // wgmma.cuh
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -4024,6 +4317,7 @@ struct MainLoop {
 
 #define X_CHUNKS CHUNKS
 #define DY_CHUNKS ((OUT_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
+#define X_STEP (CHANNELS_LAST ? IN_CHANNELS * sizeof(half_t) : LINE_BYTES)  // from a pixel to the next
 #define TAPS (KERNEL_H * KERNEL_W)
 #define TAP_GROUPS ((KERNEL_W + TAPS_W - 1) / TAPS_W)
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
@@ -4087,7 +4381,13 @@ struct Copies {
         valid = of_all < tile.rows && oh >= 0 && oh < OUT_H;
     }
     __device__ const u8* x(const half_t* packed, int chunk, int column) const {
+        if (CHANNELS_LAST)
+            return (const u8*)packed + (((i64)image * IN_H + ih) * IN_W + column) * X_STEP + chunk * LINE_BYTES;
         return (const u8*)packed + ((((i64)image * X_CHUNKS + chunk) * IN_H + ih) * IN_W + column) * LINE_BYTES;
+    }
+    // Whether the thread's part of a line of x has channels.
+    __device__ bool has_channels(int chunk) const {
+        return !CHANNELS_LAST || chunk * CHUNK_CHANNELS + part * 8 < IN_CHANNELS;
     }
     __device__ const u8* dy(const half_t* packed, int chunk, int column) const {
         return (const u8*)packed + ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + column) * LINE_BYTES;
@@ -4128,14 +4428,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_wgrad_mma(
     sum_pixels(x, dy, partial, Tile(images, bands_per_split), shared);
 }
 
-// x_sums, and borders [border_parts][tap][oc]: null, or for an x that is centred.
+// x_exponents: null for an x without a scale. x_sums, and borders [border_parts][tap][oc]: null, or for an x that is
+// centred.
 extern "C" __global__ void conv_wgrad_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
     const scalar_t* __restrict__ x_sums, const float* __restrict__ borders, scalar_t* __restrict__ dw, int x_count,
     int dy_count, int splits, int border_parts) {
     __shared__ unsigned scratch[32];
     enum { SIZE = TAPS * OUT_CHANNELS * IN_CHANNELS };
-    int x_exponent = centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch));
+    int x_exponent = x_exponents ? centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch)) : 0;
     int dy_exponent = smallest_exponent(dy_exponents, dy_count, scratch);
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= SIZE) return;
@@ -4214,8 +4515,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             #pragma unroll
             for (int i = 0; i < (COLUMNS + WARPS / 4 - 1) / (WARPS / 4); i++) {
                 int c = i * (WARPS / 4) + copies.loader;
-                bool valid = copies.valid && iw + c >= 0 && iw + c < IN_W;
-                if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * LINE_BYTES, valid);
+                bool valid = copies.valid && copies.has_channels(tile.ic_tile) && iw + c >= 0 && iw + c < IN_W;
+                if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * (int)X_STEP, valid);
             }
             #pragma unroll 1  // at most two; unrolled, their addresses would take registers from the sums
             for (int i = 0; i < TILE_CHUNKS / (WARPS / 4); i++) {
@@ -4352,23 +4653,24 @@ struct MainLoop {
             u8* to = ring + (stage % STAGES * COLUMNS + copies.loader) * POSITION_BYTES +
                      line_offset(copies.row, copies.part);
             // 64 channels of `width` columns, of which `from` is `column`.
-            auto copy = [&](int block, const u8* from, bool valid, int width, int column) {
+            auto copy = [&](int block, const u8* from, bool valid, int width, int column, int step) {
                 #pragma unroll
                 for (int i = 0; i < (COLUMNS + 1) / 2 * SPLIT; i++) {
                     int c = i / SPLIT * 2, residual = i % SPLIT;
                     if (COLUMNS == 1 && copies.loader) break;
                     cp_async_16(
                         to + c * POSITION_BYTES + (block * SPLIT + residual) * BLOCK_BYTES,
-                        from + offset + c * LINE_BYTES + residual * PARTS * 16,
+                        from + offset + c * step + residual * PARTS * 16,
                         valid && column + c >= 0 && column + c < width);
                 }
             };
             int chunk = tile.ic_tile * SPLIT + first_chunk;
-            copy(0, copies.x(x, chunk, iw), copies.valid && chunk < X_CHUNKS, IN_W, iw);
+            bool real = copies.valid && chunk < X_CHUNKS && copies.has_channels(chunk);
+            copy(0, copies.x(x, chunk, iw), real, IN_W, iw, X_STEP);
             #pragma unroll 1  // unrolled, addresses would take more registers
             for (int group = 0; group < GROUPS_OC; group++) {
                 int chunk = (tile.oc_tile * GROUPS_OC + group) * SPLIT + first_chunk;
-                copy(1 + group, copies.dy(dy, chunk, ow), copies.valid && chunk < DY_CHUNKS, OUT_W, ow);
+                copy(1 + group, copies.dy(dy, chunk, ow), copies.valid && chunk < DY_CHUNKS, OUT_W, ow, LINE_BYTES);
             }
         }
         cp_async_commit();
@@ -4573,6 +4875,7 @@ __device__ inline int smallest_exponent(const int* exponents, int count, unsigne
 //
 //     packed [N][chunk][pixel][64 halves], (value - centre) * 2^e, the parts of a line in ascending order
 //
+// scale_fp16: the same of channels_last values, as half_t in their own order.
 // largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them.
 // pack_fp16: a block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH
 // pixels, and writes whole lines after a turn through shared memory. Channels past the last one are zero. sums: null,
@@ -4635,6 +4938,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_fp16(
         ((uint4*)packed)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
             tile[line * 8 + (part ^ (line / WIDTH & 7))];
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) scale_fp16(
+    const scalar_t* __restrict__ source, const int* __restrict__ exponents, half_t* __restrict__ scaled,
+    int exponent_count, i64 size) {
+    __shared__ unsigned scratch[32];
+    float scale = power_of_two(smallest_exponent(exponents, exponent_count, scratch));
+    i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= size / WIDTH) return;
+    Pack in = ((const Pack*)source)[i];
+    Packed<half_t, WIDTH> out;
+    #pragma unroll
+    for (int j = 0; j < WIDTH; j++) out.v[j] = from_acc<half_t>(multiply_unflushed(to_acc(in.v[j]), scale));
+    ((Packed<half_t, WIDTH>*)scaled)[i] = out;
 }
 """,
     "fp16_tiles.cuh": r"""// fp16 operands of tensor cores: packed tiles, in global memory [N][chunk][pixel][64 halves], in shared memory as it
@@ -4780,7 +5097,7 @@ struct GradientBound {
 //     finish(exponent)                           after the last turn
 //
 // Macros: those of pooled_planes.cuh and fp16_tiles.cuh, scalar_t (float, half_t, bf16_t), X_PACKED, input_t (scalar_t,
-// half_t for packed tiles), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
+// half_t for packed tiles), CHANNELS_LAST (1: x, if not packed, and y are [N, H, W, C]), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
 // PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES, THREADS, STAGES, GAP (zeros between two rows of the band),
 // PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's), ADJACENT (1: the windows of a lane are
 // neighbours, for wide stores; 0: those of four lanes are), WGMMA, and those of the form. Limits: those that
@@ -4789,6 +5106,7 @@ struct GradientBound {
 #include "common.cuh"
 #include "async_copy.cuh"
 #include "fp16_tiles.cuh"
+#include "mma.cuh"
 #include "pooled_planes.cuh"
 
 #define TAPS (KERNEL_H * KERNEL_W)
@@ -4968,6 +5286,20 @@ UNCHECKED __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const 
 #endif
 }
 
+// The transposed 8x8 matrix of 16-bit values: lane l has row l/4, columns 2(l%4)+{0,1}, before and after.
+UNCHECKED __device__ inline unsigned movmatrix(unsigned row) {
+    unsigned column = 0;
+#ifdef CUPY_KERNELS_EMULATOR
+    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
+    int lane = emulator::current % 32;
+    for (int i = 0; i < 2; i++)
+        column |= (rows[(lane % 4 * 2 + i) * 4 + lane / 8] >> lane / 4 % 2 * 16 & 0xFFFF) << i * 16;
+#elif __CUDA_ARCH__ >= 750
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(row));
+#endif
+    return column;
+}
+
 // c += a b, of two halves a register, or with T bf16_t of two bf16.
 template <class T> struct IsBf16 {
     enum { VALUE = 0 };
@@ -5003,7 +5335,8 @@ template <class T = half_t> UNCHECKED __device__ __forceinline__ void mma_m16n8k
     "pack_weight_fp16.cu": r"""// Weights of a transposed convolution as conv_mma.cuh reads them: fp16 under a power-of-two scale for each output
 // channel m.
 //
-// signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu).
+// signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu). copied_signs: null,
+// or these values of all rows as float.
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse
 // order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in line_offset's order], with WGMMA
 // (conv_wgmma.cuh) [m tile][64 channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves];
@@ -5015,7 +5348,7 @@ template <class T = half_t> UNCHECKED __device__ __forceinline__ void mma_m16n8k
 
 extern "C" __global__ void pack_weight_fp16(
     const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed,
-    int* __restrict__ exponents) {
+    int* __restrict__ exponents, float* __restrict__ copied_signs) {
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;
@@ -5029,7 +5362,10 @@ extern "C" __global__ void pack_weight_fp16(
     largest = block_max(largest, scratch);
     int exponent = scale_exponent(largest);
     float scale = power_of_two(exponent) * (signs && m < OUT_CHANNELS && to_acc(signs[m]) < 0 ? -1 : 1);
-    if (threadIdx.x == 0) exponents[m] = exponent;
+    if (threadIdx.x == 0) {
+        exponents[m] = exponent;
+        if (copied_signs) copied_signs[m] = m < OUT_CHANNELS ? to_acc(signs[m]) : 0;
+    }
     enum { GROUPS_K = PACKED_WIDTH / SPLIT / 8 };  // of 8 channels
     static_assert(
         GROUPS_K * 8 * SPLIT == PACKED_WIDTH && GROUPS_K * 8 >= IN_CHANNELS &&
@@ -5151,17 +5487,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
-    const float* __restrict__ pooled, INOUT float* __restrict__ mean, INOUT float* __restrict__ invstd,
-    const param_t* __restrict__ conv_bias, const param_t* __restrict__ running_mean,
-    const param_t* __restrict__ running_var, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
-    const param_t* __restrict__ group_weight, const param_t* __restrict__ group_bias, scalar_t* __restrict__ out,
-    float* __restrict__ group_mean, float* __restrict__ group_invstd, float eps, float group_eps, float parameter) {
+    const pooled_t* __restrict__ pooled, const int* __restrict__ exponents, const int* __restrict__ unit_exponents,
+    INOUT float* __restrict__ mean, INOUT float* __restrict__ invstd, const param_t* __restrict__ conv_bias,
+    const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
+    const param_t* __restrict__ group_bias, scalar_t* __restrict__ out, float* __restrict__ group_mean,
+    float* __restrict__ group_invstd, float eps, float group_eps, float parameter) {
     __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
     __shared__ float running[2][STATISTICS ? 1 : MEMBERS];
+    __shared__ __align__(16) scalar_t turned[TURNED ? PLANE * TURN_PITCH : 1];
     Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
-    i64 start = (i64)blockIdx.x * SIZE;
-    const float* source = pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE;
+    scalar_t* to = out + start_of_block(channel);
+    Pooled source(pooled, exponents, unit_exponents, channel);
     float values[UNROLLED][ITEMS];
     const float *channel_mean = STATISTICS ? mean + channel : running[0],
                 *channel_invstd = STATISTICS ? invstd + channel : running[1];
@@ -5169,7 +5507,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         #pragma unroll
         for (int round = 0; round < UNROLLED; round++) {
             Job job(round);
-            if (job.exists()) job.load_pooled(source, values[round]);
+            if (job.exists()) source.load(job, values[round]);
         }
     if (!STATISTICS) {
         for (int m = threadIdx.x; m < MEMBERS; m += blockDim.x) {
@@ -5183,7 +5521,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     }
     auto activate = [&](const Job& job, float (&v)[ITEMS]) {
         Norm norm(channel_mean[job.member], channel_invstd[job.member], weight, bias, channel + job.member);
-        if (!RESIDENT) job.load_pooled(source, v);
+        if (!RESIDENT) source.load(job, v);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) v[i] = activation.of(norm(v[i]));
     };
@@ -5216,10 +5554,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         float (&v)[ITEMS] = values[RESIDENT ? round : 0];
         if (!RESIDENT) activate(job, v);
         float w = bn_weight(group_weight, channel + job.member), b = bn_bias(group_bias, channel + job.member);
-        scalar_t* to = out + start + job.first;
         #pragma unroll
-        for (int i = 0; i < ITEMS; i++)
-            if (job.inside(i)) to[i * 32] = from_acc<scalar_t>(bn_affine((v[i] - m) * s, w, b));
+        for (int i = 0; i < ITEMS; i++) v[i] = bn_affine((v[i] - m) * s, w, b);
+        job.store(TURNED ? turned : to, v);
+    }
+    if (TURNED) {
+        __syncthreads();
+        for_turned([&](int at, int outside) { *(Together*)(to + outside) = *(const Together*)(turned + at); });
     }
 }
 """,
@@ -5230,12 +5571,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
 // (RESIDENT), all are loaded before the first is used and stay there; else a warp loads a job's values again for each
 // phase.
 //
-// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), ACTIVATION (activation.cuh),
-// OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS, WARPS, THREADS (of the kernels whose blocks are not groups), and those of
+// Macros: scalar_t (of out and dout), acc_t (float), param_t (all weights and biases, running statistics), pooled_t
+// (conv_bn_pool.cu), ACTIVATION (activation.cuh), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS, WARPS, THREADS (of the
+// kernels whose blocks are not groups), SAVED_SHIFT (conv_bn_pool.cu), CHANNELS_LAST (1: out and dout are
+// [N, PLANE, OUT_CHANNELS], and a block turns its part of them in shared memory where that has room), and those of
 // pooled_planes.cuh.
 #pragma once
 #include "activation.cuh"
 #include "batch_norm.cuh"
+#include "fp16_scale.cuh"
 #include "pooled_planes.cuh"
 
 #define POOLED_W (OUT_W / 2)
@@ -5248,6 +5592,11 @@ static_assert(ITEMS <= 10, "a lane has registers for 10 values of each tensor");
 #define RESIDENT (ROUNDS * ITEMS <= 24)
 #define UNROLLED (RESIDENT ? ROUNDS : 1)
 #define SIZE (MEMBERS * PLANE)  // of a group
+// Of channels_last values in shared memory: so many lie between two of a plane, that 32 are in different banks.
+#define TURN_PITCH (sizeof(scalar_t) == 2 ? ((MEMBERS + 1) / 2 | 1) * 2 : MEMBERS | 1)
+#define TURNED (CHANNELS_LAST && RESIDENT && PLANE * TURN_PITCH * sizeof(scalar_t) <= 40 * 1024)
+#define TURNED_TOGETHER (sizeof(scalar_t) == 2 && MEMBERS % 2 == 0 ? 2 : 1)
+#define STEP (TURNED ? TURN_PITCH : CHANNELS_LAST ? OUT_CHANNELS : 1)  // from a value of a plane to the next
 
 struct Job {
     int number, member, at, first;  // the plane among the block's; the lane's first value in it, and among the block's
@@ -5261,19 +5610,57 @@ struct Job {
     __device__ bool exists() const { return JOBS % WARPS == 0 || number < JOBS; }
     __device__ bool inside(int i) const { return (PARTS == 1 && (i + 1) * 32 <= PLANE) || at + i * 32 < PLANE; }
 
-    // The lane's values; 0 for those that do not exist. `source`: of the block, without gaps.
-    template <class U> __device__ void load(const U* source, float (&v)[ITEMS]) const {
-        source += first;
+    // The lane's values of the block's part of dout; 0 for those that do not exist.
+    __device__ void load(const scalar_t* source, float (&v)[ITEMS]) const {
+        source += TURNED ? at * TURN_PITCH + member : CHANNELS_LAST ? at * OUT_CHANNELS + member : first;
         #pragma unroll
-        for (int i = 0; i < ITEMS; i++) v[i] = inside(i) ? to_acc(source[i * 32]) : 0;
+        for (int i = 0; i < ITEMS; i++) v[i] = inside(i) ? to_acc(source[i * 32 * STEP]) : 0;
     }
-    // The same from the first of the block's planes that conv_bn_pool wrote.
-    __device__ void load_pooled(const float* source, float (&v)[ITEMS]) const {
-        source += member * PLANE_STRIDE;
+    // The inverse, to out.
+    __device__ void store(scalar_t* to, const float (&v)[ITEMS]) const {
+        to += TURNED ? at * TURN_PITCH + member : CHANNELS_LAST ? at * OUT_CHANNELS + member : first;
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            if (inside(i)) to[i * 32 * STEP] = from_acc<scalar_t>(v[i]);
+    }
+};
+
+// Where the block's part of out and dout begins.
+__device__ inline i64 start_of_block(int channel) {
+    return CHANNELS_LAST ? (i64)(blockIdx.x / GROUPS) * PLANE * OUT_CHANNELS + channel : (i64)blockIdx.x * SIZE;
+}
+
+// visit(in `turned`, in the block's part of out or dout): where each thread's next TURNED_TOGETHER values lie.
+template <class F> __device__ inline void for_turned(F visit) {
+    for (int i = threadIdx.x; i < SIZE / TURNED_TOGETHER; i += 32 * WARPS) {
+        int p = i / (MEMBERS / TURNED_TOGETHER), member = i % (MEMBERS / TURNED_TOGETHER) * TURNED_TOGETHER;
+        visit(p * TURN_PITCH + member, p * OUT_CHANNELS + member);
+    }
+}
+typedef Packed<scalar_t, TURNED_TOGETHER> Together;
+
+// What undoes the scale of what conv_bn_pool keeps. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
+__device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
+
+// The pooled sums of a block's planes, as conv_bn_pool writes them: of channels from `channel` on of one image.
+struct Pooled {
+    const pooled_t* source;
+    const int *exponents, *unit_exponents;
+
+    __device__ Pooled(const pooled_t* pooled, const int* exponents, const int* unit_exponents, int channel)
+        : source(pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE), exponents(exponents + channel),
+          unit_exponents(unit_exponents + (i64)(blockIdx.x / GROUPS) * UNITS) {}
+    __device__ void load(const Job& job, float (&v)[ITEMS]) const {
+        enum { SCALED = sizeof(pooled_t) == 2 };
+        const pooled_t* from = source + job.member * PLANE_STRIDE;
+        int exponent = SCALED ? exponents[job.member] - SAVED_SHIFT : 0, at = job.at;
+        if (SCALED && !RESIDENT) make_opaque(at);  // else what all rounds have in common takes too many registers
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            int p = at + i * 32;
-            v[i] = inside(i) ? source[place_of_window<TOGETHER_POOLED>(p / POOLED_W, p % POOLED_W)] : 0;
+            int p = at + i * 32, row = p / POOLED_W, column = p % POOLED_W;
+            v[i] = job.inside(i) ? to_acc(from[place_of_window<TOGETHER_POOLED>(row, column)]) : 0;
+            if (SCALED && job.inside(i))
+                v[i] = multiply_unflushed(v[i], restoring(exponent + unit_exponents[unit_of_window(row, column)]));
         }
     }
 };
@@ -5317,7 +5704,7 @@ struct Norm {
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, argmax, saved and the exponents of
 // conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_tiles.cuh, saved_t
-// (half_t with SPLIT 1, float with 2), SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the
+// (half_t with SPLIT 1, float with 2), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the
 // convolution, and those of conv_output_gradient_packed.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
@@ -5327,20 +5714,27 @@ struct Norm {
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
-    const scalar_t* __restrict__ dout, const float* __restrict__ pooled, const float* __restrict__ mean,
-    const float* __restrict__ invstd, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
-    const param_t* __restrict__ group_weight, const float* __restrict__ group_mean,
-    const float* __restrict__ group_invstd, float* __restrict__ g, float* __restrict__ partials, i64 images,
-    float parameter) {
+    const scalar_t* __restrict__ dout, const pooled_t* __restrict__ pooled, const int* __restrict__ exponents,
+    const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
+    const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g,
+    float* __restrict__ partials, i64 images, float parameter) {
     __shared__ float totals[SUMS][JOBS], weights[JOBS];  // of each job; its channel's group_weight
+    __shared__ __align__(16) scalar_t turned[TURNED ? PLANE * TURN_PITCH : 1];
     Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     i64 start = (i64)blockIdx.x * SIZE;
+    dout += start_of_block(channel);
+    if (TURNED) {
+        for_turned([&](int at, int outside) { *(Together*)(turned + at) = *(const Together*)(dout + outside); });
+        __syncthreads();
+    }
     float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
     float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], activated[UNROLLED][ITEMS];
+    Pooled source(pooled, exponents, unit_exponents, channel);
     auto load = [&](const Job& job, float (&v)[ITEMS], float (&d)[ITEMS]) {
-        job.load_pooled(pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE, v);
-        job.load(dout + start, d);
+        source.load(job, v);
+        job.load(TURNED ? turned : dout, d);
     };
     if (RESIDENT)
         #pragma unroll
@@ -5514,9 +5908,6 @@ __device__ inline int kept_exponent(const int* unit_exponents, i64 image, const 
     if (SPLIT == 2) return 0;
     return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
 }
-// What undoes the scale. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
-__device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
-
 // dy of the corners of one window in plane `plane`. Corners outside the image get anything.
 __device__ inline void gradients_of(
     const OutputGradient& gradient, const float* g, const u8* argmax, const saved_t* saved, i64 plane,

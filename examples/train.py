@@ -26,7 +26,8 @@ from modelnew import Model, ModelNew, environment
 
 CLASSES = 10
 HELD_OUT = 5  # every fifth image
-SETTINGS = ("channels", "size", "images", "batch", "lr", "seed")  # what a run must share with the one that it resumes
+# What a run must share with the one that it resumes.
+SETTINGS = ("channels", "size", "images", "batch", "lr", "seed", "amp")
 EXTRA = "python3 -m pip install 'modelnew[examples]'"
 
 out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -133,6 +134,7 @@ _FILE = {"type": click.Path(dir_okay=False, path_type=Path), "callback": _in_a_f
     type=click.IntRange(min=2),
     help="Height and width that the images are scaled to.  [default: 32 on a GPU, 8, as they are, on the CPU]",
 )
+@click.option("--amp", is_flag=True, help="Under autocast, with a GradScaler: float16, on the CPU bfloat16.")
 @click.option("--checkpoint", **_FILE, help="Write the state of the run here after each epoch.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint.")
 @click.option("--plot", **_FILE, help="Draw the loss curve here, as PNG.")
@@ -162,6 +164,10 @@ def main(device, epochs, checkpoint, resume, plot, reference, **settings):
     torch.manual_seed(settings["seed"])
     net = network(settings["channels"], settings["size"], reference).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr=settings["lr"])
+    scaler = torch.amp.GradScaler(device.type, enabled=settings["amp"])
+    autocast = torch.autocast(
+        device.type, torch.float16 if device.type == "cuda" else torch.bfloat16, enabled=settings["amp"]
+    )
     x, labels = (tensor.to(device) for tensor in digits(settings["images"], settings["size"]))
     held_out = len(x) // HELD_OUT
     losses, accuracies = [], []
@@ -169,6 +175,7 @@ def main(device, epochs, checkpoint, resume, plot, reference, **settings):
         state = load(checkpoint, settings)
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
         losses, accuracies = state["losses"], state["accuracies"]
         torch.set_rng_state(state["rng"])
         out.print(f"Resumed after epoch {len(accuracies)} of {epochs}.")
@@ -188,10 +195,12 @@ def main(device, epochs, checkpoint, resume, plot, reference, **settings):
             found = []
             for chosen in (held_out + torch.randperm(len(x) - held_out)).split(batch):
                 chosen = chosen.to(device)
-                loss = nn.functional.cross_entropy(net(x[chosen]), labels[chosen])
+                with autocast:
+                    loss = nn.functional.cross_entropy(net(x[chosen]), labels[chosen])
                 optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
                 found.append(loss.item())
                 progress.update(task, advance=1, description=f"epoch {epoch}, loss {found[-1]:.3f}")
             losses += found
@@ -199,6 +208,7 @@ def main(device, epochs, checkpoint, resume, plot, reference, **settings):
             out.print(f"epoch {epoch}: mean loss {sum(found) / len(found):.4f}, accuracy {accuracies[-1]:.1%}")
             if checkpoint:
                 state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+                state["scaler"] = scaler.state_dict()
                 save(checkpoint, {**state, "settings": settings, "losses": losses, "accuracies": accuracies})
     if plot:
         draw(plot, losses, accuracies, f"{who} on {device}: accuracy {accuracies[-1]:.1%}")

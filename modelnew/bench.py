@@ -26,6 +26,7 @@ from .timing import Clock, Contender, Times, current, free, measure_together, ro
 from .workloads import (
     DTYPES,
     FEW_IMAGES,
+    FLOAT16,
     GRAPHS,
     KERNELS,
     MODELS,
@@ -50,6 +51,7 @@ _QUICK = (
     "forward_eval",
     "step",
     "step_no_input_grad",
+    *FLOAT16,
     "conv_forward",
     "dgrad",
     "wgrad",
@@ -96,6 +98,7 @@ class Plan(NamedTuple):
         """(n, what, class) of each group that is measured together; parts of the model at the first n only."""
         cells = ((n, what, cls) for n in self.batches for what in self.what for cls in self.classes)
         cells = (cell for cell in cells if cell[1] in MODELS or cell[0] == self.batches[0])
+        cells = (cell for cell in cells if cell[1] not in FLOAT16 or cell[2] == "fp16")
         # Under autocast they are tf32's.
         cells = (cell for cell in cells if cell[1] not in KERNELS or cell[2] in PRECISE)
         return [cell for cell in cells if contenders(cell[1], cell[0], self.peers, device)]
@@ -119,7 +122,7 @@ def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> It
             free()
             case = Case(n, plan.size, device, plan.seed)
         entrants = [_entrant(case, what, cls, *who) for who in contenders(what, n, plan.peers, device)]
-        with current(device), numerics(cls, device):
+        with current(device), numerics(cls, device, what):
             if any(entrant.who in MODES for entrant in entrants):
                 torch.compiler.reset()  # code compiled, or a graph recorded, for one class would serve the next
             clock = Clock(device, latency=what.startswith("latency"))

@@ -82,17 +82,21 @@ def wgmma(use: bool):
         _wgmma_chosen.pop()
 
 
-def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False):
+def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
     """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
 
     dtype: x's, NumPy's. dgrad: x is the incoming gradient, and the convolution its input gradient.
+    options: `channels_last` of `conv_transpose_mma.plan`.
     """
-    return plan_or_reason(conv_transpose_mma.plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad)
+    return plan_or_reason(conv_transpose_mma.plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad, **options)
 
 
-def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice):
-    """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason)."""
-    return plan_or_reason(conv_wgrad_mma.plan, x_shape, dtype, w_shape, geometry, choice)
+def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, **options):
+    """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason).
+
+    dtype: w's, NumPy's. options: `channels_last` of `conv_wgrad_mma.plan`.
+    """
+    return plan_or_reason(conv_wgrad_mma.plan, x_shape, dtype, w_shape, geometry, choice, **options)
 
 
 def plan_or_reason(*convolution, **options):

@@ -16,7 +16,7 @@ _COLOURS = {
     "compile-reduce-overhead": "#8e44ad",
     "compile-max-autotune": "#16a085",
 }
-_DASHES = {"tf32": "-", "fp32": "--"}
+_DASHES = {"tf32": "-", "fp32": "--", "fp16": "-", "bf16": "--"}
 _MARKERS = "os^vD<>Pph*X8dH"
 
 
@@ -115,9 +115,11 @@ def _curves(figure, record):
         values = [abs(x - y) / abs(y) if y else 0 for x, y in zip(curves[a], curves[b])]
         apart.plot(steps, values, lw=0.8, **style)
 
-    model = {cls: ("Model", cls, "nchw") for cls in _DASHES}
-    difference(model["tf32"], model["fp32"], color="black", label="Model tf32 to Model fp32")
-    for cls, dashes in _DASHES.items():
+    model = {cls: (who, cls, layout) for who, cls, layout in curves if (who, layout) == ("Model", "nchw")}
+    first, second = model
+    difference(model[first], model[second], color="black", label=f"Model {first} to Model {second}")
+    for cls in model:
+        dashes = _DASHES[cls]
         colours = _COLOURS["eager"], _COLOURS["modelnew"]
         for name, layout, colour in zip(("Model", "ModelNew"), ("nhwc", "nchw"), colours):
             label = f"{name} {cls}{' channels_last' if name == 'Model' else ''} to Model {cls}"

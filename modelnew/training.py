@@ -14,6 +14,8 @@ number of elements. Three things keep rounding from being amplified, so that so 
   receives it (`_gradient`).
 - A loss is no measure: the errors of all elements cancel in it, by chance. The output is compared instead.
 
+Under autocast (--amp) the classes are "fp16" and "bf16", and a GradScaler is in every run, as people train with it.
+
 In the TF32 class Model's error is PyTorch's or that of operands rounded to TF32 (`parity.tf32_rounding`), whichever is
 larger: cuDNN does not multiply in TF32 for few images, nor for the weight gradient in NCHW, and a CPU never does.
 
@@ -45,7 +47,7 @@ from . import commands
 from .model import CHANNELS, HEIGHT, Model, ModelNew, get_init_inputs
 from .parity import CLASSES, NEAR_TIE, RATIO, Error, Row, error, tf32, tf32_rounding, within_policy
 from .timing import current, free
-from .workloads import LAYOUTS
+from .workloads import LAYOUTS, numerics
 
 JUDGED = 5  # steps
 LAST = 20  # steps over whose losses curves are averaged
@@ -72,6 +74,12 @@ class Settings(NamedTuple):
     lr: float
     momentum: float
     seed: int
+    amp: bool = False
+
+    @property
+    def runs(self) -> list[Run]:
+        """Who has a loss curve."""
+        return AMP_RUNS if self.amp else RUNS
 
     @property
     def init(self) -> list[int]:
@@ -87,10 +95,20 @@ class Judgement(NamedTuple):
     row: Row
 
 
-RUNS = [Run("Model", cls, layout) for cls in reversed(CLASSES) for layout in LAYOUTS]
-RUNS += [Run("ModelNew", cls, "nchw") for cls in reversed(CLASSES)]
+def _runs(classes):
+    runs = [Run("Model", cls, layout) for cls in classes for layout in LAYOUTS]
+    return runs + [Run("ModelNew", cls, "nchw") for cls in classes]
+
+
+RUNS, AMP_RUNS = _runs(CLASSES[::-1]), _runs(("fp16", "bf16"))
 _ROUNDED = Run("Model, rounded operands", "tf32", "nchw")
-_JUDGED = [run for run in RUNS if run.layout == "nchw"] + [_ROUNDED]
+# As NEAR_TIE; of autocast's classes, whose tanh has few bits.
+_NEAR_TIES = {False: max(NEAR_TIE.values()), True: 0.1}
+_SCALE = 2.0**16  # of a GradScaler at first; its default
+
+
+def _judged(settings):
+    return [run for run in settings.runs if run.layout == "nchw"] + ([] if settings.amp else [_ROUNDED])
 
 
 def judge(settings: Settings, device: torch.device, describe: Callable[[Run], None]) -> Iterator[Judgement]:
@@ -103,23 +121,27 @@ def judge(settings: Settings, device: torch.device, describe: Callable[[Run], No
     pools = []
     truth.max_pool.register_forward_hook(lambda _, inputs, output: pools.append((*inputs, output)))
     optimizer = _optimizer(truth, settings)
-    models = {run: _build(run, start, settings) for run in _JUDGED}
-    trained = {run: (model, _optimizer(model, settings)) for run, model in models.items()}
+    models = {run: _build(run, start, settings) for run in _judged(settings)}
+    trained = {run: (m, _optimizer(m, settings), _scaler(settings, device)) for run, m in models.items()}
+    none = _scaler(settings._replace(amp=False), device)
     for step in range(JUDGED):
         x, target = batches[step % len(batches)]
         truth.load_state_dict(state)
         y = truth(x.double())
-        dy = _gradient(y.detach(), target, *(t.detach() for t in pools.pop()), truth.group_norm).float()
-        expected = _step(truth, optimizer, y, dy.double())
+        given = y.detach(), target, *(t.detach() for t in pools.pop())
+        dy = _gradient(*given, truth.group_norm, _NEAR_TIES[settings.amp]).float()
+        expected = _step(truth, optimizer, none, y, dy)
         if not all(t.isfinite().all() for t in expected.values()):
             raise ValueError("Model's own training diverged: take a smaller learning rate")
         found = {}
-        for run, (model, own) in trained.items():
+        for run, (model, own, scaler) in trained.items():
             describe(run)
             model.load_state_dict(state)
+            with numerics("fp32" if run == _ROUNDED else run.cls, device):
+                y = model(x)
             with tf32(run.cls == "tf32" and run != _ROUNDED):
-                found[run] = _step(model, own, model(x), dy)
-        for cls in CLASSES:
+                found[run] = _step(model, own, scaler, y, dy)
+        for cls in dict.fromkeys(run.cls for run in trained):
             for row in _rows(cls, found, expected):
                 yield Judgement(settings.seed, step + 1, row)
         state = {name: value.clone() for name, value in truth.float().state_dict().items()}
@@ -150,7 +172,7 @@ def _build(run, start, settings):
     """Who is trained, with the parameters of `start`. A CPU has no TF32: operands are rounded to it."""
     device = start.conv_transpose.weight.device
     if run.who == "ModelNew":
-        model = ModelNew(*settings.init, numerics=run.cls, device=device)
+        model = ModelNew(*settings.init, numerics=run.cls if run.cls in CLASSES else "auto", device=device)
         model.load_state_dict(start.state_dict())
     elif run == _ROUNDED or (run.cls == "tf32" and device.type == "cpu"):
         model = tf32_rounding(start)
@@ -163,9 +185,13 @@ def _optimizer(model, settings):
     return torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum)
 
 
-def _gradient(y, target, unpooled, pooled, norm):
+def _scaler(settings, device):
+    return torch.amp.GradScaler(device.type, _SCALE, enabled=settings.amp)
+
+
+def _gradient(y, target, unpooled, pooled, norm, near_tie):
     """The mean squared error's gradient of the output y, changed so that none reaches 2x2 pooling windows with a near
-    tie.
+    tie: a difference of less than `near_tie`.
 
     What flows back through a group norm is the part of gradient * weight that is orthogonal, within each group, to 1
     and to the pooled values. What is kept of that part is zero at near ties and still orthogonal to both.
@@ -183,7 +209,7 @@ def _gradient(y, target, unpooled, pooled, norm):
         along = others * ((v * others).sum(2, keepdim=True) / others.square().sum(2, keepdim=True).clamp_min(tiny))
         return along, v - along
 
-    keep = grouped(first - second > max(NEAR_TIE.values())).to(y.dtype)
+    keep = grouped(first - second > near_tie).to(y.dtype)
     values = grouped(pooled)
     _, values = split(values, torch.ones_like(values))
     mean, v = split(grouped(2 / y.numel() * (y - target) * weight), torch.ones_like(values))
@@ -193,11 +219,12 @@ def _gradient(y, target, unpooled, pooled, norm):
     return (mean + slope + v).reshape(y.shape) / weight
 
 
-def _step(model, optimizer, y, dy):
+def _step(model, optimizer, scaler, y, dy):
     """The tensors that are compared after a step of the optimizer, from the output and its gradient."""
     optimizer.zero_grad()
-    y.backward(dy)
-    optimizer.step()
+    y.backward(scaler.scale(dy).to(y))
+    scaler.step(optimizer)
+    scaler.update()
     statistics = {f"batch_norm.{name}": getattr(model.batch_norm, name) for name in ("running_mean", "running_var")}
     parameters = {name: p for name, p in model.named_parameters() if name != "conv_transpose.bias"}
     tensors = {"output": y, **parameters, **statistics}
@@ -206,7 +233,7 @@ def _step(model, optimizer, y, dy):
 
 def _rows(cls, found, expected):
     """A row for each tensor of a class. found: {run: {tensor's name: tensor}}."""
-    runs = [run for run in _JUDGED if run.cls == cls and run.who != "ModelNew"]
+    runs = [run for run in found if run.cls == cls and run.who != "ModelNew"]
     for what, truth in expected.items():
         ours = found[Run("ModelNew", cls, "nchw")][what]
         errors = error(ours, truth), Error(*map(max, zip(*(error(found[run][what], truth) for run in runs))))
@@ -224,20 +251,23 @@ def worst(judgements: list[Judgement]) -> list[Judgement]:
 def train(
     settings: Settings, device: torch.device, describe: Callable[[Run], None]
 ) -> Iterator[tuple[Run, torch.Tensor]]:
-    """Trains each of RUNS on its own, and gives the losses of all steps, float64 on the CPU."""
+    """Trains each of the runs on its own, and gives the losses of all steps, float64 on the CPU."""
     start, batches = _task(settings, device)
-    for run in RUNS:
+    for run in settings.runs:
         model = _build(run, start, settings)
-        optimizer = _optimizer(model, settings)
+        optimizer, scaler = _optimizer(model, settings), _scaler(settings, device)
         losses = []
         with tf32(run.cls == "tf32"):
             for step in range(settings.steps):
                 describe(run)
                 x, target = batches[step % len(batches)]
-                loss = F.mse_loss(model(x.to(memory_format=LAYOUTS[run.layout])), target)
+                with numerics(run.cls, device):
+                    y = model(x.to(memory_format=LAYOUTS[run.layout]))
+                loss = F.mse_loss(y.float(), target)
                 optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
                 losses.append(loss.detach())
         yield run, torch.stack(losses).double().cpu()
         free()
@@ -252,7 +282,7 @@ def rises(curves: dict[Run, torch.Tensor]) -> list[str]:
     """The classes in which Model's loss falls and ModelNew's does not."""
     return [
         cls
-        for cls in CLASSES
+        for cls in dict.fromkeys(run.cls for run in curves)
         if falls(curves[Run("Model", cls, "nchw")]) and not falls(curves[Run("ModelNew", cls, "nchw")])
     ]
 
@@ -321,7 +351,8 @@ def _progress(steps):
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
-    help="Images in a step. For fewer than 64, cuDNN uses no TF32.  [default: 128; 4 on the CPU]",
+    help="Images in a step. For fewer than 64, cuDNN uses no TF32.  [default: 128; on the CPU 4, with --amp 12, as a "
+    "largest error that few pixels decide is chance]",
 )
 @click.option(
     "--channels",
@@ -339,6 +370,7 @@ def _progress(steps):
     show_default=True,
     help="Learning rate.",
 )
+@click.option("--amp", is_flag=True, help="Under autocast, in float16 and bfloat16, with a GradScaler.")
 @click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9, show_default=True, help="Of SGD.")
 @click.option("--seed", default=0, show_default=True, help="Seed of batches and parameters; the teacher's is one more.")
 @click.option(
@@ -348,10 +380,11 @@ def _progress(steps):
 )
 @commands.device_option
 @commands.output_option("training")
-def training_command(device, output, steps, batch, channels, size, lr, momentum, seed, seeds):
+def training_command(device, output, steps, batch, channels, size, lr, amp, momentum, seed, seeds):
     """Judge the first steps of training, and show loss curves of Model and ModelNew.
 
-    Both learn what another Model puts out, from the same parameters and batches, with TF32 and in float32. After each
+    Both learn what another Model puts out, from the same parameters and batches, with TF32 and in float32, or with
+    --amp under autocast. After each
     of the first 5 steps ModelNew's output, parameters and running statistics must be as close to a float64 run as
     those of Model in the same numeric class; all begin each step alike, and every seed must pass. The loss curves are a
     demonstration: of them is asked only that ModelNew's loss falls where Model's does. On the CPU, which has no TF32,
@@ -363,9 +396,10 @@ def training_command(device, output, steps, batch, channels, size, lr, momentum,
     device = commands.usable_device(device)
     cpu = device.type == "cpu"
     shape = (channels or (16 if cpu else CHANNELS), size or (6 if cpu else HEIGHT))
-    settings = Settings(steps or (10 if cpu else 300), batch or (4 if cpu else 128), *shape, lr, momentum, seed)
+    batch = batch or ((12 if amp else 4) if cpu else 128)
+    settings = Settings(steps or (10 if cpu else 300), batch, *shape, lr, momentum, seed, amp)
     seeds = seeds or (1 if cpu else 5)
-    work = seeds * JUDGED * len(_JUDGED) + len(RUNS) * settings.steps
+    work = seeds * JUDGED * len(_judged(settings)) + len(settings.runs) * settings.steps
     try:
         with current(device), _progress(work) as describe:
             starts = [settings._replace(seed=seed + 2 * i) for i in range(seeds)]
@@ -374,9 +408,10 @@ def training_command(device, output, steps, batch, channels, size, lr, momentum,
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     _show(settings, seeds, curves, judgements)
-    if cpu:
+    if cpu and not amp:
         out.print("On the CPU: TF32 by rounding Model's operands; ModelNew in the emulator.")
+    kind = "training_amp" if amp else "training"
     with current(device):
-        commands.publish(_record(settings, seeds, device, curves, judgements), "training", device, output, out)
+        commands.publish(_record(settings, seeds, device, curves, judgements), kind, device, output, out)
     if rises(curves) or not all(judgement.row.ok for judgement in judgements):
         raise click.exceptions.Exit(1)

@@ -45,6 +45,10 @@ CHAINS = {
     "leaky_relu_forward_train": "forward_train with LeakyReLU in place of tanh",
     "leaky_relu_step": "step with LeakyReLU in place of tanh",
 }
+FLOAT16 = {
+    "float16_forward_train": "forward_train without autocast: all in float16 and channels_last, input and output too",
+    "float16_step": "step, likewise",
+}
 KERNELS = {
     "conv_bn_pool_kernel": "of forward_train the convolution's launch alone, with statistics and pooling behind it; "
     "before it, untimed: the weights packed",
@@ -53,8 +57,8 @@ KERNELS = {
     "wgrad_kernel": "of step the launches alone that make the gradient of the convolution's weight, with the sum over "
     "their parts; before them, untimed: both operands as packed fp16 tiles, sums at the borders",
 }
-WORKLOADS = MODELS | OPERATORS | CHAINS | KERNELS
-GENERAL, _LEAKY_RELU = "_general", "leaky_relu_"
+WORKLOADS = MODELS | FLOAT16 | OPERATORS | CHAINS | KERNELS
+GENERAL, _LEAKY_RELU, _FLOAT16 = "_general", "leaky_relu_", "float16_"
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"tf32": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PEERS = {
@@ -124,6 +128,14 @@ class Case:
         return other
 
     @functools.cached_property
+    def float16(self) -> "Case":
+        """The same, of parameters and a batch that float16 holds."""
+        other = Case(self.n, self.shape.size, self.device, self.seed)
+        other.model.half().float()
+        other.x = self.x.half().float()
+        return other
+
+    @functools.cached_property
     def x(self) -> torch.Tensor:
         """The batch, uniform in [0, 1) as get_inputs() has it, drawn on the device."""
         shape = (self.n, self.shape.in_channels, self.shape.size, self.shape.size)
@@ -166,17 +178,21 @@ class Case:
 
 def contenders(what: str, n: int, peers: str, device: torch.device) -> list[tuple[str, str]]:
     """(who, layout) of all who take part, ours first. Parts and other chains are compared with eager alone,
-    kernels with nobody.
+    kernels with nobody. Ours is channels_last where the workload is.
     """
     if n > FEW_IMAGES and what == "latency_forward_train":
         return []
     if what in KERNELS:
         return [("modelnew", "nchw")]
-    ours, theirs = ["modelnew"], [who for who in PEERS[peers] if what in MODELS or who == "eager"]
+    ours, theirs = ["modelnew"], [who for who in PEERS[peers] if what in MODELS | FLOAT16 or who == "eager"]
     if n <= FEW_IMAGES and what in MODELS:
         ours += ["modelnew-graph"] if device.type == "cuda" else []
         theirs += ["compile-reduce-overhead"] if "compile" in theirs else []
-    return [(who, "nchw") for who in ours] + [(who, layout) for who in theirs for layout in LAYOUTS]
+    return [(who, _layout(what)) for who in ours] + [(who, layout) for who in theirs for layout in LAYOUTS]
+
+
+def _layout(what) -> str:
+    return "nhwc" if what in FLOAT16 else "nchw"
 
 
 def build(case: Case, what: str, cls: str, who: str, layout: str) -> Callable:
@@ -188,6 +204,9 @@ def build(case: Case, what: str, cls: str, who: str, layout: str) -> Callable:
         return _Alone(what, case)
     if what in CHAINS:
         return build(case.leaky_relu, what.removeprefix(_LEAKY_RELU), cls, who, layout)
+    if what in FLOAT16:
+        case = case.float16
+        return _built(what.removeprefix(_FLOAT16), case, case.model_of(who).half(), case.x.half(), who, layout)
     if what.removesuffix(GENERAL) in ("conv_forward", "dgrad", "wgrad"):
         function = functional.conv_transpose2d if who == "modelnew" else F.conv_transpose2d
         tensors = (t.to(memory_format=LAYOUTS[layout]) for t in _conv_tensors(case, cls))
@@ -195,6 +214,10 @@ def build(case: Case, what: str, cls: str, who: str, layout: str) -> Callable:
     model, x = case.model_of(who), case.x
     if what == "post_conv_forward":
         model.conv_transpose, x = nn.Identity(), case.hidden(cls)
+    return _built(what, case, model, x, who, layout)
+
+
+def _built(what, case, model, x, who, layout):
     model.to(memory_format=LAYOUTS[layout]).train(what != "forward_eval")
     if who in MODES:
         model = torch.compile(model, mode=MODES[who], fullgraph=True, dynamic=False)
@@ -216,13 +239,15 @@ def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
     if what in KERNELS:
         call = "forward_train" if what == "conv_bn_pool_kernel" else "step"
         return check(case, call, cls, who) or build(case, what, cls, who, "nchw").differs()
+    if what == "float16_step":
+        return check(case, "float16_forward_train", cls, who)
     if what.startswith("step"):
         differ = case.gradients_differ(cls) if cls in PRECISE else None
         return differ or check(case, "forward_train_grad", cls, who)
-    call = build(case, what, cls, who, "nchw")
+    call = build(case, what, cls, who, _layout(what))
     if who in GRAPHS:
         call()
-    ours, theirs = (f().detach() for f in (call, build(case, what, cls, "eager", "nchw")))
+    ours, theirs = (f().detach() for f in (call, build(case, what, cls, "eager", _layout(what))))
     if what.removesuffix(GENERAL) != "wgrad":
         ours, theirs = ours[case.picked], theirs[case.picked]
     truth, terms = _truth_of(case, what, cls)
@@ -237,9 +262,9 @@ def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
 
 
 @contextlib.contextmanager
-def numerics(cls: str, device: torch.device):
-    """The class's switches: TF32 on or off; autocast for the 16-bit types."""
-    dtype, lower = DTYPES[cls], cls not in PRECISE
+def numerics(cls: str, device: torch.device, what: str | None = None):
+    """The class's switches: TF32 on or off; autocast for the 16-bit types, unless the tensors of `what` have them."""
+    dtype, lower = DTYPES[cls], cls not in PRECISE and what not in FLOAT16
     with tf32(cls == "tf32"), torch.autocast(device.type, dtype if lower else None, lower, cache_enabled=False):
         yield
 
@@ -260,7 +285,7 @@ def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]
     memory because normalising waits for the statistics of all of them, and the rest. The backward: gradients of the
     pooled values, then wgrad, then dgrad.
     """
-    itemsize = DTYPES[cls].itemsize if what in OPERATORS else 4
+    itemsize = DTYPES[cls].itemsize if what in OPERATORS | FLOAT16 else 4
     packed = 0.5 if cls == "tf32" else 1  # bytes of packed fp16 tiles for one of float32; the fp32 class has two halves
     x = n * shape.in_channels * shape.size**2 * itemsize
     y = n * shape.out_channels * shape.out_size**2 * itemsize
@@ -281,7 +306,7 @@ def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]
         "dgrad_kernel": [(flop, x + weight + y * packed)],
         "wgrad_kernel": [(flop, x * packed + weight + y * packed)],
     }
-    return stages.get(what.removesuffix(GENERAL).removeprefix(_LEAKY_RELU), training)
+    return stages.get(what.removesuffix(GENERAL).removeprefix(_LEAKY_RELU).removeprefix(_FLOAT16), training)
 
 
 def floor_ms(what: str, cls: str, n: int, shape: Shape, limits: dict) -> float:
@@ -366,7 +391,7 @@ def _model(what, case, model, x, layout):
         return lambda: model(x)
     wanted = ([x] if x.requires_grad else []) + list(model.parameters())
     shape = case.shape
-    dy = case.normal(shape.out_channels, shape.out_size // 2).to(memory_format=LAYOUTS[layout])
+    dy = case.normal(shape.out_channels, shape.out_size // 2, x.dtype).to(memory_format=LAYOUTS[layout])
     return lambda: torch.autograd.grad(model(x), wanted, dy)
 
 
@@ -409,6 +434,8 @@ def _truth_of(case, what, cls, operand=lambda tensor: tensor):
         model = copy.deepcopy(case.model)
         model.conv_transpose = nn.Identity()
         return _truth(model, case.hidden(cls), True, picked), 0
+    if what in FLOAT16:
+        return case.float16.truth(True), 0
     training = what != "forward_eval"
     if operand is not tf32_rounded:
         return case.truth(training), 0

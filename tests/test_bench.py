@@ -109,7 +109,7 @@ def test_command(device, small, compiled, tmp_path):
     for n in (3, 1):
         for what in workloads.WORKLOADS:
             rows = [r for r in content["rows"] if (r["what"], r["n"]) == (what, n)]
-            if n == 1 and what not in workloads.MODELS:
+            if what in workloads.FLOAT16 or (n == 1 and what not in workloads.MODELS):
                 assert not rows
                 continue
             whos = set(everyone)
@@ -142,6 +142,27 @@ def test_16_bit_class(device, small, tmp_path):
         tmp_path, "--classes", "bf16", "--batches", "2", "--what", ",".join(what), "--trials", "1", device=device
     )
     assert all(r["ms"] for r in rows.values()), rows
+
+
+def test_all_in_float16(device, fusible, compiled, launched, tmp_path):
+    """Measured in the class fp16 alone, without autocast; ours runs on channels_last tensors as they are."""
+    options = "--what", ",".join(workloads.FLOAT16), "--batches", "3", "--size", "6", "--trials", "1"
+    rows = measured(tmp_path, *options, "--classes", "fp32,fp16", "--peers", "compile", device=device)
+    assert {key[:3] for key in rows} == {(what, "fp16", 3) for what in workloads.FLOAT16}
+    for what in workloads.FLOAT16:
+        whos = {("modelnew", "nhwc"), *((who, layout) for who in ("eager", "compile") for layout in ("nchw", "nhwc"))}
+        assert {key[3:] for key in rows if key[0] == what} == whos
+    assert all(r["ms"] for r in rows.values()), rows
+    pools = [dict(kernel.defines) for kernel in launched if kernel.name == "conv_bn_pool"]
+    assert {(m["scalar_t"], m["CHANNELS_LAST"]) for m in pools} == {("half_t", 1)}
+
+
+def test_wrong_float16_results_are_not_timed(fusible, tmp_path):
+    with planted("pooled_tail.cu", ("bn_affine((v[i] - m) * s, w, b)", "bn_affine((v[i] - m) * s, w, b) * 1.002f")):
+        rows = measured(
+            tmp_path, "--what", "float16_step", "--classes", "fp16", "--batches", "2", "--size", "6", code=1
+        )
+    assert "parity fails" in rows["float16_step", "fp16", 2, "modelnew", "nhwc"]["reason"]
 
 
 def test_nothing_is_written_for_a_cpu(small, monkeypatch, tmp_path):

@@ -330,7 +330,7 @@ def test_a_call_that_passed_vouches_for_none_that_differs():
     conv_bn_tanh_max_pool_group_norm(**arguments)
     half = {name: value.half() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     conv_bn_tanh_max_pool_group_norm(**{**arguments, **half})
-    with torch.autocast("cpu"), pytest.raises(ValueError, match="under autocast the input must be float32"):
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="under autocast parameters must be float32"):
         conv_bn_tanh_max_pool_group_norm(**{**arguments, **half})
 
 

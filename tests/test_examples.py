@@ -65,6 +65,22 @@ def test_train_resumes_as_if_never_ended(train, device, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["parts.pt", "whole.pt"]
 
 
+def test_train_under_autocast(train, device, tmp_path):
+    """Like the reference, and resumed with the scale that it ended with."""
+    paths = [tmp_path / f"{name}.pt" for name in ("ours", "theirs")]
+    for path, more in zip(paths, ([], ["--reference"])):
+        common = (*SMALL, "--amp", "--device", device, "--checkpoint", path, *more)
+        assert invoke(train, *common)[0] == 0
+        code, text = invoke(train, *common, "--epochs", 2, "--resume")
+        assert (code, "Resumed after epoch 1 of 2." in text) == (0, True)
+    ours, theirs = map(losses, paths)
+    assert ours != theirs
+    torch.testing.assert_close(ours[:4], theirs[:4], rtol=2e-2, atol=1e-2)
+    scalers = [torch.load(path, weights_only=True)["scaler"] for path in paths]
+    assert scalers[0] == scalers[1]
+    assert scalers[0]["_growth_tracker"] > 0
+
+
 def test_train_refuses_a_checkpoint_that_is_none_or_anothers(train, tmp_path):
     path = tmp_path / "a.pt"
     common = (*SMALL, "--device", "cpu", "--reference", "--checkpoint", path)

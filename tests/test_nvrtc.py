@@ -54,7 +54,8 @@ def resources(variant, architecture):
 @needs_nvrtc
 @pytest.mark.parametrize("file", sorted({v.file for v in variants()}))
 def test_no_variant_needs_local_memory(file):
-    tensor_cores = '#line 1 "mma.cuh"' in source.expanded(file)
+    of_tensor_cores = ("mma.cuh", "pooled_planes.cuh")  # the second: what runs behind their convolution
+    tensor_cores = any(f'#line 1 "{name}"' in source.expanded(file) for name in of_tensor_cores)
     known = nvrtc.architectures()
     architectures = [a for a in ARCHITECTURES if a in known and (not tensor_cores or a >= "sm_80")]
     general = [v for v in variants() if v.file == file and not goes_with_wgmma(v)]

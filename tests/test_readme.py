@@ -163,6 +163,17 @@ TRAINING = {
         for layout in ("nchw", "nhwc")
     ],
 }
+TRAINING_AMP = {
+    **TRAINING,
+    "command": "python3 -m modelnew training --amp",
+    "amp": True,
+    "judgements": [
+        {"what": what, "class": cls, "rms": 1e-3, "torch_rms": 2e-3, "ok": True}
+        for what in ("output", "conv_transpose.weight")
+        for cls in ("fp16", "bf16")
+    ],
+    "rows": [{**r, "class": {"tf32": "fp16", "fp32": "bf16"}[r["class"]]} for r in TRAINING["rows"]],
+}
 LAYERS = {
     "command": "python3 -m modelnew bench --layers",
     "versions": VERSIONS,
@@ -216,6 +227,7 @@ def test_with_records(repository):
     (folder / "results" / "bench_a.json").write_text(json.dumps(BENCH), encoding="utf-8")
     (folder / "results" / "layers_a.json").write_text(json.dumps(LAYERS), encoding="utf-8")
     (folder / "results" / "training_a.json").write_text(json.dumps(TRAINING), encoding="utf-8")
+    (folder / "results" / "training_amp_a.json").write_text(json.dumps(TRAINING_AMP), encoding="utf-8")
     (folder / "results" / "parity_a.json").write_text(json.dumps(PARITY), encoding="utf-8")
     assert invoke().exit_code == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
@@ -243,7 +255,9 @@ def test_with_records(repository):
     assert "the convolution's weight 1.50 with TF32 and 1.50 in float32 (allowed: 1.1, and what" in text
     assert "demonstration: 2 steps on the same batches of 64; mean loss of the last 20: " in text
     assert "ModelNew 0.250000 with TF32 and 0.250000 in float32." in text
-    for name in ("bench_a.png", "training_a.png"):
+    assert "`python3 -m modelnew training --amp`: under autocast, with a GradScaler. After each" in text
+    assert "ModelNew 0.250000 in float16 and 0.250000 in bfloat16." in text
+    for name in ("bench_a.png", "training_a.png", "training_amp_a.png"):
         assert f"](results/{name})" in text
         assert (folder / "results" / name).read_bytes().startswith(b"\x89PNG")
     assert invoke("--check").exit_code == 0

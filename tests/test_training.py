@@ -73,6 +73,30 @@ def test_command(tmp_path):
     assert 0 < found["output", "fp32"]["rms"] < 1e-6 < 1e-5 < found["output", "tf32"]["torch_rms"]
 
 
+def test_under_autocast(tmp_path, launched):
+    """The fused kernels, with a GradScaler; judged and drawn as without."""
+    pytest.importorskip("matplotlib")
+    code, text = invoke("--device", "cpu", "--amp", "--steps", 3, "--output", tmp_path)
+    assert code == 0, text
+    assert "TF32" not in text
+    assert {"conv_bn_pool", "conv_wgrad_mma"} <= {kernel.name for kernel in launched}
+    assert (tmp_path / "training_amp_cpu.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "training_amp_cpu.json").read_text())
+    assert record["amp"]
+    assert [(r["who"], r["class"], r["layout"]) for r in record["rows"]] == training.AMP_RUNS
+    assert all(row["losses"][-1] < row["losses"][0] for row in record["rows"])
+    found = {(j["what"], j["class"]): j for j in record["judgements"]}
+    assert set(found) == {(what, cls) for what in COMPARED for cls in ("fp16", "bf16")}
+    assert found["output", "fp16"]["torch_rms"] * 4 < found["output", "bf16"]["torch_rms"]
+
+
+def test_a_fault_under_autocast_is_refused(plant, monkeypatch):
+    monkeypatch.setattr(training, "JUDGED", 1)
+    plant(lambda model: model.get_parameter("conv_transpose.weight").register_hook(lambda g: 1.03 * g))
+    refused = {(j.row.what, j.row.cls) for j in judged(SMALL._replace(amp=True, batch=12)) if not j.row.ok}
+    assert ("conv_transpose.weight", "fp16") in refused
+
+
 def test_every_step_and_seed_is_judged(launched):
     """On tensor cores, as a GPU runs it."""
     found = [judgement for seed in (0, 2) for judgement in judged(SMALL._replace(seed=seed))]
@@ -169,7 +193,7 @@ def test_worst_puts_what_is_wrong_first():
 def test_limit(cls):
     """PyTorch's error; in the TF32 class that of rounded operands, where it is larger."""
     truth = torch.ones(10000, dtype=torch.float64)
-    errors = dict.fromkeys(training._JUDGED, 1e-3)
+    errors = dict.fromkeys(training._judged(SMALL), 1e-3)
 
     def row():
         found = {run: {"output": (truth + error).float()} for run, error in errors.items()}
@@ -192,7 +216,7 @@ def test_no_gradient_where_rounding_decides():
     pooled = model.max_pool(unpooled)
     y = model.group_norm(pooled)
     target = torch.randn_like(y)
-    dy = training._gradient(y.detach(), target, unpooled.detach(), pooled.detach(), model.group_norm)
+    dy = training._gradient(y.detach(), target, unpooled.detach(), pooled.detach(), model.group_norm, NEAR_TIE["tf32"])
     received, plain = (
         torch.autograd.grad(y, unpooled, g, retain_graph=True)[0].unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
         for g in (dy, 2 / y.numel() * (y - target).detach())

@@ -11,10 +11,13 @@ import click
 from modelnew import commands, layer_bench
 from modelnew.parity import RATIO
 from modelnew.records import by_batch, comparisons, trials
-from modelnew.workloads import GRAPHS, MODELS
+from modelnew.workloads import FLOAT16, GRAPHS, MODELS
 
 from .generated import ROOT, check_option, settle
 
+_SHOWN = MODELS | FLOAT16
+_CLASSES = {"tf32": "with TF32", "fp32": "in float32", "fp16": "in float16", "bf16": "in bfloat16"}
+_AMP = ": under autocast, with a GradScaler"
 _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
 _NO_LAYERS = "No record of layers is committed yet; `python3 -m modelnew bench --layers` on a GPU writes one."
@@ -62,8 +65,8 @@ def _times(results, folder) -> str:
             )
         for n in dict.fromkeys(shown):
             lines += ["", f"{n} image{'s'[: n != 1]}:", "", *_table(record, n)]
-        used = {row["what"]: None for row in record["rows"] if row["n"] in shown and row["what"] in MODELS}
-        lines += ["", "; ".join(f"`{what}`: {MODELS[what]}" for what in used) + "."]
+        used = {row["what"]: None for row in record["rows"] if row["n"] in shown and row["what"] in _SHOWN}
+        lines += ["", "; ".join(f"`{what}`: {_SHOWN[what]}" for what in used) + "."]
         if len(set(batches)) > 2:
             lines += [
                 "",
@@ -81,7 +84,7 @@ def _table(record, n) -> list[str]:
     """The rows of `n` images, those of CUDA graphs beside the others."""
     found, head = {}, ["", "class", "ModelNew", "MB"]
     for row, peer in comparisons(record):
-        if row["n"] == n and row["what"] in MODELS and row["ms"] is not None:
+        if row["n"] == n and row["what"] in _SHOWN and row["ms"] is not None:
             found.setdefault((row["what"], row["class"]), {})[row["who"] in GRAPHS] = row, peer
     graphs = any(True in pair for pair in found.values())
     head += ["PyTorch", "", "fastest peer", "", "MB", "", *(["in a CUDA graph", ""] if graphs else [])]
@@ -166,15 +169,16 @@ def _training(results, folder) -> str:
     parts = []
     for path, record in _records(results, "training"):
         ends = {(row["who"], row["class"]): row["loss_last"] for row in record["rows"] if row["layout"] == "nchw"}
+        classes = {cls: _CLASSES[cls] for cls in dict.fromkeys(cls for _, cls in ends)}
         losses = [
-            f"{who} {ends[who, 'tf32']:.6f} with TF32 and {ends[who, 'fp32']:.6f} in float32"
+            f"{who} " + " and ".join(f"{ends[who, cls]:.6f} {text}" for cls, text in classes.items())
             for who in ("Model", "ModelNew")
         ]
         judgements = record["judgements"]
         of_output, of_weight = (
             " and ".join(
                 f"{j['rms'] / j['torch_rms']:.2f} {text}"
-                for cls, text in (("tf32", "with TF32"), ("fp32", "in float32"))
+                for cls, text in classes.items()
                 for j in judgements
                 if (j["what"], j["class"]) == (what, cls)
             )
@@ -182,7 +186,8 @@ def _training(results, folder) -> str:
         )
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append(
-            f"{_where(record)}, `{record['command']}`. After each of the first {record['judged']} steps of SGD, from "
+            f"{_where(record)}, `{record['command']}`{_AMP if record.get('amp') else ''}. "
+            f"After each of the first {record['judged']} steps of SGD, from "
             f"{record['seeds']} seeds, output, parameters and running statistics of ModelNew are compared with a "
             f"float64 run, and with how far Model of the same class is from it: {sum(j['ok'] for j in judgements)} of "
             f"{len(judgements)} comparisons pass. At worst the output is {of_output} times as far as Model's, the "

@@ -9,7 +9,7 @@
 // All values are without the convolution's bias, which batch norm's mean takes out again:
 //     pooled [N, M, PLANE_STRIDE]             the chosen sums of all windows, in the order of pooled_planes.cuh;
 //                                             windows that an odd edge cuts, and places of no window, get values of
-//                                             no use
+//                                             no use. pooled_t half_t: under scales, as `saved` is with SPLIT 1
 //     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last
 //                                             one, where float cannot hold it, negative and times 2^-160
 //     SAVE, for the backward:
@@ -19,8 +19,9 @@
 //                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
 //                                             SAVED_SHIFT bounds the sum of all products: nothing overflows.
 //                                             SPLIT 2: float
-//         unit_exponents [N * UNITS]
-// Macros: those of implicit_gemm.cuh, param_t (gamma's type), saved_t (half_t, float), STATISTICS, SAVE, SAVED_SHIFT.
+//     unit_exponents [N * UNITS]              if anything is under scales, or with SAVE
+// Macros: those of implicit_gemm.cuh, pooled_t (float, or half_t with SPLIT 1), saved_t (half_t, float), STATISTICS, SAVE,
+// SAVED_SHIFT.
 #define ADJACENT (!WGMMA)
 #include "batch_norm.cuh"
 #include "implicit_gemm.cuh"
@@ -94,7 +95,8 @@ __device__ __forceinline__ void moments_of(
 }
 
 struct PoolEpilogue {
-    float *pooled, *partials;
+    pooled_t* pooled;
+    float* partials;
     u8* argmax;
     saved_t* saved;
     int* unit_exponents;
@@ -144,20 +146,23 @@ struct PoolEpilogue {
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
                 for (int t = 0; t < LANE_WINDOWS; t += 4) {
-                    Packed<float, 4> best;
+                    Packed<pooled_t, 4> best;
                     Packed<u8, 4> tap;
-                    Packed<saved_t, 16> kept;
+                    Packed<saved_t, 16> all;
                     #pragma unroll
                     for (int j = 0; j < 4; j++) {
                         float v[4], largest;
                         #pragma unroll
                         for (int corner = 0; corner < 4; corner++) v[corner] = sum_of(sums, first + i, t + j, corner);
                         largest = max_or_nan(max_or_nan(v[0], v[1]), max_or_nan(v[2], v[3]));
-                        best.v[j] = scale((any ? largest : v[0]) * sign);
+                        best.v[j] = kept<pooled_t>(any ? largest : v[0], sign, scale);
                         tap.v[j] = !any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3;
-                        if (SAVE) *(Packed<saved_t, 4>*)(kept.v + j * 4) = save(v, sign, scale);
+                        // Corners outside the image are read by nobody.
+                        #pragma unroll
+                        for (int corner = 0; SAVE && corner < 4; corner++)
+                            all.v[j * 4 + corner] = kept<saved_t>(v[corner], sign, scale);
                     }
-                    store<FULL>(place, row, t, best, tap, kept);
+                    store<FULL>(place, row, t, best, tap, all);
                 }
             }
         }
@@ -166,8 +171,8 @@ struct PoolEpilogue {
 
     // The values of the windows t to t + 3, to the plane at `row`.
     template <bool FULL> __device__ __forceinline__ void store(
-        const Place& place, i64 row, int t, Packed<float, 4>& best, Packed<u8, 4>& tap,
-        const Packed<saved_t, 16>& kept) {
+        const Place& place, i64 row, int t, Packed<pooled_t, 4>& best, Packed<u8, 4>& tap,
+        const Packed<saved_t, 16>& all) {
         if constexpr (WGMMA) {
             int sixteen = place.first_window + t * 4 + place.unit * (UNIT_STRIDE - UNIT_WINDOWS);  // pooled_planes.cuh
             if (t >= place.tiles || sixteen >= (place.unit + 1) * UNIT_STRIDE) return;
@@ -178,7 +183,7 @@ struct PoolEpilogue {
             #pragma unroll
             for (int j = 0; SAVE && j < 4; j += TOGETHER) {
                 i64 window = row + sixteen + j * 4 + threadIdx.x % 4 * TOGETHER;
-                store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(kept.v + j * 4));
+                store_at_once(saved + window * 4, *(const Packed<saved_t, TOGETHER * 4>*)(all.v + j * 4));
             }
             return;
         }
@@ -186,24 +191,20 @@ struct PoolEpilogue {
         if (FULL) {
             store_at_once(pooled + at, best);
             if (SAVE) store_at_once(argmax + at, tap);
-            if (SAVE) store_at_once(saved + at * 4, kept);
+            if (SAVE) store_at_once(saved + at * 4, all);
         }
         #pragma unroll
         for (int j = 0; j < 4; j++) {
             if (FULL || !place.exists(j)) continue;
             pooled[at + j] = best.v[j];
             if (SAVE) argmax[at + j] = tap.v[j];
-            if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(kept.v + j * 4));
+            if (SAVE) store_at_once(saved + (at + j) * 4, *(const Packed<saved_t, 4>*)(all.v + j * 4));
         }
     }
 
-    // Corners outside the image are read by nobody.
-    __device__ static Packed<saved_t, 4> save(const float (&v)[4], float sign, const ScaleBack& scale) {
-        Packed<saved_t, 4> kept;
-        float shrink = power_of_two(-SAVED_SHIFT) * sign;
-        #pragma unroll
-        for (int i = 0; i < 4; i++) kept.v[i] = from_acc<saved_t>(SPLIT == 1 ? v[i] * shrink : scale(v[i] * sign));
-        return kept;
+    // A sum as memory has it: float, or half_t under scales.
+    template <class T> __device__ static T kept(float v, float sign, const ScaleBack& scale) {
+        return from_acc<T>(sizeof(T) == 2 ? v * (power_of_two(-SAVED_SHIFT) * sign) : scale(v * sign));
     }
 
     __device__ void restart() { seen = 0; }
@@ -212,7 +213,8 @@ struct PoolEpilogue {
     __device__ void finish(int exponent) {
         // Read here, once: conv_mma.cuh spills it.
         int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
-        if (SAVE && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
+        enum { SCALED = SAVE || sizeof(pooled_t) == 2 };
+        if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
         if (!STATISTICS) return;
         if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
         __syncthreads();
@@ -236,7 +238,7 @@ struct PoolEpilogue {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
-    const param_t* __restrict__ gamma, INOUT float* __restrict__ pooled, float* __restrict__ partials,
+    const float* __restrict__ gamma, INOUT pooled_t* __restrict__ pooled, float* __restrict__ partials,
     INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];

@@ -16,7 +16,6 @@
 // Macros besides those of implicit_gemm.cuh: UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most), RESIDENT (1:
 // all chunks of the band stay in shared memory, 0: each pass loads one after the other). WINDOW_PITCH is WINDOWS_W.
 #pragma once
-#include "mma.cuh"
 
 #define PITCH (IN_W + GAP)
 #define BAND_LINES (GAP + (BAND_ROWS + 1) * PITCH)
@@ -119,7 +118,10 @@ template <> struct Band<false> {
     unsigned largest = 0;  // finite magnitude
 
     __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
-        : source(x + (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W), unit(unit), shared(shared) {
+        : source(
+              x + (CHANNELS_LAST ? (unit.image * IN_H + unit.first_row) * IN_W * IN_CHANNELS
+                                 : (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W)),
+          unit(unit), shared(shared) {
         for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(shared, chunk));
     }
     __device__ void begin(unsigned* scratch) {
@@ -135,15 +137,23 @@ template <> struct Band<false> {
 
     // Exponent of the scale for the unit's rows, all channels.
     __device__ int measured(unsigned* scratch) const {
-        enum { WIDTH = IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t) };
+        enum { WIDTH = !CHANNELS_LAST && IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t) };
         typedef Packed<scalar_t, WIDTH> Pack;
         int count = (unit.end_row - unit.first_row) * IN_W / WIDTH;
         unsigned largest = 0;
+        if constexpr (CHANNELS_LAST) {
+            largest = largest_of<16>((const Pack*)source, (int)threadIdx.x, THREADS, count * IN_CHANNELS);
+            return scale_exponent(block_max(largest, scratch));
+        }
         for (int k = threadIdx.x / 32; k < IN_CHANNELS; k += THREADS / 32)
             largest =
                 max(largest, largest_of<16>((const Pack*)(source + k * IN_H * IN_W), (int)threadIdx.x % 32, 32, count));
         return scale_exponent(block_max(largest, scratch));
     }
+
+    // Of the i-th octet of channels: neighbours in memory follow one another.
+    __device__ static int pixel_of(int i) { return CHANNELS_LAST ? i / (CHUNK_CHANNELS / 8) : i % (BAND_ROWS * IN_W); }
+    __device__ static int octet_of(int i) { return CHANNELS_LAST ? i % (CHUNK_CHANNELS / 8) : i / (BAND_ROWS * IN_W); }
 
     __device__ void load(int chunk) {
         u8* lines = band_of(shared, chunk);
@@ -152,21 +162,29 @@ template <> struct Band<false> {
         enum { BATCH = RESIDENT ? 8 : SPLIT == 2 ? 4 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };
         // Lanes take 32 pixels in such an order that eight at a time write to different banks.
         int lane = threadIdx.x % 32, spread = lane;
-        if (ADJACENT) spread = lane % 2 + lane / 2 % 4 * (2 * TILES) + lane / 8 % TILES * 2;
+        if (ADJACENT && !CHANNELS_LAST) spread = lane % 2 + lane / 2 % 4 * (2 * TILES) + lane / 8 % TILES * 2;
         for (int first = threadIdx.x - lane + spread; first < COUNT; first += THREADS * BATCH) {
             float v[BATCH][8];
             #pragma unroll
             for (int b = 0; b < BATCH; b++) {
-                int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W);
-                int k = chunk * CHUNK_CHANNELS + i / (BAND_ROWS * IN_W) * 8;
+                int i = first + b * THREADS, pixel = pixel_of(i);
+                int k = chunk * CHUNK_CHANNELS + octet_of(i) * 8;
                 bool inside = unit.first_row + pixel / IN_W < unit.end_row && k < IN_CHANNELS && i < COUNT;
+                if constexpr (CHANNELS_LAST) {
+                    typedef Packed<scalar_t, 8> Channels;
+                    Channels in = {};
+                    if (inside) in = *(const Channels*)(source + pixel * IN_CHANNELS + k);
+                    #pragma unroll
+                    for (int j = 0; j < 8; j++) v[b][j] = to_acc(in.v[j]);
+                    continue;
+                }
                 const scalar_t* from = source + k * IN_H * IN_W + pixel;
                 #pragma unroll
                 for (int j = 0; j < 8; j++) v[b][j] = inside ? to_acc(from[j * IN_H * IN_W]) : 0;
             }
             #pragma unroll
             for (int b = 0; b < BATCH; b++) {
-                int i = first + b * THREADS, pixel = i % (BAND_ROWS * IN_W);
+                int i = first + b * THREADS, pixel = pixel_of(i);
                 int row = pixel / IN_W, column = pixel % IN_W + GAP;
                 #pragma unroll
                 for (int j = 0; j < 8; j++) {
@@ -174,7 +192,7 @@ template <> struct Band<false> {
                     v[b][j] = multiply_unflushed(v[b][j], scale);
                 }
                 int key = band_key(unit.first_row + row, column);
-                if (i < COUNT) store_line(lines, (row + 1) * PITCH + column, i / (BAND_ROWS * IN_W), v[b], key);
+                if (i < COUNT) store_line(lines, (row + 1) * PITCH + column, octet_of(i), v[b], key);
             }
         }
     }

@@ -4,7 +4,8 @@
 //
 // Grid: x = units of all images, y = tiles of TILE_M channels. y is written in whole, bias may be null. Epilogue: four
 // lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that each
-// has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. Macros and limits:
+// has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. With CHANNELS_LAST,
+// of 16-bit types, a warp turns 8 channels of 8 pixels, and four lanes store 16 channels of a pixel. Macros and limits:
 // implicit_gemm.cuh.
 #define ADJACENT 0
 #include "implicit_gemm.cuh"
@@ -61,6 +62,44 @@ struct StoreEpilogue {
     scalar_t* y;
     const int* exponents;
 
+#if CHANNELS_LAST
+    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
+        int first_m = blockIdx.y * TILE_M + place.channel, lane = threadIdx.x % 32, odd = lane % 2;
+        Finish finish[LANE_ROWS];
+        #pragma unroll
+        for (int row = 0; row < LANE_ROWS; row++) {
+            int m = first_m + row * 8;
+            if (m < OUT_CHANNELS) finish[row] = {ScaleBack(exponent + exponents[m]), bias ? to_acc(bias[m]) : 0};
+        }
+        // Of what the lane has when channels and pixels are turned.
+        int first_turned = first_m - lane / 4 + odd * 8 + lane / 2 % 2 * 4;
+        #pragma unroll
+        for (int t = 0; t < MOST_TILES; t++) {
+            int window = place.first_window + t * 4 + lane / 8;
+            bool exists = t * 4 + lane / 8 < place.count() && window % WINDOW_PITCH < WINDOWS_W;
+            #pragma unroll
+            for (int lower = 0; lower < 2; lower++) {
+                Pixel pixel(window, lower * 2 + lane / 4 % 2);
+                scalar_t* to = y + ((place.image * OUT_H + pixel.oh) * OUT_W + pixel.ow) * OUT_CHANNELS + first_turned;
+                #pragma unroll
+                for (int row = 0; row < LANE_ROWS; row += 2) {
+                    unsigned turned[2];
+                    #pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        scalar_t left = finish[row + i](sum_of(sums, row + i, t, lower * 2)),
+                                 right = finish[row + i](sum_of(sums, row + i, t, lower * 2 + 1));
+                        turned[i] = movmatrix(left.bits | (unsigned)right.bits << 16);
+                    }
+                    // The lane keeps two channels of its eight, and swaps the others for two of these.
+                    unsigned other = __shfl_xor_sync(0xFFFFFFFFu, odd ? turned[0] : turned[1], 1);
+                    uint2 four = make_uint2(odd ? other : turned[0], odd ? turned[1] : other);
+                    if (exists && pixel.valid() && first_turned + row * 8 < OUT_CHANNELS)
+                        store_at_once(to + row * 8, *(const Packed<scalar_t, 4>*)&four);
+                }
+            }
+        }
+    }
+#else
     __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
         int first_m = blockIdx.y * TILE_M + place.channel;
         scalar_t* plane = y + (place.image * OUT_CHANNELS + first_m) * (OUT_H * OUT_W);
@@ -109,6 +148,8 @@ struct StoreEpilogue {
             }
         }
     }
+
+#endif
 
     __device__ void restart() const {}
     __device__ void finish(int) const {}

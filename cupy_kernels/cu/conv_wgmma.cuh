@@ -140,7 +140,8 @@ template <> struct Band<false> {
     u8* shared;
     int exponent = GUESS, attempts = 0;
     unsigned largest;  // finite magnitude
-    // Of the rows for the next pass; the thread's next octet of them, which is in v.
+    // Of the rows for the next pass; the thread's next octet of them, which is in v. With CHANNELS_LAST `pixel` counts
+    // octets.
     int first_pixel, pixels, group, pixel;
     float v[8];
 
@@ -153,7 +154,21 @@ template <> struct Band<false> {
         if (!LATER || passes >= unit.passes) return max(0, unit.end_row);
         return max(0, min(IN_H, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
     }
+    // The i-th octet of `count` pixels: neighbours in memory follow one another.
+    struct Octet {
+        int group, pixel;
+        __device__ Octet(int i, int count)
+            : group(CHANNELS_LAST ? i % GROUPS_K : i / count), pixel(CHANNELS_LAST ? i / GROUPS_K : i % count) {}
+    };
     __device__ void load(int group, int pixel, bool real, float (&v)[8]) const {
+        if constexpr (CHANNELS_LAST) {
+            typedef Packed<scalar_t, 8> Channels;
+            Channels in = {};
+            if (real && group * 8 < IN_CHANNELS) in = *(const Channels*)(source + pixel * IN_CHANNELS + group * 8);
+            #pragma unroll
+            for (int j = 0; j < 8; j++) v[j] = to_acc(in.v[j]);
+            return;
+        }
         #pragma unroll
         for (int j = 0; j < 8; j++)
             v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
@@ -176,12 +191,14 @@ template <> struct Band<false> {
             #pragma unroll
             for (int b = 0; b < BATCH; b++) {
                 int i = at + b * THREADS;
-                load(i / count, start + i % count, i < count * GROUPS_K, v[b]);
+                Octet octet(i, count);
+                load(octet.group, start + octet.pixel, i < count * GROUPS_K, v[b]);
             }
             #pragma unroll
             for (int b = 0; b < BATCH; b++) {
                 int i = at + b * THREADS;
-                if (i < count * GROUPS_K) store(i / count, start + i % count, v[b]);
+                Octet octet(i, count);
+                if (i < count * GROUPS_K) store(octet.group, start + octet.pixel, v[b]);
             }
         }
     }
@@ -202,13 +219,21 @@ template <> struct Band<false> {
         pixel = threadIdx.x;
         load_next();
     }
-    __device__ bool pending() const { return LATER && group < GROUPS_K; }
+    __device__ bool pending() const { return LATER && (CHANNELS_LAST ? pixel < pixels * GROUPS_K : group < GROUPS_K); }
     __device__ void load_next() {
+        if constexpr (CHANNELS_LAST) {
+            Octet octet(pixel, pixels);
+            if (pending()) load(octet.group, first_pixel + octet.pixel, true, v);
+            return;
+        }
         for (; pending() && pixel >= pixels; group++) pixel -= pixels;
         if (pending()) load(group, first_pixel + pixel, true, v);
     }
     __device__ void advance() {
-        store(group, first_pixel + pixel, v);
+        if constexpr (CHANNELS_LAST) {
+            Octet octet(pixel, pixels);
+            store(octet.group, first_pixel + octet.pixel, v);
+        } else store(group, first_pixel + pixel, v);
         pixel += THREADS;
         load_next();
     }

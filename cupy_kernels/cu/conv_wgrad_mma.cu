@@ -3,7 +3,8 @@
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih - PAD_H + kh, iw - PAD_W + kw]
 //
-// x, dy: packed fp16 tiles (fp16_tiles.cu). For each tap, a product of x and dy, summed over the pixels of x. The 16
+// x, dy: packed fp16 tiles (fp16_tiles.cu); with CHANNELS_LAST and SPLIT 1 x is half_t [N, IN_H, IN_W, IN_CHANNELS]. For
+// each tap, a product of x and dy, summed over the pixels of x. The 16
 // pixels that one instruction multiplies lie below each other: one column of a band of 16 rows, rows counted through
 // all images. So a tap one to the right pairs the same column of x with dy's next column, images of any width and
 // height leave nothing empty, and a column without a partner is left out.
@@ -26,7 +27,7 @@
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw),
 // IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TAPS_W,
-// TILE_OC, TILE_IC, BAND_ROWS, TILES, COLUMNS, STAGES, THREADS, SHARED_BYTES, WGMMA, those of fp16_tiles.cuh.
+// CHANNELS_LAST, TILE_OC, TILE_IC, BAND_ROWS, TILES, COLUMNS, STAGES, THREADS, SHARED_BYTES, WGMMA, those of fp16_tiles.cuh.
 #define SHARED_ALIGNMENT 1024  // wgmma.cuh
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -35,6 +36,7 @@
 
 #define X_CHUNKS CHUNKS
 #define DY_CHUNKS ((OUT_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
+#define X_STEP (CHANNELS_LAST ? IN_CHANNELS * sizeof(half_t) : LINE_BYTES)  // from a pixel to the next
 #define TAPS (KERNEL_H * KERNEL_W)
 #define TAP_GROUPS ((KERNEL_W + TAPS_W - 1) / TAPS_W)
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
@@ -98,7 +100,13 @@ struct Copies {
         valid = of_all < tile.rows && oh >= 0 && oh < OUT_H;
     }
     __device__ const u8* x(const half_t* packed, int chunk, int column) const {
+        if (CHANNELS_LAST)
+            return (const u8*)packed + (((i64)image * IN_H + ih) * IN_W + column) * X_STEP + chunk * LINE_BYTES;
         return (const u8*)packed + ((((i64)image * X_CHUNKS + chunk) * IN_H + ih) * IN_W + column) * LINE_BYTES;
+    }
+    // Whether the thread's part of a line of x has channels.
+    __device__ bool has_channels(int chunk) const {
+        return !CHANNELS_LAST || chunk * CHUNK_CHANNELS + part * 8 < IN_CHANNELS;
     }
     __device__ const u8* dy(const half_t* packed, int chunk, int column) const {
         return (const u8*)packed + ((((i64)image * DY_CHUNKS + chunk) * OUT_H + oh) * OUT_W + column) * LINE_BYTES;
@@ -139,14 +147,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_wgrad_mma(
     sum_pixels(x, dy, partial, Tile(images, bands_per_split), shared);
 }
 
-// x_sums, and borders [border_parts][tap][oc]: null, or for an x that is centred.
+// x_exponents: null for an x without a scale. x_sums, and borders [border_parts][tap][oc]: null, or for an x that is
+// centred.
 extern "C" __global__ void conv_wgrad_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
     const scalar_t* __restrict__ x_sums, const float* __restrict__ borders, scalar_t* __restrict__ dw, int x_count,
     int dy_count, int splits, int border_parts) {
     __shared__ unsigned scratch[32];
     enum { SIZE = TAPS * OUT_CHANNELS * IN_CHANNELS };
-    int x_exponent = centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch));
+    int x_exponent = x_exponents ? centred_exponent(x_sums, smallest_exponent(x_exponents, x_count, scratch)) : 0;
     int dy_exponent = smallest_exponent(dy_exponents, dy_count, scratch);
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= SIZE) return;

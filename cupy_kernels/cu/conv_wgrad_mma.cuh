@@ -57,8 +57,8 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
             #pragma unroll
             for (int i = 0; i < (COLUMNS + WARPS / 4 - 1) / (WARPS / 4); i++) {
                 int c = i * (WARPS / 4) + copies.loader;
-                bool valid = copies.valid && iw + c >= 0 && iw + c < IN_W;
-                if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * LINE_BYTES, valid);
+                bool valid = copies.valid && copies.has_channels(tile.ic_tile) && iw + c >= 0 && iw + c < IN_W;
+                if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * (int)X_STEP, valid);
             }
             #pragma unroll 1  // at most two; unrolled, their addresses would take registers from the sums
             for (int i = 0; i < TILE_CHUNKS / (WARPS / 4); i++) {

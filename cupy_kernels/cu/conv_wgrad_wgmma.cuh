@@ -53,23 +53,24 @@ struct MainLoop {
             u8* to = ring + (stage % STAGES * COLUMNS + copies.loader) * POSITION_BYTES +
                      line_offset(copies.row, copies.part);
             // 64 channels of `width` columns, of which `from` is `column`.
-            auto copy = [&](int block, const u8* from, bool valid, int width, int column) {
+            auto copy = [&](int block, const u8* from, bool valid, int width, int column, int step) {
                 #pragma unroll
                 for (int i = 0; i < (COLUMNS + 1) / 2 * SPLIT; i++) {
                     int c = i / SPLIT * 2, residual = i % SPLIT;
                     if (COLUMNS == 1 && copies.loader) break;
                     cp_async_16(
                         to + c * POSITION_BYTES + (block * SPLIT + residual) * BLOCK_BYTES,
-                        from + offset + c * LINE_BYTES + residual * PARTS * 16,
+                        from + offset + c * step + residual * PARTS * 16,
                         valid && column + c >= 0 && column + c < width);
                 }
             };
             int chunk = tile.ic_tile * SPLIT + first_chunk;
-            copy(0, copies.x(x, chunk, iw), copies.valid && chunk < X_CHUNKS, IN_W, iw);
+            bool real = copies.valid && chunk < X_CHUNKS && copies.has_channels(chunk);
+            copy(0, copies.x(x, chunk, iw), real, IN_W, iw, X_STEP);
             #pragma unroll 1  // unrolled, addresses would take more registers
             for (int group = 0; group < GROUPS_OC; group++) {
                 int chunk = (tile.oc_tile * GROUPS_OC + group) * SPLIT + first_chunk;
-                copy(1 + group, copies.dy(dy, chunk, ow), copies.valid && chunk < DY_CHUNKS, OUT_W, ow);
+                copy(1 + group, copies.dy(dy, chunk, ow), copies.valid && chunk < DY_CHUNKS, OUT_W, ow, LINE_BYTES);
             }
         }
         cp_async_commit();

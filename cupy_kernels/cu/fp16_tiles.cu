@@ -3,6 +3,7 @@
 //
 //     packed [N][chunk][pixel][64 halves], (value - centre) * 2^e, the parts of a line in ascending order
 //
+// scale_fp16: the same of channels_last values, as half_t in their own order.
 // largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them.
 // pack_fp16: a block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH
 // pixels, and writes whole lines after a turn through shared memory. Channels past the last one are zero. sums: null,
@@ -65,4 +66,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_fp16(
         ((uint4*)packed)[(((i64)image * chunks + chunk) * pixels + pixel) * 8 + part] =
             tile[line * 8 + (part ^ (line / WIDTH & 7))];
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) scale_fp16(
+    const scalar_t* __restrict__ source, const int* __restrict__ exponents, half_t* __restrict__ scaled,
+    int exponent_count, i64 size) {
+    __shared__ unsigned scratch[32];
+    float scale = power_of_two(smallest_exponent(exponents, exponent_count, scratch));
+    i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= size / WIDTH) return;
+    Pack in = ((const Pack*)source)[i];
+    Packed<half_t, WIDTH> out;
+    #pragma unroll
+    for (int j = 0; j < WIDTH; j++) out.v[j] = from_acc<half_t>(multiply_unflushed(to_acc(in.v[j]), scale));
+    ((Packed<half_t, WIDTH>*)scaled)[i] = out;
 }

@@ -31,7 +31,7 @@
 //     finish(exponent)                           after the last pass
 //
 // Macros: those of pooled_planes.cuh and fp16_tiles.cuh, scalar_t (float, half_t, bf16_t), X_PACKED, input_t (scalar_t,
-// half_t for packed tiles), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
+// half_t for packed tiles), CHANNELS_LAST (1: x, if not packed, and y are [N, H, W, C]), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
 // PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES, THREADS, STAGES, GAP (zeros between two rows of the band),
 // PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's), ADJACENT (1: the windows of a lane are
 // neighbours, for wide stores; 0: those of four lanes are), WGMMA, and those of the form. Limits: those that
@@ -40,6 +40,7 @@
 #include "common.cuh"
 #include "async_copy.cuh"
 #include "fp16_tiles.cuh"
+#include "mma.cuh"
 #include "pooled_planes.cuh"
 
 #define TAPS (KERNEL_H * KERNEL_W)

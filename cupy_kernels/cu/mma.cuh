@@ -51,6 +51,20 @@ UNCHECKED __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const 
 #endif
 }
 
+// The transposed 8x8 matrix of 16-bit values: lane l has row l/4, columns 2(l%4)+{0,1}, before and after.
+UNCHECKED __device__ inline unsigned movmatrix(unsigned row) {
+    unsigned column = 0;
+#ifdef CUPY_KERNELS_EMULATOR
+    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row);
+    int lane = emulator::current % 32;
+    for (int i = 0; i < 2; i++)
+        column |= (rows[(lane % 4 * 2 + i) * 4 + lane / 8] >> lane / 4 % 2 * 16 & 0xFFFF) << i * 16;
+#elif __CUDA_ARCH__ >= 750
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(row));
+#endif
+    return column;
+}
+
 // c += a b, of two halves a register, or with T bf16_t of two bf16.
 template <class T> struct IsBf16 {
     enum { VALUE = 0 };

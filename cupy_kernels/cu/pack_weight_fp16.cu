@@ -1,7 +1,8 @@
 // Weights of a transposed convolution as conv_mma.cuh reads them: fp16 under a power-of-two scale for each output
 // channel m.
 //
-// signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu).
+// signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu). copied_signs: null,
+// or these values of all rows as float.
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse
 // order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in line_offset's order], with WGMMA
 // (conv_wgmma.cuh) [m tile][64 channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves];
@@ -13,7 +14,7 @@
 
 extern "C" __global__ void pack_weight_fp16(
     const scalar_t* __restrict__ w, const scalar_t* __restrict__ signs, half_t* __restrict__ packed,
-    int* __restrict__ exponents) {
+    int* __restrict__ exponents, float* __restrict__ copied_signs) {
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;
@@ -27,7 +28,10 @@ extern "C" __global__ void pack_weight_fp16(
     largest = block_max(largest, scratch);
     int exponent = scale_exponent(largest);
     float scale = power_of_two(exponent) * (signs && m < OUT_CHANNELS && to_acc(signs[m]) < 0 ? -1 : 1);
-    if (threadIdx.x == 0) exponents[m] = exponent;
+    if (threadIdx.x == 0) {
+        exponents[m] = exponent;
+        if (copied_signs) copied_signs[m] = m < OUT_CHANNELS ? to_acc(signs[m]) : 0;
+    }
     enum { GROUPS_K = PACKED_WIDTH / SPLIT / 8 };  // of 8 channels
     static_assert(
         GROUPS_K * 8 * SPLIT == PACKED_WIDTH && GROUPS_K * 8 >= IN_CHANNELS &&

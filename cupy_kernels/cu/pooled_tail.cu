@@ -45,17 +45,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
-    const float* __restrict__ pooled, INOUT float* __restrict__ mean, INOUT float* __restrict__ invstd,
-    const param_t* __restrict__ conv_bias, const param_t* __restrict__ running_mean,
-    const param_t* __restrict__ running_var, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
-    const param_t* __restrict__ group_weight, const param_t* __restrict__ group_bias, scalar_t* __restrict__ out,
-    float* __restrict__ group_mean, float* __restrict__ group_invstd, float eps, float group_eps, float parameter) {
+    const pooled_t* __restrict__ pooled, const int* __restrict__ exponents, const int* __restrict__ unit_exponents,
+    INOUT float* __restrict__ mean, INOUT float* __restrict__ invstd, const param_t* __restrict__ conv_bias,
+    const param_t* __restrict__ running_mean, const param_t* __restrict__ running_var,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
+    const param_t* __restrict__ group_bias, scalar_t* __restrict__ out, float* __restrict__ group_mean,
+    float* __restrict__ group_invstd, float eps, float group_eps, float parameter) {
     __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
     __shared__ float running[2][STATISTICS ? 1 : MEMBERS];
+    __shared__ __align__(16) scalar_t turned[TURNED ? PLANE * TURN_PITCH : 1];
     Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
-    i64 start = (i64)blockIdx.x * SIZE;
-    const float* source = pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE;
+    scalar_t* to = out + start_of_block(channel);
+    Pooled source(pooled, exponents, unit_exponents, channel);
     float values[UNROLLED][ITEMS];
     const float *channel_mean = STATISTICS ? mean + channel : running[0],
                 *channel_invstd = STATISTICS ? invstd + channel : running[1];
@@ -63,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         #pragma unroll
         for (int round = 0; round < UNROLLED; round++) {
             Job job(round);
-            if (job.exists()) job.load_pooled(source, values[round]);
+            if (job.exists()) source.load(job, values[round]);
         }
     if (!STATISTICS) {
         for (int m = threadIdx.x; m < MEMBERS; m += blockDim.x) {
@@ -77,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     }
     auto activate = [&](const Job& job, float (&v)[ITEMS]) {
         Norm norm(channel_mean[job.member], channel_invstd[job.member], weight, bias, channel + job.member);
-        if (!RESIDENT) job.load_pooled(source, v);
+        if (!RESIDENT) source.load(job, v);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) v[i] = activation.of(norm(v[i]));
     };
@@ -110,9 +112,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
         float (&v)[ITEMS] = values[RESIDENT ? round : 0];
         if (!RESIDENT) activate(job, v);
         float w = bn_weight(group_weight, channel + job.member), b = bn_bias(group_bias, channel + job.member);
-        scalar_t* to = out + start + job.first;
         #pragma unroll
-        for (int i = 0; i < ITEMS; i++)
-            if (job.inside(i)) to[i * 32] = from_acc<scalar_t>(bn_affine((v[i] - m) * s, w, b));
+        for (int i = 0; i < ITEMS; i++) v[i] = bn_affine((v[i] - m) * s, w, b);
+        job.store(TURNED ? turned : to, v);
+    }
+    if (TURNED) {
+        __syncthreads();
+        for_turned([&](int at, int outside) { *(Together*)(to + outside) = *(const Together*)(turned + at); });
     }
 }

@@ -5,12 +5,15 @@
 // (RESIDENT), all are loaded before the first is used and stay there; else a warp loads a job's values again for each
 // phase.
 //
-// Macros: scalar_t, acc_t (float), param_t (all weights and biases, running statistics), ACTIVATION (activation.cuh),
-// OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS, WARPS, THREADS (of the kernels whose blocks are not groups), and those of
+// Macros: scalar_t (of out and dout), acc_t (float), param_t (all weights and biases, running statistics), pooled_t
+// (conv_bn_pool.cu), ACTIVATION (activation.cuh), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS, WARPS, THREADS (of the
+// kernels whose blocks are not groups), SAVED_SHIFT (conv_bn_pool.cu), CHANNELS_LAST (1: out and dout are
+// [N, PLANE, OUT_CHANNELS], and a block turns its part of them in shared memory where that has room), and those of
 // pooled_planes.cuh.
 #pragma once
 #include "activation.cuh"
 #include "batch_norm.cuh"
+#include "fp16_scale.cuh"
 #include "pooled_planes.cuh"
 
 #define POOLED_W (OUT_W / 2)
@@ -23,6 +26,11 @@ static_assert(ITEMS <= 10, "a lane has registers for 10 values of each tensor");
 #define RESIDENT (ROUNDS * ITEMS <= 24)
 #define UNROLLED (RESIDENT ? ROUNDS : 1)
 #define SIZE (MEMBERS * PLANE)  // of a group
+// Of channels_last values in shared memory: so many lie between two of a plane, that 32 are in different banks.
+#define TURN_PITCH (sizeof(scalar_t) == 2 ? ((MEMBERS + 1) / 2 | 1) * 2 : MEMBERS | 1)
+#define TURNED (CHANNELS_LAST && RESIDENT && PLANE * TURN_PITCH * sizeof(scalar_t) <= 40 * 1024)
+#define TURNED_TOGETHER (sizeof(scalar_t) == 2 && MEMBERS % 2 == 0 ? 2 : 1)
+#define STEP (TURNED ? TURN_PITCH : CHANNELS_LAST ? OUT_CHANNELS : 1)  // from a value of a plane to the next
 
 struct Job {
     int number, member, at, first;  // the plane among the block's; the lane's first value in it, and among the block's
@@ -36,19 +44,57 @@ struct Job {
     __device__ bool exists() const { return JOBS % WARPS == 0 || number < JOBS; }
     __device__ bool inside(int i) const { return (PARTS == 1 && (i + 1) * 32 <= PLANE) || at + i * 32 < PLANE; }
 
-    // The lane's values; 0 for those that do not exist. `source`: of the block, without gaps.
-    template <class U> __device__ void load(const U* source, float (&v)[ITEMS]) const {
-        source += first;
+    // The lane's values of the block's part of dout; 0 for those that do not exist.
+    __device__ void load(const scalar_t* source, float (&v)[ITEMS]) const {
+        source += TURNED ? at * TURN_PITCH + member : CHANNELS_LAST ? at * OUT_CHANNELS + member : first;
         #pragma unroll
-        for (int i = 0; i < ITEMS; i++) v[i] = inside(i) ? to_acc(source[i * 32]) : 0;
+        for (int i = 0; i < ITEMS; i++) v[i] = inside(i) ? to_acc(source[i * 32 * STEP]) : 0;
     }
-    // The same from the first of the block's planes that conv_bn_pool wrote.
-    __device__ void load_pooled(const float* source, float (&v)[ITEMS]) const {
-        source += member * PLANE_STRIDE;
+    // The inverse, to out.
+    __device__ void store(scalar_t* to, const float (&v)[ITEMS]) const {
+        to += TURNED ? at * TURN_PITCH + member : CHANNELS_LAST ? at * OUT_CHANNELS + member : first;
+        #pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            if (inside(i)) to[i * 32 * STEP] = from_acc<scalar_t>(v[i]);
+    }
+};
+
+// Where the block's part of out and dout begins.
+__device__ inline i64 start_of_block(int channel) {
+    return CHANNELS_LAST ? (i64)(blockIdx.x / GROUPS) * PLANE * OUT_CHANNELS + channel : (i64)blockIdx.x * SIZE;
+}
+
+// visit(in `turned`, in the block's part of out or dout): where each thread's next TURNED_TOGETHER values lie.
+template <class F> __device__ inline void for_turned(F visit) {
+    for (int i = threadIdx.x; i < SIZE / TURNED_TOGETHER; i += 32 * WARPS) {
+        int p = i / (MEMBERS / TURNED_TOGETHER), member = i % (MEMBERS / TURNED_TOGETHER) * TURNED_TOGETHER;
+        visit(p * TURN_PITCH + member, p * OUT_CHANNELS + member);
+    }
+}
+typedef Packed<scalar_t, TURNED_TOGETHER> Together;
+
+// What undoes the scale of what conv_bn_pool keeps. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
+__device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
+
+// The pooled sums of a block's planes, as conv_bn_pool writes them: of channels from `channel` on of one image.
+struct Pooled {
+    const pooled_t* source;
+    const int *exponents, *unit_exponents;
+
+    __device__ Pooled(const pooled_t* pooled, const int* exponents, const int* unit_exponents, int channel)
+        : source(pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE), exponents(exponents + channel),
+          unit_exponents(unit_exponents + (i64)(blockIdx.x / GROUPS) * UNITS) {}
+    __device__ void load(const Job& job, float (&v)[ITEMS]) const {
+        enum { SCALED = sizeof(pooled_t) == 2 };
+        const pooled_t* from = source + job.member * PLANE_STRIDE;
+        int exponent = SCALED ? exponents[job.member] - SAVED_SHIFT : 0, at = job.at;
+        if (SCALED && !RESIDENT) make_opaque(at);  // else what all rounds have in common takes too many registers
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            int p = at + i * 32;
-            v[i] = inside(i) ? source[place_of_window<TOGETHER_POOLED>(p / POOLED_W, p % POOLED_W)] : 0;
+            int p = at + i * 32, row = p / POOLED_W, column = p % POOLED_W;
+            v[i] = job.inside(i) ? to_acc(from[place_of_window<TOGETHER_POOLED>(row, column)]) : 0;
+            if (SCALED && job.inside(i))
+                v[i] = multiply_unflushed(v[i], restoring(exponent + unit_exponents[unit_of_window(row, column)]));
         }
     }
 };

@@ -19,7 +19,7 @@
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, argmax, saved and the exponents of
 // conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_tiles.cuh, saved_t
-// (half_t with SPLIT 1, float with 2), SAVED_SHIFT (conv_bn_pool.cu), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the
+// (half_t with SPLIT 1, float with 2), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the
 // convolution, and those of conv_output_gradient_packed.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
 #include "pooled_tail.cuh"
@@ -29,20 +29,27 @@
 enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
-    const scalar_t* __restrict__ dout, const float* __restrict__ pooled, const float* __restrict__ mean,
-    const float* __restrict__ invstd, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
-    const param_t* __restrict__ group_weight, const float* __restrict__ group_mean,
-    const float* __restrict__ group_invstd, float* __restrict__ g, float* __restrict__ partials, i64 images,
-    float parameter) {
+    const scalar_t* __restrict__ dout, const pooled_t* __restrict__ pooled, const int* __restrict__ exponents,
+    const int* __restrict__ unit_exponents, const float* __restrict__ mean, const float* __restrict__ invstd,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
+    const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g,
+    float* __restrict__ partials, i64 images, float parameter) {
     __shared__ float totals[SUMS][JOBS], weights[JOBS];  // of each job; its channel's group_weight
+    __shared__ __align__(16) scalar_t turned[TURNED ? PLANE * TURN_PITCH : 1];
     Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     i64 start = (i64)blockIdx.x * SIZE;
+    dout += start_of_block(channel);
+    if (TURNED) {
+        for_turned([&](int at, int outside) { *(Together*)(turned + at) = *(const Together*)(dout + outside); });
+        __syncthreads();
+    }
     float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
     float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], activated[UNROLLED][ITEMS];
+    Pooled source(pooled, exponents, unit_exponents, channel);
     auto load = [&](const Job& job, float (&v)[ITEMS], float (&d)[ITEMS]) {
-        job.load_pooled(pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE, v);
-        job.load(dout + start, d);
+        source.load(job, v);
+        job.load(TURNED ? turned : dout, d);
     };
     if (RESIDENT)
         #pragma unroll
@@ -216,9 +223,6 @@ __device__ inline int kept_exponent(const int* unit_exponents, i64 image, const 
     if (SPLIT == 2) return 0;
     return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
 }
-// What undoes the scale. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
-__device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
-
 // dy of the corners of one window in plane `plane`. Corners outside the image get anything.
 __device__ inline void gradients_of(
     const OutputGradient& gradient, const float* g, const u8* argmax, const saved_t* saved, i64 plane,

@@ -7,20 +7,25 @@ import inspect
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels.conv_transpose import Geometry, output_shape
 from cupy_kernels.conv_transpose_mma import plan as convolution_plan
 from cupy_kernels.errors import UnsupportedError
+from cupy_kernels.gather_gemm import logical
 from cupy_kernels.plan import parts, room
+from cupy_kernels.source import SCALARS
 
 from .. import autocast
 from ..calls import call, dense_after
+from ..formats import channels_last, dense_in, restored, stored
 from ..interop import NUMPY, aligned, dense, integer, number, one_device, pair
-from ..numerics import check_numerics, choose, required_plan
+from ..numerics import check_numerics, choose, required_plan, tensor_core_plan, wgrad_plan
 from .batch_norm import applied_statistics, batch_norm, check_batch_norm, check_batch_norm_call, note_update
-from .conv_transpose import conv_transpose2d_as, gradient_plans, gradients
+from .conv_transpose import conv_transpose2d_as, gradients
+from .gather_gemm import physical
 from .gradients import apply, gradients_of, will_need_grad
 from .group_norm import group_norm
 from .max_pool import max_pool2d
@@ -43,10 +48,12 @@ def _forward(
     choice,
     keep,
     autocast_on,
+    last,
     **options,
 ):
-    plan = plan_for(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
-    out = new(pooled_shape(x.shape, w.shape, padding), x.dtype)
+    """last: whether x and the output are channels_last: [N, H, W, C]."""
+    plan = plan_for(x, w, padding, options["groups"], choice, last, autocast_on)
+    out = new_output(new, x, w, padding, last)
     arrays = ops.kept_arrays(plan, x.shape, options["groups"], keep)
     memory = (new if keep else new.scratch)((room(arrays),), "uint8")
     tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
@@ -70,7 +77,23 @@ def _backward(
 
 
 def convolution_gradients(
-    new, before, after, given, x, w, weight, memory, *, padding, choice, needed, groups, training, activation
+    new,
+    before,
+    after,
+    given,
+    x,
+    w,
+    weight,
+    memory,
+    *,
+    padding,
+    choice,
+    needed,
+    groups,
+    training,
+    activation,
+    autocast_on,
+    last,
 ):
     """(dx, dw) of the fused operator.
 
@@ -78,13 +101,14 @@ def convolution_gradients(
     wrote. given: those of `ops.gradient_arrays` that exist already.
     """
     need_x, need_w = needed
-    plan = plan_for(x.shape, x.dtype, w.shape, padding, groups, choice)
+    x_shape = logical(x.shape, last)
+    plan = plan_for(x, w, padding, groups, choice, last, autocast_on)
     kept = parts(memory, ops.kept_arrays(plan, x.shape, groups, True))
-    dgrad, wgrad = gradient_plans(x.dtype, x.shape, w.shape, geometry_of(padding), choice, need_x, need_w)
-    general = (dgrad is None, wgrad is None) != (not need_x, not need_w)
-    dy = new.scratch(output_shape(x.shape, w.shape, geometry_of(padding)), x.dtype) if general else None
-    packed = not general and (need_x or need_w)
-    arrays = ops.gradient_arrays(plan, x.shape[0], packed, packed and need_w and training)
+    (dgrad, _), (wgrad, _) = _gradient_plans(x_shape, x.dtype, w.shape, w.dtype, padding, choice, last)
+    general = (need_x and dgrad is None) or (need_w and wgrad is None)
+    dy = new.scratch(output_shape(x_shape, w.shape, geometry_of(padding)), x.dtype) if general else None
+    packed, centred = not general and (need_x or need_w), training and x.dtype == np.float32
+    arrays = ops.gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
     made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
     before(plan, kept, made)
     ops.output_gradient(weight, dy, kept, made, plan=plan, groups=groups, training=training, activation=activation)
@@ -95,20 +119,20 @@ def convolution_gradients(
         return dx, dw
     dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
     if need_w:  # first: the room of its workspaces is dx's then
-        ops.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=training)
+        ops.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
     if need_x:
-        ops.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed())
+        ops.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed().of_weights(SCALARS[w.dtype]))
     return dx, dw
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
-        tensors = (x, w, conv_bias, *running, weight, bias, group_weight, group_bias)
+        tensors = (stored(x, options["last"]), w, conv_bias, *running, weight, bias, group_weight, group_bias)
         out, memory = call(_forward, *tensors, check=check, keep=True, **options)
         ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *applied)
         ctx.options = options
-        return out
+        return restored(out, options["last"])
 
     @staticmethod
     def backward(ctx, dout):
@@ -116,9 +140,14 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _differentiable_gradients(ctx.options, running_mean, running_var, tensors, dout)
         else:
-            names = ("padding", "choice", "groups", "training", "activation", "parameter")
+            names = ("padding", "choice", "groups", "training", "activation", "parameter", "autocast_on", "last")
             options = {name: ctx.options[name] for name in names}
-            found = call(_backward, dense(dout), *tensors, memory, needed=ctx.needs_input_grad[:7], **options)
+            x, *others = tensors
+            last = options["last"]
+            dout = stored(dense_in(dout, True), True) if last else dense(dout)
+            needed = ctx.needs_input_grad[:7]
+            dx, *others = call(_backward, dout, stored(x, last), *others, memory, needed=needed, **options)
+            found = restored(dx, last), *others
         return *found, *[None] * 4
 
 
@@ -127,7 +156,7 @@ def _differentiable_gradients(options, running_mean, running_var, tensors, dout)
     activate = _operator(options["activation"], options["parameter"])
 
     def unfused(x, w, conv_bias, weight, bias, group_weight, group_bias):
-        y = conv_transpose2d_as(x, w, conv_bias, geometry_of(options["padding"]), options["choice"])
+        y = conv_transpose2d_as(x.to(w.dtype), w, conv_bias, geometry_of(options["padding"]), options["choice"])
         y = batch_norm(y, running_mean, running_var, weight, bias, options["training"], eps=options["eps"])
         y = max_pool2d(activate(y), 2)
         return group_norm(y, options["groups"], group_weight, group_bias, options["group_eps"])
@@ -153,16 +182,44 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, othe
     try:
         _check_slope(negative_slope)
         _check_mixture(x, batches, conv_weight, *others)
-        shapes = x.shape, NUMPY[x.dtype], conv_weight.shape
-        return plan_for(*shapes, pair(padding, "padding"), num_groups, choose(_class(numerics, x), x)), None
+        how = pair(padding, "padding"), num_groups, choose(_class(numerics, x), x), _last(x), autocast.enabled(x)
+        return _plan(x.shape, NUMPY[x.dtype], conv_weight.shape, NUMPY[conv_weight.dtype], *how), None
     except UnsupportedError as error:
         return None, str(error)
 
 
-def plan_for(x_shape, dtype, w_shape, padding, groups, choice):
-    plan = required_plan(convolution_plan, x_shape, dtype, w_shape, geometry_of(padding), choice, dgrad=False)
+def plan_for(x, w, padding, groups, choice, last, autocast_on):
+    """The plan of the convolution for arrays; last: whether x is [N, H, W, C]."""
+    return _plan(logical(x.shape, last), x.dtype, w.shape, w.dtype, padding, groups, choice, last, autocast_on)
+
+
+def new_output(new, x, w, padding, last):
+    """Memory of the fused operator's output."""
+    *outer, height, width = output_shape(logical(x.shape, last), w.shape, geometry_of(padding))
+    return new(physical((*outer, height // 2, width // 2), last), w.dtype)
+
+
+def _plan(x_shape, dtype, w_shape, w_dtype, padding, groups, choice, last, autocast_on):
+    options = {"dgrad": False, "channels_last": last}
+    plan = required_plan(convolution_plan, x_shape, dtype, w_shape, geometry_of(padding), choice, **options)
     ops.check_supported(plan, groups)
-    return plan
+    if last or w_dtype != dtype:  # which the general kernels for gradients do not take
+        for found, reason in _gradient_plans(x_shape, dtype, w_shape, w_dtype, padding, choice, last):
+            if not found:
+                raise UnsupportedError(f"of a gradient, {reason}")
+    return ops.typed(plan, SCALARS[w_dtype], half=autocast_on or dtype.itemsize == 2)
+
+
+def _gradient_plans(x_shape, dtype, w_shape, w_dtype, padding, choice, last):
+    """(plan or None, the reason), of dx and of dw."""
+    dy_shape, how = output_shape(x_shape, w_shape, geometry_of(padding)), (w_shape, geometry_of(padding), choice)
+    dgrad = tensor_core_plan(dy_shape, dtype, *how, dgrad=True, channels_last=last)
+    return dgrad, wgrad_plan(x_shape, w_dtype, *how, channels_last=last)
+
+
+def _last(x) -> bool:
+    """Whether the kernels take x, and give the output, as channels_last: of 16 bits."""
+    return x.dtype is not torch.float32 and channels_last(x)
 
 
 def _check_slope(negative_slope) -> None:
@@ -174,9 +231,10 @@ def _check_slope(negative_slope) -> None:
 
 def _check_mixture(x, batches, *others) -> None:
     """UnsupportedError for dtypes or a counter of batches that do not go together."""
-    if autocast.enabled(x) and x.dtype != torch.float32:
-        raise UnsupportedError(f"under autocast the input must be float32, received {x.dtype}")
-    if any(t is not None and t.dtype != x.dtype for t in others):
+    if autocast.enabled(x):
+        if x.dtype == torch.float64 or any(t is not None and t.dtype != torch.float32 for t in others):
+            raise UnsupportedError("under autocast parameters must be float32, and the input not float64")
+    elif any(t is not None and t.dtype != x.dtype for t in others):
         raise UnsupportedError("input and parameters have different dtypes")
     if batches is not None and (batches.dtype, batches.numel(), batches.device) != (torch.int64, 1, x.device):
         raise UnsupportedError(
@@ -220,7 +278,8 @@ def conv_bn_activation_max_pool_group_norm(
     """group_norm(max_pool2d(act(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
 
     input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
-    and group_norm. One dtype for all: float32, float16 or bfloat16.
+    and group_norm. One dtype for all: float32, float16 or bfloat16. Those of 16 bits may be channels_last: then no
+    kernel converts them, and the result, and input's gradient, are channels_last, too.
     activation: act, the name of an operator that activation.cuh has, "tanh" or "leaky_relu". negative_slope: of
         leaky_relu, finite and not negative.
     num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
@@ -229,8 +288,9 @@ def conv_bn_activation_max_pool_group_norm(
     For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
     with the reason. Besides, batch_norm's errors.
     Returns [N, Cout, OH/2, OW/2], rounded down.
-    Under torch.autocast, of float32 tensors: as without it, in the class "tf32", whose errors are smaller than those of
-    casts between the operators. The result has the dtype that autocast gives group_norm's.
+    Under torch.autocast all but the input are float32, and nothing is cast: products are those of the class "tf32",
+    whose errors are smaller than those of casts between the operators. Between the kernels values have 16 bits. The
+    result has the dtype that autocast gives group_norm's.
     """
     check_numerics(numerics)
     ops.struct_of(activation)
@@ -239,7 +299,7 @@ def conv_bn_activation_max_pool_group_norm(
     training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    choice = choose(_class(numerics, input), input)
+    choice, last, autocast_on = choose(_class(numerics, input), input), _last(input), autocast.enabled(input)
     alone = training and peers is None
 
     def check():
@@ -247,11 +307,13 @@ def conv_bn_activation_max_pool_group_norm(
         if peers is not None and not input.shape[0]:
             raise UnsupportedError("the batch is empty, and other processes' batches count, too")
         _check_shapes(input, *others, padding, alone, num_groups)
-        plan_for(input.shape, NUMPY[input.dtype], conv_weight.shape, padding, num_groups, choice)
+        dtypes = NUMPY[input.dtype], NUMPY[conv_weight.dtype]
+        how = padding, num_groups, choice, last, autocast_on
+        _plan(input.shape, dtypes[0], conv_weight.shape, dtypes[1], *how)
 
     _check_slope(parameter)
-    tensors = dense_after(check, input, conv_weight, conv_bias, weight, bias, group_weight, group_bias)
-    x, w, conv_bias, *affine = tensors = (aligned(tensors[0]), *tensors[1:])
+    tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    x, w, conv_bias, *affine = tensors = (restored(aligned(tensors[0]), last), *tensors[1:])
     updated = dense(running_mean), dense(running_var), num_batches_tracked
     options = {
         "padding": padding,
@@ -263,7 +325,8 @@ def conv_bn_activation_max_pool_group_norm(
         "group_eps": group_eps,
         "activation": activation,
         "parameter": parameter,
-        "autocast_on": autocast.enabled(input),  # as check() looks at it
+        "autocast_on": autocast_on,  # as check() looks at it
+        "last": last,
     }
     if peers is not None:
         out = peers(tensors, updated, check, options)
@@ -271,7 +334,9 @@ def conv_bn_activation_max_pool_group_norm(
         applied = applied_statistics(running_mean, running_var, training)
         out = apply(_Fused, *tensors, updated, applied, check, options)
     else:
+        x = stored(x, last)
         out, _ = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=False, **options)
+        out = restored(out, last)
     if training:
         note_update(running_mean, running_var, num_batches_tracked, updated)
     return autocast.result_of_norm(out)
@@ -307,8 +372,3 @@ def _check_shapes(
             raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
     if num_groups < 1 or shape[1] % num_groups:
         raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
-
-
-def pooled_shape(x_shape, w_shape, padding):
-    *outer, height, width = output_shape(x_shape, w_shape, geometry_of(padding))
-    return *outer, height // 2, width // 2

@@ -10,16 +10,18 @@ import torch
 
 from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels.conv_transpose import output_shape
+from cupy_kernels.gather_gemm import logical
 from cupy_kernels.plan import parts, room
 from cupy_kernels.sync_batch_norm import sync_borders, sync_message, sync_parameter_gradients, sync_statistics
 
 from ..calls import call
+from ..formats import dense_in, restored, stored
 from ..interop import dense
-from .conv_bn_pool import convolution_gradients, geometry_of, plan_for, pooled_shape
+from .conv_bn_pool import convolution_gradients, geometry_of, new_output, plan_for
 from .gradients import apply, will_need_grad
 from .sync_batch_norm import gathered, refuse_second_derivatives
 
-_OPTIONS = ("padding", "choice", "groups", "activation")
+_OPTIONS = ("padding", "choice", "groups", "activation", "autocast_on", "last")
 
 
 def _convolved(
@@ -39,16 +41,17 @@ def _convolved(
     choice,
     keep,
     autocast_on,
+    last,
     **tail,
 ):
     """What is kept of the convolution, and the rank's message. Of the others the check of the call needs to know."""
-    plan = plan_for(x.shape, x.dtype, w.shape, padding, tail["groups"], choice)
+    plan = plan_for(x, w, padding, tail["groups"], choice, last, autocast_on)
     arrays = ops.kept_arrays(plan, x.shape, tail["groups"], keep)
     memory, message = new((room(arrays),), "uint8"), new((2 * w.shape[1] + 1,), "float64")
     mean, invstd = (new.scratch(w.shape[1], "float32") for _ in range(2))
     partials = ops.pooled_sums(new.scratch, x, w, weight, parts(memory, arrays), plan=plan, training=True)
     ops.batch_statistics(partials, None, None, None, None, mean, invstd, 0, 0, plan=plan, training=True, **tail)
-    sync_message(mean, invstd, conv_bias, message, _count(x, w, padding))
+    sync_message(mean, invstd, conv_bias, message, _count(x, w, padding, last))
     return memory, message
 
 
@@ -73,11 +76,13 @@ def _output(
     keep,
     momentum,
     eps,
+    autocast_on,
+    last,
     **options,
 ):
-    plan = plan_for(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
+    plan = plan_for(x, w, padding, options["groups"], choice, last, autocast_on)
     kept = parts(memory, ops.kept_arrays(plan, x.shape, options["groups"], keep))
-    out = new(pooled_shape(x.shape, w.shape, padding), x.dtype)
+    out = new_output(new, x, w, padding, last)
     distance, share = new((w.shape[1],), "float32"), new((1,), "float64")
     statistics, moments = (running_mean, running_var, batches), (kept["mean"], kept["invstd"])
     sync_statistics(messages, own, *statistics, conv_bias, *moments, distance, share, momentum, eps)
@@ -87,10 +92,26 @@ def _output(
 
 
 def _tail_gradients(
-    new, dout, x, w, weight, bias, group_weight, group_bias, memory, *, padding, choice, needed, groups, **options
+    new,
+    dout,
+    x,
+    w,
+    weight,
+    bias,
+    group_weight,
+    group_bias,
+    memory,
+    *,
+    padding,
+    choice,
+    needed,
+    groups,
+    autocast_on,
+    last,
+    **options,
 ):
     """g, partial sums and sums of the rank, and gradients of the parameters behind the convolution."""
-    plan = plan_for(x.shape, x.dtype, w.shape, padding, groups, choice)
+    plan = plan_for(x, w, padding, groups, choice, last, autocast_on)
     kept = parts(memory, ops.kept_arrays(plan, x.shape, groups, True))
     made = {name: new(*array) for name, array in ops.gradient_arrays(plan, x.shape[0], False, False).items()}
     parameters = (weight, bias, group_weight, group_bias)
@@ -106,7 +127,7 @@ def _convolution_gradients(
     """(dx, dw, dconv_bias)"""
     *needed, need_bias = needed
     dconv_bias, rest = new.like(conv_bias if need_bias else None), new.scratch(w.shape[1], "float32")
-    count = _count(x, w, options["padding"])
+    count = _count(x, w, options["padding"], options["last"])
 
     def before(plan, kept, made):
         statistics, sums = (kept["mean"], kept["invstd"], distance, share), (made["sums"], rest, made["dy_exponents"])
@@ -121,20 +142,20 @@ def _convolution_gradients(
     return *found, dconv_bias
 
 
-def _count(x, w, padding):
+def _count(x, w, padding, last):
     """Values of a channel of the convolution's output."""
-    images, _, *size = output_shape(x.shape, w.shape, geometry_of(padding))
+    images, _, *size = output_shape(logical(x.shape, last), w.shape, geometry_of(padding))
     return images * math.prod(size)
 
 
 def _call(x, w, conv_bias, weight, bias, group_weight, group_bias, running, check, group, keep, options):
     """(out, what is kept of the convolution, distance, share)"""
-    tensors = (x, w, conv_bias, *running, weight, bias, group_weight, group_bias)
-    before = {name: options[name] for name in (*_OPTIONS, "autocast_on")}
+    tensors = (stored(x, options["last"]), w, conv_bias, *running, weight, bias, group_weight, group_bias)
+    before = {name: options[name] for name in _OPTIONS}
     after = {name: options[name] for name in (*_OPTIONS, "momentum", "eps", "group_eps", "parameter")}
     memory, own = call(_convolved, *tensors, check=check, keep=keep, **before)
     out, *others = call(_output, *tensors, memory, own, gathered(own, group), keep=keep, **after)
-    return out, memory, *others
+    return restored(out, options["last"]), memory, *others
 
 
 class _SyncFused(torch.autograd.Function):
@@ -152,13 +173,16 @@ class _SyncFused(torch.autograd.Function):
         x, w, conv_bias, *affine, memory, distance, share = ctx.saved_tensors
         of_convolution, of_tail = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:7]
         options = {name: ctx.options[name] for name in _OPTIONS}
-        given, parameter = (dense(dout), x, w, *affine, memory), ctx.options["parameter"]
+        last, parameter = options["last"], ctx.options["parameter"]
+        x = stored(x, last)
+        given = (stored(dense_in(dout, True), True) if last else dense(dout), x, w, *affine, memory)
         g, partials, sums, *found = call(_tail_gradients, *given, needed=of_tail, parameter=parameter, **options)
         gradients = (None,) * 3
         if any(of_convolution):
             own = sums.double()
             given = (x, w, conv_bias, affine[0], memory, g, partials, distance, share, own, gathered(own, ctx.group))
-            gradients = call(_convolution_gradients, *given, needed=of_convolution, **options)
+            dx, *others = call(_convolution_gradients, *given, needed=of_convolution, **options)
+            gradients = restored(dx, last), *others
         return *gradients, *found, *[None] * 4
 
 
