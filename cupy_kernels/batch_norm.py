@@ -74,7 +74,8 @@ def batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, w
     channels = _check_channels(x, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
     walk = _walk((x,), running_mean)
     walk.launch("batch_norm_partials", (x, partials, *walk.sizes, walk.chunks, walk.tile))
-    args = (x, partials, running_mean, running_var, batches, mean, invstd, momentum, eps, *walk.sizes, walk.chunks)
+    _, _, *counts = walk.sizes
+    args = (partials, running_mean, running_var, batches, mean, invstd, momentum, eps, channels, *counts, walk.chunks)
     _combine(Kernel(_FILE, "batch_norm_statistics", walk.macros), channels, walk.chunks, args)
 
 

@@ -175,7 +175,7 @@ template <class F> __device__ inline void with_units(acc_t* scratch, F pass) {
         pass(open);
         __syncthreads();
         if (block_sum(open.again ? (acc_t)1 : (acc_t)0, scratch) == 0) return;
-        open.unit = 0x1p-96f;
+        open.unit = OTHER_UNIT();
     }
 }
 
@@ -253,11 +253,6 @@ __device__ inline void sums_of_channels(acc_t (&v)[K][SLOTS], const Walk& walk, 
         });
     }
 #endif
-}
-
-// What means are summed up relative to: the rounding error of a large mean must not enter the variance.
-__device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) {
-    return finite_or_zero(to_acc(x[channel * plane]));
 }
 
 // Of values times a unit. The mean has more digits than acc_t, of which large means with small variances need some.
@@ -361,13 +356,15 @@ __device__ inline void moments_of_chunk(
                 return columns.at(SHIFT, 0, column) - reference + columns.at(DISTANCE, 0, column);
             };
             for (int i = lane; i < walk.plane; i += lanes) sum += distance_of(first + i);
-            acc_t mean = sum_of_lanes(sum, lanes) / walk.plane;
+            acc_t near = sum_of_lanes(sum, lanes) / walk.plane, rest = 0;
             for (int i = lane; i < walk.plane; i += lanes) {
-                acc_t distance = distance_of(first + i) - mean;
+                acc_t distance = distance_of(first + i) - near;
+                rest += distance;
                 m2 += columns.at(SQUARES, 0, first + i) + walk.rows * distance * distance;
             }
+            double mean = (double)reference + near + finite_or_zero(sum_of_lanes(rest, lanes) / walk.plane);
             m2 = sum_of_lanes(m2, lanes);
-            if (lane == 0) finish(k, place, walk.first + place, ChunkMoments{(double)reference + mean, m2});
+            if (lane == 0) finish(k, place, walk.first + place, ChunkMoments{mean, m2});
         });
     }
 #endif
