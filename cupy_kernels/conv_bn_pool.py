@@ -195,7 +195,7 @@ def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan, centred: boo
     unit_exponents, sums = kept["unit_exponents"], None
     if centred:
         sums = scratch((x.shape[1],), x.dtype)
-        channel_sum(x[:1], sums, scratch(channel_sum_workspace_size((1, *x.shape[1:])), np.float32))
+        channel_sum(x[:1], sums, scratch(channel_sum_workspace_size(x[:1]), np.float64))
     x_packed, partial = scratch(packed_shape(x.shape, plan.split), np.float16), scratch(plan.partial_size, np.float32)
     pack_fp16(x, unit_exponents, sums, x_packed, plan.split)
     dy = made["dy_packed"], made["dy_exponents"], made.get("borders")

@@ -7,7 +7,7 @@
 // writes partial [split][group][ic][n]; wgrad_gemm_reduce adds the splits in ascending order, undoes the scales, and
 // writes dw. The octets of a pixel that a tap takes outside of dy are zero; a pixel of x that is infinite makes NaN of
 // them, as in cuDNN. Grid of wgrad_gemm: x = tiles of m (fastest) and n, y = splits, z = groups; of the reduction: x =
-// elements of partial, y = groups. Macros: scalar_t (of dw), MIN_BLOCKS, those of gather_gemm.cuh.
+// blocks of output channels (fastest), taps, input channels, y = groups. Macros: scalar_t (of dw), MIN_BLOCKS, those of gather_gemm.cuh.
 #include "gather_gemm.cuh"
 
 struct Pixel { int dy, h, w; };  // of dy, in the whole batch and in its image, under a tap that shifts by 0
@@ -100,22 +100,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_gemm(
             }
 }
 
-// dw: element (group, ic, oc, tap) at the sum of its strides; group and ic have one stride.
+// dw: element (group, ic, oc, tap) at the sum of its strides; group and ic have one stride. A block has 32 output
+// channels of `block_taps` taps and `rows` input channels. It turns them in shared memory if neighbouring taps are
+// neighbours in dw.
 extern "C" __global__ void wgrad_gemm_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
     scalar_t* __restrict__ dw, int x_exponent_count, int dy_exponent_count, int in_channels, int out_channels,
-    int out_octets, int taps, int splits, i64 in_stride, i64 out_stride, i64 tap_stride) {
+    int out_octets, int taps, int splits, i64 in_stride, i64 out_stride, i64 tap_stride, int block_taps, int rows) {
+    DYNAMIC_SHARED(float, turned);  // [row][channel][tap], an odd number of floats a channel
     __shared__ unsigned scratch[32];
     int exponent = x_exponents ? smallest_exponent(x_exponents, x_exponent_count, scratch) +
                                      smallest_exponent(dy_exponents, dy_exponent_count, scratch)
                                : 0;
-    int columns = taps * out_octets * 8;
-    i64 size = (i64)in_channels * columns, i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    int oc = i % (out_octets * 8), tap = i / (out_octets * 8) % taps, ic = i / columns;
-    if (i >= size || oc >= out_channels) return;
-    float sum = 0;
-    #pragma unroll 4
-    for (int split = 0; split < splits; split++) sum += partial[((i64)split * gridDim.y + blockIdx.y) * size + i];
-    dw[(blockIdx.y * (i64)in_channels + ic) * in_stride + oc * out_stride + tap * tap_stride] =
-        from_acc<scalar_t>(x_exponents ? ScaleBack(exponent)(sum) : sum);
+    int all_channels = out_octets * 8, channel_blocks = (all_channels + 31) / 32,
+        tap_blocks = (taps + block_taps - 1) / block_taps, pitch = block_taps | 1;
+    int first_oc = blockIdx.x % channel_blocks * 32, first_tap = blockIdx.x / channel_blocks % tap_blocks * block_taps,
+        first_ic = blockIdx.x / channel_blocks / tap_blocks * rows;
+    i64 size = (i64)in_channels * taps * all_channels, split_stride = gridDim.y * size;
+    partial += blockIdx.y * size;
+    dw += blockIdx.y * (i64)in_channels * in_stride;
+    bool turn = tap_stride == 1;
+    Divisor by_taps(block_taps);
+    #pragma unroll 2
+    for (int i = threadIdx.x; i < rows * block_taps * 32; i += blockDim.x) {
+        unsigned in_block, row = by_taps.divide(i / 32, in_block);
+        int oc = first_oc + i % 32, tap = first_tap + in_block, ic = first_ic + row;
+        if (ic >= in_channels || tap >= taps || oc >= out_channels) continue;
+        const float* from = partial + ((i64)ic * taps + tap) * all_channels + oc;
+        float sum = 0;
+        #pragma unroll 4
+        for (int split = 0; split < splits; split++) sum += from[split * split_stride];
+        if (x_exponents) sum = ScaleBack(exponent)(sum);
+        if (turn) turned[(row * 32 + i % 32) * pitch + in_block] = sum;
+        else dw[ic * in_stride + oc * out_stride + tap * tap_stride] = from_acc<scalar_t>(sum);
+    }
+    if (!turn) return;
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * block_taps * 32; i += blockDim.x) {
+        unsigned in_block, line = by_taps.divide(i, in_block);
+        int oc = first_oc + line % 32, tap = first_tap + in_block, ic = first_ic + line / 32;
+        if (ic < in_channels && tap < taps && oc < out_channels)
+            dw[ic * in_stride + oc * out_stride + tap] = from_acc<scalar_t>(turned[line * pitch + in_block]);
+    }
 }

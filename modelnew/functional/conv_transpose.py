@@ -1,5 +1,7 @@
 """conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -124,28 +126,30 @@ def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
 
     dx is of x's memory format, and dw of w's; of dy's, and contiguous, where they are None.
     """
-    need_x, need_w, need_bias = needed
     formats = x_last, w_last = _formats(dy if x is None else x, w, x_shape, w_shape, geometry, choice)
     arrays = (None if t is None else _array(t, last) for t, last in ((x, x_last), (w, w_last), (dy, x_last)))
-    options = x_shape, w_shape, geometry, choice, (need_x, need_w, need_bias and not x_last), formats
-    dx, dw, dbias = call(gradients, *arrays, *options)
-    if x_last and need_bias:
-        dbias = dy.sum((0, 2, 3))
+    dx, dw, dbias = call(gradients, *arrays, x_shape, w_shape, geometry, choice, needed, formats)
     return restored(dx, x_last), restored(dw, w_last), dbias
 
 
 def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed, formats=(False, False)):
     """The operation of `conv_gradients`, see `calls.call`. formats: as in `_forward`, of x and dy, and of w."""
     need_x, need_w, need_bias = needed
+    dx = dw = None
+    if need_x or need_w:
+        dx, dw = _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need_w, formats)
+    return dx, dw, _channel_sums(new, dy, formats[0]) if need_bias else None
+
+
+def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need_w, formats):
+    """(dx, dw) of `gradients`."""
     if depthwise.takes(w_shape, geometry):
-        dx, dw = _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, needed, formats[0])
-        return dx, dw, _channel_sums(new, dy) if need_bias else None
+        return _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, (need_x, need_w), formats[0])
     split, _ = gather_gemm_split(dy.dtype, tuple(x_shape), tuple(w_shape), geometry, choice)
     dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
     if split and (any(formats) or (need_x and not dgrad) or (need_w and not wgrad)):
         how = geometry, split, choice.wgmma, *formats, need_x, need_w
-        dx, dw = gather_gemm.gradients(new, x, w, dy, x_shape, w_shape, *how)
-        return dx, dw, _channel_sums(new, dy) if need_bias else None
+        return gather_gemm.gradients(new, x, w, dy, x_shape, w_shape, *how)
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
     packed, exponents, _ = pack_fp16(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
     if need_x and dgrad:
@@ -161,7 +165,7 @@ def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed, formats
         dtype = common.accumulator_dtype(dy)
         size = ops.wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
         ops.conv_transpose_wgrad(x, dy, dw, new.scratch(size, dtype), geometry)
-    return dx, dw, _channel_sums(new, dy) if need_bias else None
+    return dx, dw
 
 
 def _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, needed, channels_last):
@@ -202,9 +206,11 @@ def pack_fp16(allocate, tensor, split, exponents=None, centred=False):
     return packed, exponents, sums
 
 
-def _channel_sums(allocate, tensor):
+def _channel_sums(allocate, tensor, channels_last=False):
+    if channels_last:
+        tensor = tensor.reshape((math.prod(tensor.shape[:-1]), tensor.shape[-1]))
     sums = allocate((tensor.shape[1],), tensor.dtype)
-    partial = allocate((bias_ops.channel_sum_workspace_size(tensor.shape),), common.accumulator_dtype(tensor))
+    partial = allocate((bias_ops.channel_sum_workspace_size(tensor),), np.float64)
     bias_ops.channel_sum(tensor, sums, partial)
     return sums
 
