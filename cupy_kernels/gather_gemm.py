@@ -27,6 +27,7 @@ _MOST_MERGED = 128  # phases
 _LONGEST_CHAIN = 2**15  # pixels that a split of wgrad sums: tensor cores truncate when they add
 _MOST_SPLITS = 32
 _LONG_COLUMN = 4096  # weights of a channel from which on a block that reads them has all threads
+_LONG_REDUCTION = 2**22  # elements of split sums from which on blocks add larger parts
 _ROW_BYTES, _PIXEL_BYTES = 16, 12  # of the kernels' tables in shared memory
 
 
@@ -411,9 +412,10 @@ def wgrad(p: WgradPlan, x, x_exponents, dy, dy_exponents, dw, partial, w_channel
     launch(kernel, p.grid, (p.tile.threads, 1, 1), (x, dy, partial, *p.args), dict(p.macros)["SHARED_BYTES"])
     groups, counts = p.grid[2], [0 if e is None else e.size for e in (x_exponents, dy_exponents)]
     channels_in, _, out_octets, taps, _ = p.reduce_args
-    block_taps = min(taps, 32)
-    rows = max(1, 32 // block_taps)
-    blocks = ceil_div(out_octets, 4) * ceil_div(taps, block_taps) * ceil_div(channels_in, rows)
+    block_channels, block_taps = min(32, 8 * out_octets), min(taps, 32)
+    elements = 4 * THREADS if p.partial_size > _LONG_REDUCTION else THREADS
+    rows = max(1, elements // (block_channels * block_taps))
+    blocks = ceil_div(8 * out_octets, block_channels) * ceil_div(taps, block_taps) * ceil_div(channels_in, rows)
     launch(
         _variant("gather_gemm_wgrad.cu", p.macros).kernel("wgrad_gemm_reduce"),
         (blocks, groups, 1),
@@ -426,10 +428,11 @@ def wgrad(p: WgradPlan, x, x_exponents, dy, dy_exponents, dw, partial, w_channel
             *counts,
             *p.reduce_args,
             *weight_strides(dw.shape, w_channels_last),
+            block_channels,
             block_taps,
             rows,
         ),
-        4 * rows * 32 * (block_taps | 1),
+        4 * rows * block_channels * (block_taps | 1),
     )
 
 

@@ -173,14 +173,27 @@ extern "C" __global__ void tap_exponents(
     i64 inner_stride = tap_stride <= sum_stride ? tap_stride : sum_stride,
         outer_stride = tap_stride <= sum_stride ? sum_stride : tap_stride;
     const scalar_t* from = w + blockIdx.y * group_stride + channel * channel_stride;
-    Divisor by_inner(inner);
+    enum { VECTOR = 16 / sizeof(scalar_t) };
+    bool wide = inner_stride == 1 && inner % VECTOR == 0 && outer_stride % VECTOR == 0 &&
+                channel_stride % VECTOR == 0 && group_stride % VECTOR == 0 && (size_t)w % 16 == 0;
     unsigned largest = 0;
-    if (channel < channels)
+    if (wide && channel < channels) {
+        Divisor by_inner(inner / VECTOR);
+        #pragma unroll 4
+        for (int i = threadIdx.x; i < sum_channels * taps / VECTOR; i += blockDim.x) {
+            unsigned at, outer = by_inner.divide(i, at);
+            Packed<scalar_t, VECTOR> in = *(const Packed<scalar_t, VECTOR>*)(from + outer * outer_stride + at * VECTOR);
+            #pragma unroll
+            for (int v = 0; v < VECTOR; v++) largest = max(largest, finite_magnitude(to_acc(in.v[v])));
+        }
+    } else if (channel < channels) {
+        Divisor by_inner(inner);
         #pragma unroll 4
         for (int i = threadIdx.x / lanes; i < sum_channels * taps; i += blockDim.x / lanes) {
             unsigned at, outer = by_inner.divide(i, at);
             largest = max(largest, finite_magnitude(to_acc(from[outer * outer_stride + at * inner_stride])));
         }
+    }
     if (lanes == 1) largest = block_max(largest, scratch[0]);
     else {
         scratch[threadIdx.x / 32][lane] = largest;

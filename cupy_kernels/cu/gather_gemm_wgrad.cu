@@ -100,45 +100,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_gemm(
             }
 }
 
-// dw: element (group, ic, oc, tap) at the sum of its strides; group and ic have one stride. A block has 32 output
-// channels of `block_taps` taps and `rows` input channels. It turns them in shared memory if neighbouring taps are
-// neighbours in dw.
+// dw: element (group, ic, oc, tap) at the sum of its strides; group and ic have one stride. A block has `block_channels`
+// output channels, a multiple of 4, of `block_taps` taps and `rows` input channels. It turns them in shared memory if
+// neighbouring taps are neighbours in dw.
 extern "C" __global__ void wgrad_gemm_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
     scalar_t* __restrict__ dw, int x_exponent_count, int dy_exponent_count, int in_channels, int out_channels,
-    int out_octets, int taps, int splits, i64 in_stride, i64 out_stride, i64 tap_stride, int block_taps, int rows) {
+    int out_octets, int taps, int splits, i64 in_stride, i64 out_stride, i64 tap_stride, int block_channels,
+    int block_taps, int rows) {
     DYNAMIC_SHARED(float, turned);  // [row][channel][tap], an odd number of floats a channel
     __shared__ unsigned scratch[32];
     int exponent = x_exponents ? smallest_exponent(x_exponents, x_exponent_count, scratch) +
                                      smallest_exponent(dy_exponents, dy_exponent_count, scratch)
                                : 0;
-    int all_channels = out_octets * 8, channel_blocks = (all_channels + 31) / 32,
-        tap_blocks = (taps + block_taps - 1) / block_taps, pitch = block_taps | 1;
-    int first_oc = blockIdx.x % channel_blocks * 32, first_tap = blockIdx.x / channel_blocks % tap_blocks * block_taps,
+    ScaleBack scale_back(exponent);
+    int all_channels = out_octets * 8, channel_blocks = (all_channels + block_channels - 1) / block_channels,
+        tap_blocks = (taps + block_taps - 1) / block_taps, pitch = block_taps | 1, quads = block_channels / 4;
+    int first_oc = blockIdx.x % channel_blocks * block_channels,
+        first_tap = blockIdx.x / channel_blocks % tap_blocks * block_taps,
         first_ic = blockIdx.x / channel_blocks / tap_blocks * rows;
     i64 size = (i64)in_channels * taps * all_channels, split_stride = gridDim.y * size;
     partial += blockIdx.y * size;
     dw += blockIdx.y * (i64)in_channels * in_stride;
     bool turn = tap_stride == 1;
-    Divisor by_taps(block_taps);
-    #pragma unroll 2
-    for (int i = threadIdx.x; i < rows * block_taps * 32; i += blockDim.x) {
-        unsigned in_block, row = by_taps.divide(i / 32, in_block);
-        int oc = first_oc + i % 32, tap = first_tap + in_block, ic = first_ic + row;
-        if (ic >= in_channels || tap >= taps || oc >= out_channels) continue;
+    Divisor by_quads(quads), by_taps(block_taps), by_channels(block_channels);
+    for (int i = threadIdx.x; i < rows * block_taps * quads; i += blockDim.x) {
+        unsigned quad, in_block, row = by_taps.divide(by_quads.divide(i, quad), in_block);
+        int channel = quad * 4, oc = first_oc + channel, tap = first_tap + in_block, ic = first_ic + row;
+        if (ic >= in_channels || tap >= taps || oc >= all_channels) continue;
         const float* from = partial + ((i64)ic * taps + tap) * all_channels + oc;
-        float sum = 0;
-        #pragma unroll 4
-        for (int split = 0; split < splits; split++) sum += from[split * split_stride];
-        if (x_exponents) sum = ScaleBack(exponent)(sum);
-        if (turn) turned[(row * 32 + i % 32) * pitch + in_block] = sum;
-        else dw[ic * in_stride + oc * out_stride + tap * tap_stride] = from_acc<scalar_t>(sum);
+        float sum[4] = {};
+        #pragma unroll 8
+        for (int split = 0; split < splits; split++) {
+            Packed<float, 4> part = *(const Packed<float, 4>*)(from + split * split_stride);
+            #pragma unroll
+            for (int v = 0; v < 4; v++) sum[v] += part.v[v];
+        }
+        #pragma unroll
+        for (int v = 0; v < 4; v++) {
+            if (oc + v >= out_channels) continue;
+            float value = x_exponents ? scale_back(sum[v]) : sum[v];
+            if (turn) turned[(row * block_channels + channel + v) * pitch + in_block] = value;
+            else dw[ic * in_stride + (oc + v) * out_stride + tap * tap_stride] = from_acc<scalar_t>(value);
+        }
     }
     if (!turn) return;
     __syncthreads();
-    for (int i = threadIdx.x; i < rows * block_taps * 32; i += blockDim.x) {
-        unsigned in_block, line = by_taps.divide(i, in_block);
-        int oc = first_oc + line % 32, tap = first_tap + in_block, ic = first_ic + line / 32;
+    for (int i = threadIdx.x; i < rows * block_taps * block_channels; i += blockDim.x) {
+        unsigned in_block, channel, line = by_taps.divide(i, in_block), row = by_channels.divide(line, channel);
+        int oc = first_oc + channel, tap = first_tap + in_block, ic = first_ic + row;
         if (ic < in_channels && tap < taps && oc < out_channels)
             dw[ic * in_stride + oc * out_stride + tap] = from_acc<scalar_t>(turned[line * pitch + in_block]);
     }

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels import channel_sum as bias_ops
-from cupy_kernels import common, depthwise, fp16_tiles
+from cupy_kernels import common, depthwise, fp16_tiles, thin
 from cupy_kernels import conv_transpose as ops
 from cupy_kernels import conv_transpose_mma as mma
 from cupy_kernels import conv_wgrad_mma as wgrad_mma
@@ -28,13 +28,16 @@ from .gradients import apply, differentiable, will_need_grad
 def kernels_of(dtype, x_shape, w_shape, geometry, choice, formats=(False, False)):
     """The rule that picks a forward's kernels: (what kernels, what they need to know).
 
-    ("resident bands", their plan): `conv_transpose_mma`, of stride 1 and contiguous tensors. ("depthwise", None).
-    ("implicit GEMM", split): `gather_gemm`, of nearly all else. ("general", why not the one before).
+    ("depthwise", None). ("thin", None): few output channels, contiguous float32. ("resident bands", their plan):
+    `conv_transpose_mma`, of stride 1 and contiguous tensors. ("implicit GEMM", split): `gather_gemm`, of nearly all
+    else. ("general", why not the one before).
     dtype: NumPy's. formats: of x and w, whether they are channels_last.
     """
     if depthwise.takes(w_shape, geometry):
         return "depthwise", None
     if not any(formats):
+        if thin.takes(x_shape, w_shape, geometry, dtype):
+            return "thin", None
         plan, _ = tensor_core_plan(x_shape, dtype, w_shape, geometry, choice)
         if plan:
             return "resident bands", plan
@@ -51,6 +54,8 @@ def _forward(new, x, w, bias, geometry, choice, formats=(False, False)):
     y = new(gather_gemm.physical(ops.output_shape(*shapes, geometry), formats[0]), x.dtype)
     if kernels == "depthwise":
         depthwise.gather(x, w, bias, y, geometry, formats[0])
+    elif kernels == "thin":
+        thin.forward(x, w, bias, y, geometry)
     elif kernels == "resident bands":
         mma.conv_transpose_mma(detail, x, w, bias, y, *_mma_workspaces(new, detail))
     else:
@@ -145,6 +150,8 @@ def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need
     """(dx, dw) of `gradients`."""
     if depthwise.takes(w_shape, geometry):
         return _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, (need_x, need_w), formats[0])
+    if not any(formats) and thin.takes(x_shape, w_shape, geometry, dy.dtype):
+        return _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w)
     split, _ = gather_gemm_split(dy.dtype, tuple(x_shape), tuple(w_shape), geometry, choice)
     dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
     if split and (any(formats) or (need_x and not dgrad) or (need_w and not wgrad)):
@@ -177,6 +184,15 @@ def _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, needed, chan
         dw = new(w_shape, dy.dtype)
         size = depthwise.wgrad_workspace_size(x_shape, w_shape)
         depthwise.wgrad(x, dy, dw, new.scratch(size, common.accumulator_dtype(dy)), geometry, channels_last)
+    return dx, dw
+
+
+def _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w):
+    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
+    if need_x:
+        thin.dgrad(dy, w, dx, geometry)
+    if need_w:
+        thin.wgrad(x, dy, dw, new.scratch(thin.wgrad_workspace_size(x_shape, w_shape), np.float32), geometry)
     return dx, dw
 
 
