@@ -66,10 +66,11 @@ def chunks_of(x):
         chunk = _PLANES_CHUNK_BYTES // x.itemsize
         return False, ceil_div(images * plane, chunk), chunk
     least, most = _ROWS_CHUNK_BYTES
-    chunk_bytes = max(least, min(most, images * row * x.itemsize // _BLOCKS))
     width = widest if row % widest == 0 else 1
     tile = row_tile(row, plane, width, _TILE_BYTES // (width * x.itemsize))
-    chunks = ceil_div(images * tile * width * x.itemsize, chunk_bytes)
+    tile_bytes = images * tile * width * x.itemsize  # of all rows
+    chunks = max(1, _BLOCKS // max(1, ceil_div(row // width, tile)))
+    chunks = max(ceil_div(tile_bytes, most), min(ceil_div(tile_bytes, least), chunks))
     rows = max(1, ceil_div(images, max(1, chunks)))
     return True, ceil_div(images, rows), rows * plane
 

@@ -27,7 +27,6 @@ _MOST_MERGED = 128  # phases
 _LONGEST_CHAIN = 2**15  # pixels that a split of wgrad sums: tensor cores truncate when they add
 _MOST_SPLITS = 32
 _LONG_COLUMN = 4096  # weights of a channel from which on a block that reads them has all threads
-_LONG_REDUCTION = 2**22  # elements of split sums from which on blocks add larger parts
 _ROW_BYTES, _PIXEL_BYTES = 16, 12  # of the kernels' tables in shared memory
 
 
@@ -413,8 +412,8 @@ def wgrad(p: WgradPlan, x, x_exponents, dy, dy_exponents, dw, partial, w_channel
     groups, counts = p.grid[2], [0 if e is None else e.size for e in (x_exponents, dy_exponents)]
     channels_in, _, out_octets, taps, _ = p.reduce_args
     block_channels, block_taps = min(32, 8 * out_octets), min(taps, 32)
-    elements = 4 * THREADS if p.partial_size > _LONG_REDUCTION else THREADS
-    rows = max(1, elements // (block_channels * block_taps))
+    share = channels_in * taps * 8 * out_octets * groups // (4 * MULTIPROCESSORS)  # elements of a block
+    rows = max(1, max(THREADS, min(16 * THREADS, share)) // (block_channels * block_taps))
     blocks = ceil_div(8 * out_octets, block_channels) * ceil_div(taps, block_taps) * ceil_div(channels_in, rows)
     launch(
         _variant("gather_gemm_wgrad.cu", p.macros).kernel("wgrad_gemm_reduce"),

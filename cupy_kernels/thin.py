@@ -46,7 +46,7 @@ def takes(x_shape, w_shape, geometry: Geometry, dtype) -> bool:
 def forward(x, w, bias, y, geometry: Geometry) -> None:
     """Writes y, the convolution's output. bias may be None."""
     macros, rows, columns = _macros(w.shape, geometry), *map(ceil_div, y.shape[2:], geometry.stride)
-    blocks = ceil_div(x.shape[0] * rows * ceil_div(columns, dict(macros)["PIXELS_FORWARD"]), _THREADS)
+    blocks = ceil_div(x.shape[0] * ceil_div(rows, dict(macros)["PIXELS_FORWARD"]) * columns, _THREADS)
     args = x, w, bias, y, *_sizes(x.shape, y.shape)
     launch(Kernel(_FILE, "thin_forward", macros), (blocks, 1, 1), (_THREADS, 1, 1), args, _weight_bytes(w.shape))
 
@@ -96,13 +96,13 @@ def _weight_bytes(w_shape):
 
 def _lane_channels(taps):
     """Channels of a lane of wgrad: two where their sums fit the registers."""
-    return 2 if taps <= 48 else 1
+    return 2 if taps <= 27 else 1
 
 
 def _wgrad_grid(x_shape, w_shape):
     channel_blocks = ceil_div(x_shape[1], 32 * _lane_channels(math.prod(w_shape[1:])))
     segments = x_shape[0] * x_shape[2] * ceil_div(x_shape[3], _SEGMENT)
-    return min(segments, max(1, 3 * MULTIPROCESSORS // channel_blocks)), channel_blocks
+    return min(segments, max(1, 4 * MULTIPROCESSORS // channel_blocks)), channel_blocks
 
 
 def _wgrad_bytes(macros):
@@ -126,7 +126,7 @@ def _macros(w_shape, geometry):
         "STRIDE_W": stride_w,
         "PAD_H": pad_h,
         "PAD_W": pad_w,
-        "PIXELS_FORWARD": 4 if sums <= 4 else 2 if sums <= 12 and taps <= 48 else 1,
+        "PIXELS_FORWARD": 4 if sums <= 6 else 2 if sums <= 12 else 1,
         "PIXELS_DGRAD": 2 if out_channels * kernel_h * (kernel_w + stride_w) <= 80 else 1,
         "LANE_CHANNELS": _lane_channels(taps),
         "SEGMENT": _SEGMENT,

@@ -30,7 +30,7 @@ struct Partials {
 };
 
 // partials: mean, and squares, of each chunk.
-extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_partials(
+extern "C" __global__ void __launch_bounds__(THREADS, 2 * BLOCKS) batch_norm_partials(
     const scalar_t* __restrict__ x, double* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunk,
     i64 chunks, int tile) {
     DYNAMIC_SHARED(acc_t, shared);

@@ -117,6 +117,12 @@ template <class F> __device__ inline int next_packs(Walk& walk, int most, F load
     return have;
 }
 
+#if !PLANES
+// Values of a thread's slots lie side by side: 16 bytes at a time, or lanes would meet in the same banks.
+enum { SLOTS_TOGETHER = WIDTH * sizeof(acc_t) % 16 ? 1 : 16 / sizeof(acc_t) };
+typedef Packed<acc_t, SLOTS_TOGETHER> SlotPack;
+#endif
+
 // What a block knows of its channels lies in shared memory: KEPT arrays of an entry for each channel of the tile, or
 // for each column where these differ in weight and bias; behind them the scratch memory of sums, 32 values, and without
 // PLANES 3 WIDTH for each thread.
@@ -135,6 +141,14 @@ struct Kept {
     // Of channels beyond the last nothing is kept, and nobody uses what is read.
     UNCHECKED __device__ acc_t value(int array, int place) const { return at(array, place); }
     UNCHECKED __device__ void slots(int array, const Walk& walk, acc_t (&v)[SLOTS]) const {
+#if !PLANES
+        if (walk.plane == 1) {
+            #pragma unroll
+            for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
+                *(SlotPack*)(v + s) = *(const SlotPack*)&at(array, walk.own + s);
+            return;
+        }
+#endif
         #pragma unroll
         for (int s = 0; s < SLOTS; s++) v[s] = at(array, walk.place(s));
     }
@@ -193,7 +207,8 @@ struct Columns {
     __device__ void put(int array, const acc_t (&v)[SLOTS]) const {
         if (threadIdx.x * WIDTH >= across * count) return;
         #pragma unroll
-        for (int s = 0; s < SLOTS; s++) at(array, 0, threadIdx.x * WIDTH + s) = v[s];
+        for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
+            *(SlotPack*)&at(array, 0, threadIdx.x * WIDTH + s) = *(const SlotPack*)(v + s);
     }
 };
 

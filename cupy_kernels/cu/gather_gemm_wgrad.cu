@@ -100,10 +100,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_gemm(
             }
 }
 
+// Four neighbouring output channels of a block of the reduction: the first one, tap, input channel.
+struct Quad {
+    int channel, tap, row;
+    __device__ Quad(unsigned number, const Divisor& by_quads, const Divisor& by_taps) {
+        unsigned quad, in_block;
+        row = by_taps.divide(by_quads.divide(number, quad), in_block);
+        channel = quad * 4, tap = in_block;
+    }
+};
+enum { AT_ONCE = 4 };  // loads of a thread
+
 // dw: element (group, ic, oc, tap) at the sum of its strides; group and ic have one stride. A block has `block_channels`
 // output channels, a multiple of 4, of `block_taps` taps and `rows` input channels. It turns them in shared memory if
 // neighbouring taps are neighbours in dw.
-extern "C" __global__ void wgrad_gemm_reduce(
+extern "C" __global__ void __launch_bounds__(256, 3) wgrad_gemm_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
     scalar_t* __restrict__ dw, int x_exponent_count, int dy_exponent_count, int in_channels, int out_channels,
     int out_octets, int taps, int splits, i64 in_stride, i64 out_stride, i64 tap_stride, int block_channels,
@@ -124,24 +135,39 @@ extern "C" __global__ void wgrad_gemm_reduce(
     dw += blockIdx.y * (i64)in_channels * in_stride;
     bool turn = tap_stride == 1;
     Divisor by_quads(quads), by_taps(block_taps), by_channels(block_channels);
-    for (int i = threadIdx.x; i < rows * block_taps * quads; i += blockDim.x) {
-        unsigned quad, in_block, row = by_taps.divide(by_quads.divide(i, quad), in_block);
-        int channel = quad * 4, oc = first_oc + channel, tap = first_tap + in_block, ic = first_ic + row;
-        if (ic >= in_channels || tap >= taps || oc >= all_channels) continue;
-        const float* from = partial + ((i64)ic * taps + tap) * all_channels + oc;
-        float sum[4] = {};
-        #pragma unroll 8
-        for (int split = 0; split < splits; split++) {
-            Packed<float, 4> part = *(const Packed<float, 4>*)(from + split * split_stride);
-            #pragma unroll
-            for (int v = 0; v < 4; v++) sum[v] += part.v[v];
-        }
+    int count = rows * block_taps * quads;
+    for (int first = threadIdx.x; first < count; first += blockDim.x * AT_ONCE) {
+        int offsets[AT_ONCE];  // of four neighbours in partial; negative if there are none
+        float sums[AT_ONCE][4] = {};
         #pragma unroll
-        for (int v = 0; v < 4; v++) {
-            if (oc + v >= out_channels) continue;
-            float value = x_exponents ? scale_back(sum[v]) : sum[v];
-            if (turn) turned[(row * block_channels + channel + v) * pitch + in_block] = value;
-            else dw[ic * in_stride + (oc + v) * out_stride + tap * tap_stride] = from_acc<scalar_t>(value);
+        for (int k = 0; k < AT_ONCE; k++) {
+            Quad at(first + k * blockDim.x, by_quads, by_taps);
+            int oc = first_oc + at.channel, tap = first_tap + at.tap, ic = first_ic + at.row;
+            bool exists = at.row < rows && ic < in_channels && tap < taps && oc < all_channels;
+            offsets[k] = exists ? (ic * taps + tap) * all_channels + oc : -1;
+        }
+        #pragma unroll 2
+        for (int split = 0; split < splits; split++)
+            #pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                if (offsets[k] < 0) continue;
+                Packed<float, 4> part = *(const Packed<float, 4>*)(partial + split * split_stride + offsets[k]);
+                #pragma unroll
+                for (int v = 0; v < 4; v++) sums[k][v] += part.v[v];
+            }
+        #pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            Quad at(first + k * blockDim.x, by_quads, by_taps);
+            #pragma unroll
+            for (int v = 0; v < 4; v++) {
+                int channel = at.channel + v;
+                if (offsets[k] < 0 || first_oc + channel >= out_channels) continue;
+                float value = x_exponents ? scale_back(sums[k][v]) : sums[k][v];
+                if (turn) turned[(at.row * block_channels + channel) * pitch + at.tap] = value;
+                else
+                    dw[(first_ic + at.row) * in_stride + (first_oc + channel) * out_stride +
+                        (first_tap + at.tap) * tap_stride] = from_acc<scalar_t>(value);
+            }
         }
     }
     if (!turn) return;

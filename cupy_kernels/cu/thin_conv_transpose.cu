@@ -6,8 +6,8 @@
 //     dgrad    dx[n, ic, ih, iw] =            sum_{oc, kh, kw} dy[n, oc, oh, ow] * w[ic, oc, kh, kw]
 //     wgrad    dw[ic, oc, kh, kw] =           sum_{n, ih, iw}  x [n, ic, ih, iw] * dy[n, oc, oh, ow]
 //
-// thin_forward: a thread has PIXELS_FORWARD pixels r of a row of the grid oh = r s + phase, with all phases and output
-// channels, and goes over the input channels. thin_dgrad: a thread has PIXELS_DGRAD pixels of a row of dx; what they
+// thin_forward: a thread has PIXELS_FORWARD pixels r of a column of the grid oh = r s + phase, with all phases and output
+// channels, and goes over the input channels. It adds 4 of these first: long sums have large errors. thin_dgrad: a thread has PIXELS_DGRAD pixels of a row of dx; what they
 // need of dy stays in registers, it goes over the channels of dx. Both have all weights in shared memory, so the grid
 // has x alone. thin_wgrad: a lane has LANE_CHANNELS channels of x; a block has 32 LANE_CHANNELS of them (grid: y) and
 // every gridDim.x-th segment of SEGMENT pixels of a row; its warps take 4 pixels in turn, which lie in shared memory. It
@@ -25,8 +25,8 @@ enum { TAPS = OUT_CHANNELS * KERNEL_H * KERNEL_W, WEIGHT_PITCH = round_up(TAPS, 
 enum {
     FIRST_H = -floor_div(KERNEL_H - 1 - PAD_H, STRIDE_H),
     FIRST_W = -floor_div(KERNEL_W - 1 - PAD_W, STRIDE_W),
-    SPAN_H = floor_div(STRIDE_H - 1 + PAD_H, STRIDE_H) - FIRST_H + 1,
-    SPAN_W = floor_div(STRIDE_W - 1 + PAD_W, STRIDE_W) - FIRST_W + PIXELS_FORWARD
+    SPAN_H = floor_div(STRIDE_H - 1 + PAD_H, STRIDE_H) - FIRST_H + PIXELS_FORWARD,
+    SPAN_W = floor_div(STRIDE_W - 1 + PAD_W, STRIDE_W) - FIRST_W + 1
 };
 static_assert(SPAN_H <= 32 && SPAN_W <= 32, "a bit for each row and column");
 
@@ -54,39 +54,49 @@ extern "C" __global__ void __launch_bounds__(THREADS) thin_forward(
     DYNAMIC_SHARED(float, weights);
     load_weights(w, weights, channels);
     int rows = (out_h + STRIDE_H - 1) / STRIDE_H, columns = (out_w + STRIDE_W - 1) / STRIDE_W;
-    Divisor by_columns((columns + PIXELS_FORWARD - 1) / PIXELS_FORWARD), by_rows(rows);
-    unsigned at, row, image = by_rows.divide(by_columns.divide(blockIdx.x * THREADS + threadIdx.x, at), row);
+    Divisor by_columns(columns), by_rows((rows + PIXELS_FORWARD - 1) / PIXELS_FORWARD);
+    unsigned column, at, image = by_rows.divide(by_columns.divide(blockIdx.x * THREADS + threadIdx.x, column), at);
     if ((int)image >= images) return;
-    int column = at * PIXELS_FORWARD;
+    int row = at * PIXELS_FORWARD, first_h = row + FIRST_H, first_w = (int)column + FIRST_W;
     unsigned inside_h = 0, inside_w = 0;
     #pragma unroll
-    for (int i = 0; i < SPAN_H; i++) inside_h |= (unsigned)((unsigned)((int)row + FIRST_H + i) < (unsigned)in_h) << i;
+    for (int i = 0; i < SPAN_H; i++) inside_h |= (unsigned)((unsigned)(first_h + i) < (unsigned)in_h) << i;
     #pragma unroll
-    for (int i = 0; i < SPAN_W; i++) inside_w |= (unsigned)((unsigned)(column + FIRST_W + i) < (unsigned)in_w) << i;
+    for (int i = 0; i < SPAN_W; i++) inside_w |= (unsigned)((unsigned)(first_w + i) < (unsigned)in_w) << i;
 
-    float sums[OUT_CHANNELS][STRIDE_H][STRIDE_W * PIXELS_FORWARD];
+    enum { ROWS = PIXELS_FORWARD * STRIDE_H, SUMS = ROWS * STRIDE_W };  // of an output channel
+    float sums[OUT_CHANNELS * SUMS], of_few[OUT_CHANNELS * SUMS] = {};
     #pragma unroll
-    for (int oc = 0; oc < OUT_CHANNELS; oc++)
+    for (int i = 0; i < OUT_CHANNELS * SUMS; i++) sums[i] = bias ? bias[i / SUMS] : 0;
+    i64 plane = (i64)in_h * in_w;
+    const float* lines[SPAN_H];
+    #pragma unroll
+    for (int a = 0; a < SPAN_H; a++) lines[a] = x + image * channels * plane + (i64)(first_h + a) * in_w + first_w;
+    float next[SPAN_H][SPAN_W];  // is on its way while the channel before it is multiplied
+    auto load_next = [&]() {
         #pragma unroll
-        for (int i = 0; i < STRIDE_H * STRIDE_W * PIXELS_FORWARD; i++)
-            sums[oc][i / (STRIDE_W * PIXELS_FORWARD)][i % (STRIDE_W * PIXELS_FORWARD)] = bias ? bias[oc] : 0;
-    i64 plane = (i64)in_h * in_w, from = image * channels * plane + (i64)((int)row + FIRST_H) * in_w + column + FIRST_W;
+        for (int a = 0; a < SPAN_H; a++) {
+            #pragma unroll
+            for (int b = 0; b < SPAN_W; b++) next[a][b] = inside_h >> a & inside_w >> b & 1 ? lines[a][b] : 0;
+            lines[a] += plane;
+        }
+    };
+    load_next();
     #pragma unroll 1
-    for (int channel = 0; channel < channels; channel++, from += plane) {
+    for (int channel = 0; channel < channels; channel++) {
         float v[SPAN_H][SPAN_W], weight[WEIGHT_PITCH];
         #pragma unroll
-        for (int a = 0; a < SPAN_H; a++)
-            #pragma unroll
-            for (int b = 0; b < SPAN_W; b++) v[a][b] = inside_h >> a & inside_w >> b & 1 ? x[from + a * in_w + b] : 0;
+        for (int i = 0; i < SPAN_H * SPAN_W; i++) v[i / SPAN_W][i % SPAN_W] = next[i / SPAN_W][i % SPAN_W];
+        if (channel + 1 < channels) load_next();
         weights_of(weights, channel, weight);
         #pragma unroll
-        for (int a = 0; a < SPAN_H; a++)
+        for (int a = 0; a < SPAN_H - PIXELS_FORWARD + 1; a++)
             #pragma unroll
             for (int phase_h = 0; phase_h < STRIDE_H; phase_h++) {
                 const int kh = phase_h + PAD_H - (FIRST_H + a) * STRIDE_H;
                 if (kh < 0 || kh >= KERNEL_H) continue;
                 #pragma unroll
-                for (int b = 0; b < SPAN_W - PIXELS_FORWARD + 1; b++)
+                for (int b = 0; b < SPAN_W; b++)
                     #pragma unroll
                     for (int phase_w = 0; phase_w < STRIDE_W; phase_w++) {
                         const int kw = phase_w + PAD_W - (FIRST_W + b) * STRIDE_W;
@@ -95,34 +105,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) thin_forward(
                         for (int oc = 0; oc < OUT_CHANNELS; oc++)
                             #pragma unroll
                             for (int p = 0; p < PIXELS_FORWARD; p++)
-                                sums[oc][phase_h][p * STRIDE_W + phase_w] +=
-                                    v[a][b + p] * weight[(oc * KERNEL_H + kh) * KERNEL_W + kw];
+                                of_few[oc * SUMS + (p * STRIDE_H + phase_h) * STRIDE_W + phase_w] +=
+                                    v[a + p][b] * weight[(oc * KERNEL_H + kh) * KERNEL_W + kw];
                     }
             }
-    }
-    enum { TOGETHER = STRIDE_W * PIXELS_FORWARD };
-    bool wide = (TOGETHER == 2 || TOGETHER == 4 || TOGETHER == 8) && out_w % TOGETHER == 0;
-    #pragma unroll
-    for (int oc = 0; oc < OUT_CHANNELS; oc++)
+        if (channel % 4 != 3 && channel != channels - 1) continue;
         #pragma unroll
-        for (int phase_h = 0; phase_h < STRIDE_H; phase_h++) {
-            int oh = row * STRIDE_H + phase_h, ow = column * STRIDE_W;
-            if (oh >= out_h) continue;
-            float* to = y + (((i64)image * OUT_CHANNELS + oc) * out_h + oh) * out_w + ow;
-            if (wide) {
-                #pragma unroll
-                for (int i = 0; i < TOGETHER; i += TOGETHER % 4 ? 2 : 4) {
-                    if constexpr (TOGETHER % 4 == 0)
-                        *(Quad*)(to + i) = {{sums[oc][phase_h][i], sums[oc][phase_h][i + 1], sums[oc][phase_h][i + 2],
-                            sums[oc][phase_h][i + 3]}};
-                    else if constexpr (TOGETHER % 2 == 0)
-                        *(Packed<float, 2>*)(to + i) = {{sums[oc][phase_h][i], sums[oc][phase_h][i + 1]}};
-                }
-            } else
-                #pragma unroll
-                for (int i = 0; i < TOGETHER; i++)
-                    if (ow + i < out_w) to[i] = sums[oc][phase_h][i];
-        }
+        for (int i = 0; i < OUT_CHANNELS * SUMS; i++) sums[i] += of_few[i], of_few[i] = 0;
+    }
+    enum { TOGETHER = STRIDE_W == 3 ? 1 : STRIDE_W };
+    int ow = column * STRIDE_W;
+    #pragma unroll
+    for (int i = 0; i < OUT_CHANNELS * ROWS; i++) {
+        int oh = row * STRIDE_H + i % ROWS;
+        if (oh >= out_h) continue;
+        float* to = y + (((i64)image * OUT_CHANNELS + i / ROWS) * out_h + oh) * out_w + ow;
+        const float* line = sums + i * STRIDE_W;
+        if (out_w % TOGETHER == 0 && TOGETHER > 1)
+            *(Packed<float, TOGETHER>*)to = *(const Packed<float, TOGETHER>*)line;
+        else
+            #pragma unroll
+            for (int j = 0; j < STRIDE_W; j++)
+                if (ow + j < out_w) to[j] = line[j];
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) thin_dgrad(
@@ -174,12 +179,16 @@ enum {
     WINDOW = round_up(KERNEL_W + 3 * STRIDE_W, 4),  // of a row of dy that 4 pixels need
     DY_PITCH = (SEGMENT - 4) * STRIDE_W + WINDOW,
     WARPS = WGRAD_THREADS / 32,
-    X_FLOATS = BLOCK_CHANNELS * X_PITCH
+    X_FLOATS = BLOCK_CHANNELS * X_PITCH,
+    DY_FLOATS = OUT_CHANNELS * KERNEL_H * DY_PITCH,
+    X_LOADS = BLOCK_CHANNELS * SEGMENT / WGRAD_THREADS,  // of a thread
+    DY_LOADS = (DY_FLOATS + WGRAD_THREADS - 1) / WGRAD_THREADS
 };
+static_assert(BLOCK_CHANNELS * SEGMENT % WGRAD_THREADS == 0, "threads load equal shares");
 static_assert(X_PITCH / 4 % 2 == 1, "an odd number of 16 bytes");
 static_assert(DY_PITCH % 4 == 0, "windows begin at multiples of 16 bytes");
 
-extern "C" __global__ void __launch_bounds__(WGRAD_THREADS) thin_wgrad(
+extern "C" __global__ void __launch_bounds__(WGRAD_THREADS, 2) thin_wgrad(
     const float* __restrict__ x, const float* __restrict__ dy, float* __restrict__ partial, int images, int channels,
     int in_h, int in_w, int out_h, int out_w) {
     DYNAMIC_SHARED(float, shared);
@@ -191,19 +200,29 @@ extern "C" __global__ void __launch_bounds__(WGRAD_THREADS) thin_wgrad(
     for (unsigned at = blockIdx.x; at < (unsigned)images * in_h * row_segments; at += gridDim.x) {
         unsigned segment, ih, image = by_rows.divide(by_segments.divide(at, segment), ih);
         int iw = segment * SEGMENT;
-        __syncthreads();
-        for (int i = threadIdx.x; i < BLOCK_CHANNELS * SEGMENT; i += WGRAD_THREADS) {
-            int channel = i / SEGMENT, pixel = i % SEGMENT;
-            bool inside = first_channel + channel < channels && iw + pixel < in_w;
-            x_tile[channel * X_PITCH + pixel] =
-                inside ? x[((image * (i64)channels + first_channel + channel) * in_h + ih) * in_w + iw + pixel] : 0;
+        float x_values[X_LOADS], dy_values[DY_LOADS];  // all loads are under way before the first is waited for
+        #pragma unroll
+        for (int k = 0; k < X_LOADS; k++) {
+            int i = threadIdx.x + k * WGRAD_THREADS, channel = first_channel + i / SEGMENT, pixel = iw + i % SEGMENT;
+            bool inside = channel < channels && pixel < in_w;
+            x_values[k] = inside ? x[((image * (i64)channels + channel) * in_h + ih) * in_w + pixel] : 0;
         }
-        for (int i = threadIdx.x; i < OUT_CHANNELS * KERNEL_H * DY_PITCH; i += WGRAD_THREADS) {
-            int line = i / DY_PITCH, ow = iw * STRIDE_W - PAD_W + i % DY_PITCH,
+        #pragma unroll
+        for (int k = 0; k < DY_LOADS; k++) {
+            int i = threadIdx.x + k * WGRAD_THREADS, line = i / DY_PITCH, ow = iw * STRIDE_W - PAD_W + i % DY_PITCH,
                 oh = (int)ih * STRIDE_H - PAD_H + line % KERNEL_H;
-            bool inside = (unsigned)oh < (unsigned)out_h && (unsigned)ow < (unsigned)out_w;
-            dy_tile[i] = inside ? dy[((image * (i64)OUT_CHANNELS + line / KERNEL_H) * out_h + oh) * out_w + ow] : 0;
+            bool inside = i < DY_FLOATS && (unsigned)oh < (unsigned)out_h && (unsigned)ow < (unsigned)out_w;
+            dy_values[k] = inside ? dy[((image * (i64)OUT_CHANNELS + line / KERNEL_H) * out_h + oh) * out_w + ow] : 0;
         }
+        __syncthreads();
+        #pragma unroll
+        for (int k = 0; k < X_LOADS; k++) {
+            int i = threadIdx.x + k * WGRAD_THREADS;
+            x_tile[i / SEGMENT * X_PITCH + i % SEGMENT] = x_values[k];
+        }
+        #pragma unroll
+        for (int k = 0; k < DY_LOADS; k++)
+            if (threadIdx.x + k * WGRAD_THREADS < DY_FLOATS) dy_tile[threadIdx.x + k * WGRAD_THREADS] = dy_values[k];
         __syncthreads();
         #pragma unroll 1
         for (int pixel = warp * 4; pixel < SEGMENT; pixel += WARPS * 4) {
