@@ -7,10 +7,19 @@ float32.
 """
 
 import itertools
-from math import prod
-from typing import NamedTuple
 
-from .channel_walk import KEPT, PACK_BYTES, row_tile, shared_bytes, whole_warps, widths
+from .channel_walk import (
+    KEPT,
+    Walk,
+    chunks_of,
+    launch_combining,
+    over_chunks,
+    pack_width,
+    row_tile,
+    sizes_of,
+    whole_warps,
+    widths,
+)
 from .common import (
     FLOATS,
     MULTIPROCESSORS,
@@ -19,7 +28,6 @@ from .common import (
     accumulator_dtype,
     ceil_div,
     check_per_channel,
-    row_width,
     same_shape,
     scalar,
     scalar_macros,
@@ -28,11 +36,7 @@ from .launch import launch
 from .source import SCALARS, Kernel, Variant
 
 _FILE = "batch_norm.cu"
-_PLANES_CHUNK_BYTES = 2**15
-_ROWS_CHUNK_BYTES = (2**14, 2**16)  # least and most: fewer partial results if there are enough blocks
-_BLOCKS = 4 * MULTIPROCESSORS  # enough of them
-_TILE_BYTES, _WHOLE_TILE_BYTES = 512, (128, 64, 32)  # of a row that a block reads: of a chunk, of whole channels
-_ROWS_OF_PLANES = 16  # the fewest images that are worth a walk over rows
+_WHOLE_TILE_BYTES = (128, 64, 32)  # of a row that a block of whole channels reads
 _SM_THREADS = 1024  # that an SM runs at once, as many registers as they have
 _L2_BYTES = 27 * 10**6  # that stay in the L2 cache until they are read again
 _SM_BYTES_US = {0: 20 * 10**3, 1: 45 * 10**3}  # bytes a microsecond that a block gets from memory, by PLANES
@@ -42,7 +46,7 @@ _LAUNCHES_US = 9  # what two more launches, and partial results, cost
 
 def batch_norm_workspace(x) -> int:
     """Elements of the workspace that the statistics and the gradients of x, or one of its shape and dtype, need."""
-    return 2 * x.shape[1] * (1 + _chunks(x)[1])
+    return 2 * x.shape[1] * (1 + chunks_of(x)[1])
 
 
 def batch_norm_forward(
@@ -73,9 +77,10 @@ def batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, w
         return
     channels = _check_channels(x, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
     walk = _walk((x,), running_mean)
-    walk.launch("batch_norm_partials", (x, partials, *walk.sizes, walk.chunks, walk.tile))
-    args = (x, partials, running_mean, running_var, batches, mean, invstd, momentum, eps, *walk.sizes, walk.chunks)
-    _combine(Kernel(_FILE, "batch_norm_statistics", walk.macros), channels, walk.chunks, args)
+    walk.launch(_FILE, "batch_norm_partials", (x, partials, *walk.sizes, walk.chunks, walk.tile))
+    _, _, *counts = walk.sizes
+    args = (partials, running_mean, running_var, batches, mean, invstd, momentum, eps, channels, *counts, walk.chunks)
+    launch_combining(Kernel(_FILE, "batch_norm_statistics", walk.macros), channels, walk.chunks, args)
 
 
 def batch_norm_eval_statistics(running_mean, running_var, mean, invstd, eps) -> None:
@@ -102,7 +107,7 @@ def batch_norm_eval(x, running_mean, running_var, weight, bias, y, mean, invstd,
         return
     walk = _walk((x, y), running_mean)
     args = (x, running_mean, running_var, weight, bias, y, mean, invstd, eps, tanh)
-    walk.launch("batch_norm_eval", (*args, *walk.sizes, walk.tile), sums=False)
+    walk.launch(_FILE, "batch_norm_eval", (*args, *walk.sizes, walk.tile), sums=False)
 
 
 def batch_norm_apply(x, mean, invstd, weight, bias, y, tanh=False) -> None:
@@ -111,7 +116,7 @@ def batch_norm_apply(x, mean, invstd, weight, bias, y, tanh=False) -> None:
     _check_channels(x, mean=mean, invstd=invstd, weight=weight, bias=bias)
     walk = _walk((x, y), weight, bias)
     args = (x, mean, invstd, weight, bias, y, tanh, *walk.sizes, walk.tile)
-    walk.launch("batch_norm_apply", args, sums=False)
+    walk.launch(_FILE, "batch_norm_apply", args, sums=False)
 
 
 def batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspace, through_statistics, y=None) -> None:
@@ -133,7 +138,7 @@ def batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspa
     whole = _whole_walk(tensors, 2 + (y is not None), *parameters) if through_statistics else None
     if whole is not None:
         args = (dy, x, y, mean, invstd, weight, dx, dweight, dbias, *whole.sizes, whole.tile)
-        whole.launch("batch_norm_backward", args)
+        whole.launch(_FILE, "batch_norm_backward", args)
         return
     sums = None
     if sums_needed:
@@ -152,7 +157,7 @@ def batch_norm_backward_sums(dy, x, mean, invstd, weight, sums, dweight, dbias, 
     walk = _walk([a for a in (dy, x, y, dx) if a is not None], weight, dweight, dbias)
     partials = _partials(workspace, dy)
     args = (dy, x, y, mean, invstd, weight, partials, dx, *walk.sizes, walk.chunks, walk.tile)
-    walk.launch("batch_norm_backward_partials", args)
+    walk.launch(_FILE, "batch_norm_backward_partials", args)
     partials = partials.reshape((2, mean.size, walk.chunks))
     batch_norm_backward_combine(partials, mean, sums, dweight, dbias, walk.macros)
 
@@ -164,7 +169,7 @@ def batch_norm_backward_apply(dy, x, mean, invstd, weight, sums, dx, y=None) -> 
     """
     walk = _walk([a for a in (dy, None if sums is None else x, y, dx) if a is not None], weight)
     args = (dy, x, y, mean, invstd, weight, sums, dx, *walk.sizes, walk.tile)
-    walk.launch("batch_norm_backward_apply", args, sums=False)
+    walk.launch(_FILE, "batch_norm_backward_apply", args, sums=False)
 
 
 def batch_norm_backward_combine(partials, mean, sums, dweight, dbias, macros=None) -> None:
@@ -179,7 +184,7 @@ def batch_norm_backward_combine(partials, mean, sums, dweight, dbias, macros=Non
     if macros is None:
         macros = _macros(scalar(mean), _parameter(mean, dweight, dbias), 1, 1)
     args = (partials, sums, dweight, dbias, channels, chunks)
-    _combine(Kernel(_FILE, "batch_norm_backward_sums", macros), channels, chunks, args)
+    launch_combining(Kernel(_FILE, "batch_norm_backward_sums", macros), channels, chunks, args)
 
 
 def variants():
@@ -199,52 +204,27 @@ def _whole(x, running_mean, running_var, batches, weight, bias, y, mean, invstd,
     running = {"running_mean": running_mean, "running_var": running_var}
     _check_channels(x, mean=mean, invstd=invstd, weight=weight, bias=bias, **running)
     args = (x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh)
-    walk.launch("batch_norm_forward", (*args, *walk.sizes, walk.tile))
+    walk.launch(_FILE, "batch_norm_forward", (*args, *walk.sizes, walk.tile))
     return True
 
 
-class _Walk(NamedTuple):
-    """How blocks share [images, channels, plane], see channel_walk.cuh."""
-
-    macros: tuple
-    across: int  # blocks that share a chunk's rows, or channels
-    sizes: tuple[int, int, int, int]  # channels, plane, values of a channel, of a chunk of it
-    chunks: int
-    tile: int  # packs of a row that a block takes
-    threads: int
-
-    def launch(self, name, args, sums=True):
-        blocks, block = self.across * self.chunks if self.sizes[2] else 0, (self.threads, 1, 1)
-        kernel = Kernel(_FILE, name, self.macros)
-        launch(kernel, (blocks, 1, 1), block, args, shared_bytes(self.macros, self.tile, self.threads, sums))
-
-
-def _walk(tensors, *parameters) -> _Walk:
+def _walk(tensors, *parameters) -> Walk:
     """The walk over chunks of tensors of one shape. parameters: arrays of the type of the per-channel parameters."""
-    x = tensors[0]
-    images, channels, plane = _sizes(x.shape)
-    by_rows, chunks, chunk = _chunks(x)
-    width = _width(channels * plane if by_rows else plane, tensors)
-    tile, threads = 0, THREADS
-    if by_rows:
-        tile = row_tile(channels * plane, plane, width, _TILE_BYTES // (width * x.itemsize))
-        threads = whole_warps(tile * max(1, THREADS // tile))
-    across = ceil_div(channels * plane // width, tile) if by_rows else channels
-    macros = _macros(scalar(x), _parameter(x, *parameters), width, int(not by_rows))
-    return _Walk(macros, across, (channels, plane, images * plane, chunk), chunks, tile, threads)
+    param = _parameter(tensors[0], *parameters)
+    return over_chunks(tensors, lambda width, planes: _macros(scalar(tensors[0]), param, width, planes))
 
 
-def _whole_walk(tensors, read: int, *parameters) -> _Walk | None:
+def _whole_walk(tensors, read: int, *parameters) -> Walk | None:
     """The walk of blocks that have whole channels; None if that is not quicker, or no variant has the parameters.
 
     read: how many tensors are read twice.
     """
     x = tensors[0]
-    images, channels, plane = _sizes(x.shape)
-    by_rows, count = _chunks(x)[0], images * plane
+    images, channels, plane = sizes_of(x.shape)
+    by_rows, count = chunks_of(x)[0], images * plane
     if not x.size or not _one_dtype(*parameters):
         return None
-    width = _width(channels * plane if by_rows else plane, tensors)
+    width = pack_width(channels * plane if by_rows else plane, tensors)
     tile, across, packs = 0, channels, count // width
     for tile_bytes in _WHOLE_TILE_BYTES if by_rows else ():  # the widest of which there are enough blocks
         tile = row_tile(channels * plane, plane, width, tile_bytes // (width * x.itemsize))
@@ -265,30 +245,7 @@ def _whole_walk(tensors, read: int, *parameters) -> _Walk | None:
     threads = whole_warps(tile * max(1, threads // tile) if by_rows else threads)
     chunk = count if by_rows else threads * width * ceil_div(count, threads * width)
     macros = _macros(scalar(x), _parameter(x, *parameters), width, int(not by_rows))
-    return _Walk(macros, across, (channels, plane, count, chunk), 1, tile, threads)
-
-
-def _chunks(x):
-    """(whether blocks walk over rows, chunks of a channel, values of a chunk): for the shape and dtype of x alone."""
-    images, channels, plane = _sizes(x.shape)
-    widest, row = PACK_BYTES // x.itemsize, channels * plane
-    narrow = plane * x.itemsize % 8 or plane % min(4, widest)  # then a pack of a plane is one value
-    few = plane <= THREADS and narrow and images >= _ROWS_OF_PLANES and row % widest == 0
-    if row >= 2**31 or not (plane == 1 or few):
-        chunk = _PLANES_CHUNK_BYTES // x.itemsize
-        return False, ceil_div(images * plane, chunk), chunk
-    least, most = _ROWS_CHUNK_BYTES
-    chunk_bytes = max(least, min(most, images * row * x.itemsize // _BLOCKS))
-    width = widest if row % widest == 0 else 1
-    tile = row_tile(row, plane, width, _TILE_BYTES // (width * x.itemsize))
-    chunks = ceil_div(images * tile * width * x.itemsize, chunk_bytes)
-    rows = max(1, ceil_div(images, max(1, chunks)))
-    return True, ceil_div(images, rows), rows * plane
-
-
-def _combine(kernel, channels, chunks, args):
-    """A block for each channel, of no more threads than there are chunks."""
-    launch(kernel, (channels, 1, 1), (min(THREADS, whole_warps(max(1, chunks))), 1, 1), args)
+    return Walk(macros, across, (channels, plane, count, chunk), 1, tile, threads)
 
 
 def _partials(workspace, x):
@@ -299,16 +256,9 @@ def _partials(workspace, x):
     return workspace[2 * channels :]
 
 
-def _sizes(shape):
-    """Images, channels and values per plane of [N, C, *]."""
-    if len(shape) < 2:
-        raise ValueError(f"batch norm takes arrays of 2 dimensions or more, [N, C, *]; received shape {tuple(shape)}")
-    return shape[0], shape[1], prod(shape[2:])
-
-
 def _check_channels(x, **arrays):
     """The number of channels, which all arrays (None left out) must have as many elements as."""
-    channels = _sizes(x.shape)[1]
+    channels = sizes_of(x.shape)[1]
     check_per_channel(channels, **arrays)
     return channels
 
@@ -321,12 +271,6 @@ def _parameter(x, *parameters):
     """The kernels' name for the type of the per-channel parameters; any that fits x if there are none."""
     dtype = next((a.dtype for a in parameters if a is not None), accumulator_dtype(x))
     return SCALARS[dtype]
-
-
-def _width(length, tensors):
-    """Elements per access, for which there is a variant, that divides rows of this length and all addresses."""
-    aligned = row_width(length, *tensors)
-    return next(w for w in widths(scalar(tensors[0])) if w <= aligned)
 
 
 def _whole_threads(name, planes):

@@ -268,7 +268,7 @@ def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan, centred: boo
         return
     if centred:
         sums = scratch((x.shape[1],), x.dtype)
-        channel_sum(x[:1], sums, scratch(channel_sum_workspace_size((1, *x.shape[1:])), np.float32))
+        channel_sum(x[:1], sums, scratch(channel_sum_workspace_size(x[:1]), np.float64))
     x_packed = scratch(packed_shape(x.shape, plan.split), np.float16)
     pack_fp16(x, unit_exponents, sums, x_packed, plan.split)
     dy = made["dy_packed"], made["dy_exponents"], made.get("borders")

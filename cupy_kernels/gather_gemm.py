@@ -19,13 +19,14 @@ from .common import MULTIPROCESSORS, THREADS, ceil_div, row_width, scalar
 from .conv_transpose import Geometry, output_shape
 from .conv_wgmma import architecture
 from .fp16_tiles import LINE_BYTES, packing_macros
-from .launch import launch
+from .launch import MAX_THREADS, launch
 from .source import Kernel, Variant
 
 OPERANDS = {"float": "half_t", "half_t": "half_t", "bf16_t": "bf16_t"}
 _MOST_MERGED = 128  # phases
 _LONGEST_CHAIN = 2**15  # pixels that a split of wgrad sums: tensor cores truncate when they add
 _MOST_SPLITS = 32
+_LONG_COLUMN = 4096  # weights of a channel from which on a block that reads them has all threads
 _ROW_BYTES, _PIXEL_BYTES = 16, 12  # of the kernels' tables in shared memory
 
 
@@ -343,8 +344,12 @@ def _pack_taps(p, w, packed, exponents, channels_last):
     strides = (in_stride, out_stride) if p.dgrad else (out_stride, in_stride)
     args = (*p.pack_args, w.shape[0] // groups * in_stride, *strides, tap_stride, columns)
     if exponents is not None:
+        tile_n, _, sum_channels, _, kernel_h, kernel_w, _, _, merged_h, merged_w, *_ = p.pack_args
+        channels = columns // tile_n * (tile_n // (merged_h * merged_w))
+        blocks = ceil_div(channels, 32) if strides[0] == 1 else channels
+        threads = MAX_THREADS if sum_channels * kernel_h * kernel_w >= _LONG_COLUMN else THREADS
         kernel = Kernel("gather_gemm_pack.cu", "tap_exponents", p.pack_macros)
-        launch(kernel, (columns, groups, 1), (THREADS, 1, 1), (w, exponents, *args))
+        launch(kernel, (blocks, groups, 1), (threads, 1, 1), (w, exponents, *args))
     kernel, octet_count = Kernel("gather_gemm_pack.cu", "pack_taps", p.pack_macros), p.packed_octets
     grid = ceil_div(octet_count, THREADS), groups, 1
     launch(kernel, grid, (THREADS, 1, 1), (w, exponents, packed, *args, int(not p.dgrad)))
@@ -405,11 +410,28 @@ def wgrad(p: WgradPlan, x, x_exponents, dy, dy_exponents, dw, partial, w_channel
     kernel = _variant("gather_gemm_wgrad.cu", p.macros).kernel("wgrad_gemm")
     launch(kernel, p.grid, (p.tile.threads, 1, 1), (x, dy, partial, *p.args), dict(p.macros)["SHARED_BYTES"])
     groups, counts = p.grid[2], [0 if e is None else e.size for e in (x_exponents, dy_exponents)]
+    channels_in, _, out_octets, taps, _ = p.reduce_args
+    block_channels, block_taps = min(32, 8 * out_octets), min(taps, 32)
+    share = channels_in * taps * 8 * out_octets * groups // (4 * MULTIPROCESSORS)  # elements of a block
+    rows = max(1, max(THREADS, min(16 * THREADS, share)) // (block_channels * block_taps))
+    blocks = ceil_div(8 * out_octets, block_channels) * ceil_div(taps, block_taps) * ceil_div(channels_in, rows)
     launch(
         _variant("gather_gemm_wgrad.cu", p.macros).kernel("wgrad_gemm_reduce"),
-        (ceil_div(p.partial_size // p.grid[1] // groups, THREADS), groups, 1),
+        (blocks, groups, 1),
         (THREADS, 1, 1),
-        (partial, x_exponents, dy_exponents, dw, *counts, *p.reduce_args, *weight_strides(dw.shape, w_channels_last)),
+        (
+            partial,
+            x_exponents,
+            dy_exponents,
+            dw,
+            *counts,
+            *p.reduce_args,
+            *weight_strides(dw.shape, w_channels_last),
+            block_channels,
+            block_taps,
+            rows,
+        ),
+        4 * rows * block_channels * (block_taps | 1),
     )
 
 

@@ -20,6 +20,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import cache as until_overridden
+from math import lcm, prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -384,6 +385,14 @@ def scalar_macros(name: str) -> tuple:
     return (("scalar_t", name), ("acc_t", accumulator(name)))
 
 
+def row_width(length: int, *arrays) -> int:
+    """Elements of the widest access, at most 16 bytes, that divides rows of `length` elements in all arrays."""
+    width = 16 // arrays[0].itemsize
+    while length % width or any(address(a) % (width * a.itemsize) for a in arrays):
+        width //= 2
+    return width
+
+
 def address(array) -> int:
     """Address of an array's first element."""
     if isinstance(array, Slot):
@@ -575,6 +584,114 @@ def _check(x, w, y, geometry):
     expected = output_shape(x.shape, w.shape, geometry)
     if y.shape != expected:
         raise ValueError(f"output must have shape {expected}, received {y.shape}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/channel_walk.py
+#
+# What the launches of the kernels that use channel_walk.cuh share: how blocks share a tensor [N, C, *].
+
+PACK_BYTES = 16  # of the widest access
+KEPT = 6  # values of a channel, or column
+_PLANES_CHUNK_BYTES = 2**15
+_ROWS_CHUNK_BYTES = (2**14, 2**16)  # least and most: fewer partial results if there are enough blocks
+_BLOCKS = 4 * MULTIPROCESSORS  # enough of them
+_TILE_BYTES = 512  # of a row that a block reads
+_ROWS_OF_PLANES = 16  # the fewest images that are worth a walk over rows
+
+
+def widths(name: str) -> tuple[int, ...]:
+    """Elements per access, the widest first: 16 bytes, half of that for 16-bit types, one element."""
+    widest = PACK_BYTES // DTYPES[name].itemsize
+    return (8, 4, 1) if widest == 8 else (widest, 1)
+
+
+def row_tile(row: int, plane: int, width: int, wanted: int) -> int:
+    """Packs of `width` elements that a block takes of a row: whole planes, about `wanted` packs, and shared evenly."""
+    unit, packs = lcm(width, plane) // width, row // width
+    tile = unit * max(1, wanted // unit)
+    tiles = max(1, ceil_div(packs, tile))
+    return unit * max(1, ceil_div(ceil_div(packs, tiles), unit))
+
+
+def whole_warps(threads: int) -> int:
+    """The number of threads, rounded up to whole warps."""
+    return 32 * ceil_div(threads, 32)
+
+
+def shared_bytes(macros, tile: int, threads: int, sums: bool = True) -> int:
+    """Shared memory of a block: what it keeps of its channels, and room for sums, see channel_walk.cuh."""
+    known = dict(macros)
+    columns, scratch = (1, 32) if known["PLANES"] else (tile * known["WIDTH"], 3 * known["WIDTH"] * threads)
+    return (KEPT * columns + (max(32, scratch) if sums else 0)) * DTYPES[known["acc_t"]].itemsize
+
+
+def sizes_of(shape):
+    """Images, channels and values per plane of [N, C, *]."""
+    if len(shape) < 2:
+        raise ValueError(f"the kernels take arrays of 2 dimensions or more, [N, C, *]; received shape {tuple(shape)}")
+    return shape[0], shape[1], prod(shape[2:])
+
+
+def pack_width(length, tensors):
+    """Elements per access, for which there is a variant, that divides rows of this length and all addresses."""
+    aligned = row_width(length, *tensors)
+    return next(w for w in widths(scalar(tensors[0])) if w <= aligned)
+
+
+def chunks_of(x):
+    """(whether blocks walk over rows, chunks of a channel, values of a chunk): for the shape and dtype of x alone."""
+    images, channels, plane = sizes_of(x.shape)
+    widest, row = PACK_BYTES // x.itemsize, channels * plane
+    narrow = plane * x.itemsize % 8 or plane % min(4, widest)  # then a pack of a plane is one value
+    few = plane <= THREADS and narrow and images >= _ROWS_OF_PLANES and row % widest == 0
+    if row >= 2**31 or not (plane == 1 or few):
+        chunk = _PLANES_CHUNK_BYTES // x.itemsize
+        return False, ceil_div(images * plane, chunk), chunk
+    least, most = _ROWS_CHUNK_BYTES
+    width = widest if row % widest == 0 else 1
+    tile = row_tile(row, plane, width, _TILE_BYTES // (width * x.itemsize))
+    tile_bytes = images * tile * width * x.itemsize  # of all rows
+    chunks = max(1, _BLOCKS // max(1, ceil_div(row // width, tile)))
+    chunks = max(ceil_div(tile_bytes, most), min(ceil_div(tile_bytes, least), chunks))
+    rows = max(1, ceil_div(images, max(1, chunks)))
+    return True, ceil_div(images, rows), rows * plane
+
+
+class Walk(NamedTuple):
+    """How blocks share [images, channels, plane], see channel_walk.cuh."""
+
+    macros: tuple
+    across: int  # blocks that share a chunk's rows, or channels
+    sizes: tuple[int, int, int, int]  # channels, plane, values of a channel, of a chunk of it
+    chunks: int
+    tile: int  # packs of a row that a block takes
+    threads: int
+
+    def launch(self, file, name, args, sums=True):
+        blocks, block = self.across * self.chunks if self.sizes[2] else 0, (self.threads, 1, 1)
+        kernel = Kernel(file, name, self.macros)
+        launch(kernel, (blocks, 1, 1), block, args, shared_bytes(self.macros, self.tile, self.threads, sums))
+
+
+def over_chunks(tensors, macros: Callable) -> Walk:
+    """The walk over chunks of tensors of one shape. macros(width, planes): of the variant."""
+    x = tensors[0]
+    images, channels, plane = sizes_of(x.shape)
+    by_rows, chunks, chunk = chunks_of(x)
+    width = pack_width(channels * plane if by_rows else plane, tensors)
+    tile, threads = 0, THREADS
+    if by_rows:
+        tile = row_tile(channels * plane, plane, width, _TILE_BYTES // (width * x.itemsize))
+        threads = whole_warps(tile * max(1, THREADS // tile))
+    across = ceil_div(channels * plane // width, tile) if by_rows else channels
+    sizes = channels, plane, images * plane, chunk
+    return Walk(macros(width, int(not by_rows)), across, sizes, chunks, tile, threads)
+
+
+def launch_combining(kernel, channels, chunks, args):
+    """A block for each channel, of no more threads than there are chunks."""
+    launch(kernel, (channels, 1, 1), (min(THREADS, whole_warps(max(1, chunks))), 1, 1), args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1153,40 +1270,31 @@ def planes(wgmma: int, window_pitch: int, units: int, unit_windows: int, unit_st
 # cupy_kernels/channel_sum.py
 #
 # Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
+#
+# A channels_last tensor is passed as [N * H * W, C].
 
-_CHUNKS = 64  # a constant, so that sums depend on shapes alone
+_FILE = "channel_sum.cu"
 
 
-def channel_sum_workspace_size(shape) -> int:
-    """Elements of the workspace `partial`, of the accumulator's dtype."""
-    return shape[1] * _plan(shape)[1]
+def channel_sum_workspace_size(x) -> int:
+    """Elements of the workspace `partial`, float64."""
+    return x.shape[1] * chunks_of(x)[1]
 
 
 def channel_sum(x, sums, partial) -> None:
     """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
-    if sums.shape != (x.shape[1],):
-        raise ValueError(f"sums must have shape ({x.shape[1]},), received {sums.shape}")
-    macros = type_macros(x)
-    chunk_images, chunks = _plan(x.shape)
-    plane = x.size // max(1, x.shape[0] * x.shape[1])
-    launch(
-        Kernel("channel_sum.cu", "channel_sum_partial", macros),
-        (x.shape[1], chunks, 1),
-        (THREADS, 1, 1),
-        (x, partial, x.shape[0], x.shape[1], plane, chunk_images),
-    )
-    launch(
-        Kernel("channel_sum.cu", "channel_sum_reduce", macros),
-        (ceil_div(x.shape[1], THREADS), 1, 1),
-        (THREADS, 1, 1),
-        (partial, sums, x.shape[1], chunks),
-    )
+    channels = x.shape[1]
+    if sums.shape != (channels,):
+        raise ValueError(f"sums must have shape ({channels},), received {sums.shape}")
+    walk = over_chunks((x,), lambda width, planes: _macros(scalar(x), width, planes))
+    walk.launch(_FILE, "channel_sum_partials", (x, partial, *walk.sizes, walk.chunks, walk.tile))
+    args = (partial, sums, channels, walk.chunks)
+    launch_combining(Kernel(_FILE, "channel_sum_combine", walk.macros), channels, walk.chunks, args)
 
 
-def _plan(shape) -> tuple[int, int]:
-    """(images in a chunk, number of chunks)"""
-    chunk_images = max(1, ceil_div(shape[0], _CHUNKS))
-    return chunk_images, max(1, ceil_div(shape[0], chunk_images))
+def _macros(name, width, planes):
+    sizes = {"WIDTH": width, "PLANES": planes, "KEPT": KEPT, "THREADS": THREADS}
+    return (*scalar_macros(name), *sizes.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1226,7 +1334,7 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
     """
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
     launch(
-        Kernel("fp16_tiles.cu", "pack_fp16", _macros(scalar(source), split, width)),
+        Kernel("fp16_tiles.cu", "pack_fp16", fp16_tiles_macros(scalar(source), split, width)),
         (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
         (THREADS, 1, 1),
         (source, exponents, sums, packed, exponents.size, images, channels, pixels),
@@ -1236,12 +1344,12 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
 def scale_fp16(source, exponents, scaled) -> None:
     """Writes `scaled`, float16 of the shape of `source`, under the scale of the smallest of `exponents`."""
     width = 4 if source.size % 4 == 0 and address(source) % (4 * source.itemsize) == 0 else 1
-    kernel = Kernel("fp16_tiles.cu", "scale_fp16", _macros(scalar(source), 1, width))
+    kernel = Kernel("fp16_tiles.cu", "scale_fp16", fp16_tiles_macros(scalar(source), 1, width))
     blocks = ceil_div(source.size, THREADS * width)
     launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (source, exponents, scaled, exponents.size, source.size))
 
 
-def _macros(name, split, width):
+def fp16_tiles_macros(name, split, width):
     sizes = {"WIDTH": width, "THREADS": THREADS, "TILE_PIXELS": _tile_pixels(split, width), "BATCH": _BATCH}
     return (*scalar_macros(name), *packing_macros(split).items(), *sizes.items())
 
@@ -1874,7 +1982,7 @@ def weight_gradient(scratch, x, kept, made, dw, *, plan: conv_wgrad_mma_Plan, ce
         return
     if centred:
         sums = scratch((x.shape[1],), x.dtype)
-        channel_sum(x[:1], sums, scratch(channel_sum_workspace_size((1, *x.shape[1:])), np.float32))
+        channel_sum(x[:1], sums, scratch(channel_sum_workspace_size(x[:1]), np.float64))
     x_packed = scratch(packed_shape(x.shape, plan.split), np.float16)
     pack_fp16(x, unit_exponents, sums, x_packed, plan.split)
     dy = made["dy_packed"], made["dy_exponents"], made.get("borders")
@@ -2434,7 +2542,7 @@ class _Fused(torch.autograd.Function):
 
 def plan_for(x, w, padding, groups, choice, last, autocast_on):
     """The plan of the convolution for arrays; last: whether x is [N, H, W, C]."""
-    return conv_bn_pool_plan(logical(x.shape, last), x.dtype, w.shape, w.dtype, padding, groups, choice, last, autocast_on)
+    return _plan(logical(x.shape, last), x.dtype, w.shape, w.dtype, padding, groups, choice, last, autocast_on)
 
 
 def new_output(new, x, w, padding, last):
@@ -2443,7 +2551,7 @@ def new_output(new, x, w, padding, last):
     return new(physical((*outer, height // 2, width // 2), last), w.dtype)
 
 
-def conv_bn_pool_plan(x_shape, dtype, w_shape, w_dtype, padding, groups, choice, last, autocast_on):
+def _plan(x_shape, dtype, w_shape, w_dtype, padding, groups, choice, last, autocast_on):
     options = {"dgrad": False, "channels_last": last}
     plan = required_plan(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry_of(padding), choice, **options)
     conv_bn_pool_check_supported(plan, groups)
@@ -2553,7 +2661,7 @@ def conv_bn_activation_max_pool_group_norm(
         _check_shapes(input, *others, padding, alone, num_groups)
         dtypes = NUMPY[input.dtype], NUMPY[conv_weight.dtype]
         how = padding, num_groups, choice, last, autocast_on
-        conv_bn_pool_plan(input.shape, dtypes[0], conv_weight.shape, dtypes[1], *how)
+        _plan(input.shape, dtypes[0], conv_weight.shape, dtypes[1], *how)
 
     _check_slope(parameter)
     tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, weight, bias, group_weight, group_bias)
@@ -2701,15 +2809,16 @@ template <int PENDING_GROUPS> __device__ inline void cp_async_wait() {
 #pragma once
 #include "common.cuh"
 
+__device__ constexpr acc_t OTHER_UNIT() { return 0x1p-96f; }
 // Whether sums must be taken once more, then times another unit.
 __device__ inline bool again(acc_t sum, acc_t other, acc_t& unit) {
     if (sizeof(acc_t) != 4 || unit != 1 || (is_finite(sum) && is_finite(other))) return false;
-    unit = 0x1p-96f;
+    unit = OTHER_UNIT();
     return true;
 }
 __device__ inline bool again(acc_t sum, acc_t& unit) { return again(sum, 0, unit); }
 // What undoes it.
-__device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 0x1p96f; }
+__device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 1 / OTHER_UNIT(); }
 
 // Normalises the values of one channel or group. Where mean or standard deviation are beyond 2^64, a distance from the
 // mean could overflow, and invstd be a denormal, which -ftz=true flushes: there all is taken times `unit`, a power of
@@ -2772,31 +2881,481 @@ template <class N, class P> __device__ inline void store_statistics(
 """,
     "channel_sum.cu": r"""// sums[c] = sum over n and s of x[n, c, s]: the bias gradient of a convolution.
 //
-// channel_sum_partial: block (c, chunk) adds a chunk of the images, in acc_t; channel_sum_reduce: one thread per
-// channel adds the chunks in ascending order. Macros: scalar_t, acc_t.
-#include "common.cuh"
+// Thread mapping: channel_walk.cuh. channel_sum_partials: each block adds a chunk, and writes to partial
+// [channels][chunks], double; channel_sum_combine: one block a channel adds the chunks. Macros: those of
+// channel_walk.cuh, THREADS.
+#include "channel_walk.cuh"
 
-extern "C" __global__ void channel_sum_partial(
-    const scalar_t* __restrict__ x, acc_t* __restrict__ partial, i64 images, int channels, i64 plane,
-    i64 chunk_images) {
-    __shared__ acc_t scratch[32];
-    acc_t sum = 0;
-    i64 first = blockIdx.y * chunk_images, last = min(first + chunk_images, images);
-    for (i64 n = first; n < last; n++) {
-        const scalar_t* row = x + (n * channels + blockIdx.x) * plane;
-        for (i64 i = threadIdx.x; i < plane; i += blockDim.x) sum += to_acc(row[i]);
+extern "C" __global__ void __launch_bounds__(THREADS) channel_sum_partials(
+    const scalar_t* __restrict__ x, double* __restrict__ partial, i64 channels, i64 plane, i64 count, i64 chunk,
+    i64 chunks, int tile) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
+    Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
+    acc_t sums[1][SLOTS] = {};
+    #pragma unroll 1
+    while (walk.packs > 0) {
+        Pack in[BATCH];
+        int have = next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + offset); });
+        acc_t batch[SLOTS] = {};  // first by itself: short sums have small errors
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            if (b >= have) continue;
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) batch[i / PER_SLOT] += to_acc(in[b].v[i]);
+        }
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++) sums[0][s] += batch[s];
     }
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) partial[(i64)blockIdx.x * gridDim.y + blockIdx.y] = sum;
+    auto store = [&](int, int, int channel, acc_t(&total)[1]) { partial[channel * chunks + walk.chunk] = total[0]; };
+    sums_of_channels(sums, walk, kept.scratch(), [](int, acc_t(&)[1]) {}, store);
 }
 
-extern "C" __global__ void channel_sum_reduce(
-    const acc_t* __restrict__ partial, scalar_t* __restrict__ sums, int channels, int chunks) {
-    int c = blockIdx.x * blockDim.x + threadIdx.x;
-    if (c >= channels) return;
-    acc_t sum = 0;
-    for (int i = 0; i < chunks; i++) sum += partial[(i64)c * chunks + i];
-    sums[c] = from_acc<scalar_t>(sum);
+extern "C" __global__ void __launch_bounds__(THREADS)
+    channel_sum_combine(const double* __restrict__ partial, scalar_t* __restrict__ sums, i64 channels, i64 chunks) {
+    __shared__ double scratch[32];
+    double sum = 0;
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += partial[blockIdx.x * chunks + k];
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) sums[blockIdx.x] = from_acc<scalar_t>((acc_t)sum);
+}
+""",
+    "channel_walk.cuh": r"""// How the threads of a block walk over the values of channels, and what they sum up of them: the values' sums, and
+// their moments.
+//
+// A chunk is what one block takes of a channel, or of neighbouring channels. Two walks:
+//
+// PLANES 1: x is [images, channels, plane]. Block chunk * channels + c takes a chunk of channel c's count = images *
+//     plane values, in packs of WIDTH neighbours, which all lie in one plane.
+// PLANES 0: x is a matrix of count / plane rows, and channels * plane columns: [rows, channels] (plane 1, channels_last
+//     too), or images whose planes are too small to be read one by one. A pack is WIDTH neighbouring columns. A block
+//     takes `tile` packs of each row of its chunk; its threads are a grid of `tile` times blockDim.x / tile, and those
+//     left over idle. A tile begins and ends where channels do. Block chunk * tiles + t takes tile t.
+//
+// So neighbouring blocks read neighbouring memory. A thread's packs belong to SLOTS channels, always the same: value i
+// of a pack belongs to slot i, or all to slot 0. `chunk` counts values of a channel, and is a multiple of plane where
+// PLANES is 0.
+//
+// Macros: scalar_t, acc_t, PLANES, WIDTH (with PLANES a divisor of plane, else of the columns; pointers are aligned to
+// a pack), KEPT.
+#pragma once
+#include "batch_norm.cuh"
+
+typedef Packed<scalar_t, WIDTH> Pack;
+enum { SLOTS = PLANES ? 1 : WIDTH, PER_SLOT = WIDTH / SLOTS };
+enum { BATCH = sizeof(Pack) < 16 ? 8 : 4 };  // packs in flight per thread; half of it per tensor where several are read
+
+#if PLANES
+struct Walk {
+    i64 chunk, offset;  // offset: of the current pack in the tensor
+    int size, packs;    // values in the chunk; packs of the thread
+    i64 jump, skip;
+    int left, plane, jump_within, only;  // left: values to the end of the plane; only: the channel
+
+    __device__ Walk(int block, i64 channels, i64 plane_size, i64 count, i64 chunk_size, int) {
+        const int far = 1 << 30;  // a chunk is smaller, so distances beyond make no difference
+        int stride = blockDim.x * WIDTH, start = threadIdx.x * WIDTH;
+        make_opaque(block);  // else a second turn would hold registers during the first
+        chunk = block / (unsigned)channels;
+        only = block - chunk * channels;
+        i64 first = chunk * chunk_size, index = first + start;
+        size = (int)min(chunk_size, count - first);
+        packs = max(0, (size - start + stride - 1) / stride);
+        plane = (int)min(plane_size, (i64)far);
+        int jump_images = stride / plane;
+        jump_within = stride - jump_images * plane;
+        skip = (channels - 1) * plane_size;
+        jump = stride + jump_images * skip;
+        i64 image = index / plane_size, within = index - image * plane_size;
+        left = (int)min(plane_size - within, (i64)far);
+        offset = (image * channels + only) * plane_size + within;
+    }
+    __device__ int entries() const { return 1; }
+    __device__ int place(int) const { return 0; }
+    __device__ void advance() {
+        offset += jump;
+        left -= jump_within;
+        if (left <= 0) {
+            left += plane;
+            offset += skip;
+        }
+    }
+};
+#else
+struct Walk {
+    i64 chunk, offset, step;  // offset: of the current pack in the tensor
+    int size, packs;          // values of each channel in the chunk; packs of the thread
+    int rows, across;         // in the chunk; that the block's threads take together
+    int turns, extra;         // rows of each row of threads; how many of these have one more
+    int column, columns, plane, tile;
+    int first, own, within,
+        channels;  // the tile's first channel; of it that of the thread's first value; place in that
+
+    __device__ Walk(int block, i64 channels, i64 plane_size, i64 count, i64 chunk_size, int tile)
+        : tile(tile), channels((int)channels) {
+        make_opaque(block);  // else a second turn would hold registers during the first
+        plane = (int)plane_size, columns = (int)(channels * plane_size);
+        unsigned tiles = (columns / WIDTH + tile - 1) / tile, at = threadIdx.x % (unsigned)tile,
+                 row = threadIdx.x / (unsigned)tile;
+        across = blockDim.x / tile;
+        chunk = block / tiles;
+        int which = block - (int)chunk * tiles;
+        column = (which * tile + at) * WIDTH;
+        first = which * (plane == 1 ? tile * WIDTH : tile * WIDTH / plane);
+        own = plane == 1 ? at * WIDTH : at * WIDTH / plane;
+        within = at * WIDTH - own * plane;
+        i64 all_rows = count, chunk_rows = chunk_size;
+        if (plane > 1) all_rows /= plane, chunk_rows /= plane;
+        i64 first_row = chunk * chunk_rows;
+        rows = (int)min(chunk_rows, all_rows - first_row);
+        size = rows * plane;
+        turns = (unsigned)rows / (unsigned)across, extra = rows - turns * across;
+        packs = column < columns && row < across ? rows_of(row) : 0;
+        offset = (first_row + row) * columns + column;
+        step = (i64)across * columns;
+    }
+    // The rows of a row of threads.
+    __device__ int rows_of(int row) const { return turns + (row < extra); }
+    // The channel of a slot, counted from the tile's first.
+    __device__ int place(int slot) const {
+        if (plane == 1) return own + slot;
+        return own + (plane < WIDTH ? (within + slot) / plane : within + slot >= plane);
+    }
+    // Channels of the tile; the last tile has fewer, but room for as many.
+    __device__ int entries() const { return plane == 1 ? tile * WIDTH : tile * WIDTH / plane; }
+    __device__ void advance() { offset += step; }
+};
+#endif
+
+// Calls load(b, offset) for the thread's next packs, at most `most`, and returns how many they are.
+template <class F> __device__ inline int next_packs(Walk& walk, int most, F load) {
+    int have = min(most, walk.packs);
+    #pragma unroll
+    for (int b = 0; b < most; b++) {
+        if (b < have) load(b, walk.offset);
+        walk.advance();
+    }
+    walk.packs -= most;
+    return have;
+}
+
+#if !PLANES
+// Values of a thread's slots lie side by side: 16 bytes at a time, or lanes would meet in the same banks.
+enum { SLOTS_TOGETHER = WIDTH * sizeof(acc_t) % 16 ? 1 : 16 / sizeof(acc_t) };
+typedef Packed<acc_t, SLOTS_TOGETHER> SlotPack;
+#endif
+
+// What a block knows of its channels lies in shared memory: KEPT arrays of an entry for each channel of the tile, or
+// for each column where these differ in weight and bias; behind them the scratch memory of sums, 32 values, and without
+// PLANES 3 WIDTH for each thread.
+enum { MEAN, INVSTD, UNIT, WEIGHT, BIAS, OTHER, ARRAYS };
+static_assert(KEPT == ARRAYS, "the launch has room for the arrays");
+struct Kept {
+    acc_t* first;
+    int stride;  // of the arrays
+    __device__ Kept(acc_t* shared, int tile) : first(shared), stride(PLANES ? 1 : tile * WIDTH) {}
+    __device__ acc_t& at(int array, int place) const { return first[array * stride + place]; }
+    __device__ acc_t* scratch() const { return first + KEPT * stride; }
+    __device__ void normaliser(int place, acc_t mean, acc_t invstd) const {
+        Normaliser one(mean, invstd);
+        at(MEAN, place) = one.mean, at(INVSTD, place) = one.invstd, at(UNIT, place) = one.unit;
+    }
+    // Of channels beyond the last nothing is kept, and nobody uses what is read.
+    UNCHECKED __device__ acc_t value(int array, int place) const { return at(array, place); }
+    UNCHECKED __device__ void slots(int array, const Walk& walk, acc_t (&v)[SLOTS]) const {
+#if !PLANES
+        if (walk.plane == 1) {
+            #pragma unroll
+            for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
+                *(SlotPack*)(v + s) = *(const SlotPack*)&at(array, walk.own + s);
+            return;
+        }
+#endif
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++) v[s] = at(array, walk.place(s));
+    }
+};
+
+// Calls visit(place, channel) once for each channel of the block.
+template <class F> __device__ inline void for_channels(const Walk& walk, F visit) {
+#if PLANES
+    if (threadIdx.x == 0) visit(0, walk.only);
+#else
+    for (int place = threadIdx.x; place < walk.entries() && walk.first + place < walk.channels; place += blockDim.x)
+        visit(place, walk.first + place);
+#endif
+}
+
+// Channels that have no result yet. Sums are of values times `unit`: 1, and where sums are not finite, once more
+// another.
+struct Open {
+    acc_t unit = 1;
+    unsigned done = 0;  // of the thread's channels
+    bool again = false;
+    // Whether the sums of the thread's k-th channel are those to be kept. finite: whether they are.
+    __device__ bool keep(int k, bool finite) {
+        if (done >> k & 1) return false;
+        bool kept = finite || sizeof(acc_t) != 4 || unit != 1;
+        if (kept) done |= 1u << k;
+        else again = true;
+        return kept;
+    }
+};
+
+// Calls turn(open) until all channels of the block have results, which all threads see then.
+template <class F> __device__ inline void with_units(acc_t* scratch, F turn) {
+    Open open;
+    #pragma unroll 1
+    for (;;) {
+        open.again = false;
+        turn(open);
+        __syncthreads();
+        if (block_sum(open.again ? (acc_t)1 : (acc_t)0, scratch) == 0) return;
+        open.unit = OTHER_UNIT();
+    }
+}
+
+#if !PLANES
+// Shared memory for values of each column, by row of threads.
+struct Columns {
+    acc_t* first;
+    int count, rows, across;  // columns; rows of threads that have values, of all rows
+    __device__ Columns(const Walk& walk, acc_t* scratch)
+        : first(scratch), count(walk.tile * WIDTH), rows(min(walk.across, walk.rows)), across(walk.across) {}
+    __device__ acc_t& at(int array, int row, int column) const {
+        return first[(array * across + row) * count + column];
+    }
+    // A thread's values lie behind those of the thread before it.
+    __device__ void put(int array, const acc_t (&v)[SLOTS]) const {
+        if (threadIdx.x * WIDTH >= across * count) return;
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
+            *(SlotPack*)&at(array, 0, threadIdx.x * WIDTH + s) = *(const SlotPack*)(v + s);
+    }
+};
+
+// Calls visit(k, place, lane, lanes) with `lanes` threads, 1 or a warp, for each channel of the block: the k-th of
+// these threads.
+template <class F> __device__ inline void for_columns_of_channels(const Walk& walk, F visit) {
+    int lanes = walk.plane < 32 ? 1 : 32, k = 0;
+    for (int place = threadIdx.x / lanes; place < walk.entries() && walk.first + place < walk.channels;
+        place += blockDim.x / lanes)
+        visit(k++, place, (int)threadIdx.x % lanes, lanes);
+}
+__device__ inline acc_t sum_of_lanes(acc_t v, int lanes) {
+    for (lanes /= 2; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
+    return v;
+}
+#endif
+
+// Calls finish(k, place, channel, sums), in one thread, for each channel of the block, the k-th of that thread: with K
+// sums of what all threads have for it, in a fixed order. Before, calls of_column(column of the tile, sums), which may
+// change them.
+template <int K, class C, class F>
+__device__ inline void sums_of_channels(acc_t (&v)[K][SLOTS], const Walk& walk, acc_t* scratch, C of_column, F finish) {
+    acc_t total[K];
+#if PLANES
+    #pragma unroll
+    for (int i = 0; i < K; i++) total[i] = block_sum(v[i][0], scratch);
+    if (threadIdx.x == 0) finish(0, 0, walk.only, total);
+#else
+    Columns columns(walk, scratch);
+    #pragma unroll
+    for (int i = 0; i < K; i++) columns.put(i, v[i]);
+    __syncthreads();
+    int k = 0;
+    for (int column = threadIdx.x; column < columns.count; column += blockDim.x, k++) {
+        #pragma unroll
+        for (int i = 0; i < K; i++) {
+            total[i] = 0;
+            #pragma unroll 4
+            for (int row = 0; row < columns.rows; row++) total[i] += columns.at(i, row, column);
+        }
+        of_column(column, total);
+        #pragma unroll
+        for (int i = 0; i < K; i++) columns.at(i, 0, column) = total[i];
+        if (walk.plane == 1 && walk.first + column < walk.channels) finish(k, column, walk.first + column, total);
+    }
+    if (walk.plane > 1) {
+        __syncthreads();
+        for_columns_of_channels(walk, [&](int k, int place, int lane, int lanes) {
+            #pragma unroll
+            for (int i = 0; i < K; i++) {
+                total[i] = 0;
+                for (int column = lane; column < walk.plane; column += lanes)
+                    total[i] += columns.at(i, 0, place * walk.plane + column);
+                total[i] = sum_of_lanes(total[i], lanes);
+            }
+            if (lane == 0) finish(k, place, walk.first + place, total);
+        });
+    }
+#endif
+}
+
+// Of values times a unit. The mean has more digits than acc_t, of which large means with small variances need some.
+struct ChunkMoments {
+    double mean;
+    acc_t squares;
+};
+
+// Calls finish(k, place, channel, moments), as sums_of_channels, with the moments of what the block has of each
+// channel.
+//
+// A thread sums up distances from the mean of its first batch, and their squares. That mean is off by no more than the
+// batch's own standard deviation, so what cancels at the end is no more than batches times what is left. Means of
+// several threads, or columns, are summed up twice, the second time relative to the first result, whose rounding errors
+// that makes up for.
+template <class F>
+__device__ inline void moments_of_chunk(
+    const scalar_t* __restrict__ x, acc_t unit, Walk walk, acc_t* scratch, F finish) {
+    acc_t n = 0, shift[SLOTS], sum[SLOTS], squares[SLOTS];
+    #pragma unroll
+    for (int s = 0; s < SLOTS; s++) shift[s] = sum[s] = squares[s] = 0;
+    #pragma unroll 1
+    while (walk.packs > 0) {
+        Pack in[BATCH];
+        int have = next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + offset); });
+        if (n == 0) {
+            acc_t inverse = (acc_t)1 / (have * PER_SLOT);
+            #pragma unroll
+            for (int s = 0; s < SLOTS; s++) {
+                acc_t total = 0;
+                #pragma unroll
+                for (int b = 0; b < BATCH; b++) {
+                    if (b >= have) continue;
+                    #pragma unroll
+                    for (int i = 0; i < PER_SLOT; i++) total += to_acc(in[b].v[s + i]) * unit;
+                }
+                shift[s] = finite_or_zero(total * inverse);
+            }
+        }
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            if (b >= have) continue;
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) {
+                int s = i / PER_SLOT;
+                acc_t d = to_acc(in[b].v[i]) * unit - shift[s];
+                sum[s] += d;
+                squares[s] += d * d;
+            }
+        }
+        n += have * PER_SLOT;
+    }
+    acc_t inverse = n > 0 ? 1 / n : (acc_t)0;
+    #pragma unroll
+    for (int s = 0; s < SLOTS; s++) {
+        sum[s] *= inverse;  // the mean, relative to shift
+        acc_t rest = squares[s] - n * sum[s] * sum[s];
+        squares[s] = rest < 0 ? (acc_t)0 : rest;
+    }
+#if PLANES
+    if (threadIdx.x == 0) scratch[0] = shift[0];
+    __syncthreads();
+    acc_t reference = scratch[0];
+    __syncthreads();
+    acc_t near = reference + block_sum(n * (shift[0] - reference + sum[0]), scratch) / walk.size;
+    acc_t distance = n > 0 ? shift[0] - near + sum[0] : (acc_t)0;
+    acc_t rest = block_sum(n * distance, scratch) / walk.size;
+    acc_t m2 = block_sum(squares[0] + n * distance * distance, scratch);
+    if (threadIdx.x == 0) finish(0, 0, walk.only, ChunkMoments{(double)near + finite_or_zero(rest), m2});
+#else
+    enum { SHIFT, DISTANCE, SQUARES };  // of a thread; then in row 0 of a column: two parts of the mean, and squares
+    Columns columns(walk, scratch);
+    columns.put(SHIFT, shift), columns.put(DISTANCE, sum), columns.put(SQUARES, squares);
+    __syncthreads();
+    int k = 0;
+    for (int column = threadIdx.x; column < columns.count; column += blockDim.x, k++) {
+        acc_t reference = columns.at(SHIFT, 0, column), near = 0, rest = 0, m2 = 0;
+        #pragma unroll 4
+        for (int row = 0; row < columns.rows; row++)
+            near +=
+                walk.rows_of(row) * (columns.at(SHIFT, row, column) - reference + columns.at(DISTANCE, row, column));
+        near = reference + near / walk.rows;
+        #pragma unroll 4
+        for (int row = 0; row < columns.rows; row++) {
+            acc_t distance = columns.at(SHIFT, row, column) - near + columns.at(DISTANCE, row, column);
+            rest += walk.rows_of(row) * distance;
+            m2 += columns.at(SQUARES, row, column) + walk.rows_of(row) * distance * distance;
+        }
+        rest = finite_or_zero(rest / walk.rows);
+        columns.at(SHIFT, 0, column) = near, columns.at(DISTANCE, 0, column) = rest,
+                             columns.at(SQUARES, 0, column) = m2;
+        if (walk.plane == 1 && walk.first + column < walk.channels)
+            finish(k, column, walk.first + column, ChunkMoments{(double)near + rest, m2});
+    }
+    if (walk.plane > 1) {
+        __syncthreads();
+        for_columns_of_channels(walk, [&](int k, int place, int lane, int lanes) {
+            int first = place * walk.plane;
+            acc_t reference = columns.at(SHIFT, 0, first), sum = 0, m2 = 0;
+            auto distance_of = [&](int column) {
+                return columns.at(SHIFT, 0, column) - reference + columns.at(DISTANCE, 0, column);
+            };
+            for (int i = lane; i < walk.plane; i += lanes) sum += distance_of(first + i);
+            acc_t near = sum_of_lanes(sum, lanes) / walk.plane, rest = 0;
+            for (int i = lane; i < walk.plane; i += lanes) {
+                acc_t distance = distance_of(first + i) - near;
+                rest += distance;
+                m2 += columns.at(SQUARES, 0, first + i) + walk.rows * distance * distance;
+            }
+            double mean = (double)reference + near + finite_or_zero(sum_of_lanes(rest, lanes) / walk.plane);
+            m2 = sum_of_lanes(m2, lanes);
+            if (lane == 0) finish(k, place, walk.first + place, ChunkMoments{mean, m2});
+        });
+    }
+#endif
+}
+
+// What a thread needs to normalise values of its slots, see Normaliser.
+struct Normalisers {
+    acc_t mean[SLOTS], invstd[SLOTS];
+    unsigned large = 0;  // slots whose values are taken times a power of two
+    UNCHECKED __device__ Normalisers(const Kept& kept, const Walk& walk) {
+        kept.slots(MEAN, walk, mean), kept.slots(INVSTD, walk, invstd);
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++)
+            if (kept.at(UNIT, walk.place(s)) != 1) large |= 1u << s;
+    }
+    __device__ void operator()(const Pack& in, acc_t (&xhat)[WIDTH]) const {
+        #pragma unroll
+        for (int i = 0; i < WIDTH; i++) xhat[i] = to_acc(in.v[i]);
+        if (large) {
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++)
+                if (large >> i / PER_SLOT & 1) xhat[i] *= Normaliser::LARGE_UNIT();
+        }
+        #pragma unroll
+        for (int i = 0; i < WIDTH; i++) xhat[i] = (xhat[i] - mean[i / PER_SLOT]) * invstd[i / PER_SLOT];
+    }
+};
+
+// y = xhat weight + bias of a chunk, which after(values of a pack) may change, with the weights and biases of the
+// slots, and the block's means.
+template <class F> __device__ inline void normalise_chunk(
+    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS],
+    const acc_t (&b)[SLOTS], F after) {
+    Normalisers normalise(kept, walk);
+    #pragma unroll 1
+    while (walk.packs > 0) {
+        Pack in[BATCH];
+        i64 offsets[BATCH];
+        int have =
+            next_packs(walk, BATCH, [&](int j, i64 offset) { in[j] = *(const Pack*)(x + (offsets[j] = offset)); });
+        #pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            if (j >= have) continue;
+            Pack out;
+            acc_t xhat[WIDTH];
+            normalise(in[j], xhat);
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) xhat[i] = bn_affine(xhat[i], w[i / PER_SLOT], b[i / PER_SLOT]);
+            after(xhat);
+            #pragma unroll
+            for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<scalar_t>(xhat[i]);
+            *(Pack*)(y + offsets[j]) = out;
+        }
+    }
 }
 """,
     "common.cuh": r"""// Types, conversions and reductions that the kernels share. Includes nothing of a CUDA toolkit: pip wheels have no
@@ -5290,7 +5849,7 @@ UNCHECKED __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const 
 UNCHECKED __device__ inline unsigned movmatrix(unsigned row) {
     unsigned column = 0;
 #ifdef CUPY_KERNELS_EMULATOR
-    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row, EMULATOR_PLACE);
+    auto rows = emulator::exchange_in_warp(0xFFFFFFFFu, row);
     int lane = emulator::current % 32;
     for (int i = 0; i < 2; i++)
         column |= (rows[(lane % 4 * 2 + i) * 4 + lane / 8] >> lane / 4 % 2 * 16 & 0xFFFF) << i * 16;

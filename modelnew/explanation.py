@@ -54,8 +54,8 @@ def _convolution(conv, x) -> str:
     geometry = Geometry(conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
     choice, formats = choose(conv.numerics, x), (channels_last(x), channels_last(conv.weight))
     kernels, detail = kernels_of(NUMPY[x.dtype], x.shape, conv.weight.shape, geometry, choice, formats)
-    if kernels == "depthwise":
-        return "depthwise kernels, in float32's precision"
+    if kernels in ("depthwise", "thin"):
+        return f"{kernels} kernels, in float32's precision"
     if kernels == "general":
         return f"general kernels, in float32's precision, because {detail}"
     return f"tensor cores, {choice.cls} class, by {kernels}"

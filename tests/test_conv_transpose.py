@@ -143,7 +143,7 @@ def test_only_the_gradients_asked_for(device, wanted, launched):
     expected = [
         {"pack_weight", "conv_gather"},
         {"wgrad_partial", "wgrad_reduce"},
-        {"channel_sum_partial", "channel_sum_reduce"},
+        {"channel_sum_partials", "channel_sum_combine"},
     ]
     assert kernels == expected[wanted.index(True)]
 

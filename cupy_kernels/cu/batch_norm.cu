@@ -30,7 +30,7 @@ struct Partials {
 };
 
 // partials: mean, and squares, of each chunk.
-extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_partials(
+extern "C" __global__ void __launch_bounds__(THREADS, 2 * BLOCKS) batch_norm_partials(
     const scalar_t* __restrict__ x, double* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunk,
     i64 chunks, int tile) {
     DYNAMIC_SHARED(acc_t, shared);
@@ -49,29 +49,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_partials(
 // Number of values in a chunk.
 __device__ inline i64 chunk_count(i64 count, i64 k, i64 chunk) { return min(chunk, count - k * chunk); }
 
-// Of a channel, from those of its chunks: mean - origin, and squares, of values times `unit`.
-__device__ inline Moments moments_of_channel(
-    const double* __restrict__ means, const double* __restrict__ m2s, double origin, acc_t unit, i64 count, i64 chunk,
-    i64 chunks, acc_t* scratch) {
-    acc_t sum = 0, m2 = 0;
-    double wide = unit;
-    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x)
-        sum += chunk_count(count, k, chunk) * (acc_t)((means[k] - origin) * wide);
-    acc_t mean = block_sum(sum, scratch) / count;
+// Of a channel, from those of its chunks. In double they neither overflow nor cancel. Returns the unit of the moments.
+__device__ inline acc_t moments_of_channel(
+    Moments& moments, const double* __restrict__ means, const double* __restrict__ m2s, i64 count, i64 chunk,
+    i64 chunks, double* scratch) {
+    double sum = 0, m2 = 0;
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += chunk_count(count, k, chunk) * means[k];
+    double mean = block_sum(sum, scratch) / count;
     for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
-        acc_t distance = (acc_t)((means[k] - origin) * wide) - mean;
-        m2 += (acc_t)(m2s[k] * wide * wide) + chunk_count(count, k, chunk) * distance * distance;
+        double distance = means[k] - mean;
+        m2 += m2s[k] + chunk_count(count, k, chunk) * distance * distance;
     }
-    return {mean, block_sum(m2, scratch)};
+    m2 = block_sum(m2, scratch);
+    acc_t unit = sizeof(acc_t) == 8 || is_finite((acc_t)m2) ? (acc_t)1 : OTHER_UNIT();
+    moments = {(acc_t)(mean * unit), (acc_t)(m2 * unit * unit)};
+    return unit;
 }
 
 // One block a channel: combines the chunks; updates the running statistics where they are not null, and so is
 // `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
-    const scalar_t* __restrict__ x, const double* __restrict__ partials, INOUT param_t* running_mean,
-    INOUT param_t* running_var, INOUT i64* batches, acc_t* __restrict__ mean, acc_t* __restrict__ invstd,
-    acc_t momentum, acc_t eps, i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks) {
-    __shared__ acc_t scratch[32];
+    const double* __restrict__ partials, INOUT param_t* running_mean, INOUT param_t* running_var, INOUT i64* batches,
+    acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, i64 channels, i64 count, i64 chunk,
+    i64 chunks) {
+    __shared__ double scratch[32];
     i64 channel = blockIdx.x;
     if (batches && channel == 0 && threadIdx.x == 0) ++*batches;
     const double* means = partials + channel * chunks;
@@ -80,12 +81,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
         if (threadIdx.x == 0) mean[channel] = invstd[channel] = 0;
         return;
     }
-    acc_t unit = 1, origin = origin_of(x, channel, plane);
     Moments moments;
-    do moments = moments_of_channel(means, m2s, origin, unit, count, chunk, chunks, scratch);
-    while (again(moments.squares, unit));
+    acc_t unit = moments_of_channel(moments, means, m2s, count, chunk, chunks, scratch);
     if (threadIdx.x) return;
-    moments.mean += origin * unit;
     if (running_mean) running_mean += channel, running_var += channel;
     store_statistics(
         moments, unit, count, eps, mean + channel, invstd + channel, running_mean, running_var, momentum, 0);
@@ -275,24 +273,19 @@ __device__ inline void store_gradients(param_t* dweight, param_t* dbias, i64 cha
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(
     const double* __restrict__ partials, double* __restrict__ sums, param_t* __restrict__ dweight,
     param_t* __restrict__ dbias, i64 channels, i64 chunks) {
-    __shared__ acc_t scratch[32];
+    __shared__ double scratch[32];
     i64 channel = blockIdx.x;
-    acc_t unit = 1, sum, dot;
-    do {
-        double wide = unit;
-        sum = dot = 0;
-        for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
-            sum += (acc_t)(partials[channel * chunks + k] * wide);
-            dot += (acc_t)(partials[(channels + channel) * chunks + k] * wide);
-        }
-        sum = block_sum(sum, scratch);
-        dot = block_sum(dot, scratch);
-    } while (again(sum, dot, unit));
+    double sum = 0, dot = 0;
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
+        sum += partials[channel * chunks + k];
+        dot += partials[(channels + channel) * chunks + k];
+    }
+    sum = block_sum(sum, scratch);
+    dot = block_sum(dot, scratch);
     if (threadIdx.x) return;
-    double back = inverse_of(unit);
-    sums[channel] = sum * back;
-    sums[channels + channel] = dot * back;
-    store_gradients(dweight, dbias, channel, sum * back, dot * back);
+    sums[channel] = sum;
+    sums[channels + channel] = dot;
+    store_gradients(dweight, dbias, channel, sum, dot);
 }
 
 // sum / count: the sum may be beyond float, the quotient is not.

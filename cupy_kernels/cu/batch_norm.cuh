@@ -7,15 +7,16 @@
 #pragma once
 #include "common.cuh"
 
+__device__ constexpr acc_t OTHER_UNIT() { return 0x1p-96f; }
 // Whether sums must be taken once more, then times another unit.
 __device__ inline bool again(acc_t sum, acc_t other, acc_t& unit) {
     if (sizeof(acc_t) != 4 || unit != 1 || (is_finite(sum) && is_finite(other))) return false;
-    unit = 0x1p-96f;
+    unit = OTHER_UNIT();
     return true;
 }
 __device__ inline bool again(acc_t sum, acc_t& unit) { return again(sum, 0, unit); }
 // What undoes it.
-__device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 0x1p96f; }
+__device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 1 / OTHER_UNIT(); }
 
 // Normalises the values of one channel or group. Where mean or standard deviation are beyond 2^64, a distance from the
 // mean could overflow, and invstd be a denormal, which -ftz=true flushes: there all is taken times `unit`, a power of

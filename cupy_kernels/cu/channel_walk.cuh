@@ -117,6 +117,12 @@ template <class F> __device__ inline int next_packs(Walk& walk, int most, F load
     return have;
 }
 
+#if !PLANES
+// Values of a thread's slots lie side by side: 16 bytes at a time, or lanes would meet in the same banks.
+enum { SLOTS_TOGETHER = WIDTH * sizeof(acc_t) % 16 ? 1 : 16 / sizeof(acc_t) };
+typedef Packed<acc_t, SLOTS_TOGETHER> SlotPack;
+#endif
+
 // What a block knows of its channels lies in shared memory: KEPT arrays of an entry for each channel of the tile, or
 // for each column where these differ in weight and bias; behind them the scratch memory of sums, 32 values, and without
 // PLANES 3 WIDTH for each thread.
@@ -135,6 +141,14 @@ struct Kept {
     // Of channels beyond the last nothing is kept, and nobody uses what is read.
     UNCHECKED __device__ acc_t value(int array, int place) const { return at(array, place); }
     UNCHECKED __device__ void slots(int array, const Walk& walk, acc_t (&v)[SLOTS]) const {
+#if !PLANES
+        if (walk.plane == 1) {
+            #pragma unroll
+            for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
+                *(SlotPack*)(v + s) = *(const SlotPack*)&at(array, walk.own + s);
+            return;
+        }
+#endif
         #pragma unroll
         for (int s = 0; s < SLOTS; s++) v[s] = at(array, walk.place(s));
     }
@@ -175,7 +189,7 @@ template <class F> __device__ inline void with_units(acc_t* scratch, F pass) {
         pass(open);
         __syncthreads();
         if (block_sum(open.again ? (acc_t)1 : (acc_t)0, scratch) == 0) return;
-        open.unit = 0x1p-96f;
+        open.unit = OTHER_UNIT();
     }
 }
 
@@ -193,7 +207,8 @@ struct Columns {
     __device__ void put(int array, const acc_t (&v)[SLOTS]) const {
         if (threadIdx.x * WIDTH >= across * count) return;
         #pragma unroll
-        for (int s = 0; s < SLOTS; s++) at(array, 0, threadIdx.x * WIDTH + s) = v[s];
+        for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
+            *(SlotPack*)&at(array, 0, threadIdx.x * WIDTH + s) = *(const SlotPack*)(v + s);
     }
 };
 
@@ -253,11 +268,6 @@ __device__ inline void sums_of_channels(acc_t (&v)[K][SLOTS], const Walk& walk, 
         });
     }
 #endif
-}
-
-// What means are summed up relative to: the rounding error of a large mean must not enter the variance.
-__device__ inline acc_t origin_of(const scalar_t* x, i64 channel, i64 plane) {
-    return finite_or_zero(to_acc(x[channel * plane]));
 }
 
 // Of values times a unit. The mean has more digits than acc_t, of which large means with small variances need some.
@@ -361,13 +371,15 @@ __device__ inline void moments_of_chunk(
                 return columns.at(SHIFT, 0, column) - reference + columns.at(DISTANCE, 0, column);
             };
             for (int i = lane; i < walk.plane; i += lanes) sum += distance_of(first + i);
-            acc_t mean = sum_of_lanes(sum, lanes) / walk.plane;
+            acc_t near = sum_of_lanes(sum, lanes) / walk.plane, rest = 0;
             for (int i = lane; i < walk.plane; i += lanes) {
-                acc_t distance = distance_of(first + i) - mean;
+                acc_t distance = distance_of(first + i) - near;
+                rest += distance;
                 m2 += columns.at(SQUARES, 0, first + i) + walk.rows * distance * distance;
             }
+            double mean = (double)reference + near + finite_or_zero(sum_of_lanes(rest, lanes) / walk.plane);
             m2 = sum_of_lanes(m2, lanes);
-            if (lane == 0) finish(k, place, walk.first + place, ChunkMoments{(double)reference + mean, m2});
+            if (lane == 0) finish(k, place, walk.first + place, ChunkMoments{mean, m2});
         });
     }
 #endif

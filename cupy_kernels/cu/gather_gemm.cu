@@ -70,39 +70,47 @@ static_assert(
     TABLE_OFFSET + TILE_M * sizeof(Row) == SHARED_BYTES, "the ring, then the sums, then the table of rows to the end");
 static_assert(THREADS % TILE_M == 0, "a thread stores one pixel of several channels");
 
-// Values of `out` from sums: of operands under powers of two, and with the bias.
+// What makes values of `out` from sums: the operands' powers of two, and the bias.
 struct Finish {
     const int* weight_exponents;
     const scalar_t* bias;
     int exponent;
     bool scaled;  // weight_exponents and exponent are something
-
-    __device__ float operator()(float sum, int column, int channel) const {
-        float shift = bias ? to_acc(bias[channel]) : 0;
-        return scaled ? ScaleBack(exponent + weight_exponents[column])(sum, shift) : sum + shift;
-    }
 };
 
 // Turns the sums in shared memory, so that neighbouring threads store neighbouring elements.
 __device__ __forceinline__ void store(
     const Sums& sums, float* shared, const Row* table, const Tile& tile, const Shapes& s, const Finish& finish,
     scalar_t* out) {
+    int merged = s.merged_h * s.merged_w, share = TILE_N / merged;  // channels of the tile
+    int first = tile.channel * share, count = min(share, s.channels - first), group = blockIdx.y;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Divisor by_share(share);
     #pragma unroll
-    for (int i = 0; i < TILES_M; i++)
+    for (int j = 0; j < TILES_N; j++) {
+        int n = warp / WARPS_M * WARP_N + j * 8 + lane % 4 * 2;
+        float shift[2] = {};
+        ScaleBack scale[2] = {ScaleBack(0), ScaleBack(0)};
         #pragma unroll
-        for (int j = 0; j < TILES_N; j++)
+        for (int c = 0; c < 2; c++) {
+            unsigned channel;
+            by_share.divide(n + c, channel);
+            if (finish.bias && (int)channel < count)
+                shift[c] = to_acc(finish.bias[group * s.channels + first + channel]);
+            if (finish.scaled) scale[c] = ScaleBack(finish.exponent + finish.weight_exponents[n + c]);
+        }
+        #pragma unroll
+        for (int i = 0; i < TILES_M; i++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                int m = warp % WARPS_M * WARP_M + i * 16 + half * 8 + lane / 4,
-                    n = warp / WARPS_M * WARP_N + j * 8 + lane % 4 * 2;
+                int m = warp % WARPS_M * WARP_M + i * 16 + half * 8 + lane / 4;
                 float low = sums[i][j][half * 2], high = sums[i][j][half * 2 + 1];
+                low = scale[0](low, shift[0]), high = scale[1](high, shift[1]);
                 if (s.channels_last) *(float2*)(shared + m * PITCH_N + n) = make_float2(low, high);
                 else shared[n * PITCH_M + m] = low, shared[(n + 1) * PITCH_M + m] = high;
             }
+    }
     __syncthreads();
-    int merged = s.merged_h * s.merged_w, share = TILE_N / merged;  // channels of the tile
-    int first = tile.channel * share, count = min(share, s.channels - first), group = blockIdx.y;
     i64 all_channels = (i64)s.groups * s.channels, plane = s.out_h * s.out_w;
     const int last_h = s.out_h - 1, last_w = s.out_w - 1;
     if (s.channels_last) {
@@ -128,10 +136,9 @@ __device__ __forceinline__ void store(
             if (wide) {
                 Packed<scalar_t, VECTOR> line;
                 #pragma unroll
-                for (int v = 0; v < VECTOR; v++)
-                    line.v[v] = from_acc<scalar_t>(finish(from[v], column + v, group * s.channels + channel + v));
+                for (int v = 0; v < VECTOR; v++) line.v[v] = from_acc<scalar_t>(from[v]);
                 store_at_once(to, line);
-            } else *to = from_acc<scalar_t>(finish(*from, column, group * s.channels + channel));
+            } else *to = from_acc<scalar_t>(*from);
         }
         return;
     }
@@ -151,7 +158,7 @@ __device__ __forceinline__ void store(
             int column = (phase_h * s.merged_w + phase_w) * share + channel,
                 of_all = group * s.channels + first + channel;
             out[((i64)image * all_channels + of_all) * plane + oh * s.out_w + ow] =
-                from_acc<scalar_t>(finish(shared[column * PITCH_M + m], column, of_all));
+                from_acc<scalar_t>(shared[column * PITCH_M + m]);
         }
         return;
     }
@@ -160,19 +167,18 @@ __device__ __forceinline__ void store(
     if (row.out < 0) return;
     int image = row.out / (s.out_h * s.out_w), within = row.out % (s.out_h * s.out_w);
     scalar_t* to = out + ((i64)image * all_channels + group * s.channels + first) * plane + within;
-    for (int channel = threadIdx.x / TILE_M; channel < count; channel += THREADS / TILE_M) {
-        #pragma unroll 1
-        for (int phase_h = 0; phase_h < s.merged_h; phase_h++) {
-            if (within / s.out_w + phase_h > last_h) break;
-            auto value = [&](int phase_w) {
-                int column = (phase_h * s.merged_w + phase_w) * share + channel;
-                return from_acc<scalar_t>(
-                    finish(shared[column * PITCH_M + m], column, group * s.channels + first + channel));
-            };
-            scalar_t* line = to + channel * plane + phase_h * s.out_w;
-            if (together) store_at_once(line, Packed<scalar_t, 2>{{value(0), value(1)}});
-            else *line = value(0);
-        }
+    int oh = within / s.out_w;
+    Divisor by_merged_h(s.merged_h);
+    #pragma unroll 4
+    for (int i = threadIdx.x / TILE_M; i < count * s.merged_h; i += THREADS / TILE_M) {
+        unsigned phase_h, channel = by_merged_h.divide(i, phase_h);
+        if (oh + (int)phase_h > last_h) continue;
+        const float* from = shared + (phase_h * s.merged_w * share + channel) * PITCH_M + m;
+        scalar_t* line = to + channel * plane + phase_h * s.out_w;
+        if (together)
+            store_at_once(
+                line, Packed<scalar_t, 2>{{from_acc<scalar_t>(from[0]), from_acc<scalar_t>(from[share * PITCH_M])}});
+        else *line = from_acc<scalar_t>(*from);
     }
 }
 

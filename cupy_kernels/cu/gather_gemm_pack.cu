@@ -161,21 +161,49 @@ struct Weights {
     }
 };
 
-// exponents[group][column]. A block has a column. Grid: x = a group's columns, y = groups.
+// exponents[group][column]: of the channel's weights, the same for all phases. A block has a channel, or 32 of them if
+// they are neighbours in memory. Grid: x = channels of a group with those that fill the last tile, y = groups.
 extern "C" __global__ void tap_exponents(
     const scalar_t* __restrict__ w, int* __restrict__ exponents, int tile_n, int channels, int sum_channels, int octets,
     int kernel_h, int kernel_w, int taps_h, int taps_w, int merged_h, int merged_w, int base_h, int base_w,
     i64 group_stride, i64 channel_stride, i64 sum_stride, int tap_stride, int columns) {
-    __shared__ unsigned scratch[32];
-    Weights weights = {tile_n, channels, sum_channels, octets, kernel_h, kernel_w, taps_h, taps_w, merged_h, merged_w,
-        base_h, base_w, group_stride, channel_stride, sum_stride, tap_stride};
-    int taps = taps_h * taps_w;
+    __shared__ unsigned scratch[32][32];
+    int lanes = channel_stride == 1 ? 32 : 1, lane = threadIdx.x % lanes, channel = blockIdx.x * lanes + lane;
+    int taps = kernel_h * kernel_w, inner = tap_stride <= sum_stride ? taps : sum_channels;
+    i64 inner_stride = tap_stride <= sum_stride ? tap_stride : sum_stride,
+        outer_stride = tap_stride <= sum_stride ? sum_stride : tap_stride;
+    const scalar_t* from = w + blockIdx.y * group_stride + channel * channel_stride;
+    enum { VECTOR = 16 / sizeof(scalar_t) };
+    bool wide = inner_stride == 1 && inner % VECTOR == 0 && outer_stride % VECTOR == 0 &&
+                channel_stride % VECTOR == 0 && group_stride % VECTOR == 0 && (size_t)w % 16 == 0;
     unsigned largest = 0;
-    #pragma unroll 4
-    for (int i = threadIdx.x; i < sum_channels * taps; i += blockDim.x)
-        largest = max(largest, finite_magnitude(weights.value(w, blockIdx.y, blockIdx.x, i / taps, i % taps)));
-    largest = block_max(largest, scratch);
-    if (threadIdx.x == 0) exponents[blockIdx.y * columns + blockIdx.x] = scale_exponent(largest);
+    if (wide && channel < channels) {
+        Divisor by_inner(inner / VECTOR);
+        #pragma unroll 4
+        for (int i = threadIdx.x; i < sum_channels * taps / VECTOR; i += blockDim.x) {
+            unsigned at, outer = by_inner.divide(i, at);
+            Packed<scalar_t, VECTOR> in = *(const Packed<scalar_t, VECTOR>*)(from + outer * outer_stride + at * VECTOR);
+            #pragma unroll
+            for (int v = 0; v < VECTOR; v++) largest = max(largest, finite_magnitude(to_acc(in.v[v])));
+        }
+    } else if (channel < channels) {
+        Divisor by_inner(inner);
+        #pragma unroll 4
+        for (int i = threadIdx.x / lanes; i < sum_channels * taps; i += blockDim.x / lanes) {
+            unsigned at, outer = by_inner.divide(i, at);
+            largest = max(largest, finite_magnitude(to_acc(from[outer * outer_stride + at * inner_stride])));
+        }
+    }
+    if (lanes == 1) largest = block_max(largest, scratch[0]);
+    else {
+        scratch[threadIdx.x / 32][lane] = largest;
+        __syncthreads();
+        for (unsigned warp = 0; warp < blockDim.x / 32; warp++) largest = max(largest, scratch[warp][lane]);
+    }
+    // Columns that are left over in a tile have the exponents of some channel.
+    int share = tile_n / (merged_h * merged_w), column = channel / share * tile_n, within = channel % share;
+    for (within += (int)threadIdx.x / lanes * share; within < tile_n; within += blockDim.x / lanes * share)
+        if (column < columns) exponents[blockIdx.y * columns + column + within] = scale_exponent(largest);
 }
 
 // A thread has an octet, two neighbours two octets of a tap. The pairs read neighbouring memory: by_columns says

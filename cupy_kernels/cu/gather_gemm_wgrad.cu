@@ -7,7 +7,7 @@
 // writes partial [split][group][ic][n]; wgrad_gemm_reduce adds the splits in ascending order, undoes the scales, and
 // writes dw. The octets of a pixel that a tap takes outside of dy are zero; a pixel of x that is infinite makes NaN of
 // them, as in cuDNN. Grid of wgrad_gemm: x = tiles of m (fastest) and n, y = splits, z = groups; of the reduction: x =
-// elements of partial, y = groups. Macros: scalar_t (of dw), MIN_BLOCKS, those of gather_gemm.cuh.
+// blocks of output channels (fastest), taps, input channels, y = groups. Macros: scalar_t (of dw), MIN_BLOCKS, those of gather_gemm.cuh.
 #include "gather_gemm.cuh"
 
 struct Pixel { int dy, h, w; };  // of dy, in the whole batch and in its image, under a tap that shifts by 0
@@ -100,22 +100,82 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_gemm(
             }
 }
 
-// dw: element (group, ic, oc, tap) at the sum of its strides; group and ic have one stride.
-extern "C" __global__ void wgrad_gemm_reduce(
+// Four neighbouring output channels of a block of the reduction: the first one, tap, input channel.
+struct Quad {
+    int channel, tap, row;
+    __device__ Quad(unsigned number, const Divisor& by_quads, const Divisor& by_taps) {
+        unsigned quad, in_block;
+        row = by_taps.divide(by_quads.divide(number, quad), in_block);
+        channel = quad * 4, tap = in_block;
+    }
+};
+enum { AT_ONCE = 4 };  // loads of a thread
+
+// dw: element (group, ic, oc, tap) at the sum of its strides; group and ic have one stride. A block has `block_channels`
+// output channels, a multiple of 4, of `block_taps` taps and `rows` input channels. It turns them in shared memory if
+// neighbouring taps are neighbours in dw.
+extern "C" __global__ void __launch_bounds__(256, 3) wgrad_gemm_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
     scalar_t* __restrict__ dw, int x_exponent_count, int dy_exponent_count, int in_channels, int out_channels,
-    int out_octets, int taps, int splits, i64 in_stride, i64 out_stride, i64 tap_stride) {
+    int out_octets, int taps, int splits, i64 in_stride, i64 out_stride, i64 tap_stride, int block_channels,
+    int block_taps, int rows) {
+    DYNAMIC_SHARED(float, turned);  // [row][channel][tap], an odd number of floats a channel
     __shared__ unsigned scratch[32];
     int exponent = x_exponents ? smallest_exponent(x_exponents, x_exponent_count, scratch) +
                                      smallest_exponent(dy_exponents, dy_exponent_count, scratch)
                                : 0;
-    int columns = taps * out_octets * 8;
-    i64 size = (i64)in_channels * columns, i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    int oc = i % (out_octets * 8), tap = i / (out_octets * 8) % taps, ic = i / columns;
-    if (i >= size || oc >= out_channels) return;
-    float sum = 0;
-    #pragma unroll 4
-    for (int split = 0; split < splits; split++) sum += partial[((i64)split * gridDim.y + blockIdx.y) * size + i];
-    dw[(blockIdx.y * (i64)in_channels + ic) * in_stride + oc * out_stride + tap * tap_stride] =
-        from_acc<scalar_t>(x_exponents ? ScaleBack(exponent)(sum) : sum);
+    ScaleBack scale_back(exponent);
+    int all_channels = out_octets * 8, channel_blocks = (all_channels + block_channels - 1) / block_channels,
+        tap_blocks = (taps + block_taps - 1) / block_taps, pitch = block_taps | 1, quads = block_channels / 4;
+    int first_oc = blockIdx.x % channel_blocks * block_channels,
+        first_tap = blockIdx.x / channel_blocks % tap_blocks * block_taps,
+        first_ic = blockIdx.x / channel_blocks / tap_blocks * rows;
+    i64 size = (i64)in_channels * taps * all_channels, split_stride = gridDim.y * size;
+    partial += blockIdx.y * size;
+    dw += blockIdx.y * (i64)in_channels * in_stride;
+    bool turn = tap_stride == 1;
+    Divisor by_quads(quads), by_taps(block_taps), by_channels(block_channels);
+    int count = rows * block_taps * quads;
+    for (int first = threadIdx.x; first < count; first += blockDim.x * AT_ONCE) {
+        int offsets[AT_ONCE];  // of four neighbours in partial; negative if there are none
+        float sums[AT_ONCE][4] = {};
+        #pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            Quad at(first + k * blockDim.x, by_quads, by_taps);
+            int oc = first_oc + at.channel, tap = first_tap + at.tap, ic = first_ic + at.row;
+            bool exists = at.row < rows && ic < in_channels && tap < taps && oc < all_channels;
+            offsets[k] = exists ? (ic * taps + tap) * all_channels + oc : -1;
+        }
+        #pragma unroll 2
+        for (int split = 0; split < splits; split++)
+            #pragma unroll
+            for (int k = 0; k < AT_ONCE; k++) {
+                if (offsets[k] < 0) continue;
+                Packed<float, 4> part = *(const Packed<float, 4>*)(partial + split * split_stride + offsets[k]);
+                #pragma unroll
+                for (int v = 0; v < 4; v++) sums[k][v] += part.v[v];
+            }
+        #pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            Quad at(first + k * blockDim.x, by_quads, by_taps);
+            #pragma unroll
+            for (int v = 0; v < 4; v++) {
+                int channel = at.channel + v;
+                if (offsets[k] < 0 || first_oc + channel >= out_channels) continue;
+                float value = x_exponents ? scale_back(sums[k][v]) : sums[k][v];
+                if (turn) turned[(at.row * block_channels + channel) * pitch + at.tap] = value;
+                else
+                    dw[(first_ic + at.row) * in_stride + (first_oc + channel) * out_stride +
+                        (first_tap + at.tap) * tap_stride] = from_acc<scalar_t>(value);
+            }
+        }
+    }
+    if (!turn) return;
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * block_taps * block_channels; i += blockDim.x) {
+        unsigned in_block, channel, line = by_taps.divide(i, in_block), row = by_channels.divide(line, channel);
+        int oc = first_oc + channel, tap = first_tap + in_block, ic = first_ic + row;
+        if (ic < in_channels && tap < taps && oc < out_channels)
+            dw[ic * in_stride + oc * out_stride + tap] = from_acc<scalar_t>(turned[line * pitch + in_block]);
+    }
 }

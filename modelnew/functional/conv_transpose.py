@@ -1,12 +1,14 @@
 """conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels import channel_sum as bias_ops
-from cupy_kernels import common, depthwise, fp16_tiles
+from cupy_kernels import common, depthwise, fp16_tiles, thin
 from cupy_kernels import conv_transpose as ops
 from cupy_kernels import conv_transpose_mma as mma
 from cupy_kernels import conv_wgrad_mma as wgrad_mma
@@ -26,13 +28,16 @@ from .gradients import apply, differentiable, will_need_grad
 def kernels_of(dtype, x_shape, w_shape, geometry, choice, formats=(False, False)):
     """The rule that picks a forward's kernels: (what kernels, what they need to know).
 
-    ("resident bands", their plan): `conv_transpose_mma`, of stride 1 and contiguous tensors. ("depthwise", None).
-    ("implicit GEMM", split): `gather_gemm`, of nearly all else. ("general", why not the one before).
+    ("depthwise", None). ("thin", None): few output channels, contiguous float32. ("resident bands", their plan):
+    `conv_transpose_mma`, of stride 1 and contiguous tensors. ("implicit GEMM", split): `gather_gemm`, of nearly all
+    else. ("general", why not the one before).
     dtype: NumPy's. formats: of x and w, whether they are channels_last.
     """
     if depthwise.takes(w_shape, geometry):
         return "depthwise", None
     if not any(formats):
+        if thin.takes(x_shape, w_shape, geometry, dtype):
+            return "thin", None
         plan, _ = tensor_core_plan(x_shape, dtype, w_shape, geometry, choice)
         if plan:
             return "resident bands", plan
@@ -49,6 +54,8 @@ def _forward(new, x, w, bias, geometry, choice, formats=(False, False)):
     y = new(gather_gemm.physical(ops.output_shape(*shapes, geometry), formats[0]), x.dtype)
     if kernels == "depthwise":
         depthwise.gather(x, w, bias, y, geometry, formats[0])
+    elif kernels == "thin":
+        thin.forward(x, w, bias, y, geometry)
     elif kernels == "resident bands":
         mma.conv_transpose_mma(detail, x, w, bias, y, *_mma_workspaces(new, detail))
     else:
@@ -124,28 +131,32 @@ def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
 
     dx is of x's memory format, and dw of w's; of dy's, and contiguous, where they are None.
     """
-    need_x, need_w, need_bias = needed
     formats = x_last, w_last = _formats(dy if x is None else x, w, x_shape, w_shape, geometry, choice)
     arrays = (None if t is None else _array(t, last) for t, last in ((x, x_last), (w, w_last), (dy, x_last)))
-    options = x_shape, w_shape, geometry, choice, (need_x, need_w, need_bias and not x_last), formats
-    dx, dw, dbias = call(gradients, *arrays, *options)
-    if x_last and need_bias:
-        dbias = dy.sum((0, 2, 3))
+    dx, dw, dbias = call(gradients, *arrays, x_shape, w_shape, geometry, choice, needed, formats)
     return restored(dx, x_last), restored(dw, w_last), dbias
 
 
 def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed, formats=(False, False)):
     """The operation of `conv_gradients`, see `calls.call`. formats: as in `_forward`, of x and dy, and of w."""
     need_x, need_w, need_bias = needed
+    dx = dw = None
+    if need_x or need_w:
+        dx, dw = _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need_w, formats)
+    return dx, dw, _channel_sums(new, dy, formats[0]) if need_bias else None
+
+
+def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need_w, formats):
+    """(dx, dw) of `gradients`."""
     if depthwise.takes(w_shape, geometry):
-        dx, dw = _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, needed, formats[0])
-        return dx, dw, _channel_sums(new, dy) if need_bias else None
+        return _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, (need_x, need_w), formats[0])
+    if not any(formats) and thin.takes(x_shape, w_shape, geometry, dy.dtype):
+        return _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w)
     split, _ = gather_gemm_split(dy.dtype, tuple(x_shape), tuple(w_shape), geometry, choice)
     dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
     if split and (any(formats) or (need_x and not dgrad) or (need_w and not wgrad)):
         how = geometry, split, choice.wgmma, *formats, need_x, need_w
-        dx, dw = gather_gemm.gradients(new, x, w, dy, x_shape, w_shape, *how)
-        return dx, dw, _channel_sums(new, dy) if need_bias else None
+        return gather_gemm.gradients(new, x, w, dy, x_shape, w_shape, *how)
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
     packed, exponents, _ = pack_fp16(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
     if need_x and dgrad:
@@ -161,7 +172,7 @@ def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed, formats
         dtype = common.accumulator_dtype(dy)
         size = ops.wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
         ops.conv_transpose_wgrad(x, dy, dw, new.scratch(size, dtype), geometry)
-    return dx, dw, _channel_sums(new, dy) if need_bias else None
+    return dx, dw
 
 
 def _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, needed, channels_last):
@@ -173,6 +184,15 @@ def _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, needed, chan
         dw = new(w_shape, dy.dtype)
         size = depthwise.wgrad_workspace_size(x_shape, w_shape)
         depthwise.wgrad(x, dy, dw, new.scratch(size, common.accumulator_dtype(dy)), geometry, channels_last)
+    return dx, dw
+
+
+def _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w):
+    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
+    if need_x:
+        thin.dgrad(dy, w, dx, geometry)
+    if need_w:
+        thin.wgrad(x, dy, dw, new.scratch(thin.wgrad_workspace_size(x_shape, w_shape), np.float32), geometry)
     return dx, dw
 
 
@@ -202,9 +222,11 @@ def pack_fp16(allocate, tensor, split, exponents=None, centred=False):
     return packed, exponents, sums
 
 
-def _channel_sums(allocate, tensor):
+def _channel_sums(allocate, tensor, channels_last=False):
+    if channels_last:
+        tensor = tensor.reshape((math.prod(tensor.shape[:-1]), tensor.shape[-1]))
     sums = allocate((tensor.shape[1],), tensor.dtype)
-    partial = allocate((bias_ops.channel_sum_workspace_size(tensor.shape),), common.accumulator_dtype(tensor))
+    partial = allocate((bias_ops.channel_sum_workspace_size(tensor),), np.float64)
     bias_ops.channel_sum(tensor, sums, partial)
     return sums
 
