@@ -110,7 +110,7 @@ def batch_norm_gradients(dy, x, weight, bias, moments, y, needed, training, eps,
     if y is not None:
         dy = tanh_gradient(dy, y)
     if x is None:
-        x = torch.zeros_like(dy)  # dx does not depend on it
+        x = dense_in(torch.zeros_like(dy), last)  # dx does not depend on it
     return NormGradient.apply(kernels, functools.partial(_definition, moments, training, eps), dy, x, weight, bias)
 
 
