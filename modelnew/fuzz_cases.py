@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from . import functional
+from . import definitions, functional
 from .fuzz_values import HALVES, FuzzCase, Values, any_dtype, input_of, layout_of, order_of, pair_of, shape_of, words
 from .parity import NEAR_TIE, incoming_gradient
 
@@ -140,7 +140,7 @@ def _norm(name, draw, shape, after=lambda y: y, options=None, gradient=None):
         functools.partial(call, lambda *args, **more: after(_torch_batch_norm(*args, **more))),
         tensors,
         dtype,
-        functools.partial(call, lambda *args, **more: after(_exact_batch_norm(*args, **more))),
+        functools.partial(call, lambda *args, **more: after(definitions.batch_norm(*args, **more))),
         draw.choice(("contiguous", "reversed")),
         dict.fromkeys(("output", "result 2", "result 3", *(f"gradient of {name}" for name in tensors)), values),
         gradient=gradient and functools.partial(gradient, call, statistics),
@@ -155,42 +155,6 @@ def _torch_batch_norm(x, mean, var, weight, bias, **options):
 def _takes_largest(dtype, order) -> bool:
     """Whether a norm takes a dtype's largest values. In float64 squares overflow; in second derivatives all does."""
     return dtype != torch.float64 and order == 1
-
-
-def _standardised(x, over, eps):
-    """(y, mean, biased variance) over some dimensions. A first value is taken off, so that constants become 0."""
-    pivot = x.detach()[tuple(slice(0, 1) if d in over else slice(None) for d in range(x.dim()))]
-    pivot = torch.where(pivot.isfinite(), pivot, 0)
-    x = x - pivot
-    mean = x.mean(over, keepdim=True)
-    x = x - mean
-    variance = x.square().mean(over, keepdim=True)
-    return x * (variance + eps).rsqrt(), mean + pivot, variance
-
-
-def _times(y, weight, bias):
-    channels = (-1, *[1] * (y.dim() - 2))
-    y = y if weight is None else y * weight.view(channels)
-    return y if bias is None else y + bias.view(channels)
-
-
-def _exact_batch_norm(x, mean, var, weight, bias, training, momentum, eps):
-    if not x.numel() or not training:
-        return _torch_batch_norm(x, mean, var, weight, bias, training=training, momentum=momentum, eps=eps)
-    over = (0, *range(2, x.dim()))
-    y, batch_mean, batch_var = _standardised(x, over, eps)
-    if mean is not None:
-        values = x.numel() // x.shape[1]
-        mean.mul_(1 - momentum).add_(batch_mean.detach().flatten(), alpha=momentum)
-        var.mul_(1 - momentum).add_(batch_var.detach().flatten() * values / (values - 1), alpha=momentum)
-    return _times(y, weight, bias)
-
-
-def _exact_group_norm(x, groups, weight, bias, eps):
-    if not x.numel():
-        return F.group_norm(x, groups, _one(weight, bias), bias, eps)
-    y, _, _ = _standardised(x.reshape(x.shape[0], groups, -1), (2,), eps)
-    return _times(y.reshape(x.shape), weight, bias)
 
 
 def _one(weight, bias):
@@ -276,7 +240,7 @@ def group_norm(draw):
         lambda x, weight=None, bias=None: F.group_norm(x, groups, _one(weight, bias), bias, eps),
         {"x": x, **_affine(draw, channels, dtype, wrong=0.02)},
         dtype,
-        lambda x, weight=None, bias=None: _exact_group_norm(x, groups, weight, bias, eps),
+        lambda x, weight=None, bias=None: definitions.group_norm(x, groups, weight, bias, eps),
         draw.choice(("contiguous", "reversed")),
         {"gradient of weight": values, "gradient of bias": values},
         order=order,
