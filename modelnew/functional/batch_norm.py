@@ -27,6 +27,8 @@ from .affine import reset_affine, tensor_of
 from .gradients import NormGradient, apply, will_need_grad
 from .tanh import tanh_gradient
 
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "batch_norm_tanh"]
+
 
 def _forward(new, x, weight, bias, running_mean, running_var, batches, *, training, momentum, eps, tanh, last, keep):
     y = new.like(x)
