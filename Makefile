@@ -16,6 +16,8 @@ lint:
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run -Werror cupy_kernels/cu/*
+	mypy
+	basedpyright
 
 format:
 	ruff check --fix .

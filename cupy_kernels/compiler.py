@@ -61,9 +61,16 @@ class Gpu(Backend):
         cuda = cupy().cuda
         if not cuda.driver.ctxGetCurrent():  # a thread that has not used the GPU
             cuda.runtime.free(0)
-        start = cuda.driver.launchKernel
-        for packed in launches:
-            start(*packed.numbers, stream, packed.parameters, 0)
+        start, packed = cuda.driver.launchKernel, None
+        try:
+            for packed in launches:
+                start(*packed.numbers, stream, packed.parameters, 0)
+        except cuda.driver.CUDADriverError as error:
+            raise RuntimeError(
+                f"CUDA does not start {packed.step.kernel}: {error}. This may be the error of an earlier kernel, of "
+                "any library, as they run asynchronously: CUDA_LAUNCH_BLOCKING=1 shows which. After an illegal access "
+                "or a lost device only a new process can use the GPU"
+            ) from error
 
     def forget(self):
         super().forget()

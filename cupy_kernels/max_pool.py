@@ -86,8 +86,11 @@ def _separable(x, places, pool):
 
 
 def _separable_bytes(tile, kernel_size, x):
+    """Of shared memory, that is enough in both directions. Which takes more depends on the tile's shape."""
     rows, columns = (t + k - 1 for t, k in zip(tile, kernel_size))
-    return (accumulator_dtype(x).itemsize + 4) * columns * (rows + tile[0])
+    value = accumulator_dtype(x).itemsize
+    forward = value * rows * columns + (value + 4) * rows * tile[1]
+    return max(forward, (value + 4) * columns * (rows + tile[0]))
 
 
 def _launch_separable(name, args, x, y, places, tile, pool, *like_y):

@@ -23,7 +23,7 @@ from functools import cache as until_overridden
 from math import lcm, prod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -2695,7 +2695,7 @@ def conv_bn_activation_max_pool_group_norm(
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature
-def conv_bn_tanh_max_pool_group_norm(*args, **options):
+def conv_bn_tanh_max_pool_group_norm(*args: Any, **options: Any) -> torch.Tensor:
     """`conv_bn_activation_max_pool_group_norm` with the activation tanh."""
     return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
 

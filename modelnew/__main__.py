@@ -18,6 +18,7 @@ from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 from . import Model, ModelNew, environment, get_init_inputs, get_inputs
 from .bench import bench_command
 from .commands import usable_device
+from .fuzz import fuzz_command
 from .host import host_command
 from .model import BATCH, OPERATORS
 from .numerics import NUMERICS
@@ -104,7 +105,7 @@ class _ParityByDefault(click.Group):
 
 main = _ParityByDefault(
     "modelnew",
-    [parity_command, bench_command, host_command, scaling_command, training_command],
+    [parity_command, bench_command, fuzz_command, host_command, scaling_command, training_command],
     help=parity_command.help,
     subcommand_metavar="[COMMAND] [ARGS]...",
     context_settings=_HELP,

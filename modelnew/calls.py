@@ -203,12 +203,17 @@ def _planned_call(operation, values, options) -> _Known:
 
 
 def _stages(plan, new, returned) -> list[_Stage]:
-    """A stage begins where something large is needed and something large no longer is."""
+    """A stage begins where something large is needed and something large no longer is.
+
+    All that is needed from the first step on that updates an argument, such as running statistics, is made before it:
+    a call that runs out of memory has changed nothing.
+    """
     count, returned = len(plan.steps), returned if isinstance(returned, tuple) else (returned,)
     first, last = {}, {}
+    update = next((number for number, step in enumerate(plan.steps) if _updates(step, new.first)), count)
     for number, step in enumerate(plan.steps):
         for index in {arg.index for arg in step.args if isinstance(arg, Slot)}:
-            first.setdefault(index, number)
+            first.setdefault(index, min(number, update))
             last[index] = number
     large = {slot.index for slot in new.slots if slot.nbytes >= _LARGE}
     dropped = {index: last.get(index, 0) for index in large.difference(returned)}
@@ -229,6 +234,12 @@ def _stages(plan, new, returned) -> list[_Stage]:
             )
         )
     return stages
+
+
+def _updates(step, arguments) -> bool:
+    """Whether a step writes into one of a call's so many arguments."""
+    pairs = zip(step.args, step.parameters)
+    return any(isinstance(arg, Slot) and arg.index < arguments and not parameter.const for arg, parameter in pairs)
 
 
 def _strides(shape):

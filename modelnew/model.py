@@ -25,7 +25,9 @@ def get_init_inputs() -> list[int]:
     return [CHANNELS, 128, 5, 1, 1, 8, 8]
 
 
-def get_inputs(batch: int = BATCH, *, seed: int = 0, device=None) -> list[torch.Tensor]:
+def get_inputs(
+    batch: int = BATCH, *, seed: int = 0, device: torch.device | str | int | None = None
+) -> list[torch.Tensor]:
     """[x], x [batch, 64, 32, 32] float32, uniform in [0, 1): the same values at each call, on every device."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(batch, CHANNELS, HEIGHT, WIDTH, generator=generator, device="cpu", dtype=torch.float32)
@@ -35,7 +37,18 @@ def get_inputs(batch: int = BATCH, *, seed: int = 0, device=None) -> list[torch.
 class Model(nn.Module):
     """The reference, in PyTorch's own modules. Only `device` is added, see ModelNew."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride, padding, groups, num_groups, *, device=None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        groups: int,
+        num_groups: int,
+        *,
+        device: torch.device | str | int | None = None,
+    ):
         super().__init__()
         self.conv_transpose = nn.ConvTranspose2d(in_channels, out_channels, kernel_size, stride=stride, padding=padding)
         self.batch_norm = nn.BatchNorm2d(out_channels)
@@ -85,7 +98,7 @@ class ModelNew(nn.Module):
         *,
         replace: str | Iterable[str] = "all",
         numerics: str = "auto",
-        device=None,
+        device: torch.device | str | int | None = None,
     ):
         super().__init__()
         self.replace = _operators(replace)

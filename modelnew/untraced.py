@@ -3,6 +3,7 @@
 import functools
 import inspect
 import typing
+from collections.abc import Callable
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -16,7 +17,11 @@ from . import recorders
 _plain = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list}
 
 
-def untraced(function):
+P = typing.ParamSpec("P")
+R = typing.TypeVar("R")
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, for calls of all kinds. What records torch's operators does not see kernels, so it is kept away.
 
     torch.compile breaks its graph here, and calls the function as it is. torch.compiler.disable is applied at the first

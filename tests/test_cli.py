@@ -37,7 +37,7 @@ def test_module_runs_and_help_explains_every_option():
     for parameter in cli.parity_command.params:
         assert max(parameter.opts, key=len) in text
         assert parameter.help.split("  ")[0] in text
-    for name in ("parity", "bench", "host", "scaling", "training", "env"):
+    for name in ("parity", "bench", "fuzz", "host", "scaling", "training", "env"):
         assert f" {name} " in text
 
 

@@ -378,3 +378,14 @@ def test_numbers_that_are_equal_and_differ(device):
     assert real(x, 1.0).tolist() == [0.5] * 3
     for slope in (0, np.float32(-0.0), 0.0, -0.0, np.float64(-0.0), 0):
         assert one(x, slope).tolist() == [float(np.copysign(1, slope))] * 3
+
+
+def test_frozen_norm_without_parameters_of_channels_last_input(device):
+    """Its dx does not depend on x, which is not kept; dy has the other memory format."""
+    x = torch.randn(2, 3, 4, 5, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    dy = torch.randn(2, 3, 4, 5, device=device, requires_grad=True)
+    mean, var, v = torch.randn(3, device=device), torch.rand(3, device=device) + 0.5, torch.randn_like(dy)
+    (g,) = grad(functional.batch_norm(x, mean, var), x, dy, create_graph=True)
+    factor = (var + 1e-5).rsqrt().view(3, 1, 1)
+    torch.testing.assert_close(g, dy * factor)
+    torch.testing.assert_close(grad((g * v).sum(), dy)[0], v * factor)

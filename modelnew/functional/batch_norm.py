@@ -27,6 +27,8 @@ from .affine import reset_affine, tensor_of
 from .gradients import NormGradient, apply, will_need_grad
 from .tanh import tanh_gradient
 
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "batch_norm_tanh"]
+
 
 def _forward(new, x, weight, bias, running_mean, running_var, batches, *, training, momentum, eps, tanh, last, keep):
     y = new.like(x)
@@ -110,7 +112,7 @@ def batch_norm_gradients(dy, x, weight, bias, moments, y, needed, training, eps,
     if y is not None:
         dy = tanh_gradient(dy, y)
     if x is None:
-        x = torch.zeros_like(dy)  # dx does not depend on it
+        x = dense_in(torch.zeros_like(dy), last)  # dx does not depend on it
     return NormGradient.apply(kernels, functools.partial(_definition, moments, training, eps), dy, x, weight, bias)
 
 

@@ -31,6 +31,8 @@ from .gradients import apply, will_need_grad
 from .max_pool import OVERLAPPING, max_pool_gradient, new_argmax, pool_of, pooled_shape
 from .tanh import tanh_gradient
 
+__all__ = ["bn_tanh_max_pool2d", "tanh_max_pool2d"]
+
 
 def _forward(new, x, pool, ceil_mode, keep):
     y = new(pooled_shape(x.shape, pool, ceil_mode), x.dtype)

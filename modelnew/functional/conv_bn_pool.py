@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -343,7 +344,7 @@ def conv_bn_activation_max_pool_group_norm(
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature
-def conv_bn_tanh_max_pool_group_norm(*args, **options):
+def conv_bn_tanh_max_pool_group_norm(*args: Any, **options: Any) -> torch.Tensor:
     """`conv_bn_activation_max_pool_group_norm` with the activation tanh."""
     return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
 

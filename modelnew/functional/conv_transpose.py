@@ -24,6 +24,8 @@ from ..untraced import untraced
 from . import gather_gemm
 from .gradients import apply, differentiable, will_need_grad
 
+__all__ = ["ConvTranspose2d", "conv_transpose2d"]
+
 
 def kernels_of(dtype, x_shape, w_shape, geometry, choice, formats=(False, False)):
     """The rule that picks a forward's kernels: (what kernels, what they need to know).

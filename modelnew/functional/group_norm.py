@@ -19,6 +19,8 @@ from ..untraced import untraced
 from .affine import reset_affine
 from .gradients import NormGradient, apply, differentiable, will_need_grad
 
+__all__ = ["GroupNorm", "group_norm"]
+
 
 def _forward(new, x, weight, bias, num_groups, last, *, eps):
     y, statistics = new.like(x), new((2, x.shape[0] * num_groups), common.accumulator_dtype(x))

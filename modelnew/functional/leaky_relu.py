@@ -13,6 +13,8 @@ from ..interop import check_floating, number
 from ..untraced import untraced
 from .gradients import apply, differentiable, will_need_grad
 
+__all__ = ["LeakyReLU", "leaky_relu"]
+
 
 def _forward(new, x, slope):
     y = new.like(x)

@@ -17,6 +17,8 @@ from ..interop import check_floating, pair
 from ..untraced import untraced
 from .gradients import apply, differentiable, will_need_grad
 
+__all__ = ["MaxPool2d", "max_pool2d"]
+
 
 def _forward(new, x, pool, ceil_mode, return_indices, keep, last=False):
     y = new(pooled_shape(x.shape, pool, ceil_mode, last), x.dtype)

@@ -12,6 +12,8 @@ from ..interop import check_floating
 from ..untraced import untraced
 from .gradients import apply, differentiable, will_need_grad
 
+__all__ = ["Tanh", "tanh"]
+
 
 def _forward(new, x):
     y = new.like(x)

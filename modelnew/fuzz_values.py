@@ -1,0 +1,155 @@
+"""What cases of `modelnew.fuzz` are made of: tensors of any layout and kind of values, to be drawn; and the case."""
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+
+from .interop import FLOATS
+
+HALVES = (torch.float16, torch.bfloat16)
+SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0)
+
+
+class Values(NamedTuple):
+    """A tensor to be drawn. `layout` is one of `_VIEWS`; special: values that stand at a few random places."""
+
+    shape: tuple[int, ...]
+    layout: tuple = ("contiguous",)
+    scale: float = 1.0
+    mean: float = 0.0
+    whole: bool = False  # few different values, so that there are ties
+    special: tuple[float, ...] = ()
+    dtype: torch.dtype | None = None  # the case's
+
+    def base(self, generator: torch.Generator) -> torch.Tensor:
+        """float64 memory of which `view` makes the tensor."""
+        shape = _VIEWS[self.layout[0]][0](self.shape, *self.layout[1:])
+        if self.whole:
+            found = torch.randint(-2, 3, shape, generator=generator).double()
+        else:
+            found = torch.randn(shape, generator=generator, dtype=torch.float64)
+        found = found * self.scale + self.mean
+        for value in self.special if found.numel() else ():
+            found.view(-1)[torch.randint(found.numel(), (1,), generator=generator)] = value
+        return found
+
+    def view(self, base: torch.Tensor) -> torch.Tensor:
+        """The tensor, in its layout."""
+        return _VIEWS[self.layout[0]][1](base, self.shape, *self.layout[1:])
+
+
+class FuzzCase(NamedTuple):
+    """One call. ours, theirs: functions of the tensors, which return a tensor, or several of which the first has a
+    gradient. tensors: those whose name begins with _ get no gradient.
+
+    truth: instead of `theirs` in float64, where PyTorch's formula is not good enough for a truth.
+    terms, rounded: as in `cases.Case`. gradient: gradient(dtype, dy, **tensors in float64) gives the output's gradient
+    in place of the drawn dy. order: 2 for second derivatives. differentiated: whether gradients are compared.
+    """
+
+    text: str
+    ours: Callable
+    theirs: Callable
+    tensors: dict[str, Values]
+    dtype: torch.dtype
+    truth: Callable | None = None
+    dy_layout: str = "contiguous"
+    terms: Mapping[str, int] = MappingProxyType({})
+    rounded: bool = False
+    gradient: Callable | None = None
+    order: int = 1
+    differentiated: bool = True
+
+
+def _same(shape, *_):
+    return shape
+
+
+# {layout: (shape of the memory, the tensor as a view of it)}, both also of the layout's own numbers.
+_VIEWS = {
+    "contiguous": (_same, lambda base, shape: base),
+    "channels_last": (
+        lambda shape: (shape[0], *shape[2:], shape[1]),
+        lambda base, shape: base.movedim(-1, 1),
+    ),
+    "permuted": (
+        lambda shape, order: tuple(shape[d] for d in order),
+        lambda base, shape, order: base.permute([order.index(d) for d in range(len(shape))]),
+    ),
+    "sliced": (
+        lambda shape: (*shape[:-1], 2 * shape[-1] + 1),
+        lambda base, shape: base[..., 1::2],
+    ),
+    "offset": (lambda shape: (math.prod(shape) + 1,), lambda base, shape: base[1:].view(shape)),
+    "expanded": (
+        lambda shape, d: (*shape[:d], min(1, shape[d]), *shape[d + 1 :]),
+        lambda base, shape, d: base.expand(shape),
+    ),
+    "overlapping": (
+        lambda shape: (sum(shape) + 1,),
+        lambda base, shape: base.as_strided(shape, [1] * len(shape)),
+    ),
+    "negated": (lambda shape: (*shape, 2), lambda base, shape: torch.view_as_complex(base.neg()).conj().imag),
+}
+
+
+def layout_of(draw: random.Random, shape, dtype) -> tuple:
+    """Half of all tensors are contiguous, or channels_last where there is that."""
+    dense = ["contiguous", "channels_last"] if len(shape) in (4, 5) else ["contiguous"]
+    others = ["offset"]
+    if shape:
+        others += ["permuted", "sliced", "expanded", "overlapping"]
+    if dtype in (torch.float32, torch.float64):
+        others.append("negated")
+    name = draw.choice(dense if draw.random() < 0.5 else others)
+    if name == "permuted":
+        return name, tuple(draw.sample(range(len(shape)), len(shape)))
+    return (name, draw.randrange(len(shape))) if name == "expanded" else (name,)
+
+
+def input_of(draw: random.Random, shape, dtype, special=SPECIAL, largest=True) -> Values:
+    """Of common sizes mostly; at times large, small, far from 0, with ties, or with special values."""
+    kind = draw.random()
+    found = Values(shape, layout_of(draw, shape, dtype))
+    if kind < 0.15:
+        return found._replace(whole=True)
+    if kind < 0.25:
+        return found._replace(scale=draw.choice((1e-3, 30.0)))
+    if kind < 0.35:
+        # In float64 the truth is not good enough further out, where digits cancel in a norm, and in tanh's gradient.
+        return found._replace(mean=draw.choice((-3.0, 2.0 if dtype == torch.float64 else 10.0)))
+    if kind < 0.5 and special:
+        values = *special, torch.finfo(dtype).tiny / 4, torch.finfo(dtype).max if largest else 1.0
+        return found._replace(special=tuple(draw.choices(values, k=draw.randint(1, 3))))
+    return found
+
+
+def any_dtype(draw) -> torch.dtype:
+    return draw.choice(tuple(FLOATS))
+
+
+def shape_of(draw, dimensions, channels=None, least=1) -> tuple[int, ...]:
+    """[N, C, *]: few elements, one size in many larger, and at times an empty batch."""
+    sizes = [draw.choice((1, 2, 3, 4, 0)[: 4 if draw.random() < 0.8 else 5]), channels or draw.randint(1, 9)]
+    for _ in range(dimensions - 2):
+        sizes.append(draw.randint(least, 11))
+    if dimensions > 2 and draw.random() < 0.05:
+        sizes[draw.randrange(2, dimensions)] = draw.randint(30, 70)
+    return tuple(sizes)
+
+
+def words(function, options) -> str:
+    return ", ".join([function, *(f"{name}={value!r}" for name, value in options.items())])
+
+
+def order_of(draw) -> int:
+    return 2 if draw.random() < 0.2 else 1
+
+
+def pair_of(draw, low, high):
+    """An int or a pair of them."""
+    return draw.randint(low, high) if draw.random() < 0.5 else (draw.randint(low, high), draw.randint(low, high))

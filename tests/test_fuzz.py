@@ -1,0 +1,107 @@
+"""Random calls of every function beside PyTorch's: `modelnew.fuzz`, with cases that hypothesis draws, and shrinks."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from faults import planted
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modelnew import __main__ as cli
+from modelnew import functional, fuzz
+from modelnew.fuzz_cases import OPERATORS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Cases of the emulator. On tensor cores one takes half a second.
+FEW = {
+    "conv_transpose2d": 12,
+    **dict.fromkeys(("conv_bn_tanh_max_pool_group_norm", "conv_bn_activation_max_pool_group_norm"), 4),
+}
+
+
+def test_every_function_is_drawn():
+    assert set(OPERATORS) == set(functional.__all__)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_as_torch(device, operator):
+    @settings(
+        max_examples=FEW.get(operator, 30),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.randoms(use_true_random=False), st.integers(0, 2**31 - 1))
+    def run(draw, seed):
+        case = OPERATORS[operator](draw)
+        assert not fuzz.faults(case, seed, torch.device(device)), fuzz.describe(case)
+
+    run()
+
+
+# Each operator's kernels with a fault: (file, old, new).
+FAULTS = {
+    "tanh": ("tanh.cuh", "(acc_t)1 - y * y", "(acc_t)1.00001f - y * y"),
+    "leaky_relu": ("leaky_relu.cu", "leaky(gradient.v[i], in.v[i]", "leaky(gradient.v[i], gradient.v[i]"),
+    "max_pool2d": ("pool_window.cuh", "greater(v, value) |", "(v >= value) |"),
+    "batch_norm": ("batch_norm.cuh", "return xhat * weight + bias;", "return xhat * weight * (acc_t)1.0001f + bias;"),
+    "group_norm": ("group_norm.cu", "moments.squares / size", "moments.squares / (size - 1)"),
+    "tanh_max_pool2d": ("pool_window.cuh", "min(position / stride, windows - 1)", "position / stride"),
+    "conv_transpose2d": ("conv_transpose.cu", "int r = within / phase_w,", "int r = min(within / phase_w, 9),"),
+}
+
+
+@pytest.mark.parametrize("operator", FAULTS)
+def test_a_planted_fault_is_found(operator):
+    with planted(FAULTS[operator][0], FAULTS[operator][1:]):
+        assert any(fuzz.run(operator, 0, number, torch.device("cpu")) for number in range(60))
+
+
+def test_a_redrawn_case_may_be_chance_and_a_gross_error_not():
+    case, _ = fuzz.draw("tanh", 0, 0)
+    x = torch.randn(100).double()
+
+    def draws(*sizes):
+        return [
+            {"output": ((x + s * 1e-6 * torch.randn(100)).float(), x, (x + 1e-6 * torch.randn(100)).float())}
+            for s in sizes
+        ]
+
+    assert fuzz._wrong(case, draws(2))
+    assert fuzz._wrong(case, draws(*[1.5] * 32))
+    assert not fuzz._wrong(case, draws(1))
+    assert not fuzz._wrong(case, draws(*[1] * 30, 4, 4))
+    assert fuzz._wrong(case, draws(*[1] * 31, 1000))
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(cli.main, ["fuzz", "--device", "cpu", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_command(tmp_path):
+    code, text = invoke("--cases", 3, "--operator", "tanh", "--operator", "max_pool2d", "--output", tmp_path)
+    assert code == 0, text
+    assert "6 cases, 0 wrong" in text
+    record = json.loads((tmp_path / "fuzz_cpu.json").read_text())
+    assert record["cases"] == {"tanh": 3, "max_pool2d": 3}
+    assert record["failed"] == 0
+    assert {"command", "versions", "digest"} < set(record)
+    code, text = invoke("--cases", 3, "--operator", "tanh", "--budget", 0)
+    assert "0 cases, 0 wrong" in text
+
+
+def test_command_names_a_wrong_case(tmp_path):
+    with planted("tanh.cuh", ("(acc_t)1 - y * y", "(acc_t)1.001f - y * y")):
+        code, text = invoke("--cases", 20, "--operator", "tanh", "--output", tmp_path)
+        assert code == 1
+        lines = [line for line in text.splitlines() if line.startswith("python3 -m modelnew fuzz")]
+        assert json.loads((tmp_path / "fuzz_cpu.json").read_text())["failed"] == len(lines)
+        options = lines[0].partition(":")[0].split()[4:]
+        assert invoke(*options)[0] == 1
+    assert invoke(*options)[0] == 0
