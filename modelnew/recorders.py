@@ -1,36 +1,37 @@
-"""Recorders build their result from the torch operators that they see. They do not see our kernels."""
+"""What looks at torch's operators, and what of it cannot be served."""
 
+import torch
 from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _get_tracing_state, _len_torch_dispatch_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.autograd import forward_ad
 
 _PRE_DISPATCH = DispatchKey.PreDispatch
 
 
 def may_record() -> bool:
-    """Whether `refuse` has something to look at. Quick, as each call asks."""
+    """Whether something records operators: a dispatch mode, torch.jit.trace, torch.export. Quick, as each call asks."""
     return bool(
         _len_torch_dispatch_stack() or _get_tracing_state() or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
     )
 
 
-def refuse() -> None:
-    """RuntimeError if a recorder is at work: torch.jit.trace, make_fx, torch.export, FakeTensorMode, FlopCounterMode.
+def present() -> bool:
+    """Whether something records operators or transforms them, as torch.func and forward-mode derivatives do."""
+    return may_record() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
-    Other dispatch modes (logging, selective checkpointing) see what torch does, and no more. Selective checkpointing
-    must compute kernels' results again: those that it saves have no values yet, which it notices and refuses.
-    """
-    found = [
-        type(mode).__name__
-        for mode in _get_current_dispatch_mode_stack()
-        # torch's own kinds of mode, which replace or record operators, have a key
-        if getattr(mode, "_mode_key", None) is not None or "FlopCounter" in type(mode).__name__
-    ]
+
+def refuse(function) -> None:
+    """RuntimeError in torch.jit.trace, which cannot keep our operators' gradients."""
     if _get_tracing_state():
-        found = ["torch.jit.trace (which torch.onnx.export(dynamo=False) uses)"]
-    elif _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
-        found = ["torch.export (or make_fx with pre_dispatch)"]
-    if found:
         raise RuntimeError(
-            f"{found[-1]} does not see the kernels that this call runs, so that its result would be wrong. "
-            "Use PyTorch's operators there: torch.nn's layers, and ModelNew(..., replace=()), take the same state dict"
+            f"{function.__name__} cannot be recorded by torch.jit.trace (which torch.onnx.export(dynamo=False) uses): "
+            "use torch.export, or PyTorch's operators: torch.nn's layers, and ModelNew(..., replace=()), take the "
+            "same state dict"
         )
+
+
+def refuse_kernels() -> None:
+    """RuntimeError: kernels run where something records operators."""
+    raise RuntimeError(
+        "kernels run where operators are recorded, which does not see them, so that its result would be wrong. "
+        "Record the forward, too: its backward is made of operators of torch.library then"
+    )

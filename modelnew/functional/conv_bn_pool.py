@@ -42,12 +42,14 @@ def _forward(
     choice,
     keep,
     autocast_on,
+    kept_bytes=None,
     **options,
 ):
+    """kept_bytes: at least that many are returned with `keep`."""
     plan = _plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
     out = new(_pooled_shape(x.shape, w.shape, padding), x.dtype)
     arrays = ops.kept_arrays(plan, x.shape, options["groups"], keep)
-    memory = (new if keep else new.scratch)((room(arrays),), "uint8")
+    memory = (new if keep else new.scratch)((max(room(arrays), kept_bytes or 0),), "uint8")
     tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
     ops.conv_bn_pool_forward(new.scratch, *tensors, out, parts(memory, arrays), plan=plan, **options)
     return out, memory if keep else None
@@ -208,13 +210,42 @@ def conv_bn_activation_max_pool_group_norm(
     casts between the operators. The result has the dtype that autocast gives group_norm's.
     """
     check_numerics(numerics)
+    batch_norm = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    conv, group = (conv_weight, conv_bias, padding), (num_groups, group_weight, group_bias, group_eps)
+    choice = choose(_class(numerics, input), input)
+    out = fused(input, *batch_norm, *conv, activation, negative_slope, *group, choice)
+    return autocast.result_of_norm(out)
+
+
+def fused(
+    input,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    training,
+    momentum,
+    eps,
+    num_batches_tracked,
+    conv_weight,
+    conv_bias,
+    padding,
+    activation,
+    negative_slope,
+    num_groups,
+    group_weight,
+    group_bias,
+    group_eps,
+    choice,
+    kept_bytes=None,
+):
+    """The result before autocast's cast. With `kept_bytes`, for calls without autograd: (result, memory of the backward)"""
     ops.struct_of(activation)
     parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    choice = choose(_class(numerics, input), input)
 
     def check():
         _check_mixture(input, num_batches_tracked, *others)
@@ -237,14 +268,16 @@ def conv_bn_activation_max_pool_group_norm(
         "parameter": parameter,
         "autocast_on": autocast.enabled(input),  # as check() looks at it
     }
-    if will_need_grad(*tensors):
+    keep, memory = kept_bytes is not None, None
+    if not keep and will_need_grad(*tensors):
         applied = applied_statistics(running_mean, running_var, training)
         out = apply(_Fused, *tensors, updated, applied, check, options)
     else:
-        out, _ = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=False, **options)
+        options["kept_bytes"] = kept_bytes
+        out, memory = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=keep, **options)
     if training:
         note_update(running_mean, running_var, num_batches_tracked, updated)
-    return autocast.result_of_norm(out)
+    return (out, memory) if keep else out
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature

@@ -296,17 +296,22 @@ def conv_transpose2d(
 
 
 def _check(x, weight, bias, geometry):
-    check_floating(input=x, weight=weight, bias=bias)
-    dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
-    if len(dtypes) > 1:
-        raise TypeError(f"input, weight and bias must have one dtype, received {', '.join(sorted(map(str, dtypes)))}")
-    one_device((x, weight, bias))
+    check_tensors(x, weight, bias)
     if x.dim() != 4:
         raise ValueError(f"input must be [N, C, H, W] or [C, H, W], received shape {tuple(x.shape)}")
     ops.output_shape(x.shape, weight.shape, geometry)
     channels = weight.shape[1] * geometry.groups
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must have shape ({channels},), received {tuple(bias.shape)}")
+
+
+def check_tensors(x, weight, bias):
+    """Refuses tensors of dtypes or devices that do not go together."""
+    check_floating(input=x, weight=weight, bias=bias)
+    dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
+    if len(dtypes) > 1:
+        raise TypeError(f"input, weight and bias must have one dtype, received {', '.join(sorted(map(str, dtypes)))}")
+    one_device((x, weight, bias))
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):

@@ -7,28 +7,17 @@ its own, which starts the same kernels. Otherwise the kernels alone run, and not
 from collections.abc import Callable
 
 import torch
-from torch.autograd import forward_ad
 
-from .. import shortcuts
+from ..shortcuts import apply
 
 
 def will_need_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker.
-
-    It sees those in forward mode and under torch.func, too, which it refuses: the Functions have no rule for them.
-    """
+    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def apply(function: type[torch.autograd.Function], *args):
-    """function.apply(*args), quicker."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return shortcuts.apply(function, *args)
+    return False
 
 
 def differentiable(gradient: type[torch.autograd.Function], *args):
@@ -81,11 +70,17 @@ class NormGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        def first(dy, *inputs):
-            leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
-            y = ctx.definition(*leaves)
-            found = torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype), create_graph=True)
-            found = iter(found)
-            return tuple(None if t is None else next(found) for t in leaves)
+        return None, None, *second_gradients(ctx.definition, ctx.saved_tensors, *gradients)
 
-        return None, None, *gradients_of(first, ctx.saved_tensors, *gradients)
+
+def second_gradients(definition, tensors, *gradients) -> list[torch.Tensor | None]:
+    """Gradients of `tensors`, (dy, x, weight, bias), whose results in `NormGradient` have `gradients`."""
+
+    def first(dy, *inputs):
+        leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        y = definition(*leaves)
+        found = torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype), create_graph=True)
+        found = iter(found)
+        return tuple(None if t is None else next(found) for t in leaves)
+
+    return gradients_of(first, tensors, *gradients)

@@ -69,10 +69,15 @@ def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool 
     dtype, ValueError for inplace=True.
     """
     if inplace:
-        raise ValueError("leaky_relu writes to new memory, received inplace=True; leave it out, or pass inplace=False")
+        refuse_inplace()
     check_floating(input=input)
     x, slope = dense_like(input), number(negative_slope, "negative_slope")
     return apply(_LeakyReLU, x, slope) if will_need_grad(x) else unflat(call(_forward, flat(x), slope), x)
+
+
+def refuse_inplace():
+    """Raises the error for inplace=True."""
+    raise ValueError("leaky_relu writes to new memory, received inplace=True; leave it out, or pass inplace=False")
 
 
 class LeakyReLU(nn.LeakyReLU):
