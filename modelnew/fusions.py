@@ -1,15 +1,18 @@
 """Chains of layers that run as one operator: the table of them, and which calls its kernels take."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from cupy_kernels.errors import UnsupportedError
 
 from . import functional, layers
 from .functional.conv_bn_pool import fused_plan
+from .functional.traced.conv_bn_pool import conv_bn_activation_max_pool_group_norm_or_parts
 from .interop import pair
 
 
@@ -51,14 +54,21 @@ class Sequential(nn.Sequential):
         return input
 
 
-def run_fused(children: list[nn.Module], x: torch.Tensor) -> torch.Tensor | None:
-    """What the modules, one after the other, make of x, by the fused operator; None if that does not take it."""
+def run_fused(children: list[nn.Module], x: torch.Tensor, together: bool = False) -> torch.Tensor | None:
+    """What the modules, one after the other, make of x, by the fused operator; None if that does not take it.
+
+    torch.compile learns only of shapes whether it does, so that a graph has an operator that is either: together says
+    whether batch norm, tanh and pooling are one operator where not all five are.
+    """
     chain = _OF_KINDS.get(tuple(map(type, children)))
     if chain is None or _unsupported_reason(chain, range(LENGTH), children, x):
         return None
     conv, norm, activation, _, group = children
+    function = functional.conv_bn_activation_max_pool_group_norm
+    if is_dynamo_compiling():
+        function = functools.partial(conv_bn_activation_max_pool_group_norm_or_parts, together=together)
     try:
-        return functional.conv_bn_activation_max_pool_group_norm(
+        return function(
             x,
             *norm.arguments(x),
             conv_weight=layers.tensor_of(conv, "weight"),

@@ -48,12 +48,23 @@ def register(
     settle(*args): the arguments with what depends on settings replaced by what they are now.
     flops(*args): how many FlopCounterMode counts; tensors are given as their shapes.
     """
-    if "!" in schema:
-        name, rest = schema.split("(", 1)
-        _register(f"{name}.updating({rest}", run, fake, save, backward, outputs, settle)
-    _register(re.sub(r"\(\w!\)", "", schema), run, fake, save, backward, outputs, settle)
+    for overload in _overloads(schema):
+        _register(overload, run, fake, save, backward, outputs, settle)
     if flops is not None:
         register_flop_formula(getattr(ops, schema.split("(")[0]))(lambda *shapes, **_: flops(*shapes))
+
+
+def composite(schema: str, function: Callable) -> None:
+    """Registers ops.<name>, which is what `function` does with other operators."""
+    for overload in _overloads(schema):
+        _library.define(overload)
+        _library.impl(overload.partition("(")[0], function, "CompositeImplicitAutograd")
+
+
+def _overloads(schema):
+    if "!" in schema:
+        yield schema.replace("(", ".updating(", 1)
+    yield re.sub(r"\(\w!\)", "", schema)
 
 
 def _register(schema, run, fake, save, backward, outputs, settle):

@@ -6,13 +6,14 @@ import torch
 
 from cupy_kernels import conv_bn_pool as kernels
 from cupy_kernels.conv_transpose_mma import MANY_IMAGES
+from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.plan import ALIGNMENT, room
 
 from ... import autocast
 from ...formats import empty_in
 from ...interop import NUMPY, aligned, dense, integer, number, pair
 from ...numerics import check_numerics, settled, settled_choice
-from ...registration import fake_gradients, gradients_of_op, in_place_of, ops, register, results_of
+from ...registration import composite, fake_gradients, gradients_of_op, in_place_of, ops, register, results_of, traced
 from .. import conv_bn_pool as eager
 from ..gradients import gradients_of
 from . import batch_norm
@@ -20,7 +21,17 @@ from .conv_transpose import flops
 
 
 @in_place_of
-def conv_bn_activation_max_pool_group_norm(
+def conv_bn_activation_max_pool_group_norm(*args, **options):
+    return autocast.result_of_norm(_overload(ops.conv_bn_activation_max_pool_group_norm, *args, **options)[0])
+
+
+def conv_bn_activation_max_pool_group_norm_or_parts(*args, together, **options):
+    """The same; where its kernels do not take the call, the operators one by one, or some together, see `fusions`."""
+    return _overload(ops.conv_bn_activation_max_pool_group_norm_or_parts, *args, together, **options)
+
+
+def _overload(
+    packet,
     input,
     running_mean,
     running_var,
@@ -29,7 +40,7 @@ def conv_bn_activation_max_pool_group_norm(
     training=False,
     momentum=0.1,
     eps=1e-5,
-    *,
+    *more,
     conv_weight,
     conv_bias=None,
     padding=0,
@@ -42,17 +53,24 @@ def conv_bn_activation_max_pool_group_norm(
     num_batches_tracked=None,
     numerics="auto",
 ):
+    """Calls one of a packet's overloads. more: what it takes besides."""
     check_numerics(numerics)
     arguments = running_mean, running_var, weight, bias, bool(training), number(momentum, "momentum"), number(eps, "eps")
     conv = conv_weight, conv_bias, pair(padding, "padding"), activation, number(negative_slope, "negative_slope")
     group = integer(num_groups, "num_groups"), group_weight, group_bias, number(group_eps, "group_eps")
-    op = batch_norm.overload(ops.conv_bn_activation_max_pool_group_norm, running_mean, training, num_batches_tracked)
-    return autocast.result_of_norm(op(input, *arguments, num_batches_tracked, *conv, *group, numerics)[0])
+    op = batch_norm.overload(packet, running_mean, training, num_batches_tracked)
+    return op(input, *arguments, num_batches_tracked, *conv, *group, numerics, *more)
 
 
 @in_place_of
 def conv_bn_tanh_max_pool_group_norm(*args, **options):
     return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
+
+
+ARGUMENTS = (
+    f"{batch_norm.ARGUMENTS}, Tensor conv_weight, Tensor? conv_bias, int[2] padding, str activation, "
+    "float negative_slope, int num_groups, Tensor? group_weight, Tensor? group_bias, float group_eps, str numerics"
+)
 
 
 def _settle(input, *options):
@@ -152,9 +170,7 @@ def _first(ctx, dout):
 
 
 register(
-    f"conv_bn_activation_max_pool_group_norm({batch_norm.ARGUMENTS}, Tensor conv_weight, Tensor? conv_bias, "
-    "int[2] padding, str activation, float negative_slope, int num_groups, Tensor? group_weight, Tensor? group_bias, "
-    "float group_eps, str numerics, bool keep=False) -> (Tensor, Tensor)",
+    f"conv_bn_activation_max_pool_group_norm({ARGUMENTS}, bool keep=False) -> (Tensor, Tensor)",
     _run,
     _fake,
     _save,
@@ -194,3 +210,25 @@ register(
     _fake_gradient,
     flops=lambda dout, x, w, *options: flops(x, w) * sum(options[-1][:2]),
 )
+
+
+def _or_parts(input, *options):
+    *arguments, together = options
+    running_mean, running_var, weight, bias, training, momentum, eps, batches, *rest = arguments
+    conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, group_eps, numerics = rest
+    try:
+        op = batch_norm.overload(ops.conv_bn_activation_max_pool_group_norm, running_mean, training, batches)
+        return autocast.result_of_norm(op(input, *arguments)[0])
+    except UnsupportedError:
+        pass
+    y = traced["conv_transpose2d"](input, conv_weight, conv_bias, padding=padding, numerics=numerics)
+    normed = running_mean, running_var, weight, bias, training, momentum, eps
+    if together:
+        y = traced["bn_tanh_max_pool2d"](y, *normed, num_batches_tracked=batches)
+    else:
+        y = traced["batch_norm"](y, *normed, num_batches_tracked=batches)
+        y = traced["max_pool2d"](eager._operator(activation, slope)(y), 2)
+    return traced["group_norm"](y, groups, group_weight, group_bias, group_eps)
+
+
+composite(f"conv_bn_activation_max_pool_group_norm_or_parts({ARGUMENTS}, bool together) -> Tensor", _or_parts)
