@@ -80,7 +80,7 @@ def one_device(args) -> torch.device:
         if tensor.device != device:
             received = ", ".join(sorted({str(t.device) for t in tensors}))
             raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
-    if device.type not in ("cuda", "cpu"):
+    if device.type not in ("cuda", "cpu", "meta"):
         raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
     return device
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.utils.flop_counter import register_flop_formula
 
@@ -96,7 +98,7 @@ def _register(schema, run, fake, save, backward, outputs, settle):
         keep = (needed or args[count:] == (True,),) if keeps else ()
         args = args[:count] if settle is None else settle(*args[:count])
         args = *args, *keep
-        if not needed:
+        if not needed and forward_ad._current_level < 0:
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
         if not torch._C._are_functorch_transforms_active():
@@ -114,7 +116,9 @@ def _function(op, save, backward, outputs):
     class Registered(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            with torch._C._AutoDispatchBelowAutograd():
+            # What autograd switches off here is for this level of torch.func's transforms, not for those around it.
+            outer = torch._C._are_functorch_transforms_active()
+            with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(outer), _set_fwd_grad_enabled(outer):
                 results = op(*args)
             several = isinstance(results, tuple)
             if several and backward is not None:
@@ -157,7 +161,7 @@ def _one_by_one(op):
                 )
         found = []
         for index in range(info.batch_size):
-            found.append(op(*(a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims))))
+            found.append(op(*(a.select(d, index) if type(d) is int else a for a, d in zip(args, in_dims))))
         if isinstance(found[0], tuple):
             return tuple(map(torch.stack, zip(*found))), (0,) * len(found[0])
         return torch.stack(found), 0

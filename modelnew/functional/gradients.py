@@ -77,10 +77,16 @@ def second_gradients(definition, tensors, *gradients) -> list[torch.Tensor | Non
     """Gradients of `tensors`, (dy, x, weight, bias), whose results in `NormGradient` have `gradients`."""
 
     def first(dy, *inputs):
-        leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        y = definition(*leaves)
-        found = torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype), create_graph=True)
-        found = iter(found)
-        return tuple(None if t is None else next(found) for t in leaves)
+        places = [place for place, tensor in enumerate(inputs) if tensor is not None]
+
+        def defined(*given):
+            all_inputs = [None] * len(inputs)
+            for place, tensor in zip(places, given):
+                all_inputs[place] = tensor
+            return definition(*all_inputs)
+
+        y, pull_back = torch.func.vjp(defined, *(inputs[place] for place in places))
+        found = iter(pull_back(dy.to(y.dtype)))
+        return tuple(None if tensor is None else next(found) for tensor in inputs)
 
     return gradients_of(first, tensors, *gradients)

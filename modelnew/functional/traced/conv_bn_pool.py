@@ -153,7 +153,7 @@ def _first(ctx, dout):
         def unfused(x, w, conv_bias, weight, bias, group_weight, group_bias):
             y = ops.conv_transpose2d(x, w, conv_bias, *eager._geometry(padding), numerics)
             arguments = running_mean, running_var, weight, bias, training, 0.0, eps, None, False
-            y = eager._operator(activation, slope)(ops.batch_norm(y, *arguments)[0])
+            y = eager._operator(activation, slope)(ops.batch_norm.default(y, *arguments)[0])
             y, *_ = ops.max_pool2d(y, 2, 2, 0, 1, False, False)
             return ops.group_norm(y, groups, group_weight, group_bias, group_eps)[0]
 
