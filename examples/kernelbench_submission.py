@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.utils.dlpack import to_dlpack
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -622,7 +621,7 @@ def one_device(args) -> torch.device:
         if tensor.device != device:
             received = ", ".join(sorted({str(t.device) for t in tensors}))
             raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
-    if device.type not in ("cuda", "cpu"):
+    if device.type not in ("cuda", "cpu", "meta"):
         raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
     return device
 
@@ -792,21 +791,16 @@ def reset_affine(module: nn.Module) -> None:
 # its own, which starts the same kernels. Otherwise the kernels alone run, and nothing more is kept.
 
 def will_need_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker.
-
-    It sees those in forward mode and under torch.func, too, which it refuses: the Functions have no rule for them.
-    """
+    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return False
 
 
 def gradients_apply(function: type[torch.autograd.Function], *args):
     """function.apply(*args), quicker."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
     return apply(function, *args)
 
 
@@ -1871,8 +1865,8 @@ def enabled(tensor: torch.Tensor) -> bool:
 
 def lower(*tensors: torch.Tensor | None) -> tuple:
     """The tensors as autocast gives them to a convolution: in its dtype where it is on."""
-    device = tensors[0].device.type
-    return _cast(tensors, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensors
+    first = tensors[0]
+    return _cast(tensors, torch.get_autocast_dtype(first.device.type)) if enabled(first) else tensors
 
 
 def result_of_norm(result: torch.Tensor) -> torch.Tensor:
@@ -2067,12 +2061,14 @@ def _forward(
     choice,
     keep,
     autocast_on,
+    kept_bytes=None,
     **options,
 ):
+    """kept_bytes: at least that many are returned with `keep`."""
     plan = conv_bn_pool_plan(x.shape, x.dtype, w.shape, padding, options["groups"], choice)
     out = new(_pooled_shape(x.shape, w.shape, padding), x.dtype)
     arrays = kept_arrays(plan, x.shape, options["groups"], keep)
-    memory = (new if keep else new.scratch)((room(arrays),), "uint8")
+    memory = (new if keep else new.scratch)((max(room(arrays), kept_bytes or 0),), "uint8")
     tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
     conv_bn_pool_forward(new.scratch, *tensors, out, parts(memory, arrays), plan=plan, **options)
     return out, memory if keep else None
@@ -2196,13 +2192,42 @@ def conv_bn_activation_max_pool_group_norm(
     casts between the operators. The result has the dtype that autocast gives group_norm's.
     """
     check_numerics(numerics)
+    batch_norm = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    conv, group = (conv_weight, conv_bias, padding), (num_groups, group_weight, group_bias, group_eps)
+    choice = choose(_class(numerics, input), input)
+    out = fused(input, *batch_norm, *conv, activation, negative_slope, *group, choice)
+    return result_of_norm(out)
+
+
+def fused(
+    input,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    training,
+    momentum,
+    eps,
+    num_batches_tracked,
+    conv_weight,
+    conv_bias,
+    padding,
+    activation,
+    negative_slope,
+    num_groups,
+    group_weight,
+    group_bias,
+    group_eps,
+    choice,
+    kept_bytes=None,
+):
+    """The result before autocast's cast. With `kept_bytes`, for calls without autograd: (result, memory of the backward)"""
     struct_of(activation)
     parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    choice = choose(_class(numerics, input), input)
 
     def check():
         _check_mixture(input, num_batches_tracked, *others)
@@ -2225,14 +2250,16 @@ def conv_bn_activation_max_pool_group_norm(
         "parameter": parameter,
         "autocast_on": enabled(input),  # as check() looks at it
     }
-    if will_need_grad(*tensors):
+    keep, memory = kept_bytes is not None, None
+    if not keep and will_need_grad(*tensors):
         applied = applied_statistics(running_mean, running_var, training)
         out = gradients_apply(_Fused, *tensors, updated, applied, check, options)
     else:
-        out, _ = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=False, **options)
+        options["kept_bytes"] = kept_bytes
+        out, memory = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=keep, **options)
     if training:
         note_update(running_mean, running_var, num_batches_tracked, updated)
-    return result_of_norm(out)
+    return (out, memory) if keep else out
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature

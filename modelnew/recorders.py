@@ -1,31 +1,44 @@
 """What looks at torch's operators, and what of it cannot be served."""
 
-import torch
-from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import (
+    DispatchKey,
+    _are_functorch_transforms_active,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch.autograd import forward_ad
-
-_PRE_DISPATCH = DispatchKey.PreDispatch
 
 
 def may_record() -> bool:
     """Whether something records operators: a dispatch mode, torch.jit.trace, torch.export. Quick, as each call asks."""
-    return bool(
-        _len_torch_dispatch_stack() or _get_tracing_state() or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
-    )
+    return bool(_len_torch_dispatch_stack() or _get_tracing_state() or (_len_torch_function_stack() and _early()))
 
 
 def present() -> bool:
     """Whether something records operators or transforms them, as torch.func and forward-mode derivatives do."""
-    return may_record() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return bool(
+        _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _get_tracing_state()
+        or (_len_torch_function_stack() and _early())
+    )
 
 
-def refuse(function) -> None:
-    """RuntimeError in torch.jit.trace, which cannot keep our operators' gradients."""
+def _early() -> bool:
+    """Whether operators are recorded before torch dispatches them. A mode for functions is always on then, too."""
+    return _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
+
+
+def refuse(name: str) -> None:
+    """RuntimeError in torch.jit.trace, which cannot keep our operators' gradients. name: of the operator."""
     if _get_tracing_state():
         raise RuntimeError(
-            f"{function.__name__} cannot be recorded by torch.jit.trace (which torch.onnx.export(dynamo=False) uses): "
-            "use torch.export, or PyTorch's operators: torch.nn's layers, and ModelNew(..., replace=()), take the "
-            "same state dict"
+            f"{name} cannot be recorded by torch.jit.trace (which torch.onnx.export(dynamo=False) uses): use "
+            "torch.export, or PyTorch's operators: torch.nn's layers, and ModelNew(..., replace=()), take the same "
+            "state dict"
         )
 
 

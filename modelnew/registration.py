@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.utils.flop_counter import register_flop_formula
 
 from . import shortcuts
@@ -40,8 +40,8 @@ def register(
     """Registers ops.<name>. All callables take the arguments in the order of the schema, which has no defaults.
 
     schema: as torch.library has it. Where arguments are mutated, ops.<name>.updating does that, and ops.<name>.default
-        is for calls that mutate nothing. The last argument may be `bool keep=False`: whether a backward follows. Callers
-        leave it out, and it is known when the operator runs.
+        is for calls that mutate nothing. The last argument may be `bool keep=False`: whether a backward follows.
+        Callers leave it out, and it is known when the operator runs.
     run: computes the results, all of them new, of real tensors. fake: makes results of the same shapes, dtypes and
         strides, of tensors without values and sizes that may be symbols.
     save(args, results): the tensors that the backward needs. backward(ctx, *gradients): gradients of the first

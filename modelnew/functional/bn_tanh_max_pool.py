@@ -180,7 +180,7 @@ def _bn_tanh_max_pool2d(
     ceil_mode,
     keep=False,
 ):
-    """The result; with `keep`, which is for calls without autograd, the statistics that were applied and argmax, too."""
+    """The result; with `keep`, for calls without autograd, the statistics that were applied and argmax, too."""
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     options = {"training": training, "momentum": momentum, "eps": eps, "pool": pool, "ceil_mode": ceil_mode}
 

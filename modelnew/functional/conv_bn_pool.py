@@ -239,7 +239,7 @@ def fused(
     choice,
     kept_bytes=None,
 ):
-    """The result before autocast's cast. With `kept_bytes`, for calls without autograd: (result, memory of the backward)"""
+    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs."""
     ops.struct_of(activation)
     parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)

@@ -127,7 +127,7 @@ def _fake_gradient(dy, x, weight, bias, moments, y, training, eps, needed):
 def _second(ctx, *gradients):
     *tensors, moments, y = ctx.saved_tensors
     if y is not None:
-        raise RuntimeError("ops.batch_norm_backward has a derivative where y is None: apply ops.tanh_backward before it")
+        raise RuntimeError("ops.batch_norm_backward has a derivative only without y: apply ops.tanh_backward before it")
     return second_gradients(functools.partial(eager._definition, moments, *ctx.args[6:8]), tensors, *gradients)
 
 

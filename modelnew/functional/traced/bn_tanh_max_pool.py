@@ -81,7 +81,8 @@ def bn_tanh_max_pool2d(
     *,
     num_batches_tracked=None,
 ):
-    arguments = running_mean, running_var, weight, bias, bool(training), number(momentum, "momentum"), number(eps, "eps")
+    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
+    arguments = running_mean, running_var, weight, bias, bool(training), momentum, eps
     window = pool_of(kernel_size, stride, padding, dilation)
     op = batch_norm.overload(ops.bn_tanh_max_pool2d, running_mean, training, num_batches_tracked)
     return op(input, *arguments, num_batches_tracked, *window, bool(ceil_mode))[0]

@@ -11,7 +11,7 @@ from cupy_kernels.plan import ALIGNMENT, room
 
 from ... import autocast
 from ...formats import empty_in
-from ...interop import NUMPY, aligned, dense, integer, number, pair
+from ...interop import NUMPY, aligned, check_floating, dense, integer, number, pair
 from ...numerics import check_numerics, settled, settled_choice
 from ...registration import composite, fake_gradients, gradients_of_op, in_place_of, ops, register, results_of, traced
 from .. import conv_bn_pool as eager
@@ -55,7 +55,8 @@ def _overload(
 ):
     """Calls one of a packet's overloads. more: what it takes besides."""
     check_numerics(numerics)
-    arguments = running_mean, running_var, weight, bias, bool(training), number(momentum, "momentum"), number(eps, "eps")
+    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
+    arguments = running_mean, running_var, weight, bias, bool(training), momentum, eps
     conv = conv_weight, conv_bias, pair(padding, "padding"), activation, number(negative_slope, "negative_slope")
     group = integer(num_groups, "num_groups"), group_weight, group_bias, number(group_eps, "group_eps")
     op = batch_norm.overload(packet, running_mean, training, num_batches_tracked)
@@ -75,7 +76,23 @@ ARGUMENTS = (
 
 def _settle(input, *options):
     *others, numerics = options
-    return input, *others, settled(eager._class(numerics, input), input)
+    choice = settled(eager._class(numerics, input), input)
+    _check_supported(input, *others, choice)  # here, so that no mode sees an operator that is refused
+    return input, *others, choice
+
+
+def _check_supported(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, *options):
+    """UnsupportedError for calls that the kernels do not take."""
+    conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, _, numerics = options
+    kernels.struct_of(activation)
+    eager._check_slope(slope)
+    others = conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
+    eager._check_mixture(input, batches, *others)
+    check_floating(input=input)
+    if input.dim() == conv_weight.dim() == 4:
+        images = 1 if input.shape[0] else 0  # of more, the number does not matter
+        shapes = (images, *map(int, input.shape[1:])), NUMPY[input.dtype], tuple(map(int, conv_weight.shape))
+        eager._plan(*shapes, tuple(padding), groups, settled_choice(numerics, input))
 
 
 def _run(input, *options):
@@ -89,21 +106,19 @@ def _run(input, *options):
 
 
 def _fake(input, *options):
-    running_mean, running_var, weight, bias, training, momentum, eps, batches, *rest = options
-    conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, _, numerics, keep = rest
-    choice, padding = settled_choice(numerics, input), tuple(padding)
-    statistics, affine = (running_mean, running_var), (weight, bias, group_weight, group_bias)
-    kernels.struct_of(activation)
-    eager._check_slope(slope)
-    eager.check_batch_norm_call(*statistics, training, momentum, eps)
-    eager._check_mixture(input, batches, conv_weight, conv_bias, *statistics, *affine)
-    if not input.shape[0]:
-        eager._plan(input.shape, None, None, padding, groups, choice)
+    *others, keep = options
+    running_mean, running_var, weight, bias, training, momentum, eps, _, *rest = others
+    conv_weight, conv_bias, padding, _, _, groups, group_weight, group_bias, _, numerics = rest
+    _check_supported(input, *others)
+    eager.check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     one, w = (t.new_empty(tuple(map(int, t.shape))) for t in (input[:1], conv_weight))
-    eager._check_shapes(one, w, conv_bias, *statistics, *affine, padding, training, groups)
-    out = empty_in(input, (input.shape[0], *eager._pooled_shape(one.shape, w.shape, padding)[1:]), False)
-    size = kept_bytes(input, conv_weight, padding, groups, choice)  # asked for in any case: it refuses what has no plan
-    return results_of(input, out, input.new_empty(size, dtype=torch.uint8) if keep else None)
+    tensors = one, w, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
+    eager._check_shapes(*tensors, tuple(padding), training, groups)
+    out = empty_in(input, (input.shape[0], *eager._pooled_shape(one.shape, w.shape, tuple(padding))[1:]), False)
+    if not keep:
+        return results_of(input, out, None)
+    size = kept_bytes(input, conv_weight, padding, groups, settled_choice(numerics, input))
+    return out, input.new_empty(size, dtype=torch.uint8)
 
 
 def kept_bytes(x, conv_weight, padding, groups, choice):
@@ -132,7 +147,7 @@ def _kept_bytes(shape, dtype, w_shape, padding, groups, choice):
 
 
 def _save(args, results):
-    x, running_mean, running_var, weight, bias = args[:5]
+    x, _, _, weight, bias = args[:5]
     conv_weight, conv_bias = args[9:11]
     group_weight, group_bias = args[15:17]
     parameters = conv_weight, conv_bias, weight, bias, group_weight, group_bias

@@ -58,7 +58,8 @@ register(
 
 def _gradient(dy, x, weight, bias, statistics, num_groups, eps, needed):
     last = channels_last(x)
-    found = eager._gradients(statistics, num_groups, last, tuple(needed), dy, dense_in(x, last), dense(weight), dense(bias))
+    tensors = dy, dense_in(x, last), dense(weight), dense(bias)
+    found = eager._gradients(statistics, num_groups, last, tuple(needed), *tensors)
     return results_of(dy, *found)
 
 
@@ -73,8 +74,8 @@ def _second(ctx, *gradients):
 
 
 register(
-    "group_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, int num_groups, float eps"
-    ", bool[3] needed) -> (Tensor, Tensor, Tensor)",
+    "group_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor statistics, int num_groups, "
+    "float eps, bool[3] needed) -> (Tensor, Tensor, Tensor)",
     _gradient,
     _fake_gradient,
     lambda args, results: args[:5],

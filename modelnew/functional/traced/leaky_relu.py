@@ -6,6 +6,7 @@ from ...formats import dense_like
 from ...interop import number
 from ...registration import in_place_of, ops, register
 from .. import leaky_relu as eager
+from .tanh import fake_elementwise
 
 
 @in_place_of
@@ -18,7 +19,7 @@ def leaky_relu(input, negative_slope=0.01, inplace=False):
 register(
     "leaky_relu(Tensor input, float negative_slope) -> Tensor",
     eager.leaky_relu.__wrapped__,
-    lambda x, slope: torch.empty_like(x),
+    fake_elementwise,
     lambda args, y: args[:1],
     lambda ctx, dy: (ops.leaky_relu_backward(dy, *ctx.saved_tensors, ctx.args[1]),),
 )

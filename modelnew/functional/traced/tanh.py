@@ -2,6 +2,7 @@
 
 import torch
 
+from ...interop import check_floating
 from ...registration import in_place_of, ops, register
 from .. import tanh as eager
 
@@ -11,10 +12,16 @@ def tanh(input):
     return ops.tanh(input)
 
 
+def fake_elementwise(input, *_):
+    """A fake result of the input's shape and strides."""
+    check_floating(input=input)
+    return torch.empty_like(input)
+
+
 register(
     "tanh(Tensor input) -> Tensor",
     eager.tanh.__wrapped__,
-    torch.empty_like,
+    fake_elementwise,
     lambda args, y: (y,),
     lambda ctx, dy: (ops.tanh_backward(dy, *ctx.saved_tensors),),
 )
