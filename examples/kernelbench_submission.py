@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd import Function
 from torch.utils.dlpack import to_dlpack
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2100,7 +2101,7 @@ def _backward(
     return dx, dw, *found
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(Function):
     @staticmethod
     def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
         tensors = (x, w, conv_bias, *running, weight, bias, group_weight, group_bias)
@@ -2221,7 +2222,7 @@ def fused(
     choice,
     kept_bytes=None,
 ):
-    """The result before autocast's cast. With `kept_bytes`, for calls without autograd: (result, memory of the backward)"""
+    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs."""
     struct_of(activation)
     parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)

@@ -115,7 +115,7 @@ def test_second_derivative_of_the_fused_model():
 
 def test_vmap_over_statistics_of_a_batch():
     layer, x = layers.BatchNorm2d(4), torch.randn(3, 2, 4, 5, 5)
-    with pytest.raises(RuntimeError, match="vmap: each element.*running_mean of modelnew.batch_norm"):
+    with pytest.raises(RuntimeError, match=r"vmap: each element.*running_mean of modelnew\.batch_norm"):
         vmap(layer)(x)
     means, variances = torch.zeros(3, 4), torch.ones(3, 4)
     vmap(lambda x, mean, var: functional.batch_norm(x, mean, var, training=True))(x, means, variances)
@@ -154,3 +154,12 @@ def test_a_dual_level_without_tangents():
         y = functional.tanh(x)
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(functional.tanh(x).sum(), x)[0])
     assert torch.equal(y, functional.tanh(x))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_batches_of_gradients_are_refused(name):
+    x, function = torch.randn(2, 4, 5, 4, dtype=torch.float64), FUNCTIONS[name][0]
+    with pytest.raises(RuntimeError, match=r"backward takes one gradient.*use torch\.func\.jacrev"):
+        autograd.jacobian(lambda x: function(x).flatten()[:3], x, vectorize=True)
+    with pytest.raises(RuntimeError, match=r"backward takes one gradient.*use torch\.func\.jacrev"):
+        autograd.hessian(loss(function), x, vectorize=True)

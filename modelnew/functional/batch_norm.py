@@ -24,7 +24,7 @@ from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_parameters, dense, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine, tensor_of
-from .gradients import NormGradient, apply, will_need_grad
+from .gradients import Function, NormGradient, apply, will_need_grad
 from .tanh import tanh_gradient
 
 
@@ -76,7 +76,7 @@ def _backward(new, dy, x, weight, bias, moments, y, *, training, needed, last):
     return dx, dweight, dbias
 
 
-class _BatchNorm(torch.autograd.Function):
+class _BatchNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running, applied, check, options):
         y, moments = _call(x, weight, bias, running, check, options, keep=True)

@@ -27,7 +27,7 @@ from .batch_norm import (
     statistics,
     torch_norm,
 )
-from .gradients import apply, will_need_grad
+from .gradients import Function, apply, will_need_grad
 from .max_pool import OVERLAPPING, max_pool_gradient, new_argmax, pool_of, pooled_shape
 from .tanh import tanh_gradient
 
@@ -45,7 +45,7 @@ def _backward(new, dy, y, argmax, pool, shape):
     return dx
 
 
-class _TanhMaxPool2d(torch.autograd.Function):
+class _TanhMaxPool2d(Function):
     @staticmethod
     def forward(ctx, x, pool, ceil_mode):
         y, argmax = call(_forward, x, pool, ceil_mode, True)
@@ -85,7 +85,7 @@ def _normed_backward(new, dy, x, weight, wide_weight, bias, moments, y, argmax, 
     return dx, dweight, dbias
 
 
-class _BnTanhMaxPool2d(torch.autograd.Function):
+class _BnTanhMaxPool2d(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running, applied, check, options):
         training, pool = options["training"], options["pool"]

@@ -20,7 +20,7 @@ from ..interop import NUMPY, aligned, dense, integer, number, one_device, pair
 from ..numerics import check_numerics, choose, required_plan
 from .batch_norm import applied_statistics, batch_norm, check_batch_norm, check_batch_norm_call, note_update
 from .conv_transpose import conv_transpose2d_as, gradient_plans, gradients
-from .gradients import apply, gradients_of, will_need_grad
+from .gradients import Function, apply, gradients_of, will_need_grad
 from .group_norm import group_norm
 from .max_pool import max_pool2d
 
@@ -81,7 +81,7 @@ def _backward(
     return dx, dw, *found
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(Function):
     @staticmethod
     def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
         tensors = (x, w, conv_bias, *running, weight, bias, group_weight, group_bias)

@@ -20,7 +20,7 @@ from ..interop import NUMPY, aligned, check_floating, dense, integer, one_device
 from ..numerics import check_numerics, choose, gather_gemm_split, tensor_core_plan, wgrad_plan, without_tensor_cores
 from ..untraced import untraced
 from . import gather_gemm
-from .gradients import apply, differentiable, will_need_grad
+from .gradients import Function, apply, differentiable, will_need_grad
 
 
 def kernels_of(dtype, x_shape, w_shape, geometry, choice, formats=(False, False)):
@@ -56,7 +56,7 @@ def _forward(new, x, w, bias, geometry, choice, formats=(False, False)):
     return y
 
 
-class _ConvTranspose2d(torch.autograd.Function):
+class _ConvTranspose2d(Function):
     @staticmethod
     def forward(ctx, x, w, bias, geometry, choice, formats, check):
         y = _call_forward(x, w, bias, geometry, choice, formats, check)
@@ -79,7 +79,7 @@ class _ConvTranspose2d(torch.autograd.Function):
 # one's gradients are the other two: of T they are D and W, of D they are T and W, of W they are D and T.
 
 
-class _InputGradient(torch.autograd.Function):
+class _InputGradient(Function):
     @staticmethod
     def forward(dy, w, x_shape, geometry, choice):
         return conv_gradients(None, w, dy, x_shape, w.shape, geometry, choice, (True, False, False))[0]
@@ -99,7 +99,7 @@ class _InputGradient(torch.autograd.Function):
         return ddy, dw, None, None, None
 
 
-class _WeightGradient(torch.autograd.Function):
+class _WeightGradient(Function):
     @staticmethod
     def forward(x, dy, w_shape, geometry, choice):
         return conv_gradients(x, None, dy, x.shape, w_shape, geometry, choice, (False, True, False))[1]

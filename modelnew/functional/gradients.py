@@ -4,11 +4,39 @@ A backward runs with grad mode on if its caller asked for `create_graph`. Then e
 its own, which starts the same kernels. Otherwise the kernels alone run, and nothing more is kept.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
+from torch._C import _functorch
 
 from .. import shortcuts
+
+
+class Function(torch.autograd.Function):
+    """Its backward says what to do where it is given batches of gradients, as by `jacobian(vectorize=True)`."""
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        cls.backward = staticmethod(_one_at_a_time(cls.backward))
+
+
+def _one_at_a_time(backward):
+    @functools.wraps(backward)
+    def call(ctx, *gradients):
+        try:
+            return backward(ctx, *gradients)
+        except RuntimeError as error:
+            tensors = [gradient for gradient in gradients if gradient is not None]
+            if any(map(_functorch.is_batchedtensor, tensors)) or any(map(_functorch.is_legacy_batchedtensor, tensors)):
+                raise RuntimeError(
+                    f"{backward.__qualname__} takes one gradient, not a batch of them as from is_grads_batched, "
+                    "vectorize=True, or a vmap around the backward alone: use torch.func.jacrev, torch.func.vmap "
+                    "around the forward, too, or vectorize=False"
+                ) from error
+            raise
+
+    return call
 
 
 def will_need_grad(*tensors: torch.Tensor | None) -> bool:
@@ -55,7 +83,7 @@ def gradients_of(function: Callable, tensors, *output_gradients) -> list[torch.T
     return [next(found) if t is not None and t.requires_grad else None for t in views]
 
 
-class NormGradient(torch.autograd.Function):
+class NormGradient(Function):
     """(dx, dweight, dbias) of a norm. Kernels compute them; what is differentiated is the norm's definition.
 
     kernels(dy, x, weight, bias) returns them, None for those that are not needed.

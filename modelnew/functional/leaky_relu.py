@@ -11,7 +11,7 @@ from ..cases import Case, activations
 from ..formats import dense_like, flat, unflat
 from ..interop import check_floating, number
 from ..untraced import untraced
-from .gradients import apply, differentiable, will_need_grad
+from .gradients import Function, apply, differentiable, will_need_grad
 
 
 def _forward(new, x, slope):
@@ -26,7 +26,7 @@ def _backward(new, dy, x, slope):
     return dx
 
 
-class _LeakyReLU(torch.autograd.Function):
+class _LeakyReLU(Function):
     @staticmethod
     def forward(ctx, x, slope):
         ctx.save_for_backward(x)
@@ -38,7 +38,7 @@ class _LeakyReLU(torch.autograd.Function):
         return differentiable(_LeakyReLUGradient, dy, *ctx.saved_tensors, ctx.slope), None
 
 
-class _LeakyReLUGradient(torch.autograd.Function):
+class _LeakyReLUGradient(Function):
     """dx = dy where x > 0, else slope dy: linear in dy, and piecewise constant in x."""
 
     @staticmethod
