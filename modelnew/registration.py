@@ -120,9 +120,9 @@ def _function(op, save, backward, outputs):
             outer = torch._C._are_functorch_transforms_active()
             with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(outer), _set_fwd_grad_enabled(outer):
                 results = op(*args)
-            several = isinstance(results, tuple)
-            if several and backward is not None:
-                ctx.mark_non_differentiable(*results[outputs:])
+            if isinstance(results, tuple) and backward is not None:
+                integers = [result for result in results[:outputs] if not result.is_floating_point()]
+                ctx.mark_non_differentiable(*integers, *results[outputs:])
             ctx.set_materialize_grads(False)
             if backward is not None:
                 ctx.save_for_backward(*save(args, results))
@@ -132,7 +132,10 @@ def _function(op, save, backward, outputs):
         @staticmethod
         def backward(ctx, *gradients):
             if backward is None:
-                raise RuntimeError(f"{op} has no derivative of its own: differentiate what computed it once more")
+                raise RuntimeError(
+                    f"{op} has no derivative of its own: outside of torch.func's transforms and torch.compile, "
+                    "torch.autograd.grad(..., create_graph=True) says more"
+                )
             missing = len(ctx.args)
             if not any(dy is not None for dy in gradients):
                 return (None,) * missing
