@@ -42,6 +42,14 @@ def refuse(name: str) -> None:
         )
 
 
+def refuse_script(module) -> None:
+    """RuntimeError in torch.jit.script, which asks each module for this by the name `__prepare_scriptable__`."""
+    raise RuntimeError(
+        f"{type(module).__name__} is no TorchScript: use torch.export, or PyTorch's operators: torch.nn's layers, and "
+        "ModelNew(..., replace=()), take the same state dict"
+    )
+
+
 def refuse_kernels() -> None:
     """RuntimeError: kernels run where something records operators."""
     raise RuntimeError(

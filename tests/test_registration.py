@@ -276,3 +276,20 @@ def test_onnx_export_by_tracing_gets_an_error(tmp_path, launched):
         torch.onnx.export(layers.Tanh(), (torch.randn(3),), str(tmp_path / "tanh.onnx"), dynamo=False)
     assert not launched
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_script_gets_an_error():
+    for module in (layers.Tanh(), ModelNew(*FUSED, device="cpu")):
+        with pytest.raises(RuntimeError, match=r"is no TorchScript: use torch\.export"):
+            torch.jit.script(module)
+
+
+def test_symbolic_trace_with_layers_as_leaf_modules():
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return type(module).__name__ in layers.__all__
+
+    model, x = NETWORKS["layers"]().eval(), torch.randn(2, 16, 6, 6)
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert torch.equal(traced(x), model(x))

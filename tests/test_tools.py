@@ -265,7 +265,7 @@ UNFIT = {
     "list": (lambda x: x.tolist(), TypeError, r"received a builtins\.list"),
     "None": (lambda x: None, TypeError, r"received a builtins\.NoneType"),
     "wrapper": (Wrapped, AssertionError, "was called"),
-    "masked": (lambda x: torch.masked.masked_tensor(x, x > 0), TypeError, "(?s).*MaskedTensor"),
+    "masked": (lambda x: torch.masked.masked_tensor(x, x > 0), TypeError, r"[\s\S]*MaskedTensor"),
     "sparse": (lambda x: x.to_sparse(), RuntimeError, r"sparse_coo; use \.to_dense"),
     "mkldnn": (lambda x: x.to_mkldnn(), RuntimeError, r"_mkldnn; use \.to_dense"),
     "nested": (lambda x: torch.nested.nested_tensor(list(x)), RuntimeError, "nested"),
