@@ -189,9 +189,10 @@ def _make(known, key, operation, values, options, check) -> _Known | str:
 
 def _planned_call(operation, values, options) -> _Known:
     device, new = one_device(values), New(len(values))
+    machine = backend(device)
     stand_ins = [_stand_in(index, value) for index, value in enumerate(values)]
     count = len(values) - len(options)
-    plan = Plan(backend(device), operation, [new, *stand_ins[:count]], dict(zip(options, stand_ins[count:])))
+    plan = Plan(machine, operation, [new, *stand_ins[:count]], dict(zip(options, stand_ins[count:])))
     indexes = {id(slot): slot.index for slot in new.slots}
     returned = plan.result
     if isinstance(returned, tuple):  # KeyError for what `new` has not made: a call returns no argument of its own
