@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd import forward_ad
+from torch.autograd import Function
 from torch.utils.dlpack import to_dlpack
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -796,15 +796,13 @@ TORCH = {array: tensor for tensor, array in NUMPY.items()}
 
 
 def one_device(args) -> torch.device:
-    """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
+    """The device of all tensors in `args`; RuntimeError if they are on several."""
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device:
             received = ", ".join(sorted({str(t.device) for t in tensors}))
             raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
-    if device.type not in ("cuda", "cpu"):
-        raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
     return device
 
 
@@ -1013,21 +1011,16 @@ def reset_affine(module: nn.Module) -> None:
 # its own, which starts the same kernels. Otherwise the kernels alone run, and nothing more is kept.
 
 def will_need_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker.
-
-    It sees those in forward mode and under torch.func, too, which it refuses: the Functions have no rule for them.
-    """
+    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return False
 
 
 def gradients_apply(function: type[torch.autograd.Function], *args):
     """function.apply(*args), quicker."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
     return apply(function, *args)
 
 
@@ -2234,8 +2227,8 @@ def enabled(tensor: torch.Tensor) -> bool:
 
 def lower(*tensors: torch.Tensor | None) -> tuple:
     """The tensors as autocast gives them to a convolution: in its dtype where it is on."""
-    device = tensors[0].device.type
-    return _cast(tensors, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensors
+    first = tensors[0]
+    return _cast(tensors, torch.get_autocast_dtype(first.device.type)) if enabled(first) else tensors
 
 
 def result_of_norm(result: torch.Tensor) -> torch.Tensor:
@@ -2438,13 +2431,16 @@ def _forward(
     keep,
     autocast_on,
     last,
+    kept_bytes=None,
     **options,
 ):
-    """last: whether x and the output are channels_last: [N, H, W, C]."""
+    """last: whether x and the output are channels_last: [N, H, W, C]. kept_bytes: at least that many are returned with
+    `keep`.
+    """
     plan = plan_for(x, w, padding, options["groups"], choice, last, autocast_on)
     out = new_output(new, x, w, padding, last)
     arrays = kept_arrays(plan, x.shape, options["groups"], keep)
-    memory = (new if keep else new.scratch)((room(arrays),), "uint8")
+    memory = (new if keep else new.scratch)((max(room(arrays), kept_bytes or 0),), "uint8")
     tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
     conv_bn_pool_forward(new.scratch, *tensors, out, parts(memory, arrays), plan=plan, **options)
     return out, memory if keep else None
@@ -2514,7 +2510,7 @@ def convolution_gradients(
     return dx, dw
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(Function):
     @staticmethod
     def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
         tensors = (stored(x, options["last"]), w, conv_bias, *running, weight, bias, group_weight, group_bias)
@@ -2581,9 +2577,9 @@ def _check_slope(negative_slope) -> None:
         )
 
 
-def _check_mixture(x, batches, *others) -> None:
+def _check_mixture(autocast_on, x, batches, *others) -> None:
     """UnsupportedError for dtypes or a counter of batches that do not go together."""
-    if enabled(x):
+    if autocast_on:
         if x.dtype == torch.float64 or any(t is not None and t.dtype != torch.float32 for t in others):
             raise UnsupportedError("under autocast parameters must be float32, and the input not float64")
     elif any(t is not None and t.dtype != x.dtype for t in others):
@@ -2645,17 +2641,49 @@ def conv_bn_activation_max_pool_group_norm(
     result has the dtype that autocast gives group_norm's.
     """
     check_numerics(numerics)
+    batch_norm = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    conv, group = (conv_weight, conv_bias, padding), (num_groups, group_weight, group_bias, group_eps)
+    choice = choose(_class(numerics, input), input)
+    how = choice, enabled(input)
+    out = fused(input, *batch_norm, *conv, activation, negative_slope, *group, *how, peers=peers)
+    return result_of_norm(out)
+
+
+def fused(
+    input,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    training,
+    momentum,
+    eps,
+    num_batches_tracked,
+    conv_weight,
+    conv_bias,
+    padding,
+    activation,
+    negative_slope,
+    num_groups,
+    group_weight,
+    group_bias,
+    group_eps,
+    choice,
+    autocast_on,
+    kept_bytes=None,
+    peers=None,
+):
+    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs."""
     struct_of(activation)
     parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    choice, last, autocast_on = choose(_class(numerics, input), input), _last(input), enabled(input)
-    alone = training and peers is None
+    last, alone = _last(input), training and peers is None
 
     def check():
-        _check_mixture(input, num_batches_tracked, *others)
+        _check_mixture(autocast_on, input, num_batches_tracked, *others)
         if peers is not None and not input.shape[0]:
             raise UnsupportedError("the batch is empty, and other processes' batches count, too")
         _check_shapes(input, *others, padding, alone, num_groups)
@@ -2680,18 +2708,19 @@ def conv_bn_activation_max_pool_group_norm(
         "autocast_on": autocast_on,  # as check() looks at it
         "last": last,
     }
+    keep, memory = kept_bytes is not None, None
     if peers is not None:
         out = peers(tensors, updated, check, options)
-    elif will_need_grad(*tensors):
+    elif not keep and will_need_grad(*tensors):
         applied = applied_statistics(running_mean, running_var, training)
         out = gradients_apply(_Fused, *tensors, updated, applied, check, options)
     else:
-        x = stored(x, last)
-        out, _ = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=False, **options)
+        x, options["kept_bytes"] = stored(x, last), kept_bytes
+        out, memory = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=keep, **options)
         out = restored(out, last)
     if training:
         note_update(running_mean, running_var, num_batches_tracked, updated)
-    return result_of_norm(out)
+    return (out, memory) if keep else out
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature

@@ -6,9 +6,19 @@ In IPython `%load_ext modelnew` loads the magics `%%cu` and `%cu_reset`.
 from .distributed import convert_sync_batchnorm
 from .explanation import explain
 from .fusions import Sequential
+from .graphs import graphed
 from .model import Model, ModelNew, get_init_inputs, get_inputs
 
-__all__ = ["Model", "ModelNew", "Sequential", "convert_sync_batchnorm", "explain", "get_init_inputs", "get_inputs"]
+__all__ = [
+    "Model",
+    "ModelNew",
+    "Sequential",
+    "convert_sync_batchnorm",
+    "explain",
+    "get_init_inputs",
+    "get_inputs",
+    "graphed",
+]
 
 
 def load_ipython_extension(ipython) -> None:

@@ -10,14 +10,13 @@ def enabled(tensor: torch.Tensor) -> bool:
 
 def lower(*tensors: torch.Tensor | None) -> tuple:
     """The tensors as autocast gives them to a convolution: in its dtype where it is on."""
-    device = tensors[0].device.type
-    return _cast(tensors, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensors
+    first = tensors[0]
+    return _cast(tensors, torch.get_autocast_dtype(first.device.type)) if enabled(first) else tensors
 
 
 def single(*tensors: torch.Tensor | None) -> tuple:
     """The tensors as autocast gives them to a group norm: in float32 where it is on, on a GPU."""
-    device = tensors[0].device.type
-    return _cast(tensors, torch.float32) if device == "cuda" and torch.is_autocast_enabled(device) else tensors
+    return _cast(tensors, torch.float32) if tensors[0].is_cuda and enabled(tensors[0]) else tensors
 
 
 def result_of_norm(result: torch.Tensor) -> torch.Tensor:

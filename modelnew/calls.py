@@ -90,7 +90,7 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
     RuntimeError if the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
     """
     if recorders.may_record():
-        recorders.refuse()
+        recorders.refuse_kernels()
     values = [*args, *options.values()]
     kinds = (*map(type, values),)
     facts, pointers = _reader(kinds)(*values)
@@ -121,7 +121,7 @@ def _reader(kinds: tuple[type, ...]) -> Callable:
     """
     names = [f"v{i}" for i in range(len(kinds))]
     tensors = [name for name, kind in zip(names, kinds) if issubclass(kind, torch.Tensor)]
-    facts = "{0}.shape, {0}.dtype, {0}.get_device(), {0}.is_contiguous(), {0}_at and {0}_at & 15 | 16"
+    facts = "{0}.shape, {0}.dtype, {0}.get_device(), {0}.is_contiguous(), {0}_at and {0}_at & 15 | 16 or {0}.is_meta"
     known = list(map(facts.format, tensors))
     known += [v for v, kind in zip(names, kinds) if not issubclass(kind, torch.Tensor | float)]
     lines = [f"def read({', '.join(names)}):", *(f"    {v}_at = {v}.data_ptr()" for v in tensors)]
@@ -189,9 +189,10 @@ def _make(known, key, operation, values, options, check) -> _Known | str:
 
 def _planned_call(operation, values, options) -> _Known:
     device, new = one_device(values), New(len(values))
+    machine = backend(device)
     stand_ins = [_stand_in(index, value) for index, value in enumerate(values)]
     count = len(values) - len(options)
-    plan = Plan(backend(device), operation, [new, *stand_ins[:count]], dict(zip(options, stand_ins[count:])))
+    plan = Plan(machine, operation, [new, *stand_ins[:count]], dict(zip(options, stand_ins[count:])))
     indexes = {id(slot): slot.index for slot in new.slots}
     returned = plan.result
     if isinstance(returned, tuple):  # KeyError for what `new` has not made: a call returns no argument of its own

@@ -62,3 +62,9 @@ def stored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
 def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
     """What `stored` makes `tensor` of."""
     return tensor.movedim(-1, 1) if last and tensor is not None else tensor
+
+
+def empty_in(like: torch.Tensor, shape, last: bool) -> torch.Tensor:
+    """Memory of this shape in one of both formats, of the dtype and device of `like`."""
+    memory_format = _FORMATS[len(shape)] if last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

@@ -1,15 +1,18 @@
 """Chains of layers that run as one operator: the table of them, and which calls its kernels take."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from cupy_kernels.errors import UnsupportedError
 
 from . import functional, layers
 from .functional.conv_bn_pool import fused_plan
+from .functional.traced.conv_bn_pool import conv_bn_activation_max_pool_group_norm_or_parts
 from .interop import pair
 
 
@@ -51,14 +54,21 @@ class Sequential(nn.Sequential):
         return input
 
 
-def run_fused(children: list[nn.Module], x: torch.Tensor) -> torch.Tensor | None:
-    """What the modules, one after the other, make of x, by the fused operator; None if that does not take it."""
+def run_fused(children: list[nn.Module], x: torch.Tensor, together: bool = False) -> torch.Tensor | None:
+    """What the modules, one after the other, make of x, by the fused operator; None if that does not take it.
+
+    In a graph of torch.compile or torch.export there is one operator that is either, as shapes may differ from call to
+    call. together: whether batch norm, tanh and pooling are one operator where not all five are.
+    """
     chain = _OF_KINDS.get(tuple(map(type, children)))
     if chain is None or _unsupported_reason(chain, range(LENGTH), children, x):
         return None
     conv, norm, activation, _, group = children
+    function = norm.operation(functional.conv_bn_activation_max_pool_group_norm)
+    if norm.peers is None and (is_dynamo_compiling() or (nn.Module.__call__ is not _CALL and _traced())):
+        function = functools.partial(conv_bn_activation_max_pool_group_norm_or_parts, together=together)
     try:
-        return norm.operation(functional.conv_bn_activation_max_pool_group_norm)(
+        return function(
             x,
             *norm.arguments(x),
             conv_weight=layers.tensor_of(conv, "weight"),
@@ -111,13 +121,20 @@ def _unsupported_reason(chain, names, children, x) -> str | None:
     return None
 
 
+def _traced() -> bool:
+    """Whether nn.Module.__call__ is torch.fx's, which it is while make_fx or torch.export traces."""
+    return getattr(nn.Module.__call__, "__globals__", {}).get("__name__") == torch.fx.Tracer.__module__
+
+
 def _is(size, value) -> bool:
     return size == value or pair(size, "the pooling's window") == (value, value)
 
 
 def unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` does what its class `kind` says and nothing else: a fused kernel may stand for it."""
-    if type(module) is not kind or kind.forward is not _FORWARDS[kind] or kind.__call__ is not _CALL:
+    if type(module) is not kind or kind.forward is not _FORWARDS[kind]:
+        return False
+    if kind.__call__ is not _CALL and not _traced():
         return False
     own = module.__dict__  # its attributes take half as long from there
     return not (

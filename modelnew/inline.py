@@ -14,6 +14,7 @@ from cupy_kernels.launch import MAX_THREADS, launch
 from cupy_kernels.source import Kernel, signature
 
 from .calls import run
+from .inline_registration import registered
 from .interop import FLOATS, TORCH, check_floating, dense
 from .untraced import untraced
 
@@ -160,6 +161,7 @@ class _Operator:
         self.__signature__ = inspect.Signature(
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in self.arguments]
         )
+        self.registered = registered(self, _Function)
         self.__doc__ = f"{self} -> {', '.join(self.returned)}; see modelnew.inline.operator."
 
     def __repr__(self):
@@ -252,6 +254,11 @@ class _Operator:
             raise ValueError(f"output= gave shapes of {', '.join(shapes)}; outputs are {', '.join(self.outputs)}")
         return shapes
 
+    def settled(self, arguments, numbers):
+        """(numbers, those of sizes= among them; {kernel: its blocks, where grid= says})"""
+        numbers = {**numbers, **{name: size(*arguments) for name, size in self.sizes.items()}}
+        return numbers, {name: _blocks(name, grid(*arguments)) for name, grid in self.grid.items()}
+
     def run(self, name, scalar, tensors, numbers, grid):
         """Starts one kernel; `tensors` and `numbers` by name."""
         parameters = self.parameters[name, scalar]
@@ -277,8 +284,7 @@ class _Function(torch.autograd.Function):
         tensors = dict(zip(op.inputs, inputs))
         arguments = [numbers[name] if name in numbers else tensors[name] for name in op.arguments]
         shapes = op.shapes(arguments)
-        numbers = {**numbers, **{name: size(*arguments) for name, size in op.sizes.items()}}
-        grids = {name: _blocks(name, grid(*arguments)) for name, grid in op.grid.items()}
+        numbers, grids = op.settled(arguments, numbers)
         for p in op.parameters[op.forward, scalar]:
             if p.name in op.outputs:
                 tensors[p.name] = torch.empty(shapes[p.name], dtype=TORCH[p.dtype], device=inputs[0].device)

@@ -73,15 +73,13 @@ TORCH = {array: tensor for tensor, array in NUMPY.items()}
 
 
 def one_device(args) -> torch.device:
-    """The device of all tensors in `args`; RuntimeError if they are on several, or on one that no kernel runs on."""
+    """The device of all tensors in `args`; RuntimeError if they are on several."""
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     device = tensors[0].device
     for tensor in tensors:
         if tensor.device != device:
             received = ", ".join(sorted({str(t.device) for t in tensors}))
             raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
-    if device.type not in ("cuda", "cpu"):
-        raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
     return device
 
 
@@ -92,7 +90,9 @@ def compile_together(kernels: Iterable[Kernel], device: torch.device) -> None:
 
 
 def backend(device: torch.device) -> Backend:
-    """What runs kernels on tensors of the device."""
+    """What runs kernels on tensors of the device; RuntimeError for one that no kernel runs on."""
+    if device.type not in ("cuda", "cpu"):
+        raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
     return (compiler if device.type == "cuda" else emulator).backend
 
 

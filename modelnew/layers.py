@@ -8,8 +8,12 @@ none of torch's kernels.
 
 import inspect
 
+from . import recorders
 from .functional import operators
 from .functional.affine import tensor_of
 from .functional.operators import *
 
 __all__ = sorted(name for name, value in vars(operators).items() if inspect.isclass(value))
+
+for _name in __all__:
+    globals()[_name].__prepare_scriptable__ = recorders.refuse_script

@@ -116,7 +116,7 @@ class ModelNew(nn.Module):
         _place(self, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fused = run_fused(_children(self), x)
+        fused = run_fused(_children(self), x, together=True)
         if fused is not None:
             return fused
         norm, tanh, pool = self.batch_norm, self.tanh, self.max_pool

@@ -4,6 +4,7 @@
 torch.backends.cudnn.allow_tf32 on a GPU and float32 on the CPU. 16-bit tensors are exact in either.
 """
 
+import ast
 import contextlib
 import functools
 import math
@@ -57,6 +58,16 @@ def choose(numerics: str, x: torch.Tensor) -> Choice:
         return Choice(resolve(numerics, x), uses_wgmma(x), _EMULATED_SHARED_BYTES, without)
     index = x.get_device()
     return Choice(resolve(numerics, x), uses_wgmma(x), _shared_bytes(index), without or _too_old(index))
+
+
+def settled(numerics: str, x: torch.Tensor) -> str:
+    """`choose` as text, for operators that take a string: they multiply as was chosen, whatever holds when they run."""
+    return numerics if numerics not in NUMERICS else repr(tuple(choose(numerics, x)))
+
+
+def settled_choice(numerics: str, x: torch.Tensor) -> Choice:
+    """The choice that `settled` wrote down, or that one of NUMERICS means now."""
+    return choose(numerics, x) if numerics in NUMERICS else Choice(*ast.literal_eval(numerics))
 
 
 @contextlib.contextmanager

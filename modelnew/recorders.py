@@ -1,36 +1,58 @@
-"""Recorders build their result from the torch operators that they see. They do not see our kernels."""
+"""What looks at torch's operators, and what of it cannot be served."""
 
-from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_included, _get_tracing_state, _len_torch_dispatch_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-_PRE_DISPATCH = DispatchKey.PreDispatch
+from torch._C import (
+    DispatchKey,
+    _are_functorch_transforms_active,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import forward_ad
 
 
 def may_record() -> bool:
-    """Whether `refuse` has something to look at. Quick, as each call asks."""
+    """Whether something records operators: a dispatch mode, torch.jit.trace, torch.export. Quick, as each call asks."""
+    return bool(_len_torch_dispatch_stack() or _get_tracing_state() or (_len_torch_function_stack() and _early()))
+
+
+def present() -> bool:
+    """Whether something records operators or transforms them, as torch.func and forward-mode derivatives do."""
     return bool(
-        _len_torch_dispatch_stack() or _get_tracing_state() or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _get_tracing_state()
+        or (_len_torch_function_stack() and _early())
     )
 
 
-def refuse() -> None:
-    """RuntimeError if a recorder is at work: torch.jit.trace, make_fx, torch.export, FakeTensorMode, FlopCounterMode.
+def _early() -> bool:
+    """Whether operators are recorded before torch dispatches them. A mode for functions is always on then, too."""
+    return _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
 
-    Other dispatch modes (logging, selective checkpointing) see what torch does, and no more. Selective checkpointing
-    must compute kernels' results again: those that it saves have no values yet, which it notices and refuses.
-    """
-    found = [
-        type(mode).__name__
-        for mode in _get_current_dispatch_mode_stack()
-        # torch's own kinds of mode, which replace or record operators, have a key
-        if getattr(mode, "_mode_key", None) is not None or "FlopCounter" in type(mode).__name__
-    ]
+
+def refuse(name: str) -> None:
+    """RuntimeError in torch.jit.trace, which cannot keep our operators' gradients. name: of the operator."""
     if _get_tracing_state():
-        found = ["torch.jit.trace (which torch.onnx.export(dynamo=False) uses)"]
-    elif _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
-        found = ["torch.export (or make_fx with pre_dispatch)"]
-    if found:
         raise RuntimeError(
-            f"{found[-1]} does not see the kernels that this call runs, so that its result would be wrong. "
-            "Use PyTorch's operators there: torch.nn's layers, and ModelNew(..., replace=()), take the same state dict"
+            f"{name} cannot be recorded by torch.jit.trace (which torch.onnx.export(dynamo=False) uses): use "
+            "torch.export, or PyTorch's operators: torch.nn's layers, and ModelNew(..., replace=()), take the same "
+            "state dict"
         )
+
+
+def refuse_script(module) -> None:
+    """RuntimeError in torch.jit.script, which asks each module for this by the name `__prepare_scriptable__`."""
+    raise RuntimeError(
+        f"{type(module).__name__} is no TorchScript: use torch.export, or PyTorch's operators: torch.nn's layers, and "
+        "ModelNew(..., replace=()), take the same state dict"
+    )
+
+
+def refuse_kernels() -> None:
+    """RuntimeError: kernels run where something records operators."""
+    raise RuntimeError(
+        "kernels run where operators are recorded, which does not see them, so that its result would be wrong. "
+        "Record the forward, too: its backward is made of operators of torch.library then"
+    )

@@ -1,4 +1,4 @@
-"""What stands around every public operator: what cannot see kernels is kept away from them."""
+"""What stands around every public operator: what looks at operators gets one of torch.library's in place of kernels."""
 
 import functools
 import inspect
@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from cupy_kernels.errors import UnsupportedError
 
 from . import recorders
+from .registration import traced
 
 # Types of arguments that need no further look. All others join that are neither tensors nor stand for them.
 _plain = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list}
@@ -22,47 +23,63 @@ R = typing.TypeVar("R")
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, for calls of all kinds. What records torch's operators does not see kernels, so it is kept away.
+    """`function`, for calls of all kinds. What is in it is not traced.
 
-    torch.compile breaks its graph here, and calls the function as it is. torch.compiler.disable is applied at the first
-    compilation only, because it takes a second to import.
-    Recorders of operators get an error instead of a wrong result, see `calls.call`. Tensors that are something else
-    than memory with strides are refused, and subclasses with a `__torch_function__` are asked first, as by torch's own
-    functions.
+    torch.compile, and whatever else sees the operators that torch runs (make_fx, torch.export, fake and meta tensors,
+    tensor subclasses, FlopCounterMode, torch.func), gets an operator of `registration` in its place. Subclasses with a
+    `__torch_function__` are asked first, as by torch's own functions.
     """
 
     @functools.wraps(function)
     def call(*args, **options):
         if is_dynamo_compiling():
-            return torch.compiler.disable(call)(*args, **options)
+            if function.__name__ in traced and options.get("peers") is None:
+                return traced[function.__name__](*args, **options)
+            return torch.compiler.disable(call)(*args, **options)  # a collective is in it: the graph breaks
         try:
             if not _plain.issuperset(map(type, args)) or not _plain.issuperset(map(type, options.values())):
                 values = (*args, *options.values())
                 if has_torch_function(values):
                     return handle_torch_function(call, values, *args, **options)
-                recorders.refuse()
-                _check_types(function, values)
+                if _dispatches(values):
+                    return _of_library(function, args, options)
+            if recorders.present():
+                return _of_library(function, args, options)
             return function(*args, **options)
         except UnsupportedError:
             raise
         except Exception as error:
-            _check_tensors(function, args, options, error)
-            raise
+            if not _meta(args, options):
+                _check_tensors(function, args, options, error)
+                raise
+        return _of_library(function, args, options)
 
     return call
 
 
-def _check_types(function, values) -> None:
-    """TypeError for tensor subclasses that kernels cannot read."""
+def _of_library(function, args, options):
+    """Calls the operator that torch.library has for a function."""
+    recorders.refuse(function.__name__)
+    if function.__name__ not in traced or options.get("peers") is not None:
+        raise RuntimeError(f"{function.__name__} of a synchronised batch norm cannot be recorded or transformed")
+    return traced[function.__name__](*args, **options)
+
+
+def _dispatches(values) -> bool:
+    """Whether one of the values is a tensor that handles operators itself."""
+    found = False
     for kind in set(map(type, values)):
         if issubclass(kind, torch.Tensor):
-            if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-                raise TypeError(
-                    f"{function.__qualname__} takes tensors whose memory kernels can read, received "
-                    f"{kind.__module__}.{kind.__qualname__}; pass the plain torch.Tensor inside it"
-                )
+            found = found or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
         elif not hasattr(kind, "__torch_function__"):
             _plain.add(kind)
+    return found
+
+
+def _meta(args, options) -> bool:
+    """Whether all tensors are meta tensors."""
+    tensors = [t for t in (*args, *options.values()) if isinstance(t, torch.Tensor)]
+    return bool(tensors) and all(tensor.is_meta for tensor in tensors)
 
 
 def _check_tensors(function, args, options, error) -> None:
@@ -71,7 +88,7 @@ def _check_tensors(function, args, options, error) -> None:
     Such calls fail before anything is launched; to look for the reason only then costs the others nothing.
     """
     parameters = inspect.signature(function).parameters
-    given, tensors = {**dict(zip(parameters, args)), **options}, []
+    given = {**dict(zip(parameters, args)), **options}
     for name, parameter in parameters.items():
         allowed = typing.get_args(parameter.annotation) or (parameter.annotation,)
         if torch.Tensor not in allowed or name not in given:
@@ -85,8 +102,3 @@ def _check_tensors(function, args, options, error) -> None:
             raise RuntimeError(f"{what}, received a nested tensor; use its parts, or .to_padded_tensor(0)") from error
         if value.layout is not torch.strided:
             raise RuntimeError(f"{what}, received layout {value.layout}; use .to_dense()") from error
-        tensors.append(value)
-    if tensors and all(tensor.is_meta for tensor in tensors):
-        raise RuntimeError(
-            f"{function.__qualname__} needs values, received meta tensors; for shapes alone use torch.nn's layers"
-        ) from error

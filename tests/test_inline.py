@@ -269,3 +269,51 @@ def test_calls_that_are_refused(device):
     wrong = operator(LARGEST, "largest", output=lambda *_: {"y": (3,)}, sizes={"columns": lambda *_: 4})
     with pytest.raises(ValueError, match="output= gave shapes of y; outputs are y, where, place"):
         wrong(x, 1)
+
+
+SCALED = """
+#include "common.cuh"
+extern "C" __global__ void scaled(
+    const scalar_t* x, float factor, const scalar_t* b, scalar_t* y, scalar_t* root, int* sign, i64 size) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    acc_t v = to_acc(x[i]) * factor;
+    y[i] = from_acc<scalar_t>(v * v + to_acc(b[i]));
+    root[i] = from_acc<scalar_t>(v);
+    sign[i] = v > 0 ? 1 : -1;
+}
+extern "C" __global__ void scaled_dx(const scalar_t* dy, const scalar_t* root, float factor, scalar_t* dx, i64 size) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size) dx[i] = from_acc<scalar_t>(2 * to_acc(root[i]) * factor * to_acc(dy[i]));
+}
+extern "C" __global__ void scaled_db(const scalar_t* dy, scalar_t* db, i64 size) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size) db[i] = dy[i];
+}"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_and_transformed(one_thread):
+    """A number, an output for the backward alone, one of integers, and a gradient that is not asked for."""
+    scaled = operator(SCALED, "scaled", ["scaled_dx", "scaled_db"], saved="root")
+    again = operator(SCALED, "scaled", ["scaled_dx", "scaled_db"], saved="root")
+    assert again.registered is not scaled.registered
+
+    def step(call, x, b):
+        y, sign = call(x, 3.0, b)
+        return y, sign, *torch.autograd.grad(y.square().sum(), x)
+
+    b = torch.randn(5)
+    compiled = torch.compile(lambda *args: scaled(*args), backend="aot_eager", fullgraph=True)
+    for images in (2, 3):
+        x = torch.randn(images, 5, requires_grad=True)
+        assert all(map(torch.equal, step(scaled, x, b.expand_as(x)), step(compiled, x, b.expand_as(x))))
+    x, b = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    torch.library.opcheck(scaled.registered.default, (x, 3.0, b))
+    gradients = torch.func.grad(lambda x, b: scaled(x, factor=3.0, b=b)[0].square().sum(), argnums=(0, 1))
+    found = torch.func.vmap(gradients, in_dims=(0, None))(torch.stack([x, -x]).detach(), b.detach())
+    for index, point in enumerate((x, -x)):
+        y = (3 * point.detach()).square() + b
+        torch.testing.assert_close([f[index] for f in found], [36 * y * point, 2 * y])
+    with pytest.raises(RuntimeError, match=r"inline_scaled_backward\.default has no derivative"):
+        torch.func.grad(lambda x: gradients(x, b.detach())[0].sum())(x.detach())

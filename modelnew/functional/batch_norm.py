@@ -24,7 +24,7 @@ from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_parameters, dense, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine, tensor_of
-from .gradients import NormGradient, apply, will_need_grad
+from .gradients import Function, NormGradient, apply, will_need_grad
 from .tanh import tanh_gradient
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm", "batch_norm_tanh"]
@@ -78,7 +78,7 @@ def _backward(new, dy, x, weight, bias, moments, y, *, training, needed, last):
     return dx, dweight, dbias
 
 
-class _BatchNorm(torch.autograd.Function):
+class _BatchNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running, applied, check, options):
         y, moments = _call(x, weight, bias, running, check, options, keep=True)
@@ -252,7 +252,8 @@ def batch_norm_tanh(
     return _batch_norm(input, *arguments, tanh=True)
 
 
-def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, tanh):
+def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, tanh, keep=False):
+    """The result; with `keep`, which is for calls without autograd, and the statistics that were applied, too."""
     if not input.numel() and running_mean is None:
         training = True  # there is nothing to normalise, and torch asks for no statistics
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
@@ -271,14 +272,15 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
         x, weight, bias = dense_after(check, x, weight, bias)
     running = kernels_buffers(running_mean, running_var, batches, training)
     options = {"training": training, "momentum": momentum, "eps": eps, "tanh": tanh, "last": last}
-    if will_need_grad(x, weight, bias):
+    if not keep and will_need_grad(x, weight, bias):
         saved = applied_statistics(running_mean, running_var, training)
         y = apply(_BatchNorm, x, weight, bias, running, saved, check, options)
     else:
-        y, _ = _call(x, weight, bias, running, check, options, keep=False)
+        y, moments = _call(x, weight, bias, running, check, options, keep=keep)
     if training:
         note_update(running_mean, running_var, batches, running)
-    return y if y.shape == input.shape else y.view(input.shape)
+    y = y if y.shape == input.shape else y.view(input.shape)
+    return (y, moments) if keep else y
 
 
 class _Layer(nn.modules.batchnorm._BatchNorm):

@@ -27,7 +27,7 @@ from .batch_norm import (
     statistics,
     torch_norm,
 )
-from .gradients import apply, will_need_grad
+from .gradients import Function, apply, will_need_grad
 from .max_pool import OVERLAPPING, max_pool_gradient, new_argmax, pool_of, pooled_shape
 from .tanh import tanh_gradient
 
@@ -47,7 +47,7 @@ def _backward(new, dy, y, argmax, pool, shape):
     return dx
 
 
-class _TanhMaxPool2d(torch.autograd.Function):
+class _TanhMaxPool2d(Function):
     @staticmethod
     def forward(ctx, x, pool, ceil_mode):
         y, argmax = call(_forward, x, pool, ceil_mode, True)
@@ -87,7 +87,7 @@ def _normed_backward(new, dy, x, weight, wide_weight, bias, moments, y, argmax, 
     return dx, dweight, dbias
 
 
-class _BnTanhMaxPool2d(torch.autograd.Function):
+class _BnTanhMaxPool2d(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running, applied, check, options):
         training, pool = options["training"], options["pool"]
@@ -164,26 +164,50 @@ def bn_tanh_max_pool2d(
     bit `max_pool2d(batch_norm_tanh(x))`; as in `tanh_max_pool2d`, elements that win no window get nothing of its
     gradient. A refused call changes nothing.
     """
+    arguments = (running_mean, running_var, weight, bias, bool(training), momentum, eps, num_batches_tracked)
+    return _bn_tanh_max_pool2d(input, *arguments, pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode))
+
+
+def _bn_tanh_max_pool2d(
+    input,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    training,
+    momentum,
+    eps,
+    num_batches_tracked,
+    pool,
+    ceil_mode,
+    keep=False,
+):
+    """The result; with `keep`, for calls without autograd, the statistics that were applied and argmax, too."""
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    training, pool, ceil_mode = bool(training), pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode)
     options = {"training": training, "momentum": momentum, "eps": eps, "pool": pool, "ceil_mode": ceil_mode}
 
     def check():
         check_batch_norm(input, running_mean, running_var, weight, bias, training)
-        if input.dim() != 4:
-            raise RuntimeError(f"bn_tanh_max_pool2d takes input [N, C, H, W], received shape {tuple(input.shape)}")
+        check_input(input)
         pooled_shape(input.shape, pool, ceil_mode)
 
     x, weight, bias = dense_after(check, input, weight, bias)
     running = kernels_buffers(running_mean, running_var, num_batches_tracked, training)
-    if will_need_grad(x, weight, bias):
+    if not keep and will_need_grad(x, weight, bias):
         applied = applied_statistics(running_mean, running_var, training)
         y = apply(_BnTanhMaxPool2d, x, weight, bias, running, applied, check, options)
     else:
-        y, _, _ = call(_normed_forward, x, *_wide(x, weight, bias), *running, check=check, keep=False, **options)
+        wide = _wide(x, weight, bias)
+        y, moments, argmax = call(_normed_forward, x, *wide, *running, check=check, keep=keep, **options)
     if training:
         note_update(running_mean, running_var, num_batches_tracked, running)
-    return y
+    return (y, moments, argmax) if keep else y
+
+
+def check_input(input) -> None:
+    """RuntimeError for an input that is no batch of images."""
+    if input.dim() != 4:
+        raise RuntimeError(f"bn_tanh_max_pool2d takes input [N, C, H, W], received shape {tuple(input.shape)}")
 
 
 def _x(images):

@@ -27,7 +27,7 @@ from ..numerics import check_numerics, choose, required_plan, tensor_core_plan, 
 from .batch_norm import applied_statistics, batch_norm, check_batch_norm, check_batch_norm_call, note_update
 from .conv_transpose import conv_transpose2d_as, gradients
 from .gather_gemm import physical
-from .gradients import apply, gradients_of, will_need_grad
+from .gradients import Function, apply, gradients_of, will_need_grad
 from .group_norm import group_norm
 from .max_pool import max_pool2d
 
@@ -50,13 +50,16 @@ def _forward(
     keep,
     autocast_on,
     last,
+    kept_bytes=None,
     **options,
 ):
-    """last: whether x and the output are channels_last: [N, H, W, C]."""
+    """last: whether x and the output are channels_last: [N, H, W, C]. kept_bytes: at least that many are returned with
+    `keep`.
+    """
     plan = plan_for(x, w, padding, options["groups"], choice, last, autocast_on)
     out = new_output(new, x, w, padding, last)
     arrays = ops.kept_arrays(plan, x.shape, options["groups"], keep)
-    memory = (new if keep else new.scratch)((room(arrays),), "uint8")
+    memory = (new if keep else new.scratch)((max(room(arrays), kept_bytes or 0),), "uint8")
     tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
     ops.conv_bn_pool_forward(new.scratch, *tensors, out, parts(memory, arrays), plan=plan, **options)
     return out, memory if keep else None
@@ -126,7 +129,7 @@ def convolution_gradients(
     return dx, dw
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(Function):
     @staticmethod
     def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
         tensors = (stored(x, options["last"]), w, conv_bias, *running, weight, bias, group_weight, group_bias)
@@ -182,8 +185,9 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, othe
     """
     try:
         _check_slope(negative_slope)
-        _check_mixture(x, batches, conv_weight, *others)
-        how = pair(padding, "padding"), num_groups, choose(_class(numerics, x), x), _last(x), autocast.enabled(x)
+        autocast_on = autocast.enabled(x)
+        _check_mixture(autocast_on, x, batches, conv_weight, *others)
+        how = pair(padding, "padding"), num_groups, choose(_class(numerics, x), x), _last(x), autocast_on
         return _plan(x.shape, NUMPY[x.dtype], conv_weight.shape, NUMPY[conv_weight.dtype], *how), None
     except UnsupportedError as error:
         return None, str(error)
@@ -230,9 +234,9 @@ def _check_slope(negative_slope) -> None:
         )
 
 
-def _check_mixture(x, batches, *others) -> None:
+def _check_mixture(autocast_on, x, batches, *others) -> None:
     """UnsupportedError for dtypes or a counter of batches that do not go together."""
-    if autocast.enabled(x):
+    if autocast_on:
         if x.dtype == torch.float64 or any(t is not None and t.dtype != torch.float32 for t in others):
             raise UnsupportedError("under autocast parameters must be float32, and the input not float64")
     elif any(t is not None and t.dtype != x.dtype for t in others):
@@ -294,17 +298,49 @@ def conv_bn_activation_max_pool_group_norm(
     result has the dtype that autocast gives group_norm's.
     """
     check_numerics(numerics)
+    batch_norm = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    conv, group = (conv_weight, conv_bias, padding), (num_groups, group_weight, group_bias, group_eps)
+    choice = choose(_class(numerics, input), input)
+    how = choice, autocast.enabled(input)
+    out = fused(input, *batch_norm, *conv, activation, negative_slope, *group, *how, peers=peers)
+    return autocast.result_of_norm(out)
+
+
+def fused(
+    input,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    training,
+    momentum,
+    eps,
+    num_batches_tracked,
+    conv_weight,
+    conv_bias,
+    padding,
+    activation,
+    negative_slope,
+    num_groups,
+    group_weight,
+    group_bias,
+    group_eps,
+    choice,
+    autocast_on,
+    kept_bytes=None,
+    peers=None,
+):
+    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs."""
     ops.struct_of(activation)
     parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     training, padding = bool(training), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
     others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    choice, last, autocast_on = choose(_class(numerics, input), input), _last(input), autocast.enabled(input)
-    alone = training and peers is None
+    last, alone = _last(input), training and peers is None
 
     def check():
-        _check_mixture(input, num_batches_tracked, *others)
+        _check_mixture(autocast_on, input, num_batches_tracked, *others)
         if peers is not None and not input.shape[0]:
             raise UnsupportedError("the batch is empty, and other processes' batches count, too")
         _check_shapes(input, *others, padding, alone, num_groups)
@@ -329,18 +365,19 @@ def conv_bn_activation_max_pool_group_norm(
         "autocast_on": autocast_on,  # as check() looks at it
         "last": last,
     }
+    keep, memory = kept_bytes is not None, None
     if peers is not None:
         out = peers(tensors, updated, check, options)
-    elif will_need_grad(*tensors):
+    elif not keep and will_need_grad(*tensors):
         applied = applied_statistics(running_mean, running_var, training)
         out = apply(_Fused, *tensors, updated, applied, check, options)
     else:
-        x = stored(x, last)
-        out, _ = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=False, **options)
+        x, options["kept_bytes"] = stored(x, last), kept_bytes
+        out, memory = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=keep, **options)
         out = restored(out, last)
     if training:
         note_update(running_mean, running_var, num_batches_tracked, updated)
-    return autocast.result_of_norm(out)
+    return (out, memory) if keep else out
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature

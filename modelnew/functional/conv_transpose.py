@@ -22,7 +22,7 @@ from ..interop import NUMPY, aligned, check_floating, dense, integer, one_device
 from ..numerics import check_numerics, choose, gather_gemm_split, tensor_core_plan, wgrad_plan, without_tensor_cores
 from ..untraced import untraced
 from . import gather_gemm
-from .gradients import apply, differentiable, will_need_grad
+from .gradients import Function, apply, differentiable, will_need_grad
 
 __all__ = ["ConvTranspose2d", "conv_transpose2d"]
 
@@ -65,7 +65,7 @@ def _forward(new, x, w, bias, geometry, choice, formats=(False, False)):
     return y
 
 
-class _ConvTranspose2d(torch.autograd.Function):
+class _ConvTranspose2d(Function):
     @staticmethod
     def forward(ctx, x, w, bias, geometry, choice, formats, check):
         y = _call_forward(x, w, bias, geometry, choice, formats, check)
@@ -88,7 +88,7 @@ class _ConvTranspose2d(torch.autograd.Function):
 # one's gradients are the other two: of T they are D and W, of D they are T and W, of W they are D and T.
 
 
-class _InputGradient(torch.autograd.Function):
+class _InputGradient(Function):
     @staticmethod
     def forward(dy, w, x_shape, geometry, choice):
         return conv_gradients(None, w, dy, x_shape, w.shape, geometry, choice, (True, False, False))[0]
@@ -108,7 +108,7 @@ class _InputGradient(torch.autograd.Function):
         return ddy, dw, None, None, None
 
 
-class _WeightGradient(torch.autograd.Function):
+class _WeightGradient(Function):
     @staticmethod
     def forward(x, dy, w_shape, geometry, choice):
         return conv_gradients(x, None, dy, x.shape, w_shape, geometry, choice, (False, True, False))[1]
@@ -320,17 +320,22 @@ def conv_transpose2d(
 
 
 def _check(x, weight, bias, geometry):
-    check_floating(input=x, weight=weight, bias=bias)
-    dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
-    if len(dtypes) > 1:
-        raise TypeError(f"input, weight and bias must have one dtype, received {', '.join(sorted(map(str, dtypes)))}")
-    one_device((x, weight, bias))
+    check_tensors(x, weight, bias)
     if x.dim() != 4:
         raise ValueError(f"input must be [N, C, H, W] or [C, H, W], received shape {tuple(x.shape)}")
     ops.output_shape(x.shape, weight.shape, geometry)
     channels = weight.shape[1] * geometry.groups
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must have shape ({channels},), received {tuple(bias.shape)}")
+
+
+def check_tensors(x, weight, bias):
+    """Refuses tensors of dtypes or devices that do not go together."""
+    check_floating(input=x, weight=weight, bias=bias)
+    dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
+    if len(dtypes) > 1:
+        raise TypeError(f"input, weight and bias must have one dtype, received {', '.join(sorted(map(str, dtypes)))}")
+    one_device((x, weight, bias))
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):

@@ -4,30 +4,52 @@ A backward runs with grad mode on if its caller asked for `create_graph`. Then e
 its own, which starts the same kernels. Otherwise the kernels alone run, and nothing more is kept.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
-from torch.autograd import forward_ad
+from torch._C import _functorch
 
 from .. import shortcuts
 
 
-def will_need_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker.
+class Function(torch.autograd.Function):
+    """Its backward says what to do where it is given batches of gradients, as by `jacobian(vectorize=True)`."""
 
-    It sees those in forward mode and under torch.func, too, which it refuses: the Functions have no rule for them.
-    """
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        cls.backward = staticmethod(_one_at_a_time(cls.backward))
+
+
+def _one_at_a_time(backward):
+    @functools.wraps(backward)
+    def call(ctx, *gradients):
+        try:
+            return backward(ctx, *gradients)
+        except RuntimeError as error:
+            tensors = [gradient for gradient in gradients if gradient is not None]
+            if any(map(_functorch.is_batchedtensor, tensors)) or any(map(_functorch.is_legacy_batchedtensor, tensors)):
+                raise RuntimeError(
+                    f"{backward.__qualname__} takes one gradient, not a batch of them as from is_grads_batched, "
+                    "vectorize=True, or a vmap around the backward alone: use torch.func.jacrev, torch.func.vmap "
+                    "around the forward, too, or vectorize=False"
+                ) from error
+            raise
+
+    return call
+
+
+def will_need_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return False
 
 
 def apply(function: type[torch.autograd.Function], *args):
     """function.apply(*args), quicker."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
     return shortcuts.apply(function, *args)
 
 
@@ -61,7 +83,7 @@ def gradients_of(function: Callable, tensors, *output_gradients) -> list[torch.T
     return [next(found) if t is not None and t.requires_grad else None for t in views]
 
 
-class NormGradient(torch.autograd.Function):
+class NormGradient(Function):
     """(dx, dweight, dbias) of a norm. Kernels compute them; what is differentiated is the norm's definition.
 
     kernels(dy, x, weight, bias) returns them, None for those that are not needed.
@@ -81,11 +103,23 @@ class NormGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        def first(dy, *inputs):
-            leaves = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
-            y = ctx.definition(*leaves)
-            found = torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype), create_graph=True)
-            found = iter(found)
-            return tuple(None if t is None else next(found) for t in leaves)
+        return None, None, *second_gradients(ctx.definition, ctx.saved_tensors, *gradients)
 
-        return None, None, *gradients_of(first, ctx.saved_tensors, *gradients)
+
+def second_gradients(definition, tensors, *gradients) -> list[torch.Tensor | None]:
+    """Gradients of `tensors`, (dy, x, weight, bias), whose results in `NormGradient` have `gradients`."""
+
+    def first(dy, *inputs):
+        places = [place for place, tensor in enumerate(inputs) if tensor is not None]
+
+        def defined(*given):
+            all_inputs = [None] * len(inputs)
+            for place, tensor in zip(places, given):
+                all_inputs[place] = tensor
+            return definition(*all_inputs)
+
+        y, pull_back = torch.func.vjp(defined, *(inputs[place] for place in places))
+        found = iter(pull_back(dy.to(y.dtype)))
+        return tuple(None if tensor is None else next(found) for tensor in inputs)
+
+    return gradients_of(first, tensors, *gradients)

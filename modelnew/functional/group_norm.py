@@ -17,7 +17,7 @@ from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_parameters, integer, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine
-from .gradients import NormGradient, apply, differentiable, will_need_grad
+from .gradients import Function, NormGradient, apply, differentiable, will_need_grad
 
 __all__ = ["GroupNorm", "group_norm"]
 
@@ -41,7 +41,7 @@ def _backward(new, dy, x, weight, bias, statistics, num_groups, needed, last):
     return dx, dweight, dbias
 
 
-class _GroupNorm(torch.autograd.Function):
+class _GroupNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, num_groups, last, eps, check):
         y, statistics = _call(x, weight, bias, num_groups, last, eps, check)

@@ -11,7 +11,7 @@ from ..cases import Case, activations
 from ..formats import dense_like, flat, unflat
 from ..interop import check_floating, number
 from ..untraced import untraced
-from .gradients import apply, differentiable, will_need_grad
+from .gradients import Function, apply, differentiable, will_need_grad
 
 __all__ = ["LeakyReLU", "leaky_relu"]
 
@@ -28,7 +28,7 @@ def _backward(new, dy, x, slope):
     return dx
 
 
-class _LeakyReLU(torch.autograd.Function):
+class _LeakyReLU(Function):
     @staticmethod
     def forward(ctx, x, slope):
         ctx.save_for_backward(x)
@@ -40,7 +40,7 @@ class _LeakyReLU(torch.autograd.Function):
         return differentiable(_LeakyReLUGradient, dy, *ctx.saved_tensors, ctx.slope), None
 
 
-class _LeakyReLUGradient(torch.autograd.Function):
+class _LeakyReLUGradient(Function):
     """dx = dy where x > 0, else slope dy: linear in dy, and piecewise constant in x."""
 
     @staticmethod
@@ -71,10 +71,15 @@ def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool 
     dtype, ValueError for inplace=True.
     """
     if inplace:
-        raise ValueError("leaky_relu writes to new memory, received inplace=True; leave it out, or pass inplace=False")
+        refuse_inplace()
     check_floating(input=input)
     x, slope = dense_like(input), number(negative_slope, "negative_slope")
     return apply(_LeakyReLU, x, slope) if will_need_grad(x) else unflat(call(_forward, flat(x), slope), x)
+
+
+def refuse_inplace():
+    """Raises the error for inplace=True."""
+    raise ValueError("leaky_relu writes to new memory, received inplace=True; leave it out, or pass inplace=False")
 
 
 class LeakyReLU(nn.LeakyReLU):

@@ -15,7 +15,7 @@ from ..cases import Case, activations
 from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_floating, pair
 from ..untraced import untraced
-from .gradients import apply, differentiable, will_need_grad
+from .gradients import Function, apply, differentiable, will_need_grad
 
 __all__ = ["MaxPool2d", "max_pool2d"]
 
@@ -40,7 +40,7 @@ def _select(new, x, argmax, pool, last):
     return y
 
 
-class _MaxPool2d(torch.autograd.Function):
+class _MaxPool2d(Function):
     @staticmethod
     def forward(ctx, x, pool, ceil_mode, return_indices, last):
         x = stored(x, last)
@@ -58,7 +58,7 @@ class _MaxPool2d(torch.autograd.Function):
         return max_pool_gradient(dy, *ctx.saved_tensors, ctx.pool, ctx.shape, ctx.last), *[None] * 4
 
 
-class _MaxPoolGradient(torch.autograd.Function):
+class _MaxPoolGradient(Function):
     """dx = the sum of dy over the windows whose maximum the pixel is."""
 
     @staticmethod
@@ -76,7 +76,7 @@ class _MaxPoolGradient(torch.autograd.Function):
         return differentiable(_Select, v, *ctx.saved_tensors, ctx.pool, ctx.last), *[None] * 4
 
 
-class _Select(torch.autograd.Function):
+class _Select(Function):
     """y = x where each window's maximum was, the transpose of _MaxPoolGradient."""
 
     @staticmethod

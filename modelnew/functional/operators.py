@@ -6,6 +6,7 @@ An operator's file has all of its torch side: functions, their autograd Function
 
 from .. import untraced as _untraced
 from . import conv_bn_pool as _conv_bn_pool
+from . import traced as _traced
 from .batch_norm import *
 from .bn_tanh_max_pool import *
 from .conv_transpose import *

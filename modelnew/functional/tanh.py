@@ -10,7 +10,7 @@ from ..cases import Case, activations
 from ..formats import dense_like, flat, unflat
 from ..interop import check_floating
 from ..untraced import untraced
-from .gradients import apply, differentiable, will_need_grad
+from .gradients import Function, apply, differentiable, will_need_grad
 
 __all__ = ["Tanh", "tanh"]
 
@@ -27,7 +27,7 @@ def _backward(new, dy, y):
     return dx
 
 
-class _Tanh(torch.autograd.Function):
+class _Tanh(Function):
     @staticmethod
     def forward(ctx, x):
         y = unflat(call(_forward, flat(x)), x)
@@ -39,7 +39,7 @@ class _Tanh(torch.autograd.Function):
         return tanh_gradient(dy, *ctx.saved_tensors)
 
 
-class _TanhGradient(torch.autograd.Function):
+class _TanhGradient(Function):
     """dx = dy (1 - y^2)."""
 
     @staticmethod

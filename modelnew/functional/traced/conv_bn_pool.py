@@ -1,0 +1,273 @@
+"""ops.conv_bn_activation_max_pool_group_norm."""
+
+import functools
+
+import torch
+
+from cupy_kernels import conv_bn_pool as kernels
+from cupy_kernels.conv_transpose import output_shape
+from cupy_kernels.conv_transpose_mma import MANY_IMAGES
+from cupy_kernels.errors import UnsupportedError
+from cupy_kernels.plan import ALIGNMENT, room
+
+from ... import autocast
+from ...formats import dense_in, empty_in, restored, stored
+from ...interop import NUMPY, aligned, check_floating, dense, integer, number, pair
+from ...numerics import check_numerics, settled, settled_choice
+from ...registration import composite, fake_gradients, gradients_of_op, in_place_of, ops, register, results_of, traced
+from .. import conv_bn_pool as eager
+from ..gradients import gradients_of
+from . import batch_norm
+from .conv_transpose import flops
+
+
+@in_place_of
+def conv_bn_activation_max_pool_group_norm(*args, **options):
+    return autocast.result_of_norm(_overload(ops.conv_bn_activation_max_pool_group_norm, *args, **options)[0])
+
+
+def conv_bn_activation_max_pool_group_norm_or_parts(*args, together, **options):
+    """The same; where its kernels do not take the call, the operators one by one, or some together, see `fusions`."""
+    return _overload(ops.conv_bn_activation_max_pool_group_norm_or_parts, *args, together, **options)
+
+
+def _overload(
+    packet,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    *more,
+    conv_weight,
+    conv_bias=None,
+    padding=0,
+    activation="tanh",
+    negative_slope=0.01,
+    num_groups,
+    group_weight=None,
+    group_bias=None,
+    group_eps=1e-5,
+    num_batches_tracked=None,
+    numerics="auto",
+):
+    """Calls one of a packet's overloads. more: what it takes besides."""
+    check_numerics(numerics)
+    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
+    arguments = running_mean, running_var, weight, bias, bool(training), momentum, eps
+    conv = conv_weight, conv_bias, pair(padding, "padding"), activation, number(negative_slope, "negative_slope")
+    group = integer(num_groups, "num_groups"), group_weight, group_bias, number(group_eps, "group_eps")
+    op = batch_norm.overload(packet, running_mean, training, num_batches_tracked)
+    return op(input, *arguments, num_batches_tracked, *conv, *group, numerics, *more)
+
+
+@in_place_of
+def conv_bn_tanh_max_pool_group_norm(*args, **options):
+    return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
+
+
+ARGUMENTS = (
+    f"{batch_norm.ARGUMENTS}, Tensor conv_weight, Tensor? conv_bias, int[2] padding, str activation, "
+    "float negative_slope, int num_groups, Tensor? group_weight, Tensor? group_bias, float group_eps, str numerics"
+)
+
+
+def _settle(input, *options):
+    *others, numerics = options
+    how = settled(eager._class(numerics, input), input) + autocast.enabled(input) * _AUTOCAST
+    _check_supported(input, *others, how)  # here, so that no mode sees an operator that is refused
+    return input, *others, how
+
+
+_AUTOCAST = " under autocast"
+
+
+def _how(numerics, x):
+    """(choice, whether autocast was on when that was settled)"""
+    text, _, _ = numerics.partition(_AUTOCAST)
+    return settled_choice(text, x), _AUTOCAST in numerics
+
+
+def _check_supported(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, *options):
+    """UnsupportedError for calls that the kernels do not take."""
+    conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, _, numerics = options
+    kernels.struct_of(activation)
+    eager._check_slope(slope)
+    others = conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
+    choice, autocast_on = _how(numerics, input)
+    eager._check_mixture(autocast_on, input, batches, *others)
+    check_floating(input=input)
+    if input.dim() == conv_weight.dim() == 4:
+        images = 1 if input.shape[0] else 0  # of more, the number does not matter
+        shapes = (images, *map(int, input.shape[1:])), NUMPY[input.dtype], tuple(map(int, conv_weight.shape))
+        how = tuple(padding), groups, choice, eager._last(input), autocast_on
+        eager._plan(*shapes, NUMPY[conv_weight.dtype], *how)
+
+
+def _run(input, *options):
+    *others, numerics, keep = options
+    how = _how(numerics, input)
+    if not keep:
+        return results_of(input, eager.fused(input, *others, *how), None)
+    conv_weight, _, padding = others[8:11]
+    groups = others[13]
+    return eager.fused(input, *others, *how, kept_bytes(input, conv_weight, padding, groups, *how))
+
+
+def _fake(input, *options):
+    *others, keep = options
+    running_mean, running_var, weight, bias, training, momentum, eps, _, *rest = others
+    conv_weight, conv_bias, padding, _, _, groups, group_weight, group_bias, _, numerics = rest
+    _check_supported(input, *others)
+    eager.check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    one, w = (t.new_empty(tuple(map(int, t.shape))) for t in (input[:1], conv_weight))
+    tensors = one, w, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
+    eager._check_shapes(*tensors, tuple(padding), training, groups)
+    _, channels, height, width = output_shape(one.shape, w.shape, eager.geometry_of(tuple(padding)))
+    out = empty_in(conv_weight, (input.shape[0], channels, height // 2, width // 2), eager._last(input))
+    if not keep:
+        return results_of(input, out, None)
+    size = kept_bytes(input, conv_weight, padding, groups, *_how(numerics, input))
+    return out, input.new_empty(size, dtype=torch.uint8)
+
+
+def kept_bytes(x, conv_weight, padding, groups, choice, autocast_on):
+    """Bytes to keep for the backward: at least what the plan needs, by one formula for all numbers of images."""
+    shape, w_shape = tuple(map(int, x.shape[1:])), tuple(map(int, conv_weight.shape))
+    dtypes = NUMPY[x.dtype], NUMPY[conv_weight.dtype]
+    how = tuple(padding), groups, choice, eager._last(x), autocast_on
+    per_image, few, fixed = _kept_bytes(shape, w_shape, *dtypes, *how)
+    images = x.shape[0]
+    return fixed + images * per_image + torch.sym_min(images, MANY_IMAGES) * few
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_bytes(shape, w_shape, dtype, w_dtype, padding, groups, *how):
+    """(of each image, more of each image while they are few, of all)"""
+
+    def needed(images, counted):
+        plan = eager._plan((images, *shape), dtype, w_shape, w_dtype, padding, groups, *how)
+        return room(kernels.kept_arrays(plan, (counted, *shape), groups, True))
+
+    def per_image(images):
+        return (needed(images, 2 * ALIGNMENT) - needed(images, ALIGNMENT)) // ALIGNMENT
+
+    many = per_image(MANY_IMAGES)
+    few = max(map(per_image, range(1, MANY_IMAGES)))
+    fixed = max(needed(images, 0) for images in range(1, MANY_IMAGES + 1))
+    return many, max(0, few - many), fixed + 16 * ALIGNMENT  # parts start at multiples of it
+
+
+def _save(args, results):
+    x, _, _, weight, bias = args[:5]
+    conv_weight, conv_bias = args[9:11]
+    group_weight, group_bias = args[15:17]
+    parameters = conv_weight, conv_bias, weight, bias, group_weight, group_bias
+    return x, *parameters, results[1], *batch_norm.applied(args)
+
+
+# Where the tensors that have a gradient stand among the arguments: x, those of the convolution, and of both norms.
+_PLACES = (0, 9, 10, 3, 4, 15, 16)
+
+
+def _first(ctx, dout):
+    *tensors, memory, running_mean, running_var = ctx.saved_tensors
+    training, eps, padding, activation, slope = ctx.args[5], ctx.args[7], *ctx.args[11:14]
+    groups, group_eps, numerics = ctx.args[14], *ctx.args[17:19]
+    needed = [ctx.needs_input_grad[place] for place in _PLACES]
+    if torch.is_grad_enabled():
+
+        def unfused(x, w, conv_bias, weight, bias, group_weight, group_bias):
+            choice, _, _ = numerics.partition(_AUTOCAST)
+            y = ops.conv_transpose2d(x.to(w.dtype), w, conv_bias, *eager.geometry_of(padding), choice)
+            arguments = running_mean, running_var, weight, bias, training, 0.0, eps, None, False
+            y = eager._operator(activation, slope)(ops.batch_norm.default(y, *arguments)[0])
+            y, *_ = ops.max_pool2d(y, 2, 2, 0, 1, False, False)
+            return ops.group_norm(y, groups, group_weight, group_bias, group_eps)[0]
+
+        with torch.autocast(dout.device.type, enabled=False):
+            found = gradients_of(unfused, tensors, dout)
+    else:
+        options = padding, activation, slope, groups, training, numerics, needed
+        op = ops.conv_bn_activation_max_pool_group_norm_backward
+        found = gradients_of_op(op(dout, *tensors, memory, *options), needed)
+    gradients = [None] * (1 + max(_PLACES))
+    for place, gradient in zip(_PLACES, found):
+        gradients[place] = gradient
+    return tuple(gradients)
+
+
+register(
+    f"conv_bn_activation_max_pool_group_norm({ARGUMENTS}, bool keep=False) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _save,
+    _first,
+    settle=_settle,
+    flops=lambda *args: flops(args[0], args[9]),
+)
+
+
+def _gradient(dout, x, *options):
+    *parameters, memory, padding, activation, slope, groups, training, numerics, needed = options
+    choice, autocast_on = _how(numerics, x)
+    last = eager._last(x)
+    how = {
+        "padding": tuple(padding),
+        "choice": choice,
+        "groups": groups,
+        "training": training,
+        "activation": activation,
+        "parameter": slope,
+        "autocast_on": autocast_on,
+        "last": last,
+    }
+    x, dout = stored(dense_in(x, last), last), stored(dense_in(dout, last), last)
+    dx, *found = eager.call(
+        eager._backward, dout, aligned(x), *map(dense, parameters), memory, needed=tuple(needed), **how
+    )
+    return results_of(dout, restored(dx, last), *found)
+
+
+def _fake_gradient(dout, *options):
+    tensors, needed = options[:7], options[-1]
+    x, *others = tensors
+    like = [empty_in(x, x.shape, eager._last(x))]
+    like += [None if t is None else empty_in(t, t.shape, False) for t in others]
+    return fake_gradients(dout, like, needed)
+
+
+register(
+    "conv_bn_activation_max_pool_group_norm_backward(Tensor dout, Tensor x, Tensor conv_weight, Tensor? conv_bias, "
+    "Tensor? weight, Tensor? bias, Tensor? group_weight, Tensor? group_bias, Tensor memory, int[2] padding, "
+    "str activation, float negative_slope, int num_groups, bool training, str numerics, bool[7] needed)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gradient,
+    _fake_gradient,
+    flops=lambda dout, x, w, *options: flops(x, w) * sum(options[-1][:2]),
+)
+
+
+def _or_parts(input, *options):
+    *arguments, together = options
+    running_mean, running_var, weight, bias, training, momentum, eps, batches, *rest = arguments
+    conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, group_eps, numerics = rest
+    try:
+        op = batch_norm.overload(ops.conv_bn_activation_max_pool_group_norm, running_mean, training, batches)
+        return autocast.result_of_norm(op(input, *arguments)[0])
+    except UnsupportedError:
+        pass
+    y = traced["conv_transpose2d"](input, conv_weight, conv_bias, padding=padding, numerics=numerics)
+    normed = running_mean, running_var, weight, bias, training, momentum, eps
+    if together:
+        y = traced["bn_tanh_max_pool2d"](y, *normed, num_batches_tracked=batches)
+    else:
+        y = traced["batch_norm"](y, *normed, num_batches_tracked=batches)
+        y = traced["max_pool2d"](eager._operator(activation, slope)(y), 2)
+    return traced["group_norm"](y, groups, group_weight, group_bias, group_eps)
+
+
+composite(f"conv_bn_activation_max_pool_group_norm_or_parts({ARGUMENTS}, bool together) -> Tensor", _or_parts)

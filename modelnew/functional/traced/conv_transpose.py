@@ -1,0 +1,140 @@
+"""ops.conv_transpose2d."""
+
+import math
+
+import torch
+
+from cupy_kernels.conv_transpose import Geometry, output_shape
+
+from ... import autocast
+from ...formats import channels_last, empty_in
+from ...interop import integer, pair
+from ...numerics import check_numerics, settled, settled_choice
+from ...registration import fake_gradients, gradients_of_op, in_place_of, ops, register, results_of
+from .. import conv_transpose as eager
+
+GEOMETRY = "int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, int groups"
+
+
+@in_place_of
+def conv_transpose2d(
+    input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, numerics="auto"
+):
+    check_numerics(numerics)
+    input, weight, bias = autocast.lower(input, weight, bias)
+    geometry = (
+        pair(stride, "stride"),
+        pair(padding, "padding"),
+        pair(output_padding, "output_padding"),
+        pair(dilation, "dilation"),
+        integer(groups, "groups"),
+    )
+    if input.dim() == 3:
+        return ops.conv_transpose2d(input.unsqueeze(0), weight, bias, *geometry, numerics).squeeze(0)
+    return ops.conv_transpose2d(input, weight, bias, *geometry, numerics)
+
+
+def as_geometry(*arguments) -> Geometry:
+    """What the arguments GEOMETRY mean."""
+    *pairs, groups = arguments
+    return Geometry(*map(tuple, pairs), groups)
+
+
+def fake_shape(x, weight, geometry) -> tuple:
+    """Shape of the result. The number of images may be any: it is looked at when the kernels run."""
+    return (x.shape[0], *output_shape.__wrapped__((1, *x.shape[1:]), weight.shape, geometry)[1:])
+
+
+def flops(x_shape, w_shape) -> int:
+    """As torch counts its own convolution, and each of its gradients."""
+    return 2 * math.prod(x_shape) * math.prod(w_shape[1:])
+
+
+def _run(input, weight, bias, *options):
+    *geometry, numerics = options
+    geometry = as_geometry(*geometry)
+
+    def check():
+        eager._check(input, weight, bias, geometry)
+
+    return eager.conv_transpose2d_as(input, weight, bias, geometry, settled_choice(numerics, input), check)
+
+
+def _fake(input, weight, bias, *options):
+    *geometry, _ = options
+    shape = fake_shape(input, weight, as_geometry(*geometry))
+    eager.check_tensors(input, weight, bias)
+    return empty_in(input, shape, channels_last(input))
+
+
+def _settle(input, *options):
+    *others, numerics = options
+    return input, *others, settled(numerics, input)
+
+
+def _first(ctx, dy):
+    needed = ctx.needs_input_grad[:3]
+    return gradients_of_op(ops.conv_transpose2d_backward(dy, *ctx.saved_tensors, *ctx.args[3:9], needed), needed)
+
+
+register(
+    f"conv_transpose2d(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}, str numerics) -> Tensor",
+    _run,
+    _fake,
+    lambda args, y: args[:2],
+    _first,
+    settle=_settle,
+    flops=lambda x, w, *_: flops(x, w),
+)
+
+
+def _gradient(dy, x, weight, *options):
+    *geometry, numerics, needed = options
+    choice = settled_choice(numerics, x)
+    dx, dw, dbias = eager.conv_gradients(
+        x, weight, dy, x.shape, weight.shape, as_geometry(*geometry), choice, tuple(needed)
+    )
+    return results_of(dy, _as(dx, x), _as(dw, weight), dbias)
+
+
+def _as(gradient, tensor):
+    """The gradient in the memory format of what it belongs to."""
+    if gradient is None or not channels_last(tensor):
+        return gradient
+    return gradient.contiguous(memory_format=torch.channels_last)
+
+
+def _fake_gradient(dy, x, weight, *options):
+    *_, needed = options
+    like = [empty_in(t, t.shape, channels_last(t)) for t in (x, weight)]
+    return fake_gradients(dy, (*like, dy.new_empty(dy.shape[1])), needed)
+
+
+def _second(ctx, vx, vw, vbias):
+    """y = T(x, w) is linear in either argument, and so are dx = D(dy, w) and dw = W(x, dy)."""
+    dy, x, weight = ctx.saved_tensors
+    options = ctx.args[3:9]
+    need_dy, need_x, need_w = ctx.needs_input_grad[:3]
+    ddy = dx = dw = None
+    if need_dy:
+        terms = [] if vx is None else [ops.conv_transpose2d(vx, weight, None, *options)]
+        terms += [] if vw is None else [ops.conv_transpose2d(x, vw, None, *options)]
+        terms += [] if vbias is None else [vbias.view(-1, 1, 1).expand_as(dy)]
+        ddy = sum(terms[1:], terms[0])
+    if need_x and vw is not None:
+        dx, _, _ = ops.conv_transpose2d_backward(dy, x, vw, *options, (True, False, False))
+    if need_w and vx is not None:
+        _, dw, _ = ops.conv_transpose2d_backward(dy, vx, weight, *options, (False, True, False))
+    return ddy, dx, dw
+
+
+register(
+    f"conv_transpose2d_backward(Tensor dy, Tensor x, Tensor weight, {GEOMETRY}, str numerics, bool[3] needed)"
+    " -> (Tensor, Tensor, Tensor)",
+    _gradient,
+    _fake_gradient,
+    lambda args, results: args[:3],
+    _second,
+    outputs=3,
+    flops=lambda dy, x, w, *options: flops(x, w) * sum(options[-1][:2]),
+)
