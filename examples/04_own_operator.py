@@ -128,6 +128,7 @@ extern "C" __global__ void rms_norm_dweight(
     "rms_norm",
     ("rms_norm_dx", "rms_norm_dweight"),
     output=lambda x, weight, eps: {"y": x.shape, "rstd": x.shape[:-1]},
+    shapes={"weight": lambda x, weight, eps: x.shape[-1:]},
     sizes={
         "rows": lambda x, weight, eps: x.shape[:-1].numel(),
         "columns": lambda x, weight, eps: x.shape[-1],

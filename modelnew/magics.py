@@ -13,7 +13,7 @@ from rich import box, print
 from rich.table import Table
 
 import cupy_kernels
-from cupy_kernels import source, tinker
+from cupy_kernels import inspection, source, tinker
 from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 from cupy_kernels.launch import observed
 
@@ -105,7 +105,7 @@ def _told_apart(kernels) -> dict:
     words = {}
     for name in {kernel.name for kernel in kernels}:
         namesakes = [kernel for kernel in kernels if kernel.name == name]
-        words.update(zip(namesakes, tinker.told_apart([kernel.defines for kernel in namesakes])[0]))
+        words.update(zip(namesakes, inspection.told_apart([kernel.defines for kernel in namesakes])[0]))
     return words
 
 
