@@ -406,7 +406,12 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        raise RuntimeError(
-            f"the gradient of {ctx.name} is computed by a kernel, which cannot be differentiated: for second "
-            "derivatives give an operator with a backward of its own in backward=, see modelnew.inline.operator"
-        )
+        refuse_second_derivatives(ctx.name)
+
+
+def refuse_second_derivatives(name: str):
+    """RuntimeError for whoever differentiates a gradient that kernels computed."""
+    raise RuntimeError(
+        f"the gradient of {name} is computed by a kernel, which cannot be differentiated: for second derivatives give "
+        "an operator with a backward of its own in backward=, see modelnew.inline.operator"
+    )

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from .inline import Operator, operators
+from .inline import Operator, operators, refuse_second_derivatives
 from .inline_arguments import checked
 from .interop import FLOATS, dense
 
@@ -58,6 +58,7 @@ class _Registered:
             schema=f"({more}, ScalarType scalar, str wanted) -> Tensor[]",
         )
         self.backward.register_fake(self._fake_backward)
+        self.backward.register_autograd(lambda *_: refuse_second_derivatives(op.__name__))
         self.forward.register_autograd(self._gradients, setup_context=self._setup_context)
 
     def __call__(self, *args, **options):
