@@ -3,7 +3,6 @@
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from . import recorders
 from .calls import run
 from .functional.gradients import will_need_grad
 from .inline_arguments import apart, blocks, check_changeable, check_number, checked, shape
+from .inline_autograd import Once, Recorded
 from .inline_declaration import Declaration, Options
 from .interop import FLOATS, TORCH, dense
 from .untraced import untraced
@@ -174,7 +174,7 @@ class Operator:
     def attributes(self, arch: str | None = None, *, shared_bytes: int = 0) -> Rows:
         """Registers, memory and occupancy of its kernels for each type of scalar_t, see cupy_kernels.attributes."""
         declared = self.declared
-        kernels = [declared.kernel(name, scalar) for name in self._kernels() for scalar in FLOATS.values()]
+        kernels = [declared.kernel[name, scalar] for name in self._kernels() for scalar in FLOATS.values()]
         kernels = kernels if self._varies() else kernels[:: len(FLOATS)]
         return inspection.rows(kernels, arch, self.options.block, shared_bytes)
 
@@ -203,7 +203,7 @@ class Operator:
             raise ValueError(f"{self} runs the kernels {', '.join(self._kernels())}; received {name!r}")
         if dtype not in FLOATS:
             raise TypeError(f"dtype is what scalar_t stands for, one of {', '.join(map(str, FLOATS))}; {dtype} is not")
-        return self.declared.kernel(name, FLOATS[dtype])
+        return self.declared.kernel[name, FLOATS[dtype]]
 
     def __call__(self, *args, **options):
         if is_dynamo_compiling():
@@ -229,7 +229,7 @@ class Operator:
             return self._changing(scalar, device, values)
         tensors = [dense(values[name]) for name in declared.tensors]
         if will_need_grad(*tensors):
-            results = _Function.apply(self, scalar, device, values, *tensors)
+            results = Recorded.apply(self, scalar, device, values, *tensors)
         else:
             found = {**values, **dict(zip(declared.tensors, tensors))}
             self.forward(scalar, device, found)
@@ -247,7 +247,7 @@ class Operator:
         recorded = will_need_grad(*tensors.values())
         check_changeable(declared, values, recorded)
         if recorded:
-            results = dict(zip(declared.returned, _Function.apply(self, scalar, device, values, *tensors.values())))
+            results = dict(zip(declared.returned, Recorded.apply(self, scalar, device, values, *tensors.values())))
         else:
             results = {**values, **apart(declared, tensors)}
             self.forward(scalar, device, results)
@@ -317,7 +317,7 @@ class Operator:
             read.update((name, read.get(name, set()) | sources) for name in written)
         if torch.is_grad_enabled():
             for name, result in results.items():
-                results[name] = _Once.apply(self.__name__, result, *(tensors[source] for source in sorted(read[name])))
+                results[name] = Once.apply(self.__name__, result, *(tensors[source] for source in sorted(read[name])))
         return results
 
     def needed(self, wanted):
@@ -358,60 +358,8 @@ class Operator:
         grid = facts.grids.get(name) or (ceil_div(size, block), 1, 1)
         if 0 in grid and size:
             raise ValueError(f"grid= gave {grid} blocks for {name}, whose output has {size} elements: none would run")
-        run(_launch, self.declared.kernel(name, scalar), grid, block, *args)
+        run(_launch, self.declared.kernel[name, scalar], grid, block, *args)
 
 
 def _launch(kernel, grid, block, *args):
     launch(kernel, grid, (block, 1, 1), args)
-
-
-class _Function(torch.autograd.Function):
-    """The call's kernels, on copies of the arguments that they change."""
-
-    @staticmethod
-    def forward(ctx, op, scalar, device, values, *inputs):
-        declared = op.declared
-        values = {**values, **dict(zip(declared.tensors, inputs))}
-        for name in declared.inplace:
-            values[name] = values[name].clone()
-        ctx.op, ctx.scalar, ctx.facts = op, scalar, op.forward(scalar, device, values)
-        ctx.numbers = {name: values[name] for name in declared.numbers}
-        ctx.empty = {
-            f"d{name}": partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
-            for name, x in zip(declared.tensors, inputs)
-        }
-        ctx.save_for_backward(*(values[name] for name in declared.kept))
-        results = tuple(values[name] for name in declared.returned)
-        ctx.mark_non_differentiable(*(y for y in results if not y.is_floating_point()))
-        return results
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        op, declared = ctx.op, ctx.op.declared
-        wanted = [f"d{name}" for name, needed in zip(declared.tensors, ctx.needs_input_grad[4:]) if needed]
-        # Names of saved tensors go last: an input may be called dy.
-        tensors = {f"d{name}": dense(g) for name, g in zip(declared.returned, gradients)}
-        tensors.update(zip(declared.kept, ctx.saved_tensors))
-        kernels = partial(op.gradients, ctx.scalar, ctx.facts, tensors, ctx.empty)
-        return None, None, None, None, *op.all_gradients(wanted, {**tensors, **ctx.numbers}, kernels)
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that kernels computed of `read`. Differentiating it again raises."""
-
-    @staticmethod
-    def forward(ctx, name, gradient, *read):
-        ctx.name = name
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, _):
-        refuse_second_derivatives(ctx.name)
-
-
-def refuse_second_derivatives(name: str):
-    """RuntimeError for whoever differentiates a gradient that kernels computed."""
-    raise RuntimeError(
-        f"the gradient of {name} is computed by a kernel, which cannot be differentiated: for second derivatives give "
-        "an operator with a backward of its own in backward=, see modelnew.inline.operator"
-    )

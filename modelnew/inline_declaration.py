@@ -10,7 +10,7 @@ import torch
 from cupy_kernels import source
 from cupy_kernels.common import scalar_macros
 from cupy_kernels.launch import MAX_THREADS
-from cupy_kernels.source import Kernel, Parameter, signature
+from cupy_kernels.source import Kernel, signature
 
 from .interop import FLOATS, TORCH
 
@@ -87,13 +87,14 @@ class Declaration:
     generic: those of `tensors` that are of type scalar_t.
     typed: whether an output is of type scalar_t or acc_t and no argument says which; the function takes dtype= then.
     kept: what the backward reads of the forward's tensors.
+    kernel, parameters: {(name, what scalar_t is): a kernel, its parameters}.
     """
 
     def __init__(self, options: Options):
         self.options, self.name = options, options.forward[-1]
         self.kernels = tuple(entry for entry in options.backward if isinstance(entry, str))  # those of the backward
         self.operators = tuple(entry.declared for entry in options.backward if not isinstance(entry, str))
-        self.defines = source.texts(options.defines)
+        defines = source.texts(options.defines)
         self.file = source.add(self.name, options.text)
         grid, mine = options.grid, (*options.forward, *self.kernels)
         self.grid = grid if isinstance(grid, dict) else dict.fromkeys(mine, grid) if grid else {}
@@ -104,9 +105,12 @@ class Declaration:
                     f"the text has no kernel {name!r}; it has {there}. "
                     'Kernels are written: extern "C" __global__ void name(...)'
                 )
-        self.parameters: dict[tuple[str, str], tuple[Parameter, ...]] = {
-            (name, scalar): signature(self.kernel(name, scalar)) for name in mine for scalar in FLOATS.values()
+        self.kernel: dict[tuple[str, str], Kernel] = {
+            (name, scalar): Kernel(self.file, name, tuple({**dict(scalar_macros(scalar)), **defines}.items()))
+            for name in mine
+            for scalar in FLOATS.values()
         }
+        self.parameters = {key: signature(kernel) for key, kernel in self.kernel.items()}
         self.dtypes: dict[tuple[str, str], torch.dtype] = {}  # {(name, scalar): dtype} of what forward points to
         self.tensors, self.inplace, self.outputs, self.arguments = [], [], [], []
         self.numbers = {}
@@ -135,10 +139,6 @@ class Declaration:
 
     def __repr__(self):
         return f"{self.name}{self.signature}"
-
-    def kernel(self, name: str, scalar: str) -> Kernel:
-        """A kernel for scalar_t of one of interop.FLOATS."""
-        return Kernel(self.file, name, tuple({**dict(scalar_macros(scalar)), **self.defines}.items()))
 
     def dtypes_of(self, scalar: str) -> dict[str, torch.dtype]:
         """{name: dtype} of all that the forward's kernels point to."""

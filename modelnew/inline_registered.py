@@ -13,8 +13,9 @@ from functools import partial
 
 import torch
 
-from .inline import Operator, operators, refuse_second_derivatives
+from .inline import Operator, operators
 from .inline_arguments import checked
+from .inline_autograd import refuse_second_derivatives
 from .interop import FLOATS, dense
 
 _SCALARS = {name: dtype for dtype, name in FLOATS.items()}

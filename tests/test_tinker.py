@@ -485,3 +485,19 @@ def test_sass_by_nvidia_s_tool():
         pytest.skip(str(error))
     assert "EXIT" in text
     assert "tanh_backward" not in text
+
+
+def test_text_and_marks_of_edits():
+    original = cupy_kernels.text("tanh_forward")
+    assert original == source.packaged_kernels("tanh.cu")["tanh_forward"]
+    assert cupy_kernels.text("tanh.cu") == cupy_kernels.text("tanh") == source.packaged("tanh.cu")
+    assert not any(row.edited for row in cupy_kernels.kernels("tanh"))
+    edit = original.replace("{", "{ // mine", 1)
+    with cupy_kernels.override({"tanh_forward": edit, "tanh_backward": {"acc_t": "double"}}):
+        assert cupy_kernels.text("tanh_forward") == edit
+        assert cupy_kernels.edited() == ["tanh_backward", "tanh_forward"]
+        marked = {row.name: row.edited for row in cupy_kernels.kernels() if row.edited}
+        assert marked == {"tanh_forward": "tanh_forward", "tanh_backward": "tanh_backward"}
+        assert "edited" in repr(cupy_kernels.kernels("tanh"))
+    assert cupy_kernels.edited() == []
+    assert "edited" not in repr(cupy_kernels.kernels("tanh"))
