@@ -56,7 +56,7 @@ def operator(
         const scalar_t* x   an input: the function's argument x
         scalar_t* y         an output: allocated here, and returned (several: as a tuple); the kernel writes all of it
         INOUT scalar_t* x   an argument that the kernel changes in place; it is returned, too
-        acc_t slope         a number: the function's argument slope
+        acc_t slope         a number: the function's argument slope (a float would round it where x is float64)
         i64 size            how many elements the first tensor has that the kernel writes
     In a kernel of `backward`:
         const scalar_t* dy  the gradient of the output y

@@ -1,6 +1,7 @@
 """What an inline operator's text and options say of its arguments and results, and the errors where they do not fit."""
 
 import inspect
+import keyword
 import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -158,6 +159,8 @@ class Declaration:
     def _forward_parameter(self, kernel, p, written) -> bool:
         """Finds out what a parameter is; whether the kernel writes it. written: by the kernels before."""
         name, options = p.name, self.options
+        if keyword.iskeyword(name):
+            raise ValueError(f"{kernel}: {name} is a word of Python, which names no argument; rename it, as in {name}_")
         if not p.pointer:
             if name not in ("size", *options.sizes, *self.arguments):
                 self.numbers[name] = p.dtype

@@ -142,7 +142,8 @@ class _Registered:
 
 def _name(op):
     """The kernel's name and a digest of what the operator was made from: caches of compiled graphs go by names."""
-    codes = [(option, f.__code__.co_code, f.__code__.co_consts) for option, f in op.options.functions()]
+    codes = [(option, getattr(f, "__code__", None)) for option, f in op.options.functions()]
+    codes = [(option, code and (code.co_code, code.co_names, code.co_consts)) for option, code in codes]
     made_from = repr((op.text, op.options._replace(output=None, shapes={}, sizes={}, workspace={}, grid=None), codes))
     first = f"{op.declared.name}_{hashlib.sha256(made_from.encode()).hexdigest()[:8]}"
     names = itertools.chain([first], (f"{first}_{number}" for number in itertools.count(2)))

@@ -206,6 +206,7 @@ def test_compile_error_names_the_line_of_the_text(device):
         ({"text": PRODUCT.replace("da, i64 size", "da, i64 count")}, r"product_da: the number count .* size"),
         ({"text": PRODUCT.replace("scalar_t* da,", "const scalar_t* b2,")}, r"product_da: the const pointer b2 "),
         ({"text": PRODUCT.replace("scalar_t* y,", "short* y,")}, r"product: y must point to .* scalar_t, acc_t, float"),
+        ({"text": PRODUCT.replace("scalar_t* a", "scalar_t* in")}, r"product: in is a word of Python.* as in in_"),
         ({"text": PRODUCT.replace("y, i64", "y, scalar_t c, i64")}, r"product: c is a number of type scalar_t.* acc_t"),
         ({"text": PRODUCT.replace("y, i64", "y, short c, i64")}, r"c is a short; scalar parameters are float"),
         ({"text": '#include "nowhere.cuh"\n' + PRODUCT}, r"no kernel source 'nowhere\.cuh'"),

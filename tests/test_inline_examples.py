@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from tolerance import check_gradients
 
+from cupy_kernels import nvrtc
+from cupy_kernels.errors import BackendError
 from modelnew.inline import operator
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -218,6 +220,15 @@ def test_dropout(device, dtype):
     assert not torch.equal(mask, random_mask(40, 50, 8, 0.75, device=device))
     x = torch.randn(40, 50, device=device).to(dtype).requires_grad_()
     check_gradients(lambda x: masked(x, mask, 1 / 0.75), lambda x: torch.where(mask, x * (1 / 0.75), 0), [x])
+
+
+@pytest.mark.parametrize("function", [gelu, softmax, rms_norm, clamp_, random_mask, masked], ids=repr)
+def test_nvrtc_compiles_it(function):
+    try:
+        nvrtc.shared_library()
+    except BackendError:
+        pytest.skip("no NVRTC")
+    assert all(row.registers and not row.local_bytes for row in function.attributes("sm_80"))
 
 
 @pytest.mark.parametrize("function", [gelu, softmax, rms_norm, clamp_], ids=repr)

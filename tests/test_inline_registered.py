@@ -1,5 +1,6 @@
 """Inline operators under torch.compile, export and other recorders: one node of the graph, with gradients."""
 
+import functools
 import re
 
 import pytest
@@ -117,7 +118,7 @@ def test_as_torch_checks_operators(device):
 
 
 def test_names():
-    texts = [product(), operator(PRODUCT, "product"), product()]
+    texts = [product(), operator(PRODUCT, "product", grid=functools.partial(max, 1)), product()]
     names = [registered(op).forward._qualname for op in texts]
     assert len(set(names)) == 3
     assert all(re.fullmatch(r"modelnew_inline::product_[0-9a-f]{8}(_\d+)?", name) for name in names)
