@@ -3,6 +3,7 @@
 import inspect
 import re
 import runpy
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,14 @@ def test_the_readme_s_operator_runs():
     exec(block, names)
     x = torch.randn(7)
     torch.testing.assert_close(names["silu"](x), torch.nn.functional.silu(x))
+
+
+def test_the_docstring_s_example_runs(device):
+    block = inspect.getdoc(operator).split("\n\n")[1]
+    names = {"operator": operator, "x": torch.randn(7, device=device, requires_grad=True)}
+    exec(textwrap.dedent(block), names)
+    assert torch.equal(names["y"], 2 * names["x"])
+    assert torch.autograd.grad(names["y"].sum(), names["x"])[0].tolist() == [2] * 7
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
