@@ -3,13 +3,14 @@
 One module per operator or fusion, of the name of its `.cu` file. Their functions take outputs and workspaces as
 arguments and allocate nothing. `modelnew` puts torch on top.
 
-To look at the kernels and to change them: `kernels`, `show`, `override`, `edit`, `reset`, `attributes`, `ptx`, `sass`;
-in IPython `%load_ext modelnew`, then `%%cu?`.
+To look at the kernels and to change them: `kernels`, `show`, `text`, `override`, `edit`, `edited`, `reset`,
+`attributes`, `ptx`, `sass`; in IPython `%load_ext modelnew`, then `%%cu?`.
 """
 
-from .tinker import attributes, edit, kernels, override, ptx, reset, sass, show
+from .inspection import attributes, ptx, sass
+from .tinker import edit, edited, kernels, override, reset, show, text
 
-__all__ = ["attributes", "edit", "kernels", "override", "ptx", "reset", "sass", "show"]
+__all__ = ["attributes", "edit", "edited", "kernels", "override", "ptx", "reset", "sass", "show", "text"]
 
 
 def load_ipython_extension(ipython) -> None:

@@ -89,7 +89,7 @@ class Gpu(Backend):
             options = (nvrtc.STANDARD, *(f"-D{k}={v}" for k, v in kernel.defines))
             module = cupy().RawModule(code=unit(kernel), options=options)
         try:
-            with cuda.Device(place):  # each thread has its own current device
+            with cuda.Device(place), nvrtc.locale_kept():  # each thread has its own current device
                 module.compile()
         except cuda.compiler.CompileException as error:
             status = getattr(error.__context__, "status", nvrtc.ERROR_COMPILATION)

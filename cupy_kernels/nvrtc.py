@@ -4,6 +4,7 @@ CuPy compiles what runs. This module preloads the wheels' libraries for it (CuPy
 knows no wheels), and lets a machine without a GPU compile every variant to a cubin and read its registers and spills.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -195,13 +196,26 @@ def _compile(what, arch, *more, least_major=11):
         return content
 
     try:
-        status = lib.nvrtcCompileProgram(program, len(options), raw)
+        with locale_kept():
+            status = lib.nvrtcCompileProgram(program, len(options), raw)
         log = read("ProgramLog").value
         if status:
             raise failure(what, status, log.decode())
         return read("CUBIN").raw, read("PTX").value, log
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@contextlib.contextmanager
+def locale_kept():
+    """NVRTC 11.8 leaves its thread in the C locale, in which open() would read ASCII and no more. This puts it back."""
+    uselocale = ctypes.CDLL(None).uselocale
+    uselocale.argtypes, uselocale.restype = (ctypes.c_void_p,), ctypes.c_void_p
+    before = uselocale(None)
+    try:
+        yield
+    finally:
+        uselocale(before)
 
 
 def failure(what: Variant | Kernel, status: int, log: str) -> Exception:

@@ -40,6 +40,10 @@ cupy_kernels.kernels("tanh")
 cupy_kernels.show("tanh_forward")
 
 # %% [markdown]
+# To begin an edit, `%cu_text tanh_forward` puts this text into a new cell. `cupy_kernels.text("tanh_forward")` is the
+# same as a string.
+
+# %% [markdown]
 # ## Naive: each thread walks over its elements
 #
 # `%%cu tanh_forward` replaces the definition of that one kernel. The parameters must stay as they are, as the host
@@ -56,8 +60,12 @@ cupy_kernels.show("tanh_forward")
 # }
 
 # %% [markdown]
-# The reference of an error is PyTorch's own error against float64, that of a time is the package's kernel. The cell
-# was right, so it stays: everything in this process runs it now.
+# The reference of an error is PyTorch's own error against float64, that of a time is the package's kernel. Below stands
+# what there was no time to check; `--seconds 60` gives more. The cell was right, so it is in force: everything in this
+# process runs it now. `cupy_kernels.kernels()` marks what is edited.
+
+# %%
+cupy_kernels.edited()
 
 # %%
 cupy_kernels.attributes("tanh_forward", scalar_t="float")
@@ -132,6 +140,20 @@ print("\n".join(line.strip() for line in code.splitlines() if ".v4." in line))
 # extern "C" __global__ void tanh_forward(const scalar_t* x, scalar_t* y, i64 size) {
 #     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
 #     if (i < size) y[i] = from_acc<scalar_t>(tahn_of(to_acc(x[i])));
+# }
+
+# %% [markdown]
+# A GPU does not notice that a kernel writes an element too far. The CPU emulator does, wherever it can be used, and it
+# finds races, too, and barriers that not all threads reach:
+
+# %% tags=["active-ipynb", "raises-exception"]
+# %%cu tanh_forward --device cpu
+# extern "C" __global__ void tanh_forward(const scalar_t* x, scalar_t* y, i64 size) {
+#     i64 first = (i64)blockIdx.x * blockDim.x * WIDTH + threadIdx.x;
+#     for (int k = 0; k < WIDTH; k++) {
+#         i64 i = first + (i64)k * blockDim.x;
+#         if (i <= size) y[i] = from_acc<scalar_t>(tanh_of(to_acc(x[i])));
+#     }
 # }
 
 # %% [markdown]

@@ -12,7 +12,8 @@
 # # Write your own operator
 #
 # A string of CUDA C becomes a PyTorch operator with autograd: compiled in a second at its first call, without a C++
-# compiler, for every float type. Without a GPU the same text runs on the CPU emulator.
+# compiler, for every float type. Without a GPU the same text runs on the CPU emulator, which also looks for bugs:
+# races, accesses out of bounds, outputs that are not written. `help(operator)` has all the rules.
 
 # %%
 import torch
@@ -78,9 +79,11 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
 # %% [markdown]
 # ## Rows: RMS norm, y = x / sqrt(mean(x²) + eps) · weight
 #
-# More than one input, a number, a reduction over each row, and a second output, `rstd`, that only the backward uses.
-# One block takes one row; the gradient of `weight`, a sum over rows, has a kernel of its own, with a thread for each
-# column. `grid` and `sizes` are functions of the operator's arguments.
+# More than one input, a number with a default, a reduction over each row, and a second output, `rstd`, that only the
+# backward uses. One block takes one row; the gradient of `weight`, a sum over rows, has a kernel of its own, with a
+# thread for each column. `grid`, `sizes` and `shapes` are functions of the operator's arguments.
+#
+# A kernel checks no bounds, so an input must have the first one's shape, unless `shapes` says what it has.
 
 # %%
 BLOCK = 128
@@ -90,7 +93,7 @@ rms_norm = operator(
 #include "common.cuh"
 
 extern "C" __global__ void rms_norm(
-    const scalar_t* x, const scalar_t* weight, float eps, scalar_t* y, acc_t* rstd, i64 columns) {
+    const scalar_t* x, const scalar_t* weight, acc_t eps, scalar_t* y, acc_t* rstd, i64 columns) {
     __shared__ acc_t scratch[32];
     const scalar_t* row = x + blockIdx.x * columns;
     acc_t sum = 0;
@@ -128,6 +131,7 @@ extern "C" __global__ void rms_norm_dweight(
     "rms_norm",
     ("rms_norm_dx", "rms_norm_dweight"),
     output=lambda x, weight, eps: {"y": x.shape, "rstd": x.shape[:-1]},
+    shapes={"weight": lambda x, weight, eps: x.shape[-1:]},
     sizes={
         "rows": lambda x, weight, eps: x.shape[:-1].numel(),
         "columns": lambda x, weight, eps: x.shape[-1],
@@ -138,17 +142,171 @@ extern "C" __global__ void rms_norm_dweight(
     },
     block=BLOCK,
     saved="rstd",
+    defaults={"eps": 1e-5},
 )
 
 x = torch.randn(3, 4, 7, dtype=torch.float64, device=device, requires_grad=True)
 weight = torch.rand(7, dtype=torch.float64, device=device, requires_grad=True)
-assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-5), (x, weight))
+assert torch.autograd.gradcheck(rms_norm, (x, weight))
 
 x, weight = torch.randn(20, 300, device=device), torch.rand(300, device=device)
-torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (300,), weight, 1e-5))
+torch.testing.assert_close(rms_norm(x, weight), F.rms_norm(x, (300,), weight, 1e-5))
 print(rms_norm, "gradcheck in float64: passed; like torch.nn.functional.rms_norm")
 
 # %% [markdown]
+# ## Shared memory: softmax
+#
+# The largest value of a row, and the sum of the exponentials, are each found by a tree in shared memory: half of the
+# threads combine two values, then a quarter, with a barrier after each step. The backward needs the result alone.
+
+# %%
+softmax = operator(
+    """
+#include "common.cuh"
+
+struct Max { __device__ acc_t operator()(acc_t a, acc_t b) const { return max(a, b); } };
+struct Sum { __device__ acc_t operator()(acc_t a, acc_t b) const { return a + b; } };
+
+template <class Combine> __device__ acc_t over_block(acc_t v, acc_t* shared, Combine combine) {
+    shared[threadIdx.x] = v;
+    __syncthreads();
+    for (int half = BLOCK / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half) shared[threadIdx.x] = combine(shared[threadIdx.x], shared[threadIdx.x + half]);
+        __syncthreads();
+    }
+    acc_t result = shared[0];
+    __syncthreads();  // before someone writes to it again
+    return result;
+}
+
+extern "C" __global__ void softmax(const scalar_t* x, scalar_t* y, i64 columns) {
+    __shared__ acc_t shared[BLOCK];
+    const scalar_t* row = x + blockIdx.x * columns;
+    acc_t largest = to_acc(row[0]), sum = 0;
+    for (i64 j = threadIdx.x; j < columns; j += BLOCK) largest = max(largest, to_acc(row[j]));
+    largest = over_block(largest, shared, Max());
+    for (i64 j = threadIdx.x; j < columns; j += BLOCK) sum += exp(to_acc(row[j]) - largest);
+    sum = over_block(sum, shared, Sum());
+    for (i64 j = threadIdx.x; j < columns; j += BLOCK)
+        y[blockIdx.x * columns + j] = from_acc<scalar_t>(exp(to_acc(row[j]) - largest) / sum);
+}
+
+// dx = y (dy - sum(dy y))
+extern "C" __global__ void softmax_backward(const scalar_t* dy, const scalar_t* y, scalar_t* dx, i64 columns) {
+    __shared__ acc_t shared[BLOCK];
+    i64 first = blockIdx.x * columns;
+    acc_t dot = 0;
+    for (i64 j = threadIdx.x; j < columns; j += BLOCK) dot += to_acc(dy[first + j]) * to_acc(y[first + j]);
+    dot = over_block(dot, shared, Sum());
+    for (i64 j = threadIdx.x; j < columns; j += BLOCK)
+        dx[first + j] = from_acc<scalar_t>(to_acc(y[first + j]) * (to_acc(dy[first + j]) - dot));
+}
+""",
+    "softmax",
+    "softmax_backward",
+    sizes={"columns": lambda x: x.shape[-1]},
+    grid=lambda x: x.shape[:-1].numel(),
+    block=BLOCK,
+    defines={"BLOCK": BLOCK},
+)
+
+x = torch.randn(3, 9, dtype=torch.float64, device=device, requires_grad=True)
+assert torch.autograd.gradcheck(softmax, x)
+x = torch.randn(20, 1000, device=device)
+torch.testing.assert_close(softmax(x), F.softmax(x, -1))
+print(softmax, "gradcheck in float64: passed; like torch.nn.functional.softmax")
+
+# %% [markdown]
+# ## Several kernels, in order
+#
+# A mean over few rows leaves most of a GPU idle, if one block takes one row. So many blocks sum a part each into a
+# `workspace`, memory for the call alone, and a second kernel sums the parts.
+
+# %%
+mean = operator(
+    """
+#include "common.cuh"
+
+extern "C" __global__ void part_sums(const scalar_t* x, acc_t* parts, i64 columns) {
+    __shared__ acc_t scratch[32];
+    acc_t sum = 0;
+    for (i64 j = (i64)blockIdx.x * blockDim.x + threadIdx.x; j < columns; j += (i64)gridDim.x * blockDim.x)
+        sum += to_acc(x[blockIdx.y * columns + j]);
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) parts[blockIdx.y * gridDim.x + blockIdx.x] = sum;
+}
+
+extern "C" __global__ void mean(const acc_t* parts, scalar_t* y, i64 columns, i64 size) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    acc_t sum = 0;
+    for (int part = 0; part < PARTS; part++) sum += parts[i * PARTS + part];
+    y[i] = from_acc<scalar_t>(sum / columns);
+}
+""",
+    ("part_sums", "mean"),
+    output=lambda x: x.shape[:1],
+    sizes={"columns": lambda x: x.shape[1]},
+    workspace={"parts": lambda x: (x.shape[0], 16)},
+    grid={"part_sums": lambda x: (16, x.shape[0])},
+    defines={"PARTS": 16},
+)
+
+x = torch.randn(3, 10000, device=device)
+torch.testing.assert_close(mean(x), x.mean(1))
+print(mean, "like torch.mean")
+
+# %% [markdown]
+# ## In place
+#
+# `INOUT` says that a kernel changes an argument. Autograd knows: it refuses a leaf that requires grad, and a backward
+# that needs what was there before. In the backward, `INOUT dx` comes as the gradient of the result, and leaves as that
+# of the argument.
+
+# %%
+clamp_ = operator(
+    """
+#include "common.cuh"
+
+extern "C" __global__ void clamp_(INOUT scalar_t* x, acc_t low, acc_t high, bool* inside, i64 size) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    acc_t v = to_acc(x[i]);
+    inside[i] = v >= low && v <= high;
+    if (!inside[i]) x[i] = from_acc<scalar_t>(v < low ? low : high);
+}
+
+extern "C" __global__ void clamp_backward(INOUT scalar_t* dx, const bool* inside, i64 size) {
+    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size && !inside[i]) dx[i] = from_acc<scalar_t>((acc_t)0);
+}
+""",
+    "clamp_",
+    "clamp_backward",
+    saved="inside",
+    defaults={"low": -1.0, "high": 1.0},
+)
+
+x = torch.randn(1000, device=device)
+expected = x.clamp(-1, 1)
+assert clamp_(x) is x
+assert torch.equal(x, expected)
+print(clamp_)
+
+# %% [markdown]
+# ## What it is compiled to
+#
+# `attributes`, `ptx` and `sass` need no GPU, with an architecture given.
+
+# %%
+softmax.attributes("sm_80")
+
+# %%
+print(softmax.ptx(arch="sm_80").count("bar.sync"), "barriers, with the loops over BLOCK unrolled")
+
+# %% [markdown]
+# ## In a network
+#
 # It is an operator like any other, in a module or in a training step:
 
 
@@ -160,7 +318,7 @@ class Block(torch.nn.Module):
         self.linear = torch.nn.Linear(width, width)
 
     def forward(self, x):
-        return x + silu(self.linear(rms_norm(x, self.weight, 1e-5)))
+        return x + silu(self.linear(rms_norm(x, self.weight)))
 
 
 torch.manual_seed(0)
@@ -177,6 +335,14 @@ for step in range(21):
         print(f"step {step:2}: loss {loss.item():.4f}")
 
 # %% [markdown]
+# Under `torch.compile` and `torch.export` an operator is one node of the graph:
+
+# %%
+compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+torch.testing.assert_close(compiled(x), block(x))
+print("compiled without a graph break")
+
+# %% [markdown]
 # ## Mistakes
 #
 # A text is compiled at the first call, and an error names its line. What can be told before that is told when the
@@ -185,6 +351,11 @@ for step in range(21):
 # %%
 try:
     operator('extern "C" __global__ void cube(const float* x, float* y, i64 n) {}', "cube", "cube_backward")
+except ValueError as error:
+    print(error)
+
+try:
+    rms_norm(torch.ones(3, 8, device=device), torch.ones(5, device=device))
 except ValueError as error:
     print(error)
 

@@ -76,9 +76,12 @@ DTYPES = {
     "u8": np.dtype(np.uint8),
     "int": np.dtype(np.int32),
     "i64": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
+    "signed char": np.dtype(np.int8),
+    "unsigned": np.dtype(np.uint32),
+    "unsigned long long": np.dtype(np.uint64),
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
-_UNSIGNED = {"unsigned": np.dtype(np.uint32)}  # of numbers alone: arrays have none of it
 _SYNONYMS = {
     "long long": "i64",
     "long long int": "i64",
@@ -222,14 +225,14 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
 def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
     marks = [word for word in kind.split() if word in ("INOUT", "const")]
     base = " ".join(kind.split()[len(marks) :])  # "unsigned int" is not "int"
-    base, pointer = base.rstrip("*"), base.endswith("*")
-    numbers = DTYPES if pointer else DTYPES | _UNSIGNED
-    dtype = numbers.get(str(dict(kernel.defines).get(base, base)))
-    if dtype is None and not pointer:
+    base, stars = base.rstrip("*"), base.count("*")
+    kind = str(dict(kernel.defines).get(base, base))
+    dtype = None if stars > 1 else DTYPES.get(_SYNONYMS.get(kind, kind))
+    if dtype is None and not stars:
         raise ValueError(
-            f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(numbers)}, or a macro of these"
+            f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"
         )
-    return Parameter(name, dtype, pointer, "const" in marks, "INOUT" in marks)
+    return Parameter(name, dtype, stars > 0, "const" in marks, "INOUT" in marks)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -788,7 +791,11 @@ NUMPY = {
     torch.float64: np.dtype(np.float64),
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: np.dtype(np.int16),
+    torch.bool: np.dtype(np.bool_),
+    torch.int8: np.dtype(np.int8),
     torch.uint8: np.dtype(np.uint8),
+    torch.uint32: np.dtype(np.uint32),
+    torch.uint64: np.dtype(np.uint64),
     torch.int32: np.dtype(np.int32),
     torch.int64: np.dtype(np.int64),
 }

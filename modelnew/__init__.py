@@ -1,6 +1,6 @@
 """ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d -> GroupNorm as CUDA C kernels, drop-in for PyTorch's modules.
 
-In IPython `%load_ext modelnew` loads the magics `%%cu` and `%cu_reset`.
+In IPython `%load_ext modelnew` loads the magics `%%cu`, `%cu_text` and `%cu_reset`.
 """
 
 from .distributed import convert_sync_batchnorm

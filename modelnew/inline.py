@@ -1,343 +1,365 @@
 """A torch operator with autograd from CUDA C text: in a second, without a compiler, and on the emulator too."""
 
-import inspect
-import numbers
-import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
-from cupy_kernels import source
-from cupy_kernels.common import ceil_div, scalar_macros
-from cupy_kernels.launch import MAX_THREADS, launch
-from cupy_kernels.source import Kernel, signature
+from cupy_kernels import inspection
+from cupy_kernels.common import ceil_div
+from cupy_kernels.display import Rows
+from cupy_kernels.launch import launch
 
+from . import recorders
 from .calls import run
-from .inline_registration import registered
-from .interop import FLOATS, TORCH, check_floating, dense
+from .functional.gradients import will_need_grad
+from .inline_arguments import apart, blocks, check_changeable, check_number, checked, shape
+from .inline_autograd import Once, Recorded
+from .inline_declaration import Declaration, Options
+from .interop import FLOATS, TORCH, dense
 from .untraced import untraced
 
 
 def operator(
     text: str,
-    forward: str,
+    forward: str | Sequence[str],
     backward: "str | Callable | Sequence[str | Callable]" = (),
     *,
     output: Callable | None = None,
+    shapes: dict[str, Callable | str | None] | None = None,
     sizes: dict[str, Callable] | None = None,
+    workspace: dict[str, Callable] | None = None,
+    defaults: dict[str, float] | None = None,
     grid: Callable | dict[str, Callable] | None = None,
     block: int = 256,
     saved: str | Sequence[str] = (),
     defines: dict[str, str | int] | None = None,
-) -> Callable:
+) -> "Operator":
     """A function on torch tensors that runs the kernels of `text`, with autograd.
+
+        scale = operator(\"""
+        #include "common.cuh"
+        extern "C" __global__ void scale(const scalar_t* x, acc_t factor, scalar_t* y, i64 size) {
+            i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+            if (i < size) y[i] = from_acc<scalar_t>(to_acc(x[i]) * factor);
+        }
+        extern "C" __global__ void scale_backward(const scalar_t* dy, acc_t factor, scalar_t* dx, i64 size) {
+            i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+            if (i < size) dx[i] = from_acc<scalar_t>(to_acc(dy[i]) * factor);
+        }\""", "scale", "scale_backward", defaults={"factor": 2.0})
+        y = scale(x)
 
     A kernel's parameters say what they are by their declaration and name. In `forward`:
         const scalar_t* x   an input: the function's argument x
         scalar_t* y         an output: allocated here, and returned (several: as a tuple); the kernel writes all of it
-        float slope         a number: the function's argument slope
-        i64 size            how many elements the kernel's first output has
+        INOUT scalar_t* x   an argument that the kernel changes in place; it is returned, too
+        acc_t slope         a number: the function's argument slope (a float would round it where x is float64)
+        i64 size            how many elements the first tensor has that the kernel writes
     In a kernel of `backward`:
         const scalar_t* dy  the gradient of the output y
-        const scalar_t* x   an input or output of `forward`; it is saved only if a kernel of `backward` takes it
+        const scalar_t* x   an input or output of `forward`; it is saved only if a kernel of `backward` takes it. Of an
+                            argument that was changed, what it is afterwards
         scalar_t* dx        the gradient of the input x
-        float slope, i64 size   as above
-    The function's arguments are the inputs and numbers of `forward`, in the order of their declaration.
+        INOUT scalar_t* dx  for x changed in place: the gradient of the result, which becomes that of the argument
+        acc_t slope, i64 size   as above
+    The function's arguments are the tensors and numbers of `forward`, in the order of their declaration. A function
+    without tensors has the keyword device= (default: torch's), and needs output=. Where an output is scalar_t or acc_t
+    and no input says which type that is, there is dtype= (default: torch's).
 
-    Types are float, double, half_t, bf16_t, u8, int, i64; or scalar_t, the dtype of the inputs so declared, with acc_t
-    for the arithmetic (double for double, else float): one text serves float32, float64, float16 and bfloat16.
-    `#include "common.cuh"` gives these types, to_acc(v) and from_acc<scalar_t>(v).
+    Types are float, double, half_t, bf16_t, bool, u8, signed char, int, unsigned, i64 (long long), unsigned long long;
+    or scalar_t, the dtype of the inputs so declared, with acc_t for the arithmetic (double for double, else float): one
+    text serves float32, float64, float16 and bfloat16. `#include "common.cuh"` gives these types, to_acc(v) and
+    from_acc<scalar_t>(v), warp_sum, warp_max and block_sum.
 
     text: CUDA C. Kernels are written `extern "C" __global__ void name(...)`. Nothing is compiled before the first call.
-    forward: name of the forward kernel.
-    backward: names of the kernels that compute gradients. A kernel runs if one of its gradients is asked for. In place
-        of a kernel's name, an operator made by this function: its arguments and outputs are named as a kernel's
-        parameters would be. Gradients by kernels cannot be differentiated again, which raises RuntimeError; those by an
-        operator can, if it has a backward of its own.
-    output: output(*arguments) gives the shape of all outputs, or {name: shape}. Default: that of the first input.
+    forward: name of the forward kernel; or several, which run in order. A later one reads, const or INOUT, what an
+        earlier one wrote under that name. The function has the last one's name.
+    backward: names of the kernels that compute gradients, in order. A kernel runs if one of its gradients is asked for.
+        In place of a kernel's name, an operator made by this function: its arguments and outputs are named as a
+        kernel's parameters would be. Gradients by kernels cannot be differentiated again, which raises RuntimeError;
+        those by an operator can, if it has a backward of its own.
+    output: output(*arguments) gives the shape of all outputs, or {name: shape}. Default: that of the first tensor.
+    shapes: {input: function}: the shape that shape(*arguments) gives is what the input must have; None in it is any
+        length. None in place of the function allows any shape; "broadcast" expands the input to the first tensor's
+        shape. An input that is not named must have the shape of the first, as a kernel checks no bounds.
     sizes: {name: function}: numbers of the kernels that function(*arguments) gives, such as the length of a row.
+    workspace: {name: function}: pointers to memory for the call alone, in the shape that function(*arguments) gives. A
+        kernel writes it, and later ones read it; forward and backward have each their own.
+    defaults: {number: value} of arguments that may be left out.
     grid: grid(*arguments) gives the number of blocks, an int or up to three; or {kernel: function}. Default: one
-        thread for each element of the kernel's first output.
+        thread for each element of the first tensor that the kernel writes.
     block: threads in a block.
     saved: outputs of `forward` for `backward` alone, which the function does not return.
     defines: further macros.
 
+    Under torch.compile, torch.export and other recorders the operator is one node of the graph, see
+    `inline_registered`. It can be pickled if the functions among its options can, which lambdas cannot.
+
     Raises ValueError for a kernel that is not in `text`, and for a parameter that matches nothing; TypeError for an
     option of another kind. The function raises TypeError for arguments of another number, kind or dtype, and where
-    grid or sizes do not give whole numbers; ValueError for a grid without blocks, RuntimeError for tensors on several
-    devices and for a gradient that no kernel computes, and KernelCompileError, with the line of `text`, if that does
-    not compile.
+    grid or sizes do not give whole numbers; ValueError for another shape and a grid without blocks; RuntimeError for
+    tensors on several devices, for a gradient that no kernel computes, for a change of a leaf that requires grad, and
+    under vmap and other transforms of torch.func; and KernelCompileError, with the line of `text`, if that does not
+    compile.
     """
-    backward, saved = _names("backward", backward, _Operator), _names("saved", saved)
-    _check_options(text, forward, output, sizes, grid, block, defines)
-    return _Operator(text, forward, backward, output, sizes, grid, block, saved, defines)
-
-
-def _names(option, names, *others):
-    kinds = (str, *others)
-    names = (names,) if isinstance(names, kinds) else names
-    if not isinstance(names, Iterable) or not all(isinstance(name, kinds) for name in names):
-        raise TypeError(f"{option}= is a name{' or an operator' if others else ''}, or several, received {names!r}")
-    return tuple(names)
-
-
-def _check_options(text, forward, output, sizes, grid, block, defines):
-    for option, value, kind in (("text", text, str), ("forward", forward, str), ("block", block, int)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{option} is of type {kind.__name__}, received {value!r}")
-    for option, value in (("sizes", sizes), ("defines", defines)):
-        if not isinstance(value, dict | None):
-            raise TypeError(f"{option}= is a dict, received {value!r}")
-    grids = list(grid.values()) if isinstance(grid, dict) else [grid] if grid is not None else []
-    outputs = [output] if output is not None else []
-    for option, functions in (("output", outputs), ("sizes", (sizes or {}).values()), ("grid", grids)):
-        for function in functions:
-            if not callable(function):
-                raise TypeError(
-                    f"{option}= takes functions of the operator's arguments, as in lambda x: ...; received {function!r}"
-                )
-    if not 0 < block <= MAX_THREADS:
-        raise ValueError(f"block must be 1 to {MAX_THREADS} threads, received {block}")
-    for name in defines or ():
-        if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
-            raise ValueError(f"defines= is {{macro: value}}, and {name!r} is no name of a macro")
-
-
-def _check_number(what, dtype, value):
-    if not isinstance(value, numbers.Real if dtype.kind == "f" else numbers.Integral):
-        raise TypeError(f"{what} must be a number of kind {dtype}, received {value!r}")
-
-
-def _blocks(name, value):
-    blocks = tuple(value) if isinstance(value, Sequence) else (value,)
-    if len(blocks) > 3 or not all(isinstance(n, numbers.Integral) for n in blocks):
-        raise TypeError(f"grid= gave {value!r} for {name}: the number of blocks is an int, or up to three")
-    return (*blocks, 1, 1)[:3]
-
-
-class _Operator:
-    def __init__(self, text, forward, backward, output, sizes, grid, block, saved, defines):
-        self.forward = forward
-        self.backward = tuple(entry for entry in backward if isinstance(entry, str))
-        self.operators = tuple(entry for entry in backward if not isinstance(entry, str))
-        self.output, self.sizes, self.block = output, sizes or {}, block
-        self.defines = source.texts(defines or {})
-        self.grid = grid if isinstance(grid, dict) else dict.fromkeys((forward, *self.backward), grid) if grid else {}
-        self.file = source.add(forward, text)
-        for name in (forward, *self.backward, *self.grid):
-            if name not in source.kernel_names(self.file):
-                there = ", ".join(source.kernel_names(self.file)) or "none"
-                raise ValueError(
-                    f"the text has no kernel {name!r}; it has {there}. "
-                    'Kernels are written: extern "C" __global__ void name(...)'
-                )
-        self.parameters = {
-            (name, scalar): signature(self._kernel(name, scalar))
-            for name in (forward, *self.backward)
-            for scalar in FLOATS.values()
-        }
-        parameters = self.parameters[forward, "float"]
-        self.inputs = [p.name for p in parameters if p.pointer and p.const]
-        self.outputs = [p.name for p in parameters if p.pointer and not p.const]
-        self.numbers = [p.name for p in parameters if not p.pointer and p.name not in ("size", *self.sizes)]
-        self.arguments = [p.name for p in parameters if p.name in (*self.inputs, *self.numbers)]
-        self.returned = [name for name in self.outputs if name not in saved]
-        self.generic = [name for name in self.inputs if name in self._generic(forward)]
-        self._check_forward(saved)
-        for name in self.backward:
-            parameters = self.parameters[name, "float"]
-            self._check_types(name)
-            constants = [p.name for p in parameters if p.pointer and p.const]
-            results = [p.name for p in parameters if p.pointer and not p.const]
-            numbers = [p.name for p in parameters if not p.pointer]
-            self._check_backward(name, constants, results, numbers, (*self.inputs, *self.outputs))
-        for entry in self.operators:  # autograd does not see outputs that are not returned
-            self._check_backward(entry, entry.inputs, entry.returned, entry.numbers, (*self.inputs, *self.returned))
-        used = {p.name for name in self.backward for p in self.parameters[name, "float"] if p.pointer}
-        used.update(name for entry in self.operators for name in entry.inputs)
-        self.kept = [name for name in (*self.inputs, *self.outputs) if name in used]
-        self.__name__ = forward
-        self.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in self.arguments]
+    return Operator(
+        Options.checked(
+            Operator,
+            text,
+            forward,
+            backward,
+            output=output,
+            shapes=shapes,
+            sizes=sizes,
+            workspace=workspace,
+            defaults=defaults,
+            grid=grid,
+            block=block,
+            saved=saved,
+            defines=defines,
         )
-        self.registered = registered(self, _Function)
-        self.__doc__ = f"{self} -> {', '.join(self.returned)}; see modelnew.inline.operator."
+    )
+
+
+operators = weakref.WeakValueDictionary()  # {key: operator}: graphs name an operator by its key
+_keys = itertools.count()
+
+
+class Facts(NamedTuple):
+    """What a call's kernels need besides tensors: numbers, and by kernel the grid, by name the shape of a workspace."""
+
+    numbers: dict
+    grids: dict
+    workspace: dict
+
+
+class Operator:
+    """What `operator` returns: a function, and what its kernels are compiled to."""
+
+    def __init__(self, options: Options):
+        self.options, self.declared = options, Declaration(options)
+        self.key = f"{options.forward[-1]} {next(_keys)}"  # a text, as torch.compile lets numbers vary
+        operators[self.key] = self
+        for name, default in options.defaults.items():
+            check_number(f"defaults=: {name}", self.declared.numbers[name], default)
+        self.__name__, self.__signature__ = self.declared.name, self.declared.signature
+        self.__doc__ = f"{self} -> {', '.join(self.declared.returned)}; see modelnew.inline.operator."
 
     def __repr__(self):
-        return f"{self.forward}{self.__signature__}"
+        return repr(self.declared)
 
-    def _kernel(self, name, scalar):
-        return Kernel(self.file, name, tuple({**dict(scalar_macros(scalar)), **self.defines}.items()))
+    def __copy__(self):
+        return self
 
-    def _generic(self, name):
-        """Names of the parameters of type scalar_t."""
-        pair = zip(self.parameters[name, "half_t"], self.parameters[name, "bf16_t"])
-        return [p.name for p, q in pair if p.dtype != q.dtype]
+    def __deepcopy__(self, memo):
+        return self
 
-    def _check_types(self, name):
-        """ValueError for a parameter that nothing can be passed to."""
-        for p in self.parameters[name, "float"]:
-            if p.inout or p.dtype is None:
-                raise ValueError(
-                    f"{name}: {p.name} must be const (an input) or an output, of a type among scalar_t, acc_t, "
-                    f"{', '.join(source.DTYPES)}"
+    def __reduce__(self):
+        for option, function in self.options.functions():
+            if getattr(function, "__name__", "") == "<lambda>":
+                raise TypeError(
+                    f"{self} cannot be pickled: {option}= has a lambda, which pickle does not take. Use a function "
+                    "that a module defines by def"
                 )
-            if not p.pointer and (p.name in self._generic(name) or TORCH.get(p.dtype) == torch.bfloat16):
-                raise ValueError(f"{name}: {p.name} is a number of type scalar_t or bf16_t; declare it acc_t")
+        return Operator, (self.options,)
 
-    def _check_forward(self, saved):
-        self._check_types(self.forward)
-        if not self.inputs or not self.returned:
-            raise ValueError(
-                f"{self.forward} needs an input (a const pointer) and an output (a pointer) that it returns; its "
-                f"inputs: {', '.join(self.inputs) or 'none'}, outputs: {', '.join(self.returned) or 'none'}"
-            )
-        unknown = [name for name in saved if name not in self.outputs]
-        if unknown:
-            raise ValueError(f"saved={unknown}: the outputs of {self.forward} are {', '.join(self.outputs)}")
-        declared = {p.name for parameters in self.parameters.values() for p in parameters if not p.pointer}
-        unknown = [name for name in self.sizes if name not in declared]
-        if unknown:
-            raise ValueError(f"sizes={unknown}: the numbers that the kernels take are {', '.join(sorted(declared))}")
+    @property
+    def text(self) -> str:
+        """The CUDA C that it was made from."""
+        return self.options.text
 
-    def _check_backward(self, name, constants, results, numbers, known):
-        gradients = [f"d{input}" for input in self.inputs]
-        for kind, names, allowed in (
-            ("const pointer", constants, (*known, *(f"d{output}" for output in self.returned))),
-            ("pointer", results, gradients),
-            ("number", numbers, ("size", *self.numbers, *self.sizes)),
-        ):
-            for parameter in names:
-                if parameter not in allowed:
-                    raise ValueError(
-                        f"{name}: the {kind} {parameter} matches nothing of {self.forward}; "
-                        f"a {kind} is one of {', '.join(allowed)}"
-                    )
-        if not results:
-            raise ValueError(f"{name} computes no gradient: none of {', '.join(gradients)} is its output")
+    def attributes(self, arch: str | None = None, *, shared_bytes: int = 0) -> Rows:
+        """Registers, memory and occupancy of its kernels for each type of scalar_t, see cupy_kernels.attributes."""
+        declared = self.declared
+        kernels = [declared.kernel[name, scalar] for name in self._kernels() for scalar in FLOATS.values()]
+        kernels = kernels if self._varies() else kernels[:: len(FLOATS)]
+        return inspection.rows(kernels, arch, self.options.block, shared_bytes)
+
+    def ptx(self, kernel: str | None = None, dtype: torch.dtype = torch.float32, arch: str | None = None) -> str:
+        """PTX of one of its kernels, by default the last of the forward, for scalar_t of a dtype; by NVRTC."""
+        return inspection.kernel_ptx(self._kernel(kernel, dtype), arch)
+
+    def sass(self, kernel: str | None = None, dtype: torch.dtype = torch.float32, arch: str | None = None) -> str:
+        """Machine code of what `ptx` shows. BackendError if there is no nvdisasm on this machine."""
+        return inspection.kernel_sass(self._kernel(kernel, dtype), arch)
+
+    def _kernels(self):
+        return dict.fromkeys((*self.options.forward, *self.declared.kernels))
+
+    def _varies(self):
+        """Whether scalar_t or acc_t is among the types, so that each dtype has a kernel of its own."""
+        return any(
+            self.declared.parameters[name, "float"] != self.declared.parameters[name, scalar]
+            for name in self._kernels()
+            for scalar in FLOATS.values()
+        )
+
+    def _kernel(self, name, dtype):
+        name = self.declared.name if name is None else name
+        if name not in self._kernels():
+            raise ValueError(f"{self} runs the kernels {', '.join(self._kernels())}; received {name!r}")
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype is what scalar_t stands for, one of {', '.join(map(str, FLOATS))}; {dtype} is not")
+        return self.declared.kernel[name, FLOATS[dtype]]
+
+    def __call__(self, *args, **options):
+        if is_dynamo_compiling():
+            from .inline_registered import in_graph  # a second to import
+
+            return in_graph(self.key, *args, **options)
+        if recorders.may_record() and not torch.jit.is_tracing():  # that does not take every type, and is refused
+            from .inline_registered import registered
+
+            return registered(self)(*args, **options)
+        return self._call(*args, **options)
 
     @untraced
-    def __call__(self, *args, **options):
-        try:
-            values = self.__signature__.bind(*args, **options).arguments
-        except TypeError as error:
-            raise TypeError(f"{self}: {error}") from None
-        scalar = self._check(values)
-        # A float is a plan's to vary; numbers of other types would be told apart by ==, which 0.0 and -0.0 are not.
-        kinds = {p.name: float if p.dtype.kind == "f" else int for p in self.parameters[self.forward, scalar]}
-        numbers = {name: kinds[name](values[name]) for name in self.numbers}
-        results = _Function.apply(self, scalar, numbers, *(dense(values[name]) for name in self.inputs))
+    def _call(self, *args, **options):
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{self}: vmap, grad and other transforms of torch.func do not see kernels. Call it on the whole "
+                "batch, or on its parts: torch.stack([f(x) for x in batch]); for gradients use torch.autograd.grad"
+            )
+        scalar, device, values = checked(self.declared, args, options)
+        declared = self.declared
+        if declared.inplace:
+            return self._changing(scalar, device, values)
+        tensors = [dense(values[name]) for name in declared.tensors]
+        if will_need_grad(*tensors):
+            results = Recorded.apply(self, scalar, device, values, *tensors)
+        else:
+            found = {**values, **dict(zip(declared.tensors, tensors))}
+            self.forward(scalar, device, found)
+            results = tuple(found[name] for name in declared.returned)
         return results[0] if len(results) == 1 else results
 
-    def _check(self, values):
-        """TypeError unless the arguments are what the kernel declares. Returns what scalar_t is for them."""
-        for name in self.inputs:
-            if not isinstance(values[name], torch.Tensor):
-                raise TypeError(f"{self.forward}: {name} must be a tensor, received {type(values[name]).__name__}")
-        generic = {name: values[name] for name in self.generic}
-        check_floating(**generic)
-        scalar = next((FLOATS[tensor.dtype] for tensor in generic.values()), "float")
-        for p in self.parameters[self.forward, scalar]:
-            value = values.get(p.name)
-            if p.name in self.inputs and value.dtype != TORCH[p.dtype]:
-                raise TypeError(f"{self.forward}: {p.name} must be {TORCH[p.dtype]}, received {value.dtype}")
-            if p.name in self.numbers:
-                _check_number(f"{self.forward}: {p.name}", p.dtype, value)
-        return scalar
+    def _changing(self, scalar, device, values):
+        """A call that changes arguments in place.
 
-    def shapes(self, arguments):
+        Where autograd records it, the kernels work on a copy, which torch's own copy_ brings back: that knows views and
+        versions, and refuses what cannot be changed before it changes anything.
+        """
+        declared = self.declared
+        tensors = {name: dense(values[name]) for name in declared.tensors}
+        recorded = will_need_grad(*tensors.values())
+        check_changeable(declared, values, recorded)
+        if recorded:
+            results = dict(zip(declared.returned, Recorded.apply(self, scalar, device, values, *tensors.values())))
+        else:
+            results = {**values, **apart(declared, tensors)}
+            self.forward(scalar, device, results)
+        return self.changed(values, results)
+
+    def changed(self, values: dict, results: dict):
+        """What a call returns; what kernels made of an argument in other memory is copied into it."""
+        for name in self.declared.inplace:
+            if results[name] is not values[name]:
+                values[name].copy_(results[name])
+            elif not values[name].is_inference():  # those have no version
+                torch.autograd.graph.increment_version(values[name])
+            results[name] = values[name]
+        found = tuple(results[name] for name in self.declared.returned)
+        return found[0] if len(found) == 1 else found
+
+    def facts(self, values: dict) -> Facts:
+        """What follows from the arguments alone."""
+        options, declared = self.options, self.declared
+        arguments = [values[name] for name in declared.arguments]
+        numbers = {name: values[name] for name in declared.numbers}
+        numbers.update((name, size(*arguments)) for name, size in options.sizes.items())
+        grids = {name: blocks(name, grid(*arguments)) for name, grid in declared.grid.items()}
+        shapes = {name: shape(f"workspace= of {name}", f(*arguments)) for name, f in options.workspace.items()}
+        return Facts(numbers, grids, shapes)
+
+    def shapes(self, values: dict) -> dict[str, tuple]:
         """{output: shape}"""
-        shape = self.output(*arguments) if self.output else arguments[self.arguments.index(self.inputs[0])].shape
-        shapes = shape if isinstance(shape, dict) else dict.fromkeys(self.outputs, shape)
-        if set(shapes) != set(self.outputs):
-            raise ValueError(f"output= gave shapes of {', '.join(shapes)}; outputs are {', '.join(self.outputs)}")
-        return shapes
+        declared = self.declared
+        if self.options.output is None:
+            return dict.fromkeys(declared.outputs, values[declared.tensors[0]].shape)
+        given = self.options.output(*(values[name] for name in declared.arguments))
+        shapes = given if isinstance(given, dict) else dict.fromkeys(declared.outputs, given)
+        if set(shapes) != set(declared.outputs):
+            raise ValueError(f"output= gave shapes of {', '.join(shapes)}; outputs are {', '.join(declared.outputs)}")
+        return {name: shape(f"output= of {name}", given) for name, given in shapes.items()}
 
-    def settled(self, arguments, numbers):
-        """(numbers, those of sizes= among them; {kernel: its blocks, where grid= says})"""
-        numbers = {**numbers, **{name: size(*arguments) for name, size in self.sizes.items()}}
-        return numbers, {name: _blocks(name, grid(*arguments)) for name, grid in self.grid.items()}
+    def forward(self, scalar: str, device: torch.device, values: dict) -> Facts:
+        """Runs the forward's kernels on dense tensors. Outputs join `values`; INOUT arguments are changed."""
+        declared, shapes, facts = self.declared, self.shapes(values), self.facts(values)
+        for name, given in {**shapes, **facts.workspace}.items():
+            if (name, scalar) in declared.dtypes:  # else it is the backward's
+                values[name] = torch.empty(given, dtype=declared.dtypes[name, scalar], device=device)
+        for kernel in self.options.forward:
+            self._start(kernel, scalar, values, facts)
+        return facts
 
-    def run(self, name, scalar, tensors, numbers, grid):
-        """Starts one kernel; `tensors` and `numbers` by name."""
-        parameters = self.parameters[name, scalar]
-        size = next(tensors[p.name].numel() for p in parameters if p.pointer and not p.const)
-        numbers = {"size": size, **numbers}
-        args = [tensors[p.name] if p.pointer else numbers[p.name] for p in parameters]
+    def gradients(self, scalar: str, facts: Facts, tensors: dict, empty: dict, wanted) -> dict[str, torch.Tensor]:
+        """Runs those kernels of the backward that `wanted` needs. {gradient: tensor} of all that they compute.
+
+        tensors: gradients of results, and what was kept. empty: {gradient: function that allocates it}.
+        """
+        declared, results, scratch, read = self.declared, {}, {}, {}
+        for kernel in self.needed(wanted):
+            written = declared.written_by(kernel)
+            for p in declared.parameters[kernel, scalar]:
+                if p.name not in written or p.name in results or p.name in scratch:
+                    continue
+                if p.name in facts.workspace:
+                    shape, device = facts.workspace[p.name], next(iter(tensors.values())).device
+                    scratch[p.name] = torch.empty(shape, dtype=TORCH[p.dtype], device=device)
+                else:
+                    results[p.name] = tensors[p.name].clone() if p.inout else empty[p.name]()
+            given = {**tensors, **scratch, **{name: results[name] for name in written if name in results}}
+            self._start(kernel, scalar, given, facts)
+            sources = {n for name in declared.read_by(kernel) for n in read.get(name, {name})} & tensors.keys()
+            read.update((name, read.get(name, set()) | sources) for name in written)
+        if torch.is_grad_enabled():
+            for name, result in results.items():
+                results[name] = Once.apply(self.__name__, result, *(tensors[source] for source in sorted(read[name])))
+        return results
+
+    def needed(self, wanted):
+        """Kernels of the backward that compute something wanted, and those that write what these read."""
+        wanted, found = set(wanted), []
+        for kernel in reversed(self.declared.kernels):
+            if wanted.intersection(self.declared.written_by(kernel)):
+                found.insert(0, kernel)
+                wanted.update(set(self.declared.read_by(kernel)).intersection(self.options.workspace))
+        return found
+
+    def all_gradients(self, wanted, values, kernels) -> list[torch.Tensor | None]:
+        """Of each tensor argument, None if not wanted. kernels(wanted): `gradients`. values: tensors and numbers."""
+        declared = self.declared
+        results = kernels(wanted) if self.needed(wanted) else {}
+        for entry in (entry for entry in self.options.backward if isinstance(entry, Operator)):
+            if set(entry.declared.returned).intersection(wanted):
+                made = entry(**{name: values[name] for name in entry.declared.arguments})
+                results.update(zip(entry.declared.returned, made if isinstance(made, tuple) else (made,)))
+        missing = [gradient for gradient in wanted if gradient not in results]
+        if missing:
+            raise RuntimeError(
+                f"{self.__name__} has no gradient {', '.join(missing)}: no kernel of backward={declared.kernels} "
+                "writes it. Write one, or pass the argument without requires_grad (x.detach())"
+            )
+        return [results[f"d{name}"] if f"d{name}" in wanted else None for name in declared.tensors]
+
+    def _start(self, name, scalar, values, facts):
+        """Starts one kernel."""
+        parameters = self.declared.parameters[name, scalar]
+        size = next(values[p.name].numel() for p in parameters if p.pointer and not p.const)
+        numbers = {"size": size, **facts.numbers}
+        args = [values[p.name] if p.pointer else numbers[p.name] for p in parameters]
         for p in parameters:
-            if p.name in self.sizes:
-                _check_number(f"{name}: {p.name}, which sizes= gives,", p.dtype, numbers[p.name])
-        grid = (ceil_div(size, self.block), 1, 1) if grid is None else grid
+            if p.name in self.options.sizes:
+                check_number(f"{name}: {p.name}, which sizes= gives,", p.dtype, numbers[p.name])
+        block = self.options.block
+        grid = facts.grids.get(name) or (ceil_div(size, block), 1, 1)
         if 0 in grid and size:
             raise ValueError(f"grid= gave {grid} blocks for {name}, whose output has {size} elements: none would run")
-        run(_launch, self._kernel(name, scalar), grid, self.block, *args)
+        run(_launch, self.declared.kernel[name, scalar], grid, block, *args)
 
 
 def _launch(kernel, grid, block, *args):
     launch(kernel, grid, (block, 1, 1), args)
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, op, scalar, numbers, *inputs):
-        tensors = dict(zip(op.inputs, inputs))
-        arguments = [numbers[name] if name in numbers else tensors[name] for name in op.arguments]
-        shapes = op.shapes(arguments)
-        numbers, grids = op.settled(arguments, numbers)
-        for p in op.parameters[op.forward, scalar]:
-            if p.name in op.outputs:
-                tensors[p.name] = torch.empty(shapes[p.name], dtype=TORCH[p.dtype], device=inputs[0].device)
-        op.run(op.forward, scalar, tensors, numbers, grids.get(op.forward))
-        ctx.op, ctx.scalar, ctx.numbers, ctx.grids = op, scalar, numbers, grids
-        ctx.empty = [partial(torch.empty, x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-        ctx.save_for_backward(*(tensors[name] for name in op.kept))
-        results = tuple(tensors[name] for name in op.returned)
-        ctx.mark_non_differentiable(*(y for y in results if not y.is_floating_point()))
-        return results
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        op = ctx.op
-        wanted = [f"d{name}" for name, needed in zip(op.inputs, ctx.needs_input_grad[3:]) if needed]
-        empty = {f"d{name}": make for name, make in zip(op.inputs, ctx.empty)}
-        # Names of saved tensors go last: an input may be called dy.
-        tensors = {f"d{name}": dense(g) for name, g in zip(op.returned, gradients)}
-        tensors.update(zip(op.kept, ctx.saved_tensors))
-        results = {}
-        for name in op.backward:
-            written = [p.name for p in op.parameters[name, ctx.scalar] if p.pointer and not p.const]
-            if set(written).intersection(wanted):
-                made = {gradient: empty[gradient]() for gradient in written}
-                op.run(name, ctx.scalar, {**tensors, **made}, ctx.numbers, ctx.grids.get(name))
-                if torch.is_grad_enabled():
-                    read = [tensors[p.name] for p in op.parameters[name, ctx.scalar] if p.pointer and p.const]
-                    made = dict(zip(made, _Once.apply(op.forward, len(made), *made.values(), *read)))
-                results.update(made)
-        for entry in op.operators:
-            if set(entry.returned).intersection(wanted):
-                made = entry(**{name: {**tensors, **ctx.numbers}[name] for name in entry.arguments})
-                results.update(zip(entry.returned, made if isinstance(made, tuple) else (made,)))
-        missing = [gradient for gradient in wanted if gradient not in results]
-        if missing:
-            raise RuntimeError(
-                f"{op.forward} has no gradient {', '.join(missing)}: no kernel of backward={op.backward} writes it. "
-                "Write one, or pass the argument without requires_grad (x.detach())"
-            )
-        return None, None, None, *(results[f"d{x}"] if f"d{x}" in wanted else None for x in op.inputs)
-
-
-class _Once(torch.autograd.Function):
-    """Gradients that kernels computed of `read`, the last arguments. Differentiating them again raises."""
-
-    @staticmethod
-    def forward(ctx, name, count, *tensors):
-        ctx.name = name
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            f"the gradient of {ctx.name} is computed by a kernel, which cannot be differentiated: for second "
-            "derivatives give an operator with a backward of its own in backward=, see modelnew.inline.operator"
-        )

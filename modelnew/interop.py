@@ -65,7 +65,11 @@ NUMPY = {
     torch.float64: np.dtype(np.float64),
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: np.dtype(np.int16),
+    torch.bool: np.dtype(np.bool_),
+    torch.int8: np.dtype(np.int8),
     torch.uint8: np.dtype(np.uint8),
+    torch.uint32: np.dtype(np.uint32),
+    torch.uint64: np.dtype(np.uint64),
     torch.int32: np.dtype(np.int32),
     torch.int64: np.dtype(np.int64),
 }

@@ -41,15 +41,15 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
                 values = (*args, *options.values())
                 if has_torch_function(values):
                     return handle_torch_function(call, values, *args, **options)
-                if _dispatches(values):
+                if _dispatches(values) and function.__name__ in traced:
                     return _of_library(function, args, options)
-            if recorders.present():
+            if recorders.present() and function.__name__ in traced:
                 return _of_library(function, args, options)
             return function(*args, **options)
         except UnsupportedError:
             raise
         except Exception as error:
-            if not _meta(args, options):
+            if function.__name__ not in traced or not _meta(args, options):
                 _check_tensors(function, args, options, error)
                 raise
         return _of_library(function, args, options)
@@ -60,7 +60,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 def _of_library(function, args, options):
     """Calls the operator that torch.library has for a function."""
     recorders.refuse(function.__name__)
-    if function.__name__ not in traced or options.get("peers") is not None:
+    if options.get("peers") is not None:
         raise RuntimeError(f"{function.__name__} of a synchronised batch norm cannot be recorded or transformed")
     return traced[function.__name__](*args, **options)
 

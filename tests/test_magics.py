@@ -71,6 +71,47 @@ def test_a_right_cell_stays_until_reset(run, device):
     assert not source.overridden()
 
 
+def test_what_a_verdict_covers(run):
+    text, error = run(f"%%cu tanh_forward --device cpu --seconds 600\n{SLOWER}")
+    assert error is None, text
+    assert all(f"tanh, {dtype}" in text for dtype in magics.DTYPES)
+    assert "Not checked: large sizes." in " ".join(text.split())
+    assert "Races, accesses out of bounds, barriers: looked for" in " ".join(text.split())
+    assert "tanh_forward is now in force" in text
+    assert cupy_kernels.edited() == ["tanh_forward"]
+    text, _ = run(f"%%cu tanh_forward --device cpu --seconds 0\n{SLOWER}")
+    assert "Not checked: float32 odd, float32 empty, float64, float16, bfloat16," in " ".join(text.split())
+    assert "--seconds 60 takes more time" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (FORWARD.replace("tanh_of(", "(sizeof(scalar_t) == 2 ? (acc_t)0.9 : (acc_t)1) * tanh_of("), "float16"),
+        (FORWARD.replace("tanh_of(", "(size % 2 ? (acc_t)0.9 : (acc_t)1) * tanh_of("), "tanh: output"),
+        (FORWARD.replace("{", "{ if (blockIdx.x == 0 && threadIdx.x < 2) y[0] = x[0];", 1), "race"),
+        (FORWARD.replace("{", "{ if (to_acc(x[size]) == 3) return;", 1), "reads out of bounds: x["),
+    ],
+    ids=["float16", "odd", "race", "bounds"],
+)
+def test_what_float32_at_an_even_size_does_not_show(run, cell, message):
+    text, error = run(f"%%cu tanh_forward --device cpu --seconds 600\n{cell}")
+    assert error == "UsageError"
+    assert message in text, text
+    assert "Nothing was changed." in text
+    assert not source.overridden()
+
+
+def test_a_cell_to_begin_with(run, shell):
+    assert run("%cu_text tanh_forward") == ("", None)
+    (payload,) = [p for p in shell.payload_manager.read_payload() if p["source"] == "set_next_input"] or [None]
+    assert (payload["text"] if payload else shell.rl_next_input) == f"%%cu tanh_forward\n{FORWARD}"
+    shell.payload_manager.clear_payload()
+    text, error = run("%cu_text tanh_forwrad")
+    assert error == "UsageError"
+    assert "did you mean tanh_forward" in text
+
+
 EDITS = itertools.count()
 SECONDS = {"cpu": 5, "cuda": 1}  # from edit to verdict; on a GPU at the model's size, in the emulator at small ones
 

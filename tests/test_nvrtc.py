@@ -4,7 +4,10 @@ import hashlib
 import itertools
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +115,19 @@ def test_every_kernel_is_declared():
 
 def test_no_variant_is_declared_twice():
     assert len(set(variants())) == len(list(variants()))
+
+
+@pytest.mark.skipif(version(11) is None, reason="no NVRTC")
+def test_the_thread_s_locale_stays():
+    script = """
+import ctypes, cupy_kernels
+nl_langinfo = ctypes.CDLL(None).nl_langinfo
+nl_langinfo.restype = ctypes.c_char_p
+encoding = lambda: nl_langinfo(14)  # CODESET
+before = encoding()
+cupy_kernels.ptx("tanh_forward", "sm_80")
+assert before == encoding() == b"UTF-8", (before, encoding())
+"""
+    environ = {**os.environ, "LC_ALL": "C.UTF-8", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

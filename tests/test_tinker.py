@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cupy_kernels
-from cupy_kernels import backend, nvrtc, source, tinker
+from cupy_kernels import backend, inspection, nvrtc, source, tinker
 from cupy_kernels.errors import BackendError, KernelCompileError
 from modelnew import ModelNew
 from modelnew.functional import tanh
@@ -403,12 +403,12 @@ def test_attributes_of_an_edit_and_for_a_block():
 
 def test_occupancy():
     used = nvrtc.Resources(registers=128, stack_bytes=0, spill_bytes=0, shared_bytes=0)
-    assert tinker.occupancy(used, 256, 0, "sm_90") == (2, 0.25)
-    assert tinker.occupancy(used._replace(registers=32), 256, 0, "sm_75") == (4, 1.0)
-    assert tinker.occupancy(used._replace(registers=32), 32, 0, "sm_86") == (16, 16 * 32 / 1536)
-    assert tinker.occupancy(used._replace(registers=255), 256, 200 << 10, "sm_90") == (1, 0.125)
-    assert tinker.occupancy(used._replace(registers=255), 256, 200 << 10, "sm_70") == (0, 0.0)
-    assert tinker.occupancy(used, 256, 0, "sm_999") is None
+    assert inspection.occupancy(used, 256, 0, "sm_90") == (2, 0.25)
+    assert inspection.occupancy(used._replace(registers=32), 256, 0, "sm_75") == (4, 1.0)
+    assert inspection.occupancy(used._replace(registers=32), 32, 0, "sm_86") == (16, 16 * 32 / 1536)
+    assert inspection.occupancy(used._replace(registers=255), 256, 200 << 10, "sm_90") == (1, 0.125)
+    assert inspection.occupancy(used._replace(registers=255), 256, 200 << 10, "sm_70") == (0, 0.0)
+    assert inspection.occupancy(used, 256, 0, "sm_999") is None
 
 
 @needs_nvrtc
@@ -419,7 +419,7 @@ def test_attributes_on_a_gpu():
     tanh(torch.ones(4, device="cuda"))  # torch's context is CuPy's
     for row in cupy_kernels.attributes("tanh", scalar_t="float"):
         used = nvrtc.Resources(row.registers, row.local_bytes, 0, row.shared_bytes)
-        known = tinker.occupancy(used, row.block, 0, tinker.default_arch())
+        known = inspection.occupancy(used, row.block, 0, inspection.default_arch())
         assert row.local_bytes == 0
         assert known is None or known[0] == row.blocks_per_sm
 
@@ -455,8 +455,8 @@ def test_sass(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setattr(tinker, "TOOLKIT", str(tmp_path))
-    monkeypatch.setattr(tinker.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(inspection, "TOOLKIT", str(tmp_path))
+    monkeypatch.setattr(inspection.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"no nvdisasm found.*pip install nvidia-cuda-nvdisasm"):
         cupy_kernels.sass("tanh_forward")
     script = f"""#!{sys.executable}
@@ -485,3 +485,19 @@ def test_sass_by_nvidia_s_tool():
         pytest.skip(str(error))
     assert "EXIT" in text
     assert "tanh_backward" not in text
+
+
+def test_text_and_marks_of_edits():
+    original = cupy_kernels.text("tanh_forward")
+    assert original == source.packaged_kernels("tanh.cu")["tanh_forward"]
+    assert cupy_kernels.text("tanh.cu") == cupy_kernels.text("tanh") == source.packaged("tanh.cu")
+    assert not any(row.edited for row in cupy_kernels.kernels("tanh"))
+    edit = original.replace("{", "{ // mine", 1)
+    with cupy_kernels.override({"tanh_forward": edit, "tanh_backward": {"acc_t": "double"}}):
+        assert cupy_kernels.text("tanh_forward") == edit
+        assert cupy_kernels.edited() == ["tanh_backward", "tanh_forward"]
+        marked = {row.name: row.edited for row in cupy_kernels.kernels() if row.edited}
+        assert marked == {"tanh_forward": "tanh_forward", "tanh_backward": "tanh_backward"}
+        assert "edited" in repr(cupy_kernels.kernels("tanh"))
+    assert cupy_kernels.edited() == []
+    assert "edited" not in repr(cupy_kernels.kernels("tanh"))

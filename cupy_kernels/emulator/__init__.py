@@ -31,7 +31,7 @@ from .. import cache, forks, nvrtc
 from ..backend import Backend
 from ..errors import BackendError, EmulatorError, KernelCompileError
 from ..source import MACROS, Kernel, compile_error, declarations, is_packaged, unit
-from . import lines
+from . import lines, messages
 
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti")
 FLAGS += ("-fvisibility=hidden",)  # or a kernel named like a function of libc would call that one
@@ -169,7 +169,12 @@ def _run(packed) -> None:
 
 def _with_lines(message, library):
     """The message with "file:line" in place of <byte of the library>."""
-    return re.sub("<([0-9a-f]+)>", lambda m: lines.line(library, int(m[1], 16) - 1) or "?", message)
+
+    def place(match):
+        found = lines.line(library, int(match[1], 16) - 1) or "?"
+        return "in a function of CUDA that it calls" if messages.is_internal(found) else found
+
+    return re.sub("<([0-9a-f]+)>", place, message)
 
 
 def _seed() -> int:
@@ -271,7 +276,7 @@ def _build(kernel: Kernel, text: str, command: list[str]) -> bytes:
     except (OSError, subprocess.CalledProcessError) as error:
         log = (getattr(error, "stderr", None) or b"").decode(errors="replace")
         if kernel and _ERROR_OF_TEXT.search(log):
-            raise compile_error(kernel, log) from None
+            raise compile_error(kernel, messages.of_text(log)) from None
         raise BackendError(
             f"the C++ compiler {shlex.join(compiler())} failed, for no error in {kernel or 'a kernel'}: {error}\n{log}"
             "CUPY_KERNELS_CXX chooses another compiler, TMPDIR the folder that it works in"

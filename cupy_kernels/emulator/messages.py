@@ -1,0 +1,45 @@
+"""What the emulator says of a kernel, in terms of the kernel's own text. The emulator's stands before it."""
+
+import re
+
+INTERNAL = ("kernel.cpp", "cuda.h", "intrinsics.h", "emulator_entries")  # files that a user has not written
+
+_MESSAGE = re.compile(r"^(?P<place>\S+?:\d+(?::\d+)?): (?P<kind>(?:fatal )?error|note|warning): (?P<what>.*)$")
+_CONTEXT = re.compile(r"^(?P<place>\S+?:\d+(?::\d+)?):\s+required from ")
+_SNIPPET = re.compile(r"^\s*\d* \|")
+
+
+def is_internal(place: str) -> bool:
+    """Whether a file, or a place in it, is the emulator's own."""
+    return place.partition(":")[0].rpartition("/")[2] in INTERNAL
+
+
+def of_text(log: str) -> str:
+    """A host compiler's log without what it says of INTERNAL. An error there gets the place in the text that led to it.
+
+    gcc says that place in a line before ("required from here") or behind ("in expansion of macro"), clang in the error.
+    """
+    kept, led, error, skipping = [], None, None, False  # error: where in `kept` one without a place stands
+    for line in log.splitlines():
+        message, context = _MESSAGE.match(line), _CONTEXT.match(line)
+        if context and not is_internal(context["place"]):
+            led = context["place"]
+        if message and not is_internal(message["place"]):
+            skipping = False
+            if error is not None and message["kind"] == "note" and "macro" in message["what"]:
+                kept[error] = f"{message['place']}: {kept[error]}"
+                error = None
+                continue
+            kept.append(line)
+        elif message:
+            skipping = True
+            if "error" in message["kind"]:
+                place = f"{led}: " if led else ""
+                error = None if led else len(kept)
+                kept.append(f"{place}{message['kind']}: {message['what']}")
+        elif not (skipping and _SNIPPET.match(line)) and not is_internal(
+            line.strip().removeprefix("In file included from ")
+        ):
+            kept.append(line)
+        led = None if message else led
+    return "\n".join(kept) + "\n"

@@ -1,0 +1,146 @@
+"""The arguments of one call of an inline operator: checked, and by name. See `inline.operator`."""
+
+import numbers
+from collections.abc import Sequence
+
+import torch
+
+from .inline_declaration import BROADCAST, Declaration
+from .interop import FLOATS, check_floating
+
+
+def checked(declared: Declaration, args, options) -> tuple[str, torch.device, dict]:
+    """(what scalar_t is, device, {argument: value}) of a call. ValueError and TypeError as `inline.operator` says."""
+    if not options and len(args) == len(declared.arguments):
+        values = dict(zip(declared.arguments, args))
+    else:
+        try:
+            bound = declared.signature.bind(*args, **options)
+        except TypeError as error:
+            raise TypeError(f"{declared}: {error}") from None
+        bound.apply_defaults()
+        values = bound.arguments
+    for name in declared.tensors:
+        value = values[name]
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{declared.name}: {name} must be a tensor, received {type(value).__name__}")
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "a nested tensor; use its parts" if value.is_nested else f"layout {value.layout}; use .to_dense()"
+            raise TypeError(f"{declared.name}: {name} must be a dense tensor, received {kind}")
+    scalar = _scalar(declared, values)
+    for name in declared.tensors:
+        if values[name].dtype != declared.dtypes[name, scalar]:
+            wanted = declared.dtypes[name, scalar]
+            raise TypeError(f"{declared.name}: {name} must be {wanted}, received {values[name].dtype}")
+    for name, dtype in declared.numbers.items():
+        check_number(f"{declared.name}: {name}", dtype, values[name])
+        if not isinstance(values[name], torch.SymInt | torch.SymFloat):
+            # A float is a plan's to vary; numbers of other types would be told apart by ==, which 0.0 and -0.0 are not.
+            values[name] = _KINDS.get(dtype.kind, int)(values[name])
+    device = _device(values.pop("device", None)) if not declared.tensors else values[declared.tensors[0]].device
+    _check_shapes(declared, values)
+    return scalar, device, values
+
+
+_KINDS = {"f": float, "b": bool}  # by the kind of a NumPy dtype; of all others int
+
+
+def check_number(what: str, dtype, value) -> None:
+    """TypeError unless the value is a number of the kind that a kernel's parameter of the NumPy dtype is."""
+    allowed = {"f": numbers.Real | torch.SymFloat | torch.SymInt, "b": bool}
+    if not isinstance(value, allowed.get(dtype.kind, numbers.Integral | torch.SymInt)):
+        raise TypeError(f"{what} must be a number of kind {dtype}, received {value!r}")
+
+
+def _scalar(declared, values):
+    if declared.typed:
+        dtype = values.pop("dtype", None) or torch.get_default_dtype()
+        if dtype not in FLOATS:
+            raise TypeError(f"{declared.name}: dtype must be float32, float64, float16 or bfloat16, received {dtype!r}")
+        return FLOATS[dtype]
+    check_floating(**{name: values[name] for name in declared.generic})
+    return FLOATS[values[declared.generic[0]].dtype] if declared.generic else "float"
+
+
+def _device(device):
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _check_shapes(declared, values):
+    """ValueError for an input of another shape than declared. Those to broadcast are."""
+    rules = declared.options.shapes
+    if len(declared.tensors) < 2 and not rules:
+        return
+    first = values[declared.tensors[0]].shape
+    for name in declared.tensors:
+        tensor, rule = values[name], rules.get(name, first)
+        if rule == BROADCAST:
+            try:
+                values[name] = tensor.expand(first)
+            except RuntimeError:
+                raise ValueError(
+                    f"{declared}: {name} of shape {tuple(tensor.shape)} cannot be broadcast to {declared.tensors[0]}, "
+                    f"of shape {tuple(first)}"
+                ) from None
+        elif rule is not None:
+            wanted = rule
+            if callable(rule):
+                wanted = shape(f"shapes= of {name}", rule(*(values[name] for name in declared.arguments)))
+            if len(wanted) != tensor.dim() or not all(n in (None, m) for n, m in zip(wanted, tensor.shape)):
+                hint = "" if name in rules else f", as {declared.tensors[0]} has (shapes= can allow another)"
+                expected = ", ".join("any" if n is None else str(n) for n in wanted) + "," * (len(wanted) == 1)
+                raise ValueError(
+                    f"{declared}: {name} must have shape ({expected}){hint}; received {tuple(tensor.shape)}"
+                )
+
+
+def shape(what: str, value) -> tuple:
+    """What an option gave, as a shape. TypeError if it is none."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{what} gave {value!r}: a shape is a tuple of ints, as in x.shape or (3,)")
+    return tuple(value)
+
+
+def blocks(kernel: str, value) -> tuple[int, int, int]:
+    """What grid= gave for a kernel, as three numbers of blocks. TypeError if it cannot be."""
+    found = tuple(value) if isinstance(value, Sequence) else (value,)
+    if len(found) > 3 or not all(isinstance(n, numbers.Integral | torch.SymInt) for n in found):
+        raise TypeError(f"grid= gave {value!r} for {kernel}: the number of blocks is an int, or up to three")
+    return (*found, 1, 1)[:3]
+
+
+def check_changeable(declared: Declaration, values: dict, recorded: bool) -> None:
+    """RuntimeError for arguments that must not be changed in place. recorded: autograd records the call."""
+    for name in declared.inplace:
+        tensor = values[name]
+        if recorded and tensor.requires_grad and tensor.is_leaf:
+            raise RuntimeError(
+                f"{declared} changes {name} in place, which is a leaf that requires grad: pass {name}.clone(), or call "
+                "it under torch.no_grad()"
+            )
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{declared} changes {name} in place, a tensor made under torch.inference_mode(): pass {name}.clone()"
+            )
+
+
+def apart(declared: Declaration, tensors: dict) -> dict:
+    """Dense tensors as the kernels take them: a copy of what lies in memory that a kernel changes.
+
+    ValueError for two arguments that are changed and share memory.
+    """
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        for changed in declared.inplace:
+            if changed != name and _overlap(tensor, tensors[changed]):
+                if name in declared.inplace:
+                    raise ValueError(f"{declared} changes {changed} and {name}, which share memory; pass a clone")
+                found[name] = tensor.clone()
+    return found
+
+
+def _overlap(a, b):
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes

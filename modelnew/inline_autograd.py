@@ -1,0 +1,59 @@
+"""What autograd sees of an inline operator's call."""
+
+from functools import partial
+
+import torch
+
+from .interop import dense
+
+
+class Recorded(torch.autograd.Function):
+    """The call's kernels, on copies of the arguments that they change."""
+
+    @staticmethod
+    def forward(ctx, op, scalar, device, values, *inputs):
+        declared = op.declared
+        values = {**values, **dict(zip(declared.tensors, inputs))}
+        for name in declared.inplace:
+            values[name] = values[name].clone()
+        ctx.op, ctx.scalar, ctx.facts = op, scalar, op.forward(scalar, device, values)
+        ctx.numbers = {name: values[name] for name in declared.numbers}
+        ctx.empty = {
+            f"d{name}": partial(torch.empty, x.shape, dtype=x.dtype, device=x.device)
+            for name, x in zip(declared.tensors, inputs)
+        }
+        ctx.save_for_backward(*(values[name] for name in declared.kept))
+        results = tuple(values[name] for name in declared.returned)
+        ctx.mark_non_differentiable(*(y for y in results if not y.is_floating_point()))
+        return results
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        op, declared = ctx.op, ctx.op.declared
+        wanted = [f"d{name}" for name, needed in zip(declared.tensors, ctx.needs_input_grad[4:]) if needed]
+        # Names of saved tensors go last: an input may be called dy.
+        tensors = {f"d{name}": dense(g) for name, g in zip(declared.returned, gradients)}
+        tensors.update(zip(declared.kept, ctx.saved_tensors))
+        kernels = partial(op.gradients, ctx.scalar, ctx.facts, tensors, ctx.empty)
+        return None, None, None, None, *op.all_gradients(wanted, {**tensors, **ctx.numbers}, kernels)
+
+
+class Once(torch.autograd.Function):
+    """A gradient that kernels computed of `read`. Differentiating it again raises."""
+
+    @staticmethod
+    def forward(ctx, name, gradient, *read):
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        refuse_second_derivatives(ctx.name)
+
+
+def refuse_second_derivatives(name: str):
+    """RuntimeError for whoever differentiates a gradient that kernels computed."""
+    raise RuntimeError(
+        f"the gradient of {name} is computed by a kernel, which cannot be differentiated: for second derivatives give "
+        "an operator with a backward of its own in backward=, see modelnew.inline.operator"
+    )

@@ -1,0 +1,280 @@
+"""What an inline operator's text and options say of its arguments and results, and the errors where they do not fit."""
+
+import inspect
+import keyword
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from cupy_kernels import source
+from cupy_kernels.common import scalar_macros
+from cupy_kernels.launch import MAX_THREADS
+from cupy_kernels.source import Kernel, signature
+
+from .interop import FLOATS, TORCH
+
+BROADCAST = "broadcast"  # what shapes= says of an input that is expanded to the shape of the first
+
+
+class Options(NamedTuple):
+    """The arguments of `inline.operator`, checked by themselves."""
+
+    text: str
+    forward: tuple[str, ...]
+    backward: tuple
+    output: Callable | None
+    shapes: dict
+    sizes: dict[str, Callable]
+    workspace: dict[str, Callable]
+    defaults: dict
+    grid: Callable | dict[str, Callable] | None
+    block: int
+    saved: tuple[str, ...]
+    defines: dict[str, str | int]
+
+    @classmethod
+    def checked(cls, operator: type, text, forward, backward, **options) -> "Options":
+        """TypeError and ValueError as `inline.operator` says. operator: the type of those in `backward`."""
+        forward, saved = _names("forward", forward), _names("saved", options.pop("saved"))
+        backward = _names("backward", backward, operator)
+        for name in ("shapes", "sizes", "workspace", "defaults", "defines"):
+            if not isinstance(options[name], dict | None):
+                raise TypeError(f"{name}= is a dict, received {options[name]!r}")
+            options[name] = options[name] or {}
+        found = cls(text=text, forward=forward, backward=backward, saved=saved, **options)
+        for name, kind in (("text", str), ("block", int)):
+            if not isinstance(getattr(found, name), kind):
+                raise TypeError(f"{name} is of type {kind.__name__}, received {getattr(found, name)!r}")
+        if not forward:
+            raise ValueError("forward= names no kernel")
+        for option, function in found.functions():
+            if not callable(function):
+                raise TypeError(
+                    f"{option}= takes functions of the operator's arguments, as in lambda x: ...; received {function!r}"
+                )
+        if not 0 < found.block <= MAX_THREADS:
+            raise ValueError(f"block must be 1 to {MAX_THREADS} threads, received {found.block}")
+        for name in found.defines:
+            if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
+                raise ValueError(f"defines= is {{macro: value}}, and {name!r} is no name of a macro")
+        return found
+
+    def functions(self) -> list[tuple[str, Callable]]:
+        """(option, function) of all functions."""
+        single = [("output", self.output)] if self.output is not None else []
+        shapes = {name: shape for name, shape in self.shapes.items() if shape is not None and shape != BROADCAST}
+        grid = self.grid if isinstance(self.grid, dict) else {} if self.grid is None else {"": self.grid}
+        several = {"shapes": shapes, "sizes": self.sizes, "workspace": self.workspace, "grid": grid}
+        return single + [(option, f) for option, functions in several.items() for f in functions.values()]
+
+
+def _names(option, names, *others):
+    kinds = (str, *others)
+    names = (names,) if isinstance(names, kinds) else names
+    if not isinstance(names, Iterable) or not all(isinstance(name, kinds) for name in names):
+        raise TypeError(f"{option}= is a name{' or an operator' if others else ''}, or several, received {names!r}")
+    return tuple(names)
+
+
+class Declaration:
+    """What an operator takes and gives, by name.
+
+    tensors: arguments that are tensors; of these, `inplace` are changed.
+    numbers: {argument that is a number: its NumPy dtype}.
+    arguments: all of them, in the order of the text.
+    outputs: what is allocated. returned: outputs and changed arguments that the function returns.
+    generic: those of `tensors` that are of type scalar_t.
+    typed: whether an output is of type scalar_t or acc_t and no argument says which; the function takes dtype= then.
+    kept: what the backward reads of the forward's tensors.
+    kernel, parameters: {(name, what scalar_t is): a kernel, its parameters}.
+    """
+
+    def __init__(self, options: Options):
+        self.options, self.name = options, options.forward[-1]
+        self.kernels = tuple(entry for entry in options.backward if isinstance(entry, str))  # those of the backward
+        self.operators = tuple(entry.declared for entry in options.backward if not isinstance(entry, str))
+        defines = source.texts(options.defines)
+        self.file = source.add(self.name, options.text)
+        grid, mine = options.grid, (*options.forward, *self.kernels)
+        self.grid = grid if isinstance(grid, dict) else dict.fromkeys(mine, grid) if grid else {}
+        for name in (*mine, *self.grid):
+            if name not in source.kernel_names(self.file):
+                there = ", ".join(source.kernel_names(self.file)) or "none"
+                raise ValueError(
+                    f"the text has no kernel {name!r}; it has {there}. "
+                    'Kernels are written: extern "C" __global__ void name(...)'
+                )
+        self.kernel: dict[tuple[str, str], Kernel] = {
+            (name, scalar): Kernel(self.file, name, tuple({**dict(scalar_macros(scalar)), **defines}.items()))
+            for name in mine
+            for scalar in FLOATS.values()
+        }
+        self.parameters = {key: signature(kernel) for key, kernel in self.kernel.items()}
+        self.dtypes: dict[tuple[str, str], torch.dtype] = {}  # {(name, scalar): dtype} of what forward points to
+        self.tensors, self.inplace, self.outputs, self.arguments = [], [], [], []
+        self.numbers = {}
+        written = set()
+        for name in options.forward:
+            self._check_types(name)
+            written.update([p.name for p in self._declared(name) if self._forward_parameter(name, p, written)])
+        self.returned = [name for name in self.dtypes_of("float") if name in (*self.inplace, *self.outputs)]
+        self.returned = [name for name in self.returned if name not in options.saved]
+        dtypes = {name: [self.dtypes[name, scalar] for scalar in FLOATS.values()] for name in self.dtypes_of("float")}
+        self.generic = [name for name in self.tensors if len(set(dtypes[name])) == len(FLOATS)]
+        self.typed = not self.generic and any(len(set(dtypes[name])) > 1 for name in self.outputs)
+        self._check_options()
+        known = (*self.tensors, *self.outputs)
+        made = set()
+        for name in self.kernels:
+            self._check_types(name)
+            self._check_backward_kernel(name, known, made)
+        for entry in self.operators:  # autograd does not see outputs that are not returned
+            visible = (*self.tensors, *self.returned)
+            self._check_backward(entry.name, entry.tensors, entry.returned, entry.numbers, visible, ())
+        used = {p.name for name in self.kernels for p in self._declared(name) if p.pointer}
+        used.update(name for entry in self.operators for name in entry.tensors)
+        self.kept = [name for name in known if name in used]
+        self.signature = self._signature()
+
+    def __repr__(self):
+        return f"{self.name}{self.signature}"
+
+    def dtypes_of(self, scalar: str) -> dict[str, torch.dtype]:
+        """{name: dtype} of all that the forward's kernels point to."""
+        return {name: dtype for (name, known), dtype in self.dtypes.items() if known == scalar}
+
+    def written_by(self, kernel: str) -> list[str]:
+        """What a kernel writes or changes."""
+        return [p.name for p in self._declared(kernel) if p.pointer and not p.const]
+
+    def read_by(self, kernel: str) -> list[str]:
+        """What a kernel reads or changes."""
+        return [p.name for p in self._declared(kernel) if p.pointer and (p.const or p.inout)]
+
+    def _declared(self, kernel):
+        return self.parameters[kernel, "float"]
+
+    def _forward_parameter(self, kernel, p, written) -> bool:
+        """Finds out what a parameter is; whether the kernel writes it. written: by the kernels before."""
+        name, options = p.name, self.options
+        if keyword.iskeyword(name):
+            raise ValueError(f"{kernel}: {name} is a word of Python, which names no argument; rename it, as in {name}_")
+        if not p.pointer:
+            if name not in ("size", *options.sizes, *self.arguments):
+                self.numbers[name] = p.dtype
+                self.arguments.append(name)
+            return False
+        for scalar in FLOATS.values():
+            same = next(q for q in self.parameters[kernel, scalar] if q.name == name)
+            self.dtypes.setdefault((name, scalar), TORCH[same.dtype])
+        if name in options.workspace:
+            if (p.const or p.inout) and name not in written:
+                raise ValueError(f"{kernel} reads the workspace {name}, which no kernel before it has written")
+        elif (p.const or p.inout) and name not in written:
+            if name not in self.tensors:
+                self.tensors.append(name)
+                self.arguments.append(name)
+            if p.inout and name not in self.inplace:
+                self.inplace.append(name)
+        elif not (p.const or p.inout):
+            if name in self.tensors:
+                raise ValueError(f"{kernel} writes {name}, an argument: a kernel that changes it declares it INOUT")
+            if name not in self.outputs:
+                self.outputs.append(name)
+        return not p.const
+
+    def _check_types(self, name):
+        """ValueError for a parameter that nothing can be passed to."""
+        half, bf16 = self.parameters[name, "half_t"], self.parameters[name, "bf16_t"]
+        for p, h, b in zip(self._declared(name), half, bf16):
+            if p.dtype is None:
+                raise ValueError(
+                    f"{name}: {p.name} must point to a type among scalar_t, acc_t, {', '.join(source.DTYPES)}"
+                )
+            if not p.pointer and (h.dtype != b.dtype or TORCH[p.dtype] == torch.bfloat16):
+                raise ValueError(f"{name}: {p.name} is a number of type scalar_t or bf16_t; declare it acc_t")
+
+    def _check_options(self):
+        """ValueError for options that name what the kernels do not have."""
+        options, name = self.options, self.name
+        if not self.returned:
+            raise ValueError(
+                f"{name} needs an output (a pointer) that it returns, or an argument that it changes (INOUT); its "
+                f"inputs: {', '.join(self.tensors) or 'none'}, outputs: {', '.join(self.outputs) or 'none'}"
+            )
+        if not self.tensors and options.output is None:
+            raise ValueError(f"{name} has no input whose shape its output could have: give output=")
+        numbers = {p.name for parameters in self.parameters.values() for p in parameters if not p.pointer}
+        pointers = {p.name for parameters in self.parameters.values() for p in parameters if p.pointer}
+        for option, names, allowed, what in (
+            ("saved", options.saved, self.outputs, f"the outputs of {name} are"),
+            ("sizes", options.sizes, sorted(numbers), "the numbers that the kernels take are"),
+            ("shapes", options.shapes, self.tensors, f"the inputs of {name} are"),
+            ("defaults", options.defaults, self.numbers, f"the numbers that {name} takes as arguments are"),
+            ("workspace", options.workspace, sorted(pointers), "the pointers that the kernels take are"),
+        ):
+            unknown = [name for name in names if name not in allowed]
+            if unknown:
+                raise ValueError(f"{option}={unknown}: {what} {', '.join(allowed) or 'none'}")
+        for tensor in self.inplace + self.tensors[:1]:
+            if options.shapes.get(tensor) == BROADCAST:
+                reason = "is changed" if tensor in self.inplace else "is the first, whose shape the others get"
+                raise ValueError(f"shapes=: {tensor} {reason}, so it cannot be {BROADCAST!r}")
+        reserved = {"dtype", "device"} & set(self.arguments)
+        if reserved and (self.typed or not self.tensors):
+            raise ValueError(
+                f"{name} takes dtype= and device= itself: give its number {', '.join(reserved)} a new name"
+            )
+
+    def _check_backward_kernel(self, kernel, known, made):
+        """made: what kernels before it wrote; what this one writes joins."""
+        parameters = self._declared(kernel)
+        gradients = [f"d{name}" for name in self.tensors]
+        changed = [p.name for p in parameters if p.inout]
+        allowed = (*made, *(f"d{name}" for name in self.inplace))
+        for name in changed:
+            if name not in allowed:
+                raise ValueError(
+                    f"{kernel}: {name} is INOUT, and no kernel before it has written it; INOUT can be "
+                    f"{', '.join(sorted(allowed)) or 'nothing here'}"
+                )
+        constants = [p.name for p in parameters if p.pointer and p.const]
+        results = self.written_by(kernel)
+        numbers = [p.name for p in parameters if not p.pointer]
+        workspace = [name for name in self.options.workspace if name in made]
+        self._check_backward(kernel, constants, results, numbers, (*known, *workspace), self.options.workspace)
+        made.update(name for name in results if name in (*gradients, *self.options.workspace))
+
+    def _check_backward(self, kernel, constants, results, numbers, known, workspace):
+        gradients = [f"d{name}" for name in self.tensors]
+        for kind, names, allowed in (
+            ("const pointer", constants, (*known, *(f"d{output}" for output in self.returned))),
+            ("pointer", results, (*gradients, *workspace)),
+            ("number", numbers, ("size", *self.numbers, *self.options.sizes)),
+        ):
+            for parameter in names:
+                if parameter not in allowed:
+                    raise ValueError(
+                        f"{kernel}: the {kind} {parameter} matches nothing of {self.name}; "
+                        f"a {kind} is one of {', '.join(allowed)}"
+                    )
+        if not results:
+            raise ValueError(f"{kernel} computes no gradient: none of {', '.join(gradients)} is its output")
+
+    def _signature(self):
+        kind, parameters, last = inspect.Parameter.POSITIONAL_OR_KEYWORD, [], None
+        for name in self.arguments:
+            default = self.options.defaults.get(name, inspect.Parameter.empty)
+            if default is inspect.Parameter.empty and last:
+                raise ValueError(
+                    f"defaults=: {name} has none and stands behind {last}, which has one: declare {name} before {last}"
+                )
+            last = last if default is inspect.Parameter.empty else name
+            parameters.append(inspect.Parameter(name, kind, default=default))
+        if self.typed:
+            parameters.append(inspect.Parameter("dtype", inspect.Parameter.KEYWORD_ONLY, default=None))
+        if not self.tensors:
+            parameters.append(inspect.Parameter("device", inspect.Parameter.KEYWORD_ONLY, default=None))
+        return inspect.Signature(parameters)

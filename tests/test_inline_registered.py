@@ -1,0 +1,125 @@
+"""Inline operators under torch.compile, export and other recorders: one node of the graph, with gradients."""
+
+import functools
+import re
+
+import pytest
+import torch
+from test_inline import PRODUCT, largest, product
+from test_inline_arguments import ramp, reversed_add, row_sum
+from torch.autograd import grad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import opcheck
+
+from modelnew.inline import operator
+from modelnew.inline_registered import registered
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+
+
+def whole(function, **options):
+    """Compiled to one graph by the stages before Inductor."""
+    return torch.compile(function, backend="aot_eager", fullgraph=True, **options)
+
+
+def test_gradients(device):
+    largest_of, multiply, add = largest(), product(), reversed_add()
+    expanding = operator(PRODUCT, "product", ("product_da", "product_db"), shapes={"b": "broadcast"})
+
+    def several_outputs(x, b):
+        y, where = largest_of(x, 2.0)
+        return y + where
+
+    def change_in_place(x, b):
+        return add(x * 1, b.expand(x.shape) * 1, 3.0)
+
+    def change_of_a_result(x, b):
+        return add(multiply(x, x), x)
+
+    x = torch.randn(5, 33, device=device, requires_grad=True)
+    b = torch.randn(33, device=device, requires_grad=True)
+    for function in (several_outputs, change_in_place, change_of_a_result, expanding):
+        results = []
+        for call in (function, whole(function)):
+            y = call(x, b)
+            dy = torch.linspace(-1, 1, y.numel(), device=device).reshape(y.shape)
+            results.append((y, *grad(y, (x, b), dy, allow_unused=True, materialize_grads=True)))
+        assert all(map(torch.equal, *results)), function
+
+
+def test_without_gradients_and_without_inputs(device):
+    total, numbers = row_sum(), ramp()
+
+    def function(x):
+        return total(x, 2.0) + numbers(x.shape[0], dtype=torch.float32, device=x.device)
+
+    x = torch.randn(6, 40, device=device)
+    assert torch.equal(whole(function)(x), function(x))
+
+
+def test_a_change_of_an_argument(device):
+    add, b = reversed_add(), torch.randn(8, device=device)
+    x, expected = torch.zeros(8, device=device), 2 * b.flip(0)
+    whole(lambda x, b: add(x, b, 2.0) + 1)(x, b)
+    assert torch.equal(x, expected)
+
+
+def test_shapes_and_numbers_that_vary(device):
+    function = largest()
+
+    def largest_of(x, scale):
+        return function(x, scale)[0]
+
+    compiled = whole(largest_of, dynamic=True)
+    for rows, scale in ((3, 2.0), (4, 3.0), (7, 0.5)):
+        x = torch.randn(rows, 8 + rows, device=device, requires_grad=True)
+        y, expected = compiled(x, scale), function(x, scale)[0]
+        assert torch.equal(y, expected)
+        assert torch.equal(grad(y.sum(), x)[0], grad(expected.sum(), x)[0])
+
+
+def test_errors_are_those_of_a_call(device):
+    x, multiply, alone = torch.ones(3, 4, device=device), product(), operator(PRODUCT, "product")
+    with pytest.raises(Exception, match=r"b must have shape \(3, 4\), as a has"):
+        whole(lambda x: multiply(x, x[0]))(x)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="product has no gradient da, db"):
+        whole(alone)(x, x * 1).sum().backward()
+    (g,) = grad(registered(multiply)(x, x * 1).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="the gradient of product is computed by a kernel"):
+        grad(g.sum(), x)
+
+
+def test_recorders(device):
+    function, x = product(), torch.randn(3, 4, device=device)
+    graph = make_fx(lambda a, b: function(a + 1, b), tracing_mode="fake")(x, 2 * x)
+    assert re.search(r"torch\.ops\.modelnew_inline\.product_[0-9a-f]{8}", graph.code)
+    assert torch.equal(graph(2 * x, x), (2 * x + 1) * x)
+
+    class Network(torch.nn.Module):
+        def forward(self, a, b):
+            return function(a, b) * 2
+
+    exported = torch.export.export(Network(), (x, 2 * x))
+    assert torch.equal(exported.module()(x + 1, x), (x + 1) * x * 2)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace.*does not see the kernels"):
+        torch.jit.trace(function, (x, x))
+
+
+def test_as_torch_checks_operators(device):
+    x = torch.randn(4, 6, device=device, requires_grad=True)
+    b = torch.randn(4, 6, device=device, requires_grad=True)
+    opcheck(registered(product()).forward, (x, b, torch.float32, x.device))
+    opcheck(registered(largest()).forward, (x, 2.0, torch.float32, x.device))
+    opcheck(registered(reversed_add()).forward, (x, b, 2.0, torch.float32, x.device))
+
+
+def test_names():
+    texts = [product(), operator(PRODUCT, "product", grid=functools.partial(max, 1)), product()]
+    names = [registered(op).forward._qualname for op in texts]
+    assert len(set(names)) == 3
+    assert all(re.fullmatch(r"modelnew_inline::product_[0-9a-f]{8}(_\d+)?", name) for name in names)
+    assert registered(texts[0]) is registered(texts[0])
