@@ -210,7 +210,8 @@ class Operator:
             from .inline_registered import in_graph  # a second to import
 
             return in_graph(self.key, *args, **options)
-        if recorders.may_record() and not torch.jit.is_tracing():  # that does not take every type, and is refused
+        if recorders.may_record():
+            recorders.refuse(str(self))
             from .inline_registered import registered
 
             return registered(self)(*args, **options)

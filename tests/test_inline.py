@@ -202,7 +202,7 @@ def test_compile_error_names_the_line_of_the_text(device):
         ({"grid": {"produkt": len}}, r"no kernel 'produkt'"),
         ({"defines": {"A B": 1}}, r"'A B' is no name of a macro"),
         ({"text": PRODUCT.replace("scalar_t* y,", "long int* y,")}, r"product: y must point to .* scalar_t, acc_t, f"),
-        ({"text": PRODUCT.replace("scalar_t* y,", "scalar_t** y,")}, r"product: y must point to .* scalar_t, acc_t, f"),
+        ({"text": PRODUCT.replace("scalar_t* y,", "scalar_t** y,")}, r"is an array, .* received .scalar_t\*\* y."),
         ({"text": PRODUCT.replace("y, i64", "y, short int c, i64")}, r"c is a short int; scalar parameters are float"),
         ({"text": "__global__ void product() {}"}, r"it has none\. Kernels are written: extern"),
         ({"text": EMPTY, "backward": ()}, r"needs an output .* inputs: none, outputs: none"),

@@ -148,7 +148,7 @@ def test_unsigned_numbers():
     text = 'extern "C" __global__ void k(const unsigned* x, unsigned n) {}'
     with source.override({"k.cu": text}):
         x, n = source.signature(Kernel("k.cu", "k"))
-    assert x.dtype is None
+    assert x.dtype == np.uint32
     assert n.dtype == np.uint32
 
 
