@@ -15,12 +15,12 @@ MODULES = modelnew cupy_kernels '!.+[.]' $(subst /,.,$(patsubst %/__init__,%,$(b
 lint:
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run -Werror cupy_kernels/cu/* cupy_kernels/emulator/*.h cupy_kernels/emulator/*.cpp
+	clang-format --dry-run -Werror cupy_kernels/cu/* cupy_kernels/emulator/*.cpp
 
 format:
 	ruff check --fix .
 	ruff format .
-	clang-format -i cupy_kernels/cu/* cupy_kernels/emulator/*.h cupy_kernels/emulator/*.cpp
+	clang-format -i cupy_kernels/cu/* cupy_kernels/emulator/*.cpp
 
 test:
 	$(PYTHON) -m pytest
