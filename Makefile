@@ -15,14 +15,14 @@ MODULES = modelnew cupy_kernels '!.+[.]' $(subst /,.,$(patsubst %/__init__,%,$(b
 lint:
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run -Werror cupy_kernels/cu/*
+	clang-format --dry-run -Werror cupy_kernels/cu/* cupy_kernels/emulator/*.cpp
 	mypy
 	basedpyright
 
 format:
 	ruff check --fix .
 	ruff format .
-	clang-format -i cupy_kernels/cu/*
+	clang-format -i cupy_kernels/cu/* cupy_kernels/emulator/*.cpp
 
 test:
 	$(PYTHON) -m pytest

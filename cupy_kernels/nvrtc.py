@@ -132,12 +132,6 @@ def knows_wgmma() -> bool:
     return _version(shared_library())[0] >= WGMMA_MAJOR
 
 
-def compile_cubin(kernel: Kernel, arch: str) -> tuple[bytes, Resources]:
-    """The cubin that `kernel` is in for `arch` ("sm_80"), and its resources; see `compile_variant`."""
-    cubin, resources = compile_variant(kernel, arch)
-    return cubin, resources[kernel.name]
-
-
 def compile_variant(what: Variant | Kernel, arch: str, least_major: int = 11) -> tuple[bytes, dict[str, Resources]]:
     """Compiles for `arch` ("sm_80") to a cubin, as CuPy would; KernelCompileError with NVRTC's log.
 

@@ -24,11 +24,6 @@ def shape_macros() -> frozenset[str]:
     return frozenset().union(*_declared("SHAPE_MACROS"))
 
 
-def family(variant: Variant) -> Variant:
-    """The variant without the macros that specialise it for a shape."""
-    return variant._replace(defines=tuple((k, v) for k, v in variant.defines if k not in shape_macros()))
-
-
 def _declared(name):
     package = importlib.import_module(__package__)
     for found in pkgutil.iter_modules(package.__path__, f"{__package__}."):

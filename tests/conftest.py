@@ -19,12 +19,19 @@ from ranks import Ranks
 from cupy_kernels import compiler, conv_transpose_mma, source
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import observed
-from cupy_kernels.variants import family, variants
+from cupy_kernels.variants import shape_macros, variants
 from modelnew import environment, numerics, parity
 
 os.environ.setdefault("CUPY_KERNELS_SEED", "1")  # threads and blocks in an order that kernels must not rely on
 
 _started = []
+
+
+def family(variant):
+    """The variant without the macros that specialise it for a shape."""
+    return variant._replace(defines=tuple((k, v) for k, v in variant.defines if k not in shape_macros()))
+
+
 _declared = frozenset(map(family, variants()))
 
 

@@ -68,7 +68,7 @@ def test_compile_error(device):
 def test_compile_error_of_nvrtc():
     needs_nvrtc()
     with source.override(WRONG), pytest.raises(KernelCompileError) as error:
-        nvrtc.compile_cubin(Kernel("wrong.cu", "wrong"), "sm_80")
+        nvrtc.compile_variant(Kernel("wrong.cu", "wrong"), "sm_80")
     check_place(error)
 
 
@@ -315,7 +315,7 @@ def test_the_text_is_blamed_for_its_own_errors_alone(gpu):
     for body in ("undefined_name", shared, 'asm volatile("no.such.instruction;")'):  # the compiler, and ptxas
         text = f'extern "C" __global__ void wrong(float* y) {{ {body}; }}'
         with source.override({"wrong.cu": text}), pytest.raises(KernelCompileError, match="does not compile"):
-            nvrtc.compile_cubin(kernel, "sm_80")
+            nvrtc.compile_variant(kernel, "sm_80")
 
     def invalid_option(module):
         raise Refused("nvrtc: error: invalid value for --gpu-architecture (-arch)", status=5)
@@ -323,7 +323,7 @@ def test_the_text_is_blamed_for_its_own_errors_alone(gpu):
     gpu.compiling = invalid_option
     with source.override({"add.cu": ADD}):
         kernel = Kernel("add.cu", "add", (("ADDEND", 1),))
-        for compile_it in (compiler.backend.function, lambda kernel: nvrtc.compile_cubin(kernel, "sm_999")):
+        for compile_it in (compiler.backend.function, lambda kernel: nvrtc.compile_variant(kernel, "sm_999")):
             with pytest.raises(BackendError, match=r"status 5.*gpu-architecture") as error:
                 compile_it(kernel)
             assert "does not compile" not in str(error.value)

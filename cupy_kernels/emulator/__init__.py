@@ -2,7 +2,9 @@
 
 It looks for bugs, of which tests/test_planted_bugs.py has a collection: accesses out of bounds or misaligned, races,
 barriers and warp operations that not all threads reach, outputs that are not written, reads of what nobody has written
-or of a cp.async in flight, int overflow. runtime.cpp says how. It proves logic, not speed or last-bit rounding.
+or of a cp.async in flight, wgmma without its waits and fences, int overflow. runtime.cpp says how. It proves
+logic, not speed or last-bit rounding. It takes what NVRTC takes, see tests/test_dialect.py; a text that is not the
+package's is compiled by NVRTC, too, where there is one.
 
 Environment: CUPY_KERNELS_CXX chooses the compiler; CUPY_KERNELS_CACHE_DIR the folder of compiled kernels (default
 ~/.cache/cupy_kernels); CUPY_KERNELS_SEED the order in which threads run (0, the default:

@@ -251,7 +251,9 @@ extern "C" EXPORTED void __ubsan_handle_out_of_bounds(OutOfBounds* what, size_t 
     }
 OVERFLOW(add, "+")
 OVERFLOW(sub, "-")
-OVERFLOW(mul, "*") OVERFLOW(divrem, "/") extern "C" EXPORTED
-    void __ubsan_handle_negate_overflow(Overflow* what, size_t) {
+OVERFLOW(mul, "*")
+OVERFLOW(divrem, "/")
+
+extern "C" EXPORTED void __ubsan_handle_negate_overflow(Overflow* what, size_t) {
     FAIL_AT(what->at, "thread %d: a negation overflows %s", emulator::current, what->type->name);
 }

@@ -57,13 +57,13 @@ struct EmulatorCopied {
     static inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
     static inline name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
     static inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-EMULATOR_VECTORS(signed char, char, 2, 4)
-EMULATOR_VECTORS(unsigned char, uchar, 2, 4)
+EMULATOR_VECTORS(signed char, char, 2, 4) EMULATOR_VECTORS(unsigned char, uchar, 2, 4)
 EMULATOR_VECTORS(short, short, 4, 8) EMULATOR_VECTORS(unsigned short, ushort, 4, 8) EMULATOR_VECTORS(int, int, 8, 16)
-    EMULATOR_VECTORS(unsigned, uint, 8, 16) EMULATOR_VECTORS(long, long, 16, 16)
-        EMULATOR_VECTORS(unsigned long, ulong, 16, 16) EMULATOR_VECTORS(long long, longlong, 16, 16)
-            EMULATOR_VECTORS(unsigned long long, ulonglong, 16, 16) EMULATOR_VECTORS(float, float, 8, 16)
-                EMULATOR_VECTORS(double, double, 16, 16) struct dim3 {
+EMULATOR_VECTORS(unsigned, uint, 8, 16) EMULATOR_VECTORS(long, long, 16, 16)
+EMULATOR_VECTORS(unsigned long, ulong, 16, 16) EMULATOR_VECTORS(long long, longlong, 16, 16)
+EMULATOR_VECTORS(unsigned long long, ulonglong, 16, 16) EMULATOR_VECTORS(float, float, 8, 16)
+EMULATOR_VECTORS(double, double, 16, 16)
+struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
     constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
@@ -82,24 +82,20 @@ EMULATOR_VECTORS(short, short, 4, 8) EMULATOR_VECTORS(unsigned short, ushort, 4,
     extern "C" float name##f(float, U); \
     static inline float name(float x, U y) { return name##f(x, y); }
 #define EMULATOR_OF_2(name) EMULATOR_WITH(double, float, name)
-EMULATOR_OF_1(acos)
-EMULATOR_OF_1(acosh)
-EMULATOR_OF_1(asin) EMULATOR_OF_1(asinh) EMULATOR_OF_1(atan) EMULATOR_OF_1(atanh) EMULATOR_OF_1(cbrt) EMULATOR_OF_1(
-    ceil) EMULATOR_OF_1(cos) EMULATOR_OF_1(cosh) EMULATOR_OF_1(erf) EMULATOR_OF_1(erfc) EMULATOR_OF_1(exp)
-    EMULATOR_OF_1(exp10) EMULATOR_OF_1(exp2) EMULATOR_OF_1(expm1) EMULATOR_OF_1(fabs) EMULATOR_OF_1(floor)
-        EMULATOR_OF_1(j0) EMULATOR_OF_1(j1) EMULATOR_OF_1(lgamma) EMULATOR_OF_1(log) EMULATOR_OF_1(log10)
-            EMULATOR_OF_1(log1p) EMULATOR_OF_1(log2) EMULATOR_OF_1(logb) EMULATOR_OF_1(nearbyint) EMULATOR_OF_1(rint)
-                EMULATOR_OF_1(round) EMULATOR_OF_1(sin) EMULATOR_OF_1(sinh) EMULATOR_OF_1(sqrt) EMULATOR_OF_1(tan)
-                    EMULATOR_OF_1(tanh) EMULATOR_OF_1(tgamma) EMULATOR_OF_1(trunc) EMULATOR_OF_1(y0) EMULATOR_OF_1(y1)
-                        EMULATOR_OF_2(atan2) EMULATOR_OF_2(copysign) EMULATOR_OF_2(fdim) EMULATOR_OF_2(fmax)
-                            EMULATOR_OF_2(fmin) EMULATOR_OF_2(fmod) EMULATOR_OF_2(hypot) EMULATOR_OF_2(nextafter)
-                                EMULATOR_OF_2(pow) EMULATOR_OF_2(remainder) EMULATOR_FLOAT(int, int, ilogb)
-                                    EMULATOR_FLOAT(long, long, lrint) EMULATOR_FLOAT(long, long, lround) EMULATOR_FLOAT(
-                                        long long, long long, llrint) EMULATOR_FLOAT(long long, long long, llround)
-                                        EMULATOR_WITH(int*, int*, frexp) EMULATOR_WITH(int, int, ldexp)
-                                            EMULATOR_WITH(double*, float*, modf) EMULATOR_WITH(long, long, scalbln)
-                                                EMULATOR_WITH(int, int, scalbn) extern "C" double fma(
-                                                    double, double, double);
+EMULATOR_OF_1(acos) EMULATOR_OF_1(acosh) EMULATOR_OF_1(asin) EMULATOR_OF_1(asinh) EMULATOR_OF_1(atan)
+EMULATOR_OF_1(atanh) EMULATOR_OF_1(cbrt) EMULATOR_OF_1(ceil) EMULATOR_OF_1(cos) EMULATOR_OF_1(cosh) EMULATOR_OF_1(erf)
+EMULATOR_OF_1(erfc) EMULATOR_OF_1(exp) EMULATOR_OF_1(exp10) EMULATOR_OF_1(exp2) EMULATOR_OF_1(expm1) EMULATOR_OF_1(fabs)
+EMULATOR_OF_1(floor) EMULATOR_OF_1(j0) EMULATOR_OF_1(j1) EMULATOR_OF_1(lgamma) EMULATOR_OF_1(log) EMULATOR_OF_1(log10)
+EMULATOR_OF_1(log1p) EMULATOR_OF_1(log2) EMULATOR_OF_1(logb) EMULATOR_OF_1(nearbyint) EMULATOR_OF_1(rint)
+EMULATOR_OF_1(round) EMULATOR_OF_1(sin) EMULATOR_OF_1(sinh) EMULATOR_OF_1(sqrt) EMULATOR_OF_1(tan) EMULATOR_OF_1(tanh)
+EMULATOR_OF_1(tgamma) EMULATOR_OF_1(trunc) EMULATOR_OF_1(y0) EMULATOR_OF_1(y1) EMULATOR_OF_2(atan2)
+EMULATOR_OF_2(copysign) EMULATOR_OF_2(fdim) EMULATOR_OF_2(fmax) EMULATOR_OF_2(fmin) EMULATOR_OF_2(fmod)
+EMULATOR_OF_2(hypot) EMULATOR_OF_2(nextafter) EMULATOR_OF_2(pow) EMULATOR_OF_2(remainder)
+EMULATOR_FLOAT(int, int, ilogb) EMULATOR_FLOAT(long, long, lrint) EMULATOR_FLOAT(long, long, lround)
+EMULATOR_FLOAT(long long, long long, llrint) EMULATOR_FLOAT(long long, long long, llround)
+EMULATOR_WITH(int*, int*, frexp) EMULATOR_WITH(int, int, ldexp) EMULATOR_WITH(double*, float*, modf)
+EMULATOR_WITH(long, long, scalbln) EMULATOR_WITH(int, int, scalbn)
+extern "C" double fma(double, double, double);
 extern "C" float fmaf(float, float, float);
 extern "C" int abs(int);
 extern "C" long labs(long);
@@ -119,9 +115,7 @@ static inline double abs(double x) { return fabs(x); }
 #define EMULATOR_CLASS(name) \
     static inline int name(float x) { return __builtin_##name(x) != 0; } \
     static inline int name(double x) { return __builtin_##name(x) != 0; }
-EMULATOR_CLASS(isfinite)
-EMULATOR_CLASS(isinf)
-EMULATOR_CLASS(isnan) EMULATOR_CLASS(signbit)
+EMULATOR_CLASS(isfinite) EMULATOR_CLASS(isinf) EMULATOR_CLASS(isnan) EMULATOR_CLASS(signbit)
 #define EMULATOR_MINMAX(T, A, B) \
     static inline T min(A a, B b) { return (T)b < (T)a ? b : a; } \
     static inline T max(A a, B b) { return (T)a < (T)b ? b : a; }
@@ -138,9 +132,7 @@ static inline float max(float a, float b) { return fmaxf(a, b); }
 #define EMULATOR_MINMAX_DOUBLE(A, B) \
     static inline double min(A a, B b) { return fmin((double)a, (double)b); } \
     static inline double max(A a, B b) { return fmax((double)a, (double)b); }
-EMULATOR_MINMAX_DOUBLE(double, double)
-EMULATOR_MINMAX_DOUBLE(float, double)
-EMULATOR_MINMAX_DOUBLE(double, float)
+EMULATOR_MINMAX_DOUBLE(double, double) EMULATOR_MINMAX_DOUBLE(float, double) EMULATOR_MINMAX_DOUBLE(double, float)
 
 extern "C" int printf(const char*, ...);
 extern "C" long clock(void);
@@ -363,14 +355,12 @@ UNCHECKED static unsigned ballot(unsigned mask, bool vote, Place place) {
     EMULATOR_ATOMIC(atomicAnd, T, old& v) EMULATOR_ATOMIC(atomicOr, T, old | v) EMULATOR_ATOMIC(atomicXor, T, old ^ v)
 #define EMULATOR_INTEGER_ATOMICS(T) \
     EMULATOR_ORDERED_ATOMICS(T) EMULATOR_ATOMIC(atomicAdd, T, old + v) EMULATOR_ATOMIC(atomicExch, T, v) EMULATOR_CAS(T)
-EMULATOR_INTEGER_ATOMICS(int)
-EMULATOR_INTEGER_ATOMICS(unsigned)
-EMULATOR_INTEGER_ATOMICS(unsigned long long) EMULATOR_ORDERED_ATOMICS(long long)
-    EMULATOR_CAS_OF(atomicCAS, unsigned short) EMULATOR_ATOMIC(atomicAdd, float, old + v)
-        EMULATOR_ATOMIC(atomicExch, float, v) EMULATOR_ATOMIC(atomicAdd, double, old + v)
-            EMULATOR_ATOMIC(atomicSub, int, old - v) EMULATOR_ATOMIC(atomicSub, unsigned, old - v)
-                EMULATOR_ATOMIC(atomicInc, unsigned, old >= v ? 0 : old + 1)
-                    EMULATOR_ATOMIC(atomicDec, unsigned, old == 0 || old > v ? v : old - 1)
+EMULATOR_INTEGER_ATOMICS(int) EMULATOR_INTEGER_ATOMICS(unsigned) EMULATOR_INTEGER_ATOMICS(unsigned long long)
+EMULATOR_ORDERED_ATOMICS(long long) EMULATOR_CAS_OF(atomicCAS, unsigned short)
+EMULATOR_ATOMIC(atomicAdd, float, old + v) EMULATOR_ATOMIC(atomicExch, float, v)
+EMULATOR_ATOMIC(atomicAdd, double, old + v) EMULATOR_ATOMIC(atomicSub, int, old - v)
+EMULATOR_ATOMIC(atomicSub, unsigned, old - v) EMULATOR_ATOMIC(atomicInc, unsigned, old >= v ? 0 : old + 1)
+EMULATOR_ATOMIC(atomicDec, unsigned, old == 0 || old > v ? v : old - 1)
 
                         extern "C" char __start_cu_shared[] __attribute__((weak, visibility("hidden")));
 extern "C" char __stop_cu_shared[] __attribute__((weak, visibility("hidden")));
@@ -414,10 +404,9 @@ static inline unsigned __activemask() { return emulator::active_lanes(); }
     static inline T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = 32, EMULATOR_HERE) { \
         return emulator::shuffle(mask, value, emulator::lane_down(lanes, width), place); \
     }
-EMULATOR_SHUFFLES(int)
-EMULATOR_SHUFFLES(long)
-EMULATOR_SHUFFLES(long long) EMULATOR_SHUFFLES(float) EMULATOR_SHUFFLES(unsigned) EMULATOR_SHUFFLES(unsigned long)
-    EMULATOR_SHUFFLES(unsigned long long) EMULATOR_SHUFFLES(double)
+EMULATOR_SHUFFLES(int) EMULATOR_SHUFFLES(long) EMULATOR_SHUFFLES(long long) EMULATOR_SHUFFLES(float)
+EMULATOR_SHUFFLES(unsigned) EMULATOR_SHUFFLES(unsigned long) EMULATOR_SHUFFLES(unsigned long long)
+EMULATOR_SHUFFLES(double)
 
         static inline unsigned __ballot_sync(unsigned mask, int vote, EMULATOR_HERE) {
     return emulator::ballot(mask, vote != 0, place);
@@ -437,10 +426,8 @@ static inline int __all_sync(unsigned mask, int vote, EMULATOR_HERE) {
         *all = emulator::matches(mask, value, place) == mask; \
         return *all ? mask : 0; \
     }
-EMULATOR_MATCH(int)
-EMULATOR_MATCH(long)
-EMULATOR_MATCH(long long) EMULATOR_MATCH(float) EMULATOR_MATCH(unsigned) EMULATOR_MATCH(unsigned long)
-    EMULATOR_MATCH(unsigned long long) EMULATOR_MATCH(double)
+EMULATOR_MATCH(int) EMULATOR_MATCH(long) EMULATOR_MATCH(long long) EMULATOR_MATCH(float) EMULATOR_MATCH(unsigned)
+EMULATOR_MATCH(unsigned long) EMULATOR_MATCH(unsigned long long) EMULATOR_MATCH(double)
 #define EMULATOR_REDUCE(name, T, value) \
     static inline T __reduce_##name##_sync(unsigned mask, T mine, EMULATOR_HERE) { \
         return emulator::reduce(mask, mine, place, [](T a, T b) -> T { return value; }); \

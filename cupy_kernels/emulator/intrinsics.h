@@ -13,15 +13,13 @@
     static inline void __stcg(T* p, T v) { *p = v; } \
     static inline void __stcs(T* p, T v) { *p = v; } \
     static inline void __stwt(T* p, T v) { *p = v; }
-EMULATOR_LOADS(char)
-EMULATOR_LOADS(signed char)
-EMULATOR_LOADS(short) EMULATOR_LOADS(int) EMULATOR_LOADS(long) EMULATOR_LOADS(unsigned char)
-    EMULATOR_LOADS(unsigned short) EMULATOR_LOADS(unsigned) EMULATOR_LOADS(unsigned long) EMULATOR_LOADS(long long)
-        EMULATOR_LOADS(unsigned long long) EMULATOR_LOADS(float) EMULATOR_LOADS(double) EMULATOR_LOADS(char2)
-            EMULATOR_LOADS(char4) EMULATOR_LOADS(uchar2) EMULATOR_LOADS(uchar4) EMULATOR_LOADS(short2)
-                EMULATOR_LOADS(short4) EMULATOR_LOADS(ushort2) EMULATOR_LOADS(ushort4) EMULATOR_LOADS(int2)
-                    EMULATOR_LOADS(int4) EMULATOR_LOADS(uint2) EMULATOR_LOADS(uint4) EMULATOR_LOADS(longlong2)
-                        EMULATOR_LOADS(ulonglong2) EMULATOR_LOADS(float2) EMULATOR_LOADS(float4) EMULATOR_LOADS(double2)
+EMULATOR_LOADS(char) EMULATOR_LOADS(signed char) EMULATOR_LOADS(short) EMULATOR_LOADS(int) EMULATOR_LOADS(long)
+EMULATOR_LOADS(unsigned char) EMULATOR_LOADS(unsigned short) EMULATOR_LOADS(unsigned) EMULATOR_LOADS(unsigned long)
+EMULATOR_LOADS(long long) EMULATOR_LOADS(unsigned long long) EMULATOR_LOADS(float) EMULATOR_LOADS(double)
+EMULATOR_LOADS(char2) EMULATOR_LOADS(char4) EMULATOR_LOADS(uchar2) EMULATOR_LOADS(uchar4) EMULATOR_LOADS(short2)
+EMULATOR_LOADS(short4) EMULATOR_LOADS(ushort2) EMULATOR_LOADS(ushort4) EMULATOR_LOADS(int2) EMULATOR_LOADS(int4)
+EMULATOR_LOADS(uint2) EMULATOR_LOADS(uint4) EMULATOR_LOADS(longlong2) EMULATOR_LOADS(ulonglong2) EMULATOR_LOADS(float2)
+EMULATOR_LOADS(float4) EMULATOR_LOADS(double2)
 
     // --- Bits and integers
 
@@ -77,9 +75,7 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 #define EMULATOR_NAMED_MINMAX(prefix, T) \
     static inline T prefix##min(T a, T b) { return b < a ? b : a; } \
     static inline T prefix##max(T a, T b) { return a < b ? b : a; }
-EMULATOR_NAMED_MINMAX(u, unsigned)
-EMULATOR_NAMED_MINMAX(ll, long long)
-EMULATOR_NAMED_MINMAX(ull, unsigned long long)
+EMULATOR_NAMED_MINMAX(u, unsigned) EMULATOR_NAMED_MINMAX(ll, long long) EMULATOR_NAMED_MINMAX(ull, unsigned long long)
 static inline int __mulhi(int a, int b) { return (int)((long long)a * b >> 32); }
 static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
 __extension__ typedef __int128 EmulatorInt128;
@@ -154,30 +150,22 @@ template <class T, class F> static inline T rounded(int mode, F compute) {
     }
 #define EMULATOR_ROUNDED(arguments, name, T, A, expression) \
     EMULATOR_ROUNDED_##arguments(name, _rn, 0, T, A, expression) \
-        EMULATOR_ROUNDED_##arguments(name, _rz, 1, T, A, expression) \
-            EMULATOR_ROUNDED_##arguments(name, _ru, 2, T, A, expression) \
-                EMULATOR_ROUNDED_##arguments(name, _rd, 3, T, A, expression)
-EMULATOR_ROUNDED(2, __fadd, float, float, a + b)
-EMULATOR_ROUNDED(2, __dadd, double, double, a + b)
+    EMULATOR_ROUNDED_##arguments(name, _rz, 1, T, A, expression) \
+    EMULATOR_ROUNDED_##arguments(name, _ru, 2, T, A, expression) \
+    EMULATOR_ROUNDED_##arguments(name, _rd, 3, T, A, expression)
+EMULATOR_ROUNDED(2, __fadd, float, float, a + b) EMULATOR_ROUNDED(2, __dadd, double, double, a + b)
 EMULATOR_ROUNDED(2, __fsub, float, float, a - b) EMULATOR_ROUNDED(2, __dsub, double, double, a - b)
-    EMULATOR_ROUNDED(2, __fmul, float, float, a* b) EMULATOR_ROUNDED(2, __dmul, double, double, a* b)
-        EMULATOR_ROUNDED(2, __fdiv, float, float, a / b) EMULATOR_ROUNDED(2, __ddiv, double, double, a / b)
-            EMULATOR_ROUNDED(3, __fmaf, float, float, fmaf(a, b, c))
-                EMULATOR_ROUNDED(3, __fma, double, double, fma(a, b, c))
-                    EMULATOR_ROUNDED(1, __frcp, float, float, 1 / a) EMULATOR_ROUNDED(1, __drcp, double, double, 1 / a)
-                        EMULATOR_ROUNDED(1, __fsqrt, float, float, sqrtf(a))
-                            EMULATOR_ROUNDED(1, __dsqrt, double, double, sqrt(a))
-                                EMULATOR_ROUNDED(1, __double2float, float, double, (float)a)
-                                    EMULATOR_ROUNDED(1, __int2float, float, int, (float)a)
-                                        EMULATOR_ROUNDED(1, __uint2float, float, unsigned, (float)a)
-                                            EMULATOR_ROUNDED(1, __ll2float, float, long long, (float)a)
-                                                EMULATOR_ROUNDED(1, __ull2float, float, unsigned long long, (float)a)
-                                                    EMULATOR_ROUNDED(1, __ll2double, double, long long, (double)a)
-                                                        EMULATOR_ROUNDED(
-                                                            1, __ull2double, double, unsigned long long,
-                                                            (double)a) static inline double __int2double_rn(int x) {
-    return x;
-}
+EMULATOR_ROUNDED(2, __fmul, float, float, a * b) EMULATOR_ROUNDED(2, __dmul, double, double, a * b)
+EMULATOR_ROUNDED(2, __fdiv, float, float, a / b) EMULATOR_ROUNDED(2, __ddiv, double, double, a / b)
+EMULATOR_ROUNDED(3, __fmaf, float, float, fmaf(a, b, c)) EMULATOR_ROUNDED(3, __fma, double, double, fma(a, b, c))
+EMULATOR_ROUNDED(1, __frcp, float, float, 1 / a) EMULATOR_ROUNDED(1, __drcp, double, double, 1 / a)
+EMULATOR_ROUNDED(1, __fsqrt, float, float, sqrtf(a)) EMULATOR_ROUNDED(1, __dsqrt, double, double, sqrt(a))
+EMULATOR_ROUNDED(1, __double2float, float, double, (float)a) EMULATOR_ROUNDED(1, __int2float, float, int, (float)a)
+EMULATOR_ROUNDED(1, __uint2float, float, unsigned, (float)a) EMULATOR_ROUNDED(1, __ll2float, float, long long, (float)a)
+EMULATOR_ROUNDED(1, __ull2float, float, unsigned long long, (float)a)
+EMULATOR_ROUNDED(1, __ll2double, double, long long, (double)a)
+EMULATOR_ROUNDED(1, __ull2double, double, unsigned long long, (double)a)
+static inline double __int2double_rn(int x) { return x; }
 static inline double __uint2double_rn(unsigned x) { return x; }
 static inline float __frsqrt_rn(float x) { return (float)(1 / sqrt((double)x)); }
 
@@ -208,10 +196,9 @@ EMULATOR_TO_INTEGER(__double2ull, double, unsigned long long, 0, 0x1p64, 1ull <<
 
 #define EMULATOR_FAST(name) \
     static inline float __##name##f(float x) { return name##f(x); }
-EMULATOR_FAST(exp)
-EMULATOR_FAST(exp10)
-EMULATOR_FAST(log) EMULATOR_FAST(log2) EMULATOR_FAST(log10) EMULATOR_FAST(sin) EMULATOR_FAST(cos)
-    EMULATOR_FAST(tan) static inline float __powf(float x, float y) {
+EMULATOR_FAST(exp) EMULATOR_FAST(exp10) EMULATOR_FAST(log) EMULATOR_FAST(log2) EMULATOR_FAST(log10) EMULATOR_FAST(sin)
+EMULATOR_FAST(cos) EMULATOR_FAST(tan)
+static inline float __powf(float x, float y) {
     return powf(x, y);
 }
 static inline float __fdividef(float a, float b) { return a / b; }
@@ -256,10 +243,9 @@ static inline double erfinv(double y) {
 static inline double normcdfinv(double y) { return -1.41421356237309504880 * erfcinv(2 * y); }
 static inline double rhypot(double x, double y) { return 1 / hypot(x, y); }
 static inline float rhypotf(float x, float y) { return (float)rhypot(x, y); }
-EMULATOR_FOR_FLOAT_1(rcbrt)
-EMULATOR_FOR_FLOAT_1(sinpi)
-EMULATOR_FOR_FLOAT_1(cospi) EMULATOR_FOR_FLOAT_1(erfcx) EMULATOR_FOR_FLOAT_1(normcdf) EMULATOR_FOR_FLOAT_1(erfcinv)
-    EMULATOR_FOR_FLOAT_1(erfinv) EMULATOR_FOR_FLOAT_1(normcdfinv)
+EMULATOR_FOR_FLOAT_1(rcbrt) EMULATOR_FOR_FLOAT_1(sinpi) EMULATOR_FOR_FLOAT_1(cospi) EMULATOR_FOR_FLOAT_1(erfcx)
+EMULATOR_FOR_FLOAT_1(normcdf) EMULATOR_FOR_FLOAT_1(erfcinv) EMULATOR_FOR_FLOAT_1(erfinv)
+EMULATOR_FOR_FLOAT_1(normcdfinv)
     // Modified Bessel functions of the first kind, by their series.
     static inline double cyl_bessel_i0(double x) {
     double term = 1, sum = 1;
@@ -271,7 +257,8 @@ static inline double cyl_bessel_i1(double x) {
     for (int k = 1; term > 1e-17 * sum && k < 1000; k++) sum += term *= x * x / (4.0 * k * (k + 1));
     return x / 2 * sum;
 }
-EMULATOR_FOR_FLOAT_1(cyl_bessel_i0) EMULATOR_FOR_FLOAT_1(cyl_bessel_i1) extern "C" double jn(int, double);
+EMULATOR_FOR_FLOAT_1(cyl_bessel_i0) EMULATOR_FOR_FLOAT_1(cyl_bessel_i1)
+extern "C" double jn(int, double);
 extern "C" double yn(int, double);
 extern "C" float jnf(int, float);
 extern "C" float ynf(int, float);
@@ -301,14 +288,13 @@ static inline double rnorm4d(double x, double y, double z, double w) { return 1 
     static inline float name##3d(float x, float y, float z) { return name##3df(x, y, z); } \
     static inline float name##4df(float x, float y, float z, float w) { return (float)name##4d(x, y, z, w); } \
     static inline float name##4d(float x, float y, float z, float w) { return name##4df(x, y, z, w); }
-EMULATOR_NORM(norm)
-EMULATOR_NORM(rnorm)
+EMULATOR_NORM(norm) EMULATOR_NORM(rnorm)
 #define EMULATOR_SINCOS(name, sine, cosine) \
     static inline void name(double x, double* s, double* c) { *s = sine(x), *c = cosine(x); } \
     static inline void name##f(float x, float* s, float* c) { *s = sine##f(x), *c = cosine##f(x); } \
     static inline void name(float x, float* s, float* c) { name##f(x, s, c); }
-EMULATOR_SINCOS(sincos, sin, cos)
-EMULATOR_SINCOS(sincospi, sinpi, cospi) static inline void __sincosf(float x, float* s, float* c) { sincosf(x, s, c); }
+EMULATOR_SINCOS(sincos, sin, cos) EMULATOR_SINCOS(sincospi, sinpi, cospi)
+static inline void __sincosf(float x, float* s, float* c) { sincosf(x, s, c); }
 
 extern "C" double remquo(double, double, int*);
 extern "C" float remquof(float, float, int*);

@@ -185,7 +185,7 @@ static void values(
         }
 }
 
-// At the first wait of the warpgroup's warps for it; and at its own, as threads of a warp that has not waited may not write.
+// At the first wait of the warpgroup's warps for it, and at its own: who has not waited may not write.
 static void check_unchanged(InFlight& m, bool own) {
     if (m.read && !own) return;
     check_operand(m.a, m.a_copy, true, m.a_faults, m.place, m.read);
