@@ -58,6 +58,8 @@ class Tail:
         geometry = Geometry((1, 1), padding, (0, 0), (1, 1), 1)
         x_shape, w_shape = (self.images, 16, *size), (16, self.channels, *kernel)
         self.plan = conv_plan(x_shape, w_shape, geometry, split, False, FLOATS[dtype], 227 * 1024, wgmma=True)
+        if dtype != torch.float32:
+            self.plan = ops.typed(self.plan, FLOATS[dtype], half=True)
         self.split, self.training, self.device, self.dtype = split, training, device, dtype
         generator = torch.Generator().manual_seed(1)
 
@@ -103,9 +105,13 @@ class Tail:
         row, column = index // width, index % width
         self.pooled = torch.where(sign == 0, self.y[:, :, : height // 2 * 2 : 2, : width // 2 * 2 : 2], pooled * sign)
         self.argmax = torch.where(sign == 0, 0, row % 2 * 2 + column % 2)
+        kept = self.pooled.float()
+        if self.dtype != torch.float32:  # under the scales of `saved`
+            scale = scale.view(self.images, self.channels, (height + 1) // 2, (width + 1) // 2)
+            kept = (self.pooled * scale[:, :, : height // 2, : width // 2]).half()
         self.arrays = {
             "dout": self.dout.to(self.dtype),
-            "pooled": self.padded(self.pooled.float(), float("nan")),
+            "pooled": self.padded(kept, float("nan")),
             "argmax": self.padded(self.argmax.byte(), 99),
             "saved": self.padded(saved.unflatten(2, ((height + 1) // 2, -1)), float("nan")),
             "exponents": exponents.int(),
@@ -173,7 +179,8 @@ class Tail:
         options = {"plan": self.plan, "groups": self.groups, "activation": self.activation}
         sizes = ops.gradient_arrays(self.plan, self.images, packed=False, borders=self.training)
         made = {k: torch.empty(s, dtype=getattr(torch, d.__name__), device=self.device) for k, (s, d) in sizes.items()}
-        names = ("dout", "pooled", "mean", "invstd", "weight", "bias", "group_weight", "group_mean", "group_invstd")
+        names = ("dout", "pooled", "exponents", "unit_exponents", "mean", "invstd", "weight", "bias", "group_weight")
+        names += ("group_mean", "group_invstd")
         given = (*(a[k] for k in names), made["g"], made["partials"])
         run(ops.pooled_gradients, *given, **options, parameter=self.parameter)
         names = ("weight", "bias", "group_weight", "group_bias", "conv_bias")

@@ -73,9 +73,10 @@ def test_command(tmp_path):
     assert 0 < found["output", "fp32"]["rms"] < 1e-6 < 1e-5 < found["output", "tf32"]["torch_rms"]
 
 
-def test_under_autocast(tmp_path, launched):
+def test_under_autocast(tmp_path, launched, monkeypatch):
     """The fused kernels, with a GradScaler; judged and drawn as without."""
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(training, "JUDGED", 2)
     code, text = invoke("--device", "cpu", "--amp", "--steps", 3, "--output", tmp_path)
     assert code == 0, text
     assert "TF32" not in text
