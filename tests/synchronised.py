@@ -85,7 +85,7 @@ def of_both(name, options):
 
 def models(cls="fp32", chain=False):
     """ModelNew, or a chain with LeakyReLU and other layers around, and torch's modules with the same state."""
-    theirs, ours = Model(*FUSED), ModelNew(*FUSED, numerics=cls)
+    theirs, ours = Model(*FUSED, device="cpu"), ModelNew(*FUSED, numerics=cls, device="cpu")
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(torch.randn(p.shape) / 2)

@@ -498,7 +498,7 @@ def test_copies(device):
     _, ours, x = models(CASES["even"], "tf32", device)
     ours(x)  # plans and kernels are at hand
     copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
-    copies.append(torch.nn.DataParallel(copy.deepcopy(ours)))  # on one GPU, or none, it calls the module
+    copies.append(torch.nn.DataParallel(copy.deepcopy(ours), device_ids=[0]))  # it calls the module
     dy = torch.randn(2, 16, 3, 4, device=device)
     expected = step(ours, x, dy)
     for other in copies:

@@ -523,7 +523,7 @@ def test_values(device):
     pointers = [
         of[torch.float32],
         of[torch.int32],
-        torch.zeros_like(of[torch.int32]),
+        torch.zeros(64, dtype=torch.uint32, device=device),
         of[torch.float64],
         of[torch.int64],
     ]

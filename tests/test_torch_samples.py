@@ -32,6 +32,7 @@ FUNCTIONS = {
 @functools.cache
 def infos():
     """{name: what torch knows of a function or module}. Its import takes seconds, and would freeze torch's flags."""
+    pytest.importorskip("expecttest")  # which torch.testing._internal imports
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends, "disable_global_flags", lambda: None)
         from torch.testing._internal.common_methods_invocations import op_db

@@ -114,9 +114,10 @@ def beside_torchs(rank, shape, dtype, memory_format):
         y.backward(dy)
         found = {"output": y, "dx": leaf.grad, "dweight": module.weight.grad, "dbias": module.bias.grad}
         results.append({**found, **module.state_dict()})
-    room = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    room = 1e-4 if dtype == torch.float32 else 2e-2
     for (name, actual), expected in zip(results[0].items(), results[1].values()):
-        torch.testing.assert_close(actual, expected, **room, msg=lambda text, name=name: f"{name}: {text}")
+        of_largest = room * max(1.0, expected.abs().max().item())  # sums of many roundings are as large as they
+        torch.testing.assert_close(actual, expected, rtol=room, atol=of_largest, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

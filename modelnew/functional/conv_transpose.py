@@ -453,6 +453,18 @@ CASES = (
         for numerics, memory_format in (("tf32", torch.contiguous_format), ("fp32", torch.channels_last))
     ),
     Case(
+        "conv_transpose2d to one channel",
+        ("thin_conv_transpose.cu", "channel_sum.cu"),
+        lambda x, w, bias: conv_transpose2d(x, w, bias, 1, 1),
+        lambda x, w, bias: F.conv_transpose2d(x, w, bias, 1, 1),
+        lambda images: {
+            "x": torch.rand(images or 2, 3, 128, 128),
+            "w": torch.randn(3, 1, 3, 3),
+            "bias": torch.randn(1),
+        },
+        lambda images: dict.fromkeys(("gradient of w", "gradient of bias"), (images or 2) * 128**2),
+    ),
+    Case(
         "conv_transpose2d, depthwise",
         ("depthwise_conv_transpose.cu",),
         lambda x, w: conv_transpose2d(x, w, None, 2, 1, groups=len(w)),
