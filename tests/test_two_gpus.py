@@ -116,8 +116,8 @@ def beside_torchs(rank, shape, dtype, memory_format):
         results.append({**found, **module.state_dict()})
     room = 1e-4 if dtype == torch.float32 else 2e-2
     for (name, actual), expected in zip(results[0].items(), results[1].values()):
-        of_largest = room * max(1.0, expected.abs().max().item())  # sums of many roundings are as large as they
-        torch.testing.assert_close(actual, expected, rtol=room, atol=of_largest, msg=lambda text, name=name: f"{name}: {text}")
+        atol = room * max(1.0, expected.abs().max().item())  # a small sum has the roundings of large ones
+        torch.testing.assert_close(actual, expected, rtol=room, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
