@@ -35,7 +35,7 @@ MEASURED = "11.8"  # Others allocate registers otherwise: with them, what runs b
 # registers, and some that are read once a tap or less go to local memory. Half as many sums need none of it, and were
 # slower when both were measured: 2.42 ms for 2.23, now 1.97 (benchmarks/history.md).
 SPILLS = {("conv_bn_pool", 2, False): 72, ("conv_transpose_mma", 2, False): 56}
-SPILLS[("depthwise_gather", None, False)] = 16  # of double, on sm_70
+SPILLS[("depthwise_gather", None, False)] = SPILLS[("channel_sum_partials", None, False)] = 16  # of double, on sm_70
 
 
 def goes_with_wgmma(variant):

@@ -1,6 +1,7 @@
 """Two GPUs: in one process, and in two processes with NCCL."""
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -117,7 +118,8 @@ def beside_torchs(rank, shape, dtype, memory_format):
     room = 1e-4 if dtype == torch.float32 else 2e-2
     for (name, actual), expected in zip(results[0].items(), results[1].values()):
         atol = room * max(1.0, expected.abs().max().item())  # a small sum has the roundings of large ones
-        torch.testing.assert_close(actual, expected, rtol=room, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        said = functools.partial("{}: {}".format, name)
+        torch.testing.assert_close(actual, expected, rtol=room, atol=atol, msg=said)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

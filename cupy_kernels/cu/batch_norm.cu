@@ -18,6 +18,11 @@
 #include "tanh.cuh"
 
 enum { BLOCKS = 2 };  // of an SM, at least
+#if __CUDA_ARCH__ >= 900
+enum { PARTIALS_BLOCKS = sizeof(acc_t) == 8 ? 3 : 4 };
+#else
+enum { PARTIALS_BLOCKS = 3 };  // for older GPUs ptxas needs more registers
+#endif
 
 struct Partials {
     double* first;
@@ -30,7 +35,7 @@ struct Partials {
 };
 
 // partials: mean, and squares, of each chunk.
-extern "C" __global__ void __launch_bounds__(THREADS, 2 * BLOCKS) batch_norm_partials(
+extern "C" __global__ void __launch_bounds__(THREADS, PARTIALS_BLOCKS) batch_norm_partials(
     const scalar_t* __restrict__ x, double* __restrict__ partials, i64 channels, i64 plane, i64 count, i64 chunk,
     i64 chunks, int tile) {
     DYNAMIC_SHARED(acc_t, shared);
