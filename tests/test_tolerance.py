@@ -87,16 +87,19 @@ def test_truncation_in_a_kernel_is_refused(device, dtype, function, reference):
         check_gradients(function, reference, [x])
 
 
-@SIXTEEN_BITS
-def test_truncation_in_the_fused_model_is_refused(device, dtype):
-    """In the output; on a CPU beside PyTorch's in float32, rounded: its own in 16 bits is worse on some of them."""
+def test_truncation_in_the_fused_model_is_refused(device):
+    """In the output beside PyTorch's in float32, rounded: its own in 16 bits is worse on some CPUs.
+
+    Of bfloat16: in float16 what is kept behind the convolution has as few bits as the output, and hides what that lost.
+    """
+    dtype = torch.bfloat16
     case = case_of("fused model, tf32, training")
 
     def in_float32(x, **tensors):
         wide = [t if t.dtype == torch.float64 else t.float() for t in (x, *tensors.values())]
         return tuple(t.to(x.dtype) for t in case.theirs(*wide))
 
-    strict = case if device == "cuda" else case._replace(theirs=in_float32)
+    strict = case._replace(theirs=in_float32)
     assert "output" not in broken(checks.compare(strict, dtype, torch.device(device), None))
     with planted("common.cuh", *TRUNCATION):
         assert "output" in broken(checks.compare(strict, dtype, torch.device(device), None))

@@ -114,7 +114,7 @@ enum { AT_ONCE = 4 };  // loads of a thread
 // dw: element (group, ic, oc, tap) at the sum of its strides; group and ic have one stride. A block has `block_channels`
 // output channels, a multiple of 4, of `block_taps` taps and `rows` input channels. It turns them in shared memory if
 // neighbouring taps are neighbours in dw.
-extern "C" __global__ void __launch_bounds__(256, 3) wgrad_gemm_reduce(
+extern "C" __global__ void __launch_bounds__(256, 2) wgrad_gemm_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
     scalar_t* __restrict__ dw, int x_exponent_count, int dy_exponent_count, int in_channels, int out_channels,
     int out_octets, int taps, int splits, i64 in_stride, i64 out_stride, i64 tap_stride, int block_channels,
