@@ -330,7 +330,7 @@ def test_budget(small, tmp_path):
     assert "nothing to draw" in text
     rows = json.loads((tmp_path / "bench_cpu.json").read_text())["rows"]
     assert {r["reason"] for r in rows} == {"time budget of 0 s spent"}
-    assert {r["what"] for r in rows} == set(workloads.WORKLOADS)
+    assert {r["what"] for r in rows} == set(workloads.WORKLOADS) - set(workloads.FLOAT16)  # of the class fp16 alone
 
 
 def test_torch_compile_stops_before_the_budget(small, compiled, monkeypatch, tmp_path):
