@@ -123,7 +123,9 @@ def input_of(draw: random.Random, shape, dtype, special=SPECIAL, largest=True) -
         # In float64 the truth is not good enough further out, where digits cancel in a norm, and in tanh's gradient.
         return found._replace(mean=draw.choice((-3.0, 2.0 if dtype == torch.float64 else 10.0)))
     if kind < 0.5 and special:
-        values = *special, torch.finfo(dtype).tiny / 4, torch.finfo(dtype).max if largest else 1.0
+        # float32's denormals, which bfloat16's are in arithmetic, too, may count as 0.
+        small = torch.finfo(dtype).tiny * (0.25 if dtype in (torch.float16, torch.float64) else 1024)
+        values = *special, small, torch.finfo(dtype).max if largest else 1.0
         return found._replace(special=tuple(draw.choices(values, k=draw.randint(1, 3))))
     return found
 
