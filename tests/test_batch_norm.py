@@ -345,7 +345,7 @@ def test_walks(device, monkeypatch, launched, shape, dtype, last, whole):
     if not whole:
         monkeypatch.setattr("cupy_kernels.batch_norm._L2_BYTES", 0)
         monkeypatch.setattr("cupy_kernels.channel_walk._ROWS_CHUNK_BYTES", (2**12, 2**12))
-        monkeypatch.setattr("cupy_kernels.batch_norm._PLANES_CHUNK_BYTES", 2**14)
+        monkeypatch.setattr("cupy_kernels.channel_walk._PLANES_CHUNK_BYTES", 2**14)
         plans = threading.local()
         monkeypatch.setattr("modelnew.calls._thread", lambda: plans)
     x = (torch.randn(shape, device=device) + 1).to(dtype)

@@ -516,17 +516,8 @@ def test_values(device):
         f'{HEAD}extern "C" __global__ void values({PARAMETERS}) {{\n{LOCALS}\nswitch (blockIdx.x) {{\n{cases}\n}}\n}}'
     )
     y = torch.empty(len(VALUES), 32, dtype=torch.float64, device=device)
-    of = {
-        kind: torch.zeros(64, dtype=kind, device=device)
-        for kind in (torch.float32, torch.int32, torch.float64, torch.int64)
-    }
-    pointers = [
-        of[torch.float32],
-        of[torch.int32],
-        torch.zeros(64, dtype=torch.uint32, device=device),
-        of[torch.float64],
-        of[torch.int64],
-    ]
+    kinds = torch.float32, torch.int32, torch.uint32, torch.float64, torch.uint64
+    pointers = [torch.zeros(64, dtype=kind, device=device) for kind in kinds]
     with source.override({"values.cu": text}):
         run(
             lambda y, *p: launch(Kernel("values.cu", "values"), (len(VALUES), 1, 1), (32, 1, 1), (y, F, D, INT, L, *p)),

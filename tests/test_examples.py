@@ -77,7 +77,7 @@ def test_train_under_autocast(train, device, tmp_path):
     assert ours != theirs
     torch.testing.assert_close(ours[:3], theirs[:3], rtol=2e-2, atol=1e-2)  # later, roundings have grown
     scalers = [torch.load(path, weights_only=True)["scaler"] for path in paths]
-    assert scalers[0] == scalers[1]
+    assert scalers[0]["scale"] >= scalers[1]["scale"]  # which PyTorch's gradients may overflow, and ours not
     assert scalers[0]["_growth_tracker"] > 0
 
 

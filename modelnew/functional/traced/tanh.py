@@ -29,7 +29,7 @@ register(
 
 def _second(ctx, v):
     dy, y = ctx.saved_tensors
-    return ops.tanh_backward(v, y), -2 * v * dy * y
+    return ops.tanh_backward(v, y), eager.gradient_of_y(v, dy, y)
 
 
 register(
