@@ -179,3 +179,9 @@ def pytest_terminal_summary(terminalreporter, config):
     path = Path(folder, f"parity_{environment.slug()}_nvrtc{versions['nvrtc']}.json")
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     terminalreporter.write_line(f"recorded in {path}")
+
+
+@pytest.fixture(params=[0, 1, 2], ids=lambda seed: f"seed{seed}")
+def order_of_threads(request, monkeypatch):
+    """Threads in ascending order, and in two others: what is wrong does not depend on it."""
+    monkeypatch.setenv("CUPY_KERNELS_SEED", str(request.param))
