@@ -21,9 +21,9 @@ EMULATOR_LOADS(short4) EMULATOR_LOADS(ushort2) EMULATOR_LOADS(ushort4) EMULATOR_
 EMULATOR_LOADS(uint2) EMULATOR_LOADS(uint4) EMULATOR_LOADS(longlong2) EMULATOR_LOADS(ulonglong2) EMULATOR_LOADS(float2)
 EMULATOR_LOADS(float4) EMULATOR_LOADS(double2)
 
-    // --- Bits and integers
+// --- Bits and integers
 
-    static inline int __float_as_int(float x) {
+static inline int __float_as_int(float x) {
     int i;
     memcpy(&i, &x, 4);
     return i;
