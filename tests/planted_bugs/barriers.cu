@@ -1,11 +1,11 @@
 //// a barrier in a branch
-// error: divergent barrier
+// error: divergent barrier: thread 0 waits at planted\.cu:5, thread 100 at planted\.cu:6
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (threadIdx.x < 100) {
         @@__syncthreads();@
-    }
+    } @@else __syncthreads();@
     @__syncthreads();@@
     y[i] = x[i];
 }

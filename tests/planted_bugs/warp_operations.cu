@@ -47,3 +47,10 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     else v += __shfl_down_sync(0xFFFFFFFFu, v, 1);@
     y[i] = v;
 }
+
+//// a shuffle from a lane that the block does not have
+// error: reads a lane that takes no part in the shuffle
+// x: 24, y: 24, grid: 1, block: 24
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    y[threadIdx.x] = __shfl_xor_sync(0xFFFFFFFFu, x[threadIdx.x], @7@16@);
+}
