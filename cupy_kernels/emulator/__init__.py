@@ -45,7 +45,7 @@ CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,signed-integer-overf
 CHECKS += ("-fsanitize=shift-exponent,return,unreachable", "-fno-tree-vectorize", "-fno-tree-slp-vectorize")
 LINES = ("-g1", "-gdwarf-4")  # what lines.py reads
 CHECKS += ("-fno-finite-loops", *LINES)
-CHECKS += ("-pedantic-errors",)  # NVRTC knows few of the extensions that host compilers have
+CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the extensions that host compilers have
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1")  # y[i] += 1 reads, too
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 
@@ -56,7 +56,11 @@ _EXTERN_SHARED = re.compile(r"\bextern\s+__shared__\s+(?:__align__\([^)]*\)\s*)?
 _STATIC_SHARED = re.compile(r"\bstatic\s+(?=__shared__\b)|(?<=__shared__)\s+static\b")  # __shared__ stands for static
 _ALIGNED_SHARED = re.compile(r"\b__shared__\s+(alignas\([^)]*\))")  # alignas comes first in C++
 # What NVRTC does not know, and host compilers take even with -pedantic-errors.
-_UNKNOWN = "__int128 _Float16 thread_local throw __typeof__ __typeof _Complex"
+_UNKNOWN = "__int128 _Float16 thread_local throw new __typeof__ __typeof __asm__ __asm _Complex __builtin_prefetch"
+_UNKNOWN += (
+    " __builtin_popcount __builtin_clz __builtin_ctz __builtin_ffs __builtin_sqrt __builtin_sqrtf __builtin_inff"
+)
+_UNKNOWN += " __builtin_nanf __builtin_huge_valf __builtin_fabsf __builtin_bswap32 __builtin_memcpy"
 _one_at_a_time = forks.lock()  # the state of a running block is static in its library
 
 

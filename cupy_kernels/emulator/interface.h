@@ -8,7 +8,7 @@
 #endif
 EMULATOR_VARIABLE uint3 threadIdx, blockIdx;
 EMULATOR_VARIABLE dim3 blockDim, gridDim;
-static const int warpSize = 32;
+EMULATOR_VARIABLE int warpSize;
 #define UNCHECKED __attribute__((noinline, no_sanitize("thread", "undefined")))
 #define EMULATOR_CALLER ((const char*)__builtin_return_address(0))  // in an UNCHECKED function
 extern "C" char __ehdr_start[] __attribute__((visibility("hidden")));

@@ -4,6 +4,7 @@
 
 EXPORTED uint3 threadIdx, blockIdx;
 EXPORTED dim3 blockDim, gridDim;
+EXPORTED int warpSize = 32;  // to a kernel no constant expression, as in CUDA
 
 namespace emulator {
 

@@ -7,3 +7,6 @@ int global = 5; ;; y[0] = global;
 ;; auto g = [](auto v) { return v + 1; }; y[0] = g(1);
 ;; __shared__ float s[2] = {1, 2}; y[0] = s[0];
 ;; y[0] = __GNUC__;
+;; auto g = [=] __device__ (float v) { return v; }; y[0] = g(f);
+;; y[0] = __COUNTER__;
+__constant__ int cc = 3; ;; cc = 4;
