@@ -18,7 +18,7 @@ MACROS = "macros"  # the file's name in messages of the emulator's compiler abou
 
 _FOLDER = resources.files(__package__) / "cu"
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
-_HEADER = re.compile(r"""^\s*#\s*include\s*(?:<([^>]+)>|"([^"]+\.h)")""")
+_HEADER = re.compile(r"""^\s*#\s*include\s*(<[^>]+>|"[^"]+\.h")""")
 
 # Comments and strings are tokens of their own, so that braces in them do not count.
 _BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
@@ -307,8 +307,8 @@ def _expand(file: str, seen: set[str], read) -> str:
     lines = [f'#line 1 "{file}"']
     for number, line in enumerate(read(file).splitlines(), 1):
         if header := _HEADER.match(line):
-            name = header[1] or header[2]
-            raise ValueError(f"{file}:{number}: kernels include no header, received {name}: {hints.of_header(name)}")
+            way = hints.of_header(header[1][1:-1])
+            raise ValueError(f"{file}:{number}: kernels include no header, received {header[1]}: {way}")
         include = _INCLUDE.match(line)
         if not include:
             lines.append(line)

@@ -4,6 +4,7 @@ What it looks for in kernels is in planted_bugs/, what it takes and refuses in t
 """
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from emulated import THREADS, run
 
 from cupy_kernels import emulator, nvrtc, source
 from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
-from cupy_kernels.source import Variant
+from cupy_kernels.source import Kernel, Variant
 
 pytestmark = pytest.mark.usefixtures("ascending_order")
 
@@ -92,6 +93,24 @@ def test_block_sum(monkeypatch, x):
         run(text, x, results[-1])
     np.testing.assert_allclose(results[0], np.full(THREADS, x.sum()), rtol=1e-5)
     assert all((r == results[0]).all() for r in results)
+
+
+RACE = """#include "common.cuh"
+extern "C" __global__ void sum(const float* x, INOUT float* y) { y[0] += x[threadIdx.x]; }"""
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"CUPY_KERNELS_SEED": "3"}, {"CUPY_KERNELS_TIMEOUT": "60"}, {"PYTHONOPTIMIZE": "2", "NDEBUG": "1"}]
+)
+def test_every_launch_is_under_the_race_detector(monkeypatch, x, y, setting):
+    """Nothing switches it off, neither for the suite nor for a cell of %%cu."""
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EmulatorError, match="race"):
+        run(RACE, x, y)
+    kernel = Kernel("tanh.cu", "tanh_forward", (("scalar_t", "float"), ("acc_t", "float"), ("WIDTH", 1)))
+    assert b"__tsan_read4" in Path(emulator.backend.compiled(kernel)._name).read_bytes()
+    assert "getenv" not in emulator._text("runtime.cpp")
 
 
 TYPES = [sign + kind for kind in ("char", "short", "int", "long", "long long") for sign in ("", "unsigned ")]

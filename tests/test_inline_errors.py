@@ -57,7 +57,7 @@ def test_a_launch_that_fails():
         ("if (i < 16) y[i] = from_acc<scalar_t>(warp_sum(to_acc(x[i])));", "waits in a warp operation"),
         ("y[i] = __ldg(x + i + 1);", r"reads out of bounds: x\[\d+\]"),
         ("sincosf(1, &shared[0], &shared[1]);", "race"),
-        ("atomicAdd(shared + i, 1.0f);", "out of bounds: shared|nobody has written"),
+        ("atomicAdd(shared + i % 8, 1.0f);", "out of bounds: shared|nobody has written"),
         ("y[i] = __shfl_sync(0xFFFFu, x[i], 20);", "leaves it out|takes no part"),
         ("y[i] = x[1 / (int)(i - i)];", "divides an integer by zero"),
         ("y[i] = ((int*)x)[i] % ((int)i - 3);", "divides an integer by zero"),
@@ -96,7 +96,7 @@ def test_the_way_out_is_in_the_message(statement, hint):
 
 @pytest.mark.parametrize("header", ["<cuda_fp16.h>", '"cuda_fp16.h"', "<cmath>", '"cooperative_groups.h"', "<thrust>"])
 def test_headers(header):
-    with pytest.raises(ValueError, match=r"f_\w+\.cu:1: kernels include no header, received \w+(\.h)?: \w+"):
+    with pytest.raises(ValueError, match=r"f_\w+\.cu:1: kernels include no header, received \S+: \w+"):
         operator(f"#include {header}\n{TEXT}".replace("STATEMENT", ""), "f")
 
 

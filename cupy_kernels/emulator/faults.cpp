@@ -6,6 +6,7 @@ enum { SIGNALS = 5 };
 static struct sigaction before[SIGNALS];  // what the process does about them
 static thread_local bool runs_here;
 static pthread_t runner;
+static const char* const INTERRUPTED = "interrupted";
 static const char* volatile stopped;  // why the launch must end
 
 struct Registers { char *stack_pointer, *program_counter; };
@@ -31,11 +32,12 @@ static Where line_of(void* context) {
 
 // What goes wrong in a kernel ends the kernel, not the process: a notebook goes on.
 static void on_signal(int number, siginfo_t* info, void* context) {
-    if (number == SIGINT) stopped = "interrupted";
+    if (number == SIGINT) stopped = INTERRUPTED;
     if (number == SIGINT || number == SIGURG) {
         if (!stopped) return;
         if (!runs_here) pthread_kill(runner, SIGURG);
-        else if (in_a_stack(registers(context).stack_pointer)) FAIL("%s", stopped);
+        else if (in_a_stack(registers(context).stack_pointer))
+            FAIL("%s%s", stopped == INTERRUPTED ? "" : line_of(context).text, stopped);
         else report("%s", stopped);
         return;
     }

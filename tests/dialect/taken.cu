@@ -154,10 +154,8 @@ __device__ float fn4(float); __device__ float fn4(float v) { return v; } ;; y[0]
 extern __device__ float later; __device__ float later = 2; ;; y[0] = later;
 __device__ const float pi1 = 3.14f; ;; y[0] = pi1;
 __device__ float fn6(const float v[4]) { return v[0]; } ;; y[0] = fn6(pf);
-using namespace std; ;; y[0] = 1;
 namespace a::b { __device__ int fn7() { return 1; } } ;; y[0] = a::b::fn7();
 typedef struct { int a; } Old; ;; Old o = {1}; y[0] = o.a;
 static inline __device__ float fn8(float v) { return v; } ;; y[0] = fn8(f);
 __global__ static void other(float* q) { q[0] = 1; } ;; y[0] = 1;
 struct Acc { float v = 0; __device__ Acc& operator+=(float a) { v += a; return *this; } __device__ explicit operator float() const { return v; } }; ;; Acc a; a += f; y[0] = (float)a;
-struct It { int n; __device__ int* begin() { return &n; } __device__ int* end() { return &n + 1; } }; ;; It it = {3}; for (int k : it) y[0] += k;
