@@ -20,6 +20,7 @@ _NAMES = {
     "std": "functions such as max, min, abs and sqrt are there without std::",
     "cooperative_groups": "__syncthreads, __syncwarp, __shfl_sync and the like are there instead",
     r"__shfl(_xor|_up|_down)? __ballot __any __all": "those of today have a mask, as __shfl_sync(0xFFFFFFFFu, ...)",
+    "from_acc": "from_acc<T> gives float, double, half_t and bf16_t: cast to others, as in (int)v",
     "malloc new": "the emulator has no memory of kernels' own: use __shared__, a local array, or an argument",
     "asm": "the emulator has no PTX: write `#ifndef CUPY_KERNELS_EMULATOR` around it, and the same in C++ for it",
 }

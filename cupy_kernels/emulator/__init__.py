@@ -1,6 +1,6 @@
 """Runs the kernels' text on the CPU: cuda.h stands in for CUDA, a host C++ compiler builds a shared library.
 
-It looks for bugs, of which tests/test_planted_bugs.py has a collection: accesses out of bounds or misaligned, races,
+It looks for bugs, of which tests/planted_bugs has a collection: accesses out of bounds or misaligned, races,
 barriers and warp operations that not all threads reach, outputs that are not written, reads of what nobody has written
 or of a cp.async in flight, wgmma without its waits and fences, int overflow. runtime.cpp says how. It proves
 logic, not speed or last-bit rounding. It takes what NVRTC takes, see tests/test_dialect.py; a text that is not the

@@ -107,7 +107,6 @@ __device__ int plus1(int v) { return v + 1; } ;; int (*fn)(int) = plus1; y[0] = 
 ;; y[0] = atomicAdd(pd, f);
 ;; y[0] = atomicAdd_system(pf, 1.f) + atomicAdd_block(pd, 1.0);
 ;; half_t h = from_acc<half_t>(f); y[0] = to_acc(h);
-;; y[0] = from_acc<int>(f);
 ;; y[0] = warp_max(f);
 ;; y[0] = rsqrt(f) + rhypot(f, f) + fminf(f, d);
 ;; y[0] = powf(i, 2);
