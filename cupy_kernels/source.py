@@ -430,4 +430,5 @@ def compile_error(what: Kernel | Variant, log: str) -> KernelCompileError:
             hint = hints.of_message(match[0])
             place = f"{match[0]}\n    {number} | {lines[number - 1]}" + f"\n{hint}" * bool(hint)
             return KernelCompileError(f"{what} does not compile:\n{place}\n\nCompiler log:\n{log}")
-    return KernelCompileError(f"{what} does not compile:\n{log}")
+    hint = hints.of_message(log)
+    return KernelCompileError(f"{what} does not compile:\n{log}" + f"\n{hint}" * bool(hint))

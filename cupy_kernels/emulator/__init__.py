@@ -240,10 +240,9 @@ def _library(stem: str, text: str, checks: tuple[str, ...], kernel: Kernel | Non
     try:
         return ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL if kernel is None else ctypes.RTLD_LOCAL)
     except OSError as error:
-        if kernel and "undefined symbol" in str(
-            error
-        ):  # the linker lets pass a function that is declared and nobody has
-            raise compile_error(kernel, str(error)) from error
+        missing = re.search(r"undefined symbol: (\w+)", str(error))
+        if kernel and missing:  # the linker lets pass what is declared and nobody has
+            raise compile_error(kernel, f"'{elf.demangled(missing[1])}' is declared, and defined nowhere") from error
         raise cache.unusable(path.parent, f"{error} (made by {shlex.join(compiler())})") from error
 
 

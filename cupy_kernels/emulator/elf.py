@@ -39,7 +39,7 @@ def variables(elf: bytes) -> list[Variable]:
         where, symbol = names[index] if index < len(names) else "", _text(texts, name)
         is_object = info & 15 == 1 and size and symbol != "completed.0"  # one of the linker's
         if is_object and where in (SHARED, ".data", ".bss"):
-            found.append(Variable(_demangled(symbol), address, size, where == SHARED))
+            found.append(Variable(demangled(symbol), address, size, where == SHARED))
     return found
 
 
@@ -64,7 +64,7 @@ def _text(texts, start):
     return texts[start : texts.index(b"\0", start)].decode(errors="replace")
 
 
-def _demangled(symbol):
+def demangled(symbol: str) -> str:
     """The name alone: "s" of _ZZ6kernelE1s."""
     found = symbol
     for digits in re.finditer(r"\d+", symbol):
