@@ -43,6 +43,14 @@ DEPTH = """__device__ __attribute__((noinline)) int depth(int k, int n) {
 """
 COUNT = {"parameters": "const int* x, INOUT int* y, int n", "dtype": np.int32, "y_dtype": np.int32}
 
+BLOCKS = {"parameters": INOUT, "y": 4}
+# Each block has a value for the others.
+OF_BLOCKS = """if (threadIdx.x == 0) y[blockIdx.x] = x[blockIdx.x];
+    {}
+    float total = 0;
+    for (int b = 0; b < gridDim.x; b++) total += ((volatile float*)y)[b];
+"""
+
 BUGS = [
     # Bounds
     Bug(
@@ -575,6 +583,45 @@ BUGS = [
         y[i] = s[255 - threadIdx.x];""",
         x=1024,
         y=1024,
+    ),
+    # Barriers of all blocks
+    Bug(
+        "blocks that do not wait for each other",
+        r"race: thread \d+ (reads|writes) y\[\d\], which thread \d+ of another block (reads|writes)",
+        OF_BLOCKS.format("@grid_barrier@__syncthreads@();"),
+        **BLOCKS,
+    ),
+    Bug(
+        "blocks that do not wait before they write again",
+        r"race: thread \d+ (reads|writes) y\[\d\], which thread \d+( of another block)? (reads|writes)",
+        OF_BLOCKS.format("grid_barrier();") + "@grid_barrier();@@ if (threadIdx.x == 0) y[blockIdx.x] = total;",
+        **BLOCKS,
+    ),
+    Bug(
+        "a block that returns before the others have met it",
+        "3 of 4 blocks wait at a grid barrier, the others have returned",
+        "@@if (blockIdx.x == 2) return;@" + OF_BLOCKS.format("grid_barrier();"),
+        **BLOCKS,
+    ),
+    Bug(
+        "half a block at the grid's barrier",
+        "divergent barrier",
+        OF_BLOCKS.format("if (threadIdx.x < @256@128@) grid_barrier(); else __syncthreads();"),
+        **BLOCKS,
+    ),
+    Bug(
+        "shared memory that only another block has written",
+        "dynamic shared memory, byte 4, which nobody has written",
+        "DYNAMIC_SHARED(float, s); if (threadIdx.x == 0 && blockIdx.x @>= 0@== 1@) s[1] = 3;"
+        + OF_BLOCKS.format("grid_barrier();")
+        + "if (threadIdx.x == 7 && s[1] != 3) y[blockIdx.x] = total;",
+        **{**BLOCKS, "shared": (8, 8)},
+    ),
+    Bug(
+        "a barrier of all blocks in a launch that does not start them together",
+        "calls grid_barrier\\(\\) in a launch that is not cooperative",
+        "@grid_barrier@meet@();" + INDEX + "if (i < n) y[i] = x[i];",
+        head="__device__ void meet() { grid_barrier(); }\n",
     ),
     # Local memory
     Bug(

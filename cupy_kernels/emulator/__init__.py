@@ -95,6 +95,7 @@ class _Launch(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared_bytes", ctypes.c_uint64),
         ("seed", ctypes.c_uint64),
+        ("cooperative", ctypes.c_bool),
     )
 
 
@@ -153,7 +154,7 @@ def _run(packed) -> None:
             given.kind = 1 if parameter.const else 2 if parameter.inout else 3
     words = packed.words  # made by this, and alive until the kernel ends
     launch = _Launch(parameters, words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
-    launch.seed = _seed()
+    launch.seed, launch.cooperative = _seed(), step.cooperative
     with _one_at_a_time:
         watch = limit and threading.Timer(limit, _runtime().emulator_stop)
         if watch:

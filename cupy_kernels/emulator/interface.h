@@ -41,6 +41,7 @@ struct Launch {
     const unsigned long long* words;
     unsigned count, grid[3], block[3];
     unsigned long long shared_bytes, seed;
+    bool cooperative;
 };
 struct Image { char *start, *end, *shared_start, *shared_end; };  // a library's memory
 
@@ -52,6 +53,7 @@ extern void** arguments;
 const char* run(void (*body)(), const Image& image, const Launch& launch);
 void fail(Place place, const char* what);
 int block_barrier(Place place, bool vote);
+void grid_barrier(EMULATOR_HERE);
 // Returns when every lane of the mask has called it; to the one that was last, true.
 bool warp_barrier(unsigned mask, Place place, bool synchronises);
 unsigned active_lanes();
