@@ -64,7 +64,10 @@ class Gpu(Backend):
         start, packed = cuda.driver.launchKernel, None
         try:
             for packed in launches:
-                start(*packed.numbers, stream, packed.parameters, 0)
+                if packed.step.cooperative:
+                    cuda.driver.launchCooperativeKernel(*packed.numbers, stream, packed.parameters)
+                else:
+                    start(*packed.numbers, stream, packed.parameters, 0)
         except cuda.driver.CUDADriverError as error:
             raise RuntimeError(
                 f"CUDA does not start {packed.step.kernel}: {error}. This may be the error of an earlier kernel, of "

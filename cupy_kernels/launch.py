@@ -28,6 +28,7 @@ class _Prepared(NamedTuple):
     parameters: tuple[Parameter, ...]
     scalars: list[tuple[int, type]]  # (place, type to cast to)
     pointers: list[tuple[int, np.dtype | None]]  # (place, dtype)
+    cooperative: bool  # whether all blocks start at once
 
 
 class Step(NamedTuple):
@@ -40,6 +41,7 @@ class Step(NamedTuple):
     block: tuple[int, int, int]
     args: list
     shared_bytes: int
+    cooperative: bool
 
 
 @source.until_overridden
@@ -48,7 +50,7 @@ def _prepared(kernel: Kernel) -> _Prepared:
     parameters = source.signature(kernel)
     scalars = [(i, parameter.dtype.type) for i, parameter in enumerate(parameters) if not parameter.pointer]
     pointers = [(i, parameter.dtype) for i, parameter in enumerate(parameters) if parameter.pointer]
-    return _Prepared(kernel, parameters, scalars, pointers)
+    return _Prepared(kernel, parameters, scalars, pointers, source.cooperative(kernel))
 
 
 def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
@@ -66,7 +68,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     steps, requested = getattr(_thread, "steps", None), kernel
     if steps is None:
         notify(kernel, grid, block, args, shared_bytes)
-    kernel, parameters, scalars, pointers = _prepared(kernel)
+    kernel, parameters, scalars, pointers, cooperative = _prepared(kernel)
     if len(args) != len(parameters):
         raise ValueError(f"{kernel} takes {len(parameters)} arguments, received {len(args)}")
     if 0 in grid:
@@ -96,7 +98,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     except OverflowError as error:
         number, dtype = parameters[i].name, parameters[i].dtype
         raise ValueError(f"{kernel}: {number}={args[i]} does not fit {dtype}") from error
-    step = Step(requested, kernel, parameters, grid, block, cast, shared_bytes)
+    step = Step(requested, kernel, parameters, grid, block, cast, shared_bytes, cooperative)
     if steps is not None:
         steps.append(step)
     elif on_gpu:

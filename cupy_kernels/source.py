@@ -396,6 +396,14 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     return tuple(_parameter(kernel, *p) for p in found[kernel.name])
 
 
+@until_overridden
+def cooperative(kernel: Kernel) -> bool:
+    """Whether the kernel's text calls grid_barrier(): then all blocks start at once, or none, where they do not fit."""
+    text = expanded(kernel.file)
+    code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text[slice(*span(text, kernel.name))], flags=re.DOTALL)
+    return re.search(r"\bgrid_barrier\s*\(", code) is not None
+
+
 def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
     marks = [word for word in kind.split() if word in ("INOUT", "const")]
     base = " ".join(kind.split()[len(marks) :])  # "unsigned int" is not "int"

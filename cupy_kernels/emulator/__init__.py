@@ -29,10 +29,10 @@ import threading
 from importlib import resources
 from pathlib import Path
 
-from .. import cache, forks, nvrtc, source
+from .. import cache, forks, nvrtc
 from ..backend import Backend
 from ..errors import BackendError, EmulatorError, KernelCompileError
-from ..source import MACROS, Kernel, compile_error, declarations, is_packaged, unit
+from ..source import MACROS, Kernel, compile_error, declarations, is_packaged, overridden_texts, unit
 from . import elf, lines, messages
 
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti")
@@ -114,6 +114,7 @@ class _Launch(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("variables", ctypes.POINTER(_Variable)),
         ("variable_count", ctypes.c_uint),
+        ("cooperative", ctypes.c_bool),
     )
 
 
@@ -175,7 +176,7 @@ def _run(packed) -> None:
             given.kind = 1 if parameter.const else 2 if parameter.inout else 3
     words = packed.words  # made by this, and alive until the kernel ends
     launch = _Launch(parameters, words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
-    launch.seed = _seed()
+    launch.seed, launch.cooperative = _seed(), step.cooperative
     entry = packed.numbers[0]
     launch.variables, launch.variable_count = entry.variables, len(entry.variables)
     with _one_at_a_time:
@@ -201,7 +202,7 @@ def _with_lines(message, library):
 def _line(library, byte):
     """The line of the text that came to this byte: the caller's, where it is in a header of the package."""
     found = [place for place in lines.places(library, byte) if not messages.is_internal(place)]
-    edited = source.overridden_texts()
+    edited = overridden_texts()
     own = [place for place in found if not place.split(":")[0].endswith(".cuh") or place.split(":")[0] in edited]
     return next(iter(own or found), "the kernel")
 

@@ -6,7 +6,7 @@ static unsigned thread_of(u64 stamp) { return stamp >> THREAD_SHIFT & 1023; }
 // Whether what `then` says came before what the current thread does now.
 static inline bool ordered(u64 then) {
     unsigned epoch = then >> EPOCH_SHIFT, thread = thread_of(then);
-    if (epoch != block_epoch) return epoch >= first_epoch || acquired;
+    if (epoch != block_epoch) return epoch >= first_epoch || epoch < grid_epoch || acquired;
     if (thread == (unsigned)current) return true;
     if ((thread ^ current) / 32) return false;
     return fibers[current].seen[thread % 32] > (then >> CLOCK_SHIFT & MOST_CLOCK);
@@ -61,7 +61,7 @@ template <bool WRITE> static inline void touch(
     if (WRITE && array.constant)
         return FAIL(
             "<%x>: thread %d writes %s, which is const", place_of(place), current, element(array, address).text);
-    unsigned oldest = array.shared ? first_epoch : 1;
+    unsigned oldest = array.shared ? shared_since : 1;
     for (size_t end = offset + bytes; offset < end;) {
         size_t first = offset % 4, last = end - (offset - first) < 4 ? end - (offset - first) : 4;
         u64 mask = (1 << last) - (1 << first), now = self | how | mask;

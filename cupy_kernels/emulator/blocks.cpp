@@ -10,16 +10,21 @@ static void next_epoch() {
         }
 }
 
+static void begin_epochs() {
+    next_epoch();
+    first_epoch = block_epoch;
+    all_released &= acquired;
+    acquired = false;
+}
+
 static void start_block() {
     memset(dynamic.start, POISON, dynamic.bytes);
     for (unsigned i = 0; i < variable_count; i++)
         if (variables[i].shared) memset(variables[i].start, POISON, variables[i].bytes);
     memset(warps, 0, sizeof warps);
     memset(queues, 0, sizeof queues);
-    next_epoch();
-    first_epoch = block_epoch;
-    all_released &= acquired;
-    acquired = false;
+    begin_epochs();
+    shared_since = block_epoch;
     for (int t = 0; t < thread_count; t++) {
         Fiber& f = fibers[t];
         void** top = (void**)(stacks + (t + 1) * (STACK_BYTES + STACK_GAP) - t % 32 * STACK_SHIFT) - SAVED_WORDS - 4;
@@ -28,14 +33,15 @@ static void start_block() {
         f.stack_pointer = top;
         f.state = READY;
         f.warp_calls = 0;
-        f.fenced = false;
+        f.at_grid = f.fenced = false;
         f.copy_count = f.group_count = 0;
         f.registers_fenced = false;
         f.touched_sums = f.flying_sums = 0;
     }
 }
 
-// Every fiber is DONE or waits at the block's barrier: release them, report the end (false), or fail.
+// Every fiber is DONE or waits at the block's barrier: release them; or the block ends, waits for the others or fails:
+// false.
 static bool release_barrier() {
     int done = 0, waiting = 0, first = -1;
     votes = 0;
@@ -52,7 +58,7 @@ static bool release_barrier() {
         waiting++;
         votes += f.vote;
         if (first < 0) first = t;
-        if (f.place != fibers[first].place)
+        if (f.place != fibers[first].place || f.at_grid != fibers[first].at_grid)
             return report(
                        "divergent barrier: thread %d waits at <%x>, thread %d at <%x>", first,
                        place_of(fibers[first].place.at), t, place_of(f.place.at)),
@@ -64,13 +70,19 @@ static bool release_barrier() {
                    "divergent barrier: %d of %d threads wait at <%x>, the others have returned", waiting, thread_count,
                    place_of(fibers[first].place.at)),
                false;
+    if (fibers[first].at_grid) return false;
     for (int t = 0; t < thread_count; t++) fibers[t].state = READY;
     next_epoch();
     return true;
 }
 
+}  // namespace emulator
+
+#include "cooperative.cpp"
+
+namespace emulator {
+
 static void run_block() {
-    start_block();
     do {
         bool ran;
         do {
@@ -99,12 +111,28 @@ static void run_blocks(unsigned long long seed) {
     acquired = all_released = true;
     sums_count = 0, fault_count = 1;
     for (int t = 0; t < thread_count; t++) fibers[t].proxy_fence = 0;
-    long long blocks = (long long)gridDim.x * gridDim.y * gridDim.z;
-    for (long long i = 0; i < blocks && !error[0]; i++) {
-        long long b = backwards ? blocks - 1 - i : i;
-        blockIdx = {unsigned(b % gridDim.x), unsigned(b / gridDim.x % gridDim.y), unsigned(b / gridDim.x / gridDim.y)};
-        run_block();
-    }
+    long long blocks = (long long)gridDim.x * gridDim.y * gridDim.z, waiting = 0;
+    asides = cooperative ? (Aside*)__builtin_calloc(blocks, sizeof(Aside)) : nullptr;
+    do {
+        long long waited = waiting;
+        waiting = 0;
+        grid_epoch = block_epoch + 1;
+        for (long long i = 0; i < blocks && !error[0]; i++) {
+            long long b = backwards ? blocks - 1 - i : i;
+            blockIdx = {
+                unsigned(b % gridDim.x), unsigned(b / gridDim.x % gridDim.y), unsigned(b / gridDim.x / gridDim.y)};
+            if (waited) take_up(asides[b]);
+            else start_block();
+            run_block();
+            if (error[0] || !fibers[0].at_grid) continue;
+            waiting++;
+            lay_aside(asides[b]);
+        }
+        if (waiting && waiting < blocks)
+            report("%lld of %lld blocks wait at a grid barrier, the others have returned", waiting, blocks);
+    } while (waiting && !error[0]);
+    for (long long b = 0; asides && b < blocks; b++) __builtin_free(asides[b].bytes);
+    __builtin_free(asides);
     if (!error[0]) return;
     size_t used = strlen(error);
     snprintf(error + used, sizeof error - used, " (block %u,%u,%u)", blockIdx.x, blockIdx.y, blockIdx.z);

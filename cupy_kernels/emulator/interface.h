@@ -54,6 +54,7 @@ struct Launch {
     unsigned long long shared_bytes, seed;
     const Variable* variables;
     unsigned variable_count;
+    bool cooperative;
 };
 struct Image { char *start, *end; };  // a library's memory
 
@@ -65,6 +66,7 @@ extern void** arguments;
 const char* run(void (*body)(), const Image& image, const Launch& launch);
 void fail(Place place, const char* what);
 int block_barrier(Place place, bool vote);
+void grid_barrier(EMULATOR_HERE);
 // Returns when every lane of the mask has called it; to the one that was last, true.
 bool warp_barrier(unsigned mask, Place place, bool synchronises);
 unsigned active_lanes();

@@ -42,6 +42,7 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     thread_count = blockDim.x * blockDim.y * blockDim.z;
     thread_body = body;
     image_start = image.start, image_end = image.end;
+    cooperative = launch.cooperative;
     error[0] = 0;
     stopped = nullptr;
     if (launch.count > MAX_PARAMETERS) return "more than 62 parameters";

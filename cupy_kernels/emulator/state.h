@@ -44,7 +44,7 @@ struct Fiber {
     State state;
     Place place;          // of the barrier it waits at
     unsigned warp_calls;  // parity picks the exchange buffer: a fast lane may be one call ahead
-    bool vote, fenced;
+    bool vote, at_grid, fenced;
     unsigned short clock,
         seen[32];             // __syncwarps; and of each lane, up to which one its accesses came before this thread's
     Copy copies[MAX_COPIES];  // cp.async issued and not yet waited for
@@ -80,7 +80,9 @@ static Array arrays[MAX_PARAMETERS + 1], &dynamic = arrays[0];  // dynamic share
 static Array variables[MAX_VARIABLES];                          // __shared__ and __device__ ones
 static unsigned array_count, variable_count;
 static u64 self;                           // the stamp of what the current thread does
-static unsigned block_epoch, first_epoch;  // number of the last barrier, and of the block's start
+// Number of the last barrier; of the block's start, or when it went on behind the last grid barrier; of that one; and
+// of the start of the block's shared memory.
+static unsigned block_epoch, first_epoch, grid_epoch, shared_since;
 static bool acquired, all_released;        // earlier blocks' accesses came before this block's: see atomic()
 static u64 argument_words[MAX_PARAMETERS];
 static void* argument_addresses[MAX_PARAMETERS];

@@ -1,0 +1,54 @@
+// Cooperative launches: all blocks begin, and wait for each other at grid_barrier(). A part of runtime.cpp.
+//
+// Blocks still run one after another. One that waits is laid aside: its fibers, what lies on their stacks, its shared
+// memory, and the words about that. When all blocks wait, each of them goes on from there.
+namespace emulator {
+
+struct Aside { char* bytes; };
+static Aside* asides;  // of each block
+static bool cooperative;
+
+void grid_barrier(Place place) {
+    if (!cooperative) return fail(place, "calls grid_barrier() in a launch that is not cooperative");
+    fibers[current].at_grid = true;
+    block_barrier(place, false);
+}
+
+// Calls part(address, bytes) for all that belongs to the block that runs.
+template <class F> static void for_parts_of_block(F part) {
+    part(&shared_since, sizeof shared_since);
+    part(fibers, thread_count * sizeof(Fiber));
+    for (int t = 0; t < thread_count; t++) {
+        char *top = stacks + (t + 1) * (STACK_BYTES + STACK_GAP), *used = (char*)fibers[t].stack_pointer;
+        part(used, top - used);
+    }
+    auto array = [&](Array& array) {
+        part(array.start, array.bytes);
+        part(array.words, (array.bytes / 4 + 1) * sizeof(Word));
+    };
+    array(dynamic);
+    for (unsigned i = 0; i < variable_count; i++)
+        if (variables[i].shared) array(variables[i]);
+}
+
+static void lay_aside(Aside& aside) {
+    size_t bytes = 0;
+    for_parts_of_block([&](void*, size_t part_bytes) { bytes += part_bytes; });
+    char* to = aside.bytes = (char*)__builtin_realloc(aside.bytes, bytes);
+    for_parts_of_block([&](void* part, size_t part_bytes) {
+        memcpy(to, part, part_bytes);
+        to += part_bytes;
+    });
+}
+
+static void take_up(const Aside& aside) {
+    const char* from = aside.bytes;
+    for_parts_of_block([&](void* part, size_t part_bytes) {
+        memcpy(part, from, part_bytes);
+        from += part_bytes;
+    });
+    begin_epochs();
+    for (int t = 0; t < thread_count; t++) fibers[t].state = READY, fibers[t].at_grid = false;
+}
+
+}  // namespace emulator
