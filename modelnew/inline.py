@@ -21,7 +21,6 @@ from .inline_arguments import apart, blocks, check_changeable, check_number, che
 from .inline_autograd import Once, Recorded
 from .inline_declaration import Declaration, Options
 from .interop import FLOATS, TORCH, dense
-from .untraced import all_meta, dispatches
 
 
 def operator(
@@ -214,7 +213,7 @@ class Operator:
         values = (*args, *options.values())
         if has_torch_function(values):
             return handle_torch_function(self, values, *args, **options)
-        if recorders.present() or dispatches(values) or all_meta(*values):
+        if recorders.present() or _without_memory(values):
             recorders.refuse(str(self))
             from .inline_registered import registered
 
@@ -355,6 +354,13 @@ class Operator:
         if 0 in grid and size:
             raise ValueError(f"grid= gave {grid} blocks for {name}, whose output has {size} elements: none would run")
         run(_launch, self.declared.kernel[name, scalar], grid, block, *args)
+
+
+def _without_memory(values):
+    """Whether kernels have nothing to read: one of the tensors handles operators itself, or all are meta tensors."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    handled = any(type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for tensor in tensors)
+    return handled or (bool(tensors) and all(tensor.is_meta for tensor in tensors))
 
 
 def _launch(kernel, grid, block, *args):
