@@ -19,16 +19,15 @@ class Variable(NamedTuple):
 
 def with_gaps(assembly: str) -> str:
     """The assembly with GAP bytes before each __shared__ variable, and behind the last."""
-    section, found = "", []
-    for line in assembly.splitlines():
-        words = line.replace(",", " ").split()
-        if words and words[0] in (".section", ".text", ".data", ".bss"):
-            section = words[-1 if len(words) == 1 else 1]
-        elif section == SHARED and re.match(r"[\w.$]+:", line):
-            found.append(f"\t.zero {GAP}")
-        found.append(line)
-    end = f'\t.section {SHARED},"aw",@progbits\n\t.zero {GAP}\n'
-    return "\n".join(found) + "\n" + (end if f"\t.zero {GAP}" in found else "")
+    section, found, at, gap = "", [], 0, f"\t.zero {GAP}\n"
+    for match in re.finditer(r"^(?:\s+\.(?:section\s+([^\s,]+)|(text|data|bss)\b)|[\w.$]+:)", assembly, re.MULTILINE):
+        if not match[0].endswith(":"):
+            section = match[1] or match[2]
+        elif section == SHARED:
+            found += [assembly[at : match.start()], gap]
+            at = match.start()
+    end = f'\t.section {SHARED},"aw",@progbits\n{gap}' if found else ""
+    return "".join(found) + assembly[at:] + end
 
 
 def variables(elf: bytes) -> list[Variable]:

@@ -1,8 +1,8 @@
 // What ends a kernel from outside: faults of the processor, Ctrl-C, the time limit. A part of runtime.cpp.
 namespace emulator {
 
-static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGINT, SIGURG};
-enum { SIGNALS = 5 };
+static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGINT, SIGURG};
+enum { SIGNALS = 6 };
 static struct sigaction before[SIGNALS];  // what the process does about them
 static thread_local bool runs_here;
 static pthread_t runner;
@@ -50,6 +50,7 @@ static void on_signal(int number, siginfo_t* info, void* context) {
     char* address = (char*)info->si_addr;
     Where line = line_of(context);
     if (number == SIGFPE) FAIL("%sthread %d divides an integer by zero", line.text, current);
+    else if (number == SIGILL) FAIL("%sthread %d comes to a place that it cannot come to", line.text, current);
     else if (in_a_stack(address))
         FAIL(
             "%sthread %d needs more than %d KiB of local memory: a large array, or a recursion without end", line.text,
