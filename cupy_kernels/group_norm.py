@@ -1,11 +1,12 @@
 """Group norm over [N, C, *]: forward and gradients.
 
-All arrays are contiguous. `mean` and `rstd`, N * num_groups elements, and the workspace have the accumulator's dtype:
-see `common.accumulator_dtype`. weight, bias and their gradients share one dtype: x's, or float32.
+All arrays are contiguous. `mean` and `rstd`, N * num_groups elements, have the accumulator's dtype: see
+`common.accumulator_dtype`. Workspaces are float64. weight, bias and their gradients share one dtype: x's, or float32.
 """
 
 import itertools
 from math import prod
+from typing import NamedTuple
 
 from .channel_walk import KEPT, row_tile, shared_bytes, whole_warps, widths
 from .common import (
@@ -27,36 +28,53 @@ from .source import DTYPES, SCALARS, Variant
 
 _CACHE_BYTES = 47 * 1024  # of the 48 KiB that every GPU has; the kernels' fixed arrays take the rest
 _CHANNELS_LAST_FILE = "group_norm_channels_last.cu"
-_TILE_BYTES = (512, 256, 128, 64, 32, 16)  # of a row that a block reads
+_TILE_BYTES = (512, 256, 128)  # of a row that a block reads
+_BLOCKS = 4 * MULTIPROCESSORS  # enough of them
+_CHUNK_BYTES = 2**14  # the least that a block reads where an image is in chunks
 _ROW_THREADS = MAX_ROW_CHANNELS = 256  # the most threads of a block, of which each has a channel at least
 _COLUMNS = 8  # channels of a block of group_norm_backward_parameters
 
 
-def group_norm_forward(x, num_groups, weight, bias, y, mean, rstd, eps, channels_last: bool = False) -> None:
+def group_norm_forward_workspace(x, num_groups, channels_last: bool = False) -> int:
+    """Elements of the workspace that the forward needs."""
+    chunks = _chunks(x)[0] if channels_last else 1
+    return 2 * x.shape[0] * num_groups * chunks if chunks > 1 else 0
+
+
+def group_norm_forward(
+    x, num_groups, weight, bias, y, mean, rstd, eps, workspace=None, channels_last: bool = False
+) -> None:
     """y = (x - mean) rstd weight + bias with mean and rstd = 1/sqrt(biased variance + eps) of each image's groups.
 
-    weight and bias may be None. y, mean and rstd are written; for an empty x nothing is. channels_last: x and y are
-    [N, *, C].
+    weight and bias may be None. y, mean and rstd are written; for an empty x nothing is.
+    workspace: `group_norm_forward_workspace(x, num_groups, channels_last)` elements, written; None for 0.
+    channels_last: x and y are [N, *, C].
     """
     same_shape(x=x, y=y)
     shape = _shape(x, channels_last)
     blocks, group_channels, plane = _sizes(shape, num_groups)
     _check_statistics(blocks, mean, rstd)
     check_per_channel(shape[1], weight=weight, bias=bias)
+    _check_workspace(workspace, group_norm_forward_workspace(x, num_groups, channels_last), shape)
     if not x.size:
         return
     if channels_last:
-        args = (x, weight, bias, y, mean, rstd, eps)
-        _launch_rows("group_norm_forward_channels_last", args, shape, num_groups, (x, y), weight, bias)
+        rows, args = _rows(shape, num_groups, (x, y), weight, bias), (weight, bias, y, mean, rstd, eps)
+        if workspace is None:
+            rows.launch("group_norm_forward_channels_last", (x, *args))
+        else:
+            rows.launch("group_norm_partials_channels_last", (x, workspace))
+            rows.launch("group_norm_apply_channels_last", (x, workspace, *args))
         return
     variant, packs = _variant(group_channels * plane, (x, y), 1, weight, bias)
     args = (x, weight, bias, y, mean, rstd, eps, num_groups, group_channels, plane)
     _launch(variant, "group_norm_forward", blocks, packs, packs, args)
 
 
-def group_norm_workspace(shape) -> int:
-    """Elements of the workspace that the gradients of weight and bias need, for an x of this shape."""
-    return 2 * shape[0] * shape[1]
+def group_norm_backward_workspace(x, parameters: bool, channels_last: bool = False) -> int:
+    """Elements of the workspace that the backward needs. parameters: whether weight or bias need a gradient."""
+    chunks = _chunks(x)[0] if channels_last else 1
+    return 2 * x.shape[0] * chunks * _shape(x, channels_last)[1] if parameters or chunks > 1 else 0
 
 
 def group_norm_backward(
@@ -64,26 +82,27 @@ def group_norm_backward(
 ) -> None:
     """The gradients from the forward's mean and rstd. dx, dweight and dbias are written; any may be None.
 
-    weight: the forward's, or None. workspace: `group_norm_workspace(x.shape)` elements, written; None if dweight and
-        dbias are None.
-    channels_last: dy, x and dx are [N, *, C].
+    weight: the forward's, or None. channels_last: dy, x and dx are [N, *, C].
+    workspace: `group_norm_backward_workspace(x, ...)` elements, written; None for 0.
     """
     same_shape(dy=dy, x=x, dx=dx)
     shape = _shape(x, channels_last)
     blocks, group_channels, plane = _sizes(shape, num_groups)
-    images, channels = shape[:2]
+    channels = shape[1]
     _check_statistics(blocks, mean, rstd)
     check_per_channel(channels, weight=weight, dweight=dweight, dbias=dbias)
     has_parameters = dweight is not None or dbias is not None
-    needed = group_norm_workspace(shape) if has_parameters else None
-    received = None if workspace is None else workspace.size
-    if received != needed:
-        raise ValueError(f"the workspace for shape {shape} must have {needed} elements, received {received}")
+    _check_workspace(workspace, group_norm_backward_workspace(x, has_parameters, channels_last), shape)
     variant, packs = _variant(group_channels * plane, (dy, x, dx), 2, weight, dweight, dbias)
     if x.size and channels_last:
-        args, tensors = (dy, x, mean, rstd, weight, dx, workspace), [a for a in (dy, x, dx) if a is not None]
-        parameters = (weight, dweight, dbias)
-        _launch_rows("group_norm_backward_channels_last", args, shape, num_groups, tensors, *parameters)
+        tensors = [a for a in (dy, x, dx) if a is not None]
+        rows, args = _rows(shape, num_groups, tensors, weight, dweight, dbias), (dy, x, mean, rstd, weight)
+        if rows.chunks == 1:
+            rows.launch("group_norm_backward_channels_last", (*args, dx, workspace))
+        else:
+            rows.launch("group_norm_backward_partials_channels_last", (*args, workspace))
+            if dx is not None:
+                rows.launch("group_norm_backward_apply_channels_last", (*args, workspace, dx))
     elif x.size:
         args = (dy, x, mean, rstd, weight, dx, workspace, num_groups, group_channels, plane)
         _launch(variant, "group_norm_backward", blocks, packs, 2 * packs, args)
@@ -92,7 +111,7 @@ def group_norm_backward(
             variant.kernel("group_norm_backward_parameters"),
             (ceil_div(channels, _COLUMNS), 1, 1),
             (THREADS, 1, 1),
-            (workspace, dweight, dbias, images if x.size else 0, channels),
+            (workspace, dweight, dbias, workspace.size // (2 * channels) if x.size else 0, channels),
         )
 
 
@@ -106,10 +125,29 @@ def variants():
             yield Variant(_CHANNELS_LAST_FILE, _row_defines(name, param, width))
 
 
-def _launch_rows(name, args, shape, num_groups, tensors, *parameters):
-    """Starts a kernel on [N, *, C] tensors. shape: [N, C, *]. parameters: of the per-channel ones' type, or None."""
+class _Rows(NamedTuple):
+    """How blocks share [N, *, C] tensors, see group_norm_channels_last.cu."""
+
+    defines: tuple
+    blocks: int
+    threads: int
+    sizes: tuple[int, ...]  # a kernel's last arguments
+
+    @property
+    def chunks(self):
+        return self.sizes[1]
+
+    def launch(self, name, args):
+        kernel = Variant(_CHANNELS_LAST_FILE, self.defines).kernel(name)
+        shared = shared_bytes(self.defines, self.sizes[-1], self.threads)
+        launch(kernel, (self.blocks, 1, 1), (self.threads, 1, 1), (*args, *self.sizes), shared)
+
+
+def _rows(shape, num_groups, tensors, *parameters) -> _Rows:
+    """shape: [N, C, *]. parameters: of the per-channel ones' type, or None."""
     x, images, channels, plane = tensors[0], shape[0], shape[1], prod(shape[2:])
-    if channels // num_groups > MAX_ROW_CHANNELS:
+    group_channels = channels // num_groups
+    if group_channels > MAX_ROW_CHANNELS:
         raise ValueError(
             f"groups of channels_last arrays have at most {MAX_ROW_CHANNELS} channels, received {shape[1]} channels in "
             f"{num_groups} groups; pass contiguous arrays"
@@ -117,16 +155,27 @@ def _launch_rows(name, args, shape, num_groups, tensors, *parameters):
     param = next((a.dtype for a in parameters if a is not None), accumulator_dtype(x))
     aligned = row_width(channels, *tensors)
     width = next(w for w in widths(scalar(x)) if w <= aligned)
+    chunks, chunk = _chunks(x)
     for tile_bytes in _TILE_BYTES:  # the widest of which there are enough blocks
-        tile = row_tile(channels, channels // num_groups, width, tile_bytes // (width * x.itemsize))
+        tile = row_tile(channels, group_channels, width, tile_bytes // (width * x.itemsize))
         tiles = ceil_div(channels // width, tile)
-        if images * tiles >= MULTIPROCESSORS:
+        if chunks > 1 or images * tiles >= MULTIPROCESSORS:
             break
-    rows = max(1, min(_ROW_THREADS, ceil_div(tile * plane, 4)) // tile)  # some packs for each thread
-    threads, defines = whole_warps(tile * rows), _row_defines(scalar(x), SCALARS[param], width)
-    sizes = (tiles, channels, channels // num_groups, plane, tile)
-    kernel = Variant(_CHANNELS_LAST_FILE, defines).kernel(name)
-    launch(kernel, (images * tiles, 1, 1), (threads, 1, 1), (*args, *sizes), shared_bytes(defines, tile, threads))
+    rows = max(1, min(_ROW_THREADS, ceil_div(tile * chunk, 4)) // tile)  # some packs for each thread
+    sizes = (tiles, chunks, channels, group_channels, plane, chunk, tile)
+    defines = _row_defines(scalar(x), SCALARS[param], width)
+    return _Rows(defines, images * chunks * tiles, whole_warps(tile * rows), sizes)
+
+
+def _chunks(x):
+    """(chunks of an image, rows of a chunk) of [N, *, C], by shape and dtype alone."""
+    images, channels, plane = x.shape[0], x.shape[-1], prod(x.shape[1:-1])
+    row_bytes = channels * x.itemsize
+    tiles = ceil_div(row_bytes, _TILE_BYTES[0])
+    most = plane * row_bytes // (tiles * _CHUNK_BYTES) if tiles else 0
+    chunks = max(1, min(ceil_div(_BLOCKS, images * tiles), most)) if images else 1
+    chunk = max(1, ceil_div(plane, chunks))
+    return max(1, ceil_div(plane, chunk)), chunk
 
 
 def _row_defines(name, param, width):
@@ -179,6 +228,12 @@ def _sizes(shape, num_groups):
     if group_channels * plane >= 2**31:
         raise ValueError(f"a group must have fewer than 2^31 values, received shape {shape} with {num_groups} groups")
     return shape[0] * num_groups, group_channels, plane
+
+
+def _check_workspace(workspace, needed, shape):
+    received = None if workspace is None else workspace.size
+    if received != (needed or None):
+        raise ValueError(f"the workspace for shape {shape} must have {needed} elements, received {received}")
 
 
 def _check_statistics(blocks, mean, rstd):

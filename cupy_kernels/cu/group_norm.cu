@@ -86,7 +86,7 @@ struct Means { acc_t g, dot; };  // of dy weight, and of dy weight xhat, over a 
 struct Group {
     const scalar_t *dy, *x;
     const param_t* weight;
-    acc_t* partials;
+    double* partials;
     int first_channel, channels, plane;
     Normaliser normalise;
 
@@ -100,8 +100,9 @@ struct Group {
             weighted_sum += w * sum;
             weighted_dot += w * dot;
             if (partials) {
-                partials[first_plane + channel] = sum * inverse_of(unit);
-                partials[planes + first_plane + channel] = dot * inverse_of(unit);
+                double back = inverse_of(unit);
+                partials[first_plane + channel] = sum * back;
+                partials[planes + first_plane + channel] = dot * back;
             }
         };
         int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -158,7 +159,7 @@ struct Group {
 extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx,
-    acc_t* __restrict__ partials, int groups, int group_channels, int plane) {
+    double* __restrict__ partials, int groups, int group_channels, int plane) {
     DYNAMIC_SHARED(Pack, cache);
     __shared__ acc_t scratch[32], part_sums[32], part_dots[32];
     int size = group_channels * plane, packs = size / WIDTH;
@@ -202,22 +203,23 @@ extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
     }
 }
 
-// dweight and dbias from partials, over the images in a fixed order. A block takes COLUMNS channels, whose neighbours
-// are read together, and each of its threads every (blockDim.x / COLUMNS)-th image. Null outputs are left out.
+// dweight and dbias from partials [2][rows][channels], over the rows in a fixed order. A block takes COLUMNS channels,
+// whose neighbours are read together, and each of its threads every (blockDim.x / COLUMNS)-th row. Null outputs are left
+// out.
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_parameters(
-    const acc_t* __restrict__ partials, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 images,
+    const double* __restrict__ partials, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 rows,
     i64 channels) {
     static_assert(
         THREADS % COLUMNS == 0 && (THREADS / COLUMNS & (THREADS / COLUMNS - 1)) == 0,
         "threads are halved down to COLUMNS");
-    __shared__ acc_t sums[THREADS], dots[THREADS];
+    __shared__ double sums[THREADS], dots[THREADS];
     i64 channel = (i64)blockIdx.x * COLUMNS + threadIdx.x % COLUMNS;
-    acc_t sum = 0, dot = 0;
+    double sum = 0, dot = 0;
     if (channel < channels)
         #pragma unroll 4
-        for (i64 n = threadIdx.x / COLUMNS; n < images; n += blockDim.x / COLUMNS) {
+        for (i64 n = threadIdx.x / COLUMNS; n < rows; n += blockDim.x / COLUMNS) {
             sum += partials[n * channels + channel];
-            dot += partials[(images + n) * channels + channel];
+            dot += partials[(rows + n) * channels + channel];
         }
     sums[threadIdx.x] = sum;
     dots[threadIdx.x] = dot;
@@ -229,6 +231,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_parame
         }
     }
     if (threadIdx.x >= COLUMNS || channel >= channels) return;
-    if (dbias) dbias[channel] = from_acc<param_t>(sums[threadIdx.x]);
-    if (dweight) dweight[channel] = from_acc<param_t>(dots[threadIdx.x]);
+    if (dbias) dbias[channel] = from_acc<param_t>((acc_t)sums[threadIdx.x]);
+    if (dweight) dweight[channel] = from_acc<param_t>((acc_t)dots[threadIdx.x]);
 }

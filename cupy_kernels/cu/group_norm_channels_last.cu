@@ -1,27 +1,39 @@
 // group_norm.cu's kernels for x [images, plane, channels], group_channels neighbouring channels a group.
 //
 // Thread mapping: channel_walk.cuh's walk over rows. Each image is a matrix of `plane` rows and `channels` columns, in
-// which a group is what is called a channel there, and a group's channels are its plane. Block image * tiles + t takes
-// all rows of tile t.
+// which a group is what is called a channel there, and a group's channels are its plane. Block (image * chunks + k) *
+// tiles + t takes the rows of chunk k of tile t. With one chunk, one kernel does all. Where images are few, there are
+// more, and two kernels: the first writes what it knows of each chunk, in double; each block of the second combines
+// what it needs of that. The second takes blocks in reverse, as the last ones are still in the L2 cache.
 //
 // Saved, and the gradients: group_norm.cu. Macros: those of channel_walk.cuh with PLANES 0, param_t, THREADS (the most
 // of a block).
 #include "channel_walk.cuh"
 
-// The block's walk over its image, which begins `base` elements into the tensor.
+// How blocks share x; `chunk`: rows of an image in a chunk.
+struct Rows { int tiles, chunks, channels, group_channels, plane, chunk, tile; };
+
+// The block's walk over its chunk of its image, which begins `base` elements into the tensor.
 struct ImageWalk : Walk {
     i64 image, base;
-    __device__ ImageWalk(int tiles, int channels, int group_channels, int plane, int tile)
+    int chunks, group_size;
+    __device__ ImageWalk(Rows r, int block)
         : Walk(
-              blockIdx.x % tiles, channels / group_channels, group_channels, (i64)plane * group_channels,
-              (i64)plane * group_channels, tile),
-          image(blockIdx.x / tiles), base(image * plane * channels) {}
+              block % (r.tiles * r.chunks), r.channels / r.group_channels, r.group_channels,
+              (i64)r.plane * r.group_channels, (i64)r.chunk * r.group_channels, r.tile),
+          image(block / (r.tiles * r.chunks)), base(image * r.plane * r.channels), chunks(r.chunks),
+          group_size(r.plane * r.group_channels) {}
     __device__ i64 group(int channel) const { return image * channels + channel; }
     __device__ int column_of_tile() const { return threadIdx.x % (unsigned)tile * WIDTH; }
     // Calls visit(column of the tile, channel) for each of the block.
     template <class F> __device__ void for_columns(F visit) const {
         int first = this->first * Walk::plane;
         for (int i = threadIdx.x; i < tile * WIDTH && first + i < columns; i += blockDim.x) visit(i, first + i);
+    }
+    // Calls visit(place, group, lane) in a warp for each group of the block.
+    template <class F> __device__ void for_groups(F visit) const {
+        for (int place = threadIdx.x / 32; place < entries() && first + place < channels; place += blockDim.x / 32)
+            visit(place, first + place, (int)threadIdx.x % 32);
     }
 };
 // Weights lie by column, and so do biases. Of columns beyond the last nothing is kept, and nobody uses what is read.
@@ -31,16 +43,28 @@ UNCHECKED __device__ inline void columns_of_slots(
     for (int s = 0; s < SLOTS; s++) v[s] = kept.at(array, walk.column_of_tile() + s);
 }
 
+__device__ inline void keep_affine(
+    const Kept& kept, const ImageWalk& walk, const param_t* __restrict__ weight, const param_t* __restrict__ bias) {
+    walk.for_columns(
+        [&](int i, int c) { kept.at(WEIGHT, i) = bn_weight(weight, c), kept.at(BIAS, i) = bn_bias(bias, c); });
+}
+__device__ inline void apply(
+    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, const ImageWalk& walk, const Kept& kept) {
+    acc_t w[SLOTS], b[SLOTS];
+    columns_of_slots(kept, WEIGHT, walk, w), columns_of_slots(kept, BIAS, walk, b);
+    normalise_chunk(x + walk.base, y + walk.base, walk, kept, w, b, [](acc_t(&)[WIDTH]) {});
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_forward_channels_last(
     const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
-    scalar_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int tiles, int channels,
-    int group_channels, int plane, int tile) {
+    scalar_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int tiles, int chunks,
+    int channels, int group_channels, int plane, int chunk, int tile) {
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
+    Rows rows = {tiles, chunks, channels, group_channels, plane, chunk, tile};
     with_units(kept.scratch(), [&](Open& open) {
-        ImageWalk walk(tiles, channels, group_channels, plane, tile);
-        walk.for_columns(
-            [&](int i, int c) { kept.at(WEIGHT, i) = bn_weight(weight, c), kept.at(BIAS, i) = bn_bias(bias, c); });
+        ImageWalk walk(rows, blockIdx.x);
+        keep_affine(kept, walk, weight, bias);
         moments_of_chunk(
             x + walk.base, open.unit, walk, kept.scratch(), [&](int k, int place, int g, ChunkMoments moments) {
                 if (!open.keep(k, is_finite(moments.squares))) return;
@@ -51,10 +75,60 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_forward_chan
                 kept.normaliser(place, group_mean, group_rstd);
             });
     });
-    ImageWalk walk(tiles, channels, group_channels, plane, tile);
-    acc_t w[SLOTS], b[SLOTS];
-    columns_of_slots(kept, WEIGHT, walk, w), columns_of_slots(kept, BIAS, walk, b);
-    normalise_chunk(x + walk.base, y + walk.base, walk, kept, w, b, [](acc_t(&)[WIDTH]) {});
+    apply(x, y, ImageWalk(rows, blockIdx.x), kept);
+}
+
+// Where the moments of a group's chunks lie, in partials [2][images * groups][chunks]: their means, then their squares.
+struct Partials {
+    i64 first, squares;
+    __device__ Partials(const ImageWalk& walk, int tiles, int group)
+        : first(walk.group(group) * walk.chunks), squares((i64)gridDim.x / tiles * walk.channels) {}
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_partials_channels_last(
+    const scalar_t* __restrict__ x, double* __restrict__ partials, int tiles, int chunks, int channels,
+    int group_channels, int plane, int chunk, int tile) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
+    with_units(kept.scratch(), [&](Open& open) {
+        ImageWalk walk({tiles, chunks, channels, group_channels, plane, chunk, tile}, blockIdx.x);
+        moments_of_chunk(x + walk.base, open.unit, walk, kept.scratch(), [&](int k, int, int g, ChunkMoments moments) {
+            if (!open.keep(k, is_finite(moments.squares))) return;
+            Partials at(walk, tiles, g);
+            double back = inverse_of(open.unit);
+            partials[at.first + walk.chunk] = moments.mean * back;
+            partials[at.squares + at.first + walk.chunk] = moments.squares * back * back;
+        });
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_apply_channels_last(
+    const scalar_t* __restrict__ x, const double* __restrict__ partials, const param_t* __restrict__ weight,
+    const param_t* __restrict__ bias, scalar_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd,
+    acc_t eps, int tiles, int chunks, int channels, int group_channels, int plane, int chunk, int tile) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
+    ImageWalk walk({tiles, chunks, channels, group_channels, plane, chunk, tile}, gridDim.x - 1 - blockIdx.x);
+    keep_affine(kept, walk, weight, bias);
+    walk.for_groups([&](int place, int g, int lane) {
+        Partials at(walk, tiles, g);
+        auto count = [&](int k) { return (double)min(chunk, plane - k * chunk) * group_channels; };
+        double sum = 0, squares = 0;
+        for (int k = lane; k < chunks; k += 32) sum += count(k) * partials[at.first + k];
+        double group_mean = warp_sum(sum) / walk.group_size;
+        for (int k = lane; k < chunks; k += 32) {
+            double distance = partials[at.first + k] - group_mean;
+            squares += partials[at.squares + at.first + k] + count(k) * distance * distance;
+        }
+        double variance = warp_sum(squares) / walk.group_size;
+        acc_t unit = sizeof(acc_t) == 8 || is_finite((acc_t)variance) ? (acc_t)1 : OTHER_UNIT();
+        acc_t group_rstd = invstd_of((acc_t)(variance * unit * unit), unit, eps);
+        if (lane) return;
+        if (walk.chunk == 0) mean[walk.group(g)] = (acc_t)group_mean, rstd[walk.group(g)] = group_rstd;
+        kept.normaliser(place, (acc_t)group_mean, group_rstd);
+    });
+    __syncthreads();
+    apply(x, y, walk, kept);
 }
 
 // What the backward has in flight.
@@ -70,65 +144,63 @@ struct Batch {
         });
     }
 };
+enum { MEAN_G = BIAS, MEAN_DOT = OTHER };  // of dy weight, and of dy weight xhat, over a group
 
-// dx may be null. partials [2][images * channels]: sum of dy, and of dy xhat, over each plane; null where weight and
-// bias need no gradient.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_backward_channels_last(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
-    const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx,
-    acc_t* __restrict__ partials, int tiles, int channels, int group_channels, int plane, int tile) {
-    DYNAMIC_SHARED(acc_t, shared);
-    enum { MEAN_G = BIAS, MEAN_DOT = OTHER };
-    Kept kept(shared, tile);
-    {
-        ImageWalk walk(tiles, channels, group_channels, plane, tile);
-        for_channels(walk, [&](int place, int g) { kept.normaliser(place, mean[walk.group(g)], rstd[walk.group(g)]); });
-        walk.for_columns([&](int i, int c) { kept.at(WEIGHT, i) = bn_weight(weight, c); });
-        __syncthreads();
-    }
-    with_units(kept.scratch(), [&](Open& open) {
-        ImageWalk walk(tiles, channels, group_channels, plane, tile);
-        Normalisers normalise(kept, walk);
-        acc_t sums[2][SLOTS];
+__device__ inline void keep_statistics(
+    const Kept& kept, const ImageWalk& walk, const acc_t* __restrict__ mean, const acc_t* __restrict__ rstd,
+    const param_t* __restrict__ weight) {
+    for_channels(walk, [&](int place, int g) { kept.normaliser(place, mean[walk.group(g)], rstd[walk.group(g)]); });
+    walk.for_columns([&](int i, int c) { kept.at(WEIGHT, i) = bn_weight(weight, c); });
+    __syncthreads();
+}
+
+// Calls finish(k, place, sums), as sums_of_channels, with each group's sums of dy weight and dy weight xhat over the
+// block's chunk. Writes partials [2][images][chunks][channels], where not null: those of dy, and of dy xhat.
+template <class F> __device__ inline void sums_of_chunk(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, double* __restrict__ partials, const Kept& kept,
+    const Open& open, ImageWalk walk, int tiles, F finish) {
+    Normalisers normalise(kept, walk);
+    acc_t sums[2][SLOTS];
+    #pragma unroll
+    for (int s = 0; s < SLOTS; s++) sums[0][s] = sums[1][s] = 0;
+    #pragma unroll 1
+    while (walk.packs > 0) {
+        Batch batch;
+        int have = batch.next(walk, dy + walk.base, x + walk.base);
         #pragma unroll
-        for (int s = 0; s < SLOTS; s++) sums[0][s] = sums[1][s] = 0;
-        #pragma unroll 1
-        while (walk.packs > 0) {
-            Batch batch;
-            int have = batch.next(walk, dy + walk.base, x + walk.base);
+        for (int j = 0; j < Batch::PACKS; j++) {
+            if (j >= have) continue;
+            acc_t xhat[WIDTH];
+            normalise(batch.x[j], xhat);
             #pragma unroll
-            for (int j = 0; j < Batch::PACKS; j++) {
-                if (j >= have) continue;
-                acc_t xhat[WIDTH];
-                normalise(batch.x[j], xhat);
-                #pragma unroll
-                for (int s = 0; s < SLOTS; s++) {
-                    acc_t gradient = to_acc(batch.dy[j].v[s]) * open.unit;
-                    sums[0][s] += gradient;
-                    sums[1][s] += gradient * xhat[s];
-                }
+            for (int s = 0; s < SLOTS; s++) {
+                acc_t gradient = to_acc(batch.dy[j].v[s]) * open.unit;
+                sums[0][s] += gradient;
+                sums[1][s] += gradient * xhat[s];
             }
         }
-        acc_t back = inverse_of(open.unit);
-        i64 all = (i64)(gridDim.x / tiles) * channels;
-        auto of_column = [&](int i, acc_t(&total)[2]) {
-            int c = walk.first * group_channels + i;
-            #pragma unroll
-            for (int which = 0; which < 2; which++) {
-                // A later pass is for sums that were not finite.
-                acc_t* to = partials + which * all + walk.image * channels + c;
-                if (partials && c < channels && (open.unit == 1 || !is_finite(*to))) *to = total[which] * back;
-                total[which] *= kept.value(WEIGHT, i);
-            }
-        };
-        sums_of_channels(sums, walk, kept.scratch(), of_column, [&](int k, int place, int, const acc_t(&total)[2]) {
-            acc_t group_g = total[0] / walk.size, group_dot = total[1] / walk.size;
-            if (!open.keep(k, is_finite(group_g) && is_finite(group_dot))) return;
-            kept.at(MEAN_G, place) = group_g * back, kept.at(MEAN_DOT, place) = group_dot * back;
-        });
+    }
+    double back = inverse_of(open.unit);
+    i64 columns = walk.columns, all = gridDim.x / tiles * columns, row = walk.image * walk.chunks + walk.chunk;
+    auto of_column = [&](int i, acc_t(&total)[2]) {
+        int c = walk.first * walk.plane + i;
+        #pragma unroll
+        for (int which = 0; which < 2; which++) {
+            // A later pass is for sums that were not finite.
+            double* to = partials + which * all + row * columns + c;
+            if (partials && c < columns && (open.unit == 1 || !is_finite((acc_t)*to))) *to = total[which] * back;
+            total[which] *= kept.value(WEIGHT, i);
+        }
+    };
+    sums_of_channels(sums, walk, kept.scratch(), of_column, [&](int k, int place, int, const acc_t(&total)[2]) {
+        finish(k, place, total);
     });
-    if (!dx) return;
-    ImageWalk walk(tiles, channels, group_channels, plane, tile);
+}
+
+// dx of the block's chunk.
+__device__ inline void gradient_of_chunk(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ rstd,
+    scalar_t* __restrict__ dx, const Kept& kept, ImageWalk walk) {
     Normalisers normalise(kept, walk);
     acc_t w[SLOTS], r[SLOTS], mean_g[SLOTS], mean_dot[SLOTS];
     columns_of_slots(kept, WEIGHT, walk, w);
@@ -153,4 +225,67 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_backward_cha
             *(Pack*)(dx + walk.base + batch.offsets[j]) = out;
         }
     }
+}
+
+// dx and partials may be null.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_backward_channels_last(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
+    const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx,
+    double* __restrict__ partials, int tiles, int chunks, int channels, int group_channels, int plane, int chunk,
+    int tile) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
+    Rows rows = {tiles, chunks, channels, group_channels, plane, chunk, tile};
+    keep_statistics(kept, ImageWalk(rows, blockIdx.x), mean, rstd, weight);
+    with_units(kept.scratch(), [&](Open& open) {
+        ImageWalk walk(rows, blockIdx.x);
+        sums_of_chunk(dy, x, partials, kept, open, walk, tiles, [&](int k, int place, const acc_t(&total)[2]) {
+            acc_t back = inverse_of(open.unit), g = total[0] / walk.size, dot = total[1] / walk.size;
+            if (!open.keep(k, is_finite(g) && is_finite(dot))) return;
+            kept.at(MEAN_G, place) = g * back, kept.at(MEAN_DOT, place) = dot * back;
+        });
+    });
+    if (dx) gradient_of_chunk(dy, x, rstd, dx, kept, ImageWalk(rows, blockIdx.x));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_backward_partials_channels_last(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
+    const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, double* __restrict__ partials, int tiles,
+    int chunks, int channels, int group_channels, int plane, int chunk, int tile) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
+    Rows rows = {tiles, chunks, channels, group_channels, plane, chunk, tile};
+    keep_statistics(kept, ImageWalk(rows, blockIdx.x), mean, rstd, weight);
+    with_units(kept.scratch(), [&](Open& open) {
+        sums_of_chunk(
+            dy, x, partials, kept, open, ImageWalk(rows, blockIdx.x), tiles,
+            [&](int k, int, const acc_t(&total)[2]) { open.keep(k, is_finite(total[0]) && is_finite(total[1])); });
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_backward_apply_channels_last(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
+    const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, const double* __restrict__ partials,
+    scalar_t* __restrict__ dx, int tiles, int chunks, int channels, int group_channels, int plane, int chunk,
+    int tile) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
+    ImageWalk walk({tiles, chunks, channels, group_channels, plane, chunk, tile}, gridDim.x - 1 - blockIdx.x);
+    keep_statistics(kept, walk, mean, rstd, weight);
+    const double *sums = partials + walk.image * chunks * channels, *dots = sums + (i64)gridDim.x / tiles * channels;
+    walk.for_groups([&](int place, int g, int lane) {
+        double sum = 0, dot = 0;
+        for (int i = lane; i < chunks * group_channels; i += 32) {
+            int k = i / group_channels, c = i - k * group_channels;
+            double w = kept.at(WEIGHT, place * group_channels + c);
+            i64 at = (i64)k * channels + g * group_channels + c;
+            sum += w * sums[at], dot += w * dots[at];
+        }
+        sum = warp_sum(sum), dot = warp_sum(dot);
+        if (lane) return;
+        kept.at(MEAN_G, place) = (acc_t)(sum / walk.group_size);
+        kept.at(MEAN_DOT, place) = (acc_t)(dot / walk.group_size);
+    });
+    __syncthreads();
+    gradient_of_chunk(dy, x, rstd, dx, kept, walk);
 }

@@ -3,12 +3,19 @@
 import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels import common
-from cupy_kernels.group_norm import MAX_ROW_CHANNELS, group_norm_backward, group_norm_forward, group_norm_workspace
+from cupy_kernels.group_norm import (
+    MAX_ROW_CHANNELS,
+    group_norm_backward,
+    group_norm_backward_workspace,
+    group_norm_forward,
+    group_norm_forward_workspace,
+)
 
 from .. import autocast
 from ..calls import call, dense_after
@@ -24,7 +31,8 @@ __all__ = ["GroupNorm", "group_norm"]
 
 def _forward(new, x, weight, bias, num_groups, last, *, eps):
     y, statistics = new.like(x), new((2, x.shape[0] * num_groups), common.accumulator_dtype(x))
-    group_norm_forward(x, num_groups, weight, bias, y, statistics[0], statistics[1], eps, last)
+    workspace = _workspace(new, group_norm_forward_workspace(x, num_groups, last))
+    group_norm_forward(x, num_groups, weight, bias, y, statistics[0], statistics[1], eps, workspace, last)
     return y, statistics
 
 
@@ -32,13 +40,14 @@ def _backward(new, dy, x, weight, bias, statistics, num_groups, needed, last):
     need_x, need_weight, need_bias = needed
     dx = new.like(x if need_x else None)
     dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
-    workspace = None
-    if need_weight or need_bias:
-        channels = weight.size if need_weight else bias.size
-        workspace = new.scratch(group_norm_workspace((x.shape[0], channels)), statistics.dtype)
+    workspace = _workspace(new, group_norm_backward_workspace(x, need_weight or need_bias, last))
     mean, rstd = statistics[0], statistics[1]
     group_norm_backward(dy, x, num_groups, mean, rstd, weight, dx, dweight, dbias, workspace, last)
     return dx, dweight, dbias
+
+
+def _workspace(new, elements):
+    return new.scratch(elements, np.dtype(np.float64)) if elements else None
 
 
 class _GroupNorm(Function):
