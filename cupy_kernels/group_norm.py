@@ -2,6 +2,7 @@
 
 All arrays are contiguous. `mean` and `rstd`, N * num_groups elements, have the accumulator's dtype: see
 `common.accumulator_dtype`. Workspaces are float64. weight, bias and their gradients share one dtype: x's, or float32.
+So do y and dy; with that of float32, parameters are float32, too.
 """
 
 import itertools
@@ -59,16 +60,15 @@ def group_norm_forward(
     if not x.size:
         return
     if channels_last:
-        rows, args = _rows(shape, num_groups, (x, y), weight, bias), (weight, bias, y, mean, rstd, eps)
+        rows, args = _rows(shape, num_groups, (x, y), y, weight, bias), (weight, bias, y, mean, rstd, eps)
         if workspace is None:
             rows.launch("group_norm_forward_channels_last", (x, *args))
         else:
             rows.launch("group_norm_partials_channels_last", (x, workspace))
             rows.launch("group_norm_apply_channels_last", (x, workspace, *args))
         return
-    variant, packs = _variant(group_channels * plane, (x, y), 1, weight, bias)
     args = (x, weight, bias, y, mean, rstd, eps, num_groups, group_channels, plane)
-    _launch(variant, "group_norm_forward", blocks, packs, packs, args)
+    _launch("group_norm_forward", blocks, *_variant(group_channels * plane, (x, y), y, (x,), weight, bias), args)
 
 
 def group_norm_backward_workspace(x, parameters: bool, channels_last: bool = False) -> int:
@@ -93,10 +93,10 @@ def group_norm_backward(
     check_per_channel(channels, weight=weight, dweight=dweight, dbias=dbias)
     has_parameters = dweight is not None or dbias is not None
     _check_workspace(workspace, group_norm_backward_workspace(x, has_parameters, channels_last), shape)
-    variant, packs = _variant(group_channels * plane, (dy, x, dx), 2, weight, dweight, dbias)
+    tensors, parameters = [a for a in (x, dy, dx) if a is not None], (weight, dweight, dbias)
+    variant, *sizes = _variant(group_channels * plane, tensors, dy, (dy, x), *parameters)
     if x.size and channels_last:
-        tensors = [a for a in (dy, x, dx) if a is not None]
-        rows, args = _rows(shape, num_groups, tensors, weight, dweight, dbias), (dy, x, mean, rstd, weight)
+        rows, args = _rows(shape, num_groups, tensors, dy, *parameters), (dy, x, mean, rstd, weight)
         if rows.chunks == 1:
             rows.launch("group_norm_backward_channels_last", (*args, dx, workspace))
         else:
@@ -105,7 +105,7 @@ def group_norm_backward(
                 rows.launch("group_norm_backward_apply_channels_last", (*args, workspace, dx))
     elif x.size:
         args = (dy, x, mean, rstd, weight, dx, workspace, num_groups, group_channels, plane)
-        _launch(variant, "group_norm_backward", blocks, packs, 2 * packs, args)
+        _launch("group_norm_backward", blocks, variant, *sizes, args)
     if has_parameters:
         launch(
             variant.kernel("group_norm_backward_parameters"),
@@ -118,11 +118,14 @@ def group_norm_backward(
 def variants():
     """Every variant that this module launches."""
     for name in FLOATS:
-        params = sorted({accumulator(name), name})
-        for param, width, cached in itertools.product(params, (16 // DTYPES[name].itemsize, 1), (0, 1)):
-            yield Variant("group_norm.cu", _defines(name, param, width, cached))
-        for param, width in itertools.product(params, widths(name)):
-            yield Variant(_CHANNELS_LAST_FILE, _row_defines(name, param, width))
+        wide = accumulator(name)
+        for out, param in sorted({(name, name), (name, wide), (wide, wide)}):
+            widest = 16 // DTYPES[out].itemsize
+            for width, cached in itertools.product((widest, 1), (0, 1)):
+                yield Variant("group_norm.cu", _defines(name, out, param, width, cached))
+            for width in widths(name):
+                if width <= widest:
+                    yield Variant(_CHANNELS_LAST_FILE, _row_defines(name, out, param, width))
 
 
 class _Rows(NamedTuple):
@@ -143,8 +146,8 @@ class _Rows(NamedTuple):
         launch(kernel, (self.blocks, 1, 1), (self.threads, 1, 1), (*args, *self.sizes), shared)
 
 
-def _rows(shape, num_groups, tensors, *parameters) -> _Rows:
-    """shape: [N, C, *]. parameters: of the per-channel ones' type, or None."""
+def _rows(shape, num_groups, tensors, out, *parameters) -> _Rows:
+    """shape: [N, C, *]. tensors: x first. parameters: of the per-channel ones' type, or None."""
     x, images, channels, plane = tensors[0], shape[0], shape[1], prod(shape[2:])
     group_channels = channels // num_groups
     if group_channels > MAX_ROW_CHANNELS:
@@ -152,7 +155,6 @@ def _rows(shape, num_groups, tensors, *parameters) -> _Rows:
             f"groups of channels_last arrays have at most {MAX_ROW_CHANNELS} channels, received {shape[1]} channels in "
             f"{num_groups} groups; pass contiguous arrays"
         )
-    param = next((a.dtype for a in parameters if a is not None), accumulator_dtype(x))
     aligned = row_width(channels, *tensors)
     width = next(w for w in widths(scalar(x)) if w <= aligned)
     chunks, chunk = _chunks(x)
@@ -163,7 +165,7 @@ def _rows(shape, num_groups, tensors, *parameters) -> _Rows:
             break
     rows = max(1, min(_ROW_THREADS, ceil_div(tile * chunk, 4)) // tile)  # some packs for each thread
     sizes = (tiles, chunks, channels, group_channels, plane, chunk, tile)
-    defines = _row_defines(scalar(x), SCALARS[param], width)
+    defines = _row_defines(*_types(x, out, parameters), width)
     return _Rows(defines, images * chunks * tiles, whole_warps(tile * rows), sizes)
 
 
@@ -178,9 +180,16 @@ def _chunks(x):
     return max(1, ceil_div(plane, chunk)), chunk
 
 
-def _row_defines(name, param, width):
+def _types(x, out, parameters):
+    """Names of x's, out's and the parameters' types."""
+    param = next((a.dtype for a in parameters if a is not None), accumulator_dtype(x))
+    return scalar(x), scalar(out), SCALARS[param]
+
+
+def _row_defines(name, out, param, width):
     return (
         *scalar_macros(name),
+        ("out_t", out),
         ("param_t", param),
         ("WIDTH", width),
         ("PLANES", 0),
@@ -194,28 +203,29 @@ def _shape(x, channels_last):
     return (x.shape[0], x.shape[-1], *x.shape[1:-1]) if channels_last else x.shape
 
 
-def _variant(size, tensors, copies, *parameters):
-    """(variant, packs in a group). size: values in a group. copies: how many tensors' groups a block would cache."""
-    tensors = [a for a in tensors if a is not None]
-    name, width = scalar(tensors[0]), vector_width(*tensors)
-    width = 1 if size % width else width
-    param = next((a.dtype for a in parameters if a is not None), accumulator_dtype(tensors[0]))
-    cached = int(copies * size * tensors[0].itemsize <= _CACHE_BYTES)
-    return Variant("group_norm.cu", _defines(name, SCALARS[param], width, cached)), size // width
-
-
-def _defines(name, param, width, cached):
+def _defines(name, out, param, width, cached):
     sizes = {"WIDTH": width, "CACHED": cached, "THREADS": THREADS, "COLUMNS": _COLUMNS}
-    return (*scalar_macros(name), ("param_t", param), *sizes.items())
+    return (*scalar_macros(name), ("out_t", out), ("param_t", param), *sizes.items())
 
 
-def _launch(variant, name, blocks, packs, cached_packs, args):
-    macros = dict(variant.defines)
-    shared_bytes = cached_packs * macros["WIDTH"] * DTYPES[macros["scalar_t"]].itemsize if macros["CACHED"] else 0
+def _variant(size, tensors, out, kept, *parameters):
+    """(variant, packs in a group, bytes that a block keeps). size: values in a group. tensors: x first.
+
+    kept: the tensors whose groups a block keeps if they fit.
+    """
+    width = vector_width(*tensors)
+    width = 1 if size % width else width
+    kept_bytes = size * sum(a.itemsize for a in kept)
+    kept_bytes = kept_bytes if kept_bytes <= _CACHE_BYTES else 0
+    defines = _defines(*_types(tensors[0], out, parameters), width, int(kept_bytes > 0))
+    return Variant("group_norm.cu", defines), size // width, kept_bytes
+
+
+def _launch(name, blocks, variant, packs, kept_bytes, args):
     threads = 32
     while threads < 1024 and 5 * threads < packs:  # about five packs in flight per thread
         threads *= 2
-    launch(variant.kernel(name), (blocks, 1, 1), (threads, 1, 1), args, shared_bytes)
+    launch(variant.kernel(name), (blocks, 1, 1), (threads, 1, 1), args, kept_bytes)
 
 
 def _sizes(shape, num_groups):

@@ -252,6 +252,49 @@ def test_channels_last(device, dtype, parameter_dtype, shape, num_groups):
     assert (y.stride(), dx.stride()) == (x.stride(), x.stride())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [((3, 12, 4, 5), 4), ((2, 12, 3, 3), 3), ((2, 12, 50, 40), 6), ((1, 2, 90, 91), 1)],
+    ids=str,
+)
+def test_result_in_float32_of_16_bits(device, monkeypatch, dtype, memory_format, shape, num_groups):
+    """As under autocast on a GPU; on a CPU autocast leaves a group norm alone."""
+    monkeypatch.setattr("modelnew.autocast.norm_in_float32", lambda tensor: True)
+    x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    weight, bias = parameters(shape[1], device, dtype)
+    terms = (0, 0, x[:, 0].numel(), x[:, 0].numel())
+    check_gradients(
+        lambda *args: group_norm(args[0], num_groups, *args[1:]),
+        lambda *args: (
+            F.group_norm(args[0].float(), num_groups, *(p.float() for p in args[1:]))
+            if args[0].dtype == dtype
+            else F.group_norm(args[0], num_groups, *args[1:])
+        ),
+        [x, weight, bias],
+        terms=terms,
+    )
+    assert group_norm(x, num_groups, weight, bias).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_casts_no_input(device, launched, dtype):
+    x = torch.randn(2, 12, 5, 4, device=device).to(dtype).requires_grad_()
+    if not x.is_cuda:
+        pytest.skip("on a CPU autocast leaves a group norm alone")
+    weight, bias = parameters(12, device)
+    with torch.autocast(x.device.type, dtype):
+        ours, theirs = (f(x, 4, weight, bias) for f in (group_norm, F.group_norm))
+    assert ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs)
+    assert [kernel.name for kernel in launched] == ["group_norm_forward"]
+    dy = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight, bias), dy) for y in (ours, theirs))):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
 def test_gradcheck(device, affine, num_groups):

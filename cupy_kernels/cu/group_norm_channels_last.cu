@@ -6,8 +6,8 @@
 // more, and two kernels: the first writes what it knows of each chunk, in double; each block of the second combines
 // what it needs of that. The second takes blocks in reverse, as the last ones are still in the L2 cache.
 //
-// Saved, and the gradients: group_norm.cu. Macros: those of channel_walk.cuh with PLANES 0, param_t, THREADS (the most
-// of a block).
+// Saved, and the gradients: group_norm.cu. Macros: those of channel_walk.cuh with PLANES 0, out_t and param_t as there,
+// THREADS (the most of a block).
 #include "channel_walk.cuh"
 
 // How blocks share x; `chunk`: rows of an image in a chunk.
@@ -49,7 +49,7 @@ __device__ inline void keep_affine(
         [&](int i, int c) { kept.at(WEIGHT, i) = bn_weight(weight, c), kept.at(BIAS, i) = bn_bias(bias, c); });
 }
 __device__ inline void apply(
-    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, const ImageWalk& walk, const Kept& kept) {
+    const scalar_t* __restrict__ x, out_t* __restrict__ y, const ImageWalk& walk, const Kept& kept) {
     acc_t w[SLOTS], b[SLOTS];
     columns_of_slots(kept, WEIGHT, walk, w), columns_of_slots(kept, BIAS, walk, b);
     normalise_chunk(x + walk.base, y + walk.base, walk, kept, w, b, [](acc_t(&)[WIDTH]) {});
@@ -57,7 +57,7 @@ __device__ inline void apply(
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_forward_channels_last(
     const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
-    scalar_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int tiles, int chunks,
+    out_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int tiles, int chunks,
     int channels, int group_channels, int plane, int chunk, int tile) {
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_partials_cha
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_apply_channels_last(
     const scalar_t* __restrict__ x, const double* __restrict__ partials, const param_t* __restrict__ weight,
-    const param_t* __restrict__ bias, scalar_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd,
+    const param_t* __restrict__ bias, out_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd,
     acc_t eps, int tiles, int chunks, int channels, int group_channels, int plane, int chunk, int tile) {
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
@@ -134,12 +134,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_apply_channe
 // What the backward has in flight.
 struct Batch {
     enum { PACKS = BATCH / 2 };
-    Pack dy[PACKS], x[PACKS];
+    Packed<out_t, WIDTH> dy[PACKS];
+    Pack x[PACKS];
     i64 offsets[PACKS];
-    __device__ int next(Walk& walk, const scalar_t* __restrict__ from_dy, const scalar_t* __restrict__ from_x) {
+    __device__ int next(Walk& walk, const out_t* __restrict__ from_dy, const scalar_t* __restrict__ from_x) {
         return next_packs(walk, PACKS, [&](int j, i64 offset) {
             offsets[j] = offset;
-            dy[j] = *(const Pack*)(from_dy + offset);
+            dy[j] = *(const Packed<out_t, WIDTH>*)(from_dy + offset);
             x[j] = *(const Pack*)(from_x + offset);
         });
     }
@@ -157,7 +158,7 @@ __device__ inline void keep_statistics(
 // Calls finish(k, place, sums), as sums_of_channels, with each group's sums of dy weight and dy weight xhat over the
 // block's chunk. Writes partials [2][images][chunks][channels], where not null: those of dy, and of dy xhat.
 template <class F> __device__ inline void sums_of_chunk(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, double* __restrict__ partials, const Kept& kept,
+    const out_t* __restrict__ dy, const scalar_t* __restrict__ x, double* __restrict__ partials, const Kept& kept,
     const Open& open, ImageWalk walk, int tiles, F finish) {
     Normalisers normalise(kept, walk);
     acc_t sums[2][SLOTS];
@@ -199,7 +200,7 @@ template <class F> __device__ inline void sums_of_chunk(
 
 // dx of the block's chunk.
 __device__ inline void gradient_of_chunk(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ rstd,
+    const out_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ rstd,
     scalar_t* __restrict__ dx, const Kept& kept, ImageWalk walk) {
     Normalisers normalise(kept, walk);
     acc_t w[SLOTS], r[SLOTS], mean_g[SLOTS], mean_dot[SLOTS];
@@ -229,7 +230,7 @@ __device__ inline void gradient_of_chunk(
 
 // dx and partials may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_backward_channels_last(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
+    const out_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx,
     double* __restrict__ partials, int tiles, int chunks, int channels, int group_channels, int plane, int chunk,
     int tile) {
@@ -249,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_backward_cha
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_backward_partials_channels_last(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
+    const out_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, double* __restrict__ partials, int tiles,
     int chunks, int channels, int group_channels, int plane, int chunk, int tile) {
     DYNAMIC_SHARED(acc_t, shared);
@@ -264,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_backward_par
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_backward_apply_channels_last(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
+    const out_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, const double* __restrict__ partials,
     scalar_t* __restrict__ dx, int tiles, int chunks, int channels, int group_channels, int plane, int chunk,
     int tile) {
