@@ -206,6 +206,9 @@ def _layers(results, folder) -> str:
                     mean, worst = layer_bench.mean_and_worst(rows) if rows else (None, None)
                     cells.append(f"{mean:.2f}x" + (f" ({worst:.2f}x)" if worst else "") if rows else "")
             lines.append(f"| {operator} | {dtype} | {' | '.join(cells)} |")
+        if memory := layer_bench.most_memory(record):
+            case = "{operator}, {case}, {dtype}, {layout}, {what}".format(**memory[1])
+            lines += ["", f"Peak memory is at most {memory[0]:.2f} times PyTorch's ({case})."]
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append("\n".join([*lines, "", f"![PyTorch's time over ours, a dot a shape]({picture})"]))
     return "\n\n".join(parts) or _NO_LAYERS
