@@ -29,16 +29,16 @@ from .source import DTYPES, SCALARS, Variant
 
 _CACHE_BYTES = 47 * 1024  # of the 48 KiB that every GPU has; the kernels' fixed arrays take the rest
 _CHANNELS_LAST_FILE = "group_norm_channels_last.cu"
-_TILE_BYTES = (512, 256, 128)  # of a row that a block reads
-_BLOCKS = 4 * MULTIPROCESSORS  # enough of them
-_CHUNK_BYTES = 2**14  # the least that a block reads where an image is in chunks
+_TILE_BYTES = (512, 256, 128, 64)  # of a row that a block reads
+_BLOCKS = 4 * MULTIPROCESSORS  # enough of them, where an image is in chunks
+_CHUNK_BYTES = 2**14  # the least of a chunk that a block reads
 _ROW_THREADS = MAX_ROW_CHANNELS = 256  # the most threads of a block, of which each has a channel at least
 _COLUMNS = 8  # channels of a block of group_norm_backward_parameters
 
 
 def group_norm_forward_workspace(x, num_groups, channels_last: bool = False) -> int:
     """Elements of the workspace that the forward needs."""
-    chunks = _chunks(x)[0] if channels_last else 1
+    chunks = _chunks(x, num_groups)[0] if channels_last else 1
     return 2 * x.shape[0] * num_groups * chunks if chunks > 1 else 0
 
 
@@ -60,21 +60,26 @@ def group_norm_forward(
     if not x.size:
         return
     if channels_last:
-        rows, args = _rows(shape, num_groups, (x, y), y, weight, bias), (weight, bias, y, mean, rstd, eps)
+        rows = _rows(x, num_groups, (x, y), y, weight, bias)
         if workspace is None:
-            rows.launch("group_norm_forward_channels_last", (x, *args))
+            rows.launch("group_norm_forward_channels_last", (x, weight, bias, y, mean, rstd, eps))
         else:
             rows.launch("group_norm_partials_channels_last", (x, workspace))
-            rows.launch("group_norm_apply_channels_last", (x, workspace, *args))
+            counts = group_channels * plane, group_channels * rows.chunk, rows.chunks
+            args = (workspace, mean, rstd, eps, *counts)
+            rows.combine("group_norm_statistics_channels_last", blocks, rows.chunks, args)
+            rows.launch("group_norm_apply_channels_last", (x, mean, rstd, weight, bias, y))
         return
     args = (x, weight, bias, y, mean, rstd, eps, num_groups, group_channels, plane)
     _launch("group_norm_forward", blocks, *_variant(group_channels * plane, (x, y), y, (x,), weight, bias), args)
 
 
-def group_norm_backward_workspace(x, parameters: bool, channels_last: bool = False) -> int:
+def group_norm_backward_workspace(x, num_groups, parameters: bool, channels_last: bool = False) -> int:
     """Elements of the workspace that the backward needs. parameters: whether weight or bias need a gradient."""
-    chunks = _chunks(x)[0] if channels_last else 1
-    return 2 * x.shape[0] * chunks * _shape(x, channels_last)[1] if parameters or chunks > 1 else 0
+    chunks = _chunks(x, num_groups)[0] if channels_last else 1
+    if chunks == 1 and not parameters:
+        return 0
+    return 2 * x.shape[0] * (chunks * _shape(x, channels_last)[1] + (num_groups if chunks > 1 else 0))
 
 
 def group_norm_backward(
@@ -92,17 +97,21 @@ def group_norm_backward(
     _check_statistics(blocks, mean, rstd)
     check_per_channel(channels, weight=weight, dweight=dweight, dbias=dbias)
     has_parameters = dweight is not None or dbias is not None
-    _check_workspace(workspace, group_norm_backward_workspace(x, has_parameters, channels_last), shape)
+    _check_workspace(workspace, group_norm_backward_workspace(x, num_groups, has_parameters, channels_last), shape)
     tensors, parameters = [a for a in (x, dy, dx) if a is not None], (weight, dweight, dbias)
     variant, *sizes = _variant(group_channels * plane, tensors, dy, (dy, x), *parameters)
     if x.size and channels_last:
-        rows, args = _rows(shape, num_groups, tensors, dy, *parameters), (dy, x, mean, rstd, weight)
+        rows, args = _rows(x, num_groups, tensors, dy, *parameters), (dy, x, mean, rstd, weight)
         if rows.chunks == 1:
             rows.launch("group_norm_backward_channels_last", (*args, dx, workspace))
         else:
+            workspace, means = workspace[: -2 * blocks], workspace[-2 * blocks :]
             rows.launch("group_norm_backward_partials_channels_last", (*args, workspace))
             if dx is not None:
-                rows.launch("group_norm_backward_apply_channels_last", (*args, workspace, dx))
+                sums = (workspace, weight, means, rows.chunks, channels, group_channels, plane)
+                terms = rows.chunks * group_channels
+                rows.combine("group_norm_backward_means_channels_last", blocks, terms, sums)
+                rows.launch("group_norm_backward_apply_channels_last", (*args, means, dx))
     elif x.size:
         args = (dy, x, mean, rstd, weight, dx, workspace, num_groups, group_channels, plane)
         _launch("group_norm_backward", blocks, variant, *sizes, args)
@@ -140,24 +149,34 @@ class _Rows(NamedTuple):
     def chunks(self):
         return self.sizes[1]
 
+    @property
+    def chunk(self):
+        return self.sizes[5]
+
     def launch(self, name, args):
-        kernel = Variant(_CHANNELS_LAST_FILE, self.defines).kernel(name)
         shared = shared_bytes(self.defines, self.sizes[-1], self.threads)
-        launch(kernel, (self.blocks, 1, 1), (self.threads, 1, 1), (*args, *self.sizes), shared)
+        launch(self._kernel(name), (self.blocks, 1, 1), (self.threads, 1, 1), (*args, *self.sizes), shared)
+
+    def combine(self, name, blocks, terms, args):
+        """A block for each of so many results, of no more threads than each has terms."""
+        launch(self._kernel(name), (blocks, 1, 1), (min(_ROW_THREADS, whole_warps(terms)), 1, 1), args)
+
+    def _kernel(self, name):
+        return Variant(_CHANNELS_LAST_FILE, self.defines).kernel(name)
 
 
-def _rows(shape, num_groups, tensors, out, *parameters) -> _Rows:
-    """shape: [N, C, *]. tensors: x first. parameters: of the per-channel ones' type, or None."""
-    x, images, channels, plane = tensors[0], shape[0], shape[1], prod(shape[2:])
+def _rows(x, num_groups, tensors, out, *parameters) -> _Rows:
+    """How blocks share the tensors. parameters: of the per-channel ones' type, or None."""
+    images, channels, plane = x.shape[0], x.shape[-1], prod(x.shape[1:-1])
     group_channels = channels // num_groups
     if group_channels > MAX_ROW_CHANNELS:
         raise ValueError(
-            f"groups of channels_last arrays have at most {MAX_ROW_CHANNELS} channels, received {shape[1]} channels in "
+            f"groups of channels_last arrays have at most {MAX_ROW_CHANNELS} channels, received {channels} channels in "
             f"{num_groups} groups; pass contiguous arrays"
         )
     aligned = row_width(channels, *tensors)
     width = next(w for w in widths(scalar(x)) if w <= aligned)
-    chunks, chunk = _chunks(x)
+    chunks, chunk = _chunks(x, num_groups)
     for tile_bytes in _TILE_BYTES:  # the widest of which there are enough blocks
         tile = row_tile(channels, group_channels, width, tile_bytes // (width * x.itemsize))
         tiles = ceil_div(channels // width, tile)
@@ -169,15 +188,19 @@ def _rows(shape, num_groups, tensors, out, *parameters) -> _Rows:
     return _Rows(defines, images * chunks * tiles, whole_warps(tile * rows), sizes)
 
 
-def _chunks(x):
-    """(chunks of an image, rows of a chunk) of [N, *, C], by shape and dtype alone."""
-    images, channels, plane = x.shape[0], x.shape[-1], prod(x.shape[1:-1])
-    row_bytes = channels * x.itemsize
-    tiles = ceil_div(row_bytes, _TILE_BYTES[0])
-    most = plane * row_bytes // (tiles * _CHUNK_BYTES) if tiles else 0
-    chunks = max(1, min(ceil_div(_BLOCKS, images * tiles), most)) if images else 1
-    chunk = max(1, ceil_div(plane, chunks))
-    return max(1, ceil_div(plane, chunk)), chunk
+def _chunks(x, num_groups):
+    """(chunks of an image, rows of a chunk) of [N, *, C], by shape and dtype alone.
+
+    One chunk where there are enough blocks with whole groups.
+    """
+    images, plane, row_bytes = x.shape[0], prod(x.shape[1:-1]), x.shape[-1] * x.itemsize
+    group_bytes = row_bytes // num_groups
+    if not x.size or images * (row_bytes // max(_TILE_BYTES[-1], group_bytes)) >= MULTIPROCESSORS:
+        return 1, plane
+    tiles = ceil_div(row_bytes, max(_TILE_BYTES[0], group_bytes))
+    most = max(1, plane * row_bytes // (tiles * _CHUNK_BYTES))
+    chunk = ceil_div(plane, min(ceil_div(_BLOCKS, images * tiles), most))
+    return ceil_div(plane, chunk), chunk
 
 
 def _types(x, out, parameters):

@@ -3,8 +3,8 @@
 // Thread mapping: channel_walk.cuh's walk over rows. Each image is a matrix of `plane` rows and `channels` columns, in
 // which a group is what is called a channel there, and a group's channels are its plane. Block (image * chunks + k) *
 // tiles + t takes the rows of chunk k of tile t. With one chunk, one kernel does all. Where images are few, there are
-// more, and two kernels: the first writes what it knows of each chunk, in double; each block of the second combines
-// what it needs of that. The second takes blocks in reverse, as the last ones are still in the L2 cache.
+// more, and three kernels: the first writes what it knows of each chunk, in double; the second combines that, a block a
+// group; the third applies it, and takes blocks in reverse, as the last ones are still in the L2 cache.
 //
 // Saved, and the gradients: group_norm.cu. Macros: those of channel_walk.cuh with PLANES 0, out_t and param_t as there,
 // THREADS (the most of a block).
@@ -16,24 +16,18 @@ struct Rows { int tiles, chunks, channels, group_channels, plane, chunk, tile; }
 // The block's walk over its chunk of its image, which begins `base` elements into the tensor.
 struct ImageWalk : Walk {
     i64 image, base;
-    int chunks, group_size;
+    int chunks;
     __device__ ImageWalk(Rows r, int block)
         : Walk(
               block % (r.tiles * r.chunks), r.channels / r.group_channels, r.group_channels,
               (i64)r.plane * r.group_channels, (i64)r.chunk * r.group_channels, r.tile),
-          image(block / (r.tiles * r.chunks)), base(image * r.plane * r.channels), chunks(r.chunks),
-          group_size(r.plane * r.group_channels) {}
+          image(block / (r.tiles * r.chunks)), base(image * r.plane * r.channels), chunks(r.chunks) {}
     __device__ i64 group(int channel) const { return image * channels + channel; }
     __device__ int column_of_tile() const { return threadIdx.x % (unsigned)tile * WIDTH; }
     // Calls visit(column of the tile, channel) for each of the block.
     template <class F> __device__ void for_columns(F visit) const {
         int first = this->first * Walk::plane;
         for (int i = threadIdx.x; i < tile * WIDTH && first + i < columns; i += blockDim.x) visit(i, first + i);
-    }
-    // Calls visit(place, group, lane) in a warp for each group of the block.
-    template <class F> __device__ void for_groups(F visit) const {
-        for (int place = threadIdx.x / 32; place < entries() && first + place < channels; place += blockDim.x / 32)
-            visit(place, first + place, (int)threadIdx.x % 32);
     }
 };
 // Weights lie by column, and so do biases. Of columns beyond the last nothing is kept, and nobody uses what is read.
@@ -78,13 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_forward_chan
     apply(x, y, ImageWalk(rows, blockIdx.x), kept);
 }
 
-// Where the moments of a group's chunks lie, in partials [2][images * groups][chunks]: their means, then their squares.
-struct Partials {
-    i64 first, squares;
-    __device__ Partials(const ImageWalk& walk, int tiles, int group)
-        : first(walk.group(group) * walk.chunks), squares((i64)gridDim.x / tiles * walk.channels) {}
-};
-
+// partials [2][images * groups][chunks]: mean, and squares, of each chunk.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_partials_channels_last(
     const scalar_t* __restrict__ x, double* __restrict__ partials, int tiles, int chunks, int channels,
     int group_channels, int plane, int chunk, int tile) {
@@ -94,39 +82,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_partials_cha
         ImageWalk walk({tiles, chunks, channels, group_channels, plane, chunk, tile}, blockIdx.x);
         moments_of_chunk(x + walk.base, open.unit, walk, kept.scratch(), [&](int k, int, int g, ChunkMoments moments) {
             if (!open.keep(k, is_finite(moments.squares))) return;
-            Partials at(walk, tiles, g);
+            i64 at = walk.group(g) * chunks + walk.chunk, all = (i64)gridDim.x / tiles * walk.channels;
             double back = inverse_of(open.unit);
-            partials[at.first + walk.chunk] = moments.mean * back;
-            partials[at.squares + at.first + walk.chunk] = moments.squares * back * back;
+            partials[at] = moments.mean * back;
+            partials[all + at] = moments.squares * back * back;
         });
     });
 }
 
+// size: values of a group; chunk: of a chunk of it.
+extern "C" __global__ void __launch_bounds__(THREADS) group_norm_statistics_channels_last(
+    const double* __restrict__ partials, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, i64 size,
+    i64 chunk, i64 chunks) {
+    __shared__ double scratch[32];
+    const double *means = partials + blockIdx.x * chunks, *squares = means + gridDim.x * chunks;
+    Moments moments;
+    acc_t unit = moments_of_channel(moments, means, squares, size, chunk, chunks, scratch);
+    if (threadIdx.x) return;
+    mean[blockIdx.x] = moments.mean * inverse_of(unit);
+    rstd[blockIdx.x] = invstd_of(moments.squares / size, unit, eps);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_apply_channels_last(
-    const scalar_t* __restrict__ x, const double* __restrict__ partials, const param_t* __restrict__ weight,
-    const param_t* __restrict__ bias, out_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd,
-    acc_t eps, int tiles, int chunks, int channels, int group_channels, int plane, int chunk, int tile) {
+    const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ rstd,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, out_t* __restrict__ y, int tiles, int chunks,
+    int channels, int group_channels, int plane, int chunk, int tile) {
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     ImageWalk walk({tiles, chunks, channels, group_channels, plane, chunk, tile}, gridDim.x - 1 - blockIdx.x);
     keep_affine(kept, walk, weight, bias);
-    walk.for_groups([&](int place, int g, int lane) {
-        Partials at(walk, tiles, g);
-        auto count = [&](int k) { return (double)min(chunk, plane - k * chunk) * group_channels; };
-        double sum = 0, squares = 0;
-        for (int k = lane; k < chunks; k += 32) sum += count(k) * partials[at.first + k];
-        double group_mean = warp_sum(sum) / walk.group_size;
-        for (int k = lane; k < chunks; k += 32) {
-            double distance = partials[at.first + k] - group_mean;
-            squares += partials[at.squares + at.first + k] + count(k) * distance * distance;
-        }
-        double variance = warp_sum(squares) / walk.group_size;
-        acc_t unit = sizeof(acc_t) == 8 || is_finite((acc_t)variance) ? (acc_t)1 : OTHER_UNIT();
-        acc_t group_rstd = invstd_of((acc_t)(variance * unit * unit), unit, eps);
-        if (lane) return;
-        if (walk.chunk == 0) mean[walk.group(g)] = (acc_t)group_mean, rstd[walk.group(g)] = group_rstd;
-        kept.normaliser(place, (acc_t)group_mean, group_rstd);
-    });
+    for_channels(walk, [&](int place, int g) { kept.normaliser(place, mean[walk.group(g)], rstd[walk.group(g)]); });
     __syncthreads();
     apply(x, y, walk, kept);
 }
@@ -264,29 +249,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_backward_par
     });
 }
 
+// means [2][images * groups], of dy weight, and of dy weight xhat, over each group.
+extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_means_channels_last(
+    const double* __restrict__ partials, const param_t* __restrict__ weight, double* __restrict__ means, int chunks,
+    int channels, int group_channels, int plane) {
+    __shared__ double scratch[32];
+    int groups = channels / group_channels, image = blockIdx.x / groups, first = blockIdx.x % groups * group_channels;
+    const double* sums = partials + (i64)image * chunks * channels + first;
+    const double* dots = sums + (i64)(gridDim.x / groups) * chunks * channels;
+    Divisor by_channels(group_channels);
+    double sum = 0, dot = 0;
+    #pragma unroll 4
+    for (int i = threadIdx.x; i < chunks * group_channels; i += blockDim.x) {
+        unsigned c, k = by_channels.divide(i, c);
+        double w = bn_weight(weight, first + (int)c);
+        sum += w * sums[(i64)k * channels + c], dot += w * dots[(i64)k * channels + c];
+    }
+    double size = (double)group_channels * plane;
+    sum = block_sum(sum, scratch) / size, dot = block_sum(dot, scratch) / size;
+    if (threadIdx.x == 0) means[blockIdx.x] = sum, means[gridDim.x + blockIdx.x] = dot;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_backward_apply_channels_last(
     const out_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
-    const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, const double* __restrict__ partials,
+    const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, const double* __restrict__ means,
     scalar_t* __restrict__ dx, int tiles, int chunks, int channels, int group_channels, int plane, int chunk,
     int tile) {
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     ImageWalk walk({tiles, chunks, channels, group_channels, plane, chunk, tile}, gridDim.x - 1 - blockIdx.x);
-    keep_statistics(kept, walk, mean, rstd, weight);
-    const double *sums = partials + walk.image * chunks * channels, *dots = sums + (i64)gridDim.x / tiles * channels;
-    walk.for_groups([&](int place, int g, int lane) {
-        double sum = 0, dot = 0;
-        for (int i = lane; i < chunks * group_channels; i += 32) {
-            int k = i / group_channels, c = i - k * group_channels;
-            double w = kept.at(WEIGHT, place * group_channels + c);
-            i64 at = (i64)k * channels + g * group_channels + c;
-            sum += w * sums[at], dot += w * dots[at];
-        }
-        sum = warp_sum(sum), dot = warp_sum(dot);
-        if (lane) return;
-        kept.at(MEAN_G, place) = (acc_t)(sum / walk.group_size);
-        kept.at(MEAN_DOT, place) = (acc_t)(dot / walk.group_size);
+    i64 groups = (i64)gridDim.x / (tiles * chunks) * walk.channels;
+    for_channels(walk, [&](int place, int g) {
+        kept.at(MEAN_G, place) = means[walk.group(g)], kept.at(MEAN_DOT, place) = means[groups + walk.group(g)];
     });
-    __syncthreads();
+    keep_statistics(kept, walk, mean, rstd, weight);
     gradient_of_chunk(dy, x, rstd, dx, kept, walk);
 }

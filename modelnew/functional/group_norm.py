@@ -41,7 +41,7 @@ def _backward(new, dy, x, weight, bias, statistics, num_groups, needed, last):
     need_x, need_weight, need_bias = needed
     dx = new.like(x if need_x else None)
     dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
-    workspace = _workspace(new, group_norm_backward_workspace(x, need_weight or need_bias, last))
+    workspace = _workspace(new, group_norm_backward_workspace(x, num_groups, need_weight or need_bias, last))
     mean, rstd = statistics[0], statistics[1]
     group_norm_backward(dy, x, num_groups, mean, rstd, weight, dx, dweight, dbias, workspace, last)
     return dx, dweight, dbias
