@@ -30,7 +30,7 @@ from .source import DTYPES, SCALARS, Variant
 _CACHE_BYTES = 47 * 1024  # of the 48 KiB that every GPU has; the kernels' fixed arrays take the rest
 _CHANNELS_LAST_FILE = "group_norm_channels_last.cu"
 _TILE_BYTES = (512, 256, 128, 64)  # of a row that a block reads
-_BLOCKS = 4 * MULTIPROCESSORS  # enough of them, where an image is in chunks
+_BLOCKS = 2 * MULTIPROCESSORS  # enough of them, where an image is in chunks
 _CHUNK_BYTES = 2**14  # the least of a chunk that a block reads
 _ROW_THREADS = MAX_ROW_CHANNELS = 256  # the most threads of a block, of which each has a channel at least
 _COLUMNS = 8  # channels of a block of group_norm_backward_parameters

@@ -10,6 +10,8 @@
 // THREADS (the most of a block).
 #include "channel_walk.cuh"
 
+enum { BLOCKS = 2 };  // of an SM, at least, where an image is in chunks
+
 // How blocks share x; `chunk`: rows of an image in a chunk.
 struct Rows { int tiles, chunks, channels, group_channels, plane, chunk, tile; };
 
@@ -73,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_forward_chan
 }
 
 // partials [2][images * groups][chunks]: mean, and squares, of each chunk.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_partials_channels_last(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_norm_partials_channels_last(
     const scalar_t* __restrict__ x, double* __restrict__ partials, int tiles, int chunks, int channels,
     int group_channels, int plane, int chunk, int tile) {
     DYNAMIC_SHARED(acc_t, shared);
@@ -103,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_statistics_chan
     rstd[blockIdx.x] = invstd_of(moments.squares / size, unit, eps);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_apply_channels_last(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_norm_apply_channels_last(
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ rstd,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, out_t* __restrict__ y, int tiles, int chunks,
     int channels, int group_channels, int plane, int chunk, int tile) {
@@ -234,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) group_norm_backward_cha
     if (dx) gradient_of_chunk(dy, x, rstd, dx, kept, ImageWalk(rows, blockIdx.x));
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_backward_partials_channels_last(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_norm_backward_partials_channels_last(
     const out_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, double* __restrict__ partials, int tiles,
     int chunks, int channels, int group_channels, int plane, int chunk, int tile) {
@@ -270,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_means_
     if (threadIdx.x == 0) means[blockIdx.x] = sum, means[gridDim.x + blockIdx.x] = dot;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) group_norm_backward_apply_channels_last(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) group_norm_backward_apply_channels_last(
     const out_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, const double* __restrict__ means,
     scalar_t* __restrict__ dx, int tiles, int chunks, int channels, int group_channels, int plane, int chunk,
