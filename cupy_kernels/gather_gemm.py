@@ -16,7 +16,7 @@ import numpy as np
 
 from . import fp16_tiles
 from .common import MULTIPROCESSORS, THREADS, ceil_div, row_width, scalar
-from .conv_transpose import Geometry, output_shape
+from .conv_transpose import Geometry, logical, output_shape
 from .conv_wgmma import architecture
 from .fp16_tiles import LINE_BYTES, packing_macros
 from .launch import MAX_THREADS, launch
@@ -172,11 +172,6 @@ def pack_pixels(source, exponents, packed, split: int, groups: int, channels_las
         shared_bytes = block_pixels * (block_octets * split | 1) * 16
         kernel = Kernel("gather_gemm_pack.cu", "pack_planes", macros)
         launch(kernel, grid, (THREADS, 1, 1), (*args, block_octets), shared_bytes)
-
-
-def logical(shape, channels_last) -> tuple[int, ...]:
-    """[N, C, H, W] of an array of either format."""
-    return (shape[0], shape[3], *shape[1:3]) if channels_last else tuple(shape)
 
 
 def _pack_macros(name, split, width):

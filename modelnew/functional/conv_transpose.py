@@ -30,16 +30,16 @@ __all__ = ["ConvTranspose2d", "conv_transpose2d"]
 def kernels_of(dtype, x_shape, w_shape, geometry, choice, formats=(False, False)):
     """The rule that picks a forward's kernels: (what kernels, what they need to know).
 
-    ("depthwise", None). ("thin", None): few output channels, contiguous float32. ("resident bands", their plan):
+    ("depthwise", None). ("thin", None): few output channels, float32. ("resident bands", their plan):
     `conv_transpose_mma`, of stride 1 and contiguous tensors. ("implicit GEMM", split): `gather_gemm`, of nearly all
     else. ("general", why not the one before).
     dtype: NumPy's. formats: of x and w, whether they are channels_last.
     """
     if depthwise.takes(w_shape, geometry):
         return "depthwise", None
+    if thin.takes(x_shape, w_shape, geometry, dtype):
+        return "thin", None
     if not any(formats):
-        if thin.takes(x_shape, w_shape, geometry, dtype):
-            return "thin", None
         plan, _ = tensor_core_plan(x_shape, dtype, w_shape, geometry, choice)
         if plan:
             return "resident bands", plan
@@ -57,7 +57,7 @@ def _forward(new, x, w, bias, geometry, choice, formats=(False, False)):
     if kernels == "depthwise":
         depthwise.gather(x, w, bias, y, geometry, formats[0])
     elif kernels == "thin":
-        thin.forward(x, w, bias, y, geometry)
+        thin.forward(x, w, bias, y, geometry, *formats)
     elif kernels == "resident bands":
         mma.conv_transpose_mma(detail, x, w, bias, y, *_mma_workspaces(new, detail))
     else:
@@ -152,8 +152,8 @@ def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need
     """(dx, dw) of `gradients`."""
     if depthwise.takes(w_shape, geometry):
         return _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, (need_x, need_w), formats[0])
-    if not any(formats) and thin.takes(x_shape, w_shape, geometry, dy.dtype):
-        return _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w)
+    if thin.takes(x_shape, w_shape, geometry, dy.dtype):
+        return _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w, formats)
     split, _ = gather_gemm_split(dy.dtype, tuple(x_shape), tuple(w_shape), geometry, choice)
     dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
     if split and (any(formats) or (need_x and not dgrad) or (need_w and not wgrad)):
@@ -189,12 +189,15 @@ def _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, needed, chan
     return dx, dw
 
 
-def _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w):
-    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
+def _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w, formats):
+    dx = dw = None
     if need_x:
-        thin.dgrad(dy, w, dx, geometry)
+        dx = new(gather_gemm.physical(x_shape, formats[0]), dy.dtype)
+        thin.dgrad(dy, w, dx, geometry, *formats)
     if need_w:
-        thin.wgrad(x, dy, dw, new.scratch(thin.wgrad_workspace_size(x_shape, w_shape), np.float32), geometry)
+        dw = new(gather_gemm.physical(w_shape, formats[1]), dy.dtype)
+        partial = new.scratch(thin.wgrad_workspace_size(x_shape, w_shape), np.float32)
+        thin.wgrad(x, dy, dw, partial, geometry, *formats)
     return dx, dw
 
 
@@ -272,9 +275,9 @@ def _formats(x, w, x_shape, w_shape, geometry, choice) -> tuple[bool, bool]:
     if depthwise.takes(w_shape, geometry):
         return formats[0], False
     dtype = NUMPY.get((w if x is None else x).dtype)
-    if not gather_gemm_split(dtype, tuple(x_shape), tuple(w_shape), geometry, choice)[0]:
-        return False, False
-    return formats
+    if thin.takes(x_shape, w_shape, geometry, dtype):
+        return formats
+    return formats if gather_gemm_split(dtype, tuple(x_shape), tuple(w_shape), geometry, choice)[0] else (False, False)
 
 
 @untraced
@@ -454,7 +457,7 @@ CASES = (
     ),
     Case(
         "conv_transpose2d to one channel",
-        ("thin_conv_transpose.cu", "channel_sum.cu"),
+        ("thin_forward.cu", "thin_gradients.cu", "channel_sum.cu"),
         lambda x, w, bias: conv_transpose2d(x, w, bias, 1, 1),
         lambda x, w, bias: F.conv_transpose2d(x, w, bias, 1, 1),
         lambda images: {
