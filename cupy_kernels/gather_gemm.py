@@ -9,6 +9,7 @@ channels_last: whether tensors are [N, H, W, C] arrays, in and out, instead of [
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -225,10 +226,12 @@ def plan(
     if dgrad:
         axes = [_Axis(k, k, offset=-p, step=-d, in_step=s) for k, s, p, d in of_axes]
         return _plan(y_shape, x_shape, axes, groups, *channels, split, dtype, dgrad, wgmma)
-    choices = [[_Axis(k, k, s, p, d) for k, s, p, d in of_axes]]
-    if 1 < math.prod(stride) <= _MOST_MERGED and dilation == (1, 1):
-        choices.append([_merged(k, s, p) for k, s, p in zip(kernel, stride, padding)])
-    return min(_plan(x_shape, y_shape, axes, groups, *channels[::-1], split, dtype, dgrad, wgmma) for axes in choices)
+    choices = [[_Axis(k, k, s, p, d), *[_merged(k, s, p)] * (s > 1 and d == 1)] for k, s, p, d in of_axes]
+    return min(
+        _plan(x_shape, y_shape, axes, groups, *channels[::-1], split, dtype, dgrad, wgmma)
+        for axes in itertools.product(*choices)
+        if math.prod(a.merged for a in axes) <= _MOST_MERGED and (axes[0].merged == 1 or axes[1].phases == 1)
+    )
 
 
 def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad, wgmma) -> Plan:
