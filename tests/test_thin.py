@@ -66,7 +66,8 @@ def test_formats_of_x_w_and_dy_differ(device, launched):
         x, w, b, dy = tensors(case, device, torch.float32)
         x, w, dy = (t.to(memory_format=f) for t, f in zip((x, w, dy), formats))
         y, dx, dw, _ = check(case, "fp32", x, w, b, dy)
-        assert [t.is_contiguous(memory_format=f) for t, f in zip((y, dx, dw), (*formats[:1] * 2, formats[1]))] == [True] * 3
+        for t, memory_format in ((y, formats[0]), (dx, formats[0]), (dw, formats[1])):
+            assert t.is_contiguous(memory_format=memory_format)
     assert not any("gather" in name for name in names(launched))
 
 
