@@ -22,7 +22,7 @@ enum {
     TILE_ROWS = THREADS / TILE_COLUMNS * PIXELS,
     BAND_COLUMNS = TILE_COLUMNS + SHIFTS_W - 1,
     BAND = (TILE_ROWS + SHIFTS_H - 1) * BAND_COLUMNS,  // pixels of x that a tile needs
-    BAND_PITCH = round_up(BAND - 4, 32) + 4,  // neighbouring channels of 4 pixels lie in different banks
+    BAND_PITCH = round_up(BAND - 4, 32) + 4,           // neighbouring channels of 4 pixels lie in different banks
     STAGE = CHUNK * (BAND_PITCH + WEIGHT_PITCH),
     COPIED_CHANNELS = CHANNELS_LAST ? CHUNK : 1  // of a pixel, by neighbouring threads
 };
@@ -130,7 +130,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) thin_forward(
         if (oh >= out_h) continue;
         float line[LINE];
         #pragma unroll
-        for (int j = 0; j < LINE; j++) line[j] = sums[(i / ROWS + j % TURNED) * SUMS + i % ROWS * STRIDE_W + j / TURNED];
+        for (int j = 0; j < LINE; j++)
+            line[j] = sums[(i / ROWS + j % TURNED) * SUMS + i % ROWS * STRIDE_W + j / TURNED];
         float* to = y + place(image, i / ROWS, oh, ow, OUT_CHANNELS, out_h, out_w);
         #pragma unroll
         for (int j = 0; j < LINE; j += WIDTH)

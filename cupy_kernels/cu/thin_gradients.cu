@@ -166,8 +166,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) thin_wgrad(
                 cp_async_16(stage + to, x + from, exists);
             });
         else
-            segments.walk_by<1>(
-                number, first_channel, [&](int to, i64 from, bool exists) { cp_async_4(stage + to, x + from, exists); });
+            segments.walk_by<1>(number, first_channel, [&](int to, i64 from, bool exists) {
+                cp_async_4(stage + to, x + from, exists);
+            });
         segments.copy_dy(stage + X_FLOATS, dy, number);
     };
     float sums[LANE_CHANNELS][TAPS] = {}, *stage = shared, *next = shared + X_FLOATS + DY_FLOATS;
