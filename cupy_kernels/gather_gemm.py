@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from . import fp16_tiles
-from .common import MULTIPROCESSORS, THREADS, ceil_div, row_width, scalar
+from .common import MULTIPROCESSORS, THREADS, address, ceil_div, row_width, scalar
 from .conv_transpose import logical
 from .conv_wgmma import architecture
 from .gather_gemm_plan import GATHER, OPERANDS, WGMMA, WGRAD, Plan, WgradPlan, octets, pack_macros
@@ -110,9 +110,18 @@ def _pack_taps(p, w, packed, exponents, channels_last):
     groups, columns = p.grid[1], p.columns // p.grid[1]
     in_stride, out_stride, tap_stride = weight_strides(w.shape, channels_last)
     strides = (in_stride, out_stride) if p.dgrad else (out_stride, in_stride)
-    args = (*p.pack_args, w.shape[0] // groups * in_stride, *strides, tap_stride, columns)
+    tile_n, channels, sum_channels, sum_octets, kernel_h, kernel_w, _, _, merged_h, merged_w, *_ = p.pack_args
+    taps, group_stride = kernel_h * kernel_w, w.shape[0] // groups * in_stride
+    alone = exponents is None and merged_h * merged_w == 1 and tap_stride == 1
+    neighbours = taps if strides[0] != taps else taps * channels  # in memory
+    if alone and not any(n % 8 for n in (neighbours, strides[1], group_stride, address(w) // w.itemsize)):
+        kernel = Kernel("gather_gemm_pack.cu", "turn_taps", p.pack_macros)
+        grid = ceil_div(sum_octets, 8) * ceil_div(columns * taps, 256), groups, 1
+        args = w, packed, channels, sum_channels, sum_octets, taps, group_stride, *strides, columns
+        launch(kernel, grid, (THREADS, 1, 1), args)
+        return
+    args = (*p.pack_args, group_stride, *strides, tap_stride, columns)
     if exponents is not None:
-        tile_n, _, sum_channels, _, kernel_h, kernel_w, _, _, merged_h, merged_w, *_ = p.pack_args
         channels = columns // tile_n * (tile_n // (merged_h * merged_w))
         blocks = ceil_div(channels, 32) if strides[0] == 1 else channels
         threads = MAX_THREADS if sum_channels * kernel_h * kernel_w >= _LONG_COLUMN else THREADS
