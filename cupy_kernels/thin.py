@@ -21,9 +21,8 @@ _MOST_STRIDE, _MOST_KERNEL = 4, 16
 _MOST_WEIGHTS = 12 * 1024
 _FEWEST_PIXELS = 2**15  # below, there are too few threads
 SHAPE_MACROS = ("OUT_CHANNELS", "KERNEL_H", "KERNEL_W", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W")
-SHAPE_MACROS += ("PIXELS", "TILE_COLUMNS", "CHUNK", "LANE_CHANNELS", "DGRAD_BYTES", "WGRAD_BYTES")
+SHAPE_MACROS += ("PIXELS", "TILE_COLUMNS", "CHUNK", "LANE_CHANNELS", "MIN_BLOCKS", "DGRAD_BYTES", "WGRAD_BYTES")
 _THREADS = 128
-_BLOCKS = 3  # of the gradients, that share a multiprocessor
 _SHARED_BYTES = 48 * 1024  # that a block has without asking
 _SEGMENT, _PIECE = 32, 12
 
@@ -103,11 +102,17 @@ def _lane_channels(taps):
     return 2 if taps <= 48 else 1
 
 
+def _min_blocks(taps):
+    """Blocks of the gradients that share a multiprocessor."""
+    return 4 if taps * _lane_channels(taps) <= 64 else 3
+
+
 def _grid(x_shape, w_shape):
     """Blocks of the gradients: all run at once."""
-    channel_blocks = ceil_div(x_shape[1], 32 * _lane_channels(math.prod(w_shape[1:])))
+    taps = math.prod(w_shape[1:])
+    channel_blocks = ceil_div(x_shape[1], 32 * _lane_channels(taps))
     segments = x_shape[0] * x_shape[2] * ceil_div(x_shape[3], _SEGMENT)
-    return min(segments, max(1, _BLOCKS * MULTIPROCESSORS // channel_blocks)), channel_blocks
+    return min(segments, max(1, _min_blocks(taps) * MULTIPROCESSORS // channel_blocks)), channel_blocks
 
 
 def _macros(w_shape, geometry, last):
@@ -141,7 +146,7 @@ def _gradient_macros(w_shape, geometry, last):
     window = 4 * ceil_div(w_shape[3] + 3 * stride, 4)
     dy = w_shape[1] * w_shape[2] * ((_SEGMENT - 4) * stride + window)
     x = channels * (_SEGMENT if last else _SEGMENT + 4)
-    sizes = {"LANE_CHANNELS": lane_channels, "SEGMENT": _SEGMENT, "PIECE": _PIECE}
+    sizes = {"LANE_CHANNELS": lane_channels, "MIN_BLOCKS": _min_blocks(taps), "SEGMENT": _SEGMENT, "PIECE": _PIECE}
     sizes["DGRAD_BYTES"] = 4 * max(2 * dy + x, channels * (taps | 1))
     sizes["WGRAD_BYTES"] = 4 * max(2 * (dy + x), warps * channels * _PIECE)
     return tuple((_macros(w_shape, geometry, last) | sizes).items())

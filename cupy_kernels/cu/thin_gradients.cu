@@ -6,8 +6,8 @@
 // A lane has LANE_CHANNELS channels of x. A block has 32 LANE_CHANNELS of them (grid: y) and every gridDim.x-th segment
 // of SEGMENT pixels of a row; its warps take 4 pixels in turn. What these need of dy lies in shared memory, and is read
 // by all lanes at once. The next segment is copied behind the arithmetic. wgrad writes partial [block][ic][oc, kh, kw];
-// thin_wgrad_reduce adds the blocks in a fixed order. Macros: LANE_CHANNELS, SEGMENT, PIECE (taps that warps add up at a
-// time), DGRAD_BYTES and WGRAD_BYTES (of shared memory), those of thin.cuh.
+// thin_wgrad_reduce adds the blocks in a fixed order. Macros: LANE_CHANNELS, MIN_BLOCKS (of a multiprocessor), SEGMENT,
+// PIECE (taps that warps add up at a time), DGRAD_BYTES and WGRAD_BYTES (of shared memory), those of thin.cuh.
 #include "thin.cuh"
 
 enum {
@@ -47,26 +47,35 @@ struct Segments {
         h = ih;
         return segment * SEGMENT;
     }
-    // Begins to copy what a segment needs of dy.
+    // Begins to copy what a segment needs of dy. A warp has every WARPS-th line.
     __device__ void copy_dy(float* tile, const float* dy, int number) const {
-        int image, h, w = first_pixel(number, image, h);
-        #pragma unroll 2
-        for (int i = threadIdx.x; i < DY_FLOATS; i += THREADS) {
-            int line = i / DY_PITCH, oh = h * STRIDE_H - PAD_H + line % KERNEL_H,
-                ow = w * STRIDE_W - PAD_W + i % DY_PITCH;
-            bool inside = (unsigned)oh < (unsigned)out_h && (unsigned)ow < (unsigned)out_w;
-            cp_async_4(tile + i, dy + place(image, line / KERNEL_H, oh, ow, OUT_CHANNELS, out_h, out_w), inside);
+        int image, h, first = first_pixel(number, image, h) * STRIDE_W - PAD_W;
+        #pragma unroll 1
+        for (int line = threadIdx.x / 32; line < OUT_CHANNELS * KERNEL_H; line += WARPS) {
+            int oh = h * STRIDE_H - PAD_H + line % KERNEL_H;
+            const float* from = dy + place(image, line / KERNEL_H, oh, first, OUT_CHANNELS, out_h, out_w);
+            bool inside = (unsigned)oh < (unsigned)out_h;
+            #pragma unroll
+            for (int i = threadIdx.x % 32; i < DY_PITCH; i += 32)
+                cp_async_4(
+                    tile + line * DY_PITCH + i, from + i * (CHANNELS_LAST ? OUT_CHANNELS : 1),
+                    inside && (unsigned)(first + i) < (unsigned)out_w);
         }
     }
     // use(place in a tile, place in x, whether it exists) for all of a segment's elements of x, WIDTH neighbours each.
     template <int WIDTH, class Use> __device__ void walk_by(int number, int first_channel, Use use) const {
-        int image, h, w = first_pixel(number, image, h);
+        enum { LINES = THREADS * WIDTH / X_LINE };  // at a time
+        static_assert(THREADS * WIDTH % X_LINE == 0 && X_FLOATS / X_PITCH % LINES == 0, "a thread keeps its column");
+        int image, h, w = first_pixel(number, image, h), line = threadIdx.x * WIDTH / X_LINE,
+                      at = threadIdx.x * WIDTH % X_LINE;
+        int pixel = w + (CHANNELS_LAST ? line : at), channel = first_channel + (CHANNELS_LAST ? at : line);
+        i64 in_x = place(image, channel, h, pixel, channels, in_h, in_w),
+            stride = LINES * (CHANNELS_LAST ? channels : (i64)in_h * in_w);
         #pragma unroll 2
-        for (int i = threadIdx.x * WIDTH; i < BLOCK_CHANNELS * SEGMENT; i += THREADS * WIDTH) {
-            int line = i / X_LINE, at = i % X_LINE;
-            int channel = first_channel + (CHANNELS_LAST ? at : line), pixel = w + (CHANNELS_LAST ? line : at);
-            use(line * X_PITCH + at, place(image, channel, h, pixel, channels, in_h, in_w),
-                channel < channels && pixel < in_w);
+        for (int i = 0; i < X_FLOATS / X_PITCH; i += LINES) {
+            use((line + i) * X_PITCH + at, in_x,
+                (CHANNELS_LAST ? channel : channel + i) < channels && (CHANNELS_LAST ? pixel + i : pixel) < in_w);
+            in_x += stride;
         }
     }
     __device__ bool wide() const { return (CHANNELS_LAST ? channels : in_w) % 4 == 0; }
@@ -82,7 +91,7 @@ __device__ __forceinline__ void load_window(const float* dy_line, int pixel, flo
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) thin_dgrad(
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) thin_dgrad(
     const float* __restrict__ dy, const float* __restrict__ w, float* __restrict__ dx, int images, int channels,
     int in_h, int in_w, int out_h, int out_w, int w_last) {
     DYNAMIC_SHARED(float, shared);
@@ -154,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) thin_dgrad(
     cp_async_wait<0>();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) thin_wgrad(
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) thin_wgrad(
     const float* __restrict__ x, const float* __restrict__ dy, float* __restrict__ partial, int images, int channels,
     int in_h, int in_w, int out_h, int out_w) {
     DYNAMIC_SHARED(float, shared);
