@@ -13,7 +13,7 @@ from modelnew import commands, layer_bench
 from modelnew.model import BATCH
 from modelnew.parity import RATIO
 from modelnew.records import by_batch, comparisons, trials
-from modelnew.workloads import FLOAT16, GRAPHS, MODELS
+from modelnew.workloads import COMPILED, FLOAT16, GRAPHS, MODELS, MODES, OF_COMPILED
 
 from .generated import ROOT, check_option, settle
 
@@ -27,11 +27,20 @@ _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
 _NO_LAYERS = "No record of layers is committed yet; `python3 -m modelnew bench --layers` on a GPU writes one."
 _NO_SUITE = "No record says yet that the test suite passed on a GPU; `make record` on one writes it."
+_NO_SCALING = "No record of several GPUs is committed yet; `python3 -m modelnew scaling` on two GPUs writes one."
+_WAYS = {
+    "apart": "each for itself",
+    "ddp": "DistributedDataParallel",
+    "ddp, own buffers": "with `broadcast_buffers=False, gradient_as_bucket_view=True`",
+    "ddp, synchronised": "the same, batch norm synchronised",
+}
 _NEEDED = {
     "bench": ("command", "rows", "trials"),
     "layers": ("command", "rows", "trials"),
     "training": ("command", "rows", "steps", "batch", "seeds", "judged", "judgements", "last"),
     "parity": ("passed", "failed", "skipped"),
+    "scaling": ("command", "rows", "trials", "steps"),
+    "fuzz": ("command", "cases", "failed"),
 }
 
 
@@ -120,7 +129,7 @@ def _times(results, folder) -> str:
                 "",
                 *_by_batch(record),
             ]
-        lines += _startup(record)
+        lines += [*_startup(record), *_compiled(record)]
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append("\n".join([*lines, "", f"![Times beside PyTorch's, and a roofline]({picture})"]))
     return "\n\n".join(parts) or _NO_TIMES
@@ -180,6 +189,50 @@ def _startup(record) -> list[str]:
     texts = {"startup_cold": "nothing compiled before", "startup_warm": "kernels compiled on disk"}
     parts = [f"{found[what] / 1e3:.1f} s with {text}" for what, text in texts.items() if what in found]
     return ["", f"The first forward of a process takes {', '.join(parts)}."] if parts else []
+
+
+def _compiled(record) -> list[str]:
+    """A sentence for each workload of ModelNew under torch.compile."""
+    found = {(row["what"], row["class"], row["n"], row["who"]): row["ms"] for row in record["rows"] if row["ms"]}
+    lines = []
+    for what, cls, n in dict.fromkeys(key[:3] for key in found if key[0] in COMPILED):
+        plain = found.get((what, cls, n, "modelnew"))
+        parts = [
+            f"{found[what, cls, n, who] / plain:.2f} times with mode {mode!r}"
+            for who, mode in MODES.items()
+            if plain and (what, cls, n, who) in found
+        ]
+        if parts:
+            images = f"{n} image{'s'[: n != 1]}"
+            lines.append(f"- `{what.removeprefix(OF_COMPILED)}`, {cls}, {images}: {', '.join(parts)}")
+    return ["", "Time of ModelNew under `torch.compile`, in terms of that without:", "", *lines] if lines else []
+
+
+def _scaling(results, _) -> str:
+    parts = []
+    for _, record in _records(results, "scaling"):
+        gpus = max(row["gpus"] for row in record["rows"])
+        lines = [
+            f"{_where(record)}, `{record['command']}`. A training step of {record['rows'][0]['n']} images on each of "
+            f"{gpus} GPUs, beside one GPU alone: median of {record['trials']} trials of {record['steps']} steps, in "
+            "turns. Weak scaling: the time alone over the time.",
+            "",
+            "| | | ms alone | ms | added | weak scaling |",
+            "|---|---|--:|--:|--:|--:|",
+        ]
+        alone = {row["who"]: row["ms"] for row in record["rows"] if row["what"] == "alone"}
+        for row in record["rows"]:
+            if row["what"] in _WAYS:
+                name = {"modelnew": "ModelNew", "model": "Model"}[row["who"]]
+                cells = (
+                    f"{alone[row['who']]:.3g}",
+                    f"{row['ms']:.3g}",
+                    f"{row['added_ms']:+.2f}",
+                    f"{row['scaling']:.2f}",
+                )
+                lines.append(f"| {name} | {_WAYS[row['what']]} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or _NO_SCALING
 
 
 def _layers(results, folder) -> str:
@@ -254,10 +307,29 @@ def _suite(results, folder) -> str:
         for _, record in _records(results, "parity")
     ]
     head = ["The test suite on GPUs:", "", "| | passed | failed | skipped |", "|---|--:|--:|--:|"]
-    return "\n".join([*head, *lines]) if lines else _NO_SUITE
+    return "\n".join([*(head if lines else [_NO_SUITE]), *lines, *_fuzz(results)])
 
 
-PARTS = {"speed": _speed, "times": _times, "layers": _layers, "training": _training, "suite": _suite}
+def _fuzz(results) -> list[str]:
+    lines = []
+    for _, record in _records(results, "fuzz"):
+        counts = record["cases"].values()
+        lines += [
+            "",
+            f"{_where(record)}, `{record['command']}`: {sum(counts)} random calls, at least {min(counts)} of each of "
+            f"{len(counts)} functions, compared with PyTorch's; {record['failed']} were wrong.",
+        ]
+    return lines
+
+
+PARTS = {
+    "speed": _speed,
+    "times": _times,
+    "scaling": _scaling,
+    "layers": _layers,
+    "training": _training,
+    "suite": _suite,
+}
 
 
 def _where(record) -> str:
@@ -305,7 +377,7 @@ def _records(results, kind) -> Iterator[tuple[Path, dict]]:
 )
 @check_option
 def command(files, results, check):
-    """Write what the READMEs say of times, training and passed suites from committed records, and draw the plots."""
+    """Write what the READMEs say of times, several GPUs, training and tests from committed records, and draw the plots."""
     try:
         texts = {file: rendered(file.read_text(encoding="utf-8"), results, file.parent) for file in files}
         drawn = [(path, record) for kind in ("bench", "layers", "training") for path, record in _records(results, kind)]
