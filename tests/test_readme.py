@@ -116,7 +116,7 @@ def test_is_current():
 
 def test_every_part_is_in_one_text():
     texts = [file.read_text(encoding="utf-8") for file in readme.FILES]
-    assert [sum(readme.MARKERS[0].format(name) in text for text in texts) for name in readme.PARTS] == [1] * len(readme.PARTS)
+    assert all(sum(readme.MARKERS[0].format(name) in text for text in texts) == 1 for name in readme.PARTS)
 
 
 def row(what="step", who="modelnew", ms=1.0, n=512, **options):

@@ -377,7 +377,7 @@ def _records(results, kind) -> Iterator[tuple[Path, dict]]:
 )
 @check_option
 def command(files, results, check):
-    """Write what the READMEs say of times, several GPUs, training and tests from committed records, and draw the plots."""
+    """Write what the READMEs say of times, training and tests from committed records, and draw the plots."""
     try:
         texts = {file: rendered(file.read_text(encoding="utf-8"), results, file.parent) for file in files}
         drawn = [(path, record) for kind in ("bench", "layers", "training") for path, record in _records(results, kind)]
