@@ -213,7 +213,7 @@ def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
     """
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
-    grid = (images * p.units, p.rows // p.tile_m, 1)
+    grid = (images * p.units * (p.rows // p.tile_m), 1, 1)
     launch(kernel, grid, (p.threads, 1, 1), args, dict(kernel.defines)["SHARED_BYTES"])
 
 

@@ -9,6 +9,7 @@ from .common import MULTIPROCESSORS, ceil_div
 # with split 2 three.
 _MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
 _STAGES = (6, 5, 4)  # preferred first
+PAIRED = True
 _STEP_CHANNELS = 32
 _FEW_WINDOWS = 64  # the most of a block, for few images
 
@@ -42,8 +43,11 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         block takes as much of an image as fits.
     channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
     """
-    warpgroups_m = 1 if channels[1] <= 64 else 2
-    warpgroups_n = 2 // warpgroups_m
+    paired = PAIRED and split == 1 and not dgrad and not images and channels[1] > 64
+    if paired:
+        limit = (limit + 6 * 1024 - 1024) // 2 - 6 * 1024
+    warpgroups_m = 1 if channels[1] <= 64 or paired else 2
+    warpgroups_n = 1 if paired else 2 // warpgroups_m
     tiles_m = ceil_div(channels[1], 64 * warpgroups_m)
     steps = ceil_div(channels[0], _STEP_CHANNELS)
     step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
@@ -56,7 +60,7 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         band_lines = gap + (2 * rows + kernel[0] - 1) * pitch
         along = ceil_div(band_lines * 16 - 16, 128) * 128 + 16
         band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
-        stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
+        stages = next((n for n in ((8,) if paired else ()) + _STAGES if band_bytes + n * step_bytes <= limit), None)
         windows = (rows - 1) * window_pitch + windows_w
         return stages and _Unit(rows, windows, along, stages, band_bytes + stages * step_bytes)
 

@@ -1,5 +1,5 @@
 // Transposed convolution on tensor cores (implicit_gemm.cuh), and what batch norm, an activation and 2x2 max pooling
-// need of it. Grid: x = units of all images, y = tiles of TILE_M channels. A lane has whole windows, and pools in
+// need of it. Grid: implicit_gemm.cuh. A lane has whole windows, and pools in
 // registers.
 //
 // Batch norm is monotone in each channel, and the activation never decreases (activation.cuh), so max pooling can come
@@ -115,7 +115,7 @@ struct PoolEpilogue {
 
     template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
         int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / WARPS_N);
-        i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE_STRIDE;
+        i64 plane = (place.image * OUT_CHANNELS + channel_tile() * TILE_M + place.channel) * PLANE_STRIDE;
         Valid valid = {};
         #pragma unroll
         for (int t = 0; t < LANE_WINDOWS; t++)
@@ -142,7 +142,7 @@ struct PoolEpilogue {
                 }
                 ScaleBack scale(exponent + exponents[channel]);
                 // The same in all lanes.
-                if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;
+                if (OUT_CHANNELS % TILE_M && channel_tile() * TILE_M + channel >= OUT_CHANNELS) continue;
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
                 for (int t = 0; t < LANE_WINDOWS; t += 4) {
@@ -214,11 +214,11 @@ struct PoolEpilogue {
         // Read here, once: conv_mma.cuh spills it.
         int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
         enum { SCALED = SAVE || sizeof(pooled_t) == 2 };
-        if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
+        if (SCALED && threadIdx.x == 0 && channel_tile() == 0) unit_exponents[unit_of_block()] = exponent;
         if (!STATISTICS) return;
         if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
         __syncthreads();
-        int m = blockIdx.y * TILE_M + threadIdx.x;
+        int m = channel_tile() * TILE_M + threadIdx.x;
         if (threadIdx.x >= TILE_M || m >= OUT_CHANNELS) return;
         float2 all = moments[threadIdx.x];
         float count = counts[0];
@@ -227,8 +227,9 @@ struct PoolEpilogue {
             all = merge(all, moments[part * TILE_M + threadIdx.x]);
             count = merge.count;
         }
-        float* to = partials + (i64)m * gridDim.x + blockIdx.x;
-        i64 kind = (i64)OUT_CHANNELS * gridDim.x;
+        i64 units = gridDim.x / CHANNEL_TILES;
+        float* to = partials + m * units + unit_of_block();
+        i64 kind = OUT_CHANNELS * units;
         ScaleBack scale(of_channel);
         float squares = scale(scale(all.y));
         if (!is_finite(squares)) squares = -scale(scale(all.y * 0x1p-80f) * 0x1p-80f);
@@ -244,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
     for (int i = threadIdx.x; i < TILE_M; i += THREADS) {
-        int m = blockIdx.y * TILE_M + i;
+        int m = channel_tile() * TILE_M + i;
         float weight = m < OUT_CHANNELS ? bn_weight(gamma, m) : 0;
         signs[i] = weight > 0 ? 1 : weight < 0 ? -1 : 0;
         channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;

@@ -265,14 +265,16 @@ template <> struct Multiply<2> {
     }
 };
 
+typedef Band<X_PACKED> Rows;
+
 struct MainLoop {
     const Unit& unit;
-    Band<X_PACKED>& band;
+    Rows& band;
     u8* shared;
     WeightRing<STAGE_BYTES, CHUNKS * TAPS> weights;
     int stage = 0, lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
 
-    __device__ MainLoop(const Unit& unit, Band<X_PACKED>& band, const half_t* packed, u8* shared)
+    __device__ MainLoop(const Unit& unit, Rows& band, const half_t* packed, u8* shared)
         : unit(unit), band(band), shared(shared), weights(shared + RING_OFFSET, packed) {
         for (int i = 0; i < STAGES - 1; i++) weights.fetch(i * STAGE_BYTES);
     }

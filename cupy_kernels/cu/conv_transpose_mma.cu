@@ -2,7 +2,7 @@
 //
 //     y[n, m, oh, ow] = sums + bias[m]
 //
-// Grid: x = units of all images, y = tiles of TILE_M channels. y is written in whole, bias may be null. Epilogue: four
+// Grid: implicit_gemm.cuh. y is written in whole, bias may be null. Epilogue: four
 // lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that each
 // has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. With CHANNELS_LAST,
 // of 16-bit types, a warp turns 8 channels of 8 pixels, and four lanes store 16 channels of a pixel. Macros and limits:
@@ -64,7 +64,7 @@ struct StoreEpilogue {
 
 #if CHANNELS_LAST
     __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
-        int first_m = blockIdx.y * TILE_M + place.channel, lane = threadIdx.x % 32, odd = lane % 2;
+        int first_m = channel_tile() * TILE_M + place.channel, lane = threadIdx.x % 32, odd = lane % 2;
         Finish finish[LANE_ROWS];
         #pragma unroll
         for (int row = 0; row < LANE_ROWS; row++) {
@@ -101,7 +101,7 @@ struct StoreEpilogue {
     }
 #else
     __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
-        int first_m = blockIdx.y * TILE_M + place.channel;
+        int first_m = channel_tile() * TILE_M + place.channel;
         scalar_t* plane = y + (place.image * OUT_CHANNELS + first_m) * (OUT_H * OUT_W);
         Finish finish[LANE_ROWS];
         #pragma unroll

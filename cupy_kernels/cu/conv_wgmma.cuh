@@ -77,42 +77,54 @@ __device__ inline void clear_border(u8* shared, const Unit& unit) {
 // pass before it. next_chunk(pass, at): called at the first step of 64 channels, with that step's weights.
 template <bool> struct Band;
 
-// x is packed: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next
-// ones behind those.
+// x is packed, or halves in channels_last, which are operands as they are: copied asynchronously, all of it or, if 64
+// channels' multiplications are long enough for it, what the first pass does not need at once behind those.
 template <> struct Band<true> {
-    enum { AHEAD = 2 * TAPS >= STAGES };
-    const half_t* source;  // chunk 0 of the image
+    enum {
+        AHEAD = 2 * TAPS >= STAGES,
+        PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,  // from a pixel to the next, in halves
+        CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL
+    };
+    const half_t* source;  // the image
     const Unit& unit;
     u8* shared;
     const int* exponents;
-    int exponent_count, exponent = 0;
+    int exponent_count, exponent = 0, first_rows_end;
 
     __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
-        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (LINE_BYTES / 2))), unit(unit), shared(shared),
-          exponents(exponents), exponent_count(exponent_count) {
+        : source(x + unit.image * (IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL))), unit(unit),
+          shared(shared), exponents(exponents), exponent_count(exponent_count) {
         clear_border(shared, unit);
-        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
+        first_rows_end = unit.end_row;
+        if (AHEAD && unit.passes > 1)
+            first_rows_end = min(unit.end_row, max(unit.first_row, end_row_of(unit.first_window + PASS_WINDOWS - 1)));
+        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++)
+            copy(chunk, unit.first_row, first_rows_end);
         cp_async_commit();
     }
     // Eight lanes take one part of eight lines, which are neighbours in shared memory, where writes to eight places
     // could take turns. Four times eight lanes read half of each of these lines.
-    __device__ void copy(int chunk) const {
+    __device__ void copy(int chunk, int first_row, int end_row) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
-        const half_t* from = source + (chunk * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2);
-        int pixels = (unit.end_row - unit.first_row) * IN_W, first = unit.first_row - origin_of(unit);
+        const half_t* from = source + chunk * CHUNK + first_row * IN_W * PIXEL;
+        int pixels = (end_row - first_row) * IN_W, first = first_row - origin_of(unit);
         for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS) {
             int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
             int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
+            bool exists = !AS_IT_IS || group * 8 < IN_CHANNELS;
             u8* to = shared + band_offset(first + pixel / IN_W, pixel % IN_W);
             if (pixel < pixels && group < GROUPS_K)
-                cp_async_16(to + (group + residual) * ALONG, from + pixel * (LINE_BYTES / 2) + part * 8, true);
+                cp_async_16(to + (group + residual) * ALONG, from + (exists ? pixel * PIXEL + part * 8 : 0), exists);
         }
     }
     __device__ void next_chunk(int pass, int at) const {
-        for (int chunk = (at + 1) * SPLIT; AHEAD && pass == 0 && chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
-            copy(chunk);
+        if (!AHEAD || pass) return;
+        for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
+            copy(chunk, chunk < SPLIT ? first_rows_end : unit.first_row, unit.end_row);
     }
-    __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
+    __device__ void begin(unsigned* scratch) {
+        if (!AS_IT_IS) exponent = smallest_exponent(exponents, exponent_count, scratch);
+    }
     __device__ void follow(int) {}
     __device__ bool pending() const { return false; }
     __device__ void advance() {}
@@ -245,6 +257,8 @@ template <> struct Band<false> {
     }
 };
 
+typedef Band<X_PACKED || AS_IT_IS> Rows;
+
 // Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more
 // additions would.
 #define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
@@ -259,7 +273,7 @@ template <> struct Multiply<1> {
 
     template <int COUNT> __device__ __forceinline__ void add(
         Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Band<X_PACKED>& band) {
+        Rows& band) {
         wgmma_fence();
         #pragma unroll
         for (int k = 0; k < 2; k++)
@@ -279,7 +293,7 @@ template <> struct Multiply<2> {
 
     template <int COUNT> __device__ __forceinline__ void add(
         Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Band<X_PACKED>&) {
+        Rows&) {
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             wgmma_fence();
@@ -305,13 +319,13 @@ template <> struct Multiply<2> {
 
 struct MainLoop {
     const Unit& unit;
-    Band<X_PACKED>& band;
+    Rows& band;
     WeightRing<STEP_BYTES, TAPS * STEPS_K> weights;
     int stage = 0, to = 0, warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
     int warp_m = warpgroup % WARPS_M, warp_n = warpgroup / WARPS_M;
     WgmmaOperand pixels, a_stages;
 
-    __device__ MainLoop(const Unit& unit, Band<X_PACKED>& band, const half_t* packed, u8* shared)
+    __device__ MainLoop(const Unit& unit, Rows& band, const half_t* packed, u8* shared)
         : unit(unit), band(band), weights(shared + RING_OFFSET, packed), pixels(shared, ALONG, 128),
           a_stages(shared + RING_OFFSET + warp_m * 1024, TILE_M * 16, 128) {
         for (int i = 0; i < STAGES - 2; i++) fetch();

@@ -51,6 +51,9 @@ static_assert(
     TILE_M == 64 * WARPS_M && THREADS == (WGMMA ? 128 : 32) * WARPS_M * WARPS_N, "a warp or warpgroup has 64 channels");
 static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
 
+// Whether x's halves are operands as they lie in memory.
+enum { AS_IT_IS = WGMMA && CHANNELS_LAST && !X_PACKED && sizeof(scalar_t) == 2 && !IsBf16<scalar_t>::VALUE };
+
 // Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are
 // loaded once, under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
 enum { GUESS = 10, SLACK = 6 };
@@ -58,6 +61,12 @@ enum { GUESS = 10, SLACK = 6 };
 // Rows of x [first, end) that a window needs, as if x had rows beyond its own.
 __device__ constexpr int first_row_of(int window) { return window / WINDOW_PITCH * 2 + PAD_H - (KERNEL_H - 1); }
 __device__ constexpr int end_row_of(int window) { return window / WINDOW_PITCH * 2 + 1 + PAD_H + 1; }
+
+// The block's tile of channels, and its unit among those of all images: blocks of one unit, which read the same rows,
+// run together.
+#define CHANNEL_TILES ((OUT_CHANNELS + TILE_M - 1) / TILE_M)
+__device__ inline int channel_tile() { return blockIdx.x % CHANNEL_TILES; }
+__device__ inline i64 unit_of_block() { return blockIdx.x / CHANNEL_TILES; }
 
 // What a block works on: windows [first_window, end_window), whose last one exists, and rows [first_row, end_row) of x.
 struct Unit {
@@ -117,7 +126,7 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
     int from = 0;
 
     __device__ WeightRing(u8* ring, const half_t* packed)
-        : ring(ring), weights((const u8*)packed + (i64)blockIdx.y * STEPS * STEP_BYTES) {}
+        : ring(ring), weights((const u8*)packed + (i64)channel_tile() * STEPS * STEP_BYTES) {}
     // Stages are told apart by where they begin.
     __device__ static int next(int stage) { return stage + STEP_BYTES == STAGES * STEP_BYTES ? 0 : stage + STEP_BYTES; }
     __device__ static int previous(int stage) { return stage ? stage - STEP_BYTES : (STAGES - 1) * STEP_BYTES; }
@@ -145,8 +154,8 @@ template <class Epilogue>
 __device__ inline void convolve(
     const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
     Epilogue& epilogue) {
-    Unit unit(blockIdx.x);
-    Band<X_PACKED> band(x, x_exponents, x_exponent_count, unit, shared);
+    Unit unit(unit_of_block());
+    Rows band(x, x_exponents, x_exponent_count, unit, shared);
     MainLoop loop(unit, band, packed, shared);
     for (bool again = true; again;) {
         band.begin(scratch);
