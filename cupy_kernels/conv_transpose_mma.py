@@ -55,8 +55,10 @@ class Plan(NamedTuple):
 
     def of_weights(self, dtype: str) -> "Plan":
         """The same plan for weights of another type than x's."""
-        changed = {**dict(self.pack_macros), "scalar_t": dtype}
-        return self._replace(pack_macros=tuple(changed.items()))
+        macros, pack_macros = dict(self.macros), {**dict(self.pack_macros), "scalar_t": dtype}
+        if dtype != macros["scalar_t"]:
+            macros["AS_IT_IS"] = pack_macros["AS_IT_IS"] = 0
+        return self._replace(macros=tuple(macros.items()), pack_macros=tuple(pack_macros.items()))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -92,12 +94,13 @@ def plan(
         "input_t": dtype,
         "X_PACKED": 0,
         "CHANNELS_LAST": int(channels_last),
+        "AS_IT_IS": int(dtype == "half_t" and channels_last and not dgrad and found.planes["WGMMA"]),
         **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
         **packing_macros(split),
         **found.planes,
         **found.macros,
     }
-    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH")
+    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH", "AS_IT_IS")
     taps, tile_m = kernel[0] * kernel[1], macros["TILE_M"]
     pack_macros = {**{name: macros[name] for name in both}, **packing_macros(split), "TAPS": taps, "FLIP": int(dgrad)}
     rows = ceil_div(channels_out, tile_m) * tile_m

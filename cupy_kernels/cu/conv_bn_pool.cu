@@ -17,7 +17,9 @@
 //         saved [N, M, PLANE_STRIDE, 4]       all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the
 //                                             tensor cores deliver them, so that a sum is
 //                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
-//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows.
+//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. AS_IT_IS:
+//                                             the sum itself, which overflows where PyTorch's does; unit_exponents are
+//                                             SAVED_SHIFT
 //                                             SPLIT 2: float
 //     unit_exponents [N * UNITS]              if anything is under scales, or with SAVE
 // Macros: those of implicit_gemm.cuh, pooled_t (float, or half_t with SPLIT 1), saved_t (half_t, float), STATISTICS, SAVE,
@@ -52,6 +54,7 @@ __device__ inline float quad_sum(float v) {
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
+enum { SHIFT = AS_IT_IS ? 0 : SAVED_SHIFT };  // what is kept as half_t is a sum times 2^-SHIFT
 enum { ROWS = LANE_ROWS < 4 ? LANE_ROWS : 4 };  // channels handled together
 
 __device__ inline float max_or_nan(float a, float b) {
@@ -204,7 +207,7 @@ struct PoolEpilogue {
 
     // A sum as memory has it: float, or half_t under scales.
     template <class T> __device__ static T kept(float v, float sign, const ScaleBack& scale) {
-        return from_acc<T>(sizeof(T) == 2 ? v * (power_of_two(-SAVED_SHIFT) * sign) : scale(v * sign));
+        return from_acc<T>(sizeof(T) == 2 ? v * (power_of_two(-SHIFT) * sign) : scale(v * sign));
     }
 
     __device__ void restart() { seen = 0; }
@@ -214,7 +217,7 @@ struct PoolEpilogue {
         // Read here, once: conv_mma.cuh spills it.
         int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
         enum { SCALED = SAVE || sizeof(pooled_t) == 2 };
-        if (SCALED && threadIdx.x == 0 && channel_tile() == 0) unit_exponents[unit_of_block()] = exponent;
+        if (SCALED && threadIdx.x == 0 && channel_tile() == 0) unit_exponents[unit_of_block()] = exponent + SAVED_SHIFT - SHIFT;
         if (!STATISTICS) return;
         if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
         __syncthreads();

@@ -34,7 +34,8 @@
 // half_t for packed tiles), CHANNELS_LAST (1: x, if not packed, and y are [N, H, W, C]), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
 // PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES, THREADS, STAGES, GAP (zeros between two rows of the band),
 // PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's), ADJACENT (1: the windows of a lane are
-// neighbours, for wide stores; 0: those of four lanes are), WGMMA, and those of the form. Limits: those that
+// neighbours, for wide stores; 0: those of four lanes are), WGMMA, AS_IT_IS (1: x, in channels_last, and the weights are
+// fp16 operands as they lie in memory, under scales of 1; with WGMMA only), and those of the form. Limits: those that
 // check_supported in conv_transpose_mma.py checks.
 #pragma once
 #include "common.cuh"
@@ -50,9 +51,6 @@
 static_assert(
     TILE_M == 64 * WARPS_M && THREADS == (WGMMA ? 128 : 32) * WARPS_M * WARPS_N, "a warp or warpgroup has 64 channels");
 static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
-
-// Whether x's halves are operands as they lie in memory.
-enum { AS_IT_IS = WGMMA && CHANNELS_LAST && !X_PACKED && sizeof(scalar_t) == 2 && !IsBf16<scalar_t>::VALUE };
 
 // Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are
 // loaded once, under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
