@@ -479,6 +479,7 @@ def _tail_defines(macros, groups, activation, planes, shift):
     types, name = _types(macros), _types(macros)["param_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), *types.items())
     types += (("ACTIVATION", struct_of(activation)), ("CHANNELS_LAST", macros["CHANNELS_LAST"]), ("SAVED_SHIFT", shift))
+    types += (("AS_IT_IS", macros.get("AS_IT_IS", 0)),)
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     parts = _parts(macros)
     warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
