@@ -432,6 +432,7 @@ def variants():
         sample.update(param_t=dtype, pooled_t="half_t" if half else "float")
         pitch = ceil_div(size, 2)
         for wgmma in (0, 1):
+            sample["AS_IT_IS"] = int(wgmma and last and dtype == "half_t")
             unit = 8 * pitch if wgmma else 64
             units, stride = ceil_div(pitch**2, unit), ceil_div(unit, 16) * 16
             planes = conv_wgmma.planes(wgmma, pitch, units, unit, stride, units * stride)

@@ -9,7 +9,6 @@ from .common import MULTIPROCESSORS, ceil_div
 # with split 2 three.
 _MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
 _STAGES = (6, 5, 4)  # preferred first
-PAIRED = True
 _STEP_CHANNELS = 32
 _FEW_WINDOWS = 64  # the most of a block, for few images
 
@@ -43,11 +42,8 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         block takes as much of an image as fits.
     channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
     """
-    paired = PAIRED and split == 1 and not dgrad and not images and channels[1] > 64
-    if paired:
-        limit = (limit + 6 * 1024 - 1024) // 2 - 6 * 1024
-    warpgroups_m = 1 if channels[1] <= 64 or paired else 2
-    warpgroups_n = 1 if paired else 2 // warpgroups_m
+    warpgroups_m = 1 if channels[1] <= 64 else 2
+    warpgroups_n = 2 // warpgroups_m
     tiles_m = ceil_div(channels[1], 64 * warpgroups_m)
     steps = ceil_div(channels[0], _STEP_CHANNELS)
     step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
@@ -60,7 +56,7 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         band_lines = gap + (2 * rows + kernel[0] - 1) * pitch
         along = ceil_div(band_lines * 16 - 16, 128) * 128 + 16
         band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
-        stages = next((n for n in ((8,) if paired else ()) + _STAGES if band_bytes + n * step_bytes <= limit), None)
+        stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
         windows = (rows - 1) * window_pitch + windows_w
         return stages and _Unit(rows, windows, along, stages, band_bytes + stages * step_bytes)
 
@@ -94,6 +90,23 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
     }
     units, stride = ceil_div(windows_h, rows), ceil_div(rows * window_pitch, 16) * 16
     return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
+
+
+def persistent(found: Layout, size, out, kernel, pad) -> bool:
+    """Whether blocks can copy rows of the next image, of fp16 operands, behind the products of this one.
+
+    They can where a block has a whole image, whose last pass reads none of the first one's rows.
+    """
+    macros, planes = found.macros, found.planes
+    if not planes["WGMMA"] or planes["UNITS"] > 1 or 2 * kernel[0] * kernel[1] < macros["STAGES"]:
+        return False
+    pitch, pass_windows = planes["WINDOW_PITCH"], 4 * macros["TILES"] * macros["WARPS_N"]
+    larger = 4 * max(0, macros["LAST_TILES"] - macros["TILES"]) * macros["WARPS_N"]
+    windows = planes["UNIT_WINDOWS"] - pitch + ceil_div(out[1], 2)
+    passes = max(1, ceil_div(windows - larger, pass_windows))
+    last_start = (passes - 1) * pass_windows // pitch * 2 + pad[0] - (kernel[0] - 1)
+    first_end = min(size[0], (pass_windows - 1) // pitch * 2 + pad[0] + 2)
+    return passes > 1 and last_start >= first_end
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:

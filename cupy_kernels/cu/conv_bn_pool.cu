@@ -1,5 +1,5 @@
 // Transposed convolution on tensor cores (implicit_gemm.cuh), and what batch norm, an activation and 2x2 max pooling
-// need of it. Grid: implicit_gemm.cuh. A lane has whole windows, and pools in
+// need of it. Grid: x = units of all images, y = tiles of TILE_M channels. A lane has whole windows, and pools in
 // registers.
 //
 // Batch norm is monotone in each channel, and the activation never decreases (activation.cuh), so max pooling can come
@@ -108,6 +108,7 @@ struct PoolEpilogue {
     // [WARPS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale.
     float2* moments;
     int* counts;  // [WARPS_N] in shared memory
+    i64 units;
     int seen;
 
     __device__ __forceinline__ void pass(const Sums& sums, Place place, int exponent) {
@@ -118,7 +119,7 @@ struct PoolEpilogue {
 
     template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
         int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / WARPS_N);
-        i64 plane = (place.image * OUT_CHANNELS + channel_tile() * TILE_M + place.channel) * PLANE_STRIDE;
+        i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE_STRIDE;
         Valid valid = {};
         #pragma unroll
         for (int t = 0; t < LANE_WINDOWS; t++)
@@ -145,7 +146,7 @@ struct PoolEpilogue {
                 }
                 ScaleBack scale(exponent + exponents[channel]);
                 // The same in all lanes.
-                if (OUT_CHANNELS % TILE_M && channel_tile() * TILE_M + channel >= OUT_CHANNELS) continue;
+                if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
                 for (int t = 0; t < LANE_WINDOWS; t += 4) {
@@ -213,15 +214,15 @@ struct PoolEpilogue {
     __device__ void restart() { seen = 0; }
 
     // Adds up what the warps of a block have seen of each channel, in their order.
-    __device__ void finish(int exponent) {
+    __device__ void finish(int exponent, i64 unit) {
         // Read here, once: conv_mma.cuh spills it.
         int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
         enum { SCALED = SAVE || sizeof(pooled_t) == 2 };
-        if (SCALED && threadIdx.x == 0 && channel_tile() == 0) unit_exponents[unit_of_block()] = exponent + SAVED_SHIFT - SHIFT;
+        if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[unit] = exponent + SAVED_SHIFT - SHIFT;
         if (!STATISTICS) return;
         if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
         __syncthreads();
-        int m = channel_tile() * TILE_M + threadIdx.x;
+        int m = blockIdx.y * TILE_M + threadIdx.x;
         if (threadIdx.x >= TILE_M || m >= OUT_CHANNELS) return;
         float2 all = moments[threadIdx.x];
         float count = counts[0];
@@ -230,8 +231,7 @@ struct PoolEpilogue {
             all = merge(all, moments[part * TILE_M + threadIdx.x]);
             count = merge.count;
         }
-        i64 units = gridDim.x / CHANNEL_TILES;
-        float* to = partials + m * units + unit_of_block();
+        float* to = partials + m * units + unit;
         i64 kind = OUT_CHANNELS * units;
         ScaleBack scale(of_channel);
         float squares = scale(scale(all.y));
@@ -243,18 +243,19 @@ struct PoolEpilogue {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const float* __restrict__ gamma, INOUT pooled_t* __restrict__ pooled, float* __restrict__ partials,
-    INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
+    INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents,
+    i64 units) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
     for (int i = threadIdx.x; i < TILE_M; i += THREADS) {
-        int m = channel_tile() * TILE_M + i;
+        int m = blockIdx.y * TILE_M + i;
         float weight = m < OUT_CHANNELS ? bn_weight(gamma, m) : 0;
         signs[i] = weight > 0 ? 1 : weight < 0 ? -1 : 0;
         channel_exponents[i] = m < OUT_CHANNELS ? exponents[m] : 0;
     }
     DYNAMIC_SHARED(u8, shared);
     PoolEpilogue epilogue = {pooled, partials, argmax, saved, unit_exponents, channel_exponents, signs,
-        (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
-    convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
+        (float2*)(shared + EPILOGUE_OFFSET), counts, units, 0};
+    convolve(x, (const int*)0, 0, packed, units, shared, scratch, epilogue);
 }

@@ -87,7 +87,8 @@ template <> struct Band<true> {
     const int* exponents;
     int exponent_count, exponent;
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
+    __device__ Band(
+        const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64, u8* shared)
         : source(x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2)), unit(unit),
           shared(shared), exponents(exponents), exponent_count(exponent_count) {
         for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(shared, chunk));
@@ -117,7 +118,7 @@ template <> struct Band<false> {
     int exponent = GUESS;
     unsigned largest = 0;  // finite magnitude
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64, u8* shared)
         : source(
               x + (CHANNELS_LAST ? (unit.image * IN_H + unit.first_row) * IN_W * IN_CHANNELS
                                  : (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W)),

@@ -2,7 +2,7 @@
 //
 //     y[n, m, oh, ow] = sums + bias[m]
 //
-// Grid: implicit_gemm.cuh. y is written in whole, bias may be null. Epilogue: four
+// Grid: x = units of all images, y = tiles of TILE_M channels. y is written in whole, bias may be null. Epilogue: four
 // lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that each
 // has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. With CHANNELS_LAST,
 // of 16-bit types, a warp turns 8 channels of 8 pixels, and four lanes store 16 channels of a pixel. Macros and limits:
@@ -64,7 +64,7 @@ struct StoreEpilogue {
 
 #if CHANNELS_LAST
     __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
-        int first_m = channel_tile() * TILE_M + place.channel, lane = threadIdx.x % 32, odd = lane % 2;
+        int first_m = blockIdx.y * TILE_M + place.channel, lane = threadIdx.x % 32, odd = lane % 2;
         Finish finish[LANE_ROWS];
         #pragma unroll
         for (int row = 0; row < LANE_ROWS; row++) {
@@ -101,7 +101,7 @@ struct StoreEpilogue {
     }
 #else
     __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
-        int first_m = channel_tile() * TILE_M + place.channel;
+        int first_m = blockIdx.y * TILE_M + place.channel;
         scalar_t* plane = y + (place.image * OUT_CHANNELS + first_m) * (OUT_H * OUT_W);
         Finish finish[LANE_ROWS];
         #pragma unroll
@@ -152,15 +152,15 @@ struct StoreEpilogue {
 #endif
 
     __device__ void restart() const {}
-    __device__ void finish(int) const {}
+    __device__ void finish(int, i64) const {}
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed,
     const int* __restrict__ exponents, const scalar_t* __restrict__ bias, scalar_t* __restrict__ y,
-    int x_exponent_count) {
+    int x_exponent_count, i64 units) {
     __shared__ unsigned scratch[32];
     DYNAMIC_SHARED(u8, shared);
     StoreEpilogue epilogue = {bias, y, exponents};
-    convolve(x, x_exponents, x_exponent_count, packed, shared, scratch, epilogue);
+    convolve(x, x_exponents, x_exponent_count, packed, units, shared, scratch, epilogue);
 }

@@ -77,36 +77,44 @@ __device__ inline void clear_border(u8* shared, const Unit& unit) {
 // pass before it. next_chunk(pass, at): called at the first step of 64 channels, with that step's weights.
 template <bool> struct Band;
 
-// x is packed, or halves in channels_last, which are operands as they are: copied asynchronously, all of it or, if 64
-// channels' multiplications are long enough for it, what the first pass does not need at once behind those.
+// x is packed, or halves in channels_last, which are operands as they are: copied asynchronously. All of it at first, or,
+// if 64 channels' multiplications are long enough for it, the rows of the first pass, and the others behind its products.
+// With PERSISTENT the next image's rows take the places of those that no later pass reads.
 template <> struct Band<true> {
     enum {
         AHEAD = 2 * TAPS >= STAGES,
         PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,  // from a pixel to the next, in halves
-        CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL
+        CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL,
+        IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL)
     };
-    const half_t* source;  // the image
+    const half_t* x;
     const Unit& unit;
     u8* shared;
     const int* exponents;
-    int exponent_count, exponent = 0, first_rows_end;
+    int exponent_count, exponent = 0;
+    i64 images;
+    int copied_end = 0;  // where the rows end that the first pass finds
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
-        : source(x + unit.image * (IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL))), unit(unit),
-          shared(shared), exponents(exponents), exponent_count(exponent_count) {
+    __device__ Band(
+        const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 units, u8* shared)
+        : x(x), unit(unit), shared(shared), exponents(exponents), exponent_count(exponent_count),
+          images(units / UNITS) {
         clear_border(shared, unit);
-        first_rows_end = unit.end_row;
-        if (AHEAD && unit.passes > 1)
-            first_rows_end = min(unit.end_row, max(unit.first_row, end_row_of(unit.first_window + PASS_WINDOWS - 1)));
-        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++)
-            copy(chunk, unit.first_row, first_rows_end);
+        copied_end = AHEAD && unit.passes > 1 ? rows_end(1) : unit.end_row;
+        for (int chunk = 0; chunk < (AHEAD && !PERSISTENT ? min(CHUNKS, SPLIT) : CHUNKS); chunk++)
+            copy(unit.image, chunk, unit.first_row, copied_end);
         cp_async_commit();
     }
+    // Where the rows end that the first `passes` passes need, and where those begin that the pass `pass` and later ones do.
+    __device__ int rows_end(int passes) const {
+        return max(unit.first_row, min(unit.end_row, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
+    }
+    __device__ int rows_start(int pass) const { return max(0, first_row_of(unit.first_window + pass * PASS_WINDOWS)); }
     // Eight lanes take one part of eight lines, which are neighbours in shared memory, where writes to eight places
     // could take turns. Four times eight lanes read half of each of these lines.
-    __device__ void copy(int chunk, int first_row, int end_row) const {
+    __device__ void copy(i64 image, int chunk, int first_row, int end_row) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
-        const half_t* from = source + chunk * CHUNK + first_row * IN_W * PIXEL;
+        const half_t* from = x + image * IMAGE + chunk * CHUNK + first_row * IN_W * PIXEL;
         int pixels = (end_row - first_row) * IN_W, first = first_row - origin_of(unit);
         for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS) {
             int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
@@ -117,10 +125,19 @@ template <> struct Band<true> {
                 cp_async_16(to + (group + residual) * ALONG, from + (exists ? pixel * PIXEL + part * 8 : 0), exists);
         }
     }
-    __device__ void next_chunk(int pass, int at) const {
+    __device__ void next_chunk(int pass, int at) {
+        if (PERSISTENT) {
+            i64 next = unit.image + gridDim.x;
+            if (at || (pass && next >= images)) return;
+            for (int chunk = 0; chunk < CHUNKS; chunk++)
+                if (pass) copy(next, chunk, rows_start(pass - 1), rows_start(pass));
+                else copy(unit.image, chunk, copied_end, unit.end_row);
+            if (!pass) copied_end = rows_start(unit.passes - 1);
+            return;
+        }
         if (!AHEAD || pass) return;
         for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
-            copy(chunk, chunk < SPLIT ? first_rows_end : unit.first_row, unit.end_row);
+            copy(unit.image, chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
     }
     __device__ void begin(unsigned* scratch) {
         if (!AS_IT_IS) exponent = smallest_exponent(exponents, exponent_count, scratch);
@@ -130,6 +147,13 @@ template <> struct Band<true> {
     __device__ void advance() {}
     __device__ bool fits(unsigned*) { return true; }
 };
+// What is copied in a pass arrives before the next one; the next image's first pass finds its rows.
+enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };  // of a whole image
+static_assert(
+    !PERSISTENT ||
+        (AS_IT_IS && UNITS == 1 && Band<true>::AHEAD && PASSES > 1 &&
+         first_row_of((PASSES - 1) * PASS_WINDOWS) >= (IN_H < end_row_of(PASS_WINDOWS - 1) ? IN_H : end_row_of(PASS_WINDOWS - 1))),
+    "the last pass reads none of the first one's rows");
 
 // x is a tensor: converted under a scale that is chosen from the rows of the first pass, with room for larger values in
 // later ones. Where that is not enough, all starts again.
@@ -157,7 +181,7 @@ template <> struct Band<false> {
     int first_pixel, pixels, group, pixel;
     float v[8];
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64, u8* shared)
         : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), shared(shared) {
         clear_border(shared, unit);
     }
