@@ -73,6 +73,8 @@ __device__ inline void clear_border(u8* shared, const Unit& unit) {
     }
 }
 
+enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };  // of a whole image
+
 // The rows of the first pass come by begin(), those of each next pass by advance() between follow() and the end of the
 // pass before it. next_chunk(pass, at): called at the first step of 64 channels, with that step's weights.
 template <bool> struct Band;
@@ -148,7 +150,6 @@ template <> struct Band<true> {
     __device__ bool fits(unsigned*) { return true; }
 };
 // What is copied in a pass arrives before the next one; the next image's first pass finds its rows.
-enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };  // of a whole image
 static_assert(
     !PERSISTENT ||
         (AS_IT_IS && UNITS == 1 && Band<true>::AHEAD && PASSES > 1 &&
@@ -287,9 +288,8 @@ typedef Band<X_PACKED || AS_IT_IS> Rows;
 // additions would.
 #define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
 
-// add<TILES>(sums, a_stages, at, upper, lower, band): sums += the products of STEPS_AT_ONCE steps. at: where each
-// step's stage begins. upper, lower: the pixels of the first step. On return what the step before read may be
-// overwritten.
+// add<TILES>(sums, a_stages, at, rows, band): sums += the products of STEPS_AT_ONCE steps. at: where each step's stage
+// begins. rows: the upper and lower pixels of the first step. On return what the step before read may be overwritten.
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
@@ -341,6 +341,15 @@ template <> struct Multiply<2> {
     }
 };
 
+// In an image's last row of windows, what the kernel's rows before OUTSIDE_KH meet lies outside x. So the last pass leaves
+// out these products in tiles that have nothing else, those after UPPER_TILES.
+enum {
+    OUTSIDE_KH = 2 * (WINDOWS_H - 1) + PAD_H - IN_H + 1,
+    UPPER_WINDOWS = (WINDOWS_H - 1) * WINDOW_PITCH - (PASSES - 1) * PASS_WINDOWS,
+    UPPER = UPPER_WINDOWS > 0 ? (UPPER_WINDOWS + 3) / 4 : 0,
+    UPPER_TILES = UNITS == 1 && WARPS_N == 1 && SPLIT == 1 && OUTSIDE_KH > 0 && UPPER < LAST_TILES ? UPPER : 0
+};
+
 struct MainLoop {
     const Unit& unit;
     Rows& band;
@@ -361,35 +370,50 @@ struct MainLoop {
     __device__ int channel() const { return warp_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
     template <int COUNT> __device__ __forceinline__ void pass(Sums& sums, int pass, int first_window) {
+        if (COUNT == LAST_TILES && UPPER_TILES && pass == PASSES - 1)
+            pass_of<COUNT, UPPER_TILES>(sums, pass, first_window);
+        else pass_of<COUNT, 0>(sums, pass, first_window);
+    }
+    // FEW: the tiles that meet all rows of the kernel; 0: all COUNT do.
+    template <int COUNT, int FEW>
+    __device__ __forceinline__ void pass_of(Sums& sums, int pass, int first_window) {
         Multiply<SPLIT> multiply;
         band.follow(pass + 1);
-        for (int chunk = 0; chunk < CHUNKS_64; chunk++)
-            for (int kh = 0; kh < KERNEL_H; kh++) {
-                WgmmaOperand rows[2] = {pixels, pixels};
-                #pragma unroll
-                for (int lower = 0; lower < 2; lower++)
-                    rows[lower] =
-                        pixels.moved(band_offset(lower + PAD_H - kh, 2 * (first_window - unit.first_window) + PAD_W));
-                #pragma unroll 1
-                for (int kw = 0; kw < KERNEL_W; kw++)
-                    for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
-                        int at[STEPS_AT_ONCE];
-                        #pragma unroll
-                        for (int i = 0; i < STEPS_AT_ONCE; i++) {
-                            cp_async_wait<STAGES - 3>();
-                            fence_async_proxy();
-                            __syncthreads();
-                            if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(pass, chunk);
-                            fetch();
-                            at[i] = stage;
-                            stage = weights.next(stage);
-                        }
-                        int shift = step * 4 * ALONG - kw * 16;
-                        WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};
-                        multiply.add<COUNT>(sums, a_stages, at, shifted, band);
-                    }
-            }
+        for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
+            if constexpr (FEW > 0) taps<FEW>(multiply, sums, pass, first_window, chunk, 0, OUTSIDE_KH);
+            taps<COUNT>(multiply, sums, pass, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
+        }
         while (band.pending()) band.advance();
+    }
+
+    // 64 channels and rows [first_kh, end_kh) of the kernel.
+    template <int COUNT> __device__ __forceinline__ void taps(
+        Multiply<SPLIT>& multiply, Sums& sums, int pass, int first_window, int chunk, int first_kh, int end_kh) {
+        for (int kh = first_kh; kh < end_kh; kh++) {
+            WgmmaOperand rows[2] = {pixels, pixels};
+            #pragma unroll
+            for (int lower = 0; lower < 2; lower++)
+                rows[lower] =
+                    pixels.moved(band_offset(lower + PAD_H - kh, 2 * (first_window - unit.first_window) + PAD_W));
+            #pragma unroll 1
+            for (int kw = 0; kw < KERNEL_W; kw++)
+                for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
+                    int at[STEPS_AT_ONCE];
+                    #pragma unroll
+                    for (int i = 0; i < STEPS_AT_ONCE; i++) {
+                        cp_async_wait<STAGES - 3>();
+                        fence_async_proxy();
+                        __syncthreads();
+                        if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(pass, chunk);
+                        fetch();
+                        at[i] = stage;
+                        stage = weights.next(stage);
+                    }
+                    int shift = step * 4 * ALONG - kw * 16;
+                    WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};
+                    multiply.template add<COUNT>(sums, a_stages, at, shifted, band);
+                }
+        }
         wgmma_wait<0>();
     }
 };
