@@ -95,10 +95,14 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
 def persistent(found: Layout, size, out, kernel, pad) -> bool:
     """Whether blocks can copy rows of the next image, of fp16 operands, behind the products of this one.
 
-    They can where a block has a whole image, whose last pass reads none of the first one's rows.
+    They can where a block has a whole image, whose last pass reads none of the first one's rows; with one warpgroup
+    behind the other.
     """
     macros, planes = found.macros, found.planes
-    if not planes["WGMMA"] or planes["UNITS"] > 1 or 2 * kernel[0] * kernel[1] < macros["STAGES"]:
+    if not planes["WGMMA"] or planes["UNITS"] > 1 or (macros["TILE_M"], macros["WARPS_N"]) != (128, 1):
+        return False
+    steps = macros["PACKED_WIDTH"] // _STEP_CHANNELS
+    if steps > 2 or kernel[0] * kernel[1] * steps < 4 * macros["STAGES"]:
         return False
     pitch, pass_windows = planes["WINDOW_PITCH"], 4 * macros["TILES"] * macros["WARPS_N"]
     larger = 4 * max(0, macros["LAST_TILES"] - macros["TILES"]) * macros["WARPS_N"]

@@ -63,7 +63,8 @@ struct StoreEpilogue {
     const int* exponents;
 
 #if CHANNELS_LAST
-    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
+    template <class Step>
+    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent, Step) const {
         int first_m = blockIdx.y * TILE_M + place.channel, lane = threadIdx.x % 32, odd = lane % 2;
         Finish finish[LANE_ROWS];
         #pragma unroll
@@ -100,7 +101,8 @@ struct StoreEpilogue {
         }
     }
 #else
-    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
+    template <class Step>
+    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent, Step) const {
         int first_m = blockIdx.y * TILE_M + place.channel;
         scalar_t* plane = y + (place.image * OUT_CHANNELS + first_m) * (OUT_H * OUT_W);
         Finish finish[LANE_ROWS];

@@ -103,8 +103,8 @@ template <> struct Band<true> {
           images(units / UNITS) {
         clear_border(shared, unit);
         copied_end = AHEAD && unit.passes > 1 ? rows_end(1) : unit.end_row;
-        for (int chunk = 0; chunk < (AHEAD && !PERSISTENT ? min(CHUNKS, SPLIT) : CHUNKS); chunk++)
-            copy(unit.image, chunk, unit.first_row, copied_end);
+        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++)
+            copy<THREADS>(unit.image, chunk, unit.first_row, copied_end);
         cp_async_commit();
     }
     // Where the rows end that the first `passes` passes need, and where those begin that the pass `pass` and later ones do.
@@ -114,11 +114,11 @@ template <> struct Band<true> {
     __device__ int rows_start(int pass) const { return max(0, first_row_of(unit.first_window + pass * PASS_WINDOWS)); }
     // Eight lanes take one part of eight lines, which are neighbours in shared memory, where writes to eight places
     // could take turns. Four times eight lanes read half of each of these lines.
-    __device__ void copy(i64 image, int chunk, int first_row, int end_row) const {
+    template <int COPYING> __device__ void copy(i64 image, int chunk, int first_row, int end_row) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
         const half_t* from = x + image * IMAGE + chunk * CHUNK + first_row * IN_W * PIXEL;
         int pixels = (end_row - first_row) * IN_W, first = first_row - origin_of(unit);
-        for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS) {
+        for (int i = threadIdx.x % COPYING; i < (pixels + 7) / 8 * 64; i += COPYING) {
             int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
             int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
             bool exists = !AS_IT_IS || group * 8 < IN_CHANNELS;
@@ -128,18 +128,16 @@ template <> struct Band<true> {
         }
     }
     __device__ void next_chunk(int pass, int at) {
-        if (PERSISTENT) {
+        if (PERSISTENT) {  // by the warpgroup that is behind
             i64 next = unit.image + gridDim.x;
-            if (at || (pass && next >= images)) return;
-            for (int chunk = 0; chunk < CHUNKS; chunk++)
-                if (pass) copy(next, chunk, rows_start(pass - 1), rows_start(pass));
-                else copy(unit.image, chunk, copied_end, unit.end_row);
-            if (!pass) copied_end = rows_start(unit.passes - 1);
+            if (threadIdx.x < 128) return;
+            if (!pass) copy<128>(unit.image, 0, copied_end, unit.end_row), copied_end = rows_start(unit.passes - 1);
+            else if (next < images) copy<128>(next, 0, rows_start(pass - 1), rows_start(pass));
             return;
         }
         if (!AHEAD || pass) return;
         for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
-            copy(unit.image, chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
+            copy<THREADS>(unit.image, chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
     }
     __device__ void begin(unsigned* scratch) {
         if (!AS_IT_IS) exponent = smallest_exponent(exponents, exponent_count, scratch);
@@ -149,12 +147,14 @@ template <> struct Band<true> {
     __device__ void advance() {}
     __device__ bool fits(unsigned*) { return true; }
 };
-// What is copied in a pass arrives before the next one; the next image's first pass finds its rows.
+// What is copied in a pass of one warpgroup arrives before the next one of the other, which is half a pass ahead; the
+// next image's first pass finds its rows.
 static_assert(
-    !PERSISTENT ||
-        (AS_IT_IS && UNITS == 1 && Band<true>::AHEAD && PASSES > 1 &&
-         first_row_of((PASSES - 1) * PASS_WINDOWS) >= (IN_H < end_row_of(PASS_WINDOWS - 1) ? IN_H : end_row_of(PASS_WINDOWS - 1))),
-    "the last pass reads none of the first one's rows");
+    !PERSISTENT || (AS_IT_IS && UNITS == 1 && WARPS_M == 2 && WARPS_N == 1 && CHUNKS_64 == 1 &&
+                    TAPS * STEPS_K >= 4 * STAGES && PASSES > 1 &&
+                    first_row_of((PASSES - 1) * PASS_WINDOWS) >=
+                        (IN_H < end_row_of(PASS_WINDOWS - 1) ? IN_H : end_row_of(PASS_WINDOWS - 1))),
+    "the last pass reads none of the first one's rows, and copies have time to arrive");
 
 // x is a tensor: converted under a scale that is chosen from the rows of the first pass, with room for larger values in
 // later ones. Where that is not enough, all starts again.
@@ -351,10 +351,12 @@ enum {
 };
 
 struct MainLoop {
+    enum { STEPS = TAPS * STEPS_K };
     const Unit& unit;
     Rows& band;
-    WeightRing<STEP_BYTES, TAPS * STEPS_K> weights;
-    int stage = 0, to = 0, warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
+    WeightRing<STEP_BYTES, STEPS> weights;
+    int stage = 0, to = 0, position = -1;  // position: of the last step, in the order of the weights
+    int warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
     int warp_m = warpgroup % WARPS_M, warp_n = warpgroup / WARPS_M;
     WgmmaOperand pixels, a_stages;
 
@@ -362,17 +364,55 @@ struct MainLoop {
         : unit(unit), band(band), weights(shared + RING_OFFSET, packed), pixels(shared, ALONG, 128),
           a_stages(shared + RING_OFFSET + warp_m * 1024, TILE_M * 16, 128) {
         for (int i = 0; i < STAGES - 2; i++) fetch();
+        if (PERSISTENT && warpgroup) rest();
     }
     __device__ void fetch() {
         weights.fetch(to);
         to = weights.next(to);
     }
+    // All threads meet for the weights of the next step. Returns where they are.
+    __device__ __forceinline__ int next_step() {
+        cp_async_wait<STAGES - 3>();
+        fence_async_proxy();
+        __syncthreads();
+        fetch();
+        int at = stage;
+        stage = weights.next(stage);
+        position = position + 1 == STEPS ? 0 : position + 1;
+        return at;
+    }
     __device__ int channel() const { return warp_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
+    // With PERSISTENT one warpgroup is half a pass behind the other, so that each multiplies while the other is at its
+    // epilogue, and goes through steps there, too. So a pass begins with any step, and goes round.
+    __device__ void rest() {
+        for (int i = 0; i < STEPS / 2 + 3; i++) next_step();
+    }
+    __device__ void finish() {
+        if (PERSISTENT && !warpgroup) rest();
+    }
+
     template <int COUNT> __device__ __forceinline__ void pass(Sums& sums, int pass, int first_window) {
-        if (COUNT == LAST_TILES && UPPER_TILES && pass == PASSES - 1)
+        if constexpr (PERSISTENT) pass_round<COUNT>(sums, pass, first_window);
+        else if (COUNT == LAST_TILES && UPPER_TILES && pass == PASSES - 1)
             pass_of<COUNT, UPPER_TILES>(sums, pass, first_window);
         else pass_of<COUNT, 0>(sums, pass, first_window);
+    }
+    template <int COUNT> __device__ __forceinline__ void pass_round(Sums& sums, int pass, int first_window) {
+        Multiply<SPLIT> multiply;
+        #pragma unroll 1
+        for (int i = 0; i < STEPS; i++) {
+            int at[] = {next_step()}, tap = position / STEPS_K;
+            if (i == 0) band.next_chunk(pass, 0);
+            WgmmaOperand rows[2] = {pixels, pixels};
+            #pragma unroll
+            for (int lower = 0; lower < 2; lower++)
+                rows[lower] = pixels.moved(
+                    band_offset(lower + PAD_H - tap / KERNEL_W, 2 * first_window + PAD_W - tap % KERNEL_W) +
+                    position % STEPS_K * 4 * ALONG);
+            multiply.add<COUNT>(sums, a_stages, at, rows, band);
+        }
+        wgmma_wait<0>();
     }
     // FEW: the tiles that meet all rows of the kernel; 0: all COUNT do.
     template <int COUNT, int FEW>
@@ -401,13 +441,8 @@ struct MainLoop {
                     int at[STEPS_AT_ONCE];
                     #pragma unroll
                     for (int i = 0; i < STEPS_AT_ONCE; i++) {
-                        cp_async_wait<STAGES - 3>();
-                        fence_async_proxy();
-                        __syncthreads();
+                        at[i] = next_step();
                         if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(pass, chunk);
-                        fetch();
-                        at[i] = stage;
-                        stage = weights.next(stage);
                     }
                     int shift = step * 4 * ALONG - kw * 16;
                     WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};

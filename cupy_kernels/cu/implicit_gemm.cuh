@@ -27,7 +27,8 @@
 //                                                (upper left, right, lower left, right) of its window t of LANE_WINDOWS
 //
 // Epilogue. The kernel's own, a struct with
-//     pass(sums, place, exponent)                takes the sums of a pass, times 2^(exponent + the channel's exponent)
+//     pass(sums, place, exponent, step)          takes the sums of a pass, times 2^(exponent + the channel's exponent).
+//                                                Calls step() now and then, as often in all threads
 //     restart()                                  forgets all passes: they come again
 //     finish(exponent, unit)                     after the last pass of a unit
 //
@@ -168,15 +169,18 @@ __device__ inline void convolve(
                 if (last) loop.pass<LAST_TILES>(sums, pass, first_window);
                 else loop.pass<TILES>(sums, pass, first_window);
                 Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
-                epilogue.pass(sums, place, band.exponent);
+                epilogue.pass(sums, place, band.exponent, [&] {
+                    if (PERSISTENT) loop.next_step();
+                });
             }
             again = !band.fits(scratch);
             if (again) epilogue.restart();
         }
         epilogue.finish(band.exponent, number);
-        if (!PERSISTENT || next >= units) return;
+        if (!PERSISTENT || next >= units) break;
         number = next;
         unit = Unit(number);
         epilogue.restart();
     }
+    loop.finish();
 }
