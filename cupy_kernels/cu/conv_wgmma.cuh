@@ -96,15 +96,18 @@ template <> struct Band<true> {
     int exponent_count, exponent = 0;
     i64 images;
     int copied_end = 0;  // where the rows end that the first pass finds
+    // Rows that are copied an octet (eight channels of a pixel) at a time, with PERSISTENT.
+    const half_t* from;
+    int first_row, pixels = 0, octet = 0;
 
     __device__ Band(
         const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 units, u8* shared)
         : x(x), unit(unit), shared(shared), exponents(exponents), exponent_count(exponent_count),
           images(units / UNITS) {
         clear_border(shared, unit);
-        copied_end = AHEAD && unit.passes > 1 ? rows_end(1) : unit.end_row;
+        copied_end = AHEAD && unit.passes > 1 ? rows_end(PERSISTENT ? 2 : 1) : unit.end_row;
         for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++)
-            copy<THREADS>(unit.image, chunk, unit.first_row, copied_end);
+            copy(chunk, unit.first_row, copied_end);
         cp_async_commit();
     }
     // Where the rows end that the first `passes` passes need, and where those begin that the pass `pass` and later ones do.
@@ -112,49 +115,60 @@ template <> struct Band<true> {
         return max(unit.first_row, min(unit.end_row, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
     }
     __device__ int rows_start(int pass) const { return max(0, first_row_of(unit.first_window + pass * PASS_WINDOWS)); }
+    __device__ const half_t* source(i64 image, int row) const { return x + image * IMAGE + row * IN_W * PIXEL; }
+    __device__ void copy(int chunk, int first_row, int end_row) const {
+        int pixels = (end_row - first_row) * IN_W;
+        for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS)
+            copy_octet(source(unit.image, first_row) + chunk * CHUNK, chunk, first_row, pixels, i);
+    }
     // Eight lanes take one part of eight lines, which are neighbours in shared memory, where writes to eight places
     // could take turns. Four times eight lanes read half of each of these lines.
-    template <int COPYING> __device__ void copy(i64 image, int chunk, int first_row, int end_row) const {
+    __device__ void copy_octet(const half_t* from, int chunk, int first_row, int pixels, int i) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
-        const half_t* from = x + image * IMAGE + chunk * CHUNK + first_row * IN_W * PIXEL;
-        int pixels = (end_row - first_row) * IN_W, first = first_row - origin_of(unit);
-        for (int i = threadIdx.x % COPYING; i < (pixels + 7) / 8 * 64; i += COPYING) {
-            int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
-            int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
-            bool exists = !AS_IT_IS || group * 8 < IN_CHANNELS;
-            u8* to = shared + band_offset(first + pixel / IN_W, pixel % IN_W);
-            if (pixel < pixels && group < GROUPS_K)
-                cp_async_16(to + (group + residual) * ALONG, from + (exists ? pixel * PIXEL + part * 8 : 0), exists);
-        }
+        int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
+        int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
+        bool exists = !AS_IT_IS || group * 8 < IN_CHANNELS;
+        u8* to = shared + band_offset(first_row - origin_of(unit) + pixel / IN_W, pixel % IN_W);
+        if (pixel < pixels && group < GROUPS_K)
+            cp_async_16(to + (group + residual) * ALONG, from + (exists ? pixel * PIXEL + part * 8 : 0), exists);
     }
-    __device__ void next_chunk(int pass, int at) {
-        if (PERSISTENT) {  // by the warpgroup that is behind
-            i64 next = unit.image + gridDim.x;
-            if (threadIdx.x < 128) return;
-            if (!pass) copy<128>(unit.image, 0, copied_end, unit.end_row), copied_end = rows_start(unit.passes - 1);
-            else if (next < images) copy<128>(next, 0, rows_start(pass - 1), rows_start(pass));
-            return;
-        }
+    __device__ void next_chunk(int pass, int at) const {
         if (!AHEAD || pass) return;
         for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
-            copy<THREADS>(unit.image, chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
+            copy(chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
+    }
+    // In the first pass the rest of this image's rows, later the next image's, in the places that no pass reads any more:
+    // copied by the warpgroup that is behind, between its products.
+    __device__ void follow(int pass) {
+        if (!PERSISTENT || threadIdx.x < 128) return;
+        i64 image = pass ? unit.image + gridDim.x : unit.image;
+        int end_row = pass ? rows_start(pass) : unit.end_row;
+        first_row = pass ? rows_start(pass - 1) : copied_end;
+        if (!pass) copied_end = rows_start(unit.passes - 1);
+        from = source(image, first_row);
+        pixels = image < images ? (end_row - first_row) * IN_W : 0;
+        octet = threadIdx.x - 128;
+    }
+    __device__ bool pending() const { return PERSISTENT && octet < (pixels + 7) / 8 * 64; }
+    __device__ void advance() {
+        copy_octet(from, 0, first_row, pixels, octet);
+        octet += 128;
     }
     __device__ void begin(unsigned* scratch) {
         if (!AS_IT_IS) exponent = smallest_exponent(exponents, exponent_count, scratch);
     }
-    __device__ void follow(int) {}
-    __device__ bool pending() const { return false; }
-    __device__ void advance() {}
     __device__ bool fits(unsigned*) { return true; }
 };
-// What is copied in a pass of one warpgroup arrives before the next one of the other, which is half a pass ahead; the
-// next image's first pass finds its rows.
+// One warpgroup is half a pass ahead of the other, which copies: its first two passes find their rows of the next image
+// copied in passes but for the last one, and in all.
+__device__ constexpr bool found_in_time(int passes) {
+    int end = end_row_of(passes * PASS_WINDOWS - 1);
+    return first_row_of((PASSES - 3 + passes) * PASS_WINDOWS) >= (IN_H < end ? IN_H : end);
+}
 static_assert(
-    !PERSISTENT || (AS_IT_IS && UNITS == 1 && WARPS_M == 2 && WARPS_N == 1 && CHUNKS_64 == 1 &&
-                    TAPS * STEPS_K >= 4 * STAGES && PASSES > 1 &&
-                    first_row_of((PASSES - 1) * PASS_WINDOWS) >=
-                        (IN_H < end_row_of(PASS_WINDOWS - 1) ? IN_H : end_row_of(PASS_WINDOWS - 1))),
-    "the last pass reads none of the first one's rows, and copies have time to arrive");
+    !PERSISTENT || (AS_IT_IS && UNITS == 1 && WARPS_M == 2 && WARPS_N == 1 && CHUNKS_64 == 1 && PASSES > 2 &&
+                    TAPS * STEPS_K >= 4 * STAGES && found_in_time(1) && found_in_time(2)),
+    "rows of the next image come in time");
 
 // x is a tensor: converted under a scale that is chosen from the rows of the first pass, with room for larger values in
 // later ones. Where that is not enough, all starts again.
@@ -400,10 +414,10 @@ struct MainLoop {
     }
     template <int COUNT> __device__ __forceinline__ void pass_round(Sums& sums, int pass, int first_window) {
         Multiply<SPLIT> multiply;
+        band.follow(pass);
         #pragma unroll 1
         for (int i = 0; i < STEPS; i++) {
             int at[] = {next_step()}, tap = position / STEPS_K;
-            if (i == 0) band.next_chunk(pass, 0);
             WgmmaOperand rows[2] = {pixels, pixels};
             #pragma unroll
             for (int lower = 0; lower < 2; lower++)
@@ -412,6 +426,7 @@ struct MainLoop {
                     position % STEPS_K * 4 * ALONG);
             multiply.add<COUNT>(sums, a_stages, at, rows, band);
         }
+        while (band.pending()) band.advance();
         wgmma_wait<0>();
     }
     // FEW: the tiles that meet all rows of the kernel; 0: all COUNT do.
