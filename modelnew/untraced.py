@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_kernels.errors import UnsupportedError
 
-from . import recorders
+from . import onnx, recorders
 from .registration import traced
 
 # Types of arguments that need no further look. All others join that are neither tensors nor stand for them.
@@ -59,9 +59,11 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
 def _of_library(function, args, options):
     """Calls the operator that torch.library has for a function."""
-    recorders.refuse(function.__name__)
     if options.get("peers") is not None:
         raise RuntimeError(f"{function.__name__} of a synchronised batch norm cannot be recorded or transformed")
+    if torch.onnx.is_in_onnx_export():
+        return getattr(onnx, function.__name__)(*args, **options)
+    recorders.refuse(function.__name__)
     return traced[function.__name__](*args, **options)
 
 
