@@ -29,10 +29,10 @@ import threading
 from importlib import resources
 from pathlib import Path
 
-from .. import cache, forks, nvrtc
+from .. import cache, forks, nvrtc, source
 from ..backend import Backend
 from ..errors import BackendError, EmulatorError, KernelCompileError
-from ..source import MACROS, Kernel, compile_error, declarations, is_packaged, overridden_texts, unit
+from ..source import MACROS, Kernel, compile_error, declarations, is_packaged, unit
 from . import elf, lines, messages
 
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti")
@@ -203,7 +203,7 @@ def _with_lines(message, library):
 def _line(library, byte):
     """The line of the text that came to this byte: the caller's, where it is in a header of the package."""
     found = [place for place in lines.places(library, byte) if not messages.is_internal(place)]
-    edited = overridden_texts()
+    edited = source.overridden_texts()
     own = [place for place in found if not place.split(":")[0].endswith(".cuh") or place.split(":")[0] in edited]
     return next(iter(own or found), "the kernel")
 

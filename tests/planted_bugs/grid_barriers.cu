@@ -36,17 +36,16 @@ extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
 // y: 4
 extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
     if (threadIdx.x == 0) y[blockIdx.x] = x[blockIdx.x];
-    if (threadIdx.x < @256@128@) grid_barrier();
-    else __syncthreads();
+    if (threadIdx.x < @256@128@) grid_barrier(); else __syncthreads();
     float total = 0;
     for (int b = 0; b < gridDim.x; b++) total += ((volatile float*)y)[b];
 }
 
 //// shared memory that only another block has written
-// error: dynamic shared memory, byte 4, which nobody has written
-// y: 4, shared: 8
+// error: s, byte 4, which nobody has written
+// y: 4
 extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
-    DYNAMIC_SHARED(float, s);
+    __shared__ float s[2];
     if (threadIdx.x == 0 && blockIdx.x @>= 0@== 1@) s[1] = 3;
     if (threadIdx.x == 0) y[blockIdx.x] = x[blockIdx.x];
     grid_barrier();
@@ -55,24 +54,11 @@ extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
     if (threadIdx.x == 7 && s[1] != 3) y[blockIdx.x] = total;
 }
 
-//// a __shared__ variable that only another block has written
-// error: reads s, byte 4, which nobody has written
-// y: 4
-extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
-    __shared__ float s[2];
-    if (threadIdx.x == 0 && blockIdx.x @>= 0@== 1@) s[1] = 3 + blockIdx.x;
-    if (threadIdx.x == 0) y[blockIdx.x] = x[blockIdx.x];
-    grid_barrier();
-    float total = 0;
-    for (int b = 0; b < gridDim.x; b++) total += ((volatile float*)y)[b];
-    if (threadIdx.x == 7 && s[1] != 3 + blockIdx.x) y[blockIdx.x] = total;
-}
-
-//// a barrier of all blocks in a launch that does not start them together
+//// a barrier of all blocks that is not in the kernel itself
 // error: calls grid_barrier\(\) in a launch that is not cooperative
 __device__ void meet() { grid_barrier(); }
 extern "C" __global__ void planted(const float* x, float* y, int n) {
-    @grid_barrier@meet@();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
+    @grid_barrier@meet@();
     if (i < n) y[i] = x[i];
 }

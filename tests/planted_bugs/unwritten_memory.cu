@@ -40,3 +40,16 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     __syncthreads();
     y[i] = s[255 - threadIdx.x];
 }
+
+//// a __shared__ variable that only another block has written
+// error: reads s, byte 4, which nobody has written
+// y: 4
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    __shared__ float s[2];
+    if (threadIdx.x == 0 && blockIdx.x @>= 0@== 1@) s[1] = 3 + blockIdx.x;
+    if (threadIdx.x == 0) y[blockIdx.x] = x[blockIdx.x];
+    grid_barrier();
+    float total = 0;
+    for (int b = 0; b < gridDim.x; b++) total += ((volatile float*)y)[b];
+    if (threadIdx.x == 7 && s[1] != 3 + blockIdx.x) y[blockIdx.x] = total;
+}
