@@ -247,6 +247,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gather_gemm(
     const u8* weight_rows = (const u8*)weights +
                             ((i64)(blockIdx.y * channel_tiles + tile.channel) * TILE_N + line) * weight_pitch +
                             (i64)part * taps_h * taps_w * octets * 16;
+    // A thread's rows, in registers where these are not what limits the blocks of a multiprocessor.
+    enum { KEPT = WGMMA && MIN_BLOCKS == 1 ? TILE_M / ROWS_AT_ONCE : 0 };
+    Row kept[KEPT + 1];
+    #pragma unroll
+    for (int i = 0; i < KEPT; i++) kept[i] = table[line + i * ROWS_AT_ONCE];
     const u8 *from, *weight;
     int shift_h, shift_w, shift;
     bool exists;
@@ -268,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gather_gemm(
         Shared to = stage + line_offset(line, place);
         #pragma unroll
         for (int i = piece; i < TILE_M / ROWS_AT_ONCE; i += SLICES) {
-            const Row row = table[line + i * ROWS_AT_ONCE];
+            const Row row = KEPT ? kept[i] : table[line + i * ROWS_AT_ONCE];
             bool inside = exists & ((unsigned)(row.h + shift_h) < (unsigned)in_h) &
                           ((unsigned)(row.w + shift_w) < (unsigned)in_w);
             copy_octet<true>(to + i * ROWS_AT_ONCE * LINE_BYTES, from + (i64)(row.pixel + shift) * in_pitch, inside);
