@@ -11,9 +11,11 @@ import shlex
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tolerance
 import torch
+from emulated import THREADS
 from ranks import Ranks
 
 from cupy_kernels import compiler, conv_transpose_mma, source
@@ -89,6 +91,24 @@ def declared_variants():
 def launched(declared_variants):
     """List of the kernels that the test has started so far, in order."""
     return _started
+
+
+@pytest.fixture
+def ascending_order(monkeypatch):
+    """Threads and blocks run in ascending order."""
+    monkeypatch.setenv("CUPY_KERNELS_SEED", "0")
+
+
+@pytest.fixture
+def x():
+    """What kernels of `emulated` read."""
+    return np.random.default_rng(0).standard_normal(THREADS).astype(np.float32)
+
+
+@pytest.fixture
+def y():
+    """What kernels of `emulated` write."""
+    return np.zeros(THREADS, np.float32)
 
 
 @pytest.fixture
