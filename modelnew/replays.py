@@ -1,0 +1,268 @@
+"""Calls that came before are repeated, without the checks that they passed and the code that they went through.
+
+The first call of a kind runs as written. If all that it does is one `calls.call` on the memory of its tensors, maybe
+inside one autograd Function, it leaves a replay: a function, written out for its kind, that takes the tensors'
+addresses, allocates, starts the launches and returns. A later call is repeated by it if its other arguments and torch's
+settings are the same, and its tensors of the same kinds, as torch's own guards tell. Where a call does more, such as
+copying an argument, calls of its kind run as written.
+"""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from types import FunctionType, SimpleNamespace
+
+import torch
+from torch import is_grad_enabled
+
+from . import calls, numerics
+from .shortcuts import any_autocast, apply, current_device, guard_of, raw_stream
+
+_MOST_REPLAYS = 8  # of calls that differ in their tensors alone, and not in the shape of the first
+
+
+class Missed(Exception):
+    """A replay does not take a call: a tensor has no memory, or is not aligned."""
+
+
+class _Unrepeatable(Exception):
+    """A call does what a replay cannot do."""
+
+
+class _Key:
+    """Stands for a forward in the keys of its backwards."""
+
+
+class _Replay(typing.NamedTuple):
+    guard: Callable  # guard(*tensors): whether they are of the kinds that it is for
+    run: Callable | None  # run(*tensors) is the call; None if calls of this kind are not repeated
+
+
+class _Applied(typing.NamedTuple):
+    """What the forward of an autograd Function did."""
+
+    function: type[torch.autograd.Function]
+    args: tuple
+    attributes: dict  # that its context has got
+    saved: tuple
+    result: torch.Tensor
+
+
+def splitter(function: Callable) -> Callable | None:
+    """split(*args, **options) -> (what tells calls of `function` apart, their tensors). None if it has no tensors."""
+    parameters = inspect.signature(function).parameters.values()
+    tensors = [p.name for p in parameters if torch.Tensor in (p.annotation, *typing.get_args(p.annotation))]
+    if not tensors or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return None
+    others = [p.name for p in parameters if p.name not in tensors] + [f"{name} is None" for name in tensors]
+    signature = str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
+    return eval(f"lambda {signature[1:-1]}: (({', '.join(others)},), ({', '.join(tensors)},))")
+
+
+def key_of(function: Callable, others: tuple, like: torch.Tensor) -> tuple:
+    """The kind of a call, but for the kinds of its tensors. like: the first of these."""
+    dtypes = any_autocast() and (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda"))
+    return function, others, is_grad_enabled(), numerics.settings(), dtypes, like.shape
+
+
+def repeated(key, replays: tuple, tensors: list, as_written: Callable):
+    """as_written(), or what repeats it. replays: what is known of `key`. tensors: all that it works on."""
+    for replay in replays:
+        if replay.guard(*tensors):
+            break
+    else:
+        return _first(key, replays, tensors, as_written)
+    if replay.run is not None:
+        try:
+            return replay.run(*tensors)
+        except Missed:
+            pass
+    return as_written()
+
+
+def _first(key, replays, tensors, as_written):
+    known = constant(key) and not calls.planning() and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+    guard = guard_of(tensors) if known else None
+    if guard is None:
+        return as_written()
+    outer, calls.recording.made = calls.recording.made, []
+    try:
+        result = as_written()
+        made = calls.recording.made
+    finally:
+        calls.recording.made = outer
+        if outer is not None:
+            outer.append(None)  # it did more than its calls
+    try:
+        found = _Replay(guard, _written(tensors, made, result, all_used=type(key) is tuple))
+    except _Unrepeatable:
+        found = _Replay(guard, None)
+    calls.remember(key, (found, *replays)[:_MOST_REPLAYS])
+    return result
+
+
+def constant(value) -> bool:
+    """Whether a value will always be what it is now."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return all(map(constant, value)) if isinstance(value, tuple) else isinstance(value, _CONSTANT)
+
+
+_CONSTANT = (type(None), bool, int, float, str, torch.dtype, FunctionType, _Key)
+
+
+def noted(forward: Callable, function: type[torch.autograd.Function]) -> Callable:
+    """The forward of an autograd Function, which a call that is recorded hears of."""
+
+    @functools.wraps(forward)
+    def call(ctx, *args):
+        result = forward(ctx, *args)
+        made = calls.recording.made
+        if made is not None:
+            made.append(_Applied(function, args, {**vars(ctx)}, ctx.to_save or (), result))
+            if ctx.non_differentiable or ctx.dirty_tensors:
+                made.append(None)
+        return result
+
+    return call
+
+
+def _written(tensors, made, result, all_used) -> Callable:
+    """run(*tensors) for a call that gave `result`, from all that it did."""
+    applied = made.pop() if made and isinstance(made[-1], _Applied) else None
+    if len(made) != 1 or made[0] is None:
+        raise _Unrepeatable
+    code = _Code(tensors, *made[0])
+    if all_used and len(code.sources) < len(tensors):
+        raise _Unrepeatable  # what became of the others is not known
+    if applied is None:
+        results = result if isinstance(result, tuple) else (result,)
+        if any(tensor is not None and tensor.requires_grad for tensor in results):
+            raise _Unrepeatable
+        return code.function(code.expression(result))
+    if result is not applied.result or not constant(applied.attributes):
+        raise _Unrepeatable
+    kernels = code.function(code.expression((result, tuple(applied.saved))))
+    arguments = [code.given(arg) if isinstance(arg, torch.Tensor) else "None" for arg in applied.args]
+    how = kernels, {**applied.attributes, "key": _Key()}
+    defined = {"apply": apply, "function": _repeating(applied.function), "how": how}
+    line = f"def run({code.names}): return apply(function, {', '.join(arguments)}, (*how, ({code.names},)))"
+    exec(line, defined)
+    return defined["run"]
+
+
+@functools.cache
+def _repeating(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """`function` for calls that are repeated. The last argument, one more than it has, says what they do."""
+
+    class Repeating(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            kernels, attributes, tensors = args[-1]
+            result, saved = kernels(*tensors)
+            vars(ctx).update(attributes)
+            ctx.save_for_backward(*saved)
+            return result
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            saved = ctx.saved_tensors  # once: torch.utils.checkpoint insists on it
+
+            def as_written():
+                inner = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=ctx.needs_input_grad)
+                found = function.backward(inner, *gradients)
+                return (*found, None) if isinstance(found, tuple) else (found, None)
+
+            if is_grad_enabled():
+                return as_written()
+            tensors = [tensor for tensor in (*gradients, *saved) if tensor is not None]
+            return repeated(ctx.key, calls.known().get(ctx.key, ()), tensors, as_written)
+
+    Repeating.__name__ = Repeating.__qualname__ = function.__name__
+    return Repeating
+
+
+class _Code:
+    """A call's work as code, from what `calls.call` did once: t0, t1 ... are the tensors, v<index> what it made."""
+
+    def __init__(self, tensors, found, values):
+        self.tensors, self.found, self.values = tensors, found, values
+        self.names = ", ".join(f"t{i}" for i in range(len(tensors)))
+        places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors)}
+        if len(places) != len(tensors) or any(place % 16 or not place for place in places):
+            raise _Unrepeatable  # tensors share memory, have none, or are not aligned
+        count = len(values) - found.slots
+        arguments = {i: value.data_ptr() for i, value in enumerate(values[:count]) if isinstance(value, torch.Tensor)}
+        if len(set(arguments.values())) != len(arguments) or not places.keys() >= set(arguments.values()):
+            raise _Unrepeatable  # kernels read a copy, or a tensor twice
+        self.sources = {index: places[place] for index, place in arguments.items()}
+        returned = found.returned if isinstance(found.returned, tuple) else (found.returned,)
+        self.results = {values[index].data_ptr(): index for index in returned if index is not None}
+
+    def given(self, tensor) -> str:
+        """A tensor that the call was given."""
+        for name, given in zip(self.names.split(", "), self.tensors):
+            if given is tensor:
+                return name
+        raise _Unrepeatable
+
+    def expression(self, value) -> str:
+        """A tensor that the call was given or made, None, or a tuple of these."""
+        if value is None:
+            return "None"
+        if isinstance(value, tuple):
+            return f"({''.join(f'{self.expression(one)}, ' for one in value)})"
+        index = self.results.get(value.data_ptr())
+        if index is None:
+            return self.given(value)
+        made = self.values[index]
+        if value.dtype != made.dtype or value.numel() != made.numel():
+            raise _Unrepeatable
+        same = value.shape == made.shape and value.stride() == made.stride()
+        return f"v{index}" if same else f"v{index}.as_strided({tuple(value.shape)}, {value.stride()})"
+
+    def _seen(self, index) -> str:
+        """A value that the call began with."""
+        if index not in self.sources:
+            return repr(self.values[index]) if isinstance(self.values[index], float) else "None"
+        value = self.values[index]
+        return f"t{self.sources[index]}.as_strided({tuple(value.shape)}, {value.stride()})"
+
+    def function(self, result: str) -> Callable:
+        """run(*tensors), which returns the expression `result`."""
+        plan, gpu, device, stages, *_ = self.found
+        every = range(len(self.tensors))
+        lines = [f"a{i} = t{i}.data_ptr()" for i in every]
+        aligned = f"({' | '.join(f'a{i}' for i in every)}) & 15"
+        lines += [f"if {aligned} or not ({' and '.join(f'a{i}' for i in every)}):", "    raise Missed"]
+        defined = {"watched": calls.watched, "show": calls.show, "plan": plan, "Missed": Missed, "empty": torch.empty_strided, "device": device}
+        stream = None
+        if gpu is not None:
+            stream = f"raw_stream({gpu})"
+            lines += [f"if current_device() != {gpu}:", "    with switched(device):", f"        return run({self.names})"]
+            defined.update(current_device=current_device, switched=torch.cuda.device, raw_stream=raw_stream)
+        pointers = [f"a{self.sources[i]}" if i in self.sources else "0" for i in range(len(self.values))]
+        values = [self._seen(index) for index in range(len(self.values))]
+        for number, (made, steps, dropped) in enumerate(stages):
+            for index, shape, strides, dtype in made:
+                defined[f"dtype{index}"], pointers[index], values[index] = dtype, f"b{index}", f"v{index}"
+                lines.append(f"v{index} = empty({shape}, {strides}, dtype=dtype{index}, device=device)")
+                lines.append(f"b{index} = v{index}.data_ptr()")
+            if steps:
+                batch = defined[f"batch{number}"] = plan.batch(steps)
+                words = [*pointers, *(f"{pointers[index]} + {offset}" for index, offset in batch.inside)]
+                defined.update({f"pack{number}": batch.pack, f"words{number}": batch.words})
+                lines.append(f"pack{number}(words{number}, 0, {', '.join(words)})")
+                for place, (_, index) in enumerate(batch.varying):
+                    lines.append(f"batch{number}.varying[{place}][0][0] = {self.values[index]!r}")
+                defined.update({f"backend{number}": batch.backend, f"launches{number}": batch.launches})
+                lines.append(f"if not watched() or show(plan, [{', '.join(values)}], {steps}):")
+                lines.append(f"    backend{number}.start(launches{number}, {stream})")
+            lines += [f"v{index} = None" for index in dropped]
+        updated = [f"t{self.sources[index]}" for index in plan.updated() if index in self.sources]
+        if updated:
+            defined["increment_version"] = torch.autograd.graph.increment_version
+            lines.append(f"increment_version([{', '.join(updated)}])")
+        exec("\n    ".join([f"def run({self.names}):", *lines, f"return {result}"]), defined)
+        return defined["run"]

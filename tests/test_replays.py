@@ -1,0 +1,224 @@
+"""Calls that are repeated: which are, and that a repeated call is the call."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from cupy_kernels import launch
+from modelnew import layers, replays, shortcuts
+from modelnew.functional import batch_norm, conv_transpose2d, max_pool2d, tanh
+
+LAYERS = {
+    "BatchNorm2d": lambda kind: kind.BatchNorm2d(3),
+    "BatchNorm2d, eval": lambda kind: kind.BatchNorm2d(3).eval(),
+    "Tanh": lambda kind: kind.Tanh(),
+    "MaxPool2d": lambda kind: kind.MaxPool2d(2),
+    "GroupNorm": lambda kind: kind.GroupNorm(1, 3),
+    "ConvTranspose2d": lambda kind: kind.ConvTranspose2d(3, 2, 3, padding=1),
+}
+FORMATS = (torch.contiguous_format, torch.channels_last)
+pytestmark = pytest.mark.usefixtures("fresh_plans")
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The names of what ran as written: public functions, and backwards."""
+    names = []
+    repeated = replays.repeated
+
+    def noting(key, known, tensors, as_written):
+        def run():
+            names.append(key[0].__name__ if isinstance(key, tuple) else "backward")
+            return as_written()
+
+        return repeated(key, known, tensors, run)
+
+    monkeypatch.setattr(replays, "repeated", noting)
+    return names
+
+
+def batch(device="cpu", shape=(2, 3, 6, 4), dtype=torch.float32, memory_format=torch.contiguous_format):
+    return torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format)
+
+
+def step(module, x, dy=None):
+    """y and all gradients."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = module(x)
+    dy = torch.ones_like(y) if dy is None else dy
+    return y, *torch.autograd.grad(y, [x, *module.parameters()], dy)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_repeated_calls_are_torchs(device, written, name, memory_format):
+    ours, theirs = (LAYERS[name](kind).to(device) for kind in (layers, nn))
+    theirs.load_state_dict(ours.state_dict())
+    strides = []
+    for _ in range(3):
+        x = batch(device, memory_format=memory_format)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        dy = torch.randn_like(theirs(x))
+        found, expected = step(ours, x, dy), step(theirs, x, dy)
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        strides.append([tensor.stride() for tensor in found])
+        theirs.load_state_dict(ours.state_dict())  # one more call than ours, for dy
+    assert strides[0] == strides[1] == strides[2]
+    if (name, memory_format) == ("ConvTranspose2d", torch.channels_last):
+        return  # its kernels take a copy
+    assert len(written) == 3  # forward, forward with autograd, and the first backward that it may repeat
+    torch.testing.assert_close(list(ours.buffers()), list(theirs.buffers()))
+
+
+def test_statistics_and_counter_are_updated(written):
+    ours, theirs = layers.BatchNorm2d(3), nn.BatchNorm2d(3)
+    for number in range(1, 4):
+        x = batch()
+        before = ours.running_mean._version
+        ours(x), theirs(x)
+        assert ours.running_mean._version == before + 1
+        assert ours.num_batches_tracked == theirs.num_batches_tracked == number
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_counters_that_kernels_do_not_count(written, dtype):
+    ours = layers.BatchNorm2d(3)
+    ours.num_batches_tracked = ours.num_batches_tracked.to(dtype)
+    for _ in range(3):
+        ours(batch())
+    assert ours.num_batches_tracked == 3
+    assert len(written) == 3
+
+
+OTHERS = {
+    "shape": lambda x: batch(shape=(2, 3, 4, 4)),
+    "dtype": lambda x: x.double(),
+    "strides": lambda x: x.transpose(2, 3),
+    "an offset": lambda x: torch.randn(x.numel() + 1)[1:].view(x.shape),
+    "negated": lambda x: torch._neg_view(x),
+    "a batch of none": lambda x: x[:0],
+    "expanded": lambda x: x[:1].expand_as(x),
+    "a subclass": lambda x: nn.Parameter(x, requires_grad=False),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_tensors_are_not_taken_for_the_same(what):
+    """As input of a forward, and as gradient of a backward."""
+    for _ in range(2):
+        tanh(batch())
+    x = OTHERS[what](batch())
+    for _ in range(2):
+        torch.testing.assert_close(tanh(x), torch.tanh(x), rtol=1e-4, atol=1e-5)
+    if what in ("strides", "an offset", "negated", "expanded"):
+        module, y = layers.Tanh(), batch()
+        for _ in range(2):
+            step(module, y, batch())
+        dy = OTHERS[what](batch()) if what != "strides" else batch(shape=(2, 3, 4, 6)).transpose(2, 3)
+        for _ in range(2):
+            torch.testing.assert_close(step(module, y, dy), step(nn.Tanh(), y, dy), rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_that_share_memory(written):
+    x, affine = batch(), torch.rand(3)
+    for _ in range(2):
+        found = batch_norm(x, None, None, affine, affine, True)
+        torch.testing.assert_close(found, F.batch_norm(x, None, None, affine, affine, True), rtol=1e-4, atol=1e-5)
+    assert len(written) == 2
+
+
+def test_settings_are_part_of_the_kind(written):
+    x, w = batch(), torch.randn(3, 2, 3, 3)
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert conv_transpose2d(x, w).dtype == conv_transpose2d(x.to(dtype), w.to(dtype)).dtype == dtype
+    for arguments in ((2,), (3, 1), ([2, 2],), (2, 2, 1)):
+        for _ in range(2):
+            assert max_pool2d(x, *arguments).equal(F.max_pool2d(x, *arguments))
+    x.requires_grad_()
+    for _ in range(2):
+        assert tanh(x).requires_grad
+        with torch.no_grad():
+            assert not tanh(x).requires_grad
+        with torch.inference_mode():
+            assert tanh(x).is_inference()
+
+
+def test_transforms_and_derivatives_after_repeated_calls():
+    x, v = batch(), batch()
+    for _ in range(2):
+        step(layers.Tanh(), x)
+    torch.testing.assert_close(torch.func.grad(lambda t: tanh(t).sum())(x), 1 - x.tanh() ** 2, rtol=1e-3, atol=1e-4)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(tanh, (x,), (v,))
+    x.requires_grad_()
+    for _ in range(2):
+        (dx,) = torch.autograd.grad(tanh(x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(dx, x, v)
+        y = x.detach().tanh()
+        torch.testing.assert_close(second, -2 * y * (1 - y * y) * v, rtol=1e-3, atol=1e-4)
+
+
+def test_saved_tensors_that_others_handle():
+    module, x = layers.Tanh(), batch()
+    plain = [step(module, x) for _ in range(2)][1]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.double(), lambda t: t.float()):
+        torch.testing.assert_close(step(module, x), plain)
+    leaf = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(checkpoint(module, leaf, use_reentrant=False).sum(), leaf)
+    torch.testing.assert_close(found, plain[1])
+
+
+def test_statistics_changed_before_the_backward():
+    module = layers.BatchNorm2d(3).eval()
+    for _ in range(3):
+        y = module(batch().requires_grad_())
+        module.running_mean.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_observers_see_every_launch(written):
+    x, seen = batch(), []
+    for _ in range(2):
+        tanh(x)
+    with launch.observed(lambda *launched: seen.append(launched)):
+        for _ in range(2):
+            tanh(x)
+    assert [args[0].shape for _, _, _, args, _ in seen] == 2 * [x.shape]
+    assert len(written) == 1
+
+
+def test_threads_have_their_own():
+    module, failed = layers.BatchNorm2d(3, track_running_stats=False), []
+
+    def run():
+        for _ in range(5):
+            x = batch()
+            try:
+                torch.testing.assert_close(module(x), F.batch_norm(x, None, None, training=True), rtol=1e-3, atol=1e-4)
+            except Exception as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_without_torchs_guards(monkeypatch, written):
+    monkeypatch.setattr(replays, "guard_of", shortcuts.Public.guard_of)
+    x = batch()
+    for _ in range(3):
+        assert tanh(x).equal(tanh(x))
+    assert len(written) == 6
