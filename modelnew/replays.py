@@ -17,7 +17,7 @@ import torch
 from torch import is_grad_enabled
 
 from . import calls, numerics
-from .shortcuts import any_autocast, apply, current_device, guard_of, raw_stream
+from .shortcuts import allocator, any_autocast, apply, current_device, guard_of, raw_stream
 
 _MOST_REPLAYS = 8  # of calls that differ in their tensors alone, and not in the shape of the first
 
@@ -236,18 +236,18 @@ class _Code:
         lines = [f"a{i} = t{i}.data_ptr()" for i in every]
         aligned = f"({' | '.join(f'a{i}' for i in every)}) & 15"
         lines += [f"if {aligned} or not ({' and '.join(f'a{i}' for i in every)}):", "    raise Missed"]
-        defined = {"watched": calls.watched, "show": calls.show, "plan": plan, "Missed": Missed, "empty": torch.empty_strided, "device": device}
+        defined = {"watched": calls.watched, "show": calls.show, "plan": plan, "Missed": Missed, "empty": allocator(device)}
         stream = None
         if gpu is not None:
             stream = f"raw_stream({gpu})"
-            lines += [f"if current_device() != {gpu}:", "    with switched(device):", f"        return run({self.names})"]
+            lines += [f"if current_device() != {gpu}:", f"    with switched({gpu}):", f"        return run({self.names})"]
             defined.update(current_device=current_device, switched=torch.cuda.device, raw_stream=raw_stream)
         pointers = [f"a{self.sources[i]}" if i in self.sources else "0" for i in range(len(self.values))]
         values = [self._seen(index) for index in range(len(self.values))]
         for number, (made, steps, dropped) in enumerate(stages):
             for index, shape, strides, dtype in made:
                 defined[f"dtype{index}"], pointers[index], values[index] = dtype, f"b{index}", f"v{index}"
-                lines.append(f"v{index} = empty({shape}, {strides}, dtype=dtype{index}, device=device)")
+                lines.append(f"v{index} = empty({shape}, {strides}, dtype{index})")
                 lines.append(f"b{index} = v{index}.data_ptr()")
             if steps:
                 batch = defined[f"batch{number}"] = plan.batch(steps)

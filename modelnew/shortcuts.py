@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 try:
-    from torch._C._dynamo.guards import TensorGuards
+    from torch._C._dynamo import guards
 except ImportError:
-    TensorGuards = None
+    guards = None
 
 
 class Public:
@@ -45,6 +45,11 @@ class Public:
         return None
 
     @staticmethod
+    def allocator(device: torch.device) -> Callable:
+        """allocate(shape, strides, dtype) on the device, which is the current one when it is called."""
+        return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    @staticmethod
     def apply(function: type[torch.autograd.Function], *args):
         """function.apply(*args), for a call that is not inside a transform of torch.func."""
         return function.apply(*args)
@@ -63,4 +68,11 @@ def apply(function: type[torch.autograd.Function], *args):
 
 def guard_of(tensors: list[torch.Tensor]) -> Callable | None:
     """See Public.guard_of."""
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    if not hasattr(guards, "TensorGuards"):
+        return Public.guard_of(tensors)
+    return guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def allocator(device: torch.device) -> Callable:
+    """See Public.allocator. The private functions take half the time; they fill no memory for `torch.utils.deterministic`."""
+    return getattr(guards, f"_empty_strided_{device.type}", None) or Public.allocator(device)

@@ -44,7 +44,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
             others, tensors = split(*args, **options)
             key = replays.key_of(function, others, tensors[0])
             found = calls.known().get(key, ())
-        except (TypeError, AttributeError):  # as_written says what is wrong
+        except (AttributeError, RuntimeError, TypeError):  # as_written says what is wrong
             return as_written(*args, **options)
         tensors = [tensor for tensor in tensors if tensor is not None]
         return replays.repeated(key, found, tensors, lambda: as_written(*args, **options))
