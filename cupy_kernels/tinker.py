@@ -8,7 +8,7 @@ import difflib
 import re
 from typing import NamedTuple
 
-from . import source
+from . import parsing, source
 from .display import Rows, highlighted
 
 
@@ -193,7 +193,7 @@ def _check_entry_points(file, kernel, text):
             f"the text for {kernel or file} lacks the kernel {', '.join(missing)}{there}. It must define\n"
             + "\n".join(f'    extern "C" __global__ void {n}({_list(p)})' for n, p in expected.items())
         )
-    if unfinished := source.unfinished(text):
+    if unfinished := parsing.unfinished(text):
         raise ValueError(f"the text for {kernel or file} lacks the closing brace of {', '.join(unfinished)}")
     others = [name for name in received if kernel and name != kernel and name in original]
     if others:

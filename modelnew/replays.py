@@ -198,6 +198,7 @@ class _Code:
             raise _Unrepeatable  # kernels read a copy, or a tensor twice
         self.sources = {index: places[place] for index, place in arguments.items()}
         returned = found.returned if isinstance(found.returned, tuple) else (found.returned,)
+        self.views = {}
         self.results = {values[index].data_ptr(): index for index in returned if index is not None}
 
     def given(self, tensor) -> str:
@@ -219,8 +220,10 @@ class _Code:
         made = self.values[index]
         if value.dtype != made.dtype or value.numel() != made.numel():
             raise _Unrepeatable
-        same = value.shape == made.shape and value.stride() == made.stride()
-        return f"v{index}" if same else f"v{index}.as_strided({tuple(value.shape)}, {value.stride()})"
+        if value.shape == made.shape and value.stride() == made.stride():
+            return f"v{index}"
+        view = f"v{index}.as_strided({tuple(value.shape)}, {value.stride()})"
+        return self.views.setdefault(view, f"w{len(self.views)}")  # once: autograd knows a result that is saved by it
 
     def _seen(self, index) -> str:
         """A value that the call began with."""
@@ -264,5 +267,6 @@ class _Code:
         if updated:
             defined["increment_version"] = torch.autograd.graph.increment_version
             lines.append(f"increment_version([{', '.join(updated)}])")
+        lines += [f"{name} = {view}" for view, name in self.views.items()]
         exec("\n    ".join([f"def run({self.names}):", *lines, f"return {result}"]), defined)
         return defined["run"]

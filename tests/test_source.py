@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 
-from cupy_kernels import source
+from cupy_kernels import parsing, source
 from cupy_kernels.source import DTYPES, Kernel, Parameter
 
 DIAMOND = {
@@ -117,7 +117,7 @@ def test_declarations(text, parameters):
     start, end = source.span(text, "k")
     assert "__global__" in text[start:end]
     assert text[start:end].endswith("}")
-    assert not source.unfinished(text)
+    assert not parsing.unfinished(text)
 
 
 @pytest.mark.parametrize(
