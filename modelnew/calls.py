@@ -25,7 +25,7 @@ from . import recorders
 from .interop import NUMPY, TORCH, backend, check_memory, dense, one_device, view
 from .shortcuts import current_device, raw_stream
 
-_MOST_KNOWN = 4096  # plans of a thread
+_MOST_KNOWN = 4096  # plans of a thread, and replays
 _LARGE = 1 << 20  # bytes from which a workspace is made late and given back early
 _planning = {}  # {thread: plans of its calls}, see `planned`
 
@@ -82,20 +82,20 @@ class _Known(NamedTuple):
 
 @until_overridden
 def _thread():
-    """Its __dict__ is each thread's own {key of a call: _Known}, since a plan is for one thread."""
+    """Its __dict__ is each thread's own, since a plan is for one thread."""
     return threading.local()
 
 
-def known() -> dict:
-    """What this thread knows of calls, by their kinds, until a kernel is edited."""
-    return _thread().__dict__
+def known(what: str) -> dict:
+    """What this thread knows until a kernel is edited: "plans", by the kinds of calls, and what `replays` knows."""
+    return _thread().__dict__.setdefault(what, {})
 
 
-def remember(key, value) -> None:
-    """Puts a value into `known`."""
-    if len(known()) >= _MOST_KNOWN:  # the oldest goes: making it anew costs little
-        known().pop(next(iter(known())), None)
-    known()[key] = value
+def remember(known: dict, key, value) -> None:
+    """known[key] = value. Of many the oldest goes: making it anew costs little."""
+    if len(known) >= _MOST_KNOWN:
+        known.pop(next(iter(known)), None)
+    known[key] = value
 
 
 def call(operation: Callable, *args, check: Callable | None = None, **options):
@@ -114,7 +114,7 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
     kinds = (*map(type, values),)
     facts, pointers = _reader(kinds)(*values)
     key = operation, kinds, *options, facts
-    found = known().get(key)
+    found = known("plans").get(key)
     if found is None:
         found = _make(key, operation, values, options, check)
     if type(found) is str:
@@ -207,7 +207,7 @@ def _make(key, operation, values, options, check) -> _Known | str:
         found = _planned_call(operation, values, options)
     except UnsupportedError as error:
         found = str(error)  # the error itself would keep the call's tensors alive
-    remember(key, found)
+    remember(known("plans"), key, found)
     return found
 
 

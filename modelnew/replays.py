@@ -1,12 +1,13 @@
 """Calls that came before are repeated, without the checks that they passed and the code that they went through.
 
-The first call of a kind runs as written. If all that it does is one `calls.call` on the memory of its tensors, maybe
-inside one autograd Function, it leaves a replay: a function, written out for its kind, that takes the tensors'
-addresses, allocates, starts the launches and returns. A later call is repeated by it if its other arguments and torch's
-settings are the same, and its tensors of the same kinds, as torch's own guards tell. Where a call does more, such as
-copying an argument, calls of its kind run as written.
+The first two calls of a kind run as written. If all that the second does is one `calls.call` on the memory of its
+tensors, maybe inside one autograd Function, it leaves a replay: a function, written out for its kind, that takes the
+tensors' addresses, allocates, starts the launches and returns. A later call is repeated by it if its other arguments
+and torch's settings are the same, and its tensors of the same kinds, as torch's own guards tell. Where a call does
+more, such as copying an argument, calls of its kind run as written.
 """
 
+import contextlib
 import functools
 import inspect
 import typing
@@ -72,7 +73,7 @@ def repeated(key, replays: tuple, tensors: list, as_written: Callable):
         if replay.guard(*tensors):
             break
     else:
-        return _first(key, replays, tensors, as_written)
+        return _recorded(key, replays, tensors, as_written)
     if replay.run is not None:
         try:
             return replay.run(*tensors)
@@ -81,25 +82,28 @@ def repeated(key, replays: tuple, tensors: list, as_written: Callable):
     return as_written()
 
 
-def _first(key, replays, tensors, as_written):
-    known = constant(key) and not calls.planning() and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
-    guard = guard_of(tensors) if known else None
+def _recorded(key, replays, tensors, as_written):
+    """as_written(), which leaves a replay, or that there is none, if such a call came before."""
+    seen = calls.known("seen")
+    if key not in seen:
+        calls.remember(seen, key, None)
+        return as_written()
+    known = len(replays) < _MOST_REPLAYS and constant(key) and not calls.planning()
+    guard = guard_of(tensors) if known and all(isinstance(tensor, torch.Tensor) for tensor in tensors) else None
     if guard is None:
         return as_written()
-    outer, calls.recording.made = calls.recording.made, []
+    run, made, outer = None, [], calls.recording.made
+    calls.recording.made = made
     try:
         result = as_written()
-        made = calls.recording.made
+        with contextlib.suppress(_Unrepeatable):
+            run = _written(tensors, made, result, all_used=type(key) is tuple)
+        return result
     finally:
         calls.recording.made = outer
         if outer is not None:
-            outer.append(None)  # it did more than its calls
-    try:
-        found = _Replay(guard, _written(tensors, made, result, all_used=type(key) is tuple))
-    except _Unrepeatable:
-        found = _Replay(guard, None)
-    calls.remember(key, (found, *replays)[:_MOST_REPLAYS])
-    return result
+            outer.append(None)  # it did more than its own calls
+        calls.remember(calls.known("replays"), key, (*replays, _Replay(guard, run)))
 
 
 def constant(value) -> bool:
@@ -156,31 +160,28 @@ def _written(tensors, made, result, all_used) -> Callable:
 def _repeating(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """`function` for calls that are repeated. The last argument, one more than it has, says what they do."""
 
-    class Repeating(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            kernels, attributes, tensors = args[-1]
-            result, saved = kernels(*tensors)
-            vars(ctx).update(attributes)
-            ctx.save_for_backward(*saved)
-            return result
+    def forward(ctx, *args):
+        kernels, attributes, tensors = args[-1]
+        result, saved = kernels(*tensors)
+        vars(ctx).update(attributes)
+        ctx.save_for_backward(*saved)
+        return result
 
-        @staticmethod
-        def backward(ctx, *gradients):
-            saved = ctx.saved_tensors  # once: torch.utils.checkpoint insists on it
+    def backward(ctx, *gradients):
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint insists on it
 
-            def as_written():
-                inner = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=ctx.needs_input_grad)
-                found = function.backward(inner, *gradients)
-                return (*found, None) if isinstance(found, tuple) else (found, None)
+        def as_written():
+            inner = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=ctx.needs_input_grad)
+            found = function.backward(inner, *gradients)
+            return (*found, None) if isinstance(found, tuple) else (found, None)
 
-            if is_grad_enabled():
-                return as_written()
-            tensors = [tensor for tensor in (*gradients, *saved) if tensor is not None]
-            return repeated(ctx.key, calls.known().get(ctx.key, ()), tensors, as_written)
+        if is_grad_enabled():
+            return as_written()
+        tensors = [tensor for tensor in (*gradients, *saved) if tensor is not None]
+        return repeated(ctx.key, calls.known("replays").get(ctx.key, ()), tensors, as_written)
 
-    Repeating.__name__ = Repeating.__qualname__ = function.__name__
-    return Repeating
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(function)(function.__name__, (torch.autograd.Function,), methods)
 
 
 class _Code:
