@@ -10,9 +10,10 @@ more, such as copying an argument, calls of its kind run as written.
 import contextlib
 import functools
 import inspect
+import marshal
 import typing
 from collections.abc import Callable
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 from torch import is_grad_enabled
@@ -29,10 +30,6 @@ class Missed(Exception):
 
 class _Unrepeatable(Exception):
     """A call does what a replay cannot do."""
-
-
-class _Key:
-    """Stands for a forward in the keys of its backwards."""
 
 
 class _Replay(typing.NamedTuple):
@@ -62,8 +59,12 @@ def splitter(function: Callable) -> Callable | None:
 
 
 def key_of(function: Callable, others: tuple, like: torch.Tensor) -> tuple:
-    """The kind of a call, but for the kinds of its tensors. like: the first of these."""
+    """The kind of a call, but for the kinds of its tensors. like: the first of these.
+
+    ValueError if there is more in `others` than numbers, strings and the like.
+    """
     dtypes = any_autocast() and (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda"))
+    others = marshal.dumps(others, 2)  # 2 and 2.0, 0.0 and -0.0 are equal, and not the same; version 2 sees no identity
     return function, others, is_grad_enabled(), numerics.settings(), dtypes, like.shape
 
 
@@ -88,8 +89,9 @@ def _recorded(key, replays, tensors, as_written):
     if key not in seen:
         calls.remember(seen, key, None)
         return as_written()
-    known = len(replays) < _MOST_REPLAYS and constant(key) and not calls.planning()
-    guard = guard_of(tensors) if known and all(isinstance(tensor, torch.Tensor) for tensor in tensors) else None
+    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    known = plain and len(replays) < _MOST_REPLAYS and not calls.planning()
+    guard = guard_of(tensors) if known else None
     if guard is None:
         return as_written()
     run, made, outer = None, [], calls.recording.made
@@ -104,16 +106,6 @@ def _recorded(key, replays, tensors, as_written):
         if outer is not None:
             outer.append(None)  # it did more than its own calls
         calls.remember(calls.known("replays"), key, (*replays, _Replay(guard, run)))
-
-
-def constant(value) -> bool:
-    """Whether a value will always be what it is now."""
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return all(map(constant, value)) if isinstance(value, tuple) else isinstance(value, _CONSTANT)
-
-
-_CONSTANT = (type(None), bool, int, float, str, torch.dtype, FunctionType, _Key)
 
 
 def noted(forward: Callable, function: type[torch.autograd.Function]) -> Callable:
@@ -145,15 +137,25 @@ def _written(tensors, made, result, all_used) -> Callable:
         if any(tensor is not None and tensor.requires_grad for tensor in results):
             raise _Unrepeatable
         return code.function(code.expression(result))
-    if result is not applied.result or not constant(applied.attributes):
+    if result is not applied.result or not _constant(applied.attributes):
         raise _Unrepeatable
     kernels = code.function(code.expression((result, tuple(applied.saved))))
     arguments = [code.given(arg) if isinstance(arg, torch.Tensor) else "None" for arg in applied.args]
-    how = kernels, {**applied.attributes, "key": _Key()}
+    how = kernels, {**applied.attributes, "key": object()}
     defined = {"apply": apply, "function": _repeating(applied.function), "how": how}
     line = f"def run({code.names}): return apply(function, {', '.join(arguments)}, (*how, ({code.names},)))"
     exec(line, defined)
     return defined["run"]
+
+
+def _constant(value) -> bool:
+    """Whether a value will always be what it is now."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return all(map(_constant, value)) if isinstance(value, tuple) else isinstance(value, _CONSTANT)
+
+
+_CONSTANT = (type(None), bool, int, float, str)
 
 
 @functools.cache
@@ -226,12 +228,12 @@ class _Code:
         view = f"v{index}.as_strided({tuple(value.shape)}, {value.stride()})"
         return self.views.setdefault(view, f"w{len(self.views)}")  # once: autograd knows a result that is saved by it
 
-    def _seen(self, index) -> str:
-        """A value that the call began with."""
-        if index not in self.sources:
-            return repr(self.values[index]) if isinstance(self.values[index], float) else "None"
+    def _argument(self, index) -> str:
+        """What the call had as a value before it made any."""
         value = self.values[index]
-        return f"t{self.sources[index]}.as_strided({tuple(value.shape)}, {value.stride()})"
+        if index in self.sources:
+            return f"t{self.sources[index]}.as_strided({tuple(value.shape)}, {value.stride()})"
+        return f"numbers[{index}]" if isinstance(value, float) else "None"
 
     def function(self, result: str) -> Callable:
         """run(*tensors), which returns the expression `result`."""
@@ -240,14 +242,21 @@ class _Code:
         lines = [f"a{i} = t{i}.data_ptr()" for i in every]
         aligned = f"({' | '.join(f'a{i}' for i in every)}) & 15"
         lines += [f"if {aligned} or not ({' and '.join(f'a{i}' for i in every)}):", "    raise Missed"]
-        defined = {"watched": calls.watched, "show": calls.show, "plan": plan, "Missed": Missed, "empty": allocator(device)}
+        defined = {
+            "watched": calls.watched,
+            "show": calls.show,
+            "plan": plan,
+            "Missed": Missed,
+            "empty": allocator(device),
+        }
+        defined["numbers"] = {index: value for index, value in enumerate(self.values) if isinstance(value, float)}
         stream = None
         if gpu is not None:
             stream = f"raw_stream({gpu})"
-            lines += [f"if current_device() != {gpu}:", f"    with switched({gpu}):", f"        return run({self.names})"]
-            defined.update(current_device=current_device, switched=torch.cuda.device, raw_stream=raw_stream)
+            lines += [f"if current_device() != {gpu}:", f"    with on({gpu}):", f"        return run({self.names})"]
+            defined.update(current_device=current_device, on=torch.cuda.device, raw_stream=raw_stream)
         pointers = [f"a{self.sources[i]}" if i in self.sources else "0" for i in range(len(self.values))]
-        values = [self._seen(index) for index in range(len(self.values))]
+        values = [self._argument(index) for index in range(len(self.values))]
         for number, (made, steps, dropped) in enumerate(stages):
             for index, shape, strides, dtype in made:
                 defined[f"dtype{index}"], pointers[index], values[index] = dtype, f"b{index}", f"v{index}"
@@ -259,7 +268,7 @@ class _Code:
                 defined.update({f"pack{number}": batch.pack, f"words{number}": batch.words})
                 lines.append(f"pack{number}(words{number}, 0, {', '.join(words)})")
                 for place, (_, index) in enumerate(batch.varying):
-                    lines.append(f"batch{number}.varying[{place}][0][0] = {self.values[index]!r}")
+                    lines.append(f"batch{number}.varying[{place}][0][0] = numbers[{index}]")
                 defined.update({f"backend{number}": batch.backend, f"launches{number}": batch.launches})
                 lines.append(f"if not watched() or show(plan, [{', '.join(values)}], {steps}):")
                 lines.append(f"    backend{number}.start(launches{number}, {stream})")

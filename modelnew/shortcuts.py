@@ -74,5 +74,5 @@ def guard_of(tensors: list[torch.Tensor]) -> Callable | None:
 
 
 def allocator(device: torch.device) -> Callable:
-    """See Public.allocator. The private functions take half the time; they fill no memory for `torch.utils.deterministic`."""
+    """See Public.allocator. The private functions take half the time, and do not fill memory for debugging."""
     return getattr(guards, f"_empty_strided_{device.type}", None) or Public.allocator(device)

@@ -14,10 +14,6 @@ from cupy_kernels.errors import UnsupportedError
 from . import calls, recorders, replays
 from .registration import traced
 
-# Types of arguments that need no further look. All others join that are neither tensors nor stand for them.
-_plain = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list}
-
-
 P = typing.ParamSpec("P")
 R = typing.TypeVar("R")
 
@@ -44,20 +40,17 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
             others, tensors = split(*args, **options)
             key = replays.key_of(function, others, tensors[0])
             found = calls.known("replays").get(key, ())
-        except (AttributeError, RuntimeError, TypeError):  # as_written says what is wrong
+        except (AttributeError, RuntimeError, TypeError, ValueError):  # as_written says what is wrong
             return as_written(*args, **options)
         tensors = [tensor for tensor in tensors if tensor is not None]
         return replays.repeated(key, found, tensors, lambda: as_written(*args, **options))
 
     def as_written(*args, **options):
         try:
-            if not _plain.issuperset(map(type, args)) or not _plain.issuperset(map(type, options.values())):
-                values = (*args, *options.values())
-                if has_torch_function(values):
-                    return handle_torch_function(call, values, *args, **options)
-                if _dispatches(values) and function.__name__ in traced:
-                    return _of_library(function, args, options)
-            if recorders.present() and function.__name__ in traced:
+            values = (*args, *options.values())
+            if has_torch_function(values):
+                return handle_torch_function(call, values, *args, **options)
+            if function.__name__ in traced and (recorders.present() or _dispatches(values)):
                 return _of_library(function, args, options)
             return function(*args, **options)
         except UnsupportedError:
@@ -81,13 +74,8 @@ def _of_library(function, args, options):
 
 def _dispatches(values) -> bool:
     """Whether one of the values is a tensor that handles operators itself."""
-    found = False
-    for kind in set(map(type, values)):
-        if issubclass(kind, torch.Tensor):
-            found = found or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-        elif not hasattr(kind, "__torch_function__"):
-            _plain.add(kind)
-    return found
+    kinds = [kind for kind in map(type, values) if issubclass(kind, torch.Tensor)]
+    return any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in kinds)
 
 
 def _meta(args, options) -> bool:

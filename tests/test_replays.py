@@ -1,5 +1,6 @@
 """Calls that are repeated: which are, and that a repeated call is the call."""
 
+import math
 import threading
 
 import pytest
@@ -10,11 +11,13 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import checkpoint
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from cupy_kernels import launch, source
 from modelnew import calls, explain, layers, replays, shortcuts
-from modelnew.functional import batch_norm, conv_transpose2d, max_pool2d, tanh
+from modelnew.functional import batch_norm, conv_transpose2d, group_norm, leaky_relu, max_pool2d, tanh
 
 LAYERS = {
     "BatchNorm2d": lambda kind: kind.BatchNorm2d(3),
@@ -115,6 +118,45 @@ def test_numbers_that_differ_at_each_call(written):
     torch.testing.assert_close(list(ours.buffers()), list(theirs.buffers()))
     assert len(calls.known("replays")) == known
     assert len(written) == 6
+
+
+def test_numbers_that_are_equal_and_not_the_same():
+    x = batch()
+    w, low = torch.randn(3, 2, 3, 3), -x.abs()
+    for _ in range(3):
+        max_pool2d(x, 2), max_pool2d(x, (2, 2)), group_norm(x, 3), conv_transpose2d(x, w), leaky_relu(low, 0.0)
+    for call in (
+        lambda: max_pool2d(x, 2.0),
+        lambda: max_pool2d(x, (2, 2.0)),
+        lambda: group_norm(x, 3.0),
+        lambda: conv_transpose2d(x, w, groups=True),
+    ):
+        with pytest.raises((TypeError, ValueError), match="int"):
+            call()
+    assert leaky_relu(low, -0.0).signbit().equal(F.leaky_relu(low, -0.0).signbit())
+    for slope in (math.inf, -math.inf, math.nan):
+        for _ in range(3):
+            torch.testing.assert_close(leaky_relu(x, slope), F.leaky_relu(x, slope), equal_nan=True)
+
+
+class Kept(torch.Tensor):
+    """A subclass that has its own memory, and is the type of all results."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        with no_dispatch():
+            args = tree_map(lambda a: a.as_subclass(torch.Tensor) if isinstance(a, cls) else a, args)
+            results = function(*args, **(kwargs or {}))
+            return tree_map(lambda a: a.as_subclass(cls) if isinstance(a, torch.Tensor) else a, results)
+
+
+def test_subclasses_that_handle_operators():
+    x = batch()
+    for _ in range(4):
+        assert type(tanh(x)) is torch.Tensor
+        assert type(tanh(x.as_subclass(Kept))) is Kept
 
 
 def test_what_is_known_is_bounded(monkeypatch):
