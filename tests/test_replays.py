@@ -10,9 +10,9 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._device import DeviceContext
-from torch.utils.checkpoint import checkpoint
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from cupy_kernels import launch, source
