@@ -5,6 +5,8 @@ tensors, maybe inside one autograd Function, it leaves a replay: a function, wri
 tensors' addresses, allocates, starts the launches and returns. A later call is repeated by it if its other arguments
 and torch's settings are the same, and its tensors of the same kinds, as torch's own guards tell. Where a call does
 more, such as copying an argument, calls of its kind run as written.
+
+A public function may depend on its arguments and on the settings that `key_of` has, and on nothing else.
 """
 
 import contextlib
@@ -206,9 +208,9 @@ class _Code:
 
     def given(self, tensor) -> str:
         """A tensor that the call was given."""
-        for name, given in zip(self.names.split(", "), self.tensors):
+        for i, given in enumerate(self.tensors):
             if given is tensor:
-                return name
+                return f"t{i}"
         raise _Unrepeatable
 
     def expression(self, value) -> str:
@@ -242,15 +244,9 @@ class _Code:
         lines = [f"a{i} = t{i}.data_ptr()" for i in every]
         aligned = f"({' | '.join(f'a{i}' for i in every)}) & 15"
         lines += [f"if {aligned} or not ({' and '.join(f'a{i}' for i in every)}):", "    raise Missed"]
-        defined = {
-            "watched": calls.watched,
-            "show": calls.show,
-            "plan": plan,
-            "Missed": Missed,
-            "empty": allocator(device),
-        }
+        defined = {"watched": calls.watched, "show": calls.show, "plan": plan, "Missed": Missed}
+        defined["empty"], stream = allocator(device), None
         defined["numbers"] = {index: value for index, value in enumerate(self.values) if isinstance(value, float)}
-        stream = None
         if gpu is not None:
             stream = f"raw_stream({gpu})"
             lines += [f"if current_device() != {gpu}:", f"    with on({gpu}):", f"        return run({self.names})"]
