@@ -377,6 +377,15 @@ def test_threads_have_their_own():
     assert not failed
 
 
+def test_memory_by_torchs_shortcut(monkeypatch, written, device):
+    monkeypatch.setattr(replays, "allocator", shortcuts.allocator)  # tests have the public one, which poisons memory
+    ours, theirs = layers.BatchNorm2d(3).to(device), nn.BatchNorm2d(3).to(device)
+    for _ in range(5):
+        x = batch(device)
+        torch.testing.assert_close(step(ours, x, x), step(theirs, x, x), rtol=1e-4, atol=1e-4)
+    assert len(written) == 4
+
+
 def test_without_torchs_guards(monkeypatch, written):
     monkeypatch.setattr(replays, "guard_of", shortcuts.Public.guard_of)
     x = batch()
