@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_kernels.errors import UnsupportedError
 
-from . import calls, recorders, replays
+from . import calls, onnx, recorders, replays
 from .registration import traced
 
 P = typing.ParamSpec("P")
@@ -50,13 +50,13 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
             values = (*args, *options.values())
             if has_torch_function(values):
                 return handle_torch_function(call, values, *args, **options)
-            if function.__name__ in traced and (recorders.present() or _dispatches(values)):
+            if function.__name__ in traced and (recorders.present() or dispatches(values)):
                 return _of_library(function, args, options)
             return function(*args, **options)
         except UnsupportedError:
             raise
         except Exception as error:
-            if function.__name__ not in traced or not _meta(args, options):
+            if function.__name__ not in traced or not all_meta(*args, *options.values()):
                 _check_tensors(function, args, options, error)
                 raise
         return _of_library(function, args, options)
@@ -66,21 +66,23 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
 def _of_library(function, args, options):
     """Calls the operator that torch.library has for a function."""
-    recorders.refuse(function.__name__)
     if options.get("peers") is not None:
         raise RuntimeError(f"{function.__name__} of a synchronised batch norm cannot be recorded or transformed")
+    if torch.onnx.is_in_onnx_export():
+        return getattr(onnx, function.__name__)(*args, **options)
+    recorders.refuse(function.__name__)
     return traced[function.__name__](*args, **options)
 
 
-def _dispatches(values) -> bool:
+def dispatches(values) -> bool:
     """Whether one of the values is a tensor that handles operators itself."""
     kinds = [kind for kind in map(type, values) if issubclass(kind, torch.Tensor)]
     return any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in kinds)
 
 
-def _meta(args, options) -> bool:
+def all_meta(*values) -> bool:
     """Whether all tensors are meta tensors."""
-    tensors = [t for t in (*args, *options.values()) if isinstance(t, torch.Tensor)]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return bool(tensors) and all(tensor.is_meta for tensor in tensors)
 
 
