@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import torch
 from torch import is_grad_enabled
 
-from . import calls, numerics
+from . import calls, numerics, recorders
 from .shortcuts import allocator, any_autocast, apply, current_device, guard_of, raw_stream
 
 _MOST_REPLAYS = 8  # of calls that differ in their tensors alone, and not in the shape of the first
@@ -179,7 +179,7 @@ def _repeating(function: type[torch.autograd.Function]) -> type[torch.autograd.F
             found = function.backward(inner, *gradients)
             return (*found, None) if isinstance(found, tuple) else (found, None)
 
-        if is_grad_enabled():
+        if is_grad_enabled() or recorders.may_record():
             return as_written()
         tensors = [tensor for tensor in (*gradients, *saved) if tensor is not None]
         return repeated(ctx.key, calls.known("replays").get(ctx.key, ()), tensors, as_written)

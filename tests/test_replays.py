@@ -239,6 +239,12 @@ def test_what_records_or_transforms_operators_sees_them():
     with FakeTensorMode() as mode:
         assert isinstance(tanh(mode.from_tensor(x)), FakeTensor)
     assert tanh(x.to("meta")).is_meta
+    leaf = x.clone().requires_grad_()
+    y = tanh(leaf)
+    for _ in range(3):
+        torch.autograd.grad(y, leaf, v, retain_graph=True)
+    with pytest.raises(RuntimeError, match="operators are recorded"):
+        make_fx(lambda dy: torch.autograd.grad(y, leaf, dy, retain_graph=True))(v)
     with DeviceContext("cpu"):  # a mode for functions
         assert tanh(x).equal(tanh(x))
 
