@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from cupy_kernels import source
+from cupy_kernels import parsing, source
 from cupy_kernels.common import scalar_macros
 from cupy_kernels.launch import MAX_THREADS
 from cupy_kernels.source import Kernel, signature
@@ -96,6 +96,8 @@ class Declaration:
         self.kernels = tuple(entry for entry in options.backward if isinstance(entry, str))  # those of the backward
         self.operators = tuple(entry.declared for entry in options.backward if not isinstance(entry, str))
         defines = source.texts(options.defines)
+        if unfinished := parsing.unfinished(options.text):
+            raise ValueError(f"the text lacks the closing brace of {', '.join(unfinished)}")
         self.file = source.add(self.name, options.text)
         grid, mine = options.grid, (*options.forward, *self.kernels)
         self.grid = grid if isinstance(grid, dict) else dict.fromkeys(mine, grid) if grid else {}

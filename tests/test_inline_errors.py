@@ -101,6 +101,17 @@ def test_headers(header):
         operator(f"#include {header}\n{TEXT}".replace("STATEMENT", ""), "f")
 
 
+def test_a_text_without_its_last_brace():
+    with pytest.raises(ValueError, match="the text lacks the closing brace of f"):
+        operator(TEXT.replace("STATEMENT", "if (1) {"), "f")
+
+
+def test_const_behind_the_star_is_the_pointers():
+    text = TEXT.replace("const scalar_t* x, scalar_t* y", "const scalar_t* __restrict__ const x, scalar_t* const y")
+    function = operator(text.replace("STATEMENT", "y[i] = x[i];"), "f")
+    assert function(torch.arange(3.0)).tolist() == [0, 1, 2]
+
+
 def test_the_log_of_clang_and_of_gcc():
     """Both kinds of macro notes; what stands in the text stays."""
     gcc = """a.cu: In function 'void f()':
