@@ -232,8 +232,8 @@ extern "C" __global__ void pack_taps(
 }
 
 // The same of 16-bit weights without merged phases, by 16 bytes: `taps` neighbours in memory, and where columns are
-// neighbours, too, all of them. A thread has an octet of 8 neighbours. Eight threads have neighbouring octets. Grid: x =
-// blocks of 8 octets (fastest), of 32 times 8 neighbours; y = groups.
+// neighbours, too, all of them. A thread has an octet of 8 neighbours. Eight threads have neighbouring octets. Grid:
+// x = blocks of 8 octets (fastest), of 32 times 8 neighbours; y = groups.
 extern "C" __global__ void __launch_bounds__(256) turn_taps(
     const operand_t* __restrict__ w, operand_t* __restrict__ packed, int channels, int sum_channels, int octets,
     int taps, i64 group_stride, i64 channel_stride, i64 sum_stride, int columns) {

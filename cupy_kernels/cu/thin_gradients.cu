@@ -12,8 +12,8 @@
 
 enum {
     BLOCK_CHANNELS = 32 * LANE_CHANNELS,
-    // A tile of x or dx is [pixel][channel] with CHANNELS_LAST, else [channel][pixel], where lanes that read 16 bytes of
-    // different channels meet different banks.
+    // A tile of x or dx is [pixel][channel] with CHANNELS_LAST, else [channel][pixel], where lanes that read 16 bytes
+    // of different channels meet different banks.
     X_LINE = CHANNELS_LAST ? BLOCK_CHANNELS : SEGMENT,
     X_PITCH = CHANNELS_LAST ? BLOCK_CHANNELS : SEGMENT + 4,
     X_FLOATS = BLOCK_CHANNELS * SEGMENT / X_LINE * X_PITCH,
