@@ -10,12 +10,14 @@ import itertools
 
 from .channel_walk import (
     KEPT,
+    PACK_BYTES,
     Walk,
     chunks_of,
     launch_combining,
     over_chunks,
     pack_width,
     row_tile,
+    shared_bytes,
     sizes_of,
     whole_warps,
     widths,
@@ -46,7 +48,7 @@ _LAUNCHES_US = 9  # what two more launches, and partial results, cost
 
 def batch_norm_workspace(x) -> int:
     """Elements of the workspace that the statistics and the gradients of x, or one of its shape and dtype, need."""
-    return 2 * x.shape[1] * (1 + chunks_of(x)[1])
+    return 2 * x.shape[1] * (1 + max(SMS, chunks_of(x)[1]))
 
 
 def batch_norm_forward(
@@ -57,6 +59,19 @@ def batch_norm_forward(
     As `batch_norm_statistics` and `batch_norm_apply`, in one kernel where a block can have all of a channel.
     """
     same_shape(x=x, y=y)
+    resident = _resident((x, y), 1, running_mean, weight, bias)
+    if resident:
+        walk, ring, shared = resident
+        partials = workspace[: 2 * x.shape[1] * walk.chunks]
+        args = (x, running_mean, running_var, batches, weight, bias, y, mean, invstd, partials, momentum, eps, tanh)
+        launch(
+            Kernel("batch_norm_resident.cu", "batch_norm_resident_forward", walk.macros),
+            (walk.across * walk.chunks, 1, 1),
+            (walk.threads, 1, 1),
+            (*args, *walk.sizes, walk.chunks, walk.tile, *ring),
+            shared,
+        )
+        return
     if not _one_dtype(running_mean, weight, bias) or not _whole(
         x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh
     ):
@@ -135,6 +150,19 @@ def batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspa
     channels = _check_channels(dy, mean=mean, invstd=invstd, weight=weight, dweight=dweight, dbias=dbias)
     tensors = [a for a in (dy, x if sums_needed else None, y, dx) if a is not None]
     parameters = (weight, dweight, dbias)
+    resident = through_statistics and _resident(tensors, 2 + (y is not None), *parameters)
+    if resident:
+        walk, ring, shared = resident
+        partials = workspace[: 2 * channels * walk.chunks]
+        args = (dy, x, y, mean, invstd, weight, dx, dweight, dbias, partials)
+        launch(
+            Kernel("batch_norm_resident.cu", "batch_norm_resident_backward", walk.macros),
+            (walk.across * walk.chunks, 1, 1),
+            (walk.threads, 1, 1),
+            (*args, *walk.sizes, walk.chunks, walk.tile, *ring),
+            shared,
+        )
+        return
     whole = _whole_walk(tensors, 2 + (y is not None), *parameters) if through_statistics else None
     if whole is not None:
         args = (dy, x, y, mean, invstd, weight, dx, dweight, dbias, *whole.sizes, whole.tile)
@@ -208,6 +236,57 @@ def _whole(x, running_mean, running_var, batches, weight, bias, y, mean, invstd,
     return True
 
 
+import os
+
+RESIDENT = True
+WHOLE_BLOCKS = 1
+MOST = (256, 512, 640)
+SMS = int(os.environ.get("SMS", 132))
+TILES = (8, 4)
+RESIDENT_THREADS = int(os.environ.get("RTHREADS", 512))
+SHARED = int(os.environ.get("RSHARED", 226 * 1024))
+AHEAD = 3
+PARTIALS_BYTES = 2**16
+MOST_LOST = 1e9
+
+
+def _resident(tensors, rings, *parameters):
+    """The walk of blocks that all run at once. rings: of how many tensors they keep what they can."""
+    x = tensors[0]
+    rows, channels, plane = sizes_of(x.shape)
+    if not RESIDENT or plane != 1 or not x.size or not _one_dtype(*parameters) or scalar(x) == "double":
+        return None
+    width = PACK_BYTES // x.itemsize
+    if pack_width(channels, tensors) < width:
+        return None
+    packs = channels // width
+
+    def shared(tile):
+        tiles = ceil_div(packs, tile)
+        chunk = ceil_div(rows, max(1, SMS // tiles))
+        return tiles, chunk, ceil_div(rows, chunk)
+
+    def cost(tile):
+        tiles, chunk, chunks = shared(tile)
+        return tiles > SMS, tile * width * chunks * 16 > PARTIALS_BYTES, chunk * tile
+
+    tile = min(TILES, key=cost)
+    tiles, chunk, chunks = shared(tile)
+    if tiles > SMS:
+        return None
+    threads = max(min(RESIDENT_THREADS, whole_warps(chunk * tile)), whole_warps(tile * width))
+    macros = _macros(scalar(x), _parameter(x, *parameters), width, 0)
+    at = 128 * ceil_div(shared_bytes(macros, tile, threads), 128)
+    each = 4 if rings == 1 else 2
+    batch = threads * each * PACK_BYTES * rings
+    fit = (SHARED - at) // batch
+    batches = min(fit, max(AHEAD + 1, ceil_div(ceil_div(chunk, threads // tile), each)))
+    if batches <= AHEAD or chunk * tile * PACK_BYTES * rings > MOST_LOST * fit * batch:
+        return None
+    sizes = channels, plane, rows, chunk
+    return Walk(macros, tiles, sizes, chunks, tile, threads), (at, batches), at + batches * batch
+
+
 def _walk(tensors, *parameters) -> Walk:
     """The walk over chunks of tensors of one shape. parameters: arrays of the type of the per-channel parameters."""
     param = _parameter(tensors[0], *parameters)
@@ -253,7 +332,7 @@ def _partials(workspace, x):
     needed, channels = batch_norm_workspace(x), x.shape[1]
     if workspace.size != needed:
         raise ValueError(f"the workspace for shape {x.shape} must have {needed} elements, received {workspace.size}")
-    return workspace[2 * channels :]
+    return workspace[2 * channels : 2 * channels * (1 + chunks_of(x)[1])]
 
 
 def _check_channels(x, **arrays):
@@ -277,7 +356,7 @@ def _whole_threads(name, planes):
     """Threads of a block of whole channels: as many as have enough registers."""
     if not planes:
         return 128, 256
-    return (128, 256) if name == "double" else (256, 512, 640)
+    return (128, 256) if name == "double" else MOST
 
 
 def _macros(name, param, width, planes):
@@ -286,6 +365,9 @@ def _macros(name, param, width, planes):
         "PLANES": planes,
         "KEPT": KEPT,
         "THREADS": THREADS,
+        "RESIDENT_THREADS": RESIDENT_THREADS,
+        "AHEAD": AHEAD,
+        "WHOLE_BLOCKS": WHOLE_BLOCKS if planes else 1,
         "WHOLE_THREADS": _whole_threads(name, planes)[-1],
     }
     return (*scalar_macros(name), ("param_t", param), *sizes.items())

@@ -151,6 +151,27 @@ template <class A> __device__ inline A block_sum(A v, A* scratch) {
     return total;
 }
 
+// Waits for all threads of all blocks, and sees what they did before. For cooperative launches, which start all blocks
+// at once: the driver gives each of them a counter, behind 4 bytes of its own. Block 0 adds what makes the sum of all
+// blocks 2^31, whose bit so turns once, and the others 1.
+#ifdef CUPY_KERNELS_EMULATOR
+using emulator::grid_barrier;
+#else
+__device__ inline void grid_barrier() {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        unsigned* counter;
+        asm("mov.b64 %0, {%%envreg2, %%envreg1};" : "=l"(counter));
+        counter++;
+        __threadfence();
+        unsigned before = atomicAdd(counter, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
+        while (!((before ^ *(volatile unsigned*)counter) >> 31)) {}
+        __threadfence();
+    }
+    __syncthreads();
+}
+#endif
+
 // Hides v's origin from the compiler: what is computed from v is computed after this point.
 __device__ inline void make_opaque(int& v) {
 #ifndef CUPY_KERNELS_EMULATOR
