@@ -56,7 +56,7 @@ def resident(tensors, kept: int, room: Room | None, param: str) -> Resident | No
     batches = min(needed, (room.shared_bytes - ring_at) // batch_bytes)
     if batches <= _AHEAD:
         return None
-    walk = Walk(macros, tiles, (channels, plane, rows, chunk), ceil_div(rows, chunk), tile, threads)
+    walk = Walk(macros, tiles, (channels, 1, rows, chunk), ceil_div(rows, chunk), tile, threads)
     return Resident(walk, ring_at, batches, ring_at + batches * batch_bytes)
 
 
