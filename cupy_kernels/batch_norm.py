@@ -56,7 +56,20 @@ def batch_norm_workspace(x, room: Room | None = None) -> int:
 
 
 def batch_norm_forward(
-    x, running_mean, running_var, batches, weight, bias, y, mean, invstd, workspace, momentum, eps, tanh=False, room=None
+    x,
+    running_mean,
+    running_var,
+    batches,
+    weight,
+    bias,
+    y,
+    mean,
+    invstd,
+    workspace,
+    momentum,
+    eps,
+    tanh=False,
+    room: Room | None = None,
 ) -> None:
     """y = (x - mean) invstd weight + bias, or tanh of that; y and x's own statistics, mean and invstd, are written.
 

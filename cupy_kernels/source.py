@@ -411,7 +411,7 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
 
 @until_overridden
 def cooperative(kernel: Kernel) -> bool:
-    """Whether the kernel's own text calls grid_barrier(): then all blocks start at once, or none, where they do not fit."""
+    """Whether the kernel's own text calls grid_barrier(): then all its blocks must start at once."""
     text = expanded(kernel.file)
     code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text[slice(*span(text, kernel.name))], flags=re.DOTALL)
     return re.search(r"\bgrid_barrier\s*\(", code) is not None
