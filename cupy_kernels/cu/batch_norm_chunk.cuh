@@ -13,9 +13,6 @@ struct Partials {
     }
 };
 
-// Number of values in a chunk.
-__device__ inline i64 chunk_count(i64 count, i64 k, i64 chunk) { return min(chunk, count - k * chunk); }
-
 // y of a chunk, with what is kept of the channels.
 template <class X> __device__ inline void apply(
     X x, scalar_t* __restrict__ y, bool with_tanh, const Walk& walk, const Kept& kept) {
@@ -114,7 +111,8 @@ __device__ inline acc_t mean_of(double sum, i64 count) {
 }
 
 // dx of a chunk, with what is kept of the channels.
-template <class T> __device__ inline void backward_apply(T tensors, const Kept& kept, scalar_t* __restrict__ dx, Walk walk) {
+template <class T> __device__ inline void backward_apply(
+    T tensors, const Kept& kept, scalar_t* __restrict__ dx, Walk walk) {
     Normalisers normalise(kept, walk);
     acc_t scale[SLOTS], mean_g[SLOTS], mean_dot[SLOTS];
     kept.slots(SCALE, walk, scale), kept.slots(MEAN_G, walk, mean_g), kept.slots(MEAN_DOT, walk, mean_dot);

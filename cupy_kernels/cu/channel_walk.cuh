@@ -124,8 +124,7 @@ template <class F> __device__ inline int next_packs(Walk& walk, int most, F load
 }
 
 // The next packs of a tensor, how many they are, and where they lie. There may be other readers than a pointer.
-__device__ inline int next_batch(
-    const scalar_t* __restrict__ x, Walk& walk, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
+__device__ inline int next_batch(const scalar_t* __restrict__ x, Walk& walk, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
     return next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + (offsets[b] = offset)); });
 }
 
@@ -385,9 +384,8 @@ __device__ inline void moments_of_chunk(X x, acc_t unit, Walk walk, acc_t* scrat
         acc_t reference = columns.at(SHIFT, 0, column), near = 0, rest = 0, m2 = 0;
         #pragma unroll 4
         for (int row = 0; row < columns.rows; row++)
-            near +=
-                columns.rows_of(walk, row) *
-                (columns.at(SHIFT, row, column) - reference + columns.at(DISTANCE, row, column));
+            near += columns.rows_of(walk, row) *
+                    (columns.at(SHIFT, row, column) - reference + columns.at(DISTANCE, row, column));
         near = reference + near / walk.rows;
         #pragma unroll 4
         for (int row = 0; row < columns.rows; row++) {
@@ -449,9 +447,8 @@ struct Normalisers {
 
 // y = xhat weight + bias of a chunk, which after(values of a pack) may change, with the weights and biases of the
 // slots, and the block's means.
-template <class X, class F> __device__ inline void normalise_chunk(
-    X x, scalar_t* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS],
-    const acc_t (&b)[SLOTS], F after) {
+template <class X, class Y, class F> __device__ inline void normalise_chunk(
+    X x, Y* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS], const acc_t (&b)[SLOTS], F after) {
     Normalisers normalise(kept, walk);
     #pragma unroll 1
     while (walk.packs > 0) {
@@ -461,15 +458,15 @@ template <class X, class F> __device__ inline void normalise_chunk(
         #pragma unroll
         for (int j = 0; j < BATCH; j++) {
             if (j >= have) continue;
-            Pack out;
+            Packed<Y, WIDTH> out;
             acc_t xhat[WIDTH];
             normalise(in[j], xhat);
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) xhat[i] = bn_affine(xhat[i], w[i / PER_SLOT], b[i / PER_SLOT]);
             after(xhat);
             #pragma unroll
-            for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<scalar_t>(xhat[i]);
-            *(Pack*)(y + offsets[j]) = out;
+            for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<Y>(xhat[i]);
+            *(Packed<Y, WIDTH>*)(y + offsets[j]) = out;
         }
     }
 }

@@ -2,14 +2,14 @@
 
 #define EMULATOR_ATOMIC_OF(name, T, value) \
     UNCHECKED static inline T name(T* p, T v) { \
-        emulator::atomic(p, sizeof(T)); \
+        emulator::atomic(p, sizeof(T), EMULATOR_CALLER); \
         T old = *p; \
         *p = value; \
         return old; \
     }
 #define EMULATOR_CAS_OF(name, T) \
     UNCHECKED static inline T name(T* p, T compare, T v) { \
-        emulator::atomic(p, sizeof(T)); \
+        emulator::atomic(p, sizeof(T), EMULATOR_CALLER); \
         T old = *p; \
         if (old == compare) *p = v; \
         return old; \

@@ -19,7 +19,8 @@ static void begin_epochs() {
 
 static void start_block() {
     memset(dynamic.start, POISON, dynamic.bytes);
-    memset(fixed.start, POISON, fixed.bytes);
+    for (unsigned i = 0; i < variable_count; i++)
+        if (variables[i].shared) memset(variables[i].start, POISON, variables[i].bytes);
     memset(warps, 0, sizeof warps);
     memset(queues, 0, sizeof queues);
     begin_epochs();
@@ -49,8 +50,7 @@ static bool release_barrier() {
         done += f.state == DONE;
         if (f.state == AT_WARP)
             return report(
-                       "%s:%d: thread %d waits in a warp operation for lanes that do not come", f.place.file,
-                       f.place.line, t),
+                       "<%x>: thread %d waits in a warp operation for lanes that do not come", place_of(f.place.at), t),
                    false;
         if (f.state == AT_WGMMA)
             return report("thread %d waits for a wgmma that not all warps of its warpgroup issue", t), false;
@@ -60,15 +60,15 @@ static bool release_barrier() {
         if (first < 0) first = t;
         if (f.place != fibers[first].place || f.at_grid != fibers[first].at_grid)
             return report(
-                       "divergent barrier: thread %d waits at %s:%d, thread %d at %s:%d", first,
-                       fibers[first].place.file, fibers[first].place.line, t, f.place.file, f.place.line),
+                       "divergent barrier: thread %d waits at <%x>, thread %d at <%x>", first,
+                       place_of(fibers[first].place.at), t, place_of(f.place.at)),
                    false;
     }
     if (done == thread_count) return false;
     if (done)
         return report(
-                   "divergent barrier: %d of %d threads wait at %s:%d, the others have returned", waiting, thread_count,
-                   fibers[first].place.file, fibers[first].place.line),
+                   "divergent barrier: %d of %d threads wait at <%x>, the others have returned", waiting, thread_count,
+                   place_of(fibers[first].place.at)),
                false;
     if (fibers[first].at_grid) return false;
     for (int t = 0; t < thread_count; t++) fibers[t].state = READY;

@@ -22,11 +22,13 @@ template <class F> static void for_parts_of_block(F part) {
         char *top = stacks + (t + 1) * (STACK_BYTES + STACK_GAP), *used = (char*)fibers[t].stack_pointer;
         part(used, top - used);
     }
-    Array* shared[] = {&dynamic, &fixed};
-    for (Array* array : shared) {
-        part(array->start, array->bytes);
-        part(array->words, (array->bytes / 4 + 1) * sizeof(Word));
-    }
+    auto part_of = [&](Array& array) {
+        part(array.start, array.bytes);
+        part(array.words, (array.bytes / 4 + 1) * sizeof(Word));
+    };
+    part_of(dynamic);
+    for (unsigned i = 0; i < variable_count; i++)
+        if (variables[i].shared) part_of(variables[i]);
 }
 
 static void lay_aside(Aside& aside) {

@@ -82,8 +82,6 @@ static inline void __brkpt() {}
 #include "atomics.h"
 #include "warps.h"
 
-extern "C" char __start_cu_shared[] __attribute__((weak, visibility("hidden")));
-extern "C" char __stop_cu_shared[] __attribute__((weak, visibility("hidden")));
 #define EMULATOR_ENTRY(kernel, ...) \
     static void kernel##_body() { \
         using emulator::arguments; \
@@ -91,10 +89,14 @@ extern "C" char __stop_cu_shared[] __attribute__((weak, visibility("hidden")));
     } \
     extern "C" UNCHECKED __attribute__((visibility("default"))) const char* emulator_##kernel( \
         const emulator::Launch& launch) { \
-        return emulator::run(kernel##_body, {__ehdr_start, _end, __start_cu_shared, __stop_cu_shared}, launch); \
+        return emulator::run(kernel##_body, {__ehdr_start, _end}, launch); \
     }
-#define EMULATOR_CALLER ((const char*)__builtin_return_address(0))  // in an UNCHECKED function
 #define DYNAMIC_SHARED(T, name) T* name = (T*)emulator::dynamic_shared
 #define assert(condition) \
     ((condition) ? (void)0 : emulator::fail(emulator::Place::here(), "fails the assertion " #condition))
+// What g++ calls where a local array has overflowed.
+extern "C" UNCHECKED __attribute__((visibility("hidden"))) void __stack_chk_fail() {
+    emulator::fail({"", 0, EMULATOR_CALLER}, "has written outside of a local array");
+    for (;;);
+}
 static inline void __trap(EMULATOR_HERE) { emulator::fail(place, "calls __trap()"); }

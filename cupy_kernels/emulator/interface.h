@@ -8,20 +8,25 @@
 #endif
 EMULATOR_VARIABLE uint3 threadIdx, blockIdx;
 EMULATOR_VARIABLE dim3 blockDim, gridDim;
-static const int warpSize = 32;
+EMULATOR_VARIABLE int warpSize;
 #define UNCHECKED __attribute__((noinline, no_sanitize("thread", "undefined")))
+#define EMULATOR_CALLER ((const char*)__builtin_return_address(0))  // in an UNCHECKED function
 extern "C" char __ehdr_start[] __attribute__((visibility("hidden")));
 extern "C" char _end[] __attribute__((visibility("hidden")));
 
 #pragma GCC visibility push(default)
 namespace emulator {
 
-// A line of the source. As a default argument it is the line of the call.
+const char* address();  // of the instruction behind the call
+
+// A line of the source, and a place in the library. As a default argument it is the line of the call.
 struct Place {
     const char* file;
     int line;
-    static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-        return {file, line};
+    const char* at;
+    static Place here(
+        const char* file = __builtin_FILE(), int line = __builtin_LINE(), const char* at = emulator::address()) {
+        return {file, line, at};
     }
     bool operator!=(const Place& other) const { return file != other.file || line != other.line; }
 };
@@ -36,14 +41,22 @@ struct Parameter {
     unsigned item;
     int kind;
 };
+// Of the kernel's library, its addresses counted from the library's start.
+struct Variable {
+    const char* name;
+    unsigned long long address, bytes;
+    int shared;
+};
 struct Launch {
     const Parameter* parameters;
     const unsigned long long* words;
     unsigned count, grid[3], block[3];
     unsigned long long shared_bytes, seed;
+    const Variable* variables;
+    unsigned variable_count;
     bool cooperative;
 };
-struct Image { char *start, *end, *shared_start, *shared_end; };  // a library's memory
+struct Image { char *start, *end; };  // a library's memory
 
 EMULATOR_VARIABLE int current, thread_count;
 extern Exchange exchange[MAX_THREADS];
@@ -61,7 +74,7 @@ bool is_shared(const void* address);
 bool is_global(const void* address);
 void set_rounding(int mode);  // 0 to nearest, 1 to zero, 2 up, 3 down
 void read_any(const void* address, size_t bytes);
-void atomic(void* address, size_t bytes);
+void atomic(void* address, size_t bytes, const char* place);
 void fence();
 void copy_async(void* to, const void* from, int bytes, bool copied);
 void copy_commit();

@@ -4,12 +4,12 @@
 // the order in which fibers run is a permutation drawn from a seed.
 //
 // Kernels are compiled with -fsanitize=thread, for which the compiler calls __tsan_read4(address) and the like before
-// each access to memory. These functions, in accesses.cpp, look the address up. Arrays are copied to places that lie 64
+// each access to memory. These functions, in sanitizers.cpp, look the address up. Arrays are copied to places that lie 64
 // GiB apart, so that an index that is wrong by anything leads to no other array. Each 4 bytes of an array, and of
 // shared memory, have a `Word`: who wrote it last, and who read it. Two accesses of two threads to the same bytes, one
 // of them a write, must have a barrier between them. It is found out for one order of threads, whatever order ran.
 //
-// state.h has the words and what else is known; then a file a topic: accesses.cpp checks, threads.cpp waits, copies.cpp
+// state.h has the words and what else is known; then a file a topic: accesses.cpp checks, sanitizers.cpp is what the compiler calls, threads.cpp waits, copies.cpp
 // and wgmma.cpp work later, blocks.cpp runs, faults.cpp ends, memory.cpp says where things lie.
 #define EMULATOR_RUNTIME
 #include <fenv.h>
@@ -26,6 +26,7 @@
 #include "switch.h"
 #include "state.h"
 #include "accesses.cpp"
+#include "sanitizers.cpp"
 #include "threads.cpp"
 #include "copies.cpp"
 #include "wgmma.cpp"
@@ -45,9 +46,9 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     error[0] = 0;
     stopped = nullptr;
     if (launch.count > MAX_PARAMETERS) return "more than 62 parameters";
+    if (launch.variable_count > MAX_VARIABLES) return "more than 256 __shared__ and __device__ variables in its file";
     if (!reserve_all()) return "the emulator finds no address space for 1024 stacks";
-    size_t fixed_bytes = image.shared_end - image.shared_start;
-    bool placed = place(0, "dynamic shared memory", 0, launch.shared_bytes, 1);
+    bool placed = place(0, "dynamic shared memory", 0, launch.shared_bytes, 0);
     for (unsigned i = 0; i < launch.count; i++) {
         const Parameter& p = launch.parameters[i];
         argument_words[i] = launch.words[i];
@@ -62,16 +63,21 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
         argument_words[i] = (u64)a.start;
     }
     array_count = launch.count + 1;
-    fixed = {"static shared memory", image.shared_start, fixed_bytes, 1, false, false, true, nullptr};
+    variable_count = launch.variable_count;
+    for (unsigned i = 0; i < variable_count; i++) {
+        const Variable& v = launch.variables[i];
+        variables[i] = {v.name, image.start + v.address, v.bytes, 0, false, !v.shared, (bool)v.shared, nullptr};
+    }
     dynamic.shared = true, dynamic.initialised = false;
     dynamic_shared = dynamic.start;
     arguments = argument_addresses;
-    size_t count = fixed_bytes / 4 + 1;
+    size_t count = 0;
     for (unsigned i = 0; i < array_count; i++) count += arrays[i].bytes / 4 + 1;
+    for (unsigned i = 0; i < variable_count; i++) count += variables[i].bytes / 4 + 1;
     if (!placed || !clear_words(count * sizeof(Word))) return "the emulator finds no memory for the arrays";
-    fixed.words = words;
-    Word* next = words + fixed_bytes / 4 + 1;
+    Word* next = words;
     for (unsigned i = 0; i < array_count; i++) arrays[i].words = next, next += arrays[i].bytes / 4 + 1;
+    for (unsigned i = 0; i < variable_count; i++) variables[i].words = next, next += variables[i].bytes / 4 + 1;
 
     stack_t ours = {}, theirs;
     ours.ss_sp = signal_stack, ours.ss_size = SIGNAL_STACK_BYTES;

@@ -4,12 +4,13 @@
 
 EXPORTED uint3 threadIdx, blockIdx;
 EXPORTED dim3 blockDim, gridDim;
+EXPORTED int warpSize = 32;  // to a kernel no constant expression, as in CUDA
 
 namespace emulator {
 
 typedef unsigned long long u64;
 
-enum { MAX_COPIES = 256, MAX_PARAMETERS = 62, POISON = 0xFF };
+enum { MAX_COPIES = 256, MAX_PARAMETERS = 62, MAX_VARIABLES = 256, POISON = 0xFF, GAP = 256 };
 // The gap is wider than local arrays are, so that no access skips it. Not all stacks end at the same place of a page:
 // they would share lines of the cache.
 enum : size_t { STACK_BYTES = 576 << 10, STACK_GAP = 16 << 20, STACK_SHIFT = 128 };
@@ -28,7 +29,7 @@ struct Array {
     const char* name;
     char* start;
     size_t bytes;
-    unsigned item;
+    unsigned item;  // bytes of an element; 0: errors count bytes
     bool constant, initialised, shared;
     Word* words;
 };
@@ -75,9 +76,9 @@ static char* stack_low;
 
 static char *arena, *image_start, *image_end;
 static int slot_bits = 36;
-static Array arrays[MAX_PARAMETERS + 2], &dynamic = arrays[0],
-                                         &fixed = arrays[MAX_PARAMETERS + 1];  // the latter: static shared memory
-static unsigned array_count;
+static Array arrays[MAX_PARAMETERS + 1], &dynamic = arrays[0];  // dynamic shared memory
+static Array variables[MAX_VARIABLES];                          // __shared__ and __device__ ones
+static unsigned array_count, variable_count;
 static u64 self;                           // the stamp of what the current thread does
 // Number of the last barrier; of the block's start, or when it went on behind the last grid barrier; of that one; and
 // of the start of the block's shared memory.
@@ -98,12 +99,14 @@ static void report(const char* format, ...) {
     va_end(values);
 }
 
+// A place as Python finds the source line for: the library's byte. It stands as <byte> in an error.
+static unsigned place_of(const char* caller) { return unsigned(caller - image_start); }
+
 // Ends the launch: the scheduler sees the error, and never comes back.
 #define FAIL(...) (emulator::report(__VA_ARGS__), emulator::yield())
-#define FAIL_AT(at, format, ...) FAIL("%s:%u: " format, (at).file, (at).line, __VA_ARGS__)
 
-EXPORTED void fail(Place place, const char* what) {
-    FAIL("%s:%d: thread %d %s", place.file, place.line, current, what);
-}
+EXPORTED void fail(Place place, const char* what) { FAIL("<%x>: thread %d %s", place_of(place.at), current, what); }
+
+EXPORTED const char* address() { return CALLER; }
 
 }  // namespace emulator

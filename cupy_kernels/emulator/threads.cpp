@@ -45,14 +45,13 @@ bool warp_barrier(unsigned mask, Place place, bool synchronises) {
     unsigned lanes = thread_count - current / 32 * 32, lane = 1u << current % 32;
     if (lanes < 32) mask &= (1u << lanes) - 1;
     if (!(mask & lane))
-        return FAIL(
-                   "%s:%d: thread %d calls a warp operation whose mask leaves it out", place.file, place.line, current),
+        return FAIL("<%x>: thread %d calls a warp operation whose mask leaves it out", place_of(place.at), current),
                false;
     if (!warp.arrived) warp.mask = mask, warp.place = place;
     if (warp.mask != mask || warp.place != place)
         return FAIL(
-                   "%s:%d and %s:%d: lanes of warp %d meet at different warp operations", warp.place.file,
-                   warp.place.line, place.file, place.line, current / 32),
+                   "<%x> and <%x>: lanes of warp %d meet at different warp operations", place_of(warp.place.at),
+                   place_of(place.at), current / 32),
                false;
     warp.arrived |= lane;
     if (warp.arrived == mask) {
