@@ -43,7 +43,6 @@ _SM_THREADS = 1024  # that an SM runs at once, as many registers as they have
 _L2_BYTES = 27 * 10**6  # that stay in the L2 cache until they are read again
 _SM_BYTES_US = {0: 20 * 10**3, 1: 45 * 10**3}  # bytes a microsecond that a block gets from memory, by PLANES
 _BYTES_US = 2.8 * 10**6  # that all get, on an H100
-WHOLE_BLOCKS = 1
 _LAUNCHES_US = 9  # what two more launches, and partial results, cost
 
 
@@ -313,7 +312,7 @@ def _parameter(x, *parameters):
 
 
 def _whole_threads(name, planes):
-    """Threads of a block of whole channels: as many as have enough registers."""
+    """Threads that a block of whole channels may have: as many as have enough registers."""
     if not planes:
         return 128, 256
     return (128, 256) if name == "double" else (256, 512, 640)
@@ -325,7 +324,7 @@ def _macros(name, param, width, planes):
         "PLANES": planes,
         "KEPT": KEPT,
         "THREADS": THREADS,
-        "WHOLE_BLOCKS": WHOLE_BLOCKS if planes else 1,
-        "WHOLE_THREADS": _whole_threads(name, planes)[-1],
+        # By planes kernels are held to the registers with which an SM runs _SM_THREADS, in several blocks.
+        "WHOLE_THREADS": _SM_THREADS if planes and name != "double" else _whole_threads(name, planes)[-1],
     }
     return (*scalar_macros(name), ("param_t", param), *sizes.items())

@@ -15,8 +15,7 @@ FILE = "batch_norm_resident.cu"
 _THREADS = 512  # the most of a block
 _AHEAD = 3  # batches on their way
 _BATCH = 4  # packs in flight, of all tensors that are kept whole
-_TILES = (8, 4)  # packs of a row that a block may take
-_PARTIALS_BYTES = 2**16  # partial results that a block may have to read
+_READING = {8: 1, 4: 1.25}  # packs of a row that a block may take, and what a byte of them then costs
 
 
 class Resident(NamedTuple):
@@ -87,7 +86,7 @@ def _may_be(x, room):
 
 
 def _shares(rows, packs, width, room):
-    """(packs of a row that a block takes, blocks that share a row, rows of a block): the least work for the busiest."""
+    """(packs of a row that a block takes, blocks that share a row, rows of a block): the least for a block to read."""
 
     def shares(tile):
         tiles = ceil_div(packs, tile)
@@ -95,7 +94,7 @@ def _shares(rows, packs, width, room):
 
     def cost(shares):
         tile, tiles, chunk = shares
-        partials = 16 * tile * width * ceil_div(rows, chunk)
-        return tiles > room.multiprocessors, partials > _PARTIALS_BYTES, chunk * tile
+        partial_bytes = 16 * tile * width * ceil_div(rows, chunk)
+        return tiles > room.multiprocessors, chunk * tile * PACK_BYTES * _READING[tile] + partial_bytes
 
-    return min(map(shares, _TILES), key=cost)
+    return min(map(shares, _READING), key=cost)

@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_eval(
 }
 
 // Statistics, and where y is not null the result, of blocks that have whole channels.
-extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, WHOLE_BLOCKS) batch_norm_forward(
+extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, 1) batch_norm_forward(
     const scalar_t* __restrict__ x, INOUT param_t* running_mean, INOUT param_t* running_var, INOUT i64* batches,
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
     acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, int with_tanh, i64 channels,
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backwar
 }
 
 // All gradients, of blocks that have whole channels, through the batch's statistics. dx, dweight and dbias may be null.
-extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, WHOLE_BLOCKS) batch_norm_backward(
+extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, 1) batch_norm_backward(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
     const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
     scalar_t* __restrict__ dx, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 channels, i64 plane,

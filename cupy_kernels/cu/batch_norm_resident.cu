@@ -111,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
     Share share(walk);
     i64 c = share.channel;
     acc_t own_weight = bn_weight(weight, c), own_bias = bn_bias(bias, c);
-    param_t own_mean, own_var;
+    param_t own_mean = {}, own_var = {};
     if (running_mean) own_mean = running_mean[c], own_var = running_var[c];
     if (batches && blockIdx.x == 0 && threadIdx.x == 0) ++*batches;
     Partials to = {partials, channels, chunks};
@@ -142,9 +142,7 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
         acc_t unit = is_finite((acc_t)m2) ? (acc_t)1 : OTHER_UNIT();
         Moments found = {(acc_t)((reference + shift) * unit), (acc_t)(m2 * unit * unit)};
         acc_t batch_mean, batch_invstd;
-        store_statistics(
-            found, unit, count, eps, &batch_mean, &batch_invstd, running_mean ? &own_mean : nullptr, &own_var, momentum,
-            0);
+        store_statistics(found, unit, count, eps, &batch_mean, &batch_invstd, &own_mean, &own_var, momentum, 0);
         kept.normaliser(share.place, batch_mean, batch_invstd);
         kept.at(WEIGHT, share.place) = own_weight, kept.at(BIAS, share.place) = own_bias;
         if (walk.chunk == 0) {
