@@ -324,7 +324,8 @@ def _macros(name, param, width, planes):
         "PLANES": planes,
         "KEPT": KEPT,
         "THREADS": THREADS,
-        # By planes kernels are held to the registers with which an SM runs _SM_THREADS, in several blocks.
-        "WHOLE_THREADS": _SM_THREADS if planes and name != "double" else _whole_threads(name, planes)[-1],
+        # By planes kernels get the registers with which an SM runs _SM_THREADS, in several blocks. Of bfloat16 they
+        # would spill.
+        "WHOLE_THREADS": _SM_THREADS if planes and name in ("float", "half_t") else _whole_threads(name, planes)[-1],
     }
     return (*scalar_macros(name), ("param_t", param), *sizes.items())
