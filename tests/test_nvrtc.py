@@ -39,6 +39,7 @@ SPILLS[("depthwise_gather", None, False)] = SPILLS[("channel_sum_partials", None
 # Of 16 bits, on GPUs older than sm_90 most of it.
 SPILLS |= {("batch_norm_resident_backward", None, False): 480, ("batch_norm_resident_forward", None, False): 96}
 SPILLS |= {(f"batch_norm_{way}", None, False): 256 for way in ("forward", "backward")}
+SPILLS[("batch_norm_partials", None, False)] = 52
 
 
 def goes_with_wgmma(variant):
