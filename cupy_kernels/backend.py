@@ -2,11 +2,19 @@
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from . import cache
 from .source import Kernel, in_force, unit
 
 _listeners = []
+
+
+class Room(NamedTuple):
+    """What a launch whose blocks wait for each other has: they must all run at once."""
+
+    multiprocessors: int
+    shared_bytes: int  # of each of them, for one block
 
 
 class Backend:
@@ -31,6 +39,10 @@ class Backend:
         with ThreadPoolExecutor() as threads:
             for compiled in [threads.submit(self._once, kernel, place) for kernel in missing]:
                 compiled.result()
+
+    def room(self, device: int | None) -> Room | None:
+        """Of a device, by its index; None if it has no such launches."""
+        raise NotImplementedError
 
     def handle(self, kernel: Kernel, shared_bytes: int):
         """The compiled kernel as `start` takes it. shared_bytes: dynamic shared memory of a launch."""

@@ -8,6 +8,8 @@ float32.
 
 import itertools
 
+from .backend import Room
+from .batch_norm_resident import most_chunks, resident, resident_variants
 from .channel_walk import (
     KEPT,
     Walk,
@@ -44,22 +46,44 @@ _BYTES_US = 2.8 * 10**6  # that all get, on an H100
 _LAUNCHES_US = 9  # what two more launches, and partial results, cost
 
 
-def batch_norm_workspace(x) -> int:
-    """Elements of the workspace that the statistics and the gradients of x, or one of its shape and dtype, need."""
-    return 2 * x.shape[1] * (1 + chunks_of(x)[1])
+def batch_norm_workspace(x, room: Room | None = None) -> int:
+    """Elements of the workspace that the statistics and the gradients of x, or one of its shape and dtype, need.
+
+    room: the one that `batch_norm_forward` or `batch_norm_backward` gets.
+    """
+    return 2 * x.shape[1] * (1 + max(chunks_of(x)[1], most_chunks(x, room)))
 
 
 def batch_norm_forward(
-    x, running_mean, running_var, batches, weight, bias, y, mean, invstd, workspace, momentum, eps, tanh=False
+    x,
+    running_mean,
+    running_var,
+    batches,
+    weight,
+    bias,
+    y,
+    mean,
+    invstd,
+    workspace,
+    momentum,
+    eps,
+    tanh=False,
+    room: Room | None = None,
 ) -> None:
     """y = (x - mean) invstd weight + bias, or tanh of that; y and x's own statistics, mean and invstd, are written.
 
-    As `batch_norm_statistics` and `batch_norm_apply`, in one kernel where a block can have all of a channel.
+    As `batch_norm_statistics` and `batch_norm_apply`; in one kernel where a block can have all of a channel, or where
+    blocks may wait for each other, which they may in `room`, a `Room`.
     """
     same_shape(x=x, y=y)
-    if not _one_dtype(running_mean, weight, bias) or not _whole(
-        x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh
-    ):
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    _check_channels(x, mean=mean, invstd=invstd, **parameters)
+    args = (x, running_mean, running_var, batches, weight, bias, y, mean, invstd)
+    found = _resident((x, y), 1, room, running_mean, weight, bias)
+    if found:
+        partials = _partials(workspace, x, found.walk.chunks)
+        found.launch("batch_norm_resident_forward", (*args, partials, momentum, eps, tanh))
+    elif not _one_dtype(running_mean, weight, bias) or not _whole(*args, momentum, eps, tanh):
         batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, workspace, momentum, eps)
         batch_norm_apply(x, mean, invstd, weight, bias, y, tanh)
 
@@ -72,7 +96,7 @@ def batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, w
     batches: one int64, which grows by 1, or None.
     workspace: `batch_norm_workspace(x)` elements, written.
     """
-    partials = _partials(workspace, x)
+    partials = _partials(workspace, x, chunks_of(x)[1])
     if _whole(x, running_mean, running_var, batches, None, None, None, mean, invstd, momentum, eps, False):
         return
     channels = _check_channels(x, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
@@ -119,14 +143,16 @@ def batch_norm_apply(x, mean, invstd, weight, bias, y, tanh=False) -> None:
     walk.launch(_FILE, "batch_norm_apply", args, sums=False)
 
 
-def batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspace, through_statistics, y=None) -> None:
+def batch_norm_backward(
+    dy, x, mean, invstd, weight, dx, dweight, dbias, workspace, through_statistics, y=None, room=None
+) -> None:
     """dx, dweight and dbias, written where not None. xhat = (x - mean) invstd.
 
     dbias = sum of g, and dweight = sum of g xhat, per channel. g = dy; if `y` is given, the forward's result with tanh,
     g = dy (1 - y^2). dx = weight invstd g, or with through_statistics, where mean and invstd are those of x itself,
     weight invstd (g - mean of g - xhat mean of g xhat).
     weight may be None; x too, if neither statistics nor parameters need a gradient. workspace:
-    `batch_norm_workspace(dy)` elements, written; None if x is.
+    `batch_norm_workspace(dy, room)` elements, written; None if x is. room: as in `batch_norm_forward`.
     """
     sums_needed = through_statistics or dweight is not None or dbias is not None
     if sums_needed and x is None:
@@ -135,6 +161,12 @@ def batch_norm_backward(dy, x, mean, invstd, weight, dx, dweight, dbias, workspa
     channels = _check_channels(dy, mean=mean, invstd=invstd, weight=weight, dweight=dweight, dbias=dbias)
     tensors = [a for a in (dy, x if sums_needed else None, y, dx) if a is not None]
     parameters = (weight, dweight, dbias)
+    found = _resident(tensors, 2 + (y is not None), room, *parameters) if through_statistics else None
+    if found:
+        partials = _partials(workspace, dy, found.walk.chunks)
+        args = (dy, x, y, mean, invstd, weight, dx, dweight, dbias, partials)
+        found.launch("batch_norm_resident_backward", args)
+        return
     whole = _whole_walk(tensors, 2 + (y is not None), *parameters) if through_statistics else None
     if whole is not None:
         args = (dy, x, y, mean, invstd, weight, dx, dweight, dbias, *whole.sizes, whole.tile)
@@ -155,7 +187,7 @@ def batch_norm_backward_sums(dy, x, mean, invstd, weight, sums, dweight, dbias, 
     dx: None, or weight invstd g, written. The rest as in `batch_norm_backward`.
     """
     walk = _walk([a for a in (dy, x, y, dx) if a is not None], weight, dweight, dbias)
-    partials = _partials(workspace, dy)
+    partials = _partials(workspace, dy, walk.chunks)
     args = (dy, x, y, mean, invstd, weight, partials, dx, *walk.sizes, walk.chunks, walk.tile)
     walk.launch(_FILE, "batch_norm_backward_partials", args)
     partials = partials.reshape((2, mean.size, walk.chunks))
@@ -192,6 +224,7 @@ def variants():
     for name in FLOATS:
         for param, width, planes in itertools.product(sorted({accumulator(name), name}), widths(name), (1, 0)):
             yield Variant(_FILE, _macros(name, param, width, planes))
+    yield from resident_variants()
     for param in ("half_t", "bf16_t"):  # the second stage of a reduction that another module began in float
         yield Variant(_FILE, _macros("float", param, 1, 1))
 
@@ -248,12 +281,17 @@ def _whole_walk(tensors, read: int, *parameters) -> Walk | None:
     return Walk(macros, across, (channels, plane, count, chunk), 1, tile, threads)
 
 
-def _partials(workspace, x):
-    """What of the workspace holds partial results: the rest, before it, holds sums."""
-    needed, channels = batch_norm_workspace(x), x.shape[1]
-    if workspace.size != needed:
+def _resident(tensors, kept, room, *parameters):
+    return resident(tensors, kept, room, _parameter(tensors[0], *parameters)) if _one_dtype(*parameters) else None
+
+
+def _partials(workspace, x, chunks):
+    """What of the workspace holds partial results: what is before it holds sums."""
+    sums = 2 * x.shape[1]
+    needed = sums * (1 + chunks)
+    if workspace.size < needed:
         raise ValueError(f"the workspace for shape {x.shape} must have {needed} elements, received {workspace.size}")
-    return workspace[2 * channels :]
+    return workspace[sums:needed]
 
 
 def _check_channels(x, **arrays):
@@ -274,7 +312,7 @@ def _parameter(x, *parameters):
 
 
 def _whole_threads(name, planes):
-    """Threads of a block of whole channels: as many as have enough registers."""
+    """Threads that a block of whole channels may have: as many as have enough registers."""
     if not planes:
         return 128, 256
     return (128, 256) if name == "double" else (256, 512, 640)
@@ -286,6 +324,8 @@ def _macros(name, param, width, planes):
         "PLANES": planes,
         "KEPT": KEPT,
         "THREADS": THREADS,
-        "WHOLE_THREADS": _whole_threads(name, planes)[-1],
+        # By planes kernels get the registers with which an SM runs _SM_THREADS, in several blocks. Of bfloat16 they
+        # would spill.
+        "WHOLE_THREADS": _SM_THREADS if planes and name in ("float", "half_t") else _whole_threads(name, planes)[-1],
     }
     return (*scalar_macros(name), ("param_t", param), *sizes.items())

@@ -39,7 +39,8 @@ def whole_warps(threads: int) -> int:
 def shared_bytes(macros, tile: int, threads: int, sums: bool = True) -> int:
     """Shared memory of a block: what it keeps of its channels, and room for sums, see channel_walk.cuh."""
     known = dict(macros)
-    columns, scratch = (1, 32) if known["PLANES"] else (tile * known["WIDTH"], 3 * known["WIDTH"] * threads)
+    together = 1 if known["PLANES"] or 32 % tile else 32 // tile  # rows of threads, of which a warp has one sum
+    columns, scratch = (1, 32) if known["PLANES"] else (tile * known["WIDTH"], 3 * known["WIDTH"] * threads // together)
     return (KEPT * columns + (max(32, scratch) if sums else 0)) * DTYPES[known["acc_t"]].itemsize
 
 

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from . import cache, nvrtc
-from .backend import Backend
+from .backend import Backend, Room
 from .errors import BackendError
 from .source import Kernel, unit
 
@@ -39,6 +39,12 @@ class Gpu(Backend):
     def __init__(self):
         super().__init__()
         self._functions, self._shared_bytes, self._lock = {}, {}, threading.Lock()
+
+    def room(self, device):
+        cuda = cupy().cuda.runtime
+        names = ("CooperativeLaunch", "MultiProcessorCount", "MaxSharedMemoryPerBlockOptin")
+        able, *room = (cuda.deviceGetAttribute(getattr(cuda, f"cudaDevAttr{name}"), device) for name in names)
+        return Room(*room) if able else None
 
     def function(self, kernel: Kernel, shared_bytes: int = 0):
         """The compiled kernel on the current device, as CuPy has it.

@@ -61,6 +61,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     args: as the kernel declares them: an array or None (null) for a pointer, a number for a scalar. Numbers are cast to
         the declared type. Outputs are arrays of the caller; nothing is allocated here.
     shared_bytes: dynamic shared memory per block.
+    All blocks of a kernel that calls grid_barrier(), of common.cuh, start at once; CUDA refuses more than fit.
     Raises ValueError for a wrong number of arguments, a non-contiguous array, a number that its type cannot hold, or
     limits that CUDA does not allow; TypeError for an array of another dtype than the kernel declares, and for arrays of
     several kinds; RuntimeError for an array that is not on the current device.

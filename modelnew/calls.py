@@ -38,7 +38,12 @@ recording = _Recording()
 
 
 class New:
-    """Makes the stand-ins of what a call allocates: `new(shape, dtype)` for a result, `new.scratch` for a workspace."""
+    """Makes the stand-ins of what a call allocates: `new(shape, dtype)` for a result, `new.scratch` for a workspace.
+
+    room: what launches whose blocks wait for each other have, a `backend.Room`, or None.
+    """
+
+    room = None
 
     def __init__(self, first: int):
         self.first = first  # index of the memory that small workspaces share
@@ -214,6 +219,7 @@ def _make(key, operation, values, options, check) -> _Known | str:
 def _planned_call(operation, values, options) -> _Known:
     device, new = one_device(values), New(len(values))
     machine = backend(device)
+    new.room = machine.room(device.index)
     stand_ins = [_stand_in(index, value) for index, value in enumerate(values)]
     count = len(values) - len(options)
     plan = Plan(machine, operation, [new, *stand_ins[:count]], dict(zip(options, stand_ins[count:])))

@@ -234,3 +234,17 @@ def test_numbers_that_do_not_fit(arguments):
     with pytest.raises(ValueError, match="offset=2147483648 does not fit int32"):
         start(x, y, 2**31, size)
     start(x, y, -1, 2**40, block=(6, 1, 1))
+
+
+def test_a_kernel_with_a_grid_barrier_is_launched_cooperatively(stand_in):
+    begun = []
+    compiler.cupy().cuda.driver.launchCooperativeKernel = lambda *numbers: begun.append(numbers[:-1])
+    text = """#include "common.cuh"
+extern "C" __global__ void waits(const float* x, float* y, int a, i64 n) { grid_barrier(); }
+extern "C" __global__ void goes(const float* x, float* y, int a, i64 n) { /* no grid_barrier() */ }
+"""
+    with source.override({"barrier.cu": text}):
+        for name in ("waits", "goes"):
+            launch(Kernel("barrier.cu", name), (5, 1, 1), (32, 1, 1), (None, gpu_array(0), -1, 6))
+    assert begun == [(71, 5, 1, 1, 32, 1, 1, 0, 99)]
+    assert len(stand_in.started) == 1

@@ -36,6 +36,10 @@ MEASURED = "11.8"  # Others allocate registers otherwise: with them, what runs b
 # slower when both were measured: 2.42 ms for 2.23, now 1.97 (benchmarks/history.md).
 SPILLS = {("conv_bn_pool", 2, False): 72, ("conv_transpose_mma", 2, False): 56}
 SPILLS[("depthwise_gather", None, False)] = SPILLS[("channel_sum_partials", None, False)] = 16  # of double, on sm_70
+# Of 16 bits, on GPUs older than sm_90 most of it.
+SPILLS |= {("batch_norm_resident_backward", None, False): 480, ("batch_norm_resident_forward", None, False): 96}
+SPILLS |= {(f"batch_norm_{way}", None, False): 256 for way in ("forward", "backward")}
+SPILLS[("batch_norm_partials", None, False)] = 52
 
 
 def goes_with_wgmma(variant):

@@ -14,8 +14,7 @@
 // of a block of the kernels that have chunks), WHOLE_THREADS (of those that have whole channels). Whether there is a
 // tanh is a run-time argument: its branch is uniform and the kernels wait for memory, so that it costs less than twice
 // as many variants would.
-#include "channel_walk.cuh"
-#include "tanh.cuh"
+#include "batch_norm_chunk.cuh"
 
 enum { BLOCKS = 2 };  // of an SM, at least
 #if __CUDA_ARCH__ >= 900
@@ -23,16 +22,6 @@ enum { PARTIALS_BLOCKS = sizeof(acc_t) == 8 ? 3 : 4 };
 #else
 enum { PARTIALS_BLOCKS = 3 };  // for older GPUs ptxas needs more registers
 #endif
-
-struct Partials {
-    double* first;
-    i64 channels, chunks;
-    __device__ void store(const Walk& walk, int channel, double one, double other) const {
-        i64 at = channel * chunks + walk.chunk;
-        first[at] = one;
-        first[channels * chunks + at] = other;
-    }
-};
 
 // partials: mean, and squares, of each chunk.
 extern "C" __global__ void __launch_bounds__(THREADS, PARTIALS_BLOCKS) batch_norm_partials(
@@ -82,23 +71,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_eval_statistics
     if (channel >= channels) return;
     mean[channel] = to_acc(running_mean[channel]);
     invstd[channel] = 1 / sqrt(to_acc(running_var[channel]) + eps);
-}
-
-// y of a chunk, with what is kept of the channels.
-__device__ inline void apply(
-    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, bool with_tanh, const Walk& walk, const Kept& kept) {
-    acc_t w[SLOTS], b[SLOTS];
-    kept.slots(WEIGHT, walk, w), kept.slots(BIAS, walk, b);
-    normalise_chunk(x, y, walk, kept, w, b, [=](acc_t(&v)[WIDTH]) {
-        if (!with_tanh) return;
-        #pragma unroll
-        for (int i = 0; i < WIDTH; i++) v[i] = tanh_of(v[i]);
-    });
-}
-__device__ inline void keep_channel(
-    const Kept& kept, int place, int channel, acc_t mean, acc_t invstd, const param_t* weight, const param_t* bias) {
-    kept.normaliser(place, mean, invstd);
-    kept.at(WEIGHT, place) = bn_weight(weight, channel), kept.at(BIAS, place) = bn_bias(bias, channel);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_apply(
@@ -156,74 +128,6 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, 1) batch_norm_forwar
     if (y) apply(x, y, with_tanh, Walk(blockIdx.x, channels, plane, count, chunk, tile), kept);
 }
 
-// What the backward knows of the channels: SCALE, of a gradient at batch norm's output, and the means of g and of g
-// xhat.
-enum { SCALE = WEIGHT, MEAN_G = BIAS, MEAN_DOT = OTHER };
-__device__ inline void keep_scale(
-    const Kept& kept, int place, int c, const acc_t* mean, const acc_t* invstd, const param_t* weight) {
-    kept.normaliser(place, mean[c], invstd[c]);
-    kept.at(SCALE, place) = multiply_unflushed(bn_weight(weight, c), invstd[c]);
-}
-
-// What the backward reads. x is null where nobody needs it, y without tanh.
-struct Tensors {
-    const scalar_t *dy, *x, *y;
-    enum { PACKS = BATCH / 2 };
-    struct Batch {
-        Pack dy[PACKS], x[PACKS], y[PACKS];
-        i64 offsets[PACKS];
-    };
-    __device__ int next(Walk& walk, Batch& batch) const {
-        return next_packs(walk, PACKS, [&](int j, i64 offset) {
-            batch.offsets[j] = offset;
-            batch.dy[j] = *(const Pack*)(dy + offset);
-            if (x) batch.x[j] = *(const Pack*)(x + offset);
-            if (y) batch.y[j] = *(const Pack*)(y + offset);
-        });
-    }
-    // Value i of pack j of the gradient at batch norm's output.
-    __device__ acc_t gradient(const Batch& batch, int j, int i, acc_t unit = 1) const {
-        acc_t g = to_acc(batch.dy[j].v[i]) * unit;
-        return y ? g * tanh_slope(to_acc(batch.y[j].v[i])) : g;
-    }
-};
-
-// Calls finish(k, place, channel, {sum of g, sum of g xhat}), as sums_of_channels; and writes dx, where not null, of
-// statistics that do not depend on x.
-template <class F> __device__ inline void sums_of_chunk(
-    const Tensors& tensors, scalar_t* __restrict__ dx, acc_t unit, Walk walk, const Kept& kept, F finish) {
-    Normalisers normalise(kept, walk);
-    acc_t sums[2][SLOTS];
-    #pragma unroll
-    for (int s = 0; s < SLOTS; s++) sums[0][s] = sums[1][s] = 0;
-    #pragma unroll 1
-    while (walk.packs > 0) {
-        Tensors::Batch batch;
-        int have = tensors.next(walk, batch);
-        #pragma unroll
-        for (int j = 0; j < Tensors::PACKS; j++) {
-            if (j >= have) continue;
-            acc_t xhat[WIDTH];
-            normalise(batch.x[j], xhat);
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                acc_t g = tensors.gradient(batch, j, i, unit);
-                sums[0][i / PER_SLOT] += g;
-                sums[1][i / PER_SLOT] += g * xhat[i];
-            }
-            if (!dx) continue;
-            Pack result;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                acc_t scale = kept.at(SCALE, walk.place(i / PER_SLOT));
-                result.v[i] = from_acc<scalar_t>(multiply_unflushed(tensors.gradient(batch, j, i), scale));
-            }
-            *(Pack*)(dx + batch.offsets[j]) = result;
-        }
-    }
-    sums_of_channels(sums, walk, kept.scratch(), [](int, acc_t(&)[2]) {}, finish);
-}
-
 // partials: sums of each chunk. y is null without tanh; dx is null where the statistics depend on x, or nobody needs
 // it.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backward_partials(
@@ -240,18 +144,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backwar
     with_units(kept.scratch(), [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
         Partials to = {partials, channels, chunks};
-        sums_of_chunk({dy, x, y}, dx, open.unit, walk, kept, [&](int k, int, int c, const acc_t(&sums)[2]) {
+        sums_of_chunk(Tensors{dy, x, y}, dx, open.unit, walk, kept, [&](int k, int, int c, const acc_t(&sums)[2]) {
             double back = inverse_of(open.unit);
             if (open.keep(k, is_finite(sums[0]) && is_finite(sums[1])))
                 to.store(walk, c, sums[0] * back, sums[1] * back);
         });
     });
-}
-
-// A channel's sums of g, and of g xhat, are the gradients of bias and weight, where not null.
-__device__ inline void store_gradients(param_t* dweight, param_t* dbias, i64 channel, double sum, double dot) {
-    if (dbias) dbias[channel] = from_acc<param_t>((acc_t)sum);
-    if (dweight) dweight[channel] = from_acc<param_t>((acc_t)dot);
 }
 
 // One block a channel: sums [2][channels] over the chunks.
@@ -273,42 +171,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(
     store_gradients(dweight, dbias, channel, sum, dot);
 }
 
-// sum / count: the sum may be beyond float, the quotient is not.
-__device__ inline acc_t mean_of(double sum, i64 count) {
-    acc_t mean = (acc_t)sum / count;
-    return is_finite(mean) ? mean : (acc_t)(sum * 0x1p-96) / count * 0x1p96f;
-}
-
-// dx of a chunk, with what is kept of the channels.
-__device__ inline void backward_apply(const Tensors& tensors, const Kept& kept, scalar_t* __restrict__ dx, Walk walk) {
-    Normalisers normalise(kept, walk);
-    acc_t scale[SLOTS], mean_g[SLOTS], mean_dot[SLOTS];
-    kept.slots(SCALE, walk, scale), kept.slots(MEAN_G, walk, mean_g), kept.slots(MEAN_DOT, walk, mean_dot);
-    #pragma unroll 1
-    while (walk.packs > 0) {
-        Tensors::Batch batch;
-        int have = tensors.next(walk, batch);
-        #pragma unroll
-        for (int j = 0; j < Tensors::PACKS; j++) {
-            if (j >= have) continue;
-            Pack result;
-            acc_t xhat[WIDTH];
-            if (tensors.x) normalise(batch.x[j], xhat);
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                int s = i / PER_SLOT;
-                acc_t g = tensors.gradient(batch, j, i);
-                if (tensors.x) g -= mean_g[s] + xhat[i] * mean_dot[s];
-                result.v[i] = from_acc<scalar_t>(multiply_unflushed(g, scale[s]));
-            }
-            *(Pack*)(dx + batch.offsets[j]) = result;
-        }
-    }
-}
-__device__ inline void keep_means(const Kept& kept, int place, double sum, double dot, i64 count) {
-    kept.at(MEAN_G, place) = mean_of(sum, count), kept.at(MEAN_DOT, place) = mean_of(dot, count);
-}
-
 // sums: of the batch where its own statistics were applied, null where given ones were: then x is not read.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backward_apply(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
@@ -323,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) batch_norm_backwar
         keep_means(kept, place, sums ? sums[c] : 0, sums ? sums[channels + c] : 0, count);
     });
     __syncthreads();
-    backward_apply({dy, sums ? x : nullptr, y}, kept, dx, walk);
+    backward_apply(Tensors{dy, sums ? x : nullptr, y}, kept, dx, walk);
 }
 
 // All gradients, of blocks that have whole channels, through the batch's statistics. dx, dweight and dbias may be null.

@@ -92,8 +92,10 @@ struct Walk {
         offset = (first_row + row) * columns + column;
         step = (i64)across * columns;
     }
-    // The rows of a row of threads.
-    __device__ int rows_of(int row) const { return turns + (row < extra); }
+    // The rows of `count` rows of threads.
+    __device__ int rows_of(int row, int count = 1) const { return turns * count + min(max(extra - row, 0), count); }
+    // Rows of threads that lie in one warp, if a warp's lanes are whole ones.
+    __device__ int rows_of_warp() const { return 32 % tile ? 1 : 32 / tile; }
     // The channel of a slot, counted from the tile's first.
     __device__ int place(int slot) const {
         if (plane == 1) return own + slot;
@@ -102,6 +104,10 @@ struct Walk {
     // Channels of the tile; the last tile has fewer, but room for as many.
     __device__ int entries() const { return plane == 1 ? tile * WIDTH : tile * WIDTH / plane; }
     __device__ void advance() { offset += step; }
+    // Leaves out packs.
+    __device__ void skip(int count) { offset += count * step, packs -= count; }
+    // Takes the next `count` packs alone, the last one first.
+    __device__ void backwards(int count) { skip(count - 1), step = -step, packs = count; }
 };
 #endif
 
@@ -115,6 +121,11 @@ template <class F> __device__ inline int next_packs(Walk& walk, int most, F load
     }
     walk.packs -= most;
     return have;
+}
+
+// The next packs of a tensor, how many they are, and where they lie. There may be other readers than a pointer.
+__device__ inline int next_batch(const scalar_t* __restrict__ x, Walk& walk, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
+    return next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + (offsets[b] = offset)); });
 }
 
 #if !PLANES
@@ -197,19 +208,25 @@ template <class F> __device__ inline void with_units(acc_t* scratch, F pass) {
 // Shared memory for values of each column, by row of threads.
 struct Columns {
     acc_t* first;
-    int count, rows, across;  // columns; rows of threads that have values, of all rows
+    int together;             // rows of threads, those of a warp, which have one value a column
+    int count, rows, across;  // columns; rows that have values, of all rows
     __device__ Columns(const Walk& walk, acc_t* scratch)
-        : first(scratch), count(walk.tile * WIDTH), rows(min(walk.across, walk.rows)), across(walk.across) {}
+        : first(scratch), together(walk.rows_of_warp()), count(walk.tile * WIDTH),
+          rows((min(walk.across, walk.rows) + together - 1) / together), across(walk.across / together) {}
     __device__ acc_t& at(int array, int row, int column) const {
         return first[(array * across + row) * count + column];
     }
-    // A thread's values lie behind those of the thread before it.
+    // Lanes between threads of a warp that have the same columns.
+    __device__ int lanes() const { return 32 / together; }
+    // A thread's values lie behind those of the thread before it. Of the rows of a warp the first one's are put.
     __device__ void put(int array, const acc_t (&v)[SLOTS]) const {
-        if (threadIdx.x * WIDTH >= across * count) return;
+        int lane = threadIdx.x % 32, column = (threadIdx.x / 32 * lanes() + lane) * WIDTH;
+        if (lane >= lanes() || column >= across * count) return;
         #pragma unroll
         for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
-            *(SlotPack*)&at(array, 0, threadIdx.x * WIDTH + s) = *(const SlotPack*)(v + s);
+            *(SlotPack*)&at(array, 0, column + s) = *(const SlotPack*)(v + s);
     }
+    __device__ int rows_of(const Walk& walk, int row) const { return walk.rows_of(row * together, together); }
 };
 
 // Calls visit(k, place, lane, lanes) with `lanes` threads, 1 or a warp, for each channel of the block: the k-th of
@@ -238,6 +255,12 @@ __device__ inline void sums_of_channels(acc_t (&v)[K][SLOTS], const Walk& walk, 
     if (threadIdx.x == 0) finish(0, 0, walk.only, total);
 #else
     Columns columns(walk, scratch);
+    for (int lanes = 16; lanes >= columns.lanes(); lanes /= 2) {
+        #pragma unroll
+        for (int i = 0; i < K; i++)
+            #pragma unroll
+            for (int s = 0; s < SLOTS; s++) v[i][s] += __shfl_down_sync(0xFFFFFFFFu, v[i][s], lanes);
+    }
     #pragma unroll
     for (int i = 0; i < K; i++) columns.put(i, v[i]);
     __syncthreads();
@@ -283,16 +306,16 @@ struct ChunkMoments {
 // batch's own standard deviation, so what cancels at the end is no more than batches times what is left. Means of
 // several threads, or columns, are summed up twice, the second time relative to the first result, whose rounding errors
 // that makes up for.
-template <class F>
-__device__ inline void moments_of_chunk(
-    const scalar_t* __restrict__ x, acc_t unit, Walk walk, acc_t* scratch, F finish) {
+template <class X, class F>
+__device__ inline void moments_of_chunk(X x, acc_t unit, Walk walk, acc_t* scratch, F finish) {
     acc_t n = 0, shift[SLOTS], sum[SLOTS], squares[SLOTS];
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) shift[s] = sum[s] = squares[s] = 0;
     #pragma unroll 1
     while (walk.packs > 0) {
         Pack in[BATCH];
-        int have = next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + offset); });
+        i64 offsets[BATCH];
+        int have = next_batch(x, walk, in, offsets);
         if (n == 0) {
             acc_t inverse = (acc_t)1 / (have * PER_SLOT);
             #pragma unroll
@@ -340,6 +363,20 @@ __device__ inline void moments_of_chunk(
 #else
     enum { SHIFT, DISTANCE, SQUARES };  // of a thread; then in row 0 of a column: two parts of the mean, and squares
     Columns columns(walk, scratch);
+    int row = threadIdx.x / (unsigned)walk.tile, rows = 1;
+    for (int lanes = columns.lanes(); lanes < 32; lanes *= 2, rows *= 2) {
+        int own = walk.rows_of(row, rows), others = walk.rows_of(row + rows, rows);
+        acc_t share = others > 0 ? (acc_t)others / (own + others) : (acc_t)0;
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++) {
+            acc_t other = __shfl_down_sync(0xFFFFFFFFu, shift[s], lanes) - shift[s];
+            other += __shfl_down_sync(0xFFFFFFFFu, sum[s], lanes);
+            acc_t rest = __shfl_down_sync(0xFFFFFFFFu, squares[s], lanes), distance = other - sum[s];
+            if (others <= 0) continue;
+            squares[s] += rest + distance * distance * share * own;
+            sum[s] = sum[s] * (1 - share) + other * share;
+        }
+    }
     columns.put(SHIFT, shift), columns.put(DISTANCE, sum), columns.put(SQUARES, squares);
     __syncthreads();
     int k = 0;
@@ -347,14 +384,14 @@ __device__ inline void moments_of_chunk(
         acc_t reference = columns.at(SHIFT, 0, column), near = 0, rest = 0, m2 = 0;
         #pragma unroll 4
         for (int row = 0; row < columns.rows; row++)
-            near +=
-                walk.rows_of(row) * (columns.at(SHIFT, row, column) - reference + columns.at(DISTANCE, row, column));
+            near += columns.rows_of(walk, row) *
+                    (columns.at(SHIFT, row, column) - reference + columns.at(DISTANCE, row, column));
         near = reference + near / walk.rows;
         #pragma unroll 4
         for (int row = 0; row < columns.rows; row++) {
             acc_t distance = columns.at(SHIFT, row, column) - near + columns.at(DISTANCE, row, column);
-            rest += walk.rows_of(row) * distance;
-            m2 += columns.at(SQUARES, row, column) + walk.rows_of(row) * distance * distance;
+            rest += columns.rows_of(walk, row) * distance;
+            m2 += columns.at(SQUARES, row, column) + columns.rows_of(walk, row) * distance * distance;
         }
         rest = finite_or_zero(rest / walk.rows);
         columns.at(SHIFT, 0, column) = near, columns.at(DISTANCE, 0, column) = rest,
@@ -410,16 +447,14 @@ struct Normalisers {
 
 // y = xhat weight + bias of a chunk, which after(values of a pack) may change, with the weights and biases of the
 // slots, and the block's means.
-template <class Y, class F> __device__ inline void normalise_chunk(
-    const scalar_t* __restrict__ x, Y* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS],
-    const acc_t (&b)[SLOTS], F after) {
+template <class X, class Y, class F> __device__ inline void normalise_chunk(
+    X x, Y* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS], const acc_t (&b)[SLOTS], F after) {
     Normalisers normalise(kept, walk);
     #pragma unroll 1
     while (walk.packs > 0) {
         Pack in[BATCH];
         i64 offsets[BATCH];
-        int have =
-            next_packs(walk, BATCH, [&](int j, i64 offset) { in[j] = *(const Pack*)(x + (offsets[j] = offset)); });
+        int have = next_batch(x, walk, in, offsets);
         #pragma unroll
         for (int j = 0; j < BATCH; j++) {
             if (j >= have) continue;

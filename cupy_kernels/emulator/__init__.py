@@ -30,7 +30,7 @@ from importlib import resources
 from pathlib import Path
 
 from .. import cache, forks, nvrtc, source
-from ..backend import Backend
+from ..backend import Backend, Room
 from ..errors import BackendError, EmulatorError, KernelCompileError
 from ..parsing import declarations
 from ..source import MACROS, Kernel, compile_error, is_packaged, unit
@@ -123,6 +123,9 @@ class _Launch(ctypes.Structure):
 
 class Emulator(Backend):
     """The CPU."""
+
+    def room(self, device):
+        return Room(multiprocessors=3, shared_bytes=160 << 10)  # small, so that tensors of a test may be too large
 
     def handle(self, kernel, shared_bytes):
         return getattr(self.compiled(kernel), f"emulator_{kernel.name}")

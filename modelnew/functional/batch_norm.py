@@ -36,9 +36,9 @@ def _forward(new, x, weight, bias, running_mean, running_var, batches, *, traini
     moments = (new if keep else new.scratch)((2, x.shape[1]), accumulator_dtype(x))
     mean, invstd = moments[0], moments[1]
     if training:
-        workspace = new.scratch(batch_norm_workspace(x), np.float64)
+        workspace = new.scratch(batch_norm_workspace(x, new.room), np.float64)
         running = (running_mean, running_var, batches)
-        batch_norm_forward(x, *running, weight, bias, out, mean, invstd, workspace, momentum, eps, tanh)
+        batch_norm_forward(x, *running, weight, bias, out, mean, invstd, workspace, momentum, eps, tanh, new.room)
     else:
         batch_norm_eval(x, running_mean, running_var, weight, bias, out, mean, invstd, eps, tanh)
     return y, moments if keep else None
@@ -73,8 +73,8 @@ def _backward(new, dy, x, weight, bias, moments, y, *, training, needed, last):
     dy, x, y, out = (rows(t, last) for t in (dy, x, y, dx))
     workspace = None
     if need_weight or need_bias or training:
-        workspace = new.scratch(batch_norm_workspace(dy), np.float64)
-    batch_norm_backward(dy, x, mean, invstd, weight, out, dweight, dbias, workspace, training, y)
+        workspace = new.scratch(batch_norm_workspace(dy, new.room), np.float64)
+    batch_norm_backward(dy, x, mean, invstd, weight, out, dweight, dbias, workspace, training, y, new.room)
     return dx, dweight, dbias
 
 

@@ -1,0 +1,231 @@
+// Batch norm of a matrix [rows, channels] in one launch each way: batch_norm.cu says what is computed.
+//
+// All blocks run at once. Each one reads its chunk once, sums it up, and waits for the others; then it combines the
+// partial results of its channels and applies them to what it still has of the chunk. What it read last is in a ring in
+// shared memory, where each thread has a place of its own; what does not fit there is read again, the last packs first,
+// as they are still in the L2 cache.
+//
+// Macros: those of batch_norm_chunk.cuh, with PLANES 0 and packs of 16 bytes; RESIDENT_THREADS, of a block at most;
+// AHEAD, batches that are on their way, of which the ring holds one more at least.
+#include "async_copy.cuh"
+#include "batch_norm_chunk.cuh"
+
+static_assert(sizeof(Pack) == 16 && !PLANES, "cp.async takes 16 bytes");
+
+// The last batches of P packs that a thread has read of a tensor.
+template <int P> struct Ring {
+    Pack* first;
+    int batches;  // that fit
+    __device__ Pack& at(int batch, int b) const { return first[(batch % batches * P + b) * blockDim.x + threadIdx.x]; }
+    __device__ Ring behind(int tensors) const { return {first + tensors * batches * P * blockDim.x, batches}; }
+};
+
+// Batches of T tensors, of which some may be null, on their way into their rings.
+template <int T, int P> struct Arriving {
+    const scalar_t* tensors[T];
+    Ring<P> ring;  // of the first
+    Walk ahead;
+    int issued = 0, taken = 0;
+    __device__ void start() {
+        for (int i = 0; i < AHEAD; i++) issue();
+    }
+    __device__ void issue() {
+        next_packs(ahead, P, [&](int b, i64 offset) {
+            #pragma unroll
+            for (int t = 0; t < T; t++)
+                if (tensors[t]) cp_async_16(&ring.behind(t).at(issued, b), tensors[t] + offset, true);
+        });
+        issued++;
+        cp_async_commit();
+    }
+    // Calls visit(batch, b, offset) for the packs of the next batch, and returns how many they are.
+    template <class F> __device__ int take(Walk& walk, F visit) {
+        cp_async_wait<AHEAD - 1>();
+        int have = next_packs(walk, P, [&](int b, i64 offset) { visit(taken, b, offset); });
+        taken++;
+        issue();
+        return have;
+    }
+};
+
+// Of a thread's packs: batches in the ring in the end, and packs before them.
+template <int P> struct Split {
+    int first, rest;
+    __device__ Split(const Ring<P>& ring, const Walk& walk) {
+        int batches = (max(0, walk.packs) + P - 1) / P;
+        first = max(0, batches - ring.batches);
+        rest = first * P;
+    }
+};
+
+typedef Arriving<1, BATCH> ArrivingX;
+__device__ inline int next_batch(ArrivingX& x, Walk& walk, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
+    return x.take(walk, [&](int batch, int b, i64 offset) {
+        in[b] = x.ring.at(batch, b);
+        offsets[b] = offset;
+    });
+}
+struct KeptX {
+    Ring<BATCH> ring;
+    int batch;
+};
+__device__ inline int next_batch(KeptX& x, Walk& walk, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
+    int have = next_packs(walk, BATCH, [&](int b, i64 offset) {
+        in[b] = x.ring.at(x.batch, b);
+        offsets[b] = offset;
+    });
+    x.batch++;
+    return have;
+}
+
+// The threads of a block share its channels: `lanes` of them have one.
+struct Share {
+    int lanes, place, lane, channel;
+    bool any;  // else there is no channel for these threads
+    __device__ Share(const Walk& walk) : lanes(32) {
+        while (walk.entries() * lanes > blockDim.x) lanes /= 2;
+        place = threadIdx.x / lanes, lane = threadIdx.x % lanes, channel = walk.first + place;
+        any = place < walk.entries() && channel < walk.channels;
+        if (!any) channel = 0;
+    }
+    // Calls visit(chunk) for each chunk, in turns.
+    template <class F> __device__ void of_chunks(i64 chunks, F visit) const {
+        #pragma unroll 4
+        for (i64 k = lane; k < chunks; k += lanes) visit(k);
+    }
+    __device__ double sum(double v) const {
+        for (int distance = lanes / 2; distance > 0; distance /= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, distance);
+        return v;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_resident_forward(
+    const scalar_t* __restrict__ x, INOUT param_t* running_mean, INOUT param_t* running_var, INOUT i64* batches,
+    const param_t* __restrict__ weight, const param_t* __restrict__ bias, scalar_t* __restrict__ y,
+    acc_t* __restrict__ mean, acc_t* __restrict__ invstd, double* partials, acc_t momentum, acc_t eps, int with_tanh,
+    i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks, int tile, int ring_at, int ring_batches) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
+    Ring<BATCH> ring = {(Pack*)((char*)shared + ring_at), ring_batches};
+    Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
+    Share share(walk);
+    i64 c = share.channel;
+    acc_t own_weight = bn_weight(weight, c), own_bias = bn_bias(bias, c);
+    param_t own_mean = {}, own_var = {};
+    if (running_mean) own_mean = running_mean[c], own_var = running_var[c];
+    if (batches && blockIdx.x == 0 && threadIdx.x == 0) ++*batches;
+    Partials to = {partials, channels, chunks};
+    with_units(kept.scratch(), [&](Open& open) {
+        ArrivingX arriving = {{x}, ring, walk};
+        arriving.start();
+        moments_of_chunk(arriving, open.unit, walk, kept.scratch(), [&](int k, int, int channel, ChunkMoments moments) {
+            double back = inverse_of(open.unit);
+            if (open.keep(k, is_finite(moments.squares)))
+                to.store(walk, channel, moments.mean * back, moments.squares * back * back);
+        });
+        cp_async_wait<0>();
+    });
+    grid_barrier();
+    // In double, relative to the first chunk's mean, moments neither overflow nor cancel.
+    const volatile double *means = partials + c * chunks, *m2s = partials + (channels + c) * chunks;
+    double reference = means[0], sum = 0, m2 = 0;
+    share.of_chunks(chunks, [&](i64 k) {
+        double n = chunk_count(count, k, chunk), distance = means[k] - reference;
+        sum += n * distance;
+        m2 += m2s[k] + n * distance * distance;
+    });
+    sum = share.sum(sum), m2 = share.sum(m2);
+    if (share.any && share.lane == 0) {
+        double shift = sum / count;
+        m2 -= shift * sum;
+        if (m2 < 0) m2 = 0;
+        acc_t unit = is_finite((acc_t)m2) ? (acc_t)1 : OTHER_UNIT();
+        Moments found = {(acc_t)((reference + shift) * unit), (acc_t)(m2 * unit * unit)};
+        acc_t batch_mean, batch_invstd;
+        store_statistics(found, unit, count, eps, &batch_mean, &batch_invstd, &own_mean, &own_var, momentum, 0);
+        kept.normaliser(share.place, batch_mean, batch_invstd);
+        kept.at(WEIGHT, share.place) = own_weight, kept.at(BIAS, share.place) = own_bias;
+        if (walk.chunk == 0) {
+            mean[c] = batch_mean, invstd[c] = batch_invstd;
+            if (running_mean) running_mean[c] = own_mean, running_var[c] = own_var;
+        }
+    }
+    __syncthreads();
+    Split<BATCH> split(ring, walk);
+    Walk rest = walk;
+    rest.backwards(split.rest);
+    apply(x, y, with_tanh, rest, kept);
+    walk.skip(split.rest);
+    apply(KeptX{ring, split.first}, y, with_tanh, walk, kept);
+}
+
+enum { PACKS = Tensors::PACKS };
+struct InRings : Tensors {
+    __device__ void take(Batch& batch, int b, i64 offset, const Ring<PACKS>& ring, int which) const {
+        batch.offsets[b] = offset;
+        batch.dy[b] = ring.at(which, b), batch.x[b] = ring.behind(1).at(which, b);
+        if (y) batch.y[b] = ring.behind(2).at(which, b);
+    }
+};
+struct ArrivingTensors : InRings {
+    Arriving<3, PACKS> from;
+    __device__ int next(Walk& walk, Batch& batch) {
+        return from.take(walk, [&](int which, int b, i64 offset) { take(batch, b, offset, from.ring, which); });
+    }
+};
+struct KeptTensors : InRings {
+    Ring<PACKS> ring;
+    int which;
+    __device__ int next(Walk& walk, Batch& batch) {
+        int have = next_packs(walk, PACKS, [&](int b, i64 offset) { take(batch, b, offset, ring, which); });
+        which++;
+        return have;
+    }
+};
+
+// Through the batch's statistics. dx, dweight and dbias may be null.
+extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_resident_backward(
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const scalar_t* __restrict__ y,
+    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const param_t* __restrict__ weight,
+    scalar_t* __restrict__ dx, param_t* __restrict__ dweight, param_t* __restrict__ dbias, double* partials,
+    i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks, int tile, int ring_at, int ring_batches) {
+    DYNAMIC_SHARED(acc_t, shared);
+    Kept kept(shared, tile);
+    Ring<PACKS> ring = {(Pack*)((char*)shared + ring_at), ring_batches};
+    Tensors tensors = {dy, x, y};
+    Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
+    Partials to = {partials, channels, chunks};
+    with_units(kept.scratch(), [&](Open& open) {
+        ArrivingTensors arriving = {{tensors}, {{dy, x, y}, ring, walk}};
+        arriving.from.start();
+        if (open.unit == 1) {
+            for_channels(walk, [&](int place, int c) { keep_scale(kept, place, c, mean, invstd, weight); });
+            __syncthreads();
+        }
+        sums_of_chunk(arriving, nullptr, open.unit, walk, kept, [&](int k, int, int c, const acc_t(&sums)[2]) {
+            double back = inverse_of(open.unit);
+            if (open.keep(k, is_finite(sums[0]) && is_finite(sums[1])))
+                to.store(walk, c, sums[0] * back, sums[1] * back);
+        });
+        cp_async_wait<0>();
+    });
+    grid_barrier();
+    Share share(walk);
+    i64 c = share.channel;
+    const volatile double *sums = partials + c * chunks, *dots = partials + (channels + c) * chunks;
+    double sum = 0, dot = 0;
+    share.of_chunks(chunks, [&](i64 k) { sum += sums[k], dot += dots[k]; });
+    sum = share.sum(sum), dot = share.sum(dot);
+    if (share.any && share.lane == 0) {
+        keep_means(kept, share.place, sum, dot, count);
+        if (walk.chunk == 0) store_gradients(dweight, dbias, c, sum, dot);
+    }
+    if (!dx) return;
+    __syncthreads();
+    Split<PACKS> split(ring, walk);
+    Walk rest = walk;
+    rest.backwards(split.rest);
+    backward_apply(tensors, kept, dx, rest);
+    walk.skip(split.rest);
+    backward_apply(KeptTensors{{tensors}, ring, split.first}, kept, dx, walk);
+}
