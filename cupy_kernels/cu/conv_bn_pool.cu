@@ -54,7 +54,7 @@ __device__ inline float quad_sum(float v) {
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
-enum { SHIFT = AS_IT_IS ? 0 : SAVED_SHIFT };  // what is kept as half_t is a sum times 2^-SHIFT
+enum { SHIFT = AS_IT_IS ? 0 : SAVED_SHIFT };    // what is kept as half_t is a sum times 2^-SHIFT
 enum { ROWS = LANE_ROWS < 4 ? LANE_ROWS : 4 };  // channels handled together
 
 __device__ inline float max_or_nan(float a, float b) {
@@ -259,8 +259,7 @@ struct PoolEpilogue {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const float* __restrict__ gamma, INOUT pooled_t* __restrict__ pooled, float* __restrict__ partials,
-    INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents,
-    i64 units) {
+    INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents, i64 units) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];

@@ -87,8 +87,7 @@ template <> struct Band<true> {
     const int* exponents;
     int exponent_count, exponent;
 
-    __device__ Band(
-        const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64, u8* shared)
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64, u8* shared)
         : source(x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2)), unit(unit),
           shared(shared), exponents(exponents), exponent_count(exponent_count) {
         for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(shared, chunk));

@@ -100,8 +100,7 @@ template <> struct Band<true> {
     const half_t* from;
     int first_row, pixels = 0, octet = 0;
 
-    __device__ Band(
-        const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 units, u8* shared)
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 units, u8* shared)
         : x(x), unit(unit), shared(shared), exponents(exponents), exponent_count(exponent_count),
           images(units / UNITS) {
         clear_border(shared, unit);
@@ -167,7 +166,7 @@ __device__ constexpr bool found_in_time(int passes) {
 }
 static_assert(
     !PERSISTENT || (AS_IT_IS && UNITS == 1 && WARPS_M == 2 && WARPS_N == 1 && CHUNKS_64 == 1 && PASSES > 2 &&
-                    TAPS * STEPS_K >= 4 * STAGES && found_in_time(1) && found_in_time(2)),
+                       TAPS * STEPS_K >= 4 * STAGES && found_in_time(1) && found_in_time(2)),
     "rows of the next image come in time");
 
 // x is a tensor: converted under a scale that is chosen from the rows of the first pass, with room for larger values in

@@ -30,7 +30,7 @@ static_assert(ITEMS <= 10, "a lane has registers for 10 values of each tensor");
 #define TURN_PITCH (sizeof(scalar_t) == 2 ? ((MEMBERS + 1) / 2 | 1) * 2 : MEMBERS | 1)
 #define TURNED (CHANNELS_LAST && RESIDENT && PLANE * TURN_PITCH * sizeof(scalar_t) <= 40 * 1024)
 #define TURNED_TOGETHER (sizeof(scalar_t) == 2 && MEMBERS % 2 == 0 ? 2 : 1)  // values in shared memory for one access
-#define STEP (TURNED ? TURN_PITCH : CHANNELS_LAST ? OUT_CHANNELS : 1)  // from a value of a plane to the next
+#define STEP (TURNED ? TURN_PITCH : CHANNELS_LAST ? OUT_CHANNELS : 1)        // from a value of a plane to the next
 
 struct Job {
     int number, member, at, first;  // the plane among the block's; the lane's first value in it, and among the block's

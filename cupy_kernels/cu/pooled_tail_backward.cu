@@ -41,7 +41,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     i64 start = (i64)blockIdx.x * SIZE;
     dout += start_of_block(channel);
     if (TURNED) {
-        for_turned<TURNED_TOGETHER>([&](int at, int outside) { *(Together*)(turned + at) = *(const Together*)(dout + outside); });
+        for_turned<TURNED_TOGETHER>(
+            [&](int at, int outside) { *(Together*)(turned + at) = *(const Together*)(dout + outside); });
         __syncthreads();
     }
     float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
