@@ -222,10 +222,10 @@ struct PoolEpilogue {
 
     __device__ void restart() { seen = 0; }
 
-    // Adds up what the warps of a block have seen of each channel, in their order. With PERSISTENT a warp has 16 channels
+    // Adds up what the warps of a block have seen of each channel, in their order. With SKEWED a warp has 16 channels
     // alone, and the block's threads do not meet.
     __device__ void finish(int exponent, i64 unit) {
-        enum { ALONE = PERSISTENT };
+        enum { ALONE = SKEWED };
         int own = ALONE ? threadIdx.x / 32 * 16 + threadIdx.x % 32 : threadIdx.x;
         bool takes = ALONE ? threadIdx.x % 32 < 16 : threadIdx.x < TILE_M;
         // Read here, once: conv_mma.cuh spills it.

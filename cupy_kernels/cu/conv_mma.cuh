@@ -279,6 +279,7 @@ struct MainLoop {
         for (int i = 0; i < STAGES - 1; i++) weights.fetch(i * STAGE_BYTES);
     }
     __device__ int channel() const { return warp_m * 64 + lane / 4; }
+    __device__ void start() const {}
     __device__ void next_step() const {}
     __device__ void finish() const {}
 

@@ -138,8 +138,9 @@ template <> struct Band<true> {
     }
     // In the first pass the rest of this image's rows, later the next image's, in the places that no pass reads any more:
     // copied by the warpgroup that is behind, between its products.
-    __device__ void follow(int pass) {
+    __device__ void follow(int next_pass) {
         if (!PERSISTENT || threadIdx.x < 128) return;
+        int pass = next_pass - 1;
         i64 image = pass ? unit.image + gridDim.x : unit.image;
         int end_row = pass ? rows_start(pass) : unit.end_row;
         first_row = pass ? rows_start(pass - 1) : copied_end;
@@ -183,7 +184,8 @@ template <> struct Band<false> {
         FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H,
         FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS,
         ROUNDS = (FIRST_OCTETS + 9) / 10,
-        BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS
+        BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS,
+        LOADING = SKEWED ? 128 : THREADS  // threads that load rows of later passes: the warpgroup that is ahead
     };
     const scalar_t* source;  // the image
     const Unit& unit;
@@ -264,7 +266,7 @@ template <> struct Band<false> {
     // A thread loads an octet, and stores it by a later advance(), which loads the next one.
     __device__ void follow(int pass) {
         first_pixel = rows_end(pass) * IN_W;
-        pixels = rows_end(pass + 1) * IN_W - first_pixel;
+        pixels = threadIdx.x < LOADING ? rows_end(pass + 1) * IN_W - first_pixel : 0;
         group = pixels > 0 ? 0 : GROUPS_K;
         pixel = threadIdx.x;
         load_next();
@@ -284,7 +286,7 @@ template <> struct Band<false> {
             Octet octet(pixel, pixels);
             store(octet.group, first_pixel + octet.pixel, v);
         } else store(group, first_pixel + pixel, v);
-        pixel += THREADS;
+        pixel += LOADING;
         load_next();
     }
     __device__ bool fits(unsigned* scratch) {
@@ -377,7 +379,6 @@ struct MainLoop {
         : unit(unit), band(band), weights(shared + RING_OFFSET, packed), pixels(shared, ALONG, 128),
           a_stages(shared + RING_OFFSET + warp_m * 1024, TILE_M * 16, 128) {
         for (int i = 0; i < STAGES - 2; i++) fetch();
-        if (PERSISTENT && warpgroup) rest();
     }
     __device__ void fetch() {
         weights.fetch(to);
@@ -396,24 +397,27 @@ struct MainLoop {
     }
     __device__ int channel() const { return warp_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
-    // With PERSISTENT one warpgroup is half a pass behind the other, so that each multiplies while the other is at its
+    // With SKEWED one warpgroup is half a pass behind the other, so that each multiplies while the other is at its
     // epilogue, and goes through steps there, too. So a pass begins with any step, and goes round.
     __device__ void rest() {
         for (int i = 0; i < STEPS / 2 + 3; i++) next_step();
     }
+    __device__ void start() {
+        if (SKEWED && warpgroup) rest();
+    }
     __device__ void finish() {
-        if (PERSISTENT && !warpgroup) rest();
+        if (SKEWED && !warpgroup) rest();
     }
 
     template <int COUNT> __device__ __forceinline__ void pass(Sums& sums, int pass, int first_window) {
-        if constexpr (PERSISTENT) pass_round<COUNT>(sums, pass, first_window);
+        if constexpr (SKEWED) pass_round<COUNT>(sums, pass, first_window);
         else if (COUNT == LAST_TILES && UPPER_TILES && pass == PASSES - 1)
             pass_of<COUNT, UPPER_TILES>(sums, pass, first_window);
         else pass_of<COUNT, 0>(sums, pass, first_window);
     }
     template <int COUNT> __device__ __forceinline__ void pass_round(Sums& sums, int pass, int first_window) {
         Multiply<SPLIT> multiply;
-        band.follow(pass);
+        band.follow(pass + 1);
         #pragma unroll 1
         for (int i = 0; i < STEPS; i++) {
             int at[] = {next_step()}, tap = position / STEPS_K;
@@ -421,7 +425,7 @@ struct MainLoop {
             #pragma unroll
             for (int lower = 0; lower < 2; lower++)
                 rows[lower] = pixels.moved(
-                    band_offset(lower + PAD_H - tap / KERNEL_W, 2 * first_window + PAD_W - tap % KERNEL_W) +
+                    band_offset(lower + PAD_H - tap / KERNEL_W, 2 * (first_window - unit.first_window) + PAD_W - tap % KERNEL_W) +
                     position % STEPS_K * 4 * ALONG);
             multiply.add<COUNT>(sums, a_stages, at, rows, band);
         }

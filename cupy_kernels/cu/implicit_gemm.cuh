@@ -160,6 +160,7 @@ __device__ inline void convolve(
         i64 next = number + gridDim.x;
         for (bool again = true; again;) {
             band.begin(scratch);
+            if (!PERSISTENT || number == blockIdx.x) loop.start();
             for (int pass = 0; pass < unit.passes; pass++) {
                 int start = unit.first_window + pass * PASS_WINDOWS, left = unit.end_window - start;
                 bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
@@ -170,9 +171,10 @@ __device__ inline void convolve(
                 else loop.pass<TILES>(sums, pass, first_window);
                 Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
                 epilogue.pass(sums, place, band.exponent, [&] {
-                    if (PERSISTENT) loop.next_step();
+                    if (SKEWED) loop.next_step();
                 });
             }
+            if (!PERSISTENT) loop.finish();
             again = !band.fits(scratch);
             if (again) epilogue.restart();
         }
@@ -182,5 +184,5 @@ __device__ inline void convolve(
         unit = Unit(number);
         epilogue.restart();
     }
-    loop.finish();
+    if (PERSISTENT) loop.finish();
 }
