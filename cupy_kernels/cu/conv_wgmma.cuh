@@ -79,9 +79,9 @@ enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W))
 // pass before it. next_chunk(pass, at): called at the first step of 64 channels, with that step's weights.
 template <bool> struct Band;
 
-// x is packed, or halves in channels_last, which are operands as they are: copied asynchronously. All of it at first, or,
-// if 64 channels' multiplications are long enough for it, the rows of the first pass, and the others behind its products.
-// With PERSISTENT the next image's rows take the places of those that no later pass reads.
+// x is packed, or halves in channels_last, which are operands as they are: copied asynchronously. All of it at first,
+// or, if 64 channels' multiplications are long enough for it, the rows of the first pass, and the others behind its
+// products. With PERSISTENT the next image's rows take the places of those that no later pass reads.
 template <> struct Band<true> {
     enum {
         AHEAD = 2 * TAPS >= STAGES,
@@ -109,7 +109,7 @@ template <> struct Band<true> {
             copy(chunk, unit.first_row, copied_end);
         cp_async_commit();
     }
-    // Where the rows end that the first `passes` passes need, and where those begin that the pass `pass` and later ones do.
+    // Where the rows end that the first `passes` passes need, and where those begin that passes from `pass` on need.
     __device__ int rows_end(int passes) const {
         return max(unit.first_row, min(unit.end_row, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
     }
@@ -136,8 +136,8 @@ template <> struct Band<true> {
         for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
             copy(chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
     }
-    // In the first pass the rest of this image's rows, later the next image's, in the places that no pass reads any more:
-    // copied by the warpgroup that is behind, between its products.
+    // In the first pass the rest of this image's rows, later the next image's, in the places that no pass reads any
+    // more: copied by the warpgroup that is behind, between its products.
     __device__ void follow(int next_pass) {
         if (!PERSISTENT || threadIdx.x < 128) return;
         int pass = next_pass - 1;
@@ -159,16 +159,19 @@ template <> struct Band<true> {
     }
     __device__ bool fits(unsigned*) { return true; }
 };
-// One warpgroup is half a pass ahead of the other, which copies: its first two passes find their rows of the next image
-// copied in passes but for the last one, and in all.
+// With PERSISTENT the warpgroup that copies is half a pass behind the other, whose first two passes find their rows of
+// the next image copied in passes but for the last one, and in all.
 __device__ constexpr bool found_in_time(int passes) {
     int end = end_row_of(passes * PASS_WINDOWS - 1);
     return first_row_of((PASSES - 3 + passes) * PASS_WINDOWS) >= (IN_H < end ? IN_H : end);
 }
 static_assert(
-    !PERSISTENT || (AS_IT_IS && UNITS == 1 && WARPS_M == 2 && WARPS_N == 1 && CHUNKS_64 == 1 && PASSES > 2 &&
-                       TAPS * STEPS_K >= 4 * STAGES && found_in_time(1) && found_in_time(2)),
+    !PERSISTENT || (SKEWED && UNITS == 1 && PASSES > 2 && found_in_time(1) && found_in_time(2)),
     "rows of the next image come in time");
+static_assert(
+    !SKEWED || (WARPS_M == 2 && WARPS_N == 1 && SPLIT == 1 && CHUNKS_64 == 1 && !X_PACKED && PERSISTENT == AS_IT_IS &&
+                   TAPS * STEPS_K >= 4 * STAGES),
+    "warpgroups half a pass apart go round the same steps");
 
 // x is a tensor: converted under a scale that is chosen from the rows of the first pass, with room for larger values in
 // later ones. Where that is not enough, all starts again.
@@ -356,8 +359,8 @@ template <> struct Multiply<2> {
     }
 };
 
-// In an image's last row of windows, what the kernel's rows before OUTSIDE_KH meet lies outside x. So the last pass leaves
-// out these products in tiles that have nothing else, those after UPPER_TILES.
+// In an image's last row of windows, what the kernel's rows before OUTSIDE_KH meet lies outside x. So the last pass
+// leaves out these products in tiles that have nothing else, those after UPPER_TILES. Not with SKEWED.
 enum {
     OUTSIDE_KH = 2 * (WINDOWS_H - 1) + PAD_H - IN_H + 1,
     UPPER_WINDOWS = (WINDOWS_H - 1) * WINDOW_PITCH - (PASSES - 1) * PASS_WINDOWS,
@@ -417,6 +420,7 @@ struct MainLoop {
     }
     template <int COUNT> __device__ __forceinline__ void pass_round(Sums& sums, int pass, int first_window) {
         Multiply<SPLIT> multiply;
+        int first_column = 2 * (first_window - unit.first_window) + PAD_W;
         band.follow(pass + 1);
         #pragma unroll 1
         for (int i = 0; i < STEPS; i++) {
@@ -425,7 +429,7 @@ struct MainLoop {
             #pragma unroll
             for (int lower = 0; lower < 2; lower++)
                 rows[lower] = pixels.moved(
-                    band_offset(lower + PAD_H - tap / KERNEL_W, 2 * (first_window - unit.first_window) + PAD_W - tap % KERNEL_W) +
+                    band_offset(lower + PAD_H - tap / KERNEL_W, first_column - tap % KERNEL_W) +
                     position % STEPS_K * 4 * ALONG);
             multiply.add<COUNT>(sums, a_stages, at, rows, band);
         }
