@@ -11,23 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import forks
+from . import forks, hints
 from .errors import KernelCompileError
 
 MACROS = "macros"  # the file's name in messages of the emulator's compiler about a macro
 
 _FOLDER = resources.files(__package__) / "cu"
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
-_HEADER = re.compile(r"^\s*#\s*include\s*<([^>]+)>")
-# What stands in for headers, which pip's CUDA does not have.
-_INSTEAD = {
-    "math.h cmath": "mathematics is there without a header",
-    "stdint.h cstdint": "write int, unsigned, long long, or i64 and u8 of common.cuh",
-    "limits.h climits float.h cfloat limits": "write the number; common.cuh has is_nan and is_finite",
-    "stdio.h cstdio assert.h cassert string.h cstring": "printf, assert, memcpy and memset are there without a header",
-    "cuda_fp16.h cuda_bf16.h": "half_t and bf16_t of common.cuh are converted by to_acc and from_acc<half_t>",
-    "cooperative_groups.h": "__syncthreads, __syncwarp, __shfl_sync and the like are there without a header",
-}
+_HEADER = re.compile(r"""^\s*#\s*include\s*(<[^>]+>|"[^"]+\.h")""")
 
 # Comments and strings are tokens of their own, so that braces in them do not count.
 _BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
@@ -316,7 +307,8 @@ def _expand(file: str, seen: set[str], read) -> str:
     lines = [f'#line 1 "{file}"']
     for number, line in enumerate(read(file).splitlines(), 1):
         if header := _HEADER.match(line):
-            raise ValueError(_no_header(file, number, header[1]))
+            way = hints.of_header(header[1][1:-1])
+            raise ValueError(f"{file}:{number}: kernels include no header, received {header[1]}: {way}")
         include = _INCLUDE.match(line)
         if not include:
             lines.append(line)
@@ -325,11 +317,6 @@ def _expand(file: str, seen: set[str], read) -> str:
         else:
             lines.append("")
     return "\n".join(lines)
-
-
-def _no_header(file, number, header):
-    instead = [way for headers, way in _INSTEAD.items() if header in headers.split()]
-    return f"{file}:{number}: kernels include no header, received <{header}>: {', '.join(instead) or 'leave it out'}"
 
 
 def unit(what: Kernel | Variant) -> str:
@@ -440,6 +427,7 @@ def compile_error(what: Kernel | Variant, log: str) -> KernelCompileError:
         if file == MACROS:
             lines = [f"-D{k}={v}" for k, v in what.defines]
         if number <= len(lines):
-            place = f"{match[0]}\n    {number} | {lines[number - 1]}"
+            hint = hints.of_message(match[0])
+            place = f"{match[0]}\n    {number} | {lines[number - 1]}" + f"\n{hint}" * bool(hint)
             return KernelCompileError(f"{what} does not compile:\n{place}\n\nCompiler log:\n{log}")
     return KernelCompileError(f"{what} does not compile:\n{log}")

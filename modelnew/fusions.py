@@ -65,7 +65,7 @@ def run_fused(children: list[nn.Module], x: torch.Tensor, together: bool = False
         return None
     conv, norm, activation, _, group = children
     function = norm.operation(functional.conv_bn_activation_max_pool_group_norm)
-    if norm.peers is None and (is_dynamo_compiling() or (nn.Module.__call__ is not _CALL and _traced())):
+    if norm.peers is None and (is_dynamo_compiling() or (nn.Module.__call__ is not _CALL and _in_graph())):
         function = functools.partial(conv_bn_activation_max_pool_group_norm_or_parts, together=together)
     try:
         return function(
@@ -124,6 +124,11 @@ def _unsupported_reason(chain, names, children, x) -> str | None:
 def _traced() -> bool:
     """Whether nn.Module.__call__ is torch.fx's, which it is while make_fx or torch.export traces."""
     return getattr(nn.Module.__call__, "__globals__", {}).get("__name__") == torch.fx.Tracer.__module__
+
+
+def _in_graph() -> bool:
+    """Whether a graph with our operators is being made, by `_traced`."""
+    return _traced() and not torch.onnx.is_in_onnx_export()
 
 
 def _is(size, value) -> bool:

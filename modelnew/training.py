@@ -44,10 +44,11 @@ from rich.table import Table
 from cupy_kernels.backend import on_compile
 
 from . import commands
+from .entrants import numerics
 from .model import CHANNELS, HEIGHT, Model, ModelNew, get_init_inputs
 from .parity import CLASSES, NEAR_TIE, RATIO, Error, Row, error, tf32, tf32_rounding, within_policy
 from .timing import current, free
-from .workloads import LAYOUTS, numerics
+from .workloads import LAYOUTS
 
 JUDGED = 5  # steps
 LAST = 20  # steps over whose losses curves are averaged

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_kernels.errors import UnsupportedError
 
-from . import recorders
+from . import onnx, recorders
 from .registration import traced
 
 # Types of arguments that need no further look. All others join that are neither tensors nor stand for them.
@@ -41,7 +41,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
                 values = (*args, *options.values())
                 if has_torch_function(values):
                     return handle_torch_function(call, values, *args, **options)
-                if _dispatches(values) and function.__name__ in traced:
+                if dispatches(values) and function.__name__ in traced:
                     return _of_library(function, args, options)
             if recorders.present() and function.__name__ in traced:
                 return _of_library(function, args, options)
@@ -49,7 +49,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
         except UnsupportedError:
             raise
         except Exception as error:
-            if function.__name__ not in traced or not _meta(args, options):
+            if function.__name__ not in traced or not all_meta(*args, *options.values()):
                 _check_tensors(function, args, options, error)
                 raise
         return _of_library(function, args, options)
@@ -59,13 +59,15 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
 def _of_library(function, args, options):
     """Calls the operator that torch.library has for a function."""
-    recorders.refuse(function.__name__)
     if options.get("peers") is not None:
         raise RuntimeError(f"{function.__name__} of a synchronised batch norm cannot be recorded or transformed")
+    if torch.onnx.is_in_onnx_export():
+        return getattr(onnx, function.__name__)(*args, **options)
+    recorders.refuse(function.__name__)
     return traced[function.__name__](*args, **options)
 
 
-def _dispatches(values) -> bool:
+def dispatches(values) -> bool:
     """Whether one of the values is a tensor that handles operators itself."""
     found = False
     for kind in set(map(type, values)):
@@ -76,9 +78,9 @@ def _dispatches(values) -> bool:
     return found
 
 
-def _meta(args, options) -> bool:
+def all_meta(*values) -> bool:
     """Whether all tensors are meta tensors."""
-    tensors = [t for t in (*args, *options.values()) if isinstance(t, torch.Tensor)]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return bool(tensors) and all(tensor.is_meta for tensor in tensors)
 
 

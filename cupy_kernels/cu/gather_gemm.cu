@@ -85,16 +85,23 @@ __device__ __forceinline__ void store(
     int merged = s.merged_h * s.merged_w, share = TILE_N / merged;  // channels of the tile
     int first = tile.channel * share, count = min(share, s.channels - first), group = blockIdx.y;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Divisor by_share(share);
+    bool together =
+        s.merged_w == 2 && s.out_w % 2 == 0;  // without channels_last a thread stores two neighbours at once
+    // Else neighbouring threads have neighbouring pixels of a line, of all its phases: sectors of memory that are stored
+    // in parts cost many times as much. The columns of a phase are rotated, so that the phases lie in different banks.
+    bool by_lines = !s.channels_last && s.merged_w > 1 && !together;
+    int rotation = by_lines ? max(1, 32 / s.merged_w) : 0;
+    Divisor by_share(share), by_merged_w(s.merged_w);
     #pragma unroll
     for (int j = 0; j < TILES_N; j++) {
-        int n = warp / WARPS_M * WARP_N + j * 8 + lane % 4 * 2;
+        int n = warp / WARPS_M * WARP_N + j * 8 + lane % 4 * 2, rotated[2];
         float shift[2] = {};
         ScaleBack scale[2] = {ScaleBack(0), ScaleBack(0)};
         #pragma unroll
         for (int c = 0; c < 2; c++) {
-            unsigned channel;
-            by_share.divide(n + c, channel);
+            unsigned channel, phase_w;
+            by_merged_w.divide(by_share.divide(n + c, channel), phase_w);
+            rotated[c] = phase_w * rotation;
             if (finish.bias && (int)channel < count)
                 shift[c] = to_acc(finish.bias[group * s.channels + first + channel]);
             if (finish.scaled) scale[c] = ScaleBack(finish.exponent + finish.weight_exponents[n + c]);
@@ -107,7 +114,10 @@ __device__ __forceinline__ void store(
                 float low = sums[i][j][half * 2], high = sums[i][j][half * 2 + 1];
                 low = scale[0](low, shift[0]), high = scale[1](high, shift[1]);
                 if (s.channels_last) *(float2*)(shared + m * PITCH_N + n) = make_float2(low, high);
-                else shared[n * PITCH_M + m] = low, shared[(n + 1) * PITCH_M + m] = high;
+                else {
+                    shared[n * PITCH_M + (m + rotated[0]) % TILE_M] = low;
+                    shared[(n + 1) * PITCH_M + (m + rotated[1]) % TILE_M] = high;
+                }
             }
     }
     __syncthreads();
@@ -136,29 +146,34 @@ __device__ __forceinline__ void store(
             if (wide) {
                 Packed<scalar_t, VECTOR> line;
                 #pragma unroll
-                for (int v = 0; v < VECTOR; v++) line.v[v] = from_acc<scalar_t>(from[v]);
+                for (int v = 0; v < VECTOR; v += 4) {
+                    Packed<float, 4> four = *(const Packed<float, 4>*)(from + v);  // by one access: 8 meet one bank
+                    #pragma unroll
+                    for (int k = 0; k < 4; k++) line.v[v + k] = from_acc<scalar_t>(four.v[k]);
+                }
                 store_at_once(to, line);
             } else *to = from_acc<scalar_t>(*from);
         }
         return;
     }
-    bool together = s.merged_w == 2 && s.out_w % 2 == 0;  // a thread stores two neighbours at once
-    if (s.merged_w > 1 && !together) {
-        // Neighbouring threads have neighbouring pixels of a line, of all its phases: sectors of memory that are stored
-        // in parts cost many times as much.
-        Divisor by_line(TILE_M * s.merged_w), by_phase(s.merged_w), by_merged_h(s.merged_h), by_out_w(s.out_w),
-            by_out_h(s.out_h);
-        for (int i = threadIdx.x; i < count * s.merged_h * TILE_M * s.merged_w; i += THREADS) {
-            unsigned at, phase_w, phase_h, line = by_line.divide(i, at), m = by_phase.divide(at, phase_w),
-                                           channel = by_merged_h.divide(line, phase_h);
+    if (by_lines) {
+        Divisor by_merged_h(s.merged_h), by_out_w(s.out_w), by_out_h(s.out_h);
+        for (int i = threadIdx.x; i < TILE_M * s.merged_w; i += THREADS) {
+            unsigned phase_w, m = by_merged_w.divide(i, phase_w);
             const Row row = table[m];
             unsigned ow, oh, image = by_out_h.divide(by_out_w.divide(max(row.out, 0), ow), oh);
-            oh += phase_h, ow += phase_w;
-            if (row.out < 0 || (int)oh > last_h || (int)ow > last_w) continue;
-            int column = (phase_h * s.merged_w + phase_w) * share + channel,
-                of_all = group * s.channels + first + channel;
-            out[((i64)image * all_channels + of_all) * plane + oh * s.out_w + ow] =
-                from_acc<scalar_t>(shared[column * PITCH_M + m]);
+            ow += phase_w;
+            if (row.out < 0 || (int)ow > last_w) continue;
+            scalar_t* to =
+                out + ((i64)image * all_channels + group * s.channels + first) * plane + (i64)oh * s.out_w + ow;
+            const float* from = shared + phase_w * share * PITCH_M + (m + phase_w * rotation) % TILE_M;
+            #pragma unroll 4
+            for (int line = 0; line < count * s.merged_h; line++) {
+                unsigned phase_h, channel = by_merged_h.divide(line, phase_h);
+                if ((int)(oh + phase_h) <= last_h)
+                    to[channel * plane + phase_h * s.out_w] =
+                        from_acc<scalar_t>(from[(phase_h * s.merged_w * share + channel) * PITCH_M]);
+            }
         }
         return;
     }
