@@ -25,6 +25,7 @@ template <bool> struct Band;
 template <> struct Band<true> {
     enum {
         AHEAD = 2 * TAPS >= STAGES,
+        COPYING = SKEWED ? 128 : THREADS,
         PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,  // from a pixel to the next, in halves
         CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL,
         IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL)
@@ -72,14 +73,14 @@ template <> struct Band<true> {
             cp_async_16(to + (group + residual) * ALONG, from + (exists ? pixel * PIXEL + part * 8 : 0), exists);
     }
     __device__ void next_chunk(int pass, int at) const {
-        if (!AHEAD || pass) return;
+        if (!AHEAD || pass || PERSISTENT) return;
         for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
             copy(chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
     }
     // In the first pass the rest of this image's rows, later the next image's, in the places that no pass reads any
     // more: copied by the warpgroup that is behind, between its products.
     __device__ void follow(int next_pass) {
-        if (!PERSISTENT || threadIdx.x < 128) return;
+        if (!PERSISTENT || threadIdx.x < THREADS - COPYING) return;
         int pass = next_pass - 1;
         i64 image = pass ? unit.image + gridDim.x : unit.image;
         int end_row = pass ? rows_start(pass) : unit.end_row;
@@ -87,12 +88,12 @@ template <> struct Band<true> {
         if (!pass) copied_end = rows_start(unit.passes - 1);
         from = source(image, first_row);
         pixels = image < images ? (end_row - first_row) * IN_W : 0;
-        octet = threadIdx.x - 128;
+        octet = threadIdx.x - (THREADS - COPYING);
     }
     __device__ bool pending() const { return PERSISTENT && octet < (pixels + 7) / 8 * 64; }
     __device__ void advance() {
         copy_octet(from, 0, first_row, pixels, octet);
-        octet += 128;
+        octet += COPYING;
     }
     __device__ void begin(unsigned* scratch) {
         if (!AS_IT_IS) exponent = smallest_exponent(exponents, exponent_count, scratch);
@@ -106,10 +107,10 @@ __device__ constexpr bool found_in_time(int passes) {
     return first_row_of((PASSES - 3 + passes) * PASS_WINDOWS) >= (IN_H < end ? IN_H : end);
 }
 static_assert(
-    !PERSISTENT || (SKEWED && UNITS == 1 && PASSES > 2 && found_in_time(1) && found_in_time(2)),
+    !PERSISTENT || (AS_IT_IS && UNITS == 1 && PASSES > 2 && found_in_time(1) && found_in_time(2)),
     "rows of the next image come in time");
 static_assert(
-    !SKEWED || (WARPS_M == 2 && WARPS_N == 1 && SPLIT == 1 && CHUNKS_64 == 1 && !X_PACKED && PERSISTENT == AS_IT_IS &&
+    !SKEWED || (WARPS_M == 2 && WARPS_N == 1 && SPLIT == 1 && CHUNKS_64 == 1 && !X_PACKED &&
                    TAPS * STEPS_K >= 4 * STAGES),
     "warpgroups half a pass apart go round the same steps");
 
