@@ -32,7 +32,7 @@ SHAPE_MACROS = (
     + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
     + ("UNIT_ROWS", "TILES", "LAST_TILES", "TILE_OC", "TILE_IC", "PARTS")
     + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS")
-    + ("SKEWED", "PERSISTENT")
+    + ("PERSISTENT",)
 )
 
 
@@ -92,16 +92,12 @@ def plan(
     found = conv_wgmma.layout(split, dgrad, *sizes) if wgmma and not slower else None
     found = found or _layout(split, *sizes)
     as_it_is = dtype == "half_t" and channels_last and not dgrad and found.planes["WGMMA"]
-    skewed = persistent = False
-    if split == 1 and not dgrad:
-        skewed, persistent = conv_wgmma.overlapping(found, bool(as_it_is), size, out, kernel, pad)
     macros = {
         "input_t": dtype,
         "X_PACKED": 0,
         "CHANNELS_LAST": int(channels_last),
         "AS_IT_IS": int(as_it_is),
-        "SKEWED": int(skewed),
-        "PERSISTENT": int(persistent),
+        "PERSISTENT": int(as_it_is and conv_wgmma.persistent(found, size, out, kernel, pad)),
         **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
         **packing_macros(split),
         **found.planes,

@@ -63,8 +63,7 @@ struct StoreEpilogue {
     const int* exponents;
 
 #if CHANNELS_LAST
-    template <class Step>
-    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent, Step step) const {
+    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
         int first_m = blockIdx.y * TILE_M + place.channel, lane = threadIdx.x % 32, odd = lane % 2;
         Finish finish[LANE_ROWS];
         #pragma unroll
@@ -76,7 +75,6 @@ struct StoreEpilogue {
         int first_turned = first_m - lane / 4 + odd * 8 + lane / 2 % 2 * 4;
         #pragma unroll
         for (int t = 0; t < MOST_TILES; t++) {
-            if (t % 2) step();
             int window = place.first_window + t * 4 + lane / 8;
             bool exists = t * 4 + lane / 8 < place.count() && window % WINDOW_PITCH < WINDOWS_W;
             #pragma unroll
@@ -102,8 +100,7 @@ struct StoreEpilogue {
         }
     }
 #else
-    template <class Step>
-    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent, Step step) const {
+    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
         int first_m = blockIdx.y * TILE_M + place.channel;
         scalar_t* plane = y + (place.image * OUT_CHANNELS + first_m) * (OUT_H * OUT_W);
         Finish finish[LANE_ROWS];
@@ -121,7 +118,6 @@ struct StoreEpilogue {
                 first = later * 4 + turned / 2 * 2 + odd;
             #pragma unroll
             for (int t = 0; t < LANE_WINDOWS; t += 4) {
-                step();
                 Spot spots[2] = {
                     Spot(place, t * 4 + first, lower, plane), Spot(place, t * 4 + 8 + first, lower, plane)};
                 #pragma unroll

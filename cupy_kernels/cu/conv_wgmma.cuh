@@ -121,7 +121,7 @@ template <> struct Multiply<2> {
 };
 
 // In an image's last row of windows, what the kernel's rows before OUTSIDE_KH meet lies outside x. So the last pass
-// leaves out these products in tiles that have nothing else, those after UPPER_TILES. Not with SKEWED.
+// leaves out these products in tiles that have nothing else, those after UPPER_TILES.
 enum {
     OUTSIDE_KH = 2 * (WINDOWS_H - 1) + PAD_H - IN_H + 1,
     UPPER_WINDOWS = (WINDOWS_H - 1) * WINDOW_PITCH - (PASSES - 1) * PASS_WINDOWS,
@@ -130,12 +130,10 @@ enum {
 };
 
 struct MainLoop {
-    enum { STEPS = TAPS * STEPS_K };
     const Unit& unit;
     Rows& band;
-    WeightRing<STEP_BYTES, STEPS> weights;
-    int stage = 0, to = 0, position = -1;  // position: of the last step, in the order of the weights
-    int warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
+    WeightRing<STEP_BYTES, TAPS * STEPS_K> weights;
+    int stage = 0, to = 0, warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
     int warp_m = warpgroup % WARPS_M, warp_n = warpgroup / WARPS_M;
     WgmmaOperand pixels, a_stages;
 
@@ -156,46 +154,14 @@ struct MainLoop {
         fetch();
         int at = stage;
         stage = weights.next(stage);
-        position = position + 1 == STEPS ? 0 : position + 1;
         return at;
     }
     __device__ int channel() const { return warp_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
-    // With SKEWED one warpgroup is half a pass behind the other, so that each multiplies while the other is at its
-    // epilogue, and goes through steps there, too. So a pass begins with any step, and goes round.
-    __device__ void rest() {
-        for (int i = 0; i < STEPS / 2 + 3; i++) next_step();
-    }
-    __device__ void start() {
-        if (SKEWED && warpgroup) rest();
-    }
-    __device__ void finish() {
-        if (SKEWED && !warpgroup) rest();
-    }
-
     template <int COUNT> __device__ __forceinline__ void pass(Sums& sums, int pass, int first_window) {
-        if constexpr (SKEWED) pass_round<COUNT>(sums, pass, first_window);
-        else if (COUNT == LAST_TILES && UPPER_TILES && pass == PASSES - 1)
+        if (COUNT == LAST_TILES && UPPER_TILES && pass == PASSES - 1)
             pass_of<COUNT, UPPER_TILES>(sums, pass, first_window);
         else pass_of<COUNT, 0>(sums, pass, first_window);
-    }
-    template <int COUNT> __device__ __forceinline__ void pass_round(Sums& sums, int pass, int first_window) {
-        Multiply<SPLIT> multiply;
-        int first_column = 2 * (first_window - unit.first_window) + PAD_W;
-        band.follow(pass + 1);
-        #pragma unroll 1
-        for (int i = 0; i < STEPS; i++) {
-            int at[] = {next_step()}, tap = position / STEPS_K;
-            WgmmaOperand rows[2] = {pixels, pixels};
-            #pragma unroll
-            for (int lower = 0; lower < 2; lower++)
-                rows[lower] = pixels.moved(
-                    band_offset(lower + PAD_H - tap / KERNEL_W, first_column - tap % KERNEL_W) +
-                    position % STEPS_K * 4 * ALONG);
-            multiply.add<COUNT>(sums, a_stages, at, rows, band);
-        }
-        while (band.pending()) band.advance();
-        wgmma_wait<0>();
     }
     // FEW: the tiles that meet all rows of the kernel; 0: all COUNT do.
     template <int COUNT, int FEW>

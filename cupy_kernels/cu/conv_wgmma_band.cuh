@@ -25,7 +25,6 @@ template <bool> struct Band;
 template <> struct Band<true> {
     enum {
         AHEAD = 2 * TAPS >= STAGES,
-        COPYING = SKEWED ? 128 : THREADS,
         PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,  // from a pixel to the next, in halves
         CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL,
         IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL)
@@ -77,10 +76,10 @@ template <> struct Band<true> {
         for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
             copy(chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
     }
-    // In the first pass the rest of this image's rows, later the next image's, in the places that no pass reads any
-    // more: copied by the warpgroup that is behind, between its products.
+    // With PERSISTENT, behind the products of each pass: of the first pass the rest of this image's rows, later the next
+    // image's, in the places that no pass reads any more.
     __device__ void follow(int next_pass) {
-        if (!PERSISTENT || threadIdx.x < THREADS - COPYING) return;
+        if (!PERSISTENT) return;
         int pass = next_pass - 1;
         i64 image = pass ? unit.image + gridDim.x : unit.image;
         int end_row = pass ? rows_start(pass) : unit.end_row;
@@ -88,31 +87,27 @@ template <> struct Band<true> {
         if (!pass) copied_end = rows_start(unit.passes - 1);
         from = source(image, first_row);
         pixels = image < images ? (end_row - first_row) * IN_W : 0;
-        octet = threadIdx.x - (THREADS - COPYING);
+        octet = threadIdx.x;
     }
     __device__ bool pending() const { return PERSISTENT && octet < (pixels + 7) / 8 * 64; }
     __device__ void advance() {
         copy_octet(from, 0, first_row, pixels, octet);
-        octet += COPYING;
+        octet += THREADS;
     }
     __device__ void begin(unsigned* scratch) {
         if (!AS_IT_IS) exponent = smallest_exponent(exponents, exponent_count, scratch);
     }
     __device__ bool fits(unsigned*) { return true; }
 };
-// With PERSISTENT the warpgroup that copies is half a pass behind the other, whose first two passes find their rows of
-// the next image copied in passes but for the last one, and in all.
+// The next image's first pass finds rows that were copied in passes but for the last one, the second in all.
 __device__ constexpr bool found_in_time(int passes) {
     int end = end_row_of(passes * PASS_WINDOWS - 1);
     return first_row_of((PASSES - 3 + passes) * PASS_WINDOWS) >= (IN_H < end ? IN_H : end);
 }
 static_assert(
-    !PERSISTENT || (AS_IT_IS && UNITS == 1 && PASSES > 2 && found_in_time(1) && found_in_time(2)),
+    !PERSISTENT || (AS_IT_IS && UNITS == 1 && CHUNKS_64 == 1 && Band<true>::AHEAD && PASSES > 2 && found_in_time(1) &&
+                       found_in_time(2)),
     "rows of the next image come in time");
-static_assert(
-    !SKEWED || (WARPS_M == 2 && WARPS_N == 1 && SPLIT == 1 && CHUNKS_64 == 1 && !X_PACKED &&
-                   TAPS * STEPS_K >= 4 * STAGES),
-    "warpgroups half a pass apart go round the same steps");
 
 // x is a tensor: converted under a scale that is chosen from the rows of the first pass, with room for larger values in
 // later ones. Where that is not enough, all starts again.
@@ -128,8 +123,7 @@ template <> struct Band<false> {
         FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H,
         FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS,
         ROUNDS = (FIRST_OCTETS + 9) / 10,
-        BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS,
-        LOADING = SKEWED ? 128 : THREADS  // threads that load rows of later passes: the warpgroup that is ahead
+        BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS
     };
     const scalar_t* source;  // the image
     const Unit& unit;
@@ -210,7 +204,7 @@ template <> struct Band<false> {
     // A thread loads an octet, and stores it by a later advance(), which loads the next one.
     __device__ void follow(int pass) {
         first_pixel = rows_end(pass) * IN_W;
-        pixels = threadIdx.x < LOADING ? rows_end(pass + 1) * IN_W - first_pixel : 0;
+        pixels = rows_end(pass + 1) * IN_W - first_pixel;
         group = pixels > 0 ? 0 : GROUPS_K;
         pixel = threadIdx.x;
         load_next();
@@ -230,7 +224,7 @@ template <> struct Band<false> {
             Octet octet(pixel, pixels);
             store(octet.group, first_pixel + octet.pixel, v);
         } else store(group, first_pixel + pixel, v);
-        pixel += LOADING;
+        pixel += THREADS;
         load_next();
     }
     __device__ bool fits(unsigned* scratch) {

@@ -27,8 +27,7 @@
 //                                                (upper left, right, lower left, right) of its window t of LANE_WINDOWS
 //
 // Epilogue. The kernel's own, a struct with
-//     pass(sums, place, exponent, step)          takes the sums of a pass, times 2^(exponent + the channel's exponent).
-//                                                Calls step() now and then, as often in all threads
+//     pass(sums, place, exponent)                takes the sums of a pass, times 2^(exponent + the channel's exponent)
 //     restart()                                  forgets all passes: they come again
 //     finish(exponent, unit)                     after the last pass of a unit
 //
@@ -38,9 +37,8 @@
 // THREADS, STAGES, GAP (zeros between two rows of the band), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the
 // epilogue's), ADJACENT (1: the windows of a lane are neighbours, for wide stores; 0: those of four lanes are), WGMMA,
 // and those of the form. With WGMMA only: AS_IT_IS (1: x, in channels_last, and the weights are fp16 operands as they
-// lie in memory, under scales of 1), SKEWED (1: one warpgroup is half a pass behind the other), PERSISTENT (1: with both
-// of these and whole images, a block takes every gridDim.x-th unit; 0: one). Limits: those that check_supported in
-// conv_transpose_mma.py checks.
+// lie in memory, under scales of 1), PERSISTENT (1: with AS_IT_IS and whole images, a block takes every gridDim.x-th
+// unit; 0: one). Limits: those that check_supported in conv_transpose_mma.py checks.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -161,7 +159,6 @@ __device__ inline void convolve(
         i64 next = number + gridDim.x;
         for (bool again = true; again;) {
             band.begin(scratch);
-            if (!PERSISTENT || number == blockIdx.x) loop.start();
             for (int pass = 0; pass < unit.passes; pass++) {
                 int start = unit.first_window + pass * PASS_WINDOWS, left = unit.end_window - start;
                 bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
@@ -171,19 +168,15 @@ __device__ inline void convolve(
                 if (last) loop.pass<LAST_TILES>(sums, pass, first_window);
                 else loop.pass<TILES>(sums, pass, first_window);
                 Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
-                epilogue.pass(sums, place, band.exponent, [&] {
-                    if (SKEWED) loop.next_step();
-                });
+                epilogue.pass(sums, place, band.exponent);
             }
-            if (!PERSISTENT) loop.finish();
             again = !band.fits(scratch);
             if (again) epilogue.restart();
         }
         epilogue.finish(band.exponent, number);
-        if (!PERSISTENT || next >= units) break;
+        if (!PERSISTENT || next >= units) return;
         number = next;
         unit = Unit(number);
         epilogue.restart();
     }
-    if (PERSISTENT) loop.finish();
 }
