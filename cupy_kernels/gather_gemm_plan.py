@@ -13,7 +13,7 @@ OPERANDS = {"float": "half_t", "half_t": "half_t", "bf16_t": "bf16_t"}
 _MOST_MERGED = 128  # phases
 _LONGEST_CHAIN = 2**15  # pixels that a split of wgrad sums: tensor cores truncate when they add
 _MOST_SPLITS = 32
-_ROW_BYTES, _PIXEL_BYTES = 16, 12  # of the kernels' tables in shared memory
+_ROW_BYTES, _COLUMN_BYTES, _PIXEL_BYTES = 16, 8, 12  # of the kernels' tables in shared memory
 
 
 class Tile(NamedTuple):
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
         shared_bytes = self.stages * lines * LINE_BYTES
         if k_major:
             epilogue = 4 * max(self.n * (self.m + 4), self.m * (self.n + 8))
-            shared_bytes = max(shared_bytes, epilogue) + self.m * _ROW_BYTES
+            shared_bytes = max(shared_bytes, epilogue) + self.m * _ROW_BYTES + self.n * _COLUMN_BYTES
         else:
             shared_bytes += 2 * 64 // split * _PIXEL_BYTES
         sizes = {"TILE_M": self.m, "TILE_N": self.n, "WARPS_M": self.warps_m, "WARPS_N": self.warps_n}

@@ -13,23 +13,13 @@ import numpy as np
 
 from . import forks, hints
 from .errors import KernelCompileError
+from .parsing import SYNONYMS, declarations, definitions, span
 
 MACROS = "macros"  # the file's name in messages of the emulator's compiler about a macro
 
 _FOLDER = resources.files(__package__) / "cu"
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
 _HEADER = re.compile(r"""^\s*#\s*include\s*(<[^>]+>|"[^"]+\.h")""")
-
-# Comments and strings are tokens of their own, so that braces in them do not count.
-_BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
-_PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
-_ATTRIBUTES = rf"(?:(?:static|inline|__(?:launch_bounds|maxnreg|attribute|cluster_dims)__\s*{_PARENTHESES})\s*)*"
-_KERNEL = re.compile(
-    rf'[ \t]*(extern\s+"C"\s+)?{_ATTRIBUTES}__global__\s+{_ATTRIBUTES}void\s+{_ATTRIBUTES}'
-    rf"(\w+)\s*({_PARENTHESES})\s*(?=\{{)"
-)
-_NO_TYPE = ("*", "const", "volatile", "INOUT", "__restrict__", "__restrict", "__grid_constant__", "struct")
-_C_BLOCK = re.compile(r'\bextern\s+"C"\s*\{')
 
 # Scalar types of the kernels, and the NumPy dtype of an array that holds them. NumPy has no bfloat16: its arrays travel
 # as int16.
@@ -47,14 +37,6 @@ DTYPES = {
     "unsigned long long": np.dtype(np.uint64),
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
-_SYNONYMS = {
-    "long long": "i64",
-    "long long int": "i64",
-    "signed": "int",
-    "unsigned int": "unsigned",
-    "unsigned char": "u8",
-}
-
 # The first two are replaced by new dicts, never changed in place: other threads read them.
 _overrides: dict[str, str] = {}
 _constants: dict[str, dict[str, str | int]] = {}
@@ -261,35 +243,7 @@ def packaged(file: str) -> str:
 def packaged_kernels(file: str) -> dict[str, str]:
     """{name: definition} of the kernels of a packaged file, whatever is in force."""
     text = packaged(file)
-    return {name: text[slice(*span(text, name))] for name in _kernels(text)}
-
-
-def span(text, name) -> tuple[int, int] | None:
-    """Where in `text` the definition of the kernel `name` begins and ends; None if it is not there."""
-    match = _kernels(text).get(name)
-    return match and (match.start(), _end(text, match) or len(text))
-
-
-def unfinished(text) -> list[str]:
-    """Kernels of `text` whose body has no end."""
-    return [name for name, match in _kernels(text).items() if not _end(text, match)]
-
-
-@functools.lru_cache(64)
-def _kernels(text: str) -> dict[str, re.Match]:
-    """{name: the match of its declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
-    code = _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
-    blocks = [range(block.end(), _end(code, block, 1) or len(code)) for block in _C_BLOCK.finditer(code)]
-    found = [m for m in _KERNEL.finditer(code) if m[1] or any(m.start(2) in block for block in blocks)]
-    return {match[2]: match for match in found}
-
-
-def _end(text, declaration, depth=0) -> int | None:
-    for token in _BRACES.finditer(text, declaration.end()):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if token[0] == "}" and depth == 0:
-            return token.end()
-    return None
+    return {name: text[slice(*span(text, name))] for name in definitions(text)}
 
 
 @until_overridden
@@ -335,7 +289,7 @@ def _unit(file, kernel):
         return expanded(file)
     alone = {kernel} & edited
     found = _expand(file, set(), lambda name: text(name, alone))
-    left_out = _kernels(found).keys() - alone
+    left_out = definitions(found).keys() - alone
     if not alone:
         # The packaged text of an edited kernel need not fit an edited header.
         left_out = left_out & edited if any(map(is_file, overridden())) else ()
@@ -354,34 +308,7 @@ def is_packaged(kernel: Kernel) -> bool:
 @until_overridden
 def kernel_names(file: str) -> tuple[str, ...]:
     """Names of the kernels that `file` defines."""
-    return tuple(_kernels(expanded(file)))
-
-
-def declarations(text: str) -> dict[str, list[tuple[str, str]]]:
-    """{kernel: [(type, name) of each parameter]} of the kernels in `text`; types as "const scalar_t*"."""
-    return {
-        name: [_split(p) for p in match[3][1:-1].split(",") if p.strip() not in ("", "void")]
-        for name, match in _kernels(text).items()
-    }
-
-
-def _split(declaration: str) -> tuple[str, str]:
-    found = re.fullmatch(r"(.*?)(\w+)\s*((?:\[[^]]*\])?)", declaration.strip(), re.DOTALL)
-    if (
-        not found
-        or not found[1]
-        or re.search(r"[^\w\s*]", found[1])
-        or (found[1] + found[3]).count("*") + bool(found[3]) > 1
-    ):
-        raise ValueError(
-            f"a kernel's parameter is an array, as in const float* x, or a number, as in int size; received "
-            f"{declaration.strip()!r}. Pass several arrays one by one, and what belongs together as numbers"
-        )
-    words = found[1].replace("*", " * ").split()
-    kind = " ".join(w for w in words if w not in _NO_TYPE)
-    marks = [w for w in ("INOUT", "const") if w in words]
-    pointer = "*" if found[3] or "*" in words else ""
-    return " ".join([*marks, _SYNONYMS.get(kind, kind)]) + pointer, found[2]
+    return tuple(definitions(expanded(file)))
 
 
 @until_overridden
@@ -401,7 +328,7 @@ def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
     base = " ".join(kind.split()[len(marks) :])  # "unsigned int" is not "int"
     base, stars = base.rstrip("*"), base.count("*")
     kind = str(dict(kernel.defines).get(base, base))
-    dtype = None if stars > 1 else DTYPES.get(_SYNONYMS.get(kind, kind))
+    dtype = None if stars > 1 else DTYPES.get(SYNONYMS.get(kind, kind))
     if dtype is None and not stars:
         raise ValueError(
             f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"

@@ -64,6 +64,8 @@ def run_fused(children: list[nn.Module], x: torch.Tensor, together: bool = False
     if chain is None or _unsupported_reason(chain, range(LENGTH), children, x):
         return None
     conv, norm, activation, _, group = children
+    conv_weight, conv_bias = layers.tensors_of(conv, "weight", "bias")
+    group_weight, group_bias = layers.tensors_of(group, "weight", "bias")
     function = norm.operation(functional.conv_bn_activation_max_pool_group_norm)
     if norm.peers is None and (is_dynamo_compiling() or (nn.Module.__call__ is not _CALL and _in_graph())):
         function = functools.partial(conv_bn_activation_max_pool_group_norm_or_parts, together=together)
@@ -71,13 +73,13 @@ def run_fused(children: list[nn.Module], x: torch.Tensor, together: bool = False
         return function(
             x,
             *norm.arguments(x),
-            conv_weight=layers.tensor_of(conv, "weight"),
-            conv_bias=layers.tensor_of(conv, "bias"),
+            conv_weight=conv_weight,
+            conv_bias=conv_bias,
             padding=conv.padding,
             activation=chain.activation,
             num_groups=group.num_groups,
-            group_weight=layers.tensor_of(group, "weight"),
-            group_bias=layers.tensor_of(group, "bias"),
+            group_weight=group_weight,
+            group_bias=group_bias,
             group_eps=group.eps,
             num_batches_tracked=norm.counter(),
             numerics=conv.numerics,

@@ -199,7 +199,7 @@ class _Setting:
 
     @functools.cached_property
     def dy(self) -> torch.Tensor:
-        """A gradient of the output, of PyTorch's format."""
+        """A gradient of the output."""
         with torch.no_grad():
             return torch.randn_like(copy.deepcopy(self.modules["eager"])(self.x))
 
@@ -244,7 +244,8 @@ class _Setting:
             return call
         leaf = x.detach().requires_grad_()
         wanted = [leaf, *module.parameters()]
-        return lambda: torch.autograd.grad(module(leaf), wanted, self.dy)
+        dy = torch.empty_like(module(leaf)).copy_(self.dy)  # of the result's own format, as the next layer's would be
+        return lambda: torch.autograd.grad(module(leaf), wanted, dy)
 
     @functools.cached_property
     def wrong(self) -> str | None:

@@ -23,6 +23,7 @@ from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import observed
 from cupy_kernels.variants import shape_macros, variants
 from modelnew import bench, entrants, environment, numerics, parity
+from modelnew.shortcuts import Public
 
 os.environ.setdefault("CUPY_KERNELS_SEED", "1")  # threads and blocks in an order that kernels must not rely on
 
@@ -44,8 +45,9 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def poisoned_memory(monkeypatch):
     """Fills what torch.empty returns, so every output and workspace of the package, with NaN."""
+    monkeypatch.setattr("modelnew.replays.allocator", Public.allocator)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

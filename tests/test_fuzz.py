@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelnew import __main__ as cli
-from modelnew import functional, fuzz_judge
+from modelnew import functional, fuzz, fuzz_judge
 from modelnew.fuzz_cases import OPERATORS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,6 +102,17 @@ def test_command(tmp_path):
     assert {"command", "versions", "digest"} < set(record)
     code, text = invoke("--cases", 3, "--operator", "tanh", "--budget", 0)
     assert "0 cases, 0 wrong" in text
+
+
+def test_several_processes_share_the_cases():
+    operators, reports = ["tanh", "leaky_relu"], []
+
+    def report(operator, lines):
+        reports.append((operator, len(lines)))
+
+    found = fuzz.fuzz(operators, fuzz.BATCH + 10, 0, torch.device("cpu"), 600, report, processes=2)
+    assert found == (dict.fromkeys(operators, fuzz.BATCH + 10), 0)
+    assert reports == [(operator, count) for count in (fuzz.BATCH, 10) for operator in operators]
 
 
 def test_command_names_a_wrong_case(tmp_path):

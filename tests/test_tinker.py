@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cupy_kernels
-from cupy_kernels import backend, nvrtc, source, tinker
+from cupy_kernels import backend, nvrtc, parsing, source, tinker
 from cupy_kernels.errors import BackendError, KernelCompileError
 from modelnew import ModelNew
 from modelnew.functional import tanh
@@ -112,7 +112,7 @@ def test_an_edit_compiles_the_edited_kernel_alone(device, compiled):
     def run(forward):
         tanh(x).backward(x)
         text = source.unit(source.Kernel("tanh.cu", "tanh_forward"))
-        assert list(source.declarations(text)) == ["tanh_forward"] if forward else ["tanh_forward", "tanh_backward"]
+        assert list(parsing.declarations(text)) == ["tanh_forward"] if forward else ["tanh_forward", "tanh_backward"]
         return [kernel.name for kernel in compiled]
 
     run(forward=False)

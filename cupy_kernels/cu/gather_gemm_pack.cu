@@ -235,8 +235,8 @@ extern "C" __global__ void pack_taps(
 // neighbours, too, all of them. A thread has an octet of 8 neighbours. Eight threads have neighbouring octets. Grid: x =
 // blocks of 8 octets (fastest), of 32 times 8 neighbours; y = groups.
 extern "C" __global__ void __launch_bounds__(256) turn_taps(
-    const operand_t* __restrict__ w, operand_t* __restrict__ packed, int channels, int sum_channels,
-    int octets, int taps, i64 group_stride, i64 channel_stride, i64 sum_stride, int columns) {
+    const operand_t* __restrict__ w, operand_t* __restrict__ packed, int channels, int sum_channels, int octets,
+    int taps, i64 group_stride, i64 channel_stride, i64 sum_stride, int columns) {
     int octet_blocks = (octets + 7) / 8, octet = blockIdx.x % octet_blocks * 8 + threadIdx.x % 8,
         first = (blockIdx.x / octet_blocks * 32 + threadIdx.x / 8) * 8;
     if (octet >= octets || first >= columns * taps) return;

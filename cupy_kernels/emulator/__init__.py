@@ -32,7 +32,8 @@ from pathlib import Path
 from .. import cache, forks, nvrtc, source
 from ..backend import Backend
 from ..errors import BackendError, EmulatorError, KernelCompileError
-from ..source import MACROS, Kernel, compile_error, declarations, is_packaged, unit
+from ..parsing import declarations
+from ..source import MACROS, Kernel, compile_error, is_packaged, unit
 from . import elf, lines, messages
 
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti")
