@@ -26,7 +26,8 @@ from .fp16_tiles import chunk_channels, pack_fp16, packed_shape, packing_macros,
 from .launch import launch
 from .source import Kernel, Variant, text, until_overridden
 
-_MOST_WARPS = 16
+# Warps of the tail's blocks: few, each with more values, where registers hold these (RESIDENT of pooled_tail.cuh).
+_FEW_WARPS, _MOST_WARPS, _RESIDENT = 8, 16, 24
 _PART = 320  # values of a warp at most: 10 a lane
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
 _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
@@ -483,7 +484,9 @@ def _tail_defines(macros, groups, activation, planes, shift):
     types += (("AS_IT_IS", macros.get("AS_IT_IS", 0)),)
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     parts = _parts(macros)
-    warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
+    jobs, plane = macros["OUT_CHANNELS"] // groups * parts, (macros["OUT_H"] // 2) * (macros["OUT_W"] // 2)
+    resident = ceil_div(jobs, _FEW_WARPS) * ceil_div(plane, parts * 32) <= _RESIDENT
+    warps = min(jobs, _FEW_WARPS if resident else _MOST_WARPS)
     blocks = (("GROUPS", groups), ("PARTS", parts), ("WARPS", warps), ("THREADS", THREADS))
     return (*types, *sizes, *planes, *blocks)
 

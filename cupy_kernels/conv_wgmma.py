@@ -95,14 +95,11 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
 def persistent(found: Layout, size, out, kernel, pad) -> bool:
     """Whether blocks can copy rows of the next image, of fp16 operands, behind the products of this one.
 
-    They can where a block has a whole image, and its last passes read none of the first ones' rows; one warpgroup is
-    half a pass behind the other.
+    They can where a block has a whole image, and its last passes read none of the first ones' rows.
     """
     macros, planes = found.macros, found.planes
-    if not planes["WGMMA"] or planes["UNITS"] > 1 or (macros["TILE_M"], macros["WARPS_N"]) != (128, 1):
-        return False
-    steps = macros["PACKED_WIDTH"] // _STEP_CHANNELS
-    if steps > 2 or kernel[0] * kernel[1] * steps < 4 * macros["STAGES"]:
+    long_enough = 2 * kernel[0] * kernel[1] >= macros["STAGES"]
+    if not planes["WGMMA"] or planes["UNITS"] > 1 or macros["PACKED_WIDTH"] > 64 or not long_enough:
         return False
     pitch, pass_windows = planes["WINDOW_PITCH"], 4 * macros["TILES"] * macros["WARPS_N"]
     larger = 4 * max(0, macros["LAST_TILES"] - macros["TILES"]) * macros["WARPS_N"]
@@ -110,7 +107,7 @@ def persistent(found: Layout, size, out, kernel, pad) -> bool:
     passes = max(1, ceil_div(windows - larger, pass_windows))
 
     def found_in_time(first):
-        """Whether the next image's `first` passes find their rows copied before the last `3 - first` of this one."""
+        """Whether the next image's `first` passes find their rows copied before the last `2 - first` of this one."""
         start = (passes - 3 + first) * pass_windows // pitch * 2 + pad[0] - (kernel[0] - 1)
         return start >= min(size[0], (first * pass_windows - 1) // pitch * 2 + pad[0] + 2)
 

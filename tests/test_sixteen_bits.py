@@ -65,14 +65,13 @@ def test_channels_last(device, case, dtype, wgmma, launched):
     assert names >= {"conv_bn_pool", "pooled_forward", "pooled_backward", "conv_transpose_mma", "conv_wgrad_mma"}
 
 
-@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.usefixtures("many_passes")
-def test_a_block_takes_image_after_image(device, keep, monkeypatch, launched, wgmma):
+def test_a_block_takes_image_after_image(device, monkeypatch, launched, wgmma):
     """Rows of the next image are copied into the place of rows that no later product of this one reads."""
     monkeypatch.setattr(conv_transpose_mma, "MULTIPROCESSORS", 1)
-    model, ours, x = models((16, 80, 5, 1, 4, 2, 42, 14), "auto", device, torch.float16)
+    model, ours, x = models((16, 80, 3, 0, 4, 3, 52, 14), "auto", device, torch.float16)
     x = x.to(memory_format=torch.channels_last)
-    with torch.set_grad_enabled(keep):
+    with torch.no_grad():
         found, theirs, truth = ours(x), model(x), copy.deepcopy(model).double()(x.double())
     pool = next(kernel for kernel in launched if kernel.name == "conv_bn_pool")
     assert dict(pool.defines)["PERSISTENT"] == wgmma

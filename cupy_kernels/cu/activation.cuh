@@ -1,5 +1,5 @@
-// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION names one's struct, pooled_t
-// the type of what it is applied to:
+// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION names one's struct,
+// pooled_t is the type of what it is applied to:
 //
 //     Activation(float parameter)    the launch's; only some activations have one
 //     float of(float v)              the activation of v; no v is a denormal, which -ftz=true makes 0

@@ -22,8 +22,8 @@
 //                                             SAVED_SHIFT
 //                                             SPLIT 2: float
 //     unit_exponents [N * UNITS]              if anything is under scales, or with SAVE
-// Macros: those of implicit_gemm.cuh, pooled_t (float, or half_t with SPLIT 1), saved_t (half_t, float), STATISTICS, SAVE,
-// SAVED_SHIFT.
+// Macros: those of implicit_gemm.cuh, pooled_t (float, or half_t with SPLIT 1), saved_t (half_t, float), STATISTICS,
+// SAVE, SAVED_SHIFT.
 #define ADJACENT (!WGMMA)
 #include "batch_norm.cuh"
 #include "implicit_gemm.cuh"
@@ -74,9 +74,9 @@ __device__ inline bool is_valid(const Valid& valid, int t, int corner) {
 
 // For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four
 // lanes. The channels take each step together, so that none waits for its own last step.
-template <bool FULL, class Step> __device__ __forceinline__ void moments_of(
-    const Sums& sums, int first, const Valid& valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS],
-    Step step) {
+template <bool FULL>
+__device__ __forceinline__ void moments_of(
+    const Sums& sums, int first, const Valid& valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = squares[i] = 0;
     #pragma unroll
@@ -86,17 +86,13 @@ template <bool FULL, class Step> __device__ __forceinline__ void moments_of(
             if (FULL || is_valid(valid, at / 4, at % 4)) mean[i] += sum_of(sums, first + i, at / 4, at % 4);
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = quad_sum(mean[i]) * per_count;
-    step();
     #pragma unroll
-    for (int at = 0; at < LANE_WINDOWS * 4; at++) {
-        if (at == LANE_WINDOWS * 2) step();
+    for (int at = 0; at < LANE_WINDOWS * 4; at++)
         #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             float distance = sum_of(sums, first + i, at / 4, at % 4) - mean[i];
             if (FULL || is_valid(valid, at / 4, at % 4)) squares[i] += distance * distance;
         }
-    }
-    step();
     #pragma unroll
     for (int i = 0; i < ROWS; i++) squares[i] = quad_sum(squares[i]);
 }
@@ -115,15 +111,13 @@ struct PoolEpilogue {
     i64 units;
     int seen;
 
-    template <class Step>
-    __device__ __forceinline__ void pass(const Sums& sums, Place place, int exponent, Step step) {
+    __device__ __forceinline__ void pass(const Sums& sums, Place place, int exponent) {
         make_opaque(place.first_window);  // else addresses are computed before the loop, where registers are few
-        if (place.full()) windows<true>(sums, place, exponent, step);
-        else windows<false>(sums, place, exponent, step);
+        if (place.full()) windows<true>(sums, place, exponent);
+        else windows<false>(sums, place, exponent);
     }
 
-    template <bool FULL, class Step>
-    __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent, Step step) {
+    template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
         int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / WARPS_N);
         i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE_STRIDE;
         Valid valid = {};
@@ -137,11 +131,10 @@ struct PoolEpilogue {
                  : quad_sum((float)(__popc(valid[0]) + __popc(valid[1]) + __popc(valid[2]) + __popc(valid[3])));
         float per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
-        step();
         #pragma unroll
         for (int first = 0; first < LANE_ROWS; first += ROWS) {
             float mean[ROWS], squares[ROWS];
-            if (STATISTICS) moments_of<FULL>(sums, first, valid, per_count, mean, squares, step);
+            if (STATISTICS) moments_of<FULL>(sums, first, valid, per_count, mean, squares);
             #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 int channel = place.channel + (first + i) * 8;
@@ -152,13 +145,11 @@ struct PoolEpilogue {
                     *at = merge(seen ? *at : make_float2(0, 0), make_float2(mean[i] * sign, squares[i]));
                 }
                 ScaleBack scale(exponent + exponents[channel]);
-                bool real = OUT_CHANNELS % TILE_M == 0 || blockIdx.y * TILE_M + channel < OUT_CHANNELS;
-                if (i > 0) step();
+                // The same in all lanes.
+                if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
                 for (int t = 0; t < LANE_WINDOWS; t += 4) {
-                    if (t == LANE_WINDOWS / 8 * 4) step();
-                    if (!real) continue;  // the same in all lanes
                     Packed<pooled_t, 4> best;
                     Packed<u8, 4> tap;
                     Packed<saved_t, 16> all;
@@ -222,29 +213,22 @@ struct PoolEpilogue {
 
     __device__ void restart() { seen = 0; }
 
-    // Adds up what the warps of a block have seen of each channel, in their order. With PERSISTENT a warp has 16 channels
-    // alone, and the block's threads do not meet.
+    // Adds up what the warps of a block have seen of each channel, in their order.
     __device__ void finish(int exponent, i64 unit) {
-        enum { ALONE = PERSISTENT };
-        int own = ALONE ? threadIdx.x / 32 * 16 + threadIdx.x % 32 : threadIdx.x;
-        bool takes = ALONE ? threadIdx.x % 32 < 16 : threadIdx.x < TILE_M;
         // Read here, once: conv_mma.cuh spills it.
-        int of_channel = exponent + (STATISTICS && takes ? exponents[own] : 0);
+        int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
         enum { SCALED = SAVE || sizeof(pooled_t) == 2 };
         if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[unit] = exponent + SAVED_SHIFT - SHIFT;
         if (!STATISTICS) return;
-        if (ALONE) __syncwarp();
-        else {
-            if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
-            __syncthreads();
-        }
-        int m = blockIdx.y * TILE_M + own;
-        if (!takes || m >= OUT_CHANNELS) return;
-        float2 all = moments[own];
-        float count = ALONE ? seen : counts[0];
+        if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
+        __syncthreads();
+        int m = blockIdx.y * TILE_M + threadIdx.x;
+        if (threadIdx.x >= TILE_M || m >= OUT_CHANNELS) return;
+        float2 all = moments[threadIdx.x];
+        float count = counts[0];
         for (int part = 1; part < WARPS_N; part++) {
             Merge merge(count, counts[part]);
-            all = merge(all, moments[part * TILE_M + own]);
+            all = merge(all, moments[part * TILE_M + threadIdx.x]);
             count = merge.count;
         }
         float* to = partials + m * units + unit;

@@ -279,8 +279,6 @@ struct MainLoop {
         for (int i = 0; i < STAGES - 1; i++) weights.fetch(i * STAGE_BYTES);
     }
     __device__ int channel() const { return warp_m * 64 + lane / 4; }
-    __device__ void next_step() const {}
-    __device__ void finish() const {}
 
     template <int COUNT> __device__ __forceinline__ void pass(Sums& sums, int, int first_window) {
         // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of tile t; lanes 8 to 15 and 24 to 31

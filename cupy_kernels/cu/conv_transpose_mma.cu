@@ -63,8 +63,7 @@ struct StoreEpilogue {
     const int* exponents;
 
 #if CHANNELS_LAST
-    template <class Step>
-    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent, Step) const {
+    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
         int first_m = blockIdx.y * TILE_M + place.channel, lane = threadIdx.x % 32, odd = lane % 2;
         Finish finish[LANE_ROWS];
         #pragma unroll
@@ -101,8 +100,7 @@ struct StoreEpilogue {
         }
     }
 #else
-    template <class Step>
-    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent, Step) const {
+    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
         int first_m = blockIdx.y * TILE_M + place.channel;
         scalar_t* plane = y + (place.image * OUT_CHANNELS + first_m) * (OUT_H * OUT_W);
         Finish finish[LANE_ROWS];

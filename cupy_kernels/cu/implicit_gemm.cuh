@@ -27,19 +27,18 @@
 //                                                (upper left, right, lower left, right) of its window t of LANE_WINDOWS
 //
 // Epilogue. The kernel's own, a struct with
-//     pass(sums, place, exponent, step)          takes the sums of a pass, times 2^(exponent + the channel's exponent).
-//                                                Calls step() now and then, as often in all threads
+//     pass(sums, place, exponent)                takes the sums of a pass, times 2^(exponent + the channel's exponent)
 //     restart()                                  forgets all passes: they come again
 //     finish(exponent, unit)                     after the last pass of a unit
 //
 // Macros: those of pooled_planes.cuh and fp16_tiles.cuh, scalar_t (float, half_t, bf16_t), X_PACKED, input_t (scalar_t,
-// half_t for packed tiles), CHANNELS_LAST (1: x, if not packed, and y are [N, H, W, C]), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
-// PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES, THREADS, STAGES, GAP (zeros between two rows of the band),
-// PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's), ADJACENT (1: the windows of a lane are
-// neighbours, for wide stores; 0: those of four lanes are), WGMMA, AS_IT_IS (1: x, in channels_last, and the weights are
-// fp16 operands as they lie in memory, under scales of 1; with WGMMA only), PERSISTENT (1: with AS_IT_IS and whole images, blocks take one unit after the other), and those of
-// the form. Limits: those that
-// check_supported in conv_transpose_mma.py checks.
+// half_t for packed tiles), CHANNELS_LAST (1: x, if not packed, and y are [N, H, W, C]), IN_CHANNELS, OUT_CHANNELS
+// (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES,
+// THREADS, STAGES, GAP (zeros between two rows of the band), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the
+// epilogue's), ADJACENT (1: the windows of a lane are neighbours, for wide stores; 0: those of four lanes are), WGMMA,
+// and those of the form. With WGMMA only: AS_IT_IS (1: x, in channels_last, and the weights are fp16 operands as they
+// lie in memory, under scales of 1), PERSISTENT (1: with AS_IT_IS and whole images, a block takes every gridDim.x-th
+// unit; 0: one). Limits: those that check_supported in conv_transpose_mma.py checks.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -169,18 +168,15 @@ __device__ inline void convolve(
                 if (last) loop.pass<LAST_TILES>(sums, pass, first_window);
                 else loop.pass<TILES>(sums, pass, first_window);
                 Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
-                epilogue.pass(sums, place, band.exponent, [&] {
-                    if (PERSISTENT) loop.next_step();
-                });
+                epilogue.pass(sums, place, band.exponent);
             }
             again = !band.fits(scratch);
             if (again) epilogue.restart();
         }
         epilogue.finish(band.exponent, number);
-        if (!PERSISTENT || next >= units) break;
+        if (!PERSISTENT || next >= units) return;
         number = next;
         unit = Unit(number);
         epilogue.restart();
     }
-    loop.finish();
 }
