@@ -51,19 +51,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, PARTIALS_BLOCKS) batch_nor
     });
 }
 
-// Number of values in a chunk.
-__device__ inline i64 chunk_count(i64 count, i64 k, i64 chunk) { return min(chunk, count - k * chunk); }
+// Number of values in each chunk: `chunk`, or what is left in the last one; given ones where not null.
+struct ChunkCounts {
+    const double* given;
+    i64 count, chunk;
+    __device__ double operator()(i64 k) const { return given ? given[k] : (double)min(chunk, count - k * chunk); }
+};
 
 // Of a channel, from those of its chunks. In double they neither overflow nor cancel. Returns the unit of the moments.
 __device__ inline acc_t moments_of_channel(
-    Moments& moments, const double* __restrict__ means, const double* __restrict__ m2s, i64 count, i64 chunk,
+    Moments& moments, const double* __restrict__ means, const double* __restrict__ m2s, const ChunkCounts& counts,
     i64 chunks, double* scratch) {
     double sum = 0, m2 = 0;
-    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += chunk_count(count, k, chunk) * means[k];
-    double mean = block_sum(sum, scratch) / count;
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += counts(k) * means[k];
+    double mean = block_sum(sum, scratch) / counts.count;
     for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
         double distance = means[k] - mean;
-        m2 += m2s[k] + chunk_count(count, k, chunk) * distance * distance;
+        m2 += m2s[k] + counts(k) * distance * distance;
     }
     m2 = block_sum(m2, scratch);
     acc_t unit = sizeof(acc_t) == 8 || is_finite((acc_t)m2) ? (acc_t)1 : OTHER_UNIT();
@@ -74,9 +78,9 @@ __device__ inline acc_t moments_of_channel(
 // One block a channel: combines the chunks; updates the running statistics where they are not null, and so is
 // `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
-    const double* __restrict__ partials, INOUT param_t* running_mean, INOUT param_t* running_var, INOUT i64* batches,
-    acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, i64 channels, i64 count, i64 chunk,
-    i64 chunks) {
+    const double* __restrict__ partials, const double* __restrict__ counts, INOUT param_t* running_mean,
+    INOUT param_t* running_var, INOUT i64* batches, acc_t* __restrict__ mean, acc_t* __restrict__ invstd,
+    acc_t momentum, acc_t eps, i64 channels, i64 count, i64 chunk, i64 chunks) {
     __shared__ double scratch[32];
     i64 channel = blockIdx.x;
     if (batches && channel == 0 && threadIdx.x == 0) ++*batches;
@@ -87,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
         return;
     }
     Moments moments;
-    acc_t unit = moments_of_channel(moments, means, m2s, count, chunk, chunks, scratch);
+    acc_t unit = moments_of_channel(moments, means, m2s, {counts, count, chunk}, chunks, scratch);
     if (threadIdx.x) return;
     if (running_mean) running_mean += channel, running_var += channel;
     store_statistics(
