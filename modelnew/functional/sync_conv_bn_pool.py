@@ -17,7 +17,7 @@ from cupy_kernels.sync_batch_norm import sync_borders, sync_message, sync_parame
 from ..calls import call
 from ..formats import dense_in, restored, stored
 from ..interop import dense
-from .conv_bn_pool import convolution_gradients, geometry_of, new_output, plan_for
+from .resident_conv_bn_pool import convolution_gradients, geometry_of, new_output, plan_for
 from .gradients import apply, will_need_grad
 from .sync_batch_norm import gathered, refuse_second_derivatives
 
