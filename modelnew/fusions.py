@@ -110,7 +110,8 @@ def plan_of(children: dict[str, nn.Module], x: torch.Tensor):
     else:
         reason = "the convolution has a stride, output padding, dilation or groups, or the windows are not 2x2"
     try:
-        check_three(x, pool_of(pool.kernel_size, pool.stride, pool.padding, pool.dilation), norm.counter(), (conv.weight, *others), **options)
+        window = pool_of(pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        check_three(x, window, norm.counter(), (conv.weight, *others), **options)
     except UnsupportedError as error:
         return None, str(error)
     return "three operators", reason

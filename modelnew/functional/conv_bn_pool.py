@@ -64,7 +64,7 @@ def conv_bn_activation_max_pool_group_norm(
     num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
     peers: for layers that `modelnew.convert_sync_batchnorm` has synchronised: runs the call in training with the
         statistics of several processes.
-    UnsupportedError, a ValueError with the reason, for calls that the kernels do not take. Besides, batch_norm's errors.
+    UnsupportedError, a ValueError with the reason, where no kernels take the call. Besides, batch_norm's errors.
     Returns [N, Cout, PH, PW]: channels_last if input is and, with float32, no kernel for contiguous tensors alone takes
     the call (`modelnew.explain` tells), else contiguous.
     Under torch.autocast all but the input are float32. Products are those of the class "tf32", and between the kernels

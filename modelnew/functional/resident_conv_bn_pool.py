@@ -1,4 +1,4 @@
-"""The chain of `conv_bn_pool` as one operator: three main kernels forward, with the pooling in the convolution's epilogue."""
+"""The chain of `conv_bn_pool` as one operator: three main kernels forward, the convolution's epilogue pools."""
 
 import math
 
@@ -6,11 +6,13 @@ import numpy as np
 import torch
 
 from cupy_kernels import conv_bn_pool as ops
+from cupy_kernels import conv_bn_pool_backward as back
 from cupy_kernels.conv_transpose import Geometry, output_shape
 from cupy_kernels.conv_transpose_mma import plan as convolution_plan
 from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.gather_gemm import logical
 from cupy_kernels.plan import parts, room
+from cupy_kernels.pooled_tail import struct_of
 from cupy_kernels.source import SCALARS
 
 from .. import autocast
@@ -68,7 +70,7 @@ def _backward(
 
     def tail(plan, kept, made):
         of_tail = {name: options[name] for name in ("groups", "training", "activation")}
-        ops.tail_gradients(
+        back.tail_gradients(
             dout, weight, bias, group_weight, *found, kept, made, plan=plan, **of_tail, parameter=parameter
         )
 
@@ -96,8 +98,8 @@ def convolution_gradients(
 ):
     """(dx, dw) of the fused operator.
 
-    before(plan, kept, made): writes what `ops.output_gradient` reads. after(kept, made), if not None, changes what that
-    wrote. given: those of `ops.gradient_arrays` that exist already.
+    before(plan, kept, made): writes what `back.output_gradient` reads. after(kept, made), if not None, changes what
+    that wrote. given: those of `back.gradient_arrays` that exist already.
     """
     need_x, need_w = needed
     x_shape = logical(x.shape, last)
@@ -107,10 +109,10 @@ def convolution_gradients(
     general = (need_x and dgrad is None) or (need_w and wgrad is None)
     dy = new.scratch(output_shape(x_shape, w.shape, geometry_of(padding)), x.dtype) if general else None
     packed, centred = not general and (need_x or need_w), training and x.dtype == np.float32
-    arrays = ops.gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
+    arrays = back.gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
     made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
     before(plan, kept, made)
-    ops.output_gradient(weight, dy, kept, made, plan=plan, groups=groups, training=training, activation=activation)
+    back.output_gradient(weight, dy, kept, made, plan=plan, groups=groups, training=training, activation=activation)
     if after is not None:
         after(kept, made)
     if general:
@@ -118,9 +120,9 @@ def convolution_gradients(
         return dx, dw
     dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
     if need_w:  # first: the room of its workspaces is dx's then
-        ops.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
+        back.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
     if need_x:
-        ops.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed().of_weights(SCALARS[w.dtype]))
+        back.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed().of_weights(SCALARS[w.dtype]))
     return dx, dw
 
 
@@ -275,7 +277,7 @@ def fused(
     peers=None,
 ):
     """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs."""
-    ops.struct_of(activation)
+    struct_of(activation)
     parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     training, padding = bool(training), pair(padding, "padding")

@@ -20,7 +20,7 @@ def _run(input, *options):
 
 
 def _fake(input, *options):
-    *arguments, _, activation, slope, size, stride, padding, dilation, keep = options
+    *arguments, _, _, _, size, stride, padding, dilation, keep = options
     pool = as_pool(size, stride, padding, dilation)
     eager.check_supported(input, pool)
     batch_norm.check(input, *arguments)

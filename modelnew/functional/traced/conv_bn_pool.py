@@ -9,6 +9,7 @@ from cupy_kernels.conv_transpose import output_shape
 from cupy_kernels.conv_transpose_mma import MANY_IMAGES
 from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.plan import ALIGNMENT, room
+from cupy_kernels.pooled_tail import struct_of
 
 from ... import autocast
 from ...formats import dense_in, empty_in, restored, stored
@@ -107,7 +108,7 @@ def _how(numerics, x):
 def _check_supported(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, *options):
     """UnsupportedError for calls that the kernels do not take."""
     conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, _, numerics = options
-    kernels.struct_of(activation)
+    struct_of(activation)
     eager.check_slope(slope)
     others = conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
     choice, autocast_on = _how(numerics, input)
