@@ -111,7 +111,7 @@ def plan_of(children: dict[str, nn.Module], x: torch.Tensor):
         reason = "the convolution has a stride, output padding, dilation or groups, or the windows are not 2x2"
     try:
         window = pool_of(pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-        check_three(x, window, norm.counter(), (conv.weight, *others), **options)
+        check_three(x, window, norm.counter(), (conv.weight, *others), chain.activation, **options)
     except UnsupportedError as error:
         return None, str(error)
     return "three operators", reason

@@ -33,6 +33,10 @@ from .gradients import Function, apply, gradients_of, will_need_grad
 from .max_pool import max_pool2d, new_argmax, pooled_shape
 
 
+# What follows the batch norm, whose kernels apply tanh themselves: forward and backward.
+_ACTIVATIONS = {"tanh": None, "leaky_relu": (leaky_relu_forward, leaky_relu_backward)}
+
+
 def _forward(
     new,
     x,
@@ -58,16 +62,16 @@ def _forward(
     pooled, moments = made(y.shape, x.dtype), made((2, _channels(x, last)), np.float32)
     argmax = new_argmax(new, y, pool) if keep else None
     partials = bn_pool_forward(x, gamma, pooled, argmax, pool, last, new.scratch if training else None)
-    tanh = activation == "tanh"
-    normed = y if tanh else new.scratch(y.shape, y.dtype)
+    apart = _ACTIVATIONS[activation]
+    normed = new.scratch(y.shape, y.dtype) if apart else y
     values, out, (mean, invstd) = rows(pooled, last), rows(normed, last), (moments[0], moments[1])
     if training:
         bn_pool_statistics(x, partials, running_mean, running_var, batches, mean, invstd, momentum, eps)
-        batch_norm_apply(values, mean, invstd, weight, bias, out, tanh)
+        batch_norm_apply(values, mean, invstd, weight, bias, out, apart is None)
     else:
-        batch_norm_eval(values, running_mean, running_var, weight, bias, out, mean, invstd, eps, tanh)
-    if not tanh:
-        leaky_relu_forward(normed, y, parameter)
+        batch_norm_eval(values, running_mean, running_var, weight, bias, out, mean, invstd, eps, apart is None)
+    if apart:
+        apart[0](normed, y, parameter)
     return (y, pooled, argmax, moments) if keep else (y, None, None, None)
 
 
@@ -78,15 +82,14 @@ def _backward(
     channels, (mean, invstd) = _channels(x, last), (moments[0], moments[1])
     dx, g = (new.like(x), new.scratch(dy.shape, dy.dtype)) if need_x else (None, None)
     dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
-    result = y
-    if activation != "tanh":
-        dz, result = new.scratch(dy.shape, dy.dtype), None
-        leaky_relu_backward(dy, y, dz, parameter)  # y is positive where what it is of is
-        dy = dz
-    dy, values, result, scaled = (rows(t, last) for t in (dy, pooled, result, g))
+    if apart := _ACTIVATIONS[activation]:
+        dz = new.scratch(dy.shape, dy.dtype)
+        apart[1](dy, y, dz, parameter)  # y is positive where what it is of is
+        dy, y = dz, None
+    dy, values, y, scaled = (rows(t, last) for t in (dy, pooled, y, g))
     workspace = new.scratch(batch_norm_workspace(dy), np.float64)
     sums = workspace[: 2 * channels].reshape((2, channels))
-    batch_norm_backward_sums(dy, values, mean, invstd, weight, sums, dweight, dbias, workspace, result, scaled)
+    batch_norm_backward_sums(dy, values, mean, invstd, weight, sums, dweight, dbias, workspace, y, scaled)
     if need_x:
         bn_pool_backward(g, argmax, x, mean, invstd, gamma, sums if training else None, dx, pool, last)
     return dx, dweight, dbias
@@ -98,17 +101,18 @@ def _channels(x, last):
 
 class _BnActivationMaxPool2d(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, running, applied, check, options):
+    def forward(ctx, x, weight, bias, shift, running, applied, check, options):
         y, *kept = _call(x, weight, bias, running, check, options, keep=True)
-        ctx.save_for_backward(x, weight, bias, y, *kept, *applied)
+        ctx.save_for_backward(x, weight, bias, shift, y, *kept, *applied)
         ctx.options = options
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, *kept, running_mean, running_var = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        return *gradients(dy, x, weight, bias, kept, (running_mean, running_var), needed, ctx.options), *[None] * 4
+        x, weight, bias, shift, *kept, running_mean, running_var = ctx.saved_tensors
+        *needed, need_shift = ctx.needs_input_grad[:4]
+        found = gradients(dy, x, weight, bias, kept, (running_mean, running_var), tuple(needed), ctx.options)
+        return *found, torch.zeros_like(shift) if need_shift else None, *[None] * 4
 
 
 def gradients(dy, x, weight, bias, kept, applied, needed, options):
@@ -159,6 +163,7 @@ def bn_activation_max_pool2d(
     momentum,
     eps,
     num_batches_tracked,
+    shift,
     activation,
     negative_slope,
     pool,
@@ -166,13 +171,15 @@ def bn_activation_max_pool2d(
 ):
     """max_pool2d(act(batch_norm(input)), *pool), and with `keep`, for calls without autograd, what a backward needs.
 
-    Arguments and errors: those of batch_norm, and of `conv_bn_activation_max_pool_group_norm`. UnsupportedError for
+    shift: None, or what was added to each channel of input, for training: the statistics take it out again, so that its
+        gradient is 0.
+    Other arguments and errors: those of batch_norm, and of `conv_bn_activation_max_pool_group_norm`. UnsupportedError for
     float64 and for windows that `bn_pool.takes_pool` does not know. The result is of the input's memory format.
     """
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
 
     def check():
-        check_supported(input, pool)
+        check_supported(input, activation, pool)
         check_batch_norm(input, running_mean, running_var, weight, bias, training)
         pooled_shape(input.shape, pool, False)
 
@@ -189,9 +196,9 @@ def bn_activation_max_pool2d(
         "parameter": number(negative_slope, "negative_slope"),
         "last": last,
     }
-    if not keep and will_need_grad(x, weight, bias):
+    if not keep and will_need_grad(x, weight, bias, shift):
         applied = applied_statistics(running_mean, running_var, training)
-        results = apply(_BnActivationMaxPool2d, x, weight, bias, running, applied, check, options)
+        results = apply(_BnActivationMaxPool2d, x, weight, bias, shift, running, applied, check, options)
     else:
         results = _call(x, weight, bias, running, check, options, keep)
         results = results if keep else results[0]
@@ -200,8 +207,10 @@ def bn_activation_max_pool2d(
     return results
 
 
-def check_supported(input, pool) -> None:
+def check_supported(input, activation, pool) -> None:
     """UnsupportedError for what the kernels do not take."""
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedError(f"the activation is {activation!r}, not one of {', '.join(_ACTIVATIONS)}")
     if input.dtype == torch.float64:
         raise UnsupportedError("the input is float64")
     if input.dim() != 4 or not math.prod(input.shape):

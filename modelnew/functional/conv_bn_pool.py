@@ -12,9 +12,10 @@ import torch
 
 from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.pool import Pool
+from cupy_kernels.pooled_tail import struct_of
 
 from .. import autocast
-from ..interop import integer, one_device, pair
+from ..interop import integer, number, one_device, pair
 from ..numerics import check_numerics
 from . import resident_conv_bn_pool as resident
 from .bn_pool import bn_activation_max_pool2d, check_supported
@@ -85,13 +86,15 @@ def conv_bn_activation_max_pool_group_norm(
         raise UnsupportedError("a synchronised batch norm is fused with a convolution without a stride and 2x2 windows")
     pool, groups = pool_of(*window, 1), integer(groups, "groups")
     others = (conv_weight, conv_bias, *batch_norm[:4], group_weight, group_bias)
-    check_three(input, pool, num_batches_tracked, others, negative_slope)
+    check_three(input, pool, num_batches_tracked, others, *act)
     one_device((input, *others))  # what the last operator would refuse is refused before the second updates anything
     channels = conv_weight.shape[1] * groups if conv_weight.dim() == 4 else 0
     resident.check_group(channels, integer(num_groups, "num_groups"), conv_bias, group_weight, group_bias)
-    conv = (conv_weight, conv_bias, stride, padding, output_padding, groups, dilation)
-    y = conv_transpose2d(input, *conv, numerics=numerics)
-    y = bn_activation_max_pool2d(y, *batch_norm, *act, pool)
+    shift = conv_bias if training else None
+    added = conv_bias if shift is None else shift.detach()
+    geometry = (stride, padding, output_padding, groups, dilation)
+    y = conv_transpose2d(input, conv_weight, added, *geometry, numerics=numerics)
+    y = bn_activation_max_pool2d(y, *batch_norm, shift, *act, pool)
     return group_norm(y, *group)
 
 
@@ -107,11 +110,12 @@ def is_plain(stride, output_padding, dilation, groups, pool_size, pool_stride, p
     return conv == ((1, 1), (0, 0), (1, 1), 1) and pool_of(*given[4:], 1) == pool_of(2, None, 0, 1)
 
 
-def check_three(input, pool: Pool, batches, others, negative_slope=0) -> None:
+def check_three(input, pool: Pool, batches, others, activation, negative_slope=0) -> None:
     """UnsupportedError for what three operators do not take. others: the parameters; batches: num_batches_tracked."""
-    resident.check_slope(negative_slope)
+    struct_of(activation)
+    resident.check_slope(number(negative_slope, "negative_slope"))
     resident.check_mixture(autocast.enabled(input), input, batches, *others)
-    check_supported(input, pool)
+    check_supported(input, activation, pool)
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature

@@ -20,9 +20,9 @@ def _run(input, *options):
 
 
 def _fake(input, *options):
-    *arguments, _, _, _, size, stride, padding, dilation, keep = options
+    *arguments, _, _, activation, _, size, stride, padding, dilation, keep = options
     pool = as_pool(size, stride, padding, dilation)
-    eager.check_supported(input, pool)
+    eager.check_supported(input, activation, pool)
     batch_norm.check(input, *arguments)
     y = empty_in(input, pooled_shape(input.shape, pool, False), channels_last(input))
     if not keep:
@@ -32,12 +32,12 @@ def _fake(input, *options):
 
 def _save(args, results):
     x, _, _, weight, bias, *_ = args
-    return x, weight, bias, *results, *batch_norm.applied(args)
+    return x, weight, bias, args[9], *results, *batch_norm.applied(args)
 
 
 def _first(ctx, dy):
-    x, weight, bias, *kept, running_mean, running_var = ctx.saved_tensors
-    training, eps, activation, slope, *window = ctx.args[5], ctx.args[7], *ctx.args[9:15]
+    x, weight, bias, shift, *kept, running_mean, running_var = ctx.saved_tensors
+    training, eps, activation, slope, *window = ctx.args[5], ctx.args[7], *ctx.args[10:16]
     needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5]
     if torch.is_grad_enabled():
 
@@ -51,11 +51,12 @@ def _first(ctx, dy):
         options = training, activation, slope, *window, needed
         found = ops.bn_activation_max_pool2d_backward(dy, x, weight, bias, *kept, *options)
     dx, dweight, dbias = gradients_of_op(found, needed)
-    return dx, None, None, dweight, dbias
+    dshift = torch.zeros_like(shift) if ctx.needs_input_grad[9] else None
+    return dx, None, None, dweight, dbias, *[None] * 4, dshift
 
 
 register(
-    f"bn_activation_max_pool2d({batch_norm.ARGUMENTS}, str activation, float negative_slope, {WINDOW}, "
+    f"bn_activation_max_pool2d({batch_norm.ARGUMENTS}, Tensor? shift, str activation, float negative_slope, {WINDOW}, "
     "bool keep=False) -> (Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,

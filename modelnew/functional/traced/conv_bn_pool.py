@@ -278,17 +278,19 @@ def _or_parts(input, *options):
     pool = pool_of(size, pool_stride, pool_padding, 1)
     others = conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
     try:
-        check_three(input, pool, batches, others, slope)
+        check_three(input, pool, batches, others, activation, slope)
         parts = "three"
     except UnsupportedError:
         if parts == "refused":
             raise
     conv = stride, padding, output_padding, conv_groups, dilation
-    y = traced["conv_transpose2d"](input, conv_weight, conv_bias, *conv, numerics=numerics)
+    shift = conv_bias if parts == "three" and training else None
+    added = conv_bias if shift is None else shift.detach()
+    y = traced["conv_transpose2d"](input, conv_weight, added, *conv, numerics=numerics)
     normed = running_mean, running_var, weight, bias, training, momentum, eps
     if parts == "three":
         op = batch_norm.overload(ops.bn_activation_max_pool2d, running_mean, training, batches)
-        y = op(y, *normed, batches, activation, slope, *pool)[0]
+        y = op(y, *normed, batches, shift, activation, slope, *pool)[0]
     elif parts == "together":
         y = traced["bn_tanh_max_pool2d"](y, *normed, *pool, num_batches_tracked=batches)
     else:
