@@ -1,7 +1,7 @@
 """Max pooling in front of a batch norm and an activation that never decreases, and the gradient of all of it.
 
-Arrays are [N, C, H, W], or with channels_last [N, H, W, C]: x and dx of the input's size, pooled, argmax and g of the
-output's. gamma, mean and invstd, (C,), are float32.
+Arrays are [N, C, H, W], or with channels_last [N, H, W, C]: x and dx of the input's size, pooled, argmax, y and dy of
+the output's. gamma, mean and invstd, (C,), are float32.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from .channel_walk import KEPT, row_tile, whole_warps
 from .common import MULTIPROCESSORS, THREADS, ceil_div, check_per_channel, row_width, same_shape, scalar, scalar_macros
 from .gather_gemm import logical
 from .launch import launch
-from .pool import Pool, check_pool_shapes
+from .pool import Pool, pool_output_size
 from .source import DTYPES, Kernel, Variant
 
 _FILE = "bn_pool.cu"
@@ -54,17 +54,20 @@ def bn_pool_statistics(x, partials, running_mean, running_var, batches, mean, in
     batch_norm_combine(x.size // mean.size, *partials, running_mean, running_var, batches, mean, invstd, momentum, eps)
 
 
-def bn_pool_backward(g, argmax, x, mean, invstd, gamma, sums, dx, pool: Pool, channels_last: bool) -> None:
-    """dx, written, from g, the gradient at the pooled values times gamma invstd.
+def bn_pool_backward(
+    dy, y, argmax, x, mean, invstd, gamma, sums, dx, pool: Pool, channels_last: bool, negative_slope: float | None
+) -> None:
+    """dx, written, from y, the activation of the batch norm of the pooled values, and dy, the gradient there.
 
-    sums: (2, C), float64, of that without gamma invstd, and of its product with xhat; None, as x may be then, where
-    statistics do not depend on x.
+    negative_slope: leaky ReLU's; None for tanh. sums: (2, C), float64, of g, the gradient before the activation, and of
+    g xhat; None, as x may be then, where statistics do not depend on x.
     """
-    launching = _Launch(dx, g, pool, channels_last, *(dx, x) if sums is not None else (dx,))
-    same_shape(g=g, argmax=argmax)
+    launching = _Launch(dx, dy, pool, channels_last, *(dx, x) if sums is not None else (dx,))
+    same_shape(dy=dy, y=y, argmax=argmax)
     check_per_channel(launching.channels, gamma=gamma, mean=mean, invstd=invstd)
-    count = float(dx.size // launching.channels)
-    launching.start("bn_pool_backward", (g, argmax, x, mean, invstd, gamma, sums, dx, count), ())
+    args = (dy, y, argmax, x if sums is not None else None, mean, invstd, gamma, sums, dx, negative_slope is None)
+    slope, count = 0.0 if negative_slope is None else negative_slope, float(dx.size // launching.channels)
+    launching.start("bn_pool_backward", (*args, slope, count), ())
 
 
 def variants():
@@ -79,7 +82,8 @@ class _Launch:
 
     def __init__(self, x, pooled, pool, channels_last, *tensors):
         shape, output = logical(x.shape, channels_last), logical(pooled.shape, channels_last)
-        check_pool_shapes(shape, output, pool)
+        if output != (*shape[:2], *pool_output_size(shape[2:], pool)):
+            raise ValueError(f"{pool} makes no {output} of {shape}")
         same_shape(**{f"array {i} like the input": a for i, a in enumerate(tensors)})
         images, self.channels, height, width = shape
         name, tile, cells = scalar(x), 1, 1

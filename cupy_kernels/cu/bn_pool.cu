@@ -2,10 +2,10 @@
 // value of a window wins, where it is negative the smallest, where it is 0 the first. One pass over x gives the winners
 // and x's moments; another, backward, gives
 //
-//     dx = sum of g over the windows that the pixel wins - scale (sum(g') / count + xhat sum(g' xhat) / count)
+//     dx = gamma invstd (sum of g over the windows that the pixel wins - sum(g) / count - xhat sum(g xhat) / count)
 //
-// with scale = gamma invstd, xhat = (x - mean) invstd, and g = scale g', the gradient at the winners. Between the two
-// stand kernels of batch_norm.cu, over the pooled values alone.
+// with xhat = (x - mean) invstd, and g = dy times the activation's slope. Between the two stand kernels of
+// batch_norm.cu, over the pooled values alone.
 //
 // Windows of KERNEL x KERNEL pixels are two apart. So a plane is cut into cells of 2x2 pixels, and cell (r, c) lies in
 // window (r, c), if there is one. Every pixel is in one cell, and counts once for the moments. A thread takes CELLS
@@ -20,6 +20,7 @@
 // Macros: scalar_t, acc_t, PLANES, WIDTH, KEPT (channel_walk.cuh), KERNEL (2, or 3), PADDING (0, or 1 with KERNEL 3),
 // THREADS. Limit: items of a channel below 2^31.
 #include "channel_walk.cuh"
+#include "tanh.cuh"
 
 enum { CELLS = PLANES && WIDTH > 1 ? WIDTH / 2 : 1, HALO = KERNEL - 2, ROWS = 2 + HALO, COLUMNS = 2 * CELLS + HALO };
 enum { BESIDE = HALO ? 1 - PADDING : 0 };  // windows before a cell's own that reach it
@@ -101,8 +102,14 @@ struct Pixels {
             }
         }
     }
-    __device__ bool row_inside(int r) const { return first_h + r >= 0 && first_h + r < height; }
-    __device__ bool inside(int r, int c) const { return row_inside(r) && first_w + c >= 0 && first_w + c < width; }
+    // Rows and columns before a cell's own lie in the padding, or do not; the first of its own are never outside.
+    __device__ bool row_inside(int r) const {
+        return r < PADDING ? first_h >= 0 : r == PADDING || first_h + r < height;
+    }
+    __device__ bool inside(int r, int c) const {
+        bool owned = c == PADDING || (PLANES && WIDTH > 1 && c > PADDING && c < PADDING + WIDTH);
+        return row_inside(r) && (c < PADDING ? first_w >= 0 : owned || first_w + c < width);
+    }
 
     // Calls visit(value) for each pixel of the cells, of one slot.
     template <class F> __device__ void own(int s, F visit) const {
@@ -114,16 +121,53 @@ struct Pixels {
     }
 };
 
+// a == b, of denormals, too.
+__device__ inline bool equal(float a, float b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    return a == b;
+#else
+    int r;
+    asm("{\n .reg .pred p;\n setp.eq.f32 p, %1, %2;\n selp.b32 %0, 1, 0, p;\n}" : "=r"(r) : "f"(a), "f"(b));
+    return r;
+#endif
+}
+
+// The larger one, or NaN.
+__device__ inline float max_or_nan(float a, float b) {
+#if !defined(CUPY_KERNELS_EMULATOR) && __CUDA_ARCH__ >= 800
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+    return larger;
+#else
+    return greater(a, b) | is_nan(a) ? a : b;
+#endif
+}
+
+// Of slot s in window j of an item: the value that is largest times `sign`, 1, -1 or 0, and its tap. Of equals the first
+// wins. A NaN beats everything, the last of several.
 struct Winner {
-    acc_t key, value;
+    acc_t value;
     int tap;
-    __device__ Winner() : key(0), value(0), tap(-1) {}
-    __device__ void take(acc_t v, acc_t sign, int at) {
-        acc_t ordered = sign > 0 ? v : sign < 0 ? negated(v) : v * 0;  // NaN wins in any case
-        if ((tap < 0) | greater(ordered, key) | is_nan(ordered)) key = ordered, value = v, tap = at;
+
+    __device__ Winner(const Pixels& in, int j, int s, acc_t sign) {
+        acc_t largest = -(acc_t)__int_as_float(0x7F800000);
+        visit(in, j, s, [&](int, acc_t v) { largest = max_or_nan(largest, multiply_unflushed(v, sign)); });
+        visit(in, j, s, [&](int at, acc_t v) { tap = equal(multiply_unflushed(v, sign), largest) ? at : tap; });
+        value = multiply_unflushed(largest, sign);
+        if (sign == 0) visit(in, j, s, [&](int, acc_t v) { value = v; });
+        if (is_nan(largest)) {
+            value = largest, tap = -1;
+            visit(in, j, s, [&](int at, acc_t v) { tap = tap < 0 && is_nan(multiply_unflushed(v, sign)) ? at : tap; });
+        }
     }
-    // -v would flush denormals.
-    __device__ static float negated(float v) { return __uint_as_float(__float_as_uint(v) ^ 0x80000000u); }
+    // The window's values, the last first. Without padding a window has all of them.
+    template <class F> __device__ static void visit(const Pixels& in, int j, int s, F f) {
+        #pragma unroll
+        for (int tap = KERNEL * KERNEL - 1; tap >= 0; tap--) {
+            int r = tap / KERNEL, c = 2 * j + tap % KERNEL;
+            if (!PADDING || in.inside(r, c)) f(tap, to_acc(in.v[r][c][s]));
+        }
+    }
 };
 
 // Chan's rule: of two sets of values, the moments of both.
@@ -181,7 +225,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_forward(
         Items items(shape, chunk_items, tile);
         acc_t signs[SLOTS];
         #pragma unroll
-        for (int s = 0; s < SLOTS; s++) signs[s] = items.exists ? bn_weight(gamma, items.channel + s) : (acc_t)0;
+        for (int s = 0; s < SLOTS; s++) {
+            acc_t weight = items.exists ? bn_weight(gamma, items.channel + s) : (acc_t)0;
+            signs[s] = weight > 0 ? 1 : weight < 0 ? -1 : 0;
+        }
         Sums moments;
         Item item;
         while (items.next(item)) {
@@ -195,12 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_forward(
                 Packed<u8, SLOTS> taps;
                 #pragma unroll
                 for (int s = 0; s < SLOTS; s++) {
-                    Winner best;
-                    #pragma unroll
-                    for (int tap = 0; tap < KERNEL * KERNEL; tap++) {
-                        int r = tap / KERNEL, c = 2 * j + tap % KERNEL;
-                        if (in.inside(r, c)) best.take(to_acc(in.v[r][c][s]), signs[s], tap);
-                    }
+                    Winner best(in, j, s, signs[s]);
                     values.v[s] = from_acc<scalar_t>(best.value);
                     taps.v[s] = best.tap;
                 }
@@ -253,24 +295,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_forward(
     });
 }
 
-// g: at the winners, times scale. sums [2][channels]: of g' and of g' xhat; null for given statistics: then x is not
-// read. count: values of a channel.
+// y, dy: the activation's values, and the gradient there. with_tanh: whether it is tanh, else y > 0 has slope 1, other y
+// negative_slope. sums [2][channels]: of g and of g xhat; null for given statistics: then x is not read. count: values
+// of a channel.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_backward(
-    const scalar_t* __restrict__ g, const u8* __restrict__ argmax, const scalar_t* __restrict__ x,
-    const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd, const acc_t* __restrict__ gamma,
-    const double* __restrict__ sums, scalar_t* __restrict__ dx, double count, int channels, int height, int width,
-    int out_height, int out_width, int all_items, int chunk_items, int tile) {
+    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, const u8* __restrict__ argmax,
+    const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,
+    const acc_t* __restrict__ gamma, const double* __restrict__ sums, scalar_t* __restrict__ dx, int with_tanh,
+    acc_t negative_slope, double count, int channels, int height, int width, int out_height, int out_width,
+    int all_items, int chunk_items, int tile) {
     Shape shape = {channels, height, width, out_height, out_width, all_items};
     Items items(shape, chunk_items, tile);
-    acc_t centre[SLOTS], unit[SLOTS], factor[SLOTS], constant[SLOTS], slope[SLOTS];
+    acc_t scale[SLOTS], centre[SLOTS], unit[SLOTS], factor[SLOTS], mean_g[SLOTS], mean_dot[SLOTS];
     #pragma unroll
-    for (int s = 0; s < SLOTS && items.exists && sums; s++) {
+    for (int s = 0; s < SLOTS && items.exists; s++) {
         int c = items.channel + s;
         Normaliser normalise(mean[c], invstd[c]);
-        acc_t scale = multiply_unflushed(bn_weight(gamma, c), invstd[c]);
+        scale[s] = multiply_unflushed(bn_weight(gamma, c), invstd[c]);
         centre[s] = normalise.mean, unit[s] = normalise.unit, factor[s] = normalise.invstd;
-        constant[s] = multiply_unflushed((acc_t)(sums[c] / count), scale);
-        slope[s] = multiply_unflushed((acc_t)(sums[channels + c] / count), scale);
+        mean_g[s] = sums ? (acc_t)(sums[c] / count) : 0, mean_dot[s] = sums ? (acc_t)(sums[channels + c] / count) : 0;
     }
     Item item;
     enum { DOWN = 1 + HALO, ACROSS = CELLS + HALO, NONE = 255 };
@@ -292,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_backward(
             for (int c = 0; c < 2 * CELLS; c++)
                 if (exists(r, c)) in[r][c] = *(const Channels*)(line + (i64)c * (PLANES ? 1 : channels));
         }
-        Channels gradient[DOWN][ACROSS];
+        acc_t g[DOWN][ACROSS][SLOTS];
         Packed<u8, SLOTS> won[DOWN][ACROSS];
         #pragma unroll
         for (int i = 0; i < DOWN; i++)
@@ -301,11 +344,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_backward(
                 int oh = item.row - BESIDE + i, ow = item.strip * CELLS - BESIDE + j;
                 bool is_there = oh >= 0 && oh < out_height && ow >= 0 && ow < out_width;
                 i64 from = is_there ? items.window(item.image, oh, ow) : items.window(item.image, 0, 0);
-                gradient[i][j] = *(const Channels*)(g + from);
+                Channels gradients = *(const Channels*)(dy + from), values = *(const Channels*)(y + from);
                 won[i][j] = *(const Packed<u8, SLOTS>*)(argmax + from);
                 #pragma unroll
-                for (int s = 0; s < SLOTS; s++)
+                for (int s = 0; s < SLOTS; s++) {
+                    acc_t value = to_acc(values.v[s]);
+                    acc_t slope = with_tanh ? tanh_slope(value) : value > 0 ? (acc_t)1 : negative_slope;
+                    g[i][j][s] = to_acc(gradients.v[s]) * slope;
                     if (!is_there) won[i][j].v[s] = NONE;
+                }
             }
         #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -324,13 +371,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_backward(
                         for (int j = 0; j < ACROSS; j++) {
                             int kh = r + PADDING + 2 * (BESIDE - i), kw = c + PADDING + 2 * (BESIDE - j);
                             if (kh < 0 || kh >= KERNEL || kw < 0 || kw >= KERNEL) continue;
-                            if (won[i][j].v[s] == kh * KERNEL + kw) total += to_acc(gradient[i][j].v[s]);
+                            if (won[i][j].v[s] == kh * KERNEL + kw) total += g[i][j][s];
                         }
                     if (sums) {
                         acc_t xhat = (to_acc(in[r][c].v[s]) * unit[s] - centre[s]) * factor[s];
-                        total -= constant[s] + xhat * slope[s];
+                        total -= mean_g[s] + xhat * mean_dot[s];
                     }
-                    out.v[s] = from_acc<scalar_t>(total);
+                    out.v[s] = from_acc<scalar_t>(multiply_unflushed(total, scale[s]));
                 }
                 if (PLANES && WIDTH > 1) together.v[c % WIDTH] = out.v[0];
                 else *(Channels*)(line + (i64)c * (PLANES ? 1 : channels)) = out;

@@ -33,8 +33,7 @@ from .gradients import Function, apply, gradients_of, will_need_grad
 from .max_pool import max_pool2d, new_argmax, pooled_shape
 
 
-# What follows the batch norm, whose kernels apply tanh themselves: forward and backward.
-_ACTIVATIONS = {"tanh": None, "leaky_relu": (leaky_relu_forward, leaky_relu_backward)}
+_ACTIVATIONS = ("tanh", "leaky_relu")
 
 
 def _forward(
@@ -62,16 +61,16 @@ def _forward(
     pooled, moments = made(y.shape, x.dtype), made((2, _channels(x, last)), np.float32)
     argmax = new_argmax(new, y, pool) if keep else None
     partials = bn_pool_forward(x, gamma, pooled, argmax, pool, last, new.scratch if training else None)
-    apart = _ACTIVATIONS[activation]
-    normed = new.scratch(y.shape, y.dtype) if apart else y
+    tanh = activation == "tanh"  # which batch norm's kernels apply themselves
+    normed = y if tanh else new.scratch(y.shape, y.dtype)
     values, out, (mean, invstd) = rows(pooled, last), rows(normed, last), (moments[0], moments[1])
     if training:
         bn_pool_statistics(x, partials, running_mean, running_var, batches, mean, invstd, momentum, eps)
-        batch_norm_apply(values, mean, invstd, weight, bias, out, apart is None)
+        batch_norm_apply(values, mean, invstd, weight, bias, out, tanh)
     else:
-        batch_norm_eval(values, running_mean, running_var, weight, bias, out, mean, invstd, eps, apart is None)
-    if apart:
-        apart[0](normed, y, parameter)
+        batch_norm_eval(values, running_mean, running_var, weight, bias, out, mean, invstd, eps, tanh)
+    if not tanh:
+        leaky_relu_forward(normed, y, parameter)
     return (y, pooled, argmax, moments) if keep else (y, None, None, None)
 
 
@@ -80,18 +79,20 @@ def _backward(
 ):
     need_x, need_weight, need_bias = needed
     channels, (mean, invstd) = _channels(x, last), (moments[0], moments[1])
-    dx, g = (new.like(x), new.scratch(dy.shape, dy.dtype)) if need_x else (None, None)
-    dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
-    if apart := _ACTIVATIONS[activation]:
-        dz = new.scratch(dy.shape, dy.dtype)
-        apart[1](dy, y, dz, parameter)  # y is positive where what it is of is
-        dy, y = dz, None
-    dy, values, y, scaled = (rows(t, last) for t in (dy, pooled, y, g))
-    workspace = new.scratch(batch_norm_workspace(dy), np.float64)
-    sums = workspace[: 2 * channels].reshape((2, channels))
-    batch_norm_backward_sums(dy, values, mean, invstd, weight, sums, dweight, dbias, workspace, y, scaled)
+    dx, dweight, dbias = (new.like(t if needed else None) for t, needed in zip((x, weight, bias), needed))
+    tanh, sums = activation == "tanh", None
+    if training or need_weight or need_bias:
+        dz, result = dy, y
+        if not tanh:
+            dz, result = new.scratch(dy.shape, dy.dtype), None
+            leaky_relu_backward(dy, y, dz, parameter)  # y is positive where what it is of is
+        dz, values, result = (rows(t, last) for t in (dz, pooled, result))
+        workspace = new.scratch(batch_norm_workspace(dz), np.float64)
+        sums = workspace[: 2 * channels].reshape((2, channels))
+        batch_norm_backward_sums(dz, values, mean, invstd, weight, sums, dweight, dbias, workspace, result)
     if need_x:
-        bn_pool_backward(g, argmax, x, mean, invstd, gamma, sums if training else None, dx, pool, last)
+        how = pool, last, None if tanh else parameter
+        bn_pool_backward(dy, y, argmax, x, mean, invstd, gamma, sums if training else None, dx, *how)
     return dx, dweight, dbias
 
 
