@@ -32,7 +32,6 @@ from .batch_norm import (
 from .gradients import Function, apply, gradients_of, will_need_grad
 from .max_pool import max_pool2d, new_argmax, pooled_shape
 
-
 _ACTIVATIONS = ("tanh", "leaky_relu")
 
 
@@ -174,8 +173,8 @@ def bn_activation_max_pool2d(
 
     shift: None, or what was added to each channel of input, for training: the statistics take it out again, so that its
         gradient is 0.
-    Other arguments and errors: those of batch_norm, and of `conv_bn_activation_max_pool_group_norm`. UnsupportedError for
-    float64 and for windows that `bn_pool.takes_pool` does not know. The result is of the input's memory format.
+    Other arguments and errors: those of batch_norm, and of `conv_bn_activation_max_pool_group_norm`. UnsupportedError
+    for float64, and for windows that `takes_pool` does not know. The result is of the input's memory format.
     """
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
 
