@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from cupy_kernels.batch_norm import (
     batch_norm_apply,
@@ -18,6 +19,7 @@ from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.leaky_relu import leaky_relu_backward, leaky_relu_forward
 
 from ..calls import call, dense_after
+from ..cases import Case, sums_of
 from ..formats import channels_last, dense_in, restored, stored
 from ..interop import number
 from .batch_norm import (
@@ -26,11 +28,15 @@ from .batch_norm import (
     check_batch_norm,
     check_batch_norm_call,
     kernels_buffers,
+    norm_inputs,
     note_update,
+    of_tensors,
     rows,
+    torch_norm,
 )
+from .bn_tanh_max_pool import clear_winners
 from .gradients import Function, apply, gradients_of, will_need_grad
-from .max_pool import max_pool2d, new_argmax, pooled_shape
+from .max_pool import OVERLAPPING, max_pool2d, new_argmax, pool_of, pooled_shape
 
 _ACTIVATIONS = ("tanh", "leaky_relu")
 
@@ -219,3 +225,27 @@ def check_supported(input, activation, pool) -> None:
         raise UnsupportedError(
             f"the pooling is not over 2x2 windows, or 3x3 ones with padding 0 or 1, two apart: received {pool}"
         )
+
+
+def _case(activation, training, window):
+    pool, act = pool_of(**{"stride": 2, "padding": 0, "dilation": 1, **window}), getattr(F, activation)
+
+    def ours(*arguments):
+        return bn_activation_max_pool2d(*arguments, 0.1, 1e-5, None, None, activation, 0.01, pool)
+
+    return Case(
+        f"batch norm, {activation} and pooling by {pool.kernel_size}, {'training' if training else 'eval'}",
+        ("bn_pool.cu", "batch_norm.cu"),
+        of_tensors(ours, training),
+        torch_norm(lambda y: F.max_pool2d(act(y), **window), training),
+        norm_inputs,
+        sums_of(norm_inputs),
+        gradient=clear_winners(torch_norm(act, training), **window),
+    )
+
+
+CASES = (
+    _case("tanh", True, {"kernel_size": 2}),
+    _case("leaky_relu", True, OVERLAPPING),
+    _case("tanh", False, OVERLAPPING),
+)
