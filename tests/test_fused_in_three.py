@@ -87,11 +87,13 @@ def judge(theirs, ours, x, gap):
     dy = (torch.randn(mask.shape, device=x.device, dtype=torch.float64) * mask).to(x.dtype)
     truth = gradients(copy.deepcopy(theirs).double(), x, dy)
     reference, found = gradients(theirs, x, dy), gradients(ours, x, dy)
+    terms = mask.numel() // mask.shape[1]  # at least: of a parameter's gradient
     for name, right in truth.items():
         if theirs.training and name == "0.bias":
             assert not found[name].any()  # zero in mathematics
         else:
-            tolerance.check(found[name], right, reference[name], name)
+            summed = name.endswith(("weight", "bias"))
+            tolerance.check(found[name], right, reference[name], name, terms if summed else 0)
     return found
 
 
@@ -251,7 +253,7 @@ def test_what_three_operators_do_not_take_runs_layer_by_layer(device, launched):
         change(theirs), change(ours)
         launched.clear()
         x = x.to(ours[0].weight.dtype)
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
         assert launched
         assert IN_THREE.isdisjoint(k.name for k in launched)
 
@@ -281,7 +283,7 @@ def test_autocast(device, last, launched):
         assert found[name].dtype == reference[name].dtype
         if name != "0.bias":
             ratio = [(t[name].double() - right).norm() / right.norm() for t in (found, reference)]
-            assert ratio[0] <= 1.1 * ratio[1] + 2e-3, (name, ratio)
+            assert ratio[0] <= 1.3 * ratio[1] + 2e-3, (name, ratio)  # few values: chance
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
