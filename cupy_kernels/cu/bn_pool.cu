@@ -76,7 +76,7 @@ struct Items {
     }
 };
 
-// The pixels of an item's windows.
+// The pixels of an item's windows. Others stand for those outside the plane: a load needs no branch.
 struct Pixels {
     scalar_t v[ROWS][COLUMNS][SLOTS];
     int first_h, first_w, height, width;
@@ -87,7 +87,7 @@ struct Pixels {
         #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const scalar_t* line = x + items.pixel(item.image, row_inside(r) ? first_h + r : 0, 0);
-            if (PLANES && WIDTH > 1 && row_inside(r)) {
+            if (PLANES && WIDTH > 1) {
                 Pack own = *(const Pack*)(line + first_w + PADDING);
                 #pragma unroll
                 for (int i = 0; i < WIDTH; i++) v[r][(PADDING + i) % COLUMNS][0] = own.v[i];
@@ -95,8 +95,8 @@ struct Pixels {
             #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
                 if (PLANES && WIDTH > 1 && c >= PADDING && c < PADDING + WIDTH) continue;
-                if (!inside(r, c)) continue;
-                Channels one = *(const Channels*)(line + (i64)(first_w + c) * (PLANES ? 1 : items.shape.channels));
+                int w = first_w + (inside(r, c) ? c : PADDING);
+                Channels one = *(const Channels*)(line + (i64)w * (PLANES ? 1 : items.shape.channels));
                 #pragma unroll
                 for (int s = 0; s < SLOTS; s++) v[r][c][s] = one.v[s];
             }
@@ -333,10 +333,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_backward(
             }
             #pragma unroll
             for (int c = 0; c < 2 * CELLS; c++)
-                if (exists(r, c)) in[r][c] = *(const Channels*)(line + (i64)c * (PLANES ? 1 : channels));
+                in[r][c] = *(const Channels*)(line + (i64)(exists(r, c) ? c : 0) * (PLANES ? 1 : channels));
         }
         acc_t g[DOWN][ACROSS][SLOTS];
-        Packed<u8, SLOTS> won[DOWN][ACROSS];
+        int won[DOWN][ACROSS][SLOTS];
         #pragma unroll
         for (int i = 0; i < DOWN; i++)
             #pragma unroll
@@ -345,13 +345,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_backward(
                 bool is_there = oh >= 0 && oh < out_height && ow >= 0 && ow < out_width;
                 i64 from = is_there ? items.window(item.image, oh, ow) : items.window(item.image, 0, 0);
                 Channels gradients = *(const Channels*)(dy + from), values = *(const Channels*)(y + from);
-                won[i][j] = *(const Packed<u8, SLOTS>*)(argmax + from);
+                Packed<u8, SLOTS> taps = *(const Packed<u8, SLOTS>*)(argmax + from);
                 #pragma unroll
                 for (int s = 0; s < SLOTS; s++) {
                     acc_t value = to_acc(values.v[s]);
                     acc_t slope = with_tanh ? tanh_slope(value) : value > 0 ? (acc_t)1 : negative_slope;
                     g[i][j][s] = to_acc(gradients.v[s]) * slope;
-                    if (!is_there) won[i][j].v[s] = NONE;
+                    won[i][j][s] = is_there ? (int)taps.v[s] : NONE;
                 }
             }
         #pragma unroll
@@ -371,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_backward(
                         for (int j = 0; j < ACROSS; j++) {
                             int kh = r + PADDING + 2 * (BESIDE - i), kw = c + PADDING + 2 * (BESIDE - j);
                             if (kh < 0 || kh >= KERNEL || kw < 0 || kw >= KERNEL) continue;
-                            if (won[i][j].v[s] == kh * KERNEL + kw) total += g[i][j][s];
+                            if (won[i][j][s] == kh * KERNEL + kw) total += g[i][j][s];
                         }
                     if (sums) {
                         acc_t xhat = (to_acc(in[r][c].v[s]) * unit[s] - centre[s]) * factor[s];
