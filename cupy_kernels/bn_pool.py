@@ -11,7 +11,7 @@ import numpy as np
 from .batch_norm import batch_norm_combine
 from .channel_walk import KEPT, row_tile, whole_warps
 from .common import MULTIPROCESSORS, THREADS, ceil_div, check_per_channel, row_width, same_shape, scalar, scalar_macros
-from .gather_gemm import logical
+from .conv_transpose import logical
 from .launch import launch
 from .pool import Pool, pool_output_size
 from .source import DTYPES, Kernel, Variant

@@ -41,13 +41,13 @@ def scalar_macros(name: str) -> tuple:
 
 
 def vector_width(*arrays) -> int:
-    """Elements in 16 bytes if every array starts at a multiple of 16 bytes, else 1."""
-    return 1 if any(address(a) % 16 for a in arrays) else 16 // arrays[0].itemsize
+    """Elements in 16 bytes, of the largest ones, if every array starts at a multiple of 16 bytes, else 1."""
+    return 1 if any(address(a) % 16 for a in arrays) else 16 // max(a.itemsize for a in arrays)
 
 
 def row_width(length: int, *arrays) -> int:
     """Elements of the widest access, at most 16 bytes, that divides rows of `length` elements in all arrays."""
-    width = 16 // arrays[0].itemsize
+    width = 16 // max(a.itemsize for a in arrays)
     while length % width or any(address(a) % (width * a.itemsize) for a in arrays):
         width //= 2
     return width

@@ -73,6 +73,11 @@ def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, i
     return shape
 
 
+def logical(shape, channels_last) -> tuple[int, ...]:
+    """[N, C, H, W] of an array of either format."""
+    return (shape[0], shape[3], *shape[1:3]) if channels_last else tuple(shape)
+
+
 def packed_weight_size(w_shape) -> int:
     """Elements of the workspace `packed`, of the accumulator's dtype, that forward and dgrad take."""
     return math.prod(w_shape)

@@ -9,7 +9,7 @@ import itertools
 from typing import NamedTuple
 
 from . import conv_wgmma
-from .common import THREADS, address, ceil_div
+from .common import MULTIPROCESSORS, THREADS, address, ceil_div
 from .conv_transpose import Geometry
 from .errors import UnsupportedError
 from .fp16_tiles import LINE_BYTES, chunk_channels, packing_macros
@@ -31,7 +31,7 @@ SHAPE_MACROS = (
     + ("WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
     + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
     + ("UNIT_ROWS", "TILES", "LAST_TILES", "TILE_OC", "TILE_IC", "PARTS")
-    + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS")
+    + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS", "PERSISTENT")
 )
 
 
@@ -55,8 +55,10 @@ class Plan(NamedTuple):
 
     def of_weights(self, dtype: str) -> "Plan":
         """The same plan for weights of another type than x's."""
-        changed = {**dict(self.pack_macros), "scalar_t": dtype}
-        return self._replace(pack_macros=tuple(changed.items()))
+        macros, pack_macros = dict(self.macros), {**dict(self.pack_macros), "scalar_t": dtype}
+        if dtype != macros["scalar_t"]:
+            macros["AS_IT_IS"] = macros["PERSISTENT"] = pack_macros["AS_IT_IS"] = 0
+        return self._replace(macros=tuple(macros.items()), pack_macros=tuple(pack_macros.items()))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -88,16 +90,19 @@ def plan(
     slower = split == 2 and dgrad and x_shape[0] >= _MMA_DGRAD_IMAGES
     found = conv_wgmma.layout(split, dgrad, *sizes) if wgmma and not slower else None
     found = found or _layout(split, *sizes)
+    as_it_is = dtype == "half_t" and channels_last and not dgrad and found.planes["WGMMA"]
     macros = {
         "input_t": dtype,
         "X_PACKED": 0,
         "CHANNELS_LAST": int(channels_last),
+        "AS_IT_IS": int(as_it_is),
+        "PERSISTENT": int(as_it_is and conv_wgmma.persistent(found, size, out, kernel, pad)),
         **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
         **packing_macros(split),
         **found.planes,
         **found.macros,
     }
-    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH")
+    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH", "AS_IT_IS")
     taps, tile_m = kernel[0] * kernel[1], macros["TILE_M"]
     pack_macros = {**{name: macros[name] for name in both}, **packing_macros(split), "TAPS": taps, "FLIP": int(dgrad)}
     rows = ceil_div(channels_out, tile_m) * tile_m
@@ -207,14 +212,16 @@ def pack_kernel(p: Plan) -> Kernel:
 
 
 def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
-    """Launches a kernel built on conv_mma.cuh or conv_wgmma.cuh over all units of x.
+    """Launches a kernel built on conv_mma.cuh or conv_wgmma.cuh over all units of x, whose number it takes last.
 
     ValueError unless x starts at a multiple of 16 bytes.
     """
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
-    grid = (images * p.units, p.rows // p.tile_m, 1)
-    launch(kernel, grid, (p.threads, 1, 1), args, dict(kernel.defines)["SHARED_BYTES"])
+    units, tiles = images * p.units, p.rows // p.tile_m
+    blocks = max(1, MULTIPROCESSORS // tiles) if dict(p.macros)["PERSISTENT"] else units
+    defines = dict(kernel.defines)
+    launch(kernel, (min(units, blocks), tiles, 1), (p.threads, 1, 1), (*args, units), defines["SHARED_BYTES"])
 
 
 def variants():
@@ -243,7 +250,8 @@ def sample_plans():
             yield plan((64, 64, 32, 32), (64, 128, 5, 5), unit, split, False, "float", little)
     for dtype, wgmma, last in itertools.product(("half_t", "bf16_t"), (False, True), (False, True)):
         point = unit._replace(padding=(0, 0))
-        yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, 1, False, dtype, much, wgmma, last)
+        for images in (512, 1) if wgmma and last else (512,):
+            yield plan((images, 64, 32, 32), (64, 128, 5, 5), unit, 1, False, dtype, much, wgmma, last)
         yield plan((64, 16, 16, 15), (512, 16, 1, 1), point, 1, True, dtype, much, wgmma, last)
 
 

@@ -92,6 +92,31 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
     return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
 
 
+def persistent(found: Layout, size, out, kernel, pad) -> bool:
+    """Whether blocks can copy rows of the next image, of fp16 operands, behind the products of this one.
+
+    They can where a block has a whole image, and its last passes read none of the first ones' rows; one warpgroup is
+    half a pass behind the other.
+    """
+    macros, planes = found.macros, found.planes
+    if not planes["WGMMA"] or planes["UNITS"] > 1 or (macros["TILE_M"], macros["WARPS_N"]) != (128, 1):
+        return False
+    steps = macros["PACKED_WIDTH"] // _STEP_CHANNELS
+    if steps > 2 or kernel[0] * kernel[1] * steps < 4 * macros["STAGES"]:
+        return False
+    pitch, pass_windows = planes["WINDOW_PITCH"], 4 * macros["TILES"] * macros["WARPS_N"]
+    larger = 4 * max(0, macros["LAST_TILES"] - macros["TILES"]) * macros["WARPS_N"]
+    windows = planes["UNIT_WINDOWS"] - pitch + ceil_div(out[1], 2)
+    passes = max(1, ceil_div(windows - larger, pass_windows))
+
+    def found_in_time(first):
+        """Whether the next image's `first` passes find their rows copied before the last `3 - first` of this one."""
+        start = (passes - 3 + first) * pass_windows // pitch * 2 + pad[0] - (kernel[0] - 1)
+        return start >= min(size[0], (first * pass_windows - 1) // pitch * 2 + pad[0] + 2)
+
+    return passes > 2 and found_in_time(1) and found_in_time(2)
+
+
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
     """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles that each unit needs."""
     if max(needed) <= most // last_granule * last_granule:

@@ -8,135 +8,24 @@ group, needs no packing.
 channels_last: whether tensors are [N, H, W, C] arrays, in and out, instead of [N, C, H, W].
 """
 
-import functools
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 from . import fp16_tiles
-from .common import MULTIPROCESSORS, THREADS, ceil_div, row_width, scalar
-from .conv_transpose import Geometry, output_shape
+from .common import MULTIPROCESSORS, THREADS, address, ceil_div, row_width, scalar
+from .conv_transpose import logical
 from .conv_wgmma import architecture
-from .fp16_tiles import LINE_BYTES, packing_macros
+from .gather_gemm_plan import GATHER, OPERANDS, WGMMA, WGRAD, Plan, WgradPlan, octets, pack_macros
 from .launch import MAX_THREADS, launch
 from .source import Kernel, Variant
 
-OPERANDS = {"float": "half_t", "half_t": "half_t", "bf16_t": "bf16_t"}
-_MOST_MERGED = 128  # phases
-_LONGEST_CHAIN = 2**15  # pixels that a split of wgrad sums: tensor cores truncate when they add
-_MOST_SPLITS = 32
 _LONG_COLUMN = 4096  # weights of a channel from which on a block that reads them has all threads
-_ROW_BYTES, _PIXEL_BYTES = 16, 12  # of the kernels' tables in shared memory
-
-
-class Tile(NamedTuple):
-    """A block's tile of the product."""
-
-    m: int
-    n: int
-    warps_m: int
-    warps_n: int
-    stages: int
-    blocks: int  # that share a multiprocessor
-    cost: float  # of a step, in units of the time that a full multiprocessor takes for 128 x 128
-    wgmma: bool = False
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.warps_m * self.warps_n
-
-    def __str__(self):
-        return f"{self.m}x{self.n}"
-
-    def macros(self, split: int, k_major: bool) -> tuple:
-        """Macros of gather_gemm.cuh."""
-        lines = sum(tile if k_major else max(tile, 64) for tile in (self.m, self.n))
-        shared_bytes = self.stages * lines * LINE_BYTES
-        if k_major:
-            epilogue = 4 * max(self.n * (self.m + 4), self.m * (self.n + 8))
-            shared_bytes = max(shared_bytes, epilogue) + self.m * _ROW_BYTES
-        else:
-            shared_bytes += 2 * 64 // split * _PIXEL_BYTES
-        sizes = {"TILE_M": self.m, "TILE_N": self.n, "WARPS_M": self.warps_m, "WARPS_N": self.warps_n}
-        sizes |= {"STAGES": self.stages, "MIN_BLOCKS": self.blocks, "THREADS": self.threads, "WGMMA": int(self.wgmma)}
-        sizes |= {"K_MAJOR": int(k_major), "SHARED_BYTES": shared_bytes, **packing_macros(split)}
-        return tuple(sizes.items())
-
-
-_GATHER = {
-    1: (
-        Tile(128, 128, 2, 2, 3, 2, 1.0),
-        Tile(128, 64, 2, 2, 3, 3, 0.6),
-        Tile(64, 64, 2, 2, 4, 3, 0.42),
-        Tile(128, 32, 4, 1, 4, 2, 0.5),
-        Tile(128, 16, 4, 1, 4, 3, 0.4),
-    ),
-    2: (
-        Tile(128, 64, 2, 2, 3, 2, 0.75),
-        Tile(64, 64, 2, 2, 4, 3, 0.40),
-        Tile(128, 32, 4, 1, 4, 2, 0.42),
-        Tile(128, 16, 4, 1, 4, 2, 0.30),
-    ),
-}
-_WGRAD = {
-    1: (Tile(128, 128, 2, 2, 3, 2, 1.0), Tile(64, 128, 2, 2, 3, 3, 0.65), Tile(64, 64, 2, 2, 4, 3, 0.42)),
-    2: (Tile(128, 64, 2, 2, 3, 2, 0.75), Tile(64, 64, 2, 2, 4, 3, 0.40)),
-}
-_WGMMA = {
-    1: (Tile(128, 256, 8, 1, 4, 1, 1.4, wgmma=True), Tile(128, 128, 8, 1, 3, 2, 0.8, wgmma=True)),
-    2: (Tile(128, 128, 8, 1, 4, 1, 1.1, wgmma=True),),
-}
-_OVERHEAD = 6  # steps' time that a block takes before and after its sum
-_ALONE = {
-    1: 1.0,
-    2: 0.6,
-    3: 0.45,
-}  # time of a block alone on a multiprocessor that fits so many, in that of all of them
-
-
-class Plan(NamedTuple):
-    """How the product of the forward or of dgrad is laid out over blocks."""
-
-    time: float  # that a model of the GPU predicts, in units of `Tile.cost`
-    tile: Tile
-    grid: tuple[int, int, int]  # without splits
-    splits: int
-    split_steps: int
-    columns: int  # of the product, in all groups, padded to full tiles
-    packed_octets: int  # of the weights of a group, without their residuals
-    packed_size: int  # elements of the workspace for weights, of the operands' type
-    partial_size: int  # elements of the workspace for split sums, float32; 0 without splits
-    macros: tuple
-    pack_macros: tuple
-    args: tuple
-    pack_args: tuple
-    dgrad: bool
-    phased: bool  # blocks store pixels that are not neighbours
-
-
-class WgradPlan(NamedTuple):
-    """The same of a weight gradient."""
-
-    time: float
-    tile: Tile
-    grid: tuple[int, int, int]
-    split_steps: int
-    partial_size: int
-    macros: tuple
-    args: tuple
-    reduce_args: tuple
-    channels: tuple[int, int]  # in and out, per group
 
 
 def operand_dtype(name: str) -> np.dtype:
     """dtype of packed operands for tensors of this type."""
     return np.dtype(np.int16 if name == "bf16_t" else np.float16)
-
-
-def octets(channels: int) -> int:
-    """Octets that the channels of a group take."""
-    return ceil_div(channels, 8)
 
 
 def packed_size(shape, groups: int, split: int) -> int:
@@ -159,7 +48,7 @@ def pack_pixels(source, exponents, packed, split: int, groups: int, channels_las
     # One octet with its residual would need all of the 48 KiB that a block has without asking.
     wide = row_width(pixels, source) >= 4 and (groups * group_octets, split) != (1, 2)
     width = 4 if not channels_last and wide else 1
-    macros = _pack_macros(name, split, width)
+    macros = pack_macros(name, split, width)
     args = source, exponents, packed, 0 if exponents is None else exponents.size
     args += images, groups, channels // groups, group_octets, pixels
     if channels_last:
@@ -172,127 +61,6 @@ def pack_pixels(source, exponents, packed, split: int, groups: int, channels_las
         shared_bytes = block_pixels * (block_octets * split | 1) * 16
         kernel = Kernel("gather_gemm_pack.cu", "pack_planes", macros)
         launch(kernel, grid, (THREADS, 1, 1), (*args, block_octets), shared_bytes)
-
-
-def logical(shape, channels_last) -> tuple[int, ...]:
-    """[N, C, H, W] of an array of either format."""
-    return (shape[0], shape[3], *shape[1:3]) if channels_last else tuple(shape)
-
-
-def _pack_macros(name, split, width):
-    macros = {"scalar_t": name, "operand_t": OPERANDS[name], "WIDTH": width}
-    return (*macros.items(), *packing_macros(split).items())
-
-
-class _Axis(NamedTuple):
-    """One axis of the product, see gather_gemm.cu; base: of packed taps, see gather_gemm_pack.cu."""
-
-    kernel: int
-    taps: int
-    phases: int = 1
-    offset: int = 0
-    step: int = 1
-    in_step: int = 1
-    merged: int = 1
-    base: int = 0
-
-    @property
-    def phase_taps(self) -> int:
-        """Taps that a phase meets at most."""
-        return ceil_div(self.taps, self.phases // math.gcd(self.phases, self.step))
-
-    @property
-    def mean_taps(self) -> float:
-        """Taps that a phase meets on average."""
-        return self.taps / self.phases
-
-
-def _merged(kernel, stride, pad) -> _Axis:
-    """The axis with all phases in the columns: taps are the shifts that some phase meets."""
-    shifts = [
-        (pad - k + phase) // stride for k in range(kernel) for phase in range(stride) if (pad - k + phase) % stride == 0
-    ]
-    first, count = max(shifts), max(shifts) - min(shifts) + 1
-    return _Axis(kernel, count, offset=first, merged=stride, base=pad - stride * first)
-
-
-@functools.lru_cache(maxsize=1024)
-def plan(
-    x_shape, w_shape, geometry: Geometry, split: int, dtype: str, dgrad: bool = False, wgmma: bool = False
-) -> Plan:
-    """The layout of the forward for x [N, C, H, W], N at least 1, or of dgrad. dtype: the kernels' name of x's type.
-
-    wgmma: whether GPU and NVRTC have it; the plan uses it where it is faster.
-    """
-    y_shape, channels = output_shape(x_shape, w_shape, geometry), (w_shape[0] // geometry.groups, w_shape[1])
-    kernel, (stride, padding, _, dilation, groups) = w_shape[2:], geometry
-    of_axes = zip(kernel, stride, padding, dilation)
-    if dgrad:
-        axes = [_Axis(k, k, offset=-p, step=-d, in_step=s) for k, s, p, d in of_axes]
-        return _plan(y_shape, x_shape, axes, groups, *channels, split, dtype, dgrad, wgmma)
-    choices = [[_Axis(k, k, s, p, d) for k, s, p, d in of_axes]]
-    if 1 < math.prod(stride) <= _MOST_MERGED and dilation == (1, 1):
-        choices.append([_merged(k, s, p) for k, s, p in zip(kernel, stride, padding)])
-    return min(_plan(x_shape, y_shape, axes, groups, *channels[::-1], split, dtype, dgrad, wgmma) for axes in choices)
-
-
-def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad, wgmma) -> Plan:
-    """channels, sum_channels: of `out` and of `source`, per group."""
-    merged, phases, sum_octets = (
-        math.prod(a.merged for a in axes),
-        math.prod(a.phases for a in axes),
-        octets(sum_channels),
-    )
-    pixels = out[0] * math.prod(ceil_div(n, a.phases * a.merged) for n, a in zip(out[2:], axes))
-    steps = math.prod(a.mean_taps for a in axes) * sum_octets * split / 8
-    most_steps = ceil_div(math.prod(a.phase_taps for a in axes) * sum_octets * split, 8)
-
-    def tiles(tile):
-        """Of channels, of pixels."""
-        return ceil_div(channels, tile.n // merged), ceil_div(pixels, tile.m)
-
-    usable = [t for t in _GATHER[split] + wgmma * _WGMMA[split] if t.n >= merged]
-    choices = [(*_best_splits(t, math.prod(tiles(t)) * phases * groups, steps, most_steps), t) for t in usable]
-    time, splits, tile = min(choices)
-    channel_tiles, pixel_tiles = tiles(tile)
-    split_steps = max(1, ceil_div(most_steps, splits))
-    splits = max(1, ceil_div(most_steps, split_steps))
-    grid = channel_tiles * phases * pixel_tiles, groups, 1
-    columns, taps, merged = groups * channel_tiles * tile.n, [a.taps for a in axes], [a.merged for a in axes]
-    types = {"scalar_t": dtype, "acc_t": "float", "operand_t": OPERANDS[dtype]}
-    args = [out[0], groups, channels, sum_octets, *source[2:], *out[2:], *taps]
-    for field in ("phases", "offset", "step", "in_step", "merged"):
-        args += [getattr(a, field) for a in axes]
-    kernel, base = [a.kernel for a in axes], [a.base for a in axes]
-    return Plan(
-        time,
-        tile,
-        grid,
-        splits,
-        split_steps,
-        columns,
-        packed_octets=columns // groups * math.prod(taps) * sum_octets,
-        packed_size=columns * split * math.prod(taps) * sum_octets * 8,
-        partial_size=splits * math.prod(grid) * tile.m * tile.n if splits > 1 else 0,
-        macros=(*types.items(), *tile.macros(split, k_major=True)),
-        pack_macros=_pack_macros(dtype, split, 1),
-        args=(*args, channel_tiles),
-        pack_args=(tile.n, channels, sum_channels, sum_octets, *kernel, *taps, *merged, *base),
-        dgrad=dgrad,
-        phased=axes[1].phases > 1,
-    )
-
-
-def _best_splits(tile, blocks, steps, most_steps) -> tuple[float, int]:
-    """(time, number of splits) of the sum, with which the product takes the least time."""
-
-    def time(splits):
-        waves, rest = divmod(ceil_div(blocks * splits, MULTIPROCESSORS), tile.blocks)
-        waves += max(rest / tile.blocks, _ALONE[tile.blocks]) if rest else 0
-        reduction = 0 if splits == 1 else 6 + blocks * splits * tile.m * tile.n / 3e5
-        return waves * tile.blocks * tile.cost * (steps / splits + _OVERHEAD) + reduction
-
-    return min((time(s), s) for s in range(1, _MOST_SPLITS + 1) if s == 1 or most_steps >= 4 * s)
 
 
 def gather(
@@ -334,7 +102,7 @@ def turn_rows(source, target) -> None:
     """target [N, C, H, W] of source [N, H, W, C]."""
     images, channels, *size = target.shape
     blocks = ceil_div(channels, 32) * ceil_div(math.prod(size), 64) * images
-    kernel = Kernel("gather_gemm_pack.cu", "turn_rows", _pack_macros(scalar(source), 1, 1))
+    kernel = Kernel("gather_gemm_pack.cu", "turn_rows", pack_macros(scalar(source), 1, 1))
     launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (source, target, channels, math.prod(size)))
 
 
@@ -342,9 +110,18 @@ def _pack_taps(p, w, packed, exponents, channels_last):
     groups, columns = p.grid[1], p.columns // p.grid[1]
     in_stride, out_stride, tap_stride = weight_strides(w.shape, channels_last)
     strides = (in_stride, out_stride) if p.dgrad else (out_stride, in_stride)
-    args = (*p.pack_args, w.shape[0] // groups * in_stride, *strides, tap_stride, columns)
+    tile_n, channels, sum_channels, sum_octets, kernel_h, kernel_w, _, _, merged_h, merged_w, *_ = p.pack_args
+    taps, group_stride = kernel_h * kernel_w, w.shape[0] // groups * in_stride
+    alone = exponents is None and merged_h * merged_w == 1 and tap_stride == 1
+    neighbours = taps if strides[0] != taps else taps * channels  # in memory
+    if alone and not any(n % 8 for n in (neighbours, strides[1], group_stride, address(w) // w.itemsize)):
+        kernel = Kernel("gather_gemm_pack.cu", "turn_taps", p.pack_macros)
+        grid = ceil_div(sum_octets, 8) * ceil_div(columns * taps, 256), groups, 1
+        args = w, packed, channels, sum_channels, sum_octets, taps, group_stride, *strides, columns
+        launch(kernel, grid, (THREADS, 1, 1), args)
+        return
+    args = (*p.pack_args, group_stride, *strides, tap_stride, columns)
     if exponents is not None:
-        tile_n, _, sum_channels, _, kernel_h, kernel_w, _, _, merged_h, merged_w, *_ = p.pack_args
         channels = columns // tile_n * (tile_n // (merged_h * merged_w))
         blocks = ceil_div(channels, 32) if strides[0] == 1 else channels
         threads = MAX_THREADS if sum_channels * kernel_h * kernel_w >= _LONG_COLUMN else THREADS
@@ -359,47 +136,6 @@ def weight_strides(shape, channels_last) -> tuple[int, int, int]:
     """Of input channels, output channels and taps, in elements."""
     all_of_one = math.prod(shape[1:])
     return (all_of_one, 1, shape[3]) if channels_last else (all_of_one, shape[2] * shape[3], 1)
-
-
-@functools.lru_cache(maxsize=1024)
-def wgrad_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, wgmma: bool = False) -> WgradPlan:
-    """The layout of the gradient of w in the convolution of x [N, C, H, W], N at least 1. dtype: of w."""
-    y_shape, groups = output_shape(x_shape, w_shape, geometry), geometry.groups
-    channels_in, channels_out, taps = w_shape[0] // groups, w_shape[1], math.prod(w_shape[2:])
-    pixels, columns = x_shape[0] * math.prod(x_shape[2:]), taps * octets(channels_out) * 8
-    all_steps = ceil_div(pixels, 64 // split)
-
-    def tiles(tile):
-        return ceil_div(channels_in, tile.m), ceil_div(columns, tile.n)
-
-    tables = _WGRAD[split] + wgmma * _WGMMA[split]
-    choices = [(*_best_splits(t, math.prod(tiles(t)) * groups, all_steps, all_steps), t) for t in tables]
-    time, splits, tile = min(choices)
-    splits = max(splits, ceil_div(pixels, _LONGEST_CHAIN))
-    split_steps = ceil_div(all_steps, splits)
-    splits = ceil_div(all_steps, split_steps)
-    types = {"scalar_t": dtype, "acc_t": "float", "operand_t": OPERANDS[dtype]}
-    geometry_args = *x_shape[2:], *y_shape[2:], *w_shape[2:], *geometry.stride, *geometry.padding, *geometry.dilation
-    return WgradPlan(
-        time,
-        tile,
-        (math.prod(tiles(tile)), splits, groups),
-        split_steps,
-        partial_size=splits * groups * channels_in * columns,
-        macros=(*types.items(), *tile.macros(split, k_major=False)),
-        args=(
-            x_shape[0],
-            groups,
-            channels_in,
-            octets(channels_in),
-            octets(channels_out),
-            *geometry_args,
-            tiles(tile)[0],
-            split_steps,
-        ),
-        reduce_args=(channels_in, channels_out, octets(channels_out), taps, splits),
-        channels=(channels_in, channels_out),
-    )
 
 
 def wgrad(p: WgradPlan, x, x_exponents, dy, dy_exponents, dw, partial, w_channels_last) -> None:
@@ -443,9 +179,9 @@ def variants():
     """Every variant that this module launches."""
     for dtype, split in (("float", 1), ("float", 2), ("half_t", 1), ("bf16_t", 1)):
         types = {"scalar_t": dtype, "acc_t": "float", "operand_t": OPERANDS[dtype]}
-        for tile in _GATHER[split] + _WGMMA[split]:
+        for tile in GATHER[split] + WGMMA[split]:
             yield _variant("gather_gemm.cu", (*types.items(), *tile.macros(split, k_major=True)))
-        for tile in _WGRAD[split] + _WGMMA[split]:
+        for tile in WGRAD[split] + WGMMA[split]:
             yield _variant("gather_gemm_wgrad.cu", (*types.items(), *tile.macros(split, k_major=False)))
         for width in (1, 4):
-            yield Variant("gather_gemm_pack.cu", _pack_macros(dtype, split, width))
+            yield Variant("gather_gemm_pack.cu", pack_macros(dtype, split, width))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import compiler, nvrtc, source
+from . import compiler, nvrtc, parsing, source
 from .common import THREADS, ceil_div
 from .display import Rows
 from .errors import BackendError
@@ -241,7 +241,7 @@ def _of_gpu(kernel, arch, block, shared_bytes):
 
 def _declaration(kernel):
     text = source.expanded(kernel.file)
-    start, _ = source.span(text, kernel.name)
+    start, _ = parsing.span(text, kernel.name)
     return text[start : text.index("{", start)]
 
 

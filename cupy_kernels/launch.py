@@ -140,10 +140,10 @@ class Batch:
         for arg in (arg for _, args in launches for arg in args):
             if not isinstance(arg, np.generic | Varying):
                 places.setdefault((arg.index, arg.offset), len(places))
-        self._backend, self._launches, self._varying, end = backend, [], [], len(places)
-        self._inside = list(places)[count:]
-        self._pack = struct.Struct(f"={end}Q").pack_into
-        self._words = words = np.zeros(end + 2 * sum(len(args) for _, args in launches), np.uint64)
+        self.backend, self.launches, self.varying, end = backend, [], [], len(places)
+        self.inside = list(places)[count:]
+        self.pack = struct.Struct(f"={end}Q").pack_into
+        self.words = words = np.zeros(end + 2 * sum(len(args) for _, args in launches), np.uint64)
         for step, args in launches:
             pointers = []
             for arg, parameter in zip(args, step.parameters):
@@ -151,22 +151,22 @@ class Batch:
                 if isinstance(arg, np.generic):
                     words[end : end + 1].view(np.uint8)[: arg.itemsize] = np.frombuffer(arg.tobytes(), np.uint8)
                 elif isinstance(arg, Varying):
-                    self._varying.append((words[end : end + 1].view(parameter.dtype), arg.index))
+                    self.varying.append((words[end : end + 1].view(parameter.dtype), arg.index))
                 else:
                     place = places[arg.index, arg.offset]
                 end += place == end
                 pointers.append(words.ctypes.data + 8 * place)
             words[end : end + len(pointers)] = pointers
             handle = backend.handle(step.kernel, step.shared_bytes)
-            self._launches.append(Packed(step, handle, words[end : end + len(pointers)]))
+            self.launches.append(Packed(step, handle, words[end : end + len(pointers)]))
             end += len(pointers)
 
     def start(self, pointers: list[int], values: list, stream: int | None) -> None:
         """Starts them, in a stream of the current GPU. pointers, values: of the call's arguments, by their index."""
-        self._pack(self._words, 0, *pointers, *[pointers[index] + offset for index, offset in self._inside])
-        for word, index in self._varying:
+        self.pack(self.words, 0, *pointers, *[pointers[index] + offset for index, offset in self.inside])
+        for word, index in self.varying:
             word[0] = values[index]
-        self._backend.start(self._launches, stream)
+        self.backend.start(self.launches, stream)
 
 
 class Varying(float):

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from . import cache
 from .errors import BackendError
-from .source import Kernel, Variant, compile_error, declarations, unit
+from .parsing import declarations
+from .source import Kernel, Variant, compile_error, unit
 
 STANDARD = "-std=c++17"
 CHECK_ARCHITECTURE = "compute_80"

@@ -99,6 +99,15 @@ class Plan:
             batch = self._batches[steps.start] = Batch(self._backend, launches, len(pointers))
         batch.start(pointers, values, stream)
 
+    def batch(self, steps: range) -> Batch:
+        """The launches that were started before."""
+        return self._batches[steps.start]
+
+    def updated(self) -> set[int]:
+        """Indexes of the arguments that kernels write to."""
+        pairs = [pair for step in self.steps for pair in zip(step.args, step.parameters)]
+        return {arg.index for arg, parameter in pairs if isinstance(arg, Slot) and not parameter.const}
+
     def notify(self, steps: range, array: Callable, values: list) -> None:
         """Shows some of the launches to those who observe launches. array(slot): the array that a Slot stands for."""
         for step in self.steps[steps.start : steps.stop]:

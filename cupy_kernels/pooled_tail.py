@@ -70,6 +70,7 @@ def tail_defines(macros, groups, activation, planes, shift):
     types, name = types_of(macros), types_of(macros)["param_t"]
     types = (("scalar_t", name), ("acc_t", accumulator(name)), *types.items())
     types += (("ACTIVATION", struct_of(activation)), ("CHANNELS_LAST", macros["CHANNELS_LAST"]), ("SAVED_SHIFT", shift))
+    types += (("AS_IT_IS", macros.get("AS_IT_IS", 0)),)
     sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
     parts = parts_of_plane(macros)
     warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
@@ -113,6 +114,7 @@ def variants():
         sample.update(param_t=dtype, pooled_t="half_t" if half else "float")
         pitch = ceil_div(size, 2)
         for wgmma in (0, 1):
+            sample["AS_IT_IS"] = int(wgmma and last and dtype == "half_t")
             unit = 8 * pitch if wgmma else 64
             units, stride = ceil_div(pitch**2, unit), ceil_div(unit, 16) * 16
             planes = conv_wgmma.planes(wgmma, pitch, units, unit, stride, units * stride)

@@ -11,34 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import forks
+from . import forks, hints
 from .errors import KernelCompileError
+from .parsing import SYNONYMS, declarations, definitions, span
 
 MACROS = "macros"  # the file's name in messages of the emulator's compiler about a macro
 
 _FOLDER = resources.files(__package__) / "cu"
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
-_HEADER = re.compile(r"^\s*#\s*include\s*<([^>]+)>")
-# What stands in for headers, which pip's CUDA does not have.
-_INSTEAD = {
-    "math.h cmath": "mathematics is there without a header",
-    "stdint.h cstdint": "write int, unsigned, long long, or i64 and u8 of common.cuh",
-    "limits.h climits float.h cfloat limits": "write the number; common.cuh has is_nan and is_finite",
-    "stdio.h cstdio assert.h cassert string.h cstring": "printf, assert, memcpy and memset are there without a header",
-    "cuda_fp16.h cuda_bf16.h": "half_t and bf16_t of common.cuh are converted by to_acc and from_acc<half_t>",
-    "cooperative_groups.h": "__syncthreads, __syncwarp, __shfl_sync and the like are there without a header",
-}
-
-# Comments and strings are tokens of their own, so that braces in them do not count.
-_BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
-_PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
-_ATTRIBUTES = rf"(?:(?:static|inline|__(?:launch_bounds|maxnreg|attribute|cluster_dims)__\s*{_PARENTHESES})\s*)*"
-_KERNEL = re.compile(
-    rf'[ \t]*(extern\s+"C"\s+)?{_ATTRIBUTES}__global__\s+{_ATTRIBUTES}void\s+{_ATTRIBUTES}'
-    rf"(\w+)\s*({_PARENTHESES})\s*(?=\{{)"
-)
-_NO_TYPE = ("*", "const", "volatile", "INOUT", "__restrict__", "__restrict", "__grid_constant__", "struct")
-_C_BLOCK = re.compile(r'\bextern\s+"C"\s*\{')
+_HEADER = re.compile(r"""^\s*#\s*include\s*(<[^>]+>|"[^"]+\.h")""")
 
 # Scalar types of the kernels, and the NumPy dtype of an array that holds them. NumPy has no bfloat16: its arrays travel
 # as int16.
@@ -56,14 +37,6 @@ DTYPES = {
     "unsigned long long": np.dtype(np.uint64),
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
-_SYNONYMS = {
-    "long long": "i64",
-    "long long int": "i64",
-    "signed": "int",
-    "unsigned int": "unsigned",
-    "unsigned char": "u8",
-}
-
 # The first two are replaced by new dicts, never changed in place: other threads read them.
 _overrides: dict[str, str] = {}
 _constants: dict[str, dict[str, str | int]] = {}
@@ -270,35 +243,7 @@ def packaged(file: str) -> str:
 def packaged_kernels(file: str) -> dict[str, str]:
     """{name: definition} of the kernels of a packaged file, whatever is in force."""
     text = packaged(file)
-    return {name: text[slice(*span(text, name))] for name in _kernels(text)}
-
-
-def span(text, name) -> tuple[int, int] | None:
-    """Where in `text` the definition of the kernel `name` begins and ends; None if it is not there."""
-    match = _kernels(text).get(name)
-    return match and (match.start(), _end(text, match) or len(text))
-
-
-def unfinished(text) -> list[str]:
-    """Kernels of `text` whose body has no end."""
-    return [name for name, match in _kernels(text).items() if not _end(text, match)]
-
-
-@functools.lru_cache(64)
-def _kernels(text: str) -> dict[str, re.Match]:
-    """{name: the match of its declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
-    code = _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
-    blocks = [range(block.end(), _end(code, block, 1) or len(code)) for block in _C_BLOCK.finditer(code)]
-    found = [m for m in _KERNEL.finditer(code) if m[1] or any(m.start(2) in block for block in blocks)]
-    return {match[2]: match for match in found}
-
-
-def _end(text, declaration, depth=0) -> int | None:
-    for token in _BRACES.finditer(text, declaration.end()):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if token[0] == "}" and depth == 0:
-            return token.end()
-    return None
+    return {name: text[slice(*span(text, name))] for name in definitions(text)}
 
 
 @until_overridden
@@ -316,7 +261,8 @@ def _expand(file: str, seen: set[str], read) -> str:
     lines = [f'#line 1 "{file}"']
     for number, line in enumerate(read(file).splitlines(), 1):
         if header := _HEADER.match(line):
-            raise ValueError(_no_header(file, number, header[1]))
+            way = hints.of_header(header[1][1:-1])
+            raise ValueError(f"{file}:{number}: kernels include no header, received {header[1]}: {way}")
         include = _INCLUDE.match(line)
         if not include:
             lines.append(line)
@@ -325,11 +271,6 @@ def _expand(file: str, seen: set[str], read) -> str:
         else:
             lines.append("")
     return "\n".join(lines)
-
-
-def _no_header(file, number, header):
-    instead = [way for headers, way in _INSTEAD.items() if header in headers.split()]
-    return f"{file}:{number}: kernels include no header, received <{header}>: {', '.join(instead) or 'leave it out'}"
 
 
 def unit(what: Kernel | Variant) -> str:
@@ -348,7 +289,7 @@ def _unit(file, kernel):
         return expanded(file)
     alone = {kernel} & edited
     found = _expand(file, set(), lambda name: text(name, alone))
-    left_out = _kernels(found).keys() - alone
+    left_out = definitions(found).keys() - alone
     if not alone:
         # The packaged text of an edited kernel need not fit an edited header.
         left_out = left_out & edited if any(map(is_file, overridden())) else ()
@@ -367,34 +308,7 @@ def is_packaged(kernel: Kernel) -> bool:
 @until_overridden
 def kernel_names(file: str) -> tuple[str, ...]:
     """Names of the kernels that `file` defines."""
-    return tuple(_kernels(expanded(file)))
-
-
-def declarations(text: str) -> dict[str, list[tuple[str, str]]]:
-    """{kernel: [(type, name) of each parameter]} of the kernels in `text`; types as "const scalar_t*"."""
-    return {
-        name: [_split(p) for p in match[3][1:-1].split(",") if p.strip() not in ("", "void")]
-        for name, match in _kernels(text).items()
-    }
-
-
-def _split(declaration: str) -> tuple[str, str]:
-    found = re.fullmatch(r"(.*?)(\w+)\s*((?:\[[^]]*\])?)", declaration.strip(), re.DOTALL)
-    if (
-        not found
-        or not found[1]
-        or re.search(r"[^\w\s*]", found[1])
-        or (found[1] + found[3]).count("*") + bool(found[3]) > 1
-    ):
-        raise ValueError(
-            f"a kernel's parameter is an array, as in const float* x, or a number, as in int size; received "
-            f"{declaration.strip()!r}. Pass several arrays one by one, and what belongs together as numbers"
-        )
-    words = found[1].replace("*", " * ").split()
-    kind = " ".join(w for w in words if w not in _NO_TYPE)
-    marks = [w for w in ("INOUT", "const") if w in words]
-    pointer = "*" if found[3] or "*" in words else ""
-    return " ".join([*marks, _SYNONYMS.get(kind, kind)]) + pointer, found[2]
+    return tuple(definitions(expanded(file)))
 
 
 @until_overridden
@@ -414,7 +328,7 @@ def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
     base = " ".join(kind.split()[len(marks) :])  # "unsigned int" is not "int"
     base, stars = base.rstrip("*"), base.count("*")
     kind = str(dict(kernel.defines).get(base, base))
-    dtype = None if stars > 1 else DTYPES.get(_SYNONYMS.get(kind, kind))
+    dtype = None if stars > 1 else DTYPES.get(SYNONYMS.get(kind, kind))
     if dtype is None and not stars:
         raise ValueError(
             f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"
@@ -440,6 +354,7 @@ def compile_error(what: Kernel | Variant, log: str) -> KernelCompileError:
         if file == MACROS:
             lines = [f"-D{k}={v}" for k, v in what.defines]
         if number <= len(lines):
-            place = f"{match[0]}\n    {number} | {lines[number - 1]}"
+            hint = hints.of_message(match[0])
+            place = f"{match[0]}\n    {number} | {lines[number - 1]}" + f"\n{hint}" * bool(hint)
             return KernelCompileError(f"{what} does not compile:\n{place}\n\nCompiler log:\n{log}")
     return KernelCompileError(f"{what} does not compile:\n{log}")

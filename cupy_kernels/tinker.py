@@ -8,7 +8,7 @@ import difflib
 import re
 from typing import NamedTuple
 
-from . import source
+from . import parsing, source
 from .display import Rows, highlighted
 
 
@@ -52,7 +52,7 @@ def kernels(name: str | None = None) -> Rows:
         others = len(macros) - len(names)
         names = [*names, f"and {others} of the shape"] if others > 1 else list(macros)
         values = tuple(f"{macro}: {', '.join(values)}" for macro, values in macros.items())
-        for kernel, parameters in source.declarations(source.packaged(file)).items():
+        for kernel, parameters in parsing.declarations(source.packaged(file)).items():
             if wanted in (None, kernel):
                 edits = " ".join(sorted(source.overridden().intersection((kernel, file))))
                 row = (kernel, file, _list(parameters), len(declared.get(file, ())), " ".join(names), values, edits)
@@ -84,7 +84,7 @@ def _text(name):
     if kernel is None or kernel in source.overridden_texts():
         return source.text(kernel or file), 1
     found = source.text(file)
-    start, end = source.span(found, kernel)
+    start, end = parsing.span(found, kernel)
     return found[start:end], found.count("\n", 0, start) + 1
 
 
@@ -183,9 +183,9 @@ def _checked(edits):
 
 
 def _check_entry_points(file, kernel, text):
-    original = source.declarations(source.packaged(file))
+    original = parsing.declarations(source.packaged(file))
     expected = {kernel: original[kernel]} if kernel else original
-    received = source.declarations(text)
+    received = parsing.declarations(text)
     missing = [name for name in expected if name not in received]
     if missing:
         there = f"; it has {', '.join(received)}" if received else ""
@@ -193,7 +193,7 @@ def _check_entry_points(file, kernel, text):
             f"the text for {kernel or file} lacks the kernel {', '.join(missing)}{there}. It must define\n"
             + "\n".join(f'    extern "C" __global__ void {n}({_list(p)})' for n, p in expected.items())
         )
-    if unfinished := source.unfinished(text):
+    if unfinished := parsing.unfinished(text):
         raise ValueError(f"the text for {kernel or file} lacks the closing brace of {', '.join(unfinished)}")
     others = [name for name in received if kernel and name != kernel and name in original]
     if others:

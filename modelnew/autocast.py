@@ -14,9 +14,14 @@ def lower(*tensors: torch.Tensor | None) -> tuple:
     return _cast(tensors, torch.get_autocast_dtype(first.device.type)) if enabled(first) else tensors
 
 
+def norm_in_float32(tensor: torch.Tensor) -> bool:
+    """Whether autocast has a group norm of the tensor, and its parameters and result, in float32: on a GPU."""
+    return tensor.is_cuda and tensor.dtype != torch.float64 and enabled(tensor)
+
+
 def single(*tensors: torch.Tensor | None) -> tuple:
-    """The tensors as autocast gives them to a group norm: in float32 where it is on, on a GPU."""
-    return _cast(tensors, torch.float32) if tensors[0].is_cuda and enabled(tensors[0]) else tensors
+    """The tensors in float32."""
+    return _cast(tensors, torch.float32)
 
 
 def result_of_norm(result: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import commands, layer_bench, records
+from .entrants import PRECISE, Case, build, check, numerics
 from .model import HEIGHT, get_init_inputs
 from .timing import Clock, Contender, Times, current, free, measure_together, rounded
 from .workloads import (
+    COMPILED,
     DTYPES,
     FEW_IMAGES,
     FLOAT16,
@@ -32,15 +34,10 @@ from .workloads import (
     MODELS,
     MODES,
     PEERS,
-    PRECISE,
     WORKLOADS,
-    Case,
     Shape,
-    build,
     ceilings,
-    check,
     contenders,
-    numerics,
 )
 
 _COMPILE_SHARE = 0.8  # of the time budget; the rest is for what needs no torch.compile
@@ -97,7 +94,7 @@ class Plan(NamedTuple):
     def cells(self, device) -> list[tuple[int, str, str]]:
         """(n, what, class) of each group that is measured together; parts of the model at the first n only."""
         cells = ((n, what, cls) for n in self.batches for what in self.what for cls in self.classes)
-        cells = (cell for cell in cells if cell[1] in MODELS or cell[0] == self.batches[0])
+        cells = (cell for cell in cells if cell[1] in MODELS | COMPILED or cell[0] == self.batches[0])
         cells = (cell for cell in cells if cell[1] not in FLOAT16 or cell[2] == "fp16")
         # Under autocast they are tf32's.
         cells = (cell for cell in cells if cell[1] not in KERNELS or cell[2] in PRECISE)

@@ -25,9 +25,16 @@ from . import recorders
 from .interop import NUMPY, TORCH, backend, check_memory, dense, one_device, view
 from .shortcuts import current_device, raw_stream
 
-_MOST_KNOWN = 4096  # plans of a thread
+_MOST_KNOWN = 4096  # plans of a thread, and replays
 _LARGE = 1 << 20  # bytes from which a workspace is made late and given back early
 _planning = {}  # {thread: plans of its calls}, see `planned`
+
+
+class _Recording(threading.local):
+    made = None  # a list that this thread's calls join: (what is known of a call, its values and what it made)
+
+
+recording = _Recording()
 
 
 class New:
@@ -75,8 +82,20 @@ class _Known(NamedTuple):
 
 @until_overridden
 def _thread():
-    """Its __dict__ is each thread's own {key of a call: _Known}, since a plan is for one thread."""
+    """Its __dict__ is each thread's own, since a plan is for one thread."""
     return threading.local()
+
+
+def known(what: str) -> dict:
+    """What this thread knows until a kernel is edited: "plans", by the kinds of calls, and what `replays` knows."""
+    return _thread().__dict__.setdefault(what, {})
+
+
+def remember(known: dict, key, value) -> None:
+    """known[key] = value. Of many the oldest goes: making it anew costs little."""
+    if len(known) >= _MOST_KNOWN:
+        known.pop(next(iter(known)), None)
+    known[key] = value
 
 
 def call(operation: Callable, *args, check: Callable | None = None, **options):
@@ -94,10 +113,10 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
     values = [*args, *options.values()]
     kinds = (*map(type, values),)
     facts, pointers = _reader(kinds)(*values)
-    key, known = (operation, kinds, *options, facts), _thread().__dict__
-    found = known.get(key)
+    key = operation, kinds, *options, facts
+    found = known("plans").get(key)
     if found is None:
-        found = _make(known, key, operation, values, options, check)
+        found = _make(key, operation, values, options, check)
     if type(found) is str:
         raise UnsupportedError(found)
     values += found.slots * [None]
@@ -107,6 +126,8 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
     else:
         with torch.cuda.device(found.gpu):
             _run(found, values, pointers)
+    if recording.made is not None:
+        recording.made.append((found, values))
     returned = found.returned
     if type(returned) is tuple:
         return tuple([None if index is None else values[index] for index in returned])
@@ -143,18 +164,23 @@ def _run_alone(new, operation, *args, **options):
 
 def _run(found, values, pointers):
     plan, gpu, device, stages, *_ = found
-    observed = _planning or observing()
+    observed = watched()
     for made, steps, dropped in stages:
         for index, shape, strides, dtype in made:
             values[index] = torch.empty_strided(shape, strides, dtype=dtype, device=device)
             pointers[index] = values[index].data_ptr()
-        if not observed or _show(plan, values, steps):
+        if not observed or show(plan, values, steps):
             plan.start(steps, pointers, values, None if gpu is None else raw_stream(gpu))
         for index in dropped:
             values[index] = None
 
 
-def _show(plan, values, steps) -> bool:
+def watched() -> bool:
+    """Whether someone wants to see launches, or calls are planned, not started, in some thread."""
+    return bool(_planning or observing())
+
+
+def show(plan, values, steps) -> bool:
     """Shows launches to those who asked for them. Returns whether they are to start."""
     plans = _planning.get(threading.get_ident())
     if plans is None:
@@ -173,7 +199,7 @@ def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.T
     return tensors
 
 
-def _make(known, key, operation, values, options, check) -> _Known | str:
+def _make(key, operation, values, options, check) -> _Known | str:
     """Plans a call; gives the reason if it is refused. That is remembered, too: a fallback comes at every call."""
     try:
         if check is not None:
@@ -181,9 +207,7 @@ def _make(known, key, operation, values, options, check) -> _Known | str:
         found = _planned_call(operation, values, options)
     except UnsupportedError as error:
         found = str(error)  # the error itself would keep the call's tensors alive
-    if len(known) >= _MOST_KNOWN:  # the oldest goes: making it anew costs little
-        known.pop(next(iter(known)), None)
-    known[key] = found
+    remember(known("plans"), key, found)
     return found
 
 

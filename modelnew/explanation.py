@@ -8,7 +8,7 @@ from cupy_kernels.conv_transpose import Geometry
 from . import layers
 from .calls import planned
 from .formats import channels_last
-from .functional.conv_transpose import kernels_of
+from .functional.conv_transpose_kernels import kernels_of
 from .interop import NUMPY
 from .model import ModelNew, fused_model
 from .numerics import choose, resolve

@@ -64,21 +64,23 @@ def run_fused(children: list[nn.Module], x: torch.Tensor, parts: str = "apart") 
     if chain is None or _unsupported_reason(chain, range(LENGTH), children, x):
         return None
     conv, norm, activation, pool, group = children
+    conv_weight, conv_bias = layers.tensors_of(conv, "weight", "bias")
+    group_weight, group_bias = layers.tensors_of(group, "weight", "bias")
     function = norm.operation(functional.conv_bn_activation_max_pool_group_norm)
-    if norm.peers is None and (is_dynamo_compiling() or (nn.Module.__call__ is not _CALL and _traced())):
+    if norm.peers is None and (is_dynamo_compiling() or (nn.Module.__call__ is not _CALL and _in_graph())):
         function = functools.partial(conv_bn_activation_max_pool_group_norm_or_parts, parts=parts)
     try:
         return function(
             x,
             *norm.arguments(x),
-            conv_weight=layers.tensor_of(conv, "weight"),
-            conv_bias=layers.tensor_of(conv, "bias"),
+            conv_weight=conv_weight,
+            conv_bias=conv_bias,
             padding=conv.padding,
             activation=chain.activation,
             **_shape(conv, pool),
             num_groups=group.num_groups,
-            group_weight=layers.tensor_of(group, "weight"),
-            group_bias=layers.tensor_of(group, "bias"),
+            group_weight=group_weight,
+            group_bias=group_bias,
             group_eps=group.eps,
             num_batches_tracked=norm.counter(),
             numerics=conv.numerics,
@@ -139,6 +141,11 @@ def _unsupported_reason(chain, names, children, x) -> str | None:
 def _traced() -> bool:
     """Whether nn.Module.__call__ is torch.fx's, which it is while make_fx or torch.export traces."""
     return getattr(nn.Module.__call__, "__globals__", {}).get("__name__") == torch.fx.Tracer.__module__
+
+
+def _in_graph() -> bool:
+    """Whether a graph with our operators is being made, by `_traced`."""
+    return _traced() and not torch.onnx.is_in_onnx_export()
 
 
 def _shape(conv, pool) -> dict:

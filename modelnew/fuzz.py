@@ -1,16 +1,18 @@
-"""`python -m modelnew fuzz`: random calls of every function, beside PyTorch's, judged by the policy of `parity`.
+"""`python -m modelnew fuzz`: random calls of every function, beside PyTorch's, see `fuzz_judge`.
 
-Truth is PyTorch's result in float64 on the CPU. A case is right if output, other results and all gradients are within
-the policy, no argument is changed, and what PyTorch refuses is refused.
+On a GPU several processes share the work: first each kernel is compiled by one of them, then they judge, some cases of
+one operator at a time.
 """
 
 import contextlib
 import json
-import random
+import multiprocessing
+import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import click
 import torch
@@ -18,237 +20,104 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cupy_kernels.backend import on_compile
-from cupy_kernels.errors import EmulatorError, KernelCompileError
+from cupy_kernels.errors import KernelCompileError
+from cupy_kernels.source import Kernel, Variant
 
-from . import commands, parity
-from .cases import first
+from . import commands, interop, parity
 from .fuzz_cases import OPERATORS
-from .fuzz_values import FuzzCase
+from .fuzz_judge import draw, launched, run
 from .timing import current
 
 CASES, FEW = 10_000, 20
-# How often a case that fails is drawn again. Errors of few values, or of one statistic that many share, are chance: all
-# draws are then judged as one.
-REDRAWS = 31
-GROSS = 8  # times as large an error as the policy allows is no chance
-ULPS = 4  # by which float64 tensors are moved, to see what a result is off
-REFUSALS = (ValueError, TypeError, RuntimeError)  # the classes of a refusal; OverflowError and the like are none
+PROCESSES = 16  # more would wait for the GPU
+BATCH = 50  # cases that a process judges at a time
+# Cases of each operator, from whose kernels one knows nearly all that the others need.
+TYPICAL = 300
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 
 
-def draw(operator: str, seed: int, number: int) -> tuple[FuzzCase, int]:
-    """The case of this number, and the seed of its values."""
-    source = random.Random(f"{operator} {seed} {number}")
-    return OPERATORS[operator](source), source.getrandbits(31)
-
-
-def faults(case: FuzzCase, seed: int, device: torch.device) -> list[str]:
-    """What is wrong with our results, a line each; nothing, if all are right."""
-    found = _compare(case, seed, device)
-    if isinstance(found, str):
-        return [found] if found else []
-    if not _wrong(case, [found]):
-        return []
-    draws = [found, *(_compare(case, seed + i, device) for i in range(1, REDRAWS + 1))]
-    return next(([d] for d in draws if isinstance(d, str)), None) or _wrong(case, draws)
-
-
-def describe(case: FuzzCase) -> str:
-    """The call in one line."""
-    tensors = [f"{name}={tuple(values)}" for name, values in case.tensors.items()]
-    dtype = str(case.dtype).removeprefix("torch.")
-    return f"{case.text}, {dtype}, dy {case.dy_layout}, order {case.order}; {'; '.join(tensors)}"
-
-
-def _wrong(case, draws) -> list[str]:
-    """The results that the policy refuses, over all draws together.
-
-    Its allowance for chance is for normal errors. Those of a norm of few values are not: some draws are far worse than
-    all others, ours as often as PyTorch's. So among many draws ours must be the worse ones, or gross.
-    """
-    lines = []
-    for name in draws[0]:
-        ours, truth, theirs = (torch.cat([d[name][i].flatten() for d in draws]) for i in range(3))
-        errors, terms = (parity.error(ours, truth), parity.error(theirs, truth)), case.terms.get(name, 0)
-        if parity.within_policy(ours, truth, *errors, terms):
-            continue
-        gross = not parity.within_policy(ours, truth, parity.Error(*(e / GROSS for e in errors[0])), errors[1], terms)
-        if len(draws) == 1 or gross or _are_worse([d[name] for d in draws]):
-            lines.append(f"{name}: error {errors[0]}, PyTorch's {errors[1]}")
-    return lines
-
-
-def _are_worse(draws) -> bool:
-    """Whether ours is the worse one in more draws than chance explains, beside those in which PyTorch's is."""
-    pairs = [(parity.error(ours, truth), parity.error(theirs, truth)) for ours, truth, theirs in draws]
-    for ours, theirs in zip(*(zip(*column) for column in zip(*pairs))):
-        worse, better = (sum(a > parity.RATIO * b for a, b in zip(*both)) for both in ((ours, theirs), (theirs, ours)))
-        if worse - better > 3 * (worse + better) ** 0.5:
-            return True
-    return False
-
-
-def _compare(case, seed, device) -> dict[str, tuple[torch.Tensor, ...]] | str:
-    """{result: (ours, the truth, PyTorch's), on the CPU}, or what is wrong with a refusal: "", if nothing is."""
-    generator = torch.Generator().manual_seed(seed)
-    bases = {name: values.base(generator) for name, values in case.tensors.items()}
-    bases = {name: base.to(case.tensors[name].dtype or case.dtype) for name, base in bases.items()}
-    double, here = {name: base.double() for name, base in bases.items()}, {}
-    truth = dy = refusal = None
-    try:
-        with torch.no_grad():
-            y = first(case.theirs(**_dense(case, double)))
-        dy = torch.randn(y.shape, generator=generator)
-        if case.gradient:
-            dy = case.gradient(case.dtype, dy.double(), **_dense(case, double))
-        dy = dy.to(case.dtype)
-        truth = _results(case, case.truth or case.theirs, double, dy.double(), seed)
-    except REFUSALS as error:
-        refusal = error
-    here = {name: base.to(device, copy=True) for name, base in bases.items()}
-    try:
-        ours = _results(case, case.ours, here, dy if dy is None else dy.to(device), seed)
-    except (EmulatorError, KernelCompileError):
-        raise
-    except REFUSALS as error:
-        checked = here["x"].numel()  # PyTorch looks at little of a call with an empty batch
-        return "" if refusal or not checked else f"refused: {type(error).__name__}: {error}"
-    if refusal:
-        return f"PyTorch refuses this: {type(refusal).__name__}: {refusal}"
-    for name, base in bases.items():
-        if not torch.equal(base.flatten().view(torch.uint8), here[name].cpu().flatten().view(torch.uint8)):
-            return f"{name} was changed"
-    theirs = _theirs(case, bases, dy, truth, seed, device)
-    for name, right in truth.items():
-        kind, expected = (ours[name].dtype, ours[name].shape), (_dtype(case, name, right), right.shape)
-        if kind != expected:
-            return f"{name}: {kind}, should be {expected}"
-    return {name: (ours[name].cpu(), right, theirs[name].cpu()) for name, right in truth.items()}
-
-
-def _dtype(case, name, right):
-    """The dtype that a result should have: its tensor's, or the case's; indices stay integers."""
-    values = case.tensors.get(name.rpartition(" ")[2])
-    statistics = case.tensors.get("_mean") if name in ("result 2", "result 3") else None
-    wide = (values or statistics) and (values or statistics).dtype
-    return (wide or case.dtype) if right.is_floating_point() else right.dtype
-
-
-def _theirs(case, bases, dy, truth, seed, device) -> dict[str, torch.Tensor]:
-    """Results as far from the truth as PyTorch's are in the case's numeric class."""
-    if case.rounded:
-        bases = {
-            name: (parity.tf32_rounded(t) if len(case.tensors[name].shape) > 1 else t).double()
-            for name, t in bases.items()
-        }
-        return _results(case, case.theirs, bases, parity.tf32_rounded(dy).double(), seed)
-    if case.dtype == torch.float64 and not case.truth:
-        # Truth and PyTorch's result are one: what it is off is what a few units in the last places of all tensors do.
-        moved = _results(case, case.theirs, {name: _moved(base) for name, base in bases.items()}, _moved(dy), seed)
-        return {name: t + (moved[name] - t).nan_to_num(0, 0, 0) for name, t in truth.items()}
-    try:
-        return _run_theirs(case, bases, dy, seed, device)
-    except RuntimeError:  # it has no kernel for the mixture of dtypes
-        return _run_theirs(case, {name: base.to(case.dtype) for name, base in bases.items()}, dy, seed, device)
-
-
-def _moved(tensor):
-    """Equal values stay equal."""
-    return tensor * (1 + ULPS * torch.finfo(tensor.dtype).eps * torch.sin(tensor * 1e4))
-
-
-def _run_theirs(case, bases, dy, seed, device):
-    return _results(case, case.theirs, {name: base.to(device) for name, base in bases.items()}, dy.to(device), seed)
-
-
-def _dense(case, bases):
-    """The tensors, contiguous: PyTorch's own gradients are wrong for some mixtures of layouts."""
-    return {
-        name: case.tensors[name].view(base).clone(memory_format=torch.contiguous_format) for name, base in bases.items()
-    }
-
-
-def _results(case, function, bases, dy, seed) -> dict[str, torch.Tensor]:
-    """Every result of a function of the case's tensors. Without dy the function is only called."""
-    if function is case.ours:
-        leaves = {name: case.tensors[name].view(base).detach() for name, base in bases.items()}
-        layout = case.dy_layout
-    else:
-        leaves, layout = _dense(case, bases), "contiguous"
-    wanted = {name: t for name, t in leaves.items() if case.differentiated and not name.startswith("_")}
-    for leaf in wanted.values():
-        leaf.requires_grad_()
-    result = function(**leaves)
-    y, others = first(result), result[1:] if isinstance(result, tuple) else ()
-    found = {"output": y.detach(), **{f"result {i}": t.detach() for i, t in enumerate(others, 2)}}
-    if dy is None or not wanted:
-        return found
-    again, dy = case.order == 2, _laid_out(dy, layout)
-    if again and not case.gradient:
-        dy.requires_grad_()
-    gradients = torch.autograd.grad(y, list(wanted.values()), dy, create_graph=again)
-    found |= {f"gradient of {name}": g.detach() for name, g in zip(wanted, gradients)}
-    if again:
-        generator, total = torch.Generator().manual_seed(seed), 0
-        for g in gradients:
-            v = parity.tf32_rounded(torch.randn(g.shape, generator=generator))  # which every class holds
-            total = total + (v.to(g) * g).sum(dtype=torch.float64)
-        if dy.requires_grad:
-            wanted["dy"] = dy
-        seconds = torch.autograd.grad(total, list(wanted.values()), allow_unused=True, materialize_grads=True)
-        found |= {f"second gradient of {name}": g for name, g in zip(wanted, seconds)}
-    return found
-
-
-def _laid_out(dy, layout):
-    if layout == "channels_last":
-        return dy.contiguous(memory_format=torch.channels_last)
-    order = tuple(reversed(range(dy.dim())))
-    return dy.permute(order).contiguous().permute(order) if layout == "reversed" else dy
-
-
 def fuzz(
-    operators, cases: int, seed: int, device: torch.device, seconds: float, report: Callable[[str, str | None], None]
+    operators,
+    cases: int,
+    seed: int,
+    device: torch.device,
+    seconds: float,
+    report: Callable[[str, list[str | None]], None],
+    processes: int = 1,
 ) -> tuple[dict[str, int], int]:
     """({operator: cases judged}, how many are wrong). Operators take turns, so that a time limit cuts all alike.
 
-    report(operator, line): called after each case; line: what reproduces a wrong one, and what is wrong.
+    report(operator, lines): called after some cases; lines: what `fuzz_judge.run` says of each.
     """
-    counts, failed, end = dict.fromkeys(operators, 0), 0, time.monotonic() + seconds
-    for number in range(cases):
-        for operator in operators:
-            if time.monotonic() > end:
-                return counts, failed
-            found = run(operator, seed, number, device)
-            counts[operator] += 1
-            failed += bool(found)
-            report(operator, found)
+    end = time.monotonic() + seconds
+    batch = BATCH if processes > 1 else 1
+    turns = [(op, range(i, min(i + batch, cases))) for i in range(0, cases, batch) for op in operators]
+    counts, failed = dict.fromkeys(operators, 0), 0
+    with _mapped(processes) as mapped:
+        if processes > 1:
+            _compile_all(mapped, operators, min(cases, TYPICAL), seed, device)
+        found = mapped(_judged, *zip(*((op, seed, numbers, device, end) for op, numbers in turns)))
+        for (operator, _), lines in zip(turns, found):
+            counts[operator] += len(lines)
+            failed += sum(map(bool, lines))
+            report(operator, lines)
     return counts, failed
 
 
-def run(operator: str, seed: int, number: int, device: torch.device) -> str | None:
-    """Judges one case. None if it is right, else a line that says how to reproduce it, and what is wrong."""
-    case, values = draw(operator, seed, number)
-    try:
-        found = faults(case, values, device)
-    except Exception as error:  # whatever a call raises besides refusals is a fault of its, too
-        found = [f"{type(error).__name__}: {error}"]
-    if not found:
-        return None
-    again = f"python3 -m modelnew fuzz --operator {operator} --seed {seed} --case {number}"
-    return f"{again}: {'; '.join(found)} [{describe(case)}]"
+@contextlib.contextmanager
+def _mapped(processes):
+    """`map`, in so many processes."""
+    if processes == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as executor:
+        yield executor.map
+
+
+def _compile_all(mapped, operators, cases, seed, device) -> None:
+    """Compiles what the first cases launch; other processes then find it on disk."""
+    turns = [(op, seed, range(i, min(i + BATCH, cases)), device) for op in operators for i in range(0, cases, BATCH)]
+    found: dict[Variant, Kernel] = {}
+    for kernels in mapped(_launched, *zip(*turns)):
+        found |= kernels
+    list(mapped(_compile, found.values(), [device] * len(found)))
+
+
+def _launched(operator, seed, numbers, device):
+    with _settings(device):
+        found = {}
+        for number in numbers:
+            found |= launched(*draw(operator, seed, number), device)
+        return found
+
+
+def _compile(kernel, device):
+    with current(device), contextlib.suppress(KernelCompileError):  # which the case that launches it will name
+        interop.backend(device).prepare([kernel])
+
+
+def _judged(operator: str, seed: int, numbers: Iterable[int], device: torch.device, end: float) -> list[str | None]:
+    """What `run` says of these cases, of those for which there is time."""
+    with _settings(device):
+        found = []
+        for number in numbers:
+            if time.monotonic() > end:
+                break
+            found.append(run(operator, seed, number, device))
+        return found
 
 
 @contextlib.contextmanager
-def _poisoned():
-    """What torch.empty returns is full of NaN."""
+def _settings(device) -> Iterator[None]:
+    """No TF32, and what torch.empty returns is full of NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        with warnings.catch_warnings():
+        with current(device), parity.tf32(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -264,9 +133,9 @@ def _progress(total):
         task = progress.add_task("", total=total)
         stop = on_compile(lambda kernel: progress.update(task, description=f"compiling {kernel.name}"))
 
-        def report(operator, line):
-            progress.update(task, advance=1, description=operator)
-            if line:
+        def report(operator, lines):
+            progress.update(task, advance=len(lines), description=operator)
+            for line in filter(None, lines):
                 out.print(line, markup=False, highlight=False, soft_wrap=True)
 
         try:
@@ -295,9 +164,14 @@ def _progress(total):
 @click.option(
     "--budget", type=click.FloatRange(min=0), default=540, show_default=True, help="Seconds after which it ends."
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    help=f"Share the work among so many.  [default: one for each CPU, at most {PROCESSES}; 1 on the emulator]",
+)
 @commands.device_option
 @commands.output_option("fuzz")
-def fuzz_command(device, output, cases, seed, operators, number, budget):
+def fuzz_command(device, output, cases, seed, operators, number, budget, processes):
     """Compare random calls of every function of modelnew.functional with PyTorch's.
 
     Shapes, memory layouts, dtypes, hyper-parameters and values are random, NaN, infinities and values near the limits
@@ -306,15 +180,17 @@ def fuzz_command(device, output, cases, seed, operators, number, budget):
     """
     device = commands.usable_device(device)
     operators = operators or list(OPERATORS)
-    with current(device), parity.tf32(False), _poisoned():
-        if number is not None:
+    if number is not None:
+        with _settings(device):
             found = [run(operator, seed, number, device) for operator in operators]
-            for operator, line in zip(operators, found):
-                out.print(line or f"{operator}: right", markup=False, highlight=False, soft_wrap=True)
-            raise click.exceptions.Exit(int(any(found)))
-        cases = cases or (FEW if device.type == "cpu" else CASES)
-        with _progress(cases * len(operators)) as report:
-            counts, failed = fuzz(operators, cases, seed, device, budget, report)
+        for operator, line in zip(operators, found):
+            out.print(line or f"{operator}: right", markup=False, highlight=False, soft_wrap=True)
+        raise click.exceptions.Exit(int(any(found)))
+    cases = cases or (FEW if device.type == "cpu" else CASES)
+    processes = processes or (1 if device.type == "cpu" else min(PROCESSES, len(os.sched_getaffinity(0))))
+    with _progress(cases * len(operators)) as report:
+        counts, failed = fuzz(operators, cases, seed, device, budget, report, processes)
+    with current(device):
         record = {**commands.head(device), "cases": counts, "failed": failed}
         if output or device.type == "cuda":
             path = commands.record_path("fuzz", device, output)

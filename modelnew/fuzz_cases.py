@@ -90,7 +90,8 @@ def max_pool2d(draw):
     shape = shape[1:] if draw.random() < 0.15 else shape
     x, options = input_of(draw, shape, dtype), {**window, "return_indices": draw.random() < 0.3}
     if _has_empty_windows(shape[-2:], window):
-        x, options["return_indices"] = x._replace(special=()), False
+        x = x._replace(special=tuple(value for value in x.special if value != -math.inf))  # as much as padding
+        options["return_indices"] = False
     return FuzzCase(
         words("max_pool2d", options),
         lambda x: functional.max_pool2d(x, **options),
@@ -121,8 +122,6 @@ def _norm(name, draw, shape, after=lambda y: y, options=None, gradient=None):
     tensors = {"x": x, **_affine(draw, channels, dtype, wrong=0.02)}
     if training:  # 0 times a variance that float32 does not hold is NaN
         statistics["momentum"] = statistics["momentum"] or 0.5 * (torch.finfo(dtype).max in x.special)
-    if gradient:  # whose windows have clear winners
-        tensors["x"] = tensors["x"]._replace(special=())
     if not training or draw.random() < 0.7:
         wide = torch.float32 if dtype in HALVES and draw.random() < 0.7 else None
         tensors["_mean"] = Values((channels,), layout_of(draw, (channels,), dtype), dtype=wide)
@@ -145,6 +144,7 @@ def _norm(name, draw, shape, after=lambda y: y, options=None, gradient=None):
         dict.fromkeys(("output", "result 2", "result 3", *(f"gradient of {name}" for name in tensors)), values),
         gradient=gradient and functools.partial(gradient, call, statistics),
         order=order,
+        differentiated=not (gradient and x.special),  # as in `tanh_max_pool2d`
     )
 
 
@@ -201,14 +201,16 @@ def _tanh_winners(window, dtype, dy, x):
 def tanh_max_pool2d(draw):
     """Of any window."""
     dtype, window = any_dtype(draw), _window(draw)
+    x = input_of(draw, shape_of(draw, 4), dtype)
     return FuzzCase(
         words("tanh_max_pool2d", window),
         lambda x: functional.tanh_max_pool2d(x, **window),
         lambda x: _torch_pool(x.tanh(), **window),
-        {"x": input_of(draw, shape_of(draw, 4), dtype, special=())},
+        {"x": x},
         dtype,
         gradient=functools.partial(_tanh_winners, window),
         order=order_of(draw),
+        differentiated=not x.special,  # PyTorch's gradient is NaN at every NaN, ours where a window keeps it
     )
 
 
@@ -302,8 +304,9 @@ def _chain(activation, draw):
     training, groups, eps = draw.random() < 0.6, draw.choice((2, 4)), draw.choice((1e-5, 1e-3))
     slope, momentum = draw.choice((0.01, 0.0, 0.3)), draw.choice((0.1, 1.0))
     shape = draw.randint(2, 4), channels, 8, 8
+    special = draw.choice(((math.nan,), (math.inf,), (-math.inf,))) if draw.random() < 0.2 else ()
     tensors = {
-        "x": Values(shape, layout_of(draw, shape, dtype)),
+        "x": Values(shape, layout_of(draw, shape, dtype), special=special),
         "w": Values((channels, output, size, size), scale=(2 / channels) ** 0.5 / size),
         "_mean": Values((output,), scale=0.1),
         "_var": Values((output,), scale=0.05, mean=1.0),
@@ -358,6 +361,7 @@ def _chain(activation, draw):
         terms={**sums, "gradient of w": shape[0] * pixels},
         rounded=numerics == "tf32" and dtype == torch.float32,
         gradient=gradient,
+        differentiated=not special,
     )
 
 

@@ -29,12 +29,15 @@ class Values(NamedTuple):
         """float64 memory of which `view` makes the tensor."""
         shape = _VIEWS[self.layout[0]][0](self.shape, *self.layout[1:])
         if self.whole:
-            found = torch.randint(-2, 3, shape, generator=generator).double()
+            # Each draw has other ones: what five values cost is chance.
+            unit = 0.75 + 0.5 * torch.rand((), generator=generator, dtype=torch.float64)
+            found = torch.randint(-2, 3, shape, generator=generator) * unit
         else:
             found = torch.randn(shape, generator=generator, dtype=torch.float64)
         found = found * self.scale + self.mean
         for value in self.special if found.numel() else ():
-            found.view(-1)[torch.randint(found.numel(), (1,), generator=generator)] = value
+            places = torch.randint(found.numel(), (1 + found.numel() // 64,), generator=generator)
+            found.view(-1)[places] = value
         return found
 
     def view(self, base: torch.Tensor) -> torch.Tensor:
@@ -122,11 +125,13 @@ def input_of(draw: random.Random, shape, dtype, special=SPECIAL, largest=True) -
     if kind < 0.35:
         # In float64 the truth is not good enough further out, where digits cancel in a norm, and in tanh's gradient.
         return found._replace(mean=draw.choice((-3.0, 2.0 if dtype == torch.float64 else 10.0)))
-    if kind < 0.5 and special:
+    if kind < 0.6 and special:
         # float32's denormals, which bfloat16's are in arithmetic, too, may count as 0.
         small = torch.finfo(dtype).tiny * (0.25 if dtype in (torch.float16, torch.float64) else 1024)
         values = *special, small, torch.finfo(dtype).max if largest else 1.0
-        return found._replace(special=tuple(draw.choices(values, k=draw.randint(1, 3))))
+        # NaN has rules of its own everywhere: it is in more than half of these.
+        first = math.nan if math.nan in special and draw.random() < 0.5 else draw.choice(values)
+        return found._replace(special=(first, *draw.choices(values, k=draw.randint(0, 2))))
     return found
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_kernels import inspection
 from cupy_kernels.common import ceil_div
@@ -20,7 +21,7 @@ from .inline_arguments import apart, blocks, check_changeable, check_number, che
 from .inline_autograd import Once, Recorded
 from .inline_declaration import Declaration, Options
 from .interop import FLOATS, TORCH, dense
-from .untraced import untraced
+from .untraced import all_meta, dispatches
 
 
 def operator(
@@ -210,20 +211,14 @@ class Operator:
             from .inline_registered import in_graph  # a second to import
 
             return in_graph(self.key, *args, **options)
-        if recorders.may_record():
+        values = (*args, *options.values())
+        if has_torch_function(values):
+            return handle_torch_function(self, values, *args, **options)
+        if recorders.present() or dispatches(values) or all_meta(*values):
             recorders.refuse(str(self))
             from .inline_registered import registered
 
             return registered(self)(*args, **options)
-        return self._call(*args, **options)
-
-    @untraced
-    def _call(self, *args, **options):
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"{self}: vmap, grad and other transforms of torch.func do not see kernels. Call it on the whole "
-                "batch, or on its parts: torch.stack([f(x) for x in batch]); for gradients use torch.autograd.grad"
-            )
         scalar, device, values = checked(self.declared, args, options)
         declared = self.declared
         if declared.inplace:

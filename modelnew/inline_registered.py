@@ -12,6 +12,7 @@ import itertools
 from functools import partial
 
 import torch
+from torch.autograd import forward_ad
 
 from .inline import Operator, operators
 from .inline_arguments import checked
@@ -21,6 +22,11 @@ from .interop import FLOATS, dense
 _SCALARS = {name: dtype for dtype, name in FLOATS.items()}
 _KINDS = {"f": "float", "b": "bool"}  # in a schema, by the kind of a NumPy dtype; of all others SymInt
 _names = set()
+
+
+def has_tangent(value) -> bool:
+    """Whether a value is a tensor that forward-mode derivatives follow."""
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 @torch.compiler.allow_in_graph
@@ -63,6 +69,12 @@ class _Registered:
         self.forward.register_autograd(self._gradients, setup_context=self._setup_context)
 
     def __call__(self, *args, **options):
+        if torch._C._are_functorch_transforms_active() or any(map(has_tangent, (*args, *options.values()))):
+            raise RuntimeError(
+                f"{self.op}: kernels have no rule for vmap and other transforms of torch.func, nor for forward-mode "
+                "derivatives. Call it on the whole batch, or on its parts: torch.stack([f(x) for x in batch]); for "
+                "gradients use torch.autograd.grad"
+            )
         scalar, device, values = checked(self.declared, args, options)
         results = self.forward(*values.values(), _SCALARS[scalar], device)
         results = (results,) if len(self.made) == 1 else results

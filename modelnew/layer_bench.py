@@ -27,6 +27,7 @@ from .timing import Clock, Contender, current, free, measure_together
 DTYPES = {"tf32": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 LONG_US = 30  # PyTorch's time from which on a ratio counts as the worst
+LEAST_MB = 1  # below, the allocator's rounding decides
 _SHOWN = 30  # rows of the table
 _FLUSHES = 16
 _EVALUATION = ", eval"  # ends the name of a batch norm's shape
@@ -198,7 +199,7 @@ class _Setting:
 
     @functools.cached_property
     def dy(self) -> torch.Tensor:
-        """A gradient of the output, of PyTorch's format."""
+        """A gradient of the output."""
         with torch.no_grad():
             return torch.randn_like(copy.deepcopy(self.modules["eager"])(self.x))
 
@@ -220,7 +221,9 @@ class _Setting:
             row["what"] = what
             for who, entrant in found.items():
                 ms = None if entrant.reason else entrant.times.median
-                row["ms" if who == "modelnew" else f"{who}_ms"] = ms and float(f"{ms:.4g}")
+                prefix = "" if who == "modelnew" else f"{who}_"
+                row[f"{prefix}ms"] = ms and float(f"{ms:.4g}")
+                row[f"{prefix}peak_mb"] = None if entrant.reason else entrant.peak_mb
             row["error_ratio"] = self.error_ratio
             reasons = {who: entrant.reason for who, entrant in found.items() if entrant.reason}
             yield {**row, "reasons": reasons, "failed": found["modelnew"].failed} if reasons else row
@@ -241,7 +244,8 @@ class _Setting:
             return call
         leaf = x.detach().requires_grad_()
         wanted = [leaf, *module.parameters()]
-        return lambda: torch.autograd.grad(module(leaf), wanted, self.dy)
+        dy = torch.empty_like(module(leaf)).copy_(self.dy)  # of the result's own format, as the next layer's would be
+        return lambda: torch.autograd.grad(module(leaf), wanted, dy)
 
     @functools.cached_property
     def wrong(self) -> str | None:
@@ -304,8 +308,15 @@ def mean_and_worst(rows: list[dict]) -> tuple[float, float | None]:
     return mean, min(long, default=None)
 
 
+def most_memory(record: dict) -> tuple[float, dict] | None:
+    """The largest ratio of our peak memory to eager PyTorch's, both over `LEAST_MB`, and its row; None without such."""
+    pairs = [(row.get("peak_mb"), row.get("eager_peak_mb"), row) for row in record["rows"]]
+    found = [(ours / theirs, row) for ours, theirs, row in pairs if ours and theirs and min(ours, theirs) > LEAST_MB]
+    return max(found, key=lambda pair: pair[0], default=None)
+
+
 def show(record: dict, out: Console) -> None:
-    """Prints the worst ratios, geometric means, and what was wrong."""
+    """Prints the worst ratios, geometric means, the most memory beside PyTorch's, and what was wrong."""
     table = Table(box=box.SIMPLE_HEAD, title="Slowest beside PyTorch", title_justify="left")
     for name in ("layer", "shape", "dtype", "layout", "", "ours, us", "PyTorch, us", "ratio", "error"):
         table.add_column(name, justify="right" if name in ("ours, us", "PyTorch, us", "ratio", "error") else "left")
@@ -329,6 +340,13 @@ def show(record: dict, out: Console) -> None:
     for key, found in cells.items():
         table.add_row(*key, found.get("forward", ""), found.get("step", ""))
     out.print(table)
+    if found := most_memory(record):
+        times, row = found
+        out.print(
+            "Peak memory of a call is at most {:.2f} times PyTorch's: {operator} {case} {dtype} {layout} {what}".format(
+                times, **row
+            )
+        )
     reasons = collections.defaultdict(list)
     for row in record["rows"]:
         for who, reason in row.get("reasons", {}).items():

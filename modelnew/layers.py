@@ -10,7 +10,7 @@ import inspect
 
 from . import recorders
 from .functional import operators
-from .functional.affine import tensor_of
+from .functional.affine import tensors_of
 from .functional.operators import *
 
 __all__ = sorted(name for name, value in vars(operators).items() if inspect.isclass(value))

@@ -51,6 +51,13 @@ class Choice(NamedTuple):
     without: str | None  # why there are no tensor cores
 
 
+def settings():
+    """What `choose` depends on besides its arguments."""
+    if _switched_off or _wgmma_chosen:
+        return allows_tf32(), bool(_switched_off), *_wgmma_chosen[-1:]
+    return allows_tf32()
+
+
 def choose(numerics: str, x: torch.Tensor) -> Choice:
     """What holds now for a convolution of x."""
     without = "tensor cores are switched off" if _switched_off else None

@@ -103,7 +103,8 @@ def within_policy(actual: torch.Tensor, truth: torch.Tensor, ours: Error, theirs
     rounded = error(truth.to(actual.dtype), truth)
     # An infinite error of PyTorch's is no yardstick.
     rms, largest = (max(e for e in (*pair, 0.0) if math.isfinite(e)) for pair in zip(theirs, rounded))
-    peak = truth.abs().max().item() / (_rms(truth) or 1.0)
+    size = _rms(truth)  # 0 also of what float64 squares to 0
+    peak = truth.abs().max().item() / size if size else 1.0
     chance = 3 / n**0.5
     chance_of_max = max(2 * chance, 2 * 2**0.5 * math.pi / 6**0.5 / (2 * math.log(max(n, 2))))
     arithmetic = torch.finfo(accumulator_dtype(actual)).eps * (2 + terms / 24) ** 0.5

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from . import layer_bench
 from .records import by_batch, comparisons
-from .workloads import GENERAL, GRAPHS, LAYOUTS, WORKLOADS, Shape, floor_ms, work
+from .workloads import COMPILED, GENERAL, GRAPHS, LAYOUTS, WORKLOADS, Shape, floor_ms, work
 
 _COLOURS = {
     "modelnew": "#c0392b",
@@ -131,7 +131,7 @@ def _curves(figure, record):
 
 
 def _timed(record):
-    return [row for row in record["rows"] if row["ms"] is not None and row["what"] in WORKLOADS]
+    return [row for row in record["rows"] if row["ms"] is not None and row["what"] in WORKLOADS.keys() - COMPILED]
 
 
 def _bars(panel, rows, title):

@@ -3,7 +3,14 @@
 Where a version of torch lacks the private one, the public one takes its place.
 """
 
+from collections.abc import Callable
+
 import torch
+
+try:
+    from torch._C._dynamo import guards
+except ImportError:
+    guards = None
 
 
 class Public:
@@ -25,6 +32,24 @@ class Public:
         return torch.backends.cudnn.allow_tf32
 
     @staticmethod
+    def any_autocast() -> bool:
+        """Whether autocast is on for some kind of device."""
+        return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+    @staticmethod
+    def guard_of(tensors: list[torch.Tensor]) -> Callable | None:
+        """guard(*others): whether tensors are of the same kinds as `tensors`; None if nothing can tell.
+
+        The kind: type, dtype, device, shape, strides, requires_grad, and what torch's dispatcher does with the tensor.
+        """
+        return None
+
+    @staticmethod
+    def allocator(device: torch.device) -> Callable:
+        """allocate(shape, strides, dtype) on the device, which is the current one when it is called."""
+        return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    @staticmethod
     def apply(function: type[torch.autograd.Function], *args):
         """function.apply(*args), for a call that is not inside a transform of torch.func."""
         return function.apply(*args)
@@ -32,9 +57,22 @@ class Public:
 
 current_device = getattr(torch._C, "_cuda_getDevice", Public.current_device)
 raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", Public.raw_stream)
+any_autocast = getattr(torch._C, "_is_any_autocast_enabled", Public.any_autocast)
 allows_tf32 = getattr(torch._C, "_get_cudnn_allow_tf32", Public.allows_tf32)
 
 
 def apply(function: type[torch.autograd.Function], *args):
     """See Public.apply. The rest of `Function.apply` serves torch.func."""
     return super(torch.autograd.Function, function).apply(*args)
+
+
+def guard_of(tensors: list[torch.Tensor]) -> Callable | None:
+    """See Public.guard_of."""
+    if not hasattr(guards, "TensorGuards"):
+        return Public.guard_of(tensors)
+    return guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+def allocator(device: torch.device) -> Callable:
+    """See Public.allocator. The private functions take half the time, and do not fill memory for debugging."""
+    return getattr(guards, f"_empty_strided_{device.type}", None) or Public.allocator(device)

@@ -11,12 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_kernels.errors import UnsupportedError
 
-from . import recorders
+from . import calls, onnx, recorders, replays
 from .registration import traced
-
-# Types of arguments that need no further look. All others join that are neither tensors nor stand for them.
-_plain = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list}
-
 
 P = typing.ParamSpec("P")
 R = typing.TypeVar("R")
@@ -30,26 +26,37 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     `__torch_function__` are asked first, as by torch's own functions.
     """
 
+    split = replays.splitter(function)
+
     @functools.wraps(function)
     def call(*args, **options):
         if is_dynamo_compiling():
             if function.__name__ in traced and options.get("peers") is None:
                 return traced[function.__name__](*args, **options)
             return torch.compiler.disable(call)(*args, **options)  # a collective is in it: the graph breaks
+        if split is None or recorders.present():
+            return as_written(*args, **options)
         try:
-            if not _plain.issuperset(map(type, args)) or not _plain.issuperset(map(type, options.values())):
-                values = (*args, *options.values())
-                if has_torch_function(values):
-                    return handle_torch_function(call, values, *args, **options)
-                if _dispatches(values) and function.__name__ in traced:
-                    return _of_library(function, args, options)
-            if recorders.present() and function.__name__ in traced:
+            others, tensors = split(*args, **options)
+            key = replays.key_of(function, others, tensors[0])
+            found = calls.known("replays").get(key, ())
+        except (AttributeError, RuntimeError, TypeError, ValueError):  # as_written says what is wrong
+            return as_written(*args, **options)
+        tensors = [tensor for tensor in tensors if tensor is not None]
+        return replays.repeated(key, found, tensors, lambda: as_written(*args, **options))
+
+    def as_written(*args, **options):
+        try:
+            values = (*args, *options.values())
+            if has_torch_function(values):
+                return handle_torch_function(call, values, *args, **options)
+            if function.__name__ in traced and (recorders.present() or dispatches(values)):
                 return _of_library(function, args, options)
             return function(*args, **options)
         except UnsupportedError:
             raise
         except Exception as error:
-            if function.__name__ not in traced or not _meta(args, options):
+            if function.__name__ not in traced or not all_meta(*args, *options.values()):
                 _check_tensors(function, args, options, error)
                 raise
         return _of_library(function, args, options)
@@ -59,26 +66,23 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
 def _of_library(function, args, options):
     """Calls the operator that torch.library has for a function."""
-    recorders.refuse(function.__name__)
     if options.get("peers") is not None:
         raise RuntimeError(f"{function.__name__} of a synchronised batch norm cannot be recorded or transformed")
+    if torch.onnx.is_in_onnx_export():
+        return getattr(onnx, function.__name__)(*args, **options)
+    recorders.refuse(function.__name__)
     return traced[function.__name__](*args, **options)
 
 
-def _dispatches(values) -> bool:
+def dispatches(values) -> bool:
     """Whether one of the values is a tensor that handles operators itself."""
-    found = False
-    for kind in set(map(type, values)):
-        if issubclass(kind, torch.Tensor):
-            found = found or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-        elif not hasattr(kind, "__torch_function__"):
-            _plain.add(kind)
-    return found
+    kinds = [kind for kind in map(type, values) if issubclass(kind, torch.Tensor)]
+    return any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in kinds)
 
 
-def _meta(args, options) -> bool:
+def all_meta(*values) -> bool:
     """Whether all tensors are meta tensors."""
-    tensors = [t for t in (*args, *options.values()) if isinstance(t, torch.Tensor)]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return bool(tensors) and all(tensor.is_meta for tensor in tensors)
 
 

@@ -1,28 +1,8 @@
-"""What `python -m modelnew bench` measures: each workload on our kernels and on PyTorch's, the check of its result, and
-the least time that it can take.
-"""
+"""What `python -m modelnew bench` measures: workloads, who takes part in each, and the least time of each."""
 
-import contextlib
-import copy
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-
-from cupy_kernels.conv_bn_pool import pooled_places
-from cupy_kernels.errors import UnsupportedError
-from cupy_kernels.launch import launch, observed
-from cupy_kernels.source import signature
-
-from . import functional, layers
-from .interop import launching_on
-from .model import Model, ModelNew, fused_model, get_init_inputs
-from .numerics import without_tensor_cores
-from .parity import CLASSES as PRECISE
-from .parity import compare_models, error, multiplied_in_tf32, tf32, tf32_rounded, within_policy
 
 MODELS = {
     "forward_train": "forward, batch norm in training mode, under no_grad",
@@ -49,6 +29,11 @@ FLOAT16 = {
     "float16_forward_train": "forward_train without autocast: all in float16 and channels_last, input and output too",
     "float16_step": "step, likewise",
 }
+COMPILED = {
+    "compiled_forward_train": "forward_train of ModelNew as it is, and under torch.compile; up to 8 images also in its "
+    'mode "reduce-overhead"',
+    "compiled_step": "step, likewise",
+}
 KERNELS = {
     "conv_bn_pool_kernel": "of forward_train the convolution's launch alone, with statistics and pooling behind it; "
     "before it, untimed: the weights packed",
@@ -57,8 +42,8 @@ KERNELS = {
     "wgrad_kernel": "of step the launches alone that make the gradient of the convolution's weight, with the sum over "
     "their parts; before them, untimed: both operands as packed fp16 tiles, sums at the borders",
 }
-WORKLOADS = MODELS | FLOAT16 | OPERATORS | CHAINS | KERNELS
-GENERAL, _LEAKY_RELU, _FLOAT16 = "_general", "leaky_relu_", "float16_"
+WORKLOADS = MODELS | FLOAT16 | OPERATORS | CHAINS | KERNELS | COMPILED
+GENERAL, LEAKY_RELU, OF_FLOAT16, OF_COMPILED = "_general", "leaky_relu_", "float16_", "compiled_"
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {"tf32": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PEERS = {
@@ -67,22 +52,18 @@ PEERS = {
     "compile": ("eager", "compile"),
     "all": ("eager", "compile", "compile-max-autotune"),
 }
-MODES = {"compile": "default", "compile-max-autotune": "max-autotune", "compile-reduce-overhead": "reduce-overhead"}
-# Who replays CUDA graphs: compile in these modes, and ModelNew in a graph of ours.
-GRAPHS = ("modelnew-graph", "compile-max-autotune", "compile-reduce-overhead")
-
-# For each workload of KERNELS: the kernels that it launches, and the arrays that the last of them writes.
-_LAUNCHES = {
-    "conv_bn_pool_kernel": (("conv_bn_pool",), ("pooled", "partials")),
-    "dgrad_kernel": (("conv_transpose_mma",), ("y",)),
-    "wgrad_kernel": (("conv_wgrad_mma", "conv_wgrad_reduce"), ("dw",)),
+# The mode of torch.compile.
+MODES = {
+    "compile": "default",
+    "compile-max-autotune": "max-autotune",
+    "compile-reduce-overhead": "reduce-overhead",
+    "modelnew-compile": "default",
+    "modelnew-compile-reduce-overhead": "reduce-overhead",
 }
-_NO_GRAD = ("forward_train", "latency_forward_train", "forward_eval", "post_conv_forward")
-FEW_IMAGES = 8
-_CHECKED_IMAGES = 16
-_CHUNK = 64  # images whose float64 convolution is held at once
-_GRADIENT_IMAGES = 512  # a float64 step of more takes tens of GB
+# Who replays CUDA graphs: compile in these modes, and ModelNew in a graph of ours.
+GRAPHS = ("modelnew-graph", *(who for who, mode in MODES.items() if mode != "default"))
 
+FEW_IMAGES = 8
 # What one GPU can do, by a word of its name: bytes/s of a copy, and FLOP/s of fp16 with float32 accumulation, which is
 # what cuBLAS reaches by wgmma (mma.sync: 640e12). The class fp32 takes three fp16 products for one.
 _CEILINGS = {"H100": (3.03e12, 793e12)}
@@ -103,170 +84,27 @@ class Shape(NamedTuple):
         return (self.size - 1) * self.stride - 2 * self.padding + self.kernel_size
 
 
-class Case:
-    """A model and a batch of n images that all workloads share, and the float64 results that their checks need."""
-
-    def __init__(self, n: int, size: int, device: torch.device, seed: int = 0, leaky: bool = False):
-        self.n, self.device, self.seed, self.leaky = n, device, seed, leaky
-        self.init = get_init_inputs()
-        self.shape = Shape(*self.init[:5], size)
-        torch.manual_seed(seed)
-        self.model = Model(*self.init, device=device)
-        if leaky:
-            self.model.tanh = nn.LeakyReLU()
-        self.picked = torch.linspace(0, n - 1, min(n, _CHECKED_IMAGES), device=device).long()
-        self.truth = functools.cache(lambda training: _truth(self.model, self.x, training, self.picked))
-        self.gradients_differ = functools.cache(self._gradients_differ)
-        # One result for all: cuDNN need not give the same bits twice.
-        self.hidden = functools.lru_cache(1)(self._hidden)
-
-    @functools.cached_property
-    def leaky_relu(self) -> "Case":
-        """The same with LeakyReLU in place of tanh."""
-        other = Case(self.n, self.shape.size, self.device, self.seed, leaky=True)
-        other.x = self.x
-        return other
-
-    @functools.cached_property
-    def float16(self) -> "Case":
-        """The same, of parameters and a batch that float16 holds."""
-        other = Case(self.n, self.shape.size, self.device, self.seed)
-        other.model.half().float()
-        other.x = self.x.half().float()
-        return other
-
-    @functools.cached_property
-    def x(self) -> torch.Tensor:
-        """The batch, uniform in [0, 1) as get_inputs() has it, drawn on the device."""
-        shape = (self.n, self.shape.in_channels, self.shape.size, self.shape.size)
-        return torch.rand(shape, generator=self._generator(), device=self.device)
-
-    def normal(self, channels: int, size: int, dtype=torch.float32) -> torch.Tensor:
-        """Incoming gradients: the same values at each call."""
-        shape = (self.n, channels, size, size)
-        return torch.randn(shape, generator=self._generator(), device=self.device).to(dtype)
-
-    def model_of(self, who: str) -> nn.Module:
-        """A model of one's own in the state of Case.model."""
-        if not who.startswith("modelnew"):
-            return copy.deepcopy(self.model)
-        model = self._new()
-        model.load_state_dict(self.model.state_dict())
-        return model
-
-    def _hidden(self, cls) -> torch.Tensor:
-        """Output of PyTorch's convolution."""
-        with torch.no_grad():
-            return self.model.conv_transpose(self.x).to(DTYPES[cls])
-
-    def _gradients_differ(self, cls) -> str | None:
-        rows = compare_models(self.model, self._new(), self.x[:_GRADIENT_IMAGES], cls)
-        bad = [
-            f"{row.what} (rms error {row.ours.rms:.1e}, PyTorch's {row.torch.rms:.1e})" for row in rows if not row.ok
-        ]
-        return f"parity fails: {', '.join(bad)}" if bad else None
-
-    def _new(self):
-        model = ModelNew(*self.init, device=self.device)
-        if self.leaky:
-            model.tanh = layers.LeakyReLU()
-        return model
-
-    def _generator(self):
-        return torch.Generator(self.device).manual_seed(self.seed)
-
-
 def contenders(what: str, n: int, peers: str, device: torch.device) -> list[tuple[str, str]]:
     """(who, layout) of all who take part, ours first. Parts and other chains are compared with eager alone,
-    kernels with nobody. Ours is channels_last where the workload is.
+    kernels with nobody, compiled models with themselves. Ours is channels_last where the workload is.
     """
     if n > FEW_IMAGES and what == "latency_forward_train":
         return []
     if what in KERNELS:
         return [("modelnew", "nchw")]
+    if what in COMPILED:
+        whos = [who for who in MODES if who.startswith("modelnew") and (n <= FEW_IMAGES or who not in GRAPHS)]
+        return [(who, "nchw") for who in ("modelnew", *whos)] if "compile" in PEERS[peers] else []
     ours, theirs = ["modelnew"], [who for who in PEERS[peers] if what in MODELS | FLOAT16 or who == "eager"]
     if n <= FEW_IMAGES and what in MODELS:
         ours += ["modelnew-graph"] if device.type == "cuda" else []
         theirs += ["compile-reduce-overhead"] if "compile" in theirs else []
-    return [(who, _layout(what)) for who in ours] + [(who, layout) for who in theirs for layout in LAYOUTS]
+    return [(who, layout_of(what)) for who in ours] + [(who, layout) for who in theirs for layout in LAYOUTS]
 
 
-def _layout(what) -> str:
+def layout_of(what: str) -> str:
+    """Ours."""
     return "nhwc" if what in FLOAT16 else "nchw"
-
-
-def build(case: Case, what: str, cls: str, who: str, layout: str) -> Callable:
-    """A function without arguments that does the work once and returns its result. Call it inside `numerics(cls)`.
-
-    UnsupportedError, which says why, if the model does not run the kernels of `what`.
-    """
-    if what in KERNELS:
-        return _Alone(what, case)
-    if what in CHAINS:
-        return build(case.leaky_relu, what.removeprefix(_LEAKY_RELU), cls, who, layout)
-    if what in FLOAT16:
-        case = case.float16
-        return _built(what.removeprefix(_FLOAT16), case, case.model_of(who).half(), case.x.half(), who, layout)
-    if what.removesuffix(GENERAL) in ("conv_forward", "dgrad", "wgrad"):
-        function = functional.conv_transpose2d if who == "modelnew" else F.conv_transpose2d
-        tensors = (t.to(memory_format=LAYOUTS[layout]) for t in _conv_tensors(case, cls))
-        return _conv(what, case, function, *tensors)
-    model, x = case.model_of(who), case.x
-    if what == "post_conv_forward":
-        model.conv_transpose, x = nn.Identity(), case.hidden(cls)
-    return _built(what, case, model, x, who, layout)
-
-
-def _built(what, case, model, x, who, layout):
-    model.to(memory_format=LAYOUTS[layout]).train(what != "forward_eval")
-    if who in MODES:
-        model = torch.compile(model, mode=MODES[who], fullgraph=True, dynamic=False)
-    call = _model(what, case, model, x.to(memory_format=LAYOUTS[layout]), layout)
-    return _Graphed(call) if who == "modelnew-graph" else call
-
-
-def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
-    """What is wrong with the result of `who`, one of ours, or None. Call it inside `numerics(cls)`.
-
-    The error against float64 must be no worse than PyTorch's. That is checked
-    - of outputs, and of operators' gradients: over the whole batch for sums over images, else over some of its images;
-    - of steps: of their output; in the classes of float32 tensors, also of every gradient and of the running
-      statistics, over at most 512 images of the batch;
-    - of kernels alone: of the call that they were taken from. Launched again, they must also write the same bits.
-    """
-    if what in CHAINS:
-        return check(case.leaky_relu, what.removeprefix(_LEAKY_RELU), cls, who)
-    if what in KERNELS:
-        call = "forward_train" if what == "conv_bn_pool_kernel" else "step"
-        return check(case, call, cls, who) or build(case, what, cls, who, "nchw").differs()
-    if what == "float16_step":
-        return check(case, "float16_forward_train", cls, who)
-    if what.startswith("step"):
-        differ = case.gradients_differ(cls) if cls in PRECISE else None
-        return differ or check(case, "forward_train_grad", cls, who)
-    call = build(case, what, cls, who, _layout(what))
-    if who in GRAPHS:
-        call()
-    ours, theirs = (f().detach() for f in (call, build(case, what, cls, "eager", _layout(what))))
-    if what.removesuffix(GENERAL) != "wgrad":
-        ours, theirs = ours[case.picked], theirs[case.picked]
-    truth, terms = _truth_of(case, what, cls)
-    errors = [error(ours, truth), error(theirs, truth)]
-    if cls == "tf32" and what != "post_conv_forward":
-        rounding = error(_truth_of(case, what, cls, tf32_rounded)[0], truth)
-        if not multiplied_in_tf32(errors[1], rounding):  # as for few images, and in wgrad of NCHW
-            errors[1] = rounding
-    if within_policy(ours, truth, *errors, terms):
-        return None
-    return "parity fails: error rms {:.2e}, max {:.2e}; PyTorch's {:.2e}, {:.2e}".format(*errors[0], *errors[1])
-
-
-@contextlib.contextmanager
-def numerics(cls: str, device: torch.device, what: str | None = None):
-    """The class's switches: TF32 on or off; autocast for the 16-bit types, unless the tensors of `what` have them."""
-    dtype, lower = DTYPES[cls], cls not in PRECISE and what not in FLOAT16
-    with tf32(cls == "tf32"), torch.autocast(device.type, dtype if lower else None, lower, cache_enabled=False):
-        yield
 
 
 def ceilings(gpu: str | None) -> dict | None:
@@ -306,156 +144,12 @@ def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]
         "dgrad_kernel": [(flop, x + weight + y * packed)],
         "wgrad_kernel": [(flop, x * packed + weight + y * packed)],
     }
-    return stages.get(what.removesuffix(GENERAL).removeprefix(_LEAKY_RELU).removeprefix(_FLOAT16), training)
+    return stages.get(
+        what.removesuffix(GENERAL).removeprefix(LEAKY_RELU).removeprefix(OF_FLOAT16).removeprefix(OF_COMPILED), training
+    )
 
 
 def floor_ms(what: str, cls: str, n: int, shape: Shape, limits: dict) -> float:
     """Milliseconds that the GPU of `ceilings` needs at least: of each stage of `work`, the slower of the two."""
     rate, bandwidth = limits["flop_per_s"][cls], limits["bytes_per_s"]
     return 1e3 * sum(max(flop / rate, size / bandwidth) for flop, size in work(what, cls, n, shape))
-
-
-class _Graphed:
-    """A function that runs as it is at its first call, which compiles its kernels, and as a CUDA graph from then on."""
-
-    def __init__(self, call):
-        self.call, self.calls, self.graph, self.result = call, 0, None, None
-
-    def __call__(self):
-        self.calls += 1
-        if self.calls == 1:
-            return self.call()
-        if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.result = self.call()
-            self.graph = graph
-        self.graph.replay()
-        return self.result
-
-
-class _Alone:
-    """Repeats launches of one call of ModelNew: kernels alone, on what the call prepared for them."""
-
-    def __init__(self, what, case):
-        model = case.model_of("modelnew").train()
-        plan, reason = fused_model(model, case.x)
-        if reason:
-            raise UnsupportedError(reason)
-        call = _model("forward_train" if what == "conv_bn_pool_kernel" else "step", case, model, case.x, "nchw")
-        names, written = _LAUNCHES[what]
-        launches = []
-        with observed(lambda *launched: launches.append(launched)):
-            call()
-        self.device, self.launches = case.x.device, [each for each in launches if each[0].name in names]
-        if not self.launches:
-            raise UnsupportedError(f"the call launches no {names[-1]}")
-        kernel, *_, args, _ = self.launches[-1]
-        arrays = dict(zip((parameter.name for parameter in signature(kernel)), args))
-        self.results = [torch.from_dlpack(arrays[name]) for name in written]
-        # The places of pooled sums that belong to a window; nobody reads the others.
-        self.places = torch.from_numpy(pooled_places(plan).ravel()).to(self.device) if "pooled" in written else None
-
-    def __call__(self):
-        with launching_on(self.device):
-            for launched in self.launches:
-                launch(*launched)
-        return self.results
-
-    def values(self):
-        """The results, without what nobody reads."""
-        if self.places is None:
-            return self.results
-        return [self.results[0].index_select(-1, self.places), *self.results[1:]]
-
-    def differs(self) -> str | None:
-        """What is wrong if the kernels, launched again, do not write the same bits."""
-        before = [value.clone() for value in self.values()]
-        for result in self.results:
-            result.fill_(float("nan"))
-        self()
-        same = all(map(torch.equal, before, self.values()))
-        return None if same else "parity fails: launched again, the kernels write other values"
-
-
-def _model(what, case, model, x, layout):
-    if what in _NO_GRAD:
-
-        def forward():
-            with torch.no_grad():
-                return model(x)
-
-        return forward
-    x = x.detach().requires_grad_(what != "step_no_input_grad")
-    if what == "forward_train_grad":
-        return lambda: model(x)
-    wanted = ([x] if x.requires_grad else []) + list(model.parameters())
-    shape = case.shape
-    dy = case.normal(shape.out_channels, shape.out_size // 2, x.dtype).to(memory_format=LAYOUTS[layout])
-    return lambda: torch.autograd.grad(model(x), wanted, dy)
-
-
-def _conv_tensors(case, cls):
-    conv, shape = case.model.conv_transpose, case.shape
-    dy = case.normal(shape.out_channels, shape.out_size, DTYPES[cls])
-    return case.x.to(DTYPES[cls]), conv.weight.detach().to(DTYPES[cls]), dy
-
-
-def _conv(what, case, function, x, w, dy):
-    if what.endswith(GENERAL):
-        with without_tensor_cores():
-            call = _conv(what.removesuffix(GENERAL), case, function, x, w, dy)
-        return without_tensor_cores()(call)
-    bias = case.model.conv_transpose.bias.detach().to(x.dtype)
-    options = {"stride": case.shape.stride, "padding": case.shape.padding}
-    if what == "conv_forward":
-        return lambda: function(x, w, bias, **options)
-    wanted = (x if what == "dgrad" else w).detach().requires_grad_()
-    y = function(wanted, w, **options) if what == "dgrad" else function(x, wanted, **options)
-    return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)[0]
-
-
-def _truth_of(case, what, cls, operand=lambda tensor: tensor):
-    """The float64 result, and how many terms each of its elements sums. operand: what to make of the convolution's."""
-    shape, picked = case.shape, case.picked
-    taps = shape.kernel_size**2
-    if what.removesuffix(GENERAL) == "wgrad":
-        x, w, dy = map(operand, _conv_tensors(case, cls))
-        parts = (
-            _conv(what, case, F.conv_transpose2d, x_part.double(), w.double(), dy_part.double())()
-            for x_part, dy_part in zip(x.split(_CHUNK), dy.split(_CHUNK))
-        )
-        return sum(parts), case.n * shape.out_size**2
-    if what.removesuffix(GENERAL) in ("conv_forward", "dgrad"):
-        x, w, dy = map(operand, _conv_tensors(case, cls))
-        run = _conv(what, case, F.conv_transpose2d, x[picked].double(), w.double(), dy[picked].double())
-        return run(), taps * (shape.in_channels if what.startswith("conv_forward") else shape.out_channels)
-    if what == "post_conv_forward":
-        model = copy.deepcopy(case.model)
-        model.conv_transpose = nn.Identity()
-        return _truth(model, case.hidden(cls), True, picked), 0
-    if what in FLOAT16:
-        return case.float16.truth(True), 0
-    training = what != "forward_eval"
-    if operand is not tf32_rounded:
-        return case.truth(training), 0
-    model = copy.deepcopy(case.model)
-    with torch.no_grad():
-        model.conv_transpose.weight.copy_(operand(model.conv_transpose.weight))
-    return _truth(model, operand(case.x), training, case.picked), 0
-
-
-def _truth(model, x, training, picked):
-    """float64 output of `model` for the picked images. The statistics are the whole batch's, in parts that fit."""
-    precise = copy.deepcopy(model).double().eval()
-    with torch.no_grad():
-        if training:
-
-            def mean(function):
-                parts = (function(precise.conv_transpose(part.double())) for part in x.split(_CHUNK))
-                return sum(parts) / x.shape[0]
-
-            norm = precise.batch_norm
-            center = norm.running_mean = mean(lambda h: h.mean((2, 3)).sum(0))
-            norm.running_var = mean(lambda h: (h - center.view(-1, 1, 1)).square().mean((2, 3)).sum(0))
-        return precise(x[picked].double())

@@ -11,16 +11,19 @@ import shlex
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tolerance
 import torch
+from emulated import THREADS
 from ranks import Ranks
 
 from cupy_kernels import compiler, conv_transpose_mma, source
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import observed
 from cupy_kernels.variants import shape_macros, variants
-from modelnew import environment, numerics, parity
+from modelnew import bench, entrants, environment, numerics, parity
+from modelnew.shortcuts import Public
 
 os.environ.setdefault("CUPY_KERNELS_SEED", "1")  # threads and blocks in an order that kernels must not rely on
 
@@ -42,8 +45,9 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
+def poisoned_memory(monkeypatch):
     """Fills what torch.empty returns, so every output and workspace of the package, with NaN."""
+    monkeypatch.setattr("modelnew.replays.allocator", Public.allocator)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -89,6 +93,24 @@ def declared_variants():
 def launched(declared_variants):
     """List of the kernels that the test has started so far, in order."""
     return _started
+
+
+@pytest.fixture
+def ascending_order(monkeypatch):
+    """Threads and blocks run in ascending order."""
+    monkeypatch.setenv("CUPY_KERNELS_SEED", "0")
+
+
+@pytest.fixture
+def x():
+    """What kernels of `emulated` read."""
+    return np.random.default_rng(0).standard_normal(THREADS).astype(np.float32)
+
+
+@pytest.fixture
+def y():
+    """What kernels of `emulated` write."""
+    return np.zeros(THREADS, np.float32)
 
 
 @pytest.fixture
@@ -185,3 +207,20 @@ def pytest_terminal_summary(terminalreporter, config):
 def order_of_threads(request, monkeypatch):
     """Threads in ascending order, and in two others: what is wrong does not depend on it."""
     monkeypatch.setenv("CUPY_KERNELS_SEED", str(request.param))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """`bench` measures a model of few channels, which the fused kernels do not take."""
+    _measured(monkeypatch, [4, 8, 3, 1, 1, 1, 2])
+
+
+@pytest.fixture
+def fusible(monkeypatch):
+    """`bench` measures a small model that the fused kernels take."""
+    _measured(monkeypatch, [16, 16, 3, 1, 1, 1, 4])
+
+
+def _measured(monkeypatch, init):
+    for module in (bench, entrants):
+        monkeypatch.setattr(module, "get_init_inputs", lambda: list(init))

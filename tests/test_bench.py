@@ -1,4 +1,3 @@
-import contextlib
 import json
 import re
 import subprocess
@@ -10,24 +9,13 @@ from click.testing import CliRunner
 from faults import planted
 
 from cupy_kernels import source
-from modelnew import bench, environment, functional, plots, records, timing, workloads
-from modelnew.timing import Clock, Contender, Times, measure_together
-from modelnew.workloads import Case, Shape
+from modelnew import bench, entrants, environment, functional, plots, records, workloads
+from modelnew.workloads import Shape
 
-operator_file = sys.modules["modelnew.functional.conv_transpose"]  # where the layer finds its function
-
-INIT = [4, 8, 3, 1, 1, 1, 2]
-FUSED = [16, 16, 3, 1, 1, 1, 4]
 MISSION = Shape(64, 128, 5, 1, 1, 32)
 H100 = workloads.ceilings("NVIDIA H100 80GB HBM3")
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def small(monkeypatch):
-    for module in (bench, workloads):
-        monkeypatch.setattr(module, "get_init_inputs", lambda: list(INIT))
 
 
 @pytest.fixture
@@ -103,20 +91,21 @@ def test_command(device, small, compiled, tmp_path):
     assert content["command"].startswith("python3 -m modelnew")
     assert content["digest"] == source.digest()
     assert content["versions"]["torch"] == torch.__version__
-    assert Shape(**content["shape"]) == Shape(*INIT[:5], 6)
+    assert Shape(**content["shape"]) == Shape(4, 8, 3, 1, 1, 6)
 
     everyone = {("eager", "nchw"), ("eager", "nhwc"), ("modelnew", "nchw")}
     for n in (3, 1):
         for what in workloads.WORKLOADS:
             rows = [r for r in content["rows"] if (r["what"], r["n"]) == (what, n)]
-            if what in workloads.FLOAT16 or (n == 1 and what not in workloads.MODELS):
+            if what in workloads.FLOAT16 or (n == 1 and what not in workloads.MODELS | workloads.COMPILED):
                 assert not rows
                 continue
-            whos = set(everyone)
+            whos, modes = set(everyone), ["compile", "compile-max-autotune", "compile-reduce-overhead"]
             if what in workloads.MODELS:
-                modes = ["compile", "compile-max-autotune", "compile-reduce-overhead"]
                 whos |= {(mode, layout) for mode in modes for layout in ("nchw", "nhwc")}
                 whos |= {("modelnew-graph", "nchw")} if device == "cuda" else set()
+            if what in workloads.COMPILED:
+                whos = {("modelnew", "nchw")} | {(f"modelnew-{mode}", "nchw") for mode in (modes[0], modes[2])}
             if what in workloads.KERNELS:  # a model of 4 channels does not run them
                 assert [(r["who"], r["failed"]) for r in rows] == [("modelnew", False)]
                 assert "not multiples of 16" in rows[0]["reason"]
@@ -186,74 +175,6 @@ def test_wrong_results_are_not_timed(small, tmp_path):
     assert rows["step", "fp32", 2, "eager", "nchw"]["ms"] > 0
 
 
-@pytest.mark.parametrize("what", ["forward_train", "forward_eval", "conv_forward", "dgrad", "wgrad", "step"])
-def test_checks_find_small_errors(device, small, monkeypatch, what):
-    right = functional.conv_transpose2d
-    case = Case(3, 6, torch.device(device))
-    with workloads.numerics("fp32", case.device):
-        assert workloads.check(case, what, "fp32") is None
-
-    def slightly_wrong(*args, **options):
-        y = right(*args, **options)
-        return y + 1e-4 * y.roll(1, -1)
-
-    for where in (functional, operator_file):
-        monkeypatch.setattr(where, "conv_transpose2d", slightly_wrong)
-    case = Case(3, 6, torch.device(device))
-    with workloads.numerics("fp32", case.device):
-        assert "parity fails" in workloads.check(case, what, "fp32")
-
-
-def test_check_of_what_follows_the_convolution(device, small):
-    case = Case(3, 6, torch.device(device))
-    with workloads.numerics("fp32", case.device):
-        assert workloads.check(case, "post_conv_forward", "fp32") is None
-        case.model.group_norm.eps = 2e-5
-        assert "parity fails" in workloads.check(case, "post_conv_forward", "fp32")
-
-
-@pytest.fixture
-def fusible(monkeypatch):
-    for module in (bench, workloads):
-        monkeypatch.setattr(module, "get_init_inputs", lambda: list(FUSED))
-
-
-@pytest.mark.parametrize("what", workloads.KERNELS)
-def test_kernels_alone(device, fusible, launched, what):
-    """Each call launches these kernels and no others, and computes all of its result again."""
-    case = Case(3, 6, torch.device(device))
-    with workloads.numerics("fp32", case.device):
-        alone = workloads.build(case, what, "fp32", "modelnew", "nchw")
-        launched.clear()
-        alone()
-        found = tuple(kernel.name for kernel in launched)
-        assert workloads.check(case, what, "fp32") is None
-        torch.from_dlpack(alone.launches[0][3][0]).zero_()  # the first kernel's first operand, x or packed dy
-        assert "parity fails: launched again" in alone.differs()
-    assert found == workloads._LAUNCHES[what][0]
-
-
-@pytest.mark.parametrize("what", workloads.CHAINS)
-def test_other_chains_are_fused_and_checked(device, fusible, launched, what):
-    case = Case(3, 6, torch.device(device))
-    with workloads.numerics("fp32", case.device):
-        assert workloads.check(case, what, "fp32") is None
-        structs = {dict(k.defines)["ACTIVATION"] for k in launched if k.name == "pooled_forward"}
-        assert structs == {"LeakyReLU"}
-        other = Case(3, 6, torch.device(device))
-        other.leaky_relu.model.tanh.negative_slope = 0.011
-        assert "parity fails" in workloads.check(other, what, "fp32")
-
-
-def test_dgrad_alone_is_the_gradient(device, fusible):
-    case = Case(3, 6, torch.device(device))
-    with workloads.numerics("fp32", case.device):
-        step = workloads.build(case, "step", "fp32", "modelnew", "nchw")()
-        for what, gradient in (("dgrad_kernel", step[0]), ("wgrad_kernel", step[1])):
-            (result,) = workloads.build(case, what, "fp32", "modelnew", "nchw")()
-            assert torch.equal(result, gradient)
-
-
 def test_kernels_alone_of_a_wrong_call_are_not_timed(fusible, tmp_path):
     with planted("pooled_tail_backward.cu", ("sum += d[i];", "sum += d[i] * 1.001f;")):
         rows = measured(tmp_path, "--what", "wgrad_kernel", "--batches", "2", code=1)
@@ -268,27 +189,6 @@ def test_kernels_alone_are_timed(device, fusible, tmp_path):
     assert all(r["ms"] > 0 for r in rows.values())
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_truth_in_parts(small, monkeypatch, training):
-    monkeypatch.setattr(workloads, "_CHUNK", 2)
-    monkeypatch.setattr(workloads, "_CHECKED_IMAGES", 3)
-    case = Case(5, 6, CPU)
-    assert case.picked.tolist() == [0, 2, 4]
-    whole = case.model_of("eager").double().train(training)(case.x.double())
-    torch.testing.assert_close(case.truth(training), whole[case.picked])
-    assert not case.model.batch_norm.running_mean.any()
-
-
-def test_truth_of_wgrad_sums_all_parts(small, monkeypatch):
-    monkeypatch.setattr(workloads, "_CHUNK", 2)
-    case = Case(5, 6, CPU)
-    truth, terms = workloads._truth_of(case, "wgrad", "fp32")
-    x, w, dy = workloads._conv_tensors(case, "fp32")
-    whole = workloads._conv("wgrad", case, torch.nn.functional.conv_transpose2d, x.double(), w.double(), dy.double())
-    torch.testing.assert_close(truth, whole())
-    assert terms == 5 * 6 * 6
-
-
 def test_what_fails_is_a_row_with_a_reason(small, compiled, monkeypatch, tmp_path):
     def refuse(model, **options):
         raise NotImplementedError("no Triton here\nand more")
@@ -296,7 +196,7 @@ def test_what_fails_is_a_row_with_a_reason(small, compiled, monkeypatch, tmp_pat
     def build(case, what, cls, who, layout):
         if layout == "nhwc" and who == "eager":
             raise torch.OutOfMemoryError("too much")
-        return workloads.build(case, what, cls, who, layout)
+        return entrants.build(case, what, cls, who, layout)
 
     monkeypatch.setattr(torch, "compile", refuse)
     monkeypatch.setattr(bench, "build", build)
@@ -314,7 +214,7 @@ def test_our_exceptions_are_failures(small, monkeypatch, tmp_path):
     def broken(*args, **options):
         raise RuntimeError("planted")
 
-    for where in (functional, operator_file):
+    for where in (functional, sys.modules["modelnew.functional.conv_transpose"]):  # where the layer finds it
         monkeypatch.setattr(where, "conv_transpose2d", broken)
     rows = measured(tmp_path, "--what", "conv_forward,forward_eval", code=1)
     ours = [r for r in rows.values() if r["who"] == "modelnew"]
@@ -330,7 +230,8 @@ def test_budget(small, tmp_path):
     assert "nothing to draw" in text
     rows = json.loads((tmp_path / "bench_cpu.json").read_text())["rows"]
     assert {r["reason"] for r in rows} == {"time budget of 0 s spent"}
-    assert {r["what"] for r in rows} == set(workloads.WORKLOADS) - set(workloads.FLOAT16)  # of the class fp16 alone
+    # Those are of the class fp16 alone, or of torch.compile.
+    assert {r["what"] for r in rows} == set(workloads.WORKLOADS) - set(workloads.FLOAT16 | workloads.COMPILED)
 
 
 def test_torch_compile_stops_before_the_budget(small, compiled, monkeypatch, tmp_path):
@@ -339,67 +240,6 @@ def test_torch_compile_stops_before_the_budget(small, compiled, monkeypatch, tmp
     for (*_, who, _), r in rows.items():
         assert ("reason" in r) == who.startswith("compile")
     assert compiled == ["reset"]
-
-
-def test_all_take_turns():
-    log = []
-    entrants = [Contender(name, "nchw", lambda name=name: lambda: log.append(name)) for name in ("a", "b", "c")]
-    entrants[1].check = lambda: "parity fails: planted"
-    seen = []
-    measure_together(entrants, Clock(CPU), 3, lambda e: None, seen.append)
-    assert seen == ["a nchw", "b nchw", "c nchw"]
-    assert log == ["a", "c"] + ["a", "c"] * 3
-    assert (entrants[1].reason, entrants[1].failed, entrants[1].times) == ("parity fails: planted", True, None)
-    assert entrants[0].times.min <= entrants[0].times.median <= entrants[0].times.max
-
-
-def test_what_fails_in_a_trial_drops_out():
-    calls = []
-
-    def fails_later():
-        calls.append(1)
-        if len(calls) == 3:
-            raise torch.OutOfMemoryError
-
-    entrants = [Contender("eager", "nchw", lambda: fails_later), Contender("compile", "nchw", lambda: lambda: None)]
-    measure_together(entrants, Clock(CPU), 5, lambda e: None, lambda text: None)
-    assert len(calls) == 3
-    assert entrants[0].row(n=1)["reason"] == "out of memory"
-    assert entrants[1].times
-
-
-def test_before_each_call():
-    log = []
-    entrant = Contender("x", "nchw", lambda: lambda: log.append("call"), before_each=lambda: log.append("before"))
-    measure_together([entrant], Clock(CPU), 2, lambda e: None, lambda text: None)
-    assert log == ["before", "call"] * 3
-
-
-def test_measure():
-    calls = []
-    times = timing.measure(lambda: calls.append(1), CPU, trials=4)
-    assert len(calls) == 5
-    assert 0 < times.min <= times.median <= times.max
-
-
-def test_graphed(monkeypatch):
-    log = []
-
-    class Graph:
-        def replay(self):
-            log.append("replay")
-
-    @contextlib.contextmanager
-    def capture(graph):
-        log.append("capture")
-        yield
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    graphed = workloads._Graphed(lambda: log.append("call") or len(log))
-    assert graphed() == 1
-    assert graphed() == graphed() == 3
-    assert log == ["call", "capture", "call", "replay", "replay"]
 
 
 def test_first_calls(small, monkeypatch):
@@ -446,7 +286,9 @@ def test_plans():
     assert quick.batches == (512, 1)
     assert not quick.startup
     assert set(quick.what) == {
-        w for w in workloads.WORKLOADS if not any(word in w for word in ("latency", "post", "general", "leaky"))
+        w
+        for w in workloads.WORKLOADS
+        if not any(word in w for word in ("latency", "post", "general", "leaky", "compiled"))
     }
     own = bench._plan(gpu, True, (4,), ("step",), *nothing[2:], 0, 240, True)
     assert own[:3] == ((4,), ("tf32", "fp32"), ("step",))
@@ -573,12 +415,3 @@ def test_help_explains_every_option():
     for parameter in bench.bench_command.params:
         assert max(parameter.opts, key=len) in text
         assert re.sub(r"\s+", "", parameter.help) in text
-
-
-def test_rounding():
-    assert timing.rounded(0.123456789) == 0.12346
-    assert Contender("eager", "nchw", None).row.__doc__
-    entrant = Contender("eager", "nchw", None)
-    entrant.times, entrant.peak_mb = Times(1.0000001, 0.5, 2.0), 12.3
-    expected = {"n": 1, "who": "eager", "layout": "nchw", "ms": 1.0, "ms_min": 0.5, "ms_max": 2.0, "peak_mb": 12.3}
-    assert entrant.row(n=1) == expected

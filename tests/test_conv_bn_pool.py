@@ -17,7 +17,7 @@ from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.fp16_tiles import packed_shape
 from modelnew import Model, ModelNew, calls, explain, layers, numerics, parity
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm, conv_transpose2d
-from modelnew.functional.conv_transpose import gradient_plans
+from modelnew.functional.conv_transpose_kernels import gradient_plans
 from modelnew.model import OPERATORS, fused_model
 
 # (in, out, kernel, padding, groups of group norm, batch, height, width)

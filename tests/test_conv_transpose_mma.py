@@ -13,7 +13,7 @@ from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
 from modelnew.calls import call, run
 from modelnew.functional import conv_transpose2d
-from modelnew.functional.conv_transpose import gradient_plans, pack_fp16
+from modelnew.functional.conv_transpose_kernels import gradient_plans, pack_fp16
 from modelnew.interop import NUMPY
 
 # (input shape, Cout, kernel, padding)

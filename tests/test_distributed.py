@@ -91,6 +91,13 @@ def test_ddp(ranks, options, calls, accumulate):
         assert torch.equal(tensor, two[name]) or "running" in name
 
 
+def test_rank_0_has_the_same_buffers_without_a_broadcast(ranks):
+    """So the README recommends to leave it out."""
+    kept, sent = (ranks.run(in_ddp, "cpu", {"broadcast_buffers": sends})[0] for sends in (False, True))
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor, sent[name], rtol=0, atol=0, msg=name)
+
+
 def synchronised_in_ddp(rank, device):
     """A step of SGD with half of the batch, beside one of torch's modules with all of it."""
     ours, theirs = pair(device)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelnew import __main__ as cli
-from modelnew import functional, fuzz
+from modelnew import functional, fuzz, fuzz_judge
 from modelnew.fuzz_cases import OPERATORS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,31 +38,39 @@ def test_as_torch(device, operator):
     @given(st.randoms(use_true_random=False), st.integers(0, 2**31 - 1))
     def run(draw, seed):
         case = OPERATORS[operator](draw)
-        assert not fuzz.faults(case, seed, torch.device(device)), fuzz.describe(case)
+        assert not fuzz_judge.faults(case, seed, torch.device(device)), fuzz_judge.describe(case)
 
     run()
 
 
-# Each operator's kernels with a fault: (file, old, new).
-FAULTS = {
-    "tanh": ("tanh.cuh", "(acc_t)1 - y * y", "(acc_t)1.00001f - y * y"),
-    "leaky_relu": ("leaky_relu.cu", "leaky(gradient.v[i], in.v[i]", "leaky(gradient.v[i], gradient.v[i]"),
-    "max_pool2d": ("pool_window.cuh", "greater(v, value) |", "(v >= value) |"),
-    "batch_norm": ("batch_norm.cuh", "return xhat * weight + bias;", "return xhat * weight * (acc_t)1.0001f + bias;"),
-    "group_norm": ("group_norm.cu", "moments.squares / size", "moments.squares / (size - 1)"),
-    "tanh_max_pool2d": ("pool_window.cuh", "min(position / stride, windows - 1)", "position / stride"),
-    "conv_transpose2d": ("conv_transpose.cu", "int r = within / phase_w,", "int r = min(within / phase_w, 9),"),
-}
+# (operator, file, old, new): kernels with a fault.
+FAULTS = (
+    ("tanh", "tanh.cuh", "(acc_t)1 - y * y", "(acc_t)1.00001f - y * y"),
+    ("leaky_relu", "leaky_relu.cu", "leaky(gradient.v[i], in.v[i]", "leaky(gradient.v[i], gradient.v[i]"),
+    ("max_pool2d", "pool_window.cuh", "greater(v, value) |", "(v >= value) |"),
+    *(
+        (operator, "pool_window.cuh", "greater(v, value) | is_nan(v)", "greater(v, value)")
+        for operator in ("max_pool2d", "tanh_max_pool2d", "bn_tanh_max_pool2d")
+    ),
+    ("batch_norm", "batch_norm.cuh", "return xhat * weight + bias;", "return xhat * weight * (acc_t)1.0001f + bias;"),
+    # The batch norm that walks along channels, and the others.
+    ("batch_norm", "channel_walk.cuh", "* invstd[i / PER_SLOT];", "* invstd[i / PER_SLOT] * (acc_t)1.0001f;"),
+    ("bn_tanh_max_pool2d", "batch_norm.cuh", "- mean) * invstd;", "- mean) * invstd * (acc_t)1.0001f;"),
+    ("group_norm", "batch_norm.cuh", "- mean) * invstd;", "- mean) * invstd * (acc_t)1.0001f;"),
+    ("group_norm", "group_norm.cu", "moments.squares / size", "moments.squares / (size - 1)"),
+    ("tanh_max_pool2d", "pool_window.cuh", "min(position / stride, windows - 1)", "position / stride"),
+    ("conv_transpose2d", "conv_transpose.cu", "int r = within / phase_w,", "int r = min(within / phase_w, 9),"),
+)
 
 
-@pytest.mark.parametrize("operator", FAULTS)
-def test_a_planted_fault_is_found(operator):
-    with planted(FAULTS[operator][0], FAULTS[operator][1:]):
-        assert any(fuzz.run(operator, 0, number, torch.device("cpu")) for number in range(60))
+@pytest.mark.parametrize(("operator", "file", "old", "new"), FAULTS)
+def test_a_planted_fault_is_found(operator, file, old, new):
+    with planted(file, (old, new)):
+        assert any(fuzz_judge.run(operator, 0, number, torch.device("cpu")) for number in range(60))
 
 
 def test_a_redrawn_case_may_be_chance_and_a_gross_error_not():
-    case, _ = fuzz.draw("tanh", 0, 0)
+    case, _ = fuzz_judge.draw("tanh", 0, 0)
     x = torch.randn(100).double()
 
     def draws(*sizes):
@@ -71,11 +79,11 @@ def test_a_redrawn_case_may_be_chance_and_a_gross_error_not():
             for s in sizes
         ]
 
-    assert fuzz._wrong(case, draws(2))
-    assert fuzz._wrong(case, draws(*[1.5] * 32))
-    assert not fuzz._wrong(case, draws(1))
-    assert not fuzz._wrong(case, draws(*[1] * 30, 4, 4))
-    assert fuzz._wrong(case, draws(*[1] * 31, 1000))
+    assert fuzz_judge._wrong(case, draws(2))
+    assert fuzz_judge._wrong(case, draws(*[1.5] * 32))
+    assert not fuzz_judge._wrong(case, draws(1))
+    assert not fuzz_judge._wrong(case, draws(*[1] * 30, 4, 4))
+    assert fuzz_judge._wrong(case, draws(*[1] * 31, 1000))
 
 
 def invoke(*arguments):
@@ -94,6 +102,17 @@ def test_command(tmp_path):
     assert {"command", "versions", "digest"} < set(record)
     code, text = invoke("--cases", 3, "--operator", "tanh", "--budget", 0)
     assert "0 cases, 0 wrong" in text
+
+
+def test_several_processes_share_the_cases():
+    operators, reports = ["tanh", "leaky_relu"], []
+
+    def report(operator, lines):
+        reports.append((operator, len(lines)))
+
+    found = fuzz.fuzz(operators, fuzz.BATCH + 10, 0, torch.device("cpu"), 600, report, processes=2)
+    assert found == (dict.fromkeys(operators, fuzz.BATCH + 10), 0)
+    assert reports == [(operator, count) for count in (fuzz.BATCH, 10) for operator in operators]
 
 
 def test_command_names_a_wrong_case(tmp_path):

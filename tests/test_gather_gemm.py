@@ -9,10 +9,10 @@ import tolerance
 import torch
 import torch.nn.functional as F
 
-from cupy_kernels import gather_gemm
+from cupy_kernels import gather_gemm_plan
 from cupy_kernels.conv_transpose import Geometry, output_shape
 from modelnew import explain, layers, numerics
-from modelnew.functional import conv_transpose2d
+from modelnew.functional import conv_transpose2d, conv_transpose_kernels
 from modelnew.interop import NUMPY
 
 # (input shape, Cout per group, kernel, stride, padding, output_padding, groups, dilation)
@@ -26,6 +26,7 @@ CASES = {
     "merged": ((2, 24, 6, 5), 3, (4, 4), (2, 2), (1, 1), (0, 0), 1, (1, 1)),
     "merged_and_cut": ((1, 16, 4, 5), 1, (9, 9), (4, 4), (4, 3), (3, 2), 1, (1, 1)),
     "merged_by_three": ((1, 21, 4, 3), 2, (5, 4), (3, 3), (2, 1), (1, 0), 1, (1, 1)),
+    "merged_columns": ((1, 16, 3, 4), 5, (20, 18), (12, 12), (4, 3), (0, 0), 1, (1, 1)),
     "dilation": ((1, 24, 6, 5), 17, (3, 2), (1, 1), (2, 1), (0, 0), 1, (2, 3)),
     "stride_and_dilation": ((2, 9, 4, 5), 12, (3, 3), (4, 2), (1, 2), (3, 1), 1, (2, 3)),
     "dilation_of_the_stride": ((1, 8, 4, 5), 12, (3, 2), (2, 2), (1, 0), (1, 0), 1, (2, 4)),
@@ -44,7 +45,7 @@ IN_EVERY_FORMAT = pytest.mark.parametrize("memory_format", FORMATS, ids=["contig
 def implicit(monkeypatch, fresh_plans):
     """The implicit GEMMs take small convolutions, too, and those that resident bands take."""
     monkeypatch.setattr(numerics, "SMALL", 0)
-    monkeypatch.setattr("modelnew.functional.conv_transpose.tensor_core_plan", lambda *_, **options: (None, "a test"))
+    monkeypatch.setattr(conv_transpose_kernels, "tensor_core_plan", lambda *_, **options: (None, "a test"))
     numerics.gather_gemm_split.cache_clear()
     yield
     numerics.gather_gemm_split.cache_clear()
@@ -127,27 +128,27 @@ def test_random_hyper_parameters(device, seed):
 
 
 @IN_EVERY_TYPE
-@pytest.mark.parametrize("table", ["_GATHER", "_WGRAD", "_WGMMA"])
+@pytest.mark.parametrize("table", ["GATHER", "WGRAD", "WGMMA"])
 def test_every_tile(device, monkeypatch, launched, table, dtype, cls):
     """With two splits of the sum, and channels and pixels that do not fill the last tiles."""
-    wgmma = table == "_WGMMA"
+    wgmma = table == "WGMMA"
     if device == "cuda" and wgmma and not numerics.has_wgmma(torch.cuda.current_device()):
         pytest.skip("needs an sm_90 GPU and NVRTC 12")
     case = ((2, 72, 9, 9), 136, (2, 2), (1, 1), (0, 0), (0, 0), 1, (1, 1))
     split = 1 + (cls == "fp32")
-    tables = {name: getattr(gather_gemm, name) for name in ("_GATHER", "_WGRAD", "_WGMMA")}
-    monkeypatch.setattr(gather_gemm, "_best_splits", lambda *_: (0, 2))
+    tables = {name: getattr(gather_gemm_plan, name) for name in ("GATHER", "WGRAD", "WGMMA")}
+    monkeypatch.setattr(gather_gemm_plan, "_best_splits", lambda *_: (0, 2))
     for tile in tables[table][split]:
         for name in tables:  # this tile alone, for its kernels; those of the other table have theirs
             if name == table or wgmma:
                 monkeypatch.setitem(tables[name], split, (tile,) if name == table else ())
-        for cached in (gather_gemm.plan, gather_gemm.wgrad_plan):
+        for cached in (gather_gemm_plan.plan, gather_gemm_plan.wgrad_plan):
             cached.cache_clear()
         plans = threading.local()
         monkeypatch.setattr("modelnew.calls._thread", lambda plans=plans: plans)
         with numerics.wgmma(wgmma):
             check(case, cls, *tensors(case, device, dtype))
-        kernel = "wgrad_gemm" if table == "_WGRAD" else "gather_gemm"
+        kernel = "wgrad_gemm" if table == "WGRAD" else "gather_gemm"
         assert (
             dict([k for k in launched if k.name == kernel][-1].defines).items()
             >= {"TILE_M": tile.m, "TILE_N": tile.n, "WGMMA": int(wgmma)}.items()

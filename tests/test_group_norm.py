@@ -121,8 +121,9 @@ def test_constant_group(device, value):
 
 @pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [INF, INF], [INF, -INF], [NAN, INF]], ids=str)
 @pytest.mark.parametrize("place", [0, 7, 38])
-def test_nan_and_inf(device, values, place):
-    x = torch.randn(2, 4, 4, 5, device=device)
+@pytest.mark.parametrize("shape", [(2, 4, 4, 5), (2, 4, 50, 40)], ids=["whole", "chunks"])
+def test_nan_and_inf(device, values, place, shape):
+    x = torch.randn(shape, device=device)
     x[1, :2].view(-1)[place : place + len(values)] = torch.tensor(values, device=device)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         y = group_norm(x.contiguous(memory_format=memory_format), 2)
@@ -171,16 +172,18 @@ def test_large_values_are_as_right_as_small_ones(device, name, shape, dtype, mem
         assert error(actual, expected.to(dtype)).rms < 16 * torch.finfo(dtype).eps
 
 
-def test_large_incoming_gradients(device):
-    """Their sum over a group overflows; the gradient of x does not."""
-    shape = (3, 4, 5, 8)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("shape", "bound"), [((3, 4, 5, 8), 1e-6), ((3, 4, 50, 48), 1e-5)], ids=["whole", "chunks"])
+def test_large_incoming_gradients(device, shape, bound, memory_format):
+    """Their sum over a group overflows; the gradient of x does not. bound: longer sums cancel more."""
     x, dy = 1e20 * torch.randn(shape, device=device), 5e36 * (torch.rand(shape, device=device) + 0.5)
+    x, dy = (t.contiguous(memory_format=memory_format) for t in (x, dy))
     weight, bias = (p.detach().abs().requires_grad_() for p in parameters(4, device))
     ours = results(group_norm, torch.Tensor.clone, x, weight, bias, dy)
     truth = results(F.group_norm, torch.Tensor.double, x, weight, bias, dy)
-    assert (dy.double() * weight.view(1, 4, 1, 1)).view(3, 2, -1).sum(2).float().isinf().any()
+    assert (dy.double() * weight.view(1, 4, 1, 1)).reshape(3, 2, -1).sum(2).float().isinf().any()
     for actual, expected in zip(ours, truth):
-        assert error(actual, expected.float()).rms < 1e-6
+        assert error(actual, expected.float()).rms < bound
 
 
 def test_denormals(device):
@@ -233,6 +236,10 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
         ((140, 40, 3, 3), 4),
         ((2, 600, 3, 2), 1),
         ((2, 7, 30, 20), 1),
+        ((2, 12, 47, 50), 3),  # an image in chunks, from here on
+        ((1, 64, 31, 30), 64),
+        ((1, 130, 10, 13), 2),
+        ((1, 1, 9, 60, 61), 1),
     ],
     ids=str,
 )
@@ -245,6 +252,49 @@ def test_channels_last(device, dtype, parameter_dtype, shape, num_groups):
     assert (y.stride(), dx.stride()) == (x.stride(), x.stride())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [((3, 12, 4, 5), 4), ((2, 12, 3, 3), 3), ((2, 12, 50, 40), 6), ((1, 2, 90, 91), 1)],
+    ids=str,
+)
+def test_result_in_float32_of_16_bits(device, monkeypatch, dtype, memory_format, shape, num_groups):
+    """As under autocast on a GPU; on a CPU autocast leaves a group norm alone."""
+    monkeypatch.setattr("modelnew.autocast.norm_in_float32", lambda tensor: True)
+    x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    weight, bias = parameters(shape[1], device, dtype)
+    terms = (0, 0, x[:, 0].numel(), x[:, 0].numel())
+    check_gradients(
+        lambda *args: group_norm(args[0], num_groups, *args[1:]),
+        lambda *args: (
+            F.group_norm(args[0].float(), num_groups, *(p.float() for p in args[1:]))
+            if args[0].dtype == dtype
+            else F.group_norm(args[0], num_groups, *args[1:])
+        ),
+        [x, weight, bias],
+        terms=terms,
+    )
+    assert group_norm(x, num_groups, weight, bias).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_casts_no_input(device, launched, dtype):
+    x = torch.randn(2, 12, 5, 4, device=device).to(dtype).requires_grad_()
+    if not x.is_cuda:
+        pytest.skip("on a CPU autocast leaves a group norm alone")
+    weight, bias = parameters(12, device)
+    with torch.autocast(x.device.type, dtype):
+        ours, theirs = (f(x, 4, weight, bias) for f in (group_norm, F.group_norm))
+    assert ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs)
+    assert [kernel.name for kernel in launched] == ["group_norm_forward"]
+    dy = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight, bias), dy) for y in (ours, theirs))):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
 def test_gradcheck(device, affine, num_groups):
@@ -253,8 +303,17 @@ def test_gradcheck(device, affine, num_groups):
     assert torch.autograd.gradcheck(lambda x, w, b: group_norm(x, num_groups, w, b), (x, weight, bias))
 
 
-def test_no_work_for_gradients_that_nobody_wants(device, launched):
-    x, dy = (torch.randn(3, 4, 4, 5, device=device) for _ in range(2))
+@pytest.mark.parametrize(
+    ("shape", "memory_format"),
+    [
+        ((3, 4, 4, 5), torch.contiguous_format),
+        ((3, 4, 4, 5), torch.channels_last),
+        ((1, 4, 50, 50), torch.channels_last),  # in chunks
+    ],
+    ids=str,
+)
+def test_no_work_for_gradients_that_nobody_wants(device, launched, shape, memory_format):
+    x, dy = (torch.randn(shape, device=device).contiguous(memory_format=memory_format) for _ in range(2))
     weight, bias = (p.detach() for p in parameters(4, device))
 
     def gradients(wanted):
@@ -273,9 +332,11 @@ def test_no_work_for_gradients_that_nobody_wants(device, launched):
         assert ("group_norm_backward_parameters" in kernels) == any(wanted[1:])
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", [(70, 6, 5, 4), (1, 4, 60, 60)], ids=str)
-def test_two_runs_are_equal_bit_for_bit(device, shape):
-    x, dy = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
+def test_two_runs_are_equal_bit_for_bit(device, shape, memory_format):
+    x, dy = (torch.randn(shape, device=device).contiguous(memory_format=memory_format) for _ in range(2))
+    x.requires_grad_()
     weight, bias = parameters(shape[1], device)
     runs = []
     for _ in range(2):

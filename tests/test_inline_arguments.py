@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_inline import HEAD, INDEX, PRODUCT, largest, product
-from torch.autograd import grad
+from torch.autograd import forward_ad, grad
+from torch.testing._internal.two_tensor import TwoTensor
 
 from cupy_kernels import nvrtc
 from cupy_kernels.errors import BackendError
@@ -299,15 +300,45 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stderr
 
 
-def test_transforms_of_torch_func_are_refused(device):
+def of_a_dual_tensor(x):
+    with forward_ad.dual_level():
+        product()(forward_ad.make_dual(x, x), x)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda x: torch.func.vmap(product())(x, x),
+        lambda x: torch.func.grad(lambda x: product()(x, x).sum())(x),
+        lambda x: torch.func.jvp(product(), (x, x), (x, x)),
+        of_a_dual_tensor,
+        lambda x: torch.compile(torch.func.grad(lambda x: product()(x, x).sum()), backend="eager")(x),
+    ],
+    ids=["vmap", "grad", "jvp", "forward_ad", "compiled grad"],
+)
+def test_transforms_are_refused(device, transform):
+    """None drops a derivative without a word."""
+    with pytest.raises(RuntimeError, match=r"product\(a, b\): kernels have no rule for vmap and other transforms"):
+        transform(torch.randn(3, 4, device=device))
+
+
+def test_what_stands_for_tensors(device):
+    """Meta tensors, subclasses, and torch.fx's proxies are asked or served, as by PyTorch's functions."""
+
+    class Module(torch.nn.Module):
+        def forward(self, a, b):
+            return product()(a, b) * 2
+
+    class Subclass(torch.Tensor):
+        pass
+
     x = torch.randn(3, 4, device=device)
-    for transform in (
-        lambda: torch.func.vmap(product())(x, x),
-        lambda: torch.func.grad(lambda x: product()(x, x).sum())(x),
-        lambda: torch.func.jvp(product(), (x, x), (x, x)),
-    ):
-        with pytest.raises(RuntimeError, match=r"product\(a, b\): vmap, grad and other transforms of torch.func"):
-            transform()
+    assert torch.equal(torch.fx.symbolic_trace(Module())(x, x), 2 * x * x)
+    assert type(product()(x.as_subclass(Subclass), x)) is Subclass
+    assert product()(x.to("meta"), x.to("meta")).shape == x.shape
+    pair = product()(TwoTensor(x, 3 * x), TwoTensor(x, x))
+    assert torch.equal(pair.a, x * x)
+    assert torch.equal(pair.b, 3 * x * x)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,58 @@ def test_a_launch_that_fails():
     assert not re.search(INTERNAL, str(error.value))
 
 
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("cp_async_16(shared, x + 1, true);", "a cp.async of 16 bytes is not aligned"),
+        ("y[i] = from_acc<scalar_t>(block_sum(to_acc(x[i]), shared));", "writes out of bounds: shared, byte"),
+        ("if (i < 32) y[i] = from_acc<scalar_t>(block_sum(to_acc(x[i]), shared + 2));", "divergent barrier"),
+        ("if (i < 16) y[i] = from_acc<scalar_t>(warp_sum(to_acc(x[i])));", "waits in a warp operation"),
+        ("y[i] = __ldg(x + i + 1);", r"reads out of bounds: x\[\d+\]"),
+        ("sincosf(1, &shared[0], &shared[1]);", "race"),
+        ("atomicAdd(shared + i % 8, 1.0f);", "out of bounds: shared|nobody has written"),
+        ("y[i] = __shfl_sync(0xFFFFu, x[i], 20);", "leaves it out|takes no part"),
+        ("y[i] = x[1 / (int)(i - i)];", "divides an integer by zero"),
+        ("y[i] = ((int*)x)[i] % ((int)i - 3);", "divides an integer by zero"),
+        ("*(float4*)(y + i) = make_float4(1, 2, 3, 4);", "multiple of 16 bytes"),
+    ],
+)
+def test_a_launch_that_fails_names_the_line_of_the_user(statement, message):
+    """Not that of the function of ours, or of CUDA, that is called there."""
+    head = '#include "common.cuh"\n#include "async_copy.cuh"'
+    text = TEXT.replace('#include "common.cuh"', head).replace("if (i >= size) return;", "__shared__ float shared[4];")
+    function = operator(text.replace("STATEMENT", statement), "f")
+    with pytest.raises(
+        EmulatorError, match=rf"(: |waits? at ){function.declared.file}:6\b.*({message})|({message}).*:6\b"
+    ):
+        function(torch.ones(256))
+
+
+@pytest.mark.parametrize(
+    ("statement", "hint"),
+    [
+        ("y[i] = INFINITY;", r"INFINITY: write 1\.0f / 0\.0f"),
+        ("int64_t n = i;", "int64_t: write int, unsigned, long long, or i64"),
+        ("y[i] = FLT_MAX;", "FLT_MAX: write the number"),
+        ("half h;", "half: half_t and bf16_t of common.cuh"),
+        ("y[i] = std::max(x[i], x[i]);", "std: functions such as max, .* without std::"),
+        ("y[i] = max(to_acc(x[i]), 0);", "a call is ambiguous where its arguments have two types"),
+        ("y[i] = __shfl_xor(x[i], 1);", "__shfl_xor: those of today have a mask"),
+        ("float* p = new float[4];", "'new' is not there in kernels"),
+    ],
+)
+def test_the_way_out_is_in_the_message(statement, hint):
+    with pytest.raises(KernelCompileError, match=hint) as error:
+        operator(TEXT.replace("STATEMENT", statement), "f")(torch.ones(3))
+    assert "did you forget to" not in str(error.value)
+
+
+@pytest.mark.parametrize("header", ["<cuda_fp16.h>", '"cuda_fp16.h"', "<cmath>", '"cooperative_groups.h"', "<thrust>"])
+def test_headers(header):
+    with pytest.raises(ValueError, match=r"f_\w+\.cu:1: kernels include no header, received \S+: \w+"):
+        operator(f"#include {header}\n{TEXT}".replace("STATEMENT", ""), "f")
+
+
 def test_the_log_of_clang_and_of_gcc():
     """Both kinds of macro notes; what stands in the text stays."""
     gcc = """a.cu: In function 'void f()':

@@ -54,6 +54,15 @@ def test_rows_table_and_picture(monkeypatch, tmp_path):
     assert (tmp_path / "layers.png").stat().st_size > 1000
 
 
+def test_most_memory():
+    def row(case, ours, theirs):
+        return {"case": case, "peak_mb": ours, "eager_peak_mb": theirs}
+
+    rows = [row("a", 20.0, 10.0), row("b", 30.0, 10.0), row("small", 1.0, 0.1), row("cpu", None, None), {}]
+    assert layer_bench.most_memory({"rows": rows}) == (3, rows[1])
+    assert layer_bench.most_memory({"rows": rows[2:]}) is None
+
+
 def test_a_wrong_result_has_no_time(monkeypatch):
     with planted("tanh.cuh", (": tanh(v)", ": 1.01f * tanh(v)")):
         rows = measured(monkeypatch, SMALL[-2:-1])

@@ -36,7 +36,6 @@ MEASURED = "11.8"  # Others allocate registers otherwise: with them, what runs b
 # slower when both were measured: 2.42 ms for 2.23, now 1.97 (benchmarks/history.md).
 SPILLS = {("conv_bn_pool", 2, False): 72, ("conv_transpose_mma", 2, False): 56}
 SPILLS[("depthwise_gather", None, False)] = SPILLS[("channel_sum_partials", None, False)] = 16  # of double, on sm_70
-SPILLS[("thin_dgrad", None, False)] = 12  # on sm_80, where ptxas prefers 8 blocks
 
 
 def goes_with_wgmma(variant):

@@ -1,4 +1,4 @@
-"""README.md: its code runs, its commands and links exist, its generated parts are what the committed records say."""
+"""The READMEs: code runs, commands and links exist, generated parts are what the committed records say."""
 
 import configparser
 import importlib
@@ -17,9 +17,10 @@ from tools import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASURED = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 NEEDS_GPU = "<!-- needs a GPU -->"
-MARKED = "# A\n<!-- {0}: written by `python3 -m tools.readme` -->\nold\n<!-- end of {0} -->\n"
-EMPTY = "".join(map(MARKED.format, ("times", "layers", "training", "suite"))) + "the end\n"
+MARKED = "# A\n" + "\nold\n".join(readme.MARKERS) + "\n"
+EMPTY = "".join(map(MARKED.format, readme.PARTS, readme.PARTS)) + "the end\n"
 
 
 class Block(NamedTuple):
@@ -66,7 +67,7 @@ def test_languages():
 def commands():
     """Words of every command in a bash block, and in code of the text that begins like one."""
     lines = [line for block in BLOCKS if block.language == "bash" for line in block.text.splitlines()]
-    lines += [code for code in re.findall(r"`([^`\n]+)`", README) if code.startswith(("python3 ", "make "))]
+    lines += [code for code in re.findall(r"`([^`\n]+)`", README + MEASURED) if code.startswith(("python3 ", "make "))]
     return [shlex.split(part) for line in lines for part in line.split("&&")]
 
 
@@ -95,9 +96,10 @@ def test_commands():
 
 
 def test_links():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    assert not [link for link in links if not (link.startswith("https://") or (ROOT / link).exists())]
+    for folder, text in ((ROOT, README), (ROOT / "benchmarks", MEASURED)):
+        links = re.findall(r"\]\(([^)#]+)\)", text)
+        assert links
+        assert not [link for link in links if not (link.startswith("https://") or (folder / link).exists())]
 
 
 def test_what_ci_runs():
@@ -108,9 +110,13 @@ def test_what_ci_runs():
 
 
 def test_is_current():
-    paths = ["--file", str(ROOT / "README.md"), "--results", str(ROOT / "benchmarks" / "results")]
-    result = CliRunner().invoke(readme.command, ["--check", *paths])
+    result = CliRunner().invoke(readme.command, ["--check"])
     assert result.exit_code == 0, result.output
+
+
+def test_every_part_is_in_one_text():
+    texts = [file.read_text(encoding="utf-8") for file in readme.FILES]
+    assert all(sum(readme.MARKERS[0].format(name) in text for text in texts) == 1 for name in readme.PARTS)
 
 
 def row(what="step", who="modelnew", ms=1.0, n=512, **options):
@@ -138,6 +144,8 @@ BENCH = {
         row(n=4096, ms=7.5),
         row(who="eager", n=4096, ms=30.0),
         row("conv_forward"),
+        row("compiled_step", n=1),
+        row("compiled_step", "modelnew-compile-reduce-overhead", n=1, ms=0.5),
         row("startup_cold", ms=4210.0),
         row("startup_warm", ms=660.0),
     ],
@@ -190,6 +198,24 @@ LAYERS = {
         )
     ],
 }
+SCALING = {
+    "command": "python3 -m modelnew scaling",
+    "versions": VERSIONS,
+    "digest": "0123456789abcdef",
+    "trials": 10,
+    "steps": 10,
+    "rows": [
+        {"who": "modelnew", "what": what, "gpus": gpus, "n": 512, "ms": ms, "added_ms": ms - 1, "scaling": 1 / ms}
+        for what, gpus, ms in (("alone", 1, 1.0), ("ddp", 2, 1.25))
+    ],
+}
+FUZZ = {
+    "command": "python3 -m modelnew fuzz",
+    "versions": VERSIONS,
+    "digest": "0123456789abcdef",
+    "cases": {"tanh": 5, "max_pool2d": 7},
+    "failed": 0,
+}
 PARITY = {"versions": VERSIONS, "digest": "0123456789abcdef", "passed": 1020, "failed": 0, "skipped": 2}
 
 
@@ -211,10 +237,11 @@ def test_without_records(repository):
     assert invoke("--check").exit_code == 1
     assert invoke().exit_code == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert text.startswith("# A\n<!-- times: written")
+    assert text.startswith("# A\n<!-- speed: written")
     assert text.endswith("<!-- end of suite -->\nthe end\n")
     assert "old" not in text
     assert readme._NO_TIMES in text
+    assert readme._NO_SCALING in text
     assert readme._NO_LAYERS in text
     assert readme._NO_TRAINING in text
     assert readme._NO_SUITE in text
@@ -229,6 +256,8 @@ def test_with_records(repository):
     (folder / "results" / "training_a.json").write_text(json.dumps(TRAINING), encoding="utf-8")
     (folder / "results" / "training_amp_a.json").write_text(json.dumps(TRAINING_AMP), encoding="utf-8")
     (folder / "results" / "parity_a.json").write_text(json.dumps(PARITY), encoding="utf-8")
+    (folder / "results" / "scaling_a.json").write_text(json.dumps(SCALING), encoding="utf-8")
+    (folder / "results" / "fuzz_a.json").write_text(json.dumps(FUZZ), encoding="utf-8")
     assert invoke().exit_code == 0
     text = (folder / "README.md").read_text(encoding="utf-8")
     where = "NVIDIA A, torch 2.11, CuPy 13.6, NVRTC 11.8, driver 580, kernels `0123456789ab`"
@@ -248,6 +277,13 @@ def test_with_records(repository):
     assert "| `step` | tf32 |  | 1 ms, 2.00x compile | 7.5 ms, 4.00x eager |\n" in text
     assert "| `forward_train` | tf32 | 0.25 ms, 0.50x eager |  |  |\n" in text
     assert "conv_forward" not in text
+    assert "| forward, 1 image, with TF32 | 0.25 ms | 0.125 ms | 0.50x | 0.125 ms, eager nchw | 0.50x |\n" in text
+    assert "| step, 512 images, with TF32 | 1 ms | 3 ms | 3.00x | 2 ms, compile nhwc | 2.00x |\n" in text
+    assert "| Tanh | 0.50x to 2.00x | 1.50x to 1.50x |\n" in text
+    assert "- `step`, tf32, 1 image: 0.50 times with mode 'reduce-overhead'\n" in text
+    assert "A training step of 512 images on each of 2 GPUs" in text
+    assert "| ModelNew | DistributedDataParallel | 1 | 1.25 | +0.25 | 0.80 |\n" in text
+    assert f"{where}, `{FUZZ['command']}`: 12 random calls, at least 5 of each of 2 functions" in text
     assert "4.2 s with nothing compiled before, 0.7 s with kernels compiled on disk." in text
     assert "driver 580, kernels `0123456789ab` | 1020 | 0 | 2 |" in text
     assert "After each of the first 5 steps of SGD, from 3 seeds, output" in text
@@ -277,9 +313,13 @@ def test_what_is_no_record(repository, content):
     assert (folder / "README.md").read_text(encoding="utf-8") == EMPTY
 
 
-def test_text_without_markers(repository):
+@pytest.mark.parametrize(
+    "text",
+    ["# A\n", MARKED.format("colours", "colours"), 2 * MARKED.format("suite", "suite"), MARKED.format("suite", "x")],
+)
+def test_text_without_markers(repository, text):
     folder, invoke = repository
-    (folder / "README.md").write_text("# A\n", encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")
     result = invoke()
     assert result.exit_code == 1
-    assert "must have one part that begins with" in result.output
+    assert "must" in result.output

@@ -271,14 +271,6 @@ def test_jit_trace_gets_an_error(name, launched):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_export_by_tracing_gets_an_error(tmp_path, launched):
-    with pytest.raises(RuntimeError, match=r"jit\.trace|onnxscript"):
-        torch.onnx.export(layers.Tanh(), (torch.randn(3),), str(tmp_path / "tanh.onnx"), dynamo=False)
-    assert not launched
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_jit_script_gets_an_error():
     for module in (layers.Tanh(), ModelNew(*FUSED, device="cpu")):
         with pytest.raises(RuntimeError, match=r"is no TorchScript: use torch\.export"):

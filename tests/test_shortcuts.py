@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from modelnew import shortcuts
 from modelnew.shortcuts import Public
@@ -21,6 +22,33 @@ def test_device_and_stream():
 def test_tf32(monkeypatch, allowed):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
     assert shortcuts.allows_tf32() == Public.allows_tf32() == allowed
+
+
+def test_autocast():
+    for device in ("cpu", "cuda"):
+        with torch.autocast(device, torch.bfloat16):
+            assert shortcuts.any_autocast() == Public.any_autocast() == torch.is_autocast_enabled(device)
+    assert shortcuts.any_autocast() == Public.any_autocast() is False
+
+
+def test_allocator(device):
+    for allocator in (shortcuts.allocator, Public.allocator):
+        found = allocator(torch.device(device))((2, 3), (1, 2), torch.float16)
+        assert (found.shape, found.stride(), found.dtype, found.device.type) == ((2, 3), (1, 2), torch.float16, device)
+
+
+def test_guard():
+    """It tells what may change how a call runs; without torch's own, nothing can, and no call is repeated."""
+    x = torch.randn(2, 4)
+    guard = shortcuts.guard_of([x])
+    assert Public.guard_of([x]) is None
+    assert guard(torch.randn(2, 4))
+    others = (x.double(), x.T, x[:1], x.clone().requires_grad_(), nn.Parameter(x), torch._neg_view(x), x.to("meta"))
+    assert not any(map(guard, others))
+    with torch.inference_mode():
+        assert not guard(x)
+    with torch.autocast("cpu"):
+        assert not guard(x)
 
 
 def test_apply():

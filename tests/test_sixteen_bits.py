@@ -8,6 +8,7 @@ import torch
 from test_conv_bn_pool import models, peak, sized, well_separated
 
 from cupy_kernels import conv_bn_pool as ops
+from cupy_kernels import conv_transpose_mma
 from modelnew import ModelNew, explain, numerics
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm
 from modelnew.functional.resident_conv_bn_pool import fused_plan
@@ -62,6 +63,20 @@ def test_channels_last(device, case, dtype, wgmma, launched):
     names = {kernel.name for kernel in launched}
     assert names & CONVERSIONS == ({"scale_fp16"} if dtype == torch.bfloat16 else set())
     assert names >= {"conv_bn_pool", "pooled_forward", "pooled_backward", "conv_transpose_mma", "conv_wgrad_mma"}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.usefixtures("many_passes")
+def test_a_block_takes_image_after_image(device, keep, monkeypatch, launched, wgmma):
+    """Rows of the next image are copied into the place of rows that no later product of this one reads."""
+    monkeypatch.setattr(conv_transpose_mma, "MULTIPROCESSORS", 1)
+    model, ours, x = models((16, 80, 5, 1, 4, 2, 42, 14), "auto", device, torch.float16)
+    x = x.to(memory_format=torch.channels_last)
+    with torch.set_grad_enabled(keep):
+        found, theirs, truth = ours(x), model(x), copy.deepcopy(model).double()(x.double())
+    pool = next(kernel for kernel in launched if kernel.name == "conv_bn_pool")
+    assert dict(pool.defines)["PERSISTENT"] == wgmma
+    tolerance.check(found, truth, theirs, "output")
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])

@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 
-from cupy_kernels import source
+from cupy_kernels import parsing, source
 from cupy_kernels.source import DTYPES, Kernel, Parameter
 
 DIAMOND = {
@@ -113,11 +113,11 @@ CONST = [*PLAIN[:2], ("const int", "n")]
 )
 def test_declarations(text, parameters):
     """As CUDA takes them."""
-    assert source.declarations(text) == {"k": parameters}
-    start, end = source.span(text, "k")
+    assert parsing.declarations(text) == {"k": parameters}
+    start, end = parsing.span(text, "k")
     assert "__global__" in text[start:end]
     assert text[start:end].endswith("}")
-    assert not source.unfinished(text)
+    assert not parsing.unfinished(text)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_declarations(text, parameters):
 )
 def test_no_kernel(text):
     """A comment, a declaration, and what cannot be called by its name."""
-    assert source.declarations(text) == {}
+    assert parsing.declarations(text) == {}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_no_kernel(text):
 )
 def test_a_parameter_that_cannot_be_passed(parameter):
     with pytest.raises(ValueError, match=r"an array, as in const float\* x, or a number.*received '"):
-        source.declarations(f'extern "C" __global__ void k({parameter}) {{}}')
+        parsing.declarations(f'extern "C" __global__ void k({parameter}) {{}}')
 
 
 def test_unsigned_numbers():

@@ -1,11 +1,12 @@
 """Transposed convolutions to few output channels, in float32."""
 
+import itertools
 import random
 
 import numpy as np
 import pytest
 import torch
-from test_gather_gemm import check, names, tensors
+from test_gather_gemm import FORMATS, IN_EVERY_FORMAT, check, names, tensors
 
 from cupy_kernels import thin
 from cupy_kernels.conv_transpose import Geometry
@@ -44,17 +45,30 @@ def random_case(seed):
 
 
 @pytest.mark.parametrize("cls", ["fp32", "tf32"])
+@IN_EVERY_FORMAT
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_parity(device, case, cls, launched):
-    check(case, cls, *tensors(case, device, torch.float32))
+def test_parity(device, case, memory_format, cls, launched):
+    check(case, cls, *tensors(case, device, torch.float32, memory_format))
     kernels = {"thin_forward", "thin_dgrad", "thin_wgrad", "thin_wgrad_reduce"}
     assert names(launched) == kernels | {"channel_sum_partials", "channel_sum_combine"}
 
 
+@IN_EVERY_FORMAT
 @pytest.mark.parametrize("seed", range(4))
-def test_random_shapes(device, seed):
+def test_random_shapes(device, seed, memory_format):
     case = random_case(seed)
-    check(case, "fp32", *tensors(case, device, torch.float32))
+    check(case, "fp32", *tensors(case, device, torch.float32, memory_format))
+
+
+def test_formats_of_x_w_and_dy_differ(device, launched):
+    case = CASES["pix2pix"]
+    for formats in itertools.product(FORMATS, repeat=3):
+        x, w, b, dy = tensors(case, device, torch.float32)
+        x, w, dy = (t.to(memory_format=f) for t, f in zip((x, w, dy), formats))
+        y, dx, dw, _ = check(case, "fp32", x, w, b, dy)
+        for t, memory_format in ((y, formats[0]), (dx, formats[0]), (dw, formats[1])):
+            assert t.is_contiguous(memory_format=memory_format)
+    assert not any("gather" in name for name in names(launched))
 
 
 def test_two_runs_are_equal(device):

@@ -9,10 +9,10 @@ from click.testing import CliRunner
 
 from cupy_kernels import source
 from modelnew import __main__ as cli
-from modelnew import environment, training
+from modelnew import environment, training, training_steps
 from modelnew.model import Model
 from modelnew.parity import CLASSES, NEAR_TIE, RATIO, Error, Row
-from modelnew.training import JUDGED, RUNS, Judgement, Run, Settings
+from modelnew.training_steps import JUDGED, RUNS, Judgement, Run, Settings
 
 CPU = torch.device("cpu")
 SMALL = Settings(steps=2, batch=4, channels=16, size=6, lr=0.3, momentum=0.9, seed=0)
@@ -28,7 +28,7 @@ def invoke(*arguments):
 
 
 def judged(settings=SMALL):
-    return list(training.judge(settings, CPU, lambda run: None))
+    return list(training_steps.judge(settings, CPU, lambda run: None))
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def plant(monkeypatch):
                 change(model)
             return model
 
-        monkeypatch.setattr(training, "_build", build)
+        monkeypatch.setattr(training_steps, "_build", build)
 
-    right = training._build
+    right = training_steps._build
     return planted
 
 
@@ -76,7 +76,7 @@ def test_command(tmp_path):
 def test_under_autocast(tmp_path, launched, monkeypatch):
     """The fused kernels, with a GradScaler; judged and drawn as without."""
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(training, "JUDGED", 2)
+    monkeypatch.setattr(training_steps, "JUDGED", 2)
     code, text = invoke("--device", "cpu", "--amp", "--steps", 3, "--output", tmp_path)
     assert code == 0, text
     assert "TF32" not in text
@@ -84,7 +84,7 @@ def test_under_autocast(tmp_path, launched, monkeypatch):
     assert (tmp_path / "training_amp_cpu.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "training_amp_cpu.json").read_text())
     assert record["amp"]
-    assert [(r["who"], r["class"], r["layout"]) for r in record["rows"]] == training.AMP_RUNS
+    assert [(r["who"], r["class"], r["layout"]) for r in record["rows"]] == training_steps.AMP_RUNS
     assert all(row["losses"][-1] < row["losses"][0] for row in record["rows"])
     found = {(j["what"], j["class"]): j for j in record["judgements"]}
     assert set(found) == {(what, cls) for what in COMPARED for cls in ("fp16", "bf16")}
@@ -92,7 +92,7 @@ def test_under_autocast(tmp_path, launched, monkeypatch):
 
 
 def test_a_fault_under_autocast_is_refused(plant, monkeypatch):
-    monkeypatch.setattr(training, "JUDGED", 1)
+    monkeypatch.setattr(training_steps, "JUDGED", 1)
     plant(lambda model: model.get_parameter("conv_transpose.weight").register_hook(lambda g: 1.03 * g))
     refused = {(j.row.what, j.row.cls) for j in judged(SMALL._replace(amp=True, batch=12)) if not j.row.ok}
     assert ("conv_transpose.weight", "fp16") in refused
@@ -147,9 +147,9 @@ def a_thousandth_more(name):
 )
 def test_a_planted_fault_is_refused(plant, change, refused, monkeypatch):
     """In the float32 class, by orders of magnitude, after the first two steps already."""
-    monkeypatch.setattr(training, "JUDGED", 2)
+    monkeypatch.setattr(training_steps, "JUDGED", 2)
     plant(change)
-    found = {j.row.what: j.row for j in training.worst(judged()) if j.row.cls == "fp32"}
+    found = {j.row.what: j.row for j in training_steps.worst(judged()) if j.row.cls == "fp32"}
     for what in refused:
         assert not found[what].ok
         assert found[what].ratio > 20, found[what]
@@ -186,25 +186,25 @@ def test_worst_puts_what_is_wrong_first():
         return Judgement(0, step, Row("output", "fp32", Error(ours, ours), Error(1.0, 1.0), None, ok))
 
     found = [judgement(1, 2.0, True), judgement(2, 1.5, False), judgement(3, 1.2, False)]
-    assert training.worst(found) == [found[1]]
-    assert training.worst(found[:1]) == found[:1]
+    assert training_steps.worst(found) == [found[1]]
+    assert training_steps.worst(found[:1]) == found[:1]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_limit(cls):
     """PyTorch's error; in the TF32 class that of rounded operands, where it is larger."""
     truth = torch.ones(10000, dtype=torch.float64)
-    errors = dict.fromkeys(training._judged(SMALL), 1e-3)
+    errors = dict.fromkeys(training_steps.judged(SMALL), 1e-3)
 
     def row():
         found = {run: {"output": (truth + error).float()} for run, error in errors.items()}
-        (row,) = training._rows(cls, found, {"output": truth})
+        (row,) = training_steps._rows(cls, found, {"output": truth})
         return row
 
     assert row().ok
     errors[Run("ModelNew", cls, "nchw")] *= 1.2 * RATIO
     assert not row().ok
-    errors[training._ROUNDED] = 3e-3
+    errors[training_steps._ROUNDED] = 3e-3
     assert row().ok == (cls == "tf32")
 
 
@@ -217,7 +217,9 @@ def test_no_gradient_where_rounding_decides():
     pooled = model.max_pool(unpooled)
     y = model.group_norm(pooled)
     target = torch.randn_like(y)
-    dy = training._gradient(y.detach(), target, unpooled.detach(), pooled.detach(), model.group_norm, NEAR_TIE["tf32"])
+    dy = training_steps._gradient(
+        y.detach(), target, unpooled.detach(), pooled.detach(), model.group_norm, NEAR_TIE["tf32"]
+    )
     received, plain = (
         torch.autograd.grad(y, unpooled, g, retain_graph=True)[0].unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
         for g in (dy, 2 / y.numel() * (y - target).detach())
@@ -233,10 +235,10 @@ def test_no_gradient_where_rounding_decides():
 def test_loss_must_fall_where_models_does():
     falling, rising = torch.linspace(2, 1, 30), torch.linspace(1, 2, 30)
     right = dict.fromkeys(RUNS, falling)
-    assert training.rises(right) == []
+    assert training_steps.rises(right) == []
     for wrong in (rising, falling * float("nan")):
-        assert training.rises({**right, Run("ModelNew", "fp32", "nchw"): wrong}) == ["fp32"]
-    assert training.rises({**dict.fromkeys(RUNS, rising), Run("ModelNew", "fp32", "nchw"): rising}) == []
+        assert training_steps.rises({**right, Run("ModelNew", "fp32", "nchw"): wrong}) == ["fp32"]
+    assert training_steps.rises({**dict.fromkeys(RUNS, rising), Run("ModelNew", "fp32", "nchw"): rising}) == []
 
 
 def test_divergence_is_no_measure():
@@ -247,7 +249,7 @@ def test_divergence_is_no_measure():
 
 def test_all_curves_begin_alike():
     settings = Settings(steps=1, batch=2, channels=4, size=4, lr=0.1, momentum=0, seed=3)
-    first, second = (dict(training.train(settings, CPU, lambda run: None)) for _ in range(2))
+    first, second = (dict(training_steps.train(settings, CPU, lambda run: None)) for _ in range(2))
     for run in RUNS:
         assert torch.equal(first[run], second[run])
         torch.testing.assert_close(first[run], first[RUNS[0]], rtol=1e-2, atol=0)

@@ -1,5 +1,6 @@
-"""Writes the parts of README.md that committed records decide: times, training, and what passed where."""
+"""Writes the parts of README.md and benchmarks/README.md that committed records decide."""
 
+import itertools
 import json
 import os
 import re
@@ -9,12 +10,16 @@ from pathlib import Path
 import click
 
 from modelnew import commands, layer_bench
+from modelnew.model import BATCH
 from modelnew.parity import RATIO
 from modelnew.records import by_batch, comparisons, trials
-from modelnew.workloads import FLOAT16, GRAPHS, MODELS
+from modelnew.workloads import COMPILED, FLOAT16, GRAPHS, MODELS, MODES, OF_COMPILED
 
 from .generated import ROOT, check_option, settle
 
+FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+MARKERS = "<!-- {}: written by `python3 -m tools.readme` -->", "<!-- end of {} -->"
+_NAMES = {"forward_train": "forward", "step": "step"}
 _SHOWN = MODELS | FLOAT16
 _CLASSES = {"tf32": "with TF32", "fp32": "in float32", "fp16": "in float16", "bf16": "in bfloat16"}
 _AMP = ": under autocast, with a GradScaler"
@@ -22,27 +27,77 @@ _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
 _NO_LAYERS = "No record of layers is committed yet; `python3 -m modelnew bench --layers` on a GPU writes one."
 _NO_SUITE = "No record says yet that the test suite passed on a GPU; `make record` on one writes it."
+_NO_SCALING = "No record of several GPUs is committed yet; `python3 -m modelnew scaling` on two GPUs writes one."
+_WAYS = {
+    "apart": "each for itself",
+    "ddp": "DistributedDataParallel",
+    "ddp, own buffers": "with `broadcast_buffers=False, gradient_as_bucket_view=True`",
+    "ddp, synchronised": "the same, batch norm synchronised",
+}
 _NEEDED = {
     "bench": ("command", "rows", "trials"),
     "layers": ("command", "rows", "trials"),
     "training": ("command", "rows", "steps", "batch", "seeds", "judged", "judgements", "last"),
     "parity": ("passed", "failed", "skipped"),
+    "scaling": ("command", "rows", "trials", "steps"),
+    "fuzz": ("command", "cases", "failed"),
 }
 
 
 def rendered(text: str, results: Path, folder: Path) -> str:
-    """The README's text with its generated parts as the records in `results` have them. folder: the README's.
+    """The text with its generated parts as the records in `results` have them. folder: where the text's file lies.
 
-    ValueError if the text has no such parts, or if a record is none.
+    A part stands between the lines that `MARKERS` has for its name; the text has any of `PARTS`, each once.
+    ValueError if the text has none, or one without an end or twice, or if a record is none.
     """
-    for name, part in (("times", _times), ("layers", _layers), ("training", _training), ("suite", _suite)):
-        begin, end = f"<!-- {name}: written by `python3 -m tools.readme` -->", f"<!-- end of {name} -->"
+    found = re.findall(MARKERS[0].format("(.+)"), text)
+    if not found or len({*found}) < len(found) or not PARTS.keys() >= {*found}:
+        raise ValueError(f"the text must have parts out of {', '.join(PARTS)}, each once; received {found}")
+    for name in found:
+        begin, end = (marker.format(name) for marker in MARKERS)
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if len(pattern.findall(text)) != 1:
-            raise ValueError(f"the text must have one part that begins with the line {begin} and ends with {end}")
-        content = part(results, folder)
+        if not pattern.search(text):
+            raise ValueError(f"the part that begins with the line {begin} must end with {end}")
+        content = PARTS[name](results, folder)
         text = pattern.sub(lambda _, content=content: f"{begin}\n\n{content}\n\n{end}", text)  # noqa: B023
     return text
+
+
+def _speed(results, folder) -> str:
+    """Of the first record of each kind: ModelNew's forward and step, and the range of each layer's means."""
+    lines = []
+    for _, record in itertools.islice(_records(results, "bench"), 1):
+        for (what, cls), rows in by_batch(record).items():
+            n = max(rows, key=lambda n: n == BATCH)
+            row, peer = rows[n]
+            eager = next((r for r in record["rows"] if _is_eager(r, what, cls, n)), None)
+            if peer and eager:
+                cells = [f"{_ms(row)} ms", f"{_ms(eager)} ms", _ratio(eager, row)]
+                cells += [f"{_ms(peer)} ms, {peer['who']} {peer['layout']}", _ratio(peer, row)]
+                lines.append(f"| {_NAMES[what]}, {n} image{'s'[: n != 1]}, {_CLASSES[cls]} | {' | '.join(cells)} |")
+        if lines:
+            head = "| | ModelNew | PyTorch | | the faster of PyTorch and torch.compile | |"
+            lines = [f"{_where(record)}, `{record['command']}`:", "", head, "|---|--:|--:|--:|--:|--:|", *lines, ""]
+    for _, record in itertools.islice(_records(results, "layers"), 1):
+        means = {}
+        for (operator, _, _, what), rows in layer_bench.groups(record).items():
+            means.setdefault(operator, {}).setdefault(what, []).append(layer_bench.mean_and_worst(rows)[0])
+        lines += [
+            "The layers alone, PyTorch's time over ours: geometric means over shapes of well-known networks, from the "
+            "dtype and memory format with the smallest to those with the largest "
+            f"({_where(record)}, `{record['command']}`):",
+            "",
+            "| | forward | step |",
+            "|---|--:|--:|",
+        ]
+        for operator, found in means.items():
+            cells = [_range(found.get(what)) for what in ("forward", "step")]
+            lines.append(f"| {operator} | {' | '.join(cells)} |")
+    return "\n".join(lines).strip() or _NO_TIMES
+
+
+def _range(means) -> str:
+    return f"{min(means):.2f}x to {max(means):.2f}x" if means else ""
 
 
 def _times(results, folder) -> str:
@@ -74,7 +129,7 @@ def _times(results, folder) -> str:
                 "",
                 *_by_batch(record),
             ]
-        lines += _startup(record)
+        lines += [*_startup(record), *_compiled(record)]
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append("\n".join([*lines, "", f"![Times beside PyTorch's, and a roofline]({picture})"]))
     return "\n\n".join(parts) or _NO_TIMES
@@ -136,6 +191,50 @@ def _startup(record) -> list[str]:
     return ["", f"The first forward of a process takes {', '.join(parts)}."] if parts else []
 
 
+def _compiled(record) -> list[str]:
+    """A sentence for each workload of ModelNew under torch.compile."""
+    found = {(row["what"], row["class"], row["n"], row["who"]): row["ms"] for row in record["rows"] if row["ms"]}
+    lines = []
+    for what, cls, n in dict.fromkeys(key[:3] for key in found if key[0] in COMPILED):
+        plain = found.get((what, cls, n, "modelnew"))
+        parts = [
+            f"{found[what, cls, n, who] / plain:.2f} times with mode {mode!r}"
+            for who, mode in MODES.items()
+            if plain and (what, cls, n, who) in found
+        ]
+        if parts:
+            images = f"{n} image{'s'[: n != 1]}"
+            lines.append(f"- `{what.removeprefix(OF_COMPILED)}`, {cls}, {images}: {', '.join(parts)}")
+    return ["", "Time of ModelNew under `torch.compile`, in terms of that without:", "", *lines] if lines else []
+
+
+def _scaling(results, _) -> str:
+    parts = []
+    for _, record in _records(results, "scaling"):
+        gpus = max(row["gpus"] for row in record["rows"])
+        lines = [
+            f"{_where(record)}, `{record['command']}`. A training step of {record['rows'][0]['n']} images on each of "
+            f"{gpus} GPUs, beside one GPU alone: median of {record['trials']} trials of {record['steps']} steps, in "
+            "turns. Weak scaling: the time alone over the time.",
+            "",
+            "| | | ms alone | ms | added | weak scaling |",
+            "|---|---|--:|--:|--:|--:|",
+        ]
+        alone = {row["who"]: row["ms"] for row in record["rows"] if row["what"] == "alone"}
+        for row in record["rows"]:
+            if row["what"] in _WAYS:
+                name = {"modelnew": "ModelNew", "model": "Model"}[row["who"]]
+                cells = (
+                    f"{alone[row['who']]:.3g}",
+                    f"{row['ms']:.3g}",
+                    f"{row['added_ms']:+.2f}",
+                    f"{row['scaling']:.2f}",
+                )
+                lines.append(f"| {name} | {_WAYS[row['what']]} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or _NO_SCALING
+
+
 def _layers(results, folder) -> str:
     parts = []
     for path, record in _records(results, "layers"):
@@ -160,6 +259,9 @@ def _layers(results, folder) -> str:
                     mean, worst = layer_bench.mean_and_worst(rows) if rows else (None, None)
                     cells.append(f"{mean:.2f}x" + (f" ({worst:.2f}x)" if worst else "") if rows else "")
             lines.append(f"| {operator} | {dtype} | {' | '.join(cells)} |")
+        if memory := layer_bench.most_memory(record):
+            case = "{operator}, {case}, {dtype}, {layout}, {what}".format(**memory[1])
+            lines += ["", f"Peak memory is at most {memory[0]:.2f} times PyTorch's ({case})."]
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append("\n".join([*lines, "", f"![PyTorch's time over ours, a dot a shape]({picture})"]))
     return "\n\n".join(parts) or _NO_LAYERS
@@ -205,7 +307,29 @@ def _suite(results, folder) -> str:
         for _, record in _records(results, "parity")
     ]
     head = ["The test suite on GPUs:", "", "| | passed | failed | skipped |", "|---|--:|--:|--:|"]
-    return "\n".join([*head, *lines]) if lines else _NO_SUITE
+    return "\n".join([*(head if lines else [_NO_SUITE]), *lines, *_fuzz(results)])
+
+
+def _fuzz(results) -> list[str]:
+    lines = []
+    for _, record in _records(results, "fuzz"):
+        counts = record["cases"].values()
+        lines += [
+            "",
+            f"{_where(record)}, `{record['command']}`: {sum(counts)} random calls, at least {min(counts)} of each of "
+            f"{len(counts)} functions, compared with PyTorch's; {record['failed']} were wrong.",
+        ]
+    return lines
+
+
+PARTS = {
+    "speed": _speed,
+    "times": _times,
+    "scaling": _scaling,
+    "layers": _layers,
+    "training": _training,
+    "suite": _suite,
+}
 
 
 def _where(record) -> str:
@@ -237,10 +361,12 @@ def _records(results, kind) -> Iterator[tuple[Path, dict]]:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--file",
+    "files",
+    multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    default=ROOT / "README.md",
-    show_default="README.md of the repository",
-    help="Text with the markers between which to write.",
+    default=FILES,
+    show_default="README.md and benchmarks/README.md of the repository",
+    help="Text with the markers between which to write; may be given several times.",
 )
 @click.option(
     "--results",
@@ -250,15 +376,17 @@ def _records(results, kind) -> Iterator[tuple[Path, dict]]:
     help="Folder with records.",
 )
 @check_option
-def command(file, results, check):
-    """Write what the README says of times, training and passed suites from committed records, and draw the plots."""
+def command(files, results, check):
+    """Write what the READMEs say of times, training and tests from committed records, and draw the plots."""
     try:
-        text = rendered(file.read_text(encoding="utf-8"), results, file.parent)
+        texts = {file: rendered(file.read_text(encoding="utf-8"), results, file.parent) for file in files}
         drawn = [(path, record) for kind in ("bench", "layers", "training") for path, record in _records(results, kind)]
-        drawn = [(path, record) for path, record in drawn if path.with_suffix(".png").name in text]
+        shown = "".join(texts.values())
+        drawn = [(path, record) for path, record in drawn if path.with_suffix(".png").name in shown]
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    settle(file, text, check)
+    for file, text in texts.items():
+        settle(file, text, check)
     for path, record in drawn:
         if check and not path.with_suffix(".png").exists():
             raise click.ClickException(f"there is no {path.with_suffix('.png')}: run the command without --check")

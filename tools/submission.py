@@ -27,7 +27,7 @@ REPLACED = (
     "cupy_kernels.compiler.cupy",
     "cupy_kernels.source.text",
     "modelnew.functional.resident_conv_bn_pool._differentiable_gradients",
-    "modelnew.functional.conv_transpose.gradients",
+    "modelnew.functional.conv_transpose_kernels.gradients",
     "modelnew.calls.call",
     "modelnew.numerics.plan_or_reason",
     "modelnew.numerics.uses_wgmma",

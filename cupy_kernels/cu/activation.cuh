@@ -1,4 +1,5 @@
-// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION names one's struct:
+// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION names one's struct, pooled_t
+// the type of what it is applied to:
 //
 //     Activation(float parameter)    the launch's; only some activations have one
 //     float of(float v)              the activation of v; no v is a denormal, which -ftz=true makes 0
@@ -15,7 +16,7 @@
 
 struct Tanh {
     __device__ explicit Tanh(float) {}
-    __device__ float of(float v) const { return tanh_branchless(v); }
+    __device__ float of(float v) const { return sizeof(pooled_t) == 2 ? tanh_coarse(v) : tanh_branchless(v); }
     __device__ float slope(float y) const { return tanh_slope(y); }
 };
 

@@ -18,6 +18,18 @@ __device__ inline void cp_async_16(void* shared, const void* global, bool valid)
 #endif
 }
 
+// 4 bytes, both addresses multiples of 4, likewise.
+__device__ inline void cp_async_4(void* shared, const void* global, bool valid) {
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::copy_async(shared, global, 4, valid);
+#elif __CUDA_ARCH__ >= 800
+    unsigned to = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(valid ? 4 : 0) : "memory");
+#else
+    *(unsigned*)shared = valid ? *(const unsigned*)global : 0;
+#endif
+}
+
 __device__ inline void cp_async_commit() {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::copy_commit();

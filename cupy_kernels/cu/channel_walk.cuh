@@ -410,8 +410,8 @@ struct Normalisers {
 
 // y = xhat weight + bias of a chunk, which after(values of a pack) may change, with the weights and biases of the
 // slots, and the block's means.
-template <class F> __device__ inline void normalise_chunk(
-    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS],
+template <class Y, class F> __device__ inline void normalise_chunk(
+    const scalar_t* __restrict__ x, Y* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS],
     const acc_t (&b)[SLOTS], F after) {
     Normalisers normalise(kept, walk);
     #pragma unroll 1
@@ -423,15 +423,15 @@ template <class F> __device__ inline void normalise_chunk(
         #pragma unroll
         for (int j = 0; j < BATCH; j++) {
             if (j >= have) continue;
-            Pack out;
+            Packed<Y, WIDTH> out;
             acc_t xhat[WIDTH];
             normalise(in[j], xhat);
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) xhat[i] = bn_affine(xhat[i], w[i / PER_SLOT], b[i / PER_SLOT]);
             after(xhat);
             #pragma unroll
-            for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<scalar_t>(xhat[i]);
-            *(Pack*)(y + offsets[j]) = out;
+            for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<Y>(xhat[i]);
+            *(Packed<Y, WIDTH>*)(y + offsets[j]) = out;
         }
     }
 }

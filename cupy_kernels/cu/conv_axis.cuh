@@ -13,8 +13,10 @@ struct Axis {
 
     __device__ Axis(int phase, int phases, int taps, int offset, int step) : phase(phase), first(0), every(1) {
         if (phases > 1) {
-            while (first < taps && (phase + offset - first * step) % phases) first++;
-            while (every * step % phases) every++;
+            int next = step % phases;  // phases from a tap to the next
+            for (int rest = (phase + offset) % phases; first < taps && rest; first++)
+                rest = rest < next ? rest - next + phases : rest - next;
+            for (int rest = next; rest; every++) rest = rest < phases - next ? rest + next : rest + next - phases;
         }
         count = first < taps ? (taps - 1 - first) / every + 1 : 0;
         shift = (phase + offset - first * step) / phases;

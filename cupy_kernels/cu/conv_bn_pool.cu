@@ -17,7 +17,9 @@
 //         saved [N, M, PLANE_STRIDE, 4]       all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the
 //                                             tensor cores deliver them, so that a sum is
 //                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
-//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows.
+//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. AS_IT_IS:
+//                                             the sum itself, which overflows where PyTorch's does; unit_exponents are
+//                                             SAVED_SHIFT
 //                                             SPLIT 2: float
 //     unit_exponents [N * UNITS]              if anything is under scales, or with SAVE
 // Macros: those of implicit_gemm.cuh, pooled_t (float, or half_t with SPLIT 1), saved_t (half_t, float), STATISTICS, SAVE,
@@ -52,6 +54,7 @@ __device__ inline float quad_sum(float v) {
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
+enum { SHIFT = AS_IT_IS ? 0 : SAVED_SHIFT };  // what is kept as half_t is a sum times 2^-SHIFT
 enum { ROWS = LANE_ROWS < 4 ? LANE_ROWS : 4 };  // channels handled together
 
 __device__ inline float max_or_nan(float a, float b) {
@@ -71,9 +74,9 @@ __device__ inline bool is_valid(const Valid& valid, int t, int corner) {
 
 // For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four
 // lanes. The channels take each step together, so that none waits for its own last step.
-template <bool FULL>
-__device__ __forceinline__ void moments_of(
-    const Sums& sums, int first, const Valid& valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
+template <bool FULL, class Step> __device__ __forceinline__ void moments_of(
+    const Sums& sums, int first, const Valid& valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS],
+    Step step) {
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = squares[i] = 0;
     #pragma unroll
@@ -83,13 +86,17 @@ __device__ __forceinline__ void moments_of(
             if (FULL || is_valid(valid, at / 4, at % 4)) mean[i] += sum_of(sums, first + i, at / 4, at % 4);
     #pragma unroll
     for (int i = 0; i < ROWS; i++) mean[i] = quad_sum(mean[i]) * per_count;
+    step();
     #pragma unroll
-    for (int at = 0; at < LANE_WINDOWS * 4; at++)
+    for (int at = 0; at < LANE_WINDOWS * 4; at++) {
+        if (at == LANE_WINDOWS * 2) step();
         #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             float distance = sum_of(sums, first + i, at / 4, at % 4) - mean[i];
             if (FULL || is_valid(valid, at / 4, at % 4)) squares[i] += distance * distance;
         }
+    }
+    step();
     #pragma unroll
     for (int i = 0; i < ROWS; i++) squares[i] = quad_sum(squares[i]);
 }
@@ -105,15 +112,18 @@ struct PoolEpilogue {
     // [WARPS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale.
     float2* moments;
     int* counts;  // [WARPS_N] in shared memory
+    i64 units;
     int seen;
 
-    __device__ __forceinline__ void pass(const Sums& sums, Place place, int exponent) {
+    template <class Step>
+    __device__ __forceinline__ void pass(const Sums& sums, Place place, int exponent, Step step) {
         make_opaque(place.first_window);  // else addresses are computed before the loop, where registers are few
-        if (place.full()) windows<true>(sums, place, exponent);
-        else windows<false>(sums, place, exponent);
+        if (place.full()) windows<true>(sums, place, exponent, step);
+        else windows<false>(sums, place, exponent, step);
     }
 
-    template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
+    template <bool FULL, class Step>
+    __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent, Step step) {
         int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / WARPS_N);
         i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE_STRIDE;
         Valid valid = {};
@@ -127,10 +137,11 @@ struct PoolEpilogue {
                  : quad_sum((float)(__popc(valid[0]) + __popc(valid[1]) + __popc(valid[2]) + __popc(valid[3])));
         float per_count = count > 0 ? 1 / count : 0;
         Merge merge(seen, count);
+        step();
         #pragma unroll
         for (int first = 0; first < LANE_ROWS; first += ROWS) {
             float mean[ROWS], squares[ROWS];
-            if (STATISTICS) moments_of<FULL>(sums, first, valid, per_count, mean, squares);
+            if (STATISTICS) moments_of<FULL>(sums, first, valid, per_count, mean, squares, step);
             #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 int channel = place.channel + (first + i) * 8;
@@ -141,11 +152,13 @@ struct PoolEpilogue {
                     *at = merge(seen ? *at : make_float2(0, 0), make_float2(mean[i] * sign, squares[i]));
                 }
                 ScaleBack scale(exponent + exponents[channel]);
-                // The same in all lanes.
-                if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;
+                bool real = OUT_CHANNELS % TILE_M == 0 || blockIdx.y * TILE_M + channel < OUT_CHANNELS;
+                if (i > 0) step();
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
                 for (int t = 0; t < LANE_WINDOWS; t += 4) {
+                    if (t == LANE_WINDOWS / 8 * 4) step();
+                    if (!real) continue;  // the same in all lanes
                     Packed<pooled_t, 4> best;
                     Packed<u8, 4> tap;
                     Packed<saved_t, 16> all;
@@ -204,31 +217,38 @@ struct PoolEpilogue {
 
     // A sum as memory has it: float, or half_t under scales.
     template <class T> __device__ static T kept(float v, float sign, const ScaleBack& scale) {
-        return from_acc<T>(sizeof(T) == 2 ? v * (power_of_two(-SAVED_SHIFT) * sign) : scale(v * sign));
+        return from_acc<T>(sizeof(T) == 2 ? v * (power_of_two(-SHIFT) * sign) : scale(v * sign));
     }
 
     __device__ void restart() { seen = 0; }
 
-    // Adds up what the warps of a block have seen of each channel, in their order.
-    __device__ void finish(int exponent) {
+    // Adds up what the warps of a block have seen of each channel, in their order. With PERSISTENT a warp has 16 channels
+    // alone, and the block's threads do not meet.
+    __device__ void finish(int exponent, i64 unit) {
+        enum { ALONE = PERSISTENT };
+        int own = ALONE ? threadIdx.x / 32 * 16 + threadIdx.x % 32 : threadIdx.x;
+        bool takes = ALONE ? threadIdx.x % 32 < 16 : threadIdx.x < TILE_M;
         // Read here, once: conv_mma.cuh spills it.
-        int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
+        int of_channel = exponent + (STATISTICS && takes ? exponents[own] : 0);
         enum { SCALED = SAVE || sizeof(pooled_t) == 2 };
-        if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
+        if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[unit] = exponent + SAVED_SHIFT - SHIFT;
         if (!STATISTICS) return;
-        if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
-        __syncthreads();
-        int m = blockIdx.y * TILE_M + threadIdx.x;
-        if (threadIdx.x >= TILE_M || m >= OUT_CHANNELS) return;
-        float2 all = moments[threadIdx.x];
-        float count = counts[0];
+        if (ALONE) __syncwarp();
+        else {
+            if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
+            __syncthreads();
+        }
+        int m = blockIdx.y * TILE_M + own;
+        if (!takes || m >= OUT_CHANNELS) return;
+        float2 all = moments[own];
+        float count = ALONE ? seen : counts[0];
         for (int part = 1; part < WARPS_N; part++) {
             Merge merge(count, counts[part]);
-            all = merge(all, moments[part * TILE_M + threadIdx.x]);
+            all = merge(all, moments[part * TILE_M + own]);
             count = merge.count;
         }
-        float* to = partials + (i64)m * gridDim.x + blockIdx.x;
-        i64 kind = (i64)OUT_CHANNELS * gridDim.x;
+        float* to = partials + m * units + unit;
+        i64 kind = OUT_CHANNELS * units;
         ScaleBack scale(of_channel);
         float squares = scale(scale(all.y));
         if (!is_finite(squares)) squares = -scale(scale(all.y * 0x1p-80f) * 0x1p-80f);
@@ -239,7 +259,8 @@ struct PoolEpilogue {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const float* __restrict__ gamma, INOUT pooled_t* __restrict__ pooled, float* __restrict__ partials,
-    INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
+    INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents,
+    i64 units) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
@@ -251,6 +272,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     }
     DYNAMIC_SHARED(u8, shared);
     PoolEpilogue epilogue = {pooled, partials, argmax, saved, unit_exponents, channel_exponents, signs,
-        (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
-    convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
+        (float2*)(shared + EPILOGUE_OFFSET), counts, units, 0};
+    convolve(x, (const int*)0, 0, packed, units, shared, scratch, epilogue);
 }

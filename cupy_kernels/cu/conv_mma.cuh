@@ -87,7 +87,8 @@ template <> struct Band<true> {
     const int* exponents;
     int exponent_count, exponent;
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
+    __device__ Band(
+        const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64, u8* shared)
         : source(x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2)), unit(unit),
           shared(shared), exponents(exponents), exponent_count(exponent_count) {
         for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(shared, chunk));
@@ -117,7 +118,7 @@ template <> struct Band<false> {
     int exponent = GUESS;
     unsigned largest = 0;  // finite magnitude
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64, u8* shared)
         : source(
               x + (CHANNELS_LAST ? (unit.image * IN_H + unit.first_row) * IN_W * IN_CHANNELS
                                  : (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W)),
@@ -265,18 +266,22 @@ template <> struct Multiply<2> {
     }
 };
 
+typedef Band<X_PACKED> Rows;
+
 struct MainLoop {
     const Unit& unit;
-    Band<X_PACKED>& band;
+    Rows& band;
     u8* shared;
     WeightRing<STAGE_BYTES, CHUNKS * TAPS> weights;
     int stage = 0, lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
 
-    __device__ MainLoop(const Unit& unit, Band<X_PACKED>& band, const half_t* packed, u8* shared)
+    __device__ MainLoop(const Unit& unit, Rows& band, const half_t* packed, u8* shared)
         : unit(unit), band(band), shared(shared), weights(shared + RING_OFFSET, packed) {
         for (int i = 0; i < STAGES - 1; i++) weights.fetch(i * STAGE_BYTES);
     }
     __device__ int channel() const { return warp_m * 64 + lane / 4; }
+    __device__ void next_step() const {}
+    __device__ void finish() const {}
 
     template <int COUNT> __device__ __forceinline__ void pass(Sums& sums, int, int first_window) {
         // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of tile t; lanes 8 to 15 and 24 to 31

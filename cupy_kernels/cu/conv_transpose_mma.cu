@@ -63,7 +63,8 @@ struct StoreEpilogue {
     const int* exponents;
 
 #if CHANNELS_LAST
-    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
+    template <class Step>
+    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent, Step) const {
         int first_m = blockIdx.y * TILE_M + place.channel, lane = threadIdx.x % 32, odd = lane % 2;
         Finish finish[LANE_ROWS];
         #pragma unroll
@@ -100,7 +101,8 @@ struct StoreEpilogue {
         }
     }
 #else
-    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent) const {
+    template <class Step>
+    __device__ __forceinline__ void pass(const Sums& sums, const Place& place, int exponent, Step) const {
         int first_m = blockIdx.y * TILE_M + place.channel;
         scalar_t* plane = y + (place.image * OUT_CHANNELS + first_m) * (OUT_H * OUT_W);
         Finish finish[LANE_ROWS];
@@ -152,15 +154,15 @@ struct StoreEpilogue {
 #endif
 
     __device__ void restart() const {}
-    __device__ void finish(int) const {}
+    __device__ void finish(int, i64) const {}
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed,
     const int* __restrict__ exponents, const scalar_t* __restrict__ bias, scalar_t* __restrict__ y,
-    int x_exponent_count) {
+    int x_exponent_count, i64 units) {
     __shared__ unsigned scratch[32];
     DYNAMIC_SHARED(u8, shared);
     StoreEpilogue epilogue = {bias, y, exponents};
-    convolve(x, x_exponents, x_exponent_count, packed, shared, scratch, epilogue);
+    convolve(x, x_exponents, x_exponent_count, packed, units, shared, scratch, epilogue);
 }

@@ -73,51 +73,102 @@ __device__ inline void clear_border(u8* shared, const Unit& unit) {
     }
 }
 
+enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };  // of a whole image
+
 // The rows of the first pass come by begin(), those of each next pass by advance() between follow() and the end of the
 // pass before it. next_chunk(pass, at): called at the first step of 64 channels, with that step's weights.
 template <bool> struct Band;
 
-// x is packed: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next
-// ones behind those.
+// x is packed, or halves in channels_last, which are operands as they are: copied asynchronously. All of it at first, or,
+// if 64 channels' multiplications are long enough for it, the rows of the first pass, and the others behind its products.
+// With PERSISTENT the next image's rows take the places of those that no later pass reads.
 template <> struct Band<true> {
-    enum { AHEAD = 2 * TAPS >= STAGES };
-    const half_t* source;  // chunk 0 of the image
+    enum {
+        AHEAD = 2 * TAPS >= STAGES,
+        PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,  // from a pixel to the next, in halves
+        CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL,
+        IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL)
+    };
+    const half_t* x;
     const Unit& unit;
     u8* shared;
     const int* exponents;
     int exponent_count, exponent = 0;
+    i64 images;
+    int copied_end = 0;  // where the rows end that the first pass finds
+    // Rows that are copied an octet (eight channels of a pixel) at a time, with PERSISTENT.
+    const half_t* from;
+    int first_row, pixels = 0, octet = 0;
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
-        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (LINE_BYTES / 2))), unit(unit), shared(shared),
-          exponents(exponents), exponent_count(exponent_count) {
+    __device__ Band(
+        const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 units, u8* shared)
+        : x(x), unit(unit), shared(shared), exponents(exponents), exponent_count(exponent_count),
+          images(units / UNITS) {
         clear_border(shared, unit);
-        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
+        copied_end = AHEAD && unit.passes > 1 ? rows_end(PERSISTENT ? 2 : 1) : unit.end_row;
+        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++)
+            copy(chunk, unit.first_row, copied_end);
         cp_async_commit();
+    }
+    // Where the rows end that the first `passes` passes need, and where those begin that the pass `pass` and later ones do.
+    __device__ int rows_end(int passes) const {
+        return max(unit.first_row, min(unit.end_row, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
+    }
+    __device__ int rows_start(int pass) const { return max(0, first_row_of(unit.first_window + pass * PASS_WINDOWS)); }
+    __device__ const half_t* source(i64 image, int row) const { return x + image * IMAGE + row * IN_W * PIXEL; }
+    __device__ void copy(int chunk, int first_row, int end_row) const {
+        int pixels = (end_row - first_row) * IN_W;
+        for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS)
+            copy_octet(source(unit.image, first_row) + chunk * CHUNK, chunk, first_row, pixels, i);
     }
     // Eight lanes take one part of eight lines, which are neighbours in shared memory, where writes to eight places
     // could take turns. Four times eight lanes read half of each of these lines.
-    __device__ void copy(int chunk) const {
+    __device__ void copy_octet(const half_t* from, int chunk, int first_row, int pixels, int i) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
-        const half_t* from = source + (chunk * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2);
-        int pixels = (unit.end_row - unit.first_row) * IN_W, first = unit.first_row - origin_of(unit);
-        for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS) {
-            int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
-            int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
-            u8* to = shared + band_offset(first + pixel / IN_W, pixel % IN_W);
-            if (pixel < pixels && group < GROUPS_K)
-                cp_async_16(to + (group + residual) * ALONG, from + pixel * (LINE_BYTES / 2) + part * 8, true);
-        }
+        int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
+        int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
+        bool exists = !AS_IT_IS || group * 8 < IN_CHANNELS;
+        u8* to = shared + band_offset(first_row - origin_of(unit) + pixel / IN_W, pixel % IN_W);
+        if (pixel < pixels && group < GROUPS_K)
+            cp_async_16(to + (group + residual) * ALONG, from + (exists ? pixel * PIXEL + part * 8 : 0), exists);
     }
     __device__ void next_chunk(int pass, int at) const {
-        for (int chunk = (at + 1) * SPLIT; AHEAD && pass == 0 && chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
-            copy(chunk);
+        if (!AHEAD || pass) return;
+        for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
+            copy(chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
     }
-    __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
-    __device__ void follow(int) {}
-    __device__ bool pending() const { return false; }
-    __device__ void advance() {}
+    // In the first pass the rest of this image's rows, later the next image's, in the places that no pass reads any more:
+    // copied by the warpgroup that is behind, between its products.
+    __device__ void follow(int pass) {
+        if (!PERSISTENT || threadIdx.x < 128) return;
+        i64 image = pass ? unit.image + gridDim.x : unit.image;
+        int end_row = pass ? rows_start(pass) : unit.end_row;
+        first_row = pass ? rows_start(pass - 1) : copied_end;
+        if (!pass) copied_end = rows_start(unit.passes - 1);
+        from = source(image, first_row);
+        pixels = image < images ? (end_row - first_row) * IN_W : 0;
+        octet = threadIdx.x - 128;
+    }
+    __device__ bool pending() const { return PERSISTENT && octet < (pixels + 7) / 8 * 64; }
+    __device__ void advance() {
+        copy_octet(from, 0, first_row, pixels, octet);
+        octet += 128;
+    }
+    __device__ void begin(unsigned* scratch) {
+        if (!AS_IT_IS) exponent = smallest_exponent(exponents, exponent_count, scratch);
+    }
     __device__ bool fits(unsigned*) { return true; }
 };
+// One warpgroup is half a pass ahead of the other, which copies: its first two passes find their rows of the next image
+// copied in passes but for the last one, and in all.
+__device__ constexpr bool found_in_time(int passes) {
+    int end = end_row_of(passes * PASS_WINDOWS - 1);
+    return first_row_of((PASSES - 3 + passes) * PASS_WINDOWS) >= (IN_H < end ? IN_H : end);
+}
+static_assert(
+    !PERSISTENT || (AS_IT_IS && UNITS == 1 && WARPS_M == 2 && WARPS_N == 1 && CHUNKS_64 == 1 && PASSES > 2 &&
+                    TAPS * STEPS_K >= 4 * STAGES && found_in_time(1) && found_in_time(2)),
+    "rows of the next image come in time");
 
 // x is a tensor: converted under a scale that is chosen from the rows of the first pass, with room for larger values in
 // later ones. Where that is not enough, all starts again.
@@ -145,7 +196,7 @@ template <> struct Band<false> {
     int first_pixel, pixels, group, pixel;
     float v[8];
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64, u8* shared)
         : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), shared(shared) {
         clear_border(shared, unit);
     }
@@ -245,13 +296,14 @@ template <> struct Band<false> {
     }
 };
 
+typedef Band<X_PACKED || AS_IT_IS> Rows;
+
 // Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more
 // additions would.
 #define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
 
-// add<TILES>(sums, a_stages, at, upper, lower, band): sums += the products of STEPS_AT_ONCE steps. at: where each
-// step's stage begins. upper, lower: the pixels of the first step. On return what the step before read may be
-// overwritten.
+// add<TILES>(sums, a_stages, at, rows, band): sums += the products of STEPS_AT_ONCE steps. at: where each step's stage
+// begins. rows: the upper and lower pixels of the first step. On return what the step before read may be overwritten.
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
@@ -259,7 +311,7 @@ template <> struct Multiply<1> {
 
     template <int COUNT> __device__ __forceinline__ void add(
         Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Band<X_PACKED>& band) {
+        Rows& band) {
         wgmma_fence();
         #pragma unroll
         for (int k = 0; k < 2; k++)
@@ -279,7 +331,7 @@ template <> struct Multiply<2> {
 
     template <int COUNT> __device__ __forceinline__ void add(
         Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Band<X_PACKED>&) {
+        Rows&) {
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             wgmma_fence();
@@ -303,55 +355,115 @@ template <> struct Multiply<2> {
     }
 };
 
+// In an image's last row of windows, what the kernel's rows before OUTSIDE_KH meet lies outside x. So the last pass leaves
+// out these products in tiles that have nothing else, those after UPPER_TILES.
+enum {
+    OUTSIDE_KH = 2 * (WINDOWS_H - 1) + PAD_H - IN_H + 1,
+    UPPER_WINDOWS = (WINDOWS_H - 1) * WINDOW_PITCH - (PASSES - 1) * PASS_WINDOWS,
+    UPPER = UPPER_WINDOWS > 0 ? (UPPER_WINDOWS + 3) / 4 : 0,
+    UPPER_TILES = UNITS == 1 && WARPS_N == 1 && SPLIT == 1 && OUTSIDE_KH > 0 && UPPER < LAST_TILES ? UPPER : 0
+};
+
 struct MainLoop {
+    enum { STEPS = TAPS * STEPS_K };
     const Unit& unit;
-    Band<X_PACKED>& band;
-    WeightRing<STEP_BYTES, TAPS * STEPS_K> weights;
-    int stage = 0, to = 0, warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
+    Rows& band;
+    WeightRing<STEP_BYTES, STEPS> weights;
+    int stage = 0, to = 0, position = -1;  // position: of the last step, in the order of the weights
+    int warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
     int warp_m = warpgroup % WARPS_M, warp_n = warpgroup / WARPS_M;
     WgmmaOperand pixels, a_stages;
 
-    __device__ MainLoop(const Unit& unit, Band<X_PACKED>& band, const half_t* packed, u8* shared)
+    __device__ MainLoop(const Unit& unit, Rows& band, const half_t* packed, u8* shared)
         : unit(unit), band(band), weights(shared + RING_OFFSET, packed), pixels(shared, ALONG, 128),
           a_stages(shared + RING_OFFSET + warp_m * 1024, TILE_M * 16, 128) {
         for (int i = 0; i < STAGES - 2; i++) fetch();
+        if (PERSISTENT && warpgroup) rest();
     }
     __device__ void fetch() {
         weights.fetch(to);
         to = weights.next(to);
     }
+    // All threads meet for the weights of the next step. Returns where they are.
+    __device__ __forceinline__ int next_step() {
+        cp_async_wait<STAGES - 3>();
+        fence_async_proxy();
+        __syncthreads();
+        fetch();
+        int at = stage;
+        stage = weights.next(stage);
+        position = position + 1 == STEPS ? 0 : position + 1;
+        return at;
+    }
     __device__ int channel() const { return warp_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
+    // With PERSISTENT one warpgroup is half a pass behind the other, so that each multiplies while the other is at its
+    // epilogue, and goes through steps there, too. So a pass begins with any step, and goes round.
+    __device__ void rest() {
+        for (int i = 0; i < STEPS / 2 + 3; i++) next_step();
+    }
+    __device__ void finish() {
+        if (PERSISTENT && !warpgroup) rest();
+    }
+
     template <int COUNT> __device__ __forceinline__ void pass(Sums& sums, int pass, int first_window) {
+        if constexpr (PERSISTENT) pass_round<COUNT>(sums, pass, first_window);
+        else if (COUNT == LAST_TILES && UPPER_TILES && pass == PASSES - 1)
+            pass_of<COUNT, UPPER_TILES>(sums, pass, first_window);
+        else pass_of<COUNT, 0>(sums, pass, first_window);
+    }
+    template <int COUNT> __device__ __forceinline__ void pass_round(Sums& sums, int pass, int first_window) {
+        Multiply<SPLIT> multiply;
+        band.follow(pass);
+        #pragma unroll 1
+        for (int i = 0; i < STEPS; i++) {
+            int at[] = {next_step()}, tap = position / STEPS_K;
+            WgmmaOperand rows[2] = {pixels, pixels};
+            #pragma unroll
+            for (int lower = 0; lower < 2; lower++)
+                rows[lower] = pixels.moved(
+                    band_offset(lower + PAD_H - tap / KERNEL_W, 2 * first_window + PAD_W - tap % KERNEL_W) +
+                    position % STEPS_K * 4 * ALONG);
+            multiply.add<COUNT>(sums, a_stages, at, rows, band);
+        }
+        while (band.pending()) band.advance();
+        wgmma_wait<0>();
+    }
+    // FEW: the tiles that meet all rows of the kernel; 0: all COUNT do.
+    template <int COUNT, int FEW>
+    __device__ __forceinline__ void pass_of(Sums& sums, int pass, int first_window) {
         Multiply<SPLIT> multiply;
         band.follow(pass + 1);
-        for (int chunk = 0; chunk < CHUNKS_64; chunk++)
-            for (int kh = 0; kh < KERNEL_H; kh++) {
-                WgmmaOperand rows[2] = {pixels, pixels};
-                #pragma unroll
-                for (int lower = 0; lower < 2; lower++)
-                    rows[lower] =
-                        pixels.moved(band_offset(lower + PAD_H - kh, 2 * (first_window - unit.first_window) + PAD_W));
-                #pragma unroll 1
-                for (int kw = 0; kw < KERNEL_W; kw++)
-                    for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
-                        int at[STEPS_AT_ONCE];
-                        #pragma unroll
-                        for (int i = 0; i < STEPS_AT_ONCE; i++) {
-                            cp_async_wait<STAGES - 3>();
-                            fence_async_proxy();
-                            __syncthreads();
-                            if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(pass, chunk);
-                            fetch();
-                            at[i] = stage;
-                            stage = weights.next(stage);
-                        }
-                        int shift = step * 4 * ALONG - kw * 16;
-                        WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};
-                        multiply.add<COUNT>(sums, a_stages, at, shifted, band);
-                    }
-            }
+        for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
+            if constexpr (FEW > 0) taps<FEW>(multiply, sums, pass, first_window, chunk, 0, OUTSIDE_KH);
+            taps<COUNT>(multiply, sums, pass, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
+        }
         while (band.pending()) band.advance();
+    }
+
+    // 64 channels and rows [first_kh, end_kh) of the kernel.
+    template <int COUNT> __device__ __forceinline__ void taps(
+        Multiply<SPLIT>& multiply, Sums& sums, int pass, int first_window, int chunk, int first_kh, int end_kh) {
+        for (int kh = first_kh; kh < end_kh; kh++) {
+            WgmmaOperand rows[2] = {pixels, pixels};
+            #pragma unroll
+            for (int lower = 0; lower < 2; lower++)
+                rows[lower] =
+                    pixels.moved(band_offset(lower + PAD_H - kh, 2 * (first_window - unit.first_window) + PAD_W));
+            #pragma unroll 1
+            for (int kw = 0; kw < KERNEL_W; kw++)
+                for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
+                    int at[STEPS_AT_ONCE];
+                    #pragma unroll
+                    for (int i = 0; i < STEPS_AT_ONCE; i++) {
+                        at[i] = next_step();
+                        if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(pass, chunk);
+                    }
+                    int shift = step * 4 * ALONG - kw * 16;
+                    WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};
+                    multiply.template add<COUNT>(sums, a_stages, at, shifted, band);
+                }
+        }
         wgmma_wait<0>();
     }
 };

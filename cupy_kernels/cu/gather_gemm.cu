@@ -66,48 +66,68 @@ enum {
     TURNED_BYTES = 4 * (TILE_N * PITCH_M > TILE_M * PITCH_N ? TILE_N * PITCH_M : TILE_M * PITCH_N),
     TABLE_OFFSET = RING_BYTES > TURNED_BYTES ? RING_BYTES : TURNED_BYTES
 };
+enum { COLUMNS_OFFSET = TABLE_OFFSET + TILE_M * sizeof(Row) };
 static_assert(
-    TABLE_OFFSET + TILE_M * sizeof(Row) == SHARED_BYTES, "the ring, then the sums, then the table of rows to the end");
+    COLUMNS_OFFSET + TILE_N * 8 == SHARED_BYTES, "the ring, then the sums, then the tables of rows and columns");
 static_assert(THREADS % TILE_M == 0, "a thread stores one pixel of several channels");
 
-// What makes values of `out` from sums: the operands' powers of two, and the bias.
-struct Finish {
-    const int* weight_exponents;
-    const scalar_t* bias;
-    int exponent;
-    bool scaled;  // weight_exponents and exponent are something
+// What makes values of `out` from the sums of a column: the bias, and the exponent of its weights' scale. Looked up
+// before the sum, as one thread alone would wait for each.
+struct __align__(8) Column {
+    float shift;
+    short exponent, rotated;  // rotated: see Columns
 };
 
-// Turns the sums in shared memory, so that neighbouring threads store neighbouring elements.
+// The columns of a block.
+struct Columns {
+    int first, count, share;  // channels of the tile, and columns of a phase
+    // Without channels_last a thread stores two neighbours at once, or neighbouring threads have neighbouring pixels of
+    // a line, of all its phases: sectors of memory that are stored in parts cost many times as much. The columns of a
+    // phase are then rotated in shared memory, so that the phases lie in different banks.
+    bool together, by_lines;
+    int rotation;
+
+    __device__ Columns(const Tile& tile, const Shapes& s)
+        : share(TILE_N / (s.merged_h * s.merged_w)), together(s.merged_w == 2 && s.out_w % 2 == 0),
+          by_lines(!s.channels_last && s.merged_w > 1 && !together), rotation(by_lines ? max(1, 32 / s.merged_w) : 0) {
+        first = tile.channel * share, count = min(share, s.channels - first);
+    }
+    // exponents: null if there are none.
+    __device__ void fill(Column* table, const Shapes& s, const int* exponents, const scalar_t* bias) const {
+        Divisor by_share(share), by_merged_w(s.merged_w);
+        for (int n = threadIdx.x; n < TILE_N; n += THREADS) {
+            unsigned channel, phase_w;
+            by_merged_w.divide(by_share.divide(n, channel), phase_w);
+            float shift = bias && (int)channel < count ? to_acc(bias[blockIdx.y * s.channels + first + channel]) : 0;
+            table[n] = {shift, (short)(exponents ? exponents[n] : 0), (short)(phase_w * rotation)};
+        }
+    }
+};
+
+// Turns the sums in shared memory, so that neighbouring threads store neighbouring elements. exponent: of the scale of
+// `in`, 0 if it has none.
 __device__ __forceinline__ void store(
-    const Sums& sums, float* shared, const Row* table, const Tile& tile, const Shapes& s, const Finish& finish,
-    scalar_t* out) {
-    int merged = s.merged_h * s.merged_w, share = TILE_N / merged;  // channels of the tile
-    int first = tile.channel * share, count = min(share, s.channels - first), group = blockIdx.y;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Divisor by_share(share);
+    const Sums& sums, float* shared, const Row* table, const Column* of_columns, const Columns& columns,
+    const Shapes& s, int exponent, scalar_t* out) {
+    int merged = s.merged_h * s.merged_w, share = columns.share, first = columns.first, count = columns.count,
+        group = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     #pragma unroll
     for (int j = 0; j < TILES_N; j++) {
         int n = warp / WARPS_M * WARP_N + j * 8 + lane % 4 * 2;
-        float shift[2] = {};
-        ScaleBack scale[2] = {ScaleBack(0), ScaleBack(0)};
-        #pragma unroll
-        for (int c = 0; c < 2; c++) {
-            unsigned channel;
-            by_share.divide(n + c, channel);
-            if (finish.bias && (int)channel < count)
-                shift[c] = to_acc(finish.bias[group * s.channels + first + channel]);
-            if (finish.scaled) scale[c] = ScaleBack(finish.exponent + finish.weight_exponents[n + c]);
-        }
+        const Column left = of_columns[n], right = of_columns[n + 1];
+        ScaleBack scale[2] = {ScaleBack(exponent + left.exponent), ScaleBack(exponent + right.exponent)};
         #pragma unroll
         for (int i = 0; i < TILES_M; i++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int m = warp % WARPS_M * WARP_M + i * 16 + half * 8 + lane / 4;
                 float low = sums[i][j][half * 2], high = sums[i][j][half * 2 + 1];
-                low = scale[0](low, shift[0]), high = scale[1](high, shift[1]);
+                low = scale[0](low, left.shift), high = scale[1](high, right.shift);
                 if (s.channels_last) *(float2*)(shared + m * PITCH_N + n) = make_float2(low, high);
-                else shared[n * PITCH_M + m] = low, shared[(n + 1) * PITCH_M + m] = high;
+                else {
+                    shared[n * PITCH_M + (m + left.rotated) % TILE_M] = low;
+                    shared[(n + 1) * PITCH_M + (m + right.rotated) % TILE_M] = high;
+                }
             }
     }
     __syncthreads();
@@ -136,29 +156,34 @@ __device__ __forceinline__ void store(
             if (wide) {
                 Packed<scalar_t, VECTOR> line;
                 #pragma unroll
-                for (int v = 0; v < VECTOR; v++) line.v[v] = from_acc<scalar_t>(from[v]);
+                for (int v = 0; v < VECTOR; v += 4) {
+                    Packed<float, 4> four = *(const Packed<float, 4>*)(from + v);  // by one access: 8 meet one bank
+                    #pragma unroll
+                    for (int k = 0; k < 4; k++) line.v[v + k] = from_acc<scalar_t>(four.v[k]);
+                }
                 store_at_once(to, line);
             } else *to = from_acc<scalar_t>(*from);
         }
         return;
     }
-    bool together = s.merged_w == 2 && s.out_w % 2 == 0;  // a thread stores two neighbours at once
-    if (s.merged_w > 1 && !together) {
-        // Neighbouring threads have neighbouring pixels of a line, of all its phases: sectors of memory that are stored
-        // in parts cost many times as much.
-        Divisor by_line(TILE_M * s.merged_w), by_phase(s.merged_w), by_merged_h(s.merged_h), by_out_w(s.out_w),
-            by_out_h(s.out_h);
-        for (int i = threadIdx.x; i < count * s.merged_h * TILE_M * s.merged_w; i += THREADS) {
-            unsigned at, phase_w, phase_h, line = by_line.divide(i, at), m = by_phase.divide(at, phase_w),
-                                           channel = by_merged_h.divide(line, phase_h);
+    if (columns.by_lines) {
+        Divisor by_merged_w(s.merged_w), by_merged_h(s.merged_h), by_out_w(s.out_w), by_out_h(s.out_h);
+        for (int i = threadIdx.x; i < TILE_M * s.merged_w; i += THREADS) {
+            unsigned phase_w, m = by_merged_w.divide(i, phase_w);
             const Row row = table[m];
             unsigned ow, oh, image = by_out_h.divide(by_out_w.divide(max(row.out, 0), ow), oh);
-            oh += phase_h, ow += phase_w;
-            if (row.out < 0 || (int)oh > last_h || (int)ow > last_w) continue;
-            int column = (phase_h * s.merged_w + phase_w) * share + channel,
-                of_all = group * s.channels + first + channel;
-            out[((i64)image * all_channels + of_all) * plane + oh * s.out_w + ow] =
-                from_acc<scalar_t>(shared[column * PITCH_M + m]);
+            ow += phase_w;
+            if (row.out < 0 || (int)ow > last_w) continue;
+            scalar_t* to =
+                out + ((i64)image * all_channels + group * s.channels + first) * plane + (i64)oh * s.out_w + ow;
+            const float* from = shared + phase_w * share * PITCH_M + (m + phase_w * columns.rotation) % TILE_M;
+            #pragma unroll 4
+            for (int line = 0; line < count * s.merged_h; line++) {
+                unsigned phase_h, channel = by_merged_h.divide(line, phase_h);
+                if ((int)(oh + phase_h) <= last_h)
+                    to[channel * plane + phase_h * s.out_w] =
+                        from_acc<scalar_t>(from[(phase_h * s.merged_w * share + channel) * PITCH_M]);
+            }
         }
         return;
     }
@@ -175,7 +200,7 @@ __device__ __forceinline__ void store(
         if (oh + (int)phase_h > last_h) continue;
         const float* from = shared + (phase_h * s.merged_w * share + channel) * PITCH_M + m;
         scalar_t* line = to + channel * plane + phase_h * s.out_w;
-        if (together)
+        if (columns.together)
             store_at_once(
                 line, Packed<scalar_t, 2>{{from_acc<scalar_t>(from[0]), from_acc<scalar_t>(from[share * PITCH_M])}});
         else *line = from_acc<scalar_t>(*from);
@@ -199,6 +224,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gather_gemm(
         offset_h, offset_w, step_h, step_w, in_step_h, in_step_w, merged_h, merged_w, channel_tiles, channels_last};
     Tile tile(s);
     if (!tile.fill(table, s)) return;
+    Column* of_columns = (Column*)(shared + COLUMNS_OFFSET);
+    Columns columns(tile, s);
+    columns.fill(
+        of_columns, s,
+        in_exponents ? weight_exponents + ((i64)blockIdx.y * channel_tiles + tile.channel) * TILE_N : nullptr, bias);
     __syncthreads();
 
     // Copies: a thread has one octet of a step, for the rows m and the columns n that begin with its own.
@@ -217,6 +247,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gather_gemm(
     const u8* weight_rows = (const u8*)weights +
                             ((i64)(blockIdx.y * channel_tiles + tile.channel) * TILE_N + line) * weight_pitch +
                             (i64)part * taps_h * taps_w * octets * 16;
+    // A thread's rows, in registers where these are not what limits the blocks of a multiprocessor.
+    enum { KEPT = WGMMA && MIN_BLOCKS == 1 ? TILE_M / ROWS_AT_ONCE : 0 };
+    Row kept[KEPT + 1];
+    #pragma unroll
+    for (int i = 0; i < KEPT; i++) kept[i] = table[line + i * ROWS_AT_ONCE];
     const u8 *from, *weight;
     int shift_h, shift_w, shift;
     bool exists;
@@ -238,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gather_gemm(
         Shared to = stage + line_offset(line, place);
         #pragma unroll
         for (int i = piece; i < TILE_M / ROWS_AT_ONCE; i += SLICES) {
-            const Row row = table[line + i * ROWS_AT_ONCE];
+            const Row row = KEPT ? kept[i] : table[line + i * ROWS_AT_ONCE];
             bool inside = exists & ((unsigned)(row.h + shift_h) < (unsigned)in_h) &
                           ((unsigned)(row.w + shift_w) < (unsigned)in_w);
             copy_octet<true>(to + i * ROWS_AT_ONCE * LINE_BYTES, from + (i64)(row.pixel + shift) * in_pitch, inside);
@@ -256,10 +291,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gather_gemm(
         for (int i = 0; i < TILES_M * TILES_N * 4; i++) to[i * THREADS] = sums[i / 4 / TILES_N][i / 4 % TILES_N][i % 4];
         return;
     }
-    Finish finish = {weight_exponents + ((i64)blockIdx.y * channel_tiles + tile.channel) * TILE_N, bias,
-        in_exponents ? smallest_exponent(in_exponents, in_exponent_count, (unsigned*)shared) : 0,
-        in_exponents != nullptr};
-    store(sums, (float*)shared, table, tile, s, finish, out);
+    int exponent = in_exponents ? smallest_exponent(in_exponents, in_exponent_count, (unsigned*)shared) : 0;
+    store(sums, (float*)shared, table, of_columns, columns, s, exponent, out);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) gather_gemm_reduce(
@@ -274,6 +307,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather_gemm_reduce(
         offset_h, offset_w, step_h, step_w, in_step_h, in_step_w, merged_h, merged_w, channel_tiles, channels_last};
     Tile tile(s);
     if (!tile.fill(table, s)) return;
+    Column* of_columns = (Column*)(shared + COLUMNS_OFFSET);
+    Columns columns(tile, s);
+    columns.fill(
+        of_columns, s,
+        in_exponents ? weight_exponents + ((i64)blockIdx.y * channel_tiles + tile.channel) * TILE_N : nullptr, bias);
     Sums sums = {};
     for (int split = 0; split < splits; split++) {
         const float* from = partial + partial_tile(split);
@@ -281,8 +319,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather_gemm_reduce(
         for (int i = 0; i < TILES_M * TILES_N * 4; i++)
             sums[i / 4 / TILES_N][i / 4 % TILES_N][i % 4] += from[i * THREADS];
     }
-    Finish finish = {weight_exponents + ((i64)blockIdx.y * channel_tiles + tile.channel) * TILE_N, bias,
-        in_exponents ? smallest_exponent(in_exponents, in_exponent_count, (unsigned*)shared) : 0,
-        in_exponents != nullptr};
-    store(sums, (float*)shared, table, tile, s, finish, out);
+    __syncthreads();
+    int exponent = in_exponents ? smallest_exponent(in_exponents, in_exponent_count, (unsigned*)shared) : 0;
+    store(sums, (float*)shared, table, of_columns, columns, s, exponent, out);
 }

@@ -230,3 +230,30 @@ extern "C" __global__ void pack_taps(
         v, exponents ? power_of_two(exponents[row]) : 1,
         packed + row * SPLIT * part_stride + ((i64)tap * octets + octet) * 8, part_stride);
 }
+
+// The same of 16-bit weights without merged phases, by 16 bytes: `taps` neighbours in memory, and where columns are
+// neighbours, too, all of them. A thread has an octet of 8 neighbours. Eight threads have neighbouring octets. Grid: x =
+// blocks of 8 octets (fastest), of 32 times 8 neighbours; y = groups.
+extern "C" __global__ void __launch_bounds__(256) turn_taps(
+    const operand_t* __restrict__ w, operand_t* __restrict__ packed, int channels, int sum_channels, int octets,
+    int taps, i64 group_stride, i64 channel_stride, i64 sum_stride, int columns) {
+    int octet_blocks = (octets + 7) / 8, octet = blockIdx.x % octet_blocks * 8 + threadIdx.x % 8,
+        first = (blockIdx.x / octet_blocks * 32 + threadIdx.x / 8) * 8;
+    if (octet >= octets || first >= columns * taps) return;
+    Divisor by_taps(taps);
+    unsigned tap, column = by_taps.divide(first, tap);
+    const operand_t* from = w + blockIdx.y * group_stride + column * channel_stride + tap + octet * 8 * sum_stride;
+    typedef Packed<operand_t, 8> Eight;
+    Eight rows[8] = {};
+    #pragma unroll
+    for (int j = 0; j < 8; j++)
+        if (first < channels * taps && octet * 8 + j < sum_channels) rows[j] = *(const Eight*)(from + j * sum_stride);
+    operand_t* to = packed + ((i64)blockIdx.y * columns * taps * octets + octet) * 8;
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+        Eight line;
+        #pragma unroll
+        for (int j = 0; j < 8; j++) line.v[j] = rows[j].v[i];
+        store_at_once(to + (i64)(first + i) * octets * 8, line);
+    }
+}

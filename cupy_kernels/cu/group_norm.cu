@@ -10,12 +10,13 @@
 // values, where xhat = (x - mean) rstd. The gradients of weight and bias are sums of dy xhat and dy over images and
 // plane.
 //
-// Macros: scalar_t, acc_t, param_t (weight, bias and their gradients), WIDTH (a divisor of a group's size; pointers are
+// Macros: scalar_t, acc_t, out_t (y and dy), param_t (weight, bias and their gradients), WIDTH (a divisor of a group's size; pointers are
 // aligned to a pack), CACHED (0 or 1), THREADS and COLUMNS (of group_norm_backward_parameters). Limit: fewer than 2^31
 // values in a group.
 #include "batch_norm.cuh"  // one expression for all that normalises
 
 typedef Packed<scalar_t, WIDTH> Pack;
+typedef Packed<out_t, WIDTH> OutPack;
 
 // Of the block's group, whose values it brings into the cache.
 __device__ inline Moments moments_of_group(
@@ -46,7 +47,7 @@ __device__ inline Moments moments_of_group(
 
 extern "C" __global__ void __launch_bounds__(1024) group_norm_forward(
     const scalar_t* __restrict__ x, const param_t* __restrict__ weight, const param_t* __restrict__ bias,
-    scalar_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int groups,
+    out_t* __restrict__ y, acc_t* __restrict__ mean, acc_t* __restrict__ rstd, acc_t eps, int groups,
     int group_channels, int plane) {
     DYNAMIC_SHARED(Pack, cache);
     __shared__ acc_t scratch[32];
@@ -67,26 +68,28 @@ extern "C" __global__ void __launch_bounds__(1024) group_norm_forward(
     int first_channel = blockIdx.x % groups * group_channels;
     for (int p = threadIdx.x; p < packs; p += blockDim.x) {
         Pack values = CACHED ? cache[p] : in[p];
+        OutPack out;
         unsigned within, channel = first_channel + by_plane.divide(p * WIDTH, within);
         acc_t w = bn_weight(weight, channel), b = bn_bias(bias, channel);
         #pragma unroll
         for (int i = 0; i < WIDTH; i++) {
-            values.v[i] = from_acc<scalar_t>(bn_affine(normalise(to_acc(values.v[i])), w, b));
+            out.v[i] = from_acc<out_t>(bn_affine(normalise(to_acc(values.v[i])), w, b));
             if (++within == plane && i + 1 < WIDTH) {
                 within = 0, channel++;
                 w = bn_weight(weight, channel), b = bn_bias(bias, channel);
             }
         }
-        ((Pack*)(y + base))[p] = values;
+        ((OutPack*)(y + base))[p] = out;
     }
 }
 
 struct Means { acc_t g, dot; };  // of dy weight, and of dy weight xhat, over a group
 
 struct Group {
-    const scalar_t *dy, *x;
+    const out_t* dy;
+    const scalar_t* x;
     const param_t* weight;
-    acc_t* partials;
+    double* partials;
     int first_channel, channels, plane;
     Normaliser normalise;
 
@@ -100,8 +103,9 @@ struct Group {
             weighted_sum += w * sum;
             weighted_dot += w * dot;
             if (partials) {
-                partials[first_plane + channel] = sum * inverse_of(unit);
-                partials[planes + first_plane + channel] = dot * inverse_of(unit);
+                double back = inverse_of(unit);
+                partials[first_plane + channel] = sum * back;
+                partials[planes + first_plane + channel] = dot * back;
             }
         };
         int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -109,17 +113,19 @@ struct Group {
         int parts = max(1, warps / channels), teams = warps / parts;
         for (int channel = warp / parts; channel < channels; channel += teams) {
             acc_t sum = 0, dot = 0;
-            auto add = [&](scalar_t gradient, scalar_t value) {
+            auto add = [&](out_t gradient, scalar_t value) {
                 acc_t g = to_acc(gradient) * unit;
                 sum += g;
                 dot += g * normalise(to_acc(value));
             };
             int first = channel * plane, start = warp % parts * 32 + lane, step = parts * 32;
             if (plane % WIDTH == 0) {
-                const Pack *gradients = (const Pack*)(dy + first), *values = (const Pack*)(x + first);
+                const OutPack* gradients = (const OutPack*)(dy + first);
+                const Pack* values = (const Pack*)(x + first);
                 #pragma unroll 2
                 for (int p = start; p < plane / WIDTH; p += step) {
-                    Pack g = gradients[p], v = values[p];
+                    OutPack g = gradients[p];
+                    Pack v = values[p];
                     #pragma unroll
                     for (int i = 0; i < WIDTH; i++) add(g.v[i], v.v[i]);
                 }
@@ -156,28 +162,31 @@ struct Group {
 // dx may be null. partials [2][images * channels]: sum of dy, and of dy xhat, over each plane; null where weight and
 // bias need no gradient.
 extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
-    const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
+    const out_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ mean,
     const acc_t* __restrict__ rstd, const param_t* __restrict__ weight, scalar_t* __restrict__ dx,
-    acc_t* __restrict__ partials, int groups, int group_channels, int plane) {
-    DYNAMIC_SHARED(Pack, cache);
+    double* __restrict__ partials, int groups, int group_channels, int plane) {
+    DYNAMIC_SHARED(OutPack, dy_cache);
     __shared__ acc_t scratch[32], part_sums[32], part_dots[32];
     int size = group_channels * plane, packs = size / WIDTH;
     i64 base = (i64)blockIdx.x * size;
-    const Pack *gradients = (const Pack*)(dy + base), *in = (const Pack*)(x + base);
+    const OutPack* gradients = (const OutPack*)(dy + base);
+    const Pack* in = (const Pack*)(x + base);
+    Pack* x_cache = (Pack*)(dy_cache + packs);
     if (CACHED) {
         #pragma unroll 2
         for (int p = threadIdx.x; p < packs; p += blockDim.x) {
-            Pack g = gradients[p], v = in[p];
-            cache[p] = g;
-            cache[packs + p] = v;
+            OutPack g = gradients[p];
+            Pack v = in[p];
+            dy_cache[p] = g;
+            x_cache[p] = v;
         }
         __syncthreads();
     }
     acc_t r = rstd[blockIdx.x];
     Normaliser normalise(mean[blockIdx.x], r);
     int first_channel = blockIdx.x % groups * group_channels;
-    Group group = {CACHED ? (const scalar_t*)cache : dy + base, CACHED ? (const scalar_t*)(cache + packs) : x + base,
-        weight, partials, first_channel, group_channels, plane, normalise};
+    Group group = {CACHED ? (const out_t*)dy_cache : dy + base, CACHED ? (const scalar_t*)x_cache : x + base, weight,
+        partials, first_channel, group_channels, plane, normalise};
     acc_t unit = 1;
     Means means;
     do means = group.sum_up(unit, part_sums, part_dots, scratch);
@@ -186,38 +195,40 @@ extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
     acc_t mean_g = means.g * inverse_of(unit), mean_dot = means.dot * inverse_of(unit);
     Divisor by_plane(plane);
     for (int p = threadIdx.x; p < packs; p += blockDim.x) {
-        Pack g = CACHED ? cache[p] : gradients[p], v = CACHED ? cache[packs + p] : in[p];
+        OutPack g = CACHED ? dy_cache[p] : gradients[p];
+        Pack v = CACHED ? x_cache[p] : in[p];
         unsigned within, channel = first_channel + by_plane.divide(p * WIDTH, within);
         acc_t w = bn_weight(weight, channel);
         #pragma unroll
         for (int i = 0; i < WIDTH; i++) {
             acc_t dxhat = to_acc(g.v[i]) * w - (mean_g + normalise(to_acc(v.v[i])) * mean_dot);
-            g.v[i] = from_acc<scalar_t>(multiply_unflushed(dxhat, r));
+            v.v[i] = from_acc<scalar_t>(multiply_unflushed(dxhat, r));
             if (++within == plane && i + 1 < WIDTH) {
                 within = 0, channel++;
                 w = bn_weight(weight, channel);
             }
         }
-        ((Pack*)(dx + base))[p] = g;
+        ((Pack*)(dx + base))[p] = v;
     }
 }
 
-// dweight and dbias from partials, over the images in a fixed order. A block takes COLUMNS channels, whose neighbours
-// are read together, and each of its threads every (blockDim.x / COLUMNS)-th image. Null outputs are left out.
+// dweight and dbias from partials [2][rows][channels], over the rows in a fixed order. A block takes COLUMNS channels,
+// whose neighbours are read together, and each of its threads every (blockDim.x / COLUMNS)-th row. Null outputs are left
+// out.
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_parameters(
-    const acc_t* __restrict__ partials, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 images,
+    const double* __restrict__ partials, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 rows,
     i64 channels) {
     static_assert(
         THREADS % COLUMNS == 0 && (THREADS / COLUMNS & (THREADS / COLUMNS - 1)) == 0,
         "threads are halved down to COLUMNS");
-    __shared__ acc_t sums[THREADS], dots[THREADS];
+    __shared__ double sums[THREADS], dots[THREADS];
     i64 channel = (i64)blockIdx.x * COLUMNS + threadIdx.x % COLUMNS;
-    acc_t sum = 0, dot = 0;
+    double sum = 0, dot = 0;
     if (channel < channels)
         #pragma unroll 4
-        for (i64 n = threadIdx.x / COLUMNS; n < images; n += blockDim.x / COLUMNS) {
+        for (i64 n = threadIdx.x / COLUMNS; n < rows; n += blockDim.x / COLUMNS) {
             sum += partials[n * channels + channel];
-            dot += partials[(images + n) * channels + channel];
+            dot += partials[(rows + n) * channels + channel];
         }
     sums[threadIdx.x] = sum;
     dots[threadIdx.x] = dot;
@@ -229,6 +240,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_parame
         }
     }
     if (threadIdx.x >= COLUMNS || channel >= channels) return;
-    if (dbias) dbias[channel] = from_acc<param_t>(sums[threadIdx.x]);
-    if (dweight) dweight[channel] = from_acc<param_t>(dots[threadIdx.x]);
+    if (dbias) dbias[channel] = from_acc<param_t>((acc_t)sums[threadIdx.x]);
+    if (dweight) dweight[channel] = from_acc<param_t>((acc_t)dots[threadIdx.x]);
 }

@@ -8,14 +8,15 @@
 // Rows of the product are output channels m, columns are pixels, the sum runs over input channels and taps. Pixels are
 // ordered by 2x2 windows, so that an epilogue can pool: four windows make a tile, their upper pixels one n8-tile of the
 // tensor cores and their lower pixels another. Windows are numbered row by row, WINDOW_PITCH a row, of which the first
-// WINDOWS_W exist. A block owns one unit: TILE_M channels and UNIT_WINDOWS windows of one image, in passes of
+// WINDOWS_W exist. A block owns one unit at a time: TILE_M channels and UNIT_WINDOWS windows of one image, in passes of
 // WARPS_N x TILES tiles. A warp (with WGMMA a warpgroup) has 64 of the channels and TILES tiles of a pass, in the last
 // pass of a unit LAST_TILES.
 //
 // Load. The rows of x that a unit needs (the band) lie in shared memory as fp16, so that a tap is a shifted read. x is
 // a tensor of scalar_t, converted on the way, or with X_PACKED 1 it is packed already (fp16_tiles.cu). struct
 // Band<X_PACKED>:
-//     Band(x, x_exponents, count, unit, shared)  clears what holds no pixel, begins asynchronous copies
+//     Band(x, x_exponents, count, unit, units, shared)
+//                                                clears what holds no pixel, begins asynchronous copies
 //     begin(scratch)                             the first pass can run under the scale of `exponent`
 //     fits(scratch)                              whether this scale was right; if not, all passes run again
 // Weights stream through a ring (WeightRing), a step at a time.
@@ -26,15 +27,18 @@
 //                                                (upper left, right, lower left, right) of its window t of LANE_WINDOWS
 //
 // Epilogue. The kernel's own, a struct with
-//     pass(sums, place, exponent)                takes the sums of a pass, times 2^(exponent + the channel's exponent)
+//     pass(sums, place, exponent, step)          takes the sums of a pass, times 2^(exponent + the channel's exponent).
+//                                                Calls step() now and then, as often in all threads
 //     restart()                                  forgets all passes: they come again
-//     finish(exponent)                           after the last pass
+//     finish(exponent, unit)                     after the last pass of a unit
 //
 // Macros: those of pooled_planes.cuh and fp16_tiles.cuh, scalar_t (float, half_t, bf16_t), X_PACKED, input_t (scalar_t,
 // half_t for packed tiles), CHANNELS_LAST (1: x, if not packed, and y are [N, H, W, C]), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
 // PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES, THREADS, STAGES, GAP (zeros between two rows of the band),
 // PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's), ADJACENT (1: the windows of a lane are
-// neighbours, for wide stores; 0: those of four lanes are), WGMMA, and those of the form. Limits: those that
+// neighbours, for wide stores; 0: those of four lanes are), WGMMA, AS_IT_IS (1: x, in channels_last, and the weights are
+// fp16 operands as they lie in memory, under scales of 1; with WGMMA only), PERSISTENT (1: with AS_IT_IS and whole images, blocks take one unit after the other), and those of
+// the form. Limits: those that
 // check_supported in conv_transpose_mma.py checks.
 #pragma once
 #include "common.cuh"
@@ -59,6 +63,11 @@ enum { GUESS = 10, SLACK = 6 };
 __device__ constexpr int first_row_of(int window) { return window / WINDOW_PITCH * 2 + PAD_H - (KERNEL_H - 1); }
 __device__ constexpr int end_row_of(int window) { return window / WINDOW_PITCH * 2 + 1 + PAD_H + 1; }
 
+__device__ constexpr int passes_of(int windows) {
+    enum { LARGER = (MOST_TILES - TILES) * 4 * WARPS_N };  // what the last pass can take more
+    return LARGER >= windows ? 1 : (windows - LARGER + PASS_WINDOWS - 1) / PASS_WINDOWS;
+}
+
 // What a block works on: windows [first_window, end_window), whose last one exists, and rows [first_row, end_row) of x.
 struct Unit {
     i64 image;
@@ -69,9 +78,7 @@ struct Unit {
         number = block % UNITS;
         first_window = number * UNIT_WINDOWS;
         end_window = min(first_window + UNIT_WINDOWS, WINDOWS_H * WINDOW_PITCH) - (WINDOW_PITCH - WINDOWS_W);
-        enum { LARGER = (MOST_TILES - TILES) * 4 * WARPS_N };  // what the last pass can take more
-        passes = (end_window - first_window - LARGER + PASS_WINDOWS - 1) / PASS_WINDOWS;
-        if (LARGER) passes = max(1, passes);
+        passes = passes_of(end_window - first_window);
         first_row = max(0, first_row_of(first_window));
         end_row = min(IN_H, end_row_of(end_window - 1));
     }
@@ -140,29 +147,40 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
 #include "conv_mma.cuh"
 #endif
 
-// The convolution of one unit. x_exponents: of a packed x, `x_exponent_count` of them.
+// The convolution of the block's units, of `units` in all. x_exponents: of a packed x, `x_exponent_count` of them.
 template <class Epilogue>
 __device__ inline void convolve(
-    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
-    Epilogue& epilogue) {
-    Unit unit(blockIdx.x);
-    Band<X_PACKED> band(x, x_exponents, x_exponent_count, unit, shared);
+    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, i64 units, u8* shared,
+    unsigned* scratch, Epilogue& epilogue) {
+    i64 number = blockIdx.x;
+    Unit unit(number);
+    Rows band(x, x_exponents, x_exponent_count, unit, units, shared);
     MainLoop loop(unit, band, packed, shared);
-    for (bool again = true; again;) {
-        band.begin(scratch);
-        for (int pass = 0; pass < unit.passes; pass++) {
-            int start = unit.first_window + pass * PASS_WINDOWS, left = unit.end_window - start;
-            bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
-                                           : LAST_TILES > TILES && pass == unit.passes - 1 && left > PASS_WINDOWS;
-            int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
-            Sums sums = {};
-            if (last) loop.pass<LAST_TILES>(sums, pass, first_window);
-            else loop.pass<TILES>(sums, pass, first_window);
-            Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
-            epilogue.pass(sums, place, band.exponent);
+    for (;;) {
+        i64 next = number + gridDim.x;
+        for (bool again = true; again;) {
+            band.begin(scratch);
+            for (int pass = 0; pass < unit.passes; pass++) {
+                int start = unit.first_window + pass * PASS_WINDOWS, left = unit.end_window - start;
+                bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
+                                               : LAST_TILES > TILES && pass == unit.passes - 1 && left > PASS_WINDOWS;
+                int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
+                Sums sums = {};
+                if (last) loop.pass<LAST_TILES>(sums, pass, first_window);
+                else loop.pass<TILES>(sums, pass, first_window);
+                Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
+                epilogue.pass(sums, place, band.exponent, [&] {
+                    if (PERSISTENT) loop.next_step();
+                });
+            }
+            again = !band.fits(scratch);
+            if (again) epilogue.restart();
         }
-        again = !band.fits(scratch);
-        if (again) epilogue.restart();
+        epilogue.finish(band.exponent, number);
+        if (!PERSISTENT || next >= units) break;
+        number = next;
+        unit = Unit(number);
+        epilogue.restart();
     }
-    epilogue.finish(band.exponent);
+    loop.finish();
 }

@@ -7,8 +7,8 @@
 // order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in line_offset's order], with WGMMA
 // (conv_wgmma.cuh) [m tile][64 channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves];
 // exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block per row of the
-// padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA, and
-// those of fp16_tiles.cuh.
+// padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA,
+// AS_IT_IS (1: under a scale of 1), and those of fp16_tiles.cuh.
 #include "common.cuh"
 #include "fp16_tiles.cuh"
 
@@ -18,7 +18,7 @@ extern "C" __global__ void pack_weight_fp16(
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;
-    if (m < OUT_CHANNELS)
+    if (m < OUT_CHANNELS && !AS_IT_IS)
         for (int i = threadIdx.x; i < IN_CHANNELS * TAPS; i += blockDim.x) {
             int k = i / TAPS, tap = i % TAPS;
             largest =
@@ -26,7 +26,7 @@ extern "C" __global__ void pack_weight_fp16(
                                  w[FLIP ? (m * IN_CHANNELS + k) * TAPS + tap : (k * OUT_CHANNELS + m) * TAPS + tap])));
         }
     largest = block_max(largest, scratch);
-    int exponent = scale_exponent(largest);
+    int exponent = AS_IT_IS ? 0 : scale_exponent(largest);
     float scale = power_of_two(exponent) * (signs && m < OUT_CHANNELS && to_acc(signs[m]) < 0 ? -1 : 1);
     if (threadIdx.x == 0) {
         exponents[m] = exponent;

@@ -57,7 +57,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     scalar_t* to = out + start_of_block(channel);
-    Pooled source(pooled, exponents, unit_exponents, channel);
+    __shared__ Pooled::Places places;
+    Pooled source(pooled, exponents, unit_exponents, channel, places);
     float values[UNROLLED][ITEMS];
     const float *channel_mean = STATISTICS ? mean + channel : running[0],
                 *channel_invstd = STATISTICS ? invstd + channel : running[1];
@@ -118,6 +119,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     }
     if (TURNED) {
         __syncthreads();
-        for_turned([&](int at, int outside) { *(Together*)(to + outside) = *(const Together*)(turned + at); });
+        enum { AT_ONCE = TURNED_TOGETHER == 2 && MEMBERS % 8 == 0 && OUT_CHANNELS % 8 == 0 ? 8 : TURNED_TOGETHER };
+        for_turned<AT_ONCE>([&](int at, int outside) {
+            Packed<Together, AT_ONCE / TURNED_TOGETHER> together;
+            #pragma unroll
+            for (int i = 0; i < AT_ONCE / TURNED_TOGETHER; i++)
+                together.v[i] = *(const Together*)(turned + at + i * TURNED_TOGETHER);
+            store_at_once(to + outside, *(const Packed<scalar_t, AT_ONCE>*)&together);
+        });
     }
 }

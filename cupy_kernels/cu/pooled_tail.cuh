@@ -7,7 +7,7 @@
 //
 // Macros: scalar_t (of out and dout), acc_t (float), param_t (all weights and biases, running statistics), pooled_t
 // (conv_bn_pool.cu), ACTIVATION (activation.cuh), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS, WARPS, THREADS (of the
-// kernels whose blocks are not groups), SAVED_SHIFT (conv_bn_pool.cu), CHANNELS_LAST (1: out and dout are
+// kernels whose blocks are not groups), SAVED_SHIFT, AS_IT_IS (conv_bn_pool.cu), CHANNELS_LAST (1: out and dout are
 // [N, PLANE, OUT_CHANNELS], and a block turns its part of them in shared memory where that has room), and those of
 // pooled_planes.cuh.
 #pragma once
@@ -29,7 +29,7 @@ static_assert(ITEMS <= 10, "a lane has registers for 10 values of each tensor");
 // Of channels_last values in shared memory: so many lie between two of a plane, that 32 are in different banks.
 #define TURN_PITCH (sizeof(scalar_t) == 2 ? ((MEMBERS + 1) / 2 | 1) * 2 : MEMBERS | 1)
 #define TURNED (CHANNELS_LAST && RESIDENT && PLANE * TURN_PITCH * sizeof(scalar_t) <= 40 * 1024)
-#define TURNED_TOGETHER (sizeof(scalar_t) == 2 && MEMBERS % 2 == 0 ? 2 : 1)
+#define TURNED_TOGETHER (sizeof(scalar_t) == 2 && MEMBERS % 2 == 0 ? 2 : 1)  // values in shared memory for one access
 #define STEP (TURNED ? TURN_PITCH : CHANNELS_LAST ? OUT_CHANNELS : 1)  // from a value of a plane to the next
 
 struct Job {
@@ -64,10 +64,10 @@ __device__ inline i64 start_of_block(int channel) {
     return CHANNELS_LAST ? (i64)(blockIdx.x / GROUPS) * PLANE * OUT_CHANNELS + channel : (i64)blockIdx.x * SIZE;
 }
 
-// visit(in `turned`, in the block's part of out or dout): where each thread's next TURNED_TOGETHER values lie.
-template <class F> __device__ inline void for_turned(F visit) {
-    for (int i = threadIdx.x; i < SIZE / TURNED_TOGETHER; i += 32 * WARPS) {
-        int p = i / (MEMBERS / TURNED_TOGETHER), member = i % (MEMBERS / TURNED_TOGETHER) * TURNED_TOGETHER;
+// visit(in `turned`, in the block's part of out or dout): where each thread's next AT_ONCE values lie.
+template <int AT_ONCE, class F> __device__ inline void for_turned(F visit) {
+    for (int i = threadIdx.x; i < SIZE / AT_ONCE; i += 32 * WARPS) {
+        int p = i / (MEMBERS / AT_ONCE), member = i % (MEMBERS / AT_ONCE) * AT_ONCE;
         visit(p * TURN_PITCH + member, p * OUT_CHANNELS + member);
     }
 }
@@ -78,23 +78,34 @@ __device__ inline float restoring(int exponent) { return power_of_two(max(-126, 
 
 // The pooled sums of a block's planes, as conv_bn_pool writes them: of channels from `channel` on of one image.
 struct Pooled {
+    // Of a value of a plane, where it lies in `pooled`: looked up, where a block has room, as all planes have the same.
+    typedef unsigned short Places[RESIDENT ? PLANE : 1];
     const pooled_t* source;
     const int *exponents, *unit_exponents;
+    const Places& places;
 
-    __device__ Pooled(const pooled_t* pooled, const int* exponents, const int* unit_exponents, int channel)
+    // All threads of the block come here, and write `places`.
+    __device__ Pooled(
+        const pooled_t* pooled, const int* exponents, const int* unit_exponents, int channel, Places& places)
         : source(pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE), exponents(exponents + channel),
-          unit_exponents(unit_exponents + (i64)(blockIdx.x / GROUPS) * UNITS) {}
+          unit_exponents(unit_exponents + (i64)(blockIdx.x / GROUPS) * UNITS), places(places) {
+        if (!RESIDENT) return;
+        for (int p = threadIdx.x; p < PLANE; p += 32 * WARPS) places[p] = place_of(p);
+        __syncthreads();
+    }
+    __device__ static int place_of(int p) { return place_of_window<TOGETHER_POOLED>(p / POOLED_W, p % POOLED_W); }
     __device__ void load(const Job& job, float (&v)[ITEMS]) const {
-        enum { SCALED = sizeof(pooled_t) == 2 };
+        enum { SCALED = sizeof(pooled_t) == 2 && !AS_IT_IS };
         const pooled_t* from = source + job.member * PLANE_STRIDE;
         int exponent = SCALED ? exponents[job.member] - SAVED_SHIFT : 0, at = job.at;
         if (SCALED && !RESIDENT) make_opaque(at);  // else what all rounds have in common takes too many registers
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            int p = at + i * 32, row = p / POOLED_W, column = p % POOLED_W;
-            v[i] = job.inside(i) ? to_acc(from[place_of_window<TOGETHER_POOLED>(row, column)]) : 0;
+            int p = at + i * 32;
+            v[i] = job.inside(i) ? to_acc(from[RESIDENT ? places[p] : place_of(p)]) : 0;
             if (SCALED && job.inside(i))
-                v[i] = multiply_unflushed(v[i], restoring(exponent + unit_exponents[unit_of_window(row, column)]));
+                v[i] = multiply_unflushed(
+                    v[i], restoring(exponent + unit_exponents[unit_of_window(p / POOLED_W, p % POOLED_W)]));
         }
     }
 };

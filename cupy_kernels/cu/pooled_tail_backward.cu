@@ -41,12 +41,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     i64 start = (i64)blockIdx.x * SIZE;
     dout += start_of_block(channel);
     if (TURNED) {
-        for_turned([&](int at, int outside) { *(Together*)(turned + at) = *(const Together*)(dout + outside); });
+        for_turned<TURNED_TOGETHER>([&](int at, int outside) { *(Together*)(turned + at) = *(const Together*)(dout + outside); });
         __syncthreads();
     }
     float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
     float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], activated[UNROLLED][ITEMS];
-    Pooled source(pooled, exponents, unit_exponents, channel);
+    __shared__ Pooled::Places places;
+    Pooled source(pooled, exponents, unit_exponents, channel, places);
     auto load = [&](const Job& job, float (&v)[ITEMS], float (&d)[ITEMS]) {
         source.load(job, v);
         job.load(TURNED ? turned : dout, d);

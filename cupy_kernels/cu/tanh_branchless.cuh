@@ -30,3 +30,9 @@ __device__ inline float tanh_branchless(float v) {
     unsigned sign = __float_as_uint(v) & 0x80000000;
     return size >= 0.6f ? __uint_as_float(__float_as_uint(large) | sign) : small;
 }
+
+// The larger of these two alone: its error is that of float near 1, wherever v is. Enough for values of 16 bits, and 5
+// instructions.
+__device__ inline float tanh_coarse(float v) {
+    return fmaf(-2, reciprocal_approximate(exp2_approximate(v * 2.88539f) + 1), 1);
+}

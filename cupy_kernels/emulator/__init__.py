@@ -29,19 +29,24 @@ import threading
 from importlib import resources
 from pathlib import Path
 
-from .. import cache, forks, nvrtc
+from .. import cache, forks, nvrtc, source
 from ..backend import Backend
 from ..errors import BackendError, EmulatorError, KernelCompileError
-from ..source import MACROS, Kernel, compile_error, declarations, is_packaged, unit
-from . import lines, messages
+from ..parsing import declarations
+from ..source import MACROS, Kernel, compile_error, is_packaged, unit
+from . import elf, lines, messages
 
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti")
 FLAGS += ("-fvisibility=hidden",)  # or a kernel named like a function of libc would call that one
+# A large local array meets the guard page, and does not step over it; one that overflows is seen at the function's end.
+FLAGS += ("-fstack-clash-protection", "-fstack-protector-strong")
 # What makes the compiler call the runtime: before each access to memory, and where a value is wrong. clang does not for
 # accesses of more than 16 bytes, which vectorised loops have. A loop without an end stays one.
-CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,signed-integer-overflow", "-fno-tree-vectorize")
-CHECKS += ("-fno-tree-slp-vectorize", "-fno-finite-loops", "-g1", "-gdwarf-4")
-CHECKS += ("-pedantic-errors",)  # NVRTC knows few of the extensions that host compilers have
+CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,signed-integer-overflow,integer-divide-by-zero")
+CHECKS += ("-fsanitize=shift-exponent,return,unreachable", "-fno-tree-vectorize", "-fno-tree-slp-vectorize")
+LINES = ("-g1", "-gdwarf-4")  # what lines.py reads
+CHECKS += ("-fno-finite-loops", *LINES)
+CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the extensions that host compilers have
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1")  # y[i] += 1 reads, too
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 
@@ -52,7 +57,11 @@ _EXTERN_SHARED = re.compile(r"\bextern\s+__shared__\s+(?:__align__\([^)]*\)\s*)?
 _STATIC_SHARED = re.compile(r"\bstatic\s+(?=__shared__\b)|(?<=__shared__)\s+static\b")  # __shared__ stands for static
 _ALIGNED_SHARED = re.compile(r"\b__shared__\s+(alignas\([^)]*\))")  # alignas comes first in C++
 # What NVRTC does not know, and host compilers take even with -pedantic-errors.
-_UNKNOWN = "__int128 _Float16 thread_local throw __typeof__ __typeof _Complex"
+_UNKNOWN = "__int128 _Float16 thread_local throw new __typeof__ __typeof __asm__ __asm _Complex __builtin_prefetch"
+_UNKNOWN += (
+    " __builtin_popcount __builtin_clz __builtin_ctz __builtin_ffs __builtin_sqrt __builtin_sqrtf __builtin_inff"
+)
+_UNKNOWN += " __builtin_nanf __builtin_huge_valf __builtin_fabsf __builtin_bswap32 __builtin_memcpy"
 _one_at_a_time = forks.lock()  # the state of a running block is static in its library
 
 
@@ -86,6 +95,15 @@ class _Parameter(ctypes.Structure):
     _fields_ = (("name", ctypes.c_char_p), ("bytes", ctypes.c_uint64), ("item", ctypes.c_uint), ("kind", ctypes.c_int))
 
 
+class _Variable(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("shared", ctypes.c_int),
+    )
+
+
 class _Launch(ctypes.Structure):
     _fields_ = (
         ("parameters", ctypes.POINTER(_Parameter)),
@@ -95,6 +113,8 @@ class _Launch(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared_bytes", ctypes.c_uint64),
         ("seed", ctypes.c_uint64),
+        ("variables", ctypes.POINTER(_Variable)),
+        ("variable_count", ctypes.c_uint),
     )
 
 
@@ -121,8 +141,11 @@ class Emulator(Backend):
                 nvrtc.check(kernel)
             except KernelCompileError as error:
                 raise KernelCompileError(f"NVRTC {nvrtc.version()}, which compiles for GPUs: {error}") from None
+        found = elf.variables(Path(library._name).read_bytes())
+        variables = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
         for name in declarations(unit(kernel)):
-            getattr(library, f"emulator_{name}").restype = ctypes.c_char_p
+            entry = getattr(library, f"emulator_{name}")
+            entry.restype, entry.variables = ctypes.c_char_p, variables
         return library
 
 
@@ -154,11 +177,13 @@ def _run(packed) -> None:
     words = packed.words  # made by this, and alive until the kernel ends
     launch = _Launch(parameters, words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
     launch.seed = _seed()
+    entry = packed.numbers[0]
+    launch.variables, launch.variable_count = entry.variables, len(entry.variables)
     with _one_at_a_time:
         watch = limit and threading.Timer(limit, _runtime().emulator_stop)
         if watch:
             watch.start()
-        failure = packed.numbers[0](ctypes.byref(launch))
+        failure = entry(ctypes.byref(launch))
         if watch:
             watch.cancel()
     if failure and failure.startswith(b"interrupted"):
@@ -166,17 +191,20 @@ def _run(packed) -> None:
         raise KeyboardInterrupt
     if failure:
         library = Path(backend.compiled(step.kernel)._name)
-        raise EmulatorError(f"{step.kernel}: {_with_lines(failure.decode(), library)}")
+        raise EmulatorError(f"{step.kernel}: {_with_lines(failure.decode(), library.read_bytes())}")
 
 
 def _with_lines(message, library):
     """The message with "file:line" in place of <byte of the library>."""
+    return re.sub("<([0-9a-f]+)>", lambda match: _line(library, int(match[1], 16) - 1), message)
 
-    def place(match):
-        found = lines.line(library, int(match[1], 16) - 1) or "?"
-        return "in a function of CUDA that it calls" if messages.is_internal(found) else found
 
-    return re.sub("<([0-9a-f]+)>", place, message)
+def _line(library, byte):
+    """The line of the text that came to this byte: the caller's, where it is in a header of the package."""
+    found = [place for place in lines.places(library, byte) if not messages.is_internal(place)]
+    edited = source.overridden_texts()
+    own = [place for place in found if not place.split(":")[0].endswith(".cuh") or place.split(":")[0] in edited]
+    return next(iter(own or found), "the kernel")
 
 
 def _seed() -> int:
@@ -259,21 +287,21 @@ def _entry(name, parameters) -> str:
     return f"EMULATOR_ENTRY({name}, {', '.join(arguments)})"
 
 
+def _call(command):
+    # Messages in English, which _build reads.
+    subprocess.run(command, capture_output=True, check=True, env={**os.environ, "LC_ALL": "C"})
+
+
 def _build(kernel: Kernel, text: str, command: list[str]) -> bytes:
     """The shared library. KernelCompileError if the text does not compile, BackendError for any other failure."""
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            source, half, built = (Path(scratch, f"kernel.{kind}") for kind in ("cpp", "o", "so"))
-            source.write_text(text, encoding="utf-8")
-            compile_it = [*command, "-c", str(source), "-o", str(half)]
-            link = [*compiler(), "-shared", str(half), "-o", str(built), "-lm"]  # -fsanitize would bring a runtime
-            for step in (compile_it, link):
-                subprocess.run(
-                    step,
-                    capture_output=True,
-                    check=True,
-                    env={**os.environ, "LC_ALL": "C"},  # messages in English, which are read below
-                )
+            whole, assembly, built = (Path(scratch, f"kernel.{kind}") for kind in ("cpp", "s", "so"))
+            whole.write_text(text, encoding="utf-8")
+            _call([*command, "-S", str(whole), "-o", str(assembly)])
+            assembly.write_text(elf.with_gaps(assembly.read_text(encoding="utf-8")), encoding="utf-8")
+            # -fsanitize would bring a runtime
+            _call([*compiler(), *LINES, "-shared", str(assembly), "-o", str(built), "-lm"])
             return built.read_bytes()
     except (OSError, subprocess.CalledProcessError) as error:
         log = (getattr(error, "stderr", None) or b"").decode(errors="replace")

@@ -1,9 +1,6 @@
 // Checks each access of a kernel to memory, and the compiler's other checks. A part of runtime.cpp, which says how.
 namespace emulator {
 
-// The place of an access as Python finds the source line for: the library's byte.
-static unsigned place_of(const char* caller) { return unsigned(caller - image_start); }
-
 static unsigned thread_of(u64 stamp) { return stamp >> THREAD_SHIFT & 1023; }
 
 // Whether what `then` says came before what the current thread does now.
@@ -20,9 +17,12 @@ struct Where { char text[160]; };
 // An element as the source has it, such as y[7].
 static Where element(const Array& array, const char* address) {
     Where where;
-    long long offset = address - array.start, index = offset / array.item - (offset % (int)array.item < 0);
-    if (array.shared) snprintf(where.text, sizeof where.text, "%s, byte %lld", array.name, offset);
-    else snprintf(where.text, sizeof where.text, "%s[%lld]", array.name, index);
+    long long offset = address - array.start;
+    if (!array.item) snprintf(where.text, sizeof where.text, "%s, byte %lld", array.name, offset);
+    else {
+        long long index = offset / array.item - (offset % (int)array.item < 0);
+        snprintf(where.text, sizeof where.text, "%s[%lld]", array.name, index);
+    }
     return where;
 }
 
@@ -43,7 +43,7 @@ static void race(
 }
 
 static void out_of_bounds(const Array& array, const char* address, const char* did, const char* place) {
-    if (array.shared)
+    if (!array.item)
         return FAIL(
             "<%x>: thread %d %s out of bounds: %s, which has %zu bytes", place_of(place), current, did,
             element(array, address).text, array.bytes);
@@ -110,19 +110,29 @@ template <bool WRITE> static inline void touch(
     }
 }
 
+// The variable at an address of the library, or the __shared__ one around it; null if there is none.
+static Array* variable(const char* address) {
+    for (unsigned i = 0; i < variable_count; i++)
+        if (size_t(address - variables[i].start) < variables[i].bytes) return &variables[i];
+    for (unsigned i = 0; i < variable_count; i++)
+        if (variables[i].shared && size_t(address - variables[i].start + GAP) < variables[i].bytes + 2 * GAP)
+            return &variables[i];
+    return nullptr;
+}
+
+static bool in_image(const char* address) { return size_t(address - image_start) < size_t(image_end - image_start); }
+
 // The array at or around an address, shared memory too; null if there is none.
 static inline Array* find(const char* address) {
     size_t slot = size_t(address - arena) >> slot_bits;
     if (slot < array_count) return &arrays[slot];
-    if (size_t(address - fixed.start) < fixed.bytes) return &fixed;
-    return nullptr;
+    return in_image(address) ? variable(address) : nullptr;
 }
 
-// Local memory, the kernel's own constants, and the runtime's memory.
-static inline bool own(const char* address) {
+// Local memory, and what a kernel only reads: its constants, and the runtime's memory.
+static inline bool own(const char* address, bool written) {
     return size_t(address - stack_low) < STACK_BYTES ||
-           size_t(address - image_start) < size_t(image_end - image_start) ||
-           size_t(address - __ehdr_start) < size_t(_end - __ehdr_start);
+           (!written && (in_image(address) || size_t(address - __ehdr_start) < size_t(_end - __ehdr_start)));
 }
 
 template <bool WRITE> static void stray(const char* address, const char* place) {
@@ -144,8 +154,9 @@ template <bool WRITE> static inline void access(const void* pointer, size_t byte
         if (sums_count) touch_sums(address, bytes, WRITE, place);
         return;
     }
-    if (size_t(address - fixed.start) < fixed.bytes) return touch<WRITE>(fixed, address, bytes, place);
-    if (!own(address)) stray<WRITE>(address, place);
+    if (in_image(address))
+        if (Array* array = variable(address)) return touch<WRITE>(*array, address, bytes, place);
+    if (!own(address, WRITE)) stray<WRITE>(address, place);
 }
 
 // For instructions that read whole rows, of which not all elements need to be there.
@@ -157,10 +168,10 @@ void read_any(const void* address, size_t bytes) {
 
 // A thread that calls __threadfence() and then an atomic function tells what its block did before to threads that call
 // one later. Blocks run one after another; so if all blocks so far did, all that they did came before.
-void atomic(void* address, size_t bytes) {
+void atomic(void* address, size_t bytes, const char* place) {
     Array* array = find((const char*)address);
-    if (array) touch<true>(*array, (const char*)address, bytes, CALLER, ATOMIC);
-    else access<true>(address, bytes, CALLER);
+    if (array) touch<true>(*array, (const char*)address, bytes, place, ATOMIC);
+    else access<true>(address, bytes, place);
     if (fibers[current].fenced) acquired = all_released;
 }
 
@@ -169,91 +180,3 @@ unsigned warp_call() { return fibers[current].warp_calls++; }
 void fence() { fibers[current].fenced = true; }
 
 }  // namespace emulator
-
-#define ACCESS(kind, WRITE, bytes) \
-    extern "C" EXPORTED void __tsan_##kind##bytes(void* address) { emulator::access<WRITE>(address, bytes, CALLER); }
-#define ACCESSES(bytes) \
-    ACCESS(read, false, bytes) \
-    ACCESS(write, true, bytes) ACCESS(unaligned_read, false, bytes) ACCESS(unaligned_write, true, bytes)
-ACCESSES(1)
-ACCESSES(2)
-ACCESSES(4) ACCESSES(8) ACCESSES(16) extern "C" EXPORTED void __tsan_read_range(void* address, size_t bytes) {
-    emulator::access<false>(address, bytes, CALLER);
-}
-extern "C" EXPORTED void __tsan_write_range(void* address, size_t bytes) {
-    emulator::access<true>(address, bytes, CALLER);
-}
-extern "C" EXPORTED void* __tsan_memcpy(void* to, const void* from, size_t bytes) {
-    emulator::access<false>(from, bytes, CALLER);
-    emulator::access<true>(to, bytes, CALLER);
-    return memcpy(to, from, bytes);
-}
-extern "C" EXPORTED void* __tsan_memmove(void* to, const void* from, size_t bytes) {
-    emulator::access<false>(from, bytes, CALLER);
-    emulator::access<true>(to, bytes, CALLER);
-    return memmove(to, from, bytes);
-}
-extern "C" EXPORTED void* __tsan_memset(void* to, int value, size_t bytes) {
-    emulator::access<true>(to, bytes, CALLER);
-    return memset(to, value, bytes);
-}
-extern "C" EXPORTED void __tsan_init() {}
-extern "C" EXPORTED void __tsan_func_entry(void*) {}
-extern "C" EXPORTED void __tsan_func_exit() {}
-
-// -fsanitize=alignment and others: the compiler checks, and calls these where something is wrong.
-struct SourceLocation {
-    const char* file;
-    unsigned line, column;
-};
-struct Type {
-    unsigned short kind, info;
-    char name[1];
-};
-struct Mismatch {
-    SourceLocation at;
-    Type* type;
-    unsigned char log_alignment, kind;
-};
-struct Overflow {
-    SourceLocation at;
-    Type* type;
-};
-struct OutOfBounds {
-    SourceLocation at;
-    Type *array, *index;
-};
-
-extern "C" EXPORTED void __ubsan_handle_type_mismatch_v1(Mismatch* what, void* address) {
-    size_t alignment = size_t(1) << what->log_alignment;
-    if (alignment > 16) alignment = 16;  // no access of a GPU has more bytes
-    if ((size_t)address % alignment == 0) return;
-    emulator::Array* array = emulator::find((char*)address);
-    emulator::Where where;
-    if (array) where = emulator::element(*array, (char*)address);
-    else snprintf(where.text, sizeof where.text, "%p", address);
-    FAIL_AT(
-        what->at, "thread %d accesses %zu aligned bytes, %s, at a place that is not a multiple of %zu bytes: %s",
-        emulator::current, alignment, what->type->name, alignment, where.text);
-}
-extern "C" EXPORTED void __ubsan_handle_out_of_bounds(OutOfBounds* what, size_t index) {
-    bool narrow = what->index->kind == 0 && what->index->info >> 1 <= 5;
-    FAIL_AT(
-        what->at, "thread %d: index %lld is out of bounds of %s", emulator::current,
-        narrow && what->index->info & 1 ? (int)index : (long long)index, what->array->name);
-}
-#define OVERFLOW(which, sign) \
-    extern "C" EXPORTED void __ubsan_handle_##which##_overflow(Overflow* what, size_t a, size_t b) { \
-        bool narrow = what->type->info >> 1 <= 5; \
-        FAIL_AT( \
-            what->at, "thread %d: %lld " sign " %lld overflows %s", emulator::current, narrow ? (int)a : (long long)a, \
-            narrow ? (int)b : (long long)b, what->type->name); \
-    }
-OVERFLOW(add, "+")
-OVERFLOW(sub, "-")
-OVERFLOW(mul, "*")
-OVERFLOW(divrem, "/")
-
-extern "C" EXPORTED void __ubsan_handle_negate_overflow(Overflow* what, size_t) {
-    FAIL_AT(what->at, "thread %d: a negation overflows %s", emulator::current, what->type->name);
-}

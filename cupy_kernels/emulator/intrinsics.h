@@ -21,9 +21,9 @@ EMULATOR_LOADS(short4) EMULATOR_LOADS(ushort2) EMULATOR_LOADS(ushort4) EMULATOR_
 EMULATOR_LOADS(uint2) EMULATOR_LOADS(uint4) EMULATOR_LOADS(longlong2) EMULATOR_LOADS(ulonglong2) EMULATOR_LOADS(float2)
 EMULATOR_LOADS(float4) EMULATOR_LOADS(double2)
 
-    // --- Bits and integers
+// --- Bits and integers
 
-    static inline int __float_as_int(float x) {
+static inline int __float_as_int(float x) {
     int i;
     memcpy(&i, &x, 4);
     return i;
@@ -157,7 +157,8 @@ EMULATOR_ROUNDED(2, __fadd, float, float, a + b) EMULATOR_ROUNDED(2, __dadd, dou
 EMULATOR_ROUNDED(2, __fsub, float, float, a - b) EMULATOR_ROUNDED(2, __dsub, double, double, a - b)
 EMULATOR_ROUNDED(2, __fmul, float, float, a * b) EMULATOR_ROUNDED(2, __dmul, double, double, a * b)
 EMULATOR_ROUNDED(2, __fdiv, float, float, a / b) EMULATOR_ROUNDED(2, __ddiv, double, double, a / b)
-EMULATOR_ROUNDED(3, __fmaf, float, float, fmaf(a, b, c)) EMULATOR_ROUNDED(3, __fma, double, double, fma(a, b, c))
+EMULATOR_ROUNDED(3, __fmaf, float, float, fmaf(a, b, c))
+EMULATOR_ROUNDED(3, __fmaf_ieee, float, float, fmaf(a, b, c)) EMULATOR_ROUNDED(3, __fma, double, double, fma(a, b, c))
 EMULATOR_ROUNDED(1, __frcp, float, float, 1 / a) EMULATOR_ROUNDED(1, __drcp, double, double, 1 / a)
 EMULATOR_ROUNDED(1, __fsqrt, float, float, sqrtf(a)) EMULATOR_ROUNDED(1, __dsqrt, double, double, sqrt(a))
 EMULATOR_ROUNDED(1, __double2float, float, double, (float)a) EMULATOR_ROUNDED(1, __int2float, float, int, (float)a)

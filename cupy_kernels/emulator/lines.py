@@ -1,49 +1,129 @@
-"""From a place in a library to a line of the source, by DWARF's line table: a user may have no tool for that."""
+"""From a place in a library to lines of the source, by DWARF 4's tables: a user may have no tool for that."""
 
 import struct
-from pathlib import Path
+
+from . import elf
+
+_INLINED = 0x1D  # the tag of a function's copy inside of another
+_LOW, _HIGH, _LINES, _RANGES, _CALL_FILE, _CALL_LINE = 0x11, 0x12, 0x10, 0x55, 0x58, 0x59  # attributes
+_FIXED = {0x01: 8, 0x05: 2, 0x06: 4, 0x07: 8, 0x0B: 1, 0x0C: 1, 0x0E: 4, 0x10: 4, 0x11: 1}  # forms of so many bytes
+_FIXED |= {0x12: 2, 0x13: 4, 0x14: 8, 0x17: 4, 0x19: 0, 0x20: 8}
+_LENGTHS = {0x03: "<H", 0x04: "<I", 0x0A: "<B"}  # blocks: what their length is
+_ADDRESS, _STRING, _SIGNED, _UNSIGNED = 0x01, 0x08, 0x0D, (0x0F, 0x15)
 
 
-def line(library: Path, address: int) -> str | None:
-    """ "file:line" of the instruction at or before `address`, a library's byte; None if the table does not say."""
-    data = library.read_bytes()
-    table = _section(data, b".debug_line")
-    best = None
-    while table:
-        (length,) = struct.unpack_from("<I", table)
-        unit, table = table[4 : 4 + length], table[4 + length :]
-        for start, end, name, number in _rows(unit):
-            if start <= address < end:
-                best = f"{name}:{number}"
-    return best
+def places(library: bytes, address: int) -> list[str]:
+    """ "file:line" of the instruction at or before `address`, a byte of the library, and of the calls that led there.
+
+    The calls are those of functions that the compiler has copied into their caller: the innermost function comes first.
+    """
+    line, info, abbreviations, ranges = (
+        elf.section(library, f".debug_{name}") for name in ("line", "info", "abbrev", "ranges")
+    )
+    while info:
+        length, version, start = struct.unpack_from("<IHI", info)
+        unit, info = info[: 4 + length], info[4 + length :]
+        if version != 4:
+            continue
+        entries = _entries(unit, _kinds(abbreviations[start:]))
+        _, whole = next(entries)
+        table = line[whole[_LINES] :]
+        table = table[4 : 4 + struct.unpack_from("<I", table)[0]]
+        found = [f"{file}:{number}" for start, end, file, number in _rows(table) if start <= address < end][-1:]
+        if found:
+            files, _ = _files(table)
+            calls = [
+                f"{files[entry[_CALL_FILE]]}:{entry[_CALL_LINE]}"
+                for tag, entry in entries
+                if tag == _INLINED and _covers(entry, ranges, whole.get(_LOW, 0), address)
+            ]
+            return found + calls[::-1]
+    return []
 
 
-def _section(elf, wanted):
-    (sections,) = struct.unpack_from("<Q", elf, 0x28)
-    size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQ", elf, sections + i * size) for i in range(count)]
-    strings = headers[names][4]
-    for name, _, _, _, offset, length in headers:
-        if elf[strings + name : elf.index(b"\0", strings + name)] == wanted:
-            return elf[offset : offset + length]
-    return b""
+def _covers(entry, ranges, base, address):
+    if _RANGES not in entry:
+        return entry.get(_LOW, address + 1) <= address < entry[_LOW] + entry[_HIGH]
+    at = entry[_RANGES]
+    while True:
+        low, high = struct.unpack_from("<QQ", ranges, at)
+        at += 16
+        if low == high == 0:
+            return False
+        if low == 2**64 - 1:
+            base = high
+        elif base + low <= address < base + high:
+            return True
+
+
+def _kinds(table):
+    """{number: (tag, [(attribute, form)])} of the kinds of entries that a unit has."""
+    kinds, at = {}, 0
+    while table[at]:
+        number, at = _number(table, at)
+        tag, at = _number(table, at)
+        at += 1
+        pairs = []
+        while True:
+            attribute, at = _number(table, at)
+            form, at = _number(table, at)
+            if not attribute:
+                break
+            pairs.append((attribute, form))
+        kinds[number] = tag, pairs
+    return kinds
+
+
+def _entries(unit, kinds):
+    """(tag, {attribute: value}) of each entry, those inside of another behind it. Texts and blocks have None."""
+    at = 11
+    while at < len(unit):
+        number, at = _number(unit, at)
+        if not number:
+            continue
+        tag, pairs = kinds[number]
+        entry = {}
+        for attribute, form in pairs:
+            value = None
+            if form in _FIXED:
+                size = _FIXED[form]
+                value = int.from_bytes(unit[at : at + size], "little")
+                at += size
+            elif form == _STRING:
+                at = unit.index(b"\0", at) + 1
+            elif form == _SIGNED or form in _UNSIGNED:
+                value, at = _number(unit, at, signed=form == _SIGNED)
+            else:
+                if form in _LENGTHS:
+                    (length,) = struct.unpack_from(_LENGTHS[form], unit, at)
+                    at += struct.calcsize(_LENGTHS[form])
+                else:
+                    length, at = _number(unit, at)
+                at += length
+            entry[attribute] = value
+        yield tag, entry
+
+
+def _files(table):
+    """(names of a line table's files, number of operands of its standard opcodes)"""
+    opcode_base = table[11]
+    lengths = table[12 : 11 + opcode_base]
+    at = table.index(b"\0\0", 11 + opcode_base) + 2 if table[11 + opcode_base] else 12 + opcode_base
+    files = [""]
+    while table[at]:
+        end = table.index(b"\0", at)
+        files.append(table[at:end].decode(errors="replace"))
+        at = end + 1
+        for _ in range(3):
+            _, at = _number(table, at)
+    return files, lengths
 
 
 def _rows(unit):
     """(address, next row's address, file, line) of each row."""
-    version, header = struct.unpack_from("<HI", unit)
-    if version != 4:
-        return
+    _, header = struct.unpack_from("<HI", unit)
     least, _, _, base, span, opcode_base = struct.unpack_from("<BBBbBB", unit, 6)
-    lengths = unit[12 : 11 + opcode_base]
-    at = unit.index(b"\0\0", 11 + opcode_base) + 2 if unit[11 + opcode_base] else 12 + opcode_base
-    files = [""]
-    while unit[at]:
-        end = unit.index(b"\0", at)
-        files.append(unit[at:end].decode(errors="replace"))
-        at = end + 1
-        for _ in range(3):
-            _, at = _number(unit, at)
+    files, lengths = _files(unit)
     at, before = header + 6, None
     address, file, number = 0, 1, 1
     while at < len(unit):

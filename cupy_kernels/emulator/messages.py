@@ -7,6 +7,8 @@ INTERNAL = ("kernel.cpp", "cuda.h", "intrinsics.h", "emulator_entries")  # files
 _MESSAGE = re.compile(r"^(?P<place>\S+?:\d+(?::\d+)?): (?P<kind>(?:fatal )?error|note|warning): (?P<what>.*)$")
 _CONTEXT = re.compile(r"^(?P<place>\S+?:\d+(?::\d+)?):\s+required from ")
 _SNIPPET = re.compile(r"^\s*\d* \|")
+_ELSEWHERE = re.compile(r"note: '.*' is defined in header|inlined from .* at (?:\S*/)?emulator_entries:")
+_POISONED = re.compile(r"attempt to use (?:a poisoned identifier|poisoned \"(\w+)\")")
 
 
 def is_internal(place: str) -> bool:
@@ -20,7 +22,8 @@ def of_text(log: str) -> str:
     gcc says that place in a line before ("required from here") or behind ("in expansion of macro"), clang in the error.
     """
     kept, led, error, skipping = [], None, None, False  # error: where in `kept` one without a place stands
-    for line in log.splitlines():
+    for said in (said for said in log.splitlines() if not _ELSEWHERE.search(said)):
+        line = _POISONED.sub(lambda match: f"'{match[1] or 'this word'}' is not there in kernels", said)
         message, context = _MESSAGE.match(line), _CONTEXT.match(line)
         if context and not is_internal(context["place"]):
             led = context["place"]

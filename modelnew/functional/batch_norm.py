@@ -23,7 +23,7 @@ from ..cases import Case, activations, sums_of
 from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_parameters, dense, number, one_device
 from ..untraced import untraced
-from .affine import reset_affine, tensor_of
+from .affine import reset_affine, tensors_of
 from .gradients import Function, NormGradient, apply, will_need_grad
 from .tanh import tanh_gradient
 
@@ -325,7 +325,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     def arguments(self, input: torch.Tensor) -> tuple:
         """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for a batch."""
         self._check_input_dim(input)
-        running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
+        running_mean, running_var, *affine = tensors_of(self, "running_mean", "running_var", "weight", "bias")
         training = self.training or (running_mean is None and running_var is None)
         if self.training and not self.track_running_stats:
             running_mean = running_var = None
@@ -333,12 +333,11 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         if momentum is None:  # the average over all batches
             counter = self.counter()
             momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
-        affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
         return running_mean, running_var, *affine, training, momentum, self.eps
 
     def counter(self) -> torch.Tensor | None:
         """num_batches_tracked, if a batch now would be counted."""
-        return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
+        return tensors_of(self, "num_batches_tracked")[0] if self.training and self.track_running_stats else None
 
 
 class BatchNorm1d(_Layer, nn.BatchNorm1d):

@@ -1,68 +1,24 @@
 """conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d."""
 
-import math
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cupy_kernels import channel_sum as bias_ops
-from cupy_kernels import common, depthwise, fp16_tiles, thin
 from cupy_kernels import conv_transpose as ops
-from cupy_kernels import conv_transpose_mma as mma
-from cupy_kernels import conv_wgrad_mma as wgrad_mma
-from cupy_kernels.gather_gemm import logical
+from cupy_kernels import depthwise, thin
 
 from .. import autocast
 from ..calls import call, dense_after
 from ..cases import Case
 from ..formats import channels_last, restored, stored
 from ..interop import NUMPY, aligned, check_floating, dense, integer, one_device, pair
-from ..numerics import check_numerics, choose, gather_gemm_split, tensor_core_plan, wgrad_plan, without_tensor_cores
+from ..numerics import check_numerics, choose, gather_gemm_split, without_tensor_cores
 from ..untraced import untraced
-from . import gather_gemm
+from . import conv_transpose_kernels as kernels
+from .affine import tensors_of
 from .gradients import Function, apply, differentiable, will_need_grad
 
 __all__ = ["ConvTranspose2d", "conv_transpose2d"]
-
-
-def kernels_of(dtype, x_shape, w_shape, geometry, choice, formats=(False, False)):
-    """The rule that picks a forward's kernels: (what kernels, what they need to know).
-
-    ("depthwise", None). ("thin", None): few output channels, contiguous float32. ("resident bands", their plan):
-    `conv_transpose_mma`, of stride 1 and contiguous tensors. ("implicit GEMM", split): `gather_gemm`, of nearly all
-    else. ("general", why not the one before).
-    dtype: NumPy's. formats: of x and w, whether they are channels_last.
-    """
-    if depthwise.takes(w_shape, geometry):
-        return "depthwise", None
-    if not any(formats):
-        if thin.takes(x_shape, w_shape, geometry, dtype):
-            return "thin", None
-        plan, _ = tensor_core_plan(x_shape, dtype, w_shape, geometry, choice)
-        if plan:
-            return "resident bands", plan
-    split, reason = gather_gemm_split(dtype, tuple(x_shape), tuple(w_shape), geometry, choice)
-    return ("implicit GEMM", split) if split else ("general", reason)
-
-
-def _forward(new, x, w, bias, geometry, choice, formats=(False, False)):
-    """formats: of x and w, whether they are channels_last; the arrays are then [N, H, W, C]."""
-    shapes = tuple(logical(t.shape, last) for t, last in zip((x, w), formats))
-    kernels, detail = kernels_of(x.dtype, *shapes, geometry, choice, formats)
-    if kernels == "implicit GEMM":
-        return gather_gemm.forward(new, x, w, bias, geometry, detail, choice.wgmma, *formats)
-    y = new(gather_gemm.physical(ops.output_shape(*shapes, geometry), formats[0]), x.dtype)
-    if kernels == "depthwise":
-        depthwise.gather(x, w, bias, y, geometry, formats[0])
-    elif kernels == "thin":
-        thin.forward(x, w, bias, y, geometry)
-    elif kernels == "resident bands":
-        mma.conv_transpose_mma(detail, x, w, bias, y, *_mma_workspaces(new, detail))
-    else:
-        ops.conv_transpose_forward(x, w, bias, y, _packed(new, w), geometry)
-    return y
 
 
 class _ConvTranspose2d(Function):
@@ -135,116 +91,13 @@ def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
     """
     formats = x_last, w_last = _formats(dy if x is None else x, w, x_shape, w_shape, geometry, choice)
     arrays = (None if t is None else _array(t, last) for t, last in ((x, x_last), (w, w_last), (dy, x_last)))
-    dx, dw, dbias = call(gradients, *arrays, x_shape, w_shape, geometry, choice, needed, formats)
+    dx, dw, dbias = call(kernels.gradients, *arrays, x_shape, w_shape, geometry, choice, needed, formats)
     return restored(dx, x_last), restored(dw, w_last), dbias
-
-
-def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed, formats=(False, False)):
-    """The operation of `conv_gradients`, see `calls.call`. formats: as in `_forward`, of x and dy, and of w."""
-    need_x, need_w, need_bias = needed
-    dx = dw = None
-    if need_x or need_w:
-        dx, dw = _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need_w, formats)
-    return dx, dw, _channel_sums(new, dy, formats[0]) if need_bias else None
-
-
-def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need_w, formats):
-    """(dx, dw) of `gradients`."""
-    if depthwise.takes(w_shape, geometry):
-        return _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, (need_x, need_w), formats[0])
-    if not any(formats) and thin.takes(x_shape, w_shape, geometry, dy.dtype):
-        return _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w)
-    split, _ = gather_gemm_split(dy.dtype, tuple(x_shape), tuple(w_shape), geometry, choice)
-    dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
-    if split and (any(formats) or (need_x and not dgrad) or (need_w and not wgrad)):
-        how = geometry, split, choice.wgmma, *formats, need_x, need_w
-        return gather_gemm.gradients(new, x, w, dy, x_shape, w_shape, *how)
-    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
-    packed, exponents, _ = pack_fp16(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
-    if need_x and dgrad:
-        source = (dgrad.of_packed(), packed) if wgrad else (dgrad, dy)
-        mma.conv_transpose_mma(*source, w, None, dx, *_mma_workspaces(new, dgrad), *([exponents] if wgrad else ()))
-    elif need_x:
-        ops.conv_transpose_dgrad(dy, w, dx, _packed(new, w), geometry)
-    if need_w and wgrad:
-        partial = new.scratch(wgrad.partial_size, np.float32)
-        x_packed = pack_fp16(new.scratch, x, wgrad.split)
-        wgrad_mma.conv_wgrad_mma(wgrad, *x_packed, packed, exponents, None, partial, dw)
-    elif need_w:
-        dtype = common.accumulator_dtype(dy)
-        size = ops.wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
-        ops.conv_transpose_wgrad(x, dy, dw, new.scratch(size, dtype), geometry)
-    return dx, dw
-
-
-def _depthwise_gradients(new, x, w, dy, x_shape, w_shape, geometry, needed, channels_last):
-    dx = dw = None
-    if needed[0]:
-        dx = new(gather_gemm.physical(x_shape, channels_last), dy.dtype)
-        depthwise.gather(dy, w, None, dx, geometry, channels_last, dgrad=True)
-    if needed[1]:
-        dw = new(w_shape, dy.dtype)
-        size = depthwise.wgrad_workspace_size(x_shape, w_shape)
-        depthwise.wgrad(x, dy, dw, new.scratch(size, common.accumulator_dtype(dy)), geometry, channels_last)
-    return dx, dw
-
-
-def _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w):
-    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
-    if need_x:
-        thin.dgrad(dy, w, dx, geometry)
-    if need_w:
-        thin.wgrad(x, dy, dw, new.scratch(thin.wgrad_workspace_size(x_shape, w_shape), np.float32), geometry)
-    return dx, dw
-
-
-def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
-    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken. dtype: NumPy's."""
-    dgrad = wgrad = None
-    if need_x:
-        dy_shape = ops.output_shape(x_shape, w_shape, geometry)
-        dgrad, _ = tensor_core_plan(dy_shape, dtype, w_shape, geometry, choice, dgrad=True)
-    if need_w:
-        wgrad, _ = wgrad_plan(x_shape, dtype, w_shape, geometry, choice)
-    return dgrad, wgrad
-
-
-def pack_fp16(allocate, tensor, split, exponents=None, centred=False):
-    """(packed, exponents, sums) of a tensor, see `cupy_kernels.fp16_tiles`.
-
-    allocate: a `calls.New`, or its `scratch`. exponents: of scales of the tensor's parts, where they are known already.
-    centred: less the means of the first image's channels, whose sums are else None.
-    """
-    sums = _channel_sums(allocate, tensor[:1]) if centred else None
-    if exponents is None:
-        exponents = allocate((fp16_tiles.exponents_size(tensor.shape, tensor.itemsize),), np.int32)
-        fp16_tiles.largest_magnitude(tensor, exponents)
-    packed = allocate(fp16_tiles.packed_shape(tensor.shape, split), np.float16)
-    fp16_tiles.pack_fp16(tensor, exponents, sums, packed, split=split)
-    return packed, exponents, sums
-
-
-def _channel_sums(allocate, tensor, channels_last=False):
-    if channels_last:
-        tensor = tensor.reshape((math.prod(tensor.shape[:-1]), tensor.shape[-1]))
-    sums = allocate((tensor.shape[1],), tensor.dtype)
-    partial = allocate((bias_ops.channel_sum_workspace_size(tensor),), np.float64)
-    bias_ops.channel_sum(tensor, sums, partial)
-    return sums
-
-
-def _mma_workspaces(new, plan):
-    """(packed weights, exponents of their scales), to be written."""
-    return new.scratch(plan.packed_size, np.float16), new.scratch(plan.rows, np.int32)
 
 
 def _array(tensor, last):
     """The tensor as kernels take it, in a memory format; a copy where it has another or is not aligned."""
     return aligned(stored(tensor, last))
-
-
-def _packed(new, w):
-    return new.scratch(ops.packed_weight_size(w.shape), common.accumulator_dtype(w))
 
 
 def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=lambda: None) -> torch.Tensor:
@@ -261,7 +114,7 @@ def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=lambda
 
 def _call_forward(x, w, bias, geometry, choice, formats, check):
     arrays = (_array(t, last) for t, last in zip((x, w), formats))
-    return restored(call(_forward, *arrays, bias, geometry, choice, formats, check=check), formats[0])
+    return restored(call(kernels.forward, *arrays, bias, geometry, choice, formats, check=check), formats[0])
 
 
 def _formats(x, w, x_shape, w_shape, geometry, choice) -> tuple[bool, bool]:
@@ -272,9 +125,9 @@ def _formats(x, w, x_shape, w_shape, geometry, choice) -> tuple[bool, bool]:
     if depthwise.takes(w_shape, geometry):
         return formats[0], False
     dtype = NUMPY.get((w if x is None else x).dtype)
-    if not gather_gemm_split(dtype, tuple(x_shape), tuple(w_shape), geometry, choice)[0]:
-        return False, False
-    return formats
+    if thin.takes(x_shape, w_shape, geometry, dtype):
+        return formats
+    return formats if gather_gemm_split(dtype, tuple(x_shape), tuple(w_shape), geometry, choice)[0] else (False, False)
 
 
 @untraced
@@ -371,8 +224,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             extra = self._output_padding(input, list(output_size), *window, 2, self.dilation)
         return conv_transpose2d(
             input,
-            self.weight,
-            self.bias,
+            *tensors_of(self, "weight", "bias"),
             self.stride,
             self.padding,
             extra,
@@ -454,7 +306,7 @@ CASES = (
     ),
     Case(
         "conv_transpose2d to one channel",
-        ("thin_conv_transpose.cu", "channel_sum.cu"),
+        ("thin_forward.cu", "thin_gradients.cu", "channel_sum.cu"),
         lambda x, w, bias: conv_transpose2d(x, w, bias, 1, 1),
         lambda x, w, bias: F.conv_transpose2d(x, w, bias, 1, 1),
         lambda images: {

@@ -8,7 +8,7 @@ belong to.
 import numpy as np
 
 from cupy_kernels import conv_transpose as ops
-from cupy_kernels import fp16_tiles, gather_gemm
+from cupy_kernels import fp16_tiles, gather_gemm, gather_gemm_plan
 from cupy_kernels.common import scalar
 
 
@@ -19,8 +19,8 @@ def physical(shape, channels_last) -> tuple[int, ...]:
 
 def forward(new, x, w, bias, geometry, split, wgmma, channels_last, w_channels_last):
     """y of conv_transpose2d."""
-    x_shape, w_shape = gather_gemm.logical(x.shape, channels_last), gather_gemm.logical(w.shape, w_channels_last)
-    plan = gather_gemm.plan(x_shape, w_shape, geometry, split, scalar(x), wgmma=wgmma)
+    x_shape, w_shape = ops.logical(x.shape, channels_last), ops.logical(w.shape, w_channels_last)
+    plan = gather_gemm_plan.plan(x_shape, w_shape, geometry, split, scalar(x), wgmma=wgmma)
     y = new(physical(ops.output_shape(x_shape, w_shape, geometry), channels_last), x.dtype)
     _gather(
         new, plan, _packed(new, x, geometry.groups, split, channels_last), w, bias, y, channels_last, w_channels_last
@@ -33,11 +33,11 @@ def gradients(new, x, w, dy, x_shape, w_shape, geometry, split, wgmma, channels_
     dy_packed = _packed(new, dy, geometry.groups, split, channels_last)
     dx = dw = None
     if need_x:
-        plan = gather_gemm.plan(x_shape, w_shape, geometry, split, scalar(dy), dgrad=True, wgmma=wgmma)
+        plan = gather_gemm_plan.plan(x_shape, w_shape, geometry, split, scalar(dy), dgrad=True, wgmma=wgmma)
         dx = new(physical(x_shape, channels_last), dy.dtype)
         _gather(new, plan, dy_packed, w, None, dx, channels_last, w_channels_last)
     if need_w:
-        plan = gather_gemm.wgrad_plan(x_shape, w_shape, geometry, split, scalar(dy), wgmma)
+        plan = gather_gemm_plan.wgrad_plan(x_shape, w_shape, geometry, split, scalar(dy), wgmma)
         dw = new(physical(w_shape, w_channels_last), dy.dtype)
         partial = new.scratch(plan.partial_size, np.float32)
         x_packed = _packed(new, x, geometry.groups, split, channels_last)
@@ -47,7 +47,7 @@ def gradients(new, x, w, dy, x_shape, w_shape, geometry, split, wgmma, channels_
 
 def _packed(new, tensor, groups, split, channels_last):
     """(the tensor packed, exponents of its scale)"""
-    name, shape = scalar(tensor), gather_gemm.logical(tensor.shape, channels_last)
+    name, shape = scalar(tensor), ops.logical(tensor.shape, channels_last)
     if gather_gemm.is_packed(shape, groups, name, channels_last):
         return tensor, None
     exponents = None

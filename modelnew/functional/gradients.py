@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch._C import _functorch
 
-from .. import shortcuts
+from .. import replays, shortcuts
 
 
 class Function(torch.autograd.Function):
@@ -19,6 +19,8 @@ class Function(torch.autograd.Function):
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         cls.backward = staticmethod(_one_at_a_time(cls.backward))
+        if cls.setup_context is torch.autograd.Function.setup_context:
+            cls.forward = staticmethod(replays.noted(cls.forward, cls))
 
 
 def _one_at_a_time(backward):

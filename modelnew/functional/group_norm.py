@@ -3,12 +3,19 @@
 import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cupy_kernels import common
-from cupy_kernels.group_norm import MAX_ROW_CHANNELS, group_norm_backward, group_norm_forward, group_norm_workspace
+from cupy_kernels.group_norm import (
+    MAX_ROW_CHANNELS,
+    group_norm_backward,
+    group_norm_backward_workspace,
+    group_norm_forward,
+    group_norm_forward_workspace,
+)
 
 from .. import autocast
 from ..calls import call, dense_after
@@ -16,15 +23,17 @@ from ..cases import Case, sums_of
 from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_parameters, integer, number, one_device
 from ..untraced import untraced
-from .affine import reset_affine
+from .affine import reset_affine, tensors_of
 from .gradients import Function, NormGradient, apply, differentiable, will_need_grad
 
 __all__ = ["GroupNorm", "group_norm"]
 
 
-def _forward(new, x, weight, bias, num_groups, last, *, eps):
-    y, statistics = new.like(x), new((2, x.shape[0] * num_groups), common.accumulator_dtype(x))
-    group_norm_forward(x, num_groups, weight, bias, y, statistics[0], statistics[1], eps, last)
+def _forward(new, x, weight, bias, num_groups, last, wide, *, eps):
+    accumulator = common.accumulator_dtype(x)
+    y, statistics = new(x.shape, accumulator if wide else x.dtype), new((2, x.shape[0] * num_groups), accumulator)
+    workspace = _workspace(new, group_norm_forward_workspace(x, num_groups, last))
+    group_norm_forward(x, num_groups, weight, bias, y, statistics[0], statistics[1], eps, workspace, last)
     return y, statistics
 
 
@@ -32,19 +41,20 @@ def _backward(new, dy, x, weight, bias, statistics, num_groups, needed, last):
     need_x, need_weight, need_bias = needed
     dx = new.like(x if need_x else None)
     dweight, dbias = new.like(weight if need_weight else None), new.like(bias if need_bias else None)
-    workspace = None
-    if need_weight or need_bias:
-        channels = weight.size if need_weight else bias.size
-        workspace = new.scratch(group_norm_workspace((x.shape[0], channels)), statistics.dtype)
+    workspace = _workspace(new, group_norm_backward_workspace(x, num_groups, need_weight or need_bias, last))
     mean, rstd = statistics[0], statistics[1]
     group_norm_backward(dy, x, num_groups, mean, rstd, weight, dx, dweight, dbias, workspace, last)
     return dx, dweight, dbias
 
 
+def _workspace(new, elements):
+    return new.scratch(elements, np.dtype(np.float64)) if elements else None
+
+
 class _GroupNorm(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, num_groups, last, eps, check):
-        y, statistics = _call(x, weight, bias, num_groups, last, eps, check)
+    def forward(ctx, x, weight, bias, num_groups, last, wide, eps, check):
+        y, statistics = _call(x, weight, bias, num_groups, last, wide, eps, check)
         ctx.num_groups, ctx.last, ctx.eps = num_groups, last, eps
         ctx.save_for_backward(x, weight, bias, statistics)
         return y
@@ -54,13 +64,13 @@ class _GroupNorm(Function):
         x, weight, bias, statistics = ctx.saved_tensors
         kernels = functools.partial(_gradients, statistics, ctx.num_groups, ctx.last, ctx.needs_input_grad[:3])
         definition = functools.partial(_definition, ctx.num_groups, ctx.eps)
-        return *differentiable(NormGradient, kernels, definition, dy, x, weight, bias), *[None] * 4
+        return *differentiable(NormGradient, kernels, definition, dy, x, weight, bias), *[None] * 5
 
 
-def _call(x, weight, bias, num_groups, last, eps, check):
+def _call(x, weight, bias, num_groups, last, wide, eps, check):
     rows = last and _few_channels(x, num_groups)
     x = stored(dense_in(x, rows), rows)
-    y, statistics = call(_forward, x, weight, bias, num_groups, rows, check=check, eps=eps)
+    y, statistics = call(_forward, x, weight, bias, num_groups, rows, wide, check=check, eps=eps)
     return dense_in(restored(y, rows), last), statistics
 
 
@@ -99,16 +109,18 @@ def group_norm(
     input: [N, C, *], any number of dimensions from 2 on; float32, float64, float16 or bfloat16.
     num_groups: a divisor of C; mean and biased variance are those of each image's C / num_groups neighbouring channels.
     weight, bias: (C,), or None for 1 and 0. Both may be float32 where input is float16 or bfloat16; otherwise they have
-        its dtype. Under torch.autocast on a GPU all three are cast to float32.
+        its dtype. Under torch.autocast on a GPU both are cast to float32.
 
-    The result is channels_last (or channels_last_3d) if input is, as torch's is on a CPU, else contiguous, and has
-    input's dtype; the arithmetic is float32, or float64 for float64. An empty input gives an empty result, and
-    gradients of 0 for weight and bias.
+    The result is channels_last (or channels_last_3d) if input is, as torch's is on a CPU, else contiguous. It has
+    input's dtype, or float32 under autocast on a GPU, where input is not cast. The arithmetic is float32, or float64
+    for float64. An empty input gives an empty result, and gradients of 0 for weight and bias.
     Raises RuntimeError for a wrong number of dimensions, groups or elements; ValueError for one value per group in a
     batch of one, and for groups of 2^31 values and more; TypeError for dtypes.
     """
     num_groups, eps = integer(num_groups, "num_groups"), number(eps, "eps")
-    input, weight, bias = autocast.single(input, weight, bias)
+    wide = autocast.norm_in_float32(input)
+    if wide:
+        weight, bias = autocast.single(weight, bias)
 
     def check():
         _check(input, num_groups, weight, bias)
@@ -117,8 +129,8 @@ def group_norm(
     x, weight, bias = dense_after(check, None if last else input, weight, bias)
     x = input if last else x
     if will_need_grad(x, weight, bias):
-        return apply(_GroupNorm, x, weight, bias, num_groups, last, eps, check)
-    return _call(x, weight, bias, num_groups, last, eps, check)[0]
+        return apply(_GroupNorm, x, weight, bias, num_groups, last, wide, eps, check)
+    return _call(x, weight, bias, num_groups, last, wide, eps, check)[0]
 
 
 def _check(input, num_groups, weight, bias):
@@ -162,7 +174,7 @@ class GroupNorm(nn.GroupNorm):
         reset_affine(self)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        return group_norm(input, self.num_groups, *tensors_of(self, "weight", "bias"), self.eps)
 
 
 def _inputs(images):

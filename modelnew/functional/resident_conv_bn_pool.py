@@ -7,10 +7,9 @@ import torch
 
 from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels import conv_bn_pool_backward as back
-from cupy_kernels.conv_transpose import Geometry, output_shape
+from cupy_kernels.conv_transpose import Geometry, logical, output_shape
 from cupy_kernels.conv_transpose_mma import plan as convolution_plan
 from cupy_kernels.errors import UnsupportedError
-from cupy_kernels.gather_gemm import logical
 from cupy_kernels.plan import parts, room
 from cupy_kernels.pooled_tail import struct_of
 from cupy_kernels.source import SCALARS
@@ -22,7 +21,8 @@ from ..interop import NUMPY, aligned, dense, integer, number, one_device, pair
 from ..numerics import choose, required_plan, tensor_core_plan, wgrad_plan
 from .batch_norm import applied_statistics, batch_norm, check_batch_norm, check_batch_norm_call, note_update
 from .bn_pool import activation_of
-from .conv_transpose import conv_transpose2d_as, gradients
+from .conv_transpose import conv_transpose2d_as
+from .conv_transpose_kernels import gradients
 from .gather_gemm import physical
 from .gradients import Function, apply, gradients_of, will_need_grad
 from .group_norm import group_norm

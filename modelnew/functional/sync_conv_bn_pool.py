@@ -10,8 +10,7 @@ import torch
 
 from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels import conv_bn_pool_backward as back
-from cupy_kernels.conv_transpose import output_shape
-from cupy_kernels.gather_gemm import logical
+from cupy_kernels.conv_transpose import logical, output_shape
 from cupy_kernels.plan import parts, room
 from cupy_kernels.sync_batch_norm import sync_borders, sync_message, sync_parameter_gradients, sync_statistics
 

@@ -14,7 +14,8 @@ from ..gradients import second_gradients
 @in_place_of
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     num_groups, eps = integer(num_groups, "num_groups"), number(eps, "eps")
-    input, weight, bias = autocast.single(input, weight, bias)
+    if autocast.norm_in_float32(input):
+        input, weight, bias = autocast.single(input, weight, bias)
     return ops.group_norm(input, num_groups, weight, bias, eps)[0]
 
 
@@ -24,7 +25,7 @@ def _run(input, num_groups, weight, bias, eps):
 
     last = channels_last(input)
     x, weight, bias = dense_after(check, None if last else input, weight, bias)
-    return eager._call(input if last else x, weight, bias, num_groups, last, eps, check)
+    return eager._call(input if last else x, weight, bias, num_groups, last, False, eps, check)
 
 
 def _fake(input, num_groups, weight, bias, eps):

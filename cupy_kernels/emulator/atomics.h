@@ -1,0 +1,33 @@
+// Atomic functions: threads run one at a time, so each is a plain read and write. A part of cuda.h.
+
+#define EMULATOR_ATOMIC_OF(name, T, value) \
+    UNCHECKED static inline T name(T* p, T v) { \
+        emulator::atomic(p, sizeof(T), EMULATOR_CALLER); \
+        T old = *p; \
+        *p = value; \
+        return old; \
+    }
+#define EMULATOR_CAS_OF(name, T) \
+    UNCHECKED static inline T name(T* p, T compare, T v) { \
+        emulator::atomic(p, sizeof(T), EMULATOR_CALLER); \
+        T old = *p; \
+        if (old == compare) *p = v; \
+        return old; \
+    }
+#define EMULATOR_ATOMIC(name, T, value) \
+    EMULATOR_ATOMIC_OF(name, T, value) \
+    EMULATOR_ATOMIC_OF(name##_block, T, value) EMULATOR_ATOMIC_OF(name##_system, T, value)
+#define EMULATOR_CAS(T) \
+    EMULATOR_CAS_OF(atomicCAS, T) EMULATOR_CAS_OF(atomicCAS_block, T) EMULATOR_CAS_OF(atomicCAS_system, T)
+#define EMULATOR_ORDERED_ATOMICS(T) \
+    EMULATOR_ATOMIC(atomicMin, T, v < old ? v : old) \
+    EMULATOR_ATOMIC(atomicMax, T, v > old ? v : old) \
+    EMULATOR_ATOMIC(atomicAnd, T, old& v) EMULATOR_ATOMIC(atomicOr, T, old | v) EMULATOR_ATOMIC(atomicXor, T, old ^ v)
+#define EMULATOR_INTEGER_ATOMICS(T) \
+    EMULATOR_ORDERED_ATOMICS(T) EMULATOR_ATOMIC(atomicAdd, T, old + v) EMULATOR_ATOMIC(atomicExch, T, v) EMULATOR_CAS(T)
+EMULATOR_INTEGER_ATOMICS(int) EMULATOR_INTEGER_ATOMICS(unsigned) EMULATOR_INTEGER_ATOMICS(unsigned long long)
+EMULATOR_ORDERED_ATOMICS(long long) EMULATOR_CAS_OF(atomicCAS, unsigned short)
+EMULATOR_ATOMIC(atomicAdd, float, old + v) EMULATOR_ATOMIC(atomicExch, float, v)
+EMULATOR_ATOMIC(atomicAdd, double, old + v) EMULATOR_ATOMIC(atomicSub, int, old - v)
+EMULATOR_ATOMIC(atomicSub, unsigned, old - v) EMULATOR_ATOMIC(atomicInc, unsigned, old >= v ? 0 : old + 1)
+EMULATOR_ATOMIC(atomicDec, unsigned, old == 0 || old > v ? v : old - 1)

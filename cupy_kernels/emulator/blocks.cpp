@@ -1,0 +1,113 @@
+// Runs the blocks of a launch, one after another. A part of runtime.cpp.
+namespace emulator {
+
+static void next_epoch() {
+    block_epoch++;
+    for (int t = 0; t < thread_count; t++)
+        if (fibers[t].clock) {
+            fibers[t].clock = 0;
+            memset(fibers[t].seen, 0, sizeof fibers[t].seen);
+        }
+}
+
+static void start_block() {
+    memset(dynamic.start, POISON, dynamic.bytes);
+    for (unsigned i = 0; i < variable_count; i++)
+        if (variables[i].shared) memset(variables[i].start, POISON, variables[i].bytes);
+    memset(warps, 0, sizeof warps);
+    memset(queues, 0, sizeof queues);
+    next_epoch();
+    first_epoch = block_epoch;
+    all_released &= acquired;
+    acquired = false;
+    for (int t = 0; t < thread_count; t++) {
+        Fiber& f = fibers[t];
+        void** top = (void**)(stacks + (t + 1) * (STACK_BYTES + STACK_GAP) - t % 32 * STACK_SHIFT) - SAVED_WORDS - 4;
+        memset(top, 0, SAVED_WORDS * sizeof(void*));
+        top[RETURN_WORD] = (void*)fiber_main;
+        f.stack_pointer = top;
+        f.state = READY;
+        f.warp_calls = 0;
+        f.fenced = false;
+        f.copy_count = f.group_count = 0;
+        f.registers_fenced = false;
+        f.touched_sums = f.flying_sums = 0;
+    }
+}
+
+// Every fiber is DONE or waits at the block's barrier: release them, report the end (false), or fail.
+static bool release_barrier() {
+    int done = 0, waiting = 0, first = -1;
+    votes = 0;
+    for (int t = 0; t < thread_count; t++) {
+        Fiber& f = fibers[t];
+        done += f.state == DONE;
+        if (f.state == AT_WARP)
+            return report(
+                       "<%x>: thread %d waits in a warp operation for lanes that do not come", place_of(f.place.at), t),
+                   false;
+        if (f.state == AT_WGMMA)
+            return report("thread %d waits for a wgmma that not all warps of its warpgroup issue", t), false;
+        if (f.state != AT_BARRIER) continue;
+        waiting++;
+        votes += f.vote;
+        if (first < 0) first = t;
+        if (f.place != fibers[first].place)
+            return report(
+                       "divergent barrier: thread %d waits at <%x>, thread %d at <%x>", first,
+                       place_of(fibers[first].place.at), t, place_of(f.place.at)),
+                   false;
+    }
+    if (done == thread_count) return false;
+    if (done)
+        return report(
+                   "divergent barrier: %d of %d threads wait at <%x>, the others have returned", waiting, thread_count,
+                   place_of(fibers[first].place.at)),
+               false;
+    for (int t = 0; t < thread_count; t++) fibers[t].state = READY;
+    next_epoch();
+    return true;
+}
+
+static void run_block() {
+    start_block();
+    do {
+        bool ran;
+        do {
+            ran = false;
+            for (int i = 0; i < thread_count; i++) {
+                if (fibers[order[i]].state != READY) continue;
+                set_thread(order[i]);
+                emulator_switch(&scheduler_stack_pointer, fibers[current].stack_pointer);
+                if (error[0]) return;
+                ran = true;
+            }
+        } while (ran);
+    } while (release_barrier());
+}
+
+static void run_blocks(unsigned long long seed) {
+    bool backwards = seed & 1;  // seed 0: blocks and threads in ascending order
+    for (int t = 0; t < thread_count; t++) order[t] = t;
+    if (seed)
+        for (int t = thread_count - 1; t > 0; t--) {
+            seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+            int other = (seed >> 33) % (t + 1), swap = order[t];
+            order[t] = order[other], order[other] = swap;
+        }
+    block_epoch = 0;
+    acquired = all_released = true;
+    sums_count = 0, fault_count = 1;
+    for (int t = 0; t < thread_count; t++) fibers[t].proxy_fence = 0;
+    long long blocks = (long long)gridDim.x * gridDim.y * gridDim.z;
+    for (long long i = 0; i < blocks && !error[0]; i++) {
+        long long b = backwards ? blocks - 1 - i : i;
+        blockIdx = {unsigned(b % gridDim.x), unsigned(b / gridDim.x % gridDim.y), unsigned(b / gridDim.x / gridDim.y)};
+        run_block();
+    }
+    if (!error[0]) return;
+    size_t used = strlen(error);
+    snprintf(error + used, sizeof error - used, " (block %u,%u,%u)", blockIdx.x, blockIdx.y, blockIdx.z);
+}
+
+}  // namespace emulator

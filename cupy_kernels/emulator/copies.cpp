@@ -1,0 +1,46 @@
+// cp.async: what is copied appears at the wait that covers it. A part of runtime.cpp.
+namespace emulator {
+
+void copy_async(void* to, const void* from, int bytes, bool copied) {
+    Fiber& f = fibers[current];
+    if (((uintptr_t)to | (copied ? (uintptr_t)from : 0)) % bytes)
+        return FAIL("<%x>: thread %d: a cp.async of %d bytes is not aligned to them", place_of(CALLER), current, bytes);
+    if (f.copy_count == MAX_COPIES) return FAIL("thread %d has more than %d cp.async in flight", current, MAX_COPIES);
+    if (copied) access<false>(from, bytes, CALLER);
+    Array* array = find((char*)to);
+    if (!array || !array->shared)
+        return FAIL("<%x>: thread %d: a cp.async writes to shared memory alone", place_of(CALLER), current);
+    touch<true>(*array, (char*)to, bytes, CALLER, FLYING);
+    memset(to, POISON, bytes);
+    f.copies[f.copy_count++] = {(char*)to, copied ? (const char*)from : nullptr, bytes};
+}
+
+void copy_commit() {
+    Fiber& f = fibers[current];
+    if (f.group_count == MAX_COPIES)
+        return FAIL("thread %d has more than %d cp.async groups in flight", current, MAX_COPIES);
+    f.group_ends[f.group_count++] = f.copy_count;
+}
+
+void copy_wait(int pending_groups) {
+    Fiber& f = fibers[current];
+    int groups = f.group_count - pending_groups;
+    if (groups <= 0) return;
+    int done = f.group_ends[groups - 1];
+    for (int i = 0; i < done; i++) {
+        Copy& c = f.copies[i];
+        Array* array = find(c.to);
+        for (size_t offset = c.to - array->start, end = offset + c.bytes; offset < end; offset += 4) {
+            Word& word = array->words[offset / 4];
+            word.write = self | TOUCHED | EVER;  // others see it after the next barrier
+        }
+        if (c.from) memcpy(c.to, c.from, c.bytes);
+        else memset(c.to, 0, c.bytes);
+    }
+    for (int i = done; i < f.copy_count; i++) f.copies[i - done] = f.copies[i];
+    for (int i = groups; i < f.group_count; i++) f.group_ends[i - groups] = f.group_ends[i] - done;
+    f.copy_count -= done;
+    f.group_count -= groups;
+}
+
+}  // namespace emulator

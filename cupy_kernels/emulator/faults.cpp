@@ -1,0 +1,65 @@
+// What ends a kernel from outside: faults of the processor, Ctrl-C, the time limit. A part of runtime.cpp.
+namespace emulator {
+
+static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGINT, SIGURG};
+enum { SIGNALS = 5 };
+static struct sigaction before[SIGNALS];  // what the process does about them
+static thread_local bool runs_here;
+static pthread_t runner;
+static const char* const INTERRUPTED = "interrupted";
+static const char* volatile stopped;  // why the launch must end
+
+struct Registers { char *stack_pointer, *program_counter; };
+
+static Registers registers(void* context) {
+    mcontext_t& all = ((ucontext_t*)context)->uc_mcontext;
+#if defined(__x86_64__)
+    return {(char*)all.gregs[REG_RSP], (char*)all.gregs[REG_RIP]};
+#else
+    return {(char*)all.sp, (char*)all.pc};
+#endif
+}
+
+static bool in_a_stack(char* address) { return size_t(address - stacks) < MAX_THREADS * (STACK_BYTES + STACK_GAP); }
+
+// The kernel's line as the beginning of an error, if it is the kernel's own code that runs.
+static Where line_of(void* context) {
+    Where where = {};
+    char* at = registers(context).program_counter;
+    if (at >= image_start && at < image_end) snprintf(where.text, sizeof where.text, "<%x>: ", place_of(at + 1));
+    return where;
+}
+
+// What goes wrong in a kernel ends the kernel, not the process: a notebook goes on.
+static void on_signal(int number, siginfo_t* info, void* context) {
+    if (number == SIGINT) stopped = INTERRUPTED;
+    if (number == SIGINT || number == SIGURG) {
+        if (!stopped) return;
+        if (!runs_here) pthread_kill(runner, SIGURG);
+        else if (in_a_stack(registers(context).stack_pointer))
+            FAIL("%s%s", stopped == INTERRUPTED ? "" : line_of(context).text, stopped);
+        else report("%s", stopped);
+        return;
+    }
+    if (!runs_here || error[0] ||
+        !in_a_stack(registers(context).stack_pointer)) {  // not a fault of the kernel: it comes again, to the process
+        for (int i = 0; i < SIGNALS; i++)
+            if (signals[i] == number) sigaction(number, &before[i], nullptr);
+        return;
+    }
+    char* address = (char*)info->si_addr;
+    Where line = line_of(context);
+    if (number == SIGFPE) FAIL("%sthread %d divides an integer by zero", line.text, current);
+    else if (in_a_stack(address))
+        FAIL(
+            "%sthread %d needs more than %d KiB of local memory: a large array, or a recursion without end", line.text,
+            current, int(STACK_BYTES >> 10));
+    else FAIL("%sthread %d reads or writes far out of bounds, at %p", line.text, current, address);
+}
+
+extern "C" EXPORTED void emulator_stop() {
+    stopped = "takes longer than CUPY_KERNELS_TIMEOUT allows";
+    pthread_kill(runner, SIGURG);
+}
+
+}  // namespace emulator

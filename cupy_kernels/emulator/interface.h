@@ -1,0 +1,202 @@
+// What runs the threads, as a kernel sees it: see runtime.cpp. A part of cuda.h.
+
+// To a kernel, what changes with the thread is constant.
+#ifdef EMULATOR_RUNTIME
+#define EMULATOR_VARIABLE extern __attribute__((visibility("default")))
+#else
+#define EMULATOR_VARIABLE extern const
+#endif
+EMULATOR_VARIABLE uint3 threadIdx, blockIdx;
+EMULATOR_VARIABLE dim3 blockDim, gridDim;
+EMULATOR_VARIABLE int warpSize;
+#define UNCHECKED __attribute__((noinline, no_sanitize("thread", "undefined")))
+#define EMULATOR_CALLER ((const char*)__builtin_return_address(0))  // in an UNCHECKED function
+extern "C" char __ehdr_start[] __attribute__((visibility("hidden")));
+extern "C" char _end[] __attribute__((visibility("hidden")));
+
+#pragma GCC visibility push(default)
+namespace emulator {
+
+const char* address();  // of the instruction behind the call
+
+// A line of the source, and a place in the library. As a default argument it is the line of the call.
+struct Place {
+    const char* file;
+    int line;
+    const char* at;
+    static Place here(
+        const char* file = __builtin_FILE(), int line = __builtin_LINE(), const char* at = emulator::address()) {
+        return {file, line, at};
+    }
+    bool operator!=(const Place& other) const { return file != other.file || line != other.line; }
+};
+#define EMULATOR_HERE emulator::Place place = emulator::Place::here()
+
+enum { MAX_THREADS = 1024 };
+struct Exchange { alignas(16) char bytes[2][64]; };
+enum Kind { SCALAR, INPUT, INOUT_, OUTPUT };
+struct Parameter {
+    const char* name;
+    unsigned long long bytes;
+    unsigned item;
+    int kind;
+};
+// Of the kernel's library, its addresses counted from the library's start.
+struct Variable {
+    const char* name;
+    unsigned long long address, bytes;
+    int shared;
+};
+struct Launch {
+    const Parameter* parameters;
+    const unsigned long long* words;
+    unsigned count, grid[3], block[3];
+    unsigned long long shared_bytes, seed;
+    const Variable* variables;
+    unsigned variable_count;
+};
+struct Image { char *start, *end; };  // a library's memory
+
+EMULATOR_VARIABLE int current, thread_count;
+extern Exchange exchange[MAX_THREADS];
+extern char* dynamic_shared;
+extern void** arguments;
+
+const char* run(void (*body)(), const Image& image, const Launch& launch);
+void fail(Place place, const char* what);
+int block_barrier(Place place, bool vote);
+// Returns when every lane of the mask has called it; to the one that was last, true.
+bool warp_barrier(unsigned mask, Place place, bool synchronises);
+unsigned active_lanes();
+bool is_shared(const void* address);
+bool is_global(const void* address);
+void set_rounding(int mode);  // 0 to nearest, 1 to zero, 2 up, 3 down
+void read_any(const void* address, size_t bytes);
+void atomic(void* address, size_t bytes, const char* place);
+void fence();
+void copy_async(void* to, const void* from, int bytes, bool copied);
+void copy_commit();
+void copy_wait(int pending_groups);
+unsigned warp_call();  // how many warp operations the thread has called before
+
+// An operand of wgmma, where it lies: 8 halves each, neighbours in k of a row, or in rows of a k.
+struct Operand {
+    int count;
+    bool along_k;
+    const void* octets[512];
+};
+// A warp's part of a wgmma: 16 rows of a, or none (fragments), and all columns of b.
+struct Multiplication {
+    const void* operand;
+    int columns;
+    bool accumulates;
+    Operand a, b;
+    float (*value)(unsigned short bits);
+};
+// To the last lane of the warp that calls it, what it has to fill before it calls issued(); to others null.
+Multiplication* issue(float* sums, int columns, const unsigned* fragment, const void* operand, const char* place);
+void issued();
+void commit_multiplications();
+void wait_for_multiplications(int pending_groups);
+void fence_registers();
+void fence_proxy();
+
+// extern __shared__ T name[], in a function or outside.
+template <class T> struct Dynamic {
+    template <class U> operator U*() const { return (U*)dynamic_shared; }
+    template <class I> T& operator[](I i) const { return ((T*)dynamic_shared)[i]; }
+};
+
+struct Argument {
+    void* address;
+    template <class V> operator V() const { return *(V*)address; }
+};
+
+// What the lanes of a warp deposited in one call; to be read before the lane's next warp operation.
+template <class V> struct Deposits {
+    unsigned warp, parity;
+    UNCHECKED const V& operator[](int lane) const { return *(const V*)exchange[warp * 32 + lane].bytes[parity]; }
+};
+
+// Deposits `mine`, meets the lanes of the mask, and gives access to what each of them deposited in this call.
+template <class V> UNCHECKED static Deposits<V> exchange_in_warp(unsigned mask, const V& mine, EMULATOR_HERE) {
+    static_assert(sizeof(V) <= sizeof(exchange[0].bytes[0]), "a lane can exchange 64 bytes");
+    Deposits<V> all = {(unsigned)current / 32, warp_call() & 1};
+    memcpy(exchange[current].bytes[all.parity], &mine, sizeof(V));
+    warp_barrier(mask, place, false);
+    return all;
+}
+
+// What lane `source` deposits: it must exist and be in the mask.
+template <class V> UNCHECKED static V shuffle(unsigned mask, V mine, int source, Place place) {
+    Deposits<V> all = exchange_in_warp(mask, mine, place);
+    if (source < 0 || source > 31 || !(mask >> source & 1) || current / 32 * 32 + source >= thread_count)
+        fail(place, "reads a lane that takes no part in the shuffle");
+    return all[source];
+}
+
+// The lane that a shuffle reads, in groups of `width` lanes.
+static inline int lane_at(int lane, int width = 32) { return current % 32 / width * width + lane % width; }
+static inline int lane_xor(int lanes, int width = 32) {
+    int lane = current % 32, other = lane ^ lanes;
+    return other / width <= lane / width ? other : lane;
+}
+static inline int lane_up(int lanes, int width = 32) { return current % 32 - (current % width >= lanes ? lanes : 0); }
+static inline int lane_down(int lanes, int width = 32) {
+    return current % 32 + (current % width + lanes < width ? lanes : 0);
+}
+
+template <class T> UNCHECKED static float value_of(unsigned short bits) { return to_acc(T{bits}); }
+
+template <class At> UNCHECKED static void lay_out(Operand& operand, const At* at, int first, int rows) {
+    operand.count = 0;
+    if (!at) return;
+    operand.along_k = At::ALONG_K;
+    for (int row = first; row < first + rows; row += At::ALONG_K ? 1 : 8)
+        for (int k = 0; k < 16; k += At::ALONG_K ? 8 : 1) operand.octets[operand.count++] = at->octet(row, k);
+}
+
+// sums (+)= a b, with a in shared memory, or a null pointer and a fragment. An operand's octet(row, k) is where the 8
+// halves with that one begin, which are neighbours in k if it is ALONG_K, else in rows.
+template <class T, class A, class B> UNCHECKED static void multiply_async(
+    float* sums, int columns, bool accumulates, const A* a, const unsigned* fragment, const B& b, const char* place) {
+    Multiplication* m = issue(sums, columns, fragment, b.octet(0, 0), place);
+    if (!m) return;
+    m->columns = columns;
+    m->accumulates = accumulates;
+    m->value = value_of<T>;
+    lay_out(m->a, a, current / 32 % 4 * 16, 16);
+    lay_out(m->b, &b, 0, columns);
+    issued();
+}
+
+// Lanes of the mask whose value has the bits of this one's.
+template <class V> UNCHECKED static unsigned matches(unsigned mask, V mine, Place place) {
+    Deposits<V> all = exchange_in_warp(mask, mine, place);
+    unsigned found = 0;
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1 && current / 32 * 32 + i < thread_count && !__builtin_memcmp(&all[i], &mine, sizeof mine))
+            found |= 1u << i;
+    return found;
+}
+
+template <class V, class F> UNCHECKED static V reduce(unsigned mask, V mine, Place place, F combine) {
+    Deposits<V> all = exchange_in_warp(mask, mine, place);
+    bool first = true;
+    V result = mine;
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1 && current / 32 * 32 + i < thread_count)
+            result = first ? all[i] : combine(result, all[i]), first = false;
+    return result;
+}
+
+UNCHECKED static unsigned ballot(unsigned mask, bool vote, Place place) {
+    Deposits<bool> all = exchange_in_warp(mask, vote, place);
+    unsigned votes = 0;
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1 && current / 32 * 32 + i < thread_count && all[i]) votes |= 1u << i;
+    return votes;
+}
+
+}  // namespace emulator
+#pragma GCC visibility pop

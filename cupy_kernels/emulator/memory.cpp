@@ -1,0 +1,68 @@
+// Where arrays, shared memory, stacks and the words about them lie. A part of runtime.cpp.
+namespace emulator {
+
+static char* reserve(size_t bytes, int protection) {
+    void* found = mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return found == MAP_FAILED ? nullptr : (char*)found;
+}
+
+enum { SIGNAL_STACK_BYTES = 1 << 16 };
+static char* signal_stack;
+
+static bool reserve_all() {
+    if (arena) return true;
+    signal_stack = reserve(SIGNAL_STACK_BYTES, PROT_READ | PROT_WRITE);
+    stacks = reserve(MAX_THREADS * (STACK_BYTES + STACK_GAP), PROT_NONE);
+    if (!stacks || !signal_stack) return false;
+    for (int t = 0; t < MAX_THREADS; t++)
+        mprotect(stacks + t * (STACK_BYTES + STACK_GAP) + STACK_GAP, STACK_BYTES, PROT_READ | PROT_WRITE);
+    for (; slot_bits >= 30 && !arena; slot_bits -= 2)
+        arena = reserve((size_t)(MAX_PARAMETERS + 1) << slot_bits, PROT_NONE);
+    slot_bits += 2;
+    return arena;
+}
+
+static Word* words;  // of all arrays
+static size_t words_bytes;
+
+// Memory full of zeros.
+static bool clear_words(size_t bytes) {
+    if (bytes > words_bytes) {
+        if (words) munmap(words, words_bytes);
+        words = (Word*)reserve(words_bytes = bytes, PROT_READ | PROT_WRITE);
+        return words;
+    }
+    if (bytes < 1 << 20) memset((void*)words, 0, bytes);
+    else madvise(words, bytes, MADV_DONTNEED);
+    return true;
+}
+
+// Where an array is copied to: in the middle of slot `slot`, as far from a multiple of 256 as it is now.
+static bool place(unsigned slot, const char* name, size_t alignment, size_t bytes, unsigned item) {
+    char* middle = arena + ((size_t)slot << slot_bits) + ((size_t)1 << (slot_bits - 1));
+    arrays[slot] = {name, middle + alignment, bytes, item, false, true, false, nullptr};
+    return bytes < (size_t)1 << (slot_bits - 1) && !mprotect(middle, alignment + bytes + 1, PROT_READ | PROT_WRITE);
+}
+
+static void release(unsigned slot) {
+    Array& a = arrays[slot];
+    char* first = (char*)((size_t)a.start & ~(size_t)4095);
+    if (a.bytes > 1 << 16) madvise(first, a.start + a.bytes - first, MADV_DONTNEED);
+    mprotect(first, a.start + a.bytes + 1 - first, PROT_NONE);
+}
+
+static void check_written(const Array& array) {
+    size_t missing = 0, first = 0, count = array.bytes / array.item;
+    for (size_t i = count; i-- > 0;) {
+        bool whole = true;
+        for (size_t byte = i * array.item; byte < (i + 1) * array.item; byte++)
+            whole &= array.words[byte / 4].write >> (EVER_SHIFT + byte % 4) & 1;
+        if (!whole) missing++, first = i;
+    }
+    if (missing)
+        report(
+            "leaves %zu of %zu elements of its output %s unwritten; the first at flat index %zu", missing, count,
+            array.name, first);
+}
+
+}  // namespace emulator

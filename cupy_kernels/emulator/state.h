@@ -1,0 +1,110 @@
+// What the runtime knows: arrays, who touched which bytes, fibers and warps of the block. A part of runtime.cpp.
+#define EXPORTED __attribute__((visibility("default")))
+#define CALLER ((char*)__builtin_return_address(0))
+
+EXPORTED uint3 threadIdx, blockIdx;
+EXPORTED dim3 blockDim, gridDim;
+EXPORTED int warpSize = 32;  // to a kernel no constant expression, as in CUDA
+
+namespace emulator {
+
+typedef unsigned long long u64;
+
+enum { MAX_COPIES = 256, MAX_PARAMETERS = 62, MAX_VARIABLES = 256, POISON = 0xFF, GAP = 256 };
+// The gap is wider than local arrays are, so that no access skips it. Not all stacks end at the same place of a page:
+// they would share lines of the cache.
+enum : size_t { STACK_BYTES = 576 << 10, STACK_GAP = 16 << 20, STACK_SHIFT = 128 };
+enum State { READY, AT_BARRIER, AT_WARP, AT_WGMMA, DONE };
+
+// What a thread did last to 4 bytes, in one number: number of the barrier before it, number of the __syncwarp, thread,
+// whether it was atomic or is a copy in flight, which of the bytes were ever written, which it touched.
+enum : u64 { TOUCHED = 15, EVER = 15 << 4, FLYING = 1 << 8, ATOMIC = 1 << 9 };
+enum { EVER_SHIFT = 4, THREAD_SHIFT = 10, CLOCK_SHIFT = 20, EPOCH_SHIFT = 32, MOST_CLOCK = 4095 };
+struct Word {
+    u64 write, read, other_read;  // other_read: the one of another thread before it
+    unsigned write_place, read_place;
+};
+
+struct Array {
+    const char* name;
+    char* start;
+    size_t bytes;
+    unsigned item;  // bytes of an element; 0: errors count bytes
+    bool constant, initialised, shared;
+    Word* words;
+};
+
+struct Copy {
+    char* to;
+    const char* from;
+    int bytes;
+};
+struct Fiber {
+    void* stack_pointer;
+    State state;
+    Place place;          // of the barrier it waits at
+    unsigned warp_calls;  // parity picks the exchange buffer: a fast lane may be one call ahead
+    bool vote, fenced;
+    unsigned short clock,
+        seen[32];             // __syncwarps; and of each lane, up to which one its accesses came before this thread's
+    Copy copies[MAX_COPIES];  // cp.async issued and not yet waited for
+    int copy_count, group_ends[MAX_COPIES], group_count;
+    // wgmma.cpp: whether it has called wgmma_fence(), which sums it used since, which ones are in flight; and when it
+    // called fence_async_proxy()
+    bool registers_fenced;
+    unsigned touched_sums, flying_sums;
+    u64 proxy_fence;
+};
+struct Warp {
+    unsigned arrived, mask;
+    Place place;
+};
+
+EXPORTED int current, thread_count;
+static int votes;
+EXPORTED Exchange exchange[MAX_THREADS];
+EXPORTED char* dynamic_shared;
+EXPORTED void** arguments;
+static Fiber fibers[MAX_THREADS];
+static Warp warps[MAX_THREADS / 32];
+static int order[MAX_THREADS];
+static void* scheduler_stack_pointer;
+static void (*thread_body)();
+static char error[1024];
+static char* stacks;
+static char* stack_low;
+
+static char *arena, *image_start, *image_end;
+static int slot_bits = 36;
+static Array arrays[MAX_PARAMETERS + 1], &dynamic = arrays[0];  // dynamic shared memory
+static Array variables[MAX_VARIABLES];                          // __shared__ and __device__ ones
+static unsigned array_count, variable_count;
+static u64 self;                           // the stamp of what the current thread does
+static unsigned block_epoch, first_epoch;  // number of the last barrier, and of the block's start
+static bool acquired, all_released;        // earlier blocks' accesses came before this block's: see atomic()
+static u64 argument_words[MAX_PARAMETERS];
+static void* argument_addresses[MAX_PARAMETERS];
+static int sums_count;  // of wgmma, in local memory
+static void touch_sums(const char* address, size_t bytes, bool writes, const char* place);
+
+static void yield() { emulator_switch(&fibers[current].stack_pointer, scheduler_stack_pointer); }
+
+static void report(const char* format, ...) {
+    if (error[0]) return;
+    va_list values;
+    va_start(values, format);
+    vsnprintf(error, sizeof error, format, values);
+    va_end(values);
+}
+
+// A place as Python finds the source line for: the library's byte. It stands as <byte> in an error.
+static unsigned place_of(const char* caller) { return unsigned(caller - image_start); }
+
+// Ends the launch: the scheduler sees the error, and never comes back.
+#define FAIL(...) (emulator::report(__VA_ARGS__), emulator::yield())
+
+EXPORTED void fail(Place place, const char* what) { FAIL("<%x>: thread %d %s", place_of(place.at), current, what); }
+
+EXPORTED const char* address() { return CALLER; }
+
+}  // namespace emulator

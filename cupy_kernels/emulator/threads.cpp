@@ -1,0 +1,93 @@
+// Threads, and where they wait for each other: barriers of a block and of a warp. A part of runtime.cpp.
+namespace emulator {
+
+static void set_stamp() {
+    self = (u64)block_epoch << EPOCH_SHIFT | (u64)fibers[current].clock << CLOCK_SHIFT | (u64)current << THREAD_SHIFT;
+}
+
+static void set_thread(int t) {
+    current = t;
+    threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
+    stack_low = stacks + t * (STACK_BYTES + STACK_GAP) + STACK_GAP;
+    set_stamp();
+}
+
+static void fiber_main() {
+    thread_body();
+    fibers[current].state = DONE;
+    for (;;) yield();
+}
+
+int block_barrier(Place place, bool vote) {
+    Fiber& f = fibers[current];
+    f.state = AT_BARRIER, f.place = place, f.vote = vote;
+    yield();
+    return votes;
+}
+
+// What the lanes of a mask did before now comes before what each of them does from now on.
+static void synchronise(unsigned mask) {
+    Fiber* lanes = fibers + current / 32 * 32;
+    unsigned short seen[32] = {};
+    for (int i = 0; i < 32; i++) {
+        if (!(mask >> i & 1)) continue;
+        for (int j = 0; j < 32; j++)
+            if (lanes[i].seen[j] > seen[j]) seen[j] = lanes[i].seen[j];
+        if (lanes[i].clock >= seen[i]) seen[i] = lanes[i].clock + 1;
+        if (lanes[i].clock < MOST_CLOCK) lanes[i].clock++;
+    }
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1) memcpy(lanes[i].seen, seen, sizeof seen);
+}
+
+bool warp_barrier(unsigned mask, Place place, bool synchronises) {
+    Warp& warp = warps[current / 32];
+    unsigned lanes = thread_count - current / 32 * 32, lane = 1u << current % 32;
+    if (lanes < 32) mask &= (1u << lanes) - 1;
+    if (!(mask & lane))
+        return FAIL("<%x>: thread %d calls a warp operation whose mask leaves it out", place_of(place.at), current),
+               false;
+    if (!warp.arrived) warp.mask = mask, warp.place = place;
+    if (warp.mask != mask || warp.place != place)
+        return FAIL(
+                   "<%x> and <%x>: lanes of warp %d meet at different warp operations", place_of(warp.place.at),
+                   place_of(place.at), current / 32),
+               false;
+    warp.arrived |= lane;
+    if (warp.arrived == mask) {
+        warp.arrived = 0;
+        for (int i = 0; i < 32; i++)
+            if (mask >> i & 1) fibers[current / 32 * 32 + i].state = READY;
+        if (synchronises) synchronise(mask), set_stamp();
+        return true;
+    }
+    fibers[current].state = AT_WARP;
+    fibers[current].place = place;
+    yield();
+    return false;
+}
+
+bool is_shared(const void* address) {
+    Array* array = find((const char*)address);
+    return array && array->shared;
+}
+bool is_global(const void* address) {
+    Array* array = find((const char*)address);
+    return array ? !array->shared : size_t((const char*)address - image_start) < size_t(image_end - image_start);
+}
+
+void set_rounding(int mode) {
+    static const int modes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_UPWARD, FE_DOWNWARD};
+    fesetround(modes[mode]);
+}
+
+unsigned active_lanes() {
+    unsigned lanes = 0;
+    for (int i = 0; i < 32; i++) {
+        int t = current / 32 * 32 + i;
+        if (t < thread_count && fibers[t].state != DONE) lanes |= 1u << i;
+    }
+    return lanes;
+}
+
+}  // namespace emulator

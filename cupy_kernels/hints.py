@@ -1,0 +1,41 @@
+"""The way out, in error messages, of what a text takes for granted and a kernel does not have: headers and names."""
+
+import re
+
+_HEADERS = {
+    "math.h cmath": "mathematics is there without a header",
+    "stdint.h cstdint": "write int, unsigned, long long, or i64 and u8 of common.cuh",
+    "limits.h climits float.h cfloat limits": "write the number; common.cuh has is_nan and is_finite",
+    "stdio.h cstdio assert.h cassert string.h cstring": "printf, assert, memcpy and memset are there without a header",
+    "cuda_fp16.h cuda_bf16.h": "half_t and bf16_t of common.cuh are converted by to_acc and from_acc<half_t>",
+    "cooperative_groups.h": "__syncthreads, __syncwarp, __shfl_sync and the like are there without a header",
+}
+_NAMES = {
+    "INFINITY HUGE_VAL HUGE_VALF": "write 1.0f / 0.0f",
+    "NAN": 'write nanf(""); common.cuh has is_nan',
+    r"(FLT|DBL|U?INT|U?LONG|U?LLONG)_(MAX|MIN|EPSILON)": "write the number; common.cuh has is_finite",
+    r"M_\w+": "write the number",
+    r"u?int(8|16|32|64)_t u?intptr_t": "write int, unsigned, long long, or i64 and u8 of common.cuh",
+    r"(__)?half2? __half_raw __nv_bfloat16 __\w*2half\w* __half2\w+": _HEADERS["cuda_fp16.h cuda_bf16.h"],
+    "std": "functions such as max, min, abs and sqrt are there without std::",
+    "cooperative_groups": "__syncthreads, __syncwarp, __shfl_sync and the like are there instead",
+    r"__shfl(_xor|_up|_down)? __ballot __any __all": "those of today have a mask, as __shfl_sync(0xFFFFFFFFu, ...)",
+    "malloc new": "the emulator has no memory of kernels' own: use __shared__, a local array, or an argument",
+    "asm": "the emulator has no PTX: write `#ifndef CUPY_KERNELS_EMULATOR` around it, and the same in C++ for it",
+}
+
+
+def of_header(name: str) -> str:
+    """What stands in for a header, which pip's CUDA does not have."""
+    return next((hint for headers, hint in _HEADERS.items() if name in headers.split()), "leave it out")
+
+
+def of_message(message: str) -> str:
+    """What stands in for the names that a compiler's message quotes; nothing if they are none that are missed here."""
+    if re.search(r"ambiguous|more than one instance of overloaded function", message):
+        return "a call is ambiguous where its arguments have two types: write max(x, 0.0f) for max(x, 0)"
+    for name in re.findall(r"['\"]([A-Za-z_]\w*)", message):
+        for names, hint in _NAMES.items():
+            if any(re.fullmatch(pattern, name) for pattern in names.split()):
+                return f"{name}: {hint}"
+    return ""

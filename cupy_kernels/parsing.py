@@ -1,0 +1,77 @@
+"""What a kernel source declares: where its kernels are in the text, and their parameters."""
+
+import functools
+import re
+
+# Comments and strings are tokens of their own, so that braces in them do not count.
+_BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
+_PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+_ATTRIBUTES = rf"(?:(?:static|inline|__(?:launch_bounds|maxnreg|attribute|cluster_dims)__\s*{_PARENTHESES})\s*)*"
+_KERNEL = re.compile(
+    rf'[ \t]*(extern\s+"C"\s+)?{_ATTRIBUTES}__global__\s+{_ATTRIBUTES}void\s+{_ATTRIBUTES}'
+    rf"(\w+)\s*({_PARENTHESES})\s*(?=\{{)"
+)
+_NO_TYPE = ("*", "const", "volatile", "INOUT", "__restrict__", "__restrict", "__grid_constant__", "struct")
+_C_BLOCK = re.compile(r'\bextern\s+"C"\s*\{')
+SYNONYMS = {
+    "long long": "i64",
+    "long long int": "i64",
+    "signed": "int",
+    "unsigned int": "unsigned",
+    "unsigned char": "u8",
+}
+
+
+def span(text, name) -> tuple[int, int] | None:
+    """Where in `text` the definition of the kernel `name` begins and ends; None if it is not there."""
+    match = definitions(text).get(name)
+    return match and (match.start(), _end(text, match) or len(text))
+
+
+def unfinished(text) -> list[str]:
+    """Kernels of `text` whose body has no end."""
+    return [name for name, match in definitions(text).items() if not _end(text, match)]
+
+
+@functools.lru_cache(64)
+def definitions(text: str) -> dict[str, re.Match]:
+    """{name: the match of its declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
+    code = _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
+    blocks = [range(block.end(), _end(code, block, 1) or len(code)) for block in _C_BLOCK.finditer(code)]
+    found = [m for m in _KERNEL.finditer(code) if m[1] or any(m.start(2) in block for block in blocks)]
+    return {match[2]: match for match in found}
+
+
+def _end(text, declaration, depth=0) -> int | None:
+    for token in _BRACES.finditer(text, declaration.end()):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if token[0] == "}" and depth == 0:
+            return token.end()
+    return None
+
+
+def declarations(text: str) -> dict[str, list[tuple[str, str]]]:
+    """{kernel: [(type, name) of each parameter]} of the kernels in `text`; types as "const scalar_t*"."""
+    return {
+        name: [_split(p) for p in match[3][1:-1].split(",") if p.strip() not in ("", "void")]
+        for name, match in definitions(text).items()
+    }
+
+
+def _split(declaration: str) -> tuple[str, str]:
+    found = re.fullmatch(r"(.*?)(\w+)\s*((?:\[[^]]*\])?)", declaration.strip(), re.DOTALL)
+    if (
+        not found
+        or not found[1]
+        or re.search(r"[^\w\s*]", found[1])
+        or (found[1] + found[3]).count("*") + bool(found[3]) > 1
+    ):
+        raise ValueError(
+            f"a kernel's parameter is an array, as in const float* x, or a number, as in int size; received "
+            f"{declaration.strip()!r}. Pass several arrays one by one, and what belongs together as numbers"
+        )
+    words = found[1].replace("*", " * ").split()
+    kind = " ".join(w for w in words if w not in _NO_TYPE)
+    marks = [w for w in ("INOUT", "const") if w in words]
+    pointer = "*" if found[3] or "*" in words else ""
+    return " ".join([*marks, SYNONYMS.get(kind, kind)]) + pointer, found[2]

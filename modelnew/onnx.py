@@ -1,0 +1,56 @@
+"""What torch.onnx.export gets in place of the public functions: the same of PyTorch's own operators, which ONNX has."""
+
+import torch
+import torch.nn.functional as F
+
+tanh = torch.tanh
+group_norm = F.group_norm
+max_pool2d = F.max_pool2d
+leaky_relu = F.leaky_relu
+
+
+def conv_transpose2d(*args, numerics=None, **options):
+    return F.conv_transpose2d(*args, **options)
+
+
+def batch_norm(*args, num_batches_tracked=None, **options):
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return F.batch_norm(*args, **options)
+
+
+def batch_norm_tanh(*args, **options):
+    return batch_norm(*args, **options).tanh()
+
+
+def tanh_max_pool2d(input, *args, **options):
+    return F.max_pool2d(input.tanh(), *args, **options)
+
+
+def bn_tanh_max_pool2d(*args, kernel_size=2, stride=None, padding=0, dilation=1, ceil_mode=False, **options):
+    args, window = args[:8], (*args[8:], *(kernel_size, stride, padding, dilation, ceil_mode)[len(args[8:]) :])
+    return F.max_pool2d(batch_norm_tanh(*args, **options), *window)
+
+
+def conv_bn_activation_max_pool_group_norm(
+    input,
+    *args,
+    conv_weight,
+    conv_bias=None,
+    padding=0,
+    activation="tanh",
+    negative_slope=0.01,
+    num_groups,
+    group_weight=None,
+    group_bias=None,
+    group_eps=1e-5,
+    numerics=None,
+    peers=None,
+    **options,
+):
+    y = batch_norm(F.conv_transpose2d(input, conv_weight, conv_bias, padding=padding), *args, **options)
+    y = y.tanh() if activation == "tanh" else F.leaky_relu(y, negative_slope)
+    return F.group_norm(F.max_pool2d(y, 2), num_groups, group_weight, group_bias, group_eps)
+
+
+conv_bn_tanh_max_pool_group_norm = conv_bn_activation_max_pool_group_norm

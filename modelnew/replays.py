@@ -1,0 +1,278 @@
+"""Calls that came before are repeated, without the checks that they passed and the code that they went through.
+
+The first two calls of a kind run as written. If all that the second does is one `calls.call` on the memory of its
+tensors, maybe inside one autograd Function, it leaves a replay: a function, written out for its kind, that takes the
+tensors' addresses, allocates, starts the launches and returns. A later call is repeated by it if its other arguments
+and torch's settings are the same, and its tensors of the same kinds, as torch's own guards tell. Where a call does
+more, such as copying an argument, calls of its kind run as written.
+
+A public function may depend on its arguments and on the settings that `key_of` has, and on nothing else.
+"""
+
+import contextlib
+import functools
+import inspect
+import marshal
+import typing
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import is_grad_enabled
+
+from . import calls, numerics, recorders
+from .shortcuts import allocator, any_autocast, apply, current_device, guard_of, raw_stream
+
+_MOST_REPLAYS = 8  # of calls that differ in their tensors alone, and not in the shape of the first
+
+
+class Missed(Exception):
+    """A replay does not take a call: a tensor has no memory, or is not aligned."""
+
+
+class _Unrepeatable(Exception):
+    """A call does what a replay cannot do."""
+
+
+class _Replay(typing.NamedTuple):
+    guard: Callable  # guard(*tensors): whether they are of the kinds that it is for
+    run: Callable | None  # run(*tensors) is the call; None if calls of this kind are not repeated
+
+
+class _Applied(typing.NamedTuple):
+    """What the forward of an autograd Function did."""
+
+    function: type[torch.autograd.Function]
+    args: tuple
+    attributes: dict  # that its context has got
+    saved: tuple
+    result: torch.Tensor
+
+
+def splitter(function: Callable) -> Callable | None:
+    """split(*args, **options) -> (what tells calls of `function` apart, their tensors). None if it has no tensors."""
+    parameters = inspect.signature(function).parameters.values()
+    tensors = [p.name for p in parameters if torch.Tensor in (p.annotation, *typing.get_args(p.annotation))]
+    if not tensors or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return None
+    others = [p.name for p in parameters if p.name not in tensors] + [f"{name} is None" for name in tensors]
+    signature = str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
+    return eval(f"lambda {signature[1:-1]}: (({', '.join(others)},), ({', '.join(tensors)},))")
+
+
+def key_of(function: Callable, others: tuple, like: torch.Tensor) -> tuple:
+    """The kind of a call, but for the kinds of its tensors. like: the first of these.
+
+    ValueError if there is more in `others` than numbers, strings and the like.
+    """
+    dtypes = any_autocast() and (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda"))
+    others = marshal.dumps(others, 2)  # 2 and 2.0, 0.0 and -0.0 are equal, and not the same; version 2 sees no identity
+    return function, others, is_grad_enabled(), numerics.settings(), dtypes, like.shape
+
+
+def repeated(key, replays: tuple, tensors: list, as_written: Callable):
+    """as_written(), or what repeats it. replays: what is known of `key`. tensors: all that it works on."""
+    for replay in replays:
+        if replay.guard(*tensors):
+            break
+    else:
+        return _recorded(key, replays, tensors, as_written)
+    if replay.run is not None:
+        try:
+            return replay.run(*tensors)
+        except Missed:
+            pass
+    return as_written()
+
+
+def _recorded(key, replays, tensors, as_written):
+    """as_written(), which leaves a replay, or that there is none, if such a call came before."""
+    seen = calls.known("seen")
+    if key not in seen:
+        calls.remember(seen, key, None)
+        return as_written()
+    plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+    known = plain and len(replays) < _MOST_REPLAYS and not calls.planning()
+    guard = guard_of(tensors) if known else None
+    if guard is None:
+        return as_written()
+    run, made, outer = None, [], calls.recording.made
+    calls.recording.made = made
+    try:
+        result = as_written()
+        with contextlib.suppress(_Unrepeatable):
+            run = _written(tensors, made, result, all_used=type(key) is tuple)
+        return result
+    finally:
+        calls.recording.made = outer
+        if outer is not None:
+            outer.append(None)  # it did more than its own calls
+        calls.remember(calls.known("replays"), key, (*replays, _Replay(guard, run)))
+
+
+def noted(forward: Callable, function: type[torch.autograd.Function]) -> Callable:
+    """The forward of an autograd Function, which a call that is recorded hears of."""
+
+    @functools.wraps(forward)
+    def call(ctx, *args):
+        result = forward(ctx, *args)
+        made = calls.recording.made
+        if made is not None:
+            made.append(_Applied(function, args, {**vars(ctx)}, ctx.to_save or (), result))
+            if ctx.non_differentiable or ctx.dirty_tensors:
+                made.append(None)
+        return result
+
+    return call
+
+
+def _written(tensors, made, result, all_used) -> Callable:
+    """run(*tensors) for a call that gave `result`, from all that it did."""
+    applied = made.pop() if made and isinstance(made[-1], _Applied) else None
+    if len(made) != 1 or made[0] is None:
+        raise _Unrepeatable
+    code = _Code(tensors, *made[0])
+    if all_used and len(code.sources) < len(tensors):
+        raise _Unrepeatable  # what became of the others is not known
+    if applied is None:
+        results = result if isinstance(result, tuple) else (result,)
+        if any(tensor is not None and tensor.requires_grad for tensor in results):
+            raise _Unrepeatable
+        return code.function(code.expression(result))
+    if result is not applied.result or not _constant(applied.attributes):
+        raise _Unrepeatable
+    kernels = code.function(code.expression((result, tuple(applied.saved))))
+    arguments = [code.given(arg) if isinstance(arg, torch.Tensor) else "None" for arg in applied.args]
+    how = kernels, {**applied.attributes, "key": object()}
+    defined = {"apply": apply, "function": _repeating(applied.function), "how": how}
+    line = f"def run({code.names}): return apply(function, {', '.join(arguments)}, (*how, ({code.names},)))"
+    exec(line, defined)
+    return defined["run"]
+
+
+def _constant(value) -> bool:
+    """Whether a value will always be what it is now."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return all(map(_constant, value)) if isinstance(value, tuple) else isinstance(value, _CONSTANT)
+
+
+_CONSTANT = (type(None), bool, int, float, str)
+
+
+@functools.cache
+def _repeating(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """`function` for calls that are repeated. The last argument, one more than it has, says what they do."""
+
+    def forward(ctx, *args):
+        kernels, attributes, tensors = args[-1]
+        result, saved = kernels(*tensors)
+        vars(ctx).update(attributes)
+        ctx.save_for_backward(*saved)
+        return result
+
+    def backward(ctx, *gradients):
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint insists on it
+
+        def as_written():
+            inner = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=ctx.needs_input_grad)
+            found = function.backward(inner, *gradients)
+            return (*found, None) if isinstance(found, tuple) else (found, None)
+
+        if is_grad_enabled() or recorders.may_record():
+            return as_written()
+        tensors = [tensor for tensor in (*gradients, *saved) if tensor is not None]
+        return repeated(ctx.key, calls.known("replays").get(ctx.key, ()), tensors, as_written)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(function)(function.__name__, (torch.autograd.Function,), methods)
+
+
+class _Code:
+    """A call's work as code, from what `calls.call` did once: t0, t1 ... are the tensors, v<index> what it made."""
+
+    def __init__(self, tensors, found, values):
+        self.tensors, self.found, self.values = tensors, found, values
+        self.names = ", ".join(f"t{i}" for i in range(len(tensors)))
+        places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors)}
+        if len(places) != len(tensors) or any(place % 16 or not place for place in places):
+            raise _Unrepeatable  # tensors share memory, have none, or are not aligned
+        count = len(values) - found.slots
+        arguments = {i: value.data_ptr() for i, value in enumerate(values[:count]) if isinstance(value, torch.Tensor)}
+        if len(set(arguments.values())) != len(arguments) or not places.keys() >= set(arguments.values()):
+            raise _Unrepeatable  # kernels read a copy, or a tensor twice
+        self.sources = {index: places[place] for index, place in arguments.items()}
+        returned = found.returned if isinstance(found.returned, tuple) else (found.returned,)
+        self.views = {}
+        self.results = {values[index].data_ptr(): index for index in returned if index is not None}
+
+    def given(self, tensor) -> str:
+        """A tensor that the call was given."""
+        for i, given in enumerate(self.tensors):
+            if given is tensor:
+                return f"t{i}"
+        raise _Unrepeatable
+
+    def expression(self, value) -> str:
+        """A tensor that the call was given or made, None, or a tuple of these."""
+        if value is None:
+            return "None"
+        if isinstance(value, tuple):
+            return f"({''.join(f'{self.expression(one)}, ' for one in value)})"
+        index = self.results.get(value.data_ptr())
+        if index is None:
+            return self.given(value)
+        made = self.values[index]
+        if value.dtype != made.dtype or value.numel() != made.numel():
+            raise _Unrepeatable
+        if value.shape == made.shape and value.stride() == made.stride():
+            return f"v{index}"
+        view = f"v{index}.as_strided({tuple(value.shape)}, {value.stride()})"
+        return self.views.setdefault(view, f"w{len(self.views)}")  # once: autograd knows a result that is saved by it
+
+    def _argument(self, index) -> str:
+        """What the call had as a value before it made any."""
+        value = self.values[index]
+        if index in self.sources:
+            return f"t{self.sources[index]}.as_strided({tuple(value.shape)}, {value.stride()})"
+        return f"numbers[{index}]" if isinstance(value, float) else "None"
+
+    def function(self, result: str) -> Callable:
+        """run(*tensors), which returns the expression `result`."""
+        plan, gpu, device, stages, *_ = self.found
+        every = range(len(self.tensors))
+        lines = [f"a{i} = t{i}.data_ptr()" for i in every]
+        aligned = f"({' | '.join(f'a{i}' for i in every)}) & 15"
+        lines += [f"if {aligned} or not ({' and '.join(f'a{i}' for i in every)}):", "    raise Missed"]
+        defined = {"watched": calls.watched, "show": calls.show, "plan": plan, "Missed": Missed}
+        defined["empty"], stream = allocator(device), None
+        defined["numbers"] = {index: value for index, value in enumerate(self.values) if isinstance(value, float)}
+        if gpu is not None:
+            stream = f"raw_stream({gpu})"
+            lines += [f"if current_device() != {gpu}:", f"    with on({gpu}):", f"        return run({self.names})"]
+            defined.update(current_device=current_device, on=torch.cuda.device, raw_stream=raw_stream)
+        pointers = [f"a{self.sources[i]}" if i in self.sources else "0" for i in range(len(self.values))]
+        values = [self._argument(index) for index in range(len(self.values))]
+        for number, (made, steps, dropped) in enumerate(stages):
+            for index, shape, strides, dtype in made:
+                defined[f"dtype{index}"], pointers[index], values[index] = dtype, f"b{index}", f"v{index}"
+                lines.append(f"v{index} = empty({shape}, {strides}, dtype{index})")
+                lines.append(f"b{index} = v{index}.data_ptr()")
+            if steps:
+                batch = defined[f"batch{number}"] = plan.batch(steps)
+                words = [*pointers, *(f"{pointers[index]} + {offset}" for index, offset in batch.inside)]
+                defined.update({f"pack{number}": batch.pack, f"words{number}": batch.words})
+                lines.append(f"pack{number}(words{number}, 0, {', '.join(words)})")
+                for place, (_, index) in enumerate(batch.varying):
+                    lines.append(f"batch{number}.varying[{place}][0][0] = numbers[{index}]")
+                defined.update({f"backend{number}": batch.backend, f"launches{number}": batch.launches})
+                lines.append(f"if not watched() or show(plan, [{', '.join(values)}], {steps}):")
+                lines.append(f"    backend{number}.start(launches{number}, {stream})")
+            lines += [f"v{index} = None" for index in dropped]
+        updated = [f"t{self.sources[index]}" for index in plan.updated() if index in self.sources]
+        if updated:
+            defined["increment_version"] = torch.autograd.graph.increment_version
+            lines.append(f"increment_version([{', '.join(updated)}])")
+        lines += [f"{name} = {view}" for view, name in self.views.items()]
+        exec("\n    ".join([f"def run({self.names}):", *lines, f"return {result}"]), defined)
+        return defined["run"]

@@ -1,0 +1,248 @@
+"""Expressions of CUDA C, and the values that they have in test_dialect.py."""
+
+import math
+
+import numpy as np
+
+F, D, INT, L = np.float32(0.75), -2.3, -5, -(2**40) - 3  # what lines call f, d, i, l
+U, M = 0xF0F00F1E, 0xFEDCBA9876543210  # u, m
+T = np.arange(32)  # t, the lane
+
+
+def to_zero(x):
+    return np.nextafter(np.float32(x), np.float32(0)) if abs(float(np.float32(x))) > abs(x) else np.float32(x)
+
+
+def up(x):
+    return np.nextafter(np.float32(x), np.float32(np.inf)) if float(np.float32(x)) < x else np.float32(x)
+
+
+def signed(bits, width=32):
+    return bits - (1 << width) if bits >> (width - 1) else bits
+
+
+def bits(x):
+    return int(np.float32(x).view(np.uint32))
+
+
+def bits64(x):
+    return int(np.float64(x).view(np.int64))
+
+
+def norm_cdf(x):
+    return 0.5 * math.erfc(-x / math.sqrt(2))
+
+
+# (expression, value): of each thread, or of all
+VALUES = [
+    # Minima, maxima, absolute values
+    ("max(f, 0.5f)", 0.75),
+    ("max(d, f)", 0.75),
+    ("max(i, 3)", 3),
+    ("max(i, u)", 2**32 - 5),
+    ("min(l, 3ll)", L),
+    ("max(l, m)", max(M, 2**64 + L)),
+    ("fmaxf(f, 1)", 1),
+    ("fmin(d, 1)", D),
+    ("umin(u, 3u)", 3),
+    ("umax(u, 3u)", U),
+    ("llmax(l, 3ll)", 3),
+    ("llmin(l, 3ll)", L),
+    ("ullmin(m, 3ull)", 3),
+    ("ullmax(m, 3ull)", M),
+    ("abs(i) + abs(l) + fabsf(-f)", 5 - L + 0.75),
+    # Bits and integers
+    ("__clz(i) + __clz(u >> 4)", 4),
+    ("__clzll(m >> 9)", 9),
+    ("__popc(u)", bin(U).count("1")),
+    ("__popcll(m)", bin(M).count("1")),
+    ("__ffs(i - 3) + __ffs(0)", 4),
+    ("__ffsll(1ll << 40)", 41),
+    ("__brev(u)", int(f"{U:032b}"[::-1], 2)),
+    ("__brevll(m)", int(f"{M:064b}"[::-1], 2)),
+    ("__byte_perm(u, 0x01020384u, 0x4173)", 0x840F04F0 & 0 | 0x840F01F0),
+    ("__byte_perm(u, 0x01020384u, 0x5C90)", 0x03FF001E),
+    ("__mulhi(i, 1 << 30)", -2),
+    ("__umulhi(u, u)", U * U >> 32),
+    ("__mul64hi(l, 1ll << 50)", (L << 50) >> 64),
+    ("__umul64hi(m, m)", M * M >> 64),
+    ("__mul24(i, 3 + (1 << 24))", -15),
+    ("__umul24(u, 5u)", (U & 0xFFFFFF) * 5),
+    ("__sad(i, 7, 100u)", 112),
+    ("__usad(3u, u, 1u)", U - 2),
+    ("__hadd(i, -2) + __rhadd(i, -2)", -7),
+    ("__uhadd(u, u + 1) + (double)__urhadd(u, u + 1)", 2 * U + 1),
+    ("__funnelshift_l(u, 0x12345678u, 36u)", (0x12345678 << 4 | U >> 28) & 0xFFFFFFFF),
+    ("__funnelshift_r(u, 0x12345678u, 36u)", 0x8 << 28 | U >> 4),
+    ("__funnelshift_lc(u, 0x12345678u, 36u)", U),
+    ("__funnelshift_rc(u, 0x12345678u, 36u)", 0x12345678),
+    ("__float_as_int(f)", bits(F)),
+    ("__float_as_uint(-f)", bits(-F)),
+    ("__int_as_float(0x3F000000)", 0.5),
+    ("__uint_as_float(0x3F000000u)", 0.5),
+    ("__double_as_longlong(d)", bits64(D)),
+    ("__longlong_as_double(0x3FE0000000000000ll)", 0.5),
+    ("__double2hiint(d)", bits64(D) >> 32),
+    ("__double2loint(d)", signed(bits64(D) & 0xFFFFFFFF)),
+    ("__hiloint2double(0x3FE00000, 0)", 0.5),
+    ("~u ^ u", 2**32 - 1),
+    ("i >> 1", -3),
+    ("i % 3", -2),
+    ("i / 2", -2),
+    ("(unsigned char)300", 44),
+    ("0b101 + 1'000 + 0x1p3", 1013),
+    # Conversions and rounding
+    ("__float2int_rn(2.5f * f / f)", 2),
+    ("__float2int_rz(-f)", 0),
+    ("__float2int_ru(f)", 1),
+    ("__float2int_rd(-f)", -1),
+    ("__float2int_rn(1e20f * f)", 2**31 - 1),
+    ("__float2int_rz(-1e20f * f)", -(2**31)),
+    ("__float2int_rz(0 * f / (f - f))", 0),
+    ("__float2uint_rn(-f)", 0),
+    ("__float2uint_rz(3e9f + f)", 3e9),
+    ("__float2uint_rn(1e20f * f)", 2**32 - 1),
+    ("__float2ll_rn(f * 1e15f)", int(F * np.float32(1e15))),
+    ("__float2ll_rz(1e30f * f)", 2**63 - 1),
+    ("__float2ull_rd(-f)", 0),
+    ("__double2int_rn(d)", -2),
+    ("__double2int_ru(-d)", 3),
+    ("__double2uint_rz(-d)", 2),
+    ("__double2ll_rd(d)", -3),
+    ("__double2ull_rn(-d)", 2),
+    ("__double2float_rn(d)", np.float32(D)),
+    ("__double2float_rz(d)", to_zero(D)),
+    ("__double2float_ru(d)", up(D)),
+    ("__double2float_rd(d)", -up(-D)),
+    ("__int2float_rn(123456789 + t)", np.float32(123456789 + T)),
+    ("__int2float_rz(123456789)", to_zero(123456789)),
+    ("__int2float_ru(123456789)", up(123456789)),
+    ("__uint2float_rd(u)", -up(-U)),
+    ("__ll2float_rn(l)", np.float32(L)),
+    ("__ull2float_rz(m)", to_zero(M)),
+    ("__int2double_rn(i) + __uint2double_rn(u) + __ll2double_rn(l)", -5.0 + U + L),
+    ("__ull2double_rn(m)", float(M)),
+    ("__fadd_rn(f, 1e-9f)", 0.75),
+    ("__fadd_rz(f, -1e-9f)", np.nextafter(F, np.float32(0))),
+    ("__fadd_ru(f, 1e-9f)", np.nextafter(F, np.float32(1))),
+    ("__fadd_rd(f, 1e-9f)", 0.75),
+    ("__fsub_rn(f, 0.25f)", 0.5),
+    ("__fmul_rz(f / 3, f / 3)", to_zero(0.0625)),
+    ("__fmul_ru(1.1f, 1.3f * f / f)", up(float(np.float32(1.1)) * float(np.float32(1.3)))),
+    ("__fmaf_rn(f, f, 0.5f)", 1.0625),
+    ("__fmaf_ru(f, 1e-9f, f)", np.nextafter(F, np.float32(1))),
+    ("__fdiv_rn(f, 3)", np.float32(0.25)),
+    ("__fdiv_rz(1, 3 * f / f)", to_zero(1 / 3)),
+    ("__frcp_rn(f)", np.float32(1) / F),
+    ("__frcp_ru(3 * f / f)", up(1 / 3)),
+    ("__fsqrt_rn(f)", np.sqrt(F)),
+    ("__fsqrt_rz(2 * f / f)", to_zero(math.sqrt(2))),
+    ("__frsqrt_rn(f)", np.float32(1 / math.sqrt(0.75))),
+    ("__dadd_rn(d, 1) + __dsub_rn(d, 1) + __dmul_rn(d, 2)", D + 1 + (D - 1) + 2 * D),
+    ("__fma_rn(d, d, 1.0)", D * D + 1),
+    ("__ddiv_rn(d, 2) + __drcp_rn(d) + __dsqrt_rn(-d)", D / 2 + 1 / D + math.sqrt(-D)),
+    ("__dadd_ru(1, 1e-30) > 1", 1),
+    ("__saturatef(f) + __saturatef(2 + f) + __saturatef(-f) + __saturatef((f - f) / (f - f))", 1.75),
+    # Mathematics, fast and slow
+    ("__expf(f)", math.exp(0.75)),
+    ("__exp10f(f)", 10**0.75),
+    ("__logf(f)", math.log(0.75)),
+    ("__log2f(f)", math.log2(0.75)),
+    ("__log10f(f)", math.log10(0.75)),
+    ("__sinf(f)", math.sin(0.75)),
+    ("__cosf(f)", math.cos(0.75)),
+    ("__tanf(f)", math.tan(0.75)),
+    ("__powf(f, 3)", 0.75**3),
+    ("__fdividef(f, 3)", 0.25),
+    ("fdividef(f, 3)", 0.25),
+    ("fdivide(d, 2)", D / 2),
+    ("rsqrtf(f) + rsqrt(-d)", 0.75**-0.5 + (-D) ** -0.5),
+    ("cbrtf(f) + cbrt(d)", 0.75 ** (1 / 3) - (-D) ** (1 / 3)),
+    ("rcbrtf(f) + rcbrt(d)", 0.75 ** (-1 / 3) - (-D) ** (-1 / 3)),
+    ("erff(f) + erfc(d)", math.erf(0.75) + math.erfc(D)),
+    ("erfinv(erf(0.9) + 0 * d)", 0.9),
+    ("erfinvf(f) - (float)erfinv(0.75)", 0),
+    ("erfcinv(erfc(-d))", -D),
+    ("erfcinv(1e-200 + 0 * d) - sqrt(-log(erfcx(21.3)) + 0 * d) > 0", 1),
+    ("erfcx(30.0 + 0 * d)", 0.018795888861416751),
+    ("erfcxf(f)", math.exp(0.5625) * math.erfc(0.75)),
+    ("normcdff(f) + normcdf(d)", norm_cdf(0.75) + norm_cdf(D)),
+    ("normcdfinv(normcdf(d))", D),
+    ("normcdfinvf(f)", 0.6744897501960817),
+    ("exp10f(f) + exp2f(f) + expm1f(f)", 10**0.75 + 2**0.75 + math.expm1(0.75)),
+    ("log1pf(f) + log2f(f) + logbf(f) + ilogbf(f)", math.log1p(0.75) + math.log2(0.75) - 2),
+    ("sinpif(f) + cospi(d)", math.sin(math.pi * 0.75) + math.cos(math.pi * D)),
+    ("sinpi(1e15 + 1 + 0 * d)", 0),
+    ("tgammaf(f) + lgamma(-d)", math.gamma(0.75) + math.lgamma(-D)),
+    ("j0f(f) + jn(2, d) + ynf(2, f)", 0.8642423 + 0.41391459 - 2.6297460),
+    ("cyl_bessel_i0f(f) + cyl_bessel_i1(d)", 1.1456467780440014 - 2.0978000),
+    ("hypotf(f, 1) + rhypotf(f, 1)", 1.25 + 0.8),
+    ("norm3df(f, 1, 0) + rnorm4df(f, 1, 0, 0)", 1.25 + 0.8),
+    ("powf(f, 2) + pow(f, 2) + pow(d, 2)", 2 * 0.5625 + D * D),
+    ("fmodf(2, f) + remainderf(2, f) + fdimf(f, 1)", 0.5 - 0.25),
+    ("copysignf(f, d) + nextafterf(f, 1)", np.nextafter(F, np.float32(1)) - F),
+    ("ldexpf(f, 2) + scalbnf(f, 1)", 4.5),
+    ("floorf(f) + ceilf(f) + truncf(-f) + roundf(f) + rintf(f) + nearbyintf(f)", 4),
+    ("lrintf(f) + llroundf(2 * f)", 3),
+    ("isnan(f) + isinf(1 / (f - f)) + isfinite(f) + signbit(-f) + __isnanf(f) + __finitef(f)", 4),
+    ('isnan(nanf("")) + isnan(nan(""))', 2),
+    ("fma(f, f, f)", 0.5625 + 0.75),
+    ("[&] { float s, c; sincosf(f, &s, &c); return s + 2 * c; }()", math.sin(0.75) + 2 * math.cos(0.75)),
+    ("[&] { float s, c; __sincosf(f, &s, &c); return s + 2 * c; }()", math.sin(0.75) + 2 * math.cos(0.75)),
+    (
+        "[&] { double s, c; sincospi(d, &s, &c); return s + 2 * c; }()",
+        math.sin(math.pi * D) + 2 * math.cos(math.pi * D),
+    ),
+    ("[&] { int q; float r = remquof(5, f, &q); return r + q; }()", 7 - 0.25),
+    ("[&] { int e; float r = frexpf(3, &e); return r + e; }()", 2.75),
+    ("[&] { float w; return modff(3.5f * f / f, &w) + w; }()", 3.5),
+    # Warps and blocks
+    ("__shfl_sync(0xFFFFFFFFu, t * 1.5f, 3)", 4.5),
+    ("__shfl_sync(0xFFFFFFFFu, t, 5, 8)", T // 8 * 8 + 5),
+    ("__shfl_xor_sync(0xFFFFFFFFu, (long long)t << 40, 1)", (T ^ 1) * 2.0**40),
+    ("__shfl_up_sync(0xFFFFFFFFu, (double)t, 2)", np.where(T >= 2, T - 2, T)),
+    ("__shfl_up_sync(0xFFFFFFFFu, t, 1, 16)", np.where(T % 16 >= 1, T - 1, T)),
+    ("__shfl_down_sync(0xFFFFFFFFu, (unsigned)t, 3)", np.where(T < 29, T + 3, T)),
+    ("__shfl_sync(0xFFFFFFFFu, (short)t, 7)", 7),
+    ("__ballot_sync(0xFFFFFFFFu, t % 3 == 0)", sum(1 << k for k in range(0, 32, 3))),
+    ("__any_sync(0xFFFFFFFFu, t == 9) + 2 * __all_sync(0xFFFFFFFFu, t < 9)", 1),
+    ("__activemask() >> t & 1", 1),
+    ("__match_any_sync(0xFFFFFFFFu, t % 4)", [sum(1 << k for k in range(r % 4, 32, 4)) for r in range(32)]),
+    ("__match_any_sync(0xFFFFFFFFu, t < 16 ? 1.5 : 2.5)", np.where(T < 16, 0xFFFF, 0xFFFF0000)),
+    ("[&] { int all; unsigned who = __match_all_sync(0xFFFFFFFFu, i, &all); return who + (double)all; }()", 2.0**32),
+    ("[&] { int all; unsigned who = __match_all_sync(0xFFFFFFFFu, t, &all); return who + (double)all; }()", 0),
+    ("__reduce_add_sync(0xFFFFFFFFu, t - 1)", 464),
+    ("__reduce_min_sync(0xFFFFFFFFu, t - 7) + __reduce_max_sync(0xFFFFFFFFu, (unsigned)t)", 24),
+    (
+        "__reduce_and_sync(0xFFFFFFFFu, u | t) + (double)__reduce_or_sync(0xFFFFFFFFu, (unsigned)t)",
+        U - 30 + 16 * 0 + 31,
+    ),
+    ("__reduce_xor_sync(0xFFFFFFFFu, (unsigned)(t == 3 ? 5 : 0))", 5),
+    ("__syncthreads_count(t < 5)", 5),
+    ("__syncthreads_and(t < 32) + 2 * (__syncthreads_or(t == 40) != 0)", 1),
+    ("warp_sum((float)t)", 496),
+    ("warpSize + threadIdx.y + blockIdx.y + blockDim.x + gridDim.y", 65),
+    ("(int)threadIdx.x - 1", T - 1),
+    ("__isShared(pf) + 2 * __isGlobal(pf)", 2),
+    # Atomics: old values
+    ("atomicAdd(pi + 1, 0) + atomicSub(pi + 2, 0) + atomicAnd(pi + 3, 0) + atomicOr(pu + 1, 0u)", 0),
+    ("atomicAdd(pf + 1, 0.0f) + atomicAdd(pd + 1, 0.0) + atomicAdd(pm + 1, 0ull)", 0),
+    ("atomicMin((long long*)pm + 2, 0ll) + atomicOr((long long*)pm + 3, 0ll)", 0),
+    ("atomicCAS(pi + 5, 1, 2) + atomicCAS((unsigned short*)(pi + 6), (unsigned short)1, (unsigned short)2)", 0),
+    ("atomicExch_block(pi + 7, 0) + atomicMax_system(pu + 8, 0u) + atomicInc(pu + 9, 0u)", 0),
+    # Vectors and types
+    ("make_float4(1, 2, 3, f).w + make_int2(3, i).y + make_uchar4(1, 2, 3, 4).z", 0.75 - 5 + 3),
+    ("make_long4(1, 2, 3, 4).w + make_ulonglong2(1, 2).y + make_double3(1, 2, d).z", 6 + D),
+    (
+        "sizeof(float4) + alignof(float4) + sizeof(float3) + sizeof(double3) + sizeof(long4) + alignof(char4)",
+        16 * 2 + 12 + 24 + 32 + 4,
+    ),
+    ("dim3(2, 3).z + dim3(make_uint3(1, 2, 3)).y", 3),
+    ("sizeof(size_t) + sizeof(long) + sizeof(ptrdiff_t)", 24),
+    ("[=](float v) { return v * f; }(2)", 1.5),
+    ("[&] { auto [a, b] = make_float2(1, f); return a + b; }()", 1.75),
+    ("__ldg(pf) + __ldcs(pf) + __ldcg((const float4*)pf).x + __ldg((const uchar4*)pi).y", 0),
+    ("NULL == pf || nullptr == pf", 0),
+    ("to_acc(from_acc<half_t>(f)) + to_acc(from_acc<bf16_t>(f))", 1.5),
+    ("clock64() >= 0 && clock() != -1", 1),
+]

@@ -1,0 +1,77 @@
+//// no wait for a copy
+// error: before the wait for the cp.async
+// x: 256, y: 256, grid: 1
+#include "async_copy.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ __align__(16) float s[256];
+    if (i < 64) cp_async_16(s + 4 * i, x + 4 * i, true);
+    cp_async_commit();
+    @cp_async_wait<0>();@@
+    __syncthreads();
+    y[i] = s[i];
+}
+
+//// a wait for all but the group that is read
+// error: before the wait for the cp.async
+// x: 256, y: 256, grid: 1
+#include "async_copy.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ __align__(16) float s[2][256];
+    for (int k = 0; k < 2; k++) {
+        if (i < 64) cp_async_16(s[k] + 4 * i, x + 4 * i, true);
+        cp_async_commit();
+    }
+    cp_async_wait<@0@1@>();
+    __syncthreads();
+    y[i] = s[1][i];
+}
+
+//// a wait, and no barrier before others read
+// error: race|before the wait|nobody has written
+// x: 256, y: 256, grid: 1
+#include "async_copy.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ __align__(16) float s[256];
+    if (i < 64) cp_async_16(s + 4 * i, x + 4 * i, true);
+    cp_async_commit();
+    cp_async_wait<0>();
+    @__syncthreads();@@
+    y[i] = s[i];
+}
+
+//// a buffer that is still read is filled again
+// error: race
+// x: 256, y: 256, grid: 1
+#include "async_copy.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ __align__(16) float s[256];
+    float sum = 0;
+    for (int k = 0; k < 2; k++) {
+        if (i < 64) cp_async_16(s + 4 * i, x + 4 * i, true);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        sum += s[255 - i];
+        @__syncthreads();@@
+    }
+    y[i] = sum;
+}
+
+//// a copy from an odd address
+// error: cp.async of 16 bytes is not aligned
+// x: 256, y: 256, grid: 1
+#include "async_copy.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ __align__(16) float s[256];
+    if (i < 63) cp_async_16(s + 4 * i, x + 4 * i@@ + 1@, true);
+    if (i >= 252) s[i] = 0;
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    y[i] = s[i];
+}

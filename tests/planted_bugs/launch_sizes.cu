@@ -1,0 +1,47 @@
+//// a block too few
+// error: leaves 232 of 1000 elements
+// grid: @4@3@
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = x[i];
+}
+
+//// a block too many
+// error: out of bounds
+// x: 1024, y: 1024, grid: @4@5@
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = x[i];
+}
+
+//// more threads than shared memory was made for
+// error: out of bounds
+// x: 256, y: 256, grid: 1, block: @128@256@
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[128];
+    s[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    for (int k = threadIdx.x; k < n; k += blockDim.x) y[k] = s[k % blockDim.x];
+}
+
+//// too little dynamic shared memory
+// error: dynamic shared memory, byte 1020, which has 1020 bytes
+// x: 256, y: 256, grid: 1, shared: @1024@1020@
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    extern __shared__ float s[];
+    int i = threadIdx.x;
+    s[i] = x[i];
+    __syncthreads();
+    y[i] = s[255 - i];
+}
+
+//// no dynamic shared memory
+// error: out of bounds|null
+// x: 256, y: 256, grid: 1, shared: @1024@0@
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    DYNAMIC_SHARED(float, s);
+    int i = threadIdx.x;
+    s[i] = x[i];
+    __syncthreads();
+    y[i] = s[255 - i];
+}

@@ -1,0 +1,32 @@
+//// an element that nobody writes
+// error: leaves 1 of 256 elements of its output y unwritten.*flat index 7
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    @@if (i != 7) @y[i] = x[i];
+}
+
+//// every second element
+// error: leaves 128 of 256 elements of its output y unwritten
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i @< n@% 2@) y[i] = x[i];
+}
+
+//// two blocks write the same elements
+// error: race: thread \d+ writes y\[\d+\]
+// x: 1024, y: 1024
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * @256@255@ + threadIdx.x;
+    y[i] = x[i];
+    @@if (i == 1019) for (int k = 1020; k < n; k++) y[k] = 0;@
+}
+
+//// two threads write an element
+// error: race: thread \d+ writes y\[0\], which thread \d+ writes
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = x[i]; @@if (i == 100) y[0] = 1;@
+}

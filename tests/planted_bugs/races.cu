@@ -1,0 +1,176 @@
+//// a sum without an atomic
+// error: planted\.cu:4: race: .* y\[\d\], which thread \d+ writes at planted\.cu:4
+// x: 1024, y: 4
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    @atomicAdd(&y[blockIdx.x], x[i])@y[blockIdx.x] += x[i]@;
+}
+
+//// no barrier after a write
+// error: race|nobody has written
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ float s[256];
+    s[threadIdx.x] = x[i];
+    @__syncthreads();@@
+    y[i] = s[255 - threadIdx.x];
+}
+
+//// no barrier before a buffer is used again
+// error: race
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ float s[256];
+    float sum = 0;
+    for (int k = 0; k < 3; k++) {
+        s[threadIdx.x] = x[i] * k;
+        __syncthreads();
+        sum += s[(threadIdx.x + 100) % 256];
+        @__syncthreads();@@
+    }
+    y[i] = sum;
+}
+
+//// a reduction without barriers between its steps
+// error: race
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ float s[256];
+    s[threadIdx.x] = x[i];
+    __syncthreads();
+    for (int half = 128; half > 0; half /= 2) {
+        if (threadIdx.x < half) s[threadIdx.x] += s[threadIdx.x + half];
+        @__syncthreads();@@
+    }
+    @@__syncthreads();@
+    y[i] = s[0];
+}
+
+//// a reduction whose last steps trust the warp
+// error: race
+// x: 32, y: 32, grid: 1, block: 32
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ float s[32];
+    s[threadIdx.x] = x[i];
+    __syncwarp();
+    for (int half = 16; half > 0; half /= 2) {
+        float other = s[(threadIdx.x + half) % 32];
+        @__syncwarp();@@
+        s[threadIdx.x] += other;
+        __syncwarp();
+    }
+    y[i] = s[threadIdx.x];
+}
+
+//// lanes that exchange without __syncwarp
+// error: race|nobody has written
+// x: 32, y: 32, grid: 1, block: 32
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ float s[32];
+    s[threadIdx.x] = x[i];
+    @__syncwarp();@@
+    y[i] = s[31 - threadIdx.x];
+}
+
+//// __syncwarp between two warps
+// error: race|nobody has written
+// x: 64, y: 64, grid: 1, block: 64
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ float s[64];
+    s[threadIdx.x] = x[i];
+    @__syncthreads()@__syncwarp()@;
+    y[i] = s[63 - threadIdx.x];
+}
+
+//// a histogram in shared memory without atomics
+// error: race
+// x: 256, y: 8, grid: 1
+extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ int bins[8];
+    if (threadIdx.x < 8) bins[threadIdx.x] = 0;
+    __syncthreads();
+    @atomicAdd(&bins[x[i] & 7], 1)@bins[x[i] & 7]++@;
+    __syncthreads();
+    if (threadIdx.x < 8) y[threadIdx.x] += bins[threadIdx.x];
+}
+
+//// a histogram of several blocks without atomics
+// error: race.*another block
+// y: 1
+extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+
+    if (threadIdx.x == 0) @atomicAdd(&y[0], 1)@y[0] += 1@;
+}
+
+//// an update in place that reads neighbours
+// error: race
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = x[i] + @y[i]@y[(i + 1) % n]@;
+}
+
+//// blocks that read what others write
+// error: race.*another block
+// x: 1024, y: 1024
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] += @x[i]@y[(i + 256) % 1024]@;
+}
+
+//// a value of thread 0 without a barrier
+// error: race|nobody has written
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ float mean;
+    if (threadIdx.x == 0) mean = x[0];
+    @__syncthreads();@@
+    y[i] = x[i] - mean;
+}
+
+//// the last block reads without a fence
+// error: race.*another block
+// y: 6
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+        y[1 + blockIdx.x] = x[blockIdx.x];
+        @__threadfence();@@
+        last = atomicAdd((unsigned*)y, 1u) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (last && threadIdx.x == 0) {
+        float sum = 0;
+        for (int b = 0; b < gridDim.x; b++) sum += y[1 + b];
+        y[1 + gridDim.x] = sum;
+    }
+}
+
+//// a plain read beside atomics
+// error: race
+// x: 256, y: 2, grid: 1
+extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (threadIdx.x < 64) atomicAdd(&y[0], 1);
+    @__syncthreads();@@
+    if (threadIdx.x == 64) y[1] = y[0];
+}
+
+//// a counter in a __device__ variable without an atomic
+// error: planted\.cu:4: race: .* count, byte 0
+// x: 256, y: 256, grid: 1
+__device__ int count;
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    @atomicAdd(&count, 1)@count++@;
+    y[threadIdx.x] = x[threadIdx.x];
+}

@@ -1,0 +1,58 @@
+"""Times of several in turns: `modelnew.timing`."""
+
+import torch
+
+from modelnew import timing
+from modelnew.timing import Clock, Contender, Times, measure_together
+
+CPU = torch.device("cpu")
+
+
+def test_all_take_turns():
+    log = []
+    entrants = [Contender(name, "nchw", lambda name=name: lambda: log.append(name)) for name in ("a", "b", "c")]
+    entrants[1].check = lambda: "parity fails: planted"
+    seen = []
+    measure_together(entrants, Clock(CPU), 3, lambda e: None, seen.append)
+    assert seen == ["a nchw", "b nchw", "c nchw"]
+    assert log == ["a", "c"] + ["a", "c"] * 3
+    assert (entrants[1].reason, entrants[1].failed, entrants[1].times) == ("parity fails: planted", True, None)
+    assert entrants[0].times.min <= entrants[0].times.median <= entrants[0].times.max
+
+
+def test_what_fails_in_a_trial_drops_out():
+    calls = []
+
+    def fails_later():
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+
+    entrants = [Contender("eager", "nchw", lambda: fails_later), Contender("compile", "nchw", lambda: lambda: None)]
+    measure_together(entrants, Clock(CPU), 5, lambda e: None, lambda text: None)
+    assert len(calls) == 3
+    assert entrants[0].row(n=1)["reason"] == "out of memory"
+    assert entrants[1].times
+
+
+def test_before_each_call():
+    log = []
+    entrant = Contender("x", "nchw", lambda: lambda: log.append("call"), before_each=lambda: log.append("before"))
+    measure_together([entrant], Clock(CPU), 2, lambda e: None, lambda text: None)
+    assert log == ["before", "call"] * 3
+
+
+def test_measure():
+    calls = []
+    times = timing.measure(lambda: calls.append(1), CPU, trials=4)
+    assert len(calls) == 5
+    assert 0 < times.min <= times.median <= times.max
+
+
+def test_rounding():
+    assert timing.rounded(0.123456789) == 0.12346
+    assert Contender("eager", "nchw", None).row.__doc__
+    entrant = Contender("eager", "nchw", None)
+    entrant.times, entrant.peak_mb = Times(1.0000001, 0.5, 2.0), 12.3
+    expected = {"n": 1, "who": "eager", "layout": "nchw", "ms": 1.0, "ms_min": 0.5, "ms_max": 2.0, "peak_mb": 12.3}
+    assert entrant.row(n=1) == expected
