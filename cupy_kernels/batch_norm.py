@@ -103,8 +103,23 @@ def batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, w
     walk = _walk((x,), running_mean)
     walk.launch(_FILE, "batch_norm_partials", (x, partials, *walk.sizes, walk.chunks, walk.tile))
     _, _, *counts = walk.sizes
-    args = (partials, running_mean, running_var, batches, mean, invstd, momentum, eps, channels, *counts, walk.chunks)
+    running = (running_mean, running_var, batches)
+    args = (partials, None, *running, mean, invstd, momentum, eps, channels, *counts, walk.chunks)
     launch_combining(Kernel(_FILE, "batch_norm_statistics", walk.macros), channels, walk.chunks, args)
+
+
+def batch_norm_combine(
+    count: int, partials, counts, running_mean, running_var, batches, mean, invstd, momentum, eps
+) -> None:
+    """`batch_norm_statistics` from those of chunks of x, which has `count` values of each channel.
+
+    partials: (2, C, chunks), means and sums of squared distances from them; counts: (chunks,), of values. All float64.
+    """
+    _, channels, chunks = partials.shape
+    check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
+    kernel = Kernel(_FILE, "batch_norm_statistics", _macros(scalar(mean), _parameter(mean, running_mean), 1, 1))
+    args = (partials, counts, running_mean, running_var, batches, mean, invstd, momentum, eps, channels, count, 1)
+    launch_combining(kernel, channels, chunks, (*args, chunks))
 
 
 def batch_norm_eval_statistics(running_mean, running_var, mean, invstd, eps) -> None:

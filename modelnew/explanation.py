@@ -22,9 +22,13 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
     """
     lines = []
     if isinstance(module, ModelNew):
-        _, reason = fused_model(module, x)
-        cls = f"tensor cores, {resolve(module.conv_transpose.numerics, x)} class" if reason is None else ""
-        lines.append(f"not fused into one operator: {reason}" if reason else f"fused into one operator, {cls}")
+        found, reason = fused_model(module, x)
+        if reason is None:
+            lines.append(f"fused into one operator, tensor cores, {resolve(module.conv_transpose.numerics, x)} class")
+        elif found:
+            lines.append(f"fused into {found}, not one: {reason}")
+        else:
+            lines.append(f"not fused: {reason}")
         if reason and isinstance(module.conv_transpose, layers.ConvTranspose2d):
             lines.append(f"conv_transpose: {_convolution(module.conv_transpose, x)}")
     elif isinstance(module, layers.ConvTranspose2d):

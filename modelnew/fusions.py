@@ -11,9 +11,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from cupy_kernels.errors import UnsupportedError
 
 from . import functional, layers
-from .functional.conv_bn_pool import fused_plan
+from .functional.conv_bn_pool import check_three, is_plain
+from .functional.max_pool import pool_of
+from .functional.resident_conv_bn_pool import fused_plan
 from .functional.traced.conv_bn_pool import conv_bn_activation_max_pool_group_norm_or_parts
-from .interop import pair
 
 
 class Chain(NamedTuple):
@@ -36,7 +37,6 @@ LENGTH = 5  # of a chain
 
 _OF_KINDS = {chain.kinds: chain for chain in CHAINS}
 _FORWARDS, _CALL = {kind: kind.forward for kinds in _OF_KINDS for kind in kinds}, nn.Module.__call__  # nobody's own yet
-_WINDOW = (2, 2, 0, 1)  # kernel_size, stride, padding, dilation
 
 
 class Sequential(nn.Sequential):
@@ -54,21 +54,21 @@ class Sequential(nn.Sequential):
         return input
 
 
-def run_fused(children: list[nn.Module], x: torch.Tensor, together: bool = False) -> torch.Tensor | None:
+def run_fused(children: list[nn.Module], x: torch.Tensor, parts: str = "apart") -> torch.Tensor | None:
     """What the modules, one after the other, make of x, by the fused operator; None if that does not take it.
 
     In a graph of torch.compile or torch.export there is one operator that is either, as shapes may differ from call to
-    call. together: whether batch norm, tanh and pooling are one operator where not all five are.
+    call. parts: what it runs then, see `conv_bn_activation_max_pool_group_norm_or_parts`.
     """
     chain = _OF_KINDS.get(tuple(map(type, children)))
     if chain is None or _unsupported_reason(chain, range(LENGTH), children, x):
         return None
-    conv, norm, activation, _, group = children
+    conv, norm, activation, pool, group = children
     conv_weight, conv_bias = layers.tensors_of(conv, "weight", "bias")
     group_weight, group_bias = layers.tensors_of(group, "weight", "bias")
     function = norm.operation(functional.conv_bn_activation_max_pool_group_norm)
     if norm.peers is None and (is_dynamo_compiling() or (nn.Module.__call__ is not _CALL and _in_graph())):
-        function = functools.partial(conv_bn_activation_max_pool_group_norm_or_parts, together=together)
+        function = functools.partial(conv_bn_activation_max_pool_group_norm_or_parts, parts=parts)
     try:
         return function(
             x,
@@ -77,6 +77,7 @@ def run_fused(children: list[nn.Module], x: torch.Tensor, together: bool = False
             conv_bias=conv_bias,
             padding=conv.padding,
             activation=chain.activation,
+            **_shape(conv, pool),
             num_groups=group.num_groups,
             group_weight=group_weight,
             group_bias=group_bias,
@@ -90,16 +91,32 @@ def run_fused(children: list[nn.Module], x: torch.Tensor, together: bool = False
 
 
 def plan_of(children: dict[str, nn.Module], x: torch.Tensor):
-    """(plan, None) if `run_fused` takes the modules and x, else (None, the reason)."""
+    """(what runs the modules on x, why nothing else does).
+
+    (plan, None): one operator. ("three operators", reason): what `run_fused` runs else. (None, reason): neither.
+    """
     names, children = zip(*children.items())
     chain = max(CHAINS, key=lambda chain: sum(map(isinstance, children, chain.kinds)))  # what they are, or come next to
     reason = _unsupported_reason(chain, names, children, x)
     if reason:
         return None, reason
-    conv, norm, activation, _, group = children
+    conv, norm, activation, pool, group = children
     others = (conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias, group.weight, group.bias)
     options = {name: getattr(activation, name) for name in chain.options}
-    return fused_plan(x, conv.weight, conv.padding, group.num_groups, conv.numerics, norm.counter(), others, **options)
+    shape = _shape(conv, pool)
+    if not shape:
+        how = conv.numerics, norm.counter(), others
+        plan, reason = fused_plan(x, conv.weight, conv.padding, group.num_groups, *how, **options)
+        if plan:
+            return plan, None
+    else:
+        reason = "the convolution has a stride, output padding, dilation or groups, or the windows are not 2x2"
+    try:
+        window = pool_of(pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        check_three(x, window, norm.counter(), (conv.weight, *others), chain.activation, **options)
+    except UnsupportedError as error:
+        return None, str(error)
+    return "three operators", reason
 
 
 def _unsupported_reason(chain, names, children, x) -> str | None:
@@ -110,14 +127,12 @@ def _unsupported_reason(chain, names, children, x) -> str | None:
         if not unchanged(child, kind):
             return f"{name} is not replaced, has a hook, or was swapped, compiled or given another forward"
     conv, _, _, pool, _ = children
-    stride = pool.kernel_size if pool.stride is None else pool.stride
-    window = (pool.kernel_size, stride, pool.padding, pool.dilation)
-    if pool.return_indices or (window != _WINDOW and not all(map(_is, window, _WINDOW))):
-        return "the pooling is not over 2x2 windows"
+    if pool.return_indices:
+        return "the pooling returns indices"
     if pool.ceil_mode:
         return "the pooling has ceil_mode"
-    if (conv.stride, conv.output_padding, conv.dilation, conv.groups) != ((1, 1), (0, 0), (1, 1), 1):
-        return "the convolution has a stride, output padding, dilation or groups"
+    if pool.dilation not in (1, (1, 1)):
+        return "the pooling has a dilation"
     if x.dim() != 4 or x.shape[1] != conv.in_channels:
         return f"the input, of shape {tuple(x.shape)}, is not [N, {conv.in_channels}, H, W]"
     return None
@@ -133,8 +148,18 @@ def _in_graph() -> bool:
     return _traced() and not torch.onnx.is_in_onnx_export()
 
 
-def _is(size, value) -> bool:
-    return size == value or pair(size, "the pooling's window") == (value, value)
+def _shape(conv, pool) -> dict:
+    """The function's arguments for a convolution and windows that its one operator does not take, else none."""
+    found = {
+        "stride": conv.stride,
+        "output_padding": conv.output_padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "pool_size": pool.kernel_size,
+        "pool_stride": pool.stride,
+        "pool_padding": pool.padding,
+    }
+    return {} if is_plain(*found.values()) else found
 
 
 def unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:

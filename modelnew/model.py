@@ -116,7 +116,7 @@ class ModelNew(nn.Module):
         _place(self, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fused = run_fused(_children(self), x, together=True)
+        fused = run_fused(_children(self), x, parts="together")
         if fused is not None:
             return fused
         norm, tanh, pool = self.batch_norm, self.tanh, self.max_pool
@@ -141,7 +141,7 @@ class ModelNew(nn.Module):
 
 
 def fused_model(model: ModelNew, x: torch.Tensor):
-    """(plan, None) if model(x) runs as one fused operator, else (None, the reason)."""
+    """What model(x) runs as, and why not as one fused operator: see `fusions.plan_of`."""
     return plan_of(dict(zip(OPERATORS, _children(model))), x)
 
 

@@ -10,7 +10,7 @@ import pytest
 import tolerance
 import torch
 
-from cupy_kernels import conv_bn_pool as ops
+from cupy_kernels import conv_bn_pool_backward as back
 from cupy_kernels import source
 from cupy_kernels.conv_transpose import Geometry
 from cupy_kernels.errors import UnsupportedError
@@ -208,7 +208,7 @@ def test_the_backwards_stages_share_their_room(device, cls, monkeypatch):
     choice, geometry = numerics.choose(cls, x), Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
     options = (np.dtype(np.float32), x.shape, w.shape, geometry, choice, True, True)
     dgrad, wgrad = gradient_plans(*options)
-    arrays = {name: sized(*a) for name, a in ops.gradient_arrays(fused_model(ours, x)[0], 16, True, True).items()}
+    arrays = {name: sized(*a) for name, a in back.gradient_arrays(fused_model(ours, x)[0], 16, True, True).items()}
     passed_on = sum(arrays[name] for name in ("sums", "dy_exponents", "dy_packed", "borders"))
     of_wgrad = sized(packed_shape(x.shape, wgrad.split), np.float16) + sized((wgrad.partial_size,), np.float32)
     of_dgrad = sized((dgrad.packed_size,), np.float16)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cupy_kernels import conv_bn_pool as ops
+from cupy_kernels import conv_bn_pool_backward as back
 from cupy_kernels import source
 from cupy_kernels.conv_transpose import Geometry
 from cupy_kernels.conv_transpose_mma import plan as conv_plan
@@ -85,7 +86,7 @@ class Tail:
         windows = F.pad(self.y, (0, self.y.shape[3] % 2, 0, self.y.shape[2] % 2)).unfold(2, 2, 2).unfold(3, 2, 2)
         windows = windows.reshape(self.images, self.channels, -1, 4)
         if self.split == 1:
-            macros = dict(ops._backward_macros(self.plan, self.groups, self.activation))
+            macros = dict(back._backward_macros(self.plan, self.groups, self.activation))
             window, per_row = torch.arange(windows.shape[2]), (self.y.shape[3] + 1) // 2
             unit = (window // per_row * macros["WINDOW_PITCH"] + window % per_row) // macros["UNIT_WINDOWS"]
             exponent = exponents.view(1, -1, 1) + units.view(self.images, 1, -1)[:, :, unit] - macros["SAVED_SHIFT"]
@@ -177,28 +178,28 @@ class Tail:
         """The same by the kernels; dy from packed tiles, or as the general kernels get it."""
         a = self.arrays
         options = {"plan": self.plan, "groups": self.groups, "activation": self.activation}
-        sizes = ops.gradient_arrays(self.plan, self.images, packed=False, borders=self.training)
+        sizes = back.gradient_arrays(self.plan, self.images, packed=False, borders=self.training)
         made = {k: torch.empty(s, dtype=getattr(torch, d.__name__), device=self.device) for k, (s, d) in sizes.items()}
         names = ("dout", "pooled", "exponents", "unit_exponents", "mean", "invstd", "weight", "bias", "group_weight")
         names += ("group_mean", "group_invstd")
         given = (*(a[k] for k in names), made["g"], made["partials"])
-        run(ops.pooled_gradients, *given, **options, parameter=self.parameter)
+        run(back.pooled_gradients, *given, **options, parameter=self.parameter)
         names = ("weight", "bias", "group_weight", "group_bias", "conv_bias")
         gradients = {k: torch.empty(self.channels, dtype=self.dtype, device=self.device) for k in wanted}
         given = (made["partials"], a["mean"], a["invstd"], a["weight"], made["sums"], made["dy_exponents"])
-        run(ops.parameter_gradients, *given, *map(gradients.get, names), **options, training=self.training)
+        run(back.parameter_gradients, *given, *map(gradients.get, names), **options, training=self.training)
         names = ("argmax", "saved", "exponents", "unit_exponents", "mean", "invstd", "weight")
         given = (made["g"], *(a[k] for k in names), made["sums"] if self.training else None)
         if packed:
-            dy = torch.empty(ops.packed_output_shape(self.plan, self.images), dtype=torch.float16, device=self.device)
+            dy = torch.empty(back.packed_output_shape(self.plan, self.images), dtype=torch.float16, device=self.device)
             borders = made.get("borders")
-            run(ops.conv_output_gradient_packed, *given, made["dy_exponents"], dy, borders, **options)
+            run(back.conv_output_gradient_packed, *given, made["dy_exponents"], dy, borders, **options)
             self.packed, dy = dy, self.unpack(dy, made["dy_exponents"])
             if borders is not None:
                 self.borders = borders.double() * torch.exp2(-made["dy_exponents"].min().double())
         else:
             dy = torch.empty(self.y.shape, dtype=self.dtype, device=self.device)
-            run(ops.conv_output_gradient, *given, dy, **options)
+            run(back.conv_output_gradient, *given, dy, **options)
         return {"g": made["g"], "sums": made["sums"], "dy": dy, "dy_exponents": made["dy_exponents"], **gradients}
 
     def unpack(self, packed, exponents):

@@ -11,7 +11,7 @@ from cupy_kernels import conv_bn_pool as ops
 from cupy_kernels import conv_transpose_mma
 from modelnew import ModelNew, explain, numerics
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm
-from modelnew.functional.conv_bn_pool import fused_plan
+from modelnew.functional.resident_conv_bn_pool import fused_plan
 
 DTYPES = (torch.float16, torch.bfloat16)
 CONVERSIONS = {"pack_fp16", "scale_fp16", "largest_magnitude", "channel_sum"}

@@ -18,9 +18,9 @@ from cupy_kernels import conv_transpose
 from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_architecture
 from cupy_kernels.source import Kernel, Variant, expanded, signature
 from modelnew.functional.batch_norm import BatchNorm2d
-from modelnew.functional.conv_bn_pool import conv_bn_tanh_max_pool_group_norm
 from modelnew.functional.conv_transpose import ConvTranspose2d
 from modelnew.functional.group_norm import GroupNorm
+from modelnew.functional.resident_conv_bn_pool import run
 from modelnew.interop import TORCH, launching_on, one_device, view
 from modelnew.numerics import required_plan
 
@@ -154,18 +154,9 @@ class ModelNew(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         conv, norm, group = self.conv_transpose, self.batch_norm, self.group_norm
-        return conv_bn_tanh_max_pool_group_norm(
-            x,
-            *norm.arguments(x),
-            conv_weight=conv.weight,
-            conv_bias=conv.bias,
-            padding=conv.padding,
-            num_groups=group.num_groups,
-            group_weight=group.weight,
-            group_bias=group.bias,
-            group_eps=group.eps,
-            num_batches_tracked=norm.counter(),
-        )
+        convolution = conv.weight, conv.bias, conv.padding
+        after = "tanh", 0.0, group.num_groups, group.weight, group.bias, group.eps, "auto", None
+        return run(x, *norm.arguments(x), norm.counter(), *convolution, *after)
 
 
 batch_size = 512

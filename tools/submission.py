@@ -26,7 +26,7 @@ REPLACED = (
     "cupy_kernels.launch.launch",
     "cupy_kernels.compiler.cupy",
     "cupy_kernels.source.text",
-    "modelnew.functional.conv_bn_pool._differentiable_gradients",
+    "modelnew.functional.resident_conv_bn_pool._differentiable_gradients",
     "modelnew.functional.conv_transpose_kernels.gradients",
     "modelnew.calls.call",
     "modelnew.numerics.plan_or_reason",

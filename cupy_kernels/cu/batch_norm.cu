@@ -43,9 +43,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PARTIALS_BLOCKS) batch_nor
 // One block a channel: combines the chunks; updates the running statistics where they are not null, and so is
 // `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
-    const double* __restrict__ partials, INOUT param_t* running_mean, INOUT param_t* running_var, INOUT i64* batches,
-    acc_t* __restrict__ mean, acc_t* __restrict__ invstd, acc_t momentum, acc_t eps, i64 channels, i64 count, i64 chunk,
-    i64 chunks) {
+    const double* __restrict__ partials, const double* __restrict__ counts, INOUT param_t* running_mean,
+    INOUT param_t* running_var, INOUT i64* batches, acc_t* __restrict__ mean, acc_t* __restrict__ invstd,
+    acc_t momentum, acc_t eps, i64 channels, i64 count, i64 chunk, i64 chunks) {
     __shared__ double scratch[32];
     i64 channel = blockIdx.x;
     if (batches && channel == 0 && threadIdx.x == 0) ++*batches;
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(
         return;
     }
     Moments moments;
-    acc_t unit = moments_of_channel(moments, means, m2s, count, chunk, chunks, scratch);
+    acc_t unit = moments_of_channel(moments, means, m2s, {counts, count, chunk}, chunks, scratch);
     if (threadIdx.x) return;
     if (running_mean) running_mean += channel, running_var += channel;
     store_statistics(

@@ -63,19 +63,23 @@ __device__ inline acc_t without_unit(Moments& moments, acc_t unit) {
     return 1;
 }
 
-// Number of values in a chunk.
-__device__ inline i64 chunk_count(i64 count, i64 k, i64 chunk) { return min(chunk, count - k * chunk); }
+// Number of values in each chunk: `chunk`, or what is left in the last one; given ones where not null.
+struct ChunkCounts {
+    const double* given;
+    i64 count, chunk;
+    __device__ double operator()(i64 k) const { return given ? given[k] : (double)min(chunk, count - k * chunk); }
+};
 
 // Of a channel, from those of its chunks. In double they neither overflow nor cancel. Returns the unit of the moments.
 __device__ inline acc_t moments_of_channel(
-    Moments& moments, const double* __restrict__ means, const double* __restrict__ m2s, i64 count, i64 chunk,
+    Moments& moments, const double* __restrict__ means, const double* __restrict__ m2s, const ChunkCounts& counts,
     i64 chunks, double* scratch) {
     double sum = 0, m2 = 0;
-    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += chunk_count(count, k, chunk) * means[k];
-    double mean = block_sum(sum, scratch) / count;
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += counts(k) * means[k];
+    double mean = block_sum(sum, scratch) / counts.count;
     for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
         double distance = means[k] - mean;
-        m2 += m2s[k] + chunk_count(count, k, chunk) * distance * distance;
+        m2 += m2s[k] + counts(k) * distance * distance;
     }
     m2 = block_sum(m2, scratch);
     acc_t unit = sizeof(acc_t) == 8 || is_finite((acc_t)m2) ? (acc_t)1 : OTHER_UNIT();

@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_statistics_chan
     __shared__ double scratch[32];
     const double *means = partials + blockIdx.x * chunks, *squares = means + gridDim.x * chunks;
     Moments moments;
-    acc_t unit = moments_of_channel(moments, means, squares, size, chunk, chunks, scratch);
+    acc_t unit = moments_of_channel(moments, means, squares, {nullptr, size, chunk}, chunks, scratch);
     if (threadIdx.x) return;
     mean[blockIdx.x] = moments.mean * inverse_of(unit);
     rstd[blockIdx.x] = invstd_of(moments.squares / size, unit, eps);

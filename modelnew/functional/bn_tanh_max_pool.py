@@ -214,7 +214,7 @@ def _x(images):
     return {"x": torch.randn(activations(images))}
 
 
-def _clear_winners(before_pooling, kernel_size=2, stride=2, padding=0):
+def clear_winners(before_pooling, kernel_size=2, stride=2, padding=0):
     """A gradient that is 0 where rounding may decide which element of a window is the largest."""
 
     def gradient(dtype, **tensors):
@@ -238,7 +238,7 @@ CASES = (
             torch_norm(lambda y: F.max_pool2d(y.tanh(), 2), training),
             norm_inputs,
             sums_of(norm_inputs),
-            gradient=_clear_winners(torch_norm(torch.tanh, training)),
+            gradient=clear_winners(torch_norm(torch.tanh, training)),
         )
         for training in (True, False)
     ),
@@ -248,7 +248,7 @@ CASES = (
         lambda x: tanh_max_pool2d(x, 2),
         lambda x: F.max_pool2d(x.tanh(), 2),
         _x,
-        gradient=_clear_winners(torch.tanh),
+        gradient=clear_winners(torch.tanh),
     ),
     Case(
         "tanh_max_pool2d, overlapping",
@@ -256,6 +256,6 @@ CASES = (
         lambda x: tanh_max_pool2d(x, **OVERLAPPING),
         lambda x: F.max_pool2d(x.tanh(), **OVERLAPPING),
         _x,
-        gradient=_clear_winners(torch.tanh, **OVERLAPPING),
+        gradient=clear_winners(torch.tanh, **OVERLAPPING),
     ),
 )

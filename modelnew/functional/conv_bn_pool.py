@@ -1,260 +1,27 @@
-"""A convolution, a batch norm, an activation, a max pooling and a group norm in three main kernels forward, with the
-pooling in the convolution's epilogue.
+"""A convolution, a batch norm, an activation, a max pooling and a group norm: as one operator, or as three.
+
+One operator (`resident_conv_bn_pool`) takes convolutions without a stride whose images fit a block, and 2x2 windows.
+Three take any convolution: the convolution, what stands between it and the group norm (`bn_pool`), and the group norm.
 """
 
 import functools
-import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-from cupy_kernels import conv_bn_pool as ops
-from cupy_kernels.conv_transpose import Geometry, logical, output_shape
-from cupy_kernels.conv_transpose_mma import plan as convolution_plan
 from cupy_kernels.errors import UnsupportedError
-from cupy_kernels.plan import parts, room
-from cupy_kernels.source import SCALARS
+from cupy_kernels.pool import Pool
+from cupy_kernels.pooled_tail import struct_of
 
 from .. import autocast
-from ..calls import call, dense_after
-from ..formats import channels_last, dense_in, restored, stored
-from ..interop import NUMPY, aligned, dense, integer, number, one_device, pair
-from ..numerics import check_numerics, choose, required_plan, tensor_core_plan, wgrad_plan
-from .batch_norm import applied_statistics, batch_norm, check_batch_norm, check_batch_norm_call, note_update
-from .conv_transpose import conv_transpose2d_as
-from .conv_transpose_kernels import gradients
-from .gather_gemm import physical
-from .gradients import Function, apply, gradients_of, will_need_grad
+from ..interop import integer, number, one_device, pair
+from ..numerics import check_numerics
+from . import resident_conv_bn_pool as resident
+from .bn_pool import bn_activation_max_pool2d, check_supported
+from .conv_transpose import conv_transpose2d
 from .group_norm import group_norm
-from .max_pool import max_pool2d
-
-
-def _forward(
-    new,
-    x,
-    w,
-    conv_bias,
-    running_mean,
-    running_var,
-    batches,
-    weight,
-    bias,
-    group_weight,
-    group_bias,
-    *,
-    padding,
-    choice,
-    keep,
-    autocast_on,
-    last,
-    kept_bytes=None,
-    **options,
-):
-    """last: whether x and the output are channels_last: [N, H, W, C]. kept_bytes: at least that many are returned with
-    `keep`.
-    """
-    plan = plan_for(x, w, padding, options["groups"], choice, last, autocast_on)
-    out = new_output(new, x, w, padding, last)
-    arrays = ops.kept_arrays(plan, x.shape, options["groups"], keep)
-    memory = (new if keep else new.scratch)((max(room(arrays), kept_bytes or 0),), "uint8")
-    tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
-    ops.conv_bn_pool_forward(new.scratch, *tensors, out, parts(memory, arrays), plan=plan, **options)
-    return out, memory if keep else None
-
-
-def _backward(
-    new, dout, x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *, needed, parameter, **options
-):
-    parameters = (conv_bias, weight, bias, group_weight, group_bias)
-    found = [new.like(t if needed else None) for t, needed in zip(parameters, needed[2:])]
-
-    def tail(plan, kept, made):
-        of_tail = {name: options[name] for name in ("groups", "training", "activation")}
-        ops.tail_gradients(
-            dout, weight, bias, group_weight, *found, kept, made, plan=plan, **of_tail, parameter=parameter
-        )
-
-    return *convolution_gradients(new, tail, None, {}, x, w, weight, memory, needed=needed[:2], **options), *found
-
-
-def convolution_gradients(
-    new,
-    before,
-    after,
-    given,
-    x,
-    w,
-    weight,
-    memory,
-    *,
-    padding,
-    choice,
-    needed,
-    groups,
-    training,
-    activation,
-    autocast_on,
-    last,
-):
-    """(dx, dw) of the fused operator.
-
-    before(plan, kept, made): writes what `ops.output_gradient` reads. after(kept, made), if not None, changes what that
-    wrote. given: those of `ops.gradient_arrays` that exist already.
-    """
-    need_x, need_w = needed
-    x_shape = logical(x.shape, last)
-    plan = plan_for(x, w, padding, groups, choice, last, autocast_on)
-    kept = parts(memory, ops.kept_arrays(plan, x.shape, groups, True))
-    (dgrad, _), (wgrad, _) = _gradient_plans(x_shape, x.dtype, w.shape, w.dtype, padding, choice, last)
-    general = (need_x and dgrad is None) or (need_w and wgrad is None)
-    dy = new.scratch(output_shape(x_shape, w.shape, geometry_of(padding)), x.dtype) if general else None
-    packed, centred = not general and (need_x or need_w), training and x.dtype == np.float32
-    arrays = ops.gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
-    made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
-    before(plan, kept, made)
-    ops.output_gradient(weight, dy, kept, made, plan=plan, groups=groups, training=training, activation=activation)
-    if after is not None:
-        after(kept, made)
-    if general:
-        dx, dw, _ = gradients(new, x, w, dy, x.shape, w.shape, geometry_of(padding), choice, (need_x, need_w, False))
-        return dx, dw
-    dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
-    if need_w:  # first: the room of its workspaces is dx's then
-        ops.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
-    if need_x:
-        ops.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed().of_weights(SCALARS[w.dtype]))
-    return dx, dw
-
-
-class _Fused(Function):
-    @staticmethod
-    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
-        tensors = (stored(x, options["last"]), w, conv_bias, *running, weight, bias, group_weight, group_bias)
-        out, memory = call(_forward, *tensors, check=check, keep=True, **options)
-        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *applied)
-        ctx.options = options
-        return restored(out, options["last"])
-
-    @staticmethod
-    def backward(ctx, dout):
-        *tensors, memory, running_mean, running_var = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            found = _differentiable_gradients(ctx.options, running_mean, running_var, tensors, dout)
-        else:
-            names = ("padding", "choice", "groups", "training", "activation", "parameter", "autocast_on", "last")
-            options = {name: ctx.options[name] for name in names}
-            x, *others = tensors
-            last = options["last"]
-            dout = stored(dense_in(dout, True), True) if last else dense(dout)
-            needed = ctx.needs_input_grad[:7]
-            dx, *others = call(_backward, dout, stored(x, last), *others, memory, needed=needed, **options)
-            found = restored(dx, last), *others
-        return *found, *[None] * 4
-
-
-def _differentiable_gradients(options, running_mean, running_var, tensors, dout):
-    """The gradients of `tensors` by operators that can be differentiated twice."""
-    activate = _operator(options["activation"], options["parameter"])
-
-    def unfused(x, w, conv_bias, weight, bias, group_weight, group_bias):
-        y = conv_transpose2d_as(x.to(w.dtype), w, conv_bias, geometry_of(options["padding"]), options["choice"])
-        y = batch_norm(y, running_mean, running_var, weight, bias, options["training"], eps=options["eps"])
-        y = max_pool2d(activate(y), 2)
-        return group_norm(y, options["groups"], group_weight, group_bias, options["group_eps"])
-
-    with torch.autocast(dout.device.type, enabled=False):  # as in the forward, whatever holds around the backward
-        return gradients_of(unfused, tensors, dout)
-
-
-def _operator(activation, parameter):
-    """The activation as an operator of its own."""
-    from . import operators  # which imports this module
-
-    function = getattr(operators, activation)
-    takes_one = "negative_slope" in inspect.signature(function).parameters
-    return functools.partial(function, negative_slope=parameter) if takes_one else function
-
-
-def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, others=(), negative_slope=0):
-    """(plan, None) if the fused kernels take the layers on x, else (None, the reason).
-
-    batches: num_batches_tracked. others: the other parameters. negative_slope: the activation's, if it has one.
-    """
-    try:
-        _check_slope(negative_slope)
-        autocast_on = autocast.enabled(x)
-        _check_mixture(autocast_on, x, batches, conv_weight, *others)
-        how = pair(padding, "padding"), num_groups, choose(_class(numerics, x), x), _last(x), autocast_on
-        return _plan(x.shape, NUMPY[x.dtype], conv_weight.shape, NUMPY[conv_weight.dtype], *how), None
-    except UnsupportedError as error:
-        return None, str(error)
-
-
-def plan_for(x, w, padding, groups, choice, last, autocast_on):
-    """The plan of the convolution for arrays; last: whether x is [N, H, W, C]."""
-    return _plan(logical(x.shape, last), x.dtype, w.shape, w.dtype, padding, groups, choice, last, autocast_on)
-
-
-def new_output(new, x, w, padding, last):
-    """Memory of the fused operator's output."""
-    *outer, height, width = output_shape(logical(x.shape, last), w.shape, geometry_of(padding))
-    return new(physical((*outer, height // 2, width // 2), last), w.dtype)
-
-
-def _plan(x_shape, dtype, w_shape, w_dtype, padding, groups, choice, last, autocast_on):
-    options = {"dgrad": False, "channels_last": last}
-    plan = required_plan(convolution_plan, x_shape, dtype, w_shape, geometry_of(padding), choice, **options)
-    ops.check_supported(plan, groups)
-    if last or w_dtype != dtype:  # which the general kernels for gradients do not take
-        for found, reason in _gradient_plans(x_shape, dtype, w_shape, w_dtype, padding, choice, last):
-            if not found:
-                raise UnsupportedError(f"of a gradient, {reason}")
-    return ops.typed(plan, SCALARS[w_dtype], half=autocast_on or dtype.itemsize == 2)
-
-
-def _gradient_plans(x_shape, dtype, w_shape, w_dtype, padding, choice, last):
-    """(plan or None, the reason), of dx and of dw."""
-    dy_shape, how = output_shape(x_shape, w_shape, geometry_of(padding)), (w_shape, geometry_of(padding), choice)
-    dgrad = tensor_core_plan(dy_shape, dtype, *how, dgrad=True, channels_last=last)
-    return dgrad, wgrad_plan(x_shape, w_dtype, *how, channels_last=last)
-
-
-def _last(x) -> bool:
-    """Whether the kernels take x, and give the output, as channels_last: of 16 bits."""
-    return x.dtype is not torch.float32 and channels_last(x)
-
-
-def _check_slope(negative_slope) -> None:
-    if not 0 <= negative_slope < math.inf:
-        raise UnsupportedError(
-            f"pooling before the activation needs a finite negative_slope of at least 0, received {negative_slope}"
-        )
-
-
-def _check_mixture(autocast_on, x, batches, *others) -> None:
-    """UnsupportedError for dtypes or a counter of batches that do not go together."""
-    if autocast_on:
-        if x.dtype == torch.float64 or any(t is not None and t.dtype != torch.float32 for t in others):
-            raise UnsupportedError("under autocast parameters must be float32, and the input not float64")
-    elif any(t is not None and t.dtype != x.dtype for t in others):
-        raise UnsupportedError("input and parameters have different dtypes")
-    if batches is not None and (batches.dtype, batches.numel(), batches.device) != (torch.int64, 1, x.device):
-        raise UnsupportedError(
-            f"num_batches_tracked must be one {torch.int64} on {x.device}, received shape {tuple(batches.shape)}, "
-            f"{batches.dtype} on {batches.device}"
-        )
-
-
-def _class(numerics, x) -> str:
-    """Under autocast the convolution's operands have 10 mantissa bits at most in PyTorch, too."""
-    return "tf32" if autocast.enabled(x) else numerics
-
-
-def geometry_of(padding):
-    return Geometry((1, 1), padding, (0, 0), (1, 1), 1)
+from .max_pool import pool_of
 
 
 def conv_bn_activation_max_pool_group_norm(
@@ -269,9 +36,16 @@ def conv_bn_activation_max_pool_group_norm(
     *,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
+    output_padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
     activation: str = "tanh",
     negative_slope: float = 0.01,
+    pool_size: int | tuple[int, int] = 2,
+    pool_stride: int | tuple[int, int] | None = None,
+    pool_padding: int | tuple[int, int] = 0,
     num_groups: int,
     group_weight: torch.Tensor | None = None,
     group_bias: torch.Tensor | None = None,
@@ -280,133 +54,71 @@ def conv_bn_activation_max_pool_group_norm(
     numerics: str = "auto",
     peers: Callable | None = None,
 ) -> torch.Tensor:
-    """group_norm(max_pool2d(act(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
+    """group_norm(max_pool2d(act(batch_norm(conv_transpose2d(input, ...))), pool_size, pool_stride, pool_padding)).
 
-    input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
-    and group_norm. One dtype for all: float32, float16 or bfloat16. Those of 16 bits may be channels_last: then no
-    kernel converts them, and the result, and input's gradient, are channels_last, too.
+    input: [N, Cin, H, W]; conv_weight: [Cin, Cout/groups, KH, KW]; all others per channel (Cout,), or None as in
+        batch_norm and group_norm. One dtype for all: float32, float16 or bfloat16.
+    stride, padding, output_padding, dilation, groups: of the convolution.
     activation: act, the name of an operator that activation.cuh has, "tanh" or "leaky_relu". negative_slope: of
         leaky_relu, finite and not negative.
+    pool_size, pool_stride, pool_padding: windows of 2x2, or of 3x3 with padding 0 or 1, two apart.
     num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
     peers: for layers that `modelnew.convert_sync_batchnorm` has synchronised: runs the call in training with the
         statistics of several processes.
-    For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
-    with the reason. Besides, batch_norm's errors.
-    Returns [N, Cout, OH/2, OW/2], rounded down.
-    Under torch.autocast all but the input are float32, and nothing is cast: products are those of the class "tf32",
-    whose errors are smaller than those of casts between the operators. Between the kernels values have 16 bits. The
-    result has the dtype that autocast gives group_norm's.
+    UnsupportedError, a ValueError with the reason, where no kernels take the call. Besides, batch_norm's errors.
+    Returns [N, Cout, PH, PW]: channels_last if input is and, with float32, no kernel for contiguous tensors alone takes
+    the call (`modelnew.explain` tells), else contiguous.
+    Under torch.autocast all but the input are float32. Products are those of the class "tf32", and between the kernels
+    values have 16 bits: errors are at most those of casts between the operators. The result has the dtype that autocast
+    gives group_norm's.
     """
     check_numerics(numerics)
     batch_norm = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    conv, group = (conv_weight, conv_bias, padding), (num_groups, group_weight, group_bias, group_eps)
-    choice = choose(_class(numerics, input), input)
-    how = choice, autocast.enabled(input)
-    out = fused(input, *batch_norm, *conv, activation, negative_slope, *group, *how, peers=peers)
-    return autocast.result_of_norm(out)
-
-
-def fused(
-    input,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    training,
-    momentum,
-    eps,
-    num_batches_tracked,
-    conv_weight,
-    conv_bias,
-    padding,
-    activation,
-    negative_slope,
-    num_groups,
-    group_weight,
-    group_bias,
-    group_eps,
-    choice,
-    autocast_on,
-    kept_bytes=None,
-    peers=None,
-):
-    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs."""
-    ops.struct_of(activation)
-    parameter = number(negative_slope, "negative_slope")
-    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    training, padding = bool(training), pair(padding, "padding")
-    group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
-    others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    last, alone = _last(input), training and peers is None
-
-    def check():
-        _check_mixture(autocast_on, input, num_batches_tracked, *others)
-        if peers is not None and not input.shape[0]:
-            raise UnsupportedError("the batch is empty, and other processes' batches count, too")
-        _check_shapes(input, *others, padding, alone, num_groups)
-        dtypes = NUMPY[input.dtype], NUMPY[conv_weight.dtype]
-        how = padding, num_groups, choice, last, autocast_on
-        _plan(input.shape, dtypes[0], conv_weight.shape, dtypes[1], *how)
-
-    _check_slope(parameter)
-    tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, weight, bias, group_weight, group_bias)
-    x, w, conv_bias, *affine = tensors = (restored(aligned(tensors[0]), last), *tensors[1:])
-    updated = dense(running_mean), dense(running_var), num_batches_tracked
-    options = {
-        "padding": padding,
-        "choice": choice,
-        "groups": num_groups,
-        "training": training,
-        "momentum": momentum,
-        "eps": eps,
-        "group_eps": group_eps,
-        "activation": activation,
-        "parameter": parameter,
-        "autocast_on": autocast_on,  # as check() looks at it
-        "last": last,
-    }
-    keep, memory = kept_bytes is not None, None
+    act, group = (activation, negative_slope), (num_groups, group_weight, group_bias, group_eps)
+    window = (pool_size, pool_stride, pool_padding)
+    if is_plain(stride, output_padding, dilation, groups, *window):
+        try:
+            return resident.run(input, *batch_norm, conv_weight, conv_bias, padding, *act, *group, numerics, peers)
+        except UnsupportedError:
+            if peers is not None:
+                raise
     if peers is not None:
-        out = peers(tensors, updated, check, options)
-    elif not keep and will_need_grad(*tensors):
-        applied = applied_statistics(running_mean, running_var, training)
-        out = apply(_Fused, *tensors, updated, applied, check, options)
-    else:
-        x, options["kept_bytes"] = stored(x, last), kept_bytes
-        out, memory = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=keep, **options)
-        out = restored(out, last)
-    if training:
-        note_update(running_mean, running_var, num_batches_tracked, updated)
-    return (out, memory) if keep else out
+        raise UnsupportedError("a synchronised batch norm is fused with a convolution without a stride and 2x2 windows")
+    pool, groups = pool_of(*window, 1), integer(groups, "groups")
+    others = (conv_weight, conv_bias, *batch_norm[:4], group_weight, group_bias)
+    check_three(input, pool, num_batches_tracked, others, *act)
+    one_device((input, *others))  # what the last operator would refuse is refused before the second updates anything
+    channels = conv_weight.shape[1] * groups if conv_weight.dim() == 4 else 0
+    resident.check_group(channels, integer(num_groups, "num_groups"), conv_bias, group_weight, group_bias)
+    shift = conv_bias if training else None
+    added = conv_bias if shift is None else shift.detach()
+    geometry = (stride, padding, output_padding, groups, dilation)
+    y = conv_transpose2d(input, conv_weight, added, *geometry, numerics=numerics)
+    y = bn_activation_max_pool2d(y, *batch_norm, shift, *act, pool)
+    return group_norm(y, *group)
+
+
+_PLAIN = ((1, 0, 1, 1, 2, None, 0), ((1, 1), (0, 0), (1, 1), 1, 2, 2, 0))  # as the function and as layers have it
+
+
+def is_plain(stride, output_padding, dilation, groups, pool_size, pool_stride, pool_padding) -> bool:
+    """Whether the convolution and the windows are such that one operator may take them."""
+    given = (stride, output_padding, dilation, groups, pool_size, pool_stride, pool_padding)
+    if given in _PLAIN:
+        return True
+    conv = (*(pair(value, "an option of the convolution") for value in given[:3]), groups)
+    return conv == ((1, 1), (0, 0), (1, 1), 1) and pool_of(*given[4:], 1) == pool_of(2, None, 0, 1)
+
+
+def check_three(input, pool: Pool, batches, others, activation, negative_slope=0) -> None:
+    """UnsupportedError for what three operators do not take. others: the parameters; batches: num_batches_tracked."""
+    struct_of(activation)
+    resident.check_slope(number(negative_slope, "negative_slope"))
+    resident.check_mixture(autocast.enabled(input), input, batches, *others)
+    check_supported(input, activation, pool)
 
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature
 def conv_bn_tanh_max_pool_group_norm(*args: Any, **options: Any) -> torch.Tensor:
     """`conv_bn_activation_max_pool_group_norm` with the activation tanh."""
     return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
-
-
-def _check_shapes(
-    input,
-    conv_weight,
-    conv_bias,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    group_weight,
-    group_bias,
-    padding,
-    alone,
-    num_groups,
-) -> None:
-    """Raises all errors that shapes, dtypes and devices can be the reason of. alone: one value is too few."""
-    affine = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    one_device((input, conv_weight, *affine))
-    shape = output_shape(input.shape, conv_weight.shape, geometry_of(padding))
-    check_batch_norm(input, running_mean, running_var, weight, bias, alone, shape)
-    for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
-        if tensor is not None and tensor.shape != (shape[1],):
-            raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
-    if num_groups < 1 or shape[1] % num_groups:
-        raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")

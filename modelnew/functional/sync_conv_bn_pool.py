@@ -9,6 +9,7 @@ import math
 import torch
 
 from cupy_kernels import conv_bn_pool as ops
+from cupy_kernels import conv_bn_pool_backward as back
 from cupy_kernels.conv_transpose import logical, output_shape
 from cupy_kernels.plan import parts, room
 from cupy_kernels.sync_batch_norm import sync_borders, sync_message, sync_parameter_gradients, sync_statistics
@@ -16,8 +17,8 @@ from cupy_kernels.sync_batch_norm import sync_borders, sync_message, sync_parame
 from ..calls import call
 from ..formats import dense_in, restored, stored
 from ..interop import dense
-from .conv_bn_pool import convolution_gradients, geometry_of, new_output, plan_for
 from .gradients import apply, will_need_grad
+from .resident_conv_bn_pool import convolution_gradients, geometry_of, new_output, plan_for
 from .sync_batch_norm import gathered, refuse_second_derivatives
 
 _OPTIONS = ("padding", "choice", "groups", "activation", "autocast_on", "last")
@@ -112,11 +113,11 @@ def _tail_gradients(
     """g, partial sums and sums of the rank, and gradients of the parameters behind the convolution."""
     plan = plan_for(x, w, padding, groups, choice, last, autocast_on)
     kept = parts(memory, ops.kept_arrays(plan, x.shape, groups, True))
-    made = {name: new(*array) for name, array in ops.gradient_arrays(plan, x.shape[0], False, False).items()}
+    made = {name: new(*array) for name, array in back.gradient_arrays(plan, x.shape[0], False, False).items()}
     parameters = (weight, bias, group_weight, group_bias)
     found = [new.like(t if needed else None) for t, needed in zip(parameters, needed)]
     affine = (weight, bias, group_weight)
-    ops.tail_gradients(dout, *affine, None, *found, kept, made, plan=plan, groups=groups, training=True, **options)
+    back.tail_gradients(dout, *affine, None, *found, kept, made, plan=plan, groups=groups, training=True, **options)
     return made["g"], made["partials"], made["sums"], *found
 
 

@@ -1,3 +1,13 @@
 """The operators for what records operators, see `modelnew.registration`: a file for each of `modelnew.functional`."""
 
-from . import batch_norm, bn_tanh_max_pool, conv_bn_pool, conv_transpose, group_norm, leaky_relu, max_pool, tanh
+from . import (
+    batch_norm,
+    bn_pool,
+    bn_tanh_max_pool,
+    conv_bn_pool,
+    conv_transpose,
+    group_norm,
+    leaky_relu,
+    max_pool,
+    tanh,
+)

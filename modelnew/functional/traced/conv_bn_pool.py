@@ -9,30 +9,29 @@ from cupy_kernels.conv_transpose import output_shape
 from cupy_kernels.conv_transpose_mma import MANY_IMAGES
 from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.plan import ALIGNMENT, room
+from cupy_kernels.pooled_tail import struct_of
 
 from ... import autocast
 from ...formats import dense_in, empty_in, restored, stored
 from ...interop import NUMPY, aligned, check_floating, dense, integer, number, pair
 from ...numerics import check_numerics, settled, settled_choice
 from ...registration import composite, fake_gradients, gradients_of_op, in_place_of, ops, register, results_of, traced
-from .. import conv_bn_pool as eager
+from .. import resident_conv_bn_pool as eager
+from ..bn_pool import activation_of
+from ..conv_bn_pool import check_three, is_plain
 from ..gradients import gradients_of
+from ..max_pool import pool_of
 from . import batch_norm
 from .conv_transpose import flops
+from .max_pool import WINDOW
 
 
 @in_place_of
 def conv_bn_activation_max_pool_group_norm(*args, **options):
-    return autocast.result_of_norm(_overload(ops.conv_bn_activation_max_pool_group_norm, *args, **options)[0])
+    return conv_bn_activation_max_pool_group_norm_or_parts(*args, parts="refused", **options)
 
 
-def conv_bn_activation_max_pool_group_norm_or_parts(*args, together, **options):
-    """The same; where its kernels do not take the call, the operators one by one, or some together, see `fusions`."""
-    return _overload(ops.conv_bn_activation_max_pool_group_norm_or_parts, *args, together, **options)
-
-
-def _overload(
-    packet,
+def conv_bn_activation_max_pool_group_norm_or_parts(
     input,
     running_mean,
     running_var,
@@ -41,25 +40,40 @@ def _overload(
     training=False,
     momentum=0.1,
     eps=1e-5,
-    *more,
+    *,
     conv_weight,
     conv_bias=None,
+    stride=1,
     padding=0,
+    output_padding=0,
+    dilation=1,
+    groups=1,
     activation="tanh",
     negative_slope=0.01,
+    pool_size=2,
+    pool_stride=None,
+    pool_padding=0,
     num_groups,
     group_weight=None,
     group_bias=None,
     group_eps=1e-5,
     num_batches_tracked=None,
     numerics="auto",
+    parts,
 ):
-    """Calls one of a packet's overloads. more: what it takes besides."""
+    """The same. parts: what runs where no kernels take all of the call.
+
+    "refused": nothing. "apart": the operators one by one. "together": batch norm, tanh and pooling as one, the others
+    one by one.
+    """
     check_numerics(numerics)
     momentum, eps = number(momentum, "momentum"), number(eps, "eps")
     arguments = running_mean, running_var, weight, bias, bool(training), momentum, eps
     conv = conv_weight, conv_bias, pair(padding, "padding"), activation, number(negative_slope, "negative_slope")
     group = integer(num_groups, "num_groups"), group_weight, group_bias, number(group_eps, "group_eps")
+    more = pair(stride, "stride"), pair(output_padding, "output_padding"), pair(dilation, "dilation")
+    more += integer(groups, "groups"), *pool_of(pool_size, pool_stride, pool_padding, 1), parts
+    packet = ops.conv_bn_activation_max_pool_group_norm_or_parts
     op = batch_norm.overload(packet, running_mean, training, num_batches_tracked)
     return op(input, *arguments, num_batches_tracked, *conv, *group, numerics, *more)
 
@@ -94,11 +108,11 @@ def _how(numerics, x):
 def _check_supported(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, *options):
     """UnsupportedError for calls that the kernels do not take."""
     conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, _, numerics = options
-    kernels.struct_of(activation)
-    eager._check_slope(slope)
+    struct_of(activation)
+    eager.check_slope(slope)
     others = conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
     choice, autocast_on = _how(numerics, input)
-    eager._check_mixture(autocast_on, input, batches, *others)
+    eager.check_mixture(autocast_on, input, batches, *others)
     check_floating(input=input)
     if input.dim() == conv_weight.dim() == 4:
         images = 1 if input.shape[0] else 0  # of more, the number does not matter
@@ -184,7 +198,7 @@ def _first(ctx, dout):
             choice, _, _ = numerics.partition(_AUTOCAST)
             y = ops.conv_transpose2d(x.to(w.dtype), w, conv_bias, *eager.geometry_of(padding), choice)
             arguments = running_mean, running_var, weight, bias, training, 0.0, eps, None, False
-            y = eager._operator(activation, slope)(ops.batch_norm.default(y, *arguments)[0])
+            y = activation_of(activation, slope)(ops.batch_norm.default(y, *arguments)[0])
             y, *_ = ops.max_pool2d(y, 2, 2, 0, 1, False, False)
             return ops.group_norm(y, groups, group_weight, group_bias, group_eps)[0]
 
@@ -252,22 +266,41 @@ register(
 
 
 def _or_parts(input, *options):
-    *arguments, together = options
+    *arguments, stride, output_padding, dilation, conv_groups, size, pool_stride, pool_padding, _, parts = options
     running_mean, running_var, weight, bias, training, momentum, eps, batches, *rest = arguments
     conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, group_eps, numerics = rest
+    if is_plain(*map(tuple, (stride, output_padding, dilation)), conv_groups, size, pool_stride, pool_padding):
+        try:
+            op = batch_norm.overload(ops.conv_bn_activation_max_pool_group_norm, running_mean, training, batches)
+            return autocast.result_of_norm(op(input, *arguments)[0])
+        except UnsupportedError:
+            pass
+    pool = pool_of(size, pool_stride, pool_padding, 1)
+    others = conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
     try:
-        op = batch_norm.overload(ops.conv_bn_activation_max_pool_group_norm, running_mean, training, batches)
-        return autocast.result_of_norm(op(input, *arguments)[0])
+        check_three(input, pool, batches, others, activation, slope)
+        parts = "three"
     except UnsupportedError:
-        pass
-    y = traced["conv_transpose2d"](input, conv_weight, conv_bias, padding=padding, numerics=numerics)
+        if parts == "refused":
+            raise
+    conv = stride, padding, output_padding, conv_groups, dilation
+    shift = conv_bias if parts == "three" and training else None
+    added = conv_bias if shift is None else shift.detach()
+    y = traced["conv_transpose2d"](input, conv_weight, added, *conv, numerics=numerics)
     normed = running_mean, running_var, weight, bias, training, momentum, eps
-    if together:
-        y = traced["bn_tanh_max_pool2d"](y, *normed, num_batches_tracked=batches)
+    if parts == "three":
+        op = batch_norm.overload(ops.bn_activation_max_pool2d, running_mean, training, batches)
+        y = op(y, *normed, batches, shift, activation, slope, *pool)[0]
+    elif parts == "together":
+        y = traced["bn_tanh_max_pool2d"](y, *normed, *pool, num_batches_tracked=batches)
     else:
         y = traced["batch_norm"](y, *normed, num_batches_tracked=batches)
-        y = traced["max_pool2d"](eager._operator(activation, slope)(y), 2)
+        y = traced["max_pool2d"](activation_of(activation, slope)(y), *pool)
     return traced["group_norm"](y, groups, group_weight, group_bias, group_eps)
 
 
-composite(f"conv_bn_activation_max_pool_group_norm_or_parts({ARGUMENTS}, bool together) -> Tensor", _or_parts)
+composite(
+    f"conv_bn_activation_max_pool_group_norm_or_parts({ARGUMENTS}, int[2] stride, int[2] output_padding, "
+    f"int[2] dilation, int groups, {WINDOW.replace('int[2] ', 'int[2] pool_')}, str parts) -> Tensor",
+    _or_parts,
+)

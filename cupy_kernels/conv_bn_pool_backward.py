@@ -1,0 +1,227 @@
+"""The backward of `conv_bn_pool`, whose names and shapes are these, too."""
+
+import functools
+
+import numpy as np
+
+from .channel_sum import channel_sum, channel_sum_workspace_size
+from .common import THREADS, ceil_div
+from .conv_transpose_mma import Plan, conv_transpose_mma
+from .conv_wgrad_mma import Plan as WgradPlan
+from .conv_wgrad_mma import conv_wgrad_mma
+from .fp16_tiles import pack_fp16, packed_shape, scale_fp16
+from .launch import launch
+from .pooled_tail import backward_defines, tail_macros, tail_threads, windows_of
+from .source import Kernel
+
+# Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
+_BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
+
+
+def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of the arrays that `tail_gradients` and `output_gradient` write, for `weight_gradient` and dgrad.
+
+    packed: whether dy is to be among them. borders: whether what `weight_gradient` needs with a centred x is.
+    """
+    macros = dict(p.macros)
+    channels = macros["OUT_CHANNELS"]
+    arrays = {
+        "g": ((images, channels, macros["OUT_H"] // 2, macros["OUT_W"] // 2), np.float32),
+        "partials": ((5, images, channels), np.float32),
+        "sums": ((2, channels), np.float32),
+        "dy_exponents": ((channels,), np.int32),
+    }
+    if packed:
+        arrays["dy_packed"] = (packed_output_shape(p, images), np.float16)
+    if borders:
+        shares = ceil_div(images, _images_together(images))
+        arrays["borders"] = ((shares, macros["KERNEL_H"] * macros["KERNEL_W"], channels), np.float32)
+    return arrays
+
+
+def tail_gradients(
+    dout,
+    weight,
+    bias,
+    group_weight,
+    dconv_bias,
+    dweight,
+    dbias,
+    dgroup_weight,
+    dgroup_bias,
+    kept,
+    made,
+    *,
+    plan: Plan,
+    groups: int,
+    training: bool,
+    activation: str,
+    parameter: float,
+) -> None:
+    """Gradients of all parameters but the convolution's weight, written where not None; what `output_gradient` reads.
+
+    kept: the forward's. made: {name: array} of `gradient_arrays`, written.
+    """
+    pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
+    scales = kept["exponents"], kept["unit_exponents"]
+    g, partials, sums, dy_exponents = made["g"], made["partials"], made["sums"], made["dy_exponents"]
+    statistics = (kept["group_mean"], kept["group_invstd"])
+    options = {"plan": plan, "groups": groups, "activation": activation}
+    values = (dout, pooled, *scales, mean, invstd, weight, bias, group_weight, *statistics, g, partials)
+    pooled_gradients(*values, **options, parameter=parameter)
+    gradients = (dweight, dbias, dgroup_weight, dgroup_bias, dconv_bias)
+    parameter_gradients(partials, mean, invstd, weight, sums, dy_exponents, *gradients, **options, training=training)
+
+
+def output_gradient(weight, dy, kept, made, *, training: bool, **options) -> None:
+    """dy, the gradient of the convolution's output, from what `tail_gradients` has made.
+
+    As packed tiles where `made` has them; and to dy, [N, M, OH, OW], where not None, for the general convolution
+    kernels. options: plan, groups, activation.
+    """
+    given = (made["g"], *map(kept.get, ("argmax", "saved", "exponents", "unit_exponents", "mean", "invstd")), weight)
+    given += (made["sums"] if training else None,)
+    if "dy_packed" in made:
+        conv_output_gradient_packed(*given, made["dy_exponents"], made["dy_packed"], made.get("borders"), **options)
+    if dy is not None:
+        conv_output_gradient(*given, dy, **options)
+
+
+def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan, centred: bool) -> None:
+    """dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`.
+
+    centred: x, float32, less its first image's means. With statistics of the batch dy sums to 0, so that this changes
+    nothing but the error (benchmarks/NOTES.md says why).
+    """
+    unit_exponents, sums = kept["unit_exponents"], None
+    partial = scratch(plan.partial_size, np.float32)
+    if ("CHANNELS_LAST", 1) in plan.macros:
+        x_packed, x_exponents = x, None
+        if x.dtype != np.float16:
+            x_packed, x_exponents = scratch(x.shape, np.float16), unit_exponents
+            scale_fp16(x, x_exponents, x_packed)
+        conv_wgrad_mma(plan, x_packed, x_exponents, None, made["dy_packed"], made["dy_exponents"], None, partial, dw)
+        return
+    if centred:
+        sums = scratch((x.shape[1],), x.dtype)
+        channel_sum(x[:1], sums, scratch(channel_sum_workspace_size(x[:1]), np.float64))
+    x_packed = scratch(packed_shape(x.shape, plan.split), np.float16)
+    pack_fp16(x, unit_exponents, sums, x_packed, plan.split)
+    dy = made["dy_packed"], made["dy_exponents"], made.get("borders")
+    conv_wgrad_mma(plan, x_packed, unit_exponents, sums, *dy, partial, dw)
+
+
+def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
+    """dx, the gradient of x, from dy. plan: one for dgrad, of packed tiles. The rest as in `weight_gradient`."""
+    workspaces = scratch(plan.packed_size, np.float16), scratch(plan.rows, np.int32)
+    conv_transpose_mma(plan, made["dy_packed"], w, None, dx, *workspaces, made["dy_exponents"])
+
+
+def pooled_gradients(
+    dout,
+    pooled,
+    exponents,
+    unit_exponents,
+    mean,
+    invstd,
+    weight,
+    bias,
+    group_weight,
+    group_mean,
+    group_invstd,
+    g,
+    partials,
+    *,
+    parameter,
+    **tail,
+) -> None:
+    """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
+
+    dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_arrays` has them, written.
+    tail: plan, groups, activation; the same in the functions that follow.
+    """
+    images, macros = pooled.shape[0], _backward_macros(**tail)
+    launch(
+        Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
+        (group_mean.size, 1, 1),
+        (tail_threads(macros), 1, 1),
+        (dout, pooled, exponents, unit_exponents, mean, invstd, weight, bias, group_weight)
+        + (group_mean, group_invstd, g, partials, images, parameter),
+    )
+
+
+def parameter_gradients(
+    partials, mean, invstd, weight, sums, dy_exponents, *gradients, plan: Plan, training: bool, **tail
+) -> None:
+    """Gradients of all parameters but the convolution's weight, and what the gradient of its output is made of.
+
+    sums, dy_exponents: as `gradient_arrays` has them, written. gradients: of weight, bias, group_weight,
+    group_bias and conv_bias, written where not None. training: whether the batch's own statistics were applied.
+    """
+    images, channels = partials.shape[1:]
+    launch(
+        Kernel("pooled_tail_backward.cu", "pooled_parameter_gradients", _backward_macros(plan, **tail)),
+        (channels, 1, 1),
+        (THREADS, 1, 1),
+        (partials, mean, invstd, weight, sums, dy_exponents, *gradients, images, _count(plan, images), training),
+    )
+
+
+def conv_output_gradient(
+    g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan, **tail
+) -> None:
+    """dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
+
+    sums: those of `parameter_gradients`; None where the statistics were running ones. dy is written.
+    """
+    images, channels = g.shape[:2]
+    launch(
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, **tail)),
+        (images * channels, ceil_div(windows_of(dict(plan.macros)), THREADS), 1),
+        (THREADS, 1, 1),
+        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
+    )
+
+
+def conv_output_gradient_packed(
+    g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders, *, plan, **tail
+) -> None:
+    """The same as packed fp16 tiles, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
+
+    dy_exponents: those of `parameter_gradients`. dy: float16, of `packed_output_shape`, written.
+    borders: None, or as `gradient_arrays` has it, written: sums of dy times 2^e over the pixels that have no
+    partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
+    """
+    images = g.shape[0]
+    together = _images_together(images)
+    macros = _backward_macros(plan, **tail)
+    sizes = dict(macros)
+    blocks = together * dy.shape[1] * sizes["TILES"]
+    blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
+    launch(
+        Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", macros),
+        (ceil_div(images, together) * blocks, 1, 1),
+        (THREADS, 1, 1),
+        (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders)
+        + (_count(plan, images), images, together),
+    )
+
+
+def packed_output_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
+    """Of the packed tiles of the convolution's output, see `fp16_tiles`."""
+    macros = dict(p.macros)
+    return packed_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_macros(plan: Plan, groups: int, activation: str):
+    return *tail_macros(plan, groups, activation), *backward_defines(dict(plan.macros))
+
+
+def _images_together(images: int) -> int:
+    return min(images, max(_BORDER_IMAGES, ceil_div(images, _MOST_BORDER_SHARES)))
+
+
+def _count(p: Plan, images: int) -> float:
+    macros = dict(p.macros)
+    return float(images * macros["OUT_H"] * macros["OUT_W"])
