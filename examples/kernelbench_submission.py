@@ -23,7 +23,7 @@ from functools import cache as until_overridden
 from math import lcm, prod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,21 +41,10 @@ class UnsupportedError(ValueError):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/source.py
+# cupy_kernels/parsing.py
 #
-# Kernel sources: text of a .cu file with its includes expanded, kernel signatures, and the digest of all sources.
+# What a kernel source declares: where its kernels are in the text, and their parameters.
 
-_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
-_HEADER = re.compile(r"^\s*#\s*include\s*<([^>]+)>")
-# What stands in for headers, which pip's CUDA does not have.
-_INSTEAD = {
-    "math.h cmath": "mathematics is there without a header",
-    "stdint.h cstdint": "write int, unsigned, long long, or i64 and u8 of common.cuh",
-    "limits.h climits float.h cfloat limits": "write the number; common.cuh has is_nan and is_finite",
-    "stdio.h cstdio assert.h cassert string.h cstring": "printf, assert, memcpy and memset are there without a header",
-    "cuda_fp16.h cuda_bf16.h": "half_t and bf16_t of common.cuh are converted by to_acc and from_acc<half_t>",
-    "cooperative_groups.h": "__syncthreads, __syncwarp, __shfl_sync and the like are there without a header",
-}
 # Comments and strings are tokens of their own, so that braces in them do not count.
 _BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
 _PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
@@ -66,6 +55,87 @@ _KERNEL = re.compile(
 )
 _NO_TYPE = ("*", "const", "volatile", "INOUT", "__restrict__", "__restrict", "__grid_constant__", "struct")
 _C_BLOCK = re.compile(r'\bextern\s+"C"\s*\{')
+SYNONYMS = {
+    "long long": "i64",
+    "long long int": "i64",
+    "signed": "int",
+    "unsigned int": "unsigned",
+    "unsigned char": "u8",
+}
+
+
+@functools.lru_cache(64)
+def definitions(text: str) -> dict[str, re.Match]:
+    """{name: the match of its declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
+    code = _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
+    blocks = [range(block.end(), _end(code, block, 1) or len(code)) for block in _C_BLOCK.finditer(code)]
+    found = [m for m in _KERNEL.finditer(code) if m[1] or any(m.start(2) in block for block in blocks)]
+    return {match[2]: match for match in found}
+
+
+def _end(text, declaration, depth=0) -> int | None:
+    for token in _BRACES.finditer(text, declaration.end()):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if token[0] == "}" and depth == 0:
+            return token.end()
+    return None
+
+
+def declarations(text: str) -> dict[str, list[tuple[str, str]]]:
+    """{kernel: [(type, name) of each parameter]} of the kernels in `text`; types as "const scalar_t*"."""
+    return {
+        name: [_split(p) for p in match[3][1:-1].split(",") if p.strip() not in ("", "void")]
+        for name, match in definitions(text).items()
+    }
+
+
+def _split(declaration: str) -> tuple[str, str]:
+    found = re.fullmatch(r"(.*?)(\w+)\s*((?:\[[^]]*\])?)", declaration.strip(), re.DOTALL)
+    if (
+        not found
+        or not found[1]
+        or re.search(r"[^\w\s*]", found[1])
+        or (found[1] + found[3]).count("*") + bool(found[3]) > 1
+    ):
+        raise ValueError(
+            f"a kernel's parameter is an array, as in const float* x, or a number, as in int size; received "
+            f"{declaration.strip()!r}. Pass several arrays one by one, and what belongs together as numbers"
+        )
+    words = found[1].replace("*", " * ").split()
+    kind = " ".join(w for w in words if w not in _NO_TYPE)
+    pointee = words[: words.index("*")] if "*" in words else words  # behind it, const is the pointer's
+    marks = [w for w in ("INOUT", "const") if w in pointee]
+    pointer = "*" if found[3] or "*" in words else ""
+    return " ".join([*marks, SYNONYMS.get(kind, kind)]) + pointer, found[2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/hints.py
+#
+# The way out, in error messages, of what a text takes for granted and a kernel does not have: headers and names.
+
+_HEADERS = {
+    "math.h cmath": "mathematics is there without a header",
+    "stdint.h cstdint": "write int, unsigned, long long, or i64 and u8 of common.cuh",
+    "limits.h climits float.h cfloat limits": "write the number; common.cuh has is_nan and is_finite",
+    "stdio.h cstdio assert.h cassert string.h cstring": "printf, assert, memcpy and memset are there without a header",
+    "cuda_fp16.h cuda_bf16.h": "half_t and bf16_t of common.cuh are converted by to_acc and from_acc<half_t>",
+    "cooperative_groups.h": "__syncthreads, __syncwarp, __shfl_sync and the like are there without a header",
+}
+
+
+def of_header(name: str) -> str:
+    """What stands in for a header, which pip's CUDA does not have."""
+    return next((hint for headers, hint in _HEADERS.items() if name in headers.split()), "leave it out")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/source.py
+#
+# Kernel sources: text of a .cu file with its includes expanded, kernel signatures, and the digest of all sources.
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
+_HEADER = re.compile(r"""^\s*#\s*include\s*(<[^>]+>|"[^"]+\.h")""")
 # Scalar types of the kernels, and the NumPy dtype of an array that holds them. NumPy has no bfloat16: its arrays travel
 # as int16.
 DTYPES = {
@@ -82,13 +152,6 @@ DTYPES = {
     "unsigned long long": np.dtype(np.uint64),
 }
 SCALARS = {dtype: name for name, dtype in DTYPES.items()}
-_SYNONYMS = {
-    "long long": "i64",
-    "long long int": "i64",
-    "signed": "int",
-    "unsigned int": "unsigned",
-    "unsigned char": "u8",
-}
 
 
 class Variant(NamedTuple):
@@ -135,23 +198,6 @@ class Parameter(NamedTuple):
     inout: bool
 
 
-@functools.lru_cache(64)
-def _kernels(text: str) -> dict[str, re.Match]:
-    """{name: the match of its declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
-    code = _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
-    blocks = [range(block.end(), _end(code, block, 1) or len(code)) for block in _C_BLOCK.finditer(code)]
-    found = [m for m in _KERNEL.finditer(code) if m[1] or any(m.start(2) in block for block in blocks)]
-    return {match[2]: match for match in found}
-
-
-def _end(text, declaration, depth=0) -> int | None:
-    for token in _BRACES.finditer(text, declaration.end()):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if token[0] == "}" and depth == 0:
-            return token.end()
-    return None
-
-
 @until_overridden
 def expanded(file: str) -> str:
     """Text of `file` with every `#include "..."` replaced by the included text, each file once.
@@ -167,7 +213,8 @@ def _expand(file: str, seen: set[str], read) -> str:
     lines = [f'#line 1 "{file}"']
     for number, line in enumerate(read(file).splitlines(), 1):
         if header := _HEADER.match(line):
-            raise ValueError(_no_header(file, number, header[1]))
+            way = of_header(header[1][1:-1])
+            raise ValueError(f"{file}:{number}: kernels include no header, received {header[1]}: {way}")
         include = _INCLUDE.match(line)
         if not include:
             lines.append(line)
@@ -176,38 +223,6 @@ def _expand(file: str, seen: set[str], read) -> str:
         else:
             lines.append("")
     return "\n".join(lines)
-
-
-def _no_header(file, number, header):
-    instead = [way for headers, way in _INSTEAD.items() if header in headers.split()]
-    return f"{file}:{number}: kernels include no header, received <{header}>: {', '.join(instead) or 'leave it out'}"
-
-
-def declarations(text: str) -> dict[str, list[tuple[str, str]]]:
-    """{kernel: [(type, name) of each parameter]} of the kernels in `text`; types as "const scalar_t*"."""
-    return {
-        name: [_split(p) for p in match[3][1:-1].split(",") if p.strip() not in ("", "void")]
-        for name, match in _kernels(text).items()
-    }
-
-
-def _split(declaration: str) -> tuple[str, str]:
-    found = re.fullmatch(r"(.*?)(\w+)\s*((?:\[[^]]*\])?)", declaration.strip(), re.DOTALL)
-    if (
-        not found
-        or not found[1]
-        or re.search(r"[^\w\s*]", found[1])
-        or (found[1] + found[3]).count("*") + bool(found[3]) > 1
-    ):
-        raise ValueError(
-            f"a kernel's parameter is an array, as in const float* x, or a number, as in int size; received "
-            f"{declaration.strip()!r}. Pass several arrays one by one, and what belongs together as numbers"
-        )
-    words = found[1].replace("*", " * ").split()
-    kind = " ".join(w for w in words if w not in _NO_TYPE)
-    marks = [w for w in ("INOUT", "const") if w in words]
-    pointer = "*" if found[3] or "*" in words else ""
-    return " ".join([*marks, _SYNONYMS.get(kind, kind)]) + pointer, found[2]
 
 
 @until_overridden
@@ -227,7 +242,7 @@ def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
     base = " ".join(kind.split()[len(marks) :])  # "unsigned int" is not "int"
     base, stars = base.rstrip("*"), base.count("*")
     kind = str(dict(kernel.defines).get(base, base))
-    dtype = None if stars > 1 else DTYPES.get(_SYNONYMS.get(kind, kind))
+    dtype = None if stars > 1 else DTYPES.get(SYNONYMS.get(kind, kind))
     if dtype is None and not stars:
         raise ValueError(
             f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"
@@ -390,7 +405,7 @@ def scalar_macros(name: str) -> tuple:
 
 def row_width(length: int, *arrays) -> int:
     """Elements of the widest access, at most 16 bytes, that divides rows of `length` elements in all arrays."""
-    width = 16 // arrays[0].itemsize
+    width = 16 // max(a.itemsize for a in arrays)
     while length % width or any(address(a) % (width * a.itemsize) for a in arrays):
         width //= 2
     return width
@@ -473,6 +488,11 @@ def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, i
         if s[0] * s[2] * s[3] > _INT_MAX - 1024:  # room for a tile
             raise ValueError(f"the {name} of shape {tuple(s)} has more pixels than {_INT_MAX - 1024}: split the batch")
     return shape
+
+
+def logical(shape, channels_last) -> tuple[int, ...]:
+    """[N, C, H, W] of an array of either format."""
+    return (shape[0], shape[3], *shape[1:3]) if channels_last else tuple(shape)
 
 
 def packed_weight_size(w_shape) -> int:
@@ -625,7 +645,8 @@ def whole_warps(threads: int) -> int:
 def shared_bytes(macros, tile: int, threads: int, sums: bool = True) -> int:
     """Shared memory of a block: what it keeps of its channels, and room for sums, see channel_walk.cuh."""
     known = dict(macros)
-    columns, scratch = (1, 32) if known["PLANES"] else (tile * known["WIDTH"], 3 * known["WIDTH"] * threads)
+    together = 1 if known["PLANES"] or 32 % tile else 32 // tile  # rows of threads, of which a warp has one sum
+    columns, scratch = (1, 32) if known["PLANES"] else (tile * known["WIDTH"], 3 * known["WIDTH"] * threads // together)
     return (KEPT * columns + (max(32, scratch) if sums else 0)) * DTYPES[known["acc_t"]].itemsize
 
 
@@ -721,6 +742,24 @@ class Public:
     def allows_tf32() -> bool:
         """Whether cuDNN's convolutions may multiply in TF32."""
         return torch.backends.cudnn.allow_tf32
+
+    @staticmethod
+    def any_autocast() -> bool:
+        """Whether autocast is on for some kind of device."""
+        return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+    @staticmethod
+    def guard_of(tensors: list[torch.Tensor]) -> Callable | None:
+        """guard(*others): whether tensors are of the same kinds as `tensors`; None if nothing can tell.
+
+        The kind: type, dtype, device, shape, strides, requires_grad, and what torch's dispatcher does with the tensor.
+        """
+        return None
+
+    @staticmethod
+    def allocator(device: torch.device) -> Callable:
+        """allocate(shape, strides, dtype) on the device, which is the current one when it is called."""
+        return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     @staticmethod
     def apply(function: type[torch.autograd.Function], *args):
@@ -989,161 +1028,6 @@ def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/affine.py
-#
-# What the norms' layers share: their weight and bias.
-
-def tensor_of(module: nn.Module, name: str) -> torch.Tensor | None:
-    """module.name, a parameter or buffer: getattr, which searches for it, takes three times as long."""
-    for known in (module._parameters, module._buffers):
-        if name in known:
-            return known[name]
-    return getattr(module, name)  # someone put another tensor in its place
-
-
-def reset_affine(module: nn.Module) -> None:
-    """Weight 1, bias 0."""
-    if module.weight is not None:
-        nn.init.ones_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/gradients.py
-#
-# What the operators' backwards share: gradients that can be differentiated again.
-#
-# A backward runs with grad mode on if its caller asked for `create_graph`. Then each gradient is an autograd Function of
-# its own, which starts the same kernels. Otherwise the kernels alone run, and nothing more is kept.
-
-def will_need_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
-
-
-def gradients_apply(function: type[torch.autograd.Function], *args):
-    """function.apply(*args), quicker."""
-    return apply(function, *args)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/batch_norm.py
-#
-# batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well.
-
-def applied_statistics(running_mean, running_var, training):
-    """The running statistics if they are applied, which a backward refuses if they were changed, as torch's does."""
-    return (None, None) if training else (running_mean, running_var)
-
-
-def note_update(running_mean, running_var, batches, updated) -> None:
-    """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
-    written = []
-    for buffer, new in zip((running_mean, running_var, batches), updated):
-        if buffer is None:
-            continue
-        if new is buffer:
-            written.append(buffer)
-        elif new is None:
-            buffer.add_(1)
-        else:  # it is not contiguous: the kernel updated a copy
-            buffer.copy_(new)
-    torch.autograd.graph.increment_version(written)
-
-
-def check_batch_norm(input, running_mean, running_var, weight, bias, training, shape=None) -> None:
-    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices.
-
-    shape: what is normalised, if it is not input itself.
-    """
-    shape = input.shape if shape is None else shape
-    if training and shape and math.prod((shape[0], *shape[2:])) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    if len(shape) < 2:
-        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(shape)}")
-    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, tensor in parameters.items():
-        if tensor is not None and tensor.numel() != shape[1]:
-            raise RuntimeError(f"{name} should contain {shape[1]} elements not {tensor.numel()}")
-    one_device((input, *parameters.values()))
-    check_parameters(input, running_mean=running_mean, running_var=running_var)
-    check_parameters(input, weight=weight, bias=bias)
-
-
-def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
-    """(momentum, eps) as floats. Refuses what the function refuses for other reasons."""
-    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
-    if training and not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if not eps >= 0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if running_mean is None and not training:
-        raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-    if (
-        running_mean is not None
-        and torch.is_grad_enabled()
-        and (running_mean.requires_grad or running_var.requires_grad)
-    ):
-        name = "running_mean" if running_mean.requires_grad else "running_var"
-        raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
-    return momentum, eps
-
-
-class _Layer(nn.modules.batchnorm._BatchNorm):
-    peers = None  # a `distributed.Peers`, see `modelnew.convert_sync_batchnorm`
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:  # not every version of torch knows it
-            self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        """Weight 1, bias 0, and `reset_running_stats`."""
-        self.reset_running_stats()
-        reset_affine(self)
-
-    def arguments(self, input: torch.Tensor) -> tuple:
-        """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for a batch."""
-        self._check_input_dim(input)
-        running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
-        training = self.training or (running_mean is None and running_var is None)
-        if self.training and not self.track_running_stats:
-            running_mean = running_var = None
-        momentum = self.momentum
-        if momentum is None:  # the average over all batches
-            counter = self.counter()
-            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
-        affine = (tensor_of(self, "weight"), tensor_of(self, "bias"))
-        return running_mean, running_var, *affine, training, momentum, self.eps
-
-    def counter(self) -> torch.Tensor | None:
-        """num_batches_tracked, if a batch now would be counted."""
-        return tensor_of(self, "num_batches_tracked") if self.training and self.track_running_stats else None
-
-
-class BatchNorm2d(_Layer, nn.BatchNorm2d):
-    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_wgmma.py
 #
 # How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks.
@@ -1235,6 +1119,28 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
     return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
 
 
+def persistent(found: Layout, size, out, kernel, pad) -> bool:
+    """Whether blocks can copy rows of the next image, of fp16 operands, behind the products of this one.
+
+    They can where a block has a whole image, and its last passes read none of the first ones' rows.
+    """
+    macros, planes = found.macros, found.planes
+    long_enough = 2 * kernel[0] * kernel[1] >= macros["STAGES"]
+    if not planes["WGMMA"] or planes["UNITS"] > 1 or macros["PACKED_WIDTH"] > 64 or not long_enough:
+        return False
+    pitch, pass_windows = planes["WINDOW_PITCH"], 4 * macros["TILES"] * macros["WARPS_N"]
+    larger = 4 * max(0, macros["LAST_TILES"] - macros["TILES"]) * macros["WARPS_N"]
+    windows = planes["UNIT_WINDOWS"] - pitch + ceil_div(out[1], 2)
+    passes = max(1, ceil_div(windows - larger, pass_windows))
+
+    def found_in_time(first):
+        """Whether the next image's `first` passes find their rows copied before the last `2 - first` of this one."""
+        start = (passes - 3 + first) * pass_windows // pitch * 2 + pad[0] - (kernel[0] - 1)
+        return start >= min(size[0], (first * pass_windows - 1) // pitch * 2 + pad[0] + 2)
+
+    return passes > 2 and found_in_time(1) and found_in_time(2)
+
+
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
     """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles that each unit needs."""
     if max(needed) <= most // last_granule * last_granule:
@@ -1264,37 +1170,6 @@ def planes(wgmma: int, window_pitch: int, units: int, unit_windows: int, unit_st
         "UNIT_STRIDE": unit_stride,
         "PLANE_STRIDE": plane_stride,
     }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/channel_sum.py
-#
-# Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
-#
-# A channels_last tensor is passed as [N * H * W, C].
-
-_FILE = "channel_sum.cu"
-
-
-def channel_sum_workspace_size(x) -> int:
-    """Elements of the workspace `partial`, float64."""
-    return x.shape[1] * chunks_of(x)[1]
-
-
-def channel_sum(x, sums, partial) -> None:
-    """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
-    channels = x.shape[1]
-    if sums.shape != (channels,):
-        raise ValueError(f"sums must have shape ({channels},), received {sums.shape}")
-    walk = over_chunks((x,), lambda width, planes: _macros(scalar(x), width, planes))
-    walk.launch(_FILE, "channel_sum_partials", (x, partial, *walk.sizes, walk.chunks, walk.tile))
-    args = (partial, sums, channels, walk.chunks)
-    launch_combining(Kernel(_FILE, "channel_sum_combine", walk.macros), channels, walk.chunks, args)
-
-
-def _macros(name, width, planes):
-    sizes = {"WIDTH": width, "PLANES": planes, "KEPT": KEPT, "THREADS": THREADS}
-    return (*scalar_macros(name), *sizes.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1334,7 +1209,7 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
     """
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
     launch(
-        Kernel("fp16_tiles.cu", "pack_fp16", fp16_tiles_macros(scalar(source), split, width)),
+        Kernel("fp16_tiles.cu", "pack_fp16", _macros(scalar(source), split, width)),
         (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
         (THREADS, 1, 1),
         (source, exponents, sums, packed, exponents.size, images, channels, pixels),
@@ -1344,12 +1219,12 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
 def scale_fp16(source, exponents, scaled) -> None:
     """Writes `scaled`, float16 of the shape of `source`, under the scale of the smallest of `exponents`."""
     width = 4 if source.size % 4 == 0 and address(source) % (4 * source.itemsize) == 0 else 1
-    kernel = Kernel("fp16_tiles.cu", "scale_fp16", fp16_tiles_macros(scalar(source), 1, width))
+    kernel = Kernel("fp16_tiles.cu", "scale_fp16", _macros(scalar(source), 1, width))
     blocks = ceil_div(source.size, THREADS * width)
     launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (source, exponents, scaled, exponents.size, source.size))
 
 
-def fp16_tiles_macros(name, split, width):
+def _macros(name, split, width):
     sizes = {"WIDTH": width, "THREADS": THREADS, "TILE_PIXELS": _tile_pixels(split, width), "BATCH": _BATCH}
     return (*scalar_macros(name), *packing_macros(split).items(), *sizes.items())
 
@@ -1400,8 +1275,10 @@ class Plan(NamedTuple):
 
     def of_weights(self, dtype: str) -> "Plan":
         """The same plan for weights of another type than x's."""
-        changed = {**dict(self.pack_macros), "scalar_t": dtype}
-        return self._replace(pack_macros=tuple(changed.items()))
+        macros, pack_macros = dict(self.macros), {**dict(self.pack_macros), "scalar_t": dtype}
+        if dtype != macros["scalar_t"]:
+            macros["AS_IT_IS"] = macros["PERSISTENT"] = pack_macros["AS_IT_IS"] = 0
+        return self._replace(macros=tuple(macros.items()), pack_macros=tuple(pack_macros.items()))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1433,16 +1310,19 @@ def conv_transpose_mma_plan(
     slower = split == 2 and dgrad and x_shape[0] >= _MMA_DGRAD_IMAGES
     found = layout(split, dgrad, *sizes) if wgmma and not slower else None
     found = found or _layout(split, *sizes)
+    as_it_is = dtype == "half_t" and channels_last and not dgrad and found.planes["WGMMA"]
     macros = {
         "input_t": dtype,
         "X_PACKED": 0,
         "CHANNELS_LAST": int(channels_last),
+        "AS_IT_IS": int(as_it_is),
+        "PERSISTENT": int(as_it_is and persistent(found, size, out, kernel, pad)),
         **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
         **packing_macros(split),
         **found.planes,
         **found.macros,
     }
-    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH")
+    both = ("scalar_t", "acc_t", "IN_CHANNELS", "OUT_CHANNELS", "WGMMA", "TILE_M", "PACKED_WIDTH", "AS_IT_IS")
     taps, tile_m = kernel[0] * kernel[1], macros["TILE_M"]
     pack_macros = {**{name: macros[name] for name in both}, **packing_macros(split), "TAPS": taps, "FLIP": int(dgrad)}
     rows = ceil_div(channels_out, tile_m) * tile_m
@@ -1552,14 +1432,16 @@ def pack_kernel(p: Plan) -> Kernel:
 
 
 def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
-    """Launches a kernel built on conv_mma.cuh or conv_wgmma.cuh over all units of x.
+    """Launches a kernel built on conv_mma.cuh or conv_wgmma.cuh over all units of x, whose number it takes last.
 
     ValueError unless x starts at a multiple of 16 bytes.
     """
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
-    grid = (images * p.units, p.rows // p.tile_m, 1)
-    launch(kernel, grid, (p.threads, 1, 1), args, dict(kernel.defines)["SHARED_BYTES"])
+    units, tiles = images * p.units, p.rows // p.tile_m
+    blocks = max(1, MULTIPROCESSORS // tiles) if dict(p.macros)["PERSISTENT"] else units
+    defines = dict(kernel.defines)
+    launch(kernel, (min(units, blocks), tiles, 1), (p.threads, 1, 1), (*args, units), defines["SHARED_BYTES"])
 
 
 def shape_macros(dtype: str, channels, size, out, kernel, pad) -> dict:
@@ -1741,6 +1623,474 @@ def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# modelnew/numerics.py
+#
+# How the transposed convolution multiplies: numeric classes, and the one rule that picks tensor cores or not.
+#
+# "tf32": operands of 10 mantissa bits, summed in float32. "fp32": float32's precision. "auto": as PyTorch would, which is
+# torch.backends.cudnn.allow_tf32 on a GPU and float32 on the CPU. 16-bit tensors are exact in either.
+
+NUMERICS = ("auto", "tf32", "fp32")
+_switched_off = []
+_EMULATED_SHARED_BYTES = 227 * 1024  # an H100's
+
+
+def check_numerics(numerics: str) -> None:
+    """ValueError unless `numerics` is one of NUMERICS."""
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, received {numerics!r}")
+
+
+def resolve(numerics: str, x: torch.Tensor) -> str:
+    """Either "tf32" or "fp32", for a convolution of x."""
+    if numerics != "auto":
+        return numerics
+    return "tf32" if x.is_cuda and allows_tf32() else "fp32"
+
+
+class Choice(NamedTuple):
+    """How one call's convolutions multiply. A backward takes its forward's, whatever was switched in between."""
+
+    cls: str  # "tf32" or "fp32"
+    wgmma: bool
+    shared_bytes: int  # that a block may use
+    without: str | None  # why there are no tensor cores
+
+
+def choose(numerics: str, x: torch.Tensor) -> Choice:
+    """What holds now for a convolution of x."""
+    without = "tensor cores are switched off" if _switched_off else None
+    if not x.is_cuda:
+        return Choice(resolve(numerics, x), uses_wgmma(x), _EMULATED_SHARED_BYTES, without)
+    index = x.get_device()
+    return Choice(resolve(numerics, x), uses_wgmma(x), _shared_bytes(index), without or _too_old(index))
+
+
+def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
+    """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
+
+    dtype: x's, NumPy's. dgrad: x is the incoming gradient, and the convolution its input gradient.
+    options: `channels_last` of `conv_transpose_mma.plan`.
+    """
+    return plan_or_reason(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad, **options)
+
+
+def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, **options):
+    """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason).
+
+    dtype: w's, NumPy's. options: `channels_last` of `conv_wgrad_mma.plan`.
+    """
+    return plan_or_reason(plan, x_shape, dtype, w_shape, geometry, choice, **options)
+
+
+def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
+    """What `make`, such as conv_transpose_mma.plan, plans. UnsupportedError if there is no plan."""
+    if choice.without:
+        raise UnsupportedError(choice.without)
+    if not x_shape[0]:
+        raise UnsupportedError("the batch is empty")
+    options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
+    return make(tuple(x_shape), tuple(w_shape), geometry, numerics_split(dtype, choice), **options)
+
+
+def numerics_split(dtype, choice) -> int:
+    return 2 if dtype == np.float32 and choice.cls == "fp32" else 1
+
+
+@functools.cache
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
+
+
+@functools.cache
+def _too_old(device_index: int) -> str | None:
+    """Why the GPU's tensor cores cannot be used."""
+    major, minor = _capability(device_index)
+    return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80" if major < 8 else None
+
+
+@functools.cache
+def _shared_bytes(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/affine.py
+#
+# What the norms' layers share: their weight and bias.
+
+def tensors_of(module: nn.Module, *names: str) -> list[torch.Tensor | None]:
+    """Parameters and buffers of a module: getattr, which searches for each, takes three times as long."""
+    known = {**module._parameters, **module._buffers}
+    # Someone may have put another tensor in its place.
+    return [known[name] if name in known else getattr(module, name) for name in names]
+
+
+def reset_affine(module: nn.Module) -> None:
+    """Weight 1, bias 0."""
+    if module.weight is not None:
+        nn.init.ones_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/gradients.py
+#
+# What the operators' backwards share: gradients that can be differentiated again.
+#
+# A backward runs with grad mode on if its caller asked for `create_graph`. Then each gradient is an autograd Function of
+# its own, which starts the same kernels. Otherwise the kernels alone run, and nothing more is kept.
+
+def will_need_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def gradients_apply(function: type[torch.autograd.Function], *args):
+    """function.apply(*args), quicker."""
+    return apply(function, *args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/batch_norm.py
+#
+# batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well.
+
+def applied_statistics(running_mean, running_var, training):
+    """The running statistics if they are applied, which a backward refuses if they were changed, as torch's does."""
+    return (None, None) if training else (running_mean, running_var)
+
+
+def note_update(running_mean, running_var, batches, updated) -> None:
+    """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
+    written = []
+    for buffer, new in zip((running_mean, running_var, batches), updated):
+        if buffer is None:
+            continue
+        if new is buffer:
+            written.append(buffer)
+        elif new is None:
+            buffer.add_(1)
+        else:  # it is not contiguous: the kernel updated a copy
+            buffer.copy_(new)
+    torch.autograd.graph.increment_version(written)
+
+
+def check_batch_norm(input, running_mean, running_var, weight, bias, training, shape=None) -> None:
+    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices.
+
+    shape: what is normalised, if it is not input itself.
+    """
+    shape = input.shape if shape is None else shape
+    if training and shape and math.prod((shape[0], *shape[2:])) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+    if len(shape) < 2:
+        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(shape)}")
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, tensor in parameters.items():
+        if tensor is not None and tensor.numel() != shape[1]:
+            raise RuntimeError(f"{name} should contain {shape[1]} elements not {tensor.numel()}")
+    one_device((input, *parameters.values()))
+    check_parameters(input, running_mean=running_mean, running_var=running_var)
+    check_parameters(input, weight=weight, bias=bias)
+
+
+def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
+    """(momentum, eps) as floats. Refuses what the function refuses for other reasons."""
+    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is None and not training:
+        raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
+    if (
+        running_mean is not None
+        and torch.is_grad_enabled()
+        and (running_mean.requires_grad or running_var.requires_grad)
+    ):
+        name = "running_mean" if running_mean.requires_grad else "running_var"
+        raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+    return momentum, eps
+
+
+class _Layer(nn.modules.batchnorm._BatchNorm):
+    peers = None  # a `distributed.Peers`, see `modelnew.convert_sync_batchnorm`
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # not every version of torch knows it
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, and `reset_running_stats`."""
+        self.reset_running_stats()
+        reset_affine(self)
+
+    def arguments(self, input: torch.Tensor) -> tuple:
+        """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for a batch."""
+        self._check_input_dim(input)
+        running_mean, running_var, *affine = tensors_of(self, "running_mean", "running_var", "weight", "bias")
+        training = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = None
+        momentum = self.momentum
+        if momentum is None:  # the average over all batches
+            counter = self.counter()
+            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
+        return running_mean, running_var, *affine, training, momentum, self.eps
+
+    def counter(self) -> torch.Tensor | None:
+        """num_batches_tracked, if a batch now would be counted."""
+        return tensors_of(self, "num_batches_tracked")[0] if self.training and self.track_running_stats else None
+
+
+class BatchNorm2d(_Layer, nn.BatchNorm2d):
+    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/autocast.py
+#
+# torch.autocast's rules, for operators that torch's dispatcher does not know.
+
+def enabled(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    return torch.is_autocast_enabled("cuda" if tensor.is_cuda else "cpu")
+
+
+def lower(*tensors: torch.Tensor | None) -> tuple:
+    """The tensors as autocast gives them to a convolution: in its dtype where it is on."""
+    first = tensors[0]
+    return _cast(tensors, torch.get_autocast_dtype(first.device.type)) if enabled(first) else tensors
+
+
+def result_of_norm(result: torch.Tensor) -> torch.Tensor:
+    """A float32 result of a chain that ends in a group norm, as autocast has it: on a CPU in its dtype."""
+    return result if result.is_cuda or not enabled(result) else lower(result)[0]
+
+
+def _cast(tensors, dtype):
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/channel_sum.py
+#
+# Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
+#
+# A channels_last tensor is passed as [N * H * W, C].
+
+_FILE = "channel_sum.cu"
+
+
+def channel_sum_workspace_size(x) -> int:
+    """Elements of the workspace `partial`, float64."""
+    return x.shape[1] * chunks_of(x)[1]
+
+
+def channel_sum(x, sums, partial) -> None:
+    """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
+    channels = x.shape[1]
+    if sums.shape != (channels,):
+        raise ValueError(f"sums must have shape ({channels},), received {sums.shape}")
+    walk = over_chunks((x,), lambda width, planes: channel_sum_macros(scalar(x), width, planes))
+    walk.launch(_FILE, "channel_sum_partials", (x, partial, *walk.sizes, walk.chunks, walk.tile))
+    args = (partial, sums, channels, walk.chunks)
+    launch_combining(Kernel(_FILE, "channel_sum_combine", walk.macros), channels, walk.chunks, args)
+
+
+def channel_sum_macros(name, width, planes):
+    sizes = {"WIDTH": width, "PLANES": planes, "KEPT": KEPT, "THREADS": THREADS}
+    return (*scalar_macros(name), *sizes.items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/gather_gemm.py
+#
+# Operations of `calls.call` on the implicit GEMMs: conv_transpose2d's forward and gradients in either memory format.
+#
+# Arrays are [N, C, H, W], or [N, H, W, C] with channels_last, and weights [Cin, Cout/groups, KH, KW], or [Cin, KH, KW,
+# Cout/groups] with w_channels_last: what channels_last tensors are in memory. Results are of the format of what they
+# belong to.
+
+def physical(shape, channels_last) -> tuple[int, ...]:
+    """The shape of the array that holds [N, C, H, W]."""
+    return (shape[0], *shape[2:], shape[1]) if channels_last else tuple(shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/conv_transpose.py
+#
+# conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        numerics: str = "auto",
+    ):
+        check_numerics(numerics)
+        window = (kernel_size, stride, padding, output_padding)
+        super().__init__(in_channels, out_channels, *window, groups, bias, dilation, padding_mode, device, dtype)
+        self.numerics = numerics
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/group_norm.py
+#
+# group_norm, with the signature of torch.nn.functional.group_norm.
+
+class GroupNorm(nn.GroupNorm):
+    """See torch.nn.GroupNorm and `modelnew.functional.group_norm`."""
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ):
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
+        if not bias:  # not every version of torch knows it
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0."""
+        reset_affine(self)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/pooled_tail.py
+#
+# What is behind the convolution of `conv_bn_pool`, over its pooled sums: macros and variants, see pooled_tail.cuh.
+
+# Warps of a block: few, each with more values, where registers hold these (RESIDENT of pooled_tail.cuh).
+_FEW_WARPS, _MOST_WARPS, _RESIDENT = 8, 16, 24
+_PART = 320  # values of a warp at most: 10 a lane
+
+
+@until_overridden
+def activations() -> tuple[str, ...]:
+    """The structs of activation.cuh."""
+    return tuple(re.findall(r"^struct (\w+)", text("activation.cuh"), re.MULTILINE))
+
+
+def struct_of(activation: str) -> str:
+    """The activation's struct. ValueError if it has none."""
+    found = {name.lower(): name for name in activations()}.get(activation.replace("_", "").lower())
+    if found is None:
+        raise ValueError(
+            f"activation must be one of those in activation.cuh, {', '.join(activations())}; received {activation!r}"
+        )
+    return found
+
+
+def saved_shift(p: Plan) -> int:
+    """SAVED_SHIFT: both operands are below 2^15, and so many products must stay below 2^15 in sum."""
+    macros = dict(p.macros)
+    terms = macros["IN_CHANNELS"] * macros["KERNEL_H"] * macros["KERNEL_W"]
+    return 15 + (terms - 1).bit_length()
+
+
+def types_of(macros) -> dict:
+    """param_t and pooled_t; of a plan that is not `typed`, x's type and float."""
+    return {"param_t": macros.get("param_t", macros["scalar_t"]), "pooled_t": macros.get("pooled_t", "float")}
+
+
+def saved_type(split: int) -> str:
+    return "half_t" if split == 1 else "float"
+
+
+def forward_macros(plan: Plan, groups: int, activation: str, training: bool):
+    return *tail_macros(plan, groups, activation), ("STATISTICS", int(training))
+
+
+def tail_macros(plan: Plan, groups: int, activation: str):
+    return tail_defines(dict(plan.macros), groups, activation, plan.planes, saved_shift(plan))
+
+
+def tail_defines(macros, groups, activation, planes, shift):
+    types, name = types_of(macros), types_of(macros)["param_t"]
+    types = (("scalar_t", name), ("acc_t", accumulator(name)), *types.items())
+    types += (("ACTIVATION", struct_of(activation)), ("CHANNELS_LAST", macros["CHANNELS_LAST"]), ("SAVED_SHIFT", shift))
+    types += (("AS_IT_IS", macros.get("AS_IT_IS", 0)),)
+    sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
+    parts = parts_of_plane(macros)
+    jobs, plane = macros["OUT_CHANNELS"] // groups * parts, (macros["OUT_H"] // 2) * (macros["OUT_W"] // 2)
+    resident = ceil_div(jobs, _FEW_WARPS) * ceil_div(plane, parts * 32) <= _RESIDENT
+    warps = min(jobs, _FEW_WARPS if resident else _MOST_WARPS)
+    blocks = (("GROUPS", groups), ("PARTS", parts), ("WARPS", warps), ("THREADS", THREADS))
+    return (*types, *sizes, *planes, *blocks)
+
+
+def parts_of_plane(macros) -> int:
+    """Into how many parts a pooled plane is cut; a warp takes one at a time."""
+    return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), _PART)
+
+
+def tail_threads(macros):
+    return 32 * dict(macros)["WARPS"]
+
+
+def backward_defines(macros):
+    split = macros["SPLIT"]
+    saved = ("saved_t", saved_type(split))
+    convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
+    # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
+    tile = THREADS * 8 // chunk_channels(split)
+    blocks = {
+        "TILE": tile,
+        "TILES": ceil_div(windows_of(macros), tile),
+        "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
+    }
+    return (saved, *packing_macros(split).items(), *convolution, *blocks.items())
+
+
+def windows_of(macros) -> int:
+    """2x2 windows of the convolution's output, those that an odd edge cuts too."""
+    return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_bn_pool.py
 #
 # ConvTranspose2d -> BatchNorm2d -> activation -> MaxPool2d(2, 2) -> GroupNorm, pooled in the convolution's epilogue.
@@ -1753,10 +2103,6 @@ def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
 #
 # activation, parameter: one of activation.cuh's, such as "leaky_relu", and the number that it takes, if it takes one.
 
-_MOST_WARPS = 16
-_PART = 320  # values of a warp at most: 10 a lane
-# Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
-_BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
 
 
@@ -1779,7 +2125,7 @@ def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tu
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
     pooled = (images, channels, dict(p.planes)["PLANE_STRIDE"])
-    half = _types(macros)["pooled_t"] == "half_t"
+    half = types_of(macros)["pooled_t"] == "half_t"
     arrays = {
         "exponents": ((p.rows,), np.int32),
         "pooled": (pooled, np.float16 if half else np.float32),
@@ -1864,7 +2210,7 @@ def batch_statistics(
     """
     channels, units = partials.shape[1:]
     args = (partials, conv_bias, running_mean, running_var, num_batches_tracked, mean, invstd, momentum, eps)
-    kernel = Kernel("pooled_tail.cu", "conv_bn_statistics", _forward_macros(**tail))
+    kernel = Kernel("pooled_tail.cu", "conv_bn_statistics", forward_macros(**tail))
     launch(kernel, (channels, 1, 1), (THREADS, 1, 1), (*args, channels, units))
 
 
@@ -1885,15 +2231,45 @@ def pooled_output(
     **tail,
 ) -> None:
     """out, and what `kept` has of group norm, from the pooled sums and statistics. tail: as in `batch_statistics`."""
-    macros = _forward_macros(**tail)
+    macros = forward_macros(**tail)
     launch(
         Kernel("pooled_tail.cu", "pooled_forward", macros),
         (kept["group_mean"].size, 1, 1),
-        (_tail_threads(macros), 1, 1),
+        (tail_threads(macros), 1, 1),
         (kept["pooled"], kept["exponents"], kept.get("unit_exponents"), kept["mean"], kept["invstd"], conv_bias)
         + (running_mean, running_var, weight, bias, group_weight, group_bias, out)
         + (kept["group_mean"], kept["group_invstd"], eps, group_eps, parameter),
     )
+
+
+def conv_bn_pool_check_supported(p: Plan, groups: int) -> None:
+    """UnsupportedError if these kernels do not take what follows the convolution."""
+    macros = dict(p.macros)
+    if min(macros["OUT_H"], macros["OUT_W"]) < 2:
+        raise UnsupportedError("nothing is left after pooling")
+    if macros["OUT_CHANNELS"] // groups * parts_of_plane(macros) > _MOST_JOBS:
+        raise UnsupportedError(
+            f"a group has {macros['OUT_CHANNELS'] // groups} channels of {macros['OUT_H']} x {macros['OUT_W']}"
+        )
+
+
+def _pool_kernel(p: Plan, training, keep):
+    macros = dict(p.macros)
+    if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
+        macros["SHARED_BYTES"] += macros["WARPS_N"] * macros["TILE_M"] * 8
+    macros.update(pooled_t=types_of(macros)["pooled_t"], saved_t=saved_type(macros["SPLIT"]))
+    macros.pop("param_t", None)
+    macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
+    return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), architecture(p.macros))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/conv_bn_pool_backward.py
+#
+# The backward of `conv_bn_pool`, whose names and shapes are these, too.
+
+# Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
+_BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 
 
 def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
@@ -2022,7 +2398,7 @@ def pooled_gradients(
     launch(
         Kernel("pooled_tail_backward.cu", "pooled_backward", macros),
         (group_mean.size, 1, 1),
-        (_tail_threads(macros), 1, 1),
+        (tail_threads(macros), 1, 1),
         (dout, pooled, exponents, unit_exponents, mean, invstd, weight, bias, group_weight)
         + (group_mean, group_invstd, g, partials, images, parameter),
     )
@@ -2055,7 +2431,7 @@ def conv_output_gradient(
     images, channels = g.shape[:2]
     launch(
         Kernel("pooled_tail_backward.cu", "conv_output_gradient", _backward_macros(plan, **tail)),
-        (images * channels, ceil_div(_windows(dict(plan.macros)), THREADS), 1),
+        (images * channels, ceil_div(windows_of(dict(plan.macros)), THREADS), 1),
         (THREADS, 1, 1),
         (g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy) + (_count(plan, images),),
     )
@@ -2091,109 +2467,9 @@ def packed_output_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
     return packed_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
 
 
-def conv_bn_pool_check_supported(p: Plan, groups: int) -> None:
-    """UnsupportedError if these kernels do not take what follows the convolution."""
-    macros = dict(p.macros)
-    if min(macros["OUT_H"], macros["OUT_W"]) < 2:
-        raise UnsupportedError("nothing is left after pooling")
-    if macros["OUT_CHANNELS"] // groups * _parts(macros) > _MOST_JOBS:
-        raise UnsupportedError(
-            f"a group has {macros['OUT_CHANNELS'] // groups} channels of {macros['OUT_H']} x {macros['OUT_W']}"
-        )
-
-
-@until_overridden
-def activations() -> tuple[str, ...]:
-    """The structs of activation.cuh."""
-    return tuple(re.findall(r"^struct (\w+)", text("activation.cuh"), re.MULTILINE))
-
-
-def struct_of(activation: str) -> str:
-    """The activation's struct. ValueError if it has none."""
-    found = {name.lower(): name for name in activations()}.get(activation.replace("_", "").lower())
-    if found is None:
-        raise ValueError(
-            f"activation must be one of those in activation.cuh, {', '.join(activations())}; received {activation!r}"
-        )
-    return found
-
-
-def saved_shift(p: Plan) -> int:
-    """SAVED_SHIFT: both operands are below 2^15, and so many products must stay below 2^15 in sum."""
-    macros = dict(p.macros)
-    terms = macros["IN_CHANNELS"] * macros["KERNEL_H"] * macros["KERNEL_W"]
-    return 15 + (terms - 1).bit_length()
-
-
-def _types(macros) -> dict:
-    """param_t and pooled_t; of a plan that is not `typed`, x's type and float."""
-    return {"param_t": macros.get("param_t", macros["scalar_t"]), "pooled_t": macros.get("pooled_t", "float")}
-
-
-def _pool_kernel(p: Plan, training, keep):
-    macros = dict(p.macros)
-    if training:  # for each part's channels a mean and a sum of squares, behind what the convolution needs
-        macros["SHARED_BYTES"] += macros["WARPS_N"] * macros["TILE_M"] * 8
-    macros.update(pooled_t=_types(macros)["pooled_t"], saved_t=_saved_type(macros["SPLIT"]))
-    macros.pop("param_t", None)
-    macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
-    return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), architecture(p.macros))
-
-
-def _saved_type(split: int) -> str:
-    return "half_t" if split == 1 else "float"
-
-
 @functools.lru_cache(maxsize=1024)
 def _backward_macros(plan: Plan, groups: int, activation: str):
-    return *_tail_macros(plan, groups, activation), *_backward_defines(dict(plan.macros))
-
-
-def _forward_macros(plan: Plan, groups: int, activation: str, training: bool):
-    return *_tail_macros(plan, groups, activation), ("STATISTICS", int(training))
-
-
-def _tail_macros(plan: Plan, groups: int, activation: str):
-    return _tail_defines(dict(plan.macros), groups, activation, plan.planes, saved_shift(plan))
-
-
-def _tail_defines(macros, groups, activation, planes, shift):
-    types, name = _types(macros), _types(macros)["param_t"]
-    types = (("scalar_t", name), ("acc_t", accumulator(name)), *types.items())
-    types += (("ACTIVATION", struct_of(activation)), ("CHANNELS_LAST", macros["CHANNELS_LAST"]), ("SAVED_SHIFT", shift))
-    sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
-    parts = _parts(macros)
-    warps = min(macros["OUT_CHANNELS"] // groups * parts, _MOST_WARPS)
-    blocks = (("GROUPS", groups), ("PARTS", parts), ("WARPS", warps), ("THREADS", THREADS))
-    return (*types, *sizes, *planes, *blocks)
-
-
-def _backward_defines(macros):
-    split = macros["SPLIT"]
-    saved = ("saved_t", _saved_type(split))
-    convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
-    # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
-    tile = THREADS * 8 // chunk_channels(split)
-    blocks = {
-        "TILE": tile,
-        "TILES": ceil_div(_windows(macros), tile),
-        "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
-    }
-    return (saved, *packing_macros(split).items(), *convolution, *blocks.items())
-
-
-def _parts(macros) -> int:
-    """Into how many parts a pooled plane is cut; a warp takes one at a time."""
-    return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), _PART)
-
-
-def _tail_threads(macros):
-    return 32 * dict(macros)["WARPS"]
-
-
-def _windows(macros) -> int:
-    """2x2 windows of the convolution's output, those that an odd edge cuts too."""
-    return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
+    return *tail_macros(plan, groups, activation), *backward_defines(dict(plan.macros))
 
 
 def _images_together(images: int) -> int:
@@ -2206,219 +2482,9 @@ def _count(p: Plan, images: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/gather_gemm.py
+# modelnew/functional/resident_conv_bn_pool.py
 #
-# 2D transposed convolution on tensor cores for any hyper-parameters, channels and sizes: forward, dgrad and wgrad.
-#
-# Shapes as in `conv_transpose`. Each product is an implicit GEMM: pixels by channels, gathered from operands that are
-# packed with channels innermost. Operands are fp16 under power-of-two scales (split 1 has TF32's precision, split 2
-# float32's), and 16-bit tensors as they are. A 16-bit tensor in channels_last format, with a multiple of 8 channels a
-# group, needs no packing.
-#
-# channels_last: whether tensors are [N, H, W, C] arrays, in and out, instead of [N, C, H, W].
-
-def logical(shape, channels_last) -> tuple[int, ...]:
-    """[N, C, H, W] of an array of either format."""
-    return (shape[0], shape[3], *shape[1:3]) if channels_last else tuple(shape)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/autocast.py
-#
-# torch.autocast's rules, for operators that torch's dispatcher does not know.
-
-def enabled(tensor: torch.Tensor) -> bool:
-    """Whether autocast is on for the tensor's device."""
-    return torch.is_autocast_enabled("cuda" if tensor.is_cuda else "cpu")
-
-
-def lower(*tensors: torch.Tensor | None) -> tuple:
-    """The tensors as autocast gives them to a convolution: in its dtype where it is on."""
-    first = tensors[0]
-    return _cast(tensors, torch.get_autocast_dtype(first.device.type)) if enabled(first) else tensors
-
-
-def result_of_norm(result: torch.Tensor) -> torch.Tensor:
-    """A float32 result of a chain that ends in a group norm, as autocast has it: on a CPU in its dtype."""
-    return result if result.is_cuda or not enabled(result) else lower(result)[0]
-
-
-def _cast(tensors, dtype):
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/numerics.py
-#
-# How the transposed convolution multiplies: numeric classes, and the one rule that picks tensor cores or not.
-#
-# "tf32": operands of 10 mantissa bits, summed in float32. "fp32": float32's precision. "auto": as PyTorch would, which is
-# torch.backends.cudnn.allow_tf32 on a GPU and float32 on the CPU. 16-bit tensors are exact in either.
-
-NUMERICS = ("auto", "tf32", "fp32")
-_switched_off = []
-_EMULATED_SHARED_BYTES = 227 * 1024  # an H100's
-
-
-def check_numerics(numerics: str) -> None:
-    """ValueError unless `numerics` is one of NUMERICS."""
-    if numerics not in NUMERICS:
-        raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, received {numerics!r}")
-
-
-def resolve(numerics: str, x: torch.Tensor) -> str:
-    """Either "tf32" or "fp32", for a convolution of x."""
-    if numerics != "auto":
-        return numerics
-    return "tf32" if x.is_cuda and allows_tf32() else "fp32"
-
-
-class Choice(NamedTuple):
-    """How one call's convolutions multiply. A backward takes its forward's, whatever was switched in between."""
-
-    cls: str  # "tf32" or "fp32"
-    wgmma: bool
-    shared_bytes: int  # that a block may use
-    without: str | None  # why there are no tensor cores
-
-
-def choose(numerics: str, x: torch.Tensor) -> Choice:
-    """What holds now for a convolution of x."""
-    without = "tensor cores are switched off" if _switched_off else None
-    if not x.is_cuda:
-        return Choice(resolve(numerics, x), uses_wgmma(x), _EMULATED_SHARED_BYTES, without)
-    index = x.get_device()
-    return Choice(resolve(numerics, x), uses_wgmma(x), _shared_bytes(index), without or _too_old(index))
-
-
-def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
-    """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
-
-    dtype: x's, NumPy's. dgrad: x is the incoming gradient, and the convolution its input gradient.
-    options: `channels_last` of `conv_transpose_mma.plan`.
-    """
-    return plan_or_reason(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad, **options)
-
-
-def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, **options):
-    """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason).
-
-    dtype: w's, NumPy's. options: `channels_last` of `conv_wgrad_mma.plan`.
-    """
-    return plan_or_reason(plan, x_shape, dtype, w_shape, geometry, choice, **options)
-
-
-def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
-    """What `make`, such as conv_transpose_mma.plan, plans. UnsupportedError if there is no plan."""
-    if choice.without:
-        raise UnsupportedError(choice.without)
-    if not x_shape[0]:
-        raise UnsupportedError("the batch is empty")
-    options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
-    return make(tuple(x_shape), tuple(w_shape), geometry, numerics_split(dtype, choice), **options)
-
-
-def numerics_split(dtype, choice) -> int:
-    return 2 if dtype == np.float32 and choice.cls == "fp32" else 1
-
-
-@functools.cache
-def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
-
-
-@functools.cache
-def _too_old(device_index: int) -> str | None:
-    """Why the GPU's tensor cores cannot be used."""
-    major, minor = _capability(device_index)
-    return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80" if major < 8 else None
-
-
-@functools.cache
-def _shared_bytes(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/gather_gemm.py
-#
-# Operations of `calls.call` on the implicit GEMMs: conv_transpose2d's forward and gradients in either memory format.
-#
-# Arrays are [N, C, H, W], or [N, H, W, C] with channels_last, and weights [Cin, Cout/groups, KH, KW], or [Cin, KH, KW,
-# Cout/groups] with w_channels_last: what channels_last tensors are in memory. Results are of the format of what they
-# belong to.
-
-def physical(shape, channels_last) -> tuple[int, ...]:
-    """The shape of the array that holds [N, C, H, W]."""
-    return (shape[0], *shape[2:], shape[1]) if channels_last else tuple(shape)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/conv_transpose.py
-#
-# conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
-
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        output_padding: int | tuple[int, int] = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: int | tuple[int, int] = 1,
-        padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
-        *,
-        numerics: str = "auto",
-    ):
-        check_numerics(numerics)
-        window = (kernel_size, stride, padding, output_padding)
-        super().__init__(in_channels, out_channels, *window, groups, bias, dilation, padding_mode, device, dtype)
-        self.numerics = numerics
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/group_norm.py
-#
-# group_norm, with the signature of torch.nn.functional.group_norm.
-
-class GroupNorm(nn.GroupNorm):
-    """See torch.nn.GroupNorm and `modelnew.functional.group_norm`."""
-
-    def __init__(
-        self,
-        num_groups: int,
-        num_channels: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        if not bias:  # not every version of torch knows it
-            self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        """Weight 1, bias 0."""
-        reset_affine(self)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/conv_bn_pool.py
-#
-# A convolution, a batch norm, an activation, a max pooling and a group norm in three main kernels forward, with the
-# pooling in the convolution's epilogue.
+# The chain of `conv_bn_pool` as one operator: three main kernels forward, the convolution's epilogue pools.
 
 def _forward(
     new,
@@ -2489,8 +2555,8 @@ def convolution_gradients(
 ):
     """(dx, dw) of the fused operator.
 
-    before(plan, kept, made): writes what `ops.output_gradient` reads. after(kept, made), if not None, changes what that
-    wrote. given: those of `ops.gradient_arrays` that exist already.
+    before(plan, kept, made): writes what `back.output_gradient` reads. after(kept, made), if not None, changes what
+    that wrote. given: those of `back.gradient_arrays` that exist already.
     """
     need_x, need_w = needed
     x_shape = logical(x.shape, last)
@@ -2577,14 +2643,14 @@ def _last(x) -> bool:
     return x.dtype is not torch.float32 and channels_last(x)
 
 
-def _check_slope(negative_slope) -> None:
+def check_slope(negative_slope) -> None:
     if not 0 <= negative_slope < math.inf:
         raise UnsupportedError(
             f"pooling before the activation needs a finite negative_slope of at least 0, received {negative_slope}"
         )
 
 
-def _check_mixture(autocast_on, x, batches, *others) -> None:
+def check_mixture(autocast_on, x, batches, *others) -> None:
     """UnsupportedError for dtypes or a counter of batches that do not go together."""
     if autocast_on:
         if x.dtype == torch.float64 or any(t is not None and t.dtype != torch.float32 for t in others):
@@ -2607,53 +2673,11 @@ def geometry_of(padding):
     return Geometry((1, 1), padding, (0, 0), (1, 1), 1)
 
 
-def conv_bn_activation_max_pool_group_norm(
-    input: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor | None = None,
-    padding: int | tuple[int, int] = 0,
-    activation: str = "tanh",
-    negative_slope: float = 0.01,
-    num_groups: int,
-    group_weight: torch.Tensor | None = None,
-    group_bias: torch.Tensor | None = None,
-    group_eps: float = 1e-5,
-    num_batches_tracked: torch.Tensor | None = None,
-    numerics: str = "auto",
-    peers: Callable | None = None,
-) -> torch.Tensor:
-    """group_norm(max_pool2d(act(batch_norm(conv_transpose2d(input, conv_weight, conv_bias, padding=padding))), 2)).
-
-    input: [N, Cin, H, W]; conv_weight: [Cin, Cout, KH, KW]; all others per channel (Cout,), or None as in batch_norm
-    and group_norm. One dtype for all: float32, float16 or bfloat16. Those of 16 bits may be channels_last: then no
-    kernel converts them, and the result, and input's gradient, are channels_last, too.
-    activation: act, the name of an operator that activation.cuh has, "tanh" or "leaky_relu". negative_slope: of
-        leaky_relu, finite and not negative.
-    num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
-    peers: for layers that `modelnew.convert_sync_batchnorm` has synchronised: runs the call in training with the
-        statistics of several processes.
-    For shapes that the tensor-core kernels take (`modelnew.explain` tells); for others UnsupportedError, a ValueError
-    with the reason. Besides, batch_norm's errors.
-    Returns [N, Cout, OH/2, OW/2], rounded down.
-    Under torch.autocast all but the input are float32, and nothing is cast: products are those of the class "tf32",
-    whose errors are smaller than those of casts between the operators. Between the kernels values have 16 bits. The
-    result has the dtype that autocast gives group_norm's.
-    """
-    check_numerics(numerics)
-    batch_norm = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
-    conv, group = (conv_weight, conv_bias, padding), (num_groups, group_weight, group_bias, group_eps)
-    choice = choose(_class(numerics, input), input)
-    how = choice, enabled(input)
-    out = fused(input, *batch_norm, *conv, activation, negative_slope, *group, *how, peers=peers)
-    return result_of_norm(out)
+def run(input, *arguments):
+    """The chain's result. arguments: those of `fused` but for two, and behind them numerics and peers."""
+    *arguments, numerics, peers = arguments
+    how = choose(_class(numerics, input), input), enabled(input)
+    return result_of_norm(fused(input, *arguments, *how, peers=peers))
 
 
 def fused(
@@ -2690,7 +2714,7 @@ def fused(
     last, alone = _last(input), training and peers is None
 
     def check():
-        _check_mixture(autocast_on, input, num_batches_tracked, *others)
+        check_mixture(autocast_on, input, num_batches_tracked, *others)
         if peers is not None and not input.shape[0]:
             raise UnsupportedError("the batch is empty, and other processes' batches count, too")
         _check_shapes(input, *others, padding, alone, num_groups)
@@ -2698,7 +2722,7 @@ def fused(
         how = padding, num_groups, choice, last, autocast_on
         _plan(input.shape, dtypes[0], conv_weight.shape, dtypes[1], *how)
 
-    _check_slope(parameter)
+    check_slope(parameter)
     tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, weight, bias, group_weight, group_bias)
     x, w, conv_bias, *affine = tensors = (restored(aligned(tensors[0]), last), *tensors[1:])
     updated = dense(running_mean), dense(running_var), num_batches_tracked
@@ -2730,12 +2754,6 @@ def fused(
     return (out, memory) if keep else out
 
 
-@functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature
-def conv_bn_tanh_max_pool_group_norm(*args: Any, **options: Any) -> torch.Tensor:
-    """`conv_bn_activation_max_pool_group_norm` with the activation tanh."""
-    return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)
-
-
 def _check_shapes(
     input,
     conv_weight,
@@ -2755,18 +2773,24 @@ def _check_shapes(
     one_device((input, conv_weight, *affine))
     shape = output_shape(input.shape, conv_weight.shape, geometry_of(padding))
     check_batch_norm(input, running_mean, running_var, weight, bias, alone, shape)
+    check_group(shape[1], num_groups, conv_bias, group_weight, group_bias)
+
+
+def check_group(channels, num_groups, conv_bias, group_weight, group_bias) -> None:
+    """Raises errors of what is per channel besides batch norm's, and of the groups."""
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
-        if tensor is not None and tensor.shape != (shape[1],):
-            raise ValueError(f"{name} must have shape ({shape[1]},), received {tuple(tensor.shape)}")
-    if num_groups < 1 or shape[1] % num_groups:
-        raise ValueError(f"num_groups must divide the {shape[1]} channels, received {num_groups}")
+        if tensor is not None and tensor.shape != (channels,):
+            raise ValueError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the {channels} channels, received {num_groups}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/kernelbench.py
 
 KERNELS: dict[str, str] = {
-    "activation.cuh": r"""// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION names one's struct:
+    "activation.cuh": r"""// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION names one's struct,
+// pooled_t is the type of what it is applied to:
 //
 //     Activation(float parameter)    the launch's; only some activations have one
 //     float of(float v)              the activation of v; no v is a denormal, which -ftz=true makes 0
@@ -2783,7 +2807,7 @@ KERNELS: dict[str, str] = {
 
 struct Tanh {
     __device__ explicit Tanh(float) {}
-    __device__ float of(float v) const { return tanh_branchless(v); }
+    __device__ float of(float v) const { return sizeof(pooled_t) == 2 ? tanh_coarse(v) : tanh_branchless(v); }
     __device__ float slope(float y) const { return tanh_slope(y); }
 };
 
@@ -2817,6 +2841,18 @@ __device__ inline void cp_async_16(void* shared, const void* global, bool valid)
         : "memory");
 #else
     *(uint4*)shared = valid ? *(const uint4*)global : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+// 4 bytes, both addresses multiples of 4, likewise.
+__device__ inline void cp_async_4(void* shared, const void* global, bool valid) {
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::copy_async(shared, global, 4, valid);
+#elif __CUDA_ARCH__ >= 800
+    unsigned to = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global), "r"(valid ? 4 : 0) : "memory");
+#else
+    *(unsigned*)shared = valid ? *(const unsigned*)global : 0;
 #endif
 }
 
@@ -2899,6 +2935,30 @@ __device__ inline acc_t without_unit(Moments& moments, acc_t unit) {
     if (!is_finite(plain.mean) || !is_finite(plain.squares)) return unit;
     moments = plain;
     return 1;
+}
+
+// Number of values in each chunk: `chunk`, or what is left in the last one; given ones where not null.
+struct ChunkCounts {
+    const double* given;
+    i64 count, chunk;
+    __device__ double operator()(i64 k) const { return given ? given[k] : (double)min(chunk, count - k * chunk); }
+};
+
+// Of a channel, from those of its chunks. In double they neither overflow nor cancel. Returns the unit of the moments.
+__device__ inline acc_t moments_of_channel(
+    Moments& moments, const double* __restrict__ means, const double* __restrict__ m2s, const ChunkCounts& counts,
+    i64 chunks, double* scratch) {
+    double sum = 0, m2 = 0;
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += counts(k) * means[k];
+    double mean = block_sum(sum, scratch) / counts.count;
+    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) {
+        double distance = means[k] - mean;
+        m2 += m2s[k] + counts(k) * distance * distance;
+    }
+    m2 = block_sum(m2, scratch);
+    acc_t unit = sizeof(acc_t) == 8 || is_finite((acc_t)m2) ? (acc_t)1 : OTHER_UNIT();
+    moments = {(acc_t)(mean * unit), (acc_t)(m2 * unit * unit)};
+    return unit;
 }
 
 // From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where
@@ -3050,8 +3110,10 @@ struct Walk {
         offset = (first_row + row) * columns + column;
         step = (i64)across * columns;
     }
-    // The rows of a row of threads.
-    __device__ int rows_of(int row) const { return turns + (row < extra); }
+    // The rows of `count` rows of threads.
+    __device__ int rows_of(int row, int count = 1) const { return turns * count + min(max(extra - row, 0), count); }
+    // Rows of threads that lie in one warp, if a warp's lanes are whole ones.
+    __device__ int rows_of_warp() const { return 32 % tile ? 1 : 32 / tile; }
     // The channel of a slot, counted from the tile's first.
     __device__ int place(int slot) const {
         if (plane == 1) return own + slot;
@@ -3060,6 +3122,10 @@ struct Walk {
     // Channels of the tile; the last tile has fewer, but room for as many.
     __device__ int entries() const { return plane == 1 ? tile * WIDTH : tile * WIDTH / plane; }
     __device__ void advance() { offset += step; }
+    // Leaves out packs.
+    __device__ void skip(int count) { offset += count * step, packs -= count; }
+    // Takes the next `count` packs alone, the last one first.
+    __device__ void backwards(int count) { skip(count - 1), step = -step, packs = count; }
 };
 #endif
 
@@ -3073,6 +3139,11 @@ template <class F> __device__ inline int next_packs(Walk& walk, int most, F load
     }
     walk.packs -= most;
     return have;
+}
+
+// The next packs of a tensor, how many they are, and where they lie. There may be other readers than a pointer.
+__device__ inline int next_batch(const scalar_t* __restrict__ x, Walk& walk, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
+    return next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + (offsets[b] = offset)); });
 }
 
 #if !PLANES
@@ -3155,19 +3226,25 @@ template <class F> __device__ inline void with_units(acc_t* scratch, F turn) {
 // Shared memory for values of each column, by row of threads.
 struct Columns {
     acc_t* first;
-    int count, rows, across;  // columns; rows of threads that have values, of all rows
+    int together;             // rows of threads, those of a warp, which have one value a column
+    int count, rows, across;  // columns; rows that have values, of all rows
     __device__ Columns(const Walk& walk, acc_t* scratch)
-        : first(scratch), count(walk.tile * WIDTH), rows(min(walk.across, walk.rows)), across(walk.across) {}
+        : first(scratch), together(walk.rows_of_warp()), count(walk.tile * WIDTH),
+          rows((min(walk.across, walk.rows) + together - 1) / together), across(walk.across / together) {}
     __device__ acc_t& at(int array, int row, int column) const {
         return first[(array * across + row) * count + column];
     }
-    // A thread's values lie behind those of the thread before it.
+    // Lanes between threads of a warp that have the same columns.
+    __device__ int lanes() const { return 32 / together; }
+    // A thread's values lie behind those of the thread before it. Of the rows of a warp the first one's are put.
     __device__ void put(int array, const acc_t (&v)[SLOTS]) const {
-        if (threadIdx.x * WIDTH >= across * count) return;
+        int lane = threadIdx.x % 32, column = (threadIdx.x / 32 * lanes() + lane) * WIDTH;
+        if (lane >= lanes() || column >= across * count) return;
         #pragma unroll
         for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
-            *(SlotPack*)&at(array, 0, threadIdx.x * WIDTH + s) = *(const SlotPack*)(v + s);
+            *(SlotPack*)&at(array, 0, column + s) = *(const SlotPack*)(v + s);
     }
+    __device__ int rows_of(const Walk& walk, int row) const { return walk.rows_of(row * together, together); }
 };
 
 // Calls visit(k, place, lane, lanes) with `lanes` threads, 1 or a warp, for each channel of the block: the k-th of
@@ -3196,6 +3273,12 @@ __device__ inline void sums_of_channels(acc_t (&v)[K][SLOTS], const Walk& walk, 
     if (threadIdx.x == 0) finish(0, 0, walk.only, total);
 #else
     Columns columns(walk, scratch);
+    for (int lanes = 16; lanes >= columns.lanes(); lanes /= 2) {
+        #pragma unroll
+        for (int i = 0; i < K; i++)
+            #pragma unroll
+            for (int s = 0; s < SLOTS; s++) v[i][s] += __shfl_down_sync(0xFFFFFFFFu, v[i][s], lanes);
+    }
     #pragma unroll
     for (int i = 0; i < K; i++) columns.put(i, v[i]);
     __syncthreads();
@@ -3241,16 +3324,16 @@ struct ChunkMoments {
 // batch's own standard deviation, so what cancels at the end is no more than batches times what is left. Means of
 // several threads, or columns, are summed up twice, the second time relative to the first result, whose rounding errors
 // that makes up for.
-template <class F>
-__device__ inline void moments_of_chunk(
-    const scalar_t* __restrict__ x, acc_t unit, Walk walk, acc_t* scratch, F finish) {
+template <class X, class F>
+__device__ inline void moments_of_chunk(X x, acc_t unit, Walk walk, acc_t* scratch, F finish) {
     acc_t n = 0, shift[SLOTS], sum[SLOTS], squares[SLOTS];
     #pragma unroll
     for (int s = 0; s < SLOTS; s++) shift[s] = sum[s] = squares[s] = 0;
     #pragma unroll 1
     while (walk.packs > 0) {
         Pack in[BATCH];
-        int have = next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + offset); });
+        i64 offsets[BATCH];
+        int have = next_batch(x, walk, in, offsets);
         if (n == 0) {
             acc_t inverse = (acc_t)1 / (have * PER_SLOT);
             #pragma unroll
@@ -3298,6 +3381,20 @@ __device__ inline void moments_of_chunk(
 #else
     enum { SHIFT, DISTANCE, SQUARES };  // of a thread; then in row 0 of a column: two parts of the mean, and squares
     Columns columns(walk, scratch);
+    int row = threadIdx.x / (unsigned)walk.tile, rows = 1;
+    for (int lanes = columns.lanes(); lanes < 32; lanes *= 2, rows *= 2) {
+        int own = walk.rows_of(row, rows), others = walk.rows_of(row + rows, rows);
+        acc_t share = others > 0 ? (acc_t)others / (own + others) : (acc_t)0;
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++) {
+            acc_t other = __shfl_down_sync(0xFFFFFFFFu, shift[s], lanes) - shift[s];
+            other += __shfl_down_sync(0xFFFFFFFFu, sum[s], lanes);
+            acc_t rest = __shfl_down_sync(0xFFFFFFFFu, squares[s], lanes), distance = other - sum[s];
+            if (others <= 0) continue;
+            squares[s] += rest + distance * distance * share * own;
+            sum[s] = sum[s] * (1 - share) + other * share;
+        }
+    }
     columns.put(SHIFT, shift), columns.put(DISTANCE, sum), columns.put(SQUARES, squares);
     __syncthreads();
     int k = 0;
@@ -3305,14 +3402,14 @@ __device__ inline void moments_of_chunk(
         acc_t reference = columns.at(SHIFT, 0, column), near = 0, rest = 0, m2 = 0;
         #pragma unroll 4
         for (int row = 0; row < columns.rows; row++)
-            near +=
-                walk.rows_of(row) * (columns.at(SHIFT, row, column) - reference + columns.at(DISTANCE, row, column));
+            near += columns.rows_of(walk, row) *
+                    (columns.at(SHIFT, row, column) - reference + columns.at(DISTANCE, row, column));
         near = reference + near / walk.rows;
         #pragma unroll 4
         for (int row = 0; row < columns.rows; row++) {
             acc_t distance = columns.at(SHIFT, row, column) - near + columns.at(DISTANCE, row, column);
-            rest += walk.rows_of(row) * distance;
-            m2 += columns.at(SQUARES, row, column) + walk.rows_of(row) * distance * distance;
+            rest += columns.rows_of(walk, row) * distance;
+            m2 += columns.at(SQUARES, row, column) + columns.rows_of(walk, row) * distance * distance;
         }
         rest = finite_or_zero(rest / walk.rows);
         columns.at(SHIFT, 0, column) = near, columns.at(DISTANCE, 0, column) = rest,
@@ -3368,28 +3465,26 @@ struct Normalisers {
 
 // y = xhat weight + bias of a chunk, which after(values of a pack) may change, with the weights and biases of the
 // slots, and the block's means.
-template <class F> __device__ inline void normalise_chunk(
-    const scalar_t* __restrict__ x, scalar_t* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS],
-    const acc_t (&b)[SLOTS], F after) {
+template <class X, class Y, class F> __device__ inline void normalise_chunk(
+    X x, Y* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS], const acc_t (&b)[SLOTS], F after) {
     Normalisers normalise(kept, walk);
     #pragma unroll 1
     while (walk.packs > 0) {
         Pack in[BATCH];
         i64 offsets[BATCH];
-        int have =
-            next_packs(walk, BATCH, [&](int j, i64 offset) { in[j] = *(const Pack*)(x + (offsets[j] = offset)); });
+        int have = next_batch(x, walk, in, offsets);
         #pragma unroll
         for (int j = 0; j < BATCH; j++) {
             if (j >= have) continue;
-            Pack out;
+            Packed<Y, WIDTH> out;
             acc_t xhat[WIDTH];
             normalise(in[j], xhat);
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) xhat[i] = bn_affine(xhat[i], w[i / PER_SLOT], b[i / PER_SLOT]);
             after(xhat);
             #pragma unroll
-            for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<scalar_t>(xhat[i]);
-            *(Pack*)(y + offsets[j]) = out;
+            for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<Y>(xhat[i]);
+            *(Packed<Y, WIDTH>*)(y + offsets[j]) = out;
         }
     }
 }
@@ -3547,6 +3642,27 @@ template <class A> __device__ inline A block_sum(A v, A* scratch) {
     return total;
 }
 
+// Waits for all threads of all blocks, and sees what they did before. For cooperative launches, which start all blocks
+// at once: the driver gives each of them a counter, behind 4 bytes of its own. Block 0 adds what makes the sum of all
+// blocks 2^31, whose bit so turns once, and the others 1.
+#ifdef CUPY_KERNELS_EMULATOR
+using emulator::grid_barrier;
+#else
+__device__ inline void grid_barrier() {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        unsigned* counter;
+        asm("mov.b64 %0, {%%envreg2, %%envreg1};" : "=l"(counter));
+        counter++;
+        __threadfence();
+        unsigned before = atomicAdd(counter, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
+        while (!((before ^ *(volatile unsigned*)counter) >> 31)) {}
+        __threadfence();
+    }
+    __syncthreads();
+}
+#endif
+
 // Hides v's origin from the compiler: what is computed from v is computed after this point.
 __device__ inline void make_opaque(int& v) {
 #ifndef CUPY_KERNELS_EMULATOR
@@ -3592,11 +3708,13 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 //         saved [N, M, PLANE_STRIDE, 4]       all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the
 //                                             tensor cores deliver them, so that a sum is
 //                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
-//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows.
+//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. AS_IT_IS:
+//                                             the sum itself, which overflows where PyTorch's does; unit_exponents are
+//                                             SAVED_SHIFT
 //                                             SPLIT 2: float
 //     unit_exponents [N * UNITS]              if anything is under scales, or with SAVE
-// Macros: those of implicit_gemm.cuh, pooled_t (float, or half_t with SPLIT 1), saved_t (half_t, float), STATISTICS, SAVE,
-// SAVED_SHIFT.
+// Macros: those of implicit_gemm.cuh, pooled_t (float, or half_t with SPLIT 1), saved_t (half_t, float), STATISTICS,
+// SAVE, SAVED_SHIFT.
 #define ADJACENT (!WGMMA)
 #include "batch_norm.cuh"
 #include "implicit_gemm.cuh"
@@ -3627,6 +3745,7 @@ __device__ inline float quad_sum(float v) {
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
+enum { SHIFT = AS_IT_IS ? 0 : SAVED_SHIFT };    // what is kept as half_t is a sum times 2^-SHIFT
 enum { ROWS = LANE_ROWS < 4 ? LANE_ROWS : 4 };  // channels handled together
 
 __device__ inline float max_or_nan(float a, float b) {
@@ -3680,6 +3799,7 @@ struct PoolEpilogue {
     // [WARPS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale.
     float2* moments;
     int* counts;  // [WARPS_N] in shared memory
+    i64 units;
     int seen;
 
     __device__ __forceinline__ void turn(const Sums& sums, Place place, int exponent) {
@@ -3779,17 +3899,17 @@ struct PoolEpilogue {
 
     // A sum as memory has it: float, or half_t under scales.
     template <class T> __device__ static T kept(float v, float sign, const ScaleBack& scale) {
-        return from_acc<T>(sizeof(T) == 2 ? v * (power_of_two(-SAVED_SHIFT) * sign) : scale(v * sign));
+        return from_acc<T>(sizeof(T) == 2 ? v * (power_of_two(-SHIFT) * sign) : scale(v * sign));
     }
 
     __device__ void restart() { seen = 0; }
 
     // Adds up what the warps of a block have seen of each channel, in their order.
-    __device__ void finish(int exponent) {
+    __device__ void finish(int exponent, i64 unit) {
         // Read here, once: conv_mma.cuh spills it.
         int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
         enum { SCALED = SAVE || sizeof(pooled_t) == 2 };
-        if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[blockIdx.x] = exponent;
+        if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[unit] = exponent + SAVED_SHIFT - SHIFT;
         if (!STATISTICS) return;
         if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
         __syncthreads();
@@ -3802,8 +3922,8 @@ struct PoolEpilogue {
             all = merge(all, moments[part * TILE_M + threadIdx.x]);
             count = merge.count;
         }
-        float* to = partials + (i64)m * gridDim.x + blockIdx.x;
-        i64 kind = (i64)OUT_CHANNELS * gridDim.x;
+        float* to = partials + m * units + unit;
+        i64 kind = OUT_CHANNELS * units;
         ScaleBack scale(of_channel);
         float squares = scale(scale(all.y));
         if (!is_finite(squares)) squares = -scale(scale(all.y * 0x1p-80f) * 0x1p-80f);
@@ -3814,7 +3934,7 @@ struct PoolEpilogue {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const float* __restrict__ gamma, INOUT pooled_t* __restrict__ pooled, float* __restrict__ partials,
-    INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents) {
+    INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents, i64 units) {
     __shared__ unsigned scratch[32];
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
@@ -3826,8 +3946,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     }
     DYNAMIC_SHARED(u8, shared);
     PoolEpilogue epilogue = {pooled, partials, argmax, saved, unit_exponents, channel_exponents, signs,
-        (float2*)(shared + EPILOGUE_OFFSET), counts, 0};
-    convolve(x, (const int*)0, 0, packed, shared, scratch, epilogue);
+        (float2*)(shared + EPILOGUE_OFFSET), counts, units, 0};
+    convolve(x, (const int*)0, 0, packed, units, shared, scratch, epilogue);
 }
 """,
     "conv_mma.cuh": r"""// The convolution of implicit_gemm.cuh by mma.sync (sm_80 and newer).
@@ -3919,7 +4039,7 @@ template <> struct Band<true> {
     const int* exponents;
     int exponent_count, exponent;
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64, u8* shared)
         : source(x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2)), unit(unit),
           shared(shared), exponents(exponents), exponent_count(exponent_count) {
         for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(shared, chunk));
@@ -3949,7 +4069,7 @@ template <> struct Band<false> {
     int exponent = GUESS;
     unsigned largest = 0;  // finite magnitude
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64, u8* shared)
         : source(
               x + (CHANNELS_LAST ? (unit.image * IN_H + unit.first_row) * IN_W * IN_CHANNELS
                                  : (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W)),
@@ -4097,14 +4217,16 @@ template <> struct Multiply<2> {
     }
 };
 
+typedef Band<X_PACKED> Rows;
+
 struct MainLoop {
     const Unit& unit;
-    Band<X_PACKED>& band;
+    Rows& band;
     u8* shared;
     WeightRing<STAGE_BYTES, CHUNKS * TAPS> weights;
     int stage = 0, lane = threadIdx.x % 32, warp_m = threadIdx.x / 32 % WARPS_M, warp_n = threadIdx.x / 32 / WARPS_M;
 
-    __device__ MainLoop(const Unit& unit, Band<X_PACKED>& band, const half_t* packed, u8* shared)
+    __device__ MainLoop(const Unit& unit, Rows& band, const half_t* packed, u8* shared)
         : unit(unit), band(band), shared(shared), weights(shared + RING_OFFSET, packed) {
         for (int i = 0; i < STAGES - 1; i++) weights.fetch(i * STAGE_BYTES);
     }
@@ -4421,17 +4543,17 @@ struct StoreEpilogue {
 #endif
 
     __device__ void restart() const {}
-    __device__ void finish(int) const {}
+    __device__ void finish(int, i64) const {}
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed,
     const int* __restrict__ exponents, const scalar_t* __restrict__ bias, scalar_t* __restrict__ y,
-    int x_exponent_count) {
+    int x_exponent_count, i64 units) {
     __shared__ unsigned scratch[32];
     DYNAMIC_SHARED(u8, shared);
     StoreEpilogue epilogue = {bias, y, exponents};
-    convolve(x, x_exponents, x_exponent_count, packed, shared, scratch, epilogue);
+    convolve(x, x_exponents, x_exponent_count, packed, units, shared, scratch, epilogue);
 }
 """,
     "conv_transpose_wgrad.cu": r"""// Weight gradient of the transposed convolution, an implicit GEMM on ordinary FMA units, for any hyper-parameters.
@@ -4579,6 +4701,150 @@ __device__ inline int origin_of(const Unit& unit) { return unit.number * (2 * UN
 // Where a pixel of row `row`, counted from there, lies.
 __device__ constexpr int band_offset(int row, int column) { return (GAP + band_row(row) * PITCH + column) * 16; }
 
+#include "conv_wgmma_band.cuh"
+
+// Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more
+// additions would.
+#define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
+
+// add<TILES>(sums, a_stages, at, rows, band): sums += the products of STEPS_AT_ONCE steps. at: where each step's stage
+// begins. rows: the upper and lower pixels of the first step. On return what the step before read may be overwritten.
+template <int> struct Multiply;
+
+template <> struct Multiply<1> {
+    bool second = false;
+
+    template <int COUNT> __device__ __forceinline__ void add(
+        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
+        Rows& band) {
+        wgmma_fence();
+        #pragma unroll
+        for (int k = 0; k < 2; k++)
+            #pragma unroll
+            for (int lower = 0; lower < 2; lower++)
+                wgmma<COUNT>(sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), rows[lower].moved(k * 2 * ALONG));
+        wgmma_commit();
+        // What a step has loaded arrives during the next one.
+        if (second && band.pending()) band.advance();
+        second = !second;
+        wgmma_wait<1>();
+    }
+};
+
+template <> struct Multiply<2> {
+    float partial[MOST_TILES][4];
+
+    template <int COUNT> __device__ __forceinline__ void add(
+        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
+        Rows&) {
+        #pragma unroll
+        for (int lower = 0; lower < 2; lower++) {
+            wgmma_fence();
+            #pragma unroll
+            for (int product = 0; product < 3; product++)
+                #pragma unroll
+                for (int k = 0; k < STEPS_AT_ONCE * 2; k++) {
+                    WgmmaOperand left = a_stages.moved(at[k / 2] + (product == 0) * HALF_STEP + k % 2 * TILE_M * 32);
+                    WgmmaOperand right = rows[lower].moved(((product == 1) * GROUPS_K + k * 2) * ALONG);
+                    if (product + k == 0) wgmma<COUNT, false>(partial, left, right);
+                    else wgmma<COUNT>(partial, left, right);
+                }
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_arrived<COUNT>(partial);
+            #pragma unroll
+            for (int i = 0; i < COUNT * 4; i++) sums[lower][i / 4][i % 4] += partial[i / 4][i % 4];
+            // Else the additions may move behind the next multiplications, with copies of what they read.
+            wgmma_arrived<COUNT>(sums[lower]);
+        }
+    }
+};
+
+// In an image's last row of windows, what the kernel's rows before OUTSIDE_KH meet lies outside x. So the last turn
+// leaves out these products in tiles that have nothing else, those after UPPER_TILES.
+enum {
+    OUTSIDE_KH = 2 * (WINDOWS_H - 1) + PAD_H - IN_H + 1,
+    UPPER_WINDOWS = (WINDOWS_H - 1) * WINDOW_PITCH - (PASSES - 1) * PASS_WINDOWS,
+    UPPER = UPPER_WINDOWS > 0 ? (UPPER_WINDOWS + 3) / 4 : 0,
+    UPPER_TILES = UNITS == 1 && WARPS_N == 1 && SPLIT == 1 && OUTSIDE_KH > 0 && UPPER < LAST_TILES ? UPPER : 0
+};
+
+struct MainLoop {
+    const Unit& unit;
+    Rows& band;
+    WeightRing<STEP_BYTES, TAPS * STEPS_K> weights;
+    int stage = 0, to = 0, warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
+    int warp_m = warpgroup % WARPS_M, warp_n = warpgroup / WARPS_M;
+    WgmmaOperand pixels, a_stages;
+
+    __device__ MainLoop(const Unit& unit, Rows& band, const half_t* packed, u8* shared)
+        : unit(unit), band(band), weights(shared + RING_OFFSET, packed), pixels(shared, ALONG, 128),
+          a_stages(shared + RING_OFFSET + warp_m * 1024, TILE_M * 16, 128) {
+        for (int i = 0; i < STAGES - 2; i++) fetch();
+    }
+    __device__ void fetch() {
+        weights.fetch(to);
+        to = weights.next(to);
+    }
+    // All threads meet for the weights of the next step. Returns where they are.
+    __device__ __forceinline__ int next_step() {
+        cp_async_wait<STAGES - 3>();
+        fence_async_proxy();
+        __syncthreads();
+        fetch();
+        int at = stage;
+        stage = weights.next(stage);
+        return at;
+    }
+    __device__ int channel() const { return warp_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+
+    template <int COUNT> __device__ __forceinline__ void turn(Sums& sums, int turn, int first_window) {
+        if (COUNT == LAST_TILES && UPPER_TILES && turn == PASSES - 1)
+            pass_of<COUNT, UPPER_TILES>(sums, turn, first_window);
+        else pass_of<COUNT, 0>(sums, turn, first_window);
+    }
+    // FEW: the tiles that meet all rows of the kernel; 0: all COUNT do.
+    template <int COUNT, int FEW>
+    __device__ __forceinline__ void pass_of(Sums& sums, int turn, int first_window) {
+        Multiply<SPLIT> multiply;
+        band.follow(turn + 1);
+        for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
+            if constexpr (FEW > 0) taps<FEW>(multiply, sums, turn, first_window, chunk, 0, OUTSIDE_KH);
+            taps<COUNT>(multiply, sums, turn, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
+        }
+        while (band.pending()) band.advance();
+    }
+
+    // 64 channels and rows [first_kh, end_kh) of the kernel.
+    template <int COUNT> __device__ __forceinline__ void taps(
+        Multiply<SPLIT>& multiply, Sums& sums, int turn, int first_window, int chunk, int first_kh, int end_kh) {
+        for (int kh = first_kh; kh < end_kh; kh++) {
+            WgmmaOperand rows[2] = {pixels, pixels};
+            #pragma unroll
+            for (int lower = 0; lower < 2; lower++)
+                rows[lower] =
+                    pixels.moved(band_offset(lower + PAD_H - kh, 2 * (first_window - unit.first_window) + PAD_W));
+            #pragma unroll 1
+            for (int kw = 0; kw < KERNEL_W; kw++)
+                for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
+                    int at[STEPS_AT_ONCE];
+                    #pragma unroll
+                    for (int i = 0; i < STEPS_AT_ONCE; i++) {
+                        at[i] = next_step();
+                        if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(turn, chunk);
+                    }
+                    int shift = step * 4 * ALONG - kw * 16;
+                    WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};
+                    multiply.template add<COUNT>(sums, a_stages, at, shifted, band);
+                }
+        }
+        wgmma_wait<0>();
+    }
+};
+""",
+    "conv_wgmma_band.cuh": r"""// How the rows of x come into the band of conv_wgmma.cuh, a part of which this is.
+#pragma once
+
 // Zeros where no pixel is.
 __device__ inline void clear_border(u8* shared, const Unit& unit) {
     for (int i = threadIdx.x; i < BAND_PIXELS; i += THREADS) {
@@ -4591,51 +4857,101 @@ __device__ inline void clear_border(u8* shared, const Unit& unit) {
     }
 }
 
+enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };  // of a whole image
+
 // The rows of the first turn come by begin(), those of each next turn by advance() between follow() and the end of the
 // turn before it. next_chunk(turn, at): called at the first step of 64 channels, with that step's weights.
 template <bool> struct Band;
 
-// x is packed: copied asynchronously, all of them or, if 64 channels' multiplications are long enough for it, the next
-// ones behind those.
+// x is packed, or halves in channels_last, which are operands as they are: copied asynchronously. All of it at first,
+// or, if 64 channels' multiplications are long enough for it, the rows of the first turn, and the others behind its
+// products. With PERSISTENT the next image's rows take the places of those that no later turn reads.
 template <> struct Band<true> {
-    enum { AHEAD = 2 * TAPS >= STAGES };
-    const half_t* source;  // chunk 0 of the image
+    enum {
+        AHEAD = 2 * TAPS >= STAGES,
+        PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,  // from a pixel to the next, in halves
+        CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL,
+        IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL)
+    };
+    const half_t* x;
     const Unit& unit;
     u8* shared;
     const int* exponents;
     int exponent_count, exponent = 0;
+    i64 images;
+    int copied_end = 0;  // where the rows end that the first turn finds
+    // Rows that are copied an octet (eight channels of a pixel) at a time, with PERSISTENT.
+    const half_t* from;
+    int first_row, pixels = 0, octet = 0;
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
-        : source(x + unit.image * (CHUNKS * IN_H * IN_W * (LINE_BYTES / 2))), unit(unit), shared(shared),
-          exponents(exponents), exponent_count(exponent_count) {
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 units, u8* shared)
+        : x(x), unit(unit), shared(shared), exponents(exponents), exponent_count(exponent_count),
+          images(units / UNITS) {
         clear_border(shared, unit);
-        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++) copy(chunk);
+        copied_end = AHEAD && unit.passes > 1 ? rows_end(PERSISTENT ? 2 : 1) : unit.end_row;
+        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++)
+            copy(chunk, unit.first_row, copied_end);
         cp_async_commit();
+    }
+    // Where the rows end that the first `passes` passes need, and where those begin that passes from `turn` on need.
+    __device__ int rows_end(int passes) const {
+        return max(unit.first_row, min(unit.end_row, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
+    }
+    __device__ int rows_start(int turn) const { return max(0, first_row_of(unit.first_window + turn * PASS_WINDOWS)); }
+    __device__ const half_t* source(i64 image, int row) const { return x + image * IMAGE + row * IN_W * PIXEL; }
+    __device__ void copy(int chunk, int first_row, int end_row) const {
+        int pixels = (end_row - first_row) * IN_W;
+        for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS)
+            copy_octet(source(unit.image, first_row) + chunk * CHUNK, chunk, first_row, pixels, i);
     }
     // Eight lanes take one part of eight lines, which are neighbours in shared memory, where writes to eight places
     // could take turns. Four times eight lanes read half of each of these lines.
-    __device__ void copy(int chunk) const {
+    __device__ void copy_octet(const half_t* from, int chunk, int first_row, int pixels, int i) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
-        const half_t* from = source + (chunk * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2);
-        int pixels = (unit.end_row - unit.first_row) * IN_W, first = unit.first_row - origin_of(unit);
-        for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS) {
-            int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
-            int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
-            u8* to = shared + band_offset(first + pixel / IN_W, pixel % IN_W);
-            if (pixel < pixels && group < GROUPS_K)
-                cp_async_16(to + (group + residual) * ALONG, from + pixel * (LINE_BYTES / 2) + part * 8, true);
-        }
+        int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
+        int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
+        bool exists = !AS_IT_IS || group * 8 < IN_CHANNELS;
+        u8* to = shared + band_offset(first_row - origin_of(unit) + pixel / IN_W, pixel % IN_W);
+        if (pixel < pixels && group < GROUPS_K)
+            cp_async_16(to + (group + residual) * ALONG, from + (exists ? pixel * PIXEL + part * 8 : 0), exists);
     }
     __device__ void next_chunk(int turn, int at) const {
-        for (int chunk = (at + 1) * SPLIT; AHEAD && turn == 0 && chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
-            copy(chunk);
+        if (!AHEAD || turn || PERSISTENT) return;
+        for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
+            copy(chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
     }
-    __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
-    __device__ void follow(int) {}
-    __device__ bool pending() const { return false; }
-    __device__ void advance() {}
+    // With PERSISTENT, behind the products of each turn: of the first turn the rest of this image's rows, later the next
+    // image's, in the places that no turn reads any more.
+    __device__ void follow(int next_pass) {
+        if (!PERSISTENT) return;
+        int turn = next_pass - 1;
+        i64 image = turn ? unit.image + gridDim.x : unit.image;
+        int end_row = turn ? rows_start(turn) : unit.end_row;
+        first_row = turn ? rows_start(turn - 1) : copied_end;
+        if (!turn) copied_end = rows_start(unit.passes - 1);
+        from = source(image, first_row);
+        pixels = image < images ? (end_row - first_row) * IN_W : 0;
+        octet = threadIdx.x;
+    }
+    __device__ bool pending() const { return PERSISTENT && octet < (pixels + 7) / 8 * 64; }
+    __device__ void advance() {
+        copy_octet(from, 0, first_row, pixels, octet);
+        octet += THREADS;
+    }
+    __device__ void begin(unsigned* scratch) {
+        if (!AS_IT_IS) exponent = smallest_exponent(exponents, exponent_count, scratch);
+    }
     __device__ bool fits(unsigned*) { return true; }
 };
+// The next image's first turn finds rows that were copied in passes but for the last one, the second in all.
+__device__ constexpr bool found_in_time(int passes) {
+    int end = end_row_of(passes * PASS_WINDOWS - 1);
+    return first_row_of((PASSES - 3 + passes) * PASS_WINDOWS) >= (IN_H < end ? IN_H : end);
+}
+static_assert(
+    !PERSISTENT || (AS_IT_IS && UNITS == 1 && CHUNKS_64 == 1 && Band<true>::AHEAD && PASSES > 2 && found_in_time(1) &&
+                       found_in_time(2)),
+    "rows of the next image come in time");
 
 // x is a tensor: converted under a scale that is chosen from the rows of the first turn, with room for larger values in
 // later ones. Where that is not enough, all starts again.
@@ -4663,7 +4979,7 @@ template <> struct Band<false> {
     int first_pixel, pixels, group, pixel;
     float v[8];
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64, u8* shared)
         : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), shared(shared) {
         clear_border(shared, unit);
     }
@@ -4763,116 +5079,7 @@ template <> struct Band<false> {
     }
 };
 
-// Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more
-// additions would.
-#define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
-
-// add<TILES>(sums, a_stages, at, upper, lower, band): sums += the products of STEPS_AT_ONCE steps. at: where each
-// step's stage begins. upper, lower: the pixels of the first step. On return what the step before read may be
-// overwritten.
-template <int> struct Multiply;
-
-template <> struct Multiply<1> {
-    bool second = false;
-
-    template <int COUNT> __device__ __forceinline__ void add(
-        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Band<X_PACKED>& band) {
-        wgmma_fence();
-        #pragma unroll
-        for (int k = 0; k < 2; k++)
-            #pragma unroll
-            for (int lower = 0; lower < 2; lower++)
-                wgmma<COUNT>(sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), rows[lower].moved(k * 2 * ALONG));
-        wgmma_commit();
-        // What a step has loaded arrives during the next one.
-        if (second && band.pending()) band.advance();
-        second = !second;
-        wgmma_wait<1>();
-    }
-};
-
-template <> struct Multiply<2> {
-    float partial[MOST_TILES][4];
-
-    template <int COUNT> __device__ __forceinline__ void add(
-        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Band<X_PACKED>&) {
-        #pragma unroll
-        for (int lower = 0; lower < 2; lower++) {
-            wgmma_fence();
-            #pragma unroll
-            for (int product = 0; product < 3; product++)
-                #pragma unroll
-                for (int k = 0; k < STEPS_AT_ONCE * 2; k++) {
-                    WgmmaOperand left = a_stages.moved(at[k / 2] + (product == 0) * HALF_STEP + k % 2 * TILE_M * 32);
-                    WgmmaOperand right = rows[lower].moved(((product == 1) * GROUPS_K + k * 2) * ALONG);
-                    if (product + k == 0) wgmma<COUNT, false>(partial, left, right);
-                    else wgmma<COUNT>(partial, left, right);
-                }
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_arrived<COUNT>(partial);
-            #pragma unroll
-            for (int i = 0; i < COUNT * 4; i++) sums[lower][i / 4][i % 4] += partial[i / 4][i % 4];
-            // Else the additions may move behind the next multiplications, with copies of what they read.
-            wgmma_arrived<COUNT>(sums[lower]);
-        }
-    }
-};
-
-struct MainLoop {
-    const Unit& unit;
-    Band<X_PACKED>& band;
-    WeightRing<STEP_BYTES, TAPS * STEPS_K> weights;
-    int stage = 0, to = 0, warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
-    int warp_m = warpgroup % WARPS_M, warp_n = warpgroup / WARPS_M;
-    WgmmaOperand pixels, a_stages;
-
-    __device__ MainLoop(const Unit& unit, Band<X_PACKED>& band, const half_t* packed, u8* shared)
-        : unit(unit), band(band), weights(shared + RING_OFFSET, packed), pixels(shared, ALONG, 128),
-          a_stages(shared + RING_OFFSET + warp_m * 1024, TILE_M * 16, 128) {
-        for (int i = 0; i < STAGES - 2; i++) fetch();
-    }
-    __device__ void fetch() {
-        weights.fetch(to);
-        to = weights.next(to);
-    }
-    __device__ int channel() const { return warp_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
-
-    template <int COUNT> __device__ __forceinline__ void turn(Sums& sums, int turn, int first_window) {
-        Multiply<SPLIT> multiply;
-        band.follow(turn + 1);
-        for (int chunk = 0; chunk < CHUNKS_64; chunk++)
-            for (int kh = 0; kh < KERNEL_H; kh++) {
-                WgmmaOperand rows[2] = {pixels, pixels};
-                #pragma unroll
-                for (int lower = 0; lower < 2; lower++)
-                    rows[lower] =
-                        pixels.moved(band_offset(lower + PAD_H - kh, 2 * (first_window - unit.first_window) + PAD_W));
-                #pragma unroll 1
-                for (int kw = 0; kw < KERNEL_W; kw++)
-                    for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
-                        int at[STEPS_AT_ONCE];
-                        #pragma unroll
-                        for (int i = 0; i < STEPS_AT_ONCE; i++) {
-                            cp_async_wait<STAGES - 3>();
-                            fence_async_proxy();
-                            __syncthreads();
-                            if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(turn, chunk);
-                            fetch();
-                            at[i] = stage;
-                            stage = weights.next(stage);
-                        }
-                        int shift = step * 4 * ALONG - kw * 16;
-                        WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};
-                        multiply.add<COUNT>(sums, a_stages, at, shifted, band);
-                    }
-            }
-        while (band.pending()) band.advance();
-        wgmma_wait<0>();
-    }
-};
+typedef Band<X_PACKED || AS_IT_IS> Rows;
 """,
     "conv_wgrad_mma.cu": r"""// Weight gradient of the transposed convolution with stride 1, dilation 1 and one group, on tensor cores (sm_80 and
 // newer).
@@ -5669,14 +5876,15 @@ struct GradientBound {
 // Rows of the product are output channels m, columns are pixels, the sum runs over input channels and taps. Pixels are
 // ordered by 2x2 windows, so that an epilogue can pool: four windows make a tile, their upper pixels one n8-tile of the
 // tensor cores and their lower pixels another. Windows are numbered row by row, WINDOW_PITCH a row, of which the first
-// WINDOWS_W exist. A block owns one unit: TILE_M channels and UNIT_WINDOWS windows of one image, in passes of
+// WINDOWS_W exist. A block owns one unit at a time: TILE_M channels and UNIT_WINDOWS windows of one image, in passes of
 // WARPS_N x TILES tiles. A warp (with WGMMA a warpgroup) has 64 of the channels and TILES tiles of a turn, in the last
 // turn of a unit LAST_TILES.
 //
 // Load. The rows of x that a unit needs (the band) lie in shared memory as fp16, so that a tap is a shifted read. x is
 // a tensor of scalar_t, converted on the way, or with X_PACKED 1 it is packed already (fp16_tiles.cu). struct
 // Band<X_PACKED>:
-//     Band(x, x_exponents, count, unit, shared)  clears what holds no pixel, begins asynchronous copies
+//     Band(x, x_exponents, count, unit, units, shared)
+//                                                clears what holds no pixel, begins asynchronous copies
 //     begin(scratch)                             the first turn can run under the scale of `exponent`
 //     fits(scratch)                              whether this scale was right; if not, all passes run again
 // Weights stream through a ring (WeightRing), a step at a time.
@@ -5689,14 +5897,16 @@ struct GradientBound {
 // Epilogue. The kernel's own, a struct with
 //     turn(sums, place, exponent)                takes the sums of a turn, times 2^(exponent + the channel's exponent)
 //     restart()                                  forgets all passes: they come again
-//     finish(exponent)                           after the last turn
+//     finish(exponent, unit)                     after the last turn of a unit
 //
 // Macros: those of pooled_planes.cuh and fp16_tiles.cuh, scalar_t (float, half_t, bf16_t), X_PACKED, input_t (scalar_t,
-// half_t for packed tiles), CHANNELS_LAST (1: x, if not packed, and y are [N, H, W, C]), IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W,
-// PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES, THREADS, STAGES, GAP (zeros between two rows of the band),
-// PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the epilogue's), ADJACENT (1: the windows of a lane are
-// neighbours, for wide stores; 0: those of four lanes are), WGMMA, and those of the form. Limits: those that
-// check_supported in conv_transpose_mma.py checks.
+// half_t for packed tiles), CHANNELS_LAST (1: x, if not packed, and y are [N, H, W, C]), IN_CHANNELS, OUT_CHANNELS
+// (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES,
+// THREADS, STAGES, GAP (zeros between two rows of the band), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the
+// epilogue's), ADJACENT (1: the windows of a lane are neighbours, for wide stores; 0: those of four lanes are), WGMMA,
+// and those of the form. With WGMMA only: AS_IT_IS (1: x, in channels_last, and the weights are fp16 operands as they
+// lie in memory, under scales of 1), PERSISTENT (1: with AS_IT_IS and whole images, a block takes every gridDim.x-th
+// unit; 0: one). Limits: those that check_supported in conv_transpose_mma.py checks.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -5720,6 +5930,11 @@ enum { GUESS = 10, SLACK = 6 };
 __device__ constexpr int first_row_of(int window) { return window / WINDOW_PITCH * 2 + PAD_H - (KERNEL_H - 1); }
 __device__ constexpr int end_row_of(int window) { return window / WINDOW_PITCH * 2 + 1 + PAD_H + 1; }
 
+__device__ constexpr int passes_of(int windows) {
+    enum { LARGER = (MOST_TILES - TILES) * 4 * WARPS_N };  // what the last turn can take more
+    return LARGER >= windows ? 1 : (windows - LARGER + PASS_WINDOWS - 1) / PASS_WINDOWS;
+}
+
 // What a block works on: windows [first_window, end_window), whose last one exists, and rows [first_row, end_row) of x.
 struct Unit {
     i64 image;
@@ -5730,9 +5945,7 @@ struct Unit {
         number = block % UNITS;
         first_window = number * UNIT_WINDOWS;
         end_window = min(first_window + UNIT_WINDOWS, WINDOWS_H * WINDOW_PITCH) - (WINDOW_PITCH - WINDOWS_W);
-        enum { LARGER = (MOST_TILES - TILES) * 4 * WARPS_N };  // what the last turn can take more
-        passes = (end_window - first_window - LARGER + PASS_WINDOWS - 1) / PASS_WINDOWS;
-        if (LARGER) passes = max(1, passes);
+        passes = passes_of(end_window - first_window);
         first_row = max(0, first_row_of(first_window));
         end_row = min(IN_H, end_row_of(end_window - 1));
     }
@@ -5801,31 +6014,39 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
 #include "conv_mma.cuh"
 #endif
 
-// The convolution of one unit. x_exponents: of a packed x, `x_exponent_count` of them.
+// The convolution of the block's units, of `units` in all. x_exponents: of a packed x, `x_exponent_count` of them.
 template <class Epilogue>
 __device__ inline void convolve(
-    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, u8* shared, unsigned* scratch,
-    Epilogue& epilogue) {
-    Unit unit(blockIdx.x);
-    Band<X_PACKED> band(x, x_exponents, x_exponent_count, unit, shared);
+    const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, i64 units, u8* shared,
+    unsigned* scratch, Epilogue& epilogue) {
+    i64 number = blockIdx.x;
+    Unit unit(number);
+    Rows band(x, x_exponents, x_exponent_count, unit, units, shared);
     MainLoop loop(unit, band, packed, shared);
-    for (bool again = true; again;) {
-        band.begin(scratch);
-        for (int turn = 0; turn < unit.passes; turn++) {
-            int start = unit.first_window + turn * PASS_WINDOWS, left = unit.end_window - start;
-            bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
-                                           : LAST_TILES > TILES && turn == unit.passes - 1 && left > PASS_WINDOWS;
-            int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
-            Sums sums = {};
-            if (last) loop.turn<LAST_TILES>(sums, turn, first_window);
-            else loop.turn<TILES>(sums, turn, first_window);
-            Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
-            epilogue.turn(sums, place, band.exponent);
+    for (;;) {
+        i64 next = number + gridDim.x;
+        for (bool again = true; again;) {
+            band.begin(scratch);
+            for (int turn = 0; turn < unit.passes; turn++) {
+                int start = unit.first_window + turn * PASS_WINDOWS, left = unit.end_window - start;
+                bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
+                                               : LAST_TILES > TILES && turn == unit.passes - 1 && left > PASS_WINDOWS;
+                int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
+                Sums sums = {};
+                if (last) loop.turn<LAST_TILES>(sums, turn, first_window);
+                else loop.turn<TILES>(sums, turn, first_window);
+                Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
+                epilogue.turn(sums, place, band.exponent);
+            }
+            again = !band.fits(scratch);
+            if (again) epilogue.restart();
         }
-        again = !band.fits(scratch);
-        if (again) epilogue.restart();
+        epilogue.finish(band.exponent, number);
+        if (!PERSISTENT || next >= units) return;
+        number = next;
+        unit = Unit(number);
+        epilogue.restart();
     }
-    epilogue.finish(band.exponent);
 }
 """,
     "mma.cuh": r"""// Tensor-core building blocks of sm_80 and newer: ldmatrix and mma.sync m16n8k16, fp16 operands, float32 accumulation.
@@ -5936,8 +6157,8 @@ template <class T = half_t> UNCHECKED __device__ __forceinline__ void mma_m16n8k
 // order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in line_offset's order], with WGMMA
 // (conv_wgmma.cuh) [m tile][64 channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves];
 // exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block per row of the
-// padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA, and
-// those of fp16_tiles.cuh.
+// padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA,
+// AS_IT_IS (1: under a scale of 1), and those of fp16_tiles.cuh.
 #include "common.cuh"
 #include "fp16_tiles.cuh"
 
@@ -5947,7 +6168,7 @@ extern "C" __global__ void pack_weight_fp16(
     __shared__ unsigned scratch[32];
     int m = blockIdx.x;
     unsigned largest = 0;
-    if (m < OUT_CHANNELS)
+    if (m < OUT_CHANNELS && !AS_IT_IS)
         for (int i = threadIdx.x; i < IN_CHANNELS * TAPS; i += blockDim.x) {
             int k = i / TAPS, tap = i % TAPS;
             largest =
@@ -5955,7 +6176,7 @@ extern "C" __global__ void pack_weight_fp16(
                                  w[FLIP ? (m * IN_CHANNELS + k) * TAPS + tap : (k * OUT_CHANNELS + m) * TAPS + tap])));
         }
     largest = block_max(largest, scratch);
-    int exponent = scale_exponent(largest);
+    int exponent = AS_IT_IS ? 0 : scale_exponent(largest);
     float scale = power_of_two(exponent) * (signs && m < OUT_CHANNELS && to_acc(signs[m]) < 0 ? -1 : 1);
     if (threadIdx.x == 0) {
         exponents[m] = exponent;
@@ -6094,7 +6315,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
     scalar_t* to = out + start_of_block(channel);
-    Pooled source(pooled, exponents, unit_exponents, channel);
+    __shared__ Pooled::Places places;
+    Pooled source(pooled, exponents, unit_exponents, channel, places);
     float values[UNROLLED][ITEMS];
     const float *channel_mean = STATISTICS ? mean + channel : running[0],
                 *channel_invstd = STATISTICS ? invstd + channel : running[1];
@@ -6155,7 +6377,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     }
     if (TURNED) {
         __syncthreads();
-        for_turned([&](int at, int outside) { *(Together*)(to + outside) = *(const Together*)(turned + at); });
+        enum { AT_ONCE = TURNED_TOGETHER == 2 && MEMBERS % 8 == 0 && OUT_CHANNELS % 8 == 0 ? 8 : TURNED_TOGETHER };
+        for_turned<AT_ONCE>([&](int at, int outside) {
+            Packed<Together, AT_ONCE / TURNED_TOGETHER> together;
+            #pragma unroll
+            for (int i = 0; i < AT_ONCE / TURNED_TOGETHER; i++)
+                together.v[i] = *(const Together*)(turned + at + i * TURNED_TOGETHER);
+            store_at_once(to + outside, *(const Packed<scalar_t, AT_ONCE>*)&together);
+        });
     }
 }
 """,
@@ -6168,7 +6397,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
 //
 // Macros: scalar_t (of out and dout), acc_t (float), param_t (all weights and biases, running statistics), pooled_t
 // (conv_bn_pool.cu), ACTIVATION (activation.cuh), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS, WARPS, THREADS (of the
-// kernels whose blocks are not groups), SAVED_SHIFT (conv_bn_pool.cu), CHANNELS_LAST (1: out and dout are
+// kernels whose blocks are not groups), SAVED_SHIFT, AS_IT_IS (conv_bn_pool.cu), CHANNELS_LAST (1: out and dout are
 // [N, PLANE, OUT_CHANNELS], and a block turns its part of them in shared memory where that has room), and those of
 // pooled_planes.cuh.
 #pragma once
@@ -6190,8 +6419,8 @@ static_assert(ITEMS <= 10, "a lane has registers for 10 values of each tensor");
 // Of channels_last values in shared memory: so many lie between two of a plane, that 32 are in different banks.
 #define TURN_PITCH (sizeof(scalar_t) == 2 ? ((MEMBERS + 1) / 2 | 1) * 2 : MEMBERS | 1)
 #define TURNED (CHANNELS_LAST && RESIDENT && PLANE * TURN_PITCH * sizeof(scalar_t) <= 40 * 1024)
-#define TURNED_TOGETHER (sizeof(scalar_t) == 2 && MEMBERS % 2 == 0 ? 2 : 1)
-#define STEP (TURNED ? TURN_PITCH : CHANNELS_LAST ? OUT_CHANNELS : 1)  // from a value of a plane to the next
+#define TURNED_TOGETHER (sizeof(scalar_t) == 2 && MEMBERS % 2 == 0 ? 2 : 1)  // values in shared memory for one access
+#define STEP (TURNED ? TURN_PITCH : CHANNELS_LAST ? OUT_CHANNELS : 1)        // from a value of a plane to the next
 
 struct Job {
     int number, member, at, first;  // the plane among the block's; the lane's first value in it, and among the block's
@@ -6225,10 +6454,10 @@ __device__ inline i64 start_of_block(int channel) {
     return CHANNELS_LAST ? (i64)(blockIdx.x / GROUPS) * PLANE * OUT_CHANNELS + channel : (i64)blockIdx.x * SIZE;
 }
 
-// visit(in `turned`, in the block's part of out or dout): where each thread's next TURNED_TOGETHER values lie.
-template <class F> __device__ inline void for_turned(F visit) {
-    for (int i = threadIdx.x; i < SIZE / TURNED_TOGETHER; i += 32 * WARPS) {
-        int p = i / (MEMBERS / TURNED_TOGETHER), member = i % (MEMBERS / TURNED_TOGETHER) * TURNED_TOGETHER;
+// visit(in `turned`, in the block's part of out or dout): where each thread's next AT_ONCE values lie.
+template <int AT_ONCE, class F> __device__ inline void for_turned(F visit) {
+    for (int i = threadIdx.x; i < SIZE / AT_ONCE; i += 32 * WARPS) {
+        int p = i / (MEMBERS / AT_ONCE), member = i % (MEMBERS / AT_ONCE) * AT_ONCE;
         visit(p * TURN_PITCH + member, p * OUT_CHANNELS + member);
     }
 }
@@ -6239,23 +6468,34 @@ __device__ inline float restoring(int exponent) { return power_of_two(max(-126, 
 
 // The pooled sums of a block's planes, as conv_bn_pool writes them: of channels from `channel` on of one image.
 struct Pooled {
+    // Of a value of a plane, where it lies in `pooled`: looked up, where a block has room, as all planes have the same.
+    typedef unsigned short Places[RESIDENT ? PLANE : 1];
     const pooled_t* source;
     const int *exponents, *unit_exponents;
+    const Places& places;
 
-    __device__ Pooled(const pooled_t* pooled, const int* exponents, const int* unit_exponents, int channel)
+    // All threads of the block come here, and write `places`.
+    __device__ Pooled(
+        const pooled_t* pooled, const int* exponents, const int* unit_exponents, int channel, Places& places)
         : source(pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE), exponents(exponents + channel),
-          unit_exponents(unit_exponents + (i64)(blockIdx.x / GROUPS) * UNITS) {}
+          unit_exponents(unit_exponents + (i64)(blockIdx.x / GROUPS) * UNITS), places(places) {
+        if (!RESIDENT) return;
+        for (int p = threadIdx.x; p < PLANE; p += 32 * WARPS) places[p] = place_of(p);
+        __syncthreads();
+    }
+    __device__ static int place_of(int p) { return place_of_window<TOGETHER_POOLED>(p / POOLED_W, p % POOLED_W); }
     __device__ void load(const Job& job, float (&v)[ITEMS]) const {
-        enum { SCALED = sizeof(pooled_t) == 2 };
+        enum { SCALED = sizeof(pooled_t) == 2 && !AS_IT_IS };
         const pooled_t* from = source + job.member * PLANE_STRIDE;
         int exponent = SCALED ? exponents[job.member] - SAVED_SHIFT : 0, at = job.at;
         if (SCALED && !RESIDENT) make_opaque(at);  // else what all rounds have in common takes too many registers
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
-            int p = at + i * 32, row = p / POOLED_W, column = p % POOLED_W;
-            v[i] = job.inside(i) ? to_acc(from[place_of_window<TOGETHER_POOLED>(row, column)]) : 0;
+            int p = at + i * 32;
+            v[i] = job.inside(i) ? to_acc(from[RESIDENT ? places[p] : place_of(p)]) : 0;
             if (SCALED && job.inside(i))
-                v[i] = multiply_unflushed(v[i], restoring(exponent + unit_exponents[unit_of_window(row, column)]));
+                v[i] = multiply_unflushed(
+                    v[i], restoring(exponent + unit_exponents[unit_of_window(p / POOLED_W, p % POOLED_W)]));
         }
     }
 };
@@ -6321,12 +6561,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     i64 start = (i64)blockIdx.x * SIZE;
     dout += start_of_block(channel);
     if (TURNED) {
-        for_turned([&](int at, int outside) { *(Together*)(turned + at) = *(const Together*)(dout + outside); });
+        for_turned<TURNED_TOGETHER>(
+            [&](int at, int outside) { *(Together*)(turned + at) = *(const Together*)(dout + outside); });
         __syncthreads();
     }
     float m = group_mean[blockIdx.x], s = group_invstd[blockIdx.x];
     float pools[UNROLLED][ITEMS], gradients[UNROLLED][ITEMS], activated[UNROLLED][ITEMS];
-    Pooled source(pooled, exponents, unit_exponents, channel);
+    __shared__ Pooled::Places places;
+    Pooled source(pooled, exponents, unit_exponents, channel, places);
     auto load = [&](const Job& job, float (&v)[ITEMS], float (&d)[ITEMS]) {
         source.load(job, v);
         job.load(TURNED ? turned : dout, d);
@@ -6865,6 +7107,12 @@ __device__ inline float tanh_branchless(float v) {
     unsigned sign = __float_as_uint(v) & 0x80000000;
     return size >= 0.6f ? __uint_as_float(__float_as_uint(large) | sign) : small;
 }
+
+// The larger of these two alone: its error is that of float near 1, wherever v is. Enough for values of 16 bits, and 5
+// instructions.
+__device__ inline float tanh_coarse(float v) {
+    return fmaf(-2, reciprocal_approximate(exp2_approximate(v * 2.88539f) + 1), 1);
+}
 """,
     "wgmma.cuh": r"""// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory (A in registers, too), float32
 // accumulation.
@@ -7206,18 +7454,9 @@ class ModelNew(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         conv, norm, group = self.conv_transpose, self.batch_norm, self.group_norm
-        return conv_bn_tanh_max_pool_group_norm(
-            x,
-            *norm.arguments(x),
-            conv_weight=conv.weight,
-            conv_bias=conv.bias,
-            padding=conv.padding,
-            num_groups=group.num_groups,
-            group_weight=group.weight,
-            group_bias=group.bias,
-            group_eps=group.eps,
-            num_batches_tracked=norm.counter(),
-        )
+        convolution = conv.weight, conv.bias, conv.padding
+        after = "tanh", 0.0, group.num_groups, group.weight, group.bias, group.eps, "auto", None
+        return run(x, *norm.arguments(x), norm.counter(), *convolution, *after)
 
 
 batch_size = 512
