@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
     const volatile double *means = partials + c * chunks, *m2s = partials + (channels + c) * chunks;
     double reference = means[0], sum = 0, m2 = 0;
     share.of_chunks(chunks, [&](i64 k) {
-        double n = chunk_count(count, k, chunk), distance = means[k] - reference;
+        double n = min(chunk, count - k * chunk), distance = means[k] - reference;
         sum += n * distance;
         m2 += m2s[k] + n * distance * distance;
     });
