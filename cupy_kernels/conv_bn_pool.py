@@ -29,7 +29,8 @@ def typed(p: Plan, parameters: str, half: bool) -> Plan:
     16-bit tensors or under autocast, and half the memory.
     """
     types = ("param_t", parameters), ("pooled_t", "half_t" if half else "float")
-    return p.of_weights(parameters)._replace(macros=(*p.macros, *types))
+    found = p.of_weights(parameters)
+    return found._replace(macros=(*found.macros, *types))
 
 
 def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tuple, type]]:
@@ -196,10 +197,12 @@ def variants():
         if dict(sample.pack_macros)["FLIP"]:
             continue
         dtype, split = (dict(sample.macros)[name] for name in ("scalar_t", "SPLIT"))
-        for half in sorted({dtype != "float", split == 1}):
-            p = typed(sample, dtype, half)
+        # Parameters of x's type; under autocast float32 ones, and pooled sums of 16 bits.
+        for parameters, half in sorted({(dtype, dtype != "float"), ("float", split == 1)}):
+            p = typed(sample, parameters, half)
             macros = dict(p.macros)
-            kind = (*(macros[name] for name in ("scalar_t", "pooled_t", "SPLIT", "WGMMA", "CHANNELS_LAST")),)
+            names = ("scalar_t", "pooled_t", "SPLIT", "WGMMA", "CHANNELS_LAST", "AS_IT_IS")
+            kind = (*(macros[name] for name in names),)
             modes = ((True, True), (True, False), (False, False), (False, True))
             for mode in modes[:1] if kind in found else modes:
                 yield _pool_kernel(p, *mode).variant

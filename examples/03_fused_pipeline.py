@@ -226,7 +226,7 @@ plt.show()
 
 # %%
 def tf32(t):
-    return workloads.tf32_rounded(t)
+    return parity.tf32_rounded(t)
 
 
 def scaled_half(t):

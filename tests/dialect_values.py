@@ -61,7 +61,7 @@ VALUES = [
     ("__brev(u)", int(f"{U:032b}"[::-1], 2)),
     ("__brevll(m)", int(f"{M:064b}"[::-1], 2)),
     ("__byte_perm(u, 0x01020384u, 0x4173)", 0x840F04F0 & 0 | 0x840F01F0),
-    ("__byte_perm(u, 0x01020384u, 0x5C90)", 0x03FF001E),
+    ("__byte_perm(u, 0x01020384u, 0x5C90)", 0x03840F1E),
     ("__mulhi(i, 1 << 30)", -2),
     ("__umulhi(u, u)", U * U >> 32),
     ("__mul64hi(l, 1ll << 50)", (L << 50) >> 64),

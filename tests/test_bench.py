@@ -214,7 +214,8 @@ def test_our_exceptions_are_failures(small, monkeypatch, tmp_path):
     def broken(*args, **options):
         raise RuntimeError("planted")
 
-    for where in (functional, sys.modules["modelnew.functional.conv_transpose"]):  # where the layer finds it
+    files = [sys.modules[f"modelnew.functional.{name}"] for name in ("conv_transpose", "conv_bn_pool")]
+    for where in (functional, *files):  # where the layer and the fused chain find it, too
         monkeypatch.setattr(where, "conv_transpose2d", broken)
     rows = measured(tmp_path, "--what", "conv_forward,forward_eval", code=1)
     ours = [r for r in rows.values() if r["who"] == "modelnew"]

@@ -9,7 +9,8 @@ import torch
 from modelnew import entrants, functional, workloads
 from modelnew.entrants import Case
 
-operator_file = sys.modules["modelnew.functional.conv_transpose"]  # where the layer finds its function
+# Where the layer and the fused chain find their function.
+FILES = [sys.modules[f"modelnew.functional.{name}"] for name in ("conv_transpose", "conv_bn_pool")]
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +27,7 @@ def test_checks_find_small_errors(device, small, monkeypatch, what):
         y = right(*args, **options)
         return y + 1e-4 * y.roll(1, -1)
 
-    for where in (functional, operator_file):
+    for where in (functional, *FILES):
         monkeypatch.setattr(where, "conv_transpose2d", slightly_wrong)
     case = Case(3, 6, torch.device(device))
     with entrants.numerics("fp32", case.device):

@@ -1,7 +1,9 @@
 """The chain where one operator does not take it: the convolution, `functional.bn_pool`, and group norm."""
 
+import collections
 import copy
 import itertools
+import math
 
 import pytest
 import tolerance
@@ -56,8 +58,12 @@ def pair(case, device, dtype=torch.float32, activation=None, last=False):
         theirs[1].weight[1::3].neg_()
         theirs[1].weight[0] = 0
     *_, images, height, width = CASES[case]
+    x = torch.randn(images, theirs[0].in_channels, height, width)
+    with torch.no_grad():  # what tanh has in evaluation is not far from what it has in training
+        variance, mean = torch.var_mean(theirs[0](x), (0, 2, 3))
+        theirs[1].running_mean.copy_(mean), theirs[1].running_var.copy_(variance * 1.2)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(images, theirs[0].in_channels, height, width).to(device, dtype)
+    x = x.to(device, dtype)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     ours[0].numerics = "fp32"
     return theirs.to(device, dtype), ours.to(device, dtype), x
@@ -148,7 +154,7 @@ def test_which_value_wins(device, window, sign, last):
         lambda x: bn_activation_max_pool2d(
             x, mean, var, gamma, None, False, 0.1, 0.0, None, None, "leaky_relu", 1.0, pool_of(*window, 1)
         ),
-        lambda x: F.max_pool2d(x * sign, *window),
+        lambda x: F.max_pool2d((x * sign).contiguous(), *window),  # PyTorch's for channels_last loses -inf on a GPU
     ):
         leaf = x.detach().requires_grad_()
         y = f(leaf)
@@ -271,19 +277,25 @@ def test_explain(device):
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 def test_autocast(device, last, launched):
-    theirs, ours, x = pair("k4s2, 3 channels", device, last=last)
-    mask = well_separated(theirs, x, 0.1)
-    dy = torch.randn(mask.shape, device=device) * mask
-    truth = gradients(copy.deepcopy(theirs).double(), x, dy)
-    launched.clear()
-    with torch.autocast(torch.device(device).type, torch.bfloat16):
-        reference, found = gradients(theirs, x, dy), gradients(ours, x, dy)
-    assert {k.name for k in launched} >= IN_THREE
-    for name, right in truth.items():
-        assert found[name].dtype == reference[name].dtype
+    """Squared errors of many small batches together: those of one are chance."""
+    squares = collections.Counter()
+    for _ in range(16):
+        theirs, ours, x = pair("k4s2, 3 channels", device, last=last)
+        mask = well_separated(theirs, x, 0.1)
+        dy = torch.randn(mask.shape, device=device) * mask
+        truth = gradients(copy.deepcopy(theirs).double(), x, dy)
+        launched.clear()
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            reference, found = gradients(theirs, x, dy), gradients(ours, x, dy)
+        assert {k.name for k in launched} >= IN_THREE
+        for name, right in truth.items():
+            assert found[name].dtype == reference[name].dtype
+            for who, result in (("ours", found), ("theirs", reference)):
+                squares[who, name] += float((result[name].double() - right).square().sum())
+    for name in truth:
         if name != "0.bias":
-            ratio = [(t[name].double() - right).norm() / right.norm() for t in (found, reference)]
-            assert ratio[0] <= 1.3 * ratio[1] + 2e-3, (name, ratio)  # few values: chance
+            ratio = math.sqrt(squares["ours", name] / squares["theirs", name])
+            assert ratio < 1.25, (name, ratio)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

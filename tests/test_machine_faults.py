@@ -122,6 +122,7 @@ def test_what_cuda_says_of_a_launch_is_passed_on_with_the_kernel(monkeypatch):
     driver = types.SimpleNamespace(launchKernel=refuse, CUDADriverError=CUDADriverError, ctxGetCurrent=lambda: 1)
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(driver=driver))
     monkeypatch.setattr(compiler, "cupy", lambda: cupy)
-    packed = types.SimpleNamespace(numbers=(), parameters=0, step=types.SimpleNamespace(kernel="tanh_forward"))
+    step = types.SimpleNamespace(kernel="tanh_forward", cooperative=False)
+    packed = types.SimpleNamespace(numbers=(), parameters=0, step=step)
     with pytest.raises(RuntimeError, match=r"tanh_forward: CUDA_ERROR_ILLEGAL_ADDRESS.*CUDA_LAUNCH_BLOCKING"):
         compiler.Gpu().start([packed], 0)

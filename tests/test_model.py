@@ -117,10 +117,8 @@ def test_fusions(monkeypatch, replace):
     }[names(replace - {"conv_transpose", "group_norm"})]
     first = ["conv_transpose2d"] if "conv_transpose" in replace else []
     last = ["group_norm"] if "group_norm" in replace else []
-    fused = (
-        ["conv_bn_activation_max_pool_group_norm"] if len(replace) == 5 else []
-    )  # which does not take so few channels
-    assert calls == fused + first + middle + last
+    fused = ["conv_bn_activation_max_pool_group_norm"] if len(replace) == 5 else first + middle + last
+    assert calls == fused
 
 
 FUSED = (16, 32, 3, 1, 1, 1, 4)

@@ -71,7 +71,7 @@ def test_repeated_calls_are_torchs(device, written, name, memory_format):
         x = batch(device, memory_format=memory_format)
         with torch.no_grad():
             torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
-        dy = torch.randn_like(theirs(x))
+        dy = torch.randn_like(theirs(x)).contiguous(memory_format=memory_format)
         found, expected = step(ours, x, dy), step(theirs, x, dy)
         for one, other in zip(found, expected):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

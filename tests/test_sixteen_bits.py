@@ -80,7 +80,7 @@ def test_a_block_takes_image_after_image(device, monkeypatch, launched, wgmma):
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_float32_parameters_under_autocast(device, dtype, last, launched):
+def test_float32_parameters_under_autocast(device, dtype, last, launched, wgmma):
     """The layer before gives 16 bits; the parameters stay as they are, and so do their gradients."""
     model, ours, x = models(CASES["even"], "auto", device)
     x = x.to(dtype, memory_format=torch.channels_last if last else torch.contiguous_format)

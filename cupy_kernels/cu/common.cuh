@@ -179,7 +179,7 @@ __device__ inline void make_opaque(int& v) {
 #endif
 }
 
-// 4, 8, 16 or 32 bytes, aligned to at most 16 of them. Of a plain store NVRTC may make one for each element.
+// Up to 32 bytes, aligned to at most 16 of them. Of a plain store of several NVRTC may make one for each element.
 template <class T, int W> __device__ inline void store_at_once(T* to, const Packed<T, W>& v) {
 #ifdef CUPY_KERNELS_EMULATOR
     *(Packed<T, W>*)to = v;
@@ -194,6 +194,7 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
     } else if constexpr (sizeof(v) == 8) {
         uint2 bits = *(const uint2*)&v;
         asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
-    } else *(unsigned*)to = *(const unsigned*)&v;
+    } else if constexpr (sizeof(v) == 4) *(unsigned*)to = *(const unsigned*)&v;
+    else *(Packed<T, W>*)to = v;
 #endif
 }

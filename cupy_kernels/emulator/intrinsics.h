@@ -66,8 +66,7 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     unsigned long long bytes = (unsigned long long)y << 32 | x;
     unsigned result = 0;
     for (int i = 0; i < 4; i++) {
-        unsigned choice = selector >> 4 * i & 15, byte = bytes >> choice % 8 * 8 & 0xFF;
-        if (choice & 8) byte = byte & 0x80 ? 0xFF : 0;
+        unsigned choice = selector >> 4 * i & 7, byte = bytes >> choice * 8 & 0xFF;
         result |= byte << 8 * i;
     }
     return result;

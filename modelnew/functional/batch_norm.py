@@ -396,13 +396,17 @@ CASES = (
     *(
         Case(
             f"batch_norm, training{what}",
-            ("batch_norm.cu",),
+            files,
             of_tensors(batch_norm, True),
             torch_norm(lambda y: y, True),
             inputs,
             sums_of(inputs),
         )
-        for what, inputs in (("", norm_inputs), (", large planes", _large_planes), (", channels_last", _channels_last))
+        for what, files, inputs in (
+            ("", ("batch_norm.cu",), norm_inputs),
+            (", large planes", ("batch_norm.cu",), _large_planes),
+            (", channels_last", ("batch_norm.cu", "batch_norm_resident.cu"), _channels_last),
+        )
     ),
     Case(
         "batch_norm_tanh, eval",
