@@ -272,5 +272,5 @@ def test_the_checks_of_a_file_launch_all_its_kernels(file):
     with observed(lambda kernel, *_: launched.add((kernel.file, kernel.name))):
         for case in checks.cases([file]):
             checks.compare(case, torch.float32, torch.device("cpu"), None)
-    of_bfloat16 = {"scale_fp16"}  # alone
-    assert {name for f, name in launched if f == file} == set(source.packaged_kernels(file)) - of_bfloat16
+    of_16_bits = {"scale_fp16", "turn_taps"}  # alone
+    assert {name for f, name in launched if f == file} == set(source.packaged_kernels(file)) - of_16_bits

@@ -187,6 +187,12 @@ def _channels_last(images):
     return {**inputs, "x": inputs["x"].contiguous(memory_format=torch.channels_last)}
 
 
+def _one_image(images):
+    """Whose rows many blocks share."""
+    x = torch.randn((1, 128, 128, 128) if images else (1, 8, 48, 50)).contiguous(memory_format=torch.channels_last)
+    return {"x": x, "weight": torch.rand(x.shape[1]) + 0.5, "bias": torch.randn(x.shape[1])}
+
+
 def _few_large_groups(images):
     """More values in a group than a block keeps."""
     return {"x": torch.randn(2, 2, 90, 80), "weight": torch.rand(2) + 0.5, "bias": torch.randn(2)}
@@ -208,6 +214,14 @@ CASES = (
         lambda x, weight, bias: F.group_norm(x, x.shape[1] // 16, weight, bias),
         _channels_last,
         sums_of(_inputs),
+    ),
+    Case(
+        "group_norm, one image, channels_last",
+        ("group_norm_channels_last.cu",),
+        lambda x, weight, bias: group_norm(x, x.shape[1] // 4, weight, bias),
+        lambda x, weight, bias: F.group_norm(x, x.shape[1] // 4, weight, bias),
+        _one_image,
+        sums_of(_one_image),
     ),
     Case(
         "group_norm, large groups",
