@@ -1,5 +1,7 @@
 """CUDA graphs of a module: its kernels are started together, so that small batches do not wait for the host."""
 
+import contextlib
+import gc
 from collections.abc import Callable
 
 import torch
@@ -61,10 +63,11 @@ class _Graphed:
         self.training = self._training()
         before = [buffer.clone() for buffer in module.buffers()]
         try:
-            if self.differentiable:
-                self.run = torch.cuda.make_graphed_callables(_Held(module), tuple(self.example), _WARM_UP)
-            else:
-                self.run = _forward_graph(module, self.example)
+            with _no_garbage():
+                if self.differentiable:
+                    self.run = torch.cuda.make_graphed_callables(_Held(module), tuple(self.example), _WARM_UP)
+                else:
+                    self.run = _forward_graph(module, self.example)
         finally:
             with torch.no_grad():
                 for buffer, value in zip(module.buffers(), before):
@@ -95,6 +98,19 @@ class _Graphed:
             raise RuntimeError("the module is in another mode (train or eval) than when this was made: make one anew")
         if not self.differentiable and self._wants_gradients():
             raise RuntimeError("it was made without gradients: call it under torch.no_grad(), or make one anew")
+
+
+@contextlib.contextmanager
+def _no_garbage():
+    """The garbage collector rests: a kernel that it unloads, of a text that was edited, would end a capture."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Held(nn.Module):
