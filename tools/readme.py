@@ -76,7 +76,7 @@ def _speed(results, folder) -> str:
                 cells += [f"{_ms(peer)} ms, {peer['who']} {peer['layout']}", _ratio(peer, row)]
                 lines.append(f"| {_NAMES[what]}, {n} image{'s'[: n != 1]}, {_CLASSES[cls]} | {' | '.join(cells)} |")
         if lines:
-            head = "| | ModelNew | PyTorch | | the faster of PyTorch and torch.compile | |"
+            head = "| | ModelNew | PyTorch | | fastest peer that was timed | |"
             lines = [f"{_where(record)}, `{record['command']}`:", "", head, "|---|--:|--:|--:|--:|--:|", *lines, ""]
     for _, record in itertools.islice(_records(results, "layers"), 1):
         means = {}
