@@ -39,7 +39,9 @@ SPILLS[("depthwise_gather", None, False)] = SPILLS[("channel_sum_partials", None
 # Of 16 bits, on GPUs older than sm_90 most of it.
 SPILLS |= {("batch_norm_resident_backward", None, False): 480, ("batch_norm_resident_forward", None, False): 96}
 SPILLS |= {(f"batch_norm_{way}", None, False): 256 for way in ("forward", "backward")}
-SPILLS[("batch_norm_partials", None, False)] = 52
+SPILLS |= {("batch_norm_partials", None, False): 52, ("batch_norm_statistics", None, False): 8}  # the second of double
+# Bytes of arrays that NVRTC 11.8 does not keep in registers, though every index is known: of 3x3 windows.
+STACKS = {"bn_pool_forward": 80, "bn_pool_backward": 80}
 
 
 def goes_with_wgmma(variant):
@@ -84,7 +86,8 @@ def check_memory(jobs):
             for name, used in kernels.items():
                 allowed = SPILLS.get((name, dict(job[0].defines).get("SPLIT"), goes_with_wgmma(job[0])), 0)
                 assert used.spill_bytes <= allowed, f"{name} of {job[0]} for {job[1]}: {used}"
-                assert used.spill_bytes or not used.stack_bytes, f"{name} of {job[0]} for {job[1]}: {used}"
+                stack = used.stack_bytes if not used.spill_bytes else 0
+                assert stack <= STACKS.get(name, 0), f"{name} of {job[0]} for {job[1]}: {used}"
 
 
 @needs_nvrtc
