@@ -39,7 +39,13 @@ SPILLS[("depthwise_gather", None, False)] = SPILLS[("channel_sum_partials", None
 # Of 16 bits, on GPUs older than sm_90 most of it.
 SPILLS |= {("batch_norm_resident_backward", None, False): 480, ("batch_norm_resident_forward", None, False): 96}
 SPILLS |= {(f"batch_norm_{way}", None, False): 256 for way in ("forward", "backward")}
-SPILLS |= {("batch_norm_partials", None, False): 52, ("batch_norm_statistics", None, False): 8}  # the second of double
+SPILLS[("batch_norm_partials", None, False)] = 52
+# Of sm_90, where ptxas gives these 32 registers. They are small: a block combines what few blocks have summed up.
+SPILLS |= {
+    (f"{norm}_statistics{last}", None, False): 8
+    for norm, last in (("batch_norm", ""), ("group_norm", "_channels_last"))
+}
+SPILLS[("group_norm_backward_means_channels_last", None, False)] = 64
 # Bytes of arrays that NVRTC 11.8 does not keep in registers, though every index is known: of 3x3 windows.
 STACKS = {"bn_pool_forward": 80, "bn_pool_backward": 80}
 

@@ -52,7 +52,7 @@ def test_kernels_are_listed():
     assert "const scalar_t* x" in repr(cupy_kernels.kernels("tanh_forward"))
     assert "WIDTH: 1, 4, 2, 8" in repr(cupy_kernels.kernels("tanh_forward"))
     (row,) = cupy_kernels.kernels("pack_weight_fp16")
-    assert row.macros == "scalar_t acc_t WGMMA SPLIT CHUNK_CHANNELS LINE_BYTES FLIP and 5 of the shape"
+    assert row.macros == "scalar_t acc_t WGMMA AS_IT_IS SPLIT CHUNK_CHANNELS LINE_BYTES FLIP and 5 of the shape"
     of_header = cupy_kernels.kernels("tanh.cuh")
     assert {row.file for row in of_header} == set(tinker.files_with("tanh.cuh"))
     assert "const scalar_t* x" not in repr(of_header)
