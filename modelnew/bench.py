@@ -266,7 +266,7 @@ def _listed(choices=None):
     help="Time the first forward of new processes, too.  [default: yes, but not with --quick nor on the CPU]",
 )
 @commands.device_option
-@commands.output_option("bench")
+@commands.output_option("bench", drawn=True)
 @click.option(
     "--plot-only",
     metavar="RECORD",

@@ -18,12 +18,12 @@ device_option = click.option(
 )
 
 
-def output_option(kind: str):
-    """The option --output of a command that writes records of this kind."""
+def output_option(kind: str, drawn: bool = False):
+    """The option --output of a command that writes records of this kind. drawn: and plots."""
     return click.option(
         "--output",
         type=click.Path(file_okay=False, path_type=Path),
-        help=f"Folder for {kind}_<gpu>.json and .png.  [default: benchmarks/results in the repository's root, the "
+        help=f"Folder for {kind}_<gpu>.json{' and .png' if drawn else ''}.  [default: benchmarks/results in the repository's root, the "
         "current directory elsewhere; on the CPU nothing is written]",
     )
 

@@ -112,7 +112,7 @@ def _progress(steps):
     help="From how many seeds, each 2 larger, the first steps are judged.  [default: 5; 1 on the CPU]",
 )
 @commands.device_option
-@commands.output_option("training")
+@commands.output_option("training", drawn=True)
 def training_command(device, output, steps, batch, channels, size, lr, amp, momentum, seed, seeds):
     """Judge the first steps of training, and show loss curves of Model and ModelNew.
 
