@@ -23,8 +23,8 @@ def output_option(kind: str, drawn: bool = False):
     return click.option(
         "--output",
         type=click.Path(file_okay=False, path_type=Path),
-        help=f"Folder for {kind}_<gpu>.json{' and .png' if drawn else ''}.  [default: benchmarks/results in the repository's root, the "
-        "current directory elsewhere; on the CPU nothing is written]",
+        help=f"Folder for {kind}_<gpu>.json{' and .png' if drawn else ''}.  [default: benchmarks/results in the "
+        "repository's root, the current directory elsewhere; on the CPU nothing is written]",
     )
 
 
