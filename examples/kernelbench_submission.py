@@ -2113,7 +2113,8 @@ def typed(p: Plan, parameters: str, half: bool) -> Plan:
     16-bit tensors or under autocast, and half the memory.
     """
     types = ("param_t", parameters), ("pooled_t", "half_t" if half else "float")
-    return p.of_weights(parameters)._replace(macros=(*p.macros, *types))
+    found = p.of_weights(parameters)
+    return found._replace(macros=(*found.macros, *types))
 
 
 def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tuple, type]]:
@@ -3670,7 +3671,7 @@ __device__ inline void make_opaque(int& v) {
 #endif
 }
 
-// 4, 8, 16 or 32 bytes, aligned to at most 16 of them. Of a plain store NVRTC may make one for each element.
+// Up to 32 bytes, aligned to at most 16 of them. Of a plain store of several NVRTC may make one for each element.
 template <class T, int W> __device__ inline void store_at_once(T* to, const Packed<T, W>& v) {
 #ifdef CUPY_KERNELS_EMULATOR
     *(Packed<T, W>*)to = v;
@@ -3685,7 +3686,8 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
     } else if constexpr (sizeof(v) == 8) {
         uint2 bits = *(const uint2*)&v;
         asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(bits.x), "r"(bits.y));
-    } else *(unsigned*)to = *(const unsigned*)&v;
+    } else if constexpr (sizeof(v) == 4) *(unsigned*)to = *(const unsigned*)&v;
+    else *(Packed<T, W>*)to = v;
 #endif
 }
 """,
