@@ -302,18 +302,7 @@ def test_autocast(device, last, launched):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_second_derivatives(device, training):
     theirs, ours, x = pair("k3s2", device)
-
-    def penalty(model):
-        model = copy.deepcopy(model).train(training)
-        leaf = x.to(next(model.parameters()).dtype).requires_grad_()
-        (dx,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
-        wanted = [p for name, p in model.named_parameters() if name != "0.bias"]
-        return torch.autograd.grad(dx.square().sum(), wanted)
-
-    truth, reference, found = penalty(theirs.double()), penalty(theirs.float()), penalty(ours)
-    for i, expected in enumerate(truth):
-        error, allowed = ((t[i].double() - expected).norm() / expected.norm() for t in (found, reference))
-        assert error <= 2 * allowed + 1e-6
+    tolerance.check_gradient_penalty(theirs.train(training), ours.train(training), x)
 
 
 @pytest.mark.filterwarnings("ignore")

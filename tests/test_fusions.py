@@ -167,18 +167,7 @@ def test_ties(device, slope, sign):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_second_derivatives(device, training):
     theirs, ours, x = pair(device, 0.2)
-
-    def penalty(model):
-        model = copy.deepcopy(model).train(training)
-        leaf = x.to(next(model.parameters()).dtype).requires_grad_()
-        (dx,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
-        wanted = [p for name, p in model.named_parameters() if name != "0.bias"]
-        return torch.autograd.grad(dx.square().sum(), wanted)
-
-    truth, reference, found = penalty(theirs.double()), penalty(theirs.float()), penalty(ours)
-    for i, expected in enumerate(truth):
-        error, allowed = ((t[i].double() - expected).norm() / expected.norm() for t in (found, reference))
-        assert error <= 2 * allowed + 1e-6
+    tolerance.check_gradient_penalty(theirs.train(training), ours.train(training), x)
 
 
 @pytest.mark.parametrize(

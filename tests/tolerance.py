@@ -1,5 +1,6 @@
 """Assertions of the one tolerance policy, see `modelnew.parity.within_policy`."""
 
+import copy
 import os
 
 import torch
@@ -81,3 +82,19 @@ def check_gradients(function, reference, inputs, what: str = "gradient", terms: 
     summed = [terms[0], *(n for n, t in zip(terms[1:], inputs) if t is not None and t.requires_grad)]
     for i, (a, b, t) in enumerate(zip(ours, theirs, truth, strict=True)):
         check(a, t, b, f"{what}, output" if i == 0 else f"{what}, gradient {i}", summed[i])
+
+
+def check_gradient_penalty(theirs: torch.nn.Sequential, ours: torch.nn.Sequential, x: torch.Tensor) -> None:
+    """Second derivatives of a chain, those of the square of dx. Not of the convolution's bias: it may have none."""
+
+    def penalty(model):
+        model = copy.deepcopy(model)
+        leaf = x.to(next(model.parameters()).dtype).requires_grad_()
+        (dx,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
+        wanted = [p for name, p in model.named_parameters() if name != "0.bias"]
+        return torch.autograd.grad(dx.square().sum(), wanted)
+
+    truth, reference, found = penalty(copy.deepcopy(theirs).double()), penalty(theirs), penalty(ours)
+    for expected, actual, theirs_result in zip(truth, found, reference):
+        errors = [float((t.double() - expected).norm() / expected.norm()) for t in (actual, theirs_result)]
+        assert errors[0] <= 2 * errors[1] + 1e-6, errors
