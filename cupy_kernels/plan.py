@@ -13,7 +13,7 @@ import numpy as np
 
 from . import launch
 from .backend import Backend
-from .launch import NULL, Batch, Varying, recorded
+from .launch import NULL, Batch, Step, Varying, recorded
 
 ALIGNMENT = 256  # bytes, of arrays that share memory
 
@@ -103,15 +103,16 @@ class Plan:
         """The launches that were started before."""
         return self._batches[steps.start]
 
-    def updated(self) -> set[int]:
-        """Indexes of the arguments that kernels write to."""
-        pairs = [pair for step in self.steps for pair in zip(step.args, step.parameters)]
-        return {arg.index for arg, parameter in pairs if isinstance(arg, Slot) and not parameter.const}
-
     def notify(self, steps: range, array: Callable, values: list) -> None:
         """Shows some of the launches to those who observe launches. array(slot): the array that a Slot stands for."""
         for step in self.steps[steps.start : steps.stop]:
             launch.notify(step.requested, step.grid, step.block, _arguments(step, array, values), step.shared_bytes)
+
+
+def written(step: Step) -> set[int]:
+    """Indexes of the arguments that a step writes to."""
+    pairs = zip(step.args, step.parameters)
+    return {arg.index for arg, parameter in pairs if isinstance(arg, Slot) and not parameter.const}
 
 
 def _arguments(step, array, values):

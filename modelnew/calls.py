@@ -18,7 +18,7 @@ import torch
 from cupy_kernels import compiler
 from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.launch import Varying, observing
-from cupy_kernels.plan import ALIGNMENT, Plan, Slot
+from cupy_kernels.plan import ALIGNMENT, Plan, Slot, written
 from cupy_kernels.source import until_overridden
 
 from . import recorders
@@ -241,7 +241,8 @@ def _stages(plan, new, returned) -> list[_Stage]:
     """
     count, returned = len(plan.steps), returned if isinstance(returned, tuple) else (returned,)
     first, last = {}, {}
-    update = next((number for number, step in enumerate(plan.steps) if _updates(step, new.first)), count)
+    updates = [number for number, step in enumerate(plan.steps) if any(i < new.first for i in written(step))]
+    update = min(updates, default=count)
     for number, step in enumerate(plan.steps):
         for index in {arg.index for arg in step.args if isinstance(arg, Slot)}:
             first.setdefault(index, min(number, update))
@@ -265,12 +266,6 @@ def _stages(plan, new, returned) -> list[_Stage]:
             )
         )
     return stages
-
-
-def _updates(step, arguments) -> bool:
-    """Whether a step writes into one of a call's so many arguments."""
-    pairs = zip(step.args, step.parameters)
-    return any(isinstance(arg, Slot) and arg.index < arguments and not parameter.const for arg, parameter in pairs)
 
 
 def _strides(shape):

@@ -20,6 +20,8 @@ from types import SimpleNamespace
 import torch
 from torch import is_grad_enabled
 
+from cupy_kernels.plan import written
+
 from . import calls, numerics, recorders
 from .shortcuts import allocator, any_autocast, apply, current_device, guard_of, raw_stream
 
@@ -269,7 +271,7 @@ class _Code:
                 lines.append(f"if not watched() or show(plan, [{', '.join(values)}], {steps}):")
                 lines.append(f"    backend{number}.start(launches{number}, {stream})")
             lines += [f"v{index} = None" for index in dropped]
-        updated = [f"t{self.sources[index]}" for index in plan.updated() if index in self.sources]
+        updated = {f"t{self.sources[i]}": None for step in plan.steps for i in written(step) if i in self.sources}
         if updated:
             defined["increment_version"] = torch.autograd.graph.increment_version
             lines.append(f"increment_version([{', '.join(updated)}])")

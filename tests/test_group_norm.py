@@ -186,6 +186,18 @@ def test_large_incoming_gradients(device, shape, bound, memory_format):
         assert error(actual, expected.float()).rms < bound
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [20, 60], ids=["whole", "chunks"])
+def test_sums_over_planes_that_overflow_and_cancel(device, size, memory_format):
+    """The gradient of the bias is 1e38, the sum over a plane 8e38 and more."""
+    x = torch.randn(2, 4, size, size, device=device).contiguous(memory_format=memory_format)
+    dy = torch.full_like(x, 2e36)
+    dy[1] *= 1e38 / (size * size * 2e36) - 1
+    weight, bias = parameters(4, device)
+    (dbias,) = torch.autograd.grad(group_norm(x, 2, weight, bias), bias, dy)
+    torch.testing.assert_close(dbias, torch.full_like(bias, 1e38), rtol=1e-4, atol=0)
+
+
 def test_denormals(device):
     x = torch.randn(2, 4, 4, 5, device=device) * 1e-39
     torch.testing.assert_close(group_norm(x, 2), F.group_norm(x, 2), rtol=0, atol=1e-36)  # -ftz=true flushes them
