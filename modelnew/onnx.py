@@ -37,9 +37,16 @@ def conv_bn_activation_max_pool_group_norm(
     *args,
     conv_weight,
     conv_bias=None,
+    stride=1,
     padding=0,
+    output_padding=0,
+    dilation=1,
+    groups=1,
     activation="tanh",
     negative_slope=0.01,
+    pool_size=2,
+    pool_stride=None,
+    pool_padding=0,
     num_groups,
     group_weight=None,
     group_bias=None,
@@ -48,9 +55,11 @@ def conv_bn_activation_max_pool_group_norm(
     peers=None,
     **options,
 ):
-    y = batch_norm(F.conv_transpose2d(input, conv_weight, conv_bias, padding=padding), *args, **options)
+    geometry = stride, padding, output_padding, groups, dilation
+    y = batch_norm(F.conv_transpose2d(input, conv_weight, conv_bias, *geometry), *args, **options)
     y = y.tanh() if activation == "tanh" else F.leaky_relu(y, negative_slope)
-    return F.group_norm(F.max_pool2d(y, 2), num_groups, group_weight, group_bias, group_eps)
+    y = F.max_pool2d(y, pool_size, pool_stride, pool_padding)
+    return F.group_norm(y, num_groups, group_weight, group_bias, group_eps)
 
 
 conv_bn_tanh_max_pool_group_norm = conv_bn_activation_max_pool_group_norm

@@ -9,6 +9,7 @@ from modelnew import functional, onnx
 NORM = torch.randn(4), torch.rand(4) + 0.5, torch.randn(4), torch.randn(4)  # running mean and variance, weight, bias
 CHAIN = {"conv_weight": torch.randn(16, 32, 3, 3), "conv_bias": torch.randn(32), "padding": 1, "num_groups": 4}
 CHAIN |= {"group_weight": torch.randn(32), "group_bias": torch.randn(32), "group_eps": 0.1, "numerics": "fp32"}
+OF_ANY_CONVOLUTION = {"stride": 2, "output_padding": 1, "pool_size": 3, "pool_stride": 2, "pool_padding": 1}
 OF_CHAIN = torch.randn(32), torch.rand(32) + 0.5, torch.randn(32), torch.randn(32), False, 0.1, 0.01
 ARGUMENTS = {
     "tanh": ((), {}),
@@ -20,7 +21,7 @@ ARGUMENTS = {
     "tanh_max_pool2d": ((2, 1), {"ceil_mode": True}),
     "bn_tanh_max_pool2d": ((*NORM, False, 0.1, 0.01, 3), {"stride": 2, "padding": 1}),
     "conv_transpose2d": ((torch.randn(4, 3, 3, 3), torch.randn(3), 2), {"output_padding": 1, "numerics": "fp32"}),
-    "conv_bn_tanh_max_pool_group_norm": (OF_CHAIN, CHAIN),
+    "conv_bn_tanh_max_pool_group_norm": (OF_CHAIN, CHAIN | OF_ANY_CONVOLUTION),
     "conv_bn_activation_max_pool_group_norm": (OF_CHAIN, {**CHAIN, "activation": "leaky_relu", "negative_slope": 0.2}),
 }
 
