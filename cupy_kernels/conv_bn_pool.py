@@ -192,7 +192,7 @@ def pooled_places(p: Plan) -> np.ndarray:
 
 def variants():
     """Every mode for the first forward of each type of `sample_plans`; training with a backward for the others."""
-    found = set()
+    kinds, found = set(), {}
     for sample in sample_plans():
         if dict(sample.pack_macros)["FLIP"]:
             continue
@@ -204,6 +204,7 @@ def variants():
             names = ("scalar_t", "pooled_t", "SPLIT", "WGMMA", "CHANNELS_LAST", "AS_IT_IS")
             kind = (*(macros[name] for name in names),)
             modes = ((True, True), (True, False), (False, False), (False, True))
-            for mode in modes[:1] if kind in found else modes:
-                yield _pool_kernel(p, *mode).variant
-            found.add(kind)
+            for mode in modes[:1] if kind in kinds else modes:
+                found[_pool_kernel(p, *mode).variant] = None
+            kinds.add(kind)
+    yield from found
