@@ -7,7 +7,9 @@ from .source import SCALARS
 
 FLOATS = ("float", "double", "half_t", "bf16_t")
 THREADS = 256
-MULTIPROCESSORS = 132  # an H100's; a constant, so that results depend on shapes alone
+# An H100's. Plans that would sum in another order with another number take this one, so that results depend on shapes
+# alone. Those of tensor cores take the GPU's own, which is worth more there.
+MULTIPROCESSORS = 132
 
 
 def scalar(array) -> str:

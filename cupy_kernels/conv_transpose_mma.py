@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     threads: int
     shared_bytes: int
     planes: tuple
+    multiprocessors: int
 
     def of_packed(self) -> "Plan":
         """The same plan for an x that already is packed, see `fp16_tiles`."""
@@ -73,13 +74,14 @@ def plan(
     shared_limit: int,
     wgmma: bool = False,
     channels_last: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
 ) -> Plan:
     """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
 
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
     block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where that is possible and
-    faster. channels_last: x and y, of 16-bit types, are [N, H, W, C]. Raises UnsupportedError for what the kernels do
-    not take.
+    faster. channels_last: x and y, of 16-bit types, are [N, H, W, C]. multiprocessors: the GPU's; few images are spread
+    over them. Raises UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
@@ -89,7 +91,7 @@ def plan(
     few = x_shape[0] if x_shape[0] < MANY_IMAGES else None
     sizes = few, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
     slower = split == 2 and dgrad and x_shape[0] >= _MMA_DGRAD_IMAGES
-    found = conv_wgmma.layout(split, dgrad, *sizes) if wgmma and not slower else None
+    found = conv_wgmma.layout(split, dgrad, *sizes, multiprocessors) if wgmma and not slower else None
     found = found or _layout(split, *sizes)
     as_it_is = dtype == "half_t" and channels_last and not dgrad and found.planes["WGMMA"]
     macros = {
@@ -117,6 +119,7 @@ def plan(
         threads=macros["THREADS"],
         shared_bytes=macros["SHARED_BYTES"],
         planes=tuple(found.planes.items()),
+        multiprocessors=multiprocessors,
     )
 
 
@@ -142,7 +145,7 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
         return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * LINE_BYTES
 
     # Few images: one pass a unit, to spread over the GPU; else as many as fit. N alone decides,
-    # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
+    # so that results of this kernel do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
     def choices_with(warps_n):
         most_passes = ceil_div(windows, 4 * _TILES * warps_n) if images is None else 1
         return [(warps_n, passes, 1) for passes in range(most_passes, 0, -1)] + [(warps_n, 1, 0)]
@@ -220,7 +223,7 @@ def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
     units, tiles = images * p.units, p.rows // p.tile_m
-    blocks = max(1, MULTIPROCESSORS // tiles) if dict(p.macros)["PERSISTENT"] else units
+    blocks = max(1, p.multiprocessors // tiles) if dict(p.macros)["PERSISTENT"] else units
     defines = dict(kernel.defines)
     launch(kernel, (min(units, blocks), tiles, 1), (p.threads, 1, 1), (*args, units), defines["SHARED_BYTES"])
 

@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-from .common import MULTIPROCESSORS, ceil_div
+from .common import ceil_div
 
 # {(split, dgrad): most tiles of 8 pixels and 64 channels whose sums fit a warpgroup's registers}; a tile has two sums,
 # with split 2 three.
@@ -35,7 +35,9 @@ def architecture(macros) -> str | None:
     return "sm_90a" if ("WGMMA", 1) in macros else None
 
 
-def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
+def layout(
+    split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int, multiprocessors: int
+) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
     images: their number, if they are few: a block then takes a small part of one, so that all fill the GPU. None: a
@@ -66,7 +68,7 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         return None
     if images:
         choices = [u for u in choices if u.windows <= _FEW_WINDOWS] or choices[-1:]
-        at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
+        at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= multiprocessors]
         choices = at_once[-1:] or choices
     rows, _, along, stages, shared_bytes = choices[0]
     granule = 1 if dgrad else 4  # tiles that stay together: four in conv_bn_pool

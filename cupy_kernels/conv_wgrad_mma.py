@@ -45,12 +45,14 @@ def plan(
     shared_limit: int,
     wgmma: bool = False,
     channels_last: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
 ) -> Plan:
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
     split: of the packed tiles of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory
     that a block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. channels_last: x is
-    float16 [N, H, W, C] instead of tiles, with split 1. Raises UnsupportedError for what the kernels do not take.
+    float16 [N, H, W, C] instead of tiles, with split 1. multiprocessors: the GPU's, over which the sum is split. Raises
+    UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -62,7 +64,7 @@ def plan(
     found = (_wgmma_layout(width, *sizes) if wgmma else None) or _layout(*sizes)
     tiles = kernel[0] * ceil_div(kernel[1], taps) * found.channel_tiles
     bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
-    bands_per_split = ceil_div(bands, max(1, MULTIPROCESSORS * found.blocks // tiles))
+    bands_per_split = ceil_div(bands, max(1, multiprocessors * found.blocks // tiles))
     splits = ceil_div(bands, bands_per_split)
     macros = {
         **shape_macros(dtype, (channels_in, channels_out), (height, width), out, kernel, geometry.padding),

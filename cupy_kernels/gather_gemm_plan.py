@@ -159,27 +159,34 @@ def _merged(kernel, stride, pad) -> _Axis:
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    x_shape, w_shape, geometry: Geometry, split: int, dtype: str, dgrad: bool = False, wgmma: bool = False
+    x_shape,
+    w_shape,
+    geometry: Geometry,
+    split: int,
+    dtype: str,
+    dgrad: bool = False,
+    wgmma: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
 ) -> Plan:
     """The layout of the forward for x [N, C, H, W], N at least 1, or of dgrad. dtype: the kernels' name of x's type.
 
-    wgmma: whether GPU and NVRTC have it; the plan uses it where it is faster.
+    wgmma: whether GPU and NVRTC have it; the plan uses it where it is faster. multiprocessors: the GPU's.
     """
     y_shape, channels = output_shape(x_shape, w_shape, geometry), (w_shape[0] // geometry.groups, w_shape[1])
     kernel, (stride, padding, _, dilation, groups) = w_shape[2:], geometry
     of_axes = zip(kernel, stride, padding, dilation)
     if dgrad:
         axes = [_Axis(k, k, offset=-p, step=-d, in_step=s) for k, s, p, d in of_axes]
-        return _plan(y_shape, x_shape, axes, groups, *channels, split, dtype, dgrad, wgmma)
+        return _plan(y_shape, x_shape, axes, groups, *channels, split, dtype, dgrad, wgmma, multiprocessors)
     choices = [[_Axis(k, k, s, p, d), *[_merged(k, s, p)] * (s > 1 and d == 1)] for k, s, p, d in of_axes]
     return min(
-        _plan(x_shape, y_shape, axes, groups, *channels[::-1], split, dtype, dgrad, wgmma)
+        _plan(x_shape, y_shape, axes, groups, *channels[::-1], split, dtype, dgrad, wgmma, multiprocessors)
         for axes in itertools.product(*choices)
         if math.prod(a.merged for a in axes) <= _MOST_MERGED and (axes[0].merged == 1 or axes[1].phases == 1)
     )
 
 
-def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad, wgmma) -> Plan:
+def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad, wgmma, multiprocessors) -> Plan:
     """channels, sum_channels: of `out` and of `source`, per group."""
     merged, phases, sum_octets = (
         math.prod(a.merged for a in axes),
@@ -195,7 +202,8 @@ def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad
         return ceil_div(channels, tile.n // merged), ceil_div(pixels, tile.m)
 
     usable = [t for t in GATHER[split] + wgmma * WGMMA[split] if t.n >= merged]
-    choices = [(*_best_splits(t, math.prod(tiles(t)) * phases * groups, steps, most_steps), t) for t in usable]
+    blocks_of = {t: math.prod(tiles(t)) * phases * groups for t in usable}
+    choices = [(*_best_splits(t, blocks, steps, most_steps, multiprocessors), t) for t, blocks in blocks_of.items()]
     time, splits, tile = min(choices)
     channel_tiles, pixel_tiles = tiles(tile)
     split_steps = max(1, ceil_div(most_steps, splits))
@@ -226,11 +234,11 @@ def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad
     )
 
 
-def _best_splits(tile, blocks, steps, most_steps) -> tuple[float, int]:
+def _best_splits(tile, blocks, steps, most_steps, multiprocessors) -> tuple[float, int]:
     """(time, number of splits) of the sum, with which the product takes the least time."""
 
     def time(splits):
-        waves, rest = divmod(ceil_div(blocks * splits, MULTIPROCESSORS), tile.blocks)
+        waves, rest = divmod(ceil_div(blocks * splits, multiprocessors), tile.blocks)
         waves += max(rest / tile.blocks, _ALONE[tile.blocks]) if rest else 0
         reduction = 0 if splits == 1 else 6 + blocks * splits * tile.m * tile.n / 3e5
         return waves * tile.blocks * tile.cost * (steps / splits + _OVERHEAD) + reduction
@@ -239,8 +247,16 @@ def _best_splits(tile, blocks, steps, most_steps) -> tuple[float, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def wgrad_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, wgmma: bool = False) -> WgradPlan:
-    """The layout of the gradient of w in the convolution of x [N, C, H, W], N at least 1. dtype: of w."""
+def wgrad_plan(
+    x_shape,
+    w_shape,
+    geometry: Geometry,
+    split: int,
+    dtype: str,
+    wgmma: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> WgradPlan:
+    """The layout of the gradient of w in the convolution of x [N, C, H, W], N at least 1. dtype: of w. See `plan`."""
     y_shape, groups = output_shape(x_shape, w_shape, geometry), geometry.groups
     channels_in, channels_out, taps = w_shape[0] // groups, w_shape[1], math.prod(w_shape[2:])
     pixels, columns = x_shape[0] * math.prod(x_shape[2:]), taps * octets(channels_out) * 8
@@ -250,7 +266,8 @@ def wgrad_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, wgm
         return ceil_div(channels_in, tile.m), ceil_div(columns, tile.n)
 
     tables = WGRAD[split] + wgmma * WGMMA[split]
-    choices = [(*_best_splits(t, math.prod(tiles(t)) * groups, all_steps, all_steps), t) for t in tables]
+    blocks_of = {t: math.prod(tiles(t)) * groups for t in tables}
+    choices = [(*_best_splits(t, blocks, all_steps, all_steps, multiprocessors), t) for t, blocks in blocks_of.items()]
     time, splits, tile = min(choices)
     splits = max(splits, ceil_div(pixels, _LONGEST_CHAIN))
     split_steps = ceil_div(all_steps, splits)

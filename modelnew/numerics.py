@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cupy_kernels import conv_transpose_mma, conv_wgrad_mma, nvrtc
+from cupy_kernels.common import MULTIPROCESSORS
 from cupy_kernels.conv_transpose import Geometry
 from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.source import SCALARS
@@ -26,7 +27,7 @@ _wgmma_chosen = []
 # What implicit GEMMs leave to the general kernels: what the GPU computes faster than the host starts more kernels, and
 # groups of which most of an octet of channels would be padding.
 SMALL, FEW_CHANNELS = 2**24, 4
-_EMULATED_SHARED_BYTES = 227 * 1024  # an H100's
+_EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS = 227 * 1024, MULTIPROCESSORS  # an H100's
 
 
 def check_numerics(numerics: str) -> None:
@@ -48,7 +49,13 @@ class Choice(NamedTuple):
     cls: str  # "tf32" or "fp32"
     wgmma: bool
     shared_bytes: int  # that a block may use
+    multiprocessors: int
     without: str | None  # why there are no tensor cores
+
+    @property
+    def gpu(self) -> tuple[bool, int]:
+        """What implicit GEMMs depend on."""
+        return self.wgmma, self.multiprocessors
 
 
 def settings():
@@ -61,10 +68,11 @@ def settings():
 def choose(numerics: str, x: torch.Tensor) -> Choice:
     """What holds now for a convolution of x."""
     without = "tensor cores are switched off" if _switched_off else None
-    if not x.is_cuda:
-        return Choice(resolve(numerics, x), uses_wgmma(x), _EMULATED_SHARED_BYTES, without)
-    index = x.get_device()
-    return Choice(resolve(numerics, x), uses_wgmma(x), _shared_bytes(index), without or _too_old(index))
+    sizes = _EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS
+    if x.is_cuda:
+        index = x.get_device()
+        sizes, without = (_shared_bytes(index), _multiprocessors(index)), without or _too_old(index)
+    return Choice(resolve(numerics, x), uses_wgmma(x), *sizes, without)
 
 
 def settled(numerics: str, x: torch.Tensor) -> str:
@@ -132,6 +140,7 @@ def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
     if not x_shape[0]:
         raise UnsupportedError("the batch is empty")
     options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
+    options.update(multiprocessors=choice.multiprocessors)
     return make(tuple(x_shape), tuple(w_shape), geometry, _split(dtype, choice), **options)
 
 
@@ -185,3 +194,8 @@ def _too_old(device_index: int) -> str | None:
 @functools.cache
 def _shared_bytes(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+
+
+@functools.cache
+def _multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count

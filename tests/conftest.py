@@ -155,6 +155,13 @@ def many_passes(monkeypatch, fresh_plans):
     conv_transpose_mma.plan.cache_clear()
 
 
+@pytest.fixture
+def one_multiprocessor(monkeypatch):
+    """Tensor-core plans are those of a GPU with one multiprocessor: sums are not split."""
+    monkeypatch.setattr(numerics, "_EMULATED_MULTIPROCESSORS", 1)
+    monkeypatch.setattr(numerics, "_multiprocessors", lambda _: 1)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--record",

@@ -107,11 +107,26 @@ def test_fp32_class(device, wgmma, case, launched):
     check(dw, x, w, dy, case[3], "fp32")
 
 
+@pytest.mark.parametrize(("multiprocessors", "blocks"), [(132, 130), (108, 105), (82, 80)])
+def test_the_sum_is_split_by_the_gpu_s_size(multiprocessors, blocks):
+    """All blocks run at once: on an H100, an A100 and an RTX 3090."""
+    found = conv_wgrad_mma.plan(
+        (512, 64, 32, 32),
+        (64, 128, 5, 5),
+        geometry((1, 1)),
+        1,
+        "float",
+        227 * 1024,
+        True,
+        multiprocessors=multiprocessors,
+    )
+    assert found.tiles * found.splits == blocks
+
+
 @CLASSES
-def test_long_sums(device, wgmma, cls, monkeypatch):
+@pytest.mark.usefixtures("one_multiprocessor")
+def test_long_sums(device, wgmma, cls):
     """Many bands a block, whose sums go to memory between chains."""
-    monkeypatch.setattr(conv_wgrad_mma, "MULTIPROCESSORS", 1)
-    conv_wgrad_mma.plan.cache_clear()
     case = ((3, 16, 30, 5), 16, (3, 2), (1, 1))
     x, w, dy = tensors(case, device)
     assert (
@@ -119,7 +134,6 @@ def test_long_sums(device, wgmma, cls, monkeypatch):
     )
     with planted("conv_wgrad_mma.cu", ("#define CHAIN (SPLIT", "#define CHAIN (10 + 0 * SPLIT")):
         dw = gradient(x, w, dy, case[3], cls)
-    conv_wgrad_mma.plan.cache_clear()
     check(dw, x, w, dy, case[3], cls)
 
 

@@ -177,6 +177,24 @@ def test_formats_of_x_w_and_dy_differ(device):
         assert dw.is_contiguous(memory_format=formats[1])
 
 
+def test_plans_follow_the_gpu_s_size(device, monkeypatch, launched):
+    """Few blocks with large tiles fill a small GPU; a large one gets small tiles and split sums."""
+    case = ((4, 136, 8, 8), 72, (3, 3), (1, 1), (1, 1), (0, 0), 1, (1, 1))
+    shapes = case[0], (136, 72, 3, 3), Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    found = []
+    for count in (1, 16, 132):
+        monkeypatch.setattr(numerics, "_EMULATED_MULTIPROCESSORS", count)
+        monkeypatch.setattr(numerics, "_multiprocessors", lambda _, count=count: count)
+        x, w, b, dy = tensors(case, device, torch.float32)
+        found.append(gather_gemm_plan.plan(*shapes, 1, "float", multiprocessors=count))
+        launched.clear()
+        with numerics.wgmma(False):
+            check(case, "tf32", x, w, b, dy)
+        forward = next(kernel for kernel in launched if kernel.name == "gather_gemm")
+        assert dict(forward.defines).items() >= dict(found[-1].macros).items()
+    assert [(str(p.tile), p.splits) for p in found] == [("128x128", 1), ("128x16", 1), ("128x16", 5)]
+
+
 def test_a_general_convolution_keeps_the_format(device, monkeypatch, launched):
     case = CASES["phases"]
     x, w, b, dy = tensors(case, device, torch.float64, torch.channels_last)

@@ -8,7 +8,6 @@ import torch
 from test_conv_bn_pool import models, peak, sized, well_separated
 
 from cupy_kernels import conv_bn_pool as ops
-from cupy_kernels import conv_transpose_mma
 from modelnew import ModelNew, explain, numerics
 from modelnew.functional import conv_bn_tanh_max_pool_group_norm
 from modelnew.functional.resident_conv_bn_pool import fused_plan
@@ -65,10 +64,9 @@ def test_channels_last(device, case, dtype, wgmma, launched):
     assert names >= {"conv_bn_pool", "pooled_forward", "pooled_backward", "conv_transpose_mma", "conv_wgrad_mma"}
 
 
-@pytest.mark.usefixtures("many_passes")
-def test_a_block_takes_image_after_image(device, monkeypatch, launched, wgmma):
+@pytest.mark.usefixtures("many_passes", "one_multiprocessor")
+def test_a_block_takes_image_after_image(device, launched, wgmma):
     """Rows of the next image are copied into the place of rows that no later product of this one reads."""
-    monkeypatch.setattr(conv_transpose_mma, "MULTIPROCESSORS", 1)
     model, ours, x = models((16, 80, 3, 0, 4, 3, 52, 14), "auto", device, torch.float16)
     x = x.to(memory_format=torch.channels_last)
     with torch.no_grad():

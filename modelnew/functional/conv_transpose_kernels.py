@@ -40,7 +40,7 @@ def forward(new, x, w, bias, geometry, choice, formats=(False, False)):
     shapes = tuple(logical(t.shape, last) for t, last in zip((x, w), formats))
     kernels, detail = kernels_of(x.dtype, *shapes, geometry, choice, formats)
     if kernels == "implicit GEMM":
-        return gather_gemm.forward(new, x, w, bias, geometry, detail, choice.wgmma, *formats)
+        return gather_gemm.forward(new, x, w, bias, geometry, detail, choice.gpu, *formats)
     y = new(gather_gemm.physical(ops.output_shape(*shapes, geometry), formats[0]), x.dtype)
     if kernels == "depthwise":
         depthwise.gather(x, w, bias, y, geometry, formats[0])
@@ -71,7 +71,7 @@ def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need
     split, _ = gather_gemm_split(dy.dtype, tuple(x_shape), tuple(w_shape), geometry, choice)
     dgrad, wgrad = gradient_plans(dy.dtype, x_shape, w_shape, geometry, choice, need_x, need_w)
     if split and (any(formats) or (need_x and not dgrad) or (need_w and not wgrad)):
-        how = geometry, split, choice.wgmma, *formats, need_x, need_w
+        how = geometry, split, choice.gpu, *formats, need_x, need_w
         return gather_gemm.gradients(new, x, w, dy, x_shape, w_shape, *how)
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
     packed, exponents, _ = pack_fp16(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)

@@ -17,10 +17,10 @@ def physical(shape, channels_last) -> tuple[int, ...]:
     return (shape[0], *shape[2:], shape[1]) if channels_last else tuple(shape)
 
 
-def forward(new, x, w, bias, geometry, split, wgmma, channels_last, w_channels_last):
-    """y of conv_transpose2d."""
+def forward(new, x, w, bias, geometry, split, gpu, channels_last, w_channels_last):
+    """y of conv_transpose2d. gpu: `Choice.gpu`."""
     x_shape, w_shape = ops.logical(x.shape, channels_last), ops.logical(w.shape, w_channels_last)
-    plan = gather_gemm_plan.plan(x_shape, w_shape, geometry, split, scalar(x), wgmma=wgmma)
+    plan = gather_gemm_plan.plan(x_shape, w_shape, geometry, split, scalar(x), False, *gpu)
     y = new(physical(ops.output_shape(x_shape, w_shape, geometry), channels_last), x.dtype)
     _gather(
         new, plan, _packed(new, x, geometry.groups, split, channels_last), w, bias, y, channels_last, w_channels_last
@@ -28,16 +28,16 @@ def forward(new, x, w, bias, geometry, split, wgmma, channels_last, w_channels_l
     return y
 
 
-def gradients(new, x, w, dy, x_shape, w_shape, geometry, split, wgmma, channels_last, w_channels_last, need_x, need_w):
+def gradients(new, x, w, dy, x_shape, w_shape, geometry, split, gpu, channels_last, w_channels_last, need_x, need_w):
     """(dx, dw), None where not needed. x is for dw alone, w for dx: the other may be None. Shapes are logical."""
     dy_packed = _packed(new, dy, geometry.groups, split, channels_last)
     dx = dw = None
     if need_x:
-        plan = gather_gemm_plan.plan(x_shape, w_shape, geometry, split, scalar(dy), dgrad=True, wgmma=wgmma)
+        plan = gather_gemm_plan.plan(x_shape, w_shape, geometry, split, scalar(dy), True, *gpu)
         dx = new(physical(x_shape, channels_last), dy.dtype)
         _gather(new, plan, dy_packed, w, None, dx, channels_last, w_channels_last)
     if need_w:
-        plan = gather_gemm_plan.wgrad_plan(x_shape, w_shape, geometry, split, scalar(dy), wgmma)
+        plan = gather_gemm_plan.wgrad_plan(x_shape, w_shape, geometry, split, scalar(dy), *gpu)
         dw = new(physical(w_shape, w_channels_last), dy.dtype)
         partial = new.scratch(plan.partial_size, np.float32)
         x_packed = _packed(new, x, geometry.groups, split, channels_last)
