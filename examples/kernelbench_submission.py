@@ -370,7 +370,9 @@ def _rounded(array):
 
 FLOATS = ("float", "double", "half_t", "bf16_t")
 THREADS = 256
-MULTIPROCESSORS = 132  # an H100's; a constant, so that results depend on shapes alone
+# An H100's. Plans that would sum in another order with another number take this one, so that results depend on shapes
+# alone. Those of tensor cores take the GPU's own, which is worth more there.
+MULTIPROCESSORS = 132
 
 
 def scalar(array) -> str:
@@ -1062,7 +1064,9 @@ def architecture(macros) -> str | None:
     return "sm_90a" if ("WGMMA", 1) in macros else None
 
 
-def layout(split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int) -> Layout | None:
+def layout(
+    split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int, multiprocessors: int
+) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
     images: their number, if they are few: a block then takes a small part of one, so that all fill the GPU. None: a
@@ -1093,7 +1097,7 @@ def layout(split: int, dgrad: bool, images: int | None, channels, size, out, ker
         return None
     if images:
         choices = [u for u in choices if u.windows <= _FEW_WINDOWS] or choices[-1:]
-        at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= MULTIPROCESSORS]
+        at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= multiprocessors]
         choices = at_once[-1:] or choices
     rows, _, along, stages, shared_bytes = choices[0]
     granule = 1 if dgrad else 4  # tiles that stay together: four in conv_bn_pool
@@ -1267,6 +1271,7 @@ class Plan(NamedTuple):
     threads: int
     shared_bytes: int
     planes: tuple
+    multiprocessors: int
 
     def of_packed(self) -> "Plan":
         """The same plan for an x that already is packed, see `fp16_tiles`."""
@@ -1292,13 +1297,14 @@ def conv_transpose_mma_plan(
     shared_limit: int,
     wgmma: bool = False,
     channels_last: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
 ) -> Plan:
     """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
 
     w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
     block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where that is possible and
-    faster. channels_last: x and y, of 16-bit types, are [N, H, W, C]. Raises UnsupportedError for what the kernels do
-    not take.
+    faster. channels_last: x and y, of 16-bit types, are [N, H, W, C]. multiprocessors: the GPU's; few images are spread
+    over them. Raises UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
@@ -1308,7 +1314,7 @@ def conv_transpose_mma_plan(
     few = x_shape[0] if x_shape[0] < MANY_IMAGES else None
     sizes = few, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
     slower = split == 2 and dgrad and x_shape[0] >= _MMA_DGRAD_IMAGES
-    found = layout(split, dgrad, *sizes) if wgmma and not slower else None
+    found = layout(split, dgrad, *sizes, multiprocessors) if wgmma and not slower else None
     found = found or _layout(split, *sizes)
     as_it_is = dtype == "half_t" and channels_last and not dgrad and found.planes["WGMMA"]
     macros = {
@@ -1336,6 +1342,7 @@ def conv_transpose_mma_plan(
         threads=macros["THREADS"],
         shared_bytes=macros["SHARED_BYTES"],
         planes=tuple(found.planes.items()),
+        multiprocessors=multiprocessors,
     )
 
 
@@ -1361,7 +1368,7 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
         return ceil_div(windows, unit_windows), rows, band + stages * warps_m * 64 * LINE_BYTES
 
     # Few images: one turn a unit, to spread over the GPU; else as many as fit. N alone decides,
-    # so results do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
+    # so that results of this kernel do not depend on the GPU's size. GPUs with little shared memory get smaller passes.
     def choices_with(warps_n):
         most_passes = ceil_div(windows, 4 * _TILES * warps_n) if images is None else 1
         return [(warps_n, passes, 1) for passes in range(most_passes, 0, -1)] + [(warps_n, 1, 0)]
@@ -1439,7 +1446,7 @@ def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
     units, tiles = images * p.units, p.rows // p.tile_m
-    blocks = max(1, MULTIPROCESSORS // tiles) if dict(p.macros)["PERSISTENT"] else units
+    blocks = max(1, p.multiprocessors // tiles) if dict(p.macros)["PERSISTENT"] else units
     defines = dict(kernel.defines)
     launch(kernel, (min(units, blocks), tiles, 1), (p.threads, 1, 1), (*args, units), defines["SHARED_BYTES"])
 
@@ -1507,12 +1514,14 @@ def plan(
     shared_limit: int,
     wgmma: bool = False,
     channels_last: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
 ) -> conv_wgrad_mma_Plan:
     """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
     split: of the packed tiles of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory
     that a block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. channels_last: x is
-    float16 [N, H, W, C] instead of tiles, with split 1. Raises UnsupportedError for what the kernels do not take.
+    float16 [N, H, W, C] instead of tiles, with split 1. multiprocessors: the GPU's, over which the sum is split. Raises
+    UnsupportedError for what the kernels do not take.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -1524,7 +1533,7 @@ def plan(
     found = (_wgmma_layout(width, *sizes) if wgmma else None) or conv_wgrad_mma_layout(*sizes)
     tiles = kernel[0] * ceil_div(kernel[1], taps) * found.channel_tiles
     bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
-    bands_per_split = ceil_div(bands, max(1, MULTIPROCESSORS * found.blocks // tiles))
+    bands_per_split = ceil_div(bands, max(1, multiprocessors * found.blocks // tiles))
     splits = ceil_div(bands, bands_per_split)
     macros = {
         **shape_macros(dtype, (channels_in, channels_out), (height, width), out, kernel, geometry.padding),
@@ -1632,7 +1641,7 @@ def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
 
 NUMERICS = ("auto", "tf32", "fp32")
 _switched_off = []
-_EMULATED_SHARED_BYTES = 227 * 1024  # an H100's
+_EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS = 227 * 1024, MULTIPROCESSORS  # an H100's
 
 
 def check_numerics(numerics: str) -> None:
@@ -1654,16 +1663,23 @@ class Choice(NamedTuple):
     cls: str  # "tf32" or "fp32"
     wgmma: bool
     shared_bytes: int  # that a block may use
+    multiprocessors: int
     without: str | None  # why there are no tensor cores
+
+    @property
+    def gpu(self) -> tuple[bool, int]:
+        """What implicit GEMMs depend on."""
+        return self.wgmma, self.multiprocessors
 
 
 def choose(numerics: str, x: torch.Tensor) -> Choice:
     """What holds now for a convolution of x."""
     without = "tensor cores are switched off" if _switched_off else None
-    if not x.is_cuda:
-        return Choice(resolve(numerics, x), uses_wgmma(x), _EMULATED_SHARED_BYTES, without)
-    index = x.get_device()
-    return Choice(resolve(numerics, x), uses_wgmma(x), _shared_bytes(index), without or _too_old(index))
+    sizes = _EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS
+    if x.is_cuda:
+        index = x.get_device()
+        sizes, without = (_shared_bytes(index), _multiprocessors(index)), without or _too_old(index)
+    return Choice(resolve(numerics, x), uses_wgmma(x), *sizes, without)
 
 
 def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
@@ -1690,6 +1706,7 @@ def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
     if not x_shape[0]:
         raise UnsupportedError("the batch is empty")
     options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
+    options.update(multiprocessors=choice.multiprocessors)
     return make(tuple(x_shape), tuple(w_shape), geometry, numerics_split(dtype, choice), **options)
 
 
@@ -1712,6 +1729,11 @@ def _too_old(device_index: int) -> str | None:
 @functools.cache
 def _shared_bytes(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
+
+
+@functools.cache
+def _multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
