@@ -16,7 +16,18 @@ from . import fp16_tiles
 from .common import MULTIPROCESSORS, THREADS, address, ceil_div, row_width, scalar
 from .conv_transpose import logical
 from .conv_wgmma import architecture
-from .gather_gemm_plan import GATHER, OPERANDS, WGMMA, WGRAD, Plan, WgradPlan, octets, pack_macros
+from .gather_gemm_plan import (
+    GATHER,
+    GATHER_SM75,
+    OPERANDS,
+    WGMMA,
+    WGRAD,
+    WGRAD_SM75,
+    Plan,
+    WgradPlan,
+    octets,
+    pack_macros,
+)
 from .launch import MAX_THREADS, launch
 from .source import Kernel, Variant
 
@@ -179,9 +190,10 @@ def variants():
     """Every variant that this module launches."""
     for dtype, split in (("float", 1), ("float", 2), ("half_t", 1), ("bf16_t", 1)):
         types = {"scalar_t": dtype, "acc_t": "float", "operand_t": OPERANDS[dtype]}
-        for tile in GATHER[split] + WGMMA[split]:
+        old = dtype != "bf16_t"
+        for tile in GATHER[split] + WGMMA[split] + old * GATHER_SM75:
             yield _variant("gather_gemm.cu", (*types.items(), *tile.macros(split, k_major=True)))
-        for tile in WGRAD[split] + WGMMA[split]:
+        for tile in WGRAD[split] + WGMMA[split] + old * WGRAD_SM75:
             yield _variant("gather_gemm_wgrad.cu", (*types.items(), *tile.macros(split, k_major=False)))
         for width in (1, 4):
             yield Variant("gather_gemm_pack.cu", pack_macros(dtype, split, width))

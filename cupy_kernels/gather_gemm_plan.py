@@ -16,6 +16,14 @@ _MOST_SPLITS = 32
 _ROW_BYTES, _COLUMN_BYTES, _PIXEL_BYTES = 16, 8, 12  # of the kernels' tables in shared memory
 
 
+class Gpu(NamedTuple):
+    """What a plan depends on besides the convolution."""
+
+    wgmma: bool = False  # whether GPU and NVRTC have it; plans use it where it is faster
+    sm75: bool = False  # whether kernels are to do with the instructions of sm_75
+    multiprocessors: int = MULTIPROCESSORS
+
+
 class Tile(NamedTuple):
     """A block's tile of the product."""
 
@@ -27,6 +35,7 @@ class Tile(NamedTuple):
     blocks: int  # that share a multiprocessor
     cost: float  # of a step, in units of the time that a full multiprocessor takes for 128 x 128
     wgmma: bool = False
+    sm75: bool = False
 
     @property
     def threads(self) -> int:
@@ -46,7 +55,12 @@ class Tile(NamedTuple):
             shared_bytes += 2 * 64 // split * _PIXEL_BYTES
         sizes = {"TILE_M": self.m, "TILE_N": self.n, "WARPS_M": self.warps_m, "WARPS_N": self.warps_n}
         sizes |= {"STAGES": self.stages, "MIN_BLOCKS": self.blocks, "THREADS": self.threads, "WGMMA": int(self.wgmma)}
-        sizes |= {"K_MAJOR": int(k_major), "SHARED_BYTES": shared_bytes, **packing_macros(split)}
+        sizes |= {
+            "SM75": int(self.sm75),
+            "K_MAJOR": int(k_major),
+            "SHARED_BYTES": shared_bytes,
+            **packing_macros(split),
+        }
         return tuple(sizes.items())
 
 
@@ -73,12 +87,26 @@ WGMMA = {
     1: (Tile(128, 256, 8, 1, 4, 1, 1.4, wgmma=True), Tile(128, 128, 8, 1, 3, 2, 0.8, wgmma=True)),
     2: (Tile(128, 128, 8, 1, 4, 1, 1.1, wgmma=True),),
 }
+# For GPUs of compute capability 7.5: a block has at most 64 KB of shared memory, and copies do not run behind the
+# products. Their costs are guesses.
+GATHER_SM75 = (
+    Tile(128, 64, 4, 2, 2, 1, 0.65, sm75=True),
+    Tile(64, 64, 2, 2, 2, 1, 0.45, sm75=True),
+    Tile(128, 32, 4, 2, 2, 1, 0.45, sm75=True),
+    Tile(128, 16, 4, 1, 2, 1, 0.35, sm75=True),
+)
+WGRAD_SM75 = (Tile(64, 128, 2, 4, 2, 1, 0.7, sm75=True), Tile(64, 64, 2, 2, 2, 1, 0.45, sm75=True))
 _OVERHEAD = 6  # steps' time that a block takes before and after its sum
 _ALONE = {
     1: 1.0,
     2: 0.6,
     3: 0.45,
 }  # time of a block alone on a multiprocessor that fits so many, in that of all of them
+
+
+def _tables(usual, sm75, split: int, gpu: Gpu) -> tuple[Tile, ...]:
+    """Tiles to choose from."""
+    return sm75 if gpu.sm75 else usual[split] + gpu.wgmma * WGMMA[split]
 
 
 class Plan(NamedTuple):
@@ -164,29 +192,27 @@ def plan(
     geometry: Geometry,
     split: int,
     dtype: str,
+    gpu: Gpu,
     dgrad: bool = False,
-    wgmma: bool = False,
-    multiprocessors: int = MULTIPROCESSORS,
 ) -> Plan:
-    """The layout of the forward for x [N, C, H, W], N at least 1, or of dgrad. dtype: the kernels' name of x's type.
-
-    wgmma: whether GPU and NVRTC have it; the plan uses it where it is faster. multiprocessors: the GPU's.
-    """
+    """The layout of the forward for x [N, C, H, W], N at least 1, or of dgrad. dtype: the kernels' name of x's type."""
     y_shape, channels = output_shape(x_shape, w_shape, geometry), (w_shape[0] // geometry.groups, w_shape[1])
     kernel, (stride, padding, _, dilation, groups) = w_shape[2:], geometry
+    tables = _tables(GATHER, GATHER_SM75, split, gpu)
     of_axes = zip(kernel, stride, padding, dilation)
     if dgrad:
         axes = [_Axis(k, k, offset=-p, step=-d, in_step=s) for k, s, p, d in of_axes]
-        return _plan(y_shape, x_shape, axes, groups, *channels, split, dtype, dgrad, wgmma, multiprocessors)
+        return _plan(y_shape, x_shape, axes, groups, *channels, split, dtype, dgrad, tables, gpu)
+    most_merged = min(_MOST_MERGED, max(tile.n for tile in tables))
     choices = [[_Axis(k, k, s, p, d), *[_merged(k, s, p)] * (s > 1 and d == 1)] for k, s, p, d in of_axes]
     return min(
-        _plan(x_shape, y_shape, axes, groups, *channels[::-1], split, dtype, dgrad, wgmma, multiprocessors)
+        _plan(x_shape, y_shape, axes, groups, *channels[::-1], split, dtype, dgrad, tables, gpu)
         for axes in itertools.product(*choices)
-        if math.prod(a.merged for a in axes) <= _MOST_MERGED and (axes[0].merged == 1 or axes[1].phases == 1)
+        if math.prod(a.merged for a in axes) <= most_merged and (axes[0].merged == 1 or axes[1].phases == 1)
     )
 
 
-def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad, wgmma, multiprocessors) -> Plan:
+def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad, tables, gpu) -> Plan:
     """channels, sum_channels: of `out` and of `source`, per group."""
     merged, phases, sum_octets = (
         math.prod(a.merged for a in axes),
@@ -201,9 +227,8 @@ def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad
         """Of channels, of pixels."""
         return ceil_div(channels, tile.n // merged), ceil_div(pixels, tile.m)
 
-    usable = [t for t in GATHER[split] + wgmma * WGMMA[split] if t.n >= merged]
-    blocks_of = {t: math.prod(tiles(t)) * phases * groups for t in usable}
-    choices = [(*_best_splits(t, blocks, steps, most_steps, multiprocessors), t) for t, blocks in blocks_of.items()]
+    blocks_of = {t: math.prod(tiles(t)) * phases * groups for t in tables if t.n >= merged}
+    choices = [(*_best_splits(t, blocks, steps, most_steps, gpu), t) for t, blocks in blocks_of.items()]
     time, splits, tile = min(choices)
     channel_tiles, pixel_tiles = tiles(tile)
     split_steps = max(1, ceil_div(most_steps, splits))
@@ -234,11 +259,11 @@ def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad
     )
 
 
-def _best_splits(tile, blocks, steps, most_steps, multiprocessors) -> tuple[float, int]:
+def _best_splits(tile, blocks, steps, most_steps, gpu) -> tuple[float, int]:
     """(time, number of splits) of the sum, with which the product takes the least time."""
 
     def time(splits):
-        waves, rest = divmod(ceil_div(blocks * splits, multiprocessors), tile.blocks)
+        waves, rest = divmod(ceil_div(blocks * splits, gpu.multiprocessors), tile.blocks)
         waves += max(rest / tile.blocks, _ALONE[tile.blocks]) if rest else 0
         reduction = 0 if splits == 1 else 6 + blocks * splits * tile.m * tile.n / 3e5
         return waves * tile.blocks * tile.cost * (steps / splits + _OVERHEAD) + reduction
@@ -253,8 +278,7 @@ def wgrad_plan(
     geometry: Geometry,
     split: int,
     dtype: str,
-    wgmma: bool = False,
-    multiprocessors: int = MULTIPROCESSORS,
+    gpu: Gpu,
 ) -> WgradPlan:
     """The layout of the gradient of w in the convolution of x [N, C, H, W], N at least 1. dtype: of w. See `plan`."""
     y_shape, groups = output_shape(x_shape, w_shape, geometry), geometry.groups
@@ -265,9 +289,9 @@ def wgrad_plan(
     def tiles(tile):
         return ceil_div(channels_in, tile.m), ceil_div(columns, tile.n)
 
-    tables = WGRAD[split] + wgmma * WGMMA[split]
+    tables = _tables(WGRAD, WGRAD_SM75, split, gpu)
     blocks_of = {t: math.prod(tiles(t)) * groups for t in tables}
-    choices = [(*_best_splits(t, blocks, all_steps, all_steps, multiprocessors), t) for t, blocks in blocks_of.items()]
+    choices = [(*_best_splits(t, blocks, all_steps, all_steps, gpu), t) for t, blocks in blocks_of.items()]
     time, splits, tile = min(choices)
     splits = max(splits, ceil_div(pixels, _LONGEST_CHAIN))
     split_steps = ceil_div(all_steps, splits)

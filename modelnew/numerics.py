@@ -17,6 +17,7 @@ from cupy_kernels import conv_transpose_mma, conv_wgrad_mma, nvrtc
 from cupy_kernels.common import MULTIPROCESSORS
 from cupy_kernels.conv_transpose import Geometry
 from cupy_kernels.errors import UnsupportedError
+from cupy_kernels.gather_gemm_plan import Gpu
 from cupy_kernels.source import SCALARS
 
 from .shortcuts import allows_tf32
@@ -24,6 +25,7 @@ from .shortcuts import allows_tf32
 NUMERICS = ("auto", "tf32", "fp32")
 _switched_off = []
 _wgmma_chosen = []
+_as_sm75 = []
 # What implicit GEMMs leave to the general kernels: what the GPU computes faster than the host starts more kernels, and
 # groups of which most of an octet of channels would be padding.
 SMALL, FEW_CHANNELS = 2**24, 4
@@ -40,7 +42,7 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
     """Either "tf32" or "fp32", for a convolution of x."""
     if numerics != "auto":
         return numerics
-    return "tf32" if x.is_cuda and allows_tf32() else "fp32"
+    return "tf32" if x.is_cuda and allows_tf32() and _capability(x.get_device()) >= (8, 0) else "fp32"
 
 
 class Choice(NamedTuple):
@@ -50,29 +52,31 @@ class Choice(NamedTuple):
     wgmma: bool
     shared_bytes: int  # that a block may use
     multiprocessors: int
+    sm75: bool  # whether the tensor-core kernels are those of sm_75
     without: str | None  # why there are no tensor cores
 
     @property
-    def gpu(self) -> tuple[bool, int]:
-        """What implicit GEMMs depend on."""
-        return self.wgmma, self.multiprocessors
+    def gpu(self) -> Gpu:
+        """What implicit GEMMs are planned for."""
+        return Gpu(self.wgmma, self.sm75, self.multiprocessors)
 
 
 def settings():
     """What `choose` depends on besides its arguments."""
-    if _switched_off or _wgmma_chosen:
-        return allows_tf32(), bool(_switched_off), *_wgmma_chosen[-1:]
+    if _switched_off or _wgmma_chosen or _as_sm75:
+        return allows_tf32(), bool(_switched_off), bool(_as_sm75), *_wgmma_chosen[-1:]
     return allows_tf32()
 
 
 def choose(numerics: str, x: torch.Tensor) -> Choice:
     """What holds now for a convolution of x."""
     without = "tensor cores are switched off" if _switched_off else None
-    sizes = _EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS
+    sizes, sm75 = (_EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS), bool(_as_sm75)
     if x.is_cuda:
         index = x.get_device()
         sizes, without = (_shared_bytes(index), _multiprocessors(index)), without or _too_old(index)
-    return Choice(resolve(numerics, x), uses_wgmma(x), *sizes, without)
+        sm75 = sm75 or _capability(index) == (7, 5)
+    return Choice(resolve(numerics, x), uses_wgmma(x), *sizes, sm75, without)
 
 
 def settled(numerics: str, x: torch.Tensor) -> str:
@@ -87,7 +91,7 @@ def settled_choice(numerics: str, x: torch.Tensor) -> Choice:
 
 @contextlib.contextmanager
 def without_tensor_cores():
-    """Within the block, convolutions run on the general kernels, as on a GPU before sm_80."""
+    """Within the block, convolutions run on the general kernels, as on a GPU before sm_75."""
     _switched_off.append(True)
     try:
         yield
@@ -106,6 +110,16 @@ def wgmma(use: bool):
         yield
     finally:
         _wgmma_chosen.pop()
+
+
+@contextlib.contextmanager
+def as_sm75():
+    """Within the block, tensor-core kernels are those of GPUs of compute capability 7.5, such as the T4, on any GPU."""
+    _as_sm75.append(True)
+    try:
+        yield
+    finally:
+        _as_sm75.pop()
 
 
 def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
@@ -137,6 +151,8 @@ def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
     """What `make`, such as conv_transpose_mma.plan, plans. UnsupportedError if there is no plan."""
     if choice.without:
         raise UnsupportedError(choice.without)
+    if choice.sm75:
+        raise UnsupportedError("on sm_75 a block has too little shared memory")
     if not x_shape[0]:
         raise UnsupportedError("the batch is empty")
     options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
@@ -155,6 +171,8 @@ def gather_gemm_split(dtype, x_shape, w_shape, geometry: Geometry, choice: Choic
     reason = choice.without
     if dtype == np.float64:
         reason = reason or "the dtype is float64"
+    if choice.sm75 and SCALARS[dtype] == "bf16_t":
+        reason = reason or "sm_75 does not multiply bfloat16"
     if products < SMALL:
         reason = reason or f"{products} products are fewer than {SMALL}"
     if geometry.groups > 1 and group < FEW_CHANNELS:
@@ -188,7 +206,7 @@ def _capability(device_index: int) -> tuple[int, int]:
 def _too_old(device_index: int) -> str | None:
     """Why the GPU's tensor cores cannot be used."""
     major, minor = _capability(device_index)
-    return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80" if major < 8 else None
+    return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_75" if (major, minor) < (7, 5) else None
 
 
 @functools.cache

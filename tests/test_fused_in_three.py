@@ -14,7 +14,7 @@ from torch import nn
 
 import modelnew
 from cupy_kernels.errors import UnsupportedError
-from modelnew import explain, functional, layers, parity
+from modelnew import explain, functional, layers, numerics, parity
 from modelnew.functional.bn_pool import bn_activation_max_pool2d
 from modelnew.functional.max_pool import pool_of
 
@@ -273,6 +273,22 @@ def test_explain(device):
     assert "bn_pool_backward" in lines[3]
     model.max_pool.ceil_mode = True
     assert explain(model, torch.randn(1, 16, 4, 4, device=device)).startswith("not fused: the pooling has ceil_mode")
+
+
+def test_on_sm75(device, launched, monkeypatch):
+    """Where a block has too little shared memory for a band of the image."""
+    monkeypatch.setattr(numerics, "SMALL", 0)
+    numerics.gather_gemm_split.cache_clear()
+    theirs = modelnew.Model(16, 32, 3, 1, 1, 1, 4).to(device)
+    ours = modelnew.ModelNew(16, 32, 3, 1, 1, 1, 4, numerics="fp32", device=device)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 16, 6, 6, device=device)
+    with numerics.as_sm75():
+        y = ours(x)
+        assert explain(ours, x).startswith("fused into three operators, not one: on sm_75")
+    numerics.gather_gemm_split.cache_clear()
+    torch.testing.assert_close(y, theirs(x), rtol=1e-4, atol=1e-5)
+    assert {"gather_gemm", "bn_pool_forward"} <= {kernel.name for kernel in launched}
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])

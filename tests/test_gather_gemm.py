@@ -27,6 +27,7 @@ CASES = {
     "merged_and_cut": ((1, 16, 4, 5), 1, (9, 9), (4, 4), (4, 3), (3, 2), 1, (1, 1)),
     "merged_by_three": ((1, 21, 4, 3), 2, (5, 4), (3, 3), (2, 1), (1, 0), 1, (1, 1)),
     "merged_columns": ((1, 16, 3, 4), 5, (20, 18), (12, 12), (4, 3), (0, 0), 1, (1, 1)),
+    "too_many_to_merge": ((1, 16, 3, 2), 2, (11, 10), (11, 10), (0, 1), (0, 0), 1, (1, 1)),
     "dilation": ((1, 24, 6, 5), 17, (3, 2), (1, 1), (2, 1), (0, 0), 1, (2, 3)),
     "stride_and_dilation": ((2, 9, 4, 5), 12, (3, 3), (4, 2), (1, 2), (3, 1), 1, (2, 3)),
     "dilation_of_the_stride": ((1, 8, 4, 5), 12, (3, 2), (2, 2), (1, 0), (1, 0), 1, (2, 4)),
@@ -49,6 +50,20 @@ def implicit(monkeypatch, fresh_plans):
     numerics.gather_gemm_split.cache_clear()
     yield
     numerics.gather_gemm_split.cache_clear()
+
+
+@pytest.fixture
+def plan_anew(monkeypatch):
+    """plan_anew() forgets plans, for a test that changes tables of tiles; so does the end of the test."""
+
+    def forget():
+        gather_gemm_plan.plan.cache_clear()
+        gather_gemm_plan.wgrad_plan.cache_clear()
+        plans = threading.local()
+        monkeypatch.setattr("modelnew.calls._thread", lambda: plans)
+
+    yield forget
+    forget()
 
 
 def random_case(seed):
@@ -129,7 +144,7 @@ def test_random_hyper_parameters(device, seed):
 
 @IN_EVERY_TYPE
 @pytest.mark.parametrize("table", ["GATHER", "WGRAD", "WGMMA"])
-def test_every_tile(device, monkeypatch, launched, table, dtype, cls):
+def test_every_tile(device, monkeypatch, launched, plan_anew, table, dtype, cls):
     """With two splits of the sum, and channels and pixels that do not fill the last tiles."""
     wgmma = table == "WGMMA"
     if device == "cuda" and wgmma and not numerics.has_wgmma(torch.cuda.current_device()):
@@ -142,10 +157,7 @@ def test_every_tile(device, monkeypatch, launched, table, dtype, cls):
         for name in tables:  # this tile alone, for its kernels; those of the other table have theirs
             if name == table or wgmma:
                 monkeypatch.setitem(tables[name], split, (tile,) if name == table else ())
-        for cached in (gather_gemm_plan.plan, gather_gemm_plan.wgrad_plan):
-            cached.cache_clear()
-        plans = threading.local()
-        monkeypatch.setattr("modelnew.calls._thread", lambda plans=plans: plans)
+        plan_anew()
         with numerics.wgmma(wgmma):
             check(case, cls, *tensors(case, device, dtype))
         kernel = "wgrad_gemm" if table == "WGRAD" else "gather_gemm"
@@ -177,6 +189,40 @@ def test_formats_of_x_w_and_dy_differ(device):
         assert dw.is_contiguous(memory_format=formats[1])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_sm75(device, launched, name):
+    dtype, cls = TYPES[[*CASES].index(name) % 3]
+    case = CASES[name]
+    with numerics.as_sm75():
+        check(case, cls, *tensors(case, device, dtype, FORMATS[case[1] % 2]))
+    gemms = [dict(kernel.defines) for kernel in launched if kernel.name in ("gather_gemm", "wgrad_gemm")]
+    assert len(gemms) == 3
+    assert all(macros["SM75"] and macros["SHARED_BYTES"] <= 64 * 1024 for macros in gemms)
+
+
+@pytest.mark.parametrize(("dtype", "cls"), TYPES[:3], ids=["fp32", "tf32", "float16"])
+@pytest.mark.parametrize("table", ["GATHER_SM75", "WGRAD_SM75"])
+def test_every_tile_of_sm75(device, monkeypatch, launched, plan_anew, table, dtype, cls):
+    case = ((2, 72, 9, 9), 136, (2, 2), (1, 1), (0, 0), (0, 0), 1, (1, 1))
+    monkeypatch.setattr(gather_gemm_plan, "_best_splits", lambda *_: (0, 2))
+    for tile in getattr(gather_gemm_plan, table):
+        monkeypatch.setattr(gather_gemm_plan, table, (tile,))
+        plan_anew()
+        with numerics.as_sm75():
+            check(case, cls, *tensors(case, device, dtype))
+        kernel = "gather_gemm" if table == "GATHER_SM75" else "wgrad_gemm"
+        macros = dict([k for k in launched if k.name == kernel][-1].defines)
+        assert (macros["TILE_M"], macros["TILE_N"], macros["SM75"]) == (tile.m, tile.n, 1)
+
+
+def test_sm75_does_not_multiply_bfloat16(device):
+    layer = layers.ConvTranspose2d(64, 32, 3, device=device)
+    x = torch.randn(1, 64, 20, 20, device=device)
+    with numerics.as_sm75():
+        assert "by implicit GEMM" in explain(layer, x)
+        assert "sm_75 does not multiply bfloat16" in explain(layer.bfloat16(), x.bfloat16())
+
+
 def test_plans_follow_the_gpu_s_size(device, monkeypatch, launched):
     """Few blocks with large tiles fill a small GPU; a large one gets small tiles and split sums."""
     case = ((4, 136, 8, 8), 72, (3, 3), (1, 1), (1, 1), (0, 0), 1, (1, 1))
@@ -186,7 +232,7 @@ def test_plans_follow_the_gpu_s_size(device, monkeypatch, launched):
         monkeypatch.setattr(numerics, "_EMULATED_MULTIPROCESSORS", count)
         monkeypatch.setattr(numerics, "_multiprocessors", lambda _, count=count: count)
         x, w, b, dy = tensors(case, device, torch.float32)
-        found.append(gather_gemm_plan.plan(*shapes, 1, "float", multiprocessors=count))
+        found.append(gather_gemm_plan.plan(*shapes, 1, "float", gather_gemm_plan.Gpu(multiprocessors=count)))
         launched.clear()
         with numerics.wgmma(False):
             check(case, "tf32", x, w, b, dy)

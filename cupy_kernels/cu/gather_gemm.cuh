@@ -1,4 +1,4 @@
-// Main loop of the implicit GEMMs on tensor cores (sm_80 and newer), C[m, n] = sum over k of A[m, k] B[n, k].
+// Main loop of the implicit GEMMs on tensor cores (sm_80 and newer, sm_75), C[m, n] = sum over k of A[m, k] B[n, k].
 //
 // A step of the sum brings STEP values of k to shared memory, by cp.async through a ring of STAGES stages; who includes
 // this says from where. Memory is read in octets of 16 bytes: eight neighbouring channels. Operands are fp16 or bf16.
@@ -12,8 +12,10 @@
 // WGMMA 1 (sm_90a): a warpgroup multiplies 64 m by all n of the tile. The lines are in the order of wgmma's swizzle of
 // 128 bytes.
 //
+// SM75 1: with the instructions of sm_75 alone (mma.cuh), and copies that do not run behind the arithmetic.
+//
 // Macros: operand_t (half_t, bf16_t), K_MAJOR, TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, THREADS, MIN_BLOCKS (of a
-// multiprocessor), SHARED_BYTES, WGMMA, those of fp16_tiles.cuh.
+// multiprocessor), SHARED_BYTES, WGMMA, SM75, those of fp16_tiles.cuh.
 #pragma once
 #define SHARED_ALIGNMENT 1024  // wgmma's
 #include "common.cuh"
@@ -52,7 +54,8 @@ static inline void load_matrices(unsigned (&r)[4], Shared row) {
     K_MAJOR ? ldmatrix_x4(r, (const void*)row) : ldmatrix_x4_transposed(r, row);
 }
 template <bool CACHED> static inline void copy_octet(Shared to, const void* from, bool valid) {
-    cp_async_16(to, from, valid);
+    if (SM75) *(uint4*)to = valid ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+    else cp_async_16(to, from, valid);
 }
 #else
 typedef unsigned Shared;
@@ -74,7 +77,12 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], Shared row) {
 // Copies an octet, or writes zeros, behind the arithmetic: async_copy.cuh. CACHED: by way of the L1 cache, for what is
 // soon read again.
 template <bool CACHED> __device__ __forceinline__ void copy_octet(Shared to, const void* from, bool valid) {
-#if __CUDA_ARCH__ >= 800
+#if SM75
+    uint4 octet = valid ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+    asm volatile(
+        "st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(octet.x), "r"(octet.y), "r"(octet.z), "r"(octet.w)
+        : "memory");
+#elif __CUDA_ARCH__ >= 800
     if (CACHED)
         asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
             : "memory");

@@ -1,4 +1,5 @@
 // Tensor-core building blocks of sm_80 and newer: ldmatrix and mma.sync m16n8k16, fp16 operands, float32 accumulation.
+// With SM75 1, those of sm_75: m16n8k8 twice, fp16 alone.
 //
 // Fragments as PTX defines them, for lane l of a warp (two halves in one unsigned, the lower column first):
 //     a[4]: rows l/4, l/4+8, columns 2(l%4)+{0,1} | the same rows, columns + 8
@@ -78,9 +79,33 @@ template <> struct IsBf16<bf16_t> {
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+#if SM75
+// c += a b, of the first or last 8 columns of a and rows of b.
+UNCHECKED __device__ __forceinline__ void mma_m16n8k8(
+    float (&c)[4], const unsigned a0, const unsigned a1, const unsigned b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    struct Fragments { unsigned a[2], b; } mine = {{a0, a1}, b};
+    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine);
+    int lane = emulator::current % 32;
+    auto half = [](unsigned two, int which) { return to_acc(half_t{(unsigned short)(two >> which * 16)}); };
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 8; k++)
+            c[i] += half(all[lane / 4 * 4 + k / 2].a[i / 2], k % 2) *
+                    half(all[(lane % 4 * 2 + i % 2) * 4 + k / 2].b, k % 2);
+#elif __CUDA_ARCH__ >= 750
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+#endif
+}
+#endif
 template <class T = half_t> UNCHECKED __device__ __forceinline__ void mma_m16n8k16(
     float (&c)[4], const unsigned (&a)[4], const unsigned b0, const unsigned b1) {
-#ifdef CUPY_KERNELS_EMULATOR
+#if SM75
+    static_assert(!IsBf16<T>::VALUE, "sm_75 multiplies fp16 alone");
+    mma_m16n8k8(c, a[0], a[1], b0);
+    mma_m16n8k8(c, a[2], a[3], b1);
+#elif defined(CUPY_KERNELS_EMULATOR)
     struct Fragments { float a[8], b[4]; } mine;
     for (int i = 0; i < 8; i++) mine.a[i] = to_acc(T{(unsigned short)(a[i / 2] >> i % 2 * 16)});
     for (int i = 0; i < 4; i++) mine.b[i] = to_acc(T{(unsigned short)((i < 2 ? b0 : b1) >> i % 2 * 16)});

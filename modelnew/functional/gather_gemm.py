@@ -20,7 +20,7 @@ def physical(shape, channels_last) -> tuple[int, ...]:
 def forward(new, x, w, bias, geometry, split, gpu, channels_last, w_channels_last):
     """y of conv_transpose2d. gpu: `Choice.gpu`."""
     x_shape, w_shape = ops.logical(x.shape, channels_last), ops.logical(w.shape, w_channels_last)
-    plan = gather_gemm_plan.plan(x_shape, w_shape, geometry, split, scalar(x), False, *gpu)
+    plan = gather_gemm_plan.plan(x_shape, w_shape, geometry, split, scalar(x), gpu)
     y = new(physical(ops.output_shape(x_shape, w_shape, geometry), channels_last), x.dtype)
     _gather(
         new, plan, _packed(new, x, geometry.groups, split, channels_last), w, bias, y, channels_last, w_channels_last
@@ -33,11 +33,11 @@ def gradients(new, x, w, dy, x_shape, w_shape, geometry, split, gpu, channels_la
     dy_packed = _packed(new, dy, geometry.groups, split, channels_last)
     dx = dw = None
     if need_x:
-        plan = gather_gemm_plan.plan(x_shape, w_shape, geometry, split, scalar(dy), True, *gpu)
+        plan = gather_gemm_plan.plan(x_shape, w_shape, geometry, split, scalar(dy), gpu, dgrad=True)
         dx = new(physical(x_shape, channels_last), dy.dtype)
         _gather(new, plan, dy_packed, w, None, dx, channels_last, w_channels_last)
     if need_w:
-        plan = gather_gemm_plan.wgrad_plan(x_shape, w_shape, geometry, split, scalar(dy), *gpu)
+        plan = gather_gemm_plan.wgrad_plan(x_shape, w_shape, geometry, split, scalar(dy), gpu)
         dw = new(physical(w_shape, w_channels_last), dy.dtype)
         partial = new.scratch(plan.partial_size, np.float32)
         x_packed = _packed(new, x, geometry.groups, split, channels_last)
