@@ -1632,6 +1632,19 @@ def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/gather_gemm_plan.py
+#
+# How the implicit GEMMs of `gather_gemm` are laid out over blocks: tiles and splits of the sum, by a model of time.
+
+class Gpu(NamedTuple):
+    """What a plan depends on besides the convolution."""
+
+    wgmma: bool = False  # whether GPU and NVRTC have it; plans use it where it is faster
+    sm75: bool = False  # whether kernels are to do with the instructions of sm_75
+    multiprocessors: int = MULTIPROCESSORS
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/numerics.py
 #
 # How the transposed convolution multiplies: numeric classes, and the one rule that picks tensor cores or not.
@@ -1641,6 +1654,7 @@ def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
 
 NUMERICS = ("auto", "tf32", "fp32")
 _switched_off = []
+_as_sm75 = []
 _EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS = 227 * 1024, MULTIPROCESSORS  # an H100's
 
 
@@ -1654,7 +1668,7 @@ def resolve(numerics: str, x: torch.Tensor) -> str:
     """Either "tf32" or "fp32", for a convolution of x."""
     if numerics != "auto":
         return numerics
-    return "tf32" if x.is_cuda and allows_tf32() else "fp32"
+    return "tf32" if x.is_cuda and allows_tf32() and _capability(x.get_device()) >= (8, 0) else "fp32"
 
 
 class Choice(NamedTuple):
@@ -1664,22 +1678,24 @@ class Choice(NamedTuple):
     wgmma: bool
     shared_bytes: int  # that a block may use
     multiprocessors: int
+    sm75: bool  # whether the tensor-core kernels are those of sm_75
     without: str | None  # why there are no tensor cores
 
     @property
-    def gpu(self) -> tuple[bool, int]:
-        """What implicit GEMMs depend on."""
-        return self.wgmma, self.multiprocessors
+    def gpu(self) -> Gpu:
+        """What implicit GEMMs are planned for."""
+        return Gpu(self.wgmma, self.sm75, self.multiprocessors)
 
 
 def choose(numerics: str, x: torch.Tensor) -> Choice:
     """What holds now for a convolution of x."""
     without = "tensor cores are switched off" if _switched_off else None
-    sizes = _EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS
+    sizes, sm75 = (_EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS), bool(_as_sm75)
     if x.is_cuda:
         index = x.get_device()
         sizes, without = (_shared_bytes(index), _multiprocessors(index)), without or _too_old(index)
-    return Choice(resolve(numerics, x), uses_wgmma(x), *sizes, without)
+        sm75 = sm75 or _capability(index) == (7, 5)
+    return Choice(resolve(numerics, x), uses_wgmma(x), *sizes, sm75, without)
 
 
 def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
@@ -1703,6 +1719,8 @@ def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
     """What `make`, such as conv_transpose_mma.plan, plans. UnsupportedError if there is no plan."""
     if choice.without:
         raise UnsupportedError(choice.without)
+    if choice.sm75:
+        raise UnsupportedError("on sm_75 a block has too little shared memory")
     if not x_shape[0]:
         raise UnsupportedError("the batch is empty")
     options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
@@ -1723,7 +1741,7 @@ def _capability(device_index: int) -> tuple[int, int]:
 def _too_old(device_index: int) -> str | None:
     """Why the GPU's tensor cores cannot be used."""
     major, minor = _capability(device_index)
-    return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_80" if major < 8 else None
+    return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_75" if (major, minor) < (7, 5) else None
 
 
 @functools.cache
@@ -6074,6 +6092,7 @@ __device__ inline void convolve(
 }
 """,
     "mma.cuh": r"""// Tensor-core building blocks of sm_80 and newer: ldmatrix and mma.sync m16n8k16, fp16 operands, float32 accumulation.
+// With SM75 1, those of sm_75: m16n8k8 twice, fp16 alone.
 //
 // Fragments as PTX defines them, for lane l of a warp (two halves in one unsigned, the lower column first):
 //     a[4]: rows l/4, l/4+8, columns 2(l%4)+{0,1} | the same rows, columns + 8
@@ -6153,9 +6172,33 @@ template <> struct IsBf16<bf16_t> {
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+#if SM75
+// c += a b, of the first or last 8 columns of a and rows of b.
+UNCHECKED __device__ __forceinline__ void mma_m16n8k8(
+    float (&c)[4], const unsigned a0, const unsigned a1, const unsigned b) {
+#ifdef CUPY_KERNELS_EMULATOR
+    struct Fragments { unsigned a[2], b; } mine = {{a0, a1}, b};
+    auto all = emulator::exchange_in_warp(0xFFFFFFFFu, mine);
+    int lane = emulator::current % 32;
+    auto half = [](unsigned two, int which) { return to_acc(half_t{(unsigned short)(two >> which * 16)}); };
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 8; k++)
+            c[i] += half(all[lane / 4 * 4 + k / 2].a[i / 2], k % 2) *
+                    half(all[(lane % 4 * 2 + i % 2) * 4 + k / 2].b, k % 2);
+#elif __CUDA_ARCH__ >= 750
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+#endif
+}
+#endif
 template <class T = half_t> UNCHECKED __device__ __forceinline__ void mma_m16n8k16(
     float (&c)[4], const unsigned (&a)[4], const unsigned b0, const unsigned b1) {
-#ifdef CUPY_KERNELS_EMULATOR
+#if SM75
+    static_assert(!IsBf16<T>::VALUE, "sm_75 multiplies fp16 alone");
+    mma_m16n8k8(c, a[0], a[1], b0);
+    mma_m16n8k8(c, a[2], a[3], b1);
+#elif defined(CUPY_KERNELS_EMULATOR)
     struct Fragments { float a[8], b[4]; } mine;
     for (int i = 0; i < 8; i++) mine.a[i] = to_acc(T{(unsigned short)(a[i / 2] >> i % 2 * 16)});
     for (int i = 0; i < 4; i++) mine.b[i] = to_acc(T{(unsigned short)((i < 2 ? b0 : b1) >> i % 2 * 16)});
