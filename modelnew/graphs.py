@@ -1,4 +1,4 @@
-"""`graphed`: a module as CUDA graphs, which launch all its kernels at once, so that the host limits small batches less."""
+"""`graphed`: a module as CUDA graphs, which launch all its kernels at once. That saves host time for small batches."""
 
 import contextlib
 import gc

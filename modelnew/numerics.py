@@ -36,7 +36,7 @@ def check_numerics(numerics: str) -> None:
 
 
 def resolve(numerics: str, x: torch.Tensor) -> str:
-    """"tf32" or "fp32", for a convolution of x."""
+    """The class of a convolution of x, "tf32" or "fp32"."""
     if numerics != "auto":
         return numerics
     return "tf32" if x.is_cuda and allows_tf32() else "fp32"
