@@ -1,10 +1,10 @@
-"""CUDA C kernels as text, and what runs them on arrays: CuPy's on a GPU, NumPy's through a CPU emulator.
+"""CUDA C kernels as text, and the code that runs them: on CuPy arrays on a GPU, on NumPy arrays in a CPU emulator.
 
-One module per operator or fusion, of the name of its `.cu` file. Their functions take outputs and workspaces as
-arguments and allocate nothing. `modelnew` puts torch on top.
+There is one module for each operator or fusion, named after its `.cu` file. Its functions get outputs and workspaces as
+arguments and allocate nothing. `modelnew` adds PyTorch.
 
-To look at the kernels and to change them: `kernels`, `show`, `text`, `override`, `edit`, `edited`, `reset`,
-`attributes`, `ptx`, `sass`; in IPython `%load_ext modelnew`, then `%%cu?`.
+To look at kernels and change them: `kernels`, `show`, `text`, `override`, `edit`, `edited`, `reset`, `attributes`,
+`ptx`, `sass`. In IPython: `%load_ext modelnew`, then `%%cu?`.
 """
 
 from .inspection import attributes, ptx, sass
@@ -14,7 +14,7 @@ __all__ = ["attributes", "edit", "edited", "kernels", "override", "ptx", "reset"
 
 
 def load_ipython_extension(ipython) -> None:
-    """What `%load_ext cupy_kernels` calls: it does what `%load_ext modelnew` does."""
+    """Called by `%load_ext cupy_kernels`, which does the same as `%load_ext modelnew`."""
     try:
         ipython.extension_manager.load_extension("modelnew")
     except ImportError as error:

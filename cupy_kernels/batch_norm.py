@@ -1,9 +1,8 @@
-"""Batch norm over [N, C, *]: statistics, normalisation with an optional tanh behind it, and the gradients.
+"""Batch norm over [N, C, *]: statistics, normalisation with an optional tanh, and gradients.
 
-All arrays are contiguous. A channels_last tensor is one of rows and channels, and passed as that: [N * H * W, C].
-`mean` and `invstd`, (C,), have the accumulator's dtype: see `common.accumulator_dtype`. Workspaces are float64: float32
-sums may overflow. weight, bias and their gradients share one dtype, and running_mean and running_var share one: x's, or
-float32.
+All arrays are contiguous. A channels_last tensor is passed as rows of channels, [N * H * W, C]. `mean` and `invstd`,
+(C,), have the accumulator's dtype, see `common.accumulator_dtype`. Workspaces are float64, because float32 sums may
+overflow. weight, bias and their gradients share one dtype, and running_mean and running_var share one: x's, or float32.
 """
 
 import itertools
@@ -47,9 +46,9 @@ _LAUNCHES_US = 9  # what two more launches, and partial results, cost
 
 
 def batch_norm_workspace(x, room: Room | None = None) -> int:
-    """Elements of the workspace that the statistics and the gradients of x, or one of its shape and dtype, need.
+    """Elements of the workspace for the statistics and the gradients of x, or of a tensor of its shape and dtype.
 
-    room: the one that `batch_norm_forward` or `batch_norm_backward` gets.
+    room: the same as for `batch_norm_forward` or `batch_norm_backward`.
     """
     return 2 * x.shape[1] * (1 + max(chunks_of(x)[1], most_chunks(x, room)))
 
@@ -70,10 +69,12 @@ def batch_norm_forward(
     tanh=False,
     room: Room | None = None,
 ) -> None:
-    """y = (x - mean) invstd weight + bias, or tanh of that; y and x's own statistics, mean and invstd, are written.
+    """y = (x - mean) invstd weight + bias, or tanh of that. Writes y, and x's own statistics mean and invstd.
 
-    As `batch_norm_statistics` and `batch_norm_apply`; in one kernel where a block can have all of a channel, or where
-    blocks may wait for each other, which they may in `room`, a `Room`.
+    Does the same as `batch_norm_statistics` and `batch_norm_apply`. It is one kernel if a block can have a whole
+    channel, or if blocks may wait for each other.
+
+    room: a `Room`, if blocks may wait for each other.
     """
     same_shape(x=x, y=y)
     parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
@@ -89,11 +90,11 @@ def batch_norm_forward(
 
 
 def batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, workspace, momentum, eps) -> None:
-    """mean = x's mean per channel, invstd = 1/sqrt(biased variance + eps); both are written.
+    """Writes mean, x's mean per channel, and invstd = 1/sqrt(biased variance + eps).
 
     running_mean, running_var: updated in place, running = (1 - momentum) running + momentum batch, with the unbiased
-    variance; both may be None. An empty x leaves them as they are.
-    batches: one int64, which grows by 1, or None.
+        variance. Both may be None. An empty x leaves them unchanged.
+    batches: one int64, incremented by 1, or None.
     workspace: `batch_norm_workspace(x)` elements, written.
     """
     partials = _partials(workspace, x, chunks_of(x)[1])
@@ -111,9 +112,10 @@ def batch_norm_statistics(x, running_mean, running_var, batches, mean, invstd, w
 def batch_norm_combine(
     count: int, partials, counts, running_mean, running_var, batches, mean, invstd, momentum, eps
 ) -> None:
-    """`batch_norm_statistics` from those of chunks of x, which has `count` values of each channel.
+    """`batch_norm_statistics` from the statistics of chunks of x. count: the number of values of a channel.
 
-    partials: (2, C, chunks), means and sums of squared distances from them; counts: (chunks,), of values. All float64.
+    partials: (2, C, chunks), means and sums of squared distances from them, float64.
+    counts: (chunks,), the number of values of each chunk, float64.
     """
     _, channels, chunks = partials.shape
     check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
@@ -123,7 +125,7 @@ def batch_norm_combine(
 
 
 def batch_norm_eval_statistics(running_mean, running_var, mean, invstd, eps) -> None:
-    """mean = running_mean, invstd = 1/sqrt(running_var + eps); both are written."""
+    """Writes mean = running_mean and invstd = 1/sqrt(running_var + eps)."""
     channels = mean.size
     check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
     macros = _macros(scalar(running_mean), scalar(running_mean), 1, 1)
@@ -136,7 +138,7 @@ def batch_norm_eval_statistics(running_mean, running_var, mean, invstd, eps) -> 
 
 
 def batch_norm_eval(x, running_mean, running_var, weight, bias, y, mean, invstd, eps, tanh=False) -> None:
-    """`batch_norm_forward` with the running statistics: `batch_norm_eval_statistics` and `batch_norm_apply` at once."""
+    """`batch_norm_forward` with the running statistics, as `batch_norm_eval_statistics` and `batch_norm_apply`."""
     same_shape(x=x, y=y)
     parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     _check_channels(x, mean=mean, invstd=invstd, **parameters)
@@ -150,7 +152,7 @@ def batch_norm_eval(x, running_mean, running_var, weight, bias, y, mean, invstd,
 
 
 def batch_norm_apply(x, mean, invstd, weight, bias, y, tanh=False) -> None:
-    """y = (x - mean) invstd weight + bias, or tanh of that. weight and bias may be None. y is written."""
+    """Writes y = (x - mean) invstd weight + bias, or tanh of that. weight and bias may be None."""
     same_shape(x=x, y=y)
     _check_channels(x, mean=mean, invstd=invstd, weight=weight, bias=bias)
     walk = _walk((x, y), weight, bias)
@@ -161,13 +163,16 @@ def batch_norm_apply(x, mean, invstd, weight, bias, y, tanh=False) -> None:
 def batch_norm_backward(
     dy, x, mean, invstd, weight, dx, dweight, dbias, workspace, through_statistics, y=None, room=None
 ) -> None:
-    """dx, dweight and dbias, written where not None. xhat = (x - mean) invstd.
+    """Writes dx, dweight and dbias, where not None. xhat = (x - mean) invstd.
 
-    dbias = sum of g, and dweight = sum of g xhat, per channel. g = dy; if `y` is given, the forward's result with tanh,
-    g = dy (1 - y^2). dx = weight invstd g, or with through_statistics, where mean and invstd are those of x itself,
-    weight invstd (g - mean of g - xhat mean of g xhat).
-    weight may be None; x too, if neither statistics nor parameters need a gradient. workspace:
-    `batch_norm_workspace(dy, room)` elements, written; None if x is. room: as in `batch_norm_forward`.
+    Per channel, dbias = sum of g and dweight = sum of g xhat. Here g = dy; or, if `y` is given, the result of the
+    forward with tanh, g = dy (1 - y^2). dx = weight invstd g. With through_statistics, where mean and invstd are those
+    of x itself, dx = weight invstd (g - mean of g - xhat mean of g xhat).
+
+    x: may be None if neither the statistics nor the parameters need a gradient.
+    weight: may be None.
+    workspace: `batch_norm_workspace(dy, room)` elements, written; None if x is None.
+    room: as in `batch_norm_forward`.
     """
     sums_needed = through_statistics or dweight is not None or dbias is not None
     if sums_needed and x is None:
@@ -197,9 +202,11 @@ def batch_norm_backward(
 
 
 def batch_norm_backward_sums(dy, x, mean, invstd, weight, sums, dweight, dbias, workspace, y=None, dx=None) -> None:
-    """sums, (2, C) float64: of g and of g xhat per channel; written. dweight and dbias are written where not None.
+    """Writes sums, (2, C) float64: of g and of g xhat per channel. Writes dweight and dbias where not None.
 
-    dx: None, or weight invstd g, written. The rest as in `batch_norm_backward`.
+    dx: None, or weight invstd g, written.
+
+    The rest is as in `batch_norm_backward`.
     """
     walk = _walk([a for a in (dy, x, y, dx) if a is not None], weight, dweight, dbias)
     partials = _partials(workspace, dy, walk.chunks)
@@ -210,9 +217,9 @@ def batch_norm_backward_sums(dy, x, mean, invstd, weight, sums, dweight, dbias, 
 
 
 def batch_norm_backward_apply(dy, x, mean, invstd, weight, sums, dx, y=None) -> None:
-    """dx = weight invstd (g - sums[0] / count - xhat sums[1] / count), written; count: dy's values of a channel.
+    """Writes dx = weight invstd (g - sums[0] / count - xhat sums[1] / count). count: values of a channel of dy.
 
-    sums: those of `batch_norm_backward_sums`; None, as x may be then, for dx = weight invstd g.
+    sums: from `batch_norm_backward_sums`. If None, dx = weight invstd g, and x may be None.
     """
     walk = _walk([a for a in (dy, None if sums is None else x, y, dx) if a is not None], weight)
     args = (dy, x, y, mean, invstd, weight, sums, dx, *walk.sizes, walk.tile)
@@ -220,9 +227,11 @@ def batch_norm_backward_apply(dy, x, mean, invstd, weight, sums, dx, y=None) -> 
 
 
 def batch_norm_backward_combine(partials, mean, sums, dweight, dbias, macros=None) -> None:
-    """The gradients of weight and bias from partial sums, and both sums in float64.
+    """Writes the gradients of weight and bias from partial sums, and both sums in float64.
 
-    partials: (2, C, chunks), sums: (2, C), float64. macros: of the module to take the kernel from, if there is one.
+    partials: (2, C, chunks), float64.
+    sums: (2, C), float64.
+    macros: of the variant from which to take the kernel; by default one for these arrays.
     """
     _, channels, chunks = partials.shape
     if sums.shape != (2, channels):
@@ -245,7 +254,7 @@ def variants():
 
 
 def _whole(x, running_mean, running_var, batches, weight, bias, y, mean, invstd, momentum, eps, tanh) -> bool:
-    """`batch_norm_forward` by blocks of whole channels, without y if that is None; False if chunks are quicker."""
+    """`batch_norm_forward` by blocks with whole channels; without y if that is None. False if chunks are faster."""
     walk = _whole_walk([a for a in (x, y) if a is not None], 1, running_mean, weight, bias)
     if walk is None:
         return False
@@ -263,9 +272,9 @@ def _walk(tensors, *parameters) -> Walk:
 
 
 def _whole_walk(tensors, read: int, *parameters) -> Walk | None:
-    """The walk of blocks that have whole channels; None if that is not quicker, or no variant has the parameters.
+    """The walk of blocks with whole channels; None if that is not faster, or if no variant has the parameters' type.
 
-    read: how many tensors are read twice.
+    read: number of tensors that are read twice.
     """
     x = tensors[0]
     images, channels, plane = sizes_of(x.shape)
@@ -301,7 +310,7 @@ def _resident(tensors, kept, room, *parameters):
 
 
 def _partials(workspace, x, chunks):
-    """What of the workspace holds partial results: what is before it holds sums."""
+    """The part of the workspace for partial results. The part before it holds sums."""
     sums = 2 * x.shape[1]
     needed = sums * (1 + chunks)
     if workspace.size < needed:
@@ -310,7 +319,7 @@ def _partials(workspace, x, chunks):
 
 
 def _check_channels(x, **arrays):
-    """The number of channels, which all arrays (None left out) must have as many elements as."""
+    """The number of channels. Raises ValueError if an array (None is allowed) has another number of elements."""
     channels = sizes_of(x.shape)[1]
     check_per_channel(channels, **arrays)
     return channels
@@ -321,13 +330,13 @@ def _one_dtype(*parameters):
 
 
 def _parameter(x, *parameters):
-    """The kernels' name for the type of the per-channel parameters; any that fits x if there are none."""
+    """The kernels' name of the per-channel parameters' type; without parameters, a type that x allows."""
     dtype = next((a.dtype for a in parameters if a is not None), accumulator_dtype(x))
     return SCALARS[dtype]
 
 
 def _whole_threads(name, planes):
-    """Threads that a block of whole channels may have: as many as have enough registers."""
+    """Threads of a block with whole channels: as many as the registers allow."""
     if not planes:
         return 128, 256
     return (128, 256) if name == "double" else (256, 512, 640)

@@ -1,6 +1,6 @@
 """Batch norm of rows of channels in one launch each way, whose blocks wait for each other: batch_norm_resident.cu.
 
-It is for tensors that a GPU's shared memory can keep, or a good part of them. `resident` decides.
+It is for tensors that fit into a GPU's shared memory, wholly or to a good part. `resident` decides.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ _READING = {8: 1, 4: 1.25}  # packs of a row that a block may take, and what a b
 
 
 class Resident(NamedTuple):
-    """How blocks share the rows, and the rings in which they keep what they have read last."""
+    """How blocks share the rows, and the ring buffers in which they keep what they read last."""
 
     walk: Walk
     ring_at: int  # byte of shared memory
@@ -34,9 +34,9 @@ class Resident(NamedTuple):
 
 
 def resident(tensors, kept: int, room: Room | None, param: str) -> Resident | None:
-    """How to keep what fits of the first `kept` tensors, all of one shape; None if that does not pay, or cannot be.
+    """How to keep what fits of the first `kept` tensors, all of one shape; None if it is not faster or not possible.
 
-    param: the kernels' name for the type of the per-channel parameters.
+    param: the kernels' name of the per-channel parameters' type.
     """
     x = tensors[0]
     rows, channels, _ = sizes_of(x.shape)
@@ -60,7 +60,7 @@ def resident(tensors, kept: int, room: Room | None, param: str) -> Resident | No
 
 
 def most_chunks(x, room: Room | None) -> int:
-    """Chunks of a channel, at most, if `resident` finds a way for x."""
+    """The largest number of chunks of a channel, if `resident` supports x."""
     rows, channels, _ = sizes_of(x.shape)
     width = PACK_BYTES // x.itemsize
     return ceil_div(rows, _shares(rows, channels // width, width, room)[2]) if _may_be(x, room) else 0
@@ -80,13 +80,13 @@ def resident_variants():
 
 
 def _may_be(x, room):
-    """Whether there is a variant for x, wherever it lies."""
+    """Whether there is a variant for x, at any address."""
     _, channels, plane = sizes_of(x.shape)
     return room is not None and x.size and plane == 1 and x.itemsize < 8 and channels % (PACK_BYTES // x.itemsize) == 0
 
 
 def _shares(rows, packs, width, room):
-    """(packs of a row that a block takes, blocks that share a row, rows of a block): the least for a block to read."""
+    """(packs of a row for each block, blocks that share a row, rows of a block), such that a block reads the least."""
 
     def shares(tile):
         tiles = ceil_div(packs, tile)

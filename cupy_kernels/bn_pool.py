@@ -1,7 +1,7 @@
-"""Max pooling in front of a batch norm and an activation that never decreases, and the gradient of all of it.
+"""Max pooling before a batch norm and an activation that never decreases, and its gradient.
 
-Arrays are [N, C, H, W], or with channels_last [N, H, W, C]: x and dx of the input's size, pooled, argmax, y and dy of
-the output's. gamma, mean and invstd, (C,), are float32.
+Arrays are [N, C, H, W], or [N, H, W, C] with channels_last. x and dx have the input's size; pooled, argmax, y and dy
+have the output's. gamma, mean and invstd, (C,), are float32.
 """
 
 import itertools
@@ -26,17 +26,20 @@ _BLOCKS = 4 * MULTIPROCESSORS  # enough of them
 
 
 def takes_pool(pool: Pool) -> bool:
-    """Whether there are kernels for these windows: 2x2, or 3x3 with padding or without, two apart."""
+    """Whether there are kernels for these windows: 2x2, or 3x3 with or without padding, with stride 2."""
     (height, width), padding = pool.kernel_size, pool.padding[0]
     same = height == width and pool.padding == (padding, padding)
     return same and (height, padding) in _WINDOWS and pool.stride == (2, 2) and pool.dilation == (1, 1)
 
 
 def bn_pool_forward(x, gamma, pooled, argmax, pool: Pool, channels_last: bool, scratch=None):
-    """pooled: of each window the value that wins behind the batch norm; argmax: its tap, or None. Both are written.
+    """Writes pooled, for each window the value that is the maximum after the batch norm, and argmax, its tap.
 
-    gamma: the batch norm's weight, or None. scratch(shape, dtype): makes workspaces; without it no statistics follow.
-    Returns what `bn_pool_statistics` takes, or None.
+    gamma: the batch norm's weight, or None.
+    argmax: may be None.
+    scratch: scratch(shape, dtype) makes workspaces. Without it, no statistics follow.
+
+    Returns the partial statistics for `bn_pool_statistics`, or None.
     """
     launching = _Launch(x, pooled, pool, channels_last, x)
     check_per_channel(launching.channels, gamma=gamma)
@@ -50,17 +53,18 @@ def bn_pool_forward(x, gamma, pooled, argmax, pool: Pool, channels_last: bool, s
 
 
 def bn_pool_statistics(x, partials, running_mean, running_var, batches, mean, invstd, momentum, eps) -> None:
-    """mean and invstd, and the running statistics, as `batch_norm_statistics` makes them; partials: of the forward."""
+    """Writes mean, invstd and the running statistics as `batch_norm_statistics` does. partials: from the forward."""
     batch_norm_combine(x.size // mean.size, *partials, running_mean, running_var, batches, mean, invstd, momentum, eps)
 
 
 def bn_pool_backward(
     dy, y, argmax, x, mean, invstd, gamma, sums, dx, pool: Pool, channels_last: bool, negative_slope: float | None
 ) -> None:
-    """dx, written, from y, the activation of the batch norm of the pooled values, and dy, the gradient there.
+    """Writes dx from y, the activation of the batch norm of the pooled values, and its gradient dy.
 
-    negative_slope: leaky ReLU's; None for tanh. sums: (2, C), float64, of g, the gradient before the activation, and of
-    g xhat; None, as x may be then, where statistics do not depend on x.
+    negative_slope: of leaky ReLU; None for tanh.
+    sums: (2, C), float64, of g, the gradient before the activation, and of g xhat. None if statistics do not depend on
+        x; x may then be None.
     """
     launching = _Launch(dx, dy, pool, channels_last, *(dx, x) if sums is not None else (dx,))
     same_shape(dy=dy, y=y, argmax=argmax)

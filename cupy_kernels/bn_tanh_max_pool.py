@@ -1,9 +1,9 @@
-"""Max pooling of the tanh of a batch norm, or of the tanh alone, in one pass over the input each way.
+"""Max pooling of the tanh of a batch norm, or of tanh alone, reading the input once each way.
 
 All arrays are contiguous: inputs [N, C, H, W] or, without batch norm, any [..., H, W]; outputs [..., OH, OW]. `mean`
-and `invstd`, (C,), are as in `batch_norm`, and so are weight and bias. All four have the accumulator's dtype: see
-`common.accumulator_dtype`. Without batch norm all four are None. Workspace and sums are float64. argmax and pool are as
-in `max_pool`.
+and `invstd`, (C,), are as in `batch_norm`. They and weight and bias have the accumulator's dtype, see
+`common.accumulator_dtype`. Without batch norm, all four are None. Workspace and sums are float64. argmax and pool are
+as in `max_pool`.
 """
 
 import math
@@ -27,9 +27,9 @@ _CHUNK = 8192  # about so many windows per partial sum; a constant, so that sums
 
 
 def bn_tanh_max_pool_forward(x, mean, invstd, weight, bias, y, argmax, pool: Pool) -> None:
-    """y = max pooling of tanh((x - mean) invstd weight + bias). weight and bias may be None. y and argmax are written.
+    """Writes y = max pooling of tanh((x - mean) invstd weight + bias), and argmax.
 
-    argmax may be None.
+    weight, bias and argmax may be None.
     """
     kernel = pool_kernel(_FILE, "bn_tanh_max_pool_forward", (x,), (y,), argmax, pool, _macros(mean))
     channels = _channels(x, mean, invstd=invstd, weight=weight, bias=bias)
@@ -37,17 +37,18 @@ def bn_tanh_max_pool_forward(x, mean, invstd, weight, bias, y, argmax, pool: Poo
 
 
 def bn_tanh_max_pool_workspace(shape) -> int:
-    """Elements of the workspace that the backward's sums need, for an output y of this shape."""
+    """Elements of the workspace for the backward's sums, for an output y of this shape."""
     return 2 * shape[1] * math.prod(_chunks(shape))
 
 
 def bn_tanh_max_pool_backward_reduce(
     dy, y, argmax, x, mean, invstd, sums, dweight, dbias, workspace, pool: Pool
 ) -> None:
-    """sums[0] = sum of g and sums[1] = sum of g xhat per channel, over all windows that have a pixel.
+    """Writes sums[0] = sum of g and sums[1] = sum of g xhat per channel, over all windows that contain a pixel.
 
-    g = dy (1 - y^2) and xhat = (x - mean) invstd, at the window's argmax. sums: (2, C), float64, written.
-    dweight = sums[1] and dbias = sums[0], of one dtype, x's or float32, are written where not None.
+    g = dy (1 - y^2) and xhat = (x - mean) invstd, at the window's argmax.
+    sums: (2, C), float64, written.
+    dweight, dbias: sums[1] and sums[0], of one dtype, x's or float32; written where not None.
     workspace: `bn_tanh_max_pool_workspace(y.shape)` elements, float64, written.
     """
     kernel = pool_kernel(_FILE, "bn_tanh_max_pool_backward_partials", (x,), (dy, y), argmax, pool, _macros(mean))
@@ -62,9 +63,9 @@ def bn_tanh_max_pool_backward_reduce(
 
 
 def bn_tanh_max_pool_backward(dy, y, argmax, x, mean, invstd, weight, sums, dx, pool: Pool) -> None:
-    """dx from the sums of `bn_tanh_max_pool_backward_reduce`; dx is written.
+    """Writes dx from the sums of `bn_tanh_max_pool_backward_reduce`.
 
-    sums is None where statistics do not depend on x, or without batch norm; then x may be None, too.
+    sums: None if statistics do not depend on x, or without batch norm; x may then be None.
     """
     if sums is not None and x is None:
         raise ValueError("the gradient through the batch's statistics needs x")

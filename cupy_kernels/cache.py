@@ -1,8 +1,8 @@
-"""Compiled kernels on disk, kept from one process to the next. CuPy keeps those that it compiles in a cache of its own.
+"""Compiled kernels on disk, for the next process. CuPy has a cache of its own for those that it compiles.
 
 A process runs these files as code. So the folder must belong to the user, and nobody else may be able to write to it.
-Each entry ends in a seal, a line with the hash of its name and content; an entry without the right seal is made anew.
-In PTX that line is a comment, and loaders of ELF files do not read so far.
+Each entry ends in a seal, a line with the hash of its name and content. An entry without the right seal is made again.
+In PTX this line is a comment, and loaders of ELF files do not read that far.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ os.register_at_fork(after_in_child=_locks.clear)  # a forked child lacks the thr
 
 
 def once(known: dict, key, make: Callable):
-    """known[key]. If it is missing, one thread calls make() for it, and others that want the same key wait."""
+    """known[key]. If it is missing, one thread calls make(), and other threads that need the same key wait."""
     if key not in known:
         with _lock(id(known), key):
             if key not in known:
@@ -37,7 +37,7 @@ def _lock(*key) -> threading.Lock:
 
 
 def folder() -> Path:
-    """Where compiled kernels are kept; made if it does not exist. BackendError if it cannot be made or is not safe."""
+    """The cache's folder, created if necessary. Raises BackendError if it cannot be created or is not safe."""
     chosen = os.environ.get(VARIABLE)
     of_system = os.environ.get("XDG_CACHE_HOME", "")
     default = Path(of_system if os.path.isabs(of_system) else "~/.cache", "cupy_kernels")
@@ -66,7 +66,7 @@ def folder() -> Path:
 
 
 def entry(name: str, make: Callable[[], bytes]) -> Path:
-    """The path of entry `name`. Unless `read` can read it, it is written anew: the bytes of make(), and a seal."""
+    """The path of entry `name`. If `read` cannot read it, it is written: the bytes of make(), and a seal."""
     path = folder() / name
     with _lock(path):
         if read(path) is None:
@@ -75,7 +75,7 @@ def entry(name: str, make: Callable[[], bytes]) -> Path:
 
 
 def read(path: Path) -> bytes | None:
-    """The content of an entry, without its seal. None if there is none that is the user's own with a right seal."""
+    """The content of an entry, without its seal. None if there is no entry of the user's own with the right seal."""
     with _errors_of(path.parent):
         try:
             with open(path, "rb") as file:
@@ -88,7 +88,7 @@ def read(path: Path) -> bytes | None:
 
 
 def unusable(found: Path | str, why) -> BackendError:
-    """The error for a folder in which compiled kernels cannot be kept, or from which they cannot be loaded."""
+    """The BackendError for a folder that compiled kernels cannot be written to or loaded from."""
     origin = f"set by {VARIABLE}" if VARIABLE in os.environ else "the default"
     return BackendError(
         f"cannot keep compiled kernels in {found}, {origin}: {why}. {VARIABLE} chooses the folder: the absolute path "
@@ -97,7 +97,7 @@ def unusable(found: Path | str, why) -> BackendError:
 
 
 def _write(path, content):
-    """In one step: other processes see all of it or nothing."""
+    """Writes atomically: other processes see all of the file or nothing."""
     with _errors_of(path.parent):
         descriptor, half_written = tempfile.mkstemp(dir=path.parent)
         try:

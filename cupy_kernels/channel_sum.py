@@ -1,4 +1,4 @@
-"""Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
+"""The sum of a tensor [N, C, *] over all dimensions but the channels: the bias gradient of a convolution.
 
 A channels_last tensor is passed as [N * H * W, C].
 """
@@ -13,12 +13,12 @@ _FILE = "channel_sum.cu"
 
 
 def channel_sum_workspace_size(x) -> int:
-    """Elements of the workspace `partial`, float64."""
+    """Number of float64 elements of the workspace `partial`."""
     return x.shape[1] * chunks_of(x)[1]
 
 
 def channel_sum(x, sums, partial) -> None:
-    """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
+    """sums[c] = sum over n and positions of x[n, c, ...]. Writes sums, [C], and the workspace `partial`."""
     channels = x.shape[1]
     if sums.shape != (channels,):
         raise ValueError(f"sums must have shape ({channels},), received {sums.shape}")

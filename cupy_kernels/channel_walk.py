@@ -1,4 +1,4 @@
-"""What the launches of the kernels that use channel_walk.cuh share: how blocks share a tensor [N, C, *]."""
+"""How blocks share a tensor [N, C, *]: shared code for the launches of kernels that use channel_walk.cuh."""
 
 from collections.abc import Callable
 from math import lcm, prod
@@ -18,13 +18,13 @@ _ROWS_OF_PLANES = 16  # the fewest images that are worth a walk over rows
 
 
 def widths(name: str) -> tuple[int, ...]:
-    """Elements per access, the widest first: 16 bytes, half of that for 16-bit types, one element."""
+    """Elements per access, the widest first: 16 bytes, for 16-bit types also 8 bytes, and one element."""
     widest = PACK_BYTES // DTYPES[name].itemsize
     return (8, 4, 1) if widest == 8 else (widest, 1)
 
 
 def row_tile(row: int, plane: int, width: int, wanted: int) -> int:
-    """Packs of `width` elements that a block takes of a row: whole planes, about `wanted` packs, and shared evenly."""
+    """Packs of `width` elements of a row for each block: whole planes, about `wanted` packs, divided evenly."""
     unit, packs = lcm(width, plane) // width, row // width
     tile = unit * max(1, wanted // unit)
     tiles = max(1, ceil_div(packs, tile))
@@ -37,7 +37,7 @@ def whole_warps(threads: int) -> int:
 
 
 def shared_bytes(macros, tile: int, threads: int, sums: bool = True) -> int:
-    """Shared memory of a block: what it keeps of its channels, and room for sums, see channel_walk.cuh."""
+    """Shared memory of a block, in bytes: what it keeps of its channels, and space for sums, see channel_walk.cuh."""
     known = dict(macros)
     together = 1 if known["PLANES"] or 32 % tile else 32 // tile  # rows of threads, of which a warp has one sum
     columns, scratch = (1, 32) if known["PLANES"] else (tile * known["WIDTH"], 3 * known["WIDTH"] * threads // together)
@@ -52,13 +52,13 @@ def sizes_of(shape):
 
 
 def pack_width(length, tensors):
-    """Elements per access, for which there is a variant, that divides rows of this length and all addresses."""
+    """The widest access with a variant that divides rows of this length and all addresses."""
     aligned = row_width(length, *tensors)
     return next(w for w in widths(scalar(tensors[0])) if w <= aligned)
 
 
 def chunks_of(x):
-    """(whether blocks walk over rows, chunks of a channel, values of a chunk): for the shape and dtype of x alone."""
+    """(whether blocks walk over rows, chunks per channel, values per chunk), from the shape and dtype of x alone."""
     images, channels, plane = sizes_of(x.shape)
     widest, row = PACK_BYTES // x.itemsize, channels * plane
     narrow = plane * x.itemsize % 8 or plane % min(4, widest)  # then a pack of a plane is one value
@@ -93,7 +93,7 @@ class Walk(NamedTuple):
 
 
 def over_chunks(tensors, macros: Callable) -> Walk:
-    """The walk over chunks of tensors of one shape. macros(width, planes): of the variant."""
+    """The walk over chunks of tensors of the same shape. macros(width, planes): macros of the variant."""
     x = tensors[0]
     images, channels, plane = sizes_of(x.shape)
     by_rows, chunks, chunk = chunks_of(x)
@@ -108,5 +108,5 @@ def over_chunks(tensors, macros: Callable) -> Walk:
 
 
 def launch_combining(kernel, channels, chunks, args):
-    """A block for each channel, of no more threads than there are chunks."""
+    """Launches one block for each channel, with no more threads than there are chunks."""
     launch(kernel, (channels, 1, 1), (min(THREADS, whole_warps(max(1, chunks))), 1, 1), args)

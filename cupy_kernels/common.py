@@ -1,4 +1,4 @@
-"""What the operators' host sides share: macros for a dtype, launch sizes, and checks whose errors say what to do."""
+"""Shared code of the operators' host modules: macros for dtypes, launch sizes, and checks."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ MULTIPROCESSORS = 132
 
 
 def scalar(array) -> str:
-    """The kernels' name for an array's type. TypeError unless it is float32, float64, float16 or int16 (bfloat16)."""
+    """The kernels' name of an array's type. TypeError unless it is float32, float64, float16 or int16 (bfloat16)."""
     name = SCALARS.get(array.dtype)
     if name not in FLOATS:
         raise TypeError(
@@ -23,7 +23,7 @@ def scalar(array) -> str:
 
 
 def accumulator(name: str) -> str:
-    """The type of the arithmetic for tensors of type `name`."""
+    """The accumulator type for tensors of type `name`."""
     return "double" if name == "double" else "float"
 
 
@@ -43,7 +43,7 @@ def scalar_macros(name: str) -> tuple:
 
 
 def vector_width(*arrays) -> int:
-    """Elements in 16 bytes, of the largest ones, if every array starts at a multiple of 16 bytes, else 1."""
+    """The number of elements in 16 bytes of the largest type if every array is aligned to 16 bytes, else 1."""
     return 1 if any(address(a) % 16 for a in arrays) else 16 // max(a.itemsize for a in arrays)
 
 
@@ -68,14 +68,14 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def same_shape(**arrays) -> None:
-    """ValueError unless all named arrays (None left out) have one shape."""
+    """Raises ValueError unless all named arrays (None is allowed) have the same shape."""
     shapes = {name: a.shape for name, a in arrays.items() if a is not None}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"these arrays must have one shape: {shapes}")
 
 
 def check_per_channel(channels, **arrays) -> None:
-    """ValueError unless every named array (None left out) has one element for each channel."""
+    """Raises ValueError unless every named array (None is allowed) has one element for each channel."""
     for name, array in arrays.items():
         if array is not None and array.size != channels:
             raise ValueError(f"{name} should contain {channels} elements, one for each channel, not {array.size}")

@@ -1,4 +1,4 @@
-"""The GPU: kernel text -> function on the current device, through cupy.RawModule."""
+"""The GPU backend: compiles kernel text to a function on the current device with cupy.RawModule."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 
 @functools.cache
 def cupy():
-    """CuPy, with CUDA 11's wheels loaded first. BackendError if it is not installed or finds no GPU."""
+    """CuPy, after loading CUDA 11's wheels. Raises BackendError if it is not installed or finds no GPU."""
     nvrtc.preload_wheels()
     try:
         import cupy
@@ -34,7 +34,7 @@ def cupy():
 
 
 class Gpu(Backend):
-    """The current GPU. A cubin, or PTX if the GPU is newer than NVRTC, is kept on disk for the next process."""
+    """The current GPU. Cubins, or PTX if the GPU is newer than NVRTC, are cached on disk."""
 
     def __init__(self):
         super().__init__()
@@ -47,10 +47,13 @@ class Gpu(Backend):
         return Room(*room) if able else None
 
     def function(self, kernel: Kernel, shared_bytes: int = 0):
-        """The compiled kernel on the current device, as CuPy has it.
+        """The compiled kernel on the current device, as a CuPy function.
 
-        shared_bytes: dynamic shared memory of a launch. A kernel must be told of more than 48 KiB, which happens here.
-        KernelCompileError if the text does not compile, BackendError if NVRTC or a folder cannot be used.
+        shared_bytes: dynamic shared memory of a launch. More than 48 KiB must be requested from the driver, which
+            happens here.
+
+        Raises KernelCompileError if the text does not compile, and BackendError if NVRTC or the cache's folder cannot
+        be used.
         """
         module = self.compiled(kernel)
         key = module, kernel.name
@@ -112,7 +115,7 @@ class Gpu(Backend):
 
 
 def _code(kernel: Kernel, architecture: str) -> Path:
-    """The cubin that the kernel is in, or PTX, for an architecture that CuPy does not compile for."""
+    """The cubin that contains the kernel, or PTX for an architecture for which CuPy does not compile."""
     ptx = architecture.startswith("compute_")
     version = nvrtc.version() if ptx else nvrtc.version(nvrtc.WGMMA_MAJOR)
     key = repr((version, unit(kernel), kernel.variant, architecture))

@@ -1,12 +1,11 @@
 """ConvTranspose2d -> BatchNorm2d -> activation -> MaxPool2d(2, 2) -> GroupNorm, pooled in the convolution's epilogue.
 
 Shapes: x [N, K, H, W], w [K, M, KH, KW], the convolution's output [N, M, OH, OW], pooled and out [N, M, OH/2, OW/2].
-The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,
-float16, or int16 that holds bfloat16; statistics and what is saved have the types that `kept_arrays` says. With
-`typed`, x may have 16 bits where all others are float32. With a plan for channels_last, x, out, dout and dx are
-[N, H, W, C].
+    `conv_transpose_mma.plan` must support the convolution. All tensors have one type: float32, float16, or int16 that
+    holds bfloat16. Statistics and saved arrays have the types in `kept_arrays`. With `typed`, x may have 16 bits and
+    all others be float32. With a plan for channels_last, x, out, dout and dx are [N, H, W, C].
 
-activation, parameter: one of activation.cuh's, such as "leaky_relu", and the number that it takes, if it takes one.
+activation, parameter: one of activation.cuh's, such as "leaky_relu", and its parameter, if it has one.
 """
 
 import numpy as np
@@ -23,10 +22,10 @@ _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes 
 
 
 def typed(p: Plan, parameters: str, half: bool) -> Plan:
-    """The plan for weights, biases, running statistics and `out` of another type than x's: the kernels' name of it.
+    """The plan for weights, biases, running statistics and `out` of another type than x's, given by the kernels' name.
 
-    half: whether the pooled sums are kept as float16 under scales, with split 1: as exact as PyTorch's convolution of
-    16-bit tensors or under autocast, and half the memory.
+    half: whether the pooled sums are kept as scaled float16, with split 1. This is as exact as PyTorch's convolution of
+        16-bit tensors or under autocast, and takes half the memory.
     """
     types = ("param_t", parameters), ("pooled_t", "half_t" if half else "float")
     found = p.of_weights(parameters)
@@ -36,8 +35,8 @@ def typed(p: Plan, parameters: str, half: bool) -> Plan:
 def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that the forward writes besides `out`. keep: whether a backward follows.
 
-    Then `saved`, the largest, is among them: the convolution's output, as float16 under scales with split 1, as float32
-    with split 2. `pooled` is float16 under scales, too, where `typed` says so.
+    With `keep` there is `saved`, the largest one: the convolution's output, as scaled float16 with split 1, as float32
+    with split 2. `pooled` is scaled float16 as well if `typed` says so.
     """
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
@@ -85,9 +84,11 @@ def conv_bn_pool_forward(
 ) -> None:
     """out = group_norm(max_pool2d(activation(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
 
-    scratch(shape, dtype): makes a workspace. conv_bias, weight, bias, group_weight, group_bias: may be None.
-    running_mean, running_var: updated in training, where they may be None. num_batches_tracked: one int64, which grows
-    by 1 in training, or None. kept: {name: array} of `kept_arrays`, written.
+    scratch: scratch(shape, dtype) makes a workspace.
+    conv_bias, weight, bias, group_weight, group_bias: may be None.
+    running_mean, running_var: updated in training, where they may be None.
+    num_batches_tracked: one int64, incremented by 1 in training, or None.
+    kept: {name: array} of `kept_arrays`, written.
     """
     moments, running, affine = (kept["mean"], kept["invstd"]), (running_mean, running_var), (weight, bias)
     tail = {"plan": plan, "groups": groups, "activation": activation, "training": training}
@@ -99,7 +100,7 @@ def conv_bn_pool_forward(
 
 
 def pooled_sums(scratch, x, w, weight, kept, *, plan: Plan, training: bool):
-    """The convolution and the pooling, into `kept`. Returns, in training, (3, C, units): counts, means and squares."""
+    """The convolution and the pooling: writes `kept`. In training, returns (3, C, units): counts, means, squares."""
     images, channels = x.shape[0], dict(plan.macros)["OUT_CHANNELS"]
     packed = scratch(plan.packed_size, np.float16)
     partials = scratch((3, channels, images * plan.units), np.float32) if training else None
@@ -121,9 +122,10 @@ def pooled_sums(scratch, x, w, weight, kept, *, plan: Plan, training: bool):
 def batch_statistics(
     partials, conv_bias, running_mean, running_var, num_batches_tracked, mean, invstd, momentum, eps, **tail
 ) -> None:
-    """mean, without the convolution's bias, and invstd, both written, from what `pooled_sums` returns.
+    """Writes mean, without the convolution's bias, and invstd, from the result of `pooled_sums`.
 
-    The running statistics, updated, and num_batches_tracked may be None. tail: plan, groups, activation, training.
+    running_mean, running_var, num_batches_tracked: updated; may be None.
+    tail: plan, groups, activation, training.
     """
     channels, units = partials.shape[1:]
     args = (partials, conv_bias, running_mean, running_var, num_batches_tracked, mean, invstd, momentum, eps)
@@ -147,7 +149,7 @@ def pooled_output(
     parameter,
     **tail,
 ) -> None:
-    """out, and what `kept` has of group norm, from the pooled sums and statistics. tail: as in `batch_statistics`."""
+    """Writes out, and group norm's part of `kept`, from pooled sums and statistics. tail: as in `batch_statistics`."""
     macros = forward_macros(**tail)
     launch(
         Kernel("pooled_tail.cu", "pooled_forward", macros),
@@ -160,7 +162,7 @@ def pooled_output(
 
 
 def check_supported(p: Plan, groups: int) -> None:
-    """UnsupportedError if these kernels do not take what follows the convolution."""
+    """Raises UnsupportedError if these kernels do not support what follows the convolution."""
     macros = dict(p.macros)
     if min(macros["OUT_H"], macros["OUT_W"]) < 2:
         raise UnsupportedError("nothing is left after pooling")
@@ -181,7 +183,7 @@ def _pool_kernel(p: Plan, training, keep):
 
 
 def pooled_places(p: Plan) -> np.ndarray:
-    """Where in a plane of `pooled` the values [OH/2, OW/2] lie, see pooled_planes.cuh; the others are of no use."""
+    """The places in a plane of `pooled` of the values [OH/2, OW/2], see pooled_planes.cuh. Other places are unused."""
     macros = dict(p.macros)
     row, column = np.mgrid[: macros["OUT_H"] // 2, : macros["OUT_W"] // 2]
     unit, at = np.divmod(row * macros["WINDOW_PITCH"] + column, macros["UNIT_WINDOWS"])

@@ -1,4 +1,4 @@
-"""The backward of `conv_bn_pool`, whose names and shapes are these, too."""
+"""The backward of `conv_bn_pool`. Names and shapes are the same."""
 
 import functools
 
@@ -21,7 +21,8 @@ _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that `tail_gradients` and `output_gradient` write, for `weight_gradient` and dgrad.
 
-    packed: whether dy is to be among them. borders: whether what `weight_gradient` needs with a centred x is.
+    packed: whether dy is one of them.
+    borders: whether `borders` is one of them, which `weight_gradient` needs for a centred x.
     """
     macros = dict(p.macros)
     channels = macros["OUT_CHANNELS"]
@@ -58,9 +59,10 @@ def tail_gradients(
     activation: str,
     parameter: float,
 ) -> None:
-    """Gradients of all parameters but the convolution's weight, written where not None; what `output_gradient` reads.
+    """Writes gradients of all parameters but the convolution's weight, where not None, and input of `output_gradient`.
 
-    kept: the forward's. made: {name: array} of `gradient_arrays`, written.
+    kept: from the forward.
+    made: {name: array} of `gradient_arrays`, written.
     """
     pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
     scales = kept["exponents"], kept["unit_exponents"]
@@ -74,10 +76,11 @@ def tail_gradients(
 
 
 def output_gradient(weight, dy, kept, made, *, training: bool, **options) -> None:
-    """dy, the gradient of the convolution's output, from what `tail_gradients` has made.
+    """Computes dy, the gradient of the convolution's output, from what `tail_gradients` has written.
 
-    As packed tiles where `made` has them; and to dy, [N, M, OH, OW], where not None, for the general convolution
-    kernels. options: plan, groups, activation.
+    It is written as packed tiles if `made` has them, and to dy, [N, M, OH, OW], if that is not None, for the general
+    convolution kernels.
+    options: plan, groups, activation.
     """
     given = (made["g"], *map(kept.get, ("argmax", "saved", "exponents", "unit_exponents", "mean", "invstd")), weight)
     given += (made["sums"] if training else None,)
@@ -88,10 +91,10 @@ def output_gradient(weight, dy, kept, made, *, training: bool, **options) -> Non
 
 
 def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan, centred: bool) -> None:
-    """dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`.
+    """Writes dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`.
 
-    centred: x, float32, less its first image's means. With statistics of the batch dy sums to 0, so that this changes
-    nothing but the error (benchmarks/NOTES.md says why).
+    centred: whether to subtract the first image's means from x, which is float32. With statistics of the batch, dy sums
+        to 0. Then this changes only the rounding error (see benchmarks/NOTES.md).
     """
     unit_exponents, sums = kept["unit_exponents"], None
     partial = scratch(plan.partial_size, np.float32)
@@ -112,7 +115,7 @@ def weight_gradient(scratch, x, kept, made, dw, *, plan: WgradPlan, centred: boo
 
 
 def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
-    """dx, the gradient of x, from dy. plan: one for dgrad, of packed tiles. The rest as in `weight_gradient`."""
+    """Writes dx, the gradient of x, from dy. plan: for dgrad of packed tiles. The rest is as in `weight_gradient`."""
     workspaces = scratch(plan.packed_size, np.float16), scratch(plan.rows, np.int32)
     conv_transpose_mma(plan, made["dy_packed"], w, None, dx, *workspaces, made["dy_exponents"])
 
@@ -135,10 +138,12 @@ def pooled_gradients(
     parameter,
     **tail,
 ) -> None:
-    """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
+    """Writes g, the gradient of batch norm's output at the pooled values, and partial sums for `parameter_gradients`.
 
-    dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_arrays` has them, written.
-    tail: plan, groups, activation; the same in the functions that follow.
+    dout: of out's shape.
+    group_mean, group_invstd: [N * groups].
+    g, partials: as in `gradient_arrays`, written.
+    tail: plan, groups, activation; also in the functions that follow.
     """
     images, macros = pooled.shape[0], _backward_macros(**tail)
     launch(
@@ -153,10 +158,11 @@ def pooled_gradients(
 def parameter_gradients(
     partials, mean, invstd, weight, sums, dy_exponents, *gradients, plan: Plan, training: bool, **tail
 ) -> None:
-    """Gradients of all parameters but the convolution's weight, and what the gradient of its output is made of.
+    """Writes gradients of all parameters but the convolution's weight, and the values for its output's gradient.
 
-    sums, dy_exponents: as `gradient_arrays` has them, written. gradients: of weight, bias, group_weight,
-    group_bias and conv_bias, written where not None. training: whether the batch's own statistics were applied.
+    sums, dy_exponents: as in `gradient_arrays`, written.
+    gradients: of weight, bias, group_weight, group_bias and conv_bias, written where not None.
+    training: whether the batch's own statistics were applied.
     """
     images, channels = partials.shape[1:]
     launch(
@@ -170,9 +176,9 @@ def parameter_gradients(
 def conv_output_gradient(
     g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan, **tail
 ) -> None:
-    """dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
+    """Writes dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
 
-    sums: those of `parameter_gradients`; None where the statistics were running ones. dy is written.
+    sums: from `parameter_gradients`; None if running statistics were applied.
     """
     images, channels = g.shape[:2]
     launch(
@@ -186,11 +192,12 @@ def conv_output_gradient(
 def conv_output_gradient_packed(
     g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders, *, plan, **tail
 ) -> None:
-    """The same as packed fp16 tiles, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
+    """The same as packed fp16 tiles, for tensor cores: dy times 2^e, where e is the smallest of dy_exponents.
 
-    dy_exponents: those of `parameter_gradients`. dy: float16, of `packed_output_shape`, written.
-    borders: None, or as `gradient_arrays` has it, written: sums of dy times 2^e over the pixels that have no
-    partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
+    dy_exponents: from `parameter_gradients`.
+    dy: float16, of `packed_output_shape`, written.
+    borders: None, or as in `gradient_arrays`, written: sums of dy times 2^e over the pixels that have no partner in x
+        for a tap, for parts of the images, as `conv_wgrad_mma` takes them.
     """
     images = g.shape[0]
     together = _images_together(images)
@@ -208,7 +215,7 @@ def conv_output_gradient_packed(
 
 
 def packed_output_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
-    """Of the packed tiles of the convolution's output, see `fp16_tiles`."""
+    """Shape of the packed tiles of the convolution's output, see `fp16_tiles`."""
     macros = dict(p.macros)
     return packed_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
 

@@ -1,7 +1,7 @@
-"""2D transposed convolution: general kernels, for any hyper-parameters, on ordinary FMA units.
+"""2D transposed convolution: general kernels for all hyper-parameters, without tensor cores.
 
 Shapes: x [N, G*Ci, H, W], w [G*Ci, Co, KH, KW], bias [G*Co], y [N, G*Co, OH, OW], with G groups, Ci and Co channels per
-group and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
+    group and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
 """
 
 import functools
@@ -22,7 +22,7 @@ _TILE_K = 8  # channels or pixels in one step of the sum
 
 
 class Geometry(NamedTuple):
-    """Hyper-parameters of a transposed convolution, pairs in the order (height, width)."""
+    """Hyper-parameters of a transposed convolution: pairs (height, width), and groups."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -33,7 +33,7 @@ class Geometry(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, int]:
-    """Shape of y. ValueError for ranks, channels, hyper-parameters or sizes that no transposed convolution has."""
+    """Shape of y. Raises ValueError for dimensions, channels, hyper-parameters or sizes that are not valid."""
     if len(x_shape) != 4 or len(w_shape) != 4:
         raise ValueError(
             f"input and weight must have 4 dimensions, received shapes {tuple(x_shape)} and {tuple(w_shape)}"
@@ -74,22 +74,22 @@ def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, i
 
 
 def logical(shape, channels_last) -> tuple[int, ...]:
-    """[N, C, H, W] of an array of either format."""
+    """[N, C, H, W], from the shape of an array of either format."""
     return (shape[0], shape[3], *shape[1:3]) if channels_last else tuple(shape)
 
 
 def packed_weight_size(w_shape) -> int:
-    """Elements of the workspace `packed`, of the accumulator's dtype, that forward and dgrad take."""
+    """Elements of the workspace `packed` of forward and dgrad, of the accumulator's dtype."""
     return math.prod(w_shape)
 
 
 def conv_transpose_forward(x, w, bias, y, packed, geometry: Geometry) -> None:
-    """y = conv_transpose2d(x, w) + bias. `bias` may be None; y and the workspace `packed` are written."""
+    """Writes y = conv_transpose2d(x, w) + bias, and the workspace `packed`. bias may be None."""
     _gather(x, w, bias, y, packed, geometry, dgrad=False)
 
 
 def conv_transpose_dgrad(dy, w, dx, packed, geometry: Geometry) -> None:
-    """dx, the gradient of x, from dy, that of y: dy convolved with w. dx and the workspace `packed` are written."""
+    """Writes dx, the gradient of x: dy, the gradient of y, convolved with w. Writes the workspace `packed`."""
     _gather(dy, w, None, dx, packed, geometry, dgrad=True)
 
 
@@ -127,7 +127,7 @@ def wgrad_workspace_size(x_shape, w_shape, geometry: Geometry, double: bool) -> 
 
 
 def conv_transpose_wgrad(x, dy, dw, partial, geometry: Geometry) -> None:
-    """dw, the gradient of w. dw and the workspace `partial` are written."""
+    """Writes dw, the gradient of w, and the workspace `partial`."""
     _check(x, dw, dy, geometry)
     groups, taps = geometry.groups, dw.shape[2] * dw.shape[3]
     channels_in, channels_out = dw.shape[0] // groups, dw.shape[1]
@@ -178,7 +178,7 @@ _DOUBLE = _Tile(64, 64, 4)
 
 
 def _tile(array, rows: int, columns: int) -> _Tile:
-    """The tile for a product of rows x columns: large where the matrix fills it, small where most would be padding."""
+    """The tile for a product of rows x columns: large if it fills the tile, small if most of that would be padding."""
     if rows <= 32 or columns < 4096:
         return _SMALL
     if accumulator_dtype(array) == np.float64:

@@ -1,6 +1,6 @@
 """2D transposed convolution on tensor cores: stride 1, dilation 1, one group, channels in multiples of 16.
 
-Shapes as in `conv_transpose`. Operands are fp16 under power-of-two scales: split 1 has TF32's precision, split 2
+Shapes are as in `conv_transpose`. Operands are fp16, scaled by powers of two. split 1 has TF32's precision, split 2
 float32's.
 """
 
@@ -37,7 +37,7 @@ SHAPE_MACROS = (
 
 
 class Plan(NamedTuple):
-    """How a convolution is laid out over blocks; `macros` specialise the kernels."""
+    """How blocks share a convolution. `macros` specialise the kernels."""
 
     macros: tuple
     pack_macros: tuple
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
     multiprocessors: int
 
     def of_packed(self) -> "Plan":
-        """The same plan for an x that already is packed, see `fp16_tiles`."""
+        """The same plan for an x that is packed already, see `fp16_tiles`."""
         changed = {**dict(self.macros), "X_PACKED": 1, "input_t": "half_t"}
         return self._replace(macros=tuple(changed.items()))
 
@@ -76,12 +76,16 @@ def plan(
     channels_last: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> Plan:
-    """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
+    """The plan for a convolution of x [N, K, H, W]; for dgrad, x_shape is dy's.
 
-    w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
-    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where that is possible and
-    faster. channels_last: x and y, of 16-bit types, are [N, H, W, C]. multiprocessors: the GPU's; few images are spread
-    over them. Raises UnsupportedError for what the kernels do not take.
+    w_shape, geometry: of the forward.
+    dtype: the kernels' name of the type.
+    shared_limit: bytes of shared memory that a block may use.
+    wgmma: whether GPU and NVRTC support it, see `conv_wgmma`. The plan uses it where it is possible and faster.
+    channels_last: x and y, of 16-bit types, are [N, H, W, C].
+    multiprocessors: the number that the GPU has. Few images are spread over them.
+
+    Raises UnsupportedError for what the kernels do not support.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
@@ -124,7 +128,7 @@ def plan(
 
 
 def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmma.Layout:
-    """The layout of conv_mma.cuh."""
+    """The layout for conv_mma.cuh."""
     warps_m, most_warps_n = (1, 8) if channels[1] <= 64 else (2, 4)
     chunks = ceil_div(channels[0], chunk_channels(split))
     windows_w = ceil_div(out[1], 2)
@@ -185,10 +189,10 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> conv_wgmm
 
 
 def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
-    """y = conv_transpose2d(x, w) + bias, or with a plan for dgrad y = dx from x = dy; bias may be None.
+    """Writes y = conv_transpose2d(x, w) + bias. With a plan for dgrad: y = dx from x = dy. bias may be None.
 
-    x_exponents: the exponents that go with x, if it is packed. y and the workspaces packed (plan.packed_size,
-    float16) and exponents (plan.rows, int32) are written.
+    x_exponents: the exponents of x, if it is packed.
+    packed, exponents: workspaces, written: plan.packed_size elements of float16, and plan.rows of int32.
     """
     pack_weight(p, w, packed, exponents)
     kernel = convolution_kernel(p)
@@ -197,28 +201,28 @@ def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=No
 
 
 def pack_weight(p: Plan, w, packed, exponents, signs=None, copied_signs=None) -> None:
-    """Writes the workspaces `packed` and `exponents` that the plan's kernel reads.
+    """Writes the workspaces `packed` and `exponents`, which the plan's kernel reads.
 
-    signs: one value for each channel; where it is negative, the channel's weights change sign. copied_signs: None, or
-        float32 of plan.rows, written: these values.
+    signs: one value for each channel. If it is negative, the channel's weights change sign.
+    copied_signs: None, or float32 of plan.rows elements, to which these values are written.
     """
     launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents, copied_signs))
 
 
 def convolution_kernel(p: Plan) -> Kernel:
-    """What `conv_transpose_mma` launches after `pack_weight`."""
+    """The kernel that `conv_transpose_mma` launches after `pack_weight`."""
     return Kernel("conv_transpose_mma.cu", "conv_transpose_mma", p.macros, conv_wgmma.architecture(p.macros))
 
 
 def pack_kernel(p: Plan) -> Kernel:
-    """What `pack_weight` launches."""
+    """The kernel that `pack_weight` launches."""
     return Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
 
 
 def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
-    """Launches a kernel built on conv_mma.cuh or conv_wgmma.cuh over all units of x, whose number it takes last.
+    """Launches a kernel that uses conv_mma.cuh or conv_wgmma.cuh over all units of x. Its last argument: how many.
 
-    ValueError unless x starts at a multiple of 16 bytes.
+    Raises ValueError unless x starts at a multiple of 16 bytes.
     """
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
@@ -229,7 +233,7 @@ def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
 
 
 def variants():
-    """Variants of shapes that reach every branch: the reference shape, kernels of 1 and 7, many, few, odd channels."""
+    """Variants for shapes that reach every branch: the reference shape, kernels of 1 and 7, many, few, odd channels."""
     packs, convolutions = set(), set()
     for p in sample_plans():
         packs.add(pack_kernel(p).variant)
@@ -267,7 +271,7 @@ def shape_macros(dtype: str, channels, size, out, kernel, pad) -> dict:
 
 
 def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
-    """UnsupportedError, which says why, unless the tensor-core kernels take this convolution of x."""
+    """Raises UnsupportedError, with the reason, unless the tensor-core kernels support this convolution of x."""
     kernel = tuple(w_shape[2:])
     checks = {
         f"the dtype is {dtype}": dtype == "double",

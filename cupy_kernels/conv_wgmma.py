@@ -1,4 +1,4 @@
-"""How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks."""
+"""How blocks share a convolution in conv_wgmma.cuh, the tensor-core convolution of sm_90a."""
 
 import itertools
 from typing import NamedTuple
@@ -14,7 +14,7 @@ _FEW_WINDOWS = 64  # the most of a block, for few images
 
 
 class Layout(NamedTuple):
-    """How a tensor-core convolution is laid out over blocks."""
+    """How blocks share a tensor-core convolution."""
 
     macros: dict  # of the kernel's file
     planes: dict  # of pooled_planes.cuh
@@ -31,7 +31,7 @@ class _Unit(NamedTuple):
 
 
 def architecture(macros) -> str | None:
-    """The only one that a kernel with these macros compiles for; None if it has no such limit."""
+    """The only architecture for which a kernel with these macros compiles; None if there is no such limit."""
     return "sm_90a" if ("WGMMA", 1) in macros else None
 
 
@@ -40,9 +40,11 @@ def layout(
 ) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
-    images: their number, if they are few: a block then takes a small part of one, so that all fill the GPU. None: a
-        block takes as much of an image as fits.
-    channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
+    images: the number of images if they are few. A block then takes a small part of an image, so that the blocks fill
+        the GPU. None: a block takes as much of an image as fits.
+    channels: (of x, of the output).
+    size, out, kernel, pad: (height, width).
+    limit: bytes of shared memory.
     """
     warpgroups_m = 1 if channels[1] <= 64 else 2
     warpgroups_n = 2 // warpgroups_m
@@ -95,9 +97,9 @@ def layout(
 
 
 def persistent(found: Layout, size, out, kernel, pad) -> bool:
-    """Whether blocks can copy rows of the next image, of fp16 operands, behind the products of this one.
+    """Whether blocks can copy rows of the next image, of fp16 operands, while they compute this one.
 
-    They can where a block has a whole image, and its last passes read none of the first ones' rows.
+    They can if a block has a whole image, and if its last iterations read none of the first iterations' rows.
     """
     macros, planes = found.macros, found.planes
     long_enough = 2 * kernel[0] * kernel[1] >= macros["STAGES"]
@@ -117,7 +119,7 @@ def persistent(found: Layout, size, out, kernel, pad) -> bool:
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
-    """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles that each unit needs."""
+    """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles of each unit."""
     if max(needed) <= most // last_granule * last_granule:
         tiles = ceil_div(max(needed), last_granule) * last_granule
         return tiles, tiles

@@ -1,4 +1,4 @@
-"""Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` takes."""
+"""Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` supports."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ _RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the 
 
 
 class Plan(NamedTuple):
-    """How a weight gradient is laid out over blocks; `macros` specialise the kernels."""
+    """How blocks share a weight gradient. `macros` specialise the kernels."""
 
     macros: tuple
     output_shape: tuple
@@ -47,12 +47,16 @@ def plan(
     channels_last: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> Plan:
-    """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
+    """The plan for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
-    split: of the packed tiles of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory
-    that a block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. channels_last: x is
-    float16 [N, H, W, C] instead of tiles, with split 1. multiprocessors: the GPU's, over which the sum is split. Raises
-    UnsupportedError for what the kernels do not take.
+    split: of the packed tiles of x and dy.
+    dtype: the kernels' name of w's type.
+    shared_limit: bytes of shared memory that a block may use.
+    wgmma: whether GPU and NVRTC support it. The plan uses it where possible.
+    channels_last: x is float16 [N, H, W, C] instead of tiles, with split 1.
+    multiprocessors: the number that the GPU has. The sum is split over them.
+
+    Raises UnsupportedError for what the kernels do not support.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -81,7 +85,7 @@ def plan(
 
 
 class _Layout(NamedTuple):
-    """What the two main loops differ in."""
+    """The differences between the two main loops."""
 
     macros: dict
     channel_tiles: int
@@ -89,7 +93,7 @@ class _Layout(NamedTuple):
 
 
 def _layout(split, channels, taps, limit) -> _Layout:
-    """That of conv_wgrad_mma.cuh. UnsupportedError if there is not enough shared memory."""
+    """The layout for conv_wgrad_mma.cuh. Raises UnsupportedError if there is not enough shared memory."""
     columns = ceil_div(4, taps) * taps  # in a stage: at least 4, and a multiple of taps
     chunk = chunk_channels(split)
 
@@ -112,7 +116,7 @@ def _layout(split, channels, taps, limit) -> _Layout:
 
 
 def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
-    """That of conv_wgrad_wgmma.cuh. None if there is not enough shared memory."""
+    """The layout for conv_wgrad_wgmma.cuh. None if there is not enough shared memory."""
     tiles_n = _MOST_TILES_N if channels[1] > 64 else channels[1] // 16
     columns = 4 if split == 1 else 1 if width % 2 else 2
 
@@ -126,16 +130,17 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
 
 
 def conv_wgrad_mma(p: Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponents, borders, partial, dw) -> None:
-    """dw, the gradient of w, from x and the gradient of the output as packed tiles.
+    """Writes dw, the gradient of w, from x and the gradient of the output as packed tiles.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the tiles' scale. x_exponents may be
-        None, for an x without a scale.
-    x_sums, borders: both None, or both given for an x whose means were subtracted, which needs a dy whose sum over all
-        pixels is 0 in each channel. x_sums: what `fp16_tiles.pack_fp16` took. borders: float32 [parts, KH * KW, M];
-        added up over the parts, they are for each tap the sum of dy, under its tiles' scale, over the pixels that
-        have no partner in x.
-    dw and the workspace partial (its size in the plan, float32) are written.
-    ValueError if only one of x_sums and borders is None.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is the exponent of the tiles' scale. x_exponents
+        may be None, for an x without a scale.
+    x_sums, borders: both are given for an x whose means were subtracted, or both are None. With them, the sum of dy
+        over all pixels must be 0 in each channel. x_sums: as given to `fp16_tiles.pack_fp16`. borders: float32 [parts,
+        KH * KW, M]. Their sum over the parts is, for each tap, the sum of dy, under its tiles' scale, over the pixels
+        that have no partner in x.
+    partial: workspace, float32, written; its size is in the plan.
+
+    Raises ValueError if only one of x_sums and borders is None.
     """
     if (x_sums is None) != (borders is None):
         given = "borders" if x_sums is None else "x_sums"
@@ -158,12 +163,12 @@ def conv_wgrad_mma(p: Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponen
 
 
 def wgrad_kernel(p: Plan) -> Kernel:
-    """What `conv_wgrad_mma` launches first; `conv_wgrad_reduce` is compiled with it."""
+    """The kernel that `conv_wgrad_mma` launches first. `conv_wgrad_reduce` is compiled with it."""
     return Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros, architecture(p.macros))
 
 
 def variants():
-    """Variants of shapes that reach every branch: the reference shape, kernels of 1 and 7, many, few, odd channels."""
+    """Variants for shapes that reach every branch: the reference shape, kernels of 1 and 7, many, few, odd channels."""
     unit = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
     much, little = 227 * 1024, 99 * 1024
     plans = []

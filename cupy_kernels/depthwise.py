@@ -1,4 +1,4 @@
-"""2D transposed convolution with as many groups as channels: forward, dgrad and wgrad by kernels that memory bounds.
+"""2D transposed convolution with one channel per group: forward, dgrad and wgrad, limited by memory bandwidth.
 
 channels_last: whether tensors are [N, H, W, C] arrays, in and out, instead of [N, C, H, W].
 """
@@ -16,12 +16,12 @@ _WIDTH = 4  # channels of a thread of channels_last tensors
 
 
 def takes(w_shape, geometry: Geometry) -> bool:
-    """Whether it is depthwise, with a stride that the kernels take."""
+    """Whether the convolution is depthwise, with a stride that the kernels support."""
     return w_shape[0] == geometry.groups and w_shape[1] == 1 and max(geometry.stride) <= _MOST_PHASES
 
 
 def gather(source, w, bias, out, geometry: Geometry, channels_last: bool, dgrad: bool = False) -> None:
-    """Writes `out`: the output of conv_transpose2d, or dx from dy. w: [C, 1, KH, KW]; bias may be None."""
+    """Writes `out`: the output of conv_transpose2d, or with dgrad dx from dy. w: [C, 1, KH, KW]; bias may be None."""
     axes = geometry.stride, geometry.padding, geometry.dilation
     if dgrad:
         stride, padding, dilation = axes
@@ -76,7 +76,7 @@ def _logical(array, channels_last):
 
 
 def _splits(x_shape, w_shape):
-    """(splits of the sum over pixels, pixels of one)"""
+    """(number of splits of the sum over pixels, pixels of a split)"""
     pixels = x_shape[0] * math.prod(x_shape[2:])
     blocks = ceil_div(w_shape[0], 8) * ceil_div(math.prod(w_shape[2:]), _TAPS)
     split_pixels = max(1024, ceil_div(pixels, max(1, 32 * MULTIPROCESSORS // blocks)))

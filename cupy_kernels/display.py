@@ -1,8 +1,11 @@
-"""Tables and highlighted text, in a notebook and in a terminal."""
+"""Tables and highlighted text, for notebooks and terminals."""
 
 
 class Rows(list):
-    """A list of named tuples, shown as a table without the fields `hidden`. Tuples in a field are shown by lines."""
+    """A list of named tuples that prints as a table, without the fields in `hidden`.
+
+    A field that is a tuple is shown as lines.
+    """
 
     def __init__(self, rows, caption: str = "", hidden: tuple[str, ...] = ()):
         super().__init__(rows)

@@ -1,4 +1,4 @@
-"""Launches of kernels in which one thread takes WIDTH neighbouring elements of contiguous arrays."""
+"""Launches kernels in which each thread takes WIDTH neighbouring elements of contiguous arrays."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from .source import DTYPES, Kernel, Variant
 
 
 def launch_elementwise(file: str, name: str, arrays, *numbers) -> None:
-    """Starts a kernel on arrays of one size and dtype. Its arguments: the arrays, the numbers, the size."""
+    """Starts a kernel on arrays of one size and dtype. Its arguments are the arrays, the numbers, and the size."""
     size, width = arrays[0].size, vector_width(*arrays)
     kernel = Kernel(file, name, (*type_macros(arrays[0]), ("WIDTH", width)))
     launch(kernel, (ceil_div(size, width * THREADS), 1, 1), (THREADS, 1, 1), (*arrays, *numbers, size))

@@ -1,18 +1,21 @@
-"""Exceptions of this package besides ValueError and TypeError."""
+"""Exceptions of this package, besides ValueError and TypeError."""
 
 
 class KernelCompileError(RuntimeError):
-    """A kernel's text does not compile; the message shows file, line and source line, then the compiler's log."""
+    """A kernel's text does not compile. The message shows file, line and source line, then the compiler's log."""
 
 
 class UnsupportedError(ValueError):
-    """Some kernels do not take a call, and others may; the message says why."""
+    """These kernels do not support a call, but others may. The message gives the reason."""
 
 
 class EmulatorError(RuntimeError):
-    """The emulator found that a kernel does something that CUDA leaves undefined."""
+    """The emulator found undefined behaviour in a kernel."""
 
 
 class BackendError(RuntimeError):
-    """No kernel can run here: there is no GPU that CuPy can use and no C++ compiler for the emulator, or a folder or
-    setting that they need cannot be used."""
+    """No kernel can run here.
+
+    There is neither a GPU that CuPy can use nor a C++ compiler for the emulator, or a folder or a setting that they
+    need cannot be used.
+    """

@@ -1,8 +1,8 @@
 """Tensors [N, C, H, W] as packed fp16 tiles [N, chunks, H * W, 64] under one power-of-two scale, see fp16_tiles.cu.
 
-A line is the 64 values of a pixel. split 1: it has the fp16 values of 64 channels. split 2: it has those of 32
-channels, then their 32 residuals, which is what rounding to fp16 left. An array of exponents goes with the tiles: the
-smallest of them is the scale's.
+A line is the 64 values of a pixel. With split 1, these are the fp16 values of 64 channels. With split 2, they are the
+fp16 values of 32 channels, then the 32 residuals, which are the rounding errors of those values. An array of exponents
+belongs to the tiles; the smallest of them is the scale's.
 """
 
 import math
@@ -22,22 +22,22 @@ def chunk_channels(split: int) -> int:
 
 
 def packing_macros(split: int) -> dict:
-    """Macros of fp16_tiles.cuh without IN_CHANNELS."""
+    """Macros of fp16_tiles.cuh, without IN_CHANNELS."""
     return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "LINE_BYTES": LINE_BYTES}
 
 
 def packed_shape(shape, split: int) -> tuple[int, int, int, int]:
-    """[N, chunks, pixels, 64], the shape of the packed tiles (float16) of a tensor of this shape."""
+    """[N, chunks, pixels, 64], the shape of the packed float16 tiles of a tensor of this shape."""
     return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), LINE_BYTES // 2
 
 
 def exponents_size(shape, itemsize: int) -> int:
-    """Elements (int32) of what `largest_magnitude` writes for a tensor of this shape."""
+    """Number of int32 elements that `largest_magnitude` writes for a tensor of this shape."""
     return max(1, min(_LARGEST_BLOCKS, ceil_div(math.prod(shape) * itemsize, THREADS * _BATCH * 16)))
 
 
 def largest_magnitude(source, exponents) -> None:
-    """Writes `exponents`: for each part of `source`, the exponent of the scale that this part would take alone."""
+    """Writes `exponents`: for each part of `source`, the exponent of the scale that fits this part."""
     width = _width(source)
     kernel = Kernel("fp16_tiles.cu", "largest_magnitude", _macros(scalar(source), 1, width))
     launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
@@ -46,8 +46,8 @@ def largest_magnitude(source, exponents) -> None:
 def pack_fp16(source, exponents, sums, packed, split: int) -> None:
     """Writes `packed`, the tiles of `source`, under the scale of the smallest of `exponents`.
 
-    The channels of `source` are a multiple of 8.
-    sums: None, or the sum of each channel of the first image: the channels' means are then subtracted, and the scale is
+    source: its number of channels is a multiple of 8.
+    sums: None, or the sum of each channel of the first image. Then the channels' means are subtracted, and the scale is
         half as large.
     """
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
@@ -80,7 +80,7 @@ def _macros(name, split, width):
 
 
 def _tile_pixels(split, width):
-    """Pixels that a block of pack_fp16 takes: a thread has 8 channels of `width` of them."""
+    """Pixels of a block of pack_fp16. A thread has 8 channels of `width` of them."""
     return THREADS * 8 // chunk_channels(split) * width
 
 

@@ -1,9 +1,9 @@
 """2D transposed convolution on tensor cores for any hyper-parameters, channels and sizes: forward, dgrad and wgrad.
 
-Shapes as in `conv_transpose`. Each product is an implicit GEMM: pixels by channels, gathered from operands that are
-packed with channels innermost. Operands are fp16 under power-of-two scales (split 1 has TF32's precision, split 2
-float32's), and 16-bit tensors as they are. A 16-bit tensor in channels_last format, with a multiple of 8 channels a
-group, needs no packing.
+Shapes are as in `conv_transpose`. Each product is an implicit GEMM of pixels by channels. It gathers from operands that
+are packed with channels innermost. float32 operands become fp16, scaled by powers of two: split 1 has TF32's precision,
+split 2 float32's. 16-bit operands stay as they are. A 16-bit channels_last tensor with a multiple of 8 channels per
+group needs no packing.
 
 channels_last: whether tensors are [N, H, W, C] arrays, in and out, instead of [N, C, H, W].
 """
@@ -35,22 +35,22 @@ _LONG_COLUMN = 4096  # weights of a channel from which on a block that reads the
 
 
 def operand_dtype(name: str) -> np.dtype:
-    """dtype of packed operands for tensors of this type."""
+    """dtype of the packed operands of tensors of this type."""
     return np.dtype(np.int16 if name == "bf16_t" else np.float16)
 
 
 def packed_size(shape, groups: int, split: int) -> int:
-    """Elements of a tensor [N, C, H, W] of this shape, packed."""
+    """Elements of a packed tensor [N, C, H, W] of this shape."""
     return shape[0] * math.prod(shape[2:]) * split * groups * octets(shape[1] // groups) * 8
 
 
 def is_packed(shape, groups: int, dtype: str, channels_last: bool) -> bool:
-    """Whether the tensor itself is what the kernels read, if it starts at a multiple of 16 bytes."""
+    """Whether kernels can read the tensor itself, if it starts at a multiple of 16 bytes."""
     return dtype != "float" and channels_last and shape[1] // groups % 8 == 0
 
 
 def pack_pixels(source, exponents, packed, split: int, groups: int, channels_last: bool) -> None:
-    """Writes `packed`, and `exponents` (int32, see fp16_tiles.exponents_size) of a float32 tensor; else None."""
+    """Writes `packed`, and for a float32 tensor `exponents` (int32, see fp16_tiles.exponents_size), otherwise None."""
     name = scalar(source)
     if exponents is not None:
         fp16_tiles.largest_magnitude(source, exponents)
@@ -77,10 +77,12 @@ def pack_pixels(source, exponents, packed, split: int, groups: int, channels_las
 def gather(
     p: Plan, source, source_exponents, w, bias, out, packed, exponents, partial, channels_last, w_channels_last
 ) -> None:
-    """The forward or dgrad: `out` from the packed `source`. bias and partial may be None; exponents are for float32.
+    """Writes `out`, the result of the forward or of dgrad, from the packed `source`.
 
-    w: [Cin, Cout/groups, KH, KW], or with w_channels_last [Cin, KH, KW, Cout/groups]. out and the workspaces packed
-    (p.packed_size), exponents (p.columns, int32) and partial (p.partial_size, float32) are written.
+    w: [Cin, Cout/groups, KH, KW], or with w_channels_last [Cin, KH, KW, Cout/groups].
+    bias, partial: may be None.
+    packed, exponents, partial: workspaces, written: p.packed_size elements; p.columns elements, int32, for float32
+        tensors only; p.partial_size elements, float32.
     """
     _pack_taps(p, w, packed, exponents, w_channels_last)
     count = 0 if source_exponents is None else source_exponents.size
@@ -110,7 +112,7 @@ def gather(
 
 
 def turn_rows(source, target) -> None:
-    """target [N, C, H, W] of source [N, H, W, C]."""
+    """Writes target, [N, C, H, W], from source, [N, H, W, C]."""
     images, channels, *size = target.shape
     blocks = ceil_div(channels, 32) * ceil_div(math.prod(size), 64) * images
     kernel = Kernel("gather_gemm_pack.cu", "turn_rows", pack_macros(scalar(source), 1, 1))
@@ -144,15 +146,16 @@ def _pack_taps(p, w, packed, exponents, channels_last):
 
 
 def weight_strides(shape, channels_last) -> tuple[int, int, int]:
-    """Of input channels, output channels and taps, in elements."""
+    """Strides of input channels, output channels and taps, in elements."""
     all_of_one = math.prod(shape[1:])
     return (all_of_one, 1, shape[3]) if channels_last else (all_of_one, shape[2] * shape[3], 1)
 
 
 def wgrad(p: WgradPlan, x, x_exponents, dy, dy_exponents, dw, partial, w_channels_last) -> None:
-    """dw, the gradient of w, from packed x and dy. Both exponents may be None.
+    """Writes dw, the gradient of w, from packed x and dy. Both exponents may be None.
 
-    dw, in either format of the weight, and the workspace partial (p.partial_size, float32) are written.
+    dw: in either format of the weight.
+    partial: workspace, float32, p.partial_size elements, written.
     """
     kernel = _variant("gather_gemm_wgrad.cu", p.macros).kernel("wgrad_gemm")
     launch(kernel, p.grid, (p.tile.threads, 1, 1), (x, dy, partial, *p.args), dict(p.macros)["SHARED_BYTES"])

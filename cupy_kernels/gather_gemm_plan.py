@@ -1,4 +1,4 @@
-"""How the implicit GEMMs of `gather_gemm` are laid out over blocks: tiles and splits of the sum, by a model of time."""
+"""How blocks share the implicit GEMMs of `gather_gemm`: tiles, and splits of the sum. A model of time chooses them."""
 
 import functools
 import itertools
@@ -110,7 +110,7 @@ def _tables(usual, sm75, split: int, gpu: Gpu) -> tuple[Tile, ...]:
 
 
 class Plan(NamedTuple):
-    """How the product of the forward or of dgrad is laid out over blocks."""
+    """How blocks share the product of the forward or of dgrad."""
 
     time: float  # that a model of the GPU predicts, in units of `Tile.cost`
     tile: Tile
@@ -130,7 +130,7 @@ class Plan(NamedTuple):
 
 
 class WgradPlan(NamedTuple):
-    """The same of a weight gradient."""
+    """How blocks share the product of a weight gradient."""
 
     time: float
     tile: Tile
@@ -144,7 +144,7 @@ class WgradPlan(NamedTuple):
 
 
 def octets(channels: int) -> int:
-    """Octets that the channels of a group take."""
+    """The number of packs of 8 channels in a group."""
     return ceil_div(channels, 8)
 
 
@@ -154,7 +154,7 @@ def pack_macros(name, split, width):
 
 
 class _Axis(NamedTuple):
-    """One axis of the product, see gather_gemm.cu; base: of packed taps, see gather_gemm_pack.cu."""
+    """One axis of the product, see gather_gemm.cu. base: of packed taps, see gather_gemm_pack.cu."""
 
     kernel: int
     taps: int
@@ -167,17 +167,17 @@ class _Axis(NamedTuple):
 
     @property
     def phase_taps(self) -> int:
-        """Taps that a phase meets at most."""
+        """The largest number of taps of a phase."""
         return ceil_div(self.taps, self.phases // math.gcd(self.phases, self.step))
 
     @property
     def mean_taps(self) -> float:
-        """Taps that a phase meets on average."""
+        """The average number of taps of a phase."""
         return self.taps / self.phases
 
 
 def _merged(kernel, stride, pad) -> _Axis:
-    """The axis with all phases in the columns: taps are the shifts that some phase meets."""
+    """The axis with all phases in the columns. Its taps are the shifts of all phases."""
     shifts = [
         (pad - k + phase) // stride for k in range(kernel) for phase in range(stride) if (pad - k + phase) % stride == 0
     ]
@@ -195,7 +195,7 @@ def plan(
     gpu: Gpu,
     dgrad: bool = False,
 ) -> Plan:
-    """The layout of the forward for x [N, C, H, W], N at least 1, or of dgrad. dtype: the kernels' name of x's type."""
+    """The plan of the forward for x [N, C, H, W], N at least 1, or of dgrad. dtype: the kernels' name of x's type."""
     y_shape, channels = output_shape(x_shape, w_shape, geometry), (w_shape[0] // geometry.groups, w_shape[1])
     kernel, (stride, padding, _, dilation, groups) = w_shape[2:], geometry
     tables = _tables(GATHER, GATHER_SM75, split, gpu)
@@ -260,7 +260,7 @@ def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad
 
 
 def _best_splits(tile, blocks, steps, most_steps, gpu) -> tuple[float, int]:
-    """(time, number of splits) of the sum, with which the product takes the least time."""
+    """(time, number of splits of the sum) that take the least time."""
 
     def time(splits):
         waves, rest = divmod(ceil_div(blocks * splits, gpu.multiprocessors), tile.blocks)
@@ -280,7 +280,7 @@ def wgrad_plan(
     dtype: str,
     gpu: Gpu,
 ) -> WgradPlan:
-    """The layout of the gradient of w in the convolution of x [N, C, H, W], N at least 1. dtype: of w. See `plan`."""
+    """The plan of the gradient of w in the convolution of x [N, C, H, W], N at least 1. dtype: of w."""
     y_shape, groups = output_shape(x_shape, w_shape, geometry), geometry.groups
     channels_in, channels_out, taps = w_shape[0] // groups, w_shape[1], math.prod(w_shape[2:])
     pixels, columns = x_shape[0] * math.prod(x_shape[2:]), taps * octets(channels_out) * 8

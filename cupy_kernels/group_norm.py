@@ -1,8 +1,8 @@
 """Group norm over [N, C, *]: forward and gradients.
 
-All arrays are contiguous. `mean` and `rstd`, N * num_groups elements, have the accumulator's dtype: see
-`common.accumulator_dtype`. Workspaces are float64. weight, bias and their gradients share one dtype: x's, or float32.
-So do y and dy; with that of float32, parameters are float32, too.
+All arrays are contiguous. `mean` and `rstd`, N * num_groups elements, have the accumulator's dtype, see
+`common.accumulator_dtype`. Workspaces are float64. weight, bias and their gradients share one dtype, x's or float32. y
+and dy have x's dtype or float32; if they are float32, so are the parameters.
 """
 
 import itertools
@@ -37,7 +37,7 @@ _COLUMNS = 8  # channels of a block of group_norm_backward_parameters
 
 
 def group_norm_forward_workspace(x, num_groups, channels_last: bool = False) -> int:
-    """Elements of the workspace that the forward needs."""
+    """Elements of the forward's workspace."""
     chunks = _chunks(x, num_groups)[0] if channels_last else 1
     return 2 * x.shape[0] * num_groups * chunks if chunks > 1 else 0
 
@@ -47,7 +47,7 @@ def group_norm_forward(
 ) -> None:
     """y = (x - mean) rstd weight + bias with mean and rstd = 1/sqrt(biased variance + eps) of each image's groups.
 
-    weight and bias may be None. y, mean and rstd are written; for an empty x nothing is.
+    Writes y, mean and rstd; for an empty x nothing. weight and bias may be None.
     workspace: `group_norm_forward_workspace(x, num_groups, channels_last)` elements, written; None for 0.
     channels_last: x and y are [N, *, C].
     """
@@ -75,7 +75,7 @@ def group_norm_forward(
 
 
 def group_norm_backward_workspace(x, num_groups, parameters: bool, channels_last: bool = False) -> int:
-    """Elements of the workspace that the backward needs. parameters: whether weight or bias need a gradient."""
+    """Elements of the backward's workspace. parameters: whether weight or bias need a gradient."""
     chunks = _chunks(x, num_groups)[0] if channels_last else 1
     if chunks == 1 and not parameters:
         return 0
@@ -85,10 +85,11 @@ def group_norm_backward_workspace(x, num_groups, parameters: bool, channels_last
 def group_norm_backward(
     dy, x, num_groups, mean, rstd, weight, dx, dweight, dbias, workspace, channels_last: bool = False
 ) -> None:
-    """The gradients from the forward's mean and rstd. dx, dweight and dbias are written; any may be None.
+    """Writes dx, dweight and dbias, where not None, from the forward's mean and rstd.
 
-    weight: the forward's, or None. channels_last: dy, x and dx are [N, *, C].
+    weight: the forward's, or None.
     workspace: `group_norm_backward_workspace(x, ...)` elements, written; None for 0.
+    channels_last: dy, x and dx are [N, *, C].
     """
     same_shape(dy=dy, x=x, dx=dx)
     shape = _shape(x, channels_last)
@@ -158,7 +159,7 @@ class _Rows(NamedTuple):
         launch(self._kernel(name), (self.blocks, 1, 1), (self.threads, 1, 1), (*args, *self.sizes), shared)
 
     def combine(self, name, blocks, terms, args):
-        """A block for each of so many results, of no more threads than each has terms."""
+        """Launches a block for each result, with no more threads than a result has terms."""
         launch(self._kernel(name), (blocks, 1, 1), (min(_ROW_THREADS, whole_warps(terms)), 1, 1), args)
 
     def _kernel(self, name):
@@ -166,7 +167,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(x, num_groups, tensors, out, *parameters) -> _Rows:
-    """How blocks share the tensors. parameters: of the per-channel ones' type, or None."""
+    """How blocks share the tensors. parameters: one of the type of the per-channel parameters, or None."""
     images, channels, plane = x.shape[0], x.shape[-1], prod(x.shape[1:-1])
     group_channels = channels // num_groups
     if group_channels > MAX_ROW_CHANNELS:
@@ -189,9 +190,9 @@ def _rows(x, num_groups, tensors, out, *parameters) -> _Rows:
 
 
 def _chunks(x, num_groups):
-    """(chunks of an image, rows of a chunk) of [N, *, C], by shape and dtype alone.
+    """(chunks of an image, rows of a chunk) of [N, *, C], from shape and dtype alone.
 
-    One chunk where there are enough blocks with whole groups.
+    It is one chunk if there are enough blocks with whole groups.
     """
     images, plane, row_bytes = x.shape[0], prod(x.shape[1:-1]), x.shape[-1] * x.itemsize
     group_bytes = row_bytes // num_groups
@@ -204,7 +205,7 @@ def _chunks(x, num_groups):
 
 
 def _types(x, out, parameters):
-    """Names of x's, out's and the parameters' types."""
+    """The kernels' names of the types of x, out and the parameters."""
     param = next((a.dtype for a in parameters if a is not None), accumulator_dtype(x))
     return scalar(x), scalar(out), SCALARS[param]
 
@@ -222,7 +223,7 @@ def _row_defines(name, out, param, width):
 
 
 def _shape(x, channels_last):
-    """[N, C, *] of an array, [N, *, C] if channels_last."""
+    """[N, C, *] of an array, which is [N, *, C] if channels_last."""
     return (x.shape[0], x.shape[-1], *x.shape[1:-1]) if channels_last else x.shape
 
 
@@ -234,7 +235,7 @@ def _defines(name, out, param, width, cached):
 def _variant(size, tensors, out, kept, *parameters):
     """(variant, packs in a group, bytes that a block keeps). size: values in a group. tensors: x first.
 
-    kept: the tensors whose groups a block keeps if they fit.
+    kept: the tensors whose groups a block keeps in shared memory if they fit.
     """
     width = vector_width(*tensors)
     width = 1 if size % width else width
@@ -252,7 +253,7 @@ def _launch(name, blocks, variant, packs, kept_bytes, args):
 
 
 def _sizes(shape, num_groups):
-    """Groups of all images, channels of a group, and values of a plane, of [N, C, *]."""
+    """(groups of all images, channels of a group, values of a plane) of [N, C, *]."""
     if len(shape) < 2:
         raise ValueError(f"group norm takes arrays of 2 dimensions or more, [N, C, *]; received shape {tuple(shape)}")
     if num_groups < 1 or shape[1] % num_groups:

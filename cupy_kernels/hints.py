@@ -1,4 +1,4 @@
-"""The way out, in error messages, of what a text takes for granted and a kernel does not have: headers and names."""
+"""Advice in error messages, for headers and names that kernels do not have."""
 
 import re
 
@@ -27,12 +27,12 @@ _NAMES = {
 
 
 def of_header(name: str) -> str:
-    """What stands in for a header, which pip's CUDA does not have."""
+    """What replaces a header, which NVRTC's wheels do not include."""
     return next((hint for headers, hint in _HEADERS.items() if name in headers.split()), "leave it out")
 
 
 def of_message(message: str) -> str:
-    """What stands in for the names that a compiler's message quotes; nothing if they are none that are missed here."""
+    """What replaces the names that a compiler's message quotes; "" for names that are not known here."""
     if re.search(r"ambiguous|more than one instance of overloaded function", message):
         return "a call is ambiguous where its arguments have two types: write max(x, 0.0f) for max(x, 0)"
     for name in re.findall(r"['\"]([A-Za-z_]\w*)", message):

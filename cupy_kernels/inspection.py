@@ -1,4 +1,4 @@
-"""What kernels are compiled to: registers, memory and occupancy, PTX, and machine code. With or without a GPU.
+"""What kernels compile to: registers, memory, occupancy, PTX and machine code (SASS). No GPU is needed.
 
 Names are those of `tinker`.
 """
@@ -39,12 +39,15 @@ _known_resources = {}  # {(text, macros, architecture): {kernel: resources}}
 
 
 class Attributes(NamedTuple):
-    """What one variant of a kernel takes.
+    """Resources of one variant of a kernel.
 
-    macros: those that the variants do not share.
-    registers: per thread. local_bytes: of local memory per thread, where spilled registers go; 0 is best.
-    shared_bytes: per block, static and dynamic. block: threads. blocks_per_sm, occupancy: how many such blocks a
-    multiprocessor holds, and the share of its threads that they are.
+    macros: those that distinguish it from the other variants.
+    registers: per thread.
+    local_bytes: local memory per thread, in bytes, where spilled registers go; 0 is best.
+    shared_bytes: shared memory per block, in bytes, static and dynamic.
+    block: threads per block.
+    blocks_per_sm: blocks of this size that fit on a multiprocessor.
+    occupancy: their share of a multiprocessor's threads.
     """
 
     kernel: str
@@ -60,16 +63,20 @@ class Attributes(NamedTuple):
 def attributes(
     name: str, arch: str | None = None, *, block: int | None = None, shared_bytes: int = 0, **macros: str | int
 ) -> Rows:
-    """Registers, local and shared memory, and occupancy, of every variant of a kernel, or of all kernels of a file.
+    """Registers, local and shared memory, and occupancy, of every variant of a kernel or of all kernels of a file.
 
-    arch: "sm_80", ...: compiled by NVRTC for that architecture; no GPU is needed. None: as CuPy compiled it for the
-        current GPU, or, without one, for DEFAULT_ARCH.
-    block: threads in a block, for the occupancy. Default: the most that __launch_bounds__ allows, else 256.
-    shared_bytes: dynamic shared memory per block, for the occupancy.
-    macros: variants that have these values only: attributes("tanh_forward", scalar_t="float").
-    Variants with wgmma instructions are listed for "sm_90" if there is an NVRTC of CUDA 12 or newer.
-    Edits in force count. Raises ValueError for an unknown name or arch, or if no variant fits; BackendError without
-    NVRTC.
+    name: a kernel, or a file.
+    arch: "sm_80", ...: NVRTC compiles for this architecture; no GPU is needed. None: as CuPy compiles for the current
+        GPU, or, without a GPU, for DEFAULT_ARCH.
+    block: threads per block, for the occupancy. Default: the maximum that __launch_bounds__ allows, else 256.
+    shared_bytes: dynamic shared memory per block in bytes, for the occupancy.
+    macros: only variants with these values: attributes("tanh_forward", scalar_t="float").
+
+    Variants with wgmma instructions are listed for "sm_90" if there is an NVRTC of CUDA 12 or newer. Current edits are
+    included.
+
+    Raises ValueError for an unknown name or arch, for a block of more threads than CUDA allows, and if no variant has
+    the macros; BackendError without NVRTC; KernelCompileError for an edited text that does not compile.
     """
     matching = _matching(name, _checked_arch(arch), macros)
     return rows([v.kernel(kernel) for v, names in matching for kernel in names], arch, block, shared_bytes)
@@ -88,7 +95,7 @@ def rows(kernels: Sequence[Kernel], arch: str | None, block: int | None, shared_
 
 
 def told_apart(defines) -> tuple[list[str], str]:
-    """From several lists of macros: of each list, the macros that not all lists share; and those that all share."""
+    """For several lists of macros: the macros of each list that not all lists share, and those that all share."""
     shared = set.intersection(*map(set, defines))
 
     def words(macros, wanted):
@@ -98,26 +105,29 @@ def told_apart(defines) -> tuple[list[str], str]:
 
 
 def ptx(name: str, arch: str | None = None, **macros: str | int) -> str:
-    """PTX of the first variant of a kernel (of a file: of all its kernels) that has these macros, by NVRTC."""
+    """PTX of a kernel, or of all kernels of a file, compiled by NVRTC. Arguments and errors are those of `attributes`.
+
+    If several variants have these macros, it is the first one.
+    """
     kernel, arch = _first(name, arch, macros)
     return kernel_ptx(kernel, arch) if kernel.name else nvrtc.compile_ptx(kernel.variant, arch)
 
 
 def kernel_ptx(kernel: Kernel, arch: str | None) -> str:
-    """PTX of one kernel alone."""
+    """PTX of one kernel only."""
     text = nvrtc.compile_ptx(kernel, _checked_arch(arch))
     head, *parts = re.split(r"(?=^\s*// \.globl\s+\w+$)", text, flags=re.MULTILINE)
     return head + next(p for p in parts if re.match(rf"\s*// \.globl\s+{kernel.name}$", p, re.MULTILINE))
 
 
 def sass(name: str, arch: str | None = None, **macros: str | int) -> str:
-    """Machine code of what `ptx` shows. BackendError if there is no nvdisasm on this machine."""
+    """Machine code (SASS) of what `ptx` shows. Raises its errors, and BackendError if there is no nvdisasm."""
     kernel, arch = _first(name, arch, macros)
     return kernel_sass(kernel, arch) if kernel.name else _disassembled(kernel.variant, arch)
 
 
 def kernel_sass(kernel: Kernel, arch: str | None) -> str:
-    """Machine code of one kernel alone."""
+    """Machine code of one kernel only."""
     parts = re.split(r"(?=^//-+ \.text\.)", _disassembled(kernel, _checked_arch(arch)), flags=re.MULTILINE)
     return next(p for p in parts if re.match(rf"//-+ \.text\.{kernel.name}\b", p))
 
@@ -134,7 +144,7 @@ def _disassembled(what: Kernel | Variant, arch: str) -> str:
 
 
 def _checked_arch(arch):
-    """`arch`, or `default_arch()` for None. ValueError for an architecture that NVRTC does not know."""
+    """`arch`, or `default_arch()` for None. Raises ValueError for an architecture that NVRTC does not know."""
     if arch is None:
         return default_arch()
     known = nvrtc.architectures()
@@ -144,14 +154,14 @@ def _checked_arch(arch):
 
 
 def default_arch() -> str:
-    """The current GPU's architecture, or DEFAULT_ARCH."""
+    """The current GPU's architecture, or DEFAULT_ARCH without a GPU."""
     if not _has_gpu():
         return DEFAULT_ARCH
     return f"sm_{compiler.cupy().cuda.Device().compute_capability}"
 
 
 def occupancy(used: nvrtc.Resources, block: int, shared_bytes: int, arch: str) -> tuple[int, float] | None:
-    """(blocks, share of the threads) that a multiprocessor of `arch` holds; None for one that is not known here."""
+    """(blocks per multiprocessor, their share of its threads) for `arch`; None for one that is not listed here."""
     if arch not in _MULTIPROCESSORS:
         return None
     threads, blocks, shared = _MULTIPROCESSORS[arch]
@@ -165,7 +175,7 @@ def occupancy(used: nvrtc.Resources, block: int, shared_bytes: int, arch: str) -
 
 
 def _matching(name, arch, macros):
-    """(variant, names of its kernels) for each variant of a name that has these macros and is for `arch`."""
+    """(variant, names of its kernels) for each variant of a name that has these macros and compiles for `arch`."""
     from .variants import variants
 
     file, kernel = locate(name)
@@ -190,7 +200,7 @@ def _can_compile(variant, arch):
 
 
 def _first(name, arch, macros):
-    """(Kernel, arch) of the first variant; the kernel's name is empty for a file."""
+    """(kernel, arch) of the first variant. The kernel's name is empty for a file."""
     arch = _checked_arch(arch)
     variant, names = _matching(name, arch, macros)[0]
     kernel = source.in_force(variant.kernel(names[0]))
@@ -214,7 +224,7 @@ def _has_gpu():
 
 
 def _resources(kernel, arch):
-    """The kernel's, compiled once for a text."""
+    """Resources of the kernel, compiled once for each text."""
     key = source.unit(kernel), kernel.defines, arch
     if key not in _known_resources:
         _known_resources[key] = nvrtc.compile_variant(kernel, arch)[1]

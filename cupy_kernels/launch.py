@@ -1,4 +1,4 @@
-"""The one place that starts a kernel, on CuPy arrays (GPU) or NumPy arrays (emulator)."""
+"""The only place that starts kernels, on CuPy arrays (GPU) or NumPy arrays (emulator)."""
 
 import contextlib
 import ctypes
@@ -32,7 +32,7 @@ class _Prepared(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A launch that was checked and not started. args: arrays or NULL, and numbers of the declared types."""
+    """A launch that was checked but not started. args: arrays, NULL, and numbers of the declared types."""
 
     requested: Kernel
     kernel: Kernel  # in force
@@ -54,17 +54,20 @@ def _prepared(kernel: Kernel) -> _Prepared:
 
 
 def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
-    """Starts `kernel` on the current device, in CuPy's current stream; on NumPy arrays, runs it on the emulator.
+    """Starts `kernel` on the current device in CuPy's current stream; for NumPy arrays, runs it in the emulator.
 
-    kernel: the variant, see `source.Kernel`.
+    kernel: the kernel of a variant, see `source.Kernel`.
     grid, block: 3 ints each. A grid with a 0 in it starts nothing.
-    args: as the kernel declares them: an array or None (null) for a pointer, a number for a scalar. Numbers are cast to
-        the declared type. Outputs are arrays of the caller; nothing is allocated here.
+    args: in the order of the kernel's declaration: an array or None (null) for a pointer, a number for a scalar.
+        Numbers are cast to the declared type. Outputs are arrays of the caller; nothing is allocated here.
     shared_bytes: dynamic shared memory per block.
-    All blocks of a kernel that calls grid_barrier(), of common.cuh, start at once; CUDA refuses more than fit.
-    Raises ValueError for a wrong number of arguments, a non-contiguous array, a number that its type cannot hold, or
-    limits that CUDA does not allow; TypeError for an array of another dtype than the kernel declares, and for arrays of
-    several kinds; RuntimeError for an array that is not on the current device.
+
+    A kernel that calls grid_barrier() of common.cuh is launched cooperatively: all its blocks run at once. CUDA refuses
+    more blocks than fit.
+
+    Raises ValueError for a wrong number of arguments, a non-contiguous array, a number that its type cannot hold, and
+    sizes that CUDA does not allow; TypeError for an array of another dtype than the kernel declares, and for arrays of
+    different kinds; RuntimeError for an array that is not on the current device.
     """
     steps, requested = getattr(_thread, "steps", None), kernel
     if steps is None:
@@ -114,7 +117,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
 class Packed:
     """A launch as a backend starts it. numbers: the kernel's handle, grid, block, bytes of shared memory.
 
-    parameters: the address of `pointers`, which say where the values of the arguments lie.
+    parameters: the address of `pointers`, an array of the addresses of the arguments' values.
     """
 
     __slots__ = ("numbers", "parameters", "pointers", "step")
@@ -125,17 +128,18 @@ class Packed:
 
     @property
     def words(self) -> np.ndarray:
-        """The arguments now, 8 bytes each."""
+        """The current arguments, 8 bytes each."""
         return np.array([ctypes.c_uint64.from_address(int(place)).value for place in self.pointers], np.uint64)
 
 
 class Batch:
-    """Launches that are started together. Their arguments lie in one piece of memory, 8 bytes each.
+    """Launches that are started together. Their arguments are in one array of 8-byte words.
 
-    First come the addresses of `count` arguments of a call, then addresses inside of them, both written at each start;
-    then numbers, of which the varying ones are written at each start; then, for each launch, where its arguments lie.
+    First come the addresses of `count` arguments of a call, then addresses inside them; both are written at each start.
+    Then come the numbers, of which the varying ones are written at each start. Then come, for each launch, the
+    addresses of its arguments' values.
 
-    launches: (step, arguments): of each argument its bytes, a stand-in (`plan.Slot`), or a `Varying`.
+    launches: (step, arguments). Each argument is its bytes, a stand-in (`plan.Slot`), or a `Varying`.
     """
 
     def __init__(self, backend: Backend, launches: list[tuple[Step, list]], count: int = 0):
@@ -165,7 +169,7 @@ class Batch:
             end += len(pointers)
 
     def start(self, pointers: list[int], values: list, stream: int | None) -> None:
-        """Starts them, in a stream of the current GPU. pointers, values: of the call's arguments, by their index."""
+        """Starts the launches in a stream of the current GPU. pointers, values: of the call's arguments, by index."""
         self.pack(self.words, 0, *pointers, *[pointers[index] + offset for index, offset in self.inside])
         for word, index in self.varying:
             word[0] = values[index]
@@ -173,14 +177,14 @@ class Batch:
 
 
 class Varying(float):
-    """A number of a recorded call that other calls may give another value. index: the argument's."""
+    """A number in a recorded call that may differ in other calls. index: of the argument."""
 
     index: int
 
 
 @contextlib.contextmanager
 def recorded():
-    """Within the block, this thread's launches are checked and go to the list that it gives, instead of starting.
+    """A context in which this thread's launches are checked and appended to a list, which it yields, but not started.
 
     Arrays may be stand-ins, see `plan.Slot`.
     """
@@ -198,13 +202,13 @@ def notify(*launched) -> None:
 
 
 def observing() -> bool:
-    """Whether someone wants to see launches, see `observed`."""
+    """Whether there are observers of launches, see `observed`."""
     return bool(_observers)
 
 
 @contextlib.contextmanager
 def observed(observer):
-    """Within the block, calls observer(kernel, grid, block, args, shared_bytes) before each launch."""
+    """A context that calls observer(kernel, grid, block, args, shared_bytes) before each launch."""
     _observers.append(observer)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Max pooling over two dimensions, of arrays [..., H, W], or channels_last ones, [N, H, W, C]."""
+"""Max pooling over two dimensions of arrays [..., H, W], or [N, H, W, C] with channels_last."""
 
 import itertools
 import math
@@ -26,12 +26,11 @@ _SHARED_BYTES = 48 * 2**10  # that every GPU has
 
 
 def max_pool_forward(x, y, argmax, indices, pool: Pool, channels_last: bool = False) -> None:
-    """y = the largest element of each window of x: of equal ones the first. A NaN is the largest: of several the last.
+    """Writes y, the maximum of each window of x. Of equal elements the first wins; a NaN wins, of several the last.
 
-    argmax: the argmax as its place in the window, kh * kernel_w + kw; uint8, or int32 for windows of more than 254
-        elements. indices: the argmax as its place in the plane, h * W + w; int64. Both have y's shape, or are None.
-    y, argmax and indices are written.
-    pool: the windows; `pool_output_size` has the shapes they allow.
+    argmax: the maximum's place in the window, kh * kernel_w + kw; uint8, or int32 for windows of more than 254
+        elements. indices: its place in the plane, h * W + w; int64. Both have y's shape, are written, and may be None.
+    pool: the windows; `pool_output_size` gives the output's size.
     channels_last: all arrays are [N, H, W, C].
     """
     if channels_last:
@@ -47,7 +46,7 @@ def max_pool_forward(x, y, argmax, indices, pool: Pool, channels_last: bool = Fa
 
 
 def max_pool_backward(dy, argmax, dx, pool: Pool, channels_last: bool = False) -> None:
-    """dx = for each pixel the sum of dy over the windows whose argmax it is, by the forward's argmax. dx is written."""
+    """Writes dx, for each pixel the sum of dy over the windows whose argmax it is. argmax: from the forward."""
     if channels_last:
         _launch("max_pool_backward_channels_last", (dy, argmax, dx), dx, dy, dx, pool)
         return
@@ -60,7 +59,10 @@ def max_pool_backward(dy, argmax, dx, pool: Pool, channels_last: bool = False) -
 
 
 def max_pool_select(x, argmax, y, pool: Pool, channels_last: bool = False) -> None:
-    """y = the element of x at each window's tap, 0 where a window holds none; argmax are a forward's. y is written."""
+    """Writes y, the element of x at each window's argmax, or 0 for a window without elements.
+
+    argmax: from a forward.
+    """
     if channels_last:
         _launch("max_pool_select_channels_last", (x, argmax, y), x, y, y, pool)
         return
@@ -78,7 +80,7 @@ def variants():
 
 
 def _separable(x, places, pool):
-    """The tile of a block that takes windows row by row; None where that is not quicker, or takes too much memory."""
+    """The tile of a block that pools rows first; None if that is not faster, or if it takes too much memory."""
     if pool.stride != (1, 1) or pool.dilation != (1, 1) or math.prod(pool.kernel_size) < _SEPARABLE_TAPS:
         return None
     tile = tuple(min(n, _SEPARABLE_TILE) for n in places.shape[-2:])
@@ -86,7 +88,7 @@ def _separable(x, places, pool):
 
 
 def _separable_bytes(tile, kernel_size, x):
-    """Of shared memory, that is enough in both directions. Which takes more depends on the tile's shape."""
+    """Shared memory that is enough in both directions. The tile's shape decides which direction needs more."""
     rows, columns = (t + k - 1 for t, k in zip(tile, kernel_size))
     value = accumulator_dtype(x).itemsize
     forward = value * rows * columns + (value + 4) * rows * tile[1]
@@ -94,7 +96,7 @@ def _separable_bytes(tile, kernel_size, x):
 
 
 def _launch_separable(name, args, x, y, places, tile, pool, *like_y):
-    """Starts a kernel on blocks of a tile of the places of one of the arrays x and y, of input and output."""
+    """Starts a kernel on tiles of the places of one of the arrays x and y, the input and the output."""
     same_shape(**{f"array {i} like the output": a for i, a in enumerate(like_y)}, y=y)
     check_pool_shapes(x.shape, y.shape, pool)
     kernel = Kernel(_SEPARABLE_FILE, name, _separable_macros(scalar(x), pool.wide_argmax))
@@ -108,7 +110,7 @@ def _separable_macros(name, wide_argmax):
 
 
 def _launch(name, args, x, y, places, pool):
-    """Starts a kernel on [N, H, W, C]. x, y: of the input's and the output's shape; places: the array it writes."""
+    """Starts a kernel on [N, H, W, C]. x, y: of the input's and output's shape. places: the array that it writes."""
     same_shape(**{f"array {i} like the output": a for i, a in enumerate(args) if a is not x}, y=y)
     (images, height, width, channels), output = x.shape, y.shape
     check_pool_shapes((images, channels, height, width), (output[0], output[3], *output[1:3]), pool)

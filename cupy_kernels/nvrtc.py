@@ -1,7 +1,7 @@
-"""NVRTC by ctypes: finds the library in NVIDIA's pip wheels, and compiles without a GPU and without CuPy.
+"""NVRTC through ctypes: finds the library in NVIDIA's pip wheels, and compiles without a GPU and without CuPy.
 
-CuPy compiles what runs. This module preloads the wheels' libraries for it (CuPy 13 looks for NVRTC by plain dlopen and
-knows no wheels), and lets a machine without a GPU compile every variant to a cubin and read its registers and spills.
+CuPy compiles the kernels that run. This module preloads the wheels' libraries for CuPy 13, which looks for NVRTC with a
+plain dlopen. On a machine without a GPU, it compiles every variant to a cubin and reads registers and spills.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ ERROR_COMPILATION = 6  # NVRTC's status for a wrong text; others concern NVRTC, 
 
 
 class Resources(NamedTuple):
-    """What ptxas reports of one kernel, per thread or block. max_threads: what __launch_bounds__ says, if anything."""
+    """What ptxas reports for a kernel, per thread or block. max_threads: from __launch_bounds__, if there is one."""
 
     registers: int
     stack_bytes: int
@@ -44,10 +44,9 @@ def _wheel_libraries(package: str, pattern: str) -> list[Path]:
 
 @functools.cache
 def preload_wheels() -> tuple[str, ...]:
-    """Loads CUDA 11's runtime and NVRTC from their pip wheels, where installed, and returns what it loaded.
+    """Loads CUDA 11's runtime and NVRTC from their pip wheels, if installed, and returns the names of what it loaded.
 
-    A library that is loaded already satisfies CuPy's later dlopen by name. CuPy 14 (CUDA 12 and newer) finds its wheels
-    by itself.
+    CuPy then finds the loaded library by its name. CuPy 14 (CUDA 12 and newer) finds its wheels itself.
     """
     paths = (
         _wheel_libraries("cuda_runtime", "libcudart.so.11*")
@@ -61,9 +60,11 @@ def preload_wheels() -> tuple[str, ...]:
 
 @functools.cache
 def shared_library(least_major: int = 11) -> ctypes.CDLL:
-    """The NVRTC library, from a wheel or from the system: that of the installed CuPy's CUDA if there is one, else any.
+    """The NVRTC library, from a wheel or the system: that of the installed CuPy's CUDA version, else any.
 
-    least_major: the lowest major version to use. BackendError if there is no such library.
+    least_major: the lowest major version to use.
+
+    Raises BackendError if there is no such library.
     """
     preload_wheels()
     candidates = [str(p) for p in _wheel_libraries("cuda_nvrtc", "libnvrtc.so.*")]
@@ -84,7 +85,7 @@ def shared_library(least_major: int = 11) -> ctypes.CDLL:
 
 
 def _cupy_major() -> int | None:
-    """Major version of the CUDA that the installed CuPy is for."""
+    """Major version of the installed CuPy's CUDA."""
     installed = (major for major in (11, 12, 13) if _is_installed(f"cupy-cuda{major}x"))
     return next(installed, None)
 
@@ -109,7 +110,7 @@ def version(least_major: int = 11) -> str:
 
 
 def architectures(least_major: int = 11) -> list[str]:
-    """What `shared_library(least_major)` compiles for, such as "sm_80"."""
+    """The architectures that `shared_library(least_major)` supports, such as "sm_80"."""
     lib, count = shared_library(least_major), ctypes.c_int()
     lib.nvrtcGetNumSupportedArchs(ctypes.byref(count))
     found = (ctypes.c_int * count.value)()
@@ -118,10 +119,10 @@ def architectures(least_major: int = 11) -> list[str]:
 
 
 def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
-    """What to compile PTX for ("compute_90") if a GPU ("120") is newer than the `known` architectures, else None.
+    """The architecture of PTX ("compute_90") for a GPU ("120") that is newer than the `known` ones, else None.
 
-    For such a GPU CuPy would ask for a cubin of the newest architecture that CuPy knows. Either the GPU cannot load it,
-    as its major version is another, or NVRTC does not know it. The driver knows the GPU, and can compile older PTX.
+    For such a GPU, CuPy would request a cubin of the newest architecture that CuPy knows. That fails, because the GPU's
+    major version differs or because NVRTC does not know it. The driver knows the GPU, and can compile older PTX.
     """
     older = [number for number in known if number <= int(capability)]
     newest = max(older, default=int(capability))
@@ -129,29 +130,32 @@ def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
 
 
 def knows_wgmma() -> bool:
-    """Whether `shared_library()`, which is CuPy's, compiles for sm_90a."""
+    """Whether `shared_library()`, which CuPy uses, compiles for sm_90a."""
     return _version(shared_library())[0] >= WGMMA_MAJOR
 
 
 def compile_variant(what: Variant | Kernel, arch: str, least_major: int = 11) -> tuple[bytes, dict[str, Resources]]:
-    """Compiles for `arch` ("sm_80") to a cubin, as CuPy would; KernelCompileError with NVRTC's log.
+    """Compiles for `arch` ("sm_80") as CuPy would. Returns the cubin and {kernel: `Resources`}.
 
-    A variant that has an architecture of its own is compiled for that one, a kernel as `source.unit` says.
-    least_major: the lowest major version of NVRTC to use. Returns the cubin and the resources of each kernel in it.
+    what: a variant, with all its kernels, or one kernel, see `source.unit`. A variant with an architecture of its own
+        is compiled for that one.
+    least_major: the lowest major version of NVRTC to use.
+
+    Raises KernelCompileError, with NVRTC's log, if the text does not compile, and BackendError without NVRTC.
     """
     cubin, ptx, log = _compile(what, arch, "--ptxas-options=-v", least_major=least_major)
     return cubin, {name: _resources(name, log.decode(), ptx.decode()) for name in declarations(unit(what))}
 
 
 def compile_ptx(what: Variant | Kernel, arch: str) -> str:
-    """The PTX behind `compile_variant`'s cubin; for "compute_80", the same without a cubin."""
+    """The PTX of `compile_variant`'s cubin. For "compute_80", PTX without a cubin."""
     return _compile(what, arch)[1].decode()
 
 
 def check(kernel: Kernel) -> str | None:
-    """Version of the NVRTC that takes the text of `kernel`; None if none is there. KernelCompileError if it refuses.
+    """Version of the NVRTC that accepts the text of `kernel`; None without NVRTC. KernelCompileError if it refuses.
 
-    For a text that runs on the emulator, and is to run on a GPU. What was found is kept on disk.
+    It is for texts that run in the emulator and shall run on a GPU. Results are cached on disk.
     """
     try:
         found = version(WGMMA_MAJOR if kernel.architecture else 11)
@@ -203,7 +207,7 @@ def _compile(what, arch, *more, least_major=11):
 
 @contextlib.contextmanager
 def locale_kept():
-    """NVRTC 11.8 leaves its thread in the C locale, in which open() would read ASCII and no more. This puts it back."""
+    """A context that restores the thread's locale: NVRTC 11.8 leaves the C locale, in which open() reads only ASCII."""
     uselocale = ctypes.CDLL(None).uselocale
     uselocale.argtypes, uselocale.restype = (ctypes.c_void_p,), ctypes.c_void_p
     before = uselocale(None)
@@ -214,7 +218,7 @@ def locale_kept():
 
 
 def failure(what: Variant | Kernel, status: int, log: str) -> Exception:
-    """The error for a compilation that ended with this status: KernelCompileError if the text is to blame."""
+    """The error for a compilation that ended with this status: KernelCompileError if the text is the cause."""
     if status == ERROR_COMPILATION:
         return compile_error(what, log)
     return BackendError(f"NVRTC cannot compile {what}, whatever its text: status {status}. {log}")

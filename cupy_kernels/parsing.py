@@ -1,4 +1,4 @@
-"""What a kernel source declares: where its kernels are in the text, and their parameters."""
+"""Parses kernel sources: where kernels are in the text, and their parameters."""
 
 import functools
 import re
@@ -23,19 +23,19 @@ SYNONYMS = {
 
 
 def span(text, name) -> tuple[int, int] | None:
-    """Where in `text` the definition of the kernel `name` begins and ends; None if it is not there."""
+    """(start, end) of the definition of the kernel `name` in `text`; None if it is not there."""
     match = definitions(text).get(name)
     return match and (match.start(), _end(text, match) or len(text))
 
 
 def unfinished(text) -> list[str]:
-    """Kernels of `text` whose body has no end."""
+    """Kernels of `text` whose body does not end."""
     return [name for name, match in definitions(text).items() if not _end(text, match)]
 
 
 @functools.lru_cache(64)
 def definitions(text: str) -> dict[str, re.Match]:
-    """{name: the match of its declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
+    """{name: match of the declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
     code = _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
     blocks = [range(block.end(), _end(code, block, 1) or len(code)) for block in _C_BLOCK.finditer(code)]
     found = [m for m in _KERNEL.finditer(code) if m[1] or any(m.start(2) in block for block in blocks)]

@@ -1,8 +1,8 @@
-"""A call as a plan: its launches, recorded once, and started with the arguments of every call of the same kind.
+"""A call as a plan: its launches are recorded once, and started with the arguments of every call of the same kind.
 
-What a call launches follows from the operation, its options, and the shapes, dtypes and alignments of its arrays, not
-from where these lie. So the operation runs once on stand-ins, `Slot`s. Where it passes one to a kernel, the plan
-remembers which argument it was, and how many bytes into it.
+The launches of a call depend on the operation, its options, and the shapes, dtypes and alignments of its arrays, but
+not on addresses. So the operation runs once on stand-ins, `Slot`s. For each Slot that is an argument of a kernel, the
+plan records which argument of the call it stands for, and the offset in bytes.
 """
 
 import math
@@ -21,7 +21,7 @@ ALIGNMENT = 256  # bytes, of arrays that share memory
 class Slot:
     """Stands for a contiguous array that begins `offset` bytes into argument `index` of a call.
 
-    alignment: the argument's address modulo 16, all that a launch may know of it.
+    alignment: the argument's address modulo 16. A launch may depend on this, but not on the address itself.
     """
 
     flags = SimpleNamespace(c_contiguous=True)
@@ -34,7 +34,7 @@ class Slot:
 
     @property
     def address(self) -> int:
-        """An address with the alignment of the array's own."""
+        """An address with the alignment of the array."""
         return self.alignment + self.offset
 
     def reshape(self, shape) -> "Slot":
@@ -42,11 +42,11 @@ class Slot:
         return Slot(self.index, shape, self.dtype, self.alignment, self.offset)
 
     def view(self, dtype) -> "Slot":
-        """The same bytes, of one dimension, as another type."""
+        """The same bytes as a one-dimensional array of another type."""
         return Slot(self.index, (self.nbytes // np.dtype(dtype).itemsize,), dtype, self.alignment, self.offset)
 
     def __getitem__(self, rows: int | slice) -> "Slot":
-        """One row, or neighbouring ones."""
+        """One row, or consecutive rows."""
         row, picked = self.shape[1:], range(self.shape[0])[rows]
         first, shape = (picked, row) if isinstance(rows, int) else (picked.start, (len(picked), *row))
         offset = self.offset + first * math.prod(row) * self.itemsize
@@ -54,12 +54,12 @@ class Slot:
 
 
 def room(arrays: dict[str, tuple[tuple[int, ...], type]]) -> int:
-    """Bytes that `parts` needs."""
+    """Size in bytes of the memory for `parts`."""
     return sum(map(_rounded, arrays.values()))
 
 
 def parts(memory, arrays: dict[str, tuple[tuple[int, ...], type]]) -> dict:
-    """{name: array} of arrays, {name: (shape, dtype)}, that share `memory`, an array of `room(arrays)` bytes."""
+    """{name: array}, cut out of `memory`, an array of `room(arrays)` bytes. arrays: {name: (shape, dtype)}."""
     found, start = {}, 0
     for name, (shape, dtype) in arrays.items():
         end = start + math.prod(shape) * np.dtype(dtype).itemsize
@@ -76,8 +76,10 @@ def _rounded(array):
 class Plan:
     """The launches of operation(*args, **options), whose arrays are `Slot`s and whose floats are `Varying`.
 
-    backend: what starts them. result: what the operation returned.
-    A plan is for one thread: each start writes its arguments into the same words, which the kernels read.
+    backend: starts the launches.
+    result: what the operation returned.
+
+    A plan belongs to one thread, because each start writes its arguments into the same memory, which the kernels read.
     """
 
     def __init__(self, backend: Backend, operation: Callable, args, options: dict):
@@ -87,11 +89,11 @@ class Plan:
 
     @property
     def kernels(self) -> list:
-        """The kernels that it starts, in order."""
+        """The kernels that the plan starts, in order."""
         return [step.kernel for step in self.steps]
 
     def start(self, steps: range, pointers: list[int], values: list, stream: int | None) -> None:
-        """Starts some of the launches. The rest as in `launch.Batch.start`."""
+        """Starts some of the launches. The other arguments are those of `launch.Batch.start`."""
         batch = self._batches.get(steps.start)
         if batch is None:
             self._backend.prepare(self.kernels)  # of all steps at once
@@ -100,23 +102,23 @@ class Plan:
         batch.start(pointers, values, stream)
 
     def batch(self, steps: range) -> Batch:
-        """The launches that were started before."""
+        """These launches as a `Batch`, made at the first start."""
         return self._batches[steps.start]
 
     def notify(self, steps: range, array: Callable, values: list) -> None:
-        """Shows some of the launches to those who observe launches. array(slot): the array that a Slot stands for."""
+        """Shows some of the launches to the observers of launches. array(slot): the array that a Slot stands for."""
         for step in self.steps[steps.start : steps.stop]:
             launch.notify(step.requested, step.grid, step.block, _arguments(step, array, values), step.shared_bytes)
 
 
 def written(step: Step) -> set[int]:
-    """Indexes of the arguments that a step writes to."""
+    """Indexes of the arguments that a step writes."""
     pairs = zip(step.args, step.parameters)
     return {arg.index for arg, parameter in pairs if isinstance(arg, Slot) and not parameter.const}
 
 
 def _arguments(step, array, values):
-    """The step's arguments for one call, as `launch.launch` takes them."""
+    """The step's arguments in one call, as `launch.launch` takes them."""
     found = []
     for arg, parameter in zip(step.args, step.parameters):
         if isinstance(arg, Slot):

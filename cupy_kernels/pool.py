@@ -1,4 +1,4 @@
-"""What the pooling operators share: the windows' shape rules, and the launch of the kernels that use pool.cuh."""
+"""Shared code of the pooling operators: the shape rules of windows, and launches of the kernels that use pool.cuh."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ class Pool(NamedTuple):
 
     @property
     def wide_argmax(self) -> bool:
-        """Whether an argmax, a tap of the window, is int32 instead of uint8, in which 255 is the emulator's poison."""
+        """Whether argmax is int32, not uint8. In uint8, 255 is reserved: the emulator fills memory with it."""
         return math.prod(self.kernel_size) > 254
 
 
@@ -38,7 +38,8 @@ THREE_BY_THREE = tuple(Pool((3, 3), (stride, stride), (0, 0), (1, 1)) for stride
 def pool_output_size(size, pool: Pool, ceil_mode: bool = False) -> tuple[int, int]:
     """(OH, OW) for planes of `size` (H, W). A window that ceil_mode adds must start in the plane or its left padding.
 
-    RuntimeError, as torch raises it, for windows that make no sense or do not fit, or planes beyond 32-bit indices.
+    Raises RuntimeError, as PyTorch does, for invalid windows, windows that do not fit, and planes beyond 32-bit
+    indices.
     """
     if min(*pool.kernel_size, *pool.stride, *pool.dilation) < 1:
         raise RuntimeError(f"kernel_size, stride and dilation must be positive, received {pool}")
@@ -65,11 +66,13 @@ def _windows(size, pool, ceil_mode):
 def pool_kernel(
     file: str, name: str, pixels, windows, argmax, pool: Pool, macros=(), three_by_three: tuple[Pool, ...] = ()
 ) -> Kernel:
-    """The variant of a kernel for these arrays. ValueError unless `pool` makes the output's shape of the input's.
+    """The variant of a kernel for these arrays. Raises ValueError if the shapes do not match `pool`.
 
-    pixels, windows: the arrays of the input's shape [..., H, W], and those of the output's, at least one each.
-    argmax: one more of the output's shape, or None. macros: besides those of pool.cuh. three_by_three: of
-    THREE_BY_THREE, those windows, with any padding, that the file has a variant for.
+    pixels: arrays of the input's shape [..., H, W], at least one.
+    windows: arrays of the output's shape, at least one.
+    argmax: one more array of the output's shape, or None.
+    macros: further ones, besides those of pool.cuh.
+    three_by_three: windows of THREE_BY_THREE, with any padding, for which the file has a variant.
     """
     x, y = pixels[0], windows[0]
     same_shape(**{f"array {i} like the input": a for i, a in enumerate(pixels)})
@@ -81,7 +84,7 @@ def pool_kernel(
 
 
 def pool_variants(file: str, macros=(), three_by_three: tuple[Pool, ...] = ()):
-    """Every variant that `pool_kernel` makes of a file."""
+    """Every variant that `pool_kernel` can return for a file."""
     for name in FLOATS:
         for wide_argmax, two_by_two in ((False, True), (False, False), (True, False)):
             yield Variant(file, _defines(name, wide_argmax, two_by_two, 0, macros))
@@ -90,7 +93,7 @@ def pool_variants(file: str, macros=(), three_by_three: tuple[Pool, ...] = ()):
 
 
 def argmax_type(wide_argmax: bool) -> str:
-    """The kernels' name for the type of argmax."""
+    """The kernels' name of argmax's type."""
     return "int" if wide_argmax else "u8"
 
 
@@ -109,7 +112,7 @@ def _defines(name, wide_argmax, two_by_two, three_by_three, macros):
 
 @functools.lru_cache(maxsize=1024)
 def check_pool_shapes(shape, output_shape, pool: Pool) -> None:
-    """ValueError unless `pool` makes output_shape of shape, both [..., H, W], with ceil_mode or without."""
+    """Raises ValueError unless `pool` maps shape to output_shape, both [..., H, W], with or without ceil_mode."""
     pool_output_size(shape[-2:], pool, ceil_mode=True)
     allowed = [(*shape[:-2], *_windows(shape[-2:], pool, ceil_mode)) for ceil_mode in (False, True)]
     if output_shape not in allowed:
@@ -119,15 +122,16 @@ def check_pool_shapes(shape, output_shape, pool: Pool) -> None:
 
 
 def launch_windows(kernel: Kernel, args, x, y, pool: Pool, channels: int = 1) -> None:
-    """Starts a kernel whose places are windows, on (*args, planes, period, planes_per_block, sizes, windows).
+    """Starts a kernel over windows, with arguments (*args, planes, period, planes_per_block, sizes, windows).
 
-    x, y: arrays of the input's and the output's shape. channels: a divisor of the period.
+    x, y: arrays of the input's and the output's shape.
+    channels: a divisor of the period.
     """
     _launch(kernel, math.prod(y.shape[-2:]), args, x, y, pool, channels)
 
 
 def launch_pixels(kernel: Kernel, args, x, y, pool: Pool, channels: int = 1) -> None:
-    """`launch_windows` for a kernel whose places are positions in the input."""
+    """`launch_windows` for a kernel over the pixels of the input."""
     site = dict(kernel.defines)["SITE"]
     _launch(kernel, math.prod(ceil_div(n, site) for n in x.shape[-2:]), args, x, y, pool, channels)
 
@@ -145,7 +149,7 @@ def _launch(kernel, places, args, x, y, pool, channels):
 
 
 def pool_period(kernel: Kernel, planes: int) -> int:
-    """How far a thread's planes lie apart, out of `planes`."""
+    """The distance between a thread's planes, out of `planes`."""
     return ceil_div(planes, dict(kernel.defines)["ITEMS"])
 
 

@@ -1,4 +1,4 @@
-"""What is behind the convolution of `conv_bn_pool`, over its pooled sums: macros and variants, see pooled_tail.cuh."""
+"""The part of `conv_bn_pool` after the convolution, over its pooled sums: macros and variants, see pooled_tail.cuh."""
 
 import itertools
 import re
@@ -34,7 +34,7 @@ def activations() -> tuple[str, ...]:
 
 
 def struct_of(activation: str) -> str:
-    """The activation's struct. ValueError if it has none."""
+    """The activation's struct. Raises ValueError if there is none."""
     found = {name.lower(): name for name in activations()}.get(activation.replace("_", "").lower())
     if found is None:
         raise ValueError(
@@ -44,14 +44,14 @@ def struct_of(activation: str) -> str:
 
 
 def saved_shift(p: Plan) -> int:
-    """SAVED_SHIFT: both operands are below 2^15, and so many products must stay below 2^15 in sum."""
+    """SAVED_SHIFT. Both operands are below 2^15, and the sum of this many products must stay below 2^15."""
     macros = dict(p.macros)
     terms = macros["IN_CHANNELS"] * macros["KERNEL_H"] * macros["KERNEL_W"]
     return 15 + (terms - 1).bit_length()
 
 
 def types_of(macros) -> dict:
-    """param_t and pooled_t; of a plan that is not `typed`, x's type and float."""
+    """param_t and pooled_t. For a plan that is not `typed`, these are x's type and float."""
     return {"param_t": macros.get("param_t", macros["scalar_t"]), "pooled_t": macros.get("pooled_t", "float")}
 
 
@@ -82,7 +82,7 @@ def tail_defines(macros, groups, activation, planes, shift):
 
 
 def parts_of_plane(macros) -> int:
-    """Into how many parts a pooled plane is cut; a warp takes one at a time."""
+    """The number of parts of a pooled plane. A warp takes one part at a time."""
     return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), _PART)
 
 
@@ -105,12 +105,12 @@ def backward_defines(macros):
 
 
 def windows_of(macros) -> int:
-    """2x2 windows of the convolution's output, those that an odd edge cuts too."""
+    """The number of 2x2 windows of the convolution's output, including those that an odd edge cuts."""
     return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
 
 
 def variants():
-    """Every variant of the kernels of the tail, for shapes that stand for all."""
+    """Every variant of the tail's kernels, for sample shapes."""
     for channels, groups, size, dtype, split, half, last in _SAMPLES:
         sample = {"scalar_t": dtype, "SPLIT": split, "OUT_CHANNELS": channels, "OUT_H": size, "OUT_W": size}
         sample.update(KERNEL_H=5, KERNEL_W=5, PAD_H=1, PAD_W=1, CHANNELS_LAST=int(last))

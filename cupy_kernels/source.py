@@ -1,4 +1,4 @@
-"""Kernel sources: text of a .cu file with its includes expanded, kernel signatures, and the digest of all sources."""
+"""Kernel sources: text of .cu files with includes expanded, signatures of kernels, and a digest of all sources."""
 
 import contextlib
 import functools
@@ -47,9 +47,9 @@ _blocks = []  # the thread of each open block of `override`, the outermost first
 
 
 def until_overridden(function):
-    """functools.cache that `set_overrides` empties: for what follows from the sources and constants in force.
+    """A functools.cache that `set_overrides` empties, for results that depend on the current sources and constants.
 
-    What a thread computes while another one edits is not kept.
+    A result that is computed while another thread edits is not cached.
     """
     known = {}
     _until_overridden.append(known)
@@ -68,7 +68,7 @@ def until_overridden(function):
 class Variant(NamedTuple):
     """A .cu file and the macros it is compiled with: one compilation, which gives all kernels of the file.
 
-    architecture: the only one that it compiles for and runs on ("sm_90a"). None: it has no such limit.
+    architecture: the only one for which it compiles and on which it runs ("sm_90a"); None if there is no such limit.
     """
 
     file: str
@@ -100,7 +100,7 @@ class Kernel(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """One parameter of a kernel. `dtype` is None where the text does not tell it."""
+    """One parameter of a kernel. `dtype` is None if the text does not determine it."""
 
     name: str
     dtype: np.dtype | None
@@ -111,17 +111,18 @@ class Parameter(NamedTuple):
 
 @contextlib.contextmanager
 def override(texts: dict[str, str], constants: dict[str, dict[str, str | int]] | None = None):
-    """Within the block, `texts` replace packaged files or kernels, and `constants` replace their macros.
+    """A context in which `texts` replace packaged files or kernels, and `constants` replace their macros.
 
-    texts: {name: text}. A name that ends in .cu or .cuh is a file, packaged or new; any other is a kernel, whose
-        definition in its packaged file the text replaces.
-    constants: {kernel: {macro: value}}, which replace or join the -D macros of launches of that kernel.
+    texts: {name: text}. A name that ends in .cu or .cuh is a file, packaged or new. Any other name is a kernel; the
+        text replaces its definition in its packaged file.
+    constants: {kernel: {macro: value}}, replaces or adds -D macros of launches of that kernel.
 
-    An edited kernel, or an edited header under all kernels that include it, runs without touching the package, on the
-    GPU and in the emulator, in every thread of the process. An edited kernel is compiled without the others of its
-    file. Compiled kernels are kept by their text, so that entering and leaving compiles nothing twice. Blocks nest;
-    while a thread is in one, edits of another raise RuntimeError.
-    `names` and `digest` speak of the packaged files alone.
+    An edit is used on the GPU and in the emulator, in every thread of the process. An edited header counts for all
+    kernels that include it. An edited kernel is compiled without the others of its file. Compiled kernels are cached by
+    their text, so that entering and leaving compiles nothing twice. Blocks can be nested; while a thread is in one,
+    edits of another thread raise RuntimeError.
+
+    `names` and `digest` refer to the packaged files only.
     """
     with _lock:
         before = overrides()
@@ -136,12 +137,12 @@ def override(texts: dict[str, str], constants: dict[str, dict[str, str | int]] |
 
 
 def overrides() -> tuple[dict[str, str], dict[str, dict[str, str | int]]]:
-    """(texts, constants) in force, as `override` takes them."""
+    """The current (texts, constants), as `override` takes them."""
     return dict(_overrides), {kernel: dict(macros) for kernel, macros in _constants.items()}
 
 
 def overridden() -> frozenset[str]:
-    """Names of the files and kernels that have an override in force."""
+    """Names of the files and kernels that are overridden at present."""
     return frozenset((*_overrides, *_constants))
 
 
@@ -161,7 +162,7 @@ def merged(texts, constants) -> tuple[dict, dict]:
 
 
 def set_overrides(texts: dict[str, str], constants: dict[str, dict[str, str | int]]) -> None:
-    """Puts `texts` and `constants`, and nothing else, in force until the next call. See `override`."""
+    """Makes `texts` and `constants` the only overrides, until the next call. See `override`."""
     with _lock:
         if _blocks and _blocks[-1] != threading.get_ident():
             raise RuntimeError(
@@ -172,7 +173,7 @@ def set_overrides(texts: dict[str, str], constants: dict[str, dict[str, str | in
 
 
 def texts(macros: dict[str, str | int | float]) -> dict[str, str | int]:
-    """The macros as kernels are told apart by: 2.0, and True, are other texts than 2, which they equal."""
+    """The macros in the form that distinguishes kernels: 2.0 and True are other texts than 2, though they are equal."""
     return {name: value if type(value) is int else str(value) for name, value in macros.items()}
 
 
@@ -184,7 +185,7 @@ def _put(overrides, constants):
 
 
 def in_force(kernel: Kernel) -> Kernel:
-    """`kernel` with the constants that `override` has in force for it."""
+    """`kernel` with the constants that `override` sets for it at present."""
     constants = _constants.get(kernel.name)
     return kernel._replace(defines=tuple({**dict(kernel.defines), **constants}.items())) if constants else kernel
 
@@ -197,8 +198,8 @@ def is_file(name: str) -> bool:
 def add(stem: str, text: str) -> str:
     """Adds `text` to the sources for the life of the process, and returns its file name: `stem` and a digest of `text`.
 
-    Texts that differ never share a name, and adding a text again changes nothing. `names` and `digest` speak of the
-    packaged files alone.
+    Different texts never share a name. Adding a text again changes nothing. `names` and `digest` refer to the packaged
+    files only.
     """
     file = f"{stem}_{hashlib.sha256(text.encode()).hexdigest()[:8]}.cu"
     _added[file] = text
@@ -211,9 +212,9 @@ def names() -> list[str]:
 
 
 def text(file: str, kernels: Iterable[str] | None = None) -> str:
-    """The text in force of a source file, or of a kernel that has an override. ValueError if there is none.
+    """The current text of a source file, or of an overridden kernel. Raises ValueError if there is none.
 
-    Where a kernel of the file has an override, an #include of its name stands in place of its definition.
+    An #include replaces the definition of each overridden kernel of the file.
     kernels: those whose overrides count; all by default.
     """
     edited = _overrides
@@ -233,7 +234,7 @@ def text(file: str, kernels: Iterable[str] | None = None) -> str:
 
 
 def packaged(file: str) -> str:
-    """Text of one packaged file, whatever is in force. ValueError if there is no such file."""
+    """Text of a packaged file, without overrides. Raises ValueError if there is no such file."""
     if file not in names():
         raise ValueError(f"no kernel source {file!r}; there are {', '.join(names())}")
     return (_FOLDER / file).read_text(encoding="utf-8")
@@ -241,7 +242,7 @@ def packaged(file: str) -> str:
 
 @functools.cache
 def packaged_kernels(file: str) -> dict[str, str]:
-    """{name: definition} of the kernels of a packaged file, whatever is in force."""
+    """{name: definition} of the kernels of a packaged file, without overrides."""
     text = packaged(file)
     return {name: text[slice(*span(text, name))] for name in definitions(text)}
 
@@ -250,8 +251,8 @@ def packaged_kernels(file: str) -> dict[str, str]:
 def expanded(file: str) -> str:
     """Text of `file` with every `#include "..."` replaced by the included text, each file once.
 
-    CuPy's disk cache hashes this text alone, and NVRTC needs no include path for it. `#line` directives keep compiler
-    messages pointing at the original file and line.
+    CuPy's disk cache hashes only this text, and NVRTC needs no include path. `#line` directives keep compiler messages
+    pointing at the original file and line.
     """
     return _expand(file, set(), text)
 
@@ -276,8 +277,8 @@ def _expand(file: str, seen: set[str], read) -> str:
 def unit(what: Kernel | Variant) -> str:
     """The text that is compiled for a kernel, or for all kernels of a variant: that of its file, expanded.
 
-    As long as no kernel of a file is edited, all its kernels have this one text. An edited kernel is compiled alone,
-    and the others as if it were not edited, so that an edit compiles nothing but the edited kernel.
+    While no kernel of a file is edited, all its kernels share this text. An edited kernel is compiled alone, and the
+    others are compiled as if it were not edited, so that an edit compiles only the edited kernel.
     """
     return _unit(what.file, what.name) if isinstance(what, Kernel) else expanded(what.file)
 
@@ -315,7 +316,7 @@ def kernel_names(file: str) -> tuple[str, ...]:
 def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     """Parameters of `kernel` as its text declares them.
 
-    ValueError if the file has no such kernel, or if it has a scalar parameter of a type that is not in DTYPES.
+    Raises ValueError if the file has no such kernel, or if a scalar parameter has a type that is not in DTYPES.
     """
     found = declarations(expanded(kernel.file))
     if kernel.name not in found:
@@ -325,7 +326,7 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
 
 @until_overridden
 def cooperative(kernel: Kernel) -> bool:
-    """Whether the kernel's own text calls grid_barrier(): then all its blocks must start at once."""
+    """Whether the kernel's text calls grid_barrier(), so that all its blocks must start at once."""
     text = expanded(kernel.file)
     code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text[slice(*span(text, kernel.name))], flags=re.DOTALL)
     return re.search(r"\bgrid_barrier\s*\(", code) is not None
@@ -346,7 +347,7 @@ def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
 
 @functools.cache
 def digest() -> str:
-    """SHA-256 over names and texts of all kernel sources: says which code a committed result belongs to."""
+    """SHA-256 of names and texts of all packaged kernel sources. A record stores it to identify the kernels."""
     sha = hashlib.sha256()
     for file in names():
         sha.update(f"{file}\0{packaged(file)}\0".encode())
@@ -354,7 +355,7 @@ def digest() -> str:
 
 
 def compile_error(what: Kernel | Variant, log: str) -> KernelCompileError:
-    """The error for a compiler's log: the first message that names a line of a kernel source comes first."""
+    """The error for a compiler's log. It starts with the first message that names a line of a kernel source."""
     log = re.sub(r'(in the compilation of ")[^"\n]*[/\\]', r"\1", log)  # CuPy's temporary folder, which is gone
     for match in re.finditer(r"^([\w.]+)[(:](\d+)\)?[^\n]*error[^\n]*", log, re.MULTILINE):
         file, number = match[1], int(match[2])

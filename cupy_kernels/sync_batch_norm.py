@@ -1,7 +1,7 @@
-"""Batch norm over the batches of several processes, its ranks: what is computed before and after they exchange it.
+"""Batch norm over the batches of several processes (ranks): what is computed before and after they exchange data.
 
-`mean` and `invstd` are as in `batch_norm`. A message, (2 C + 1,) float64, is what a rank tells the others of its batch.
-gathered, messages: those of all ranks, one behind the other. share, (1,) float64: the rank's part of all values.
+`mean` and `invstd` are as in `batch_norm`. A message, (2 C + 1,) float64, describes a rank's batch to the others.
+gathered and messages are those of all ranks, concatenated. share, (1,) float64: the rank's part of all values.
 """
 
 from .common import THREADS, ceil_div, check_per_channel, scalar, scalar_macros
@@ -12,9 +12,10 @@ _FILE, _TAIL_FILE = "sync_batch_norm.cu", "sync_pooled_tail.cu"
 
 
 def sync_message(mean, invstd, shift, message, count: int) -> None:
-    """The message of a batch of `count` values a channel, from its mean, and invstd with eps 0. message is written.
+    """Writes message, from the mean, and the invstd for eps 0, of a batch with `count` values per channel.
 
-    shift: None, or what the values have and mean has not. Of an empty batch, mean and invstd are not read.
+    shift: None, or a constant per channel that the values contain and mean does not. For an empty batch, mean and
+        invstd are not read.
     """
     check_per_channel(mean.size, invstd=invstd, shift=shift)
     _launch(_FILE, "sync_message", mean, shift, mean.size, (mean, invstd, shift, message, mean.size, count))
@@ -23,10 +24,12 @@ def sync_message(mean, invstd, shift, message, count: int) -> None:
 def sync_statistics(
     messages, own, running_mean, running_var, batches, shift, mean, invstd, distance, share, momentum, eps
 ) -> None:
-    """mean (without shift), invstd = 1/sqrt(biased variance + eps) and share of the values of all ranks; all written.
+    """Writes mean (without shift), invstd = 1/sqrt(biased variance + eps) and share of the values of all ranks.
 
-    own: the rank's message. distance, (C,), written: the mean of the rank's (x - mean) invstd. Running statistics and
-    batches as in `batch_norm_statistics`, over the values of all ranks.
+    own: the rank's message.
+    distance: (C,), written: the mean of the rank's (x - mean) invstd.
+
+    Running statistics and batches are as in `batch_norm_statistics`, over the values of all ranks.
     """
     channels = mean.size
     arrays = {"invstd": invstd, "distance": distance, "shift": shift}
@@ -37,7 +40,7 @@ def sync_statistics(
 
 
 def sync_sums(gathered, share, sums) -> None:
-    """sums, (2, C) float64, written: those of all ranks times share, as `batch_norm_backward_apply` takes them."""
+    """Writes sums, (2, C) float64: those of all ranks times share, as `batch_norm_backward_apply` takes them."""
     args = (gathered, share, sums, sums.size // 2, gathered.size // sums.size)
     _launch(_FILE, "sync_sums", sums, None, sums.size, args)
 
@@ -45,11 +48,14 @@ def sync_sums(gathered, share, sums) -> None:
 def sync_parameter_gradients(
     gathered, own, partials, mean, invstd, distance, share, weight, sums, rest, dy_exponents, dconv_bias, count
 ) -> None:
-    """What `conv_bn_pool.parameter_gradients` computes of one process's sums, from those of all ranks.
+    """The results of `conv_bn_pool_backward.parameter_gradients` for one rank, from the sums of all ranks.
 
-    gathered: of each rank, (2, C) float64, sums of g and g xhat, of which own are the rank's. partials, sums,
-    dy_exponents: as there. count: pixels of a channel of the rank. rest, (C,), written: what all of the rank's dy sums
-    to, but for the factor weight invstd. dconv_bias is written where not None.
+    gathered: (2, C) float64 of each rank, sums of g and g xhat.
+    own: those of this rank.
+    partials, sums, dy_exponents: as in `parameter_gradients`.
+    count: the rank's number of pixels of a channel.
+    rest: (C,), written: the sum of the rank's dy, without the factor weight invstd.
+    dconv_bias: written where not None.
     """
     channels, images = mean.size, partials.shape[1]
     args = (gathered, own, partials[-1], mean, invstd, distance, share, weight, sums, rest, dy_exponents, dconv_bias)
@@ -59,7 +65,7 @@ def sync_parameter_gradients(
 
 
 def sync_borders(rest, invstd, weight, dy_exponents, borders) -> None:
-    """Takes what all of dy sums to, see `sync_parameter_gradients`, out of borders, which `weight_gradient` adds up."""
+    """Subtracts the sum of dy, see `sync_parameter_gradients`, from borders, which `weight_gradient` adds up."""
     channels, taps = invstd.size, borders.shape[1]
     args = (rest, invstd, weight, dy_exponents, borders, channels, taps)
     _launch(_TAIL_FILE, "sync_borders", invstd, weight, taps * channels, args)

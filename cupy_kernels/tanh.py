@@ -5,13 +5,13 @@ from .elementwise import elementwise_variants, launch_elementwise
 
 
 def tanh_forward(x, y) -> None:
-    """y = tanh(x). Contiguous arrays of one shape and dtype; y is written."""
+    """Writes y = tanh(x). Arrays are contiguous and have one shape and dtype."""
     same_shape(x=x, y=y)
     launch_elementwise("tanh.cu", "tanh_forward", (x, y))
 
 
 def tanh_backward(dy, y, dx) -> None:
-    """dx = dy * (1 - y^2), where y is the output of the forward. dx is written."""
+    """Writes dx = dy (1 - y^2), where y is the output of the forward."""
     same_shape(dy=dy, y=y, dx=dx)
     launch_elementwise("tanh.cu", "tanh_backward", (dy, y, dx))
 

@@ -1,8 +1,8 @@
 """2D transposed convolution to few output channels, as at the end of a decoder: forward, dgrad and wgrad in float32.
 
-Arrays are float32, x [N, Cin, H, W], w [Cin, Cout, KH, KW], y [N, Cout, OH, OW]; one group. With `last` x and y, and
-with `w_last` w, have their channels last. Each kernel size, stride, padding and number of output channels is a variant
-of its own.
+Arrays are float32: x [N, Cin, H, W], w [Cin, Cout, KH, KW], y [N, Cout, OH, OW]; one group. With `last`, x and y have
+their channels last; with `w_last`, w has. There is a variant for each kernel size, stride, padding and number of output
+channels.
 """
 
 import itertools
@@ -28,7 +28,7 @@ _SEGMENT, _PIECE = 32, 12
 
 
 def takes(x_shape, w_shape, geometry: Geometry, dtype) -> bool:
-    """Whether the kernels take the convolution of x [N, Cin, H, W], and are quicker than tensor cores."""
+    """Whether the kernels support the convolution of x [N, Cin, H, W], and are faster than tensor cores."""
     _, out_channels, *kernel = w_shape
     taps, stride = out_channels * math.prod(kernel), geometry.stride
     return (
@@ -83,7 +83,7 @@ def wgrad(x, dy, dw, partial, geometry: Geometry, last: bool, w_last: bool) -> N
 
 
 def variants():
-    """What well-known networks launch; every other geometry that `takes` allows has a variant of its own, too."""
+    """The variants that well-known networks launch. Every other geometry that `takes` allows has its own variant."""
     geometries = ((4, 2, 1), (3, 1, 1), (9, 4, 4), (2, 2, 0))
     for channels, (kernel, stride, padding), last in itertools.product((1, 3), geometries, (False, True)):
         if channels * stride**2 <= 16 and channels * kernel**2 <= _MOST_TAPS:
@@ -98,7 +98,7 @@ def _sizes(x_shape, y_shape):
 
 
 def _lane_channels(taps):
-    """Channels of a lane of the gradients: two where what they need fits the registers."""
+    """Channels of a lane of the gradients: two if the registers suffice."""
     return 2 if taps <= 48 else 1
 
 
@@ -108,7 +108,7 @@ def _min_blocks(taps):
 
 
 def _grid(x_shape, w_shape):
-    """Blocks of the gradients: all run at once."""
+    """Blocks of the gradients, all of which run at once."""
     taps = math.prod(w_shape[1:])
     channel_blocks = ceil_div(x_shape[1], 32 * _lane_channels(taps))
     segments = x_shape[0] * x_shape[2] * ceil_div(x_shape[3], _SEGMENT)

@@ -1,6 +1,6 @@
-"""Look at the kernels, and change them: the functions that `cupy_kernels` itself offers.
+"""The functions of `cupy_kernels` that show and change kernels.
 
-A name is a kernel's ("tanh_forward"), or a file's ("tanh.cu", "tanh.cuh"; "tanh" is "tanh.cu").
+A name is a kernel's ("tanh_forward") or a file's ("tanh.cu", "tanh.cuh"; "tanh" means "tanh.cu").
 """
 
 import contextlib
@@ -15,9 +15,11 @@ from .display import Rows, highlighted
 class KernelInfo(NamedTuple):
     """A kernel, as `kernels` lists it.
 
-    variants: how many sets of macros the host compiles the file with; for kernels that are specialised for a shape,
-    only some shapes count. macros: names of the macros. values: the values of each macro. edited: what is edited at
-    present, the kernel or its file, else "".
+    variants: number of sets of macros with which the host compiles the file. For kernels that are specialised for
+        shapes, only samples of shapes are counted.
+    macros: names of the macros.
+    values: the values of each macro.
+    edited: the edited name, of the kernel or its file; "" if it is not edited.
     """
 
     name: str
@@ -30,11 +32,12 @@ class KernelInfo(NamedTuple):
 
 
 def kernels(name: str | None = None) -> Rows:
-    """All kernels of the package, or those of `name` (of a header: of the files that include it): file, parameters, and
-    how many variants with which macros.
+    """A list of kernels: file, parameters, number of variants, and macros. It prints as a table.
 
-    A table of several files does not show parameters and values of macros; the items have them. `attributes` has a row
-    for each variant.
+    name: a kernel or file; for a header, the files that include it. Default: all kernels of the package.
+
+    A table of several files does not show parameters and values of macros, but the items have them. `attributes` has a
+    row for each variant. Raises ValueError for an unknown name.
     """
     from .variants import shape_macros, variants  # imports every operator
 
@@ -67,12 +70,12 @@ def edited() -> list[str]:
 
 
 def text(name: str) -> str:
-    """The source of a kernel or file as it stands, edits included: what `override` takes, to begin an edit with."""
+    """The current source of a kernel or file, edits included. Raises ValueError for an unknown name."""
     return _text(name)[0]
 
 
 def show(name: str) -> None:
-    """Prints `text`: highlighted, with line numbers."""
+    """Prints `text`, highlighted and with line numbers. Raises ValueError for an unknown name."""
     from rich.console import Console
 
     Console().print(highlighted(*_text(name)))
@@ -90,31 +93,32 @@ def _text(name):
 
 @contextlib.contextmanager
 def override(edits: dict[str, str | dict]):
-    """Within the block, `edits` ({name: text, or {macro: value}}) replace what the package has.
+    """A context in which `edits` replace kernels, files or macros of the package.
 
-    A text replaces a file, or one kernel's definition in its file; {macro: value} replaces -D macros of one kernel, or
-    adds some. Everything that launches the kernel uses it at once, ModelNew too, and the package's own is back at the
-    end of the block; a text that was compiled once is not compiled again.
+    edits: {name: text} replaces a file, or one kernel's definition in its file. {kernel: {macro: value}} replaces -D
+        macros of one kernel, or adds some.
 
-    The host goes on computing grids from its own value of a macro: one that says how many elements a thread takes
-    (WIDTH, ITEMS, tiles) cannot be changed here alone. acc_t, and macros of your own, can.
+    Every launch in the process uses the edits at once, those of ModelNew included. The end of the block restores what
+    was in force before. A text that was compiled once is not compiled again.
 
-    Raises ValueError, and changes nothing, for an unknown name or macro, and for a text whose kernels are not those of
-    the original, with the same parameters; TypeError for edits of another kind; RuntimeError while another thread is
-    inside such a block, whose end would undo them. KernelCompileError comes with the first launch; it names the line of
-    the text.
+    The host computes grids from its own value of a macro. So macros for the number of elements of a thread or block
+    (WIDTH, ITEMS, tiles) cannot be changed here. acc_t, and macros of your own, can.
+
+    Raises ValueError for an unknown name or macro, and for a text that does not define the original's kernels with the
+    same parameters; TypeError for edits of another type; RuntimeError while another thread is inside such a block.
+    Nothing is changed then. KernelCompileError is raised by the first launch, and names the line of the text.
     """
     with source.override(*_checked(edits)):
         yield
 
 
 def edit(edits: dict[str, str | dict]) -> None:
-    """`override` that lasts until `reset`, or to the end of an `override` block around it; the same errors."""
+    """Like `override`, until `reset` or the end of an enclosing `override` block. Raises the same errors."""
     source.set_overrides(*source.merged(*_checked(edits)))
 
 
 def reset(*names: str) -> None:
-    """Takes back the edits of these names; without any, all. ValueError for a name that has none."""
+    """Undoes the edits of these names; without names, all edits. Raises ValueError for a name that is not edited."""
     texts, constants = source.overrides()
     for name in names:
         key = _key(name)
@@ -126,7 +130,7 @@ def reset(*names: str) -> None:
 
 
 def locate(name: str) -> tuple[str, str | None]:
-    """(file, kernel) of a name, the kernel None if it is a file's. ValueError, with close matches, if it is neither."""
+    """(file, kernel) of a name; kernel is None for a file. Raises ValueError, with similar names, for others."""
     if not isinstance(name, str):
         raise TypeError(f"a kernel or file is named by a str, such as 'tanh_forward'; received {name!r}")
     files = source.names()
@@ -142,7 +146,7 @@ def locate(name: str) -> tuple[str, str | None]:
 
 
 def files_with(name: str) -> list[str]:
-    """The .cu files whose compiled text a change of `name` changes: its own, or all that include a header."""
+    """The .cu files whose compiled text depends on `name`: its own file, or all that include a header."""
     file, _ = locate(name)
     if file.endswith(".cu"):
         return [file]
@@ -151,7 +155,7 @@ def files_with(name: str) -> list[str]:
 
 @contextlib.contextmanager
 def unedited():
-    """Within the block the package's own kernels run, whatever is edited."""
+    """A context in which the package's own kernels run, whatever is edited."""
     with source.override({}):
         reset()
         yield
@@ -163,7 +167,7 @@ def _key(name):
 
 
 def _checked(edits):
-    """(texts, constants) of edits. ValueError for what cannot be meant."""
+    """(texts, constants) of edits. Raises ValueError or TypeError for invalid edits."""
     if not isinstance(edits, dict):
         raise TypeError(f"edits are {{name: text}} or {{kernel: {{macro: value}}}}, received {type(edits).__name__}")
     texts, constants = {}, {}

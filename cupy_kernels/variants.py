@@ -1,7 +1,8 @@
-"""Every variant of the kernels that the host code may launch, so that all can be compiled ahead, without a GPU.
+"""Every variant of the kernels that the host code may launch, so that all can be compiled ahead without a GPU.
 
-A module with host code declares its own by `variants()`, a generator of `source.Variant`; the tests fail on a launch
-that is not declared. Macros that depend on shapes, whose values nobody can enumerate, it names in `SHAPE_MACROS`.
+Each module with host code declares its variants in `variants()`, a generator of `source.Variant`. The tests fail on a
+launch that is not declared. Macros that depend on shapes, whose values cannot all be listed, are named in the module's
+`SHAPE_MACROS`.
 """
 
 import functools

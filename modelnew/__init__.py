@@ -1,6 +1,6 @@
-"""ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d -> GroupNorm as CUDA C kernels, drop-in for PyTorch's modules.
+"""ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d -> GroupNorm on CUDA C kernels, as drop-in PyTorch modules.
 
-In IPython `%load_ext modelnew` loads the magics `%%cu`, `%cu_text` and `%cu_reset`.
+In IPython, `%load_ext modelnew` loads the magics `%%cu`, `%cu_text` and `%cu_reset`.
 """
 
 from .distributed import convert_sync_batchnorm
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def load_ipython_extension(ipython) -> None:
-    """What `%load_ext modelnew` calls."""
+    """Called by `%load_ext modelnew`."""
     from .magics import KernelMagics  # needs IPython
 
     ipython.register_magics(KernelMagics)

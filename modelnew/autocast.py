@@ -1,4 +1,4 @@
-"""torch.autocast's rules, for operators that torch's dispatcher does not know."""
+"""The rules of torch.autocast, for operators that PyTorch's dispatcher does not know."""
 
 import torch
 
@@ -9,13 +9,13 @@ def enabled(tensor: torch.Tensor) -> bool:
 
 
 def lower(*tensors: torch.Tensor | None) -> tuple:
-    """The tensors as autocast gives them to a convolution: in its dtype where it is on."""
+    """The tensors in autocast's dtype where autocast is on, as it casts a convolution's arguments."""
     first = tensors[0]
     return _cast(tensors, torch.get_autocast_dtype(first.device.type)) if enabled(first) else tensors
 
 
 def norm_in_float32(tensor: torch.Tensor) -> bool:
-    """Whether autocast has a group norm of the tensor, and its parameters and result, in float32: on a GPU."""
+    """Whether autocast computes a group norm of the tensor in float32, as it does on a GPU."""
     return tensor.is_cuda and tensor.dtype != torch.float64 and enabled(tensor)
 
 
@@ -25,7 +25,7 @@ def single(*tensors: torch.Tensor | None) -> tuple:
 
 
 def result_of_norm(result: torch.Tensor) -> torch.Tensor:
-    """A float32 result of a chain that ends in a group norm, as autocast has it: on a CPU in its dtype."""
+    """A chain's float32 result in the dtype that autocast gives a group norm: on a CPU, autocast's own."""
     return result if result.is_cuda or not enabled(result) else lower(result)[0]
 
 

@@ -1,7 +1,7 @@
-"""Calls of kernels on tensors. A call is a plan: what it checks, allocates and launches is worked out once.
+"""Calls of kernels on tensors. A call becomes a plan: its checks, allocations and launches are determined once.
 
-It is worked out once for each kind of call. The kind is the operation, its options, and the shape, dtype, device,
-layout and alignment of each tensor. Where tensors lie does not matter, nor do the values of floats.
+A plan is made once for each kind of call. The kind is the operation, its options, and the shape, dtype, device, layout
+and alignment of each tensor. It does not depend on the tensors' addresses or on the values of floats.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ recording = _Recording()
 
 
 class New:
-    """Makes the stand-ins of what a call allocates: `new(shape, dtype)` for a result, `new.scratch` for a workspace.
+    """Makes stand-ins for the memory of a call: `new(shape, dtype)` for a result, `new.scratch` for a workspace.
 
-    room: what launches whose blocks wait for each other have, a `backend.Room`, or None.
+    room: a `backend.Room` for launches whose blocks wait for each other, or None.
     """
 
     room = None
@@ -56,11 +56,11 @@ class New:
         return self.slots[-1]
 
     def like(self, array: Slot | None) -> Slot | None:
-        """A result of another array's shape and dtype; None for None."""
+        """A result with another array's shape and dtype; None for None."""
         return None if array is None else self(array.shape, array.dtype)
 
     def scratch(self, shape, dtype) -> Slot:
-        """Memory that is given back when the call returns, or before if it is large."""
+        """A workspace. It is freed when the call returns, or earlier if it is large."""
         slot = Slot(self.first, (shape,) if isinstance(shape, int) else shape, dtype, offset=self.small_bytes)
         if slot.nbytes >= _LARGE:
             return self(slot.shape, dtype)
@@ -69,7 +69,7 @@ class New:
 
 
 class _Stage(NamedTuple):
-    """Neighbouring launches, what is allocated before them, and what is given back behind them."""
+    """Consecutive launches, what is allocated before them, and what is freed after them."""
 
     made: list[tuple]  # (index, shape, strides, dtype)
     steps: range
@@ -87,31 +87,32 @@ class _Known(NamedTuple):
 
 @until_overridden
 def _thread():
-    """Its __dict__ is each thread's own, since a plan is for one thread."""
+    """An object for each thread, because a plan belongs to one thread. Its __dict__ holds the caches."""
     return threading.local()
 
 
 def known(what: str) -> dict:
-    """What this thread knows until a kernel is edited: "plans", by the kinds of calls, and what `replays` knows."""
+    """A cache of this thread, by name, until a kernel is edited: "plans", by kinds of calls; `replays` has others."""
     return _thread().__dict__.setdefault(what, {})
 
 
 def remember(known: dict, key, value) -> None:
-    """known[key] = value. Of many the oldest goes: making it anew costs little."""
+    """Sets known[key] = value. If the cache is full, the oldest entry is dropped."""
     if len(known) >= _MOST_KNOWN:
         known.pop(next(iter(known)), None)
     known[key] = value
 
 
 def call(operation: Callable, *args, check: Callable | None = None, **options):
-    """What operation(new, *args, **options) returns: stand-ins made by `new`, or None, alone or in a tuple.
+    """The result of operation(new, *args, **options), as tensors: one, a tuple, or None.
 
-    The operation runs once for each kind of call, on stand-ins of the tensors, `plan.Slot`s. It launches kernels and
-    asks `new`, a `New`, for memory. Floats may differ from call to call: it passes them on to kernels as they are.
-    check: called before, once for each kind of call, for errors that follow from the kind.
+    operation: runs once for each kind of call, with a `plan.Slot` in place of each tensor. It launches kernels, gets
+        memory from `new`, a `New`, and returns stand-ins that `new` made. It must hand floats on to kernels unchanged,
+        because their values may differ from call to call.
+    check: raises the errors of a kind of call. It is called once for each kind, before the operation.
 
-    Kernels run on the tensors' device, in torch's current stream there; for CPU tensors, on the emulator.
-    RuntimeError if the tensors are not on one device, or on one that is neither a CUDA GPU nor the CPU.
+    Kernels run on the tensors' device, in torch's current stream there; for CPU tensors, on the emulator. Raises
+    RuntimeError if the tensors are on several devices, or on one that is neither a CUDA GPU nor the CPU.
     """
     if recorders.may_record():
         recorders.refuse_kernels()
@@ -141,9 +142,9 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
 
 @functools.lru_cache(maxsize=1024)
 def _reader(kinds: tuple[type, ...]) -> Callable:
-    """read(*values) -> (what a plan may know of values of these types, their addresses).
+    """read(*values) -> (what a plan may depend on, for values of these types; their addresses).
 
-    Written out for the types, as a loop over the values takes half as long again.
+    It is generated as code for the types, because a loop over the values takes half as long again.
     """
     names = [f"v{i}" for i in range(len(kinds))]
     tensors = [name for name, kind in zip(names, kinds) if issubclass(kind, torch.Tensor)]
@@ -159,7 +160,7 @@ def _reader(kinds: tuple[type, ...]) -> Callable:
 
 
 def run(operation: Callable, *args, **options) -> None:
-    """`call` of an operation that allocates nothing and returns nothing: operation(*args, **options)."""
+    """`call` for an operation that allocates nothing and returns nothing: operation(*args, **options)."""
     call(_run_alone, operation, *args, **options)
 
 
@@ -181,12 +182,12 @@ def _run(found, values, pointers):
 
 
 def watched() -> bool:
-    """Whether someone wants to see launches, or calls are planned, not started, in some thread."""
+    """Whether launches are observed, or calls are planned but not started, in some thread."""
     return bool(_planning or observing())
 
 
 def show(plan, values, steps) -> bool:
-    """Shows launches to those who asked for them. Returns whether they are to start."""
+    """Shows launches to their observers. Returns whether they are to start."""
     plans = _planning.get(threading.get_ident())
     if plans is None:
         plan.notify(steps, lambda slot: _array(slot, values[slot.index]), values)
@@ -205,7 +206,7 @@ def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.T
 
 
 def _make(key, operation, values, options, check) -> _Known | str:
-    """Plans a call; gives the reason if it is refused. That is remembered, too: a fallback comes at every call."""
+    """Plans a call. Returns the reason if it is refused, which is cached as well: a fallback happens at every call."""
     try:
         if check is not None:
             check()
@@ -234,10 +235,10 @@ def _planned_call(operation, values, options) -> _Known:
 
 
 def _stages(plan, new, returned) -> list[_Stage]:
-    """A stage begins where something large is needed and something large no longer is.
+    """A new stage begins where a large allocation is needed and another one is not needed any more.
 
-    All that is needed from the first step on that updates an argument, such as running statistics, is made before it:
-    a call that runs out of memory has changed nothing.
+    All memory from the first step on that updates an argument, such as running statistics, is allocated before that
+    step, so that a call that runs out of memory has changed nothing.
     """
     count, returned = len(plan.steps), returned if isinstance(returned, tuple) else (returned,)
     first, last = {}, {}
@@ -269,13 +270,13 @@ def _stages(plan, new, returned) -> list[_Stage]:
 
 
 def _strides(shape):
-    """Of a contiguous tensor. Not asked of torch: whoever watches its operators would see one more."""
+    """Strides of a contiguous tensor. Asking torch for them would show one more operator to whoever watches."""
     return tuple(math.prod(max(n, 1) for n in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 @contextlib.contextmanager
 def planned():
-    """Within the block, this thread's calls are planned, not started; gives the plans. Results hold nothing."""
+    """A context in which this thread's calls are planned, not started. Yields the plans. Results have no values."""
     thread = threading.get_ident()
     before, _planning[thread] = _planning.get(thread), []
     try:

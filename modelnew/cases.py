@@ -1,4 +1,4 @@
-"""What a check of kernels compares: a `Case` for an operator. Each operator's file has its own, in CASES."""
+"""`Case`: an operator and its reference, for a check of kernels. Each operator's file lists its own in CASES."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,14 +11,14 @@ class Case(NamedTuple):
     """One operator, forward and backward.
 
     ours, theirs: functions of the tensors, which return a tensor, or a tuple whose first element gets a gradient.
-    inputs: inputs(images) gives {name: float32 tensor}, small ones where images is None. Those whose name begins with _
+    inputs: inputs(images) returns {name: float32 tensor}; small ones if images is None. Inputs whose name begins with _
         need no gradient.
-    terms: terms(images) gives {result: how many terms it sums}, of long sums, for `parity.within_policy`. Results are
-        "output", "gradient of x", ..., "result 2", ...
-    rounded: in float32, whether ours rounds operands to TF32. PyTorch on the CPU, and often cuDNN, does not: the error
-        that this causes in float64 is then what ours may have.
-    gradient: gradient(dtype, **tensors in float64) gives the output's gradient. Default: random.
-    within: a context that ours runs in.
+    terms: terms(images) returns {result: number of terms that it sums} for long sums, see `parity.within_policy`.
+        Results are named "output", "gradient of x", ..., "result 2", ...
+    rounded: whether ours rounds float32 operands to TF32. PyTorch on the CPU does not, and cuDNN often does not. The
+        allowed error is then that of such rounding in float64.
+    gradient: gradient(dtype, **tensors in float64) returns the output's gradient. Default: random.
+    within: a context in which ours runs.
     """
 
     what: str
@@ -33,12 +33,12 @@ class Case(NamedTuple):
 
 
 def activations(images):
-    """Shape of the convolution's output; images: None for a small one."""
+    """Shape of the convolution's output; a small one if images is None."""
     return (images, 128, 34, 34) if images else (2, 8, 10, 12)
 
 
 def first(result):
-    """A function's result, or the first of several."""
+    """A function's result, or the first of several results."""
     return result[0] if isinstance(result, tuple) else result
 
 

@@ -1,6 +1,6 @@
-"""For every kernel file the operators that launch its kernels, compared with PyTorch's against a float64 truth.
+"""Checks of kernel files: the operators that launch their kernels, compared with PyTorch's against a float64 truth.
 
-What the magic `%%cu` runs on an edited kernel: quick, one dtype; the tests look at far more.
+The magic `%%cu` runs these on an edited kernel. They are quick; the tests check far more.
 """
 
 import functools
@@ -24,12 +24,12 @@ _MEMORY = 30e9
 
 
 def cases(files) -> list[Case]:
-    """All that launch a kernel of these files."""
+    """All cases that launch a kernel of these files."""
     return [case for case in CASES if set(case.files).intersection(files)]
 
 
 def images_for(device: torch.device) -> int | None:
-    """How many images of the model's size a check takes on `device`; None, small ones, on the emulator."""
+    """The number of images of the model's size in a check on `device`; None (small ones) on the emulator."""
     if device.type == "cpu":
         return None
     # What torch keeps, the references among it, must not make the next check a smaller one.
@@ -48,9 +48,9 @@ SIZES = {
 def compare(
     case: Case, dtype: torch.dtype, device: torch.device, images: int | None, size: str = ""
 ) -> list[parity.Row]:
-    """Output and every gradient: their error, PyTorch's, and whether ours is within the policy of `parity`.
+    """Rows for output and gradients: our error, PyTorch's error, and whether ours is within the policy of `parity`.
 
-    size: one of SIZES. No rows where PyTorch, or the fused operator, refuses the case at that size.
+    size: one of SIZES. There are no rows if PyTorch, or the fused operator, refuses the case at that size.
     """
     reference = (_large_reference if images else _reference)(case, dtype, device, images, size)
     if reference is None:
@@ -85,7 +85,7 @@ class _Reference(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _reference(case, dtype, device, images, size) -> _Reference | None:
-    """Inputs and what the results should be; kept, as whoever edits a kernel runs its checks again and again."""
+    """Inputs and expected results. They are cached, because an edited kernel is checked again and again."""
     torch.manual_seed(0)
     with torch.device(device):
         tensors = {name: t.to(dtype) for name, t in case.inputs(images).items()}
@@ -184,15 +184,17 @@ def _fused_gradient(near_tie, training, activation):
 
 
 def _tall_inputs(_images):
-    """Of a convolution whose output is too high for dgrad on tensor cores. Many images, as a group's statistics are one
-    error for all of the gradients that sum over it, and chance decides much of a few.
+    """Inputs of a convolution whose output is too high for dgrad on tensor cores.
+
+    There are many images: a group's statistics are one common error of all gradients that sum over it, and with few of
+    them chance decides.
     """
     inputs = _fused_inputs(None)
     return {**inputs, "x": torch.randn(8, 16, 70, 4), "w": torch.randn(16, 16, 5, 5) / 40}
 
 
 def _fused_terms(images):
-    """The sums over all pixels, of the convolution and after pooling."""
+    """The sums over all pixels: of the convolution, and after pooling."""
     n, pooled, pixels = (images, 17 * 17, 34 * 34) if images else (2, 20, 99)
     names = ("weight", "bias", "group_weight", "group_bias")
     return {"gradient of w": n * pixels, **dict.fromkeys((f"gradient of {name}" for name in names), n * pooled)}
@@ -218,7 +220,7 @@ def _fused_case(numerics, training, near_tie, tall=False, activation="tanh", **o
 
 
 def _found():
-    """CASES of all operators, each of which has them in its file."""
+    """The CASES of all operators' files."""
     for file in pkgutil.iter_modules(functional.__path__, f"{functional.__name__}."):
         yield from getattr(importlib.import_module(file.name), "CASES", ())
 

@@ -1,4 +1,4 @@
-"""What the commands that measure have in common: the device that they run on, and the records that they write."""
+"""Shared code of the commands that measure: the device, and the records that they write."""
 
 import shlex
 import sys
@@ -19,7 +19,7 @@ device_option = click.option(
 
 
 def output_option(kind: str, drawn: bool = False):
-    """The option --output of a command that writes records of this kind. drawn: and plots."""
+    """The option --output of a command that writes records of this kind. drawn: it also writes plots."""
     return click.option(
         "--output",
         type=click.Path(file_okay=False, path_type=Path),
@@ -29,7 +29,7 @@ def output_option(kind: str, drawn: bool = False):
 
 
 def usable_device(name: str | None) -> torch.device:
-    """`environment.device`, with errors as a command reports them."""
+    """`environment.device`, with its errors as click's."""
     try:
         return environment.device(name)
     except ValueError as error:
@@ -39,7 +39,7 @@ def usable_device(name: str | None) -> torch.device:
 
 
 def head(device: torch.device) -> dict:
-    """What a record begins with. `device` is the current one."""
+    """The first entries of a record. `device` is the current one."""
     versions = environment.versions()
     if device.type == "cpu":
         versions["gpu"] = None
@@ -48,7 +48,7 @@ def head(device: torch.device) -> dict:
 
 
 def publish(record: dict, kind: str, device: torch.device, output: Path | None, out: Console) -> None:
-    """Writes <kind>_<gpu>.json and its picture where `output_option` says. `device` is the current one."""
+    """Writes <kind>_<gpu>.json and its plot to the folder of `output_option`. `device` is the current one."""
     if not output and device.type == "cpu":
         return
     path = record_path(kind, device, output)
@@ -61,13 +61,13 @@ def publish(record: dict, kind: str, device: torch.device, output: Path | None, 
 
 
 def record_path(kind: str, device: torch.device, output: Path | None) -> Path:
-    """Where a record of this kind goes, as `output_option` says."""
+    """The path of a record of this kind, as `output_option` describes it."""
     folder = output or environment.results() or Path()
     return folder / f"{kind}_{environment.slug() if device.type == 'cuda' else 'cpu'}.json"
 
 
 def draw(record: dict, path: Path) -> Path:
-    """Draws the PNG beside the record `path`; a ClickException says why if it cannot."""
+    """Draws the PNG beside the record `path`. Raises click.ClickException, with the reason, if it cannot."""
     picture = path.with_suffix(".png")
     try:
         plots.draw(record, picture)

@@ -1,6 +1,6 @@
-"""Norms by their definitions, with the signatures of torch.nn.functional: a truth even for float64.
+"""Norms by their definitions, with the signatures of torch.nn.functional: an exact enough truth for float64.
 
-PyTorch's own float64 norms lose digits where a mean is large beside its deviation.
+PyTorch's float64 norms lose digits if a mean is large compared with the standard deviation.
 """
 
 import math
@@ -28,7 +28,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
 
 
 def _standardised(x, over, eps):
-    """(y, mean, biased variance) over some dimensions. A first value is taken off, so that constants become 0."""
+    """(y, mean, biased variance) over some dimensions. Subtracts a first value, so that constants become exactly 0."""
     pivot = x.detach()[tuple(slice(0, 1) if d in over else slice(None) for d in range(x.dim()))]
     pivot = torch.where(pivot.isfinite(), pivot, 0)
     x = x - pivot

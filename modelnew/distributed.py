@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all processes of a group: `convert_sync_batchnorm`."""
+"""`convert_sync_batchnorm`: batch norm with the statistics of all processes of a group."""
 
 import functools
 from collections.abc import Callable
@@ -18,20 +18,22 @@ _LAYERS = (layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> nn.Module:
-    """Synchronises every batch norm in `module`: in training its statistics are those of all processes' batches.
+    """Synchronises every batch norm in `module`: in training it uses the statistics of all processes' batches.
 
-    module: changed in place and returned; the network, or a batch norm itself. BatchNorm1d, 2d and 3d of
-        `modelnew.layers` stay what they are, with their parameters and buffers, and so does what fuses them, ModelNew
-        and `modelnew.Sequential`. Batch norms of torch.nn become torch.nn.SyncBatchNorm, which needs a GPU.
-    process_group: whose processes share their statistics; by default all. Every process of the group must call the
-        module, with an empty batch where it has none.
+    module: the network, or a batch norm itself. It is changed in place and returned. BatchNorm1d, 2d and 3d of
+        `modelnew.layers` keep their class, parameters and buffers. ModelNew and `modelnew.Sequential` stay fused. Batch
+        norms of torch.nn become torch.nn.SyncBatchNorm, which needs a GPU.
+    process_group: the processes that share statistics; by default all. Every process of the group must call the module,
+        with an empty batch if it has no data.
 
-    Results are those of one process that has all of the batch: outputs, the gradient of the input, running statistics.
-    Gradients of weight and bias are the process's own part, which DistributedDataParallel averages. Batches may differ
-    in size. There is one exchange in the forward and one in the backward.
-    As with torch.nn.SyncBatchNorm, the module is an ordinary batch norm in evaluation, and in training where no process
-    group is initialised, or the group has one process. A process outside of the group gets a RuntimeError in training.
-    There are no second derivatives: a backward with create_graph=True raises RuntimeError.
+    Outputs, gradients of the input and running statistics are those of one process with the whole batch. Gradients of
+    weight and bias are the process's own part, which DistributedDataParallel averages. Batches may differ in size. The
+    forward exchanges data once, and so does the backward.
+
+    As with torch.nn.SyncBatchNorm, the module is an ordinary batch norm in evaluation, and in training if no process
+    group is initialised or the group has one process.
+
+    In training, a process outside the group gets a RuntimeError. A backward with create_graph=True raises RuntimeError.
     """
     if isinstance(module, _LAYERS):
         module.peers = Peers(process_group)
@@ -44,7 +46,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup 
 
 
 class Peers:
-    """The processes whose batches a layer's statistics are of. process_group: None for all processes."""
+    """The processes that share a layer's statistics. process_group: None for all processes."""
 
     def __init__(self, process_group: "dist.ProcessGroup | None"):
         self.process_group = process_group
@@ -53,7 +55,7 @@ class Peers:
         return self  # a process group cannot be copied
 
     def counterpart(self, operation: Callable) -> Callable:
-        """What stands for `operation`, a function that has a batch norm in it, in training."""
+        """The function that replaces `operation`, a function with a batch norm in it, in training."""
         if not dist.is_available() or not dist.is_initialized():
             return operation
         group = dist.group.WORLD if self.process_group is None else self.process_group

@@ -1,4 +1,4 @@
-"""What is installed here, which backend runs the kernels and why, and which committed results belong to this code."""
+"""Installed versions, the backend and why it is used, and which committed records belong to the current kernels."""
 
 import ctypes
 import json
@@ -14,7 +14,7 @@ from cupy_kernels.errors import BackendError
 
 
 def describe() -> dict:
-    """Everything that `python -m modelnew env` prints, as values that JSON can hold."""
+    """Everything that `python -m modelnew env` prints, as values for JSON."""
     return {
         "modelnew": _installed("modelnew"),  # None in a clone that is not installed
         "versions": versions(),
@@ -27,7 +27,7 @@ def describe() -> dict:
 
 
 def versions() -> dict:
-    """Versions of what a result depends on; None for what is absent."""
+    """Versions of everything that results depend on; None for what is not installed."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -41,7 +41,7 @@ def versions() -> dict:
 
 
 def gpus() -> list[dict]:
-    """The GPUs that torch sees."""
+    """The GPUs that torch finds."""
     found = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -57,7 +57,7 @@ def gpus() -> list[dict]:
 
 
 def backend() -> dict:
-    """{"name", "why"}: "cuda" (on the GPU), "emulator" (the same kernels on the CPU), or None (nothing runs)."""
+    """{"name", "why"}. name: "cuda" (kernels run on the GPU), "emulator" (on the CPU), or None (they cannot run)."""
     if not torch.cuda.is_available():
         why = "torch finds no GPU" if torch.version.cuda else "this build of torch has no CUDA support"
     else:
@@ -73,9 +73,10 @@ def backend() -> dict:
 
 
 def device(name: str | None = None) -> torch.device:
-    """The device called `name`, by default the one that `backend` runs on.
+    """The device called `name`; by default the device of `backend`.
 
-    ValueError if it is neither one of the NVIDIA GPUs here nor the CPU; BackendError if no kernel can run there.
+    Raises ValueError if it is neither an NVIDIA GPU of this machine nor the CPU, and BackendError if no kernel can run
+    there.
     """
     found = backend()
     try:
@@ -94,20 +95,20 @@ def device(name: str | None = None) -> torch.device:
 
 
 def slug() -> str:
-    """The GPU's name as names of files have it, such as "h100-80gb-hbm3"; "cpu" without one."""
+    """The GPU's name in file names, such as "h100-80gb-hbm3"; "cpu" without a GPU."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
 
 
 def results() -> Path | None:
-    """The folder of committed results, if the current directory is the repository's root."""
+    """The folder of committed records, if the current directory is the repository's root; else None."""
     return Path("benchmarks", "results") if Path("cupy_kernels", "cu").is_dir() else None
 
 
 def records() -> list[dict]:
-    """{"file", "digest", "matches"} for each committed result: `matches` says whether today's kernel sources made it.
+    """{"file", "digest", "matches"} of each committed record. matches: whether the current kernel sources produced it.
 
-    Empty where the current directory is not the repository's root.
+    Empty if the current directory is not the repository's root.
     """
     found, folder = [], results()
     for path in sorted(folder.glob("*.json")) if folder else ():
@@ -134,7 +135,7 @@ def _cupy() -> str | None:
 
 
 def _nvrtc() -> str | None:
-    """CuPy's NVRTC; where CuPy finds no driver, the one that `cupy_kernels.nvrtc` finds."""
+    """Version of CuPy's NVRTC, or if CuPy finds no driver, of the one that `cupy_kernels.nvrtc` finds."""
     try:
         from cupy.cuda import nvrtc as of_cupy
 

@@ -1,4 +1,4 @@
-"""`explain`: which kernels a call launches, read from its plans."""
+"""`explain`: which kernels a call launches."""
 
 import torch
 from torch import nn
@@ -15,10 +15,14 @@ from .numerics import choose, resolve
 
 
 def explain(module: nn.Module, x: torch.Tensor) -> str:
-    """Which of our kernels module(x) launches, forward and backward; for ModelNew and ConvTranspose2d why, in words.
+    """Describes which of our kernels module(x) launches, forward and backward. Returns the text.
 
-    module: any module with layers of ours in it. None of our kernels starts; what else is in the module runs, on
-    memory that nobody wrote. Parameters, buffers and x stay as they are.
+    module: a module that contains layers of ours. For ModelNew and ConvTranspose2d, the text also says why these
+        kernels run.
+    x: its input.
+
+    None of our kernels is launched. Other operators in the module run, on uninitialised values. Parameters, buffers and
+    x are not changed.
     """
     lines = []
     if isinstance(module, ModelNew):
@@ -39,7 +43,7 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
 
 
 def planned_kernels(module: nn.Module, x: torch.Tensor) -> tuple[list, list]:
-    """Kernels of ours that module(x) launches, forward and backward, in order, see `explain`."""
+    """Our kernels that module(x) launches, forward and backward, in order. See `explain`."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     leaf = x.detach().requires_grad_(x.is_floating_point())
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):  # plans are the thread's
@@ -54,7 +58,7 @@ def planned_kernels(module: nn.Module, x: torch.Tensor) -> tuple[list, list]:
 
 
 def _convolution(conv, x) -> str:
-    """Which kernels take it, and why no others do."""
+    """Which kernels the convolution runs, and why."""
     geometry = Geometry(conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
     choice, formats = choose(conv.numerics, x), (channels_last(x), channels_last(conv.weight))
     kernels, detail = kernels_of(NUMPY[x.dtype], x.shape, conv.weight.shape, geometry, choice, formats)

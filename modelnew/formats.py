@@ -1,4 +1,4 @@
-"""Memory formats: which one a tensor has, as torch tells them apart, and what kernels see of it."""
+"""Memory formats of tensors, in the sense of PyTorch, and the arrays that kernels get."""
 
 import torch
 
@@ -6,7 +6,7 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def channels_last(tensor: torch.Tensor) -> bool:
-    """Whether torch's results of an operator on `tensor` are channels_last, or, with 5 dimensions, channels_last_3d."""
+    """Whether PyTorch's results for `tensor` are channels_last, or channels_last_3d for 5 dimensions."""
     memory_format = _FORMATS.get(tensor.dim())
     if memory_format is None or not tensor.is_contiguous(memory_format=memory_format):
         return False
@@ -22,13 +22,13 @@ def channels_last(tensor: torch.Tensor) -> bool:
 
 
 def dense_in(tensor: torch.Tensor, last: bool) -> torch.Tensor:
-    """The tensor in one of both formats, without lazy negation. Copies only if it must."""
+    """The tensor in one of the two formats, without lazy negation. Copies only if necessary."""
     memory_format = _FORMATS[tensor.dim()] if last else torch.contiguous_format
     return tensor.resolve_neg().contiguous(memory_format=memory_format)
 
 
 def dense_like(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
-    """The tensor without gaps, with the strides of `like`, or those that torch's results would have. May be a copy."""
+    """The tensor without gaps, in the strides of `like`, or of PyTorch's results. Copies only if necessary."""
     like = tensor if like is None else like
     if tensor.stride() == like.stride() and (tensor.is_contiguous() or _fills_memory(tensor)) and not tensor.is_neg():
         return tensor
@@ -36,12 +36,12 @@ def dense_like(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a tensor without gaps, in the order in which they lie in memory."""
+    """The elements of a tensor without gaps, in memory order."""
     return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
 def unflat(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A result for flat(like), with the shape and strides of `like`."""
+    """A result of flat(like), with the shape and strides of `like`."""
     return tensor if tensor.stride() == like.stride() else tensor.as_strided(like.shape, like.stride())
 
 
@@ -60,11 +60,11 @@ def stored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
 
 
 def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
-    """What `stored` makes `tensor` of."""
+    """The inverse of `stored`."""
     return tensor.movedim(-1, 1) if last and tensor is not None else tensor
 
 
 def empty_in(like: torch.Tensor, shape, last: bool) -> torch.Tensor:
-    """Memory of this shape in one of both formats, of the dtype and device of `like`."""
+    """Uninitialised memory of this shape in one of the two formats, with the dtype and device of `like`."""
     memory_format = _FORMATS[len(shape)] if last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

@@ -1,4 +1,4 @@
-"""Chains of layers that run as one operator: the table of them, and which calls its kernels take."""
+"""Chains of layers that run fused: their table, and the check whether the fused kernels support a call."""
 
 import functools
 from typing import NamedTuple
@@ -18,9 +18,9 @@ from .functional.traced.conv_bn_pool import conv_bn_activation_max_pool_group_no
 
 
 class Chain(NamedTuple):
-    """Layers that are `functional.conv_bn_activation_max_pool_group_norm` with this activation.
+    """Layers that `functional.conv_bn_activation_max_pool_group_norm` computes with this activation.
 
-    options: attributes of the activation's layer that are the function's arguments of the same names.
+    options: attributes of the activation's layer that are arguments of this function.
     """
 
     kinds: tuple[type[nn.Module], ...]
@@ -40,10 +40,11 @@ _FORWARDS, _CALL = {kind: kind.forward for kinds in _OF_KINDS for kind in kinds}
 
 
 class Sequential(nn.Sequential):
-    """torch.nn.Sequential in which layers that are one of `CHAINS` run as one operator, where that takes the call.
+    """torch.nn.Sequential that fuses ConvTranspose2d, BatchNorm2d, Tanh or LeakyReLU, MaxPool2d and GroupNorm in a row.
 
-    Arguments, indexing and state dict are torch's. Chains are of layers of `modelnew.layers`; any modules may stand
-    before and behind them. Layers are called one by one, unfused, in the same cases as those of ModelNew.
+    These layers must be those of `modelnew.layers`; any modules may come before and after them. Where the fused kernels
+    do not support the call, and where ModelNew would call a child unfused, the layers are called one by one. Arguments,
+    indexing and state dict are those of torch.nn.Sequential.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -55,10 +56,12 @@ class Sequential(nn.Sequential):
 
 
 def run_fused(children: list[nn.Module], x: torch.Tensor, parts: str = "apart") -> torch.Tensor | None:
-    """What the modules, one after the other, make of x, by the fused operator; None if that does not take it.
+    """The result of the modules, one after the other, by the fused operators; None if these do not support the call.
 
-    In a graph of torch.compile or torch.export there is one operator that is either, as shapes may differ from call to
-    call. parts: what it runs then, see `conv_bn_activation_max_pool_group_norm_or_parts`.
+    In a graph of torch.compile or torch.export, one operator decides when it runs, because shapes may differ from call
+    to call.
+    parts: what that operator runs if the fused kernels do not support the call, see
+        `conv_bn_activation_max_pool_group_norm_or_parts`.
     """
     chain = _OF_KINDS.get(tuple(map(type, children)))
     if chain is None or _unsupported_reason(chain, range(LENGTH), children, x):
@@ -91,9 +94,9 @@ def run_fused(children: list[nn.Module], x: torch.Tensor, parts: str = "apart") 
 
 
 def plan_of(children: dict[str, nn.Module], x: torch.Tensor):
-    """(what runs the modules on x, why nothing else does).
+    """(plan, reason): how the modules run on x, and why not as one operator.
 
-    (plan, None): one operator. ("three operators", reason): what `run_fused` runs else. (None, reason): neither.
+    (plan, None): as one operator. ("three operators", reason): as three. (None, reason): not fused.
     """
     names, children = zip(*children.items())
     chain = max(CHAINS, key=lambda chain: sum(map(isinstance, children, chain.kinds)))  # what they are, or come next to
@@ -120,7 +123,7 @@ def plan_of(children: dict[str, nn.Module], x: torch.Tensor):
 
 
 def _unsupported_reason(chain, names, children, x) -> str | None:
-    """What in the modules, or in x's shape, keeps them from being the chain's operator."""
+    """Why the modules, or the shape of x, do not allow the chain's operator; None if they do."""
     if _has_any_global_hook():
         return "there are hooks for all modules"
     for name, child, kind in zip(names, children, chain.kinds):
@@ -139,17 +142,17 @@ def _unsupported_reason(chain, names, children, x) -> str | None:
 
 
 def _traced() -> bool:
-    """Whether nn.Module.__call__ is torch.fx's, which it is while make_fx or torch.export traces."""
+    """Whether torch.fx has replaced nn.Module.__call__, as it does while make_fx or torch.export traces."""
     return getattr(nn.Module.__call__, "__globals__", {}).get("__name__") == torch.fx.Tracer.__module__
 
 
 def _in_graph() -> bool:
-    """Whether a graph with our operators is being made, by `_traced`."""
+    """Whether a graph with our operators is being traced, by `_traced`."""
     return _traced() and not torch.onnx.is_in_onnx_export()
 
 
 def _shape(conv, pool) -> dict:
-    """The function's arguments for a convolution and windows that its one operator does not take, else none."""
+    """The arguments for a convolution and windows that the one operator does not support; else none."""
     found = {
         "stride": conv.stride,
         "output_padding": conv.output_padding,
@@ -163,7 +166,7 @@ def _shape(conv, pool) -> dict:
 
 
 def unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` does what its class `kind` says and nothing else: a fused kernel may stand for it."""
+    """Whether calling `module` does exactly what its class `kind` does, so that a fused kernel may replace it."""
     if type(module) is not kind or kind.forward is not _FORWARDS[kind]:
         return False
     if kind.__call__ is not _CALL and not _traced():

@@ -1,4 +1,4 @@
-"""CUDA graphs of a module: its kernels are started together, so that small batches do not wait for the host."""
+"""`graphed`: a module as CUDA graphs, which launch all its kernels at once. That saves host time for small batches."""
 
 import contextlib
 import gc
@@ -13,24 +13,23 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def graphed(module: nn.Module, *example: torch.Tensor) -> Callable:
-    """A function that computes module(*inputs), for inputs like `example`, by CUDA graphs.
+    """A function that computes module(*inputs) by CUDA graphs, for inputs like `example`.
 
-    Where gradients may be asked for, the backward is a graph, too: the function's result is differentiated as the
-    module's is, once. It is made for that if grad mode is on, and the example or a parameter requires a gradient;
-    otherwise it is a forward alone. Any module will do whose kernels depend on shapes only; see
-    torch.cuda.make_graphed_callables.
+    module: a module whose kernels depend on shapes only, see torch.cuda.make_graphed_callables.
+    example: CUDA tensors with the shapes, dtypes, memory formats and requires_grad of the later inputs. Their values,
+        and the module's buffers and gradients, are not changed.
 
-    example: CUDA tensors of the shapes, dtypes, memory formats and requires_grad that inputs will have. Its values, and
-        the module's buffers and gradients, stay as they are.
+    If grad mode is on and the example or a parameter requires a gradient, the backward is a graph too: the result can
+    be differentiated once. Otherwise there is a forward only.
 
-    The function copies its inputs and reads the module's parameters and buffers where they lie: optimizers and
-    load_state_dict may change them, `.to` and assign=True may not put others in their places. Training mode updates
-    running statistics at each call. A result is overwritten by the next call: clone what is to stay.
+    Each call copies its inputs. It reads the module's parameters and buffers at their addresses: optimizers and
+    load_state_dict may change the values, but `.to` and assign=True must not replace the tensors. In training mode,
+    each call updates the running statistics. The next call overwrites a result; clone it to keep it.
 
-    Raises RuntimeError if the module or the example is not on one GPU, TypeError for an example that is no tensor, and
-    ValueError for hooks, which a graph would leave out, and for a batch norm in training with momentum=None, which
-    needs the host. The function raises ValueError for other inputs, and RuntimeError in another mode of training or
-    gradients than it was made in: make one for each.
+    Raises RuntimeError if module and example are not on one GPU, TypeError for an example that is not a tensor, and
+    ValueError for hooks, which a graph would skip, and for a batch norm in training with momentum=None, which needs the
+    host. The returned function raises ValueError for inputs unlike the example, and RuntimeError if training mode has
+    changed or gradients are needed but have no graph: call graphed again.
     """
     _check(module, example)
     return _Graphed(module, example)
@@ -102,7 +101,7 @@ class _Graphed:
 
 @contextlib.contextmanager
 def _no_garbage():
-    """The garbage collector rests: a kernel that it unloads, of a text that was edited, would end a capture."""
+    """Turns the garbage collector off. If it unloaded an edited kernel, it would end a capture."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -114,7 +113,7 @@ def _no_garbage():
 
 
 class _Held(nn.Module):
-    """Stands for a module whose `forward` make_graphed_callables is not to replace."""
+    """A wrapper of a module, so that make_graphed_callables does not replace the module's own `forward`."""
 
     def __init__(self, module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A torch operator with autograd from CUDA C text: in a second, without a compiler, and on the emulator too."""
+"""`operator`: a torch operator with autograd from a string of CUDA C, on a GPU or in the emulator."""
 
 import itertools
 import weakref
@@ -38,7 +38,7 @@ def operator(
     saved: str | Sequence[str] = (),
     defines: dict[str, str | int] | None = None,
 ) -> "Operator":
-    """A function on torch tensors that runs the kernels of `text`, with autograd.
+    """Makes a function on torch tensors that runs the kernels of `text`, with autograd.
 
         scale = operator(\"""
         #include "common.cuh"
@@ -52,57 +52,59 @@ def operator(
         }\""", "scale", "scale_backward", defaults={"factor": 2.0})
         y = scale(x)
 
-    A kernel's parameters say what they are by their declaration and name. In `forward`:
+    A parameter's declaration and name tell what it is. In a kernel of `forward`:
         const scalar_t* x   an input: the function's argument x
-        scalar_t* y         an output: allocated here, and returned (several: as a tuple); the kernel writes all of it
-        INOUT scalar_t* x   an argument that the kernel changes in place; it is returned, too
-        acc_t slope         a number: the function's argument slope (a float would round it where x is float64)
-        i64 size            how many elements the first tensor has that the kernel writes
+        scalar_t* y         an output. It is allocated and returned (several as a tuple). The kernel writes all of it
+        INOUT scalar_t* x   an argument that the kernel changes in place. It is returned as well
+        acc_t slope         a number: the function's argument slope (float would round it where x is float64)
+        i64 size            the number of elements of the first tensor that the kernel writes
     In a kernel of `backward`:
         const scalar_t* dy  the gradient of the output y
-        const scalar_t* x   an input or output of `forward`; it is saved only if a kernel of `backward` takes it. Of an
-                            argument that was changed, what it is afterwards
+        const scalar_t* x   an input or output of `forward`, saved only if a kernel of `backward` has it. It has its
+                            new values if it was changed in place
         scalar_t* dx        the gradient of the input x
-        INOUT scalar_t* dx  for x changed in place: the gradient of the result, which becomes that of the argument
+        INOUT scalar_t* dx  for an x changed in place: the result's gradient, to be changed to the argument's gradient
         acc_t slope, i64 size   as above
+
     The function's arguments are the tensors and numbers of `forward`, in the order of their declaration. A function
-    without tensors has the keyword device= (default: torch's), and needs output=. Where an output is scalar_t or acc_t
-    and no input says which type that is, there is dtype= (default: torch's).
+    without tensor arguments needs output=, and has the keyword device= (default: torch's). If an output is scalar_t or
+    acc_t and no input determines the type, the function has the keyword dtype= (default: torch's).
 
-    Types are float, double, half_t, bf16_t, bool, u8, signed char, int, unsigned, i64 (long long), unsigned long long;
-    or scalar_t, the dtype of the inputs so declared, with acc_t for the arithmetic (double for double, else float): one
-    text serves float32, float64, float16 and bfloat16. `#include "common.cuh"` gives these types, to_acc(v) and
-    from_acc<scalar_t>(v), warp_sum, warp_max and block_sum.
+    Types are float, double, half_t, bf16_t, bool, u8, signed char, int, unsigned, i64 (long long) and unsigned long
+    long. scalar_t is the dtype of the inputs that are declared so, and acc_t is the type for its arithmetic: double for
+    double, else float. One text with these serves float32, float64, float16 and bfloat16. `#include "common.cuh"`
+    declares these types, to_acc(v), from_acc<scalar_t>(v), warp_sum, warp_max and block_sum.
 
-    text: CUDA C. Kernels are written `extern "C" __global__ void name(...)`. Nothing is compiled before the first call.
-    forward: name of the forward kernel; or several, which run in order. A later one reads, const or INOUT, what an
-        earlier one wrote under that name. The function has the last one's name.
-    backward: names of the kernels that compute gradients, in order. A kernel runs if one of its gradients is asked for.
-        In place of a kernel's name, an operator made by this function: its arguments and outputs are named as a
-        kernel's parameters would be. Gradients by kernels cannot be differentiated again, which raises RuntimeError;
-        those by an operator can, if it has a backward of its own.
-    output: output(*arguments) gives the shape of all outputs, or {name: shape}. Default: that of the first tensor.
-    shapes: {input: function}: the shape that shape(*arguments) gives is what the input must have; None in it is any
-        length. None in place of the function allows any shape; "broadcast" expands the input to the first tensor's
-        shape. An input that is not named must have the shape of the first, as a kernel checks no bounds.
-    sizes: {name: function}: numbers of the kernels that function(*arguments) gives, such as the length of a row.
-    workspace: {name: function}: pointers to memory for the call alone, in the shape that function(*arguments) gives. A
-        kernel writes it, and later ones read it; forward and backward have each their own.
-    defaults: {number: value} of arguments that may be left out.
-    grid: grid(*arguments) gives the number of blocks, an int or up to three; or {kernel: function}. Default: one
+    text: CUDA C. Kernels are declared `extern "C" __global__ void name(...)`. Compilation happens at the first call.
+    forward: name of the forward kernel, or several, which run in order. A later kernel can read what an earlier one
+        wrote, by declaring it under the same name as const or INOUT. The function is named after the last kernel.
+    backward: names of the kernels that compute gradients, in order. A kernel runs only if one of its gradients is
+        needed. Instead of a kernel's name, this can be an operator, whose arguments and outputs are named like a
+        kernel's parameters. Differentiating a kernel's gradient again raises RuntimeError. An operator's gradient can
+        be differentiated again if that operator has a backward itself.
+    output: output(*arguments) returns the shape of all outputs, or {name: shape}. Default: the shape of the first
+        tensor.
+    shapes: {input: function}. shape(*arguments) returns the shape that the input must have; None in it allows any
+        length. None instead of the function allows any shape. "broadcast" expands the input to the shape of the first
+        tensor. Every other input must have the shape of the first, because kernels check no bounds.
+    sizes: {name: function}. function(*arguments) returns the value of this number, such as the length of a row.
+    workspace: {name: function}. A pointer to memory that lives for one call, in the shape that function(*arguments)
+        returns. One kernel writes it, and later ones read it. Forward and backward do not share workspaces.
+    defaults: {number: value}, for arguments that may be left out.
+    grid: grid(*arguments) returns the number of blocks, an int or up to three; or {kernel: function}. Default: one
         thread for each element of the first tensor that the kernel writes.
-    block: threads in a block.
-    saved: outputs of `forward` for `backward` alone, which the function does not return.
-    defines: further macros.
+    block: threads per block.
+    saved: outputs of `forward` that are saved for `backward` and not returned.
+    defines: {macro: value}, further macros.
 
-    Under torch.compile, torch.export and other recorders the operator is one node of the graph, see
-    `inline_registered`. It can be pickled if the functions among its options can, which lambdas cannot.
+    Under torch.compile, torch.export and other tracers, the operator is one node of the graph (see
+    `inline_registered`). An operator can be pickled if the functions in its options can be; lambdas cannot.
 
-    Raises ValueError for a kernel that is not in `text`, and for a parameter that matches nothing; TypeError for an
-    option of another kind. The function raises TypeError for arguments of another number, kind or dtype, and where
-    grid or sizes do not give whole numbers; ValueError for another shape and a grid without blocks; RuntimeError for
-    tensors on several devices, for a gradient that no kernel computes, for a change of a leaf that requires grad, and
-    under vmap and other transforms of torch.func; and KernelCompileError, with the line of `text`, if that does not
+    Raises ValueError for a kernel that is not in `text` and for a parameter that matches nothing, and TypeError for an
+    option of a wrong type. The function raises TypeError for a wrong number of arguments, a wrong type or dtype, and if
+    grid or sizes do not return whole numbers; ValueError for a wrong shape and a grid without blocks; RuntimeError for
+    tensors on several devices, a gradient that no kernel computes, a change in place of a leaf that requires grad, and
+    under vmap and other transforms of torch.func; and KernelCompileError, with the line of `text`, if the text does not
     compile.
     """
     return Operator(
@@ -129,7 +131,7 @@ _keys = itertools.count()
 
 
 class Facts(NamedTuple):
-    """What a call's kernels need besides tensors: numbers, and by kernel the grid, by name the shape of a workspace."""
+    """What the kernels of a call need besides tensors: numbers, {kernel: grid}, and {workspace: shape}."""
 
     numbers: dict
     grids: dict
@@ -137,7 +139,7 @@ class Facts(NamedTuple):
 
 
 class Operator:
-    """What `operator` returns: a function, and what its kernels are compiled to."""
+    """The result of `operator`: a function, with methods that show what its kernels compile to."""
 
     def __init__(self, options: Options):
         self.options, self.declared = options, Declaration(options)
@@ -168,29 +170,36 @@ class Operator:
 
     @property
     def text(self) -> str:
-        """The CUDA C that it was made from."""
+        """The CUDA C that the operator was made from."""
         return self.options.text
 
     def attributes(self, arch: str | None = None, *, shared_bytes: int = 0) -> Rows:
-        """Registers, memory and occupancy of its kernels for each type of scalar_t, see cupy_kernels.attributes."""
+        """Registers, memory and occupancy of its kernels, for each type of scalar_t. See cupy_kernels.attributes."""
         declared = self.declared
         kernels = [declared.kernel[name, scalar] for name in self._kernels() for scalar in FLOATS.values()]
         kernels = kernels if self._varies() else kernels[:: len(FLOATS)]
         return inspection.rows(kernels, arch, self.options.block, shared_bytes)
 
     def ptx(self, kernel: str | None = None, dtype: torch.dtype = torch.float32, arch: str | None = None) -> str:
-        """PTX of one of its kernels, by default the last of the forward, for scalar_t of a dtype; by NVRTC."""
+        """PTX of one kernel, compiled by NVRTC.
+
+        kernel: by default the last one of the forward.
+        dtype: of scalar_t.
+        arch: as in cupy_kernels.ptx.
+
+        Raises ValueError for an unknown kernel or arch, and BackendError if there is no NVRTC.
+        """
         return inspection.kernel_ptx(self._kernel(kernel, dtype), arch)
 
     def sass(self, kernel: str | None = None, dtype: torch.dtype = torch.float32, arch: str | None = None) -> str:
-        """Machine code of what `ptx` shows. BackendError if there is no nvdisasm on this machine."""
+        """Machine code (SASS) of one kernel; see `ptx` for the arguments. Raises BackendError without nvdisasm."""
         return inspection.kernel_sass(self._kernel(kernel, dtype), arch)
 
     def _kernels(self):
         return dict.fromkeys((*self.options.forward, *self.declared.kernels))
 
     def _varies(self):
-        """Whether scalar_t or acc_t is among the types, so that each dtype has a kernel of its own."""
+        """Whether scalar_t or acc_t is among the types, so that there is a kernel for each dtype."""
         return any(
             self.declared.parameters[name, "float"] != self.declared.parameters[name, scalar]
             for name in self._kernels()
@@ -234,8 +243,8 @@ class Operator:
     def _changing(self, scalar, device, values):
         """A call that changes arguments in place.
 
-        Where autograd records it, the kernels work on a copy, which torch's own copy_ brings back: that knows views and
-        versions, and refuses what cannot be changed before it changes anything.
+        If autograd records it, the kernels work on a copy, and torch's copy_ writes the result back. copy_ handles
+        views and versions, and refuses tensors that must not be changed before it changes anything.
         """
         declared = self.declared
         tensors = {name: dense(values[name]) for name in declared.tensors}
@@ -249,7 +258,7 @@ class Operator:
         return self.changed(values, results)
 
     def changed(self, values: dict, results: dict):
-        """What a call returns; what kernels made of an argument in other memory is copied into it."""
+        """The results of a call. Copies an argument's new values into it if kernels computed them in other memory."""
         for name in self.declared.inplace:
             if results[name] is not values[name]:
                 values[name].copy_(results[name])
@@ -260,7 +269,7 @@ class Operator:
         return found[0] if len(found) == 1 else found
 
     def facts(self, values: dict) -> Facts:
-        """What follows from the arguments alone."""
+        """The `Facts` that follow from the arguments alone."""
         options, declared = self.options, self.declared
         arguments = [values[name] for name in declared.arguments]
         numbers = {name: values[name] for name in declared.numbers}
@@ -281,7 +290,7 @@ class Operator:
         return {name: shape(f"output= of {name}", given) for name, given in shapes.items()}
 
     def forward(self, scalar: str, device: torch.device, values: dict) -> Facts:
-        """Runs the forward's kernels on dense tensors. Outputs join `values`; INOUT arguments are changed."""
+        """Runs the forward kernels on dense tensors. Outputs are added to `values`; INOUT arguments are changed."""
         declared, shapes, facts = self.declared, self.shapes(values), self.facts(values)
         for name, given in {**shapes, **facts.workspace}.items():
             if (name, scalar) in declared.dtypes:  # else it is the backward's
@@ -291,9 +300,10 @@ class Operator:
         return facts
 
     def gradients(self, scalar: str, facts: Facts, tensors: dict, empty: dict, wanted) -> dict[str, torch.Tensor]:
-        """Runs those kernels of the backward that `wanted` needs. {gradient: tensor} of all that they compute.
+        """Runs the backward kernels that `wanted` needs. Returns {gradient: tensor} of all that they compute.
 
-        tensors: gradients of results, and what was kept. empty: {gradient: function that allocates it}.
+        tensors: gradients of results, and saved tensors.
+        empty: {gradient: function that allocates it}.
         """
         declared, results, scratch, read = self.declared, {}, {}, {}
         for kernel in self.needed(wanted):
@@ -316,7 +326,7 @@ class Operator:
         return results
 
     def needed(self, wanted):
-        """Kernels of the backward that compute something wanted, and those that write what these read."""
+        """The backward kernels that compute something wanted, and those that write what these read."""
         wanted, found = set(wanted), []
         for kernel in reversed(self.declared.kernels):
             if wanted.intersection(self.declared.written_by(kernel)):
@@ -325,7 +335,11 @@ class Operator:
         return found
 
     def all_gradients(self, wanted, values, kernels) -> list[torch.Tensor | None]:
-        """Of each tensor argument, None if not wanted. kernels(wanted): `gradients`. values: tensors and numbers."""
+        """The gradient of each tensor argument, None if not wanted.
+
+        kernels: kernels(wanted) is `gradients`.
+        values: tensors and numbers.
+        """
         declared = self.declared
         results = kernels(wanted) if self.needed(wanted) else {}
         for entry in (entry for entry in self.options.backward if isinstance(entry, Operator)):
@@ -341,7 +355,7 @@ class Operator:
         return [results[f"d{name}"] if f"d{name}" in wanted else None for name in declared.tensors]
 
     def _start(self, name, scalar, values, facts):
-        """Starts one kernel."""
+        """Launches one kernel."""
         parameters = self.declared.parameters[name, scalar]
         size = next(values[p.name].numel() for p in parameters if p.pointer and not p.const)
         numbers = {"size": size, **facts.numbers}
@@ -357,7 +371,7 @@ class Operator:
 
 
 def _without_memory(values):
-    """Whether kernels have nothing to read: one of the tensors handles operators itself, or all are meta tensors."""
+    """Whether kernels cannot read the values: a tensor handles operators itself, or all are meta tensors."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     handled = any(type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for tensor in tensors)
     return handled or (bool(tensors) and all(tensor.is_meta for tensor in tensors))

@@ -1,4 +1,4 @@
-"""The arguments of one call of an inline operator: checked, and by name. See `inline.operator`."""
+"""Checks the arguments of a call of an inline operator, and sorts them by name. See `inline.operator`."""
 
 import numbers
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from .interop import FLOATS, check_floating
 
 
 def checked(declared: Declaration, args, options) -> tuple[str, torch.device, dict]:
-    """(what scalar_t is, device, {argument: value}) of a call. ValueError and TypeError as `inline.operator` says."""
+    """(the type of scalar_t, the device, {argument: value}) of a call. Raises what `inline.operator` lists."""
     if not options and len(args) == len(declared.arguments):
         values = dict(zip(declared.arguments, args))
     else:
@@ -46,7 +46,7 @@ _KINDS = {"f": float, "b": bool}  # by the kind of a NumPy dtype; of all others 
 
 
 def check_number(what: str, dtype, value) -> None:
-    """TypeError unless the value is a number of the kind that a kernel's parameter of the NumPy dtype is."""
+    """Raises TypeError unless the value is a number that a kernel parameter of this NumPy dtype can take."""
     allowed = {"f": numbers.Real | torch.SymFloat | torch.SymInt, "b": bool}
     if not isinstance(value, allowed.get(dtype.kind, numbers.Integral | torch.SymInt)):
         raise TypeError(f"{what} must be a number of kind {dtype}, received {value!r}")
@@ -70,7 +70,7 @@ def _device(device):
 
 
 def _check_shapes(declared, values):
-    """ValueError for an input of another shape than declared. Those to broadcast are."""
+    """Raises ValueError for an input with another shape than declared. Does not check inputs that are broadcast."""
     rules = declared.options.shapes
     if len(declared.tensors) < 2 and not rules:
         return
@@ -98,14 +98,14 @@ def _check_shapes(declared, values):
 
 
 def shape(what: str, value) -> tuple:
-    """What an option gave, as a shape. TypeError if it is none."""
+    """The result of an option's function as a shape. Raises TypeError if it is not one."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise TypeError(f"{what} gave {value!r}: a shape is a tuple of ints, as in x.shape or (3,)")
     return tuple(value)
 
 
 def blocks(kernel: str, value) -> tuple[int, int, int]:
-    """What grid= gave for a kernel, as three numbers of blocks. TypeError if it cannot be."""
+    """The result of grid= for a kernel as three numbers of blocks. Raises TypeError if it is not one to three ints."""
     found = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(found) > 3 or not all(isinstance(n, numbers.Integral | torch.SymInt) for n in found):
         raise TypeError(f"grid= gave {value!r} for {kernel}: the number of blocks is an int, or up to three")
@@ -113,7 +113,7 @@ def blocks(kernel: str, value) -> tuple[int, int, int]:
 
 
 def check_changeable(declared: Declaration, values: dict, recorded: bool) -> None:
-    """RuntimeError for arguments that must not be changed in place. recorded: autograd records the call."""
+    """Raises RuntimeError for arguments that must not be changed in place. recorded: autograd records the call."""
     for name in declared.inplace:
         tensor = values[name]
         if recorded and tensor.requires_grad and tensor.is_leaf:
@@ -128,9 +128,9 @@ def check_changeable(declared: Declaration, values: dict, recorded: bool) -> Non
 
 
 def apart(declared: Declaration, tensors: dict) -> dict:
-    """Dense tensors as the kernels take them: a copy of what lies in memory that a kernel changes.
+    """Dense tensors for the kernels: a copy of each tensor that shares memory with a tensor that a kernel changes.
 
-    ValueError for two arguments that are changed and share memory.
+    Raises ValueError if two arguments that are changed share memory.
     """
     found = dict(tensors)
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What autograd sees of an inline operator's call."""
+"""The autograd Functions of an inline operator."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from .interop import dense
 
 
 class Recorded(torch.autograd.Function):
-    """The call's kernels, on copies of the arguments that they change."""
+    """One call of the operator. Its kernels work on copies of the arguments that they change."""
 
     @staticmethod
     def forward(ctx, op, scalar, device, values, *inputs):
@@ -39,7 +39,7 @@ class Recorded(torch.autograd.Function):
 
 
 class Once(torch.autograd.Function):
-    """A gradient that kernels computed of `read`. Differentiating it again raises."""
+    """A gradient computed by kernels from `read`. Differentiating it again raises RuntimeError."""
 
     @staticmethod
     def forward(ctx, name, gradient, *read):
@@ -52,7 +52,7 @@ class Once(torch.autograd.Function):
 
 
 def refuse_second_derivatives(name: str):
-    """RuntimeError for whoever differentiates a gradient that kernels computed."""
+    """Raises RuntimeError: a kernel's gradient cannot be differentiated."""
     raise RuntimeError(
         f"the gradient of {name} is computed by a kernel, which cannot be differentiated: for second derivatives give "
         "an operator with a backward of its own in backward=, see modelnew.inline.operator"

@@ -1,4 +1,4 @@
-"""What an inline operator's text and options say of its arguments and results, and the errors where they do not fit."""
+"""The arguments and results that an inline operator's text and options declare, and the errors if they do not match."""
 
 import inspect
 import keyword
@@ -19,7 +19,7 @@ BROADCAST = "broadcast"  # what shapes= says of an input that is expanded to the
 
 
 class Options(NamedTuple):
-    """The arguments of `inline.operator`, checked by themselves."""
+    """The options of `inline.operator`, each checked by itself."""
 
     text: str
     forward: tuple[str, ...]
@@ -36,7 +36,7 @@ class Options(NamedTuple):
 
     @classmethod
     def checked(cls, operator: type, text, forward, backward, **options) -> "Options":
-        """TypeError and ValueError as `inline.operator` says. operator: the type of those in `backward`."""
+        """Raises the TypeError and ValueError of `inline.operator`. operator: the type of operators in `backward`."""
         forward, saved = _names("forward", forward), _names("saved", options.pop("saved"))
         backward = _names("backward", backward, operator)
         for name in ("shapes", "sizes", "workspace", "defaults", "defines"):
@@ -62,7 +62,7 @@ class Options(NamedTuple):
         return found
 
     def functions(self) -> list[tuple[str, Callable]]:
-        """(option, function) of all functions."""
+        """(option, function) for every function among the options."""
         single = [("output", self.output)] if self.output is not None else []
         shapes = {name: shape for name, shape in self.shapes.items() if shape is not None and shape != BROADCAST}
         grid = self.grid if isinstance(self.grid, dict) else {} if self.grid is None else {"": self.grid}
@@ -79,16 +79,17 @@ def _names(option, names, *others):
 
 
 class Declaration:
-    """What an operator takes and gives, by name.
+    """The arguments and results of an operator, by name.
 
-    tensors: arguments that are tensors; of these, `inplace` are changed.
+    tensors: arguments that are tensors. `inplace` are those of them that are changed.
     numbers: {argument that is a number: its NumPy dtype}.
-    arguments: all of them, in the order of the text.
-    outputs: what is allocated. returned: outputs and changed arguments that the function returns.
-    generic: those of `tensors` that are of type scalar_t.
-    typed: whether an output is of type scalar_t or acc_t and no argument says which; the function takes dtype= then.
-    kept: what the backward reads of the forward's tensors.
-    kernel, parameters: {(name, what scalar_t is): a kernel, its parameters}.
+    arguments: all arguments, in the order of the text.
+    outputs: what is allocated.
+    returned: the outputs and changed arguments that the function returns.
+    generic: those of `tensors` that have the type scalar_t.
+    typed: whether an output is scalar_t or acc_t and no argument determines the type; the function then takes dtype=.
+    kept: the forward's tensors that the backward reads.
+    kernel, parameters: {(kernel's name, type of scalar_t): a kernel, or its parameters}.
     """
 
     def __init__(self, options: Options):
@@ -144,22 +145,22 @@ class Declaration:
         return f"{self.name}{self.signature}"
 
     def dtypes_of(self, scalar: str) -> dict[str, torch.dtype]:
-        """{name: dtype} of all that the forward's kernels point to."""
+        """{name: dtype} of all pointers of the forward's kernels."""
         return {name: dtype for (name, known), dtype in self.dtypes.items() if known == scalar}
 
     def written_by(self, kernel: str) -> list[str]:
-        """What a kernel writes or changes."""
+        """Names that a kernel writes or changes."""
         return [p.name for p in self._declared(kernel) if p.pointer and not p.const]
 
     def read_by(self, kernel: str) -> list[str]:
-        """What a kernel reads or changes."""
+        """Names that a kernel reads or changes."""
         return [p.name for p in self._declared(kernel) if p.pointer and (p.const or p.inout)]
 
     def _declared(self, kernel):
         return self.parameters[kernel, "float"]
 
     def _forward_parameter(self, kernel, p, written) -> bool:
-        """Finds out what a parameter is; whether the kernel writes it. written: by the kernels before."""
+        """Classifies a parameter. Returns whether the kernel writes it. written: names that earlier kernels write."""
         name, options = p.name, self.options
         if keyword.iskeyword(name):
             raise ValueError(f"{kernel}: {name} is a word of Python, which names no argument; rename it, as in {name}_")
@@ -188,7 +189,7 @@ class Declaration:
         return not p.const
 
     def _check_types(self, name):
-        """ValueError for a parameter that nothing can be passed to."""
+        """Raises ValueError for a parameter of a type that no argument has."""
         half, bf16 = self.parameters[name, "half_t"], self.parameters[name, "bf16_t"]
         for p, h, b in zip(self._declared(name), half, bf16):
             if p.dtype is None:
@@ -199,7 +200,7 @@ class Declaration:
                 raise ValueError(f"{name}: {p.name} is a number of type scalar_t or bf16_t; declare it acc_t")
 
     def _check_options(self):
-        """ValueError for options that name what the kernels do not have."""
+        """Raises ValueError for options that name something that the kernels do not have."""
         options, name = self.options, self.name
         if not self.returned:
             raise ValueError(
@@ -231,7 +232,7 @@ class Declaration:
             )
 
     def _check_backward_kernel(self, kernel, known, made):
-        """made: what kernels before it wrote; what this one writes joins."""
+        """made: names that earlier backward kernels wrote; names that this one writes are added."""
         parameters = self._declared(kernel)
         gradients = [f"d{name}" for name in self.tensors]
         changed = [p.name for p in parameters if p.inout]

@@ -1,9 +1,9 @@
-"""Inline operators as operators of torch.library, for what records torch's operators: torch.compile, export, make_fx.
+"""Inline operators as torch.library operators, for tracers: torch.compile, torch.export, make_fx.
 
-An operator is registered when it is first recorded, as `modelnew_inline::<kernel>_<digest>`, with the signature of its
-kernels. It changes nothing: it works on copies of what the kernels change, which torch's copy_ brings back. The kernels
-of its backward are an operator of their own, `..._backward`; there, functions among the options get arguments without
-values, on the device "meta".
+An operator is registered when it is first traced, as `modelnew_inline::<kernel>_<digest>`, with the signature of its
+kernels. The registered operator is functional: it works on copies of the arguments that the kernels change, and torch's
+copy_ writes them back. The backward's kernels are a second operator, `..._backward`. The functions among its options
+get meta tensors, which have no values.
 """
 
 import functools
@@ -25,19 +25,19 @@ _names = set()
 
 
 def has_tangent(value) -> bool:
-    """Whether a value is a tensor that forward-mode derivatives follow."""
+    """Whether a value is a tensor with a tangent of forward-mode AD."""
     return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 @torch.compiler.allow_in_graph
 def in_graph(key: str, *args, **options):
-    """A call of an operator, by its key, as one node of torch.compile's graph."""
+    """Calls an operator, by its key, as one node of torch.compile's graph."""
     return registered(operators[key])(*args, **options)
 
 
 @functools.cache
 def registered(op: Operator):
-    """The operator as a function that recorders see."""
+    """The operator as a function that tracers see."""
     return _Registered(op)
 
 
@@ -122,7 +122,7 @@ class _Registered:
         return *(results.get(name) for name in declared.arguments), None, None
 
     def _computed(self, wanted):
-        """Gradients that the kernels compute if these are wanted."""
+        """The gradients that the kernels compute if these are wanted."""
         written = itertools.chain.from_iterable(map(self.declared.written_by, self.op.needed(wanted)))
         return [name for name in dict.fromkeys(written) if name not in self.op.options.workspace]
 
@@ -153,7 +153,7 @@ class _Registered:
 
 
 def _name(op):
-    """The kernel's name and a digest of what the operator was made from: caches of compiled graphs go by names."""
+    """The kernel's name and a digest of the operator's definition. Caches of compiled graphs use it as a key."""
     codes = [(option, getattr(f, "__code__", None)) for option, f in op.options.functions()]
     codes = [(option, code and (code.co_code, code.co_names, code.co_consts)) for option, code in codes]
     made_from = repr((op.text, op.options._replace(output=None, shapes={}, sizes={}, workspace={}, grid=None), codes))

@@ -21,12 +21,12 @@ FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_
 
 
 def view(tensor: torch.Tensor):
-    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16.
+    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 is viewed as int16.
 
-    On a GPU CuPy gets the bare DLPack capsule. The protocol around it, `__dlpack__`, would make streams wait for each
-    other; but the view is used on the stream that the tensor belongs to, waiting breaks the capture of a CUDA graph,
-    and the protocol costs several times the view itself.
-    RuntimeError if the tensor's values are not what its memory holds.
+    On a GPU, CuPy gets the bare DLPack capsule. The protocol `__dlpack__` would synchronise streams, which is not
+    needed on the tensor's own stream, breaks the capture of a CUDA graph, and takes several times as long.
+
+    Raises RuntimeError if the tensor's values are not what its memory holds.
     """
     if tensor.is_neg() or tensor.is_conj():
         raise RuntimeError("received a negated or conjugated view of other memory: use resolve_neg(), resolve_conj()")
@@ -40,9 +40,9 @@ def view(tensor: torch.Tensor):
 
 
 class _Memory:
-    """What NumPy makes an array from; it keeps the tensor's memory while there is such an array.
+    """The object from which NumPy makes an array. It keeps the tensor alive as long as the array.
 
-    After `tensor.numpy()` the storage could never be resized again, which FSDP does. NumPy's from_dlpack returns a
+    After `tensor.numpy()` the storage could not be resized any more, which FSDP does. NumPy's from_dlpack returns a
     read-only array.
     """
 
@@ -77,7 +77,7 @@ TORCH = {array: tensor for tensor, array in NUMPY.items()}
 
 
 def one_device(args) -> torch.device:
-    """The device of all tensors in `args`; RuntimeError if they are on several."""
+    """The device of all tensors in `args`. Raises RuntimeError if they are on several devices."""
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     device = tensors[0].device
     for tensor in tensors:
@@ -88,13 +88,13 @@ def one_device(args) -> torch.device:
 
 
 def compile_together(kernels: Iterable[Kernel], device: torch.device) -> None:
-    """Compiles those of `kernels` that are not compiled yet, at the same time. To be called once, not at each call."""
+    """Compiles the kernels that are not compiled yet, in parallel. Call it once, not before each launch."""
     with launching_on(device):
         backend(device).prepare(kernels)
 
 
 def backend(device: torch.device) -> Backend:
-    """What runs kernels on tensors of the device; RuntimeError for one that no kernel runs on."""
+    """The backend that runs kernels on the device. Raises RuntimeError if there is none."""
     if device.type not in ("cuda", "cpu"):
         raise RuntimeError(f"kernels run on CUDA GPUs, or on the CPU by emulation; received tensors on {device}")
     return (compiler if device.type == "cuda" else emulator).backend
@@ -104,7 +104,7 @@ _nothing = contextlib.nullcontext()
 
 
 def launching_on(device: torch.device):
-    """A context in which CuPy launches on `device`, if that is a GPU, and on torch's current stream there."""
+    """A context in which CuPy launches on `device`, if it is a GPU, in torch's current stream there."""
     if device.type == "cpu":
         return _nothing
     cuda = compiler.cupy().cuda
@@ -123,7 +123,7 @@ def _switched(cuda, device_index, stream):
 
 @functools.cache
 def _stream(pointer, device_index):
-    """CuPy's object for a stream of torch's. Call it with the device current."""
+    """CuPy's object for a torch stream. The device must be current."""
     stream = compiler.cupy().cuda.Stream
     if hasattr(stream, "from_external"):  # since CuPy 14
         return stream.from_external(_ExternalStream(pointer))
@@ -138,15 +138,15 @@ class _ExternalStream(NamedTuple):
 
 
 def check_memory(tensor: torch.Tensor) -> None:
-    """RuntimeError for a tensor that has elements and no memory for them."""
+    """Raises RuntimeError for a tensor that has elements but no memory."""
     if tensor.numel() and not tensor.data_ptr():
         raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must.
+    """The tensor as kernels read it: contiguous, without lazy negation. Copies only if necessary.
 
-    Autograd sees the copy: a Function that keeps its input for a backward is given the result of this.
+    Autograd records the copy. A Function that saves its input must get the result of `dense`.
     """
     if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
         return tensor
@@ -154,20 +154,20 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """`dense`, at an address that is a multiple of 16, which kernels that read 16 bytes at a time insist on."""
+    """`dense`, at an address that is a multiple of 16, for kernels that read 16 bytes at a time."""
     tensor = dense(tensor)
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def check_floating(**tensors: torch.Tensor | None) -> None:
-    """TypeError unless every named tensor (None left out) has a dtype that kernels compute with."""
+    """Raises TypeError unless every named tensor (None is allowed) has a dtype that kernels support."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, received {tensor.dtype}")
 
 
 def check_parameters(input: torch.Tensor, **parameters: torch.Tensor | None) -> None:
-    """TypeError unless the tensors (None left out) share one dtype: input's, or float32 where that has 16 bits."""
+    """Raises TypeError unless the tensors (None is allowed) share input's dtype, or float32 if input has 16 bits."""
     check_floating(input=input, **parameters)
     allowed = {input.dtype, accumulator_dtype(input)}
     dtypes = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}
@@ -183,7 +183,7 @@ def accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def number(value, name: str) -> float:
-    """A number, or a tensor of one, as a float. TypeError for anything else."""
+    """A number, or a tensor with one element, as a float. Raises TypeError for anything else."""
     if type(value) is float:
         return value
     if isinstance(value, (numbers.Real, torch.Tensor)):
@@ -192,7 +192,7 @@ def number(value, name: str) -> float:
 
 
 def integer(value, name: str) -> int:
-    """A whole number, of NumPy's or a tensor, too, as an int. TypeError for anything else."""
+    """A whole number, also of NumPy or in a tensor, as an int. Raises TypeError for anything else."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or not _is_whole(value):
@@ -201,7 +201,7 @@ def integer(value, name: str) -> int:
 
 
 def pair(value, name: str) -> tuple[int, int]:
-    """(value, value) for a whole number, (a, b) for two of them. ValueError for anything else."""
+    """(value, value) for a whole number, (a, b) for two of them. Raises ValueError for anything else."""
     if type(value) is int:
         return value, value
     if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:

@@ -1,9 +1,8 @@
-"""The operators as drop-in torch.nn modules, on our kernels. Each stands beside its function, in `modelnew/functional`.
+"""The operators as drop-in torch.nn modules on our kernels. Each is defined in `modelnew.functional`.
 
-Each is a subclass of torch's own layer, for the sake of the many tools that look for torch's classes: SyncBatchNorm's
-conversion (to torch's layer; `modelnew.convert_sync_batchnorm` keeps ours), spectral_norm, update_bn, loops that freeze
-or initialise. Arguments, parameters, buffers, state dicts and initialisation are torch's. `forward` is ours and calls
-none of torch's kernels.
+Each layer is a subclass of PyTorch's layer, because tools look for PyTorch's classes: spectral_norm, update_bn, loops
+that freeze or initialise, and SyncBatchNorm's conversion (to PyTorch's layer; `modelnew.convert_sync_batchnorm` keeps
+ours). Arguments, parameters, buffers, state dicts and initialisation are PyTorch's. Only `forward` differs.
 """
 
 import inspect

@@ -1,6 +1,6 @@
-"""`%%cu`, `%cu_text` and `%cu_reset` for IPython and notebooks, which `%load_ext modelnew` loads.
+"""The magics `%%cu`, `%cu_text` and `%cu_reset` for IPython and notebooks, loaded by `%load_ext modelnew`.
 
-A cell has a kernel's text; `%%cu` says within a second whether it is right and faster.
+A cell contains a kernel's text. `%%cu` checks within seconds whether it is right, and on a GPU whether it is faster.
 """
 
 import time
@@ -31,9 +31,9 @@ _known = {}  # kernels that an edit's checks launched: those of the next edit ar
 
 
 class Time(NamedTuple):
-    """Milliseconds of one launch of one kernel, with the edited text and with the package's own.
+    """Milliseconds of one launch of a kernel, with the edited text and with the package's own.
 
-    macros: those whose values tell its launches apart.
+    macros: those that distinguish its variants.
     """
 
     kernel: str
@@ -43,9 +43,9 @@ class Time(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What `judge` found: a row for each result that was compared, a time for each kernel that was launched.
+    """The result of `judge`: a row for each compared result, and a time for each launched kernel.
 
-    unchecked: what there was no time for, "float64" or "float64 odd".
+    unchecked: the checks that did not fit into the time, such as "float64" or "float64 odd".
     """
 
     device: torch.device
@@ -55,7 +55,7 @@ class Verdict(NamedTuple):
 
     @property
     def right(self) -> bool:
-        """Whether every result is as close to the truth as it must be."""
+        """Whether every compared result is within the tolerance policy, see `modelnew.parity`."""
         return all(row.ok for row in self.rows)
 
 
@@ -70,11 +70,18 @@ def judge(
 ) -> Verdict:
     """Compiles `text` in place of a kernel or file, checks all operators that launch it, and times its kernels.
 
-    Nothing stays edited. Operators are checked in `dtypes`, by default float32, at the usual sizes; then, as long as
-    `seconds` since the beginning allow (default: SECONDS), at odd and empty ones, and in the dtypes that DTYPES has
-    besides. images: batch of the usual sizes on a GPU; by default the model's, where memory allows.
-    Raises ValueError for a name, dtype or device that does not exist, no images, and a text with other entry points,
-    KernelCompileError, EmulatorError, and BackendError where no kernel can run.
+    The edit ends with the call.
+
+    name: a kernel, "tanh_forward", or a file, "tanh.cu".
+    text: CUDA C.
+    dtypes: names in DTYPES that are always checked; by default float32.
+    device: "cuda", "cuda:1", ... or "cpu", the emulator; by default the GPU, if one is usable.
+    images: batch size of the checks on a GPU; by default the model's, if memory allows.
+    seconds: time from the start, in seconds, in which further checks may begin: odd and empty sizes, and the other
+        dtypes. Default: SECONDS of the device.
+
+    Raises ValueError for an unknown name, dtype or device, for images below 1, and for a text with other entry points;
+    KernelCompileError, EmulatorError, and BackendError if no kernel can run.
     """
     start, required = time.perf_counter(), tuple(dtypes or ("float32",))
     unknown = [dtype for dtype in required if dtype not in DTYPES]
@@ -132,7 +139,7 @@ def judge(
 
 
 def _further(required):
-    """(dtype, size) of the checks that come if there is time, the most telling first; sizes of `checks.SIZES`."""
+    """(dtype, size) of the checks that run if there is time, the most telling first. size: one of `checks.SIZES`."""
     others = [dtype for dtype in DTYPES if dtype not in required]
     for size in ("odd", "empty"):
         yield from ((dtype, size) for dtype in required)
@@ -141,7 +148,7 @@ def _further(required):
 
 
 def _told_apart(kernels) -> dict:
-    """{kernel: the macros that tell it from those of its name}"""
+    """{kernel: the macros that distinguish it from other variants of its name}"""
     words = {}
     for name in {kernel.name for kernel in kernels}:
         namesakes = [kernel for kernel in kernels if kernel.name == name]
@@ -150,7 +157,7 @@ def _told_apart(kernels) -> dict:
 
 
 def table(verdict: Verdict) -> Table:
-    """The verdict as one table: of each check the result that is worst beside PyTorch's, and all that are wrong."""
+    """The verdict as a table: for each check the worst result beside PyTorch's, and all wrong results."""
     shown = Table(box=box.SIMPLE_HEAD, caption=_caption(verdict), caption_justify="left")
     for column in ("", "edited", "reference", "", ""):
         shown.add_column(column, justify="left" if not shown.columns else "right")
@@ -196,11 +203,10 @@ class KernelMagics(Magics):
     @argument("--seconds", type=float, help="time for checks in other dtypes, and of odd and empty sizes [3, GPU 0.7]")
     @cell_magic
     def cu(self, line, cell):
-        """Put the cell's CUDA C in place of a kernel: compile it, check it against PyTorch, time it.
+        """Replace a kernel by the cell's CUDA C: compile it, check it against PyTorch, time it.
 
-        A cell that does not compile, or whose results are wrong, changes nothing: what was there goes on. One that is
-        right is in force at once, for everything in this process, until `%cu_reset`. `%cu_text tanh_forward` gives a
-        cell to begin with.
+        If the cell does not compile, or if its results are wrong, nothing changes. Otherwise the new kernel is in force
+        in the whole process, until `%cu_reset`. `%cu_text tanh_forward` gives a cell to start from.
         """
         args = parse_argstring(self.cu, line)
         options = {"device": args.device, "images": args.images, "seconds": args.seconds}
@@ -217,7 +223,7 @@ class KernelMagics(Magics):
 
     @line_magic
     def cu_text(self, line):
-        """Put a kernel's text, or a file's, as it stands into a new cell to edit: `%cu_text tanh_forward`."""
+        """Put the current text of a kernel or file into a new cell: `%cu_text tanh_forward`."""
         try:
             text = cupy_kernels.text(line.strip())
         except ValueError as error:
@@ -226,7 +232,7 @@ class KernelMagics(Magics):
 
     @line_magic
     def cu_reset(self, line):
-        """Put the package's own kernels back: `%cu_reset` all, `%cu_reset tanh_forward` one."""
+        """Undo edits: `%cu_reset` all, `%cu_reset tanh_forward` one."""
         try:
             cupy_kernels.reset(*line.split())
         except ValueError as error:

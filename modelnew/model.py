@@ -16,7 +16,7 @@ BATCH, CHANNELS, HEIGHT, WIDTH = 512, 64, 32, 32
 
 
 def default_device() -> torch.device:
-    """Where models and inputs go unless told otherwise: the current GPU, or the CPU where there is none."""
+    """The default device of models and inputs: the current GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -28,14 +28,23 @@ def get_init_inputs() -> list[int]:
 def get_inputs(
     batch: int = BATCH, *, seed: int = 0, device: torch.device | str | int | None = None
 ) -> list[torch.Tensor]:
-    """[x], x [batch, 64, 32, 32] float32, uniform in [0, 1): the same values at each call, on every device."""
+    """[x] with x [batch, 64, 32, 32], float32, uniform in [0, 1). The values depend only on batch and seed.
+
+    device: by default the current GPU, or the CPU if there is none.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(batch, CHANNELS, HEIGHT, WIDTH, generator=generator, device="cpu", dtype=torch.float32)
     return [x.to(default_device() if device is None else device)]
 
 
 class Model(nn.Module):
-    """The reference, in PyTorch's own modules. Only `device` is added, see ModelNew."""
+    """The reference model, made of PyTorch's modules: x [N, in_channels, H, W] -> [N, out_channels, PH, PW].
+
+    in_channels, out_channels, kernel_size, stride, padding: of the convolution.
+    groups: unused, as in KernelBench.
+    num_groups: of the group norm.
+    device: see ModelNew.
+    """
 
     def __init__(
         self,
@@ -66,24 +75,27 @@ class Model(nn.Module):
 
 
 class ModelNew(nn.Module):
-    """`Model` on our kernels: the same arguments, attributes and state dict; the same parameters from the same seed.
+    """`Model` on our kernels. Arguments, attributes, state dict, and parameters for a given seed are the same.
 
-    in_channels, out_channels, kernel_size, stride, padding, num_groups: as in Model; `groups` is unused, as there.
-    replace: "all", one name, or any names of `OPERATORS`. The named operators never call PyTorch's version, the others
-        are PyTorch's own modules; with none named this is `Model`. {"tanh", "max_pool"} equals `Model` bit for bit on
-        a GPU.
-    numerics: how the transposed convolution multiplies. "tf32": operands of 10 mantissa bits, summed in float32;
-        "fp32": float32 throughout; "auto": what PyTorch would do, so as torch.backends.cudnn.allow_tf32 says.
-        `modelnew.explain(model, x)` tells which kernels run.
-    device: where the parameters go; by default to the GPU where there is one, unless torch.set_default_device or a
-        `with torch.device(...)` block chose another device than the CPU. They are drawn on the CPU, as those of a
-        reference model that is built there and then moved.
+    Takes x [N, in_channels, H, W]; float32, float64, float16 or bfloat16, the dtype of the parameters. Returns [N,
+    out_channels, PH, PW].
 
-    Replaced neighbours of batch_norm, tanh and max_pool run as one kernel, from the children's hyper-parameters at the
-    time of the call. A child is called as a module, unfused, if it has a hook (pruning and weight norm are hooks, too),
-    a `forward` of its own, was compiled, or was swapped for another module, as by
-    torch.nn.SyncBatchNorm.convert_sync_batchnorm; so are all while hooks for all modules are registered. After
-    `modelnew.convert_sync_batchnorm` the model stays fused, with the statistics of all processes' batches.
+    in_channels, out_channels, kernel_size, stride, padding, num_groups: as in Model. `groups` is unused, as there.
+    replace: "all", one name, or several names of `OPERATORS`. These operators run our kernels only; the others are
+        PyTorch's modules. With {"tanh", "max_pool"}, results equal those of `Model` bit for bit on a GPU.
+    numerics: precision of the convolution. "tf32": operands with 10 mantissa bits, summed in float32. "fp32": float32's
+        precision. "auto": what torch.backends.cudnn.allow_tf32 says on a GPU, "fp32" on a CPU.
+    device: of the parameters. By default this is the GPU if there is one, unless torch.set_default_device or a `with
+        torch.device(...)` block chose another device. Parameters are initialised on the CPU, so that they equal those
+        of a model that was built there and then moved.
+
+    The model runs fused where the kernels support it; `modelnew.explain(model, x)` tells which kernels run. A child is
+    called as a module, unfused, if it has a hook (pruning and weight norm add hooks), if its `forward` was replaced, or
+    if it was compiled or swapped for another module. All children are called so while global module hooks are
+    registered. After `modelnew.convert_sync_batchnorm` the model stays fused.
+
+    Raises ValueError for an unknown name in replace or numerics. A call raises the errors of the functions in
+    `modelnew.functional`.
     """
 
     def __init__(
@@ -141,12 +153,12 @@ class ModelNew(nn.Module):
 
 
 def fused_model(model: ModelNew, x: torch.Tensor):
-    """What model(x) runs as, and why not as one fused operator: see `fusions.plan_of`."""
+    """How model(x) runs, and why not as one fused operator: see `fusions.plan_of`."""
     return plan_of(dict(zip(OPERATORS, _children(model))), x)
 
 
 def _children(model):
-    """The operators' modules; getattr, which looks in three places, takes ten times as long."""
+    """The operators' modules. getattr searches three dicts and takes ten times as long."""
     return [model._modules.get(name) for name in OPERATORS]
 
 

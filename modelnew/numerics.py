@@ -1,7 +1,7 @@
-"""How the transposed convolution multiplies: numeric classes, and the one rule that picks tensor cores or not.
+"""The precision of the transposed convolution: numeric classes, and the rule for using tensor cores.
 
-"tf32": operands of 10 mantissa bits, summed in float32. "fp32": float32's precision. "auto": as PyTorch would, which is
-torch.backends.cudnn.allow_tf32 on a GPU and float32 on the CPU. 16-bit tensors are exact in either.
+"tf32": operands with 10 mantissa bits, summed in float32. "fp32": float32's precision. "auto": what PyTorch does, which
+is torch.backends.cudnn.allow_tf32 on a GPU, and "fp32" on the CPU. 16-bit operands are exact in both classes.
 """
 
 import ast
@@ -33,20 +33,20 @@ _EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS = 227 * 1024, MULTIPROCESSORS 
 
 
 def check_numerics(numerics: str) -> None:
-    """ValueError unless `numerics` is one of NUMERICS."""
+    """Raises ValueError unless `numerics` is one of NUMERICS."""
     if numerics not in NUMERICS:
         raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, received {numerics!r}")
 
 
 def resolve(numerics: str, x: torch.Tensor) -> str:
-    """Either "tf32" or "fp32", for a convolution of x."""
+    """The class of a convolution of x, "tf32" or "fp32"."""
     if numerics != "auto":
         return numerics
     return "tf32" if x.is_cuda and allows_tf32() and _capability(x.get_device()) >= (8, 0) else "fp32"
 
 
 class Choice(NamedTuple):
-    """How one call's convolutions multiply. A backward takes its forward's, whatever was switched in between."""
+    """How the convolutions of a call multiply. A backward uses its forward's choice, even if settings changed since."""
 
     cls: str  # "tf32" or "fp32"
     wgmma: bool
@@ -62,14 +62,14 @@ class Choice(NamedTuple):
 
 
 def settings():
-    """What `choose` depends on besides its arguments."""
+    """The settings on which `choose` depends."""
     if _switched_off or _wgmma_chosen or _as_sm75:
         return allows_tf32(), bool(_switched_off), bool(_as_sm75), *_wgmma_chosen[-1:]
     return allows_tf32()
 
 
 def choose(numerics: str, x: torch.Tensor) -> Choice:
-    """What holds now for a convolution of x."""
+    """The choice for a convolution of x under the current settings."""
     without = "tensor cores are switched off" if _switched_off else None
     sizes, sm75 = (_EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS), bool(_as_sm75)
     if x.is_cuda:
@@ -80,18 +80,18 @@ def choose(numerics: str, x: torch.Tensor) -> Choice:
 
 
 def settled(numerics: str, x: torch.Tensor) -> str:
-    """`choose` as text, for operators that take a string: they multiply as was chosen, whatever holds when they run."""
+    """`choose` as a string, for operators that take a string. It fixes the choice before the operator runs."""
     return numerics if numerics not in NUMERICS else repr(tuple(choose(numerics, x)))
 
 
 def settled_choice(numerics: str, x: torch.Tensor) -> Choice:
-    """The choice that `settled` wrote down, or that one of NUMERICS means now."""
+    """The choice in a string of `settled`, or for one of NUMERICS the choice under the current settings."""
     return choose(numerics, x) if numerics in NUMERICS else Choice(*ast.literal_eval(numerics))
 
 
 @contextlib.contextmanager
 def without_tensor_cores():
-    """Within the block, convolutions run on the general kernels, as on a GPU before sm_75."""
+    """A context in which convolutions run on the general kernels, as on a GPU before sm_75."""
     _switched_off.append(True)
     try:
         yield
@@ -101,9 +101,10 @@ def without_tensor_cores():
 
 @contextlib.contextmanager
 def wgmma(use: bool):
-    """Within the block, plans use sm_90a's wgmma instructions where it is possible and faster, or (False) nowhere.
+    """A context that allows (True) or forbids (False) the wgmma instructions of sm_90a.
 
-    By default: on GPUs that have them, if NVRTC is version 12 or newer; nowhere on the emulator.
+    True: wgmma is used where it is possible and faster. The default is True on GPUs with these instructions and NVRTC
+        12 or newer, and False on the emulator.
     """
     _wgmma_chosen.append(use)
     try:
@@ -114,7 +115,7 @@ def wgmma(use: bool):
 
 @contextlib.contextmanager
 def as_sm75():
-    """Within the block, tensor-core kernels are those of GPUs of compute capability 7.5, such as the T4, on any GPU."""
+    """A context in which tensor-core kernels are those for compute capability 7.5, such as the T4's, on any GPU."""
     _as_sm75.append(True)
     try:
         yield
@@ -123,24 +124,26 @@ def as_sm75():
 
 
 def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
-    """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
+    """(plan, None) if the tensor-core kernels support the convolution of x, else (None, the reason).
 
-    dtype: x's, NumPy's. dgrad: x is the incoming gradient, and the convolution its input gradient.
+    dtype: of x, NumPy's.
+    dgrad: x is the incoming gradient, and the result is the gradient of the input.
     options: `channels_last` of `conv_transpose_mma.plan`.
     """
     return plan_or_reason(conv_transpose_mma.plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad, **options)
 
 
 def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, **options):
-    """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason).
+    """(plan, None) if the tensor-core kernels support the weight gradient of the convolution of x, else (None, reason).
 
-    dtype: w's, NumPy's. options: `channels_last` of `conv_wgrad_mma.plan`.
+    dtype: of w, NumPy's.
+    options: `channels_last` of `conv_wgrad_mma.plan`.
     """
     return plan_or_reason(conv_wgrad_mma.plan, x_shape, dtype, w_shape, geometry, choice, **options)
 
 
 def plan_or_reason(*convolution, **options):
-    """(`required_plan`, None), or (None, the reason why there is none)."""
+    """(`required_plan`, None), or (None, the reason why there is no plan)."""
     try:
         return required_plan(*convolution, **options), None
     except UnsupportedError as error:
@@ -148,7 +151,7 @@ def plan_or_reason(*convolution, **options):
 
 
 def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
-    """What `make`, such as conv_transpose_mma.plan, plans. UnsupportedError if there is no plan."""
+    """The plan that `make` returns, for instance conv_transpose_mma.plan. Raises UnsupportedError if there is none."""
     if choice.without:
         raise UnsupportedError(choice.without)
     if choice.sm75:
@@ -162,9 +165,9 @@ def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
 
 @functools.lru_cache(maxsize=1024)
 def gather_gemm_split(dtype, x_shape, w_shape, geometry: Geometry, choice: Choice):
-    """(split, None) if `cupy_kernels.gather_gemm` takes the convolution of x, else (None, the reason).
+    """(split, None) if `cupy_kernels.gather_gemm` supports the convolution of x, else (None, the reason).
 
-    dtype: x's, NumPy's.
+    dtype: of x, NumPy's.
     """
     products = math.prod(x_shape) * math.prod(w_shape[1:])
     group = min(w_shape[0] // max(1, geometry.groups), w_shape[1])
@@ -193,7 +196,7 @@ def uses_wgmma(x: torch.Tensor) -> bool:
 
 @functools.cache
 def has_wgmma(device_index: int) -> bool:
-    """Whether the GPU has wgmma instructions, and NVRTC knows them."""
+    """Whether the GPU has wgmma instructions and NVRTC supports them."""
     return _capability(device_index) == (9, 0) and nvrtc.knows_wgmma()
 
 
@@ -204,7 +207,7 @@ def _capability(device_index: int) -> tuple[int, int]:
 
 @functools.cache
 def _too_old(device_index: int) -> str | None:
-    """Why the GPU's tensor cores cannot be used."""
+    """Why the GPU has no tensor cores that the kernels can use; None if it has."""
     major, minor = _capability(device_index)
     return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_75" if (major, minor) < (7, 5) else None
 

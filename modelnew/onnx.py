@@ -1,4 +1,4 @@
-"""What torch.onnx.export gets in place of the public functions: the same of PyTorch's own operators, which ONNX has."""
+"""The public functions as PyTorch's own operators, for torch.onnx.export."""
 
 import torch
 import torch.nn.functional as F

@@ -1,8 +1,8 @@
-"""How far results are from the truth, the float64 run of the reference, and the one policy that judges them.
+"""Errors against a float64 run of the reference, and the tolerance policy.
 
-A result is right when its error against the truth is at most 1.1 times PyTorch's own error in the same class, plus
-what arithmetic and chance explain (`within_policy`). Classes: "fp32" (TF32 off) and "tf32" (PyTorch may round a
-convolution's operands to 10 mantissa bits).
+A result is right if its error is at most 1.1 times PyTorch's error in the same class, plus allowances for arithmetic
+and chance (`within_policy`). Classes: "fp32" (TF32 off) and "tf32" (PyTorch may round a convolution's operands to 10
+mantissa bits).
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Error(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One compared tensor. `close`: what torch.testing.assert_close says of ours and PyTorch's, None if not asked."""
+    """One compared tensor. close: whether torch.testing.assert_close accepts ours for PyTorch's, None if unchecked."""
 
     what: str
     cls: str
@@ -45,20 +45,20 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Our rms error over PyTorch's; 0 where both are exact."""
+        """Our rms error over PyTorch's; 0 if both are 0."""
         return self.ours.rms / self.torch.rms if self.torch.rms else float(self.ours.rms and "inf")
 
     def record(self) -> dict:
-        """The row as benchmarks/results/parity_*.json keep it."""
+        """The row as in benchmarks/results/parity_*.json."""
         names = ("rms", "max", "torch_rms", "torch_max")
         return {"what": self.what, "class": self.cls, **dict(zip(names, (*self.ours, *self.torch)))}
 
 
 def error(actual: torch.Tensor, truth: torch.Tensor, scale: float | None = None) -> Error:
-    """rms and max of |actual - truth| over `scale`, by default the rms of the truth (1 where the truth is all zero).
+    """rms and maximum of |actual - truth| over `scale`, by default the rms of the truth (1 if the truth is all zero).
 
-    NaN must stand where the truth has NaN and infinities must equal the truth's; anything else is an infinite error. A
-    truth that the result's dtype cannot hold is an infinity.
+    NaN must be where the truth has NaN, and infinities must equal the truth's; otherwise the error is infinite. A truth
+    that is too large for the result's dtype counts as infinity.
     """
     if actual.shape != truth.shape:
         raise ValueError(f"result has shape {tuple(actual.shape)}, truth {tuple(truth.shape)}")
@@ -78,20 +78,24 @@ def error(actual: torch.Tensor, truth: torch.Tensor, scale: float | None = None)
 
 
 def within_policy(actual: torch.Tensor, truth: torch.Tensor, ours: Error, theirs: Error, terms: int = 0) -> bool:
-    """Whether error `ours` of `actual` is at most 1.1 times PyTorch's error `theirs`, in rms and max, plus allowances.
+    """Whether error `ours` of `actual` is within 1.1 times PyTorch's `theirs`, in rms and maximum, plus allowances.
 
-    For the dtype: no result is held to less than what rounding the truth to its dtype costs. In 16 bits that is nearly
-    all of a right result's error; a truncated one has twice as much.
-    For arithmetic: PyTorch may have computed in float64 what we compute in float32. Each operation in the accumulator's
-    dtype may be off by half a unit in the last place, eps / sqrt(12) in rms. Allowed are two dozen operations, and the
-    additions of `terms` values one after another, whose partial sums grow like sqrt(k): terms / 2 times that variance.
-    `terms` is this result's own number. Twice as much, of the truth's largest value, for the largest error.
-    For float64: the truth is a run in float64, too, and so is PyTorch's result. What they are off is unknown, and
-    depends on the order in which a CPU adds: four times the arithmetic is allowed for both together.
-    For chance: two samples of n errors from one distribution differ, in rms by 1 / sqrt(n), and three times as much is
-    allowed. The largest of n normal errors scatters by pi / sqrt(6) / (2 log n) of itself (extreme value statistics),
-    that of two samples by sqrt(2) times that; twice as much is allowed, or 6 / sqrt(n) for the few errors for which
-    this is more.
+    The dtype: no result can be closer than the truth rounded to its dtype. In 16 bits this is nearly all of a right
+    result's error; truncation has twice as much.
+
+    Arithmetic: PyTorch may compute in float64 what we compute in float32. Each operation in the accumulator's dtype may
+        be off by half a unit in the last place, which is eps / sqrt(12) in rms. Two dozen operations are allowed, and
+        the additions of `terms` values one after another. Their partial sums grow like sqrt(k), which gives terms / 2
+        times that variance. `terms` belongs to this result alone. The largest error may have twice as much, relative to
+        the truth's largest value.
+
+    float64: the truth is a float64 run as well, and so is PyTorch's result. Their errors are unknown, and depend on the
+        order in which a CPU adds. Four times the allowance for arithmetic covers both.
+
+    Chance: the rms of two samples of n errors from one distribution differs by about 1 / sqrt(n); three times this is
+        allowed. The largest of n normal errors scatters by pi / sqrt(6) / (2 log n) of itself (extreme value
+        statistics), and the difference of two samples by sqrt(2) times that. Twice this is allowed, or 6 / sqrt(n) for
+        few errors, where that is more.
     """
     truth = _held(truth, actual.dtype)
     finite = truth.isfinite()
@@ -116,15 +120,20 @@ def within_policy(actual: torch.Tensor, truth: torch.Tensor, ours: Error, theirs
 
 
 def compare_models(model: Model, model_new: ModelNew, x: torch.Tensor, cls: str = "fp32", seed: int = 0) -> list[Row]:
-    """Both models in training mode on the float32 batch `x`, forward and backward, beside `model` in float64.
+    """Rows of both models in training mode on the float32 batch `x`, forward and backward, compared with float64.
 
-    The rows: output, gradients of x and of every parameter, running statistics. `model_new` gets the state of `model`;
-    both arguments stay as they are. cls: "fp32" or "tf32", whether PyTorch may use TF32, and what "auto" follows.
-    Where it may but does not, as for few images, `tf32_rounding` stands for PyTorch.
+    The rows are the output, the gradients of x and of every parameter, and the running statistics. `model_new` gets the
+    state of `model`; the arguments are not changed.
 
-    The incoming gradient is random (`seed`), but such that nothing flows back into pooling windows whose two largest
-    values lie so close that rounding decides between them: one winner in another place moves every gradient by a
-    thousand times its rounding error, in PyTorch's float32 run as much as in ours.
+    cls: "fp32" or "tf32": whether PyTorch may use TF32, and what "auto" means. If PyTorch may but does not use TF32, as
+        for few images, `tf32_rounding` replaces it.
+    seed: of the incoming gradient.
+
+    The incoming gradient is random, but nothing flows back into pooling windows whose two largest values are so close
+    that rounding decides between them. One different maximum changes every gradient by a thousand times its rounding
+    error, in PyTorch's float32 run as much as in ours.
+
+    Raises ValueError for another cls.
     """
     if cls not in CLASSES:
         raise ValueError(f"cls must be one of {', '.join(CLASSES)}, received {cls!r}")
@@ -158,8 +167,9 @@ def tf32_rounded(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tf32_rounding(model: Model) -> Model:
-    """A copy of a float32 model whose convolution rounds its operands to TF32 in the forward and in both gradients:
-    what TF32 costs, on any device. To be run with TF32 off.
+    """A copy of a float32 model whose convolution rounds its operands to TF32, forward and in both gradients.
+
+    It shows the error of TF32 on any device. Run it with TF32 off.
     """
     model = copy.deepcopy(model)
     round_operands(model.conv_transpose)
@@ -167,7 +177,7 @@ def tf32_rounding(model: Model) -> Model:
 
 
 def round_operands(conv: torch.nn.ConvTranspose2d) -> None:
-    """From now on it rounds its operands to TF32, as in `tf32_rounding`."""
+    """Makes the convolution round its operands to TF32, as in `tf32_rounding`."""
     conv.forward = types.MethodType(_rounding_forward, conv)  # which deepcopy rebinds
 
 
@@ -194,7 +204,7 @@ class _RoundingConvolution(torch.autograd.Function):
 
 
 def multiplied_in_tf32(theirs: Error, rounding: Error) -> bool:
-    """Whether PyTorch, allowed to use TF32, did: its error beside that of operands rounded to TF32."""
+    """Whether PyTorch, if allowed to use TF32, did: compares its error with that of operands rounded to TF32."""
     return theirs.rms > rounding.rms / 2
 
 
@@ -219,7 +229,7 @@ def within_chance(ours: int, theirs: int) -> bool:
 
 
 def _far(actual, truth) -> int:
-    """How many elements torch.testing.assert_close would name."""
+    """The number of elements that torch.testing.assert_close would report."""
     expected = truth.to(actual.dtype)
     return int((~torch.isclose(actual, expected, rtol=1.3e-6, atol=1e-5, equal_nan=False)).sum())
 
@@ -249,10 +259,11 @@ def _backward(model, x, y, dy) -> dict[str, torch.Tensor]:
 
 
 def incoming_gradient(unpooled, pooled, num_groups, weight, near_tie, seed) -> torch.Tensor:
-    """A gradient of the group norm's output that puts nothing on pooling windows (2x2, stride 2) with a near tie.
+    """A gradient of the group norm's output that gives nothing to pooling windows (2x2, stride 2) with a near tie.
 
-    What flows back through a group norm is the part of dy * weight that is orthogonal, within each group, to 1 and to
-    the pooled values. So that part is drawn first, zero at near ties, and any multiples of those two are added.
+    The gradient that flows back through a group norm is the part of dy * weight that is orthogonal, within each group,
+    to 1 and to the pooled values. So that part is drawn first, with zeros at near ties. Any multiples of those two are
+    then added.
     """
     windows = unpooled.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
     first, second = windows.topk(2).values.unbind(-1)
@@ -279,7 +290,7 @@ def incoming_gradient(unpooled, pooled, num_groups, weight, near_tie, seed) -> t
 
 @contextlib.contextmanager
 def tf32(allowed: bool):
-    """Whether PyTorch's convolutions, and numerics="auto", may use TF32 inside the block."""
+    """A context in which PyTorch's convolutions, and numerics="auto", may (or may not) use TF32."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = allowed
     try:

@@ -1,4 +1,4 @@
-"""What looks at torch's operators, and what of it cannot be served."""
+"""Detects what records PyTorch's operators, and refuses what cannot be supported."""
 
 from torch._C import (
     DispatchKey,
@@ -12,12 +12,12 @@ from torch.autograd import forward_ad
 
 
 def may_record() -> bool:
-    """Whether something records operators: a dispatch mode, torch.jit.trace, torch.export. Quick, as each call asks."""
+    """Whether something records operators: a dispatch mode, torch.jit.trace, torch.export. Every call asks this."""
     return bool(_len_torch_dispatch_stack() or _get_tracing_state() or (_len_torch_function_stack() and _early()))
 
 
 def present() -> bool:
-    """Whether something records operators or transforms them, as torch.func and forward-mode derivatives do."""
+    """Whether something records operators, or transforms them as torch.func and forward-mode AD do."""
     return bool(
         _len_torch_dispatch_stack()
         or _are_functorch_transforms_active()
@@ -28,12 +28,12 @@ def present() -> bool:
 
 
 def _early() -> bool:
-    """Whether operators are recorded before torch dispatches them. A mode for functions is always on then, too."""
+    """Whether operators are recorded before torch dispatches them. A function mode is always on then, too."""
     return _dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch)
 
 
 def refuse(name: str) -> None:
-    """RuntimeError in torch.jit.trace, which cannot keep our operators' gradients. name: of the operator."""
+    """Raises RuntimeError in torch.jit.trace, which cannot record our operators' gradients. name: of the operator."""
     if _get_tracing_state():
         raise RuntimeError(
             f"{name} cannot be recorded by torch.jit.trace (which torch.onnx.export(dynamo=False) uses): use "
@@ -43,7 +43,7 @@ def refuse(name: str) -> None:
 
 
 def refuse_script(module) -> None:
-    """RuntimeError in torch.jit.script, which asks each module for this by the name `__prepare_scriptable__`."""
+    """Raises RuntimeError in torch.jit.script, which calls each module's `__prepare_scriptable__`."""
     raise RuntimeError(
         f"{type(module).__name__} is no TorchScript: use torch.export, or PyTorch's operators: torch.nn's layers, and "
         "ModelNew(..., replace=()), take the same state dict"
@@ -51,7 +51,7 @@ def refuse_script(module) -> None:
 
 
 def refuse_kernels() -> None:
-    """RuntimeError: kernels run where something records operators."""
+    """Raises RuntimeError: kernels were called where something records operators."""
     raise RuntimeError(
         "kernels run where operators are recorded, which does not see them, so that its result would be wrong. "
         "Record the forward, too: its backward is made of operators of torch.library then"

@@ -1,7 +1,7 @@
-"""torch.ops.modelnew: the operators as torch.library knows them.
+"""torch.ops.modelnew: the operators as registered with torch.library.
 
-What traces, records or transforms operators sees these, see `untraced`. Eager calls do without: an autograd Function of
-their own is quicker than the dispatcher.
+Tools that trace, record or transform operators see these, see `untraced`. Eager calls do not use them, because an
+autograd Function is faster than the dispatcher.
 """
 
 import re
@@ -21,7 +21,7 @@ traced = {}  # {name of a public function: what runs in its place where somethin
 
 
 def in_place_of(function: Callable) -> Callable:
-    """Decorates what calls `ops` for a public function: it has the same name and arguments."""
+    """Decorates a function that calls `ops` for a public function, whose name and arguments it gets."""
     traced[function.__name__] = function
     return function
 
@@ -39,16 +39,17 @@ def register(
 ) -> None:
     """Registers ops.<name>. All callables take the arguments in the order of the schema, which has no defaults.
 
-    schema: as torch.library has it. Where arguments are mutated, ops.<name>.updating does that, and ops.<name>.default
-        is for calls that mutate nothing. The last argument may be `bool keep=False`: whether a backward follows.
-        Callers leave it out, and it is known when the operator runs.
-    run: computes the results, all of them new, of real tensors. fake: makes results of the same shapes, dtypes and
-        strides, of tensors without values and sizes that may be symbols.
-    save(args, results): the tensors that the backward needs. backward(ctx, *gradients): gradients of the first
-        arguments, in a tuple; `gradients` are those of the first `outputs` results, the others have none. ctx:
-        saved_tensors, args (tensors left out) and needs_input_grad. Without them the operator has no derivative.
-    settle(*args): the arguments with what depends on settings replaced by what they are now.
-    flops(*args): how many FlopCounterMode counts; tensors are given as their shapes.
+    schema: as for torch.library. For arguments that are mutated there are two overloads: ops.<name>.updating mutates
+        them, ops.<name>.default is for calls that mutate nothing. The last argument may be `bool keep=False`, whether a
+        backward follows. Callers leave it out; it is set when the operator runs.
+    run: computes the results, all new, from real tensors.
+    fake: makes results of the same shapes, dtypes and strides from tensors without values, whose sizes may be symbols.
+    save: save(args, results) returns the tensors that the backward needs.
+    backward: backward(ctx, *gradients) returns the gradients of the first arguments as a tuple. `gradients` are those
+        of the first `outputs` results; other results have none. ctx has saved_tensors, args (without tensors) and
+        needs_input_grad. Without save and backward the operator has no derivative.
+    settle: settle(*args) returns the arguments, with what depends on settings replaced by its current value.
+    flops: flops(*args) returns the count for FlopCounterMode; it gets shapes in place of tensors.
     """
     for overload in _overloads(schema):
         _register(overload, run, fake, save, backward, outputs, settle)
@@ -57,7 +58,7 @@ def register(
 
 
 def composite(schema: str, function: Callable) -> None:
-    """Registers ops.<name>, which is what `function` does with other operators."""
+    """Registers ops.<name>, which `function` computes with other operators."""
     for overload in _overloads(schema):
         _library.define(overload)
         _library.impl(overload.partition("(")[0], function, "CompositeImplicitAutograd")
@@ -173,15 +174,15 @@ def _one_by_one(op):
 
 
 def results_of(like: torch.Tensor, *results: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """An operator's results: a tensor without elements stands for each that there is not."""
+    """An operator's results, with an empty tensor in place of each None."""
     return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
 def gradients_of_op(results, needed) -> tuple[torch.Tensor | None, ...]:
-    """What `results_of` made of gradients, None for those that are not needed."""
+    """The inverse of `results_of` for gradients: None for those that are not needed."""
     return tuple(result if need else None for result, need in zip(results, needed))
 
 
 def fake_gradients(dy: torch.Tensor, tensors, needed) -> tuple[torch.Tensor, ...]:
-    """Fake gradients of `tensors`, contiguous but for those that have gaps nowhere."""
+    """Fake gradients of `tensors`: contiguous, or with the strides of a tensor that has no gaps."""
     return results_of(dy, *(torch.empty_like(t) if need else None for t, need in zip(tensors, needed)))

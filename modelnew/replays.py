@@ -1,12 +1,12 @@
-"""Calls that came before are repeated, without the checks that they passed and the code that they went through.
+"""Fast replays of repeated calls, without the checks and the Python code that the first calls ran.
 
-The first two calls of a kind run as written. If all that the second does is one `calls.call` on the memory of its
-tensors, maybe inside one autograd Function, it leaves a replay: a function, written out for its kind, that takes the
-tensors' addresses, allocates, starts the launches and returns. A later call is repeated by it if its other arguments
-and torch's settings are the same, and its tensors of the same kinds, as torch's own guards tell. Where a call does
-more, such as copying an argument, calls of its kind run as written.
+The first two calls of a kind run normally. Suppose that all that the second one does is one `calls.call` on its
+tensors' memory, perhaps inside one autograd Function. Then it leaves a replay: a function, generated for this kind,
+that takes the tensors' addresses, allocates, starts the launches and returns. A later call uses it if its other
+arguments and torch's settings are the same, and its tensors of the same kind according to torch's own guards. If a call
+does more, such as copying an argument, calls of its kind always run normally.
 
-A public function may depend on its arguments and on the settings that `key_of` has, and on nothing else.
+A public function may depend only on its arguments and on the settings in `key_of`.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ _MOST_REPLAYS = 8  # of calls that differ in their tensors alone, and not in the
 
 
 class Missed(Exception):
-    """A replay does not take a call: a tensor has no memory, or is not aligned."""
+    """A replay cannot run a call: a tensor has no memory, or is not aligned."""
 
 
 class _Unrepeatable(Exception):
-    """A call does what a replay cannot do."""
+    """A call does something that a replay cannot do."""
 
 
 class _Replay(typing.NamedTuple):
@@ -52,7 +52,7 @@ class _Applied(typing.NamedTuple):
 
 
 def splitter(function: Callable) -> Callable | None:
-    """split(*args, **options) -> (what tells calls of `function` apart, their tensors). None if it has no tensors."""
+    """split(*args, **options) -> (what distinguishes calls of `function`, their tensors). None if it has no tensors."""
     parameters = inspect.signature(function).parameters.values()
     tensors = [p.name for p in parameters if torch.Tensor in (p.annotation, *typing.get_args(p.annotation))]
     if not tensors or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
@@ -63,9 +63,9 @@ def splitter(function: Callable) -> Callable | None:
 
 
 def key_of(function: Callable, others: tuple, like: torch.Tensor) -> tuple:
-    """The kind of a call, but for the kinds of its tensors. like: the first of these.
+    """The kind of a call, except for the kinds of its tensors. like: the first tensor.
 
-    ValueError if there is more in `others` than numbers, strings and the like.
+    Raises ValueError if `others` contains more than numbers, strings and the like.
     """
     dtypes = any_autocast() and (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda"))
     others = marshal.dumps(others, 2)  # 2 and 2.0, 0.0 and -0.0 are equal, and not the same; version 2 sees no identity
@@ -73,7 +73,11 @@ def key_of(function: Callable, others: tuple, like: torch.Tensor) -> tuple:
 
 
 def repeated(key, replays: tuple, tensors: list, as_written: Callable):
-    """as_written(), or what repeats it. replays: what is known of `key`. tensors: all that it works on."""
+    """as_written(), or its replay.
+
+    replays: those that are known for `key`.
+    tensors: all tensors of the call.
+    """
     for replay in replays:
         if replay.guard(*tensors):
             break
@@ -88,7 +92,7 @@ def repeated(key, replays: tuple, tensors: list, as_written: Callable):
 
 
 def _recorded(key, replays, tensors, as_written):
-    """as_written(), which leaves a replay, or that there is none, if such a call came before."""
+    """as_written(). If this is the second call of its kind, it leaves a replay, or a note that there is none."""
     seen = calls.known("seen")
     if key not in seen:
         calls.remember(seen, key, None)
@@ -113,7 +117,7 @@ def _recorded(key, replays, tensors, as_written):
 
 
 def noted(forward: Callable, function: type[torch.autograd.Function]) -> Callable:
-    """The forward of an autograd Function, which a call that is recorded hears of."""
+    """The forward of an autograd Function, which reports to a call that is being recorded."""
 
     @functools.wraps(forward)
     def call(ctx, *args):
@@ -129,7 +133,7 @@ def noted(forward: Callable, function: type[torch.autograd.Function]) -> Callabl
 
 
 def _written(tensors, made, result, all_used) -> Callable:
-    """run(*tensors) for a call that gave `result`, from all that it did."""
+    """run(*tensors), generated from everything that a call with this `result` did."""
     applied = made.pop() if made and isinstance(made[-1], _Applied) else None
     if len(made) != 1 or made[0] is None:
         raise _Unrepeatable
@@ -153,7 +157,7 @@ def _written(tensors, made, result, all_used) -> Callable:
 
 
 def _constant(value) -> bool:
-    """Whether a value will always be what it is now."""
+    """Whether a value is the same at every call."""
     if isinstance(value, dict):
         value = tuple(value.values())
     return all(map(_constant, value)) if isinstance(value, tuple) else isinstance(value, _CONSTANT)
@@ -164,7 +168,7 @@ _CONSTANT = (type(None), bool, int, float, str)
 
 @functools.cache
 def _repeating(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """`function` for calls that are repeated. The last argument, one more than it has, says what they do."""
+    """`function` for replays. It takes one more argument, the last one, which describes the work."""
 
     def forward(ctx, *args):
         kernels, attributes, tensors = args[-1]
@@ -191,7 +195,7 @@ def _repeating(function: type[torch.autograd.Function]) -> type[torch.autograd.F
 
 
 class _Code:
-    """A call's work as code, from what `calls.call` did once: t0, t1 ... are the tensors, v<index> what it made."""
+    """A call's work as generated code, from what `calls.call` did once: t0, t1 ... are tensors, v<index> new values."""
 
     def __init__(self, tensors, found, values):
         self.tensors, self.found, self.values = tensors, found, values
@@ -209,14 +213,14 @@ class _Code:
         self.results = {values[index].data_ptr(): index for index in returned if index is not None}
 
     def given(self, tensor) -> str:
-        """A tensor that the call was given."""
+        """The expression for a tensor that the call was given."""
         for i, given in enumerate(self.tensors):
             if given is tensor:
                 return f"t{i}"
         raise _Unrepeatable
 
     def expression(self, value) -> str:
-        """A tensor that the call was given or made, None, or a tuple of these."""
+        """The expression for a tensor that the call was given or made, None, or a tuple of these."""
         if value is None:
             return "None"
         if isinstance(value, tuple):
@@ -233,7 +237,7 @@ class _Code:
         return self.views.setdefault(view, f"w{len(self.views)}")  # once: autograd knows a result that is saved by it
 
     def _argument(self, index) -> str:
-        """What the call had as a value before it made any."""
+        """The expression for a value that the call had before it made any."""
         value = self.values[index]
         if index in self.sources:
             return f"t{self.sources[index]}.as_strided({tuple(value.shape)}, {value.stride()})"

@@ -1,6 +1,6 @@
-"""Private functions of torch that save time at every call. Each has a public one beside it, which it must agree with.
+"""Private functions of torch that save time at every call, each with a public fallback that must agree with it.
 
-Where a version of torch lacks the private one, the public one takes its place.
+The fallback is used if a version of torch lacks the private function.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ except ImportError:
 
 
 class Public:
-    """What the functions of this module do, by torch's public functions."""
+    """The functions of this module by torch's public functions."""
 
     @staticmethod
     def current_device() -> int:
@@ -28,30 +28,30 @@ class Public:
 
     @staticmethod
     def allows_tf32() -> bool:
-        """Whether cuDNN's convolutions may multiply in TF32."""
+        """Whether cuDNN's convolutions may use TF32."""
         return torch.backends.cudnn.allow_tf32
 
     @staticmethod
     def any_autocast() -> bool:
-        """Whether autocast is on for some kind of device."""
+        """Whether autocast is on for some type of device."""
         return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
     @staticmethod
     def guard_of(tensors: list[torch.Tensor]) -> Callable | None:
-        """guard(*others): whether tensors are of the same kinds as `tensors`; None if nothing can tell.
+        """guard(*others): whether tensors are of the same kinds as `tensors`. None if torch cannot tell.
 
-        The kind: type, dtype, device, shape, strides, requires_grad, and what torch's dispatcher does with the tensor.
+        The kind is type, dtype, device, shape, strides, requires_grad, and the dispatch keys.
         """
         return None
 
     @staticmethod
     def allocator(device: torch.device) -> Callable:
-        """allocate(shape, strides, dtype) on the device, which is the current one when it is called."""
+        """allocate(shape, strides, dtype) on the device, which must be current when it is called."""
         return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     @staticmethod
     def apply(function: type[torch.autograd.Function], *args):
-        """function.apply(*args), for a call that is not inside a transform of torch.func."""
+        """function.apply(*args), for a call outside the transforms of torch.func."""
         return function.apply(*args)
 
 
@@ -62,7 +62,7 @@ allows_tf32 = getattr(torch._C, "_get_cudnn_allow_tf32", Public.allows_tf32)
 
 
 def apply(function: type[torch.autograd.Function], *args):
-    """See Public.apply. The rest of `Function.apply` serves torch.func."""
+    """See Public.apply. The remaining code of `Function.apply` is for torch.func."""
     return super(torch.autograd.Function, function).apply(*args)
 
 

@@ -1,4 +1,4 @@
-"""What stands around every public operator: what looks at operators gets one of torch.library's in place of kernels."""
+"""The wrapper of every public operator. Tools that look at operators see those of torch.library instead of kernels."""
 
 import functools
 import inspect
@@ -19,11 +19,11 @@ R = typing.TypeVar("R")
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, for calls of all kinds. What is in it is not traced.
+    """`function` for all kinds of calls. Its body is not traced.
 
-    torch.compile, and whatever else sees the operators that torch runs (make_fx, torch.export, fake and meta tensors,
-    tensor subclasses, FlopCounterMode, torch.func), gets an operator of `registration` in its place. Subclasses with a
-    `__torch_function__` are asked first, as by torch's own functions.
+    torch.compile, and everything else that sees PyTorch's operators (make_fx, torch.export, fake and meta tensors,
+    tensor subclasses, FlopCounterMode, torch.func), gets an operator of `registration` instead. The
+    `__torch_function__` of subclasses is called first, as in PyTorch's own functions.
     """
 
     split = replays.splitter(function)
@@ -65,7 +65,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _of_library(function, args, options):
-    """Calls the operator that torch.library has for a function."""
+    """Calls the torch.library operator of a function."""
     if options.get("peers") is not None:
         raise RuntimeError(f"{function.__name__} of a synchronised batch norm cannot be recorded or transformed")
     if torch.onnx.is_in_onnx_export():
@@ -87,9 +87,9 @@ def all_meta(*values) -> bool:
 
 
 def _check_tensors(function, args, options, error) -> None:
-    """A clearer error in place of `error`, if an argument is no tensor where one is due, or none that kernels read.
+    """Raises a clearer error instead of `error` if an argument is not a tensor, or one that kernels cannot read.
 
-    Such calls fail before anything is launched; to look for the reason only then costs the others nothing.
+    Such calls fail before any launch. Looking for the reason only then costs other calls nothing.
     """
     parameters = inspect.signature(function).parameters
     given = {**dict(zip(parameters, args)), **options}

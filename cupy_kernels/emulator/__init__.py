@@ -1,14 +1,16 @@
-"""Runs the kernels' text on the CPU: cuda.h stands in for CUDA, a host C++ compiler builds a shared library.
+"""Runs the kernels' text on the CPU: cuda.h replaces CUDA, and a host C++ compiler builds a shared library.
 
-It looks for bugs, of which tests/planted_bugs has a collection: accesses out of bounds or misaligned, races,
-barriers and warp operations that not all threads reach, outputs that are not written, reads of what nobody has written
-or of a cp.async in flight, wgmma without its waits and fences, int overflow. runtime.cpp says how. It proves
-logic, not speed or last-bit rounding. It takes what NVRTC takes, see tests/test_dialect.py; a text that is not the
-package's is compiled by NVRTC, too, where there is one.
+The emulator looks for bugs; tests/planted_bugs has an example of each: accesses out of bounds or misaligned, races,
+barriers and warp operations that not all threads reach, outputs that are not written, reads of uninitialised memory or
+of a cp.async in flight, wgmma without its waits and fences, and int overflow. runtime.cpp explains how. It checks
+logic, not speed or last-bit rounding. It accepts what NVRTC accepts, see tests/test_dialect.py. Where NVRTC is
+installed, it compiles edited texts and inline operators as well.
 
-Environment: CUPY_KERNELS_CXX chooses the compiler; CUPY_KERNELS_CACHE_DIR the folder of compiled kernels (default
-~/.cache/cupy_kernels); CUPY_KERNELS_SEED the order in which threads run (0, the default:
-ascending); CUPY_KERNELS_TIMEOUT how many seconds a launch may take (no limit by default). Ctrl-C ends one at any time.
+Environment variables:
+- CUPY_KERNELS_CXX: the C++ compiler.
+- CUPY_KERNELS_CACHE_DIR: the folder of compiled kernels (default ~/.cache/cupy_kernels).
+- CUPY_KERNELS_SEED: the order in which threads run (default 0: ascending).
+- CUPY_KERNELS_TIMEOUT: seconds that a launch may take (default: no limit). Ctrl-C stops a launch at any time.
 """
 
 import ctypes

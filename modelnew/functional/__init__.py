@@ -1,4 +1,4 @@
-"""The operators as functions, with torch's own signatures, run by the kernels of `cupy_kernels`."""
+"""The operators as functions with PyTorch's signatures, computed by the kernels of `cupy_kernels`."""
 
 import inspect
 

@@ -1,11 +1,11 @@
-"""What the norms' layers share: their weight and bias."""
+"""Helpers for the weight and bias of the norm layers."""
 
 import torch
 from torch import nn
 
 
 def tensors_of(module: nn.Module, *names: str) -> list[torch.Tensor | None]:
-    """Parameters and buffers of a module: getattr, which searches for each, takes three times as long."""
+    """Parameters and buffers of a module, by name. Plain getattr searches three dicts and takes three times as long."""
     known = {**module._parameters, **module._buffers}
     # Someone may have put another tensor in its place.
     return [known[name] if name in known else getattr(module, name) for name in names]

@@ -1,4 +1,4 @@
-"""batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well."""
+"""batch_norm, with the signature of torch.nn.functional.batch_norm, batch_norm_tanh, and the layers."""
 
 import functools
 import math
@@ -45,16 +45,18 @@ def _forward(new, x, weight, bias, running_mean, running_var, batches, *, traini
 
 
 def rows(x, last):
-    """[N, *, C] as rows of channels, if `last`."""
+    """x as rows of channels if it is [N, *, C] (`last`), else unchanged."""
     if x is None or not last:
         return x
     return x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def statistics(new, x, running_mean, running_var, batches, training, momentum, eps):
-    """(2, C): mean and 1/sqrt(var + eps) per channel; x's own in training, which updates the running ones, else those.
+    """(2, C): mean and 1/sqrt(var + eps) per channel, of x in training, else of the running statistics.
 
-    new: a `calls.New`. batches: num_batches_tracked, which grows by 1, or None.
+    Training updates the running statistics.
+    new: a `calls.New`.
+    batches: num_batches_tracked, incremented by 1; or None.
     """
     moments = new((2, x.shape[1]), accumulator_dtype(x))
     if training:
@@ -102,9 +104,9 @@ def _call(x, weight, bias, running, check, options, keep):
 
 
 def batch_norm_gradients(dy, x, weight, bias, moments, y, needed, training, eps, last=False):
-    """(dx, dweight, dbias) of a batch norm with these statistics, None for those that are not needed.
+    """(dx, dweight, dbias) of a batch norm with these statistics; None for those that are not needed.
 
-    x: may be None outside training where dx alone is needed. y: None, or tanh of the batch norm, whose gradient dy is.
+    x: may be None outside training if only dx is needed. y: None, or the tanh of the batch norm, whose gradient is dy.
     """
     kernels = functools.partial(_gradients, moments, needed, training, last)
     if not torch.is_grad_enabled():
@@ -135,18 +137,18 @@ def _definition(moments, training, eps, x, weight, bias):
 
 
 def applied_statistics(running_mean, running_var, training):
-    """The running statistics if they are applied, which a backward refuses if they were changed, as torch's does."""
+    """The running statistics if the call applies them, else None. A backward checks that they are unchanged."""
     return (None, None) if training else (running_mean, running_var)
 
 
 def kernels_buffers(running_mean, running_var, batches, training):
-    """What kernels read, and in training update, for these; None for a counter that they do not count in."""
+    """The tensors that kernels read, and update in training, in place of these buffers."""
     counts = training and batches is not None and batches.dtype == torch.int64 and batches.numel() == 1
     return dense(running_mean), dense(running_var), batches if counts else None
 
 
 def note_update(running_mean, running_var, batches, updated) -> None:
-    """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
+    """Tells autograd that kernels changed these buffers. updated: the result of `kernels_buffers` for them."""
     written = []
     for buffer, new in zip((running_mean, running_var, batches), updated):
         if buffer is None:
@@ -161,9 +163,9 @@ def note_update(running_mean, running_var, batches, updated) -> None:
 
 
 def check_batch_norm(input, running_mean, running_var, weight, bias, training, shape=None) -> None:
-    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices.
+    """Raises the errors of torch.nn.functional.batch_norm for shapes, dtypes and devices.
 
-    shape: what is normalised, if it is not input itself.
+    shape: of the tensor that is normalised, if that is not input.
     """
     shape = input.shape if shape is None else shape
     if training and shape and math.prod((shape[0], *shape[2:])) == 1:
@@ -180,7 +182,7 @@ def check_batch_norm(input, running_mean, running_var, weight, bias, training, s
 
 
 def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
-    """(momentum, eps) as floats. Refuses what the function refuses for other reasons."""
+    """(momentum, eps) as floats. Raises the errors of batch_norm for its other arguments."""
     momentum, eps = number(momentum, "momentum"), number(eps, "eps")
     if training and not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
@@ -216,19 +218,23 @@ def batch_norm(
     """y = (x - mean) / sqrt(var + eps) * weight + bias per channel. See torch.nn.functional.batch_norm.
 
     input: [N, C, *], any number of dimensions from 2 on, or an empty [N]; float32, float64, float16 or bfloat16.
-    running_mean, running_var: (C,), both or neither. In training, mean and biased variance of the batch are applied,
-        and running = (1 - momentum) running + momentum batch, in place, with the unbiased variance; an empty batch
-        leaves them as they are. Otherwise they are applied.
+    running_mean, running_var: (C,), or both None.
     weight, bias: (C,), or None for 1 and 0.
-    num_batches_tracked: one integer, which grows by 1 in training, in place; or None.
-    Both pairs may be float32 where input is float16 or bfloat16; otherwise they have its dtype.
+    training: if True, normalise with the batch's mean and biased variance, and update in place running = (1 - momentum)
+        * running + momentum * batch, with the unbiased variance. An empty batch leaves them unchanged. If False,
+        normalise with the running statistics.
+    num_batches_tracked: one integer, incremented by 1 in place in training; or None.
 
-    The result is channels_last (or channels_last_3d) if input is, else contiguous, and has input's dtype; the
-    arithmetic is float32, or float64 for float64.
-    Raises ValueError for one value per channel in training, one running statistic without the other, or eps out of
-    range; RuntimeError for a wrong number of dimensions or elements, or no running statistics outside training;
-    TypeError for dtypes. A refused call changes nothing. A backward outside training raises RuntimeError if the running
-    statistics were changed since the forward.
+    The running statistics share a dtype, and so do weight and bias: input's, or float32 if input is float16 or
+    bfloat16.
+
+    Returns a tensor of input's shape and dtype. It is channels_last (or channels_last_3d) if input is, else contiguous.
+    The arithmetic is in float32, for float64 in float64.
+
+    Raises ValueError for one value per channel in training, for one running statistic without the other, and for eps
+    out of range; RuntimeError for a wrong number of dimensions or elements, for missing running statistics outside
+    training, and for tensors on several devices; TypeError for other or mixed dtypes. A refused call changes nothing.
+    Outside training, a backward raises RuntimeError if the running statistics were changed since the forward.
     """
     arguments = (running_mean, running_var, weight, bias, bool(training), momentum, eps, num_batches_tracked)
     return _batch_norm(input, *arguments, tanh=False)
@@ -247,13 +253,13 @@ def batch_norm_tanh(
     *,
     num_batches_tracked: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """tanh(batch_norm(...)) in one pass over memory each way; the arguments and errors of `batch_norm`."""
+    """tanh(batch_norm(...)), with tanh fused into the kernels of batch_norm, whose arguments and errors it has."""
     arguments = (running_mean, running_var, weight, bias, bool(training), momentum, eps, num_batches_tracked)
     return _batch_norm(input, *arguments, tanh=True)
 
 
 def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, tanh, keep=False):
-    """The result; with `keep`, which is for calls without autograd, and the statistics that were applied, too."""
+    """The result. With `keep`, for calls without autograd, also the statistics that were applied."""
     if not input.numel() and running_mean is None:
         training = True  # there is nothing to normalise, and torch asks for no statistics
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
@@ -303,7 +309,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0, and `reset_running_stats`."""
+        """Sets weight to 1 and bias to 0, and calls `reset_running_stats`."""
         self.reset_running_stats()
         reset_affine(self)
 
@@ -311,19 +317,19 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         return self.apply_with(batch_norm, input)
 
     def apply_with(self, operation, input: torch.Tensor, **options) -> torch.Tensor:
-        """operation(input, *self.arguments(input), **options), for operations that fuse a batch norm with others."""
+        """operation(input, *self.arguments(input), **options), for an operation that fuses a batch norm with others."""
         operation = self.operation(operation)
         return operation(input, *self.arguments(input), num_batches_tracked=self.counter(), **options)
 
     def operation(self, operation):
-        """`operation`, or what stands for it where the layer is synchronised."""
+        """`operation`, or its counterpart for several processes if the layer is synchronised."""
         return operation if self.peers is None or not self.training else self.peers.counterpart(operation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", synchronised" if self.peers else "")
 
     def arguments(self, input: torch.Tensor) -> tuple:
-        """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for a batch."""
+        """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for this input."""
         self._check_input_dim(input)
         running_mean, running_var, *affine = tensors_of(self, "running_mean", "running_var", "weight", "bias")
         training = self.training or (running_mean is None and running_var is None)
@@ -336,20 +342,20 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         return running_mean, running_var, *affine, training, momentum, self.eps
 
     def counter(self) -> torch.Tensor | None:
-        """num_batches_tracked, if a batch now would be counted."""
+        """num_batches_tracked, if the next batch is counted, else None."""
         return tensors_of(self, "num_batches_tracked")[0] if self.training and self.track_running_stats else None
 
 
 class BatchNorm1d(_Layer, nn.BatchNorm1d):
-    """See torch.nn.BatchNorm1d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
+    """See torch.nn.BatchNorm1d and `modelnew.functional.batch_norm`. A refused call leaves the buffers unchanged."""
 
 
 class BatchNorm2d(_Layer, nn.BatchNorm2d):
-    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
+    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers unchanged."""
 
 
 class BatchNorm3d(_Layer, nn.BatchNorm3d):
-    """See torch.nn.BatchNorm3d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
+    """See torch.nn.BatchNorm3d and `modelnew.functional.batch_norm`. A refused call leaves the buffers unchanged."""
 
 
 def per_channel(c):
@@ -366,18 +372,21 @@ def norm_inputs(images):
 
 
 def _large_planes(images):
-    """More values of a channel than one block takes."""
+    """More values per channel than one block takes."""
     return {"x": torch.randn(2, 2, 190, 200), **per_channel(2)}
 
 
 def _channels_last(images):
-    """Few rows in all, so that blocks take whole channels."""
+    """So few rows that each block takes whole channels."""
     x = torch.randn(16, 64, 7, 7) if images else torch.randn(3, 16, 5, 4)
     return {"x": x.contiguous(memory_format=torch.channels_last), **per_channel(x.shape[1])}
 
 
 def of_tensors(function, training):
-    """`function`, with batch_norm's arguments, of tensors; in training it also returns the running statistics."""
+    """`function`, which has batch_norm's arguments, as a function of tensors.
+
+    In training it also returns the running statistics.
+    """
 
     def call(x, weight, bias, _mean, _var):
         mean, var = _mean.clone(), _var.clone()
@@ -388,7 +397,7 @@ def of_tensors(function, training):
 
 
 def torch_norm(after, training):
-    """after(batch_norm) by PyTorch, as `of_tensors`."""
+    """after(batch_norm) by PyTorch, in the form of `of_tensors`."""
     return of_tensors(lambda *args: after(F.batch_norm(*args)), training)
 
 

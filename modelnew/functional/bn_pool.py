@@ -1,4 +1,4 @@
-"""Max pooling of an activation of a batch norm, pooled first: one pass over the input each way."""
+"""Max pooling of an activation of a batch norm. It pools first, and reads the input once each way."""
 
 import functools
 import inspect
@@ -60,7 +60,7 @@ def _forward(
     last,
     keep,
 ):
-    """gamma: weight in float32. Returns the result, and with `keep` what a backward needs."""
+    """Returns the result and, with `keep`, what a backward needs. gamma: weight in float32."""
     made = new if keep else new.scratch
     y = new(pooled_shape(x.shape, pool, False, last), x.dtype)
     pooled, moments = made(y.shape, x.dtype), made((2, _channels(x, last)), np.float32)
@@ -122,7 +122,7 @@ class _BnActivationMaxPool2d(Function):
 
 
 def gradients(dy, x, weight, bias, kept, applied, needed, options):
-    """(dx, dweight, dbias), None for those that are not needed. kept: y, and what the forward kept."""
+    """(dx, dweight, dbias), None for those that are not needed. kept: y, and what the forward kept for the backward."""
     if torch.is_grad_enabled():
 
         def parts(x, weight, bias):
@@ -151,7 +151,7 @@ def _wide(weight):
 
 
 def activation_of(activation, parameter):
-    """The activation as an operator of its own."""
+    """The activation as a function of one tensor."""
     from . import operators  # which imports this module
 
     function = getattr(operators, activation)
@@ -175,12 +175,15 @@ def bn_activation_max_pool2d(
     pool,
     keep=False,
 ):
-    """max_pool2d(act(batch_norm(input)), *pool), and with `keep`, for calls without autograd, what a backward needs.
+    """max_pool2d(act(batch_norm(input)), *pool). With `keep`, for calls without autograd, also what a backward needs.
 
-    shift: None, or what was added to each channel of input, for training: the statistics take it out again, so that its
-        gradient is 0.
-    Other arguments and errors: those of batch_norm, and of `conv_bn_activation_max_pool_group_norm`. UnsupportedError
-    for float64, and for windows that `takes_pool` does not know. The result is of the input's memory format.
+    shift: None, or in training the bias that was added to each channel of input. The statistics subtract it again, so
+        its gradient is 0.
+    pool: a `Pool`.
+
+    The other arguments are those of batch_norm and of `conv_bn_activation_max_pool_group_norm`. The result has the
+    memory format of input. Raises UnsupportedError for float64 and for windows that `takes_pool` refuses, and the
+    errors of batch_norm.
     """
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
 
@@ -214,7 +217,7 @@ def bn_activation_max_pool2d(
 
 
 def check_supported(input, activation, pool) -> None:
-    """UnsupportedError for what the kernels do not take."""
+    """Raises UnsupportedError for what the kernels do not support."""
     if activation not in _ACTIVATIONS:
         raise UnsupportedError(f"the activation is {activation!r}, not one of {', '.join(_ACTIVATIONS)}")
     if input.dtype == torch.float64:

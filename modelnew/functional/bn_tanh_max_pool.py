@@ -1,4 +1,4 @@
-"""Max pooling of tanh, and of tanh of a batch norm, in one kernel each way."""
+"""Max pooling of tanh, and of tanh of a batch norm, fused in one kernel each way."""
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ class _BnTanhMaxPool2d(Function):
 
 
 def _wide(x, *parameters):
-    """The parameters in the dtype of the arithmetic, which is what the kernels take."""
+    """The parameters in the accumulator's dtype, which the kernels take."""
     return [None if parameter is None else parameter.to(accumulator_dtype(x)) for parameter in parameters]
 
 
@@ -127,11 +127,11 @@ def tanh_max_pool2d(
     dilation: int | tuple[int, int] = 1,
     ceil_mode: bool = False,
 ) -> torch.Tensor:
-    """y = max_pool2d(tanh(x)) in one pass over x each way; arguments and errors are those of `max_pool2d`.
+    """y = max_pool2d(tanh(x)), reading x once each way. Arguments and errors are those of `max_pool2d`.
 
-    The result, and which element of a window gets its gradient, equal bit for bit those of `max_pool2d(tanh(x))`: tanh
-    makes ties of elements that differ, and the first of them wins. An element that wins no window gets gradient 0, even
-    where it is NaN (tanh's own gradient would be NaN there).
+    The result, and the element of a window that gets its gradient, are bit for bit those of `max_pool2d(tanh(x))`. If
+    tanh maps different elements to the same value, the first of them is the maximum. An element that is the maximum of
+    no window gets gradient 0, even if it is NaN. In PyTorch, tanh's own gradient is NaN there.
     """
     check_floating(input=input)
     pool, x, ceil_mode = pool_of(kernel_size, stride, padding, dilation), dense(input), bool(ceil_mode)
@@ -158,11 +158,11 @@ def bn_tanh_max_pool2d(
     *,
     num_batches_tracked: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = max_pool2d(tanh(batch_norm(x))), x [N, C, H, W]; arguments and errors of `batch_norm` and of `max_pool2d`.
+    """y = max_pool2d(tanh(batch_norm(x))), x [N, C, H, W]. Arguments and errors: of `batch_norm` and `max_pool2d`.
 
-    The statistics take one pass over x, everything else one more; the gradient takes two. The result equals bit for
-    bit `max_pool2d(batch_norm_tanh(x))`; as in `tanh_max_pool2d`, elements that win no window get nothing of its
-    gradient. A refused call changes nothing.
+    The statistics read x once, and the rest reads it once more; the gradient reads it twice. The result is bit for bit
+    that of `max_pool2d(batch_norm_tanh(x))`. As in `tanh_max_pool2d`, an element that is the maximum of no window gets
+    none of its gradient. A refused call changes nothing.
     """
     arguments = (running_mean, running_var, weight, bias, bool(training), momentum, eps, num_batches_tracked)
     return _bn_tanh_max_pool2d(input, *arguments, pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode))
@@ -182,7 +182,7 @@ def _bn_tanh_max_pool2d(
     ceil_mode,
     keep=False,
 ):
-    """The result; with `keep`, for calls without autograd, the statistics that were applied and argmax, too."""
+    """The result. With `keep`, for calls without autograd, also the statistics that were applied, and argmax."""
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     options = {"training": training, "momentum": momentum, "eps": eps, "pool": pool, "ceil_mode": ceil_mode}
 
@@ -205,7 +205,7 @@ def _bn_tanh_max_pool2d(
 
 
 def check_input(input) -> None:
-    """RuntimeError for an input that is no batch of images."""
+    """Raises RuntimeError for an input that is not a batch of images."""
     if input.dim() != 4:
         raise RuntimeError(f"bn_tanh_max_pool2d takes input [N, C, H, W], received shape {tuple(input.shape)}")
 
@@ -215,7 +215,7 @@ def _x(images):
 
 
 def clear_winners(before_pooling, kernel_size=2, stride=2, padding=0):
-    """A gradient that is 0 where rounding may decide which element of a window is the largest."""
+    """A gradient that is 0 where rounding may decide which element of a window is the maximum."""
 
     def gradient(dtype, **tensors):
         with torch.no_grad():

@@ -1,7 +1,8 @@
-"""A convolution, a batch norm, an activation, a max pooling and a group norm: as one operator, or as three.
+"""ConvTranspose2d, BatchNorm2d, an activation, MaxPool2d and GroupNorm, fused as one operator or as three.
 
-One operator (`resident_conv_bn_pool`) takes convolutions without a stride whose images fit a block, and 2x2 windows.
-Three take any convolution: the convolution, what stands between it and the group norm (`bn_pool`), and the group norm.
+The one operator, in `resident_conv_bn_pool`, supports convolutions of stride 1 on images that fit a block, and 2x2
+windows. Three operators support any convolution: the convolution, `bn_pool` for batch norm, activation and pooling, and
+the group norm.
 """
 
 import functools
@@ -56,21 +57,29 @@ def conv_bn_activation_max_pool_group_norm(
 ) -> torch.Tensor:
     """group_norm(max_pool2d(act(batch_norm(conv_transpose2d(input, ...))), pool_size, pool_stride, pool_padding)).
 
-    input: [N, Cin, H, W]; conv_weight: [Cin, Cout/groups, KH, KW]; all others per channel (Cout,), or None as in
-        batch_norm and group_norm. One dtype for all: float32, float16 or bfloat16.
+    input: [N, Cin, H, W]; float32, float16 or bfloat16.
+    conv_weight: [Cin, Cout/groups, KH, KW].
+    running_mean, running_var, weight, bias, training, momentum, eps: of the batch norm, see `batch_norm`.
+    conv_bias, group_weight, group_bias: (Cout,), or None. All tensors have input's dtype.
     stride, padding, output_padding, dilation, groups: of the convolution.
-    activation: act, the name of an operator that activation.cuh has, "tanh" or "leaky_relu". negative_slope: of
-        leaky_relu, finite and not negative.
-    pool_size, pool_stride, pool_padding: windows of 2x2, or of 3x3 with padding 0 or 1, two apart.
-    num_batches_tracked: one int64, which grows by 1 in training, in place; or None.
-    peers: for layers that `modelnew.convert_sync_batchnorm` has synchronised: runs the call in training with the
+    activation: "tanh" or "leaky_relu".
+    negative_slope: of leaky_relu; finite and not negative.
+    pool_size, pool_stride, pool_padding: windows of 2x2 without padding, or of 3x3 with padding 0 or 1; stride 2.
+    num_groups, group_eps: of the group norm.
+    num_batches_tracked: one int64, incremented by 1 in place in training; or None.
+    numerics: of the convolution, see `modelnew.numerics`.
+    peers: set by layers that `modelnew.convert_sync_batchnorm` has synchronised. It runs a call in training with the
         statistics of several processes.
-    UnsupportedError, a ValueError with the reason, where no kernels take the call. Besides, batch_norm's errors.
-    Returns [N, Cout, PH, PW]: channels_last if input is and, with float32, no kernel for contiguous tensors alone takes
-    the call (`modelnew.explain` tells), else contiguous.
-    Under torch.autocast all but the input are float32. Products are those of the class "tf32", and between the kernels
-    values have 16 bits: errors are at most those of casts between the operators. The result has the dtype that autocast
-    gives group_norm's.
+
+    Returns [N, Cout, PH, PW] of input's dtype. It is channels_last if input is, except for a float32 input that runs as
+    one operator (`modelnew.explain` tells); else it is contiguous.
+
+    Under torch.autocast, all tensors but the input are float32. The products have the class "tf32", and values between
+    the kernels have 16 bits. Errors are at most those of PyTorch's casts between the operators. The result has the
+    dtype that autocast gives a group norm.
+
+    Raises UnsupportedError (`cupy_kernels.errors`, a ValueError), with the reason, if no kernels support the call; and
+    the errors of `conv_transpose2d`, `batch_norm` and `group_norm`. A refused call changes nothing.
     """
     check_numerics(numerics)
     batch_norm = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
@@ -102,7 +111,7 @@ _PLAIN = ((1, 0, 1, 1, 2, None, 0), ((1, 1), (0, 0), (1, 1), 1, 2, 2, 0))  # as 
 
 
 def is_plain(stride, output_padding, dilation, groups, pool_size, pool_stride, pool_padding) -> bool:
-    """Whether the convolution and the windows are such that one operator may take them."""
+    """Whether the one operator may support the convolution and the windows, as far as these options tell."""
     given = (stride, output_padding, dilation, groups, pool_size, pool_stride, pool_padding)
     if given in _PLAIN:
         return True
@@ -111,7 +120,11 @@ def is_plain(stride, output_padding, dilation, groups, pool_size, pool_stride, p
 
 
 def check_three(input, pool: Pool, batches, others, activation, negative_slope=0) -> None:
-    """UnsupportedError for what three operators do not take. others: the parameters; batches: num_batches_tracked."""
+    """Raises UnsupportedError for what the three operators do not support.
+
+    others: the parameters.
+    batches: num_batches_tracked.
+    """
     struct_of(activation)
     resident.check_slope(number(negative_slope, "negative_slope"))
     resident.check_mixture(autocast.enabled(input), input, batches, *others)
@@ -120,5 +133,5 @@ def check_three(input, pool: Pool, batches, others, activation, negative_slope=0
 
 @functools.wraps(conv_bn_activation_max_pool_group_norm, assigned=())  # for its signature
 def conv_bn_tanh_max_pool_group_norm(*args: Any, **options: Any) -> torch.Tensor:
-    """`conv_bn_activation_max_pool_group_norm` with the activation tanh."""
+    """`conv_bn_activation_max_pool_group_norm` with activation="tanh"."""
     return conv_bn_activation_max_pool_group_norm(*args, activation="tanh", **options)

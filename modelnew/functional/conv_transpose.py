@@ -1,4 +1,4 @@
-"""conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d."""
+"""conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d, and its layer."""
 
 import torch
 import torch.nn.functional as F
@@ -85,9 +85,9 @@ class _WeightGradient(Function):
 
 
 def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
-    """(dx, dw, gradient of the bias), None where not needed. x is for dw alone, w for dx: the other may be None.
+    """(dx, dw, gradient of the bias), None where not needed. x may be None if dw is not needed, w if dx is not.
 
-    dx is of x's memory format, and dw of w's; of dy's, and contiguous, where they are None.
+    dx has x's memory format, or dy's if x is None. dw has w's, or is contiguous if w is None.
     """
     formats = x_last, w_last = _formats(dy if x is None else x, w, x_shape, w_shape, geometry, choice)
     arrays = (None if t is None else _array(t, last) for t, last in ((x, x_last), (w, w_last), (dy, x_last)))
@@ -96,12 +96,12 @@ def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):
 
 
 def _array(tensor, last):
-    """The tensor as kernels take it, in a memory format; a copy where it has another or is not aligned."""
+    """The tensor as kernels take it, in a memory format. Copies it if it has another format or is not aligned."""
     return aligned(stored(tensor, last))
 
 
 def conv_transpose2d_as(x, w, bias, geometry: ops.Geometry, choice, check=lambda: None) -> torch.Tensor:
-    """The convolution of a batch, multiplied as `choice`, a `numerics.Choice`, says. check: as in `calls.call`."""
+    """The convolution of a batch in the numeric class of `choice`, a `numerics.Choice`. check: as in `calls.call`."""
     formats = _formats(x, w, x.shape, w.shape, geometry, choice)
     copy = not x.is_contiguous() and not formats[0] and channels_last(x)
     tensors = [t if last else dense_after(check, t)[0] for t, last in zip((x, w, bias), (*formats, False))]
@@ -118,7 +118,7 @@ def _call_forward(x, w, bias, geometry, choice, formats, check):
 
 
 def _formats(x, w, x_shape, w_shape, geometry, choice) -> tuple[bool, bool]:
-    """Whether kernels take x, and w, as channels_last, without a copy. Those that are None are not."""
+    """Whether kernels take x, and w, as channels_last without a copy. False for one that is None."""
     formats = x is not None and channels_last(x), w is not None and channels_last(w)
     if not any(formats):
         return formats
@@ -145,15 +145,22 @@ def conv_transpose2d(
 ) -> torch.Tensor:
     """y[n, oc, oh, ow] = bias[oc] + sum over ic, kh, kw of x[n, ic, ih, iw] w[ic, oc, kh, kw], oh = ih s - p + kh d.
 
-    See torch.nn.functional.conv_transpose2d.
+    Here s is the stride, p the padding and d the dilation; ow is defined in the same way. See
+    torch.nn.functional.conv_transpose2d.
 
-    input: [N, Cin, H, W] or [Cin, H, W]; float32, float64, float16, bfloat16, summed in float32 (float64 for float64).
-    weight: [Cin, Cout/groups, KH, KW]; bias: [Cout] or None; both of the input's dtype and on its device.
-    Under torch.autocast all three are cast to its dtype.
-    Returns [N, Cout, OH, OW] (or [Cout, OH, OW]), OH = (H-1) s - 2p + d (KH-1) + output_padding + 1, in the input's
-        memory format: channels_last or else contiguous. Gradients are in that of what they belong to.
-    numerics: "tf32", "fp32" or "auto", see `modelnew.numerics`; "tf32" matters where tensor cores take the convolution.
-    Raises TypeError for other or differing dtypes, ValueError for shapes and hyper-parameters that do not fit,
+    input: [N, Cin, H, W] or [Cin, H, W]; float32, float64, float16 or bfloat16.
+    weight: [Cin, Cout/groups, KH, KW].
+    bias: [Cout] or None.
+    stride, padding, output_padding, dilation: ints, or pairs (H, W).
+    numerics: "tf32", "fp32" or "auto", see `modelnew.numerics`. It matters for float32 tensors where tensor cores run.
+
+    All three tensors have one dtype and device. Under torch.autocast they are cast to its dtype. Sums are in float32,
+    for float64 in float64.
+
+    Returns [N, Cout, OH, OW] or [Cout, OH, OW] with OH = (H-1) s - 2p + d (KH-1) + output_padding + 1: channels_last if
+    input is, else contiguous. Each gradient has the memory format of its tensor.
+
+    Raises TypeError for other or mixed dtypes, ValueError for shapes and hyper-parameters that do not fit, and
     RuntimeError for tensors on several devices.
     """
     check_numerics(numerics)
@@ -183,7 +190,7 @@ def _check(x, weight, bias, geometry):
 
 
 def check_tensors(x, weight, bias):
-    """Refuses tensors of dtypes or devices that do not go together."""
+    """Raises TypeError or RuntimeError for tensors of mixed dtypes or devices."""
     check_floating(input=x, weight=weight, bias=bias)
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
     if len(dtypes) > 1:
@@ -217,7 +224,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         self.numerics = numerics
 
     def forward(self, input: torch.Tensor, output_size=None) -> torch.Tensor:
-        """output_size: [.., OH, OW] picks among the sizes that stride leaves open, instead of `output_padding`."""
+        """output_size: [.., OH, OW], one of the sizes that the stride allows. It replaces `output_padding`."""
         extra = self.output_padding
         if output_size is not None:
             window = (self.stride, self.padding, self.kernel_size)

@@ -1,4 +1,4 @@
-"""Operations of `calls.call`: conv_transpose2d's forward and gradients, by the kernels that the rule below picks."""
+"""conv_transpose2d's forward and gradients as operations of `calls.call`. `kernels_of` picks the kernels."""
 
 import math
 
@@ -16,12 +16,16 @@ from . import gather_gemm
 
 
 def kernels_of(dtype, x_shape, w_shape, geometry, choice, formats=(False, False)):
-    """The rule that picks a forward's kernels: (what kernels, what they need to know).
+    """The rule that picks the kernels of a forward: (name, what these kernels need).
 
-    ("depthwise", None). ("thin", None): few output channels, float32. ("resident bands", their plan):
-    `conv_transpose_mma`, of stride 1 and contiguous tensors. ("implicit GEMM", split): `gather_gemm`, of nearly all
-    else. ("general", why not the one before).
-    dtype: NumPy's. formats: of x and w, whether they are channels_last.
+    - ("depthwise", None).
+    - ("thin", None): few output channels, float32.
+    - ("resident bands", plan): `conv_transpose_mma`, for stride 1 and contiguous tensors.
+    - ("implicit GEMM", split): `gather_gemm`, for nearly everything else.
+    - ("general", reason): the general kernels, and why tensor cores do not run.
+
+    dtype: NumPy's.
+    formats: of x and w, whether they are channels_last.
     """
     if depthwise.takes(w_shape, geometry):
         return "depthwise", None
@@ -36,7 +40,7 @@ def kernels_of(dtype, x_shape, w_shape, geometry, choice, formats=(False, False)
 
 
 def forward(new, x, w, bias, geometry, choice, formats=(False, False)):
-    """formats: of x and w, whether they are channels_last; the arrays are then [N, H, W, C]."""
+    """Computes y. formats: whether x, and w, are channels_last; the arrays are then [N, H, W, C]."""
     shapes = tuple(logical(t.shape, last) for t, last in zip((x, w), formats))
     kernels, detail = kernels_of(x.dtype, *shapes, geometry, choice, formats)
     if kernels == "implicit GEMM":
@@ -54,7 +58,7 @@ def forward(new, x, w, bias, geometry, choice, formats=(False, False)):
 
 
 def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed, formats=(False, False)):
-    """The operation of `conv_gradients`, see `calls.call`. formats: as in `forward`, of x and dy, and of w."""
+    """Computes `conv_gradients`. formats: as in `forward`, of x and dy, and of w."""
     need_x, need_w, need_bias = needed
     dx = dw = None
     if need_x or need_w:
@@ -116,7 +120,7 @@ def _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w, f
 
 
 def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
-    """The tensor-core kernels' plans for dx and for dw, None where not needed or not taken. dtype: NumPy's."""
+    """The tensor-core kernels' plans for dx and for dw; None where not needed or not supported. dtype: NumPy's."""
     dgrad = wgrad = None
     if need_x:
         dy_shape = ops.output_shape(x_shape, w_shape, geometry)
@@ -129,8 +133,9 @@ def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
 def pack_fp16(allocate, tensor, split, exponents=None, centred=False):
     """(packed, exponents, sums) of a tensor, see `cupy_kernels.fp16_tiles`.
 
-    allocate: a `calls.New`, or its `scratch`. exponents: of scales of the tensor's parts, where they are known already.
-    centred: less the means of the first image's channels, whose sums are else None.
+    allocate: a `calls.New`, or its `scratch`.
+    exponents: of the scales of the tensor's parts, if they are known already.
+    centred: subtract the means of the first image's channels and return their sums; else sums is None.
     """
     sums = _channel_sums(allocate, tensor[:1]) if centred else None
     if exponents is None:
@@ -151,7 +156,7 @@ def _channel_sums(allocate, tensor, channels_last=False):
 
 
 def _mma_workspaces(new, plan):
-    """(packed weights, exponents of their scales), to be written."""
+    """Memory for (packed weights, exponents of their scales)."""
     return new.scratch(plan.packed_size, np.float16), new.scratch(plan.rows, np.int32)
 
 

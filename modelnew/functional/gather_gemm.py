@@ -1,8 +1,8 @@
-"""Operations of `calls.call` on the implicit GEMMs: conv_transpose2d's forward and gradients in either memory format.
+"""conv_transpose2d's forward and gradients as implicit GEMMs, in either memory format: operations of `calls.call`.
 
-Arrays are [N, C, H, W], or [N, H, W, C] with channels_last, and weights [Cin, Cout/groups, KH, KW], or [Cin, KH, KW,
-Cout/groups] with w_channels_last: what channels_last tensors are in memory. Results are of the format of what they
-belong to.
+Arrays are [N, C, H, W], or [N, H, W, C] with channels_last. Weights are [Cin, Cout/groups, KH, KW], or [Cin, KH, KW,
+Cout/groups] with w_channels_last. These are the physical shapes of channels_last tensors. Each gradient has the format
+of its tensor.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from cupy_kernels.common import scalar
 
 
 def physical(shape, channels_last) -> tuple[int, ...]:
-    """The shape of the array that holds [N, C, H, W]."""
+    """The shape of the array that stores a tensor of shape [N, C, H, W]."""
     return (shape[0], *shape[2:], shape[1]) if channels_last else tuple(shape)
 
 
@@ -29,7 +29,7 @@ def forward(new, x, w, bias, geometry, split, gpu, channels_last, w_channels_las
 
 
 def gradients(new, x, w, dy, x_shape, w_shape, geometry, split, gpu, channels_last, w_channels_last, need_x, need_w):
-    """(dx, dw), None where not needed. x is for dw alone, w for dx: the other may be None. Shapes are logical."""
+    """(dx, dw), None where not needed. x may be None if dw is not needed, w if dx is not. Shapes are logical."""
     dy_packed = _packed(new, dy, geometry.groups, split, channels_last)
     dx = dw = None
     if need_x:

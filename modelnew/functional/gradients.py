@@ -1,7 +1,7 @@
-"""What the operators' backwards share: gradients that can be differentiated again.
+"""Shared code of the operators' backwards: gradients that can be differentiated again.
 
-A backward runs with grad mode on if its caller asked for `create_graph`. Then each gradient is an autograd Function of
-its own, which starts the same kernels. Otherwise the kernels alone run, and nothing more is kept.
+With `create_graph`, a backward runs with grad mode on. Then each gradient is an autograd Function of its own, which
+launches the same kernels. Otherwise only the kernels run, and nothing more is saved.
 """
 
 import functools
@@ -14,7 +14,7 @@ from .. import replays, shortcuts
 
 
 class Function(torch.autograd.Function):
-    """Its backward says what to do where it is given batches of gradients, as by `jacobian(vectorize=True)`."""
+    """An autograd Function. Its backward explains the error for a batch of gradients, as `vectorize=True` gives it."""
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -42,7 +42,7 @@ def _one_at_a_time(backward):
 
 
 def will_need_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker."""
+    """Whether autograd must record a Function of these tensors. If not, calling its forward directly is faster."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -51,24 +51,25 @@ def will_need_grad(*tensors: torch.Tensor | None) -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *args):
-    """function.apply(*args), quicker."""
+    """function.apply(*args), but faster."""
     return shortcuts.apply(function, *args)
 
 
 def differentiable(gradient: type[torch.autograd.Function], *args):
-    """What `gradient` computes of `args`; autograd can differentiate it if grad mode is on.
+    """gradient.forward(*args), which autograd can differentiate if grad mode is on.
 
-    `gradient` has `forward(*args)`, without a context, and `setup_context`.
+    `gradient` has a `forward` without a context, and `setup_context`.
     """
     return gradient.apply(*args) if torch.is_grad_enabled() else gradient.forward(*args)
 
 
 def gradients_of(function: Callable, tensors, *output_gradients) -> list[torch.Tensor | None]:
-    """Gradients of function(*tensors); None for tensors that require none, or that the results do not depend on.
+    """Gradients of function(*tensors); None for tensors that do not require one or do not affect the results.
 
-    function: of operations that autograd can differentiate; one result, or a tuple of them, for each of
-        `output_gradients`, of which None is left out. It is called with views, so that a tensor that stands in two
-        places gets the gradient of each place.
+    function: uses operations that autograd can differentiate, and returns one result or a tuple, one for each of
+        output_gradients. A None among these is left out. It is called with views, so that a tensor that is given twice
+        gets a gradient for each place.
+
     The gradients can be differentiated again if grad mode is on.
     """
     again = torch.is_grad_enabled()
@@ -86,11 +87,12 @@ def gradients_of(function: Callable, tensors, *output_gradients) -> list[torch.T
 
 
 class NormGradient(Function):
-    """(dx, dweight, dbias) of a norm. Kernels compute them; what is differentiated is the norm's definition.
+    """(dx, dweight, dbias) of a norm, computed by kernels. Its own gradient differentiates the norm's definition.
 
-    kernels(dy, x, weight, bias) returns them, None for those that are not needed.
-    definition(x, weight, bias): the norm as elementary operations of torch, which autograd differentiates as often as
-        it is asked to. In float64: powers of 1 / std leave float32's range where std is far from 1.
+    kernels: kernels(dy, x, weight, bias) returns them, None for those that are not needed.
+    definition: definition(x, weight, bias) is the norm in elementary operations of torch, which autograd can
+        differentiate any number of times. It runs in float64, because powers of 1 / std leave float32's range if std is
+        far from 1.
     """
 
     @staticmethod
@@ -109,7 +111,7 @@ class NormGradient(Function):
 
 
 def second_gradients(definition, tensors, *gradients) -> list[torch.Tensor | None]:
-    """Gradients of `tensors`, (dy, x, weight, bias), whose results in `NormGradient` have `gradients`."""
+    """Gradients of `tensors`, (dy, x, weight, bias), for the incoming `gradients` of `NormGradient`'s results."""
 
     def first(dy, *inputs):
         places = [place for place, tensor in enumerate(inputs) if tensor is not None]

@@ -1,4 +1,4 @@
-"""group_norm, with the signature of torch.nn.functional.group_norm."""
+"""group_norm, with the signature of torch.nn.functional.group_norm, and its layer."""
 
 import functools
 import math
@@ -82,7 +82,7 @@ def _gradients(statistics, num_groups, last, needed, dy, x, weight, bias):
 
 
 def _few_channels(x, num_groups):
-    """Whether the kernels for channels_last take groups of so many channels."""
+    """Whether the channels_last kernels support groups with this number of channels."""
     return x.shape[1] <= MAX_ROW_CHANNELS * num_groups
 
 
@@ -107,15 +107,19 @@ def group_norm(
     """y = (x - mean) / sqrt(var + eps) * weight + bias per image and group. See torch.nn.functional.group_norm.
 
     input: [N, C, *], any number of dimensions from 2 on; float32, float64, float16 or bfloat16.
-    num_groups: a divisor of C; mean and biased variance are those of each image's C / num_groups neighbouring channels.
-    weight, bias: (C,), or None for 1 and 0. Both may be float32 where input is float16 or bfloat16; otherwise they have
-        its dtype. Under torch.autocast on a GPU both are cast to float32.
+    num_groups: a divisor of C; mean and biased variance are taken over C / num_groups neighbouring channels of an
+        image.
+    weight, bias: (C,), or None for 1 and 0. They have input's dtype, or both are float32 if input is float16 or
+        bfloat16. Under torch.autocast on a GPU they are cast to float32.
 
-    The result is channels_last (or channels_last_3d) if input is, as torch's is on a CPU, else contiguous. It has
-    input's dtype, or float32 under autocast on a GPU, where input is not cast. The arithmetic is float32, or float64
-    for float64. An empty input gives an empty result, and gradients of 0 for weight and bias.
-    Raises RuntimeError for a wrong number of dimensions, groups or elements; ValueError for one value per group in a
-    batch of one, and for groups of 2^31 values and more; TypeError for dtypes.
+    Returns a tensor of input's shape. It is channels_last (or channels_last_3d) if input is, as PyTorch's result is on
+    a CPU, else contiguous. It has input's dtype, or float32 under autocast on a GPU; the input itself is not cast. The
+    arithmetic is in float32, for float64 in float64. An empty input gives an empty result, and zero gradients for
+    weight and bias.
+
+    Raises RuntimeError for a wrong number of dimensions, groups or elements, and for tensors on several devices;
+    ValueError for one value per group in a batch of one, and for groups of 2^31 values or more; TypeError for other or
+    mixed dtypes.
     """
     num_groups, eps = integer(num_groups, "num_groups"), number(eps, "eps")
     wide = autocast.norm_in_float32(input)
@@ -170,7 +174,7 @@ class GroupNorm(nn.GroupNorm):
             self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0."""
+        """Sets weight to 1 and bias to 0."""
         reset_affine(self)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -188,13 +192,13 @@ def _channels_last(images):
 
 
 def _one_image(images):
-    """Whose rows many blocks share."""
+    """An image whose rows many blocks share."""
     x = torch.randn((1, 128, 128, 128) if images else (1, 8, 48, 50)).contiguous(memory_format=torch.channels_last)
     return {"x": x, "weight": torch.rand(x.shape[1]) + 0.5, "bias": torch.randn(x.shape[1])}
 
 
 def _few_large_groups(images):
-    """More values in a group than a block keeps."""
+    """Groups with more values than a block keeps."""
     return {"x": torch.randn(2, 2, 90, 80), "weight": torch.rand(2) + 0.5, "bias": torch.randn(2)}
 
 

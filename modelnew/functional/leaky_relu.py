@@ -1,4 +1,4 @@
-"""leaky_relu, with the signature of torch.nn.functional.leaky_relu."""
+"""leaky_relu, with the signature of torch.nn.functional.leaky_relu, and its layer."""
 
 import torch
 import torch.nn.functional as F
@@ -62,13 +62,16 @@ class _LeakyReLUGradient(Function):
 
 @untraced
 def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool = False) -> torch.Tensor:
-    """y = x where x > 0, else negative_slope x, elementwise. See torch.nn.functional.leaky_relu.
+    """y = x where x > 0, else negative_slope * x, elementwise. See torch.nn.functional.leaky_relu.
 
     input: any shape; float32, float64, float16 or bfloat16.
-    inplace: False; the result is new memory, with the strides that torch's has.
+    negative_slope: a number.
+    inplace: must be False.
 
-    Result and gradient equal torch's bit for bit: at 0 the gradient is negative_slope dy. Raises TypeError for another
-    dtype, ValueError for inplace=True.
+    Returns a new tensor with the shape, dtype and strides of PyTorch's result. Result and gradient equal PyTorch's bit
+    for bit. The gradient at 0 is negative_slope * dy.
+
+    Raises TypeError for another dtype or a negative_slope that is not a number, and ValueError for inplace=True.
     """
     if inplace:
         refuse_inplace()
@@ -78,12 +81,12 @@ def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool 
 
 
 def refuse_inplace():
-    """Raises the error for inplace=True."""
+    """Raises the ValueError for inplace=True."""
     raise ValueError("leaky_relu writes to new memory, received inplace=True; leave it out, or pass inplace=False")
 
 
 class LeakyReLU(nn.LeakyReLU):
-    """See torch.nn.LeakyReLU and `modelnew.functional.leaky_relu`: a call with inplace=True is refused."""
+    """See torch.nn.LeakyReLU and `modelnew.functional.leaky_relu`. With inplace=True a call raises ValueError."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return leaky_relu(input, self.negative_slope, self.inplace)

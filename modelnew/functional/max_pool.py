@@ -1,4 +1,4 @@
-"""max_pool2d, with the signature of torch.nn.functional.max_pool2d."""
+"""max_pool2d, with the signature of torch.nn.functional.max_pool2d, and its layer."""
 
 import functools
 
@@ -59,7 +59,7 @@ class _MaxPool2d(Function):
 
 
 class _MaxPoolGradient(Function):
-    """dx = the sum of dy over the windows whose maximum the pixel is."""
+    """dx = the sum of dy over the windows whose maximum is at the pixel."""
 
     @staticmethod
     def forward(dy, argmax, pool, shape, last):
@@ -77,7 +77,7 @@ class _MaxPoolGradient(Function):
 
 
 class _Select(Function):
-    """y = x where each window's maximum was, the transpose of _MaxPoolGradient."""
+    """y = x at the position of each window's maximum: the transpose of _MaxPoolGradient."""
 
     @staticmethod
     def forward(x, argmax, pool, last):
@@ -95,14 +95,14 @@ class _Select(Function):
 
 
 def max_pool_gradient(dy: torch.Tensor, argmax: torch.Tensor, pool: Pool, shape, last: bool = False) -> torch.Tensor:
-    """dx of a pooling whose maxima lie at `argmax`. last: argmax and `shape`, dx's, are [N, H, W, C]."""
+    """dx of a max pooling whose maxima are at `argmax`. last: argmax and `shape`, dx's, are [N, H, W, C]."""
     return differentiable(_MaxPoolGradient, dy, argmax, pool, shape, last)
 
 
 def pooled_shape(shape, pool: Pool, ceil_mode: bool, last: bool = False) -> tuple[int, ...]:
     """Shape of the output for an input of `shape`: [N, C, H, W] or [C, H, W], or [N, H, W, C] if `last`.
 
-    RuntimeError where torch raises it.
+    Raises RuntimeError where PyTorch does.
     """
     if last:
         images, height, width, channels = shape
@@ -116,14 +116,14 @@ def pooled_shape(shape, pool: Pool, ceil_mode: bool, last: bool = False) -> tupl
 
 
 def pool_of(kernel_size, stride, padding, dilation) -> Pool:
-    """The windows that torch's arguments mean: ints or pairs; no stride (None, an empty tuple) is kernel_size."""
+    """The `Pool` for PyTorch's arguments, ints or pairs. A stride of None, or an empty tuple, means kernel_size."""
     kernel_size = pair(kernel_size, "kernel_size")
     stride = kernel_size if stride is None or stride == () or stride == [] else pair(stride, "stride")
     return Pool(kernel_size, stride, pair(padding, "padding"), pair(dilation, "dilation"))
 
 
 def new_argmax(new, y, pool: Pool):
-    """Memory for the position of each output within its window; new: a `calls.New`."""
+    """Memory for the position of each maximum within its window. new: a `calls.New`."""
     return new(y.shape, np.int32 if pool.wide_argmax else np.uint8)
 
 
@@ -139,17 +139,20 @@ def max_pool2d(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """y[n, c, oh, ow] = max over kh, kw of x[n, c, oh s - p + kh d, ow s - p + kw d].
 
-    See torch.nn.functional.max_pool2d.
+    Here s is the stride, p the padding and d the dilation. See torch.nn.functional.max_pool2d.
 
     input: [N, C, H, W] or [C, H, W]; float32, float64, float16 or bfloat16.
-    kernel_size, stride (kernel_size if None), padding (at most half of kernel_size), dilation: ints, or pairs (H, W).
-    ceil_mode: the output's size is rounded up, if the last window then starts inside the input or its left padding.
-    return_indices: also return h * W + w of each maximum, int64, of the output's shape.
+    kernel_size, stride, padding, dilation: ints, or pairs (H, W). The default stride is kernel_size. The padding is at
+        most half of kernel_size.
+    ceil_mode: round the output's size up, if the last window then starts inside the input or its left padding.
+    return_indices: also return the position h * W + w of each maximum, int64, in the shape of the output.
 
-    Of equal elements the first is the maximum; a NaN is, if there is one, the last of several. The gradient goes to
-    that one element. The result is channels_last if input is, else contiguous. Raises TypeError for other dtypes,
-    ValueError for hyper-parameters that are neither ints nor pairs, RuntimeError, as torch, for shapes and windows that
-    do not fit.
+    Returns [N, C, OH, OW] or [C, OH, OW] of input's dtype: channels_last if input is, else contiguous. If several
+    elements of a window are equal, the first one is the maximum. If a window contains NaN, its last NaN is the maximum.
+    The gradient goes to that element only.
+
+    Raises TypeError for another dtype, ValueError for hyper-parameters that are neither ints nor pairs, and
+    RuntimeError, as PyTorch does, for shapes and windows that do not fit.
     """
     check_floating(input=input)
     pool = pool_of(kernel_size, stride, padding, dilation)
@@ -166,7 +169,7 @@ class MaxPool2d(nn.MaxPool2d):
 
     @property
     def window(self) -> dict:
-        """kernel_size, stride, padding, dilation and ceil_mode, as the functions of a pooling window take them."""
+        """kernel_size, stride, padding, dilation and ceil_mode, as keyword arguments."""
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
         return {name: getattr(self, name) for name in names}
 
@@ -176,7 +179,7 @@ class MaxPool2d(nn.MaxPool2d):
 
 
 def _gradient_of(pool, _x, dy):
-    """dx, a function of dy whose gradient takes a kernel of its own."""
+    """dx as a function of dy. Its own gradient uses a different kernel."""
     x = _x.detach().requires_grad_()
     with torch.enable_grad():
         return torch.autograd.grad(pool(x, 2), x, dy, create_graph=True)[0]
@@ -188,7 +191,7 @@ def _gradient_inputs(images):
 
 
 def _last(inputs):
-    """The same inputs, channels_last."""
+    """The same inputs in channels_last."""
     return lambda images: {k: t.contiguous(memory_format=torch.channels_last) for k, t in inputs(images).items()}
 
 

@@ -1,7 +1,7 @@
-"""Every operator, a line each: its layer and its functions, which `modelnew.layers` and `modelnew.functional` show.
+"""The list of operators, one line each. `modelnew.layers` and `modelnew.functional` export what it imports.
 
-An operator's file has all of its torch side: functions, their autograd Functions, the layer, CASES, see
-`modelnew.cases`, and in __all__ the names that are shown.
+An operator's file contains its functions, their autograd Functions, the layer and CASES (see `modelnew.cases`). Its
+__all__ names what is exported.
 """
 
 from .. import untraced as _untraced

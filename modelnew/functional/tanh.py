@@ -1,4 +1,4 @@
-"""tanh, with the signature of torch.tanh."""
+"""tanh, with the signature of torch.tanh, and its layer."""
 
 import torch
 from torch import nn
@@ -57,21 +57,23 @@ class _TanhGradient(Function):
 
 
 def gradient_of_y(v: torch.Tensor, dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """-2 v dy y, of dx = dy (1 - y^2), rounded once: in 16 bits three roundings would be two too many."""
+    """-2 v dy y, the gradient of dx = dy (1 - y^2) for y, rounded only once, which matters in 16 bits."""
     wide = torch.promote_types(y.dtype, torch.float32)
     return (-2 * v.to(wide) * dy.to(wide) * y.to(wide)).to(y.dtype)
 
 
 def tanh_gradient(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """dx of y = tanh(x)."""
+    """dx = dy (1 - y^2), for y = tanh(x)."""
     return differentiable(_TanhGradient, dy, y)
 
 
 @untraced
 def tanh(input: torch.Tensor) -> torch.Tensor:
-    """y = tanh(x), elementwise, for any shape; float32, float64, float16 or bfloat16. See torch.tanh.
+    """y = tanh(x), elementwise. See torch.tanh.
 
-    The result has the strides that torch's has. Raises TypeError for another dtype.
+    input: any shape; float32, float64, float16 or bfloat16.
+
+    Returns a new tensor with the shape, dtype and strides of PyTorch's result. Raises TypeError for another dtype.
     """
     check_floating(input=input)
     x = dense_like(input)
