@@ -34,16 +34,16 @@ from torch.utils.dlpack import to_dlpack
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/errors.py
 #
-# Exceptions of this package besides ValueError and TypeError.
+# Exceptions of this package, besides ValueError and TypeError.
 
 class UnsupportedError(ValueError):
-    """Some kernels do not take a call, and others may; the message says why."""
+    """These kernels do not support a call, but others may. The message gives the reason."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/parsing.py
 #
-# What a kernel source declares: where its kernels are in the text, and their parameters.
+# Parses kernel sources: where kernels are in the text, and their parameters.
 
 # Comments and strings are tokens of their own, so that braces in them do not count.
 _BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
@@ -66,7 +66,7 @@ SYNONYMS = {
 
 @functools.lru_cache(64)
 def definitions(text: str) -> dict[str, re.Match]:
-    """{name: the match of its declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
+    """{name: match of the declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
     code = _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
     blocks = [range(block.end(), _end(code, block, 1) or len(code)) for block in _C_BLOCK.finditer(code)]
     found = [m for m in _KERNEL.finditer(code) if m[1] or any(m.start(2) in block for block in blocks)]
@@ -112,7 +112,7 @@ def _split(declaration: str) -> tuple[str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/hints.py
 #
-# The way out, in error messages, of what a text takes for granted and a kernel does not have: headers and names.
+# Advice in error messages, for headers and names that kernels do not have.
 
 _HEADERS = {
     "math.h cmath": "mathematics is there without a header",
@@ -125,14 +125,14 @@ _HEADERS = {
 
 
 def of_header(name: str) -> str:
-    """What stands in for a header, which pip's CUDA does not have."""
+    """What replaces a header, which NVRTC's wheels do not include."""
     return next((hint for headers, hint in _HEADERS.items() if name in headers.split()), "leave it out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/source.py
 #
-# Kernel sources: text of a .cu file with its includes expanded, kernel signatures, and the digest of all sources.
+# Kernel sources: text of .cu files with includes expanded, signatures of kernels, and a digest of all sources.
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
 _HEADER = re.compile(r"""^\s*#\s*include\s*(<[^>]+>|"[^"]+\.h")""")
@@ -157,7 +157,7 @@ SCALARS = {dtype: name for name, dtype in DTYPES.items()}
 class Variant(NamedTuple):
     """A .cu file and the macros it is compiled with: one compilation, which gives all kernels of the file.
 
-    architecture: the only one that it compiles for and runs on ("sm_90a"). None: it has no such limit.
+    architecture: the only one for which it compiles and on which it runs ("sm_90a"); None if there is no such limit.
     """
 
     file: str
@@ -189,7 +189,7 @@ class Kernel(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """One parameter of a kernel. `dtype` is None where the text does not tell it."""
+    """One parameter of a kernel. `dtype` is None if the text does not determine it."""
 
     name: str
     dtype: np.dtype | None
@@ -202,8 +202,8 @@ class Parameter(NamedTuple):
 def expanded(file: str) -> str:
     """Text of `file` with every `#include "..."` replaced by the included text, each file once.
 
-    CuPy's disk cache hashes this text alone, and NVRTC needs no include path for it. `#line` directives keep compiler
-    messages pointing at the original file and line.
+    CuPy's disk cache hashes only this text, and NVRTC needs no include path. `#line` directives keep compiler messages
+    pointing at the original file and line.
     """
     return _expand(file, set(), text)
 
@@ -229,7 +229,7 @@ def _expand(file: str, seen: set[str], read) -> str:
 def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     """Parameters of `kernel` as its text declares them.
 
-    ValueError if the file has no such kernel, or if it has a scalar parameter of a type that is not in DTYPES.
+    Raises ValueError if the file has no such kernel, or if a scalar parameter has a type that is not in DTYPES.
     """
     found = declarations(expanded(kernel.file))
     if kernel.name not in found:
@@ -253,10 +253,10 @@ def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/nvrtc.py
 #
-# NVRTC by ctypes: finds the library in NVIDIA's pip wheels, and compiles without a GPU and without CuPy.
+# NVRTC through ctypes: finds the library in NVIDIA's pip wheels, and compiles without a GPU and without CuPy.
 #
-# CuPy compiles what runs. This module preloads the wheels' libraries for it (CuPy 13 looks for NVRTC by plain dlopen and
-# knows no wheels), and lets a machine without a GPU compile every variant to a cubin and read its registers and spills.
+# CuPy compiles the kernels that run. This module preloads the wheels' libraries for CuPy 13, which looks for NVRTC with a
+# plain dlopen. On a machine without a GPU, it compiles every variant to a cubin and reads registers and spills.
 
 STANDARD = "-std=c++17"
 WGMMA_MAJOR = 12  # the first version that compiles for sm_90a
@@ -270,10 +270,9 @@ def _wheel_libraries(package: str, pattern: str) -> list[Path]:
 
 @functools.cache
 def preload_wheels() -> tuple[str, ...]:
-    """Loads CUDA 11's runtime and NVRTC from their pip wheels, where installed, and returns what it loaded.
+    """Loads CUDA 11's runtime and NVRTC from their pip wheels, if installed, and returns the names of what it loaded.
 
-    A library that is loaded already satisfies CuPy's later dlopen by name. CuPy 14 (CUDA 12 and newer) finds its wheels
-    by itself.
+    CuPy then finds the loaded library by its name. CuPy 14 (CUDA 12 and newer) finds its wheels itself.
     """
     paths = (
         _wheel_libraries("cuda_runtime", "libcudart.so.11*")
@@ -286,10 +285,10 @@ def preload_wheels() -> tuple[str, ...]:
 
 
 def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
-    """What to compile PTX for ("compute_90") if a GPU ("120") is newer than the `known` architectures, else None.
+    """The architecture of PTX ("compute_90") for a GPU ("120") that is newer than the `known` ones, else None.
 
-    For such a GPU CuPy would ask for a cubin of the newest architecture that CuPy knows. Either the GPU cannot load it,
-    as its major version is another, or NVRTC does not know it. The driver knows the GPU, and can compile older PTX.
+    For such a GPU, CuPy would request a cubin of the newest architecture that CuPy knows. That fails, because the GPU's
+    major version differs or because NVRTC does not know it. The driver knows the GPU, and can compile older PTX.
     """
     older = [number for number in known if number <= int(capability)]
     newest = max(older, default=int(capability))
@@ -299,11 +298,11 @@ def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/plan.py
 #
-# A call as a plan: its launches, recorded once, and started with the arguments of every call of the same kind.
+# A call as a plan: its launches are recorded once, and started with the arguments of every call of the same kind.
 #
-# What a call launches follows from the operation, its options, and the shapes, dtypes and alignments of its arrays, not
-# from where these lie. So the operation runs once on stand-ins, `Slot`s. Where it passes one to a kernel, the plan
-# remembers which argument it was, and how many bytes into it.
+# The launches of a call depend on the operation, its options, and the shapes, dtypes and alignments of its arrays, but
+# not on addresses. So the operation runs once on stand-ins, `Slot`s. For each Slot that is an argument of a kernel, the
+# plan records which argument of the call it stands for, and the offset in bytes.
 
 ALIGNMENT = 256  # bytes, of arrays that share memory
 
@@ -311,7 +310,7 @@ ALIGNMENT = 256  # bytes, of arrays that share memory
 class Slot:
     """Stands for a contiguous array that begins `offset` bytes into argument `index` of a call.
 
-    alignment: the argument's address modulo 16, all that a launch may know of it.
+    alignment: the argument's address modulo 16. A launch may depend on this, but not on the address itself.
     """
 
     flags = SimpleNamespace(c_contiguous=True)
@@ -324,7 +323,7 @@ class Slot:
 
     @property
     def address(self) -> int:
-        """An address with the alignment of the array's own."""
+        """An address with the alignment of the array."""
         return self.alignment + self.offset
 
     def reshape(self, shape) -> "Slot":
@@ -332,11 +331,11 @@ class Slot:
         return Slot(self.index, shape, self.dtype, self.alignment, self.offset)
 
     def view(self, dtype) -> "Slot":
-        """The same bytes, of one dimension, as another type."""
+        """The same bytes as a one-dimensional array of another type."""
         return Slot(self.index, (self.nbytes // np.dtype(dtype).itemsize,), dtype, self.alignment, self.offset)
 
     def __getitem__(self, rows: int | slice) -> "Slot":
-        """One row, or neighbouring ones."""
+        """One row, or consecutive rows."""
         row, picked = self.shape[1:], range(self.shape[0])[rows]
         first, shape = (picked, row) if isinstance(rows, int) else (picked.start, (len(picked), *row))
         offset = self.offset + first * math.prod(row) * self.itemsize
@@ -344,12 +343,12 @@ class Slot:
 
 
 def room(arrays: dict[str, tuple[tuple[int, ...], type]]) -> int:
-    """Bytes that `parts` needs."""
+    """Size in bytes of the memory for `parts`."""
     return sum(map(_rounded, arrays.values()))
 
 
 def parts(memory, arrays: dict[str, tuple[tuple[int, ...], type]]) -> dict:
-    """{name: array} of arrays, {name: (shape, dtype)}, that share `memory`, an array of `room(arrays)` bytes."""
+    """{name: array}, cut out of `memory`, an array of `room(arrays)` bytes. arrays: {name: (shape, dtype)}."""
     found, start = {}, 0
     for name, (shape, dtype) in arrays.items():
         end = start + math.prod(shape) * np.dtype(dtype).itemsize
@@ -366,7 +365,7 @@ def _rounded(array):
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/common.py
 #
-# What the operators' host sides share: macros for a dtype, launch sizes, and checks whose errors say what to do.
+# Shared code of the operators' host modules: macros for dtypes, launch sizes, and checks.
 
 FLOATS = ("float", "double", "half_t", "bf16_t")
 THREADS = 256
@@ -376,7 +375,7 @@ MULTIPROCESSORS = 132
 
 
 def scalar(array) -> str:
-    """The kernels' name for an array's type. TypeError unless it is float32, float64, float16 or int16 (bfloat16)."""
+    """The kernels' name of an array's type. TypeError unless it is float32, float64, float16 or int16 (bfloat16)."""
     name = SCALARS.get(array.dtype)
     if name not in FLOATS:
         raise TypeError(
@@ -386,7 +385,7 @@ def scalar(array) -> str:
 
 
 def accumulator(name: str) -> str:
-    """The type of the arithmetic for tensors of type `name`."""
+    """The accumulator type for tensors of type `name`."""
     return "double" if name == "double" else "float"
 
 
@@ -428,10 +427,10 @@ def ceil_div(a: int, b: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_transpose.py
 #
-# 2D transposed convolution: general kernels, for any hyper-parameters, on ordinary FMA units.
+# 2D transposed convolution: general kernels for all hyper-parameters, without tensor cores.
 #
 # Shapes: x [N, G*Ci, H, W], w [G*Ci, Co, KH, KW], bias [G*Co], y [N, G*Co, OH, OW], with G groups, Ci and Co channels per
-# group and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
+#     group and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
 
 _INT_MAX = 2**31 - 1
 _WGRAD_BLOCKS = (
@@ -441,7 +440,7 @@ _TILE_K = 8  # channels or pixels in one step of the sum
 
 
 class Geometry(NamedTuple):
-    """Hyper-parameters of a transposed convolution, pairs in the order (height, width)."""
+    """Hyper-parameters of a transposed convolution: pairs (height, width), and groups."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -452,7 +451,7 @@ class Geometry(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, int]:
-    """Shape of y. ValueError for ranks, channels, hyper-parameters or sizes that no transposed convolution has."""
+    """Shape of y. Raises ValueError for dimensions, channels, hyper-parameters or sizes that are not valid."""
     if len(x_shape) != 4 or len(w_shape) != 4:
         raise ValueError(
             f"input and weight must have 4 dimensions, received shapes {tuple(x_shape)} and {tuple(w_shape)}"
@@ -493,17 +492,17 @@ def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, i
 
 
 def logical(shape, channels_last) -> tuple[int, ...]:
-    """[N, C, H, W] of an array of either format."""
+    """[N, C, H, W], from the shape of an array of either format."""
     return (shape[0], shape[3], *shape[1:3]) if channels_last else tuple(shape)
 
 
 def packed_weight_size(w_shape) -> int:
-    """Elements of the workspace `packed`, of the accumulator's dtype, that forward and dgrad take."""
+    """Elements of the workspace `packed` of forward and dgrad, of the accumulator's dtype."""
     return math.prod(w_shape)
 
 
 def conv_transpose_dgrad(dy, w, dx, packed, geometry: Geometry) -> None:
-    """dx, the gradient of x, from dy, that of y: dy convolved with w. dx and the workspace `packed` are written."""
+    """Writes dx, the gradient of x: dy, the gradient of y, convolved with w. Writes the workspace `packed`."""
     _gather(dy, w, None, dx, packed, geometry, dgrad=True)
 
 
@@ -541,7 +540,7 @@ def wgrad_workspace_size(x_shape, w_shape, geometry: Geometry, double: bool) -> 
 
 
 def conv_transpose_wgrad(x, dy, dw, partial, geometry: Geometry) -> None:
-    """dw, the gradient of w. dw and the workspace `partial` are written."""
+    """Writes dw, the gradient of w, and the workspace `partial`."""
     _check(x, dw, dy, geometry)
     groups, taps = geometry.groups, dw.shape[2] * dw.shape[3]
     channels_in, channels_out = dw.shape[0] // groups, dw.shape[1]
@@ -582,7 +581,7 @@ _DOUBLE = _Tile(64, 64, 4)
 
 
 def _tile(array, rows: int, columns: int) -> _Tile:
-    """The tile for a product of rows x columns: large where the matrix fills it, small where most would be padding."""
+    """The tile for a product of rows x columns: large if it fills the tile, small if most of that would be padding."""
     if rows <= 32 or columns < 4096:
         return _SMALL
     if accumulator_dtype(array) == np.float64:
@@ -614,7 +613,7 @@ def _check(x, w, y, geometry):
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/channel_walk.py
 #
-# What the launches of the kernels that use channel_walk.cuh share: how blocks share a tensor [N, C, *].
+# How blocks share a tensor [N, C, *]: shared code for the launches of kernels that use channel_walk.cuh.
 
 PACK_BYTES = 16  # of the widest access
 KEPT = 6  # values of a channel, or column
@@ -626,13 +625,13 @@ _ROWS_OF_PLANES = 16  # the fewest images that are worth a walk over rows
 
 
 def widths(name: str) -> tuple[int, ...]:
-    """Elements per access, the widest first: 16 bytes, half of that for 16-bit types, one element."""
+    """Elements per access, the widest first: 16 bytes, for 16-bit types also 8 bytes, and one element."""
     widest = PACK_BYTES // DTYPES[name].itemsize
     return (8, 4, 1) if widest == 8 else (widest, 1)
 
 
 def row_tile(row: int, plane: int, width: int, wanted: int) -> int:
-    """Packs of `width` elements that a block takes of a row: whole planes, about `wanted` packs, and shared evenly."""
+    """Packs of `width` elements of a row for each block: whole planes, about `wanted` packs, divided evenly."""
     unit, packs = lcm(width, plane) // width, row // width
     tile = unit * max(1, wanted // unit)
     tiles = max(1, ceil_div(packs, tile))
@@ -645,7 +644,7 @@ def whole_warps(threads: int) -> int:
 
 
 def shared_bytes(macros, tile: int, threads: int, sums: bool = True) -> int:
-    """Shared memory of a block: what it keeps of its channels, and room for sums, see channel_walk.cuh."""
+    """Shared memory of a block, in bytes: what it keeps of its channels, and space for sums, see channel_walk.cuh."""
     known = dict(macros)
     together = 1 if known["PLANES"] or 32 % tile else 32 // tile  # rows of threads, of which a warp has one sum
     columns, scratch = (1, 32) if known["PLANES"] else (tile * known["WIDTH"], 3 * known["WIDTH"] * threads // together)
@@ -660,13 +659,13 @@ def sizes_of(shape):
 
 
 def pack_width(length, tensors):
-    """Elements per access, for which there is a variant, that divides rows of this length and all addresses."""
+    """The widest access with a variant that divides rows of this length and all addresses."""
     aligned = row_width(length, *tensors)
     return next(w for w in widths(scalar(tensors[0])) if w <= aligned)
 
 
 def chunks_of(x):
-    """(whether blocks walk over rows, chunks of a channel, values of a chunk): for the shape and dtype of x alone."""
+    """(whether blocks walk over rows, chunks per channel, values per chunk), from the shape and dtype of x alone."""
     images, channels, plane = sizes_of(x.shape)
     widest, row = PACK_BYTES // x.itemsize, channels * plane
     narrow = plane * x.itemsize % 8 or plane % min(4, widest)  # then a pack of a plane is one value
@@ -701,7 +700,7 @@ class Walk(NamedTuple):
 
 
 def over_chunks(tensors, macros: Callable) -> Walk:
-    """The walk over chunks of tensors of one shape. macros(width, planes): of the variant."""
+    """The walk over chunks of tensors of the same shape. macros(width, planes): macros of the variant."""
     x = tensors[0]
     images, channels, plane = sizes_of(x.shape)
     by_rows, chunks, chunk = chunks_of(x)
@@ -716,19 +715,19 @@ def over_chunks(tensors, macros: Callable) -> Walk:
 
 
 def launch_combining(kernel, channels, chunks, args):
-    """A block for each channel, of no more threads than there are chunks."""
+    """Launches one block for each channel, with no more threads than there are chunks."""
     launch(kernel, (channels, 1, 1), (min(THREADS, whole_warps(max(1, chunks))), 1, 1), args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/shortcuts.py
 #
-# Private functions of torch that save time at every call. Each has a public one beside it, which it must agree with.
+# Private functions of torch that save time at every call, each with a public fallback that must agree with it.
 #
-# Where a version of torch lacks the private one, the public one takes its place.
+# The fallback is used if a version of torch lacks the private function.
 
 class Public:
-    """What the functions of this module do, by torch's public functions."""
+    """The functions of this module by torch's public functions."""
 
     @staticmethod
     def current_device() -> int:
@@ -742,30 +741,30 @@ class Public:
 
     @staticmethod
     def allows_tf32() -> bool:
-        """Whether cuDNN's convolutions may multiply in TF32."""
+        """Whether cuDNN's convolutions may use TF32."""
         return torch.backends.cudnn.allow_tf32
 
     @staticmethod
     def any_autocast() -> bool:
-        """Whether autocast is on for some kind of device."""
+        """Whether autocast is on for some type of device."""
         return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
     @staticmethod
     def guard_of(tensors: list[torch.Tensor]) -> Callable | None:
-        """guard(*others): whether tensors are of the same kinds as `tensors`; None if nothing can tell.
+        """guard(*others): whether tensors are of the same kinds as `tensors`. None if torch cannot tell.
 
-        The kind: type, dtype, device, shape, strides, requires_grad, and what torch's dispatcher does with the tensor.
+        The kind is type, dtype, device, shape, strides, requires_grad, and the dispatch keys.
         """
         return None
 
     @staticmethod
     def allocator(device: torch.device) -> Callable:
-        """allocate(shape, strides, dtype) on the device, which is the current one when it is called."""
+        """allocate(shape, strides, dtype) on the device, which must be current when it is called."""
         return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
     @staticmethod
     def apply(function: type[torch.autograd.Function], *args):
-        """function.apply(*args), for a call that is not inside a transform of torch.func."""
+        """function.apply(*args), for a call outside the transforms of torch.func."""
         return function.apply(*args)
 
 
@@ -774,7 +773,7 @@ allows_tf32 = getattr(torch._C, "_get_cudnn_allow_tf32", Public.allows_tf32)
 
 
 def apply(function: type[torch.autograd.Function], *args):
-    """See Public.apply. The rest of `Function.apply` serves torch.func."""
+    """See Public.apply. The remaining code of `Function.apply` is for torch.func."""
     return super(torch.autograd.Function, function).apply(*args)
 
 
@@ -788,12 +787,12 @@ interop_FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16
 
 
 def view(tensor: torch.Tensor):
-    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 travels as int16.
+    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 is viewed as int16.
 
-    On a GPU CuPy gets the bare DLPack capsule. The protocol around it, `__dlpack__`, would make streams wait for each
-    other; but the view is used on the stream that the tensor belongs to, waiting breaks the capture of a CUDA graph,
-    and the protocol costs several times the view itself.
-    RuntimeError if the tensor's values are not what its memory holds.
+    On a GPU, CuPy gets the bare DLPack capsule. The protocol `__dlpack__` would synchronise streams, which is not
+    needed on the tensor's own stream, breaks the capture of a CUDA graph, and takes several times as long.
+
+    Raises RuntimeError if the tensor's values are not what its memory holds.
     """
     if tensor.is_neg() or tensor.is_conj():
         raise RuntimeError("received a negated or conjugated view of other memory: use resolve_neg(), resolve_conj()")
@@ -807,9 +806,9 @@ def view(tensor: torch.Tensor):
 
 
 class _Memory:
-    """What NumPy makes an array from; it keeps the tensor's memory while there is such an array.
+    """The object from which NumPy makes an array. It keeps the tensor alive as long as the array.
 
-    After `tensor.numpy()` the storage could never be resized again, which FSDP does. NumPy's from_dlpack returns a
+    After `tensor.numpy()` the storage could not be resized any more, which FSDP does. NumPy's from_dlpack returns a
     read-only array.
     """
 
@@ -844,7 +843,7 @@ TORCH = {array: tensor for tensor, array in NUMPY.items()}
 
 
 def one_device(args) -> torch.device:
-    """The device of all tensors in `args`; RuntimeError if they are on several."""
+    """The device of all tensors in `args`. Raises RuntimeError if they are on several devices."""
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     device = tensors[0].device
     for tensor in tensors:
@@ -858,7 +857,7 @@ _nothing = contextlib.nullcontext()
 
 
 def launching_on(device: torch.device):
-    """A context in which CuPy launches on `device`, if that is a GPU, and on torch's current stream there."""
+    """A context in which CuPy launches on `device`, if it is a GPU, in torch's current stream there."""
     if device.type == "cpu":
         return _nothing
     cuda = cupy().cuda
@@ -877,7 +876,7 @@ def _switched(cuda, device_index, stream):
 
 @functools.cache
 def _stream(pointer, device_index):
-    """CuPy's object for a stream of torch's. Call it with the device current."""
+    """CuPy's object for a torch stream. The device must be current."""
     stream = cupy().cuda.Stream
     if hasattr(stream, "from_external"):  # since CuPy 14
         return stream.from_external(_ExternalStream(pointer))
@@ -892,15 +891,15 @@ class _ExternalStream(NamedTuple):
 
 
 def check_memory(tensor: torch.Tensor) -> None:
-    """RuntimeError for a tensor that has elements and no memory for them."""
+    """Raises RuntimeError for a tensor that has elements but no memory."""
     if tensor.numel() and not tensor.data_ptr():
         raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor as kernels read it: contiguous in its logical order, without lazy negation. Copies only if it must.
+    """The tensor as kernels read it: contiguous, without lazy negation. Copies only if necessary.
 
-    Autograd sees the copy: a Function that keeps its input for a backward is given the result of this.
+    Autograd records the copy. A Function that saves its input must get the result of `dense`.
     """
     if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
         return tensor
@@ -908,20 +907,20 @@ def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """`dense`, at an address that is a multiple of 16, which kernels that read 16 bytes at a time insist on."""
+    """`dense`, at an address that is a multiple of 16, for kernels that read 16 bytes at a time."""
     tensor = dense(tensor)
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def check_floating(**tensors: torch.Tensor | None) -> None:
-    """TypeError unless every named tensor (None left out) has a dtype that kernels compute with."""
+    """Raises TypeError unless every named tensor (None is allowed) has a dtype that kernels support."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in interop_FLOATS:
             raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, received {tensor.dtype}")
 
 
 def check_parameters(input: torch.Tensor, **parameters: torch.Tensor | None) -> None:
-    """TypeError unless the tensors (None left out) share one dtype: input's, or float32 where that has 16 bits."""
+    """Raises TypeError unless the tensors (None is allowed) share input's dtype, or float32 if input has 16 bits."""
     check_floating(input=input, **parameters)
     allowed = {input.dtype, interop_accumulator_dtype(input)}
     dtypes = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}
@@ -937,7 +936,7 @@ def interop_accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def number(value, name: str) -> float:
-    """A number, or a tensor of one, as a float. TypeError for anything else."""
+    """A number, or a tensor with one element, as a float. Raises TypeError for anything else."""
     if type(value) is float:
         return value
     if isinstance(value, (numbers.Real, torch.Tensor)):
@@ -946,7 +945,7 @@ def number(value, name: str) -> float:
 
 
 def integer(value, name: str) -> int:
-    """A whole number, of NumPy's or a tensor, too, as an int. TypeError for anything else."""
+    """A whole number, also of NumPy or in a tensor, as an int. Raises TypeError for anything else."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or not _is_whole(value):
@@ -955,7 +954,7 @@ def integer(value, name: str) -> int:
 
 
 def pair(value, name: str) -> tuple[int, int]:
-    """(value, value) for a whole number, (a, b) for two of them. ValueError for anything else."""
+    """(value, value) for a whole number, (a, b) for two of them. Raises ValueError for anything else."""
     if type(value) is int:
         return value, value
     if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
@@ -975,10 +974,10 @@ def _is_whole(value) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/calls.py
 #
-# Calls of kernels on tensors. A call is a plan: what it checks, allocates and launches is worked out once.
+# Calls of kernels on tensors. A call becomes a plan: its checks, allocations and launches are determined once.
 #
-# It is worked out once for each kind of call. The kind is the operation, its options, and the shape, dtype, device,
-# layout and alignment of each tensor. Where tensors lie does not matter, nor do the values of floats.
+# A plan is made once for each kind of call. The kind is the operation, its options, and the shape, dtype, device, layout
+# and alignment of each tensor. It does not depend on the tensors' addresses or on the values of floats.
 
 def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """`dense` of each tensor. If one must be copied, check() runs first, so that a refused call copies nothing."""
@@ -992,13 +991,13 @@ def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.T
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/formats.py
 #
-# Memory formats: which one a tensor has, as torch tells them apart, and what kernels see of it.
+# Memory formats of tensors, in the sense of PyTorch, and the arrays that kernels get.
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def channels_last(tensor: torch.Tensor) -> bool:
-    """Whether torch's results of an operator on `tensor` are channels_last, or, with 5 dimensions, channels_last_3d."""
+    """Whether PyTorch's results for `tensor` are channels_last, or channels_last_3d for 5 dimensions."""
     memory_format = _FORMATS.get(tensor.dim())
     if memory_format is None or not tensor.is_contiguous(memory_format=memory_format):
         return False
@@ -1014,7 +1013,7 @@ def channels_last(tensor: torch.Tensor) -> bool:
 
 
 def dense_in(tensor: torch.Tensor, last: bool) -> torch.Tensor:
-    """The tensor in one of both formats, without lazy negation. Copies only if it must."""
+    """The tensor in one of the two formats, without lazy negation. Copies only if necessary."""
     memory_format = _FORMATS[tensor.dim()] if last else torch.contiguous_format
     return tensor.resolve_neg().contiguous(memory_format=memory_format)
 
@@ -1025,14 +1024,14 @@ def stored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
 
 
 def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
-    """What `stored` makes `tensor` of."""
+    """The inverse of `stored`."""
     return tensor.movedim(-1, 1) if last and tensor is not None else tensor
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_wgmma.py
 #
-# How conv_wgmma.cuh, the tensor-core convolution of sm_90a, lays a convolution out over blocks.
+# How blocks share a convolution in conv_wgmma.cuh, the tensor-core convolution of sm_90a.
 
 # {(split, dgrad): most tiles of 8 pixels and 64 channels whose sums fit a warpgroup's registers}; a tile has two sums,
 # with split 2 three.
@@ -1043,7 +1042,7 @@ _FEW_WINDOWS = 64  # the most of a block, for few images
 
 
 class Layout(NamedTuple):
-    """How a tensor-core convolution is laid out over blocks."""
+    """How blocks share a tensor-core convolution."""
 
     macros: dict  # of the kernel's file
     planes: dict  # of pooled_planes.cuh
@@ -1060,7 +1059,7 @@ class _Unit(NamedTuple):
 
 
 def architecture(macros) -> str | None:
-    """The only one that a kernel with these macros compiles for; None if it has no such limit."""
+    """The only architecture for which a kernel with these macros compiles; None if there is no such limit."""
     return "sm_90a" if ("WGMMA", 1) in macros else None
 
 
@@ -1069,9 +1068,11 @@ def layout(
 ) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
-    images: their number, if they are few: a block then takes a small part of one, so that all fill the GPU. None: a
-        block takes as much of an image as fits.
-    channels: (of x, of the output). size, out, kernel, pad: (height, width). limit: bytes of shared memory.
+    images: the number of images if they are few. A block then takes a small part of an image, so that the blocks fill
+        the GPU. None: a block takes as much of an image as fits.
+    channels: (of x, of the output).
+    size, out, kernel, pad: (height, width).
+    limit: bytes of shared memory.
     """
     warpgroups_m = 1 if channels[1] <= 64 else 2
     warpgroups_n = 2 // warpgroups_m
@@ -1124,9 +1125,9 @@ def layout(
 
 
 def persistent(found: Layout, size, out, kernel, pad) -> bool:
-    """Whether blocks can copy rows of the next image, of fp16 operands, behind the products of this one.
+    """Whether blocks can copy rows of the next image, of fp16 operands, while they compute this one.
 
-    They can where a block has a whole image, and its last passes read none of the first ones' rows.
+    They can if a block has a whole image, and if its last iterations read none of the first iterations' rows.
     """
     macros, planes = found.macros, found.planes
     long_enough = 2 * kernel[0] * kernel[1] >= macros["STAGES"]
@@ -1146,7 +1147,7 @@ def persistent(found: Layout, size, out, kernel, pad) -> bool:
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
-    """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles that each unit needs."""
+    """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles of each unit."""
     if max(needed) <= most // last_granule * last_granule:
         tiles = ceil_div(max(needed), last_granule) * last_granule
         return tiles, tiles
@@ -1181,9 +1182,9 @@ def planes(wgmma: int, window_pitch: int, units: int, unit_windows: int, unit_st
 #
 # Tensors [N, C, H, W] as packed fp16 tiles [N, chunks, H * W, 64] under one power-of-two scale, see fp16_tiles.cu.
 #
-# A line is the 64 values of a pixel. split 1: it has the fp16 values of 64 channels. split 2: it has those of 32
-# channels, then their 32 residuals, which is what rounding to fp16 left. An array of exponents goes with the tiles: the
-# smallest of them is the scale's.
+# A line is the 64 values of a pixel. With split 1, these are the fp16 values of 64 channels. With split 2, they are the
+# fp16 values of 32 channels, then the 32 residuals, which are the rounding errors of those values. An array of exponents
+# belongs to the tiles; the smallest of them is the scale's.
 
 _BATCH = 8  # accesses of at most 16 bytes that a thread of largest_magnitude has in flight
 LINE_BYTES = 128
@@ -1195,20 +1196,20 @@ def chunk_channels(split: int) -> int:
 
 
 def packing_macros(split: int) -> dict:
-    """Macros of fp16_tiles.cuh without IN_CHANNELS."""
+    """Macros of fp16_tiles.cuh, without IN_CHANNELS."""
     return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "LINE_BYTES": LINE_BYTES}
 
 
 def packed_shape(shape, split: int) -> tuple[int, int, int, int]:
-    """[N, chunks, pixels, 64], the shape of the packed tiles (float16) of a tensor of this shape."""
+    """[N, chunks, pixels, 64], the shape of the packed float16 tiles of a tensor of this shape."""
     return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), LINE_BYTES // 2
 
 
 def pack_fp16(source, exponents, sums, packed, split: int) -> None:
     """Writes `packed`, the tiles of `source`, under the scale of the smallest of `exponents`.
 
-    The channels of `source` are a multiple of 8.
-    sums: None, or the sum of each channel of the first image: the channels' means are then subtracted, and the scale is
+    source: its number of channels is a multiple of 8.
+    sums: None, or the sum of each channel of the first image. Then the channels' means are subtracted, and the scale is
         half as large.
     """
     width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
@@ -1234,7 +1235,7 @@ def _macros(name, split, width):
 
 
 def _tile_pixels(split, width):
-    """Pixels that a block of pack_fp16 takes: a thread has 8 channels of `width` of them."""
+    """Pixels of a block of pack_fp16. A thread has 8 channels of `width` of them."""
     return THREADS * 8 // chunk_channels(split) * width
 
 
@@ -1247,7 +1248,7 @@ def _width(source) -> int:
 #
 # 2D transposed convolution on tensor cores: stride 1, dilation 1, one group, channels in multiples of 16.
 #
-# Shapes as in `conv_transpose`. Operands are fp16 under power-of-two scales: split 1 has TF32's precision, split 2
+# Shapes are as in `conv_transpose`. Operands are fp16, scaled by powers of two. split 1 has TF32's precision, split 2
 # float32's.
 
 MANY_IMAGES = 96  # from so many on, a block takes as much of an image as fits, to load x less often
@@ -1260,7 +1261,7 @@ _BLOCK_RESERVED = 1024  # shared memory that each block takes on top of its own
 
 
 class Plan(NamedTuple):
-    """How a convolution is laid out over blocks; `macros` specialise the kernels."""
+    """How blocks share a convolution. `macros` specialise the kernels."""
 
     macros: tuple
     pack_macros: tuple
@@ -1274,7 +1275,7 @@ class Plan(NamedTuple):
     multiprocessors: int
 
     def of_packed(self) -> "Plan":
-        """The same plan for an x that already is packed, see `fp16_tiles`."""
+        """The same plan for an x that is packed already, see `fp16_tiles`."""
         changed = {**dict(self.macros), "X_PACKED": 1, "input_t": "half_t"}
         return self._replace(macros=tuple(changed.items()))
 
@@ -1299,12 +1300,16 @@ def conv_transpose_mma_plan(
     channels_last: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> Plan:
-    """The layout for a convolution of x [N, K, H, W], or of dy for dgrad.
+    """The plan for a convolution of x [N, K, H, W]; for dgrad, x_shape is dy's.
 
-    w_shape, geometry: of the forward. dtype: the kernels' name of the type. shared_limit: bytes of shared memory that a
-    block may use. wgmma: whether GPU and NVRTC have it, see `conv_wgmma`; the plan uses it where that is possible and
-    faster. channels_last: x and y, of 16-bit types, are [N, H, W, C]. multiprocessors: the GPU's; few images are spread
-    over them. Raises UnsupportedError for what the kernels do not take.
+    w_shape, geometry: of the forward.
+    dtype: the kernels' name of the type.
+    shared_limit: bytes of shared memory that a block may use.
+    wgmma: whether GPU and NVRTC support it, see `conv_wgmma`. The plan uses it where it is possible and faster.
+    channels_last: x and y, of 16-bit types, are [N, H, W, C].
+    multiprocessors: the number that the GPU has. Few images are spread over them.
+
+    Raises UnsupportedError for what the kernels do not support.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out = w_shape[:2] if not dgrad else w_shape[1::-1]
@@ -1347,7 +1352,7 @@ def conv_transpose_mma_plan(
 
 
 def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
-    """The layout of conv_mma.cuh."""
+    """The layout for conv_mma.cuh."""
     warps_m, most_warps_n = (1, 8) if channels[1] <= 64 else (2, 4)
     chunks = ceil_div(channels[0], chunk_channels(split))
     windows_w = ceil_div(out[1], 2)
@@ -1408,10 +1413,10 @@ def _layout(split, images, channels, size, out, kernel, pad, limit) -> Layout:
 
 
 def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=None) -> None:
-    """y = conv_transpose2d(x, w) + bias, or with a plan for dgrad y = dx from x = dy; bias may be None.
+    """Writes y = conv_transpose2d(x, w) + bias. With a plan for dgrad: y = dx from x = dy. bias may be None.
 
-    x_exponents: the exponents that go with x, if it is packed. y and the workspaces packed (plan.packed_size,
-    float16) and exponents (plan.rows, int32) are written.
+    x_exponents: the exponents of x, if it is packed.
+    packed, exponents: workspaces, written: plan.packed_size elements of float16, and plan.rows of int32.
     """
     pack_weight(p, w, packed, exponents)
     kernel = convolution_kernel(p)
@@ -1420,28 +1425,28 @@ def conv_transpose_mma(p: Plan, x, w, bias, y, packed, exponents, x_exponents=No
 
 
 def pack_weight(p: Plan, w, packed, exponents, signs=None, copied_signs=None) -> None:
-    """Writes the workspaces `packed` and `exponents` that the plan's kernel reads.
+    """Writes the workspaces `packed` and `exponents`, which the plan's kernel reads.
 
-    signs: one value for each channel; where it is negative, the channel's weights change sign. copied_signs: None, or
-        float32 of plan.rows, written: these values.
+    signs: one value for each channel. If it is negative, the channel's weights change sign.
+    copied_signs: None, or float32 of plan.rows elements, to which these values are written.
     """
     launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents, copied_signs))
 
 
 def convolution_kernel(p: Plan) -> Kernel:
-    """What `conv_transpose_mma` launches after `pack_weight`."""
+    """The kernel that `conv_transpose_mma` launches after `pack_weight`."""
     return Kernel("conv_transpose_mma.cu", "conv_transpose_mma", p.macros, architecture(p.macros))
 
 
 def pack_kernel(p: Plan) -> Kernel:
-    """What `pack_weight` launches."""
+    """The kernel that `pack_weight` launches."""
     return Kernel("pack_weight_fp16.cu", "pack_weight_fp16", p.pack_macros)
 
 
 def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
-    """Launches a kernel built on conv_mma.cuh or conv_wgmma.cuh over all units of x, whose number it takes last.
+    """Launches a kernel that uses conv_mma.cuh or conv_wgmma.cuh over all units of x. Its last argument: how many.
 
-    ValueError unless x starts at a multiple of 16 bytes.
+    Raises ValueError unless x starts at a multiple of 16 bytes.
     """
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
@@ -1459,7 +1464,7 @@ def shape_macros(dtype: str, channels, size, out, kernel, pad) -> dict:
 
 
 def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
-    """UnsupportedError, which says why, unless the tensor-core kernels take this convolution of x."""
+    """Raises UnsupportedError, with the reason, unless the tensor-core kernels support this convolution of x."""
     kernel = tuple(w_shape[2:])
     checks = {
         f"the dtype is {dtype}": dtype == "double",
@@ -1480,7 +1485,7 @@ def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_wgrad_mma.py
 #
-# Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` takes.
+# Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` supports.
 
 _MOST_TAPS = 5  # neighbouring taps in a block: a thread has no registers for more
 _MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
@@ -1491,7 +1496,7 @@ conv_wgrad_mma_RESERVED = 2 * 1024  # shared memory for the kernel's own small a
 
 
 class conv_wgrad_mma_Plan(NamedTuple):
-    """How a weight gradient is laid out over blocks; `macros` specialise the kernels."""
+    """How blocks share a weight gradient. `macros` specialise the kernels."""
 
     macros: tuple
     output_shape: tuple
@@ -1516,12 +1521,16 @@ def plan(
     channels_last: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
 ) -> conv_wgrad_mma_Plan:
-    """The layout for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
+    """The plan for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
 
-    split: of the packed tiles of x and dy. dtype: the kernels' name of w's type. shared_limit: bytes of shared memory
-    that a block may use. wgmma: whether GPU and NVRTC have it; the plan uses it where possible. channels_last: x is
-    float16 [N, H, W, C] instead of tiles, with split 1. multiprocessors: the GPU's, over which the sum is split. Raises
-    UnsupportedError for what the kernels do not take.
+    split: of the packed tiles of x and dy.
+    dtype: the kernels' name of w's type.
+    shared_limit: bytes of shared memory that a block may use.
+    wgmma: whether GPU and NVRTC support it. The plan uses it where possible.
+    channels_last: x is float16 [N, H, W, C] instead of tiles, with split 1.
+    multiprocessors: the number that the GPU has. The sum is split over them.
+
+    Raises UnsupportedError for what the kernels do not support.
     """
     check_supported(x_shape, w_shape, geometry, dtype)
     channels_in, channels_out, *kernel = w_shape
@@ -1550,7 +1559,7 @@ def plan(
 
 
 class _Layout(NamedTuple):
-    """What the two main loops differ in."""
+    """The differences between the two main loops."""
 
     macros: dict
     channel_tiles: int
@@ -1558,7 +1567,7 @@ class _Layout(NamedTuple):
 
 
 def conv_wgrad_mma_layout(split, channels, taps, limit) -> _Layout:
-    """That of conv_wgrad_mma.cuh. UnsupportedError if there is not enough shared memory."""
+    """The layout for conv_wgrad_mma.cuh. Raises UnsupportedError if there is not enough shared memory."""
     columns = ceil_div(4, taps) * taps  # in a stage: at least 4, and a multiple of taps
     chunk = chunk_channels(split)
 
@@ -1581,7 +1590,7 @@ def conv_wgrad_mma_layout(split, channels, taps, limit) -> _Layout:
 
 
 def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
-    """That of conv_wgrad_wgmma.cuh. None if there is not enough shared memory."""
+    """The layout for conv_wgrad_wgmma.cuh. None if there is not enough shared memory."""
     tiles_n = _MOST_TILES_N if channels[1] > 64 else channels[1] // 16
     columns = 4 if split == 1 else 1 if width % 2 else 2
 
@@ -1595,16 +1604,17 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
 
 
 def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponents, borders, partial, dw) -> None:
-    """dw, the gradient of w, from x and the gradient of the output as packed tiles.
+    """Writes dw, the gradient of w, from x and the gradient of the output as packed tiles.
 
-    x_exponents, dy_exponents: int32, at least one each; the smallest is that of the tiles' scale. x_exponents may be
-        None, for an x without a scale.
-    x_sums, borders: both None, or both given for an x whose means were subtracted, which needs a dy whose sum over all
-        pixels is 0 in each channel. x_sums: what `fp16_tiles.pack_fp16` took. borders: float32 [parts, KH * KW, M];
-        added up over the parts, they are for each tap the sum of dy, under its tiles' scale, over the pixels that
-        have no partner in x.
-    dw and the workspace partial (its size in the plan, float32) are written.
-    ValueError if only one of x_sums and borders is None.
+    x_exponents, dy_exponents: int32, at least one each; the smallest is the exponent of the tiles' scale. x_exponents
+        may be None, for an x without a scale.
+    x_sums, borders: both are given for an x whose means were subtracted, or both are None. With them, the sum of dy
+        over all pixels must be 0 in each channel. x_sums: as given to `fp16_tiles.pack_fp16`. borders: float32 [parts,
+        KH * KW, M]. Their sum over the parts is, for each tap, the sum of dy, under its tiles' scale, over the pixels
+        that have no partner in x.
+    partial: workspace, float32, written; its size is in the plan.
+
+    Raises ValueError if only one of x_sums and borders is None.
     """
     if (x_sums is None) != (borders is None):
         given = "borders" if x_sums is None else "x_sums"
@@ -1627,14 +1637,14 @@ def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_packed, x_exponents, x_sums, dy_pac
 
 
 def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
-    """What `conv_wgrad_mma` launches first; `conv_wgrad_reduce` is compiled with it."""
+    """The kernel that `conv_wgrad_mma` launches first. `conv_wgrad_reduce` is compiled with it."""
     return Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros, architecture(p.macros))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/gather_gemm_plan.py
 #
-# How the implicit GEMMs of `gather_gemm` are laid out over blocks: tiles and splits of the sum, by a model of time.
+# How blocks share the implicit GEMMs of `gather_gemm`: tiles, and splits of the sum. A model of time chooses them.
 
 class Gpu(NamedTuple):
     """What a plan depends on besides the convolution."""
@@ -1647,10 +1657,10 @@ class Gpu(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/numerics.py
 #
-# How the transposed convolution multiplies: numeric classes, and the one rule that picks tensor cores or not.
+# The precision of the transposed convolution: numeric classes, and the rule for using tensor cores.
 #
-# "tf32": operands of 10 mantissa bits, summed in float32. "fp32": float32's precision. "auto": as PyTorch would, which is
-# torch.backends.cudnn.allow_tf32 on a GPU and float32 on the CPU. 16-bit tensors are exact in either.
+# "tf32": operands with 10 mantissa bits, summed in float32. "fp32": float32's precision. "auto": what PyTorch does, which
+# is torch.backends.cudnn.allow_tf32 on a GPU, and "fp32" on the CPU. 16-bit operands are exact in both classes.
 
 NUMERICS = ("auto", "tf32", "fp32")
 _switched_off = []
@@ -1659,20 +1669,20 @@ _EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS = 227 * 1024, MULTIPROCESSORS 
 
 
 def check_numerics(numerics: str) -> None:
-    """ValueError unless `numerics` is one of NUMERICS."""
+    """Raises ValueError unless `numerics` is one of NUMERICS."""
     if numerics not in NUMERICS:
         raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, received {numerics!r}")
 
 
 def resolve(numerics: str, x: torch.Tensor) -> str:
-    """Either "tf32" or "fp32", for a convolution of x."""
+    """The class of a convolution of x, "tf32" or "fp32"."""
     if numerics != "auto":
         return numerics
     return "tf32" if x.is_cuda and allows_tf32() and _capability(x.get_device()) >= (8, 0) else "fp32"
 
 
 class Choice(NamedTuple):
-    """How one call's convolutions multiply. A backward takes its forward's, whatever was switched in between."""
+    """How the convolutions of a call multiply. A backward uses its forward's choice, even if settings changed since."""
 
     cls: str  # "tf32" or "fp32"
     wgmma: bool
@@ -1688,7 +1698,7 @@ class Choice(NamedTuple):
 
 
 def choose(numerics: str, x: torch.Tensor) -> Choice:
-    """What holds now for a convolution of x."""
+    """The choice for a convolution of x under the current settings."""
     without = "tensor cores are switched off" if _switched_off else None
     sizes, sm75 = (_EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS), bool(_as_sm75)
     if x.is_cuda:
@@ -1699,24 +1709,26 @@ def choose(numerics: str, x: torch.Tensor) -> Choice:
 
 
 def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
-    """(plan, None) if the tensor-core kernels take the convolution of x, else (None, the reason).
+    """(plan, None) if the tensor-core kernels support the convolution of x, else (None, the reason).
 
-    dtype: x's, NumPy's. dgrad: x is the incoming gradient, and the convolution its input gradient.
+    dtype: of x, NumPy's.
+    dgrad: x is the incoming gradient, and the result is the gradient of the input.
     options: `channels_last` of `conv_transpose_mma.plan`.
     """
     return plan_or_reason(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad, **options)
 
 
 def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, **options):
-    """(plan, None) if the tensor-core kernels take the weight gradient of the convolution of x, else (None, reason).
+    """(plan, None) if the tensor-core kernels support the weight gradient of the convolution of x, else (None, reason).
 
-    dtype: w's, NumPy's. options: `channels_last` of `conv_wgrad_mma.plan`.
+    dtype: of w, NumPy's.
+    options: `channels_last` of `conv_wgrad_mma.plan`.
     """
     return plan_or_reason(plan, x_shape, dtype, w_shape, geometry, choice, **options)
 
 
 def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
-    """What `make`, such as conv_transpose_mma.plan, plans. UnsupportedError if there is no plan."""
+    """The plan that `make` returns, for instance conv_transpose_mma.plan. Raises UnsupportedError if there is none."""
     if choice.without:
         raise UnsupportedError(choice.without)
     if choice.sm75:
@@ -1739,7 +1751,7 @@ def _capability(device_index: int) -> tuple[int, int]:
 
 @functools.cache
 def _too_old(device_index: int) -> str | None:
-    """Why the GPU's tensor cores cannot be used."""
+    """Why the GPU has no tensor cores that the kernels can use; None if it has."""
     major, minor = _capability(device_index)
     return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_75" if (major, minor) < (7, 5) else None
 
@@ -1757,10 +1769,10 @@ def _multiprocessors(device_index: int) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/affine.py
 #
-# What the norms' layers share: their weight and bias.
+# Helpers for the weight and bias of the norm layers.
 
 def tensors_of(module: nn.Module, *names: str) -> list[torch.Tensor | None]:
-    """Parameters and buffers of a module: getattr, which searches for each, takes three times as long."""
+    """Parameters and buffers of a module, by name. Plain getattr searches three dicts and takes three times as long."""
     known = {**module._parameters, **module._buffers}
     # Someone may have put another tensor in its place.
     return [known[name] if name in known else getattr(module, name) for name in names]
@@ -1777,13 +1789,13 @@ def reset_affine(module: nn.Module) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/gradients.py
 #
-# What the operators' backwards share: gradients that can be differentiated again.
+# Shared code of the operators' backwards: gradients that can be differentiated again.
 #
-# A backward runs with grad mode on if its caller asked for `create_graph`. Then each gradient is an autograd Function of
-# its own, which starts the same kernels. Otherwise the kernels alone run, and nothing more is kept.
+# With `create_graph`, a backward runs with grad mode on. Then each gradient is an autograd Function of its own, which
+# launches the same kernels. Otherwise only the kernels run, and nothing more is saved.
 
 def will_need_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must see a Function of these tensors. Where not, its forward alone is quicker."""
+    """Whether autograd must record a Function of these tensors. If not, calling its forward directly is faster."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -1792,22 +1804,22 @@ def will_need_grad(*tensors: torch.Tensor | None) -> bool:
 
 
 def gradients_apply(function: type[torch.autograd.Function], *args):
-    """function.apply(*args), quicker."""
+    """function.apply(*args), but faster."""
     return apply(function, *args)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/batch_norm.py
 #
-# batch_norm, with the signature of torch.nn.functional.batch_norm, and batch_norm_tanh, which applies tanh as well.
+# batch_norm, with the signature of torch.nn.functional.batch_norm, batch_norm_tanh, and the layers.
 
 def applied_statistics(running_mean, running_var, training):
-    """The running statistics if they are applied, which a backward refuses if they were changed, as torch's does."""
+    """The running statistics if the call applies them, else None. A backward checks that they are unchanged."""
     return (None, None) if training else (running_mean, running_var)
 
 
 def note_update(running_mean, running_var, batches, updated) -> None:
-    """Tells autograd that kernels changed these in training; updated: their `kernels_buffers`."""
+    """Tells autograd that kernels changed these buffers. updated: the result of `kernels_buffers` for them."""
     written = []
     for buffer, new in zip((running_mean, running_var, batches), updated):
         if buffer is None:
@@ -1822,9 +1834,9 @@ def note_update(running_mean, running_var, batches, updated) -> None:
 
 
 def check_batch_norm(input, running_mean, running_var, weight, bias, training, shape=None) -> None:
-    """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices.
+    """Raises the errors of torch.nn.functional.batch_norm for shapes, dtypes and devices.
 
-    shape: what is normalised, if it is not input itself.
+    shape: of the tensor that is normalised, if that is not input.
     """
     shape = input.shape if shape is None else shape
     if training and shape and math.prod((shape[0], *shape[2:])) == 1:
@@ -1841,7 +1853,7 @@ def check_batch_norm(input, running_mean, running_var, weight, bias, training, s
 
 
 def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
-    """(momentum, eps) as floats. Refuses what the function refuses for other reasons."""
+    """(momentum, eps) as floats. Raises the errors of batch_norm for its other arguments."""
     momentum, eps = number(momentum, "momentum"), number(eps, "eps")
     if training and not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
@@ -1881,12 +1893,12 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
             self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0, and `reset_running_stats`."""
+        """Sets weight to 1 and bias to 0, and calls `reset_running_stats`."""
         self.reset_running_stats()
         reset_affine(self)
 
     def arguments(self, input: torch.Tensor) -> tuple:
-        """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for a batch."""
+        """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for this input."""
         self._check_input_dim(input)
         running_mean, running_var, *affine = tensors_of(self, "running_mean", "running_var", "weight", "bias")
         training = self.training or (running_mean is None and running_var is None)
@@ -1899,18 +1911,18 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         return running_mean, running_var, *affine, training, momentum, self.eps
 
     def counter(self) -> torch.Tensor | None:
-        """num_batches_tracked, if a batch now would be counted."""
+        """num_batches_tracked, if the next batch is counted, else None."""
         return tensors_of(self, "num_batches_tracked")[0] if self.training and self.track_running_stats else None
 
 
 class BatchNorm2d(_Layer, nn.BatchNorm2d):
-    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers as they were."""
+    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers unchanged."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/autocast.py
 #
-# torch.autocast's rules, for operators that torch's dispatcher does not know.
+# The rules of torch.autocast, for operators that PyTorch's dispatcher does not know.
 
 def enabled(tensor: torch.Tensor) -> bool:
     """Whether autocast is on for the tensor's device."""
@@ -1918,13 +1930,13 @@ def enabled(tensor: torch.Tensor) -> bool:
 
 
 def lower(*tensors: torch.Tensor | None) -> tuple:
-    """The tensors as autocast gives them to a convolution: in its dtype where it is on."""
+    """The tensors in autocast's dtype where autocast is on, as it casts a convolution's arguments."""
     first = tensors[0]
     return _cast(tensors, torch.get_autocast_dtype(first.device.type)) if enabled(first) else tensors
 
 
 def result_of_norm(result: torch.Tensor) -> torch.Tensor:
-    """A float32 result of a chain that ends in a group norm, as autocast has it: on a CPU in its dtype."""
+    """A chain's float32 result in the dtype that autocast gives a group norm: on a CPU, autocast's own."""
     return result if result.is_cuda or not enabled(result) else lower(result)[0]
 
 
@@ -1937,7 +1949,7 @@ def _cast(tensors, dtype):
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/channel_sum.py
 #
-# Sum of a tensor [N, C, *] over everything but its channels: the bias gradient of a convolution.
+# The sum of a tensor [N, C, *] over all dimensions but the channels: the bias gradient of a convolution.
 #
 # A channels_last tensor is passed as [N * H * W, C].
 
@@ -1945,12 +1957,12 @@ _FILE = "channel_sum.cu"
 
 
 def channel_sum_workspace_size(x) -> int:
-    """Elements of the workspace `partial`, float64."""
+    """Number of float64 elements of the workspace `partial`."""
     return x.shape[1] * chunks_of(x)[1]
 
 
 def channel_sum(x, sums, partial) -> None:
-    """sums[c] = sum over n and positions of x[n, c, ...]. sums [C] and the workspace `partial` are written."""
+    """sums[c] = sum over n and positions of x[n, c, ...]. Writes sums, [C], and the workspace `partial`."""
     channels = x.shape[1]
     if sums.shape != (channels,):
         raise ValueError(f"sums must have shape ({channels},), received {sums.shape}")
@@ -1968,21 +1980,21 @@ def channel_sum_macros(name, width, planes):
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/gather_gemm.py
 #
-# Operations of `calls.call` on the implicit GEMMs: conv_transpose2d's forward and gradients in either memory format.
+# conv_transpose2d's forward and gradients as implicit GEMMs, in either memory format: operations of `calls.call`.
 #
-# Arrays are [N, C, H, W], or [N, H, W, C] with channels_last, and weights [Cin, Cout/groups, KH, KW], or [Cin, KH, KW,
-# Cout/groups] with w_channels_last: what channels_last tensors are in memory. Results are of the format of what they
-# belong to.
+# Arrays are [N, C, H, W], or [N, H, W, C] with channels_last. Weights are [Cin, Cout/groups, KH, KW], or [Cin, KH, KW,
+# Cout/groups] with w_channels_last. These are the physical shapes of channels_last tensors. Each gradient has the format
+# of its tensor.
 
 def physical(shape, channels_last) -> tuple[int, ...]:
-    """The shape of the array that holds [N, C, H, W]."""
+    """The shape of the array that stores a tensor of shape [N, C, H, W]."""
     return (shape[0], *shape[2:], shape[1]) if channels_last else tuple(shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/conv_transpose.py
 #
-# conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d.
+# conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d, and its layer.
 
 class ConvTranspose2d(nn.ConvTranspose2d):
     """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
@@ -2013,7 +2025,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/group_norm.py
 #
-# group_norm, with the signature of torch.nn.functional.group_norm.
+# group_norm, with the signature of torch.nn.functional.group_norm, and its layer.
 
 class GroupNorm(nn.GroupNorm):
     """See torch.nn.GroupNorm and `modelnew.functional.group_norm`."""
@@ -2034,14 +2046,14 @@ class GroupNorm(nn.GroupNorm):
             self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0."""
+        """Sets weight to 1 and bias to 0."""
         reset_affine(self)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/pooled_tail.py
 #
-# What is behind the convolution of `conv_bn_pool`, over its pooled sums: macros and variants, see pooled_tail.cuh.
+# The part of `conv_bn_pool` after the convolution, over its pooled sums: macros and variants, see pooled_tail.cuh.
 
 # Warps of a block: few, each with more values, where registers hold these (RESIDENT of pooled_tail.cuh).
 _FEW_WARPS, _MOST_WARPS, _RESIDENT = 8, 16, 24
@@ -2055,7 +2067,7 @@ def activations() -> tuple[str, ...]:
 
 
 def struct_of(activation: str) -> str:
-    """The activation's struct. ValueError if it has none."""
+    """The activation's struct. Raises ValueError if there is none."""
     found = {name.lower(): name for name in activations()}.get(activation.replace("_", "").lower())
     if found is None:
         raise ValueError(
@@ -2065,14 +2077,14 @@ def struct_of(activation: str) -> str:
 
 
 def saved_shift(p: Plan) -> int:
-    """SAVED_SHIFT: both operands are below 2^15, and so many products must stay below 2^15 in sum."""
+    """SAVED_SHIFT. Both operands are below 2^15, and the sum of this many products must stay below 2^15."""
     macros = dict(p.macros)
     terms = macros["IN_CHANNELS"] * macros["KERNEL_H"] * macros["KERNEL_W"]
     return 15 + (terms - 1).bit_length()
 
 
 def types_of(macros) -> dict:
-    """param_t and pooled_t; of a plan that is not `typed`, x's type and float."""
+    """param_t and pooled_t. For a plan that is not `typed`, these are x's type and float."""
     return {"param_t": macros.get("param_t", macros["scalar_t"]), "pooled_t": macros.get("pooled_t", "float")}
 
 
@@ -2103,7 +2115,7 @@ def tail_defines(macros, groups, activation, planes, shift):
 
 
 def parts_of_plane(macros) -> int:
-    """Into how many parts a pooled plane is cut; a warp takes one at a time."""
+    """The number of parts of a pooled plane. A warp takes one part at a time."""
     return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), _PART)
 
 
@@ -2126,7 +2138,7 @@ def backward_defines(macros):
 
 
 def windows_of(macros) -> int:
-    """2x2 windows of the convolution's output, those that an odd edge cuts too."""
+    """The number of 2x2 windows of the convolution's output, including those that an odd edge cuts."""
     return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
 
 
@@ -2136,21 +2148,20 @@ def windows_of(macros) -> int:
 # ConvTranspose2d -> BatchNorm2d -> activation -> MaxPool2d(2, 2) -> GroupNorm, pooled in the convolution's epilogue.
 #
 # Shapes: x [N, K, H, W], w [K, M, KH, KW], the convolution's output [N, M, OH, OW], pooled and out [N, M, OH/2, OW/2].
-# The convolution is one that `conv_transpose_mma.plan` takes. All tensors have one type: float32,
-# float16, or int16 that holds bfloat16; statistics and what is saved have the types that `kept_arrays` says. With
-# `typed`, x may have 16 bits where all others are float32. With a plan for channels_last, x, out, dout and dx are
-# [N, H, W, C].
+#     `conv_transpose_mma.plan` must support the convolution. All tensors have one type: float32, float16, or int16 that
+#     holds bfloat16. Statistics and saved arrays have the types in `kept_arrays`. With `typed`, x may have 16 bits and
+#     all others be float32. With a plan for channels_last, x, out, dout and dx are [N, H, W, C].
 #
-# activation, parameter: one of activation.cuh's, such as "leaky_relu", and the number that it takes, if it takes one.
+# activation, parameter: one of activation.cuh's, such as "leaky_relu", and its parameter, if it has one.
 
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
 
 
 def typed(p: Plan, parameters: str, half: bool) -> Plan:
-    """The plan for weights, biases, running statistics and `out` of another type than x's: the kernels' name of it.
+    """The plan for weights, biases, running statistics and `out` of another type than x's, given by the kernels' name.
 
-    half: whether the pooled sums are kept as float16 under scales, with split 1: as exact as PyTorch's convolution of
-    16-bit tensors or under autocast, and half the memory.
+    half: whether the pooled sums are kept as scaled float16, with split 1. This is as exact as PyTorch's convolution of
+        16-bit tensors or under autocast, and takes half the memory.
     """
     types = ("param_t", parameters), ("pooled_t", "half_t" if half else "float")
     found = p.of_weights(parameters)
@@ -2160,8 +2171,8 @@ def typed(p: Plan, parameters: str, half: bool) -> Plan:
 def kept_arrays(p: Plan, x_shape, groups: int, keep: bool) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that the forward writes besides `out`. keep: whether a backward follows.
 
-    Then `saved`, the largest, is among them: the convolution's output, as float16 under scales with split 1, as float32
-    with split 2. `pooled` is float16 under scales, too, where `typed` says so.
+    With `keep` there is `saved`, the largest one: the convolution's output, as scaled float16 with split 1, as float32
+    with split 2. `pooled` is scaled float16 as well if `typed` says so.
     """
     macros = dict(p.macros)
     images, channels = x_shape[0], macros["OUT_CHANNELS"]
@@ -2209,9 +2220,11 @@ def conv_bn_pool_forward(
 ) -> None:
     """out = group_norm(max_pool2d(activation(batch_norm(conv_transpose2d(x, w, conv_bias))), 2)).
 
-    scratch(shape, dtype): makes a workspace. conv_bias, weight, bias, group_weight, group_bias: may be None.
-    running_mean, running_var: updated in training, where they may be None. num_batches_tracked: one int64, which grows
-    by 1 in training, or None. kept: {name: array} of `kept_arrays`, written.
+    scratch: scratch(shape, dtype) makes a workspace.
+    conv_bias, weight, bias, group_weight, group_bias: may be None.
+    running_mean, running_var: updated in training, where they may be None.
+    num_batches_tracked: one int64, incremented by 1 in training, or None.
+    kept: {name: array} of `kept_arrays`, written.
     """
     moments, running, affine = (kept["mean"], kept["invstd"]), (running_mean, running_var), (weight, bias)
     tail = {"plan": plan, "groups": groups, "activation": activation, "training": training}
@@ -2223,7 +2236,7 @@ def conv_bn_pool_forward(
 
 
 def pooled_sums(scratch, x, w, weight, kept, *, plan: Plan, training: bool):
-    """The convolution and the pooling, into `kept`. Returns, in training, (3, C, units): counts, means and squares."""
+    """The convolution and the pooling: writes `kept`. In training, returns (3, C, units): counts, means, squares."""
     images, channels = x.shape[0], dict(plan.macros)["OUT_CHANNELS"]
     packed = scratch(plan.packed_size, np.float16)
     partials = scratch((3, channels, images * plan.units), np.float32) if training else None
@@ -2245,9 +2258,10 @@ def pooled_sums(scratch, x, w, weight, kept, *, plan: Plan, training: bool):
 def batch_statistics(
     partials, conv_bias, running_mean, running_var, num_batches_tracked, mean, invstd, momentum, eps, **tail
 ) -> None:
-    """mean, without the convolution's bias, and invstd, both written, from what `pooled_sums` returns.
+    """Writes mean, without the convolution's bias, and invstd, from the result of `pooled_sums`.
 
-    The running statistics, updated, and num_batches_tracked may be None. tail: plan, groups, activation, training.
+    running_mean, running_var, num_batches_tracked: updated; may be None.
+    tail: plan, groups, activation, training.
     """
     channels, units = partials.shape[1:]
     args = (partials, conv_bias, running_mean, running_var, num_batches_tracked, mean, invstd, momentum, eps)
@@ -2271,7 +2285,7 @@ def pooled_output(
     parameter,
     **tail,
 ) -> None:
-    """out, and what `kept` has of group norm, from the pooled sums and statistics. tail: as in `batch_statistics`."""
+    """Writes out, and group norm's part of `kept`, from pooled sums and statistics. tail: as in `batch_statistics`."""
     macros = forward_macros(**tail)
     launch(
         Kernel("pooled_tail.cu", "pooled_forward", macros),
@@ -2284,7 +2298,7 @@ def pooled_output(
 
 
 def conv_bn_pool_check_supported(p: Plan, groups: int) -> None:
-    """UnsupportedError if these kernels do not take what follows the convolution."""
+    """Raises UnsupportedError if these kernels do not support what follows the convolution."""
     macros = dict(p.macros)
     if min(macros["OUT_H"], macros["OUT_W"]) < 2:
         raise UnsupportedError("nothing is left after pooling")
@@ -2307,7 +2321,7 @@ def _pool_kernel(p: Plan, training, keep):
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_bn_pool_backward.py
 #
-# The backward of `conv_bn_pool`, whose names and shapes are these, too.
+# The backward of `conv_bn_pool`. Names and shapes are the same.
 
 # Images whose dy is summed up at its borders together, at least: the L2 cache holds what they read. Most such shares.
 _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
@@ -2316,7 +2330,8 @@ _BORDER_IMAGES, _MOST_BORDER_SHARES = 8, 64
 def gradient_arrays(p: Plan, images: int, packed: bool, borders: bool) -> dict[str, tuple[tuple, type]]:
     """Shape and dtype of the arrays that `tail_gradients` and `output_gradient` write, for `weight_gradient` and dgrad.
 
-    packed: whether dy is to be among them. borders: whether what `weight_gradient` needs with a centred x is.
+    packed: whether dy is one of them.
+    borders: whether `borders` is one of them, which `weight_gradient` needs for a centred x.
     """
     macros = dict(p.macros)
     channels = macros["OUT_CHANNELS"]
@@ -2353,9 +2368,10 @@ def tail_gradients(
     activation: str,
     parameter: float,
 ) -> None:
-    """Gradients of all parameters but the convolution's weight, written where not None; what `output_gradient` reads.
+    """Writes gradients of all parameters but the convolution's weight, where not None, and input of `output_gradient`.
 
-    kept: the forward's. made: {name: array} of `gradient_arrays`, written.
+    kept: from the forward.
+    made: {name: array} of `gradient_arrays`, written.
     """
     pooled, mean, invstd = kept["pooled"], kept["mean"], kept["invstd"]
     scales = kept["exponents"], kept["unit_exponents"]
@@ -2369,10 +2385,11 @@ def tail_gradients(
 
 
 def output_gradient(weight, dy, kept, made, *, training: bool, **options) -> None:
-    """dy, the gradient of the convolution's output, from what `tail_gradients` has made.
+    """Computes dy, the gradient of the convolution's output, from what `tail_gradients` has written.
 
-    As packed tiles where `made` has them; and to dy, [N, M, OH, OW], where not None, for the general convolution
-    kernels. options: plan, groups, activation.
+    It is written as packed tiles if `made` has them, and to dy, [N, M, OH, OW], if that is not None, for the general
+    convolution kernels.
+    options: plan, groups, activation.
     """
     given = (made["g"], *map(kept.get, ("argmax", "saved", "exponents", "unit_exponents", "mean", "invstd")), weight)
     given += (made["sums"] if training else None,)
@@ -2383,10 +2400,10 @@ def output_gradient(weight, dy, kept, made, *, training: bool, **options) -> Non
 
 
 def weight_gradient(scratch, x, kept, made, dw, *, plan: conv_wgrad_mma_Plan, centred: bool) -> None:
-    """dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`.
+    """Writes dw, the gradient of w, from x and dy. scratch, kept, made: as in the forward and in `tail_gradients`.
 
-    centred: x, float32, less its first image's means. With statistics of the batch dy sums to 0, so that this changes
-    nothing but the error (benchmarks/NOTES.md says why).
+    centred: whether to subtract the first image's means from x, which is float32. With statistics of the batch, dy sums
+        to 0. Then this changes only the rounding error (see benchmarks/NOTES.md).
     """
     unit_exponents, sums = kept["unit_exponents"], None
     partial = scratch(plan.partial_size, np.float32)
@@ -2407,7 +2424,7 @@ def weight_gradient(scratch, x, kept, made, dw, *, plan: conv_wgrad_mma_Plan, ce
 
 
 def input_gradient(scratch, w, made, dx, *, plan: Plan) -> None:
-    """dx, the gradient of x, from dy. plan: one for dgrad, of packed tiles. The rest as in `weight_gradient`."""
+    """Writes dx, the gradient of x, from dy. plan: for dgrad of packed tiles. The rest is as in `weight_gradient`."""
     workspaces = scratch(plan.packed_size, np.float16), scratch(plan.rows, np.int32)
     conv_transpose_mma(plan, made["dy_packed"], w, None, dx, *workspaces, made["dy_exponents"])
 
@@ -2430,10 +2447,12 @@ def pooled_gradients(
     parameter,
     **tail,
 ) -> None:
-    """g, the gradient at batch norm's output of the pooled values, and partial sums for `parameter_gradients`.
+    """Writes g, the gradient of batch norm's output at the pooled values, and partial sums for `parameter_gradients`.
 
-    dout: like out. group_mean, group_invstd: [N * groups]. g, partials: as `gradient_arrays` has them, written.
-    tail: plan, groups, activation; the same in the functions that follow.
+    dout: of out's shape.
+    group_mean, group_invstd: [N * groups].
+    g, partials: as in `gradient_arrays`, written.
+    tail: plan, groups, activation; also in the functions that follow.
     """
     images, macros = pooled.shape[0], _backward_macros(**tail)
     launch(
@@ -2448,10 +2467,11 @@ def pooled_gradients(
 def parameter_gradients(
     partials, mean, invstd, weight, sums, dy_exponents, *gradients, plan: Plan, training: bool, **tail
 ) -> None:
-    """Gradients of all parameters but the convolution's weight, and what the gradient of its output is made of.
+    """Writes gradients of all parameters but the convolution's weight, and the values for its output's gradient.
 
-    sums, dy_exponents: as `gradient_arrays` has them, written. gradients: of weight, bias, group_weight,
-    group_bias and conv_bias, written where not None. training: whether the batch's own statistics were applied.
+    sums, dy_exponents: as in `gradient_arrays`, written.
+    gradients: of weight, bias, group_weight, group_bias and conv_bias, written where not None.
+    training: whether the batch's own statistics were applied.
     """
     images, channels = partials.shape[1:]
     launch(
@@ -2465,9 +2485,9 @@ def parameter_gradients(
 def conv_output_gradient(
     g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy, *, plan: Plan, **tail
 ) -> None:
-    """dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
+    """Writes dy, the gradient of the convolution's output [N, M, OH, OW], for the general convolution kernels.
 
-    sums: those of `parameter_gradients`; None where the statistics were running ones. dy is written.
+    sums: from `parameter_gradients`; None if running statistics were applied.
     """
     images, channels = g.shape[:2]
     launch(
@@ -2481,11 +2501,12 @@ def conv_output_gradient(
 def conv_output_gradient_packed(
     g, argmax, saved, exponents, unit_exponents, mean, invstd, weight, sums, dy_exponents, dy, borders, *, plan, **tail
 ) -> None:
-    """The same as packed fp16 tiles, for the tensor-core kernels: dy times 2^e, where e is the least of dy_exponents.
+    """The same as packed fp16 tiles, for tensor cores: dy times 2^e, where e is the smallest of dy_exponents.
 
-    dy_exponents: those of `parameter_gradients`. dy: float16, of `packed_output_shape`, written.
-    borders: None, or as `gradient_arrays` has it, written: sums of dy times 2^e over the pixels that have no
-    partner in x for a tap, for shares of the images, as `conv_wgrad_mma` takes them.
+    dy_exponents: from `parameter_gradients`.
+    dy: float16, of `packed_output_shape`, written.
+    borders: None, or as in `gradient_arrays`, written: sums of dy times 2^e over the pixels that have no partner in x
+        for a tap, for parts of the images, as `conv_wgrad_mma` takes them.
     """
     images = g.shape[0]
     together = _images_together(images)
@@ -2503,7 +2524,7 @@ def conv_output_gradient_packed(
 
 
 def packed_output_shape(p: Plan, images: int) -> tuple[int, int, int, int]:
-    """Of the packed tiles of the convolution's output, see `fp16_tiles`."""
+    """Shape of the packed tiles of the convolution's output, see `fp16_tiles`."""
     macros = dict(p.macros)
     return packed_shape((images, macros["OUT_CHANNELS"], macros["OUT_H"], macros["OUT_W"]), macros["SPLIT"])
 
