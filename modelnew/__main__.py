@@ -1,4 +1,4 @@
-"""Command line: the parity check of ModelNew against Model, and what is installed here."""
+"""The command line: the parity check of ModelNew against Model, `env`, and the commands of other modules."""
 
 import contextlib
 import json
@@ -66,9 +66,9 @@ progress = Console(stderr=True)
 def parity_command(context, batch, seed, replace, numerics, device, times, trials):
     """Compare ModelNew, on our kernels, with Model, on PyTorch's.
 
-    First, with tanh and max_pool replaced: are the outputs equal? Then, with everything replaced: errors of the output
-    and of every gradient against a float64 run, beside PyTorch's own errors; and, on a GPU, times. Exit code 0 only if
-    parity holds.
+    First, with tanh and max_pool replaced: are the outputs equal? Then, with all operators replaced: errors of the
+    output and of every gradient against a float64 run, beside PyTorch's own errors. On a GPU, also times. The exit code
+    is 0 only if parity holds.
     """
     try:
         device = _device(device)
@@ -91,7 +91,7 @@ def parity_command(context, batch, seed, replace, numerics, device, times, trial
 
 
 class _ParityByDefault(click.Group):
-    """Commands, of which `parity` may be left out."""
+    """A group of commands in which `parity` is the default."""
 
     def parse_args(self, context, args):
         if not args or (args[0].startswith("-") and args[0] not in context.help_option_names):
@@ -117,7 +117,7 @@ main = _ParityByDefault(
 def env(as_json):
     """Print versions, GPUs, and which backend is used and why.
 
-    In a clone's root also which of the committed results belong to its kernels.
+    In the root of a clone, also print which of the committed records belong to its kernels.
     """
     found = environment.describe()
     if as_json:
@@ -202,7 +202,7 @@ def _times(model, model_new, x, cls, trials):
 
 
 def _device(name) -> torch.device:
-    """The device asked for, or the best there is; says what will run. BackendError if kernels cannot run there."""
+    """The device asked for, or the default one. Prints what will run. BackendError if kernels cannot run there."""
     device = usable_device(name)
     backend = environment.backend()
     if device.type == "cuda":
@@ -231,7 +231,7 @@ def _parse_replace(value):
 
 @contextlib.contextmanager
 def _compiling_shown():
-    """Shows which kernel is being compiled, or which computation runs; says afterwards how many there were."""
+    """A context that shows which kernel is being compiled, and at the end how many were compiled."""
     count, start = 0, time.perf_counter()
     with progress.status("running") as status:
 

@@ -1,7 +1,7 @@
-"""`python -m modelnew bench`: times of ModelNew's kernels and of PyTorch's on one GPU, side by side, and their record.
+"""`python -m modelnew bench`: times of ModelNew's kernels and of PyTorch on one GPU, and their record.
 
-All that do the same work take turns, trial by trial, in one process, so that ratios hold while clocks drift. Between
-trials the L2 cache is filled with other data. Our results are checked before they are timed.
+All contenders for the same work are timed in turns, trial by trial, in one process, so that ratios hold although clocks
+drift. Between trials, other data overwrites the L2 cache. Our results are checked before they are timed.
 """
 
 import json
@@ -78,7 +78,7 @@ out = Console(width=None if sys.stdout.isatty() else 140)
 
 
 class Plan(NamedTuple):
-    """What is to be measured."""
+    """What to measure."""
 
     batches: tuple[int, ...]
     classes: tuple[str, ...]
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
     startup: bool
 
     def cells(self, device) -> list[tuple[int, str, str]]:
-        """(n, what, class) of each group that is measured together; parts of the model at the first n only."""
+        """(n, what, class) of each group that is measured together; parts of the model only at the first n."""
         cells = ((n, what, cls) for n in self.batches for what in self.what for cls in self.classes)
         cells = (cell for cell in cells if cell[1] in MODELS | COMPILED or cell[0] == self.batches[0])
         cells = (cell for cell in cells if cell[1] not in FLOAT16 or cell[2] == "fp16")
@@ -102,7 +102,7 @@ class Plan(NamedTuple):
 
 
 def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> Iterator[list[dict]]:
-    """Rows of the first calls, if these are wanted, then of each cell. describe(text): what is being done."""
+    """Rows of the first calls, if wanted, then rows of each cell. describe(text): called with what is being done."""
     start = time.monotonic()
 
     def refused(entrant):
@@ -129,9 +129,10 @@ def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> It
 
 
 def first_calls(plan: Plan, device: torch.device) -> list[dict]:
-    """Rows startup_cold and startup_warm: a new process, from having imported torch to the result of its first forward
-    in training mode under no_grad, without and with compiled kernels on disk. "context_ms": the part of it that makes
-    the CUDA context.
+    """Rows startup_cold and startup_warm: without and with compiled kernels on disk.
+
+    They time a new process, from after the import of torch to the result of its first forward, in training mode under
+    no_grad. "context_ms" is the part that creates the CUDA context.
     """
     seconds = {}
     whos = [("startup_cold", "modelnew"), ("startup_warm", "modelnew")]
@@ -166,7 +167,7 @@ def _entrant(case, what, cls, who, layout):
 
 
 def _first_call(who, plan, device, folder):
-    """(seconds of making the CUDA context, seconds of the rest), or what went wrong."""
+    """(seconds to create the CUDA context, seconds of the rest), or an error message."""
     init = get_init_inputs()
     arguments = ["ModelNew" if who == "modelnew" else "Model", init, [plan.batches[0], init[0], plan.size, plan.size]]
     variables = {
@@ -184,7 +185,7 @@ def _first_call(who, plan, device, folder):
 
 
 def _listed(choices=None):
-    """Callback of an option that takes names, or whole numbers, with commas between."""
+    """The callback of an option that takes names, or whole numbers, separated by commas."""
 
     def parse(_, parameter, value):
         if value is None:
@@ -274,10 +275,11 @@ def _listed(choices=None):
     help="Measure nothing: draw the PNG of this record, or of one of training, beside it.",
 )
 def bench_command(device, output, plot_only, layers, **options):
-    """Times and peak memory of ModelNew and of its peers, side by side, after a check of parity.
+    """Measure times and peak memory of ModelNew and its peers, after a check of parity.
 
-    Prints a table, writes a record (JSON) and, with matplotlib installed (the extra "bench"), plots (PNG). Floor: what
-    the GPU's memory and tensor cores need at least, known for the H100. Exit code 1 if a result of ours is wrong.
+    Prints a table and writes a record (JSON). With matplotlib installed (the extra "bench"), it also draws plots (PNG).
+    Floor: the least time that the GPU's memory and tensor cores allow, known for the H100. The exit code is 1 if a
+    result of ours is wrong.
     """
     if plot_only:
         try:
@@ -304,7 +306,7 @@ def bench_command(device, output, plot_only, layers, **options):
 
 
 def _collect(record, total, rows_of) -> None:
-    """Fills the record with the rows of rows_of(describe), lists of them, behind a progress bar."""
+    """Fills the record with the rows of rows_of(describe), which yields lists of them, and shows a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total)

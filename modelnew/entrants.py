@@ -1,4 +1,4 @@
-"""Those who take part in a workload of `workloads`: functions that do the work once, and the check of their results."""
+"""The contenders of each workload of `workloads`: functions that do the work once, and the check of their results."""
 
 import contextlib
 import copy
@@ -50,7 +50,7 @@ _GRADIENT_IMAGES = 512  # a float64 step of more takes tens of GB
 
 
 class Case:
-    """A model and a batch of n images that all workloads share, and the float64 results that their checks need."""
+    """The model and the batch of n images that all workloads share, and the float64 results for their checks."""
 
     def __init__(self, n: int, size: int, device: torch.device, seed: int = 0, leaky: bool = False):
         self.n, self.device, self.seed, self.leaky = n, device, seed, leaky
@@ -68,14 +68,14 @@ class Case:
 
     @functools.cached_property
     def leaky_relu(self) -> "Case":
-        """The same with LeakyReLU in place of tanh."""
+        """The same case with LeakyReLU instead of tanh."""
         other = Case(self.n, self.shape.size, self.device, self.seed, leaky=True)
         other.x = self.x
         return other
 
     @functools.cached_property
     def float16(self) -> "Case":
-        """The same, of parameters and a batch that float16 holds."""
+        """The same case with parameters and a batch that float16 can represent."""
         other = Case(self.n, self.shape.size, self.device, self.seed)
         other.model.half().float()
         other.x = self.x.half().float()
@@ -83,7 +83,7 @@ class Case:
 
     @functools.cached_property
     def x(self) -> torch.Tensor:
-        """The batch, uniform in [0, 1) as get_inputs() has it, drawn on the device."""
+        """The batch, uniform in [0, 1) as from get_inputs(), generated on the device."""
         shape = (self.n, self.shape.in_channels, self.shape.size, self.shape.size)
         return torch.rand(shape, generator=self._generator(), device=self.device)
 
@@ -93,7 +93,7 @@ class Case:
         return torch.randn(shape, generator=self._generator(), device=self.device).to(dtype)
 
     def model_of(self, who: str) -> nn.Module:
-        """A model of one's own in the state of Case.model."""
+        """A new model with the state of Case.model."""
         if not who.startswith("modelnew"):
             return copy.deepcopy(self.model)
         model = self._new()
@@ -101,7 +101,7 @@ class Case:
         return model
 
     def _hidden(self, cls) -> torch.Tensor:
-        """Output of PyTorch's convolution."""
+        """The output of PyTorch's convolution."""
         with torch.no_grad():
             return self.model.conv_transpose(self.x).to(DTYPES[cls])
 
@@ -125,7 +125,7 @@ class Case:
 def build(case: Case, what: str, cls: str, who: str, layout: str) -> Callable:
     """A function without arguments that does the work once and returns its result. Call it inside `numerics(cls)`.
 
-    UnsupportedError, which says why, if the model does not run the kernels of `what`.
+    Raises UnsupportedError, with the reason, if the model does not run the kernels of `what`.
     """
     if what in KERNELS:
         return _Alone(what, case)
@@ -155,13 +155,13 @@ def _built(what, case, model, x, who, layout):
 
 
 def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
-    """What is wrong with the result of `who`, one of ours, or None. Call it inside `numerics(cls)`.
+    """What is wrong with our result, or None. who: one of ours. Call it inside `numerics(cls)`.
 
-    The error against float64 must be no worse than PyTorch's. That is checked
-    - of outputs, and of operators' gradients: over the whole batch for sums over images, else over some of its images;
-    - of steps: of their output; in the classes of float32 tensors, also of every gradient and of the running
-      statistics, over at most 512 images of the batch;
-    - of kernels alone: of the call that they were taken from. Launched again, they must also write the same bits.
+    The error against float64 must be no worse than PyTorch's. What is checked depends on the workload:
+    - outputs and gradients of operators: the whole batch for sums over images, otherwise some of its images;
+    - steps: their output; in the classes of float32 tensors, also every gradient and the running statistics, over at
+      most 512 images of the batch;
+    - kernels alone: the call that they were taken from. Launched again, they must also write the same bits.
     """
     if what in CHAINS:
         return check(case.leaky_relu, what.removeprefix(LEAKY_RELU), cls, who)
@@ -194,14 +194,14 @@ def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
 
 @contextlib.contextmanager
 def numerics(cls: str, device: torch.device, what: str | None = None):
-    """The class's switches: TF32 on or off; autocast for the 16-bit types, unless the tensors of `what` have them."""
+    """A context with a class's settings: TF32 on or off; autocast for 16 bits, unless the tensors have them."""
     dtype, lower = DTYPES[cls], cls not in PRECISE and what not in FLOAT16
     with tf32(cls == "tf32"), torch.autocast(device.type, dtype if lower else None, lower, cache_enabled=False):
         yield
 
 
 class _Graphed:
-    """A function that runs as it is at its first call, which compiles its kernels, and as a CUDA graph from then on."""
+    """A function whose first call runs as usual, which compiles its kernels. Later calls replay a CUDA graph."""
 
     def __init__(self, call):
         self.call, self.calls, self.graph, self.result = call, 0, None, None
@@ -220,7 +220,7 @@ class _Graphed:
 
 
 class _Alone:
-    """Repeats launches of one call of ModelNew: kernels alone, on what the call prepared for them."""
+    """Repeats some launches of one call of ModelNew on the memory that the call prepared for them."""
 
     def __init__(self, what, case):
         model = case.model_of("modelnew").train()
@@ -248,7 +248,7 @@ class _Alone:
         return self.results
 
     def values(self):
-        """The results, without what nobody reads."""
+        """The results, without the unused parts."""
         if self.places is None:
             return self.results
         return [self.results[0].index_select(-1, self.places), *self.results[1:]]
@@ -301,7 +301,10 @@ def _conv(what, case, function, x, w, dy):
 
 
 def _truth_of(case, what, cls, operand=lambda tensor: tensor):
-    """The float64 result, and how many terms each of its elements sums. operand: what to make of the convolution's."""
+    """The float64 result, and the number of terms that each of its elements sums.
+
+    operand: maps the convolution's operands.
+    """
     shape, picked = case.shape, case.picked
     taps = shape.kernel_size**2
     if what.removesuffix(GENERAL) == "wgrad":
@@ -331,7 +334,7 @@ def _truth_of(case, what, cls, operand=lambda tensor: tensor):
 
 
 def _truth(model, x, training, picked):
-    """float64 output of `model` for the picked images. The statistics are the whole batch's, in parts that fit."""
+    """float64 output of `model` for the picked images. The statistics are those of the whole batch."""
     precise = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         if training:

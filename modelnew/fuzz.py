@@ -1,7 +1,7 @@
-"""`python -m modelnew fuzz`: random calls of every function, beside PyTorch's, see `fuzz_judge`.
+"""`python -m modelnew fuzz`: random calls of every function, compared with PyTorch's, see `fuzz_judge`.
 
-On a GPU several processes share the work: first each kernel is compiled by one of them, then they judge, some cases of
-one operator at a time.
+On a GPU, several processes share the work. First each kernel is compiled by one of them. Then they judge cases, a few
+of one operator at a time.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ def fuzz(
     report: Callable[[str, list[str | None]], None],
     processes: int = 1,
 ) -> tuple[dict[str, int], int]:
-    """({operator: cases judged}, how many are wrong). Operators take turns, so that a time limit cuts all alike.
+    """({operator: number of cases judged}, number of wrong cases). A time limit ends all operators alike.
 
-    report(operator, lines): called after some cases; lines: what `fuzz_judge.run` says of each.
+    report: report(operator, lines) is called after some cases. lines: the results of `fuzz_judge.run`.
     """
     end = time.monotonic() + seconds
     batch = BATCH if processes > 1 else 1
@@ -67,7 +67,7 @@ def fuzz(
 
 @contextlib.contextmanager
 def _mapped(processes):
-    """`map`, in so many processes."""
+    """A context that gives `map` over this number of processes."""
     if processes == 1:
         yield map
         return
@@ -77,7 +77,7 @@ def _mapped(processes):
 
 
 def _compile_all(mapped, operators, cases, seed, device) -> None:
-    """Compiles what the first cases launch; other processes then find it on disk."""
+    """Compiles what the first cases launch, so that other processes find it on disk."""
     turns = [(op, seed, range(i, min(i + BATCH, cases)), device) for op in operators for i in range(0, cases, BATCH)]
     found: dict[Variant, Kernel] = {}
     for kernels in mapped(_launched, *zip(*turns)):
@@ -99,7 +99,7 @@ def _compile(kernel, device):
 
 
 def _judged(operator: str, seed: int, numbers: Iterable[int], device: torch.device, end: float) -> list[str | None]:
-    """What `run` says of these cases, of those for which there is time."""
+    """The results of `run` for these cases, as far as time allows."""
     with _settings(device):
         found = []
         for number in numbers:
@@ -111,7 +111,7 @@ def _judged(operator: str, seed: int, numbers: Iterable[int], device: torch.devi
 
 @contextlib.contextmanager
 def _settings(device) -> Iterator[None]:
-    """No TF32, and what torch.empty returns is full of NaN."""
+    """A context without TF32, in which torch.empty returns NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -127,7 +127,7 @@ def _settings(device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(total):
-    """A function that moves a bar, which also tells which kernel is being compiled, or prints a line above it."""
+    """A context with a progress bar. Its function moves the bar, or prints a line above it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total)
@@ -174,9 +174,10 @@ def _progress(total):
 def fuzz_command(device, output, cases, seed, operators, number, budget, processes):
     """Compare random calls of every function of modelnew.functional with PyTorch's.
 
-    Shapes, memory layouts, dtypes, hyper-parameters and values are random, NaN, infinities and values near the limits
-    among them. Output, gradients and second derivatives are judged against a float64 run, beside PyTorch's errors. A
-    wrong case prints a line that reproduces it. Writes a record (JSON). Exit code 1 if a case is wrong.
+    Shapes, memory layouts, dtypes, hyper-parameters and values are random. Values include NaN, infinities and values
+    near the limits of a type. Output, gradients and second derivatives are judged by their errors against a float64
+    run, beside PyTorch's errors. A wrong case prints a line that reproduces it. Writes a record (JSON). The exit code
+    is 1 if a case is wrong.
     """
     device = commands.usable_device(device)
     operators = operators or list(OPERATORS)

@@ -1,8 +1,8 @@
-"""What `modelnew.fuzz` draws: a random call of each function of `modelnew.functional`, and PyTorch's of the same.
+"""The cases of `modelnew.fuzz`: a random call of each function of `modelnew.functional`, and of PyTorch's function.
 
-A case's structure (shapes, memory layouts, hyper-parameters, kinds of values) is drawn from a random.Random, its values
-from a torch.Generator. So the same structure can be judged on more values, and a test can let hypothesis draw it. Each
-new variant of a kernel takes a compiler's time: shapes are many, but what kernels are compiled for is little.
+A case's structure (shapes, memory layouts, hyper-parameters, kinds of values) comes from a random.Random, its values
+from a torch.Generator. So a structure can be judged on more values, and hypothesis can draw structures in tests. Each
+new variant of a kernel takes time to compile. So shapes vary much, but what kernels are compiled for varies little.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""One random call, ours beside PyTorch's, judged by the policy of `parity`.
+"""Judges one random call of ours and of PyTorch's by the policy of `parity`.
 
-Truth is PyTorch's result in float64 on the CPU. A case is right if output, other results and all gradients are within
-the policy, no argument is changed, and what PyTorch refuses is refused.
+The truth is PyTorch's float64 result on the CPU. A case is right if the output, other results and all gradients are
+within the policy, if no argument is changed, and if what PyTorch refuses is refused.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def draw(operator: str, seed: int, number: int) -> tuple[FuzzCase, int]:
 
 
 def run(operator: str, seed: int, number: int, device: torch.device) -> str | None:
-    """Judges one case. None if it is right, else a line that says how to reproduce it, and what is wrong."""
+    """Judges one case. Returns None if it is right, else a line that says what is wrong and how to reproduce it."""
     case, values = draw(operator, seed, number)
     try:
         found = faults(case, values, device)
@@ -45,7 +45,7 @@ def run(operator: str, seed: int, number: int, device: torch.device) -> str | No
 
 
 def faults(case: FuzzCase, seed: int, device: torch.device) -> list[str]:
-    """What is wrong with our results, a line each; nothing, if all are right."""
+    """What is wrong with our results, one line each; an empty list if all are right."""
     found = _compare(case, seed, device)
     if isinstance(found, str):
         return [found] if found else []
@@ -56,7 +56,7 @@ def faults(case: FuzzCase, seed: int, device: torch.device) -> list[str]:
 
 
 def launched(case: FuzzCase, seed: int, device: torch.device) -> dict[Variant, Kernel]:
-    """What our call launches, a kernel of each variant, without launching it."""
+    """The kernels that our call would launch, one for each variant. Nothing is launched."""
     with calls.planned() as plans, contextlib.suppress(*REFUSALS):
         bases = {name: base.to(device) for name, base in _bases(case, torch.Generator().manual_seed(seed)).items()}
         y = _results(case, case.ours, bases, None, seed)["output"]
@@ -74,8 +74,9 @@ def describe(case: FuzzCase) -> str:
 def _wrong(case, draws) -> list[str]:
     """The results that the policy refuses, over all draws together.
 
-    Its allowance for chance is for normal errors. Those of a norm of few values are not: some draws are far worse than
-    all others, ours as often as PyTorch's. So among many draws ours must be the worse ones, or gross.
+    The policy's allowance for chance assumes normal errors. Errors of a norm of few values are not normal: some draws
+    are far worse than all others, ours as often as PyTorch's. So ours must be worse in more draws than PyTorch's, or
+    grossly wrong.
     """
     lines = []
     for name in draws[0]:
@@ -90,7 +91,7 @@ def _wrong(case, draws) -> list[str]:
 
 
 def _are_worse(draws) -> bool:
-    """Whether ours is the worse one in more draws than chance explains, beside those in which PyTorch's is."""
+    """Whether ours is worse in more draws than chance explains, compared with those in which PyTorch's is worse."""
     pairs = [(parity.error(ours, truth), parity.error(theirs, truth)) for ours, truth, theirs in draws]
     for ours, theirs in zip(*(zip(*column) for column in zip(*pairs))):
         worse, better = (sum(a > parity.RATIO * b for a, b in zip(*both)) for both in ((ours, theirs), (theirs, ours)))
@@ -100,7 +101,7 @@ def _are_worse(draws) -> bool:
 
 
 def _compare(case, seed, device) -> dict[str, tuple[torch.Tensor, ...]] | str:
-    """{result: (ours, the truth, PyTorch's), on the CPU}, or what is wrong with a refusal: "", if nothing is."""
+    """{result: (ours, truth, PyTorch's), on the CPU}, or what is wrong with a refusal; "" if that is right."""
     generator = torch.Generator().manual_seed(seed)
     bases = _bases(case, generator)
     double, here = {name: base.double() for name, base in bases.items()}, {}
@@ -137,13 +138,13 @@ def _compare(case, seed, device) -> dict[str, tuple[torch.Tensor, ...]] | str:
 
 
 def _bases(case, generator) -> dict[str, torch.Tensor]:
-    """Memory of the case's tensors, on the CPU."""
+    """The memory of the case's tensors, on the CPU."""
     bases = {name: values.base(generator) for name, values in case.tensors.items()}
     return {name: base.to(case.tensors[name].dtype or case.dtype) for name, base in bases.items()}
 
 
 def _dtype(case, name, right):
-    """The dtype that a result should have: its tensor's, or the case's; indices stay integers."""
+    """The expected dtype of a result: that of its tensor, or of the case. Indices stay integers."""
     values = case.tensors.get(name.rpartition(" ")[2])
     statistics = case.tensors.get("_mean") if name in ("result 2", "result 3") else None
     wide = (values or statistics) and (values or statistics).dtype
@@ -151,7 +152,7 @@ def _dtype(case, name, right):
 
 
 def _theirs(case, bases, dy, truth, seed, device) -> dict[str, torch.Tensor]:
-    """Results as far from the truth as PyTorch's are in the case's numeric class."""
+    """Results as far from the truth as PyTorch's in the case's numeric class."""
     if case.rounded:
         bases = {
             name: (parity.tf32_rounded(t) if len(case.tensors[name].shape) > 1 else t).double()
@@ -169,7 +170,7 @@ def _theirs(case, bases, dy, truth, seed, device) -> dict[str, torch.Tensor]:
 
 
 def _moved(tensor):
-    """Equal values stay equal."""
+    """The tensor, slightly changed. Equal values stay equal."""
     return tensor * (1 + ULPS * torch.finfo(tensor.dtype).eps * torch.sin(tensor * 1e4))
 
 
@@ -178,14 +179,14 @@ def _run_theirs(case, bases, dy, seed, device):
 
 
 def _dense(case, bases):
-    """The tensors, contiguous: PyTorch's own gradients are wrong for some mixtures of layouts."""
+    """The tensors, made contiguous, because PyTorch's gradients are wrong for some mixtures of layouts."""
     return {
         name: case.tensors[name].view(base).clone(memory_format=torch.contiguous_format) for name, base in bases.items()
     }
 
 
 def _results(case, function, bases, dy, seed) -> dict[str, torch.Tensor]:
-    """Every result of a function of the case's tensors. Without dy the function is only called."""
+    """Every result of a function of the case's tensors. Without dy, no gradients."""
     if function is case.ours:
         leaves = {name: case.tensors[name].view(base).detach() for name, base in bases.items()}
         layout = case.dy_layout

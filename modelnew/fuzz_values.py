@@ -1,4 +1,4 @@
-"""What cases of `modelnew.fuzz` are made of: tensors of any layout and kind of values, to be drawn; and the case."""
+"""Random tensors of any layout and kind of values, from which `modelnew.fuzz` makes its cases; and the case itself."""
 
 import math
 import random
@@ -15,7 +15,7 @@ SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0)
 
 
 class Values(NamedTuple):
-    """A tensor to be drawn. `layout` is one of `_VIEWS`; special: values that stand at a few random places."""
+    """A tensor to be drawn. layout: one of `_VIEWS`. special: values at a few random places."""
 
     shape: tuple[int, ...]
     layout: tuple = ("contiguous",)
@@ -26,7 +26,7 @@ class Values(NamedTuple):
     dtype: torch.dtype | None = None  # the case's
 
     def base(self, generator: torch.Generator) -> torch.Tensor:
-        """float64 memory of which `view` makes the tensor."""
+        """The float64 memory from which `view` makes the tensor."""
         shape = _VIEWS[self.layout[0]][0](self.shape, *self.layout[1:])
         if self.whole:
             # Each draw has other ones: what five values cost is chance.
@@ -46,12 +46,15 @@ class Values(NamedTuple):
 
 
 class FuzzCase(NamedTuple):
-    """One call. ours, theirs: functions of the tensors, which return a tensor, or several of which the first has a
-    gradient. tensors: those whose name begins with _ get no gradient.
+    """One call.
 
-    truth: instead of `theirs` in float64, where PyTorch's formula is not good enough for a truth.
-    terms, rounded: as in `cases.Case`. gradient: gradient(dtype, dy, **tensors in float64) gives the output's gradient
-    in place of the drawn dy. order: 2 for second derivatives. differentiated: whether gradients are compared.
+    ours, theirs: functions of the tensors, which return a tensor, or several of which the first has a gradient.
+    tensors: those whose name begins with _ get no gradient.
+    truth: replaces `theirs` in float64 if PyTorch's formula is not exact enough.
+    terms, rounded: as in `cases.Case`.
+    gradient: gradient(dtype, dy, **tensors in float64) returns the output's gradient, which replaces the random dy.
+    order: 2 for second derivatives.
+    differentiated: whether gradients are compared.
     """
 
     text: str
@@ -101,7 +104,7 @@ _VIEWS = {
 
 
 def layout_of(draw: random.Random, shape, dtype) -> tuple:
-    """Half of all tensors are contiguous, or channels_last where there is that."""
+    """A layout. Half of all tensors are contiguous, or channels_last if they have 4 or 5 dimensions."""
     dense = ["contiguous", "channels_last"] if len(shape) in (4, 5) else ["contiguous"]
     others = ["offset"]
     if shape:
@@ -115,7 +118,7 @@ def layout_of(draw: random.Random, shape, dtype) -> tuple:
 
 
 def input_of(draw: random.Random, shape, dtype, special=SPECIAL, largest=True) -> Values:
-    """Of common sizes mostly; at times large, small, far from 0, with ties, or with special values."""
+    """Mostly values of common size; sometimes large, small, far from 0, with ties, or with special values."""
     kind = draw.random()
     found = Values(shape, layout_of(draw, shape, dtype))
     if kind < 0.15:
@@ -140,7 +143,7 @@ def any_dtype(draw) -> torch.dtype:
 
 
 def shape_of(draw, dimensions, channels=None, least=1) -> tuple[int, ...]:
-    """[N, C, *]: few elements, one size in many larger, and at times an empty batch."""
+    """[N, C, *]: few elements, sometimes one large size, sometimes an empty batch."""
     sizes = [draw.choice((1, 2, 3, 4, 0)[: 4 if draw.random() < 0.8 else 5]), channels or draw.randint(1, 9)]
     for _ in range(dimensions - 2):
         sizes.append(draw.randint(least, 11))

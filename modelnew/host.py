@@ -1,8 +1,8 @@
-"""`python -m modelnew host`: microseconds that the host spends on a call, beside PyTorch's.
+"""`python -m modelnew host`: the host's time per call in microseconds, beside PyTorch's.
 
-The tensors are so small that the GPU is done before the host is. A loop makes calls without a synchronisation between
-them; the median of several loops is reported. "same": every call gets the same tensors. "new": inputs and results lie
-elsewhere from call to call, as in a network whose use of memory varies.
+The tensors are so small that the GPU finishes before the host does. A loop makes calls without synchronisation between
+them; the median of several loops is reported. "same": every call gets the same tensors. "new": inputs and results have
+new addresses at every call, as in a network with varying memory use.
 """
 
 import collections
@@ -81,7 +81,7 @@ def _operators() -> Iterator[tuple[str, Callable, tuple]]:
 
 
 def measure(device: torch.device, trials: int) -> Iterator[dict]:
-    """The rows of the record: microseconds a call, ours and PyTorch's in turns."""
+    """The rows of the record: microseconds per call, ours and PyTorch's in turns."""
     for name, make, shape in _operators():
         modules = [make(kind).to(device) for kind in (layers, nn)]
         for what, addresses in itertools.product(("forward", "step"), ("same", "new")):
@@ -105,7 +105,7 @@ def measure(device: torch.device, trials: int) -> Iterator[dict]:
 
 
 def first_launch(device: torch.device, trials: int) -> dict:
-    """The row of the record that says how long ModelNew's forward of one image takes to start its first kernel."""
+    """The record's row for the time from ModelNew's call on one image to the start of its first kernel."""
     name, make, shape = next(found for found in _operators() if found[0].startswith("ModelNew"))
     module, x, started = make(layers).to(device), torch.randn(shape, device=device), []
     start, found = compiler.backend.start, []
@@ -132,7 +132,7 @@ def first_launch(device: torch.device, trials: int) -> dict:
 
 
 def _loop(module, what, addresses, shape, device) -> Callable[[int], float]:
-    """A function that times so many calls: microseconds each."""
+    """A function that times this number of calls, in microseconds each."""
     step = what == "step"
     inputs = [torch.randn(shape, device=device, requires_grad=step) for _ in range(16 if addresses == "new" else 1)]
     with torch.no_grad():
@@ -163,7 +163,7 @@ def _loop(module, what, addresses, shape, device) -> Callable[[int], float]:
 
 
 def show(record: dict) -> None:
-    """Prints the rows, and how many times PyTorch's each is."""
+    """Prints the rows, and their ratios to PyTorch's."""
     table = Table("", "", "addresses", box=box.SIMPLE_HEAD)
     for name in ("ours", "PyTorch", "ratio"):
         table.add_column(name, justify="right")
@@ -187,8 +187,8 @@ def show(record: dict) -> None:
 def host_command(device, output, trials):
     """Time the host's part of a call on tiny tensors: each layer, ModelNew on one image, and a ResNet18.
 
-    Forward under no_grad, and a step: forward and all gradients; with the same tensors again and again, and with
-    tensors that lie elsewhere at each call. Prints a table and writes a record (JSON). Needs a GPU.
+    Measures the forward under no_grad, and a step (forward and all gradients). Each runs with the same tensors again
+    and again, and with tensors at new addresses at each call. Prints a table and writes a record (JSON). Needs a GPU.
     """
     device = commands.usable_device(device)
     if device.type == "cpu":

@@ -1,8 +1,8 @@
 """`python -m modelnew bench --layers`: every layer of ours beside PyTorch's, at shapes of well-known networks.
 
-Ours and PyTorch's take turns, trial by trial. Before each call the L2 cache is overwritten several times, so that the
-host is ahead and the GPU's time is what is measured. A time counts only if the results were right: output and gradients
-against a run in float64, by `parity.within_policy`; a pooling's output must equal PyTorch's bit for bit.
+Ours and PyTorch's are timed in turns, trial by trial. Before each call the L2 cache is overwritten several times, so
+that the host is ahead and the GPU's time is measured. A time counts only if the results were right: output and
+gradients by `parity.within_policy` against a float64 run; a pooling's output must equal PyTorch's bit for bit.
 """
 
 import collections
@@ -34,7 +34,7 @@ _EVALUATION = ", eval"  # ends the name of a batch norm's shape
 
 
 class Entry(NamedTuple):
-    """A layer at a shape. make(kind): the module, of `modelnew.layers` or torch.nn. training: of a batch norm."""
+    """A layer at a shape. make(kind): the module, from `modelnew.layers` or torch.nn. training: of a batch norm."""
 
     operator: str
     name: str
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     huge: bool = False  # more than 2^31 elements: one 16-bit dtype, NCHW
 
     def settings(self, classes) -> Iterator[tuple[str, str]]:
-        """(class, layout) of what is measured."""
+        """(class, layout) of everything that is measured."""
         if self.huge:
             yield from [("fp16", "nchw")] if "fp16" in classes else []
             return
@@ -169,7 +169,7 @@ def measure(
 
 
 def _kernels(classes, device) -> set:
-    """All that the entries launch: compiled one by one they would take longer than all measurements."""
+    """All kernels that the entries launch, to compile them together. One by one takes longer than all measurements."""
     found = set()
     for entry in ENTRIES:
         for cls, layout in entry.settings(classes):
@@ -199,7 +199,7 @@ class _Setting:
 
     @functools.cached_property
     def dy(self) -> torch.Tensor:
-        """A gradient of the output."""
+        """The gradient of the output."""
         with torch.no_grad():
             return torch.randn_like(copy.deepcopy(self.modules["eager"])(self.x))
 
@@ -229,7 +229,7 @@ class _Setting:
             yield {**row, "reasons": reasons, "failed": found["modelnew"].failed} if reasons else row
 
     def build(self, who, what):
-        """The call that is timed."""
+        """The function that is timed."""
         module = self.modules["modelnew" if who == "modelnew" else "eager"]
         if who == "compile":
             torch.compiler.reset()
@@ -249,7 +249,7 @@ class _Setting:
 
     @functools.cached_property
     def wrong(self) -> str | None:
-        """What is wrong with our results, or None; sets `error_ratio`, the worst rms error beside PyTorch's."""
+        """What is wrong with our results, or None. Sets `error_ratio`, our largest rms error over PyTorch's."""
         ours, theirs = (self.results(self.modules[who], self.x.dtype) for who in ("modelnew", "eager"))
         if self.entry.operator == "MaxPool2d" and not torch.equal(ours["output"], theirs["output"]):
             return "the output is not PyTorch's"
@@ -301,7 +301,7 @@ def groups(record: dict) -> dict[tuple, list[dict]]:
 
 
 def mean_and_worst(rows: list[dict]) -> tuple[float, float | None]:
-    """Geometric mean of the ratios, and the smallest where PyTorch takes over `LONG_US`, or None."""
+    """(geometric mean of the ratios, the smallest ratio where PyTorch takes over `LONG_US`, or None)."""
     ratios = list(map(ratio, rows))
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     long = [found for row, found in zip(rows, ratios) if 1e3 * row["ms"] * found > LONG_US]
@@ -309,14 +309,14 @@ def mean_and_worst(rows: list[dict]) -> tuple[float, float | None]:
 
 
 def most_memory(record: dict) -> tuple[float, dict] | None:
-    """The largest ratio of our peak memory to eager PyTorch's, both over `LEAST_MB`, and its row; None without such."""
+    """(largest ratio of our peak memory to eager PyTorch's, its row), both over `LEAST_MB`; None without such rows."""
     pairs = [(row.get("peak_mb"), row.get("eager_peak_mb"), row) for row in record["rows"]]
     found = [(ours / theirs, row) for ours, theirs, row in pairs if ours and theirs and min(ours, theirs) > LEAST_MB]
     return max(found, key=lambda pair: pair[0], default=None)
 
 
 def show(record: dict, out: Console) -> None:
-    """Prints the worst ratios, geometric means, the most memory beside PyTorch's, and what was wrong."""
+    """Prints the worst ratios, geometric means, the largest memory beside PyTorch's, and what was wrong."""
     table = Table(box=box.SIMPLE_HEAD, title="Slowest beside PyTorch", title_justify="left")
     for name in ("layer", "shape", "dtype", "layout", "", "ours, us", "PyTorch, us", "ratio", "error"):
         table.add_column(name, justify="right" if name in ("ours, us", "PyTorch, us", "ratio", "error") else "left")

@@ -1,5 +1,6 @@
-"""Pictures of records, with matplotlib: of `python -m modelnew bench`, times beside the peers' and a roofline; of
-`python -m modelnew training`, loss curves.
+"""Plots of records, with matplotlib.
+
+`bench`: times beside the peers' and a roofline. `bench --layers`: ratios of every layer. `training`: loss curves.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ _MARKERS = "os^vD<>Pph*X8dH"
 
 
 def draw(record: dict, path: Path) -> None:
-    """Draws the record as PNG. ValueError if there is nothing to draw, ImportError without matplotlib."""
+    """Draws the record as a PNG. Raises ValueError if there is nothing to draw, and ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     versions = record["versions"]

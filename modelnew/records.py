@@ -14,7 +14,7 @@ from .workloads import FEW_IMAGES, GRAPHS, MODELS, WORKLOADS, Shape, floor_ms, w
 
 
 def write(record: dict, path: Path) -> None:
-    """Writes the record, a line for each row. If that fails, the old file stays."""
+    """Writes the record, one line for each row. If that fails, the old file stays."""
     rows = ",\n  ".join(json.dumps(row) for row in record["rows"])
     head = json.dumps({**record, "rows": []}, indent=1).removesuffix("[]\n}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def write(record: dict, path: Path) -> None:
 def comparisons(record: dict) -> Iterator[tuple[dict, dict | None]]:
     """(our row, the fastest peer's or None), by workload, class and n.
 
-    Where ModelNew runs in a CUDA graph, too, without one it is compared with peers that have none.
+    If there is also a row of ModelNew in a CUDA graph, the row without graph is compared with peers without graphs.
     """
     cells = collections.defaultdict(list)
     for row in record["rows"]:
@@ -42,7 +42,7 @@ def comparisons(record: dict) -> Iterator[tuple[dict, dict | None]]:
 
 
 def trials(record: dict) -> str:
-    """How many trials there were, in words."""
+    """The number of trials in words."""
     few = record.get("trials_of_few", record["trials"])
     return f"{record['trials']} trials" + (f" (up to {FEW_IMAGES} images: {few})" if few != record["trials"] else "")
 

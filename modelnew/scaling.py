@@ -1,7 +1,7 @@
-"""`python -m modelnew scaling`: a training step on several GPUs beside the same step on one, ModelNew's and Model's.
+"""`python -m modelnew scaling`: a training step on several GPUs beside one GPU, of ModelNew and of Model.
 
-A process for each GPU, each with as many images as one GPU alone has (weak scaling). A trial is a few steps one behind
-the other, forward and gradients of all parameters; the ways to take a step are timed in turns. With several GPUs the
+There is one process for each GPU, each with as many images as a GPU alone (weak scaling). A trial is a few consecutive
+steps: forward, and gradients of all parameters. The ways to take a step are timed in turns. With several GPUs, the
 slowest one counts.
 """
 
@@ -44,9 +44,9 @@ out = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def measure(kind: str, count: int, images: int, trials: int, tiny: bool) -> list[dict]:
-    """The rows of the record. kind: "cuda" or "cpu", on which `count` processes run, each with so many images.
+    """The rows of the record. kind: "cuda" or "cpu". count: number of processes, each with this number of images.
 
-    "alone": one GPU, the others idle; "apart": all at once, without DistributedDataParallel; then `_WAYS`.
+    "alone": one GPU, the others idle. "apart": all at once, without DistributedDataParallel. Then `_WAYS`. Raises
     RuntimeError if a process ends too early, or if the models' gradients do not agree.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def _rank(rank, kind, count, images, trials, tiny, folder):
 
 
 def _steps(rank, device, images, tiny) -> tuple[dict[tuple[str, str], Callable], str]:
-    """{(who, what): a function that takes a step}, and the class of the convolutions."""
+    """({(who, what): a function that takes a step}, the class of the convolutions)"""
     arguments, image = TINY if tiny else FULL
     torch.manual_seed(0)
     reference = Model(*arguments, device=device)
@@ -135,7 +135,7 @@ def _steps_of_trial(tiny) -> int:
 
 
 def _time(step, device, steps) -> float:
-    """Milliseconds of one of so many steps."""
+    """Milliseconds per step."""
     _synchronize(device)
     start = time.perf_counter()
     for _ in range(steps):
@@ -184,10 +184,10 @@ def show(record: dict) -> None:
 @commands.device_option
 @commands.output_option("scaling")
 def scaling_command(gpus, images, trials, tiny, device, output):
-    """Time a training step with DistributedDataParallel on several GPUs beside the step on one: ModelNew and Model.
+    """Time a training step with DistributedDataParallel on several GPUs, beside the step on one GPU.
 
-    Every GPU has the same number of images. Gradients of both models are compared first. Prints a table, and writes a
-    record (JSON).
+    Measures ModelNew and Model. Every GPU has the same number of images. The gradients of both models are compared
+    first. Prints a table and writes a record (JSON).
     """
     device = commands.usable_device(device)
     count = gpus or (torch.cuda.device_count() if device.type == "cuda" else 2)

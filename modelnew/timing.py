@@ -1,4 +1,4 @@
-"""Times of calls on a GPU: CUDA events, warm-up, an L2 cache without the last trial's data; and of several in turns."""
+"""Times of calls on a GPU: CUDA events, warm-up, an L2 cache without the last trial's data; contenders in turns."""
 
 import contextlib
 import gc
@@ -30,12 +30,14 @@ class Times(NamedTuple):
 
 
 class Clock:
-    """Times calls on one device: a GPU by CUDA events in torch's current stream, so that launches may run ahead of it;
-    a CPU, or a GPU whose `latency` from idle to idle is wanted, by the host's clock.
+    """Times calls on one device.
+
+    A GPU is timed by CUDA events in torch's current stream, so that the host may run ahead. A CPU is timed by the
+    host's clock, and so is a GPU for `latency`, from idle to idle.
     """
 
     def __init__(self, device: torch.device, latency: bool = False, flushes: int = 1):
-        """flushes: how often the L2 cache is overwritten before a call. The host has that time to run ahead."""
+        """flushes: how often the L2 cache is overwritten before a call. The host can run ahead during that time."""
         self.device, self.flushes = device, flushes
         self.gpu = device.type == "cuda"
         self.events = self.gpu and not latency
@@ -43,7 +45,7 @@ class Clock:
         self.warmup = _WARMUP if self.gpu else 1
 
     def time(self, function: Callable, before: Callable | None = None) -> Callable[[], float]:
-        """Calls before(), untimed, then function(); returns what `read` reads the milliseconds from."""
+        """Calls before(), untimed, then function(). Returns a value from which `read` gets the milliseconds."""
         for _ in range(self.flushes if self.gpu else 0):
             self.flush.zero_()
         if before:
@@ -67,14 +69,14 @@ class Clock:
             torch.cuda.synchronize()
 
     def read(self, pending: list[Callable[[], float]]) -> Times:
-        """Times of what `time` has returned."""
+        """Times of the results of `time`."""
         self.synchronize()
         ms = [read() for read in pending]
         return Times(statistics.median(ms), min(ms), max(ms))
 
 
 class Contender:
-    """Somebody who does a piece of work in one layout, and the times, or the reason why there are none."""
+    """A contender that does a piece of work in one layout, with its times, or the reason why there are none."""
 
     def __init__(
         self,
@@ -84,15 +86,17 @@ class Contender:
         check: Callable[[], str | None] | None = None,
         before_each: Callable[[], None] | None = None,
     ):
-        """build(): makes the function that is timed. check(): what is wrong with its result, or None. before_each():
-        called, untimed, before each call of the function."""
+        """build: build() makes the function that is timed.
+        check: check() returns what is wrong with its result, or None.
+        before_each: before_each() is called, untimed, before each call of the function.
+        """
         self.who, self.layout, self.build, self.check, self.before_each = who, layout, build, check, before_each
         self.call = self.times = self.peak_mb = self.reason = None
         self.failed = False
         self.pending = []
 
     def warm_up(self, clock: Clock) -> None:
-        """Checks, builds, calls (which compiles), and then measures the peak memory beyond what it was built from."""
+        """Checks, builds and calls the function, which compiles, and then measures its peak memory."""
 
         def run():
             if self.check and (wrong := self.check()):
@@ -117,12 +121,12 @@ class Contender:
         self._attempt(lambda: self.pending.append(clock.time(self.call, self.before_each)))
 
     def refuse(self, reason: str, failed: bool = False) -> None:
-        """Takes no part, or no longer."""
+        """Excludes the contender from now on."""
         self.reason, self.failed = reason[:_REASON_LENGTH], failed
         self.call, self.pending = None, []
 
     def row(self, **what) -> dict:
-        """What a record keeps: times, or a reason, and whether that is our failure."""
+        """The entry of a record: times, or a reason, and whether that is our failure."""
         ms = [None] * 3 if self.reason else map(rounded, self.times)
         row = {**what, "who": self.who, "layout": self.layout, **dict(zip(("ms", "ms_min", "ms_max"), ms))}
         row["peak_mb"] = None if self.reason else self.peak_mb
@@ -160,7 +164,7 @@ def measure(function: Callable, device: torch.device, trials: int = 20) -> Times
 def measure_launches(launches: Iterable[tuple], device: torch.device, trials: int = 20) -> list[Times]:
     """Times of each launch alone. launches: arguments of `cupy_kernels.launch.launch`, as its `observed` gives them.
 
-    In the emulator one that takes long is called once, without a warm-up.
+    In the emulator, a slow launch is called only once, without warm-up.
     """
 
     def time_of(arguments):
@@ -185,9 +189,10 @@ def measure_together(
     refused: Callable[[Contender], str | None],
     describe: Callable[[str], None],
 ) -> None:
-    """Warms up all entrants, one by one, and times them in turns. What fails drops out with a reason.
+    """Warms up all entrants, one by one, and times them in turns. An entrant that fails is excluded, with a reason.
 
-    refused(entrant): why it may not begin, or None. describe(text): who is being warmed up.
+    refused: refused(entrant) returns why it may not begin, or None.
+    describe: describe(text) is called with who is being warmed up.
     """
     for entrant in entrants:
         if reason := refused(entrant):
@@ -206,16 +211,16 @@ def measure_together(
 
 
 def rounded(ms: float) -> float:
-    """Five digits: what a record keeps."""
+    """Five digits, as in a record."""
     return float(f"{ms:.5g}")
 
 
 def current(device: torch.device):
-    """The block's current device."""
+    """A context in which the device is the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def free() -> None:
-    """Gives back the memory of what is no longer used."""
+    """Frees unused memory."""
     gc.collect()
     torch.cuda.empty_cache()

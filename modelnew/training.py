@@ -64,7 +64,7 @@ def _show(settings, seeds, curves, judgements):
 
 @contextlib.contextmanager
 def _progress(steps):
-    """A function that takes the Run of the next step, for a bar that also tells which kernel is being compiled."""
+    """A context with a progress bar that also tells which kernel is compiled. Its function takes the next Run."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=steps, completed=-1)
@@ -114,15 +114,15 @@ def _progress(steps):
 @commands.device_option
 @commands.output_option("training", drawn=True)
 def training_command(device, output, steps, batch, channels, size, lr, amp, momentum, seed, seeds):
-    """Judge the first steps of training, and show loss curves of Model and ModelNew.
+    """Judge the first steps of training, and draw loss curves of Model and ModelNew.
 
-    Both learn what another Model puts out, from the same parameters and batches, with TF32 and in float32, or with
-    --amp under autocast. After each
-    of the first 5 steps ModelNew's output, parameters and running statistics must be as close to a float64 run as
-    those of Model in the same numeric class; all begin each step alike, and every seed must pass. The loss curves are a
-    demonstration: of them is asked only that ModelNew's loss falls where Model's does. On the CPU, which has no TF32,
-    Model's operands are rounded to it, and ModelNew runs in the emulator. Prints tables, writes a record (JSON) and,
-    with matplotlib installed (the extra "bench"), loss curves (PNG). Exit code 1 if ModelNew fails.
+    Both models learn to reproduce the output of another Model. They start from the same parameters and get the same
+    batches, with TF32 and in float32, or with --amp under autocast. After each of the first 5 steps, ModelNew's output,
+    parameters and running statistics must be as close to a float64 run as those of Model in the same numeric class. All
+    runs begin each step with the same state, and every seed must pass. The loss curves are a demonstration: ModelNew's
+    loss must only fall where Model's does. A CPU has no TF32: there, Model's operands are rounded to TF32, and ModelNew
+    runs in the emulator. Prints tables and writes a record (JSON). With matplotlib installed (the extra "bench"), it
+    also draws loss curves (PNG). The exit code is 1 if ModelNew fails.
     """
     if channels and channels % 4:
         raise click.BadParameter(f"must be a multiple of 4, received {channels}", param_hint="--channels")

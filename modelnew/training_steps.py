@@ -1,30 +1,31 @@
-"""Training steps of `ModelNew`, and whether they are right, for `training`; loss curves beside `Model`'s.
+"""Judges training steps of `ModelNew` for `training`, and computes loss curves beside `Model`'s.
 
-The task: to reproduce the outputs of a teacher, a `Model` with other random parameters. Mean squared error, SGD.
+The task is to reproduce the outputs of a teacher, a `Model` with other random parameters, with mean squared error and
+SGD.
 
-Judged: the output, the parameters and batch norm's running statistics after each of the first JUDGED steps, in both
-numeric classes, from every seed. Truth is a run of `Model` in float64. ModelNew must be as close to it as `Model` of
-its class is, by the one policy (`parity.within_policy`): 1.1 times, and an allowance for chance that shrinks with the
-number of elements. Three things keep rounding from being amplified, so that so narrow a limit can hold:
+What is judged: the output, the parameters and batch norm's running statistics after each of the first JUDGED steps, in
+both numeric classes, from every seed. The truth is a run of `Model` in float64. ModelNew must be as close to it as
+`Model` in the same class, by the policy of `parity.within_policy`: 1.1 times, and an allowance for chance that shrinks
+with the number of elements. Such a narrow limit holds because three things keep rounding errors from growing:
 
-- Before each step all take the truth's parameters and statistics. Left alone, a few directions of the first steps
-  already multiply what rounding does, and the distances of two equally good runs scatter by a half. The optimizer's
-  momentum stays each run's own, and carries the errors of all steps so far.
-- No gradient goes to pooling windows whose two largest values are nearly equal: rounding decides there which of them
-  receives it (`_gradient`).
-- A loss is no measure: the errors of all elements cancel in it, by chance. The output is compared instead.
+- Before each step, all runs take the truth's parameters and statistics. Otherwise a few directions of the first steps
+  multiply rounding errors, and the errors of two equally good runs differ by a half. Each run keeps its own optimizer
+  momentum, which carries the errors of all steps so far.
+- No gradient goes to pooling windows whose two largest values are nearly equal, because rounding decides which of them
+  gets it (`_gradient`).
+- The loss is not compared, because the errors of all elements cancel in it by chance. The output is compared instead.
 
-Under autocast (--amp) the classes are "fp16" and "bf16", and a GradScaler is in every run, as people train with it.
+Under autocast (--amp) the classes are "fp16" and "bf16", and every run has a GradScaler.
 
-In the TF32 class Model's error is PyTorch's or that of operands rounded to TF32 (`parity.tf32_rounding`), whichever is
-larger: cuDNN does not multiply in TF32 for few images, nor for the weight gradient in NCHW, and a CPU never does.
+In the TF32 class, Model's error is PyTorch's, or that of operands rounded to TF32 (`parity.tf32_rounding`) if it is
+larger. cuDNN does not use TF32 for few images or for the weight gradient in NCHW, and a CPU never does.
 
-Not judged: the convolution's bias. Its gradient is zero in mathematics, as batch norm removes what it adds, and what is
-left of it is noise, which the parity check limits.
+What is not judged:
 
-Not judged either: how far runs are from each other after many steps. A training run amplifies rounding, and ends
-elsewhere when anything rounds differently, PyTorch's own too. The loss curves show it. The one demand on
-them is that ModelNew's loss falls where Model's does.
+- The convolution's bias. Its gradient is zero in exact arithmetic, because batch norm subtracts the bias again. What is
+  left is rounding noise, which the parity check limits.
+- The distance between runs after many steps. Training amplifies rounding, so every different rounding, PyTorch's own
+  too, leads to a different end. The loss curves show it. They must only fall where Model's does.
 """
 
 import copy
@@ -54,7 +55,7 @@ class Run(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What all runs share."""
+    """The settings that all runs share."""
 
     steps: int
     batch: int
@@ -67,7 +68,7 @@ class Settings(NamedTuple):
 
     @property
     def runs(self) -> list[Run]:
-        """Who has a loss curve."""
+        """The runs that have a loss curve."""
         return AMP_RUNS if self.amp else RUNS
 
     @property
@@ -101,9 +102,9 @@ def judged(settings):
 
 
 def judge(settings: Settings, device: torch.device, describe: Callable[[Run], None]) -> Iterator[Judgement]:
-    """Judges the first steps of both classes. describe(run): a step of this run comes next.
+    """Judges the first steps of both classes. describe(run) is called before a step of the run.
 
-    ValueError if the float64 run diverges.
+    Raises ValueError if the float64 run diverges.
     """
     start, batches = _task(settings, device)
     state, truth = start.state_dict(), copy.deepcopy(start).double()
@@ -140,7 +141,7 @@ def judge(settings: Settings, device: torch.device, describe: Callable[[Run], No
 
 
 def _task(settings, device):
-    """The model that all start from, and batches with the teacher's outputs."""
+    """The model from which all runs start, and batches with the teacher's outputs."""
     start, teacher = (_initial(settings, settings.seed + i, device) for i in range(2))
     for norm in (teacher.batch_norm, teacher.group_norm):  # or the biases would have nothing to learn
         torch.nn.init.normal_(norm.weight, 1, 0.2)
@@ -158,7 +159,7 @@ def _initial(settings, seed, device):
 
 
 def _build(run, start, settings):
-    """Who is trained, with the parameters of `start`. A CPU has no TF32: operands are rounded to it."""
+    """The model of a run, with the parameters of `start`. On a CPU, which has no TF32, operands are rounded to it."""
     device = start.conv_transpose.weight.device
     if run.who == "ModelNew":
         model = ModelNew(*settings.init, numerics=run.cls if run.cls in CLASSES else "auto", device=device)
@@ -179,11 +180,11 @@ def _scaler(settings, device):
 
 
 def _gradient(y, target, unpooled, pooled, norm, near_tie):
-    """The mean squared error's gradient of the output y, changed so that none reaches 2x2 pooling windows with a near
-    tie: a difference of less than `near_tie`.
+    """The mean squared error's gradient of y, changed so that none reaches pooling windows with a near tie.
 
-    What flows back through a group norm is the part of gradient * weight that is orthogonal, within each group, to 1
-    and to the pooled values. What is kept of that part is zero at near ties and still orthogonal to both.
+    In a near tie, the two largest values of a 2x2 window differ by less than `near_tie`. The gradient that flows back
+    through a group norm is the part of gradient * weight that is orthogonal, within each group, to 1 and to the pooled
+    values. The result's part is zero at near ties and still orthogonal to both.
     """
     windows = unpooled.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
     first, second = windows.topk(2).values.unbind(-1)
@@ -209,7 +210,7 @@ def _gradient(y, target, unpooled, pooled, norm, near_tie):
 
 
 def _step(model, optimizer, scaler, y, dy):
-    """The tensors that are compared after a step of the optimizer, from the output and its gradient."""
+    """The tensors that are compared after a step of the optimizer, given the output and its gradient."""
     optimizer.zero_grad()
     y.backward(scaler.scale(dy).to(y))
     scaler.step(optimizer)
@@ -230,7 +231,7 @@ def _rows(cls, found, expected):
 
 
 def worst(judgements: list[Judgement]) -> list[Judgement]:
-    """Of each tensor and class the one furthest away beside Model's, a wrong one before all that are right."""
+    """For each tensor and class, the worst judgement beside Model's. Wrong ones count as worse than right ones."""
     cells = {}
     for judgement in judgements:
         cells.setdefault((judgement.row.cls, judgement.row.what), []).append(judgement)
@@ -240,7 +241,7 @@ def worst(judgements: list[Judgement]) -> list[Judgement]:
 def train(
     settings: Settings, device: torch.device, describe: Callable[[Run], None]
 ) -> Iterator[tuple[Run, torch.Tensor]]:
-    """Trains each of the runs on its own, and gives the losses of all steps, float64 on the CPU."""
+    """Trains each run, and yields it with the losses of all steps, float64 on the CPU."""
     start, batches = _task(settings, device)
     for run in settings.runs:
         model = _build(run, start, settings)
@@ -263,7 +264,7 @@ def train(
 
 
 def falls(losses: torch.Tensor) -> bool:
-    """Whether the mean of the last steps is less than the first: no if it is NaN."""
+    """Whether the mean of the last losses is less than the first loss; False for NaN."""
     return bool(losses[-LAST:].mean() < losses[0])
 
 

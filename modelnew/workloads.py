@@ -1,4 +1,4 @@
-"""What `python -m modelnew bench` measures: workloads, who takes part in each, and the least time of each."""
+"""The workloads of `python -m modelnew bench`: their contenders, and the least time that each can take."""
 
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ _CEILINGS = {"H100": (3.03e12, 793e12)}
 
 
 class Shape(NamedTuple):
-    """One image and the convolution, square in all respects."""
+    """The size of an image, and the convolution; heights equal widths."""
 
     in_channels: int
     out_channels: int
@@ -85,8 +85,10 @@ class Shape(NamedTuple):
 
 
 def contenders(what: str, n: int, peers: str, device: torch.device) -> list[tuple[str, str]]:
-    """(who, layout) of all who take part, ours first. Parts and other chains are compared with eager alone,
-    kernels with nobody, compiled models with themselves. Ours is channels_last where the workload is.
+    """(who, layout) of all contenders, ours first.
+
+    Parts and other chains are compared with eager PyTorch only, kernels with nothing, compiled models with themselves.
+    Ours is channels_last if the workload is.
     """
     if n > FEW_IMAGES and what == "latency_forward_train":
         return []
@@ -103,12 +105,12 @@ def contenders(what: str, n: int, peers: str, device: torch.device) -> list[tupl
 
 
 def layout_of(what: str) -> str:
-    """Ours."""
+    """The layout of our contender."""
     return "nhwc" if what in FLOAT16 else "nchw"
 
 
 def ceilings(gpu: str | None) -> dict | None:
-    """{"bytes_per_s", "flop_per_s": {class: ..}} of a GPU that was measured, else None."""
+    """{"bytes_per_s", "flop_per_s": {class: ..}} of a GPU whose limits were measured, else None."""
     for word, (bandwidth, rate) in _CEILINGS.items():
         if gpu and word in gpu:
             return {"bytes_per_s": bandwidth, "flop_per_s": {c: rate / (3 if c == "fp32" else 1) for c in DTYPES}}
@@ -116,12 +118,12 @@ def ceilings(gpu: str | None) -> dict | None:
 
 
 def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]:
-    """(FLOP, bytes) of each stage that has to wait for the one before it.
+    """(FLOP, bytes) of each stage. A stage has to wait for the one before it.
 
-    Bytes: each input read once, each result written once. FLOP: the convolution's by the dense count,
-    2 N OH OW Cout Cin KH KW. A forward in training mode has two stages: the convolution, whose pooled values go to
-    memory because normalising waits for the statistics of all of them, and the rest. The backward: gradients of the
-    pooled values, then wgrad, then dgrad.
+    Bytes: each input is read once, each result written once. FLOP: of the convolution, by the dense count 2 N OH OW
+        Cout Cin KH KW. A forward in training mode has two stages: the convolution, whose pooled values go to memory
+        because normalisation needs the statistics of all of them, and the rest. The stages of the backward are the
+        gradients of the pooled values, wgrad and dgrad.
     """
     itemsize = DTYPES[cls].itemsize if what in OPERATORS | FLOAT16 else 4
     packed = 0.5 if cls == "tf32" else 1  # bytes of packed fp16 tiles for one of float32; the fp32 class has two halves
@@ -150,6 +152,9 @@ def work(what: str, cls: str, n: int, shape: Shape) -> list[tuple[float, float]]
 
 
 def floor_ms(what: str, cls: str, n: int, shape: Shape, limits: dict) -> float:
-    """Milliseconds that the GPU of `ceilings` needs at least: of each stage of `work`, the slower of the two."""
+    """The least time in milliseconds on the GPU of `ceilings`.
+
+    It is the sum over the stages of `work` of the slower of arithmetic and memory.
+    """
     rate, bandwidth = limits["flop_per_s"][cls], limits["bytes_per_s"]
     return 1e3 * sum(max(flop / rate, size / bandwidth) for flop, size in work(what, cls, n, shape))
