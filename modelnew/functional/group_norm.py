@@ -18,7 +18,7 @@ from cupy_kernels.group_norm import (
 )
 
 from .. import autocast
-from ..calls import call, dense_after
+from ..calls import call, prepared
 from ..cases import Case, sums_of
 from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_parameters, integer, number, one_device
@@ -126,8 +126,7 @@ def group_norm(
         _check(input, num_groups, weight, bias)
 
     last = channels_last(input)
-    x, weight, bias = dense_after(check, None if last else input, weight, bias)
-    x = input if last else x
+    x, weight, bias = prepared(check, last, input, weight, bias)
     if will_need_grad(x, weight, bias):
         return apply(_GroupNorm, x, weight, bias, num_groups, last, wide, eps, check)
     return _call(x, weight, bias, num_groups, last, wide, eps, check)[0]

@@ -19,7 +19,8 @@ from ..calls import call, dense_after
 from ..formats import channels_last, dense_in, restored, stored
 from ..interop import NUMPY, aligned, dense, integer, number, one_device, pair
 from ..numerics import choose, required_plan, tensor_core_plan, wgrad_plan
-from .batch_norm import applied_statistics, batch_norm, check_batch_norm, check_batch_norm_call, note_update
+from .batch_norm import batch_norm
+from .batch_norm_arguments import Norm
 from .bn_pool import activation_of
 from .conv_transpose import conv_transpose2d_as
 from .conv_transpose_kernels import gradients
@@ -128,10 +129,10 @@ def convolution_gradients(
 
 class _Fused(Function):
     @staticmethod
-    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
+    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, norm, running, check, options):
         tensors = (stored(x, options["last"]), w, conv_bias, *running, weight, bias, group_weight, group_bias)
         out, memory = call(_forward, *tensors, check=check, keep=True, **options)
-        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *applied)
+        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *norm.applied())
         ctx.options = options
         return restored(out, options["last"])
 
@@ -245,23 +246,16 @@ def geometry_of(padding):
     return Geometry((1, 1), padding, (0, 0), (1, 1), 1)
 
 
-def run(input, *arguments):
-    """The chain's result. arguments: those of `fused` but for two, and behind them numerics and peers."""
-    *arguments, numerics, peers = arguments
+def run(input, arguments, *others):
+    """The chain's result. Its arguments: those of `fused` but for two, and behind them numerics and peers."""
+    *others, numerics, peers = others
     how = choose(_class(numerics, input), input), autocast.enabled(input)
-    return autocast.result_of_norm(fused(input, *arguments, *how, peers=peers))
+    return autocast.result_of_norm(fused(input, arguments, *others, *how, peers=peers))
 
 
 def fused(
     input,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    training,
-    momentum,
-    eps,
-    num_batches_tracked,
+    arguments,
     conv_weight,
     conv_bias,
     padding,
@@ -276,35 +270,38 @@ def fused(
     kept_bytes=None,
     peers=None,
 ):
-    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs."""
+    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs.
+
+    arguments: those of batch_norm, see `Norm`.
+    """
     struct_of(activation)
     parameter = number(negative_slope, "negative_slope")
-    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    training, padding = bool(training), pair(padding, "padding")
+    norm, padding = Norm.checked(*arguments), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
-    others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    last, alone = _last(input), training and peers is None
+    others = (conv_weight, conv_bias, group_weight, group_bias)
+    last = _last(input)
 
     def check():
-        check_mixture(autocast_on, input, num_batches_tracked, *others)
+        check_mixture(autocast_on, input, norm.batches, *norm[:4], *others)
         if peers is not None and not input.shape[0]:
             raise UnsupportedError("the batch is empty, and other processes' batches count, too")
-        _check_shapes(input, *others, padding, alone, num_groups)
+        check_shapes(input, norm, *others, padding, num_groups, alone=peers is None)
         dtypes = NUMPY[input.dtype], NUMPY[conv_weight.dtype]
         how = padding, num_groups, choice, last, autocast_on
         _plan(input.shape, dtypes[0], conv_weight.shape, dtypes[1], *how)
 
     check_slope(parameter)
-    tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    affine = (norm.weight, norm.bias, group_weight, group_bias)
+    tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, *affine)
     x, w, conv_bias, *affine = tensors = (restored(aligned(tensors[0]), last), *tensors[1:])
-    updated = dense(running_mean), dense(running_var), num_batches_tracked
+    running = norm.buffers()
     options = {
         "padding": padding,
         "choice": choice,
         "groups": num_groups,
-        "training": training,
-        "momentum": momentum,
-        "eps": eps,
+        "training": norm.training,
+        "momentum": norm.momentum,
+        "eps": norm.eps,
         "group_eps": group_eps,
         "activation": activation,
         "parameter": parameter,
@@ -313,38 +310,24 @@ def fused(
     }
     keep, memory = kept_bytes is not None, None
     if peers is not None:
-        out = peers(tensors, updated, check, options)
+        out = peers(tensors, running, check, options)
     elif not keep and will_need_grad(*tensors):
-        applied = applied_statistics(running_mean, running_var, training)
-        out = apply(_Fused, *tensors, updated, applied, check, options)
+        out = apply(_Fused, *tensors, norm, running, check, options)
     else:
         x, options["kept_bytes"] = stored(x, last), kept_bytes
-        out, memory = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=keep, **options)
+        out, memory = call(_forward, x, w, conv_bias, *running, *affine, check=check, keep=keep, **options)
         out = restored(out, last)
-    if training:
-        note_update(running_mean, running_var, num_batches_tracked, updated)
+    norm.note_update(running)
     return (out, memory) if keep else out
 
 
-def _check_shapes(
-    input,
-    conv_weight,
-    conv_bias,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    group_weight,
-    group_bias,
-    padding,
-    alone,
-    num_groups,
+def check_shapes(
+    input, norm, conv_weight, conv_bias, group_weight, group_bias, padding, num_groups, alone=True
 ) -> None:
-    """Raises all errors that shapes, dtypes and devices can be the reason of. alone: one value is too few."""
-    affine = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    one_device((input, conv_weight, *affine))
+    """Raises all errors that shapes, dtypes and devices can be the reason of. alone: as in `Norm.check`."""
+    one_device((input, conv_weight, conv_bias, *norm[:4], group_weight, group_bias))
     shape = output_shape(input.shape, conv_weight.shape, geometry_of(padding))
-    check_batch_norm(input, running_mean, running_var, weight, bias, alone, shape)
+    norm.check(input, shape, alone)
     check_group(shape[1], num_groups, conv_bias, group_weight, group_bias)
 
 

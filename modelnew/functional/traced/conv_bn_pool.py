@@ -17,6 +17,7 @@ from ...interop import NUMPY, aligned, check_floating, dense, integer, number, p
 from ...numerics import check_numerics, settled, settled_choice
 from ...registration import composite, fake_gradients, gradients_of_op, in_place_of, ops, register, results_of, traced
 from .. import resident_conv_bn_pool as eager
+from ..batch_norm_arguments import Norm
 from ..bn_pool import activation_of
 from ..conv_bn_pool import check_three, is_plain
 from ..gradients import gradients_of
@@ -105,14 +106,14 @@ def _how(numerics, x):
     return settled_choice(text, x), _AUTOCAST in numerics
 
 
-def _check_supported(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, *options):
+def _check_supported(input, *options):
     """UnsupportedError for calls that the kernels do not take."""
-    conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, _, numerics = options
+    norm = Norm(*options[:8])
+    conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, _, numerics = options[8:]
     struct_of(activation)
     eager.check_slope(slope)
-    others = conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
     choice, autocast_on = _how(numerics, input)
-    eager.check_mixture(autocast_on, input, batches, *others)
+    eager.check_mixture(autocast_on, input, norm.batches, *norm[:4], conv_weight, conv_bias, group_weight, group_bias)
     check_floating(input=input)
     if input.dim() == conv_weight.dim() == 4:
         images = 1 if input.shape[0] else 0  # of more, the number does not matter
@@ -123,23 +124,20 @@ def _check_supported(input, running_mean, running_var, weight, bias, training, m
 
 def _run(input, *options):
     *others, numerics, keep = options
-    how = _how(numerics, input)
+    arguments, others, how = others[:8], others[8:], _how(numerics, input)
     if not keep:
-        return results_of(input, eager.fused(input, *others, *how), None)
-    conv_weight, _, padding = others[8:11]
-    groups = others[13]
-    return eager.fused(input, *others, *how, kept_bytes(input, conv_weight, padding, groups, *how))
+        return results_of(input, eager.fused(input, arguments, *others, *how), None)
+    conv_weight, _, padding, _, _, groups, *_ = others
+    return eager.fused(input, arguments, *others, *how, kept_bytes(input, conv_weight, padding, groups, *how))
 
 
 def _fake(input, *options):
     *others, keep = options
-    running_mean, running_var, weight, bias, training, momentum, eps, _, *rest = others
-    conv_weight, conv_bias, padding, _, _, groups, group_weight, group_bias, _, numerics = rest
+    conv_weight, conv_bias, padding, _, _, groups, group_weight, group_bias, _, numerics = others[8:]
     _check_supported(input, *others)
-    eager.check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    norm = Norm.checked(*others[:8])
     one, w = (t.new_empty(tuple(map(int, t.shape))) for t in (input[:1], conv_weight))
-    tensors = one, w, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
-    eager._check_shapes(*tensors, tuple(padding), training, groups)
+    eager.check_shapes(one, norm, w, conv_bias, group_weight, group_bias, tuple(padding), groups)
     _, channels, height, width = output_shape(one.shape, w.shape, eager.geometry_of(tuple(padding)))
     out = empty_in(conv_weight, (input.shape[0], channels, height // 2, width // 2), eager._last(input))
     if not keep:
