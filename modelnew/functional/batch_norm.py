@@ -188,19 +188,14 @@ def batch_norm_tanh(
 
 def _batch_norm(input, arguments, tanh, keep=False):
     """The result; with `keep`, which is for calls without autograd, and the statistics that were applied, too."""
-    running_mean, running_var, weight, bias, training, *others = arguments
-    if not input.numel() and running_mean is None:
-        training = True  # there is nothing to normalise, and torch asks for no statistics
-    norm = Norm.checked(running_mean, running_var, weight, bias, training, *others)
+    if arguments[0] is None and not input.numel():  # there is nothing to normalise, and torch asks for no statistics
+        arguments = (*arguments[:4], True, *arguments[5:])
+    norm = Norm.checked(*arguments)
     x = input
     if input.shape == (0,):  # an empty batch of as many channels as the others have
-        x = input.view(0, next((t.numel() for t in (running_mean, weight, bias) if t is not None), 0))
-
-    def check():
-        norm.check(x)
-
-    last = channels_last(x)
-    x, weight, bias = prepared(check, last, x, weight, bias)
+        x = input.view(0, next((t.numel() for t in (norm.running_mean, norm.weight, norm.bias) if t is not None), 0))
+    last, check = channels_last(x), functools.partial(norm.check, x)
+    x, weight, bias = prepared(check, last, x, norm.weight, norm.bias)
     running = norm.buffers()
     options = {"training": norm.training, "momentum": norm.momentum, "eps": norm.eps, "tanh": tanh, "last": last}
     if not keep and will_need_grad(x, weight, bias):

@@ -28,15 +28,12 @@ class Norm(NamedTuple):
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
         if not eps >= 0:
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-        if (running_mean is None) != (running_var is None):
-            raise ValueError("running_mean and running_var must either both be None or neither be None")
-        if running_mean is None and not training:
-            raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-        if (
-            running_mean is not None
-            and torch.is_grad_enabled()
-            and (running_mean.requires_grad or running_var.requires_grad)
-        ):
+        if running_mean is None or running_var is None:
+            if running_mean is not running_var:
+                raise ValueError("running_mean and running_var must either both be None or neither be None")
+            if not training:
+                raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
+        elif torch.is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad):
             name = "running_mean" if running_mean.requires_grad else "running_var"
             raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
         return cls(running_mean, running_var, weight, bias, bool(training), momentum, eps, batches)

@@ -21,7 +21,7 @@ from .. import autocast
 from ..calls import call, prepared
 from ..cases import Case, sums_of
 from ..formats import channels_last, dense_in, restored, stored
-from ..interop import check_parameters, integer, number, one_device
+from ..interop import check_parameters, dense, integer, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine, tensors_of
 from .gradients import Function, NormGradient, apply, differentiable, will_need_grad
@@ -69,7 +69,7 @@ class _GroupNorm(Function):
 
 def _call(x, weight, bias, num_groups, last, wide, eps, check):
     rows = last and _few_channels(x, num_groups)
-    x = stored(dense_in(x, rows), rows)
+    x = stored(x, rows) if rows else dense(x)
     y, statistics = call(_forward, x, weight, bias, num_groups, rows, wide, check=check, eps=eps)
     return dense_in(restored(y, rows), last), statistics
 
