@@ -157,7 +157,7 @@ def measure(function: Callable, device: torch.device, trials: int = 20) -> Times
         return clock.read([clock.time(function) for _ in range(trials)])
 
 
-def measure_launches(launches: Iterable[tuple], device: torch.device, trials: int = 20) -> list[Times]:
+def measure_launches(launches: Iterable[tuple], device: torch.device) -> list[Times]:
     """Times of each launch alone. launches: arguments of `cupy_kernels.launch.launch`, as its `observed` gives them.
 
     In the emulator one that takes long is called once, without a warm-up.
@@ -172,7 +172,8 @@ def measure_launches(launches: Iterable[tuple], device: torch.device, trials: in
             once = clock.read([clock.time(start)])
             if once.median > _LONG_MS:
                 return once
-        return measure(start, device, trials if device.type == "cuda" else _EMULATED_TRIALS)
+            return measure(start, device, _EMULATED_TRIALS)
+        return measure(start, device)
 
     with launching_on(device):
         return list(map(time_of, launches))

@@ -197,37 +197,19 @@ def _few_large_groups(images):
     return {"x": torch.randn(2, 2, 90, 80), "weight": torch.rand(2) + 0.5, "bias": torch.randn(2)}
 
 
-CASES = (
+CASES = tuple(
     Case(
-        "group_norm",
-        ("group_norm.cu",),
-        lambda x, weight, bias: group_norm(x, x.shape[1] // 16, weight, bias),
-        lambda x, weight, bias: F.group_norm(x, x.shape[1] // 16, weight, bias),
-        _inputs,
-        sums_of(_inputs),
-    ),
-    Case(
-        "group_norm, channels_last",
-        ("group_norm_channels_last.cu",),
-        lambda x, weight, bias: group_norm(x, x.shape[1] // 16, weight, bias),
-        lambda x, weight, bias: F.group_norm(x, x.shape[1] // 16, weight, bias),
-        _channels_last,
-        sums_of(_inputs),
-    ),
-    Case(
-        "group_norm, one image, channels_last",
-        ("group_norm_channels_last.cu",),
-        lambda x, weight, bias: group_norm(x, x.shape[1] // 4, weight, bias),
-        lambda x, weight, bias: F.group_norm(x, x.shape[1] // 4, weight, bias),
-        _one_image,
-        sums_of(_one_image),
-    ),
-    Case(
-        "group_norm, large groups",
-        ("group_norm.cu",),
-        lambda x, weight, bias: group_norm(x, 1, weight, bias),
-        lambda x, weight, bias: F.group_norm(x, 1, weight, bias),
-        _few_large_groups,
-        sums_of(_few_large_groups),
-    ),
+        f"group_norm{what}",
+        (file,),
+        lambda x, weight, bias, size=size: group_norm(x, x.shape[1] // size, weight, bias),
+        lambda x, weight, bias, size=size: F.group_norm(x, x.shape[1] // size, weight, bias),
+        inputs,
+        sums_of(inputs),
+    )
+    for what, file, size, inputs in (
+        ("", "group_norm.cu", 16, _inputs),
+        (", channels_last", "group_norm_channels_last.cu", 16, _channels_last),
+        (", one image, channels_last", "group_norm_channels_last.cu", 4, _one_image),
+        (", large groups", "group_norm.cu", 2, _few_large_groups),
+    )
 )
