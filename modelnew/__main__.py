@@ -2,22 +2,18 @@
 
 import contextlib
 import json
-import sys
 import time
 
 import click
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from cupy_kernels import emulator
 from cupy_kernels.backend import on_compile
 from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 
-from . import Model, ModelNew, environment, get_init_inputs, get_inputs
+from . import Model, ModelNew, commands, environment, get_init_inputs, get_inputs
 from .bench import bench_command
-from .commands import usable_device
 from .fuzz import fuzz_command
 from .host import host_command
 from .model import BATCH, OPERATORS
@@ -29,13 +25,12 @@ from .training import training_command
 
 EMULATED_BATCH = 2
 BIT_EXACT = ("tanh", "max_pool")
-_HELP = {"help_option_names": ["-h", "--help"]}
 
-out = Console(width=None if sys.stdout.isatty() else 120)
+out = commands.console()
 progress = Console(stderr=True)
 
 
-@click.command("parity", short_help="The default: compare ModelNew with Model.", context_settings=_HELP)
+@click.command("parity", short_help="The default: compare ModelNew with Model.", context_settings=commands.SETTINGS)
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
@@ -57,11 +52,9 @@ progress = Console(stderr=True)
     help="Class of the convolution: tf32 (10-bit operands, as PyTorch's default on a GPU), fp32, or auto: both, as "
     "torch.backends.cudnn.allow_tf32 would have it; on a CPU fp32, and for tf32 PyTorch is given rounded operands.",
 )
-@click.option(
-    "--device", help="cuda, cuda:1, ... or cpu, which runs the emulator.  [default: the GPU, if one is usable]"
-)
+@commands.device_option
 @click.option("--times/--no-times", default=True, show_default=True, help="Time both models (on a GPU only).")
-@click.option("--trials", type=click.IntRange(min=1), default=20, show_default=True, help="Trials of each time.")
+@commands.trials_option(20)
 @click.pass_context
 def parity_command(context, batch, seed, replace, numerics, device, times, trials):
     """Compare ModelNew, on our kernels, with Model, on PyTorch's.
@@ -108,7 +101,7 @@ main = _ParityByDefault(
     [parity_command, bench_command, fuzz_command, host_command, scaling_command, training_command],
     help=parity_command.help,
     subcommand_metavar="[COMMAND] [ARGS]...",
-    context_settings=_HELP,
+    context_settings=commands.SETTINGS,
 )
 
 
@@ -141,7 +134,7 @@ def _literal(batch, seed, device) -> bool:
     close, equal, near = torch.allclose(y, y_new), torch.equal(y, y_new), is_close(y_new, y)
     holds = close and equal if device.type == "cuda" else near
     out.print(f"\n[bold]Output of ModelNew with {' and '.join(BIT_EXACT)} replaced")
-    table = Table("assertion", "", box=box.SIMPLE_HEAD)
+    table = commands.table(("assertion", ""), ())
     table.add_row("torch.allclose(y, y_new)", str(close))
     table.add_row("torch.equal(y, y_new)", str(equal))
     table.add_row("torch.testing.assert_close(y_new, y)", "passes" if near else "fails")
@@ -162,9 +155,7 @@ def _errors(model, model_new, x, cls, seed) -> bool:
     out.print(
         f"\n[bold]Error against float64, relative to its rms: class {cls}, replaced {', '.join(model_new.replace)}"
     )
-    table = Table("result", box=box.SIMPLE_HEAD)
-    for name in ("ours rms", "max", "PyTorch rms", "max", "rms ratio", "assert_close", ""):
-        table.add_column(name, justify="right")
+    table = commands.table(("result",), ("ours rms", "max", "PyTorch rms", "max", "rms ratio", "assert_close", ""))
     for row in rows:
         errors = (f"{e:.2e}" for e in (*row.ours, *row.torch))
         close = {True: "passes", False: "[red]fails[/]", None: ""}[row.close]
@@ -179,9 +170,7 @@ def _errors(model, model_new, x, cls, seed) -> bool:
 
 def _times(model, model_new, x, cls, trials):
     out.print(f"\n[bold]Milliseconds, median (min to max) of {trials} trials: class {cls}")
-    table = Table("", box=box.SIMPLE_HEAD)
-    for name in ("PyTorch eager", "ModelNew", "speed-up"):
-        table.add_column(name, justify="right")
+    table = commands.table(("",), ("PyTorch eager", "ModelNew", "speed-up"))
     x = x.detach().requires_grad_()
     with torch.no_grad():
         dy = torch.ones_like(model(x))
@@ -203,7 +192,7 @@ def _times(model, model_new, x, cls, trials):
 
 def _device(name) -> torch.device:
     """The device asked for, or the default one. Prints what will run. BackendError if kernels cannot run there."""
-    device = usable_device(name)
+    device = commands.usable_device(name)
     backend = environment.backend()
     if device.type == "cuda":
         out.print(f"GPU: {torch.cuda.get_device_name(device)}")

@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import click
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import commands, layer_bench, records
 from .entrants import PRECISE, Case, build, check, numerics
@@ -74,7 +72,7 @@ with torch.no_grad():
 print(context - start, now() - context)
 """
 
-out = Console(width=None if sys.stdout.isatty() else 140)
+out = commands.console(140)
 
 
 class Plan(NamedTuple):
@@ -103,12 +101,7 @@ class Plan(NamedTuple):
 
 def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> Iterator[list[dict]]:
     """Rows of the first calls, if wanted, then rows of each cell. describe(text): called with what is being done."""
-    start = time.monotonic()
-
-    def refused(entrant):
-        share = _COMPILE_SHARE if entrant.who in MODES else 1
-        return f"time budget of {plan.budget:g} s spent" if time.monotonic() - start > share * plan.budget else None
-
+    refused = _refusing(plan.budget, _COMPILE_SHARE)
     if plan.startup:
         describe("first call in a new process")
         yield first_calls(plan, device)
@@ -126,6 +119,17 @@ def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> It
             trials = plan.trials_of_few if n <= FEW_IMAGES else plan.trials
             measure_together(entrants, clock, trials, refused, lambda who: describe(f"{what} {cls} N={n} {who}"))  # noqa: B023
         yield [entrant.row(what=what, **{"class": cls}, n=n) for entrant in entrants]
+
+
+def _refusing(budget: float, compile_share: float = 1.0) -> Callable[[Contender], str | None]:
+    """refused(entrant): why it may not begin, so long after now. compile_share: of the budget, for torch.compile."""
+    start = time.monotonic()
+
+    def refused(entrant):
+        share = compile_share if entrant.who in MODES else 1
+        return f"time budget of {budget:g} s spent" if time.monotonic() - start > share * budget else None
+
+    return refused
 
 
 def first_calls(plan: Plan, device: torch.device) -> list[dict]:
@@ -203,11 +207,7 @@ def _listed(choices=None):
     return parse
 
 
-@click.command(
-    "bench",
-    short_help="Measure times and memory beside PyTorch's.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+@click.command("bench", short_help="Measure times and memory beside PyTorch's.", context_settings=commands.SETTINGS)
 @click.option(
     "--quick",
     is_flag=True,
@@ -299,20 +299,23 @@ def bench_command(device, output, plot_only, layers, **options):
     records.show(record, out)
     if device.type == "cpu":
         out.print("Times of the emulator on a CPU say nothing about speed.")
-    with current(device):
-        commands.publish(record, "bench", device, output, out)
-    if any(row.get("failed") for row in record["rows"]):
-        raise click.exceptions.Exit(1)
+    _publish(record, "bench", device, output)
 
 
 def _collect(record, total, rows_of) -> None:
     """Fills the record with the rows of rows_of(describe), which yields lists of them, and shows a progress bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        for rows in rows_of(lambda text: progress.update(task, description=text)):
+    with commands.progress(total) as update:
+        for rows in rows_of(lambda text: update(description=text)):
             record["rows"] += rows
-            progress.advance(task)
+            update(advance=1)
+
+
+def _publish(record, kind, device, output) -> None:
+    """Writes and draws the record, and ends the command with exit code 1 if a result of ours is wrong."""
+    with current(device):
+        commands.publish(record, kind, device, output, out)
+    if any(row.get("failed") for row in record["rows"]):
+        raise click.exceptions.Exit(1)
 
 
 def _bench_layers(device, output, classes, peers, trials, budget, **_):
@@ -320,21 +323,14 @@ def _bench_layers(device, output, classes, peers, trials, budget, **_):
         raise click.ClickException("--layers measures a GPU; there is none here")
     if peers == "all":
         raise click.BadParameter("with --layers: none, eager or compile", param_hint="--peers")
-    start, peers = time.monotonic(), PEERS[peers or "eager"]
-
-    def refused(entrant):
-        return f"time budget of {budget:g} s spent" if time.monotonic() - start > budget else None
-
+    refused, peers = _refusing(budget), PEERS[peers or "eager"]
     trials, classes = trials or 20, classes or tuple(DTYPES)
     with current(device):
         record = {**commands.head(device), "trials": trials, "rows": []}
     measured = lambda describe: layer_bench.measure(classes, peers, trials, device, refused, describe)  # noqa: E731
     _collect(record, len(layer_bench.ENTRIES), measured)
     layer_bench.show(record, out)
-    with current(device):
-        commands.publish(record, "layers", device, output, out)
-    if any(row.get("failed") for row in record["rows"]):
-        raise click.exceptions.Exit(1)
+    _publish(record, "layers", device, output)
 
 
 def _plan(device, quick, batches, what, classes, peers, trials, size, seed, budget, startup):

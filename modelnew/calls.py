@@ -22,6 +22,7 @@ from cupy_kernels.plan import ALIGNMENT, Plan, Slot, written
 from cupy_kernels.source import until_overridden
 
 from . import recorders
+from .formats import dense_in
 from .interop import NUMPY, TORCH, backend, check_memory, dense, one_device, view
 from .shortcuts import current_device, raw_stream
 
@@ -203,6 +204,14 @@ def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.T
             check()
             return tuple(map(dense, tensors))
     return tensors
+
+
+def prepared(check: Callable, last: bool, x: torch.Tensor, *others: torch.Tensor | None) -> tuple:
+    """`dense_after` of the tensors, but of x in channels_last, if `last`."""
+    if not last:
+        return dense_after(check, x, *others)
+    others = dense_after(check, *others)
+    return dense_in(x, last), *others
 
 
 def _make(key, operation, values, options, check) -> _Known | str:

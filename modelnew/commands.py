@@ -1,17 +1,26 @@
 """Shared code of the commands that measure: the device, and the records that they write."""
 
+import contextlib
+import functools
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 import torch
+from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from cupy_kernels import source
+from cupy_kernels.backend import on_compile
 from cupy_kernels.errors import BackendError
 
 from . import environment, plots, records
+
+SETTINGS = {"help_option_names": ["-h", "--help"]}  # context_settings of all commands
 
 device_option = click.option(
     "--device", help="cuda, cuda:1, ... or cpu: the emulator.  [default: the GPU, if one is usable]"
@@ -26,6 +35,39 @@ def output_option(kind: str, drawn: bool = False):
         help=f"Folder for {kind}_<gpu>.json{' and .png' if drawn else ''}.  [default: benchmarks/results in the "
         "repository's root, the current directory elsewhere; on the CPU nothing is written]",
     )
+
+
+def trials_option(default: int):
+    """The option --trials of a command that times."""
+    return click.option(
+        "--trials", type=click.IntRange(min=1), default=default, show_default=True, help="Trials of each time."
+    )
+
+
+def console(width: int = 120) -> Console:
+    """Where results are printed: so wide where that is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else width)
+
+
+def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    """A table with these columns, of which the last ones are aligned to the right."""
+    found = Table(*left, box=box.SIMPLE_HEAD)
+    for name in right:
+        found.add_column(name, justify="right")
+    return found
+
+
+@contextlib.contextmanager
+def progress(total: int, completed: int = 0) -> Iterator[Callable]:
+    """A bar, which also tells which kernel is being compiled; gives what updates it: update(advance=, description=)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        update = functools.partial(bar.update, bar.add_task("", total=total, completed=completed))
+        stop = on_compile(lambda kernel: update(description=f"compiling {kernel.name}"))
+        try:
+            yield update
+        finally:
+            stop()
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -47,13 +89,19 @@ def head(device: torch.device) -> dict:
     return {"command": command, "versions": versions, "digest": source.digest()}
 
 
-def publish(record: dict, kind: str, device: torch.device, output: Path | None, out: Console) -> None:
-    """Writes <kind>_<gpu>.json and its plot to the folder of `output_option`. `device` is the current one."""
-    if not output and device.type == "cpu":
-        return
+def save(record: dict, kind: str, device: torch.device, output: Path | None, out: Console) -> Path:
+    """Writes <kind>_<gpu>.json to the folder of `output_option`. `device` is the current one."""
     path = record_path(kind, device, output)
     records.write(record, path)
     out.print(f"recorded: {path}", highlight=False)
+    return path
+
+
+def publish(record: dict, kind: str, device: torch.device, output: Path | None, out: Console) -> None:
+    """Calls `save` and draws the record's plot. For the CPU nothing is written unless `output` is given."""
+    if not output and device.type == "cpu":
+        return
+    path = save(record, kind, device, output, out)
     try:
         out.print(f"drawn: {draw(record, path)}", highlight=False)
     except click.ClickException as error:

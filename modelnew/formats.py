@@ -2,12 +2,12 @@
 
 import torch
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
 
 
 def channels_last(tensor: torch.Tensor) -> bool:
     """Whether PyTorch's results for `tensor` are channels_last, or channels_last_3d for 5 dimensions."""
-    memory_format = _FORMATS.get(tensor.dim())
+    memory_format = CHANNELS_LAST.get(tensor.dim())
     if memory_format is None or not tensor.is_contiguous(memory_format=memory_format):
         return False
     if not tensor.is_contiguous():
@@ -23,7 +23,7 @@ def channels_last(tensor: torch.Tensor) -> bool:
 
 def dense_in(tensor: torch.Tensor, last: bool) -> torch.Tensor:
     """The tensor in one of the two formats, without lazy negation. Copies only if necessary."""
-    memory_format = _FORMATS[tensor.dim()] if last else torch.contiguous_format
+    memory_format = CHANNELS_LAST[tensor.dim()] if last else torch.contiguous_format
     return tensor.resolve_neg().contiguous(memory_format=memory_format)
 
 
@@ -66,5 +66,5 @@ def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
 
 def empty_in(like: torch.Tensor, shape, last: bool) -> torch.Tensor:
     """Uninitialised memory of this shape in one of the two formats, with the dtype and device of `like`."""
-    memory_format = _FORMATS[len(shape)] if last else torch.contiguous_format
+    memory_format = CHANNELS_LAST[len(shape)] if last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

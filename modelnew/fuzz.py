@@ -8,7 +8,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,10 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import click
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cupy_kernels.backend import on_compile
 from cupy_kernels.errors import KernelCompileError
 from cupy_kernels.source import Kernel, Variant
 
@@ -34,7 +30,7 @@ BATCH = 50  # cases that a process judges at a time
 # Cases of each operator, from whose kernels one knows nearly all that the others need.
 TYPICAL = 300
 
-out = Console(width=None if sys.stdout.isatty() else 120)
+out = commands.console()
 
 
 def fuzz(
@@ -125,29 +121,8 @@ def _settings(device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-@contextlib.contextmanager
-def _progress(total):
-    """A context with a progress bar. Its function moves the bar, or prints a line above it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        stop = on_compile(lambda kernel: progress.update(task, description=f"compiling {kernel.name}"))
-
-        def report(operator, lines):
-            progress.update(task, advance=len(lines), description=operator)
-            for line in filter(None, lines):
-                out.print(line, markup=False, highlight=False, soft_wrap=True)
-
-        try:
-            yield report
-        finally:
-            stop()
-
-
 @click.command(
-    "fuzz",
-    short_help="Compare random calls of every function with PyTorch's.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    "fuzz", short_help="Compare random calls of every function with PyTorch's.", context_settings=commands.SETTINGS
 )
 @click.option(
     "--cases", type=click.IntRange(min=1), help=f"Cases of each operator.  [default: {CASES}; {FEW} on the CPU]"
@@ -189,7 +164,13 @@ def fuzz_command(device, output, cases, seed, operators, number, budget, process
         raise click.exceptions.Exit(int(any(found)))
     cases = cases or (FEW if device.type == "cpu" else CASES)
     processes = processes or (1 if device.type == "cpu" else min(PROCESSES, len(os.sched_getaffinity(0))))
-    with _progress(cases * len(operators)) as report:
+    with commands.progress(cases * len(operators)) as update:
+
+        def report(operator, lines):
+            update(advance=len(lines), description=operator)
+            for line in filter(None, lines):
+                out.print(line, markup=False, highlight=False, soft_wrap=True)
+
         counts, failed = fuzz(operators, cases, seed, device, budget, report, processes)
     with current(device):
         record = {**commands.head(device), "cases": counts, "failed": failed}

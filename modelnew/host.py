@@ -8,21 +8,18 @@ new addresses at every call, as in a network with varying memory use.
 import collections
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 import click
 import torch
 import torch.nn.functional as F
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from cupy_kernels import compiler
 
-from . import commands, layers, records
+from . import commands, layers
 from .model import Model, ModelNew, get_init_inputs
 from .timing import current
 
@@ -33,7 +30,7 @@ _SHAPE = (2, 8, 8, 8)
 _CHANNELS = _SHAPE[1]
 
 progress = Console(stderr=True)
-out = Console(width=None if sys.stdout.isatty() else 120)
+out = commands.console()
 
 
 class _Block(nn.Module):
@@ -164,9 +161,7 @@ def _loop(module, what, addresses, shape, device) -> Callable[[int], float]:
 
 def show(record: dict) -> None:
     """Prints the rows, and their ratios to PyTorch's."""
-    table = Table("", "", "addresses", box=box.SIMPLE_HEAD)
-    for name in ("ours", "PyTorch", "ratio"):
-        table.add_column(name, justify="right")
+    table = commands.table(("", "", "addresses"), ("ours", "PyTorch", "ratio"))
     for row in record["rows"]:
         times = [f"{row['us']:.1f}"]
         if "eager_us" in row:
@@ -177,11 +172,9 @@ def show(record: dict) -> None:
 
 
 @click.command(
-    "host",
-    short_help="Time the host's part of a call beside PyTorch's.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    "host", short_help="Time the host's part of a call beside PyTorch's.", context_settings=commands.SETTINGS
 )
-@click.option("--trials", type=click.IntRange(min=1), default=TRIALS, show_default=True, help="Trials of each time.")
+@commands.trials_option(TRIALS)
 @commands.device_option
 @commands.output_option("host")
 def host_command(device, output, trials):
@@ -200,7 +193,5 @@ def host_command(device, output, trials):
             progress.print("{operator}, {what}, {addresses} addresses".format(**row), highlight=False)
         rows.append(first_launch(device, trials))
         record = {**commands.head(device), "trials": trials, "rows": rows}
-        path = commands.record_path("host", device, output)
-        records.write(record, path)
-    show(record)
-    out.print(f"recorded: {path}", highlight=False)
+        show(record)
+        commands.save(record, "host", device, output, out)

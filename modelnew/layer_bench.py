@@ -20,12 +20,12 @@ from torch import nn
 
 from . import layers
 from .explanation import planned_kernels
+from .formats import CHANNELS_LAST, dense_in
 from .interop import compile_together
 from .parity import error, round_operands, tf32, within_policy
 from .timing import Clock, Contender, current, free, measure_together
+from .workloads import DTYPES
 
-DTYPES = {"tf32": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 LONG_US = 30  # PyTorch's time from which on a ratio counts as the worst
 LEAST_MB = 1  # below, the allocator's rounding decides
 _SHOWN = 30  # rows of the table
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
         for cls in classes:
             if cls != "tf32" or self.operator == "ConvTranspose2d":
                 yield cls, "nchw"
-                if len(self.shape) in _LAST:
+                if len(self.shape) in CHANNELS_LAST:
                     yield cls, "nhwc"
 
 
@@ -186,7 +186,7 @@ class _Setting:
 
     def __init__(self, entry, cls, layout, device):
         self.entry, self.cls, self.layout = entry, cls, layout
-        dtype, memory = DTYPES[cls], _LAST[len(entry.shape)] if layout == "nhwc" else torch.contiguous_format
+        dtype = DTYPES[cls]
         torch.manual_seed(0)
         self.modules = {"modelnew": entry.make(layers), "eager": entry.make(nn)}
         self.modules["modelnew"].load_state_dict(self.modules["eager"].state_dict())
@@ -194,7 +194,7 @@ class _Setting:
             module.to(device).train(entry.training)
             if entry.operator != "BatchNorm":  # whose parameters stay float32, as in mixed precision
                 module.to(dtype)
-        self.x = torch.randn(entry.shape, device=device, dtype=dtype).contiguous(memory_format=memory)
+        self.x = dense_in(torch.randn(entry.shape, device=device, dtype=dtype), layout == "nhwc")
         self.error_ratio = None
 
     @functools.cached_property

@@ -8,7 +8,6 @@ slowest one counts.
 import json
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,12 +16,9 @@ from pathlib import Path
 import click
 import torch
 import torch.distributed as dist
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
-from . import commands, records
+from . import commands
 from .distributed import convert_sync_batchnorm
 from .model import BATCH, Model, ModelNew, get_init_inputs
 from .numerics import resolve
@@ -40,7 +36,7 @@ _WAYS = {
     "ddp, synchronised": {"broadcast_buffers": False, "gradient_as_bucket_view": True},
 }
 
-out = Console(width=None if sys.stdout.isatty() else 120)
+out = commands.console()
 
 
 def measure(kind: str, count: int, images: int, trials: int, tiny: bool) -> list[dict]:
@@ -162,9 +158,7 @@ def _rows(found, cls, count, images) -> list[dict]:
 
 def show(record: dict) -> None:
     """Prints the rows."""
-    table = Table("", "", box=box.SIMPLE_HEAD)
-    for name in ("GPUs", "ms", "range", "added ms", "weak scaling"):
-        table.add_column(name, justify="right")
+    table = commands.table(("", ""), ("GPUs", "ms", "range", "added ms", "weak scaling"))
     for row in record["rows"]:
         times = f"{row['ms']:.3f}", f"{row['ms_min']:.3f} to {row['ms_max']:.3f}", f"{row['added_ms']:+.3f}"
         table.add_row(row["who"], row["what"], str(row["gpus"]), *times, f"{row['scaling']:.3f}")
@@ -172,14 +166,10 @@ def show(record: dict) -> None:
     out.print(table)
 
 
-@click.command(
-    "scaling",
-    short_help="Time a training step on all GPUs beside one.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+@click.command("scaling", short_help="Time a training step on all GPUs beside one.", context_settings=commands.SETTINGS)
 @click.option("--gpus", type=click.IntRange(min=2), help="How many.  [default: all; 2 processes on the CPU]")
 @click.option("--images", type=click.IntRange(min=1), default=BATCH, show_default=True, help="Images of each GPU.")
-@click.option("--trials", type=click.IntRange(min=1), default=TRIALS, show_default=True, help="Trials of each time.")
+@commands.trials_option(TRIALS)
 @click.option("--tiny", is_flag=True, help="Small layers and images: tries the command, on a CPU, too.")
 @commands.device_option
 @commands.output_option("scaling")
@@ -203,6 +193,4 @@ def scaling_command(gpus, images, trials, tiny, device, output):
         record = {**commands.head(device), "trials": trials, "steps": _steps_of_trial(tiny), "rows": rows}
         show(record)
         if not tiny or output:
-            path = commands.record_path("scaling", device, output)
-            records.write(record, path)
-            out.print(f"recorded: {path}", highlight=False)
+            commands.save(record, "scaling", device, output, out)

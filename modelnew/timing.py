@@ -161,7 +161,7 @@ def measure(function: Callable, device: torch.device, trials: int = 20) -> Times
         return clock.read([clock.time(function) for _ in range(trials)])
 
 
-def measure_launches(launches: Iterable[tuple], device: torch.device, trials: int = 20) -> list[Times]:
+def measure_launches(launches: Iterable[tuple], device: torch.device) -> list[Times]:
     """Times of each launch alone. launches: arguments of `cupy_kernels.launch.launch`, as its `observed` gives them.
 
     In the emulator, a slow launch is called only once, without warm-up.
@@ -176,7 +176,8 @@ def measure_launches(launches: Iterable[tuple], device: torch.device, trials: in
             once = clock.read([clock.time(start)])
             if once.median > _LONG_MS:
                 return once
-        return measure(start, device, trials if device.type == "cuda" else _EMULATED_TRIALS)
+            return measure(start, device, _EMULATED_TRIALS)
+        return measure(start, device)
 
     with launching_on(device):
         return list(map(time_of, launches))

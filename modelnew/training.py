@@ -1,15 +1,6 @@
 """`python -m modelnew training`: judges training steps of `ModelNew`, and draws loss curves; see `training_steps`."""
 
-import contextlib
-import sys
-
 import click
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
-from cupy_kernels.backend import on_compile
 
 from . import commands, training_steps
 from .model import CHANNELS, HEIGHT
@@ -17,7 +8,7 @@ from .parity import RATIO
 from .timing import current
 from .training_steps import LAST, Settings, judge, judged, rises, train, worst
 
-out = Console(width=None if sys.stdout.isatty() else 120)
+out = commands.console()
 
 
 def _record(settings, seeds, device, curves, judgements):
@@ -37,9 +28,7 @@ def _record(settings, seeds, device, curves, judgements):
 def _show(settings, seeds, curves, judgements):
     title = f"Each of the first {training_steps.JUDGED} steps, {seeds} seed{'s'[: seeds != 1]}"
     out.print(f"\n[bold]{title}[/]: how far from a float64 run, relative, rms", highlight=False)
-    table = Table("", "class", box=box.SIMPLE_HEAD)
-    for name in ("ModelNew", "Model", "ratio", "seed", "step", ""):
-        table.add_column(name, justify="right")
+    table = commands.table(("", "class"), ("ModelNew", "Model", "ratio", "seed", "step", ""))
     for seed, step, row in judgements:
         errors = (f"{row.ours.rms:.2e}", f"{row.torch.rms:.2e}", f"{row.ratio:.2f}")
         table.add_row(row.what, row.cls, *errors, str(seed), str(step), "[green]ok[/]" if row.ok else "[red]FAIL[/]")
@@ -52,9 +41,7 @@ def _show(settings, seeds, curves, judgements):
     last = min(LAST, settings.steps)
     title = f"Loss over {settings.steps} steps[/], batches of {settings.batch}, seed {settings.seed}"
     out.print(f"\n[bold]{title}; a demonstration", highlight=False)
-    table = Table("", "class", "layout", box=box.SIMPLE_HEAD)
-    for name in ("first step", "last step", f"mean of the last {last}"):
-        table.add_column(name, justify="right")
+    table = commands.table(("", "class", "layout"), ("first step", "last step", f"mean of the last {last}"))
     for run, losses in curves.items():
         table.add_row(*run, *(f"{loss:.6f}" for loss in (losses[0], losses[-1], losses[-last:].mean())))
     out.print(table)
@@ -62,24 +49,7 @@ def _show(settings, seeds, curves, judgements):
         out.print(f"[red]FAIL[/]: Model's loss falls in class {cls}, ModelNew's does not.", highlight=False)
 
 
-@contextlib.contextmanager
-def _progress(steps):
-    """A context with a progress bar that also tells which kernel is compiled. Its function takes the next Run."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=steps, completed=-1)
-        stop = on_compile(lambda kernel: progress.update(task, description=f"compiling {kernel.name}"))
-        try:
-            yield lambda run: progress.update(task, advance=1, description=" ".join(run))
-        finally:
-            stop()
-
-
-@click.command(
-    "training",
-    short_help="Train beside PyTorch's Model, and compare.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+@click.command("training", short_help="Train beside PyTorch's Model, and compare.", context_settings=commands.SETTINGS)
 @click.option("--steps", type=click.IntRange(min=1), help="Steps of each loss curve.  [default: 300; 10 on the CPU]")
 @click.option(
     "--batch",
@@ -134,7 +104,11 @@ def training_command(device, output, steps, batch, channels, size, lr, amp, mome
     seeds = seeds or (1 if cpu else 5)
     work = seeds * training_steps.JUDGED * len(judged(settings)) + len(settings.runs) * settings.steps
     try:
-        with current(device), _progress(work) as describe:
+        with current(device), commands.progress(work, completed=-1) as update:
+
+            def describe(run):
+                update(advance=1, description=" ".join(run))
+
             starts = [settings._replace(seed=seed + 2 * i) for i in range(seeds)]
             judgements = worst([judgement for start in starts for judgement in judge(start, device, describe)])
             curves = dict(train(settings, device, describe))

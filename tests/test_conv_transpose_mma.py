@@ -7,13 +7,14 @@ import pytest
 import tolerance
 import torch
 import torch.nn.functional as F
+from test_conv_wgrad_mma import packed_of
 
 from cupy_kernels import conv_transpose_mma
 from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
-from modelnew.calls import call, run
+from modelnew.calls import run
 from modelnew.functional import conv_transpose2d
-from modelnew.functional.conv_transpose_kernels import gradient_plans, pack_fp16
+from modelnew.functional.conv_transpose_kernels import gradient_plans
 from modelnew.interop import NUMPY
 
 # (input shape, Cout, kernel, padding)
@@ -101,7 +102,7 @@ def test_dgrad_of_packed(device, case, dtype, wgmma, launched):
     choice = numerics.choose("tf32", x)
     geometry = Geometry((1, 1), padding, (0, 0), (1, 1), 1)
     plan, _ = gradient_plans(NUMPY[x.dtype], x.shape, w.shape, geometry, choice, True, False)
-    dy_packed, exponents, _ = call(pack_fp16, dy, 1)
+    dy_packed, exponents, _ = packed_of(dy, 1)
     dx, packed = torch.empty_like(x), w.new_empty(plan.packed_size, dtype=torch.float16)
     workspaces = packed, w.new_empty(plan.rows, dtype=torch.int32)
     run(conv_transpose_mma.conv_transpose_mma, plan.of_packed(), dy_packed, w, None, dx, *workspaces, exponents)

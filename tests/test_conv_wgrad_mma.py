@@ -12,7 +12,7 @@ from modelnew import numerics
 from modelnew.calls import call, run
 from modelnew.functional import conv_transpose2d
 from modelnew.functional.conv_transpose import conv_gradients
-from modelnew.functional.conv_transpose_kernels import gradient_plans, pack_fp16
+from modelnew.functional.conv_transpose_kernels import gradient_plans
 from modelnew.interop import NUMPY
 from modelnew.parity import tf32_rounded
 
@@ -51,13 +51,21 @@ def gradient(x, w, dy, padding, cls):
 
 def packed_of(tensor, split, exponents=None, centred=False):
     """(packed, exponents, sums)"""
-    if exponents is None:
-        return call(pack_fp16, tensor, split, None, centred)
-    return *call(_packed_alone, tensor, split, exponents), exponents, None
+    sums = tensor[:1].sum((0, 2, 3)) if centred else None
+    exponents = call(_exponents, tensor) if exponents is None else exponents
+    return call(_packed, tensor, exponents, sums, split), exponents, sums
 
 
-def _packed_alone(new, tensor, split, exponents):
-    return pack_fp16(new, tensor, split, exponents)[:1]
+def _exponents(new, tensor):
+    exponents = new((fp16_tiles.exponents_size(tensor.shape, tensor.itemsize),), "int32")
+    fp16_tiles.largest_magnitude(tensor, exponents)
+    return exponents
+
+
+def _packed(new, tensor, exponents, sums, split):
+    packed = new(fp16_tiles.packed_shape(tensor.shape, split), "float16")
+    fp16_tiles.pack_fp16(tensor, exponents, sums, packed, split)
+    return packed
 
 
 def wgrad_of_packed(plan, x_packed, w, packed, exponents, alone=None):

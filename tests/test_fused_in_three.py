@@ -152,7 +152,7 @@ def test_which_value_wins(device, window, sign, last):
     found = []
     for f in (
         lambda x: bn_activation_max_pool2d(
-            x, mean, var, gamma, None, False, 0.1, 0.0, None, None, "leaky_relu", 1.0, pool_of(*window, 1)
+            x, (mean, var, gamma, None, False, 0.1, 0.0, None), None, "leaky_relu", 1.0, pool_of(*window, 1)
         ),
         lambda x: F.max_pool2d((x * sign).contiguous(), *window),  # PyTorch's for channels_last loses -inf on a GPU
     ):
@@ -173,8 +173,8 @@ def test_statistics_of_large_values(device, scale, offset):
     """Squares beyond float32, and means far from 0."""
     x = ((torch.randn(4, 2, 33, 30, dtype=torch.float64) + offset) * scale).float().to(device)
     mean, var = torch.zeros(2, device=device), torch.ones(2, device=device)
-    arguments = None, None, True, 1.0, 1e-5, None, None, "tanh", 0.0, pool_of(2, 2, 0, 1)
-    y = bn_activation_max_pool2d(x, mean, var, *arguments)
+    arguments = mean, var, None, None, True, 1.0, 1e-5, None
+    y = bn_activation_max_pool2d(x, arguments, None, "tanh", 0.0, pool_of(2, 2, 0, 1))
     double = x.double()
     right = F.max_pool2d(F.batch_norm(double / scale, None, None, training=True).tanh(), 2)
     torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-3 if offset else 1e-6)

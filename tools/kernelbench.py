@@ -156,7 +156,7 @@ class ModelNew(nn.Module):
         conv, norm, group = self.conv_transpose, self.batch_norm, self.group_norm
         convolution = conv.weight, conv.bias, conv.padding
         after = "tanh", 0.0, group.num_groups, group.weight, group.bias, group.eps, "auto", None
-        return run(x, *norm.arguments(x), norm.counter(), *convolution, *after)
+        return run(x, (*norm.arguments(x), norm.counter()), *convolution, *after)
 
 
 batch_size = 512

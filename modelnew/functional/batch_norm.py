@@ -18,12 +18,12 @@ from cupy_kernels.batch_norm import (
 )
 from cupy_kernels.common import accumulator_dtype
 
-from ..calls import call, dense_after
+from ..calls import call, prepared
 from ..cases import Case, activations, sums_of
 from ..formats import channels_last, dense_in, restored, stored
-from ..interop import check_parameters, dense, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine, tensors_of
+from .batch_norm_arguments import Norm
 from .gradients import Function, NormGradient, apply, will_need_grad
 from .tanh import tanh_gradient
 
@@ -82,12 +82,12 @@ def _backward(new, dy, x, weight, bias, moments, y, *, training, needed, last):
 
 class _BatchNorm(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, running, applied, check, options):
+    def forward(ctx, x, weight, bias, norm, running, check, options):
         y, moments = _call(x, weight, bias, running, check, options, keep=True)
         ctx.training, ctx.eps, ctx.last = options["training"], options["eps"], options["last"]
         x_needed = ctx.training or any(ctx.needs_input_grad[1:3])
         saved = (x if x_needed else None, weight, bias, moments, y if options["tanh"] else None)
-        ctx.save_for_backward(*saved, *applied)
+        ctx.save_for_backward(*saved, *norm.applied())
         return y
 
     @staticmethod
@@ -136,72 +136,6 @@ def _definition(moments, training, eps, x, weight, bias):
     return y if bias is None else y + bias.view(channels)
 
 
-def applied_statistics(running_mean, running_var, training):
-    """The running statistics if the call applies them, else None. A backward checks that they are unchanged."""
-    return (None, None) if training else (running_mean, running_var)
-
-
-def kernels_buffers(running_mean, running_var, batches, training):
-    """The tensors that kernels read, and update in training, in place of these buffers."""
-    counts = training and batches is not None and batches.dtype == torch.int64 and batches.numel() == 1
-    return dense(running_mean), dense(running_var), batches if counts else None
-
-
-def note_update(running_mean, running_var, batches, updated) -> None:
-    """Tells autograd that kernels changed these buffers. updated: the result of `kernels_buffers` for them."""
-    written = []
-    for buffer, new in zip((running_mean, running_var, batches), updated):
-        if buffer is None:
-            continue
-        if new is buffer:
-            written.append(buffer)
-        elif new is None:
-            buffer.add_(1)
-        else:  # it is not contiguous: the kernel updated a copy
-            buffer.copy_(new)
-    torch.autograd.graph.increment_version(written)
-
-
-def check_batch_norm(input, running_mean, running_var, weight, bias, training, shape=None) -> None:
-    """Raises the errors of torch.nn.functional.batch_norm for shapes, dtypes and devices.
-
-    shape: of the tensor that is normalised, if that is not input.
-    """
-    shape = input.shape if shape is None else shape
-    if training and shape and math.prod((shape[0], *shape[2:])) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    if len(shape) < 2:
-        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(shape)}")
-    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, tensor in parameters.items():
-        if tensor is not None and tensor.numel() != shape[1]:
-            raise RuntimeError(f"{name} should contain {shape[1]} elements not {tensor.numel()}")
-    one_device((input, *parameters.values()))
-    check_parameters(input, running_mean=running_mean, running_var=running_var)
-    check_parameters(input, weight=weight, bias=bias)
-
-
-def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
-    """(momentum, eps) as floats. Raises the errors of batch_norm for its other arguments."""
-    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
-    if training and not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if not eps >= 0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if running_mean is None and not training:
-        raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-    if (
-        running_mean is not None
-        and torch.is_grad_enabled()
-        and (running_mean.requires_grad or running_var.requires_grad)
-    ):
-        name = "running_mean" if running_mean.requires_grad else "running_var"
-        raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
-    return momentum, eps
-
-
 @untraced
 def batch_norm(
     input: torch.Tensor,
@@ -236,8 +170,8 @@ def batch_norm(
     training, and for tensors on several devices; TypeError for other or mixed dtypes. A refused call changes nothing.
     Outside training, a backward raises RuntimeError if the running statistics were changed since the forward.
     """
-    arguments = (running_mean, running_var, weight, bias, bool(training), momentum, eps, num_batches_tracked)
-    return _batch_norm(input, *arguments, tanh=False)
+    arguments = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    return _batch_norm(input, arguments, tanh=False)
 
 
 @untraced
@@ -254,37 +188,27 @@ def batch_norm_tanh(
     num_batches_tracked: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """tanh(batch_norm(...)), with tanh fused into the kernels of batch_norm, whose arguments and errors it has."""
-    arguments = (running_mean, running_var, weight, bias, bool(training), momentum, eps, num_batches_tracked)
-    return _batch_norm(input, *arguments, tanh=True)
+    arguments = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    return _batch_norm(input, arguments, tanh=True)
 
 
-def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, tanh, keep=False):
+def _batch_norm(input, arguments, tanh, keep=False):
     """The result. With `keep`, for calls without autograd, also the statistics that were applied."""
-    if not input.numel() and running_mean is None:
-        training = True  # there is nothing to normalise, and torch asks for no statistics
-    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    if arguments[0] is None and not input.numel():  # there is nothing to normalise, and torch asks for no statistics
+        arguments = (*arguments[:4], True, *arguments[5:])
+    norm = Norm.checked(*arguments)
     x = input
     if input.shape == (0,):  # an empty batch of as many channels as the others have
-        x = input.view(0, next((t.numel() for t in (running_mean, weight, bias) if t is not None), 0))
-
-    def check():
-        check_batch_norm(x, running_mean, running_var, weight, bias, training)
-
-    last = channels_last(x)
-    if last:
-        _, weight, bias = dense_after(check, None, weight, bias)
-        x = dense_in(x, last)
-    else:
-        x, weight, bias = dense_after(check, x, weight, bias)
-    running = kernels_buffers(running_mean, running_var, batches, training)
-    options = {"training": training, "momentum": momentum, "eps": eps, "tanh": tanh, "last": last}
+        x = input.view(0, next((t.numel() for t in (norm.running_mean, norm.weight, norm.bias) if t is not None), 0))
+    last, check = channels_last(x), functools.partial(norm.check, x)
+    x, weight, bias = prepared(check, last, x, norm.weight, norm.bias)
+    running = norm.buffers()
+    options = {"training": norm.training, "momentum": norm.momentum, "eps": norm.eps, "tanh": tanh, "last": last}
     if not keep and will_need_grad(x, weight, bias):
-        saved = applied_statistics(running_mean, running_var, training)
-        y = apply(_BatchNorm, x, weight, bias, running, saved, check, options)
+        y = apply(_BatchNorm, x, weight, bias, norm, running, check, options)
     else:
         y, moments = _call(x, weight, bias, running, check, options, keep=keep)
-    if training:
-        note_update(running_mean, running_var, batches, running)
+    norm.note_update(running)
     y = y if y.shape == input.shape else y.view(input.shape)
     return (y, moments) if keep else y
 

@@ -18,22 +18,12 @@ from cupy_kernels.bn_pool import bn_pool_backward, bn_pool_forward, bn_pool_stat
 from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.leaky_relu import leaky_relu_backward, leaky_relu_forward
 
-from ..calls import call, dense_after
+from ..calls import call, prepared
 from ..cases import Case, sums_of
 from ..formats import channels_last, dense_in, restored, stored
 from ..interop import number
-from .batch_norm import (
-    applied_statistics,
-    batch_norm,
-    check_batch_norm,
-    check_batch_norm_call,
-    kernels_buffers,
-    norm_inputs,
-    note_update,
-    of_tensors,
-    rows,
-    torch_norm,
-)
+from .batch_norm import batch_norm, norm_inputs, of_tensors, rows, torch_norm
+from .batch_norm_arguments import Norm
 from .bn_tanh_max_pool import clear_winners
 from .gradients import Function, apply, gradients_of, will_need_grad
 from .max_pool import OVERLAPPING, max_pool2d, new_argmax, pool_of, pooled_shape
@@ -107,9 +97,9 @@ def _channels(x, last):
 
 class _BnActivationMaxPool2d(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, shift, running, applied, check, options):
+    def forward(ctx, x, weight, bias, shift, norm, running, check, options):
         y, *kept = _call(x, weight, bias, running, check, options, keep=True)
-        ctx.save_for_backward(x, weight, bias, shift, y, *kept, *applied)
+        ctx.save_for_backward(x, weight, bias, shift, y, *kept, *norm.applied())
         ctx.options = options
         return y
 
@@ -159,60 +149,43 @@ def activation_of(activation, parameter):
     return functools.partial(function, negative_slope=parameter) if takes_one else function
 
 
-def bn_activation_max_pool2d(
-    input,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    training,
-    momentum,
-    eps,
-    num_batches_tracked,
-    shift,
-    activation,
-    negative_slope,
-    pool,
-    keep=False,
-):
+def bn_activation_max_pool2d(input, arguments, shift, activation, negative_slope, pool, keep=False):
     """max_pool2d(act(batch_norm(input)), *pool). With `keep`, for calls without autograd, also what a backward needs.
 
+    arguments: those of batch_norm, see `Norm`.
     shift: None, or in training the bias that was added to each channel of input. The statistics subtract it again, so
         its gradient is 0.
     pool: a `Pool`.
 
-    The other arguments are those of batch_norm and of `conv_bn_activation_max_pool_group_norm`. The result has the
+    The other arguments are those of `conv_bn_activation_max_pool_group_norm`. The result has the
     memory format of input. Raises UnsupportedError for float64 and for windows that `takes_pool` refuses, and the
     errors of batch_norm.
     """
-    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    norm = Norm.checked(*arguments)
 
     def check():
         check_supported(input, activation, pool)
-        check_batch_norm(input, running_mean, running_var, weight, bias, training)
+        norm.check(input)
         pooled_shape(input.shape, pool, False)
 
     last = channels_last(input)
-    x, weight, bias = dense_after(check, None if last else input, weight, bias)
-    x = dense_in(input, last) if last else x
-    running = kernels_buffers(running_mean, running_var, num_batches_tracked, training)
+    x, weight, bias = prepared(check, last, input, norm.weight, norm.bias)
+    running = norm.buffers()
     options = {
-        "training": training,
-        "momentum": momentum,
-        "eps": eps,
+        "training": norm.training,
+        "momentum": norm.momentum,
+        "eps": norm.eps,
         "pool": pool,
         "activation": activation,
         "parameter": number(negative_slope, "negative_slope"),
         "last": last,
     }
     if not keep and will_need_grad(x, weight, bias, shift):
-        applied = applied_statistics(running_mean, running_var, training)
-        results = apply(_BnActivationMaxPool2d, x, weight, bias, shift, running, applied, check, options)
+        results = apply(_BnActivationMaxPool2d, x, weight, bias, shift, norm, running, check, options)
     else:
         results = _call(x, weight, bias, running, check, options, keep)
         results = results if keep else results[0]
-    if training:
-        note_update(running_mean, running_var, num_batches_tracked, running)
+    norm.note_update(running)
     return results
 
 
@@ -233,8 +206,8 @@ def check_supported(input, activation, pool) -> None:
 def _case(activation, training, window):
     pool, act = pool_of(**{"stride": 2, "padding": 0, "dilation": 1, **window}), getattr(F, activation)
 
-    def ours(*arguments):
-        return bn_activation_max_pool2d(*arguments, 0.1, 1e-5, None, None, activation, 0.01, pool)
+    def ours(x, *arguments):
+        return bn_activation_max_pool2d(x, (*arguments, 0.1, 1e-5, None), None, activation, 0.01, pool)
 
     return Case(
         f"batch norm, {activation} and pooling by {pool.kernel_size}, {'training' if training else 'eval'}",

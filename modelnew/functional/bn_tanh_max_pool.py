@@ -15,18 +15,8 @@ from ..calls import call, dense_after
 from ..cases import Case, activations, first, sums_of
 from ..interop import accumulator_dtype, check_floating, dense
 from ..untraced import untraced
-from .batch_norm import (
-    applied_statistics,
-    batch_norm_gradients,
-    check_batch_norm,
-    check_batch_norm_call,
-    kernels_buffers,
-    norm_inputs,
-    note_update,
-    of_tensors,
-    statistics,
-    torch_norm,
-)
+from .batch_norm import batch_norm_gradients, norm_inputs, of_tensors, statistics, torch_norm
+from .batch_norm_arguments import Norm
 from .gradients import Function, apply, will_need_grad
 from .max_pool import OVERLAPPING, max_pool_gradient, new_argmax, pool_of, pooled_shape
 from .tanh import tanh_gradient
@@ -89,13 +79,13 @@ def _normed_backward(new, dy, x, weight, wide_weight, bias, moments, y, argmax, 
 
 class _BnTanhMaxPool2d(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, running, applied, check, options):
+    def forward(ctx, x, weight, bias, norm, running, check, options):
         training, pool = options["training"], options["pool"]
         wide = _wide(x, weight, bias)
         y, moments, argmax = call(_normed_forward, x, *wide, *running, check=check, keep=True, **options)
         need_x = training or any(ctx.needs_input_grad[1:3])
         saved = (x if need_x else None, weight, bias, moments, y, argmax)
-        ctx.save_for_backward(*saved, *applied)
+        ctx.save_for_backward(*saved, *norm.applied())
         ctx.pool, ctx.shape, ctx.training, ctx.eps = pool, x.shape, training, options["eps"]
         return y
 
@@ -164,43 +154,29 @@ def bn_tanh_max_pool2d(
     that of `max_pool2d(batch_norm_tanh(x))`. As in `tanh_max_pool2d`, an element that is the maximum of no window gets
     none of its gradient. A refused call changes nothing.
     """
-    arguments = (running_mean, running_var, weight, bias, bool(training), momentum, eps, num_batches_tracked)
-    return _bn_tanh_max_pool2d(input, *arguments, pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode))
+    arguments = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    return _bn_tanh_max_pool2d(input, arguments, pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode))
 
 
-def _bn_tanh_max_pool2d(
-    input,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    training,
-    momentum,
-    eps,
-    num_batches_tracked,
-    pool,
-    ceil_mode,
-    keep=False,
-):
+def _bn_tanh_max_pool2d(input, arguments, pool, ceil_mode, keep=False):
     """The result. With `keep`, for calls without autograd, also the statistics that were applied, and argmax."""
-    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    options = {"training": training, "momentum": momentum, "eps": eps, "pool": pool, "ceil_mode": ceil_mode}
+    norm = Norm.checked(*arguments)
+    options = {"training": norm.training, "momentum": norm.momentum, "eps": norm.eps}
+    options.update(pool=pool, ceil_mode=ceil_mode)
 
     def check():
-        check_batch_norm(input, running_mean, running_var, weight, bias, training)
+        norm.check(input)
         check_input(input)
         pooled_shape(input.shape, pool, ceil_mode)
 
-    x, weight, bias = dense_after(check, input, weight, bias)
-    running = kernels_buffers(running_mean, running_var, num_batches_tracked, training)
+    x, weight, bias = dense_after(check, input, norm.weight, norm.bias)
+    running = norm.buffers()
     if not keep and will_need_grad(x, weight, bias):
-        applied = applied_statistics(running_mean, running_var, training)
-        y = apply(_BnTanhMaxPool2d, x, weight, bias, running, applied, check, options)
+        y = apply(_BnTanhMaxPool2d, x, weight, bias, norm, running, check, options)
     else:
         wide = _wide(x, weight, bias)
         y, moments, argmax = call(_normed_forward, x, *wide, *running, check=check, keep=keep, **options)
-    if training:
-        note_update(running_mean, running_var, num_batches_tracked, running)
+    norm.note_update(running)
     return (y, moments, argmax) if keep else y
 
 

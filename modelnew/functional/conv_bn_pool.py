@@ -82,19 +82,19 @@ def conv_bn_activation_max_pool_group_norm(
     the errors of `conv_transpose2d`, `batch_norm` and `group_norm`. A refused call changes nothing.
     """
     check_numerics(numerics)
-    batch_norm = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    arguments = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     act, group = (activation, negative_slope), (num_groups, group_weight, group_bias, group_eps)
     window = (pool_size, pool_stride, pool_padding)
     if is_plain(stride, output_padding, dilation, groups, *window):
         try:
-            return resident.run(input, *batch_norm, conv_weight, conv_bias, padding, *act, *group, numerics, peers)
+            return resident.run(input, arguments, conv_weight, conv_bias, padding, *act, *group, numerics, peers)
         except UnsupportedError:
             if peers is not None:
                 raise
     if peers is not None:
         raise UnsupportedError("a synchronised batch norm is fused with a convolution without a stride and 2x2 windows")
     pool, groups = pool_of(*window, 1), integer(groups, "groups")
-    others = (conv_weight, conv_bias, *batch_norm[:4], group_weight, group_bias)
+    others = (conv_weight, conv_bias, *arguments[:4], group_weight, group_bias)
     check_three(input, pool, num_batches_tracked, others, *act)
     one_device((input, *others))  # what the last operator would refuse is refused before the second updates anything
     channels = conv_weight.shape[1] * groups if conv_weight.dim() == 4 else 0
@@ -103,7 +103,7 @@ def conv_bn_activation_max_pool_group_norm(
     added = conv_bias if shift is None else shift.detach()
     geometry = (stride, padding, output_padding, groups, dilation)
     y = conv_transpose2d(input, conv_weight, added, *geometry, numerics=numerics)
-    y = bn_activation_max_pool2d(y, *batch_norm, shift, *act, pool)
+    y = bn_activation_max_pool2d(y, arguments, shift, *act, pool)
     return group_norm(y, *group)
 
 

@@ -78,7 +78,7 @@ def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need
         how = geometry, split, choice.gpu, *formats, need_x, need_w
         return gather_gemm.gradients(new, x, w, dy, x_shape, w_shape, *how)
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
-    packed, exponents, _ = pack_fp16(new.scratch, dy, wgrad.split) if wgrad else (None, None, None)
+    packed, exponents = _packed_fp16(new, dy, wgrad.split) if wgrad else (None, None)
     if need_x and dgrad:
         source = (dgrad.of_packed(), packed) if wgrad else (dgrad, dy)
         mma.conv_transpose_mma(*source, w, None, dx, *_mma_workspaces(new, dgrad), *([exponents] if wgrad else ()))
@@ -86,8 +86,8 @@ def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need
         ops.conv_transpose_dgrad(dy, w, dx, _packed(new, w), geometry)
     if need_w and wgrad:
         partial = new.scratch(wgrad.partial_size, np.float32)
-        x_packed = pack_fp16(new.scratch, x, wgrad.split)
-        wgrad_mma.conv_wgrad_mma(wgrad, *x_packed, packed, exponents, None, partial, dw)
+        x_packed = _packed_fp16(new, x, wgrad.split)
+        wgrad_mma.conv_wgrad_mma(wgrad, *x_packed, None, packed, exponents, None, partial, dw)
     elif need_w:
         dtype = common.accumulator_dtype(dy)
         size = ops.wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
@@ -130,27 +130,20 @@ def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
     return dgrad, wgrad
 
 
-def pack_fp16(allocate, tensor, split, exponents=None, centred=False):
-    """(packed, exponents, sums) of a tensor, see `cupy_kernels.fp16_tiles`.
-
-    allocate: a `calls.New`, or its `scratch`.
-    exponents: of the scales of the tensor's parts, if they are known already.
-    centred: subtract the means of the first image's channels and return their sums; else sums is None.
-    """
-    sums = _channel_sums(allocate, tensor[:1]) if centred else None
-    if exponents is None:
-        exponents = allocate((fp16_tiles.exponents_size(tensor.shape, tensor.itemsize),), np.int32)
-        fp16_tiles.largest_magnitude(tensor, exponents)
-    packed = allocate(fp16_tiles.packed_shape(tensor.shape, split), np.float16)
-    fp16_tiles.pack_fp16(tensor, exponents, sums, packed, split=split)
-    return packed, exponents, sums
+def _packed_fp16(new, tensor, split):
+    """(the tensor as fp16 tiles, exponents of the scales of its parts), see `cupy_kernels.fp16_tiles`."""
+    exponents = new.scratch(fp16_tiles.exponents_size(tensor.shape, tensor.itemsize), np.int32)
+    fp16_tiles.largest_magnitude(tensor, exponents)
+    packed = new.scratch(fp16_tiles.packed_shape(tensor.shape, split), np.float16)
+    fp16_tiles.pack_fp16(tensor, exponents, None, packed, split=split)
+    return packed, exponents
 
 
-def _channel_sums(allocate, tensor, channels_last=False):
+def _channel_sums(new, tensor, channels_last):
     if channels_last:
         tensor = tensor.reshape((math.prod(tensor.shape[:-1]), tensor.shape[-1]))
-    sums = allocate((tensor.shape[1],), tensor.dtype)
-    partial = allocate((bias_ops.channel_sum_workspace_size(tensor),), np.float64)
+    sums = new((tensor.shape[1],), tensor.dtype)
+    partial = new.scratch(bias_ops.channel_sum_workspace_size(tensor), np.float64)
     bias_ops.channel_sum(tensor, sums, partial)
     return sums
 

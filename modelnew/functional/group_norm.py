@@ -18,10 +18,10 @@ from cupy_kernels.group_norm import (
 )
 
 from .. import autocast
-from ..calls import call, dense_after
+from ..calls import call, prepared
 from ..cases import Case, sums_of
 from ..formats import channels_last, dense_in, restored, stored
-from ..interop import check_parameters, integer, number, one_device
+from ..interop import check_parameters, dense, integer, number, one_device
 from ..untraced import untraced
 from .affine import reset_affine, tensors_of
 from .gradients import Function, NormGradient, apply, differentiable, will_need_grad
@@ -69,7 +69,7 @@ class _GroupNorm(Function):
 
 def _call(x, weight, bias, num_groups, last, wide, eps, check):
     rows = last and _few_channels(x, num_groups)
-    x = stored(dense_in(x, rows), rows)
+    x = stored(x, rows) if rows else dense(x)
     y, statistics = call(_forward, x, weight, bias, num_groups, rows, wide, check=check, eps=eps)
     return dense_in(restored(y, rows), last), statistics
 
@@ -130,8 +130,7 @@ def group_norm(
         _check(input, num_groups, weight, bias)
 
     last = channels_last(input)
-    x, weight, bias = dense_after(check, None if last else input, weight, bias)
-    x = input if last else x
+    x, weight, bias = prepared(check, last, input, weight, bias)
     if will_need_grad(x, weight, bias):
         return apply(_GroupNorm, x, weight, bias, num_groups, last, wide, eps, check)
     return _call(x, weight, bias, num_groups, last, wide, eps, check)[0]
@@ -202,37 +201,19 @@ def _few_large_groups(images):
     return {"x": torch.randn(2, 2, 90, 80), "weight": torch.rand(2) + 0.5, "bias": torch.randn(2)}
 
 
-CASES = (
+CASES = tuple(
     Case(
-        "group_norm",
-        ("group_norm.cu",),
-        lambda x, weight, bias: group_norm(x, x.shape[1] // 16, weight, bias),
-        lambda x, weight, bias: F.group_norm(x, x.shape[1] // 16, weight, bias),
-        _inputs,
-        sums_of(_inputs),
-    ),
-    Case(
-        "group_norm, channels_last",
-        ("group_norm_channels_last.cu",),
-        lambda x, weight, bias: group_norm(x, x.shape[1] // 16, weight, bias),
-        lambda x, weight, bias: F.group_norm(x, x.shape[1] // 16, weight, bias),
-        _channels_last,
-        sums_of(_inputs),
-    ),
-    Case(
-        "group_norm, one image, channels_last",
-        ("group_norm_channels_last.cu",),
-        lambda x, weight, bias: group_norm(x, x.shape[1] // 4, weight, bias),
-        lambda x, weight, bias: F.group_norm(x, x.shape[1] // 4, weight, bias),
-        _one_image,
-        sums_of(_one_image),
-    ),
-    Case(
-        "group_norm, large groups",
-        ("group_norm.cu",),
-        lambda x, weight, bias: group_norm(x, 1, weight, bias),
-        lambda x, weight, bias: F.group_norm(x, 1, weight, bias),
-        _few_large_groups,
-        sums_of(_few_large_groups),
-    ),
+        f"group_norm{what}",
+        (file,),
+        lambda x, weight, bias, size=size: group_norm(x, x.shape[1] // size, weight, bias),
+        lambda x, weight, bias, size=size: F.group_norm(x, x.shape[1] // size, weight, bias),
+        inputs,
+        sums_of(inputs),
+    )
+    for what, file, size, inputs in (
+        ("", "group_norm.cu", 16, _inputs),
+        (", channels_last", "group_norm_channels_last.cu", 16, _channels_last),
+        (", one image, channels_last", "group_norm_channels_last.cu", 4, _one_image),
+        (", large groups", "group_norm.cu", 2, _few_large_groups),
+    )
 )

@@ -1,6 +1,7 @@
 """The chain of `conv_bn_pool` as one operator: three main kernels forward, the convolution's epilogue pools."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from .. import autocast
 from ..calls import call, dense_after
 from ..formats import channels_last, dense_in, restored, stored
 from ..interop import NUMPY, aligned, dense, integer, number, one_device, pair
-from ..numerics import choose, required_plan, tensor_core_plan, wgrad_plan
-from .batch_norm import applied_statistics, batch_norm, check_batch_norm, check_batch_norm_call, note_update
+from ..numerics import Choice, choose, required_plan, tensor_core_plan, wgrad_plan
+from .batch_norm import batch_norm
+from .batch_norm_arguments import Norm
 from .bn_pool import activation_of
 from .conv_transpose import conv_transpose2d_as
 from .conv_transpose_kernels import gradients
@@ -29,85 +31,55 @@ from .group_norm import group_norm
 from .max_pool import max_pool2d
 
 
-def _forward(
-    new,
-    x,
-    w,
-    conv_bias,
-    running_mean,
-    running_var,
-    batches,
-    weight,
-    bias,
-    group_weight,
-    group_bias,
-    *,
-    padding,
-    choice,
-    keep,
-    autocast_on,
-    last,
-    kept_bytes=None,
-    **options,
-):
-    """last: whether x and the output are channels_last: [N, H, W, C]. kept_bytes: at least that many are returned with
-    `keep`.
-    """
-    plan = plan_for(x, w, padding, options["groups"], choice, last, autocast_on)
-    out = new_output(new, x, w, padding, last)
-    arrays = ops.kept_arrays(plan, x.shape, options["groups"], keep)
+class Setting(NamedTuple):
+    """What a plan of the convolution depends on besides its tensors."""
+
+    padding: tuple[int, int]
+    groups: int  # of the group norm
+    choice: Choice
+    last: bool  # whether x and the output are channels_last: arrays [N, H, W, C]
+    autocast_on: bool
+
+
+def _forward(new, x, w, *others, setting, keep, kept_bytes=None, **options):
+    """others: tensors as `conv_bn_pool_forward` takes them. kept_bytes: at least that many are returned with `keep`."""
+    plan = plan_for(x, w, setting)
+    out = new_output(new, x, w, setting)
+    arrays = ops.kept_arrays(plan, x.shape, setting.groups, keep)
     memory = (new if keep else new.scratch)((max(room(arrays), kept_bytes or 0),), "uint8")
-    tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
-    ops.conv_bn_pool_forward(new.scratch, *tensors, out, parts(memory, arrays), plan=plan, **options)
+    how = {"plan": plan, "groups": setting.groups, **options}
+    ops.conv_bn_pool_forward(new.scratch, x, w, *others, out, parts(memory, arrays), **how)
     return out, memory if keep else None
 
 
 def _backward(
-    new, dout, x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *, needed, parameter, **options
+    new, dout, x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *, setting, needed, parameter, **how
 ):
+    """how: training and activation."""
     parameters = (conv_bias, weight, bias, group_weight, group_bias)
     found = [new.like(t if needed else None) for t, needed in zip(parameters, needed[2:])]
 
     def tail(plan, kept, made):
-        of_tail = {name: options[name] for name in ("groups", "training", "activation")}
-        back.tail_gradients(
-            dout, weight, bias, group_weight, *found, kept, made, plan=plan, **of_tail, parameter=parameter
-        )
+        of_tail = {"plan": plan, "groups": setting.groups, "parameter": parameter, **how}
+        back.tail_gradients(dout, weight, bias, group_weight, *found, kept, made, **of_tail)
 
-    return *convolution_gradients(new, tail, None, {}, x, w, weight, memory, needed=needed[:2], **options), *found
+    tensors = (x, w, weight, memory)
+    return *convolution_gradients(new, tail, None, {}, *tensors, setting=setting, needed=needed[:2], **how), *found
 
 
-def convolution_gradients(
-    new,
-    before,
-    after,
-    given,
-    x,
-    w,
-    weight,
-    memory,
-    *,
-    padding,
-    choice,
-    needed,
-    groups,
-    training,
-    activation,
-    autocast_on,
-    last,
-):
+def convolution_gradients(new, before, after, given, x, w, weight, memory, *, setting, needed, training, activation):
     """(dx, dw) of the fused operator.
 
     before(plan, kept, made): writes what `back.output_gradient` reads. after(kept, made), if not None, changes what
     that wrote. given: those of `back.gradient_arrays` that exist already.
     """
     need_x, need_w = needed
-    x_shape = logical(x.shape, last)
-    plan = plan_for(x, w, padding, groups, choice, last, autocast_on)
+    x_shape, groups, geometry = logical(x.shape, setting.last), setting.groups, geometry_of(setting.padding)
+    plan = plan_for(x, w, setting)
     kept = parts(memory, ops.kept_arrays(plan, x.shape, groups, True))
-    (dgrad, _), (wgrad, _) = _gradient_plans(x_shape, x.dtype, w.shape, w.dtype, padding, choice, last)
+    (dgrad, _), (wgrad, _) = _gradient_plans(x_shape, x.dtype, w.shape, w.dtype, setting)
     general = (need_x and dgrad is None) or (need_w and wgrad is None)
-    dy = new.scratch(output_shape(x_shape, w.shape, geometry_of(padding)), x.dtype) if general else None
+    dy = new.scratch(output_shape(x_shape, w.shape, geometry), x.dtype) if general else None
     packed, centred = not general and (need_x or need_w), training and x.dtype == np.float32
     arrays = back.gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
     made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
@@ -116,7 +88,7 @@ def convolution_gradients(
     if after is not None:
         after(kept, made)
     if general:
-        dx, dw, _ = gradients(new, x, w, dy, x.shape, w.shape, geometry_of(padding), choice, (need_x, need_w, False))
+        dx, dw, _ = gradients(new, x, w, dy, x.shape, w.shape, geometry, setting.choice, (need_x, need_w, False))
         return dx, dw
     dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
     if need_w:  # first: the room of its workspaces is dx's then
@@ -128,12 +100,13 @@ def convolution_gradients(
 
 class _Fused(Function):
     @staticmethod
-    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
-        tensors = (stored(x, options["last"]), w, conv_bias, *running, weight, bias, group_weight, group_bias)
+    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, norm, running, check, options):
+        last = options["setting"].last
+        tensors = (stored(x, last), w, conv_bias, *running, weight, bias, group_weight, group_bias)
         out, memory = call(_forward, *tensors, check=check, keep=True, **options)
-        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *applied)
+        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *norm.applied())
         ctx.options = options
-        return restored(out, options["last"])
+        return restored(out, last)
 
     @staticmethod
     def backward(ctx, dout):
@@ -141,10 +114,9 @@ class _Fused(Function):
         if torch.is_grad_enabled():
             found = _differentiable_gradients(ctx.options, running_mean, running_var, tensors, dout)
         else:
-            names = ("padding", "choice", "groups", "training", "activation", "parameter", "autocast_on", "last")
-            options = {name: ctx.options[name] for name in names}
+            options = {name: ctx.options[name] for name in ("setting", "training", "activation", "parameter")}
             x, *others = tensors
-            last = options["last"]
+            last = options["setting"].last
             dout = stored(dense_in(dout, True), True) if last else dense(dout)
             needed = ctx.needs_input_grad[:7]
             dx, *others = call(_backward, dout, stored(x, last), *others, memory, needed=needed, **options)
@@ -154,13 +126,13 @@ class _Fused(Function):
 
 def _differentiable_gradients(options, running_mean, running_var, tensors, dout):
     """The gradients of `tensors` by operators that can be differentiated twice."""
-    activate = activation_of(options["activation"], options["parameter"])
+    activate, setting = activation_of(options["activation"], options["parameter"]), options["setting"]
 
     def unfused(x, w, conv_bias, weight, bias, group_weight, group_bias):
-        y = conv_transpose2d_as(x.to(w.dtype), w, conv_bias, geometry_of(options["padding"]), options["choice"])
+        y = conv_transpose2d_as(x.to(w.dtype), w, conv_bias, geometry_of(setting.padding), setting.choice)
         y = batch_norm(y, running_mean, running_var, weight, bias, options["training"], eps=options["eps"])
         y = max_pool2d(activate(y), 2)
-        return group_norm(y, options["groups"], group_weight, group_bias, options["group_eps"])
+        return group_norm(y, setting.groups, group_weight, group_bias, options["group_eps"])
 
     with torch.autocast(dout.device.type, enabled=False):  # as in the forward, whatever holds around the backward
         return gradients_of(unfused, tensors, dout)
@@ -175,42 +147,46 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, othe
         check_slope(negative_slope)
         autocast_on = autocast.enabled(x)
         check_mixture(autocast_on, x, batches, conv_weight, *others)
-        how = pair(padding, "padding"), num_groups, choose(_class(numerics, x), x), _last(x), autocast_on
-        return _plan(x.shape, NUMPY[x.dtype], conv_weight.shape, NUMPY[conv_weight.dtype], *how), None
+        choice = choose(_class(numerics, x), x)
+        setting = Setting(pair(padding, "padding"), num_groups, choice, last_of(x), autocast_on)
+        return plan_of_shapes(x.shape, NUMPY[x.dtype], conv_weight.shape, NUMPY[conv_weight.dtype], setting), None
     except UnsupportedError as error:
         return None, str(error)
 
 
-def plan_for(x, w, padding, groups, choice, last, autocast_on):
-    """The plan of the convolution for arrays; last: whether x is [N, H, W, C]."""
-    return _plan(logical(x.shape, last), x.dtype, w.shape, w.dtype, padding, groups, choice, last, autocast_on)
+def plan_for(x, w, setting: Setting):
+    """The plan of the convolution for arrays."""
+    return plan_of_shapes(logical(x.shape, setting.last), x.dtype, w.shape, w.dtype, setting)
 
 
-def new_output(new, x, w, padding, last):
+def new_output(new, x, w, setting: Setting):
     """Memory of the fused operator's output."""
-    *outer, height, width = output_shape(logical(x.shape, last), w.shape, geometry_of(padding))
-    return new(physical((*outer, height // 2, width // 2), last), w.dtype)
+    *outer, height, width = output_shape(logical(x.shape, setting.last), w.shape, geometry_of(setting.padding))
+    return new(physical((*outer, height // 2, width // 2), setting.last), w.dtype)
 
 
-def _plan(x_shape, dtype, w_shape, w_dtype, padding, groups, choice, last, autocast_on):
-    options = {"dgrad": False, "channels_last": last}
-    plan = required_plan(convolution_plan, x_shape, dtype, w_shape, geometry_of(padding), choice, **options)
-    ops.check_supported(plan, groups)
-    if last or w_dtype != dtype:  # which the general kernels for gradients do not take
-        for found, reason in _gradient_plans(x_shape, dtype, w_shape, w_dtype, padding, choice, last):
+def plan_of_shapes(x_shape, dtype, w_shape, w_dtype, setting: Setting):
+    """`plan_for` tensors of these shapes and NumPy's dtypes. UnsupportedError where the kernels do not take them."""
+    options = {"dgrad": False, "channels_last": setting.last}
+    how = w_shape, geometry_of(setting.padding), setting.choice
+    plan = required_plan(convolution_plan, x_shape, dtype, *how, **options)
+    ops.check_supported(plan, setting.groups)
+    if setting.last or w_dtype != dtype:  # which the general kernels for gradients do not take
+        for found, reason in _gradient_plans(x_shape, dtype, w_shape, w_dtype, setting):
             if not found:
                 raise UnsupportedError(f"of a gradient, {reason}")
-    return ops.typed(plan, SCALARS[w_dtype], half=autocast_on or dtype.itemsize == 2)
+    return ops.typed(plan, SCALARS[w_dtype], half=setting.autocast_on or dtype.itemsize == 2)
 
 
-def _gradient_plans(x_shape, dtype, w_shape, w_dtype, padding, choice, last):
+def _gradient_plans(x_shape, dtype, w_shape, w_dtype, setting):
     """(plan or None, the reason), of dx and of dw."""
-    dy_shape, how = output_shape(x_shape, w_shape, geometry_of(padding)), (w_shape, geometry_of(padding), choice)
+    geometry, last = geometry_of(setting.padding), setting.last
+    dy_shape, how = output_shape(x_shape, w_shape, geometry), (w_shape, geometry, setting.choice)
     dgrad = tensor_core_plan(dy_shape, dtype, *how, dgrad=True, channels_last=last)
     return dgrad, wgrad_plan(x_shape, w_dtype, *how, channels_last=last)
 
 
-def _last(x) -> bool:
+def last_of(x) -> bool:
     """Whether the kernels take x, and give the output, as channels_last: of 16 bits."""
     return x.dtype is not torch.float32 and channels_last(x)
 
@@ -245,23 +221,16 @@ def geometry_of(padding):
     return Geometry((1, 1), padding, (0, 0), (1, 1), 1)
 
 
-def run(input, *arguments):
-    """The chain's result. arguments: those of `fused` but for two, and behind them numerics and peers."""
-    *arguments, numerics, peers = arguments
+def run(input, arguments, *others):
+    """The chain's result. Its arguments: those of `fused` but for two, and behind them numerics and peers."""
+    *others, numerics, peers = others
     how = choose(_class(numerics, input), input), autocast.enabled(input)
-    return autocast.result_of_norm(fused(input, *arguments, *how, peers=peers))
+    return autocast.result_of_norm(fused(input, arguments, *others, *how, peers=peers))
 
 
 def fused(
     input,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    training,
-    momentum,
-    eps,
-    num_batches_tracked,
+    arguments,
     conv_weight,
     conv_bias,
     padding,
@@ -276,75 +245,59 @@ def fused(
     kept_bytes=None,
     peers=None,
 ):
-    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs."""
+    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs.
+
+    arguments: those of batch_norm, see `Norm`.
+    """
     struct_of(activation)
     parameter = number(negative_slope, "negative_slope")
-    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    training, padding = bool(training), pair(padding, "padding")
+    norm, padding = Norm.checked(*arguments), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
-    others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    last, alone = _last(input), training and peers is None
+    others = (conv_weight, conv_bias, group_weight, group_bias)
+    setting = Setting(padding, num_groups, choice, last_of(input), autocast_on)
+    last = setting.last
 
     def check():
-        check_mixture(autocast_on, input, num_batches_tracked, *others)
+        check_mixture(autocast_on, input, norm.batches, *norm[:4], *others)
         if peers is not None and not input.shape[0]:
             raise UnsupportedError("the batch is empty, and other processes' batches count, too")
-        _check_shapes(input, *others, padding, alone, num_groups)
-        dtypes = NUMPY[input.dtype], NUMPY[conv_weight.dtype]
-        how = padding, num_groups, choice, last, autocast_on
-        _plan(input.shape, dtypes[0], conv_weight.shape, dtypes[1], *how)
+        check_shapes(input, norm, *others, padding, num_groups, alone=peers is None)
+        plan_of_shapes(input.shape, NUMPY[input.dtype], conv_weight.shape, NUMPY[conv_weight.dtype], setting)
 
     check_slope(parameter)
-    tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    affine = (norm.weight, norm.bias, group_weight, group_bias)
+    tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, *affine)
     x, w, conv_bias, *affine = tensors = (restored(aligned(tensors[0]), last), *tensors[1:])
-    updated = dense(running_mean), dense(running_var), num_batches_tracked
+    running = norm.buffers()
     options = {
-        "padding": padding,
-        "choice": choice,
-        "groups": num_groups,
-        "training": training,
-        "momentum": momentum,
-        "eps": eps,
+        "setting": setting,
+        "training": norm.training,
+        "momentum": norm.momentum,
+        "eps": norm.eps,
         "group_eps": group_eps,
         "activation": activation,
         "parameter": parameter,
-        "autocast_on": autocast_on,  # as check() looks at it
-        "last": last,
     }
     keep, memory = kept_bytes is not None, None
     if peers is not None:
-        out = peers(tensors, updated, check, options)
+        out = peers(tensors, running, check, options)
     elif not keep and will_need_grad(*tensors):
-        applied = applied_statistics(running_mean, running_var, training)
-        out = apply(_Fused, *tensors, updated, applied, check, options)
+        out = apply(_Fused, *tensors, norm, running, check, options)
     else:
         x, options["kept_bytes"] = stored(x, last), kept_bytes
-        out, memory = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=keep, **options)
+        out, memory = call(_forward, x, w, conv_bias, *running, *affine, check=check, keep=keep, **options)
         out = restored(out, last)
-    if training:
-        note_update(running_mean, running_var, num_batches_tracked, updated)
+    norm.note_update(running)
     return (out, memory) if keep else out
 
 
-def _check_shapes(
-    input,
-    conv_weight,
-    conv_bias,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    group_weight,
-    group_bias,
-    padding,
-    alone,
-    num_groups,
+def check_shapes(
+    input, norm, conv_weight, conv_bias, group_weight, group_bias, padding, num_groups, alone=True
 ) -> None:
-    """Raises all errors that shapes, dtypes and devices can be the reason of. alone: one value is too few."""
-    affine = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    one_device((input, conv_weight, *affine))
+    """Raises all errors that shapes, dtypes and devices can be the reason of. alone: as in `Norm.check`."""
+    one_device((input, conv_weight, conv_bias, *norm[:4], group_weight, group_bias))
     shape = output_shape(input.shape, conv_weight.shape, geometry_of(padding))
-    check_batch_norm(input, running_mean, running_var, weight, bias, alone, shape)
+    norm.check(input, shape, alone)
     check_group(shape[1], num_groups, conv_bias, group_weight, group_bias)
 
 

@@ -15,12 +15,13 @@ from cupy_kernels.batch_norm import (
 )
 from cupy_kernels.common import accumulator_dtype
 
-from ..calls import call, dense_after, planning
+from ..calls import call, planning, prepared
 from ..formats import channels_last, dense_in, restored, stored
 from ..untraced import untraced
 from .batch_norm import batch_norm as batch_norm_alone
 from .batch_norm import batch_norm_tanh as batch_norm_tanh_alone
-from .batch_norm import check_batch_norm, check_batch_norm_call, kernels_buffers, note_update, rows
+from .batch_norm import rows
+from .batch_norm_arguments import Norm
 from .gradients import apply, will_need_grad
 from .max_pool import max_pool2d
 
@@ -129,18 +130,17 @@ def _sync_batch_norm(
     tanh,
     num_batches_tracked=None,
 ):
-    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    norm = Norm.checked(running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
 
     def check():  # one value is enough: other processes may have more
-        check_batch_norm(input, running_mean, running_var, weight, bias, training=False)
+        norm.check(input, alone=False)
 
     last = channels_last(input)
-    contiguous, weight, bias = dense_after(check, None if last else input, weight, bias)
-    x = dense_in(input, last) if last else contiguous
-    running = kernels_buffers(running_mean, running_var, num_batches_tracked, training)
-    args = (x, weight, bias, running, check, process_group, tanh, last, momentum, eps)
+    x, weight, bias = prepared(check, last, input, weight, bias)
+    running = norm.buffers()
+    args = (x, weight, bias, running, check, process_group, tanh, last, norm.momentum, norm.eps)
     y = apply(_SyncBatchNorm, *args) if will_need_grad(x, weight, bias) else _call(*args)[0]
-    note_update(running_mean, running_var, num_batches_tracked, running)
+    norm.note_update(running)
     return y
 
 

@@ -21,37 +21,17 @@ from .gradients import apply, will_need_grad
 from .resident_conv_bn_pool import convolution_gradients, geometry_of, new_output, plan_for
 from .sync_batch_norm import gathered, refuse_second_derivatives
 
-_OPTIONS = ("padding", "choice", "groups", "activation", "autocast_on", "last")
 
-
-def _convolved(
-    new,
-    x,
-    w,
-    conv_bias,
-    _mean,
-    _var,
-    _batches,
-    weight,
-    _bias,
-    _group_weight,
-    _group_bias,
-    *,
-    padding,
-    choice,
-    keep,
-    autocast_on,
-    last,
-    **tail,
-):
+def _convolved(new, x, w, conv_bias, _mean, _var, _batches, weight, *_others, setting, keep, activation):
     """What is kept of the convolution, and the rank's message. Of the others the check of the call needs to know."""
-    plan = plan_for(x, w, padding, tail["groups"], choice, last, autocast_on)
-    arrays = ops.kept_arrays(plan, x.shape, tail["groups"], keep)
+    plan = plan_for(x, w, setting)
+    tail = {"plan": plan, "groups": setting.groups, "activation": activation, "training": True}
+    arrays = ops.kept_arrays(plan, x.shape, setting.groups, keep)
     memory, message = new((room(arrays),), "uint8"), new((2 * w.shape[1] + 1,), "float64")
     mean, invstd = (new.scratch(w.shape[1], "float32") for _ in range(2))
     partials = ops.pooled_sums(new.scratch, x, w, weight, parts(memory, arrays), plan=plan, training=True)
-    ops.batch_statistics(partials, None, None, None, None, mean, invstd, 0, 0, plan=plan, training=True, **tail)
-    sync_message(mean, invstd, conv_bias, message, _count(x, w, padding, last))
+    ops.batch_statistics(partials, None, None, None, None, mean, invstd, 0, 0, **tail)
+    sync_message(mean, invstd, conv_bias, message, _count(x, w, setting))
     return memory, message
 
 
@@ -71,63 +51,43 @@ def _output(
     own,
     messages,
     *,
-    padding,
-    choice,
+    setting,
     keep,
     momentum,
     eps,
-    autocast_on,
-    last,
     **options,
 ):
-    plan = plan_for(x, w, padding, options["groups"], choice, last, autocast_on)
-    kept = parts(memory, ops.kept_arrays(plan, x.shape, options["groups"], keep))
-    out = new_output(new, x, w, padding, last)
+    plan = plan_for(x, w, setting)
+    kept = parts(memory, ops.kept_arrays(plan, x.shape, setting.groups, keep))
+    out = new_output(new, x, w, setting)
     distance, share = new((w.shape[1],), "float32"), new((1,), "float64")
     statistics, moments = (running_mean, running_var, batches), (kept["mean"], kept["invstd"])
     sync_statistics(messages, own, *statistics, conv_bias, *moments, distance, share, momentum, eps)
     given = (conv_bias, None, None, weight, bias, group_weight, group_bias, out, kept, eps)
-    ops.pooled_output(*given, plan=plan, training=True, **options)
+    ops.pooled_output(*given, plan=plan, groups=setting.groups, training=True, **options)
     return out, distance, share
 
 
-def _tail_gradients(
-    new,
-    dout,
-    x,
-    w,
-    weight,
-    bias,
-    group_weight,
-    group_bias,
-    memory,
-    *,
-    padding,
-    choice,
-    needed,
-    groups,
-    autocast_on,
-    last,
-    **options,
-):
+def _tail_gradients(new, dout, x, w, weight, bias, group_weight, group_bias, memory, *, setting, needed, **options):
     """g, partial sums and sums of the rank, and gradients of the parameters behind the convolution."""
-    plan = plan_for(x, w, padding, groups, choice, last, autocast_on)
-    kept = parts(memory, ops.kept_arrays(plan, x.shape, groups, True))
+    plan = plan_for(x, w, setting)
+    kept = parts(memory, ops.kept_arrays(plan, x.shape, setting.groups, True))
     made = {name: new(*array) for name, array in back.gradient_arrays(plan, x.shape[0], False, False).items()}
     parameters = (weight, bias, group_weight, group_bias)
     found = [new.like(t if needed else None) for t, needed in zip(parameters, needed)]
     affine = (weight, bias, group_weight)
-    back.tail_gradients(dout, *affine, None, *found, kept, made, plan=plan, groups=groups, training=True, **options)
+    how = {"plan": plan, "groups": setting.groups, "training": True, **options}
+    back.tail_gradients(dout, *affine, None, *found, kept, made, **how)
     return made["g"], made["partials"], made["sums"], *found
 
 
 def _convolution_gradients(
-    new, x, w, conv_bias, weight, memory, g, partials, distance, share, own, every, *, needed, **options
+    new, x, w, conv_bias, weight, memory, g, partials, distance, share, own, every, *, setting, needed, activation
 ):
     """(dx, dw, dconv_bias)"""
     *needed, need_bias = needed
     dconv_bias, rest = new.like(conv_bias if need_bias else None), new.scratch(w.shape[1], "float32")
-    count = _count(x, w, options["padding"], options["last"])
+    count = _count(x, w, setting)
 
     def before(plan, kept, made):
         statistics, sums = (kept["mean"], kept["invstd"], distance, share), (made["sums"], rest, made["dy_exponents"])
@@ -138,24 +98,26 @@ def _convolution_gradients(
             sync_borders(rest, kept["invstd"], weight, made["dy_exponents"], made["borders"])
 
     given, tensors = {"g": g, "partials": partials}, (x, w, weight, memory)
-    found = convolution_gradients(new, before, after, given, *tensors, needed=needed, training=True, **options)
+    how = {"setting": setting, "needed": needed, "training": True, "activation": activation}
+    found = convolution_gradients(new, before, after, given, *tensors, **how)
     return *found, dconv_bias
 
 
-def _count(x, w, padding, last):
+def _count(x, w, setting):
     """Values of a channel of the convolution's output."""
-    images, _, *size = output_shape(logical(x.shape, last), w.shape, geometry_of(padding))
+    images, _, *size = output_shape(logical(x.shape, setting.last), w.shape, geometry_of(setting.padding))
     return images * math.prod(size)
 
 
 def _call(x, w, conv_bias, weight, bias, group_weight, group_bias, running, check, group, keep, options):
     """(out, what is kept of the convolution, distance, share)"""
-    tensors = (stored(x, options["last"]), w, conv_bias, *running, weight, bias, group_weight, group_bias)
-    before = {name: options[name] for name in _OPTIONS}
-    after = {name: options[name] for name in (*_OPTIONS, "momentum", "eps", "group_eps", "parameter")}
+    last = options["setting"].last
+    tensors = (stored(x, last), w, conv_bias, *running, weight, bias, group_weight, group_bias)
+    before = {name: options[name] for name in ("setting", "activation")}
+    after = {name: value for name, value in options.items() if name != "training"}
     memory, own = call(_convolved, *tensors, check=check, keep=keep, **before)
     out, *others = call(_output, *tensors, memory, own, gathered(own, group), keep=keep, **after)
-    return restored(out, options["last"]), memory, *others
+    return restored(out, last), memory, *others
 
 
 class _SyncFused(torch.autograd.Function):
@@ -172,8 +134,8 @@ class _SyncFused(torch.autograd.Function):
         refuse_second_derivatives()
         x, w, conv_bias, *affine, memory, distance, share = ctx.saved_tensors
         of_convolution, of_tail = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:7]
-        options = {name: ctx.options[name] for name in _OPTIONS}
-        last, parameter = options["last"], ctx.options["parameter"]
+        options = {name: ctx.options[name] for name in ("setting", "activation")}
+        last, parameter = options["setting"].last, ctx.options["parameter"]
         x = stored(x, last)
         given = (stored(dense_in(dout, True), True) if last else dense(dout), x, w, *affine, memory)
         g, partials, sums, *found = call(_tail_gradients, *given, needed=of_tail, parameter=parameter, **options)

@@ -8,6 +8,7 @@ from ...formats import channels_last, dense_in, empty_in
 from ...interop import accumulator_dtype, dense, number
 from ...registration import fake_gradients, gradients_of_op, in_place_of, ops, register, results_of
 from .. import batch_norm as eager
+from ..batch_norm_arguments import Norm
 from ..gradients import second_gradients
 
 # What every batch norm takes before its other options, and how a call that mutates its buffers is told.
@@ -23,24 +24,16 @@ def overload(packet, running_mean, training: bool, batches):
 
 
 @in_place_of
-def batch_norm(
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
-    *,
-    num_batches_tracked=None,
-):
-    arguments = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
-    return _batch_norm(input, *arguments, tanh=False)
+def batch_norm(*args, **options):
+    return _batch_norm(*args, tanh=False, **options)
 
 
 @in_place_of
-def batch_norm_tanh(
+def batch_norm_tanh(*args, **options):
+    return _batch_norm(*args, tanh=True, **options)
+
+
+def _batch_norm(
     input,
     running_mean,
     running_var,
@@ -51,27 +44,18 @@ def batch_norm_tanh(
     eps=1e-5,
     *,
     num_batches_tracked=None,
+    tanh,
 ):
-    arguments = running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
-    return _batch_norm(input, *arguments, tanh=True)
-
-
-def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, tanh):
     momentum, eps = number(momentum, "momentum"), number(eps, "eps")
-    op = overload(ops.batch_norm, running_mean, training, batches)
-    return op(input, running_mean, running_var, weight, bias, bool(training), momentum, eps, batches, tanh)[0]
+    arguments = running_mean, running_var, weight, bias, bool(training), momentum, eps
+    op = overload(ops.batch_norm, running_mean, training, num_batches_tracked)
+    return op(input, *arguments, num_batches_tracked, tanh)[0]
 
 
 def _run(input, *options):
-    *_, keep = options
-    found = eager._batch_norm(input, *options)
+    *arguments, tanh, keep = options
+    found = eager._batch_norm(input, arguments, tanh, keep)
     return found if keep else results_of(input, found, None)
-
-
-def check(input, running_mean, running_var, weight, bias, training, momentum, eps) -> None:
-    """Refuses what the operators refuse."""
-    eager.check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    eager.check_batch_norm(input, running_mean, running_var, weight, bias, training)
 
 
 def empty_moments(x: torch.Tensor) -> torch.Tensor:
@@ -80,18 +64,17 @@ def empty_moments(x: torch.Tensor) -> torch.Tensor:
 
 
 def _fake(input, *options):
-    *arguments, _, _, keep = options
+    *arguments, _, keep = options
     if input.dim() == 1 and not input.numel():
         return input.new_empty(input.shape), input.new_empty(0)
-    check(input, *arguments)
+    Norm.checked(*arguments).check(input)
     y = empty_in(input, input.shape, channels_last(input))
     return results_of(input, y, empty_moments(input) if keep else None)
 
 
 def applied(args) -> tuple:
-    """The running statistics if they are applied: a backward refuses those that were changed since."""
-    _, running_mean, running_var, _, _, training, *_ = args
-    return eager.applied_statistics(running_mean, running_var, training)
+    """`Norm.applied` of the arguments of an operator."""
+    return Norm(*args[1:9]).applied()
 
 
 def _save(args, results):

@@ -6,6 +6,7 @@ from ...formats import channels_last, dense_in, empty_in
 from ...interop import dense
 from ...registration import fake_gradients, gradients_of_op, ops, register, results_of
 from .. import bn_pool as eager
+from ..batch_norm_arguments import Norm
 from ..gradients import gradients_of
 from ..max_pool import pooled_shape
 from . import batch_norm
@@ -13,17 +14,17 @@ from .max_pool import WINDOW, as_pool
 
 
 def _run(input, *options):
-    *arguments, keep = options
-    arguments[-4:] = [as_pool(*arguments[-4:])]
-    found = eager.bn_activation_max_pool2d(input, *arguments, keep)
+    *arguments, shift, activation, slope, size, stride, padding, dilation, keep = options
+    pool = as_pool(size, stride, padding, dilation)
+    found = eager.bn_activation_max_pool2d(input, arguments, shift, activation, slope, pool, keep)
     return found if keep else results_of(input, found, None, None, None)
 
 
 def _fake(input, *options):
-    *arguments, _, _, activation, _, size, stride, padding, dilation, keep = options
+    *arguments, _, activation, _, size, stride, padding, dilation, keep = options
     pool = as_pool(size, stride, padding, dilation)
     eager.check_supported(input, activation, pool)
-    batch_norm.check(input, *arguments)
+    Norm.checked(*arguments).check(input)
     y = empty_in(input, pooled_shape(input.shape, pool, False), channels_last(input))
     if not keep:
         return results_of(input, y, None, None, None)

@@ -7,6 +7,7 @@ from ...formats import empty_in
 from ...interop import check_floating, dense, number
 from ...registration import fake_gradients, gradients_of_op, in_place_of, ops, register, results_of
 from .. import bn_tanh_max_pool as eager
+from ..batch_norm_arguments import Norm
 from ..max_pool import pool_of, pooled_shape
 from . import batch_norm
 from .max_pool import WINDOW, as_pool, empty_argmax
@@ -91,14 +92,14 @@ def bn_tanh_max_pool2d(
 def _run_normed(input, *options):
     *arguments, kernel_size, stride, padding, dilation, ceil_mode, keep = options
     pool = as_pool(kernel_size, stride, padding, dilation)
-    found = eager._bn_tanh_max_pool2d(input, *arguments, pool, ceil_mode, keep)
+    found = eager._bn_tanh_max_pool2d(input, arguments, pool, ceil_mode, keep)
     return found if keep else results_of(input, found, None, None)
 
 
 def _fake_normed(input, *options):
-    *arguments, _, kernel_size, stride, padding, dilation, ceil_mode, keep = options
+    *arguments, kernel_size, stride, padding, dilation, ceil_mode, keep = options
     eager.check_input(input)
-    batch_norm.check(input, *arguments)
+    Norm.checked(*arguments).check(input)
     y, argmax = _empty_results(input, as_pool(kernel_size, stride, padding, dilation), ceil_mode, keep)
     return results_of(input, y, batch_norm.empty_moments(input) if keep else None, argmax)
 

@@ -17,6 +17,7 @@ from ...interop import NUMPY, aligned, check_floating, dense, integer, number, p
 from ...numerics import check_numerics, settled, settled_choice
 from ...registration import composite, fake_gradients, gradients_of_op, in_place_of, ops, register, results_of, traced
 from .. import resident_conv_bn_pool as eager
+from ..batch_norm_arguments import Norm
 from ..bn_pool import activation_of
 from ..conv_bn_pool import check_three, is_plain
 from ..gradients import gradients_of
@@ -99,72 +100,70 @@ def _settle(input, *options):
 _AUTOCAST = " under autocast"
 
 
-def _how(numerics, x):
-    """(choice, whether autocast was on when that was settled)"""
-    text, _, _ = numerics.partition(_AUTOCAST)
-    return settled_choice(text, x), _AUTOCAST in numerics
+def _setting(x, padding, groups, numerics) -> eager.Setting:
+    """autocast_on: whether it was on when numerics were settled."""
+    choice = settled_choice(numerics.partition(_AUTOCAST)[0], x)
+    return eager.Setting(tuple(padding), groups, choice, eager.last_of(x), _AUTOCAST in numerics)
 
 
-def _check_supported(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, *options):
+def _check_supported(input, *options):
     """UnsupportedError for calls that the kernels do not take."""
-    conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, _, numerics = options
+    norm = Norm(*options[:8])
+    conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, _, numerics = options[8:]
     struct_of(activation)
     eager.check_slope(slope)
-    others = conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
-    choice, autocast_on = _how(numerics, input)
-    eager.check_mixture(autocast_on, input, batches, *others)
+    setting = _setting(input, padding, groups, numerics)
+    eager.check_mixture(
+        setting.autocast_on, input, norm.batches, *norm[:4], conv_weight, conv_bias, group_weight, group_bias
+    )
     check_floating(input=input)
     if input.dim() == conv_weight.dim() == 4:
         images = 1 if input.shape[0] else 0  # of more, the number does not matter
         shapes = (images, *map(int, input.shape[1:])), NUMPY[input.dtype], tuple(map(int, conv_weight.shape))
-        how = tuple(padding), groups, choice, eager._last(input), autocast_on
-        eager._plan(*shapes, NUMPY[conv_weight.dtype], *how)
+        eager.plan_of_shapes(*shapes, NUMPY[conv_weight.dtype], setting)
 
 
 def _run(input, *options):
     *others, numerics, keep = options
-    how = _how(numerics, input)
+    arguments, others = others[:8], others[8:]
+    conv_weight, _, padding, _, _, groups, *_ = others
+    setting = _setting(input, padding, groups, numerics)
+    how = setting.choice, setting.autocast_on
     if not keep:
-        return results_of(input, eager.fused(input, *others, *how), None)
-    conv_weight, _, padding = others[8:11]
-    groups = others[13]
-    return eager.fused(input, *others, *how, kept_bytes(input, conv_weight, padding, groups, *how))
+        return results_of(input, eager.fused(input, arguments, *others, *how), None)
+    return eager.fused(input, arguments, *others, *how, kept_bytes(input, conv_weight, setting))
 
 
 def _fake(input, *options):
     *others, keep = options
-    running_mean, running_var, weight, bias, training, momentum, eps, _, *rest = others
-    conv_weight, conv_bias, padding, _, _, groups, group_weight, group_bias, _, numerics = rest
+    conv_weight, conv_bias, padding, _, _, groups, group_weight, group_bias, _, numerics = others[8:]
     _check_supported(input, *others)
-    eager.check_batch_norm_call(running_mean, running_var, training, momentum, eps)
+    norm = Norm.checked(*others[:8])
     one, w = (t.new_empty(tuple(map(int, t.shape))) for t in (input[:1], conv_weight))
-    tensors = one, w, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias
-    eager._check_shapes(*tensors, tuple(padding), training, groups)
+    eager.check_shapes(one, norm, w, conv_bias, group_weight, group_bias, tuple(padding), groups)
     _, channels, height, width = output_shape(one.shape, w.shape, eager.geometry_of(tuple(padding)))
-    out = empty_in(conv_weight, (input.shape[0], channels, height // 2, width // 2), eager._last(input))
+    out = empty_in(conv_weight, (input.shape[0], channels, height // 2, width // 2), eager.last_of(input))
     if not keep:
         return results_of(input, out, None)
-    size = kept_bytes(input, conv_weight, padding, groups, *_how(numerics, input))
+    size = kept_bytes(input, conv_weight, _setting(input, padding, groups, numerics))
     return out, input.new_empty(size, dtype=torch.uint8)
 
 
-def kept_bytes(x, conv_weight, padding, groups, choice, autocast_on):
+def kept_bytes(x, conv_weight, setting):
     """Bytes to keep for the backward: at least what the plan needs, by one formula for all numbers of images."""
     shape, w_shape = tuple(map(int, x.shape[1:])), tuple(map(int, conv_weight.shape))
-    dtypes = NUMPY[x.dtype], NUMPY[conv_weight.dtype]
-    how = tuple(padding), groups, choice, eager._last(x), autocast_on
-    per_image, few, fixed = _kept_bytes(shape, w_shape, *dtypes, *how)
+    per_image, few, fixed = _kept_bytes(shape, w_shape, NUMPY[x.dtype], NUMPY[conv_weight.dtype], setting)
     images = x.shape[0]
     return fixed + images * per_image + torch.sym_min(images, MANY_IMAGES) * few
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_bytes(shape, w_shape, dtype, w_dtype, padding, groups, *how):
+def _kept_bytes(shape, w_shape, dtype, w_dtype, setting):
     """(of each image, more of each image while they are few, of all)"""
 
     def needed(images, counted):
-        plan = eager._plan((images, *shape), dtype, w_shape, w_dtype, padding, groups, *how)
-        return room(kernels.kept_arrays(plan, (counted, *shape), groups, True))
+        plan = eager.plan_of_shapes((images, *shape), dtype, w_shape, w_dtype, setting)
+        return room(kernels.kept_arrays(plan, (counted, *shape), setting.groups, True))
 
     def per_image(images):
         return (needed(images, 2 * ALIGNMENT) - needed(images, ALIGNMENT)) // ALIGNMENT
@@ -227,29 +226,19 @@ register(
 
 def _gradient(dout, x, *options):
     *parameters, memory, padding, activation, slope, groups, training, numerics, needed = options
-    choice, autocast_on = _how(numerics, x)
-    last = eager._last(x)
-    how = {
-        "padding": tuple(padding),
-        "choice": choice,
-        "groups": groups,
-        "training": training,
-        "activation": activation,
-        "parameter": slope,
-        "autocast_on": autocast_on,
-        "last": last,
-    }
+    setting = _setting(x, padding, groups, numerics)
+    last = setting.last
+    how = {"setting": setting, "needed": tuple(needed), "training": training, "activation": activation}
     x, dout = stored(dense_in(x, last), last), stored(dense_in(dout, last), last)
-    dx, *found = eager.call(
-        eager._backward, dout, aligned(x), *map(dense, parameters), memory, needed=tuple(needed), **how
-    )
+    tensors = dout, aligned(x), *map(dense, parameters), memory
+    dx, *found = eager.call(eager._backward, *tensors, parameter=slope, **how)
     return results_of(dout, restored(dx, last), *found)
 
 
 def _fake_gradient(dout, *options):
     tensors, needed = options[:7], options[-1]
     x, *others = tensors
-    like = [empty_in(x, x.shape, eager._last(x))]
+    like = [empty_in(x, x.shape, eager.last_of(x))]
     like += [None if t is None else empty_in(t, t.shape, False) for t in others]
     return fake_gradients(dout, like, needed)
 

@@ -3,7 +3,7 @@
 import functools
 
 from ... import autocast
-from ...calls import dense_after
+from ...calls import prepared
 from ...formats import channels_last, dense_in, empty_in
 from ...interop import accumulator_dtype, dense, integer, number
 from ...registration import fake_gradients, gradients_of_op, in_place_of, ops, register, results_of
@@ -24,8 +24,8 @@ def _run(input, num_groups, weight, bias, eps):
         eager._check(input, num_groups, weight, bias)
 
     last = channels_last(input)
-    x, weight, bias = dense_after(check, None if last else input, weight, bias)
-    return eager._call(input if last else x, weight, bias, num_groups, last, False, eps, check)
+    tensors = prepared(check, last, input, weight, bias)
+    return eager._call(*tensors, num_groups, last, False, eps, check)
 
 
 def _fake(input, num_groups, weight, bias, eps):

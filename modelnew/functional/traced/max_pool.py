@@ -47,10 +47,6 @@ def _fake(input, *options):
     return results_of(input, y, indices, empty_argmax(y, pool, last) if keep else None)
 
 
-def _save(args, results):
-    return args[0], results[2]
-
-
 def _first(ctx, dy):
     x, argmax = ctx.saved_tensors
     last = channels_last(x)
@@ -62,7 +58,7 @@ register(
     " -> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
-    _save,
+    lambda args, results: (args[0], results[2]),
     _first,
 )
 
@@ -91,10 +87,6 @@ def _select(x, argmax, *options):
     return eager._Select.forward(x, argmax, as_pool(*window), last)
 
 
-def _save_selected(args, y):
-    return args[:2]
-
-
 def _second(ctx, v):
     x, argmax = ctx.saved_tensors
     last = ctx.args[6]
@@ -105,6 +97,6 @@ register(
     f"max_pool2d_select(Tensor x, Tensor argmax, {WINDOW}, bool last) -> Tensor",
     _select,
     lambda x, argmax, *options: restored(x.new_empty(argmax.shape), options[-1]),
-    _save_selected,
+    lambda args, y: args[:2],
     _second,
 )
