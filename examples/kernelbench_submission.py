@@ -720,6 +720,46 @@ def launch_combining(kernel, channels, chunks, args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# modelnew/formats.py
+#
+# Memory formats of tensors, in the sense of PyTorch, and the arrays that kernels get.
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
+
+
+def channels_last(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch's results for `tensor` are channels_last, or channels_last_3d for 5 dimensions."""
+    memory_format = CHANNELS_LAST.get(tensor.dim())
+    if memory_format is None or not tensor.is_contiguous(memory_format=memory_format):
+        return False
+    if not tensor.is_contiguous():
+        return True
+    # Dimensions of size 1 leave it open. Torch then looks at all strides.
+    least, strides = 0, tensor.stride()
+    for d in (1, *range(tensor.dim() - 1, 1, -1), 0):
+        if strides[d] < least or (d == 0 and least == strides[1]):
+            return False
+        least = strides[d] * max(1, tensor.shape[d])
+    return tensor.numel() > 0
+
+
+def dense_in(tensor: torch.Tensor, last: bool) -> torch.Tensor:
+    """The tensor in one of the two formats, without lazy negation. Copies only if necessary."""
+    memory_format = CHANNELS_LAST[tensor.dim()] if last else torch.contiguous_format
+    return tensor.resolve_neg().contiguous(memory_format=memory_format)
+
+
+def stored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
+    """The contiguous tensor over the same memory: [N, *, C] if `last`."""
+    return tensor.movedim(1, -1) if last and tensor is not None else tensor
+
+
+def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
+    """The inverse of `stored`."""
+    return tensor.movedim(-1, 1) if last and tensor is not None else tensor
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/shortcuts.py
 #
 # Private functions of torch that save time at every call, each with a public fallback that must agree with it.
@@ -986,46 +1026,6 @@ def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.T
             check()
             return tuple(map(dense, tensors))
     return tensors
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/formats.py
-#
-# Memory formats of tensors, in the sense of PyTorch, and the arrays that kernels get.
-
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def channels_last(tensor: torch.Tensor) -> bool:
-    """Whether PyTorch's results for `tensor` are channels_last, or channels_last_3d for 5 dimensions."""
-    memory_format = _FORMATS.get(tensor.dim())
-    if memory_format is None or not tensor.is_contiguous(memory_format=memory_format):
-        return False
-    if not tensor.is_contiguous():
-        return True
-    # Dimensions of size 1 leave it open. Torch then looks at all strides.
-    least, strides = 0, tensor.stride()
-    for d in (1, *range(tensor.dim() - 1, 1, -1), 0):
-        if strides[d] < least or (d == 0 and least == strides[1]):
-            return False
-        least = strides[d] * max(1, tensor.shape[d])
-    return tensor.numel() > 0
-
-
-def dense_in(tensor: torch.Tensor, last: bool) -> torch.Tensor:
-    """The tensor in one of the two formats, without lazy negation. Copies only if necessary."""
-    memory_format = _FORMATS[tensor.dim()] if last else torch.contiguous_format
-    return tensor.resolve_neg().contiguous(memory_format=memory_format)
-
-
-def stored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
-    """The contiguous tensor over the same memory: [N, *, C] if `last`."""
-    return tensor.movedim(1, -1) if last and tensor is not None else tensor
-
-
-def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
-    """The inverse of `stored`."""
-    return tensor.movedim(-1, 1) if last and tensor is not None else tensor
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1787,6 +1787,90 @@ def reset_affine(module: nn.Module) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/batch_norm_arguments.py
+#
+# What a batch norm, alone or fused with other operators, is given besides its input.
+
+class Norm(NamedTuple):
+    """The arguments of `batch_norm` behind its input, in their order."""
+
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+    batches: torch.Tensor | None  # num_batches_tracked
+
+    @classmethod
+    def checked(cls, running_mean, running_var, weight, bias, training, momentum, eps, batches) -> "Norm":
+        """The same with floats. Refuses what torch.nn.functional.batch_norm refuses whatever its input is."""
+        momentum, eps = number(momentum, "momentum"), number(eps, "eps")
+        if training and not eps > 0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+        if not eps >= 0:
+            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+        if running_mean is None or running_var is None:
+            if running_mean is not running_var:
+                raise ValueError("running_mean and running_var must either both be None or neither be None")
+            if not training:
+                raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
+        elif torch.is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad):
+            name = "running_mean" if running_mean.requires_grad else "running_var"
+            raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+        return cls(running_mean, running_var, weight, bias, bool(training), momentum, eps, batches)
+
+    def check(self, input: torch.Tensor, shape=None, alone: bool = True) -> None:
+        """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices.
+
+        shape: what is normalised, if it is not input itself. alone: whether no other process has values, too.
+        """
+        shape = input.shape if shape is None else shape
+        if self.training and alone and shape and math.prod((shape[0], *shape[2:])) == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+        if len(shape) < 2:
+            raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(shape)}")
+        statistics = {"running_mean": self.running_mean, "running_var": self.running_var}
+        affine = {"weight": self.weight, "bias": self.bias}
+        for name, tensor in (statistics | affine).items():
+            if tensor is not None and tensor.numel() != shape[1]:
+                raise RuntimeError(f"{name} should contain {shape[1]} elements not {tensor.numel()}")
+        one_device((input, *statistics.values(), *affine.values()))
+        check_parameters(input, **statistics)
+        check_parameters(input, **affine)
+
+    def applied(self) -> tuple:
+        """The running statistics if they are applied: a backward refuses those that were changed, as torch's does."""
+        return (None, None) if self.training else (self.running_mean, self.running_var)
+
+    def buffers(self) -> tuple:
+        """(running_mean, running_var, batches) as kernels read, and in training update, them.
+
+        None for a counter that they do not count in.
+        """
+        batches = self.batches
+        counts = self.training and batches is not None and batches.dtype == torch.int64 and batches.numel() == 1
+        return dense(self.running_mean), dense(self.running_var), batches if counts else None
+
+    def note_update(self, updated) -> None:
+        """Tells autograd what kernels changed in training. updated: `buffers`."""
+        if not self.training:
+            return
+        written = []
+        for buffer, new in zip((self.running_mean, self.running_var, self.batches), updated):
+            if buffer is None:
+                continue
+            if new is buffer:
+                written.append(buffer)
+            elif new is None:
+                buffer.add_(1)
+            else:  # it is not contiguous: the kernel updated a copy
+                buffer.copy_(new)
+        torch.autograd.graph.increment_version(written)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/gradients.py
 #
 # Shared code of the operators' backwards: gradients that can be differentiated again.
@@ -1812,66 +1896,6 @@ def gradients_apply(function: type[torch.autograd.Function], *args):
 # modelnew/functional/batch_norm.py
 #
 # batch_norm, with the signature of torch.nn.functional.batch_norm, batch_norm_tanh, and the layers.
-
-def applied_statistics(running_mean, running_var, training):
-    """The running statistics if the call applies them, else None. A backward checks that they are unchanged."""
-    return (None, None) if training else (running_mean, running_var)
-
-
-def note_update(running_mean, running_var, batches, updated) -> None:
-    """Tells autograd that kernels changed these buffers. updated: the result of `kernels_buffers` for them."""
-    written = []
-    for buffer, new in zip((running_mean, running_var, batches), updated):
-        if buffer is None:
-            continue
-        if new is buffer:
-            written.append(buffer)
-        elif new is None:
-            buffer.add_(1)
-        else:  # it is not contiguous: the kernel updated a copy
-            buffer.copy_(new)
-    torch.autograd.graph.increment_version(written)
-
-
-def check_batch_norm(input, running_mean, running_var, weight, bias, training, shape=None) -> None:
-    """Raises the errors of torch.nn.functional.batch_norm for shapes, dtypes and devices.
-
-    shape: of the tensor that is normalised, if that is not input.
-    """
-    shape = input.shape if shape is None else shape
-    if training and shape and math.prod((shape[0], *shape[2:])) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    if len(shape) < 2:
-        raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(shape)}")
-    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, tensor in parameters.items():
-        if tensor is not None and tensor.numel() != shape[1]:
-            raise RuntimeError(f"{name} should contain {shape[1]} elements not {tensor.numel()}")
-    one_device((input, *parameters.values()))
-    check_parameters(input, running_mean=running_mean, running_var=running_var)
-    check_parameters(input, weight=weight, bias=bias)
-
-
-def check_batch_norm_call(running_mean, running_var, training, momentum, eps) -> tuple[float, float]:
-    """(momentum, eps) as floats. Raises the errors of batch_norm for its other arguments."""
-    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
-    if training and not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if not eps >= 0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if running_mean is None and not training:
-        raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-    if (
-        running_mean is not None
-        and torch.is_grad_enabled()
-        and (running_mean.requires_grad or running_var.requires_grad)
-    ):
-        name = "running_mean" if running_mean.requires_grad else "running_var"
-        raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
-    return momentum, eps
-
 
 class _Layer(nn.modules.batchnorm._BatchNorm):
     peers = None  # a `distributed.Peers`, see `modelnew.convert_sync_batchnorm`
@@ -2548,85 +2572,55 @@ def _count(p: Plan, images: int) -> float:
 #
 # The chain of `conv_bn_pool` as one operator: three main kernels forward, the convolution's epilogue pools.
 
-def _forward(
-    new,
-    x,
-    w,
-    conv_bias,
-    running_mean,
-    running_var,
-    batches,
-    weight,
-    bias,
-    group_weight,
-    group_bias,
-    *,
-    padding,
-    choice,
-    keep,
-    autocast_on,
-    last,
-    kept_bytes=None,
-    **options,
-):
-    """last: whether x and the output are channels_last: [N, H, W, C]. kept_bytes: at least that many are returned with
-    `keep`.
-    """
-    plan = plan_for(x, w, padding, options["groups"], choice, last, autocast_on)
-    out = new_output(new, x, w, padding, last)
-    arrays = kept_arrays(plan, x.shape, options["groups"], keep)
+class Setting(NamedTuple):
+    """What a plan of the convolution depends on besides its tensors."""
+
+    padding: tuple[int, int]
+    groups: int  # of the group norm
+    choice: Choice
+    last: bool  # whether x and the output are channels_last: arrays [N, H, W, C]
+    autocast_on: bool
+
+
+def _forward(new, x, w, *others, setting, keep, kept_bytes=None, **options):
+    """others: tensors as `conv_bn_pool_forward` takes them. kept_bytes: at least that many are returned with `keep`."""
+    plan = plan_for(x, w, setting)
+    out = new_output(new, x, w, setting)
+    arrays = kept_arrays(plan, x.shape, setting.groups, keep)
     memory = (new if keep else new.scratch)((max(room(arrays), kept_bytes or 0),), "uint8")
-    tensors = (x, w, conv_bias, running_mean, running_var, batches, weight, bias, group_weight, group_bias)
-    conv_bn_pool_forward(new.scratch, *tensors, out, parts(memory, arrays), plan=plan, **options)
+    how = {"plan": plan, "groups": setting.groups, **options}
+    conv_bn_pool_forward(new.scratch, x, w, *others, out, parts(memory, arrays), **how)
     return out, memory if keep else None
 
 
 def _backward(
-    new, dout, x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *, needed, parameter, **options
+    new, dout, x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *, setting, needed, parameter, **how
 ):
+    """how: training and activation."""
     parameters = (conv_bias, weight, bias, group_weight, group_bias)
     found = [new.like(t if needed else None) for t, needed in zip(parameters, needed[2:])]
 
     def tail(plan, kept, made):
-        of_tail = {name: options[name] for name in ("groups", "training", "activation")}
-        tail_gradients(
-            dout, weight, bias, group_weight, *found, kept, made, plan=plan, **of_tail, parameter=parameter
-        )
+        of_tail = {"plan": plan, "groups": setting.groups, "parameter": parameter, **how}
+        tail_gradients(dout, weight, bias, group_weight, *found, kept, made, **of_tail)
 
-    return *convolution_gradients(new, tail, None, {}, x, w, weight, memory, needed=needed[:2], **options), *found
+    tensors = (x, w, weight, memory)
+    return *convolution_gradients(new, tail, None, {}, *tensors, setting=setting, needed=needed[:2], **how), *found
 
 
-def convolution_gradients(
-    new,
-    before,
-    after,
-    given,
-    x,
-    w,
-    weight,
-    memory,
-    *,
-    padding,
-    choice,
-    needed,
-    groups,
-    training,
-    activation,
-    autocast_on,
-    last,
-):
+def convolution_gradients(new, before, after, given, x, w, weight, memory, *, setting, needed, training, activation):
     """(dx, dw) of the fused operator.
 
     before(plan, kept, made): writes what `back.output_gradient` reads. after(kept, made), if not None, changes what
     that wrote. given: those of `back.gradient_arrays` that exist already.
     """
     need_x, need_w = needed
-    x_shape = logical(x.shape, last)
-    plan = plan_for(x, w, padding, groups, choice, last, autocast_on)
+    x_shape, groups, geometry = logical(x.shape, setting.last), setting.groups, geometry_of(setting.padding)
+    plan = plan_for(x, w, setting)
     kept = parts(memory, kept_arrays(plan, x.shape, groups, True))
-    (dgrad, _), (wgrad, _) = _gradient_plans(x_shape, x.dtype, w.shape, w.dtype, padding, choice, last)
+    (dgrad, _), (wgrad, _) = _gradient_plans(x_shape, x.dtype, w.shape, w.dtype, setting)
     general = (need_x and dgrad is None) or (need_w and wgrad is None)
-    dy = new.scratch(output_shape(x_shape, w.shape, geometry_of(padding)), x.dtype) if general else None
+    dy = new.scratch(output_shape(x_shape, w.shape, geometry), x.dtype) if general else None
     packed, centred = not general and (need_x or need_w), training and x.dtype == np.float32
     arrays = gradient_arrays(plan, x.shape[0], packed, packed and need_w and centred)
     made = {**{name: new.scratch(*array) for name, array in arrays.items() if name not in given}, **given}
@@ -2635,7 +2629,7 @@ def convolution_gradients(
     if after is not None:
         after(kept, made)
     if general:
-        dx, dw, _ = gradients(new, x, w, dy, x.shape, w.shape, geometry_of(padding), choice, (need_x, need_w, False))
+        dx, dw, _ = gradients(new, x, w, dy, x.shape, w.shape, geometry, setting.choice, (need_x, need_w, False))
         return dx, dw
     dw, dx = new.like(w if need_w else None), new.like(x if need_x else None)
     if need_w:  # first: the room of its workspaces is dx's then
@@ -2647,12 +2641,13 @@ def convolution_gradients(
 
 class _Fused(Function):
     @staticmethod
-    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, applied, check, options):
-        tensors = (stored(x, options["last"]), w, conv_bias, *running, weight, bias, group_weight, group_bias)
+    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, norm, running, check, options):
+        last = options["setting"].last
+        tensors = (stored(x, last), w, conv_bias, *running, weight, bias, group_weight, group_bias)
         out, memory = call(_forward, *tensors, check=check, keep=True, **options)
-        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *applied)
+        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *norm.applied())
         ctx.options = options
-        return restored(out, options["last"])
+        return restored(out, last)
 
     @staticmethod
     def backward(ctx, dout):
@@ -2660,10 +2655,9 @@ class _Fused(Function):
         if torch.is_grad_enabled():
             found = _differentiable_gradients(ctx.options, running_mean, running_var, tensors, dout)
         else:
-            names = ("padding", "choice", "groups", "training", "activation", "parameter", "autocast_on", "last")
-            options = {name: ctx.options[name] for name in names}
+            options = {name: ctx.options[name] for name in ("setting", "training", "activation", "parameter")}
             x, *others = tensors
-            last = options["last"]
+            last = options["setting"].last
             dout = stored(dense_in(dout, True), True) if last else dense(dout)
             needed = ctx.needs_input_grad[:7]
             dx, *others = call(_backward, dout, stored(x, last), *others, memory, needed=needed, **options)
@@ -2671,36 +2665,39 @@ class _Fused(Function):
         return *found, *[None] * 4
 
 
-def plan_for(x, w, padding, groups, choice, last, autocast_on):
-    """The plan of the convolution for arrays; last: whether x is [N, H, W, C]."""
-    return _plan(logical(x.shape, last), x.dtype, w.shape, w.dtype, padding, groups, choice, last, autocast_on)
+def plan_for(x, w, setting: Setting):
+    """The plan of the convolution for arrays."""
+    return plan_of_shapes(logical(x.shape, setting.last), x.dtype, w.shape, w.dtype, setting)
 
 
-def new_output(new, x, w, padding, last):
+def new_output(new, x, w, setting: Setting):
     """Memory of the fused operator's output."""
-    *outer, height, width = output_shape(logical(x.shape, last), w.shape, geometry_of(padding))
-    return new(physical((*outer, height // 2, width // 2), last), w.dtype)
+    *outer, height, width = output_shape(logical(x.shape, setting.last), w.shape, geometry_of(setting.padding))
+    return new(physical((*outer, height // 2, width // 2), setting.last), w.dtype)
 
 
-def _plan(x_shape, dtype, w_shape, w_dtype, padding, groups, choice, last, autocast_on):
-    options = {"dgrad": False, "channels_last": last}
-    plan = required_plan(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry_of(padding), choice, **options)
-    conv_bn_pool_check_supported(plan, groups)
-    if last or w_dtype != dtype:  # which the general kernels for gradients do not take
-        for found, reason in _gradient_plans(x_shape, dtype, w_shape, w_dtype, padding, choice, last):
+def plan_of_shapes(x_shape, dtype, w_shape, w_dtype, setting: Setting):
+    """`plan_for` tensors of these shapes and NumPy's dtypes. UnsupportedError where the kernels do not take them."""
+    options = {"dgrad": False, "channels_last": setting.last}
+    how = w_shape, geometry_of(setting.padding), setting.choice
+    plan = required_plan(conv_transpose_mma_plan, x_shape, dtype, *how, **options)
+    conv_bn_pool_check_supported(plan, setting.groups)
+    if setting.last or w_dtype != dtype:  # which the general kernels for gradients do not take
+        for found, reason in _gradient_plans(x_shape, dtype, w_shape, w_dtype, setting):
             if not found:
                 raise UnsupportedError(f"of a gradient, {reason}")
-    return typed(plan, SCALARS[w_dtype], half=autocast_on or dtype.itemsize == 2)
+    return typed(plan, SCALARS[w_dtype], half=setting.autocast_on or dtype.itemsize == 2)
 
 
-def _gradient_plans(x_shape, dtype, w_shape, w_dtype, padding, choice, last):
+def _gradient_plans(x_shape, dtype, w_shape, w_dtype, setting):
     """(plan or None, the reason), of dx and of dw."""
-    dy_shape, how = output_shape(x_shape, w_shape, geometry_of(padding)), (w_shape, geometry_of(padding), choice)
+    geometry, last = geometry_of(setting.padding), setting.last
+    dy_shape, how = output_shape(x_shape, w_shape, geometry), (w_shape, geometry, setting.choice)
     dgrad = tensor_core_plan(dy_shape, dtype, *how, dgrad=True, channels_last=last)
     return dgrad, wgrad_plan(x_shape, w_dtype, *how, channels_last=last)
 
 
-def _last(x) -> bool:
+def last_of(x) -> bool:
     """Whether the kernels take x, and give the output, as channels_last: of 16 bits."""
     return x.dtype is not torch.float32 and channels_last(x)
 
@@ -2735,23 +2732,16 @@ def geometry_of(padding):
     return Geometry((1, 1), padding, (0, 0), (1, 1), 1)
 
 
-def run(input, *arguments):
-    """The chain's result. arguments: those of `fused` but for two, and behind them numerics and peers."""
-    *arguments, numerics, peers = arguments
+def run(input, arguments, *others):
+    """The chain's result. Its arguments: those of `fused` but for two, and behind them numerics and peers."""
+    *others, numerics, peers = others
     how = choose(_class(numerics, input), input), enabled(input)
-    return result_of_norm(fused(input, *arguments, *how, peers=peers))
+    return result_of_norm(fused(input, arguments, *others, *how, peers=peers))
 
 
 def fused(
     input,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    training,
-    momentum,
-    eps,
-    num_batches_tracked,
+    arguments,
     conv_weight,
     conv_bias,
     padding,
@@ -2766,75 +2756,59 @@ def fused(
     kept_bytes=None,
     peers=None,
 ):
-    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs."""
+    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs.
+
+    arguments: those of batch_norm, see `Norm`.
+    """
     struct_of(activation)
     parameter = number(negative_slope, "negative_slope")
-    momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
-    training, padding = bool(training), pair(padding, "padding")
+    norm, padding = Norm.checked(*arguments), pair(padding, "padding")
     group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
-    others = (conv_weight, conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    last, alone = _last(input), training and peers is None
+    others = (conv_weight, conv_bias, group_weight, group_bias)
+    setting = Setting(padding, num_groups, choice, last_of(input), autocast_on)
+    last = setting.last
 
     def check():
-        check_mixture(autocast_on, input, num_batches_tracked, *others)
+        check_mixture(autocast_on, input, norm.batches, *norm[:4], *others)
         if peers is not None and not input.shape[0]:
             raise UnsupportedError("the batch is empty, and other processes' batches count, too")
-        _check_shapes(input, *others, padding, alone, num_groups)
-        dtypes = NUMPY[input.dtype], NUMPY[conv_weight.dtype]
-        how = padding, num_groups, choice, last, autocast_on
-        _plan(input.shape, dtypes[0], conv_weight.shape, dtypes[1], *how)
+        check_shapes(input, norm, *others, padding, num_groups, alone=peers is None)
+        plan_of_shapes(input.shape, NUMPY[input.dtype], conv_weight.shape, NUMPY[conv_weight.dtype], setting)
 
     check_slope(parameter)
-    tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, weight, bias, group_weight, group_bias)
+    affine = (norm.weight, norm.bias, group_weight, group_bias)
+    tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, *affine)
     x, w, conv_bias, *affine = tensors = (restored(aligned(tensors[0]), last), *tensors[1:])
-    updated = dense(running_mean), dense(running_var), num_batches_tracked
+    running = norm.buffers()
     options = {
-        "padding": padding,
-        "choice": choice,
-        "groups": num_groups,
-        "training": training,
-        "momentum": momentum,
-        "eps": eps,
+        "setting": setting,
+        "training": norm.training,
+        "momentum": norm.momentum,
+        "eps": norm.eps,
         "group_eps": group_eps,
         "activation": activation,
         "parameter": parameter,
-        "autocast_on": autocast_on,  # as check() looks at it
-        "last": last,
     }
     keep, memory = kept_bytes is not None, None
     if peers is not None:
-        out = peers(tensors, updated, check, options)
+        out = peers(tensors, running, check, options)
     elif not keep and will_need_grad(*tensors):
-        applied = applied_statistics(running_mean, running_var, training)
-        out = gradients_apply(_Fused, *tensors, updated, applied, check, options)
+        out = gradients_apply(_Fused, *tensors, norm, running, check, options)
     else:
         x, options["kept_bytes"] = stored(x, last), kept_bytes
-        out, memory = call(_forward, x, w, conv_bias, *updated, *affine, check=check, keep=keep, **options)
+        out, memory = call(_forward, x, w, conv_bias, *running, *affine, check=check, keep=keep, **options)
         out = restored(out, last)
-    if training:
-        note_update(running_mean, running_var, num_batches_tracked, updated)
+    norm.note_update(running)
     return (out, memory) if keep else out
 
 
-def _check_shapes(
-    input,
-    conv_weight,
-    conv_bias,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    group_weight,
-    group_bias,
-    padding,
-    alone,
-    num_groups,
+def check_shapes(
+    input, norm, conv_weight, conv_bias, group_weight, group_bias, padding, num_groups, alone=True
 ) -> None:
-    """Raises all errors that shapes, dtypes and devices can be the reason of. alone: one value is too few."""
-    affine = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
-    one_device((input, conv_weight, *affine))
+    """Raises all errors that shapes, dtypes and devices can be the reason of. alone: as in `Norm.check`."""
+    one_device((input, conv_weight, conv_bias, *norm[:4], group_weight, group_bias))
     shape = output_shape(input.shape, conv_weight.shape, geometry_of(padding))
-    check_batch_norm(input, running_mean, running_var, weight, bias, alone, shape)
+    norm.check(input, shape, alone)
     check_group(shape[1], num_groups, conv_bias, group_weight, group_bias)
 
 
@@ -7544,7 +7518,7 @@ class ModelNew(nn.Module):
         conv, norm, group = self.conv_transpose, self.batch_norm, self.group_norm
         convolution = conv.weight, conv.bias, conv.padding
         after = "tanh", 0.0, group.num_groups, group.weight, group.bias, group.eps, "auto", None
-        return run(x, *norm.arguments(x), norm.counter(), *convolution, *after)
+        return run(x, (*norm.arguments(x), norm.counter()), *convolution, *after)
 
 
 batch_size = 512
