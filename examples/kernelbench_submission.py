@@ -2779,7 +2779,7 @@ def fused(
     affine = (norm.weight, norm.bias, group_weight, group_bias)
     tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, *affine)
     x, w, conv_bias, *affine = tensors = (restored(aligned(tensors[0]), last), *tensors[1:])
-    running = norm.buffers()
+    running = dense(norm.running_mean), dense(norm.running_var), norm.batches  # the counter, as check() looks at it
     options = {
         "setting": setting,
         "training": norm.training,
