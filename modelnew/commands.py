@@ -14,7 +14,7 @@ from cupy_kernels.errors import BackendError
 from . import environment, plots, records
 
 device_option = click.option(
-    "--device", help="cuda, cuda:1, ... or cpu: the emulator.  [default: the GPU, if one is usable]"
+    "--device", help="cuda, cuda:1, ... or cpu, which means the emulator.  [default: the GPU, if one is usable]"
 )
 
 

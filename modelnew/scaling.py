@@ -177,10 +177,10 @@ def show(record: dict) -> None:
     short_help="Time a training step on all GPUs beside one.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option("--gpus", type=click.IntRange(min=2), help="How many.  [default: all; 2 processes on the CPU]")
-@click.option("--images", type=click.IntRange(min=1), default=BATCH, show_default=True, help="Images of each GPU.")
+@click.option("--gpus", type=click.IntRange(min=2), help="Number of GPUs.  [default: all; 2 processes on the CPU]")
+@click.option("--images", type=click.IntRange(min=1), default=BATCH, show_default=True, help="Images per GPU.")
 @click.option("--trials", type=click.IntRange(min=1), default=TRIALS, show_default=True, help="Trials of each time.")
-@click.option("--tiny", is_flag=True, help="Small layers and images: tries the command, on a CPU, too.")
+@click.option("--tiny", is_flag=True, help="Small layers and images, to try the command, also on a CPU.")
 @commands.device_option
 @commands.output_option("scaling")
 def scaling_command(gpus, images, trials, tiny, device, output):
