@@ -1,4 +1,4 @@
-"""The chain of `conv_bn_pool` as one operator: three main kernels forward, the convolution's epilogue pools."""
+"""The chain of `conv_bn_pool` as one operator: three main kernels forward. The convolution's epilogue pools."""
 
 import math
 
@@ -50,8 +50,10 @@ def _forward(
     kept_bytes=None,
     **options,
 ):
-    """last: whether x and the output are channels_last: [N, H, W, C]. kept_bytes: at least that many are returned with
-    `keep`.
+    """Returns the output and, with `keep`, the memory that a backward needs.
+
+    last: whether x and the output are channels_last, [N, H, W, C].
+    kept_bytes: the least size of that memory.
     """
     plan = plan_for(x, w, padding, options["groups"], choice, last, autocast_on)
     out = new_output(new, x, w, padding, last)
@@ -98,8 +100,9 @@ def convolution_gradients(
 ):
     """(dx, dw) of the fused operator.
 
-    before(plan, kept, made): writes what `back.output_gradient` reads. after(kept, made), if not None, changes what
-    that wrote. given: those of `back.gradient_arrays` that exist already.
+    before: before(plan, kept, made) writes what `back.output_gradient` reads.
+    after: after(kept, made), if not None, changes what that wrote.
+    given: those arrays of `back.gradient_arrays` that exist already.
     """
     need_x, need_w = needed
     x_shape = logical(x.shape, last)
@@ -153,7 +156,7 @@ class _Fused(Function):
 
 
 def _differentiable_gradients(options, running_mean, running_var, tensors, dout):
-    """The gradients of `tensors` by operators that can be differentiated twice."""
+    """The gradients of `tensors`, by operators that can be differentiated twice."""
     activate = activation_of(options["activation"], options["parameter"])
 
     def unfused(x, w, conv_bias, weight, bias, group_weight, group_bias):
@@ -167,9 +170,11 @@ def _differentiable_gradients(options, running_mean, running_var, tensors, dout)
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, others=(), negative_slope=0):
-    """(plan, None) if the fused kernels take the layers on x, else (None, the reason).
+    """(plan, None) if the fused kernels support the layers on x, else (None, the reason).
 
-    batches: num_batches_tracked. others: the other parameters. negative_slope: the activation's, if it has one.
+    batches: num_batches_tracked.
+    others: the other parameters.
+    negative_slope: of the activation, if it has one.
     """
     try:
         check_slope(negative_slope)
@@ -182,12 +187,12 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, othe
 
 
 def plan_for(x, w, padding, groups, choice, last, autocast_on):
-    """The plan of the convolution for arrays; last: whether x is [N, H, W, C]."""
+    """The convolution's plan for these arrays. last: whether x is [N, H, W, C]."""
     return _plan(logical(x.shape, last), x.dtype, w.shape, w.dtype, padding, groups, choice, last, autocast_on)
 
 
 def new_output(new, x, w, padding, last):
-    """Memory of the fused operator's output."""
+    """Memory for the fused operator's output."""
     *outer, height, width = output_shape(logical(x.shape, last), w.shape, geometry_of(padding))
     return new(physical((*outer, height // 2, width // 2), last), w.dtype)
 
@@ -204,14 +209,14 @@ def _plan(x_shape, dtype, w_shape, w_dtype, padding, groups, choice, last, autoc
 
 
 def _gradient_plans(x_shape, dtype, w_shape, w_dtype, padding, choice, last):
-    """(plan or None, the reason), of dx and of dw."""
+    """(plan or None, the reason), for dx and for dw."""
     dy_shape, how = output_shape(x_shape, w_shape, geometry_of(padding)), (w_shape, geometry_of(padding), choice)
     dgrad = tensor_core_plan(dy_shape, dtype, *how, dgrad=True, channels_last=last)
     return dgrad, wgrad_plan(x_shape, w_dtype, *how, channels_last=last)
 
 
 def _last(x) -> bool:
-    """Whether the kernels take x, and give the output, as channels_last: of 16 bits."""
+    """Whether the kernels read x and write the output as channels_last, which they do in 16 bits."""
     return x.dtype is not torch.float32 and channels_last(x)
 
 
@@ -223,7 +228,7 @@ def check_slope(negative_slope) -> None:
 
 
 def check_mixture(autocast_on, x, batches, *others) -> None:
-    """UnsupportedError for dtypes or a counter of batches that do not go together."""
+    """Raises UnsupportedError for a mixture of dtypes, or a counter of batches, that the kernels do not support."""
     if autocast_on:
         if x.dtype == torch.float64 or any(t is not None and t.dtype != torch.float32 for t in others):
             raise UnsupportedError("under autocast parameters must be float32, and the input not float64")
@@ -237,7 +242,7 @@ def check_mixture(autocast_on, x, batches, *others) -> None:
 
 
 def _class(numerics, x) -> str:
-    """Under autocast the convolution's operands have 10 mantissa bits at most in PyTorch, too."""
+    """The class of the convolution: "tf32" under autocast, whose operands have no more mantissa bits in PyTorch."""
     return "tf32" if autocast.enabled(x) else numerics
 
 
@@ -246,7 +251,7 @@ def geometry_of(padding):
 
 
 def run(input, *arguments):
-    """The chain's result. arguments: those of `fused` but for two, and behind them numerics and peers."""
+    """The chain's result. arguments: those of `fused` without the last four, then numerics and peers."""
     *arguments, numerics, peers = arguments
     how = choose(_class(numerics, input), input), autocast.enabled(input)
     return autocast.result_of_norm(fused(input, *arguments, *how, peers=peers))
@@ -276,7 +281,7 @@ def fused(
     kept_bytes=None,
     peers=None,
 ):
-    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs."""
+    """The result before autocast's cast. With `kept_bytes`, for calls without autograd, also what a backward needs."""
     struct_of(activation)
     parameter = number(negative_slope, "negative_slope")
     momentum, eps = check_batch_norm_call(running_mean, running_var, training, momentum, eps)
@@ -340,7 +345,7 @@ def _check_shapes(
     alone,
     num_groups,
 ) -> None:
-    """Raises all errors that shapes, dtypes and devices can be the reason of. alone: one value is too few."""
+    """Raises the errors of shapes, dtypes and devices. alone: whether one value per channel is an error."""
     affine = (conv_bias, running_mean, running_var, weight, bias, group_weight, group_bias)
     one_device((input, conv_weight, *affine))
     shape = output_shape(input.shape, conv_weight.shape, geometry_of(padding))
@@ -349,7 +354,7 @@ def _check_shapes(
 
 
 def check_group(channels, num_groups, conv_bias, group_weight, group_bias) -> None:
-    """Raises errors of what is per channel besides batch norm's, and of the groups."""
+    """Raises the errors of the groups, and of the per-channel parameters that are not batch norm's."""
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
         if tensor is not None and tensor.shape != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")

@@ -1,7 +1,7 @@
 """The chain of `conv_bn_pool`, fused, with a batch norm over the batches of all processes of a group.
 
-They exchange their statistics between the convolution and what follows it, and in the backward the sums of batch norm
-before the gradient of the convolution's output is made.
+The processes exchange statistics between the convolution and what follows it. In the backward, they exchange batch
+norm's sums before the gradient of the convolution's output is computed.
 """
 
 import math
@@ -44,7 +44,7 @@ def _convolved(
     last,
     **tail,
 ):
-    """What is kept of the convolution, and the rank's message. Of the others the check of the call needs to know."""
+    """What is kept of the convolution, and the rank's message. Unused arguments are there for the check of the call."""
     plan = plan_for(x, w, padding, tail["groups"], choice, last, autocast_on)
     arrays = ops.kept_arrays(plan, x.shape, tail["groups"], keep)
     memory, message = new((room(arrays),), "uint8"), new((2 * w.shape[1] + 1,), "float64")
@@ -110,7 +110,7 @@ def _tail_gradients(
     last,
     **options,
 ):
-    """g, partial sums and sums of the rank, and gradients of the parameters behind the convolution."""
+    """g, partial sums and sums of the rank, and the gradients of the parameters after the convolution."""
     plan = plan_for(x, w, padding, groups, choice, last, autocast_on)
     kept = parts(memory, ops.kept_arrays(plan, x.shape, groups, True))
     made = {name: new(*array) for name, array in back.gradient_arrays(plan, x.shape[0], False, False).items()}
@@ -143,7 +143,7 @@ def _convolution_gradients(
 
 
 def _count(x, w, padding, last):
-    """Values of a channel of the convolution's output."""
+    """The number of values of a channel of the convolution's output."""
     images, _, *size = output_shape(logical(x.shape, last), w.shape, geometry_of(padding))
     return images * math.prod(size)
 
@@ -187,7 +187,7 @@ class _SyncFused(torch.autograd.Function):
 
 
 def run(group, tensors, running, check, options) -> torch.Tensor:
-    """`conv_bn_activation_max_pool_group_norm` in training with the statistics of all ranks of `group`: its `peers`."""
+    """`conv_bn_activation_max_pool_group_norm` in training, with the statistics of all ranks of `group`."""
     if will_need_grad(*tensors):
         return apply(_SyncFused, *tensors, running, check, group, options)
     return _call(*tensors, running, check, group, False, options)[0]

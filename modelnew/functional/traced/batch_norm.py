@@ -1,4 +1,4 @@
-"""ops.batch_norm: batch_norm, and batch_norm_tanh."""
+"""ops.batch_norm, for batch_norm and batch_norm_tanh."""
 
 import functools
 
@@ -18,7 +18,7 @@ ARGUMENTS = (
 
 
 def overload(packet, running_mean, training: bool, batches):
-    """The overload for such a call."""
+    """The overload that such a call needs."""
     return packet.updating if training and (running_mean is not None or batches is not None) else packet.default
 
 
@@ -69,7 +69,7 @@ def _run(input, *options):
 
 
 def check(input, running_mean, running_var, weight, bias, training, momentum, eps) -> None:
-    """Refuses what the operators refuse."""
+    """Raises the errors of the functions."""
     eager.check_batch_norm_call(running_mean, running_var, training, momentum, eps)
     eager.check_batch_norm(input, running_mean, running_var, weight, bias, training)
 
@@ -89,7 +89,7 @@ def _fake(input, *options):
 
 
 def applied(args) -> tuple:
-    """The running statistics if they are applied: a backward refuses those that were changed since."""
+    """The running statistics if they are applied. The backward refuses statistics that were changed since."""
     _, running_mean, running_var, _, _, training, *_ = args
     return eager.applied_statistics(running_mean, running_var, training)
 

@@ -61,9 +61,9 @@ def conv_bn_activation_max_pool_group_norm_or_parts(
     numerics="auto",
     parts,
 ):
-    """The same. parts: what runs where no kernels take all of the call.
+    """The same. parts: what runs if no kernels support the whole call.
 
-    "refused": nothing. "apart": the operators one by one. "together": batch norm, tanh and pooling as one, the others
+    "refused": nothing. "apart": the operators one by one. "together": batch norm, tanh and pooling fused, the others
     one by one.
     """
     check_numerics(numerics)
@@ -100,13 +100,13 @@ _AUTOCAST = " under autocast"
 
 
 def _how(numerics, x):
-    """(choice, whether autocast was on when that was settled)"""
+    """(choice, whether autocast was on when the choice was made)"""
     text, _, _ = numerics.partition(_AUTOCAST)
     return settled_choice(text, x), _AUTOCAST in numerics
 
 
 def _check_supported(input, running_mean, running_var, weight, bias, training, momentum, eps, batches, *options):
-    """UnsupportedError for calls that the kernels do not take."""
+    """Raises UnsupportedError for calls that the kernels do not support."""
     conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, _, numerics = options
     struct_of(activation)
     eager.check_slope(slope)
@@ -149,7 +149,7 @@ def _fake(input, *options):
 
 
 def kept_bytes(x, conv_weight, padding, groups, choice, autocast_on):
-    """Bytes to keep for the backward: at least what the plan needs, by one formula for all numbers of images."""
+    """Bytes to keep for the backward: at least what the plan needs, by one formula for every number of images."""
     shape, w_shape = tuple(map(int, x.shape[1:])), tuple(map(int, conv_weight.shape))
     dtypes = NUMPY[x.dtype], NUMPY[conv_weight.dtype]
     how = tuple(padding), groups, choice, eager._last(x), autocast_on
@@ -160,7 +160,7 @@ def kept_bytes(x, conv_weight, padding, groups, choice, autocast_on):
 
 @functools.lru_cache(maxsize=256)
 def _kept_bytes(shape, w_shape, dtype, w_dtype, padding, groups, *how):
-    """(of each image, more of each image while they are few, of all)"""
+    """(bytes per image, further bytes per image while there are few, bytes independent of the images)"""
 
     def needed(images, counted):
         plan = eager._plan((images, *shape), dtype, w_shape, w_dtype, padding, groups, *how)
