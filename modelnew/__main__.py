@@ -42,15 +42,15 @@ progress = Console(stderr=True)
     default="all",
     show_default=True,
     callback=lambda _, __, value: _parse_replace(value),
-    help=f"What ModelNew replaces in the comparison: all, or names with commas between, of {', '.join(OPERATORS)}.",
+    help=f"What ModelNew replaces in the comparison: all, or names separated by commas, of {', '.join(OPERATORS)}.",
 )
 @click.option(
     "--numerics",
     type=click.Choice(NUMERICS),
     default="auto",
     show_default=True,
-    help="Class of the convolution: tf32 (10-bit operands, as PyTorch's default on a GPU), fp32, or auto: both, as "
-    "torch.backends.cudnn.allow_tf32 would have it; on a CPU fp32, and for tf32 PyTorch is given rounded operands.",
+    help="Class of the convolution: tf32 (operands with 10 mantissa bits, PyTorch's default on a GPU), fp32, or auto, "
+    "which checks both on a GPU and fp32 on a CPU. For tf32 on a CPU, PyTorch is given rounded operands.",
 )
 @commands.device_option
 @click.option("--times/--no-times", default=True, show_default=True, help="Time both models (on a GPU only).")

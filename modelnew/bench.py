@@ -211,44 +211,44 @@ def _listed(choices=None):
 @click.option(
     "--quick",
     is_flag=True,
-    help=f"A short selection: N 512 and 1, without startup, and only {', '.join(_QUICK)}. Other options still hold.",
+    help=f"A short selection: 512 images and 1, without startup, only {', '.join(_QUICK)}. Other options override it.",
 )
 @click.option(
     "--layers",
     is_flag=True,
-    help="Instead: every layer at shapes of well-known networks, forward and step, in NCHW and channels_last. Of the "
-    "other options --classes (16-bit ones mean tensors of that type), --peers, --trials and --budget hold.",
+    help="Measure every layer instead, at shapes of well-known networks, forward and step, in NCHW and channels_last. "
+    "Uses only --classes (fp16 and bf16 mean tensors of that type), --peers, --trials and --budget.",
 )
 @click.option(
     "--batches",
     callback=_listed(),
-    help="Images in a batch: one number, or several with commas between, measured in that order; what is only a part "
-    "of the model, with the first alone.  [default: 512,1,4096,64,8; 1 on the CPU]",
+    help="Images in a batch: numbers separated by commas, measured in this order. Parts of the model are measured "
+    "with the first number only.  [default: 512,1,4096,64,8; 1 on the CPU]",
 )
 @click.option(
     "--what",
     callback=_listed(WORKLOADS),
-    help="What to measure, with commas between. "
+    help="What to measure: names separated by commas. "
     + " ".join(f"{name}: {text}." for name, text in WORKLOADS.items())
     + "  [default: all]",
 )
 @click.option(
     "--classes",
     callback=_listed(DTYPES),
-    help="Numeric classes: tf32 (PyTorch's default on a GPU), fp32 (TF32 off), fp16, bf16 (autocast; convolutions "
-    "alone: tensors of that type).  [default: tf32,fp32; fp32 on the CPU]",
+    help="Numeric classes: tf32 (PyTorch's default on a GPU), fp32 (TF32 off), fp16, bf16 (autocast; for "
+    "convolutions alone, tensors of that type).  [default: tf32,fp32; fp32 on the CPU]",
 )
 @click.option(
     "--peers",
     type=click.Choice(list(PEERS)),
-    help="What to compare with, each in NCHW and in channels_last: none; eager: PyTorch; compile: also torch.compile, "
-    'and for at most 8 images its mode "reduce-overhead"; all: also its mode "max-autotune", which takes long.  '
+    help="Peers, in NCHW and in channels_last. none: no peers. eager: PyTorch. compile: also torch.compile, "
+    'for at most 8 images also in the mode "reduce-overhead". all: also in the mode "max-autotune", which is slow.  '
     "[default: compile; eager on the CPU]",
 )
 @click.option(
     "--trials",
     type=click.IntRange(min=1),
-    help=f"Timed calls of each.  [default: 20, for up to {FEW_IMAGES} images 100; 1 on the CPU]",
+    help=f"Timed calls of each contender.  [default: 20, for at most {FEW_IMAGES} images 100; 1 on the CPU]",
 )
 @click.option(
     "--size", type=click.IntRange(min=1), help=f"Height and width of an image.  [default: {HEIGHT}; 4 on the CPU]"
@@ -259,12 +259,12 @@ def _listed(choices=None):
     type=click.FloatRange(min=0),
     default=240,
     show_default=True,
-    help="Seconds. What has not begun by then is left out, torch.compile after four fifths of them; rows say so.",
+    help="Time limit in seconds. Later measurements are skipped, those of torch.compile after 80% of it; rows say so.",
 )
 @click.option(
     "--startup/--no-startup",
     default=None,
-    help="Time the first forward of new processes, too.  [default: yes, but not with --quick nor on the CPU]",
+    help="Also time the first forward of new processes.  [default: yes, except with --quick and on the CPU]",
 )
 @commands.device_option
 @commands.output_option("bench", drawn=True)
@@ -272,7 +272,7 @@ def _listed(choices=None):
     "--plot-only",
     metavar="RECORD",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Measure nothing: draw the PNG of this record, or of one of training, beside it.",
+    help="Measure nothing; draw the PNG of this record, or of a record of training, beside it.",
 )
 def bench_command(device, output, plot_only, layers, **options):
     """Measure times and peak memory of ModelNew and its peers, after a check of parity.

@@ -23,7 +23,7 @@ from . import environment, plots, records
 SETTINGS = {"help_option_names": ["-h", "--help"]}  # context_settings of all commands
 
 device_option = click.option(
-    "--device", help="cuda, cuda:1, ... or cpu: the emulator.  [default: the GPU, if one is usable]"
+    "--device", help="cuda, cuda:1, ... or cpu, which means the emulator.  [default: the GPU, if one is usable]"
 )
 
 

@@ -127,22 +127,20 @@ def _settings(device) -> Iterator[None]:
 @click.option(
     "--cases", type=click.IntRange(min=1), help=f"Cases of each operator.  [default: {CASES}; {FEW} on the CPU]"
 )
-@click.option("--seed", default=0, show_default=True, help="Cases of another seed are others.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the cases.")
 @click.option(
     "--operator",
     "operators",
     multiple=True,
     type=click.Choice(list(OPERATORS)),
-    help="A function of modelnew.functional; may be given several times.  [default: all]",
+    help="A function of modelnew.functional. May be given several times.  [default: all]",
 )
-@click.option("--case", "number", type=click.IntRange(min=0), help="Only the case of this number.")
-@click.option(
-    "--budget", type=click.FloatRange(min=0), default=540, show_default=True, help="Seconds after which it ends."
-)
+@click.option("--case", "number", type=click.IntRange(min=0), help="Judge only the case with this number.")
+@click.option("--budget", type=click.FloatRange(min=0), default=540, show_default=True, help="Time limit in seconds.")
 @click.option(
     "--processes",
     type=click.IntRange(min=1),
-    help=f"Share the work among so many.  [default: one for each CPU, at most {PROCESSES}; 1 on the emulator]",
+    help=f"Processes that share the work.  [default: one for each CPU, at most {PROCESSES}; 1 on the emulator]",
 )
 @commands.device_option
 @commands.output_option("fuzz")

@@ -31,18 +31,18 @@ def _elementwise(name, theirs, draw, options=None):
 
 
 def tanh(draw):
-    """Of any shape."""
+    """A case of tanh: any shape."""
     return _elementwise("tanh", torch.tanh, draw)
 
 
 def leaky_relu(draw):
-    """Of any shape and slope."""
+    """A case of leaky_relu: any shape and slope."""
     slope = draw.choice((0.01, 0.0, 0.2, -0.5, 1.0, 3.0))
     return _elementwise("leaky_relu", F.leaky_relu, draw, {"negative_slope": slope})
 
 
 def _window(draw) -> dict:
-    """Any pooling window, valid or not; the well-known ones often."""
+    """A pooling window, valid or not; often a common one."""
     if draw.random() < 0.4:
         size, stride, padding = draw.choice(((2, 2, 0), (3, 2, 1), (3, 1, 1), (2, None, 0), (5, 1, 2), (3, 2, 0)))
         return {"kernel_size": size, "stride": stride, "padding": padding, "ceil_mode": draw.random() < 0.2}
@@ -66,7 +66,7 @@ def _pairs(window) -> dict[str, tuple[int, int]]:
 
 
 def _has_empty_windows(size, window) -> bool:
-    """Whether there are windows that hold nothing but padding. PyTorch's backward then writes out of bounds on CPUs."""
+    """Whether some windows contain only padding. There, PyTorch's backward writes out of bounds on CPUs."""
     for n, k, s, p, d in zip(size, *_pairs(window).values()):
         starts = range(-p, n + p, s)
         if not all(any(0 <= start + i * d < n for i in range(k)) for start in starts):
@@ -84,7 +84,7 @@ def _torch_pool(x, **window):
 
 
 def max_pool2d(draw):
-    """Of batches and single images, with and without indices."""
+    """A case of max_pool2d: batches and single images, with and without indices."""
     dtype, window = any_dtype(draw), _window(draw)
     shape = shape_of(draw, 4)
     shape = shape[1:] if draw.random() < 0.15 else shape
@@ -105,7 +105,7 @@ def max_pool2d(draw):
 
 
 def _affine(draw, channels, dtype, names=("weight", "bias"), wrong=0.0) -> dict[str, Values]:
-    """Parameters of a norm: both, one or none; at times float32 beside 16 bits. wrong: how often of another size."""
+    """Parameters of a norm: both, one or none; sometimes float32 for 16 bits. wrong: how often of a wrong size."""
     wide = torch.float32 if dtype in HALVES and draw.random() < 0.5 else None
     channels += draw.random() < wrong
     chosen = draw.choice((names, names, names[:1], names[1:], ()))
@@ -113,7 +113,7 @@ def _affine(draw, channels, dtype, names=("weight", "bias"), wrong=0.0) -> dict[
 
 
 def _norm(name, draw, shape, after=lambda y: y, options=None, gradient=None):
-    """A batch norm, and what comes after it."""
+    """A case of a batch norm and of what follows it."""
     dtype, options = any_dtype(draw), options or {}
     training, channels = draw.random() < 0.6, shape[1]
     statistics = {"training": training, "momentum": draw.choice((0.1, 0.0, 1.0, 0.37)), "eps": draw.choice((1e-5, 0.1))}
@@ -153,28 +153,28 @@ def _torch_batch_norm(x, mean, var, weight, bias, **options):
 
 
 def _norm_input(draw, shape, dtype, order, largest=True) -> Values:
-    """Not the largest values of float64, whose squares overflow, nor what second derivatives overflow from."""
+    """Values whose squares, in float64, and second derivatives do not overflow."""
     found = input_of(draw, shape, dtype, largest=largest and dtype != torch.float64 and order == 1)
     return found._replace(scale=max(found.scale, 1.0)) if order == 2 and dtype == torch.float16 else found
 
 
 def _one(weight, bias):
-    """PyTorch's gradients fail for a bias without a weight."""
+    """weight, or ones if there is a bias alone, for which PyTorch's gradients fail."""
     return torch.ones_like(bias) if weight is None and bias is not None else weight
 
 
 def batch_norm(draw):
-    """Of two to five dimensions."""
+    """A case of batch_norm: two to five dimensions."""
     return _norm("batch_norm", draw, shape_of(draw, draw.choice((2, 3, 4, 4, 4, 5))))
 
 
 def batch_norm_tanh(draw):
-    """Of two to five dimensions."""
+    """A case of batch_norm_tanh: two to five dimensions."""
     return _norm("batch_norm_tanh", draw, shape_of(draw, draw.choice((2, 3, 4, 4, 5))), torch.tanh)
 
 
 def _clear_winners(before, window, dtype, dy, **tensors):
-    """dy, but 0 where rounding may decide which element of a window is the largest."""
+    """dy, but 0 where rounding may decide which element of a window is the maximum."""
     with torch.no_grad():
         y = before(**tensors)
     y = y[0] if isinstance(y, tuple) else y
@@ -199,7 +199,7 @@ def _tanh_winners(window, dtype, dy, x):
 
 
 def tanh_max_pool2d(draw):
-    """Of any window."""
+    """A case of tanh_max_pool2d: any window."""
     dtype, window = any_dtype(draw), _window(draw)
     x = input_of(draw, shape_of(draw, 4), dtype)
     return FuzzCase(
@@ -215,7 +215,7 @@ def tanh_max_pool2d(draw):
 
 
 def bn_tanh_max_pool2d(draw):
-    """Of any window and batch norm."""
+    """A case of bn_tanh_max_pool2d: any window and batch norm."""
     window = _window(draw)
 
     def gradient(call, statistics, dtype, dy, **tensors):
@@ -231,7 +231,7 @@ def bn_tanh_max_pool2d(draw):
 
 
 def group_norm(draw):
-    """Of two to five dimensions."""
+    """A case of group_norm: two to five dimensions."""
     dtype, groups = any_dtype(draw), draw.choice((1, 1, 2, 3, 4))
     channels = groups * draw.choice((1, 2, 3, 8)) + (draw.random() < 0.03)  # of which a few are refused
     shape, eps = shape_of(draw, draw.choice((2, 3, 4, 4, 4, 5)), channels), draw.choice((1e-5, 0.1))
@@ -254,7 +254,7 @@ _BANDS = ((16, 32, 3, 1), (16, 16, 5, 2))  # in and out channels, kernel, paddin
 
 
 def conv_transpose2d(draw):
-    """Of all hyper-parameters on the general kernels; some on tensor cores, of few shapes."""
+    """A case of conv_transpose2d: all hyper-parameters on the general kernels; a few shapes on tensor cores."""
     dtype, numerics = any_dtype(draw), draw.choice(("auto", "tf32", "fp32"))
     options = {"numerics": numerics}
     if draw.random() < 0.15 and dtype != torch.float64:
@@ -298,7 +298,7 @@ def conv_transpose2d(draw):
 
 
 def _chain(activation, draw):
-    """The chain of five, on tensor cores, fused; of few shapes."""
+    """A case of the fused chain on tensor cores: a few shapes."""
     dtype, numerics = draw.choice((torch.float32, torch.float32, *HALVES)), draw.choice(("tf32", "fp32"))
     channels, output, size, padding = draw.choice(_BANDS)
     training, groups, eps = draw.random() < 0.6, draw.choice((2, 4)), draw.choice((1e-5, 1e-3))

@@ -194,13 +194,13 @@ class KernelMagics(Magics):
     """The magics of `%load_ext modelnew`."""
 
     @magic_arguments()
-    @argument("kernel", help="a kernel (tanh_forward), whose definition the cell replaces, or a file (tanh.cu)")
+    @argument("kernel", help="the kernel (tanh_forward) or file (tanh.cu) that the cell replaces")
     @argument(
         "--dtype", action="append", choices=DTYPES, help="check and time in this dtype first; may be repeated [float32]"
     )
-    @argument("--device", help="cuda, cuda:1, ... or cpu, the emulator [the GPU, if one is usable]")
-    @argument("--images", type=int, help="images in a GPU's checks")
-    @argument("--seconds", type=float, help="time for checks in other dtypes, and of odd and empty sizes [3, GPU 0.7]")
+    @argument("--device", help="cuda, cuda:1, ... or cpu, which means the emulator [the GPU, if one is usable]")
+    @argument("--images", type=int, help="batch size of the checks on a GPU")
+    @argument("--seconds", type=float, help="time limit for further dtypes, odd and empty sizes [3, GPU 0.7]")
     @cell_magic
     def cu(self, line, cell):
         """Replace a kernel by the cell's CUDA C: compile it, check it against PyTorch, time it.

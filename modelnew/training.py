@@ -54,13 +54,13 @@ def _show(settings, seeds, curves, judgements):
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
-    help="Images in a step. For fewer than 64, cuDNN uses no TF32.  [default: 128; on the CPU 4, with --amp 12, as a "
-    "largest error that few pixels decide is chance]",
+    help="Images per step. For fewer than 64, cuDNN does not use TF32.  [default: 128; on the CPU 4, with --amp 12, "
+    "because the largest error of few pixels depends on chance]",
 )
 @click.option(
     "--channels",
     type=click.IntRange(min=4),
-    help="Channels of the images, a multiple of 4; the model puts out twice as many. Tensor cores take multiples of "
+    help="Channels of the images, a multiple of 4. The output has twice as many. Tensor cores need a multiple of "
     f"16.  [default: {CHANNELS}; 16 on the CPU]",
 )
 @click.option(
@@ -73,13 +73,16 @@ def _show(settings, seeds, curves, judgements):
     show_default=True,
     help="Learning rate.",
 )
-@click.option("--amp", is_flag=True, help="Under autocast, in float16 and bfloat16, with a GradScaler.")
-@click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9, show_default=True, help="Of SGD.")
-@click.option("--seed", default=0, show_default=True, help="Seed of batches and parameters; the teacher's is one more.")
+@click.option("--amp", is_flag=True, help="Train under autocast, in float16 and bfloat16, with a GradScaler.")
+@click.option(
+    "--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9, show_default=True, help="Momentum of SGD."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of batches and parameters; plus 1, of the teacher.")
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
-    help="From how many seeds, each 2 larger, the first steps are judged.  [default: 5; 1 on the CPU]",
+    help="Number of seeds for which the first steps are judged: --seed and every second one after it.  "
+    "[default: 5; 1 on the CPU]",
 )
 @commands.device_option
 @commands.output_option("training", drawn=True)

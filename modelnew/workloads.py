@@ -30,17 +30,17 @@ FLOAT16 = {
     "float16_step": "step, likewise",
 }
 COMPILED = {
-    "compiled_forward_train": "forward_train of ModelNew as it is, and under torch.compile; up to 8 images also in its "
-    'mode "reduce-overhead"',
+    "compiled_forward_train": "forward_train of ModelNew, eager and under torch.compile; for at most 8 images also in "
+    'the mode "reduce-overhead"',
     "compiled_step": "step, likewise",
 }
 KERNELS = {
-    "conv_bn_pool_kernel": "of forward_train the convolution's launch alone, with statistics and pooling behind it; "
-    "before it, untimed: the weights packed",
-    "dgrad_kernel": "of step the launch alone that makes the gradient of x; before it, untimed: the gradient of the "
-    "convolution's output as packed fp16 tiles, the weights packed",
-    "wgrad_kernel": "of step the launches alone that make the gradient of the convolution's weight, with the sum over "
-    "their parts; before them, untimed: both operands as packed fp16 tiles, sums at the borders",
+    "conv_bn_pool_kernel": "of forward_train only the convolution's launch, with the pooling and statistics in its "
+    "epilogue; untimed: packing the weights",
+    "dgrad_kernel": "of step only the launch that computes the gradient of x; untimed: packing the weights, and the "
+    "gradient of the convolution's output as fp16 tiles",
+    "wgrad_kernel": "of step only the launches that compute the gradient of the convolution's weight and add up its "
+    "parts; untimed: packing both operands as fp16 tiles, and sums at the borders",
 }
 WORKLOADS = MODELS | FLOAT16 | OPERATORS | CHAINS | KERNELS | COMPILED
 GENERAL, LEAKY_RELU, OF_FLOAT16, OF_COMPILED = "_general", "leaky_relu_", "float16_", "compiled_"

@@ -1,4 +1,4 @@
-"""batch_norm over the batches of all processes of a group, which exchange their statistics in forward and backward."""
+"""batch_norm over the batches of all processes of a group, which exchange data in the forward and in the backward."""
 
 import functools
 
@@ -29,7 +29,7 @@ from .max_pool import max_pool2d
 def gathered(message: torch.Tensor, group) -> torch.Tensor:
     """The messages of all processes of the group, in the order of their ranks.
 
-    Gathered, not reduced: the order of the sums is ours then, and all processes compute the same bits.
+    They are gathered, not reduced, so that all processes add in the same order and get the same bits.
     """
     found = message.new_empty(dist.get_world_size(group) * message.numel())
     if not planning():
@@ -40,13 +40,13 @@ def gathered(message: torch.Tensor, group) -> torch.Tensor:
 
 
 def refuse_second_derivatives() -> None:
-    """RuntimeError in a backward that is to be differentiated."""
+    """Raises RuntimeError in a backward with create_graph=True."""
     if torch.is_grad_enabled():
         raise RuntimeError("synchronised batch norm has no second derivatives: create_graph=True is not possible here")
 
 
 def _message(new, x, weight, bias, running_mean, running_var, batches, *, last):
-    """The rank's message. Of all but x the check of the call needs to know."""
+    """The rank's message, from x. The other arguments are there for the check of the call."""
     x = rows(x, last)
     channels, message = x.shape[1], new((2 * x.shape[1] + 1,), "float64")
     moments = new.scratch((2, channels), accumulator_dtype(x))
@@ -149,7 +149,7 @@ def _sync_batch_norm(
 def batch_norm(*args, **options) -> torch.Tensor:
     """`modelnew.functional.batch_norm` in training, with the statistics of the batches of all ranks of `process_group`.
 
-    Every process of the group calls it. A batch may have one value per channel, or be empty.
+    Every process of the group must call it. A batch may be empty, or have one value per channel.
     """
     return _sync_batch_norm(*args, tanh=False, **options)
 

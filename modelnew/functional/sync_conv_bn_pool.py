@@ -1,7 +1,7 @@
 """The chain of `conv_bn_pool`, fused, with a batch norm over the batches of all processes of a group.
 
-They exchange their statistics between the convolution and what follows it, and in the backward the sums of batch norm
-before the gradient of the convolution's output is made.
+The processes exchange statistics between the convolution and what follows it. In the backward, they exchange batch
+norm's sums before the gradient of the convolution's output is computed.
 """
 
 import math
@@ -149,7 +149,7 @@ class _SyncFused(torch.autograd.Function):
 
 
 def run(group, tensors, running, check, options) -> torch.Tensor:
-    """`conv_bn_activation_max_pool_group_norm` in training with the statistics of all ranks of `group`: its `peers`."""
+    """`conv_bn_activation_max_pool_group_norm` in training, with the statistics of all ranks of `group`."""
     if will_need_grad(*tensors):
         return apply(_SyncFused, *tensors, running, check, group, options)
     return _call(*tensors, running, check, group, False, options)[0]

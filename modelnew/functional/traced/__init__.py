@@ -1,4 +1,4 @@
-"""The operators for what records operators, see `modelnew.registration`: a file for each of `modelnew.functional`."""
+"""The operators that tracers see, see `modelnew.registration`: one file for each file of `modelnew.functional`."""
 
 from . import (
     batch_norm,

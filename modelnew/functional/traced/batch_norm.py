@@ -1,4 +1,4 @@
-"""ops.batch_norm: batch_norm, and batch_norm_tanh."""
+"""ops.batch_norm, for batch_norm and batch_norm_tanh."""
 
 import functools
 
@@ -19,7 +19,7 @@ ARGUMENTS = (
 
 
 def overload(packet, running_mean, training: bool, batches):
-    """The overload for such a call."""
+    """The overload that such a call needs."""
     return packet.updating if training and (running_mean is not None or batches is not None) else packet.default
 
 

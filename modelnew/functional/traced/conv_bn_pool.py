@@ -62,9 +62,9 @@ def conv_bn_activation_max_pool_group_norm_or_parts(
     numerics="auto",
     parts,
 ):
-    """The same. parts: what runs where no kernels take all of the call.
+    """The same. parts: what runs if no kernels support the whole call.
 
-    "refused": nothing. "apart": the operators one by one. "together": batch norm, tanh and pooling as one, the others
+    "refused": nothing. "apart": the operators one by one. "together": batch norm, tanh and pooling fused, the others
     one by one.
     """
     check_numerics(numerics)

@@ -35,18 +35,18 @@ def conv_transpose2d(
 
 
 def as_geometry(*arguments) -> Geometry:
-    """What the arguments GEOMETRY mean."""
+    """The `Geometry` for the arguments named in GEOMETRY."""
     *pairs, groups = arguments
     return Geometry(*map(tuple, pairs), groups)
 
 
 def fake_shape(x, weight, geometry) -> tuple:
-    """Shape of the result. The number of images may be any: it is looked at when the kernels run."""
+    """Shape of the result. The number of images may be symbolic: it is checked when the kernels run."""
     return (x.shape[0], *output_shape.__wrapped__((1, *x.shape[1:]), weight.shape, geometry)[1:])
 
 
 def flops(x_shape, w_shape) -> int:
-    """As torch counts its own convolution, and each of its gradients."""
+    """The FLOP count of torch's own convolution, and of each of its gradients."""
     return 2 * math.prod(x_shape) * math.prod(w_shape[1:])
 
 
@@ -98,7 +98,7 @@ def _gradient(dy, x, weight, *options):
 
 
 def _as(gradient, tensor):
-    """The gradient in the memory format of what it belongs to."""
+    """The gradient in the memory format of its tensor."""
     if gradient is None or not channels_last(tensor):
         return gradient
     return gradient.contiguous(memory_format=torch.channels_last)
@@ -111,7 +111,7 @@ def _fake_gradient(dy, x, weight, *options):
 
 
 def _second(ctx, vx, vw, vbias):
-    """y = T(x, w) is linear in either argument, and so are dx = D(dy, w) and dw = W(x, dy)."""
+    """y = T(x, w) is linear in each argument, and so are dx = D(dy, w) and dw = W(x, dy)."""
     dy, x, weight = ctx.saved_tensors
     options = ctx.args[3:9]
     need_dy, need_x, need_w = ctx.needs_input_grad[:3]

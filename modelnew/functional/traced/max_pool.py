@@ -20,7 +20,7 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
 
 
 def as_pool(*window) -> Pool:
-    """What the arguments WINDOW mean."""
+    """The `Pool` for the arguments named in WINDOW."""
     return Pool(*map(tuple, window))
 
 

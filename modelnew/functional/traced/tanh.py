@@ -13,7 +13,7 @@ def tanh(input):
 
 
 def fake_elementwise(input, *_):
-    """A fake result of the input's shape and strides."""
+    """A fake result with the input's shape and strides."""
     check_floating(input=input)
     return torch.empty_like(input)
 
