@@ -2570,7 +2570,7 @@ def _count(p: Plan, images: int) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/resident_conv_bn_pool.py
 #
-# The chain of `conv_bn_pool` as one operator: three main kernels forward, the convolution's epilogue pools.
+# The chain of `conv_bn_pool` as one operator: three main kernels forward. The convolution's epilogue pools.
 
 class Setting(NamedTuple):
     """What a plan of the convolution depends on besides its tensors."""
@@ -2611,8 +2611,9 @@ def _backward(
 def convolution_gradients(new, before, after, given, x, w, weight, memory, *, setting, needed, training, activation):
     """(dx, dw) of the fused operator.
 
-    before(plan, kept, made): writes what `back.output_gradient` reads. after(kept, made), if not None, changes what
-    that wrote. given: those of `back.gradient_arrays` that exist already.
+    before: before(plan, kept, made) writes what `back.output_gradient` reads.
+    after: after(kept, made), if not None, changes what that wrote.
+    given: those arrays of `back.gradient_arrays` that exist already.
     """
     need_x, need_w = needed
     x_shape, groups, geometry = logical(x.shape, setting.last), setting.groups, geometry_of(setting.padding)
@@ -2710,7 +2711,7 @@ def check_slope(negative_slope) -> None:
 
 
 def check_mixture(autocast_on, x, batches, *others) -> None:
-    """UnsupportedError for dtypes or a counter of batches that do not go together."""
+    """Raises UnsupportedError for a mixture of dtypes, or a counter of batches, that the kernels do not support."""
     if autocast_on:
         if x.dtype == torch.float64 or any(t is not None and t.dtype != torch.float32 for t in others):
             raise UnsupportedError("under autocast parameters must be float32, and the input not float64")
@@ -2724,7 +2725,7 @@ def check_mixture(autocast_on, x, batches, *others) -> None:
 
 
 def _class(numerics, x) -> str:
-    """Under autocast the convolution's operands have 10 mantissa bits at most in PyTorch, too."""
+    """The class of the convolution: "tf32" under autocast, whose operands have no more mantissa bits in PyTorch."""
     return "tf32" if enabled(x) else numerics
 
 
@@ -2813,7 +2814,7 @@ def check_shapes(
 
 
 def check_group(channels, num_groups, conv_bias, group_weight, group_bias) -> None:
-    """Raises errors of what is per channel besides batch norm's, and of the groups."""
+    """Raises the errors of the groups, and of the per-channel parameters that are not batch norm's."""
     for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
         if tensor is not None and tensor.shape != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")
