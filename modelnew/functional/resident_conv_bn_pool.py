@@ -296,7 +296,8 @@ def fused(
 
     check_slope(parameter)
     tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, weight, bias, group_weight, group_bias)
-    x, w, conv_bias, *affine = tensors = (restored(aligned(tensors[0]), last), *tensors[1:])
+    x = aligned(tensors[0])
+    x, w, conv_bias, *affine = tensors = (x.movedim(-1, 1) if last else x, *tensors[1:])
     updated = dense(running_mean), dense(running_var), num_batches_tracked
     options = {
         "padding": padding,
