@@ -229,6 +229,10 @@ def test_settings_are_part_of_the_kind(written):
     for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
         with torch.autocast("cpu", dtype):
             assert conv_transpose2d(x, w).dtype == conv_transpose2d(x.to(dtype), w.to(dtype)).dtype == dtype
+    low = x.bfloat16(), w.bfloat16()  # no cast, so that the call is repeated
+    for dtype in (*3 * [torch.bfloat16], torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert conv_transpose2d(*low).dtype == dtype
     for arguments in ((2,), (3, 1), ([2, 2],), (2, 2, 1)):
         for _ in range(3):
             assert max_pool2d(x, *arguments).equal(F.max_pool2d(x, *arguments))
