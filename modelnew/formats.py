@@ -41,8 +41,8 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def unflat(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A result of flat(like), with the shape and strides of `like`."""
-    return tensor if tensor.stride() == like.stride() else tensor.as_strided(like.shape, like.stride())
+    """A result of flat(like), with the shape and strides of `like`. It is no view, see `restored`."""
+    return tensor if tensor.stride() == like.stride() else tensor.as_strided(like.shape, like.stride()).data
 
 
 def _fills_memory(tensor):
@@ -60,8 +60,8 @@ def stored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
 
 
 def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
-    """The inverse of `stored`."""
-    return tensor.movedim(-1, 1) if last and tensor is not None else tensor
+    """The inverse of `stored`, for results. It is no view: autograd refuses to change a Function's views in place."""
+    return tensor.movedim(-1, 1).data if last and tensor is not None else tensor
 
 
 def empty_in(like: torch.Tensor, shape, last: bool) -> torch.Tensor:

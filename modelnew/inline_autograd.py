@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from .interop import dense
+from .recorders import refuse_batches
 
 
 class Recorded(torch.autograd.Function):
@@ -35,7 +36,11 @@ class Recorded(torch.autograd.Function):
         tensors = {f"d{name}": dense(g) for name, g in zip(declared.returned, gradients)}
         tensors.update(zip(declared.kept, ctx.saved_tensors))
         kernels = partial(op.gradients, ctx.scalar, ctx.facts, tensors, ctx.empty)
-        return None, None, None, None, *op.all_gradients(wanted, {**tensors, **ctx.numbers}, kernels)
+        try:
+            return None, None, None, None, *op.all_gradients(wanted, {**tensors, **ctx.numbers}, kernels)
+        except RuntimeError as error:
+            refuse_batches(f"the backward of {op}", gradients, "vectorize=False", error)
+            raise
 
 
 class Once(torch.autograd.Function):

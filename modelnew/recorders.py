@@ -4,6 +4,7 @@ from torch._C import (
     DispatchKey,
     _are_functorch_transforms_active,
     _dispatch_tls_is_dispatch_key_included,
+    _functorch,
     _get_tracing_state,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
@@ -56,3 +57,16 @@ def refuse_kernels() -> None:
         "kernels run where operators are recorded, which does not see them, so that its result would be wrong. "
         "Record the forward, too: its backward is made of operators of torch.library then"
     )
+
+
+def refuse_batches(name: str, gradients, instead: str, error: RuntimeError) -> None:
+    """RuntimeError in place of `error`, if a backward failed as it was given batches of gradients.
+
+    name: what the backward is of. instead: what to use.
+    """
+    tensors = [gradient for gradient in gradients if gradient is not None]
+    if any(map(_functorch.is_batchedtensor, tensors)) or any(map(_functorch.is_legacy_batchedtensor, tensors)):
+        raise RuntimeError(
+            f"{name} takes one gradient, not a batch of them as from is_grads_batched, vectorize=True, or a vmap "
+            f"around the backward alone: use {instead}"
+        ) from error

@@ -61,7 +61,8 @@ def composite(schema: str, function: Callable) -> None:
     """Registers ops.<name>, which `function` computes with other operators."""
     for overload in _overloads(schema):
         _library.define(overload)
-        _library.impl(overload.partition("(")[0], function, "CompositeImplicitAutograd")
+        for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):  # the latter is for torch.func.vmap
+            _library.impl(overload.partition("(")[0], function, key)
 
 
 def _overloads(schema):

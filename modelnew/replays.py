@@ -209,7 +209,7 @@ class _Code:
             raise _Unrepeatable  # kernels read a copy, or a tensor twice
         self.sources = {index: places[place] for index, place in arguments.items()}
         returned = found.returned if isinstance(found.returned, tuple) else (found.returned,)
-        self.views = {}
+        self.layouts = {}  # {index: shape and strides that a result has for the caller}
         self.results = {values[index].data_ptr(): index for index in returned if index is not None}
 
     def given(self, tensor) -> str:
@@ -231,10 +231,10 @@ class _Code:
         made = self.values[index]
         if value.dtype != made.dtype or value.numel() != made.numel():
             raise _Unrepeatable
-        if value.shape == made.shape and value.stride() == made.stride():
-            return f"v{index}"
-        view = f"v{index}.as_strided({tuple(value.shape)}, {value.stride()})"
-        return self.views.setdefault(view, f"w{len(self.views)}")  # once: autograd knows a result that is saved by it
+        layout = tuple(value.shape), value.stride()
+        if self.layouts.setdefault(index, layout) != layout:
+            raise _Unrepeatable
+        return f"v{index}"
 
     def _argument(self, index) -> str:
         """The expression for a value that the call had before it made any."""
@@ -261,7 +261,10 @@ class _Code:
         values = [self._argument(index) for index in range(len(self.values))]
         for number, (made, steps, dropped) in enumerate(stages):
             for index, shape, strides, dtype in made:
-                defined[f"dtype{index}"], pointers[index], values[index] = dtype, f"b{index}", f"v{index}"
+                layout = shape, strides
+                shape, strides = self.layouts.get(index, layout)
+                defined[f"dtype{index}"], pointers[index] = dtype, f"b{index}"
+                values[index] = f"v{index}.as_strided{layout}"  # as kernels see it
                 lines.append(f"v{index} = empty({shape}, {strides}, dtype{index})")
                 lines.append(f"b{index} = v{index}.data_ptr()")
             if steps:
@@ -279,6 +282,5 @@ class _Code:
         if updated:
             defined["increment_version"] = torch.autograd.graph.increment_version
             lines.append(f"increment_version([{', '.join(updated)}])")
-        lines += [f"{name} = {view}" for view, name in self.views.items()]
         exec("\n    ".join([f"def run({self.names}):", *lines, f"return {result}"]), defined)
         return defined["run"]

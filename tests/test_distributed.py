@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from modelnew import Model, ModelNew, convert_sync_batchnorm, layers
+from modelnew import Model, ModelNew, convert_sync_batchnorm, functional, layers
 
 FUSED = (16, 16, 3, 1, 1, 1, 4)
 ROOM = {"rtol": 1e-3, "atol": 1e-4}
@@ -142,6 +143,17 @@ def fully_sharded(rank):
     ours, theirs = pair()
     fsdp = FullyShardedDataParallel(ours, device_id=torch.device("cpu"))
     torch.testing.assert_close(*(trained(m, images(rank)) for m in (fsdp, DistributedDataParallel(theirs))), **ROOM)
+
+
+def _distributed_tensor(rank):
+    x = distribute_tensor(torch.ones(2, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
+    with pytest.raises(NotImplementedError, match=r"modelnew\.tanh.*sharding strategy"):
+        functional.tanh(x)
+    assert functional.tanh(x.to_local()).shape == (1, 4)
+
+
+def test_distributed_tensors_are_refused_by_torch(ranks):
+    ranks.run(_distributed_tensor)
 
 
 def test_fsdp1(ranks):

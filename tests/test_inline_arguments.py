@@ -322,6 +322,12 @@ def test_transforms_are_refused(device, transform):
         transform(torch.randn(3, 4, device=device))
 
 
+def test_batches_of_gradients_are_refused(device):
+    x = torch.randn(2, 3, device=device)
+    with pytest.raises(RuntimeError, match=r"backward of product\(a, b\) takes one gradient.*use vectorize=False"):
+        torch.autograd.functional.jacobian(lambda x: product()(x, x), x, vectorize=True)
+
+
 def test_what_stands_for_tensors(device):
     """Meta tensors, subclasses, and torch.fx's proxies are asked or served, as by PyTorch's functions."""
 

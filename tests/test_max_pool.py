@@ -283,6 +283,12 @@ def test_shapes_that_torch_refuses(device, shape, args, message):
         max_pool2d(x, *args)
 
 
+def test_five_dimensions_in_channels_last_are_refused(device):
+    x = torch.randn(2, 4, 3, 6, 6, device=device).contiguous(memory_format=torch.channels_last_3d)
+    with pytest.raises(RuntimeError, match=r"pooling takes input \[N, C, H, W\].*received shape \(2, 4, 3, 6, 6\)"):
+        max_pool2d(x, 2)
+
+
 def test_other_refusals(device):
     x = torch.zeros(1, 1, 4, 4, device=device)
     with pytest.raises(TypeError, match=r"float32.*received torch\.int64"):

@@ -53,10 +53,10 @@ def batch(device="cpu", shape=(2, 3, 6, 4), dtype=torch.float32, memory_format=t
     return torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format)
 
 
-def step(module, x, dy=None):
-    """y and all gradients."""
+def step(module, x, dy=None, clip=False):
+    """y and all gradients. clip: y is changed in place."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    y = module(x)
+    y = module(x).relu_() if clip else module(x)
     dy = torch.ones_like(y) if dy is None else dy
     return y, *torch.autograd.grad(y, [x, *module.parameters()], dy)
 
@@ -82,6 +82,23 @@ def test_repeated_calls_are_torchs(device, written, name, memory_format):
         return  # its kernels take a copy
     assert len(written) == 6  # forward, forward with autograd, and backward: two calls each
     torch.testing.assert_close(list(ours.buffers()), list(theirs.buffers()))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "Tanh"])  # its gradient needs its result
+def test_results_may_be_changed_in_place(device, name, memory_format):
+    """As by ReLU(inplace=True): they are no views, which autograd would refuse, and detach_ and resize_, too."""
+    ours, theirs = (LAYERS[name](kind).to(device) for kind in (layers, nn))
+    theirs.load_state_dict(ours.state_dict())
+    for grad in (True, True, True, False, False, False):
+        x = batch(device, memory_format=memory_format)
+        with torch.set_grad_enabled(grad):
+            assert not ours(x)._is_view()
+            theirs(x)
+        if grad:
+            found, expected = (step(module, x, clip=True) for module in (ours, theirs))
+            for one, other in zip(found, expected):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_statistics_and_counter_are_updated(written):
@@ -212,6 +229,10 @@ def test_settings_are_part_of_the_kind(written):
     for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
         with torch.autocast("cpu", dtype):
             assert conv_transpose2d(x, w).dtype == conv_transpose2d(x.to(dtype), w.to(dtype)).dtype == dtype
+    low = x.bfloat16(), w.bfloat16()  # no cast, so that the call is repeated
+    for dtype in (*3 * [torch.bfloat16], torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert conv_transpose2d(*low).dtype == dtype
     for arguments in ((2,), (3, 1), ([2, 2],), (2, 2, 1)):
         for _ in range(3):
             assert max_pool2d(x, *arguments).equal(F.max_pool2d(x, *arguments))
@@ -353,14 +374,16 @@ def test_statistics_changed_before_the_backward():
             y.sum().backward()
 
 
-def test_observers_see_every_launch(written):
-    x, seen = batch(), []
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+def test_observers_see_every_launch(written, memory_format):
+    x, seen = batch(memory_format=memory_format), []
     for _ in range(3):
         tanh(x)
     with launch.observed(lambda *launched: seen.append(launched)):
         for _ in range(2):
             tanh(x)
-    assert [args[0].shape for _, _, _, args, _ in seen] == 2 * [x.shape]
+    assert [args[1].shape for _, _, _, args, _ in seen] == 2 * [args[0].shape for _, _, _, args, _ in seen[:1]]
+    assert seen[0][3][0].size == x.numel()
     assert len(written) == 2
 
 

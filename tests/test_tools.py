@@ -1,6 +1,7 @@
 """Tools of torch's that look for its layer classes treat ours alike; so do those that record operators."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -289,6 +290,21 @@ def test_what_is_no_dense_tensor_is_named(name, kind, launched):
     make, error, message = UNFIT[kind]
     with pytest.raises(error, match=f"{name}.*{message}"):
         FUNCTIONS[name](make(torch.randn(2, 4, 6, 6)))
+    assert not launched
+
+
+DTYPES = {
+    **{str(dtype): lambda x, dtype=dtype: x.to(dtype) for dtype in (torch.int64, torch.complex64, torch.float8_e5m2)},
+    "torch.quint8": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_dtypes_are_refused(name, dtype, launched):
+    with pytest.raises(TypeError, match=rf"input must be float32, .* received {re.escape(dtype)}"):
+        FUNCTIONS[name](DTYPES[dtype](torch.randn(2, 4, 6, 6)))
     assert not launched
 
 

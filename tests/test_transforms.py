@@ -1,12 +1,14 @@
 """torch.func, and the functions of torch.autograd that transform: right, or refused by name."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_registration import FUSED
 from torch.autograd import forward_ad
 from torch.autograd import functional as autograd
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 from modelnew import Model, ModelNew, functional, layers
 
@@ -91,6 +93,18 @@ def test_gradients_of_the_fused_model_by_image():
         expected = torch.autograd.grad(model_new(image[None]).square().sum(), list(parameters.values()))
         for gradient, name in zip(expected, parameters):
             torch.testing.assert_close(found[name][index], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.filterwarnings("error")  # torch's own way round a missing rule warns, and refuses to train
+@pytest.mark.parametrize("training", [True, False])
+def test_an_ensemble_of_fused_models(training):
+    models = [pair()[1].train(training) for _ in range(2)]
+    parameters, buffers = stack_module_state(models)
+    base, x = copy.deepcopy(models[0]).to("meta"), torch.randn(3, 16, 6, 6)
+    found = vmap(lambda *state: functional_call(base, state, (x,)))(parameters, buffers)
+    torch.testing.assert_close(found, torch.stack([model(x) for model in models]))
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(buffer, torch.stack([model.state_dict()[name] for model in models]))
 
 
 def test_training_under_grad():

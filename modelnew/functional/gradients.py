@@ -8,9 +8,8 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch._C import _functorch
 
-from .. import replays, shortcuts
+from .. import recorders, replays, shortcuts
 
 
 class Function(torch.autograd.Function):
@@ -29,13 +28,8 @@ def _one_at_a_time(backward):
         try:
             return backward(ctx, *gradients)
         except RuntimeError as error:
-            tensors = [gradient for gradient in gradients if gradient is not None]
-            if any(map(_functorch.is_batchedtensor, tensors)) or any(map(_functorch.is_legacy_batchedtensor, tensors)):
-                raise RuntimeError(
-                    f"{backward.__qualname__} takes one gradient, not a batch of them as from is_grads_batched, "
-                    "vectorize=True, or a vmap around the backward alone: use torch.func.jacrev, torch.func.vmap "
-                    "around the forward, too, or vectorize=False"
-                ) from error
+            instead = "torch.func.jacrev, torch.func.vmap around the forward, too, or vectorize=False"
+            recorders.refuse_batches(backward.__qualname__, gradients, instead, error)
             raise
 
     return call

@@ -105,8 +105,8 @@ def pooled_shape(shape, pool: Pool, ceil_mode: bool, last: bool = False) -> tupl
     Raises RuntimeError where PyTorch does.
     """
     if last:
-        images, height, width, channels = shape
-        output = pooled_shape((images, channels, height, width), pool, ceil_mode)
+        images, *sizes, channels = shape
+        output = pooled_shape((images, channels, *sizes), pool, ceil_mode)
         return images, *output[2:], channels
     if len(shape) not in (3, 4) or 0 in shape[-3:]:
         raise RuntimeError(

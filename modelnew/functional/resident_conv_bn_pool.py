@@ -270,7 +270,8 @@ def fused(
     check_slope(parameter)
     affine = (norm.weight, norm.bias, group_weight, group_bias)
     tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, *affine)
-    x, w, conv_bias, *affine = tensors = (restored(aligned(tensors[0]), last), *tensors[1:])
+    x = aligned(tensors[0])
+    x, w, conv_bias, *affine = tensors = (x.movedim(-1, 1) if last else x, *tensors[1:])
     running = dense(norm.running_mean), dense(norm.running_var), norm.batches  # the counter, as check() looks at it
     options = {
         "setting": setting,
