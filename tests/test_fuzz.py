@@ -1,10 +1,11 @@
 """Random calls of every function beside PyTorch's: `modelnew.fuzz`, with cases that hypothesis draws, and shrinks."""
 
 import json
+from functools import partial
 
+import invoked
 import pytest
 import torch
-from click.testing import CliRunner
 from faults import planted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -86,10 +87,7 @@ def test_a_redrawn_case_may_be_chance_and_a_gross_error_not():
     assert fuzz_judge._wrong(case, draws(*[1] * 31, 1000))
 
 
-def invoke(*arguments):
-    result = CliRunner().invoke(cli.main, ["fuzz", "--device", "cpu", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
+invoke = partial(invoked.invoke, cli.main, "fuzz", "--device", "cpu", spaces=" +")
 
 
 def test_command(tmp_path):
