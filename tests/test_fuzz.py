@@ -55,7 +55,7 @@ FAULTS = (
     ),
     ("batch_norm", "batch_norm.cuh", "return xhat * weight + bias;", "return xhat * weight * (acc_t)1.0001f + bias;"),
     # The batch norm that walks along channels, and the others.
-    ("batch_norm", "channel_walk.cuh", "* invstd[i / PER_SLOT];", "* invstd[i / PER_SLOT] * (acc_t)1.0001f;"),
+    ("batch_norm", "channel_values.cuh", "* invstd[i / PER_SLOT];", "* invstd[i / PER_SLOT] * (acc_t)1.0001f;"),
     ("bn_tanh_max_pool2d", "batch_norm.cuh", "- mean) * invstd;", "- mean) * invstd * (acc_t)1.0001f;"),
     ("group_norm", "batch_norm.cuh", "- mean) * invstd;", "- mean) * invstd * (acc_t)1.0001f;"),
     ("group_norm", "group_norm.cu", "moments.squares / size", "moments.squares / (size - 1)"),
