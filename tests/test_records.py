@@ -7,6 +7,7 @@ from functools import partial
 
 import invoked
 import pytest
+from rich.console import Console
 
 from modelnew import bench, plots, records, workloads
 from modelnew.workloads import Shape
@@ -47,7 +48,7 @@ def test_table(capsys):
         row(n=512, ms=0.758, what="conv_forward", peak_mb=303.4),
         row("eager", 1.31, n=512, what="conv_forward", peak_mb=800.0),
     ]
-    records.show(record(*rows, row(what="startup_cold", ms=2500.0)), bench.Console(width=140))
+    records.show(record(*rows, row(what="startup_cold", ms=2500.0)), Console(width=140))
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "conv_forward tf32 512 0.758 0.758-0.758 303 eager nchw 1.31 800 1.73x 40% 320" in text
     assert "startup_cold tf32 1 2500" in text
