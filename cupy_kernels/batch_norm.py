@@ -26,15 +26,15 @@ from .common import (
     MULTIPROCESSORS,
     THREADS,
     accumulator,
-    accumulator_dtype,
     ceil_div,
     check_per_channel,
+    parameter_type,
     same_shape,
     scalar,
     scalar_macros,
 )
 from .launch import launch
-from .source import SCALARS, Kernel, Variant
+from .source import Kernel, Variant
 
 _FILE = "batch_norm.cu"
 _WHOLE_TILE_BYTES = (128, 64, 32)  # of a row that a block of whole channels reads
@@ -119,7 +119,7 @@ def batch_norm_combine(
     """
     _, channels, chunks = partials.shape
     check_per_channel(channels, mean=mean, invstd=invstd, running_mean=running_mean, running_var=running_var)
-    kernel = Kernel(_FILE, "batch_norm_statistics", _macros(scalar(mean), _parameter(mean, running_mean), 1, 1))
+    kernel = Kernel(_FILE, "batch_norm_statistics", _macros(scalar(mean), parameter_type(mean, running_mean), 1, 1))
     args = (partials, counts, running_mean, running_var, batches, mean, invstd, momentum, eps, channels, count, 1)
     launch_combining(kernel, channels, chunks, (*args, chunks))
 
@@ -238,7 +238,7 @@ def batch_norm_backward_combine(partials, mean, sums, dweight, dbias, macros=Non
         raise ValueError(f"sums must have shape {(2, channels)}, received {sums.shape}")
     check_per_channel(channels, dweight=dweight, dbias=dbias)
     if macros is None:
-        macros = _macros(scalar(mean), _parameter(mean, dweight, dbias), 1, 1)
+        macros = _macros(scalar(mean), parameter_type(mean, dweight, dbias), 1, 1)
     args = (partials, sums, dweight, dbias, channels, chunks)
     launch_combining(Kernel(_FILE, "batch_norm_backward_sums", macros), channels, chunks, args)
 
@@ -267,7 +267,7 @@ def _whole(x, running_mean, running_var, batches, weight, bias, y, mean, invstd,
 
 def _walk(tensors, *parameters) -> Walk:
     """The walk over chunks of tensors of one shape. parameters: arrays of the type of the per-channel parameters."""
-    param = _parameter(tensors[0], *parameters)
+    param = parameter_type(tensors[0], *parameters)
     return over_chunks(tensors, lambda width, planes: _macros(scalar(tensors[0]), param, width, planes))
 
 
@@ -301,12 +301,12 @@ def _whole_walk(tensors, read: int, *parameters) -> Walk | None:
     threads = min(ceil_div(packs, 8 if by_rows else 2), most)  # slots take time, however few packs there are
     threads = whole_warps(tile * max(1, threads // tile) if by_rows else threads)
     chunk = count if by_rows else threads * width * ceil_div(count, threads * width)
-    macros = _macros(scalar(x), _parameter(x, *parameters), width, int(not by_rows))
+    macros = _macros(scalar(x), parameter_type(x, *parameters), width, int(not by_rows))
     return Walk(macros, across, (channels, plane, count, chunk), 1, tile, threads)
 
 
 def _resident(tensors, kept, room, *parameters):
-    return resident(tensors, kept, room, _parameter(tensors[0], *parameters)) if _one_dtype(*parameters) else None
+    return resident(tensors, kept, room, parameter_type(tensors[0], *parameters)) if _one_dtype(*parameters) else None
 
 
 def _partials(workspace, x, chunks):
@@ -327,12 +327,6 @@ def _check_channels(x, **arrays):
 
 def _one_dtype(*parameters):
     return len({a.dtype for a in parameters if a is not None}) < 2
-
-
-def _parameter(x, *parameters):
-    """The kernels' name of the per-channel parameters' type; without parameters, a type that x allows."""
-    dtype = next((a.dtype for a in parameters if a is not None), accumulator_dtype(x))
-    return SCALARS[dtype]
 
 
 def _whole_threads(name, planes):

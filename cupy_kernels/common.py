@@ -42,6 +42,11 @@ def scalar_macros(name: str) -> tuple:
     return (("scalar_t", name), ("acc_t", accumulator(name)))
 
 
+def parameter_type(array, *parameters) -> str:
+    """The kernels' name for the type of per-channel parameters (None left out); the accumulator's if there are none."""
+    return SCALARS[next((p.dtype for p in parameters if p is not None), accumulator_dtype(array))]
+
+
 def vector_width(*arrays) -> int:
     """The number of elements in 16 bytes of the largest type if every array is aligned to 16 bytes, else 1."""
     return 1 if any(address(a) % 16 for a in arrays) else 16 // max(a.itemsize for a in arrays)

@@ -6,9 +6,9 @@ channels_last: whether tensors are [N, H, W, C] arrays, in and out, instead of [
 import math
 
 from .common import FLOATS, MULTIPROCESSORS, THREADS, ceil_div, row_width, scalar, scalar_macros
-from .conv_transpose import Geometry
+from .conv_transpose import Geometry, logical
 from .launch import launch
-from .source import Kernel, Variant
+from .source import DTYPES, Kernel, Variant
 
 _MOST_PHASES = 64
 _TAPS = 16  # of a block of wgrad
@@ -28,7 +28,7 @@ def gather(source, w, bias, out, geometry: Geometry, channels_last: bool, dgrad:
         phases, offset, step, in_step = (1, 1), [-p for p in padding], [-d for d in dilation], stride
     else:
         (phases, offset, step), in_step = axes, (1, 1)
-    (images, channels, *size), out_size = _logical(source, channels_last), _logical(out, channels_last)[2:]
+    (images, channels, *size), out_size = logical(source.shape, channels_last), logical(out.shape, channels_last)[2:]
     width = min(_WIDTH, row_width(channels, source, out)) if channels_last else 1
     blocks = ceil_div(channels * math.prod(out_size), THREADS * width)
     launch(
@@ -46,14 +46,14 @@ def wgrad_workspace_size(x_shape, w_shape) -> int:
 
 def wgrad(x, dy, dw, partial, geometry: Geometry, channels_last: bool) -> None:
     """Writes dw, the gradient of w [C, 1, KH, KW], and the workspace `partial`."""
-    shape = images, channels, *size = _logical(x, channels_last)
+    shape = images, channels, *size = logical(x.shape, channels_last)
     splits, split_pixels = _splits(shape, dw.shape)
     kernel, macros = dw.shape[2:], _macros(scalar(x), channels_last, 1)
     launch(
         Kernel("depthwise_conv_transpose.cu", "depthwise_wgrad", macros),
         (ceil_div(channels, 32 if channels_last else 1), ceil_div(math.prod(kernel), _TAPS), splits),
         (THREADS, 1, 1),
-        (x, dy, partial, images, channels, *size, *_logical(dy, channels_last)[2:], *kernel)
+        (x, dy, partial, images, channels, *size, *logical(dy.shape, channels_last)[2:], *kernel)
         + (*geometry.stride, *geometry.padding, *geometry.dilation, split_pixels),
     )
     kernel = Kernel("depthwise_conv_transpose.cu", "depthwise_wgrad_reduce", macros)
@@ -63,16 +63,13 @@ def wgrad(x, dy, dw, partial, geometry: Geometry, channels_last: bool) -> None:
 def variants():
     """Every variant that this module launches."""
     for name in FLOATS:
-        for channels_last, width in ((False, 1), *((True, w) for w in (1, 2, 4) if w * 2 <= 16)):
+        widths = [w for w in (1, 2, _WIDTH) if w * DTYPES[name].itemsize <= 16]
+        for channels_last, width in ((False, 1), *((True, w) for w in widths)):
             yield Variant("depthwise_conv_transpose.cu", _macros(name, channels_last, width))
 
 
 def _macros(name, channels_last, width):
     return (*scalar_macros(name), ("CHANNELS_LAST", int(channels_last)), ("WIDTH", width))
-
-
-def _logical(array, channels_last):
-    return (array.shape[0], array.shape[3], *array.shape[1:3]) if channels_last else array.shape
 
 
 def _splits(x_shape, w_shape):

@@ -7,7 +7,7 @@ belongs to the tiles; the smallest of them is the scale's.
 
 import math
 
-from .common import THREADS, address, ceil_div, scalar, scalar_macros
+from .common import THREADS, ceil_div, row_width, scalar, scalar_macros
 from .launch import launch
 from .source import Kernel, Variant
 
@@ -38,7 +38,7 @@ def exponents_size(shape, itemsize: int) -> int:
 
 def largest_magnitude(source, exponents) -> None:
     """Writes `exponents`: for each part of `source`, the exponent of the scale that fits this part."""
-    width = _width(source)
+    width = _width(source, math.prod(source.shape[2:]))
     kernel = Kernel("fp16_tiles.cu", "largest_magnitude", _macros(scalar(source), 1, width))
     launch(kernel, (exponents.size, 1, 1), (THREADS, 1, 1), (source, exponents, source.size))
 
@@ -50,7 +50,8 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
     sums: None, or the sum of each channel of the first image. Then the channels' means are subtracted, and the scale is
         half as large.
     """
-    width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
+    (images, channels), pixels = source.shape[:2], math.prod(source.shape[2:])
+    width = _width(source, pixels)
     launch(
         Kernel("fp16_tiles.cu", "pack_fp16", _macros(scalar(source), split, width)),
         (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
@@ -61,7 +62,7 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
 
 def scale_fp16(source, exponents, scaled) -> None:
     """Writes `scaled`, float16 of the shape of `source`, under the scale of the smallest of `exponents`."""
-    width = 4 if source.size % 4 == 0 and address(source) % (4 * source.itemsize) == 0 else 1
+    width = _width(source, source.size)
     kernel = Kernel("fp16_tiles.cu", "scale_fp16", _macros(scalar(source), 1, width))
     blocks = ceil_div(source.size, THREADS * width)
     launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (source, exponents, scaled, exponents.size, source.size))
@@ -84,5 +85,6 @@ def _tile_pixels(split, width):
     return THREADS * 8 // chunk_channels(split) * width
 
 
-def _width(source) -> int:
-    return 1 if math.prod(source.shape[2:]) % 4 or address(source) % (4 * source.itemsize) else 4
+def _width(source, length) -> int:
+    """Elements of an access to rows of this length: four, or one where these do not divide."""
+    return 4 if row_width(length, source) >= 4 else 1

@@ -19,7 +19,6 @@ from .conv_wgmma import architecture
 from .gather_gemm_plan import (
     GATHER,
     GATHER_SM75,
-    OPERANDS,
     WGMMA,
     WGRAD,
     WGRAD_SM75,
@@ -192,11 +191,10 @@ def _variant(file: str, macros) -> Variant:
 def variants():
     """Every variant that this module launches."""
     for dtype, split in (("float", 1), ("float", 2), ("half_t", 1), ("bf16_t", 1)):
-        types = {"scalar_t": dtype, "acc_t": "float", "operand_t": OPERANDS[dtype]}
         old = dtype != "bf16_t"
         for tile in GATHER[split] + WGMMA[split] + old * GATHER_SM75:
-            yield _variant("gather_gemm.cu", (*types.items(), *tile.macros(split, k_major=True)))
+            yield _variant("gather_gemm.cu", tile.macros(dtype, split, k_major=True))
         for tile in WGRAD[split] + WGMMA[split] + old * WGRAD_SM75:
-            yield _variant("gather_gemm_wgrad.cu", (*types.items(), *tile.macros(split, k_major=False)))
+            yield _variant("gather_gemm_wgrad.cu", tile.macros(dtype, split, k_major=False))
         for width in (1, 4):
             yield Variant("gather_gemm_pack.cu", pack_macros(dtype, split, width))

@@ -44,8 +44,8 @@ class Tile(NamedTuple):
     def __str__(self):
         return f"{self.m}x{self.n}"
 
-    def macros(self, split: int, k_major: bool) -> tuple:
-        """Macros of gather_gemm.cuh."""
+    def macros(self, dtype: str, split: int, k_major: bool) -> tuple:
+        """Macros of gather_gemm.cuh. dtype: the kernels' name of the tensors' type."""
         lines = sum(tile if k_major else max(tile, 64) for tile in (self.m, self.n))
         shared_bytes = self.stages * lines * LINE_BYTES
         if k_major:
@@ -53,6 +53,7 @@ class Tile(NamedTuple):
             shared_bytes = max(shared_bytes, epilogue) + self.m * _ROW_BYTES + self.n * _COLUMN_BYTES
         else:
             shared_bytes += 2 * 64 // split * _PIXEL_BYTES
+        types = {"scalar_t": dtype, "acc_t": "float", "operand_t": OPERANDS[dtype]}
         sizes = {"TILE_M": self.m, "TILE_N": self.n, "WARPS_M": self.warps_m, "WARPS_N": self.warps_n}
         sizes |= {"STAGES": self.stages, "MIN_BLOCKS": self.blocks, "THREADS": self.threads, "WGMMA": int(self.wgmma)}
         sizes |= {
@@ -61,7 +62,7 @@ class Tile(NamedTuple):
             "SHARED_BYTES": shared_bytes,
             **packing_macros(split),
         }
-        return tuple(sizes.items())
+        return (*types.items(), *sizes.items())
 
 
 GATHER = {
@@ -235,7 +236,6 @@ def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad
     splits = max(1, ceil_div(most_steps, split_steps))
     grid = channel_tiles * phases * pixel_tiles, groups, 1
     columns, taps, merged = groups * channel_tiles * tile.n, [a.taps for a in axes], [a.merged for a in axes]
-    types = {"scalar_t": dtype, "acc_t": "float", "operand_t": OPERANDS[dtype]}
     args = [out[0], groups, channels, sum_octets, *source[2:], *out[2:], *taps]
     for field in ("phases", "offset", "step", "in_step", "merged"):
         args += [getattr(a, field) for a in axes]
@@ -250,7 +250,7 @@ def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad
         packed_octets=columns // groups * math.prod(taps) * sum_octets,
         packed_size=columns * split * math.prod(taps) * sum_octets * 8,
         partial_size=splits * math.prod(grid) * tile.m * tile.n if splits > 1 else 0,
-        macros=(*types.items(), *tile.macros(split, k_major=True)),
+        macros=tile.macros(dtype, split, k_major=True),
         pack_macros=pack_macros(dtype, split, 1),
         args=(*args, channel_tiles),
         pack_args=(tile.n, channels, sum_channels, sum_octets, *kernel, *taps, *merged, *base),
@@ -296,7 +296,6 @@ def wgrad_plan(
     splits = max(splits, ceil_div(pixels, _LONGEST_CHAIN))
     split_steps = ceil_div(all_steps, splits)
     splits = ceil_div(all_steps, split_steps)
-    types = {"scalar_t": dtype, "acc_t": "float", "operand_t": OPERANDS[dtype]}
     geometry_args = *x_shape[2:], *y_shape[2:], *w_shape[2:], *geometry.stride, *geometry.padding, *geometry.dilation
     return WgradPlan(
         time,
@@ -304,7 +303,7 @@ def wgrad_plan(
         (math.prod(tiles(tile)), splits, groups),
         split_steps,
         partial_size=splits * groups * channels_in * columns,
-        macros=(*types.items(), *tile.macros(split, k_major=False)),
+        macros=tile.macros(dtype, split, k_major=False),
         args=(
             x_shape[0],
             groups,

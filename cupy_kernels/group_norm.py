@@ -9,23 +9,22 @@ import itertools
 from math import prod
 from typing import NamedTuple
 
-from .channel_walk import KEPT, row_tile, shared_bytes, whole_warps, widths
+from .channel_walk import KEPT, pack_width, row_tile, shared_bytes, whole_warps, widths
 from .common import (
     FLOATS,
     MULTIPROCESSORS,
     THREADS,
     accumulator,
-    accumulator_dtype,
     ceil_div,
     check_per_channel,
-    row_width,
+    parameter_type,
     same_shape,
     scalar,
     scalar_macros,
     vector_width,
 )
 from .launch import launch
-from .source import DTYPES, SCALARS, Variant
+from .source import DTYPES, Variant
 
 _CACHE_BYTES = 47 * 1024  # of the 48 KiB that every GPU has; the kernels' fixed arrays take the rest
 _CHANNELS_LAST_FILE = "group_norm_channels_last.cu"
@@ -175,8 +174,7 @@ def _rows(x, num_groups, tensors, out, *parameters) -> _Rows:
             f"groups of channels_last arrays have at most {MAX_ROW_CHANNELS} channels, received {channels} channels in "
             f"{num_groups} groups; pass contiguous arrays"
         )
-    aligned = row_width(channels, *tensors)
-    width = next(w for w in widths(scalar(x)) if w <= aligned)
+    width = pack_width(channels, tensors)
     chunks, chunk = _chunks(x, num_groups)
     for tile_bytes in _TILE_BYTES:  # the widest of which there are enough blocks
         tile = row_tile(channels, group_channels, width, tile_bytes // (width * x.itemsize))
@@ -206,8 +204,7 @@ def _chunks(x, num_groups):
 
 def _types(x, out, parameters):
     """The kernels' names of the types of x, out and the parameters."""
-    param = next((a.dtype for a in parameters if a is not None), accumulator_dtype(x))
-    return scalar(x), scalar(out), SCALARS[param]
+    return scalar(x), scalar(out), parameter_type(x, *parameters)
 
 
 def _row_defines(name, out, param, width):

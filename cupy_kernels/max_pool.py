@@ -8,7 +8,6 @@ import numpy as np
 from .common import FLOATS, THREADS, accumulator_dtype, ceil_div, row_width, same_shape, scalar, scalar_macros
 from .launch import launch
 from .pool import (
-    THREE_BY_THREE,
     Pool,
     argmax_type,
     check_pool_shapes,
@@ -39,7 +38,7 @@ def max_pool_forward(x, y, argmax, indices, pool: Pool, channels_last: bool = Fa
     tile = _separable(x, y, pool)
     if tile is None:
         windows = [a for a in (y, indices) if a is not None]
-        kernel = pool_kernel(_FILE, "max_pool_forward", (x,), windows, argmax, pool, three_by_three=THREE_BY_THREE)
+        kernel = pool_kernel(_FILE, "max_pool_forward", (x,), windows, argmax, pool, three_by_three=True)
         launch_windows(kernel, (x, y, argmax, indices), x, y, pool)
         return
     _launch_separable("max_pool_forward_separable", (x, y, argmax, indices), x, y, y, tile, pool, argmax, indices)
@@ -54,7 +53,7 @@ def max_pool_backward(dy, argmax, dx, pool: Pool, channels_last: bool = False) -
     if tile is not None:
         _launch_separable("max_pool_backward_separable", (dy, argmax, dx), dx, dy, dx, tile, pool, argmax)
         return
-    kernel = pool_kernel(_FILE, "max_pool_backward", (dx,), (dy,), argmax, pool, three_by_three=THREE_BY_THREE)
+    kernel = pool_kernel(_FILE, "max_pool_backward", (dx,), (dy,), argmax, pool, three_by_three=True)
     launch_pixels(kernel, (dy, argmax, dx), dx, dy, pool)
 
 
@@ -66,13 +65,13 @@ def max_pool_select(x, argmax, y, pool: Pool, channels_last: bool = False) -> No
     if channels_last:
         _launch("max_pool_select_channels_last", (x, argmax, y), x, y, y, pool)
         return
-    kernel = pool_kernel(_FILE, "max_pool_select", (x,), (y,), argmax, pool, three_by_three=THREE_BY_THREE)
+    kernel = pool_kernel(_FILE, "max_pool_select", (x,), (y,), argmax, pool, three_by_three=True)
     launch_windows(kernel, (x, argmax, y), x, y, pool)
 
 
 def variants():
     """Every variant that this module launches."""
-    yield from pool_variants(_FILE, three_by_three=THREE_BY_THREE)
+    yield from pool_variants(_FILE, three_by_three=True)
     for name, wide_argmax in itertools.product(FLOATS, (False, True)):
         yield Variant(_SEPARABLE_FILE, _separable_macros(name, wide_argmax))
         for width in (16 // DTYPES[name].itemsize, 1):

@@ -32,7 +32,7 @@ class Pool(NamedTuple):
 
 
 _TWO_BY_TWO = Pool((2, 2), (2, 2), (0, 0), (1, 1))
-THREE_BY_THREE = tuple(Pool((3, 3), (stride, stride), (0, 0), (1, 1)) for stride in (1, 2))
+_THREE_BY_THREE = tuple(Pool((3, 3), (stride, stride), (0, 0), (1, 1)) for stride in (1, 2))
 
 
 def pool_output_size(size, pool: Pool, ceil_mode: bool = False) -> tuple[int, int]:
@@ -64,7 +64,7 @@ def _windows(size, pool, ceil_mode):
 
 
 def pool_kernel(
-    file: str, name: str, pixels, windows, argmax, pool: Pool, macros=(), three_by_three: tuple[Pool, ...] = ()
+    file: str, name: str, pixels, windows, argmax, pool: Pool, macros=(), three_by_three: bool = False
 ) -> Kernel:
     """The variant of a kernel for these arrays. Raises ValueError if the shapes do not match `pool`.
 
@@ -72,23 +72,23 @@ def pool_kernel(
     windows: arrays of the output's shape, at least one.
     argmax: one more array of the output's shape, or None.
     macros: further ones, besides those of pool.cuh.
-    three_by_three: windows of THREE_BY_THREE, with any padding, for which the file has a variant.
+    three_by_three: whether the file has variants for 3x3 windows, with any padding.
     """
     x, y = pixels[0], windows[0]
     same_shape(**{f"array {i} like the input": a for i, a in enumerate(pixels)})
     same_shape(**{f"array {i} like the output": a for i, a in enumerate((*windows, argmax))})
     check_pool_shapes(x.shape, y.shape, pool)
     two_by_two = pool == _TWO_BY_TWO and row_width(x.shape[-1], *pixels) >= 2
-    fixed = pool.stride[0] if pool._replace(padding=(0, 0)) in three_by_three else 0
+    fixed = pool.stride[0] if three_by_three and pool._replace(padding=(0, 0)) in _THREE_BY_THREE else 0
     return Kernel(file, name, _defines(scalar(x), pool.wide_argmax, two_by_two, fixed, macros))
 
 
-def pool_variants(file: str, macros=(), three_by_three: tuple[Pool, ...] = ()):
+def pool_variants(file: str, macros=(), three_by_three: bool = False):
     """Every variant that `pool_kernel` can return for a file."""
     for name in FLOATS:
         for wide_argmax, two_by_two in ((False, True), (False, False), (True, False)):
             yield Variant(file, _defines(name, wide_argmax, two_by_two, 0, macros))
-        for pool in three_by_three:
+        for pool in _THREE_BY_THREE if three_by_three else ():
             yield Variant(file, _defines(name, False, False, pool.stride[0], macros))
 
 

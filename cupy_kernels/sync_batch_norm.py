@@ -4,9 +4,9 @@
 gathered and messages are those of all ranks, concatenated. share, (1,) float64: the rank's part of all values.
 """
 
-from .common import THREADS, ceil_div, check_per_channel, scalar, scalar_macros
+from .common import THREADS, ceil_div, check_per_channel, parameter_type, scalar, scalar_macros
 from .launch import launch
-from .source import SCALARS, Kernel, Variant
+from .source import Kernel, Variant
 
 _FILE, _TAIL_FILE = "sync_batch_norm.cu", "sync_pooled_tail.cu"
 
@@ -80,7 +80,7 @@ def variants():
 
 
 def _launch(file, name, array, parameter, threads, args) -> None:
-    kernel = Kernel(file, name, _macros(scalar(array), SCALARS[(array if parameter is None else parameter).dtype]))
+    kernel = Kernel(file, name, _macros(scalar(array), parameter_type(array, parameter)))
     launch(kernel, (ceil_div(threads, THREADS), 1, 1), (THREADS, 1, 1), args)
 
 

@@ -54,7 +54,7 @@ def forward(x, w, bias, y, geometry: Geometry, last: bool, w_last: bool) -> None
     sizes = dict(macros)
     tile_rows = _THREADS // sizes["TILE_COLUMNS"] * sizes["PIXELS"]
     blocks = x_shape[0] * ceil_div(rows, tile_rows) * ceil_div(columns, sizes["TILE_COLUMNS"])
-    args = x, w, bias, y, *_sizes(x_shape, y_shape), int(w_last)
+    args = x, w, bias, y, *x_shape, *y_shape[2:], int(w_last)
     launch(Kernel(_FORWARD, "thin_forward", macros), (blocks, 1, 1), (_THREADS, 1, 1), args, sizes["SHARED_BYTES"])
 
 
@@ -62,7 +62,7 @@ def dgrad(dy, w, dx, geometry: Geometry, last: bool, w_last: bool) -> None:
     """Writes dx from dy."""
     x_shape, w_shape = logical(dx.shape, last), logical(w.shape, w_last)
     macros = _gradient_macros(w_shape, geometry, last)
-    args = dy, w, dx, *_sizes(x_shape, logical(dy.shape, last)), int(w_last)
+    args = dy, w, dx, *x_shape, *logical(dy.shape, last)[2:], int(w_last)
     grid = *_grid(x_shape, w_shape), 1
     launch(Kernel(_GRADIENTS, "thin_dgrad", macros), grid, (_THREADS, 1, 1), args, dict(macros)["DGRAD_BYTES"])
 
@@ -76,7 +76,7 @@ def wgrad(x, dy, dw, partial, geometry: Geometry, last: bool, w_last: bool) -> N
     """Writes dw, the gradient of w, and the workspace `partial`."""
     x_shape, w_shape = logical(x.shape, last), logical(dw.shape, w_last)
     macros, grid = _gradient_macros(w_shape, geometry, last), _grid(x_shape, w_shape)
-    args = x, dy, partial, *_sizes(x_shape, logical(dy.shape, last))
+    args = x, dy, partial, *x_shape, *logical(dy.shape, last)[2:]
     launch(Kernel(_GRADIENTS, "thin_wgrad", macros), (*grid, 1), (_THREADS, 1, 1), args, dict(macros)["WGRAD_BYTES"])
     kernel = Kernel(_GRADIENTS, "thin_wgrad_reduce", macros)
     launch(kernel, (ceil_div(dw.size, 32), 1, 1), (256, 1, 1), (partial, dw, dw.size, grid[0], int(w_last)))
@@ -91,10 +91,6 @@ def variants():
             convolution = (1, channels, kernel, kernel), Geometry(*pairs, 1), last
             yield Variant(_FORWARD, _forward_macros(*convolution, columns=128))
             yield Variant(_GRADIENTS, _gradient_macros(*convolution))
-
-
-def _sizes(x_shape, y_shape):
-    return x_shape[0], x_shape[1], *x_shape[2:], *y_shape[2:]
 
 
 def _lane_channels(taps):

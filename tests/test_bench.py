@@ -1,20 +1,21 @@
+"""`python3 -m modelnew bench`: what it measures, what it refuses, and the rows that it writes."""
+
 import json
 import re
 import subprocess
 import sys
+from functools import partial
 
+import invoked
 import pytest
 import torch
-from click.testing import CliRunner
 from faults import planted
-from rich.console import Console
+from test_records import row
 
 from cupy_kernels import source
-from modelnew import bench, entrants, environment, functional, plots, records, workloads
+from modelnew import bench, entrants, environment, functional, workloads
 from modelnew.workloads import Shape
 
-MISSION = Shape(64, 128, 5, 1, 1, 32)
-H100 = workloads.ceilings("NVIDIA H100 80GB HBM3")
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,10 +37,7 @@ def compiled(monkeypatch):
     return modes
 
 
-def invoke(*arguments):
-    result = CliRunner().invoke(bench.bench_command, arguments)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, re.sub(r"\s+", " ", result.output)
+invoke = partial(invoked.invoke, bench.bench_command)
 
 
 def measured(tmp_path, *arguments, device="cpu", code=0):
@@ -49,21 +47,6 @@ def measured(tmp_path, *arguments, device="cpu", code=0):
     (path,) = tmp_path.glob("bench_*.json")
     rows = json.loads(path.read_text())["rows"]
     return {(row["what"], row["class"], row["n"], row["who"], row["layout"]): row for row in rows}
-
-
-def row(who="modelnew", ms=1.0, **options):
-    found = {"what": "forward_train", "class": "tf32", "n": 1, "who": who, "layout": "nchw"}
-    return {**found, "ms": ms, "ms_min": ms, "ms_max": ms, "peak_mb": None, **options}
-
-
-def record(*rows):
-    return {
-        "versions": {"gpu": "a GPU", "torch": "2", "nvrtc": "11.8"},
-        "trials": 20,
-        "shape": MISSION._asdict(),
-        "ceilings": H100,
-        "rows": list(rows),
-    }
 
 
 def test_command(device, small, compiled, tmp_path):
@@ -295,93 +278,6 @@ def test_plans():
     own = bench._plan(gpu, True, (4,), ("step",), *nothing[2:], 0, 240, True)
     assert own[:3] == ((4,), ("tf32", "fp32"), ("step",))
     assert own.startup
-
-
-def test_floors():
-    """The figures of the reference shape, from its arithmetic."""
-    flop = 2 * 512 * 34 * 34 * 128 * 64 * 25
-    assert flop == pytest.approx(242.4e9, rel=1e-3)
-    (conv,) = workloads.work("conv_forward", "tf32", 512, MISSION)
-    assert conv == (flop, 4 * (512 * 64 * 32 * 32 + 512 * 128 * 34 * 34 + 64 * 128 * 25))
-    assert workloads.work("conv_forward", "fp16", 512, MISSION) == [(flop, conv[1] / 2)]
-
-    def floor(what, cls="tf32"):
-        return workloads.floor_ms(what, cls, 512, MISSION, H100)
-
-    assert floor("forward_eval") == pytest.approx(0.306, rel=1e-2)
-    assert floor("forward_train") == floor("forward_train_grad") == pytest.approx(0.306 + 0.050, rel=1e-2)
-    assert floor("dgrad_kernel") == floor("wgrad_kernel") == floor("conv_bn_pool_kernel") == floor("forward_eval")
-    ((_, size),) = workloads.work("wgrad_kernel", "tf32", 512, MISSION)
-    assert size == 2 * (512 * 64 * 32 * 32 + 512 * 128 * 34 * 34) + 4 * 64 * 128 * 25
-    assert floor("conv_forward", "fp32") == pytest.approx(3 * floor("conv_forward"))
-    assert floor("post_conv_forward") == pytest.approx((303 + 75.8) / 3030, rel=1e-2)
-    assert floor("step") == pytest.approx(floor("step_no_input_grad") + 0.306, rel=1e-2)
-    assert workloads.ceilings("another GPU") is workloads.ceilings(None) is None
-
-
-def test_shape_follows_the_convolution():
-    conv = torch.nn.ConvTranspose2d(3, 4, 5, stride=2, padding=1)
-    assert conv(torch.zeros(1, 3, 7, 7)).shape[-1] == Shape(3, 4, 5, 2, 1, 7).out_size
-
-
-def test_graphs_are_compared_with_all():
-    rows = [row(), row("modelnew-graph", 0.5), row("compile", 2.0), row("compile-reduce-overhead", 0.7)]
-    pairs = [(ours["who"], peer["who"]) for ours, peer in records.comparisons(record(*rows))]
-    assert pairs == [("modelnew", "compile"), ("modelnew-graph", "compile-reduce-overhead")]
-    del rows[1]
-    ((_, peer),) = records.comparisons(record(*rows))
-    assert peer["who"] == "compile-reduce-overhead"
-    rows[2]["ms"] = None
-    ((_, peer),) = records.comparisons(record(*rows))
-    assert peer["who"] == "compile"
-    assert list(records.comparisons(record(row()))) == [(row(), None)]
-
-
-def test_table(capsys):
-    rows = [
-        row(n=512, ms=0.758, what="conv_forward", peak_mb=303.4),
-        row("eager", 1.31, n=512, what="conv_forward", peak_mb=800.0),
-    ]
-    records.show(record(*rows, row(what="startup_cold", ms=2500.0)), Console(width=140))
-    text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "conv_forward tf32 512 0.758 0.758-0.758 303 eager nchw 1.31 800 1.73x 40% 320" in text
-    assert "startup_cold tf32 1 2500" in text
-
-
-def test_writing_leaves_the_old_record_if_it_fails(tmp_path):
-    path = tmp_path / "deep" / "bench_x.json"
-    content = record(row(), row("eager"))
-    records.write(content, path)
-    assert json.loads(path.read_text()) == content
-    assert len([line for line in path.read_text().splitlines() if '"who"' in line]) == 2
-    with pytest.raises(TypeError):
-        records.write({**content, "rows": [object()]}, path)
-    assert json.loads(path.read_text()) == content
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-    records.write(record(), path)
-    assert json.loads(path.read_text())["rows"] == []
-
-
-def test_plot_only(tmp_path, monkeypatch):
-    path = tmp_path / "bench_x.json"
-    whos = [row(who, n=n, what=what) for who in plots._COLOURS for n in (1, 512) for what in workloads.WORKLOADS]
-    for content in (record(*whos), {**record(*whos[:3]), "ceilings": None}, record(row("eager"), row(what="startup"))):
-        path.write_text(json.dumps(content))
-        code, text = invoke("--plot-only", str(path))
-        assert code == 0
-        assert "drawn" in text
-        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    for content, message in (("{}", "no record"), ("[]", "no record"), ("?", "no record")):
-        path.write_text(content)
-        code, text = invoke("--plot-only", str(path))
-        assert code == 2
-        assert message in text
-    path.write_text(json.dumps(record()))
-    assert "nothing to draw" in invoke("--plot-only", str(path))[1]
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, text = invoke("--plot-only", str(path))
-    assert code == 1
-    assert "modelnew[bench]" in text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from strided import IN_EVERY_LAYOUT
 from tolerance import check, check_gradients
 
 from modelnew.functional import (
@@ -285,16 +286,7 @@ def test_work_is_done_for_wanted_gradients_only(device, launched, training, want
     assert len(names) == 2 * reduced + wanted[0]
 
 
-LAYOUTS = {
-    "transposed": lambda x: x.transpose(2, 3),
-    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
-    "offset": lambda x: x[1:, :, 1:, 2:],
-    "negative_bit": lambda x: torch.complex(x, x).conj().imag,
-    "unaligned": lambda x: x.flatten()[1 : 1 + 2 * 4 * 6 * 8].view(2, 4, 6, 8),
-}
-
-
-@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
+@IN_EVERY_LAYOUT
 def test_layouts(device, make):
     x = make(torch.randn(3, 4, 6, 8, device=device)).requires_grad_()
     weight, bias, mean, var = parameters(4, device)

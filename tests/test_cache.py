@@ -6,11 +6,11 @@ import shutil
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from threads import in_threads
 
 from cupy_kernels import backend, cache, compiler, emulator, source
 from cupy_kernels.errors import BackendError, KernelCompileError
@@ -281,18 +281,6 @@ def test_a_damaged_library_never_reaches_the_loader(folder, kept):
     for _ in range(2):
         subprocess.run([sys.executable, "-c", RUN], env=environment, check=True)
         assert all(map(cache.read, libraries))
-
-
-def in_threads(work, count=8):
-    """Results of work(i), which all begin at the same time."""
-    together = threading.Barrier(count, timeout=60)
-
-    def started(i):
-        together.wait()
-        return work(i)
-
-    with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(started, range(count)))
 
 
 def test_threads_compile_a_kernel_once(monkeypatch, folder):

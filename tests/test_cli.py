@@ -2,10 +2,11 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
+import invoked
 import pytest
 import torch
-from click.testing import CliRunner
 from faults import planted
 
 from cupy_kernels import emulator, source
@@ -25,10 +26,7 @@ def small(monkeypatch):
     monkeypatch.setattr(cli, "get_inputs", inputs)
 
 
-def invoke(*arguments):
-    result = CliRunner().invoke(cli.main, arguments)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, re.sub(r"\s+", " ", result.output)
+invoke = partial(invoked.invoke, cli.main)
 
 
 def test_module_runs_and_help_explains_every_option():

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from threads import in_threads
 
 from cupy_kernels import backend, cache, compiler, nvrtc, source
 from cupy_kernels.errors import BackendError, KernelCompileError
@@ -182,18 +182,6 @@ def test_kernels_of_a_call_are_compiled_at_the_same_time(gpu):
     assert len(seen) == 2
     with source.override({"add.cu": ADD + "// wrong"}), pytest.raises(KernelCompileError, match="does not compile"):
         compiler.backend.prepare(kernels)
-
-
-def in_threads(work, count=8):
-    """Results of work(i), which all begin at the same time."""
-    together = threading.Barrier(count, timeout=60)
-
-    def started(i):
-        together.wait()
-        return work(i)
-
-    with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(started, range(count)))
 
 
 def test_threads_compile_a_variant_once_for_a_gpu(gpu):

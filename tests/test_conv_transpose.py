@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from strided import IN_EVERY_LAYOUT
 from tolerance import check_gradients
 from torch.nn.modules.utils import _pair as pair
 
@@ -112,16 +113,7 @@ def test_unbatched(device):
     torch.testing.assert_close(conv_transpose2d(x[0], w, b, 2), F.conv_transpose2d(x[0], w, b, 2))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-        lambda t: t.to(memory_format=torch.channels_last),
-        lambda t: torch.cat([t.flatten(), t.flatten()])[1 : 1 + t.numel()].view(t.shape),
-        lambda t: torch.complex(t, t).conj().imag,
-    ],
-    ids=["transposed", "channels_last", "offset", "negative_bit"],
-)
+@IN_EVERY_LAYOUT
 def test_layouts(device, make):
     x, w, b = (t.detach() for t in tensors(CASES["reference"], device, torch.float32))
     x, w = make(x).requires_grad_(), make(w).requires_grad_()

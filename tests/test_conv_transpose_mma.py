@@ -7,6 +7,7 @@ import pytest
 import tolerance
 import torch
 import torch.nn.functional as F
+from strided import IN_EVERY_LAYOUT
 from test_conv_wgrad_mma import packed_of
 
 from cupy_kernels import conv_transpose_mma
@@ -136,15 +137,7 @@ def test_units_of_several_passes(device, case, cls, wgmma, many_passes, launched
     check_forward(y, cls, case[3], x, w, b)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda t: t.to(memory_format=torch.channels_last),
-        lambda t: torch.cat([t.flatten(), t.flatten()])[1 : 1 + t.numel()].view(t.shape),
-        lambda t: torch.complex(t, t).conj().imag,
-    ],
-    ids=["channels_last", "unaligned", "negative_bit"],
-)
+@IN_EVERY_LAYOUT
 def test_layouts(device, make):
     x, w, b = (t.detach() for t in tensors(((2, 16, 4, 8), 16, (3, 3), (1, 1)), device))
     x, w = make(x).requires_grad_(), make(w)

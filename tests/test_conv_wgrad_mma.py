@@ -5,6 +5,7 @@ import tolerance
 import torch
 import torch.nn.functional as F
 from faults import planted
+from strided import IN_EVERY_LAYOUT
 
 from cupy_kernels import conv_wgrad_mma, fp16_tiles
 from cupy_kernels.conv_transpose import Geometry
@@ -310,15 +311,7 @@ def test_cells(device, shape, dtype, split):
     torch.testing.assert_close(packed.view(expected.shape), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda t: t.to(memory_format=torch.channels_last),
-        lambda t: torch.cat([t.flatten(), t.flatten()])[1 : 1 + t.numel()].view(t.shape),
-        lambda t: torch.complex(t, t).conj().imag,
-    ],
-    ids=["channels_last", "unaligned", "negative_bit"],
-)
+@IN_EVERY_LAYOUT
 def test_layouts(device, wgmma, make):
     x, w, dy = map(make, tensors(((2, 16, 4, 8), 16, (3, 3), (1, 1)), device))
     w.requires_grad_()

@@ -3,9 +3,9 @@ import os
 import re
 from pathlib import Path
 
+import invoked
 import pytest
 import torch
-from click.testing import CliRunner
 
 from cupy_kernels import emulator
 from cupy_kernels.errors import BackendError
@@ -24,9 +24,7 @@ def train():
 
 
 def invoke(module, *arguments):
-    result = CliRunner().invoke(module.main, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, re.sub(r"[\s│]+", " ", result.output)
+    return invoked.invoke(module.main, *arguments, spaces=r"[\s│]+")
 
 
 def losses(path):

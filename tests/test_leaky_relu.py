@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from strided import IN_EVERY_LAYOUT
 
 from modelnew.functional import leaky_relu
 from modelnew.layers import LeakyReLU
@@ -48,17 +49,7 @@ def test_special_values(device, dtype, slope):
     assert_same_bits(*both(lambda: x, dy, negative_slope=slope))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda x: x.transpose(0, 1),
-        lambda x: x.to(memory_format=torch.channels_last),
-        lambda x: x[1:, :, 1:],
-        lambda x: torch.complex(x, x).conj().imag,
-        lambda x: x.flatten()[1:],
-    ],
-    ids=["transposed", "channels_last", "offset", "negative_bit", "unaligned"],
-)
+@IN_EVERY_LAYOUT
 def test_layouts(device, make):
     x = torch.randn(3, 4, 6, 5, device=device)
     ours, theirs = both(lambda: make(x))

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from strided import IN_EVERY_LAYOUT
 from tolerance import check_gradients
 
 from cupy_kernels.max_pool import max_pool_forward
@@ -123,17 +124,7 @@ def test_dilated_window_without_any_element(device):
     assert dx.item() == 0
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda x: x.transpose(2, 3),
-        lambda x: x.to(memory_format=torch.channels_last),
-        lambda x: x[1:, :, 1:, 2:],
-        lambda x: torch.complex(x, x).conj().imag,
-        lambda x: x.flatten()[1 : 1 + 2 * 4 * 6 * 8].view(2, 4, 6, 8),
-    ],
-    ids=["transposed", "channels_last", "offset", "negative_bit", "unaligned"],
-)
+@IN_EVERY_LAYOUT
 def test_layouts(device, make):
     x = make(torch.randn(3, 4, 6, 8, device=device)).requires_grad_()
     y, expected = max_pool2d(x, 2), F.max_pool2d(x, 2)

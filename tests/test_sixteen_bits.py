@@ -5,7 +5,7 @@ import copy
 import pytest
 import tolerance
 import torch
-from test_conv_bn_pool import models, peak, sized, well_separated
+from fused_models import models, peak, sized, well_separated
 
 from cupy_kernels import conv_bn_pool as ops
 from modelnew import ModelNew, explain, numerics

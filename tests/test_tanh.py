@@ -1,7 +1,13 @@
+import numpy as np
 import pytest
 import torch
+from strided import LAYOUTS
 from tolerance import check, check_gradients
 
+from cupy_kernels import source
+from cupy_kernels.launch import launch
+from cupy_kernels.source import Kernel
+from modelnew.calls import run
 from modelnew.functional import tanh
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -28,15 +34,11 @@ def test_special_values(device):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda x: x.transpose(0, 1),
-        lambda x: x.to(memory_format=torch.channels_last),
-        lambda x: x[1:, :, 1:],
-        lambda x: torch.complex(x, x).conj().imag,
-        lambda x: x.flatten()[1:],
+        *LAYOUTS.values(),
         lambda x: x[..., None].expand(3, 4, 6, 5, 2),
         lambda x: x[:, :1, :1, :1].to(memory_format=torch.channels_last),
     ],
-    ids=["transposed", "channels_last", "offset", "negative_bit", "unaligned", "expanded", "single"],
+    ids=[*LAYOUTS, "expanded", "single"],
 )
 def test_layouts(device, make):
     x = make(torch.randn(3, 4, 6, 5, device=device))
@@ -58,3 +60,32 @@ def test_gradcheck(device):
 def test_integer_input_is_refused(device):
     with pytest.raises(TypeError, match=r"float32.*received torch.int64"):
         tanh(torch.arange(3, device=device))
+
+
+TANH = """#include "tanh_branchless.cuh"
+extern "C" __global__ void tanhs(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = tanh_branchless(x[i]);
+}"""
+
+
+def test_tanh_is_within_two_units_in_the_last_place(device):
+    """All exponents of normal floats, 0, infinity and NaN; CUDA's own tanhf is as far off."""
+    mantissas = np.linspace(0, 2**23 - 1, 200, dtype=np.uint32)
+    bits = (np.arange(1, 255, dtype=np.uint32)[:, None] << 23 | mantissas).ravel()
+    dense = np.linspace(np.float32(0.01), np.float32(10), 50000, dtype=np.float32)
+    x = np.concatenate([bits.view(np.float32), dense, np.float32([0, np.inf])])
+    x = torch.from_numpy(np.concatenate([x, -x, np.float32([np.nan])])).to(device)
+    y = torch.empty_like(x)
+    with source.override({"tanhs.cu": TANH}):
+        run(
+            lambda *a: launch(Kernel("tanhs.cu", "tanhs"), (-(-x.numel() // 256), 1, 1), (256, 1, 1), a),
+            x,
+            y,
+            x.numel(),
+        )
+    assert y[-1].isnan()
+    x, y = x[:-1].double().cpu(), y[:-1].cpu()
+    truth = x.tanh()
+    unit = torch.from_numpy(np.spacing(np.abs(truth.float().numpy()))).double()
+    assert ((y.double() - truth).abs() / unit).max() <= 2

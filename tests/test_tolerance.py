@@ -1,7 +1,7 @@
 """The tolerance policy refuses faults, planted in kernels or results, and lets right results pass for many seeds."""
 
+import norms
 import pytest
-import test_batch_norm
 import test_conv_transpose
 import torch
 import torch.nn.functional as F
@@ -36,18 +36,18 @@ def broken(rows):
 
 
 def norm_pair(device):
-    """Arguments of test_batch_norm.check_pair."""
+    """Arguments of norms.check_pair."""
     x = (2 * torch.randn(5, 3, 4, 6, device=device) + 1).requires_grad_()
-    return test_batch_norm.PAIRS[0].values[0], x, (), *test_batch_norm.parameters(3, device)
+    return norms.PAIRS[0].values[0], x, (), *norms.parameters(3, device)
 
 
 def test_an_eps_half_too_large_is_refused(device):
     right, wrong = "variance + eps * unit", "variance + (acc_t)1.5 * eps * unit"
     case = case_of("batch_norm, training")
-    test_batch_norm.check_pair(*norm_pair(device), training=True)
+    norms.check_pair(*norm_pair(device), training=True)
     with planted("batch_norm.cuh", (right, wrong)):
         with refused("output"):
-            test_batch_norm.check_pair(*norm_pair(device), training=True)
+            norms.check_pair(*norm_pair(device), training=True)
         assert {"output", "gradient of x"} <= broken(checks.compare(case, torch.float32, torch.device(device), None))
     model, ours = (m(16, 16, 3, 1, 1, 1, 4, device=device) for m in (Model, ModelNew))
     ours.batch_norm.eps = 1.5e-5  # of the fused kernels
@@ -169,10 +169,10 @@ def test_float32_arithmetic_is_refused_in_float64(device):
     ):
         test_conv_transpose.check_case(case, inputs)
     x = torch.randn(3, 12, 4, 4, device=device, dtype=torch.float64)
-    parameters = test_batch_norm.parameters(12, device, torch.float64)
+    parameters = norms.parameters(12, device, torch.float64)
     right, wrong = "variance + eps * unit", "variance + (acc_t)1e-5f * unit"  # 3e-8 of eps, in float32
     with planted("batch_norm.cuh", (right, wrong)), refused("output"):
-        test_batch_norm.check_pair((batch_norm, F.batch_norm), x, (), *parameters, training=True)
+        norms.check_pair((batch_norm, F.batch_norm), x, (), *parameters, training=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -2,10 +2,11 @@
 
 import json
 import re
+from functools import partial
 
+import invoked
 import pytest
 import torch
-from click.testing import CliRunner
 
 from cupy_kernels import source
 from modelnew import __main__ as cli
@@ -21,10 +22,7 @@ COMPARED = {"output", *PARAMETERS, "batch_norm.running_mean", "batch_norm.runnin
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def invoke(*arguments):
-    result = CliRunner().invoke(training.training_command, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, re.sub(r"\s+", " ", result.output)
+invoke = partial(invoked.invoke, training.training_command)
 
 
 def judged(settings=SMALL):
@@ -256,7 +254,7 @@ def test_all_curves_begin_alike():
 
 
 def test_help_explains_every_option():
-    text = re.sub(r"\s+", " ", CliRunner().invoke(cli.main, ["training", "--help"]).output)
+    text = invoked.invoke(cli.main, "training", "--help")[1]
     assert f"first {JUDGED} steps" in text
     for parameter in training.training_command.params:
         assert max(parameter.opts, key=len) in text

@@ -1,11 +1,10 @@
 """Threads and worker processes, each of which calls the operators."""
 
 import copy
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from threads import in_threads
 from torch.utils.data import DataLoader, Dataset
 
 from modelnew import ModelNew, layers
@@ -26,15 +25,8 @@ def step(model, x):
 def test_threads(device, of_thread):
     """Each with a model of its own, in training; all the same kinds of call at the same time, the first one too."""
     model, xs = ModelNew(*of_thread, device=device), torch.randn(THREADS, 2, of_thread[0], 6, 6, device=device)
-    together = threading.Barrier(THREADS, timeout=60)
-
-    def work(i):
-        own = copy.deepcopy(model)
-        together.wait()
-        return [step(own, xs[i]) for _ in range(2)]
-
-    with ThreadPoolExecutor(THREADS) as threads:
-        found = list(threads.map(work, range(THREADS)))
+    copies = [copy.deepcopy(model) for _ in range(THREADS)]
+    found = in_threads(lambda i: [step(copies[i], xs[i]) for _ in range(2)], THREADS)
     for i, results in enumerate(found):
         own = copy.deepcopy(model)
         for result in results:

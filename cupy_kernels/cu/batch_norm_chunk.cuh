@@ -1,6 +1,6 @@
 // What batch norm's kernels do with the chunk of a block: see batch_norm.cu.
 #pragma once
-#include "channel_walk.cuh"
+#include "channel_values.cuh"
 #include "tanh.cuh"
 
 struct Partials {

@@ -19,7 +19,7 @@
 //
 // Macros: scalar_t, acc_t, PLANES, WIDTH, KEPT (channel_walk.cuh), KERNEL (2, or 3), PADDING (0, or 1 with KERNEL 3),
 // THREADS. Limit: items of a channel below 2^31.
-#include "channel_walk.cuh"
+#include "channel_values.cuh"
 #include "tanh.cuh"
 
 enum { CELLS = PLANES && WIDTH > 1 ? WIDTH / 2 : 1, HALO = KERNEL - 2, ROWS = 2 + HALO, COLUMNS = 2 * CELLS + HALO };

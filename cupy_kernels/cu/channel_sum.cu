@@ -3,7 +3,7 @@
 // Thread mapping: channel_walk.cuh. channel_sum_partials: each block adds a chunk, and writes to partial
 // [channels][chunks], double; channel_sum_combine: one block a channel adds the chunks. Macros: those of
 // channel_walk.cuh, THREADS.
-#include "channel_walk.cuh"
+#include "channel_values.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) channel_sum_partials(
     const scalar_t* __restrict__ x, double* __restrict__ partial, i64 channels, i64 plane, i64 count, i64 chunk,

@@ -8,7 +8,7 @@
 //
 // Saved, and the gradients: group_norm.cu. Macros: those of channel_walk.cuh with PLANES 0, out_t and param_t as there,
 // THREADS (the most of a block).
-#include "channel_walk.cuh"
+#include "channel_values.cuh"
 
 enum { BLOCKS = 2 };  // of an SM, at least, where an image is in chunks
 

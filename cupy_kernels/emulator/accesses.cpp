@@ -42,6 +42,17 @@ static void race(
         then_place);
 }
 
+static void before_the_wait(
+    const Array& array, const char* address, const char* did, const char* place, const Word& word) {
+    FAIL(
+        "<%x>: thread %d %s %s before the wait for the cp.async of thread %d at <%x>", place_of(place), current, did,
+        element(array, address).text, thread_of(word.write), word.write_place);
+}
+
+static void unwritten(const Array& array, const char* address, const char* place) {
+    FAIL("<%x>: thread %d reads %s, which nobody has written", place_of(place), current, element(array, address).text);
+}
+
 static void out_of_bounds(const Array& array, const char* address, const char* did, const char* place) {
     if (!array.item)
         return FAIL(
@@ -73,32 +84,22 @@ template <bool WRITE> static inline void touch(
         if (!WRITE) {
             if (word.read == now) continue;
             if (written && write & mask) {
-                if (write & FLYING)
-                    return FAIL(
-                        "<%x>: thread %d reads %s before the wait for the cp.async of thread %d at <%x>",
-                        place_of(place), current, element(array, at).text, thread_of(write), word.write_place);
+                if (write & FLYING) return before_the_wait(array, at, "reads", place, word);
                 if (!ordered(write)) return race(array, at, "reads", place, write, "writes", word.write_place);
             }
             if (!how && !array.initialised && (mask & ~(written ? write >> EVER_SHIFT : 0) & TOUCHED))
-                return FAIL(
-                    "<%x>: thread %d reads %s, which nobody has written", place_of(place), current,
-                    element(array, at).text);
+                return unwritten(array, at, place);
             if ((word.read ^ now) >> THREAD_SHIFT) word.other_read = word.read;
             word.read = now;
             word.read_place = place_of(place);
         } else {
             if (written && write & mask) {
-                if (write & FLYING && !(how & FLYING))
-                    return FAIL(
-                        "<%x>: thread %d writes %s before the wait for the cp.async of thread %d at <%x>",
-                        place_of(place), current, element(array, at).text, thread_of(write), word.write_place);
+                if (write & FLYING && !(how & FLYING)) return before_the_wait(array, at, "writes", place, word);
                 if (!(write & now & ATOMIC) && !ordered(write))
                     return race(array, at, "writes", place, write, "writes", word.write_place);
             }
             if (now & ATOMIC && !array.initialised && mask & ~(written ? write >> EVER_SHIFT : 0) & TOUCHED)
-                return FAIL(
-                    "<%x>: thread %d reads %s, which nobody has written", place_of(place), current,
-                    element(array, at).text);
+                return unwritten(array, at, place);
             if (word.read & mask && word.read >> EPOCH_SHIFT >= oldest && !ordered(word.read))
                 return race(array, at, "writes", place, word.read, "reads", word.read_place);
             if (word.other_read & mask && word.other_read >> EPOCH_SHIFT >= oldest && !ordered(word.other_read))
@@ -120,8 +121,6 @@ static Array* variable(const char* address) {
     return nullptr;
 }
 
-static bool in_image(const char* address) { return size_t(address - image_start) < size_t(image_end - image_start); }
-
 // The array at or around an address, shared memory too; null if there is none.
 static inline Array* find(const char* address) {
     size_t slot = size_t(address - arena) >> slot_bits;
@@ -139,7 +138,7 @@ template <bool WRITE> static void stray(const char* address, const char* place) 
     const char* did = WRITE ? "writes" : "reads";
     if (size_t(address) < 1 << 16)
         return FAIL("<%x>: thread %d %s through a null pointer", place_of(place), current, did);
-    if (size_t(address - stacks) < MAX_THREADS * (STACK_BYTES + STACK_GAP))
+    if (in_a_stack(address))
         return FAIL(
             "<%x>: thread %d %s local memory of another thread, or more of its own than %d KiB", place_of(place),
             current, did, int(STACK_BYTES >> 10));

@@ -27,7 +27,7 @@ static void start_block() {
     shared_since = block_epoch;
     for (int t = 0; t < thread_count; t++) {
         Fiber& f = fibers[t];
-        void** top = (void**)(stacks + (t + 1) * (STACK_BYTES + STACK_GAP) - t % 32 * STACK_SHIFT) - SAVED_WORDS - 4;
+        void** top = (void**)(end_of_stack(t) - t % 32 * STACK_SHIFT) - SAVED_WORDS - 4;
         memset(top, 0, SAVED_WORDS * sizeof(void*));
         top[RETURN_WORD] = (void*)fiber_main;
         f.stack_pointer = top;

@@ -19,8 +19,8 @@ template <class F> static void for_parts_of_block(F part) {
     part(&shared_since, sizeof shared_since);
     part(fibers, thread_count * sizeof(Fiber));
     for (int t = 0; t < thread_count; t++) {
-        char *top = stacks + (t + 1) * (STACK_BYTES + STACK_GAP), *used = (char*)fibers[t].stack_pointer;
-        part(used, top - used);
+        char* used = (char*)fibers[t].stack_pointer;
+        part(used, end_of_stack(t) - used);
     }
     auto part_of = [&](Array& array) {
         part(array.start, array.bytes);

@@ -20,13 +20,11 @@ static Registers registers(void* context) {
 #endif
 }
 
-static bool in_a_stack(char* address) { return size_t(address - stacks) < MAX_THREADS * (STACK_BYTES + STACK_GAP); }
-
 // The kernel's line as the beginning of an error, if it is the kernel's own code that runs.
 static Where line_of(void* context) {
     Where where = {};
     char* at = registers(context).program_counter;
-    if (at >= image_start && at < image_end) snprintf(where.text, sizeof where.text, "<%x>: ", place_of(at + 1));
+    if (in_image(at)) snprintf(where.text, sizeof where.text, "<%x>: ", place_of(at + 1));
     return where;
 }
 

@@ -14,8 +14,7 @@ static bool reserve_all() {
     signal_stack = reserve(SIGNAL_STACK_BYTES, PROT_READ | PROT_WRITE);
     stacks = reserve(MAX_THREADS * (STACK_BYTES + STACK_GAP), PROT_NONE);
     if (!stacks || !signal_stack) return false;
-    for (int t = 0; t < MAX_THREADS; t++)
-        mprotect(stacks + t * (STACK_BYTES + STACK_GAP) + STACK_GAP, STACK_BYTES, PROT_READ | PROT_WRITE);
+    for (int t = 0; t < MAX_THREADS; t++) mprotect(end_of_stack(t) - STACK_BYTES, STACK_BYTES, PROT_READ | PROT_WRITE);
     for (; slot_bits >= 30 && !arena; slot_bits -= 2)
         arena = reserve((size_t)(MAX_PARAMETERS + 1) << slot_bits, PROT_NONE);
     slot_bits += 2;

@@ -4,13 +4,14 @@
 // the order in which fibers run is a permutation drawn from a seed.
 //
 // Kernels are compiled with -fsanitize=thread, for which the compiler calls __tsan_read4(address) and the like before
-// each access to memory. These functions, in sanitizers.cpp, look the address up. Arrays are copied to places that lie 64
-// GiB apart, so that an index that is wrong by anything leads to no other array. Each 4 bytes of an array, and of
+// each access to memory. These functions, in sanitizers.cpp, look the address up. Arrays are copied to places that lie
+// 64 GiB apart, so that an index that is wrong by anything leads to no other array. Each 4 bytes of an array, and of
 // shared memory, have a `Word`: who wrote it last, and who read it. Two accesses of two threads to the same bytes, one
 // of them a write, must have a barrier between them. It is found out for one order of threads, whatever order ran.
 //
-// state.h has the words and what else is known; then a file a topic: accesses.cpp checks, sanitizers.cpp is what the compiler calls, threads.cpp waits, copies.cpp
-// and wgmma.cpp work later, blocks.cpp runs, faults.cpp ends, memory.cpp says where things lie.
+// state.h has the words and what else is known; then a file a topic: accesses.cpp checks, sanitizers.cpp is what the
+// compiler calls, threads.cpp waits, copies.cpp and wgmma.cpp work later, blocks.cpp runs, faults.cpp ends, memory.cpp
+// says where things lie.
 #define EMULATOR_RUNTIME
 #include <fenv.h>
 #include <pthread.h>

@@ -89,6 +89,12 @@ static void* argument_addresses[MAX_PARAMETERS];
 static int sums_count;  // of wgmma, in local memory
 static void touch_sums(const char* address, size_t bytes, bool writes, const char* place);
 
+static char* end_of_stack(int thread) { return stacks + (thread + 1) * (STACK_BYTES + STACK_GAP); }
+static bool in_a_stack(const char* address) {
+    return size_t(address - stacks) < MAX_THREADS * (STACK_BYTES + STACK_GAP);
+}
+static bool in_image(const char* address) { return size_t(address - image_start) < size_t(image_end - image_start); }
+
 static void yield() { emulator_switch(&fibers[current].stack_pointer, scheduler_stack_pointer); }
 
 static void report(const char* format, ...) {

@@ -8,7 +8,7 @@ static void set_stamp() {
 static void set_thread(int t) {
     current = t;
     threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
-    stack_low = stacks + t * (STACK_BYTES + STACK_GAP) + STACK_GAP;
+    stack_low = end_of_stack(t) - STACK_BYTES;
     set_stamp();
 }
 
@@ -73,7 +73,7 @@ bool is_shared(const void* address) {
 }
 bool is_global(const void* address) {
     Array* array = find((const char*)address);
-    return array ? !array->shared : size_t((const char*)address - image_start) < size_t(image_end - image_start);
+    return array ? !array->shared : in_image((const char*)address);
 }
 
 void set_rounding(int mode) {

@@ -1,0 +1,90 @@
+"""Records of times: pairs that are compared, the table, the file and its plots."""
+
+import json
+import re
+import sys
+from functools import partial
+
+import invoked
+import pytest
+from rich.console import Console
+
+from modelnew import bench, plots, records, workloads
+from modelnew.workloads import Shape
+
+invoke = partial(invoked.invoke, bench.bench_command)
+
+
+def row(who="modelnew", ms=1.0, **options):
+    found = {"what": "forward_train", "class": "tf32", "n": 1, "who": who, "layout": "nchw"}
+    return {**found, "ms": ms, "ms_min": ms, "ms_max": ms, "peak_mb": None, **options}
+
+
+def record(*rows):
+    return {
+        "versions": {"gpu": "a GPU", "torch": "2", "nvrtc": "11.8"},
+        "trials": 20,
+        "shape": Shape(64, 128, 5, 1, 1, 32)._asdict(),
+        "ceilings": workloads.ceilings("NVIDIA H100 80GB HBM3"),
+        "rows": list(rows),
+    }
+
+
+def test_graphs_are_compared_with_all():
+    rows = [row(), row("modelnew-graph", 0.5), row("compile", 2.0), row("compile-reduce-overhead", 0.7)]
+    pairs = [(ours["who"], peer["who"]) for ours, peer in records.comparisons(record(*rows))]
+    assert pairs == [("modelnew", "compile"), ("modelnew-graph", "compile-reduce-overhead")]
+    del rows[1]
+    ((_, peer),) = records.comparisons(record(*rows))
+    assert peer["who"] == "compile-reduce-overhead"
+    rows[2]["ms"] = None
+    ((_, peer),) = records.comparisons(record(*rows))
+    assert peer["who"] == "compile"
+    assert list(records.comparisons(record(row()))) == [(row(), None)]
+
+
+def test_table(capsys):
+    rows = [
+        row(n=512, ms=0.758, what="conv_forward", peak_mb=303.4),
+        row("eager", 1.31, n=512, what="conv_forward", peak_mb=800.0),
+    ]
+    records.show(record(*rows, row(what="startup_cold", ms=2500.0)), Console(width=140))
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "conv_forward tf32 512 0.758 0.758-0.758 303 eager nchw 1.31 800 1.73x 40% 320" in text
+    assert "startup_cold tf32 1 2500" in text
+
+
+def test_writing_leaves_the_old_record_if_it_fails(tmp_path):
+    path = tmp_path / "deep" / "bench_x.json"
+    content = record(row(), row("eager"))
+    records.write(content, path)
+    assert json.loads(path.read_text()) == content
+    assert len([line for line in path.read_text().splitlines() if '"who"' in line]) == 2
+    with pytest.raises(TypeError):
+        records.write({**content, "rows": [object()]}, path)
+    assert json.loads(path.read_text()) == content
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    records.write(record(), path)
+    assert json.loads(path.read_text())["rows"] == []
+
+
+def test_plot_only(tmp_path, monkeypatch):
+    path = tmp_path / "bench_x.json"
+    whos = [row(who, n=n, what=what) for who in plots._COLOURS for n in (1, 512) for what in workloads.WORKLOADS]
+    for content in (record(*whos), {**record(*whos[:3]), "ceilings": None}, record(row("eager"), row(what="startup"))):
+        path.write_text(json.dumps(content))
+        code, text = invoke("--plot-only", str(path))
+        assert code == 0
+        assert "drawn" in text
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    for content, message in (("{}", "no record"), ("[]", "no record"), ("?", "no record")):
+        path.write_text(content)
+        code, text = invoke("--plot-only", str(path))
+        assert code == 2
+        assert message in text
+    path.write_text(json.dumps(record()))
+    assert "nothing to draw" in invoke("--plot-only", str(path))[1]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, text = invoke("--plot-only", str(path))
+    assert code == 1
+    assert "modelnew[bench]" in text
