@@ -11,6 +11,7 @@ Environment: CUPY_KERNELS_CXX chooses the compiler; CUPY_KERNELS_CACHE_DIR the f
 ascending); CUPY_KERNELS_TIMEOUT how many seconds a launch may take (no limit by default). Ctrl-C ends one at any time.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -43,7 +44,8 @@ FLAGS += ("-fstack-clash-protection", "-fstack-protector-strong")
 # What makes the compiler call the runtime: before each access to memory, and where a value is wrong. clang does not for
 # accesses of more than 16 bytes, which vectorised loops have. A loop without an end stays one.
 CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,signed-integer-overflow,integer-divide-by-zero")
-CHECKS += ("-fsanitize=shift-exponent,return,unreachable", "-fno-tree-vectorize", "-fno-tree-slp-vectorize")
+CHECKS += ("-fsanitize=shift-exponent,return,unreachable,float-cast-overflow",)
+CHECKS += ("-fno-tree-vectorize", "-fno-tree-slp-vectorize")
 LINES = ("-g1", "-gdwarf-4")  # what lines.py reads
 CHECKS += ("-fno-finite-loops", *LINES)
 CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the extensions that host compilers have
@@ -55,15 +57,18 @@ ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 # What g++ and clang++ say of a line of the text, and the assembler of one of its own; not of a file they cannot write.
 _ERROR_OF_TEXT = re.compile(r":\d+(:\d+)?: (fatal )?[Ee]rror: (?!error (writing|closing) )")
 
-_EXTERN_SHARED = re.compile(r"\bextern\s+__shared__\s+(?:__align__\([^)]*\)\s*)?([\w ]+?)\s*\b(\w+)\s*\[\s*\]\s*;")
+_ALIGNED = r"(?:(?:__align__|alignas|__attribute__)\s*\([^;]*?\)+\s*)?"
+_EXTERN_SHARED = re.compile(
+    rf"\b(?:extern\s+{_ALIGNED}((?:volatile\s+)?)__shared__|__shared__\s+extern)\s+{_ALIGNED}"
+    rf"([\w:<>, ]+?)\s*\b(\w+)\s*\[\s*\]((?:\s*\[[^]]*\])*)\s*{_ALIGNED};"
+)
 _STATIC_SHARED = re.compile(r"\bstatic\s+(?=__shared__\b)|(?<=__shared__)\s+static\b")  # __shared__ stands for static
 _ALIGNED_SHARED = re.compile(r"\b__shared__\s+(alignas\([^)]*\))")  # alignas comes first in C++
 # What NVRTC does not know, and host compilers take even with -pedantic-errors.
-_UNKNOWN = "__int128 _Float16 thread_local throw new __typeof__ __typeof __asm__ __asm _Complex __builtin_prefetch"
-_UNKNOWN += (
-    " __builtin_popcount __builtin_clz __builtin_ctz __builtin_ffs __builtin_sqrt __builtin_sqrtf __builtin_inff"
-)
-_UNKNOWN += " __builtin_nanf __builtin_huge_valf __builtin_fabsf __builtin_bswap32 __builtin_memcpy"
+_UNKNOWN = "__int128 _Float16 thread_local throw new __typeof__ __typeof __asm__ __asm _Complex"
+_BUILTIN = re.compile(r"\b__(?:builtin|atomic|sync)_\w+")
+_KNOWN = {f"__builtin_{name}" for name in ("align__", "assume", "assume_aligned", "expect", "unreachable")}
+_KNOWN |= {"__builtin_is_constant_evaluated"}
 _one_at_a_time = forks.lock()  # the state of a running block is static in its library
 
 
@@ -103,6 +108,7 @@ class _Variable(ctypes.Structure):
         ("address", ctypes.c_uint64),
         ("bytes", ctypes.c_uint64),
         ("shared", ctypes.c_int),
+        ("constant", ctypes.c_int),
     )
 
 
@@ -185,19 +191,34 @@ def _run(packed) -> None:
     launch.seed, launch.cooperative = _seed(), step.cooperative
     entry = packed.numbers[0]
     launch.variables, launch.variable_count = entry.variables, len(entry.variables)
-    with _one_at_a_time:
-        watch = limit and threading.Timer(limit, _runtime().emulator_stop)
-        if watch:
-            watch.start()
+    with _one_at_a_time, _time_limit(limit):
         failure = entry(ctypes.byref(launch))
-        if watch:
-            watch.cancel()
     if failure and failure.startswith(b"interrupted"):
         signal.raise_signal(signal.SIGINT)
         raise KeyboardInterrupt
     if failure:
         library = Path(backend.compiled(step.kernel)._name)
         raise EmulatorError(f"{step.kernel}: {_with_lines(failure.decode(), library.read_bytes())}")
+
+
+@contextlib.contextmanager
+def _time_limit(seconds):
+    """Ends the launch in this block after that many seconds; again and again, as it may not have begun by then."""
+    over, stop = threading.Event(), _runtime().emulator_stop
+
+    def watch():
+        wait = seconds
+        while not over.wait(wait):
+            stop()
+            wait = 0.05
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if seconds:
+        watcher.start()
+    yield
+    over.set()
+    if seconds:
+        watcher.join()
 
 
 def _with_lines(message, library):
@@ -271,11 +292,13 @@ def _machine() -> tuple[str, ...]:
 
 def _translation_unit(kernel: Kernel) -> str:
     macros = "\n".join(f"#define {k} {v}" for k, v in kernel.defines)  # after the header: -D would reach libc's headers
-    text = _EXTERN_SHARED.sub(r"static emulator::Dynamic<\1> \2;", unit(kernel))
+    pointer = r"emulator::Dynamic<\1\2\4>"
+    text = _EXTERN_SHARED.sub(rf"{pointer} \3 = ({pointer})emulator::dynamic_shared;", unit(kernel))
     text = _ALIGNED_SHARED.sub(r"\1 __shared__", _STATIC_SHARED.sub("", text)).replace("#pragma once", "")
+    unknown = " ".join(sorted({*_UNKNOWN.split(), *_BUILTIN.findall(text)} - _KNOWN))
     entries = "\n".join(_entry(name, parameters) for name, parameters in declarations(unit(kernel)).items())
     return (
-        f'#line 1 "cuda.h"\n{_text("cuda.h")}\n#pragma GCC poison {_UNKNOWN}\n#line 1 "{MACROS}"\n{macros}\n{text}\n'
+        f'#line 1 "cuda.h"\n{_text("cuda.h")}\n#pragma GCC poison {unknown}\n#line 1 "{MACROS}"\n{macros}\n{text}\n'
         f'#line 1 "emulator_entries"\n{entries}\n'
     )
 

@@ -6,9 +6,6 @@ static char* reserve(size_t bytes, int protection) {
     return found == MAP_FAILED ? nullptr : (char*)found;
 }
 
-enum { SIGNAL_STACK_BYTES = 1 << 16 };
-static char* signal_stack;
-
 static bool reserve_all() {
     if (arena) return true;
     signal_stack = reserve(SIGNAL_STACK_BYTES, PROT_READ | PROT_WRITE);
