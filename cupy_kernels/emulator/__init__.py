@@ -52,6 +52,7 @@ CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the exten
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
 CLANG_CHECKS += ("-fno-sanitize=local-bounds",)
+UNSET = "-ftrivial-auto-var-init=pattern"  # what memory.cpp looks for in outputs; gcc 12 and newer, clang
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 
 # What g++ and clang++ say of a line of the text, and the assembler of one of its own; not of a file they cannot write.
@@ -143,7 +144,7 @@ class Emulator(Backend):
     def _compile(self, kernel, place):
         """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
         _runtime()  # whose functions the library calls
-        checks = CHECKS + CLANG_CHECKS if _is_clang() else CHECKS
+        checks = CHECKS + CLANG_CHECKS * _is_clang() + (UNSET,) * _fills_locals()
         try:
             library = _library(Path(kernel.file).stem, _translation_unit(kernel), checks, kernel)
         except KernelCompileError as error:
@@ -277,6 +278,13 @@ def _library(stem: str, text: str, checks: tuple[str, ...], kernel: Kernel | Non
 def _is_clang() -> bool:
     program = Path(shutil.which(compiler()[0]) or "").resolve().name
     return any(name in word for word in (program, *compiler()) for name in ("clang", "zig"))
+
+
+@functools.cache
+def _fills_locals() -> bool:
+    """Whether the compiler can give a pattern to local variables that nobody sets."""
+    command = [*compiler(), UNSET, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 @functools.cache

@@ -62,4 +62,24 @@ static void check_written(const Array& array) {
             array.name, first);
 }
 
+// An element that is a local variable's pattern, by -ftrivial-auto-var-init of gcc, or the sum of it and something; unless an
+// argument had it.
+static void check_set(const Array& array, const Launch& launch) {
+    const u64 unset = 0xFEFEFEFEFEFEFEFE;
+    auto begins_with_it = [&](const char* at, size_t bytes) { return !memcmp(at, &unset, bytes); };
+    for (size_t at = 0; array.item >= 4 && at < array.bytes; at += array.item) {
+        if (!begins_with_it(array.start + at, array.item)) continue;
+        for (unsigned i = 0; i < launch.count; i++) {
+            const Parameter& p = launch.parameters[i];
+            const char* given = p.kind == SCALAR ? (char*)&launch.words[i] : (char*)launch.words[i];
+            if (p.kind == OUTPUT || !given) continue;
+            for (size_t byte = 0; byte + 4 <= (p.kind == SCALAR ? 8 : p.bytes); byte += 4)
+                if (begins_with_it(given + byte, 4)) return;
+        }
+        return report(
+            "<%x>: a local variable that nobody has set goes into %s", array.words[at / 4].write_place,
+            element(array, array.start + at).text);
+    }
+}
+
 }  // namespace emulator

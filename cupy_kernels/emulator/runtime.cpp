@@ -84,6 +84,8 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     run_blocks(launch.seed);
     for (unsigned i = 1; i < array_count && !error[0]; i++)
         if (arrays[i].bytes && !arrays[i].initialised) check_written(arrays[i]), check_faults(arrays[i]);
+    for (unsigned i = 1; i < array_count && !error[0]; i++)
+        if (!arrays[i].constant) check_set(arrays[i], launch);
     for (unsigned i = 0; i < array_count; i++) {
         if (i && arrays[i].bytes && !arrays[i].constant && !error[0])
             memcpy((void*)launch.words[i - 1], arrays[i].start, arrays[i].bytes);
