@@ -35,6 +35,8 @@ def of_message(message: str) -> str:
     """What replaces the names that a compiler's message quotes; "" for names that are not known here."""
     if re.search(r"ambiguous|more than one instance of overloaded function", message):
         return "a call is ambiguous where its arguments have two types: write max(x, 0.0f) for max(x, 0)"
+    if "no such instruction" in message:
+        return f"asm: {_NAMES['asm']}"
     for name in re.findall(r"['\"]([A-Za-z_]\w*)", message):
         for names, hint in _NAMES.items():
             if any(re.fullmatch(pattern, name) for pattern in names.split()):

@@ -357,7 +357,7 @@ def digest() -> str:
 def compile_error(what: Kernel | Variant, log: str) -> KernelCompileError:
     """The error for a compiler's log. It starts with the first message that names a line of a kernel source."""
     log = re.sub(r'(in the compilation of ")[^"\n]*[/\\]', r"\1", log)  # CuPy's temporary folder, which is gone
-    for match in re.finditer(r"^([\w.]+)[(:](\d+)\)?[^\n]*error[^\n]*", log, re.MULTILINE):
+    for match in re.finditer(r"^([\w.]+)[(:](\d+)\)?[^\n]*[Ee]rror[^\n]*", log, re.MULTILINE):
         file, number = match[1], int(match[2])
         lines = text(file).splitlines() if file in (*_overrides, *_added, *names()) else []
         if file == MACROS:

@@ -211,6 +211,12 @@ VALUES = [
     ("__match_any_sync(0xFFFFFFFFu, t < 16 ? 1.5 : 2.5)", np.where(T < 16, 0xFFFF, 0xFFFF0000)),
     ("[&] { int all; unsigned who = __match_all_sync(0xFFFFFFFFu, i, &all); return who + (double)all; }()", 2.0**32),
     ("[&] { int all; unsigned who = __match_all_sync(0xFFFFFFFFu, t, &all); return who + (double)all; }()", 0),
+    ("__shfl_xor_sync(t < 16 ? 0xFFFFu : 0xFFFF0000u, t, 1)", T ^ 1),
+    (
+        "[&] { int v = t; if (t < 16) v += __shfl_xor_sync(0xFFFFu, v, 1); return __shfl_xor_sync(~0u, v, 16); }()",
+        np.where(T < 16, T + 16, T % 16 + (T % 16 ^ 1)),
+    ),
+    ("__popc(__ballot_sync(__match_any_sync(0xFFFFFFFFu, t % 3), t > 3))", np.array([9, 10, 9])[T % 3]),
     ("__reduce_add_sync(0xFFFFFFFFu, t - 1)", 464),
     ("__reduce_min_sync(0xFFFFFFFFu, t - 7) + __reduce_max_sync(0xFFFFFFFFu, (unsigned)t)", 24),
     (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated import THREADS, run
+from emulated import COPY, THREADS, run
 
 from cupy_kernels import emulator, nvrtc, source
 from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
@@ -216,3 +216,27 @@ def test_a_float_beside_an_integer_is_ambiguous(x, y):
         run(text, x, y)
     run(text.replace(", 0)", ", 0.0f)"), x, y)
     assert (y == np.maximum(x, 0)).all()
+
+
+@pytest.mark.skipif(not emulator._fills_locals() or emulator._is_clang(), reason="gcc 12 and newer have the pattern")
+@pytest.mark.parametrize(
+    ("unset", "set_", "body"),
+    [
+        ("float v;", "float v = 0;", "for (int i = 0; i < 4; i++) v += x[i];"),
+        ("float v;", "float v = 0;", "if (x[t] > 0) v = x[t];"),
+        ("float s[4], v;", "float s[4] = {}, v;", "s[t % 3] = x[t]; v = s[3];"),
+        ("float2 s; float v;", "float2 s = {}; float v;", "s.x = x[t]; v = s.y;"),
+    ],
+)
+def test_a_local_variable_that_nobody_sets(x, y, unset, set_, body):
+    """Is a number that no result has, in place of a 0 that looks right; where it comes out, it is an error."""
+    text = (
+        'extern "C" __global__ void f(const float* x, float* y) { int t = threadIdx.x; DECLARED BODY y[t] = v; }'
+    ).replace("BODY", body)
+    x[0] = -1
+    run(text.replace("DECLARED", set_), x, y)
+    with pytest.raises(EmulatorError, match=r":1: a local variable that nobody has set goes into y\[\d+\]"):
+        run(text.replace("DECLARED", unset), x, y)
+    x[:] = np.frombuffer(b"\xfe" * 4, np.float32)  # an argument may have the same bits
+    run(COPY, x, y)
+    assert (y == x).all()

@@ -142,6 +142,11 @@ def test_a_time_limit(monkeypatch, x, y):
     monkeypatch.setenv("CUPY_KERNELS_TIMEOUT", "0.3")
     with pytest.raises(EmulatorError, match="takes longer than CUPY_KERNELS_TIMEOUT allows"):
         run(ENDLESS.replace("BODY", "{}"), x, y)
+    monkeypatch.setenv("CUPY_KERNELS_TIMEOUT", "1e-9")  # over before it begins
+    for _ in range(5):
+        with pytest.raises(EmulatorError, match="takes longer than CUPY_KERNELS_TIMEOUT allows"):
+            run(ENDLESS.replace("BODY", "{}"), x, y)
+    monkeypatch.setenv("CUPY_KERNELS_TIMEOUT", "600")
     run(COPY, x, y)
     assert (y == x).all()
     for wrong in ("soon", "-1", "nan"):

@@ -81,6 +81,7 @@ def test_a_launch_that_fails_names_the_line_of_the_user(statement, message):
         ("y[i] = INFINITY;", r"INFINITY: write 1\.0f / 0\.0f"),
         ("int64_t n = i;", "int64_t: write int, unsigned, long long, or i64"),
         ("y[i] = FLT_MAX;", "FLT_MAX: write the number"),
+        ('asm("membar.gl;"); y[i] = 1;', "asm: the emulator has no PTX"),
         ("half h;", "half: half_t and bf16_t of common.cuh"),
         ("y[i] = std::max(x[i], x[i]);", "std: functions such as max, .* without std::"),
         ("y[i] = max(to_acc(x[i]), 0);", "a call is ambiguous where its arguments have two types"),

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,6 +243,23 @@ def test_judge_refuses_what_no_check_launches(monkeypatch):
     text = source.packaged_kernels("conv_transpose.cu")["conv_gather"]
     with pytest.raises(ValueError, match=r"no check launches conv_gather in float64, float32.*modelnew/cases\.py"):
         magics.judge("conv_gather", text, dtypes=("float64", "float32"), device="cpu")
+
+
+def test_no_check_begins_that_would_end_too_late(monkeypatch):
+    """Judged by the slowest before it."""
+    clock, ends, real = [0.0], [], checks.compare
+
+    def compare(*args):
+        rows = real(*args) if not clock[0] else []
+        clock[0] += 0.2
+        ends.append(clock[0])
+        return rows
+
+    monkeypatch.setattr(magics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(checks, "compare", compare)
+    verdict = magics.judge("tanh_forward", FORWARD, device="cpu", seconds=0.95)
+    assert ends[-1] == pytest.approx(0.8)
+    assert verdict.unchecked
 
 
 def test_what_torch_keeps_does_not_make_a_check_smaller(monkeypatch):

@@ -13,6 +13,7 @@ Environment variables:
 - CUPY_KERNELS_TIMEOUT: seconds that a launch may take (default: no limit). Ctrl-C stops a launch at any time.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -45,27 +46,32 @@ FLAGS += ("-fstack-clash-protection", "-fstack-protector-strong")
 # What makes the compiler call the runtime: before each access to memory, and where a value is wrong. clang does not for
 # accesses of more than 16 bytes, which vectorised loops have. A loop without an end stays one.
 CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,signed-integer-overflow,integer-divide-by-zero")
-CHECKS += ("-fsanitize=shift-exponent,return,unreachable", "-fno-tree-vectorize", "-fno-tree-slp-vectorize")
+CHECKS += ("-fsanitize=shift-exponent,return,unreachable,float-cast-overflow",)
+CHECKS += ("-fno-tree-vectorize", "-fno-tree-slp-vectorize")
 LINES = ("-g1", "-gdwarf-4")  # what lines.py reads
 CHECKS += ("-fno-finite-loops", *LINES)
 CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the extensions that host compilers have
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
 CLANG_CHECKS += ("-fno-sanitize=local-bounds",)
+UNSET = "-ftrivial-auto-var-init=pattern"  # what memory.cpp looks for in outputs; gcc 12 and newer, clang
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 
 # What g++ and clang++ say of a line of the text, and the assembler of one of its own; not of a file they cannot write.
 _ERROR_OF_TEXT = re.compile(r":\d+(:\d+)?: (fatal )?[Ee]rror: (?!error (writing|closing) )")
 
-_EXTERN_SHARED = re.compile(r"\bextern\s+__shared__\s+(?:__align__\([^)]*\)\s*)?([\w ]+?)\s*\b(\w+)\s*\[\s*\]\s*;")
+_ALIGNED = r"(?:(?:__align__|alignas|__attribute__)\s*\([^;]*?\)+\s*)?"
+_EXTERN_SHARED = re.compile(
+    rf"\b(?:extern\s+{_ALIGNED}((?:volatile\s+)?)__shared__|__shared__\s+extern)\s+{_ALIGNED}"
+    rf"([\w:<>, ]+?)\s*\b(\w+)\s*\[\s*\]((?:\s*\[[^]]*\])*)\s*{_ALIGNED};"
+)
 _STATIC_SHARED = re.compile(r"\bstatic\s+(?=__shared__\b)|(?<=__shared__)\s+static\b")  # __shared__ stands for static
 _ALIGNED_SHARED = re.compile(r"\b__shared__\s+(alignas\([^)]*\))")  # alignas comes first in C++
 # What NVRTC does not know, and host compilers take even with -pedantic-errors.
-_UNKNOWN = "__int128 _Float16 thread_local throw new __typeof__ __typeof __asm__ __asm _Complex __builtin_prefetch"
-_UNKNOWN += (
-    " __builtin_popcount __builtin_clz __builtin_ctz __builtin_ffs __builtin_sqrt __builtin_sqrtf __builtin_inff"
-)
-_UNKNOWN += " __builtin_nanf __builtin_huge_valf __builtin_fabsf __builtin_bswap32 __builtin_memcpy"
+_UNKNOWN = "__int128 _Float16 thread_local throw new __typeof__ __typeof __asm__ __asm _Complex"
+_BUILTIN = re.compile(r"\b__(?:builtin|atomic|sync)_\w+")
+_KNOWN = {f"__builtin_{name}" for name in ("align__", "assume", "assume_aligned", "expect", "unreachable")}
+_KNOWN |= {"__builtin_is_constant_evaluated"}
 _one_at_a_time = forks.lock()  # the state of a running block is static in its library
 
 
@@ -105,6 +111,7 @@ class _Variable(ctypes.Structure):
         ("address", ctypes.c_uint64),
         ("bytes", ctypes.c_uint64),
         ("shared", ctypes.c_int),
+        ("constant", ctypes.c_int),
     )
 
 
@@ -139,7 +146,7 @@ class Emulator(Backend):
     def _compile(self, kernel, place):
         """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
         _runtime()  # whose functions the library calls
-        checks = CHECKS + CLANG_CHECKS if _is_clang() else CHECKS
+        checks = CHECKS + CLANG_CHECKS * _is_clang() + (UNSET,) * _fills_locals()
         try:
             library = _library(Path(kernel.file).stem, _translation_unit(kernel), checks, kernel)
         except KernelCompileError as error:
@@ -187,19 +194,34 @@ def _run(packed) -> None:
     launch.seed, launch.cooperative = _seed(), step.cooperative
     entry = packed.numbers[0]
     launch.variables, launch.variable_count = entry.variables, len(entry.variables)
-    with _one_at_a_time:
-        watch = limit and threading.Timer(limit, _runtime().emulator_stop)
-        if watch:
-            watch.start()
+    with _one_at_a_time, _time_limit(limit):
         failure = entry(ctypes.byref(launch))
-        if watch:
-            watch.cancel()
     if failure and failure.startswith(b"interrupted"):
         signal.raise_signal(signal.SIGINT)
         raise KeyboardInterrupt
     if failure:
         library = Path(backend.compiled(step.kernel)._name)
         raise EmulatorError(f"{step.kernel}: {_with_lines(failure.decode(), library.read_bytes())}")
+
+
+@contextlib.contextmanager
+def _time_limit(seconds):
+    """Ends the launch in this block after that many seconds; again and again, as it may not have begun by then."""
+    over, stop = threading.Event(), _runtime().emulator_stop
+
+    def watch():
+        wait = seconds
+        while not over.wait(wait):
+            stop()
+            wait = 0.05
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if seconds:
+        watcher.start()
+    yield
+    over.set()
+    if seconds:
+        watcher.join()
 
 
 def _with_lines(message, library):
@@ -261,6 +283,13 @@ def _is_clang() -> bool:
 
 
 @functools.cache
+def _fills_locals() -> bool:
+    """Whether the compiler can give a pattern to local variables that nobody sets."""
+    command = [*compiler(), UNSET, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@functools.cache
 def _machine() -> tuple[str, ...]:
     """What a library depends on besides its text: a shared home directory serves several kinds of machine."""
     try:
@@ -273,11 +302,13 @@ def _machine() -> tuple[str, ...]:
 
 def _translation_unit(kernel: Kernel) -> str:
     macros = "\n".join(f"#define {k} {v}" for k, v in kernel.defines)  # after the header: -D would reach libc's headers
-    text = _EXTERN_SHARED.sub(r"static emulator::Dynamic<\1> \2;", unit(kernel))
+    pointer = r"emulator::Dynamic<\1\2\4>"
+    text = _EXTERN_SHARED.sub(rf"{pointer} \3 = ({pointer})emulator::dynamic_shared;", unit(kernel))
     text = _ALIGNED_SHARED.sub(r"\1 __shared__", _STATIC_SHARED.sub("", text)).replace("#pragma once", "")
+    unknown = " ".join(sorted({*_UNKNOWN.split(), *_BUILTIN.findall(text)} - _KNOWN))
     entries = "\n".join(_entry(name, parameters) for name, parameters in declarations(unit(kernel)).items())
     return (
-        f'#line 1 "cuda.h"\n{_text("cuda.h")}\n#pragma GCC poison {_UNKNOWN}\n#line 1 "{MACROS}"\n{macros}\n{text}\n'
+        f'#line 1 "cuda.h"\n{_text("cuda.h")}\n#pragma GCC poison {unknown}\n#line 1 "{MACROS}"\n{macros}\n{text}\n'
         f'#line 1 "emulator_entries"\n{entries}\n'
     )
 

@@ -111,13 +111,12 @@ template <bool WRITE> static inline void touch(
     }
 }
 
-// The variable at an address of the library, or the __shared__ one around it; null if there is none.
+// The variable at an address of the library, or around it; null if there is none.
 static Array* variable(const char* address) {
     for (unsigned i = 0; i < variable_count; i++)
         if (size_t(address - variables[i].start) < variables[i].bytes) return &variables[i];
     for (unsigned i = 0; i < variable_count; i++)
-        if (variables[i].shared && size_t(address - variables[i].start + GAP) < variables[i].bytes + 2 * GAP)
-            return &variables[i];
+        if (size_t(address - variables[i].start + GAP) < variables[i].bytes + 2 * GAP) return &variables[i];
     return nullptr;
 }
 
@@ -173,8 +172,6 @@ void atomic(void* address, size_t bytes, const char* place) {
     else access<true>(address, bytes, place);
     if (fibers[current].fenced) acquired = all_released;
 }
-
-unsigned warp_call() { return fibers[current].warp_calls++; }
 
 void fence() { fibers[current].fenced = true; }
 

@@ -32,7 +32,6 @@ static void start_block() {
         top[RETURN_WORD] = (void*)fiber_main;
         f.stack_pointer = top;
         f.state = READY;
-        f.warp_calls = 0;
         f.at_grid = f.fenced = false;
         f.copy_count = f.group_count = 0;
         f.registers_fenced = false;
@@ -88,14 +87,14 @@ static void run_block() {
         do {
             ran = false;
             for (int i = 0; i < thread_count; i++) {
+                if (error[0]) return;  // Ctrl-C, in between
                 if (fibers[order[i]].state != READY) continue;
                 set_thread(order[i]);
                 emulator_switch(&scheduler_stack_pointer, fibers[current].stack_pointer);
-                if (error[0]) return;
                 ran = true;
             }
         } while (ran);
-    } while (release_barrier());
+    } while (!error[0] && release_barrier());
 }
 
 static void run_blocks(unsigned long long seed) {

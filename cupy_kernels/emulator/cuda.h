@@ -29,6 +29,7 @@ extern "C" void* memset(void*, int, size_t);
 #define __builtin_assume(condition) ((void)0)
 #endif
 #define __align__(n) __attribute__((aligned(n)))
+#define __builtin_align__(n) __align__(n)
 #define __shared__ static __attribute__((section("cu_shared"), aligned(16)))
 
 // clang checks the alignment of what a constructor copies, and not of what is copied as a whole.

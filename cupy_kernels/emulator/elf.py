@@ -5,25 +5,27 @@ import struct
 from typing import NamedTuple
 
 SHARED = "cu_shared"  # the section of __shared__ variables
-GAP = 256  # bytes between them that belong to none; the most that a variable is aligned to
+GAP = 256  # bytes between variables that belong to none; the most that one is aligned to
+_SECTIONS = (SHARED, ".data", ".bss", ".rodata")
 
 
 class Variable(NamedTuple):
-    """A __shared__ or __device__ variable, and where it is in the library's memory."""
+    """A variable outside of functions or a __shared__ one, and where it is in the library's memory."""
 
     name: str
     address: int
     bytes: int
     shared: bool
+    constant: bool
 
 
 def with_gaps(assembly: str) -> str:
-    """The assembly with GAP bytes before each __shared__ variable, and behind the last."""
+    """The assembly with GAP bytes before each variable, and behind the last __shared__ one."""
     section, found, at, gap = "", [], 0, f"\t.zero {GAP}\n"
     for match in re.finditer(r"^(?:\s+\.(?:section\s+([^\s,]+)|(text|data|bss)\b)|[\w.$]+:)", assembly, re.MULTILINE):
         if not match[0].endswith(":"):
             section = match[1] or match[2]
-        elif section == SHARED:
+        elif section in _SECTIONS:
             found += [assembly[at : match.start()], gap]
             at = match.start()
     end = f'\t.section {SHARED},"aw",@progbits\n{gap}' if found else ""
@@ -31,14 +33,14 @@ def with_gaps(assembly: str) -> str:
 
 
 def variables(elf: bytes) -> list[Variable]:
-    """The variables of the library's text that can be written."""
+    """The variables of the library's text."""
     names, table, texts = _headers(elf)[1], section(elf, ".symtab"), section(elf, ".strtab")
     found = []
     for name, info, _, index, address, size in struct.iter_unpack("<IBBHQQ", table):
         where, symbol = names[index] if index < len(names) else "", _text(texts, name)
         is_object = info & 15 == 1 and size and symbol != "completed.0"  # one of the linker's
-        if is_object and where in (SHARED, ".data", ".bss"):
-            found.append(Variable(demangled(symbol), address, size, where == SHARED))
+        if is_object and where in _SECTIONS:
+            found.append(Variable(demangled(symbol), address, size, where == SHARED, where == ".rodata"))
     return found
 
 

@@ -6,6 +6,7 @@ enum { SIGNALS = 6 };
 static struct sigaction before[SIGNALS];  // what the process does about them
 static thread_local bool runs_here;
 static pthread_t runner;
+static volatile bool running;
 static const char* const INTERRUPTED = "interrupted";
 static const char* volatile stopped;  // why the launch must end
 
@@ -56,7 +57,33 @@ static void on_signal(int number, siginfo_t* info, void* context) {
     else FAIL("%sthread %d reads or writes far out of bounds, at %p", line.text, current, address);
 }
 
+// As long as there is one, signals end the kernel; also before its first thread runs and after its last one.
+struct Signals {
+    stack_t theirs;
+
+    Signals() {
+        stack_t ours = {};
+        ours.ss_sp = signal_stack, ours.ss_size = SIGNAL_STACK_BYTES;
+        sigaltstack(&ours, &theirs);
+        runner = pthread_self();
+        runs_here = running = true;
+        struct sigaction action = {};
+        action.sa_sigaction = on_signal;
+        action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;  // the handler may not return
+        for (int i = 0; i < SIGNALS; i++) {
+            sigaction(signals[i], nullptr, &before[i]);
+            if (signals[i] != SIGINT || before[i].sa_handler != SIG_IGN) sigaction(signals[i], &action, nullptr);
+        }
+    }
+    ~Signals() {
+        runs_here = running = false;
+        for (int i = 0; i < SIGNALS; i++) sigaction(signals[i], &before[i], nullptr);
+        sigaltstack(&theirs, nullptr);
+    }
+};
+
 extern "C" EXPORTED void emulator_stop() {
+    if (!running) return;
     stopped = "takes longer than CUPY_KERNELS_TIMEOUT allows";
     pthread_kill(runner, SIGURG);
 }

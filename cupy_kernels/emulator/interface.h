@@ -33,7 +33,7 @@ struct Place {
 #define EMULATOR_HERE emulator::Place place = emulator::Place::here()
 
 enum { MAX_THREADS = 1024 };
-struct Exchange { alignas(16) char bytes[2][64]; };
+struct Exchange { alignas(16) char bytes[64]; };
 enum Kind { SCALAR, INPUT, INOUT_, OUTPUT };
 struct Parameter {
     const char* name;
@@ -45,7 +45,7 @@ struct Parameter {
 struct Variable {
     const char* name;
     unsigned long long address, bytes;
-    int shared;
+    int shared, constant;
 };
 struct Launch {
     const Parameter* parameters;
@@ -79,7 +79,7 @@ void fence();
 void copy_async(void* to, const void* from, int bytes, bool copied);
 void copy_commit();
 void copy_wait(int pending_groups);
-unsigned warp_call();  // how many warp operations the thread has called before
+const Exchange* received();  // what the lanes deposited before the warp barrier that the thread met last
 
 // An operand of wgmma, where it lies: 8 halves each, neighbours in k of a row, or in rows of a k.
 struct Operand {
@@ -103,11 +103,7 @@ void wait_for_multiplications(int pending_groups);
 void fence_registers();
 void fence_proxy();
 
-// extern __shared__ T name[], in a function or outside.
-template <class T> struct Dynamic {
-    template <class U> operator U*() const { return (U*)dynamic_shared; }
-    template <class I> T& operator[](I i) const { return ((T*)dynamic_shared)[i]; }
-};
+template <class T> using Dynamic = T* const&;  // extern __shared__ T name[], in a function or outside
 
 struct Argument {
     void* address;
@@ -116,17 +112,16 @@ struct Argument {
 
 // What the lanes of a warp deposited in one call; to be read before the lane's next warp operation.
 template <class V> struct Deposits {
-    unsigned warp, parity;
-    UNCHECKED const V& operator[](int lane) const { return *(const V*)exchange[warp * 32 + lane].bytes[parity]; }
+    const Exchange* lanes;
+    UNCHECKED const V& operator[](int lane) const { return *(const V*)lanes[lane].bytes; }
 };
 
 // Deposits `mine`, meets the lanes of the mask, and gives access to what each of them deposited in this call.
 template <class V> UNCHECKED static Deposits<V> exchange_in_warp(unsigned mask, const V& mine, EMULATOR_HERE) {
-    static_assert(sizeof(V) <= sizeof(exchange[0].bytes[0]), "a lane can exchange 64 bytes");
-    Deposits<V> all = {(unsigned)current / 32, warp_call() & 1};
-    memcpy(exchange[current].bytes[all.parity], &mine, sizeof(V));
+    static_assert(sizeof(V) <= sizeof(exchange[0].bytes), "a lane can exchange 64 bytes");
+    memcpy(exchange[current].bytes, &mine, sizeof(V));
     warp_barrier(mask, place, false);
-    return all;
+    return {received()};
 }
 
 // What lane `source` deposits: it must exist and be in the mask.

@@ -6,9 +6,6 @@ static char* reserve(size_t bytes, int protection) {
     return found == MAP_FAILED ? nullptr : (char*)found;
 }
 
-enum { SIGNAL_STACK_BYTES = 1 << 16 };
-static char* signal_stack;
-
 static bool reserve_all() {
     if (arena) return true;
     signal_stack = reserve(SIGNAL_STACK_BYTES, PROT_READ | PROT_WRITE);
@@ -62,6 +59,26 @@ static void check_written(const Array& array) {
         report(
             "leaves %zu of %zu elements of its output %s unwritten; the first at flat index %zu", missing, count,
             array.name, first);
+}
+
+// An element that is a local variable's pattern, by -ftrivial-auto-var-init of gcc, or the sum of it and something; unless an
+// argument had it.
+static void check_set(const Array& array, const Launch& launch) {
+    const u64 unset = 0xFEFEFEFEFEFEFEFE;
+    auto begins_with_it = [&](const char* at, size_t bytes) { return !memcmp(at, &unset, bytes); };
+    for (size_t at = 0; array.item >= 4 && at < array.bytes; at += array.item) {
+        if (!begins_with_it(array.start + at, array.item)) continue;
+        for (unsigned i = 0; i < launch.count; i++) {
+            const Parameter& p = launch.parameters[i];
+            const char* given = p.kind == SCALAR ? (char*)&launch.words[i] : (char*)launch.words[i];
+            if (p.kind == OUTPUT || !given) continue;
+            for (size_t byte = 0; byte + 4 <= (p.kind == SCALAR ? 8 : p.bytes); byte += 4)
+                if (begins_with_it(given + byte, 4)) return;
+        }
+        return report(
+            "<%x>: a local variable that nobody has set goes into %s", array.words[at / 4].write_place,
+            element(array, array.start + at).text);
+    }
 }
 
 }  // namespace emulator

@@ -42,13 +42,14 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     blockDim = {launch.block[0], launch.block[1], launch.block[2]};
     thread_count = blockDim.x * blockDim.y * blockDim.z;
     thread_body = body;
-    image_start = image.start, image_end = image.end;
+    image_start = image.start, image_end = image.end + GAP;
     cooperative = launch.cooperative;
     error[0] = 0;
     stopped = nullptr;
     if (launch.count > MAX_PARAMETERS) return "more than 62 parameters";
     if (launch.variable_count > MAX_VARIABLES) return "more than 256 __shared__ and __device__ variables in its file";
     if (!reserve_all()) return "the emulator finds no address space for 1024 stacks";
+    Signals signals_end_it;
     bool placed = place(0, "dynamic shared memory", 0, launch.shared_bytes, 0);
     for (unsigned i = 0; i < launch.count; i++) {
         const Parameter& p = launch.parameters[i];
@@ -67,7 +68,8 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     variable_count = launch.variable_count;
     for (unsigned i = 0; i < variable_count; i++) {
         const Variable& v = launch.variables[i];
-        variables[i] = {v.name, image.start + v.address, v.bytes, 0, false, !v.shared, (bool)v.shared, nullptr};
+        variables[i] = {
+            v.name, image.start + v.address, v.bytes, 0, (bool)v.constant, !v.shared, (bool)v.shared, nullptr};
     }
     dynamic.shared = true, dynamic.initialised = false;
     dynamic_shared = dynamic.start;
@@ -80,25 +82,11 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     for (unsigned i = 0; i < array_count; i++) arrays[i].words = next, next += arrays[i].bytes / 4 + 1;
     for (unsigned i = 0; i < variable_count; i++) variables[i].words = next, next += variables[i].bytes / 4 + 1;
 
-    stack_t ours = {}, theirs;
-    ours.ss_sp = signal_stack, ours.ss_size = SIGNAL_STACK_BYTES;
-    sigaltstack(&ours, &theirs);
-    runner = pthread_self();
-    runs_here = true;
-    struct sigaction action = {};
-    action.sa_sigaction = on_signal,
-    action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;  // the handler may not return
-    for (int i = 0; i < SIGNALS; i++) {
-        sigaction(signals[i], nullptr, &before[i]);
-        if (signals[i] != SIGINT || before[i].sa_handler != SIG_IGN) sigaction(signals[i], &action, nullptr);
-    }
     run_blocks(launch.seed);
-    for (int i = 0; i < SIGNALS; i++) sigaction(signals[i], &before[i], nullptr);
-    runs_here = false;
-    sigaltstack(&theirs, nullptr);
-
     for (unsigned i = 1; i < array_count && !error[0]; i++)
         if (arrays[i].bytes && !arrays[i].initialised) check_written(arrays[i]), check_faults(arrays[i]);
+    for (unsigned i = 1; i < array_count && !error[0]; i++)
+        if (!arrays[i].constant) check_set(arrays[i], launch);
     for (unsigned i = 0; i < array_count; i++) {
         if (i && arrays[i].bytes && !arrays[i].constant && !error[0])
             memcpy((void*)launch.words[i - 1], arrays[i].start, arrays[i].bytes);

@@ -98,6 +98,15 @@ extern "C" EXPORTED void __ubsan_handle_divrem_overflow(Overflow* what, size_t a
 extern "C" EXPORTED void __ubsan_handle_shift_out_of_bounds(Pair* what, size_t, size_t by) {
     WRONG(": a shift of %s by %lld", what->first->name, what->second->value(by));
 }
+// A GPU saturates; this processor does not.
+extern "C" EXPORTED void __ubsan_handle_float_cast_overflow(Pair* what, size_t bits) {
+    float narrow;
+    double wide;
+    memcpy(&narrow, &bits, sizeof narrow), memcpy(&wide, &bits, sizeof wide);
+    WRONG(
+        ": %g overflows %s; __float2int_rz and the like saturate", what->first->info == 32 ? narrow : wide,
+        what->second->name);
+}
 extern "C" EXPORTED void __ubsan_handle_missing_return(SourceLocation*) {
     WRONG(" comes to the end of a function that returns a value, and returns none");
 }

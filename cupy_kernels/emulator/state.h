@@ -11,6 +11,7 @@ namespace emulator {
 typedef unsigned long long u64;
 
 enum { MAX_COPIES = 256, MAX_PARAMETERS = 62, MAX_VARIABLES = 256, POISON = 0xFF, GAP = 256 };
+enum { SIGNAL_STACK_BYTES = 1 << 16 };
 // The gap is wider than local arrays are, so that no access skips it. Not all stacks end at the same place of a page:
 // they would share lines of the cache.
 enum : size_t { STACK_BYTES = 576 << 10, STACK_GAP = 16 << 20, STACK_SHIFT = 128 };
@@ -42,8 +43,7 @@ struct Copy {
 struct Fiber {
     void* stack_pointer;
     State state;
-    Place place;          // of the barrier it waits at
-    unsigned warp_calls;  // parity picks the exchange buffer: a fast lane may be one call ahead
+    Place place;  // of the barrier it waits at
     bool vote, at_grid, fenced;
     unsigned short clock,
         seen[32];             // __syncwarps; and of each lane, up to which one its accesses came before this thread's
@@ -56,13 +56,15 @@ struct Fiber {
     u64 proxy_fence;
 };
 struct Warp {
-    unsigned arrived, mask;
-    Place place;
+    unsigned waiting, masks[32];  // lanes in a warp operation, and of each the mask and the place
+    Place places[32];
+    unsigned char held[32];  // of each lane, what it reads of `exchanged`
 };
 
 EXPORTED int current, thread_count;
 static int votes;
-EXPORTED Exchange exchange[MAX_THREADS];
+EXPORTED Exchange exchange[MAX_THREADS];           // what each thread has deposited last
+static Exchange exchanged[MAX_THREADS][32];       // 32 a warp: what its lanes had deposited in an operation
 EXPORTED char* dynamic_shared;
 EXPORTED void** arguments;
 static Fiber fibers[MAX_THREADS];
@@ -71,7 +73,7 @@ static int order[MAX_THREADS];
 static void* scheduler_stack_pointer;
 static void (*thread_body)();
 static char error[1024];
-static char* stacks;
+static char *stacks, *signal_stack;
 static char* stack_low;
 
 static char *arena, *image_start, *image_end;

@@ -40,25 +40,45 @@ static void synchronise(unsigned mask) {
         if (mask >> i & 1) memcpy(lanes[i].seen, seen, sizeof seen);
 }
 
+// What the lanes of a mask have deposited goes to a place that no other lane reads from.
+static void hand_out(Warp& warp, unsigned mask) {
+    unsigned used = 0;
+    for (int i = 0; i < 32; i++)
+        if (!(mask >> i & 1)) used |= 1u << warp.held[i];
+    int free = __builtin_ctz(~used), first = current / 32 * 32;
+    memcpy(exchanged[first + free], exchange + first, sizeof exchanged[0]);
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1) warp.held[i] = free;
+}
+
+const Exchange* received() { return exchanged[current / 32 * 32 + warps[current / 32].held[current % 32]]; }
+
+// Lanes whose masks differ wait apart. They wait in vain where each waits for the other.
 bool warp_barrier(unsigned mask, Place place, bool synchronises) {
     Warp& warp = warps[current / 32];
+    int own = current % 32;
     unsigned lanes = thread_count - current / 32 * 32, lane = 1u << current % 32;
     if (lanes < 32) mask &= (1u << lanes) - 1;
     if (!(mask & lane))
         return FAIL("<%x>: thread %d calls a warp operation whose mask leaves it out", place_of(place.at), current),
                false;
-    if (!warp.arrived) warp.mask = mask, warp.place = place;
-    if (warp.mask != mask || warp.place != place)
-        return FAIL(
-                   "<%x> and <%x>: lanes of warp %d meet at different warp operations", place_of(warp.place.at),
-                   place_of(place.at), current / 32),
-               false;
-    warp.arrived |= lane;
-    if (warp.arrived == mask) {
-        warp.arrived = 0;
+    warp.waiting |= lane, warp.masks[own] = mask, warp.places[own] = place;
+    bool complete = (warp.waiting & mask) == mask;
+    for (int i = 0; complete && i < 32; i++) {
+        if (!(mask >> i & 1) || (warp.masks[i] == mask && !(warp.places[i] != place))) continue;
+        if (warp.masks[i] & lane)
+            return FAIL(
+                       "<%x> and <%x>: lanes of warp %d meet at different warp operations", place_of(warp.places[i].at),
+                       place_of(place.at), current / 32),
+                   false;
+        complete = false;
+    }
+    if (complete) {
+        warp.waiting &= ~mask;
         for (int i = 0; i < 32; i++)
             if (mask >> i & 1) fibers[current / 32 * 32 + i].state = READY;
         if (synchronises) synchronise(mask), set_stamp();
+        else hand_out(warp, mask);
         return true;
     }
     fibers[current].state = AT_WARP;

@@ -87,7 +87,7 @@ Multiplication* issue(float* sums, int columns, const unsigned* fragment, const 
                nullptr;
     InFlight& m = multiplication(current / 32, queue.issued);
     Warp& warp = warps[current / 32];
-    if (warp.arrived && (m.place != place || m.operand != operand))
+    if (warp.waiting && (m.place != place || m.operand != operand))
         return FAIL(
                    "<%x> and <%x>: lanes of warp %d issue different wgmma", place_of(m.place), place_of(place),
                    current / 32),

@@ -77,6 +77,17 @@
 ;; y[0] = __builtin_clz(u);
 ;; y[0] = __builtin_sqrtf(f);
 ;; y[0] = __builtin_nanf("");
+;; y[0] = __builtin_fabs(d);
+;; y[0] = __builtin_popcountll(m);
+;; y[0] = __builtin_ctzll(m);
+;; void* p = __builtin_alloca(16); y[0] = p != 0;
+;; __builtin_trap();
+;; y[0] = __builtin_constant_p(3);
+;; y[0] = __builtin_offsetof(float4, y);
+;; y[0] = __builtin_add_overflow(i, i, pi);
+;; y[0] = __atomic_load_n(pi, 0);
+;; y[0] = __sync_fetch_and_add(pi, 1);
+;; void* a = &&here; goto *a; here:;
 ;; y[0] = __builtin_huge_valf();
 ;; y[0] = HUGE_VALF;
 ;; warpSize = 3;

@@ -24,3 +24,16 @@ extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
     if (i < 100) *(double*)(y + 2 * i@@ + 1@) = 1;
     if (i >= 200) y[i] = x[i];
 }
+
+//// a part of dynamic shared memory at an odd place
+// error: multiple of
+// x: 256, y: 256, grid: 1, shared: 4096
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    extern __shared__ __align__(16) char s[];
+    u8* flags = (u8*)s;
+    double* v = (double*)(s + @256@252@);
+    int t = threadIdx.x;
+    if (t < 252) flags[t] = 1;
+    v[t] = x[t];
+    y[t] = v[t];
+}

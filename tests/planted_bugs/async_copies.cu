@@ -75,3 +75,37 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     __syncthreads();
     y[i] = s[i];
 }
+
+//// the stage that is read is filled again
+// error: race|before the wait|nobody has written
+// x: 512, y: 64, grid: 1, block: 64
+#include "async_copy.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ __align__(16) float s[2][256];
+    int t = threadIdx.x;
+    float sum = 0;
+    cp_async_16(s[0] + 4 * t, x + 4 * t, true);
+    cp_async_commit();
+    for (int k = 0; k < 2; k++) {
+        if (k == 0) cp_async_16(s[@1@0@] + 4 * t, x + 256 + 4 * t, true);
+        cp_async_commit();
+        cp_async_wait<1>();
+        __syncthreads();
+        sum += s[k][(t * 4 + 7) % 256];
+        __syncthreads();
+    }
+    y[t] = sum;
+}
+
+//// a copy from after the end
+// error: out of bounds
+// x: 250, y: 64, grid: 1, block: 64
+#include "async_copy.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ __align__(16) float s[256];
+    int t = threadIdx.x;
+    cp_async_16(s + 4 * t, @4 * t + 4 <= n ? x + 4 * t : x@x + 4 * t@, @4 * t + 4 <= n@true@);
+    cp_async_commit();
+    cp_async_wait<0>();
+    y[t] = s[4 * t + 3];
+}

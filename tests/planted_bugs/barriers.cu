@@ -30,3 +30,26 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     __syncthreads();
     y[i] = x[i];
 }
+
+//// threads that leave a loop with a barrier
+// error: divergent barrier
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    float v = x[t];
+    for (int k = 0; k < 4; k++) {
+        @@if (v < 0) break;@
+        __syncthreads();
+        @if (v >= 0)@@ v -= 10;
+    }
+    y[t] = v;
+}
+
+//// a barrier behind &&
+// error: divergent barrier
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    bool a = x[t] > 0;
+    y[t] = @__syncthreads_or(a) && a@a && __syncthreads_or(a)@;
+}

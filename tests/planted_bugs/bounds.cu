@@ -112,3 +112,73 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     __syncthreads();
     y[threadIdx.x] = x[threadIdx.x] + s[threadIdx.x@@ - (threadIdx.x == 255)@];
 }
+
+//// a constant table, one after the end by a pointer
+// error: reads out of bounds: table, byte 16, which has 16 bytes
+// x: 256, y: 256, grid: 1
+__constant__ float table[4] = {1, 2, 3, 4};
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    const float* p = table;
+    y[threadIdx.x] = p[threadIdx.x % @4@5@];
+}
+
+//// a __device__ array, one after the end by a pointer
+// error: writes out of bounds: counts, byte 1024
+// x: 256, y: 256, grid: 1
+__device__ float counts[256];
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    float* p = counts;
+    p[threadIdx.x@@ + 1@] = x[threadIdx.x];
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+//// an unsigned index before the start
+// error: out of bounds: x\[4294967295\]
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    unsigned t = threadIdx.x;
+    y[t] = x[@t > 0 ? t - 1 : 0@t - 1@];
+}
+
+//// an array in a struct, one after the end
+// error: index 4 is out of bounds of 'float ?\[4\]'
+// x: 256, y: 256, grid: 1
+struct Tile { float a[4]; float b[4]; };
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    Tile v;
+    for (int k = 0; k < 4; k++) v.a[k] = v.b[k] = x[threadIdx.x];
+    y[threadIdx.x] = v.a[(n - 256) + @3@4@];
+}
+
+//// a column after the last one of shared memory
+// error: index 16 is out of bounds of 'float ?\[16\]'
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[16][16];
+    int t = threadIdx.x;
+    s[t / 16][t % 16] = x[t];
+    __syncthreads();
+    int c = t % 16 + 1;
+    y[t] = @c < 16 ? s[t / 16][c] : 0@s[t / 16][c]@;
+}
+
+//// a remainder of a negative number as an index
+// error: out of bounds of 'int ?\[512\]'
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const int* x, float* y, int n) {
+    __shared__ int h[512];
+    int t = threadIdx.x;
+    h[t] = h[t + 256] = 0;
+    __syncthreads();
+    atomicAdd(&h[@x[t] & 511@x[t] % 512@], 1);
+    __syncthreads();
+    y[t] = h[t] + h[t + 256];
+}
+
+//// memcpy after the end
+// error: out of bounds: x\[248\]
+// x: 250, y: 256, grid: 1, block: 64
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    int t = threadIdx.x;
+    @if (4 * t + 4 <= n)@@ memcpy(y + 4 * t, x + 4 * t, 16);
+}

@@ -45,3 +45,11 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     __syncthreads();
     y[i] = s[255 - i];
 }
+
+//// twice as many blocks
+// error: race.*another block
+// x: 1024, y: 1024, grid: @4@8@
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = (blockIdx.x % 4) * blockDim.x + threadIdx.x;
+    y[i] = x[i];
+}

@@ -42,3 +42,18 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     y[i] = positive(x[i]);
 }
+
+//// a float that int does not hold
+// error: overflows 'int'
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, int* y, int n) {
+    y[threadIdx.x] = (int)(x[threadIdx.x] * @1@1e12f@);
+}
+
+//// a shift by less than nothing
+// error: a shift of 'int' by
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const int* x, int* y, int n) {
+    int t = threadIdx.x;
+    y[t] = 1 << (@t % 31@t - 1@);
+}

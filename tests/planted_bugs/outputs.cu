@@ -30,3 +30,20 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     y[i] = x[i]; @@if (i == 100) y[0] = 1;@
 }
+
+//// the elements behind the last four
+// error: leaves 1 of 1001 elements
+// x: 1001, y: 1001, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = 4 * threadIdx.x;
+    if (i + 3 < n) for (int k = 0; k < 4; k++) y[i + k] = x[i + k];
+    @else for (; i < n; i++) y[i] = x[i];@@
+}
+
+//// block and thread change places
+// error: leaves 984 of 1000 elements
+// x: 1000, y: 1000
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = @blockIdx.x * blockDim.x + threadIdx.x@blockIdx.x + blockDim.x * threadIdx.x@;
+    if (i < n) y[i] = x[i];
+}

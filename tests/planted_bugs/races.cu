@@ -174,3 +174,159 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     @atomicAdd(&count, 1)@count++@;
     y[threadIdx.x] = x[threadIdx.x];
 }
+
+//// a prefix sum without a barrier between reads and writes
+// error: race
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[256];
+    int t = threadIdx.x;
+    s[t] = x[t];
+    __syncthreads();
+    for (int o = 1; o < 256; o *= 2) {
+        float v = t >= o ? s[t - o] : 0;
+        @__syncthreads();@@
+        s[t] += v;
+        __syncthreads();
+    }
+    y[t] = s[t];
+}
+
+//// warps read each other's totals after __syncwarp
+// error: race|nobody has written
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float totals[8];
+    int t = threadIdx.x, lane = t % 32, w = t / 32;
+    float v = x[t];
+    for (int o = 1; o < 32; o *= 2) {
+        float u = __shfl_up_sync(0xffffffffu, v, o);
+        if (lane >= o) v += u;
+    }
+    if (lane == 31) totals[w] = v;
+    @__syncthreads();@__syncwarp();@
+    for (int k = 0; k < w; k++) v += totals[k];
+    y[t] = v;
+}
+
+//// a tile transposed without a barrier
+// error: race|nobody has written
+// x: 1024, y: 1024, grid: 1, block: 1024
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float tile[32][33];
+    int c = threadIdx.x % 32, r = threadIdx.x / 32;
+    tile[r][c] = x[r * 32 + c];
+    @__syncthreads();@@
+    y[r * 32 + c] = tile[c][r];
+}
+
+//// rows that overlap in shared memory
+// error: race
+// x: 1024, y: 1024, grid: 1, block: 1024
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float tile[32 * 33];
+    int c = threadIdx.x % 32, r = threadIdx.x / 32;
+    tile[r * @33@31@ + c] = x[r * 32 + c];
+    __syncthreads();
+    y[r * 32 + c] = tile[c * 33 + r];
+}
+
+//// bins that are counted before they are cleared
+// error: race|nobody has written
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const u8* x, float* y, int n) {
+    __shared__ int h[256];
+    int t = threadIdx.x;
+    h[t] = 0;
+    @__syncthreads();@@
+    atomicAdd(&h[x[t]], 1);
+    __syncthreads();
+    y[t] = h[t];
+}
+
+//// bins that are read before all are counted
+// error: race
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const u8* x, float* y, int n) {
+    __shared__ int h[256];
+    int t = threadIdx.x;
+    h[t] = 0;
+    __syncthreads();
+    atomicAdd(&h[x[t]], 1);
+    @__syncthreads();@@
+    y[t] = h[t];
+}
+
+//// two buffers, of which the wrong one is filled
+// error: race
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[2][256];
+    int t = threadIdx.x, b = 0;
+    s[0][t] = x[t];
+    __syncthreads();
+    for (int k = 0; k < 4; k++) {
+        s[b@ ^ 1@@][t] = s[b][(t + 40) % 256];
+        __syncthreads();
+        b ^= 1;
+        @@s[b][t] = s[b ^ 1][(t + 40) % 256];@
+        @@__syncthreads();@
+    }
+    y[t] = s[b][t];
+}
+
+//// a thread replaces what others still read
+// error: race
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float mean;
+    int t = threadIdx.x;
+    if (t == 0) mean = x[0];
+    __syncthreads();
+    float a = x[t] - mean;
+    @__syncthreads();@@
+    if (t == 0) mean = 2;
+    __syncthreads();
+    y[t] = a * mean;
+}
+
+//// bits of a byte
+// error: race
+// x: 256, y: 32, grid: 1
+extern "C" __global__ void planted(const float* x, u8* y, int n) {
+    __shared__ u8 s[32];
+    int t = threadIdx.x;
+    if (t < 32) s[t] = 0;
+    __syncthreads();
+    @if (t % 8 == 0) { u8 v = 0; for (int k = 0; k < 8; k++) v |= (x[t + k] > 0) << k; s[t / 8] = v; }@s[t / 8] |= (x[t] > 0) << t % 8;@
+    __syncthreads();
+    if (t < 32) y[t] = s[t];
+}
+
+//// bit fields of a word
+// error: race
+// x: 64, y: 32, grid: 1, block: 64
+struct Two { unsigned a : 16, b : 16; };
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ Two s[32];
+    int t = threadIdx.x;
+    @if (t < 32) s[t].a = t, s[t].b = 1;@if (t < 32) s[t].a = t; else s[t - 32].b = 1;@
+    __syncthreads();
+    if (t < 32) y[t] = s[t].a + s[t].b;
+}
+
+//// a loop over the grid with the stride of a block
+// error: race.*another block
+// x: 1024, y: 1024
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += blockDim.x@ * gridDim.x@@) y[i] = x[i];
+}
+
+//// a block reads another one's output
+// error: race.*another block
+// x: 1024, y: 1024
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    @float h = i + 256 < n ? x[i + 256] : 0;@float h = i + 256 < n ? y[i + 256] : 0;@
+    y[i] = x[i] + h;
+}

@@ -54,3 +54,67 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     y[threadIdx.x] = __shfl_xor_sync(0xFFFFFFFFu, x[threadIdx.x], @7@16@);
 }
+
+//// a mask of all lanes in the last warp's branch
+// error: waits in a warp operation for lanes that do not come
+// x: 100, y: 100, grid: 1, block: 128
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    unsigned mask = @__ballot_sync(0xffffffffu, t < n)@0xffffffffu@;
+    if (t < n) y[t] = __shfl_xor_sync(mask, x[t], 1);
+}
+
+//// half a warp shuffles beyond itself
+// error: takes no part in the shuffle
+// x: 32, y: 32, grid: 1, block: 32
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    float v = 0;
+    if (t < 16) v = __shfl_down_sync(0x0000ffffu, x[t], 8@, 16@@);
+    y[t] = v;
+}
+
+//// a reduction whose mask lacks a lane
+// error: whose mask leaves it out
+// x: 32, y: 32, grid: 1, block: 32
+extern "C" __global__ void planted(const int* x, int* y, int n) {
+    y[threadIdx.x] = __reduce_add_sync(@0xffffffffu@0x7fffffffu@, x[threadIdx.x] & 7);
+}
+
+//// half a warp matches with a mask of all
+// error: waits in a warp operation
+// x: 32, y: 32, grid: 1, block: 32
+extern "C" __global__ void planted(const int* x, int* y, int n) {
+    int t = threadIdx.x;
+    if (t < 16) y[t] = __match_any_sync(@0xffff@0xffffffff@u, x[t]);
+    else y[t] = 0;
+}
+
+//// two halves of a warp shuffle apart
+// error: takes no part in the shuffle
+// x: 32, y: 32, grid: 1, block: 32
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    unsigned half = threadIdx.x < 16 ? 0xffffu : 0xffff0000u;
+    y[threadIdx.x] = __shfl_xor_sync(half, x[threadIdx.x], @8@16@);
+}
+
+//// lanes that exchange with one of their group first
+// error: whose mask leaves it out
+// x: 32, y: 32, grid: 1, block: 32
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    float v = x[t];
+    if (t % 4 < 2) v += __shfl_xor_sync(3u << (t / 4 * 4), v, 1);
+    y[t] = __shfl_xor_sync(0xfu << (t / @4@8@ * 4), v, 2);
+}
+
+//// each half of a warp waits for itself alone
+// error: race|nobody has written
+// x: 32, y: 32, grid: 1, block: 32
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[32];
+    int t = threadIdx.x;
+    s[t] = x[t];
+    __syncwarp(@0xffffffff@t < 16 ? 0xffff : 0xffff0000@);
+    y[t] = s[t ^ 16];
+}
