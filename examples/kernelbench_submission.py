@@ -755,8 +755,8 @@ def stored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
 
 
 def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
-    """The inverse of `stored`."""
-    return tensor.movedim(-1, 1) if last and tensor is not None else tensor
+    """The inverse of `stored`, for results. It is no view: autograd refuses to change a Function's views in place."""
+    return tensor.movedim(-1, 1).data if last and tensor is not None else tensor
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1212,7 +1212,8 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
     sums: None, or the sum of each channel of the first image. Then the channels' means are subtracted, and the scale is
         half as large.
     """
-    width, (images, channels), pixels = _width(source), source.shape[:2], math.prod(source.shape[2:])
+    (images, channels), pixels = source.shape[:2], math.prod(source.shape[2:])
+    width = _width(source, pixels)
     launch(
         Kernel("fp16_tiles.cu", "pack_fp16", _macros(scalar(source), split, width)),
         (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
@@ -1223,7 +1224,7 @@ def pack_fp16(source, exponents, sums, packed, split: int) -> None:
 
 def scale_fp16(source, exponents, scaled) -> None:
     """Writes `scaled`, float16 of the shape of `source`, under the scale of the smallest of `exponents`."""
-    width = 4 if source.size % 4 == 0 and address(source) % (4 * source.itemsize) == 0 else 1
+    width = _width(source, source.size)
     kernel = Kernel("fp16_tiles.cu", "scale_fp16", _macros(scalar(source), 1, width))
     blocks = ceil_div(source.size, THREADS * width)
     launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (source, exponents, scaled, exponents.size, source.size))
@@ -1239,8 +1240,9 @@ def _tile_pixels(split, width):
     return THREADS * 8 // chunk_channels(split) * width
 
 
-def _width(source) -> int:
-    return 1 if math.prod(source.shape[2:]) % 4 or address(source) % (4 * source.itemsize) else 4
+def _width(source, length) -> int:
+    """Elements of an access to rows of this length: four, or one where these do not divide."""
+    return 4 if row_width(length, source) >= 4 else 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2779,7 +2781,8 @@ def fused(
     check_slope(parameter)
     affine = (norm.weight, norm.bias, group_weight, group_bias)
     tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, *affine)
-    x, w, conv_bias, *affine = tensors = (restored(aligned(tensors[0]), last), *tensors[1:])
+    x = aligned(tensors[0])
+    x, w, conv_bias, *affine = tensors = (x.movedim(-1, 1) if last else x, *tensors[1:])
     running = dense(norm.running_mean), dense(norm.running_var), norm.batches  # the counter, as check() looks at it
     options = {
         "setting": setting,
@@ -3017,7 +3020,7 @@ template <class N, class P> __device__ inline void store_statistics(
 // Thread mapping: channel_walk.cuh. channel_sum_partials: each block adds a chunk, and writes to partial
 // [channels][chunks], double; channel_sum_combine: one block a channel adds the chunks. Macros: those of
 // channel_walk.cuh, THREADS.
-#include "channel_walk.cuh"
+#include "channel_values.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) channel_sum_partials(
     const scalar_t* __restrict__ x, double* __restrict__ partial, i64 channels, i64 plane, i64 count, i64 chunk,
@@ -3053,182 +3056,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) sums[blockIdx.x] = from_acc<scalar_t>((acc_t)sum);
 }
 """,
-    "channel_walk.cuh": r"""// How the threads of a block walk over the values of channels, and what they sum up of them: the values' sums, and
-// their moments.
-//
-// A chunk is what one block takes of a channel, or of neighbouring channels. Two walks:
-//
-// PLANES 1: x is [images, channels, plane]. Block chunk * channels + c takes a chunk of channel c's count = images *
-//     plane values, in packs of WIDTH neighbours, which all lie in one plane.
-// PLANES 0: x is a matrix of count / plane rows, and channels * plane columns: [rows, channels] (plane 1, channels_last
-//     too), or images whose planes are too small to be read one by one. A pack is WIDTH neighbouring columns. A block
-//     takes `tile` packs of each row of its chunk; its threads are a grid of `tile` times blockDim.x / tile, and those
-//     left over idle. A tile begins and ends where channels do. Block chunk * tiles + t takes tile t.
-//
-// So neighbouring blocks read neighbouring memory. A thread's packs belong to SLOTS channels, always the same: value i
-// of a pack belongs to slot i, or all to slot 0. `chunk` counts values of a channel, and is a multiple of plane where
-// PLANES is 0.
-//
-// Macros: scalar_t, acc_t, PLANES, WIDTH (with PLANES a divisor of plane, else of the columns; pointers are aligned to
-// a pack), KEPT.
+    "channel_values.cuh": r"""// What a block makes of the values of its channels, which it walks over as channel_walk.cuh says: their sums, their
+// moments, and normalised values.
 #pragma once
-#include "batch_norm.cuh"
-
-typedef Packed<scalar_t, WIDTH> Pack;
-enum { SLOTS = PLANES ? 1 : WIDTH, PER_SLOT = WIDTH / SLOTS };
-enum { BATCH = sizeof(Pack) < 16 ? 8 : 4 };  // packs in flight per thread; half of it per tensor where several are read
-
-#if PLANES
-struct Walk {
-    i64 chunk, offset;  // offset: of the current pack in the tensor
-    int size, packs;    // values in the chunk; packs of the thread
-    i64 jump, skip;
-    int left, plane, jump_within, only;  // left: values to the end of the plane; only: the channel
-
-    __device__ Walk(int block, i64 channels, i64 plane_size, i64 count, i64 chunk_size, int) {
-        const int far = 1 << 30;  // a chunk is smaller, so distances beyond make no difference
-        int stride = blockDim.x * WIDTH, start = threadIdx.x * WIDTH;
-        make_opaque(block);  // else a second turn would hold registers during the first
-        chunk = block / (unsigned)channels;
-        only = block - chunk * channels;
-        i64 first = chunk * chunk_size, index = first + start;
-        size = (int)min(chunk_size, count - first);
-        packs = max(0, (size - start + stride - 1) / stride);
-        plane = (int)min(plane_size, (i64)far);
-        int jump_images = stride / plane;
-        jump_within = stride - jump_images * plane;
-        skip = (channels - 1) * plane_size;
-        jump = stride + jump_images * skip;
-        i64 image = index / plane_size, within = index - image * plane_size;
-        left = (int)min(plane_size - within, (i64)far);
-        offset = (image * channels + only) * plane_size + within;
-    }
-    __device__ int entries() const { return 1; }
-    __device__ int place(int) const { return 0; }
-    __device__ void advance() {
-        offset += jump;
-        left -= jump_within;
-        if (left <= 0) {
-            left += plane;
-            offset += skip;
-        }
-    }
-};
-#else
-struct Walk {
-    i64 chunk, offset, step;  // offset: of the current pack in the tensor
-    int size, packs;          // values of each channel in the chunk; packs of the thread
-    int rows, across;         // in the chunk; that the block's threads take together
-    int turns, extra;         // rows of each row of threads; how many of these have one more
-    int column, columns, plane, tile;
-    int first, own, within,
-        channels;  // the tile's first channel; of it that of the thread's first value; place in that
-
-    __device__ Walk(int block, i64 channels, i64 plane_size, i64 count, i64 chunk_size, int tile)
-        : tile(tile), channels((int)channels) {
-        make_opaque(block);  // else a second turn would hold registers during the first
-        plane = (int)plane_size, columns = (int)(channels * plane_size);
-        unsigned tiles = (columns / WIDTH + tile - 1) / tile, at = threadIdx.x % (unsigned)tile,
-                 row = threadIdx.x / (unsigned)tile;
-        across = blockDim.x / tile;
-        chunk = block / tiles;
-        int which = block - (int)chunk * tiles;
-        column = (which * tile + at) * WIDTH;
-        first = which * (plane == 1 ? tile * WIDTH : tile * WIDTH / plane);
-        own = plane == 1 ? at * WIDTH : at * WIDTH / plane;
-        within = at * WIDTH - own * plane;
-        i64 all_rows = count, chunk_rows = chunk_size;
-        if (plane > 1) all_rows /= plane, chunk_rows /= plane;
-        i64 first_row = chunk * chunk_rows;
-        rows = (int)min(chunk_rows, all_rows - first_row);
-        size = rows * plane;
-        turns = (unsigned)rows / (unsigned)across, extra = rows - turns * across;
-        packs = column < columns && row < across ? rows_of(row) : 0;
-        offset = (first_row + row) * columns + column;
-        step = (i64)across * columns;
-    }
-    // The rows of `count` rows of threads.
-    __device__ int rows_of(int row, int count = 1) const { return turns * count + min(max(extra - row, 0), count); }
-    // Rows of threads that lie in one warp, if a warp's lanes are whole ones.
-    __device__ int rows_of_warp() const { return 32 % tile ? 1 : 32 / tile; }
-    // The channel of a slot, counted from the tile's first.
-    __device__ int place(int slot) const {
-        if (plane == 1) return own + slot;
-        return own + (plane < WIDTH ? (within + slot) / plane : within + slot >= plane);
-    }
-    // Channels of the tile; the last tile has fewer, but room for as many.
-    __device__ int entries() const { return plane == 1 ? tile * WIDTH : tile * WIDTH / plane; }
-    __device__ void advance() { offset += step; }
-    // Leaves out packs.
-    __device__ void skip(int count) { offset += count * step, packs -= count; }
-    // Takes the next `count` packs alone, the last one first.
-    __device__ void backwards(int count) { skip(count - 1), step = -step, packs = count; }
-};
-#endif
-
-// Calls load(b, offset) for the thread's next packs, at most `most`, and returns how many they are.
-template <class F> __device__ inline int next_packs(Walk& walk, int most, F load) {
-    int have = min(most, walk.packs);
-    #pragma unroll
-    for (int b = 0; b < most; b++) {
-        if (b < have) load(b, walk.offset);
-        walk.advance();
-    }
-    walk.packs -= most;
-    return have;
-}
-
-// The next packs of a tensor, how many they are, and where they lie. There may be other readers than a pointer.
-__device__ inline int next_batch(const scalar_t* __restrict__ x, Walk& walk, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
-    return next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + (offsets[b] = offset)); });
-}
-
-#if !PLANES
-// Values of a thread's slots lie side by side: 16 bytes at a time, or lanes would meet in the same banks.
-enum { SLOTS_TOGETHER = WIDTH * sizeof(acc_t) % 16 ? 1 : 16 / sizeof(acc_t) };
-typedef Packed<acc_t, SLOTS_TOGETHER> SlotPack;
-#endif
-
-// What a block knows of its channels lies in shared memory: KEPT arrays of an entry for each channel of the tile, or
-// for each column where these differ in weight and bias; behind them the scratch memory of sums, 32 values, and without
-// PLANES 3 WIDTH for each thread.
-enum { MEAN, INVSTD, UNIT, WEIGHT, BIAS, OTHER, ARRAYS };
-static_assert(KEPT == ARRAYS, "the launch has room for the arrays");
-struct Kept {
-    acc_t* first;
-    int stride;  // of the arrays
-    __device__ Kept(acc_t* shared, int tile) : first(shared), stride(PLANES ? 1 : tile * WIDTH) {}
-    __device__ acc_t& at(int array, int place) const { return first[array * stride + place]; }
-    __device__ acc_t* scratch() const { return first + KEPT * stride; }
-    __device__ void normaliser(int place, acc_t mean, acc_t invstd) const {
-        Normaliser one(mean, invstd);
-        at(MEAN, place) = one.mean, at(INVSTD, place) = one.invstd, at(UNIT, place) = one.unit;
-    }
-    // Of channels beyond the last nothing is kept, and nobody uses what is read.
-    UNCHECKED __device__ acc_t value(int array, int place) const { return at(array, place); }
-    UNCHECKED __device__ void slots(int array, const Walk& walk, acc_t (&v)[SLOTS]) const {
-#if !PLANES
-        if (walk.plane == 1) {
-            #pragma unroll
-            for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
-                *(SlotPack*)(v + s) = *(const SlotPack*)&at(array, walk.own + s);
-            return;
-        }
-#endif
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++) v[s] = at(array, walk.place(s));
-    }
-};
-
-// Calls visit(place, channel) once for each channel of the block.
-template <class F> __device__ inline void for_channels(const Walk& walk, F visit) {
-#if PLANES
-    if (threadIdx.x == 0) visit(0, walk.only);
-#else
-    for (int place = threadIdx.x; place < walk.entries() && walk.first + place < walk.channels; place += blockDim.x)
-        visit(place, walk.first + place);
-#endif
-}
+#include "channel_walk.cuh"
 
 // Channels that have no result yet. Sums are of values times `unit`: 1, and where sums are not finite, once more
 // another.
@@ -3524,6 +3355,183 @@ template <class X, class Y, class F> __device__ inline void normalise_chunk(
             *(Packed<Y, WIDTH>*)(y + offsets[j]) = out;
         }
     }
+}
+""",
+    "channel_walk.cuh": r"""// How the threads of a block walk over the values of channels, and where the block keeps what it knows of its channels.
+// What it makes of the values: channel_values.cuh.
+//
+// A chunk is what one block takes of a channel, or of neighbouring channels. Two walks:
+//
+// PLANES 1: x is [images, channels, plane]. Block chunk * channels + c takes a chunk of channel c's count = images *
+//     plane values, in packs of WIDTH neighbours, which all lie in one plane.
+// PLANES 0: x is a matrix of count / plane rows, and channels * plane columns: [rows, channels] (plane 1, channels_last
+//     too), or images whose planes are too small to be read one by one. A pack is WIDTH neighbouring columns. A block
+//     takes `tile` packs of each row of its chunk; its threads are a grid of `tile` times blockDim.x / tile, and those
+//     left over idle. A tile begins and ends where channels do. Block chunk * tiles + t takes tile t.
+//
+// So neighbouring blocks read neighbouring memory. A thread's packs belong to SLOTS channels, always the same: value i
+// of a pack belongs to slot i, or all to slot 0. `chunk` counts values of a channel, and is a multiple of plane where
+// PLANES is 0.
+//
+// Macros: scalar_t, acc_t, PLANES, WIDTH (with PLANES a divisor of plane, else of the columns; pointers are aligned to
+// a pack), KEPT.
+#pragma once
+#include "batch_norm.cuh"
+
+typedef Packed<scalar_t, WIDTH> Pack;
+enum { SLOTS = PLANES ? 1 : WIDTH, PER_SLOT = WIDTH / SLOTS };
+enum { BATCH = sizeof(Pack) < 16 ? 8 : 4 };  // packs in flight per thread; half of it per tensor where several are read
+
+#if PLANES
+struct Walk {
+    i64 chunk, offset;  // offset: of the current pack in the tensor
+    int size, packs;    // values in the chunk; packs of the thread
+    i64 jump, skip;
+    int left, plane, jump_within, only;  // left: values to the end of the plane; only: the channel
+
+    __device__ Walk(int block, i64 channels, i64 plane_size, i64 count, i64 chunk_size, int) {
+        const int far = 1 << 30;  // a chunk is smaller, so distances beyond make no difference
+        int stride = blockDim.x * WIDTH, start = threadIdx.x * WIDTH;
+        make_opaque(block);  // else a second turn would hold registers during the first
+        chunk = block / (unsigned)channels;
+        only = block - chunk * channels;
+        i64 first = chunk * chunk_size, index = first + start;
+        size = (int)min(chunk_size, count - first);
+        packs = max(0, (size - start + stride - 1) / stride);
+        plane = (int)min(plane_size, (i64)far);
+        int jump_images = stride / plane;
+        jump_within = stride - jump_images * plane;
+        skip = (channels - 1) * plane_size;
+        jump = stride + jump_images * skip;
+        i64 image = index / plane_size, within = index - image * plane_size;
+        left = (int)min(plane_size - within, (i64)far);
+        offset = (image * channels + only) * plane_size + within;
+    }
+    __device__ int entries() const { return 1; }
+    __device__ int place(int) const { return 0; }
+    __device__ void advance() {
+        offset += jump;
+        left -= jump_within;
+        if (left <= 0) {
+            left += plane;
+            offset += skip;
+        }
+    }
+};
+#else
+struct Walk {
+    i64 chunk, offset, step;  // offset: of the current pack in the tensor
+    int size, packs;          // values of each channel in the chunk; packs of the thread
+    int rows, across;         // in the chunk; that the block's threads take together
+    int turns, extra;         // rows of each row of threads; how many of these have one more
+    int column, columns, plane, tile;
+    int first, own, within,
+        channels;  // the tile's first channel; of it that of the thread's first value; place in that
+
+    __device__ Walk(int block, i64 channels, i64 plane_size, i64 count, i64 chunk_size, int tile)
+        : tile(tile), channels((int)channels) {
+        make_opaque(block);  // else a second turn would hold registers during the first
+        plane = (int)plane_size, columns = (int)(channels * plane_size);
+        unsigned tiles = (columns / WIDTH + tile - 1) / tile, at = threadIdx.x % (unsigned)tile,
+                 row = threadIdx.x / (unsigned)tile;
+        across = blockDim.x / tile;
+        chunk = block / tiles;
+        int which = block - (int)chunk * tiles;
+        column = (which * tile + at) * WIDTH;
+        first = which * (plane == 1 ? tile * WIDTH : tile * WIDTH / plane);
+        own = plane == 1 ? at * WIDTH : at * WIDTH / plane;
+        within = at * WIDTH - own * plane;
+        i64 all_rows = count, chunk_rows = chunk_size;
+        if (plane > 1) all_rows /= plane, chunk_rows /= plane;
+        i64 first_row = chunk * chunk_rows;
+        rows = (int)min(chunk_rows, all_rows - first_row);
+        size = rows * plane;
+        turns = (unsigned)rows / (unsigned)across, extra = rows - turns * across;
+        packs = column < columns && row < across ? rows_of(row) : 0;
+        offset = (first_row + row) * columns + column;
+        step = (i64)across * columns;
+    }
+    // The rows of `count` rows of threads.
+    __device__ int rows_of(int row, int count = 1) const { return turns * count + min(max(extra - row, 0), count); }
+    // Rows of threads that lie in one warp, if a warp's lanes are whole ones.
+    __device__ int rows_of_warp() const { return 32 % tile ? 1 : 32 / tile; }
+    // The channel of a slot, counted from the tile's first.
+    __device__ int place(int slot) const {
+        if (plane == 1) return own + slot;
+        return own + (plane < WIDTH ? (within + slot) / plane : within + slot >= plane);
+    }
+    // Channels of the tile; the last tile has fewer, but room for as many.
+    __device__ int entries() const { return plane == 1 ? tile * WIDTH : tile * WIDTH / plane; }
+    __device__ void advance() { offset += step; }
+    // Leaves out packs.
+    __device__ void skip(int count) { offset += count * step, packs -= count; }
+    // Takes the next `count` packs alone, the last one first.
+    __device__ void backwards(int count) { skip(count - 1), step = -step, packs = count; }
+};
+#endif
+
+// Calls load(b, offset) for the thread's next packs, at most `most`, and returns how many they are.
+template <class F> __device__ inline int next_packs(Walk& walk, int most, F load) {
+    int have = min(most, walk.packs);
+    #pragma unroll
+    for (int b = 0; b < most; b++) {
+        if (b < have) load(b, walk.offset);
+        walk.advance();
+    }
+    walk.packs -= most;
+    return have;
+}
+
+// The next packs of a tensor, how many they are, and where they lie. There may be other readers than a pointer.
+__device__ inline int next_batch(const scalar_t* __restrict__ x, Walk& walk, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
+    return next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + (offsets[b] = offset)); });
+}
+
+#if !PLANES
+// Values of a thread's slots lie side by side: 16 bytes at a time, or lanes would meet in the same banks.
+enum { SLOTS_TOGETHER = WIDTH * sizeof(acc_t) % 16 ? 1 : 16 / sizeof(acc_t) };
+typedef Packed<acc_t, SLOTS_TOGETHER> SlotPack;
+#endif
+
+// What a block knows of its channels lies in shared memory: KEPT arrays of an entry for each channel of the tile, or
+// for each column where these differ in weight and bias; behind them the scratch memory of sums, 32 values, and without
+// PLANES 3 WIDTH for each thread.
+enum { MEAN, INVSTD, UNIT, WEIGHT, BIAS, OTHER, ARRAYS };
+static_assert(KEPT == ARRAYS, "the launch has room for the arrays");
+struct Kept {
+    acc_t* first;
+    int stride;  // of the arrays
+    __device__ Kept(acc_t* shared, int tile) : first(shared), stride(PLANES ? 1 : tile * WIDTH) {}
+    __device__ acc_t& at(int array, int place) const { return first[array * stride + place]; }
+    __device__ acc_t* scratch() const { return first + KEPT * stride; }
+    __device__ void normaliser(int place, acc_t mean, acc_t invstd) const {
+        Normaliser one(mean, invstd);
+        at(MEAN, place) = one.mean, at(INVSTD, place) = one.invstd, at(UNIT, place) = one.unit;
+    }
+    // Of channels beyond the last nothing is kept, and nobody uses what is read.
+    UNCHECKED __device__ acc_t value(int array, int place) const { return at(array, place); }
+    UNCHECKED __device__ void slots(int array, const Walk& walk, acc_t (&v)[SLOTS]) const {
+#if !PLANES
+        if (walk.plane == 1) {
+            #pragma unroll
+            for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
+                *(SlotPack*)(v + s) = *(const SlotPack*)&at(array, walk.own + s);
+            return;
+        }
+#endif
+        #pragma unroll
+        for (int s = 0; s < SLOTS; s++) v[s] = at(array, walk.place(s));
+    }
+};
+
+// Calls visit(place, channel) once for each channel of the block.
+template <class F> __device__ inline void for_channels(const Walk& walk, F visit) {
+#if PLANES
+    if (threadIdx.x == 0) visit(0, walk.only);
+#else
+    for (int place = threadIdx.x; place < walk.entries() && walk.first + place < walk.channels; place += blockDim.x)
+        visit(place, walk.first + place);
+#endif
 }
 """,
     "common.cuh": r"""// Types, conversions and reductions that the kernels share. Includes nothing of a CUDA toolkit: pip wheels have no
@@ -4310,6 +4318,143 @@ struct MainLoop {
         }
     }
 };
+""",
+    "conv_output_gradient.cuh": r"""// dy, the gradient of the convolution's output, of one window of a channel, and what it sums to at the image's borders:
+// see pooled_tail_backward.cu, whose macros are used here.
+#pragma once
+#include "pooled_tail.cuh"
+
+// dy of one channel, times 2^e: the part that all pixels have, and what the chosen corner of a window adds.
+struct OutputGradient {
+    float mean, invstd, slope, offset, scale, enlarge;
+    int exponent;  // mean is times 2^-exponent, see Normaliser, and `restore` must be
+
+    // Without statistics that depend on the batch (sums null) all pixels have 0.
+    __device__ OutputGradient(
+        const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
+        : slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0), enlarge(1) {
+        Normaliser normalise(sums ? means[c] : 0, invstds[c]);
+        mean = normalise.mean, invstd = normalise.invstd, exponent = normalise.unit == 1 ? 0 : 32;
+        scale = multiply_unflushed(bn_weight(weights, c), invstds[c]);
+    }
+    __device__ void finish(float count, int e) {
+        enlarge = power_of_two(e);
+        slope = -of_chosen(slope / count);
+        offset = -of_chosen(offset / count);
+    }
+    // y = kept * restore
+    __device__ float of(float kept, float restore) const { return (kept * restore - mean) * invstd * slope + offset; }
+    // In this order, which neither loses nor overflows what fits in the end.
+    __device__ float of_chosen(float g) const { return multiply_unflushed(multiply_unflushed(g, enlarge), scale); }
+};
+
+// A 2x2 window: its places in `argmax`, in `saved`, and in g, which for windows that an odd edge cuts is -1.
+struct Window {
+    int row, column, argmax, saved, pooled;
+
+    __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
+        argmax = place_of_window<TOGETHER_POOLED>(row, column);
+        saved = place_of_window<together_saved<saved_t>()>(row, column);
+        pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
+    }
+};
+
+// What conv_bn_pool saved of a window.
+template <int> struct KeptOf { typedef uint2 type; };
+template <> struct KeptOf<2> { typedef float4 type; };
+typedef KeptOf<SPLIT>::type Kept;
+__device__ inline void unpack(uint2 kept, float (&v)[4]) {
+    #pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = to_acc(half_t{(unsigned short)((i < 2 ? kept.x : kept.y) >> i % 2 * 16)});
+}
+__device__ inline void unpack(float4 kept, float (&v)[4]) {
+    v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w;
+}
+// The exponent of a window's scale, but for its channel's.
+__device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
+    if (SPLIT == 2) return 0;
+    return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
+}
+// dy of the corners of one window in plane `plane`. Corners outside the image get anything.
+__device__ inline void gradients_of(
+    const OutputGradient& gradient, const float* g, const u8* argmax, const saved_t* saved, i64 plane,
+    const Window& window, float restore, float (&dy)[4]) {
+    float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]);
+    int tap = window.pooled < 0 ? -1 : argmax[plane * PLANE_STRIDE + window.argmax];
+    unpack(saved ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), dy);
+    #pragma unroll
+    for (int corner = 0; corner < 4; corner++)
+        dy[corner] = gradient.of(dy[corner], restore) + (corner == tap ? add : 0);
+}
+
+// The convolution's input; rows and columns at each edge of its output that have no partner in it for some tap.
+#define IN_H (OUT_H - KERNEL_H + 1 + 2 * PAD_H)
+#define IN_W (OUT_W - KERNEL_W + 1 + 2 * PAD_W)
+#define TAPS (KERNEL_H * KERNEL_W)
+#define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
+#define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
+// Rows of windows from the top, and from which on to the bottom, that such rows meet, and columns likewise.
+enum {
+    TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H,
+    BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2
+};
+enum {
+    LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W,
+    RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2
+};
+enum { FULL_ROWS = TOP + WINDOWS_H - BOTTOM, SIDES = LEFT + WINDOWS_W - RIGHT };
+enum { EDGE_WINDOWS = FULL_ROWS * WINDOWS_W + (BOTTOM - TOP) * SIDES };
+
+// The number of the i-th window that meets an edge: of whole rows of windows first.
+__device__ inline int edge_window(int i) {
+    if (i < FULL_ROWS * WINDOWS_W) return i < TOP * WINDOWS_W ? i : i + (BOTTOM - TOP) * WINDOWS_W;
+    i -= FULL_ROWS * WINDOWS_W;
+    int side = i % (SIDES ? SIDES : 1);
+    return (TOP + i / (SIDES ? SIDES : 1)) * WINDOWS_W + (side < LEFT ? side : side + RIGHT - LEFT);
+}
+
+// borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no
+// partner in the convolution's input. Not from the packed tiles: conv_wgrad_reduce multiplies these sums by what x was
+// centred by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the
+// block's warps.
+__device__ inline void sum_borders(
+    const float* g, const u8* argmax, const saved_t* saved, const int* exponents, const int* unit_exponents,
+    OutputGradient gradient, int c, i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32,
+        exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
+    if (lane == 0)
+        for (int tap = 0; tap < TAPS; tap++) totals[warp][tap] = 0;
+    for (int start = threadIdx.x % 128; start - lane < EDGE_WINDOWS; start += 128) {
+        bool exists = start < EDGE_WINDOWS;
+        Window window(edge_window(exists ? start : 0));
+        float sum[4] = {};
+        #pragma unroll 4
+        for (i64 image = first; image < end; image++) {
+            float restore = restoring(exponent + kept_exponent(unit_exponents, image, window)), v[4];
+            gradients_of(gradient, g, argmax, saved, image * OUT_CHANNELS + c, window, restore, v);
+            #pragma unroll
+            for (int corner = 0; corner < 4; corner++) sum[corner] += v[corner];
+        }
+        #pragma unroll 1
+        for (int tap = 0; tap < TAPS; tap++) {
+            float alone = 0;
+            #pragma unroll
+            for (int corner = 0; corner < 4; corner++) {
+                int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
+                int ih = h + PAD_H - tap / KERNEL_W, iw = w + PAD_W - tap % KERNEL_W;
+                bool partnered = ih >= 0 && ih < IN_H && iw >= 0 && iw < IN_W;
+                if (exists && h < OUT_H && w < OUT_W && !partnered) alone += sum[corner];
+            }
+            alone = warp_sum(alone);
+            if (lane == 0) totals[warp][tap] += alone;
+        }
+    }
+    __syncthreads();
+    warp = warp / 4 * 4;
+    for (int tap = threadIdx.x % 128; tap < TAPS; tap += 128)
+        borders[tap * OUT_CHANNELS + c] =
+            totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
+}
 """,
     "conv_transpose.cu": r"""// Transposed convolution and its input gradient as one implicit GEMM on ordinary FMA units, for any hyper-parameters.
 //
@@ -6602,10 +6747,10 @@ struct Norm {
 //
 // Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, argmax, saved and the exponents of
 // conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_tiles.cuh, saved_t
-// (half_t with SPLIT 1, float with 2), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the
-// convolution, and those of conv_output_gradient_packed.
+// (half_t with SPLIT 1, float with 2), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution, and those of
+// conv_output_gradient_packed.
 #define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
-#include "pooled_tail.cuh"
+#include "conv_output_gradient.cuh"
 #include "fp16_tiles.cuh"
 #include "gradient_bound.cuh"
 
@@ -6755,138 +6900,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     if (dconv_bias)
         dconv_bias[c] = from_acc<param_t>(training ? bound.means - bound.means : multiply_unflushed(scale, total[2]));
     dy_exponents[c] = bound.exponent(scale);
-}
-
-// dy of one channel, times 2^e: the part that all pixels have, and what the chosen corner of a window adds.
-struct OutputGradient {
-    float mean, invstd, slope, offset, scale, enlarge;
-    int exponent;  // mean is times 2^-exponent, see Normaliser, and `restore` must be
-
-    // Without statistics that depend on the batch (sums null) all pixels have 0.
-    __device__ OutputGradient(
-        const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
-        : slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0), enlarge(1) {
-        Normaliser normalise(sums ? means[c] : 0, invstds[c]);
-        mean = normalise.mean, invstd = normalise.invstd, exponent = normalise.unit == 1 ? 0 : 32;
-        scale = multiply_unflushed(bn_weight(weights, c), invstds[c]);
-    }
-    __device__ void finish(float count, int e) {
-        enlarge = power_of_two(e);
-        slope = -of_chosen(slope / count);
-        offset = -of_chosen(offset / count);
-    }
-    // y = kept * restore
-    __device__ float of(float kept, float restore) const { return (kept * restore - mean) * invstd * slope + offset; }
-    // In this order, which neither loses nor overflows what fits in the end.
-    __device__ float of_chosen(float g) const { return multiply_unflushed(multiply_unflushed(g, enlarge), scale); }
-};
-
-// A 2x2 window: its places in `argmax`, in `saved`, and in g, which for windows that an odd edge cuts is -1.
-struct Window {
-    int row, column, argmax, saved, pooled;
-
-    __device__ explicit Window(int window) : row(window / WINDOWS_W), column(window % WINDOWS_W) {
-        argmax = place_of_window<TOGETHER_POOLED>(row, column);
-        saved = place_of_window<together_saved<saved_t>()>(row, column);
-        pooled = row < OUT_H / 2 && column < POOLED_W ? row * POOLED_W + column : -1;
-    }
-};
-
-// What conv_bn_pool saved of a window.
-template <int> struct KeptOf { typedef uint2 type; };
-template <> struct KeptOf<2> { typedef float4 type; };
-typedef KeptOf<SPLIT>::type Kept;
-__device__ inline void unpack(uint2 kept, float (&v)[4]) {
-    #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = to_acc(half_t{(unsigned short)((i < 2 ? kept.x : kept.y) >> i % 2 * 16)});
-}
-__device__ inline void unpack(float4 kept, float (&v)[4]) {
-    v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w;
-}
-// The exponent of a window's scale, but for its channel's.
-__device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
-    if (SPLIT == 2) return 0;
-    return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
-}
-// dy of the corners of one window in plane `plane`. Corners outside the image get anything.
-__device__ inline void gradients_of(
-    const OutputGradient& gradient, const float* g, const u8* argmax, const saved_t* saved, i64 plane,
-    const Window& window, float restore, float (&dy)[4]) {
-    float add = window.pooled < 0 ? 0 : gradient.of_chosen(g[plane * PLANE + window.pooled]);
-    int tap = window.pooled < 0 ? -1 : argmax[plane * PLANE_STRIDE + window.argmax];
-    unpack(saved ? ((const Kept*)saved)[plane * PLANE_STRIDE + window.saved] : Kept(), dy);
-    #pragma unroll
-    for (int corner = 0; corner < 4; corner++)
-        dy[corner] = gradient.of(dy[corner], restore) + (corner == tap ? add : 0);
-}
-
-// The convolution's input; rows and columns at each edge of its output that have no partner in it for some tap.
-#define IN_H (OUT_H - KERNEL_H + 1 + 2 * PAD_H)
-#define IN_W (OUT_W - KERNEL_W + 1 + 2 * PAD_W)
-#define TAPS (KERNEL_H * KERNEL_W)
-#define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
-#define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-// Rows of windows from the top, and from which on to the bottom, that such rows meet, and columns likewise.
-enum {
-    TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H,
-    BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2
-};
-enum {
-    LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W,
-    RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2
-};
-enum { FULL_ROWS = TOP + WINDOWS_H - BOTTOM, SIDES = LEFT + WINDOWS_W - RIGHT };
-enum { EDGE_WINDOWS = FULL_ROWS * WINDOWS_W + (BOTTOM - TOP) * SIDES };
-
-// The number of the i-th window that meets an edge: of whole rows of windows first.
-__device__ inline int edge_window(int i) {
-    if (i < FULL_ROWS * WINDOWS_W) return i < TOP * WINDOWS_W ? i : i + (BOTTOM - TOP) * WINDOWS_W;
-    i -= FULL_ROWS * WINDOWS_W;
-    int side = i % (SIDES ? SIDES : 1);
-    return (TOP + i / (SIDES ? SIDES : 1)) * WINDOWS_W + (side < LEFT ? side : side + RIGHT - LEFT);
-}
-
-// borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no
-// partner in the convolution's input. Not from the packed tiles: conv_wgrad_reduce multiplies these sums by what x was
-// centred by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the
-// block's warps.
-__device__ inline void sum_borders(
-    const float* g, const u8* argmax, const saved_t* saved, const int* exponents, const int* unit_exponents,
-    OutputGradient gradient, int c, i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32,
-        exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
-    if (lane == 0)
-        for (int tap = 0; tap < TAPS; tap++) totals[warp][tap] = 0;
-    for (int start = threadIdx.x % 128; start - lane < EDGE_WINDOWS; start += 128) {
-        bool exists = start < EDGE_WINDOWS;
-        Window window(edge_window(exists ? start : 0));
-        float sum[4] = {};
-        #pragma unroll 4
-        for (i64 image = first; image < end; image++) {
-            float restore = restoring(exponent + kept_exponent(unit_exponents, image, window)), v[4];
-            gradients_of(gradient, g, argmax, saved, image * OUT_CHANNELS + c, window, restore, v);
-            #pragma unroll
-            for (int corner = 0; corner < 4; corner++) sum[corner] += v[corner];
-        }
-        #pragma unroll 1
-        for (int tap = 0; tap < TAPS; tap++) {
-            float alone = 0;
-            #pragma unroll
-            for (int corner = 0; corner < 4; corner++) {
-                int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
-                int ih = h + PAD_H - tap / KERNEL_W, iw = w + PAD_W - tap % KERNEL_W;
-                bool partnered = ih >= 0 && ih < IN_H && iw >= 0 && iw < IN_W;
-                if (exists && h < OUT_H && w < OUT_W && !partnered) alone += sum[corner];
-            }
-            alone = warp_sum(alone);
-            if (lane == 0) totals[warp][tap] += alone;
-        }
-    }
-    __syncthreads();
-    warp = warp / 4 * 4;
-    for (int tap = threadIdx.x % 128; tap < TAPS; tap += 128)
-        borders[tap * OUT_CHANNELS + c] =
-            totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
 }
 
 // A block turns a tile of TILE windows, of TILES, and one chunk of channels into lines of packed tiles. A thread
