@@ -105,7 +105,7 @@ _ALONE = {
 }  # time of a block alone on a multiprocessor that fits so many, in that of all of them
 
 
-def _tables(usual, sm75, split: int, gpu: Gpu) -> tuple[Tile, ...]:
+def _usable_tiles(usual, sm75, split: int, gpu: Gpu) -> tuple[Tile, ...]:
     """Tiles to choose from."""
     return sm75 if gpu.sm75 else usual[split] + gpu.wgmma * WGMMA[split]
 
@@ -187,33 +187,24 @@ def _merged(kernel, stride, pad) -> _Axis:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(
-    x_shape,
-    w_shape,
-    geometry: Geometry,
-    split: int,
-    dtype: str,
-    gpu: Gpu,
-    dgrad: bool = False,
-) -> Plan:
+def plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, gpu: Gpu, dgrad: bool = False) -> Plan:
     """The plan of the forward for x [N, C, H, W], N at least 1, or of dgrad. dtype: the kernels' name of x's type."""
     y_shape, channels = output_shape(x_shape, w_shape, geometry), (w_shape[0] // geometry.groups, w_shape[1])
     kernel, (stride, padding, _, dilation, groups) = w_shape[2:], geometry
-    tables = _tables(GATHER, GATHER_SM75, split, gpu)
     of_axes = zip(kernel, stride, padding, dilation)
     if dgrad:
         axes = [_Axis(k, k, offset=-p, step=-d, in_step=s) for k, s, p, d in of_axes]
-        return _plan(y_shape, x_shape, axes, groups, *channels, split, dtype, dgrad, tables, gpu)
-    most_merged = min(_MOST_MERGED, max(tile.n for tile in tables))
+        return _plan(y_shape, x_shape, axes, groups, *channels, split, dtype, dgrad, gpu)
+    most_merged = min(_MOST_MERGED, max(tile.n for tile in _usable_tiles(GATHER, GATHER_SM75, split, gpu)))
     choices = [[_Axis(k, k, s, p, d), *[_merged(k, s, p)] * (s > 1 and d == 1)] for k, s, p, d in of_axes]
     return min(
-        _plan(x_shape, y_shape, axes, groups, *channels[::-1], split, dtype, dgrad, tables, gpu)
+        _plan(x_shape, y_shape, axes, groups, *channels[::-1], split, dtype, dgrad, gpu)
         for axes in itertools.product(*choices)
         if math.prod(a.merged for a in axes) <= most_merged and (axes[0].merged == 1 or axes[1].phases == 1)
     )
 
 
-def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad, tables, gpu) -> Plan:
+def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad, gpu) -> Plan:
     """channels, sum_channels: of `out` and of `source`, per group."""
     merged, phases, sum_octets = (
         math.prod(a.merged for a in axes),
@@ -228,7 +219,8 @@ def _plan(source, out, axes, groups, channels, sum_channels, split, dtype, dgrad
         """Of channels, of pixels."""
         return ceil_div(channels, tile.n // merged), ceil_div(pixels, tile.m)
 
-    blocks_of = {t: math.prod(tiles(t)) * phases * groups for t in tables if t.n >= merged}
+    usable = _usable_tiles(GATHER, GATHER_SM75, split, gpu)
+    blocks_of = {t: math.prod(tiles(t)) * phases * groups for t in usable if t.n >= merged}
     choices = [(*_best_splits(t, blocks, steps, most_steps, gpu), t) for t, blocks in blocks_of.items()]
     time, splits, tile = min(choices)
     channel_tiles, pixel_tiles = tiles(tile)
@@ -272,14 +264,7 @@ def _best_splits(tile, blocks, steps, most_steps, gpu) -> tuple[float, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def wgrad_plan(
-    x_shape,
-    w_shape,
-    geometry: Geometry,
-    split: int,
-    dtype: str,
-    gpu: Gpu,
-) -> WgradPlan:
+def wgrad_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, gpu: Gpu) -> WgradPlan:
     """The plan of the gradient of w in the convolution of x [N, C, H, W], N at least 1. dtype: of w."""
     y_shape, groups = output_shape(x_shape, w_shape, geometry), geometry.groups
     channels_in, channels_out, taps = w_shape[0] // groups, w_shape[1], math.prod(w_shape[2:])
@@ -289,8 +274,8 @@ def wgrad_plan(
     def tiles(tile):
         return ceil_div(channels_in, tile.m), ceil_div(columns, tile.n)
 
-    tables = _tables(WGRAD, WGRAD_SM75, split, gpu)
-    blocks_of = {t: math.prod(tiles(t)) * groups for t in tables}
+    usable = _usable_tiles(WGRAD, WGRAD_SM75, split, gpu)
+    blocks_of = {t: math.prod(tiles(t)) * groups for t in usable}
     choices = [(*_best_splits(t, blocks, all_steps, all_steps, gpu), t) for t, blocks in blocks_of.items()]
     time, splits, tile = min(choices)
     splits = max(splits, ceil_div(pixels, _LONGEST_CHAIN))

@@ -156,10 +156,20 @@ def many_passes(monkeypatch, fresh_plans):
 
 
 @pytest.fixture
-def one_multiprocessor(monkeypatch):
-    """Tensor-core plans are those of a GPU with one multiprocessor: sums are not split."""
-    monkeypatch.setattr(numerics, "_EMULATED_MULTIPROCESSORS", 1)
-    monkeypatch.setattr(numerics, "_multiprocessors", lambda _: 1)
+def multiprocessors(monkeypatch):
+    """multiprocessors(count): from now on tensor-core plans are those of a GPU with so many."""
+
+    def have(count):
+        monkeypatch.setattr(numerics, "_EMULATED_MULTIPROCESSORS", count)
+        monkeypatch.setattr(numerics, "_multiprocessors", lambda _: count)
+
+    return have
+
+
+@pytest.fixture
+def one_multiprocessor(multiprocessors):
+    """Sums are not split."""
+    multiprocessors(1)
 
 
 def pytest_addoption(parser):

@@ -223,14 +223,13 @@ def test_sm75_does_not_multiply_bfloat16(device):
         assert "sm_75 does not multiply bfloat16" in explain(layer.bfloat16(), x.bfloat16())
 
 
-def test_plans_follow_the_gpu_s_size(device, monkeypatch, launched):
+def test_plans_follow_the_gpu_s_size(device, multiprocessors, launched):
     """Few blocks with large tiles fill a small GPU; a large one gets small tiles and split sums."""
     case = ((4, 136, 8, 8), 72, (3, 3), (1, 1), (1, 1), (0, 0), 1, (1, 1))
     shapes = case[0], (136, 72, 3, 3), Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
     found = []
     for count in (1, 16, 132):
-        monkeypatch.setattr(numerics, "_EMULATED_MULTIPROCESSORS", count)
-        monkeypatch.setattr(numerics, "_multiprocessors", lambda _, count=count: count)
+        multiprocessors(count)
         x, w, b, dy = tensors(case, device, torch.float32)
         found.append(gather_gemm_plan.plan(*shapes, 1, "float", gather_gemm_plan.Gpu(multiprocessors=count)))
         launched.clear()

@@ -157,9 +157,8 @@ def bn_activation_max_pool2d(input, arguments, shift, activation, negative_slope
         its gradient is 0.
     pool: a `Pool`.
 
-    The other arguments are those of `conv_bn_activation_max_pool_group_norm`. The result has the
-    memory format of input. Raises UnsupportedError for float64 and for windows that `takes_pool` refuses, and the
-    errors of batch_norm.
+    The other arguments are those of `conv_bn_activation_max_pool_group_norm`. The result has the memory format of
+    input. Raises UnsupportedError for float64 and for windows that `takes_pool` refuses, and the errors of batch_norm.
     """
     norm = Norm.checked(*arguments)
 
