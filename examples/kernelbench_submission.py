@@ -1676,11 +1676,11 @@ def check_numerics(numerics: str) -> None:
         raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, received {numerics!r}")
 
 
-def resolve(numerics: str, x: torch.Tensor) -> str:
-    """The class of a convolution of x, "tf32" or "fp32"."""
+def resolve(numerics: str, device: torch.device) -> str:
+    """The class of a convolution on the device, "tf32" or "fp32"."""
     if numerics != "auto":
         return numerics
-    return "tf32" if x.is_cuda and allows_tf32() and _capability(x.get_device()) >= (8, 0) else "fp32"
+    return "tf32" if device.type == "cuda" and allows_tf32() and _capability(device.index) >= (8, 0) else "fp32"
 
 
 class Choice(NamedTuple):
@@ -1699,15 +1699,15 @@ class Choice(NamedTuple):
         return Gpu(self.wgmma, self.sm75, self.multiprocessors)
 
 
-def choose(numerics: str, x: torch.Tensor) -> Choice:
-    """The choice for a convolution of x under the current settings."""
+def choose(numerics: str, device: torch.device) -> Choice:
+    """The choice for a convolution on a tensor's device under the current settings."""
     without = "tensor cores are switched off" if _switched_off else None
     sizes, sm75 = (_EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS), bool(_as_sm75)
-    if x.is_cuda:
-        index = x.get_device()
+    if device.type == "cuda":
+        index = device.index
         sizes, without = (_shared_bytes(index), _multiprocessors(index)), without or _too_old(index)
         sm75 = sm75 or _capability(index) == (7, 5)
-    return Choice(resolve(numerics, x), uses_wgmma(x), *sizes, sm75, without)
+    return Choice(resolve(numerics, device), uses_wgmma(device), *sizes, sm75, without)
 
 
 def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
@@ -2738,7 +2738,7 @@ def geometry_of(padding):
 def run(input, arguments, *others):
     """The chain's result. Its arguments: those of `fused` but for two, and behind them numerics and peers."""
     *others, numerics, peers = others
-    how = choose(_class(numerics, input), input), enabled(input)
+    how = choose(_class(numerics, input), input.device), enabled(input)
     return result_of_norm(fused(input, arguments, *others, *how, peers=peers))
 
 

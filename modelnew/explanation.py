@@ -28,7 +28,9 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
     if isinstance(module, ModelNew):
         found, reason = fused_model(module, x)
         if reason is None:
-            lines.append(f"fused into one operator, tensor cores, {resolve(module.conv_transpose.numerics, x)} class")
+            lines.append(
+                f"fused into one operator, tensor cores, {resolve(module.conv_transpose.numerics, x.device)} class"
+            )
         elif found:
             lines.append(f"fused into {found}, not one: {reason}")
         else:
@@ -60,7 +62,7 @@ def planned_kernels(module: nn.Module, x: torch.Tensor) -> tuple[list, list]:
 def _convolution(conv, x) -> str:
     """Which kernels the convolution runs, and why."""
     geometry = Geometry(conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups)
-    choice, formats = choose(conv.numerics, x), (channels_last(x), channels_last(conv.weight))
+    choice, formats = choose(conv.numerics, x.device), (channels_last(x), channels_last(conv.weight))
     kernels, detail = kernels_of(NUMPY[x.dtype], x.shape, conv.weight.shape, geometry, choice, formats)
     if kernels in ("depthwise", "thin"):
         return f"{kernels} kernels, in float32's precision"

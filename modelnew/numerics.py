@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from cupy_kernels import conv_transpose_mma, conv_wgrad_mma, nvrtc
 from cupy_kernels.common import MULTIPROCESSORS
@@ -38,11 +39,11 @@ def check_numerics(numerics: str) -> None:
         raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, received {numerics!r}")
 
 
-def resolve(numerics: str, x: torch.Tensor) -> str:
-    """The class of a convolution of x, "tf32" or "fp32"."""
+def resolve(numerics: str, device: torch.device) -> str:
+    """The class of a convolution on the device, "tf32" or "fp32"."""
     if numerics != "auto":
         return numerics
-    return "tf32" if x.is_cuda and allows_tf32() and _capability(x.get_device()) >= (8, 0) else "fp32"
+    return "tf32" if device.type == "cuda" and allows_tf32() and _capability(device.index) >= (8, 0) else "fp32"
 
 
 class Choice(NamedTuple):
@@ -68,25 +69,34 @@ def settings():
     return allows_tf32()
 
 
-def choose(numerics: str, x: torch.Tensor) -> Choice:
-    """The choice for a convolution of x under the current settings."""
+def choose(numerics: str, device: torch.device) -> Choice:
+    """The choice for a convolution on a tensor's device under the current settings."""
     without = "tensor cores are switched off" if _switched_off else None
     sizes, sm75 = (_EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS), bool(_as_sm75)
-    if x.is_cuda:
-        index = x.get_device()
+    if device.type == "cuda":
+        index = device.index
         sizes, without = (_shared_bytes(index), _multiprocessors(index)), without or _too_old(index)
         sm75 = sm75 or _capability(index) == (7, 5)
-    return Choice(resolve(numerics, x), uses_wgmma(x), *sizes, sm75, without)
+    return Choice(resolve(numerics, device), uses_wgmma(device), *sizes, sm75, without)
 
 
-def settled(numerics: str, x: torch.Tensor) -> str:
+@torch.compiler.assume_constant_result
+def settled(numerics: str, device: torch.device) -> str:
     """`choose` as a string, for operators that take a string. It fixes the choice before the operator runs."""
-    return numerics if numerics not in NUMERICS else repr(tuple(choose(numerics, x)))
+    return numerics if numerics not in NUMERICS else repr(tuple(choose(numerics, device)))
 
 
-def settled_choice(numerics: str, x: torch.Tensor) -> Choice:
+def settled_in_graph(numerics: str, device: torch.device) -> str:
+    """`settled` for a graph of torch.compile, whose cache on disk sees what is in the graph, but not our settings.
+
+    An exported program keeps `numerics`, as it may run on another GPU.
+    """
+    return settled(numerics, device) if is_dynamo_compiling() and not is_exporting() else numerics
+
+
+def settled_choice(numerics: str, device: torch.device) -> Choice:
     """The choice in a string of `settled`, or for one of NUMERICS the choice under the current settings."""
-    return choose(numerics, x) if numerics in NUMERICS else Choice(*ast.literal_eval(numerics))
+    return choose(numerics, device) if numerics in NUMERICS else Choice(*ast.literal_eval(numerics))
 
 
 @contextlib.contextmanager
@@ -187,10 +197,10 @@ def _split(dtype, choice) -> int:
     return 2 if dtype == np.float32 and choice.cls == "fp32" else 1
 
 
-def uses_wgmma(x: torch.Tensor) -> bool:
-    """Whether plans for x may use wgmma."""
-    if x.is_cuda:
-        return _wgmma_chosen[-1:] != [False] and has_wgmma(x.device.index)
+def uses_wgmma(device: torch.device) -> bool:
+    """Whether plans for tensors on the device may use wgmma."""
+    if device.type == "cuda":
+        return _wgmma_chosen[-1:] != [False] and has_wgmma(device.index)
     return _wgmma_chosen[-1:] == [True]
 
 

@@ -57,7 +57,7 @@ def conv_bn_activation_max_pool_group_norm(
 ):
     geometry = stride, padding, output_padding, groups, dilation
     y = batch_norm(F.conv_transpose2d(input, conv_weight, conv_bias, *geometry), *args, **options)
-    y = y.tanh() if activation == "tanh" else F.leaky_relu(y, negative_slope)
+    y = {"tanh": y.tanh, "leaky_relu": lambda: F.leaky_relu(y, negative_slope)}[activation]()
     y = F.max_pool2d(y, pool_size, pool_stride, pool_padding)
     return F.group_norm(y, num_groups, group_weight, group_bias, group_eps)
 

@@ -115,7 +115,7 @@ def _steps(rank, device, images, tiny) -> tuple[dict[tuple[str, str], Callable],
             apart = ((gradient - expected).square().mean() / expected.square().mean()).sqrt().item()
             if not apart <= _MOST_APART:
                 raise RuntimeError(f"{what}: the gradients of ModelNew and Model are {apart:.2g} apart on rank {rank}")
-    return found, resolve("auto", x)
+    return found, resolve("auto", x.device)
 
 
 def _step(model, x, dy):

@@ -1,5 +1,6 @@
 """torch.compile with nothing left out of the graph: results equal eager's, bit for bit, and so do buffers."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from test_registration import FUSED, NETWORKS, step
 from torch import nn
 
-from modelnew import ModelNew, functional, layers
+from modelnew import ModelNew, functional, layers, numerics
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -65,7 +66,8 @@ def test_channels_last(name):
 
 
 @pytest.mark.parametrize("name", ["layers", "ModelNew"])
-def test_inductor(name):
+def test_inductor(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # torch does not see that operators changed
     model = NETWORKS[name]()
     other, call = compiled(model, "inductor", dynamic=name == "ModelNew")
     same(model, other, call, torch.randn(3, 16, 6, 6))
@@ -156,3 +158,22 @@ def test_compiled_in_part():
     model = Network()
     other = copy.deepcopy(model)
     same(model, other, torch.compile(other, backend="aot_eager"), torch.randn(2, 16, 6, 6))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_graph_contains_the_numerics(name, autocast):
+    """torch's cache on disk must not take a graph with other numerics, also under autocast."""
+    model, graphs = NETWORKS[name](), []
+
+    def backend(graph, example_inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    settings = (contextlib.nullcontext, numerics.without_tensor_cores, numerics.as_sm75, lambda: numerics.wgmma(True))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for setting in settings:
+            torch._dynamo.reset()
+            with setting():
+                torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 16, 6, 6))
+    assert len(set(graphs)) == len(settings)

@@ -48,7 +48,7 @@ def test_the_backwards_stages_share_their_room(device, cls, monkeypatch):
         x.grad, dy = None, torch.ones_like(y)
         found = peak(lambda: y.backward(dy), device)
 
-    choice, geometry = numerics.choose(cls, x), Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    choice, geometry = numerics.choose(cls, x.device), Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
     options = (np.dtype(np.float32), x.shape, w.shape, geometry, choice, True, True)
     dgrad, wgrad = gradient_plans(*options)
     arrays = {name: sized(*a) for name, a in back.gradient_arrays(fused_model(ours, x)[0], 16, True, True).items()}

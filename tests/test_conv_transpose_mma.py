@@ -100,7 +100,7 @@ def test_dgrad_of_packed(device, case, dtype, wgmma, launched):
     x, w, _ = tensors(CASES[case], device, dtype)
     padding = CASES[case][3]
     dy = torch.randn_like(F.conv_transpose2d(x, w, padding=padding)).detach()
-    choice = numerics.choose("tf32", x)
+    choice = numerics.choose("tf32", x.device)
     geometry = Geometry((1, 1), padding, (0, 0), (1, 1), 1)
     plan, _ = gradient_plans(NUMPY[x.dtype], x.shape, w.shape, geometry, choice, True, False)
     dy_packed, exponents, _ = packed_of(dy, 1)
@@ -302,7 +302,7 @@ def test_what_is_not_taken(change, reason):
     ]
     geometry = Geometry(*pairs, change.get("groups", 1))
     shapes = shape, NUMPY[x.dtype], (shape[1], 16, kernel, kernel)
-    plan, why = numerics.tensor_core_plan(*shapes, geometry, numerics.choose("tf32", x))
+    plan, why = numerics.tensor_core_plan(*shapes, geometry, numerics.choose("tf32", x.device))
     assert plan is None
     assert reason in why
 

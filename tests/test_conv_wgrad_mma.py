@@ -46,7 +46,7 @@ def geometry(padding):
 
 
 def gradient(x, w, dy, padding, cls):
-    options = (x.shape, w.shape, geometry(padding), numerics.choose(cls, x), (False, True, False))
+    options = (x.shape, w.shape, geometry(padding), numerics.choose(cls, x.device), (False, True, False))
     return conv_gradients(x, None, dy, *options)[1]
 
 
@@ -139,7 +139,10 @@ def test_long_sums(device, wgmma, cls):
     case = ((3, 16, 30, 5), 16, (3, 2), (1, 1))
     x, w, dy = tensors(case, device)
     assert (
-        numerics.wgrad_plan(x.shape, NUMPY[x.dtype], w.shape, geometry(case[3]), numerics.choose(cls, x))[0].splits == 1
+        numerics.wgrad_plan(x.shape, NUMPY[x.dtype], w.shape, geometry(case[3]), numerics.choose(cls, x.device))[
+            0
+        ].splits
+        == 1
     )
     with planted("conv_wgrad_mma.cu", ("#define CHAIN (SPLIT", "#define CHAIN (10 + 0 * SPLIT")):
         dw = gradient(x, w, dy, case[3], cls)
@@ -231,7 +234,9 @@ def test_centred(device, wgmma, case, cls):
     """x far from 0, and a dy that sums to 0 in each channel, as batch norm's backward makes it."""
     x, w, dy = tensors(case, device)
     x, dy = x + torch.arange(x.shape[1], device=device)[:, None, None], dy - dy.mean((0, 2, 3), keepdim=True)
-    _, plan = gradient_plans(NUMPY[x.dtype], x.shape, w.shape, geometry(case[3]), numerics.choose(cls, x), False, True)
+    _, plan = gradient_plans(
+        NUMPY[x.dtype], x.shape, w.shape, geometry(case[3]), numerics.choose(cls, x.device), False, True
+    )
     packed, exponents, _ = packed_of(dy, plan.split)
     alone = borders(x, w, dy, case[3], exponents)
     dw = wgrad_of_packed(plan, packed_of(x, plan.split, centred=True), w, packed, exponents, alone)
@@ -241,7 +246,7 @@ def test_centred(device, wgmma, case, cls):
 def test_centred_needs_borders(device):
     x, w, dy = tensors(CASES["three"], device)
     _, plan = gradient_plans(
-        NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose("fp32", x), False, True
+        NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose("fp32", x.device), False, True
     )
     packed, exponents, _ = packed_of(dy, plan.split)
     for centred in (True, False):
@@ -257,7 +262,7 @@ def test_centring_makes_errors_smaller(device, wgmma):
     dy = (torch.rand(shape, device=device) > 0.9) * (1 + torch.rand(shape, device=device))
     dy -= dy.mean((0, 2, 3), keepdim=True)
     _, plan = gradient_plans(
-        NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose("tf32", x), False, True
+        NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose("tf32", x.device), False, True
     )
     expected, errors, (packed, exponents, _) = truth(x, w, dy, (1, 1)), [], packed_of(dy, 1)
     for centred in (True, False):
@@ -275,7 +280,9 @@ def test_tiles_and_exponents_that_are_there_already(device, cls, launched):
     (packed, exponents, _), (_, x_exponents, _) = packed_of(dy, split), packed_of(x, split)
     more = torch.cat([x_exponents + 3, x_exponents, x_exponents + 1])
     launched.clear()
-    _, plan = gradient_plans(NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose(cls, x), False, True)
+    _, plan = gradient_plans(
+        NUMPY[x.dtype], x.shape, w.shape, geometry((1, 1)), numerics.choose(cls, x.device), False, True
+    )
     dw = wgrad_of_packed(plan, packed_of(x, split, more), w, packed, exponents)
     assert [k.name for k in launched] == ["pack_fp16", "conv_wgrad_mma", "conv_wgrad_reduce"]
     assert torch.equal(dw, expected)

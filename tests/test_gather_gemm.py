@@ -343,7 +343,7 @@ def test_what_is_not_taken(monkeypatch, change, reason):
     numerics.gather_gemm_split.cache_clear()
     x = torch.zeros(change.get("shape", (1, 16, 6, 6)), dtype=change.get("dtype", torch.float32))
     geometry = Geometry((2, 2), (1, 1), (0, 0), (1, 1), change.get("groups", 1))
-    choice = numerics.choose("tf32", x)
+    choice = numerics.choose("tf32", x.device)
     shapes = tuple(x.shape), (16, 16 // geometry.groups, 4, 4)
     split, why = numerics.gather_gemm_split(NUMPY[x.dtype], *shapes, geometry, choice)
     assert split is None

@@ -174,7 +174,7 @@ def conv_transpose2d(
     )
     x = input if input.dim() != 3 else input.unsqueeze(0)
     y = conv_transpose2d_as(
-        x, weight, bias, geometry, choose(numerics, x), check=lambda: _check(x, weight, bias, geometry)
+        x, weight, bias, geometry, choose(numerics, x.device), check=lambda: _check(x, weight, bias, geometry)
     )
     return y if x is input else y.squeeze(0)
 

@@ -150,7 +150,7 @@ def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, othe
         check_slope(negative_slope)
         autocast_on = autocast.enabled(x)
         check_mixture(autocast_on, x, batches, conv_weight, *others)
-        choice = choose(_class(numerics, x), x)
+        choice = choose(_class(numerics, x), x.device)
         setting = Setting(pair(padding, "padding"), num_groups, choice, last_of(x), autocast_on)
         return plan_of_shapes(x.shape, NUMPY[x.dtype], conv_weight.shape, NUMPY[conv_weight.dtype], setting), None
     except UnsupportedError as error:
@@ -227,7 +227,7 @@ def geometry_of(padding):
 def run(input, arguments, *others):
     """The chain's result. Its arguments: those of `fused` but for two, and behind them numerics and peers."""
     *others, numerics, peers = others
-    how = choose(_class(numerics, input), input), autocast.enabled(input)
+    how = choose(_class(numerics, input), input.device), autocast.enabled(input)
     return autocast.result_of_norm(fused(input, arguments, *others, *how, peers=peers))
 
 

@@ -14,7 +14,7 @@ from cupy_kernels.pooled_tail import struct_of
 from ... import autocast
 from ...formats import dense_in, empty_in, restored, stored
 from ...interop import NUMPY, aligned, check_floating, dense, integer, number, pair
-from ...numerics import check_numerics, settled, settled_choice
+from ...numerics import NUMERICS, check_numerics, settled, settled_choice, settled_in_graph
 from ...registration import composite, fake_gradients, gradients_of_op, in_place_of, ops, register, results_of, traced
 from .. import resident_conv_bn_pool as eager
 from ..batch_norm_arguments import Norm
@@ -23,7 +23,7 @@ from ..conv_bn_pool import check_three, is_plain
 from ..gradients import gradients_of
 from ..max_pool import pool_of
 from . import batch_norm
-from .conv_transpose import flops
+from .conv_transpose import convolution, flops
 from .max_pool import WINDOW
 
 
@@ -68,6 +68,7 @@ def conv_bn_activation_max_pool_group_norm_or_parts(
     one by one.
     """
     check_numerics(numerics)
+    numerics = settled_in_graph(eager._class(numerics, input), input.device)
     momentum, eps = number(momentum, "momentum"), number(eps, "eps")
     arguments = running_mean, running_var, weight, bias, bool(training), momentum, eps
     conv = conv_weight, conv_bias, pair(padding, "padding"), activation, number(negative_slope, "negative_slope")
@@ -92,7 +93,9 @@ ARGUMENTS = (
 
 def _settle(input, *options):
     *others, numerics = options
-    how = settled(eager._class(numerics, input), input) + autocast.enabled(input) * _AUTOCAST
+    if numerics in NUMERICS:
+        numerics = settled(eager._class(numerics, input), input.device)
+    how = numerics + autocast.enabled(input) * _AUTOCAST
     _check_supported(input, *others, how)  # here, so that no mode sees an operator that is refused
     return input, *others, how
 
@@ -102,7 +105,7 @@ _AUTOCAST = " under autocast"
 
 def _setting(x, padding, groups, numerics) -> eager.Setting:
     """autocast_on: whether it was on when numerics were settled."""
-    choice = settled_choice(numerics.partition(_AUTOCAST)[0], x)
+    choice = settled_choice(numerics.partition(_AUTOCAST)[0], x.device)
     return eager.Setting(tuple(padding), groups, choice, eager.last_of(x), _AUTOCAST in numerics)
 
 
@@ -275,7 +278,7 @@ def _or_parts(input, *options):
     conv = stride, padding, output_padding, conv_groups, dilation
     shift = conv_bias if parts == "three" and training else None
     added = conv_bias if shift is None else shift.detach()
-    y = traced["conv_transpose2d"](input, conv_weight, added, *conv, numerics=numerics)
+    y = convolution(input, conv_weight, added, *conv, numerics)
     normed = running_mean, running_var, weight, bias, training, momentum, eps
     if parts == "three":
         op = batch_norm.overload(ops.bn_activation_max_pool2d, running_mean, training, batches)

@@ -9,7 +9,7 @@ from cupy_kernels.conv_transpose import Geometry, output_shape
 from ... import autocast
 from ...formats import channels_last, empty_in
 from ...interop import integer, pair
-from ...numerics import check_numerics, settled, settled_choice
+from ...numerics import check_numerics, settled, settled_choice, settled_in_graph
 from ...registration import fake_gradients, gradients_of_op, in_place_of, ops, register, results_of
 from .. import conv_transpose as eager
 
@@ -21,6 +21,12 @@ def conv_transpose2d(
     input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1, *, numerics="auto"
 ):
     check_numerics(numerics)
+    numerics = settled_in_graph(numerics, input.device)
+    return convolution(input, weight, bias, stride, padding, output_padding, groups, dilation, numerics)
+
+
+def convolution(input, weight, bias, stride, padding, output_padding, groups, dilation, numerics):
+    """The same. numerics: may be settled."""
     input, weight, bias = autocast.lower(input, weight, bias)
     geometry = (
         pair(stride, "stride"),
@@ -57,7 +63,7 @@ def _run(input, weight, bias, *options):
     def check():
         eager._check(input, weight, bias, geometry)
 
-    return eager.conv_transpose2d_as(input, weight, bias, geometry, settled_choice(numerics, input), check)
+    return eager.conv_transpose2d_as(input, weight, bias, geometry, settled_choice(numerics, input.device), check)
 
 
 def _fake(input, weight, bias, *options):
@@ -69,7 +75,7 @@ def _fake(input, weight, bias, *options):
 
 def _settle(input, *options):
     *others, numerics = options
-    return input, *others, settled(numerics, input)
+    return input, *others, settled(numerics, input.device)
 
 
 def _first(ctx, dy):
@@ -90,7 +96,7 @@ register(
 
 def _gradient(dy, x, weight, *options):
     *geometry, numerics, needed = options
-    choice = settled_choice(numerics, x)
+    choice = settled_choice(numerics, x.device)
     dx, dw, dbias = eager.conv_gradients(
         x, weight, dy, x.shape, weight.shape, as_geometry(*geometry), choice, tuple(needed)
     )
