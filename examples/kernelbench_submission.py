@@ -2829,18 +2829,19 @@ def check_group(channels, num_groups, conv_bias, group_weight, group_bias) -> No
 # tools/kernelbench.py
 
 KERNELS: dict[str, str] = {
-    "activation.cuh": r"""// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION names one's struct,
-// pooled_t is the type of what it is applied to:
+    "activation.cuh": r"""// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION is the name of a struct.
+// pooled_t is the type of the values that the activation is applied to. A struct has:
 //
-//     Activation(float parameter)    the launch's; only some activations have one
-//     float of(float v)              the activation of v; no v is a denormal, which -ftz=true makes 0
-//     float slope(float y)           its derivative where its value is y
+//     Activation(float parameter)    the parameter of the launch, which only some activations use
+//     float of(float v)              the activation of v; v is never a denormal, because -ftz=true makes those 0
+//     float slope(float y)           the derivative at the point where the activation's value is y
 //
-// It must never decrease: then it can follow max pooling. Pooling here takes the first of the largest v, PyTorch the
-// first of the largest activations. These are two places only where different v have one activation: in the flat parts,
-// where the slope, and with it what the place would get, is 0; or where rounding makes neighbours equal.
+// An activation must never decrease, so that it can follow max pooling. Pooling here takes the first of the largest v;
+// PyTorch takes the first of the largest activations. The two differ only if different v have the same activation. That
+// happens in flat parts, where the slope is 0 and no gradient flows, or if rounding makes neighbouring values equal.
 //
-// A struct is named as its layer, which is the function's name without underscores in any case: LeakyReLU, leaky_relu.
+// A struct has the name of its layer. The function has the same name, in any case and with underscores: LeakyReLU,
+// leaky_relu.
 #pragma once
 #include "tanh.cuh"
 #include "tanh_branchless.cuh"
@@ -2912,12 +2913,11 @@ template <int PENDING_GROUPS> __device__ inline void cp_async_wait() {
 #endif
 }
 """,
-    "batch_norm.cuh": r"""// Batch norm's arithmetic, as every kernel that applies it computes it: y = (x - mean) invstd weight + bias; and its
-// statistics.
+    "batch_norm.cuh": r"""// The arithmetic of batch norm, which all its kernels share: y = (x - mean) invstd weight + bias, and the statistics.
 //
-// Squares of float values beyond 1.8e19 overflow, and so may sums. So sums are of values times `unit`: 1, and where the
-// sum is not finite, 2^-96 in another turn over the same values. Powers of two change no bit. What blocks hand on to
-// each other is double, without the unit.
+// Squares of float values beyond 1.8e19 overflow, and sums can overflow too. So values are multiplied by `unit` before
+// they are summed. The unit is 1. If the sum is not finite, the same values are summed again with the unit 2^-96. A
+// power of two changes no bit of the result. Blocks exchange doubles, with the unit divided out.
 #pragma once
 #include "common.cuh"
 
@@ -3357,10 +3357,11 @@ template <class X, class Y, class F> __device__ inline void normalise_chunk(
     }
 }
 """,
-    "channel_walk.cuh": r"""// How the threads of a block walk over the values of channels, and where the block keeps what it knows of its channels.
-// What it makes of the values: channel_values.cuh.
+    "channel_walk.cuh": r"""// How the threads of a block iterate over the values of channels, and where the block keeps what it knows of them.
+// What it computes from the values: channel_values.cuh.
 //
-// A chunk is what one block takes of a channel, or of neighbouring channels. Two walks:
+// A chunk is the part of a channel, or of several neighbouring channels, that one block processes. There are two ways
+// to iterate:
 //
 // PLANES 1: x is [images, channels, plane]. Block chunk * channels + c takes a chunk of channel c's count = images *
 //     plane values, in packs of WIDTH neighbours, which all lie in one plane.
@@ -5285,10 +5286,10 @@ typedef Band<X_PACKED || AS_IT_IS> Rows;
 // The sums come from sum_pixels(x, dy, partial, tile, ring): conv_wgrad_mma.cuh multiplies by mma.sync,
 // conv_wgrad_wgmma.cuh by wgmma (sm_90a). What they share, Tile and store_chain, is here.
 //
-// x may be centred, less a constant c[ic] (fp16_tiles.cuh). Then dw lacks c[ic] times the sum of dy over the pixels
-// that have a partner in x: for a dy whose sum over all pixels is 0, as batch norm's backward makes it, what those
-// without one have (`borders` of pooled_tail_backward.cu), negative. So roundings of small values that most of dy has
-// in common cancel, where x is far from 0 on average.
+// x may be centred: a constant c[ic] is subtracted (fp16_tiles.cuh). Then dw lacks c[ic] times the sum of dy over the
+// pixels that have a partner in x. Batch norm's backward gives a dy that sums to 0 over all pixels, so this sum is
+// minus the sum over the pixels without a partner (`borders` of pooled_tail_backward.cu), and is added back. Centring
+// helps if the mean of x is far from 0: rounding errors that most values of dy share then cancel.
 //
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw),

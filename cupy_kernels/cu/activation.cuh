@@ -1,15 +1,16 @@
-// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION names one's struct,
-// pooled_t is the type of what it is applied to:
+// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION is the name of a struct.
+// pooled_t is the type of the values that the activation is applied to. A struct has:
 //
-//     Activation(float parameter)    the launch's; only some activations have one
-//     float of(float v)              the activation of v; no v is a denormal, which -ftz=true makes 0
-//     float slope(float y)           its derivative where its value is y
+//     Activation(float parameter)    the parameter of the launch, which only some activations use
+//     float of(float v)              the activation of v; v is never a denormal, because -ftz=true makes those 0
+//     float slope(float y)           the derivative at the point where the activation's value is y
 //
-// It must never decrease: then it can follow max pooling. Pooling here takes the first of the largest v, PyTorch the
-// first of the largest activations. These are two places only where different v have one activation: in the flat parts,
-// where the slope, and with it what the place would get, is 0; or where rounding makes neighbours equal.
+// An activation must never decrease, so that it can follow max pooling. Pooling here takes the first of the largest v;
+// PyTorch takes the first of the largest activations. The two differ only if different v have the same activation. That
+// happens in flat parts, where the slope is 0 and no gradient flows, or if rounding makes neighbouring values equal.
 //
-// A struct is named as its layer, which is the function's name without underscores in any case: LeakyReLU, leaky_relu.
+// A struct has the name of its layer. The function has the same name, in any case and with underscores: LeakyReLU,
+// leaky_relu.
 #pragma once
 #include "tanh.cuh"
 #include "tanh_branchless.cuh"

@@ -1,10 +1,11 @@
 // Batch norm over x [images, channels, plane]: statistics per channel, y = (x - mean) invstd weight + bias or tanh of
 // that, and the gradients.
 //
-// Thread mapping: channel_walk.cuh. Where a block has all values of its channels, it does all: batch_norm_forward,
-// batch_norm_backward. Else reductions have two stages: each block writes two partial results to partials
-// [2][channels][chunks], double; then one block a channel combines them, and another kernel applies them, which takes
-// chunks in reverse, as the last ones are still in the L2 cache. Order and chunks depend on shape and dtype alone.
+// Thread mapping: channel_walk.cuh. If a block has all values of its channels, one kernel does everything:
+// batch_norm_forward, batch_norm_backward. Otherwise there are three steps. Each block writes two partial results to
+// partials [2][channels][chunks], double. Then one block for each channel combines them. Then another kernel applies
+// the results; it takes chunks in reverse order, because the last ones are still in the L2 cache. The order and the
+// chunks depend only on shape and dtype.
 //
 // Saved for the backward: mean and invstd = 1/sqrt(variance + eps), both acc_t [channels], x, and y with tanh.
 // dx = weight invstd (g - sum(g)/count - xhat sum(g xhat)/count), where xhat = (x - mean) invstd, g = dy, or dy (1 -

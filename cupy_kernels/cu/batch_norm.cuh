@@ -1,9 +1,8 @@
-// Batch norm's arithmetic, as every kernel that applies it computes it: y = (x - mean) invstd weight + bias; and its
-// statistics.
+// The arithmetic of batch norm, which all its kernels share: y = (x - mean) invstd weight + bias, and the statistics.
 //
-// Squares of float values beyond 1.8e19 overflow, and so may sums. So sums are of values times `unit`: 1, and where the
-// sum is not finite, 2^-96 in another pass over the same values. Powers of two change no bit. What blocks hand on to
-// each other is double, without the unit.
+// Squares of float values beyond 1.8e19 overflow, and sums can overflow too. So values are multiplied by `unit` before
+// they are summed. The unit is 1. If the sum is not finite, the same values are summed again with the unit 2^-96. A
+// power of two changes no bit of the result. Blocks exchange doubles, with the unit divided out.
 #pragma once
 #include "common.cuh"
 

@@ -1,9 +1,9 @@
 // Batch norm of a matrix [rows, channels] in one launch each way: batch_norm.cu says what is computed.
 //
-// All blocks run at once. Each one reads its chunk once, sums it up, and waits for the others; then it combines the
-// partial results of its channels and applies them to what it still has of the chunk. What it read last is in a ring in
-// shared memory, where each thread has a place of its own; what does not fit there is read again, the last packs first,
-// as they are still in the L2 cache.
+// All blocks run at once. Each block reads its chunk, adds it up, and waits for the other blocks. Then it combines the
+// partial results of its channels and applies them to its chunk. The values that it read last are still in a ring
+// buffer in shared memory, in which each thread has its own slots. The other values are read again, the last packs
+// first, because those are still in the L2 cache.
 //
 // Macros: those of batch_norm_chunk.cuh, with PLANES 0 and packs of 16 bytes; RESIDENT_THREADS, of a block at most;
 // AHEAD, batches that are on their way, of which the ring holds one more at least.

@@ -1,6 +1,6 @@
-// Max pooling in front of a batch norm and an activation that never decreases: where gamma is positive the largest
-// value of a window wins, where it is negative the smallest, where it is 0 the first. One pass over x gives the winners
-// and x's moments; another, backward, gives
+// Max pooling before a batch norm and an activation that never decreases. The pooled value of a window is its largest
+// value if gamma, batch norm's weight, is positive, its smallest if gamma is negative, and its first if gamma is 0. The
+// forward reads x once, and computes the pooled values and the moments of x. The backward reads x once as well:
 //
 //     dx = gamma invstd (sum of g over the windows that the pixel wins - sum(g) / count - xhat sum(g xhat) / count)
 //

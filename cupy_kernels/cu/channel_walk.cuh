@@ -1,7 +1,8 @@
-// How the threads of a block walk over the values of channels, and where the block keeps what it knows of its channels.
-// What it makes of the values: channel_values.cuh.
+// How the threads of a block iterate over the values of channels, and where the block keeps what it knows of them.
+// What it computes from the values: channel_values.cuh.
 //
-// A chunk is what one block takes of a channel, or of neighbouring channels. Two walks:
+// A chunk is the part of a channel, or of several neighbouring channels, that one block processes. There are two ways
+// to iterate:
 //
 // PLANES 1: x is [images, channels, plane]. Block chunk * channels + c takes a chunk of channel c's count = images *
 //     plane values, in packs of WIDTH neighbours, which all lie in one plane.

@@ -19,10 +19,10 @@
 // The sums come from sum_pixels(x, dy, partial, tile, ring): conv_wgrad_mma.cuh multiplies by mma.sync,
 // conv_wgrad_wgmma.cuh by wgmma (sm_90a). What they share, Tile and store_chain, is here.
 //
-// x may be centred, less a constant c[ic] (fp16_tiles.cuh). Then dw lacks c[ic] times the sum of dy over the pixels
-// that have a partner in x: for a dy whose sum over all pixels is 0, as batch norm's backward makes it, what those
-// without one have (`borders` of pooled_tail_backward.cu), negative. So roundings of small values that most of dy has
-// in common cancel, where x is far from 0 on average.
+// x may be centred: a constant c[ic] is subtracted (fp16_tiles.cuh). Then dw lacks c[ic] times the sum of dy over the
+// pixels that have a partner in x. Batch norm's backward gives a dy that sums to 0 over all pixels, so this sum is
+// minus the sum over the pixels without a partner (`borders` of pooled_tail_backward.cu), and is added back. Centring
+// helps if the mean of x is far from 0: rounding errors that most values of dy share then cancel.
 //
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw),

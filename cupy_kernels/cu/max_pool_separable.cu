@@ -1,9 +1,9 @@
 // max_pool.cu's forward and backward for large windows at stride 1 and dilation 1, of x [planes, height, width]: first
 // along the rows of the windows, then across them. 2 k steps for each output or pixel, not k * k.
 //
-// Thread mapping: block plane * tiles_h * tiles_w + t takes a tile of tile_h x tile_w outputs, or pixels of dx. Its
-// threads share what the tile depends on, brought into shared memory, then what is between the two directions, then the
-// tile.
+// Thread mapping: block plane * tiles_h * tiles_w + t computes a tile of tile_h x tile_w outputs, or pixels of dx. Its
+// threads first load the values that the tile depends on into shared memory. They then compute the results of the first
+// direction there, and then the tile.
 //
 // Macros: scalar_t, acc_t, argmax_t (u8, or int for a kernel of more than 254 taps), THREADS. Limits: a plane has fewer
 // than 2^31 elements; dynamic shared memory holds, for rows = tile_h + kernel_h - 1 and columns = tile_w + kernel_w - 1,

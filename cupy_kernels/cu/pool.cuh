@@ -5,8 +5,8 @@
 //     aligned, and moves two neighbours of a row as one. 0 takes the windows from the arguments.
 // WINDOW_3X3: 1 or 2 fixes kernel 3, dilation 1 and this stride, so that what a place needs is loaded at once. 0 does
 // not. SITE: pixels along each side of what a thread of a backward has, 2 with WINDOW_2X2, else 1. THREADS: of a block.
-// ITEMS: planes in which a thread does the same, `period` planes apart: their loads are in flight together, and what
-//     index arithmetic and the channel's parameters cost is paid once.
+// ITEMS: planes that a thread processes together, `period` planes apart. Their loads overlap, and they share the index
+//     arithmetic and the channel's parameters.
 // Limits: planes, and elements of a plane, below 2^30.
 #pragma once
 #include "pool_window.cuh"

@@ -1,10 +1,10 @@
 // What pooled_tail_backward.cu needs besides, where the statistics are those of several processes, its ranks: see
 // sync_batch_norm.cu.
 //
-// dy of all ranks sums to 0, that of one does not: to scale `rest`, where
+// The sum of dy over all ranks is 0, but the sum over one rank is not. It is weight invstd times `rest`:
 //     rest = sum(g) - count mean(g) - sum(xhat) mean(g xhat)
-// with the sums of the rank, and the means of all. It is the gradient of the convolution's bias, and what the gradient
-// of its weight needs where x is centred.
+// The sums are those of the rank, the means are those of all ranks. This is the rank's gradient of the convolution's
+// bias. The gradient of the convolution's weight needs it, too, if x is centred.
 //
 // Macros: scalar_t, acc_t (float), param_t (the batch norm's weight and the convolution's bias), THREADS.
 #include "gradient_bound.cuh"
