@@ -131,9 +131,9 @@ def has_wgmma(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0) and cupy().cuda.nvrtc.getVersion()[0] >= WGMMA_MAJOR
 
 
-def uses_wgmma(x: torch.Tensor) -> bool:
-    """Whether plans for x may use them."""
-    return x.is_cuda and has_wgmma(x.device.index)
+def uses_wgmma(device: torch.device) -> bool:
+    """Whether plans for tensors on the device may use them."""
+    return device.type == "cuda" and has_wgmma(device.index)
 
 
 def plan_or_reason(*convolution, **options):
