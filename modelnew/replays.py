@@ -51,8 +51,8 @@ class _Applied(typing.NamedTuple):
     result: torch.Tensor
 
 
-def finder(function: Callable) -> Callable | None:
-    """find(*args, **options) -> (key, replays, tensors) of a call of `function`. None if it has no tensors.
+def finder(function: Callable) -> Callable:
+    """find(*args, **options) -> (key, replays, tensors) of a call of `function`, whose first argument is a tensor.
 
     key: the kind of the call, except for the kinds of its tensors. replays: those that are known for it.
 
@@ -62,8 +62,6 @@ def finder(function: Callable) -> Callable | None:
     parameters = inspect.signature(function).parameters.values()
     kinds = {p.name: p.annotation for p in parameters}
     tensors = [name for name, kind in kinds.items() if torch.Tensor in (kind, *typing.get_args(kind))]
-    if not tensors or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        return None
     others = [name for name in kinds if name not in tensors] + [f"{name} is None" for name in tensors]
     given = f"({', '.join(tensors)},)"
     if any(kinds[name] is not torch.Tensor for name in tensors):

@@ -34,7 +34,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
             if function.__name__ in traced and options.get("peers") is None:
                 return traced[function.__name__](*args, **options)
             return torch.compiler.disable(call)(*args, **options)  # a collective is in it: the graph breaks
-        if find is None or recorders.present():
+        if recorders.present():
             return as_written(*args, **options)
         try:
             key, found, tensors = find(*args, **options)
