@@ -86,15 +86,17 @@ class _Known(NamedTuple):
     returned: tuple[int | None, ...] | int | None  # their indexes
 
 
+class Caches(threading.local):
+    """What a thread knows of its calls, by their kinds. A plan belongs to one thread."""
+
+    def __init__(self):
+        self.plans, self.seen, self.replays = {}, {}, {}  # for the last two, see `replays`
+
+
 @until_overridden
-def _thread():
-    """An object for each thread, because a plan belongs to one thread. Its __dict__ holds the caches."""
-    return threading.local()
-
-
-def known(what: str) -> dict:
-    """A cache of this thread, by name, until a kernel is edited: "plans", by kinds of calls; `replays` has others."""
-    return _thread().__dict__.setdefault(what, {})
+def caches() -> Caches:
+    """The caches, which are new after an edit of a kernel."""
+    return Caches()
 
 
 def remember(known: dict, key, value) -> None:
@@ -121,7 +123,7 @@ def call(operation: Callable, *args, check: Callable | None = None, **options):
     kinds = (*map(type, values),)
     facts, pointers = _reader(kinds)(*values)
     key = operation, kinds, *options, facts
-    found = known("plans").get(key)
+    found = caches().plans.get(key)
     if found is None:
         found = _make(key, operation, values, options, check)
     if type(found) is str:
@@ -222,7 +224,7 @@ def _make(key, operation, values, options, check) -> _Known | str:
         found = _planned_call(operation, values, options)
     except UnsupportedError as error:
         found = str(error)  # the error itself would keep the call's tensors alive
-    remember(known("plans"), key, found)
+    remember(caches().plans, key, found)
     return found
 
 

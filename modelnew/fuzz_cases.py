@@ -16,10 +16,10 @@ from .fuzz_values import HALVES, FuzzCase, Values, any_dtype, input_of, layout_o
 from .parity import NEAR_TIE, incoming_gradient
 
 
-def _elementwise(name, theirs, draw, options=None):
-    dtype, options = any_dtype(draw), options or {}
+def _elementwise(name, draw, **options):
+    dtype = any_dtype(draw)
     shape = tuple(draw.randint(0 if draw.random() < 0.1 else 1, 9) for _ in range(draw.randint(0, 5)))
-    ours = getattr(functional, name)
+    ours, theirs = getattr(functional, name), getattr(F, name)
     return FuzzCase(
         words(name, options),
         lambda x: ours(x, **options),
@@ -30,15 +30,9 @@ def _elementwise(name, theirs, draw, options=None):
     )
 
 
-def tanh(draw):
-    """A case of tanh: any shape."""
-    return _elementwise("tanh", torch.tanh, draw)
-
-
 def leaky_relu(draw):
     """A case of leaky_relu: any shape and slope."""
-    slope = draw.choice((0.01, 0.0, 0.2, -0.5, 1.0, 3.0))
-    return _elementwise("leaky_relu", F.leaky_relu, draw, {"negative_slope": slope})
+    return _elementwise("leaky_relu", draw, negative_slope=draw.choice((0.01, 0.0, 0.2, -0.5, 1.0, 3.0)))
 
 
 def _window(draw) -> dict:
@@ -365,10 +359,9 @@ def _chain(activation, draw):
     )
 
 
-OPERATORS = {
+_BUILDERS = {
     build.__name__: build
     for build in (
-        tanh,
         leaky_relu,
         max_pool2d,
         batch_norm,
@@ -382,3 +375,5 @@ OPERATORS = {
     "conv_bn_tanh_max_pool_group_norm": functools.partial(_chain, "tanh"),
     "conv_bn_activation_max_pool_group_norm": functools.partial(_chain, "leaky_relu"),
 }
+# Functions without a builder take one tensor, of any shape.
+OPERATORS = {name: _BUILDERS.get(name, functools.partial(_elementwise, name)) for name in functional.__all__}

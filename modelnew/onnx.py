@@ -1,12 +1,13 @@
-"""The public functions as PyTorch's own operators, for torch.onnx.export."""
+"""The public functions as PyTorch's own operators, for torch.onnx.export.
 
-import torch
+Others stand for themselves: they are torch.nn.functional's, with the same arguments.
+"""
+
 import torch.nn.functional as F
 
-tanh = torch.tanh
-group_norm = F.group_norm
-max_pool2d = F.max_pool2d
-leaky_relu = F.leaky_relu
+
+def __getattr__(name):
+    return getattr(F, name)
 
 
 def conv_transpose2d(*args, numerics=None, **options):
@@ -57,7 +58,7 @@ def conv_bn_activation_max_pool_group_norm(
 ):
     geometry = stride, padding, output_padding, groups, dilation
     y = batch_norm(F.conv_transpose2d(input, conv_weight, conv_bias, *geometry), *args, **options)
-    y = {"tanh": y.tanh, "leaky_relu": lambda: F.leaky_relu(y, negative_slope)}[activation]()
+    y = F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else getattr(F, activation)(y)
     y = F.max_pool2d(y, pool_size, pool_stride, pool_padding)
     return F.group_norm(y, num_groups, group_weight, group_bias, group_eps)
 

@@ -4,6 +4,7 @@ Tools that trace, record or transform operators see these, see `untraced`. Eager
 autograd Function is faster than the dispatcher.
 """
 
+import inspect
 import re
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils.flop_counter import register_flop_formula
 
 from . import shortcuts
+from .interop import check_floating
 
 _library = torch.library.Library("modelnew", "FRAGMENT")
 ops = torch.ops.modelnew
@@ -55,6 +57,49 @@ def register(
         _register(overload, run, fake, save, backward, outputs, settle)
     if flops is not None:
         register_flop_formula(getattr(ops, schema.split("(")[0]))(lambda *shapes, **_: flops(*shapes))
+
+
+def register_elementwise(
+    function: Callable,
+    stand_in: Callable,
+    gradient: Callable,
+    second: Callable,
+    *,
+    numbers: str = "",
+    saves_result: bool = False,
+) -> None:
+    """Registers ops.<name> and ops.<name>_backward for a public function of one tensor, computed for each element.
+
+    stand_in: what runs in place of the function where something records, with its arguments. It calls ops.<name>.
+    gradient: gradient(dy, saved, *numbers) returns dx. saved: the input, or with `saves_result` the result.
+    second: second(v, dy, saved) returns the gradient of dx for `saved`, where v is that of dx.
+    numbers: the operator's arguments after the input as in a schema, such as ", float negative_slope".
+    """
+    name, saved = function.__name__, "y" if saves_result else "x"
+
+    def backward(*args):
+        return getattr(ops, f"{name}_backward")(*args)
+
+    traced[name] = stand_in
+    register(
+        f"{name}(Tensor input{numbers}) -> Tensor",
+        inspect.unwrap(function),
+        _fake_elementwise,
+        lambda args, y: (y,) if saves_result else args[:1],
+        lambda ctx, dy: (backward(dy, *ctx.saved_tensors, *ctx.args[1:]),),
+    )
+    register(
+        f"{name}_backward(Tensor dy, Tensor {saved}{numbers}) -> Tensor",
+        gradient,
+        lambda dy, saved, *_: torch.empty_like(saved),
+        lambda args, dx: args[:2],
+        lambda ctx, v: (backward(v, ctx.saved_tensors[1], *ctx.args[2:]), second(v, *ctx.saved_tensors)),
+    )
+
+
+def _fake_elementwise(input, *_):
+    check_floating(input=input)
+    return torch.empty_like(input)
 
 
 def composite(schema: str, function: Callable) -> None:

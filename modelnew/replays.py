@@ -6,7 +6,7 @@ that takes the tensors' addresses, allocates, starts the launches and returns. A
 arguments and torch's settings are the same, and its tensors of the same kind according to torch's own guards. If a call
 does more, such as copying an argument, calls of its kind always run normally.
 
-A public function may depend only on its arguments and on the settings in `key_of`.
+A public function may depend only on its arguments and on the settings in `finder`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import functools
 import inspect
 import marshal
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 
 import torch
@@ -51,49 +51,60 @@ class _Applied(typing.NamedTuple):
     result: torch.Tensor
 
 
-def splitter(function: Callable) -> Callable | None:
-    """split(*args, **options) -> (what distinguishes calls of `function`, their tensors). None if it has no tensors."""
-    parameters = inspect.signature(function).parameters.values()
-    tensors = [p.name for p in parameters if torch.Tensor in (p.annotation, *typing.get_args(p.annotation))]
-    if not tensors or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        return None
-    others = [p.name for p in parameters if p.name not in tensors] + [f"{name} is None" for name in tensors]
-    signature = str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
-    return eval(f"lambda {signature[1:-1]}: (({', '.join(others)},), ({', '.join(tensors)},))")
+def finder(function: Callable) -> Callable:
+    """find(*args, **options) -> (key, replays, tensors) of a call of `function`, whose first argument is a tensor.
 
+    key: the kind of the call, except for the kinds of its tensors. replays: those that are known for it.
 
-def key_of(function: Callable, others: tuple, like: torch.Tensor) -> tuple:
-    """The kind of a call, except for the kinds of its tensors. like: the first tensor.
-
-    Raises ValueError if `others` contains more than numbers, strings and the like.
+    It is generated as code, because every call runs it. It raises AttributeError, RuntimeError, TypeError or ValueError
+    for tensors that are none, and for other arguments than numbers, strings and the like.
     """
-    dtypes = any_autocast() and (torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda"))
-    others = marshal.dumps(others, 2)  # 2 and 2.0, 0.0 and -0.0 are equal, and not the same; version 2 sees no identity
-    return function, others, is_grad_enabled(), numerics.settings(), dtypes, like.shape
+    parameters = inspect.signature(function).parameters.values()
+    kinds = {p.name: p.annotation for p in parameters}
+    tensors = [name for name, kind in kinds.items() if torch.Tensor in (kind, *typing.get_args(kind))]
+    others = [name for name in kinds if name not in tensors] + [f"{name} is None" for name in tensors]
+    given = f"({', '.join(tensors)},)"
+    if any(kinds[name] is not torch.Tensor for name in tensors):
+        given = f"[tensor for tensor in {given} if tensor is not None]"
+    signature = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
+    lines = (
+        f"def find{signature}:",
+        f"    others = dumps(({', '.join(others)},), 2)",
+        f"    key = function, others, is_grad_enabled(), settings(), any_autocast() and dtypes(), {tensors[0]}.shape",
+        f"    return key, calls.caches().replays.get(key, ()), {given}",
+    )
+    # 2 and 2.0, 0.0 and -0.0 are equal, and not the same, as bytes show; version 2 of marshal sees no identity.
+    defined = {"function": function, "dumps": marshal.dumps, "is_grad_enabled": is_grad_enabled}
+    defined |= {"settings": numerics.settings, "any_autocast": any_autocast, "dtypes": _autocast_dtypes, "calls": calls}
+    exec("\n".join(lines), defined)
+    return defined["find"]
 
 
-def repeated(key, replays: tuple, tensors: list, as_written: Callable):
-    """as_written(), or its replay.
+def _autocast_dtypes():
+    return torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")
+
+
+def repeated(key, replays: tuple, tensors: Collection, as_written: Callable, args: tuple, options: dict):
+    """as_written(*args, **options), or its replay.
 
     replays: those that are known for `key`.
     tensors: all tensors of the call.
     """
-    for replay in replays:
-        if replay.guard(*tensors):
-            break
-    else:
-        return _recorded(key, replays, tensors, as_written)
-    if replay.run is not None:
-        try:
-            return replay.run(*tensors)
-        except Missed:
-            pass
-    return as_written()
+    for guard, run in replays:
+        if not guard(*tensors):
+            continue
+        if run is not None:
+            try:
+                return run(*tensors)
+            except Missed:
+                pass
+        return as_written(*args, **options)
+    return _recorded(key, replays, tensors, lambda: as_written(*args, **options))
 
 
 def _recorded(key, replays, tensors, as_written):
     """as_written(). If this is the second call of its kind, it leaves a replay, or a note that there is none."""
-    seen = calls.known("seen")
+    seen = calls.caches().seen
     if key not in seen:
         calls.remember(seen, key, None)
         return as_written()
@@ -113,7 +124,7 @@ def _recorded(key, replays, tensors, as_written):
         calls.recording.made = outer
         if outer is not None:
             outer.append(None)  # it did more than its own calls
-        calls.remember(calls.known("replays"), key, (*replays, _Replay(guard, run)))
+        calls.remember(calls.caches().replays, key, (*replays, _Replay(guard, run)))
 
 
 def noted(forward: Callable, function: type[torch.autograd.Function]) -> Callable:
@@ -180,15 +191,16 @@ def _repeating(function: type[torch.autograd.Function]) -> type[torch.autograd.F
     def backward(ctx, *gradients):
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint insists on it
 
-        def as_written():
-            inner = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=ctx.needs_input_grad)
-            found = function.backward(inner, *gradients)
-            return (*found, None) if isinstance(found, tuple) else (found, None)
-
         if is_grad_enabled() or recorders.may_record():
-            return as_written()
+            return as_written(ctx, saved, gradients)
         tensors = [tensor for tensor in (*gradients, *saved) if tensor is not None]
-        return repeated(ctx.key, calls.known("replays").get(ctx.key, ()), tensors, as_written)
+        known = calls.caches().replays.get(ctx.key, ())
+        return repeated(ctx.key, known, tensors, as_written, (ctx, saved, gradients), {})
+
+    def as_written(ctx, saved, gradients):
+        inner = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=ctx.needs_input_grad)
+        found = function.backward(inner, *gradients)
+        return (*found, None) if isinstance(found, tuple) else (found, None)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(function)(function.__name__, (torch.autograd.Function,), methods)

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_kernels.errors import UnsupportedError
 
-from . import calls, onnx, recorders, replays
+from . import onnx, recorders, replays
 from .registration import traced
 
 P = typing.ParamSpec("P")
@@ -26,7 +26,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     `__torch_function__` of subclasses is called first, as in PyTorch's own functions.
     """
 
-    split = replays.splitter(function)
+    find = replays.finder(function)
 
     @functools.wraps(function)
     def call(*args, **options):
@@ -34,16 +34,13 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
             if function.__name__ in traced and options.get("peers") is None:
                 return traced[function.__name__](*args, **options)
             return torch.compiler.disable(call)(*args, **options)  # a collective is in it: the graph breaks
-        if split is None or recorders.present():
+        if recorders.present():
             return as_written(*args, **options)
         try:
-            others, tensors = split(*args, **options)
-            key = replays.key_of(function, others, tensors[0])
-            found = calls.known("replays").get(key, ())
+            key, found, tensors = find(*args, **options)
         except (AttributeError, RuntimeError, TypeError, ValueError):  # as_written says what is wrong
             return as_written(*args, **options)
-        tensors = [tensor for tensor in tensors if tensor is not None]
-        return replays.repeated(key, found, tensors, lambda: as_written(*args, **options))
+        return replays.repeated(key, found, tensors, as_written, args, options)
 
     def as_written(*args, **options):
         try:

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import shlex
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from cupy_kernels import compiler, conv_transpose_mma, source
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import observed
 from cupy_kernels.variants import shape_macros, variants
-from modelnew import bench, entrants, environment, numerics, parity
+from modelnew import bench, calls, entrants, environment, numerics, parity
 from modelnew.shortcuts import Public
 
 os.environ.setdefault("CUPY_KERNELS_SEED", "1")  # threads and blocks in an order that kernels must not rely on
@@ -142,8 +141,8 @@ def wgmma(request, device):
 @pytest.fixture
 def fresh_plans(monkeypatch):
     """What a test plans is forgotten after it, and it finds nothing planned."""
-    plans = threading.local()
-    monkeypatch.setattr("modelnew.calls._thread", lambda: plans)
+    plans = calls.Caches()
+    monkeypatch.setattr("modelnew.calls.caches", lambda: plans)
 
 
 @pytest.fixture

@@ -15,17 +15,14 @@ from cupy_kernels.errors import UnsupportedError
 from modelnew import functional, fusions, layers
 
 FUSED = {"conv_bn_pool", "pooled_forward"}
-_, LEAKY = fusions.CHAINS
-LeakyReLU = LEAKY.kinds[2]
 
 
 def chain(module, activation, channels=16):
-    """Layers of torch.nn or of ours."""
-    leaky = LeakyReLU if module is layers else nn.LeakyReLU
+    """Layers of torch.nn or of ours. activation: a layer's name, or LeakyReLU's slope."""
     return [
         module.ConvTranspose2d(16, channels, 3, 1, 1),
         module.BatchNorm2d(channels),
-        module.Tanh() if activation is None else leaky(activation),
+        getattr(module, activation)() if isinstance(activation, str) else module.LeakyReLU(activation),
         module.MaxPool2d(2),
         module.GroupNorm(4, channels),
     ]
@@ -60,8 +57,18 @@ def check(found, truth, reference, names):
         tolerance.check(found[name], truth[name], reference[name], name)
 
 
-def test_neighbours_that_are_a_chain_run_as_one_operator(device, launched):
-    theirs, ours, x = pair(device, 0.2, None)
+@pytest.mark.parametrize("row", fusions.CHAINS, ids=lambda row: row.activation)
+def test_every_chain_runs_as_one_operator(device, launched, row):
+    theirs, ours, x = pair(device, row.kinds[2].__name__)
+    truth = gradients(copy.deepcopy(theirs).double(), x)
+    reference = gradients(theirs, x)
+    launched.clear()
+    check(gradients(ours, x), truth, reference, truth.keys() - {"0.bias"})
+    assert FUSED.issubset(k.name for k in launched)
+
+
+def test_chains_one_after_the_other(device, launched):
+    theirs, ours, x = pair(device, 0.2, "Tanh")
     truth = gradients(copy.deepcopy(theirs).double(), x)
     reference = gradients(theirs, x)
     launched.clear()
@@ -125,7 +132,7 @@ def arguments(device, **options):
 
 def test_errors(device):
     function = functional.conv_bn_activation_max_pool_group_norm
-    with pytest.raises(ValueError, match=r"activation\.cuh, Tanh, LeakyReLU; received 'gelu'"):
+    with pytest.raises(ValueError, match=r"activation\.cuh, Tanh, LeakyReLU.*; received 'gelu'"):
         function(**arguments(device, activation="gelu"))
     with pytest.raises(TypeError, match=r"negative_slope must be a number, received '0.1'"):
         function(**arguments(device, activation="leaky_relu", negative_slope="0.1"))
@@ -164,9 +171,10 @@ def test_ties(device, slope, sign):
     assert not found[0][:, :, 1::2].any()
 
 
+@pytest.mark.parametrize("row", fusions.CHAINS[1:], ids=lambda row: row.activation)  # of tanh: test_double_backward.py
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_second_derivatives(device, training):
-    theirs, ours, x = pair(device, 0.2)
+def test_second_derivatives(device, training, row):
+    theirs, ours, x = pair(device, row.kinds[2].__name__)
     tolerance.check_gradient_penalty(theirs.train(training), ours.train(training), x)
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import threading
 
 import pytest
 import tolerance
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 from cupy_kernels import gather_gemm_plan
 from cupy_kernels.conv_transpose import Geometry, output_shape
-from modelnew import explain, layers, numerics
+from modelnew import calls, explain, layers, numerics
 from modelnew.functional import conv_transpose2d, conv_transpose_kernels
 from modelnew.interop import NUMPY
 
@@ -59,8 +58,8 @@ def plan_anew(monkeypatch):
     def forget():
         gather_gemm_plan.plan.cache_clear()
         gather_gemm_plan.wgrad_plan.cache_clear()
-        plans = threading.local()
-        monkeypatch.setattr("modelnew.calls._thread", lambda: plans)
+        plans = calls.Caches()
+        monkeypatch.setattr("modelnew.calls.caches", lambda: plans)
 
     yield forget
     forget()

@@ -12,7 +12,6 @@ CHAIN |= {"group_weight": torch.randn(32), "group_bias": torch.randn(32), "group
 OF_ANY_CONVOLUTION = {"stride": 2, "output_padding": 1, "pool_size": 3, "pool_stride": 2, "pool_padding": 1}
 OF_CHAIN = torch.randn(32), torch.rand(32) + 0.5, torch.randn(32), torch.randn(32), False, 0.1, 0.01
 ARGUMENTS = {
-    "tanh": ((), {}),
     "leaky_relu": ((0.3,), {}),
     "max_pool2d": ((3,), {"stride": 2, "padding": 1, "return_indices": True}),
     "group_norm": ((2, *NORM[2:]), {"eps": 0.1}),
@@ -26,14 +25,10 @@ ARGUMENTS = {
 }
 
 
-def test_every_function_is_listed():
-    assert sorted(ARGUMENTS) == sorted(functional.__all__)
-
-
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", functional.__all__)
 def test_what_stands_for_a_function_does_the_same(name):
     x = torch.randn(2, 16 if name.startswith("conv_bn") else 4, 6, 6)
-    args, options = ARGUMENTS[name]
+    args, options = ARGUMENTS.get(name, ((), {}))
 
     def run(module):
         own = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]

@@ -28,7 +28,7 @@ LAYERS = {
     "ConvTranspose2d": lambda kind: kind.ConvTranspose2d(3, 2, 3, padding=1),
 }
 FORMATS = (torch.contiguous_format, torch.channels_last)
-_THREAD = calls._thread
+_CACHES = calls.caches
 pytestmark = pytest.mark.usefixtures("fresh_plans")
 
 
@@ -38,12 +38,12 @@ def written(monkeypatch):
     names = []
     repeated = replays.repeated
 
-    def noting(key, known, tensors, as_written):
-        def run():
+    def noting(key, known, tensors, as_written, *given):
+        def run(*args, **options):
             names.append(key[0].__name__ if isinstance(key, tuple) else "backward")
-            return as_written()
+            return as_written(*args, **options)
 
-        return repeated(key, known, tensors, run)
+        return repeated(key, known, tensors, run, *given)
 
     monkeypatch.setattr(replays, "repeated", noting)
     return names
@@ -128,12 +128,12 @@ def test_numbers_that_differ_at_each_call(written):
     ours, theirs = (kind.BatchNorm2d(3, momentum=None) for kind in (layers, nn))
     ours(batch())
     theirs.load_state_dict(ours.state_dict())
-    known = len(calls.known("replays"))
+    known = len(calls.caches().replays)
     for _ in range(5):
         x = batch()
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(list(ours.buffers()), list(theirs.buffers()))
-    assert len(calls.known("replays")) == known
+    assert len(calls.caches().replays) == known
     assert len(written) == 6
 
 
@@ -183,8 +183,8 @@ def test_what_is_known_is_bounded(monkeypatch):
         for x in (torch.randn(size, 4), torch.randn(4, size).T, torch.randn(size, 8)[:, ::2]):
             for _ in range(3):
                 torch.testing.assert_close(tanh(x), x.tanh(), rtol=1e-4, atol=1e-5)
-    assert all(len(calls.known(what)) <= 4 for what in ("plans", "seen", "replays"))
-    assert all(len(found) <= 2 for found in calls.known("replays").values())
+    assert all(len(cache) <= 4 for cache in vars(calls.caches()).values())
+    assert all(len(found) <= 2 for found in calls.caches().replays.values())
 
 
 OTHERS = {
@@ -344,7 +344,7 @@ def test_parameters_that_are_replaced():
 
 
 def test_a_kernel_is_edited_between_two_calls(monkeypatch):
-    monkeypatch.setattr(calls, "_thread", _THREAD)  # an edit empties it
+    monkeypatch.setattr(calls, "caches", _CACHES)  # an edit empties it
     x = batch().requires_grad_()
     for _ in range(3):
         y = tanh(x)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_registration import FUSED
+from test_registration import ELEMENTWISE, FUSED
 from torch.autograd import forward_ad
 from torch.autograd import functional as autograd
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -17,7 +17,7 @@ WEIGHT, BIAS = torch.rand(4, dtype=torch.float64) + 0.5, torch.randn(4, dtype=to
 STATISTICS = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.5
 # {function: (ours, torch's)}
 FUNCTIONS = {
-    "tanh": (functional.tanh, torch.tanh),
+    **{name: (getattr(functional, name), getattr(F, name)) for name in ELEMENTWISE},
     "leaky_relu": (functional.leaky_relu, F.leaky_relu),
     "max_pool2d": (lambda x: functional.max_pool2d(x, 3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1)),
     "group_norm": (lambda x: functional.group_norm(x, 2, WEIGHT, BIAS), lambda x: F.group_norm(x, 2, WEIGHT, BIAS)),

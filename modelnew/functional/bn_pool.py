@@ -1,6 +1,7 @@
 """Max pooling of an activation of a batch norm. It pools first, and reads the input once each way."""
 
 import functools
+import importlib
 import inspect
 import math
 
@@ -142,9 +143,7 @@ def _wide(weight):
 
 def activation_of(activation, parameter):
     """The activation as a function of one tensor."""
-    from . import operators  # which imports this module
-
-    function = getattr(operators, activation)
+    function = getattr(importlib.import_module(f".{activation}", __package__), activation)
     takes_one = "negative_slope" in inspect.signature(function).parameters
     return functools.partial(function, negative_slope=parameter) if takes_one else function
 

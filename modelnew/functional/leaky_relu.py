@@ -10,6 +10,7 @@ from ..calls import call
 from ..cases import Case, activations
 from ..formats import dense_like, flat, unflat
 from ..interop import check_floating, number
+from ..registration import ops, register_elementwise
 from ..untraced import untraced
 from .gradients import Function, apply, differentiable, will_need_grad
 
@@ -73,16 +74,29 @@ def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool 
 
     Raises TypeError for another dtype or a negative_slope that is not a number, and ValueError for inplace=True.
     """
-    if inplace:
-        refuse_inplace()
+    _refuse(inplace)
     check_floating(input=input)
     x, slope = dense_like(input), number(negative_slope, "negative_slope")
     return apply(_LeakyReLU, x, slope) if will_need_grad(x) else unflat(call(_forward, flat(x), slope), x)
 
 
-def refuse_inplace():
-    """Raises the ValueError for inplace=True."""
-    raise ValueError("leaky_relu writes to new memory, received inplace=True; leave it out, or pass inplace=False")
+def _refuse(inplace):
+    if inplace:
+        raise ValueError("leaky_relu writes to new memory, received inplace=True; leave it out, or pass inplace=False")
+
+
+def _stand_in(input, negative_slope=0.01, inplace=False):
+    _refuse(inplace)
+    return ops.leaky_relu(input, number(negative_slope, "negative_slope"))
+
+
+register_elementwise(
+    leaky_relu,
+    _stand_in,
+    lambda dy, x, slope: _LeakyReLUGradient.forward(dy, dense_like(x), slope),
+    lambda v, dy, x: torch.zeros_like(x),
+    numbers=", float negative_slope",
+)
 
 
 class LeakyReLU(nn.LeakyReLU):

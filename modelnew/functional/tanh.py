@@ -9,6 +9,7 @@ from ..calls import call
 from ..cases import Case, activations
 from ..formats import dense_like, flat, unflat
 from ..interop import check_floating
+from ..registration import ops, register_elementwise
 from ..untraced import untraced
 from .gradients import Function, apply, differentiable, will_need_grad
 
@@ -78,6 +79,9 @@ def tanh(input: torch.Tensor) -> torch.Tensor:
     check_floating(input=input)
     x = dense_like(input)
     return apply(_Tanh, x) if will_need_grad(x) else unflat(call(_forward, flat(x)), x)
+
+
+register_elementwise(tanh, lambda input: ops.tanh(input), tanh_gradient, gradient_of_y, saves_result=True)
 
 
 class Tanh(nn.Tanh):

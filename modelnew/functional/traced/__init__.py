@@ -1,13 +1,10 @@
-"""The operators that tracers see, see `modelnew.registration`: one file for each file of `modelnew.functional`."""
+"""The operators that tracers see, see `modelnew.registration`: those of the files of `modelnew.functional`.
 
-from . import (
-    batch_norm,
-    bn_pool,
-    bn_tanh_max_pool,
-    conv_bn_pool,
-    conv_transpose,
-    group_norm,
-    leaky_relu,
-    max_pool,
-    tanh,
-)
+Elementwise operators are registered in their own files.
+"""
+
+import importlib
+import pkgutil
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f".{_file.name}", __name__)
