@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from cupy_kernels.pooled_tail import struct_of
+
 tanh = torch.tanh
 group_norm = F.group_norm
 max_pool2d = F.max_pool2d
@@ -55,6 +57,7 @@ def conv_bn_activation_max_pool_group_norm(
     peers=None,
     **options,
 ):
+    struct_of(activation)
     geometry = stride, padding, output_padding, groups, dilation
     y = batch_norm(F.conv_transpose2d(input, conv_weight, conv_bias, *geometry), *args, **options)
     y = {"tanh": y.tanh, "leaky_relu": lambda: F.leaky_relu(y, negative_slope)}[activation]()
