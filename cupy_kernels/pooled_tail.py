@@ -28,19 +28,17 @@ _SAMPLES = (
 
 
 @until_overridden
-def activations() -> tuple[str, ...]:
-    """The structs of activation.cuh."""
-    return tuple(re.findall(r"^struct (\w+)", text("activation.cuh"), re.MULTILINE))
+def activations() -> dict[str, str]:
+    """The functions of activation.cuh, and the structs that they are there: leaky_relu, LeakyReLU."""
+    structs = re.findall(r"^struct (\w+)", text("activation.cuh"), re.MULTILINE)
+    return {re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", struct).lower(): struct for struct in structs}
 
 
 def struct_of(activation: str) -> str:
     """The activation's struct. Raises ValueError if there is none."""
-    found = {name.lower(): name for name in activations()}.get(activation.replace("_", "").lower())
-    if found is None:
-        raise ValueError(
-            f"activation must be one of those in activation.cuh, {', '.join(activations())}; received {activation!r}"
-        )
-    return found
+    if activation not in tuple(activations()):
+        raise ValueError(f"activation must be one of {', '.join(map(repr, activations()))}; received {activation!r}")
+    return activations()[activation]
 
 
 def saved_shift(p: Plan) -> int:

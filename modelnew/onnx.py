@@ -5,6 +5,8 @@ Others stand for themselves: they are torch.nn.functional's, with the same argum
 
 import torch.nn.functional as F
 
+from cupy_kernels.pooled_tail import struct_of
+
 
 def __getattr__(name):
     return getattr(F, name)
@@ -56,6 +58,7 @@ def conv_bn_activation_max_pool_group_norm(
     peers=None,
     **options,
 ):
+    struct_of(activation)
     geometry = stride, padding, output_padding, groups, dilation
     y = batch_norm(F.conv_transpose2d(input, conv_weight, conv_bias, *geometry), *args, **options)
     y = F.leaky_relu(y, negative_slope) if activation == "leaky_relu" else getattr(F, activation)(y)

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import numpy as np
@@ -9,6 +10,7 @@ from strided import IN_EVERY_LAYOUT
 from tolerance import check
 
 from cupy_kernels.batch_norm import batch_norm_apply, batch_norm_backward, batch_norm_statistics
+from modelnew import functional
 from modelnew.functional import batch_norm, batch_norm_tanh, tanh
 
 LAYERS = {
@@ -288,6 +290,24 @@ def test_refused_calls_change_nothing(device, function, arguments, exception, me
     with pytest.raises(exception, match=message):
         function(**call)
     assert all(torch.equal(v, call[k].detach()) for k, v in before.items())
+
+
+@pytest.mark.parametrize(
+    "name", ["batch_norm", "batch_norm_tanh", "bn_tanh_max_pool2d", "conv_bn_tanh_max_pool_group_norm"]
+)
+def test_one_tensor_for_both_running_statistics(device, name):
+    """Training refuses it, after calls with two that left a replay, too; evaluation only reads it."""
+    function = getattr(functional, name)
+    if name.startswith("conv"):
+        weight = torch.randn(16, 16, 3, 3, device=device)
+        function = functools.partial(function, conv_weight=weight, padding=1, num_groups=4)
+    x, one, two = torch.randn(2, 16, 4, 4, device=device), *torch.ones(2, 16, device=device).clone().unbind()
+    for _ in range(3):
+        function(x, one.clone(), two.clone(), training=True)
+    with pytest.raises(ValueError, match="running_mean and running_var are one tensor"):
+        function(x, one, one, training=True)
+    assert torch.equal(one, two)
+    assert torch.equal(function(x, one, one), function(x, one, two))
 
 
 @pytest.mark.parametrize(

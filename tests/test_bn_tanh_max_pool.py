@@ -260,6 +260,25 @@ def test_nan_and_inf_reach_their_channel_only(device):
         assert y[:, 2].isfinite().all()
 
 
+@pytest.mark.parametrize("norm", [True, False], ids=["batch norm", "tanh alone"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_nan_in_windows_that_reach_over_the_edge(device, norm, memory_format):
+    """A row that the plane does not have wins nothing, whatever a kernel reads in its place."""
+    x = torch.randn(3, 4, 5, 6, device=device)
+    x[:, ::2, -1, ::2] = x[:, 1, -1, 1::2] = NAN  # one of a window: see docs/limits.md
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    window = {"kernel_size": 2, "ceil_mode": True}
+    arguments = x.new_zeros(4), x.new_ones(4), None, None, False, window
+    results = [
+        bn_tanh_max_pool(x, *arguments) if norm else tanh_max_pool2d(x, **window),
+        # torch's kernel for channels_last on a GPU takes other elements where none is the largest.
+        reference(x.contiguous(), *arguments) if norm else F.max_pool2d(torch.tanh(x.contiguous()), **window),
+    ]
+    torch.testing.assert_close(*results, equal_nan=True)
+    dy = torch.randn(results[0].shape, device=device)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, dy)[0] for y in results), equal_nan=True)
+
+
 def test_large_mean_and_small_variance(device):
     x = (1000 + torch.randn(4, 2, 8, 8, device=device)).requires_grad_()
     function = lambda x: bn_tanh_max_pool(x, None, None, None, None, True, TWO_BY_TWO)  # noqa: E731

@@ -116,6 +116,24 @@ def test_special_values(device, values, window, memory_format):
     assert torch.equal(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, x, dy)[0])
 
 
+@pytest.mark.parametrize("window", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_nan_in_windows_that_reach_over_the_edge(device, window, memory_format):
+    """A row or column that the plane does not have wins nothing, whatever a kernel reads in its place."""
+    x = torch.randn(3, 8, 5, 6, device=device)
+    x[:, :, -1] = torch.where(torch.rand_like(x[:, :, -1]) < 0.5, NAN, x[:, :, -1])
+    x[:, :, :, -1] = torch.where(torch.rand_like(x[:, :, :, -1]) < 0.5, NAN, x[:, :, :, -1])
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    y, indices = max_pool2d(x, **window, ceil_mode=True, return_indices=True)
+    # torch's kernel for channels_last on a GPU takes other elements where none is the largest.
+    expected, expected_indices = F.max_pool2d(x.contiguous(), **window, ceil_mode=True, return_indices=True)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(indices, expected_indices)
+    dy = torch.randn(y.shape, device=device)
+    dx, expected = (torch.autograd.grad(result, x, dy)[0] for result in (y, expected))
+    torch.testing.assert_close(dx, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_dilated_window_without_any_element(device):
     x = torch.ones(1, 1, 1, 1, device=device, requires_grad=True)
     y = max_pool2d(x, 2, 1, 1, 2)

@@ -165,9 +165,10 @@ def batch_norm(
     Returns a tensor of input's shape and dtype. It is channels_last (or channels_last_3d) if input is, else contiguous.
     The arithmetic is in float32, for float64 in float64.
 
-    Raises ValueError for one value per channel in training, for one running statistic without the other, and for eps
-    out of range; RuntimeError for a wrong number of dimensions or elements, for missing running statistics outside
-    training, and for tensors on several devices; TypeError for other or mixed dtypes. A refused call changes nothing.
+    Raises ValueError for one value per channel in training, for one running statistic without the other, for one tensor
+    as both in training, and for eps out of range; RuntimeError for a wrong number of dimensions or elements, for
+    missing running statistics outside training, and for tensors on several devices; TypeError for other or mixed
+    dtypes. A refused call changes nothing.
     Outside training, a backward raises RuntimeError if the running statistics were changed since the forward.
     """
     arguments = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)

@@ -36,6 +36,8 @@ class Norm(NamedTuple):
         elif torch.is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad):
             name = "running_mean" if running_mean.requires_grad else "running_var"
             raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+        elif training and running_mean is running_var:
+            raise ValueError("running_mean and running_var are one tensor, and training updates each: give it two")
         return cls(running_mean, running_var, weight, bias, bool(training), momentum, eps, batches)
 
     def check(self, input: torch.Tensor, shape=None, alone: bool = True) -> None:
