@@ -43,10 +43,10 @@ def refuse(name: str) -> None:
         )
 
 
-def refuse_script(module) -> None:
-    """Raises RuntimeError in torch.jit.script, which calls each module's `__prepare_scriptable__`."""
+def refuse_script(name: str) -> None:
+    """Raises RuntimeError in torch.jit.script, which calls `__prepare_scriptable__` of each module and function."""
     raise RuntimeError(
-        f"{type(module).__name__} is no TorchScript: use torch.export, or PyTorch's operators: torch.nn's layers, and "
+        f"{name} is no TorchScript: use torch.export, or PyTorch's operators: torch.nn's layers, and "
         "ModelNew(..., replace=()), take the same state dict"
     )
 

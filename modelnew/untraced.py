@@ -61,6 +61,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
                 raise
         return _of_library(function, args, options)
 
+    call.__prepare_scriptable__ = lambda: recorders.refuse_script(function.__name__)
     return call
 
 

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from modelnew import Model, ModelNew, Sequential, functional, layers
+from modelnew import Model, ModelNew, Sequential, functional, inline, layers
 from modelnew.registration import ops, traced
 from modelnew.untraced import untraced
 
@@ -272,9 +272,14 @@ def test_jit_trace_gets_an_error(name, launched):
 
 @pytest.mark.filterwarnings("ignore")
 def test_jit_script_gets_an_error():
-    for module in (layers.Tanh(), ModelNew(*FUSED, device="cpu")):
+    class Calls(nn.Module):
+        def forward(self, x):
+            return functional.tanh(x)
+
+    silu = inline.operator('extern "C" __global__ void silu(const float* x, float* y, i64 size) {}', "silu")
+    for called in (layers.Tanh(), ModelNew(*FUSED, device="cpu"), functional.max_pool2d, Calls(), silu):
         with pytest.raises(RuntimeError, match=r"is no TorchScript: use torch\.export"):
-            torch.jit.script(module)
+            torch.jit.script(called)
 
 
 def test_symbolic_trace_with_layers_as_leaf_modules():
