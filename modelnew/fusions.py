@@ -126,6 +126,8 @@ def _unsupported_reason(chain, names, children, x) -> str | None:
     """Why the modules, or the shape of x, do not allow the chain's operator; None if they do."""
     if _has_any_global_hook():
         return "there are hooks for all modules"
+    if isinstance(x, torch.fx.Proxy):
+        return "torch.fx.symbolic_trace records the layers"
     for name, child, kind in zip(names, children, chain.kinds):
         if not unchanged(child, kind):
             return f"{name} is not replaced, has a hook, or was swapped, compiled or given another forward"

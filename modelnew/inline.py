@@ -214,6 +214,9 @@ class Operator:
             raise TypeError(f"dtype is what scalar_t stands for, one of {', '.join(map(str, FLOATS))}; {dtype} is not")
         return self.declared.kernel[name, FLOATS[dtype]]
 
+    def __prepare_scriptable__(self):
+        recorders.refuse_script(str(self))
+
     def __call__(self, *args, **options):
         if is_dynamo_compiling():
             from .inline_registered import in_graph  # a second to import

@@ -15,4 +15,4 @@ from .functional.operators import *
 __all__ = sorted(name for name, value in vars(operators).items() if inspect.isclass(value))
 
 for _name in __all__:
-    globals()[_name].__prepare_scriptable__ = recorders.refuse_script
+    globals()[_name].__prepare_scriptable__ = lambda layer: recorders.refuse_script(type(layer).__name__)

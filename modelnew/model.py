@@ -132,7 +132,7 @@ class ModelNew(nn.Module):
         if fused is not None:
             return fused
         norm, tanh, pool = self.batch_norm, self.tanh, self.max_pool
-        hooked = _has_any_global_hook()
+        hooked = _has_any_global_hook() or isinstance(x, torch.fx.Proxy)
         fuse_norm = not hooked and unchanged(norm, layers.BatchNorm2d)
         fuse_tanh = not hooked and unchanged(tanh, layers.Tanh)
         fuse_pool = not hooked and unchanged(pool, layers.MaxPool2d) and not pool.return_indices

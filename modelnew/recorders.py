@@ -10,6 +10,7 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 
 def may_record() -> bool:
@@ -43,10 +44,10 @@ def refuse(name: str) -> None:
         )
 
 
-def refuse_script(module) -> None:
-    """Raises RuntimeError in torch.jit.script, which calls each module's `__prepare_scriptable__`."""
+def refuse_script(name: str) -> None:
+    """Raises RuntimeError in torch.jit.script, which calls `__prepare_scriptable__` of each module and function."""
     raise RuntimeError(
-        f"{type(module).__name__} is no TorchScript: use torch.export, or PyTorch's operators: torch.nn's layers, and "
+        f"{name} is no TorchScript: use torch.export, or PyTorch's operators: torch.nn's layers, and "
         "ModelNew(..., replace=()), take the same state dict"
     )
 
@@ -57,6 +58,16 @@ def refuse_kernels() -> None:
         "kernels run where operators are recorded, which does not see them, so that its result would be wrong. "
         "Record the forward, too: its backward is made of operators of torch.library then"
     )
+
+
+def is_leaf(module, x) -> bool:
+    """Whether a module must call `leaf`, because torch.fx.symbolic_trace records it as a part of a network."""
+    return isinstance(x, Proxy) and x.tracer.root is not module
+
+
+def leaf(module, x: Proxy) -> Proxy:
+    """Records module(x) as one node with the module's name, as torch.fx records the layers of torch.nn."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
 def refuse_batches(name: str, gradients, instead: str, error: RuntimeError) -> None:

@@ -209,14 +209,21 @@ def _one_by_one(op):
                     f"vmap: each element of the batch would write to the same {declared.name} of {op}; "
                     "use torch.func.replace_all_batch_norm_modules_, or evaluation mode"
                 )
+        size = info.batch_size
+        if not size:  # an element of zeros tells what the results are like
+            args = [a.new_zeros(_with_one(a.shape, d)) if type(d) is int else a for a, d in zip(args, in_dims)]
         found = []
-        for index in range(info.batch_size):
+        for index in range(max(1, size)):
             found.append(op(*(a.select(d, index) if type(d) is int else a for a, d in zip(args, in_dims))))
         if isinstance(found[0], tuple):
-            return tuple(map(torch.stack, zip(*found))), (0,) * len(found[0])
-        return torch.stack(found), 0
+            return tuple(torch.stack(results)[:size] for results in zip(*found)), (0,) * len(found[0])
+        return torch.stack(found)[:size], 0
 
     return rule
+
+
+def _with_one(shape, dim):
+    return *shape[:dim], 1, *shape[dim + 1 :]
 
 
 def results_of(like: torch.Tensor, *results: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

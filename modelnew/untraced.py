@@ -31,7 +31,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args, **options):
         if is_dynamo_compiling():
-            if function.__name__ in traced and options.get("peers") is None:
+            if function.__name__ in traced and not _exchanges(options):
                 return traced[function.__name__](*args, **options)
             return torch.compiler.disable(call)(*args, **options)  # a collective is in it: the graph breaks
         if recorders.present():
@@ -58,17 +58,26 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
                 raise
         return _of_library(function, args, options)
 
+    call.__prepare_scriptable__ = lambda: recorders.refuse_script(function.__name__)
     return call
 
 
 def _of_library(function, args, options):
     """Calls the torch.library operator of a function."""
-    if options.get("peers") is not None:
-        raise RuntimeError(f"{function.__name__} of a synchronised batch norm cannot be recorded or transformed")
+    if _exchanges(options):
+        raise RuntimeError(
+            f"{function.__name__} of a synchronised batch norm cannot be recorded or transformed in training: do it "
+            "before modelnew.convert_sync_batchnorm, or use eval()"
+        )
     if torch.onnx.is_in_onnx_export():
         return getattr(onnx, function.__name__)(*args, **options)
     recorders.refuse(function.__name__)
     return traced[function.__name__](*args, **options)
+
+
+def _exchanges(options) -> bool:
+    """Whether a call exchanges data with other processes, which no registered operator does."""
+    return options.get("peers", options.get("process_group")) is not None
 
 
 def dispatches(values) -> bool:

@@ -1,5 +1,6 @@
 """The operators of torch.library: what tools that trace, record or export see."""
 
+import copy
 import inspect
 import io
 
@@ -11,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from modelnew import Model, ModelNew, Sequential, functional, layers
+from modelnew import Model, ModelNew, Sequential, functional, inline, layers
 from modelnew.registration import ops, traced
 from modelnew.untraced import untraced
 
@@ -276,16 +277,24 @@ def test_jit_trace_gets_an_error(name, launched):
 
 @pytest.mark.filterwarnings("ignore")
 def test_jit_script_gets_an_error():
-    for module in (layers.Tanh(), ModelNew(*FUSED, device="cpu")):
+    class Calls(nn.Module):
+        def forward(self, x):
+            return functional.tanh(x)
+
+    silu = inline.operator('extern "C" __global__ void silu(const float* x, float* y, i64 size) {}', "silu")
+    for called in (layers.Tanh(), ModelNew(*FUSED, device="cpu"), functional.max_pool2d, Calls(), silu):
         with pytest.raises(RuntimeError, match=r"is no TorchScript: use torch\.export"):
-            torch.jit.script(module)
+            torch.jit.script(called)
 
 
-def test_symbolic_trace_with_layers_as_leaf_modules():
-    class Tracer(torch.fx.Tracer):
-        def is_leaf_module(self, module, name):
-            return type(module).__name__ in layers.__all__
-
-    model, x = NETWORKS["layers"]().eval(), torch.randn(2, 16, 6, 6)
-    traced = torch.fx.GraphModule(model, Tracer().trace(model))
-    assert torch.equal(traced(x), model(x))
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("traced_in_training", [True, False])
+def test_symbolic_trace(name, traced_in_training):
+    """Batch norms stay modules, as torch's do, so that the mode can change after the trace."""
+    model, x = NETWORKS[name](), torch.randn(2, 16, 6, 6)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model).train(traced_in_training))
+    for training in (True, False):
+        y, expected = traced.train(training)(x), model.train(training)(x)
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+    for (key, buffer), expected in zip(traced.named_buffers(), model.buffers()):
+        torch.testing.assert_close(buffer, expected, msg=lambda text, key=key: f"{key}: {text}")

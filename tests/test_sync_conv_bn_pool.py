@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from synchronised import batches_of, copied, in_both, models, of_both, run, run_part
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
-from modelnew import Model, ModelNew, convert_sync_batchnorm, distributed, explain
+from modelnew import Model, ModelNew, convert_sync_batchnorm, distributed, explain, layers
 from modelnew.functional import sync_batch_norm, sync_conv_bn_pool
 from modelnew.parity import error
 
@@ -194,9 +195,11 @@ def compiled(module):
     return torch.compile(module, backend="eager")
 
 
-@pytest.mark.parametrize("wrap", [autocast, compiled])
-def test_around_the_fused_model(ranks, wrap):
+@pytest.mark.parametrize(("wrap", "fused"), [(autocast, True), (compiled, True), (compiled, False)])
+def test_around_the_model(ranks, wrap, fused):
     ours, theirs = models()
+    if not fused:
+        ours.max_pool.ceil_mode = theirs.max_pool.ceil_mode = True
     batches = batches_of((16, 6, 8), [(2, 1)], torch.float32, theirs)
     (steps, gradients, _), expected = in_both(ranks, ours, batches, [(2, 1)], wrap=wrap), run(ours, batches, wrap(ours))
     for name in ("output", "dx"):
@@ -204,6 +207,21 @@ def test_around_the_fused_model(ranks, wrap):
     torch.testing.assert_close(
         gradients["conv_transpose.weight"], expected[1]["conv_transpose.weight"], rtol=1e-2, atol=1e-2
     )
+
+
+def recorded(rank, module, x):
+    convert_sync_batchnorm(module)
+    for record in (torch.func.vjp, lambda module, x: make_fx(module)(x)):
+        with pytest.raises(RuntimeError, match=r"synchronised batch norm cannot be recorded .* use eval\(\)"):
+            record(module, x)
+        record(module.eval(), x)
+        module.train()
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "layer"])
+def test_what_records_or_transforms_is_refused_in_training(ranks, fused):
+    module = models()[0] if fused else layers.BatchNorm2d(16)
+    ranks.run(recorded, module, torch.randn(2, 16, 6, 6))
 
 
 def offloaded(module):

@@ -73,6 +73,15 @@ def test_transform(name, transform):
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_vmap_over_no_elements(name):
+    ours, theirs = FUNCTIONS[name]
+    x = torch.randn(2, 0, 4, 5, 4, dtype=torch.float64)
+    found = vmap(ours, in_dims=1)(x)
+    assert found.shape == (0, *theirs(x.new_ones(2, 4, 5, 4)).shape)
+    assert found.dtype == x.dtype
+
+
 def pair():
     model, model_new = Model(*FUSED, device="cpu").eval(), ModelNew(*FUSED, numerics="fp32", device="cpu").eval()
     model_new.load_state_dict(model.state_dict())

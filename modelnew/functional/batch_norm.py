@@ -18,6 +18,7 @@ from cupy_kernels.batch_norm import (
 )
 from cupy_kernels.common import accumulator_dtype
 
+from .. import recorders
 from ..calls import call, prepared
 from ..cases import Case, activations, sums_of
 from ..formats import channels_last, dense_in, restored, stored
@@ -239,6 +240,8 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         reset_affine(self)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if recorders.is_leaf(self, input):  # a function's node would keep the mode, train or eval
+            return recorders.leaf(self, input)
         return self.apply_with(batch_norm, input)
 
     def apply_with(self, operation, input: torch.Tensor, **options) -> torch.Tensor:
