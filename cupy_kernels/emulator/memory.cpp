@@ -111,8 +111,8 @@ static void check_written(const Array& array) {
             array.name, first);
 }
 
-// An element that is a local variable's pattern, by -ftrivial-auto-var-init of gcc, or the sum of it and something; unless an
-// argument had it.
+// An element that is a local variable's pattern, by -ftrivial-auto-var-init of gcc, or the sum of it and something;
+// unless an argument had it.
 static void check_set(const Array& array, const Launch& launch) {
     const u64 unset = 0xFEFEFEFEFEFEFEFE;
     auto begins_with_it = [&](const char* at, size_t bytes) { return !memcmp(at, &unset, bytes); };

@@ -22,7 +22,7 @@ enum State { READY, AT_BARRIER, AT_WARP, AT_WGMMA, DONE };
 enum : u64 { TOUCHED = 15, EVER = 15 << 4, FLYING = 1 << 8, ATOMIC = 1 << 9, WROTE = 1 << 10 };
 enum { EVER_SHIFT = 4, THREAD_SHIFT = 11, CLOCK_SHIFT = 21, EPOCH_SHIFT = 32, MOST_CLOCK = 2047 };
 struct Word {
-    // other: what came before the last read or atomic write, and fewest threads know of: a read; or a write, with WROTE.
+    // other: what came before the last read or atomic write, of which fewest threads know: a read; with WROTE, a write.
     u64 write, read, other;
     u64 write_place : 21, read_place : 21, other_place : 21;
 };
