@@ -240,3 +240,33 @@ def test_a_local_variable_that_nobody_sets(x, y, unset, set_, body):
     x[:] = np.frombuffer(b"\xfe" * 4, np.float32)  # an argument may have the same bits
     run(COPY, x, y)
     assert (y == x).all()
+
+
+@pytest.mark.skipif(not emulator._fills_locals() or emulator._is_clang(), reason="gcc 12 and newer have the pattern")
+@pytest.mark.parametrize("kind", ["half_t", "bf16_t"])
+def test_a_half_that_nobody_sets(x, kind):
+    text = f"""#include "common.cuh"
+        extern "C" __global__ void f(const float* x, {kind}* y) {{
+            {kind} v;
+            if (x[threadIdx.x] > 0) v = from_acc<{kind}>(x[threadIdx.x]);
+            y[threadIdx.x] = v;
+        }}"""
+    y = np.zeros(THREADS, np.float16 if kind == "half_t" else np.int16)
+    run(text, abs(x) + 1, y)
+    x[3] = -1
+    with pytest.raises(EmulatorError, match=r":5: a local variable that nobody has set goes into y\[\d+\]"):
+        run(text, x, y)
+
+
+def test_a_launch_that_fails_leaves_device_variables_as_they_were(x, y):
+    """A lock that it holds would hold for ever."""
+    text = """__device__ int count = 5;
+        extern "C" __global__ void f(const float* x, float* y, int wrong) {
+            if (threadIdx.x == 0) count++;
+            __syncthreads();
+            y[threadIdx.x + wrong] = count;
+        }"""
+    with pytest.raises(EmulatorError, match="out of bounds"):
+        run(text, x, y, 1)
+    run(text, x, y, 0)
+    assert (y == 6).all()

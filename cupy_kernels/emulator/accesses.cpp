@@ -12,6 +12,13 @@ static inline bool ordered(u64 then) {
     return fibers[current].seen[thread % 32] > (then >> CLOCK_SHIFT & MOST_CLOCK);
 }
 
+// How far from the current thread `then` was done, if nothing orders it: in its warp, its block, or another block.
+static inline int distance(u64 then, unsigned oldest) {
+    unsigned epoch = then >> EPOCH_SHIFT;
+    if (epoch < oldest || ordered(then)) return 0;
+    return epoch != block_epoch ? 3 : (thread_of(then) ^ current) / 32 ? 2 : 1;
+}
+
 struct Where { char text[160]; };
 
 // An element as the source has it, such as y[7].
@@ -33,20 +40,28 @@ static Where block_of(unsigned epoch) {
     return where;
 }
 
+// What a race of accesses behind atomic functions lacks, which may be a lock.
+static const char* advice(u64 then) {
+    if (!fibers[current].calls_atomics || then & ATOMIC) return "";
+    return then >> EPOCH_SHIFT < first_epoch
+               ? ": a lock takes a __threadfence() after it is acquired, and one before it is released"
+               : ": to the emulator a lock is no barrier between threads of one block";
+}
+
 static void race(
     const Array& array, const char* address, const char* did, const char* place, u64 then, const char* had,
     unsigned then_place) {
     FAIL(
-        "<%x>: race: thread %d %s %s, which thread %d%s %s at <%x>, with no barrier between them", place_of(place),
+        "<%x>: race: thread %d %s %s, which thread %d%s %s at <%x>, with no barrier between them%s", place_of(place),
         current, did, element(array, address).text, thread_of(then), block_of(then >> EPOCH_SHIFT).text, had,
-        then_place);
+        then_place, advice(then));
 }
 
 static void before_the_wait(
     const Array& array, const char* address, const char* did, const char* place, const Word& word) {
     FAIL(
         "<%x>: thread %d %s %s before the wait for the cp.async of thread %d at <%x>", place_of(place), current, did,
-        element(array, address).text, thread_of(word.write), word.write_place);
+        element(array, address).text, thread_of(word.write), (unsigned)word.write_place);
 }
 
 static void unwritten(const Array& array, const char* address, const char* place) {
@@ -63,33 +78,47 @@ static void out_of_bounds(const Array& array, const char* address, const char* d
         element(array, address).text, array.bytes / array.item);
 }
 
-// Checks and notes an access of the current thread to the bytes of an array.
-template <bool WRITE> static inline void touch(
-    Array& array, const char* address, size_t bytes, const char* place, u64 how = 0) {
-    size_t offset = address - array.start;
-    if (offset >= array.bytes || bytes > array.bytes - offset)
-        return out_of_bounds(array, address, WRITE ? "writes" : "reads", place);
-    if (WRITE && array.constant)
-        return FAIL(
-            "<%x>: thread %d writes %s, which is const", place_of(place), current, element(array, address).text);
+static bool split(Array& array, int shift);
+template <bool WRITE> static void touch(
+    Array& array, const char* address, size_t bytes, const char* place, u64 how = 0);
+
+template <bool WRITE, int SHIFT> static inline void touch_words(
+    Array& array, size_t offset, size_t bytes, const char* place, u64 how) {
+    const size_t unit = 1 << SHIFT;
     unsigned oldest = array.shared ? shared_since : 1;
     for (size_t end = offset + bytes; offset < end;) {
-        size_t first = offset % 4, last = end - (offset - first) < 4 ? end - (offset - first) : 4;
+        size_t first = offset % unit, last = end - (offset - first) < unit ? end - (offset - first) : unit;
         u64 mask = (1 << last) - (1 << first), now = self | how | mask;
-        Word& word = array.words[offset / 4];
+        Word& word = array.words[SHIFT][offset >> SHIFT];
         char* at = array.start + offset;
+        if (!WRITE && word.read == now) {
+            offset += last - first;
+            continue;
+        }
+        auto forgets = [&](u64 then) {
+            return then & TOUCHED & ~mask && (then ^ now) >> THREAD_SHIFT && then >> EPOCH_SHIFT >= oldest;
+        };
+        if (SHIFT && last - first < unit &&
+            (forgets(word.read) || (WRITE && (forgets(word.write) || forgets(word.other))))) {
+            if (split(array, (offset | end) % 2 ? 0 : 1)) touch<WRITE>(array, at, end - offset, place, how);
+            return;
+        }
         offset += last - first;
-        u64 write = word.write;
+        u64 write = word.write, other = word.other;
         bool written = write >> EPOCH_SHIFT >= oldest;
+        if (!(other & mask) || other >> EPOCH_SHIFT < oldest) other = 0;
         if (!WRITE) {
-            if (word.read == now) continue;
             if (written && write & mask) {
                 if (write & FLYING) return before_the_wait(array, at, "reads", place, word);
                 if (!ordered(write)) return race(array, at, "reads", place, write, "writes", word.write_place);
             }
+            if (other & WROTE && !ordered(other))
+                return race(array, at, "reads", place, other, "writes", word.other_place);
             if (!how && !array.initialised && (mask & ~(written ? write >> EVER_SHIFT : 0) & TOUCHED))
                 return unwritten(array, at, place);
-            if ((word.read ^ now) >> THREAD_SHIFT) word.other_read = word.read;
+            if (!((word.read ^ now) >> THREAD_SHIFT)) now |= word.read & TOUCHED;
+            else if (!word.other || distance(word.read, oldest) >= distance(word.other, oldest))
+                word.other = word.read, word.other_place = word.read_place;
             word.read = now;
             word.read_place = place_of(place);
         } else {
@@ -102,13 +131,36 @@ template <bool WRITE> static inline void touch(
                 return unwritten(array, at, place);
             if (word.read & mask && word.read >> EPOCH_SHIFT >= oldest && !ordered(word.read))
                 return race(array, at, "writes", place, word.read, "reads", word.read_place);
-            if (word.other_read & mask && word.other_read >> EPOCH_SHIFT >= oldest && !ordered(word.other_read))
-                return race(array, at, "writes", place, word.other_read, "reads", word.read_place);
+            if (other && !(other & WROTE && now & other & ATOMIC) && !ordered(other))
+                return race(array, at, "writes", place, other, other & WROTE ? "writes" : "reads", word.other_place);
+            if (!(now & ATOMIC && other & WROTE)) other = 0;
+            // Blocks that come later know least of a plain write, which their atomic ones must not replace unseen.
+            auto unknown = [&](u64 then) {
+                return then && !(then & ATOMIC) && !array.shared ? 4 : distance(then, oldest);
+            };
+            if (now & ATOMIC && written && unknown(write) >= unknown(other))
+                other = write | WROTE, word.other_place = word.write_place;
+            if (!((write ^ now) >> THREAD_SHIFT || (write ^ now) & (ATOMIC | FLYING))) now |= write & TOUCHED;
             word.write = now | mask << EVER_SHIFT | (written ? write & EVER : 0);
             word.write_place = place_of(place);
-            word.read = word.other_read = 0;
+            word.read = 0, word.other = other;
         }
     }
+}
+
+// Checks and notes an access of the current thread to the bytes of an array.
+template <bool WRITE> static void touch(Array& array, const char* address, size_t bytes, const char* place, u64 how) {
+    size_t offset = address - array.start;
+    if (offset >= array.bytes || bytes > array.bytes - offset)
+        return out_of_bounds(array, address, WRITE ? "writes" : "reads", place);
+    if (array.constant) {
+        if (WRITE)
+            FAIL("<%x>: thread %d writes %s, which is const", place_of(place), current, element(array, address).text);
+        return;
+    }
+    if (array.shift == WHOLE) touch_words<WRITE, WHOLE>(array, offset, bytes, place, how);
+    else if (array.shift == 1) touch_words<WRITE, 1>(array, offset, bytes, place, how);
+    else touch_words<WRITE, 0>(array, offset, bytes, place, how);
 }
 
 // The variable at an address of the library, or around it; null if there is none.
@@ -157,6 +209,14 @@ template <bool WRITE> static inline void access(const void* pointer, size_t byte
     if (!own(address, WRITE)) stray<WRITE>(address, place);
 }
 
+// An address as an error names it.
+static Where place_in(const char* address) {
+    if (Array* array = find(address)) return element(*array, address);
+    Where where;
+    snprintf(where.text, sizeof where.text, "%p", address);
+    return where;
+}
+
 // For instructions that read whole rows, of which not all elements need to be there.
 void read_any(const void* address, size_t bytes) {
     Array* array = find((const char*)address);
@@ -165,14 +225,20 @@ void read_any(const void* address, size_t bytes) {
 }
 
 // A thread that calls __threadfence() and then an atomic function tells what its block did before to threads that call
-// one later. Blocks run one after another; so if all blocks so far did, all that they did came before.
+// one later, and a fence before it or behind it. Blocks run one after another; so if all blocks so far did, all that
+// they did came before.
 void atomic(void* address, size_t bytes, const char* place) {
     Array* array = find((const char*)address);
     if (array) touch<true>(*array, (const char*)address, bytes, place, ATOMIC);
     else access<true>(address, bytes, place);
-    if (fibers[current].fenced) acquired = all_released;
+    Fiber& f = fibers[current];
+    f.calls_atomics = true;
+    if (f.fenced) released = true, acquired = all_released;
 }
 
-void fence() { fibers[current].fenced = true; }
+void fence() {
+    fibers[current].fenced = true;
+    if (fibers[current].calls_atomics) acquired = all_released;
+}
 
 }  // namespace emulator

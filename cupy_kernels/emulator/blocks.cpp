@@ -13,8 +13,8 @@ static void next_epoch() {
 static void begin_epochs() {
     next_epoch();
     first_epoch = block_epoch;
-    all_released &= acquired;
-    acquired = false;
+    all_released &= released;
+    released = acquired = false;
 }
 
 static void start_block() {
@@ -32,7 +32,7 @@ static void start_block() {
         top[RETURN_WORD] = (void*)fiber_main;
         f.stack_pointer = top;
         f.state = READY;
-        f.at_grid = f.fenced = false;
+        f.at_grid = f.fenced = f.calls_atomics = false;
         f.copy_count = f.group_count = 0;
         f.registers_fenced = false;
         f.touched_sums = f.flying_sums = 0;
@@ -107,7 +107,7 @@ static void run_blocks(unsigned long long seed) {
             order[t] = order[other], order[other] = swap;
         }
     block_epoch = 0;
-    acquired = all_released = true;
+    released = acquired = all_released = true;
     sums_count = 0, fault_count = 1;
     for (int t = 0; t < thread_count; t++) fibers[t].proxy_fence = 0;
     long long blocks = (long long)gridDim.x * gridDim.y * gridDim.z, waiting = 0;

@@ -24,7 +24,8 @@ template <class F> static void for_parts_of_block(F part) {
     }
     auto part_of = [&](Array& array) {
         part(array.start, array.bytes);
-        part(array.words, (array.bytes / 4 + 1) * sizeof(Word));
+        part(&array.shift, sizeof array.shift);
+        part(array.words[array.shift], array.words_bytes(array.shift));
     };
     part_of(dynamic);
     for (unsigned i = 0; i < variable_count; i++)

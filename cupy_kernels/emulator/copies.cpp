@@ -3,8 +3,12 @@ namespace emulator {
 
 void copy_async(void* to, const void* from, int bytes, bool copied) {
     Fiber& f = fibers[current];
-    if (((uintptr_t)to | (copied ? (uintptr_t)from : 0)) % bytes)
-        return FAIL("<%x>: thread %d: a cp.async of %d bytes is not aligned to them", place_of(CALLER), current, bytes);
+    const char* ends[] = {(const char*)to, copied ? (const char*)from : nullptr};
+    for (const char* end : ends)
+        if ((uintptr_t)end % bytes)
+            return FAIL(
+                "<%x>: thread %d: a cp.async of %d bytes is not aligned to them: %s", place_of(CALLER), current, bytes,
+                place_in(end).text);
     if (f.copy_count == MAX_COPIES) return FAIL("thread %d has more than %d cp.async in flight", current, MAX_COPIES);
     if (copied) access<false>(from, bytes, CALLER);
     Array* array = find((char*)to);
@@ -30,10 +34,9 @@ void copy_wait(int pending_groups) {
     for (int i = 0; i < done; i++) {
         Copy& c = f.copies[i];
         Array* array = find(c.to);
-        for (size_t offset = c.to - array->start, end = offset + c.bytes; offset < end; offset += 4) {
-            Word& word = array->words[offset / 4];
-            word.write = self | TOUCHED | EVER;  // others see it after the next barrier
-        }
+        Word* word = array->words[array->shift] + ((c.to - array->start) >> array->shift);
+        for (int k = 0; k < c.bytes >> array->shift; k++)
+            word[k].write = self | TOUCHED | EVER;  // others see it after the next barrier
         if (c.from) memcpy(c.to, c.from, c.bytes);
         else memset(c.to, 0, c.bytes);
     }

@@ -21,6 +21,17 @@ static bool reserve_all() {
 static Word* words;  // of all arrays
 static size_t words_bytes;
 
+// Gives an array its words, of 4 bytes, from `next` on.
+static void give_words(Array& array, char*& next) {
+    array.shift = WHOLE;
+    array.words[WHOLE] = (Word*)next, next += array.words_bytes(WHOLE);
+}
+
+static void take_smaller_words(Array& array) {
+    for (int shift = 0; shift < WHOLE; shift++)
+        if (array.words[shift]) munmap(array.words[shift], array.words_bytes(shift)), array.words[shift] = nullptr;
+}
+
 // Memory full of zeros.
 static bool clear_words(size_t bytes) {
     if (bytes > words_bytes) {
@@ -36,15 +47,54 @@ static bool clear_words(size_t bytes) {
 // Where an array is copied to: in the middle of slot `slot`, as far from a multiple of 256 as it is now.
 static bool place(unsigned slot, const char* name, size_t alignment, size_t bytes, unsigned item) {
     char* middle = arena + ((size_t)slot << slot_bits) + ((size_t)1 << (slot_bits - 1));
-    arrays[slot] = {name, middle + alignment, bytes, item, false, true, false, nullptr};
+    arrays[slot] = {name, middle + alignment, bytes, item, false, true, false};
     return bytes < (size_t)1 << (slot_bits - 1) && !mprotect(middle, alignment + bytes + 1, PROT_READ | PROT_WRITE);
 }
 
 static void release(unsigned slot) {
     Array& a = arrays[slot];
     char* first = (char*)((size_t)a.start & ~(size_t)4095);
+    take_smaller_words(a);
     if (a.bytes > 1 << 16) madvise(first, a.start + a.bytes - first, MADV_DONTNEED);
     mprotect(first, a.start + a.bytes + 1 - first, PROT_NONE);
+}
+
+// Makes an array's words smaller.
+static bool split(Array& array, int shift) {
+    Word*& words = array.words[shift];
+    if (words) madvise(words, array.words_bytes(shift), MADV_DONTNEED);  // zeros
+    else words = (Word*)reserve(array.words_bytes(shift), PROT_READ | PROT_WRITE);
+    if (!words) return FAIL("the emulator finds no memory for the array %s", array.name), false;
+    unsigned parts = 1 << (array.shift - shift), bytes = 1 << shift;
+    u64 mask = (1 << bytes) - 1;
+    mask |= mask << EVER_SHIFT;
+    auto part = [&](u64 stamp, unsigned i) { return (stamp & ~(TOUCHED | EVER)) | (stamp >> i * bytes & mask); };
+    for (size_t i = 0; i < array.bytes >> shift; i++) {
+        const Word& word = array.words[array.shift][i / parts];
+        if (!(word.write | word.read | word.other)) continue;
+        words[i] = word;
+        words[i].write = part(word.write, i % parts), words[i].read = part(word.read, i % parts);
+        words[i].other = part(word.other, i % parts);
+    }
+    array.shift = shift;
+    return true;
+}
+
+// A copy of what a launch may change besides its arrays; or gives it back: a launch that fails changes nothing.
+static char* keep_variables(const char* kept) {
+    size_t bytes = 0;
+    auto each = [&](auto visit) {
+        for (unsigned i = 0; i < variable_count; i++)
+            if (!variables[i].shared && !variables[i].constant) visit(variables[i]);
+    };
+    if (kept) {
+        each([&](const Array& a) { memcpy(a.start, kept, a.bytes), kept += a.bytes; });
+        return nullptr;
+    }
+    each([&](const Array& a) { bytes += a.bytes; });
+    char *copy = (char*)__builtin_malloc(bytes + 1), *to = copy;
+    each([&](const Array& a) { memcpy(to, a.start, a.bytes), to += a.bytes; });
+    return copy;
 }
 
 static void check_written(const Array& array) {
@@ -52,7 +102,7 @@ static void check_written(const Array& array) {
     for (size_t i = count; i-- > 0;) {
         bool whole = true;
         for (size_t byte = i * array.item; byte < (i + 1) * array.item; byte++)
-            whole &= array.words[byte / 4].write >> (EVER_SHIFT + byte % 4) & 1;
+            whole &= array.word(array.start + byte).write >> (EVER_SHIFT + byte % (1 << array.shift)) & 1;
         if (!whole) missing++, first = i;
     }
     if (missing)
@@ -61,23 +111,24 @@ static void check_written(const Array& array) {
             array.name, first);
 }
 
-// An element that is a local variable's pattern, by -ftrivial-auto-var-init of gcc, or the sum of it and something; unless an
-// argument had it.
+// An element that is a local variable's pattern, by -ftrivial-auto-var-init of gcc, or the sum of it and something;
+// unless an argument had it.
 static void check_set(const Array& array, const Launch& launch) {
     const u64 unset = 0xFEFEFEFEFEFEFEFE;
     auto begins_with_it = [&](const char* at, size_t bytes) { return !memcmp(at, &unset, bytes); };
-    for (size_t at = 0; array.item >= 4 && at < array.bytes; at += array.item) {
+    size_t least = array.item < 4 ? array.item : 4;
+    for (size_t at = 0; array.item >= 2 && at < array.bytes; at += array.item) {
         if (!begins_with_it(array.start + at, array.item)) continue;
         for (unsigned i = 0; i < launch.count; i++) {
             const Parameter& p = launch.parameters[i];
             const char* given = p.kind == SCALAR ? (char*)&launch.words[i] : (char*)launch.words[i];
             if (p.kind == OUTPUT || !given) continue;
-            for (size_t byte = 0; byte + 4 <= (p.kind == SCALAR ? 8 : p.bytes); byte += 4)
-                if (begins_with_it(given + byte, 4)) return;
+            for (size_t byte = 0; byte + least <= (p.kind == SCALAR ? 8 : p.bytes); byte += least)
+                if (begins_with_it(given + byte, least)) return;
         }
         return report(
-            "<%x>: a local variable that nobody has set goes into %s", array.words[at / 4].write_place,
-            element(array, array.start + at).text);
+            "<%x>: a local variable that nobody has set goes into %s",
+            (unsigned)array.word(array.start + at).write_place, element(array, array.start + at).text);
     }
 }
 

@@ -6,8 +6,9 @@
 // Kernels are compiled with -fsanitize=thread, for which the compiler calls __tsan_read4(address) and the like before
 // each access to memory. These functions, in sanitizers.cpp, look the address up. Arrays are copied to places that lie
 // 64 GiB apart, so that an index that is wrong by anything leads to no other array. Each 4 bytes of an array, and of
-// shared memory, have a `Word`: who wrote it last, and who read it. Two accesses of two threads to the same bytes, one
-// of them a write, must have a barrier between them. It is found out for one order of threads, whatever order ran.
+// shared memory, have a `Word`: who wrote it last, and who read it. Where threads share a word, the array gets smaller
+// ones. Two accesses of two threads to the same bytes, one of them a write, must have a barrier between them. It is
+// found out for one order of threads, whatever order ran.
 //
 // state.h has the words and what else is known; then a file a topic: accesses.cpp checks, sanitizers.cpp is what the
 // compiler calls, threads.cpp waits, copies.cpp and wgmma.cpp work later, blocks.cpp runs, faults.cpp ends, memory.cpp
@@ -68,20 +69,20 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     variable_count = launch.variable_count;
     for (unsigned i = 0; i < variable_count; i++) {
         const Variable& v = launch.variables[i];
-        variables[i] = {
-            v.name, image.start + v.address, v.bytes, 0, (bool)v.constant, !v.shared, (bool)v.shared, nullptr};
+        variables[i] = {v.name, image.start + v.address, v.bytes, 0, (bool)v.constant, !v.shared, (bool)v.shared};
     }
     dynamic.shared = true, dynamic.initialised = false;
     dynamic_shared = dynamic.start;
     arguments = argument_addresses;
     size_t count = 0;
-    for (unsigned i = 0; i < array_count; i++) count += arrays[i].bytes / 4 + 1;
-    for (unsigned i = 0; i < variable_count; i++) count += variables[i].bytes / 4 + 1;
-    if (!placed || !clear_words(count * sizeof(Word))) return "the emulator finds no memory for the arrays";
-    Word* next = words;
-    for (unsigned i = 0; i < array_count; i++) arrays[i].words = next, next += arrays[i].bytes / 4 + 1;
-    for (unsigned i = 0; i < variable_count; i++) variables[i].words = next, next += variables[i].bytes / 4 + 1;
+    for (unsigned i = 0; i < array_count; i++) count += arrays[i].words_bytes(WHOLE);
+    for (unsigned i = 0; i < variable_count; i++) count += variables[i].words_bytes(WHOLE);
+    if (!placed || !clear_words(count)) return "the emulator finds no memory for the arrays";
+    char* next = (char*)words;
+    for (unsigned i = 0; i < array_count; i++) give_words(arrays[i], next);
+    for (unsigned i = 0; i < variable_count; i++) give_words(variables[i], next);
 
+    char* kept = keep_variables(nullptr);
     run_blocks(launch.seed);
     for (unsigned i = 1; i < array_count && !error[0]; i++)
         if (arrays[i].bytes && !arrays[i].initialised) check_written(arrays[i]), check_faults(arrays[i]);
@@ -92,6 +93,9 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
             memcpy((void*)launch.words[i - 1], arrays[i].start, arrays[i].bytes);
         release(i);
     }
+    for (unsigned i = 0; i < variable_count; i++) take_smaller_words(variables[i]);
+    if (error[0]) keep_variables(kept);
+    __builtin_free(kept);
     return error[0] ? error : nullptr;
 }
 

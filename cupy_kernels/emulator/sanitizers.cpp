@@ -68,15 +68,18 @@ struct Pair {
 
 extern "C" EXPORTED void __ubsan_handle_type_mismatch_v1(Mismatch* what, void* address) {
     size_t alignment = size_t(1) << what->log_alignment;
+    if ((size_t)address % alignment == 0) {  // an object that is too small
+        const char* does = what->kind == 1 ? "writes" : "reads";
+        if (emulator::Array* array = emulator::find((char*)address))
+            return emulator::out_of_bounds(*array, (char*)address, does, CALLER);
+        WRONG(" %s out of bounds of a local array", does);
+        return;
+    }
     if (alignment > 16) alignment = 16;  // no access of a GPU has more bytes
     if ((size_t)address % alignment == 0) return;
-    emulator::Array* array = emulator::find((char*)address);
-    emulator::Where where;
-    if (array) where = emulator::element(*array, (char*)address);
-    else snprintf(where.text, sizeof where.text, "%p", address);
     WRONG(
         " accesses %zu aligned bytes, %s, at a place that is not a multiple of %zu bytes: %s", alignment,
-        what->type->name, alignment, where.text);
+        what->type->name, alignment, emulator::place_in((char*)address).text);
 }
 extern "C" EXPORTED void __ubsan_handle_out_of_bounds(Pair* what, size_t index) {
     WRONG(": index %lld is out of bounds of %s", what->second->value(index), what->first->name);

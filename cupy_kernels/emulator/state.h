@@ -17,14 +17,16 @@ enum { SIGNAL_STACK_BYTES = 1 << 16 };
 enum : size_t { STACK_BYTES = 576 << 10, STACK_GAP = 16 << 20, STACK_SHIFT = 128 };
 enum State { READY, AT_BARRIER, AT_WARP, AT_WGMMA, DONE };
 
-// What a thread did last to 4 bytes, in one number: number of the barrier before it, number of the __syncwarp, thread,
+// What a thread did last to a word, in one number: number of the barrier before it, number of the __syncwarp, thread,
 // whether it was atomic or is a copy in flight, which of the bytes were ever written, which it touched.
-enum : u64 { TOUCHED = 15, EVER = 15 << 4, FLYING = 1 << 8, ATOMIC = 1 << 9 };
-enum { EVER_SHIFT = 4, THREAD_SHIFT = 10, CLOCK_SHIFT = 20, EPOCH_SHIFT = 32, MOST_CLOCK = 4095 };
+enum : u64 { TOUCHED = 15, EVER = 15 << 4, FLYING = 1 << 8, ATOMIC = 1 << 9, WROTE = 1 << 10 };
+enum { EVER_SHIFT = 4, THREAD_SHIFT = 11, CLOCK_SHIFT = 21, EPOCH_SHIFT = 32, MOST_CLOCK = 2047 };
 struct Word {
-    u64 write, read, other_read;  // other_read: the one of another thread before it
-    unsigned write_place, read_place;
+    // other: what came before the last read or atomic write, of which fewest threads know: a read; with WROTE, a write.
+    u64 write, read, other;
+    u64 write_place : 21, read_place : 21, other_place : 21;
 };
+enum { WHOLE = 2 };  // a word has 1 << shift bytes: 4 at first, fewer where threads share one
 
 struct Array {
     const char* name;
@@ -32,7 +34,11 @@ struct Array {
     size_t bytes;
     unsigned item;  // bytes of an element; 0: errors count bytes
     bool constant, initialised, shared;
-    Word* words;
+    int shift;
+    Word* words[WHOLE + 1];  // by shift
+
+    const Word& word(const char* address) const { return words[shift][(address - start) >> shift]; }
+    size_t words_bytes(int of) const { return ((bytes >> of) + 1) * sizeof(Word); }
 };
 
 struct Copy {
@@ -44,7 +50,7 @@ struct Fiber {
     void* stack_pointer;
     State state;
     Place place;  // of the barrier it waits at
-    bool vote, at_grid, fenced;
+    bool vote, at_grid, fenced, calls_atomics;
     unsigned short clock,
         seen[32];             // __syncwarps; and of each lane, up to which one its accesses came before this thread's
     Copy copies[MAX_COPIES];  // cp.async issued and not yet waited for
@@ -85,7 +91,7 @@ static u64 self;                           // the stamp of what the current thre
 // Number of the last barrier; of the block's start, or when it went on behind the last grid barrier; of that one; and
 // of the start of the block's shared memory.
 static unsigned block_epoch, first_epoch, grid_epoch, shared_since;
-static bool acquired, all_released;        // earlier blocks' accesses came before this block's: see atomic()
+static bool released, acquired, all_released;  // by this block, by it from earlier ones, by all of those: see atomic()
 static u64 argument_words[MAX_PARAMETERS];
 static void* argument_addresses[MAX_PARAMETERS];
 static int sums_count;  // of wgmma, in local memory

@@ -119,11 +119,11 @@ static const char* fault_of(const Word& word) {
 }
 
 static unsigned char number_of_fault(const char* place, const char* is, Array* array, const char* address) {
-    const Word& word = array->words[(address - array->start) / 4];
+    const Word& word = array->word(address);
     for (int i = 1; i < fault_count; i++)
         if (faults[i].place == place && faults[i].is == is && faults[i].writer_place == word.write_place) return i;
     if (fault_count == MAX_FAULTS) return MAX_FAULTS - 1;
-    faults[fault_count] = {place, is, address, array, current, (int)thread_of(word.write), word.write_place};
+    faults[fault_count] = {place, is, address, array, current, (int)thread_of(word.write), (unsigned)word.write_place};
     return fault_count++;
 }
 
@@ -137,17 +137,17 @@ static void check_operand(
         if (!array || !array->shared)
             return FAIL("<%x>: thread %d: an operand of wgmma is not in shared memory", place_of(place), current);
         if (size_t(at - array->start) + 16 > array->bytes) return out_of_bounds(*array, at, "reads", place);
-        for (int word = 0; word < 4; word++) {
-            const char* address = at + 4 * word;
+        for (int byte = 0, bytes = 1 << array->shift; byte < 16; byte += bytes) {
+            const char* address = at + byte;
             const char* is =
-                waited ? memcmp(address, copy[i] + 4 * word, 4) ? "is written before the wait for that" : nullptr
-                       : fault_of(array->words[(address - array->start) / 4]);
+                waited ? memcmp(address, copy[i] + byte, bytes) ? "is written before the wait for that" : nullptr
+                       : fault_of(array->word(address));
             if (!is) continue;
-            u64 write = array->words[(address - array->start) / 4].write;
+            u64 write = array->word(address).write;
             if (by_own_warp && thread_of(write) / 32 != (unsigned)current / 32) continue;
             unsigned char number = number_of_fault(place, is, array, address);
             if (operand.along_k) bad[i / 2] = number;
-            else bad[i / 16 * 8 + 2 * word] = bad[i / 16 * 8 + 2 * word + 1] = number;
+            else memset(bad + i / 16 * 8 + byte / 2, number, (bytes + 1) / 2);
         }
         if (!waited) memcpy(copy[i], at, 16);
     }

@@ -10,3 +10,5 @@ int global = 5; ;; y[0] = global;
 ;; auto g = [=] __device__ (float v) { return v; }; y[0] = g(f);
 ;; y[0] = __COUNTER__;
 __constant__ int cc = 3; ;; cc = 4;
+;; float v = 1e40f; y[0] = v;
+;; [[nodiscard]] int k = 1; y[0] = k;

@@ -109,3 +109,34 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     cp_async_wait<0>();
     y[t] = s[4 * t + 3];
 }
+
+//// copies that nobody commits
+// error: before the wait
+// x: 256, y: 256, grid: 1
+#include "async_copy.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ __align__(16) float s[256];
+    int t = threadIdx.x;
+    if (t < 64) cp_async_16(s + 4 * t, x + 4 * t, true);
+    @cp_async_commit();@@
+    cp_async_wait<0>();
+    __syncthreads();
+    y[t] = s[t];
+}
+
+//// the source of a copy changes in flight
+// error: race
+// x: 256, y: 256, grid: 1
+#include "async_copy.cuh"
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    __shared__ __align__(16) float s[256];
+    int t = threadIdx.x;
+    if (t < 64) cp_async_16(s + 4 * t, y + 4 * t, true);
+    cp_async_commit();
+    @cp_async_wait<0>();
+    __syncthreads();@@
+    if (t >= 64) y[t] = x[t];
+    cp_async_wait<0>();
+    __syncthreads();
+    if (t < 64) y[t] = s[t];
+}

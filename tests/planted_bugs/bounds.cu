@@ -182,3 +182,14 @@ extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
     int t = threadIdx.x;
     @if (4 * t + 4 <= n)@@ memcpy(y + 4 * t, x + 4 * t, 16);
 }
+
+//// a local array read after its end by a pointer
+// error: out of bounds of a local array
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    float v[4];
+    for (int k = 0; k < 4; k++) v[k] = x[t];
+    const float* p = v;
+    y[t] = p[t % @4@5@];
+}

@@ -57,3 +57,11 @@ extern "C" __global__ void planted(const int* x, int* y, int n) {
     int t = threadIdx.x;
     y[t] = 1 << (@t % 31@t - 1@);
 }
+
+//// a negation of the least integer
+// error: overflows|negation
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const int* x, int* y, int n) {
+    int t = threadIdx.x, v = (int)(0x80000000u + (unsigned)(t * 0));
+    y[t] = v == 0 ? 1 : -(@v + 1@v@);
+}

@@ -330,3 +330,147 @@ extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
     @float h = i + 256 < n ? x[i + 256] : 0;@float h = i + 256 < n ? y[i + 256] : 0;@
     y[i] = x[i] + h;
 }
+
+//// halves that are written twice
+// error: race: thread \d+ writes y\[\d+\], which thread \d+ writes
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, half_t* y, int n) {
+    int t = threadIdx.x;
+    y[t@@ % 128@] = from_acc<half_t>(x[t]);
+    @@if (t < 128) y[t + 128] = from_acc<half_t>(x[t]);@
+}
+
+//// bytes that are written twice
+// error: race
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, u8* y, int n) {
+    int t = threadIdx.x;
+    y[t@@ % 64@] = x[t] > 0;
+    @@if (t < 64) for (int k = 1; k < 4; k++) y[t + 64 * k] = 0;@
+}
+
+//// a half of shared memory that another lane replaces
+// error: race
+// x: 64, y: 64, grid: 1, block: 64
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ half_t s[2];
+    int t = threadIdx.x;
+    if (t == 0) s[0] = from_acc<half_t>(x[0]);
+    __syncthreads();
+    if (t == 5) s[@1@0@] = from_acc<half_t>(x[5]);
+    if (t == 6) s[@0@1@] = from_acc<half_t>(x[6]);
+    @__syncthreads();@@
+    y[t] = @to_acc(s[0])@t == 40 ? to_acc(s[0]) : 0@;
+}
+
+//// a pair of halves over a neighbour's half
+// error: race
+// x: 256, y: 257, grid: 1
+extern "C" __global__ void planted(const float* x, half_t* y, int n) {
+    int t = threadIdx.x;
+    y[t] = from_acc<half_t>(x[t]);
+    @if (t == n - 1)@@ y[t + 1] = from_acc<half_t>(0.f);
+}
+
+//// the last block replaces what all have read
+// error: race.*another block
+// y: 4
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    float old = @x@y@[0];
+    __syncthreads();
+    if (threadIdx.x == 0 && blockIdx.x @== 0@== 3@) y[0] = old + 1;
+}
+
+//// a thread counts itself, and reads the sum of all
+// error: race
+// x: 256, y: 2, grid: 1
+extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
+    int t = threadIdx.x;
+    atomicAdd(&y[0], 1);
+    @__syncthreads();@@
+    if (t == 255) y[1] = y[0];
+}
+
+//// a warp reads, another one has read before, and the first writes
+// error: race
+// x: 64, y: 64, grid: 1, block: 64
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s;
+    int t = threadIdx.x;
+    if (t == 0) s = x[0];
+    __syncthreads();
+    float v = s;
+    @__syncthreads();@__syncwarp();@
+    if (t == 63) s = 3;
+    y[t] = v;
+}
+
+//// all blocks add, and the last one reads after its own barrier
+// error: race.*another block
+// y: 5
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    int t = threadIdx.x;
+    if (t == 0) atomicAdd(&y[@1 + blockIdx.x@0@], x[blockIdx.x]);
+    __syncthreads();
+    if (blockIdx.x == 3 && t == 1) y[@0@1@] = y[@4@0@];
+}
+
+//// a lock without fences
+// error: race.*another block.*a lock takes a __threadfence
+// y: 2
+__device__ int lock;
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    if (threadIdx.x == 0) {
+        while (atomicCAS(&lock, 0, 1)) {}
+        @__threadfence();@@
+        y[0] += x[blockIdx.x];
+        @__threadfence();@@
+        atomicExch(&lock, 0);
+    }
+}
+
+//// a lock between threads
+// error: race.*no barrier between threads of one block
+// y: 2
+__device__ int lock;
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    if (threadIdx.x @== 0@< 2@) {
+        while (atomicCAS(&lock, 0, 1)) {}
+        __threadfence();
+        y[0] += x[blockIdx.x];
+        __threadfence();
+        atomicExch(&lock, 0);
+    }
+}
+
+//// a sum that block 0 clears while others add
+// error: race
+// y: 1
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    @@if (blockIdx.x == 0 && threadIdx.x == 0) y[0] = 0;
+    __syncthreads();@
+    atomicAdd(y, x[0]);
+}
+
+//// a counter that one block sets back too early
+// error: race
+// y: 1
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    if (threadIdx.x == 0) {
+        atomicAdd(y, 1.0f);
+        @@if (blockIdx.x == 3) y[0] = 0;@
+    }
+}
+
+//// atomicExch that sets what others add to
+// error: race|nobody
+// x: 64, y: 64, grid: 1, block: 64
+extern "C" __global__ void planted(const int* x, int* y, int n) {
+    __shared__ int sum;
+    int t = threadIdx.x;
+    if (t == 0) sum = 0;
+    @__syncthreads();@@
+    atomicAdd(&sum, x[t] & 7);
+    __syncthreads();
+    y[t] = sum;
+}
