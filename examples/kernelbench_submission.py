@@ -1485,6 +1485,96 @@ def check_supported(x_shape, w_shape, geometry: Geometry, dtype: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/pooled_tail.py
+#
+# The part of `conv_bn_pool` after the convolution, over its pooled sums: macros and variants, see pooled_tail.cuh.
+
+# Warps of a block: few, each with more values, where registers hold these (RESIDENT of pooled_tail.cuh).
+_FEW_WARPS, _MOST_WARPS, _RESIDENT = 8, 16, 24
+_PART = 320  # values of a warp at most: 10 a lane
+
+
+@until_overridden
+def activations() -> dict[str, str]:
+    """The functions of activation.cuh, and the structs that they are there: leaky_relu, LeakyReLU."""
+    structs = re.findall(r"^struct (\w+)", text("activation.cuh"), re.MULTILINE)
+    return {re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", struct).lower(): struct for struct in structs}
+
+
+def struct_of(activation: str) -> str:
+    """The activation's struct. Raises ValueError if there is none."""
+    if activation not in tuple(activations()):
+        raise ValueError(f"activation must be one of {', '.join(map(repr, activations()))}; received {activation!r}")
+    return activations()[activation]
+
+
+def saved_shift(p: Plan) -> int:
+    """SAVED_SHIFT. Both operands are below 2^15, and the sum of this many products must stay below 2^15."""
+    macros = dict(p.macros)
+    terms = macros["IN_CHANNELS"] * macros["KERNEL_H"] * macros["KERNEL_W"]
+    return 15 + (terms - 1).bit_length()
+
+
+def types_of(macros) -> dict:
+    """param_t and pooled_t. For a plan that is not `typed`, these are x's type and float."""
+    return {"param_t": macros.get("param_t", macros["scalar_t"]), "pooled_t": macros.get("pooled_t", "float")}
+
+
+def saved_type(split: int) -> str:
+    return "half_t" if split == 1 else "float"
+
+
+def forward_macros(plan: Plan, groups: int, activation: str, training: bool):
+    return *tail_macros(plan, groups, activation), ("STATISTICS", int(training))
+
+
+def tail_macros(plan: Plan, groups: int, activation: str):
+    return tail_defines(dict(plan.macros), groups, activation, plan.planes, saved_shift(plan))
+
+
+def tail_defines(macros, groups, activation, planes, shift):
+    types, name = types_of(macros), types_of(macros)["param_t"]
+    types = (("scalar_t", name), ("acc_t", accumulator(name)), *types.items())
+    types += (("ACTIVATION", struct_of(activation)), ("CHANNELS_LAST", macros["CHANNELS_LAST"]), ("SAVED_SHIFT", shift))
+    types += (("AS_IT_IS", macros.get("AS_IT_IS", 0)),)
+    sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
+    parts = parts_of_plane(macros)
+    jobs, plane = macros["OUT_CHANNELS"] // groups * parts, (macros["OUT_H"] // 2) * (macros["OUT_W"] // 2)
+    resident = ceil_div(jobs, _FEW_WARPS) * ceil_div(plane, parts * 32) <= _RESIDENT
+    warps = min(jobs, _FEW_WARPS if resident else _MOST_WARPS)
+    blocks = (("GROUPS", groups), ("PARTS", parts), ("WARPS", warps), ("THREADS", THREADS))
+    return (*types, *sizes, *planes, *blocks)
+
+
+def parts_of_plane(macros) -> int:
+    """The number of parts of a pooled plane. A warp takes one part at a time."""
+    return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), _PART)
+
+
+def tail_threads(macros):
+    return 32 * dict(macros)["WARPS"]
+
+
+def backward_defines(macros):
+    split = macros["SPLIT"]
+    saved = ("saved_t", saved_type(split))
+    convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
+    # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
+    tile = THREADS * 8 // chunk_channels(split)
+    blocks = {
+        "TILE": tile,
+        "TILES": ceil_div(windows_of(macros), tile),
+        "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
+    }
+    return (saved, *packing_macros(split).items(), *convolution, *blocks.items())
+
+
+def windows_of(macros) -> int:
+    """The number of 2x2 windows of the convolution's output, including those that an odd edge cuts."""
+    return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_wgrad_mma.py
 #
 # Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` supports.
@@ -1821,6 +1911,8 @@ class Norm(NamedTuple):
         elif torch.is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad):
             name = "running_mean" if running_mean.requires_grad else "running_var"
             raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+        elif training and running_mean is running_var:
+            raise ValueError("running_mean and running_var are one tensor, and training updates each: give it two")
         return cls(running_mean, running_var, weight, bias, bool(training), momentum, eps, batches)
 
     def check(self, input: torch.Tensor, shape=None, alone: bool = True) -> None:
@@ -2074,98 +2166,6 @@ class GroupNorm(nn.GroupNorm):
     def reset_parameters(self) -> None:
         """Sets weight to 1 and bias to 0."""
         reset_affine(self)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/pooled_tail.py
-#
-# The part of `conv_bn_pool` after the convolution, over its pooled sums: macros and variants, see pooled_tail.cuh.
-
-# Warps of a block: few, each with more values, where registers hold these (RESIDENT of pooled_tail.cuh).
-_FEW_WARPS, _MOST_WARPS, _RESIDENT = 8, 16, 24
-_PART = 320  # values of a warp at most: 10 a lane
-
-
-@until_overridden
-def activations() -> tuple[str, ...]:
-    """The structs of activation.cuh."""
-    return tuple(re.findall(r"^struct (\w+)", text("activation.cuh"), re.MULTILINE))
-
-
-def struct_of(activation: str) -> str:
-    """The activation's struct. Raises ValueError if there is none."""
-    found = {name.lower(): name for name in activations()}.get(activation.replace("_", "").lower())
-    if found is None:
-        raise ValueError(
-            f"activation must be one of those in activation.cuh, {', '.join(activations())}; received {activation!r}"
-        )
-    return found
-
-
-def saved_shift(p: Plan) -> int:
-    """SAVED_SHIFT. Both operands are below 2^15, and the sum of this many products must stay below 2^15."""
-    macros = dict(p.macros)
-    terms = macros["IN_CHANNELS"] * macros["KERNEL_H"] * macros["KERNEL_W"]
-    return 15 + (terms - 1).bit_length()
-
-
-def types_of(macros) -> dict:
-    """param_t and pooled_t. For a plan that is not `typed`, these are x's type and float."""
-    return {"param_t": macros.get("param_t", macros["scalar_t"]), "pooled_t": macros.get("pooled_t", "float")}
-
-
-def saved_type(split: int) -> str:
-    return "half_t" if split == 1 else "float"
-
-
-def forward_macros(plan: Plan, groups: int, activation: str, training: bool):
-    return *tail_macros(plan, groups, activation), ("STATISTICS", int(training))
-
-
-def tail_macros(plan: Plan, groups: int, activation: str):
-    return tail_defines(dict(plan.macros), groups, activation, plan.planes, saved_shift(plan))
-
-
-def tail_defines(macros, groups, activation, planes, shift):
-    types, name = types_of(macros), types_of(macros)["param_t"]
-    types = (("scalar_t", name), ("acc_t", accumulator(name)), *types.items())
-    types += (("ACTIVATION", struct_of(activation)), ("CHANNELS_LAST", macros["CHANNELS_LAST"]), ("SAVED_SHIFT", shift))
-    types += (("AS_IT_IS", macros.get("AS_IT_IS", 0)),)
-    sizes = tuple((size, macros[size]) for size in ("OUT_CHANNELS", "OUT_H", "OUT_W"))
-    parts = parts_of_plane(macros)
-    jobs, plane = macros["OUT_CHANNELS"] // groups * parts, (macros["OUT_H"] // 2) * (macros["OUT_W"] // 2)
-    resident = ceil_div(jobs, _FEW_WARPS) * ceil_div(plane, parts * 32) <= _RESIDENT
-    warps = min(jobs, _FEW_WARPS if resident else _MOST_WARPS)
-    blocks = (("GROUPS", groups), ("PARTS", parts), ("WARPS", warps), ("THREADS", THREADS))
-    return (*types, *sizes, *planes, *blocks)
-
-
-def parts_of_plane(macros) -> int:
-    """The number of parts of a pooled plane. A warp takes one part at a time."""
-    return ceil_div((macros["OUT_H"] // 2) * (macros["OUT_W"] // 2), _PART)
-
-
-def tail_threads(macros):
-    return 32 * dict(macros)["WARPS"]
-
-
-def backward_defines(macros):
-    split = macros["SPLIT"]
-    saved = ("saved_t", saved_type(split))
-    convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
-    # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
-    tile = THREADS * 8 // chunk_channels(split)
-    blocks = {
-        "TILE": tile,
-        "TILES": ceil_div(windows_of(macros), tile),
-        "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
-    }
-    return (saved, *packing_macros(split).items(), *convolution, *blocks.items())
-
-
-def windows_of(macros) -> int:
-    """The number of 2x2 windows of the convolution's output, including those that an odd edge cuts."""
-    return ceil_div(macros["OUT_H"], 2) * ceil_div(macros["OUT_W"], 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
