@@ -8,6 +8,7 @@ from .explanation import explain
 from .fusions import Sequential
 from .graphs import graphed
 from .model import Model, ModelNew, get_init_inputs, get_inputs
+from .replacement import replace_layers
 
 __all__ = [
     "Model",
@@ -18,6 +19,7 @@ __all__ = [
     "get_init_inputs",
     "get_inputs",
     "graphed",
+    "replace_layers",
 ]
 
 

@@ -1,0 +1,90 @@
+"""`replace_layers`: PyTorch's layers in any network become ours."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from torch import nn
+
+from . import layers
+from .fusions import CHAINS, LENGTH, Sequential
+from .numerics import check_numerics
+
+_OURS = {getattr(nn, name): getattr(layers, name) for name in layers.__all__} | {nn.Sequential: Sequential}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+class Replaced(NamedTuple):
+    """What `replace_layers` did; str() says it in words.
+
+    layers: the modules that are ours now, by name.
+    kept: why other layers of these kinds remain as they were, by name.
+    """
+
+    layers: dict[str, nn.Module]
+    kept: dict[str, str]
+
+    def __str__(self) -> str:
+        counts = Counter(type(module).__name__ for module in self.layers.values())
+        lines = ["replaced: " + (", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing")]
+        return "\n".join((*lines, *(f"kept {name or 'the module'}: {reason}" for name, reason in self.kept.items())))
+
+    def undo(self) -> None:
+        """Makes the layers PyTorch's again. Their parameters and buffers stay as they are now."""
+        for module in self.layers.values():
+            module.__class__ = _THEIRS.get(type(module), type(module))
+            for name in ("numerics", "peers"):
+                vars(module).pop(name, None)
+
+
+def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
+    """Replaces PyTorch's layers in `module` by those of `modelnew.layers`, in place.
+
+    module: any network, or a layer. Each replaced layer is the same object as before, with another class. So its
+        parameters, buffers, hooks, name and mode stay, and so do optimizers and state dicts. A torch.nn.Sequential with
+        a chain of layers that ours fuse becomes a `modelnew.Sequential`.
+    numerics: of the transposed convolutions, see `modelnew.numerics`.
+
+    Returns a `Replaced`: print it to see what was done; `undo()` takes it back.
+
+    A layer is kept if its class is derived from PyTorch's, for instance by a parametrization, and if it changes its
+    input in place. Calls of torch.nn.functional in a forward are not replaced: use `modelnew.functional` there. Call
+    replace_layers before torch.compile and `fully_shard`, and before or after an optimizer is made. Inputs that ours
+    refuse and PyTorch's take, such as complex numbers, raise an error: see docs/works_with.md.
+
+    Raises ValueError for unknown numerics. Nothing is changed then.
+    """
+    check_numerics(numerics)
+    replaced = Replaced({}, {})
+    for name, child in module.named_modules():
+        reason = _reason_to_keep(child)
+        if reason:
+            replaced.kept[name] = reason
+        elif type(child) in _OURS and not isinstance(child, nn.Sequential):
+            _replace(replaced, name, child)
+            if isinstance(child, layers.ConvTranspose2d):
+                child.numerics = numerics
+    for name, child in module.named_modules():
+        if type(child) is nn.Sequential and _has_chain(child):
+            _replace(replaced, name, child)
+    return replaced
+
+
+def _replace(replaced, name, module):
+    module.__class__ = _OURS[type(module)]
+    replaced.layers[name] = module
+
+
+def _reason_to_keep(module) -> str | None:
+    if isinstance(module, nn.Sequential) or not isinstance(module, tuple(_OURS)) or type(module) in _THEIRS:
+        return None
+    if type(module) not in _OURS:
+        return f"{type(module).__name__} is a class of its own"
+    if getattr(module, "inplace", False):
+        return f"{type(module).__name__}(inplace=True) changes its input, ours do not"
+    return None
+
+
+def _has_chain(sequential) -> bool:
+    kinds = tuple(map(type, sequential))
+    runs = {kinds[at : at + LENGTH] for at in range(len(kinds))}
+    return any(chain.kinds in runs for chain in CHAINS)
