@@ -51,9 +51,10 @@ record:
 training:
 	$(PYTHON) -m modelnew training
 
-# The API reference, from docstrings. A warning about one of them is an error.
+# The guide, and the API reference from docstrings. A warning about one of them is an error.
 docs:
-	$(PYTHON) -W error::UserWarning -m pdoc --template-directory docs --no-show-source -o $(DOCS) $(MODULES)
+	$(PYTHON) -W error::UserWarning -m pdoc --template-directory docs --no-show-source --mermaid -o $(DOCS) \
+	    docs/guide.py $(MODULES)
 
 # Everything in the repository that a command writes.
 generated:

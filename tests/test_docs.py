@@ -1,5 +1,6 @@
-"""`make docs` builds the API reference of all modules, without a warning."""
+"""`make docs` builds the guide and the API reference of all modules, without a warning."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,11 @@ def test_docs(tmp_path):
     missing = {str(p.relative_to(ROOT).with_suffix(".html")) for p in modules} - pages
     assert not missing
     assert {"modelnew.html", "cupy_kernels.html", "modelnew/functional.html", "cupy_kernels/emulator.html"} <= pages
+    guide = (tmp_path / "guide.html").read_text(encoding="utf-8")
+    titles = [page.read_text(encoding="utf-8").split("\n")[0][2:] for page in (ROOT / "docs").rglob("*.md")]
+    assert {"modelnew", "Contributing", *titles} <= set(re.findall("<h1 id=[^>]*>(.*)</h1>", guide))
+    assert {*re.findall('href="#([^"]+)"', guide)} <= {*re.findall(' id="([^"]+)"', guide)}
+    assert "data:image/svg+xml;base64" in guide
     page = (tmp_path / "modelnew" / "functional.html").read_text(encoding="utf-8")
     assert "num_groups: a divisor of C;" in page
     assert "input: [N, C, *], any number of dimensions from 2 on; float32" in page

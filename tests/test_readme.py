@@ -1,4 +1,4 @@
-"""The READMEs: code runs, commands and links exist, generated parts are what the committed records say."""
+"""The READMEs and the guide: code runs, commands and links exist, generated parts are what the records say."""
 
 import configparser
 import importlib
@@ -16,8 +16,11 @@ from modelnew import __main__ as cli
 from tools import readme
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-MEASURED = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+GUIDE = [README, *sorted((ROOT / "docs" / "guide").glob("*.md"))]
+MEASURED = ROOT / "benchmarks" / "README.md"
+PAGES = [*GUIDE, MEASURED, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 NEEDS_GPU = "<!-- needs a GPU -->"
 MARKED = "# A\n" + "\nold\n".join(readme.MARKERS) + "\n"
 EMPTY = "".join(map(MARKED.format, readme.PARTS, readme.PARTS)) + "the end\n"
@@ -43,31 +46,38 @@ def blocks(text):
     return found
 
 
-BLOCKS = blocks(README)
+BLOCKS = [(page, block) for page in GUIDE for block in blocks(TEXTS[page])]
 
 
 def python_blocks():
-    for block in BLOCKS:
+    for page, block in BLOCKS:
         if block.language == "python":
             no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
             marks = [pytest.mark.gpu, no_gpu] if block.before == NEEDS_GPU else []
-            yield pytest.param(block, marks=marks, id=f"line_{block.line}")
+            yield pytest.param(page, block, marks=marks, id=f"{page.stem}_line_{block.line}")
 
 
-@pytest.mark.parametrize("block", list(python_blocks()))
-def test_python(block, capsys):
-    exec(compile("\n" * block.line + block.text, "README.md", "exec"), {"__name__": "__main__"})
+@pytest.mark.parametrize(("page", "block"), list(python_blocks()))
+def test_python(page, block, capsys):
+    exec(compile("\n" * block.line + block.text, str(page), "exec"), {"__name__": "__main__"})
 
 
 def test_languages():
-    assert {block.language for block in BLOCKS} == {"python", "bash", "mermaid"}
-    assert README.count(NEEDS_GPU) == sum(b.before == NEEDS_GPU and b.language == "python" for b in BLOCKS)
+    assert {block.language for _, block in BLOCKS} == {"python", "bash", "mermaid"}
+    marked = sum(block.before == NEEDS_GPU and block.language == "python" for _, block in BLOCKS)
+    assert sum(TEXTS[page].count(NEEDS_GPU) for page in GUIDE) == marked
+
+
+def test_length():
+    """What a stranger reads in a few minutes; the rest is in the guide."""
+    assert len(TEXTS[README].splitlines()) <= 200
 
 
 def commands():
     """Words of every command in a bash block, and in code of the text that begins like one."""
-    lines = [line for block in BLOCKS if block.language == "bash" for line in block.text.splitlines()]
-    lines += [code for code in re.findall(r"`([^`\n]+)`", README + MEASURED) if code.startswith(("python3 ", "make "))]
+    lines = [line for _, block in BLOCKS if block.language == "bash" for line in block.text.splitlines()]
+    codes = [code for page in (*GUIDE, MEASURED) for code in re.findall(r"`([^`\n]+)`", TEXTS[page])]
+    lines += [code for code in codes if code.startswith(("python3 ", "make "))]
     return [shlex.split(part) for line in lines for part in line.split("&&")]
 
 
@@ -79,7 +89,7 @@ def test_commands():
     assert commands()
     for words in commands():
         if words[:4] == ["python3", "-m", "pip", "install"]:
-            assert (ROOT / words[words.index("-c") + 1]).is_file()
+            assert "-c" not in words or (ROOT / words[words.index("-c") + 1]).is_file()
             assert set(re.search(r"\.\[(.+)\]", words[-1])[1].split(",")) <= extras, words
         elif words[:3] == ["python3", "-m", "modelnew"]:
             result = CliRunner().invoke(cli.main, [*words[3:], "--help"])
@@ -96,16 +106,17 @@ def test_commands():
 
 
 def test_links():
-    for folder, text in ((ROOT, README), (ROOT / "benchmarks", MEASURED)):
+    for page, text in TEXTS.items():
         links = re.findall(r"\]\(([^)#]+)\)", text)
-        assert links
-        assert not [link for link in links if not (link.startswith("https://") or (folder / link).exists())]
+        assert not [link for link in links if not (link.startswith("https://") or (page.parent / link).exists())], page
+    linked = {ROOT / link for link in re.findall(r"\]\(([^)#]+)\)", TEXTS[README])}
+    assert linked >= {*PAGES} - {README}
 
 
 def test_what_ci_runs():
     """.ci/run takes the test command from these lines."""
     assert re.search(
-        r"^The tests:\n\n```bash\npython3 -m pip install .+ && python3 -m pytest\n```$", README, re.MULTILINE
+        r"^The tests:\n\n```bash\npython3 -m pip install .+ && python3 -m pytest\n```$", TEXTS[README], re.MULTILINE
     )
 
 
@@ -277,8 +288,15 @@ def test_with_records(repository):
     assert "| `step` | tf32 |  | 1 ms, 2.00x compile | 7.5 ms, 4.00x eager |\n" in text
     assert "| `forward_train` | tf32 | 0.25 ms, 0.50x eager |  |  |\n" in text
     assert "conv_forward" not in text
-    assert "| forward, 1 image, with TF32 | 0.25 ms | 0.125 ms | 0.50x | 0.125 ms, eager nchw | 0.50x |\n" in text
-    assert "| step, 512 images, with TF32 | 1 ms | 3 ms | 3.00x | 2 ms, compile nhwc | 2.00x |\n" in text
+    faster = "**ModelNew is 3.0 times as fast as PyTorch and 2.0 times as fast as torch.compile:**"
+    assert f"{faster} training step, 512 images, with TF32, on one NVIDIA A.\n\n![" in text
+    picture = (folder / "results" / "bench_a.svg").read_text(encoding="utf-8")
+    assert "](results/bench_a.svg)" in text
+    assert re.findall('bold">(.*)<', picture) == ["Forward, 1 image, with TF32", "Training step, 512 images, with TF32"]
+    values = re.findall("<text[^>]*>([0-9].*)<", picture)
+    assert values == ["0.25 ms", "0.125 ms, 0.50x", "1 ms", "3 ms, 3.00x", "2 ms, 2.00x"]
+    widths = [int(width) for width in re.findall('<rect.* width="([0-9]+)"', picture)]
+    assert widths[2:] == [round(widths[3] * share) for share in (1 / 3, 1, 2 / 3)]
     assert "| Tanh | 0.50x to 2.00x | 1.50x to 1.50x |\n" in text
     assert "- `step`, tf32, 1 image: 0.50 times with mode 'reduce-overhead'\n" in text
     assert "A training step of 512 images on each of 2 GPUs" in text
@@ -297,6 +315,9 @@ def test_with_records(repository):
         assert f"](results/{name})" in text
         assert (folder / "results" / name).read_bytes().startswith(b"\x89PNG")
     assert invoke("--check").exit_code == 0
+    (folder / "results" / "bench_a.svg").write_text(picture.replace("3.00x", "4.00x"), encoding="utf-8")
+    assert "bench_a.svg is not what" in invoke("--check").output
+    assert invoke().exit_code == 0
     (folder / "results" / "bench_a.png").unlink()
     assert "there is no" in invoke("--check").output
     (folder / "results" / "bench_a.json").unlink()

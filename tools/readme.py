@@ -10,18 +10,17 @@ from pathlib import Path
 import click
 
 from modelnew import commands, layer_bench
-from modelnew.model import BATCH
 from modelnew.parity import RATIO
 from modelnew.records import by_batch, comparisons, trials
 from modelnew.workloads import COMPILED, FLOAT16, GRAPHS, MODELS, MODES, OF_COMPILED
 
+from . import headline
 from .generated import ROOT, check_option, settle
+from .wording import CLASSES, is_eager, ms, ratio, where
 
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKERS = "<!-- {}: written by `python3 -m tools.readme` -->", "<!-- end of {} -->"
-_NAMES = {"forward_train": "forward", "step": "step"}
 _SHOWN = MODELS | FLOAT16
-_CLASSES = {"tf32": "with TF32", "fp32": "in float32", "fp16": "in float16", "bf16": "in bfloat16"}
 _AMP = ": under autocast, with a GradScaler"
 _NO_TIMES = "No record of times is committed yet; `python3 -m modelnew bench` on a GPU writes one."
 _NO_TRAINING = "No record of training is committed yet; `make training` on a GPU writes one."
@@ -64,36 +63,35 @@ def rendered(text: str, results: Path, folder: Path) -> str:
 
 
 def _speed(results, folder) -> str:
-    """Of the first record of each kind: ModelNew's forward and step, and the range of each layer's means."""
-    lines = []
-    for _, record in itertools.islice(_records(results, "bench"), 1):
-        for (what, cls), rows in by_batch(record).items():
-            n = max(rows, key=lambda n: n == BATCH)
-            row, peer = rows[n]
-            eager = next((r for r in record["rows"] if _is_eager(r, what, cls, n)), None)
-            if peer and eager:
-                cells = [f"{_ms(row)} ms", f"{_ms(eager)} ms", _ratio(eager, row)]
-                cells += [f"{_ms(peer)} ms, {peer['who']} {peer['layout']}", _ratio(peer, row)]
-                lines.append(f"| {_NAMES[what]}, {n} image{'s'[: n != 1]}, {_CLASSES[cls]} | {' | '.join(cells)} |")
-        if lines:
-            head = "| | ModelNew | PyTorch | | fastest peer that was timed | |"
-            lines = [f"{_where(record)}, `{record['command']}`:", "", head, "|---|--:|--:|--:|--:|--:|", *lines, ""]
+    """What the first record of times has on top, with its picture."""
+    for path, record in itertools.islice(_records(results, "bench"), 1):
+        if sentence := headline.sentence(record):
+            picture = os.path.relpath(path.with_suffix(".svg"), folder)
+            return (
+                f"{sentence}\n\n![Times of ModelNew, PyTorch and torch.compile]({picture})\n\n"
+                f"<sub>{where(record)}, `{record['command']}`. Medians of trials in turns, in one process. The L2 "
+                "cache is flushed before each call, and results are checked first. PyTorch: eager, NCHW. "
+                "torch.compile: the fastest mode and memory format that was timed.</sub>"
+            )
+    return _NO_TIMES
+
+
+def _gains(results, _) -> str:
+    """The range of each layer's means, from the first record of layers."""
     for _, record in itertools.islice(_records(results, "layers"), 1):
         means = {}
         for (operator, _, _, what), rows in layer_bench.groups(record).items():
             means.setdefault(operator, {}).setdefault(what, []).append(layer_bench.mean_and_worst(rows)[0])
-        lines += [
-            "The layers alone, PyTorch's time over ours: geometric means over shapes of well-known networks, from the "
-            "dtype and memory format with the smallest to those with the largest "
-            f"({_where(record)}, `{record['command']}`):",
-            "",
-            "| | forward | step |",
-            "|---|--:|--:|",
-        ]
+        lines = ["| PyTorch's time over ours | forward | step |", "|---|--:|--:|"]
         for operator, found in means.items():
             cells = [_range(found.get(what)) for what in ("forward", "step")]
             lines.append(f"| {operator} | {' | '.join(cells)} |")
-    return "\n".join(lines).strip() or _NO_TIMES
+        small = (
+            f"<sub>{where(record)}, `{record['command']}`. Geometric means over shapes of well-known networks: from "
+            "the dtype and memory format with the smallest mean to those with the largest.</sub>"
+        )
+        return "\n".join([*lines, "", small])
+    return _NO_LAYERS
 
 
 def _range(means) -> str:
@@ -108,7 +106,7 @@ def _times(results, folder) -> str:
             continue
         shown = (batches[0], min(batches))
         lines = [
-            f"{_where(record)}, `{record['command']}`. Milliseconds, median of {trials(record)}, all in one process "
+            f"{where(record)}, `{record['command']}`. Milliseconds, median of {trials(record)}, all in one process "
             "and in turns, L2 flushed, results checked first. MB: peak memory over inputs and parameters. Fastest "
             "peer: of PyTorch and torch.compile, each in NCHW and in channels_last, of those that were timed: the "
             "record says which were not, and why. 2x: half the peer's time.",
@@ -145,17 +143,17 @@ def _table(record, n) -> list[str]:
     head += ["PyTorch", "", "fastest peer", "", "MB", "", *(["in a CUDA graph", ""] if graphs else [])]
     lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---', '---', *['--:'] * (len(head) - 2)])}|"]
     for (what, cls), rows in found.items():
-        eager = next((r for r in record["rows"] if _is_eager(r, what, cls, n)), None)
+        eager = next((r for r in record["rows"] if is_eager(r, what, cls, n)), None)
         cells = [f"`{what}`", cls]
         row, peer = rows.get(False, (None, None))
-        cells += [f"**{_ms(row)}**", _megabytes(row)] if row else [""] * 2
-        cells += [_ms(eager), _ratio(eager, row)] if row and eager else [""] * 2
+        cells += [f"**{ms(row)}**", _megabytes(row)] if row else [""] * 2
+        cells += [ms(eager), ratio(eager, row)] if row and eager else [""] * 2
         cells += (
-            [_ms(peer), f"{peer['who']}, {peer['layout']}", _megabytes(peer), _ratio(peer, row)] if peer else [""] * 4
+            [ms(peer), f"{peer['who']}, {peer['layout']}", _megabytes(peer), ratio(peer, row)] if peer else [""] * 4
         )
         if graphs:
             row, peer = rows.get(True, (None, None))
-            cells += [f"**{_ms(row)}**", _ratio(peer, row) if peer else ""] if row else [""] * 2
+            cells += [f"**{ms(row)}**", ratio(peer, row) if peer else ""] if row else [""] * 2
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -166,22 +164,13 @@ def _by_batch(record) -> list[str]:
     sizes = sorted({n for rows in found.values() for n in rows})
     lines = [f"| | class | {' | '.join(map(str, sizes))} |", f"|---|---|{'--:|' * len(sizes)}"]
     for (what, cls), rows in found.items():
-        cells = [f"{_ms(rows[n][0])} ms{_faster(*rows[n])}" if n in rows else "" for n in sizes]
+        cells = [f"{ms(rows[n][0])} ms{_faster(*rows[n])}" if n in rows else "" for n in sizes]
         lines.append(f"| `{what}` | {cls} | {' | '.join(cells)} |")
     return lines
 
 
 def _faster(row, peer) -> str:
-    return f", {_ratio(peer, row)} {peer['who']}" if peer else ""
-
-
-def _is_eager(row, what, cls, n) -> bool:
-    found = (row["what"], row["class"], row["n"], row["who"], row["layout"])
-    return found == (what, cls, n, "eager", "nchw") and row["ms"] is not None
-
-
-def _ratio(peer, row) -> str:
-    return f"{peer['ms'] / row['ms']:.2f}x"
+    return f", {ratio(peer, row)} {peer['who']}" if peer else ""
 
 
 def _startup(record) -> list[str]:
@@ -213,7 +202,7 @@ def _scaling(results, _) -> str:
     for _, record in _records(results, "scaling"):
         gpus = max(row["gpus"] for row in record["rows"])
         lines = [
-            f"{_where(record)}, `{record['command']}`. A training step of {record['rows'][0]['n']} images on each of "
+            f"{where(record)}, `{record['command']}`. A training step of {record['rows'][0]['n']} images on each of "
             f"{gpus} GPUs, beside one GPU alone: median of {record['trials']} trials of {record['steps']} steps, in "
             "turns. Weak scaling: the time alone over the time.",
             "",
@@ -242,7 +231,7 @@ def _layers(results, folder) -> str:
         shapes = len({(row["operator"], row["case"]) for row in record["rows"]})
         missing = sum(layer_bench.ratio(row) is None for row in record["rows"])
         lines = [
-            f"{_where(record)}, `{record['command']}`. Layers of ours beside PyTorch's at {shapes} shapes of "
+            f"{where(record)}, `{record['command']}`. Layers of ours beside PyTorch's at {shapes} shapes of "
             f"well-known networks, median of {record['trials']} trials in turns, L2 flushed, results checked first. "
             "PyTorch's time over ours: geometric mean, and in brackets the worst of those for which PyTorch takes over "
             f"{layer_bench.LONG_US} us. Above 1x ours is faster."
@@ -271,7 +260,7 @@ def _training(results, folder) -> str:
     parts = []
     for path, record in _records(results, "training"):
         ends = {(row["who"], row["class"]): row["loss_last"] for row in record["rows"] if row["layout"] == "nchw"}
-        classes = {cls: _CLASSES[cls] for cls in dict.fromkeys(cls for _, cls in ends)}
+        classes = {cls: CLASSES[cls] for cls in dict.fromkeys(cls for _, cls in ends)}
         losses = [
             f"{who} " + " and ".join(f"{ends[who, cls]:.6f} {text}" for cls, text in classes.items())
             for who in ("Model", "ModelNew")
@@ -288,7 +277,7 @@ def _training(results, folder) -> str:
         )
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append(
-            f"{_where(record)}, `{record['command']}`{_AMP if record.get('amp') else ''}. "
+            f"{where(record)}, `{record['command']}`{_AMP if record.get('amp') else ''}. "
             f"After each of the first {record['judged']} steps of SGD, from "
             f"{record['seeds']} seeds, output, parameters and running statistics of ModelNew are compared with a "
             f"float64 run, and with how far Model of the same class is from it: {sum(j['ok'] for j in judgements)} of "
@@ -303,7 +292,7 @@ def _training(results, folder) -> str:
 
 def _suite(results, folder) -> str:
     lines = [
-        f"| {_where(record)} | {record['passed']} | {record['failed']} | {record['skipped']} |"
+        f"| {where(record)} | {record['passed']} | {record['failed']} | {record['skipped']} |"
         for _, record in _records(results, "parity")
     ]
     head = ["The test suite on GPUs:", "", "| | passed | failed | skipped |", "|---|--:|--:|--:|"]
@@ -316,7 +305,7 @@ def _fuzz(results) -> list[str]:
         counts = record["cases"].values()
         lines += [
             "",
-            f"{_where(record)}, `{record['command']}`: {sum(counts)} random calls, at least {min(counts)} of each of "
+            f"{where(record)}, `{record['command']}`: {sum(counts)} random calls, at least {min(counts)} of each of "
             f"{len(counts)} functions, compared with PyTorch's; {record['failed']} were wrong.",
         ]
     return lines
@@ -324,23 +313,13 @@ def _fuzz(results) -> list[str]:
 
 PARTS = {
     "speed": _speed,
+    "gains": _gains,
     "times": _times,
     "scaling": _scaling,
     "layers": _layers,
     "training": _training,
     "suite": _suite,
 }
-
-
-def _where(record) -> str:
-    versions = record["versions"]
-    names = (("torch", "torch"), ("CuPy", "cupy"), ("NVRTC", "nvrtc"), ("driver", "driver"))
-    found = [f"{name} {versions[key]}" for name, key in names if versions.get(key)]
-    return ", ".join([versions.get("gpu") or "CPU", *found, f"kernels `{record['digest'][:12]}`"])
-
-
-def _ms(row) -> str:
-    return f"{row['ms']:.3g}"
 
 
 def _megabytes(row) -> str:
@@ -383,9 +362,11 @@ def command(files, results, check):
         drawn = [(path, record) for kind in ("bench", "layers", "training") for path, record in _records(results, kind)]
         shown = "".join(texts.values())
         drawn = [(path, record) for path, record in drawn if path.with_suffix(".png").name in shown]
+        svgs = {path.with_suffix(".svg"): record for path, record in _records(results, "bench")}
+        svgs = {path: headline.svg(record) for path, record in svgs.items() if path.name in shown}
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    for file, text in texts.items():
+    for file, text in (texts | svgs).items():
         settle(file, text, check)
     for path, record in drawn:
         if check and not path.with_suffix(".png").exists():
