@@ -105,10 +105,10 @@ main = _ParityByDefault(
 )
 
 
-@main.command("env", short_help="Print versions, and which backend runs.")
+@main.command("env", short_help="Print versions, which backend runs, and what to install.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def env(as_json):
-    """Print versions, GPUs, and which backend is used and why.
+    """Print versions, GPUs, which backend is used and why, and what to install on this machine.
 
     In the root of a clone, also print which of the committed records belong to its kernels.
     """
@@ -116,12 +116,14 @@ def env(as_json):
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    records = found.pop("records")
+    records, install = found.pop("records"), found.pop("install")
     lines = dict(_flat(found))
     for key, value in lines.items():
         click.echo(f"{key:{max(map(len, lines))}}  {value}")
     for record in records:
         click.echo(f"{record['file']} belongs to {'this code' if record['matches'] else 'other kernels'}")
+    click.echo(f"\nBest for this machine: {install['command'] or 'nothing to install'}")
+    click.echo(f"Why: {install['why']}")
 
 
 def _literal(batch, seed, device) -> bool:

@@ -120,7 +120,7 @@ def draw(record: dict, path: Path) -> Path:
     try:
         plots.draw(record, picture)
     except ImportError as error:
-        raise click.ClickException("plots need matplotlib: pip install 'modelnew[bench]'") from error
+        raise click.ClickException("plots need matplotlib: python3 -m pip install matplotlib") from error
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     return picture

@@ -87,4 +87,4 @@ def test_plot_only(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, text = invoke("--plot-only", str(path))
     assert code == 1
-    assert "modelnew[bench]" in text
+    assert "python3 -m pip install matplotlib" in text
