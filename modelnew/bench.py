@@ -288,7 +288,7 @@ def bench_command(device, output, plot_only, layers, **options):
             raise click.BadParameter(f"{plot_only} is no record of this command", param_hint="--plot-only") from error
         out.print(f"drawn: {picture}", highlight=False)
         return
-    device = commands.usable_device(device)
+    device = commands.gpu(device, "--layers") if layers else commands.usable_device(device)
     if layers:
         _bench_layers(device, output, **options)
         return
@@ -319,8 +319,6 @@ def _publish(record, kind, device, output) -> None:
 
 
 def _bench_layers(device, output, classes, peers, trials, budget, **_):
-    if device.type == "cpu":
-        raise click.ClickException("--layers measures a GPU; there is none here")
     if peers == "all":
         raise click.BadParameter("with --layers: none, eager or compile", param_hint="--peers")
     refused, peers = _refusing(budget), PEERS[peers or "eager"]

@@ -61,7 +61,7 @@ def gpus() -> list[dict]:
 
 def backend() -> dict:
     """{"name", "why"}. name: "cuda" (kernels run on the GPU), "emulator" (on the CPU), or None (they cannot run)."""
-    if (why := _why_no_gpu()) is None:
+    if (why := why_no_gpu()) is None:
         return {"name": "cuda", "why": f"torch and CuPy {_cupy()} see {torch.cuda.get_device_name()}"}
     try:
         return {"name": "emulator", "why": f"{why}; C++ compiler: {' '.join(emulator.compiler())}"}
@@ -69,7 +69,7 @@ def backend() -> dict:
         return {"name": None, "why": f"{why}; {error}"}
 
 
-def _why_no_gpu() -> str | None:
+def why_no_gpu() -> str | None:
     """Why kernels cannot run on a GPU; None if they can."""
     if not torch.cuda.is_available():
         return "torch finds no GPU" if torch.version.cuda else "this build of torch has no CUDA support"
@@ -116,7 +116,7 @@ def device(name: str | None = None) -> torch.device:
         raise ValueError(f"kernels run on cuda, cuda:1, ..., or on cpu by emulation; received {name}")
     if wanted.type == "cuda" and found["name"] != "cuda":
         raise BackendError(
-            f"no kernel can run on {wanted}: {_why_no_gpu()}. With --device cpu they run in the emulator; "
+            f"no kernel can run on {wanted}: {why_no_gpu()}. With --device cpu they run in the emulator; "
             "`python3 -m modelnew env` says what a GPU needs"
         )
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
