@@ -272,12 +272,12 @@ def _listed(choices=None):
     "--plot-only",
     metavar="RECORD",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Measure nothing; draw the PNG of this record, or of a record of training, beside it.",
+    help="Measure nothing; draw the PNG of this record, of bench or training, beside it.",
 )
 def bench_command(device, output, plot_only, layers, **options):
     """Measure times and peak memory of ModelNew and its peers, after a check of parity.
 
-    Prints a table and writes a record (JSON). With matplotlib installed (the extra "bench"), it also draws plots (PNG).
+    Prints a table and writes a record (JSON). With matplotlib installed, it also draws plots (PNG).
     Floor: the least time that the GPU's memory and tensor cores allow, known for the H100. The exit code is 1 if a
     result of ours is wrong.
     """

@@ -50,7 +50,9 @@ def console(width: int = 120) -> Console:
 
 def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
     """A table with these columns, of which the last ones are aligned to the right."""
-    found = Table(*left, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in left:
+        found.add_column(name, overflow="fold")
     for name in right:
         found.add_column(name, justify="right")
     return found
