@@ -115,9 +115,10 @@ def _least_nvrtc(capability):
 
 def _install(extra, installed=()):
     """The command. installed: CuPy's wheels. Their files overlap: beside another one, even the right one is broken."""
-    right = installed in ((), (re.match(r"[\w-]+", WHEELS[extra][0])[0],))
-    first = "" if right else f"{_PIP} uninstall -y {shlex.join(installed)} && "
-    return f"{first}{_PIP} install --upgrade {shlex.join(WHEELS[extra])}"
+    right = installed == (re.match(r"[\w-]+", WHEELS[extra][0])[0],)
+    first = f"{_PIP} uninstall -y {shlex.join(installed)} && " if installed and not right else ""
+    # Beside the right CuPy, NVRTC is too old; else what torch brings stays, because torch wants that version.
+    return f"{first}{_PIP} install {'--upgrade ' * right}{shlex.join(WHEELS[extra])}"
 
 
 def _numbers(version):

@@ -53,6 +53,7 @@ def test_what_to_install(machine, extra, reason):
     assert reason in found["why"]
     for wheel in WHEELS[extra]:
         assert wheel in found["command"]
+    assert ("--upgrade" in found["command"]) == (len(machine.cupy) == 1 and WHEELS[extra][0].startswith(machine.cupy))
     uninstalled = re.search(r"uninstall -y ([\w -]+?) &&", found["command"])
     right = len(machine.cupy) < 2 and WHEELS[extra][0].startswith(machine.cupy or "")
     assert (uninstalled[1].split() if uninstalled else []) == ([] if right else [*machine.cupy])
