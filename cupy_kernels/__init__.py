@@ -20,5 +20,5 @@ def load_ipython_extension(ipython) -> None:
     except ImportError as error:
         raise ImportError(
             f"the magics compare kernels with PyTorch's operators, and need modelnew and torch: {error}. "
-            "pip install modelnew; the functions of cupy_kernels (show, override, ...) work without"
+            "python3 -m pip install torch ipython; the functions of cupy_kernels (show, override, ...) work without"
         ) from error

@@ -62,9 +62,12 @@ class Backend:
 
     def _once(self, kernel, place):
         def compile_it():
-            for listener in _listeners:
-                listener(kernel)
-            return self._compile(kernel, place)
+            compiled = [listener(kernel) for listener in _listeners]
+            try:
+                return self._compile(kernel, place)
+            finally:
+                for end in filter(None, compiled):
+                    end()
 
         return cache.once(self._compiled, _key(kernel, place), compile_it)
 
@@ -82,7 +85,8 @@ def _key(kernel, place):
 def on_compile(listener):
     """Calls listener(kernel) before each variant that this process compiles or loads from disk, on any backend.
 
-    The listener gets the first kernel of the variant that is launched. It is called in the thread that compiles.
+    The listener gets the first kernel of the variant that is launched. It is called in the thread that compiles. It may
+    return a function, which is called when that is done.
     Returns a function that removes the listener.
     """
     _listeners.append(listener)

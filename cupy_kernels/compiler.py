@@ -21,8 +21,8 @@ def cupy():
         import cupy
     except ImportError as error:
         raise BackendError(
-            "CuPy is not installed, and tensors on a GPU need it: pip install 'modelnew[cuda11]' "
-            "(or cuda12, cuda13: the one that fits your driver)"
+            "CuPy is not installed, and tensors on a GPU need it: `python3 -m modelnew env` names the command that "
+            "installs the one that fits your GPU and driver"
         ) from error
     try:
         devices = cupy.cuda.runtime.getDeviceCount()

@@ -270,7 +270,7 @@ def _disassembler() -> str:
     tool = shutil.which("nvdisasm") or shutil.which("nvdisasm", path=os.pathsep.join(folders))
     if not tool:
         raise BackendError(
-            "no nvdisasm found, which turns a kernel's binary into text: pip install nvidia-cuda-nvdisasm, or put the "
-            "bin folder of a CUDA toolkit in PATH. ptx() needs neither"
+            "no nvdisasm found, which turns a kernel's binary into text: python3 -m pip install "
+            "nvidia-cuda-nvdisasm, or put the bin folder of a CUDA toolkit in PATH. ptx() needs neither"
         )
     return tool

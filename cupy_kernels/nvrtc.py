@@ -79,8 +79,8 @@ def shared_library(least_major: int = 11) -> ctypes.CDLL:
         if _version(found)[0] >= least_major:
             return found
     raise BackendError(
-        f"no NVRTC library of CUDA {least_major} or newer found: pip install nvidia-cuda-nvrtc-cu{least_major}, "
-        "or install a CUDA toolkit"
+        f"no NVRTC library of CUDA {least_major} or newer found: python3 -m pip install "
+        f"nvidia-cuda-nvrtc-cu{least_major}, or install a CUDA toolkit"
     )
 
 

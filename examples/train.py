@@ -28,7 +28,7 @@ CLASSES = 10
 HELD_OUT = 5  # every fifth image
 # What a run must share with the one that it resumes.
 SETTINGS = ("channels", "size", "images", "batch", "lr", "seed", "amp")
-EXTRA = "python3 -m pip install 'modelnew[examples]'"
+EXTRA = "python3 -m pip install matplotlib scikit-learn"
 
 out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 

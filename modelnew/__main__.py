@@ -25,6 +25,7 @@ from .training import training_command
 
 EMULATED_BATCH = 2
 BIT_EXACT = ("tanh", "max_pool")
+_WIDE = 80  # columns in which the table of errors has room for maxima
 
 out = commands.console()
 progress = Console(stderr=True)
@@ -66,7 +67,8 @@ def parity_command(context, batch, seed, replace, numerics, device, times, trial
     try:
         device = _device(device)
         batch = batch or (BATCH if device.type == "cuda" else EMULATED_BATCH)
-        with _compiling_shown():
+        with _progress() as what:
+            what("running both models")
             holds = _literal(batch, seed, device)
             torch.manual_seed(seed)
             model = Model(*get_init_inputs(), device=device)
@@ -74,8 +76,10 @@ def parity_command(context, batch, seed, replace, numerics, device, times, trial
             inputs = get_inputs(batch, seed=seed, device=device)
             both = ("fp32",) if device.type == "cpu" else ("tf32", "fp32")
             for cls in both if numerics == "auto" else (numerics,):
+                what(f"running both models and a float64 run, class {cls}")
                 holds = _errors(model, model_new, *inputs, cls, seed) and holds
                 if times and device.type == "cuda":
+                    what(f"timing both models, class {cls}")
                     _times(model, model_new, *inputs, cls, trials)
     except (BackendError, EmulatorError, KernelCompileError, torch.OutOfMemoryError) as error:
         raise click.ClickException(str(error)) from error
@@ -105,10 +109,10 @@ main = _ParityByDefault(
 )
 
 
-@main.command("env", short_help="Print versions, and which backend runs.")
+@main.command("env", short_help="Print versions, which backend runs, and what to install.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def env(as_json):
-    """Print versions, GPUs, and which backend is used and why.
+    """Print versions, GPUs, which backend is used and why, and what to install on this machine.
 
     In the root of a clone, also print which of the committed records belong to its kernels.
     """
@@ -116,12 +120,14 @@ def env(as_json):
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    records = found.pop("records")
+    records, install = found.pop("records"), found.pop("install")
     lines = dict(_flat(found))
     for key, value in lines.items():
         click.echo(f"{key:{max(map(len, lines))}}  {value}")
     for record in records:
         click.echo(f"{record['file']} belongs to {'this code' if record['matches'] else 'other kernels'}")
+    click.echo(f"\nBest for this machine: {install['command'] or 'nothing to install'}")
+    click.echo(f"Why: {install['why']}")
 
 
 def _literal(batch, seed, device) -> bool:
@@ -131,39 +137,49 @@ def _literal(batch, seed, device) -> bool:
     model_new.load_state_dict(model.state_dict())
     y = model(*get_inputs(batch, seed=seed, device=device))
     y_new = model_new(*get_inputs(batch, seed=seed, device=device))
-    close, equal, near = torch.allclose(y, y_new), torch.equal(y, y_new), is_close(y_new, y)
-    holds = close and equal if device.type == "cuda" else near
+    cuda = device.type == "cuda"
+    found = {"torch.testing.assert_close(y_new, y)": is_close(y_new, y)}
+    if cuda:
+        found |= {"torch.allclose(y, y_new)": torch.allclose(y, y_new), "torch.equal(y, y_new)": torch.equal(y, y_new)}
     out.print(f"\n[bold]Output of ModelNew with {' and '.join(BIT_EXACT)} replaced")
-    table = commands.table(("assertion", ""), ())
-    table.add_row("torch.allclose(y, y_new)", str(close))
-    table.add_row("torch.equal(y, y_new)", str(equal))
-    table.add_row("torch.testing.assert_close(y_new, y)", "passes" if near else "fails")
-    out.print(table)
-    if device.type == "cpu":
+    for assertion, holds in found.items():
+        out.print(f"{assertion} {'[green]holds[/]' if holds else '[red]FAILs[/]'}", highlight=False)
+    if not cuda:
         out.print(
-            "On a CPU, PyTorch's tanh and the C library's, which the emulator calls, differ in the last bit: bits are "
-            "equal on a GPU only. Judged here: assert_close."
+            "Not judged on a CPU: torch.allclose(y, y_new) and torch.equal(y, y_new), which hold on a GPU. PyTorch's "
+            "tanh on a CPU and the C library's, which the emulator calls, differ in the last bit.",
+            highlight=False,
         )
-    out.print(f"This assertion {'[green]holds' if holds else '[red]FAILs'}")
-    return holds
+    return all(found.values())
 
 
 def _errors(model, model_new, x, cls, seed) -> bool:
     rows = compare_models(model, model_new, x, cls, seed)
     if cls == "tf32" and x.device.type == "cpu":
         out.print("PyTorch has no TF32 on a CPU: what it is compared with is PyTorch's, of operands rounded to TF32.")
-    out.print(
-        f"\n[bold]Error against float64, relative to its rms: class {cls}, replaced {', '.join(model_new.replace)}"
-    )
-    table = commands.table(("result",), ("ours rms", "max", "PyTorch rms", "max", "rms ratio", "assert_close", ""))
+    out.print(f"\n[bold]Errors against a float64 run, class {cls}", highlight=False)
+    out.print(f"Replaced {', '.join(model_new.replace)}.", highlight=False)
+    wide = out.width >= _WIDE
+    largest = ("ours\nmax", "PyTorch\nmax") if wide else ()
+    table = commands.table(("result",), ("ours\nrms", "PyTorch\nrms", "ratio", *largest, ""))
     for row in rows:
-        errors = (f"{e:.2e}" for e in (*row.ours, *row.torch))
-        close = {True: "passes", False: "[red]fails[/]", None: ""}[row.close]
-        table.add_row(row.what, *errors, f"{row.ratio:.2f}", close, "[green]ok[/]" if row.ok else "[red]FAIL[/]")
+        cells = [f"{row.ours.rms:.1e}", f"{row.torch.rms:.1e}", f"{row.ratio:.2f}"]
+        cells += [f"{row.ours.max:.1e}", f"{row.torch.max:.1e}"] if wide else []
+        table.add_row(row.what, *cells, "[green]ok[/]" if row.ok else "[red]FAIL[/]")
     out.print(table)
+    close = {
+        text: ", ".join(row.what for row in rows if row.close is passes)
+        for text, passes in (("passes", True), ("fails", False))
+    }
+    for text, names in close.items():
+        if names:
+            out.print(f"torch.testing.assert_close {text} for {names}.", highlight=False)
     out.print(
-        f"ok: at most {RATIO} times PyTorch's error, plus what chance and rounding explain. The incoming gradient puts "
-        "nothing on pooling windows whose winner rounding decides."
+        "Errors are relative to the result's rms. "
+        f"ok: at most {RATIO} times PyTorch's error, in rms and maximum, plus what chance and rounding explain. "
+        + ("" if wide else f"A terminal of {_WIDE} columns shows the maxima. ")
+        + "The incoming gradient puts nothing on pooling windows whose winner rounding decides.",
+        highlight=False,
     )
     return all(row.ok for row in rows)
 
@@ -193,18 +209,17 @@ def _times(model, model_new, x, cls, trials):
 def _device(name) -> torch.device:
     """The device asked for, or the default one. Prints what will run. BackendError if kernels cannot run there."""
     device = commands.usable_device(name)
-    backend = environment.backend()
     if device.type == "cuda":
-        out.print(f"GPU: {torch.cuda.get_device_name(device)}")
+        out.print(f"GPU: {torch.cuda.get_device_name(device)}", highlight=False)
         return device
     command = " ".join(emulator.compiler())
     out.print(
-        f"[bold]The kernels run on the CPU, through the emulator[/] (C++ compiler: {command}), on a small batch. "
-        "That shows that their logic is right; it says nothing about speed.",
+        f"[bold]The kernels run on the CPU, in an emulator[/], on a small batch (C++ compiler: {command}). "
+        "This shows that their logic is right. It says nothing about speed.",
         highlight=False,
     )
-    if backend["name"] != "cuda":
-        out.print(f"Why not on a GPU: {backend['why']}", highlight=False)
+    if why := environment.why_no_gpu():
+        out.print(f"Why not on a GPU: {why}.", highlight=False)
     return device
 
 
@@ -219,22 +234,22 @@ def _parse_replace(value):
 
 
 @contextlib.contextmanager
-def _compiling_shown():
-    """A context that shows which kernel is being compiled, and at the end how many were compiled."""
+def _progress():
+    """A context that shows what is being done, and at the end how long all took; gives what sets that."""
     count, start = 0, time.perf_counter()
-    with progress.status("running") as status:
 
-        def show(kernel):
-            nonlocal count
-            count += 1
-            status.update(f"kernel {count}: compiling {kernel.name} ({kernel.file})")
+    def counted(_):
+        nonlocal count
+        count += 1
 
-        stop = on_compile(show)
-        try:
-            yield
-        finally:
-            stop()
-    progress.print(f"{count} kernel variants compiled or loaded; {time.perf_counter() - start:.0f} s in all.")
+    stop = on_compile(counted)
+    try:
+        with progress.status("running") as status, commands.doing(status.update) as what:
+            yield what
+    finally:
+        stop()
+    took = f"{time.perf_counter() - start:.0f} s, with {count} groups of kernels compiled or loaded."
+    progress.print(took, highlight=False)
 
 
 def _flat(value, prefix=""):

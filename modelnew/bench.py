@@ -272,12 +272,12 @@ def _listed(choices=None):
     "--plot-only",
     metavar="RECORD",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Measure nothing; draw the PNG of this record, or of a record of training, beside it.",
+    help="Measure nothing; draw the PNG of this record, of bench or training, beside it.",
 )
 def bench_command(device, output, plot_only, layers, **options):
     """Measure times and peak memory of ModelNew and its peers, after a check of parity.
 
-    Prints a table and writes a record (JSON). With matplotlib installed (the extra "bench"), it also draws plots (PNG).
+    Prints a table and writes a record (JSON). With matplotlib installed, it also draws plots (PNG).
     Floor: the least time that the GPU's memory and tensor cores allow, known for the H100. The exit code is 1 if a
     result of ours is wrong.
     """
@@ -288,7 +288,7 @@ def bench_command(device, output, plot_only, layers, **options):
             raise click.BadParameter(f"{plot_only} is no record of this command", param_hint="--plot-only") from error
         out.print(f"drawn: {picture}", highlight=False)
         return
-    device = commands.usable_device(device)
+    device = commands.gpu(device, "--layers") if layers else commands.usable_device(device)
     if layers:
         _bench_layers(device, output, **options)
         return
@@ -319,8 +319,6 @@ def _publish(record, kind, device, output) -> None:
 
 
 def _bench_layers(device, output, classes, peers, trials, budget, **_):
-    if device.type == "cpu":
-        raise click.ClickException("--layers measures a GPU; there is none here")
     if peers == "all":
         raise click.BadParameter("with --layers: none, eager or compile", param_hint="--peers")
     refused, peers = _refusing(budget), PEERS[peers or "eager"]

@@ -1,7 +1,6 @@
 """Shared code of the commands that measure: the device, and the records that they write."""
 
 import contextlib
-import functools
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -51,7 +50,9 @@ def console(width: int = 120) -> Console:
 
 def table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
     """A table with these columns, of which the last ones are aligned to the right."""
-    found = Table(*left, box=box.SIMPLE_HEAD)
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in left:
+        found.add_column(name, overflow="fold")
     for name in right:
         found.add_column(name, justify="right")
     return found
@@ -62,12 +63,50 @@ def progress(total: int, completed: int = 0) -> Iterator[Callable]:
     """A bar, which also tells which kernel is being compiled; gives what updates it: update(advance=, description=)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        update = functools.partial(bar.update, bar.add_task("", total=total, completed=completed))
-        stop = on_compile(lambda kernel: update(description=f"compiling {kernel.name}"))
-        try:
+        task = bar.add_task("", total=total, completed=completed)
+        with doing(lambda text: bar.update(task, description=text)) as what:
+
+            def update(description=None, **changes):
+                if description is not None:
+                    what(description)
+                bar.update(task, **changes)
+
             yield update
-        finally:
-            stop()
+
+
+@contextlib.contextmanager
+def doing(show: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """A context that calls show(text) with what is being done; gives what sets that.
+
+    While kernels are compiled, the text names one of them.
+    """
+    compiling, now = {}, ""
+
+    def refresh():
+        names = list(compiling.values())
+        show(f"compiling {names[-1]}" if names else now)
+
+    def begin(kernel):
+        key = object()
+        compiling[key] = kernel.name
+        refresh()
+
+        def end():
+            del compiling[key]
+            refresh()
+
+        return end
+
+    def what(text):
+        nonlocal now
+        now = text
+        refresh()
+
+    stop = on_compile(begin)
+    try:
+        yield what
+    finally:
+        stop()
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -78,6 +117,15 @@ def usable_device(name: str | None) -> torch.device:
         raise click.BadParameter(str(error), param_hint="--device") from error
     except BackendError as error:
         raise click.ClickException(str(error)) from error
+
+
+def gpu(name: str | None, measured: str) -> torch.device:
+    """`usable_device`, if it is a GPU; else click.ClickException. measured: what a GPU is needed for."""
+    device = usable_device(name)
+    if device.type == "cpu":
+        why = environment.why_no_gpu() or "--device cpu was given"
+        raise click.ClickException(f"{measured} needs a GPU: {why}. `python3 -m modelnew env` says what to install")
+    return device
 
 
 def head(device: torch.device) -> dict:
@@ -120,7 +168,7 @@ def draw(record: dict, path: Path) -> Path:
     try:
         plots.draw(record, picture)
     except ImportError as error:
-        raise click.ClickException("plots need matplotlib: pip install 'modelnew[bench]'") from error
+        raise click.ClickException("plots need matplotlib: python3 -m pip install matplotlib") from error
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     return picture

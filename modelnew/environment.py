@@ -12,6 +12,8 @@ import torch
 from cupy_kernels import compiler, emulator, nvrtc, source
 from cupy_kernels.errors import BackendError
 
+from . import installation
+
 
 def describe() -> dict:
     """Everything that `python -m modelnew env` prints, as values for JSON."""
@@ -22,6 +24,7 @@ def describe() -> dict:
         "backend": backend(),
         "emulator": _emulator(),
         "digest": source.digest(),
+        "install": install(),
         "records": records(),
     }
 
@@ -58,18 +61,44 @@ def gpus() -> list[dict]:
 
 def backend() -> dict:
     """{"name", "why"}. name: "cuda" (kernels run on the GPU), "emulator" (on the CPU), or None (they cannot run)."""
-    if not torch.cuda.is_available():
-        why = "torch finds no GPU" if torch.version.cuda else "this build of torch has no CUDA support"
-    else:
-        try:
-            cupy = compiler.cupy()
-            return {"name": "cuda", "why": f"torch and CuPy {cupy.__version__} see {torch.cuda.get_device_name()}"}
-        except BackendError as error:
-            why = f"torch sees {torch.cuda.get_device_name()}, but {error}"
+    if (why := why_no_gpu()) is None:
+        return {"name": "cuda", "why": f"torch and CuPy {_cupy()} see {torch.cuda.get_device_name()}"}
     try:
         return {"name": "emulator", "why": f"{why}; C++ compiler: {' '.join(emulator.compiler())}"}
     except BackendError as error:
         return {"name": None, "why": f"{why}; {error}"}
+
+
+def why_no_gpu() -> str | None:
+    """Why kernels cannot run on a GPU; None if they can."""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU" if torch.version.cuda else "this build of torch has no CUDA support"
+    try:
+        compiler.cupy()
+    except BackendError as error:
+        return f"torch sees {torch.cuda.get_device_name()}, but {error}"
+    return None
+
+
+def install() -> dict:
+    """`installation.advice` for this machine."""
+    found, known = versions(), gpus()
+    try:
+        wgmma = nvrtc.knows_wgmma()
+    except BackendError:
+        wgmma = False
+    return installation.advice(
+        installation.Machine(
+            gpu=known[0]["name"] if known else None,
+            capability=int(known[0]["arch"].removeprefix("sm_")) if known else 0,
+            driver=found["driver"],
+            torch_cuda=found["torch_cuda"],
+            cupy=installation.cupy_wheels(),
+            nvrtc=found["nvrtc"],
+            wgmma=wgmma,
+            compiler=_emulator() is not None,
+        )
+    )
 
 
 def device(name: str | None = None) -> torch.device:
@@ -86,7 +115,10 @@ def device(name: str | None = None) -> torch.device:
     if wanted is None or wanted.type not in ("cuda", "cpu"):
         raise ValueError(f"kernels run on cuda, cuda:1, ..., or on cpu by emulation; received {name}")
     if wanted.type == "cuda" and found["name"] != "cuda":
-        raise BackendError(f"no kernel can run on {wanted}: {found['why']}")
+        raise BackendError(
+            f"no kernel can run on {wanted}: {why_no_gpu()}. With --device cpu they run in the emulator; "
+            "`python3 -m modelnew env` says what a GPU needs"
+        )
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"torch counts its {torch.cuda.device_count()} GPUs from cuda:0; received {wanted}")
     if wanted.type == "cpu":

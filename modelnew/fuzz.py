@@ -133,7 +133,8 @@ def _settings(device) -> Iterator[None]:
     "operators",
     multiple=True,
     type=click.Choice(list(OPERATORS)),
-    help="A function of modelnew.functional. May be given several times.  [default: all]",
+    metavar="FUNCTION",
+    help=f"A function of modelnew.functional: {', '.join(OPERATORS)}. May be given several times.  [default: all]",
 )
 @click.option("--case", "number", type=click.IntRange(min=0), help="Judge only the case with this number.")
 @click.option("--budget", type=click.FloatRange(min=0), default=540, show_default=True, help="Time limit in seconds.")

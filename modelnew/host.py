@@ -183,9 +183,7 @@ def host_command(device, output, trials):
     Measures the forward under no_grad, and a step (forward and all gradients). Each runs with the same tensors again
     and again, and with tensors at new addresses at each call. Prints a table and writes a record (JSON). Needs a GPU.
     """
-    device = commands.usable_device(device)
-    if device.type == "cpu":
-        raise click.ClickException("host times are those of launches on a GPU; there is none here")
+    device = commands.gpu(device, "timing the host's part of a launch")
     with current(device):
         rows = []
         for row in measure(device, trials):

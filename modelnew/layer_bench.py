@@ -317,20 +317,19 @@ def most_memory(record: dict) -> tuple[float, dict] | None:
 
 def show(record: dict, out: Console) -> None:
     """Prints the worst ratios, geometric means, the largest memory beside PyTorch's, and what was wrong."""
-    table = Table(box=box.SIMPLE_HEAD, title="Slowest beside PyTorch", title_justify="left")
-    for name in ("layer", "shape", "dtype", "layout", "", "ours, us", "PyTorch, us", "ratio", "error"):
-        table.add_column(name, justify="right" if name in ("ours, us", "PyTorch, us", "ratio", "error") else "left")
+    style = {"box": box.SIMPLE_HEAD, "title_justify": "left", "padding": (0, 1, 0, 0), "pad_edge": False}
+    table = Table(title="Slowest beside PyTorch; error: our largest rms error over PyTorch's", **style)
+    for name in ("layer", "shape", "dtype", "layout", ""):
+        table.add_column(name, overflow="fold", no_wrap=name == "")
+    for name in ("ours\nus", "PyTorch\nus", "ratio", "error"):
+        table.add_column(name, justify="right", no_wrap=True)
     timed = sorted(filter(ratio, record["rows"]), key=ratio)
     for row in timed[:_SHOWN]:
         times = [f"{1e3 * row['ms']:.1f}", f"{1e3 * row['ms'] * ratio(row):.1f}", f"{ratio(row):.2f}x"]
         names = [row[name] for name in ("operator", "case", "dtype", "layout", "what")]
         table.add_row(*names, *times, f"{row['error_ratio']:.2f}x")
     out.print(table)
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"PyTorch's time over ours: geometric mean (worst of those over {LONG_US} us)",
-        title_justify="left",
-    )
+    table = Table(title=f"PyTorch's time over ours: geometric mean (worst of those over {LONG_US} us)", **style)
     for name in ("layer", "dtype", "layout", "forward", "step"):
         table.add_column(name)
     cells = collections.defaultdict(dict)

@@ -1,14 +1,31 @@
-"""Plots of records, with matplotlib.
+"""Plots of records, with matplotlib, as wide as a README shows them: a font of 8 points there is one of 11 pixels.
 
-`bench`: times beside the peers' and a roofline. `bench --layers`: ratios of every layer. `training`: loss curves.
+`bench`: times beside the peers' and, if the GPU's ceilings are known, a roofline. `bench --layers`: ratios of every
+layer. `training`: loss curves.
 """
 
+import itertools
 from pathlib import Path
 
 from . import layer_bench
-from .records import by_batch, comparisons
-from .workloads import COMPILED, GENERAL, GRAPHS, LAYOUTS, WORKLOADS, Shape, floor_ms, work
+from .records import by_batch, comparisons, trials
+from .workloads import (
+    COMPILED,
+    FEW_IMAGES,
+    FLOAT16,
+    GENERAL,
+    GRAPHS,
+    LAYOUTS,
+    MODELS,
+    OF_FLOAT16,
+    WORKLOADS,
+    Shape,
+    floor_ms,
+    work,
+)
 
+_WIDTH, _DPI = 8.3, 200
+_SMALL = 8
 _COLOURS = {
     "modelnew": "#c0392b",
     "modelnew-graph": "#c0392b",
@@ -17,20 +34,40 @@ _COLOURS = {
     "compile-reduce-overhead": "#8e44ad",
     "compile-max-autotune": "#16a085",
 }
+_WHO = {
+    "modelnew": "ModelNew",
+    "modelnew-graph": "ModelNew in a CUDA graph",
+    "eager": "PyTorch",
+    "compile": "torch.compile",
+    "compile-reduce-overhead": "torch.compile, reduce-overhead",
+    "compile-max-autotune": "torch.compile, max-autotune",
+}
+_LAYOUTS = {"nchw": "NCHW", "nhwc": "channels_last"}
+_CLASSES = {
+    "tf32": "float32, TF32 allowed",
+    "fp32": "float32",
+    "fp16": "float16 by autocast",
+    "bf16": "bfloat16 by autocast",
+}
 _DASHES = {"tf32": "-", "fp32": "--", "fp16": "-", "bf16": "--"}
+_FILLS = ("full", "none", "left", "bottom")
 _MARKERS = "os^vD<>Pph*X8dH"
+_WINDOW = 10  # steps of which the curves of differences show the largest
 
 
 def draw(record: dict, path: Path) -> None:
     """Draws the record as a PNG. Raises ValueError if there is nothing to draw, and ImportError without matplotlib."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     versions = record["versions"]
-    figure = Figure(layout="constrained")
-    figure.suptitle(f"{versions['gpu'] or 'CPU (emulator)'}, torch {versions['torch']}, NVRTC {versions['nvrtc']}")
-    kind = _curves if "steps" in record else _times if "shape" in record else _ratios
-    kind(figure, record)
-    figure.savefig(path, format="png", dpi=110)
+    with rc_context({"font.size": _SMALL, "axes.titlesize": 10, "axes.axisbelow": True}):
+        figure = Figure(layout="constrained")
+        kind = _curves if "steps" in record else _times if "shape" in record else _ratios
+        message = kind(figure, record)
+        where = f"{versions['gpu'] or 'CPU (emulator)'}, torch {versions['torch']}, NVRTC {versions['nvrtc']}"
+        figure.suptitle(f"{message}\n{where}", fontsize=10)
+        figure.savefig(path, format="png", dpi=_DPI)
 
 
 def _ratios(figure, record):
@@ -39,28 +76,31 @@ def _ratios(figure, record):
     if not found:
         raise ValueError("no row has a time beside PyTorch's, so there is nothing to draw")
     operators = list(dict.fromkeys(key[0] for key in found))
-    figure.set_size_inches(14, 2.6 * len(operators))
+    figure.set_size_inches(_WIDTH, 2.3 * len(operators))
     axes = figure.subplots(len(operators), 1, squeeze=False)[:, 0]
     for operator, panel in zip(operators, axes):
         columns = [key for key in found if key[0] == operator]
         for place, key in enumerate(columns):
             ratios = sorted(map(layer_bench.ratio, found[key]))
-            shifts = [place + 0.5 * (i / max(len(ratios) - 1, 1) - 0.5) for i in range(len(ratios))]
+            shifts = [place + 0.6 * (i / max(len(ratios) - 1, 1) - 0.5) for i in range(len(ratios))]
             colours = [_COLOURS["modelnew" if ratio < 1 else "compile"] for ratio in ratios]
-            panel.scatter(shifts, ratios, s=14, c=colours)
+            panel.scatter(shifts, ratios, s=7, c=colours)
             mean, _ = layer_bench.mean_and_worst(found[key])
-            panel.plot([place - 0.35, place + 0.35], [mean, mean], color="black", lw=1.5)
-            panel.annotate(f"{mean:.2f}", (place + 0.36, mean), fontsize=7, va="center")
+            panel.plot([place - 0.4, place + 0.4], [mean, mean], color="black", lw=1.5)
+            above = ("data", "axes fraction")
+            panel.annotate(f"{mean:.2f}x", (place, 1.03), xycoords=above, ha="center", annotation_clip=False)
         panel.axhline(1, color="grey", lw=0.8)
+        panel.set_xlim(-0.6, len(columns) - 0.4)
         panel.set_yscale("log", base=2)
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-        panel.set_xticks(range(len(columns)), ["\n".join(key[1:]) for key in columns], fontsize=7)
-        panel.set_title(operator, fontsize=10, loc="left")
-    axes[0].set_title(
-        "PyTorch's time over ours, a dot a shape; red: slower than PyTorch; line: geometric mean",
-        fontsize=9,
-        loc="right",
+        panel.set_ylabel("PyTorch's time / ours")
+        panel.set_xticks(range(len(columns)), ["\n".join(key[1:]) for key in columns])
+        panel.set_title(operator, loc="left", pad=16)
+    figure.supxlabel(
+        "A dot is a shape; red: slower than PyTorch. Line, and number above: geometric mean. nhwc: channels_last",
+        fontsize=_SMALL,
     )
+    return "Layers: how many times as fast as PyTorch's"
 
 
 def _times(figure, record):
@@ -68,20 +108,34 @@ def _times(figure, record):
     rows = _timed(record)
     if not rows:
         raise ValueError("no row has a time, so there is nothing to draw")
+    models = [row for row in rows if row["what"] in MODELS | FLOAT16] or rows  # what users call, if it was measured
     batches = dict.fromkeys(row["n"] for row in rows)
     panels = [
         (cls, n)
         for n in dict.fromkeys((*list(batches)[:1], min(batches)))
-        for cls in dict.fromkeys(row["class"] for row in rows)
+        for cls in dict.fromkeys(row["class"] for row in models)
+        if any((row["class"], row["n"]) == (cls, n) for row in models)
     ]
-    heights = [3] * len(panels) + [3] * (len(batches) > 2) + [4.5]
-    figure.set_size_inches(14, 1.07 * sum(heights))
+    heights = [2.4] * len(panels) + [3.4] * (len(batches) > 2) + [4] * bool(record["ceilings"])
+    figure.set_size_inches(_WIDTH, sum(heights) + 1)
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    bars = {}
     for (cls, n), panel in zip(panels, axes):
-        _bars(panel, [row for row in rows if (row["class"], row["n"]) == (cls, n)], f"class {cls}, N={n}")
+        title = f"{_CLASSES[cls]}, {n} image{'s'[: n != 1]}"
+        bars |= _bars(panel, [row for row in models if (row["class"], row["n"]) == (cls, n)], title)
+    bars = {key: bars[key] for key in itertools.product(_COLOURS, LAYOUTS) if key in bars}
+    names = [f"{_WHO[who]}, {_LAYOUTS[layout]}" for who, layout in bars]
+    figure.legend(bars.values(), names, loc="outside lower center", ncols=3, frameon=False)
     if len(batches) > 2:
-        _by_batch(axes[-2], record)
-    roofline(axes[-1], record)
+        _by_batch(axes[len(panels)], record)
+    if record["ceilings"]:
+        roofline(axes[-1], record)
+    return f"Time of a call, lower is faster. Bar: median; whisker: fastest to slowest of {_trials(record, panels)}"
+
+
+def _trials(record, panels):
+    """`records.trials`, for few images only if there are any."""
+    return trials(record) if any(n <= FEW_IMAGES for _, n in panels) else f"{record['trials']} trials"
 
 
 def _by_batch(panel, record):
@@ -94,27 +148,29 @@ def _by_batch(panel, record):
                     curves.setdefault((what, cls, who), {})[n] = 1e3 * n / row["ms"]
     for (what, cls, who), points in curves.items():
         marker, colour = {"forward_train": "o", "step": "s"}[what], _COLOURS[who]
-        label = f"{what} {cls} {'modelnew' if who == 'modelnew' else 'fastest peer'}"
+        label = f"{'ModelNew' if who == 'modelnew' else 'fastest peer'}, {what} {cls}"
         panel.plot(*zip(*sorted(points.items())), _DASHES.get(cls, ":"), marker=marker, color=colour, label=label)
-    panel.set_title("by N", fontsize=10)
+    panel.set_title("How speed depends on the batch", loc="left")
     panel.set(xlabel="images in a batch", ylabel="images a second", xscale="log", yscale="log")
-    _legend_beside(panel, 7)
+    panel.xaxis.set_major_formatter("{x:g}")
+    _legend_below(panel, -0.2)
 
 
 def _curves(figure, record):
     """The loss of each run, and how far losses are apart."""
-    figure.set_size_inches(14, 5)
-    losses, apart = figure.subplots(1, 2)
+    figure.set_size_inches(_WIDTH, 7.6)
+    losses, apart = figure.subplots(2, 1, height_ratios=[2, 3])
     curves = {(row["who"], row["class"], row["layout"]): row["losses"] for row in record["rows"]}
     steps = range(1, record["steps"] + 1)
     for (who, cls, layout), curve in curves.items():
         if layout == "nchw":
             style = {"color": _COLOURS["modelnew" if who == "ModelNew" else "eager"], "ls": _DASHES[cls]}
-            losses.plot(steps, curve, lw=1.5 if who == "Model" else 0.9, label=f"{who} {cls}", **style)
+            losses.plot(steps, curve, lw=3 if who == "Model" else 1, label=f"{who} {cls}", **style)
 
     def difference(a, b, **style):
         values = [abs(x - y) / abs(y) if y else 0 for x, y in zip(curves[a], curves[b])]
-        apart.plot(steps, values, lw=0.8, **style)
+        values = [max(values[i : i + _WINDOW]) for i in range(0, len(values), _WINDOW)]
+        apart.plot(steps[::_WINDOW], values, lw=1.3, drawstyle="steps-post", **style)
 
     model = {cls: (who, cls, layout) for who, cls, layout in curves if (who, layout) == ("Model", "nchw")}
     first, second = model
@@ -125,10 +181,16 @@ def _curves(figure, record):
         for name, layout, colour in zip(("Model", "ModelNew"), ("nhwc", "nchw"), colours):
             label = f"{name} {cls}{' channels_last' if name == 'Model' else ''} to Model {cls}"
             difference((name, cls, layout), model[cls], color=colour, ls=dashes, label=label)
-    losses.set(title=f"loss, batches of {record['batch']}", xlabel="step", yscale="log")
-    apart.set(title="how far losses are apart, relative", xlabel="step", yscale="log")
+    losses.set_title(f"Loss, batches of {record['batch']}", loc="left")
+    losses.set(ylabel="mean squared error", yscale="log")
+    losses.yaxis.set_major_formatter("{x:g}")
+    losses.yaxis.set_minor_formatter("{x:g}")
+    apart.set_title(f"How far losses are apart, the largest of each {_WINDOW} steps", loc="left")
+    apart.set(xlabel="step", ylabel="difference of two losses / loss", yscale="log")
     for panel in (losses, apart):
-        panel.legend(fontsize=7)
+        panel.grid(axis="y", lw=0.3)
+        _legend_below(panel, -0.12)
+    return "Training: ModelNew's loss falls as Model's does"
 
 
 def _timed(record):
@@ -136,28 +198,35 @@ def _timed(record):
 
 
 def _bars(panel, rows, title):
+    """Draws the bars. Returns {(who, layout): what stands for it in a legend}."""
     groups = [what for what in WORKLOADS if any(row["what"] == what for row in rows)]
     present = {(row["who"], row["layout"]) for row in rows}
     bars = [(who, layout) for who in _COLOURS for layout in LAYOUTS if (who, layout) in present]
-    width = 0.85 / max(len(bars), 1)
-    for i, (who, layout) in enumerate(bars):
+    width, found = 0.85 / max(len(bars), 1), {}
+    measured, places = {(row["what"], row["who"], row["layout"]) for row in rows}, {}
+    for i, what in enumerate(groups):
+        own = [bar for bar in bars if (what, *bar) in measured]
+        places |= {(what, *bar): i + (j - (len(own) - 1) / 2) * width for j, bar in enumerate(own)}
+    for who, layout in bars:
         own = [row for row in rows if (row["who"], row["layout"]) == (who, layout)]
-        at = [groups.index(row["what"]) + (i - (len(bars) - 1) / 2) * width for row in own]
+        at = [places[row["what"], who, layout] for row in own]
         ms = [row["ms"] for row in own]
         spread = [[row["ms"] - row["ms_min"] for row in own], [row["ms_max"] - row["ms"] for row in own]]
-        style = {"color": _COLOURS[who], "hatch": "///" if layout == "nhwc" else "..." if who in GRAPHS else None}
-        drawn = panel.bar(at, ms, width, label=f"{who} {layout}", yerr=spread, error_kw={"lw": 0.6}, **style)
-        panel.bar_label(drawn, [f"{value:.3g}" for value in ms], fontsize=6, rotation=90, padding=3)
-    panel.set_yscale("log")
-    panel.set_ylim(top=panel.get_ylim()[1] * 2)  # room for labels
-    panel.set_ylabel("ms")
-    panel.set_xticks(range(len(groups)), [group.replace("_", "\n") for group in groups], fontsize=8)
-    panel.set_title(title, fontsize=10)
-    _legend_beside(panel, 7)
+        hatch = "///" if layout == "nhwc" else "..." if who in GRAPHS else None
+        style = {"color": _COLOURS[who], "hatch": hatch, "edgecolor": "white", "lw": 0}
+        found[who, layout] = drawn = panel.bar(at, ms, width, yerr=spread, error_kw={"lw": 0.8}, **style)
+        panel.bar_label(drawn, [f"{value:.3g}" for value in ms], fontsize=7, rotation=90, padding=2)
+    panel.margins(y=0.3)  # room for labels
+    panel.set_ylim(bottom=0)
+    panel.set_ylabel("milliseconds")
+    names = [group.replace(OF_FLOAT16, "without autocast_").replace("_", "\n", 1).replace("_", " ") for group in groups]
+    panel.set_xticks(range(len(groups)), names)
+    panel.set_title(title, loc="left")
+    return found
 
 
-def _legend_beside(panel, fontsize):
-    panel.legend(fontsize=fontsize, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+def _legend_below(panel, below):
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=3, frameon=False)
 
 
 def roofline(panel, record: dict) -> None:
@@ -177,25 +246,26 @@ def roofline(panel, record: dict) -> None:
     whats, classes = (list(dict.fromkeys(key[i] for key in shown)) for i in (0, 1))
     for (what, cls, ours), (x, y) in shown.items():
         colour = _COLOURS["modelnew" if ours else "eager"]
-        fill = colour if cls == classes[0] else "white"
-        panel.plot(x, y, _MARKERS[whats.index(what)], color=colour, markerfacecolor=fill, markersize=9)
+        style = {"color": colour, "fillstyle": _FILLS[classes.index(cls)], "markerfacecoloralt": "white"}
+        panel.plot(x, y, _MARKERS[whats.index(what)], markersize=8, **style)
     if limits:
         along = [30, *sorted(limits["flop_per_s"][cls] / limits["bytes_per_s"] for cls in classes), 3000]
-        for cls in classes:
-            rates = [min(x * limits["bytes_per_s"], limits["flop_per_s"][cls]) / 1e12 for x in along]
+        for rate in sorted({limits["flop_per_s"][cls] for cls in classes}):
+            rates = [min(x * limits["bytes_per_s"], rate) / 1e12 for x in along]
             panel.plot(along, rates, color="black", lw=1)
-            panel.annotate(
-                f"{cls}: {rates[-1]:.0f} TFLOP/s", (along[-1], rates[-1]), fontsize=8, ha="right", va="bottom"
-            )
+            below = [cls for cls in classes if limits["flop_per_s"][cls] == rate]
+            products = "three fp16 products for one" if below == ["fp32"] else "fp16 products"
+            text = f"{rates[-1]:.0f} TFLOP/s: {products} ({', '.join(below)})"
+            panel.annotate(text, (along[-1], rates[-1]), ha="right", va="bottom")
         start = (along[0], along[0] * limits["bytes_per_s"] / 1e12)
-        text = f"{limits['bytes_per_s'] / 1e12:.2f} TB/s"
-        panel.annotate(text, start, (12, 0), textcoords="offset points", fontsize=8)
+        text = f"memory, {limits['bytes_per_s'] / 1e12:.2f} TB/s"
+        panel.annotate(text, start, (12, 0), textcoords="offset points")
     for what, marker in zip(whats, _MARKERS):
         panel.plot([], [], marker, color="black", label=what)
-    for name, colour in (("modelnew", _COLOURS["modelnew"]), ("fastest peer", _COLOURS["eager"])):
+    for name, colour in (("ModelNew", _COLOURS["modelnew"]), ("fastest peer", _COLOURS["eager"])):
         panel.plot([], [], "s", color=colour, label=name)
-    for cls in classes:
-        panel.plot([], [], "s", color="black", markerfacecolor="black" if cls == classes[0] else "white", label=cls)
+    for cls, fill in zip(classes, _FILLS):
+        panel.plot([], [], "s", color="black", fillstyle=fill, markerfacecoloralt="white", label=_CLASSES[cls])
     panel.set_xscale("log")
     panel.set_yscale("log")
     for axis in (panel.xaxis, panel.yaxis):
@@ -203,8 +273,8 @@ def roofline(panel, record: dict) -> None:
     panel.yaxis.set_minor_formatter("{x:g}")
     panel.set_xlabel("FLOP per byte, each input read once and each result written once")
     panel.set_ylabel("TFLOP/s (dense count)")
-    panel.set_title(f"roofline, N={_first(record)[0][0]['n']}", fontsize=10)
-    _legend_beside(panel, 8)
+    panel.set_title(f"What memory and tensor cores allow, {_first(record)[0][0]['n']} images", loc="left")
+    _legend_below(panel, -0.16)
 
 
 def floors(panel, record: dict) -> None:
@@ -221,14 +291,14 @@ def floors(panel, record: dict) -> None:
             if row:
                 bar = panel.barh(place + at, floor / row["ms"], 0.4, color=_COLOURS[colour])
                 panel.bar_label(bar, [f"{floor / row['ms']:.0%}"], fontsize=8, padding=2)
-    for name, colour in (("modelnew", "modelnew"), ("fastest peer", "eager")):
+    for name, colour in (("ModelNew", "modelnew"), ("fastest peer", "eager")):
         panel.barh(0, 0, color=_COLOURS[colour], label=name)
     panel.set_yticks(range(len(pairs)), [f"{ours['what']}, {ours['class']}" for ours, _ in pairs], fontsize=8)
     panel.set_xlim(0, 1)
     panel.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     panel.set_xlabel("floor (memory and tensor cores at their peak) over time")
     panel.invert_yaxis()
-    panel.legend(fontsize=8, loc="lower right")
+    _legend_below(panel, -0.14)
 
 
 def _first(record):

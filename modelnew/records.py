@@ -12,6 +12,9 @@ from rich.table import Table
 
 from .workloads import FEW_IMAGES, GRAPHS, MODELS, WORKLOADS, Shape, floor_ms, work
 
+_WIDE = 115  # columns
+_ONLY_WIDE = ("range", "MB", "floor", "TFLOP/s")
+
 
 def write(record: dict, path: Path) -> None:
     """Writes the record, one line for each row. If that fails, the old file stays."""
@@ -44,7 +47,8 @@ def comparisons(record: dict) -> Iterator[tuple[dict, dict | None]]:
 def trials(record: dict) -> str:
     """The number of trials in words."""
     few = record.get("trials_of_few", record["trials"])
-    return f"{record['trials']} trials" + (f" (up to {FEW_IMAGES} images: {few})" if few != record["trials"] else "")
+    text = f"{record['trials']} trial{'s'[: record['trials'] != 1]}"
+    return text + (f" (up to {FEW_IMAGES} images: {few})" if few != record["trials"] else "")
 
 
 def by_batch(record: dict) -> dict[tuple[str, str], dict[int, tuple[dict, dict | None]]]:
@@ -60,27 +64,13 @@ def show(record: dict, out: Console) -> None:
     """Prints our times beside the fastest peer's, and why some are missing."""
     limits, shape = record["ceilings"], Shape(**record["shape"])
     out.print(
-        f"\n[bold]Milliseconds, median and range of {trials(record)}[/]. MB: peak memory over inputs and "
-        "parameters. Floor: what memory and tensor cores need at least. Graph: a CUDA graph.",
+        f"\n[bold]Milliseconds, median and range of {trials(record)}[/]. MB: peak memory over inputs and parameters. "
+        "Ratio: the fastest peer's time over ours. Floor: the least time that memory and tensor cores (fp16 products) "
+        "allow, over ours. Graph: a CUDA graph.",
         highlight=False,
     )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in (
-        "what",
-        "class",
-        "N",
-        "",
-        "ours",
-        "range",
-        "MB",
-        "fastest peer",
-        "ms",
-        "MB",
-        "ratio",
-        "floor",
-        "TFLOP/s",
-    ):
-        table.add_column(name, justify="left" if name in ("what", "class", "fastest peer") else "right", no_wrap=True)
+    names = ("what", "class", "N", "", "ours", "range", "MB", "fastest peer", "ms", "MB", "ratio", "floor", "TFLOP/s")
+    lines = []
     for row, peer in comparisons(record):
         what, cls, n, ms = row["what"], row["class"], row["n"], row["ms"]
         cells = [what, cls, str(n), "graph" if row["who"] in GRAPHS else ""]
@@ -95,6 +85,16 @@ def show(record: dict, out: Console) -> None:
         cells.append(f"{floor_ms(what, cls, n, shape, limits) / ms:.0%}" if timed and limits else "")
         flop = sum(stage[0] for stage in work(what, cls, n, shape)) if timed and what not in MODELS else 0
         cells.append(f"{flop / ms / 1e9:.3g}" if flop else "")
+        lines.append(cells)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = [(name, cells) for name, cells in zip(names, zip(*lines)) if any(cells)]
+    if out.width < _WIDE:
+        columns = [(name, cells) for name, cells in columns if name not in _ONLY_WIDE]
+        out.print(f"A terminal of {_WIDE} columns shows more: {', '.join(_ONLY_WIDE)}.", highlight=False)
+    for name, _ in columns:
+        left = name in ("what", "class", "fastest peer")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "fastest peer")
+    for cells in zip(*(cells for _, cells in columns)):
         table.add_row(*cells)
     out.print(table)
     for what in dict.fromkeys(row["what"] for row in record["rows"]):

@@ -179,12 +179,10 @@ def scaling_command(gpus, images, trials, tiny, device, output):
     Measures ModelNew and Model. Every GPU has the same number of images. The gradients of both models are compared
     first. Prints a table and writes a record (JSON).
     """
-    device = commands.usable_device(device)
+    device = commands.usable_device(device) if tiny else commands.gpu(device, "scaling without --tiny")
     count = gpus or (torch.cuda.device_count() if device.type == "cuda" else 2)
-    if device.type == "cuda" and not 2 <= count <= torch.cuda.device_count():
-        raise click.ClickException(f"this takes two GPUs or more; there are {torch.cuda.device_count()}")
-    if device.type == "cpu" and not tiny:
-        raise click.ClickException("on the CPU, which the emulator makes slow, only --tiny runs")
+    if device.type == "cuda" and not 2 <= count <= (seen := torch.cuda.device_count()):
+        raise click.ClickException(f"this takes at least 2 GPUs and at most those that torch sees, {seen}; not {count}")
     try:
         rows = measure(device.type, count, images, trials, tiny)
     except RuntimeError as error:

@@ -94,7 +94,7 @@ def training_command(device, output, steps, batch, channels, size, lr, amp, mome
     parameters and running statistics must be as close to a float64 run as those of Model in the same numeric class. All
     runs begin each step with the same state, and every seed must pass. The loss curves are a demonstration: ModelNew's
     loss must only fall where Model's does. A CPU has no TF32: there, Model's operands are rounded to TF32, and ModelNew
-    runs in the emulator. Prints tables and writes a record (JSON). With matplotlib installed (the extra "bench"), it
+    runs in the emulator. Prints tables and writes a record (JSON). With matplotlib installed, it
     also draws loss curves (PNG). The exit code is 1 if ModelNew fails.
     """
     if channels and channels % 4:

@@ -3,16 +3,18 @@ import re
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import invoked
 import pytest
 import torch
 from faults import planted
+from rich.console import Console
 
-from cupy_kernels import emulator, source
+from cupy_kernels import backend, emulator, source
 from cupy_kernels.errors import BackendError
 from modelnew import __main__ as cli
-from modelnew import environment, timing
+from modelnew import commands, environment, timing
 
 
 @pytest.fixture
@@ -62,9 +64,11 @@ def test_env_says_which_records_belong_to_the_code(monkeypatch, tmp_path):
 def test_main_job(device, small):
     code, text = invoke("--batch", "2", "--device", device, "--trials", "2")
     assert code == 0, text
-    assert "torch.allclose(y, y_new)" in text
-    assert "torch.equal(y, y_new)" in text
-    assert "replaced conv_transpose, batch_norm, tanh, max_pool, group_norm" in text
+    assert "torch.testing.assert_close(y_new, y) holds" in text
+    for exact in ("torch.allclose(y, y_new)", "torch.equal(y, y_new)"):
+        assert (f"{exact} holds" in text) == (device == "cuda")
+    assert ("Not judged on a CPU: torch.allclose(y, y_new)" in text) == (device == "cpu")
+    assert "Replaced conv_transpose, batch_norm, tanh, max_pool, group_norm." in text
     for what in ("output", "grad x", "grad conv_transpose.bias", "batch_norm.running_var"):
         assert what in text
     assert "Parity holds." in text
@@ -79,7 +83,7 @@ def test_options(small, command):
         *command, "--device", "cpu", "--replace", "tanh, group_norm", "--numerics", "fp32", "--seed", "3"
     )
     assert code == 0
-    assert "replaced tanh, group_norm" in text
+    assert "Replaced tanh, group_norm." in text
 
 
 def test_each_class_is_judged_as_itself(monkeypatch):
@@ -90,13 +94,43 @@ def test_each_class_is_judged_as_itself(monkeypatch):
     for numerics, cls in (("tf32", "tf32"), ("fp32", "fp32"), ("auto", "fp32")):
         code, text = invoke("--device", "cpu", "--numerics", numerics)
         assert code == 0, text
-        assert f"class {cls}, " in text
+        assert f"a float64 run, class {cls} Replaced" in text
         assert ("PyTorch has no TF32" in text) == (cls == "tf32")
     compare = cli.compare_models
     rounded = lambda model, ours, x, *more: compare(model, ours, x, "fp32", *more[1:])  # noqa: E731
     monkeypatch.setattr(cli, "compare_models", rounded)
     assert invoke("--device", "cpu", "--numerics", "tf32")[0] == 1
     assert invoke("--device", "cpu", "--numerics", "fp32")[0] == 0
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_table_of_errors_is_readable(small, monkeypatch, width):
+    """Every row is one line, and no cell is cut."""
+    monkeypatch.setattr(cli, "out", Console(width=width))
+    code, text = invoke("--device", "cpu", spaces="(?!)")  # which are kept
+    assert code == 0, text
+    rows = re.findall(r"^ *((?:grad )?[\w.]+) +((?:[\d.e+-]+ +)+)ok *$", text, re.MULTILINE)
+    assert [name for name, _ in rows[-2:]] == ["batch_norm.running_mean", "batch_norm.running_var"]
+    assert "grad conv_transpose.weight" in dict(rows)
+    assert {len(numbers.split()) for _, numbers in rows} == {3 if width == 60 else 5}
+    assert ("A terminal of 80 columns shows the maxima." in " ".join(text.split())) == (width == 60)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_progress_says_what_is_done(monkeypatch):
+    """While kernels are compiled, in whatever order that ends, one of them; else what was set last."""
+    monkeypatch.setattr(backend, "_listeners", [])
+    shown = []
+    with commands.doing(shown.append) as what:
+        what("running")
+        (listener,) = backend._listeners
+        first, second = listener(SimpleNamespace(name="a")), listener(SimpleNamespace(name="b"))
+        what("timing")
+        first()
+        second()
+    assert shown == ["running", "compiling a", "compiling b", "compiling b", "compiling b", "timing"]
+    assert not backend._listeners
 
 
 def test_broken_kernel_fails(small):

@@ -73,7 +73,7 @@ def fresh(monkeypatch, tmp_path):
 def test_no_compiler(monkeypatch, fresh, x, y):
     monkeypatch.setattr(emulator.shutil, "which", lambda name: None)
     monkeypatch.setattr(emulator.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BackendError, match=r"found none.*pip install 'modelnew\[emulator\]'"):
+    with pytest.raises(BackendError, match=r"found none.*python3 -m pip install ziglang"):
         run(COPY, x, y)
 
 

@@ -52,6 +52,11 @@ def test_table(capsys):
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "conv_forward tf32 512 0.758 0.758-0.758 303 eager nchw 1.31 800 1.73x 40% 320" in text
     assert "startup_cold tf32 1 2500" in text
+    records.show(record(*rows, row(what="startup_cold", ms=2500.0)), Console(width=80))
+    text = capsys.readouterr().out
+    assert "conv_forward tf32 512 0.758 eager nchw 1.31 1.73x" in re.sub(r"\s+", " ", text)
+    assert "shows more: range, MB, floor, TFLOP/s" in text
+    assert "…" not in text
 
 
 def test_writing_leaves_the_old_record_if_it_fails(tmp_path):
@@ -87,4 +92,4 @@ def test_plot_only(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, text = invoke("--plot-only", str(path))
     assert code == 1
-    assert "modelnew[bench]" in text
+    assert "python3 -m pip install matplotlib" in text

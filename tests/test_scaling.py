@@ -24,7 +24,8 @@ def test_a_tiny_run_of_two_processes(tmp_path):
 
 
 def test_what_it_refuses():
-    for arguments, message in ((["--device", "cpu"], "only --tiny runs"), (["--gpus", "1"], "--gpus")):
+    without_tiny = "scaling without --tiny needs a GPU: "
+    for arguments, message in ((["--device", "cpu"], without_tiny), (["--gpus", "1"], "--gpus")):
         result = CliRunner().invoke(main, ["scaling", *arguments])
         assert result.exit_code
         assert message in result.output

@@ -129,7 +129,7 @@ def _times(results, folder) -> str:
             ]
         lines += [*_startup(record), *_compiled(record)]
         picture = os.path.relpath(path.with_suffix(".png"), folder)
-        parts.append("\n".join([*lines, "", f"![Times beside PyTorch's, and a roofline]({picture})"]))
+        parts.append("\n".join([*lines, "", f"![Times beside PyTorch's]({picture})"]))
     return "\n\n".join(parts) or _NO_TIMES
 
 

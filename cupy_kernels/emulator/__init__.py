@@ -99,7 +99,7 @@ def compiler() -> tuple[str, ...]:
         return (sys.executable, "-m", "ziglang", "c++", *ZIG_FLAGS)
     raise BackendError(
         "the CPU emulator needs a C++ compiler and found none (c++, g++, clang++, the ziglang wheel): "
-        "pip install 'modelnew[emulator]'"
+        "python3 -m pip install ziglang"
     )
 
 
