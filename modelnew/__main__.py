@@ -124,10 +124,12 @@ def env(as_json):
     lines = dict(_flat(found))
     for key, value in lines.items():
         click.echo(f"{key:{max(map(len, lines))}}  {value}")
-    for record in records:
-        click.echo(f"{record['file']} belongs to {'this code' if record['matches'] else 'other kernels'}")
     click.echo(f"\nBest for this machine: {install['command'] or 'nothing to install'}")
     click.echo(f"Why: {install['why']}")
+    for what, matches in (("these", True), ("other", False)):
+        files = [record["file"] for record in records if record["matches"] == matches]
+        if files:
+            click.echo(f"\nRecords measured with {what} kernels: {', '.join(files)}")
 
 
 def _literal(batch, seed, device) -> bool:

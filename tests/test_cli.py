@@ -55,10 +55,11 @@ def test_env():
 def test_env_says_which_records_belong_to_the_code(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "results", lambda: tmp_path)
     (tmp_path / "bench_a.json").write_text(json.dumps({"digest": source.digest()}))
-    (tmp_path / "bench_b.json").write_text(json.dumps({"digest": "0"}))
+    for other in "bc":
+        (tmp_path / f"bench_{other}.json").write_text(json.dumps({"digest": "0"}))
     _, text = invoke("env")
-    assert "bench_a.json belongs to this code" in text
-    assert "bench_b.json belongs to other kernels" in text
+    assert "Records measured with these kernels: bench_a.json" in text
+    assert "Records measured with other kernels: bench_b.json, bench_c.json" in text
 
 
 def test_main_job(device, small):
