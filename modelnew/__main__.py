@@ -180,7 +180,7 @@ def _errors(model, model_new, x, cls, seed) -> bool:
         "Errors are relative to the result's rms. "
         f"ok: at most {RATIO} times PyTorch's error, in rms and maximum, plus what chance and rounding explain. "
         + ("" if wide else f"A terminal of {_WIDE} columns shows the maxima. ")
-        + "The incoming gradient puts nothing on pooling windows whose winner rounding decides.",
+        + "Pooling windows with two almost equal maxima get gradient 0, because rounding picks the winner.",
         highlight=False,
     )
     return all(row.ok for row in rows)

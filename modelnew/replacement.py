@@ -78,7 +78,7 @@ def _reason_to_keep(module) -> str | None:
     if isinstance(module, nn.Sequential) or not isinstance(module, tuple(_OURS)) or type(module) in _THEIRS:
         return None
     if type(module) not in _OURS:
-        return f"{type(module).__name__} is a class of its own"
+        return f"{type(module).__name__} is derived from PyTorch's layer"
     if getattr(module, "inplace", False):
         return f"{type(module).__name__}(inplace=True) changes its input, ours do not"
     return None
