@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from strided import IN_EVERY_LAYOUT
 from tolerance import check, check_gradients
 
-from modelnew.formats import channels_last
 from modelnew.functional import (
     batch_norm_tanh,
     bn_tanh_max_pool2d,
@@ -81,20 +80,6 @@ def test_tanh_max_pool_is_bit_equal_to_its_parts(device, dtype, window):
     assert torch.equal(dx != 0, expected != 0)
     if window in (TWO_BY_TWO, WINDOWS[1]):  # nothing is summed
         assert torch.equal(dx, expected)
-
-
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_channels_last(device, window):
-    """Results and gradients in the format that PyTorch gives them."""
-    x = separated(2, 3, 8, 10, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
-    pairs = (
-        (tanh_max_pool2d(x, **window), F.max_pool2d(torch.tanh(x), **window)),
-        (f(x, None, None, None, None, True, window) for f in (bn_tanh_max_pool, reference)),
-    )
-    for results in pairs:
-        for found, expected in zip(*([y, *torch.autograd.grad(y.square().sum(), x)] for y in results)):
-            torch.testing.assert_close(found, expected)
-            assert found.stride() == expected.stride()
 
 
 def test_bit_equal_to_torch(device):
@@ -331,7 +316,7 @@ def test_layouts(device, make):
             reference(x, mean.clone(), var.clone(), weight, bias, True, TWO_BY_TWO),
         ),
     ):
-        assert y.is_contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format)
+        assert y.is_contiguous()
         torch.testing.assert_close(y, expected)
         dy = torch.randn(y.shape[::-1], device=device).permute(3, 2, 1, 0)
         torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, x, dy)[0])
@@ -379,13 +364,10 @@ def test_the_vector_path_and_the_general_one_agree(device, launched):
         ((3, 3, 4), {}, RuntimeError, r"received shape \(3, 3, 4\)"),
     ],
 )
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_a_refused_call_changes_nothing(device, shape, options, error, message, memory_format):
+def test_a_refused_call_changes_nothing(device, shape, options, error, message):
     mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
-    x = torch.randn(shape, device=device)
-    x = x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
     with pytest.raises(error, match=message):
-        bn_tanh_max_pool2d(x, mean, var, training=True, **options)
+        bn_tanh_max_pool2d(torch.randn(shape, device=device), mean, var, training=True, **options)
     assert not mean.any()
     assert (var == 1).all()
 

@@ -1,7 +1,5 @@
 """Max pooling of tanh, and of tanh of a batch norm, fused in one kernel each way."""
 
-import functools
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,14 +13,13 @@ from cupy_kernels.bn_tanh_max_pool import (
 
 from ..calls import call, dense_after
 from ..cases import Case, activations, first, sums_of
-from ..formats import channels_last
 from ..interop import accumulator_dtype, check_floating, dense
 from ..untraced import untraced
-from .batch_norm import batch_norm_gradients, batch_norm_tanh, norm_inputs, of_tensors, statistics, torch_norm
+from .batch_norm import batch_norm_gradients, norm_inputs, of_tensors, statistics, torch_norm
 from .batch_norm_arguments import Norm
 from .gradients import Function, apply, will_need_grad
-from .max_pool import OVERLAPPING, max_pool2d, max_pool_gradient, new_argmax, pool_of, pooled_shape
-from .tanh import tanh, tanh_gradient
+from .max_pool import OVERLAPPING, max_pool_gradient, new_argmax, pool_of, pooled_shape
+from .tanh import tanh_gradient
 
 __all__ = ["bn_tanh_max_pool2d", "tanh_max_pool2d"]
 
@@ -125,14 +122,9 @@ def tanh_max_pool2d(
     The result, and the element of a window that gets its gradient, are bit for bit those of `max_pool2d(tanh(x))`. If
     tanh maps different elements to the same value, the first of them is the maximum. An element that is the maximum of
     no window gets gradient 0, even if it is NaN. In PyTorch, tanh's own gradient is NaN there.
-
-    A channels_last input runs as `max_pool2d(tanh(x))`, in its own format.
     """
     check_floating(input=input)
-    pool, ceil_mode = pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode)
-    if channels_last(input):
-        return max_pool2d(tanh(input), *pool, ceil_mode)
-    x = dense(input)
+    pool, x, ceil_mode = pool_of(kernel_size, stride, padding, dilation), dense(input), bool(ceil_mode)
     if will_need_grad(x):
         return apply(_TanhMaxPool2d, x, pool, ceil_mode)
     return call(_forward, x, pool, ceil_mode, False)[0]
@@ -160,15 +152,10 @@ def bn_tanh_max_pool2d(
 
     The statistics read x once, and the rest reads it once more; the gradient reads it twice. The result is bit for bit
     that of `max_pool2d(batch_norm_tanh(x))`. As in `tanh_max_pool2d`, an element that is the maximum of no window gets
-    none of its gradient. A channels_last input runs as `max_pool2d(batch_norm_tanh(x))`, in its own format. A refused
-    call changes nothing.
+    none of its gradient. A refused call changes nothing.
     """
-    arguments = (running_mean, running_var, weight, bias, training, momentum, eps)
-    pool, ceil_mode = pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode)
-    if channels_last(input):
-        _check(Norm.checked(*arguments, num_batches_tracked), input, pool, ceil_mode)
-        return max_pool2d(batch_norm_tanh(input, *arguments, num_batches_tracked=num_batches_tracked), *pool, ceil_mode)
-    return _bn_tanh_max_pool2d(input, (*arguments, num_batches_tracked), pool, ceil_mode)
+    arguments = (running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    return _bn_tanh_max_pool2d(input, arguments, pool_of(kernel_size, stride, padding, dilation), bool(ceil_mode))
 
 
 def _bn_tanh_max_pool2d(input, arguments, pool, ceil_mode, keep=False):
@@ -176,7 +163,12 @@ def _bn_tanh_max_pool2d(input, arguments, pool, ceil_mode, keep=False):
     norm = Norm.checked(*arguments)
     options = {"training": norm.training, "momentum": norm.momentum, "eps": norm.eps}
     options.update(pool=pool, ceil_mode=ceil_mode)
-    check = functools.partial(_check, norm, input, pool, ceil_mode)
+
+    def check():
+        norm.check(input)
+        check_input(input)
+        pooled_shape(input.shape, pool, ceil_mode)
+
     x, weight, bias = dense_after(check, input, norm.weight, norm.bias)
     running = norm.buffers()
     if not keep and will_need_grad(x, weight, bias):
@@ -186,12 +178,6 @@ def _bn_tanh_max_pool2d(input, arguments, pool, ceil_mode, keep=False):
         y, moments, argmax = call(_normed_forward, x, *wide, *running, check=check, keep=keep, **options)
     norm.note_update(running)
     return (y, moments, argmax) if keep else y
-
-
-def _check(norm, input, pool, ceil_mode):
-    norm.check(input)
-    check_input(input)
-    pooled_shape(input.shape, pool, ceil_mode)
 
 
 def check_input(input) -> None:
