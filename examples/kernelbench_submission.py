@@ -2117,8 +2117,6 @@ def physical(shape, channels_last) -> tuple[int, ...]:
 class ConvTranspose2d(nn.ConvTranspose2d):
     """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
 
-    numerics = "auto"
-
     def __init__(
         self,
         in_channels: int,

@@ -46,7 +46,7 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
 
     Returns a `Replaced`: print it to see what was done; `undo()` takes it back.
 
-    A layer is kept if its class is derived from PyTorch's, for instance by a parametrization, and if it changes its
+    A layer is kept if its class is derived from PyTorch's, for instance by a parametrization, or if it changes its
     input in place. Calls of torch.nn.functional in a forward are not replaced: use `modelnew.functional` there. Call
     replace_layers before torch.compile and `fully_shard`, and before or after an optimizer is made. Inputs that ours
     refuse and PyTorch's take, such as complex numbers, raise an error: see docs/works_with.md.

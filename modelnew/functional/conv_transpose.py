@@ -201,8 +201,6 @@ def check_tensors(x, weight, bias):
 class ConvTranspose2d(nn.ConvTranspose2d):
     """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
 
-    numerics = "auto"
-
     def __init__(
         self,
         in_channels: int,
