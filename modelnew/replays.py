@@ -289,7 +289,9 @@ class _Code:
                 defined.update({f"backend{number}": batch.backend, f"launches{number}": batch.launches})
                 lines.append(f"if not watched() or show(plan, [{', '.join(values)}], {steps}):")
                 lines.append(f"    backend{number}.start(launches{number}, {stream})")
-            lines += [f"v{index} = None" for index in dropped]
+            for index in dropped:
+                values[index] = "None"
+                lines.append(f"v{index} = None")
         updated = {f"t{self.sources[i]}": None for step in plan.steps for i in written(step) if i in self.sources}
         if updated:
             defined["increment_version"] = torch.autograd.graph.increment_version

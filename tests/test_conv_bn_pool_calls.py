@@ -59,6 +59,18 @@ def test_the_backwards_stages_share_their_room(device, cls, monkeypatch):
     assert found <= passed_on + stage + 8192
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_repeated_steps_give_memory_back_early(device, cls, monkeypatch):
+    """Launches are observed, as in every test: those of a stage that others precede, too."""
+    monkeypatch.setattr(calls, "_LARGE", 0)
+    with source.override({}):
+        theirs, ours, x = models((16, 16, 3, 1, 4, 4, 18, 20), cls, device)
+        dy = torch.ones_like(theirs(x))
+        ours(x)
+        for _ in range(4):
+            torch.testing.assert_close(step(ours, x, dy), step(theirs, x, dy), rtol=2e-2, atol=2e-2)
+
+
 def test_saved_tensor_hooks_and_checkpointing(device):
     _, ours, x = models(CASES["even"], "tf32", device)
     state = copy.deepcopy(ours.state_dict())

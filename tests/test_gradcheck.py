@@ -65,10 +65,15 @@ def norm(name, planes=False):
     def build(draw):
         x = draw.planes() if planes else draw.apart(3, 4, *draw.choice([(), (3,), (3, 2), (2, 2, 2)]))
         training, mean = draw.random() < 0.5, draw.tensor(x.shape[1])
-        running = (None, None) if training else (mean, mean.square() + 0.5)
+        running = () if training else (mean, mean.square() + 0.5)
         more = (draw.window() if planes else {}) | {"training": training, "eps": 10 ** draw.uniform(-5, -1)}
         function = getattr(functional, name)
-        return lambda x, *affine: function(x, *running, *affine, **more), x, *draw.affine(x.shape[1])
+
+        def call(x, *affine):
+            statistics = [t.to(x.device) for t in running] or (None, None)
+            return function(x, *statistics, *affine, **more)
+
+        return call, x, *draw.affine(x.shape[1])
 
     return build
 
