@@ -43,9 +43,9 @@ sanitize:
 	        --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED) || exit 1; \
 	done
 
-# On many cores: one process would compile the kernels one after the other.
+# On many cores: one process would compile the kernels one after the other. Idle processes take over what waits behind slow tests.
 record:
-	$(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 16 --record=$(RESULTS) tests
+	$(PYTHON) -m pytest -q -m gpu -n auto --maxprocesses 16 --dist worksteal --record=$(RESULTS) tests
 
 # ModelNew and Model trained side by side: a record in benchmarks/results and loss curves; on a CPU neither.
 training:

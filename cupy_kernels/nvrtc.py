@@ -129,9 +129,15 @@ def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
     return None if newest == int(capability) else f"compute_{newest}"
 
 
-def knows_wgmma() -> bool:
-    """Whether `shared_library()`, which CuPy uses, compiles for sm_90a."""
-    return _version(shared_library())[0] >= WGMMA_MAJOR
+def of_wgmma() -> str | None:
+    """Version of the NVRTC that compiles wgmma instructions: CuPy's, else one that another package, such as torch, has.
+
+    None without one.
+    """
+    try:
+        return version(WGMMA_MAJOR)
+    except BackendError:
+        return None
 
 
 def compile_variant(what: Variant | Kernel, arch: str, least_major: int = 11) -> tuple[bytes, dict[str, Resources]]:

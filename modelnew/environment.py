@@ -38,6 +38,7 @@ def versions() -> dict:
         "numpy": _installed("numpy"),
         "cupy": _cupy(),
         "nvrtc": _nvrtc(),
+        "nvrtc_wgmma": nvrtc.of_wgmma(),  # that compiles wgmma instructions; it may be another one
         "driver": _driver(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
@@ -83,10 +84,6 @@ def why_no_gpu() -> str | None:
 def install() -> dict:
     """`installation.advice` for this machine."""
     found, known = versions(), gpus()
-    try:
-        wgmma = nvrtc.knows_wgmma()
-    except BackendError:
-        wgmma = False
     return installation.advice(
         installation.Machine(
             gpu=known[0]["name"] if known else None,
@@ -95,7 +92,7 @@ def install() -> dict:
             torch_cuda=found["torch_cuda"],
             cupy=installation.cupy_wheels(),
             nvrtc=found["nvrtc"],
-            wgmma=wgmma,
+            wgmma=nvrtc.of_wgmma() is not None,
             compiler=_emulator() is not None,
         )
     )

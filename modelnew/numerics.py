@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.compiler import is_dynamo_compiling, is_exporting
 
-from cupy_kernels import conv_transpose_mma, conv_wgrad_mma, nvrtc
+from cupy_kernels import compiler, conv_transpose_mma, conv_wgrad_mma, nvrtc
 from cupy_kernels.common import MULTIPROCESSORS
 from cupy_kernels.conv_transpose import Geometry
 from cupy_kernels.errors import UnsupportedError
@@ -113,8 +113,8 @@ def without_tensor_cores():
 def wgmma(use: bool):
     """A context that allows (True) or forbids (False) the wgmma instructions of sm_90a.
 
-    True: wgmma is used where it is possible and faster. The default is True on GPUs with these instructions and NVRTC
-        12 or newer, and False on the emulator.
+    True: wgmma is used where it is possible and faster. The default is True on GPUs with these instructions if an
+        NVRTC 12 or newer is installed, CuPy's or another's, and False on the emulator.
     """
     _wgmma_chosen.append(use)
     try:
@@ -206,8 +206,15 @@ def uses_wgmma(device: torch.device) -> bool:
 
 @functools.cache
 def has_wgmma(device_index: int) -> bool:
-    """Whether the GPU has wgmma instructions and NVRTC supports them."""
-    return _capability(device_index) == (9, 0) and nvrtc.knows_wgmma()
+    """Whether the GPU has wgmma instructions, and an NVRTC compiles them for this driver."""
+    compiles = nvrtc.of_wgmma() if _capability(device_index) == (9, 0) else None
+    return compiles is not None and int(compiles.split(".")[0]) <= _drivers_cuda()
+
+
+@functools.cache
+def _drivers_cuda() -> int:
+    """The newest major version of CUDA whose code the driver loads."""
+    return compiler.cupy().cuda.runtime.driverGetVersion() // 1000
 
 
 @functools.cache

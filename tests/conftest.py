@@ -178,8 +178,16 @@ def pytest_addoption(parser):
         help="write FOLDER/parity_<gpu>_<toolchain>.json: versions, counts, and the errors of results on the GPU",
     )
 
+    parser.addoption(
+        "--no-wgmma",
+        action="store_true",
+        help="on the GPU, run what its wgmma instructions do by others, as without NVRTC 12 or newer",
+    )
+
 
 def pytest_configure(config):
+    if config.getoption("--no-wgmma"):
+        numerics.has_wgmma = lambda _: False
     if config.getoption("--record") and not torch.cuda.is_available():
         raise pytest.UsageError("--record writes down what a GPU computes, and torch finds none here")
 

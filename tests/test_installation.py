@@ -2,11 +2,13 @@
 
 import configparser
 import re
+import types
 from pathlib import Path
 
 import pytest
 
-from modelnew import environment, installation
+from cupy_kernels import compiler, nvrtc
+from modelnew import environment, installation, numerics
 from modelnew.installation import WHEELS, Machine, advice
 
 T4 = Machine("Tesla T4", 75, torch_cuda="11.8", driver="470.57.02")
@@ -103,11 +105,57 @@ def test_this_machine_is_described(monkeypatch):
     monkeypatch.setattr(environment, "versions", lambda: versions)
     monkeypatch.setattr(environment, "gpus", lambda: [{"name": "NVIDIA H100", "arch": "sm_90"}])
     monkeypatch.setattr(installation, "cupy_wheels", lambda: ("cupy-cuda11x",))
-    monkeypatch.setattr(environment.nvrtc, "knows_wgmma", lambda: False)
+    monkeypatch.setattr(environment.nvrtc, "of_wgmma", lambda: None)
     assert environment.install() == advice(H100._replace(**OF_11))
-    monkeypatch.setattr(environment.nvrtc, "knows_wgmma", lambda: True)
+    monkeypatch.setattr(environment.nvrtc, "of_wgmma", lambda: "12.9")
     assert environment.install()["command"] is None
 
 
 def test_installed_wheels():
     assert all(name.startswith("cupy") for name in installation.cupy_wheels())
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiles", "driver", "expected"),
+    [
+        ((9, 0), "13.0", 13000, True),
+        ((9, 0), "12.9", 13000, True),
+        ((9, 0), "13.0", 12080, False),  # the driver would refuse its code
+        ((9, 0), None, 13000, False),
+        ((8, 0), "13.0", 13000, False),
+        ((12, 0), "13.0", 13000, False),
+    ],
+)
+def test_where_wgmma_is_used(monkeypatch, capability, compiles, driver, expected):
+    cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(driverGetVersion=lambda: driver))
+    monkeypatch.setattr(compiler, "cupy", lambda: types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(numerics, "_capability", lambda _: capability)
+    monkeypatch.setattr(numerics.nvrtc, "of_wgmma", lambda: compiles)
+    numerics._drivers_cuda.cache_clear()
+    try:
+        assert numerics.has_wgmma.__wrapped__(0) == expected
+    finally:
+        numerics._drivers_cuda.cache_clear()
+
+
+def test_another_nvrtc_compiles_wgmma(monkeypatch):
+    """CuPy's NVRTC, if it is new enough, else any other one."""
+    libraries = {"libnvrtc.so.11.2": (11, 8), "libnvrtc.so.12": (12, 9), "libnvrtc.so.13": (13, 0)}
+
+    def load(name):
+        if name not in libraries:
+            raise OSError(name)
+        return libraries[name]
+
+    monkeypatch.setattr(nvrtc, "preload_wheels", lambda: ())
+    monkeypatch.setattr(nvrtc, "_wheel_libraries", lambda *_: [])
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", load)
+    monkeypatch.setattr(nvrtc, "_version", lambda library: library)
+    for major, expected in ((11, "12.9"), (12, "12.9"), (13, "13.0")):
+        monkeypatch.setattr(nvrtc, "_cupy_major", lambda major=major: major)
+        nvrtc.shared_library.cache_clear()
+        assert nvrtc.of_wgmma() == expected
+    del libraries["libnvrtc.so.12"], libraries["libnvrtc.so.13"]
+    nvrtc.shared_library.cache_clear()
+    assert nvrtc.of_wgmma() is None
+    nvrtc.shared_library.cache_clear()
