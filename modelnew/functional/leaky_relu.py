@@ -100,7 +100,11 @@ register_elementwise(
 
 
 class LeakyReLU(nn.LeakyReLU):
-    """See torch.nn.LeakyReLU and `modelnew.functional.leaky_relu`. With inplace=True a call raises ValueError."""
+    """See torch.nn.LeakyReLU and `modelnew.functional.leaky_relu`. Raises ValueError for inplace=True."""
+
+    def __init__(self, negative_slope: float = 0.01, inplace: bool = False):
+        _refuse(inplace)
+        super().__init__(negative_slope, inplace)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return leaky_relu(input, self.negative_slope, self.inplace)
