@@ -4,6 +4,7 @@ All contenders for the same work are timed in turns, trial by trial, in one proc
 drift. Between trials, other data overwrites the L2 cache. Our results are checked before they are timed.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ import torch
 from . import commands, layer_bench, records
 from .entrants import PRECISE, Case, build, check, numerics
 from .model import HEIGHT, get_init_inputs
+from .numerics import wgmma
 from .timing import Clock, Contender, Times, current, free, measure_together, rounded
 from .workloads import (
     COMPILED,
@@ -266,6 +268,12 @@ def _listed(choices=None):
     default=None,
     help="Also time the first forward of new processes.  [default: yes, except with --quick and on the CPU]",
 )
+@click.option(
+    "--no-wgmma",
+    is_flag=True,
+    help="Measure without wgmma instructions, as with NVRTC 11 alone and without --startup. The record's name ends in "
+    "CuPy's NVRTC, such as _nvrtc11.8.",
+)
 @commands.device_option
 @commands.output_option("bench", drawn=True)
 @click.option(
@@ -274,7 +282,7 @@ def _listed(choices=None):
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Measure nothing; draw the PNG of this record, of bench or training, beside it.",
 )
-def bench_command(device, output, plot_only, layers, **options):
+def bench_command(device, output, plot_only, layers, no_wgmma, **options):
     """Measure times and peak memory of ModelNew and its peers, after a check of parity.
 
     Prints a table and writes a record (JSON). With matplotlib installed, it also draws plots (PNG).
@@ -293,13 +301,16 @@ def bench_command(device, output, plot_only, layers, **options):
         _bench_layers(device, output, **options)
         return
     plan = _plan(device, **options)
+    if no_wgmma:
+        plan = plan._replace(startup=False)
     with current(device):
         record = _head(plan, device)
-    _collect(record, len(plan.cells(device)) + plan.startup, lambda describe: run(plan, device, describe))
+    with wgmma(False) if no_wgmma else contextlib.nullcontext():
+        _collect(record, len(plan.cells(device)) + plan.startup, lambda describe: run(plan, device, describe))
     records.show(record, out)
     if device.type == "cpu":
         out.print("Times of the emulator on a CPU say nothing about speed.")
-    _publish(record, "bench", device, output)
+    _publish(record, "bench", device, output, f"_nvrtc{record['versions']['nvrtc']}" if no_wgmma else "")
 
 
 def _collect(record, total, rows_of) -> None:
@@ -310,10 +321,10 @@ def _collect(record, total, rows_of) -> None:
             update(advance=1)
 
 
-def _publish(record, kind, device, output) -> None:
+def _publish(record, kind, device, output, more="") -> None:
     """Writes and draws the record, and ends the command with exit code 1 if a result of ours is wrong."""
     with current(device):
-        commands.publish(record, kind, device, output, out)
+        commands.publish(record, kind, device, output, out, more)
     if any(row.get("failed") for row in record["rows"]):
         raise click.exceptions.Exit(1)
 

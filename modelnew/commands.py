@@ -137,29 +137,29 @@ def head(device: torch.device) -> dict:
     return {"command": command, "versions": versions, "digest": source.digest()}
 
 
-def save(record: dict, kind: str, device: torch.device, output: Path | None, out: Console) -> Path:
-    """Writes <kind>_<gpu>.json to the folder of `output_option`. `device` is the current one."""
-    path = record_path(kind, device, output)
+def save(record: dict, kind: str, device: torch.device, output: Path | None, out: Console, more: str = "") -> Path:
+    """Writes <kind>_<gpu><more>.json to the folder of `output_option`. `device` is the current one."""
+    path = record_path(kind, device, output, more)
     records.write(record, path)
     out.print(f"recorded: {path}", highlight=False)
     return path
 
 
-def publish(record: dict, kind: str, device: torch.device, output: Path | None, out: Console) -> None:
+def publish(record: dict, kind: str, device: torch.device, output: Path | None, out: Console, more: str = "") -> None:
     """Calls `save` and draws the record's plot. For the CPU nothing is written unless `output` is given."""
     if not output and device.type == "cpu":
         return
-    path = save(record, kind, device, output, out)
+    path = save(record, kind, device, output, out, more)
     try:
         out.print(f"drawn: {draw(record, path)}", highlight=False)
     except click.ClickException as error:
         out.print(error.message, highlight=False, markup=False)
 
 
-def record_path(kind: str, device: torch.device, output: Path | None) -> Path:
-    """The path of a record of this kind, as `output_option` describes it."""
+def record_path(kind: str, device: torch.device, output: Path | None, more: str = "") -> Path:
+    """The path of a record of this kind, as `output_option` describes it. more: stands behind the GPU's name."""
     folder = output or environment.results() or Path()
-    return folder / f"{kind}_{environment.slug() if device.type == 'cuda' else 'cpu'}.json"
+    return folder / f"{kind}_{environment.slug() if device.type == 'cuda' else 'cpu'}{more}.json"
 
 
 def draw(record: dict, path: Path) -> Path:

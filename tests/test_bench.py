@@ -13,7 +13,7 @@ from faults import planted
 from test_records import row
 
 from cupy_kernels import source
-from modelnew import bench, entrants, environment, functional, workloads
+from modelnew import bench, entrants, environment, functional, numerics, workloads
 from modelnew.workloads import Shape
 
 CPU = torch.device("cpu")
@@ -106,6 +106,19 @@ def test_command(device, small, compiled, tmp_path):
             assert re.search(rf"{what} fp32 {n} ", text)
     assert {"default", "max-autotune", "reduce-overhead", "reset"} == set(compiled)
     assert ("say nothing about speed" in text) == (device == "cpu")
+
+
+def test_without_wgmma(small, tmp_path, monkeypatch):
+    """Only the record's name, and which kernels may run, differ."""
+    seen = []
+    compare = bench.check
+    monkeypatch.setattr(bench, "check", lambda *given: seen.append([*numerics._wgmma_chosen]) or compare(*given))
+    options = "--device", "cpu", "--size", "6", "--batches", "1", "--what", "conv_forward", "--trials", "1"
+    code, text = invoke(*options, "--no-wgmma", "--output", str(tmp_path))
+    assert code == 0, text
+    assert seen == [[False]]
+    assert not numerics._wgmma_chosen
+    assert [path.name for path in tmp_path.glob("*.json")] == [f"bench_cpu_nvrtc{environment.versions()['nvrtc']}.json"]
 
 
 def test_16_bit_class(device, small, tmp_path):

@@ -263,6 +263,8 @@ def test_with_records(repository):
     pytest.importorskip("matplotlib")
     folder, invoke = repository
     (folder / "results" / "bench_a.json").write_text(json.dumps(BENCH), encoding="utf-8")
+    mma = {**BENCH, "command": "python3 -m modelnew bench --no-wgmma"}
+    (folder / "results" / "bench_a_nvrtc11.8.json").write_text(json.dumps(mma), encoding="utf-8")
     (folder / "results" / "layers_a.json").write_text(json.dumps(LAYERS), encoding="utf-8")
     (folder / "results" / "training_a.json").write_text(json.dumps(TRAINING), encoding="utf-8")
     (folder / "results" / "training_amp_a.json").write_text(json.dumps(TRAINING_AMP), encoding="utf-8")
@@ -290,6 +292,9 @@ def test_with_records(repository):
     assert "conv_forward" not in text
     faster = "**ModelNew is 3.0 times as fast as PyTorch and 2.0 times as fast as torch.compile:**"
     assert f"{faster} training step, 512 images, with TF32, on one NVIDIA A.\n\n![" in text
+    times = "forward, 1 image, with TF32: 0.25 ms; training step, 512 images, with TF32: 1 ms"
+    assert f"was timed. Without `wgmma`, as with NVRTC 11.8 alone: {times}.</sub>" in text
+    assert f"{where}, `{mma['command']}`. Milliseconds" in text
     picture = (folder / "results" / "bench_a.svg").read_text(encoding="utf-8")
     assert "](results/bench_a.svg)" in text
     assert re.findall('bold">(.*)<', picture) == ["Forward, 1 image, with TF32", "Training step, 512 images, with TF32"]

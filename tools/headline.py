@@ -45,6 +45,14 @@ def sentence(record) -> str | None:
     return f"**{ours[0]} is {faster}:** {name[0].lower()}{name[1:]}, on one {record['versions']['gpu'] or 'CPU'}."
 
 
+def without_wgmma(record) -> str:
+    """The times of a record that was measured without wgmma instructions."""
+    times = "; ".join(
+        f"{name[0].lower()}{name[1:]}: {ms(rows['ModelNew'])} ms" for name, rows in _found(record).items()
+    )
+    return f" Without `wgmma`, as with NVRTC {record['versions']['nvrtc']} alone: {times}."
+
+
 def svg(record) -> str:
     """The times as bars, on one scale that begins at 0."""
     groups = _found(record)

@@ -63,15 +63,18 @@ def rendered(text: str, results: Path, folder: Path) -> str:
 
 
 def _speed(results, folder) -> str:
-    """What the first record of times has on top, with its picture."""
-    for path, record in itertools.islice(_records(results, "bench"), 1):
+    """What the first record of times has on top, with its picture, and the times of those without wgmma."""
+    first, *others = [*_records(results, "bench")] or [None]
+    for path, record in [first] if first else ():
         if sentence := headline.sentence(record):
             picture = os.path.relpath(path.with_suffix(".svg"), folder)
             return (
                 f"{sentence}\n\n![Times of ModelNew, PyTorch and torch.compile]({picture})\n\n"
                 f"<sub>{where(record)}, `{record['command']}`. Medians of trials in turns, in one process. The L2 "
                 "cache is flushed before each call, and results are checked first. PyTorch: eager, NCHW. "
-                "torch.compile: the fastest mode and memory format that was timed.</sub>"
+                "torch.compile: the fastest mode and memory format that was timed."
+                + "".join(headline.without_wgmma(other) for _, other in others if "--no-wgmma" in other["command"])
+                + "</sub>"
             )
     return _NO_TIMES
 
