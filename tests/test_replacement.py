@@ -115,7 +115,8 @@ def test_what_is_replaced_and_what_is_kept(network):
     }
     assert str(replaced) == (
         "replaced: 3 BatchNorm2d, 1 LeakyReLU, 2 MaxPool2d, 1 ConvTranspose2d, 2 Tanh, 1 GroupNorm, 1 BatchNorm1d, "
-        "1 BatchNorm3d, 1 Sequential\n"
+        "1 BatchNorm3d\n"
+        "fused where the kernels support it: a chain in bottom\n"
         "kept up: ParametrizedConvTranspose2d is derived from PyTorch's layer\n"
         "kept last.1: LeakyReLU(inplace=True) changes its input, ours do not"
     )
