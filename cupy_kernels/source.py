@@ -345,13 +345,23 @@ def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
     return Parameter(name, dtype, stars > 0, "const" in marks, "INOUT" in marks)
 
 
+_SPACE = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?:\s|//[^\n]*|/\*.*?\*/)+', re.DOTALL)  # or a string, which may hold "//"
+
+
 @functools.cache
 def digest() -> str:
-    """SHA-256 of names and texts of all packaged kernel sources. A record stores it to identify the kernels."""
+    """SHA-256 of names and texts of all packaged kernel sources. A record stores it to identify the kernels.
+
+    Comments and spaces do not count: kernels that differ in nothing else are the same.
+    """
     sha = hashlib.sha256()
     for file in names():
-        sha.update(f"{file}\0{packaged(file)}\0".encode())
+        sha.update(f"{file}\0{_SPACE.sub(_squeezed, packaged(file)).strip()}\0".encode())
     return sha.hexdigest()
+
+
+def _squeezed(match) -> str:
+    return match[0] if match[0].startswith('"') else "\n" if "\n" in match[0] else " "
 
 
 def compile_error(what: Kernel | Variant, log: str) -> KernelCompileError:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from cupy_kernels import source
 from modelnew import environment
 from tools import notebooks
 
@@ -62,9 +63,18 @@ def test_stored_outputs_read_well(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_outputs_are_of_these_kernels(path):
+    stored = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("modelnew", {})
+    again = f"run `python3 -m tools.notebooks examples/{path.stem}.py` on a GPU: the kernels have changed"
+    assert stored.get("digest") == source.digest(), again
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored_outputs_are_a_gpus(path):
-    text = "\n".join(texts(json.loads(path.read_text(encoding="utf-8"))["cells"]))
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    text = "\n".join(texts(notebook["cells"]))
     assert "NVIDIA" in text
+    assert "NVIDIA" in notebook["metadata"]["modelnew"]["versions"]["gpu"]
     # What notebooks and tables say without a GPU, and how `environment` begins then.
     assert not re.search(r"emulator|C\+\+ compiler|no CUDA support", text)
 
@@ -97,6 +107,7 @@ def test_command(tmp_path, monkeypatch):
     assert title.source == "# A title"
     assert [output.text for output in code.outputs] == ["line 1\nline 2\n"]
     assert "execution" not in code.metadata
+    assert nbformat.read(stored, as_version=4).metadata["modelnew"]["digest"] == source.digest()
     before = stored.read_bytes()
     script.write_text(SCRIPT.format("1 / 0"), encoding="utf-8")
     result = invoke("--emulator", str(script))

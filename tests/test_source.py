@@ -206,11 +206,18 @@ def test_digest_is_of_the_packaged_files(monkeypatch, tmp_path):
         return source.digest()
 
     monkeypatch.setattr(source, "_FOLDER", tmp_path)
+    others = []
     try:
         assert digest_of_copy() == digest
-        (tmp_path / "tanh.cu").write_text(source.text("tanh.cu") + "\n")
-        assert digest_of_copy() != digest
-        (tmp_path / "tanh.cu").write_text(source.text("tanh.cu")[:-1])
+        text = source.text("tanh.cu")
+        for same in (text + "\n", text.replace("\n", "  // more\n\n\t/* and\nmore */\n"), text.replace(" ", " /* */ ")):
+            (tmp_path / "tanh.cu").write_text(same)
+            assert digest_of_copy() == digest
+        for other in (text.replace("threadIdx.x", "threadIdx.y"), text + 'asm("// a");', text + 'asm("// b");'):
+            (tmp_path / "tanh.cu").write_text(other)
+            assert digest_of_copy() not in (digest, *others)
+            others.append(digest_of_copy())
+        (tmp_path / "tanh.cu").write_text(text)
         assert digest_of_copy() == digest
         (tmp_path / "tanh.cuh").rename(tmp_path / "other.cuh")
         assert digest_of_copy() != digest

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from cupy_kernels import source
 from modelnew import environment
 
 from .generated import EXAMPLES
@@ -13,7 +14,8 @@ def execute(script: Path, timeout: int = 300):
     """The script's notebook with its outputs, as nbformat has it. nbclient.exceptions.CellExecutionError if it fails.
 
     Cells and metadata of the .ipynb beside the script stay as they are where the script does not say otherwise. When
-    and how long cells ran is left out: it would change with each run.
+    and how long cells ran is left out: it would change with each run. The metadata's "modelnew" says which kernels ran,
+    and with what.
     """
     import jupytext
     import nbformat
@@ -31,7 +33,9 @@ def execute(script: Path, timeout: int = 300):
         coalesce_streams=True,
         resources={"metadata": {"path": str(script.parent)}},
     )
-    return client.execute()
+    client.execute()
+    notebook.metadata["modelnew"] = {"versions": environment.versions(), "digest": source.digest()}
+    return notebook
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
