@@ -1,7 +1,8 @@
 """`python -m modelnew bench`: times of ModelNew's kernels and of PyTorch on one GPU, and their record.
 
 All contenders for the same work are timed in turns, trial by trial, in one process, so that ratios hold although clocks
-drift. Between trials, other data overwrites the L2 cache. Our results are checked before they are timed.
+drift. Between trials, other data overwrites the L2 cache. Our results are checked before they are timed. `Clock` says
+whose time that is: the GPU's, and with few images the host's.
 """
 
 import contextlib
@@ -29,7 +30,6 @@ from .workloads import (
     DTYPES,
     FEW_IMAGES,
     FLOAT16,
-    GRAPHS,
     KERNELS,
     MODELS,
     MODES,
@@ -42,6 +42,7 @@ from .workloads import (
 
 _COMPILE_SHARE = 0.8  # of the time budget; the rest is for what needs no torch.compile
 _STARTUPS = 2
+_CALLS_OF_FEW = 50
 _QUICK = (
     "forward_train",
     "forward_train_grad",
@@ -85,7 +86,7 @@ class Plan(NamedTuple):
     what: tuple[str, ...]
     peers: str
     trials: int
-    trials_of_few: int  # for few images, whose times are the host's and vary
+    calls_of_few: int  # which a trial times with few images
     size: int
     seed: int
     budget: float
@@ -117,9 +118,9 @@ def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> It
         with current(device), numerics(cls, device, what):
             if any(entrant.who in MODES for entrant in entrants):
                 torch.compiler.reset()  # code compiled, or a graph recorded, for one class would serve the next
-            clock = Clock(device, latency=what.startswith("latency"))
-            trials = plan.trials_of_few if n <= FEW_IMAGES else plan.trials
-            measure_together(entrants, clock, trials, refused, lambda who: describe(f"{what} {cls} N={n} {who}"))  # noqa: B023
+            calls = plan.calls_of_few if n <= FEW_IMAGES else None
+            clock = Clock(device, calls, latency=what.startswith("latency"))
+            measure_together(entrants, clock, plan.trials, refused, lambda who: describe(f"{what} {cls} N={n} {who}"))  # noqa: B023
         yield [entrant.row(what=what, **{"class": cls}, n=n) for entrant in entrants]
 
 
@@ -168,7 +169,6 @@ def _entrant(case, what, cls, who, layout):
         layout,
         lambda: build(case, what, cls, who, layout),
         (lambda: check(case, what, cls, who)) if who.startswith("modelnew") else None,
-        torch.compiler.cudagraph_mark_step_begin if who in MODES and who in GRAPHS else None,
     )
 
 
@@ -243,14 +243,15 @@ def _listed(choices=None):
 @click.option(
     "--peers",
     type=click.Choice(list(PEERS)),
-    help="Peers, in NCHW and in channels_last. none: no peers. eager: PyTorch. compile: also torch.compile, "
-    'for at most 8 images also in the mode "reduce-overhead". all: also in the mode "max-autotune", which is slow.  '
-    "[default: compile; eager on the CPU]",
+    help="Peers, in NCHW and in channels_last. none: no peers. eager: PyTorch, for at most 8 images on a GPU also in a "
+    'CUDA graph. compile: also torch.compile, for at most 8 images also in the mode "reduce-overhead". all: also in '
+    'the mode "max-autotune", which is slow.  [default: compile; eager on the CPU]',
 )
 @click.option(
     "--trials",
     type=click.IntRange(min=1),
-    help=f"Timed calls of each contender.  [default: 20, for at most {FEW_IMAGES} images 100; 1 on the CPU]",
+    help=f"Trials of each contender: one call each, with at most {FEW_IMAGES} images {_CALLS_OF_FEW}.  "
+    "[default: 20; 1 on the CPU, of one call]",
 )
 @click.option(
     "--size", type=click.IntRange(min=1), help=f"Height and width of an image.  [default: {HEIGHT}; 4 on the CPU]"
@@ -352,7 +353,7 @@ def _plan(device, quick, batches, what, classes, peers, trials, size, seed, budg
         what or (_QUICK if quick else tuple(WORKLOADS)),
         peers or ("eager" if cpu else "compile"),
         trials or (1 if cpu else 20),
-        trials or (1 if cpu else 100),
+        1 if cpu else _CALLS_OF_FEW,
         size or (4 if cpu else HEIGHT),
         seed,
         budget,
@@ -366,7 +367,7 @@ def _head(plan, device):
     return {
         **begun,
         "trials": plan.trials,
-        "trials_of_few": plan.trials_of_few,
+        "calls_of_few": plan.calls_of_few,
         "shape": Shape(*get_init_inputs()[:5], plan.size)._asdict(),
         "ceilings": ceilings(begun["versions"]["gpu"]),
         "rows": [],

@@ -26,6 +26,7 @@ from .workloads import (
     DTYPES,
     FLOAT16,
     GENERAL,
+    GRAPHED,
     GRAPHS,
     KERNELS,
     LAYOUTS,
@@ -151,7 +152,9 @@ def _built(what, case, model, x, who, layout):
     if who in MODES:
         model = torch.compile(model, mode=MODES[who], fullgraph=True, dynamic=False)
     call = _model(what, case, model, x.to(memory_format=LAYOUTS[layout]), layout)
-    return _Graphed(call) if who == "modelnew-graph" else call
+    if who in GRAPHED:
+        return _Graphed(call)
+    return _new_step(call) if who in GRAPHS else call
 
 
 def check(case: Case, what: str, cls: str, who: str = "modelnew") -> str | None:
@@ -198,6 +201,16 @@ def numerics(cls: str, device: torch.device, what: str | None = None):
     dtype, lower = DTYPES[cls], cls not in PRECISE and what not in FLOAT16
     with tf32(cls == "tf32"), torch.autocast(device.type, dtype if lower else None, lower, cache_enabled=False):
         yield
+
+
+def _new_step(call):
+    """call, for which the CUDA graphs of torch.compile may overwrite the results of the calls before."""
+
+    def marked():
+        torch.compiler.cudagraph_mark_step_begin()
+        return call()
+
+    return marked
 
 
 class _Graphed:

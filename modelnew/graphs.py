@@ -62,7 +62,8 @@ class _Graphed:
         self.training = self._training()
         before = [buffer.clone() for buffer in module.buffers()]
         try:
-            with _no_garbage():
+            gc.collect()
+            with no_garbage_collector():  # if it unloaded an edited kernel, it would end a capture
                 if self.differentiable:
                     self.run = torch.cuda.make_graphed_callables(_Held(module), tuple(self.example), _WARM_UP)
                 else:
@@ -100,9 +101,8 @@ class _Graphed:
 
 
 @contextlib.contextmanager
-def _no_garbage():
-    """Turns the garbage collector off. If it unloaded an edited kernel, it would end a capture."""
-    gc.collect()
+def no_garbage_collector():
+    """Turns the garbage collector off."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

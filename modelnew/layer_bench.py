@@ -29,7 +29,6 @@ from .workloads import DTYPES
 LONG_US = 30  # PyTorch's time from which on a ratio counts as the worst
 LEAST_MB = 1  # below, the allocator's rounding decides
 _SHOWN = 30  # rows of the table
-_FLUSHES = 16
 _EVALUATION = ", eval"  # ends the name of a batch norm's shape
 
 
@@ -162,7 +161,7 @@ def measure(
         rows = []
         for cls, layout in entry.settings(classes):
             with current(device), tf32(cls == "tf32"):
-                clock = Clock(device, flushes=_FLUSHES)
+                clock = Clock(device)
                 rows += _Setting(entry, cls, layout, device).rows(clock, peers, trials, refused, describe)
             free()
         yield rows

@@ -8,7 +8,7 @@ import itertools
 from pathlib import Path
 
 from . import layer_bench
-from .records import by_batch, comparisons, trials
+from .records import by_batch, comparisons
 from .workloads import (
     COMPILED,
     FEW_IMAGES,
@@ -30,6 +30,7 @@ _COLOURS = {
     "modelnew": "#c0392b",
     "modelnew-graph": "#c0392b",
     "eager": "#95a5a6",
+    "eager-graph": "#566573",
     "compile": "#2980b9",
     "compile-reduce-overhead": "#8e44ad",
     "compile-max-autotune": "#16a085",
@@ -38,6 +39,7 @@ _WHO = {
     "modelnew": "ModelNew",
     "modelnew-graph": "ModelNew in a CUDA graph",
     "eager": "PyTorch",
+    "eager-graph": "PyTorch in a CUDA graph",
     "compile": "torch.compile",
     "compile-reduce-overhead": "torch.compile, reduce-overhead",
     "compile-max-autotune": "torch.compile, max-autotune",
@@ -122,6 +124,7 @@ def _times(figure, record):
     bars = {}
     for (cls, n), panel in zip(panels, axes):
         title = f"{_CLASSES[cls]}, {n} image{'s'[: n != 1]}"
+        title += ": host-bound, except in a CUDA graph" if n <= FEW_IMAGES else ""
         bars |= _bars(panel, [row for row in models if (row["class"], row["n"]) == (cls, n)], title)
     bars = {key: bars[key] for key in itertools.product(_COLOURS, LAYOUTS) if key in bars}
     names = [f"{_WHO[who]}, {_LAYOUTS[layout]}" for who, layout in bars]
@@ -130,12 +133,7 @@ def _times(figure, record):
         _by_batch(axes[len(panels)], record)
     if record["ceilings"]:
         roofline(axes[-1], record)
-    return f"Time of a call, lower is faster. Bar: median; whisker: fastest to slowest of {_trials(record, panels)}"
-
-
-def _trials(record, panels):
-    """`records.trials`, for few images only if there are any."""
-    return trials(record) if any(n <= FEW_IMAGES for _, n in panels) else f"{record['trials']} trials"
+    return f"Time of a call, lower is faster. Bar: median; whisker: fastest to slowest of {record['trials']} trials"
 
 
 def _by_batch(panel, record):
@@ -150,7 +148,7 @@ def _by_batch(panel, record):
         marker, colour = {"forward_train": "o", "step": "s"}[what], _COLOURS[who]
         label = f"{'ModelNew' if who == 'modelnew' else 'fastest peer'}, {what} {cls}"
         panel.plot(*zip(*sorted(points.items())), _DASHES.get(cls, ":"), marker=marker, color=colour, label=label)
-    panel.set_title("How speed depends on the batch", loc="left")
+    panel.set_title(f"How speed depends on the batch (up to {FEW_IMAGES} images: host-bound)", loc="left")
     panel.set(xlabel="images in a batch", ylabel="images a second", xscale="log", yscale="log")
     panel.xaxis.set_major_formatter("{x:g}")
     _legend_below(panel, -0.2)
@@ -296,7 +294,7 @@ def floors(panel, record: dict) -> None:
     panel.set_yticks(range(len(pairs)), [f"{ours['what']}, {ours['class']}" for ours, _ in pairs], fontsize=8)
     panel.set_xlim(0, 1)
     panel.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    panel.set_xlabel("floor (memory and tensor cores at their peak) over time")
+    panel.set_xlabel("floor (memory, and fp16 products on tensor cores, at their peak) over time")
     panel.invert_yaxis()
     _legend_below(panel, -0.14)
 

@@ -14,6 +14,12 @@ from .workloads import FEW_IMAGES, GRAPHS, MODELS, WORKLOADS, Shape, floor_ms, w
 
 _WIDE = 115  # columns
 _ONLY_WIDE = ("range", "MB", "floor", "TFLOP/s")
+GPU, HOST, GRAPH = "GPU-bound", "host-bound", "in a CUDA graph"
+_TIMED = {
+    GPU: "the GPU's time for a call, while the host runs ahead",
+    HOST: f"time by the host's clock of calls with up to {FEW_IMAGES} images, and of a process's first call",
+    GRAPH: f"time by the host's clock of calls with up to {FEW_IMAGES} images",
+}
 
 
 def write(record: dict, path: Path) -> None:
@@ -44,11 +50,21 @@ def comparisons(record: dict) -> Iterator[tuple[dict, dict | None]]:
             yield row, min(peers, key=lambda peer: peer["ms"], default=None)
 
 
+def bound(row: dict) -> str:
+    """What the row's time depends on: GPU, HOST or GRAPH. The start of a process is the host's."""
+    if row["n"] > FEW_IMAGES and row["what"] in WORKLOADS:
+        return GPU
+    return GRAPH if row["who"] in GRAPHS else HOST
+
+
 def trials(record: dict) -> str:
     """The number of trials in words."""
-    few = record.get("trials_of_few", record["trials"])
     text = f"{record['trials']} trial{'s'[: record['trials'] != 1]}"
-    return text + (f" (up to {FEW_IMAGES} images: {few})" if few != record["trials"] else "")
+    if "trials_of_few" in record:  # older: more trials with few images, of one call each
+        return f"{text} (up to {FEW_IMAGES} images: {record['trials_of_few']})"
+    few = any(row["n"] <= FEW_IMAGES for row in record["rows"])
+    calls = record.get("calls_of_few", 1)
+    return text + (f" (up to {FEW_IMAGES} images: of {calls} calls each)" if few and calls > 1 else "")
 
 
 def by_batch(record: dict) -> dict[tuple[str, str], dict[int, tuple[dict, dict | None]]]:
@@ -61,19 +77,38 @@ def by_batch(record: dict) -> dict[tuple[str, str], dict[int, tuple[dict, dict |
 
 
 def show(record: dict, out: Console) -> None:
-    """Prints our times beside the fastest peer's, and why some are missing."""
-    limits, shape = record["ceilings"], Shape(**record["shape"])
+    """Prints our times beside the fastest peer's, host-bound rows apart, and why some are missing."""
     out.print(
         f"\n[bold]Milliseconds, median and range of {trials(record)}[/]. MB: peak memory over inputs and parameters. "
         "Ratio: the fastest peer's time over ours. Floor: the least time that memory and tensor cores (fp16 products) "
-        "allow, over ours. Graph: a CUDA graph.",
+        "allow, over ours.",
         highlight=False,
     )
-    names = ("what", "class", "N", "", "ours", "range", "MB", "fastest peer", "ms", "MB", "ratio", "floor", "TFLOP/s")
+    if out.width < _WIDE:
+        out.print(f"A terminal of {_WIDE} columns shows more: {', '.join(_ONLY_WIDE)}.", highlight=False)
+    pairs = list(comparisons(record))
+    for name, timed in _TIMED.items():
+        if chosen := [pair for pair in pairs if bound(pair[0]) == name]:
+            out.print(f"\n[bold]{name[0].upper()}{name[1:]}[/]: {timed}", highlight=False)
+            out.print(_table(record, chosen, out.width >= _WIDE))
+    for what in dict.fromkeys(row["what"] for row in record["rows"]):
+        if what in WORKLOADS:
+            out.print(f"{what}: {WORKLOADS[what]}.", markup=False, highlight=False)
+    reasons = collections.defaultdict(list)
+    for row in record["rows"]:
+        if row["ms"] is None:
+            reasons[row["reason"]].append("{what} {class} N={n} {who} {layout}".format(**row))
+    for reason, rows in reasons.items():
+        out.print(f"No time, because of {reason}: {'; '.join(rows)}", markup=False, highlight=False)
+
+
+def _table(record, pairs, wide) -> Table:
+    limits, shape = record["ceilings"], Shape(**record["shape"])
+    names = ("what", "class", "N", "ours", "range", "MB", "fastest peer", "ms", "MB", "ratio", "floor", "TFLOP/s")
     lines = []
-    for row, peer in comparisons(record):
+    for row, peer in pairs:
         what, cls, n, ms = row["what"], row["class"], row["n"], row["ms"]
-        cells = [what, cls, str(n), "graph" if row["who"] in GRAPHS else ""]
+        cells = [what, cls, str(n)]
         if ms is None:
             cells += ["[red]FAIL[/]" if row["failed"] else "-", "", ""]
         else:
@@ -88,24 +123,13 @@ def show(record: dict, out: Console) -> None:
         lines.append(cells)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     columns = [(name, cells) for name, cells in zip(names, zip(*lines)) if any(cells)]
-    if out.width < _WIDE:
-        columns = [(name, cells) for name, cells in columns if name not in _ONLY_WIDE]
-        out.print(f"A terminal of {_WIDE} columns shows more: {', '.join(_ONLY_WIDE)}.", highlight=False)
+    columns = [(name, cells) for name, cells in columns if wide or name not in _ONLY_WIDE]
     for name, _ in columns:
         left = name in ("what", "class", "fastest peer")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "fastest peer")
     for cells in zip(*(cells for _, cells in columns)):
         table.add_row(*cells)
-    out.print(table)
-    for what in dict.fromkeys(row["what"] for row in record["rows"]):
-        if what in WORKLOADS:
-            out.print(f"{what}: {WORKLOADS[what]}.", markup=False, highlight=False)
-    reasons = collections.defaultdict(list)
-    for row in record["rows"]:
-        if row["ms"] is None:
-            reasons[row["reason"]].append("{what} {class} N={n} {who} {layout}".format(**row))
-    for reason, rows in reasons.items():
-        out.print(f"No time, because of {reason}: {'; '.join(rows)}", markup=False, highlight=False)
+    return table
 
 
 def _short(ms):

@@ -1,4 +1,4 @@
-"""Times of calls on a GPU: CUDA events, warm-up, an L2 cache without the last trial's data; contenders in turns."""
+"""Times of calls on a GPU: warm-up, an L2 cache without the last trial's data, contenders in turns."""
 
 import contextlib
 import gc
@@ -12,9 +12,11 @@ import torch
 from cupy_kernels.errors import UnsupportedError
 from cupy_kernels.launch import launch
 
+from .graphs import no_garbage_collector
 from .interop import launching_on
 
 _FLUSH_BYTES = 256 * 2**20  # several times the largest L2 cache
+_FLUSHES = 16  # while the GPU does them, the host gets as far ahead as the longest step needs
 _WARMUP = 5
 _LONG_MS = 20  # a launch in the emulator that takes longer is timed once, others a few times
 _EMULATED_TRIALS = 3
@@ -32,35 +34,40 @@ class Times(NamedTuple):
 class Clock:
     """Times calls on one device.
 
-    A GPU is timed by CUDA events in torch's current stream, so that the host may run ahead. A CPU is timed by the
-    host's clock, and so is a GPU for `latency`, from idle to idle.
+    A call on a GPU is timed by CUDA events in torch's current stream. The L2 cache is overwritten so often before it
+    that the host runs ahead: the time is the GPU's. With few images, callers wait for the host instead, and its time
+    varies from call to call. So `calls` of them, one after another, are timed by the host's clock.
     """
 
-    def __init__(self, device: torch.device, latency: bool = False, flushes: int = 1):
-        """flushes: how often the L2 cache is overwritten before a call. The host can run ahead during that time."""
-        self.device, self.flushes = device, flushes
+    def __init__(self, device: torch.device, calls: int | None = None, latency: bool = False):
+        """calls: how many a trial times by the host's clock, instead of one by events. None on a CPU: one.
+        latency: each of these calls begins when the GPU has done the one before.
+        """
+        self.device, self.calls, self.latency = device, calls or 1, latency
         self.gpu = device.type == "cuda"
-        self.events = self.gpu and not latency
+        self.events = self.gpu and calls is None
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if self.gpu else None
         self.warmup = _WARMUP if self.gpu else 1
 
-    def time(self, function: Callable, before: Callable | None = None) -> Callable[[], float]:
-        """Calls before(), untimed, then function(). Returns a value from which `read` gets the milliseconds."""
-        for _ in range(self.flushes if self.gpu else 0):
+    def time(self, function: Callable) -> Callable[[], float]:
+        """Calls function(). Returns a value from which `read` gets the milliseconds per call."""
+        for _ in range(_FLUSHES if self.gpu else 0):
             self.flush.zero_()
-        if before:
-            before()
         if self.events:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             function()
             end.record()
             return lambda: start.elapsed_time(end)
-        self.synchronize()
-        start = time.perf_counter()
-        function()
-        self.synchronize()
-        ms = 1e3 * (time.perf_counter() - start)
+        with no_garbage_collector():
+            self.synchronize()
+            start = time.perf_counter()
+            for _ in range(self.calls):
+                function()
+                if self.latency:
+                    self.synchronize()
+            self.synchronize()
+            ms = 1e3 * (time.perf_counter() - start) / self.calls
         return lambda: ms
 
     def synchronize(self) -> None:
@@ -84,13 +91,11 @@ class Contender:
         layout: str,
         build: Callable[[], Callable],
         check: Callable[[], str | None] | None = None,
-        before_each: Callable[[], None] | None = None,
     ):
         """build: build() makes the function that is timed.
         check: check() returns what is wrong with its result, or None.
-        before_each: before_each() is called, untimed, before each call of the function.
         """
-        self.who, self.layout, self.build, self.check, self.before_each = who, layout, build, check, before_each
+        self.who, self.layout, self.build, self.check = who, layout, build, check
         self.call = self.times = self.peak_mb = self.reason = None
         self.failed = False
         self.pending = []
@@ -104,12 +109,12 @@ class Contender:
                 return
             self.call = self.build()
             before = torch.cuda.memory_allocated() if clock.gpu else 0
-            self._step()
+            self.call()
             if clock.gpu:
                 # Only now: compiling and tuning may take memory of their own. The next call records a CUDA graph.
                 torch.cuda.reset_peak_memory_stats()
             for _ in range(clock.warmup - 1):
-                self._step()
+                self.call()
             clock.synchronize()
             if clock.gpu:
                 self.peak_mb = round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
@@ -117,8 +122,8 @@ class Contender:
         self._attempt(run)
 
     def trial(self, clock: Clock) -> None:
-        """One timed call."""
-        self._attempt(lambda: self.pending.append(clock.time(self.call, self.before_each)))
+        """One trial."""
+        self._attempt(lambda: self.pending.append(clock.time(self.call)))
 
     def refuse(self, reason: str, failed: bool = False) -> None:
         """Excludes the contender from now on."""
@@ -131,11 +136,6 @@ class Contender:
         row = {**what, "who": self.who, "layout": self.layout, **dict(zip(("ms", "ms_min", "ms_max"), ms))}
         row["peak_mb"] = None if self.reason else self.peak_mb
         return {**row, "reason": self.reason, "failed": self.failed} if self.reason else row
-
-    def _step(self):
-        if self.before_each:
-            self.before_each()
-        self.call()
 
     def _attempt(self, function):
         try:

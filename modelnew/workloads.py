@@ -60,10 +60,11 @@ MODES = {
     "modelnew-compile": "default",
     "modelnew-compile-reduce-overhead": "reduce-overhead",
 }
-# Who replays CUDA graphs: compile in these modes, and ModelNew in a graph of ours.
-GRAPHS = ("modelnew-graph", *(who for who, mode in MODES.items() if mode != "default"))
+GRAPHED = ("modelnew-graph", "eager-graph")  # whose calls `bench` captures in a CUDA graph
+# Who replays CUDA graphs: those, and compile in these modes.
+GRAPHS = (*GRAPHED, *(who for who, mode in MODES.items() if mode != "default"))
 
-FEW_IMAGES = 8
+FEW_IMAGES = 8  # with so many or fewer, a call takes the host longer than the GPU, except in a CUDA graph
 # What one GPU can do, by a word of its name: bytes/s of a copy, and FLOP/s of fp16 with float32 accumulation, which is
 # what cuBLAS reaches by wgmma (mma.sync: 640e12). The class fp32 takes three fp16 products for one.
 _CEILINGS = {"H100": (3.03e12, 793e12)}
@@ -99,7 +100,9 @@ def contenders(what: str, n: int, peers: str, device: torch.device) -> list[tupl
         return [(who, "nchw") for who in ("modelnew", *whos)] if "compile" in PEERS[peers] else []
     ours, theirs = ["modelnew"], [who for who in PEERS[peers] if what in MODELS | FLOAT16 or who == "eager"]
     if n <= FEW_IMAGES and what in MODELS:
-        ours += ["modelnew-graph"] if device.type == "cuda" else []
+        if device.type == "cuda":
+            ours.append("modelnew-graph")
+            theirs += ["eager-graph"] if "eager" in theirs else []
         theirs += ["compile-reduce-overhead"] if "compile" in theirs else []
     return [(who, layout_of(what)) for who in ours] + [(who, layout) for who in theirs for layout in LAYOUTS]
 

@@ -13,7 +13,7 @@ from faults import planted
 from test_records import row
 
 from cupy_kernels import source
-from modelnew import bench, entrants, environment, functional, numerics, workloads
+from modelnew import bench, entrants, environment, functional, numerics, timing, workloads
 from modelnew.workloads import Shape
 
 CPU = torch.device("cpu")
@@ -87,7 +87,8 @@ def test_command(device, small, compiled, tmp_path):
             whos, modes = set(everyone), ["compile", "compile-max-autotune", "compile-reduce-overhead"]
             if what in workloads.MODELS:
                 whos |= {(mode, layout) for mode in modes for layout in ("nchw", "nhwc")}
-                whos |= {("modelnew-graph", "nchw")} if device == "cuda" else set()
+                if device == "cuda":
+                    whos |= {("modelnew-graph", "nchw"), ("eager-graph", "nchw"), ("eager-graph", "nhwc")}
             if what in workloads.COMPILED:
                 whos = {("modelnew", "nchw")} | {(f"modelnew-{mode}", "nchw") for mode in (modes[0], modes[2])}
             if what in workloads.KERNELS:  # a model of 4 channels does not run them
@@ -232,6 +233,22 @@ def test_budget(small, tmp_path):
     assert {r["what"] for r in rows} == set(workloads.WORKLOADS) - set(workloads.FLOAT16 | workloads.COMPILED)
 
 
+def test_few_images_are_timed_by_the_host(small, monkeypatch):
+    """In rows of calls; more images by events, which a CPU has not."""
+    clocks = []
+
+    class Clock(timing.Clock):
+        def __init__(self, device, calls=None, latency=False):
+            clocks.append((calls, latency))
+            super().__init__(device, calls, latency)
+
+    monkeypatch.setattr(bench, "Clock", Clock)
+    what = "forward_eval", "latency_forward_train"
+    plan = bench._plan(CPU, False, (2, 9), what, None, "none", 1, 6, 0, 60, False)._replace(calls_of_few=3)
+    assert all(row["ms"] > 0 for rows in bench.run(plan, CPU, lambda text: None) for row in rows)
+    assert clocks == [(3, False), (3, True), (None, False)]
+
+
 def test_torch_compile_stops_before_the_budget(small, compiled, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "_COMPILE_SHARE", 0)
     rows = measured(tmp_path, "--what", "forward_eval", "--peers", "compile", "--budget", "600")
@@ -275,7 +292,7 @@ def test_plans():
     gpu = torch.device("cuda")
     nothing = (None,) * 6
     plan = bench._plan(gpu, False, *nothing, 0, 240, None)
-    assert plan[:6] == ((512, 1, 4096, 64, 8), ("tf32", "fp32"), tuple(workloads.WORKLOADS), "compile", 20, 100)
+    assert plan[:6] == ((512, 1, 4096, 64, 8), ("tf32", "fp32"), tuple(workloads.WORKLOADS), "compile", 20, 50)
     assert plan.startup
     assert (64, "latency_forward_train", "tf32") not in plan.cells(gpu)
     assert (8, "latency_forward_train", "tf32") in plan.cells(gpu)

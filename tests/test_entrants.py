@@ -99,6 +99,24 @@ def test_truth_of_wgrad_sums_all_parts(small, monkeypatch):
     assert terms == 5 * 6 * 6
 
 
+def test_who_replays_graphs(small, monkeypatch):
+    """ModelNew and PyTorch are captured in the same way; results of reduce-overhead are given up before each call."""
+    log = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: log.append("new step"))
+    case = Case(3, 6, CPU)
+    built = {who: entrants.build(case, "step", "fp32", who, "nhwc") for who in ("modelnew", "eager", *workloads.GRAPHS)}
+    graphed = {who: call for who, call in built.items() if isinstance(call, entrants._Graphed)}
+    assert graphed.keys() == {"modelnew-graph", "eager-graph"}
+    for who in ("modelnew", "eager"):
+        for ours, captured in zip(built[who](), graphed[f"{who}-graph"]()):
+            assert torch.equal(ours, captured)
+    assert not log
+    for _ in range(2):
+        built["compile-reduce-overhead"]()
+    assert log == ["new step"] * 2
+
+
 def test_graphed(monkeypatch):
     log = []
 

@@ -141,7 +141,7 @@ BENCH = {
     "versions": VERSIONS,
     "digest": "0123456789abcdef",
     "trials": 20,
-    "trials_of_few": 100,
+    "calls_of_few": 50,
     "shape": {"in_channels": 64, "out_channels": 128, "kernel_size": 5, "stride": 1, "padding": 1, "size": 32},
     "ceilings": None,
     "rows": [
@@ -152,6 +152,8 @@ BENCH = {
         row("forward_train", n=1, ms=0.25, peak_mb=None),
         row("forward_train", "modelnew-graph", n=1, ms=0.05),
         row("forward_train", "eager", n=1, ms=0.125),
+        row("forward_train", "eager-graph", n=1, ms=0.075),
+        row("forward_train", "eager-graph", n=1, ms=0.0625, layout="nhwc"),
         row(n=4096, ms=7.5),
         row(who="eager", n=4096, ms=30.0),
         row("conv_forward"),
@@ -278,13 +280,17 @@ def test_with_records(repository):
     assert f"{where}, `{TRAINING['command']}`. After each" in text
     assert f"{where}, `{LAYERS['command']}`. Layers of ours beside PyTorch's at 2 shapes" in text
     assert "| Tanh | fp16 | 2.00x (4.00x) | 1.50x | 0.50x |  |\n" in text
-    assert "median of 20 trials (up to 8 images: 100), all in one process" in text
-    assert "in a CUDA graph, too, that stands beside the fastest of all peers" in text
+    assert "median of 20 trials (up to 8 images: of 50 calls each), all in one process" in text
+    assert "In a CUDA graph, ModelNew stands beside the fastest of all peers" in text
     assert "\n512 images:\n" in text
     assert "| `step` | tf32 | **1** | 100 | 3 | 3.00x | 2 | compile, nhwc | 500 | 2.00x |\n" in text
-    assert "\n1 image:\n" in text
+    head = r"\n\n\|  \| class .*\n\|---.*\n"
     peer = "0.125 | eager, nchw | 100 | 0.50x"
-    assert f"| `forward_train` | tf32 | **0.25** |  | 0.125 | 0.50x | {peer} | **0.05** | 2.50x |\n" in text
+    line = f"| `forward_train` | tf32 | **0.25** |  | 0.125 | 0.50x | {peer} |\n\n"
+    assert re.search(f"\n1 image, host-bound:{head}{re.escape(line)}", text)
+    peer = "0.0625 | eager-graph, nhwc | 100 | 1.25x"
+    line = f"| `forward_train` | tf32 | **0.05** | 100 | 0.075 | 1.50x | {peer} |\n\n"
+    assert re.search(f"\n1 image, in a CUDA graph:{head}{re.escape(line)}", text)
     assert "\n4096 images:\n" not in text
     assert "| | class | 1 | 512 | 4096 |\n" in text
     assert "| `step` | tf32 |  | 1 ms, 2.00x compile | 7.5 ms, 4.00x eager |\n" in text

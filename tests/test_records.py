@@ -34,6 +34,8 @@ def test_graphs_are_compared_with_all():
     rows = [row(), row("modelnew-graph", 0.5), row("compile", 2.0), row("compile-reduce-overhead", 0.7)]
     pairs = [(ours["who"], peer["who"]) for ours, peer in records.comparisons(record(*rows))]
     assert pairs == [("modelnew", "compile"), ("modelnew-graph", "compile-reduce-overhead")]
+    pairs = records.comparisons(record(*rows, row("eager-graph", 0.6)))
+    assert [peer["who"] for _, peer in pairs] == ["compile", "eager-graph"]
     del rows[1]
     ((_, peer),) = records.comparisons(record(*rows))
     assert peer["who"] == "compile-reduce-overhead"
@@ -57,6 +59,30 @@ def test_table(capsys):
     assert "conv_forward tf32 512 0.758 eager nchw 1.31 1.73x" in re.sub(r"\s+", " ", text)
     assert "shows more: range, MB, floor, TFLOP/s" in text
     assert "…" not in text
+
+
+def test_host_bound_rows_stand_apart(capsys):
+    rows = [row(who, ms, what="step", n=n) for n in (1, 8, 9) for who, ms in (("modelnew", n), ("eager", 2 * n))]
+    rows += [row("modelnew-graph", 0.5, what="step", n=8), row("eager-graph", 0.75, what="step", n=8)]
+    rows += [row(n=512, what="startup_cold", ms=2500.0)]
+    records.show(record(*rows), Console(width=140))
+    text, found = capsys.readouterr().out, {}
+    for line in text.splitlines():
+        heading, words = line.partition(":")[0], line.split()
+        if heading in ("GPU-bound", "Host-bound", "In a CUDA graph"):
+            lines = found.setdefault(heading, [])
+        elif words[1:2] == ["tf32"]:
+            lines.append(" ".join(words[2:4]))
+    assert found == {"GPU-bound": ["9 9"], "Host-bound": ["1 1", "8 8", "512 2500"], "In a CUDA graph": ["8 0.5"]}
+    assert "8 0.5 0.5-0.5 eager-graph nchw 0.75 1.50x" in re.sub(" +", " ", text)
+
+
+def test_trials_in_words():
+    assert records.trials({"trials": 1, "rows": [row(n=9)]}) == "1 trial"
+    assert records.trials({"trials": 20, "calls_of_few": 50, "rows": [row(n=9)]}) == "20 trials"
+    words = "20 trials (up to 8 images: of 50 calls each)"
+    assert records.trials({"trials": 20, "calls_of_few": 50, "rows": [row(n=8)]}) == words
+    assert records.trials({"trials": 20, "trials_of_few": 100, "rows": []}) == "20 trials (up to 8 images: 100)"
 
 
 def test_writing_leaves_the_old_record_if_it_fails(tmp_path):

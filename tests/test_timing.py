@@ -1,5 +1,9 @@
 """Times of several in turns: `modelnew.timing`."""
 
+import gc
+import types
+
+import pytest
 import torch
 
 from modelnew import timing
@@ -35,11 +39,39 @@ def test_what_fails_in_a_trial_drops_out():
     assert entrants[1].times
 
 
-def test_before_each_call():
+@pytest.mark.parametrize(("latency", "waits"), [(False, "c c c wait"), (True, "c wait c wait c wait wait")])
+def test_calls_one_after_another(monkeypatch, latency, waits):
+    """The time is a call's, whatever else the garbage collector has to do."""
+    log, seconds = [], iter((10.0, 10.6))
+    clock = Clock(CPU, 3, latency)
+    monkeypatch.setattr(clock, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(seconds))
+    read = clock.time(lambda: log.append("gc" if gc.isenabled() else "c"))
+    assert log == ["wait", *waits.split()]
+    assert read() == pytest.approx(200)
+    assert gc.isenabled()
+
+
+def test_events_time_one_call(monkeypatch):
+    """In torch's stream, after the flushes during which the host runs ahead."""
     log = []
-    entrant = Contender("x", "nchw", lambda: lambda: log.append("call"), before_each=lambda: log.append("before"))
-    measure_together([entrant], Clock(CPU), 2, lambda e: None, lambda text: None)
-    assert log == ["before", "call"] * 3
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 0.25
+
+    clock = Clock(CPU)
+    clock.gpu = clock.events = True
+    clock.flush = types.SimpleNamespace(zero_=lambda: log.append("flush"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert clock.time(lambda: log.append("call"))() == 0.25
+    assert log == ["flush"] * timing._FLUSHES + ["event", "call", "event"]
 
 
 def test_measure():

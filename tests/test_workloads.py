@@ -30,6 +30,21 @@ def test_floors():
     assert workloads.ceilings("another GPU") is workloads.ceilings(None) is None
 
 
+def test_contenders():
+    """With few images, PyTorch is in a CUDA graph where ModelNew is in one."""
+    gpu, both = torch.device("cuda"), ("nchw", "nhwc")
+    for what in workloads.MODELS:
+        found = workloads.contenders(what, 8, "compile", gpu)
+        assert found[:2] == [("modelnew", "nchw"), ("modelnew-graph", "nchw")]
+        theirs = ("eager", "compile", "eager-graph", "compile-reduce-overhead")
+        assert found[2:] == [(who, layout) for who in theirs for layout in both]
+    graphs = {who for who, _ in workloads.contenders("step", 1, "eager", gpu)} & {*workloads.GRAPHS}
+    assert graphs == {"modelnew-graph", "eager-graph"}
+    assert workloads.contenders("step", 1, "none", gpu) == [("modelnew", "nchw"), ("modelnew-graph", "nchw")]
+    for n, device in ((9, gpu), (1, torch.device("cpu"))):
+        assert not {who for who, _ in workloads.contenders("step", n, "eager", device)} & {*workloads.GRAPHS}
+
+
 def test_shape_follows_the_convolution():
     conv = torch.nn.ConvTranspose2d(3, 4, 5, stride=2, padding=1)
     assert conv(torch.zeros(1, 3, 7, 7)).shape[-1] == Shape(3, 4, 5, 2, 1, 7).out_size

@@ -11,8 +11,8 @@ import click
 
 from modelnew import commands, layer_bench
 from modelnew.parity import RATIO
-from modelnew.records import by_batch, comparisons, trials
-from modelnew.workloads import COMPILED, FLOAT16, GRAPHS, MODELS, MODES, OF_COMPILED
+from modelnew.records import GPU, GRAPH, HOST, bound, by_batch, comparisons, trials
+from modelnew.workloads import COMPILED, FEW_IMAGES, FLOAT16, MODELS, MODES, OF_COMPILED
 
 from . import headline
 from .generated import ROOT, check_option, settle
@@ -114,19 +114,22 @@ def _times(results, folder) -> str:
             "peer: of PyTorch and torch.compile, each in NCHW and in channels_last, of those that were timed: the "
             "record says which were not, and why. 2x: half the peer's time.",
         ]
-        if any(row["who"] == "modelnew-graph" and row["ms"] is not None for row in record["rows"]):
+        if min(batches) <= FEW_IMAGES:
             lines[0] += (
-                " Where ModelNew runs in a CUDA graph, too, that stands beside the fastest of all peers, without one "
-                "it stands beside eager and torch.compile's default mode: the other modes use CUDA graphs."
+                f" Up to {FEW_IMAGES} images, a call takes the host longer than the GPU, except in a CUDA graph. There "
+                "the host's clock times calls one after another, and tables of calls with and without CUDA graphs are "
+                "apart. In a CUDA graph, ModelNew stands beside the fastest of all peers, PyTorch in a CUDA graph too."
             )
-        for n in dict.fromkeys(shown):
-            lines += ["", f"{n} image{'s'[: n != 1]}:", "", *_table(record, n)]
+        for n, limit in itertools.product(dict.fromkeys(shown), (GPU, HOST, GRAPH)):
+            if rows := _table(record, n, limit):
+                lines += ["", f"{n} image{'s'[: n != 1]}{'' if limit == GPU else f', {limit}'}:", "", *rows]
         used = {row["what"]: None for row in record["rows"] if row["n"] in shown and row["what"] in _SHOWN}
         lines += ["", "; ".join(f"`{what}`: {_SHOWN[what]}" for what in used) + "."]
         if len(set(batches)) > 2:
             lines += [
                 "",
-                "By images in a batch, and how many times as long the fastest peer of those timed there takes:",
+                "By images in a batch, and how many times as long the fastest peer of those timed there takes"
+                + (f" (up to {FEW_IMAGES} images, it is the host's time):" if min(batches) <= FEW_IMAGES else ":"),
                 "",
                 *_by_batch(record),
             ]
@@ -136,29 +139,24 @@ def _times(results, folder) -> str:
     return "\n\n".join(parts) or _NO_TIMES
 
 
-def _table(record, n) -> list[str]:
-    """The rows of `n` images, those of CUDA graphs beside the others."""
-    found, head = {}, ["", "class", "ModelNew", "MB"]
+def _table(record, n, limit) -> list[str]:
+    """The rows of `n` images whose time depends on `limit`, empty if there are none."""
+    lines = []
     for row, peer in comparisons(record):
-        if row["n"] == n and row["what"] in _SHOWN and row["ms"] is not None:
-            found.setdefault((row["what"], row["class"]), {})[row["who"] in GRAPHS] = row, peer
-    graphs = any(True in pair for pair in found.values())
-    head += ["PyTorch", "", "fastest peer", "", "MB", "", *(["in a CUDA graph", ""] if graphs else [])]
-    lines = [f"| {' | '.join(head)} |", f"|{'|'.join(['---', '---', *['--:'] * (len(head) - 2)])}|"]
-    for (what, cls), rows in found.items():
-        eager = next((r for r in record["rows"] if is_eager(r, what, cls, n)), None)
-        cells = [f"`{what}`", cls]
-        row, peer = rows.get(False, (None, None))
-        cells += [f"**{ms(row)}**", _megabytes(row)] if row else [""] * 2
-        cells += [ms(eager), ratio(eager, row)] if row and eager else [""] * 2
+        what, cls = row["what"], row["class"]
+        if (row["n"], bound(row)) != (n, limit) or what not in _SHOWN or row["ms"] is None:
+            continue
+        who = "eager-graph" if limit == GRAPH else "eager"
+        eager = next((r for r in record["rows"] if is_eager(r, what, cls, n, who)), None)
+        cells = [f"`{what}`", cls, f"**{ms(row)}**", _megabytes(row)]
+        cells += [ms(eager), ratio(eager, row)] if eager else [""] * 2
         cells += (
             [ms(peer), f"{peer['who']}, {peer['layout']}", _megabytes(peer), ratio(peer, row)] if peer else [""] * 4
         )
-        if graphs:
-            row, peer = rows.get(True, (None, None))
-            cells += [f"**{ms(row)}**", ratio(peer, row) if peer else ""] if row else [""] * 2
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    head = ["", "class", "ModelNew", "MB", "PyTorch", "", "fastest peer", "", "MB", ""]
+    rule = f"|{'|'.join(['---', '---', *['--:'] * (len(head) - 2)])}|"
+    return [f"| {' | '.join(head)} |", rule, *lines] if lines else []
 
 
 def _by_batch(record) -> list[str]:

@@ -20,6 +20,6 @@ def ratio(peer, row) -> str:
     return f"{peer['ms'] / row['ms']:.2f}x"
 
 
-def is_eager(row, what, cls, n) -> bool:
+def is_eager(row, what, cls, n, who="eager") -> bool:
     found = (row["what"], row["class"], row["n"], row["who"], row["layout"])
-    return found == (what, cls, n, "eager", "nchw") and row["ms"] is not None
+    return found == (what, cls, n, who, "nchw") and row["ms"] is not None
