@@ -292,7 +292,7 @@ def test_plans():
     gpu = torch.device("cuda")
     nothing = (None,) * 6
     plan = bench._plan(gpu, False, *nothing, 0, 240, None)
-    assert plan[:6] == ((512, 1, 4096, 64, 8), ("tf32", "fp32"), tuple(workloads.WORKLOADS), "compile", 20, 50)
+    assert plan[:6] == ((512, 1, 4096, 64, 8), ("tf32", "fp32"), tuple(workloads.WORKLOADS), "compile", 20, 30)
     assert plan.startup
     assert (64, "latency_forward_train", "tf32") not in plan.cells(gpu)
     assert (8, "latency_forward_train", "tf32") in plan.cells(gpu)
