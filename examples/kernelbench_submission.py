@@ -1897,7 +1897,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def checked(cls, running_mean, running_var, weight, bias, training, momentum, eps, batches) -> "Norm":
-        """The same with floats. Refuses what torch.nn.functional.batch_norm refuses whatever its input is."""
+        """The same with floats. Refuses what PyTorch's batch_norm refuses whatever its input is."""
         momentum, eps = number(momentum, "momentum"), number(eps, "eps")
         if training and not eps > 0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
@@ -1916,7 +1916,7 @@ class Norm(NamedTuple):
         return cls(running_mean, running_var, weight, bias, bool(training), momentum, eps, batches)
 
     def check(self, input: torch.Tensor, shape=None, alone: bool = True) -> None:
-        """Refuses what torch.nn.functional.batch_norm refuses because of shapes, dtypes and devices.
+        """Refuses what PyTorch's batch_norm refuses because of shapes, dtypes and devices.
 
         shape: what is normalised, if it is not input itself. alone: whether no other process has values, too.
         """
@@ -1989,7 +1989,7 @@ def gradients_apply(function: type[torch.autograd.Function], *args):
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/batch_norm.py
 #
-# batch_norm, with the signature of torch.nn.functional.batch_norm, batch_norm_tanh, and the layers.
+# batch_norm, with the signature of PyTorch's batch_norm, batch_norm_tanh, and the layers.
 
 class _Layer(nn.modules.batchnorm._BatchNorm):
     peers = None  # a `distributed.Peers`, see `modelnew.convert_sync_batchnorm`
@@ -2034,7 +2034,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
 
 
 class BatchNorm2d(_Layer, nn.BatchNorm2d):
-    """See torch.nn.BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers unchanged."""
+    """See PyTorch's BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers unchanged."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2112,10 +2112,10 @@ def physical(shape, channels_last) -> tuple[int, ...]:
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/conv_transpose.py
 #
-# conv_transpose2d, with the signature of torch.nn.functional.conv_transpose2d, and its layer.
+# conv_transpose2d, with the signature of PyTorch's conv_transpose2d, and its layer.
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """See torch.nn.ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
+    """See PyTorch's ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
 
     def __init__(
         self,
@@ -2143,10 +2143,10 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/group_norm.py
 #
-# group_norm, with the signature of torch.nn.functional.group_norm, and its layer.
+# group_norm, with the signature of PyTorch's group_norm, and its layer.
 
 class GroupNorm(nn.GroupNorm):
-    """See torch.nn.GroupNorm and `modelnew.functional.group_norm`."""
+    """See PyTorch's GroupNorm and `modelnew.functional.group_norm`."""
 
     def __init__(
         self,
