@@ -389,16 +389,6 @@ def accumulator(name: str) -> str:
     return "double" if name == "double" else "float"
 
 
-def accumulator_dtype(array) -> np.dtype:
-    """dtype of statistics and partial sums for tensors like `array`: float32, or float64 for float64."""
-    return np.dtype(np.float64 if scalar(array) == "double" else np.float32)
-
-
-def type_macros(array) -> tuple:
-    """Macros scalar_t and acc_t for `array`."""
-    return scalar_macros(scalar(array))
-
-
 def scalar_macros(name: str) -> tuple:
     """Macros scalar_t and acc_t for arrays of the type `name`."""
     return (("scalar_t", name), ("acc_t", accumulator(name)))
@@ -422,192 +412,6 @@ def address(array) -> int:
 def ceil_div(a: int, b: int) -> int:
     """The smallest integer that is at least a / b."""
     return -(-a // b)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/conv_transpose.py
-#
-# 2D transposed convolution: general kernels for all hyper-parameters, without tensor cores.
-#
-# Shapes: x [N, G*Ci, H, W], w [G*Ci, Co, KH, KW], bias [G*Co], y [N, G*Co, OH, OW], with G groups, Ci and Co channels per
-#     group and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
-
-_INT_MAX = 2**31 - 1
-_WGRAD_BLOCKS = (
-    2048  # enough for several waves on today's largest GPUs; a constant, so that sums depend on shapes alone
-)
-_TILE_K = 8  # channels or pixels in one step of the sum
-
-
-class Geometry(NamedTuple):
-    """Hyper-parameters of a transposed convolution: pairs (height, width), and groups."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    output_padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-
-@functools.lru_cache(maxsize=1024)
-def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, int]:
-    """Shape of y. Raises ValueError for dimensions, channels, hyper-parameters or sizes that are not valid."""
-    if len(x_shape) != 4 or len(w_shape) != 4:
-        raise ValueError(
-            f"input and weight must have 4 dimensions, received shapes {tuple(x_shape)} and {tuple(w_shape)}"
-        )
-    g = geometry
-    for name, values, least in (("stride", g.stride, 1), ("dilation", g.dilation, 1), ("groups", (g.groups,), 1)):
-        if min(values) < least:
-            raise ValueError(f"{name} must be at least {least}, received {values}")
-    for name, values in (("padding", g.padding), ("output_padding", g.output_padding)):
-        if min(values) < 0:
-            raise ValueError(f"{name} must not be negative, received {values}")
-    if any(o >= max(s, d) for o, s, d in zip(g.output_padding, g.stride, g.dilation)):
-        raise ValueError(
-            f"output_padding must be smaller than stride or dilation, received output_padding {g.output_padding}, "
-            f"stride {g.stride}, dilation {g.dilation}"
-        )
-    if x_shape[1] != w_shape[0] or w_shape[0] % g.groups:
-        raise ValueError(
-            f"input has {x_shape[1]} channels, weight {tuple(w_shape)} takes {w_shape[0]}, "
-            f"which groups={g.groups} must divide"
-        )
-    if 0 in x_shape[1:] or 0 in w_shape:
-        raise ValueError(f"only the batch may be empty, received shapes {tuple(x_shape)} and {tuple(w_shape)}")
-    size = tuple(
-        (n - 1) * s - 2 * p + d * (k - 1) + o + 1
-        for n, k, s, p, o, d in zip(x_shape[2:], w_shape[2:], g.stride, g.padding, g.output_padding, g.dilation)
-    )
-    if min(size) < 1:
-        raise ValueError(f"output size would be {size}: padding {g.padding} is too large for input {tuple(x_shape)}")
-    shape = (x_shape[0], w_shape[1] * g.groups, *size)
-    for name, s in (("input", x_shape), ("output", shape), ("weight", (1, *w_shape))):
-        if math.prod(s[1:]) > _INT_MAX:
-            raise ValueError(f"one image of the {name} has more than {_INT_MAX} elements: shape {tuple(s)}")
-    for name, s in (("input", x_shape), ("output", shape)):
-        if s[0] * s[2] * s[3] > _INT_MAX - 1024:  # room for a tile
-            raise ValueError(f"the {name} of shape {tuple(s)} has more pixels than {_INT_MAX - 1024}: split the batch")
-    return shape
-
-
-def logical(shape, channels_last) -> tuple[int, ...]:
-    """[N, C, H, W], from the shape of an array of either format."""
-    return (shape[0], shape[3], *shape[1:3]) if channels_last else tuple(shape)
-
-
-def packed_weight_size(w_shape) -> int:
-    """Elements of the workspace `packed` of forward and dgrad, of the accumulator's dtype."""
-    return math.prod(w_shape)
-
-
-def conv_transpose_dgrad(dy, w, dx, packed, geometry: Geometry) -> None:
-    """Writes dx, the gradient of x: dy, the gradient of y, convolved with w. Writes the workspace `packed`."""
-    _gather(dy, w, None, dx, packed, geometry, dgrad=True)
-
-
-def _gather(source, w, bias, out, packed, geometry, dgrad):
-    x, y = (out, source) if dgrad else (source, out)
-    _check(x, w, y, geometry)
-    groups, taps = geometry.groups, w.shape[2] * w.shape[3]
-    channels_in, channels_out = w.shape[0] // groups, w.shape[1]
-    macros = (*type_macros(x), ("DGRAD", int(dgrad)))
-    rows, pixels = (channels_in if dgrad else channels_out), out.shape[0] * out.shape[2] * out.shape[3]
-    tile = _tile(source, rows, pixels)
-    macros += tile.macros()
-    launch(
-        Kernel("conv_transpose.cu", "pack_weight", macros),
-        (ceil_div(w.size, THREADS), 1, 1),
-        (THREADS, 1, 1),
-        (w, packed, groups, channels_in, channels_out, taps),
-    )
-    phases = (1, 1) if dgrad else geometry.stride
-    largest_phase = out.shape[0] * ceil_div(out.shape[2], phases[0]) * ceil_div(out.shape[3], phases[1])
-    tiles_per_phase = ceil_div(largest_phase, tile.n)
-    launch(
-        Kernel("conv_transpose.cu", "conv_gather", macros),
-        (phases[0] * phases[1] * tiles_per_phase, ceil_div(rows, tile.m), groups),
-        (tile.threads, 1, 1),
-        (source, packed, bias, out, out.shape[0], groups, source.shape[1] // groups, rows)
-        + (*source.shape[2:], *out.shape[2:], *w.shape[2:])
-        + (*geometry.stride, *geometry.padding, *geometry.dilation, tiles_per_phase),
-    )
-
-
-def wgrad_workspace_size(x_shape, w_shape, geometry: Geometry, double: bool) -> int:
-    """Elements of wgrad's workspace `partial`, of the accumulator's dtype. double: whether that is float64."""
-    return _wgrad_plan(x_shape, w_shape, geometry, double)[1] * math.prod(w_shape)
-
-
-def conv_transpose_wgrad(x, dy, dw, partial, geometry: Geometry) -> None:
-    """Writes dw, the gradient of w, and the workspace `partial`."""
-    _check(x, dw, dy, geometry)
-    groups, taps = geometry.groups, dw.shape[2] * dw.shape[3]
-    channels_in, channels_out = dw.shape[0] // groups, dw.shape[1]
-    tile, splits, split_pixels = _wgrad_plan(x.shape, dw.shape, geometry, double=accumulator_dtype(x) == np.float64)
-    macros = type_macros(x) + tile.macros()
-    launch(
-        Kernel("conv_transpose_wgrad.cu", "wgrad_partial", macros),
-        (taps * ceil_div(channels_in, tile.m) * ceil_div(channels_out, tile.n), splits, groups),
-        (tile.threads, 1, 1),
-        (x, dy, partial, x.shape[0], groups, channels_in, channels_out)
-        + (*x.shape[2:], *dy.shape[2:], *dw.shape[2:])
-        + (*geometry.stride, *geometry.padding, *geometry.dilation, split_pixels),
-    )
-    launch(
-        Kernel("conv_transpose_wgrad.cu", "wgrad_reduce", macros),
-        (ceil_div(dw.size, THREADS), 1, 1),
-        (THREADS, 1, 1),
-        (partial, dw, groups, taps, channels_in, channels_out, splits),
-    )
-
-
-class _Tile(NamedTuple):
-    m: int
-    n: int
-    per_thread: int
-
-    @property
-    def threads(self) -> int:
-        return self.m * self.n // self.per_thread**2
-
-    def macros(self) -> tuple:
-        sizes = {"TILE_M": self.m, "TILE_N": self.n, "TILE_K": _TILE_K, "PER_THREAD": self.per_thread}
-        return (*sizes.items(), ("THREADS", self.threads))
-
-
-_LARGE, _SMALL = _Tile(64, 128, 8), _Tile(32, 32, 4)
-_DOUBLE = _Tile(64, 64, 4)
-
-
-def _tile(array, rows: int, columns: int) -> _Tile:
-    """The tile for a product of rows x columns: large if it fills the tile, small if most of that would be padding."""
-    if rows <= 32 or columns < 4096:
-        return _SMALL
-    if accumulator_dtype(array) == np.float64:
-        return _DOUBLE
-    return _LARGE
-
-
-def _wgrad_plan(x_shape, w_shape, geometry, double):
-    """(tile, number of splits of the sum over pixels, pixels of a split)"""
-    channels_in, channels_out = w_shape[0] // geometry.groups, w_shape[1]
-    pixels = x_shape[0] * x_shape[2] * x_shape[3]
-    if channels_in <= 32 or channels_out <= 32:
-        tile = _SMALL
-    else:
-        tile = _DOUBLE if double else _LARGE
-    matrices = w_shape[2] * w_shape[3] * geometry.groups
-    blocks = matrices * ceil_div(channels_in, tile.m) * ceil_div(channels_out, tile.n)
-    splits = max(1, min(_WGRAD_BLOCKS // blocks, pixels // 512, 65535))
-    split_pixels = ceil_div(ceil_div(pixels, splits), _TILE_K) * _TILE_K
-    return tile, max(1, ceil_div(pixels, split_pixels) if split_pixels else 1), split_pixels
-
-
-def _check(x, w, y, geometry):
-    expected = output_shape(x.shape, w.shape, geometry)
-    if y.shape != expected:
-        raise ValueError(f"output must have shape {expected}, received {y.shape}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -962,7 +766,7 @@ def check_floating(**tensors: torch.Tensor | None) -> None:
 def check_parameters(input: torch.Tensor, **parameters: torch.Tensor | None) -> None:
     """Raises TypeError unless the tensors (None is allowed) share input's dtype, or float32 if input has 16 bits."""
     check_floating(input=input, **parameters)
-    allowed = {input.dtype, interop_accumulator_dtype(input)}
+    allowed = {input.dtype, accumulator_dtype(input)}
     dtypes = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}
     if len(set(dtypes.values())) > 1 or not allowed.issuperset(dtypes.values()):
         received = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
@@ -970,7 +774,7 @@ def check_parameters(input: torch.Tensor, **parameters: torch.Tensor | None) -> 
         raise TypeError(f"with input {input.dtype}, {' and '.join(dtypes)} must be all {choice}; received {received}")
 
 
-def interop_accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
+def accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
     """dtype of statistics, partial sums and workspaces for a tensor: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
@@ -1175,6 +979,74 @@ def planes(wgmma: int, window_pitch: int, units: int, unit_windows: int, unit_st
         "UNIT_STRIDE": unit_stride,
         "PLANE_STRIDE": plane_stride,
     }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/conv_transpose.py
+#
+# 2D transposed convolution: general kernels for all hyper-parameters, without tensor cores.
+#
+# Shapes: x [N, G*Ci, H, W], w [G*Ci, Co, KH, KW], bias [G*Co], y [N, G*Co, OH, OW], with G groups, Ci and Co channels per
+#     group and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
+
+_INT_MAX = 2**31 - 1
+
+
+class Geometry(NamedTuple):
+    """Hyper-parameters of a transposed convolution: pairs (height, width), and groups."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    output_padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+@functools.lru_cache(maxsize=1024)
+def output_shape(x_shape, w_shape, geometry: Geometry) -> tuple[int, int, int, int]:
+    """Shape of y. Raises ValueError for dimensions, channels, hyper-parameters or sizes that are not valid."""
+    if len(x_shape) != 4 or len(w_shape) != 4:
+        raise ValueError(
+            f"input and weight must have 4 dimensions, received shapes {tuple(x_shape)} and {tuple(w_shape)}"
+        )
+    g = geometry
+    for name, values, least in (("stride", g.stride, 1), ("dilation", g.dilation, 1), ("groups", (g.groups,), 1)):
+        if min(values) < least:
+            raise ValueError(f"{name} must be at least {least}, received {values}")
+    for name, values in (("padding", g.padding), ("output_padding", g.output_padding)):
+        if min(values) < 0:
+            raise ValueError(f"{name} must not be negative, received {values}")
+    if any(o >= max(s, d) for o, s, d in zip(g.output_padding, g.stride, g.dilation)):
+        raise ValueError(
+            f"output_padding must be smaller than stride or dilation, received output_padding {g.output_padding}, "
+            f"stride {g.stride}, dilation {g.dilation}"
+        )
+    if x_shape[1] != w_shape[0] or w_shape[0] % g.groups:
+        raise ValueError(
+            f"input has {x_shape[1]} channels, weight {tuple(w_shape)} takes {w_shape[0]}, "
+            f"which groups={g.groups} must divide"
+        )
+    if 0 in x_shape[1:] or 0 in w_shape:
+        raise ValueError(f"only the batch may be empty, received shapes {tuple(x_shape)} and {tuple(w_shape)}")
+    size = tuple(
+        (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+        for n, k, s, p, o, d in zip(x_shape[2:], w_shape[2:], g.stride, g.padding, g.output_padding, g.dilation)
+    )
+    if min(size) < 1:
+        raise ValueError(f"output size would be {size}: padding {g.padding} is too large for input {tuple(x_shape)}")
+    shape = (x_shape[0], w_shape[1] * g.groups, *size)
+    for name, s in (("input", x_shape), ("output", shape), ("weight", (1, *w_shape))):
+        if math.prod(s[1:]) > _INT_MAX:
+            raise ValueError(f"one image of the {name} has more than {_INT_MAX} elements: shape {tuple(s)}")
+    for name, s in (("input", x_shape), ("output", shape)):
+        if s[0] * s[2] * s[3] > _INT_MAX - 1024:  # room for a tile
+            raise ValueError(f"the {name} of shape {tuple(s)} has more pixels than {_INT_MAX - 1024}: split the batch")
+    return shape
+
+
+def logical(shape, channels_last) -> tuple[int, ...]:
+    """[N, C, H, W], from the shape of an array of either format."""
+    return (shape[0], shape[3], *shape[1:3]) if channels_last else tuple(shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4457,122 +4329,6 @@ __device__ inline void sum_borders(
             totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
 }
 """,
-    "conv_transpose.cu": r"""// Transposed convolution and its input gradient as one implicit GEMM on ordinary FMA units, for any hyper-parameters.
-//
-//     forward  y [n, oc, oh, ow] = bias[oc] + sum_{ic, kh, kw} x [n, ic, ih, iw] * w[ic, oc, kh, kw]
-//     dgrad    dx[n, ic, ih, iw] =            sum_{oc, kh, kw} dy[n, oc, oh, ow] * w[ic, oc, kh, kw]
-//     with oh = ih s - p + kh d, and ow likewise
-//
-// Both gather: out[m, pixel] = sum over taps and k of a[tap, k, m] * in[k, pixel's source for this tap]. Rows m are the
-// output's channels of one group, columns are pixels, the sum runs over the input's channels, tap by tap. In the
-// forward with stride s only every s-th tap meets a given pixel; pixels are ordered by their phase (oh mod s, ow mod
-// s), so that a block has one phase and skips the other taps whole.
-//
-// pack_weight writes w as [group][tap][k][m] in acc_t, so that blocks read it coalesced. Grid of conv_gather: x =
-// phases times pixel tiles, y = channel tiles, z = groups. Macros: scalar_t, acc_t, DGRAD (0, 1), those of
-// simt_gemm.cuh. Pixels of the batch and offsets inside one image are 32-bit (the host checks), all other offsets
-// 64-bit.
-#include "common.cuh"
-#include "simt_gemm.cuh"
-
-extern "C" __global__ void pack_weight(
-    const scalar_t* __restrict__ w, acc_t* __restrict__ packed, int groups, int in_channels, int out_channels,
-    int taps) {
-    // in_channels, out_channels: of the convolution, per group
-    i64 size = (i64)groups * taps * in_channels * out_channels;
-    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= size) return;
-    int ic = DGRAD ? i % in_channels : i / out_channels % in_channels,
-        oc = DGRAD ? i / in_channels % out_channels : i % out_channels;
-    i64 block = i / ((i64)in_channels * out_channels);
-    int tap = block % taps, group = block / taps;
-    packed[i] = to_acc(w[(((i64)group * in_channels + ic) * out_channels + oc) * taps + tap]);
-}
-
-struct Window {  // one spatial dimension
-    int phase, pad, dilation, stride;
-
-    // Whether tap k meets pixels of this phase.
-    __device__ bool meets(int k) const { return DGRAD || (phase + pad - k * dilation) % stride == 0; }
-    // Source of pixel r (counted within its phase) for tap k.
-    __device__ int source(int r, int k) const {
-        return DGRAD ? r * stride - pad + k * dilation : r + (phase + pad - k * dilation) / stride;
-    }
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) conv_gather(
-    const scalar_t* __restrict__ in, const acc_t* __restrict__ packed, const scalar_t* __restrict__ bias,
-    scalar_t* __restrict__ out, int images, int groups, int channels_in, int channels_out, int in_h, int in_w,
-    int out_h, int out_w, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h,
-    int dilation_w, int tiles_per_phase) {
-    __shared__ Tiles tiles;
-    int phase = blockIdx.x / tiles_per_phase, group = blockIdx.z;
-    int steps_w = DGRAD ? 1 : stride_w, steps_h = DGRAD ? 1 : stride_h;  // pixels of a phase are this far apart
-    Window rows = {phase / steps_w, pad_h, dilation_h, stride_h},
-           columns = {phase % steps_w, pad_w, dilation_w, stride_w};
-    int phase_h = max(0, (out_h - rows.phase + steps_h - 1) / steps_h),
-        phase_w = max(0, (out_w - columns.phase + steps_w - 1) / steps_w);
-    int phase_pixels = phase_h * phase_w, in_pixels = in_h * in_w;
-    int pixels = images * phase_pixels, tile_start = blockIdx.x % tiles_per_phase * TILE_N;
-    if (tile_start >= pixels) return;
-    int m_start = blockIdx.y * TILE_M;
-
-    // The pixel whose inputs this thread loads.
-    int load_pixel = tile_start + threadIdx.x % TILE_N;
-    bool in_range = load_pixel < pixels;
-    int image = in_range ? load_pixel / phase_pixels : 0, within = load_pixel % phase_pixels;
-    int r = within / phase_w, c = within % phase_w;
-    const scalar_t* source = in + ((i64)image * groups + group) * channels_in * in_pixels;
-    const acc_t* weights = packed + (i64)group * kernel_h * kernel_w * channels_in * channels_out;
-
-    Accumulators acc = {};
-    int kh = 0, kw = -1, k = channels_in, offset = 0;  // "the end of the tap before the first"
-    bool inside = false;
-    sum_steps<false>(acc, tiles, [&](acc_t(&next_a)[LOADS_M], acc_t(&next_b)[LOADS_N]) {
-        if (k >= channels_in) {  // next tap that meets this phase
-            do {
-                if (++kw == kernel_w) kw = 0, kh++;
-            } while (kh < kernel_h && !(rows.meets(kh) && columns.meets(kw)));
-            if (kh >= kernel_h) return false;
-            k = 0;
-            int h = rows.source(r, kh), w = columns.source(c, kw);
-            inside = in_range && h >= 0 && h < in_h && w >= 0 && w < in_w;
-            offset = h * in_w + w;
-        }
-        const acc_t* a = weights + ((i64)(kh * kernel_w + kw) * channels_in + k) * channels_out;
-        #pragma unroll
-        for (int i = 0; i < LOADS_M; i++) {
-            int index = threadIdx.x + i * THREADS, row = index / TILE_M, m = m_start + index % TILE_M;
-            next_a[i] = k + row < channels_in && m < channels_out ? a[row * channels_out + m] : 0;
-        }
-        #pragma unroll
-        for (int i = 0; i < LOADS_N; i++) {
-            int row = k + (threadIdx.x + i * THREADS) / TILE_N;
-            next_b[i] = inside && row < channels_in ? to_acc(source[row * in_pixels + offset]) : 0;
-        }
-        k += TILE_K;
-        return true;
-    });
-
-    int thread_m = threadIdx.x / THREADS_N, thread_n = threadIdx.x % THREADS_N;
-    #pragma unroll
-    for (int j = 0; j < PER_THREAD; j++) {
-        int pixel = tile_start + tile_column(thread_n, j);
-        if (pixel >= pixels) continue;
-        int n = pixel / phase_pixels, position = pixel % phase_pixels;
-        int h = position / phase_w * steps_h + rows.phase, w = position % phase_w * steps_w + columns.phase;
-        scalar_t* to = out + ((i64)n * groups + group) * channels_out * out_h * out_w + h * out_w + w;
-        #pragma unroll
-        for (int i = 0; i < PER_THREAD; i++) {
-            int m = m_start + tile_row(thread_m, i);
-            if (m >= channels_out) continue;
-            acc_t value = acc[i][j];
-            if (bias) value += to_acc(bias[group * channels_out + m]);
-            to[(i64)m * out_h * out_w] = from_acc<scalar_t>(value);
-        }
-    }
-}
-""",
     "conv_transpose_mma.cu": r"""// Transposed convolution and its input gradient on tensor cores (implicit_gemm.cuh), with nothing after it:
 //
 //     y[n, m, oh, ow] = sums + bias[m]
@@ -4738,88 +4494,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     DYNAMIC_SHARED(u8, shared);
     StoreEpilogue epilogue = {bias, y, exponents};
     convolve(x, x_exponents, x_exponent_count, packed, units, shared, scratch, epilogue);
-}
-""",
-    "conv_transpose_wgrad.cu": r"""// Weight gradient of the transposed convolution, an implicit GEMM on ordinary FMA units, for any hyper-parameters.
-//
-//     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih s - p + kh d, iw s - p + kw d]
-//
-// wgrad_partial: rows are ic, columns oc, the sum runs over the pixels of x, for one tap. It is split over blocks
-// (split-K): each writes its own partial sums [split][group][tap][ic][oc] in acc_t. wgrad_reduce adds the splits in
-// ascending order, so the result depends on shapes alone. Grid of wgrad_partial: x = taps times channel tiles, y =
-// splits, z = groups. Macros: scalar_t, acc_t, those of simt_gemm.cuh. Pixels of the batch and offsets inside one image
-// are 32-bit (the host checks).
-#include "common.cuh"
-#include "simt_gemm.cuh"
-
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) wgrad_partial(
-    const scalar_t* __restrict__ x, const scalar_t* __restrict__ dy, acc_t* __restrict__ partial, int images,
-    int groups, int in_channels, int out_channels,  // per group
-    int in_h, int in_w, int out_h, int out_w, int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h,
-    int pad_w, int dilation_h, int dilation_w, int split_pixels) {
-    __shared__ Tiles tiles;
-    int tiles_n = (out_channels + TILE_N - 1) / TILE_N, tiles_m = (in_channels + TILE_M - 1) / TILE_M;
-    int tap = blockIdx.x / (tiles_m * tiles_n), tile = blockIdx.x % (tiles_m * tiles_n);
-    int m_start = tile / tiles_n * TILE_M, n_start = tile % tiles_n * TILE_N, group = blockIdx.z;
-    int in_pixels = in_h * in_w, out_pixels = out_h * out_w;
-    int shift_h = tap / kernel_w * dilation_h - pad_h, shift_w = tap % kernel_w * dilation_w - pad_w;
-
-    // This thread loads pixel threadIdx.x % TILE_K of every step, for several channels.
-    int pixel = blockIdx.y * split_pixels + threadIdx.x % TILE_K;
-    int steps_end = min((i64)(blockIdx.y + 1) * split_pixels, (i64)images * in_pixels);
-    int image = pixel / in_pixels, h = pixel % in_pixels / in_w, w = pixel % in_pixels % in_w;
-
-    Accumulators acc = {};
-    int start = blockIdx.y * split_pixels;
-    sum_steps<true>(acc, tiles, [&](acc_t(&next_a)[LOADS_M], acc_t(&next_b)[LOADS_N]) {
-        if (start >= steps_end) return false;
-        int oh = h * stride_h + shift_h, ow = w * stride_w + shift_w;
-        bool inside = pixel < steps_end && oh >= 0 && oh < out_h && ow >= 0 && ow < out_w;
-        i64 place = (i64)image * groups + group;
-        const scalar_t* a = x + place * in_channels * in_pixels + h * in_w + w;
-        const scalar_t* b = dy + place * out_channels * out_pixels + oh * out_w + ow;
-        #pragma unroll
-        for (int i = 0; i < LOADS_M; i++) {
-            int m = m_start + (threadIdx.x + i * THREADS) / TILE_K;
-            next_a[i] = inside && m < in_channels ? to_acc(a[m * in_pixels]) : 0;
-        }
-        #pragma unroll
-        for (int i = 0; i < LOADS_N; i++) {
-            int n = n_start + (threadIdx.x + i * THREADS) / TILE_K;
-            next_b[i] = inside && n < out_channels ? to_acc(b[n * out_pixels]) : 0;
-        }
-        start += TILE_K, pixel += TILE_K;
-        for (w += TILE_K; w >= in_w; w -= in_w) h++;
-        for (; h >= in_h; h -= in_h) image++;
-        return true;
-    });
-
-    int thread_m = threadIdx.x / THREADS_N, thread_n = threadIdx.x % THREADS_N;
-    i64 matrix = ((i64)blockIdx.y * groups + group) * kernel_h * kernel_w + tap;
-    acc_t* to = partial + matrix * in_channels * out_channels;
-    #pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) {
-        int m = m_start + tile_row(thread_m, i);
-        #pragma unroll
-        for (int j = 0; j < PER_THREAD; j++) {
-            int n = n_start + tile_column(thread_n, j);
-            if (m < in_channels && n < out_channels) to[(i64)m * out_channels + n] = acc[i][j];
-        }
-    }
-}
-
-extern "C" __global__ void wgrad_reduce(
-    const acc_t* __restrict__ partial, scalar_t* __restrict__ dw, int groups, int taps, int in_channels,
-    int out_channels, int splits) {
-    i64 size = (i64)groups * taps * in_channels * out_channels;
-    i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= size) return;
-    acc_t sum = 0;
-    for (int s = 0; s < splits; s++) sum += partial[s * size + i];
-    int oc = i % out_channels, ic = i / out_channels % in_channels;
-    i64 block = i / ((i64)in_channels * out_channels);
-    int tap = block % taps, group = block / taps;
-    dw[(((i64)group * in_channels + ic) * out_channels + oc) * taps + tap] = from_acc<scalar_t>(sum);
 }
 """,
     "conv_wgmma.cuh": r"""// The convolution of implicit_gemm.cuh by wgmma (sm_90a), which reads both operands from shared memory on its own.
@@ -7031,113 +6705,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
     }
 }
 """,
-    "simt_gemm.cuh": r"""// Register-tiled matrix product of one block, on ordinary FMA units: acc[m][n] += sum_k a[k][m] * b[k][n].
-//
-// Macros: acc_t, TILE_M, TILE_N (the block's tile), PER_THREAD (4 or 8: a thread owns PER_THREAD x PER_THREAD values,
-// in groups of 4 neighbours so that shared memory is read 16 bytes at a time), TILE_K, THREADS. TILE_K columns of a and
-// b sit in shared memory, twice: while one copy is multiplied, the next is loaded through registers, with one barrier a
-// step.
-//
-// Float sums have two levels: after every STEPS_PER_SUM steps a thread adds its values to running totals of its own in
-// shared memory. A chain of n additions loses about sqrt(n) units; 64 terms and then the partial sums lose as much as
-// cuDNN's kernels do, a single chain of thousands several times more.
-#pragma once
-
-#define THREADS_N (TILE_N / PER_THREAD)
-static_assert(THREADS * PER_THREAD * PER_THREAD == TILE_M * TILE_N, "the threads own the tile");
-static_assert(TILE_M * TILE_K % THREADS == 0 && TILE_N * TILE_K % THREADS == 0, "all threads load as much");
-#define STEPS_PER_SUM 8
-#define MIN_BLOCKS (PER_THREAD == 8 ? 3 : 512 / THREADS)  // per SM: leaves the registers that a thread's values need
-#define GROUPS_OF_4 (PER_THREAD / 4)
-#define ROW_M (TILE_M + 4)  // padding keeps transposing stores (wgrad) free of bank conflicts
-#define ROW_N (TILE_N + 4)
-#define LOADS_M (TILE_M * TILE_K / THREADS)
-#define LOADS_N (TILE_N * TILE_K / THREADS)
-
-struct __align__(16) Quad { acc_t v[4]; };
-#define TOTALS (sizeof(acc_t) == 4 ? PER_THREAD * GROUPS_OF_4 : 1)  // double needs no second level
-struct Tiles {
-    acc_t a[2][TILE_K * ROW_M], b[2][TILE_K * ROW_N];
-    Quad totals[TOTALS][THREADS];
-};
-typedef acc_t Accumulators[PER_THREAD][PER_THREAD];
-
-// Row (or column) of the tile that this thread's i-th value belongs to; `thread` counts along that dimension.
-__device__ inline int tile_row(int thread, int i) { return i / 4 * (TILE_M / GROUPS_OF_4) + thread * 4 + i % 4; }
-__device__ inline int tile_column(int thread, int i) { return i / 4 * (TILE_N / GROUPS_OF_4) + thread * 4 + i % 4; }
-
-__device__ inline void multiply_tiles(Accumulators& acc, const acc_t* a, const acc_t* b) {
-    int thread_m = threadIdx.x / THREADS_N, thread_n = threadIdx.x % THREADS_N;
-    #pragma unroll
-    for (int k = 0; k < TILE_K; k++) {
-        acc_t row[PER_THREAD], column[PER_THREAD];
-        #pragma unroll
-        for (int i = 0; i < PER_THREAD; i += 4) {
-            *(Quad*)(row + i) = *(const Quad*)(a + k * ROW_M + tile_row(thread_m, i));
-            *(Quad*)(column + i) = *(const Quad*)(b + k * ROW_N + tile_column(thread_n, i));
-        }
-        #pragma unroll
-        for (int i = 0; i < PER_THREAD; i++)
-            #pragma unroll
-            for (int j = 0; j < PER_THREAD; j++) acc[i][j] += row[i] * column[j];
-    }
-}
-
-// Moves what a thread has summed into its totals (`first`: sets them). finish_sum brings the totals back.
-__device__ inline void store_sum(Accumulators& acc, Tiles& tiles, bool first) {
-    if (sizeof(acc_t) != 4) return;
-    #pragma unroll
-    for (int i = 0; i < TOTALS; i++) {
-        Quad total = {}, *place = &tiles.totals[i][threadIdx.x];
-        if (!first) total = *place;
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            acc_t& value = acc[i / GROUPS_OF_4][i % GROUPS_OF_4 * 4 + j];
-            total.v[j] += value;
-            value = 0;
-        }
-        *place = total;
-    }
-}
-
-__device__ inline void finish_sum(Accumulators& acc, const Tiles& tiles, bool any) {
-    if (sizeof(acc_t) != 4 || !any) return;
-    #pragma unroll
-    for (int i = 0; i < TOTALS; i++)
-        #pragma unroll
-        for (int j = 0; j < 4; j++) acc[i / GROUPS_OF_4][i % GROUPS_OF_4 * 4 + j] += tiles.totals[i][threadIdx.x].v[j];
-}
-
-// acc = the sum of all steps. next(a, b): loads the thread's values of the next step, and returns whether there is one.
-// The value i of a, counted threadIdx.x + i THREADS in the block, is of row value % TILE_M in the step's k value /
-// TILE_M; TRANSPOSED: of row value / TILE_K in k value % TILE_K. Those of b likewise.
-template <bool TRANSPOSED, class Next>
-__device__ __forceinline__ void sum_steps(Accumulators& acc, Tiles& tiles, Next next) {
-    acc_t a[LOADS_M], b[LOADS_N];
-    for (int step = 0, buffer = 0;; step++) {
-        bool more = next(a, b);
-        if (step) {
-            multiply_tiles(acc, tiles.a[buffer], tiles.b[buffer]);
-            if (step % STEPS_PER_SUM == 0) store_sum(acc, tiles, step == STEPS_PER_SUM);
-        }
-        if (!more) return finish_sum(acc, tiles, step >= STEPS_PER_SUM);
-        buffer ^= 1;
-        #pragma unroll
-        for (int i = 0; i < LOADS_M; i++) {
-            int value = threadIdx.x + i * THREADS;
-            int k = TRANSPOSED ? value % TILE_K : value / TILE_M, row = TRANSPOSED ? value / TILE_K : value % TILE_M;
-            tiles.a[buffer][k * ROW_M + row] = a[i];
-        }
-        #pragma unroll
-        for (int i = 0; i < LOADS_N; i++) {
-            int value = threadIdx.x + i * THREADS;
-            int k = TRANSPOSED ? value % TILE_K : value / TILE_N, row = TRANSPOSED ? value / TILE_K : value % TILE_N;
-            tiles.b[buffer][k * ROW_N + row] = b[i];
-        }
-        __syncthreads();
-    }
-}
-""",
     "tanh.cuh": r"""// tanh and its derivative, as every kernel that applies it computes them.
 #pragma once
 #include "tanh_branchless.cuh"
@@ -7458,17 +7025,12 @@ def _differentiable_gradients(*_):
     raise RuntimeError("the kernels in this file compute first derivatives: call backward without create_graph")
 
 
-def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
-    """(dx, dw, None) by the general kernels, for GPUs whose shared memory is too small for the others."""
-    need_x, need_w, _ = needed
-    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
-    if need_x:
-        packed = new.scratch(packed_weight_size(w_shape), "float32")
-        conv_transpose_dgrad(dy, w, dx, packed, geometry)
-    if need_w:
-        size = wgrad_workspace_size(x_shape, w_shape, geometry, False)
-        conv_transpose_wgrad(x, dy, dw, new.scratch(size, "float32"), geometry)
-    return dx, dw, None
+def gradients(new, x, w, dy, x_shape, w_shape, *_):
+    """Refuses shapes whose gradients need other kernels than this file has."""
+    raise ValueError(
+        f"this file has no kernels for the gradients of an input {tuple(x_shape)} and a weight {tuple(w_shape)} on this "
+        "GPU: use the package"
+    )
 
 
 class New:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from cupy_kernels import conv_transpose
 from cupy_kernels.nvrtc import STANDARD, WGMMA_MAJOR, preload_wheels, ptx_architecture
 from cupy_kernels.source import Kernel, Variant, expanded, signature
 from modelnew.functional.batch_norm import BatchNorm2d
@@ -81,17 +80,12 @@ def _differentiable_gradients(*_):
     raise RuntimeError("the kernels in this file compute first derivatives: call backward without create_graph")
 
 
-def gradients(new, x, w, dy, x_shape, w_shape, geometry, choice, needed):
-    """(dx, dw, None) by the general kernels, for GPUs whose shared memory is too small for the others."""
-    need_x, need_w, _ = needed
-    dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
-    if need_x:
-        packed = new.scratch(conv_transpose.packed_weight_size(w_shape), "float32")
-        conv_transpose.conv_transpose_dgrad(dy, w, dx, packed, geometry)
-    if need_w:
-        size = conv_transpose.wgrad_workspace_size(x_shape, w_shape, geometry, False)
-        conv_transpose.conv_transpose_wgrad(x, dy, dw, new.scratch(size, "float32"), geometry)
-    return dx, dw, None
+def gradients(new, x, w, dy, x_shape, w_shape, *_):
+    """Refuses shapes whose gradients need other kernels than this file has."""
+    raise ValueError(
+        f"this file has no kernels for the gradients of an input {tuple(x_shape)} and a weight {tuple(w_shape)} on this "
+        "GPU: use the package"
+    )
 
 
 class New:
