@@ -7028,7 +7028,7 @@ def _differentiable_gradients(*_):
 def gradients(new, x, w, dy, x_shape, w_shape, *_):
     """Refuses shapes whose gradients need other kernels than this file has."""
     raise ValueError(
-        f"this file has no kernels for the gradients of an input {tuple(x_shape)} and a weight {tuple(w_shape)} on this "
+        f"this file has no kernels for gradients of an input {tuple(x_shape)} and a weight {tuple(w_shape)} on this "
         "GPU: use the package"
     )
 
