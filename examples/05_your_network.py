@@ -85,8 +85,8 @@ assert network.state_dict().keys() == original.state_dict().keys()
 # same network in float64: our error should be about as large as PyTorch's. We compare the images and every gradient.
 # Both sides multiply in float32 here.
 #
-# A leaky ReLU has a kink at 0. Where rounding moves a value across it, a gradient changes visibly. That happens to
-# PyTorch as often as to us, but not in the same places. So gradients may be off by a thousandth more.
+# A leaky ReLU has a kink at 0. In large batches rounding moves a few values across it, and each moves the gradients.
+# That happens to PyTorch as often as to us, but in other places. So gradients may be off by two thousandths more.
 
 
 # %%
@@ -106,13 +106,13 @@ names = ["images", "gradient of z", *(f"gradient of {name}" for name, _ in netwo
 for name, mine, other, exact in zip(names, ours, theirs, truth):
     mine, other = parity.error(mine, exact).rms, parity.error(other, exact).rms
     print(f"{name:24}{mine:10.1e}{other:10.1e}")
-    assert mine < 2 * other + (1e-6 if name == "images" else 1e-3), name
+    assert mine < 2 * other + (1e-6 if name == "images" else 2e-3), name
 
 # %% [markdown]
 # ## Is it faster?
 #
-# `measure` calls a function a few times to warm up. Then it takes the median of some trials, by the GPU's own clock. A
-# training step here is a forward and a backward.
+# `measure` calls a function a few times to warm up. Then it takes the median of some trials, by the GPU's own clock.
+# A training step here is a forward and a backward. Both sides may use TF32 now, which is PyTorch's default on a GPU.
 
 # %%
 trials, unit = (20, "ms") if on_gpu else (1, "emulated ms")
@@ -244,7 +244,7 @@ for name, y in {"tanh": network(z), "hard tanh": hard[0]}.items():
 
 # %%
 replaced.undo()
-print(type(network[0]), type(network[13]))
+print(type(network[0]), type(network[-1]))
 assert list(map(type, network)) == list(map(type, original))
 with torch.no_grad(), parity.tf32(False):
     torch.testing.assert_close(network(z), original(z))
