@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from modelnew import environment
+from modelnew import commands, environment
 
 from .generated import EXAMPLES
 
@@ -13,7 +13,8 @@ def execute(script: Path, timeout: int = 300):
     """The script's notebook with its outputs, as nbformat has it. nbclient.exceptions.CellExecutionError if it fails.
 
     Cells and metadata of the .ipynb beside the script stay as they are where the script does not say otherwise. When
-    and how long cells ran is left out: it would change with each run.
+    and how long cells ran is left out: it would change with each run. The metadata "modelnew" are new: the versions and
+    the digest that a record has, of what ran.
     """
     import jupytext
     import nbformat
@@ -23,6 +24,8 @@ def execute(script: Path, timeout: int = 300):
     notebook, stored = jupytext.read(script), script.with_suffix(".ipynb")
     if stored.exists():
         notebook = combine_inputs_with_outputs(notebook, nbformat.read(stored, as_version=4))
+    head = commands.head(environment.device())
+    notebook.metadata["modelnew"] = {name: head[name] for name in ("digest", "versions")}
     client = NotebookClient(
         notebook,
         timeout=timeout,
