@@ -13,8 +13,8 @@
 #
 # `Model` is the reference: five of PyTorch's modules, ConvTranspose2d → BatchNorm2d → Tanh → MaxPool2d → GroupNorm.
 # `ModelNew` takes the same arguments, has the same parameters, and runs CUDA C kernels instead. This notebook compares
-# the two. On a GPU it uses the real shapes; without one the same kernels run in a CPU emulator, which shows that they
-# compute the right thing and says nothing about speed, so there the shapes are small.
+# the two. On a GPU it uses the real shapes. Without one the same kernels run in a CPU emulator. It shows that they
+# compute the right thing, and says nothing about speed. So there the shapes are small.
 
 # %%
 import matplotlib.pyplot as plt
@@ -34,8 +34,8 @@ print({name: version for name, version in environment.versions().items() if vers
 # %% [markdown]
 # ## The same parameters
 #
-# Parameters are created in the reference's order and drawn from the same distributions: the same seed gives the same
-# model. A state dict of one loads into the other.
+# Parameters are created in the reference's order, and drawn from the same distributions. So the same seed gives the
+# same model. A state dict of one loads into the other.
 
 # %%
 torch.manual_seed(0)
@@ -49,8 +49,8 @@ model_new.load_state_dict(model.state_dict())
 # %% [markdown]
 # ## Equal bits, where that is possible
 #
-# `replace` names the operators that run our kernels. tanh and max pooling have no sum whose order could differ: on a
-# GPU the outputs are equal bit for bit. (In the emulator tanh is the C library's, which differs from PyTorch's in the
+# `replace` names the operators that run our kernels. Tanh and max pooling have no sum whose order could differ. So on a
+# GPU the outputs are equal bit for bit. (In the emulator, tanh is the C library's. It differs from PyTorch's in the
 # last bit.)
 
 # %%
@@ -66,10 +66,11 @@ torch.testing.assert_close(y_exact, y)
 # %% [markdown]
 # ## As close to the truth as PyTorch
 #
-# Sums in another order give other last bits, so with all five operators replaced two right results differ. The judge is
-# the same model in float64: our error against it should be no larger than PyTorch's own. `compare_models` does that for
-# the output, for every gradient and for the running statistics. Its incoming gradient puts nothing on pooling windows
-# whose winner rounding decides: one winner in another place moves every gradient more than all rounding does.
+# Sums in another order give other last bits. So with all five operators replaced, two right results differ. The judge
+# is the same model in float64: our error against it should be no larger than PyTorch's own. `compare_models` does that
+# for the output, for every gradient and for the running statistics. In some pooling windows rounding decides which
+# value is the largest. There the incoming gradient is zero: one winner in another place would change every gradient
+# more than all rounding does.
 
 # %%
 classes = ["fp32", "tf32"] if on_gpu else ["fp32"]
@@ -82,8 +83,8 @@ for cls in classes:
     assert all(row.ok for row in rows)
 
 # %% [markdown]
-# The gradient of the convolution's bias is zero in mathematics, as batch norm takes the bias out again: what is left is
-# noise, and is measured relative to the weight's gradient.
+# The gradient of the convolution's bias is zero in mathematics, as batch norm takes the bias out again. What is left is
+# rounding noise. It is measured relative to the weight's gradient.
 
 # %% [markdown]
 # ## Which kernels ran, and why
@@ -125,7 +126,7 @@ bars = axes.barh(list(errors), list(errors.values()), color=colours)
 axes.bar_label(bars, [f"{value:.1e}" for value in errors.values()], padding=3)
 axes.set_xscale("log")
 axes.set_xlim(right=max(errors.values()) * 5)
-axes.set_title("rms error of the output against float64, relative")
+axes.set_xlabel("rms error of the output against float64, relative to the output's rms")
 axes.invert_yaxis()
 plt.show()
 
@@ -133,7 +134,7 @@ plt.show()
 # ## Speed
 #
 # `measure` times with CUDA events after a warm-up, with the L2 cache flushed between trials. Both models follow
-# `allow_tf32`. For a record beside torch.compile and channels_last, with memory, run `python3 -m modelnew bench`.
+# `allow_tf32`. `python3 -m modelnew bench` compares with torch.compile and channels_last, too, and measures memory.
 
 # %%
 trials = 20 if on_gpu else 1
@@ -164,8 +165,8 @@ if not on_gpu:
 # %% [markdown]
 # ## Training with it
 #
-# A module like any other: here a few steps of SGD on both models, from the same state. `examples/train.py` is a whole
-# training run.
+# `ModelNew` is a module like any other. Here are a few steps of SGD on both models, from the same state.
+# `examples/train.py` is a whole training run.
 
 # %%
 losses = {}

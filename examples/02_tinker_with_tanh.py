@@ -14,8 +14,8 @@
 # Change a kernel's text in a cell, run the cell, and read in one table whether it is still right and whether it is
 # faster. Here `tanh` goes from the naive version to the one that the package has, which reads 16 bytes at a time.
 #
-# On a GPU this takes real shapes, and times mean something. Without one the same text runs on the CPU emulator: right
-# or wrong is told all the same, times are not.
+# On a GPU the shapes are real, and times are measured. Without one the same text runs in the CPU emulator. It tells
+# right from wrong all the same, but says nothing about times.
 
 # %%
 import torch
@@ -29,9 +29,9 @@ print(environment.backend()["why"])
 # %% [markdown]
 # ## What is there
 #
-# Each kernel lives in a `.cu` file, and is compiled once for each set of macros, a *variant*, that the host asks for:
-# `scalar_t` is the tensors' type, `acc_t` that of the arithmetic, `WIDTH` how many neighbouring elements a thread
-# takes. `cupy_kernels.kernels()` without a name lists everything that can be changed.
+# Each kernel is in a `.cu` file. It is compiled once for each set of macros that the host asks for. Such a set is a
+# *variant*. `scalar_t` is the tensors' type, `acc_t` that of the arithmetic. `WIDTH` is how many neighbouring elements
+# a thread takes. `cupy_kernels.kernels()` without a name lists everything that can be changed.
 
 # %%
 cupy_kernels.kernels("tanh")
@@ -47,7 +47,7 @@ cupy_kernels.show("tanh_forward")
 # ## Naive: each thread walks over its elements
 #
 # `%%cu tanh_forward` replaces the definition of that one kernel. The parameters must stay as they are, as the host
-# passes them; the rest is free. The host starts one thread for `WIDTH` elements.
+# passes them. The rest is free. The host starts one thread for `WIDTH` elements.
 #
 # Neighbouring threads are `WIDTH` elements apart here: each time, the 32 loads of a warp touch `WIDTH` times the memory
 # that they use.
@@ -60,9 +60,9 @@ cupy_kernels.show("tanh_forward")
 # }
 
 # %% [markdown]
-# The reference of an error is PyTorch's own error against float64, that of a time is the package's kernel. Below stands
-# what there was no time to check; `--seconds 60` gives more. The cell was right, so it is in force: everything in this
-# process runs it now. `cupy_kernels.kernels()` marks what is edited.
+# In the table, the reference of an error is PyTorch's own error against float64. The reference of a time is the
+# package's kernel. Below the table stands what there was no time to check. `--seconds 60` gives more time. The cell was
+# right, so it is in force: everything in this process runs it now. `cupy_kernels.kernels()` marks what is edited.
 
 # %%
 cupy_kernels.edited()
@@ -92,8 +92,9 @@ cupy_kernels.attributes("tanh_forward", scalar_t="float")
 # %% [markdown]
 # ## Vectorised: one access of 16 bytes
 #
-# Fewer, wider instructions for the same bytes. `Pack`, defined in `tanh.cu` above the kernels, is `WIDTH` elements
-# that are aligned to their size; the host chooses `WIDTH` 1 where a tensor does not start at a multiple of 16 bytes.
+# This takes fewer and wider instructions for the same bytes. `Pack`, defined in `tanh.cu` above the kernels, is `WIDTH`
+# elements that are aligned to their size. The host chooses `WIDTH` 1 where a tensor does not start at a multiple of 16
+# bytes.
 
 # %% tags=["active-ipynb"]
 # %%cu tanh_forward
@@ -119,8 +120,8 @@ print("\n".join(line.strip() for line in code.splitlines() if ".v4." in line))
 # %% [markdown]
 # ## What does not hold is refused
 #
-# A formula with fewer instructions, and a cancellation: near 0, `1 - 2 / (exp(2v) + 1)` subtracts two numbers that
-# are almost equal. The check sees it, and the kernel from before goes on.
+# This formula has fewer instructions. But near 0, `1 - 2 / (exp(2v) + 1)` subtracts two numbers that are almost equal,
+# and digits are lost. The check sees it, and the kernel from before stays in force.
 
 # %% tags=["active-ipynb", "raises-exception"]
 # %%cu tanh_forward
@@ -133,7 +134,7 @@ print("\n".join(line.strip() for line in code.splitlines() if ".v4." in line))
 # }
 
 # %% [markdown]
-# So does a text that does not compile, with the line of the cell:
+# A text that does not compile is refused, too. The error names the line of the cell:
 
 # %% tags=["active-ipynb", "raises-exception"]
 # %%cu tanh_forward
@@ -143,8 +144,8 @@ print("\n".join(line.strip() for line in code.splitlines() if ".v4." in line))
 # }
 
 # %% [markdown]
-# A GPU does not notice that a kernel writes an element too far. The CPU emulator does, wherever it can be used, and it
-# finds races, too, and barriers that not all threads reach:
+# A GPU does not notice that a kernel reads or writes one element too far. The CPU emulator does, on every machine with
+# a C++ compiler. It also finds races, and barriers that not all threads reach:
 
 # %% tags=["active-ipynb", "raises-exception"]
 # %%cu tanh_forward --device cpu
@@ -159,8 +160,8 @@ print("\n".join(line.strip() for line in code.splitlines() if ".v4." in line))
 # %% [markdown]
 # ## From Python
 #
-# `override` is the same for one block, and takes macros, too: here the arithmetic of one kernel in double precision.
-# `ModelNew`, and everything else that launches the kernel, uses it at once; what was compiled before is not compiled
+# `override` does the same for one block. It takes macros, too: here one kernel computes in double precision.
+# `ModelNew`, and everything else that launches the kernel, uses it at once. What was compiled before is not compiled
 # again afterwards.
 
 # %%

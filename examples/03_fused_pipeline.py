@@ -11,12 +11,12 @@
 # %% [markdown]
 # # How the fused pipeline works
 #
-# With all five operators replaced, `ModelNew` runs three main kernels forward: the transposed convolution, which pools
-# in its epilogue; the statistics of batch norm; and everything else. This notebook takes them a stage at a time, and
-# then the way back. What is said of layouts is computed from the package's own plan, and each claim about numbers is
-# checked where it is made.
+# With all five operators replaced, `ModelNew` runs three main kernels forward. The first is the transposed convolution,
+# which also pools. The second computes the statistics of batch norm. The third does everything else. This notebook
+# takes them a stage at a time, and then the way back. The layouts are computed from the package's own plan. Each claim
+# about numbers is checked where it is made.
 #
-# On a GPU it runs the real shape, 512 images of 64x32x32; without one the same kernels run in the CPU emulator, on
+# On a GPU it runs the real shape, 512 images of 64x32x32. Without one the same kernels run in the CPU emulator, on
 # small images. The pictures of layouts are of the real shape in either case.
 
 # %%
@@ -53,7 +53,7 @@ print(modelnew.explain(model_new, x))
 # %% [markdown]
 # ## What has to move
 #
-# One operator after the other, each result goes to memory and comes back. For 512 images of 64x32x32, in float32:
+# When operators run one by one, each result goes to memory and comes back. For 512 images of 64x32x32, in float32:
 
 # %%
 images, pixels, pooled_pixels = 512, MISSION.out_size**2, (MISSION.out_size // 2) ** 2
@@ -72,9 +72,9 @@ for i, name in enumerate(modelnew.model.OPERATORS):
     left += width
 axes.bar_label(axes.containers[-1], [f"{value:.0f} MB" for value in left], padding=3)
 axes.set_xlim(right=left.max() * 1.15)
-axes.legend(ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
+axes.set_xlabel("MB read and written by a forward in training mode, without gradients")
+axes.legend(ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False)
 axes.invert_yaxis()
-axes.set_title("memory read and written by a forward in training mode, no gradient")
 plt.show()
 
 # %% [markdown]
@@ -88,7 +88,7 @@ plt.show()
 # $$y_{n,m,oh,ow} = \sum_{k,\,kh,\,kw} x_{n,\,k,\,oh+p-kh,\,ow+p-kw}\; w_{k,m,kh,kw}$$
 #
 # Rows of the product are output channels $m$, columns are output pixels, and the sum runs over input channels and the
-# 25 taps. A block of threads owns a *unit*: 128 channels, and some passes over 256 pixels of one image; in a pass, each
+# 25 taps. A block of threads owns a *unit*: 128 channels, and some passes over 256 pixels of one image. In a pass, each
 # of its 8 warps has 64 channels and 64 pixels. The plan for a batch of 512:
 
 # %%
@@ -139,9 +139,9 @@ plt.show()
 
 # %% [markdown]
 # The image lies in shared memory as *lines*: one pixel, 64 channels, 128 bytes of fp16. Every tap reads the same lines,
-# shifted by $(kh, kw)$; nothing is copied into columns. What a shift reads outside the image must be zero: one row of
-# zeros serves for all rows outside, and a gap of zero lines between two rows serves as the right border of one and the
-# left border of the next.
+# shifted by $(kh, kw)$. Nothing is copied into columns. What a shift reads outside the image must be zero. One row of
+# zeros serves for all rows outside. A gap of zero lines between two rows is the right border of one and the left border
+# of the next.
 
 # %%
 gap = max(0, macros["KERNEL_W"] - 1 - macros["PAD_W"])
@@ -158,7 +158,8 @@ for tap, colour in (((0, 0), "tab:red"), ((2, 2), "tab:green"), ((4, 4), "tab:pu
     # Output pixels (2..3, 0..7): rows oh + pad - kh of x, which start one below the zero row.
     top, start = 3 + macros["PAD_H"] - tap[0], gap + macros["PAD_W"] - tap[1]
     axes.add_patch(Rectangle((start - 0.45, top - 0.45), 7.9, 1.9, fill=False, ec=colour, lw=2.5))
-    axes.text(start + 3.5, top + 0.5, f"tap {tap}", ha="center", va="center", color=colour, weight="bold")
+    middle, box = (start + 3.5, top + 0.5), {"fc": "white", "ec": "none", "pad": 2}
+    axes.text(*middle, f"tap {tap}", ha="center", va="center", color=colour, weight="bold", bbox=box)
 axes.set_title(
     f"what three taps read for output pixels (2..3, 0..7): {gap} zero lines a row, pitch {pitch}", fontsize=10
 )
@@ -167,10 +168,10 @@ axes.set_ylabel("row of lines")
 plt.show()
 
 # %% [markdown]
-# Shared memory has 32 banks of 4 bytes, so a line spans all of them once, and the same part (16 bytes) of every line
-# would lie in the same four banks. `ldmatrix`, the tensor cores' load, fetches one part of eight pixels at a time; here
+# Shared memory has 32 banks of 4 bytes. So a line spans all of them once, and the same part (16 bytes) of every line
+# would lie in the same four banks. `ldmatrix`, the tensor cores' load, fetches one part of eight pixels at a time. Here
 # these are the upper rows of four windows that lie 8 pixels apart. Eight accesses to the same banks would have to take
-# turns. So parts are swapped by an XOR with a key of the line, chosen such that these eight differ:
+# turns. So parts are swapped: the part's number is XORed with a key of the line. The keys of these eight lines differ:
 
 
 # %%
@@ -204,23 +205,23 @@ for panel, keys, title in zip(panels, (np.zeros(8, int), key(0, gap + pixel)), (
 plt.show()
 
 # %% [markdown]
-# The weights of a tap (128 channels x 64, 16 KB) stream through a ring of a few such stages, copied by `cp.async` while
-# the tensor cores work on the taps before.
+# The weights of a tap (128 channels x 64) take 16 KB. A ring in shared memory holds those of a few taps. `cp.async`
+# copies the next ones while the tensor cores work on the taps before.
 #
 # This is the main loop for `mma.sync`, which every GPU from compute capability 8.0 on has (`conv_mma.cuh`). H100 and
 # H200, with NVRTC 12 or newer, run another one (`conv_wgmma.cuh`), and times of them below are that one's. `wgmma`
-# instructions read both operands from shared memory on their own, so there is no `ldmatrix`, and no key: eight channels
-# of all pixels lie together, the even rows of $x$ before the odd ones, such that neighbouring windows read neighbouring
-# lines whatever the tap. All four corners of a window end up in one lane there, too, and what follows is the same.
+# instructions read both operands from shared memory on their own. So there is no `ldmatrix`, and no key. Eight channels
+# of all pixels lie together, the even rows of $x$ before the odd ones. So neighbouring windows read neighbouring lines
+# whatever the tap. All four corners of a window end up in one lane there, too, and what follows is the same.
 
 # %% [markdown]
 # ## Numeric classes: fp16 under scales
 #
-# TF32, PyTorch's default for convolutions on a GPU, rounds operands to 10 mantissa bits. fp16 keeps 10, too, runs at
+# TF32, PyTorch's default for convolutions on a GPU, rounds operands to 10 mantissa bits. fp16 keeps 10, too. It runs at
 # twice the rate, and has a smaller range. So values are multiplied by a power of two, measured from the data, such that
-# the largest stays below $2^{15}$: powers of two change no digit, and nothing overflows. Values far below the largest
-# become fp16 denormals and lose digits, but those are digits that a sum with the largest does not see. The class
-# `"fp32"` keeps what rounding left over as a second fp16 value and multiplies three times:
+# the largest stays below $2^{15}$. Powers of two change no digit, and nothing overflows. Values far below the largest
+# become fp16 denormals and lose digits. But those are digits that a sum with the largest does not see. The class
+# `"fp32"` keeps what rounding left over as a second fp16 value, and multiplies three times:
 # $(a + a')(b + b') \approx ab + ab' + a'b$.
 
 
@@ -267,8 +268,8 @@ plt.show()
 # %% [markdown]
 # ## Stage 2: pooling before batch norm
 #
-# Max pooling comes after batch norm and tanh, and batch norm's statistics need all of the convolution's output: it
-# seems that the output must go to memory. But in each channel batch norm is a straight line and tanh increases, so
+# Max pooling comes after batch norm and tanh, and batch norm's statistics need all of the convolution's output. So it
+# seems that the output must go to memory. But in each channel batch norm is a straight line, and tanh increases. So
 # $\tanh(\gamma\hat y + \beta)$ is monotone in the convolution's sum $y$:
 #
 # - where $\gamma > 0$, the window's largest $y$ gives its largest value;
@@ -320,9 +321,9 @@ assert torch.allclose(late, early, rtol=0, atol=1e-12)
 # %% [markdown]
 # ## Stage 3: statistics from registers
 #
-# Mean and variance are over the whole batch; each unit writes count, mean and sum of squared distances of what it has
-# in registers, and a small kernel combines them in a fixed order (Chan's rule). Squares are never summed: where the
-# mean is large, $E[x^2] - E[x]^2$ subtracts two large numbers, and little is left.
+# Mean and variance are over the whole batch. Each unit writes the count, the mean and the sum of squared distances from
+# the mean, of what it has in registers. A small kernel combines them in a fixed order (Chan's rule). The squares of the
+# values are never summed: where the mean is large, $E[x^2] - E[x]^2$ subtracts two large numbers, and little is left.
 
 # %%
 shifts = 10.0 ** np.arange(0, 6)
@@ -351,8 +352,8 @@ plt.show()
 # ## Stage 4: the tail
 #
 # One block takes a group of one image: for the real shape 16 channels of 17x17 pooled values, 18 KB, a warp for each
-# channel. They are read once and stay in registers through batch norm, tanh, the group's mean and variance, and its
-# normalisation, and the result is written once. The whole forward against PyTorch, in float32:
+# channel. They are read once. They stay in registers through batch norm, tanh, the group's mean and variance, and its
+# normalisation. The result is written once. The whole forward against PyTorch, in float32:
 
 # %%
 with torch.no_grad(), parity.tf32(False):
@@ -363,8 +364,8 @@ torch.testing.assert_close(actual, expected)
 # %% [markdown]
 # ## Backward
 #
-# The gradient at batch norm's output is zero but at the winners of the windows. So the two sums that batch norm's
-# backward needs (of the gradient $g$, and of $g$ times the normalised value) come from the pooled values alone, and the
+# The gradient at batch norm's output is zero except at the winners of the windows. Batch norm's backward needs the sum
+# of the gradient $g$, and that of $g$ times the normalised value. So both come from the pooled values alone. The
 # gradient of the convolution's output is built in one go:
 #
 # $$\frac{\partial L}{\partial y} = a\cdot\mathrm{scatter}(g) - b - c\,y$$
@@ -402,11 +403,11 @@ for panel, (title, gradient) in zip(panels, pictures.items()):
 plt.show()
 
 # %% [markdown]
-# That gradient, $dy$, is written once, as packed fp16 tiles, and two convolutions read it. The gradient of $x$ is
-# the first one with flipped weights, so it is the same kernel. The gradient of the weight is, for each tap, a product
-# of $x$ and $dy$ summed over all pixels. There, the 16 pixels that one tensor-core instruction sums over lie below each
-# other. The next tap to the right then needs the same column of $x$, and of $dy$ the column beside: a warp keeps five
-# columns of $dy$ in registers, and each column is read from shared memory once for all five taps.
+# That gradient, $dy$, is written once, as packed fp16 tiles, and two convolutions read it. The gradient of $x$ is the
+# first convolution with flipped weights, so it is the same kernel. The gradient of the weight is, for each tap, a
+# product of $x$ and $dy$ summed over all pixels. There, the 16 pixels that one tensor-core instruction sums over lie
+# below each other. The next tap to the right then needs the same column of $x$, and the next column of $dy$. So a warp
+# keeps five columns of $dy$ in registers. Each column is read from shared memory once for all five taps.
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(11, 3.2))
@@ -427,7 +428,7 @@ plt.show()
 # %% [markdown]
 # ## The stages, timed
 #
-# Each launch of one training step, alone, by CUDA events, L2 flushed. The names are those of
+# Each launch of one training step is timed alone, by CUDA events. The L2 cache is flushed before it. Names are those of
 # `cupy_kernels.kernels()`.
 
 # %%
@@ -457,7 +458,7 @@ else:
 # %% [markdown]
 # ## Errors by numeric class
 #
-# The judge is the float64 run of the reference; PyTorch's own error in the same class is the yardstick.
+# The judge is the float64 run of the reference. Our error should be about as large as PyTorch's in the same class.
 
 # %%
 classes = ("fp32", "tf32") if on_gpu else ("fp32",)
@@ -483,15 +484,18 @@ plt.show()
 # %% [markdown]
 # ## Roofline
 #
-# The last question is how much of the machine this uses. Points are at what was reached, in a record of `python3 -m
-# modelnew bench` that the repository holds; lines are what memory and tensor cores allow. Whatever has a convolution in
-# it has so much to compute for each byte that tensor cores are the limit. Below, as shares: how long the GPU would take
-# at its limits, over what was taken.
+# The last question is how much of the machine this uses. The points are what was reached, in a record of `python3 -m
+# modelnew bench` that the repository holds. The lines are what memory and tensor cores allow. Whatever has a
+# convolution in it has so much to compute for each byte that tensor cores are the limit. The second picture shows
+# shares: how long the GPU would take at its limits, over what it took.
+#
+# The limits were measured on an H100. An H200 has the same tensor cores, and faster memory.
 
 # %%
 committed = sorted(Path("../benchmarks/results").glob("bench_*.json"))
 if committed:
     record = json.loads(committed[0].read_text())
+    record["ceilings"] = record["ceilings"] or workloads.ceilings("H100")
     print(f"{committed[0].name}: {record['versions']['gpu']}, kernels {record['digest'][:12]}")
     figure, panels = plt.subplots(2, 1, figsize=(10, 10), layout="constrained")
     plots.roofline(panels[0], record)

@@ -11,9 +11,10 @@
 # %% [markdown]
 # # Write your own operator
 #
-# A string of CUDA C becomes a PyTorch operator with autograd: compiled in a second at its first call, without a C++
-# compiler, for every float type. Without a GPU the same text runs on the CPU emulator, which also looks for bugs:
-# races, accesses out of bounds, outputs that are not written. `help(operator)` has all the rules.
+# A string of CUDA C becomes a PyTorch operator with autograd, for every float type. Its first call compiles it, in a
+# second or so, without a C++ compiler. Without a GPU the same text runs in the CPU emulator. That needs a C++ compiler,
+# and also looks for bugs: races, accesses out of bounds, outputs that are not written. `help(operator)` has all the
+# rules.
 
 # %%
 import torch
@@ -23,7 +24,7 @@ from cupy_kernels.errors import KernelCompileError
 from modelnew import environment
 from modelnew.inline import operator
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
+device = environment.device()  # the GPU if one is usable, else the CPU: the emulator
 print(environment.backend()["why"])
 
 # %% [markdown]
@@ -61,8 +62,8 @@ assert torch.autograd.gradcheck(silu, x)
 print(silu, "gradcheck in float64: passed")
 
 # %% [markdown]
-# `gradcheck` compares the backward with finite differences of the forward. Against PyTorch's own operator, with the
-# tolerances that PyTorch has for each type:
+# `gradcheck` compares the backward with finite differences of the forward. Now we compare with PyTorch's own operator,
+# with the tolerances that PyTorch has for each type:
 
 # %%
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
@@ -79,9 +80,9 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
 # %% [markdown]
 # ## Rows: RMS norm, y = x / sqrt(mean(x²) + eps) · weight
 #
-# More than one input, a number with a default, a reduction over each row, and a second output, `rstd`, that only the
-# backward uses. One block takes one row; the gradient of `weight`, a sum over rows, has a kernel of its own, with a
-# thread for each column. `grid`, `sizes` and `shapes` are functions of the operator's arguments.
+# This operator has more than one input, a number with a default, and a sum over each row. Its second output, `rstd`, is
+# only for the backward. One block takes one row. The gradient of `weight`, a sum over rows, has a kernel of its own,
+# with a thread for each column. `grid`, `sizes` and `shapes` are functions of the operator's arguments.
 #
 # A kernel checks no bounds, so an input must have the first one's shape, unless `shapes` says what it has.
 
@@ -156,8 +157,9 @@ print(rms_norm, "gradcheck in float64: passed; like torch.nn.functional.rms_norm
 # %% [markdown]
 # ## Shared memory: softmax
 #
-# The largest value of a row, and the sum of the exponentials, are each found by a tree in shared memory: half of the
-# threads combine two values, then a quarter, with a barrier after each step. The backward needs the result alone.
+# The largest value of a row, and the sum of the exponentials, are each found by a tree in shared memory. Half of the
+# threads combine two values each, then a quarter, and so on, with a barrier after each step. The backward needs only
+# the result.
 
 # %%
 softmax = operator(
@@ -219,8 +221,8 @@ print(softmax, "gradcheck in float64: passed; like torch.nn.functional.softmax")
 # %% [markdown]
 # ## Several kernels, in order
 #
-# A mean over few rows leaves most of a GPU idle, if one block takes one row. So many blocks sum a part each into a
-# `workspace`, memory for the call alone, and a second kernel sums the parts.
+# In a mean over few rows most of a GPU is idle if one block takes one row. So here many blocks take a row. Each writes
+# the sum of its part into a `workspace`, which is memory for this call alone. A second kernel sums the parts.
 
 # %%
 mean = operator(
@@ -259,9 +261,9 @@ print(mean, "like torch.mean")
 # %% [markdown]
 # ## In place
 #
-# `INOUT` says that a kernel changes an argument. Autograd knows: it refuses a leaf that requires grad, and a backward
-# that needs what was there before. In the backward, `INOUT dx` comes as the gradient of the result, and leaves as that
-# of the argument.
+# `INOUT` says that a kernel changes an argument. Autograd knows about it. It refuses a leaf that requires grad, and a
+# backward that needs what was there before. In the backward, `INOUT dx` is first the gradient of the result. The kernel
+# turns it into that of the argument.
 
 # %%
 clamp_ = operator(
@@ -296,7 +298,7 @@ print(clamp_)
 # %% [markdown]
 # ## What it is compiled to
 #
-# `attributes`, `ptx` and `sass` need no GPU, with an architecture given.
+# With an architecture given, `attributes`, `ptx` and `sass` need no GPU.
 
 # %%
 softmax.attributes("sm_80")
@@ -307,7 +309,7 @@ print(softmax.ptx(arch="sm_80").count("bar.sync"), "barriers, with the loops ove
 # %% [markdown]
 # ## In a network
 #
-# It is an operator like any other, in a module or in a training step:
+# Such an operator is like any other, in a module or in a training step:
 
 
 # %%
@@ -345,8 +347,8 @@ print("compiled without a graph break")
 # %% [markdown]
 # ## Mistakes
 #
-# A text is compiled at the first call, and an error names its line. What can be told before that is told when the
-# operator is made.
+# A text is compiled at the first call, and an error names its line. Mistakes that show without compiling are reported
+# when the operator is made.
 
 # %%
 try:

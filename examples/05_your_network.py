@@ -76,7 +76,7 @@ class UNet(nn.Module):
 
 
 torch.manual_seed(0)
-images, size, width = (256, 32, 64) if on_gpu else (2, 12, 16)
+images, size, width = (256, 32, 64) if on_gpu else (2, 8, 16)
 network = UNet(width).to(device)
 x = torch.randn(images, 3, size, size, device=device)
 print(f"images {tuple(x.shape)} -> images {tuple(network(x).shape)}")

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import click
 
-from cupy_kernels import source
-from modelnew import environment
+from modelnew import commands, environment
 
 from .generated import EXAMPLES
 
@@ -14,8 +13,8 @@ def execute(script: Path, timeout: int = 300):
     """The script's notebook with its outputs, as nbformat has it. nbclient.exceptions.CellExecutionError if it fails.
 
     Cells and metadata of the .ipynb beside the script stay as they are where the script does not say otherwise. When
-    and how long cells ran is left out: it would change with each run. The metadata's "modelnew" says which kernels ran,
-    and with what.
+    and how long cells ran is left out: it would change with each run. The metadata "modelnew" is new: the versions and
+    the digest of the kernels that ran, as a record has them.
     """
     import jupytext
     import nbformat
@@ -25,6 +24,8 @@ def execute(script: Path, timeout: int = 300):
     notebook, stored = jupytext.read(script), script.with_suffix(".ipynb")
     if stored.exists():
         notebook = combine_inputs_with_outputs(notebook, nbformat.read(stored, as_version=4))
+    head = commands.head(environment.device())
+    notebook.metadata["modelnew"] = {name: head[name] for name in ("digest", "versions")}
     client = NotebookClient(
         notebook,
         timeout=timeout,
@@ -33,9 +34,7 @@ def execute(script: Path, timeout: int = 300):
         coalesce_streams=True,
         resources={"metadata": {"path": str(script.parent)}},
     )
-    client.execute()
-    notebook.metadata["modelnew"] = {"versions": environment.versions(), "digest": source.digest()}
-    return notebook
+    return client.execute()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
