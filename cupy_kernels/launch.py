@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import itertools
 import struct
+import sys
 import threading
 from typing import NamedTuple
 
@@ -135,20 +137,23 @@ class Packed:
 class Batch:
     """Launches that are started together. Their arguments are in one array of 8-byte words.
 
-    First come the addresses of `count` arguments of a call, then addresses inside them; both are written at each start.
-    Then come the numbers, of which the varying ones are written at each start. Then come, for each launch, the
-    addresses of its arguments' values.
+    First come the addresses of `count` arguments of a call, addresses inside them, and the varying numbers; these are
+    written at each start. Then come the other numbers and, for each launch, the addresses of its arguments' values.
 
     launches: (step, arguments). Each argument is its bytes, a stand-in (`plan.Slot`), or a `Varying`.
     """
 
     def __init__(self, backend: Backend, launches: list[tuple[Step, list]], count: int = 0):
-        places = {(index, 0): index for index in range(count)}
-        for arg in (arg for _, args in launches for arg in args):
-            if not isinstance(arg, np.generic | Varying):
+        places, varying = {(index, 0): index for index in range(count)}, {}
+        for arg, parameter in (pair for step, args in launches for pair in zip(args, step.parameters)):
+            if isinstance(arg, Varying):
+                varying[arg.index, parameter.dtype] = None
+            elif not isinstance(arg, np.generic):
                 places.setdefault((arg.index, arg.offset), len(places))
-        self.backend, self.launches, self.varying, end = backend, [], [], len(places)
+        self.backend, self.launches, self.varying = backend, [], list(varying)
         self.inside = list(places)[count:]
+        places.update(zip(varying, itertools.count(len(places))))
+        end = len(places)
         self.pack = struct.Struct(f"={end}Q").pack_into
         self.words = words = np.zeros(end + 2 * sum(len(args) for _, args in launches), np.uint64)
         for step, args in launches:
@@ -157,10 +162,8 @@ class Batch:
                 place = end
                 if isinstance(arg, np.generic):
                     words[end : end + 1].view(np.uint8)[: arg.itemsize] = np.frombuffer(arg.tobytes(), np.uint8)
-                elif isinstance(arg, Varying):
-                    self.varying.append((words[end : end + 1].view(parameter.dtype), arg.index))
                 else:
-                    place = places[arg.index, arg.offset]
+                    place = places[arg.index, parameter.dtype if isinstance(arg, Varying) else arg.offset]
                 end += place == end
                 pointers.append(words.ctypes.data + 8 * place)
             words[end : end + len(pointers)] = pointers
@@ -170,10 +173,14 @@ class Batch:
 
     def start(self, pointers: list[int], values: list, stream: int | None) -> None:
         """Starts the launches in a stream of the current GPU. pointers, values: of the call's arguments, by index."""
-        self.pack(self.words, 0, *pointers, *[pointers[index] + offset for index, offset in self.inside])
-        for word, index in self.varying:
-            word[0] = values[index]
+        inside = [pointers[index] + offset for index, offset in self.inside]
+        self.pack(self.words, 0, *pointers, *inside, *[word(values[index], dtype) for index, dtype in self.varying])
         self.backend.start(self.launches, stream)
+
+
+def word(number: float, dtype: np.dtype) -> int:
+    """The word of a `Batch` that holds a number of this type."""
+    return int.from_bytes(dtype.type(number).tobytes(), sys.byteorder)
 
 
 class Varying(float):

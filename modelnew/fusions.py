@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from cupy_kernels.errors import UnsupportedError
 
 from . import functional, layers
+from .functional.affine import weight_and_bias
 from .functional.conv_bn_pool import check_three, is_plain
 from .functional.max_pool import pool_of
 from .functional.resident_conv_bn_pool import fused_plan
@@ -67,27 +68,37 @@ def run_fused(children: list[nn.Module], x: torch.Tensor, parts: str = "apart") 
     if chain is None or _unsupported_reason(chain, range(LENGTH), children, x):
         return None
     conv, norm, activation, pool, group = children
-    conv_weight, conv_bias = layers.tensors_of(conv, "weight", "bias")
-    group_weight, group_bias = layers.tensors_of(group, "weight", "bias")
+    conv_weight, conv_bias = weight_and_bias(conv)
+    group_weight, group_bias = weight_and_bias(group)
     function = norm.operation(functional.conv_bn_activation_max_pool_group_norm)
     if norm.peers is None and (is_dynamo_compiling() or (nn.Module.__call__ is not _CALL and _in_graph())):
         function = functools.partial(conv_bn_activation_max_pool_group_norm_or_parts, parts=parts)
+    options = _shape(conv, pool)
+    for name in chain.options:
+        options[name] = getattr(activation, name)
+    if options:
+        function = functools.partial(function, **options)
+    running_mean, running_var, weight, bias, training, momentum, eps = norm.arguments(x)
     try:
-        return function(
+        return function(  # without * and **, which take twice as long
             x,
-            *norm.arguments(x),
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
             conv_weight=conv_weight,
             conv_bias=conv_bias,
             padding=conv.padding,
             activation=chain.activation,
-            **_shape(conv, pool),
             num_groups=group.num_groups,
             group_weight=group_weight,
             group_bias=group_bias,
             group_eps=group.eps,
             num_batches_tracked=norm.counter(),
             numerics=conv.numerics,
-            **{name: getattr(activation, name) for name in chain.options},
         )
     except UnsupportedError:
         return None
@@ -128,9 +139,9 @@ def _unsupported_reason(chain, names, children, x) -> str | None:
         return "there are hooks for all modules"
     if isinstance(x, torch.fx.Proxy):
         return "torch.fx.symbolic_trace records the layers"
-    for name, child, kind in zip(names, children, chain.kinds):
-        if not unchanged(child, kind):
-            return f"{name} is not replaced, has a hook, or was swapped, compiled or given another forward"
+    if not all(map(unchanged, children, chain.kinds)):
+        name = next(n for n, child, kind in zip(names, children, chain.kinds) if not unchanged(child, kind))
+        return f"{name} is not replaced, has a hook, or was swapped, compiled or given another forward"
     conv, _, _, pool, _ = children
     if pool.return_indices:
         return "the pooling returns indices"
@@ -155,16 +166,11 @@ def _in_graph() -> bool:
 
 def _shape(conv, pool) -> dict:
     """The arguments for a convolution and windows that the one operator does not support; else none."""
-    found = {
-        "stride": conv.stride,
-        "output_padding": conv.output_padding,
-        "dilation": conv.dilation,
-        "groups": conv.groups,
-        "pool_size": pool.kernel_size,
-        "pool_stride": pool.stride,
-        "pool_padding": pool.padding,
-    }
-    return {} if is_plain(*found.values()) else found
+    given = conv.stride, conv.output_padding, conv.dilation, conv.groups, pool.kernel_size, pool.stride, pool.padding
+    if is_plain(*given):
+        return {}
+    names = ("stride", "output_padding", "dilation", "groups", "pool_size", "pool_stride", "pool_padding")
+    return dict(zip(names, given))
 
 
 def unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -9,7 +9,6 @@ import inspect
 
 from . import recorders
 from .functional import operators
-from .functional.affine import tensors_of
 from .functional.operators import *
 
 __all__ = sorted(name for name, value in vars(operators).items() if inspect.isclass(value))

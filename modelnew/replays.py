@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import torch
 from torch import is_grad_enabled
 
+from cupy_kernels.launch import word
 from cupy_kernels.plan import written
 
 from . import calls, numerics, recorders
@@ -280,12 +281,11 @@ class _Code:
                 lines.append(f"v{index} = empty({shape}, {strides}, dtype{index})")
                 lines.append(f"b{index} = v{index}.data_ptr()")
             if steps:
-                batch = defined[f"batch{number}"] = plan.batch(steps)
+                batch = plan.batch(steps)
                 words = [*pointers, *(f"{pointers[index]} + {offset}" for index, offset in batch.inside)]
+                words += [str(word(self.values[index], dtype)) for index, dtype in batch.varying]
                 defined.update({f"pack{number}": batch.pack, f"words{number}": batch.words})
                 lines.append(f"pack{number}(words{number}, 0, {', '.join(words)})")
-                for place, (_, index) in enumerate(batch.varying):
-                    lines.append(f"batch{number}.varying[{place}][0][0] = numbers[{index}]")
                 defined.update({f"backend{number}": batch.backend, f"launches{number}": batch.launches})
                 lines.append(f"if not watched() or show(plan, [{', '.join(values)}], {steps}):")
                 lines.append(f"    backend{number}.start(launches{number}, {stream})")

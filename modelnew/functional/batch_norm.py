@@ -23,7 +23,7 @@ from ..calls import call, prepared
 from ..cases import Case, activations, sums_of
 from ..formats import channels_last, dense_in, restored, stored
 from ..untraced import untraced
-from .affine import reset_affine, tensors_of
+from .affine import pair_of, reset_affine, weight_and_bias
 from .batch_norm_arguments import Norm
 from .gradients import Function, NormGradient, apply, will_need_grad
 from .tanh import tanh_gradient
@@ -259,7 +259,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     def arguments(self, input: torch.Tensor) -> tuple:
         """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for this input."""
         self._check_input_dim(input)
-        running_mean, running_var, *affine = tensors_of(self, "running_mean", "running_var", "weight", "bias")
+        running_mean, running_var = pair_of(self, self._buffers, "running_mean", "running_var")
         training = self.training or (running_mean is None and running_var is None)
         if self.training and not self.track_running_stats:
             running_mean = running_var = None
@@ -267,11 +267,14 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         if momentum is None:  # the average over all batches
             counter = self.counter()
             momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
-        return running_mean, running_var, *affine, training, momentum, self.eps
+        return running_mean, running_var, *weight_and_bias(self), training, momentum, self.eps
 
     def counter(self) -> torch.Tensor | None:
         """num_batches_tracked, if the next batch is counted, else None."""
-        return tensors_of(self, "num_batches_tracked")[0] if self.training and self.track_running_stats else None
+        if not (self.training and self.track_running_stats):
+            return None
+        name, known = "num_batches_tracked", self._buffers
+        return known[name] if name in known else getattr(self, name)
 
 
 class BatchNorm1d(_Layer, nn.BatchNorm1d):

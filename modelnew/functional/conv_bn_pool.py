@@ -107,7 +107,7 @@ def conv_bn_activation_max_pool_group_norm(
     return group_norm(y, *group)
 
 
-_PLAIN = ((1, 0, 1, 1, 2, None, 0), ((1, 1), (0, 0), (1, 1), 1, 2, 2, 0))  # as the function and as layers have it
+_PLAIN = (((1, 1), (0, 0), (1, 1), 1, 2, 2, 0), (1, 0, 1, 1, 2, None, 0))  # as layers and as the function have it
 
 
 def is_plain(stride, output_padding, dilation, groups, pool_size, pool_stride, pool_padding) -> bool:

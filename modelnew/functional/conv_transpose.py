@@ -15,7 +15,7 @@ from ..interop import NUMPY, aligned, check_floating, dense, integer, one_device
 from ..numerics import check_numerics, choose, gather_gemm_split, without_tensor_cores
 from ..untraced import untraced
 from . import conv_transpose_kernels as kernels
-from .affine import tensors_of
+from .affine import weight_and_bias
 from .gradients import Function, apply, differentiable, will_need_grad
 
 __all__ = ["ConvTranspose2d", "conv_transpose2d"]
@@ -231,7 +231,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             extra = self._output_padding(input, list(output_size), *window, 2, self.dilation)
         return conv_transpose2d(
             input,
-            *tensors_of(self, "weight", "bias"),
+            *weight_and_bias(self),
             self.stride,
             self.padding,
             extra,

@@ -23,7 +23,7 @@ from ..cases import Case, sums_of
 from ..formats import channels_last, dense_in, restored, stored
 from ..interop import check_parameters, dense, integer, number, one_device
 from ..untraced import untraced
-from .affine import reset_affine, tensors_of
+from .affine import reset_affine, weight_and_bias
 from .gradients import Function, NormGradient, apply, differentiable, will_need_grad
 
 __all__ = ["GroupNorm", "group_norm"]
@@ -177,7 +177,7 @@ class GroupNorm(nn.GroupNorm):
         reset_affine(self)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return group_norm(input, self.num_groups, *tensors_of(self, "weight", "bias"), self.eps)
+        return group_norm(input, self.num_groups, *weight_and_bias(self), self.eps)
 
 
 def _inputs(images):
