@@ -219,6 +219,7 @@ def test_a_float_beside_an_integer_is_ambiguous(x, y):
 
 
 @pytest.mark.skipif(not emulator._fills_locals() or emulator._is_clang(), reason="gcc 12 and newer have the pattern")
+@pytest.mark.filterwarnings("ignore:.* may be read before it is set")
 @pytest.mark.parametrize(
     ("unset", "set_", "body"),
     [
@@ -243,6 +244,7 @@ def test_a_local_variable_that_nobody_sets(x, y, unset, set_, body):
 
 
 @pytest.mark.skipif(not emulator._fills_locals() or emulator._is_clang(), reason="gcc 12 and newer have the pattern")
+@pytest.mark.filterwarnings("ignore:.* may be read before it is set")
 @pytest.mark.parametrize("kind", ["half_t", "bf16_t"])
 def test_a_half_that_nobody_sets(x, kind):
     text = f"""#include "common.cuh"

@@ -140,7 +140,9 @@ static inline int lane_xor(int lanes, int width) {
     int lane = current % 32, other = lane ^ lanes;
     return (other & -width) <= lane ? other : lane;
 }
-static inline int lane_up(int lanes, int width) { return current % 32 - ((current & (width - 1)) >= lanes ? lanes : 0); }
+static inline int lane_up(int lanes, int width) {
+    return current % 32 - ((current & (width - 1)) >= lanes ? lanes : 0);
+}
 static inline int lane_down(int lanes, int width) {
     return current % 32 + ((current & (width - 1)) + lanes < width ? lanes : 0);
 }
