@@ -24,6 +24,7 @@ _NAMES = {
     "malloc new": "the emulator has no memory of kernels' own: use __shared__, a local array, or an argument",
     "asm": "the emulator has no PTX: write `#ifndef CUPY_KERNELS_EMULATOR` around it, and the same in C++ for it",
 }
+_COMMON = "INOUT i64 u8 half_t bf16_t to_acc from_acc warp_sum warp_max block_sum is_nan is_finite"
 
 
 def of_header(name: str) -> str:
@@ -37,7 +38,10 @@ def of_message(message: str) -> str:
         return "a call is ambiguous where its arguments have two types: write max(x, 0.0f) for max(x, 0)"
     if "no such instruction" in message:
         return f"asm: {_NAMES['asm']}"
+    missing = re.search("not (been )?declared|undeclared|is undefined|unknown type|not name a type", message)
     for name in re.findall(r"['\"]([A-Za-z_]\w*)", message):
+        if missing and name in _COMMON.split():
+            return f'{name}: #include "common.cuh" declares it'
         for names, hint in _NAMES.items():
             if any(re.fullmatch(pattern, name) for pattern in names.split()):
                 return f"{name}: {hint}"

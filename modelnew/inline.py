@@ -73,7 +73,8 @@ def operator(
     Types are float, double, half_t, bf16_t, bool, u8, signed char, int, unsigned, i64 (long long) and unsigned long
     long. scalar_t is the dtype of the inputs that are declared so, and acc_t is the type for its arithmetic: double for
     double, else float. One text with these serves float32, float64, float16 and bfloat16. `#include "common.cuh"`
-    declares these types, to_acc(v), from_acc<scalar_t>(v), warp_sum, warp_max and block_sum.
+    declares these types, INOUT, to_acc(v), from_acc<scalar_t>(v), warp_sum(v), warp_max(v), and block_sum(v, scratch)
+    with `__shared__ acc_t scratch[32]`.
 
     text: CUDA C. Kernels are declared `extern "C" __global__ void name(...)`. Compilation happens at the first call.
     forward: name of the forward kernel, or several, which run in order. A later kernel can read what an earlier one

@@ -199,6 +199,8 @@ VALUES = [
     # Warps and blocks
     ("__shfl_sync(0xFFFFFFFFu, t * 1.5f, 3)", 4.5),
     ("__shfl_sync(0xFFFFFFFFu, t, 5, 8)", T // 8 * 8 + 5),
+    ("__shfl_sync(0xFFFFFFFFu, t, -1, 4)", T // 4 * 4 + 3),
+    ("__shfl_xor_sync(0xFFFFFFFFu, t, 4, 4)", np.where(T & 4, T ^ 4, T)),
     ("__shfl_xor_sync(0xFFFFFFFFu, (long long)t << 40, 1)", (T ^ 1) * 2.0**40),
     ("__shfl_up_sync(0xFFFFFFFFu, (double)t, 2)", np.where(T >= 2, T - 2, T)),
     ("__shfl_up_sync(0xFFFFFFFFu, t, 1, 16)", np.where(T % 16 >= 1, T - 1, T)),

@@ -219,6 +219,7 @@ def test_a_float_beside_an_integer_is_ambiguous(x, y):
 
 
 @pytest.mark.skipif(not emulator._fills_locals() or emulator._is_clang(), reason="gcc 12 and newer have the pattern")
+@pytest.mark.filterwarnings("ignore:.* may be read before it is set")
 @pytest.mark.parametrize(
     ("unset", "set_", "body"),
     [
@@ -243,6 +244,7 @@ def test_a_local_variable_that_nobody_sets(x, y, unset, set_, body):
 
 
 @pytest.mark.skipif(not emulator._fills_locals() or emulator._is_clang(), reason="gcc 12 and newer have the pattern")
+@pytest.mark.filterwarnings("ignore:.* may be read before it is set")
 @pytest.mark.parametrize("kind", ["half_t", "bf16_t"])
 def test_a_half_that_nobody_sets(x, kind):
     text = f"""#include "common.cuh"
@@ -270,3 +272,21 @@ def test_a_launch_that_fails_leaves_device_variables_as_they_were(x, y):
         run(text, x, y, 1)
     run(text, x, y, 0)
     assert (y == 6).all()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "float best;\nfor (int k = 0; k < 3; k++) if (x[k] > best) best = x[k];\ny[threadIdx.x] = best;",
+        "float best;\ny[threadIdx.x] = x[threadIdx.x] > best;",
+        "int best;\ny[threadIdx.x] = best > 3;",
+    ],
+)
+def test_a_warning_of_a_local_variable_that_nobody_sets(body, tmp_path, monkeypatch):
+    """With the line of the text; also when the library comes from the cache."""
+    monkeypatch.setenv("CUPY_KERNELS_CACHE_DIR", str(tmp_path))
+    with source.override({"unset.cu": f'extern "C" __global__ void f(const float* x, float* y) {{ {body} }}'}):
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="^best may be read before it is set$") as found:
+                emulator.Emulator().compiled(Kernel("unset.cu", "f"))
+            assert [(said.filename, said.lineno) for said in found] == [("unset.cu", 2)]

@@ -142,6 +142,8 @@ def test_a_time_limit(monkeypatch, x, y):
     monkeypatch.setenv("CUPY_KERNELS_TIMEOUT", "0.3")
     with pytest.raises(EmulatorError, match="takes longer than CUPY_KERNELS_TIMEOUT allows"):
         run(ENDLESS.replace("BODY", "{}"), x, y)
+    with pytest.raises(EmulatorError, match=r"\.cu:\d+: takes longer"):  # it is in the runtime most of the time
+        run(ENDLESS.replace("BODY", "{ if (*(volatile const float*)x > 1e9f) break; }"), x, y)
     monkeypatch.setenv("CUPY_KERNELS_TIMEOUT", "1e-9")  # over before it begins
     for _ in range(5):
         with pytest.raises(EmulatorError, match="takes longer than CUPY_KERNELS_TIMEOUT allows"):

@@ -88,12 +88,22 @@ def test_a_launch_that_fails_names_the_line_of_the_user(statement, message):
         ("y[i] = __shfl_xor(x[i], 1);", "__shfl_xor: those of today have a mask"),
         ("y[i] = from_acc<int>(to_acc(x[i]));", r"'from_acc' is declared.*\nfrom_acc: from_acc<T> gives float, double"),
         ("float* p = new float[4];", "'new' is not there in kernels"),
+        ("__shared__ float s[20000]; y[i] = s[i] = x[i];", "have 80000 bytes; a GPU takes 49152 bytes at most"),
     ],
 )
 def test_the_way_out_is_in_the_message(statement, hint):
     with pytest.raises(KernelCompileError, match=hint) as error:
         operator(TEXT.replace("STATEMENT", statement), "f")(torch.ones(3))
     assert "did you forget to" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name"), [("const float* x, float* y, i64 n", "i64"), ("float* y, INOUT float* x, int n", "INOUT")]
+)
+def test_what_common_cuh_declares(parameters, name):
+    function = operator(f'extern "C" __global__ void f({parameters}) {{ }}', "f", sizes={"n": len})
+    with pytest.raises(KernelCompileError, match=f'\n{name}: #include "common.cuh" declares it'):
+        function(torch.ones(3))
 
 
 @pytest.mark.parametrize("header", ["<cuda_fp16.h>", '"cuda_fp16.h"', "<cmath>", '"cooperative_groups.h"', "<thrust>"])

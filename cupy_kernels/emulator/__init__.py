@@ -18,6 +18,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import json
 import math
 import os
 import platform
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from importlib import resources
 from pathlib import Path
 
@@ -52,10 +54,12 @@ LINES = ("-g1", "-gdwarf-4")  # what lines.py reads
 CHECKS += ("-fno-finite-loops", *LINES)
 CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the extensions that host compilers have
 # Reads and writes of an array by a pointer that has left it. The package's own kernels do without: it takes time.
-CHECKS_OF_EDITS = ("-fsanitize=object-size",)
+CHECKS_OF_EDITS = ("-fsanitize=object-size", "-Wuninitialized")
+WARNINGS = "cu_warnings"  # the section of a library that has what the compiler warned of
+MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
-CLANG_CHECKS += ("-fno-sanitize=local-bounds",)
+CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized")
 UNSET = "-ftrivial-auto-var-init=pattern"  # what memory.cpp looks for in outputs; gcc 12 and newer, clang
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 
@@ -159,9 +163,20 @@ class Emulator(Backend):
                 nvrtc.check(kernel)
             except KernelCompileError as error:
                 raise KernelCompileError(f"NVRTC {nvrtc.version()}, which compiles for GPUs: {error}") from None
-        found = elf.variables(Path(library._name).read_bytes())
+        built, entries = Path(library._name).read_bytes(), declarations(unit(kernel))
+        found = elf.variables(built)
+        shared = [v.bytes for v in found if v.shared]
+        needed = sum(shared) if len(entries) == 1 else max(shared, default=0)
+        if needed > MOST_STATIC_SHARED_BYTES:
+            raise KernelCompileError(
+                f"{kernel}: its __shared__ variables have {needed} bytes; a GPU takes {MOST_STATIC_SHARED_BYTES} bytes "
+                "at most: use smaller ones"
+            )
+        for said in elf.section(built, WARNINGS).decode().split("\0")[:-1]:
+            file, line, what = said.split(":")
+            warnings.warn_explicit(what, UserWarning, file, int(line))
         variables = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
-        for name in declarations(unit(kernel)):
+        for name in entries:
             entry = getattr(library, f"emulator_{name}")
             entry.restype, entry.variables = ctypes.c_char_p, variables
         return library
@@ -330,7 +345,8 @@ def _entry(name, parameters) -> str:
 
 def _call(command):
     # Messages in English, which _build reads.
-    subprocess.run(command, capture_output=True, check=True, env={**os.environ, "LC_ALL": "C"})
+    done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "LC_ALL": "C"})
+    return done.stderr.decode(errors="replace")
 
 
 def _build(kernel: Kernel, text: str, command: list[str]) -> bytes:
@@ -339,8 +355,10 @@ def _build(kernel: Kernel, text: str, command: list[str]) -> bytes:
         with tempfile.TemporaryDirectory() as scratch:
             whole, assembly, built = (Path(scratch, f"kernel.{kind}") for kind in ("cpp", "s", "so"))
             whole.write_text(text, encoding="utf-8")
-            _call([*command, "-S", str(whole), "-o", str(assembly)])
-            assembly.write_text(elf.with_gaps(assembly.read_text(encoding="utf-8")), encoding="utf-8")
+            log = _call([*command, "-S", str(whole), "-o", str(assembly)])
+            said = "".join(f"\t.asciz {json.dumps(what)}\n" for what in messages.unset(log))
+            made = elf.with_gaps(assembly.read_text(encoding="latin-1"))  # clang writes any byte of a text as it is
+            assembly.write_text(f'{made}\t.section {WARNINGS},"",@progbits\n{said}', encoding="latin-1")
             # -fsanitize would bring a runtime
             _call([*compiler(), *LINES, "-shared", str(assembly), "-o", str(built), "-lm"])
             return built.read_bytes()

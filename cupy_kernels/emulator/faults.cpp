@@ -10,6 +10,8 @@ static volatile bool running;
 static const char* const INTERRUPTED = "interrupted";
 static const char* volatile stopped;  // why the launch must end
 
+static bool is_code(const char* address) { return in_image(address) && !variable(address); }
+
 struct Registers { char *stack_pointer, *program_counter; };
 
 static Registers registers(void* context) {
@@ -21,11 +23,14 @@ static Registers registers(void* context) {
 #endif
 }
 
-// The kernel's line as the beginning of an error, if it is the kernel's own code that runs.
+// The kernel's line as the beginning of an error: where it runs, or called the runtime.
 static Where line_of(void* context) {
     Where where = {};
-    char* at = registers(context).program_counter;
-    if (in_image(at)) snprintf(where.text, sizeof where.text, "<%x>: ", place_of(at + 1));
+    Registers now = registers(context);
+    char* at = now.program_counter + 1;
+    char* next = now.stack_pointer > stack_low ? now.stack_pointer : stack_low;
+    for (; !is_code(at) && next < end_of_stack(current); next += sizeof next) at = *(char**)next;
+    if (is_code(at)) snprintf(where.text, sizeof where.text, "<%x>: ", place_of(at));
     return where;
 }
 

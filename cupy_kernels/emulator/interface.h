@@ -124,23 +124,27 @@ template <class V> UNCHECKED static Deposits<V> exchange_in_warp(unsigned mask, 
     return {received()};
 }
 
-// What lane `source` deposits: it must exist and be in the mask.
-template <class V> UNCHECKED static V shuffle(unsigned mask, V mine, int source, Place place) {
+// What lane `source` deposits: it must exist and be in the mask. Lanes are counted in groups of `width`.
+template <class V> UNCHECKED static V shuffle(unsigned mask, V mine, int source, int width, Place place) {
+    if (width < 1 || width > 32 || width & (width - 1))
+        fail(place, "shuffles with a width that is not 1, 2, 4, 8, 16 or 32");
     Deposits<V> all = exchange_in_warp(mask, mine, place);
     if (source < 0 || source > 31 || !(mask >> source & 1) || current / 32 * 32 + source >= thread_count)
         fail(place, "reads a lane that takes no part in the shuffle");
     return all[source];
 }
 
-// The lane that a shuffle reads, in groups of `width` lanes.
-static inline int lane_at(int lane, int width = 32) { return current % 32 / width * width + lane % width; }
-static inline int lane_xor(int lanes, int width = 32) {
+// The lane that a shuffle reads.
+static inline int lane_at(int lane, int width) { return (current % 32 & -width) | (lane & (width - 1)); }
+static inline int lane_xor(int lanes, int width) {
     int lane = current % 32, other = lane ^ lanes;
-    return other / width <= lane / width ? other : lane;
+    return (other & -width) <= lane ? other : lane;
 }
-static inline int lane_up(int lanes, int width = 32) { return current % 32 - (current % width >= lanes ? lanes : 0); }
-static inline int lane_down(int lanes, int width = 32) {
-    return current % 32 + (current % width + lanes < width ? lanes : 0);
+static inline int lane_up(int lanes, int width) {
+    return current % 32 - ((current & (width - 1)) >= lanes ? lanes : 0);
+}
+static inline int lane_down(int lanes, int width) {
+    return current % 32 + ((current & (width - 1)) + lanes < width ? lanes : 0);
 }
 
 template <class T> UNCHECKED static float value_of(unsigned short bits) { return to_acc(T{bits}); }

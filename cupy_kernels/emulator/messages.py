@@ -9,6 +9,13 @@ _CONTEXT = re.compile(r"^(?P<place>\S+?:\d+(?::\d+)?):\s+required from ")
 _SNIPPET = re.compile(r"^\s*\d* \|")
 _ELSEWHERE = re.compile(r"note: '.*' is defined in header|inlined from .* at (?:\S*/)?emulator_entries:")
 _POISONED = re.compile(r"attempt to use (?:a poisoned identifier|poisoned \"(\w+)\")")
+_UNSET = re.compile(r"^(\S+?:\d+):\d+: warning: (?:variable )?'(\w+)' .*uninitialized", re.MULTILINE)
+
+
+def unset(log: str) -> list[str]:
+    """What a host compiler's log says of local variables that may be read before they are set: "file:line:what"."""
+    found = (f"{place}:{name} may be read before it is set" for place, name in _UNSET.findall(log))
+    return [said for said in dict.fromkeys(found) if not is_internal(said)]
 
 
 def is_internal(place: str) -> bool:

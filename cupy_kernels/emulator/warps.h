@@ -14,16 +14,16 @@ static inline unsigned __activemask() { return emulator::active_lanes(); }
 
 #define EMULATOR_SHUFFLES(T) \
     static inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32, EMULATOR_HERE) { \
-        return emulator::shuffle(mask, value, emulator::lane_at(lane, width), place); \
+        return emulator::shuffle(mask, value, emulator::lane_at(lane, width), width, place); \
     } \
     static inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, EMULATOR_HERE) { \
-        return emulator::shuffle(mask, value, emulator::lane_xor(lanes, width), place); \
+        return emulator::shuffle(mask, value, emulator::lane_xor(lanes, width), width, place); \
     } \
     static inline T __shfl_up_sync(unsigned mask, T value, unsigned lanes, int width = 32, EMULATOR_HERE) { \
-        return emulator::shuffle(mask, value, emulator::lane_up(lanes, width), place); \
+        return emulator::shuffle(mask, value, emulator::lane_up(lanes, width), width, place); \
     } \
     static inline T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = 32, EMULATOR_HERE) { \
-        return emulator::shuffle(mask, value, emulator::lane_down(lanes, width), place); \
+        return emulator::shuffle(mask, value, emulator::lane_down(lanes, width), width, place); \
     }
 EMULATOR_SHUFFLES(int) EMULATOR_SHUFFLES(long) EMULATOR_SHUFFLES(long long) EMULATOR_SHUFFLES(float)
 EMULATOR_SHUFFLES(unsigned) EMULATOR_SHUFFLES(unsigned long) EMULATOR_SHUFFLES(unsigned long long)

@@ -118,3 +118,19 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     __syncwarp(@0xffffffff@t < 16 ? 0xffff : 0xffff0000@);
     y[t] = s[t ^ 16];
 }
+
+//// a shuffle in groups of three
+// error: shuffles with a width that is not 1, 2, 4, 8, 16 or 32
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = __shfl_xor_sync(0xFFFFFFFFu, x[i], 1, @2@3@);
+}
+
+//// a shuffle in groups of more than a warp
+// error: shuffles with a width that is not 1, 2, 4, 8, 16 or 32
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = __shfl_up_sync(0xFFFFFFFFu, x[i], 1, @32@64@);
+}
