@@ -1735,11 +1735,16 @@ def _multiprocessors(device_index: int) -> int:
 #
 # Helpers for the weight and bias of the norm layers.
 
-def tensors_of(module: nn.Module, *names: str) -> list[torch.Tensor | None]:
-    """Parameters and buffers of a module, by name. Plain getattr searches three dicts and takes three times as long."""
-    known = {**module._parameters, **module._buffers}
-    # Someone may have put another tensor in its place.
-    return [known[name] if name in known else getattr(module, name) for name in names]
+def pair_of(module: nn.Module, known: dict, first: str, second: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Two tensors of a module. known: its parameters or its buffers. Plain getattr searches three dicts: slower."""
+    if first in known and second in known:
+        return known[first], known[second]
+    return getattr(module, first), getattr(module, second)  # someone has put another tensor in its place
+
+
+def weight_and_bias(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Both, of a convolution or a norm."""
+    return pair_of(module, module._parameters, "weight", "bias")
 
 
 def reset_affine(module: nn.Module) -> None:
@@ -1890,7 +1895,7 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
     def arguments(self, input: torch.Tensor) -> tuple:
         """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for this input."""
         self._check_input_dim(input)
-        running_mean, running_var, *affine = tensors_of(self, "running_mean", "running_var", "weight", "bias")
+        running_mean, running_var = pair_of(self, self._buffers, "running_mean", "running_var")
         training = self.training or (running_mean is None and running_var is None)
         if self.training and not self.track_running_stats:
             running_mean = running_var = None
@@ -1898,11 +1903,14 @@ class _Layer(nn.modules.batchnorm._BatchNorm):
         if momentum is None:  # the average over all batches
             counter = self.counter()
             momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
-        return running_mean, running_var, *affine, training, momentum, self.eps
+        return running_mean, running_var, *weight_and_bias(self), training, momentum, self.eps
 
     def counter(self) -> torch.Tensor | None:
         """num_batches_tracked, if the next batch is counted, else None."""
-        return tensors_of(self, "num_batches_tracked")[0] if self.training and self.track_running_stats else None
+        if not (self.training and self.track_running_stats):
+            return None
+        name, known = "num_batches_tracked", self._buffers
+        return known[name] if name in known else getattr(self, name)
 
 
 class BatchNorm2d(_Layer, nn.BatchNorm2d):
