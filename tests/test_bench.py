@@ -42,7 +42,8 @@ invoke = partial(invoked.invoke, bench.bench_command)
 
 def measured(tmp_path, *arguments, device="cpu", code=0):
     """Rows by (what, class, n, who, layout)."""
-    found, text = invoke("--device", device, "--size", "6", "--output", str(tmp_path), *arguments)
+    options = "--device", device, "--size", "6", "--no-startup", "--output", str(tmp_path)
+    found, text = invoke(*options, *arguments)
     assert found == code, text
     (path,) = tmp_path.glob("bench_*.json")
     rows = json.loads(path.read_text())["rows"]
@@ -125,9 +126,8 @@ def test_without_wgmma(small, tmp_path, monkeypatch):
 def test_16_bit_class(device, small, tmp_path):
     what = ["forward_train", "conv_forward", "post_conv_forward"]
     what += ["step"] if device == "cpu" else []  # cuDNN takes a minute to choose its bf16 backward
-    rows = measured(
-        tmp_path, "--classes", "bf16", "--batches", "2", "--what", ",".join(what), "--trials", "1", device=device
-    )
+    options = "--classes", "bf16", "--batches", "2", "--trials", "1", "--peers", "eager"
+    rows = measured(tmp_path, *options, "--what", ",".join(what), device=device)
     assert all(r["ms"] for r in rows.values()), rows
 
 
@@ -135,7 +135,6 @@ def test_all_in_float16(device, fusible, compiled, launched, tmp_path):
     """Measured in the class fp16 alone, without autocast; ours runs on channels_last tensors as they are."""
     options = "--what", ",".join(workloads.FLOAT16), "--batches", "3", "--size", "6", "--trials", "1"
     rows = measured(tmp_path, *options, "--classes", "fp32,fp16", "--peers", "compile", device=device)
-    rows = {key: row for key, row in rows.items() if not key[0].startswith("startup")}  # a GPU's
     assert {key[:3] for key in rows} == {(what, "fp16", 3) for what in workloads.FLOAT16}
     for what in workloads.FLOAT16:
         whos = {("modelnew", "nhwc"), *((who, layout) for who in ("eager", "compile") for layout in ("nchw", "nhwc"))}
@@ -182,7 +181,7 @@ def test_kernels_alone_of_a_wrong_call_are_not_timed(fusible, tmp_path):
 def test_kernels_alone_are_timed(device, fusible, tmp_path):
     what = ",".join(workloads.KERNELS)
     rows = measured(tmp_path, "--what", what, "--classes", "fp32,fp16", "--batches", "2", device=device)
-    rows = {key[:3]: row for key, row in rows.items() if not key[0].startswith("startup")}
+    rows = {key[:3]: row for key, row in rows.items()}
     assert list(rows) == [(what, "fp32", 2) for what in workloads.KERNELS]
     assert all(r["ms"] > 0 for r in rows.values())
 
