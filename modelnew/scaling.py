@@ -5,6 +5,7 @@ steps: forward, and gradients of all parameters. The ways to take a step are tim
 slowest one counts.
 """
 
+import gc
 import json
 import multiprocessing
 import statistics
@@ -82,6 +83,11 @@ def _rank(rank, kind, count, images, trials, tiny, folder):
         if rank == 0:
             Path(folder, "rows").write_text(json.dumps(_rows(found, cls, count, images)))
         dist.barrier()
+        # If DistributedDataParallel had the group's last reference, its destructor would wait, with the GIL, for gloo's
+        # thread, which may be waiting for the GIL.
+        steps.clear()
+        del step
+        gc.collect()
         dist.destroy_process_group()
 
 
