@@ -27,7 +27,7 @@ class Replaced(NamedTuple):
         chains = [name for name, module in self.layers.items() if type(module) is Sequential]
         counts = Counter(type(module).__name__ for name, module in self.layers.items() if name not in chains)
         lines = ["replaced: " + (", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing")]
-        lines += [f"fused where the kernels support it: a chain in {name or 'the module'}" for name in chains]
+        lines += [f"fused where the kernels support it: a chain in {name or 'the network itself'}" for name in chains]
         return "\n".join((*lines, *(f"kept {name or 'the module'}: {reason}" for name, reason in self.kept.items())))
 
     def undo(self) -> None:
