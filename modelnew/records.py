@@ -60,8 +60,6 @@ def bound(row: dict) -> str:
 def trials(record: dict) -> str:
     """The number of trials in words."""
     text = f"{record['trials']} trial{'s'[: record['trials'] != 1]}"
-    if "trials_of_few" in record:  # older: more trials with few images, of one call each
-        return f"{text} (up to {FEW_IMAGES} images: {record['trials_of_few']})"
     few = any(row["n"] <= FEW_IMAGES for row in record["rows"])
     calls = record.get("calls_of_few", 1)
     return text + (f" (up to {FEW_IMAGES} images: of {calls} calls each)" if few and calls > 1 else "")

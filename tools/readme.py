@@ -64,8 +64,8 @@ def rendered(text: str, results: Path, folder: Path) -> str:
 
 def _speed(results, folder) -> str:
     """What the first record of times has on top, with its picture, and the times of those without wgmma."""
-    first, *others = [*_records(results, "bench")] or [None]
-    for path, record in [first] if first else ():
+    found = [*_records(results, "bench")]
+    for path, record in found[:1]:
         if sentence := headline.sentence(record):
             picture = os.path.relpath(path.with_suffix(".svg"), folder)
             return (
@@ -73,7 +73,7 @@ def _speed(results, folder) -> str:
                 f"<sub>{where(record)}, `{record['command']}`. Medians of trials in turns, in one process. The L2 "
                 "cache is flushed before each call, and results are checked first. PyTorch: eager, NCHW. "
                 "torch.compile: the fastest mode and memory format that was timed."
-                + "".join(headline.without_wgmma(other) for _, other in others if "--no-wgmma" in other["command"])
+                + "".join(headline.without_wgmma(other) for _, other in found[1:] if "--no-wgmma" in other["command"])
                 + "</sub>"
             )
     return _NO_TIMES
@@ -89,10 +89,15 @@ def _gains(results, _) -> str:
         for operator, found in means.items():
             cells = [_range(found.get(what)) for what in ("forward", "step")]
             lines.append(f"| {operator} | {' | '.join(cells)} |")
+        compiled = ", or torch.compile if faster" * any("compile_ms" in row for row in record["rows"])
         small = (
-            f"<sub>{where(record)}, `{record['command']}`. Geometric means over shapes of well-known networks: from "
-            "the dtype and memory format with the smallest mean to those with the largest.</sub>"
+            f"<sub>{where(record)}, `{record['command']}`. PyTorch: eager{compiled}, in the same memory format. Geometric "
+            "means over shapes of well-known networks: from the dtype and memory format with the smallest mean to those with "
+            "the largest."
         )
+        if untimed := sorted({row["operator"] for row in record["rows"]} - {name.split(",")[0] for name in means}):
+            small += f" Not timed: {', '.join(untimed)}."
+        small += "</sub>"
         return "\n".join([*lines, "", small])
     return _NO_LAYERS
 
