@@ -92,8 +92,8 @@ def _gains(results, _) -> str:
         compiled = ", or torch.compile if faster" * any("compile_ms" in row for row in record["rows"])
         small = (
             f"<sub>{where(record)}, `{record['command']}`. PyTorch: eager{compiled}, in the same memory format. "
-            "Geometric means over shapes of well-known networks: from the dtype and memory format with the smallest mean "
-            "to those with the largest."
+            "Geometric means over shapes of well-known networks: from the dtype and memory format with the smallest "
+            "mean to those with the largest."
         )
         if untimed := sorted({row["operator"] for row in record["rows"]} - {name.split(",")[0] for name in means}):
             small += f" Not timed: {', '.join(untimed)}."
