@@ -13,6 +13,7 @@ from cupy_kernels.backend import on_compile
 from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 
 from . import Model, ModelNew, commands, environment, get_init_inputs, get_inputs
+from . import __all__ as in_python
 from .bench import bench_command
 from .fuzz import fuzz_command
 from .host import host_command
@@ -26,6 +27,14 @@ from .training import training_command
 EMULATED_BATCH = 2
 BIT_EXACT = ("tanh", "max_pool")
 _WIDE = 80  # columns in which the table of errors has room for maxima
+_CLASSES = {"tf32": "the convolution's operands have 10 mantissa bits", "fp32": "all in float32's precision"}
+_MEANINGS = {  # of lines that `env` prints
+    "versions.torch_cuda": "the CUDA that torch was built for",
+    "versions.nvrtc": "NVIDIA's compiler of kernels for a GPU",
+    "versions.nvrtc_wgmma": "the one for kernels with wgmma instructions, which H100 and H200 have",
+    "emulator": "its C++ compiler; a GPU needs none",
+    "digest": "a hash of the kernels' text",
+}
 
 out = commands.console()
 progress = Console(stderr=True)
@@ -95,6 +104,15 @@ class _ParityByDefault(click.Group):
             args = [parity_command.name, *args]
         return super().parse_args(context, args)
 
+    def resolve_command(self, context, args):
+        try:
+            return super().resolve_command(context, args)
+        except click.UsageError as error:
+            if args[0] in in_python:
+                error.message += f" It is for Python: see help(modelnew.{args[0]})."
+            error.message += f" Commands: {', '.join(self.list_commands(context))}."
+            raise
+
     def format_options(self, context, formatter):
         parity_command.format_options(context, formatter)
         self.format_commands(context, formatter)
@@ -123,13 +141,14 @@ def env(as_json):
     records, install = found.pop("records"), found.pop("install")
     lines = dict(_flat(found))
     for key, value in lines.items():
-        click.echo(f"{key:{max(map(len, lines))}}  {value}")
+        meaning = f"  ({_MEANINGS[key]})" if key in _MEANINGS else ""
+        click.echo(f"{key:{max(map(len, lines))}}  {value}{meaning}")
     click.echo(f"\nBest for this machine: {install['command'] or 'nothing to install'}")
     click.echo(f"Why: {install['why']}")
     for what, matches in (("these", True), ("other", False)):
         files = [record["file"] for record in records if record["matches"] == matches]
         if files:
-            click.echo(f"\nRecords measured with {what} kernels: {', '.join(files)}")
+            click.echo(f"\nRecords in benchmarks/results, of {what} kernels: {', '.join(files)}")
 
 
 def _literal(batch, seed, device) -> bool:
@@ -159,7 +178,7 @@ def _errors(model, model_new, x, cls, seed) -> bool:
     rows = compare_models(model, model_new, x, cls, seed)
     if cls == "tf32" and x.device.type == "cpu":
         out.print("PyTorch has no TF32 on a CPU: what it is compared with is PyTorch's, of operands rounded to TF32.")
-    out.print(f"\n[bold]Errors against a float64 run, class {cls}", highlight=False)
+    out.print(f"\n[bold]Errors against a float64 run, class {cls}[/]: {_CLASSES[cls]}", highlight=False)
     out.print(f"Replaced {', '.join(model_new.replace)}.", highlight=False)
     wide = out.width >= _WIDE
     largest = ("ours\nmax", "PyTorch\nmax") if wide else ()
@@ -177,7 +196,9 @@ def _errors(model, model_new, x, cls, seed) -> bool:
         if names:
             out.print(f"torch.testing.assert_close {text} for {names}.", highlight=False)
     out.print(
-        "Errors are relative to the result's rms. "
+        ("It does not judge gradients: small values of long sums differ more. " if any(close.values()) else "")
+        + "Errors are relative to the result's rms. The gradient of conv_transpose.bias is 0 but for rounding: its "
+        "errors are relative to the rms of conv_transpose.weight's. "
         f"ok: at most {RATIO} times PyTorch's error, in rms and maximum, plus what chance and rounding explain. "
         + ("" if wide else f"A terminal of {_WIDE} columns shows the maxima. ")
         + "Pooling windows with two almost equal maxima get gradient 0, because rounding picks the winner.",
@@ -250,7 +271,7 @@ def _progress():
             yield what
     finally:
         stop()
-    took = f"{time.perf_counter() - start:.0f} s, with {count} groups of kernels compiled or loaded."
+    took = f"{time.perf_counter() - start:.0f} s. Kernels were compiled or loaded {count} times."
     progress.print(took, highlight=False)
 
 
@@ -258,7 +279,7 @@ def _flat(value, prefix=""):
     """("a.b", text) for each value inside nested dicts and lists."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
-        yield prefix, "-" if value is None else str(value)
+        yield prefix, "none" if value is None else str(value)
         return
     for key, inner in items:
         yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))

@@ -1,5 +1,7 @@
 """`explain`: which kernels a call launches."""
 
+from collections import Counter
+
 import torch
 from torch import nn
 
@@ -12,18 +14,25 @@ from .functional.conv_transpose_kernels import kernels_of
 from .interop import NUMPY
 from .model import ModelNew, fused_model
 from .numerics import choose, resolve
+from .replacement import can_be_replaced
 
 
 def explain(module: nn.Module, x: torch.Tensor) -> str:
     """Describes which of our kernels module(x) launches, forward and backward. Returns the text.
 
     module: a module that contains layers of ours. For ModelNew and ConvTranspose2d, the text also says why these
-        kernels run.
+        kernels run. For other modules, it names layers that `replace_layers` can replace.
     x: its input.
 
     None of our kernels is launched. Other operators in the module run, on uninitialised values. Parameters, buffers and
     x are not changed.
+
+    Raises TypeError for what is no module, and for an x that is no tensor.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, received a {type(module).__name__}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a tensor, the only input of the module, received a {type(x).__name__}")
     lines = []
     if isinstance(module, ModelNew):
         found, reason = fused_model(module, x)
@@ -41,6 +50,10 @@ def explain(module: nn.Module, x: torch.Tensor) -> str:
         lines.append(_convolution(module, x))
     for direction, kernels in zip(("forward", "backward"), planned_kernels(module, x)):
         lines.append(f"{direction}: {', '.join(kernel.name for kernel in kernels) or 'no kernel of ours'}")
+    theirs = Counter(type(layer).__name__ for layer in module.modules() if can_be_replaced(layer))
+    if theirs and not isinstance(module, ModelNew):  # which has its own `replace`
+        names = ", ".join(f"{count} {name}" for name, count in theirs.items())
+        lines.append(f"PyTorch's, which modelnew.replace_layers can replace: {names}")
     return "\n".join(lines)
 
 

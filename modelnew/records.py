@@ -76,12 +76,13 @@ def by_batch(record: dict) -> dict[tuple[str, str], dict[int, tuple[dict, dict |
 
 def show(record: dict, out: Console) -> None:
     """Prints our times beside the fastest peer's, host-bound rows apart, and why some are missing."""
-    out.print(
-        f"\n[bold]Milliseconds, median and range of {trials(record)}[/]. MB: peak memory over inputs and parameters. "
-        "Ratio: the fastest peer's time over ours. Floor: the least time that memory and tensor cores (fp16 products) "
-        "allow, over ours.",
-        highlight=False,
-    )
+    text = f"\n[bold]Milliseconds, median and range of {trials(record)}[/]. "
+    if any(row["peak_mb"] for row in record["rows"]):
+        text += "MB: peak memory over inputs and parameters. "
+    text += "Fastest peer: PyTorch, eager or compiled; nhwc means channels_last. Ratio: its time over ours."
+    if record["ceilings"]:
+        text += " Floor: the least time that memory and tensor cores (fp16 products) allow, over ours."
+    out.print(text, highlight=False)
     if out.width < _WIDE:
         out.print(f"A terminal of {_WIDE} columns shows more: {', '.join(_ONLY_WIDE)}.", highlight=False)
     pairs = list(comparisons(record))

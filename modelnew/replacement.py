@@ -11,6 +11,7 @@ from .numerics import check_numerics
 
 _OURS = {getattr(nn, name): getattr(layers, name) for name in layers.__all__} | {nn.Sequential: Sequential}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_NOTHING = f"nothing\nlayers of PyTorch's that can be replaced: {', '.join(layers.__all__)}"
 
 
 class Replaced(NamedTuple):
@@ -26,16 +27,17 @@ class Replaced(NamedTuple):
     def __str__(self) -> str:
         chains = [name for name, module in self.layers.items() if type(module) is Sequential]
         counts = Counter(type(module).__name__ for name, module in self.layers.items() if name not in chains)
-        lines = ["replaced: " + (", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing")]
+        lines = ["replaced: " + (", ".join(f"{count} {name}" for name, count in counts.items()) or _NOTHING)]
         lines += [f"fused where the kernels support it: a chain in {name or 'the network itself'}" for name in chains]
         return "\n".join((*lines, *(f"kept {name or 'the module'}: {reason}" for name, reason in self.kept.items())))
 
     def undo(self) -> None:
-        """Makes the layers PyTorch's again. Their parameters and buffers stay as they are now."""
+        """Makes the layers PyTorch's again, and empties `layers`. Parameters and buffers stay as they are now."""
         for module in self.layers.values():
             module.__class__ = _THEIRS.get(type(module), type(module))
             for name in ("numerics", "peers"):
                 vars(module).pop(name, None)
+        self.layers.clear()
 
 
 def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
@@ -53,22 +55,28 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
     replace_layers before torch.compile and `fully_shard`, and before or after an optimizer is made. Inputs that ours
     refuse and PyTorch's take, such as complex numbers, raise an error: see docs/works_with.md.
 
-    Raises ValueError for unknown numerics. Nothing is changed then.
+    Raises ValueError for unknown numerics, and TypeError for what is no module. Nothing is changed then.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, received a {type(module).__name__}")
     check_numerics(numerics)
     replaced = Replaced({}, {})
     for name, child in module.named_modules():
-        reason = _reason_to_keep(child)
-        if reason:
-            replaced.kept[name] = reason
-        elif type(child) in _OURS and not isinstance(child, nn.Sequential):
+        if can_be_replaced(child):
             _replace(replaced, name, child)
             if isinstance(child, layers.ConvTranspose2d):
                 child.numerics = numerics
+        elif reason := _reason_to_keep(child):
+            replaced.kept[name] = reason
     for name, child in module.named_modules():
         if type(child) is nn.Sequential and _has_chain(child):
             _replace(replaced, name, child)
     return replaced
+
+
+def can_be_replaced(module: nn.Module) -> bool:
+    """Whether `replace_layers` replaces this very layer."""
+    return type(module) in _OURS and not isinstance(module, nn.Sequential) and not _reason_to_keep(module)
 
 
 def _replace(replaced, name, module):

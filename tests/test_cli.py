@@ -46,6 +46,8 @@ def test_env():
     assert code == 0
     assert source.digest() in text
     assert environment.backend()["why"] in text
+    assert set(cli._MEANINGS) <= set(dict(cli._flat(environment.describe())))
+    assert re.search(r"versions.nvrtc_wgmma [\w.]+ \(the one for kernels with wgmma instructions", text)
     code, text = invoke("env", "--json")
     assert code == 0
     assert json.loads(text)["digest"] == source.digest()
@@ -58,8 +60,8 @@ def test_env_says_which_records_belong_to_the_code(monkeypatch, tmp_path):
     for other in "bc":
         (tmp_path / f"bench_{other}.json").write_text(json.dumps({"digest": "0"}))
     _, text = invoke("env")
-    assert "Records measured with these kernels: bench_a.json" in text
-    assert "Records measured with other kernels: bench_b.json, bench_c.json" in text
+    assert "Records in benchmarks/results, of these kernels: bench_a.json" in text
+    assert "Records in benchmarks/results, of other kernels: bench_b.json, bench_c.json" in text
 
 
 def test_main_job(device, small):
@@ -95,7 +97,7 @@ def test_each_class_is_judged_as_itself(monkeypatch):
     for numerics, cls in (("tf32", "tf32"), ("fp32", "fp32"), ("auto", "fp32")):
         code, text = invoke("--device", "cpu", "--numerics", numerics)
         assert code == 0, text
-        assert f"a float64 run, class {cls} Replaced" in text
+        assert re.search(f"a float64 run, class {cls}: [^:]+ Replaced", text)
         assert ("PyTorch has no TF32" in text) == (cls == "tf32")
     compare = cli.compare_models
     rounded = lambda model, ours, x, *more: compare(model, ours, x, "fp32", *more[1:])  # noqa: E731
@@ -158,7 +160,8 @@ def test_broken_output_fails_the_literal_assertion(small, monkeypatch):
         (["--batch", "0"], "0 is not in the range"),
         (["parity", "--batch", "0"], "0 is not in the range"),
         (["--batch", "2", "env"], "unexpected extra argument (env)"),
-        (["readme"], "No such command 'readme'"),
+        (["readme"], "No such command 'readme'. Commands: bench, env, fuzz, host, parity, scaling, training."),
+        (["explain"], "No such command 'explain'. It is for Python: see help(modelnew.explain)."),
     ],
 )
 def test_bad_options(arguments, message):

@@ -334,3 +334,17 @@ def test_explain_any_module(device, launched):
         backward = [kernel.name for kernel in launched]
         assert text.splitlines()[-2:] == [f"forward: {', '.join(forward)}", f"backward: {', '.join(backward)}"]
     assert explain(torch.nn.ReLU(), x).endswith("backward: no kernel of ours")
+    theirs = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.ReLU(), type("Own", (torch.nn.Tanh,), {})(), layers.Tanh())
+    assert explain(theirs, x).endswith("\nPyTorch's, which modelnew.replace_layers can replace: 1 Tanh")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("x", torch.ones(1)), "module must be a torch.nn.Module, received a str"),
+        ((torch.nn.Tanh(), [1.0]), "x must be a tensor, the only input of the module, received a list"),
+    ],
+)
+def test_explain_refuses(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        explain(*arguments)

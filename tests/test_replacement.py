@@ -122,7 +122,7 @@ def test_what_is_replaced_and_what_is_kept(network):
     )
     again = modelnew.replace_layers(network)
     assert not again.layers
-    assert str(again).startswith("replaced: nothing\n")
+    assert str(again).startswith("replaced: nothing\nlayers of PyTorch's that can be replaced: BatchNorm1d, ")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
@@ -148,6 +148,7 @@ def test_undo(network, device, launched):
     modelnew.convert_sync_batchnorm(network.vector)
     assert network.up.numerics == "fp32"
     replaced.undo()
+    assert str(replaced).startswith("replaced: nothing\n")
     assert [type(m) for m in own.modules()] == [type(m) for m in original.modules()]
     assert [sorted(vars(m)) for m in own.modules()] == [sorted(vars(m)) for m in original.modules()]
     launched.clear()
@@ -179,6 +180,11 @@ def test_refused_numerics_change_nothing(network):
     assert type(network.up) is nn.ConvTranspose2d
 
 
+def test_what_is_no_module():
+    with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module, received a str"):
+        modelnew.replace_layers("network")
+
+
 def test_lazy_layers_are_kept_until_their_shape_is_known(device):
     network = nn.Sequential(nn.LazyBatchNorm2d(device=device), nn.Tanh())
     assert list(modelnew.replace_layers(network).layers) == ["1"]
@@ -192,6 +198,6 @@ def test_functions_in_a_forward_stay(device, launched):
             return F.max_pool2d(x, 2).tanh()
 
     module = Module()
-    assert str(modelnew.replace_layers(module)) == "replaced: nothing"
+    assert not modelnew.replace_layers(module).layers
     module(torch.randn(1, 2, 4, 4, device=device))
     assert not launched
