@@ -92,7 +92,7 @@ replaced = modelnew.replace_layers(network)
 print(replaced)
 
 # %% [markdown]
-# Each layer is the same object as before, with another `forward`. So an optimizer keeps its parameters, and a state
+# Each layer is the same object as before, with another class. So an optimizer keeps its parameters, and a state
 # dict still loads. The two `Conv2d` stay PyTorch's.
 #
 # The two `Sequential` are the stages on the way down. They are now `modelnew.Sequential`, which runs such a chain of

@@ -62,7 +62,8 @@ def svg(record) -> str:
     def write(x, text, more=""):
         drawn.append(f'<text x="{x}" y="{at - 4}"{more}>{escape(text)}</text>')
 
-    write(_MARGIN, f"Milliseconds on one {record['versions']['gpu'] or 'CPU'}. Shorter is better.", ' fill="#555"')
+    where = record["versions"]["gpu"] or "CPU"
+    write(_MARGIN, f"Milliseconds on one {where}. Shorter is better. 2x: twice ModelNew's time.", ' fill="#555"')
     for name, rows in groups.items():
         at += _LINE + _BAR
         write(_MARGIN, name, ' font-weight="bold"')
