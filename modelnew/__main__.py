@@ -33,7 +33,7 @@ _MEANINGS = {  # of lines that `env` prints
     "versions.nvrtc": "NVIDIA's compiler of kernels for a GPU",
     "versions.nvrtc_wgmma": "the one for kernels with wgmma instructions, which H100 and H200 have",
     "emulator": "its C++ compiler; a GPU needs none",
-    "digest": "a hash of the kernels' text",
+    "digest": "a hash of the kernels",
 }
 
 out = commands.console()

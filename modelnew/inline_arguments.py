@@ -17,7 +17,9 @@ def checked(declared: Declaration, args, options) -> tuple[str, torch.device, di
         try:
             bound = declared.signature.bind(*args, **options)
         except TypeError as error:
-            raise TypeError(f"{declared}: {error}") from None
+            numbers = ", ".join(name for name in declared.arguments if name not in declared.tensors)
+            hint = f". The caller gives {numbers}; a kernel finds the number of elements in the parameter size"
+            raise TypeError(f"{declared}: {error}{hint if numbers else ''}") from None
         bound.apply_defaults()
         values = bound.arguments
     for name in declared.tensors:

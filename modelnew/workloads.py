@@ -6,7 +6,7 @@ import torch
 
 MODELS = {
     "forward_train": "forward, batch norm in training mode, under no_grad",
-    "latency_forward_train": "the same from an idle GPU to the result, by the host's clock; at most 8 images",
+    "latency_forward_train": "forward_train from an idle GPU to the result, by the host's clock; at most 8 images",
     "forward_train_grad": "forward in training mode, keeping what backward needs",
     "forward_eval": "forward in eval mode, under no_grad",
     "step": "forward and backward, gradients of x and of all parameters",
@@ -14,11 +14,11 @@ MODELS = {
 }
 OPERATORS = {
     "conv_forward": "conv_transpose2d alone, the whole call: weights packed, operands converted",
-    "dgrad": "its gradient of x, the whole call",
-    "wgrad": "its gradient of the weight, the whole call",
+    "dgrad": "conv_transpose2d's gradient of x, the whole call",
+    "wgrad": "conv_transpose2d's gradient of the weight, the whole call",
     "conv_forward_general": "conv_transpose2d on the general kernels, without tensor cores",
-    "dgrad_general": "its gradient of x, likewise",
-    "wgrad_general": "its gradient of the weight, likewise",
+    "dgrad_general": "conv_transpose2d's gradient of x on the general kernels",
+    "wgrad_general": "conv_transpose2d's gradient of the weight on the general kernels",
     "post_conv_forward": "batch norm, tanh, max pool and group norm, in training mode, under no_grad",
 }
 CHAINS = {
@@ -27,12 +27,12 @@ CHAINS = {
 }
 FLOAT16 = {
     "float16_forward_train": "forward_train without autocast: all in float16 and channels_last, input and output too",
-    "float16_step": "step, likewise",
+    "float16_step": "step without autocast: all in float16 and channels_last",
 }
 COMPILED = {
     "compiled_forward_train": "forward_train of ModelNew, eager and under torch.compile; for at most 8 images also in "
     'the mode "reduce-overhead"',
-    "compiled_step": "step, likewise",
+    "compiled_step": "step of ModelNew, eager and under torch.compile, in the same modes",
 }
 KERNELS = {
     "conv_bn_pool_kernel": "of forward_train only the convolution's launch, with the pooling and statistics in its "

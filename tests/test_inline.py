@@ -276,6 +276,8 @@ def test_calls_that_are_refused(device):
             product()(*args)
     with pytest.raises(TypeError, match=r"largest: scale must be a number of kind float32, received 'two'"):
         largest()(x, "two")
+    with pytest.raises(TypeError, match=r"missing a required argument: 'n'\. The caller gives n; .* parameter size"):
+        operator(PRODUCT.replace("size", "n"), "product")(x, x)
     wrong = operator(LARGEST, "largest", output=lambda *_: {"y": (3,)}, sizes={"columns": lambda *_: 4})
     with pytest.raises(ValueError, match="output= gave shapes of y; outputs are y, where, place"):
         wrong(x, 1)
