@@ -11,12 +11,16 @@ The first call of a kind records which kernels it starts on what (`call`). Later
 Written by `python3 -m tools.submission`: change the package, not this file.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 import importlib.util
 import itertools
 import math
 import re
+import struct
+import sys
 import tempfile
 from collections.abc import Iterable
 from functools import cache as until_overridden
@@ -238,6 +242,100 @@ def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
     older = [number for number in known if number <= int(capability)]
     newest = max(older, default=int(capability))
     return None if newest == int(capability) else f"compute_{newest}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/launch.py
+#
+# The only place that starts kernels, on CuPy arrays (GPU) or NumPy arrays (emulator).
+
+NULL = np.uint64(0)  # a null pointer
+
+
+class Step(NamedTuple):
+    """A launch that was checked but not started. args: arrays, NULL, and numbers of the declared types."""
+
+    requested: Kernel
+    kernel: Kernel  # in force
+    parameters: tuple[Parameter, ...]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    args: list
+    shared_bytes: int
+    cooperative: bool
+
+
+class Packed:
+    """A launch as a backend starts it. numbers: the kernel's handle, grid, block, bytes of shared memory.
+
+    parameters: the address of `pointers`, an array of the addresses of the arguments' values.
+    """
+
+    __slots__ = ("numbers", "parameters", "pointers", "step")
+
+    def __init__(self, step: Step, handle, pointers: np.ndarray):
+        self.step, self.numbers = step, (handle, *step.grid, *step.block, step.shared_bytes)
+        self.pointers, self.parameters = pointers, pointers.ctypes.data
+
+    @property
+    def words(self) -> np.ndarray:
+        """The current arguments, 8 bytes each."""
+        return np.array([ctypes.c_uint64.from_address(int(place)).value for place in self.pointers], np.uint64)
+
+
+class Batch:
+    """Launches that are started together. Their arguments are in one array of 8-byte words.
+
+    First come the addresses of `count` arguments of a call, addresses inside them, and the varying numbers; these are
+    written at each start. Then come the other numbers and, for each launch, the addresses of its arguments' values.
+
+    launches: (step, arguments). Each argument is its bytes, a stand-in (`plan.Slot`), or a `Varying`.
+    """
+
+    def __init__(self, backend: Backend, launches: list[tuple[Step, list]], count: int = 0):
+        places, varying = {(index, 0): index for index in range(count)}, {}
+        for arg, parameter in (pair for step, args in launches for pair in zip(args, step.parameters)):
+            if isinstance(arg, Varying):
+                varying[arg.index, parameter.dtype] = None
+            elif not isinstance(arg, np.generic):
+                places.setdefault((arg.index, arg.offset), len(places))
+        self.backend, self.launches, self.varying = backend, [], list(varying)
+        self.inside = list(places)[count:]
+        places.update(zip(varying, itertools.count(len(places))))
+        end = len(places)
+        self.pack = struct.Struct(f"={end}Q").pack_into
+        self.words = words = np.zeros(end + 2 * sum(len(args) for _, args in launches), np.uint64)
+        for step, args in launches:
+            pointers = []
+            for arg, parameter in zip(args, step.parameters):
+                place = end
+                if isinstance(arg, np.generic):
+                    words[end : end + 1].view(np.uint8)[: arg.itemsize] = np.frombuffer(arg.tobytes(), np.uint8)
+                else:
+                    place = places[arg.index, parameter.dtype if isinstance(arg, Varying) else arg.offset]
+                end += place == end
+                pointers.append(words.ctypes.data + 8 * place)
+            words[end : end + len(pointers)] = pointers
+            handle = backend.handle(step.kernel, step.shared_bytes)
+            self.launches.append(Packed(step, handle, words[end : end + len(pointers)]))
+            end += len(pointers)
+
+    def start(self, pointers: list[int], values: list, stream: int | None) -> None:
+        """Starts the launches in a stream of the current GPU. pointers, values: of the call's arguments, by index."""
+        inside = [pointers[index] + offset for index, offset in self.inside]
+        self.pack(self.words, 0, *pointers, *inside, *[word(values[index], dtype) for index, dtype in self.varying])
+        self.backend.start(self.launches, stream)
+
+
+def word(number: float, dtype: np.dtype) -> int:
+    """The word of a `Batch` that holds a number of this type."""
+    return int.from_bytes(dtype.type(number).tobytes(), sys.byteorder)
+
+
+class Varying(float):
+    """A number in a recorded call that may differ in other calls. index: of the argument."""
+
+    index: int
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4958,39 +5056,57 @@ def function(kernel: Kernel, device: int, shared_bytes: int):
     found = module(kernel.variant, device).get_function(kernel.name)
     if shared_bytes > 48 * 1024:
         found.max_dynamic_shared_size_bytes = shared_bytes
-    return found.kernel  # which takes a stream
+    return found.kernel.ptr
 
 
-@functools.cache
-def stream(pointer: int, device: int):
-    """CuPy's object for a stream of torch."""
-    return cupy().cuda.ExternalStream(pointer, device)
+class Backend:
+    """Starts kernels on one GPU, for `Batch`."""
+
+    def __init__(self, device: int | None):
+        self.device, self.launch = device, cupy().cuda.driver.launchKernel
+
+    def handle(self, kernel: Kernel, shared_bytes: int) -> int:
+        """The compiled kernel."""
+        return function(kernel, self.device, shared_bytes)
+
+    def start(self, launches, stream: int) -> None:
+        """Starts `Packed` launches in a stream."""
+        for packed in launches:
+            self.launch(*packed.numbers, stream, packed.parameters, 0)
+
+
+def current_stream() -> int:
+    """torch's stream on the current GPU."""
+    return torch.cuda.current_stream().cuda_stream
 
 
 class Recorded(NamedTuple):
     """What a call of one kind does."""
 
-    made: list[tuple]  # (shape, dtype) of its results and workspaces
-    launches: list[tuple]  # (function, grid, block, arguments, bytes of shared memory)
-    returned: list[int | None]  # indexes of its results among arguments and what it makes
+    made: list[tuple]  # (shape, dtype) of the workspaces' common memory, then of results
+    batch: Batch  # the launches
+    returned: list[int | None]  # indexes of the results in `made`
 
 
 class New:
-    """Makes stand-ins for the memory of a call: `new(shape, dtype)`."""
+    """Makes stand-ins for the memory of a call: `new(shape, dtype)` for a result, `new.scratch` for a workspace."""
 
     def __init__(self, first: int):
-        self.first, self.slots = first, []
+        self.first, self.scratch_bytes, self.slots = first, 0, []
 
     def __call__(self, shape, dtype) -> Slot:
-        """A contiguous array. shape: ints, or one int."""
-        shape = (shape,) if isinstance(shape, int) else shape
-        self.slots.append(Slot(self.first + len(self.slots), shape, dtype))
+        """A result."""
+        self.slots.append(Slot(self.first + 1 + len(self.slots), shape, dtype))
         return self.slots[-1]
 
-    scratch = __call__
+    def scratch(self, shape, dtype) -> Slot:
+        """A part of the memory for workspaces. shape: ints, or one int."""
+        slot = Slot(self.first, (shape,) if isinstance(shape, int) else shape, dtype, offset=self.scratch_bytes)
+        self.scratch_bytes += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
+        return slot
 
     def like(self, array: Slot | None) -> Slot | None:
-        """An array of another's shape and dtype; None for None."""
+        """A result of another array's shape and dtype; None for None."""
         return None if array is None else self(array.shape, array.dtype)
 
 
@@ -5001,40 +5117,31 @@ launched = []  # in the call that is being recorded
 
 def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
     """Records a launch. Numbers get the types that the kernel declares."""
-    pairs = zip(signature(kernel), args, strict=True)
-    cast = [np.uint64(0) if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
-    launched.append((kernel, grid, block, cast, shared_bytes))
+    parameters = signature(kernel)
+    pairs = zip(parameters, args, strict=True)
+    cast = [NULL if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
+    launched.append(Step(kernel, kernel, parameters, grid, block, cast, shared_bytes, False))
 
 
-def call(operation, *tensors, **options):
-    """operation(new, *tensors, **options), with Slots in place of tensors, and tensors in place of what it returns."""
+def call(operation, options: tuple, *tensors) -> list:
+    """operation(new, *tensors, **dict(options)), with Slots for the tensors, and tensors for the Slots it returns."""
     device = tensors[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return call(operation, *tensors, **options)
+            return call(operation, options, *tensors)
     at = [0 if t is None else t.data_ptr() for t in tensors]
-    kinds = [
-        t if t is None else (t.shape, t.dtype, t.get_device(), t.is_contiguous(), place % 16)
-        for t, place in zip(tensors, at)
-    ]
-    key = operation, *options.values(), *kinds
-    if key not in recorded:
-        recorded[key] = record(operation, tensors, at, options)
-    made, launches, returned = recorded[key]
-    new = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in made]
-    start(launches, at + [t.data_ptr() for t in new], device)
-    return [None if index is None else new[index - len(tensors)] for index in returned]
+    kinds = [t if t is None else (t.shape, t.dtype, t.get_device(), t.is_contiguous()) for t in tensors]
+    key = operation, options, *kinds, *[place % 16 for place in at]
+    found = recorded.get(key)
+    if found is None:
+        found = recorded[key] = record(operation, options, tensors, at)
+    new = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in found.made]
+    at += [t.data_ptr() for t in new]
+    found.batch.start(at, (), current_stream())
+    return [None if index is None else new[index] for index in found.returned]
 
 
-def start(launches, at, device) -> None:
-    """Starts what is recorded. at: addresses of the call's tensors."""
-    on = stream(torch.cuda.current_stream(device).cuda_stream, device.index)
-    for found, grid, block, args, shared_bytes in launches:
-        given = [np.uint64(at[arg.index] + arg.offset) if type(arg) is Slot else arg for arg in args]
-        found(grid, block, given, shared_bytes, on)
-
-
-def record(operation, tensors, at, options) -> Recorded:
+def record(operation, options, tensors, at) -> Recorded:
     """What a call does. at: addresses of the tensors. Raises ValueError for tensors that the kernels do not take."""
     device = tensors[0].device
     for tensor in filter(lambda t: t is not None, tensors):
@@ -5045,11 +5152,12 @@ def record(operation, tensors, at, options) -> Recorded:
                 f"{tensor.dtype} on {tensor.device} with shape {tuple(tensor.shape)} and strides {tensor.stride()}"
             )
     launched.clear()
+    first, new = len(tensors), New(len(tensors))
     slots = [t if t is None else Slot(i, t.shape, NUMPY[t.dtype], at[i] % 16) for i, t in enumerate(tensors)]
-    new = New(len(tensors))
-    returned = [slot and slot.index for slot in operation(new, *slots, **options)]
-    made = [(slot.shape, TORCH[slot.dtype]) for slot in new.slots]
-    return Recorded(made, [(function(kernel, device.index, how[-1]), *how) for kernel, *how in launched], returned)
+    returned = [slot and slot.index - first for slot in operation(new, *slots, **dict(options))]
+    made = [((new.scratch_bytes,), torch.uint8), *((slot.shape, TORCH[slot.dtype]) for slot in new.slots)]
+    batch = Batch(Backend(device.index), [(step, step.args) for step in launched], first + len(made))
+    return Recorded(made, batch, returned)
 
 
 def gradients(*_):
@@ -5094,16 +5202,16 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, options):
         tensors = (x, w, conv_bias, *running, weight, bias, group_weight, group_bias)
-        out, memory = call(_forward, *tensors, keep=True, **options)
+        out, memory = call(_forward, (*options, ("keep", True)), *tensors)
         ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory)
-        ctx.options = {name: options[name] for name in ("setting", "training", "activation", "parameter")}
+        ctx.options = tuple(pair for pair in options if pair[0] in ("setting", "training", "activation", "parameter"))
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        needed = ctx.needs_input_grad[:7]
-        return *call(_backward, dout.contiguous(), *ctx.saved_tensors, needed=needed, **ctx.options), None, None
+        options = (*ctx.options, ("needed", ctx.needs_input_grad[:7]))
+        return *call(_backward, options, dout.contiguous(), *ctx.saved_tensors), None, None
 
 
 class Affine(nn.Module):
@@ -5150,27 +5258,35 @@ class ModelNew(nn.Module):
         self.group_norm = Affine(out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        conv, norm, group, training = self.conv_transpose, self.batch_norm, self.group_norm, self.training
-        x, running = x.contiguous(), (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-        affine = norm.weight, norm.bias, group.weight, group.bias
+        # As dicts, because nn.Module takes five times as long to look up an attribute.
+        conv, norm, group = self._modules.values()
+        w, conv_bias, *affine = *conv._parameters.values(), *norm._parameters.values(), *group._parameters.values()
+        x, running = x.contiguous(), tuple(norm._buffers.values())
         choice = choose(x.device, torch.backends.cudnn.allow_tf32)
-        options = {
-            "setting": Setting(self.padding, self.num_groups, choice, False, False),
+        options = options_of(self.training, Setting(self.padding, self.num_groups, choice, False, False))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, conv_bias, *affine)):
+            out = Fused.apply(x, w, conv_bias, *affine, running, options)
+        else:
+            out, _ = call(_forward, (*options, ("keep", False)), x, w, conv_bias, *running, *affine)
+        if self.training:
+            torch.autograd.graph.increment_version(running)
+        return out
+
+
+@functools.cache
+def options_of(training: bool, setting: Setting) -> tuple:
+    """Options of `_forward`."""
+    return tuple(
+        {
             "training": training,
+            "setting": setting,
             "momentum": 0.1,
             "eps": 1e-5,
             "group_eps": 1e-5,
             "activation": "tanh",
             "parameter": 0.0,
-        }
-        tensors = (x, conv.weight, conv.bias, *affine)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            out = Fused.apply(*tensors, running, options)
-        else:
-            out, _ = call(_forward, x, conv.weight, conv.bias, *running, *affine, keep=False, **options)
-        if training:
-            torch.autograd.graph.increment_version(running)
-        return out
+        }.items()
+    )
 
 
 batch_size = 512

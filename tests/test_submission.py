@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import modelnew
-from cupy_kernels import emulator, launch, source
+from cupy_kernels import emulator, source
 from modelnew import parity
 from tools import submission
 
@@ -52,18 +52,18 @@ def runnable(written, device, monkeypatch):
         yield written
         return
 
-    def start(launches, at, _):
-        steps = []
-        for kernel, grid, block, args, shared_bytes in launches:
-            file = source.add("image_sums", written.IMAGE_SUMS) if kernel.file == "image_sums.cu" else kernel.file
-            found = source.Kernel(file, *kernel[1:])
-            steps.append(launch.Step(found, found, source.signature(found), grid, block, args, shared_bytes, False))
-        launch.Batch(emulator.backend, [(step, step.args) for step in steps], len(at)).start(at, [], None)
+    def launch(kernel, *args):
+        recorded(kernel, *args)
+        file = source.add("image_sums", written.IMAGE_SUMS) if kernel.file == "image_sums.cu" else kernel.file
+        step = written.launched.pop()
+        written.launched.append(step._replace(kernel=source.Kernel(file, *kernel[1:])))
 
     def choose(_, tf32):
         return written.Choice("tf32" if tf32 else "fp32", False, 227 * 1024, 132, False, None)
 
-    changes = {"function": lambda kernel, *_: kernel, "start": start, "choose": choose, "recorded": {}}
+    recorded = written.launch
+    changes = {"Backend": lambda _: emulator.backend, "launch": launch, "choose": choose, "recorded": {}}
+    changes["current_stream"] = lambda: None
     for name, value in changes.items():
         monkeypatch.setattr(written, name, value)
     with source.override(written.KERNELS):
@@ -130,7 +130,7 @@ def test_equals_the_package(runnable, device, cls):
         for number, (actual, expected) in enumerate(pairs):
             if number == WEIGHT_GRADIENT:
                 error = (actual - expected).abs().max() / expected.abs().max()
-                assert error < (1e-6 if cls == "fp32" else 1e-5)
+                assert error < (1e-6 if cls == "fp32" else 1e-4)
             else:
                 assert torch.equal(actual, expected)
 

@@ -23,6 +23,7 @@ PACKAGES = ("modelnew", "cupy_kernels")
 
 # For these definitions, kernelbench.py has one of its own of the same name.
 REPLACED = (
+    "cupy_kernels.backend.Backend",
     "cupy_kernels.launch.launch",
     "cupy_kernels.compiler.cupy",
     "cupy_kernels.source.expanded",
@@ -138,7 +139,8 @@ def generate() -> str:
     )
     about = ast.get_docstring(_module(ENTRY).tree)
     head = f'"""{about}\n\nWritten by `python3 -m tools.submission`: change the package, not this file.\n"""'
-    text = "\n".join([head, "", *_sorted_imports(imports), "", body, ""])
+    later = "from __future__ import annotations\n"  # they may name what comes further down
+    text = "\n".join([head, "", later, *_sorted_imports(imports), "", body, ""])
     if not any(isinstance(node, ast.Pass) for node in ast.walk(ast.parse(text))):
         text = re.sub(r"\bpass\b", "turn", text)  # a name in the kernels, and a word of comments
     text = re.sub(r"\btorch\.nn\.(functional\.)?(?=\w)", "PyTorch's ", text)  # in docstrings
