@@ -1,26 +1,29 @@
 """ConvTranspose2d -> BatchNorm2d -> Tanh -> MaxPool2d -> GroupNorm, KernelBench level 2 problem 11, on CUDA C kernels.
 
-CuPy compiles the kernels (NVRTC: neither nvcc nor a C++ compiler is needed) and calls them on PyTorch's tensors, by
-DLPack views, in torch's current stream. All operators are fused, forward and backward. The convolution's precision is
-the one that torch.backends.cudnn.allow_tf32 chooses. For GPUs of compute capability 8.0 or newer, and the shapes that
-tensor-core kernels take: stride 1, channels in multiples of 16 up to 512, kernels up to 7x7, images up to 64x64. Others
-are refused.
+CuPy compiles the kernels (NVRTC: neither nvcc nor a C++ compiler is needed) and starts them on the memory of PyTorch's
+tensors, in torch's current stream. All operators are fused, forward and backward. The convolution's precision is the
+one that torch.backends.cudnn.allow_tf32 chooses. For contiguous float32 tensors on GPUs of compute capability 8.0 or
+newer, and the shapes that tensor-core kernels take: stride 1, channels in multiples of 16 up to 512, kernels up to 7x7,
+images up to 64x64. Others are refused.
+
+The first call of a kind records which kernels it starts on what (`call`). Later calls only allocate and start them.
 
 Written by `python3 -m tools.submission`: change the package, not this file.
 """
 
-import contextlib
+from __future__ import annotations
+
 import ctypes
 import functools
 import importlib.util
 import itertools
 import math
-import numbers
 import re
+import struct
+import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache as until_overridden
-from math import lcm, prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -28,8 +31,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd import Function
-from torch.utils.dlpack import to_dlpack
 
 # ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/errors.py
@@ -110,35 +111,13 @@ def _split(declaration: str) -> tuple[str, str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/hints.py
-#
-# Advice in error messages, for headers and names that kernels do not have.
-
-_HEADERS = {
-    "math.h cmath": "mathematics is there without a header",
-    "stdint.h cstdint": "write int, unsigned, long long, or i64 and u8 of common.cuh",
-    "limits.h climits float.h cfloat limits": "write the number; common.cuh has is_nan and is_finite",
-    "stdio.h cstdio assert.h cassert string.h cstring": "printf, assert, memcpy and memset are there without a header",
-    "cuda_fp16.h cuda_bf16.h": "half_t and bf16_t of common.cuh are converted by to_acc and from_acc<half_t>",
-    "cooperative_groups.h": "__syncthreads, __syncwarp, __shfl_sync and the like are there without a header",
-}
-
-
-def of_header(name: str) -> str:
-    """What replaces a header, which NVRTC's wheels do not include."""
-    return next((hint for headers, hint in _HEADERS.items() if name in headers.split()), "leave it out")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/source.py
 #
 # Kernel sources: text of .cu files with includes expanded, signatures of kernels, and a digest of all sources.
 
-_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"')
-_HEADER = re.compile(r"""^\s*#\s*include\s*(<[^>]+>|"[^"]+\.h")""")
 # Scalar types of the kernels, and the NumPy dtype of an array that holds them. NumPy has no bfloat16: its arrays travel
 # as int16.
-DTYPES = {
+source_DTYPES = {
     "float": np.dtype(np.float32),
     "double": np.dtype(np.float64),
     "half_t": np.dtype(np.float16),
@@ -151,7 +130,7 @@ DTYPES = {
     "unsigned": np.dtype(np.uint32),
     "unsigned long long": np.dtype(np.uint64),
 }
-SCALARS = {dtype: name for name, dtype in DTYPES.items()}
+SCALARS = {dtype: name for name, dtype in source_DTYPES.items()}
 
 
 class Variant(NamedTuple):
@@ -199,33 +178,6 @@ class Parameter(NamedTuple):
 
 
 @until_overridden
-def expanded(file: str) -> str:
-    """Text of `file` with every `#include "..."` replaced by the included text, each file once.
-
-    CuPy's disk cache hashes only this text, and NVRTC needs no include path. `#line` directives keep compiler messages
-    pointing at the original file and line.
-    """
-    return _expand(file, set(), text)
-
-
-def _expand(file: str, seen: set[str], read) -> str:
-    seen.add(file)
-    lines = [f'#line 1 "{file}"']
-    for number, line in enumerate(read(file).splitlines(), 1):
-        if header := _HEADER.match(line):
-            way = of_header(header[1][1:-1])
-            raise ValueError(f"{file}:{number}: kernels include no header, received {header[1]}: {way}")
-        include = _INCLUDE.match(line)
-        if not include:
-            lines.append(line)
-        elif include[1] not in seen:
-            lines += [_expand(include[1], seen, read), f'#line {number + 1} "{file}"']
-        else:
-            lines.append("")
-    return "\n".join(lines)
-
-
-@until_overridden
 def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     """Parameters of `kernel` as its text declares them.
 
@@ -242,10 +194,10 @@ def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
     base = " ".join(kind.split()[len(marks) :])  # "unsigned int" is not "int"
     base, stars = base.rstrip("*"), base.count("*")
     kind = str(dict(kernel.defines).get(base, base))
-    dtype = None if stars > 1 else DTYPES.get(SYNONYMS.get(kind, kind))
+    dtype = None if stars > 1 else source_DTYPES.get(SYNONYMS.get(kind, kind))
     if dtype is None and not stars:
         raise ValueError(
-            f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(DTYPES)}, or a macro of these"
+            f"{kernel}: {name} is a {base}; scalar parameters are {', '.join(source_DTYPES)}, or a macro of these"
         )
     return Parameter(name, dtype, stars > 0, "const" in marks, "INOUT" in marks)
 
@@ -254,9 +206,6 @@ def _parameter(kernel: Kernel, kind: str, name: str) -> Parameter:
 # cupy_kernels/nvrtc.py
 #
 # NVRTC through ctypes: finds the library in NVIDIA's pip wheels, and compiles without a GPU and without CuPy.
-#
-# CuPy compiles the kernels that run. This module preloads the wheels' libraries for CuPy 13, which looks for NVRTC with a
-# plain dlopen. On a machine without a GPU, it compiles every variant to a cubin and reads registers and spills.
 
 STANDARD = "-std=c++17"
 WGMMA_MAJOR = 12  # the first version that compiles for sm_90a
@@ -296,13 +245,103 @@ def ptx_architecture(capability: str, known: Iterable[int]) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/launch.py
+#
+# The only place that starts kernels, on CuPy arrays (GPU) or NumPy arrays (emulator).
+
+NULL = np.uint64(0)  # a null pointer
+
+
+class Step(NamedTuple):
+    """A launch that was checked but not started. args: arrays, NULL, and numbers of the declared types."""
+
+    requested: Kernel
+    kernel: Kernel  # in force
+    parameters: tuple[Parameter, ...]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    args: list
+    shared_bytes: int
+    cooperative: bool
+
+
+class Packed:
+    """A launch as a backend starts it. numbers: the kernel's handle, grid, block, bytes of shared memory.
+
+    parameters: the address of `pointers`, an array of the addresses of the arguments' values.
+    """
+
+    __slots__ = ("numbers", "parameters", "pointers", "step")
+
+    def __init__(self, step: Step, handle, pointers: np.ndarray):
+        self.step, self.numbers = step, (handle, *step.grid, *step.block, step.shared_bytes)
+        self.pointers, self.parameters = pointers, pointers.ctypes.data
+
+    @property
+    def words(self) -> np.ndarray:
+        """The current arguments, 8 bytes each."""
+        return np.array([ctypes.c_uint64.from_address(int(place)).value for place in self.pointers], np.uint64)
+
+
+class Batch:
+    """Launches that are started together. Their arguments are in one array of 8-byte words.
+
+    First come the addresses of `count` arguments of a call, addresses inside them, and the varying numbers; these are
+    written at each start. Then come the other numbers and, for each launch, the addresses of its arguments' values.
+
+    launches: (step, arguments). Each argument is its bytes, a stand-in (`plan.Slot`), or a `Varying`.
+    """
+
+    def __init__(self, backend: Backend, launches: list[tuple[Step, list]], count: int = 0):
+        places, varying = {(index, 0): index for index in range(count)}, {}
+        for arg, parameter in (pair for step, args in launches for pair in zip(args, step.parameters)):
+            if isinstance(arg, Varying):
+                varying[arg.index, parameter.dtype] = None
+            elif not isinstance(arg, np.generic):
+                places.setdefault((arg.index, arg.offset), len(places))
+        self.backend, self.launches, self.varying = backend, [], list(varying)
+        self.inside = list(places)[count:]
+        places.update(zip(varying, itertools.count(len(places))))
+        end = len(places)
+        self.pack = struct.Struct(f"={end}Q").pack_into
+        self.words = words = np.zeros(end + 2 * sum(len(args) for _, args in launches), np.uint64)
+        for step, args in launches:
+            pointers = []
+            for arg, parameter in zip(args, step.parameters):
+                place = end
+                if isinstance(arg, np.generic):
+                    words[end : end + 1].view(np.uint8)[: arg.itemsize] = np.frombuffer(arg.tobytes(), np.uint8)
+                else:
+                    place = places[arg.index, parameter.dtype if isinstance(arg, Varying) else arg.offset]
+                end += place == end
+                pointers.append(words.ctypes.data + 8 * place)
+            words[end : end + len(pointers)] = pointers
+            handle = backend.handle(step.kernel, step.shared_bytes)
+            self.launches.append(Packed(step, handle, words[end : end + len(pointers)]))
+            end += len(pointers)
+
+    def start(self, pointers: list[int], values: list, stream: int | None) -> None:
+        """Starts the launches in a stream of the current GPU. pointers, values: of the call's arguments, by index."""
+        inside = [pointers[index] + offset for index, offset in self.inside]
+        self.pack(self.words, 0, *pointers, *inside, *[word(values[index], dtype) for index, dtype in self.varying])
+        self.backend.start(self.launches, stream)
+
+
+def word(number: float, dtype: np.dtype) -> int:
+    """The word of a `Batch` that holds a number of this type."""
+    return int.from_bytes(dtype.type(number).tobytes(), sys.byteorder)
+
+
+class Varying(float):
+    """A number in a recorded call that may differ in other calls. index: of the argument."""
+
+    index: int
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/plan.py
 #
 # A call as a plan: its launches are recorded once, and started with the arguments of every call of the same kind.
-#
-# The launches of a call depend on the operation, its options, and the shapes, dtypes and alignments of its arrays, but
-# not on addresses. So the operation runs once on stand-ins, `Slot`s. For each Slot that is an argument of a kernel, the
-# plan records which argument of the call it stands for, and the offset in bytes.
 
 ALIGNMENT = 256  # bytes, of arrays that share memory
 
@@ -412,424 +451,6 @@ def address(array) -> int:
 def ceil_div(a: int, b: int) -> int:
     """The smallest integer that is at least a / b."""
     return -(-a // b)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/channel_walk.py
-#
-# How blocks share a tensor [N, C, *]: shared code for the launches of kernels that use channel_walk.cuh.
-
-PACK_BYTES = 16  # of the widest access
-KEPT = 6  # values of a channel, or column
-_PLANES_CHUNK_BYTES = 2**15
-_ROWS_CHUNK_BYTES = (2**14, 2**16)  # least and most: fewer partial results if there are enough blocks
-_BLOCKS = 4 * MULTIPROCESSORS  # enough of them
-_TILE_BYTES = 512  # of a row that a block reads
-_ROWS_OF_PLANES = 16  # the fewest images that are worth a walk over rows
-
-
-def widths(name: str) -> tuple[int, ...]:
-    """Elements per access, the widest first: 16 bytes, for 16-bit types also 8 bytes, and one element."""
-    widest = PACK_BYTES // DTYPES[name].itemsize
-    return (8, 4, 1) if widest == 8 else (widest, 1)
-
-
-def row_tile(row: int, plane: int, width: int, wanted: int) -> int:
-    """Packs of `width` elements of a row for each block: whole planes, about `wanted` packs, divided evenly."""
-    unit, packs = lcm(width, plane) // width, row // width
-    tile = unit * max(1, wanted // unit)
-    tiles = max(1, ceil_div(packs, tile))
-    return unit * max(1, ceil_div(ceil_div(packs, tiles), unit))
-
-
-def whole_warps(threads: int) -> int:
-    """The number of threads, rounded up to whole warps."""
-    return 32 * ceil_div(threads, 32)
-
-
-def shared_bytes(macros, tile: int, threads: int, sums: bool = True) -> int:
-    """Shared memory of a block, in bytes: what it keeps of its channels, and space for sums, see channel_walk.cuh."""
-    known = dict(macros)
-    together = 1 if known["PLANES"] or 32 % tile else 32 // tile  # rows of threads, of which a warp has one sum
-    columns, scratch = (1, 32) if known["PLANES"] else (tile * known["WIDTH"], 3 * known["WIDTH"] * threads // together)
-    return (KEPT * columns + (max(32, scratch) if sums else 0)) * DTYPES[known["acc_t"]].itemsize
-
-
-def sizes_of(shape):
-    """Images, channels and values per plane of [N, C, *]."""
-    if len(shape) < 2:
-        raise ValueError(f"the kernels take arrays of 2 dimensions or more, [N, C, *]; received shape {tuple(shape)}")
-    return shape[0], shape[1], prod(shape[2:])
-
-
-def pack_width(length, tensors):
-    """The widest access with a variant that divides rows of this length and all addresses."""
-    aligned = row_width(length, *tensors)
-    return next(w for w in widths(scalar(tensors[0])) if w <= aligned)
-
-
-def chunks_of(x):
-    """(whether blocks walk over rows, chunks per channel, values per chunk), from the shape and dtype of x alone."""
-    images, channels, plane = sizes_of(x.shape)
-    widest, row = PACK_BYTES // x.itemsize, channels * plane
-    narrow = plane * x.itemsize % 8 or plane % min(4, widest)  # then a pack of a plane is one value
-    few = plane <= THREADS and narrow and images >= _ROWS_OF_PLANES and row % widest == 0
-    if row >= 2**31 or not (plane == 1 or few):
-        chunk = _PLANES_CHUNK_BYTES // x.itemsize
-        return False, ceil_div(images * plane, chunk), chunk
-    least, most = _ROWS_CHUNK_BYTES
-    width = widest if row % widest == 0 else 1
-    tile = row_tile(row, plane, width, _TILE_BYTES // (width * x.itemsize))
-    tile_bytes = images * tile * width * x.itemsize  # of all rows
-    chunks = max(1, _BLOCKS // max(1, ceil_div(row // width, tile)))
-    chunks = max(ceil_div(tile_bytes, most), min(ceil_div(tile_bytes, least), chunks))
-    rows = max(1, ceil_div(images, max(1, chunks)))
-    return True, ceil_div(images, rows), rows * plane
-
-
-class Walk(NamedTuple):
-    """How blocks share [images, channels, plane], see channel_walk.cuh."""
-
-    macros: tuple
-    across: int  # blocks that share a chunk's rows, or channels
-    sizes: tuple[int, int, int, int]  # channels, plane, values of a channel, of a chunk of it
-    chunks: int
-    tile: int  # packs of a row that a block takes
-    threads: int
-
-    def launch(self, file, name, args, sums=True):
-        blocks, block = self.across * self.chunks if self.sizes[2] else 0, (self.threads, 1, 1)
-        kernel = Kernel(file, name, self.macros)
-        launch(kernel, (blocks, 1, 1), block, args, shared_bytes(self.macros, self.tile, self.threads, sums))
-
-
-def over_chunks(tensors, macros: Callable) -> Walk:
-    """The walk over chunks of tensors of the same shape. macros(width, planes): macros of the variant."""
-    x = tensors[0]
-    images, channels, plane = sizes_of(x.shape)
-    by_rows, chunks, chunk = chunks_of(x)
-    width = pack_width(channels * plane if by_rows else plane, tensors)
-    tile, threads = 0, THREADS
-    if by_rows:
-        tile = row_tile(channels * plane, plane, width, _TILE_BYTES // (width * x.itemsize))
-        threads = whole_warps(tile * max(1, THREADS // tile))
-    across = ceil_div(channels * plane // width, tile) if by_rows else channels
-    sizes = channels, plane, images * plane, chunk
-    return Walk(macros(width, int(not by_rows)), across, sizes, chunks, tile, threads)
-
-
-def launch_combining(kernel, channels, chunks, args):
-    """Launches one block for each channel, with no more threads than there are chunks."""
-    launch(kernel, (channels, 1, 1), (min(THREADS, whole_warps(max(1, chunks))), 1, 1), args)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/formats.py
-#
-# Memory formats of tensors, in the sense of PyTorch, and the arrays that kernels get.
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
-
-
-def channels_last(tensor: torch.Tensor) -> bool:
-    """Whether PyTorch's results for `tensor` are channels_last, or channels_last_3d for 5 dimensions."""
-    memory_format = CHANNELS_LAST.get(tensor.dim())
-    if memory_format is None or not tensor.is_contiguous(memory_format=memory_format):
-        return False
-    if not tensor.is_contiguous():
-        return True
-    # Dimensions of size 1 leave it open. Torch then looks at all strides.
-    least, strides = 0, tensor.stride()
-    for d in (1, *range(tensor.dim() - 1, 1, -1), 0):
-        if strides[d] < least or (d == 0 and least == strides[1]):
-            return False
-        least = strides[d] * max(1, tensor.shape[d])
-    return tensor.numel() > 0
-
-
-def dense_in(tensor: torch.Tensor, last: bool) -> torch.Tensor:
-    """The tensor in one of the two formats, without lazy negation. Copies only if necessary."""
-    memory_format = CHANNELS_LAST[tensor.dim()] if last else torch.contiguous_format
-    return tensor.resolve_neg().contiguous(memory_format=memory_format)
-
-
-def stored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
-    """The contiguous tensor over the same memory: [N, *, C] if `last`."""
-    return tensor.movedim(1, -1) if last and tensor is not None else tensor
-
-
-def restored(tensor: torch.Tensor | None, last: bool) -> torch.Tensor | None:
-    """The inverse of `stored`, for results. It is no view: autograd refuses to change a Function's views in place."""
-    return tensor.movedim(-1, 1).data if last and tensor is not None else tensor
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/shortcuts.py
-#
-# Private functions of torch that save time at every call, each with a public fallback that must agree with it.
-#
-# The fallback is used if a version of torch lacks the private function.
-
-class Public:
-    """The functions of this module by torch's public functions."""
-
-    @staticmethod
-    def current_device() -> int:
-        """Index of the current GPU."""
-        return torch.cuda.current_device()
-
-    @staticmethod
-    def raw_stream(index: int) -> int:
-        """Handle of the current stream of a GPU."""
-        return torch.cuda.current_stream(index).cuda_stream
-
-    @staticmethod
-    def allows_tf32() -> bool:
-        """Whether cuDNN's convolutions may use TF32."""
-        return torch.backends.cudnn.allow_tf32
-
-    @staticmethod
-    def any_autocast() -> bool:
-        """Whether autocast is on for some type of device."""
-        return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-
-    @staticmethod
-    def guard_of(tensors: list[torch.Tensor]) -> Callable | None:
-        """guard(*others): whether tensors are of the same kinds as `tensors`. None if torch cannot tell.
-
-        The kind is type, dtype, device, shape, strides, requires_grad, and the dispatch keys.
-        """
-        return None
-
-    @staticmethod
-    def allocator(device: torch.device) -> Callable:
-        """allocate(shape, strides, dtype) on the device, which must be current when it is called."""
-        return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
-
-    @staticmethod
-    def apply(function: type[torch.autograd.Function], *args):
-        """function.apply(*args), for a call outside the transforms of torch.func."""
-        return function.apply(*args)
-
-
-raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", Public.raw_stream)
-allows_tf32 = getattr(torch._C, "_get_cudnn_allow_tf32", Public.allows_tf32)
-
-
-def apply(function: type[torch.autograd.Function], *args):
-    """See Public.apply. The remaining code of `Function.apply` is for torch.func."""
-    return super(torch.autograd.Function, function).apply(*args)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/interop.py
-#
-# The border between torch and the kernels: DLPack views of tensors, on the tensors' device and torch's stream.
-
-# What kernels compute with, and their name for it.
-interop_FLOATS = {torch.float32: "float", torch.float64: "double", torch.float16: "half_t", torch.bfloat16: "bf16_t"}
-
-
-def view(tensor: torch.Tensor):
-    """A CuPy (GPU) or NumPy (CPU) array that shares the tensor's memory. bfloat16 is viewed as int16.
-
-    On a GPU, CuPy gets the bare DLPack capsule. The protocol `__dlpack__` would synchronise streams, which is not
-    needed on the tensor's own stream, breaks the capture of a CUDA graph, and takes several times as long.
-
-    Raises RuntimeError if the tensor's values are not what its memory holds.
-    """
-    if tensor.is_neg() or tensor.is_conj():
-        raise RuntimeError("received a negated or conjugated view of other memory: use resolve_neg(), resolve_conj()")
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-    if tensor.is_cuda:
-        return cupy().from_dlpack(to_dlpack(tensor))
-    return np.asarray(_Memory(tensor))
-
-
-class _Memory:
-    """The object from which NumPy makes an array. It keeps the tensor alive as long as the array.
-
-    After `tensor.numpy()` the storage could not be resized any more, which FSDP does. NumPy's from_dlpack returns a
-    read-only array.
-    """
-
-    def __init__(self, tensor: torch.Tensor):
-        check_memory(tensor)
-        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
-        self.tensor = tensor
-        self.__array_interface__ = {
-            "data": (tensor.data_ptr(), False),  # not read-only
-            "shape": tuple(tensor.shape),
-            "strides": tuple(step * dtype.itemsize for step in tensor.stride()),
-            "typestr": dtype.str,
-            "version": 3,
-        }
-
-
-# What the kernels' host code takes for a tensor's dtype. bfloat16 travels as int16.
-NUMPY = {
-    torch.float32: np.dtype(np.float32),
-    torch.float64: np.dtype(np.float64),
-    torch.float16: np.dtype(np.float16),
-    torch.bfloat16: np.dtype(np.int16),
-    torch.bool: np.dtype(np.bool_),
-    torch.int8: np.dtype(np.int8),
-    torch.uint8: np.dtype(np.uint8),
-    torch.uint32: np.dtype(np.uint32),
-    torch.uint64: np.dtype(np.uint64),
-    torch.int32: np.dtype(np.int32),
-    torch.int64: np.dtype(np.int64),
-}
-TORCH = {array: tensor for tensor, array in NUMPY.items()}
-
-
-def one_device(args) -> torch.device:
-    """The device of all tensors in `args`. Raises RuntimeError if they are on several devices."""
-    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-    device = tensors[0].device
-    for tensor in tensors:
-        if tensor.device != device:
-            received = ", ".join(sorted({str(t.device) for t in tensors}))
-            raise RuntimeError(f"tensors must be on one device, received {received}; use .to(...)")
-    return device
-
-
-_nothing = contextlib.nullcontext()
-
-
-def launching_on(device: torch.device):
-    """A context in which CuPy launches on `device`, if it is a GPU, in torch's current stream there."""
-    if device.type == "cpu":
-        return _nothing
-    cuda = cupy().cuda
-    index = torch.cuda.current_device() if device.index is None else device.index
-    stream = raw_stream(index)
-    if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
-        return _nothing
-    return _switched(cuda, index, stream)
-
-
-@contextlib.contextmanager
-def _switched(cuda, device_index, stream):
-    with cuda.Device(device_index), _stream(stream, device_index):
-        yield
-
-
-@functools.cache
-def _stream(pointer, device_index):
-    """CuPy's object for a torch stream. The device must be current."""
-    stream = cupy().cuda.Stream
-    if hasattr(stream, "from_external"):  # since CuPy 14
-        return stream.from_external(_ExternalStream(pointer))
-    return cupy().cuda.ExternalStream(pointer, device_index)
-
-
-class _ExternalStream(NamedTuple):
-    pointer: int
-
-    def __cuda_stream__(self):
-        return 0, self.pointer
-
-
-def check_memory(tensor: torch.Tensor) -> None:
-    """Raises RuntimeError for a tensor that has elements but no memory."""
-    if tensor.numel() and not tensor.data_ptr():
-        raise RuntimeError("received a tensor without memory: its storage was freed, or it is a fake tensor")
-
-
-def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor as kernels read it: contiguous, without lazy negation. Copies only if necessary.
-
-    Autograd records the copy. A Function that saves its input must get the result of `dense`.
-    """
-    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
-        return tensor
-    return tensor.resolve_neg().contiguous()
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """`dense`, at an address that is a multiple of 16, for kernels that read 16 bytes at a time."""
-    tensor = dense(tensor)
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
-def check_floating(**tensors: torch.Tensor | None) -> None:
-    """Raises TypeError unless every named tensor (None is allowed) has a dtype that kernels support."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in interop_FLOATS:
-            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, received {tensor.dtype}")
-
-
-def check_parameters(input: torch.Tensor, **parameters: torch.Tensor | None) -> None:
-    """Raises TypeError unless the tensors (None is allowed) share input's dtype, or float32 if input has 16 bits."""
-    check_floating(input=input, **parameters)
-    allowed = {input.dtype, accumulator_dtype(input)}
-    dtypes = {name: tensor.dtype for name, tensor in parameters.items() if tensor is not None}
-    if len(set(dtypes.values())) > 1 or not allowed.issuperset(dtypes.values()):
-        received = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        choice = " or all ".join(sorted(map(str, allowed)))
-        raise TypeError(f"with input {input.dtype}, {' and '.join(dtypes)} must be all {choice}; received {received}")
-
-
-def accumulator_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """dtype of statistics, partial sums and workspaces for a tensor: float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def number(value, name: str) -> float:
-    """A number, or a tensor with one element, as a float. Raises TypeError for anything else."""
-    if type(value) is float:
-        return value
-    if isinstance(value, (numbers.Real, torch.Tensor)):
-        return float(value)
-    raise TypeError(f"{name} must be a number, received {value!r}")
-
-
-def integer(value, name: str) -> int:
-    """A whole number, also of NumPy or in a tensor, as an int. Raises TypeError for anything else."""
-    if type(value) is int:
-        return value
-    if isinstance(value, bool) or not _is_whole(value):
-        raise TypeError(f"{name} must be an int, received {value!r}")
-    return int(value)
-
-
-def pair(value, name: str) -> tuple[int, int]:
-    """(value, value) for a whole number, (a, b) for two of them. Raises ValueError for anything else."""
-    if type(value) is int:
-        return value, value
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
-        return value
-    values = (value,) if _is_whole(value) else tuple(value) if isinstance(value, Iterable) else ()
-    if len(values) not in (1, 2) or not all(map(_is_whole, values)):
-        raise ValueError(f"{name} must be an int or a pair of ints, received {value!r}")
-    return int(values[0]), int(values[-1])
-
-
-def _is_whole(value) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
-    return isinstance(value, numbers.Integral)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/calls.py
-#
-# Calls of kernels on tensors. A call becomes a plan: its checks, allocations and launches are determined once.
-#
-# A plan is made once for each kind of call. The kind is the operation, its options, and the shape, dtype, device, layout
-# and alignment of each tensor. It does not depend on the tensors' addresses or on the values of floats.
-
-def dense_after(check: Callable, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """`dense` of each tensor. If one must be copied, check() runs first, so that a refused call copies nothing."""
-    for tensor in tensors:
-        if tensor is not None and (not tensor.is_contiguous() or tensor.is_neg()):
-            check()
-            return tuple(map(dense, tensors))
-    return tensors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -985,9 +606,6 @@ def planes(wgmma: int, window_pitch: int, units: int, unit_windows: int, unit_st
 # cupy_kernels/conv_transpose.py
 #
 # 2D transposed convolution: general kernels for all hyper-parameters, without tensor cores.
-#
-# Shapes: x [N, G*Ci, H, W], w [G*Ci, Co, KH, KW], bias [G*Co], y [N, G*Co, OH, OW], with G groups, Ci and Co channels per
-#     group and OH = (H-1)*stride - 2*padding + dilation*(KH-1) + output_padding + 1.
 
 _INT_MAX = 2**31 - 1
 
@@ -1053,10 +671,6 @@ def logical(shape, channels_last) -> tuple[int, ...]:
 # cupy_kernels/fp16_tiles.py
 #
 # Tensors [N, C, H, W] as packed fp16 tiles [N, chunks, H * W, 64] under one power-of-two scale, see fp16_tiles.cu.
-#
-# A line is the 64 values of a pixel. With split 1, these are the fp16 values of 64 channels. With split 2, they are the
-# fp16 values of 32 channels, then the 32 residuals, which are the rounding errors of those values. An array of exponents
-# belongs to the tiles; the smallest of them is the scale's.
 
 _BATCH = 8  # accesses of at most 16 bytes that a thread of largest_magnitude has in flight
 LINE_BYTES = 128
@@ -1121,9 +735,6 @@ def _width(source, length) -> int:
 # cupy_kernels/conv_transpose_mma.py
 #
 # 2D transposed convolution on tensor cores: stride 1, dilation 1, one group, channels in multiples of 16.
-#
-# Shapes are as in `conv_transpose`. Operands are fp16, scaled by powers of two. split 1 has TF32's precision, split 2
-# float32's.
 
 MANY_IMAGES = 96  # from so many on, a block takes as much of an image as fits, to load x less often
 _MMA_DGRAD_IMAGES = 64  # from so many on, mma.sync is faster than wgmma for dgrad with split 2: benchmarks/NOTES.md
@@ -1366,20 +977,6 @@ _FEW_WARPS, _MOST_WARPS, _RESIDENT = 8, 16, 24
 _PART = 320  # values of a warp at most: 10 a lane
 
 
-@until_overridden
-def activations() -> dict[str, str]:
-    """The functions of activation.cuh, and the structs that they are there: leaky_relu, LeakyReLU."""
-    structs = re.findall(r"^struct (\w+)", text("activation.cuh"), re.MULTILINE)
-    return {re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", struct).lower(): struct for struct in structs}
-
-
-def struct_of(activation: str) -> str:
-    """The activation's struct. Raises ValueError if there is none."""
-    if activation not in tuple(activations()):
-        raise ValueError(f"activation must be one of {', '.join(map(repr, activations()))}; received {activation!r}")
-    return activations()[activation]
-
-
 def saved_shift(p: Plan) -> int:
     """SAVED_SHIFT. Both operands are below 2^15, and the sum of this many products must stay below 2^15."""
     macros = dict(p.macros)
@@ -1447,618 +1044,9 @@ def windows_of(macros) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/conv_wgrad_mma.py
-#
-# Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` supports.
-
-_MOST_TAPS = 5  # neighbouring taps in a block: a thread has no registers for more
-_MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
-_MOST_TILES_N = 8  # tiles of sums in a warpgroup: a thread has no registers for more
-_TILE_IC = 64  # input channels of a block of the kernel for wgmma
-_BAND_ROWS = 16
-conv_wgrad_mma_RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
-
-
-class conv_wgrad_mma_Plan(NamedTuple):
-    """How blocks share a weight gradient. `macros` specialise the kernels."""
-
-    macros: tuple
-    output_shape: tuple
-    split: int  # of the packed tiles, see `fp16_tiles`
-    tiles: int
-    splits: int
-    bands_per_split: int  # the last split may have fewer
-    threads: int
-    shared_bytes: int
-    partial_size: int  # elements of the workspace, float32
-
-
-@functools.lru_cache(maxsize=1024)
-def plan(
-    x_shape,
-    w_shape,
-    geometry: Geometry,
-    split: int,
-    dtype: str,
-    shared_limit: int,
-    wgmma: bool = False,
-    channels_last: bool = False,
-    multiprocessors: int = MULTIPROCESSORS,
-) -> conv_wgrad_mma_Plan:
-    """The plan for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
-
-    split: of the packed tiles of x and dy.
-    dtype: the kernels' name of w's type.
-    shared_limit: bytes of shared memory that a block may use.
-    wgmma: whether GPU and NVRTC support it. The plan uses it where possible.
-    channels_last: x is float16 [N, H, W, C] instead of tiles, with split 1.
-    multiprocessors: the number that the GPU has. The sum is split over them.
-
-    Raises UnsupportedError for what the kernels do not support.
-    """
-    check_supported(x_shape, w_shape, geometry, dtype)
-    channels_in, channels_out, *kernel = w_shape
-    height, width = x_shape[2:]
-    output = output_shape(x_shape, w_shape, geometry)
-    out = output[2:]
-    taps = ceil_div(kernel[1], ceil_div(kernel[1], _MOST_TAPS))
-    sizes = split, (channels_in, channels_out), taps, shared_limit
-    found = (_wgmma_layout(width, *sizes) if wgmma else None) or conv_wgrad_mma_layout(*sizes)
-    tiles = kernel[0] * ceil_div(kernel[1], taps) * found.channel_tiles
-    bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
-    bands_per_split = ceil_div(bands, max(1, multiprocessors * found.blocks // tiles))
-    splits = ceil_div(bands, bands_per_split)
-    macros = {
-        **shape_macros(dtype, (channels_in, channels_out), (height, width), out, kernel, geometry.padding),
-        **packing_macros(split),
-        "TAPS_W": taps,
-        "CHANNELS_LAST": int(channels_last),
-        "BAND_ROWS": _BAND_ROWS,
-        "TILES": tiles,
-        **found.macros,
-    }
-    size = channels_in * channels_out * kernel[0] * kernel[1]
-    sizes = (tiles, splits, bands_per_split, macros["THREADS"], macros["SHARED_BYTES"], splits * size)
-    return conv_wgrad_mma_Plan(tuple(macros.items()), output, split, *sizes)
-
-
-class _Layout(NamedTuple):
-    """The differences between the two main loops."""
-
-    macros: dict
-    channel_tiles: int
-    blocks: int  # that share a multiprocessor
-
-
-def conv_wgrad_mma_layout(split, channels, taps, limit) -> _Layout:
-    """The layout for conv_wgrad_mma.cuh. Raises UnsupportedError if there is not enough shared memory."""
-    columns = ceil_div(4, taps) * taps  # in a stage: at least 4, and a multiple of taps
-    chunk = chunk_channels(split)
-
-    def layout(warps):
-        """(stages, bytes of a stage)"""
-        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * LINE_BYTES
-        blocks = 8 // warps
-        return min(_MOST_STAGES, (limit - conv_wgrad_mma_RESERVED) // blocks // stage_bytes), stage_bytes
-
-    choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels[1] > 64]
-    warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
-    if stages < 2:
-        # Then only one block fits a multiprocessor. Only GPUs with little shared memory need this.
-        stages = min(_MOST_STAGES, (limit - conv_wgrad_mma_RESERVED) // stage_bytes)
-    if stages < 2:
-        raise UnsupportedError(f"it needs {2 * stage_bytes + conv_wgrad_mma_RESERVED} bytes of shared memory, the GPU has {limit}")
-    tiles = ceil_div(channels[1], 16 * warps) * ceil_div(channels[0], chunk)
-    macros = {"WGMMA": 0, "THREADS": 32 * warps, "TILE_OC": 16 * warps, "TILE_IC": chunk, "COLUMNS": columns}
-    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes}, tiles, 8 // warps)
-
-
-def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
-    """The layout for conv_wgrad_wgmma.cuh. None if there is not enough shared memory."""
-    tiles_n = _MOST_TILES_N if channels[1] > 64 else channels[1] // 16
-    columns = 4 if split == 1 else 1 if width % 2 else 2
-
-    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * LINE_BYTES
-    stages = min(_MOST_STAGES_WGMMA, (limit - conv_wgrad_mma_RESERVED) // stage_bytes)
-    if stages < 2 + ceil_div(taps + 1, columns):
-        return None
-    tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
-    macros = {"WGMMA": 1, "THREADS": 256, "TILE_OC": 16 * tiles_n, "TILE_IC": _TILE_IC, "COLUMNS": columns}
-    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
-
-
-def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponents, borders, partial, dw) -> None:
-    """Writes dw, the gradient of w, from x and the gradient of the output as packed tiles.
-
-    x_exponents, dy_exponents: int32, at least one each; the smallest is the exponent of the tiles' scale. x_exponents
-        may be None, for an x without a scale.
-    x_sums, borders: both are given for an x whose means were subtracted, or both are None. With them, the sum of dy
-        over all pixels must be 0 in each channel. x_sums: as given to `fp16_tiles.pack_fp16`. borders: float32 [parts,
-        KH * KW, M]. Their sum over the parts is, for each tap, the sum of dy, under its tiles' scale, over the pixels
-        that have no partner in x.
-    partial: workspace, float32, written; its size is in the plan.
-
-    Raises ValueError if only one of x_sums and borders is None.
-    """
-    if (x_sums is None) != (borders is None):
-        given = "borders" if x_sums is None else "x_sums"
-        raise ValueError(f"x_sums and borders go together, received {given} alone; give both, or None for both")
-    launch(
-        wgrad_kernel(p),
-        (p.tiles * p.splits, 1, 1),
-        (p.threads, 1, 1),
-        (x_packed, dy_packed, partial, p.output_shape[0], p.bands_per_split),
-        p.shared_bytes,
-    )
-    launch(
-        wgrad_kernel(p)._replace(name="conv_wgrad_reduce"),
-        (ceil_div(dw.size, THREADS), 1, 1),
-        (THREADS, 1, 1),
-        (partial, x_exponents, dy_exponents, x_sums, borders, dw, 0 if x_exponents is None else x_exponents.size)
-        + (dy_exponents.size, p.splits)
-        + (0 if borders is None else borders.shape[0],),
-    )
-
-
-def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
-    """The kernel that `conv_wgrad_mma` launches first. `conv_wgrad_reduce` is compiled with it."""
-    return Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros, architecture(p.macros))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/gather_gemm_plan.py
-#
-# How blocks share the implicit GEMMs of `gather_gemm`: tiles, and splits of the sum. A model of time chooses them.
-
-class Gpu(NamedTuple):
-    """What a plan depends on besides the convolution."""
-
-    wgmma: bool = False  # whether GPU and NVRTC have it; plans use it where it is faster
-    sm75: bool = False  # whether kernels are to do with the instructions of sm_75
-    multiprocessors: int = MULTIPROCESSORS
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/numerics.py
-#
-# The precision of the transposed convolution: numeric classes, and the rule for using tensor cores.
-#
-# "tf32": operands with 10 mantissa bits, summed in float32. "fp32": float32's precision. "auto": what PyTorch does, which
-# is torch.backends.cudnn.allow_tf32 on a GPU, and "fp32" on the CPU. 16-bit operands are exact in both classes.
-
-NUMERICS = ("auto", "tf32", "fp32")
-_switched_off = []
-_as_sm75 = []
-_EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS = 227 * 1024, MULTIPROCESSORS  # an H100's
-
-
-def check_numerics(numerics: str) -> None:
-    """Raises ValueError unless `numerics` is one of NUMERICS."""
-    if numerics not in NUMERICS:
-        raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, received {numerics!r}")
-
-
-def resolve(numerics: str, device: torch.device) -> str:
-    """The class of a convolution on the device, "tf32" or "fp32"."""
-    if numerics != "auto":
-        return numerics
-    return "tf32" if device.type == "cuda" and allows_tf32() and _capability(device.index) >= (8, 0) else "fp32"
-
-
-class Choice(NamedTuple):
-    """How the convolutions of a call multiply. A backward uses its forward's choice, even if settings changed since."""
-
-    cls: str  # "tf32" or "fp32"
-    wgmma: bool
-    shared_bytes: int  # that a block may use
-    multiprocessors: int
-    sm75: bool  # whether the tensor-core kernels are those of sm_75
-    without: str | None  # why there are no tensor cores
-
-    @property
-    def gpu(self) -> Gpu:
-        """What implicit GEMMs are planned for."""
-        return Gpu(self.wgmma, self.sm75, self.multiprocessors)
-
-
-def choose(numerics: str, device: torch.device) -> Choice:
-    """The choice for a convolution on a tensor's device under the current settings."""
-    without = "tensor cores are switched off" if _switched_off else None
-    sizes, sm75 = (_EMULATED_SHARED_BYTES, _EMULATED_MULTIPROCESSORS), bool(_as_sm75)
-    if device.type == "cuda":
-        index = device.index
-        sizes, without = (_shared_bytes(index), _multiprocessors(index)), without or _too_old(index)
-        sm75 = sm75 or _capability(index) == (7, 5)
-    return Choice(resolve(numerics, device), uses_wgmma(device), *sizes, sm75, without)
-
-
-def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
-    """(plan, None) if the tensor-core kernels support the convolution of x, else (None, the reason).
-
-    dtype: of x, NumPy's.
-    dgrad: x is the incoming gradient, and the result is the gradient of the input.
-    options: `channels_last` of `conv_transpose_mma.plan`.
-    """
-    return plan_or_reason(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad, **options)
-
-
-def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, **options):
-    """(plan, None) if the tensor-core kernels support the weight gradient of the convolution of x, else (None, reason).
-
-    dtype: of w, NumPy's.
-    options: `channels_last` of `conv_wgrad_mma.plan`.
-    """
-    return plan_or_reason(plan, x_shape, dtype, w_shape, geometry, choice, **options)
-
-
-def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
-    """The plan that `make` returns, for instance conv_transpose_mma.plan. Raises UnsupportedError if there is none."""
-    if choice.without:
-        raise UnsupportedError(choice.without)
-    if choice.sm75:
-        raise UnsupportedError("on sm_75 a block has too little shared memory")
-    if not x_shape[0]:
-        raise UnsupportedError("the batch is empty")
-    options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
-    options.update(multiprocessors=choice.multiprocessors)
-    return make(tuple(x_shape), tuple(w_shape), geometry, numerics_split(dtype, choice), **options)
-
-
-def numerics_split(dtype, choice) -> int:
-    return 2 if dtype == np.float32 and choice.cls == "fp32" else 1
-
-
-@functools.cache
-def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
-
-
-@functools.cache
-def _too_old(device_index: int) -> str | None:
-    """Why the GPU has no tensor cores that the kernels can use; None if it has."""
-    major, minor = _capability(device_index)
-    return f"the GPU is sm_{major}{minor}, tensor-core kernels need sm_75" if (major, minor) < (7, 5) else None
-
-
-@functools.cache
-def _shared_bytes(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin
-
-
-@functools.cache
-def _multiprocessors(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/affine.py
-#
-# Helpers for the weight and bias of the norm layers.
-
-def pair_of(module: nn.Module, known: dict, first: str, second: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Two tensors of a module. known: its parameters or its buffers. Plain getattr searches three dicts: slower."""
-    if first in known and second in known:
-        return known[first], known[second]
-    return getattr(module, first), getattr(module, second)  # someone has put another tensor in its place
-
-
-def weight_and_bias(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Both, of a convolution or a norm."""
-    return pair_of(module, module._parameters, "weight", "bias")
-
-
-def reset_affine(module: nn.Module) -> None:
-    """Weight 1, bias 0."""
-    if module.weight is not None:
-        nn.init.ones_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/batch_norm_arguments.py
-#
-# What a batch norm, alone or fused with other operators, is given besides its input.
-
-class Norm(NamedTuple):
-    """The arguments of `batch_norm` behind its input, in their order."""
-
-    running_mean: torch.Tensor | None
-    running_var: torch.Tensor | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    training: bool
-    momentum: float
-    eps: float
-    batches: torch.Tensor | None  # num_batches_tracked
-
-    @classmethod
-    def checked(cls, running_mean, running_var, weight, bias, training, momentum, eps, batches) -> "Norm":
-        """The same with floats. Refuses what PyTorch's batch_norm refuses whatever its input is."""
-        momentum, eps = number(momentum, "momentum"), number(eps, "eps")
-        if training and not eps > 0:
-            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-        if not eps >= 0:
-            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-        if running_mean is None or running_var is None:
-            if running_mean is not running_var:
-                raise ValueError("running_mean and running_var must either both be None or neither be None")
-            if not training:
-                raise RuntimeError("running_mean and running_var must be defined in evaluation mode")
-        elif torch.is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad):
-            name = "running_mean" if running_mean.requires_grad else "running_var"
-            raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
-        elif training and running_mean is running_var:
-            raise ValueError("running_mean and running_var are one tensor, and training updates each: give it two")
-        return cls(running_mean, running_var, weight, bias, bool(training), momentum, eps, batches)
-
-    def check(self, input: torch.Tensor, shape=None, alone: bool = True) -> None:
-        """Refuses what PyTorch's batch_norm refuses because of shapes, dtypes and devices.
-
-        shape: what is normalised, if it is not input itself. alone: whether no other process has values, too.
-        """
-        shape = input.shape if shape is None else shape
-        if self.training and alone and shape and math.prod((shape[0], *shape[2:])) == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-        if len(shape) < 2:
-            raise RuntimeError(f"batch_norm takes input [N, C, *], received shape {tuple(shape)}")
-        statistics = {"running_mean": self.running_mean, "running_var": self.running_var}
-        affine = {"weight": self.weight, "bias": self.bias}
-        for name, tensor in (statistics | affine).items():
-            if tensor is not None and tensor.numel() != shape[1]:
-                raise RuntimeError(f"{name} should contain {shape[1]} elements not {tensor.numel()}")
-        one_device((input, *statistics.values(), *affine.values()))
-        check_parameters(input, **statistics)
-        check_parameters(input, **affine)
-
-    def applied(self) -> tuple:
-        """The running statistics if they are applied: a backward refuses those that were changed, as torch's does."""
-        return (None, None) if self.training else (self.running_mean, self.running_var)
-
-    def buffers(self) -> tuple:
-        """(running_mean, running_var, batches) as kernels read, and in training update, them.
-
-        None for a counter that they do not count in.
-        """
-        batches = self.batches
-        counts = self.training and batches is not None and batches.dtype == torch.int64 and batches.numel() == 1
-        return dense(self.running_mean), dense(self.running_var), batches if counts else None
-
-    def note_update(self, updated) -> None:
-        """Tells autograd what kernels changed in training. updated: `buffers`."""
-        if not self.training:
-            return
-        written = []
-        for buffer, new in zip((self.running_mean, self.running_var, self.batches), updated):
-            if buffer is None:
-                continue
-            if new is buffer:
-                written.append(buffer)
-            elif new is None:
-                buffer.add_(1)
-            else:  # it is not contiguous: the kernel updated a copy
-                buffer.copy_(new)
-        torch.autograd.graph.increment_version(written)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/gradients.py
-#
-# Shared code of the operators' backwards: gradients that can be differentiated again.
-#
-# With `create_graph`, a backward runs with grad mode on. Then each gradient is an autograd Function of its own, which
-# launches the same kernels. Otherwise only the kernels run, and nothing more is saved.
-
-def will_need_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must record a Function of these tensors. If not, calling its forward directly is faster."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
-
-
-def gradients_apply(function: type[torch.autograd.Function], *args):
-    """function.apply(*args), but faster."""
-    return apply(function, *args)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/batch_norm.py
-#
-# batch_norm, with the signature of PyTorch's batch_norm, batch_norm_tanh, and the layers.
-
-class _Layer(nn.modules.batchnorm._BatchNorm):
-    peers = None  # a `distributed.Peers`, see `modelnew.convert_sync_batchnorm`
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:  # not every version of torch knows it
-            self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        """Sets weight to 1 and bias to 0, and calls `reset_running_stats`."""
-        self.reset_running_stats()
-        reset_affine(self)
-
-    def arguments(self, input: torch.Tensor) -> tuple:
-        """(running_mean, running_var, weight, bias, training, momentum, eps) of `batch_norm` for this input."""
-        self._check_input_dim(input)
-        running_mean, running_var = pair_of(self, self._buffers, "running_mean", "running_var")
-        training = self.training or (running_mean is None and running_var is None)
-        if self.training and not self.track_running_stats:
-            running_mean = running_var = None
-        momentum = self.momentum
-        if momentum is None:  # the average over all batches
-            counter = self.counter()
-            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)
-        return running_mean, running_var, *weight_and_bias(self), training, momentum, self.eps
-
-    def counter(self) -> torch.Tensor | None:
-        """num_batches_tracked, if the next batch is counted, else None."""
-        if not (self.training and self.track_running_stats):
-            return None
-        name, known = "num_batches_tracked", self._buffers
-        return known[name] if name in known else getattr(self, name)
-
-
-class BatchNorm2d(_Layer, nn.BatchNorm2d):
-    """See PyTorch's BatchNorm2d and `modelnew.functional.batch_norm`. A refused call leaves the buffers unchanged."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/autocast.py
-#
-# The rules of torch.autocast, for operators that PyTorch's dispatcher does not know.
-
-def enabled(tensor: torch.Tensor) -> bool:
-    """Whether autocast is on for the tensor's device."""
-    return torch.is_autocast_enabled("cuda" if tensor.is_cuda else "cpu")
-
-
-def lower(*tensors: torch.Tensor | None) -> tuple:
-    """The tensors in autocast's dtype where autocast is on, as it casts a convolution's arguments."""
-    first = tensors[0]
-    return _cast(tensors, torch.get_autocast_dtype(first.device.type)) if enabled(first) else tensors
-
-
-def result_of_norm(result: torch.Tensor) -> torch.Tensor:
-    """A chain's float32 result in the dtype that autocast gives a group norm: on a CPU, autocast's own."""
-    return result if result.is_cuda or not enabled(result) else lower(result)[0]
-
-
-def _cast(tensors, dtype):
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/channel_sum.py
-#
-# The sum of a tensor [N, C, *] over all dimensions but the channels: the bias gradient of a convolution.
-#
-# A channels_last tensor is passed as [N * H * W, C].
-
-_FILE = "channel_sum.cu"
-
-
-def channel_sum_workspace_size(x) -> int:
-    """Number of float64 elements of the workspace `partial`."""
-    return x.shape[1] * chunks_of(x)[1]
-
-
-def channel_sum(x, sums, partial) -> None:
-    """sums[c] = sum over n and positions of x[n, c, ...]. Writes sums, [C], and the workspace `partial`."""
-    channels = x.shape[1]
-    if sums.shape != (channels,):
-        raise ValueError(f"sums must have shape ({channels},), received {sums.shape}")
-    walk = over_chunks((x,), lambda width, planes: channel_sum_macros(scalar(x), width, planes))
-    walk.launch(_FILE, "channel_sum_partials", (x, partial, *walk.sizes, walk.chunks, walk.tile))
-    args = (partial, sums, channels, walk.chunks)
-    launch_combining(Kernel(_FILE, "channel_sum_combine", walk.macros), channels, walk.chunks, args)
-
-
-def channel_sum_macros(name, width, planes):
-    sizes = {"WIDTH": width, "PLANES": planes, "KEPT": KEPT, "THREADS": THREADS}
-    return (*scalar_macros(name), *sizes.items())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/gather_gemm.py
-#
-# conv_transpose2d's forward and gradients as implicit GEMMs, in either memory format: operations of `calls.call`.
-#
-# Arrays are [N, C, H, W], or [N, H, W, C] with channels_last. Weights are [Cin, Cout/groups, KH, KW], or [Cin, KH, KW,
-# Cout/groups] with w_channels_last. These are the physical shapes of channels_last tensors. Each gradient has the format
-# of its tensor.
-
-def physical(shape, channels_last) -> tuple[int, ...]:
-    """The shape of the array that stores a tensor of shape [N, C, H, W]."""
-    return (shape[0], *shape[2:], shape[1]) if channels_last else tuple(shape)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/conv_transpose.py
-#
-# conv_transpose2d, with the signature of PyTorch's conv_transpose2d, and its layer.
-
-class ConvTranspose2d(nn.ConvTranspose2d):
-    """See PyTorch's ConvTranspose2d and `modelnew.functional.conv_transpose2d`. numerics: see `modelnew.numerics`."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        output_padding: int | tuple[int, int] = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: int | tuple[int, int] = 1,
-        padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
-        *,
-        numerics: str = "auto",
-    ):
-        check_numerics(numerics)
-        window = (kernel_size, stride, padding, output_padding)
-        super().__init__(in_channels, out_channels, *window, groups, bias, dilation, padding_mode, device, dtype)
-        self.numerics = numerics
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# modelnew/functional/group_norm.py
-#
-# group_norm, with the signature of PyTorch's group_norm, and its layer.
-
-class GroupNorm(nn.GroupNorm):
-    """See PyTorch's GroupNorm and `modelnew.functional.group_norm`."""
-
-    def __init__(
-        self,
-        num_groups: int,
-        num_channels: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-    ):
-        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        if not bias:  # not every version of torch knows it
-            self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        """Sets weight to 1 and bias to 0."""
-        reset_affine(self)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_bn_pool.py
 #
 # ConvTranspose2d -> BatchNorm2d -> activation -> MaxPool2d(2, 2) -> GroupNorm, pooled in the convolution's epilogue.
-#
-# Shapes: x [N, K, H, W], w [K, M, KH, KW], the convolution's output [N, M, OH, OW], pooled and out [N, M, OH/2, OW/2].
-#     `conv_transpose_mma.plan` must support the convolution. All tensors have one type: float32, float16, or int16 that
-#     holds bfloat16. Statistics and saved arrays have the types in `kept_arrays`. With `typed`, x may have 16 bits and
-#     all others be float32. With a plan for channels_last, x, out, dout and dx are [N, H, W, C].
-#
-# activation, parameter: one of activation.cuh's, such as "leaky_relu", and its parameter, if it has one.
 
 _MOST_JOBS = 2048  # of pooled_tail.cuh, for which pooled_backward has 24 bytes of static shared memory each
 
@@ -2222,6 +1210,165 @@ def _pool_kernel(p: Plan, training, keep):
     macros.pop("param_t", None)
     macros.update(STATISTICS=int(training), SAVE=int(keep), SAVED_SHIFT=saved_shift(p))
     return Kernel("conv_bn_pool.cu", "conv_bn_pool", tuple(macros.items()), architecture(p.macros))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/conv_wgrad_mma.py
+#
+# Weight gradient of the 2D transposed convolution on tensor cores, for what `conv_transpose_mma` supports.
+
+_MOST_TAPS = 5  # neighbouring taps in a block: a thread has no registers for more
+_MOST_STAGES, _MOST_STAGES_WGMMA = 6, 9
+_MOST_TILES_N = 8  # tiles of sums in a warpgroup: a thread has no registers for more
+_TILE_IC = 64  # input channels of a block of the kernel for wgmma
+_BAND_ROWS = 16
+conv_wgrad_mma_RESERVED = 2 * 1024  # shared memory for the kernel's own small arrays and the driver's
+
+
+class conv_wgrad_mma_Plan(NamedTuple):
+    """How blocks share a weight gradient. `macros` specialise the kernels."""
+
+    macros: tuple
+    output_shape: tuple
+    split: int  # of the packed tiles, see `fp16_tiles`
+    tiles: int
+    splits: int
+    bands_per_split: int  # the last split may have fewer
+    threads: int
+    shared_bytes: int
+    partial_size: int  # elements of the workspace, float32
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(
+    x_shape,
+    w_shape,
+    geometry: Geometry,
+    split: int,
+    dtype: str,
+    shared_limit: int,
+    wgmma: bool = False,
+    channels_last: bool = False,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> conv_wgrad_mma_Plan:
+    """The plan for the gradient of w [K, M, KH, KW] in the convolution of x [N, K, H, W], N at least 1.
+
+    split: of the packed tiles of x and dy.
+    dtype: the kernels' name of w's type.
+    shared_limit: bytes of shared memory that a block may use.
+    wgmma: whether GPU and NVRTC support it. The plan uses it where possible.
+    channels_last: x is float16 [N, H, W, C] instead of tiles, with split 1.
+    multiprocessors: the number that the GPU has. The sum is split over them.
+
+    Raises UnsupportedError for what the kernels do not support.
+    """
+    check_supported(x_shape, w_shape, geometry, dtype)
+    channels_in, channels_out, *kernel = w_shape
+    height, width = x_shape[2:]
+    output = output_shape(x_shape, w_shape, geometry)
+    out = output[2:]
+    taps = ceil_div(kernel[1], ceil_div(kernel[1], _MOST_TAPS))
+    sizes = split, (channels_in, channels_out), taps, shared_limit
+    found = (_wgmma_layout(width, *sizes) if wgmma else None) or conv_wgrad_mma_layout(*sizes)
+    tiles = kernel[0] * ceil_div(kernel[1], taps) * found.channel_tiles
+    bands = ceil_div(x_shape[0] * height, _BAND_ROWS)
+    bands_per_split = ceil_div(bands, max(1, multiprocessors * found.blocks // tiles))
+    splits = ceil_div(bands, bands_per_split)
+    macros = {
+        **shape_macros(dtype, (channels_in, channels_out), (height, width), out, kernel, geometry.padding),
+        **packing_macros(split),
+        "TAPS_W": taps,
+        "CHANNELS_LAST": int(channels_last),
+        "BAND_ROWS": _BAND_ROWS,
+        "TILES": tiles,
+        **found.macros,
+    }
+    size = channels_in * channels_out * kernel[0] * kernel[1]
+    sizes = (tiles, splits, bands_per_split, macros["THREADS"], macros["SHARED_BYTES"], splits * size)
+    return conv_wgrad_mma_Plan(tuple(macros.items()), output, split, *sizes)
+
+
+class _Layout(NamedTuple):
+    """The differences between the two main loops."""
+
+    macros: dict
+    channel_tiles: int
+    blocks: int  # that share a multiprocessor
+
+
+def conv_wgrad_mma_layout(split, channels, taps, limit) -> _Layout:
+    """The layout for conv_wgrad_mma.cuh. Raises UnsupportedError if there is not enough shared memory."""
+    columns = ceil_div(4, taps) * taps  # in a stage: at least 4, and a multiple of taps
+    chunk = chunk_channels(split)
+
+    def layout(warps):
+        """(stages, bytes of a stage)"""
+        stage_bytes = (1 + 16 * warps // chunk) * columns * _BAND_ROWS * LINE_BYTES
+        blocks = 8 // warps
+        return min(_MOST_STAGES, (limit - conv_wgrad_mma_RESERVED) // blocks // stage_bytes), stage_bytes
+
+    choices = [(warps, *layout(warps)) for warps in (8, 4) if warps == 4 or channels[1] > 64]
+    warps, stages, stage_bytes = next((c for c in choices if c[1] > 1), choices[-1])
+    if stages < 2:
+        # Then only one block fits a multiprocessor. Only GPUs with little shared memory need this.
+        stages = min(_MOST_STAGES, (limit - conv_wgrad_mma_RESERVED) // stage_bytes)
+    if stages < 2:
+        raise UnsupportedError(f"it needs {2 * stage_bytes + conv_wgrad_mma_RESERVED} bytes of shared memory, the GPU has {limit}")
+    tiles = ceil_div(channels[1], 16 * warps) * ceil_div(channels[0], chunk)
+    macros = {"WGMMA": 0, "THREADS": 32 * warps, "TILE_OC": 16 * warps, "TILE_IC": chunk, "COLUMNS": columns}
+    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes}, tiles, 8 // warps)
+
+
+def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
+    """The layout for conv_wgrad_wgmma.cuh. None if there is not enough shared memory."""
+    tiles_n = _MOST_TILES_N if channels[1] > 64 else channels[1] // 16
+    columns = 4 if split == 1 else 1 if width % 2 else 2
+
+    stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * LINE_BYTES
+    stages = min(_MOST_STAGES_WGMMA, (limit - conv_wgrad_mma_RESERVED) // stage_bytes)
+    if stages < 2 + ceil_div(taps + 1, columns):
+        return None
+    tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
+    macros = {"WGMMA": 1, "THREADS": 256, "TILE_OC": 16 * tiles_n, "TILE_IC": _TILE_IC, "COLUMNS": columns}
+    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
+
+
+def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponents, borders, partial, dw) -> None:
+    """Writes dw, the gradient of w, from x and the gradient of the output as packed tiles.
+
+    x_exponents, dy_exponents: int32, at least one each; the smallest is the exponent of the tiles' scale. x_exponents
+        may be None, for an x without a scale.
+    x_sums, borders: both are given for an x whose means were subtracted, or both are None. With them, the sum of dy
+        over all pixels must be 0 in each channel. x_sums: as given to `fp16_tiles.pack_fp16`. borders: float32 [parts,
+        KH * KW, M]. Their sum over the parts is, for each tap, the sum of dy, under its tiles' scale, over the pixels
+        that have no partner in x.
+    partial: workspace, float32, written; its size is in the plan.
+
+    Raises ValueError if only one of x_sums and borders is None.
+    """
+    if (x_sums is None) != (borders is None):
+        given = "borders" if x_sums is None else "x_sums"
+        raise ValueError(f"x_sums and borders go together, received {given} alone; give both, or None for both")
+    launch(
+        wgrad_kernel(p),
+        (p.tiles * p.splits, 1, 1),
+        (p.threads, 1, 1),
+        (x_packed, dy_packed, partial, p.output_shape[0], p.bands_per_split),
+        p.shared_bytes,
+    )
+    launch(
+        wgrad_kernel(p)._replace(name="conv_wgrad_reduce"),
+        (ceil_div(dw.size, THREADS), 1, 1),
+        (THREADS, 1, 1),
+        (partial, x_exponents, dy_exponents, x_sums, borders, dw, 0 if x_exponents is None else x_exponents.size)
+        + (dy_exponents.size, p.splits)
+        + (0 if borders is None else borders.shape[0],),
+    )
+
+
+def wgrad_kernel(p: conv_wgrad_mma_Plan) -> Kernel:
+    """The kernel that `conv_wgrad_mma` launches first. `conv_wgrad_reduce` is compiled with it."""
+    return Kernel("conv_wgrad_mma.cu", "conv_wgrad_mma", p.macros, architecture(p.macros))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2450,6 +1597,108 @@ def _count(p: Plan, images: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# modelnew/interop.py
+#
+# The border between torch and the kernels: DLPack views of tensors, on the tensors' device and torch's stream.
+
+# What the kernels' host code takes for a tensor's dtype. bfloat16 travels as int16.
+NUMPY = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(np.int16),
+    torch.bool: np.dtype(np.bool_),
+    torch.int8: np.dtype(np.int8),
+    torch.uint8: np.dtype(np.uint8),
+    torch.uint32: np.dtype(np.uint32),
+    torch.uint64: np.dtype(np.uint64),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+}
+TORCH = {array: tensor for tensor, array in NUMPY.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/gather_gemm_plan.py
+#
+# How blocks share the implicit GEMMs of `gather_gemm`: tiles, and splits of the sum. A model of time chooses them.
+
+class Gpu(NamedTuple):
+    """What a plan depends on besides the convolution."""
+
+    wgmma: bool = False  # whether GPU and NVRTC have it; plans use it where it is faster
+    sm75: bool = False  # whether kernels are to do with the instructions of sm_75
+    multiprocessors: int = MULTIPROCESSORS
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/numerics.py
+#
+# The precision of the transposed convolution: numeric classes, and the rule for using tensor cores.
+
+class Choice(NamedTuple):
+    """How the convolutions of a call multiply. A backward uses its forward's choice, even if settings changed since."""
+
+    cls: str  # "tf32" or "fp32"
+    wgmma: bool
+    shared_bytes: int  # that a block may use
+    multiprocessors: int
+    sm75: bool  # whether the tensor-core kernels are those of sm_75
+    without: str | None  # why there are no tensor cores
+
+    @property
+    def gpu(self) -> Gpu:
+        """What implicit GEMMs are planned for."""
+        return Gpu(self.wgmma, self.sm75, self.multiprocessors)
+
+
+def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, dgrad: bool = False, **options):
+    """(plan, None) if the tensor-core kernels support the convolution of x, else (None, the reason).
+
+    dtype: of x, NumPy's.
+    dgrad: x is the incoming gradient, and the result is the gradient of the input.
+    options: `channels_last` of `conv_transpose_mma.plan`.
+    """
+    return plan_or_reason(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad, **options)
+
+
+def wgrad_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice, **options):
+    """(plan, None) if the tensor-core kernels support the weight gradient of the convolution of x, else (None, reason).
+
+    dtype: of w, NumPy's.
+    options: `channels_last` of `conv_wgrad_mma.plan`.
+    """
+    return plan_or_reason(plan, x_shape, dtype, w_shape, geometry, choice, **options)
+
+
+def required_plan(make, x_shape, dtype, w_shape, geometry, choice, **options):
+    """The plan that `make` returns, for instance conv_transpose_mma.plan. Raises UnsupportedError if there is none."""
+    if choice.without:
+        raise UnsupportedError(choice.without)
+    if choice.sm75:
+        raise UnsupportedError("on sm_75 a block has too little shared memory")
+    if not x_shape[0]:
+        raise UnsupportedError("the batch is empty")
+    options.update(dtype=SCALARS[dtype], wgmma=choice.wgmma, shared_limit=choice.shared_bytes)
+    options.update(multiprocessors=choice.multiprocessors)
+    return make(tuple(x_shape), tuple(w_shape), geometry, numerics_split(dtype, choice), **options)
+
+
+def numerics_split(dtype, choice) -> int:
+    return 2 if dtype == np.float32 and choice.cls == "fp32" else 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# modelnew/functional/gather_gemm.py
+#
+# conv_transpose2d's forward and gradients as implicit GEMMs, in either memory format: operations of `calls.call`.
+
+def physical(shape, channels_last) -> tuple[int, ...]:
+    """The shape of the array that stores a tensor of shape [N, C, H, W]."""
+    return (shape[0], *shape[2:], shape[1]) if channels_last else tuple(shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/resident_conv_bn_pool.py
 #
 # The chain of `conv_bn_pool` as one operator: three main kernels forward. The convolution's epilogue pools.
@@ -2522,32 +1771,6 @@ def convolution_gradients(new, before, after, given, x, w, weight, memory, *, se
     return dx, dw
 
 
-class _Fused(Function):
-    @staticmethod
-    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, norm, running, check, options):
-        last = options["setting"].last
-        tensors = (stored(x, last), w, conv_bias, *running, weight, bias, group_weight, group_bias)
-        out, memory = call(_forward, *tensors, check=check, keep=True, **options)
-        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory, *norm.applied())
-        ctx.options = options
-        return restored(out, last)
-
-    @staticmethod
-    def backward(ctx, dout):
-        *tensors, memory, running_mean, running_var = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            found = _differentiable_gradients(ctx.options, running_mean, running_var, tensors, dout)
-        else:
-            options = {name: ctx.options[name] for name in ("setting", "training", "activation", "parameter")}
-            x, *others = tensors
-            last = options["setting"].last
-            dout = stored(dense_in(dout, True), True) if last else dense(dout)
-            needed = ctx.needs_input_grad[:7]
-            dx, *others = call(_backward, dout, stored(x, last), *others, memory, needed=needed, **options)
-            found = restored(dx, last), *others
-        return *found, *[None] * 4
-
-
 def plan_for(x, w, setting: Setting):
     """The plan of the convolution for arrays."""
     return plan_of_shapes(logical(x.shape, setting.last), x.dtype, w.shape, w.dtype, setting)
@@ -2580,149 +1803,15 @@ def _gradient_plans(x_shape, dtype, w_shape, w_dtype, setting):
     return dgrad, wgrad_plan(x_shape, w_dtype, *how, channels_last=last)
 
 
-def last_of(x) -> bool:
-    """Whether the kernels take x, and give the output, as channels_last: of 16 bits."""
-    return x.dtype is not torch.float32 and channels_last(x)
-
-
-def check_slope(negative_slope) -> None:
-    if not 0 <= negative_slope < math.inf:
-        raise UnsupportedError(
-            f"pooling before the activation needs a finite negative_slope of at least 0, received {negative_slope}"
-        )
-
-
-def check_mixture(autocast_on, x, batches, *others) -> None:
-    """Raises UnsupportedError for a mixture of dtypes, or a counter of batches, that the kernels do not support."""
-    if autocast_on:
-        if x.dtype == torch.float64 or any(t is not None and t.dtype != torch.float32 for t in others):
-            raise UnsupportedError("under autocast parameters must be float32, and the input not float64")
-    elif any(t is not None and t.dtype != x.dtype for t in others):
-        raise UnsupportedError("input and parameters have different dtypes")
-    if batches is not None and (batches.dtype, batches.numel(), batches.device) != (torch.int64, 1, x.device):
-        raise UnsupportedError(
-            f"num_batches_tracked must be one {torch.int64} on {x.device}, received shape {tuple(batches.shape)}, "
-            f"{batches.dtype} on {batches.device}"
-        )
-
-
-def _class(numerics, x) -> str:
-    """The class of the convolution: "tf32" under autocast, whose operands have no more mantissa bits in PyTorch."""
-    return "tf32" if enabled(x) else numerics
-
-
 def geometry_of(padding):
     return Geometry((1, 1), padding, (0, 0), (1, 1), 1)
-
-
-def run(input, arguments, *others):
-    """The chain's result. Its arguments: those of `fused` but for two, and behind them numerics and peers."""
-    *others, numerics, peers = others
-    how = choose(_class(numerics, input), input.device), enabled(input)
-    return result_of_norm(fused(input, arguments, *others, *how, peers=peers))
-
-
-def fused(
-    input,
-    arguments,
-    conv_weight,
-    conv_bias,
-    padding,
-    activation,
-    negative_slope,
-    num_groups,
-    group_weight,
-    group_bias,
-    group_eps,
-    choice,
-    autocast_on,
-    kept_bytes=None,
-    peers=None,
-):
-    """The result before autocast's cast; with `kept_bytes`, for calls without autograd, and what a backward needs.
-
-    arguments: those of batch_norm, see `Norm`.
-    """
-    struct_of(activation)
-    parameter = number(negative_slope, "negative_slope")
-    norm, padding = Norm.checked(*arguments), pair(padding, "padding")
-    group_eps, num_groups = number(group_eps, "group_eps"), integer(num_groups, "num_groups")
-    others = (conv_weight, conv_bias, group_weight, group_bias)
-    setting = Setting(padding, num_groups, choice, last_of(input), autocast_on)
-    last = setting.last
-
-    def check():
-        check_mixture(autocast_on, input, norm.batches, *norm[:4], *others)
-        if peers is not None and not input.shape[0]:
-            raise UnsupportedError("the batch is empty, and other processes' batches count, too")
-        check_shapes(input, norm, *others, padding, num_groups, alone=peers is None)
-        plan_of_shapes(input.shape, NUMPY[input.dtype], conv_weight.shape, NUMPY[conv_weight.dtype], setting)
-
-    check_slope(parameter)
-    affine = (norm.weight, norm.bias, group_weight, group_bias)
-    tensors = dense_after(check, stored(input, last), conv_weight, conv_bias, *affine)
-    x = aligned(tensors[0])
-    x, w, conv_bias, *affine = tensors = (x.movedim(-1, 1) if last else x, *tensors[1:])
-    running = dense(norm.running_mean), dense(norm.running_var), norm.batches  # the counter, as check() looks at it
-    options = {
-        "setting": setting,
-        "training": norm.training,
-        "momentum": norm.momentum,
-        "eps": norm.eps,
-        "group_eps": group_eps,
-        "activation": activation,
-        "parameter": parameter,
-    }
-    keep, memory = kept_bytes is not None, None
-    if peers is not None:
-        out = peers(tensors, running, check, options)
-    elif not keep and will_need_grad(*tensors):
-        out = gradients_apply(_Fused, *tensors, norm, running, check, options)
-    else:
-        x, options["kept_bytes"] = stored(x, last), kept_bytes
-        out, memory = call(_forward, x, w, conv_bias, *running, *affine, check=check, keep=keep, **options)
-        out = restored(out, last)
-    norm.note_update(running)
-    return (out, memory) if keep else out
-
-
-def check_shapes(
-    input, norm, conv_weight, conv_bias, group_weight, group_bias, padding, num_groups, alone=True
-) -> None:
-    """Raises all errors that shapes, dtypes and devices can be the reason of. alone: as in `Norm.check`."""
-    one_device((input, conv_weight, conv_bias, *norm[:4], group_weight, group_bias))
-    shape = output_shape(input.shape, conv_weight.shape, geometry_of(padding))
-    norm.check(input, shape, alone)
-    check_group(shape[1], num_groups, conv_bias, group_weight, group_bias)
-
-
-def check_group(channels, num_groups, conv_bias, group_weight, group_bias) -> None:
-    """Raises the errors of the groups, and of the per-channel parameters that are not batch norm's."""
-    for name, tensor in (("conv_bias", conv_bias), ("group_weight", group_weight), ("group_bias", group_bias)):
-        if tensor is not None and tensor.shape != (channels,):
-            raise ValueError(f"{name} must have shape ({channels},), received {tuple(tensor.shape)}")
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups must divide the {channels} channels, received {num_groups}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # tools/kernelbench.py
 
 KERNELS: dict[str, str] = {
-    "activation.cuh": r"""// The activations between batch norm and max pooling in the fused chain. The macro ACTIVATION is the name of a struct.
-// pooled_t is the type of the values that the activation is applied to. A struct has:
-//
-//     Activation(float parameter)    the parameter of the launch, which only some activations use
-//     float of(float v)              the activation of v; v is never a denormal, because -ftz=true makes those 0
-//     float slope(float y)           the derivative at the point where the activation's value is y
-//
-// An activation must never decrease, so that it can follow max pooling. Pooling here takes the first of the largest v;
-// PyTorch takes the first of the largest activations. The two differ only if different v have the same activation. That
-// happens in flat parts, where the slope is 0 and no gradient flows, or if rounding makes neighbouring values equal.
-//
-// A struct has the name of its layer. The function has the same name, in any case and with underscores: LeakyReLU,
-// leaky_relu.
-#pragma once
+    "activation.cuh": r"""#pragma once
 #include "tanh.cuh"
 #include "tanh_branchless.cuh"
 
@@ -2732,27 +1821,18 @@ struct Tanh {
     __device__ float slope(float y) const { return tanh_slope(y); }
 };
 
-// v where v > 0, else v negative_slope, which is finite and not negative. 0 is ReLU, but for infinite v: as in
-// PyTorch's LeakyReLU, -inf * 0 is NaN. All v <= 0 of a window then tie at 0, and whichever wins gets the gradient 0.
 struct LeakyReLU {
     float negative_slope;
 
     __device__ explicit LeakyReLU(float negative_slope) : negative_slope(negative_slope) {}
     __device__ float of(float v) const { return v > 0 ? v : v * negative_slope; }
-    // A negative v with a product too small for float has y = 0, and so has v = 0: both slope down.
     __device__ float slope(float y) const { return y > 0 ? 1 : negative_slope; }
 };
 
 typedef ACTIVATION Activation;
 """,
-    "async_copy.cuh": r"""// Copies from global to shared memory that run behind the arithmetic: cp.async on sm_80 and newer, plain copies before.
-//
-// A thread issues copies, closes a group of them by cp_async_commit(), and sees its own copies after
-// cp_async_wait<N>(), which leaves at most the N youngest groups in flight; the other threads of the block see them
-// after a __syncthreads() that follows.
-#pragma once
+    "async_copy.cuh": r"""#pragma once
 
-// 16 bytes, both addresses multiples of 16. Not valid: writes zeros, and `global` is not read.
 __device__ inline void cp_async_16(void* shared, const void* global, bool valid) {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::copy_async(shared, global, 16, valid);
@@ -2765,7 +1845,6 @@ __device__ inline void cp_async_16(void* shared, const void* global, bool valid)
 #endif
 }
 
-// 4 bytes, both addresses multiples of 4, likewise.
 __device__ inline void cp_async_4(void* shared, const void* global, bool valid) {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::copy_async(shared, global, 4, valid);
@@ -2793,28 +1872,18 @@ template <int PENDING_GROUPS> __device__ inline void cp_async_wait() {
 #endif
 }
 """,
-    "batch_norm.cuh": r"""// The arithmetic of batch norm, which all its kernels share: y = (x - mean) invstd weight + bias, and the statistics.
-//
-// Squares of float values beyond 1.8e19 overflow, and sums can overflow too. So values are multiplied by `unit` before
-// they are summed. The unit is 1. If the sum is not finite, the same values are summed again with the unit 2^-96. A
-// power of two changes no bit of the result. Blocks exchange doubles, with the unit divided out.
-#pragma once
+    "batch_norm.cuh": r"""#pragma once
 #include "common.cuh"
 
 __device__ constexpr acc_t OTHER_UNIT() { return 0x1p-96f; }
-// Whether sums must be taken once more, then times another unit.
 __device__ inline bool again(acc_t sum, acc_t other, acc_t& unit) {
     if (sizeof(acc_t) != 4 || unit != 1 || (is_finite(sum) && is_finite(other))) return false;
     unit = OTHER_UNIT();
     return true;
 }
 __device__ inline bool again(acc_t sum, acc_t& unit) { return again(sum, 0, unit); }
-// What undoes it.
 __device__ inline acc_t inverse_of(acc_t unit) { return unit == 1 ? 1 : 1 / OTHER_UNIT(); }
 
-// Normalises the values of one channel or group. Where mean or standard deviation are beyond 2^64, a distance from the
-// mean could overflow, and invstd be a denormal, which -ftz=true flushes: there all is taken times `unit`, a power of
-// two, which changes no bit of what neither overflows nor vanishes.
 struct Normaliser {
     acc_t unit, mean, invstd;
     __device__ static acc_t LARGE_UNIT() { return 0x1p-32f; }
@@ -2828,7 +1897,6 @@ struct Normaliser {
 };
 __device__ inline acc_t bn_affine(acc_t xhat, acc_t weight, acc_t bias) { return xhat * weight + bias; }
 
-// Weight and bias of channel c; null pointers stand for 1 and 0.
 template <class P> __device__ inline acc_t bn_weight(const P* weight, i64 c) {
     return weight ? (acc_t)to_acc(weight[c]) : (acc_t)1;
 }
@@ -2836,19 +1904,15 @@ template <class P> __device__ inline acc_t bn_bias(const P* bias, i64 c) {
     return bias ? (acc_t)to_acc(bias[c]) : (acc_t)0;
 }
 
-// What sums are taken relative to, so that the rounding error of a large mean stays out of a small variance.
 __device__ inline acc_t finite_or_zero(acc_t v) { return is_finite(v) ? v : (acc_t)0; }
 
-// 1/sqrt(variance + eps), for a variance of values times `unit`. The result may be a denormal.
 __device__ inline acc_t invstd_of(acc_t variance, acc_t unit, acc_t eps) {
     acc_t lift = unit == 1 ? 1 : 0x1p32f, fall = unit == 1 ? 1 : 0x1p-32f;
     return multiply_unflushed(lift * unit / sqrt(variance + eps * unit * unit), fall);
 }
 
-struct Moments { acc_t mean, squares; };  // squares: sum of squared distances from the mean
+struct Moments { acc_t mean, squares; };
 
-// Moments of values times `unit` become those of the values themselves, unless these overflow. Returns the unit that
-// holds then.
 __device__ inline acc_t without_unit(Moments& moments, acc_t unit) {
     acc_t back = inverse_of(unit);
     Moments plain = {moments.mean * back, moments.squares * back * back};
@@ -2857,14 +1921,12 @@ __device__ inline acc_t without_unit(Moments& moments, acc_t unit) {
     return 1;
 }
 
-// Number of values in each chunk: `chunk`, or what is left in the last one; given ones where not null.
 struct ChunkCounts {
     const double* given;
     i64 count, chunk;
     __device__ double operator()(i64 k) const { return given ? given[k] : (double)min(chunk, count - k * chunk); }
 };
 
-// Of a channel, from those of its chunks. In double they neither overflow nor cancel. Returns the unit of the moments.
 __device__ inline acc_t moments_of_channel(
     Moments& moments, const double* __restrict__ means, const double* __restrict__ m2s, const ChunkCounts& counts,
     i64 chunks, double* scratch) {
@@ -2881,8 +1943,6 @@ __device__ inline acc_t moments_of_channel(
     return unit;
 }
 
-// From a channel's moments, of values times `unit`: what the batch is normalised by, and the running statistics, where
-// not null. shift: what running_mean has besides the mean. Pointers are to the channel's values.
 template <class N, class P> __device__ inline void store_statistics(
     Moments moments, acc_t unit, N count, acc_t eps, acc_t* mean, acc_t* invstd, P* running_mean, P* running_var,
     acc_t momentum, acc_t shift) {
@@ -2891,536 +1951,10 @@ template <class N, class P> __device__ inline void store_statistics(
     *invstd = invstd_of(moments.squares / count, unit, eps);
     if (!running_mean) return;
     *running_mean = from_acc<P>((1 - momentum) * to_acc(*running_mean) + momentum * (batch_mean + shift));
-    // The variance alone may overflow.
     *running_var = from_acc<P>((1 - momentum) * to_acc(*running_var) + momentum * back * batch_var);
 }
 """,
-    "channel_sum.cu": r"""// sums[c] = sum over n and s of x[n, c, s]: the bias gradient of a convolution.
-//
-// Thread mapping: channel_walk.cuh. channel_sum_partials: each block adds a chunk, and writes to partial
-// [channels][chunks], double; channel_sum_combine: one block a channel adds the chunks. Macros: those of
-// channel_walk.cuh, THREADS.
-#include "channel_values.cuh"
-
-extern "C" __global__ void __launch_bounds__(THREADS) channel_sum_partials(
-    const scalar_t* __restrict__ x, double* __restrict__ partial, i64 channels, i64 plane, i64 count, i64 chunk,
-    i64 chunks, int tile) {
-    DYNAMIC_SHARED(acc_t, shared);
-    Kept kept(shared, tile);
-    Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
-    acc_t sums[1][SLOTS] = {};
-    #pragma unroll 1
-    while (walk.packs > 0) {
-        Pack in[BATCH];
-        int have = next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + offset); });
-        acc_t batch[SLOTS] = {};  // first by itself: short sums have small errors
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            if (b >= have) continue;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) batch[i / PER_SLOT] += to_acc(in[b].v[i]);
-        }
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++) sums[0][s] += batch[s];
-    }
-    auto store = [&](int, int, int channel, acc_t(&total)[1]) { partial[channel * chunks + walk.chunk] = total[0]; };
-    sums_of_channels(sums, walk, kept.scratch(), [](int, acc_t(&)[1]) {}, store);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-    channel_sum_combine(const double* __restrict__ partial, scalar_t* __restrict__ sums, i64 channels, i64 chunks) {
-    __shared__ double scratch[32];
-    double sum = 0;
-    for (i64 k = threadIdx.x; k < chunks; k += blockDim.x) sum += partial[blockIdx.x * chunks + k];
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) sums[blockIdx.x] = from_acc<scalar_t>((acc_t)sum);
-}
-""",
-    "channel_values.cuh": r"""// What a block makes of the values of its channels, which it walks over as channel_walk.cuh says: their sums, their
-// moments, and normalised values.
-#pragma once
-#include "channel_walk.cuh"
-
-// Channels that have no result yet. Sums are of values times `unit`: 1, and where sums are not finite, once more
-// another.
-struct Open {
-    acc_t unit = 1;
-    unsigned done = 0;  // of the thread's channels
-    bool again = false;
-    // Whether the sums of the thread's k-th channel are those to be kept. finite: whether they are.
-    __device__ bool keep(int k, bool finite) {
-        if (done >> k & 1) return false;
-        bool kept = finite || sizeof(acc_t) != 4 || unit != 1;
-        if (kept) done |= 1u << k;
-        else again = true;
-        return kept;
-    }
-};
-
-// Calls turn(open) until all channels of the block have results, which all threads see then.
-template <class F> __device__ inline void with_units(acc_t* scratch, F turn) {
-    Open open;
-    #pragma unroll 1
-    for (;;) {
-        open.again = false;
-        turn(open);
-        __syncthreads();
-        if (block_sum(open.again ? (acc_t)1 : (acc_t)0, scratch) == 0) return;
-        open.unit = OTHER_UNIT();
-    }
-}
-
-#if !PLANES
-// Shared memory for values of each column, by row of threads.
-struct Columns {
-    acc_t* first;
-    int together;             // rows of threads, those of a warp, which have one value a column
-    int count, rows, across;  // columns; rows that have values, of all rows
-    __device__ Columns(const Walk& walk, acc_t* scratch)
-        : first(scratch), together(walk.rows_of_warp()), count(walk.tile * WIDTH),
-          rows((min(walk.across, walk.rows) + together - 1) / together), across(walk.across / together) {}
-    __device__ acc_t& at(int array, int row, int column) const {
-        return first[(array * across + row) * count + column];
-    }
-    // Lanes between threads of a warp that have the same columns.
-    __device__ int lanes() const { return 32 / together; }
-    // A thread's values lie behind those of the thread before it. Of the rows of a warp the first one's are put.
-    __device__ void put(int array, const acc_t (&v)[SLOTS]) const {
-        int lane = threadIdx.x % 32, column = (threadIdx.x / 32 * lanes() + lane) * WIDTH;
-        if (lane >= lanes() || column >= across * count) return;
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
-            *(SlotPack*)&at(array, 0, column + s) = *(const SlotPack*)(v + s);
-    }
-    __device__ int rows_of(const Walk& walk, int row) const { return walk.rows_of(row * together, together); }
-};
-
-// Calls visit(k, place, lane, lanes) with `lanes` threads, 1 or a warp, for each channel of the block: the k-th of
-// these threads.
-template <class F> __device__ inline void for_columns_of_channels(const Walk& walk, F visit) {
-    int lanes = walk.plane < 32 ? 1 : 32, k = 0;
-    for (int place = threadIdx.x / lanes; place < walk.entries() && walk.first + place < walk.channels;
-        place += blockDim.x / lanes)
-        visit(k++, place, (int)threadIdx.x % lanes, lanes);
-}
-__device__ inline acc_t sum_of_lanes(acc_t v, int lanes) {
-    for (lanes /= 2; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
-    return v;
-}
-#endif
-
-// Calls finish(k, place, channel, sums), in one thread, for each channel of the block, the k-th of that thread: with K
-// sums of what all threads have for it, in a fixed order. Before, calls of_column(column of the tile, sums), which may
-// change them.
-template <int K, class C, class F>
-__device__ inline void sums_of_channels(acc_t (&v)[K][SLOTS], const Walk& walk, acc_t* scratch, C of_column, F finish) {
-    acc_t total[K];
-#if PLANES
-    #pragma unroll
-    for (int i = 0; i < K; i++) total[i] = block_sum(v[i][0], scratch);
-    if (threadIdx.x == 0) finish(0, 0, walk.only, total);
-#else
-    Columns columns(walk, scratch);
-    for (int lanes = 16; lanes >= columns.lanes(); lanes /= 2) {
-        #pragma unroll
-        for (int i = 0; i < K; i++)
-            #pragma unroll
-            for (int s = 0; s < SLOTS; s++) v[i][s] += __shfl_down_sync(0xFFFFFFFFu, v[i][s], lanes);
-    }
-    #pragma unroll
-    for (int i = 0; i < K; i++) columns.put(i, v[i]);
-    __syncthreads();
-    int k = 0;
-    for (int column = threadIdx.x; column < columns.count; column += blockDim.x, k++) {
-        #pragma unroll
-        for (int i = 0; i < K; i++) {
-            total[i] = 0;
-            #pragma unroll 4
-            for (int row = 0; row < columns.rows; row++) total[i] += columns.at(i, row, column);
-        }
-        of_column(column, total);
-        #pragma unroll
-        for (int i = 0; i < K; i++) columns.at(i, 0, column) = total[i];
-        if (walk.plane == 1 && walk.first + column < walk.channels) finish(k, column, walk.first + column, total);
-    }
-    if (walk.plane > 1) {
-        __syncthreads();
-        for_columns_of_channels(walk, [&](int k, int place, int lane, int lanes) {
-            #pragma unroll
-            for (int i = 0; i < K; i++) {
-                total[i] = 0;
-                for (int column = lane; column < walk.plane; column += lanes)
-                    total[i] += columns.at(i, 0, place * walk.plane + column);
-                total[i] = sum_of_lanes(total[i], lanes);
-            }
-            if (lane == 0) finish(k, place, walk.first + place, total);
-        });
-    }
-#endif
-}
-
-// Of values times a unit. The mean has more digits than acc_t, of which large means with small variances need some.
-struct ChunkMoments {
-    double mean;
-    acc_t squares;
-};
-
-// Calls finish(k, place, channel, moments), as sums_of_channels, with the moments of what the block has of each
-// channel.
-//
-// A thread sums up distances from the mean of its first batch, and their squares. That mean is off by no more than the
-// batch's own standard deviation, so what cancels at the end is no more than batches times what is left. Means of
-// several threads, or columns, are summed up twice, the second time relative to the first result, whose rounding errors
-// that makes up for.
-template <class X, class F>
-__device__ inline void moments_of_chunk(X x, acc_t unit, Walk walk, acc_t* scratch, F finish) {
-    acc_t n = 0, shift[SLOTS], sum[SLOTS], squares[SLOTS];
-    #pragma unroll
-    for (int s = 0; s < SLOTS; s++) shift[s] = sum[s] = squares[s] = 0;
-    #pragma unroll 1
-    while (walk.packs > 0) {
-        Pack in[BATCH];
-        i64 offsets[BATCH];
-        int have = next_batch(x, walk, in, offsets);
-        if (n == 0) {
-            acc_t inverse = (acc_t)1 / (have * PER_SLOT);
-            #pragma unroll
-            for (int s = 0; s < SLOTS; s++) {
-                acc_t total = 0;
-                #pragma unroll
-                for (int b = 0; b < BATCH; b++) {
-                    if (b >= have) continue;
-                    #pragma unroll
-                    for (int i = 0; i < PER_SLOT; i++) total += to_acc(in[b].v[s + i]) * unit;
-                }
-                shift[s] = finite_or_zero(total * inverse);
-            }
-        }
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            if (b >= have) continue;
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                int s = i / PER_SLOT;
-                acc_t d = to_acc(in[b].v[i]) * unit - shift[s];
-                sum[s] += d;
-                squares[s] += d * d;
-            }
-        }
-        n += have * PER_SLOT;
-    }
-    acc_t inverse = n > 0 ? 1 / n : (acc_t)0;
-    #pragma unroll
-    for (int s = 0; s < SLOTS; s++) {
-        sum[s] *= inverse;  // the mean, relative to shift
-        acc_t rest = squares[s] - n * sum[s] * sum[s];
-        squares[s] = rest < 0 ? (acc_t)0 : rest;
-    }
-#if PLANES
-    if (threadIdx.x == 0) scratch[0] = shift[0];
-    __syncthreads();
-    acc_t reference = scratch[0];
-    __syncthreads();
-    acc_t near = reference + block_sum(n * (shift[0] - reference + sum[0]), scratch) / walk.size;
-    acc_t distance = n > 0 ? shift[0] - near + sum[0] : (acc_t)0;
-    acc_t rest = block_sum(n * distance, scratch) / walk.size;
-    acc_t m2 = block_sum(squares[0] + n * distance * distance, scratch);
-    if (threadIdx.x == 0) finish(0, 0, walk.only, ChunkMoments{(double)near + finite_or_zero(rest), m2});
-#else
-    enum { SHIFT, DISTANCE, SQUARES };  // of a thread; then in row 0 of a column: two parts of the mean, and squares
-    Columns columns(walk, scratch);
-    int row = threadIdx.x / (unsigned)walk.tile, rows = 1;
-    for (int lanes = columns.lanes(); lanes < 32; lanes *= 2, rows *= 2) {
-        int own = walk.rows_of(row, rows), others = walk.rows_of(row + rows, rows);
-        acc_t share = others > 0 ? (acc_t)others / (own + others) : (acc_t)0;
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++) {
-            acc_t other = __shfl_down_sync(0xFFFFFFFFu, shift[s], lanes) - shift[s];
-            other += __shfl_down_sync(0xFFFFFFFFu, sum[s], lanes);
-            acc_t rest = __shfl_down_sync(0xFFFFFFFFu, squares[s], lanes), distance = other - sum[s];
-            if (others <= 0) continue;
-            squares[s] += rest + distance * distance * share * own;
-            sum[s] = sum[s] * (1 - share) + other * share;
-        }
-    }
-    columns.put(SHIFT, shift), columns.put(DISTANCE, sum), columns.put(SQUARES, squares);
-    __syncthreads();
-    int k = 0;
-    for (int column = threadIdx.x; column < columns.count; column += blockDim.x, k++) {
-        acc_t reference = columns.at(SHIFT, 0, column), near = 0, rest = 0, m2 = 0;
-        #pragma unroll 4
-        for (int row = 0; row < columns.rows; row++)
-            near += columns.rows_of(walk, row) *
-                    (columns.at(SHIFT, row, column) - reference + columns.at(DISTANCE, row, column));
-        near = reference + near / walk.rows;
-        #pragma unroll 4
-        for (int row = 0; row < columns.rows; row++) {
-            acc_t distance = columns.at(SHIFT, row, column) - near + columns.at(DISTANCE, row, column);
-            rest += columns.rows_of(walk, row) * distance;
-            m2 += columns.at(SQUARES, row, column) + columns.rows_of(walk, row) * distance * distance;
-        }
-        rest = finite_or_zero(rest / walk.rows);
-        columns.at(SHIFT, 0, column) = near, columns.at(DISTANCE, 0, column) = rest,
-                             columns.at(SQUARES, 0, column) = m2;
-        if (walk.plane == 1 && walk.first + column < walk.channels)
-            finish(k, column, walk.first + column, ChunkMoments{(double)near + rest, m2});
-    }
-    if (walk.plane > 1) {
-        __syncthreads();
-        for_columns_of_channels(walk, [&](int k, int place, int lane, int lanes) {
-            int first = place * walk.plane;
-            acc_t reference = columns.at(SHIFT, 0, first), sum = 0, m2 = 0;
-            auto distance_of = [&](int column) {
-                return columns.at(SHIFT, 0, column) - reference + columns.at(DISTANCE, 0, column);
-            };
-            for (int i = lane; i < walk.plane; i += lanes) sum += distance_of(first + i);
-            acc_t near = sum_of_lanes(sum, lanes) / walk.plane, rest = 0;
-            for (int i = lane; i < walk.plane; i += lanes) {
-                acc_t distance = distance_of(first + i) - near;
-                rest += distance;
-                m2 += columns.at(SQUARES, 0, first + i) + walk.rows * distance * distance;
-            }
-            double mean = (double)reference + near + finite_or_zero(sum_of_lanes(rest, lanes) / walk.plane);
-            m2 = sum_of_lanes(m2, lanes);
-            if (lane == 0) finish(k, place, walk.first + place, ChunkMoments{mean, m2});
-        });
-    }
-#endif
-}
-
-// What a thread needs to normalise values of its slots, see Normaliser.
-struct Normalisers {
-    acc_t mean[SLOTS], invstd[SLOTS];
-    unsigned large = 0;  // slots whose values are taken times a power of two
-    UNCHECKED __device__ Normalisers(const Kept& kept, const Walk& walk) {
-        kept.slots(MEAN, walk, mean), kept.slots(INVSTD, walk, invstd);
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++)
-            if (kept.at(UNIT, walk.place(s)) != 1) large |= 1u << s;
-    }
-    __device__ void operator()(const Pack& in, acc_t (&xhat)[WIDTH]) const {
-        #pragma unroll
-        for (int i = 0; i < WIDTH; i++) xhat[i] = to_acc(in.v[i]);
-        if (large) {
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++)
-                if (large >> i / PER_SLOT & 1) xhat[i] *= Normaliser::LARGE_UNIT();
-        }
-        #pragma unroll
-        for (int i = 0; i < WIDTH; i++) xhat[i] = (xhat[i] - mean[i / PER_SLOT]) * invstd[i / PER_SLOT];
-    }
-};
-
-// y = xhat weight + bias of a chunk, which after(values of a pack) may change, with the weights and biases of the
-// slots, and the block's means.
-template <class X, class Y, class F> __device__ inline void normalise_chunk(
-    X x, Y* __restrict__ y, Walk walk, const Kept& kept, const acc_t (&w)[SLOTS], const acc_t (&b)[SLOTS], F after) {
-    Normalisers normalise(kept, walk);
-    #pragma unroll 1
-    while (walk.packs > 0) {
-        Pack in[BATCH];
-        i64 offsets[BATCH];
-        int have = next_batch(x, walk, in, offsets);
-        #pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            if (j >= have) continue;
-            Packed<Y, WIDTH> out;
-            acc_t xhat[WIDTH];
-            normalise(in[j], xhat);
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) xhat[i] = bn_affine(xhat[i], w[i / PER_SLOT], b[i / PER_SLOT]);
-            after(xhat);
-            #pragma unroll
-            for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<Y>(xhat[i]);
-            *(Packed<Y, WIDTH>*)(y + offsets[j]) = out;
-        }
-    }
-}
-""",
-    "channel_walk.cuh": r"""// How the threads of a block iterate over the values of channels, and where the block keeps what it knows of them.
-// What it computes from the values: channel_values.cuh.
-//
-// A chunk is the part of a channel, or of several neighbouring channels, that one block processes. There are two ways
-// to iterate:
-//
-// PLANES 1: x is [images, channels, plane]. Block chunk * channels + c takes a chunk of channel c's count = images *
-//     plane values, in packs of WIDTH neighbours, which all lie in one plane.
-// PLANES 0: x is a matrix of count / plane rows, and channels * plane columns: [rows, channels] (plane 1, channels_last
-//     too), or images whose planes are too small to be read one by one. A pack is WIDTH neighbouring columns. A block
-//     takes `tile` packs of each row of its chunk; its threads are a grid of `tile` times blockDim.x / tile, and those
-//     left over idle. A tile begins and ends where channels do. Block chunk * tiles + t takes tile t.
-//
-// So neighbouring blocks read neighbouring memory. A thread's packs belong to SLOTS channels, always the same: value i
-// of a pack belongs to slot i, or all to slot 0. `chunk` counts values of a channel, and is a multiple of plane where
-// PLANES is 0.
-//
-// Macros: scalar_t, acc_t, PLANES, WIDTH (with PLANES a divisor of plane, else of the columns; pointers are aligned to
-// a pack), KEPT.
-#pragma once
-#include "batch_norm.cuh"
-
-typedef Packed<scalar_t, WIDTH> Pack;
-enum { SLOTS = PLANES ? 1 : WIDTH, PER_SLOT = WIDTH / SLOTS };
-enum { BATCH = sizeof(Pack) < 16 ? 8 : 4 };  // packs in flight per thread; half of it per tensor where several are read
-
-#if PLANES
-struct Walk {
-    i64 chunk, offset;  // offset: of the current pack in the tensor
-    int size, packs;    // values in the chunk; packs of the thread
-    i64 jump, skip;
-    int left, plane, jump_within, only;  // left: values to the end of the plane; only: the channel
-
-    __device__ Walk(int block, i64 channels, i64 plane_size, i64 count, i64 chunk_size, int) {
-        const int far = 1 << 30;  // a chunk is smaller, so distances beyond make no difference
-        int stride = blockDim.x * WIDTH, start = threadIdx.x * WIDTH;
-        make_opaque(block);  // else a second turn would hold registers during the first
-        chunk = block / (unsigned)channels;
-        only = block - chunk * channels;
-        i64 first = chunk * chunk_size, index = first + start;
-        size = (int)min(chunk_size, count - first);
-        packs = max(0, (size - start + stride - 1) / stride);
-        plane = (int)min(plane_size, (i64)far);
-        int jump_images = stride / plane;
-        jump_within = stride - jump_images * plane;
-        skip = (channels - 1) * plane_size;
-        jump = stride + jump_images * skip;
-        i64 image = index / plane_size, within = index - image * plane_size;
-        left = (int)min(plane_size - within, (i64)far);
-        offset = (image * channels + only) * plane_size + within;
-    }
-    __device__ int entries() const { return 1; }
-    __device__ int place(int) const { return 0; }
-    __device__ void advance() {
-        offset += jump;
-        left -= jump_within;
-        if (left <= 0) {
-            left += plane;
-            offset += skip;
-        }
-    }
-};
-#else
-struct Walk {
-    i64 chunk, offset, step;  // offset: of the current pack in the tensor
-    int size, packs;          // values of each channel in the chunk; packs of the thread
-    int rows, across;         // in the chunk; that the block's threads take together
-    int turns, extra;         // rows of each row of threads; how many of these have one more
-    int column, columns, plane, tile;
-    int first, own, within,
-        channels;  // the tile's first channel; of it that of the thread's first value; place in that
-
-    __device__ Walk(int block, i64 channels, i64 plane_size, i64 count, i64 chunk_size, int tile)
-        : tile(tile), channels((int)channels) {
-        make_opaque(block);  // else a second turn would hold registers during the first
-        plane = (int)plane_size, columns = (int)(channels * plane_size);
-        unsigned tiles = (columns / WIDTH + tile - 1) / tile, at = threadIdx.x % (unsigned)tile,
-                 row = threadIdx.x / (unsigned)tile;
-        across = blockDim.x / tile;
-        chunk = block / tiles;
-        int which = block - (int)chunk * tiles;
-        column = (which * tile + at) * WIDTH;
-        first = which * (plane == 1 ? tile * WIDTH : tile * WIDTH / plane);
-        own = plane == 1 ? at * WIDTH : at * WIDTH / plane;
-        within = at * WIDTH - own * plane;
-        i64 all_rows = count, chunk_rows = chunk_size;
-        if (plane > 1) all_rows /= plane, chunk_rows /= plane;
-        i64 first_row = chunk * chunk_rows;
-        rows = (int)min(chunk_rows, all_rows - first_row);
-        size = rows * plane;
-        turns = (unsigned)rows / (unsigned)across, extra = rows - turns * across;
-        packs = column < columns && row < across ? rows_of(row) : 0;
-        offset = (first_row + row) * columns + column;
-        step = (i64)across * columns;
-    }
-    // The rows of `count` rows of threads.
-    __device__ int rows_of(int row, int count = 1) const { return turns * count + min(max(extra - row, 0), count); }
-    // Rows of threads that lie in one warp, if a warp's lanes are whole ones.
-    __device__ int rows_of_warp() const { return 32 % tile ? 1 : 32 / tile; }
-    // The channel of a slot, counted from the tile's first.
-    __device__ int place(int slot) const {
-        if (plane == 1) return own + slot;
-        return own + (plane < WIDTH ? (within + slot) / plane : within + slot >= plane);
-    }
-    // Channels of the tile; the last tile has fewer, but room for as many.
-    __device__ int entries() const { return plane == 1 ? tile * WIDTH : tile * WIDTH / plane; }
-    __device__ void advance() { offset += step; }
-    // Leaves out packs.
-    __device__ void skip(int count) { offset += count * step, packs -= count; }
-    // Takes the next `count` packs alone, the last one first.
-    __device__ void backwards(int count) { skip(count - 1), step = -step, packs = count; }
-};
-#endif
-
-// Calls load(b, offset) for the thread's next packs, at most `most`, and returns how many they are.
-template <class F> __device__ inline int next_packs(Walk& walk, int most, F load) {
-    int have = min(most, walk.packs);
-    #pragma unroll
-    for (int b = 0; b < most; b++) {
-        if (b < have) load(b, walk.offset);
-        walk.advance();
-    }
-    walk.packs -= most;
-    return have;
-}
-
-// The next packs of a tensor, how many they are, and where they lie. There may be other readers than a pointer.
-__device__ inline int next_batch(const scalar_t* __restrict__ x, Walk& walk, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
-    return next_packs(walk, BATCH, [&](int b, i64 offset) { in[b] = *(const Pack*)(x + (offsets[b] = offset)); });
-}
-
-#if !PLANES
-// Values of a thread's slots lie side by side: 16 bytes at a time, or lanes would meet in the same banks.
-enum { SLOTS_TOGETHER = WIDTH * sizeof(acc_t) % 16 ? 1 : 16 / sizeof(acc_t) };
-typedef Packed<acc_t, SLOTS_TOGETHER> SlotPack;
-#endif
-
-// What a block knows of its channels lies in shared memory: KEPT arrays of an entry for each channel of the tile, or
-// for each column where these differ in weight and bias; behind them the scratch memory of sums, 32 values, and without
-// PLANES 3 WIDTH for each thread.
-enum { MEAN, INVSTD, UNIT, WEIGHT, BIAS, OTHER, ARRAYS };
-static_assert(KEPT == ARRAYS, "the launch has room for the arrays");
-struct Kept {
-    acc_t* first;
-    int stride;  // of the arrays
-    __device__ Kept(acc_t* shared, int tile) : first(shared), stride(PLANES ? 1 : tile * WIDTH) {}
-    __device__ acc_t& at(int array, int place) const { return first[array * stride + place]; }
-    __device__ acc_t* scratch() const { return first + KEPT * stride; }
-    __device__ void normaliser(int place, acc_t mean, acc_t invstd) const {
-        Normaliser one(mean, invstd);
-        at(MEAN, place) = one.mean, at(INVSTD, place) = one.invstd, at(UNIT, place) = one.unit;
-    }
-    // Of channels beyond the last nothing is kept, and nobody uses what is read.
-    UNCHECKED __device__ acc_t value(int array, int place) const { return at(array, place); }
-    UNCHECKED __device__ void slots(int array, const Walk& walk, acc_t (&v)[SLOTS]) const {
-#if !PLANES
-        if (walk.plane == 1) {
-            #pragma unroll
-            for (int s = 0; s < SLOTS; s += SLOTS_TOGETHER)
-                *(SlotPack*)(v + s) = *(const SlotPack*)&at(array, walk.own + s);
-            return;
-        }
-#endif
-        #pragma unroll
-        for (int s = 0; s < SLOTS; s++) v[s] = at(array, walk.place(s));
-    }
-};
-
-// Calls visit(place, channel) once for each channel of the block.
-template <class F> __device__ inline void for_channels(const Walk& walk, F visit) {
-#if PLANES
-    if (threadIdx.x == 0) visit(0, walk.only);
-#else
-    for (int place = threadIdx.x; place < walk.entries() && walk.first + place < walk.channels; place += blockDim.x)
-        visit(place, walk.first + place);
-#endif
-}
-""",
-    "common.cuh": r"""// Types, conversions and reductions that the kernels share. Includes nothing of a CUDA toolkit: pip wheels have no
-// headers.
-//
-// scalar_t: type of the tensors in memory (float, double, half_t, bf16_t). acc_t: type of the arithmetic (float; double
-// for double). A pointer parameter that is neither const nor INOUT is an output that the kernel writes in full.
-#pragma once
+    "common.cuh": r"""#pragma once
 
 typedef long long i64;
 typedef unsigned char u8;
@@ -3429,14 +1963,13 @@ typedef unsigned char u8;
 struct half_t { unsigned short bits; };
 struct bf16_t { unsigned short bits; };
 
-// W neighbouring elements, read and written in one access.
 template <class U, int W> struct __align__(W * sizeof(U)) Packed { U v[W]; };
 
 #ifndef SHARED_ALIGNMENT
 #define SHARED_ALIGNMENT 128
 #endif
 #ifndef CUPY_KERNELS_EMULATOR
-#define UNCHECKED  // the emulator's checks of memory, left out of what stands for one instruction, or reads too much
+#define UNCHECKED
 #define DYNAMIC_SHARED(U, name) \
     extern __shared__ __align__(SHARED_ALIGNMENT) \
     char dynamic_shared_bytes[]; \
@@ -3450,7 +1983,7 @@ __device__ inline float to_acc(bf16_t v) { return __uint_as_float((unsigned)v.bi
 static inline float to_acc(half_t v) {
     unsigned magnitude = v.bits & 0x7FFF, sign = (unsigned)(v.bits & 0x8000) << 16;
     if (magnitude >= 0x7C00) return __uint_as_float(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
-    float scaled = __uint_as_float(magnitude << 13) * 0x1p112f;  // exact, denormals too
+    float scaled = __uint_as_float(magnitude << 13) * 0x1p112f;
     return __uint_as_float(sign | __float_as_uint(scaled));
 }
 #else
@@ -3466,7 +1999,6 @@ template <class U> __device__ inline U from_acc(double v);
 template <> __device__ inline float from_acc<float>(float v) { return v; }
 template <> __device__ inline float from_acc<float>(double v) { return (float)v; }
 template <> __device__ inline double from_acc<double>(double v) { return v; }
-// Round to nearest even; NaN stays NaN.
 template <> __device__ inline bf16_t from_acc<bf16_t>(float v) {
     bf16_t r;
 #if !defined(CUPY_KERNELS_EMULATOR) && __CUDA_ARCH__ >= 800
@@ -3482,8 +2014,8 @@ template <> inline half_t from_acc<half_t>(float v) {
     unsigned u = __float_as_uint(v), sign = u >> 16 & 0x8000, magnitude = u & 0x7FFFFFFF;
     half_t r;
     if (magnitude > 0x7F800000) r.bits = sign | 0x7E00;
-    else if (magnitude >= 0x477FF000) r.bits = sign | 0x7C00;  // 65520 and more round to infinity
-    else if (magnitude < 0x38800000)                           // below 2^-14: the float addition rounds to 2^-24 steps
+    else if (magnitude >= 0x477FF000) r.bits = sign | 0x7C00;
+    else if (magnitude < 0x38800000)
         r.bits = sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3F000000);
     else r.bits = sign | ((magnitude + 0xFFF + (magnitude >> 13 & 1)) >> 13) - (112 << 10);
     return r;
@@ -3496,8 +2028,6 @@ template <> __device__ inline half_t from_acc<half_t>(float v) {
 }
 #endif
 
-// CuPy compiles with -ftz=true, which flushes denormals in comparisons too; PTX's own comparison flushes nothing.
-// greater is IEEE's a > b: false where either is NaN.
 template <class A> __device__ inline bool is_nan(A v) { return v != v; }
 template <class A> __device__ inline bool is_finite(A v) { return v - v == 0; }
 #ifdef CUPY_KERNELS_EMULATOR
@@ -3511,7 +2041,6 @@ __device__ inline bool greater(float a, float b) {
 #endif
 __device__ inline bool greater(double a, double b) { return a > b; }
 
-// a * b without -ftz=true, which CuPy compiles with: scales lift denormals into range, and results may be denormal.
 __device__ inline float multiply_unflushed(float a, float b) {
 #ifdef CUPY_KERNELS_EMULATOR
     return a * b;
@@ -3523,7 +2052,6 @@ __device__ inline float multiply_unflushed(float a, float b) {
 }
 __device__ inline double multiply_unflushed(double a, double b) { return a * b; }
 
-// a + b likewise. Adding 0 by an ordinary addition would flush, too.
 __device__ inline float add_unflushed(float a, float b) {
 #ifdef CUPY_KERNELS_EMULATOR
     return a + b;
@@ -3534,7 +2062,6 @@ __device__ inline float add_unflushed(float a, float b) {
 #endif
 }
 
-// Division of numbers below 2^31 by one that all threads share: the first quotient is right or one too small.
 struct Divisor {
     unsigned d, reciprocal;
     __device__ explicit Divisor(unsigned d) : d(d), reciprocal(0xFFFFFFFFu / d) {}
@@ -3546,7 +2073,6 @@ struct Divisor {
     }
 };
 
-// Over a warp, in a fixed order; every lane gets it.
 template <class A> __device__ inline A warp_sum(A v) {
     for (int lanes = 16; lanes > 0; lanes >>= 1) v += __shfl_xor_sync(0xFFFFFFFFu, v, lanes);
     return v;
@@ -3556,8 +2082,6 @@ template <class A> __device__ inline A warp_max(A v) {
     return v;
 }
 
-// Sum over a block of a multiple of 32 threads in a fixed order; every thread gets it. `scratch` holds 32 values and is
-// free again after the next __syncthreads().
 template <class A> __device__ inline A block_sum(A v, A* scratch) {
     v = warp_sum(v);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
@@ -3568,9 +2092,6 @@ template <class A> __device__ inline A block_sum(A v, A* scratch) {
     return total;
 }
 
-// Waits for all threads of all blocks, and sees what they did before. For cooperative launches, which start all blocks
-// at once: the driver gives each of them a counter, behind 4 bytes of its own. Block 0 adds what makes the sum of all
-// blocks 2^31, whose bit so turns once, and the others 1.
 #ifdef CUPY_KERNELS_EMULATOR
 using emulator::grid_barrier;
 #else
@@ -3589,14 +2110,12 @@ __device__ inline void grid_barrier() {
 }
 #endif
 
-// Hides v's origin from the compiler: what is computed from v is computed after this point.
 __device__ inline void make_opaque(int& v) {
 #ifndef CUPY_KERNELS_EMULATOR
     asm volatile("" : "+r"(v));
 #endif
 }
 
-// Up to 32 bytes, aligned to at most 16 of them. Of a plain store of several NVRTC may make one for each element.
 template <class T, int W> __device__ inline void store_at_once(T* to, const Packed<T, W>& v) {
 #ifdef CUPY_KERNELS_EMULATOR
     *(Packed<T, W>*)to = v;
@@ -3616,33 +2135,7 @@ template <class T, int W> __device__ inline void store_at_once(T* to, const Pack
 #endif
 }
 """,
-    "conv_bn_pool.cu": r"""// Transposed convolution on tensor cores (implicit_gemm.cuh), and what batch norm, an activation and 2x2 max pooling
-// need of it. Grid: x = units of all images, y = tiles of TILE_M channels. A lane has whole windows, and pools in
-// registers.
-//
-// Batch norm is monotone in each channel, and the activation never decreases (activation.cuh), so max pooling can come
-// first: of each 2x2 window it takes the largest sum where gamma, batch norm's weight, is positive, the smallest where
-// it is negative, and the first where it is zero.
-//
-// All values are without the convolution's bias, which batch norm's mean takes out again:
-//     pooled [N, M, PLANE_STRIDE]             the chosen sums of all windows, in the order of pooled_planes.cuh;
-//                                             windows that an odd edge cuts, and places of no window, get values of
-//                                             no use. pooled_t half_t: under scales, as `saved` is with SPLIT 1
-//     STATISTICS: partials [3][M][N * UNITS]  count, mean and sum of squared distances of each unit's sums; the last
-//                                             one, where float cannot hold it, negative and times 2^-160
-//     SAVE, for the backward:
-//         argmax, like pooled                 the chosen corner
-//         saved [N, M, PLANE_STRIDE, 4]       all sums of the windows. SPLIT 1: half_t, times 2^-SAVED_SHIFT as the
-//                                             tensor cores deliver them, so that a sum is
-//                                             saved * 2^(SAVED_SHIFT - exponents[m] - unit_exponents[unit]);
-//                                             SAVED_SHIFT bounds the sum of all products: nothing overflows. AS_IT_IS:
-//                                             the sum itself, which overflows where PyTorch's does; unit_exponents are
-//                                             SAVED_SHIFT
-//                                             SPLIT 2: float
-//     unit_exponents [N * UNITS]              if anything is under scales, or with SAVE
-// Macros: those of implicit_gemm.cuh, pooled_t (float, or half_t with SPLIT 1), saved_t (half_t, float), STATISTICS,
-// SAVE, SAVED_SHIFT.
-#define ADJACENT (!WGMMA)
+    "conv_bn_pool.cu": r"""#define ADJACENT (!WGMMA)
 #include "batch_norm.cuh"
 #include "implicit_gemm.cuh"
 enum { ONE_PASS = UNIT_WINDOWS - (WINDOW_PITCH - WINDOWS_W) <= 4 * MOST_TILES * WARPS_N };
@@ -3653,14 +2146,12 @@ static_assert(
     EPILOGUE_OFFSET + (STATISTICS ? WARPS_N * TILE_M * sizeof(float2) : 0) == SHARED_BYTES,
     "the epilogue's moments come last");
 
-// Chan's rule: how the moments of two sets of pixels combine.
 struct Merge {
-    float share, weight, count;  // of the second set: n2 / n, n1 n2 / n; n
+    float share, weight, count;
     __device__ Merge(float first, float second) : count(first + second) {
         share = count > 0 ? second / count : 0;
         weight = first * share;
     }
-    // x: mean, y: sum of squared distances from it
     __device__ float2 operator()(float2 a, float2 b) const {
         float distance = b.x - a.x;
         return make_float2(a.x + distance * share, a.y + b.y + distance * (distance * weight));
@@ -3672,8 +2163,8 @@ __device__ inline float quad_sum(float v) {
     return v + __shfl_xor_sync(0xFFFFFFFFu, v, 2);
 }
 
-enum { SHIFT = AS_IT_IS ? 0 : SAVED_SHIFT };    // what is kept as half_t is a sum times 2^-SHIFT
-enum { ROWS = LANE_ROWS < 4 ? LANE_ROWS : 4 };  // channels handled together
+enum { SHIFT = AS_IT_IS ? 0 : SAVED_SHIFT };
+enum { ROWS = LANE_ROWS < 4 ? LANE_ROWS : 4 };
 
 __device__ inline float max_or_nan(float a, float b) {
 #ifdef CUPY_KERNELS_EMULATOR
@@ -3685,13 +2176,11 @@ __device__ inline float max_or_nan(float a, float b) {
 #endif
 }
 
-typedef unsigned Valid[4];  // bit t: whether the pixel of window t exists, by corner, if need be
+typedef unsigned Valid[4];
 __device__ inline bool is_valid(const Valid& valid, int t, int corner) {
     return valid[OUT_H % 2 || OUT_W % 2 ? corner : 0] >> t & 1;
 }
 
-// For ROWS channels of a lane, from row `first`: mean, and sum of squared distances from it, of the valid sums of four
-// lanes. The channels take each step together, so that none waits for its own last step.
 template <bool FULL>
 __device__ __forceinline__ void moments_of(
     const Sums& sums, int first, const Valid& valid, float per_count, float (&mean)[ROWS], float (&squares)[ROWS]) {
@@ -3721,16 +2210,15 @@ struct PoolEpilogue {
     u8* argmax;
     saved_t* saved;
     int* unit_exponents;
-    const int* exponents;  // in shared memory, of the block's channels, as `signs`
-    const float* signs;    // of gamma, or 0; pack_weight_fp16 has multiplied the weights by -1 where it is negative
-    // [WARPS_N][TILE_M] in shared memory: mean and squares of the `seen` pixels of each part, under the unit's scale.
+    const int* exponents;
+    const float* signs;
     float2* moments;
-    int* counts;  // [WARPS_N] in shared memory
+    int* counts;
     i64 units;
     int seen;
 
     __device__ __forceinline__ void turn(const Sums& sums, Place place, int exponent) {
-        make_opaque(place.first_window);  // else addresses are computed before the loop, where registers are few
+        make_opaque(place.first_window);
         if (place.full()) windows<true>(sums, place, exponent);
         else windows<false>(sums, place, exponent);
     }
@@ -3763,7 +2251,6 @@ struct PoolEpilogue {
                     *at = merge(seen ? *at : make_float2(0, 0), make_float2(mean[i] * sign, squares[i]));
                 }
                 ScaleBack scale(exponent + exponents[channel]);
-                // The same in all lanes.
                 if (OUT_CHANNELS % TILE_M && blockIdx.y * TILE_M + channel >= OUT_CHANNELS) continue;
                 i64 row = plane + (first + i) * 8 * PLANE_STRIDE;
                 #pragma unroll
@@ -3779,7 +2266,6 @@ struct PoolEpilogue {
                         largest = max_or_nan(max_or_nan(v[0], v[1]), max_or_nan(v[2], v[3]));
                         best.v[j] = kept<pooled_t>(any ? largest : v[0], sign, scale);
                         tap.v[j] = !any || v[0] == largest ? 0 : v[1] == largest ? 1 : v[2] == largest ? 2 : 3;
-                        // Corners outside the image are read by nobody.
                         #pragma unroll
                         for (int corner = 0; SAVE && corner < 4; corner++)
                             all.v[j * 4 + corner] = kept<saved_t>(v[corner], sign, scale);
@@ -3791,12 +2277,11 @@ struct PoolEpilogue {
         seen += (int)count;
     }
 
-    // The values of the windows t to t + 3, to the plane at `row`.
     template <bool FULL> __device__ __forceinline__ void store(
         const Place& place, i64 row, int t, Packed<pooled_t, 4>& best, Packed<u8, 4>& tap,
         const Packed<saved_t, 16>& all) {
         if constexpr (WGMMA) {
-            int sixteen = place.first_window + t * 4 + place.unit * (UNIT_STRIDE - UNIT_WINDOWS);  // pooled_planes.cuh
+            int sixteen = place.first_window + t * 4 + place.unit * (UNIT_STRIDE - UNIT_WINDOWS);
             if (t >= place.tiles || sixteen >= (place.unit + 1) * UNIT_STRIDE) return;
             i64 at = row + sixteen + threadIdx.x % 4 * TOGETHER_POOLED;
             store_at_once(pooled + at, best);
@@ -3824,16 +2309,13 @@ struct PoolEpilogue {
         }
     }
 
-    // A sum as memory has it: float, or half_t under scales.
     template <class T> __device__ static T kept(float v, float sign, const ScaleBack& scale) {
         return from_acc<T>(sizeof(T) == 2 ? v * (power_of_two(-SHIFT) * sign) : scale(v * sign));
     }
 
     __device__ void restart() { seen = 0; }
 
-    // Adds up what the warps of a block have seen of each channel, in their order.
     __device__ void finish(int exponent, i64 unit) {
-        // Read here, once: conv_mma.cuh spills it.
         int of_channel = exponent + (STATISTICS && threadIdx.x < TILE_M ? exponents[threadIdx.x] : 0);
         enum { SCALED = SAVE || sizeof(pooled_t) == 2 };
         if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[unit] = exponent + SAVED_SHIFT - SHIFT;
@@ -3877,32 +2359,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     convolve(x, (const int*)0, 0, packed, units, shared, scratch, epilogue);
 }
 """,
-    "conv_mma.cuh": r"""// The convolution of implicit_gemm.cuh by mma.sync (sm_80 and newer).
-//
-// The band lies in shared memory as lines of packed fp16 tiles [row][column][64 halves], every tap reads them shifted,
-// by ldmatrix. A zero row comes first, which rows outside the image read; GAP zero lines between rows are the right
-// border of one and the left border of the next:
-//
-//               GAP       IN_W
-//     row -1    | 0 0 | 0 0 0 0 0 0 0 |    a line in each place: 64 halves of a pixel
-//     row 0     | 0 0 | x x x x x x x |    PITCH = GAP + IN_W lines a row
-//     row 1     | 0 0 | x x x x x x x |    with RESIDENT, CHUNKS such bands
-//               | 0 0 |
-//
-// The order of a line's parts (band_key) is such that the eight rows of a matrix, the pixels of a tile, lie in
-// different banks. A step of weights is one tap of one chunk.
-//
-// Macros besides those of implicit_gemm.cuh: UNIT_PASSES, BAND_ROWS (rows of x that a unit needs at most), RESIDENT (1:
-// all chunks of the band stay in shared memory, 0: each turn loads one after the other). WINDOW_PITCH is WINDOWS_W.
-#pragma once
+    "conv_mma.cuh": r"""#pragma once
 
 #define PITCH (IN_W + GAP)
 #define BAND_LINES (GAP + (BAND_ROWS + 1) * PITCH)
-#define SLICES_AT_ONCE (THREADS == 256 ? 4 : 1)  // else ptxas hoists the loads of more until registers spill
-// Of 16 channels; those past IN_CHANNELS are zero.
+#define SLICES_AT_ONCE (THREADS == 256 ? 4 : 1)
 #define SLICES (CHUNKS > 1 || SPLIT == 2 ? CHUNK_CHANNELS / 16 : IN_CHANNELS / 16)
 enum { RING_OFFSET = (RESIDENT ? CHUNKS : 1) * BAND_LINES * LINE_BYTES };
-enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };  // in dynamic shared memory
+enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STAGE_BYTES };
 static_assert(TILES == 4 && LAST_TILES <= TILES && UNIT_WINDOWS == UNIT_PASSES * PASS_WINDOWS, "a unit is its passes");
 static_assert(PACKED_WIDTH == CHUNKS * LINE_BYTES / 2, "weights are packed in lines");
 
@@ -3921,12 +2385,12 @@ static_assert(bands_fit(), "a band has the rows of x that a unit needs");
 typedef const u8* Row;
 __device__ inline Row row_at(const u8* p) { return p; }
 #else
-typedef unsigned Row;  // of ldmatrix: an address in shared memory, in one register, of which SPLIT 2 has none to spare
+typedef unsigned Row;
 __device__ inline Row row_at(const u8* p) { return (unsigned)__cvta_generic_to_shared(p); }
 __device__ inline Row other_part(Row row, int parts) { return row ^ parts * 16; }
 #endif
 
-typedef float Sums[4][2 * TILES][4];  // [16 channels][8 pixels][fragment c of mma.cuh]
+typedef float Sums[4][2 * TILES][4];
 #define LANE_ROWS 8
 #define LANE_WINDOWS TILES
 
@@ -3934,8 +2398,6 @@ __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int co
     return sums[row / 2][2 * t + corner / 2][row % 2 * 2 + corner % 2];
 }
 
-// Order of a band line's parts. Along the pixels of a row, and from a row of windows to the next, `place` runs without
-// a gap.
 __device__ inline int band_key(int row, int column) {
     unsigned place = row * WINDOWS_W + column;
     return ADJACENT ? place / (2 * TILES) % 4 * 2 + place % 2 : place % 8;
@@ -3945,7 +2407,6 @@ __device__ inline u8* band_of(u8* shared, int chunk) {
     return shared + (RESIDENT ? chunk : 0) * BAND_LINES * LINE_BYTES;
 }
 
-// Zeros in the lines that hold no pixel: the zero row, and the borders.
 __device__ inline void clear_border(u8* lines) {
     enum { ZERO_ROW = PITCH + GAP, COUNT = (ZERO_ROW + BAND_ROWS * GAP) * 8, BORDER = GAP ? GAP : 1 };
     for (int i = threadIdx.x; i < COUNT; i += THREADS) {
@@ -3955,12 +2416,10 @@ __device__ inline void clear_border(u8* lines) {
     }
 }
 
-// load(chunk): brings one chunk of the unit's rows into lines.
 template <bool> struct Band;
 
-// x is packed: copied asynchronously.
 template <> struct Band<true> {
-    const half_t* source;  // row first_row of chunk 0
+    const half_t* source;
     const Unit& unit;
     u8* shared;
     const int* exponents;
@@ -3988,13 +2447,12 @@ template <> struct Band<true> {
     __device__ bool fits(unsigned*) const { return true; }
 };
 
-// x is a tensor: converted under a scale that is chosen from all rows of the unit.
 template <> struct Band<false> {
-    const scalar_t* source;  // channel 0 of row first_row
+    const scalar_t* source;
     const Unit& unit;
     u8* shared;
     int exponent = GUESS;
-    unsigned largest = 0;  // finite magnitude
+    unsigned largest = 0;
 
     __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64, u8* shared)
         : source(
@@ -4014,7 +2472,6 @@ template <> struct Band<false> {
     }
     __device__ bool fits(unsigned*) const { return true; }
 
-    // Exponent of the scale for the unit's rows, all channels.
     __device__ int measured(unsigned* scratch) const {
         enum { WIDTH = !CHANNELS_LAST && IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t) };
         typedef Packed<scalar_t, WIDTH> Pack;
@@ -4030,16 +2487,13 @@ template <> struct Band<false> {
         return scale_exponent(block_max(largest, scratch));
     }
 
-    // Of the i-th octet of channels: neighbours in memory follow one another.
     __device__ static int pixel_of(int i) { return CHANNELS_LAST ? i / (CHUNK_CHANNELS / 8) : i % (BAND_ROWS * IN_W); }
     __device__ static int octet_of(int i) { return CHANNELS_LAST ? i % (CHUNK_CHANNELS / 8) : i / (BAND_ROWS * IN_W); }
 
     __device__ void load(int chunk) {
         u8* lines = band_of(shared, chunk);
         float scale = power_of_two(exponent);
-        // Not resident, the sums hold the registers; SPLIT 2 has room where its fragments will be.
         enum { BATCH = RESIDENT ? 8 : SPLIT == 2 ? 4 : 1, COUNT = BAND_ROWS * IN_W * (CHUNK_CHANNELS / 8) };
-        // Lanes take 32 pixels in such an order that eight at a time write to different banks.
         int lane = threadIdx.x % 32, spread = lane;
         if (ADJACENT && !CHANNELS_LAST) spread = lane % 2 + lane / 2 % 4 * (2 * TILES) + lane / 8 % TILES * 2;
         for (int first = threadIdx.x - lane + spread; first < COUNT; first += THREADS * BATCH) {
@@ -4077,8 +2531,6 @@ template <> struct Band<false> {
     }
 };
 
-// add<TILES>(sums, a_row, b_row): sums += what one tap of one chunk adds, the channels at `a_row` times the pixels at
-// `b_row`, fragments as mma.cuh has them. taps(tap): calls tap(kw) for a row of taps.
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
@@ -4103,7 +2555,6 @@ template <> struct Multiply<1> {
     }
 };
 
-// From zero for each tap, see fp16_tiles.cuh.
 template <> struct Multiply<2> {
     template <class Tap> __device__ static __forceinline__ void taps(Tap tap) {
         #pragma unroll 1
@@ -4160,8 +2611,6 @@ struct MainLoop {
     __device__ int channel() const { return warp_m * 64 + lane / 4; }
 
     template <int COUNT> __device__ __forceinline__ void turn(Sums& sums, int, int first_window) {
-        // This lane's rows of ldmatrix: pixel lane % 8 of the upper or lower row of tile t; lanes 8 to 15 and 24 to 31
-        // turn channels + 8.
         int row_of[COUNT], column_of[COUNT];
         #pragma unroll
         for (int t = 0; t < COUNT; t++) {
@@ -4177,7 +2626,6 @@ struct MainLoop {
                 __syncthreads();
             }
             Row chunk_lines = row_at(band_of(shared, chunk)), a_row, b_row[COUNT];
-            // Called when the last tap's fragments are loaded: its stage is free once all warps are here.
             auto turn_to = [&](int kh, int kw) __attribute__((always_inline)) {
                 cp_async_wait<STAGES - 2>();
                 __syncthreads();
@@ -4200,17 +2648,13 @@ struct MainLoop {
     }
 };
 """,
-    "conv_output_gradient.cuh": r"""// dy, the gradient of the convolution's output, of one window of a channel, and what it sums to at the image's borders:
-// see pooled_tail_backward.cu, whose macros are used here.
-#pragma once
+    "conv_output_gradient.cuh": r"""#pragma once
 #include "pooled_tail.cuh"
 
-// dy of one channel, times 2^e: the part that all pixels have, and what the chosen corner of a window adds.
 struct OutputGradient {
     float mean, invstd, slope, offset, scale, enlarge;
-    int exponent;  // mean is times 2^-exponent, see Normaliser, and `restore` must be
+    int exponent;
 
-    // Without statistics that depend on the batch (sums null) all pixels have 0.
     __device__ OutputGradient(
         const float* means, const float* invstds, const param_t* weights, const float* sums, int c)
         : slope(sums ? sums[OUT_CHANNELS + c] : 0), offset(sums ? sums[c] : 0), enlarge(1) {
@@ -4223,13 +2667,10 @@ struct OutputGradient {
         slope = -of_chosen(slope / count);
         offset = -of_chosen(offset / count);
     }
-    // y = kept * restore
     __device__ float of(float kept, float restore) const { return (kept * restore - mean) * invstd * slope + offset; }
-    // In this order, which neither loses nor overflows what fits in the end.
     __device__ float of_chosen(float g) const { return multiply_unflushed(multiply_unflushed(g, enlarge), scale); }
 };
 
-// A 2x2 window: its places in `argmax`, in `saved`, and in g, which for windows that an odd edge cuts is -1.
 struct Window {
     int row, column, argmax, saved, pooled;
 
@@ -4240,7 +2681,6 @@ struct Window {
     }
 };
 
-// What conv_bn_pool saved of a window.
 template <int> struct KeptOf { typedef uint2 type; };
 template <> struct KeptOf<2> { typedef float4 type; };
 typedef KeptOf<SPLIT>::type Kept;
@@ -4251,12 +2691,10 @@ __device__ inline void unpack(uint2 kept, float (&v)[4]) {
 __device__ inline void unpack(float4 kept, float (&v)[4]) {
     v[0] = kept.x, v[1] = kept.y, v[2] = kept.z, v[3] = kept.w;
 }
-// The exponent of a window's scale, but for its channel's.
 __device__ inline int kept_exponent(const int* unit_exponents, i64 image, const Window& window) {
     if (SPLIT == 2) return 0;
     return unit_exponents[image * UNITS + unit_of_window(window.row, window.column)] - SAVED_SHIFT;
 }
-// dy of the corners of one window in plane `plane`. Corners outside the image get anything.
 __device__ inline void gradients_of(
     const OutputGradient& gradient, const float* g, const u8* argmax, const saved_t* saved, i64 plane,
     const Window& window, float restore, float (&dy)[4]) {
@@ -4268,13 +2706,11 @@ __device__ inline void gradients_of(
         dy[corner] = gradient.of(dy[corner], restore) + (corner == tap ? add : 0);
 }
 
-// The convolution's input; rows and columns at each edge of its output that have no partner in it for some tap.
 #define IN_H (OUT_H - KERNEL_H + 1 + 2 * PAD_H)
 #define IN_W (OUT_W - KERNEL_W + 1 + 2 * PAD_W)
 #define TAPS (KERNEL_H * KERNEL_W)
 #define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
 #define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-// Rows of windows from the top, and from which on to the bottom, that such rows meet, and columns likewise.
 enum {
     TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H,
     BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2
@@ -4286,7 +2722,6 @@ enum {
 enum { FULL_ROWS = TOP + WINDOWS_H - BOTTOM, SIDES = LEFT + WINDOWS_W - RIGHT };
 enum { EDGE_WINDOWS = FULL_ROWS * WINDOWS_W + (BOTTOM - TOP) * SIDES };
 
-// The number of the i-th window that meets an edge: of whole rows of windows first.
 __device__ inline int edge_window(int i) {
     if (i < FULL_ROWS * WINDOWS_W) return i < TOP * WINDOWS_W ? i : i + (BOTTOM - TOP) * WINDOWS_W;
     i -= FULL_ROWS * WINDOWS_W;
@@ -4294,10 +2729,6 @@ __device__ inline int edge_window(int i) {
     return (TOP + i / (SIDES ? SIDES : 1)) * WINDOWS_W + (side < LEFT ? side : side + RIGHT - LEFT);
 }
 
-// borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no
-// partner in the convolution's input. Not from the packed tiles: conv_wgrad_reduce multiplies these sums by what x was
-// centred by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the
-// block's warps.
 __device__ inline void sum_borders(
     const float* g, const u8* argmax, const saved_t* saved, const int* exponents, const int* unit_exponents,
     OutputGradient gradient, int c, i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
@@ -4337,26 +2768,14 @@ __device__ inline void sum_borders(
             totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
 }
 """,
-    "conv_transpose_mma.cu": r"""// Transposed convolution and its input gradient on tensor cores (implicit_gemm.cuh), with nothing after it:
-//
-//     y[n, m, oh, ow] = sums + bias[m]
-//
-// Grid: x = units of all images, y = tiles of TILE_M channels. y is written in whole, bias may be null. Epilogue: four
-// lanes have neighbouring windows of a channel, the next four of it, and so on. Two of them swap windows, so that each
-// has pairs of neighbours, four pixels of a row for one store; four lanes then store eight windows. With CHANNELS_LAST,
-// of 16-bit types, a warp turns 8 channels of 8 pixels, and four lanes store 16 channels of a pixel. Macros and limits:
-// implicit_gemm.cuh.
-#define ADJACENT 0
+    "conv_transpose_mma.cu": r"""#define ADJACENT 0
 #include "implicit_gemm.cuh"
 static_assert(EPILOGUE_OFFSET == SHARED_BYTES, "the epilogue needs none of the shared memory");
 
-// Two neighbouring windows' left pixels in a row.
 struct Spot {
     scalar_t* to[2];
-    // last_column: the window has but one pixel; together: four pixels in a row, aligned.
     bool exists[2], last_column[2], together;
 
-    // The upper or lower row of windows `first` and first + 1 of the warp, in the plane.
     __device__ __forceinline__ Spot(const Place& place, int first, int lower, scalar_t* plane) {
         int row = (place.first_window + first) / WINDOW_PITCH, column = (place.first_window + first) % WINDOW_PITCH,
             at[2];
@@ -4389,7 +2808,6 @@ struct Spot {
     }
 };
 
-// From sums to values of one channel.
 struct Finish {
     ScaleBack scale = ScaleBack(0);
     float shift = 0;
@@ -4410,7 +2828,6 @@ struct StoreEpilogue {
             int m = first_m + row * 8;
             if (m < OUT_CHANNELS) finish[row] = {ScaleBack(exponent + exponents[m]), bias ? to_acc(bias[m]) : 0};
         }
-        // Of what the lane has when channels and pixels are turned.
         int first_turned = first_m - lane / 4 + odd * 8 + lane / 2 % 2 * 4;
         #pragma unroll
         for (int t = 0; t < MOST_TILES; t++) {
@@ -4429,7 +2846,6 @@ struct StoreEpilogue {
                                  right = finish[row + i](sum_of(sums, row + i, t, lower * 2 + 1));
                         turned[i] = movmatrix(left.bits | (unsigned)right.bits << 16);
                     }
-                    // The lane keeps two channels of its eight, and swaps the others for two of these.
                     unsigned other = __shfl_xor_sync(0xFFFFFFFFu, odd ? turned[0] : turned[1], 1);
                     uint2 four = make_uint2(odd ? other : turned[0], odd ? turned[1] : other);
                     if (exists && pixel.valid() && first_turned + row * 8 < OUT_CHANNELS)
@@ -4450,8 +2866,6 @@ struct StoreEpilogue {
         }
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
-            // Where four pixels are aligned, a pair begins: at an even window, but in lower rows of 4 n + 2 pixels at
-            // an odd one.
             const int odd = lower && OUT_W % 4 == 2;
             int quad = threadIdx.x % 4, turned = (quad - odd) & 3, later = turned % 2,
                 first = later * 4 + turned / 2 * 2 + odd;
@@ -4461,7 +2875,7 @@ struct StoreEpilogue {
                     Spot(place, t * 4 + first, lower, plane), Spot(place, t * 4 + 8 + first, lower, plane)};
                 #pragma unroll
                 for (int row = 0; row < LANE_ROWS; row++) {
-                    if (OUT_CHANNELS % TILE_M && first_m + row * 8 >= OUT_CHANNELS) continue;  // the same in all lanes
+                    if (OUT_CHANNELS % TILE_M && first_m + row * 8 >= OUT_CHANNELS) continue;
                     auto pixel = [&](int t, int right) {
                         return t < LANE_WINDOWS ? sum_of(sums, row, t, lower * 2 + right) : 0;
                     };
@@ -4504,50 +2918,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     convolve(x, x_exponents, x_exponent_count, packed, units, shared, scratch, epilogue);
 }
 """,
-    "conv_wgmma.cuh": r"""// The convolution of implicit_gemm.cuh by wgmma (sm_90a), which reads both operands from shared memory on its own.
-//
-// The band lies in shared memory as fp16, 8 channels after 8 channels (GROUPS_K groups, ALONG bytes apart; with SPLIT 2
-// as many with the residuals of fp16_tiles.cuh follow), the even rows of x before the odd ones, rows outside the image
-// as zeros. Between two rows lie PITCH - IN_W zeros, right border of one and left border of the next; rows of y fit in
-// a pitch, too:
-//
-//              GAP    IN_W       PITCH - IN_W
-//             | 0 0 | x x x x x | 0 0 0 |       even rows of x; 16 bytes, 8 channels of a pixel, in each place
-//                   | x x x x x | 0 0 0 |
-//                   | x x x x x | 0 0 0 |       odd rows of x
-//                   | x x x x x | 0 0 0 |
-//
-// In this order a tap is a shift: the upper (or lower) pixels of neighbouring windows, row after row of them, read
-// neighbouring places, whatever the tap. So a turn takes neighbouring windows, some of which lie between two rows and
-// do not exist.
-//
-// A step of weights is 32 channels of a tap (with SPLIT 2 their values, then their residuals). What the tensor cores
-// still read is never written: a stage is refilled two steps later, after a barrier that follows everybody's wait for
-// it.
-//
-// With SPLIT 2 (fp16_tiles.cuh) the sums start from zero every STEPS_AT_ONCE steps: one warpgroup adds up while the
-// tensor cores work for the other.
-//
-// Macros besides those of implicit_gemm.cuh, with ADJACENT 0: UNIT_ROWS (of windows), ALONG.
-#pragma once
+    "conv_wgmma.cuh": r"""#pragma once
 #include "wgmma.cuh"
 
-#define STEPS_K ((IN_CHANNELS + 31) / 32)  // of 32 channels; those past IN_CHANNELS are zero
-#define GROUPS_K (STEPS_K * 4)             // of 8 channels
-#define HALF_STEP (TILE_M * 64)            // bytes of a stage's values, and of its residuals
-#define CHUNKS_64 ((STEPS_K + 1) / 2)      // of 64 channels
+#define STEPS_K ((IN_CHANNELS + 31) / 32)
+#define GROUPS_K (STEPS_K * 4)
+#define HALF_STEP (TILE_M * 64)
+#define CHUNKS_64 ((STEPS_K + 1) / 2)
 #define STEP_BYTES (HALF_STEP * SPLIT)
 #define PITCH (2 * WINDOW_PITCH)
 
-// Rows of x, relative to twice the unit's first row of windows: which of them it needs, and how those of each parity
-// are numbered.
 enum { LOW = PAD_H - (KERNEL_H - 1), HIGH = 2 * UNIT_ROWS - 1 + PAD_H };
 __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; }
 __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - first_of(parity) + 1; }
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
 enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_PIXELS = GAP + BAND_ROWS * PITCH };
 enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128 };
-enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };  // in dynamic shared memory
+enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
 static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
 static_assert(PITCH >= IN_W + GAP && PITCH >= OUT_W, "a pitch has room for rows of x and of y");
 static_assert(
@@ -4555,26 +2942,20 @@ static_assert(
 static_assert(PACKED_WIDTH == STEPS_K * 32 * SPLIT, "weights are packed in steps");
 
 #define LANE_ROWS 2
-#define LANE_WINDOWS ((MOST_TILES + 3) / 4 * 4)  // those past MOST_TILES are zero, and do not exist
-typedef float Sums[2][LANE_WINDOWS][4];  // [upper, lower pixels of windows][8 pixels of 4 windows][c of wgmma.cuh]
+#define LANE_WINDOWS ((MOST_TILES + 3) / 4 * 4)
+typedef float Sums[2][LANE_WINDOWS][4];
 
 __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int corner) {
     return sums[corner / 2][t][row * 2 + corner % 2];
 }
 
-// Twice the unit's first row of windows.
 __device__ inline int origin_of(const Unit& unit) { return unit.number * (2 * UNIT_ROWS); }
-// Where a pixel of row `row`, counted from there, lies.
 __device__ constexpr int band_offset(int row, int column) { return (GAP + band_row(row) * PITCH + column) * 16; }
 
 #include "conv_wgmma_band.cuh"
 
-// Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more
-// additions would.
 #define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
 
-// add<TILES>(sums, a_stages, at, rows, band): sums += the products of STEPS_AT_ONCE steps. at: where each step's stage
-// begins. rows: the upper and lower pixels of the first step. On return what the step before read may be overwritten.
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
@@ -4590,7 +2971,6 @@ template <> struct Multiply<1> {
             for (int lower = 0; lower < 2; lower++)
                 wgmma<COUNT>(sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), rows[lower].moved(k * 2 * ALONG));
         wgmma_commit();
-        // What a step has loaded arrives during the next one.
         if (second && band.pending()) band.advance();
         second = !second;
         wgmma_wait<1>();
@@ -4620,14 +3000,11 @@ template <> struct Multiply<2> {
             wgmma_arrived<COUNT>(partial);
             #pragma unroll
             for (int i = 0; i < COUNT * 4; i++) sums[lower][i / 4][i % 4] += partial[i / 4][i % 4];
-            // Else the additions may move behind the next multiplications, with copies of what they read.
             wgmma_arrived<COUNT>(sums[lower]);
         }
     }
 };
 
-// In an image's last row of windows, what the kernel's rows before OUTSIDE_KH meet lies outside x. So the last turn
-// leaves out these products in tiles that have nothing else, those after UPPER_TILES.
 enum {
     OUTSIDE_KH = 2 * (WINDOWS_H - 1) + PAD_H - IN_H + 1,
     UPPER_WINDOWS = (WINDOWS_H - 1) * WINDOW_PITCH - (PASSES - 1) * PASS_WINDOWS,
@@ -4652,7 +3029,6 @@ struct MainLoop {
         weights.fetch(to);
         to = weights.next(to);
     }
-    // All threads meet for the weights of the next step. Returns where they are.
     __device__ __forceinline__ int next_step() {
         cp_async_wait<STAGES - 3>();
         fence_async_proxy();
@@ -4669,7 +3045,6 @@ struct MainLoop {
             pass_of<COUNT, UPPER_TILES>(sums, turn, first_window);
         else pass_of<COUNT, 0>(sums, turn, first_window);
     }
-    // FEW: the tiles that meet all rows of the kernel; 0: all COUNT do.
     template <int COUNT, int FEW>
     __device__ __forceinline__ void pass_of(Sums& sums, int turn, int first_window) {
         Multiply<SPLIT> multiply;
@@ -4681,7 +3056,6 @@ struct MainLoop {
         while (band.pending()) band.advance();
     }
 
-    // 64 channels and rows [first_kh, end_kh) of the kernel.
     template <int COUNT> __device__ __forceinline__ void taps(
         Multiply<SPLIT>& multiply, Sums& sums, int turn, int first_window, int chunk, int first_kh, int end_kh) {
         for (int kh = first_kh; kh < end_kh; kh++) {
@@ -4708,10 +3082,8 @@ struct MainLoop {
     }
 };
 """,
-    "conv_wgmma_band.cuh": r"""// How the rows of x come into the band of conv_wgmma.cuh, a part of which this is.
-#pragma once
+    "conv_wgmma_band.cuh": r"""#pragma once
 
-// Zeros where no pixel is.
 __device__ inline void clear_border(u8* shared, const Unit& unit) {
     for (int i = threadIdx.x; i < BAND_PIXELS; i += THREADS) {
         int row = (i - GAP + PITCH) / PITCH - 1, column = (i - GAP + PITCH) % PITCH, parity = row >= rows_of(0);
@@ -4723,19 +3095,14 @@ __device__ inline void clear_border(u8* shared, const Unit& unit) {
     }
 }
 
-enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };  // of a whole image
+enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };
 
-// The rows of the first turn come by begin(), those of each next turn by advance() between follow() and the end of the
-// turn before it. next_chunk(turn, at): called at the first step of 64 channels, with that step's weights.
 template <bool> struct Band;
 
-// x is packed, or halves in channels_last, which are operands as they are: copied asynchronously. All of it at first,
-// or, if 64 channels' multiplications are long enough for it, the rows of the first turn, and the others behind its
-// products. With PERSISTENT the next image's rows take the places of those that no later turn reads.
 template <> struct Band<true> {
     enum {
         AHEAD = 2 * TAPS >= STAGES,
-        PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,  // from a pixel to the next, in halves
+        PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,
         CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL,
         IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL)
     };
@@ -4745,8 +3112,7 @@ template <> struct Band<true> {
     const int* exponents;
     int exponent_count, exponent = 0;
     i64 images;
-    int copied_end = 0;  // where the rows end that the first turn finds
-    // Rows that are copied an octet (eight channels of a pixel) at a time, with PERSISTENT.
+    int copied_end = 0;
     const half_t* from;
     int first_row, pixels = 0, octet = 0;
 
@@ -4759,7 +3125,6 @@ template <> struct Band<true> {
             copy(chunk, unit.first_row, copied_end);
         cp_async_commit();
     }
-    // Where the rows end that the first `passes` passes need, and where those begin that passes from `turn` on need.
     __device__ int rows_end(int passes) const {
         return max(unit.first_row, min(unit.end_row, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
     }
@@ -4770,8 +3135,6 @@ template <> struct Band<true> {
         for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS)
             copy_octet(source(unit.image, first_row) + chunk * CHUNK, chunk, first_row, pixels, i);
     }
-    // Eight lanes take one part of eight lines, which are neighbours in shared memory, where writes to eight places
-    // could take turns. Four times eight lanes read half of each of these lines.
     __device__ void copy_octet(const half_t* from, int chunk, int first_row, int pixels, int i) const {
         enum { GROUPS = CHUNK_CHANNELS / 8 };
         int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
@@ -4786,8 +3149,6 @@ template <> struct Band<true> {
         for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
             copy(chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
     }
-    // With PERSISTENT, behind the products of each turn: of the first turn the rest of this image's rows, later the next
-    // image's, in the places that no turn reads any more.
     __device__ void follow(int next_pass) {
         if (!PERSISTENT) return;
         int turn = next_pass - 1;
@@ -4809,7 +3170,6 @@ template <> struct Band<true> {
     }
     __device__ bool fits(unsigned*) { return true; }
 };
-// The next image's first turn finds rows that were copied in passes but for the last one, the second in all.
 __device__ constexpr bool found_in_time(int passes) {
     int end = end_row_of(passes * PASS_WINDOWS - 1);
     return first_row_of((PASSES - 3 + passes) * PASS_WINDOWS) >= (IN_H < end ? IN_H : end);
@@ -4819,13 +3179,9 @@ static_assert(
                        found_in_time(2)),
     "rows of the next image come in time");
 
-// x is a tensor: converted under a scale that is chosen from the rows of the first turn, with room for larger values in
-// later ones. Where that is not enough, all starts again.
 template <> struct Band<false> {
-    // What the first turn needs at most, in octets (eight channels of a pixel) a thread, and how many of them are in
-    // flight at a time. Whether rows come behind multiplications; with SPLIT 2 there are no registers for it.
     enum {
-        ROOM = 3,  // of the scale's exponent, for values of later passes
+        ROOM = 3,
         WINDOWS_OF_UNIT = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W,
         LATER = SPLIT == 1 && WINDOWS_OF_UNIT > PASS_WINDOWS,
         EARLY_WINDOWS = LATER ? PASS_WINDOWS : WINDOWS_OF_UNIT,
@@ -4835,13 +3191,11 @@ template <> struct Band<false> {
         ROUNDS = (FIRST_OCTETS + 9) / 10,
         BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS
     };
-    const scalar_t* source;  // the image
+    const scalar_t* source;
     const Unit& unit;
     u8* shared;
     int exponent = GUESS, attempts = 0;
-    unsigned largest;  // finite magnitude
-    // Of the rows for the next turn; the thread's next octet of them, which is in v. With CHANNELS_LAST `pixel` counts
-    // octets.
+    unsigned largest;
     int first_pixel, pixels, group, pixel;
     float v[8];
 
@@ -4849,12 +3203,10 @@ template <> struct Band<false> {
         : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), shared(shared) {
         clear_border(shared, unit);
     }
-    // Where the rows end that the first `passes` passes need.
     __device__ int rows_end(int passes) const {
         if (!LATER || passes >= unit.passes) return max(0, unit.end_row);
         return max(0, min(IN_H, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
     }
-    // The i-th octet of `count` pixels: neighbours in memory follow one another.
     struct Octet {
         int group, pixel;
         __device__ Octet(int i, int count)
@@ -4911,7 +3263,6 @@ template <> struct Band<false> {
         exponent = right - later * ROOM;
         load_first_rows();
     }
-    // A thread loads an octet, and stores it by a later advance(), which loads the next one.
     __device__ void follow(int turn) {
         first_pixel = rows_end(turn) * IN_W;
         pixels = rows_end(turn + 1) * IN_W - first_pixel;
@@ -4947,37 +3298,7 @@ template <> struct Band<false> {
 
 typedef Band<X_PACKED || AS_IT_IS> Rows;
 """,
-    "conv_wgrad_mma.cu": r"""// Weight gradient of the transposed convolution with stride 1, dilation 1 and one group, on tensor cores (sm_80 and
-// newer).
-//
-//     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih - PAD_H + kh, iw - PAD_W + kw]
-//
-// x, dy: packed fp16 tiles (fp16_tiles.cu); with CHANNELS_LAST and SPLIT 1 x is half_t [N, IN_H, IN_W, IN_CHANNELS]. For
-// each tap, a product of x and dy, summed over the pixels of x. The 16
-// pixels that one instruction multiplies lie below each other: one column of a band of 16 rows, rows counted through
-// all images. So a tap one to the right pairs the same column of x with dy's next column, images of any width and
-// height leave nothing empty, and a column without a partner is left out.
-//
-// conv_wgrad_mma: a block owns one kh, TAPS_W taps in a row, TILE_OC channels of dy, TILE_IC of x, and a share of the
-// bands (split-K). Columns come through a ring of STAGES cp.async stages, COLUMNS in each. Position 0 of a band is the
-// first column of dy that a tap needs, LEAD positions later x begins. Each block writes its sums, partial
-// [split][tap][oc][ic], with WGMMA [split][tap][ic][oc]. Chains of additions are limited: after CHAIN_BANDS bands the
-// sums go to `partial` and begin anew. conv_wgrad_reduce adds the splits in ascending order, undoes the scales, and
-// writes dw [ic][oc][tap].
-//
-// The sums come from sum_pixels(x, dy, partial, tile, ring): conv_wgrad_mma.cuh multiplies by mma.sync,
-// conv_wgrad_wgmma.cuh by wgmma (sm_90a). What they share, Tile and store_chain, is here.
-//
-// x may be centred: a constant c[ic] is subtracted (fp16_tiles.cuh). Then dw lacks c[ic] times the sum of dy over the
-// pixels that have a partner in x. Batch norm's backward gives a dy that sums to 0 over all pixels, so this sum is
-// minus the sum over the pixels without a partner (`borders` of pooled_tail_backward.cu), and is added back. Centring
-// helps if the mean of x is far from 0: rounding errors that most values of dy share then cancel.
-//
-// Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
-// Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw),
-// IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TAPS_W,
-// CHANNELS_LAST, TILE_OC, TILE_IC, BAND_ROWS, TILES, COLUMNS, STAGES, THREADS, SHARED_BYTES, WGMMA, those of fp16_tiles.cuh.
-#define SHARED_ALIGNMENT 1024  // wgmma.cuh
+    "conv_wgrad_mma.cu": r"""#define SHARED_ALIGNMENT 1024
 #include "common.cuh"
 #include "async_copy.cuh"
 #include "fp16_tiles.cuh"
@@ -4985,22 +3306,18 @@ typedef Band<X_PACKED || AS_IT_IS> Rows;
 
 #define X_CHUNKS CHUNKS
 #define DY_CHUNKS ((OUT_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
-#define X_STEP (CHANNELS_LAST ? IN_CHANNELS * sizeof(half_t) : LINE_BYTES)  // from a pixel to the next
+#define X_STEP (CHANNELS_LAST ? IN_CHANNELS * sizeof(half_t) : LINE_BYTES)
 #define TAPS (KERNEL_H * KERNEL_W)
 #define TAP_GROUPS ((KERNEL_W + TAPS_W - 1) / TAPS_W)
 #define OC_TILES ((OUT_CHANNELS + TILE_OC - 1) / TILE_OC)
 #define IC_TILES ((IN_CHANNELS + TILE_IC - 1) / TILE_IC)
-// Where x begins; by wgmma at the start of a stage.
 #define LEAD (WGMMA ? (TAPS_W - 1 + COLUMNS - 1) / COLUMNS * COLUMNS : TAPS_W - 1)
 #define BAND_STAGES ((LEAD + IN_W + COLUMNS - 1) / COLUMNS)
-// Columns whose sums are added up before they go to memory. SPLIT 1: the tensor core's sums, which truncate, must stay
-// below the operands' rounding. SPLIT 2: by wgmma, an addition is for two columns.
 #define CHAIN (SPLIT == 1 ? 2048 : WGMMA ? 256 : 128)
 #define CHAIN_BANDS (CHAIN > IN_W ? CHAIN / IN_W : 1)
 static_assert(BAND_ROWS == 16, "one instruction multiplies a column of a band");
 static_assert(TILES == KERNEL_H * TAP_GROUPS * OC_TILES * IC_TILES, "tiles make dw");
 
-// What a block sums up.
 struct Tile {
     int split, kh, kw, first_tap, oc_tile, ic_tile, rows, first_band, stages, inner_first, inner_end;
 
@@ -5009,19 +3326,16 @@ struct Tile {
         split = blockIdx.x / TILES;
         kh = tile % KERNEL_H;
         kw = min(group * TAPS_W, KERNEL_W - TAPS_W);
-        first_tap = group * TAPS_W - kw;  // the last group may begin with taps of the one before
+        first_tap = group * TAPS_W - kw;
         oc_tile = tile / (KERNEL_H * TAP_GROUPS) % OC_TILES;
         ic_tile = tile / (KERNEL_H * TAP_GROUPS * OC_TILES);
         rows = images * IN_H;
         first_band = split * bands_per_split;
         stages = min(bands_per_split, (rows + BAND_ROWS - 1) / BAND_ROWS - first_band) * BAND_STAGES;
-        // Columns of x [inner_first, inner_end) have a partner for every tap.
         inner_first = max(0, PAD_W - kw);
         inner_end = min(IN_W, OUT_W + PAD_W - kw - (TAPS_W - 1));
     }
-    // The first column of x in a stage; it may lie before x.
     __device__ static int column_of(int stage) { return stage % BAND_STAGES * COLUMNS - LEAD; }
-    // The column of dy that goes with one of x.
     __device__ int partner(int column, int t) const { return column - PAD_W + kw + t; }
     __device__ bool has_partner(int column, int t) const {
         int ow = partner(column, t);
@@ -5033,11 +3347,9 @@ struct Tile {
     __device__ bool ends_chain(int stage) const {
         return (stage + 1) % (BAND_STAGES * CHAIN_BANDS) == 0 || stage + 1 == stages;
     }
-    // Of tap t, in `partial`, in units of its innermost two dimensions.
     __device__ i64 tap(int t) const { return (i64)split * TAPS + kh * KERNEL_W + kw + t; }
 };
 
-// What a thread copies of a stage: 16 bytes, `part`, of a line in row `row` of the band.
 struct Copies {
     int row = threadIdx.x / 8 % BAND_ROWS, part = threadIdx.x % 8, loader = threadIdx.x / 128;
     int image, ih, oh;
@@ -5053,7 +3365,6 @@ struct Copies {
             return (const u8*)packed + (((i64)image * IN_H + ih) * IN_W + column) * X_STEP + chunk * LINE_BYTES;
         return (const u8*)packed + ((((i64)image * X_CHUNKS + chunk) * IN_H + ih) * IN_W + column) * LINE_BYTES;
     }
-    // Whether the thread's part of a line of x has channels.
     __device__ bool has_channels(int chunk) const {
         return !CHANNELS_LAST || chunk * CHUNK_CHANNELS + part * 8 < IN_CHANNELS;
     }
@@ -5062,8 +3373,6 @@ struct Copies {
     }
 };
 
-// Adds a thread's sums of a tap to those of earlier chains, and sets them to 0. place(i): of the i-th neighbouring two
-// of them in `partial`.
 template <int TILES_OF_8, class Place, class Exists>
 __device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Place place, Exists exists) {
     Packed<float, 2> totals[2 * TILES_OF_8] = {};
@@ -5096,8 +3405,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_wgrad_mma(
     sum_pixels(x, dy, partial, Tile(images, bands_per_split), shared);
 }
 
-// x_exponents: null for an x without a scale. x_sums, and borders [border_parts][tap][oc]: null, or for an x that is
-// centred.
 extern "C" __global__ void conv_wgrad_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
     const scalar_t* __restrict__ x_sums, const float* __restrict__ borders, scalar_t* __restrict__ dw, int x_count,
@@ -5124,24 +3431,20 @@ extern "C" __global__ void conv_wgrad_reduce(
     dw[((i64)ic * OUT_CHANNELS + oc) * TAPS + tap] = from_acc<scalar_t>(total);
 }
 """,
-    "conv_wgrad_mma.cuh": r"""// The sums of conv_wgrad_mma.cu by mma.sync: products of dy (rows oc) and x (columns ic). Fragments of TAPS_W
-// neighbouring columns of dy wait in registers (`window`), and each column of x and of dy is read from shared memory
-// once for all taps. A warp has 16 output channels of the tile, and all its input channels, one chunk.
-#pragma once
+    "conv_wgrad_mma.cuh": r"""#pragma once
 
-#define WARPS (THREADS / 32)                                                        // 4 or 8
-#define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)                                      // of dy
-#define PAIRS ((IN_CHANNELS < CHUNK_CHANNELS ? IN_CHANNELS : CHUNK_CHANNELS) / 16)  // of n8-tiles of input channels
+#define WARPS (THREADS / 32)
+#define TILE_CHUNKS (TILE_OC / CHUNK_CHANNELS)
+#define PAIRS ((IN_CHANNELS < CHUNK_CHANNELS ? IN_CHANNELS : CHUNK_CHANNELS) / 16)
 #define COLUMN_BYTES (BAND_ROWS * LINE_BYTES)
-#define SLOT_BYTES ((1 + TILE_CHUNKS) * COLUMNS * COLUMN_BYTES)  // x, then each chunk of dy
+#define SLOT_BYTES ((1 + TILE_CHUNKS) * COLUMNS * COLUMN_BYTES)
 #define BUFFERS (SPLIT == 1 ? 2 : 1)
 static_assert(WARPS % 4 == 0 && TILE_OC == 16 * WARPS && TILE_IC == CHUNK_CHANNELS, "a warp has 16 output channels");
 static_assert(COLUMNS % TAPS_W == 0, "a stage is a multiple of the window");
 static_assert(STAGES >= 2 && STAGES * SLOT_BYTES == SHARED_BYTES, "the ring is all of the shared memory");
 
-typedef float Sums[2 * PAIRS][4];  // of a tap: [8 input channels][fragment c of mma.cuh]
+typedef float Sums[2 * PAIRS][4];
 
-// add(sums, a, b): sums += a b over 16 pixels.
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
@@ -5153,7 +3456,6 @@ template <> struct Multiply<1> {
     }
 };
 
-// From zero, see fp16_tiles.cuh.
 template <> struct Multiply<2> {
     __device__ static __forceinline__ void add(
         Sums& sums, const unsigned (&a)[2][4], const unsigned (&b)[2][PAIRS][4]) {
@@ -5186,7 +3488,7 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
                 bool valid = copies.valid && copies.has_channels(tile.ic_tile) && iw + c >= 0 && iw + c < IN_W;
                 if (c < COLUMNS) cp_async_16(to + c * COLUMN_BYTES, from + c * (int)X_STEP, valid);
             }
-            #pragma unroll 1  // at most two; unrolled, their addresses would take registers from the sums
+            #pragma unroll 1
             for (int i = 0; i < TILE_CHUNKS / (WARPS / 4); i++) {
                 int q = i * (WARPS / 4) + copies.loader, chunk = tile.oc_tile * TILE_CHUNKS + q;
                 const u8* from = copies.dy(dy, chunk, ow) + copies.part * 16;
@@ -5200,8 +3502,6 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
         cp_async_commit();
     };
 
-    // This lane's rows of ldmatrix. dy: pixel lane % 8 + lane / 16 * 8, channels + 8 for lane / 8 odd; x: the other way
-    // round.
     int dy_row = (1 + oc_in_tile / CHUNK_CHANNELS) * COLUMNS * COLUMN_BYTES +
                  line_offset(lane % 8 + lane / 16 * 8, oc_in_tile % CHUNK_CHANNELS / 8 + lane / 8 % 2);
     int x_row = line_offset(lane % 8 + lane / 8 % 2 * 8, lane / 16);
@@ -5232,13 +3532,11 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
                 for (int t = 0; t < TAPS_W; t++) {
                     if (inner || tile.has_partner(column, t))
                         Multiply<SPLIT>::add(sums[t], window[(c + 1 + t) % TAPS_W], b[c % BUFFERS]);
-                    // The first tap is the last to use the window's oldest column.
                     if (t == (BUFFERS == 2 ? 0 : TAPS_W - 1) && c + 1 < COLUMNS) load(c + 1);
                 }
             };
             if (tile.inner(column)) multiply_column(true);
             else multiply_column(false);
-            // Not right after the barrier, where no warp would keep the tensor core busy.
             if (c == 0) fetch(stage + STAGES - 1);
         }
     };
@@ -5266,33 +3564,22 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     }
 }
 """,
-    "conv_wgrad_wgmma.cuh": r"""// The sums of conv_wgrad_mma.cu by wgmma (sm_90a): x in registers, dy read from shared memory by the tensor cores on
-// their own. Input channels are the rows of the products; each of two warpgroups has half of the tile's output
-// channels.
-//
-// Shared memory: positions, each a column of x and one of dy, as blocks of 16 lines of 64 channels; with SPLIT 2 such a
-// line has the values of two (fp16_tiles.cuh), and the next block their residuals. A block begins at a multiple of 1024
-// bytes, so that wgmma's swizzle is that of line_offset, and a tap is another block. A stage is refilled when no tensor
-// core can still read it: after a barrier before which everybody has waited for all but the youngest multiplications.
-//
-// With SPLIT 2 (fp16_tiles.cuh) the sums start from zero for each tap and stage: one warpgroup adds up while the tensor
-// cores work for the other.
-#pragma once
+    "conv_wgrad_wgmma.cuh": r"""#pragma once
 #include "wgmma.cuh"
 
-#define TILES_N (TILE_OC / 16)           // of 8 output channels of a warpgroup
-#define GROUPS_OC ((TILE_OC + 63) / 64)  // of 64 channels: of each warpgroup, or one of both
+#define TILES_N (TILE_OC / 16)
+#define GROUPS_OC ((TILE_OC + 63) / 64)
 #define BLOCK_BYTES (BAND_ROWS * LINE_BYTES)
 #define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
-#define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)   // stages that are on their way
-enum { ZEROS_OFFSET = STAGES * COLUMNS * POSITION_BYTES };  // in shared memory, of 16 bytes
+#define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)
+enum { ZEROS_OFFSET = STAGES * COLUMNS * POSITION_BYTES };
 static_assert(THREADS == 256 && TILE_IC == 64, "two warpgroups, each with all input channels of the block");
 static_assert(TILE_OC == 16 * TILES_N, "a warpgroup has half of the output channels");
 static_assert(
     SPLIT == 1 ? COLUMNS % 2 == 0 : COLUMNS <= 2 && IN_W % COLUMNS == 0,
     "two columns of registers, and no stage ends beyond x");
 static_assert(AHEAD >= 1, "a stage is on its way while another one is multiplied");
-template <int> struct Multiply {};  // picks the loop
+template <int> struct Multiply {};
 static_assert(ZEROS_OFFSET + 16 == SHARED_BYTES, "the ring and the zeros are all of the shared memory");
 
 struct MainLoop {
@@ -5304,23 +3591,19 @@ struct MainLoop {
     int first_ic = tile.ic_tile * TILE_IC + warp % 4 * 16,
         first_oc = tile.oc_tile * TILE_OC + warpgroup * (TILE_OC / 2);
     bool active = OUT_CHANNELS % TILE_OC == 0 || first_oc < OUT_CHANNELS, first = true;
-    // This lane's of ldmatrix.
     const u8* x_row = ring + line_offset(lane % 8 + lane / 16 * 8, warp % 4 * 2 + lane / 8 % 2);
     WgmmaLines dy_lines = {
         ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0};
     float sums[TAPS_W][TILES_N][4] = {};
 
-    // A thread takes a part of a row's lines in every other position. Eight lanes write whole lines: writes to eight
-    // places would take turns.
     __device__ __forceinline__ void fetch(int stage) {
         if (stage < tile.stages) {
             Copies copies(tile, stage);
-            enum { PARTS = 8 / SPLIT };  // of values
+            enum { PARTS = 8 / SPLIT };
             int iw = tile.column_of(stage) + copies.loader, ow = tile.partner(iw, TAPS_W - 1);
             int first_chunk = copies.part / PARTS, offset = copies.part % PARTS * 16;
             u8* to = ring + (stage % STAGES * COLUMNS + copies.loader) * POSITION_BYTES +
                      line_offset(copies.row, copies.part);
-            // 64 channels of `width` columns, of which `from` is `column`.
             auto copy = [&](int block, const u8* from, bool valid, int width, int column, int step) {
                 #pragma unroll
                 for (int i = 0; i < (COLUMNS + 1) / 2 * SPLIT; i++) {
@@ -5335,7 +3618,7 @@ struct MainLoop {
             int chunk = tile.ic_tile * SPLIT + first_chunk;
             bool real = copies.valid && chunk < X_CHUNKS && copies.has_channels(chunk);
             copy(0, copies.x(x, chunk, iw), real, IN_W, iw, X_STEP);
-            #pragma unroll 1  // unrolled, addresses would take more registers
+            #pragma unroll 1
             for (int group = 0; group < GROUPS_OC; group++) {
                 int chunk = (tile.oc_tile * GROUPS_OC + group) * SPLIT + first_chunk;
                 copy(1 + group, copies.dy(dy, chunk, ow), copies.valid && chunk < DY_CHUNKS, OUT_W, ow, LINE_BYTES);
@@ -5348,7 +3631,6 @@ struct MainLoop {
         fence_async_proxy();
         __syncthreads();
     }
-    // The column of dy `c` positions from where the stage in `slot` begins, a little before that or in it.
     __device__ __forceinline__ WgmmaLines dy_column(int slot, int c) const {
         int position = slot * COLUMNS + c;
         return dy_lines.moved((c < 0 && position < 0 ? position + STAGES * COLUMNS : position) * POSITION_BYTES);
@@ -5385,9 +3667,6 @@ struct MainLoop {
                     wgmma_commit();
                 };
                 if (active && column >= 0 && column < IN_W) {
-                    // Of the columns before this one, two may be under way at a barrier. The one before that had this
-                    // one's registers; where their number is odd, the next band's first column has the registers of
-                    // this one's last.
                     if (IN_W % 2 && column == 0) wgmma_wait<0>();
                     else wgmma_wait<1>();
                     ldmatrix_x4_transposed(a, x_row + (slot * COLUMNS + c) * POSITION_BYTES);
@@ -5395,17 +3674,14 @@ struct MainLoop {
                     else multiply_column(false);
                 }
                 if (c == 1)
-                    fetch(stage + AHEAD);  // not right after the barrier, when the tensor cores have least to do
+                    fetch(stage + AHEAD);
             }
-            // Where a stage ends beyond x, the two columns that are under way may begin a stage earlier than AHEAD says.
             if (IN_W % COLUMNS && tile.column_of(stage) + COLUMNS > IN_W) wgmma_wait<0>();
             if (tile.ends_chain(stage)) wgmma_wait<0>(), store_sums();
         }
     }
 
     __device__ __forceinline__ void run(Multiply<2>) {
-        // A stage's columns of x for tap t. Where a column of dy does not exist it is zeros here, and for its tap so is
-        // that of x: 0 * NaN is NaN.
         u8* zeros = ring + ZEROS_OFFSET;
         if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
         unsigned fragments[COLUMNS][2][4];
@@ -5442,9 +3718,9 @@ struct MainLoop {
                     if (t == TAPS_W - 1) arrive();
                     wgmma_wait<0>();
                     wgmma_arrived<TILES_N>(products);
-                    if (t == TAPS_W - 1) load(stage + 1, 0);  // past the last stage this is nothing that anybody uses
+                    if (t == TAPS_W - 1) load(stage + 1, 0);
                     else if (!inner) {
-                        bool changes = false;  // in which columns have a partner
+                        bool changes = false;
                         #pragma unroll
                         for (int c = 0; c < COLUMNS; c++)
                             changes |= tile.has_partner(column + c, t) != tile.has_partner(column + c, t + 1);
@@ -5452,7 +3728,7 @@ struct MainLoop {
                     }
                     #pragma unroll
                     for (int i = 0; i < TILES_N * 4; i++) sums[t][i / 4][i % 4] += products[i / 4][i % 4];
-                    wgmma_arrived<TILES_N>(sums[t]);  // see conv_wgmma.cuh
+                    wgmma_arrived<TILES_N>(sums[t]);
                 }
             } else {
                 fetch(stage + AHEAD);
@@ -5470,17 +3746,14 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
     loop.run(Multiply<SPLIT>());
 }
 """,
-    "fp16_scale.cuh": r"""// Power-of-two scales, measured from the data, that bring float32 values into fp16's normal range without loss.
-#pragma once
+    "fp16_scale.cuh": r"""#pragma once
 #include "common.cuh"
 
-// Bits of |v| if v is finite, else 0: their order as integers is the order of the values, denormals included.
 __device__ inline unsigned finite_magnitude(float v) {
     unsigned bits = __float_as_uint(v) & 0x7FFFFFFF;
     return bits < 0x7F800000 ? bits : 0;
 }
 
-// The largest of the values first, first + step, ... of `count` packs, AT_ONCE of which are in flight together.
 template <int AT_ONCE, class T, int W, class I>
 __device__ inline unsigned largest_of(const Packed<T, W>* from, I first, I step, I count) {
     unsigned largest = 0;
@@ -5494,22 +3767,16 @@ __device__ inline unsigned largest_of(const Packed<T, W>* from, I first, I step,
     return largest;
 }
 
-// Exponent e such that the largest magnitude times 2^e lies in [2^14, 2^15): nothing finite overflows fp16. At most
-// 126, which zeros get too, so that a part of a tensor that is all zero leaves the smallest exponent of the parts as it
-// is.
 __device__ inline int scale_exponent(unsigned largest_magnitude) {
     return min(126, 14 + 127 - (int)(largest_magnitude >> 23));
 }
 
-// 2^e for -126 <= e <= 127.
 __device__ inline float power_of_two(int e) { return __uint_as_float((unsigned)(e + 127) << 23); }
 
-// v -> v * 2^-e for |e| <= 252; two factors keep every intermediate value in range where the result is.
 struct ScaleBack {
     float first, second;
     __device__ explicit ScaleBack(int e) : first(power_of_two(-e / 2)), second(power_of_two(-e - -e / 2)) {}
     __device__ float operator()(float v) const { return multiply_unflushed(multiply_unflushed(v, first), second); }
-    // The same, plus `shift`.
     __device__ float operator()(float v, float shift) const {
         v = multiply_unflushed(v, first);
 #ifdef CUPY_KERNELS_EMULATOR
@@ -5531,29 +3798,16 @@ __device__ inline unsigned block_max(unsigned v, unsigned* scratch) {
     return v;
 }
 
-// The smallest of `count` exponents: what a tensor takes whose parts would take these.
 __device__ inline int smallest_exponent(const int* exponents, int count, unsigned* scratch) {
     unsigned largest = 0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) largest = max(largest, (unsigned)(126 - exponents[i]));
     return 126 - (int)block_max(largest, scratch);
 }
 """,
-    "fp16_tiles.cu": r"""// Packs a tensor [N, channels, pixels] as fp16 tiles (fp16_tiles.cuh), for kernels that bring lines to shared memory by
-// cp.async.
-//
-//     packed [N][chunk][pixel][64 halves], (value - centre) * 2^e, the parts of a line in ascending order
-//
-// scale_fp16: the same of channels_last values, as half_t in their own order.
-// largest_magnitude: exponents[block], of the scale that the block's share would take; e is the smallest of them.
-// pack_fp16: a block takes TILE_PIXELS pixels (of all images in a row) of one chunk; a thread reads 8 channels of WIDTH
-// pixels, and writes whole lines after a turn through shared memory. Channels past the last one are zero. sums: null,
-// or of each channel over one image (fp16_tiles.cuh, centre). Macros: scalar_t (float, half_t, bf16_t), those of
-// fp16_tiles.cuh, WIDTH (pixels in one access; it divides the pixels of an image), THREADS, TILE_PIXELS, BATCH
-// (accesses under way in a thread of largest_magnitude). Limits: channels a multiple of 8, N * pixels below 2^31.
-#include "common.cuh"
+    "fp16_tiles.cu": r"""#include "common.cuh"
 #include "fp16_tiles.cuh"
 
-#define GROUPS (CHUNK_CHANNELS / 8)  // of 8 channels
+#define GROUPS (CHUNK_CHANNELS / 8)
 static_assert(TILE_PIXELS == THREADS / GROUPS * WIDTH, "a thread has 8 channels of WIDTH pixels");
 typedef Packed<scalar_t, WIDTH> Pack;
 
@@ -5587,7 +3841,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack_fp16(
           centres[8];
     #pragma unroll
     for (int j = 0; j < 8; j++) centres[j] = first_channel < channels ? centre(sums, first_channel + j, pixels) : 0;
-    // The XOR makes eight neighbouring threads write to all banks.
     #pragma unroll
     for (int k = 0; k < WIDTH; k++) {
         float v[8];
@@ -5622,21 +3875,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scale_fp16(
     ((Packed<half_t, WIDTH>*)scaled)[i] = out;
 }
 """,
-    "fp16_tiles.cuh": r"""// fp16 operands of tensor cores: packed tiles, in global memory [N][chunk][pixel][64 halves], in shared memory as it
-// suits.
-//
-// The 64 halves of a pixel are a line, eight parts of 16 bytes. fp16, like TF32, keeps 10 mantissa bits, and
-// fp16_scale.cuh brings values into its normal range. SPLIT 1 rounds 64 channels to fp16 (TF32's precision). SPLIT 2
-// keeps what that leaves, the residual, as a second fp16 value (nearly float32's precision): a line has 32 channels,
-// then their residuals. In shared memory the parts of lines are swizzled, so that the same part of neighbouring lines
-// lies in different banks.
-//
-// Tensor cores truncate when they add to an accumulator, which costs float32's last bits in a long sum. With SPLIT 2
-// they start from zero every few steps, with the small products first (residual * value, value * residual, value *
-// value), and ordinary additions add up what comes out.
-//
-// Macros: SPLIT, CHUNK_CHANNELS (of a line), LINE_BYTES, IN_CHANNELS.
-#pragma once
+    "fp16_tiles.cuh": r"""#pragma once
 #include "fp16_scale.cuh"
 
 #define CHUNKS ((IN_CHANNELS + CHUNK_CHANNELS - 1) / CHUNK_CHANNELS)
@@ -5644,14 +3883,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) scale_fp16(
 static_assert(
     LINE_BYTES == 8 * 16 && LINE_BYTES == SPLIT * CHUNK_CHANNELS * sizeof(half_t), "a line is eight parts of 16 bytes");
 
-// Where part `part` (16 bytes, 0 to 7) of a line lies. Lines of different keys, 0 to 7, have the same part in different
-// banks.
 __device__ inline int line_offset(int line, int part, int key) { return line * LINE_BYTES + ((part ^ key) << 4); }
-// With keys that differ in eight neighbouring lines.
 __device__ inline int line_offset(int line, int part) { return line_offset(line, part, line & 7); }
 
-// The part that lies `parts` parts on from the one at `row`, where `parts` sets only bits that are 0 in that one's
-// number.
 __device__ inline const u8* other_part(const u8* row, int parts) {
     return (const u8*)((size_t)row ^ (size_t)(parts * 16));
 }
@@ -5666,18 +3900,12 @@ __device__ inline unsigned pack_halves(float low, float high) {
 #endif
 }
 
-// What is taken from all values of channel c before they are packed: about their mean, from the channel's sum over
-// `count` values. With `sums` null, or where it is not finite, nothing.
 template <class V> __device__ inline float centre(const V* sums, int c, int count) {
     float mean = sums ? to_acc(sums[c]) / count : 0;
     return mean - mean == 0 ? mean : 0;
 }
-// A difference of two values can be twice the largest.
 __device__ inline int centred_exponent(const void* sums, int exponent) { return sums ? exponent - 1 : exponent; }
 
-// Eight values as the halves of a line's part `part`; leaves in `v` what is left for the next part. With SPLIT 2
-// infinities and NaNs are all residual, the value is 0: residuals are multiplied by values only, not by residuals,
-// whose sign would make NaN of an infinity.
 __device__ inline uint4 take_halves(float (&v)[8], int part) {
     float residual[8];
     #pragma unroll
@@ -5693,26 +3921,18 @@ __device__ inline uint4 take_halves(float (&v)[8], int part) {
     return halves;
 }
 
-// Writes eight channels, `group` of its chunk, to a line: part `group`, and with SPLIT 2 what rounding left of them, 4
-// parts on.
 __device__ inline void store_line(u8* lines, int line, int group, float (&v)[8], int key) {
     #pragma unroll
     for (int part = 0; part < SPLIT; part++)
         *(uint4*)(lines + line_offset(line, part * (CHUNK_CHANNELS / 8) + group, key)) = take_halves(v, part);
 }
 """,
-    "gradient_bound.cuh": r"""// A bound of the gradient of the convolution's output, and the scale under which it fits fp16.
-#pragma once
+    "gradient_bound.cuh": r"""#pragma once
 #include "batch_norm.cuh"
 #include "fp16_scale.cuh"
 
-// Of one channel of dy = scale (g - mean(g) - xhat mean(g xhat)), or scale g with running statistics.
-//
-// |xhat| is at most sqrt(count), since the sum of all xhat^2 is at most count; what `saved` keeps of a value is off by
-// less than |value| <= |mean| + |xhat| / invstd, in all by less than a factor of 2, which 2^15 still lacks to fp16's
-// largest.
 struct GradientBound {
-    float bound, means;  // |dy / scale| at most; not finite where a mean is not
+    float bound, means;
 
     __device__ explicit GradientBound(float largest) : bound(largest), means(0) {}
     __device__ GradientBound(float largest, float mean_g, float mean_dot, float count, float mean, float invstd)
@@ -5721,59 +3941,16 @@ struct GradientBound {
         means = fabsf(mean_g) + fabsf(mean_dot) + fabsf(normalise.mean);
         bound += fabsf(mean_g) + (sqrtf(count) + fabsf(normalise.mean * normalise.invstd)) * fabsf(mean_dot);
     }
-    // e, such that dy times 2^e fits. A channel of zeros, or without a finite dy, must not decide the scale of the others.
     __device__ int exponent(float scale) const {
         if (!(bound > 0) || !is_finite(scale) || !is_finite(means)) return 126;
         const unsigned largest = 0x7F7FFFFF;
         unsigned v = finite_magnitude(bound), dy = finite_magnitude(multiply_unflushed(bound, fabsf(scale)));
-        // Keeps g in range between the multiplications by 2^e and by `scale`.
         int e = min(126, 112 + scale_exponent(v ? v : largest));
         return scale != 0 ? min(e, scale_exponent(dy ? dy : largest)) : e;
     }
 };
 """,
-    "implicit_gemm.cuh": r"""// Transposed convolution with stride 1, dilation 1 and one group on tensor cores, as an implicit GEMM: what its two
-// forms share. conv_mma.cuh multiplies by mma.sync (sm_80 and newer), conv_wgmma.cuh by wgmma (sm_90a).
-//
-//     sums[n, m, oh, ow] = sum_{k, kh, kw} x[n, k, oh + PAD_H - kh, ow + PAD_W - kw] * w[k, m, kh, kw]
-//
-// dgrad is the same sum over dy with PAD' = KERNEL - 1 - PAD and flipped, transposed weights (pack_weight_fp16.cu).
-//
-// Rows of the product are output channels m, columns are pixels, the sum runs over input channels and taps. Pixels are
-// ordered by 2x2 windows, so that an epilogue can pool: four windows make a tile, their upper pixels one n8-tile of the
-// tensor cores and their lower pixels another. Windows are numbered row by row, WINDOW_PITCH a row, of which the first
-// WINDOWS_W exist. A block owns one unit at a time: TILE_M channels and UNIT_WINDOWS windows of one image, in passes of
-// WARPS_N x TILES tiles. A warp (with WGMMA a warpgroup) has 64 of the channels and TILES tiles of a turn, in the last
-// turn of a unit LAST_TILES.
-//
-// Load. The rows of x that a unit needs (the band) lie in shared memory as fp16, so that a tap is a shifted read. x is
-// a tensor of scalar_t, converted on the way, or with X_PACKED 1 it is packed already (fp16_tiles.cu). struct
-// Band<X_PACKED>:
-//     Band(x, x_exponents, count, unit, units, shared)
-//                                                clears what holds no pixel, begins asynchronous copies
-//     begin(scratch)                             the first turn can run under the scale of `exponent`
-//     fits(scratch)                              whether this scale was right; if not, all passes run again
-// Weights stream through a ring (WeightRing), a step at a time.
-//
-// Main loop. struct MainLoop(unit, band, packed, shared), with
-//     turn<TILES>(sums, turn, first_window)      the sums of a warp's tiles; Sums are its registers
-//     sum_of(sums, row, t, corner)               that of the lane's channel `row` of LANE_ROWS, 8 apart, and a corner
-//                                                (upper left, right, lower left, right) of its window t of LANE_WINDOWS
-//
-// Epilogue. The kernel's own, a struct with
-//     turn(sums, place, exponent)                takes the sums of a turn, times 2^(exponent + the channel's exponent)
-//     restart()                                  forgets all passes: they come again
-//     finish(exponent, unit)                     after the last turn of a unit
-//
-// Macros: those of pooled_planes.cuh and fp16_tiles.cuh, scalar_t (float, half_t, bf16_t), X_PACKED, input_t (scalar_t,
-// half_t for packed tiles), CHANNELS_LAST (1: x, if not packed, and y are [N, H, W, C]), IN_CHANNELS, OUT_CHANNELS
-// (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TILE_M, WARPS_N, TILES, LAST_TILES,
-// THREADS, STAGES, GAP (zeros between two rows of the band), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the
-// epilogue's), ADJACENT (1: the windows of a lane are neighbours, for wide stores; 0: those of four lanes are), WGMMA,
-// and those of the form. With WGMMA only: AS_IT_IS (1: x, in channels_last, and the weights are fp16 operands as they
-// lie in memory, under scales of 1), PERSISTENT (1: with AS_IT_IS and whole images, a block takes every gridDim.x-th
-// unit; 0: one). Limits: those that check_supported in conv_transpose_mma.py checks.
-#pragma once
+    "implicit_gemm.cuh": r"""#pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
 #include "fp16_tiles.cuh"
@@ -5788,20 +3965,16 @@ static_assert(
     TILE_M == 64 * WARPS_M && THREADS == (WGMMA ? 128 : 32) * WARPS_M * WARPS_N, "a warp or warpgroup has 64 channels");
 static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
 
-// Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are
-// loaded once, under a first guess of their scale's exponent; one that is up to SLACK larger would not be better.
 enum { GUESS = 10, SLACK = 6 };
 
-// Rows of x [first, end) that a window needs, as if x had rows beyond its own.
 __device__ constexpr int first_row_of(int window) { return window / WINDOW_PITCH * 2 + PAD_H - (KERNEL_H - 1); }
 __device__ constexpr int end_row_of(int window) { return window / WINDOW_PITCH * 2 + 1 + PAD_H + 1; }
 
 __device__ constexpr int passes_of(int windows) {
-    enum { LARGER = (MOST_TILES - TILES) * 4 * WARPS_N };  // what the last turn can take more
+    enum { LARGER = (MOST_TILES - TILES) * 4 * WARPS_N };
     return LARGER >= windows ? 1 : (windows - LARGER + PASS_WINDOWS - 1) / PASS_WINDOWS;
 }
 
-// What a block works on: windows [first_window, end_window), whose last one exists, and rows [first_row, end_row) of x.
 struct Unit {
     i64 image;
     int number, first_window, end_window, passes, first_row, end_row;
@@ -5817,20 +3990,15 @@ struct Unit {
     }
 };
 
-// Which window of a warp's `tiles` times 4 the t-th one of lanes 4 n + quad is.
 __device__ inline int lane_window(int quad, int t, int tiles) { return ADJACENT ? quad * tiles + t : t * 4 + quad; }
 
-// The pixel of a corner of a window.
 struct Pixel {
     int oh, ow;
     __device__ Pixel(int window, int corner)
         : oh(window / WINDOW_PITCH * 2 + corner / 2), ow(window % WINDOW_PITCH * 2 + corner % 2) {}
-    // Of a window that exists: whether the pixel does, which an odd edge cuts off.
     __device__ bool valid() const { return (OUT_H % 2 == 0 || oh < OUT_H) && (OUT_W % 2 == 0 || ow < OUT_W); }
 };
 
-// Where the sums of a lane belong. channel: the lane's first one in the block. first_window: the warp's; end_window:
-// the unit's.
 struct Place {
     i64 image;
     int channel, first_window, end_window, tiles, unit;
@@ -5840,17 +4008,13 @@ struct Place {
         return t < tiles && window(t) < end_window &&
                (WINDOW_PITCH == WINDOWS_W || window(t) % WINDOW_PITCH < WINDOWS_W);
     }
-    // Whether a pixel of a window that exists does.
     __device__ bool inside(int t, int corner) const { return Pixel(window(t), corner).valid(); }
-    // All pixels exist, which is the usual case and needs no masks.
     __device__ bool full() const {
         return !WGMMA && OUT_H % 2 == 0 && OUT_W % 2 == 0 && tiles == TILES && first_window + TILES * 4 <= end_window;
     }
     __device__ int count() const { return min(tiles * 4, end_window - first_window); }
 };
 
-// Brings the weights' steps, STEPS times STEP_BYTES, one after the other into a ring of STAGES stages. Past the last
-// step it begins again, for the next turn; what the last one does not need nobody reads, which is cheaper than to ask.
 template <int STEP_BYTES, int STEPS> struct WeightRing {
     u8* ring;
     const u8* weights;
@@ -5858,7 +4022,6 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
 
     __device__ WeightRing(u8* ring, const half_t* packed)
         : ring(ring), weights((const u8*)packed + (i64)blockIdx.y * STEPS * STEP_BYTES) {}
-    // Stages are told apart by where they begin.
     __device__ static int next(int stage) { return stage + STEP_BYTES == STAGES * STEP_BYTES ? 0 : stage + STEP_BYTES; }
     __device__ static int previous(int stage) { return stage ? stage - STEP_BYTES : (STAGES - 1) * STEP_BYTES; }
 
@@ -5880,7 +4043,6 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
 #include "conv_mma.cuh"
 #endif
 
-// The convolution of the block's units, of `units` in all. x_exponents: of a packed x, `x_exponent_count` of them.
 template <class Epilogue>
 __device__ inline void convolve(
     const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, i64 units, u8* shared,
@@ -5915,17 +4077,9 @@ __device__ inline void convolve(
     }
 }
 """,
-    "mma.cuh": r"""// Tensor-core building blocks of sm_80 and newer: ldmatrix and mma.sync m16n8k16, fp16 operands, float32 accumulation.
-// With SM75 1, those of sm_75: m16n8k8 twice, fp16 alone.
-//
-// Fragments as PTX defines them, for lane l of a warp (two halves in one unsigned, the lower column first):
-//     a[4]: rows l/4, l/4+8, columns 2(l%4)+{0,1} | the same rows, columns + 8
-//     b[2]: rows 2(l%4)+{0,1} | rows + 8, column l/4
-//     c[4]: row l/4, columns 2(l%4)+{0,1} | row l/4+8, the same columns
-#pragma once
+    "mma.cuh": r"""#pragma once
 
 #ifndef CUPY_KERNELS_EMULATOR
-// ldmatrix_x4 of rows at addresses in shared memory.
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
 #if __CUDA_ARCH__ >= 750
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -5936,8 +4090,6 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
 }
 #endif
 
-// Four 8x8 matrices of halves: lane l passes the address of row l%8 (16 bytes) of matrix l/8, and gets in r[i] the
-// values of matrix i at row l/4, columns 2(l%4)+{0,1}.
 UNCHECKED __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::read_any(row, 16);
@@ -5949,7 +4101,6 @@ UNCHECKED __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) 
 #endif
 }
 
-// As ldmatrix_x4, of the transposed matrices: r[i] holds rows 2(l%4)+{0,1} at column l/4 of what lies in memory.
 UNCHECKED __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const void* row) {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::read_any(row, 16);
@@ -5969,7 +4120,6 @@ UNCHECKED __device__ inline void ldmatrix_x4_transposed(unsigned (&r)[4], const 
 #endif
 }
 
-// The transposed 8x8 matrix of 16-bit values: lane l has row l/4, columns 2(l%4)+{0,1}, before and after.
 UNCHECKED __device__ inline unsigned movmatrix(unsigned row) {
     unsigned column = 0;
 #ifdef CUPY_KERNELS_EMULATOR
@@ -5983,7 +4133,6 @@ UNCHECKED __device__ inline unsigned movmatrix(unsigned row) {
     return column;
 }
 
-// c += a b, of two halves a register, or with T bf16_t of two bf16.
 template <class T> struct IsBf16 {
     enum { VALUE = 0 };
 };
@@ -5997,7 +4146,6 @@ template <> struct IsBf16<bf16_t> {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 #if SM75
-// c += a b, of the first or last 8 columns of a and rows of b.
 UNCHECKED __device__ __forceinline__ void mma_m16n8k8(
     float (&c)[4], const unsigned a0, const unsigned a1, const unsigned b) {
 #ifdef CUPY_KERNELS_EMULATOR
@@ -6039,18 +4187,7 @@ template <class T = half_t> UNCHECKED __device__ __forceinline__ void mma_m16n8k
 #endif
 }
 """,
-    "pack_weight_fp16.cu": r"""// Weights of a transposed convolution as conv_mma.cuh reads them: fp16 under a power-of-two scale for each output
-// channel m.
-//
-// signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu). copied_signs: null,
-// or these values of all rows as float.
-// w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse
-// order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in line_offset's order], with WGMMA
-// (conv_wgmma.cuh) [m tile][64 channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves];
-// exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block per row of the
-// padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA,
-// AS_IT_IS (1: under a scale of 1), and those of fp16_tiles.cuh.
-#include "common.cuh"
+    "pack_weight_fp16.cu": r"""#include "common.cuh"
 #include "fp16_tiles.cuh"
 
 extern "C" __global__ void pack_weight_fp16(
@@ -6073,7 +4210,7 @@ extern "C" __global__ void pack_weight_fp16(
         exponents[m] = exponent;
         if (copied_signs) copied_signs[m] = m < OUT_CHANNELS ? to_acc(signs[m]) : 0;
     }
-    enum { GROUPS_K = PACKED_WIDTH / SPLIT / 8 };  // of 8 channels
+    enum { GROUPS_K = PACKED_WIDTH / SPLIT / 8 };
     static_assert(
         GROUPS_K * 8 * SPLIT == PACKED_WIDTH && GROUPS_K * 8 >= IN_CHANNELS &&
             GROUPS_K % (WGMMA ? 4 : CHUNK_CHANNELS / 8) == 0,
@@ -6101,21 +4238,7 @@ extern "C" __global__ void pack_weight_fp16(
     }
 }
 """,
-    "pooled_planes.cuh": r"""// Where conv_bn_pool keeps the 2x2 windows of a plane: one of OUT_H x OUT_W sums, pooled.
-//
-// Windows are numbered row by row, WINDOW_PITCH a row. Without WGMMA they follow one another. With it they are cut into
-// units of UNIT_WINDOWS, whole rows, each with room for UNIT_STRIDE, and 16 windows, four tiles of four lanes, change
-// places among themselves, so that a lane writes 16 bytes of its own at a time, next to those of its neighbours.
-// In units of TOGETHER windows, where window 4 t + l of the 16 is in tile t of lane l:
-//
-//     place                     0  1  2  3 |  4  5  6  7 |  8  9 10 11 | 12 13 14 15
-//     pooled, argmax (4)        0  4  8 12 |  1  5  9 13 |  2  6 10 14 |  3  7 11 15
-//     saved as half_t (2)       0  4 |  1  5 |  2  6 |  3  7 |  8 12 |  9 13 | 10 14 | 11 15
-//     saved as float (1)        0 |  1 |  2 |  3 |  4 |  5 |  6 |  7 |  8 |  9 | 10 | 11 | 12 | 13 | 14 | 15
-//
-// PLANE_STRIDE lies between planes. Macros: OUT_H, OUT_W, WGMMA, WINDOW_PITCH, UNITS (of a plane), UNIT_WINDOWS,
-// UNIT_STRIDE, PLANE_STRIDE.
-#pragma once
+    "pooled_planes.cuh": r"""#pragma once
 
 #define WINDOWS_H ((OUT_H + 1) / 2)
 #define WINDOWS_W ((OUT_W + 1) / 2)
@@ -6136,7 +4259,6 @@ __device__ inline int unit_of_window(int row, int column) {
     return WGMMA ? row / (UNIT_WINDOWS / WINDOW_PITCH) : (row * WINDOW_PITCH + column) / UNIT_WINDOWS;
 }
 
-// Of values of which TOGETHER windows, 1, 2 or 4, make 16 bytes.
 template <int TOGETHER> __device__ inline int place_of_window(int row, int column) {
     if (!WGMMA) return row * WINDOW_PITCH + column;
     int unit = unit_of_window(row, column), window = row * WINDOW_PITCH + column - unit * UNIT_WINDOWS;
@@ -6144,25 +4266,11 @@ template <int TOGETHER> __device__ inline int place_of_window(int row, int colum
     return unit * UNIT_STRIDE + (window & ~15) + tile / TOGETHER * (4 * TOGETHER) + lane * TOGETHER + tile % TOGETHER;
 }
 
-enum { TOGETHER_POOLED = 4 };  // and argmax, which go with them
+enum { TOGETHER_POOLED = 4 };
 template <class T> __device__ constexpr int together_saved() { return 4 / sizeof(T); }
 """,
-    "pooled_tail.cu": r"""// What follows conv_bn_pool in the forward: statistics of the batch, then batch norm, activation and group norm over
-// the pooled sums.
-//
-//     z = (pooled - mean) invstd weight + bias,  p = activation(z),
-//     out = (p - group_mean) group_invstd group_weight + group_bias
-//
-// `pooled`, `mean` and all sums are without the convolution's bias. conv_bn_statistics: one block a channel.
-// pooled_forward: one block a group of one image, threads and macros as in pooled_tail.cuh. Saved for the backward:
-// mean, invstd, group_mean, group_invstd.
-//
-// Macro: STATISTICS (1: the batch's, of conv_bn_statistics; 0: the running ones, from which pooled_forward makes mean
-// and invstd).
-#include "pooled_tail.cuh"
+    "pooled_tail.cu": r"""#include "pooled_tail.cuh"
 
-// partials [3][channels][units]: count, mean and sum of squared distances of each unit, as conv_bn_pool writes them.
-// The running statistics are updated where not null, and so is `batches`, which counts calls.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
     const float* __restrict__ partials, const param_t* __restrict__ conv_bias, INOUT param_t* running_mean,
     INOUT param_t* running_var, INOUT i64* batches, float* __restrict__ mean, float* __restrict__ invstd,
@@ -6172,7 +4280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_bn_statistics(
     const float *counts = partials + c * units, *means = counts + channels * units, *squares = means + channels * units;
     float unit = 1, origin, count, total, m2;
     do {
-        origin = finite_or_zero(means[0]) * unit;  // rounding errors of a large mean must not enter the variance
+        origin = finite_or_zero(means[0]) * unit;
         count = total = m2 = 0;
         for (i64 i = threadIdx.x; i < units; i += blockDim.x)
             count += counts[i], total += counts[i] * (means[i] * unit - origin);
@@ -6200,7 +4308,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
     const param_t* __restrict__ group_bias, scalar_t* __restrict__ out, float* __restrict__ group_mean,
     float* __restrict__ group_invstd, float eps, float group_eps, float parameter) {
-    __shared__ float means[JOBS], squares[JOBS];  // mean, and sum of squared distances from it, of each job's values
+    __shared__ float means[JOBS], squares[JOBS];
     __shared__ float running[2][STATISTICS ? 1 : MEMBERS];
     __shared__ __align__(16) scalar_t turned[TURNED ? PLANE * TURN_PITCH : 1];
     Activation activation(parameter);
@@ -6222,7 +4330,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
             int c = channel + m;
             running[0][m] = to_acc(running_mean[c]) - bn_bias(conv_bias, c);
             running[1][m] = 1 / sqrt(to_acc(running_var[c]) + eps);
-            // One image does, for a backward.
             if (blockIdx.x < GROUPS) mean[c] = running[0][m], invstd[c] = running[1][m];
         }
         __syncthreads();
@@ -6279,19 +4386,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_forward(
     }
 }
 """,
-    "pooled_tail.cuh": r"""// What forward and backward over the pooled sums share: which thread has which values, and batch norm of one channel.
-//
-// A block owns a group of group norm: MEMBERS neighbouring planes of one image. A plane is cut into PARTS parts, and a
-// warp takes one part at a time (a job), ITEMS values a lane, 32 apart. Where a block's values fit its registers
-// (RESIDENT), all are loaded before the first is used and stay there; else a warp loads a job's values again for each
-// phase.
-//
-// Macros: scalar_t (of out and dout), acc_t (float), param_t (all weights and biases, running statistics), pooled_t
-// (conv_bn_pool.cu), ACTIVATION (activation.cuh), OUT_CHANNELS, OUT_H, OUT_W, GROUPS, PARTS, WARPS, THREADS (of the
-// kernels whose blocks are not groups), SAVED_SHIFT, AS_IT_IS (conv_bn_pool.cu), CHANNELS_LAST (1: out and dout are
-// [N, PLANE, OUT_CHANNELS], and a block turns its part of them in shared memory where that has room), and those of
-// pooled_planes.cuh.
-#pragma once
+    "pooled_tail.cuh": r"""#pragma once
 #include "activation.cuh"
 #include "batch_norm.cuh"
 #include "fp16_scale.cuh"
@@ -6306,15 +4401,14 @@ static_assert(ITEMS <= 10, "a lane has registers for 10 values of each tensor");
 #define ROUNDS ((JOBS + WARPS - 1) / WARPS)
 #define RESIDENT (ROUNDS * ITEMS <= 24)
 #define UNROLLED (RESIDENT ? ROUNDS : 1)
-#define SIZE (MEMBERS * PLANE)  // of a group
-// Of channels_last values in shared memory: so many lie between two of a plane, that 32 are in different banks.
+#define SIZE (MEMBERS * PLANE)
 #define TURN_PITCH (sizeof(scalar_t) == 2 ? ((MEMBERS + 1) / 2 | 1) * 2 : MEMBERS | 1)
 #define TURNED (CHANNELS_LAST && RESIDENT && PLANE * TURN_PITCH * sizeof(scalar_t) <= 40 * 1024)
-#define TURNED_TOGETHER (sizeof(scalar_t) == 2 && MEMBERS % 2 == 0 ? 2 : 1)  // values in shared memory for one access
-#define STEP (TURNED ? TURN_PITCH : CHANNELS_LAST ? OUT_CHANNELS : 1)        // from a value of a plane to the next
+#define TURNED_TOGETHER (sizeof(scalar_t) == 2 && MEMBERS % 2 == 0 ? 2 : 1)
+#define STEP (TURNED ? TURN_PITCH : CHANNELS_LAST ? OUT_CHANNELS : 1)
 
 struct Job {
-    int number, member, at, first;  // the plane among the block's; the lane's first value in it, and among the block's
+    int number, member, at, first;
 
     __device__ explicit Job(int round) {
         number = round * WARPS + threadIdx.x / 32;
@@ -6325,13 +4419,11 @@ struct Job {
     __device__ bool exists() const { return JOBS % WARPS == 0 || number < JOBS; }
     __device__ bool inside(int i) const { return (PARTS == 1 && (i + 1) * 32 <= PLANE) || at + i * 32 < PLANE; }
 
-    // The lane's values of the block's part of dout; 0 for those that do not exist.
     __device__ void load(const scalar_t* source, float (&v)[ITEMS]) const {
         source += TURNED ? at * TURN_PITCH + member : CHANNELS_LAST ? at * OUT_CHANNELS + member : first;
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) v[i] = inside(i) ? to_acc(source[i * 32 * STEP]) : 0;
     }
-    // The inverse, to out.
     __device__ void store(scalar_t* to, const float (&v)[ITEMS]) const {
         to += TURNED ? at * TURN_PITCH + member : CHANNELS_LAST ? at * OUT_CHANNELS + member : first;
         #pragma unroll
@@ -6340,12 +4432,10 @@ struct Job {
     }
 };
 
-// Where the block's part of out and dout begins.
 __device__ inline i64 start_of_block(int channel) {
     return CHANNELS_LAST ? (i64)(blockIdx.x / GROUPS) * PLANE * OUT_CHANNELS + channel : (i64)blockIdx.x * SIZE;
 }
 
-// visit(in `turned`, in the block's part of out or dout): where each thread's next AT_ONCE values lie.
 template <int AT_ONCE, class F> __device__ inline void for_turned(F visit) {
     for (int i = threadIdx.x; i < SIZE / AT_ONCE; i += 32 * WARPS) {
         int p = i / (MEMBERS / AT_ONCE), member = i % (MEMBERS / AT_ONCE) * AT_ONCE;
@@ -6354,18 +4444,14 @@ template <int AT_ONCE, class F> __device__ inline void for_turned(F visit) {
 }
 typedef Packed<scalar_t, TURNED_TOGETHER> Together;
 
-// What undoes the scale of what conv_bn_pool keeps. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
 __device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
 
-// The pooled sums of a block's planes, as conv_bn_pool writes them: of channels from `channel` on of one image.
 struct Pooled {
-    // Of a value of a plane, where it lies in `pooled`: looked up, where a block has room, as all planes have the same.
     typedef unsigned short Places[RESIDENT ? PLANE : 1];
     const pooled_t* source;
     const int *exponents, *unit_exponents;
     const Places& places;
 
-    // All threads of the block come here, and write `places`.
     __device__ Pooled(
         const pooled_t* pooled, const int* exponents, const int* unit_exponents, int channel, Places& places)
         : source(pooled + (i64)blockIdx.x * MEMBERS * PLANE_STRIDE), exponents(exponents + channel),
@@ -6379,7 +4465,7 @@ struct Pooled {
         enum { SCALED = sizeof(pooled_t) == 2 && !AS_IT_IS };
         const pooled_t* from = source + job.member * PLANE_STRIDE;
         int exponent = SCALED ? exponents[job.member] - SAVED_SHIFT : 0, at = job.at;
-        if (SCALED && !RESIDENT) make_opaque(at);  // else what all rounds have in common takes too many registers
+        if (SCALED && !RESIDENT) make_opaque(at);
         #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             int p = at + i * 32;
@@ -6393,7 +4479,6 @@ struct Pooled {
 
 __device__ inline int values_in(int job) { return min(ITEMS * 32, PLANE - job % PARTS * (ITEMS * 32)); }
 
-// The sum of `a` in lanes 0 to 15, of `b` in the others: for the price of one.
 __device__ inline float warp_sums(float a, float b) {
     bool upper = threadIdx.x & 16;
     float v = (upper ? b : a) + __shfl_xor_sync(0xFFFFFFFFu, upper ? a : b, 16);
@@ -6409,35 +4494,12 @@ struct Norm {
     __device__ float operator()(float v) const { return bn_affine(normalise(v), weight, bias); }
 };
 """,
-    "pooled_tail_backward.cu": r"""// Gradients of what follows conv_bn_pool (pooled_tail.cu): from dout to that of the convolution's output, and of all
-// parameters on the way.
-//
-//     phat = (p - group_mean) group_invstd,  p = activation(z),  xhat = (pooled - mean) invstd
-//     g = dz at the pooled values
-//     dy = weight invstd (g at the chosen corner - mean(g) - xhat mean(g xhat)) at all pixels
-//
-// with the means over all pixels of a channel, or left out where the statistics were running ones. Four steps:
-//     pooled_backward             g, and partial sums [5][images][channels] of dout, dout phat, g, g xhat and, of those
-//                                 finite, the largest |g|
-//     pooled_parameter_gradients  sums of all images, and the exponent of a scale under which dy fits fp16
-//     conv_output_gradient_packed dy as scaled, packed fp16 tiles [N][CHUNKS][OUT_H OUT_W][64 halves], for tensor
-//                                 cores, and sums of dy at its borders, which the gradient of the convolution's weight
-//                                 needs where its x is centred
-//     conv_output_gradient        dy as scalar_t [N, OUT_CHANNELS, OUT_H, OUT_W], for the general convolution kernels
-//
-// Packed tiles are those of fp16_tiles.cu; channels past OUT_CHANNELS are zero. All values of a tensor are times 2^e, e
-// the least of dy_exponents [channels].
-//
-// Threads: pooled_backward as pooled_tail.cuh has them. Read besides dout: pooled, argmax, saved and the exponents of
-// conv_bn_pool.cu, mean, invstd, group_mean, group_invstd. Macros: those of pooled_tail.cuh and fp16_tiles.cuh, saved_t
-// (half_t with SPLIT 1, float with 2), KERNEL_H, KERNEL_W, PAD_H and PAD_W of the convolution, and those of
-// conv_output_gradient_packed.
-#define IN_CHANNELS OUT_CHANNELS  // what the convolution wrote is what dgrad reads
+    "pooled_tail_backward.cu": r"""#define IN_CHANNELS OUT_CHANNELS
 #include "conv_output_gradient.cuh"
 #include "fp16_tiles.cuh"
 #include "gradient_bound.cuh"
 
-enum { SUMS = 5, LARGEST = 4 };  // partial sums, and which of them is a maximum
+enum { SUMS = 5, LARGEST = 4 };
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     const scalar_t* __restrict__ dout, const pooled_t* __restrict__ pooled, const int* __restrict__ exponents,
@@ -6445,7 +4507,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     const param_t* __restrict__ weight, const param_t* __restrict__ bias, const param_t* __restrict__ group_weight,
     const float* __restrict__ group_mean, const float* __restrict__ group_invstd, float* __restrict__ g,
     float* __restrict__ partials, i64 images, float parameter) {
-    __shared__ float totals[SUMS][JOBS], weights[JOBS];  // of each job; its channel's group_weight
+    __shared__ float totals[SUMS][JOBS], weights[JOBS];
     __shared__ __align__(16) scalar_t turned[TURNED ? PLANE * TURN_PITCH : 1];
     Activation activation(parameter);
     int lane = threadIdx.x % 32, channel = blockIdx.x % GROUPS * MEMBERS;
@@ -6517,7 +4579,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
             to[i * 32] = d[i];
             sum += d[i];
             dot += d[i] * norm.normalise(v[i]);
-            largest = fmaxf(largest, fabsf(d[i]));  // passes over NaN
+            largest = fmaxf(largest, fabsf(d[i]));
         }
         sum = warp_sums(sum, dot);
         largest = warp_max(largest);
@@ -6543,8 +4605,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) pooled_backward(
     }
 }
 
-// One block a channel. sums [2][channels]: of g and g xhat. count: pixels of a channel. training: whether the batch's
-// own statistics were applied. The gradients are null where not wanted.
 extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients(
     const float* __restrict__ partials, const float* __restrict__ mean, const float* __restrict__ invstd,
     const param_t* __restrict__ weight, float* __restrict__ sums, int* __restrict__ dy_exponents,
@@ -6579,16 +4639,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     if (dweight) dweight[c] = from_acc<param_t>(total[3]);
     GradientBound bound(total[LARGEST]);
     if (training) bound = {total[LARGEST], total[2] / count, total[3] / count, count, mean[c], invstd[c]};
-    // Batch norm takes the bias out of its own batch, so there it has no influence at all: 0, or NaN.
     if (dconv_bias)
         dconv_bias[c] = from_acc<param_t>(training ? bound.means - bound.means : multiply_unflushed(scale, total[2]));
     dy_exponents[c] = bound.exponent(scale);
 }
 
-// A block turns a tile of TILE windows, of TILES, and one chunk of channels into lines of packed tiles. A thread
-// computes eight channels of a window, whose 16 bytes of four lines meet those of the other threads in shared memory.
-// Behind the blocks of each `together` images, while what they have read is in the L2 cache, come BORDER_BLOCKS that
-// sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packed(
     const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
@@ -6603,7 +4658,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
         OutputGradient gradient;
         int exponent;
     };
-    __shared__ __align__(16) u8 corners[4][TILE * LINE_BYTES];  // lines of the tile's windows
+    __shared__ __align__(16) u8 corners[4][TILE * LINE_BYTES];
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
     __shared__ float totals[THREADS / 32][TAPS];
     __shared__ unsigned scratch[32];
@@ -6623,7 +4678,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     image += block / (TILES * CHUNKS);
     if (image >= images) return;
     int place = warp / OCTETS * 32 + lane, octet = warp % OCTETS, c = chunk * CHUNK_CHANNELS + octet * 8;
-    int at = min(tile * TILE + place, WINDOWS - 1);  // lines past the last window are written to shared memory alone
+    int at = min(tile * TILE + place, WINDOWS - 1);
     bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
 
     Kept kept[8] = {};
@@ -6682,14 +4737,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             int h = window.row * 2 + lower;
-            if (h < OUT_H && column < OUT_W)  // so for no window past the last
+            if (h < OUT_H && column < OUT_W)
                 to[(h * OUT_W + column) * 8] =
                     *(const uint4*)(corners[lower * 2 + right] + line_offset(w, threadIdx.x % 8));
         }
     }
 }
 
-// A thread computes one window.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
     const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
@@ -6713,23 +4767,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient(
     }
 }
 """,
-    "tanh.cuh": r"""// tanh and its derivative, as every kernel that applies it computes them.
-#pragma once
+    "tanh.cuh": r"""#pragma once
 #include "tanh_branchless.cuh"
 
-// tanhf under -ftz=true flushes denormals; there tanh(v) = v to the last bit, and a select moves the bits unharmed.
-// Kernels of 16-bit tensors move twice as many values in the same time, of which tanhf would take most.
 __device__ inline acc_t tanh_of(acc_t v) {
     acc_t t = sizeof(scalar_t) == 2 ? (acc_t)tanh_branchless((float)v) : tanh(v);
     return fabs(v) < (acc_t)1.17549435e-38f ? v : t;
 }
 
-// d tanh(v) / dv, from y = tanh(v).
 __device__ inline acc_t tanh_slope(acc_t y) { return (acc_t)1 - y * y; }
 """,
-    "tanh_branchless.cuh": r"""// tanh as accurate as tanhf, for values that are no denormals: 14 instructions in place of two paths that most warps
-// both take.
-#pragma once
+    "tanh_branchless.cuh": r"""#pragma once
 #include "common.cuh"
 
 #ifdef CUPY_KERNELS_EMULATOR
@@ -6748,9 +4796,6 @@ __device__ inline float reciprocal_approximate(float v) {
 }
 #endif
 
-// The formulas, coefficients and bound of NVRTC 11.8's tanhf, which selects between them by a branch. Its third select,
-// of 1 from 9.01 on, changes nothing: there 2 / (e^2v + 1) rounds off. Infinities give 1 and -1, NaN stays NaN, -0
-// becomes 0.
 __device__ inline float tanh_branchless(float v) {
     float size = fabsf(v), square = v * v;
     float large = fmaf(-2, reciprocal_approximate(exp2_approximate(size * 2.88539f) + 1), 1);
@@ -6760,26 +4805,12 @@ __device__ inline float tanh_branchless(float v) {
     return size >= 0.6f ? __uint_as_float(__float_as_uint(large) | sign) : small;
 }
 
-// The larger of these two alone: its error is that of float near 1, wherever v is. Enough for values of 16 bits, and 5
-// instructions.
 __device__ inline float tanh_coarse(float v) {
     return fmaf(-2, reciprocal_approximate(exp2_approximate(v * 2.88539f) + 1), 1);
 }
 """,
-    "wgmma.cuh": r"""// Tensor cores of sm_90a, asynchronous: wgmma m64nNk16, fp16 operands in shared memory (A in registers, too), float32
-// accumulation.
-//
-// A warpgroup (four warps, 128 threads) issues multiplications together, closes a group of them by wgmma_commit(), and
-// may touch the sums after a wgmma_wait<N>(), which leaves at most the N youngest groups in flight. wgmma_fence() comes
-// before the first one that follows other use of the sums' registers, fence_async_proxy() between a thread's writes to
-// shared memory and the barrier after which wgmma reads them.
-//
-// Sums, for warp w of the group and lane l: d[t][c] is row 16 w + l/4 + c/2 * 8, column 8 t + 2 (l%4) + c%2.
-#pragma once
+    "wgmma.cuh": r"""#pragma once
 
-// An operand in shared memory: rows of 16 halves (rows of A, columns of B). 8 halves of a row, 16 bytes, lie together,
-// and 8 rows of them one after the other; `along` bytes further lie the rows' next 8 halves, `across` bytes further the
-// next 8 rows.
 struct WgmmaOperand {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* start;
@@ -6788,7 +4819,6 @@ struct WgmmaOperand {
     static constexpr bool ALONG_K = true;
     const u8* octet(int row, int k) const { return start + row / 8 * across + k / 8 * along + row % 8 * 16; }
 #else
-    // The two words of PTX's matrix descriptor, lengths in units of 16 bytes, without a swizzle.
     unsigned start, stride;
     __device__ WgmmaOperand(const u8* from, int along, int across)
         : start((unsigned)__cvta_generic_to_shared(from) / 16 | along / 16 << 16), stride(across / 16) {}
@@ -6805,9 +4835,6 @@ struct WgmmaOperand {
     }
 };
 
-// The operand B, transposed, as swizzled lines (fp16_tiles.cuh) in shared memory: 16 of 128 bytes, at a multiple of
-// 1024 bytes and with their parts in line_offset's order. A line has a half of each of 64 rows, of which `first_part`
-// eights are left out.
 struct WgmmaLines {
 #ifdef CUPY_KERNELS_EMULATOR
     const u8* start;
@@ -6819,7 +4846,6 @@ struct WgmmaLines {
     unsigned start;
     __device__ WgmmaLines(const u8* from, int first_part)
         : start((unsigned)__cvta_generic_to_shared(from) / 16 + first_part) {}
-    // Swizzled by 128 bytes, 8 lines further: 1024.
     __device__ unsigned long long bits() const { return (1ull << 30 | 1024 / 16) << 32 | start; }
 #endif
     __device__ WgmmaLines moved(int bytes) const {
@@ -6878,7 +4904,6 @@ struct WgmmaLines {
     if constexpr (COUNT == tiles && ACCUMULATE) WGMMA_ISSUE(tiles, n, "eq", "+f") \
     if constexpr (COUNT == tiles && !ACCUMULATE) WGMMA_ISSUE(tiles, n, "ne", "=f")
 
-// The first COUNT tiles of 8 columns of d += a b, or without ACCUMULATE d = a b.
 template <int COUNT, bool ACCUMULATE = true, int MOST> UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const WgmmaOperand& a, const WgmmaOperand& b) {
 #ifdef CUPY_KERNELS_EMULATOR
@@ -6915,8 +4940,6 @@ template <int COUNT, bool ACCUMULATE = true, int MOST> UNCHECKED __device__ __fo
 #define WGMMA_CASE_FRAGMENT(tiles, n, a0, a1, a2, a3) \
     if constexpr (COUNT == tiles) WGMMA_ISSUE_FRAGMENT(tiles, n, a0, a1, a2, a3, "+f")
 
-// The same for at most 8 tiles with A in registers, a warp's 16 rows as the fragment `a` of mma.cuh. Until a wait for
-// it, the registers of `a` must not change.
 template <int COUNT, int MOST>
 UNCHECKED __device__ __forceinline__ void wgmma(
     float (&d)[MOST][4], const unsigned (&a)[4], const WgmmaLines& b, int accumulate = 1) {
@@ -6960,7 +4983,6 @@ template <int PENDING_GROUPS> __device__ inline void wgmma_wait() {
 #endif
 }
 
-// Between a wait and what reads the sums: compilers know nothing of the wait.
 template <int COUNT, int MOST> __device__ __forceinline__ void wgmma_arrived(float (&d)[MOST][4]) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     #pragma unroll
@@ -6977,11 +4999,27 @@ __device__ inline void fence_async_proxy() {
 }
 """,
 }  # file name: text
+IMAGE_SUMS = """
+extern "C" __global__ void __launch_bounds__(32) image_sums(const float* x, float* sums, int pixels) {
+    double sum = 0;
+    for (int i = threadIdx.x; i < pixels; i += 32) sum += x[(size_t)blockIdx.x * pixels + i];
+    for (int lanes = 16; lanes; lanes /= 2) sum += __shfl_down_sync(0xFFFFFFFFu, sum, lanes);
+    if (threadIdx.x == 0) sums[blockIdx.x] = (float)sum;
+}
+"""
 
 
-def text(file: str) -> str:
-    """Text of one of KERNELS."""
-    return KERNELS[file]
+@functools.cache
+def expanded(file: str) -> str:
+    """Text of one of KERNELS with every `#include "..."` replaced by that file's text, each file once."""
+    files, seen = {**KERNELS, "image_sums.cu": IMAGE_SUMS}, set()
+
+    def included(name):
+        known = name[1] in seen
+        seen.add(name[1])
+        return "" if known else re.sub(r'^#include "(.+)"$', included, files[name[1]], flags=re.MULTILINE)
+
+    return included((None, file))
 
 
 @functools.cache
@@ -7018,74 +5056,191 @@ def function(kernel: Kernel, device: int, shared_bytes: int):
     found = module(kernel.variant, device).get_function(kernel.name)
     if shared_bytes > 48 * 1024:
         found.max_dynamic_shared_size_bytes = shared_bytes
-    return found
+    return found.kernel.ptr
 
 
-def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
-    """Starts a kernel on the current device, in CuPy's current stream. Numbers get the types that it declares."""
-    pairs = zip(signature(kernel), args, strict=True)
-    cast = [np.uint64(0) if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
-    function(kernel, cupy().cuda.runtime.getDevice(), shared_bytes)(grid, block, cast, shared_mem=shared_bytes)
+class Backend:
+    """Starts kernels on one GPU, for `Batch`."""
+
+    def __init__(self, device: int | None):
+        self.device, self.launch = device, cupy().cuda.driver.launchKernel
+
+    def handle(self, kernel: Kernel, shared_bytes: int) -> int:
+        """The compiled kernel."""
+        return function(kernel, self.device, shared_bytes)
+
+    def start(self, launches, stream: int) -> None:
+        """Starts `Packed` launches in a stream."""
+        for packed in launches:
+            self.launch(*packed.numbers, stream, packed.parameters, 0)
 
 
-def _differentiable_gradients(*_):
-    """Refuses create_graph: this file has the fused kernels alone."""
-    raise RuntimeError("the kernels in this file compute first derivatives: call backward without create_graph")
+def current_stream() -> int:
+    """torch's stream on the current GPU."""
+    return torch.cuda.current_stream().cuda_stream
 
 
-def gradients(new, x, w, dy, x_shape, w_shape, *_):
-    """Refuses shapes whose gradients need other kernels than this file has."""
-    raise ValueError(
-        f"this file has no kernels for gradients of an input {tuple(x_shape)} and a weight {tuple(w_shape)} on this "
-        "GPU: use the package"
-    )
+class Recorded(NamedTuple):
+    """What a call of one kind does."""
+
+    made: list[tuple]  # (shape, dtype) of the workspaces' common memory, then of results
+    batch: Batch  # the launches
+    returned: list[int | None]  # indexes of the results in `made`
 
 
 class New:
-    """Makes the arrays of a call, in torch's memory."""
+    """Makes stand-ins for the memory of a call: `new(shape, dtype)` for a result, `new.scratch` for a workspace."""
 
-    def __init__(self, device):
-        self.device, self.tensors = device, {}
+    def __init__(self, first: int):
+        self.first, self.scratch_bytes, self.slots = first, 0, []
 
-    def __call__(self, shape, dtype):
-        """An array of which `call` returns the tensor."""
-        tensor = torch.empty(shape, dtype=TORCH[np.dtype(dtype)], device=self.device)
-        array = view(tensor)
-        self.tensors[id(array)] = array, tensor
-        return array
+    def __call__(self, shape, dtype) -> Slot:
+        """A result."""
+        self.slots.append(Slot(self.first + 1 + len(self.slots), shape, dtype))
+        return self.slots[-1]
 
-    scratch = __call__
+    def scratch(self, shape, dtype) -> Slot:
+        """A part of the memory for workspaces. shape: ints, or one int."""
+        slot = Slot(self.first, (shape,) if isinstance(shape, int) else shape, dtype, offset=self.scratch_bytes)
+        self.scratch_bytes += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
+        return slot
 
-    def like(self, array):
-        """An array of another's shape and dtype; None for None."""
+    def like(self, array: Slot | None) -> Slot | None:
+        """A result of another array's shape and dtype; None for None."""
         return None if array is None else self(array.shape, array.dtype)
 
 
-def call(operation, *args, check=None, **options):
-    """operation(new, *args, **options) with arrays in place of tensors, and tensors in place of what it returns."""
-    if check is not None:
-        check()
-    device = one_device(args)
-    new = New(device)
-    with launching_on(device):
-        results = operation(new, *[view(a) if isinstance(a, torch.Tensor) else a for a in args], **options)
-    return tuple(None if array is None else new.tensors[id(array)][1] for array in results)
+DTYPES = torch.float32, torch.int64, torch.uint8  # also of num_batches_tracked, and of what a forward keeps
+recorded: dict[tuple, Recorded] = {}
+launched = []  # in the call that is being recorded
+
+
+def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
+    """Records a launch. Numbers get the types that the kernel declares."""
+    parameters = signature(kernel)
+    pairs = zip(parameters, args, strict=True)
+    cast = [NULL if arg is None else arg if p.pointer else p.dtype.type(arg) for p, arg in pairs]
+    launched.append(Step(kernel, kernel, parameters, grid, block, cast, shared_bytes, False))
+
+
+def call(operation, options: tuple, *tensors) -> list:
+    """operation(new, *tensors, **dict(options)), with Slots for the tensors, and tensors for the Slots it returns."""
+    device = tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return call(operation, options, *tensors)
+    at = [0 if t is None else t.data_ptr() for t in tensors]
+    kinds = [t if t is None else (t.shape, t.dtype, t.get_device(), t.is_contiguous()) for t in tensors]
+    key = operation, options, *kinds, *[place % 16 for place in at]
+    found = recorded.get(key)
+    if found is None:
+        found = recorded[key] = record(operation, options, tensors, at)
+    new = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in found.made]
+    at += [t.data_ptr() for t in new]
+    found.batch.start(at, (), current_stream())
+    return [None if index is None else new[index] for index in found.returned]
+
+
+def record(operation, options, tensors, at) -> Recorded:
+    """What a call does. at: addresses of the tensors. Raises ValueError for tensors that the kernels do not take."""
+    device = tensors[0].device
+    for tensor in filter(lambda t: t is not None, tensors):
+        known = (torch.float32,) if tensor is tensors[0] else DTYPES
+        if tensor.device != device or not tensor.is_contiguous() or tensor.dtype not in known:
+            raise ValueError(
+                f"input, parameters and buffers must be contiguous, float32 and on one device, {device}; received "
+                f"{tensor.dtype} on {tensor.device} with shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+            )
+    launched.clear()
+    first, new = len(tensors), New(len(tensors))
+    slots = [t if t is None else Slot(i, t.shape, NUMPY[t.dtype], at[i] % 16) for i, t in enumerate(tensors)]
+    returned = [slot and slot.index - first for slot in operation(new, *slots, **dict(options))]
+    made = [((new.scratch_bytes,), torch.uint8), *((slot.shape, TORCH[slot.dtype]) for slot in new.slots)]
+    batch = Batch(Backend(device.index), [(step, step.args) for step in launched], first + len(made))
+    return Recorded(made, batch, returned)
+
+
+def gradients(*_):
+    """Refuses shapes whose gradients need other kernels than this file has."""
+    raise ValueError("this file has no kernels for the gradients of these shapes on this GPU: use the package")
 
 
 @functools.cache
-def has_wgmma(device: int) -> bool:
-    """Whether the GPU and NVRTC have sm_90a's wgmma instructions."""
-    return torch.cuda.get_device_capability(device) == (9, 0) and cupy().cuda.nvrtc.getVersion()[0] >= WGMMA_MAJOR
+def choose(device: torch.device, tf32: bool) -> Choice:
+    """How the convolutions of a call multiply. tf32: with TF32's precision, not float32's."""
+    gpu = torch.cuda.get_device_properties(device)
+    wgmma = (gpu.major, gpu.minor) == (9, 0) and cupy().cuda.nvrtc.getVersion()[0] >= WGMMA_MAJOR
+    without = None if gpu.major >= 8 else f"the GPU is sm_{gpu.major}{gpu.minor}, the kernels in this file need sm_80"
+    sizes = gpu.shared_memory_per_block_optin, gpu.multi_processor_count
+    return Choice("tf32" if tf32 else "fp32", wgmma, *sizes, False, without)
 
 
-def uses_wgmma(device: torch.device) -> bool:
-    """Whether plans for tensors on the device may use them."""
-    return device.type == "cuda" and has_wgmma(device.index)
+def channel_sum_workspace_size(_) -> int:
+    """Of what `channel_sum` needs besides its arguments."""
+    return 0
+
+
+def channel_sum(x: Slot, sums: Slot, _) -> None:
+    """Sums of one image [1, C, H, W] over its pixels. The package's kernels for this take any batch."""
+    pixels = x.shape[2] * x.shape[3]
+    launch(Kernel("image_sums.cu", "image_sums"), (x.shape[1], 1, 1), (32, 1, 1), (x, sums, pixels))
+
+
+def struct_of(activation: str) -> str:
+    """The activation's struct in activation.cuh."""
+    return {"tanh": "Tanh"}[activation]
 
 
 def plan_or_reason(*convolution, **options):
     """(plan, None); raises an error that says why if tensor cores do not take this convolution."""
     return required_plan(*convolution, **options), None
+
+
+class Fused(torch.autograd.Function):
+    """All five layers. options: of the forward."""
+
+    @staticmethod
+    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, options):
+        tensors = (x, w, conv_bias, *running, weight, bias, group_weight, group_bias)
+        out, memory = call(_forward, (*options, ("keep", True)), *tensors)
+        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory)
+        ctx.options = tuple(pair for pair in options if pair[0] in ("setting", "training", "activation", "parameter"))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        options = (*ctx.options, ("needed", ctx.needs_input_grad[:7]))
+        return *call(_backward, options, dout.contiguous(), *ctx.saved_tensors), None, None
+
+
+class Affine(nn.Module):
+    """Weight and bias of a norm."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+
+class BatchNorm(Affine):
+    """The state of the batch norm."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+
+class ConvTranspose(nn.Module):
+    """Weight and bias of the convolution, drawn as the reference draws them."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_channels, out_channels, kernel_size, kernel_size))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        bound = 1 / math.sqrt(out_channels * kernel_size**2)
+        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
 
 
 class ModelNew(nn.Module):
@@ -7095,15 +5250,43 @@ class ModelNew(nn.Module):
         super().__init__()
         if stride != 1:
             raise ValueError(f"the kernels in this file take stride 1, received {stride}")
-        self.conv_transpose = ConvTranspose2d(in_channels, out_channels, kernel_size, stride, padding)
-        self.batch_norm = BatchNorm2d(out_channels)
-        self.group_norm = GroupNorm(num_groups, out_channels)
+        if out_channels % num_groups:
+            raise ValueError(f"num_groups must divide the {out_channels} channels, received {num_groups}")
+        self.padding, self.num_groups = (padding, padding), num_groups
+        self.conv_transpose = ConvTranspose(in_channels, out_channels, kernel_size)
+        self.batch_norm = BatchNorm(out_channels)
+        self.group_norm = Affine(out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        conv, norm, group = self.conv_transpose, self.batch_norm, self.group_norm
-        convolution = conv.weight, conv.bias, conv.padding
-        after = "tanh", 0.0, group.num_groups, group.weight, group.bias, group.eps, "auto", None
-        return run(x, (*norm.arguments(x), norm.counter()), *convolution, *after)
+        # As dicts, because nn.Module takes five times as long to look up an attribute.
+        conv, norm, group = self._modules.values()
+        w, conv_bias, *affine = *conv._parameters.values(), *norm._parameters.values(), *group._parameters.values()
+        x, running = x.contiguous(), tuple(norm._buffers.values())
+        choice = choose(x.device, torch.backends.cudnn.allow_tf32)
+        options = options_of(self.training, Setting(self.padding, self.num_groups, choice, False, False))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, conv_bias, *affine)):
+            out = Fused.apply(x, w, conv_bias, *affine, running, options)
+        else:
+            out, _ = call(_forward, (*options, ("keep", False)), x, w, conv_bias, *running, *affine)
+        if self.training:
+            torch.autograd.graph.increment_version(running)
+        return out
+
+
+@functools.cache
+def options_of(training: bool, setting: Setting) -> tuple:
+    """Options of `_forward`."""
+    return tuple(
+        {
+            "training": training,
+            "setting": setting,
+            "momentum": 0.1,
+            "eps": 1e-5,
+            "group_eps": 1e-5,
+            "activation": "tanh",
+            "parameter": 0.0,
+        }.items()
+    )
 
 
 batch_size = 512

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import modelnew
-from cupy_kernels import launch, source
+from cupy_kernels import emulator, source
 from modelnew import parity
 from tools import submission
 
@@ -52,10 +52,20 @@ def runnable(written, device, monkeypatch):
         yield written
         return
 
-    def emulated(kernel, *args, **options):
-        launch.launch(source.Kernel(*kernel), *args, **options)
+    def launch(kernel, *args):
+        recorded(kernel, *args)
+        file = source.add("image_sums", written.IMAGE_SUMS) if kernel.file == "image_sums.cu" else kernel.file
+        step = written.launched.pop()
+        written.launched.append(step._replace(kernel=source.Kernel(file, *kernel[1:])))
 
-    monkeypatch.setattr(written, "launch", emulated)
+    def choose(_, tf32):
+        return written.Choice("tf32" if tf32 else "fp32", False, 227 * 1024, 132, False, None)
+
+    recorded = written.launch
+    changes = {"Backend": lambda _: emulator.backend, "launch": launch, "choose": choose, "recorded": {}}
+    changes["current_stream"] = lambda: None
+    for name, value in changes.items():
+        monkeypatch.setattr(written, name, value)
     with source.override(written.KERNELS):
         yield written
 
@@ -99,6 +109,10 @@ def results(model, x, dy):
     return [y, *gradients, *evaluated, *(b.clone() for b in model.buffers())]
 
 
+# Of `results`. The file centres x at other sums of the first image, which changes the rounding errors.
+WEIGHT_GRADIENT = 2
+
+
 @pytest.mark.parametrize("cls", ["fp32", "tf32"])
 def test_equals_the_package(runnable, device, cls):
     small = device == "cpu"
@@ -107,13 +121,18 @@ def test_equals_the_package(runnable, device, cls):
     with parity.tf32(cls == "tf32"):
         torch.manual_seed(0)
         ours = runnable.ModelNew(*init).to(device)
-        theirs = modelnew.ModelNew(*init, device=device)
+        theirs = modelnew.ModelNew(*init, numerics=cls, device=device)
         theirs.load_state_dict(ours.state_dict())
         assert modelnew.explain(theirs, x).startswith("fused")
         dy = torch.randn_like(theirs(x))
         ours(x)  # so that both have seen one batch
-        for actual, expected in zip(results(ours, x, dy), results(theirs, x, dy), strict=True):
-            assert torch.equal(actual, expected)
+        pairs = zip(results(ours, x, dy), results(theirs, x, dy), strict=True)
+        for number, (actual, expected) in enumerate(pairs):
+            if number == WEIGHT_GRADIENT:
+                error = (actual - expected).abs().max() / expected.abs().max()
+                assert error < (1e-6 if cls == "fp32" else 1e-4)
+            else:
+                assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -124,9 +143,9 @@ def test_equals_the_package(runnable, device, cls):
         ([16, 16, 3, 1, 1, 1, 4], (0, 16, 4, 4), "the batch is empty"),
     ],
 )
-def test_refuses_what_its_kernels_do_not_take(written, init, shape, message):
+def test_refuses_what_its_kernels_do_not_take(runnable, device, init, shape, message):
     with pytest.raises(ValueError, match=message):
-        written.ModelNew(*init)(torch.rand(shape))
+        runnable.ModelNew(*init).to(device)(torch.rand(shape, device=device))
 
 
 def test_command(tmp_path):

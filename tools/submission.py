@@ -23,25 +23,24 @@ PACKAGES = ("modelnew", "cupy_kernels")
 
 # For these definitions, kernelbench.py has one of its own of the same name.
 REPLACED = (
+    "cupy_kernels.backend.Backend",
     "cupy_kernels.launch.launch",
     "cupy_kernels.compiler.cupy",
-    "cupy_kernels.source.text",
-    "modelnew.functional.resident_conv_bn_pool._differentiable_gradients",
+    "cupy_kernels.source.expanded",
+    "cupy_kernels.channel_sum.channel_sum",
+    "cupy_kernels.channel_sum.channel_sum_workspace_size",
+    "cupy_kernels.pooled_tail.struct_of",
     "modelnew.functional.conv_transpose_kernels.gradients",
-    "modelnew.calls.call",
     "modelnew.numerics.plan_or_reason",
-    "modelnew.numerics.uses_wgmma",
 )
-# Nobody edits a text there, or asks for batches of gradients, and KernelBench's checker may refuse what serves them.
-IMPORTED = {
-    "cupy_kernels.source.until_overridden": "from functools import cache as until_overridden",
-    "modelnew.functional.gradients.Function": "from torch.autograd import Function",
-}
-# Methods of layers of which the parameters alone are used.
-DROPPED = ("forward", "apply_with", "operation", "extra_repr")
+# Nobody edits a text there.
+IMPORTED = {"cupy_kernels.source.until_overridden": "from functools import cache as until_overridden"}
 
 # Not in docstrings and comments either, from which KernelBench's checker does not know code.
 _FORBIDDEN = re.compile(r"\b(try|except|pass|nn\.functional)\b")
+
+# With its line, if nothing else is on it.
+_COMMENT = re.compile(r"^ *//.*\n| *//.*$", re.MULTILINE)
 
 
 class _Module:
@@ -84,17 +83,11 @@ class _Module:
         renamed = "" if name in (inside, base.split(".")[0]) else f" as {name}"
         return f"import {base}{renamed}" if inside is None else f"from {base} import {inside}{renamed}"
 
-    def dropped(self, node) -> list[ast.AST]:
-        """The statements of a class that stay out."""
-        layers = [base for base in getattr(node, "bases", ()) if ast.unparse(base).startswith("nn.")]
-        return [n for n in node.body if getattr(n, "name", None) in DROPPED] if layers and self.name != ENTRY else []
-
     def references(self, node) -> Iterator[tuple[ast.AST, object, set[str]]]:
         """(use, what it means, names that are local there) of all that a definition uses from outside it."""
         parts = [node]
         if isinstance(node, ast.ClassDef):
-            dropped = self.dropped(node)
-            parts = [*node.bases, *node.decorator_list, *(n for n in node.body if n not in dropped)]
+            parts = [*node.bases, *node.decorator_list, *node.body]
         for part in parts:
             local = _bound(part) - _targets(node)
             for use in ast.walk(part):
@@ -133,7 +126,7 @@ def generate() -> str:
         nodes = dict.fromkeys(node for name, node in module.nodes.items() if (module.name, name) in kept)
         strings = {n.value for node in nodes for n in ast.walk(node) if isinstance(n, ast.Constant)}
         kernels.update(strings.intersection(source.names()))
-        about = ["", *ast.get_docstring(module.tree).splitlines()] if module.name != ENTRY else []
+        about = ["", ast.get_docstring(module.tree).splitlines()[0]] if module.name != ENTRY else []
         lines = ["-" * 118, module.name.replace(".", "/") + ".py", *about]
         section, before = "\n".join(f"# {line}".rstrip() for line in lines) + "\n", None
         for node in nodes:
@@ -146,7 +139,8 @@ def generate() -> str:
     )
     about = ast.get_docstring(_module(ENTRY).tree)
     head = f'"""{about}\n\nWritten by `python3 -m tools.submission`: change the package, not this file.\n"""'
-    text = "\n".join([head, "", *_sorted_imports(imports), "", body, ""])
+    later = "from __future__ import annotations\n"  # they may name what comes further down
+    text = "\n".join([head, "", later, *_sorted_imports(imports), "", body, ""])
     if not any(isinstance(node, ast.Pass) for node in ast.walk(ast.parse(text))):
         text = re.sub(r"\bpass\b", "turn", text)  # a name in the kernels, and a word of comments
     text = re.sub(r"\btorch\.nn\.(functional\.)?(?=\w)", "PyTorch's ", text)  # in docstrings
@@ -215,21 +209,18 @@ def _text(module, node, names) -> str:
         final = names.get((module.name, name), name)
         pattern = rb"\b%s\b" % name.encode()
         lines[node.lineno - 1] = re.sub(pattern, final.encode(), lines[node.lineno - 1], count=1)
-    for inner in reversed(module.dropped(node)):
-        start = min([inner.lineno, *(d.lineno for d in inner.decorator_list)]) - 1
-        lines[start - 1 : inner.end_lineno] = [None] * (inner.end_lineno - start + 1)
     while first and module.lines[first - 1].startswith("#"):
         first -= 1
-    return b"\n".join(line for line in lines[first : node.end_lineno] if line is not None).decode()
+    return b"\n".join(lines[first : node.end_lineno]).decode()
 
 
 def _dict(files) -> str:
-    """The files and what they include, as the text of a dict."""
+    """The files and what they include, without comments, as the text of a dict."""
     todo, texts = sorted(files), {}
     while todo:
         file = todo.pop(0)
         if file not in texts:
-            texts[file] = source.text(file)
+            texts[file] = _COMMENT.sub("", source.text(file)).lstrip("\n")
             todo += re.findall(r'^#include "(.+)"', texts[file], re.MULTILINE)
     items = (f'    "{file}": r"""{text}""",\n' for file, text in sorted(texts.items()))
     return "{\n" + "".join(items) + "}"
