@@ -1701,7 +1701,7 @@ def physical(shape, channels_last) -> tuple[int, ...]:
 # ----------------------------------------------------------------------------------------------------------------------
 # modelnew/functional/resident_conv_bn_pool.py
 #
-# The chain of `conv_bn_pool` as one operator: three main kernels forward. The convolution's epilogue pools.
+# The chain of `conv_bn_pool` as one operator: four kernels forward. The convolution's epilogue pools.
 
 class Setting(NamedTuple):
     """What a plan of the convolution depends on besides its tensors."""

@@ -1,4 +1,4 @@
-"""The chain of `conv_bn_pool` as one operator: three main kernels forward. The convolution's epilogue pools."""
+"""The chain of `conv_bn_pool` as one operator: four kernels forward. The convolution's epilogue pools."""
 
 import math
 from typing import NamedTuple
