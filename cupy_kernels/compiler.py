@@ -49,8 +49,8 @@ class Gpu(Backend):
     def function(self, kernel: Kernel, shared_bytes: int = 0):
         """The compiled kernel on the current device, as a CuPy function.
 
-        shared_bytes: dynamic shared memory of a launch. More than 48 KiB must be requested from the driver, which
-            happens here.
+        shared_bytes: dynamic shared memory of a launch. More than 48 KiB, together with the text's own arrays, must be
+            requested from the driver, which happens here.
 
         Raises KernelCompileError if the text does not compile, and BackendError if NVRTC or the cache's folder cannot
         be used.
@@ -59,7 +59,7 @@ class Gpu(Backend):
         key = module, kernel.name
         found = cache.once(self._functions, key, lambda: module.get_function(kernel.name))
         with self._lock:  # else, of two threads, the one that needs less might write last
-            if shared_bytes > self._shared_bytes.get(key, DEFAULT_SHARED_BYTES):
+            if shared_bytes > self._shared_bytes.get(key, DEFAULT_SHARED_BYTES - found.shared_size_bytes):
                 found.max_dynamic_shared_size_bytes = self._shared_bytes[key] = shared_bytes
         return found
 

@@ -36,6 +36,8 @@ def of_message(message: str) -> str:
     """What replaces the names that a compiler's message quotes; "" for names that are not known here."""
     if re.search(r"ambiguous|more than one instance of overloaded function", message):
         return "a call is ambiguous where its arguments have two types: write max(x, 0.0f) for max(x, 0)"
+    if re.search("Unresolved extern function '_Z[45]powi", message):
+        return "NVRTC 11.8 has no pow with an int as exponent: write pow(x, 2.0f) or x * x"
     if "no such instruction" in message:
         return f"asm: {_NAMES['asm']}"
     missing = re.search("not (been )?declared|undeclared|is undefined|unknown type|not name a type", message)

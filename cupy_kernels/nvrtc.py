@@ -21,7 +21,7 @@ from .parsing import declarations
 from .source import Kernel, Variant, compile_error, unit
 
 STANDARD = "-std=c++17"
-CHECK_ARCHITECTURE = "compute_80"
+CHECK_ARCHITECTURE = "sm_80"  # a cubin: some errors are those of linking
 WGMMA_MAJOR = 12  # the first version that compiles for sm_90a
 ERROR_COMPILATION = 6  # NVRTC's status for a wrong text; others concern NVRTC, its options, or the machine
 

@@ -5054,7 +5054,7 @@ def module(variant: Variant, device: int):
 def function(kernel: Kernel, device: int, shared_bytes: int):
     """A compiled kernel on one device that may have this much shared memory."""
     found = module(kernel.variant, device).get_function(kernel.name)
-    if shared_bytes > 48 * 1024:
+    if shared_bytes + found.shared_size_bytes > 48 * 1024:
         found.max_dynamic_shared_size_bytes = shared_bytes
     return found.kernel.ptr
 

@@ -178,7 +178,7 @@ VALUES = [
     ("cyl_bessel_i0f(f) + cyl_bessel_i1(d)", 1.1456467780440014 - 2.0978000),
     ("hypotf(f, 1) + rhypotf(f, 1)", 1.25 + 0.8),
     ("norm3df(f, 1, 0) + rnorm4df(f, 1, 0, 0)", 1.25 + 0.8),
-    ("powf(f, 2) + pow(f, 2) + pow(d, 2)", 2 * 0.5625 + D * D),
+    ("powf(f, 2) + pow(f, 2.0f) + pow(d, 2.0)", 2 * 0.5625 + D * D),
     ("fmodf(2, f) + remainderf(2, f) + fdimf(f, 1)", 0.5 - 0.25),
     ("copysignf(f, d) + nextafterf(f, 1)", np.nextafter(F, np.float32(1)) - F),
     ("ldexpf(f, 2) + scalbnf(f, 1)", 4.5),

@@ -112,6 +112,8 @@ class Refused(Exception):
 class Function:
     """A kernel that keeps what it is told."""
 
+    shared_size_bytes = 768
+
     def __init__(self, name):
         self.name = name
         self.told = []
@@ -206,6 +208,32 @@ def test_of_threads_the_one_that_needs_most_shared_memory_counts(gpu):
     with source.override({"add.cu": ADD}):
         found = in_threads(lambda i: compiler.backend.function(kernel, sizes[i]))
     assert found[0].max_dynamic_shared_size_bytes == max(sizes)
+
+
+@pytest.mark.parametrize(("over", "told"), [(0, []), (16, [compiler.DEFAULT_SHARED_BYTES - 768 + 16])])
+def test_the_texts_own_arrays_count_as_shared_memory(gpu, over, told):
+    kernel = Kernel("add.cu", "add", (("ADDEND", 1),))
+    with source.override({"add.cu": ADD}):
+        found = compiler.backend.function(kernel, compiler.DEFAULT_SHARED_BYTES - 768 + over)
+    assert found.told == told
+
+
+BOTH_KINDS_OF_SHARED = """extern "C" __global__ void both(float* y) {
+    extern __shared__ float large[];
+    __shared__ float small[192];
+    small[threadIdx.x] = threadIdx.x, large[threadIdx.x] = 1;
+    __syncthreads();
+    y[threadIdx.x] = small[31 - threadIdx.x] + large[31 - threadIdx.x];
+}"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_both_kinds_of_shared_memory_together_over_48_kib():
+    y = torch.zeros(32, device="cuda")
+    with source.override({"both.cu": BOTH_KINDS_OF_SHARED}):
+        run(lambda y: launch(Kernel("both.cu", "both"), (1, 1, 1), (32, 1, 1), (y,), 48 * 1024 - 512), y)
+    assert y.tolist() == [32 - i for i in range(32)]
 
 
 WGMMA = Kernel("add.cu", "add", (("ADDEND", 1),), "sm_90a")

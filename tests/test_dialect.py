@@ -69,12 +69,13 @@ def errors_of_emulator(lines, tmp_path):
     return blamed(log)
 
 
-def errors_of_nvrtc(lines, least_major):
+def errors_of_nvrtc(lines, least_major, architecture="compute_80"):
+    """Numbers of the wrong lines; -1 for an error without a line, as linking for a GPU ("sm_80") has."""
     wrong = set()
     for first in range(0, len(lines), 40):  # it gives up after 100 errors
         with source.override({"lines.cu": unit(lines[first : first + 40])}):
             try:
-                nvrtc.compile_ptx(Variant("lines.cu"), "compute_80")
+                nvrtc.compile_ptx(Variant("lines.cu"), architecture)
             except KernelCompileError as error:
                 wrong |= {first + number for number in blamed(str(error))} or {-1}
     return wrong
@@ -97,7 +98,7 @@ def taken():
 
 def test_nvrtc_takes_what_is_taken(least_major):
     lines = taken()
-    assert not [lines[number] for number in errors_of_nvrtc(lines, least_major)]
+    assert not [lines[number] for number in errors_of_nvrtc(lines, least_major, nvrtc.CHECK_ARCHITECTURE)]
 
 
 def test_the_emulator_takes_what_is_taken(tmp_path):
@@ -123,6 +124,15 @@ def test_the_emulator_refuses(tmp_path, file):
 def test_what_one_alone_takes(least_major, tmp_path):
     assert not errors_of_nvrtc(lines_of("nvrtc_alone"), least_major)
     assert not errors_of_emulator(lines_of("emulator_alone"), tmp_path)
+
+
+def test_pow_of_an_int_needs_nvrtc_12(least_major, monkeypatch):
+    with source.override({"pow.cu": f"{HEAD}{kernel(0, 'y[0] = pow(f, i);')}\n{kernel(1, 'y[0] = pow(d, 2);')}"}):
+        if least_major == 11:
+            with pytest.raises(KernelCompileError, match=r"no pow with an int as exponent: write pow\(x, 2.0f\)"):
+                nvrtc.check(Kernel("pow.cu", "line_0"))
+        else:
+            assert nvrtc.check(Kernel("pow.cu", "line_0"))
 
 
 def test_values(device):
