@@ -2154,7 +2154,8 @@ struct Merge {
     }
     __device__ float2 operator()(float2 a, float2 b) const {
         float distance = b.x - a.x;
-        return make_float2(a.x + distance * share, a.y + b.y + distance * (distance * weight));
+        float mean = is_finite(distance) ? a.x + distance * share : a.x + b.x;
+        return make_float2(mean, a.y + b.y + distance * (distance * weight));
     }
 };
 

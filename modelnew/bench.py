@@ -116,7 +116,7 @@ def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> It
             case = Case(n, plan.size, device, plan.seed)
         entrants = [_entrant(case, what, cls, *who) for who in contenders(what, n, plan.peers, device)]
         with current(device), numerics(cls, device, what):
-            if any(entrant.who in MODES for entrant in entrants):
+            if what in COMPILED or any(entrant.who in MODES for entrant in entrants):
                 torch.compiler.reset()  # code compiled, or a graph recorded, for one class would serve the next
             calls = plan.calls_of_few if n <= FEW_IMAGES else None
             clock = Clock(device, calls, latency=what.startswith("latency"))

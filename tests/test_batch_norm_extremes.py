@@ -41,10 +41,12 @@ def test_constant_channel(device, value):
 @pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [INF, INF], [INF, -INF], [NAN, INF]], ids=str)
 @pytest.mark.parametrize("place", [0, 7, 38])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_nan_and_inf(device, values, place, training):
-    channels = torch.randn(3, 40)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "rows"])
+def test_nan_and_inf(device, values, place, training, layout):
+    channels = torch.randn(8, 40)
     channels[1, place : place + len(values)] = torch.tensor(values)
-    x, running = channels.view(3, 2, 4, 5).transpose(0, 1).contiguous(), statistics(3, "cpu")
+    x, running = channels.view(8, 2, 4, 5).transpose(0, 1).contiguous(), statistics(8, "cpu")
+    x = {"nchw": x, "nhwc": x.contiguous(memory_format=torch.channels_last), "rows": channels.t().contiguous()}[layout]
     ours = [r.to(device, copy=True) for r in running]
     y = batch_norm(x.to(device), *ours, training=training)
     expected = F.batch_norm(

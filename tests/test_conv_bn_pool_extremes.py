@@ -41,6 +41,21 @@ def test_nan_and_inf(device):
         assert torch.equal(ours(x).isnan(), model(x).isnan())
 
 
+@pytest.mark.parametrize("cls", ["fp32", "tf32"])
+def test_an_infinite_mean(device, cls, wgmma):
+    """Where the convolution's results are infinite with one sign, so is their mean."""
+    arguments = (16, 16, 3, 1, 1, 1, 4)
+    model, ours = Model(*arguments, device=device), ModelNew(*arguments, numerics=cls, device=device)
+    x = torch.randn(2, 16, 8, 8, device=device)
+    x[0, 3, 0, 2] = x[0, 3, 5, 4] = x[1, 3, 4, 4] = float("inf")
+    with torch.no_grad():
+        model.conv_transpose.weight[3].abs_().clamp_(min=0.01)[:8].neg_()
+        ours.load_state_dict(model.state_dict())
+        model(x), ours(x)
+    assert model.batch_norm.running_mean.isinf().all()
+    assert torch.equal(ours.batch_norm.running_mean, model.batch_norm.running_mean)
+
+
 EXTREMES = {
     "1e-20": lambda x: x.mul_(1e-20),
     "outlier_image": lambda x: x[1].mul_(1e6),

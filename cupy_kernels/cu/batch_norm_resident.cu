@@ -128,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
     grid_barrier();
     // In double, relative to the first chunk's mean, moments neither overflow nor cancel.
     const volatile double *means = partials + c * chunks, *m2s = partials + (channels + c) * chunks;
-    double reference = means[0], sum = 0, m2 = 0;
+    double reference = finite_or_zero(means[0]), sum = 0, m2 = 0;
     share.of_chunks(chunks, [&](i64 k) {
         double n = min(chunk, count - k * chunk), distance = means[k] - reference;
         sum += n * distance;

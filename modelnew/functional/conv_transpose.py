@@ -11,7 +11,7 @@ from .. import autocast
 from ..calls import call, dense_after
 from ..cases import Case
 from ..formats import channels_last, restored, stored
-from ..interop import NUMPY, aligned, check_floating, dense, integer, one_device, pair
+from ..interop import NUMPY, aligned, check_floating, integer, one_device, pair
 from ..numerics import check_numerics, choose, gather_gemm_split, without_tensor_cores
 from ..untraced import untraced
 from . import conv_transpose_kernels as kernels
@@ -31,57 +31,51 @@ class _ConvTranspose2d(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        need_x, need_w, need_bias = needed = ctx.needs_input_grad[:3]
-        if not torch.is_grad_enabled():
-            return *conv_gradients(x, w, dy, x.shape, w.shape, *ctx.options, needed), *[None] * 4
-        dx = _InputGradient.apply(dy, w, x.shape, *ctx.options) if need_x else None
-        dw = _WeightGradient.apply(x, dy, w.shape, *ctx.options) if need_w else None
-        return dx, dw, dy.sum((0, 2, 3)) if need_bias else None, *[None] * 4
+        needed = ctx.needs_input_grad[:3]
+        return *differentiable(_Gradients, dy, *ctx.saved_tensors, *ctx.options, needed), *[None] * 4
 
 
-# A transposed convolution y = T(x, w), its dx = D(dy, w) and its dw = W(x, dy) are linear in either argument, and each
-# one's gradients are the other two: of T they are D and W, of D they are T and W, of W they are D and T.
+class _Gradients(Function):
+    """(dx, dw, dbias), None where not needed.
 
+    A transposed convolution y = T(x, w), its dx = D(dy, w) and its dw = W(x, dy) are linear in either argument, and
+    each one's gradients are the other two: of D they are T and W, of W they are D and T. So one Function has all.
+    """
 
-class _InputGradient(Function):
     @staticmethod
-    def forward(dy, w, x_shape, geometry, choice):
-        return conv_gradients(None, w, dy, x_shape, w.shape, geometry, choice, (True, False, False))[0]
+    def forward(dy, x, w, geometry, choice, needed):
+        return conv_gradients(x, w, dy, x.shape, w.shape, geometry, choice, needed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dy, w, _, *ctx.options = inputs
-        ctx.save_for_backward(dy, w)
+        *tensors, geometry, choice, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.options = geometry, choice
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, v):
-        dy, w = ctx.saved_tensors
-        need_dy, need_w = ctx.needs_input_grad[:2]
-        v = aligned(v)
-        ddy = conv_transpose2d_as(v, w, None, *ctx.options) if need_dy else None
-        dw = differentiable(_WeightGradient, v, dy, w.shape, *ctx.options) if need_w else None
-        return ddy, dw, None, None, None
+    def backward(ctx, vx, vw, vbias):
+        dy, x, w = ctx.saved_tensors
+        need_dy, need_x, need_w = ctx.needs_input_grad[:3]
+        vx, vw = (v if v is None else aligned(v) for v in (vx, vw))
+        ddy = dx = dw = None
+        if need_dy:
+            ddy = second_gradient_of_dy(dy, x, w, vx, vw, vbias, lambda *args: conv_transpose2d_as(*args, *ctx.options))
+        if need_x and vw is not None:
+            dx, _, _ = differentiable(_Gradients, dy, x, vw, *ctx.options, (True, False, False))
+        if need_w and vx is not None:
+            _, dw, _ = differentiable(_Gradients, dy, vx, w, *ctx.options, (False, True, False))
+        return ddy, dx, dw, None, None, None
 
 
-class _WeightGradient(Function):
-    @staticmethod
-    def forward(x, dy, w_shape, geometry, choice):
-        return conv_gradients(x, None, dy, x.shape, w_shape, geometry, choice, (False, True, False))[1]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, dy, _, *ctx.options = inputs
-        ctx.save_for_backward(x, dy)
-
-    @staticmethod
-    def backward(ctx, v):
-        x, dy = ctx.saved_tensors
-        need_x, need_dy = ctx.needs_input_grad[:2]
-        v = dense(v)
-        dx = differentiable(_InputGradient, dy, v, x.shape, *ctx.options) if need_x else None
-        ddy = conv_transpose2d_as(x, v, None, *ctx.options) if need_dy else None
-        return dx, ddy, None, None, None
+def second_gradient_of_dy(dy, x, w, vx, vw, vbias, convolution):
+    """The gradient of dy for incoming gradients of dx, dw and dbias; None without any. convolution(x, w, bias)."""
+    found = None if vx is None else convolution(vx, w, vbias)  # with the bias: one rounding fewer in 16 bits
+    vbias = vbias if vx is None else None
+    if vw is not None:
+        more = convolution(x, vw, vbias)
+        return more if found is None else found + more
+    return found if vbias is None else vbias.view(-1, 1, 1).expand_as(dy)
 
 
 def conv_gradients(x, w, dy, x_shape, w_shape, geometry, choice, needed):

@@ -123,10 +123,8 @@ def _second(ctx, vx, vw, vbias):
     need_dy, need_x, need_w = ctx.needs_input_grad[:3]
     ddy = dx = dw = None
     if need_dy:
-        terms = [] if vx is None else [ops.conv_transpose2d(vx, weight, None, *options)]
-        terms += [] if vw is None else [ops.conv_transpose2d(x, vw, None, *options)]
-        terms += [] if vbias is None else [vbias.view(-1, 1, 1).expand_as(dy)]
-        ddy = sum(terms[1:], terms[0])
+        convolution = lambda *args: ops.conv_transpose2d(*args, *options)  # noqa: E731
+        ddy = eager.second_gradient_of_dy(dy, x, weight, vx, vw, vbias, convolution)
     if need_x and vw is not None:
         dx, _, _ = ops.conv_transpose2d_backward(dy, x, vw, *options, (True, False, False))
     if need_w and vx is not None:
