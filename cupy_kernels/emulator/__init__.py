@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -60,6 +61,15 @@ MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
 CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized")
+# With these, a second library of an edited text finds accesses before and behind local variables: see locals.cpp.
+LOCALS = ("-fsanitize=kernel-address", "-fsanitize-address-use-after-scope", *CHECKS[1:], "-fno-sanitize=bounds")
+LOCALS += ("-Dprintf=emulator_printed_already",)
+GCC_LOCALS = ("-fasan-shadow-offset=0x1800000000", "-fno-aggressive-loop-optimizations")
+GCC_LOCALS += ("--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=1", "--param=asan-globals=0")
+CLANG_LOCALS = "-asan-mapping-offset=0x1800000000 -asan-instrumentation-with-call-threshold=0 -asan-stack=1"
+CLANG_LOCALS = tuple(word for option in (CLANG_LOCALS + " -asan-globals=0").split() for word in ("-mllvm", option))
+CLANG_LOCALS += ("-fno-sanitize-trap=all",)
+_LOCALS = re.compile(rb"\d+(?: \d+ \d+ \d+ [^ \0]+)+\0")  # what such a library says of a function's local variables
 UNSET = "-ftrivial-auto-var-init=pattern"  # what memory.cpp looks for in outputs; gcc 12 and newer, clang
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 
@@ -133,6 +143,7 @@ class _Launch(ctypes.Structure):
         ("variables", ctypes.POINTER(_Variable)),
         ("variable_count", ctypes.c_uint),
         ("cooperative", ctypes.c_bool),
+        ("only_locals", ctypes.c_bool),
     )
 
 
@@ -152,19 +163,28 @@ class Emulator(Backend):
     def _compile(self, kernel, place):
         """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
         _runtime()  # whose functions the library calls
-        checks = CHECKS + CHECKS_OF_EDITS * (not is_packaged(kernel)) + CLANG_CHECKS * _is_clang()
-        checks += (UNSET,) * _fills_locals()
-        try:
-            library = _library(Path(kernel.file).stem, _translation_unit(kernel), checks, kernel)
-        except KernelCompileError as error:
-            raise KernelCompileError(f"{error}\n{_of_nvrtc(kernel)}".rstrip()) from None
-        if not is_packaged(kernel):
+        edited, stem, text = not is_packaged(kernel), Path(kernel.file).stem, _translation_unit(kernel)
+        checks = CHECKS + CHECKS_OF_EDITS * edited + CLANG_CHECKS * _is_clang() + (UNSET,) * _fills_locals()
+        locals_checks = LOCALS + (CLANG_LOCALS if _is_clang() else GCC_LOCALS)
+        with ThreadPoolExecutor(1) as beside:
+            second = beside.submit(_library, stem, text, locals_checks, kernel, "locals") if edited else None
+            try:
+                library = _library(stem, text, checks, kernel)
+            except KernelCompileError as error:
+                raise KernelCompileError(f"{error}\n{_of_nvrtc(kernel)}".rstrip()) from None
+        if edited:
             try:
                 nvrtc.check(kernel)
             except KernelCompileError as error:
                 raise KernelCompileError(f"NVRTC {nvrtc.version()}, which compiles for GPUs: {error}") from None
         built, entries = Path(library._name).read_bytes(), declarations(unit(kernel))
-        found = elf.variables(built)
+        found = _entries(library, built, entries)
+        if second:
+            locals_built = Path(second.result()._name).read_bytes()
+            if _LOCALS.search(elf.section(locals_built, ".rodata")):
+                _entries(second.result(), locals_built, entries)
+                for name in entries:
+                    getattr(library, f"emulator_{name}").of_locals = getattr(second.result(), f"emulator_{name}")
         shared = [v.bytes for v in found if v.shared]
         needed = sum(shared) if len(entries) == 1 else max(shared, default=0)
         if needed > MOST_STATIC_SHARED_BYTES:
@@ -175,14 +195,20 @@ class Emulator(Backend):
         for said in elf.section(built, WARNINGS).decode().split("\0")[:-1]:
             file, line, what = said.split(":")
             warnings.warn_explicit(what, UserWarning, file, int(line))
-        variables = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
-        for name in entries:
-            entry = getattr(library, f"emulator_{name}")
-            entry.restype, entry.variables = ctypes.c_char_p, variables
         return library
 
 
 backend = Emulator()
+
+
+def _entries(library, built, names) -> list[elf.Variable]:
+    """Tells the functions of a library, whose bytes are `built`, what they return and which variables there are."""
+    found = elf.variables(built)
+    variables = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
+    for name in names:
+        entry = getattr(library, f"emulator_{name}")
+        entry.restype, entry.variables, entry.built, entry.of_locals = ctypes.c_char_p, variables, built, None
+    return found
 
 
 def _of_nvrtc(kernel) -> str:
@@ -210,16 +236,18 @@ def _run(packed) -> None:
     words = packed.words  # made by this, and alive until the kernel ends
     launch = _Launch(parameters, words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
     launch.seed, launch.cooperative = _seed(), step.cooperative
-    entry = packed.numbers[0]
-    launch.variables, launch.variable_count = entry.variables, len(entry.variables)
+    whole, failure = packed.numbers[0], None
     with _one_at_a_time, _time_limit(limit):
-        failure = entry(ctypes.byref(launch))
+        for entry in (whole.of_locals, whole):
+            if entry and not failure:
+                launch.variables, launch.variable_count = entry.variables, len(entry.variables)
+                launch.only_locals, built = entry is not whole, entry.built
+                failure = entry(ctypes.byref(launch))
     if failure and failure.startswith(b"interrupted"):
         signal.raise_signal(signal.SIGINT)
         raise KeyboardInterrupt
     if failure:
-        library = Path(backend.compiled(step.kernel)._name)
-        raise EmulatorError(f"{step.kernel}: {_with_lines(failure.decode(), library.read_bytes())}")
+        raise EmulatorError(f"{step.kernel}: {_with_lines(failure.decode(), built)}")
 
 
 @contextlib.contextmanager
@@ -282,10 +310,10 @@ def _runtime() -> ctypes.CDLL:
     return _library("runtime", _text("runtime.cpp"), (), None)
 
 
-def _library(stem: str, text: str, checks: tuple[str, ...], kernel: Kernel | None) -> ctypes.CDLL:
+def _library(stem: str, text: str, checks: tuple[str, ...], kernel: Kernel | None, kind: str = "so") -> ctypes.CDLL:
     command = [*compiler(), *FLAGS, *checks]
     key = hashlib.sha256("\0".join([text, *command, *_machine()]).encode()).hexdigest()
-    path = cache.entry(f"{stem}_{key[:24]}.so", lambda: _build(kernel, text, command))
+    path = cache.entry(f"{stem}_{key[:24]}.{kind}", lambda: _build(kernel, text, command))
     try:
         return ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL if kernel is None else ctypes.RTLD_LOCAL)
     except OSError as error:

@@ -153,6 +153,7 @@ template <bool WRITE> static void touch(Array& array, const char* address, size_
     size_t offset = address - array.start;
     if (offset >= array.bytes || bytes > array.bytes - offset)
         return out_of_bounds(array, address, WRITE ? "writes" : "reads", place);
+    if (only_locals) return;
     if (array.constant) {
         if (WRITE)
             FAIL("<%x>: thread %d writes %s, which is const", place_of(place), current, element(array, address).text);
@@ -201,7 +202,8 @@ template <bool WRITE> static inline void access(const void* pointer, size_t byte
     size_t slot = size_t(address - arena) >> slot_bits;
     if (slot < array_count) return touch<WRITE>(arrays[slot], address, bytes, place);
     if (size_t(address - stack_low) < STACK_BYTES) {
-        if (sums_count) touch_sums(address, bytes, WRITE, place);
+        if (only_locals) check_local<WRITE>(address, bytes, place);
+        else if (sums_count) touch_sums(address, bytes, WRITE, place);
         return;
     }
     if (in_image(address))

@@ -9,7 +9,7 @@
 EMULATOR_VARIABLE uint3 threadIdx, blockIdx;
 EMULATOR_VARIABLE dim3 blockDim, gridDim;
 EMULATOR_VARIABLE int warpSize;
-#define UNCHECKED __attribute__((noinline, no_sanitize("thread", "undefined")))
+#define UNCHECKED __attribute__((noinline, no_sanitize("thread", "undefined", "address")))
 #define EMULATOR_CALLER ((const char*)__builtin_return_address(0))  // in an UNCHECKED function
 extern "C" char __ehdr_start[] __attribute__((visibility("hidden")));
 extern "C" char _end[] __attribute__((visibility("hidden")));
@@ -54,7 +54,7 @@ struct Launch {
     unsigned long long shared_bytes, seed;
     const Variable* variables;
     unsigned variable_count;
-    bool cooperative;
+    bool cooperative, only_locals;
 };
 struct Image { char *start, *end; };  // a library's memory
 

@@ -59,7 +59,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// a local array, one after the end
-// error: index 4 is out of bounds of 'float ?\[4\]'
+// error: planted\.cu:5: thread \d+ writes out of bounds: v\[4\], which has 4 elements
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -184,7 +184,7 @@ extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
 }
 
 //// a local array read after its end by a pointer
-// error: out of bounds of a local array
+// error: planted\.cu:7: thread \d+ reads out of bounds: v\[4\], which has 4 elements
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     int t = threadIdx.x;
