@@ -40,7 +40,7 @@ from ..backend import Backend, Room
 from ..errors import BackendError, EmulatorError, KernelCompileError
 from ..parsing import declarations
 from ..source import MACROS, Kernel, compile_error, is_packaged, unit
-from . import elf, lines, messages
+from . import elf, lines, messages, variables
 
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti")
 FLAGS += ("-fvisibility=hidden",)  # or a kernel named like a function of libc would call that one
@@ -51,7 +51,7 @@ FLAGS += ("-fstack-clash-protection", "-fstack-protector-strong")
 CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,signed-integer-overflow,integer-divide-by-zero")
 CHECKS += ("-fsanitize=shift-exponent,return,unreachable,float-cast-overflow",)
 CHECKS += ("-fno-tree-vectorize", "-fno-tree-slp-vectorize")
-LINES = ("-g1", "-gdwarf-4")  # what lines.py reads
+LINES = ("-g", "-gdwarf-4")  # what lines.py and variables.py read
 CHECKS += ("-fno-finite-loops", *LINES)
 CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the extensions that host compilers have
 # Reads and writes of an array by a pointer that has left it. The package's own kernels do without: it takes time.
@@ -81,6 +81,7 @@ _EXTERN_SHARED = re.compile(
     rf"\b(?:extern\s+{_ALIGNED}((?:volatile\s+)?)__shared__|__shared__\s+extern)\s+{_ALIGNED}"
     rf"([\w:<>, ]+?)\s*\b(\w+)\s*\[\s*\]((?:\s*\[[^]]*\])*)\s*{_ALIGNED};"
 )
+_DYNAMIC = re.compile(r"(?<!define )\bDYNAMIC_SHARED\([^;]*?(\w+)\)\s*;")  # the macro of common.cuh
 _STATIC_SHARED = re.compile(r"\bstatic\s+(?=__shared__\b)|(?<=__shared__)\s+static\b")  # __shared__ stands for static
 _ALIGNED_SHARED = re.compile(r"\b__shared__\s+(alignas\([^)]*\))")  # alignas comes first in C++
 # What NVRTC does not know, and host compilers take even with -pedantic-errors.
@@ -204,10 +205,10 @@ backend = Emulator()
 def _entries(library, built, names) -> list[elf.Variable]:
     """Tells the functions of a library, whose bytes are `built`, what they return and which variables there are."""
     found = elf.variables(built)
-    variables = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
+    table = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
     for name in names:
         entry = getattr(library, f"emulator_{name}")
-        entry.restype, entry.variables, entry.built, entry.of_locals = ctypes.c_char_p, variables, built, None
+        entry.restype, entry.variables, entry.built, entry.of_locals = ctypes.c_char_p, table, built, None
     return found
 
 
@@ -247,7 +248,7 @@ def _run(packed) -> None:
         signal.raise_signal(signal.SIGINT)
         raise KeyboardInterrupt
     if failure:
-        raise EmulatorError(f"{step.kernel}: {_with_lines(failure.decode(), built)}")
+        raise EmulatorError(f"{step.kernel}: {_readable(failure.decode(), built, step.kernel)}")
 
 
 @contextlib.contextmanager
@@ -270,8 +271,11 @@ def _time_limit(seconds):
         watcher.join()
 
 
-def _with_lines(message, library):
-    """The message with "file:line" in place of <byte of the library>."""
+def _readable(message, library, kernel):
+    """The message with "file:line" in place of <byte of the library>, and with the elements that variables.py names."""
+    text = unit(kernel)
+    dynamic = {match[3] for match in _EXTERN_SHARED.finditer(text)} | set(_DYNAMIC.findall(text))
+    message = variables.named(message, library, dynamic.pop() if len(dynamic) == 1 else None)
     return re.sub("<([0-9a-f]+)>", lambda match: _line(library, int(match[1], 16) - 1), message)
 
 

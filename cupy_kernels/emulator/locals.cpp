@@ -28,7 +28,7 @@ static bool reserve_shadow() {
 }
 
 // The local variable next to an address, as the function that has it has written at the start of its gaps: a number, the
-// address of "count, then of each: offset, bytes, length of the name, name".
+// address of "count, then of each: offset, bytes, length of the name, name:line".
 static Array local_variable(const char* address, char (&name)[64]) {
     Array nearest = {"a local variable", (char*)address, 0, 0, false, true, false};
     const char* start = (char*)((size_t)address & ~size_t(7));
@@ -45,8 +45,7 @@ static Array local_variable(const char* address, char (&name)[64]) {
         if (away >= least) continue;
         least = away;
         nearest.start = (char*)first, nearest.bytes = bytes, nearest.name = name;
-        size_t letters = strcspn(said, ":. ");  // clang names a copy of v in another function v.i
-        snprintf(name, sizeof name, "%.*s", int(letters < length ? letters : length), said);
+        snprintf(name, sizeof name, "%.*s", int(length), said);
     }
     return nearest;
 }
@@ -58,12 +57,12 @@ template <bool WRITE> static void check_local(const char* address, size_t bytes,
         if (!usable || (usable < 8 && last % 8 < usable)) continue;
         char name[64];
         Array array = local_variable(address, name);
-        if (array.bytes % bytes == 0) array.item = bytes;  // the emulator knows of no type
+        accessed_bytes = bytes;
         found_in_locals = true;
         if (usable == OUT_OF_SCOPE)
             return FAIL(
-                "<%x>: thread %d %s %s outside of the block of code that has %s", place_of(place), current,
-                WRITE ? "writes" : "reads", element(array, address).text, array.name);
+                "<%x>: thread %d %s %s outside of the block of code that has it", place_of(place), current,
+                WRITE ? "writes" : "reads", element(array, address).text);
         return out_of_bounds(array, address, WRITE ? "writes" : "reads", place);
     }
 }

@@ -93,7 +93,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// scratch of a reduction that is too small
-// error: planted\.cu:5: thread \d+ writes out of bounds: scratch, byte \d+, which has 16 bytes
+// error: planted\.cu:5: thread \d+ writes out of bounds: scratch\[\d\], which has 4 elements
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -104,7 +104,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// shared memory before the first array
-// error: planted\.cu:4: thread 0 writes out of bounds: s, byte -4, which has 1024 bytes
+// error: planted\.cu:4: thread 0 writes out of bounds: s\[-1\], which has 256 elements
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     __shared__ float s[256];
@@ -114,7 +114,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// a constant table, one after the end by a pointer
-// error: reads out of bounds: table, byte 16, which has 16 bytes
+// error: reads out of bounds: table\[4\], which has 4 elements
 // x: 256, y: 256, grid: 1
 __constant__ float table[4] = {1, 2, 3, 4};
 extern "C" __global__ void planted(const float* x, float* y, int n) {
@@ -123,7 +123,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// a __device__ array, one after the end by a pointer
-// error: writes out of bounds: counts, byte 1024
+// error: writes out of bounds: counts\[256\]
 // x: 256, y: 256, grid: 1
 __device__ float counts[256];
 extern "C" __global__ void planted(const float* x, float* y, int n) {

@@ -121,7 +121,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// a local array of a block of code that has ended
-// error: planted\.cu:9: thread \d+ reads v\[\d\] outside of the block of code that has v
+// error: planted\.cu:9: thread \d+ reads v\[\d\] outside of the block of code that has it
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     float w[4], *p = w;
