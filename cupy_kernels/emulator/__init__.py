@@ -144,7 +144,7 @@ class _Launch(ctypes.Structure):
         ("variables", ctypes.POINTER(_Variable)),
         ("variable_count", ctypes.c_uint),
         ("cooperative", ctypes.c_bool),
-        ("only_locals", ctypes.c_bool),
+        ("only_locals", ctypes.c_int),
     )
 
 
@@ -182,10 +182,11 @@ class Emulator(Backend):
         found = _entries(library, built, entries)
         if second:
             locals_built = Path(second.result()._name).read_bytes()
-            if _LOCALS.search(elf.section(locals_built, ".rodata")):
-                _entries(second.result(), locals_built, entries)
-                for name in entries:
-                    getattr(library, f"emulator_{name}").of_locals = getattr(second.result(), f"emulator_{name}")
+            _entries(second.result(), locals_built, entries)
+            for name in entries:
+                entry = getattr(library, f"emulator_{name}")
+                entry.second = getattr(second.result(), f"emulator_{name}")
+                entry.has_locals = bool(_LOCALS.search(elf.section(locals_built, ".rodata")))
         shared = [v.bytes for v in found if v.shared]
         needed = sum(shared) if len(entries) == 1 else max(shared, default=0)
         if needed > MOST_STATIC_SHARED_BYTES:
@@ -208,7 +209,8 @@ def _entries(library, built, names) -> list[elf.Variable]:
     table = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
     for name in names:
         entry = getattr(library, f"emulator_{name}")
-        entry.restype, entry.variables, entry.built, entry.of_locals = ctypes.c_char_p, table, built, None
+        entry.restype, entry.variables, entry.built = ctypes.c_char_p, table, built
+        entry.second, entry.has_locals = None, False
     return found
 
 
@@ -237,13 +239,23 @@ def _run(packed) -> None:
     words = packed.words  # made by this, and alive until the kernel ends
     launch = _Launch(parameters, words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
     launch.seed, launch.cooperative = _seed(), step.cooperative
-    whole, failure = packed.numbers[0], None
+    whole = packed.numbers[0]
+    built = whole.built
+
+    def run(entry, only_locals):
+        launch.variables, launch.variable_count, launch.only_locals = entry.variables, len(entry.variables), only_locals
+        return entry(ctypes.byref(launch))
+
     with _one_at_a_time, _time_limit(limit):
-        for entry in (whole.of_locals, whole):
-            if entry and not failure:
-                launch.variables, launch.variable_count = entry.variables, len(entry.variables)
-                launch.only_locals, built = entry is not whole, entry.built
-                failure = entry(ctypes.byref(launch))
+        failure = whole.has_locals and run(whole.second, 1)
+        if failure:
+            built = whole.second.built
+        else:
+            failure = run(whole, 0)
+            if whole.second and (index := re.search(rb"(thread \d+): index \S+ is out of bounds of '", failure or b"")):
+                named = run(whole.second, 2) or b""
+                if index[1] + b" " in named:  # the same index, of the outermost dimension
+                    failure, built = named, whole.second.built
     if failure and failure.startswith(b"interrupted"):
         signal.raise_signal(signal.SIGINT)
         raise KeyboardInterrupt

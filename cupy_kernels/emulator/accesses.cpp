@@ -76,6 +76,7 @@ static void unwritten(const Array& array, const char* address, const char* place
 }
 
 static void out_of_bounds(const Array& array, const char* address, const char* did, const char* place) {
+    found_in_locals |= only_locals == ALL_BOUNDS;
     if (!array.item)
         return FAIL(
             "<%x>: thread %d %s out of bounds: %s, which has %s", place_of(place), current, did,
@@ -160,8 +161,10 @@ template <bool WRITE> static void touch(
     Array& array, const char* address, size_t bytes, const char* place, u64 how = 0) {
     accessed_bytes = bytes;
     size_t offset = address - array.start;
-    if (offset >= array.bytes || bytes > array.bytes - offset)
-        return out_of_bounds(array, address, WRITE ? "writes" : "reads", place);
+    if (offset >= array.bytes || bytes > array.bytes - offset) {
+        const char* first = offset < array.bytes ? array.start + array.bytes : address;
+        return out_of_bounds(array, first, WRITE ? "writes" : "reads", place);
+    }
     if (only_locals) return;
     if (array.constant) {
         if (WRITE)
@@ -229,7 +232,8 @@ template <bool WRITE> static inline void access(const void* pointer, size_t byte
 static Where place_in(const char* address) {
     if (Array* array = find(address)) return element(*array, address);
     Where where;
-    snprintf(where.text, sizeof where.text, "%p", address);
+    if (in_a_stack(address)) snprintf(where.text, sizeof where.text, "local memory");
+    else snprintf(where.text, sizeof where.text, "%p", address);
     return where;
 }
 
@@ -238,6 +242,13 @@ void read_any(const void* address, size_t bytes) {
     Array* array = find((const char*)address);
     if (array) touch<false>(*array, (const char*)address, bytes, CALLER, ATOMIC);
     else access<false>(address, bytes, CALLER);
+}
+
+void reads(const void* address, size_t bytes) {
+    if (bytes) access<false>(address, bytes, CALLER);
+}
+void writes(void* address, size_t bytes) {
+    if (bytes) access<true>(address, bytes, CALLER);
 }
 
 // A thread that calls __threadfence() and then an atomic function tells what its block did before to threads that call

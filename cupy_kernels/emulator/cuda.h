@@ -83,6 +83,19 @@ static inline void __brkpt() {}
 #include "atomics.h"
 #include "warps.h"
 
+// Compilers check only those copies that become one access.
+#ifndef EMULATOR_RUNTIME
+#define EMULATOR_INSTEAD extern "C" inline __attribute__((gnu_inline, always_inline))
+EMULATOR_INSTEAD void* memcpy(void* to, const void* from, size_t bytes) {
+    emulator::reads(from, bytes), emulator::writes(to, bytes);
+    return __builtin_memcpy(to, from, bytes);
+}
+EMULATOR_INSTEAD void* memset(void* to, int value, size_t bytes) {
+    emulator::writes(to, bytes);
+    return __builtin_memset(to, value, bytes);
+}
+#endif
+
 #define EMULATOR_ENTRY(kernel, ...) \
     static void kernel##_body() { \
         using emulator::arguments; \

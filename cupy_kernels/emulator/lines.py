@@ -37,7 +37,7 @@ def places(library: bytes, address: int) -> list[str]:
 def units(library: bytes):
     """Of each part of the library: (place, tag, {attribute: value}) of each entry, those inside of another behind it.
 
-    Texts have None.
+    Texts that are not in the entry itself are places in the section .debug_str.
     """
     info, abbreviations = (elf.section(library, f".debug_{name}") for name in ("info", "abbrev"))
     while info:
@@ -96,7 +96,8 @@ def _entries(unit, kinds):
                 value = int.from_bytes(unit[at : at + size], "little")
                 at += size
             elif form == _STRING:
-                at = unit.index(b"\0", at) + 1
+                value = unit[at : unit.index(b"\0", at)]
+                at += len(value) + 1
             elif form == _SIGNED or form in _UNSIGNED:
                 value, at = _number(unit, at, signed=form == _SIGNED)
             else:

@@ -2,7 +2,8 @@
 //
 // A second library of an edited kernel is compiled with -fsanitize=kernel-address: its functions leave gaps around local
 // variables, and write down in `shadow` which bytes are gaps. It says less of other memory than -fsanitize=thread, with
-// which no compiler combines it.
+// which no compiler combines it. So other errors are left to the first library. But that one knows of an index that is
+// too large neither array nor place: with only_locals == ALL_BOUNDS this run says what it is out of bounds of.
 namespace emulator {
 
 // The compiler knows the offset: see __init__.py. A byte is about 8 bytes of a stack: 0, all of them are a variable's or
@@ -56,14 +57,15 @@ template <bool WRITE> static void check_local(const char* address, size_t bytes,
         if (last >= (size_t)end) last = (size_t)end - 1;
         if (!usable || (usable < 8 && last % 8 < usable)) continue;
         char name[64];
-        Array array = local_variable(address, name);
+        Array array = local_variable(at, name);
         accessed_bytes = bytes;
+        if (usable < 8) at = (char*)((size_t)at & ~size_t(7)) + (usable > (size_t)at % 8 ? usable : (size_t)at % 8);
         found_in_locals = true;
         if (usable == OUT_OF_SCOPE)
             return FAIL(
                 "<%x>: thread %d %s %s outside of the block of code that has it", place_of(place), current,
-                WRITE ? "writes" : "reads", element(array, address).text);
-        return out_of_bounds(array, address, WRITE ? "writes" : "reads", place);
+                WRITE ? "writes" : "reads", element(array, at).text);
+        return out_of_bounds(array, at, WRITE ? "writes" : "reads", place);
     }
 }
 
@@ -73,6 +75,14 @@ extern "C" EXPORTED int emulator_printed_already(const char*, ...) { return 0; }
 
 // What the compiler calls.
 extern "C" EXPORTED void __asan_handle_no_return() {}
+// A large variable's block of code begins or ends.
+extern "C" EXPORTED void __asan_unpoison_stack_memory(const char* start, size_t bytes) {
+    memset(emulator::shadow_of(start), 0, bytes / 8);
+    if (bytes % 8) *emulator::shadow_of(start + bytes) = bytes % 8;
+}
+extern "C" EXPORTED void __asan_poison_stack_memory(const char* start, size_t bytes) {
+    memset(emulator::shadow_of(start), emulator::OUT_OF_SCOPE, (bytes + 7) / 8);
+}
 #define SET_SHADOW(value) \
     extern "C" EXPORTED void __asan_set_shadow_##value(void* at, size_t bytes) { memset(at, 0x##value, bytes); }
 SET_SHADOW(00)

@@ -97,7 +97,9 @@ static u64 argument_words[MAX_PARAMETERS];
 static void* argument_addresses[MAX_PARAMETERS];
 static int sums_count;  // of wgmma, in local memory
 static void touch_sums(const char* address, size_t bytes, bool writes, const char* place);
-static bool only_locals, found_in_locals;  // see locals.cpp
+enum { ALL_BOUNDS = 2 };
+static int only_locals;  // see locals.cpp
+static bool found_in_locals;
 template <bool WRITE> static void check_local(const char* address, size_t bytes, const char* place);
 
 static char* end_of_stack(int thread) { return stacks + (thread + 1) * (STACK_BYTES + STACK_GAP); }

@@ -142,3 +142,29 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     grid_barrier();
     if (i < n) y[i] = p[i % @4@5@];
 }
+
+//// a large local array of a block of code that has ended
+// error: reads v\[\d+\] outside of the block of code that has it
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    float w[301], *p = w;
+    for (int i = 0; i < 2; i++) {
+        float v[301];
+        for (int k = 0; k < 301; k++) w[k] = v[k] = x[(threadIdx.x + k) % n];
+        p = @w@v@;
+    }
+    y[threadIdx.x] = p[threadIdx.x] + w[300];
+}
+
+//// a large local array, one after the end
+// error: planted\.cu:2: thread \d+ reads out of bounds: v\[301\], which has 301 elements
+// x: 256, y: 256, grid: 1
+__device__ __noinline__ float get(const float* p, int k) { return p[k]; }
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    y[threadIdx.x] = 0;
+    for (int i = 0; i < 2; i++) {
+        float v[301];
+        for (int k = 0; k < 301; k++) v[k] = x[(threadIdx.x + k) % n];
+        y[threadIdx.x] += get(v, @300@301@ - threadIdx.x % 2);
+    }
+}
