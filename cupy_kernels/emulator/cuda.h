@@ -83,7 +83,7 @@ static inline void __brkpt() {}
 #include "atomics.h"
 #include "warps.h"
 
-// Compilers check only those copies that become one access.
+// What the compilers do not check: copies that do not become one access, and functions of the host's library.
 #ifndef EMULATOR_RUNTIME
 #define EMULATOR_INSTEAD extern "C" inline __attribute__((gnu_inline, always_inline))
 EMULATOR_INSTEAD void* memcpy(void* to, const void* from, size_t bytes) {
@@ -93,6 +93,21 @@ EMULATOR_INSTEAD void* memcpy(void* to, const void* from, size_t bytes) {
 EMULATOR_INSTEAD void* memset(void* to, int value, size_t bytes) {
     emulator::writes(to, bytes);
     return __builtin_memset(to, value, bytes);
+}
+#define EMULATOR_WITH_RESULT(T, R, name) \
+    EMULATOR_INSTEAD T name(T x, R* result) { \
+        emulator::writes(result, sizeof *result); \
+        return __builtin_##name(x, result); \
+    }
+EMULATOR_WITH_RESULT(float, int, frexpf) EMULATOR_WITH_RESULT(double, int, frexp)
+EMULATOR_WITH_RESULT(float, float, modff) EMULATOR_WITH_RESULT(double, double, modf)
+EMULATOR_INSTEAD float remquof(float x, float y, int* quotient) {
+    emulator::writes(quotient, sizeof *quotient);
+    return __builtin_remquof(x, y, quotient);
+}
+EMULATOR_INSTEAD double remquo(double x, double y, int* quotient) {
+    emulator::writes(quotient, sizeof *quotient);
+    return __builtin_remquo(x, y, quotient);
 }
 #endif
 

@@ -234,3 +234,10 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     __syncthreads();
     y[threadIdx.x] = s[threadIdx.x % 4];
 }
+
+//// a result that frexp writes after the end
+// error: planted\.cu:3: thread \d+ writes out of bounds: y\[256\], which has 256 elements
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, int* y, int n) {
+    frexpf(x[threadIdx.x], y + threadIdx.x@@ + 1@);
+}
