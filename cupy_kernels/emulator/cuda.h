@@ -112,7 +112,7 @@ EMULATOR_INSTEAD double remquo(double x, double y, int* quotient) {
 #endif
 
 #define EMULATOR_ENTRY(kernel, ...) \
-    static void kernel##_body() { \
+    static __attribute__((no_sanitize("address"))) void kernel##_body() { \
         using emulator::arguments; \
         kernel(__VA_ARGS__); \
     } \
