@@ -8,8 +8,9 @@ import sys
 import pytest
 from emulated import COPY, REVERSE, run
 
-from cupy_kernels import emulator, nvrtc
+from cupy_kernels import emulator, nvrtc, source
 from cupy_kernels.errors import BackendError, KernelCompileError
+from cupy_kernels.source import Kernel
 
 pytestmark = pytest.mark.usefixtures("ascending_order")
 
@@ -140,3 +141,9 @@ def test_a_new_text_is_a_new_library(fresh, x, y):
     run(COPY, x, y)
     assert (y == x).all()
     assert len(libraries(fresh)) == 2
+
+
+def test_only_local_memory_takes_a_second_run(x, y):
+    for text, expected in ((COPY, False), (COPY.replace("{ ", "{ float v[4]; v[threadIdx.x % 4] = 0; ", 1), True)):
+        with source.override({"planted.cu": text}):
+            assert emulator.backend.handle(Kernel("planted.cu", "copy"), 0).has_locals == expected
