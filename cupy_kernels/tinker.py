@@ -6,6 +6,7 @@ A name is a kernel's ("tanh_forward") or a file's ("tanh.cu", "tanh.cuh"; "tanh"
 import contextlib
 import difflib
 import re
+import warnings
 from typing import NamedTuple
 
 from . import parsing, source
@@ -101,20 +102,24 @@ def override(edits: dict[str, str | dict]):
     Every launch in the process uses the edits at once, those of ModelNew included. The end of the block restores what
     was in force before. A text that was compiled once is not compiled again.
 
-    The host computes grids from its own value of a macro. So macros for the number of elements of a thread or block
-    (WIDTH, ITEMS, tiles) cannot be changed here. acc_t, and macros of your own, can.
+    acc_t and macros of your own can be changed. A macro that the host sets, such as WIDTH, the elements of a thread,
+    stays what it is for the host, which computes the grid: a UserWarning says so.
 
     Raises ValueError for an unknown name or macro, and for a text that does not define the original's kernels with the
     same parameters; TypeError for edits of another type; RuntimeError while another thread is inside such a block.
     Nothing is changed then. KernelCompileError is raised by the first launch, and names the line of the text.
     """
-    with source.override(*_checked(edits)):
+    checked = _checked(edits)
+    _warn_of_the_hosts(checked[1], stacklevel=4)  # contextlib is in between
+    with source.override(*checked):
         yield
 
 
 def edit(edits: dict[str, str | dict]) -> None:
     """Like `override`, until `reset` or the end of an enclosing `override` block. Raises the same errors."""
-    source.set_overrides(*source.merged(*_checked(edits)))
+    checked = _checked(edits)
+    _warn_of_the_hosts(checked[1], stacklevel=3)
+    source.set_overrides(*source.merged(*checked))
 
 
 def reset(*names: str) -> None:
@@ -221,9 +226,7 @@ def _difference(expected, received):
 
 
 def _check_macros(file, kernel, macros):
-    from .variants import variants
-
-    known = {k for v in variants() if v.file == file for k, _ in v.defines}
+    known = _macros_of_host(file)
     words = set(re.findall(r"\w+", source.expanded(file)))
     for name, value in macros.items():
         if name not in known and name not in words:
@@ -232,6 +235,25 @@ def _check_macros(file, kernel, macros):
             )
         if not isinstance(value, (str, int)):
             raise TypeError(f"{kernel}: the macro {name} is a str or an int, received {value!r}")
+
+
+def _macros_of_host(file):
+    from .variants import variants
+
+    return {macro for variant in variants() if variant.file == file for macro, _ in variant.defines}
+
+
+def _warn_of_the_hosts(constants, stacklevel):
+    for kernel, macros in constants.items():
+        file = locate(kernel)[0]
+        hosts = [macro for macro in macros if macro in _macros_of_host(file) and not macro.endswith("_t")]  # _t: a type
+        if hosts:
+            warnings.warn(
+                f"{kernel}: the host computes the grid and the memory from its own {' and '.join(hosts)}. With another "
+                "value in the kernel, elements may be left out or be done twice. Change the host's value in the "
+                "operator's module in cupy_kernels",
+                stacklevel=stacklevel,
+            )
 
 
 def _list(parameters):

@@ -61,7 +61,7 @@ cupy_kernels.show("tanh_forward")
 
 # %% [markdown]
 # In the table, the reference of an error is PyTorch's own error against float64. The reference of a time is the
-# package's kernel. Below the table stands what there was no time to check. `--seconds 60` gives more time. The cell was
+# package's kernel. Below the table stands what there was no time to check. `--all` checks that as well. The cell was
 # right, so it is in force: everything in this process runs it now. `cupy_kernels.kernels()` marks what is edited.
 
 # %%

@@ -17,9 +17,7 @@ def checked(declared: Declaration, args, options) -> tuple[str, torch.device, di
         try:
             bound = declared.signature.bind(*args, **options)
         except TypeError as error:
-            numbers = ", ".join(name for name in declared.arguments if name not in declared.tensors)
-            hint = f". The caller gives {numbers}; a kernel finds the number of elements in the parameter size"
-            raise TypeError(f"{declared}: {error}{hint if numbers else ''}") from None
+            raise TypeError(f"{declared}: {error}{_advice(declared, args, options)}") from None
         bound.apply_defaults()
         values = bound.arguments
     for name in declared.tensors:
@@ -42,6 +40,18 @@ def checked(declared: Declaration, args, options) -> tuple[str, torch.device, di
     device = _device(values.pop("device", None)) if not declared.tensors else values[declared.tensors[0]].device
     _check_shapes(declared, values)
     return scalar, device, values
+
+
+def _advice(declared, args, options) -> str:
+    """How an int that a call lacks can be computed instead, as the number of elements often is meant to be."""
+    given = {*declared.arguments[: len(args)], *options, *declared.options.defaults}
+    lacking = [name for name, dtype in declared.numbers.items() if dtype.kind in "iu" and name not in given]
+    if not lacking:
+        return ""
+    return (
+        f". {' and '.join(lacking)} must be given in the call. A number called size must not: it is the number of "
+        f"elements of the output. sizes={{{lacking[0]!r}: a function of the arguments}} computes another"
+    )
 
 
 _KINDS = {"f": float, "b": bool}  # by the kind of a NumPy dtype; of all others int

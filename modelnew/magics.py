@@ -3,7 +3,9 @@
 A cell contains a kernel's text. `%%cu` checks within seconds whether it is right, and on a GPU whether it is faster.
 """
 
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,7 +29,14 @@ from .timing import measure_launches
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 SECONDS = {"cpu": 3.0, "cuda": 0.7}  # after which `judge` begins no further check
 
-_known = {}  # kernels that an edit's checks launched: those of the next edit are compiled in parallel
+# {(name, device, images): {check: the edited kernels that it launched}}, for what to check first and compile together
+_known = {}
+
+
+class _Check(NamedTuple):
+    dtype: str
+    case: checks.Case
+    size: str = ""  # one of `checks.SIZES`
 
 
 class Time(NamedTuple):
@@ -45,7 +54,7 @@ class Time(NamedTuple):
 class Verdict(NamedTuple):
     """The result of `judge`: a row for each compared result, and a time for each launched kernel.
 
-    unchecked: the checks that did not fit into the time, such as "float64" or "float64 odd".
+    unchecked: the checks that did not fit into the time, such as "float64 odd" or "float32 (2 of 7 checks)".
     """
 
     device: torch.device
@@ -74,11 +83,12 @@ def judge(
 
     name: a kernel, "tanh_forward", or a file, "tanh.cu".
     text: CUDA C.
-    dtypes: names in DTYPES that are always checked; by default float32.
+    dtypes: names in DTYPES that are checked first; by default float32. Each kernel has a check in them, whatever the
+        time: on a GPU all checks of the first text of a name, and for later ones a check that launches it.
     device: "cuda", "cuda:1", ... or "cpu", the emulator; by default the GPU, if one is usable.
     images: batch size of the checks on a GPU; by default the model's, if memory allows.
     seconds: time from the start, in seconds, in which further checks may begin: odd and empty sizes, and the other
-        dtypes. Default: SECONDS of the device.
+        dtypes. Default: SECONDS of the device. math.inf: all checks.
 
     Raises ValueError for an unknown name, dtype or device, for images below 1, and for a text with other entry points;
     KernelCompileError, EmulatorError, and BackendError if no kernel can run.
@@ -94,38 +104,54 @@ def judge(
         device = environment.device(device)
         images = images if images and device.type == "cuda" else checks.images_for(device)
         seconds = SECONDS[device.type] if seconds is None else seconds
-        files, launches, rows = tinker.files_with(name), {}, []
-        key = name, required, device, images
-        compile_together(_known.get(key, ()), device)
+        files, launches, rows, compiled = tinker.files_with(name), {}, [], set()
+        known = _known.setdefault((name, device, images), {})
 
-        def keep(started, *arguments):
-            if started.file in files and kernel in (None, started.name):
-                launches.setdefault(started, arguments)
+        def missing(some):
+            """Kernels that these checks launch and that are not compiled, one a compilation."""
+            found = {k.variant: k for check in some for k in known.get(check, ())}
+            return [k for variant, k in found.items() if variant not in compiled]
+
+        def run(check, kept):
+            large = check.dtype in required and not check.size
+            launched = {}
+            with observed(lambda started, *arguments: launched.setdefault(started, arguments)):
+                rows.extend(
+                    checks.compare(check.case, DTYPES[check.dtype], device, images if large else None, check.size)
+                )
+            own = {k: v for k, v in launched.items() if k.file in files and kernel in (None, k.name)}
+            known[check] = frozenset(own)
+            compiled.update(k.variant for k in own)
+            kept.update({**own, **kept})
 
         cases = checks.cases(files)
-        for dtype in required:
-            for case in cases:
-                with observed(keep):
-                    rows += checks.compare(case, DTYPES[dtype], device, images)
+        first, *further = _batches(cases, required, known, all_required=device.type == "cpu")
+        began, kernels = time.perf_counter(), missing(first)
+        compile_together(kernels, device)
+        each = (time.perf_counter() - began) / max(len(kernels), 1)
+        for check in first:
+            run(check, launches)
         if not launches:
             raise ValueError(
                 f"no check launches {kernel or file} in {', '.join(required)}; those of {', '.join(files)} are "
                 f"{', '.join(case.what for case in cases) or 'none: add one, see modelnew/cases.py'}"
             )
-        _known[key] = list(launches)
-        unchecked, slowest, first = [], 0.0, time.perf_counter() - start
-        for dtype, size in _further(required):
-            for case in cases if all(row.ok for row in rows) else ():
+        slowest, whole, unchecked = 0.0, time.perf_counter() - start, []
+        for batch in further if all(row.ok for row in rows) else ():
+            kernels = missing(batch)
+            if time.perf_counter() - start + each * len(kernels) + slowest <= seconds:
+                compile_together(kernels, device)
+                compiled.update(k.variant for k in kernels)
+            for check in batch:
                 began = time.perf_counter()
-                expected = (
-                    slowest if size else max(slowest, first)
-                )  # a dtype is compiled first, as the required one was
-                if began - start + expected > seconds:
-                    unchecked.append(f"{dtype} {size}".strip())
-                    break
-                rows += checks.compare(case, DTYPES[dtype], device, None, size)
-                slowest = max(slowest, time.perf_counter() - began)
-        verdict = Verdict(device, rows, [], unchecked)
+                # A check of which nothing is known compiles kernels, as the first ones did.
+                expected = slowest if check.size or check in known else max(slowest, whole)
+                if missing([check]) or began - start + expected > seconds:
+                    unchecked.append(check)
+                elif all(row.ok for row in rows):
+                    run(check, {})
+                    slowest = max(slowest, time.perf_counter() - began)
+        verdict = Verdict(device, rows, [], _described(unchecked, len(cases)))
         if verdict.right:
             calls = [(started, *arguments) for started, arguments in launches.items()]
             edited = measure_launches(calls, device)
@@ -138,13 +164,39 @@ def judge(
     return verdict
 
 
-def _further(required):
-    """(dtype, size) of the checks that run if there is time, the most telling first. size: one of `checks.SIZES`."""
+def _batches(cases, required, known, all_required) -> list[list[_Check]]:
+    """The checks in batches: what must run, then what runs if there is time, the most telling first.
+
+    First, each kernel is checked once in the required dtypes, then at odd sizes, then in the other dtypes. known: the
+    kernels that each check launched for an earlier text; all checks of which that is not known are among the first.
+    all_required: whether all checks in the required dtypes must run.
+    """
     others = [dtype for dtype in DTYPES if dtype not in required]
-    for size in ("odd", "empty"):
-        yield from ((dtype, size) for dtype in required)
-    for size in ("", "odd", "empty"):
-        yield from ((dtype, size) for dtype in others)
+
+    def once(dtype):
+        seen, chosen = set(), []
+        for check in (_Check(dtype, case) for case in cases):
+            names = {kernel.name for kernel in known.get(check, ())}
+            if check not in known or names - seen:
+                chosen.append(check)
+                seen |= names
+        return chosen
+
+    def every(dtypes, size=""):
+        return [_Check(dtype, case, size) for dtype in dtypes for case in cases]
+
+    must = every(required) if all_required else [check for dtype in required for check in once(dtype)]
+    batches = [must, [check._replace(size="odd") for check in must], *map(once, others), every(required)]
+    batches += [every(required, size) for size in ("odd", "empty")] + [every([dtype]) for dtype in others]
+    batches += [every(others, size) for size in ("odd", "empty")]
+    before = set()
+    return [[c for c in batch if c not in before and not before.add(c)] for batch in batches]
+
+
+def _described(unchecked, cases) -> list[str]:
+    """Each dtype and size with checks that did not run, as "float64 odd" or "float32 empty (2 of 7 checks)"."""
+    counts = Counter(f"{check.dtype} {check.size}".strip() for check in unchecked)
+    return [what if count == cases else f"{what} ({count} of {cases} checks)" for what, count in counts.items()]
 
 
 def _told_apart(kernels) -> dict:
@@ -159,7 +211,7 @@ def _told_apart(kernels) -> dict:
 def table(verdict: Verdict) -> Table:
     """The verdict as a table: for each check the worst result beside PyTorch's, and all wrong results."""
     shown = Table(box=box.SIMPLE_HEAD, caption=_caption(verdict), caption_justify="left")
-    for column in ("", "edited", "reference", "", ""):
+    for column in ("check", "edited", "reference", "speedup", "results"):
         shown.add_column(column, justify="left" if not shown.columns else "right")
     checked = {}
     for row in verdict.rows:
@@ -186,7 +238,7 @@ def _caption(verdict):
     else:
         text += "\nNot checked: "
         unchecked = [*verdict.unchecked, "races and accesses out of bounds (--device cpu looks for them)"]
-    return text + ", ".join(unchecked) + ("; --seconds 60 takes more time." if verdict.unchecked else ".")
+    return text + ", ".join(unchecked) + ("; --all checks these as well." if verdict.unchecked else ".")
 
 
 @magics_class
@@ -201,6 +253,7 @@ class KernelMagics(Magics):
     @argument("--device", help="cuda, cuda:1, ... or cpu, which means the emulator [the GPU, if one is usable]")
     @argument("--images", type=int, help="batch size of the checks on a GPU")
     @argument("--seconds", type=float, help="time limit for further dtypes, odd and empty sizes [3, GPU 0.7]")
+    @argument("--all", action="store_true", help="check all dtypes and sizes, however long it takes")
     @cell_magic
     def cu(self, line, cell):
         """Replace a kernel by the cell's CUDA C: compile it, check it against PyTorch, time it.
@@ -209,14 +262,14 @@ class KernelMagics(Magics):
         in the whole process, until `%cu_reset`. `%cu_text tanh_forward` gives a cell to start from.
         """
         args = parse_argstring(self.cu, line)
-        options = {"device": args.device, "images": args.images, "seconds": args.seconds}
+        options = {"device": args.device, "images": args.images, "seconds": math.inf if args.all else args.seconds}
         try:
             verdict = judge(args.kernel, cell, dtypes=args.dtype, **options)
         except (ValueError, BackendError, EmulatorError, KernelCompileError) as error:
             raise UsageError(f"{error}\n{_unchanged()}") from None
         print(table(verdict))
         if not verdict.right:
-            wrong = ", ".join(row.what for row in verdict.rows if not row.ok)
+            wrong = ", ".join(f"{row.what} in {row.cls}" for row in verdict.rows if not row.ok)
             raise UsageError(f"{args.kernel} is wrong: {wrong}\n{_unchanged()}")
         cupy_kernels.edit({args.kernel: cell})
         print(f"{args.kernel} is now in force, in the whole process; %cu_reset {args.kernel} takes it back.")

@@ -3,6 +3,7 @@
 What it looks for in kernels is in planted_bugs/, what it takes and refuses in test_dialect.py.
 """
 
+import ctypes
 import re
 from pathlib import Path
 
@@ -290,3 +291,30 @@ def test_a_warning_of_a_local_variable_that_nobody_sets(body, tmp_path, monkeypa
             with pytest.warns(UserWarning, match="^best may be read before it is set$") as found:
                 emulator.Emulator().compiled(Kernel("unset.cu", "f"))
             assert [(said.filename, said.lineno) for said in found] == [("unset.cu", 2)]
+
+
+def test_a_text_with_local_arrays_runs_twice_and_prints_once(capfd, x, y):
+    run(
+        'extern "C" __global__ void k(const float* x, float* y) { float v[4]; for (int i = 0; i < 4; i++) v[i] = x[i];'
+        ' if (threadIdx.x == 7) printf("thread %d", threadIdx.x); y[threadIdx.x] = v[threadIdx.x % 4]; }',
+        x,
+        y,
+    )
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "thread 7"
+
+
+def test_global_variables_live_on_beside_local_arrays(x, y):
+    text = """__device__ int launches;
+    extern "C" __global__ void k(const float* x, float* y) {
+        float v[4];
+        for (int i = 0; i < 4; i++) v[i] = i;
+        if (threadIdx.x == 0) launches++;
+        __syncthreads();
+        y[threadIdx.x] = v[launches - BEHIND];
+    }"""
+    for k in range(3):
+        run(text, x, y, defines=(("BEHIND", "0"),))
+        assert (y == k + 1).all()
+    with pytest.raises(EmulatorError, match=r"reads out of bounds: v\[4\]"):
+        run(text, x, y, defines=(("BEHIND", "0"),))

@@ -8,8 +8,9 @@ import sys
 import pytest
 from emulated import COPY, REVERSE, run
 
-from cupy_kernels import emulator, nvrtc
+from cupy_kernels import emulator, nvrtc, source
 from cupy_kernels.errors import BackendError, KernelCompileError
+from cupy_kernels.source import Kernel
 
 pytestmark = pytest.mark.usefixtures("ascending_order")
 
@@ -96,9 +97,9 @@ def test_ziglang(monkeypatch, fresh, x, y, chosen):
 
 
 def libraries(folder):
-    """Those in it; beside them are marks of texts that NVRTC takes, and nothing half-written."""
+    """Those in it. Beside them are others that look at local variables, and marks of texts that NVRTC takes."""
     kinds = [path.suffix for path in folder.iterdir()]
-    assert set(kinds) <= {".so", ".checked"}
+    assert set(kinds) <= {".so", ".locals", ".checked"}
     return [path for path in folder.iterdir() if path.suffix == ".so"]
 
 
@@ -140,3 +141,9 @@ def test_a_new_text_is_a_new_library(fresh, x, y):
     run(COPY, x, y)
     assert (y == x).all()
     assert len(libraries(fresh)) == 2
+
+
+def test_only_local_memory_takes_a_second_run(x, y):
+    for text, expected in ((COPY, False), (COPY.replace("{ ", "{ float v[4]; v[threadIdx.x % 4] = 0; ", 1), True)):
+        with source.override({"planted.cu": text}):
+            assert emulator.backend.handle(Kernel("planted.cu", "copy"), 0).has_locals == expected

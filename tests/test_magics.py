@@ -1,6 +1,8 @@
 """%%cu and %cu_reset in an IPython shell, and the checks behind them."""
 
+import contextlib
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import observed
 from modelnew import checks, functional, magics
 from modelnew.functional import tanh
+from modelnew.parity import Error, Row
 
 FORWARD = source.packaged_kernels("tanh.cu")["tanh_forward"]
 SLOWER = FORWARD.replace("if (start", "for (int i = 0; i < 3; i++) __syncwarp();\n    if (start", 1)
@@ -73,7 +76,7 @@ def test_a_right_cell_stays_until_reset(run, device):
 
 
 def test_what_a_verdict_covers(run):
-    text, error = run(f"%%cu tanh_forward --device cpu --seconds 600\n{SLOWER}")
+    text, error = run(f"%%cu tanh_forward --device cpu --all\n{SLOWER}")
     assert error is None, text
     assert all(f"tanh, {dtype}" in text for dtype in magics.DTYPES)
     assert "Not checked: large sizes." in " ".join(text.split())
@@ -81,8 +84,8 @@ def test_what_a_verdict_covers(run):
     assert "tanh_forward is now in force" in text
     assert cupy_kernels.edited() == ["tanh_forward"]
     text, _ = run(f"%%cu tanh_forward --device cpu --seconds 0\n{SLOWER}")
-    assert "Not checked: float32 odd, float32 empty, float64, float16, bfloat16," in " ".join(text.split())
-    assert "--seconds 60 takes more time" in " ".join(text.split())
+    assert "Not checked: float32 odd, float64, float16, bfloat16, float32 empty," in " ".join(text.split())
+    assert "--all checks these as well" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -118,8 +121,9 @@ SECONDS = {"cpu": 5, "cuda": 1}  # from edit to verdict; on a GPU at the model's
 
 
 def test_edit_to_verdict(run, device):
-    for name in ("tanh_forward",) if device == "cuda" else ("tanh_forward", "pooled_forward"):
-        text = source.packaged_kernels(tinker.locate(name)[0])[name]
+    for name in ("tanh_forward", "batch_norm.cu") if device == "cuda" else ("tanh_forward", "pooled_forward"):
+        file, kernel = tinker.locate(name)
+        text = source.packaged_kernels(file)[name] if kernel else source.packaged(file)
 
         def seconds(name=name, text=text):
             """Of a cell that nobody has compiled."""
@@ -169,6 +173,8 @@ def test_a_compile_error_shows_the_line_of_the_cell(run):
 def test_what_is_wrong_is_shown(run):
     text, _ = run(f"%%cu tanh_forward --device cpu\n{WRONG}")
     assert text.count("FAIL") >= 2
+    assert "tanh: output in float32" in text
+    assert all(header in text for header in ("check", "edited", "reference", "speedup", "results"))
     assert " ms" not in text
 
 
@@ -260,6 +266,79 @@ def test_no_check_begins_that_would_end_too_late(monkeypatch):
     verdict = magics.judge("tanh_forward", FORWARD, device="cpu", seconds=0.95)
     assert ends[-1] == pytest.approx(0.8)
     assert verdict.unchecked
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """Of `magics.judge` for a whole file on a GPU: checks and compilations take 0.1 s each, and compute nothing.
+
+    Returns a function of the seconds allowed, which returns (checks that ran, the verdict, seconds taken).
+    """
+    clock, ran = [0.0], []
+    names = {"a": "one two", "b": "one", "c": "two three", "d": "three"}
+    cases = [checks.Case(what, ("tanh.cu",), None, None, None) for what in names]
+
+    def compare(case, dtype, device, images, size=""):
+        clock[0] += 0.1
+        ran.append((case.what, str(dtype).removeprefix("torch."), size))
+        for name in names[case.what].split():
+            launched(source.Kernel("tanh.cu", name, (("FOR", case.what), ("scalar_t", str(dtype)))))
+        return [Row(f"{case.what}: output", str(dtype), Error(0, 0), Error(0, 0), None, True)]
+
+    def launched(kernel):
+        for listener in listeners:
+            listener(kernel)
+
+    @contextlib.contextmanager
+    def observe(listener):
+        listeners.append(listener)
+        yield
+        listeners.remove(listener)
+
+    def compile_together(kernels, device):
+        clock[0] += 0.1 * len({kernel.variant for kernel in kernels})
+
+    listeners = []
+    monkeypatch.setattr(magics, "_known", {})
+    monkeypatch.setattr(magics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(magics, "compile_together", compile_together)
+    monkeypatch.setattr(magics, "observed", observe)
+    monkeypatch.setattr(magics, "measure_launches", lambda calls, device: [SimpleNamespace(median=1.0)] * len(calls))
+    monkeypatch.setattr(magics.environment, "device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(checks, "images_for", lambda device: 1)
+    monkeypatch.setattr(checks, "cases", lambda files: cases)
+    monkeypatch.setattr(checks, "compare", compare)
+
+    def judge(seconds):
+        ran.clear()
+        start = clock[0]
+        verdict = magics.judge("tanh.cu", source.packaged("tanh.cu"), seconds=seconds)
+        return list(ran), verdict, clock[0] - start
+
+    return judge
+
+
+def test_on_a_gpu_each_kernel_has_a_check_then_the_time_decides(clocked):
+    ran, verdict, _ = clocked(0)
+    assert ran == [(what, "float32", "") for what in "abcd"]  # which kernels they launch is not known yet
+    ran, verdict, taken = clocked(0)
+    assert ran == [("a", "float32", ""), ("c", "float32", "")]  # one, two; and three
+    assert verdict.unchecked[0] == "float32 odd"
+    assert "float32 (2 of 4 checks)" in verdict.unchecked
+    assert taken == pytest.approx(0.6)  # with two compilations, and two of the package's text
+    ran, verdict, _ = clocked(math.inf)
+    assert len(ran) == len(set(ran)) == 4 * len(magics.DTYPES) * len(checks.SIZES)
+    assert not verdict.unchecked
+
+
+def test_on_a_gpu_each_dtype_has_a_check_before_more_of_the_first(clocked):
+    clocked(math.inf)
+    ran, verdict, _ = clocked(1.45)
+    firsts = [("a", ""), ("c", ""), ("a", "odd"), ("c", "odd")]
+    assert ran[:4] == [(what, "float32", size) for what, size in firsts]
+    assert ran[4:] == [(what, dtype, "") for dtype in ("float64", "float16") for what in "ac"]
+    assert "bfloat16" in verdict.unchecked
+    assert "float64 (2 of 4 checks)" in verdict.unchecked
 
 
 def test_what_torch_keeps_does_not_make_a_check_smaller(monkeypatch):

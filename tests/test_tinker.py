@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -204,8 +205,15 @@ def test_a_constant_of_one_kernel(device, launched, compiled):
 
 def test_the_host_s_macros_stay_its_own():
     """WIDTH says how many elements a thread takes: the host's grid is for its own, so the emulator finds a hole."""
-    with cupy_kernels.override({"tanh_forward": {"WIDTH": 1}}), pytest.raises(RuntimeError, match="unwritten"):
-        tanh(torch.randn(2048))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        edits = cupy_kernels.override({"tanh_forward": {"WIDTH": 1, "acc_t": "double"}})
+        with edits, pytest.raises(RuntimeError, match="unwritten"):
+            tanh(torch.randn(2048))
+        cupy_kernels.edit({"tanh_forward": {"WIDTH": 1}})
+        cupy_kernels.edit({"tanh_forward": {"acc_t": "double"}})
+    assert [w.filename for w in warned] == [__file__] * 2
+    assert all("tanh_forward: the host computes the grid and the memory from its own WIDTH." in str(w) for w in warned)
 
 
 def test_compile_error_names_the_line_of_the_edited_text(device):

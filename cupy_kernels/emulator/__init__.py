@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from ..backend import Backend, Room
 from ..errors import BackendError, EmulatorError, KernelCompileError
 from ..parsing import declarations
 from ..source import MACROS, Kernel, compile_error, is_packaged, unit
-from . import elf, lines, messages
+from . import elf, lines, messages, variables
 
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti")
 FLAGS += ("-fvisibility=hidden",)  # or a kernel named like a function of libc would call that one
@@ -50,7 +51,7 @@ FLAGS += ("-fstack-clash-protection", "-fstack-protector-strong")
 CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,signed-integer-overflow,integer-divide-by-zero")
 CHECKS += ("-fsanitize=shift-exponent,return,unreachable,float-cast-overflow",)
 CHECKS += ("-fno-tree-vectorize", "-fno-tree-slp-vectorize")
-LINES = ("-g1", "-gdwarf-4")  # what lines.py reads
+LINES = ("-g", "-gdwarf-4")  # what lines.py and variables.py read
 CHECKS += ("-fno-finite-loops", *LINES)
 CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the extensions that host compilers have
 # Reads and writes of an array by a pointer that has left it. The package's own kernels do without: it takes time.
@@ -60,6 +61,15 @@ MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
 CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized")
+# With these, a second library of an edited text finds accesses before and behind local variables: see locals.cpp.
+LOCALS = ("-fsanitize=kernel-address", "-fsanitize-address-use-after-scope", *CHECKS[1:], "-fno-sanitize=bounds")
+LOCALS += ("-Dprintf=emulator_printed_already",)
+GCC_LOCALS = ("-fasan-shadow-offset=0x1800000000", "-fno-aggressive-loop-optimizations")
+GCC_LOCALS += ("--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=1", "--param=asan-globals=0")
+CLANG_LOCALS = "-asan-mapping-offset=0x1800000000 -asan-instrumentation-with-call-threshold=0 -asan-stack=1"
+CLANG_LOCALS = tuple(word for option in (CLANG_LOCALS + " -asan-globals=0").split() for word in ("-mllvm", option))
+CLANG_LOCALS += ("-fno-sanitize-trap=all",)
+_LOCALS = re.compile(rb"\d+(?: \d+ \d+ \d+ [^ \0]+)+\0")  # what such a library says of a function's local variables
 UNSET = "-ftrivial-auto-var-init=pattern"  # what memory.cpp looks for in outputs; gcc 12 and newer, clang
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 
@@ -71,6 +81,7 @@ _EXTERN_SHARED = re.compile(
     rf"\b(?:extern\s+{_ALIGNED}((?:volatile\s+)?)__shared__|__shared__\s+extern)\s+{_ALIGNED}"
     rf"([\w:<>, ]+?)\s*\b(\w+)\s*\[\s*\]((?:\s*\[[^]]*\])*)\s*{_ALIGNED};"
 )
+_DYNAMIC = re.compile(r"(?<!define )\bDYNAMIC_SHARED\([^;]*?(\w+)\)\s*;")  # the macro of common.cuh
 _STATIC_SHARED = re.compile(r"\bstatic\s+(?=__shared__\b)|(?<=__shared__)\s+static\b")  # __shared__ stands for static
 _ALIGNED_SHARED = re.compile(r"\b__shared__\s+(alignas\([^)]*\))")  # alignas comes first in C++
 # What NVRTC does not know, and host compilers take even with -pedantic-errors.
@@ -133,6 +144,7 @@ class _Launch(ctypes.Structure):
         ("variables", ctypes.POINTER(_Variable)),
         ("variable_count", ctypes.c_uint),
         ("cooperative", ctypes.c_bool),
+        ("only_locals", ctypes.c_int),
     )
 
 
@@ -152,19 +164,29 @@ class Emulator(Backend):
     def _compile(self, kernel, place):
         """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
         _runtime()  # whose functions the library calls
-        checks = CHECKS + CHECKS_OF_EDITS * (not is_packaged(kernel)) + CLANG_CHECKS * _is_clang()
-        checks += (UNSET,) * _fills_locals()
-        try:
-            library = _library(Path(kernel.file).stem, _translation_unit(kernel), checks, kernel)
-        except KernelCompileError as error:
-            raise KernelCompileError(f"{error}\n{_of_nvrtc(kernel)}".rstrip()) from None
-        if not is_packaged(kernel):
+        edited, stem, text = not is_packaged(kernel), Path(kernel.file).stem, _translation_unit(kernel)
+        checks = CHECKS + CHECKS_OF_EDITS * edited + CLANG_CHECKS * _is_clang() + (UNSET,) * _fills_locals()
+        locals_checks = LOCALS + (CLANG_LOCALS if _is_clang() else GCC_LOCALS)
+        with ThreadPoolExecutor(1) as beside:
+            second = beside.submit(_library, stem, text, locals_checks, kernel, "locals") if edited else None
+            try:
+                library = _library(stem, text, checks, kernel)
+            except KernelCompileError as error:
+                raise KernelCompileError(f"{error}\n{_of_nvrtc(kernel)}".rstrip()) from None
+        if edited:
             try:
                 nvrtc.check(kernel)
             except KernelCompileError as error:
                 raise KernelCompileError(f"NVRTC {nvrtc.version()}, which compiles for GPUs: {error}") from None
         built, entries = Path(library._name).read_bytes(), declarations(unit(kernel))
-        found = elf.variables(built)
+        found = _entries(library, built, entries)
+        if second:
+            locals_built = Path(second.result()._name).read_bytes()
+            _entries(second.result(), locals_built, entries)
+            for name in entries:
+                entry = getattr(library, f"emulator_{name}")
+                entry.second = getattr(second.result(), f"emulator_{name}")
+                entry.has_locals = bool(_LOCALS.search(elf.section(locals_built, ".rodata")))
         shared = [v.bytes for v in found if v.shared]
         needed = sum(shared) if len(entries) == 1 else max(shared, default=0)
         if needed > MOST_STATIC_SHARED_BYTES:
@@ -175,14 +197,21 @@ class Emulator(Backend):
         for said in elf.section(built, WARNINGS).decode().split("\0")[:-1]:
             file, line, what = said.split(":")
             warnings.warn_explicit(what, UserWarning, file, int(line))
-        variables = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
-        for name in entries:
-            entry = getattr(library, f"emulator_{name}")
-            entry.restype, entry.variables = ctypes.c_char_p, variables
         return library
 
 
 backend = Emulator()
+
+
+def _entries(library, built, names) -> list[elf.Variable]:
+    """Tells the functions of a library, whose bytes are `built`, what they return and which variables there are."""
+    found = elf.variables(built)
+    table = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
+    for name in names:
+        entry = getattr(library, f"emulator_{name}")
+        entry.restype, entry.variables, entry.built = ctypes.c_char_p, table, built
+        entry.second, entry.has_locals = None, False
+    return found
 
 
 def _of_nvrtc(kernel) -> str:
@@ -210,16 +239,28 @@ def _run(packed) -> None:
     words = packed.words  # made by this, and alive until the kernel ends
     launch = _Launch(parameters, words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
     launch.seed, launch.cooperative = _seed(), step.cooperative
-    entry = packed.numbers[0]
-    launch.variables, launch.variable_count = entry.variables, len(entry.variables)
+    whole = packed.numbers[0]
+    built = whole.built
+
+    def run(entry, only_locals):
+        launch.variables, launch.variable_count, launch.only_locals = entry.variables, len(entry.variables), only_locals
+        return entry(ctypes.byref(launch))
+
     with _one_at_a_time, _time_limit(limit):
-        failure = entry(ctypes.byref(launch))
+        failure = whole.has_locals and run(whole.second, 1)
+        if failure:
+            built = whole.second.built
+        else:
+            failure = run(whole, 0)
+            if whole.second and (index := re.search(rb"(thread \d+): index \S+ is out of bounds of '", failure or b"")):
+                named = run(whole.second, 2) or b""
+                if index[1] + b" " in named:  # the same index, of the outermost dimension
+                    failure, built = named, whole.second.built
     if failure and failure.startswith(b"interrupted"):
         signal.raise_signal(signal.SIGINT)
         raise KeyboardInterrupt
     if failure:
-        library = Path(backend.compiled(step.kernel)._name)
-        raise EmulatorError(f"{step.kernel}: {_with_lines(failure.decode(), library.read_bytes())}")
+        raise EmulatorError(f"{step.kernel}: {_readable(failure.decode(), built, step.kernel)}")
 
 
 @contextlib.contextmanager
@@ -242,8 +283,11 @@ def _time_limit(seconds):
         watcher.join()
 
 
-def _with_lines(message, library):
-    """The message with "file:line" in place of <byte of the library>."""
+def _readable(message, library, kernel):
+    """The message with "file:line" in place of <byte of the library>, and with the elements that variables.py names."""
+    text = unit(kernel)
+    dynamic = {match[3] for match in _EXTERN_SHARED.finditer(text)} | set(_DYNAMIC.findall(text))
+    message = variables.named(message, library, dynamic.pop() if len(dynamic) == 1 else None)
     return re.sub("<([0-9a-f]+)>", lambda match: _line(library, int(match[1], 16) - 1), message)
 
 
@@ -282,10 +326,10 @@ def _runtime() -> ctypes.CDLL:
     return _library("runtime", _text("runtime.cpp"), (), None)
 
 
-def _library(stem: str, text: str, checks: tuple[str, ...], kernel: Kernel | None) -> ctypes.CDLL:
+def _library(stem: str, text: str, checks: tuple[str, ...], kernel: Kernel | None, kind: str = "so") -> ctypes.CDLL:
     command = [*compiler(), *FLAGS, *checks]
     key = hashlib.sha256("\0".join([text, *command, *_machine()]).encode()).hexdigest()
-    path = cache.entry(f"{stem}_{key[:24]}.so", lambda: _build(kernel, text, command))
+    path = cache.entry(f"{stem}_{key[:24]}.{kind}", lambda: _build(kernel, text, command))
     try:
         return ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL if kernel is None else ctypes.RTLD_LOCAL)
     except OSError as error:

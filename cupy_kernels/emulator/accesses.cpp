@@ -21,15 +21,22 @@ static inline int distance(u64 then, unsigned oldest) {
 
 struct Where { char text[160]; };
 
+// What variables.py needs to name an element, or to tell how many elements there are (`what` is '#').
+static Where unknown_element(const Array& array, const char* address, char what) {
+    Where where;
+    long long offset = address - array.start, place = in_image(array.start) ? array.start - image_start : 0;
+    snprintf(
+        where.text, sizeof where.text, "{%c%s|%lld|%lld|%zu|%zu}", what, array.name, place, offset, array.bytes,
+        accessed_bytes);
+    return where;
+}
+
 // An element as the source has it, such as y[7].
 static Where element(const Array& array, const char* address) {
+    if (!array.item) return unknown_element(array, address, '=');
     Where where;
-    long long offset = address - array.start;
-    if (!array.item) snprintf(where.text, sizeof where.text, "%s, byte %lld", array.name, offset);
-    else {
-        long long index = offset / array.item - (offset % (int)array.item < 0);
-        snprintf(where.text, sizeof where.text, "%s[%lld]", array.name, index);
-    }
+    long long offset = address - array.start, index = offset / array.item - (offset % (int)array.item < 0);
+    snprintf(where.text, sizeof where.text, "%s[%lld]", array.name, index);
     return where;
 }
 
@@ -69,18 +76,18 @@ static void unwritten(const Array& array, const char* address, const char* place
 }
 
 static void out_of_bounds(const Array& array, const char* address, const char* did, const char* place) {
+    found_in_locals |= only_locals == ALL_BOUNDS;
     if (!array.item)
         return FAIL(
-            "<%x>: thread %d %s out of bounds: %s, which has %zu bytes", place_of(place), current, did,
-            element(array, address).text, array.bytes);
+            "<%x>: thread %d %s out of bounds: %s, which has %s", place_of(place), current, did,
+            element(array, address).text, unknown_element(array, address, '#').text);
     FAIL(
         "<%x>: thread %d %s out of bounds: %s, which has %zu elements", place_of(place), current, did,
         element(array, address).text, array.bytes / array.item);
 }
 
 static bool split(Array& array, int shift);
-template <bool WRITE> static void touch(
-    Array& array, const char* address, size_t bytes, const char* place, u64 how = 0);
+template <bool WRITE> static void touch_words_of(Array& array, size_t offset, size_t bytes, const char* place, u64 how);
 
 template <bool WRITE, int SHIFT> static inline void touch_words(
     Array& array, size_t offset, size_t bytes, const char* place, u64 how) {
@@ -100,7 +107,8 @@ template <bool WRITE, int SHIFT> static inline void touch_words(
         };
         if (SHIFT && last - first < unit &&
             (forgets(word.read) || (WRITE && (forgets(word.write) || forgets(word.other))))) {
-            if (split(array, (offset | end) % 2 ? 0 : 1)) touch<WRITE>(array, at, end - offset, place, how);
+            if (split(array, (offset | end) % 2 ? 0 : 1))
+                touch_words_of<WRITE>(array, offset, end - offset, place, how);
             return;
         }
         offset += last - first;
@@ -149,15 +157,25 @@ template <bool WRITE, int SHIFT> static inline void touch_words(
 }
 
 // Checks and notes an access of the current thread to the bytes of an array.
-template <bool WRITE> static void touch(Array& array, const char* address, size_t bytes, const char* place, u64 how) {
+template <bool WRITE> static void touch(
+    Array& array, const char* address, size_t bytes, const char* place, u64 how = 0) {
+    accessed_bytes = bytes;
     size_t offset = address - array.start;
-    if (offset >= array.bytes || bytes > array.bytes - offset)
-        return out_of_bounds(array, address, WRITE ? "writes" : "reads", place);
+    if (offset >= array.bytes || bytes > array.bytes - offset) {
+        const char* first = offset < array.bytes ? array.start + array.bytes : address;
+        return out_of_bounds(array, first, WRITE ? "writes" : "reads", place);
+    }
+    if (only_locals) return;
     if (array.constant) {
         if (WRITE)
             FAIL("<%x>: thread %d writes %s, which is const", place_of(place), current, element(array, address).text);
         return;
     }
+    touch_words_of<WRITE>(array, offset, bytes, place, how);
+}
+
+template <bool WRITE> static inline void touch_words_of(
+    Array& array, size_t offset, size_t bytes, const char* place, u64 how) {
     if (array.shift == WHOLE) touch_words<WRITE, WHOLE>(array, offset, bytes, place, how);
     else if (array.shift == 1) touch_words<WRITE, 1>(array, offset, bytes, place, how);
     else touch_words<WRITE, 0>(array, offset, bytes, place, how);
@@ -201,7 +219,8 @@ template <bool WRITE> static inline void access(const void* pointer, size_t byte
     size_t slot = size_t(address - arena) >> slot_bits;
     if (slot < array_count) return touch<WRITE>(arrays[slot], address, bytes, place);
     if (size_t(address - stack_low) < STACK_BYTES) {
-        if (sums_count) touch_sums(address, bytes, WRITE, place);
+        if (only_locals) check_local<WRITE>(address, bytes, place);
+        else if (sums_count) touch_sums(address, bytes, WRITE, place);
         return;
     }
     if (in_image(address))
@@ -213,7 +232,8 @@ template <bool WRITE> static inline void access(const void* pointer, size_t byte
 static Where place_in(const char* address) {
     if (Array* array = find(address)) return element(*array, address);
     Where where;
-    snprintf(where.text, sizeof where.text, "%p", address);
+    if (in_a_stack(address)) snprintf(where.text, sizeof where.text, "local memory");
+    else snprintf(where.text, sizeof where.text, "%p", address);
     return where;
 }
 
@@ -222,6 +242,13 @@ void read_any(const void* address, size_t bytes) {
     Array* array = find((const char*)address);
     if (array) touch<false>(*array, (const char*)address, bytes, CALLER, ATOMIC);
     else access<false>(address, bytes, CALLER);
+}
+
+void reads(const void* address, size_t bytes) {
+    if (bytes) access<false>(address, bytes, CALLER);
+}
+void writes(void* address, size_t bytes) {
+    if (bytes) access<true>(address, bytes, CALLER);
 }
 
 // A thread that calls __threadfence() and then an atomic function tells what its block did before to threads that call

@@ -21,6 +21,7 @@ template <class F> static void for_parts_of_block(F part) {
     for (int t = 0; t < thread_count; t++) {
         char* used = (char*)fibers[t].stack_pointer;
         part(used, end_of_stack(t) - used);
+        if (only_locals) part(shadow_of(used), shadow_of(end_of_stack(t)) - shadow_of(used));
     }
     auto part_of = [&](Array& array) {
         part(array.start, array.bytes);
@@ -40,6 +41,10 @@ static void lay_aside(Aside& aside) {
         memcpy(to, part, part_bytes);
         to += part_bytes;
     });
+    for (int t = 0; only_locals && t < thread_count; t++) {
+        unsigned char* used = shadow_of((char*)fibers[t].stack_pointer);
+        memset(used, 0, shadow_of(end_of_stack(t)) - used);
+    }
 }
 
 static void take_up(const Aside& aside) {

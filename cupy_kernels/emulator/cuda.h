@@ -83,8 +83,36 @@ static inline void __brkpt() {}
 #include "atomics.h"
 #include "warps.h"
 
+// What the compilers do not check: copies that do not become one access, and functions of the host's library.
+#ifndef EMULATOR_RUNTIME
+#define EMULATOR_INSTEAD extern "C" inline __attribute__((gnu_inline, always_inline))
+EMULATOR_INSTEAD void* memcpy(void* to, const void* from, size_t bytes) {
+    emulator::reads(from, bytes), emulator::writes(to, bytes);
+    return __builtin_memcpy(to, from, bytes);
+}
+EMULATOR_INSTEAD void* memset(void* to, int value, size_t bytes) {
+    emulator::writes(to, bytes);
+    return __builtin_memset(to, value, bytes);
+}
+#define EMULATOR_WITH_RESULT(T, R, name) \
+    EMULATOR_INSTEAD T name(T x, R* result) { \
+        emulator::writes(result, sizeof *result); \
+        return __builtin_##name(x, result); \
+    }
+EMULATOR_WITH_RESULT(float, int, frexpf) EMULATOR_WITH_RESULT(double, int, frexp)
+EMULATOR_WITH_RESULT(float, float, modff) EMULATOR_WITH_RESULT(double, double, modf)
+EMULATOR_INSTEAD float remquof(float x, float y, int* quotient) {
+    emulator::writes(quotient, sizeof *quotient);
+    return __builtin_remquof(x, y, quotient);
+}
+EMULATOR_INSTEAD double remquo(double x, double y, int* quotient) {
+    emulator::writes(quotient, sizeof *quotient);
+    return __builtin_remquo(x, y, quotient);
+}
+#endif
+
 #define EMULATOR_ENTRY(kernel, ...) \
-    static void kernel##_body() { \
+    static __attribute__((no_sanitize("address"))) void kernel##_body() { \
         using emulator::arguments; \
         kernel(__VA_ARGS__); \
     } \

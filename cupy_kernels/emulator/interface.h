@@ -9,7 +9,7 @@
 EMULATOR_VARIABLE uint3 threadIdx, blockIdx;
 EMULATOR_VARIABLE dim3 blockDim, gridDim;
 EMULATOR_VARIABLE int warpSize;
-#define UNCHECKED __attribute__((noinline, no_sanitize("thread", "undefined")))
+#define UNCHECKED __attribute__((noinline, no_sanitize("thread", "undefined", "address")))
 #define EMULATOR_CALLER ((const char*)__builtin_return_address(0))  // in an UNCHECKED function
 extern "C" char __ehdr_start[] __attribute__((visibility("hidden")));
 extern "C" char _end[] __attribute__((visibility("hidden")));
@@ -55,6 +55,7 @@ struct Launch {
     const Variable* variables;
     unsigned variable_count;
     bool cooperative;
+    int only_locals;  // see locals.cpp
 };
 struct Image { char *start, *end; };  // a library's memory
 
@@ -74,6 +75,8 @@ bool is_shared(const void* address);
 bool is_global(const void* address);
 void set_rounding(int mode);  // 0 to nearest, 1 to zero, 2 up, 3 down
 void read_any(const void* address, size_t bytes);
+void reads(const void* address, size_t bytes);
+void writes(void* address, size_t bytes);
 void atomic(void* address, size_t bytes, const char* place);
 void fence();
 void copy_async(void* to, const void* from, int bytes, bool copied);
@@ -119,7 +122,7 @@ template <class V> struct Deposits {
 // Deposits `mine`, meets the lanes of the mask, and gives access to what each of them deposited in this call.
 template <class V> UNCHECKED static Deposits<V> exchange_in_warp(unsigned mask, const V& mine, EMULATOR_HERE) {
     static_assert(sizeof(V) <= sizeof(exchange[0].bytes), "a lane can exchange 64 bytes");
-    memcpy(exchange[current].bytes, &mine, sizeof(V));
+    __builtin_memcpy(exchange[current].bytes, &mine, sizeof(V));
     warp_barrier(mask, place, false);
     return {received()};
 }

@@ -25,24 +25,24 @@ EMULATOR_LOADS(float4) EMULATOR_LOADS(double2)
 
 static inline int __float_as_int(float x) {
     int i;
-    memcpy(&i, &x, 4);
+    __builtin_memcpy(&i, &x, 4);
     return i;
 }
 static inline float __int_as_float(int i) {
     float x;
-    memcpy(&x, &i, 4);
+    __builtin_memcpy(&x, &i, 4);
     return x;
 }
 static inline unsigned __float_as_uint(float x) { return (unsigned)__float_as_int(x); }
 static inline float __uint_as_float(unsigned i) { return __int_as_float((int)i); }
 static inline long long __double_as_longlong(double x) {
     long long i;
-    memcpy(&i, &x, 8);
+    __builtin_memcpy(&i, &x, 8);
     return i;
 }
 static inline double __longlong_as_double(long long i) {
     double x;
-    memcpy(&x, &i, 8);
+    __builtin_memcpy(&x, &i, 8);
     return x;
 }
 static inline int __double2hiint(double x) { return (int)(__double_as_longlong(x) >> 32); }

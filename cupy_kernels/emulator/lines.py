@@ -17,16 +17,9 @@ def places(library: bytes, address: int) -> list[str]:
 
     The calls are those of functions that the compiler has copied into their caller: the innermost function comes first.
     """
-    line, info, abbreviations, ranges = (
-        elf.section(library, f".debug_{name}") for name in ("line", "info", "abbrev", "ranges")
-    )
-    while info:
-        length, version, start = struct.unpack_from("<IHI", info)
-        unit, info = info[: 4 + length], info[4 + length :]
-        if version != 4:
-            continue
-        entries = _entries(unit, _kinds(abbreviations[start:]))
-        _, whole = next(entries)
+    line, ranges = (elf.section(library, f".debug_{name}") for name in ("line", "ranges"))
+    for entries in units(library):
+        _, _, whole = next(entries)
         table = line[whole[_LINES] :]
         table = table[4 : 4 + struct.unpack_from("<I", table)[0]]
         found = [f"{file}:{number}" for start, end, file, number in _rows(table) if start <= address < end][-1:]
@@ -34,11 +27,24 @@ def places(library: bytes, address: int) -> list[str]:
             files, _ = _files(table)
             calls = [
                 f"{files[entry[_CALL_FILE]]}:{entry[_CALL_LINE]}"
-                for tag, entry in entries
+                for _, tag, entry in entries
                 if tag == _INLINED and _covers(entry, ranges, whole.get(_LOW, 0), address)
             ]
             return found + calls[::-1]
     return []
+
+
+def units(library: bytes):
+    """Of each part of the library: (place, tag, {attribute: value}) of each entry, those inside of another behind it.
+
+    Texts that are not in the entry itself are places in the section .debug_str.
+    """
+    info, abbreviations = (elf.section(library, f".debug_{name}") for name in ("info", "abbrev"))
+    while info:
+        length, version, start = struct.unpack_from("<IHI", info)
+        unit, info = info[: 4 + length], info[4 + length :]
+        if version == 4:
+            yield _entries(unit, _kinds(abbreviations[start:]))
 
 
 def _covers(entry, ranges, base, address):
@@ -75,9 +81,9 @@ def _kinds(table):
 
 
 def _entries(unit, kinds):
-    """(tag, {attribute: value}) of each entry, those inside of another behind it. Texts and blocks have None."""
     at = 11
     while at < len(unit):
+        place = at
         number, at = _number(unit, at)
         if not number:
             continue
@@ -90,7 +96,8 @@ def _entries(unit, kinds):
                 value = int.from_bytes(unit[at : at + size], "little")
                 at += size
             elif form == _STRING:
-                at = unit.index(b"\0", at) + 1
+                value = unit[at : unit.index(b"\0", at)]
+                at += len(value) + 1
             elif form == _SIGNED or form in _UNSIGNED:
                 value, at = _number(unit, at, signed=form == _SIGNED)
             else:
@@ -99,9 +106,10 @@ def _entries(unit, kinds):
                     at += struct.calcsize(_LENGTHS[form])
                 else:
                     length, at = _number(unit, at)
+                value = unit[at : at + length]
                 at += length
             entry[attribute] = value
-        yield tag, entry
+        yield place, tag, entry
 
 
 def _files(table):

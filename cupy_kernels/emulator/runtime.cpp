@@ -10,8 +10,8 @@
 // ones. Two accesses of two threads to the same bytes, one of them a write, must have a barrier between them. It is
 // found out for one order of threads, whatever order ran.
 //
-// state.h has the words and what else is known; then a file a topic: accesses.cpp checks, sanitizers.cpp is what the
-// compiler calls, threads.cpp waits, copies.cpp and wgmma.cpp work later, blocks.cpp runs, faults.cpp ends, memory.cpp
+// state.h has the words and what else is known; then a file a topic: accesses.cpp and locals.cpp check, sanitizers.cpp is
+// what the compiler calls, threads.cpp waits, copies.cpp and wgmma.cpp work later, blocks.cpp runs, faults.cpp ends, memory.cpp
 // says where things lie.
 #define EMULATOR_RUNTIME
 #include <fenv.h>
@@ -28,6 +28,7 @@
 #include "switch.h"
 #include "state.h"
 #include "accesses.cpp"
+#include "locals.cpp"
 #include "sanitizers.cpp"
 #include "threads.cpp"
 #include "copies.cpp"
@@ -44,12 +45,13 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     thread_count = blockDim.x * blockDim.y * blockDim.z;
     thread_body = body;
     image_start = image.start, image_end = image.end + GAP;
-    cooperative = launch.cooperative;
+    cooperative = launch.cooperative, only_locals = launch.only_locals, found_in_locals = false;
     error[0] = 0;
     stopped = nullptr;
     if (launch.count > MAX_PARAMETERS) return "more than 62 parameters";
     if (launch.variable_count > MAX_VARIABLES) return "more than 256 __shared__ and __device__ variables in its file";
     if (!reserve_all()) return "the emulator finds no address space for 1024 stacks";
+    if (only_locals && !reserve_shadow()) return "the emulator finds no address space for what it knows of 1024 stacks";
     Signals signals_end_it;
     bool placed = place(0, "dynamic shared memory", 0, launch.shared_bytes, 0);
     for (unsigned i = 0; i < launch.count; i++) {
@@ -84,18 +86,21 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
 
     char* kept = keep_variables(nullptr);
     run_blocks(launch.seed);
-    for (unsigned i = 1; i < array_count && !error[0]; i++)
+    auto ended = [] { return error[0] || only_locals; };
+    for (unsigned i = 1; i < array_count && !ended(); i++)
         if (arrays[i].bytes && !arrays[i].initialised) check_written(arrays[i]), check_faults(arrays[i]);
-    for (unsigned i = 1; i < array_count && !error[0]; i++)
+    for (unsigned i = 1; i < array_count && !ended(); i++)
         if (!arrays[i].constant) check_set(arrays[i], launch);
     for (unsigned i = 0; i < array_count; i++) {
-        if (i && arrays[i].bytes && !arrays[i].constant && !error[0])
+        if (i && arrays[i].bytes && !arrays[i].constant && !ended())
             memcpy((void*)launch.words[i - 1], arrays[i].start, arrays[i].bytes);
         release(i);
     }
     for (unsigned i = 0; i < variable_count; i++) take_smaller_words(variables[i]);
     if (error[0]) keep_variables(kept);
     __builtin_free(kept);
+    stale_shadow |= only_locals && error[0];
+    if (only_locals && !found_in_locals && !stopped) return nullptr;  // other errors are for the run behind this one
     return error[0] ? error : nullptr;
 }
 

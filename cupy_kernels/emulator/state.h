@@ -32,7 +32,7 @@ struct Array {
     const char* name;
     char* start;
     size_t bytes;
-    unsigned item;  // bytes of an element; 0: errors count bytes
+    unsigned item;  // bytes of an element; 0: variables.py finds it out
     bool constant, initialised, shared;
     int shift;
     Word* words[WHOLE + 1];  // by shift
@@ -87,6 +87,7 @@ static int slot_bits = 36;
 static Array arrays[MAX_PARAMETERS + 1], &dynamic = arrays[0];  // dynamic shared memory
 static Array variables[MAX_VARIABLES];                          // __shared__ and __device__ ones
 static unsigned array_count, variable_count;
+static size_t accessed_bytes = 1;  // by the last access
 static u64 self;                           // the stamp of what the current thread does
 // Number of the last barrier; of the block's start, or when it went on behind the last grid barrier; of that one; and
 // of the start of the block's shared memory.
@@ -96,6 +97,10 @@ static u64 argument_words[MAX_PARAMETERS];
 static void* argument_addresses[MAX_PARAMETERS];
 static int sums_count;  // of wgmma, in local memory
 static void touch_sums(const char* address, size_t bytes, bool writes, const char* place);
+enum { ALL_BOUNDS = 2 };
+static int only_locals;  // see locals.cpp
+static bool found_in_locals;
+template <bool WRITE> static void check_local(const char* address, size_t bytes, const char* place);
 
 static char* end_of_stack(int thread) { return stacks + (thread + 1) * (STACK_BYTES + STACK_GAP); }
 static bool in_a_stack(const char* address) {

@@ -251,6 +251,7 @@ static void check_faults(const Array& array) {
         number = (bits & 0x7FFFFFFF) - PAYLOAD;
         if (number == 0 || number >= (unsigned)fault_count) continue;
         const Fault& f = faults[number];
+        accessed_bytes = 2;  // operands are halves
         return report(
             "<%x>: wgmma of thread %d reads %s, which %s (by thread %d at <%x>); %s[%zu] comes of it",
             place_of(f.place), f.reader, element(*f.array, f.address).text, f.is, f.writer, f.writer_place, array.name,

@@ -59,7 +59,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// a local array, one after the end
-// error: index 4 is out of bounds of 'float ?\[4\]'
+// error: planted\.cu:5: thread \d+ writes out of bounds: v\[4\], which has 4 elements
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -93,7 +93,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// scratch of a reduction that is too small
-// error: planted\.cu:5: thread \d+ writes out of bounds: scratch, byte \d+, which has 16 bytes
+// error: planted\.cu:5: thread \d+ writes out of bounds: scratch\[\d\], which has 4 elements
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -104,7 +104,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// shared memory before the first array
-// error: planted\.cu:4: thread 0 writes out of bounds: s, byte -4, which has 1024 bytes
+// error: planted\.cu:4: thread 0 writes out of bounds: s\[-1\], which has 256 elements
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     __shared__ float s[256];
@@ -114,7 +114,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// a constant table, one after the end by a pointer
-// error: reads out of bounds: table, byte 16, which has 16 bytes
+// error: reads out of bounds: table\[4\], which has 4 elements
 // x: 256, y: 256, grid: 1
 __constant__ float table[4] = {1, 2, 3, 4};
 extern "C" __global__ void planted(const float* x, float* y, int n) {
@@ -123,7 +123,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// a __device__ array, one after the end by a pointer
-// error: writes out of bounds: counts, byte 1024
+// error: writes out of bounds: counts\[256\]
 // x: 256, y: 256, grid: 1
 __device__ float counts[256];
 extern "C" __global__ void planted(const float* x, float* y, int n) {
@@ -151,7 +151,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// a column after the last one of shared memory
-// error: index 16 is out of bounds of 'float ?\[16\]'
+// error: index 16 is out of bounds of 'float ?\[16\]'|reads out of bounds: s\[16\]\[0\]
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     __shared__ float s[16][16];
@@ -163,7 +163,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// a remainder of a negative number as an index
-// error: out of bounds of 'int ?\[512\]'
+// error: planted\.cu:7: thread \d+(: index -\d+ is out of bounds of| writes out of bounds: h\[-\d+\], which has 512 elements)
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const int* x, float* y, int n) {
     __shared__ int h[512];
@@ -176,7 +176,7 @@ extern "C" __global__ void planted(const int* x, float* y, int n) {
 }
 
 //// memcpy after the end
-// error: out of bounds: x\[248\]
+// error: out of bounds: x\[250\]
 // x: 250, y: 256, grid: 1, block: 64
 extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
     int t = threadIdx.x;
@@ -184,7 +184,7 @@ extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
 }
 
 //// a local array read after its end by a pointer
-// error: out of bounds of a local array
+// error: planted\.cu:7: thread \d+ reads out of bounds: v\[4\], which has 4 elements
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     int t = threadIdx.x;
@@ -192,4 +192,52 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     for (int k = 0; k < 4; k++) v[k] = x[t];
     const float* p = v;
     y[t] = p[t % @4@5@];
+}
+
+//// memcpy of a number of bytes that varies
+// error: planted\.cu:4: thread 240 reads out of bounds: x\[256\], which has 256 elements
+// x: 256, y: 260, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    if (t % 20 == 0) memcpy(y + t, x + t, 4 * (t == 240 ? @16@20@ : 20));
+    if (t == 0) memset(y + 256, 0, 16);
+}
+
+//// memset of a number of bytes that varies, one float too far
+// error: planted\.cu:4: thread \d+ writes out of bounds: v\[4\], which has 4 elements
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    float v[4];
+    memset(v, 0, n / @16@12@);
+    y[threadIdx.x] = v[threadIdx.x % 4] + x[threadIdx.x];
+}
+
+//// memcpy of a row of shared memory that is too long
+// error: planted\.cu:9: thread 1 reads out of bounds: s\[2\]\[0\], which has 2 x 8 elements
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[2][8];
+    int t = threadIdx.x;
+    if (t < 16) s[t / 8][t % 8] = x[t];
+    __syncthreads();
+    y[t] = 0;
+    __syncthreads();
+    if (t < 2) memcpy(y + 16 * t, s[t], n / 8 + @0@4@);
+}
+
+//// static shared memory, an index after the end
+// error: planted\.cu:4: thread \d+ writes out of bounds: s\[\d+\], which has 4 elements
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[4];
+    if (threadIdx.x < @4@5@) s[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    y[threadIdx.x] = s[threadIdx.x % 4];
+}
+
+//// a result that frexp writes after the end
+// error: planted\.cu:3: thread \d+ writes out of bounds: y\[256\], which has 256 elements
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, int* y, int n) {
+    frexpf(x[threadIdx.x], y + threadIdx.x@@ + 1@);
 }

@@ -42,7 +42,7 @@ extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
 }
 
 //// shared memory that only another block has written
-// error: s, byte 4, which nobody has written
+// error: s\[1\], which nobody has written
 // y: 4
 extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
     __shared__ float s[2];

@@ -25,7 +25,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// too little dynamic shared memory
-// error: dynamic shared memory, byte 1020, which has 1020 bytes
+// error: s\[255\], which has 255 elements of 4 bytes
 // x: 256, y: 256, grid: 1, shared: @1024@1020@
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     extern __shared__ float s[];

@@ -167,7 +167,7 @@ extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
 }
 
 //// a counter in a __device__ variable without an atomic
-// error: planted\.cu:4: race: .* count, byte 0
+// error: planted\.cu:4: race: thread \d+ (reads|writes) count, which thread
 // x: 256, y: 256, grid: 1
 __device__ int count;
 extern "C" __global__ void planted(const float* x, float* y, int n) {
@@ -473,4 +473,27 @@ extern "C" __global__ void planted(const int* x, int* y, int n) {
     atomicAdd(&sum, x[t] & 7);
     __syncthreads();
     y[t] = sum;
+}
+
+//// a column of a tile that is written while it is read
+// error: planted\.cu:6: race: thread \d+ (reads|writes) tile\[\d+\]\[\d+\], which thread \d+ (reads|writes) at planted\.cu:6
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float tile[16][17];
+    int r = threadIdx.x / 16, c = threadIdx.x % 16;
+    tile[r][c] = 0; __syncthreads();
+    tile[r][c] = x[threadIdx.x]; @__syncthreads();@@ y[threadIdx.x] = tile[c][r];
+}
+
+//// vectors of dynamic shared memory that overlap
+// error: race: thread \d+ writes pairs\[\d+\], which thread \d+ writes
+// x: 256, y: 256, grid: 1, shared: 4096
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    extern __shared__ float2 pairs[];
+    int t = threadIdx.x;
+    pairs[t] = {x[t], 0};
+    @__syncthreads();@@
+    pairs[255 - t] = {x[t], 1};
+    __syncthreads();
+    y[t] = pairs[t].x;
 }

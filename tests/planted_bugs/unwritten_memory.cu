@@ -42,7 +42,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// a __shared__ variable that only another block has written
-// error: reads s, byte 4, which nobody has written
+// error: reads s\[1\], which nobody has written
 // y: 4
 extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
     __shared__ float s[2];
@@ -52,4 +52,16 @@ extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
     float total = 0;
     for (int b = 0; b < gridDim.x; b++) total += ((volatile float*)y)[b];
     if (threadIdx.x == 7 && s[1] != 3 + blockIdx.x) y[blockIdx.x] = total;
+}
+
+//// an element of a struct in shared memory that nobody fills
+// error: reads s\[2\]\[3\], which nobody has written
+// x: 256, y: 256, grid: 1
+struct Pair { float a, b; };
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ Pair s[4][8];
+    int t = threadIdx.x;
+    if (t < 32@@ && t != 19@) s[t / 8][t % 8] = {x[t], x[t]};
+    __syncthreads();
+    y[t] = s[t % 32 / 8][t % 8].b;
 }

@@ -77,7 +77,7 @@ extern "C" __global__ void planted(const half_t* x, float* y, int n) {
 }
 
 //// an operand is overwritten in flight
-// error: byte 0, which is written before the wait for that \(by thread \d at planted\.cu:16\); y\[0\] comes of it
+// error: s\[0\], which is written before the wait for that \(by thread \d at planted\.cu:16\); y\[0\] comes of it
 // x: 1152, y: 512, grid: 1, block: 128
 #include "wgmma.cuh"
 extern "C" __global__ void planted(const half_t* x, float* y, int n) {
@@ -99,7 +99,7 @@ extern "C" __global__ void planted(const half_t* x, float* y, int n) {
 }
 
 //// a copy fills an operand in flight
-// error: byte 2048, which is written before the wait for that
+// error: s\[2048\], which is written before the wait for that
 // x: 1152, y: 512, grid: 1, block: 128
 #include "wgmma.cuh"
 #include "async_copy.cuh"
