@@ -63,7 +63,7 @@ def runnable(written, device, monkeypatch):
 
     recorded = written.launch
     changes = {"Backend": lambda _: emulator.backend, "launch": launch, "choose": choose, "recorded": {}}
-    changes["current_stream"] = lambda: None
+    changes["current_stream"] = lambda device: None
     for name, value in changes.items():
         monkeypatch.setattr(written, name, value)
     with source.override(written.KERNELS):

@@ -103,9 +103,9 @@ class Backend:
             self.launch(*packed.numbers, stream, packed.parameters, 0)
 
 
-def current_stream() -> int:
-    """torch's stream on the current GPU."""
-    return torch.cuda.current_stream().cuda_stream
+def current_stream(device: torch.device) -> int:
+    """torch's stream on a GPU. torch.cuda.current_stream takes many times as long."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 class Recorded(NamedTuple):
@@ -165,7 +165,7 @@ def call(operation, options: tuple, *tensors) -> list:
         found = recorded[key] = record(operation, options, tensors, at)
     new = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in found.made]
     at += [t.data_ptr() for t in new]
-    found.batch.start(at, (), current_stream())
+    found.batch.start(at, (), current_stream(device))
     return [None if index is None else new[index] for index in found.returned]
 
 
