@@ -134,7 +134,7 @@ def test_edit_to_verdict(run, device):
 
         seconds()  # the reference, and the package's own kernels, are computed and compiled once
         taken = []
-        while not taken or (min(taken) >= SECONDS[device] and len(taken) < 3):  # others may be using the machine
+        while not taken or (min(taken) >= SECONDS[device] and len(taken) < 6):  # others may be using the machine
             taken.append(seconds())
         assert min(taken) < SECONDS[device], (name, taken)
 
