@@ -135,6 +135,29 @@ def test_equals_the_package(runnable, device, cls):
                 assert torch.equal(actual, expected)
 
 
+def test_gradients_in_evaluation_equal_the_packages(runnable, device):
+    torch.manual_seed(0)
+    ours, x = runnable.ModelNew(*SMALL).to(device), torch.rand(3, 16, 7, 6, device=device)
+    theirs = modelnew.ModelNew(*SMALL, numerics="fp32", device=device)
+    ours(x)
+    theirs.load_state_dict(ours.state_dict())
+    gradients = []
+    for model in (ours.eval(), theirs.eval()):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        gradients.append(
+            torch.autograd.grad(
+                y, [leaf, *model.parameters()], torch.linspace(-1, 1, y.numel(), device=device).view_as(y)
+            )
+        )
+    for actual, expected in zip(*gradients, strict=True):
+        assert torch.equal(actual, expected)
+    y = ours(x)
+    ours.batch_norm.running_mean.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("init", "shape", "message"),
     [

@@ -64,7 +64,7 @@ def results(dtype, function, args, options, module=None):
     return found + list(module.buffers() if module else ())
 
 
-def compare(dtype, what, ours, theirs, truth, left_out=None):
+def compare(dtype, name, sample, ours, theirs, truth, left_out=None):
     """Each: (function, args, options, module). The truth of norms is by their definitions.
 
     left_out: the result with this number is not compared.
@@ -75,10 +75,11 @@ def compare(dtype, what, ours, theirs, truth, left_out=None):
         patch.setattr(F, "group_norm", definitions.group_norm)
         truth = results(dtype, *truth)
     for i, (a, b, t) in enumerate(zip(ours, theirs, truth, strict=True)):
+        what = f"{name}, result {i}\n{sample}"
         if not a.is_floating_point():
-            assert torch.equal(a, b), f"{what}, result {i}: received {a}, torch has {b}"
+            assert torch.equal(a, b), f"{what}: received {a}, torch has {b}"
         elif i != left_out:
-            check(a, t, b, f"{what}, result {i}", terms=t.numel() and 64)
+            check(a, t, b, what, terms=t.numel() and 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,8 +98,8 @@ def test_modules(device, name, dtype):
                     ours(*given)
                 continue
             runs = ((ours, given), (theirs, given), (truth, moved(given, torch.float64)))
-            what = f"{name} {made.args} {made.kwargs} {sample.desc}"
-            compare(dtype, what, *((module, x, {}, module) for module, x in runs))
+            what = f"{made.args} {made.kwargs} {sample.desc}"
+            compare(dtype, name, what, *((module, x, {}, module) for module, x in runs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,11 +112,11 @@ def test_functions(device, name, dtype):
             with pytest.raises(ValueError, match="inplace=True"):
                 ours(*given, **options)
             continue
-        what = f"{name} {[getattr(t, 'shape', t) for t in given]} {sample.kwargs}"
+        what = f"{[getattr(t, 'shape', t) for t in given]} {sample.kwargs}"
         runs = ((ours, given, options), (theirs, given, options), (theirs, *moved((given, options), torch.float64)))
         # In training, the gradient of two values of a channel is what is left of terms 10^5 times as large.
         two = options.get("training") and tuple(given[0].shape) == (2, 1)
-        compare(dtype, what, *runs, left_out=3 if two else None)
+        compare(dtype, name, what, *runs, left_out=3 if two else None)
 
 
 def theirs_of(name):

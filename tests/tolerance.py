@@ -13,9 +13,12 @@ _kept: dict[tuple[str, str], dict] = {}
 
 
 def keep(row: Row) -> None:
-    """Keeps what a test measured on a GPU, for `--record`: of each comparison the worst beside PyTorch's."""
+    """Keeps what a test measured on a GPU, for `--record`: of each comparison the worst beside PyTorch's.
+
+    The first line of `row.what` names the comparison.
+    """
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition("/")[2].partition("[")[0].partition(" ")[0]
-    keep_records([row._replace(what=f"{test}: {row.what}").record()])
+    keep_records([row._replace(what=f"{test}: {row.what.splitlines()[0]}").record()])
 
 
 def keep_records(records: list[dict]) -> None:

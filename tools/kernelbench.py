@@ -225,21 +225,30 @@ def plan_or_reason(*convolution, **options):
 
 
 class Fused(torch.autograd.Function):
-    """All five layers. options: of the forward."""
+    """All five layers. options: of the forward.
+
+    The forward keeps nothing for the backward, which runs it once more, as activation checkpointing does. So a forward
+    takes no longer in grad mode.
+    """
 
     @staticmethod
     def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, options):
-        tensors = (x, w, conv_bias, *running, weight, bias, group_weight, group_bias)
-        out, memory = call(_forward, (*options, ("keep", True)), *tensors)
-        ctx.save_for_backward(x, w, conv_bias, weight, bias, group_weight, group_bias, memory)
-        ctx.options = tuple(pair for pair in options if pair[0] in ("setting", "training", "activation", "parameter"))
+        affine = weight, bias, group_weight, group_bias
+        out, _ = call(_forward, (*options, ("keep", False)), x, w, conv_bias, *running, *affine)
+        training = dict(options)["training"]  # then the statistics are the batch's, and counted once
+        ctx.save_for_backward(x, w, conv_bias, *affine, *((None,) * 3 if training else running))
+        ctx.options = options
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        options = (*ctx.options, ("needed", ctx.needs_input_grad[:7]))
-        return *call(_backward, options, dout.contiguous(), *ctx.saved_tensors), None, None
+        x, w, conv_bias, weight, bias, group_weight, group_bias, *running = ctx.saved_tensors
+        affine = weight, bias, group_weight, group_bias
+        _, memory = call(_forward, (*ctx.options, ("keep", True)), x, w, conv_bias, *running, *affine)
+        options = [pair for pair in ctx.options if pair[0] in ("setting", "training", "activation", "parameter")]
+        options += [("needed", ctx.needs_input_grad[:7])]
+        return *call(_backward, tuple(options), dout.contiguous(), x, w, conv_bias, *affine, memory), None, None
 
 
 class Affine(nn.Module):
