@@ -198,7 +198,7 @@ def test_functions_take_and_return_the_types_that_cudas_do(least_major):
         ("abs(-(1ll << 40))", 2**40),
         ("rsqrt(x / 3)", 2),
         ("copysign(x, -1.0)", -0.75),
-        ("pow(-2.0f, 3)", -8),
+        ("pow(-2.0f, 3.0f)", -8),
         ("isnan(nan) + isinf(1 / (x - x)) + signbit(-x)", 3),
         ("ldexp(x, 2)", 3),
     ],

@@ -60,7 +60,9 @@ WARNINGS = "cu_warnings"  # the section of a library that has what the compiler 
 MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
-CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized")
+CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized", "-Wno-format-pedantic")
+CLANG_CHECKS += ("-Wno-gnu-inline-cpp-without-extern",)
+CLANG_CHECKS += ("-mllvm", "-simplifycfg-hoist-common=false")  # what two branches have in common would have no line
 # With these, a second library of an edited text finds accesses before and behind local variables: see locals.cpp.
 LOCALS = ("-fsanitize=kernel-address", "-fsanitize-address-use-after-scope", *CHECKS[1:], "-fno-sanitize=bounds")
 LOCALS += ("-Dprintf=emulator_printed_already",)

@@ -30,7 +30,7 @@ extern "C" void* memset(void*, int, size_t);
 #endif
 #define __align__(n) __attribute__((aligned(n)))
 #define __builtin_align__(n) __align__(n)
-#define __shared__ static __attribute__((section("cu_shared"), aligned(16)))
+#define __shared__ static __attribute__((section("cu_shared"), aligned(16), used))  // used: clang would shrink it
 
 // clang checks the alignment of what a constructor copies, and not of what is copied as a whole.
 #ifdef __clang__
