@@ -21,8 +21,10 @@ class Backend:
     """Compiles kernels, caches the results, and starts launches.
 
     The kernels of a file with the same macros are compiled together; edited kernels are compiled alone. The cache's
-    keys are text, macros and `_place`.
+    keys are text (`unit`), macros and `_place`.
     """
+
+    unit = staticmethod(unit)
 
     def __init__(self):
         self._compiled = {}
@@ -34,7 +36,7 @@ class Backend:
         NVRTC 11.8 in one at a time.
         """
         place = self._place()
-        wanted = {_key(kernel, place): kernel for kernel in map(in_force, kernels)}
+        wanted = {self._key(kernel, place): kernel for kernel in map(in_force, kernels)}
         missing = [kernel for key, kernel in wanted.items() if key not in self._compiled]
         with ThreadPoolExecutor() as threads:
             for compiled in [threads.submit(self._once, kernel, place) for kernel in missing]:
@@ -69,17 +71,16 @@ class Backend:
                 for end in filter(None, compiled):
                     end()
 
-        return cache.once(self._compiled, _key(kernel, place), compile_it)
+        return cache.once(self._compiled, self._key(kernel, place), compile_it)
+
+    def _key(self, kernel, place):
+        return self.unit(kernel), kernel.variant, place
 
     def _place(self):
         """What compiled kernels depend on, besides text and macros."""
 
     def _compile(self, kernel, place):
         raise NotImplementedError
-
-
-def _key(kernel, place):
-    return unit(kernel), kernel.variant, place
 
 
 def on_compile(listener):

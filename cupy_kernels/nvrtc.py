@@ -18,10 +18,10 @@ from typing import NamedTuple
 from . import cache
 from .errors import BackendError
 from .parsing import declarations
-from .source import Kernel, Variant, compile_error, unit
+from .source import Kernel, Variant, compile_error, unit, unit_of_file
 
 STANDARD = "-std=c++17"
-CHECK_ARCHITECTURE = "sm_80"  # a cubin: some errors are those of linking
+CHECK_ARCHITECTURE = "compute_80"
 WGMMA_MAJOR = 12  # the first version that compiles for sm_90a
 ERROR_COMPILATION = 6  # NVRTC's status for a wrong text; others concern NVRTC, its options, or the machine
 
@@ -161,14 +161,23 @@ def compile_ptx(what: Variant | Kernel, arch: str) -> str:
 def check(kernel: Kernel) -> str | None:
     """Version of the NVRTC that accepts the text of `kernel`; None without NVRTC. KernelCompileError if it refuses.
 
-    It is for texts that run in the emulator and shall run on a GPU. Results are cached on disk.
+    It is for texts that run in the emulator and shall run on a GPU: those of `unit_of_file`. Results are cached on
+    disk. A function that is declared and has no definition is refused, as by the linker for a GPU.
     """
     try:
         found = version(WGMMA_MAJOR if kernel.architecture else 11)
     except BackendError:
         return None
-    key = hashlib.sha256(repr((found, unit(kernel), kernel.variant)).encode()).hexdigest()
-    cache.entry(f"{key}.checked", lambda: compile_ptx(kernel, CHECK_ARCHITECTURE)[:0].encode())
+    text = unit_of_file(kernel)
+    key = hashlib.sha256(repr((found, text, kernel.variant)).encode()).hexdigest()
+
+    def checked():
+        _, ptx, _ = _compile(kernel, CHECK_ARCHITECTURE, text=text)
+        if missing := re.search(r"^\.extern \.func[^;{]*?\b(_Z\w+)", ptx.decode(), re.MULTILINE):
+            raise compile_error(kernel, f"Unresolved extern function '{missing[1]}'")
+        return b""
+
+    cache.entry(f"{key}.checked", checked)
     return found
 
 
@@ -177,8 +186,8 @@ def cubin(kernel: Kernel) -> bytes:
     return _compile(kernel, kernel.variant.architecture)[0]
 
 
-def _compile(what, arch, *more, least_major=11):
-    """(cubin, PTX, log)"""
+def _compile(what, arch, *more, least_major=11, text=None):
+    """(cubin, PTX, log). text: by default `unit`."""
     variant = what.variant if isinstance(what, Kernel) else what
     lib, program = shared_library(WGMMA_MAJOR if variant.architecture else least_major), ctypes.c_void_p()
     # -ftz=true: CuPy appends it to every compilation
@@ -190,7 +199,7 @@ def _compile(what, arch, *more, least_major=11):
         *(f"-D{k}={v}" for k, v in variant.defines),
     ]
     raw = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
-    text = unit(what).encode()
+    text = (text or unit(what)).encode()
     lib.nvrtcCreateProgram(ctypes.byref(program), text, variant.file.encode(), 0, None, None)
 
     def read(what):

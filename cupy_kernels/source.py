@@ -277,23 +277,31 @@ def _expand(file: str, seen: set[str], read) -> str:
 def unit(what: Kernel | Variant) -> str:
     """The text that is compiled for a kernel, or for all kernels of a variant: that of its file, expanded.
 
-    While no kernel of a file is edited, all its kernels share this text. An edited kernel is compiled alone, and the
-    others are compiled as if it were not edited, so that an edit compiles only the edited kernel.
+    While nothing in it is edited, all kernels of a file share this text. An edited kernel is compiled alone, and the
+    others are compiled as if it were not edited, so that an edit compiles only the edited kernel. If the file or a
+    header is edited, each kernel is compiled alone: NVRTC compiles them at the same time.
     """
-    return _unit(what.file, what.name) if isinstance(what, Kernel) else expanded(what.file)
+    return _unit(what.file, what.name, True) if isinstance(what, Kernel) else expanded(what.file)
+
+
+def unit_of_file(kernel: Kernel) -> str:
+    """The same for a compiler that is slow for many texts: kernels of an edited file share one, too."""
+    return _unit(kernel.file, kernel.name, False)
 
 
 @until_overridden
-def _unit(file, kernel):
-    edited = overridden().intersection(kernel_names(file))
-    if not edited:
+def _unit(file, kernel, apart):
+    edited, files = overridden().intersection(kernel_names(file)), any(map(is_file, overridden()))
+    without = files and apart and file in names() and _expand(file, set(), lambda name: text(name, ()))
+    each = without and without != _expand(file, set(), packaged)
+    if not edited and not each:
         return expanded(file)
     alone = {kernel} & edited
     found = _expand(file, set(), lambda name: text(name, alone))
-    left_out = definitions(found).keys() - alone
-    if not alone:
+    left_out = definitions(found).keys() - ({kernel} if each else alone)
+    if not alone and not each:
         # The packaged text of an edited kernel need not fit an edited header.
-        left_out = left_out & edited if any(map(is_file, overridden())) else ()
+        left_out = left_out & edited if files else ()
     for name in left_out:
         start, end = span(found, name)
         # Empty lines: messages about the rest keep their line numbers.

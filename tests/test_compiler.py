@@ -16,6 +16,7 @@ from threads import in_threads
 from cupy_kernels import backend, cache, compiler, nvrtc, source
 from cupy_kernels.errors import BackendError, KernelCompileError
 from cupy_kernels.launch import launch
+from cupy_kernels.parsing import definitions
 from cupy_kernels.source import Kernel
 from modelnew.calls import run
 
@@ -184,6 +185,25 @@ def test_kernels_of_a_call_are_compiled_at_the_same_time(gpu):
     assert len(seen) == 2
     with source.override({"add.cu": ADD + "// wrong"}), pytest.raises(KernelCompileError, match="does not compile"):
         compiler.backend.prepare(kernels)
+
+
+@pytest.mark.parametrize("file", [None, "tanh.cu", "tanh.cuh", "common.cuh"])
+def test_kernels_of_an_edited_file_are_compiled_alone(gpu, file):
+    """By NVRTC, at the same time. The emulator's compiler would take longer."""
+    macros = (("scalar_t", "float"), ("acc_t", "float"), ("WIDTH", 4))
+    kernels = [Kernel("tanh.cu", name, macros) for name in ("tanh_forward", "tanh_backward")]
+    edits = {file: source.packaged(file) + "// edited"} if file else {}
+    with source.override(edits):
+        compiler.backend.prepare(kernels)
+        codes = [module.code for module in gpu.loaded]
+        assert len({source.unit_of_file(kernel) for kernel in kernels}) == 1
+        for kernel in kernels:
+            code = source.unit(kernel)
+            assert code in codes
+            assert set(definitions(code)) == ({kernel.name} if file else {k.name for k in kernels})
+            assert code.count("\n") == source.unit_of_file(kernel).count("\n")
+            nvrtc.compile_ptx(kernel, "compute_80")
+    assert len(codes) == (2 if file else 1)
 
 
 def test_threads_compile_a_variant_once_for_a_gpu(gpu):

@@ -75,13 +75,12 @@ def errors_of_emulator(lines, tmp_path):
     return blamed(log)
 
 
-def errors_of_nvrtc(lines, least_major, architecture="compute_80"):
-    """Numbers of the wrong lines; -1 for an error without a line, as linking for a GPU ("sm_80") has."""
+def errors_of_nvrtc(lines, least_major):
     wrong = set()
     for first in range(0, len(lines), 40):  # it gives up after 100 errors
         with source.override({"lines.cu": unit(lines[first : first + 40])}):
             try:
-                nvrtc.compile_ptx(Variant("lines.cu"), architecture)
+                nvrtc.compile_ptx(Variant("lines.cu"), "compute_80")
             except KernelCompileError as error:
                 wrong |= {first + number for number in blamed(str(error))} or {-1}
     return wrong
@@ -104,7 +103,7 @@ def taken():
 
 def test_nvrtc_takes_what_is_taken(least_major):
     lines = taken()
-    assert not [lines[number] for number in errors_of_nvrtc(lines, least_major, nvrtc.CHECK_ARCHITECTURE)]
+    assert not [lines[number] for number in errors_of_nvrtc(lines, least_major)]
 
 
 def by_this_compiler(lines):

@@ -47,7 +47,7 @@ def test_nvrtc_is_asked_once(monkeypatch, fresh, x, y):
     nvrtc_version()
     run(COPY, x, y)
     emulator.backend.forget()
-    monkeypatch.setattr(nvrtc, "compile_ptx", lambda *arguments: pytest.fail("compiled again"))
+    monkeypatch.setattr(nvrtc, "_compile", lambda *arguments, **options: pytest.fail("compiled again"))
     run(COPY, x, y)
 
 

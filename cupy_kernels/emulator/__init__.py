@@ -39,7 +39,7 @@ from .. import cache, forks, nvrtc, source
 from ..backend import Backend, Room
 from ..errors import BackendError, EmulatorError, KernelCompileError
 from ..parsing import declarations
-from ..source import MACROS, Kernel, compile_error, is_packaged, unit
+from ..source import MACROS, Kernel, compile_error, is_packaged, unit_of_file
 from . import elf, lines, messages, variables
 
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-fno-exceptions", "-fno-rtti")
@@ -153,6 +153,8 @@ class _Launch(ctypes.Structure):
 class Emulator(Backend):
     """The CPU."""
 
+    unit = staticmethod(unit_of_file)
+
     def room(self, device):
         return Room(multiprocessors=3, shared_bytes=160 << 10)  # small, so that tensors of a test may be too large
 
@@ -180,7 +182,7 @@ class Emulator(Backend):
                 nvrtc.check(kernel)
             except KernelCompileError as error:
                 raise KernelCompileError(f"NVRTC {nvrtc.version()}, which compiles for GPUs: {error}") from None
-        built, entries = Path(library._name).read_bytes(), declarations(unit(kernel))
+        built, entries = Path(library._name).read_bytes(), declarations(unit_of_file(kernel))
         found = _entries(library, built, entries)
         if second:
             locals_built = Path(second.result()._name).read_bytes()
@@ -287,7 +289,7 @@ def _time_limit(seconds):
 
 def _readable(message, library, kernel):
     """The message with "file:line" in place of <byte of the library>, and with the elements that variables.py names."""
-    text = unit(kernel)
+    text = unit_of_file(kernel)
     dynamic = {match[3] for match in _EXTERN_SHARED.finditer(text)} | set(_DYNAMIC.findall(text))
     message = variables.named(message, library, dynamic.pop() if len(dynamic) == 1 else None)
     return re.sub("<([0-9a-f]+)>", lambda match: _line(library, int(match[1], 16) - 1), message)
@@ -367,10 +369,10 @@ def _machine() -> tuple[str, ...]:
 def _translation_unit(kernel: Kernel) -> str:
     macros = "\n".join(f"#define {k} {v}" for k, v in kernel.defines)  # after the header: -D would reach libc's headers
     pointer = r"emulator::Dynamic<\1\2\4>"
-    text = _EXTERN_SHARED.sub(rf"{pointer} \3 = ({pointer})emulator::dynamic_shared;", unit(kernel))
+    text = _EXTERN_SHARED.sub(rf"{pointer} \3 = ({pointer})emulator::dynamic_shared;", unit_of_file(kernel))
     text = _ALIGNED_SHARED.sub(r"\1 __shared__", _STATIC_SHARED.sub("", text)).replace("#pragma once", "")
     unknown = " ".join(sorted({*_UNKNOWN.split(), *_BUILTIN.findall(text)} - _KNOWN))
-    entries = "\n".join(_entry(name, parameters) for name, parameters in declarations(unit(kernel)).items())
+    entries = "\n".join(_entry(name, parameters) for name, parameters in declarations(unit_of_file(kernel)).items())
     return (
         f'#line 1 "cuda.h"\n{_text("cuda.h")}\n#pragma GCC poison {unknown}\n#line 1 "{MACROS}"\n{macros}\n{text}\n'
         f'#line 1 "emulator_entries"\n{entries}\n'
