@@ -94,6 +94,8 @@ def _ratios(figure, record):
         panel.axhline(1, color="grey", lw=0.8)
         panel.set_xlim(-0.6, len(columns) - 0.4)
         panel.set_yscale("log", base=2)
+        bottom, top = panel.get_ylim()
+        panel.set_ylim(min(bottom, 0.5), max(top, 2))  # so that an axis has more than one number
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         panel.set_ylabel("PyTorch's time / ours")
         panel.set_xticks(range(len(columns)), ["\n".join(key[1:]) for key in columns])
