@@ -130,7 +130,7 @@ def _times(figure, record):
         bars |= _bars(panel, [row for row in models if (row["class"], row["n"]) == (cls, n)], title)
     bars = {key: bars[key] for key in itertools.product(_COLOURS, LAYOUTS) if key in bars}
     names = [f"{_WHO[who]}, {_LAYOUTS[layout]}" for who, layout in bars]
-    figure.legend(bars.values(), names, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(bars.values(), names, loc="outside lower center", ncols=3, columnspacing=1, frameon=False)
     if len(batches) > 2:
         _by_batch(axes[len(panels)], record)
     if record["ceilings"]:
