@@ -233,12 +233,11 @@ def _caption(verdict):
     text = "Errors (rms) against float64, beside PyTorch's; times beside the package's kernel."
     if verdict.device.type == "cpu":
         text += " Small shapes on the emulator: its times say nothing about a GPU."
-        text += "\nRaces, accesses out of bounds, barriers: looked for in every launch, none found. Not checked: "
-        unchecked = [*verdict.unchecked, "large sizes"]
+        text += "\nRaces, accesses out of bounds, barriers: looked for in every launch, none found."
+        text += " Not checked: large sizes"
     else:
-        text += "\nNot checked: "
-        unchecked = [*verdict.unchecked, "races and accesses out of bounds (--device cpu looks for them)"]
-    return text + ", ".join(unchecked) + ("; --all checks these as well." if verdict.unchecked else ".")
+        text += "\nNot checked: races and accesses out of bounds (--device cpu looks for them)"
+    return text + (f"; without --all also {', '.join(verdict.unchecked)}." if verdict.unchecked else ".")
 
 
 @magics_class

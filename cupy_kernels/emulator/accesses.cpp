@@ -47,8 +47,10 @@ static Where block_of(unsigned epoch) {
     return where;
 }
 
-// What a race of accesses behind atomic functions lacks, which may be a lock.
-static const char* advice(u64 then) {
+// What a race lacks: of a plain read with an atomic function, or of accesses behind atomic functions, as of a lock.
+static const char* advice(const char* did, u64 then) {
+    if (then & ATOMIC && !strcmp(did, "reads"))
+        return ": if any of its values will do, as in a loop around atomicCAS, read it by atomicAdd(pointer, 0)";
     if (!fibers[current].calls_atomics || then & ATOMIC) return "";
     return then >> EPOCH_SHIFT < first_epoch
                ? ": a lock takes a __threadfence() after it is acquired, and one before it is released"
@@ -61,7 +63,7 @@ static void race(
     FAIL(
         "<%x>: race: thread %d %s %s, which thread %d%s %s at <%x>, with no barrier between them%s", place_of(place),
         current, did, element(array, address).text, thread_of(then), block_of(then >> EPOCH_SHIFT).text, had,
-        then_place, advice(then));
+        then_place, advice(did, then));
 }
 
 static void before_the_wait(

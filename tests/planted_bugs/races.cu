@@ -166,6 +166,16 @@ extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
     if (threadIdx.x == 64) y[1] = y[0];
 }
 
+//// a plain read of what atomicCAS changes
+// error: planted\.cu:5: race: thread \d+ reads y\[0\], .*: if any of its values will do
+// y: 1
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, old, *bits = (int*)y;
+    if (i >= n) return;
+    int seen = @atomicAdd(bits, 0)@*bits@;
+    while ((old = atomicCAS(bits, seen, __float_as_int(x[i] + __int_as_float(seen)))) != seen) seen = old;
+}
+
 //// a counter in a __device__ variable without an atomic
 // error: planted\.cu:4: race: thread \d+ (reads|writes) count, which thread
 // x: 256, y: 256, grid: 1
