@@ -69,6 +69,12 @@ def test_terms_of_a_gradient_are_not_granted_to_the_output(device):
         check_gradients(norm(1e-5), norm(1e-5), [x, weight, bias], terms=terms[:2])
 
 
+def convolution_in_float32(x):
+    """PyTorch's, rounded: its own in 16 bits is worse on some CPUs."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return F.conv_transpose2d(wide, wide[:4, :, :3, :3]).to(x.dtype)
+
+
 @SIXTEEN_BITS
 @pytest.mark.parametrize(
     ("function", "reference"),
@@ -76,7 +82,7 @@ def test_terms_of_a_gradient_are_not_granted_to_the_output(device):
         (tanh, torch.tanh),
         (lambda x: group_norm(x, 2), lambda x: F.group_norm(x, 2)),
         (lambda x: batch_norm(x, None, None, training=True), lambda x: F.batch_norm(x, None, None, training=True)),
-        (lambda x: conv_transpose2d(x, x[:4, :, :3, :3]), lambda x: F.conv_transpose2d(x, x[:4, :, :3, :3])),
+        (lambda x: conv_transpose2d(x, x[:4, :, :3, :3]), convolution_in_float32),
     ],
     ids=["tanh", "group_norm", "batch_norm", "conv_transpose2d"],
 )
