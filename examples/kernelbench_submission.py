@@ -5201,7 +5201,7 @@ class Fused(torch.autograd.Function):
     """All five layers. options: of the forward.
 
     The forward keeps nothing for the backward, which runs it once more, as activation checkpointing does. So a forward
-    takes no longer in grad mode.
+    launches the same kernels in grad mode as under no_grad.
     """
 
     @staticmethod

@@ -56,6 +56,7 @@ CHECKS += ("-fno-finite-loops", *LINES)
 CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the extensions that host compilers have
 # Reads and writes of an array by a pointer that has left it. The package's own kernels do without: it takes time.
 CHECKS_OF_EDITS = ("-fsanitize=object-size", "-Wuninitialized")
+LOCALS_ALONE, BOUNDS_ALONE = 1, 2  # what a run of the second library looks for, see locals.cpp; 0: a whole run
 WARNINGS = "cu_warnings"  # the section of a library that has what the compiler warned of
 MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
@@ -251,13 +252,13 @@ def _run(packed) -> None:
         return entry(ctypes.byref(launch))
 
     with _one_at_a_time, _time_limit(limit):
-        failure = whole.has_locals and run(whole.second, 1)
+        failure = whole.has_locals and run(whole.second, LOCALS_ALONE)
         if failure:
             built = whole.second.built
         else:
             failure = run(whole, 0)
             if whole.second and (index := re.search(rb"(thread \d+): index \S+ is out of bounds of '", failure or b"")):
-                named = run(whole.second, 2) or b""
+                named = run(whole.second, BOUNDS_ALONE) or b""
                 if index[1] + b" " in named:  # the same index, of the outermost dimension
                     failure, built = named, whole.second.built
     if failure and failure.startswith(b"interrupted"):

@@ -1,13 +1,14 @@
 // Local variables and what lies around them, in a run of its own: Launch::only_locals. A part of runtime.cpp.
 //
-// A second library of an edited kernel is compiled with -fsanitize=kernel-address: its functions leave gaps around local
-// variables, and write down in `shadow` which bytes are gaps. It says less of other memory than -fsanitize=thread, with
-// which no compiler combines it. So other errors are left to the first library. But that one knows of an index that is
-// too large neither array nor place: with only_locals == ALL_BOUNDS this run says what it is out of bounds of.
+// A second library of an edited kernel is compiled with -fsanitize=kernel-address: its functions leave gaps around
+// local variables, and write down in `shadow` which bytes are gaps. It says less of other memory than
+// -fsanitize=thread, with which no compiler combines it. So other errors are left to the first library. But that one
+// knows of an index that is too large neither array nor place: with only_locals == ALL_BOUNDS this run says what it is
+// out of bounds of.
 namespace emulator {
 
-// The compiler knows the offset: see __init__.py. A byte is about 8 bytes of a stack: 0, all of them are a variable's or
-// nobody's; 1 to 7, so many are, and a gap follows; OUT_OF_SCOPE; more, all are of a gap.
+// The compiler knows the offset: see __init__.py. A byte is about 8 bytes of a stack: 0, all of them are a variable's
+// or nobody's; 1 to 7, so many are, and a gap follows; OUT_OF_SCOPE; more, all are of a gap.
 enum { LEFT_GAP = 0xF1, OUT_OF_SCOPE = 0xF8 };
 static const size_t SHADOW_OFFSET = 3ull << 35;
 static bool stale_shadow;  // of threads that have not ended
@@ -28,8 +29,8 @@ static bool reserve_shadow() {
     return reserved;
 }
 
-// The local variable next to an address, as the function that has it has written at the start of its gaps: a number, the
-// address of "count, then of each: offset, bytes, length of the name, name:line".
+// The local variable next to an address, as the function that has it has written at the start of its gaps: a number,
+// the address of "count, then of each: offset, bytes, length of the name, name:line".
 static Array local_variable(const char* address, char (&name)[64]) {
     Array nearest = {"a local variable", (char*)address, 0, 0, false, true, false};
     const char* start = (char*)((size_t)address & ~size_t(7));

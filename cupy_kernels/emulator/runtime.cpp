@@ -10,9 +10,9 @@
 // ones. Two accesses of two threads to the same bytes, one of them a write, must have a barrier between them. It is
 // found out for one order of threads, whatever order ran.
 //
-// state.h has the words and what else is known; then a file a topic: accesses.cpp and locals.cpp check, sanitizers.cpp is
-// what the compiler calls, threads.cpp waits, copies.cpp and wgmma.cpp work later, blocks.cpp runs, faults.cpp ends, memory.cpp
-// says where things lie.
+// state.h has the words and what else is known; then a file a topic: accesses.cpp and locals.cpp check, sanitizers.cpp
+// is what the compiler calls, threads.cpp waits, copies.cpp and wgmma.cpp work later, blocks.cpp runs, faults.cpp ends,
+// memory.cpp says where things lie.
 #define EMULATOR_RUNTIME
 #include <fenv.h>
 #include <pthread.h>
