@@ -20,62 +20,57 @@ template <int P> struct Ring {
     __device__ Ring behind(int tensors) const { return {first + tensors * batches * P * blockDim.x, batches}; }
 };
 
-// Batches of T tensors, of which some may be null, on their way into their rings.
-template <int T, int P> struct Arriving {
+// A thread's batches of P packs of T tensors, of which some may be null. First they arrive one after another, AHEAD of
+// them on their way into the ring. Turned, they come once more, the last one first: from the ring, and those that it
+// does not have any more arrive again.
+template <int T, int P> struct Batches {
     const scalar_t* tensors[T];
-    Ring<P> ring;  // of the first
-    Walk ahead;
-    int issued = 0, taken = 0;
+    Ring<P> ring;  // of the first tensor
+    Walk walk;     // of all packs
+    int absent = count(), next = 0, direction = 1;  // absent: the batches before this one are not in the ring
+
+    __device__ int count() const { return (max(0, walk.packs) + P - 1) / P; }
     __device__ void start() {
-        for (int i = 0; i < AHEAD; i++) issue();
+        for (int batch = 0; batch < AHEAD; batch++) issue(batch);
     }
-    __device__ void issue() {
-        next_packs(ahead, P, [&](int b, i64 offset) {
-            #pragma unroll
-            for (int t = 0; t < T; t++)
-                if (tensors[t]) cp_async_16(&ring.behind(t).at(issued, b), tensors[t] + offset, true);
-        });
-        issued++;
+    __device__ void turn() { absent = max(0, count() - ring.batches), next = count() - 1, direction = -1; }
+    // Calls visit(b, offset) for the packs of a batch, and returns how many they are.
+    template <class F> __device__ int of(int batch, F visit) const {
+        int have = min(P, walk.packs - batch * P);
+        i64 offset = walk.offset + (i64)batch * P * walk.step;
+        #pragma unroll
+        for (int b = 0; b < P; b++, offset += walk.step)
+            if (b < have) visit(b, offset);
+        return have;
+    }
+    __device__ void issue(int batch) {
+        if (0 <= batch && batch < absent) {
+            of(batch, [&](int b, i64 offset) {
+                #pragma unroll
+                for (int t = 0; t < T; t++)
+                    if (tensors[t]) cp_async_16(&ring.behind(t).at(batch, b), tensors[t] + offset, true);
+            });
+        }
         cp_async_commit();
     }
-    // Calls visit(batch, b, offset) for the packs of the next batch, and returns how many they are.
-    template <class F> __device__ int take(Walk& walk, F visit) {
+    // Calls visit(batch, b, offset) for the packs of the next batch, which are in the ring, and returns how many they
+    // are. left: a walk whose packs are those that have not been taken.
+    template <class F> __device__ int take(Walk& left, F visit) {
         cp_async_wait<AHEAD - 1>();
-        int have = next_packs(walk, P, [&](int b, i64 offset) { visit(taken, b, offset); });
-        taken++;
-        issue();
+        int have = of(next, [&](int b, i64 offset) { visit(next, b, offset); });
+        issue(next + direction * AHEAD);
+        next += direction;
+        left.packs -= P;
         return have;
     }
 };
 
-// Of a thread's packs: batches in the ring in the end, and packs before them.
-template <int P> struct Split {
-    int first, rest;
-    __device__ Split(const Ring<P>& ring, const Walk& walk) {
-        int batches = (max(0, walk.packs) + P - 1) / P;
-        first = max(0, batches - ring.batches);
-        rest = first * P;
-    }
-};
-
-typedef Arriving<1, BATCH> ArrivingX;
-__device__ inline int next_batch(ArrivingX& x, Walk& walk, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
-    return x.take(walk, [&](int batch, int b, i64 offset) {
+typedef Batches<1, BATCH> BatchesOfX;
+__device__ inline int next_batch(BatchesOfX& x, Walk& left, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
+    return x.take(left, [&](int batch, int b, i64 offset) {
         in[b] = x.ring.at(batch, b);
         offsets[b] = offset;
     });
-}
-struct KeptX {
-    Ring<BATCH> ring;
-    int batch;
-};
-__device__ inline int next_batch(KeptX& x, Walk& walk, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
-    int have = next_packs(walk, BATCH, [&](int b, i64 offset) {
-        in[b] = x.ring.at(x.batch, b);
-        offsets[b] = offset;
-    });
-    x.batch++;
-    return have;
 }
 
 // The threads of a block share its channels: `lanes` of them have one.
@@ -116,9 +111,9 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
     if (batches && blockIdx.x == 0 && threadIdx.x == 0) ++*batches;
     Partials to = {partials, channels, chunks};
     with_units(kept.scratch(), [&](Open& open) {
-        ArrivingX arriving = {{x}, ring, walk};
-        arriving.start();
-        moments_of_chunk(arriving, open.unit, walk, kept.scratch(), [&](int k, int, int channel, ChunkMoments moments) {
+        BatchesOfX batches_of_x = {{x}, ring, walk};
+        batches_of_x.start();
+        moments_of_chunk(batches_of_x, open.unit, walk, kept.scratch(), [&](int k, int, int channel, ChunkMoments moments) {
             double back = inverse_of(open.unit);
             if (open.keep(k, is_finite(moments.squares)))
                 to.store(walk, channel, moments.mean * back, moments.squares * back * back);
@@ -151,35 +146,20 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
         }
     }
     __syncthreads();
-    Split<BATCH> split(ring, walk);
-    Walk rest = walk;
-    rest.backwards(split.rest);
-    apply(x, y, with_tanh, rest, kept);
-    walk.skip(split.rest);
-    apply(KeptX{ring, split.first}, y, with_tanh, walk, kept);
+    BatchesOfX again = {{x}, ring, walk};
+    again.turn();
+    apply(again, y, with_tanh, walk, kept);
 }
 
 enum { PACKS = Tensors::PACKS };
-struct InRings : Tensors {
-    __device__ void take(Batch& batch, int b, i64 offset, const Ring<PACKS>& ring, int which) const {
-        batch.offsets[b] = offset;
-        batch.dy[b] = ring.at(which, b), batch.x[b] = ring.behind(1).at(which, b);
-        if (y) batch.y[b] = ring.behind(2).at(which, b);
-    }
-};
-struct ArrivingTensors : InRings {
-    Arriving<3, PACKS> from;
-    __device__ int next(Walk& walk, Batch& batch) {
-        return from.take(walk, [&](int which, int b, i64 offset) { take(batch, b, offset, from.ring, which); });
-    }
-};
-struct KeptTensors : InRings {
-    Ring<PACKS> ring;
-    int which;
-    __device__ int next(Walk& walk, Batch& batch) {
-        int have = next_packs(walk, PACKS, [&](int b, i64 offset) { take(batch, b, offset, ring, which); });
-        which++;
-        return have;
+struct BatchesOfTensors : Tensors {
+    Batches<3, PACKS> all;
+    __device__ int next(Walk& left, Batch& batch) {
+        return all.take(left, [&](int which, int b, i64 offset) {
+            batch.offsets[b] = offset;
+            batch.dy[b] = all.ring.at(which, b), batch.x[b] = all.ring.behind(1).at(which, b);
+            if (y) batch.y[b] = all.ring.behind(2).at(which, b);
+        });
     }
 };
 
@@ -196,8 +176,8 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
     Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
     Partials to = {partials, channels, chunks};
     with_units(kept.scratch(), [&](Open& open) {
-        ArrivingTensors arriving = {{tensors}, {{dy, x, y}, ring, walk}};
-        arriving.from.start();
+        BatchesOfTensors arriving = {tensors, {{dy, x, y}, ring, walk}};
+        arriving.all.start();
         if (open.unit == 1) {
             for_channels(walk, [&](int place, int c) { keep_scale(kept, place, c, mean, invstd, weight); });
             __syncthreads();
@@ -222,10 +202,7 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
     }
     if (!dx) return;
     __syncthreads();
-    Split<PACKS> split(ring, walk);
-    Walk rest = walk;
-    rest.backwards(split.rest);
-    backward_apply(tensors, kept, dx, rest);
-    walk.skip(split.rest);
-    backward_apply(KeptTensors{{tensors}, ring, split.first}, kept, dx, walk);
+    BatchesOfTensors again = {tensors, {{dy, x, y}, ring, walk}};
+    again.all.turn();
+    backward_apply(again, kept, dx, walk);
 }
