@@ -12,12 +12,18 @@
 
 static_assert(sizeof(Pack) == 16 && !PLANES, "cp.async takes 16 bytes");
 
-// The last batches of P packs that a thread has read of a tensor.
+// Shared memory for batches of P packs that each thread reads of a tensor: `slots` batches a thread. The packs of a
+// warp's batch lie together, so their distances are known at compile time.
 template <int P> struct Ring {
     Pack* first;
-    int batches;  // that fit
-    __device__ Pack& at(int batch, int b) const { return first[(batch % batches * P + b) * blockDim.x + threadIdx.x]; }
-    __device__ Ring behind(int tensors) const { return {first + tensors * batches * P * blockDim.x, batches}; }
+    int slots, stride, own;  // stride: packs of a slot; own: the thread's first one
+    __device__ Ring(Pack* first, int slots) : first(first), slots(slots), stride(blockDim.x * P) {
+        own = threadIdx.x / 32 * 32 * P + threadIdx.x % 32;
+        make_opaque(own);  // else it is computed again for each pack
+    }
+    // Pack 0 of a thread's batch, of the tensor's own ring behind the rings of the tensors before it. Pack b lies 32 b
+    // behind it.
+    __device__ Pack* at(int tensor, int slot) const { return first + (own + (tensor * slots + slot) * stride); }
 };
 
 // A thread's batches of P packs of T tensors, of which some may be null. First they arrive one after another, AHEAD of
@@ -25,52 +31,75 @@ template <int P> struct Ring {
 // does not have any more arrive again.
 template <int T, int P> struct Batches {
     const scalar_t* tensors[T];
-    Ring<P> ring;  // of the first tensor
-    Walk walk;     // of all packs
-    int absent = count(), next = 0, direction = 1;  // absent: the batches before this one are not in the ring
+    Ring<P> ring;
+    int packs, absent, direction = 1;  // packs: of all batches; absent: the batches before this one are not in the ring
+    i64 step;                          // between packs
+    struct Place {
+        int batch, slot;
+        i64 offset;  // of the first pack in the tensor
+    } taken, issued;  // the next ones
 
-    __device__ int count() const { return (max(0, walk.packs) + P - 1) / P; }
-    __device__ void start() {
-        for (int batch = 0; batch < AHEAD; batch++) issue(batch);
-    }
-    __device__ void turn() { absent = max(0, count() - ring.batches), next = count() - 1, direction = -1; }
-    // Calls visit(b, offset) for the packs of a batch, and returns how many they are.
-    template <class F> __device__ int of(int batch, F visit) const {
-        int have = min(P, walk.packs - batch * P);
-        i64 offset = walk.offset + (i64)batch * P * walk.step;
+    __device__ Batches(const scalar_t* const (&of)[T], const Ring<P>& ring, const Walk& walk)
+        : ring(ring), packs(max(0, walk.packs)), step(walk.step) {
         #pragma unroll
-        for (int b = 0; b < P; b++, offset += walk.step)
-            if (b < have) visit(b, offset);
-        return have;
+        for (int t = 0; t < T; t++) tensors[t] = of[t];
+        taken = issued = {0, 0, walk.offset};
+        absent = count();
     }
-    __device__ void issue(int batch) {
-        if (0 <= batch && batch < absent) {
-            of(batch, [&](int b, i64 offset) {
+    __device__ int count() const { return (packs + P - 1) / P; }
+    __device__ void start() {
+        for (int i = 0; i < AHEAD; i++) issue();
+    }
+    __device__ void turn() {
+        int last = count() - 1;
+        taken = {last, last % ring.slots, taken.offset + last * P * step};
+        absent = max(0, count() - ring.slots), direction = -1;
+        issued = taken;
+        for (int i = 0; i < AHEAD; i++) move(issued);
+    }
+    __device__ void move(Place& place) const {
+        place.batch += direction, place.slot += direction, place.offset += direction * P * step;
+        if (place.slot == ring.slots) place.slot = 0;
+        if (place.slot < 0) place.slot = ring.slots - 1;
+    }
+    __device__ int have(const Place& place) const { return min(P, packs - place.batch * P); }
+    // Packs beyond the last one become zeros.
+    __device__ void issue() {
+        if (0 <= issued.batch && issued.batch < absent) {
+            int valid = have(issued);
+            #pragma unroll
+            for (int t = 0; t < T; t++) {
+                if (!tensors[t]) continue;
+                Pack* to = ring.at(t, issued.slot);
+                const scalar_t* from = tensors[t] + issued.offset;
                 #pragma unroll
-                for (int t = 0; t < T; t++)
-                    if (tensors[t]) cp_async_16(&ring.behind(t).at(batch, b), tensors[t] + offset, true);
-            });
+                for (int b = 0; b < P; b++, from += step) cp_async_16(to + 32 * b, from, b < valid);
+            }
         }
         cp_async_commit();
+        move(issued);
     }
-    // Calls visit(batch, b, offset) for the packs of the next batch, which are in the ring, and returns how many they
-    // are. left: a walk whose packs are those that have not been taken.
+    // Calls visit(b, offset, packs) for the next batch, with its packs of the T tensors. Returns how many there are;
+    // those behind them are zeros. left: a walk whose packs are those that have not been taken.
     template <class F> __device__ int take(Walk& left, F visit) {
         cp_async_wait<AHEAD - 1>();
-        int have = of(next, [&](int b, i64 offset) { visit(next, b, offset); });
-        issue(next + direction * AHEAD);
-        next += direction;
+        const Pack* from[T];
+        #pragma unroll
+        for (int t = 0; t < T; t++) from[t] = ring.at(t, taken.slot);
+        i64 offset = taken.offset;
+        #pragma unroll
+        for (int b = 0; b < P; b++, offset += step) visit(b, offset, from);
+        int valid = have(taken);
+        move(taken);
+        issue();
         left.packs -= P;
-        return have;
+        return valid;
     }
 };
 
 typedef Batches<1, BATCH> BatchesOfX;
 __device__ inline int next_batch(BatchesOfX& x, Walk& left, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
-    return x.take(left, [&](int batch, int b, i64 offset) {
-        in[b] = x.ring.at(batch, b);
-        offsets[b] = offset;
-    });
+    return x.take(left, [&](int b, i64 offset, const Pack* (&from)[1]) { in[b] = from[0][32 * b], offsets[b] = offset; });
 }
 
 // The threads of a block share its channels: `lanes` of them have one.
@@ -101,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
     i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks, int tile, int ring_at, int ring_batches) {
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
-    Ring<BATCH> ring = {(Pack*)((char*)shared + ring_at), ring_batches};
+    Ring<BATCH> ring((Pack*)((char*)shared + ring_at), ring_batches);
     Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
     Share share(walk);
     i64 c = share.channel;
@@ -111,9 +140,9 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
     if (batches && blockIdx.x == 0 && threadIdx.x == 0) ++*batches;
     Partials to = {partials, channels, chunks};
     with_units(kept.scratch(), [&](Open& open) {
-        BatchesOfX batches_of_x = {{x}, ring, walk};
-        batches_of_x.start();
-        moments_of_chunk(batches_of_x, open.unit, walk, kept.scratch(), [&](int k, int, int channel, ChunkMoments moments) {
+        BatchesOfX arriving({x}, ring, walk);
+        arriving.start();
+        moments_of_chunk(arriving, open.unit, walk, kept.scratch(), [&](int k, int, int channel, ChunkMoments moments) {
             double back = inverse_of(open.unit);
             if (open.keep(k, is_finite(moments.squares)))
                 to.store(walk, channel, moments.mean * back, moments.squares * back * back);
@@ -146,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
         }
     }
     __syncthreads();
-    BatchesOfX again = {{x}, ring, walk};
+    BatchesOfX again({x}, ring, walk);
     again.turn();
     apply(again, y, with_tanh, walk, kept);
 }
@@ -155,10 +184,10 @@ enum { PACKS = Tensors::PACKS };
 struct BatchesOfTensors : Tensors {
     Batches<3, PACKS> all;
     __device__ int next(Walk& left, Batch& batch) {
-        return all.take(left, [&](int which, int b, i64 offset) {
+        return all.take(left, [&](int b, i64 offset, const Pack* (&from)[3]) {
             batch.offsets[b] = offset;
-            batch.dy[b] = all.ring.at(which, b), batch.x[b] = all.ring.behind(1).at(which, b);
-            if (y) batch.y[b] = all.ring.behind(2).at(which, b);
+            batch.dy[b] = from[0][32 * b], batch.x[b] = from[1][32 * b];
+            if (y) batch.y[b] = from[2][32 * b];
         });
     }
 };
@@ -171,12 +200,12 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
     i64 channels, i64 plane, i64 count, i64 chunk, i64 chunks, int tile, int ring_at, int ring_batches) {
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
-    Ring<PACKS> ring = {(Pack*)((char*)shared + ring_at), ring_batches};
+    Ring<PACKS> ring((Pack*)((char*)shared + ring_at), ring_batches);
     Tensors tensors = {dy, x, y};
     Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
     Partials to = {partials, channels, chunks};
     with_units(kept.scratch(), [&](Open& open) {
-        BatchesOfTensors arriving = {tensors, {{dy, x, y}, ring, walk}};
+        BatchesOfTensors arriving = {tensors, Batches<3, PACKS>({dy, x, y}, ring, walk)};
         arriving.all.start();
         if (open.unit == 1) {
             for_channels(walk, [&](int place, int c) { keep_scale(kept, place, c, mean, invstd, weight); });
@@ -202,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(RESIDENT_THREADS, 1) batch_norm_res
     }
     if (!dx) return;
     __syncthreads();
-    BatchesOfTensors again = {tensors, {{dy, x, y}, ring, walk}};
+    BatchesOfTensors again = {tensors, Batches<3, PACKS>({dy, x, y}, ring, walk)};
     again.all.turn();
     backward_apply(again, kept, dx, walk);
 }
