@@ -333,7 +333,7 @@ def _whole_threads(name, planes):
     """Threads of a block with whole channels: as many as the registers allow."""
     if not planes:
         return 128, 256
-    return (128, 256) if name == "double" else (256, 512, 640)
+    return (128, 256) if name == "double" else (128, 256, 512, 640)
 
 
 def _macros(name, param, width, planes):

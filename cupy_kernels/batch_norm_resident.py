@@ -88,13 +88,12 @@ def _may_be(x, room):
 def _shares(rows, packs, width, room):
     """(packs of a row for each block, blocks that share a row, rows of a block), such that a block reads the least."""
 
-    def shares(tile):
-        tiles = ceil_div(packs, tile)
-        return tile, tiles, ceil_div(rows, max(1, room.multiprocessors // tiles))
-
     def cost(shares):
         tile, tiles, chunk = shares
         partial_bytes = 16 * tile * width * ceil_div(rows, chunk)
         return tiles > room.multiprocessors, chunk * tile * PACK_BYTES * _READING[tile] + partial_bytes
 
-    return min(map(shares, _READING), key=cost)
+    tiles = {tile: ceil_div(packs, tile) for tile in _READING}
+    most = {tile: max(1, room.multiprocessors // tiles[tile]) for tile in _READING}  # blocks that share the rows
+    choices = ((tile, tiles[tile], ceil_div(rows, blocks)) for tile in _READING for blocks in range(1, most[tile] + 1))
+    return min(choices, key=cost)

@@ -113,6 +113,10 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, 1) batch_norm_forwar
     DYNAMIC_SHARED(acc_t, shared);
     Kept kept(shared, tile);
     if (batches && blockIdx.x == 0 && threadIdx.x == 0) ++*batches;
+    for_channels(Walk(blockIdx.x, channels, plane, count, chunk, tile), [&](int, int c) {
+        prefetch(running_mean ? running_mean + c : nullptr), prefetch(running_var ? running_var + c : nullptr);
+        prefetch(weight ? weight + c : nullptr), prefetch(bias ? bias + c : nullptr);
+    });
     with_units(kept.scratch(), [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);
         moments_of_chunk(x, open.unit, walk, kept.scratch(), [&](int k, int place, int c, ChunkMoments moments) {

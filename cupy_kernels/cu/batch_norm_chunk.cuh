@@ -92,7 +92,7 @@ template <class T, class F> __device__ inline void sums_of_chunk(
                 acc_t scale = kept.at(SCALE, walk.place(i / PER_SLOT));
                 result.v[i] = from_acc<scalar_t>(multiply_unflushed(tensors.gradient(batch, j, i), scale));
             }
-            *(Pack*)(dx + batch.offsets[j]) = result;
+            store_at_once(dx + batch.offsets[j], result);
         }
     }
     sums_of_channels(sums, walk, kept.scratch(), [](int, acc_t(&)[2]) {}, finish);
@@ -133,7 +133,7 @@ template <class T> __device__ inline void backward_apply(
                 if (tensors.x) g -= mean_g[s] + xhat[i] * mean_dot[s];
                 result.v[i] = from_acc<scalar_t>(multiply_unflushed(g, scale[s]));
             }
-            *(Pack*)(dx + batch.offsets[j]) = result;
+            store_at_once(dx + batch.offsets[j], result);
         }
     }
 }

@@ -294,7 +294,7 @@ template <class X, class Y, class F> __device__ inline void normalise_chunk(
             after(xhat);
             #pragma unroll
             for (int i = 0; i < WIDTH; i++) out.v[i] = from_acc<Y>(xhat[i]);
-            *(Packed<Y, WIDTH>*)(y + offsets[j]) = out;
+            store_at_once(y + offsets[j], out);
         }
     }
 }

@@ -105,19 +105,17 @@ struct Walk {
     // Channels of the tile; the last tile has fewer, but room for as many.
     __device__ int entries() const { return plane == 1 ? tile * WIDTH : tile * WIDTH / plane; }
     __device__ void advance() { offset += step; }
-    // Leaves out packs.
-    __device__ void skip(int count) { offset += count * step, packs -= count; }
-    // Takes the next `count` packs alone, the last one first.
-    __device__ void backwards(int count) { skip(count - 1), step = -step, packs = count; }
 };
 #endif
 
-// Calls load(b, offset) for the thread's next packs, at most `most`, and returns how many they are.
+// Calls load(b, offset) `most` times, for the thread's next packs, and returns how many these are, at least one. In place
+// of those that it does not have it loads the first one again: a load under a condition takes more instructions.
 template <class F> __device__ inline int next_packs(Walk& walk, int most, F load) {
     int have = min(most, walk.packs);
+    i64 first = walk.offset;
     #pragma unroll
     for (int b = 0; b < most; b++) {
-        if (b < have) load(b, walk.offset);
+        load(b, b < have ? walk.offset : first);
         walk.advance();
     }
     walk.packs -= most;
