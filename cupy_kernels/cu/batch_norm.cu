@@ -114,8 +114,7 @@ extern "C" __global__ void __launch_bounds__(WHOLE_THREADS, 1) batch_norm_forwar
     Kept kept(shared, tile);
     if (batches && blockIdx.x == 0 && threadIdx.x == 0) ++*batches;
     for_channels(Walk(blockIdx.x, channels, plane, count, chunk, tile), [&](int, int c) {
-        prefetch(running_mean ? running_mean + c : nullptr), prefetch(running_var ? running_var + c : nullptr);
-        prefetch(weight ? weight + c : nullptr), prefetch(bias ? bias + c : nullptr);
+        prefetch(running_mean, c), prefetch(running_var, c), prefetch(weight, c), prefetch(bias, c);
     });
     with_units(kept.scratch(), [&](Open& open) {
         Walk walk(blockIdx.x, channels, plane, count, chunk, tile);

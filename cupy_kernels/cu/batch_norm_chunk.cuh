@@ -24,6 +24,12 @@ template <class X> __device__ inline void apply(
         for (int i = 0; i < WIDTH; i++) v[i] = tanh_of(v[i]);
     });
 }
+// Brings a channel's value into the caches, for a read that follows. The pointer may be null.
+template <class P> __device__ inline void prefetch(const P* values, int channel) {
+#ifndef CUPY_KERNELS_EMULATOR
+    if (values) asm volatile("prefetch.global.L1 [%0];" ::"l"(values + channel));
+#endif
+}
 __device__ inline void keep_channel(
     const Kept& kept, int place, int channel, acc_t mean, acc_t invstd, const param_t* weight, const param_t* bias) {
     kept.normaliser(place, mean, invstd);

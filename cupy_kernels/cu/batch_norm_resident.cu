@@ -36,7 +36,7 @@ template <int T, int P> struct Batches {
     i64 step;                          // between packs
     struct Place {
         int batch, slot;
-        i64 offset;  // of the first pack in the tensor
+        i64 offset;   // of the first pack in the tensor
     } taken, issued;  // the next ones
 
     __device__ Batches(const scalar_t* const (&of)[T], const Ring<P>& ring, const Walk& walk)
@@ -99,7 +99,8 @@ template <int T, int P> struct Batches {
 
 typedef Batches<1, BATCH> BatchesOfX;
 __device__ inline int next_batch(BatchesOfX& x, Walk& left, Pack (&in)[BATCH], i64 (&offsets)[BATCH]) {
-    return x.take(left, [&](int b, i64 offset, const Pack* (&from)[1]) { in[b] = from[0][32 * b], offsets[b] = offset; });
+    return x.take(
+        left, [&](int b, i64 offset, const Pack*(&from)[1]) { in[b] = from[0][32 * b], offsets[b] = offset; });
 }
 
 // The threads of a block share its channels: `lanes` of them have one.
@@ -184,7 +185,7 @@ enum { PACKS = Tensors::PACKS };
 struct BatchesOfTensors : Tensors {
     Batches<3, PACKS> all;
     __device__ int next(Walk& left, Batch& batch) {
-        return all.take(left, [&](int b, i64 offset, const Pack* (&from)[3]) {
+        return all.take(left, [&](int b, i64 offset, const Pack*(&from)[3]) {
             batch.offsets[b] = offset;
             batch.dy[b] = from[0][32 * b], batch.x[b] = from[1][32 * b];
             if (y) batch.y[b] = from[2][32 * b];

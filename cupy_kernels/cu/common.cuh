@@ -179,13 +179,6 @@ __device__ inline void make_opaque(int& v) {
 #endif
 }
 
-// Brings a value that is read later into the caches. The pointer may be null.
-template <class T> __device__ inline void prefetch(const T* at) {
-#ifndef CUPY_KERNELS_EMULATOR
-    if (at) asm volatile("prefetch.global.L1 [%0];" ::"l"(at));
-#endif
-}
-
 // Up to 32 bytes, aligned to at most 16 of them. Of a plain store of several NVRTC may make one for each element.
 template <class T, int W> __device__ inline void store_at_once(T* to, const Packed<T, W>& v) {
 #ifdef CUPY_KERNELS_EMULATOR
