@@ -14,6 +14,11 @@ DIAMOND = {
 }
 
 
+@pytest.mark.parametrize("file", source.names())
+def test_lines_have_at_most_120_columns(file):
+    assert max(map(len, source.packaged(file).splitlines())) <= 120
+
+
 def test_includes_are_expanded_once():
     with source.override(DIAMOND):
         lines = source.expanded("top.cu").splitlines()

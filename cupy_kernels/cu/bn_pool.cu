@@ -143,8 +143,8 @@ __device__ inline float max_or_nan(float a, float b) {
 #endif
 }
 
-// Of slot s in window j of an item: the value that is largest times `sign`, 1, -1 or 0, and its tap. Of equals the first
-// wins. A NaN beats everything, the last of several.
+// Of slot s in window j of an item: the value that is largest times `sign`, 1, -1 or 0, and its tap. Of equals the
+// first wins. A NaN beats everything, the last of several.
 struct Winner {
     acc_t value;
     int tap;
@@ -295,9 +295,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_forward(
     });
 }
 
-// y, dy: the activation's values, and the gradient there. with_tanh: whether it is tanh, else y > 0 has slope 1, other y
-// negative_slope. sums [2][channels]: of g and of g xhat; null for given statistics: then x is not read. count: values
-// of a channel.
+// y, dy: the activation's values, and the gradient there. with_tanh: whether it is tanh, else y > 0 has slope 1, other
+// y negative_slope. sums [2][channels]: of g and of g xhat; null for given statistics: then x is not read. count:
+// values of a channel.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) bn_pool_backward(
     const scalar_t* __restrict__ dy, const scalar_t* __restrict__ y, const u8* __restrict__ argmax,
     const scalar_t* __restrict__ x, const acc_t* __restrict__ mean, const acc_t* __restrict__ invstd,

@@ -108,8 +108,8 @@ struct Walk {
 };
 #endif
 
-// Calls load(b, offset) `most` times, for the thread's next packs, and returns how many these are, at least one. In place
-// of those that it does not have it loads the first one again: a load under a condition takes more instructions.
+// Calls load(b, offset) `most` times, for the thread's next packs, and returns how many these are, at least one. In
+// place of those that it does not have it loads the first one again: a load under a condition takes more instructions.
 template <class F> __device__ inline int next_packs(Walk& walk, int most, F load) {
     int have = min(most, walk.packs);
     i64 first = walk.offset;

@@ -76,8 +76,8 @@ template <> struct Band<true> {
         for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
             copy(chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
     }
-    // With PERSISTENT, behind the products of each pass: of the first pass the rest of this image's rows, later the next
-    // image's, in the places that no pass reads any more.
+    // With PERSISTENT, behind the products of each pass: of the first pass the rest of this image's rows, later the
+    // next image's, in the places that no pass reads any more.
     __device__ void follow(int next_pass) {
         if (!PERSISTENT) return;
         int pass = next_pass - 1;

@@ -3,8 +3,8 @@
 //
 //     dw[ic, oc, kh, kw] = sum_{n, ih, iw} x[n, ic, ih, iw] * dy[n, oc, ih - PAD_H + kh, iw - PAD_W + kw]
 //
-// x, dy: packed fp16 tiles (fp16_tiles.cu); with CHANNELS_LAST and SPLIT 1 x is half_t [N, IN_H, IN_W, IN_CHANNELS]. For
-// each tap, a product of x and dy, summed over the pixels of x. The 16
+// x, dy: packed fp16 tiles (fp16_tiles.cu); with CHANNELS_LAST and SPLIT 1 x is half_t [N, IN_H, IN_W, IN_CHANNELS].
+// For each tap, a product of x and dy, summed over the pixels of x. The 16
 // pixels that one instruction multiplies lie below each other: one column of a band of 16 rows, rows counted through
 // all images. So a tap one to the right pairs the same column of x with dy's next column, images of any width and
 // height leave nothing empty, and a column without a partner is left out.
@@ -27,7 +27,8 @@
 // Pixels that have no partner in the other tensor are zero in both or left out, because 0 * NaN is NaN.
 // Grid: x = tiles (kh first, so that blocks that share columns run together) times splits. Macros: scalar_t (of dw),
 // IN_CHANNELS, OUT_CHANNELS (multiples of 16), IN_H, IN_W, OUT_H, OUT_W, KERNEL_H, KERNEL_W, PAD_H, PAD_W, TAPS_W,
-// CHANNELS_LAST, TILE_OC, TILE_IC, BAND_ROWS, TILES, COLUMNS, STAGES, THREADS, SHARED_BYTES, WGMMA, those of fp16_tiles.cuh.
+// CHANNELS_LAST, TILE_OC, TILE_IC, BAND_ROWS, TILES, COLUMNS, STAGES, THREADS, SHARED_BYTES, WGMMA, those of
+// fp16_tiles.cuh.
 #define SHARED_ALIGNMENT 1024  // wgmma.cuh
 #include "common.cuh"
 #include "async_copy.cuh"

@@ -129,7 +129,8 @@ struct MainLoop {
                 if (c == 1)
                     fetch(stage + AHEAD);  // not right after the barrier, when the tensor cores have least to do
             }
-            // Where a stage ends beyond x, the two columns that are under way may begin a stage earlier than AHEAD says.
+            // Where a stage ends beyond x, the two columns that are under way may begin a stage earlier than AHEAD
+            // says.
             if (IN_W % COLUMNS && tile.column_of(stage) + COLUMNS > IN_W) wgmma_wait<0>();
             if (tile.ends_chain(stage)) wgmma_wait<0>(), store_sums();
         }

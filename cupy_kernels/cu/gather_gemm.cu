@@ -1,6 +1,7 @@
 // Forward and dgrad of the transposed convolution as one implicit GEMM on tensor cores, for any hyper-parameters.
 //
-//     forward  y [n, oc, oh, ow] = bias[oc] + sum_{ic, kh, kw} x [n, ic, ih, iw] * w[ic, oc, kh, kw],  oh = ih s - p + kh d
+//     forward  y [n, oc, oh, ow] = bias[oc] + sum_{ic, kh, kw} x [n, ic, ih, iw] * w[ic, oc, kh, kw],
+//              oh = ih s - p + kh d
 //     dgrad    dx[n, ic, ih, iw] =            sum_{oc, kh, kw} dy[n, oc, oh, ow] * w[ic, oc, kh, kw]
 //
 // Rows m of the product are pixels of `out`, columns n its channels, the sum runs over taps and channels of `in`, tap

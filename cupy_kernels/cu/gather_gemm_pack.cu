@@ -2,7 +2,8 @@
 // in octets, those past the last one zero.
 //
 //     pixels  [image, h, w][part][group][octets of channels], value * 2^e, e the smallest of `exponents`
-//     taps    [group][channel tile][column][part][tap][octets of channels], value * 2^weight_exponents[group][channel tile][column]
+//     taps    [group][channel tile][column][part][tap][octets of channels],
+//             value * 2^weight_exponents[group][channel tile][column]
 //
 // part: 0 the value, with SPLIT 2 also 1 the residual. 16-bit tensors are not scaled: `exponents` is null.
 // fp16_tiles.cu's largest_magnitude writes the exponents of a float tensor. pack_planes: from [N, C, H, W]; a thread

@@ -7,7 +7,8 @@
 // writes partial [split][group][ic][n]; wgrad_gemm_reduce adds the splits in ascending order, undoes the scales, and
 // writes dw. The octets of a pixel that a tap takes outside of dy are zero; a pixel of x that is infinite makes NaN of
 // them, as in cuDNN. Grid of wgrad_gemm: x = tiles of m (fastest) and n, y = splits, z = groups; of the reduction: x =
-// blocks of output channels (fastest), taps, input channels, y = groups. Macros: scalar_t (of dw), MIN_BLOCKS, those of gather_gemm.cuh.
+// blocks of output channels (fastest), taps, input channels, y = groups. Macros: scalar_t (of dw), MIN_BLOCKS, those of
+// gather_gemm.cuh.
 #include "gather_gemm.cuh"
 
 struct Pixel { int dy, h, w; };  // of dy, in the whole batch and in its image, under a tap that shifts by 0
@@ -111,9 +112,9 @@ struct Quad {
 };
 enum { AT_ONCE = 4 };  // loads of a thread
 
-// dw: element (group, ic, oc, tap) at the sum of its strides; group and ic have one stride. A block has `block_channels`
-// output channels, a multiple of 4, of `block_taps` taps and `rows` input channels. It turns them in shared memory if
-// neighbouring taps are neighbours in dw.
+// dw: element (group, ic, oc, tap) at the sum of its strides; group and ic have one stride. A block has
+// `block_channels` output channels, a multiple of 4, of `block_taps` taps and `rows` input channels. It turns them in
+// shared memory if neighbouring taps are neighbours in dw.
 extern "C" __global__ void __launch_bounds__(256, 2) wgrad_gemm_reduce(
     const float* __restrict__ partial, const int* __restrict__ x_exponents, const int* __restrict__ dy_exponents,
     scalar_t* __restrict__ dw, int x_exponent_count, int dy_exponent_count, int in_channels, int out_channels,

@@ -18,7 +18,8 @@ struct GradientBound {
         means = fabsf(mean_g) + fabsf(mean_dot) + fabsf(normalise.mean);
         bound += fabsf(mean_g) + (sqrtf(count) + fabsf(normalise.mean * normalise.invstd)) * fabsf(mean_dot);
     }
-    // e, such that dy times 2^e fits. A channel of zeros, or without a finite dy, must not decide the scale of the others.
+    // e, such that dy times 2^e fits. A channel of zeros, or without a finite dy, must not decide the scale of the
+    // others.
     __device__ int exponent(float scale) const {
         if (!(bound > 0) || !is_finite(scale) || !is_finite(means)) return 126;
         const unsigned largest = 0x7F7FFFFF;

@@ -10,9 +10,9 @@
 // values, where xhat = (x - mean) rstd. The gradients of weight and bias are sums of dy xhat and dy over images and
 // plane.
 //
-// Macros: scalar_t, acc_t, out_t (y and dy), param_t (weight, bias and their gradients), WIDTH (a divisor of a group's size; pointers are
-// aligned to a pack), CACHED (0 or 1), THREADS and COLUMNS (of group_norm_backward_parameters). Limit: fewer than 2^31
-// values in a group.
+// Macros: scalar_t, acc_t, out_t (y and dy), param_t (weight, bias and their gradients), WIDTH (a divisor of a group's
+// size; pointers are aligned to a pack), CACHED (0 or 1), THREADS and COLUMNS (of group_norm_backward_parameters).
+// Limit: fewer than 2^31 values in a group.
 #include "batch_norm.cuh"  // one expression for all that normalises
 
 typedef Packed<scalar_t, WIDTH> Pack;
@@ -213,8 +213,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) group_norm_backward(
 }
 
 // dweight and dbias from partials [2][rows][channels], over the rows in a fixed order. A block takes COLUMNS channels,
-// whose neighbours are read together, and each of its threads every (blockDim.x / COLUMNS)-th row. Null outputs are left
-// out.
+// whose neighbours are read together, and each of its threads every (blockDim.x / COLUMNS)-th row. Null outputs are
+// left out.
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_backward_parameters(
     const double* __restrict__ partials, param_t* __restrict__ dweight, param_t* __restrict__ dbias, i64 rows,
     i64 channels) {

@@ -174,7 +174,8 @@ template <class F> __device__ inline void sums_of_chunk(
         int c = walk.first * walk.plane + i;
         #pragma unroll
         for (int which = 0; which < 2; which++) {
-            // A later pass is for sums that were not finite. As one condition, this crashes NVRTC 11.8 (sm_90, WIDTH 1).
+            // A later pass is for sums that were not finite. As one condition, this crashes NVRTC 11.8 (sm_90, WIDTH
+            // 1).
             double* to = partials + which * all + row * columns + c;
             bool keep = partials && c < columns;
             if (keep && open.unit != 1) keep = !is_finite((acc_t)*to);

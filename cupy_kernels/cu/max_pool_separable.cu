@@ -6,9 +6,9 @@
 // direction there, and then the tile.
 //
 // Macros: scalar_t, acc_t, argmax_t (u8, or int for a kernel of more than 254 taps), THREADS. Limits: a plane has fewer
-// than 2^31 elements; dynamic shared memory holds, for rows = tile_h + kernel_h - 1 and columns = tile_w + kernel_w - 1,
-// in the forward rows * columns of acc_t and rows * tile_w pairs of acc_t and int, in the backward (rows + tile_h) *
-// columns such pairs.
+// than 2^31 elements; dynamic shared memory holds, for rows = tile_h + kernel_h - 1 and columns = tile_w +
+// kernel_w - 1, in the forward rows * columns of acc_t and rows * tile_w pairs of acc_t and int, in the backward
+// (rows + tile_h) * columns such pairs.
 #include "pool_window.cuh"
 
 // A block's tile of the planes' rows x columns places, and its loops.

@@ -1,8 +1,8 @@
 // Weights of a transposed convolution as conv_mma.cuh reads them: fp16 under a power-of-two scale for each output
 // channel m.
 //
-// signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu). copied_signs: null,
-// or these values of all rows as float.
+// signs: null, or values whose sign, - or not, each m's weights are multiplied by (conv_bn_pool.cu). copied_signs:
+// null, or these values of all rows as float.
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse
 // order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in line_offset's order], with WGMMA
 // (conv_wgmma.cuh) [m tile][64 channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves];

@@ -73,7 +73,8 @@ template <int AT_ONCE, class F> __device__ inline void for_turned(F visit) {
 }
 typedef Packed<scalar_t, TURNED_TOGETHER> Together;
 
-// What undoes the scale of what conv_bn_pool keeps. |y| below 2^-111 is not restored in full: batch norm then sees zeros.
+// What undoes the scale of what conv_bn_pool keeps. |y| below 2^-111 is not restored in full: batch norm then sees
+// zeros.
 __device__ inline float restoring(int exponent) { return power_of_two(max(-126, min(127, -exponent))); }
 
 // The pooled sums of a block's planes, as conv_bn_pool writes them: of channels from `channel` on of one image.

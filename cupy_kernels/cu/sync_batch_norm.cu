@@ -1,9 +1,9 @@
 // Batch norm whose statistics are those of the batches of several processes (ranks).
 //
 // Each rank has mean and invstd of its own batch (batch_norm.cu, pooled_tail.cu; with eps 0, so that invstd alone says
-// what the variance is). It sends a message, double [2 channels + 1]: means, variances, and how many values of a channel
-// it has, which may be none. All ranks get all messages and combine them in the same order, by Chan's formula, in
-// double. In the backward each rank sends its sums of g and of g xhat, double [2][channels].
+// what the variance is). It sends a message, double [2 channels + 1]: means, variances, and how many values of a
+// channel it has, which may be none. All ranks get all messages and combine them in the same order, by Chan's formula,
+// in double. In the backward each rank sends its sums of g and of g xhat, double [2][channels].
 //
 // `share`, one double, is the rank's part of all values. Sums of all ranks times `share` are what the kernels of one
 // process divide by their own count.

@@ -1,6 +1,6 @@
 // What the transposed convolutions to few output channels share (thin_forward.cu, thin_gradients.cu). Float32, one
-// group, dilation 1, on ordinary FMA units. A pixel of x meets TAPS weights of each input channel: all that a thread needs of
-// them, or of their gradients, it has in registers.
+// group, dilation 1, on ordinary FMA units. A pixel of x meets TAPS weights of each input channel: all that a thread
+// needs of them, or of their gradients, it has in registers.
 //
 // Macros: CHANNELS_LAST (1: x, dx, y and dy are [N, H, W, C], else [N, C, H, W]), OUT_CHANNELS, KERNEL_H, KERNEL_W,
 // STRIDE_H, STRIDE_W, PAD_H, PAD_W, THREADS. Images have less than 2^31 pixels in all. w_last: whether w, or dw, is
