@@ -205,7 +205,7 @@ def _first(ctx, dout):
             return ops.group_norm(y, groups, group_weight, group_bias, group_eps)[0]
 
         with torch.autocast(dout.device.type, enabled=False):
-            found = gradients_of(unfused, tensors, dout)
+            found = gradients_of(unfused, tensors, needed, dout)
     else:
         options = padding, activation, slope, groups, training, numerics, needed
         op = ops.conv_bn_activation_max_pool_group_norm_backward
