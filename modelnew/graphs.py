@@ -3,6 +3,7 @@
 import contextlib
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ _WARM_UP = 3  # calls before a graph is captured, as torch.cuda.make_graphed_cal
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def graphed(module: nn.Module, *example: torch.Tensor) -> Callable:
+def graphed(module: nn.Module, *example: torch.Tensor) -> Callable[..., Any]:
     """A function that computes module(*inputs) by CUDA graphs, for inputs like `example`.
 
     module: a module whose kernels depend on shapes only, see torch.cuda.make_graphed_callables.
