@@ -59,6 +59,8 @@ TRANSFORMS = {
     "grad of vjp": lambda f, x: grad(lambda x: vjp(f, x)[1](f(x))[0].square().sum())(x),
     "vmap": lambda f, x: vmap(f, in_dims=1, out_dims=2)(torch.stack([x, 2 * x, -x], 1)),
     "vmap of grad": lambda f, x: vmap(grad(loss(f)))(torch.stack([x, 2 * x])),
+    "vmap of vjp": lambda f, x: vmap(lambda x: vjp(f, x)[1](f(x)))(torch.stack([x, 2 * x])),
+    "vmap of vjp of grad": lambda f, x: vmap(lambda x: vjp(grad(loss(f)), x)[1](x.cos()))(torch.stack([x, 2 * x])),
     "vmap of vmap": lambda f, x: vmap(vmap(f))(torch.stack([torch.stack([x, 2 * x])] * 2)),
     "jacrev": lambda f, x: jacrev(lambda x: f(x).flatten()[:3])(x),
     "hvp": lambda f, x: autograd.hvp(loss(f), x, x.cos())[1],
@@ -73,6 +75,12 @@ TRANSFORMS = {
 def test_transform(name, transform):
     x = torch.randn(2, 4, 5, 4, dtype=torch.float64)
     ours, expected = (TRANSFORMS[transform](function, x) for function in FUNCTIONS[name])
+    torch.testing.assert_close(ours, expected)
+
+
+def test_vmap_of_vjp_of_max_pooling_in_channels_last():
+    x = torch.randn(3, 2, 5, 4, 4, dtype=torch.float64).movedim(-1, 2)
+    ours, expected = (vmap(lambda x, f=f: vjp(f, x)[1](f(x)))(x) for f in FUNCTIONS["max_pool2d"])
     torch.testing.assert_close(ours, expected)
 
 

@@ -87,11 +87,11 @@ def gradients_of(function: Callable, tensors, needed, *output_gradients) -> list
 
 def _pulled_back(function, tensors, output_gradients):
     """The gradients of all `tensors`, of which function(*tensors) is a tuple."""
-    if recorders.transforms() or not all(tensor.requires_grad for tensor in tensors):  # torch.func runs, or has run
+    if recorders.transforms():  # autograd alone sees one level of them
         return torch.func.vjp(function, *tensors)[1](output_gradients)
-    again = torch.is_grad_enabled()
+    again = will_need_grad(*tensors, *output_gradients)
     with torch.enable_grad():
-        views = [tensor.view_as(tensor) for tensor in tensors]
+        views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
         results = function(*views)
     pairs = [(y, dy) for y, dy in zip(results, output_gradients) if y.requires_grad]
     if not pairs:
@@ -130,18 +130,9 @@ def second_gradients(definition, tensors, needed, *gradients) -> list[torch.Tens
 
     needed: a bool for each tensor.
     """
+    wanted = [gradient is not None for gradient in gradients]
 
     def first(dy, *inputs):
-        places = [place for place, tensor in enumerate(inputs) if tensor is not None]
-
-        def defined(*given):
-            all_inputs = [None] * len(inputs)
-            for place, tensor in zip(places, given):
-                all_inputs[place] = tensor
-            return definition(*all_inputs)
-
-        y, pull_back = torch.func.vjp(defined, *(inputs[place] for place in places))
-        found = iter(pull_back(dy.to(y.dtype)))
-        return tuple(None if tensor is None else next(found) for tensor in inputs)
+        return tuple(gradients_of(definition, inputs, wanted, dy.double()))
 
     return gradients_of(first, tensors, needed, *gradients)
