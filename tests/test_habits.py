@@ -247,3 +247,18 @@ def test_the_table_names_tests_that_exist():
     named = set(re.findall(r"`(tests/\w+\.py)`", (root / "docs" / "works_with.md").read_text(encoding="utf-8")))
     assert len(named) > 5
     assert all((root / name).is_file() for name in named)
+
+
+@EVERY
+def test_parameters_changed_before_the_backward(name, device):
+    """An error for all that a backward reads, and for biases of norms, which it could do without."""
+    ours, _ = pair(name, device)
+    for parameter in ours.parameters():
+        y = ours(batch(device))
+        with torch.no_grad():
+            parameter.add_(1)
+        if name == "ConvTranspose2d" and parameter is ours.bias:
+            y.sum().backward()
+            continue
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
