@@ -170,6 +170,16 @@ def test_vjp_and_jacrev_of_fused_layers(stride, training):
     assert not any(gradient.requires_grad for gradient in (*found[0][0].values(), found[0][1], found[1]))
 
 
+def test_vjp_for_the_input_depends_on_the_parameters():
+    """Those require gradients outside of the transform."""
+    results = []
+    for model in pair():
+        x = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(3))
+        y, pull_back = vjp(model, x)
+        results.append(torch.autograd.grad(pull_back(y.detach().cos())[0].square().sum(), model.conv_transpose.weight))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
 def test_second_derivative_of_the_fused_model():
     model, model_new = (m.double() for m in pair())
     x = torch.randn(2, 16, 6, 6)

@@ -81,15 +81,18 @@ def gradients_of(function: Callable, tensors, needed, *output_gradients) -> list
     gradients = dict.fromkeys(range(len(tensors)))
     if places and kept:
         wanted, incoming = [tensors[place] for place in places], tuple(output_gradients[place] for place in kept)
-        gradients |= zip(places, _pulled_back(chosen, wanted, incoming))
+        again = will_need_grad(*tensors, *incoming)
+        gradients |= zip(places, _pulled_back(chosen, wanted, incoming, again))
     return list(gradients.values())
 
 
-def _pulled_back(function, tensors, output_gradients):
-    """The gradients of all `tensors`, of which function(*tensors) is a tuple."""
+def _pulled_back(function, tensors, output_gradients, again):
+    """The gradients of all `tensors`, of which function(*tensors) is a tuple.
+
+    again: whether they will be differentiated.
+    """
     if recorders.transforms():  # autograd alone sees one level of them
         return torch.func.vjp(function, *tensors)[1](output_gradients)
-    again = will_need_grad(*tensors, *output_gradients)
     with torch.enable_grad():
         views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
         results = function(*views)
