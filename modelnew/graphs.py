@@ -27,7 +27,7 @@ def graphed(module: nn.Module, *example: torch.Tensor) -> Callable[..., Any]:
     load_state_dict may change the values, but `.to` and assign=True must not replace the tensors. In training mode,
     each call updates the running statistics. The next call overwrites a result; clone it to keep it.
 
-    Raises RuntimeError if module and example are not on one GPU, TypeError for an example that is not a tensor, and
+    Raises RuntimeError if module and example are not on one GPU, TypeError for what is no module or no tensor, and
     ValueError for hooks, which a graph would skip, and for a batch norm in training with momentum=None, which needs the
     host. The returned function raises ValueError for inputs unlike the example, and RuntimeError if training mode has
     changed or gradients are needed but have no graph: call graphed again.
@@ -37,6 +37,8 @@ def graphed(module: nn.Module, *example: torch.Tensor) -> Callable[..., Any]:
 
 
 def _check(module, example):
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"graphed takes a torch.nn.Module, received {type(module).__name__}: write one that calls it")
     if not example:
         raise TypeError("graphed needs the tensors that the module is called with, received none")
     for tensor in example:
