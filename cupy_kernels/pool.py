@@ -38,18 +38,21 @@ _THREE_BY_THREE = tuple(Pool((3, 3), (stride, stride), (0, 0), (1, 1)) for strid
 def pool_output_size(size, pool: Pool, ceil_mode: bool = False) -> tuple[int, int]:
     """(OH, OW) for planes of `size` (H, W). A window that ceil_mode adds must start in the plane or its left padding.
 
+    size: ints, or symbols of torch.export. H and W are not compared, which would tie them to each other there.
+
     Raises RuntimeError, as PyTorch does, for invalid windows, windows that do not fit, and planes beyond 32-bit
-    indices.
+    indices (of symbols, when the kernels run).
     """
     if min(*pool.kernel_size, *pool.stride, *pool.dilation) < 1:
         raise RuntimeError(f"kernel_size, stride and dilation must be positive, received {pool}")
     if any(not 0 <= p <= k // 2 for p, k in zip(pool.padding, pool.kernel_size)):
         raise RuntimeError(f"padding must be at least 0 and at most half of kernel_size, received {pool}")
     output = _windows(size, pool, ceil_mode)
-    if min(output) < 1:
+    if any(n < 1 for n in output):
         raise RuntimeError(f"windows are larger than the padded planes: H, W = {tuple(size)}, {pool}")
     extents = [n + 2 * p + k * d + s for n, k, s, p, d in zip(size, *pool)]
-    if max(*extents, math.prod(size), math.prod(output), math.prod(pool.kernel_size)) >= _LIMIT:
+    counts = *extents, math.prod(size), math.prod(output), math.prod(pool.kernel_size)
+    if any(isinstance(n, int) and n >= _LIMIT for n in counts):
         raise RuntimeError(f"windows and planes must be below 2^31 elements, received H, W = {tuple(size)}, {pool}")
     return output
 

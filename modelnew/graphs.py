@@ -3,6 +3,7 @@
 import contextlib
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ _WARM_UP = 3  # calls before a graph is captured, as torch.cuda.make_graphed_cal
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def graphed(module: nn.Module, *example: torch.Tensor) -> Callable:
+def graphed(module: nn.Module, *example: torch.Tensor) -> Callable[..., Any]:
     """A function that computes module(*inputs) by CUDA graphs, for inputs like `example`.
 
     module: a module whose kernels depend on shapes only, see torch.cuda.make_graphed_callables.
@@ -26,7 +27,7 @@ def graphed(module: nn.Module, *example: torch.Tensor) -> Callable:
     load_state_dict may change the values, but `.to` and assign=True must not replace the tensors. In training mode,
     each call updates the running statistics. The next call overwrites a result; clone it to keep it.
 
-    Raises RuntimeError if module and example are not on one GPU, TypeError for an example that is not a tensor, and
+    Raises RuntimeError if module and example are not on one GPU, TypeError for what is no module or no tensor, and
     ValueError for hooks, which a graph would skip, and for a batch norm in training with momentum=None, which needs the
     host. The returned function raises ValueError for inputs unlike the example, and RuntimeError if training mode has
     changed or gradients are needed but have no graph: call graphed again.
@@ -36,6 +37,8 @@ def graphed(module: nn.Module, *example: torch.Tensor) -> Callable:
 
 
 def _check(module, example):
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"graphed takes a torch.nn.Module, received {type(module).__name__}: write one that calls it")
     if not example:
         raise TypeError("graphed needs the tensors that the module is called with, received none")
     for tensor in example:

@@ -3,7 +3,7 @@
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -218,7 +218,7 @@ class Operator:
     def __prepare_scriptable__(self):
         recorders.refuse_script(str(self))
 
-    def __call__(self, *args, **options):
+    def __call__(self, *args: Any, **options: Any) -> Any:
         if is_dynamo_compiling():
             from .inline_registered import in_graph  # a second to import
 

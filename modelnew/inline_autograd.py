@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from .interop import dense
-from .recorders import refuse_batches
+from .recorders import not_compiled, refuse_batches
 
 
 class Recorded(torch.autograd.Function):
@@ -29,6 +29,7 @@ class Recorded(torch.autograd.Function):
         return results
 
     @staticmethod
+    @not_compiled
     def backward(ctx, *gradients):
         op, declared = ctx.op, ctx.op.declared
         wanted = [f"d{name}" for name, needed in zip(declared.tensors, ctx.needs_input_grad[4:]) if needed]

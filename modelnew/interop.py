@@ -195,7 +195,7 @@ def integer(value, name: str) -> int:
     """A whole number, also of NumPy or in a tensor, as an int. Raises TypeError for anything else."""
     if type(value) is int:
         return value
-    if isinstance(value, bool) or not _is_whole(value):
+    if not _is_whole(value):
         raise TypeError(f"{name} must be an int, received {value!r}")
     return int(value)
 
@@ -215,4 +215,4 @@ def pair(value, name: str) -> tuple[int, int]:
 def _is_whole(value) -> bool:
     if isinstance(value, torch.Tensor):
         return value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
-    return isinstance(value, numbers.Integral)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -1,5 +1,9 @@
 """Detects what records PyTorch's operators, and refuses what cannot be supported."""
 
+import functools
+from collections.abc import Callable
+
+import torch
 from torch._C import (
     DispatchKey,
     _are_functorch_transforms_active,
@@ -10,7 +14,20 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
+
+
+def not_compiled(function: Callable) -> Callable:
+    """Decorates the backward of an autograd Function, at which the graph of compiled autograd breaks."""
+
+    @functools.wraps(function)
+    def call(*args):
+        if is_dynamo_compiling():
+            return torch.compiler.disable(function)(*args)
+        return function(*args)
+
+    return call
 
 
 def may_record() -> bool:
@@ -27,6 +44,22 @@ def present() -> bool:
         or _get_tracing_state()
         or (_len_torch_function_stack() and _early())
     )
+
+
+def transforms() -> bool:
+    """Whether a transform of torch.func is running."""
+    return _are_functorch_transforms_active()
+
+
+def alive(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor itself in place of the wrappers of transforms of torch.func that have ended.
+
+    torch.func.vjp returns a function that runs a backward after the transform. The tensors that the forward saved
+    require gradients then, but autograd does not record what is computed from them.
+    """
+    while tensor is not None and _functorch.is_dead_tensor_wrapper(tensor):
+        tensor = _functorch.unwrap_if_dead(tensor)
+    return tensor
 
 
 def _early() -> bool:

@@ -7,6 +7,7 @@ autograd Function is faster than the dispatcher.
 import inspect
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils.flop_counter import register_flop_formula
 
-from . import shortcuts
+from . import recorders, shortcuts
 from .interop import check_floating
 
 _library = torch.library.Library("modelnew", "FRAGMENT")
@@ -48,8 +49,8 @@ def register(
     fake: makes results of the same shapes, dtypes and strides from tensors without values, whose sizes may be symbols.
     save: save(args, results) returns the tensors that the backward needs.
     backward: backward(ctx, *gradients) returns the gradients of the first arguments as a tuple. `gradients` are those
-        of the first `outputs` results; other results have none. ctx has saved_tensors, args (without tensors) and
-        needs_input_grad. Without save and backward the operator has no derivative.
+        of the first `outputs` results; other results have none. ctx: a `_Saved`. Without save and backward the
+        operator has no derivative.
     settle: settle(*args) returns the arguments, with what depends on settings replaced by its current value.
     flops: flops(*args) returns the count for FlopCounterMode; it gets shapes in place of tensors.
     """
@@ -157,6 +158,14 @@ def _register(schema, run, fake, save, backward, outputs, settle):
     _library.impl(name, autograd, "Autograd")
 
 
+class _Saved(NamedTuple):
+    """What a backward knows of its forward."""
+
+    saved_tensors: list[torch.Tensor | None]
+    args: list  # with None in place of tensors
+    needs_input_grad: tuple[bool, ...]
+
+
 def _function(op, save, backward, outputs):
     """The autograd Function of an operator."""
 
@@ -186,7 +195,8 @@ def _function(op, save, backward, outputs):
             missing = len(ctx.args)
             if not any(dy is not None for dy in gradients):
                 return (None,) * missing
-            found = backward(ctx, *gradients[:outputs])
+            saved = _Saved([*map(recorders.alive, ctx.saved_tensors)], ctx.args, ctx.needs_input_grad)
+            found = backward(saved, *gradients[:outputs])
             return *found, *(None,) * (missing - len(found))
 
         @staticmethod

@@ -15,7 +15,6 @@ import inspect
 import marshal
 import typing
 from collections.abc import Callable, Collection
-from types import SimpleNamespace
 
 import torch
 from torch import is_grad_enabled
@@ -189,6 +188,7 @@ def _repeating(function: type[torch.autograd.Function]) -> type[torch.autograd.F
         ctx.save_for_backward(*saved)
         return result
 
+    @recorders.not_compiled
     def backward(ctx, *gradients):
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint insists on it
 
@@ -199,12 +199,21 @@ def _repeating(function: type[torch.autograd.Function]) -> type[torch.autograd.F
         return repeated(ctx.key, known, tensors, as_written, (ctx, saved, gradients), {})
 
     def as_written(ctx, saved, gradients):
-        inner = SimpleNamespace(**vars(ctx), saved_tensors=saved, needs_input_grad=ctx.needs_input_grad)
-        found = function.backward(inner, *gradients)
+        found = function.backward(_Unpacked(ctx, saved), *gradients)
         return (*found, None) if isinstance(found, tuple) else (found, None)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(function)(function.__name__, (torch.autograd.Function,), methods)
+
+
+class _Unpacked:
+    """A backward's context, whose saved tensors are unpacked already."""
+
+    def __init__(self, ctx, saved):
+        self._ctx, self.saved_tensors = ctx, saved
+
+    def __getattr__(self, name):
+        return getattr(self._ctx, name)
 
 
 class _Code:

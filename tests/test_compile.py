@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_registration import FUSED, NETWORKS, step
 from torch import nn
+from torch._dynamo import compiled_autograd
 
 from modelnew import ModelNew, functional, layers, numerics
 
@@ -71,6 +72,17 @@ def test_inductor(name, tmp_path, monkeypatch):
     model = NETWORKS[name]()
     other, call = compiled(model, "inductor", dynamic=name == "ModelNew")
     same(model, other, call, torch.randn(3, 16, 6, 6))
+
+
+@pytest.mark.parametrize("name", {**LAYERS, **NETWORKS})
+def test_compiled_autograd(name):
+    """It traces the backwards of eager calls, too. From the third call on they are replays."""
+    model = {**LAYERS, **NETWORKS}[name]()
+    other, x = copy.deepcopy(model), torch.randn(2, 16, 6, 6)
+    for _ in range(4):
+        with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            found = step(model, x)
+        assert all(map(torch.equal, found, step(other, x)))
 
 
 def test_one_image():

@@ -269,6 +269,24 @@ def test_the_backward_takes_the_forwards_numerics(device, launched, wgmma):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: functional.batch_norm(x, None, None, training=True), lambda x: functional.group_norm(x, 1)],
+    ids=["batch_norm", "group_norm"],
+)
+def test_hooks_of_saved_tensors(device, function):
+    """They stay on in the second backward, too."""
+
+    def second(x):
+        (gradient,) = grad(function(x).sin().sum(), x, create_graph=True)
+        return grad(gradient.square().sum(), x)[0]
+
+    x = random(2, 3, 4, 5, device=device)
+    with torch.autograd.graph.save_on_cpu():
+        found = second(x)
+    assert torch.equal(found, second(x))
+
+
 def test_running_statistics_changed_before_a_backward_in_evaluation(device):
     """torch refuses that, too."""
     x = torch.randn(2, 16, 6, 6, device=device, requires_grad=True)

@@ -96,6 +96,8 @@ def test_a_cpu_is_refused():
         modelnew.graphed(model, [1.0])
     with pytest.raises(TypeError, match="received none"):
         modelnew.graphed(model)
+    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, received builtin_function_or_method"):
+        modelnew.graphed(torch.tanh, torch.randn(2))
 
 
 @on_gpu

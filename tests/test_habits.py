@@ -247,3 +247,34 @@ def test_the_table_names_tests_that_exist():
     named = set(re.findall(r"`(tests/\w+\.py)`", (root / "docs" / "works_with.md").read_text(encoding="utf-8")))
     assert len(named) > 5
     assert all((root / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor], ids=lambda n: n.__name__)
+def test_whole_numbers_of_other_libraries(number, device):
+    x, two = batch(device), number(2)
+    assert torch.equal(functional.max_pool2d(x, two, (two, 1)), functional.max_pool2d(x, 2, (2, 1)))
+    assert torch.equal(functional.group_norm(x, two), functional.group_norm(x, 2))
+    weight = torch.randn(16, 4, 3, 3, device=device)
+    given, expected = (functional.conv_transpose2d(x, weight, None, n, (n, 1), groups=n) for n in (two, 2))
+    assert torch.equal(given, expected)
+
+
+def test_bools_are_no_sizes(device):
+    for size in (True, (2, True)):
+        with pytest.raises(ValueError, match=rf"kernel_size must be an int.*received {re.escape(str(size))}"):
+            functional.max_pool2d(batch(device), size)
+
+
+@EVERY
+def test_parameters_changed_before_the_backward(name, device):
+    """An error for all that a backward reads, and for biases of norms, which it could do without."""
+    ours, _ = pair(name, device)
+    for parameter in ours.parameters():
+        y = ours(batch(device))
+        with torch.no_grad():
+            parameter.add_(1)
+        if name == "ConvTranspose2d" and parameter is ours.bias:
+            y.sum().backward()
+            continue
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()

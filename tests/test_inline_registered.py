@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_inline import PRODUCT, largest, product
 from test_inline_arguments import ramp, reversed_add, row_sum
+from torch._dynamo import compiled_autograd
 from torch.autograd import grad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -48,6 +49,14 @@ def test_gradients(device):
             dy = torch.linspace(-1, 1, y.numel(), device=device).reshape(y.shape)
             results.append((y, *grad(y, (x, b), dy, allow_unused=True, materialize_grads=True)))
         assert all(map(torch.equal, *results)), function
+
+
+def test_compiled_autograd(device):
+    """The forward is eager, and the backward is traced."""
+    multiply, x = product(), torch.randn(5, 33, device=device, requires_grad=True)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        multiply(x, x).sum().backward()
+    assert torch.equal(x.grad, 2 * x)
 
 
 def test_without_gradients_and_without_inputs(device):

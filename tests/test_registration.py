@@ -236,6 +236,19 @@ NETWORKS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("name", NETWORKS)
+def test_export_for_images_of_any_size(name, training, one_thread):
+    """H may be less than W, though the example's is not. The sizes have no upper bound."""
+    model = NETWORKS[name]().train(training)
+    sizes = {axis: torch.export.Dim(axis_name, min=6) for axis, axis_name in ((2, "height"), (3, "width"))}
+    exported = torch.export.export(model, (torch.randn(2, 16, 8, 7),), dynamic_shapes=(sizes,), strict=False).module()
+    for shape in ((2, 16, 6, 9), (2, 16, 10, 8)):
+        x = torch.randn(shape)
+        assert torch.equal(exported(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_export(name, training, one_thread):
     """Saved and loaded again, for any number of images, and trained."""
     model, file = NETWORKS[name]().train(training), io.BytesIO()

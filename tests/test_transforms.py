@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_registration import ELEMENTWISE, FUSED
+from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd import functional as autograd
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
-from modelnew import Model, ModelNew, functional, layers
+from modelnew import Model, ModelNew, Sequential, functional, layers
 
 CONV = torch.randn(4, 2, 3, 3, dtype=torch.float64)
 WEIGHT, BIAS = torch.rand(4, dtype=torch.float64) + 0.5, torch.randn(4, dtype=torch.float64)
@@ -54,8 +55,12 @@ TRANSFORMS = {
     "grad": lambda f, x: grad(loss(f))(x),
     "vjp": lambda f, x: vjp(f, x)[1](f(x)),
     "grad of grad": lambda f, x: second(f)(x),
+    "vjp of grad": lambda f, x: vjp(grad(loss(f)), x)[1](x.cos()),
+    "grad of vjp": lambda f, x: grad(lambda x: vjp(f, x)[1](f(x))[0].square().sum())(x),
     "vmap": lambda f, x: vmap(f, in_dims=1, out_dims=2)(torch.stack([x, 2 * x, -x], 1)),
     "vmap of grad": lambda f, x: vmap(grad(loss(f)))(torch.stack([x, 2 * x])),
+    "vmap of vjp": lambda f, x: vmap(lambda x: vjp(f, x)[1](f(x)))(torch.stack([x, 2 * x])),
+    "vmap of vjp of grad": lambda f, x: vmap(lambda x: vjp(grad(loss(f)), x)[1](x.cos()))(torch.stack([x, 2 * x])),
     "vmap of vmap": lambda f, x: vmap(vmap(f))(torch.stack([torch.stack([x, 2 * x])] * 2)),
     "jacrev": lambda f, x: jacrev(lambda x: f(x).flatten()[:3])(x),
     "hvp": lambda f, x: autograd.hvp(loss(f), x, x.cos())[1],
@@ -70,6 +75,12 @@ TRANSFORMS = {
 def test_transform(name, transform):
     x = torch.randn(2, 4, 5, 4, dtype=torch.float64)
     ours, expected = (TRANSFORMS[transform](function, x) for function in FUNCTIONS[name])
+    torch.testing.assert_close(ours, expected)
+
+
+def test_vmap_of_vjp_of_max_pooling_in_channels_last():
+    x = torch.randn(3, 2, 5, 4, 4, dtype=torch.float64).movedim(-1, 2)
+    ours, expected = (vmap(lambda x, f=f: vjp(f, x)[1](f(x)))(x) for f in FUNCTIONS["max_pool2d"])
     torch.testing.assert_close(ours, expected)
 
 
@@ -128,6 +139,45 @@ def test_training_under_grad():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3, msg=name)
     assert model_new.batch_norm.num_batches_tracked == 1
     assert all(map(torch.equal, model_new.buffers(), expected.buffers()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])  # with 2, the five layers run as three operators
+def test_vjp_and_jacrev_of_fused_layers(stride, training):
+    """torch.func runs these backwards after its transform has ended."""
+    ours, theirs = (
+        kind(
+            of.ConvTranspose2d(16, 16, 3, stride, 1),
+            of.BatchNorm2d(16),
+            of.Tanh(),
+            of.MaxPool2d(2),
+            of.GroupNorm(4, 16),
+        ).train(training)
+        for kind, of in ((Sequential, layers), (nn.Sequential, nn))
+    )
+    ours.load_state_dict(theirs.state_dict())
+    buffers, x = dict(theirs.named_buffers()), torch.randn(2, 16, 6, 6)
+    found, expected = [], []
+    for network, gradients in ((ours, found), (theirs, expected)):
+        parameters = {name: p.detach() for name, p in network.named_parameters()}
+
+        def call(parameters, x, network=network):
+            return functional_call(network, (parameters, {k: v.clone() for k, v in buffers.items()}), (x,))
+
+        y, pull_back = vjp(call, parameters, x)
+        gradients += pull_back(y.cos()), jacrev(lambda x: call(parameters, x)[0, 0, 0, :2])(x)  # noqa: B023
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert not any(gradient.requires_grad for gradient in (*found[0][0].values(), found[0][1], found[1]))
+
+
+def test_vjp_for_the_input_depends_on_the_parameters():
+    """Those require gradients outside of the transform."""
+    results = []
+    for model in pair():
+        x = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(3))
+        y, pull_back = vjp(model, x)
+        results.append(torch.autograd.grad(pull_back(y.detach().cos())[0].square().sum(), model.conv_transpose.weight))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
 def test_second_derivative_of_the_fused_model():

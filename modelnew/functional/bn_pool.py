@@ -121,7 +121,7 @@ def gradients(dy, x, weight, bias, kept, applied, needed, options):
             return max_pool2d(activation_of(options["activation"], options["parameter"])(z), *options["pool"])
 
         with torch.autocast(dy.device.type, enabled=False):
-            return gradients_of(parts, (x, weight, bias), dy)
+            return gradients_of(parts, (x, weight, bias), needed, dy)
     last = options["last"]
     names = ("training", "pool", "activation", "parameter", "last")
     dy, x, y, pooled, argmax = (stored(t, last) for t in (dense_in(dy, last), x, *kept[:3]))

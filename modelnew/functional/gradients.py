@@ -23,6 +23,7 @@ class Function(torch.autograd.Function):
 
 
 def _one_at_a_time(backward):
+    @recorders.not_compiled
     @functools.wraps(backward)
     def call(ctx, *gradients):
         try:
@@ -57,27 +58,49 @@ def differentiable(gradient: type[torch.autograd.Function], *args):
     return gradient.apply(*args) if torch.is_grad_enabled() else gradient.forward(*args)
 
 
-def gradients_of(function: Callable, tensors, *output_gradients) -> list[torch.Tensor | None]:
-    """Gradients of function(*tensors); None for tensors that do not require one or do not affect the results.
+def gradients_of(function: Callable, tensors, needed, *output_gradients) -> list[torch.Tensor | None]:
+    """Gradients of function(*tensors); None for tensors that do not need one, or do not affect the results.
 
     function: uses operations that autograd can differentiate, and returns one result or a tuple, one for each of
-        output_gradients. A None among these is left out. It is called with views, so that a tensor that is given twice
-        gets a gradient for each place.
+        output_gradients. A None among these is left out.
+    needed: a bool for each tensor. A tensor that is given twice gets a gradient for each place.
 
     The gradients can be differentiated again if grad mode is on.
     """
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        views = [t.view_as(t) if t is not None and t.requires_grad else t for t in tensors]
-        results = function(*views)
+    places = [place for place, need in enumerate(needed) if need]
+    kept = [place for place, gradient in enumerate(output_gradients) if gradient is not None]
+
+    def chosen(*wanted):
+        given = list(tensors)
+        for place, tensor in zip(places, wanted):
+            given[place] = tensor
+        results = function(*given)
         results = results if isinstance(results, tuple) else (results,)
-    pairs = [(y, dy) for y, dy in zip(results, output_gradients) if dy is not None and y.requires_grad]
+        return tuple(results[place] for place in kept)
+
+    gradients = dict.fromkeys(range(len(tensors)))
+    if places and kept:
+        wanted, incoming = [tensors[place] for place in places], tuple(output_gradients[place] for place in kept)
+        again = will_need_grad(*tensors, *incoming)
+        gradients |= zip(places, _pulled_back(chosen, wanted, incoming, again))
+    return list(gradients.values())
+
+
+def _pulled_back(function, tensors, output_gradients, again):
+    """The gradients of all `tensors`, of which function(*tensors) is a tuple.
+
+    again: whether they will be differentiated.
+    """
+    if recorders.transforms():  # autograd alone sees one level of them
+        return torch.func.vjp(function, *tensors)[1](output_gradients)
+    with torch.enable_grad():
+        views = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+        results = function(*views)
+    pairs = [(y, dy) for y, dy in zip(results, output_gradients) if y.requires_grad]
     if not pairs:
         return [None] * len(views)
     results, output_gradients = zip(*pairs)
-    wanted = [t for t in views if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(results, wanted, output_gradients, create_graph=again, allow_unused=True))
-    return [next(found) if t is not None and t.requires_grad else None for t in views]
+    return torch.autograd.grad(results, views, output_gradients, create_graph=again, allow_unused=True)
 
 
 class NormGradient(Function):
@@ -101,23 +124,18 @@ class NormGradient(Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return None, None, *second_gradients(ctx.definition, ctx.saved_tensors, *gradients)
+        needed = ctx.needs_input_grad[2:]
+        return None, None, *second_gradients(ctx.definition, ctx.saved_tensors, needed, *gradients)
 
 
-def second_gradients(definition, tensors, *gradients) -> list[torch.Tensor | None]:
-    """Gradients of `tensors`, (dy, x, weight, bias), for the incoming `gradients` of `NormGradient`'s results."""
+def second_gradients(definition, tensors, needed, *gradients) -> list[torch.Tensor | None]:
+    """Gradients of `tensors`, (dy, x, weight, bias), for the incoming `gradients` of `NormGradient`'s results.
+
+    needed: a bool for each tensor.
+    """
+    wanted = [gradient is not None for gradient in gradients]
 
     def first(dy, *inputs):
-        places = [place for place, tensor in enumerate(inputs) if tensor is not None]
+        return tuple(gradients_of(definition, inputs, wanted, dy.double()))
 
-        def defined(*given):
-            all_inputs = [None] * len(inputs)
-            for place, tensor in zip(places, given):
-                all_inputs[place] = tensor
-            return definition(*all_inputs)
-
-        y, pull_back = torch.func.vjp(defined, *(inputs[place] for place in places))
-        found = iter(pull_back(dy.to(y.dtype)))
-        return tuple(None if tensor is None else next(found) for tensor in inputs)
-
-    return gradients_of(first, tensors, *gradients)
+    return gradients_of(first, tensors, needed, *gradients)

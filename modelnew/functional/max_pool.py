@@ -1,6 +1,7 @@
 """max_pool2d, with the signature of torch.nn.functional.max_pool2d, and its layer."""
 
 import functools
+import typing
 
 import numpy as np
 import torch
@@ -127,13 +128,53 @@ def new_argmax(new, y, pool: Pool):
     return new(y.shape, np.int32 if pool.wide_argmax else np.uint8)
 
 
+_Window: typing.TypeAlias = int | tuple[int, int]
+
+
+@typing.overload
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: _Window,
+    stride: _Window | None = None,
+    padding: _Window = 0,
+    dilation: _Window = 1,
+    ceil_mode: bool = False,
+    return_indices: typing.Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@typing.overload
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: _Window,
+    stride: _Window | None = None,
+    padding: _Window = 0,
+    dilation: _Window = 1,
+    ceil_mode: bool = False,
+    *,
+    return_indices: typing.Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@typing.overload
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: _Window,
+    stride: _Window | None = None,
+    padding: _Window = 0,
+    dilation: _Window = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+
+
 @untraced
 def max_pool2d(
     input: torch.Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
+    kernel_size: _Window,
+    stride: _Window | None = None,
+    padding: _Window = 0,
+    dilation: _Window = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

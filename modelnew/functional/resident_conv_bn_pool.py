@@ -112,20 +112,20 @@ class _Fused(Function):
     @staticmethod
     def backward(ctx, dout):
         *tensors, memory, running_mean, running_var = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():
-            found = _differentiable_gradients(ctx.options, running_mean, running_var, tensors, dout)
+            found = _differentiable_gradients(ctx.options, running_mean, running_var, tensors, needed, dout)
         else:
             options = {name: ctx.options[name] for name in ("setting", "training", "activation", "parameter")}
             x, *others = tensors
             last = options["setting"].last
             dout = stored(dense_in(dout, True), True) if last else dense(dout)
-            needed = ctx.needs_input_grad[:7]
             dx, *others = call(_backward, dout, stored(x, last), *others, memory, needed=needed, **options)
             found = restored(dx, last), *others
         return *found, *[None] * 4
 
 
-def _differentiable_gradients(options, running_mean, running_var, tensors, dout):
+def _differentiable_gradients(options, running_mean, running_var, tensors, needed, dout):
     """The gradients of `tensors` by operators that can be differentiated twice."""
     activate, setting = activation_of(options["activation"], options["parameter"]), options["setting"]
 
@@ -136,7 +136,7 @@ def _differentiable_gradients(options, running_mean, running_var, tensors, dout)
         return group_norm(y, setting.groups, group_weight, group_bias, options["group_eps"])
 
     with torch.autocast(dout.device.type, enabled=False):  # as in the forward, whatever holds around the backward
-        return gradients_of(unfused, tensors, dout)
+        return gradients_of(unfused, tensors, needed, dout)
 
 
 def fused_plan(x, conv_weight, padding, num_groups, numerics, batches=None, others=(), negative_slope=0):

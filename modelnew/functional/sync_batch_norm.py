@@ -17,6 +17,7 @@ from cupy_kernels.common import accumulator_dtype
 
 from ..calls import call, planning, prepared
 from ..formats import channels_last, dense_in, restored, stored
+from ..recorders import not_compiled
 from ..untraced import untraced
 from .batch_norm import batch_norm as batch_norm_alone
 from .batch_norm import batch_norm_tanh as batch_norm_tanh_alone
@@ -104,6 +105,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @not_compiled
     def backward(ctx, dy):
         refuse_second_derivatives()
         x, weight, bias, moments, share, y = ctx.saved_tensors

@@ -17,6 +17,7 @@ from cupy_kernels.sync_batch_norm import sync_borders, sync_message, sync_parame
 from ..calls import call
 from ..formats import dense_in, restored, stored
 from ..interop import dense
+from ..recorders import not_compiled
 from .gradients import apply, will_need_grad
 from .resident_conv_bn_pool import convolution_gradients, geometry_of, new_output, plan_for
 from .sync_batch_norm import gathered, refuse_second_derivatives
@@ -130,6 +131,7 @@ class _SyncFused(torch.autograd.Function):
         return out
 
     @staticmethod
+    @not_compiled
     def backward(ctx, dout):
         refuse_second_derivatives()
         x, w, conv_bias, *affine, memory, distance, share = ctx.saved_tensors

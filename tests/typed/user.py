@@ -25,7 +25,8 @@ def use_functions(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     y = batch_norm(y, None, None, training=True, momentum=0.2)
     assert_type(functional.batch_norm_tanh(y, None, None, training=True), torch.Tensor)
     y = leaky_relu(tanh(y), negative_slope=0.2)
-    assert_type(functional.max_pool2d(y, 2, ceil_mode=True), torch.Tensor | tuple[torch.Tensor, torch.Tensor])
+    assert_type(functional.max_pool2d(y, 2, ceil_mode=True), torch.Tensor)
+    assert_type(functional.max_pool2d(y, 2, return_indices=True), tuple[torch.Tensor, torch.Tensor])
     assert_type(functional.tanh_max_pool2d(y, (2, 3)), torch.Tensor)
     return group_norm(y, 2)
 

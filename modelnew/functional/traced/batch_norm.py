@@ -111,7 +111,8 @@ def _second(ctx, *gradients):
     *tensors, moments, y = ctx.saved_tensors
     if y is not None:
         raise RuntimeError("ops.batch_norm_backward has a derivative only without y: apply ops.tanh_backward before it")
-    return second_gradients(functools.partial(eager._definition, moments, *ctx.args[6:8]), tensors, *gradients)
+    definition = functools.partial(eager._definition, moments, *ctx.args[6:8])
+    return second_gradients(definition, tensors, ctx.needs_input_grad[:4], *gradients)
 
 
 register(

@@ -47,7 +47,7 @@ def _first(ctx, dy):
             y = eager.activation_of(activation, slope)(ops.batch_norm.default(x, *arguments)[0])
             return ops.max_pool2d(y, *window, False, False)[0]
 
-        found = gradients_of(parts, (x, weight, bias), dy)
+        found = gradients_of(parts, (x, weight, bias), needed, dy)
     else:
         options = training, activation, slope, *window, needed
         found = ops.bn_activation_max_pool2d_backward(dy, x, weight, bias, *kept, *options)

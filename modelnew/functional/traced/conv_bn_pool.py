@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from torch.compiler import is_exporting
 
 from cupy_kernels import conv_bn_pool as kernels
 from cupy_kernels.conv_transpose import output_shape
@@ -205,7 +206,7 @@ def _first(ctx, dout):
             return ops.group_norm(y, groups, group_weight, group_bias, group_eps)[0]
 
         with torch.autocast(dout.device.type, enabled=False):
-            found = gradients_of(unfused, tensors, dout)
+            found = gradients_of(unfused, tensors, needed, dout)
     else:
         options = padding, activation, slope, groups, training, numerics, needed
         op = ops.conv_bn_activation_max_pool_group_norm_backward
@@ -261,7 +262,10 @@ def _or_parts(input, *options):
     *arguments, stride, output_padding, dilation, conv_groups, size, pool_stride, pool_padding, _, parts = options
     running_mean, running_var, weight, bias, training, momentum, eps, batches, *rest = arguments
     conv_weight, conv_bias, padding, activation, slope, groups, group_weight, group_bias, group_eps, numerics = rest
-    if is_plain(*map(tuple, (stride, output_padding, dilation)), conv_groups, size, pool_stride, pool_padding):
+    plain = is_plain(*map(tuple, (stride, output_padding, dilation)), conv_groups, size, pool_stride, pool_padding)
+    # The fused plan needs sizes. An exported program decides here again when it runs, with numbers.
+    symbolic = is_exporting() and any(isinstance(n, torch.SymInt) for n in input.shape[1:])
+    if plain and not symbolic:
         try:
             op = batch_norm.overload(ops.conv_bn_activation_max_pool_group_norm, running_mean, training, batches)
             return autocast.result_of_norm(op(input, *arguments)[0])

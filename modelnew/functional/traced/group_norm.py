@@ -71,7 +71,8 @@ def _fake_gradient(dy, x, weight, bias, statistics, num_groups, eps, needed):
 
 def _second(ctx, *gradients):
     *tensors, _ = ctx.saved_tensors
-    return second_gradients(functools.partial(eager._definition, *ctx.args[5:7]), tensors, *gradients)
+    definition = functools.partial(eager._definition, *ctx.args[5:7])
+    return second_gradients(definition, tensors, ctx.needs_input_grad[:4], *gradients)
 
 
 register(

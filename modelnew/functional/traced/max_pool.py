@@ -1,6 +1,7 @@
 """ops.max_pool2d."""
 
 import torch
+from torch._C._functorch import is_batchedtensor
 
 from ...calls import call
 from ...formats import channels_last, dense_in, empty_in, restored, stored
@@ -47,9 +48,14 @@ def _fake(input, *options):
     return results_of(input, y, indices, empty_argmax(y, pool, last) if keep else None)
 
 
+def _is_last(x):
+    """channels_last(x) of a saved tensor. Of an element of a batch in torch.func.vmap, torch tells only the strides."""
+    return channels_last(torch.empty_strided(x.shape, x.stride(), device="meta") if is_batchedtensor(x) else x)
+
+
 def _first(ctx, dy):
     x, argmax = ctx.saved_tensors
-    last = channels_last(x)
+    last = _is_last(x)
     return (ops.max_pool2d_backward(dy, argmax, *ctx.args[1:5], stored(x, last).shape, last),)
 
 
