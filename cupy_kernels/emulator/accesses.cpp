@@ -47,9 +47,9 @@ static Where block_of(unsigned epoch) {
     return where;
 }
 
-// What a race lacks where there are atomic functions, as of a lock.
+// What a race lacks where a thread has called atomicCAS, as for a lock.
 static const char* advice(u64 then) {
-    if (!fibers[current].calls_atomics || then & ATOMIC) return "";
+    if (!fibers[current].compares || then & ATOMIC) return "";
     return then >> EPOCH_SHIFT < first_epoch
                ? ": a lock takes a __threadfence() after it is acquired, and one before it is released"
                : ": to the emulator a lock is no barrier between threads of one block";
@@ -320,6 +320,7 @@ void atomic(void* address, size_t bytes, const char* place, const void* compared
     else access<true>(address, bytes, place);
     Fiber& f = fibers[current];
     f.calls_atomics = true;
+    if (compared) f.compares = true;
     if (f.fenced) released = true, acquired = all_released;
 }
 

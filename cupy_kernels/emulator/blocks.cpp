@@ -32,7 +32,7 @@ static void start_block() {
         top[RETURN_WORD] = (void*)fiber_main;
         f.stack_pointer = top;
         f.state = READY;
-        f.at_grid = f.fenced = f.calls_atomics = false;
+        f.at_grid = f.fenced = f.calls_atomics = f.compares = false;
         f.copy_count = f.group_count = 0;
         f.registers_fenced = false;
         f.touched_sums = f.flying_sums = 0;

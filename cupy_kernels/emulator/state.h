@@ -50,7 +50,7 @@ struct Fiber {
     void* stack_pointer;
     State state;
     Place place;  // of the barrier it waits at
-    bool vote, at_grid, fenced, calls_atomics;
+    bool vote, at_grid, fenced, calls_atomics, compares;
     unsigned short clock,
         seen[32];             // __syncwarps; and of each lane, up to which one its accesses came before this thread's
     Copy copies[MAX_COPIES];  // cp.async issued and not yet waited for
