@@ -62,8 +62,8 @@ MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
 CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized", "-Wno-format-pedantic")
 CLANG_CHECKS += ("-Wno-gnu-inline-cpp-without-extern",)
-# What two branches have in common would have no line.
-CLANG_CHECKS += ("-mllvm", "-simplifycfg-hoist-common=false", "-mllvm", "-simplifycfg-sink-common=false")
+CLANG_CHECKS += ("-mllvm", "-simplifycfg-hoist-common=false")  # what two branches have in common would have no line
+CLANG_CHECKS += ("-mllvm", "-inline-threshold=1000")  # a header's function that is called has not the caller's line
 # With these, a second library of an edited text finds accesses before and behind local variables: see locals.cpp.
 LOCALS = ("-fsanitize=kernel-address", "-fsanitize-address-use-after-scope", *CHECKS[1:])
 LOCALS += ("-Dprintf=emulator_printed_already",)
@@ -71,7 +71,7 @@ GCC_LOCALS = ("-fasan-shadow-offset=0x1800000000", "-fno-aggressive-loop-optimiz
 GCC_LOCALS += ("--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=1", "--param=asan-globals=0")
 CLANG_LOCALS = "-asan-mapping-offset=0x1800000000 -asan-instrumentation-with-call-threshold=0 -asan-stack=1"
 CLANG_LOCALS = tuple(word for option in (CLANG_LOCALS + " -asan-globals=0").split() for word in ("-mllvm", option))
-CLANG_LOCALS += ("-fno-sanitize-trap=all", "-fno-sanitize=local-bounds")
+CLANG_LOCALS += ("-fno-sanitize-trap=all", "-fno-sanitize=bounds")  # for it leaves out accesses by a wrong index
 _LOCALS = re.compile(rb"\d+(?: \d+ \d+ \d+ [^ \0]+)+\0")  # what such a library says of a function's local variables
 UNSET = "-ftrivial-auto-var-init=pattern"  # what memory.cpp looks for in outputs; gcc 12 and newer, clang
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")

@@ -17,6 +17,9 @@ extern "C" char _end[] __attribute__((visibility("hidden")));
 #pragma GCC visibility push(default)
 namespace emulator {
 
+#ifdef __clang__
+__attribute__((nomerge))  // those of two branches would have no line
+#endif
 const char* address();  // of the instruction behind the call
 
 // A line of the source with its file, and a place in the library. As a default argument it is the line of the call.
