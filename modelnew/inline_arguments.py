@@ -102,7 +102,7 @@ def _check_shapes(declared, values):
             if callable(rule):
                 wanted = shape(f"shapes= of {name}", rule(*(values[name] for name in declared.arguments)))
             if len(wanted) != tensor.dim() or not all(n in (None, m) for n, m in zip(wanted, tensor.shape)):
-                hint = "" if name in rules else f", as {declared.tensors[0]} has (shapes= can allow another)"
+                hint = "" if name in rules else f", as {declared.tensors[0]} has (shapes={{{name!r}: None}} allows any)"
                 expected = ", ".join("any" if n is None else str(n) for n in wanted) + "," * (len(wanted) == 1)
                 raise ValueError(
                     f"{declared}: {name} must have shape ({expected}){hint}; received {tuple(tensor.shape)}"

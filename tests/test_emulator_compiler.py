@@ -144,6 +144,6 @@ def test_a_new_text_is_a_new_library(fresh, x, y):
 
 
 def test_only_local_memory_takes_a_second_run(x, y):
-    for text, expected in ((COPY, False), (COPY.replace("{ ", "{ float v[4]; v[threadIdx.x % 4] = 0; ", 1), True)):
-        with source.override({"planted.cu": text}):
-            assert emulator.backend.handle(Kernel("planted.cu", "copy"), 0).has_locals == expected
+    for first, expected in (("", 1), ("__syncthreads(); __syncwarp();", 1), ("float v[4]; v[threadIdx.x % 4] = 0;", 2)):
+        with source.override({"planted.cu": COPY.replace("{ ", f"{{ {first} ", 1)}):
+            assert len(emulator.backend.handle(Kernel("planted.cu", "copy"), 0).runs) == expected

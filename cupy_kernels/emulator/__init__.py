@@ -56,7 +56,6 @@ CHECKS += ("-fno-finite-loops", *LINES)
 CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the extensions that host compilers have
 # Reads and writes of an array by a pointer that has left it. The package's own kernels do without: it takes time.
 CHECKS_OF_EDITS = ("-fsanitize=object-size", "-Wuninitialized")
-LOCALS_ALONE, BOUNDS_ALONE = 1, 2  # what a run of the second library looks for, see locals.cpp; 0: a whole run
 WARNINGS = "cu_warnings"  # the section of a library that has what the compiler warned of
 MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
@@ -64,14 +63,15 @@ CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize
 CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized", "-Wno-format-pedantic")
 CLANG_CHECKS += ("-Wno-gnu-inline-cpp-without-extern",)
 CLANG_CHECKS += ("-mllvm", "-simplifycfg-hoist-common=false")  # what two branches have in common would have no line
+CLANG_CHECKS += ("-mllvm", "-inline-threshold=1000")  # a header's function that is called has not the caller's line
 # With these, a second library of an edited text finds accesses before and behind local variables: see locals.cpp.
-LOCALS = ("-fsanitize=kernel-address", "-fsanitize-address-use-after-scope", *CHECKS[1:], "-fno-sanitize=bounds")
+LOCALS = ("-fsanitize=kernel-address", "-fsanitize-address-use-after-scope", *CHECKS[1:])
 LOCALS += ("-Dprintf=emulator_printed_already",)
 GCC_LOCALS = ("-fasan-shadow-offset=0x1800000000", "-fno-aggressive-loop-optimizations")
 GCC_LOCALS += ("--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=1", "--param=asan-globals=0")
 CLANG_LOCALS = "-asan-mapping-offset=0x1800000000 -asan-instrumentation-with-call-threshold=0 -asan-stack=1"
 CLANG_LOCALS = tuple(word for option in (CLANG_LOCALS + " -asan-globals=0").split() for word in ("-mllvm", option))
-CLANG_LOCALS += ("-fno-sanitize-trap=all",)
+CLANG_LOCALS += ("-fno-sanitize-trap=all", "-fno-sanitize=bounds")  # for it leaves out accesses by a wrong index
 _LOCALS = re.compile(rb"\d+(?: \d+ \d+ \d+ [^ \0]+)+\0")  # what such a library says of a function's local variables
 UNSET = "-ftrivial-auto-var-init=pattern"  # what memory.cpp looks for in outputs; gcc 12 and newer, clang
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
@@ -147,7 +147,7 @@ class _Launch(ctypes.Structure):
         ("variables", ctypes.POINTER(_Variable)),
         ("variable_count", ctypes.c_uint),
         ("cooperative", ctypes.c_bool),
-        ("only_locals", ctypes.c_int),
+        ("only_locals", ctypes.c_bool),
     )
 
 
@@ -189,9 +189,9 @@ class Emulator(Backend):
             locals_built = Path(second.result()._name).read_bytes()
             _entries(second.result(), locals_built, entries)
             for name in entries:
-                entry = getattr(library, f"emulator_{name}")
-                entry.second = getattr(second.result(), f"emulator_{name}")
-                entry.has_locals = bool(_LOCALS.search(elf.section(locals_built, ".rodata")))
+                if _LOCALS.search(elf.section(locals_built, ".rodata")):
+                    whole = getattr(library, f"emulator_{name}")
+                    whole.runs = (getattr(second.result(), f"emulator_{name}"), whole)
         shared = [v.bytes for v in found if v.shared]
         needed = sum(shared) if len(entries) == 1 else max(shared, default=0)
         if needed > MOST_STATIC_SHARED_BYTES:
@@ -215,7 +215,7 @@ def _entries(library, built, names) -> list[elf.Variable]:
     for name in names:
         entry = getattr(library, f"emulator_{name}")
         entry.restype, entry.variables, entry.built = ctypes.c_char_p, table, built
-        entry.second, entry.has_locals = None, False
+        entry.runs = (entry,)
     return found
 
 
@@ -245,27 +245,20 @@ def _run(packed) -> None:
     launch = _Launch(parameters, words.ctypes.data, len(parameters), step.grid, step.block, step.shared_bytes)
     launch.seed, launch.cooperative = _seed(), step.cooperative
     whole = packed.numbers[0]
-    built = whole.built
-
-    def run(entry, only_locals):
-        launch.variables, launch.variable_count, launch.only_locals = entry.variables, len(entry.variables), only_locals
-        return entry(ctypes.byref(launch))
-
     with _one_at_a_time, _time_limit(limit):
-        failure = whole.has_locals and run(whole.second, LOCALS_ALONE)
-        if failure:
-            built = whole.second.built
-        else:
-            failure = run(whole, 0)
-            if whole.second and (index := re.search(rb"(thread \d+): index \S+ is out of bounds of '", failure or b"")):
-                named = run(whole.second, BOUNDS_ALONE) or b""
-                if index[1] + b" " in named:  # the same index, of the outermost dimension
-                    failure, built = named, whole.second.built
-    if failure and failure.startswith(b"interrupted"):
+        for entry in whole.runs:
+            launch.variables, launch.variable_count = entry.variables, len(entry.variables)
+            launch.only_locals = entry is not whole
+            if failure := entry(ctypes.byref(launch)):
+                break
+    if not failure:
+        return
+    message = f"{step.kernel}: {_readable(failure.decode(), entry.built, step.kernel)}"
+    if not re.match(rb"(<\w+>: )?interrupted", failure):
+        raise EmulatorError(message)
+    with contextlib.suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-        raise KeyboardInterrupt
-    if failure:
-        raise EmulatorError(f"{step.kernel}: {_readable(failure.decode(), built, step.kernel)}")
+    raise KeyboardInterrupt(f"{message}. CUPY_KERNELS_TIMEOUT=5 in the environment stops launches after 5 seconds")
 
 
 @contextlib.contextmanager

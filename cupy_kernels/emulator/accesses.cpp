@@ -47,23 +47,67 @@ static Where block_of(unsigned epoch) {
     return where;
 }
 
-// What a race lacks: of a plain read with an atomic function, or of accesses behind atomic functions, as of a lock.
-static const char* advice(const char* did, u64 then) {
-    if (then & ATOMIC && !strcmp(did, "reads"))
-        return ": if any of its values will do, as in a loop around atomicCAS, read it by atomicAdd(pointer, 0)";
-    if (!fibers[current].calls_atomics || then & ATOMIC) return "";
+// What a race lacks where a thread has called atomicCAS, as for a lock.
+static const char* advice(u64 then) {
+    if (!fibers[current].compares || then & ATOMIC) return "";
     return then >> EPOCH_SHIFT < first_epoch
                ? ": a lock takes a __threadfence() after it is acquired, and one before it is released"
                : ": to the emulator a lock is no barrier between threads of one block";
 }
 
+// A plain read may race with atomic functions where a loop around atomicCAS begins: atomicCAS compares with what was
+// read, and the loop turns once more if that is old. A thread may also leave the loop before, as that of a maximum does.
+// So what counts is the place of the read: whether any thread has come from it to an atomicCAS is known at the end of
+// the launch.
+struct RacingRead {
+    unsigned place, times;
+    bool compared;
+    char race[512];  // the first one, if there is one
+};
+enum { MAX_RACING_READS = 64, MOST_TIMES = 1 << 16 };  // a thread may wait in a loop without end for what it reads
+static RacingRead racing_reads[MAX_RACING_READS];
+static unsigned racing_read_count;
+
+// Null if there are too many.
+static RacingRead* racing_read(unsigned place) {
+    for (unsigned i = 0; i < racing_read_count; i++)
+        if (racing_reads[i].place == place) return &racing_reads[i];
+    if (racing_read_count == MAX_RACING_READS) return nullptr;
+    RacingRead& added = racing_reads[racing_read_count++];
+    added.place = place, added.times = 0, added.compared = false, added.race[0] = 0;
+    return &added;
+}
+
+// An atomicCAS that compares with what its thread has read.
+static void note_comparison(Array& array, const char* address, size_t bytes, const void* compared) {
+    size_t offset = address - array.start;
+    if (offset >= array.bytes || bytes > array.bytes - offset || memcmp(address, compared, bytes)) return;
+    for (size_t at = 0; at < bytes; at += 1 << array.shift) {
+        Word& word = array.word(address + at);
+        if (word.read >> EPOCH_SHIFT < first_epoch || thread_of(word.read) != (unsigned)current) continue;
+        if (RacingRead* found = racing_read(word.read_place)) found->compared = true, word.read = 0;
+    }
+}
+
+// Ends the launch; or returns if it may be no error: `plain_read` is the place of one that races with an atomic function.
 static void race(
     const Array& array, const char* address, const char* did, const char* place, u64 then, const char* had,
-    unsigned then_place) {
-    FAIL(
-        "<%x>: race: thread %d %s %s, which thread %d%s %s at <%x>, with no barrier between them%s", place_of(place),
-        current, did, element(array, address).text, thread_of(then), block_of(then >> EPOCH_SHIFT).text, had,
-        then_place, advice(did, then));
+    unsigned then_place, unsigned plain_read) {
+    RacingRead* found = plain_read ? racing_read(plain_read) : nullptr;
+    if (found && (found->compared || (found->race[0] && ++found->times < MOST_TIMES))) return;
+    char text[sizeof found->race];
+    snprintf(
+        text, sizeof text, "<%x>: race: thread %d %s %s, which thread %d%s %s at <%x>, with no barrier between them%s",
+        place_of(place), current, did, element(array, address).text, thread_of(then),
+        block_of(then >> EPOCH_SHIFT).text, had, then_place, plain_read ? "" : advice(then));
+    if (!found || found->race[0]) return FAIL("%s", text);
+    name_block(text, sizeof text);
+    memcpy(found->race, text, sizeof text);
+}
+
+static void check_racing_reads() {
+    for (unsigned i = 0; i < racing_read_count; i++)
+        if (!racing_reads[i].compared && racing_reads[i].race[0]) report("%s", racing_reads[i].race);
 }
 
 static void before_the_wait(
@@ -78,7 +122,6 @@ static void unwritten(const Array& array, const char* address, const char* place
 }
 
 static void out_of_bounds(const Array& array, const char* address, const char* did, const char* place) {
-    found_in_locals |= only_locals == ALL_BOUNDS;
     if (!array.item)
         return FAIL(
             "<%x>: thread %d %s out of bounds: %s, which has %s", place_of(place), current, did,
@@ -114,16 +157,20 @@ template <bool WRITE, int SHIFT> static inline void touch_words(
             return;
         }
         offset += last - first;
-        u64 write = word.write, other = word.other;
+        u64 write = word.write, read = word.read, other = word.other;
         bool written = write >> EPOCH_SHIFT >= oldest;
         if (!(other & mask) || other >> EPOCH_SHIFT < oldest) other = 0;
         if (!WRITE) {
+            auto races_with = [&](u64 then, unsigned then_place) {
+                race(
+                    array, at, "reads", place, then, "writes", then_place, then & ATOMIC && !how ? place_of(place) : 0);
+                now |= FLYING;  // so that the next read comes here, too
+            };
             if (written && write & mask) {
                 if (write & FLYING) return before_the_wait(array, at, "reads", place, word);
-                if (!ordered(write)) return race(array, at, "reads", place, write, "writes", word.write_place);
+                if (!ordered(write)) races_with(write, word.write_place);
             }
-            if (other & WROTE && !ordered(other))
-                return race(array, at, "reads", place, other, "writes", word.other_place);
+            if (other & WROTE && !ordered(other)) races_with(other, word.other_place);
             if (!how && !array.initialised && (mask & ~(written ? write >> EVER_SHIFT : 0) & TOUCHED))
                 return unwritten(array, at, place);
             if (!((word.read ^ now) >> THREAD_SHIFT)) now |= word.read & TOUCHED;
@@ -135,21 +182,29 @@ template <bool WRITE, int SHIFT> static inline void touch_words(
             if (written && write & mask) {
                 if (write & FLYING && !(how & FLYING)) return before_the_wait(array, at, "writes", place, word);
                 if (!(write & now & ATOMIC) && !ordered(write))
-                    return race(array, at, "writes", place, write, "writes", word.write_place);
+                    race(array, at, "writes", place, write, "writes", word.write_place, 0);
             }
             if (now & ATOMIC && !array.initialised && mask & ~(written ? write >> EVER_SHIFT : 0) & TOUCHED)
                 return unwritten(array, at, place);
-            if (word.read & mask && word.read >> EPOCH_SHIFT >= oldest && !ordered(word.read))
-                return race(array, at, "writes", place, word.read, "reads", word.read_place);
-            if (other && !(other & WROTE && now & other & ATOMIC) && !ordered(other))
-                return race(array, at, "writes", place, other, other & WROTE ? "writes" : "reads", word.other_place);
-            if (!(now & ATOMIC && other & WROTE)) other = 0;
-            // Blocks that come later know least of a plain write, which their atomic ones must not replace unseen.
-            auto unknown = [&](u64 then) {
-                return then && !(then & ATOMIC) && !array.shared ? 4 : distance(then, oldest);
+            auto races_with = [&](u64& then, const char* had, unsigned then_place) {
+                bool plain_read = now & ATOMIC && !(then & (ATOMIC | WROTE));
+                race(array, at, "writes", place, then, had, then_place, plain_read ? then_place : 0);
+                then = 0;
             };
-            if (now & ATOMIC && written && unknown(write) >= unknown(other))
-                other = write | WROTE, word.other_place = word.write_place;
+            if (!(read & mask && read >> EPOCH_SHIFT >= oldest)) read = 0;
+            if (read && !ordered(read)) races_with(read, "reads", word.read_place);
+            if (other && !(other & WROTE && now & other & ATOMIC) && !ordered(other))
+                races_with(other, other & WROTE ? "writes" : "reads", word.other_place);
+            if (!(now & ATOMIC)) other = 0;
+            // Blocks that come later know least of a plain access, which atomic ones must not replace unseen.
+            auto unknown = [&](u64 then) {
+                return then && !(then & ATOMIC) && !array.shared && !only_block ? 4 : distance(then, oldest);
+            };
+            auto keep = [&](u64 then, unsigned then_place) {
+                if (unknown(then) >= unknown(other)) other = then, word.other_place = then_place;
+            };
+            if (now & ATOMIC && written) keep(write | WROTE, word.write_place);
+            if (now & ATOMIC && read && !(read & ATOMIC)) keep(read, word.read_place);
             if (!((write ^ now) >> THREAD_SHIFT || (write ^ now) & (ATOMIC | FLYING))) now |= write & TOUCHED;
             word.write = now | mask << EVER_SHIFT | (written ? write & EVER : 0);
             word.write_place = place_of(place);
@@ -218,6 +273,7 @@ template <bool WRITE> static void stray(const char* address, const char* place) 
 
 template <bool WRITE> static inline void access(const void* pointer, size_t bytes, const char* place) {
     const char* address = (const char*)pointer;
+    if (wrong_index.place) name_wrong_index(address, bytes, WRITE ? "writes" : "reads");
     size_t slot = size_t(address - arena) >> slot_bits;
     if (slot < array_count) return touch<WRITE>(arrays[slot], address, bytes, place);
     if (size_t(address - stack_low) < STACK_BYTES) {
@@ -256,12 +312,15 @@ void writes(void* address, size_t bytes) {
 // A thread that calls __threadfence() and then an atomic function tells what its block did before to threads that call
 // one later, and a fence before it or behind it. Blocks run one after another; so if all blocks so far did, all that
 // they did came before.
-void atomic(void* address, size_t bytes, const char* place) {
+void atomic(void* address, size_t bytes, const char* place, const void* compared) {
+    if (wrong_index.place) name_wrong_index((const char*)address, bytes, "writes");
     Array* array = find((const char*)address);
+    if (array && compared) note_comparison(*array, (const char*)address, bytes, compared);
     if (array) touch<true>(*array, (const char*)address, bytes, place, ATOMIC);
     else access<true>(address, bytes, place);
     Fiber& f = fibers[current];
     f.calls_atomics = true;
+    if (compared) f.compares = true;
     if (f.fenced) released = true, acquired = all_released;
 }
 

@@ -9,7 +9,7 @@
     }
 #define EMULATOR_CAS_OF(name, T) \
     UNCHECKED static inline T name(T* p, T compare, T v) { \
-        emulator::atomic(p, sizeof(T), EMULATOR_CALLER); \
+        emulator::atomic(p, sizeof(T), EMULATOR_CALLER, &compare); \
         T old = *p; \
         if (old == compare) *p = v; \
         return old; \

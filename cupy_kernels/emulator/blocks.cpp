@@ -32,7 +32,7 @@ static void start_block() {
         top[RETURN_WORD] = (void*)fiber_main;
         f.stack_pointer = top;
         f.state = READY;
-        f.at_grid = f.fenced = f.calls_atomics = false;
+        f.at_grid = f.fenced = f.calls_atomics = f.compares = false;
         f.copy_count = f.group_count = 0;
         f.registers_fenced = false;
         f.touched_sums = f.flying_sums = 0;
@@ -91,6 +91,7 @@ static void run_block() {
                 if (fibers[order[i]].state != READY) continue;
                 set_thread(order[i]);
                 emulator_switch(&scheduler_stack_pointer, fibers[current].stack_pointer);
+                if (wrong_index.place) report("");
                 ran = true;
             }
         } while (ran);
@@ -109,8 +110,10 @@ static void run_blocks(unsigned long long seed) {
     block_epoch = 0;
     released = acquired = all_released = true;
     sums_count = 0, fault_count = 1;
+    racing_read_count = 0, wrong_index.place = nullptr;
     for (int t = 0; t < thread_count; t++) fibers[t].proxy_fence = 0;
     long long blocks = (long long)gridDim.x * gridDim.y * gridDim.z, waiting = 0;
+    only_block = blocks == 1;
     asides = cooperative ? (Aside*)__builtin_calloc(blocks, sizeof(Aside)) : nullptr;
     do {
         long long waited = waiting;
@@ -132,9 +135,8 @@ static void run_blocks(unsigned long long seed) {
     } while (waiting && !error[0]);
     for (long long b = 0; asides && b < blocks; b++) __builtin_free(asides[b].bytes);
     __builtin_free(asides);
-    if (!error[0]) return;
-    size_t used = strlen(error);
-    snprintf(error + used, sizeof error - used, " (block %u,%u,%u)", blockIdx.x, blockIdx.y, blockIdx.z);
+    if (error[0]) name_block(error, sizeof error);
+    else check_racing_reads();
 }
 
 }  // namespace emulator

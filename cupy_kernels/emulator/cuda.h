@@ -25,6 +25,7 @@ extern "C" void* memset(void*, int, size_t);
 #define __launch_bounds__(...)
 #define __CUDACC__ 1
 #define __CUDACC_RTC__ 1
+#define __CUDA_ARCH__ 600  // has all atomic functions; what a text has for newer ones is often asm
 #ifndef __clang__
 #define __builtin_assume(condition) ((void)0)
 #endif
@@ -125,7 +126,7 @@ EMULATOR_INSTEAD double remquo(double x, double y, int* quotient) {
     ((condition) ? (void)0 : emulator::fail(emulator::Place::here(), "fails the assertion " #condition))
 // What g++ calls where a local array has overflowed.
 extern "C" UNCHECKED __attribute__((visibility("hidden"))) void __stack_chk_fail() {
-    emulator::fail({"", 0, EMULATOR_CALLER}, "has written outside of a local array");
+    emulator::fail({0, EMULATOR_CALLER}, "has written outside of a local array");
     for (;;);
 }
 static inline void __trap(EMULATOR_HERE) { emulator::fail(place, "calls __trap()"); }

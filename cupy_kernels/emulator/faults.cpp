@@ -40,8 +40,7 @@ static void on_signal(int number, siginfo_t* info, void* context) {
     if (number == SIGINT || number == SIGURG) {
         if (!stopped) return;
         if (!runs_here) pthread_kill(runner, SIGURG);
-        else if (in_a_stack(registers(context).stack_pointer))
-            FAIL("%s%s", stopped == INTERRUPTED ? "" : line_of(context).text, stopped);
+        else if (in_a_stack(registers(context).stack_pointer)) FAIL("%s%s", line_of(context).text, stopped);
         else report("%s", stopped);
         return;
     }
@@ -89,7 +88,7 @@ struct Signals {
 
 extern "C" EXPORTED void emulator_stop() {
     if (!running) return;
-    stopped = "takes longer than CUPY_KERNELS_TIMEOUT allows";
+    stopped = "takes longer than CUPY_KERNELS_TIMEOUT allows, an environment variable with the seconds of a launch";
     pthread_kill(runner, SIGURG);
 }
 

@@ -17,18 +17,21 @@ extern "C" char _end[] __attribute__((visibility("hidden")));
 #pragma GCC visibility push(default)
 namespace emulator {
 
+#ifdef __clang__
+__attribute__((nomerge))  // those of two branches would have no line
+#endif
 const char* address();  // of the instruction behind the call
 
-// A line of the source, and a place in the library. As a default argument it is the line of the call.
+// A line of the source with its file, and a place in the library. As a default argument it is the line of the call.
+// Two words, which go in registers: with more, a kernel that has a barrier would have local memory, see locals.cpp.
 struct Place {
-    const char* file;
-    int line;
+    unsigned long long line;
     const char* at;
     static Place here(
         const char* file = __builtin_FILE(), int line = __builtin_LINE(), const char* at = emulator::address()) {
-        return {file, line, at};
+        return {(unsigned long long)line << 48 ^ (unsigned long long)file, at};
     }
-    bool operator!=(const Place& other) const { return file != other.file || line != other.line; }
+    bool operator!=(const Place& other) const { return line != other.line; }
 };
 #define EMULATOR_HERE emulator::Place place = emulator::Place::here()
 
@@ -55,7 +58,7 @@ struct Launch {
     const Variable* variables;
     unsigned variable_count;
     bool cooperative;
-    int only_locals;  // see locals.cpp
+    bool only_locals;  // see locals.cpp
 };
 struct Image { char *start, *end; };  // a library's memory
 
@@ -77,7 +80,7 @@ void set_rounding(int mode);  // 0 to nearest, 1 to zero, 2 up, 3 down
 void read_any(const void* address, size_t bytes);
 void reads(const void* address, size_t bytes);
 void writes(void* address, size_t bytes);
-void atomic(void* address, size_t bytes, const char* place);
+void atomic(void* address, size_t bytes, const char* place, const void* compared = nullptr);
 void fence();
 void copy_async(void* to, const void* from, int bytes, bool copied);
 void copy_commit();

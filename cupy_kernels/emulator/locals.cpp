@@ -2,9 +2,7 @@
 //
 // A second library of an edited kernel is compiled with -fsanitize=kernel-address: its functions leave gaps around
 // local variables, and write down in `shadow` which bytes are gaps. It says less of other memory than
-// -fsanitize=thread, with which no compiler combines it. So other errors are left to the first library. But that one
-// knows of an index that is too large neither array nor place: with only_locals == ALL_BOUNDS this run says what it is
-// out of bounds of.
+// -fsanitize=thread, with which no compiler combines it. So other errors are left to the first library.
 namespace emulator {
 
 // The compiler knows the offset: see __init__.py. A byte is about 8 bytes of a stack: 0, all of them are a variable's
@@ -68,6 +66,23 @@ template <bool WRITE> static void check_local(const char* address, size_t bytes,
                 WRITE ? "writes" : "reads", element(array, at).text);
         return out_of_bounds(array, at, WRITE ? "writes" : "reads", place);
     }
+}
+
+// The access behind a wrong index says which array it may be of, an argument of the kernel being none; variables.py
+// finds out whether it is.
+static void name_wrong_index(const char* address, size_t bytes, const char* did) {
+    accessed_bytes = bytes;
+    char name[64];
+    Array local, *array = find(address);
+    if (only_locals && size_t(address - stack_low) < STACK_BYTES) local = local_variable(address, name), array = &local;
+    if (array && array->item) return;
+    if (!array) return FAIL("");
+    auto [place, type, index] = wrong_index;
+    wrong_index.place = nullptr;
+    found_in_locals = true;
+    FAIL(
+        "<%x>: thread %d{@%s %lld %s%s}", place_of(place), current, did, index, type,
+        unknown_element(*array, address, '=').text);
 }
 
 }  // namespace emulator

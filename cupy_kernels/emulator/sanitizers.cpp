@@ -70,6 +70,7 @@ extern "C" EXPORTED void __ubsan_handle_type_mismatch_v1(Mismatch* what, void* a
     size_t alignment = size_t(1) << what->log_alignment;
     if ((size_t)address % alignment == 0) {  // an object that is too small
         const char* does = what->kind == 1 ? "writes" : "reads";
+        if (emulator::wrong_index.place) emulator::name_wrong_index((char*)address, alignment, does);
         if (emulator::Array* array = emulator::find((char*)address))
             return emulator::out_of_bounds(*array, (char*)address, does, CALLER);
         WRONG(" %s out of bounds of a local array", does);
@@ -82,7 +83,7 @@ extern "C" EXPORTED void __ubsan_handle_type_mismatch_v1(Mismatch* what, void* a
         what->type->name, alignment, emulator::place_in((char*)address).text);
 }
 extern "C" EXPORTED void __ubsan_handle_out_of_bounds(Pair* what, size_t index) {
-    WRONG(": index %lld is out of bounds of %s", what->second->value(index), what->first->name);
+    if (!emulator::wrong_index.place) emulator::wrong_index = {CALLER, what->first->name, what->second->value(index)};
 }
 #define OVERFLOW(which, sign) \
     extern "C" EXPORTED void __ubsan_handle_##which##_overflow(Overflow* what, size_t a, size_t b) { \

@@ -37,7 +37,7 @@ struct Array {
     int shift;
     Word* words[WHOLE + 1];  // by shift
 
-    const Word& word(const char* address) const { return words[shift][(address - start) >> shift]; }
+    Word& word(const char* address) const { return words[shift][(address - start) >> shift]; }
     size_t words_bytes(int of) const { return ((bytes >> of) + 1) * sizeof(Word); }
 };
 
@@ -50,7 +50,7 @@ struct Fiber {
     void* stack_pointer;
     State state;
     Place place;  // of the barrier it waits at
-    bool vote, at_grid, fenced, calls_atomics;
+    bool vote, at_grid, fenced, calls_atomics, compares;
     unsigned short clock,
         seen[32];             // __syncwarps; and of each lane, up to which one its accesses came before this thread's
     Copy copies[MAX_COPIES];  // cp.async issued and not yet waited for
@@ -97,10 +97,15 @@ static u64 argument_words[MAX_PARAMETERS];
 static void* argument_addresses[MAX_PARAMETERS];
 static int sums_count;  // of wgmma, in local memory
 static void touch_sums(const char* address, size_t bytes, bool writes, const char* place);
-enum { ALL_BOUNDS = 2 };
-static int only_locals;  // see locals.cpp
-static bool found_in_locals;
+static bool only_block;  // of its launch
+static bool only_locals, found_in_locals;  // see locals.cpp
+// An index that is too large for its array, which the compiler has found before the access to it.
+static struct {
+    const char *place, *type;  // place: null if there is none
+    long long index;
+} wrong_index;
 template <bool WRITE> static void check_local(const char* address, size_t bytes, const char* place);
+static void name_wrong_index(const char* address, size_t bytes, const char* did);
 
 static char* end_of_stack(int thread) { return stacks + (thread + 1) * (STACK_BYTES + STACK_GAP); }
 static bool in_a_stack(const char* address) {
@@ -110,16 +115,27 @@ static bool in_image(const char* address) { return size_t(address - image_start)
 
 static void yield() { emulator_switch(&fibers[current].stack_pointer, scheduler_stack_pointer); }
 
+// A place as Python finds the source line for: the library's byte. It stands as <byte> in an error.
+static unsigned place_of(const char* caller) { return unsigned(caller - image_start); }
+
 static void report(const char* format, ...) {
     if (error[0]) return;
+    if (wrong_index.place) {
+        snprintf(
+            error, sizeof error, "<%x>: thread %d: index %lld is out of bounds of %s", place_of(wrong_index.place),
+            current, wrong_index.index, wrong_index.type);
+        return;
+    }
     va_list values;
     va_start(values, format);
     vsnprintf(error, sizeof error, format, values);
     va_end(values);
 }
 
-// A place as Python finds the source line for: the library's byte. It stands as <byte> in an error.
-static unsigned place_of(const char* caller) { return unsigned(caller - image_start); }
+static void name_block(char* text, size_t size) {
+    size_t used = strlen(text);
+    snprintf(text + used, size - used, " (block %u,%u,%u)", blockIdx.x, blockIdx.y, blockIdx.z);
+}
 
 // Ends the launch: the scheduler sees the error, and never comes back.
 #define FAIL(...) (emulator::report(__VA_ARGS__), emulator::yield())

@@ -12,6 +12,7 @@ _NAME, _LINE, _LOCATION, _TYPE, _BYTES = 0x03, 0x3B, 0x02, 0x49, 0x0B  # attribu
 _UPPER, _COUNT, _ORIGIN, _SPECIFICATION = 0x2F, 0x37, 0x31, 0x47
 _AT_ADDRESS = 3  # the expression of a location that is an address
 _MARK = re.compile(r"\{([=#])([^|}]*)\|(-?\d+)\|(-?\d+)\|(\d+)\|(\d+)\}")
+_WRONG_INDEX = re.compile(rf"\{{@(reads|writes) (-?\d+) ([^{{}}]*){_MARK.pattern}\}}")
 
 
 def named(message: str, library: bytes, dynamic: str | None) -> str:
@@ -21,31 +22,50 @@ def named(message: str, library: bytes, dynamic: str | None) -> str:
     as the access.
     """
 
-    def element(match):
-        what, name, *numbers = match.groups()
-        address, offset, size, accessed = map(int, numbers)
+    def variable(name, address, size, accessed):
+        """Its name, bytes of an element, lengths of its dimensions, and whether these are known."""
         name, _, line = name.partition(":")
         name = name.partition(".")[0]  # clang names a copy of v in another function v.i
         if name == DYNAMIC:
-            name, types = dynamic or name, ()
-        else:
-            types = _types(library, address, name, int(line or 0))
-        found = {(item, shape) for item, shape in types if item * math.prod(shape) == size}
-        known = len(found) == 1
-        item, shape = found.pop() if known else (accessed, (size // accessed,))
+            return dynamic or name, accessed, (size // accessed,), False
+        found = {v for v in _types(library, address, name, int(line or 0)) if v[0] * math.prod(v[1]) == size}
+        return (name, *found.pop(), True) if len(found) == 1 else (name, accessed, (size // accessed,), False)
+
+    def element(match):
+        what, name, *numbers = match.groups()
+        address, offset, size, accessed = map(int, numbers)
+        name, item, shape, known = variable(name, address, size, accessed)
         if (offset % item and not (known and shape)) or item * math.prod(shape) != size:
             return f"{size} bytes" if what == "#" else f"{name}, byte {offset}"
         if what == "#":
             return " x ".join(map(str, shape or (1,))) + " elements" + ("" if known else f" of {item} bytes")
-        index, flat = [], offset // item
-        for length in shape[:0:-1]:
-            index.append(flat % length)
-            flat //= length
-        if not shape and not flat:
-            return name
-        return name + "".join(f"[{i}]" for i in (flat, *index[::-1]))
+        flat = offset // item
+        return name + _indices(flat, shape or (1,)) if shape or flat else name
 
-    return _MARK.sub(element, message)
+    def wrong_index(match):
+        """Where the access behind it can be the one by this index of this type: which element."""
+        did, index, of, _, name, *numbers = match.groups()
+        address, offset, size, accessed = map(int, numbers)
+        name, item, shape, known = variable(name, address, size, accessed)
+        lengths = tuple(map(int, re.findall(r"\[(\d+)\]", of)))
+        step, depth = math.prod(lengths[1:]), len(lengths)
+        if not known:
+            shape = (size // item // math.prod(lengths), *lengths)
+        outer, inner = divmod(offset // item - int(index) * step, math.prod(lengths))
+        if shape[-depth:] != lengths or inner >= step or not 0 <= outer < math.prod(shape[:-depth]):
+            return f": index {index} is out of bounds of {of}"
+        where = f"{name}{_indices(outer, shape[:-depth])}[{index}]{_indices(inner, lengths[1:])}"
+        return f" {did} out of bounds: {where}, which has {' x '.join(map(str, shape))} elements"
+
+    return _MARK.sub(element, _WRONG_INDEX.sub(wrong_index, message))
+
+
+def _indices(flat, shape):
+    """As "[1][2]"."""
+    if not shape:
+        return ""
+    outer, last = divmod(flat, shape[-1]) if shape[1:] else (0, flat)
+    return f"{_indices(outer, shape[:-1])}[{last}]"
 
 
 def _types(library, address, name, line):

@@ -99,7 +99,7 @@ Multiplication* issue(float* sums, int columns, const unsigned* fragment, const 
     if (fragment) memcpy(m.fragment_copies[current % 32], fragment, 16);
     f.flying_sums |= 1u << number;
     known_sums[number].place = place;
-    return warp_barrier(0xFFFFFFFFu, {"wgmma", 0}, false) ? &m : nullptr;
+    return warp_barrier(0xFFFFFFFFu, Place::here("wgmma", 0, nullptr), false) ? &m : nullptr;
 }
 
 // Whether a write to shared memory is ordered before what tensor cores read now: the thread that wrote has called
@@ -168,7 +168,7 @@ void issued() {
 }
 
 void commit_multiplications() {
-    if (!warp_barrier(0xFFFFFFFFu, {"wgmma_commit()", 0}, false)) return;
+    if (!warp_barrier(0xFFFFFFFFu, Place::here("wgmma_commit()", 0, nullptr), false)) return;
     Queue& queue = queues[current / 32];
     if (queue.group_count == MAX_MULTIPLICATIONS)
         return FAIL("more than %d groups of wgmma in flight", MAX_MULTIPLICATIONS);
@@ -227,7 +227,7 @@ void wait_for_multiplications(int pending_groups) {
     int groups = queue.group_count - pending_groups, done = groups > 0 ? queue.group_ends[groups - 1] : 0;
     int first = queue.issued - queue.count, end = first + done;
     while (!all_issued(end)) fibers[current].state = AT_WGMMA, yield();
-    if (!warp_barrier(0xFFFFFFFFu, {"wgmma_wait()", 0}, false) || !done) return;
+    if (!warp_barrier(0xFFFFFFFFu, Place::here("wgmma_wait()", 0, nullptr), false) || !done) return;
     for (int warp = current / 128 * 4; warp < current / 128 * 4 + 4; warp++)
         for (int number = queues[warp].issued - queues[warp].count; number < end; number++)
             check_unchanged(multiplication(warp, number), warp == current / 32);

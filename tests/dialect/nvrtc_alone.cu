@@ -4,7 +4,6 @@
 ;; y[0] = __vadd4(u, u);
 ;; y[0] = __cvta_generic_to_shared(pf);
 ;; cudaError_t e = cudaSuccess;
-;; y[0] = __CUDA_ARCH__;
 __managed__ float managed; ;; y[0] = managed;
 ;; float* p = new float[4]; delete[] p;
 ;; y[0] = __all(f);

@@ -299,3 +299,4 @@ template <class T, int W> struct alignas(sizeof(T) * W) Pack { T v[W]; }; ;; aut
 ;; __shared__ float2 v2[8]; v2[t % 8] = make_float2(1, 2); y[0] = v2[0].x;
 ;; __shared__ half_t hs[8]; hs[0] = from_acc<half_t>(f); y[0] = to_acc(hs[0]);
 ;; __shared__ struct { float4 v; int k; } sv; sv.v.x = 1; y[0] = sv.v.x;
+;; static_assert(__CUDA_ARCH__ >= 600, "or the text defines atomicAdd of doubles"); y[0] = __CUDA_ARCH__;

@@ -151,7 +151,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// a column after the last one of shared memory
-// error: index 16 is out of bounds of 'float ?\[16\]'|reads out of bounds: s\[16\]\[0\]
+// error: planted\.cu:8: thread \d+ reads out of bounds: s\[\d+\]\[16\], which has 16 x 16 elements
 // x: 256, y: 256, grid: 1
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     __shared__ float s[16][16];
@@ -160,6 +160,58 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     __syncthreads();
     int c = t % 16 + 1;
     y[t] = @c < 16 ? s[t / 16][c] : 0@s[t / 16][c]@;
+}
+
+//// a row in the middle of shared memory with three dimensions
+// error: planted\.cu:7: thread \d+ reads out of bounds: s\[\d\]\[4\]\[\d+\], which has 4 x 4 x 16 elements
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[4][4][16];
+    int t = threadIdx.x, a = t / 64, b = t / 16 % 4, c = t % 16;
+    s[a][b][c] = x[t];
+    __syncthreads();
+    y[t] = s[a][b@@ + 1@][c];
+}
+
+//// a column before the first one of dynamic shared memory
+// error: planted\.cu:5: thread \d+ writes out of bounds: s\[\d+\]\[-1\], which has 16 x 16 elements
+// x: 256, y: 256, grid: 1, shared: 1024
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    extern __shared__ float s[][16];
+    int t = threadIdx.x;
+    s[t / 16][t % 16@@ - 1@] = x[t];
+    __syncthreads();
+    y[t] = s[t / 16][t % 16];
+}
+
+//// a column after the last one of a local array
+// error: planted\.cu:5: thread \d+( reads out of bounds: v\[(\d\]\[4|3\]\[0)\], which has 3 x 4|: index 4 is .* 'float\[4\]')
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    float v[3][4];
+    for (int k = 0; k < 12; k++) v[k / 4][k % 4] = x[(threadIdx.x + k) % n];
+    y[threadIdx.x] = v[threadIdx.x % 3][threadIdx.x % 4@@ + 1@];
+}
+
+//// an index far out of bounds
+// error: planted\.cu:4: thread \d+: index \d+ is out of bounds of 'float ?\[4\]'
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[4];
+    if (threadIdx.x < 4) s[threadIdx.x@@ * 100000 + 100000@] = x[threadIdx.x];
+    __syncthreads();
+    y[threadIdx.x] = s[threadIdx.x % 4];
+}
+
+//// a table, one after the end
+// error: planted\.cu:5: thread \d+(: index 4 is out of bounds of|.*: table\[4\], which has 4)
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    static constexpr float table[4] = {1, 2, 3, 4};
+    __shared__ float s[4];
+    if (threadIdx.x < 4) s[threadIdx.x] = table[threadIdx.x@@ + 1@];
+    __syncthreads();
+    y[threadIdx.x] = x[threadIdx.x] + s[threadIdx.x % 4];
 }
 
 //// a remainder of a negative number as an index

@@ -166,14 +166,118 @@ extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
     if (threadIdx.x == 64) y[1] = y[0];
 }
 
-//// a plain read of what atomicCAS changes
-// error: planted\.cu:5: race: thread \d+ reads y\[0\], .*: if any of its values will do
+//// a sum of doubles by atomicCAS, which one thread reads without a barrier
+// error: planted\.cu:15: race: thread \d+ reads s, which thread \d+ writes at planted\.cu:6
+// x: 256, y: 1, grid: 1
+__device__ double add(double* address, double value) {
+    unsigned long long *bits = (unsigned long long*)address, old = *bits, assumed;
+    do {
+        assumed = old;
+        old = atomicCAS(bits, assumed, __double_as_longlong(value + __longlong_as_double(assumed)));
+    } while (assumed != old);
+    return __longlong_as_double(old);
+}
+extern "C" __global__ void planted(const float* x, double* y, int n) {
+    __shared__ double s;
+    if (threadIdx.x == 0) s = 0;
+    __syncthreads();
+    add(&s, x[threadIdx.x]); @__syncthreads();@@
+    if (threadIdx.x == n - 1) y[0] = s;
+}
+
+//// a sum of all blocks by atomicExch in place of atomicCAS
+// error: planted\.cu:5: race: thread \d+ reads y\[0\], which thread \d+ writes at planted\.cu:8
+// y: 1
+extern "C" __global__ void planted(const float* x, INOUT double* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    unsigned long long *bits = (unsigned long long*)y, old = *bits, assumed;
+    do {
+        assumed = old;
+        old = @atomicCAS(bits, assumed, @atomicExch(bits, @__double_as_longlong(x[i] + __longlong_as_double(assumed)));
+    } while (assumed != old);
+}
+
+//// a maximum by atomicCAS, which a thread may not need, and a plain one
+// error: race: thread \d+ (reads|writes) y\[0\], which thread \d+
 // y: 1
 extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x, old, *bits = (int*)y;
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
-    int seen = @atomicAdd(bits, 0)@*bits@;
-    while ((old = atomicCAS(bits, seen, __float_as_int(x[i] + __int_as_float(seen)))) != seen) seen = old;
+    int* bits = (int*)y;
+    int old = *bits, assumed;
+    while (x[i] > __int_as_float(old)) {
+        assumed = old;
+        old = @atomicCAS(bits, assumed, __float_as_int(x[i]))@(*y = x[i], assumed)@;
+        if (old == assumed) break;
+    }
+}
+
+//// a minimum whose loop reads again, and one that compares with something else
+// error: race: thread \d+ (reads|writes) y\[0\], which thread \d+ (reads|writes) at planted\.cu:[67]
+// y: 1
+extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, seen;
+    if (i >= n) return;
+    do {
+        seen = *(volatile int*)y;
+    } while (seen > x[i] && atomicCAS(y, seen@@ - 1@, x[i]) != seen@@ && n < 0@);
+}
+
+//// halves by atomicCAS of the word that they are in
+// error: race: thread \d+ (reads|writes) y\[[01]\], which thread \d+
+// y: 2
+extern "C" __global__ void planted(const float* x, INOUT half_t* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, shift = i % 2 * 16;
+    if (i >= n) return;
+    unsigned *word = (unsigned*)y, old = *word, assumed;
+    do {
+        assumed = old;
+        half_t sum = {(unsigned short)(assumed >> shift)};
+        sum = from_acc<half_t>(to_acc(sum) + x[i] / 1000);
+        @old = atomicCAS(word, assumed, (assumed & ~(0xFFFFu << shift)) | (unsigned)sum.bits << shift);@y[i % 2] = sum;@
+    } while (assumed != old);
+}
+
+//// a lock that is looked at before it is taken
+// error: race: thread 0 (reads|writes) lock
+// y: 2
+__device__ int lock;
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    if (threadIdx.x == 0) {
+        while (*(volatile int*)&lock@ || atomicCAS(&lock, 0, 1)@@) {} @@atomicExch(&lock, 1);@
+        __threadfence();
+        y[0] += x[blockIdx.x];
+        __threadfence();
+        atomicExch(&lock, 0);
+    }
+}
+
+//// a counter that a thread reads, and then counts itself
+// error: race: thread \d+ (reads|writes) y\[0\], which thread \d+
+// x: 256, y: 2, grid: 1
+extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
+    if (threadIdx.x == 0) y[1] = y[0];
+    @__syncthreads();@@
+    atomicAdd(&y[0], x[threadIdx.x]);
+}
+
+//// a counter that a thread reads before its warp counts, and another warp does
+// error: race: thread \d+ (reads|writes) y\[0\], which thread \d+
+// x: 64, y: 2, grid: 1, block: 64
+extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
+    if (threadIdx.x == 0) y[1] = y[0];
+    @__syncthreads();@__syncwarp();@
+    if (threadIdx.x % 32 == 5) atomicAdd(&y[0], x[threadIdx.x]);
+}
+
+//// a thread that waits for a counter
+// error: race: thread 255 reads y\[0\], which thread \d+
+// x: 256, y: 2, grid: 1
+extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
+    if (threadIdx.x < 255) atomicAdd(&y[0], 1);
+    @__syncthreads();@__syncwarp();@
+    if (threadIdx.x == 255) while (*(volatile int*)y < @255@256@) {}
 }
 
 //// a counter in a __device__ variable without an atomic
