@@ -56,9 +56,10 @@ static const char* advice(u64 then) {
 }
 
 // A plain read may race with atomic functions where a loop around atomicCAS begins: atomicCAS compares with what was
-// read, and the loop turns once more if that is old. A thread may also leave the loop before, as that of a maximum does.
-// So what counts is the place of the read: whether any thread has come from it to an atomicCAS is known at the end of
-// the launch.
+// read, and the loop turns once more if that is old. A thread may also leave the loop before, as that of a maximum does;
+// and atomicMin, atomicMax, atomicAnd and atomicOr are called only where a plain read says that they would change
+// something. So what counts is the place of the read: whether any thread has come from it to one of these functions is
+// known at the end of the launch.
 struct RacingRead {
     unsigned place, times;
     bool compared;
@@ -78,7 +79,7 @@ static RacingRead* racing_read(unsigned place) {
     return &added;
 }
 
-// An atomicCAS that compares with what its thread has read.
+// An atomic function that may make use of what its thread has read: an atomicCAS that compares with it.
 static void note_comparison(Array& array, const char* address, size_t bytes, const void* compared) {
     size_t offset = address - array.start;
     if (offset >= array.bytes || bytes > array.bytes - offset || memcmp(address, compared, bytes)) return;
@@ -320,7 +321,7 @@ void atomic(void* address, size_t bytes, const char* place, const void* compared
     else access<true>(address, bytes, place);
     Fiber& f = fibers[current];
     f.calls_atomics = true;
-    if (compared) f.compares = true;
+    f.compares |= compared && compared != address;
     if (f.fenced) released = true, acquired = all_released;
 }
 
