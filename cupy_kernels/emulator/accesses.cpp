@@ -56,10 +56,9 @@ static const char* advice(u64 then) {
 }
 
 // A plain read may race with atomic functions where a loop around atomicCAS begins: atomicCAS compares with what was
-// read, and the loop turns once more if that is old. A thread may also leave the loop before, as that of a maximum does;
-// and atomicMin, atomicMax, atomicAnd and atomicOr are called only where a plain read says that they would change
-// something. So what counts is the place of the read: whether any thread has come from it to one of these functions is
-// known at the end of the launch.
+// read, and the loop turns once more if that is old. Or it says whether atomicMin, atomicMax, atomicAnd or atomicOr would
+// change anything. Some threads then call no atomic function. So what counts is the place of the read: whether any has
+// come from it to one of these functions is known at the end of the launch.
 struct RacingRead {
     unsigned place, times;
     bool compared;
@@ -90,7 +89,8 @@ static void note_comparison(Array& array, const char* address, size_t bytes, con
     }
 }
 
-// Ends the launch; or returns if it may be no error: `plain_read` is the place of one that races with an atomic function.
+// Ends the launch; or returns if it may be no error: plain_read is the place of a read that races with an atomic
+// function, or 0.
 static void race(
     const Array& array, const char* address, const char* did, const char* place, u64 then, const char* had,
     unsigned then_place, unsigned plain_read) {
