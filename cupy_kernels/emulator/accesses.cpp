@@ -56,7 +56,7 @@ static const char* advice(u64 then) {
 }
 
 // A plain read may race with atomic functions where a loop around atomicCAS begins: atomicCAS compares with what was
-// read, and the loop turns once more if that is old. Or it says whether atomicMin, atomicMax, atomicAnd or atomicOr would
+// read, and the loop turns again if that is old. Or it says whether atomicMin, atomicMax, atomicAnd or atomicOr would
 // change anything. Some threads then call no atomic function. So what counts is the place of the read: whether any has
 // come from it to one of these functions is known at the end of the launch.
 struct RacingRead {
