@@ -56,9 +56,9 @@ static const char* advice(u64 then) {
 }
 
 // A plain read may race with atomic functions where a loop around atomicCAS begins: atomicCAS compares with what was
-// read, and the loop turns once more if that is old. A thread may also leave the loop before, as that of a maximum does.
-// So what counts is the place of the read: whether any thread has come from it to an atomicCAS is known at the end of
-// the launch.
+// read, and the loop turns again if that is old. Or it says whether atomicMin, atomicMax, atomicAnd or atomicOr would
+// change anything. Some threads then call no atomic function. So what counts is the place of the read: whether any has
+// come from it to one of these functions is known at the end of the launch.
 struct RacingRead {
     unsigned place, times;
     bool compared;
@@ -78,7 +78,7 @@ static RacingRead* racing_read(unsigned place) {
     return &added;
 }
 
-// An atomicCAS that compares with what its thread has read.
+// An atomic function that may make use of what its thread has read: an atomicCAS that compares with it.
 static void note_comparison(Array& array, const char* address, size_t bytes, const void* compared) {
     size_t offset = address - array.start;
     if (offset >= array.bytes || bytes > array.bytes - offset || memcmp(address, compared, bytes)) return;
@@ -89,7 +89,8 @@ static void note_comparison(Array& array, const char* address, size_t bytes, con
     }
 }
 
-// Ends the launch; or returns if it may be no error: `plain_read` is the place of one that races with an atomic function.
+// Ends the launch; or returns if it may be no error: plain_read is the place of a read that races with an atomic
+// function, or 0.
 static void race(
     const Array& array, const char* address, const char* did, const char* place, u64 then, const char* had,
     unsigned then_place, unsigned plain_read) {
@@ -320,7 +321,7 @@ void atomic(void* address, size_t bytes, const char* place, const void* compared
     else access<true>(address, bytes, place);
     Fiber& f = fibers[current];
     f.calls_atomics = true;
-    if (compared) f.compares = true;
+    f.compares |= compared && compared != address;
     if (f.fenced) released = true, acquired = all_released;
 }
 

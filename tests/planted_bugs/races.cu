@@ -239,6 +239,28 @@ extern "C" __global__ void planted(const float* x, INOUT half_t* y, int n) {
     } while (assumed != old);
 }
 
+//// a maximum by atomicMax, where it is larger than what a plain read gives
+// error: race: thread \d+ (reads|writes) y\[0\], which thread \d+
+// y: 1
+extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n && x[i] > y[0]) @atomicMax(y, x[i])@atomicExch(y, x[i])@;
+}
+
+//// bits that are set by atomicOr, where a plain read has not found them
+// error: race: thread \d+ (reads|writes) bits\[\d\]
+// x: 256, y: 8, grid: 1
+extern "C" __global__ void planted(const u8* x, unsigned* y, int n) {
+    __shared__ unsigned bits[8];
+    int t = threadIdx.x, word = x[t] / 32;
+    unsigned bit = 1u << x[t] % 32;
+    if (t < 8) bits[t] = 0;
+    __syncthreads();
+    if (!(bits[word] & bit)) @atomicOr(&bits[word], bit)@bits[word] |= bit@;
+    __syncthreads();
+    if (t < 8) y[t] = bits[t];
+}
+
 //// a lock that is looked at before it is taken
 // error: race: thread 0 (reads|writes) lock
 // y: 2
