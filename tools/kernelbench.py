@@ -154,7 +154,7 @@ def launch(kernel: Kernel, grid, block, args, shared_bytes: int = 0) -> None:
 def call(operation, options: tuple, *tensors) -> list:
     """operation(new, *tensors, **dict(options)), with Slots for the tensors, and tensors for the Slots it returns."""
     device = tensors[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return call(operation, options, *tensors)
     at = [0 if t is None else t.data_ptr() for t in tensors]
@@ -225,20 +225,20 @@ def plan_or_reason(*convolution, **options):
 
 
 class Fused(torch.autograd.Function):
-    """All five layers. options: of the forward.
+    """The gradients of all five layers. options: of the forward.
 
     The forward keeps nothing for the backward, which runs it once more, as activation checkpointing does. So a forward
-    launches the same kernels in grad mode as under no_grad.
+    launches the same kernels in grad mode as under no_grad. It launches them before autograd's work begins, which then
+    takes no time of the GPU: `result` holds its output.
     """
 
     @staticmethod
-    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, options):
-        affine = weight, bias, group_weight, group_bias
-        out, _ = call(_forward, (*options, ("keep", False)), x, w, conv_bias, *running, *affine)
+    def forward(ctx, x, w, conv_bias, weight, bias, group_weight, group_bias, running, options, result):
         training = dict(options)["training"]  # then the statistics are the batch's, and counted once
+        affine = weight, bias, group_weight, group_bias
         ctx.save_for_backward(x, w, conv_bias, *affine, *((None,) * 3 if training else running))
         ctx.options = options
-        return out
+        return result[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -248,7 +248,7 @@ class Fused(torch.autograd.Function):
         _, memory = call(_forward, (*ctx.options, ("keep", True)), x, w, conv_bias, *running, *affine)
         options = [pair for pair in ctx.options if pair[0] in ("setting", "training", "activation", "parameter")]
         options += [("needed", ctx.needs_input_grad[:7])]
-        return *call(_backward, tuple(options), dout.contiguous(), x, w, conv_bias, *affine, memory), None, None
+        return *call(_backward, tuple(options), dout.contiguous(), x, w, conv_bias, *affine, memory), None, None, None
 
 
 class Affine(nn.Module):
@@ -301,10 +301,10 @@ class ModelNew(nn.Module):
         x, running = x.contiguous(), tuple(norm._buffers.values())
         choice = choose(x.device, torch.backends.cudnn.allow_tf32)
         options = options_of(self.training, Setting(self.padding, self.num_groups, choice, False, False))
+        result = call(_forward, (*options, ("keep", False)), x, w, conv_bias, *running, *affine)
+        out = result[0]
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, conv_bias, *affine)):
-            out = Fused.apply(x, w, conv_bias, *affine, running, options)
-        else:
-            out, _ = call(_forward, (*options, ("keep", False)), x, w, conv_bias, *running, *affine)
+            out = Fused.apply(x, w, conv_bias, *affine, running, options, result)
         if self.training:
             torch.autograd.graph.increment_version(running)
         return out
