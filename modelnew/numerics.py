@@ -87,11 +87,16 @@ def settled(numerics: str, device: torch.device) -> str:
 
 
 def settled_in_graph(numerics: str, device: torch.device) -> str:
-    """`settled` for a graph of torch.compile, whose cache on disk sees what is in the graph, but not our settings.
+    """`settled` for a graph of torch.compile, whose caches see what is in the graph, but not our settings.
 
     An exported program keeps `numerics`, as it may run on another GPU.
     """
-    return settled(numerics, device) if is_dynamo_compiling() and not is_exporting() else numerics
+    return _settled_unless_exported(numerics, device) if is_dynamo_compiling() else numerics
+
+
+@torch.compiler.assume_constant_result  # so that is_exporting() runs: in a graph it is True for torch before 2.13
+def _settled_unless_exported(numerics: str, device: torch.device) -> str:
+    return numerics if is_exporting() else settled(numerics, device)
 
 
 def settled_choice(numerics: str, device: torch.device) -> Choice:

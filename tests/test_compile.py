@@ -174,18 +174,19 @@ def test_compiled_in_part():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_graph_contains_the_numerics(name, autocast):
-    """torch's cache on disk must not take a graph with other numerics, also under autocast."""
-    model, graphs = NETWORKS[name](), []
+def test_the_graph_contains_the_numerics(name, autocast, device):
+    """torch's caches must not take a graph with other numerics, also under autocast."""
+    model, graphs = NETWORKS[name]().to(device), []
 
     def backend(graph, example_inputs):
         graphs.append(str(graph.graph))
         return graph
 
-    settings = (contextlib.nullcontext, numerics.without_tensor_cores, numerics.as_sm75, lambda: numerics.wgmma(True))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    other = not numerics.uses_wgmma(torch.device(device))
+    settings = (contextlib.nullcontext, numerics.without_tensor_cores, numerics.as_sm75, lambda: numerics.wgmma(other))
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
         for setting in settings:
             torch._dynamo.reset()
             with setting():
-                torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 16, 6, 6))
+                torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 16, 6, 6, device=device))
     assert len(set(graphs)) == len(settings)
