@@ -223,6 +223,7 @@ def pytest_terminal_summary(terminalreporter, config):
         "errors": tolerance.kept(),
     }
     path = Path(folder, f"parity_{environment.slug()}_nvrtc{versions['nvrtc']}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     terminalreporter.write_line(f"recorded in {path}")
 
