@@ -118,7 +118,8 @@ def test_a_loop_without_end_is_interrupted(x, y, body, thread):
     kernel = Kernel("endless.cu", "endless", (("BODY", body),))
 
     def endless():
-        line = r"endless\.cu:2: " if body.startswith("y") else ""  # Ctrl-C may come between two threads
+        # Ctrl-C may come between two threads, or in the emulator's own code, where the line is not known.
+        line = r"(endless\.cu:2|the kernel): " if body.startswith("y") else ""
         with pytest.raises(KeyboardInterrupt, match=line + "interrupted.*CUPY_KERNELS_TIMEOUT=5"):
             launch(kernel, (1, 1, 1), (THREADS, 1, 1), (x, y))
 
