@@ -93,7 +93,9 @@ def _shares(rows, packs, width, room):
         partial_bytes = 16 * tile * width * ceil_div(rows, chunk)
         return tiles > room.multiprocessors, chunk * tile * PACK_BYTES * _READING[tile] + partial_bytes
 
-    tiles = {tile: ceil_div(packs, tile) for tile in _READING}
-    most = {tile: max(1, room.multiprocessors // tiles[tile]) for tile in _READING}  # blocks that share the rows
-    choices = ((tile, tiles[tile], ceil_div(rows, blocks)) for tile in _READING for blocks in range(1, most[tile] + 1))
+    choices = []
+    for tile in _READING:
+        tiles = ceil_div(packs, tile)
+        most = max(1, room.multiprocessors // tiles)  # blocks that share the rows
+        choices += [(tile, tiles, ceil_div(rows, blocks)) for blocks in range(1, most + 1)]
     return min(choices, key=cost)

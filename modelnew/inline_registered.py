@@ -1,4 +1,4 @@
-"""Inline operators as torch.library operators, for tracers: torch.compile, torch.export, make_fx.
+"""Inline operators as registered with PyTorch, for tracers: torch.compile, torch.export, make_fx.
 
 An operator is registered when it is first traced, as `modelnew_inline::<kernel>_<digest>`, with the signature of its
 kernels. The registered operator is functional: it works on copies of the arguments that the kernels change, and torch's

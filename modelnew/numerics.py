@@ -94,7 +94,7 @@ def settled_in_graph(numerics: str, device: torch.device) -> str:
     return _settled_unless_exported(numerics, device) if is_dynamo_compiling() else numerics
 
 
-@torch.compiler.assume_constant_result  # so that is_exporting() runs: in a graph it is True for torch before 2.13
+@torch.compiler.assume_constant_result  # so that is_exporting() runs: torch 2.11 takes it for True in every graph
 def _settled_unless_exported(numerics: str, device: torch.device) -> str:
     return numerics if is_exporting() else settled(numerics, device)
 

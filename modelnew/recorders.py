@@ -89,7 +89,7 @@ def refuse_kernels() -> None:
     """Raises RuntimeError: kernels were called where something records operators."""
     raise RuntimeError(
         "kernels run where operators are recorded, which does not see them, so that its result would be wrong. "
-        "Record the forward, too: its backward is made of operators of torch.library then"
+        "Record the forward, too: its backward is made of registered operators then"
     )
 
 

@@ -1,4 +1,4 @@
-"""torch.ops.modelnew: the operators as registered with torch.library.
+"""torch.ops.modelnew: the operators as registered with PyTorch.
 
 Tools that trace, record or transform operators see these, see `untraced`. Eager calls do not use them, because an
 autograd Function is faster than the dispatcher.
