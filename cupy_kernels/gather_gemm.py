@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 
-from . import fp16_tiles
 from .common import MULTIPROCESSORS, THREADS, address, ceil_div, row_width, scalar
 from .conv_transpose import logical
 from .conv_wgmma import architecture
@@ -49,10 +48,8 @@ def is_packed(shape, groups: int, dtype: str, channels_last: bool) -> bool:
 
 
 def pack_pixels(source, exponents, packed, split: int, groups: int, channels_last: bool) -> None:
-    """Writes `packed`, and for a float32 tensor `exponents` (int32, see fp16_tiles.exponents_size), otherwise None."""
+    """Writes `packed`. exponents: of `fp16_tiles.largest_magnitude` for a float32 tensor that has these images."""
     name = scalar(source)
-    if exponents is not None:
-        fp16_tiles.largest_magnitude(source, exponents)
     images, channels, *size = logical(source.shape, channels_last)
     pixels, group_octets = math.prod(size), octets(channels // groups)
     # One octet with its residual would need all of the 48 KiB that a block has without asking.
@@ -150,16 +147,19 @@ def weight_strides(shape, channels_last) -> tuple[int, int, int]:
     return (all_of_one, 1, shape[3]) if channels_last else (all_of_one, shape[2] * shape[3], 1)
 
 
-def wgrad(p: WgradPlan, x, x_exponents, dy, dy_exponents, dw, partial, w_channels_last) -> None:
-    """Writes dw, the gradient of w, from packed x and dy. Both exponents may be None.
-
-    dw: in either format of the weight.
-    partial: workspace, float32, p.partial_size elements, written.
-    """
+def wgrad_sums(p: WgradPlan, x, dy, partial) -> None:
+    """Writes `partial`, float32, p.partial_size elements: sums of the gradient of w, from packed x and dy."""
     kernel = _variant("gather_gemm_wgrad.cu", p.macros).kernel("wgrad_gemm")
     launch(kernel, p.grid, (p.tile.threads, 1, 1), (x, dy, partial, *p.args), dict(p.macros)["SHARED_BYTES"])
+
+
+def wgrad_reduce(p: WgradPlan, splits: int, partial, x_exponents, dy_exponents, dw, w_channels_last) -> None:
+    """Writes dw, the gradient of w in either format of the weight: the total of `partial`. Exponents may be None.
+
+    splits: sums that `wgrad_sums` wrote one behind the other, p.splits for each time that it ran with a plan p.
+    """
     groups, counts = p.grid[2], [0 if e is None else e.size for e in (x_exponents, dy_exponents)]
-    channels_in, _, out_octets, taps, _ = p.reduce_args
+    channels_in, _, out_octets, taps = p.reduce_args
     block_channels, block_taps = min(32, 8 * out_octets), min(taps, 32)
     share = channels_in * taps * 8 * out_octets * groups // (4 * MULTIPROCESSORS)  # elements of a block
     rows = max(1, max(THREADS, min(16 * THREADS, share)) // (block_channels * block_taps))
@@ -175,6 +175,7 @@ def wgrad(p: WgradPlan, x, x_exponents, dy, dy_exponents, dw, partial, w_channel
             dw,
             *counts,
             *p.reduce_args,
+            splits,
             *weight_strides(dw.shape, w_channels_last),
             block_channels,
             block_taps,

@@ -143,6 +143,11 @@ class WgradPlan(NamedTuple):
     reduce_args: tuple
     channels: tuple[int, int]  # in and out, per group
 
+    @property
+    def splits(self) -> int:
+        """Of the sum over pixels."""
+        return self.grid[1]
+
 
 def octets(channels: int) -> int:
     """The number of packs of 8 channels in a group."""
@@ -299,6 +304,6 @@ def wgrad_plan(x_shape, w_shape, geometry: Geometry, split: int, dtype: str, gpu
             tiles(tile)[0],
             split_steps,
         ),
-        reduce_args=(channels_in, channels_out, octets(channels_out), taps, splits),
+        reduce_args=(channels_in, channels_out, octets(channels_out), taps),
         channels=(channels_in, channels_out),
     )

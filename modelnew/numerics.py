@@ -101,7 +101,12 @@ def _settled_unless_exported(numerics: str, device: torch.device) -> str:
 
 def settled_choice(numerics: str, device: torch.device) -> Choice:
     """The choice in a string of `settled`, or for one of NUMERICS the choice under the current settings."""
-    return choose(numerics, device) if numerics in NUMERICS else Choice(*ast.literal_eval(numerics))
+    return choose(numerics, device) if numerics in NUMERICS else _settled(numerics)
+
+
+@functools.lru_cache(maxsize=1024)
+def _settled(numerics: str) -> Choice:
+    return Choice(*ast.literal_eval(numerics))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 
 import pytest
 import tolerance
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from cupy_kernels import gather_gemm_plan
 from cupy_kernels.conv_transpose import Geometry, output_shape
 from modelnew import calls, explain, layers, numerics
-from modelnew.functional import conv_transpose2d, conv_transpose_kernels
+from modelnew.functional import conv_transpose2d, conv_transpose_kernels, gather_gemm
 from modelnew.interop import NUMPY
 
 # (input shape, Cout per group, kernel, stride, padding, output_padding, groups, dilation)
@@ -131,6 +132,24 @@ def names(launched):
 def test_forward_and_gradients(device, case, memory_format, dtype, cls, launched):
     check(case, cls, *tensors(case, device, dtype, memory_format))
     assert {"gather_gemm", "wgrad_gemm", "wgrad_gemm_reduce"} <= names(launched)
+
+
+@IN_EVERY_TYPE
+@IN_EVERY_FORMAT
+@pytest.mark.parametrize("out", [8, 72])
+def test_a_large_batch_is_computed_in_parts(device, monkeypatch, launched, out, memory_format, dtype, cls):
+    """The gradient of w has a scale of its own in each part; its memory is larger than dx's, or smaller."""
+    monkeypatch.setattr(gather_gemm, "_PART_BYTES", 2000)
+    case = ((5, 24, 5, 4), out, (2, 3), (2, 2), (1, 1), (0, 0), 1, (1, 1))
+    x, w, b, dy = tensors(case, device, dtype, memory_format)
+    x[0] *= 64
+    dy[-1] *= 64
+    check(case, cls, x, w, b, dy)
+    counts = Counter(kernel.name for kernel in launched)
+    packed = dtype == torch.float32 or memory_format != torch.channels_last
+    of_gradients = counts["wgrad_gemm"]
+    assert (of_gradients > 1, counts["gather_gemm"] - of_gradients > 1) == (packed, packed)
+    assert counts["wgrad_gemm_reduce"] == 1
 
 
 @pytest.mark.parametrize("seed", range(24))

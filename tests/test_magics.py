@@ -121,7 +121,12 @@ SECONDS = {"cpu": 5, "cuda": 1}  # from edit to verdict; on a GPU at the model's
 
 
 def test_edit_to_verdict(run, device):
-    for name in ("tanh_forward", "max_pool_forward" if device == "cuda" else "pooled_forward"):
+    names = (
+        ("tanh_forward", "max_pool_forward", "batch_norm.cu")
+        if device == "cuda"
+        else ("tanh_forward", "pooled_forward")
+    )
+    for name in names:
         file, kernel = tinker.locate(name)
         text = source.packaged_kernels(file)[name] if kernel else source.packaged(file)
 

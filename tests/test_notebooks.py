@@ -72,15 +72,7 @@ def test_stored_outputs_are_a_gpus(path):
     assert not re.search(r"emulator|C\+\+ compiler|no CUDA support", text)
 
 
-# Outdated at present: stored from an H200 with the kernels before. Its next run takes it out of here.
-OUTDATED = {"05_your_network"}
-
-
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=pytest.mark.xfail(strict=True)) if path.stem in OUTDATED else path for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored_outputs_are_of_the_present_kernels(path):
     reasons = outdated(json.loads(path.read_text(encoding="utf-8")))
     assert not reasons, f"run `make notebooks` on a GPU: the outputs in {path.name} are outdated ({'; '.join(reasons)})"

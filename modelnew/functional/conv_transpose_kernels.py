@@ -79,12 +79,7 @@ def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need
         return gather_gemm.gradients(new, x, w, dy, x_shape, w_shape, *how)
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
     packed, exponents = _packed_fp16(new, dy, wgrad.split) if wgrad else (None, None)
-    if need_x and dgrad:
-        source = (dgrad.of_packed(), packed) if wgrad else (dgrad, dy)
-        mma.conv_transpose_mma(*source, w, None, dx, *_mma_workspaces(new, dgrad), *([exponents] if wgrad else ()))
-    elif need_x:
-        ops.conv_transpose_dgrad(dy, w, dx, _packed(new, w), geometry)
-    if need_w and wgrad:
+    if need_w and wgrad:  # before dx, whose memory the workspaces have had then
         partial = new.scratch(wgrad.partial_size, np.float32)
         x_packed = _packed_fp16(new, x, wgrad.split)
         wgrad_mma.conv_wgrad_mma(wgrad, *x_packed, None, packed, exponents, None, partial, dw)
@@ -92,6 +87,11 @@ def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need
         dtype = common.accumulator_dtype(dy)
         size = ops.wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
         ops.conv_transpose_wgrad(x, dy, dw, new.scratch(size, dtype), geometry)
+    if need_x and dgrad:
+        source = (dgrad.of_packed(), packed) if wgrad else (dgrad, dy)
+        mma.conv_transpose_mma(*source, w, None, dx, *_mma_workspaces(new, dgrad), *([exponents] if wgrad else ()))
+    elif need_x:
+        ops.conv_transpose_dgrad(dy, w, dx, _packed(new, w), geometry)
     return dx, dw
 
 

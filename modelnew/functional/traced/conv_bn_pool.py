@@ -124,7 +124,10 @@ def _check_supported(input, *options):
     if input.dim() == conv_weight.dim() == 4:
         images = 1 if input.shape[0] else 0  # of more, the number does not matter
         shapes = (images, *map(int, input.shape[1:])), NUMPY[input.dtype], tuple(map(int, conv_weight.shape))
-        eager.plan_of_shapes(*shapes, NUMPY[conv_weight.dtype], setting)
+        _plan(*shapes, NUMPY[conv_weight.dtype], setting)
+
+
+_plan = functools.lru_cache(maxsize=1024)(eager.plan_of_shapes)  # each call checks
 
 
 def _run(input, *options):

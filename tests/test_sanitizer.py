@@ -1,0 +1,38 @@
+"""Every operator under NVIDIA's compute-sanitizer, which comes with the CUDA toolkit."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SANITIZER = shutil.which("compute-sanitizer")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (SANITIZER and torch.cuda.is_available()), reason="needs a GPU and compute-sanitizer"),
+]
+
+
+def sanitized(tool: str, *arguments: str) -> subprocess.CompletedProcess:
+    """tests/sanitized.py under a tool. Each tensor has an allocation of its own: an access beside it is seen."""
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tests.sanitized", *arguments]
+    environment, root = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, Path(__file__).parents[1]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600, check=False)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this machine")
+    return done
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_nothing_is_found(tool):
+    done = sanitized(tool)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_a_fault_is_found():
+    done = sanitized("memcheck", "fault")
+    assert done.returncode == 9
+    assert "Invalid __global__ write" in done.stdout
