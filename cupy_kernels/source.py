@@ -302,8 +302,7 @@ def _unit(file, kernel, apart):
     if not alone and not each:
         # The packaged text of an edited kernel need not fit an edited header.
         left_out = left_out & edited if files else ()
-    for name in left_out:
-        start, end = span(found, name)
+    for start, end in sorted((span(found, name) for name in left_out), reverse=True):
         # Empty lines: messages about the rest keep their line numbers.
         found = found[:start] + "\n" * found.count("\n", start, end) + found[end:]
     return found

@@ -108,9 +108,8 @@ def judge(
         known = _known.setdefault((name, device, images), {})
 
         def missing(some):
-            """Kernels that these checks launch and that are not compiled, one a compilation."""
-            found = {k.variant: k for check in some for k in known.get(check, ())}
-            return [k for variant, k in found.items() if variant not in compiled]
+            """Kernels that these checks launch and that are not compiled."""
+            return {kernel for check in some for kernel in known.get(check, ())} - compiled
 
         def run(check, kept):
             large = check.dtype in required and not check.size
@@ -121,7 +120,7 @@ def judge(
                 )
             own = {k: v for k, v in launched.items() if k.file in files and kernel in (None, k.name)}
             known[check] = frozenset(own)
-            compiled.update(k.variant for k in own)
+            compiled.update(own)
             kept.update({**own, **kept})
 
         cases = checks.cases(files)
@@ -141,7 +140,7 @@ def judge(
             kernels = missing(batch)
             if time.perf_counter() - start + each * len(kernels) + slowest <= seconds:
                 compile_together(kernels, device)
-                compiled.update(k.variant for k in kernels)
+                compiled.update(kernels)
             for check in batch:
                 began = time.perf_counter()
                 # A check of which nothing is known compiles kernels, as the first ones did.

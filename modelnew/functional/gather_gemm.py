@@ -15,7 +15,7 @@ from cupy_kernels import conv_transpose as ops
 from cupy_kernels import fp16_tiles, gather_gemm, gather_gemm_plan
 from cupy_kernels.common import scalar
 
-_PART_BYTES = 32 << 20  # of workspaces, about: parts of half the size take a few percent more time
+_PART_BYTES = 64 << 20  # of workspaces, about. Parts of half the size made some forwards 30% slower on an H200
 
 
 def physical(shape, channels_last) -> tuple[int, ...]:
