@@ -292,8 +292,7 @@ def unit_of_file(kernel: Kernel) -> str:
 @until_overridden
 def _unit(file, kernel, apart):
     edited, files = overridden().intersection(kernel_names(file)), any(map(is_file, overridden()))
-    without = files and apart and file in names() and _expand(file, set(), lambda name: text(name, ()))
-    each = without and without != _expand(file, set(), packaged)
+    each = files and apart and _is_edited(file)
     if not edited and not each:
         return expanded(file)
     alone = {kernel} & edited
@@ -308,9 +307,21 @@ def _unit(file, kernel, apart):
     return found
 
 
+@until_overridden
+def _is_edited(file) -> bool:
+    """Whether the file, or a header that it includes, is edited as a whole."""
+    return file in names() and _expand(file, set(), lambda name: text(name, ())) != _as_packaged(file)
+
+
+@until_overridden
+def _as_packaged(file) -> str:
+    """`expanded` without overrides."""
+    return _expand(file, set(), packaged)
+
+
 def is_packaged(kernel: Kernel) -> bool:
     """Whether `kernel` is compiled from the package's own text."""
-    return kernel.file in names() and unit(kernel) == _expand(kernel.file, set(), packaged)
+    return kernel.file in names() and unit(kernel) == _as_packaged(kernel.file)
 
 
 @until_overridden

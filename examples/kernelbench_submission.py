@@ -50,8 +50,8 @@ class UnsupportedError(ValueError):
 _BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
 _PARENTHESES = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
 _ATTRIBUTES = rf"(?:(?:static|inline|__(?:launch_bounds|maxnreg|attribute|cluster_dims)__\s*{_PARENTHESES})\s*)*"
-_KERNEL = re.compile(
-    rf'[ \t]*(extern\s+"C"\s+)?{_ATTRIBUTES}__global__\s+{_ATTRIBUTES}void\s+{_ATTRIBUTES}'
+_KERNEL = re.compile(  # it begins where blanks begin, not at each of them
+    rf'(?<![ \t])[ \t]*(extern\s+"C"\s+)?{_ATTRIBUTES}__global__\s+{_ATTRIBUTES}void\s+{_ATTRIBUTES}'
     rf"(\w+)\s*({_PARENTHESES})\s*(?=\{{)"
 )
 _NO_TYPE = ("*", "const", "volatile", "INOUT", "__restrict__", "__restrict", "__grid_constant__", "struct")

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ _FLUSHES = 16  # while the GPU does them, the host gets as far ahead as the long
 _WARMUP = 5
 _LONG_MS = 20  # a launch in the emulator that takes longer is timed once, others a few times
 _EMULATED_TRIALS = 3
+_TRIALS, _FEWEST_TRIALS = 20, 5
 _REASON_LENGTH = 200
 
 
@@ -153,7 +154,7 @@ class Contender:
         free()
 
 
-def measure(function: Callable, device: torch.device, trials: int = 20) -> Times:
+def measure(function: Callable, device: torch.device, trials: int = _TRIALS) -> Times:
     """Times of function() on `device`."""
     with current(device):
         clock = Clock(device)
@@ -162,11 +163,12 @@ def measure(function: Callable, device: torch.device, trials: int = 20) -> Times
         return clock.read([clock.time(function) for _ in range(trials)])
 
 
-def measure_launches(launches: Iterable[tuple], device: torch.device) -> list[Times]:
+def measure_launches(launches: Sequence[tuple], device: torch.device) -> list[Times]:
     """Times of each launch alone. launches: arguments of `cupy_kernels.launch.launch`, as its `observed` gives them.
 
-    In the emulator, a slow launch is called only once, without warm-up.
+    The more launches, the fewer trials. In the emulator, a slow launch is called only once, without warm-up.
     """
+    trials = max(_FEWEST_TRIALS, _TRIALS // max(1, len(launches)))
 
     def time_of(arguments):
         def start():
@@ -178,7 +180,7 @@ def measure_launches(launches: Iterable[tuple], device: torch.device) -> list[Ti
             if once.median > _LONG_MS:
                 return once
             return measure(start, device, _EMULATED_TRIALS)
-        return measure(start, device)
+        return measure(start, device, trials)
 
     with launching_on(device):
         return list(map(time_of, launches))

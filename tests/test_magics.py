@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ pytest.importorskip("IPython")
 from IPython.core.interactiveshell import InteractiveShell
 
 import cupy_kernels
-from cupy_kernels import emulator, source, tinker
+from cupy_kernels import compiler, emulator, source, tinker
 from cupy_kernels.errors import BackendError
 from cupy_kernels.launch import observed
 from modelnew import checks, functional, magics
@@ -117,31 +118,34 @@ def test_a_cell_to_begin_with(run, shell):
 
 
 EDITS = itertools.count()
-SECONDS = {"cpu": 5, "cuda": 1}  # from edit to verdict; on a GPU at the model's size, in the emulator at small ones
+# From edit to verdict; on a GPU at the model's size, in the emulator at small ones. The ten kernels of a file compile
+# together, which takes longer where other tests run, too, and with NVRTC 11.
+SECONDS = {"cpu": 5, "cuda": 1}
+SECONDS_OF_A_FILE = 3
 
 
-def test_edit_to_verdict(run, device):
-    names = (
-        ("tanh_forward", "max_pool_forward", "batch_norm.cu")
-        if device == "cuda"
-        else ("tanh_forward", "pooled_forward")
-    )
-    for name in names:
-        file, kernel = tinker.locate(name)
-        text = source.packaged_kernels(file)[name] if kernel else source.packaged(file)
+@pytest.mark.parametrize("name", ["tanh_forward", "pooled_forward", "max_pool_forward", "batch_norm.cu"])
+def test_edit_to_verdict(run, device, name):
+    if device == "cpu" and name in ("max_pool_forward", "batch_norm.cu"):
+        pytest.skip("takes longer in the emulator")
+    file, kernel = tinker.locate(name)
+    text = source.packaged_kernels(file)[name] if kernel else source.packaged(file)
+    limit = SECONDS[device]
+    if not kernel and ("PYTEST_XDIST_WORKER" in os.environ or compiler.cupy().cuda.nvrtc.getVersion() < (12, 0)):
+        limit = SECONDS_OF_A_FILE
 
-        def seconds(name=name, text=text):
-            """Of a cell that nobody has compiled."""
-            start = time.perf_counter()
-            output, error = run(f"%%cu {name} --device {device}\n// edit {next(EDITS)} at {start}\n{text}")
-            assert error is None, output
-            return time.perf_counter() - start
+    def seconds():
+        """Of a cell that nobody has compiled."""
+        start = time.perf_counter()
+        output, error = run(f"%%cu {name} --device {device}\n// edit {next(EDITS)} at {start}\n{text}")
+        assert error is None, output
+        return time.perf_counter() - start
 
-        seconds()  # the reference, and the package's own kernels, are computed and compiled once
-        taken = []
-        while not taken or (min(taken) >= SECONDS[device] and len(taken) < 6):  # others may be using the machine
-            taken.append(seconds())
-        assert min(taken) < SECONDS[device], (name, taken)
+    seconds()  # the reference, and the package's own kernels, are computed and compiled once
+    taken = []
+    while not taken or (min(taken) >= limit and len(taken) < 6):  # others may be using the machine
+        taken.append(seconds())
+    assert min(taken) < limit, taken
 
 
 @pytest.mark.parametrize("before", [None, SLOWER], ids=["original", "edited"])
