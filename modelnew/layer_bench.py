@@ -8,6 +8,7 @@ gradients by `parity.within_policy` against a float64 run; a pooling's output mu
 import collections
 import copy
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -157,6 +158,7 @@ def measure(
     with current(device):
         compile_together(_kernels(classes, device), device)
     free()
+    gc.freeze()  # each row collects garbage; looking through all modules every time took half of the time
     for entry in ENTRIES:
         rows = []
         for cls, layout in entry.settings(classes):
