@@ -6,6 +6,7 @@ whose time that is: the GPU's, and with few images the host's.
 """
 
 import contextlib
+import gc
 import json
 import os
 import statistics
@@ -104,6 +105,7 @@ class Plan(NamedTuple):
 
 def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> Iterator[list[dict]]:
     """Rows of the first calls, if wanted, then rows of each cell. describe(text): called with what is being done."""
+    gc.freeze()  # each row collects garbage, and need not look through all modules
     refused = _refusing(plan.budget, _COMPILE_SHARE)
     if plan.startup:
         describe("first call in a new process")

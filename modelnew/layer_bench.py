@@ -158,7 +158,7 @@ def measure(
     with current(device):
         compile_together(_kernels(classes, device), device)
     free()
-    gc.freeze()  # each row collects garbage; looking through all modules every time took half of the time
+    gc.freeze()  # each row collects garbage, which took half of the time with all modules and plans in it
     for entry in ENTRIES:
         rows = []
         for cls, layout in entry.settings(classes):
