@@ -1,8 +1,4 @@
 PYTHON ?= python3
-# What compute-sanitizer runs, at a hundredth of the speed: the smallest tests that start every kernel, in 6 processes.
-SANITIZED ?= -m gpu -k "even or one_unit or test_wgmma or layouts or eval_leaves or wider" -n 6 tests
-COMPUTE_SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) \
-    $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia/cu13/bin/compute-sanitizer)
 RESULTS = benchmarks/results
 DOCS ?= build/docs
 # Every module but the command line; "!" takes out those that pdoc would add by itself, unless a package has __all__.
@@ -36,12 +32,7 @@ bench:
 
 # Torch's caching allocator would hide what is out of bounds of a tensor but inside the allocator's block.
 sanitize:
-	@command -v $(firstword $(COMPUTE_SANITIZER)) >/dev/null || \
-	    { echo "no compute-sanitizer: $(PYTHON) -m pip install '.[dev]', or COMPUTE_SANITIZER=<its path>"; exit 1; }
-	for tool in memcheck racecheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(COMPUTE_SANITIZER) --target-processes all --tool $$tool \
-	        --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED) || exit 1; \
-	done
+	$(PYTHON) -m pytest -rs -m gpu tests/test_sanitizer.py
 
 # On many cores: one process would compile the kernels one after the other. Idle processes take over what waits behind slow tests.
 record:

@@ -1,15 +1,17 @@
-"""Every operator under NVIDIA's compute-sanitizer, which comes with the CUDA toolkit."""
+"""Every operator under NVIDIA's compute-sanitizer, which comes with the CUDA toolkit, and with the extra [dev]."""
 
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
-SANITIZER = shutil.which("compute-sanitizer")
+OF_WHEEL = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "compute-sanitizer")
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which(OF_WHEEL)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (SANITIZER and torch.cuda.is_available()), reason="needs a GPU and compute-sanitizer"),
