@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils.flop_counter import register_flop_formula
 
-from . import recorders, shortcuts
+from . import recorders, replays, shortcuts
 from .interop import check_floating
 
 _library = torch.library.Library("modelnew", "FRAGMENT")
@@ -45,7 +45,7 @@ def register(
     schema: as for torch.library. For arguments that are mutated there are two overloads: ops.<name>.updating mutates
         them, ops.<name>.default is for calls that mutate nothing. The last argument may be `bool keep=False`, whether a
         backward follows. Callers leave it out; it is set when the operator runs.
-    run: computes the results, all new, from real tensors.
+    run: computes the results, all new, from real tensors. Calls of the same kind are replayed, see `replays`.
     fake: makes results of the same shapes, dtypes and strides from tensors without values, whose sizes may be symbols.
     save: save(args, results) returns the tensors that the backward needs.
     backward: backward(ctx, *gradients) returns the gradients of the first arguments as a tuple. `gradients` are those
@@ -128,7 +128,7 @@ def _register(schema, run, fake, save, backward, outputs, settle):
 
     def compute(*args):
         with torch.no_grad():
-            return run(*all_of(args))
+            return replays.of_operator(op, run, all_of(args))
 
     def imagine(*args):
         return fake(*all_of(args))

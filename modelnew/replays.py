@@ -6,7 +6,7 @@ that takes the tensors' addresses, allocates, starts the launches and returns. A
 arguments and torch's settings are the same, and its tensors of the same kind according to torch's own guards. If a call
 does more, such as copying an argument, calls of its kind always run normally.
 
-A public function may depend only on its arguments and on the settings in `finder`.
+A public function, and an operator of `registration`, may depend only on its arguments and on the settings in `finder`.
 """
 
 import contextlib
@@ -78,6 +78,16 @@ def finder(function: Callable) -> Callable:
     defined |= {"settings": numerics.settings, "any_autocast": any_autocast, "dtypes": _autocast_dtypes, "calls": calls}
     exec("\n".join(lines), defined)
     return defined["find"]
+
+
+def of_operator(op, run: Callable, args: tuple):
+    """run(*args), or its replay, for an operator of `registration`. The first argument is a tensor."""
+    if recorders.may_record():
+        return run(*args)
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    others = marshal.dumps([... if isinstance(arg, torch.Tensor) else arg for arg in args], 2)
+    key = op, others, numerics.settings(), any_autocast() and _autocast_dtypes(), args[0].shape
+    return repeated(key, calls.caches().replays.get(key, ()), tensors, run, args, {})
 
 
 def _autocast_dtypes():
@@ -233,6 +243,7 @@ class _Code:
         returned = found.returned if isinstance(found.returned, tuple) else (found.returned,)
         self.layouts = {}  # {index: shape and strides that a result has for the caller}
         self.results = {values[index].data_ptr(): index for index in returned if index is not None}
+        self.defined = {"empty": allocator(found.device)}
 
     def given(self, tensor) -> str:
         """The expression for a tensor that the call was given."""
@@ -248,6 +259,10 @@ class _Code:
         if isinstance(value, tuple):
             return f"({''.join(f'{self.expression(one)}, ' for one in value)})"
         index = self.results.get(value.data_ptr())
+        if index is None and value.shape == (0,) and all(value is not tensor for tensor in self.tensors):
+            if self.defined.setdefault("dtype", value.dtype) != value.dtype:
+                raise _Unrepeatable
+            return "empty((0,), (1,), dtype)"  # see `registration.results_of`
         if index is None:
             return self.given(value)
         made = self.values[index]
@@ -267,13 +282,13 @@ class _Code:
 
     def function(self, result: str) -> Callable:
         """run(*tensors), which returns the expression `result`."""
-        plan, gpu, device, stages, *_ = self.found
+        plan, gpu, _, stages, *_ = self.found
         every = range(len(self.tensors))
         lines = [f"a{i} = t{i}.data_ptr()" for i in every]
         aligned = f"({' | '.join(f'a{i}' for i in every)}) & 15"
         lines += [f"if {aligned} or not ({' and '.join(f'a{i}' for i in every)}):", "    raise Missed"]
-        defined = {"watched": calls.watched, "show": calls.show, "plan": plan, "Missed": Missed}
-        defined["empty"], stream = allocator(device), None
+        defined, stream = {**self.defined, "watched": calls.watched, "show": calls.show, "plan": plan}, None
+        defined["Missed"] = Missed
         defined["numbers"] = {index: value for index, value in enumerate(self.values) if isinstance(value, float)}
         if gpu is not None:
             stream = f"raw_stream({gpu})"

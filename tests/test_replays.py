@@ -63,10 +63,15 @@ def step(module, x, dy=None, clip=False):
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_repeated_calls_are_torchs(device, written, name, memory_format):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_repeated_calls_are_torchs(device, written, compiled, name, memory_format):
+    """Compiled modules call the operators of torch.library."""
     ours, theirs = (LAYERS[name](kind).to(device) for kind in (layers, nn))
     theirs.load_state_dict(ours.state_dict())
     strides = []
+    if compiled:
+        torch._dynamo.reset()
+        ours.compile(backend="eager", fullgraph=True)
     for _ in range(5):
         x = batch(device, memory_format=memory_format)
         with torch.no_grad():
@@ -80,7 +85,8 @@ def test_repeated_calls_are_torchs(device, written, name, memory_format):
     assert all(found == strides[0] for found in strides)
     if (name, memory_format) == ("ConvTranspose2d", torch.channels_last):
         return  # its kernels take a copy
-    assert len(written) == 6  # forward, forward with autograd, and backward: two calls each
+    # Forward, forward with autograd, and backward: two calls each. Some registered forwards are the same for autograd.
+    assert len(written) == 6 or (compiled and len(written) == 5)
     torch.testing.assert_close(list(ours.buffers()), list(theirs.buffers()))
 
 
