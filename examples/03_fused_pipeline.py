@@ -20,10 +20,8 @@
 # small images. The pictures of layouts are of the real shape in either case.
 
 # %%
-import json
 import math
 from copy import deepcopy
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,7 +33,7 @@ import modelnew
 from cupy_kernels import conv_transpose_mma
 from cupy_kernels.conv_transpose import Geometry
 from cupy_kernels.launch import observed
-from modelnew import Model, ModelNew, environment, parity, plots, timing, workloads
+from modelnew import Model, ModelNew, environment, parity, timing, workloads
 
 RED, GRAY = "#c0392b", "#95a5a6"  # ModelNew, PyTorch
 device = environment.device()
@@ -480,26 +478,3 @@ for panel, (cls, rows) in zip(panels[0], found.items()):
 panels[0][0].invert_yaxis()
 panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 plt.show()
-
-# %% [markdown]
-# ## Roofline
-#
-# The last question is how much of the machine this uses. The points are what was reached, in a record of `python3 -m
-# modelnew bench` that the repository holds. The lines are what memory and tensor cores allow. Whatever has a
-# convolution in it has so much to compute for each byte that tensor cores are the limit. The second picture shows
-# shares: how long the GPU would take at its limits, over what it took.
-#
-# The limits were measured on an H100. An H200 has the same tensor cores, and faster memory.
-
-# %%
-committed = sorted(Path("../benchmarks/results").glob("bench_*.json"))
-if committed:
-    record = json.loads(committed[0].read_text())
-    record["ceilings"] = record["ceilings"] or workloads.ceilings("H100")
-    print(f"{committed[0].name}: {record['versions']['gpu']}, kernels {record['digest'][:12]}")
-    figure, panels = plt.subplots(2, 1, figsize=(10, 10), layout="constrained")
-    plots.roofline(panels[0], record)
-    plots.floors(panels[1], record)
-    plt.show()
-else:
-    print("no record: python3 -m modelnew bench writes one, on a GPU")

@@ -4,7 +4,7 @@ CuPy compiles the kernels (NVRTC: neither nvcc nor a C++ compiler is needed) and
 tensors, in torch's current stream. All operators are fused, forward and backward. The convolution's precision is the
 one that torch.backends.cudnn.allow_tf32 chooses. For contiguous float32 tensors on GPUs of compute capability 8.0 or
 newer, and the shapes that tensor-core kernels take: stride 1, channels in multiples of 16 up to 512, kernels up to 7x7,
-images up to 64x64. Others are refused.
+images up to 70x70, before and behind the convolution. Others are refused.
 
 The first call of a kind records which kernels it starts on what (`call`). Later calls only allocate and start them.
 

@@ -143,7 +143,8 @@ def env(as_json):
     for key, value in lines.items():
         meaning = f"  ({_MEANINGS[key]})" if key in _MEANINGS else ""
         click.echo(f"{key:{max(map(len, lines))}}  {value}{meaning}")
-    click.echo(f"\nBest for this machine: {install['command'] or 'nothing to install'}")
+    extra = f" (the extra [{install['extra']}])" if install["extra"] else ""
+    click.echo(f"\nBest for this machine{extra}: {install['command'] or 'nothing to install'}")
     click.echo(f"Why: {install['why']}")
     for what, matches in (("these", True), ("other", False)):
         files = [record["file"] for record in records if record["matches"] == matches]

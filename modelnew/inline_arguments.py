@@ -61,7 +61,8 @@ def check_number(what: str, dtype, value) -> None:
     """Raises TypeError unless the value is a number that a kernel parameter of this NumPy dtype can take."""
     allowed = {"f": numbers.Real | torch.SymFloat | torch.SymInt, "b": bool}
     if not isinstance(value, allowed.get(dtype.kind, numbers.Integral | torch.SymInt)):
-        raise TypeError(f"{what} must be a number of kind {dtype}, received {value!r}")
+        tensor = ", not a tensor" * isinstance(value, torch.Tensor)
+        raise TypeError(f"{what} must be a number of kind {dtype}{tensor}, received {value!r}")
 
 
 def _scalar(declared, values):

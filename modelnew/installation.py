@@ -66,7 +66,10 @@ def _with_gpu(machine, driver):
     best = of_torch[0] if same else allowed[-1]
     extra = f"cuda{best}"
     parts = [f"{name} {reason}" if reason else name]
-    parts.append(f"driver {machine.driver} allows up to CUDA {allowed[-1]}" if driver else "the driver is unknown")
+    who = f"driver {machine.driver}"
+    if machine.capability < _OLDEST_OF_CUDA_13 and driver and driver >= _LEAST_DRIVER[13]:
+        who = "the GPU"
+    parts.append(f"{who} allows up to CUDA {allowed[-1]}" if driver else "the driver is unknown")
     parts.append(f"torch is built for CUDA {machine.torch_cuda}" + (", so both use the same NVRTC" if same else ""))
     if len(machine.cupy) == 1:
         nvrtc = _numbers(machine.nvrtc)

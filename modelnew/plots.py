@@ -20,7 +20,6 @@ from .workloads import (
     OF_FLOAT16,
     WORKLOADS,
     Shape,
-    floor_ms,
     work,
 )
 
@@ -275,30 +274,6 @@ def roofline(panel, record: dict) -> None:
     panel.set_ylabel("TFLOP/s (dense count)")
     panel.set_title(f"What memory and tensor cores allow, {_first(record)[0][0]['n']} images", loc="left")
     _legend_below(panel, -0.16)
-
-
-def floors(panel, record: dict) -> None:
-    """Draws on a matplotlib Axes how much of each time at the record's first N is the floor, of ModelNew and its
-    fastest peer.
-    """
-    pairs, limits, shape = _first(record), record["ceilings"], Shape(**record["shape"])
-    if not pairs or not limits:
-        panel.set_axis_off()
-        return
-    for place, (ours, peer) in enumerate(pairs):
-        floor = floor_ms(ours["what"], ours["class"], ours["n"], shape, limits)
-        for row, colour, at in ((ours, "modelnew", -0.2), (peer, "eager", 0.2)):
-            if row:
-                bar = panel.barh(place + at, floor / row["ms"], 0.4, color=_COLOURS[colour])
-                panel.bar_label(bar, [f"{floor / row['ms']:.0%}"], fontsize=8, padding=2)
-    for name, colour in (("ModelNew", "modelnew"), ("fastest peer", "eager")):
-        panel.barh(0, 0, color=_COLOURS[colour], label=name)
-    panel.set_yticks(range(len(pairs)), [f"{ours['what']}, {ours['class']}" for ours, _ in pairs], fontsize=8)
-    panel.set_xlim(0, 1)
-    panel.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    panel.set_xlabel("floor (memory, and fp16 products on tensor cores, at their peak) over time")
-    panel.invert_yaxis()
-    _legend_below(panel, -0.14)
 
 
 def _first(record):

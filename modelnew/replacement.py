@@ -19,15 +19,18 @@ class Replaced(NamedTuple):
 
     layers: the modules that are ours now, by name.
     kept: why other layers of these kinds remain as they were, by name.
+    before: how many layers were ours before the call.
     """
 
     layers: dict[str, nn.Module]
     kept: dict[str, str]
+    before: int
 
     def __str__(self) -> str:
         chains = [name for name, module in self.layers.items() if type(module) is Sequential]
         counts = Counter(type(module).__name__ for name, module in self.layers.items() if name not in chains)
         lines = ["replaced: " + (", ".join(f"{count} {name}" for name, count in counts.items()) or _NOTHING)]
+        lines += [f"ours before: {self.before}"] * bool(self.before)
         lines += [f"fused where the kernels support it: a chain in {name or 'the network itself'}" for name in chains]
         return "\n".join((*lines, *(f"kept {name or 'the module'}: {reason}" for name, reason in self.kept.items())))
 
@@ -60,7 +63,7 @@ def replace_layers(module: nn.Module, *, numerics: str = "auto") -> Replaced:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, received a {type(module).__name__}")
     check_numerics(numerics)
-    replaced = Replaced({}, {})
+    replaced = Replaced({}, {}, sum(type(child) in _THEIRS for child in module.modules()))
     for name, child in module.named_modules():
         if can_be_replaced(child):
             _replace(replaced, name, child)

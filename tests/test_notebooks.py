@@ -66,8 +66,9 @@ def test_stored_outputs_read_well(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_stored_outputs_are_a_gpus(path):
-    text = "\n".join(texts(json.loads(path.read_text(encoding="utf-8"))["cells"]))
-    assert "NVIDIA" in text
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    text = "\n".join(texts(notebook["cells"]))
+    assert notebook["metadata"]["modelnew"]["versions"]["gpu"].startswith("NVIDIA")
     # What notebooks and tables say without a GPU, and how `environment` begins then.
     assert not re.search(r"emulator|C\+\+ compiler|no CUDA support", text)
 
@@ -88,6 +89,7 @@ TANH = "[tanh.cu -Dscalar_t=float -Dacc_t=float -DWIDTH={}]"
         ("0" * 64, "", [f"they are of kernels 000000000000, the present ones are {source.digest()[:12]}"]),
         (source.digest(), "forward: tanh_forward, old_forward\nbackward: no kernel of ours", ["old_forward is gone"]),
         (source.digest(), TANH.format(3), [f"{TANH.format(3)} is gone"]),
+        (source.digest(), f"kernels {source.digest()[:12]}, kernels 0123456789ab", ["a text names 0123456789ab"]),
         (source.digest(), f"forward: tanh_forward\n{TANH.format(4)}\n[cube_270e0f67.cu -Dscalar_t=float]", []),
     ],
 )
@@ -103,11 +105,12 @@ def outdated(notebook):
     lists them, variants in brackets, as errors have them. A file of an operator from a string is none of the package.
     """
     digest, text = notebook["metadata"].get("modelnew", {}).get("digest"), "\n".join(texts(notebook["cells"]))
+    named = set(re.findall(r"kernels `?([0-9a-f]{12})", text)) - {source.digest()[:12]}
     lists = re.findall(r"^(?:forward|backward): (\w+(?:, \w+)*)$", text, re.MULTILINE)
     shown = {name for names in lists for name in names.split(", ")}
     shown |= set(re.findall(r"\[(?!\w+_[0-9a-f]{8}\.cu)\w+\.cu -D[^\]]+\]", text))
     present = {kernel.name for kernel in cupy_kernels.kernels()} | {f"[{variant}]" for variant in variants()}
-    reasons = [f"{name} is gone" for name in sorted(shown - present)]
+    reasons = [f"{name} is gone" for name in sorted(shown - present)] + [f"a text names {name}" for name in named]
     if not digest:
         reasons.append("they name no digest of kernels")
     elif digest != source.digest():

@@ -45,6 +45,17 @@ def sentence(record) -> str | None:
     return f"**{ours[0]} is {faster}:** {name[0].lower()}{name[1:]}, on one {record['versions']['gpu'] or 'CPU'}."
 
 
+def compiled_how(record) -> str:
+    """The modes and memory formats of which the fastest is torch.compile's time."""
+    times = [rows["torch.compile"] for rows in _found(record).values() if "torch.compile" in rows]
+    kinds = {(row["what"], row["class"], row["n"]) for row in times}
+    timed = [row for row in record["rows"] if (row["what"], row["class"], row["n"]) in kinds and row["ms"]]
+    modes = dict.fromkeys(
+        row["who"].removeprefix("compile").strip("-") or "default" for row in timed if row["who"].startswith("compile")
+    )
+    return f"mode {' or '.join(map(repr, modes))}, in the faster memory format" if modes else "not timed"
+
+
 def without_wgmma(record) -> str:
     """The times of a record that was measured without wgmma instructions."""
     times = "; ".join(

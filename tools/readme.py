@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ def _speed(results, folder) -> str:
                 f"{sentence}\n\n![Times of ModelNew, PyTorch and torch.compile]({picture})\n\n"
                 f"<sub>{where(record)}, `{record['command']}`. Medians of trials in turns, in one process. The L2 "
                 "cache is flushed before each call, and results are checked first. PyTorch: eager, NCHW. "
-                "torch.compile: the fastest mode and memory format that was timed."
+                f"torch.compile: {headline.compiled_how(record)}."
                 + "".join(headline.without_wgmma(other) for _, other in found[1:] if "--no-wgmma" in other["command"])
                 + "</sub>"
             )
@@ -82,9 +83,12 @@ def _speed(results, folder) -> str:
 def _gains(results, _) -> str:
     """The range of each layer's means, from the first record of layers."""
     for _, record in itertools.islice(_records(results, "layers"), 1):
-        means = {}
+        means, worst = {}, []
         for (operator, _, _, what), rows in layer_bench.groups(record).items():
-            means.setdefault(operator, {}).setdefault(what, []).append(layer_bench.mean_and_worst(rows)[0])
+            mean, smallest = layer_bench.mean_and_worst(rows)
+            means.setdefault(operator, {}).setdefault(what, []).append(mean)
+            worst.append(smallest)
+        least = min(filter(None, worst), default=math.inf)
         lines = ["| PyTorch's time over ours | forward | step |", "|---|--:|--:|"]
         for operator, found in means.items():
             cells = [_range(found.get(what)) for what in ("forward", "step")]
@@ -92,8 +96,8 @@ def _gains(results, _) -> str:
         compiled = ", or torch.compile if faster" * any("compile_ms" in row for row in record["rows"])
         small = (
             f"<sub>{where(record)}, `{record['command']}`. PyTorch: eager{compiled}, in the same memory format. "
-            "Geometric means over shapes of well-known networks: from the dtype and memory format with the smallest "
-            "mean to those with the largest."
+            "Geometric means over shapes of well-known networks, one for each dtype and memory format: the smallest "
+            f"and the largest. Single shapes: from {least:.2f}x."
         )
         if untimed := sorted({row["operator"] for row in record["rows"]} - {name.split(",")[0] for name in means}):
             small += f" Not timed: {', '.join(untimed)}."
@@ -115,15 +119,16 @@ def _times(results, folder) -> str:
         shown = (batches[0], min(batches))
         lines = [
             f"{where(record)}, `{record['command']}`. Milliseconds, median of {trials(record)}, all in one process "
-            "and in turns, L2 flushed, results checked first. MB: peak memory over inputs and parameters. Fastest "
-            "peer: of PyTorch and torch.compile, each in NCHW and in channels_last, of those that were timed: the "
-            "record says which were not, and why. 2x: half the peer's time.",
+            "and in turns, L2 flushed, results checked first. MB: peak memory over inputs and parameters. PyTorch: "
+            "eager, in NCHW. Fastest peer: of PyTorch and torch.compile, each in NCHW and in channels_last, of those "
+            "that were timed: the record says which were not, and why. 2x: half the peer's time.",
         ]
         if min(batches) <= FEW_IMAGES:
             lines[0] += (
                 f" Up to {FEW_IMAGES} images, a call takes the host longer than the GPU, except in a CUDA graph. There "
-                "the host's clock times calls one after another, and tables of calls with and without CUDA graphs are "
-                "apart. In a CUDA graph, ModelNew stands beside the fastest of all peers, PyTorch in a CUDA graph too."
+                "the host's clock times calls one after another; the fastest and the slowest trial stand in brackets. "
+                "Tables of calls with and without CUDA graphs are apart. In a CUDA graph, ModelNew stands beside the "
+                "fastest of all peers, PyTorch in a CUDA graph too."
             )
         for n, limit in itertools.product(dict.fromkeys(shown), (GPU, HOST, GRAPH)):
             if rows := _table(record, n, limit):
@@ -153,15 +158,25 @@ def _table(record, n, limit) -> list[str]:
             continue
         who = "eager-graph" if limit == GRAPH else "eager"
         eager = next((r for r in record["rows"] if is_eager(r, what, cls, n, who)), None)
-        cells = [f"`{what}`", cls, f"**{ms(row)}**", _megabytes(row)]
-        cells += [ms(eager), ratio(eager, row)] if eager else [""] * 2
+        if limit == GRAPH and not eager:
+            peer = None  # others take the host's time, which is another matter
+        extent = _extent if limit == HOST else lambda _: ""
+        cells = [f"`{what}`", cls, f"**{ms(row)}**{extent(row)}", _megabytes(row)]
+        cells += [f"{ms(eager)}{extent(eager)}", ratio(eager, row)] if eager else [""] * 2
         cells += (
-            [ms(peer), f"{peer['who']}, {peer['layout']}", _megabytes(peer), ratio(peer, row)] if peer else [""] * 4
+            [f"{ms(peer)}{extent(peer)}", f"{peer['who']}, {peer['layout']}", _megabytes(peer), ratio(peer, row)]
+            if peer
+            else [""] * 4
         )
         lines.append(f"| {' | '.join(cells)} |")
     head = ["", "class", "ModelNew", "MB", "PyTorch", "", "fastest peer", "", "MB", ""]
     rule = f"|{'|'.join(['---', '---', *['--:'] * (len(head) - 2)])}|"
     return [f"| {' | '.join(head)} |", rule, *lines] if lines else []
+
+
+def _extent(row) -> str:
+    """From the fastest to the slowest trial."""
+    return f" ({row['ms_min']:.2g} to {row['ms_max']:.2g})"
 
 
 def _by_batch(record) -> list[str]:
@@ -209,8 +224,9 @@ def _scaling(results, _) -> str:
         gpus = max(row["gpus"] for row in record["rows"])
         lines = [
             f"{where(record)}, `{record['command']}`. A training step of {record['rows'][0]['n']} images on each of "
-            f"{gpus} GPUs, beside one GPU alone: median of {record['trials']} trials of {record['steps']} steps, in "
-            "turns. Weak scaling: the time alone over the time.",
+            f"{gpus} GPUs, without the gradient of x, beside one GPU alone: median of "
+            f"{record['trials']} trials of {record['steps']} steps, in turns. Weak scaling: the time alone "
+            "over the time.",
             "",
             "| | | ms alone | ms | added | weak scaling |",
             "|---|---|--:|--:|--:|--:|",
@@ -281,6 +297,7 @@ def _training(results, folder) -> str:
             )
             for what in ("output", "conv_transpose.weight")
         )
+        worst = max((j for j in judgements if j["torch_rms"]), key=lambda j: j["rms"] / j["torch_rms"])
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append(
             f"{where(record)}, `{record['command']}`{_AMP if record.get('amp') else ''}. "
@@ -288,8 +305,9 @@ def _training(results, folder) -> str:
             f"{record['seeds']} seeds, output, parameters and running statistics of ModelNew are compared with a "
             f"float64 run, and with how far Model of the same class is from it: {sum(j['ok'] for j in judgements)} of "
             f"{len(judgements)} comparisons pass. At worst the output is {of_output} times as far as Model's, the "
-            f"convolution's weight {of_weight} (allowed: {RATIO}, and what rounding and chance explain).\n\nThen a "
-            f"demonstration: {record['steps']} steps on the same batches of {record['batch']}; "
+            f"convolution's weight {of_weight}, and {worst['what']} {worst['rms'] / worst['torch_rms']:.2f} "
+            f"{CLASSES[worst['class']]}, the most of all (allowed: {RATIO}, and what rounding and chance explain)."
+            f"\n\nThen a demonstration: {record['steps']} steps on the same batches of {record['batch']}; "
             f"mean loss of the last {record['last']}: {', '.join(losses)}. Rounding is amplified in so many steps, "
             f"PyTorch's own too, so the ends are not compared.\n\n![Loss curves]({picture})"
         )

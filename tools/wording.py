@@ -7,7 +7,9 @@ def where(record) -> str:
     versions = record["versions"]
     names = (("torch", "torch"), ("CuPy", "cupy"), ("NVRTC", "nvrtc"), ("driver", "driver"))
     found = [f"{name} {versions[key]}" for name, key in names if versions.get(key)]
-    if versions.get("nvrtc_wgmma") not in (None, versions["nvrtc"]):
+    if "--no-wgmma" in record.get("command", ""):
+        found.append("without wgmma")
+    elif versions.get("nvrtc_wgmma") not in (None, versions["nvrtc"]):
         found.append(f"NVRTC {versions['nvrtc_wgmma']} for wgmma")
     return ", ".join([versions.get("gpu") or "CPU", *found, f"kernels `{record['digest'][:12]}`"])
 
