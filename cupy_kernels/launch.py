@@ -230,6 +230,9 @@ def _check_limits(kernel, grid, block):
         raise ValueError(
             f"{kernel}: block {tuple(block)} exceeds CUDA's limits {BLOCK_LIMITS} and {MAX_THREADS} threads in all"
         )
+    bound = source.launch_bound(kernel)
+    if bound and block[0] * block[1] * block[2] > bound:
+        raise ValueError(f"{kernel}: block {tuple(block)} has more threads than its __launch_bounds__({bound})")
 
 
 def _refuse_kinds(kernel, pointers, args):

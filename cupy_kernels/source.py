@@ -343,6 +343,15 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
 
 
 @until_overridden
+def launch_bound(kernel: Kernel) -> int | None:
+    """The number of threads in the kernel's __launch_bounds__, if it is a number, or a macro that is one."""
+    declared = definitions(expanded(kernel.file)).get(kernel.name)
+    found = declared and re.search(r"__launch_bounds__\s*\(\s*(\w+)", declared[0])
+    bound = str(dict(kernel.defines).get(found[1], found[1])) if found else ""
+    return int(bound) if bound.isdigit() else None
+
+
+@until_overridden
 def cooperative(kernel: Kernel) -> bool:
     """Whether the kernel's text calls grid_barrier(), so that all its blocks must start at once."""
     text = expanded(kernel.file)

@@ -10,6 +10,7 @@ from cupy_kernels import compiler, source
 from cupy_kernels.launch import Varying, launch
 from cupy_kernels.plan import Plan, Slot
 from cupy_kernels.source import Kernel
+from modelnew import inline
 from modelnew.calls import run
 from modelnew.interop import view
 
@@ -80,6 +81,20 @@ def test_contiguity(device):
     x, y = torch.arange(12.0, device=device)[::2], torch.zeros(6, device=device)
     with pytest.raises(ValueError, match=r"x is not contiguous \(shape \(6,\), strides \(8,\)\)"):
         start(view(x), view(y), 1, 6)
+
+
+@pytest.mark.parametrize("bound", ["128", "MOST"])
+def test_launch_bounds(device, bound):
+    text = f"""#include "common.cuh"
+extern "C" __global__ void __launch_bounds__({bound}) bounded(const float* x, float* y, i64 size) {{
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size) y[i] = x[i];
+}}
+"""
+    x = torch.randn(300, device=device)
+    assert torch.equal(inline.operator(text, "bounded", block=128, defines={"MOST": 128})(x), x)
+    with pytest.raises(ValueError, match=r"block \(160, 1, 1\) has more threads than its __launch_bounds__\(128\)"):
+        inline.operator(text, "bounded", block=160, defines={"MOST": 128})(x)
 
 
 @pytest.mark.parametrize("grid", [(2**31, 1, 1), (1, 65536, 1), (1, 1, 65536)], ids=str)

@@ -3,10 +3,21 @@ namespace emulator {
 
 static unsigned thread_of(u64 stamp) { return stamp >> THREAD_SHIFT & 1023; }
 
+// Whether the block that had this epoch has released what it did, see atomic().
+static bool was_released(unsigned epoch) {
+    int low = 0, high = release_count;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (releases[middle].last < epoch) low = middle + 1;
+        else high = middle;
+    }
+    return low < release_count && releases[low].first <= epoch;
+}
+
 // Whether what `then` says came before what the current thread does now.
 static inline bool ordered(u64 then) {
     unsigned epoch = then >> EPOCH_SHIFT, thread = thread_of(then);
-    if (epoch != block_epoch) return epoch >= first_epoch || epoch < grid_epoch || acquired;
+    if (epoch != block_epoch) return epoch >= first_epoch || epoch < grid_epoch || (acquired && was_released(epoch));
     if (thread == (unsigned)current) return true;
     if ((thread ^ current) / 32) return false;
     return fibers[current].seen[thread % 32] > (then >> CLOCK_SHIFT & MOST_CLOCK);
@@ -311,10 +322,14 @@ void writes(void* address, size_t bytes) {
 }
 
 // A thread that calls __threadfence() and then an atomic function tells what its block did before to threads that call
-// one later, and a fence before it or behind it. Blocks run one after another; so if all blocks so far did, all that
-// they did came before.
+// one later, and a fence before it or behind it. Blocks run one after another, so what such blocks did came before.
 void atomic(void* address, size_t bytes, const char* place, const void* compared) {
+    if (++atomics_in_a_row > 1000) atomics_in_a_row = 0, yield();  // another thread may be what this one waits for
     if (wrong_index.place) name_wrong_index((const char*)address, bytes, "writes");
+    if (size_t(address) % bytes)
+        FAIL(
+            "<%x>: thread %d calls an atomic function of %zu bytes at a place that is not a multiple of them: %s",
+            place_of(place), current, bytes, place_in((const char*)address).text);
     Array* array = find((const char*)address);
     if (array && compared) note_comparison(*array, (const char*)address, bytes, compared);
     if (array) touch<true>(*array, (const char*)address, bytes, place, ATOMIC);
@@ -322,12 +337,12 @@ void atomic(void* address, size_t bytes, const char* place, const void* compared
     Fiber& f = fibers[current];
     f.calls_atomics = true;
     f.compares |= compared && compared != address;
-    if (f.fenced) released = true, acquired = all_released;
+    if (f.fenced) released = acquired = true;
 }
 
 void fence() {
     fibers[current].fenced = true;
-    if (fibers[current].calls_atomics) acquired = all_released;
+    if (fibers[current].calls_atomics) acquired = true;
 }
 
 }  // namespace emulator

@@ -11,9 +11,14 @@ static void next_epoch() {
 }
 
 static void begin_epochs() {
+    if (released) {
+        const int most = sizeof releases / sizeof *releases;
+        bool follows = release_count && (releases[release_count - 1].last + 1 == first_epoch || release_count == most);
+        if (!follows) releases[release_count++].first = first_epoch;
+        releases[release_count - 1].last = block_epoch;
+    }
     next_epoch();
     first_epoch = block_epoch;
-    all_released &= released;
     released = acquired = false;
 }
 
@@ -37,6 +42,21 @@ static void start_block() {
         f.registers_fenced = false;
         f.touched_sums = f.flying_sums = 0;
     }
+}
+
+// Lanes that wait in __activemask() at the same place are active together. Whether there were some.
+static bool release_masks() {
+    bool found = false;
+    for (int t = 0; t < thread_count; t++) {
+        if (fibers[t].state != AT_MASK) continue;
+        found = true;
+        unsigned lanes = 0;
+        for (int i = t; i < thread_count && i / 32 == t / 32; i++)
+            if (fibers[i].state == AT_MASK && !(fibers[i].place != fibers[t].place)) lanes |= 1u << i % 32;
+        for (int i = t; lanes >> i % 32 && i / 32 == t / 32; i++)
+            if (lanes >> i % 32 & 1) fibers[i].state = READY, warps[t / 32].masks[i % 32] = lanes;
+    }
+    return found;
 }
 
 // Every fiber is DONE or waits at the block's barrier: release them; or the block ends, waits for the others or fails:
@@ -95,7 +115,7 @@ static void run_block() {
                 ran = true;
             }
         } while (ran);
-    } while (!error[0] && release_barrier());
+    } while (!error[0] && (release_masks() || release_barrier()));
 }
 
 static void run_blocks(unsigned long long seed) {
@@ -108,7 +128,8 @@ static void run_blocks(unsigned long long seed) {
             order[t] = order[other], order[other] = swap;
         }
     block_epoch = 0;
-    released = acquired = all_released = true;
+    released = acquired = false;
+    release_count = 0;
     sums_count = 0, fault_count = 1;
     racing_read_count = 0, wrong_index.place = nullptr;
     for (int t = 0; t < thread_count; t++) fibers[t].proxy_fence = 0;

@@ -25,6 +25,8 @@ extern "C" void* memset(void*, int, size_t);
 #define __launch_bounds__(...)
 #define __CUDACC__ 1
 #define __CUDACC_RTC__ 1
+#define __CUDACC_VER_MAJOR__ 11  // of the oldest NVRTC that is supported
+#define __CUDACC_VER_MINOR__ 8
 #define __CUDA_ARCH__ 600  // has all atomic functions; what a text has for newer ones is often asm
 #ifndef __clang__
 #define __builtin_assume(condition) ((void)0)

@@ -73,7 +73,7 @@ int block_barrier(Place place, bool vote);
 void grid_barrier(EMULATOR_HERE);
 // Returns when every lane of the mask has called it; to the one that was last, true.
 bool warp_barrier(unsigned mask, Place place, bool synchronises);
-unsigned active_lanes();
+unsigned active_lanes(Place place);
 bool is_shared(const void* address);
 bool is_global(const void* address);
 void set_rounding(int mode);  // 0 to nearest, 1 to zero, 2 up, 3 down

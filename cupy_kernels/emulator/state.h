@@ -15,7 +15,7 @@ enum { SIGNAL_STACK_BYTES = 1 << 16 };
 // The gap is wider than local arrays are, so that no access skips it. Not all stacks end at the same place of a page:
 // they would share lines of the cache.
 enum : size_t { STACK_BYTES = 576 << 10, STACK_GAP = 16 << 20, STACK_SHIFT = 128 };
-enum State { READY, AT_BARRIER, AT_WARP, AT_WGMMA, DONE };
+enum State { READY, AT_BARRIER, AT_WARP, AT_WGMMA, AT_MASK, DONE };
 
 // What a thread did last to a word, in one number: number of the barrier before it, number of the __syncwarp, thread,
 // whether it was atomic or is a copy in flight, which of the bytes were ever written, which it touched.
@@ -92,7 +92,10 @@ static u64 self;                           // the stamp of what the current thre
 // Number of the last barrier; of the block's start, or when it went on behind the last grid barrier; of that one; and
 // of the start of the block's shared memory.
 static unsigned block_epoch, first_epoch, grid_epoch, shared_since;
-static bool released, acquired, all_released;  // by this block, by it from earlier ones, by all of those: see atomic()
+static bool released, acquired;  // by this block, and by it what earlier ones have released: see atomic()
+static struct { unsigned first, last; } releases[4096];  // epochs of the blocks that have released, in their order
+static int release_count;
+static int atomics_in_a_row;  // of the current thread, since it has gone on
 static u64 argument_words[MAX_PARAMETERS];
 static void* argument_addresses[MAX_PARAMETERS];
 static int sums_count;  // of wgmma, in local memory

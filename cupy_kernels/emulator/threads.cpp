@@ -6,7 +6,7 @@ static void set_stamp() {
 }
 
 static void set_thread(int t) {
-    current = t;
+    current = t, atomics_in_a_row = 0;
     threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
     stack_low = end_of_stack(t) - STACK_BYTES;
     set_stamp();
@@ -101,13 +101,11 @@ void set_rounding(int mode) {
     fesetround(modes[mode]);
 }
 
-unsigned active_lanes() {
-    unsigned lanes = 0;
-    for (int i = 0; i < 32; i++) {
-        int t = current / 32 * 32 + i;
-        if (t < thread_count && fibers[t].state != DONE) lanes |= 1u << i;
-    }
-    return lanes;
+// The lanes of the warp that come to the same place before any of them waits elsewhere.
+unsigned active_lanes(Place place) {
+    fibers[current].state = AT_MASK, fibers[current].place = place;
+    yield();
+    return warps[current / 32].masks[current % 32];
 }
 
 }  // namespace emulator

@@ -10,7 +10,7 @@ static inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, EMULATOR_HERE) { emul
 static inline void __threadfence() { emulator::fence(); }
 static inline void __threadfence_block() { emulator::fence(); }
 static inline void __threadfence_system() { emulator::fence(); }
-static inline unsigned __activemask() { return emulator::active_lanes(); }
+static inline unsigned __activemask(EMULATOR_HERE) { return emulator::active_lanes(place); }
 
 #define EMULATOR_SHUFFLES(T) \
     static inline T __shfl_sync(unsigned mask, T value, int lane, int width = 32, EMULATOR_HERE) { \

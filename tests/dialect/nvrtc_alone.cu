@@ -12,6 +12,5 @@ __managed__ float managed; ;; y[0] = managed;
 ;; auto v = {1, 2};
 ;; cudaStream_t s;
 ;; y[0] = __vmaxs2(u, u);
-;; y[0] = __CUDACC_VER_MAJOR__;
 ;; __prof_trigger(1);
 ;; y[0] = __isLocal(&i);

@@ -5,6 +5,7 @@
 ;; printf("%d %f\n", i, f);
 ;; __syncthreads(); __syncwarp(); __syncwarp(0xFFFFFFFFu);
 ;; __threadfence(); __threadfence_block(); __threadfence_system();
+;; static_assert(__CUDACC_VER_MAJOR__ > 11 || (__CUDACC_VER_MAJOR__ == 11 && __CUDACC_VER_MINOR__ >= 8));
 ;; __nanosleep(10); __trap(); __brkpt();
 ;; __builtin_assume(i > 0);
 ;; __stcs(pf, f); __stcg(pi, i); __stwb(pd, d); __stwt((float4*)pf, make_float4(1, 2, 3, 4));

@@ -37,3 +37,24 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     v[t] = x[t];
     y[t] = v[t];
 }
+
+//// an atomic function between two ints
+// error: thread 0 calls an atomic function of 4 bytes at a place that is not a multiple of them: y\[0\]
+// x: 256, y: 256, grid: 1
+extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
+    char* bytes = (char*)y;
+    if (threadIdx.x == 0) atomicAdd((int*)(bytes + @4@2@), x[0]);
+}
+
+//// an atomic function of 64 bits between two of them, in shared memory
+// error: thread 3 calls an atomic function of 8 bytes at a place that is not a multiple of them: counts\[7\]
+// x: 256, y: 4, grid: 1
+extern "C" __global__ void planted(const int* x, int* y, int n) {
+    __shared__ alignas(8) unsigned counts[16];
+    int t = threadIdx.x;
+    if (t < 16) counts[t] = 0;
+    __syncthreads();
+    if (t == 3) atomicAdd((unsigned long long*)&counts[@6@7@], 1ull);
+    __syncthreads();
+    if (t < 4) y[t] = counts[t];
+}

@@ -633,3 +633,19 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     __syncthreads();
     y[t] = pairs[t].x;
 }
+
+//// blocks that find a flag, without a fence
+// error: race: thread 0 reads y\[0\], which thread 0 of another block writes
+// x: 4, y: 7
+extern "C" __global__ void planted(const float* x, INOUT float* y, int n) {
+    if (threadIdx.x) return;
+    unsigned *taken = (unsigned*)&y[5], *flag = (unsigned*)&y[6];
+    if (atomicExch(taken, 1u) == 0) {
+        y[0] = x[0];
+        __threadfence();
+        atomicExch(flag, 1u);
+    } else if (atomicAdd(flag, 0u) == 1) {
+        @__threadfence();@@
+        y[1 + blockIdx.x] = y[0];
+    }
+}

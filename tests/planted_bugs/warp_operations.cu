@@ -134,3 +134,17 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     y[i] = __shfl_up_sync(0xFFFFFFFFu, x[i], 1, @32@64@);
 }
+
+//// lanes that are active together count by their first one
+// error: waits in a warp operation for lanes that do not come
+// x: 32, y: 33, grid: 1, block: 32
+extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
+    int t = threadIdx.x, place = 0;
+    if (t % 4 == 1) {
+        unsigned mask = @__activemask()@0xFFFFFFFFu@;
+        int first = __ffs(mask) - 1;
+        if (t == first) place = atomicAdd(&y[32], __popc(mask));
+        place = __shfl_sync(mask, place, first) + __popc(mask & ((1u << t) - 1));
+    }
+    y[t] = place;
+}
