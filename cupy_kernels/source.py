@@ -346,7 +346,7 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
 def launch_bound(kernel: Kernel) -> int | None:
     """The number of threads in the kernel's __launch_bounds__, if it is a number, or a macro that is one."""
     declared = definitions(expanded(kernel.file)).get(kernel.name)
-    found = declared and re.search(r"__launch_bounds__\s*\(\s*(\w+)", declared[0])
+    found = declared and re.search(r"__launch_bounds__\s*\(\s*(\w+)\s*[,)]", declared[0])
     bound = str(dict(kernel.defines).get(found[1], found[1])) if found else ""
     return int(bound) if bound.isdigit() else None
 
