@@ -79,7 +79,7 @@ def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need
         return gather_gemm.gradients(new, x, w, dy, x_shape, w_shape, *how)
     dx, dw = new(x_shape, dy.dtype) if need_x else None, new(w_shape, dy.dtype) if need_w else None
     packed, exponents = _packed_fp16(new, dy, wgrad.split) if wgrad else (None, None)
-    if need_w and wgrad:  # before dx, whose memory the workspaces have had then
+    if need_w and wgrad:  # first: its workspaces are free again before dx is made
         partial = new.scratch(wgrad.partial_size, np.float32)
         x_packed = _packed_fp16(new, x, wgrad.split)
         wgrad_mma.conv_wgrad_mma(wgrad, *x_packed, None, packed, exponents, None, partial, dw)
