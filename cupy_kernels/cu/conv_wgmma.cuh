@@ -20,7 +20,7 @@
 // it.
 //
 // With SPLIT 2 (fp16_tiles.cuh) the sums start from zero every STEPS_AT_ONCE steps: one warpgroup adds up while the
-// tensor cores work for the other.
+// tensor cores work for the other. So that neither waits for the other, each copies the weights of its own channels.
 //
 // Macros besides those of implicit_gemm.cuh, with ADJACENT 0: UNIT_ROWS (of windows), ALONG.
 #pragma once
@@ -32,6 +32,7 @@
 #define CHUNKS_64 ((STEPS_K + 1) / 2)      // of 64 channels
 #define STEP_BYTES (HALF_STEP * SPLIT)
 #define PITCH (2 * WINDOW_PITCH)
+enum { OWN_PACE = SPLIT == 2 && WARPS_N == 1 };  // warpgroups meet only where the band has changed
 
 // Rows of x, relative to twice the unit's first row of windows: which of them it needs, and how those of each parity
 // are numbered.
@@ -43,6 +44,7 @@ enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_PIXELS = GAP + BAND_ROWS * PITC
 enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };  // in dynamic shared memory
 static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
+static_assert(!OWN_PACE || THREADS == 2 * TILE_M, "a warpgroup copies two rows of 8 channels at a time");
 static_assert(PITCH >= IN_W + GAP && PITCH >= OUT_W, "a pitch has room for rows of x and of y");
 static_assert(
     ALONG >= BAND_PIXELS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same pixel in different banks");
@@ -63,6 +65,11 @@ __device__ constexpr int band_offset(int row, int column) { return (GAP + band_r
 
 #include "conv_wgmma_band.cuh"
 
+enum {
+    PASS_OCTETS = ((PASS_WINDOWS + WINDOW_PITCH - 1) / WINDOW_PITCH * 2 * IN_W * GROUPS_K + THREADS - 1) / THREADS,
+    LOAD_STEPS = TAPS * STEPS_K < 4 * PASS_OCTETS ? 2 : 4  // from a load of x to its store: memory takes longer than 2
+};
+
 // Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more
 // additions would.
 #define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
@@ -72,7 +79,7 @@ __device__ constexpr int band_offset(int row, int column) { return (GAP + band_r
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
-    bool second = false;
+    int steps = 0;
 
     template <int COUNT> __device__ __forceinline__ void add(
         Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
@@ -84,9 +91,10 @@ template <> struct Multiply<1> {
             for (int lower = 0; lower < 2; lower++)
                 wgmma<COUNT>(sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), rows[lower].moved(k * 2 * ALONG));
         wgmma_commit();
-        // What a step has loaded arrives during the next one.
-        if (second && band.pending()) band.advance();
-        second = !second;
+        if (++steps == LOAD_STEPS) {
+            if (band.pending()) band.advance();
+            steps = 0;
+        }
         wgmma_wait<1>();
     }
 };
@@ -142,15 +150,25 @@ struct MainLoop {
           a_stages(shared + RING_OFFSET + warp_m * 1024, TILE_M * 16, 128) {
         for (int i = 0; i < STAGES - 2; i++) fetch();
     }
+    // Where the 16 bytes of a step are that a thread copies first.
+    __device__ static int first_weights() {
+        if (!OWN_PACE) return threadIdx.x * 16;
+        return threadIdx.x % 128 / 64 * (TILE_M * 16) + threadIdx.x / 128 * 1024 + threadIdx.x % 64 * 16;
+    }
     __device__ void fetch() {
-        weights.fetch(to);
+        weights.fetch(to, first_weights());
         to = weights.next(to);
     }
-    // All threads meet for the weights of the next step. Returns where they are.
-    __device__ __forceinline__ int next_step() {
+    // Threads meet, those of the warpgroup or all, and have what they copied but for the youngest steps.
+    __device__ __forceinline__ void meet(bool all) {
         cp_async_wait<STAGES - 3>();
         fence_async_proxy();
-        __syncthreads();
+        if (all) __syncthreads();
+        else sync_warpgroup(warp_m);
+    }
+    // Where the weights of the next step are.
+    __device__ __forceinline__ int next_step() {
+        meet(!OWN_PACE);
         fetch();
         int at = stage;
         stage = weights.next(stage);
@@ -169,6 +187,8 @@ struct MainLoop {
         Multiply<SPLIT> multiply;
         band.follow(pass + 1);
         for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
+            // For what begin() has stored, or next_chunk() copies in the first pass.
+            if (OWN_PACE && pass < 1 + X_PACKED) meet(true);
             if constexpr (FEW > 0) taps<FEW>(multiply, sums, pass, first_window, chunk, 0, OUTSIDE_KH);
             taps<COUNT>(multiply, sums, pass, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
         }

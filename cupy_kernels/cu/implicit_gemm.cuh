@@ -117,6 +117,7 @@ struct Place {
 
 // Brings the weights' steps, STEPS times STEP_BYTES, one after the other into a ring of STAGES stages. Past the last
 // step it begins again, for the next pass; what the last one does not need nobody reads, which is cheaper than to ask.
+// A thread copies the 16 bytes at `first` of a step, and those that lie some THREADS * 16 further on.
 template <int STEP_BYTES, int STEPS> struct WeightRing {
     u8* ring;
     const u8* weights;
@@ -128,13 +129,12 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
     __device__ static int next(int stage) { return stage + STEP_BYTES == STAGES * STEP_BYTES ? 0 : stage + STEP_BYTES; }
     __device__ static int previous(int stage) { return stage ? stage - STEP_BYTES : (STAGES - 1) * STEP_BYTES; }
 
-    __device__ __forceinline__ void fetch(int stage) {
-        u8* to = ring + stage + threadIdx.x * 16;
-        const u8* mine = weights + (from + (int)threadIdx.x * 16);
+    __device__ __forceinline__ void fetch(int stage, int first = threadIdx.x * 16) {
+        u8* to = ring + stage + first;
+        const u8* mine = weights + (from + first);
         #pragma unroll
         for (int at = 0; at < STEP_BYTES; at += THREADS * 16)
-            if (STEP_BYTES % (THREADS * 16) == 0 || at + (int)threadIdx.x * 16 < STEP_BYTES)
-                cp_async_16(to + at, mine + at, true);
+            if (STEP_BYTES % (THREADS * 16) == 0 || at + first < STEP_BYTES) cp_async_16(to + at, mine + at, true);
         from = from + STEP_BYTES == STEPS * STEP_BYTES ? 0 : from + STEP_BYTES;
         cp_async_commit();
     }

@@ -200,6 +200,15 @@ template <int COUNT, int MOST> __device__ __forceinline__ void wgmma_arrived(flo
 #endif
 }
 
+// All threads of a warpgroup of the block meet, as a block's do at __syncthreads().
+__device__ inline void sync_warpgroup(int warpgroup) {
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::warpgroup_barrier();
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    asm volatile("barrier.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+#endif
+}
+
 __device__ inline void fence_async_proxy() {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::fence_proxy();

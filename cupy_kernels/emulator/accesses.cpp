@@ -19,8 +19,8 @@ static inline bool ordered(u64 then) {
     unsigned epoch = then >> EPOCH_SHIFT, thread = thread_of(then);
     if (epoch != block_epoch) return epoch >= first_epoch || epoch < grid_epoch || (acquired && was_released(epoch));
     if (thread == (unsigned)current) return true;
-    if ((thread ^ current) / 32) return false;
-    return fibers[current].seen[thread % 32] > (then >> CLOCK_SHIFT & MOST_CLOCK);
+    if ((thread ^ current) / WARPGROUP) return false;
+    return fibers[current].seen[thread % WARPGROUP] > (then >> CLOCK_SHIFT & MOST_CLOCK);
 }
 
 // How far from the current thread `then` was done, if nothing orders it: in its warp, its block, or another block.

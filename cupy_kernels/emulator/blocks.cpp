@@ -71,6 +71,8 @@ static bool release_barrier() {
             return report(
                        "<%x>: thread %d waits in a warp operation for lanes that do not come", place_of(f.place.at), t),
                    false;
+        if (f.state == AT_WARPGROUP)
+            return report("thread %d waits for other threads of its warpgroup, which do not come", t), false;
         if (f.state == AT_WGMMA)
             return report("thread %d waits for a wgmma that not all warps of its warpgroup issue", t), false;
         if (f.state != AT_BARRIER) continue;

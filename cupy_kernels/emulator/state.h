@@ -11,13 +11,14 @@ namespace emulator {
 typedef unsigned long long u64;
 
 enum { MAX_COPIES = 256, MAX_PARAMETERS = 62, MAX_VARIABLES = 256, POISON = 0xFF, GAP = 256 };
+enum { WARPGROUP = 128 };
 enum { SIGNAL_STACK_BYTES = 1 << 16 };
 // The gap is wider than local arrays are, so that no access skips it. Not all stacks end at the same place of a page:
 // they would share lines of the cache.
 enum : size_t { STACK_BYTES = 576 << 10, STACK_GAP = 16 << 20, STACK_SHIFT = 128 };
-enum State { READY, AT_BARRIER, AT_WARP, AT_WGMMA, AT_MASK, DONE };
+enum State { READY, AT_BARRIER, AT_WARP, AT_WARPGROUP, AT_WGMMA, AT_MASK, DONE };
 
-// What a thread did last to a word, in one number: number of the barrier before it, number of the __syncwarp, thread,
+// What a thread did last to a word, in one number: number of the barrier before it, its clock (see Fiber), thread,
 // whether it was atomic or is a copy in flight, which of the bytes were ever written, which it touched.
 enum : u64 { TOUCHED = 15, EVER = 15 << 4, FLYING = 1 << 8, ATOMIC = 1 << 9, WROTE = 1 << 10 };
 enum { EVER_SHIFT = 4, THREAD_SHIFT = 11, CLOCK_SHIFT = 21, EPOCH_SHIFT = 32, MOST_CLOCK = 2047 };
@@ -51,8 +52,9 @@ struct Fiber {
     State state;
     Place place;  // of the barrier it waits at
     bool vote, at_grid, fenced, calls_atomics, compares;
-    unsigned short clock,
-        seen[32];             // __syncwarps; and of each lane, up to which one its accesses came before this thread's
+    // Barriers of its warp or warpgroup; and of each thread of the warpgroup, up to which clock its accesses came before
+    // this thread's.
+    unsigned short clock, seen[WARPGROUP];
     Copy copies[MAX_COPIES];  // cp.async issued and not yet waited for
     int copy_count, group_ends[MAX_COPIES], group_count;
     // wgmma.cpp: whether it has called wgmma_fence(), which sums it used since, which ones are in flight; and when it

@@ -28,12 +28,12 @@ int block_barrier(Place place, bool vote) {
 // What the lanes of a mask did before now comes before what each of them does from now on.
 static void synchronise(unsigned mask) {
     Fiber* lanes = fibers + current / 32 * 32;
-    unsigned short seen[32] = {};
+    unsigned short seen[WARPGROUP] = {}, *own = seen + current / 32 * 32 % WARPGROUP;
     for (int i = 0; i < 32; i++) {
         if (!(mask >> i & 1)) continue;
-        for (int j = 0; j < 32; j++)
+        for (int j = 0; j < WARPGROUP; j++)
             if (lanes[i].seen[j] > seen[j]) seen[j] = lanes[i].seen[j];
-        if (lanes[i].clock >= seen[i]) seen[i] = lanes[i].clock + 1;
+        if (lanes[i].clock >= own[i]) own[i] = lanes[i].clock + 1;
         if (lanes[i].clock < MOST_CLOCK) lanes[i].clock++;
     }
     for (int i = 0; i < 32; i++)
@@ -85,6 +85,24 @@ bool warp_barrier(unsigned mask, Place place, bool synchronises) {
     fibers[current].place = place;
     yield();
     return false;
+}
+
+void warpgroup_barrier() {
+    int first = current / WARPGROUP * WARPGROUP, end = first + WARPGROUP;
+    if (end > thread_count) return FAIL("thread %d: a warpgroup has %d threads", current, WARPGROUP);
+    fibers[current].state = AT_WARPGROUP;
+    for (int t = first; t < end; t++)
+        if (fibers[t].state != AT_WARPGROUP) return yield();
+    unsigned short seen[WARPGROUP];
+    for (int t = first; t < end; t++) {
+        seen[t - first] = fibers[t].clock + 1;
+        if (fibers[t].clock < MOST_CLOCK) fibers[t].clock++;
+    }
+    for (int t = first; t < end; t++) {
+        memcpy(fibers[t].seen, seen, sizeof seen);
+        fibers[t].state = READY;
+    }
+    set_stamp();
 }
 
 bool is_shared(const void* address) {

@@ -260,3 +260,43 @@ extern "C" __global__ void planted(const half_t* x, float* y, int n) {
     wgmma_wait<0>();
     for (int c = 0; c < 4; c++) y[4 * t + c] = d[0][c];
 }
+
+//// no barrier of the warpgroup
+// error: race
+// x: 256, y: 256, grid: 1
+#include "wgmma.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[256];
+    int t = threadIdx.x;
+    float sum = 0;
+    for (int k = 0; k < 3; k++) {
+        s[t] = x[t] * k;
+        sync_warpgroup(t / 128);
+        sum += s[t ^ 127];
+        @sync_warpgroup(t / 128);@@
+    }
+    y[t] = sum;
+}
+
+//// a barrier of the warpgroup for what another one writes
+// error: race|nobody has written
+// x: 256, y: 256, grid: 1
+#include "wgmma.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[256];
+    int t = threadIdx.x;
+    s[t] = x[t];
+    sync_warpgroup(t / 128);
+    @__syncthreads();@@
+    y[t] = s[255 - t];
+}
+
+//// a warp leaves its warpgroup alone at a barrier
+// error: thread \d+ waits for other threads of its warpgroup, which do not come
+// x: 128, y: 128, grid: 1, block: 128
+#include "wgmma.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    if (t < @128@96@) sync_warpgroup(0);
+    y[t] = x[t];
+}
