@@ -1,11 +1,20 @@
-"""Forward and backward of every operator and of the fused model, small; or "fault". `test_sanitizer` runs it."""
+"""Forward and backward of every operator and of the fused model, small, on a device; or "fault" on a GPU.
 
+It ends with the names of the kernels that it has not started. `test_sanitizer` runs it.
+"""
+
+import copy
 import sys
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
+import cupy_kernels
 import modelnew
-from modelnew import inline, layers
+from cupy_kernels.launch import observed
+from modelnew import checks, distributed, inline, layers
+from modelnew.cases import first
 from modelnew.parity import tf32
 
 LAYERS = [
@@ -24,29 +33,46 @@ LAYERS = [
 ]
 
 
-def step(module, x):
+def step(module, x, *parameters):
     """One forward and backward."""
-    x = x.requires_grad_()
-    y = module(x)
-    torch.autograd.grad(y, [x, *module.parameters()], torch.randn_like(y))
+    y = first(module(x.requires_grad_()))
+    torch.autograd.grad(y, [x, *parameters], torch.randn_like(y))
 
 
-def main():
-    torch.manual_seed(0)
+def check(case, device):
+    """One forward and backward of a `modelnew.cases.Case`."""
+    tensors = {name: t.to(device) for name, t in case.inputs(None).items()}
+    x, *parameters = (t.requires_grad_() for name, t in tensors.items() if not name.startswith("_"))
+    with case.within():
+        step(lambda _: case.ours(**tensors), x, *parameters)
+
+
+def main(device):
+    for case in checks.CASES:
+        check(case, device)
     for layer, shape in LAYERS:
         for dtype in (torch.float32, torch.float16):
             for layout in (torch.contiguous_format, torch.channels_last):
-                step(layer.to("cuda", dtype), torch.randn(shape, device="cuda", dtype=dtype).to(memory_format=layout))
-    model = modelnew.ModelNew(64, 128, 5, 1, 1, 8, 8).cuda()
+                x = torch.randn(shape, device=device, dtype=dtype).to(memory_format=layout)
+                step(layer.to(device, dtype), x, *layer.parameters())
+    model = modelnew.ModelNew(64, 128, 5, 1, 1, 8, 8).to(device)
+    x = torch.randn(3, 64, 32, 32, device=device)
     for allowed in (True, False):
         with tf32(allowed):
-            step(model, torch.randn(3, 64, 32, 32, device="cuda"))
-    with torch.autocast("cuda", torch.float16):
-        step(model, torch.randn(3, 64, 32, 32, device="cuda"))
-    model.half().to(memory_format=torch.channels_last)
-    x = torch.randn(3, 64, 32, 32, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
-    step(model, x)
-    torch.cuda.synchronize()
+            step(model, x, *model.parameters())
+    with torch.autocast(device, torch.float16):
+        step(model, x, *model.parameters())
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    alone = mock.patch.object(
+        distributed.Peers, "counterpart", lambda _, f: distributed._synchronised(f, dist.group.WORLD)
+    )
+    for module in (model, layers.BatchNorm2d(64).to(device)):
+        synchronised = modelnew.convert_sync_batchnorm(copy.deepcopy(module))
+        with alone:  # else one process has nothing to synchronise
+            step(synchronised, x, *synchronised.parameters())
+    dist.destroy_process_group()
+    for dtype in (torch.float16, torch.bfloat16):
+        step(model.to(dtype), x.to(dtype).to(memory_format=torch.channels_last), *model.parameters())
 
 
 def fault():
@@ -60,4 +86,13 @@ extern "C" __global__ void behind(const float* x, float* y, i64 size) { y[size] 
 
 
 if __name__ == "__main__":
-    fault() if sys.argv[1:] == ["fault"] else main()
+    torch.manual_seed(0)
+    if sys.argv[1] == "fault":
+        fault()
+    else:
+        left = {kernel.name for kernel in cupy_kernels.kernels()}
+        with observed(lambda kernel, *_: left.discard(kernel.name)):
+            main(sys.argv[1])
+        if sys.argv[1] == "cuda":
+            torch.cuda.synchronize()
+        print("not started:", *sorted(left))

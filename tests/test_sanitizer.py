@@ -1,4 +1,4 @@
-"""Every operator under NVIDIA's compute-sanitizer, which comes with the CUDA toolkit, and with the extra [dev]."""
+"""Every kernel under NVIDIA's compute-sanitizer, which comes with the CUDA toolkit, and with the extra [dev]."""
 
 import os
 import shutil
@@ -34,8 +34,9 @@ def sanitized(tool: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_nothing_is_found(tool):
-    done = sanitized(tool)
+    done = sanitized(tool, "cuda")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "not started:\n" in done.stdout
 
 
 def test_a_fault_is_found():
