@@ -53,19 +53,18 @@ CHECKS += ("-fsanitize=shift-exponent,return,unreachable,float-cast-overflow",)
 CHECKS += ("-fno-tree-vectorize", "-fno-tree-slp-vectorize")
 LINES = ("-g", "-gdwarf-4")  # what lines.py and variables.py read
 CHECKS += ("-fno-finite-loops", *LINES)
-# What two branches have in common stays two operations.
-GCC_CHECKS = ("-fno-tree-tail-merge", "-fno-crossjumping")
 CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the extensions that host compilers have
 # Reads and writes of an array by a pointer that has left it. The package's own kernels do without: it takes time.
 CHECKS_OF_EDITS = ("-fsanitize=object-size", "-Wuninitialized")
 WARNINGS = "cu_warnings"  # the section of a library that has what the compiler warned of
 MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
+GCC_CHECKS = ("-fno-tree-tail-merge", "-fno-crossjumping")  # what two branches have in common stays two operations
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
 CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized", "-Wno-format-pedantic")
 CLANG_CHECKS += ("-Wno-gnu-inline-cpp-without-extern",)
 for _option in ("simplifycfg-hoist-common", "simplifycfg-sink-common", "enable-tail-merge"):
-    CLANG_CHECKS += ("-mllvm", f"-{_option}=false")  # what two branches have in common stays two operations
+    CLANG_CHECKS += ("-mllvm", f"-{_option}=false")  # as GCC_CHECKS
 CLANG_CHECKS += ("-mllvm", "-inline-threshold=1000")  # a header's function that is called has not the caller's line
 # With these, a second library of an edited text finds accesses before and behind local variables: see locals.cpp.
 LOCALS = ("-fsanitize=kernel-address", "-fsanitize-address-use-after-scope", *CHECKS[1:])
@@ -76,6 +75,7 @@ CLANG_LOCALS = "-asan-mapping-offset=0x1800000000 -asan-instrumentation-with-cal
 CLANG_LOCALS = tuple(word for option in (CLANG_LOCALS + " -asan-globals=0").split() for word in ("-mllvm", option))
 CLANG_LOCALS += ("-fno-sanitize-trap=all", "-fno-sanitize=bounds")  # for it leaves out accesses by a wrong index
 _LOCALS = re.compile(rb"\d+(?: \d+ \d+ \d+ [^ \0]+)+\0")  # what such a library says of a function's local variables
+_PATH = re.compile("<([0-9a-f]+,[0-9a-f,]*)>")  # see path_of() of threads.cpp
 UNSET = "-ftrivial-auto-var-init=pattern"  # what memory.cpp looks for in outputs; gcc 12 and newer, clang
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 
@@ -177,7 +177,8 @@ class Emulator(Backend):
         """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
         _runtime()  # whose functions the library calls
         edited, stem, text = not is_packaged(kernel), Path(kernel.file).stem, _translation_unit(kernel)
-        checks = CHECKS + CHECKS_OF_EDITS * edited + (CLANG_CHECKS if _is_clang() else GCC_CHECKS) + (UNSET,) * _fills_locals()
+        checks = CHECKS + CHECKS_OF_EDITS * edited + (UNSET,) * _fills_locals()
+        checks += CLANG_CHECKS if _is_clang() else GCC_CHECKS
         locals_checks = LOCALS + (CLANG_LOCALS if _is_clang() else GCC_LOCALS)
         with ThreadPoolExecutor(1) as beside:
             second = beside.submit(_library, stem, text, locals_checks, kernel, "locals") if edited else None
@@ -294,17 +295,17 @@ def _readable(message, library, kernel):
     text = unit_of_file(kernel)
     dynamic = {match[3] for match in _EXTERN_SHARED.finditer(text)} | set(_DYNAMIC.findall(text))
     message = variables.named(message, library, dynamic.pop() if len(dynamic) == 1 else None)
-    paths = [_path(library, path) for path in re.findall("<([0-9a-f]+,[0-9a-f,]*)>", message)]
+    paths = [_path(library, path) for path in _PATH.findall(message)]
     for name in (_line, _lines, " called at ".join):  # the shortest that tells them apart
         named = [name(path) for path in paths]
         if len(set(named)) == len(named):
             break
-    message = re.sub("<[0-9a-f]+,[0-9a-f,]*>", lambda match: named.pop(0), message)
+    message = _PATH.sub(lambda match: named.pop(0), message)
     return re.sub("<([0-9a-f]+)>", lambda match: _line(_path(library, match[1])), message)
 
 
 def _path(library, path) -> list[str]:
-    """Places in the text: the one that came to the first of these bytes of the library, then the calls that led there."""
+    """Places in the text: the one that came to the first of these bytes of the library, then calls that led there."""
     found = (place for byte in path.split(",") if byte for place in lines.places(library, int(byte, 16) - 1))
     return [place for place in found if not messages.is_internal(place)]
 
@@ -426,7 +427,10 @@ def _build(kernel: Kernel, text: str, command: list[str]) -> bytes:
             assembly.write_text(f'{made}\t.section {WARNINGS},"",@progbits\n{said}', encoding="latin-1")
             # -fsanitize would bring a runtime
             _call([*compiler(), *LINES, "-shared", str(assembly), "-o", str(built), "-lm"])
-            return built.read_bytes()
+            library = built.read_bytes()
+            if kernel and (computed := elf.computed(library)):
+                raise compile_error(kernel, f"error: {computed}: a GPU does not run that. Set it in the kernel")
+            return library
     except (OSError, subprocess.CalledProcessError) as error:
         log = (getattr(error, "stderr", None) or b"").decode(errors="replace")
         if kernel and _ERROR_OF_TEXT.search(log):

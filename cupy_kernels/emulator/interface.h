@@ -28,6 +28,7 @@ __attribute__((nomerge))  // those of two branches would have no line
 const char* address();  // of the instruction behind the call
 
 // A line of the source with its file, and a place in the library. As a default argument it is the line of the call.
+// What is at two places of a line may be one operation or two: see differ() of threads.cpp.
 // Two words, which go in registers: with more, a kernel that has a barrier would have local memory, see locals.cpp.
 struct Place {
     unsigned long long line;
@@ -63,8 +64,7 @@ struct Launch {
     unsigned variable_count;
     bool cooperative;
     bool only_locals;  // see locals.cpp
-    // Whether two paths, of a line and with different addresses, are of one operation, which the compiler has copied.
-    bool (*same)(const char* path, const char* other);
+    bool (*same)(const char* path, const char* other);  // whether two paths are of one operation: see threads.cpp
 };
 struct Image { char *start, *end; };  // a library's memory
 

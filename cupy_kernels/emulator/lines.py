@@ -26,7 +26,7 @@ def places(library: bytes, address: int) -> list[str]:
     return []
 
 
-@functools.lru_cache(4)  # it is asked for many addresses of a library
+@functools.lru_cache(8)  # it is asked for many addresses of a library
 def _tables(library):
     """Of each part of the library: [(start, end, place)] of lines, and [(place, [(start, end)])] of copies' calls."""
     line, ranges = (elf.section(library, f".debug_{name}") for name in ("line", "ranges"))

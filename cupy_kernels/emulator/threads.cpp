@@ -18,6 +18,7 @@ static void fiber_main() {
     for (;;) yield();
 }
 
+// The current thread, which has come to an operation.
 static Fiber& current_at(Place place) {
     Fiber& f = fibers[current];
     f.place = place, f.path = hash_of(f, place.at);
@@ -43,7 +44,7 @@ static Path path_of(const Fiber& f) {
 }
 
 static bool (*same)(const char* path, const char* other);  // see Launch
-static u64 known_same[4096];                               // hashes of pairs
+static u64 known_same[1 << 14];                            // hashes of pairs
 static struct {
     const Fiber *one, *other;  // one: null if there is no question
     bool same;
@@ -56,12 +57,13 @@ static bool answer() {
     return true;
 }
 
-// Whether two threads wait at different operations. Of a line, they are the same if the compiler has copied one, as
-// where it unrolls a loop: Python knows. It needs more stack than a thread has, which lets the scheduler ask.
+// Whether two threads wait at different operations. Two places of a line are one operation that the compiler has copied,
+// as where it unrolls a loop, or are two in the line or by two calls of a function. Python knows from lines.py. It needs
+// more stack than a thread has, so a thread lets the scheduler ask.
 static bool differ(const Fiber& one, const Fiber& other, bool in_thread) {
     if (one.place.line != other.place.line) return true;
     if (one.path == other.path || only_locals) return false;
-    u64 pair = one.path * HASH + other.path, &known = known_same[pair >> 52];
+    u64 pair = one.path * HASH + other.path, &known = known_same[pair >> 50];
     if (known == pair) return false;
     question = {&one, &other};
     if (in_thread) yield();

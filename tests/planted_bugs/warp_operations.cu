@@ -209,13 +209,14 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     y[t] = __shfl_sync(@__activemask()@together == 32 ? 0xffffffffu : t < 16 ? 0xffff0000u : 0xffffu@, x[t], t);
 }
 
-//// a shuffle of which the compiler makes two, for lanes with and without an element
+//// a barrier of a warp of which the compiler makes two
 // error: waits in a warp operation for lanes that do not come
 // x: 24, y: 24, grid: 1, block: 32
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     int t = threadIdx.x;
-    @@if (t < n) {@
-    float v = __shfl_xor_sync(0xffffffffu, t < n ? x[t] : 0, 1);
-    if (t < n) y[t] = v;
-    @@}@
+    __shared__ float s[32];
+    @@if (t >= n) return;@
+    s[t] = t < n ? x[t] : 0;
+    __syncwarp();
+    if (t < n) y[t] = s[t ^ 1];
 }
