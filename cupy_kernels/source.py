@@ -330,6 +330,14 @@ def kernel_names(file: str) -> tuple[str, ...]:
     return tuple(definitions(expanded(file)))
 
 
+def no_kernel(where: str, name: str, found: Iterable[str]) -> ValueError:
+    """The error for a text that lacks a kernel, and has those that were found."""
+    return ValueError(
+        f"{where} has no kernel {name!r}; it has {', '.join(found) or 'none'}. "
+        'Kernels are written: extern "C" __global__ void name(...)'
+    )
+
+
 @until_overridden
 def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     """Parameters of `kernel` as its text declares them.
@@ -338,7 +346,7 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     """
     found = declarations(expanded(kernel.file))
     if kernel.name not in found:
-        raise ValueError(f"{kernel.file} has no kernel {kernel.name!r}; it has {', '.join(found)}")
+        raise no_kernel(kernel.file, kernel.name, found)
     return tuple(_parameter(kernel, *p) for p in found[kernel.name])
 
 

@@ -177,6 +177,14 @@ class Parameter(NamedTuple):
     inout: bool
 
 
+def no_kernel(where: str, name: str, found: Iterable[str]) -> ValueError:
+    """The error for a text that lacks a kernel, and has those that were found."""
+    return ValueError(
+        f"{where} has no kernel {name!r}; it has {', '.join(found) or 'none'}. "
+        'Kernels are written: extern "C" __global__ void name(...)'
+    )
+
+
 @until_overridden
 def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     """Parameters of `kernel` as its text declares them.
@@ -185,7 +193,7 @@ def signature(kernel: Kernel) -> tuple[Parameter, ...]:
     """
     found = declarations(expanded(kernel.file))
     if kernel.name not in found:
-        raise ValueError(f"{kernel.file} has no kernel {kernel.name!r}; it has {', '.join(found)}")
+        raise no_kernel(kernel.file, kernel.name, found)
     return tuple(_parameter(kernel, *p) for p in found[kernel.name])
 
 
@@ -2928,6 +2936,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
 #define CHUNKS_64 ((STEPS_K + 1) / 2)
 #define STEP_BYTES (HALF_STEP * SPLIT)
 #define PITCH (2 * WINDOW_PITCH)
+enum { OWN_PACE = SPLIT == 2 && WARPS_N == 1 };
 
 enum { LOW = PAD_H - (KERNEL_H - 1), HIGH = 2 * UNIT_ROWS - 1 + PAD_H };
 __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; }
@@ -2937,6 +2946,7 @@ enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_PIXELS = GAP + BAND_ROWS * PITC
 enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
 static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
+static_assert(!OWN_PACE || THREADS == 2 * TILE_M, "a warpgroup copies two rows of 8 channels at a time");
 static_assert(PITCH >= IN_W + GAP && PITCH >= OUT_W, "a pitch has room for rows of x and of y");
 static_assert(
     ALONG >= BAND_PIXELS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same pixel in different banks");
@@ -2955,12 +2965,17 @@ __device__ constexpr int band_offset(int row, int column) { return (GAP + band_r
 
 #include "conv_wgmma_band.cuh"
 
+enum {
+    PASS_OCTETS = ((PASS_WINDOWS + WINDOW_PITCH - 1) / WINDOW_PITCH * 2 * IN_W * GROUPS_K + THREADS - 1) / THREADS,
+    LOAD_STEPS = TAPS * STEPS_K < 4 * PASS_OCTETS ? 2 : 4
+};
+
 #define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
 
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
-    bool second = false;
+    int steps = 0;
 
     template <int COUNT> __device__ __forceinline__ void add(
         Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
@@ -2972,8 +2987,10 @@ template <> struct Multiply<1> {
             for (int lower = 0; lower < 2; lower++)
                 wgmma<COUNT>(sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), rows[lower].moved(k * 2 * ALONG));
         wgmma_commit();
-        if (second && band.pending()) band.advance();
-        second = !second;
+        if (++steps == LOAD_STEPS) {
+            if (band.pending()) band.advance();
+            steps = 0;
+        }
         wgmma_wait<1>();
     }
 };
@@ -3026,14 +3043,22 @@ struct MainLoop {
           a_stages(shared + RING_OFFSET + warp_m * 1024, TILE_M * 16, 128) {
         for (int i = 0; i < STAGES - 2; i++) fetch();
     }
+    __device__ static int first_weights() {
+        if (!OWN_PACE) return threadIdx.x * 16;
+        return threadIdx.x % 128 / 64 * (TILE_M * 16) + threadIdx.x / 128 * 1024 + threadIdx.x % 64 * 16;
+    }
     __device__ void fetch() {
-        weights.fetch(to);
+        weights.fetch(to, first_weights());
         to = weights.next(to);
     }
-    __device__ __forceinline__ int next_step() {
+    __device__ __forceinline__ void meet(bool all) {
         cp_async_wait<STAGES - 3>();
         fence_async_proxy();
-        __syncthreads();
+        if (all) __syncthreads();
+        else sync_warpgroup(warp_m);
+    }
+    __device__ __forceinline__ int next_step() {
+        meet(!OWN_PACE);
         fetch();
         int at = stage;
         stage = weights.next(stage);
@@ -3051,6 +3076,7 @@ struct MainLoop {
         Multiply<SPLIT> multiply;
         band.follow(turn + 1);
         for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
+            if (OWN_PACE && turn < 1 + X_PACKED) meet(true);
             if constexpr (FEW > 0) taps<FEW>(multiply, sums, turn, first_window, chunk, 0, OUTSIDE_KH);
             taps<COUNT>(multiply, sums, turn, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
         }
@@ -4026,13 +4052,12 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
     __device__ static int next(int stage) { return stage + STEP_BYTES == STAGES * STEP_BYTES ? 0 : stage + STEP_BYTES; }
     __device__ static int previous(int stage) { return stage ? stage - STEP_BYTES : (STAGES - 1) * STEP_BYTES; }
 
-    __device__ __forceinline__ void fetch(int stage) {
-        u8* to = ring + stage + threadIdx.x * 16;
-        const u8* mine = weights + (from + (int)threadIdx.x * 16);
+    __device__ __forceinline__ void fetch(int stage, int first = threadIdx.x * 16) {
+        u8* to = ring + stage + first;
+        const u8* mine = weights + (from + first);
         #pragma unroll
         for (int at = 0; at < STEP_BYTES; at += THREADS * 16)
-            if (STEP_BYTES % (THREADS * 16) == 0 || at + (int)threadIdx.x * 16 < STEP_BYTES)
-                cp_async_16(to + at, mine + at, true);
+            if (STEP_BYTES % (THREADS * 16) == 0 || at + first < STEP_BYTES) cp_async_16(to + at, mine + at, true);
         from = from + STEP_BYTES == STEPS * STEP_BYTES ? 0 : from + STEP_BYTES;
         cp_async_commit();
     }
@@ -4988,6 +5013,14 @@ template <int COUNT, int MOST> __device__ __forceinline__ void wgmma_arrived(flo
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     #pragma unroll
     for (int t = 0; t < COUNT; t++) asm volatile("" : WGMMA_TILE("+f", t)::"memory");
+#endif
+}
+
+__device__ inline void sync_warpgroup(int warpgroup) {
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::warpgroup_barrier();
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    asm volatile("barrier.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
 #endif
 }
 

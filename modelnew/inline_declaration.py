@@ -104,11 +104,7 @@ class Declaration:
         self.grid = grid if isinstance(grid, dict) else dict.fromkeys(mine, grid) if grid else {}
         for name in (*mine, *self.grid):
             if name not in source.kernel_names(self.file):
-                there = ", ".join(source.kernel_names(self.file)) or "none"
-                raise ValueError(
-                    f"the text has no kernel {name!r}; it has {there}. "
-                    'Kernels are written: extern "C" __global__ void name(...)'
-                )
+                raise source.no_kernel("the text", name, source.kernel_names(self.file))
         self.kernel: dict[tuple[str, str], Kernel] = {
             (name, scalar): Kernel(self.file, name, tuple({**dict(scalar_macros(scalar)), **defines}.items()))
             for name in mine

@@ -35,6 +35,24 @@ def norm_cdf(x):
 
 # (expression, value): of each thread, or of all
 VALUES = [
+    # Parts of a word
+    ("__vadd4(u, 0x20202020u)", 0x10102F3E),
+    ("__vadd2(u, 0x20202020u)", 0x11102F3E),
+    ("__vaddus4(u, 0x20202020u)", 0xFFFF2F3E),
+    ("__vaddss2(u, 0x80007FF0u)", 0x80007FFF),
+    ("__vsub4(u, 0x01010120u)", 0xEFEF0EFE),
+    ("__vsubus2(u, 0xFFFF0001u)", 0x00000F1D),
+    ("__vsubss4(u, 0x7F7F80FFu)", 0x80807F1F),
+    ("__vmaxs2(u, 0x00017FFFu)", 0x00017FFF),
+    ("__vmaxu4(u, 0x11FF1111u)", 0xF0FF111E),
+    ("__vmins4(u, 0x11111111u)", 0xF0F00F11),
+    ("__vminu2(u, 0x00017FFFu)", 0x00010F1E),
+    ("__vabsdiffu4(u, 0xF1000000u)", 0x01F00F1E),
+    ("__vabsdiffs2(u, 0x00000000u)", 0x0F100F1E),
+    ("__vcmpeq4(u, 0xF0000F00u)", 0xFF00FF00),
+    ("__vcmpgtu2(u, 0xF0000FFFu)", 0xFFFF0000),
+    ("__vsetne4(u, 0xF0000F00u)", 0x00010001),
+    ("__vsetlts2(u, 0u)", 0x00010000),
     # Minima, maxima, absolute values
     ("max(f, 0.5f)", 0.75),
     ("max(d, f)", 0.75),
@@ -207,6 +225,7 @@ VALUES = [
     ("__shfl_down_sync(0xFFFFFFFFu, (unsigned)t, 3)", np.where(T < 29, T + 3, T)),
     ("__shfl_sync(0xFFFFFFFFu, (short)t, 7)", 7),
     ("__ballot_sync(0xFFFFFFFFu, t % 3 == 0)", sum(1 << k for k in range(0, 32, 3))),
+    ("__uni_sync(0xFFFFFFFFu, t < 32) + 2 * __uni_sync(0xFFFFFFFFu, t == 9) + 4 * __uni_sync(0xFFFFFFFFu, t > 31)", 5),
     ("__any_sync(0xFFFFFFFFu, t == 9) + 2 * __all_sync(0xFFFFFFFFu, t < 9)", 1),
     ("__activemask() >> t & 1", 1),
     ("__match_any_sync(0xFFFFFFFFu, t % 4)", [sum(1 << k for k in range(r % 4, 32, 4)) for r in range(32)]),
@@ -231,7 +250,7 @@ VALUES = [
     ("warp_sum((float)t)", 496),
     ("warpSize + threadIdx.y + blockIdx.y + blockDim.x + gridDim.y", 65),
     ("(int)threadIdx.x - 1", T - 1),
-    ("__isShared(pf) + 2 * __isGlobal(pf)", 2),
+    ("__isShared(pf) + 2 * __isGlobal(pf) + 4 * __isLocal(pf) + 8 * __isLocal(&i)", 10),
     # Atomics: old values
     ("atomicAdd(pi + 1, 0) + atomicSub(pi + 2, 0) + atomicAnd(pi + 3, 0) + atomicOr(pu + 1, 0u)", 0),
     ("atomicAdd(pf + 1, 0.0f) + atomicAdd(pd + 1, 0.0) + atomicAdd(pm + 1, 0ull)", 0),

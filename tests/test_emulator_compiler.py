@@ -35,12 +35,20 @@ def test_nvrtc_is_asked_about_an_edited_text(x, y):
 
 def test_nvrtc_is_asked_about_what_the_emulator_refuses(x, y):
     version = nvrtc_version()
-    with pytest.raises(KernelCompileError, match=rf"__vadd4(.|\n)*NVRTC {version} takes this text"):
-        run(COPY.replace("x[threadIdx.x]", "__vadd4(1, 2)"), x, y)
+    with pytest.raises(KernelCompileError, match=rf"__isnan(.|\n)*NVRTC {version} takes this text"):
+        run(COPY.replace("x[threadIdx.x]", "__isnan(1.0f)"), x, y)
     with pytest.raises(
         KernelCompileError, match=rf"planted\.cu:1:\d+: error(.|\n)*NVRTC {version}, which .*\nplanted\.cu\(1\)"
     ):
         run(COPY.replace("x[threadIdx.x]", "unknown"), x, y)
+
+
+@pytest.mark.parametrize("inside", ["", "__shared__ S s;", "static float s = x[0];"])
+def test_values_that_code_must_compute(inside, x, y):
+    """The code of a variable outside of functions would run as its library is loaded, and end Python."""
+    text = COPY.replace("{ ", f"{{ {inside} ", 1) if inside else f"__device__ S outside; {COPY}"
+    with pytest.raises(KernelCompileError, match=r"computed: a GPU does not run that\. Set it in the kernel"):
+        run("struct S { float v; __device__ S() : v(threadIdx.x) {} };\n" + text, x, y)
 
 
 def test_nvrtc_is_asked_once(monkeypatch, fresh, x, y):

@@ -67,6 +67,15 @@ def test_every_file_is_self_contained(file):
     assert source.kernel_names(file)
 
 
+def test_heads_by_macros_are_not_found():
+    text = '#define KERNEL extern "C" __global__ void\nKERNEL twice(const float* x, float* y) {}'
+    with (
+        source.override({"head.cu": text}),
+        pytest.raises(ValueError, match=r"'twice'; it has none\. .*: extern \"C\""),
+    ):
+        source.signature(Kernel("head.cu", "twice"))
+
+
 def test_signature():
     text = """#include "common.cuh"
 extern "C" __global__ void __launch_bounds__(256, 512 / 256) many(

@@ -58,11 +58,13 @@ CHECKS += ("-pedantic-errors", "-Wno-narrowing")  # NVRTC knows few of the exten
 CHECKS_OF_EDITS = ("-fsanitize=object-size", "-Wuninitialized")
 WARNINGS = "cu_warnings"  # the section of a library that has what the compiler warned of
 MOST_STATIC_SHARED_BYTES = 48 << 10  # of a kernel, on every GPU
+GCC_CHECKS = ("-fno-tree-tail-merge", "-fno-crossjumping")  # what two branches have in common stays two operations
 # y[i] += 1 reads, too. What is wrong must not end the process; of pointers into arrays the runtime knows more.
 CLANG_CHECKS = ("-mllvm", "-tsan-instrument-read-before-write=1", "-fno-sanitize-trap=all")
 CLANG_CHECKS += ("-fno-sanitize=local-bounds", "-Wconditional-uninitialized", "-Wno-format-pedantic")
 CLANG_CHECKS += ("-Wno-gnu-inline-cpp-without-extern",)
-CLANG_CHECKS += ("-mllvm", "-simplifycfg-hoist-common=false")  # what two branches have in common would have no line
+for _option in ("simplifycfg-hoist-common", "simplifycfg-sink-common", "enable-tail-merge"):
+    CLANG_CHECKS += ("-mllvm", f"-{_option}=false")  # as GCC_CHECKS
 CLANG_CHECKS += ("-mllvm", "-inline-threshold=1000")  # a header's function that is called has not the caller's line
 # With these, a second library of an edited text finds accesses before and behind local variables: see locals.cpp.
 LOCALS = ("-fsanitize=kernel-address", "-fsanitize-address-use-after-scope", *CHECKS[1:])
@@ -73,6 +75,7 @@ CLANG_LOCALS = "-asan-mapping-offset=0x1800000000 -asan-instrumentation-with-cal
 CLANG_LOCALS = tuple(word for option in (CLANG_LOCALS + " -asan-globals=0").split() for word in ("-mllvm", option))
 CLANG_LOCALS += ("-fno-sanitize-trap=all", "-fno-sanitize=bounds")  # for it leaves out accesses by a wrong index
 _LOCALS = re.compile(rb"\d+(?: \d+ \d+ \d+ [^ \0]+)+\0")  # what such a library says of a function's local variables
+_PATH = re.compile("<([0-9a-f]+,[0-9a-f,]*)>")  # see path_of() of threads.cpp
 UNSET = "-ftrivial-auto-var-init=pattern"  # what memory.cpp looks for in outputs; gcc 12 and newer, clang
 ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 
@@ -135,6 +138,9 @@ class _Variable(ctypes.Structure):
     )
 
 
+_Same = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_char_p, ctypes.c_char_p)
+
+
 class _Launch(ctypes.Structure):
     _fields_ = (
         ("parameters", ctypes.POINTER(_Parameter)),
@@ -148,6 +154,7 @@ class _Launch(ctypes.Structure):
         ("variable_count", ctypes.c_uint),
         ("cooperative", ctypes.c_bool),
         ("only_locals", ctypes.c_bool),
+        ("same", _Same),
     )
 
 
@@ -170,7 +177,8 @@ class Emulator(Backend):
         """The library of all kernels of the file, or of an edited one alone, for the kernel's macros."""
         _runtime()  # whose functions the library calls
         edited, stem, text = not is_packaged(kernel), Path(kernel.file).stem, _translation_unit(kernel)
-        checks = CHECKS + CHECKS_OF_EDITS * edited + CLANG_CHECKS * _is_clang() + (UNSET,) * _fills_locals()
+        checks = CHECKS + CHECKS_OF_EDITS * edited + (UNSET,) * _fills_locals()
+        checks += CLANG_CHECKS if _is_clang() else GCC_CHECKS
         locals_checks = LOCALS + (CLANG_LOCALS if _is_clang() else GCC_LOCALS)
         with ThreadPoolExecutor(1) as beside:
             second = beside.submit(_library, stem, text, locals_checks, kernel, "locals") if edited else None
@@ -212,10 +220,11 @@ def _entries(library, built, names) -> list[elf.Variable]:
     """Tells the functions of a library, whose bytes are `built`, what they return and which variables there are."""
     found = elf.variables(built)
     table = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
+    same = _Same(lambda path, other: _path(built, path.decode()) == _path(built, other.decode()))
     for name in names:
         entry = getattr(library, f"emulator_{name}")
         entry.restype, entry.variables, entry.built = ctypes.c_char_p, table, built
-        entry.runs = (entry,)
+        entry.same, entry.runs = same, (entry,)
     return found
 
 
@@ -248,7 +257,7 @@ def _run(packed) -> None:
     with _one_at_a_time, _time_limit(limit):
         for entry in whole.runs:
             launch.variables, launch.variable_count = entry.variables, len(entry.variables)
-            launch.only_locals = entry is not whole
+            launch.only_locals, launch.same = entry is not whole, entry.same
             if failure := entry(ctypes.byref(launch)):
                 break
     if not failure:
@@ -286,15 +295,30 @@ def _readable(message, library, kernel):
     text = unit_of_file(kernel)
     dynamic = {match[3] for match in _EXTERN_SHARED.finditer(text)} | set(_DYNAMIC.findall(text))
     message = variables.named(message, library, dynamic.pop() if len(dynamic) == 1 else None)
-    return re.sub("<([0-9a-f]+)>", lambda match: _line(library, int(match[1], 16) - 1), message)
+    paths = [_path(library, path) for path in _PATH.findall(message)]
+    for name in (_line, _lines, " called at ".join):  # the shortest that tells them apart
+        named = [name(path) for path in paths]
+        if len(set(named)) == len(named):
+            break
+    message = _PATH.sub(lambda match: named.pop(0), message)
+    return re.sub("<([0-9a-f]+)>", lambda match: _line(_path(library, match[1])), message)
 
 
-def _line(library, byte):
-    """The line of the text that came to this byte: the caller's, where it is in a header of the package."""
-    found = [place for place in lines.places(library, byte) if not messages.is_internal(place)]
+def _path(library, path) -> list[str]:
+    """Places in the text: the one that came to the first of these bytes of the library, then calls that led there."""
+    found = (place for byte in path.split(",") if byte for place in lines.places(library, int(byte, 16) - 1))
+    return [place for place in found if not messages.is_internal(place)]
+
+
+def _line(path) -> str:
+    """The line of the text that a path leads to: the caller's, where it is in a header of the package."""
+    return _lines(path).partition(" called at ")[0]
+
+
+def _lines(path) -> str:
     edited = source.overridden_texts()
-    own = [place for place in found if not place.split(":")[0].endswith(".cuh") or place.split(":")[0] in edited]
-    return next(iter(own or found), "the kernel")
+    own = [place for place in path if not place.split(":")[0].endswith(".cuh") or place.split(":")[0] in edited]
+    return " called at ".join(place.rpartition(":")[0] for place in own or path) or "the kernel"
 
 
 def _seed() -> int:
@@ -403,7 +427,10 @@ def _build(kernel: Kernel, text: str, command: list[str]) -> bytes:
             assembly.write_text(f'{made}\t.section {WARNINGS},"",@progbits\n{said}', encoding="latin-1")
             # -fsanitize would bring a runtime
             _call([*compiler(), *LINES, "-shared", str(assembly), "-o", str(built), "-lm"])
-            return built.read_bytes()
+            library = built.read_bytes()
+            if kernel and (computed := elf.computed(library)):
+                raise compile_error(kernel, f"error: {computed}: a GPU does not run that. Set it in the kernel")
+            return library
     except (OSError, subprocess.CalledProcessError) as error:
         log = (getattr(error, "stderr", None) or b"").decode(errors="replace")
         if kernel and _ERROR_OF_TEXT.search(log):

@@ -38,7 +38,7 @@ static void start_block() {
         f.stack_pointer = top;
         f.state = READY;
         f.at_grid = f.fenced = f.calls_atomics = f.compares = false;
-        f.copy_count = f.group_count = 0;
+        f.copy_count = f.group_count = f.call_count = 0;
         f.registers_fenced = false;
         f.touched_sums = f.flying_sums = 0;
     }
@@ -52,7 +52,7 @@ static bool release_masks() {
         found = true;
         unsigned lanes = 0;
         for (int i = t; i < thread_count && i / 32 == t / 32; i++)
-            if (fibers[i].state == AT_MASK && !(fibers[i].place != fibers[t].place)) lanes |= 1u << i % 32;
+            if (fibers[i].state == AT_MASK && !differ(fibers[i], fibers[t], false)) lanes |= 1u << i % 32;
         for (int i = t; lanes >> i % 32 && i / 32 == t / 32; i++)
             if (lanes >> i % 32 & 1) fibers[i].state = READY, warps[t / 32].masks[i % 32] = lanes;
     }
@@ -79,10 +79,10 @@ static bool release_barrier() {
         waiting++;
         votes += f.vote;
         if (first < 0) first = t;
-        if (f.place != fibers[first].place || f.at_grid != fibers[first].at_grid)
+        if (differ(fibers[first], f, false) || f.at_grid != fibers[first].at_grid)
             return report(
-                       "divergent barrier: thread %d waits at <%x>, thread %d at <%x>", first,
-                       place_of(fibers[first].place.at), t, place_of(f.place.at)),
+                       "divergent barrier: thread %d waits at <%s>, thread %d at <%s>", first,
+                       path_of(fibers[first]).text, t, path_of(f).text),
                    false;
     }
     if (done == thread_count) return false;
@@ -112,7 +112,8 @@ static void run_block() {
                 if (error[0]) return;  // Ctrl-C, in between
                 if (fibers[order[i]].state != READY) continue;
                 set_thread(order[i]);
-                emulator_switch(&scheduler_stack_pointer, fibers[current].stack_pointer);
+                do emulator_switch(&scheduler_stack_pointer, fibers[current].stack_pointer);
+                while (answer());
                 if (wrong_index.place) report("");
                 ran = true;
             }

@@ -15,7 +15,7 @@ extern "C" void* memset(void*, int, size_t);
 #endif
 
 #define CUPY_KERNELS_EMULATOR 1
-#define __global__
+#define __global__ __attribute__((noinline))  // a copy of a loop that does nothing would have no line
 #define __device__
 #define __host__
 #define __constant__
@@ -73,6 +73,22 @@ struct dim3 {
     constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
     operator uint3() const { return {x, y, z}; }
 };
+namespace emulator {
+template <class T> struct Referred { typedef T type; };
+template <class T> struct Referred<T&> { typedef T type; };
+template <class T> struct Referred<T&&> { typedef T type; };
+}  // namespace emulator
+namespace std {  // all that NVRTC has of it
+template <class T> constexpr typename emulator::Referred<T>::type&& move(T&& v) noexcept {
+    return static_cast<typename emulator::Referred<T>::type&&>(v);
+}
+template <class T> constexpr T&& forward(typename emulator::Referred<T>::type& v) noexcept {
+    return static_cast<T&&>(v);
+}
+template <class T> constexpr T&& forward(typename emulator::Referred<T>::type&& v) noexcept {
+    return static_cast<T&&>(v);
+}
+}  // namespace std
 #include "mathematics.h"
 
 extern "C" int printf(const char*, ...);

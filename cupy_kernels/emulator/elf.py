@@ -44,6 +44,18 @@ def variables(elf: bytes) -> list[Variable]:
     return found
 
 
+def computed(elf: bytes) -> str:
+    """What has an initial value that code must compute, which kernels do not run; "" if nothing has."""
+    texts = section(elf, ".strtab")
+    for name, *_ in struct.iter_unpack("<IBBHQQ", section(elf, ".symtab")):
+        symbol = _text(texts, name)
+        if symbol.startswith("_ZGVZ"):  # whether it is set
+            return f"the variable {demangled(symbol)!r} has a constructor, or an initial value that is computed"
+        if symbol.startswith("_GLOBAL__sub_I_"):
+            return "a variable outside of functions has a constructor, or an initial value that is computed"
+    return ""
+
+
 def section(elf: bytes, wanted: str) -> bytes:
     """What a section has in it; nothing if there is none."""
     headers, names = _headers(elf)

@@ -9,7 +9,12 @@
 EMULATOR_VARIABLE uint3 threadIdx, blockIdx;
 EMULATOR_VARIABLE dim3 blockDim, gridDim;
 EMULATOR_VARIABLE int warpSize;
-#define UNCHECKED __attribute__((noinline, no_sanitize("thread", "undefined", "address")))
+#define UNCHECKED __attribute__((noinline, EMULATOR_UNSEEN no_sanitize("thread", "undefined", "address")))
+#ifdef __clang__
+#define EMULATOR_UNSEEN disable_sanitizer_instrumentation,  // else it calls __tsan_func_entry()
+#else
+#define EMULATOR_UNSEEN
+#endif
 #define EMULATOR_CALLER ((const char*)__builtin_return_address(0))  // in an UNCHECKED function
 extern "C" char __ehdr_start[] __attribute__((visibility("hidden")));
 extern "C" char _end[] __attribute__((visibility("hidden")));
@@ -23,6 +28,7 @@ __attribute__((nomerge))  // those of two branches would have no line
 const char* address();  // of the instruction behind the call
 
 // A line of the source with its file, and a place in the library. As a default argument it is the line of the call.
+// What is at two places of a line may be one operation or two: see differ() of threads.cpp.
 // Two words, which go in registers: with more, a kernel that has a barrier would have local memory, see locals.cpp.
 struct Place {
     unsigned long long line;
@@ -31,7 +37,6 @@ struct Place {
         const char* file = __builtin_FILE(), int line = __builtin_LINE(), const char* at = emulator::address()) {
         return {(unsigned long long)line << 48 ^ (unsigned long long)file, at};
     }
-    bool operator!=(const Place& other) const { return line != other.line; }
 };
 #define EMULATOR_HERE emulator::Place place = emulator::Place::here()
 
@@ -59,6 +64,7 @@ struct Launch {
     unsigned variable_count;
     bool cooperative;
     bool only_locals;  // see locals.cpp
+    bool (*same)(const char* path, const char* other);  // whether two paths are of one operation: see threads.cpp
 };
 struct Image { char *start, *end; };  // a library's memory
 

@@ -119,6 +119,43 @@ static inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
 }
 static inline unsigned __isShared(const void* p) { return emulator::is_shared(p); }
 static inline unsigned __isGlobal(const void* p) { return emulator::is_global(p); }
+static inline unsigned __isLocal(const void* p) { return !emulator::is_shared(p) && !emulator::is_global(p); }
+#define EMULATOR_SPACE(name) \
+    static inline size_t __cvta_generic_to_##name(const void* p) { return (size_t)p; } \
+    static inline void* __cvta_##name##_to_generic(size_t address) { return (void*)address; }
+EMULATOR_SPACE(global) EMULATOR_SPACE(shared) EMULATOR_SPACE(local) EMULATOR_SPACE(constant)
+
+// --- The 2 or 4 parts of a word
+
+namespace emulator {
+template <class T, class F> static inline unsigned of_parts(unsigned x, unsigned y, F compute) {
+    const int bits = 8 * sizeof(T), count = 1 << bits;
+    unsigned result = 0;
+    for (int i = 0; i < 32; i += bits) result |= ((unsigned)compute((T)(x >> i), (T)(y >> i), count) & (count - 1)) << i;
+    return result;
+}
+}  // namespace emulator
+#define EMULATOR_PARTS(name, sign, expression) \
+    static inline unsigned __v##name##2(unsigned x, unsigned y) { \
+        return emulator::of_parts<sign short>(x, y, [](int a, int b, int count) { return (void)count, expression; }); \
+    } \
+    static inline unsigned __v##name##4(unsigned x, unsigned y) { \
+        return emulator::of_parts<sign char>(x, y, [](int a, int b, int count) { return (void)count, expression; }); \
+    }
+EMULATOR_PARTS(add, unsigned, a + b) EMULATOR_PARTS(addus, unsigned, min(a + b, count - 1))
+EMULATOR_PARTS(addss, signed, max(min(a + b, count / 2 - 1), -count / 2))
+EMULATOR_PARTS(sub, unsigned, a - b) EMULATOR_PARTS(subus, unsigned, max(a - b, 0))
+EMULATOR_PARTS(subss, signed, max(min(a - b, count / 2 - 1), -count / 2))
+EMULATOR_PARTS(maxs, signed, max(a, b)) EMULATOR_PARTS(maxu, unsigned, max(a, b))
+EMULATOR_PARTS(mins, signed, min(a, b)) EMULATOR_PARTS(minu, unsigned, min(a, b))
+EMULATOR_PARTS(absdiffs, signed, abs(a - b)) EMULATOR_PARTS(absdiffu, unsigned, abs(a - b))
+#define EMULATOR_COMPARED_PARTS(name, sign, operator) \
+    EMULATOR_PARTS(cmp##name, sign, -(a operator b)) EMULATOR_PARTS(set##name, sign, a operator b)
+EMULATOR_COMPARED_PARTS(eq, unsigned, ==) EMULATOR_COMPARED_PARTS(ne, unsigned, !=)
+EMULATOR_COMPARED_PARTS(ges, signed, >=) EMULATOR_COMPARED_PARTS(geu, unsigned, >=)
+EMULATOR_COMPARED_PARTS(gts, signed, >) EMULATOR_COMPARED_PARTS(gtu, unsigned, >)
+EMULATOR_COMPARED_PARTS(les, signed, <=) EMULATOR_COMPARED_PARTS(leu, unsigned, <=)
+EMULATOR_COMPARED_PARTS(lts, signed, <) EMULATOR_COMPARED_PARTS(ltu, unsigned, <)
 
 // --- Rounding: rn to nearest, rz to zero, ru up, rd down
 

@@ -1,11 +1,13 @@
 """From a place in a library to lines of the source, by DWARF 4's tables: a user may have no tool for that."""
 
+import functools
 import struct
 
 from . import elf
 
 _INLINED = 0x1D  # the tag of a function's copy inside of another
-_LOW, _HIGH, _LINES, _RANGES, _CALL_FILE, _CALL_LINE = 0x11, 0x12, 0x10, 0x55, 0x58, 0x59  # attributes
+_LOW, _HIGH, _LINES, _RANGES = 0x11, 0x12, 0x10, 0x55  # attributes
+_CALL_COLUMN, _CALL_FILE, _CALL_LINE = 0x57, 0x58, 0x59
 _FIXED = {0x01: 8, 0x05: 2, 0x06: 4, 0x07: 8, 0x0B: 1, 0x0C: 1, 0x0E: 4, 0x10: 4, 0x11: 1}  # forms of so many bytes
 _FIXED |= {0x12: 2, 0x13: 4, 0x14: 8, 0x17: 4, 0x19: 0, 0x20: 8}
 _LENGTHS = {0x03: "<H", 0x04: "<I", 0x0A: "<B"}  # blocks: what their length is
@@ -13,25 +15,37 @@ _ADDRESS, _STRING, _SIGNED, _UNSIGNED = 0x01, 0x08, 0x0D, (0x0F, 0x15)
 
 
 def places(library: bytes, address: int) -> list[str]:
-    """ "file:line" of the instruction at or before `address`, a byte of the library, and of the calls that led there.
+    """ "file:line:column" of the instruction at or before a byte of the library, and of the calls that led there.
 
     The calls are those of functions that the compiler has copied into their caller: the innermost function comes first.
     """
+    for rows, calls in _tables(library):
+        if found := [place for start, end, place in rows if start <= address < end][-1:]:
+            inside = (place for place, ranges in calls if any(low <= address < high for low, high in ranges))
+            return found + [*inside][::-1]
+    return []
+
+
+@functools.lru_cache(8)  # it is asked for many addresses of a library
+def _tables(library):
+    """Of each part of the library: [(start, end, place)] of lines, and [(place, [(start, end)])] of copies' calls."""
     line, ranges = (elf.section(library, f".debug_{name}") for name in ("line", "ranges"))
+    tables = []
     for entries in units(library):
         _, _, whole = next(entries)
         table = line[whole[_LINES] :]
         table = table[4 : 4 + struct.unpack_from("<I", table)[0]]
-        found = [f"{file}:{number}" for start, end, file, number in _rows(table) if start <= address < end][-1:]
-        if found:
-            files, _ = _files(table)
-            calls = [
-                f"{files[entry[_CALL_FILE]]}:{entry[_CALL_LINE]}"
-                for _, tag, entry in entries
-                if tag == _INLINED and _covers(entry, ranges, whole.get(_LOW, 0), address)
-            ]
-            return found + calls[::-1]
-    return []
+        files, _ = _files(table)
+        calls = [
+            (
+                f"{files[entry[_CALL_FILE]]}:{entry[_CALL_LINE]}:{entry.get(_CALL_COLUMN, 0)}",
+                [*_ranges(entry, ranges, whole.get(_LOW, 0))],
+            )
+            for _, tag, entry in entries
+            if tag == _INLINED and _CALL_FILE in entry
+        ]
+        tables.append(([*_rows(table)], calls))
+    return tables
 
 
 def units(library: bytes):
@@ -47,19 +61,22 @@ def units(library: bytes):
             yield _entries(unit, _kinds(abbreviations[start:]))
 
 
-def _covers(entry, ranges, base, address):
+def _ranges(entry, ranges, base):
+    """(start, end) of each part of an entry's instructions."""
     if _RANGES not in entry:
-        return entry.get(_LOW, address + 1) <= address < entry[_LOW] + entry[_HIGH]
+        if _LOW in entry:
+            yield entry[_LOW], entry[_LOW] + entry[_HIGH]
+        return
     at = entry[_RANGES]
     while True:
         low, high = struct.unpack_from("<QQ", ranges, at)
         at += 16
         if low == high == 0:
-            return False
+            return
         if low == 2**64 - 1:
             base = high
-        elif base + low <= address < base + high:
-            return True
+        else:
+            yield base + low, base + high
 
 
 def _kinds(table):
@@ -128,12 +145,12 @@ def _files(table):
 
 
 def _rows(unit):
-    """(address, next row's address, file, line) of each row."""
+    """(address, next row's address, "file:line:column") of each row."""
     _, header = struct.unpack_from("<HI", unit)
     least, _, _, base, span, opcode_base = struct.unpack_from("<BBBbBB", unit, 6)
     files, lengths = _files(unit)
     at, before = header + 6, None
-    address, file, number = 0, 1, 1
+    address, file, number, column = 0, 1, 1, 0
     while at < len(unit):
         opcode, at, row = unit[at], at + 1, False
         if opcode >= opcode_base:
@@ -145,8 +162,8 @@ def _rows(unit):
             kind, end = unit[at], at + size
             if kind == 1:
                 if before:
-                    yield (before[0], address, *before[1:])
-                address, file, number, before = 0, 1, 1, None
+                    yield before[0], address, before[1]
+                address, file, number, column, before = 0, 1, 1, 0, None
             elif kind == 2:
                 (address,) = struct.unpack_from("<Q", unit, at + 1)
             at = end
@@ -160,6 +177,8 @@ def _rows(unit):
             number += step
         elif opcode == 4:
             file, at = _number(unit, at)
+        elif opcode == 5:
+            column, at = _number(unit, at)
         elif opcode == 8:
             address += (255 - opcode_base) // span * least
         elif opcode == 9:
@@ -170,8 +189,8 @@ def _rows(unit):
                 _, at = _number(unit, at)
         if row:
             if before:
-                yield (before[0], address, *before[1:])
-            before = address, files[file], number
+                yield before[0], address, before[1]
+            before = address, f"{files[file]}:{number}:{column}"
 
 
 def _number(data, at, signed=False):

@@ -44,18 +44,21 @@ static inline double abs(double x) { return fabs(x); }
     static inline int name(float x) { return __builtin_##name(x) != 0; } \
     static inline int name(double x) { return __builtin_##name(x) != 0; }
 EMULATOR_CLASS(isfinite) EMULATOR_CLASS(isinf) EMULATOR_CLASS(isnan) EMULATOR_CLASS(signbit)
+// As templates without a choice, these give way to a function of the text with the same parameters, as in NVRTC.
+namespace emulator { enum None { NONE }; }
+#define EMULATOR_UNLESS_GIVEN template <emulator::None = emulator::NONE> static inline
 #define EMULATOR_MINMAX(T, A, B) \
-    static inline T min(A a, B b) { return (T)b < (T)a ? b : a; } \
-    static inline T max(A a, B b) { return (T)a < (T)b ? b : a; }
+    EMULATOR_UNLESS_GIVEN T min(A a, B b) { return (T)b < (T)a ? b : a; } \
+    EMULATOR_UNLESS_GIVEN T max(A a, B b) { return (T)a < (T)b ? b : a; }
 #define EMULATOR_MINMAX_INTEGERS(T) \
     EMULATOR_MINMAX(T, T, T) \
     EMULATOR_MINMAX(unsigned T, unsigned T, unsigned T) \
     EMULATOR_MINMAX(unsigned T, T, unsigned T) \
     EMULATOR_MINMAX(unsigned T, unsigned T, T)
 EMULATOR_MINMAX_INTEGERS(int) EMULATOR_MINMAX_INTEGERS(long) EMULATOR_MINMAX_INTEGERS(long long)
-static inline float min(float a, float b) { return fminf(a, b); }
-static inline float max(float a, float b) { return fmaxf(a, b); }
+EMULATOR_UNLESS_GIVEN float min(float a, float b) { return fminf(a, b); }
+EMULATOR_UNLESS_GIVEN float max(float a, float b) { return fmaxf(a, b); }
 #define EMULATOR_MINMAX_DOUBLE(A, B) \
-    static inline double min(A a, B b) { return fmin((double)a, (double)b); } \
-    static inline double max(A a, B b) { return fmax((double)a, (double)b); }
+    EMULATOR_UNLESS_GIVEN double min(A a, B b) { return fmin((double)a, (double)b); } \
+    EMULATOR_UNLESS_GIVEN double max(A a, B b) { return fmax((double)a, (double)b); }
 EMULATOR_MINMAX_DOUBLE(double, double) EMULATOR_MINMAX_DOUBLE(float, double) EMULATOR_MINMAX_DOUBLE(double, float)

@@ -46,6 +46,7 @@ const char* run(void (*body)(), const Image& image, const Launch& launch) {
     thread_body = body;
     image_start = image.start, image_end = image.end + GAP;
     cooperative = launch.cooperative, only_locals = launch.only_locals, found_in_locals = false;
+    same = launch.same, question.one = nullptr;
     error[0] = 0;
     stopped = nullptr;
     if (launch.count > MAX_PARAMETERS) return "more than 62 parameters";

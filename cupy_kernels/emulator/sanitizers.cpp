@@ -32,8 +32,12 @@ extern "C" EXPORTED void* __tsan_memset(void* to, int value, size_t bytes) {
     return memset(to, value, bytes);
 }
 extern "C" EXPORTED void __tsan_init() {}
-extern "C" EXPORTED void __tsan_func_entry(void*) {}
-extern "C" EXPORTED void __tsan_func_exit() {}
+extern "C" EXPORTED void __tsan_func_entry(void* caller) {
+    emulator::Fiber& f = emulator::fibers[emulator::current];
+    if (f.call_count < emulator::MAX_CALLS) f.calls[f.call_count] = {(char*)caller, emulator::hash_of(f, caller)};
+    f.call_count++;
+}
+extern "C" EXPORTED void __tsan_func_exit() { emulator::fibers[emulator::current].call_count--; }
 
 // The compiler's other checks. What they get begins with the line; CALLER says more, see lines.py.
 struct SourceLocation {

@@ -10,7 +10,7 @@ namespace emulator {
 
 typedef unsigned long long u64;
 
-enum { MAX_COPIES = 256, MAX_PARAMETERS = 62, MAX_VARIABLES = 256, POISON = 0xFF, GAP = 256 };
+enum { MAX_COPIES = 256, MAX_PARAMETERS = 62, MAX_VARIABLES = 256, MAX_CALLS = 32, POISON = 0xFF, GAP = 256 };
 enum { WARPGROUP = 128 };
 enum { SIGNAL_STACK_BYTES = 1 << 16 };
 // The gap is wider than local arrays are, so that no access skips it. Not all stacks end at the same place of a page:
@@ -47,16 +47,23 @@ struct Copy {
     const char* from;
     int bytes;
 };
+struct Call {
+    const char* caller;
+    u64 hash;  // of this call and of those that led to it
+};
 struct Fiber {
     void* stack_pointer;
     State state;
-    Place place;  // of the barrier it waits at
+    Place place;  // of the barrier or the warp operation it waits at
+    u64 path;     // hash of that and of the calls that led there
+    unsigned call_count;
     bool vote, at_grid, fenced, calls_atomics, compares;
     // Barriers of its warp or warpgroup; and of each thread of the warpgroup, up to which clock its accesses came before
     // this thread's.
     unsigned short clock, seen[WARPGROUP];
     Copy copies[MAX_COPIES];  // cp.async issued and not yet waited for
     int copy_count, group_ends[MAX_COPIES], group_count;
+    Call calls[MAX_CALLS];  // of functions that it is in and that the compiler has not copied into their callers
     // wgmma.cpp: whether it has called wgmma_fence(), which sums it used since, which ones are in flight; and when it
     // called fence_async_proxy()
     bool registers_fenced;
@@ -64,8 +71,7 @@ struct Fiber {
     u64 proxy_fence;
 };
 struct Warp {
-    unsigned waiting, masks[32];  // lanes in a warp operation, and of each the mask and the place
-    Place places[32];
+    unsigned waiting, masks[32];  // lanes in a warp operation, and the mask of each
     unsigned char held[32];  // of each lane, what it reads of `exchanged`
 };
 
@@ -117,6 +123,14 @@ static bool in_a_stack(const char* address) {
     return size_t(address - stacks) < MAX_THREADS * (STACK_BYTES + STACK_GAP);
 }
 static bool in_image(const char* address) { return size_t(address - image_start) < size_t(image_end - image_start); }
+
+static const u64 HASH = 0x9E3779B97F4A7C15;
+static unsigned calls_known(const Fiber& f) { return f.call_count < MAX_CALLS ? f.call_count : MAX_CALLS; }
+// Of an address and the calls that led to it.
+static u64 hash_of(const Fiber& f, const void* address) {
+    unsigned known = calls_known(f);
+    return ((known ? f.calls[known - 1].hash : 0) ^ (u64)address) * HASH;
+}
 
 static void yield() { emulator_switch(&fibers[current].stack_pointer, scheduler_stack_pointer); }
 

@@ -18,11 +18,58 @@ static void fiber_main() {
     for (;;) yield();
 }
 
-int block_barrier(Place place, bool vote) {
+// The current thread, which has come to an operation.
+static Fiber& current_at(Place place) {
     Fiber& f = fibers[current];
-    f.state = AT_BARRIER, f.place = place, f.vote = vote;
+    f.place = place, f.path = hash_of(f, place.at);
+    return f;
+}
+
+int block_barrier(Place place, bool vote) {
+    Fiber& f = current_at(place);
+    f.state = AT_BARRIER, f.vote = vote;
     yield();
     return votes;
+}
+
+// Where a thread waits, and the calls that led there: bytes of the library, which stand as <byte,byte,...> in an error.
+struct Path { char text[(MAX_CALLS + 1) * 9 + 1]; };
+static Path path_of(const Fiber& f) {
+    Path path;
+    int used = snprintf(path.text, sizeof path.text, "%x,", place_of(f.place.at));
+    for (unsigned i = calls_known(f); i-- > 0;)
+        if (in_image(f.calls[i].caller))
+            used += snprintf(path.text + used, sizeof path.text - used, "%x,", place_of(f.calls[i].caller));
+    return path;
+}
+
+static bool (*same)(const char* path, const char* other);  // see Launch
+static u64 known_same[1 << 14];                            // hashes of pairs
+static struct {
+    const Fiber *one, *other;  // one: null if there is no question
+    bool same;
+} question;
+
+static bool answer() {
+    if (!question.one) return false;
+    question.same = same(path_of(*question.one).text, path_of(*question.other).text);
+    question.one = nullptr;
+    return true;
+}
+
+// Whether two threads wait at different operations. Two places of a line are one operation that the compiler has copied,
+// as where it unrolls a loop, or are two in the line or by two calls of a function. Python knows from lines.py. It needs
+// more stack than a thread has, so a thread lets the scheduler ask.
+static bool differ(const Fiber& one, const Fiber& other, bool in_thread) {
+    if (one.place.line != other.place.line) return true;
+    if (one.path == other.path || only_locals) return false;
+    u64 pair = one.path * HASH + other.path, &known = known_same[pair >> 50];
+    if (known == pair) return false;
+    question = {&one, &other};
+    if (in_thread) yield();
+    else answer();
+    if (question.same) known = pair;
+    return !question.same;
 }
 
 // What the lanes of a mask did before now comes before what each of them does from now on.
@@ -62,14 +109,17 @@ bool warp_barrier(unsigned mask, Place place, bool synchronises) {
     if (!(mask & lane))
         return FAIL("<%x>: thread %d calls a warp operation whose mask leaves it out", place_of(place.at), current),
                false;
-    warp.waiting |= lane, warp.masks[own] = mask, warp.places[own] = place;
+    Fiber& f = current_at(place);
+    warp.waiting |= lane, warp.masks[own] = mask;
     bool complete = (warp.waiting & mask) == mask;
     for (int i = 0; complete && i < 32; i++) {
-        if (!(mask >> i & 1) || (warp.masks[i] == mask && !(warp.places[i] != place))) continue;
+        if (!(mask >> i & 1)) continue;
+        const Fiber& other = fibers[current / 32 * 32 + i];
+        if (warp.masks[i] == mask && !differ(other, f, true)) continue;
         if (warp.masks[i] & lane)
             return FAIL(
-                       "<%x> and <%x>: lanes of warp %d meet at different warp operations", place_of(warp.places[i].at),
-                       place_of(place.at), current / 32),
+                       "<%s> and <%s>: lanes of warp %d meet at different warp operations", path_of(other).text,
+                       path_of(f).text, current / 32),
                    false;
         complete = false;
     }
@@ -81,8 +131,7 @@ bool warp_barrier(unsigned mask, Place place, bool synchronises) {
         else hand_out(warp, mask);
         return true;
     }
-    fibers[current].state = AT_WARP;
-    fibers[current].place = place;
+    f.state = AT_WARP;
     yield();
     return false;
 }
@@ -121,7 +170,7 @@ void set_rounding(int mode) {
 
 // The lanes of the warp that come to the same place before any of them waits elsewhere.
 unsigned active_lanes(Place place) {
-    fibers[current].state = AT_MASK, fibers[current].place = place;
+    current_at(place).state = AT_MASK;
     yield();
     return warps[current / 32].masks[current % 32];
 }

@@ -38,6 +38,9 @@ static inline int __any_sync(unsigned mask, int vote, EMULATOR_HERE) {
 static inline int __all_sync(unsigned mask, int vote, EMULATOR_HERE) {
     return emulator::ballot(mask, vote == 0, place) == 0;
 }
+static inline int __uni_sync(unsigned mask, int vote, EMULATOR_HERE) {
+    return emulator::ballot(mask, vote != 0, place) == 0 || emulator::ballot(mask, vote == 0, place) == 0;
+}
 
 #define EMULATOR_MATCH(T) \
     static inline unsigned __match_any_sync(unsigned mask, T value, EMULATOR_HERE) { \

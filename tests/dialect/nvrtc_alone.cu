@@ -1,8 +1,6 @@
-// NVRTC alone takes it: memory of its own (malloc, new), instructions on parts of words, what only asm needs, votes
-// without a mask (for which GPUs of today have no instruction), and std::initializer_list.
+// NVRTC alone takes it: memory of its own (malloc, new), rare functions, votes without a mask (for which GPUs of today
+// have no instruction), std::initializer_list, and functions in place of CUDA's own other than min and max.
 ;; float* p = (float*)malloc(16); free(p);
-;; y[0] = __vadd4(u, u);
-;; y[0] = __cvta_generic_to_shared(pf);
 ;; cudaError_t e = cudaSuccess;
 __managed__ float managed; ;; y[0] = managed;
 ;; float* p = new float[4]; delete[] p;
@@ -11,6 +9,7 @@ __managed__ float managed; ;; y[0] = managed;
 ;; y[0] = __isnan(f);
 ;; auto v = {1, 2};
 ;; cudaStream_t s;
-;; y[0] = __vmaxs2(u, u);
 ;; __prof_trigger(1);
-;; y[0] = __isLocal(&i);
+;; y[0] = __isConstant(&i);
+;; y[0] = __vavgu4(u, u);
+__device__ float sqrt(float v) { return sqrtf(v); } ;; y[0] = sqrt(f);

@@ -148,3 +148,75 @@ extern "C" __global__ void planted(const int* x, INOUT int* y, int n) {
     }
     y[t] = place;
 }
+
+//// a sum of the warp in two branches
+// error: planted\.cu:3 called at planted\.cu:(9 and planted\.cu:3 called at planted\.cu:10|10 and .*:9): lanes of warp 0 meet
+// x: 32, y: 32, grid: 1, block: 32
+__device__ float warp_sum(float v) {
+    for (int lanes = 16; lanes; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
+    return v;
+}
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    float v = x[t];
+    if (@n == 32@t < 16@) v = warp_sum(v);
+    else v = warp_sum(2 * v);
+    y[t] = v;
+}
+
+//// a sum of the warp in both branches of a line
+// error: planted\.cu:3:\d+ called at planted\.cu:9:\d+ and planted\.cu:3:\d+ called at planted\.cu:9:\d+: lanes
+// x: 32, y: 32, grid: 1, block: 32
+__device__ float warp_sum(float v) {
+    for (int lanes = 16; lanes; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
+    return v;
+}
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    bool chosen = @n == 32@t < 16@;
+    y[t] = chosen ? warp_sum(x[t]) : warp_sum(2 * x[t]);
+}
+
+//// two shuffles in a line
+// error: planted\.cu:5:\d+ and planted\.cu:5:\d+: lanes
+// x: 32, y: 32, grid: 1, block: 32
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    bool chosen = @n == 32@t < 16@;
+    y[t] = chosen ? __shfl_sync(0xffffffffu, x[t], 0) : __shfl_sync(0xffffffffu, x[t], 1);
+}
+
+//// two instances of a template
+// error: planted\.cu:2 called at planted\.cu:(6 and planted\.cu:2 called at planted\.cu:7|7 and .*:6): lanes
+// x: 32, y: 32, grid: 1, block: 32
+template <int N> __noinline__ __device__ float from(float v) { return __shfl_sync(0xffffffffu, v, 3); }
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    float v = x[t];
+    if (@n == 32@t < 16@) v = from<1>(v);
+    else v = from<2>(v);
+    y[t] = v;
+}
+
+//// lanes that count in one of two branches
+// error: whose mask leaves it out
+// x: 32, y: 32, grid: 1, block: 32
+__device__ int count_active() { return __popc(__activemask()); }
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x, together = 32;
+    if (t < 16) together = count_active();
+    else together = count_active();
+    y[t] = __shfl_sync(@__activemask()@together == 32 ? 0xffffffffu : t < 16 ? 0xffff0000u : 0xffffu@, x[t], t);
+}
+
+//// a barrier of a warp of which the compiler makes two
+// error: waits in a warp operation for lanes that do not come
+// x: 24, y: 24, grid: 1, block: 32
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    __shared__ float s[32];
+    @@if (t >= n) return;@
+    s[t] = t < n ? x[t] : 0;
+    __syncwarp();
+    if (t < n) y[t] = s[t ^ 1];
+}
