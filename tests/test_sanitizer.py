@@ -23,8 +23,7 @@ def sanitized(tool: str, *arguments: str) -> subprocess.CompletedProcess:
 
     A fault would end all processes that share the GPU by MPS, so this one takes no part.
     """
-    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]  # NCCL tries what may fail
-    command += [sys.executable, "-m", "tests.sanitized", *arguments]
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tests.sanitized", *arguments]
     environment, root = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, Path(__file__).parents[1]
     environment["CUDA_MPS_PIPE_DIRECTORY"] = str(root / "no MPS here")
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600, check=False)
@@ -36,7 +35,7 @@ def sanitized(tool: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_nothing_is_found(tool):
     done = sanitized(tool, "cuda")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, f"{done.stdout[:3000]}\n...\n{done.stdout[-1000:]}{done.stderr[-3000:]}"
     assert "not started:\n" in done.stdout
 
 
