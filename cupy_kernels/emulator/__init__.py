@@ -220,7 +220,7 @@ def _entries(library, built, names) -> list[elf.Variable]:
     """Tells the functions of a library, whose bytes are `built`, what they return and which variables there are."""
     found = elf.variables(built)
     table = (_Variable * len(found))(*((v.name.encode(), *v[1:]) for v in found))
-    same = _Same(lambda path, other: _path(built, path.decode()) == _path(built, other.decode()))
+    same = _Same(lambda path, other: _operation(built, path.decode()) == _operation(built, other.decode()))
     for name in names:
         entry = getattr(library, f"emulator_{name}")
         entry.restype, entry.variables, entry.built = ctypes.c_char_p, table, built
@@ -296,10 +296,15 @@ def _readable(message, library, kernel):
     dynamic = {match[3] for match in _EXTERN_SHARED.finditer(text)} | set(_DYNAMIC.findall(text))
     message = variables.named(message, library, dynamic.pop() if len(dynamic) == 1 else None)
     paths = [_path(library, path) for path in _PATH.findall(message)]
-    for name in (_line, _lines, " called at ".join):  # the shortest that tells them apart
+    for name in ((_line,) if len(paths) > 1 else ()) + (
+        _lines,
+        " called at ".join,
+    ):  # the shortest that tells them apart
         named = [name(path) for path in paths]
         if len(set(named)) == len(named):
             break
+    else:
+        named[-1] += " in another instance of a template"
     message = _PATH.sub(lambda match: named.pop(0), message)
     return re.sub("<([0-9a-f]+)>", lambda match: _line(_path(library, match[1])), message)
 
@@ -308,6 +313,12 @@ def _path(library, path) -> list[str]:
     """Places in the text: the one that came to the first of these bytes of the library, then calls that led there."""
     found = (place for byte in path.split(",") if byte for place in lines.places(library, int(byte, 16) - 1))
     return [place for place in found if not messages.is_internal(place)]
+
+
+def _operation(library, path):
+    """What tells an operation from others: its places, and the functions that it and the calls are in."""
+    addresses = [int(byte, 16) - 1 for byte in path.split(",") if byte]
+    return _path(library, path), [lines.functions(library, address) for address in addresses]
 
 
 def _line(path) -> str:
@@ -428,7 +439,7 @@ def _build(kernel: Kernel, text: str, command: list[str]) -> bytes:
             # -fsanitize would bring a runtime
             _call([*compiler(), *LINES, "-shared", str(assembly), "-o", str(built), "-lm"])
             library = built.read_bytes()
-            if kernel and (computed := elf.computed(library)):
+            if kernel and library.startswith(b"\x7fELF") and (computed := elf.computed(library)):
                 raise compile_error(kernel, f"error: {computed}: a GPU does not run that. Set it in the kernel")
             return library
     except (OSError, subprocess.CalledProcessError) as error:

@@ -60,7 +60,12 @@ static Where block_of(unsigned epoch) {
 
 // What a race lacks where a thread has called atomicCAS, as for a lock.
 static const char* advice(u64 then) {
-    if (!fibers[current].compares || then & ATOMIC) return "";
+    const Fiber& f = fibers[current];
+    if (then & ATOMIC) return "";
+    if (!f.compares)
+        return f.calls_atomics && f.fenced && then >> EPOCH_SHIFT >= first_epoch
+                   ? ": to the emulator a flag is no barrier between threads of one block"
+                   : "";
     return then >> EPOCH_SHIFT < first_epoch
                ? ": a lock takes a __threadfence() after it is acquired, and one before it is released"
                : ": to the emulator a lock is no barrier between threads of one block";
@@ -130,7 +135,9 @@ static void before_the_wait(
 }
 
 static void unwritten(const Array& array, const char* address, const char* place) {
-    FAIL("<%x>: thread %d reads %s, which nobody has written", place_of(place), current, element(array, address).text);
+    FAIL(
+        "<%x>: thread %d reads %s, which nobody has written%s", place_of(place), current, element(array, address).text,
+        array.shared && thread_count > 1 ? " yet: is a barrier missing?" : "");
 }
 
 static void out_of_bounds(const Array& array, const char* address, const char* did, const char* place) {

@@ -59,6 +59,21 @@ static bool release_masks() {
     return found;
 }
 
+// A lane waits in a warp operation, and nobody can go on: where the first one is that it waits for.
+static void report_missing_lane(int t) {
+    const Fiber& f = fibers[t];
+    int missing = t / 32 * 32;
+    while (!(warps[t / 32].masks[t % 32] >> missing % 32 & 1) || fibers[missing].state == AT_WARP) missing++;
+    const Fiber& other = fibers[missing];
+    if (other.state == DONE)
+        return report(
+            "<%s>: thread %d waits in a warp operation for lanes that do not come: thread %d has returned",
+            path_of(f).text, t, missing);
+    report(
+        "<%s>: thread %d waits in a warp operation for lanes that do not come: thread %d waits at <%s>",
+        path_of(f).text, t, missing, path_of(other).text);
+}
+
 // Every fiber is DONE or waits at the block's barrier: release them; or the block ends, waits for the others or fails:
 // false.
 static bool release_barrier() {
@@ -67,10 +82,7 @@ static bool release_barrier() {
     for (int t = 0; t < thread_count; t++) {
         Fiber& f = fibers[t];
         done += f.state == DONE;
-        if (f.state == AT_WARP)
-            return report(
-                       "<%x>: thread %d waits in a warp operation for lanes that do not come", place_of(f.place.at), t),
-                   false;
+        if (f.state == AT_WARP) return report_missing_lane(t), false;
         if (f.state == AT_WARPGROUP)
             return report("thread %d waits for other threads of its warpgroup, which do not come", t), false;
         if (f.state == AT_WGMMA)
@@ -79,17 +91,19 @@ static bool release_barrier() {
         waiting++;
         votes += f.vote;
         if (first < 0) first = t;
-        if (differ(fibers[first], f, false) || f.at_grid != fibers[first].at_grid)
+        // Warpgroups that use wgmma may do different things, and meet at one barrier by different calls.
+        int other = sums_count && f.place.line == fibers[first].place.line ? t / WARPGROUP * WARPGROUP : first;
+        if (differ(fibers[other], f, false) || f.at_grid != fibers[other].at_grid)
             return report(
-                       "divergent barrier: thread %d waits at <%s>, thread %d at <%s>", first,
-                       path_of(fibers[first]).text, t, path_of(f).text),
+                       "divergent barrier: thread %d waits at <%s>, thread %d at <%s>", other,
+                       path_of(fibers[other]).text, t, path_of(f).text),
                    false;
     }
     if (done == thread_count) return false;
     if (done)
         return report(
-                   "divergent barrier: %d of %d threads wait at <%x>, the others have returned", waiting, thread_count,
-                   place_of(fibers[first].place.at)),
+                   "divergent barrier: %d of %d threads wait at <%s>, the others have returned", waiting, thread_count,
+                   path_of(fibers[first]).text),
                false;
     if (fibers[first].at_grid) return false;
     for (int t = 0; t < thread_count; t++) fibers[t].state = READY;

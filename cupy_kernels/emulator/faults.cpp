@@ -41,6 +41,7 @@ static void on_signal(int number, siginfo_t* info, void* context) {
         if (!stopped) return;
         if (!runs_here) pthread_kill(runner, SIGURG);
         else if (in_a_stack(registers(context).stack_pointer)) FAIL("%s%s", line_of(context).text, stopped);
+        else if (fibers[current].place.at) report("<%x>: %s", place_of(fibers[current].place.at), stopped);
         else report("%s", stopped);
         return;
     }

@@ -5,9 +5,9 @@ import struct
 
 from . import elf
 
-_INLINED = 0x1D  # the tag of a function's copy inside of another
+_INLINED, _FUNCTION = 0x1D, 0x2E  # tags of a function's copy inside of another, and of a function
 _LOW, _HIGH, _LINES, _RANGES = 0x11, 0x12, 0x10, 0x55  # attributes
-_CALL_COLUMN, _CALL_FILE, _CALL_LINE = 0x57, 0x58, 0x59
+_ORIGIN, _CALL_COLUMN, _CALL_FILE, _CALL_LINE = 0x31, 0x57, 0x58, 0x59
 _FIXED = {0x01: 8, 0x05: 2, 0x06: 4, 0x07: 8, 0x0B: 1, 0x0C: 1, 0x0E: 4, 0x10: 4, 0x11: 1}  # forms of so many bytes
 _FIXED |= {0x12: 2, 0x13: 4, 0x14: 8, 0x17: 4, 0x19: 0, 0x20: 8}
 _LENGTHS = {0x03: "<H", 0x04: "<I", 0x0A: "<B"}  # blocks: what their length is
@@ -19,16 +19,26 @@ def places(library: bytes, address: int) -> list[str]:
 
     The calls are those of functions that the compiler has copied into their caller: the innermost function comes first.
     """
-    for rows, calls in _tables(library):
+    for rows, calls, _ in _tables(library):
         if found := [place for start, end, place in rows if start <= address < end][-1:]:
             inside = (place for place, ranges in calls if any(low <= address < high for low, high in ranges))
             return found + [*inside][::-1]
     return []
 
 
+def functions(library: bytes, address: int) -> list[int]:
+    """The functions that `places` is in, innermost first, as numbers. Each instance of a template is another one."""
+    for rows, _, found in _tables(library):
+        if any(start <= address < end for start, end, _ in rows):
+            return [number for number, ranges in found if any(low <= address < high for low, high in ranges)][::-1]
+    return []
+
+
 @functools.lru_cache(8)  # it is asked for many addresses of a library
 def _tables(library):
-    """Of each part of the library: [(start, end, place)] of lines, and [(place, [(start, end)])] of copies' calls."""
+    """Of each part of the library: [(start, end, place)] of lines, [(place, [(start, end)])] of copies' calls, and
+    [(number, [(start, end)])] of functions and their copies.
+    """
     line, ranges = (elf.section(library, f".debug_{name}") for name in ("line", "ranges"))
     tables = []
     for entries in units(library):
@@ -36,15 +46,16 @@ def _tables(library):
         table = line[whole[_LINES] :]
         table = table[4 : 4 + struct.unpack_from("<I", table)[0]]
         files, _ = _files(table)
-        calls = [
-            (
-                f"{files[entry[_CALL_FILE]]}:{entry[_CALL_LINE]}:{entry.get(_CALL_COLUMN, 0)}",
-                [*_ranges(entry, ranges, whole.get(_LOW, 0))],
-            )
-            for _, tag, entry in entries
-            if tag == _INLINED and _CALL_FILE in entry
-        ]
-        tables.append(([*_rows(table)], calls))
+        calls, functions = [], []
+        for number, tag, entry in entries:
+            if tag not in (_INLINED, _FUNCTION):
+                continue
+            parts = [*_ranges(entry, ranges, whole.get(_LOW, 0))]
+            functions.append((entry.get(_ORIGIN, number), parts))
+            if tag == _INLINED and _CALL_FILE in entry:
+                place = f"{files[entry[_CALL_FILE]]}:{entry[_CALL_LINE]}:{entry.get(_CALL_COLUMN, 0)}"
+                calls.append((place, parts))
+        tables.append(([*_rows(table)], calls, functions))
     return tables
 
 

@@ -300,3 +300,28 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     if (t < @128@96@) sync_warpgroup(0);
     y[t] = x[t];
 }
+
+//// halves of a warpgroup meet by different calls
+// error: divergent barrier: thread 0 waits at planted\.cu:5 called at planted\.cu:18, thread 64 at .*planted\.cu:19
+// x: 1152, y: 1024, grid: 1, block: 256
+#include "wgmma.cuh"
+__device__ void meet(half_t* s, int at) {
+    s[at] = half_t();
+    __syncthreads();
+}
+extern "C" __global__ void planted(const half_t* x, float* y, int n) {
+    __shared__ __align__(128) u8 s[2304 + 512];
+    int t = threadIdx.x;
+    for (int i = t; i < n; i += 256) ((half_t*)s)[i] = x[i];
+    WgmmaOperand a(s, 1024, 128), b(s + 2048, 128, 128);
+    float d[1][4] = {};
+    fence_async_proxy();
+    __syncthreads();
+    wgmma_fence();
+    wgmma<1>(d, a, b);
+    wgmma_commit();
+    if (t < @128@64@) meet((half_t*)s, 1152 + t);
+    else meet((half_t*)s, 1152 + t);
+    wgmma_wait<0>();
+    for (int c = 0; c < 4; c++) y[4 * t + c] = d[0][c];
+}
