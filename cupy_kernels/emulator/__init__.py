@@ -304,6 +304,7 @@ def _readable(message, library, kernel):
         if len(set(named)) == len(named):
             break
     else:
+        named = [_lines(path) for path in paths]
         named[-1] += " in another instance of a template"
     message = _PATH.sub(lambda match: named.pop(0), message)
     return re.sub("<([0-9a-f]+)>", lambda match: _line(_path(library, match[1])), message)

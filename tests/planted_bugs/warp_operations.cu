@@ -222,7 +222,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 }
 
 //// lanes meet in two instances of a template
-// error: planted\.cu:5.* and planted\.cu:5.* in another instance of a template: lanes of warp 0 meet at different
+// error: planted\.cu:3 called at planted\.cu:8 and planted\.cu:3 called at planted\.cu:8 in another instance of a template: lanes of warp 0 meet at different
 // x: 32, y: 32, grid: 1, block: 32
 template <int N> __device__ __noinline__ float neighbour(float v, unsigned mask) {
     return v + __shfl_xor_sync(mask, v, 1 << N);
