@@ -286,8 +286,8 @@ def test_with_records(repository):
     assert "\n512 images:\n" in text
     assert "| `step` | tf32 | **1** | 100 | 3 | 3.00x | 2 | compile, nhwc | 500 | 2.00x |\n" in text
     head = r"\n\n\|  \| class .*\n\|---.*\n"
-    peer = "0.125 (0.12 to 0.12) | eager, nchw | 100 | 0.50x"
-    line = f"| `forward_train` | tf32 | **0.25** (0.25 to 0.25) |  | 0.125 (0.12 to 0.12) | 0.50x | {peer} |\n\n"
+    peer = "0.125 (0.125 to 0.125) | eager, nchw | 100 | 0.50x"
+    line = f"| `forward_train` | tf32 | **0.25** (0.25 to 0.25) |  | 0.125 (0.125 to 0.125) | 0.50x | {peer} |\n\n"
     assert re.search(f"\n1 image, host-bound:{head}{re.escape(line)}", text)
     peer = "0.0625 | eager-graph, nhwc | 100 | 1.25x"
     line = f"| `forward_train` | tf32 | **0.05** | 100 | 0.075 | 1.50x | {peer} |\n\n"

@@ -176,7 +176,7 @@ def _table(record, n, limit) -> list[str]:
 
 def _extent(row) -> str:
     """From the fastest to the slowest trial."""
-    return f" ({row['ms_min']:.2g} to {row['ms_max']:.2g})"
+    return f" ({row['ms_min']:.3g} to {row['ms_max']:.3g})"
 
 
 def _by_batch(record) -> list[str]:
