@@ -38,6 +38,13 @@ def of_message(message: str) -> str:
         return "a call is ambiguous where its arguments have two types: write max(x, 0.0f) for max(x, 0)"
     if re.search("Unresolved extern function '_Z[45]powi", message):
         return "NVRTC 11.8 has no pow with an int as exponent: write pow(x, 2.0f) or x * x"
+    if re.search("execution space annotations|annotation on lambda|lambda closure class", message):
+        return (
+            "write __device__ in front of each function, operator() and constructor that is no kernel, also where it "
+            "is constexpr. A lambda takes no __device__: write it inside a function, with types in place of auto"
+        )
+    if "without memory space annotations" in message:
+        return "write __constant__ in front of a variable that stands outside of functions, or constexpr"
     if "no such instruction" in message:
         return f"asm: {_NAMES['asm']}"
     missing = re.search("not (been )?declared|undeclared|is undefined|unknown type|not name a type", message)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Container
 
 # Comments and strings are tokens of their own, so that braces in them do not count.
 _BRACES = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
@@ -12,6 +13,12 @@ _KERNEL = re.compile(  # it begins where blanks begin, not at each of them
     rf"(\w+)\s*({_PARENTHESES})\s*(?=\{{)"
 )
 _NO_TYPE = ("*", "const", "volatile", "INOUT", "__restrict__", "__restrict", "__grid_constant__", "struct")
+_ALIGNED = r"(?:(?:__align__|alignas|__attribute__)\s*\([^;]*?\)+\s*)?"
+EXTERN_SHARED = re.compile(
+    rf"\b(?:extern\s+{_ALIGNED}((?:volatile\s+)?)__shared__|__shared__\s+extern)\s+{_ALIGNED}"
+    rf"([\w:<>, ]+?)\s*\b(?P<name>\w+)\s*\[\s*\]((?:\s*\[[^]]*\])*)\s*{_ALIGNED};"
+)
+_DYNAMIC_SHARED = re.compile(r"(?<!define )\bDYNAMIC_SHARED\([^;]*?(?P<name>\w+)\)\s*;")  # the macro of common.cuh
 _C_BLOCK = re.compile(r'\bextern\s+"C"\s*\{')
 SYNONYMS = {
     "long long": "i64",
@@ -36,10 +43,22 @@ def unfinished(text) -> list[str]:
 @functools.lru_cache(64)
 def definitions(text: str) -> dict[str, re.Match]:
     """{name: match of the declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
-    code = _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
+    code = _without_comments(text)
     blocks = [range(block.end(), _end(code, block, 1) or len(code)) for block in _C_BLOCK.finditer(code)]
     found = [m for m in _KERNEL.finditer(code) if m[1] or any(m.start(2) in block for block in blocks)]
     return {match[2]: match for match in found}
+
+
+def _without_comments(text):
+    return _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
+
+
+def dynamic_shared(text: str, kernels: Container[str]) -> set[str]:
+    """Names of the dynamic shared memory that `text` declares in these kernels and outside of kernels."""
+    code = _without_comments(text)
+    found = [*EXTERN_SHARED.finditer(code), *_DYNAMIC_SHARED.finditer(code)]
+    others = [range(*span(text, name)) for name in definitions(text) if name not in kernels]
+    return {match["name"] for match in found if not any(match.start() in other for other in others)}
 
 
 def _end(text, declaration, depth=0) -> int | None:

@@ -68,10 +68,14 @@ SYNONYMS = {
 @functools.lru_cache(64)
 def definitions(text: str) -> dict[str, re.Match]:
     """{name: match of the declaration} of the kernels that `text` defines, extern "C" or inside such a block."""
-    code = _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
+    code = _without_comments(text)
     blocks = [range(block.end(), _end(code, block, 1) or len(code)) for block in _C_BLOCK.finditer(code)]
     found = [m for m in _KERNEL.finditer(code) if m[1] or any(m.start(2) in block for block in blocks)]
     return {match[2]: match for match in found}
+
+
+def _without_comments(text):
+    return _BRACES.sub(lambda token: re.sub(r"[^\n]", " ", token[0]) if token[0][0] == "/" else token[0], text)
 
 
 def _end(text, declaration, depth=0) -> int | None:

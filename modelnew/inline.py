@@ -35,6 +35,7 @@ def operator(
     defaults: dict[str, float] | None = None,
     grid: Callable | dict[str, Callable] | None = None,
     block: int = 256,
+    shared: int = 0,
     saved: str | Sequence[str] = (),
     defines: dict[str, str | int] | None = None,
 ) -> "Operator":
@@ -95,6 +96,8 @@ def operator(
     grid: grid(*arguments) returns the number of blocks, an int or up to three; or {kernel: function}. Default: one
         thread for each element of the first tensor that the kernel writes.
     block: threads per block.
+    shared: bytes of dynamic shared memory per block, which `extern __shared__ float s[];` declares: one number for all
+        kernels. More than 48 KiB need a GPU whose blocks may have as much; on an H100 these are 227 KiB.
     saved: outputs of `forward` that are saved for `backward` and not returned.
     defines: {macro: value}, further macros.
 
@@ -121,6 +124,7 @@ def operator(
             defaults=defaults,
             grid=grid,
             block=block,
+            shared=shared,
             saved=saved,
             defines=defines,
         )
@@ -174,8 +178,12 @@ class Operator:
         """The CUDA C that the operator was made from."""
         return self.options.text
 
-    def attributes(self, arch: str | None = None, *, shared_bytes: int = 0) -> Rows:
-        """Registers, memory and occupancy of its kernels, for each type of scalar_t. See cupy_kernels.attributes."""
+    def attributes(self, arch: str | None = None, *, shared_bytes: int | None = None) -> Rows:
+        """Registers, memory and occupancy of its kernels, for each type of scalar_t. See cupy_kernels.attributes.
+
+        shared_bytes: by default shared= of the operator.
+        """
+        shared_bytes = self.options.shared if shared_bytes is None else shared_bytes
         declared = self.declared
         kernels = [declared.kernel[name, scalar] for name in self._kernels() for scalar in FLOATS.values()]
         kernels = kernels if self._varies() else kernels[:: len(FLOATS)]
@@ -371,7 +379,7 @@ class Operator:
         grid = facts.grids.get(name) or (ceil_div(size, block), 1, 1)
         if 0 in grid and size:
             raise ValueError(f"grid= gave {grid} blocks for {name}, whose output has {size} elements: none would run")
-        run(_launch, self.declared.kernel[name, scalar], grid, block, *args)
+        run(_launch, self.declared.kernel[name, scalar], grid, block, self.options.shared, *args)
 
 
 def _without_memory(values):
@@ -381,5 +389,5 @@ def _without_memory(values):
     return handled or (bool(tensors) and all(tensor.is_meta for tensor in tensors))
 
 
-def _launch(kernel, grid, block, *args):
-    launch(kernel, grid, (block, 1, 1), args)
+def _launch(kernel, grid, block, shared, *args):
+    launch(kernel, grid, (block, 1, 1), args, shared)

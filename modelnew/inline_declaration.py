@@ -10,7 +10,7 @@ import torch
 
 from cupy_kernels import parsing, source
 from cupy_kernels.common import scalar_macros
-from cupy_kernels.launch import MAX_THREADS
+from cupy_kernels.launch import MAX_SHARED_BYTES, MAX_THREADS
 from cupy_kernels.source import Kernel, signature
 
 from .interop import FLOATS, TORCH
@@ -31,6 +31,7 @@ class Options(NamedTuple):
     defaults: dict
     grid: Callable | dict[str, Callable] | None
     block: int
+    shared: int
     saved: tuple[str, ...]
     defines: dict[str, str | int]
 
@@ -44,7 +45,7 @@ class Options(NamedTuple):
                 raise TypeError(f"{name}= is a dict, received {options[name]!r}")
             options[name] = options[name] or {}
         found = cls(text=text, forward=forward, backward=backward, saved=saved, **options)
-        for name, kind in (("text", str), ("block", int)):
+        for name, kind in (("text", str), ("block", int), ("shared", int)):
             if not isinstance(getattr(found, name), kind):
                 raise TypeError(f"{name} is of type {kind.__name__}, received {getattr(found, name)!r}")
         if not forward:
@@ -56,6 +57,8 @@ class Options(NamedTuple):
                 )
         if not 0 < found.block <= MAX_THREADS:
             raise ValueError(f"block must be 1 to {MAX_THREADS} threads, received {found.block}")
+        if not 0 <= found.shared <= MAX_SHARED_BYTES:
+            raise ValueError(f"shared must be 0 to {MAX_SHARED_BYTES} bytes, received {found.shared}")
         for name in found.defines:
             if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
                 raise ValueError(f"defines= is {{macro: value}}, and {name!r} is no name of a macro")
@@ -105,6 +108,12 @@ class Declaration:
         for name in (*mine, *self.grid):
             if name not in source.kernel_names(self.file):
                 raise source.no_kernel("the text", name, source.kernel_names(self.file))
+        dynamic = parsing.dynamic_shared(options.text, mine)
+        if dynamic and not options.shared:
+            raise ValueError(
+                f"the text declares dynamic shared memory ({', '.join(sorted(dynamic))}), of which a block has 0 "
+                "bytes: give shared=, as in shared=4 * 256 for 256 floats"
+            )
         self.kernel: dict[tuple[str, str], Kernel] = {
             (name, scalar): Kernel(self.file, name, tuple({**dict(scalar_macros(scalar)), **defines}.items()))
             for name in mine
@@ -204,7 +213,10 @@ class Declaration:
                 f"inputs: {', '.join(self.tensors) or 'none'}, outputs: {', '.join(self.outputs) or 'none'}"
             )
         if not self.tensors and options.output is None:
-            raise ValueError(f"{name} has no input whose shape its output could have: give output=")
+            raise ValueError(
+                f"{name} has no input whose shape its output could have: give output=. Its pointers without const are "
+                f"outputs: {', '.join(self.outputs)}. An input has const in front, as in const float* x"
+            )
         numbers = {p.name for parameters in self.parameters.values() for p in parameters if not p.pointer}
         pointers = {p.name for parameters in self.parameters.values() for p in parameters if p.pointer}
         for option, names, allowed, what in (

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad, grad
 from torch.testing._internal.two_tensor import TwoTensor
 
 from cupy_kernels import nvrtc
-from cupy_kernels.errors import BackendError
+from cupy_kernels.errors import BackendError, EmulatorError
 from modelnew.inline import operator
 from modelnew.inline_arguments import apart
 
@@ -208,6 +208,26 @@ def test_changes_in_place_that_are_refused(device):
         reversed_add(shapes={"x": "broadcast"})
 
 
+# One block for a row of as many elements as it has threads, in dynamic shared memory; a backward under another name.
+REVERSED = f"""{HEAD}
+extern "C" __global__ void reversed(const scalar_t* x, scalar_t* y) {{
+    extern __shared__ scalar_t s[];
+    s[threadIdx.x] = x[blockIdx.x * blockDim.x + threadIdx.x];
+    __syncthreads();
+    y[blockIdx.x * blockDim.x + threadIdx.x] = s[blockDim.x - 1 - threadIdx.x];
+}}
+extern "C" __global__ void reversed_dx(const scalar_t* dy, scalar_t* dx) {{
+    DYNAMIC_SHARED(scalar_t, t);
+    t[threadIdx.x] = dy[blockIdx.x * blockDim.x + threadIdx.x];
+    __syncthreads();
+    dx[blockIdx.x * blockDim.x + threadIdx.x] = t[blockDim.x - 1 - threadIdx.x];
+}}"""
+
+
+def reversed_rows(**options):
+    return operator(REVERSED, "reversed", "reversed_dx", grid=len, block=64, **options)
+
+
 def test_without_inputs(device):
     function = ramp()
     assert str(function) == "ramp(n, start=0.0, step=1.0, *, dtype=None, device=None)"
@@ -251,6 +271,41 @@ def test_kernels_in_order(device):
         operator(SUM, ())
 
 
+def test_dynamic_shared_memory(device):
+    rows = torch.randn(5, 64, device=device)
+    for bytes_each, dtype in ((4, torch.float32), (8, torch.float64), (800, torch.float32)):  # the last: 50 KiB
+        x = rows.to(dtype).clone().requires_grad_()
+        y = reversed_rows(shared=64 * bytes_each)(x)
+        assert torch.equal(y, x.flip(1))
+        assert torch.equal(grad(y, x, rows.to(dtype))[0], rows.to(dtype).flip(1))
+    with pytest.raises(ValueError, match=r"dynamic shared memory \(s, t\), of which a block has 0 bytes: give shared="):
+        reversed_rows()
+    for wrong, error, message in (
+        (-1, ValueError, "shared must be 0 to 232448 bytes, received -1"),
+        (227 * 1024 + 1, ValueError, "shared must be 0 to 232448 bytes, received 232449"),
+        (1e3, TypeError, r"shared is of type int, received 1000\.0"),
+        (lambda x: 4, TypeError, "shared is of type int, received <function"),
+    ):
+        with pytest.raises(error, match=message):
+            reversed_rows(shared=wrong)
+
+
+def test_what_needs_no_dynamic_shared_memory():
+    """A kernel that is not run may declare some, and a comment."""
+    text = REVERSED.replace("DYNAMIC_SHARED", "// extern __shared__ float s[];\n    __shared__ scalar_t t[64]; //")
+    assert operator(text, "reversed_dx", output=lambda dy: dy.shape, grid=len, block=64)
+    with pytest.raises(ValueError, match=r"dynamic shared memory \(s\), of which"):
+        operator(text, "reversed", grid=len, block=64)
+    outside = text.replace('extern "C"', 'extern __shared__ __align__(16) float all[];\nextern "C"', 1)
+    with pytest.raises(ValueError, match=r"dynamic shared memory \(all\), of which"):
+        operator(outside, "reversed_dx", output=lambda dy: dy.shape, grid=len, block=64)
+
+
+def test_too_little_dynamic_shared_memory():
+    with pytest.raises(EmulatorError, match=r"out of bounds: s\[\d+\], which has 32 elements"):
+        reversed_rows(shared=4 * 32)(torch.randn(5, 64))
+
+
 def test_what_it_is_compiled_to():
     try:
         nvrtc.shared_library()
@@ -270,6 +325,8 @@ def test_what_it_is_compiled_to():
     with pytest.raises(TypeError, match=r"dtype is what scalar_t stands for.*torch.int32 is not"):
         function.ptx(dtype=torch.int32)
     assert len(operator(TYPES, "types").attributes("sm_80")) == 1
+    assert {row.shared_bytes for row in reversed_rows(shared=768).attributes("sm_80")} == {768}
+    assert {row.shared_bytes for row in reversed_rows(shared=768).attributes("sm_80", shared_bytes=0)} == {0}
 
 
 def test_copies_and_pickles():
@@ -279,6 +336,8 @@ def test_copies_and_pickles():
     assert torch.equal(pickle.loads(pickle.dumps(function))(x, x), x * x)
     with pytest.raises(TypeError, match=r"largest\(x, scale\) cannot be pickled: output= has a lambda"):
         pickle.dumps(largest())
+    y = reversed_rows(shared=4 * 64)(x.expand(2, 16, 4).reshape(2, 64))
+    assert torch.equal(pickle.loads(pickle.dumps(reversed_rows(shared=4 * 64)))(y), y.flip(1))
 
 
 def test_another_process(tmp_path):

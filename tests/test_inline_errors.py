@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
+from cupy_kernels import nvrtc
 from cupy_kernels.emulator import messages
-from cupy_kernels.errors import EmulatorError, KernelCompileError
+from cupy_kernels.errors import BackendError, EmulatorError, KernelCompileError
 from modelnew.inline import operator
 
 TEXT = """#include "common.cuh"
@@ -113,6 +114,61 @@ def test_what_common_cuh_declares(parameters, name):
 def test_headers(header):
     with pytest.raises(ValueError, match=r"f_\w+\.cu:1: kernels include no header, received \S+: \w+"):
         operator(f"#include {header}\n{TEXT}".replace("STATEMENT", ""), "f")
+
+
+@pytest.mark.parametrize(
+    ("function", "statement", "hint"),
+    [
+        ("float g(float v) { return v; }", "y[i] = g(1);", "write __device__ in front of each function"),
+        ("struct S { float a; constexpr S(float v) : a(v) {} };", "y[i] = S(1).a;", "constructor.*also where it is"),
+        ("", "auto g = [](auto v) { return v; }; y[i] = g(1.0f);", "with types in place of auto"),
+        ("", "auto g = [] __device__ (float v) { return v; }; y[i] = g(1);", "A lambda takes no __device__"),
+        ("constexpr auto g = [](float v) { return v; };", "y[i] = g(1);", "write it inside a function"),
+        ("float k = 1;", "y[i] = k;", "write __constant__ in front of a variable"),
+    ],
+)
+def test_a_function_for_the_host(function, statement, hint):
+    try:
+        nvrtc.shared_library()
+    except BackendError:
+        pytest.skip("no NVRTC")
+    text = TEXT.replace("scalar_t", "float").replace('extern "C"', f'{function}\nextern "C"')
+    with pytest.raises(KernelCompileError, match=rf"error: .*\n +\d+ \| .*\n.*{hint}"):
+        operator(text.replace("STATEMENT", statement), "f")(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("function", "statement"),
+    [
+        ("__device__ float g(float v) { return v; }", "y[i] = g(1);"),
+        ("struct S { float a; __device__ constexpr S(float v) : a(v) {} };", "y[i] = S(1).a;"),
+        ("struct G { template <class T> __device__ T operator()(T v) { return v; } };", "G g; y[i] = g(1.0f);"),
+        ("", "auto g = [&](float v) { return v; }; y[i] = g(1);"),
+        ("__constant__ float k = 1;", "y[i] = k;"),
+        ("constexpr float k = 1;", "y[i] = k;"),
+    ],
+)
+def test_what_these_hints_say_works(function, statement):
+    text = TEXT.replace("scalar_t", "float").replace('extern "C"', f'{function}\nextern "C"')
+    assert operator(text.replace("STATEMENT", statement), "f")(torch.ones(3)).tolist() == [1, 1, 1]
+
+
+def test_an_access_of_four_floats_from_a_view():
+    text = TEXT.replace("scalar_t", "float")
+    copy = "if (i % 4 == 0) *(float4*)(y + i) = *(const float4*)(x + i + OFFSET);".replace
+    x = torch.arange(13.0)
+    with pytest.raises(EmulatorError, match=r"not a multiple of 16 bytes: x\[\d+\] .*x itself begins at such a place"):
+        operator(text.replace("STATEMENT", copy("OFFSET", "0")), "f")(x[1:])
+    with pytest.raises(EmulatorError, match=r"not a multiple of 16 bytes: x\[\d+\] \(block 0,0,0\)$"):
+        operator(text.replace("STATEMENT", copy("OFFSET", "1")), "f")(x[:12])
+    aligned = operator(text.replace("STATEMENT", copy("OFFSET", "0")), "f")
+    assert torch.equal(aligned(x[1:].clone()), x[1:])
+
+
+def test_an_input_without_const():
+    text = TEXT.replace("const scalar_t* x, scalar_t* y", "float* x, float* y").replace("STATEMENT", "y[i] = x[i];")
+    with pytest.raises(ValueError, match=r"without const are outputs: x, y\. An input has const .* const float\* x"):
+        operator(text, "f")
 
 
 def test_a_text_without_its_last_brace():

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from test_inline import PRODUCT, largest, product
-from test_inline_arguments import ramp, reversed_add, row_sum
+from test_inline_arguments import ramp, reversed_add, reversed_rows, row_sum
 from torch._dynamo import compiled_autograd
 from torch.autograd import grad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -30,6 +30,11 @@ def test_gradients(device):
     largest_of, multiply, add = largest(), product(), reversed_add()
     expanding = operator(PRODUCT, "product", ("product_da", "product_db"), shapes={"b": "broadcast"})
 
+    rows = reversed_rows(shared=4 * 64)
+
+    def in_dynamic_shared_memory(x, b):
+        return rows(x[:, :1] * b[:1] * torch.arange(64, device=device))
+
     def several_outputs(x, b):
         y, where = largest_of(x, 2.0)
         return y + where
@@ -42,7 +47,7 @@ def test_gradients(device):
 
     x = torch.randn(5, 33, device=device, requires_grad=True)
     b = torch.randn(33, device=device, requires_grad=True)
-    for function in (several_outputs, change_in_place, change_of_a_result, expanding):
+    for function in (several_outputs, change_in_place, change_of_a_result, expanding, in_dynamic_shared_memory):
         results = []
         for call in (function, whole(function)):
             y = call(x, b)

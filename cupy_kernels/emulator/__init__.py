@@ -38,7 +38,7 @@ from pathlib import Path
 from .. import cache, forks, nvrtc, source
 from ..backend import Backend, Room
 from ..errors import BackendError, EmulatorError, KernelCompileError
-from ..parsing import declarations
+from ..parsing import EXTERN_SHARED, declarations, dynamic_shared
 from ..source import MACROS, Kernel, compile_error, is_packaged, unit_of_file
 from . import elf, lines, messages, variables
 
@@ -82,12 +82,6 @@ ZIG_FLAGS = ("-nostdlib++", "-fno-sanitize=undefined")
 # What g++ and clang++ say of a line of the text, and the assembler of one of its own; not of a file they cannot write.
 _ERROR_OF_TEXT = re.compile(r":\d+(:\d+)?: (fatal )?[Ee]rror: (?!error (writing|closing) )")
 
-_ALIGNED = r"(?:(?:__align__|alignas|__attribute__)\s*\([^;]*?\)+\s*)?"
-_EXTERN_SHARED = re.compile(
-    rf"\b(?:extern\s+{_ALIGNED}((?:volatile\s+)?)__shared__|__shared__\s+extern)\s+{_ALIGNED}"
-    rf"([\w:<>, ]+?)\s*\b(\w+)\s*\[\s*\]((?:\s*\[[^]]*\])*)\s*{_ALIGNED};"
-)
-_DYNAMIC = re.compile(r"(?<!define )\bDYNAMIC_SHARED\([^;]*?(\w+)\)\s*;")  # the macro of common.cuh
 _STATIC_SHARED = re.compile(r"\bstatic\s+(?=__shared__\b)|(?<=__shared__)\s+static\b")  # __shared__ stands for static
 _ALIGNED_SHARED = re.compile(r"\b__shared__\s+(alignas\([^)]*\))")  # alignas comes first in C++
 # What NVRTC does not know, and host compilers take even with -pedantic-errors.
@@ -263,6 +257,7 @@ def _run(packed) -> None:
     if not failure:
         return
     message = f"{step.kernel}: {_readable(failure.decode(), entry.built, step.kernel)}"
+    message += messages.of_view(message, {p.name: int(word) for p, word in zip(step.parameters, words) if p.pointer})
     if not re.match(rb"(<\w+>: )?interrupted", failure):
         raise EmulatorError(message)
     with contextlib.suppress(KeyboardInterrupt):
@@ -292,8 +287,7 @@ def _time_limit(seconds):
 
 def _readable(message, library, kernel):
     """The message with "file:line" in place of <byte of the library>, and with the elements that variables.py names."""
-    text = unit_of_file(kernel)
-    dynamic = {match[3] for match in _EXTERN_SHARED.finditer(text)} | set(_DYNAMIC.findall(text))
+    dynamic = dynamic_shared(unit_of_file(kernel), {kernel.name})
     message = variables.named(message, library, dynamic.pop() if len(dynamic) == 1 else None)
     paths = [_path(library, path) for path in _PATH.findall(message)]
     for name in ((_line,) if len(paths) > 1 else ()) + (
@@ -399,7 +393,7 @@ def _machine() -> tuple[str, ...]:
 def _translation_unit(kernel: Kernel) -> str:
     macros = "\n".join(f"#define {k} {v}" for k, v in kernel.defines)  # after the header: -D would reach libc's headers
     pointer = r"emulator::Dynamic<\1\2\4>"
-    text = _EXTERN_SHARED.sub(rf"{pointer} \3 = ({pointer})emulator::dynamic_shared;", unit_of_file(kernel))
+    text = EXTERN_SHARED.sub(rf"{pointer} \3 = ({pointer})emulator::dynamic_shared;", unit_of_file(kernel))
     text = _ALIGNED_SHARED.sub(r"\1 __shared__", _STATIC_SHARED.sub("", text)).replace("#pragma once", "")
     unknown = " ".join(sorted({*_UNKNOWN.split(), *_BUILTIN.findall(text)} - _KNOWN))
     entries = "\n".join(_entry(name, parameters) for name, parameters in declarations(unit_of_file(kernel)).items())

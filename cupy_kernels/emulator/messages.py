@@ -18,6 +18,14 @@ def unset(log: str) -> list[str]:
     return [said for said in dict.fromkeys(found) if not is_internal(said)]
 
 
+def of_view(message: str, addresses: dict[str, int]) -> str:
+    """What to add to a message of a misaligned access if the array itself begins there. addresses: of arrays."""
+    found = re.search(r"not a multiple of (\d+) bytes: (\w+)", message)
+    if not found or addresses.get(found[2], 0) % int(found[1]) == 0:
+        return ""
+    return f". {found[2]} itself begins at such a place, as a view x[1:] does: pass a copy of it"
+
+
 def is_internal(place: str) -> bool:
     """Whether a file, or a place in it, is the emulator's own."""
     return place.partition(":")[0].rpartition("/")[2] in INTERNAL
