@@ -301,7 +301,8 @@ def test_with_records(repository):
     assert f"{faster} training step, 512 images, with TF32, on one NVIDIA A.\n\n![" in text
     times = "forward, 1 image, with TF32: 0.25 ms; training step, 512 images, with TF32: 1 ms"
     assert "torch.compile: mode 'default', in the faster memory format. Without" in text
-    assert f" Without `wgmma`, as with NVRTC 11.8 alone: {times}.</sub>" in text
+    assert f" Without `wgmma`, as with NVRTC 11.8 alone: {times}. {where}, `{BENCH['command']}`.</sub>" in text
+    assert "PyTorch: eager, NCHW. torch" in text
     assert f"{where.replace('kernels', 'without wgmma, kernels')}, `{mma['command']}`. Milliseconds" in text
     picture = (folder / "results" / "bench_a.svg").read_text(encoding="utf-8")
     assert "](results/bench_a.svg)" in text
@@ -311,7 +312,7 @@ def test_with_records(repository):
     widths = [int(width) for width in re.findall('<rect.* width="([0-9]+)"', picture)]
     assert widths[2:] == [round(widths[3] * share) for share in (1 / 3, 1, 2 / 3)]
     assert "| Tanh | 0.50x to 2.00x | 1.50x to 1.50x |\n" in text
-    assert "- `step`, tf32, 1 image: 0.50 times with mode 'reduce-overhead'\n" in text
+    assert "- `step`, tf32, 1 image: 0.50 times as long with mode 'reduce-overhead'\n" in text
     assert "A training step of 512 images on each of 2 GPUs" in text
     assert "| ModelNew | DistributedDataParallel | 1 | 1.25 | +0.25 | 0.80 |\n" in text
     assert f"{where}, `{FUZZ['command']}`: 12 random calls, at least 5 of each of 2 functions" in text

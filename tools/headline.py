@@ -45,6 +45,17 @@ def sentence(record) -> str | None:
     return f"**{ours[0]} is {faster}:** {name[0].lower()}{name[1:]}, on one {record['versions']['gpu'] or 'CPU'}."
 
 
+def channels_last(record) -> str:
+    """PyTorch's time in channels_last, if it is timed there, for the work of `sentence`."""
+    _, rows = list(_found(record).items())[-1]
+    ours = rows["ModelNew"]
+    for row in record["rows"]:
+        work = all(row[key] == ours[key] for key in ("what", "class", "n"))
+        if work and (row["who"], row["layout"]) == ("eager", "nhwc") and row["ms"]:
+            return f" (in channels_last {row['ms'] / ours['ms']:.1f} times ModelNew's time)"
+    return ""
+
+
 def compiled_how(record) -> str:
     """The modes and memory formats of which the fastest is torch.compile's time."""
     times = [rows["torch.compile"] for rows in _found(record).values() if "torch.compile" in rows]

@@ -71,11 +71,11 @@ def _speed(results, folder) -> str:
             picture = os.path.relpath(path.with_suffix(".svg"), folder)
             return (
                 f"{sentence}\n\n![Times of ModelNew, PyTorch and torch.compile]({picture})\n\n"
-                f"<sub>{where(record)}, `{record['command']}`. Medians of trials in turns, in one process. The L2 "
-                "cache is flushed before each call, and results are checked first. PyTorch: eager, NCHW. "
+                "<sub>Medians of trials. The contenders take turns in one process, the L2 cache is flushed before each "
+                f"call, and results are checked first. PyTorch: eager, NCHW{headline.channels_last(record)}. "
                 f"torch.compile: {headline.compiled_how(record)}."
                 + "".join(headline.without_wgmma(other) for _, other in found[1:] if "--no-wgmma" in other["command"])
-                + "</sub>"
+                + f" {where(record)}, `{record['command']}`.</sub>"
             )
     return _NO_TIMES
 
@@ -119,9 +119,10 @@ def _times(results, folder) -> str:
         shown = (batches[0], min(batches))
         lines = [
             f"{where(record)}, `{record['command']}`. Milliseconds, median of {trials(record)}, all in one process "
-            "and in turns, L2 flushed, results checked first. MB: peak memory over inputs and parameters. PyTorch: "
-            "eager, in NCHW. Fastest peer: of PyTorch and torch.compile, each in NCHW and in channels_last, of those "
-            "that were timed: the record says which were not, and why. 2x: half the peer's time.",
+            "and in turns, L2 flushed, results checked first. MB: peak memory beyond inputs and parameters. PyTorch: "
+            "eager, in NCHW. Fastest peer: of PyTorch and torch.compile, each in NCHW (nchw) and in channels_last "
+            "(nhwc), of those that were timed: the record says which were not, and why. 2x: the peer takes twice as "
+            "long as ModelNew. Classes: tf32 and fp32 are float32 tensors with TF32 on and off, fp16 and bf16 autocast.",
         ]
         if min(batches) <= FEW_IMAGES:
             lines[0] += (
@@ -129,6 +130,7 @@ def _times(results, folder) -> str:
                 "the host's clock times calls one after another; the fastest and the slowest trial stand in brackets. "
                 "Tables of calls with and without CUDA graphs are apart. In a CUDA graph, ModelNew stands beside the "
                 "fastest of all peers, PyTorch in a CUDA graph too."
+                + _untimed(record)
             )
         for n, limit in itertools.product(dict.fromkeys(shown), (GPU, HOST, GRAPH)):
             if rows := _table(record, n, limit):
@@ -147,6 +149,15 @@ def _times(results, folder) -> str:
         picture = os.path.relpath(path.with_suffix(".png"), folder)
         parts.append("\n".join([*lines, "", f"![Times beside PyTorch's]({picture})"]))
     return "\n\n".join(parts) or _NO_TIMES
+
+
+def _untimed(record) -> str:
+    """For which rows of few images torch.compile was timed, if not for all."""
+    rows = [row for row in record["rows"] if row["n"] <= FEW_IMAGES and row["who"] in MODES and row["what"] in _SHOWN]
+    timed = list(dict.fromkeys(f"`{row['what']}` {row['class']}" for row in rows if row["ms"] is not None))
+    if all(row["ms"] is not None for row in rows):
+        return ""
+    return f" torch.compile was timed there only for {', '.join(timed)}." if timed else " torch.compile was not timed there."
 
 
 def _table(record, n, limit) -> list[str]:
@@ -169,7 +180,7 @@ def _table(record, n, limit) -> list[str]:
             else [""] * 4
         )
         lines.append(f"| {' | '.join(cells)} |")
-    head = ["", "class", "ModelNew", "MB", "PyTorch", "", "fastest peer", "", "MB", ""]
+    head = ["", "class", "ModelNew, ms", "MB", "PyTorch, ms", "ratio", "fastest peer, ms", "", "MB", "ratio"]
     rule = f"|{'|'.join(['---', '---', *['--:'] * (len(head) - 2)])}|"
     return [f"| {' | '.join(head)} |", rule, *lines] if lines else []
 
@@ -208,7 +219,7 @@ def _compiled(record) -> list[str]:
     for what, cls, n in dict.fromkeys(key[:3] for key in found if key[0] in COMPILED):
         plain = found.get((what, cls, n, "modelnew"))
         parts = [
-            f"{found[what, cls, n, who] / plain:.2f} times with mode {mode!r}"
+            f"{found[what, cls, n, who] / plain:.2f} times as long with mode {mode!r}"
             for who, mode in MODES.items()
             if plain and (what, cls, n, who) in found
         ]
