@@ -122,15 +122,14 @@ def _times(results, folder) -> str:
             "and in turns, L2 flushed, results checked first. MB: peak memory beyond inputs and parameters. PyTorch: "
             "eager, in NCHW. Fastest peer: of PyTorch and torch.compile, each in NCHW (nchw) and in channels_last "
             "(nhwc), of those that were timed: the record says which were not, and why. 2x: the peer takes twice as "
-            "long as ModelNew. Classes: tf32 and fp32 are float32 tensors with TF32 on and off, fp16 and bf16 autocast.",
+            "long as ModelNew. tf32, fp32: float32 tensors with TF32 on, and off; fp16, bf16: autocast.",
         ]
         if min(batches) <= FEW_IMAGES:
             lines[0] += (
                 f" Up to {FEW_IMAGES} images, a call takes the host longer than the GPU, except in a CUDA graph. There "
                 "the host's clock times calls one after another; the fastest and the slowest trial stand in brackets. "
                 "Tables of calls with and without CUDA graphs are apart. In a CUDA graph, ModelNew stands beside the "
-                "fastest of all peers, PyTorch in a CUDA graph too."
-                + _untimed(record)
+                "fastest of all peers, PyTorch in a CUDA graph too." + _untimed(record)
             )
         for n, limit in itertools.product(dict.fromkeys(shown), (GPU, HOST, GRAPH)):
             if rows := _table(record, n, limit):
@@ -157,7 +156,7 @@ def _untimed(record) -> str:
     timed = list(dict.fromkeys(f"`{row['what']}` {row['class']}" for row in rows if row["ms"] is not None))
     if all(row["ms"] is not None for row in rows):
         return ""
-    return f" torch.compile was timed there only for {', '.join(timed)}." if timed else " torch.compile was not timed there."
+    return f" There torch.compile was timed {'only for ' + ', '.join(timed) if timed else 'for no row'}."
 
 
 def _table(record, n, limit) -> list[str]:
