@@ -123,8 +123,9 @@ def gpu(name: str | None, measured: str) -> torch.device:
     """`usable_device`, if it is a GPU; else click.ClickException. measured: what a GPU is needed for."""
     device = usable_device(name)
     if device.type == "cpu":
-        why = environment.why_no_gpu() or "--device cpu was given"
-        raise click.ClickException(f"{measured} needs a GPU: {why}. `python3 -m modelnew env` says what to install")
+        why = environment.why_no_gpu()
+        advice = f"{why}. `python3 -m modelnew env` says what a GPU needs" if why else "--device cpu was given"
+        raise click.ClickException(f"{measured} needs a GPU: {advice}")
     return device
 
 

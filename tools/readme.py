@@ -96,8 +96,8 @@ def _gains(results, _) -> str:
         compiled = ", or torch.compile if faster" * any("compile_ms" in row for row in record["rows"])
         small = (
             f"<sub>{where(record)}, `{record['command']}`. PyTorch: eager{compiled}, in the same memory format. "
-            "Geometric means over shapes of well-known networks, one for each dtype and memory format: the smallest "
-            f"and the largest. Single shapes: from {least:.2f}x."
+            "Geometric means over shapes of well-known networks; a range is that of all dtypes and memory formats. "
+            f"Single shapes: from {least:.2f}x."
         )
         if untimed := sorted({row["operator"] for row in record["rows"]} - {name.split(",")[0] for name in means}):
             small += f" Not timed: {', '.join(untimed)}."
