@@ -290,10 +290,8 @@ def _readable(message, library, kernel):
     dynamic = dynamic_shared(unit_of_file(kernel), {kernel.name})
     message = variables.named(message, library, dynamic.pop() if len(dynamic) == 1 else None)
     paths = [_path(library, path) for path in _PATH.findall(message)]
-    for name in ((_line,) if len(paths) > 1 else ()) + (
-        _lines,
-        " called at ".join,
-    ):  # the shortest that tells them apart
+    ways = (_lines, " called at ".join)  # the shortest that tells them apart
+    for name in (_line, *ways) if len(paths) > 1 else ways:
         named = [name(path) for path in paths]
         if len(set(named)) == len(named):
             break
