@@ -62,8 +62,11 @@ static bool release_masks() {
 // A lane waits in a warp operation, and nobody can go on: where the first one is that it waits for.
 static void report_missing_lane(int t) {
     const Fiber& f = fibers[t];
-    int missing = t / 32 * 32;
-    while (!(warps[t / 32].masks[t % 32] >> missing % 32 & 1) || fibers[missing].state == AT_WARP) missing++;
+    const unsigned (&masks)[32] = warps[t / 32].masks;
+    int missing = t / 32 * 32;  // one that waits, too, does so with another mask
+    for (int i = 31; i >= 0; i--)
+        if (masks[t % 32] >> i & 1 && (fibers[t / 32 * 32 + i].state != AT_WARP || masks[i] != masks[t % 32]))
+            missing = t / 32 * 32 + i;
     const Fiber& other = fibers[missing];
     if (other.state == DONE)
         return report(

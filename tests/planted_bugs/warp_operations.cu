@@ -232,3 +232,12 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     unsigned mask = threadIdx.x < 16 ? 0xFFFF : 0xFFFF0000;
     y[threadIdx.x] = functions[threadIdx.x / 16](x[threadIdx.x], @mask@0xFFFFFFFF@);
 }
+
+//// three lanes wait for each other in a circle
+// error: thread 0 waits in a warp operation for lanes that do not come: thread 1 waits at planted\.cu:
+// x: 32, y: 32, grid: 1, block: 32
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    int t = threadIdx.x;
+    if (t < 3) __syncwarp(@7@t == 0 ? 3 : t == 1 ? 6 : 5@);
+    y[t] = x[t];
+}
