@@ -97,6 +97,32 @@ def check_memory(jobs):
 
 
 @needs_nvrtc
+def test_mbarriers():
+    """The instructions that the emulator stands in for; a GPU that has no wgmma compiles the header to nothing."""
+    text = """#include "common.cuh"
+    #include "mbarrier.cuh"
+    extern "C" __global__ void copied(const float* x, float* y) {
+        __shared__ __align__(16) float s[4];
+        __shared__ MBarrier full;
+        fewer_registers<24>(), more_registers<32>();
+        mbarrier_init(full, 2);
+        mbarrier_arrive(full), mbarrier_arrive(full, 16);
+        bulk_copy(s, x, 16, full);
+        mbarrier_wait(full, 0), mbarrier_wait(full, 1);
+        y[threadIdx.x] = s[threadIdx.x];
+    }"""
+    with source.override({"mbarriers.cu": text}):
+        for architecture in ("sm_80", "sm_90"):
+            assert "mbarrier" not in nvrtc.compile_ptx(Kernel("mbarriers.cu", "copied"), architecture)
+        if WGMMA_VERSION:
+            ptx = nvrtc.compile_ptx(Kernel("mbarriers.cu", "copied", architecture="sm_90a"), "sm_90")
+            for part in ("init", "arrive.shared", "arrive.expect_tx", "try_wait.parity"):
+                assert f"mbarrier.{part}" in ptx
+            assert "cp.async.bulk" in ptx
+            assert ptx.count("setmaxnreg") == 2
+
+
+@needs_nvrtc
 def test_spills_are_seen():
     text = """extern "C" __global__ void __launch_bounds__(1024) spill(const float* x, float* y, int n) {
         float v[200];

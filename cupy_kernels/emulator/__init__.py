@@ -2,9 +2,9 @@
 
 The emulator looks for bugs; tests/planted_bugs has an example of each: accesses out of bounds or misaligned, races,
 barriers and warp operations that not all threads reach, outputs that are not written, reads of uninitialised memory or
-of a cp.async in flight, wgmma without its waits and fences, and int overflow. runtime.cpp explains how. It checks
-logic, not speed or last-bit rounding. It accepts what NVRTC accepts, see tests/test_dialect.py. Where NVRTC is
-installed, it compiles edited texts and inline operators as well.
+of a copy in flight, wgmma without its waits and fences, mbarriers at which too few or too many arrive, and int
+overflow. runtime.cpp explains how. It checks logic, not speed or last-bit rounding. It accepts what NVRTC accepts, see
+tests/test_dialect.py. Where NVRTC is installed, it compiles edited texts and inline operators as well.
 
 Environment variables:
 - CUPY_KERNELS_CXX: the C++ compiler.

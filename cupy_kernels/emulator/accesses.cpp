@@ -18,9 +18,7 @@ static bool was_released(unsigned epoch) {
 static inline bool ordered(u64 then) {
     unsigned epoch = then >> EPOCH_SHIFT, thread = thread_of(then);
     if (epoch != block_epoch) return epoch >= first_epoch || epoch < grid_epoch || (acquired && was_released(epoch));
-    if (thread == (unsigned)current) return true;
-    if ((thread ^ current) / WARPGROUP) return false;
-    return fibers[current].seen[thread % WARPGROUP] > (then >> CLOCK_SHIFT & MOST_CLOCK);
+    return thread == (unsigned)current || fibers[current].seen[thread] > (then >> CLOCK_SHIFT & MOST_CLOCK);
 }
 
 // How far from the current thread `then` was done, if nothing orders it: in its warp, its block, or another block.
@@ -129,9 +127,15 @@ static void check_racing_reads() {
 
 static void before_the_wait(
     const Array& array, const char* address, const char* did, const char* place, const Word& word) {
+    for (unsigned i = 0; i < mbarrier_count; i++)
+        if (size_t(address - mbarriers[i].address) < 8)
+            return FAIL(
+                "<%x>: thread %d %s %s, where thread %d has initialised an mbarrier at <%x>", place_of(place), current,
+                did, element(array, address).text, thread_of(word.write), (unsigned)word.write_place);
     FAIL(
-        "<%x>: thread %d %s %s before the wait for the cp.async of thread %d at <%x>", place_of(place), current, did,
-        element(array, address).text, thread_of(word.write), (unsigned)word.write_place);
+        "<%x>: thread %d %s %s before the wait for the %s of thread %d at <%x>", place_of(place), current, did,
+        element(array, address).text, word.write & BULK ? "bulk copy" : "cp.async", thread_of(word.write),
+        (unsigned)word.write_place);
 }
 
 static void unwritten(const Array& array, const char* address, const char* place) {
@@ -199,7 +203,8 @@ template <bool WRITE, int SHIFT> static inline void touch_words(
             word.read_place = place_of(place);
         } else {
             if (written && write & mask) {
-                if (write & FLYING && !(how & FLYING)) return before_the_wait(array, at, "writes", place, word);
+                if (write & FLYING && (!(how & FLYING) || (write | how) & BULK))
+                    return before_the_wait(array, at, "writes", place, word);
                 if (!(write & now & ATOMIC) && !ordered(write))
                     race(array, at, "writes", place, write, "writes", word.write_place, 0);
             }

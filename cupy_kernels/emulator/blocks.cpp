@@ -2,12 +2,15 @@
 namespace emulator {
 
 static void next_epoch() {
+    for (int t = 0; t < thread_count; t++) {
+        Fiber& f = fibers[t];
+        if (!f.clock && !mbarrier_count) continue;
+        Known known = known_by(t);
+        memset(f.seen + known.first, 0, known.count * sizeof *f.seen);
+        f.clock = 0;
+    }
     block_epoch++;
-    for (int t = 0; t < thread_count; t++)
-        if (fibers[t].clock) {
-            fibers[t].clock = 0;
-            memset(fibers[t].seen, 0, sizeof fibers[t].seen);
-        }
+    begin_epoch_of_mbarriers();
 }
 
 static void begin_epochs() {
@@ -30,6 +33,7 @@ static void start_block() {
     memset(queues, 0, sizeof queues);
     begin_epochs();
     shared_since = block_epoch;
+    mbarrier_count = bulk_copy_count = 0;
     for (int t = 0; t < thread_count; t++) {
         Fiber& f = fibers[t];
         void** top = (void**)(end_of_stack(t) - t % 32 * STACK_SHIFT) - SAVED_WORDS - 4;
@@ -59,6 +63,14 @@ static bool release_masks() {
     return found;
 }
 
+// Lanes that wait for a wgmma. Whether there were some.
+static bool release_late() {
+    bool found = false;
+    for (int t = 0; mbarrier_count && t < thread_count; t++)
+        if (fibers[t].state == LATE) fibers[t].state = READY, found = true;
+    return found;
+}
+
 // A lane waits in a warp operation, and nobody can go on: where the first one is that it waits for.
 static void report_missing_lane(int t) {
     const Fiber& f = fibers[t];
@@ -82,6 +94,8 @@ static void report_missing_lane(int t) {
 static bool release_barrier() {
     int done = 0, waiting = 0, first = -1;
     votes = 0;
+    for (int t = 0; mbarrier_count && t < thread_count; t++)
+        if (fibers[t].state == AT_MBARRIER) return report_missing_arrivals(t), false;
     for (int t = 0; t < thread_count; t++) {
         Fiber& f = fibers[t];
         done += f.state == DONE;
@@ -94,15 +108,18 @@ static bool release_barrier() {
         waiting++;
         votes += f.vote;
         if (first < 0) first = t;
-        // Warpgroups that use wgmma may do different things, and meet at one barrier by different calls.
-        int other = sums_count && f.place.line == fibers[first].place.line ? t / WARPGROUP * WARPGROUP : first;
+        // Warpgroups of a kernel that uses wgmma or mbarriers may do different things, and meet at one barrier by
+        // different calls.
+        int other = (sums_count || mbarrier_count) && f.place.line == fibers[first].place.line
+                        ? t / WARPGROUP * WARPGROUP
+                        : first;
         if (differ(fibers[other], f, false) || f.at_grid != fibers[other].at_grid)
             return report(
                        "divergent barrier: thread %d waits at <%s>, thread %d at <%s>", other,
                        path_of(fibers[other]).text, t, path_of(f).text),
                    false;
     }
-    if (done == thread_count) return false;
+    if (done == thread_count) return report_bulk_copies(), false;
     if (done)
         return report(
                    "divergent barrier: %d of %d threads wait at <%s>, the others have returned", waiting, thread_count,
@@ -135,7 +152,7 @@ static void run_block() {
                 ran = true;
             }
         } while (ran);
-    } while (!error[0] && (release_masks() || release_barrier()));
+    } while (!error[0] && (release_masks() || release_late() || release_barrier()));
 }
 
 static void run_blocks(unsigned long long seed) {
@@ -151,6 +168,8 @@ static void run_blocks(unsigned long long seed) {
     released = acquired = false;
     release_count = 0;
     sums_count = 0, fault_count = 1;
+    if (mbarrier_count) memset((void*)fibers, 0, sizeof fibers);  // what threads of the last launch have seen
+    mbarrier_count = bulk_copy_count = 0;
     racing_read_count = 0, wrong_index.place = nullptr;
     for (int t = 0; t < thread_count; t++) fibers[t].proxy_fence = 0;
     long long blocks = (long long)gridDim.x * gridDim.y * gridDim.z, waiting = 0;

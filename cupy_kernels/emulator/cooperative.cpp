@@ -18,6 +18,10 @@ void grid_barrier(Place place) {
 template <class F> static void for_parts_of_block(F part) {
     part(&shared_since, sizeof shared_since);
     part(fibers, thread_count * sizeof(Fiber));
+    part(&mbarrier_count, sizeof mbarrier_count);
+    part(mbarriers, mbarrier_count * sizeof *mbarriers);
+    part(&bulk_copy_count, sizeof bulk_copy_count);
+    part(bulk_copies, bulk_copy_count * sizeof *bulk_copies);
     for (int t = 0; t < thread_count; t++) {
         char* used = (char*)fibers[t].stack_pointer;
         part(used, end_of_stack(t) - used);

@@ -26,6 +26,15 @@ void copy_commit() {
     f.group_ends[f.group_count++] = f.copy_count;
 }
 
+// What a copy brings is there, and `stamp` says by whom and when it was written.
+static void arrive(char* to, const char* from, int bytes, u64 stamp) {
+    Array* array = find(to);
+    Word* word = array->words[array->shift] + ((to - array->start) >> array->shift);
+    for (int k = 0; k < bytes >> array->shift; k++) word[k].write = stamp | TOUCHED | EVER;
+    if (from) memcpy(to, from, bytes);
+    else memset(to, 0, bytes);
+}
+
 void copy_wait(int pending_groups) {
     Fiber& f = fibers[current];
     int groups = f.group_count - pending_groups;
@@ -33,12 +42,7 @@ void copy_wait(int pending_groups) {
     int done = f.group_ends[groups - 1];
     for (int i = 0; i < done; i++) {
         Copy& c = f.copies[i];
-        Array* array = find(c.to);
-        Word* word = array->words[array->shift] + ((c.to - array->start) >> array->shift);
-        for (int k = 0; k < c.bytes >> array->shift; k++)
-            word[k].write = self | TOUCHED | EVER;  // others see it after the next barrier
-        if (c.from) memcpy(c.to, c.from, c.bytes);
-        else memset(c.to, 0, c.bytes);
+        arrive(c.to, c.from, c.bytes, self);  // others see it after the next barrier
     }
     for (int i = done; i < f.copy_count; i++) f.copies[i - done] = f.copies[i];
     for (int i = groups; i < f.group_count; i++) f.group_ends[i - groups] = f.group_ends[i] - done;

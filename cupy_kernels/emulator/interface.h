@@ -91,6 +91,10 @@ void fence();
 void copy_async(void* to, const void* from, int bytes, bool copied);
 void copy_commit();
 void copy_wait(int pending_groups);
+void mbarrier_init(void* barrier, int arrivals);
+void mbarrier_arrive(void* barrier, int bytes);
+void mbarrier_wait(void* barrier, int parity);
+void bulk_copy(void* to, const void* from, int bytes, void* barrier);
 const Exchange* received();  // what the lanes deposited before the warp barrier that the thread met last
 
 // An operand of wgmma, where it lies: 8 halves each, neighbours in k of a row, or in rows of a k.

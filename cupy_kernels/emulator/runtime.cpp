@@ -11,8 +11,8 @@
 // found out for one order of threads, whatever order ran.
 //
 // state.h has the words and what else is known; then a file a topic: accesses.cpp and locals.cpp check, sanitizers.cpp
-// is what the compiler calls, threads.cpp waits, copies.cpp and wgmma.cpp work later, blocks.cpp runs, faults.cpp ends,
-// memory.cpp says where things lie.
+// is what the compiler calls, threads.cpp waits, copies.cpp, wgmma.cpp and mbarriers.cpp work later, blocks.cpp runs,
+// faults.cpp ends, memory.cpp says where things lie.
 #define EMULATOR_RUNTIME
 #include <fenv.h>
 #include <pthread.h>
@@ -33,6 +33,7 @@
 #include "threads.cpp"
 #include "copies.cpp"
 #include "wgmma.cpp"
+#include "mbarriers.cpp"
 #include "blocks.cpp"
 #include "faults.cpp"
 #include "memory.cpp"

@@ -16,12 +16,13 @@ enum { SIGNAL_STACK_BYTES = 1 << 16 };
 // The gap is wider than local arrays are, so that no access skips it. Not all stacks end at the same place of a page:
 // they would share lines of the cache.
 enum : size_t { STACK_BYTES = 576 << 10, STACK_GAP = 16 << 20, STACK_SHIFT = 128 };
-enum State { READY, AT_BARRIER, AT_WARP, AT_WARPGROUP, AT_WGMMA, AT_MASK, DONE };
+// LATE: at a wgmma_wait(), until nobody else can go on.
+enum State { READY, AT_BARRIER, AT_WARP, AT_WARPGROUP, AT_WGMMA, AT_MASK, AT_MBARRIER, LATE, DONE };
 
 // What a thread did last to a word, in one number: number of the barrier before it, its clock (see Fiber), thread,
-// whether it was atomic or is a copy in flight, which of the bytes were ever written, which it touched.
-enum : u64 { TOUCHED = 15, EVER = 15 << 4, FLYING = 1 << 8, ATOMIC = 1 << 9, WROTE = 1 << 10 };
-enum { EVER_SHIFT = 4, THREAD_SHIFT = 11, CLOCK_SHIFT = 21, EPOCH_SHIFT = 32, MOST_CLOCK = 2047 };
+// whether it was atomic, a bulk copy, or is a copy in flight, which of the bytes were ever written, which it touched.
+enum : u64 { TOUCHED = 15, EVER = 15 << 4, FLYING = 1 << 8, ATOMIC = 1 << 9, WROTE = 1 << 10, BULK = 1 << 11 };
+enum { EVER_SHIFT = 4, THREAD_SHIFT = 12, CLOCK_SHIFT = 22, EPOCH_SHIFT = 35, MOST_CLOCK = 8191 };
 struct Word {
     // other: what came before the last read or atomic write, of which fewest threads know: a read; with WROTE, a write.
     u64 write, read, other;
@@ -58,17 +59,35 @@ struct Fiber {
     u64 path;     // hash of that and of the calls that led there
     unsigned call_count;
     bool vote, at_grid, fenced, calls_atomics, compares;
-    // Barriers of its warp or warpgroup; and of each thread of the warpgroup, up to which clock its accesses came before
-    // this thread's.
-    unsigned short clock, seen[WARPGROUP];
+    // Barriers of its warp or warpgroup, mbarriers and fences since the block's last barrier; and of each thread, up to
+    // which clock its accesses came before this thread's. See known_by().
+    unsigned short clock, seen[MAX_THREADS];
     Copy copies[MAX_COPIES];  // cp.async issued and not yet waited for
     int copy_count, group_ends[MAX_COPIES], group_count;
     Call calls[MAX_CALLS];  // of functions that it is in and that the compiler has not copied into their callers
     // wgmma.cpp: whether it has called wgmma_fence(), which sums it used since, which ones are in flight; and when it
-    // called fence_async_proxy()
+    // called fence_async_proxy() last, and at which clocks of that epoch
     bool registers_fenced;
     unsigned touched_sums, flying_sums;
-    u64 proxy_fence;
+    u64 proxy_fence, proxy_fences[MOST_CLOCK / 64 + 1];
+    unsigned mbarrier, phase;  // that it waits for
+};
+// What is in the side table about one: its 8 bytes are not used.
+struct MBarrier {
+    const char* address;
+    u64 initialised;  // when and by whom
+    unsigned initialised_place, phase;  // phase: how many have ended
+    // arrivals of a phase, and those that this one misses; bytes announced in it, and those of which no copy is issued
+    int arrivals, missing, bytes, uncopied;
+    // As Fiber::seen, what came before the arrivals so far, and before the end of the last phase.
+    unsigned short arriving[MAX_THREADS], ended[MAX_THREADS];
+};
+struct BulkCopy {
+    char* to;
+    const char* from;
+    int bytes;
+    unsigned place, mbarrier, phase;
+    u64 stamp;  // of its issue
 };
 struct Warp {
     unsigned waiting, masks[32];  // lanes in a warp operation, and the mask of each
@@ -84,6 +103,10 @@ EXPORTED void** arguments;
 static Fiber fibers[MAX_THREADS];
 static Warp warps[MAX_THREADS / 32];
 static int order[MAX_THREADS];
+enum { MAX_MBARRIERS = 64, MAX_BULK_COPIES = 1024 };
+static MBarrier mbarriers[MAX_MBARRIERS];  // of the block
+static BulkCopy bulk_copies[MAX_BULK_COPIES];  // issued, and nobody has waited for them yet
+static unsigned mbarrier_count, bulk_copy_count;
 static void* scheduler_stack_pointer;
 static void (*thread_body)();
 static char error[1024];

@@ -72,19 +72,37 @@ static bool differ(const Fiber& one, const Fiber& other, bool in_thread) {
     return !question.same;
 }
 
-// What the lanes of a mask did before now comes before what each of them does from now on.
-static void synchronise(unsigned mask) {
-    Fiber* lanes = fibers + current / 32 * 32;
-    unsigned short seen[WARPGROUP] = {}, *own = seen + current / 32 * 32 % WARPGROUP;
-    for (int i = 0; i < 32; i++) {
-        if (!(mask >> i & 1)) continue;
-        for (int j = 0; j < WARPGROUP; j++)
-            if (lanes[i].seen[j] > seen[j]) seen[j] = lanes[i].seen[j];
-        if (lanes[i].clock >= own[i]) own[i] = lanes[i].clock + 1;
-        if (lanes[i].clock < MOST_CLOCK) lanes[i].clock++;
-    }
-    for (int i = 0; i < 32; i++)
-        if (mask >> i & 1) memcpy(lanes[i].seen, seen, sizeof seen);
+// The threads whose accesses may come before a thread's though no barrier of the block lies between them.
+struct Known { int first, count; };
+static Known known_by(int thread) {
+    if (mbarrier_count) return {0, thread_count};
+    return {thread / WARPGROUP * WARPGROUP, WARPGROUP};
+}
+
+static void learn(unsigned short* seen, const unsigned short* more, Known known) {
+    for (int i = known.first; i < known.first + known.count; i++) seen[i] = more[i] > seen[i] ? more[i] : seen[i];
+}
+
+// What thread t has done goes to `seen`; what it does from now on comes later.
+static void pass_on(int t, unsigned short* seen) {
+    Fiber& f = fibers[t];
+    if (f.clock >= seen[t]) seen[t] = f.clock + 1;
+    if (f.clock < MOST_CLOCK) f.clock++;
+}
+
+// What these threads, of the lanes in the mask, did before now comes before what each of them does from now on.
+static void synchronise(int first, int end, unsigned mask) {
+    Known known = known_by(first);
+    static unsigned short seen[MAX_THREADS];
+    memset(seen + known.first, 0, known.count * sizeof *seen);
+    bool all = ~mask == 0 && known.count == end - first;  // so that nobody knows more than what these did
+    for (int t = first; t < end && !all; t++)
+        if (mask >> t % 32 & 1) learn(seen, fibers[t].seen, known);
+    for (int t = first; t < end; t++)
+        if (mask >> t % 32 & 1) pass_on(t, seen);
+    for (int t = first; t < end; t++)
+        if (mask >> t % 32 & 1) memcpy(fibers[t].seen + known.first, seen + known.first, known.count * sizeof *seen);
+    set_stamp();
 }
 
 // What the lanes of a mask have deposited goes to a place that no other lane reads from.
@@ -127,7 +145,7 @@ bool warp_barrier(unsigned mask, Place place, bool synchronises) {
         warp.waiting &= ~mask;
         for (int i = 0; i < 32; i++)
             if (mask >> i & 1) fibers[current / 32 * 32 + i].state = READY;
-        if (synchronises) synchronise(mask), set_stamp();
+        if (synchronises) synchronise(current / 32 * 32, current / 32 * 32 + 32, mask);
         else hand_out(warp, mask);
         return true;
     }
@@ -142,16 +160,8 @@ void warpgroup_barrier() {
     fibers[current].state = AT_WARPGROUP;
     for (int t = first; t < end; t++)
         if (fibers[t].state != AT_WARPGROUP) return yield();
-    unsigned short seen[WARPGROUP];
-    for (int t = first; t < end; t++) {
-        seen[t - first] = fibers[t].clock + 1;
-        if (fibers[t].clock < MOST_CLOCK) fibers[t].clock++;
-    }
-    for (int t = first; t < end; t++) {
-        memcpy(fibers[t].seen, seen, sizeof seen);
-        fibers[t].state = READY;
-    }
-    set_stamp();
+    for (int t = first; t < end; t++) fibers[t].state = READY;
+    synchronise(first, end, 0xFFFFFFFFu);
 }
 
 bool is_shared(const void* address) {

@@ -103,17 +103,26 @@ Multiplication* issue(float* sums, int columns, const unsigned* fragment, const 
 }
 
 // Whether a write to shared memory is ordered before what tensor cores read now: the thread that wrote has called
-// fence_async_proxy() since, or this one has after a later barrier.
+// fence_async_proxy() since, before the barrier behind which this one is; or this one has after a later barrier.
 static bool fenced(u64 write) {
-    return write >> CLOCK_SHIFT <= fibers[thread_of(write)].proxy_fence >> CLOCK_SHIFT ||
-           write >> EPOCH_SHIFT < fibers[current].proxy_fence >> EPOCH_SHIFT;
+    const Fiber& writer = fibers[thread_of(write)];
+    if (write & BULK) return true;
+    if (!mbarrier_count || write >> EPOCH_SHIFT != block_epoch)
+        return write >> CLOCK_SHIFT <= writer.proxy_fence >> CLOCK_SHIFT ||
+               write >> EPOCH_SHIFT < fibers[current].proxy_fence >> EPOCH_SHIFT;
+    int end = &writer == &fibers[current] ? MOST_CLOCK + 1 : fibers[current].seen[thread_of(write)];
+    if (writer.proxy_fence >> EPOCH_SHIFT != block_epoch) return false;
+    for (int clock = write >> CLOCK_SHIFT & MOST_CLOCK; clock < end; clock++)
+        if (writer.proxy_fences[clock / 64] >> clock % 64 & 1) return true;
+    return false;
 }
 
 // What is wrong with an operand's word, as it is read now: null, or a text for what `write` did.
 static const char* fault_of(const Word& word) {
     u64 write = word.write;
     if (!(write & TOUCHED) || write >> EPOCH_SHIFT < first_epoch) return "nobody has written";
-    if (write & FLYING) return "a cp.async without a wait for it writes";
+    if (write & FLYING)
+        return write & BULK ? "a bulk copy without a wait for it writes" : "a cp.async without a wait for it writes";
     if (!ordered(write)) return "is written with no barrier before that";
     return fenced(write) ? nullptr : "is written with no fence_async_proxy() after that";
 }
@@ -227,6 +236,8 @@ void wait_for_multiplications(int pending_groups) {
     int groups = queue.group_count - pending_groups, done = groups > 0 ? queue.group_ends[groups - 1] : 0;
     int first = queue.issued - queue.count, end = first + done;
     while (!all_issued(end)) fibers[current].state = AT_WGMMA, yield();
+    // As late as it can be: who fills a stage again that was released too early does so before.
+    if (done && mbarrier_count) fibers[current].state = LATE, yield();
     if (!warp_barrier(0xFFFFFFFFu, Place::here("wgmma_wait()", 0, nullptr), false) || !done) return;
     for (int warp = current / 128 * 4; warp < current / 128 * 4 + 4; warp++)
         for (int number = queues[warp].issued - queues[warp].count; number < end; number++)
@@ -263,7 +274,9 @@ void fence_registers() { fibers[current].registers_fenced = true, fibers[current
 
 void fence_proxy() {
     Fiber& f = fibers[current];
+    if (f.proxy_fence >> EPOCH_SHIFT != block_epoch) memset(f.proxy_fences, 0, sizeof f.proxy_fences);
     f.proxy_fence = self;
+    f.proxy_fences[f.clock / 64] |= 1ull << f.clock % 64;
     if (f.clock < MOST_CLOCK) f.clock++;  // what it writes from now on comes later
     set_stamp();
 }
