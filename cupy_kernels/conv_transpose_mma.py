@@ -32,7 +32,6 @@ SHAPE_MACROS = (
     + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
     + ("UNIT_ROWS", "TILES", "LAST_TILES", "TILE_OC", "TILE_IC", "PARTS")
     + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS")
-    + ("PERSISTENT",)
 )
 
 
@@ -59,7 +58,7 @@ class Plan(NamedTuple):
         """The same plan for weights of another type than x's."""
         macros, pack_macros = dict(self.macros), {**dict(self.pack_macros), "scalar_t": dtype}
         if dtype != macros["scalar_t"]:
-            macros["AS_IT_IS"] = macros["PERSISTENT"] = pack_macros["AS_IT_IS"] = 0
+            macros["AS_IT_IS"] = pack_macros["AS_IT_IS"] = 0
         return self._replace(macros=tuple(macros.items()), pack_macros=tuple(pack_macros.items()))
 
 
@@ -103,7 +102,6 @@ def plan(
         "X_PACKED": 0,
         "CHANNELS_LAST": int(channels_last),
         "AS_IT_IS": int(as_it_is),
-        "PERSISTENT": int(as_it_is and conv_wgmma.persistent(found, size, out, kernel, pad)),
         **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
         **packing_macros(split),
         **found.planes,
@@ -226,9 +224,8 @@ def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
     """
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
-    units, tiles = images * p.units, p.rows // p.tile_m
-    blocks = max(1, p.multiprocessors // tiles) if dict(p.macros)["PERSISTENT"] else units
-    defines = dict(kernel.defines)
+    units, tiles, defines = images * p.units, p.rows // p.tile_m, dict(kernel.defines)
+    blocks = max(1, p.multiprocessors // tiles) if defines["WGMMA"] else units
     launch(kernel, (min(units, blocks), tiles, 1), (p.threads, 1, 1), (*args, units), defines["SHARED_BYTES"])
 
 

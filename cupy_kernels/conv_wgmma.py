@@ -88,34 +88,12 @@ def layout(
         "GAP": gap,
         "ALONG": along,
         "TILE_M": 64 * warpgroups_m,
-        "THREADS": 128 * warpgroups_m * warpgroups_n,
+        "THREADS": 128 * (warpgroups_m * warpgroups_n + 1),  # a warpgroup copies
         "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
         "SHARED_BYTES": shared_bytes,
     }
     units, stride = ceil_div(windows_h, rows), ceil_div(rows * window_pitch, 16) * 16
     return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
-
-
-def persistent(found: Layout, size, out, kernel, pad) -> bool:
-    """Whether blocks can copy rows of the next image, of fp16 operands, while they compute this one.
-
-    They can if a block has a whole image, and if its last iterations read none of the first iterations' rows.
-    """
-    macros, planes = found.macros, found.planes
-    long_enough = 2 * kernel[0] * kernel[1] >= macros["STAGES"]
-    if not planes["WGMMA"] or planes["UNITS"] > 1 or macros["PACKED_WIDTH"] > 64 or not long_enough:
-        return False
-    pitch, pass_windows = planes["WINDOW_PITCH"], 4 * macros["TILES"] * macros["WARPS_N"]
-    larger = 4 * max(0, macros["LAST_TILES"] - macros["TILES"]) * macros["WARPS_N"]
-    windows = planes["UNIT_WINDOWS"] - pitch + ceil_div(out[1], 2)
-    passes = max(1, ceil_div(windows - larger, pass_windows))
-
-    def found_in_time(first):
-        """Whether the next image's `first` passes find their rows copied before the last `2 - first` of this one."""
-        start = (passes - 3 + first) * pass_windows // pitch * 2 + pad[0] - (kernel[0] - 1)
-        return start >= min(size[0], (first * pass_windows - 1) // pitch * 2 + pad[0] + 2)
-
-    return passes > 2 and found_in_time(1) and found_in_time(2)
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:

@@ -122,11 +122,11 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
 
     stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * LINE_BYTES
     stages = min(_MOST_STAGES_WGMMA, (limit - _RESERVED) // stage_bytes)
-    if stages < 2 + ceil_div(taps + 1, columns):
+    if stages < 5 + ceil_div(taps - 1, columns):
         return None
     tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
-    macros = {"WGMMA": 1, "THREADS": 256, "TILE_OC": 16 * tiles_n, "TILE_IC": _TILE_IC, "COLUMNS": columns}
-    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
+    macros = {"WGMMA": 1, "THREADS": 384, "TILE_OC": 16 * tiles_n, "TILE_IC": _TILE_IC, "COLUMNS": columns}
+    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * (stage_bytes + 16) + 16}, tiles, 1)
 
 
 def conv_wgrad_mma(p: Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponents, borders, partial, dw) -> None:

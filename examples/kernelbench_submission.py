@@ -553,34 +553,12 @@ def layout(
         "GAP": gap,
         "ALONG": along,
         "TILE_M": 64 * warpgroups_m,
-        "THREADS": 128 * warpgroups_m * warpgroups_n,
+        "THREADS": 128 * (warpgroups_m * warpgroups_n + 1),  # a warpgroup copies
         "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
         "SHARED_BYTES": shared_bytes,
     }
     units, stride = ceil_div(windows_h, rows), ceil_div(rows * window_pitch, 16) * 16
     return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
-
-
-def persistent(found: Layout, size, out, kernel, pad) -> bool:
-    """Whether blocks can copy rows of the next image, of fp16 operands, while they compute this one.
-
-    They can if a block has a whole image, and if its last iterations read none of the first iterations' rows.
-    """
-    macros, planes = found.macros, found.planes
-    long_enough = 2 * kernel[0] * kernel[1] >= macros["STAGES"]
-    if not planes["WGMMA"] or planes["UNITS"] > 1 or macros["PACKED_WIDTH"] > 64 or not long_enough:
-        return False
-    pitch, pass_windows = planes["WINDOW_PITCH"], 4 * macros["TILES"] * macros["WARPS_N"]
-    larger = 4 * max(0, macros["LAST_TILES"] - macros["TILES"]) * macros["WARPS_N"]
-    windows = planes["UNIT_WINDOWS"] - pitch + ceil_div(out[1], 2)
-    passes = max(1, ceil_div(windows - larger, pass_windows))
-
-    def found_in_time(first):
-        """Whether the next image's `first` passes find their rows copied before the last `2 - first` of this one."""
-        start = (passes - 3 + first) * pass_windows // pitch * 2 + pad[0] - (kernel[0] - 1)
-        return start >= min(size[0], (first * pass_windows - 1) // pitch * 2 + pad[0] + 2)
-
-    return passes > 2 and found_in_time(1) and found_in_time(2)
 
 
 def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
@@ -780,7 +758,7 @@ class Plan(NamedTuple):
         """The same plan for weights of another type than x's."""
         macros, pack_macros = dict(self.macros), {**dict(self.pack_macros), "scalar_t": dtype}
         if dtype != macros["scalar_t"]:
-            macros["AS_IT_IS"] = macros["PERSISTENT"] = pack_macros["AS_IT_IS"] = 0
+            macros["AS_IT_IS"] = pack_macros["AS_IT_IS"] = 0
         return self._replace(macros=tuple(macros.items()), pack_macros=tuple(pack_macros.items()))
 
 
@@ -824,7 +802,6 @@ def conv_transpose_mma_plan(
         "X_PACKED": 0,
         "CHANNELS_LAST": int(channels_last),
         "AS_IT_IS": int(as_it_is),
-        "PERSISTENT": int(as_it_is and persistent(found, size, out, kernel, pad)),
         **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
         **packing_macros(split),
         **found.planes,
@@ -947,9 +924,8 @@ def launch_units(p: Plan, kernel: Kernel, x, images: int, args) -> None:
     """
     if address(x) % 16:
         raise ValueError(f"x must start at a multiple of 16 bytes, received address {address(x):#x}; copy it")
-    units, tiles = images * p.units, p.rows // p.tile_m
-    blocks = max(1, p.multiprocessors // tiles) if dict(p.macros)["PERSISTENT"] else units
-    defines = dict(kernel.defines)
+    units, tiles, defines = images * p.units, p.rows // p.tile_m, dict(kernel.defines)
+    blocks = max(1, p.multiprocessors // tiles) if defines["WGMMA"] else units
     launch(kernel, (min(units, blocks), tiles, 1), (p.threads, 1, 1), (*args, units), defines["SHARED_BYTES"])
 
 
@@ -1338,11 +1314,11 @@ def _wgmma_layout(width, split, channels, taps, limit) -> _Layout | None:
 
     stage_bytes = columns * split * (1 + ceil_div(16 * tiles_n, 64)) * _BAND_ROWS * LINE_BYTES
     stages = min(_MOST_STAGES_WGMMA, (limit - conv_wgrad_mma_RESERVED) // stage_bytes)
-    if stages < 2 + ceil_div(taps + 1, columns):
+    if stages < 5 + ceil_div(taps - 1, columns):
         return None
     tiles = ceil_div(channels[1], 16 * tiles_n) * ceil_div(channels[0], _TILE_IC)
-    macros = {"WGMMA": 1, "THREADS": 256, "TILE_OC": 16 * tiles_n, "TILE_IC": _TILE_IC, "COLUMNS": columns}
-    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * stage_bytes + 16}, tiles, 1)
+    macros = {"WGMMA": 1, "THREADS": 384, "TILE_OC": 16 * tiles_n, "TILE_IC": _TILE_IC, "COLUMNS": columns}
+    return _Layout({**macros, "STAGES": stages, "SHARED_BYTES": stages * (stage_bytes + 16) + 16}, tiles, 1)
 
 
 def conv_wgrad_mma(p: conv_wgrad_mma_Plan, x_packed, x_exponents, x_sums, dy_packed, dy_exponents, borders, partial, dw) -> None:
@@ -2237,7 +2213,7 @@ struct PoolEpilogue {
     }
 
     template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
-        int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / WARPS_N);
+        int lane = threadIdx.x % 32, part = threadIdx.x / (CONSUMERS / WARPS_N);
         i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE_STRIDE;
         Valid valid = {};
         #pragma unroll
@@ -2333,8 +2309,8 @@ struct PoolEpilogue {
         enum { SCALED = SAVE || sizeof(pooled_t) == 2 };
         if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[unit] = exponent + SAVED_SHIFT - SHIFT;
         if (!STATISTICS) return;
-        if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
-        __syncthreads();
+        if (threadIdx.x % (CONSUMERS / WARPS_N) == 0) counts[threadIdx.x / (CONSUMERS / WARPS_N)] = seen;
+        sync_consumers();
         int m = blockIdx.y * TILE_M + threadIdx.x;
         if (threadIdx.x >= TILE_M || m >= OUT_CHANNELS) return;
         float2 all = moments[threadIdx.x];
@@ -2357,7 +2333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const float* __restrict__ gamma, INOUT pooled_t* __restrict__ pooled, float* __restrict__ partials,
     INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents, i64 units) {
-    __shared__ unsigned scratch[32];
+    __shared__ Scratch scratch;
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
     for (int i = threadIdx.x; i < TILE_M; i += THREADS) {
@@ -2438,7 +2414,7 @@ template <> struct Band<true> {
     const int* exponents;
     int exponent_count, exponent;
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64, u8* shared)
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
         : source(x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2)), unit(unit),
           shared(shared), exponents(exponents), exponent_count(exponent_count) {
         for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(shared, chunk));
@@ -2457,7 +2433,6 @@ template <> struct Band<true> {
         cp_async_commit();
     }
     __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
-    __device__ bool fits(unsigned*) const { return true; }
 };
 
 template <> struct Band<false> {
@@ -2467,7 +2442,7 @@ template <> struct Band<false> {
     int exponent = GUESS;
     unsigned largest = 0;
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64, u8* shared)
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
         : source(
               x + (CHANNELS_LAST ? (unit.image * IN_H + unit.first_row) * IN_W * IN_CHANNELS
                                  : (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W)),
@@ -2483,8 +2458,6 @@ template <> struct Band<false> {
             if (again) exponent = right;
         }
     }
-    __device__ bool fits(unsigned*) const { return true; }
-
     __device__ int measured(unsigned* scratch) const {
         enum { WIDTH = !CHANNELS_LAST && IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t) };
         typedef Packed<scalar_t, WIDTH> Pack;
@@ -2925,7 +2898,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
     const input_t* __restrict__ x, const int* __restrict__ x_exponents, const half_t* __restrict__ packed,
     const int* __restrict__ exponents, const scalar_t* __restrict__ bias, scalar_t* __restrict__ y,
     int x_exponent_count, i64 units) {
-    __shared__ unsigned scratch[32];
+    __shared__ Scratch scratch;
     DYNAMIC_SHARED(u8, shared);
     StoreEpilogue epilogue = {bias, y, exponents};
     convolve(x, x_exponents, x_exponent_count, packed, units, shared, scratch, epilogue);
@@ -2933,6 +2906,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
 """,
     "conv_wgmma.cuh": r"""#pragma once
 #include "wgmma.cuh"
+#include "mbarrier.cuh"
 
 #define STEPS_K ((IN_CHANNELS + 31) / 32)
 #define GROUPS_K (STEPS_K * 4)
@@ -2941,6 +2915,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
 #define STEP_BYTES (HALF_STEP * SPLIT)
 #define PITCH (2 * WINDOW_PITCH)
 enum { OWN_PACE = SPLIT == 2 && WARPS_N == 1 };
+enum { PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216 };
 
 enum { LOW = PAD_H - (KERNEL_H - 1), HIGH = 2 * UNIT_ROWS - 1 + PAD_H };
 __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; }
@@ -2950,7 +2925,7 @@ enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_PIXELS = GAP + BAND_ROWS * PITC
 enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
 static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
-static_assert(!OWN_PACE || THREADS == 2 * TILE_M, "a warpgroup copies two rows of 8 channels at a time");
+static_assert(!OWN_PACE || CONSUMERS == 2 * TILE_M, "a warpgroup copies two rows of 8 channels at a time");
 static_assert(PITCH >= IN_W + GAP && PITCH >= OUT_W, "a pitch has room for rows of x and of y");
 static_assert(
     ALONG >= BAND_PIXELS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same pixel in different banks");
@@ -2966,24 +2941,36 @@ __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int co
 
 __device__ inline int origin_of(const Unit& unit) { return unit.number * (2 * UNIT_ROWS); }
 __device__ constexpr int band_offset(int row, int column) { return (GAP + band_row(row) * PITCH + column) * 16; }
+__device__ constexpr int rows_start(int turn) { return first_row_of(turn * PASS_WINDOWS); }
+__device__ constexpr int rows_end(int count, int passes) {
+    int end = count ? end_row_of(count * PASS_WINDOWS - 1) : LOW;
+    return count < passes && end < HIGH + 1 ? end : HIGH + 1;
+}
+
+__device__ inline void sync_consumers() { sync_warpgroups<CONSUMERS / 128>(0); }
+
+enum { MOST_PASSES = passes_of(UNIT_WINDOWS - (WINDOW_PITCH - WINDOWS_W)) };
+enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };
+struct Barriers {
+    MBarrier ready[MOST_PASSES][CHUNKS_64], done[MOST_PASSES];
+
+    __device__ void init() {
+        for (int turn = 0; turn < MOST_PASSES; turn++) {
+            for (MBarrier& barrier : ready[turn]) mbarrier_init(barrier, PRODUCERS / 32);
+            mbarrier_init(done[turn], CONSUMERS / 32);
+        }
+    }
+};
 
 #include "conv_wgmma_band.cuh"
-
-enum {
-    PASS_OCTETS = ((PASS_WINDOWS + WINDOW_PITCH - 1) / WINDOW_PITCH * 2 * IN_W * GROUPS_K + THREADS - 1) / THREADS,
-    LOAD_STEPS = TAPS * STEPS_K < 4 * PASS_OCTETS ? 2 : 4
-};
 
 #define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
 
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
-    int steps = 0;
-
     template <int COUNT> __device__ __forceinline__ void add(
-        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Rows& band) {
+        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2]) {
         wgmma_fence();
         #pragma unroll
         for (int k = 0; k < 2; k++)
@@ -2991,10 +2978,6 @@ template <> struct Multiply<1> {
             for (int lower = 0; lower < 2; lower++)
                 wgmma<COUNT>(sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), rows[lower].moved(k * 2 * ALONG));
         wgmma_commit();
-        if (++steps == LOAD_STEPS) {
-            if (band.pending()) band.advance();
-            steps = 0;
-        }
         wgmma_wait<1>();
     }
 };
@@ -3003,8 +2986,7 @@ template <> struct Multiply<2> {
     float partial[MOST_TILES][4];
 
     template <int COUNT> __device__ __forceinline__ void add(
-        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Rows&) {
+        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2]) {
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             wgmma_fence();
@@ -3058,8 +3040,8 @@ struct MainLoop {
     __device__ __forceinline__ void meet(bool all) {
         cp_async_wait<STAGES - 3>();
         fence_async_proxy();
-        if (all) __syncthreads();
-        else sync_warpgroup(warp_m);
+        if (all) sync_consumers();
+        else sync_warpgroups(warp_m);
     }
     __device__ __forceinline__ int next_step() {
         meet(!OWN_PACE);
@@ -3078,17 +3060,16 @@ struct MainLoop {
     template <int COUNT, int FEW>
     __device__ __forceinline__ void pass_of(Sums& sums, int turn, int first_window) {
         Multiply<SPLIT> multiply;
-        band.follow(turn + 1);
         for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
-            if (OWN_PACE && turn < 1 + X_PACKED) meet(true);
-            if constexpr (FEW > 0) taps<FEW>(multiply, sums, turn, first_window, chunk, 0, OUTSIDE_KH);
-            taps<COUNT>(multiply, sums, turn, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
+            band.wait(turn, chunk);
+            if constexpr (FEW > 0) taps<FEW>(multiply, sums, first_window, chunk, 0, OUTSIDE_KH);
+            taps<COUNT>(multiply, sums, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
         }
-        while (band.pending()) band.advance();
+        band.release(turn);
     }
 
     template <int COUNT> __device__ __forceinline__ void taps(
-        Multiply<SPLIT>& multiply, Sums& sums, int turn, int first_window, int chunk, int first_kh, int end_kh) {
+        Multiply<SPLIT>& multiply, Sums& sums, int first_window, int chunk, int first_kh, int end_kh) {
         for (int kh = first_kh; kh < end_kh; kh++) {
             WgmmaOperand rows[2] = {pixels, pixels};
             #pragma unroll
@@ -3100,150 +3081,159 @@ struct MainLoop {
                 for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
                     int at[STEPS_AT_ONCE];
                     #pragma unroll
-                    for (int i = 0; i < STEPS_AT_ONCE; i++) {
-                        at[i] = next_step();
-                        if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(turn, chunk);
-                    }
+                    for (int i = 0; i < STEPS_AT_ONCE; i++) at[i] = next_step();
                     int shift = step * 4 * ALONG - kw * 16;
                     WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};
-                    multiply.template add<COUNT>(sums, a_stages, at, shifted, band);
+                    multiply.template add<COUNT>(sums, a_stages, at, shifted);
                 }
         }
         wgmma_wait<0>();
     }
 };
+
+template <bool PRODUCES, class Loop, class Epilogue> __device__ __forceinline__ void run(
+    Unit& unit, Rows& band, Loop& loop, unsigned* scratch, Epilogue& epilogue) {
+    for (;;) {
+        for (bool again = true; again;) {
+            band.begin<PRODUCES>(scratch);
+            if constexpr (PRODUCES) band.produce(threadIdx.x - CONSUMERS);
+            else {
+                multiply_passes(unit, loop, band.exponent, epilogue);
+                for (int turn = unit.passes; turn < MOST_PASSES; turn++) band.release(turn);
+            }
+            again = !band.fits(scratch);
+            if (again && !PRODUCES) epilogue.restart();
+        }
+        if (!PRODUCES) epilogue.finish(band.exponent, unit.of_all());
+        if (band.last()) return;
+        unit = band.following();
+        band.next();
+        if (!PRODUCES) sync_consumers(), epilogue.restart();
+    }
+}
 """,
     "conv_wgmma_band.cuh": r"""#pragma once
 
-__device__ inline void clear_border(u8* shared, const Unit& unit) {
+__device__ inline void clear_border(u8* shared) {
     for (int i = threadIdx.x; i < BAND_PIXELS; i += THREADS) {
-        int row = (i - GAP + PITCH) / PITCH - 1, column = (i - GAP + PITCH) % PITCH, parity = row >= rows_of(0);
-        int ih = 2 * (row - parity * rows_of(0) + first_of(parity)) + origin_of(unit) + parity;
-        if (row >= 0 && column < IN_W && ih >= 0 && ih < IN_H) continue;
+        if (i >= GAP && (i - GAP) % PITCH < IN_W) continue;
         #pragma unroll
         for (int group = 0; group < GROUPS_K * SPLIT; group++)
             *(uint4*)(shared + group * ALONG + i * 16) = make_uint4(0, 0, 0, 0);
     }
 }
 
-enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };
+struct BandBase {
+    const Unit& unit;
+    u8* shared;
+    Barriers& barriers;
+    i64 end;
+    int exponent = GUESS, round = 0, passes_before = 0;
+
+    __device__ bool last() const { return unit.of_all() + 1 == end; }
+    __device__ Unit following() const { return Unit(unit.of_all() + 1); }
+    __device__ static constexpr int last_reader(int end_row, int passes) {
+        int turn = 0;
+        while (turn < passes - 1 && rows_start(turn + 1) < end_row) turn++;
+        return turn;
+    }
+    __device__ void wait_empty(int turn) const {
+        int reader = last_reader(rows_end(turn + 1, unit.passes), passes_before);
+        if (round) mbarrier_wait(barriers.done[reader], (round - 1) & 1);
+    }
+    __device__ void end_round() {
+        round++;
+        passes_before = unit.passes;
+    }
+    __device__ void wait(int turn, int chunk) const { mbarrier_wait(barriers.ready[turn][chunk], round & 1); }
+    __device__ void release(int turn) const { warp_arrive(barriers.done[turn]); }
+};
 
 template <bool> struct Band;
 
-template <> struct Band<true> {
+template <> struct Band<true> : BandBase {
     enum {
-        AHEAD = 2 * TAPS >= STAGES,
         PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,
         CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL,
-        IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL)
+        IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL),
+        LEISURELY = MOST_PASSES > 3
     };
     const half_t* x;
-    const Unit& unit;
-    u8* shared;
     const int* exponents;
-    int exponent_count, exponent = 0;
-    i64 images;
-    int copied_end = 0;
-    const half_t* from;
-    int first_row, pixels = 0, octet = 0;
+    int exponent_count;
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 units, u8* shared)
-        : x(x), unit(unit), shared(shared), exponents(exponents), exponent_count(exponent_count),
-          images(units / UNITS) {
-        clear_border(shared, unit);
-        copied_end = AHEAD && unit.passes > 1 ? rows_end(PERSISTENT ? 2 : 1) : unit.end_row;
-        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++)
-            copy(chunk, unit.first_row, copied_end);
+    __device__ Band(
+        const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 end, u8* shared,
+        Barriers& barriers)
+        : BandBase{unit, shared, barriers, end}, x(x), exponents(exponents), exponent_count(exponent_count) {}
+    __device__ __forceinline__ void copy(int turn, int of_64, int thread, int threads) const {
+        enum { GROUPS = CHUNK_CHANNELS / 8 };
+        int first_row = rows_end(turn, unit.passes), pixels = (rows_end(turn + 1, unit.passes) - first_row) * IN_W;
+        for (int chunk = of_64 * SPLIT; chunk < min(CHUNKS, (of_64 + 1) * SPLIT); chunk++) {
+            const half_t* from = x + unit.image * IMAGE + chunk * CHUNK;
+            for (int i = thread; i < (pixels + 7) / 8 * 64; i += threads) {
+                int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8, row = first_row + pixel / IN_W, column = pixel % IN_W;
+                int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
+                int ih = origin_of(unit) + row;
+                bool exists = ih >= 0 && ih < IN_H && (!AS_IT_IS || group * 8 < IN_CHANNELS);
+                if (pixel < pixels && group < GROUPS_K)
+                    cp_async_16(
+                        shared + band_offset(row, column) + (group + residual) * ALONG,
+                        from + (exists ? (ih * IN_W + column) * PIXEL + part * 8 : 0), exists);
+                if (LEISURELY && threads == PRODUCERS) cp_async_commit(), cp_async_wait<2>();
+            }
+        }
         cp_async_commit();
     }
-    __device__ int rows_end(int passes) const {
-        return max(unit.first_row, min(unit.end_row, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
+    __device__ void produce(int thread) const {
+        for (int turn = 0; turn < MOST_PASSES; turn++) {
+            wait_empty(turn);
+            for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
+                if (round + turn + chunk) copy(turn, chunk, thread, PRODUCERS);
+                cp_async_wait<0>();
+                fence_async_proxy();
+                warp_arrive(barriers.ready[turn][chunk]);
+            }
+        }
     }
-    __device__ int rows_start(int turn) const { return max(0, first_row_of(unit.first_window + turn * PASS_WINDOWS)); }
-    __device__ const half_t* source(i64 image, int row) const { return x + image * IMAGE + row * IN_W * PIXEL; }
-    __device__ void copy(int chunk, int first_row, int end_row) const {
-        int pixels = (end_row - first_row) * IN_W;
-        for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS)
-            copy_octet(source(unit.image, first_row) + chunk * CHUNK, chunk, first_row, pixels, i);
+    template <bool> __device__ __forceinline__ void begin(unsigned* scratch) {
+        if (round) return;
+        copy(0, 0, threadIdx.x, THREADS);
+        exponent = AS_IT_IS ? 0 : smallest_exponent(exponents, exponent_count, scratch);
+        cp_async_wait<0>();
+        fence_async_proxy();
+        __syncthreads();
     }
-    __device__ void copy_octet(const half_t* from, int chunk, int first_row, int pixels, int i) const {
-        enum { GROUPS = CHUNK_CHANNELS / 8 };
-        int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
-        int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
-        bool exists = !AS_IT_IS || group * 8 < IN_CHANNELS;
-        u8* to = shared + band_offset(first_row - origin_of(unit) + pixel / IN_W, pixel % IN_W);
-        if (pixel < pixels && group < GROUPS_K)
-            cp_async_16(to + (group + residual) * ALONG, from + (exists ? pixel * PIXEL + part * 8 : 0), exists);
+    __device__ bool fits(unsigned*) {
+        end_round();
+        return true;
     }
-    __device__ void next_chunk(int turn, int at) const {
-        if (!AHEAD || turn || PERSISTENT) return;
-        for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
-            copy(chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
-    }
-    __device__ void follow(int next_pass) {
-        if (!PERSISTENT) return;
-        int turn = next_pass - 1;
-        i64 image = turn ? unit.image + gridDim.x : unit.image;
-        int end_row = turn ? rows_start(turn) : unit.end_row;
-        first_row = turn ? rows_start(turn - 1) : copied_end;
-        if (!turn) copied_end = rows_start(unit.passes - 1);
-        from = source(image, first_row);
-        pixels = image < images ? (end_row - first_row) * IN_W : 0;
-        octet = threadIdx.x;
-    }
-    __device__ bool pending() const { return PERSISTENT && octet < (pixels + 7) / 8 * 64; }
-    __device__ void advance() {
-        copy_octet(from, 0, first_row, pixels, octet);
-        octet += THREADS;
-    }
-    __device__ void begin(unsigned* scratch) {
-        if (!AS_IT_IS) exponent = smallest_exponent(exponents, exponent_count, scratch);
-    }
-    __device__ bool fits(unsigned*) { return true; }
+    __device__ void next() {}
 };
-__device__ constexpr bool found_in_time(int passes) {
-    int end = end_row_of(passes * PASS_WINDOWS - 1);
-    return first_row_of((PASSES - 3 + passes) * PASS_WINDOWS) >= (IN_H < end ? IN_H : end);
-}
-static_assert(
-    !PERSISTENT || (AS_IT_IS && UNITS == 1 && CHUNKS_64 == 1 && Band<true>::AHEAD && PASSES > 2 && found_in_time(1) &&
-                       found_in_time(2)),
-    "rows of the next image come in time");
 
-template <> struct Band<false> {
+template <> struct Band<false> : BandBase {
     enum {
         ROOM = 3,
-        WINDOWS_OF_UNIT = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W,
-        LATER = SPLIT == 1 && WINDOWS_OF_UNIT > PASS_WINDOWS,
-        EARLY_WINDOWS = LATER ? PASS_WINDOWS : WINDOWS_OF_UNIT,
-        NEEDED_ROWS = 2 * ((EARLY_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H,
-        FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H,
-        FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS,
-        ROUNDS = (FIRST_OCTETS + 9) / 10,
-        BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS
+        NEEDED_ROWS = 2 * ((PASS_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H,
+        FIRST_OCTETS = (NEEDED_ROWS * IN_W * GROUPS_K + CONSUMERS - 1) / CONSUMERS,
+        FIRST_ROUNDS = (FIRST_OCTETS + 9) / 10,
+        FIRST_BATCH = (FIRST_OCTETS + FIRST_ROUNDS - 1) / FIRST_ROUNDS,
+        BATCH = SPLIT == 1 ? 4 : 2,
+        EARLY = last_reader(rows_end(1, MOST_PASSES), MOST_PASSES) < MOST_PASSES - 1
     };
-    const scalar_t* source;
-    const Unit& unit;
-    u8* shared;
-    int exponent = GUESS, attempts = 0;
-    unsigned largest;
-    int first_pixel, pixels, group, pixel;
-    float v[8];
+    const scalar_t* x;
+    bool fresh = true, come = false;
+    unsigned largest, largest_next = 0;
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64, u8* shared)
-        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), shared(shared) {
-        clear_border(shared, unit);
-    }
-    __device__ int rows_end(int passes) const {
-        if (!LATER || passes >= unit.passes) return max(0, unit.end_row);
-        return max(0, min(IN_H, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
-    }
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64 end, u8* shared, Barriers& barriers)
+        : BandBase{unit, shared, barriers, end}, x(x) {}
     struct Octet {
         int group, pixel;
         __device__ Octet(int i, int count)
             : group(CHANNELS_LAST ? i % GROUPS_K : i / count), pixel(CHANNELS_LAST ? i / GROUPS_K : i % count) {}
     };
-    __device__ void load(int group, int pixel, bool real, float (&v)[8]) const {
+    __device__ static __forceinline__ void load(
+        const scalar_t* source, int group, int pixel, bool real, float (&v)[8]) {
         if constexpr (CHANNELS_LAST) {
             typedef Packed<scalar_t, 8> Channels;
             Channels in = {};
@@ -3256,75 +3246,76 @@ template <> struct Band<false> {
         for (int j = 0; j < 8; j++)
             v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
     }
-    __device__ void store(int group, int pixel, float (&v)[8]) {
-        #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            largest = max(largest, finite_magnitude(v[j]));
-            v[j] = multiply_unflushed(v[j], power_of_two(exponent));
-        }
-        u8* to = shared + group * ALONG + band_offset(pixel / IN_W - origin_of(unit), pixel % IN_W);
-        #pragma unroll
-        for (int part = 0; part < SPLIT; part++) *(uint4*)(to + part * GROUPS_K * ALONG) = take_halves(v, part);
-    }
-    __device__ void load_first_rows() {
-        largest = 0;
-        int start = unit.first_row * IN_W, count = max(0, rows_end(1) * IN_W - start);
-        for (int at = threadIdx.x; at < count * GROUPS_K; at += THREADS * BATCH) {
-            float v[BATCH][8];
+    template <int AT_ONCE> __device__ __forceinline__ unsigned convert(
+        const Unit& of, int turn, int thread, int threads, int exponent) const {
+        unsigned largest = 0;
+        int start = rows_end(turn, of.passes), count = (rows_end(turn + 1, of.passes) - start) * IN_W;
+        int before = (origin_of(of) + start) * IN_W;
+        const scalar_t* source = x + of.image * (IN_CHANNELS * IN_H * IN_W);
+        for (int at = thread; at < count * GROUPS_K; at += threads * AT_ONCE) {
+            float v[AT_ONCE][8];
             #pragma unroll
-            for (int b = 0; b < BATCH; b++) {
-                int i = at + b * THREADS;
+            for (int b = 0; b < AT_ONCE; b++) {
+                int i = at + b * threads;
                 Octet octet(i, count);
-                load(octet.group, start + octet.pixel, i < count * GROUPS_K, v[b]);
+                int pixel = before + octet.pixel;
+                load(source, octet.group, pixel, i < count * GROUPS_K && pixel >= 0 && pixel < IN_H * IN_W, v[b]);
             }
             #pragma unroll
-            for (int b = 0; b < BATCH; b++) {
-                int i = at + b * THREADS;
+            for (int b = 0; b < AT_ONCE; b++) {
+                int i = at + b * threads;
                 Octet octet(i, count);
-                if (i < count * GROUPS_K) store(octet.group, start + octet.pixel, v[b]);
+                if (i >= count * GROUPS_K) continue;
+                #pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    largest = max(largest, finite_magnitude(v[b][j]));
+                    v[b][j] = multiply_unflushed(v[b][j], power_of_two(exponent));
+                }
+                u8* to = shared + octet.group * ALONG + band_offset(start + octet.pixel / IN_W, octet.pixel % IN_W);
+                #pragma unroll
+                for (int part = 0; part < SPLIT; part++)
+                    *(uint4*)(to + part * GROUPS_K * ALONG) = take_halves(v[b], part);
             }
         }
+        fence_async_proxy();
+        return largest;
     }
-    __device__ void next_chunk(int, int) const {}
-    __device__ void begin(unsigned* scratch) {
-        bool later = LATER && unit.passes > 1;
-        load_first_rows();
-        int right = scale_exponent(block_max(largest, scratch));
-        if (attempts++ || (right >= GUESS + later && right <= GUESS + SLACK)) return;
-        exponent = right - later * ROOM;
-        load_first_rows();
-    }
-    __device__ void follow(int turn) {
-        first_pixel = rows_end(turn) * IN_W;
-        pixels = rows_end(turn + 1) * IN_W - first_pixel;
-        group = pixels > 0 ? 0 : GROUPS_K;
-        pixel = threadIdx.x;
-        load_next();
-    }
-    __device__ bool pending() const { return LATER && (CHANNELS_LAST ? pixel < pixels * GROUPS_K : group < GROUPS_K); }
-    __device__ void load_next() {
-        if constexpr (CHANNELS_LAST) {
-            Octet octet(pixel, pixels);
-            if (pending()) load(octet.group, first_pixel + octet.pixel, true, v);
-            return;
+    template <bool PRODUCES> __device__ __forceinline__ void begin(unsigned* scratch) {
+        bool later = unit.passes > 1;
+        if (fresh) exponent = GUESS;
+        largest = come ? largest_next : 0;
+        for (;; come = false) {
+            if (!PRODUCES && !come) largest = convert<FIRST_BATCH>(unit, 0, threadIdx.x, CONSUMERS, exponent);
+            int right = scale_exponent(block_max(largest, scratch));
+            bool good = agreed(!fresh || (right >= GUESS + later && right <= GUESS + SLACK));
+            fresh = come = false;
+            if (good) return;
+            exponent = right - later * ROOM;
         }
-        for (; pending() && pixel >= pixels; group++) pixel -= pixels;
-        if (pending()) load(group, first_pixel + pixel, true, v);
     }
-    __device__ void advance() {
-        if constexpr (CHANNELS_LAST) {
-            Octet octet(pixel, pixels);
-            store(octet.group, first_pixel + octet.pixel, v);
-        } else store(group, first_pixel + pixel, v);
-        pixel += THREADS;
-        load_next();
+    __device__ void produce(int thread) {
+        bool more = EARLY && !last();
+        for (int turn = 1; turn < MOST_PASSES + more; turn++) {
+            bool next = turn == MOST_PASSES;
+            Unit of = next ? following() : unit;
+            if (next) mbarrier_wait(barriers.done[last_reader(rows_end(1, of.passes), unit.passes)], round & 1);
+            else wait_empty(turn);
+            unsigned most = convert<BATCH>(of, next ? 0 : turn, thread, PRODUCERS, next ? (int)GUESS : exponent);
+            if (next) largest_next = most;
+            else largest = max(largest, most), warp_arrive(barriers.ready[turn][0]);
+        }
+    }
+    __device__ void wait(int turn, int chunk) const {
+        if (turn && chunk == 0) BandBase::wait(turn, 0);
     }
     __device__ bool fits(unsigned* scratch) {
+        end_round();
         int right = scale_exponent(block_max(largest, scratch));
-        bool fit = exponent <= right && right <= exponent + SLACK;
+        bool fit = agreed(exponent <= right && right <= exponent + SLACK);
         if (!fit) exponent = right;
         return fit;
     }
+    __device__ void next() { fresh = true, come = EARLY; }
 };
 
 typedef Band<X_PACKED || AS_IT_IS> Rows;
@@ -3429,7 +3420,7 @@ __device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Pla
 #include "conv_wgrad_mma.cuh"
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) conv_wgrad_mma(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgrad_mma(
     const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images,
     int bands_per_split) {
     DYNAMIC_SHARED(u8, shared);
@@ -3597,27 +3588,35 @@ __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* part
 """,
     "conv_wgrad_wgmma.cuh": r"""#pragma once
 #include "wgmma.cuh"
+#include "mbarrier.cuh"
 
 #define TILES_N (TILE_OC / 16)
 #define GROUPS_OC ((TILE_OC + 63) / 64)
 #define BLOCK_BYTES (BAND_ROWS * LINE_BYTES)
 #define POSITION_BYTES ((1 + GROUPS_OC) * SPLIT * BLOCK_BYTES)
-#define AHEAD (STAGES - 1 - (TAPS_W + COLUMNS) / COLUMNS)
-enum { ZEROS_OFFSET = STAGES * COLUMNS * POSITION_BYTES };
-static_assert(THREADS == 256 && TILE_IC == 64, "two warpgroups, each with all input channels of the block");
+#define BACK ((TAPS_W - 1 + COLUMNS - 1) / COLUMNS)
+#define PRODUCERS 128
+#define CONSUMERS 256
+enum { IN_FLIGHT = 2 };
+enum { ZEROS_OFFSET = STAGES * COLUMNS * POSITION_BYTES, BARRIERS_OFFSET = ZEROS_OFFSET + 16 };
+static_assert(
+    THREADS == PRODUCERS + CONSUMERS && TILE_IC == 64, "two warpgroups, each with all input channels of the block");
 static_assert(TILE_OC == 16 * TILES_N, "a warpgroup has half of the output channels");
 static_assert(
     SPLIT == 1 ? COLUMNS % 2 == 0 : COLUMNS <= 2 && IN_W % COLUMNS == 0,
     "two columns of registers, and no stage ends beyond x");
-static_assert(AHEAD >= 1, "a stage is on its way while another one is multiplied");
+static_assert(STAGES >= BACK + 3 + IN_FLIGHT, "stages that are multiplied, and those that are copied meanwhile");
 template <int> struct Multiply {};
-static_assert(ZEROS_OFFSET + 16 == SHARED_BYTES, "the ring and the zeros are all of the shared memory");
+static_assert(
+    BARRIERS_OFFSET + 2 * STAGES * sizeof(MBarrier) == SHARED_BYTES,
+    "the ring, the zeros and the barriers are all of the shared memory");
 
 struct MainLoop {
     const half_t *x, *dy;
     float* partial;
     const Tile& tile;
     u8* ring;
+    MBarrier *full, *empty;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warpgroup = __shfl_sync(0xFFFFFFFFu, warp / 4, 0);
     int first_ic = tile.ic_tile * TILE_IC + warp % 4 * 16,
         first_oc = tile.oc_tile * TILE_OC + warpgroup * (TILE_OC / 2);
@@ -3627,40 +3626,47 @@ struct MainLoop {
         ring + (GROUPS_OC == 1 ? 1 : 1 + warpgroup) * SPLIT * BLOCK_BYTES, GROUPS_OC == 1 ? warpgroup * TILES_N : 0};
     float sums[TAPS_W][TILES_N][4] = {};
 
-    __device__ __forceinline__ void fetch(int stage) {
-        if (stage < tile.stages) {
-            Copies copies(tile, stage);
-            enum { PARTS = 8 / SPLIT };
-            int iw = tile.column_of(stage) + copies.loader, ow = tile.partner(iw, TAPS_W - 1);
-            int first_chunk = copies.part / PARTS, offset = copies.part % PARTS * 16;
-            u8* to = ring + (stage % STAGES * COLUMNS + copies.loader) * POSITION_BYTES +
-                     line_offset(copies.row, copies.part);
-            auto copy = [&](int block, const u8* from, bool valid, int width, int column, int step) {
-                #pragma unroll
-                for (int i = 0; i < (COLUMNS + 1) / 2 * SPLIT; i++) {
-                    int c = i / SPLIT * 2, residual = i % SPLIT;
-                    if (COLUMNS == 1 && copies.loader) break;
-                    cp_async_16(
-                        to + c * POSITION_BYTES + (block * SPLIT + residual) * BLOCK_BYTES,
-                        from + offset + c * step + residual * PARTS * 16,
-                        valid && column + c >= 0 && column + c < width);
-                }
-            };
-            int chunk = tile.ic_tile * SPLIT + first_chunk;
-            bool real = copies.valid && chunk < X_CHUNKS && copies.has_channels(chunk);
-            copy(0, copies.x(x, chunk, iw), real, IN_W, iw, X_STEP);
-            #pragma unroll 1
-            for (int group = 0; group < GROUPS_OC; group++) {
-                int chunk = (tile.oc_tile * GROUPS_OC + group) * SPLIT + first_chunk;
-                copy(1 + group, copies.dy(dy, chunk, ow), copies.valid && chunk < DY_CHUNKS, OUT_W, ow, LINE_BYTES);
+    __device__ __forceinline__ void fetch(int stage) const {
+        Copies copies(tile, stage);
+        enum { PARTS = 8 / SPLIT };
+        int iw = tile.column_of(stage), ow = tile.partner(iw, TAPS_W - 1);
+        int first_chunk = copies.part / PARTS, offset = copies.part % PARTS * 16;
+        u8* to = ring + stage % STAGES * COLUMNS * POSITION_BYTES + line_offset(copies.row, copies.part);
+        auto copy = [&](int block, const u8* from, bool valid, int width, int column, int step) {
+            #pragma unroll
+            for (int i = 0; i < COLUMNS * SPLIT; i++) {
+                int c = i / SPLIT, residual = i % SPLIT;
+                cp_async_16(
+                    to + c * POSITION_BYTES + (block * SPLIT + residual) * BLOCK_BYTES,
+                    from + offset + c * step + residual * PARTS * 16, valid && column + c >= 0 && column + c < width);
             }
+        };
+        int chunk = tile.ic_tile * SPLIT + first_chunk;
+        bool real = copies.valid && chunk < X_CHUNKS && copies.has_channels(chunk);
+        copy(0, copies.x(x, chunk, iw), real, IN_W, iw, X_STEP);
+        #pragma unroll 1
+        for (int group = 0; group < GROUPS_OC; group++) {
+            int chunk = (tile.oc_tile * GROUPS_OC + group) * SPLIT + first_chunk;
+            copy(1 + group, copies.dy(dy, chunk, ow), copies.valid && chunk < DY_CHUNKS, OUT_W, ow, LINE_BYTES);
         }
-        cp_async_commit();
     }
-    __device__ __forceinline__ void arrive() {
-        cp_async_wait<AHEAD - 1>();
-        fence_async_proxy();
-        __syncthreads();
+    __device__ static int lap(int stage) { return stage / STAGES & 1; }
+    __device__ __forceinline__ void produce() const {
+        for (int stage = 0; stage < tile.stages + IN_FLIGHT; stage++) {
+            if (stage < tile.stages) {
+                mbarrier_wait(empty[stage % STAGES], lap(stage) ^ 1);
+                fetch(stage);
+            }
+            cp_async_commit();
+            if (stage < IN_FLIGHT) continue;
+            cp_async_wait<IN_FLIGHT>();
+            fence_async_proxy();
+            warp_arrive(full[(stage - IN_FLIGHT) % STAGES]);
+        }
+    }
+    __device__ __forceinline__ void wait(int stage) const { mbarrier_wait(full[stage % STAGES], lap(stage)); }
+    __device__ __forceinline__ void release(int stage) const {
+        if (stage >= 0) warp_arrive(empty[stage % STAGES]);
     }
     __device__ __forceinline__ WgmmaLines dy_column(int slot, int c) const {
         int position = slot * COLUMNS + c;
@@ -3683,7 +3689,7 @@ struct MainLoop {
     __device__ __forceinline__ void run(Multiply<1>) {
         unsigned fragments[2][4];
         for (int stage = 0; stage < tile.stages; stage++) {
-            arrive();
+            wait(stage);
             int slot = stage % STAGES;
             #pragma unroll
             for (int c = 0; c < COLUMNS; c++) {
@@ -3704,8 +3710,7 @@ struct MainLoop {
                     if (tile.inner(column)) multiply_column(true);
                     else multiply_column(false);
                 }
-                if (c == 1)
-                    fetch(stage + AHEAD);
+                if (c == 1) release(stage - BACK - 2);
             }
             if (IN_W % COLUMNS && tile.column_of(stage) + COLUMNS > IN_W) wgmma_wait<0>();
             if (tile.ends_chain(stage)) wgmma_wait<0>(), store_sums();
@@ -3714,7 +3719,6 @@ struct MainLoop {
 
     __device__ __forceinline__ void run(Multiply<2>) {
         u8* zeros = ring + ZEROS_OFFSET;
-        if (threadIdx.x == 0) *(uint4*)zeros = make_uint4(0, 0, 0, 0);
         unsigned fragments[COLUMNS][2][4];
         auto load = [&](int stage, int t) __attribute__((always_inline)) {
             #pragma unroll
@@ -3727,7 +3731,7 @@ struct MainLoop {
             }
         };
         float products[TILES_N][4] = {};
-        arrive();
+        wait(0);
         load(0, 0);
         for (int stage = 0; stage < tile.stages; stage++) {
             int slot = stage % STAGES, column = tile.column_of(stage);
@@ -3745,8 +3749,7 @@ struct MainLoop {
                             wgmma<TILES_N>(products, fragments[c][product == 0], right, product + c > 0);
                         }
                     wgmma_commit();
-                    if (t == 0) fetch(stage + AHEAD);
-                    if (t == TAPS_W - 1) arrive();
+                    if (t == TAPS_W - 1 && stage + 1 < tile.stages) wait(stage + 1);
                     wgmma_wait<0>();
                     wgmma_arrived<TILES_N>(products);
                     if (t == TAPS_W - 1) load(stage + 1, 0);
@@ -3762,19 +3765,32 @@ struct MainLoop {
                     wgmma_arrived<TILES_N>(sums[t]);
                 }
             } else {
-                fetch(stage + AHEAD);
-                arrive();
+                if (stage + 1 < tile.stages) wait(stage + 1);
                 load(stage + 1, 0);
             }
+            release(stage - BACK);
             if (tile.ends_chain(stage)) store_sums();
         }
     }
 };
 
 __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, const Tile& tile, u8* ring) {
-    MainLoop loop = {x, dy, partial, tile, ring};
-    for (int stage = 0; stage < AHEAD; stage++) loop.fetch(stage);
-    loop.run(Multiply<SPLIT>());
+    MBarrier *full = (MBarrier*)(ring + BARRIERS_OFFSET), *empty = full + STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++)
+            mbarrier_init(full[i], PRODUCERS / 32), mbarrier_init(empty[i], CONSUMERS / 32);
+        *(uint4*)(ring + ZEROS_OFFSET) = make_uint4(0, 0, 0, 0);
+    }
+    fence_async_proxy();
+    __syncthreads();
+    MainLoop loop = {x, dy, partial, tile, ring, full, empty};
+    if (loop.warpgroup == CONSUMERS / 128) {
+        fewer_registers<40>();
+        loop.produce();
+    } else {
+        more_registers<232>();
+        loop.run(Multiply<SPLIT>());
+    }
 }
 """,
     "fp16_scale.cuh": r"""#pragma once
@@ -3989,11 +4005,14 @@ struct GradientBound {
 #include "pooled_planes.cuh"
 
 #define TAPS (KERNEL_H * KERNEL_W)
+#define PRODUCERS (WGMMA ? 128 : 0)
+#define CONSUMERS (THREADS - PRODUCERS)
 #define WARPS_M (TILE_M / 64)
 #define PASS_WINDOWS (4 * TILES * WARPS_N)
 #define MOST_TILES (TILES > LAST_TILES ? TILES : LAST_TILES)
 static_assert(
-    TILE_M == 64 * WARPS_M && THREADS == (WGMMA ? 128 : 32) * WARPS_M * WARPS_N, "a warp or warpgroup has 64 channels");
+    TILE_M == 64 * WARPS_M && CONSUMERS == (WGMMA ? 128 : 32) * WARPS_M * WARPS_N,
+    "a warp or warpgroup has 64 channels");
 static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
 
 enum { GUESS = 10, SLACK = 6 };
@@ -4019,6 +4038,7 @@ struct Unit {
         first_row = max(0, first_row_of(first_window));
         end_row = min(IN_H, end_row_of(end_window - 1));
     }
+    __device__ i64 of_all() const { return image * UNITS + number; }
 };
 
 __device__ inline int lane_window(int quad, int t, int tiles) { return ADJACENT ? quad * tiles + t : t * 4 + quad; }
@@ -4060,51 +4080,132 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
         u8* to = ring + stage + first;
         const u8* mine = weights + (from + first);
         #pragma unroll
-        for (int at = 0; at < STEP_BYTES; at += THREADS * 16)
-            if (STEP_BYTES % (THREADS * 16) == 0 || at + first < STEP_BYTES) cp_async_16(to + at, mine + at, true);
+        for (int at = 0; at < STEP_BYTES; at += CONSUMERS * 16)
+            if (STEP_BYTES % (CONSUMERS * 16) == 0 || at + first < STEP_BYTES) cp_async_16(to + at, mine + at, true);
         from = from + STEP_BYTES == STEPS * STEP_BYTES ? 0 : from + STEP_BYTES;
         cp_async_commit();
     }
 };
 
+__device__ inline bool agreed(bool condition) { return __all_sync(0xFFFFFFFFu, condition); }
+
 #if WGMMA
 #include "conv_wgmma.cuh"
 #else
 #include "conv_mma.cuh"
+struct Barriers {};
+__device__ inline void sync_consumers() { __syncthreads(); }
 #endif
+
+struct Scratch {
+    unsigned warps[32];
+    Barriers barriers;
+};
+
+template <class Epilogue>
+__device__ __forceinline__ void multiply_passes(const Unit& unit, MainLoop& loop, int exponent, Epilogue& epilogue) {
+    for (int turn = 0; agreed(turn < unit.passes); turn++) {
+        int start = unit.first_window + turn * PASS_WINDOWS, left = unit.end_window - start;
+        bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
+                                       : LAST_TILES > TILES && turn == unit.passes - 1 && left > PASS_WINDOWS;
+        int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
+        Sums sums = {};
+        if (last) loop.turn<LAST_TILES>(sums, turn, first_window);
+        else loop.turn<TILES>(sums, turn, first_window);
+        Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
+        epilogue.turn(sums, place, exponent);
+    }
+}
 
 template <class Epilogue>
 __device__ inline void convolve(
     const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, i64 units, u8* shared,
-    unsigned* scratch, Epilogue& epilogue) {
-    i64 number = blockIdx.x;
-    Unit unit(number);
-    Rows band(x, x_exponents, x_exponent_count, unit, units, shared);
-    MainLoop loop(unit, band, packed, shared);
-    for (;;) {
-        i64 next = number + gridDim.x;
-        for (bool again = true; again;) {
-            band.begin(scratch);
-            for (int turn = 0; turn < unit.passes; turn++) {
-                int start = unit.first_window + turn * PASS_WINDOWS, left = unit.end_window - start;
-                bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
-                                               : LAST_TILES > TILES && turn == unit.passes - 1 && left > PASS_WINDOWS;
-                int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
-                Sums sums = {};
-                if (last) loop.turn<LAST_TILES>(sums, turn, first_window);
-                else loop.turn<TILES>(sums, turn, first_window);
-                Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
-                epilogue.turn(sums, place, band.exponent);
-            }
-            again = !band.fits(scratch);
-            if (again) epilogue.restart();
-        }
-        epilogue.finish(band.exponent, number);
-        if (!PERSISTENT || next >= units) return;
-        number = next;
-        unit = Unit(number);
-        epilogue.restart();
+    Scratch& scratch, Epilogue& epilogue) {
+#if WGMMA
+    clear_border(shared);
+    if (threadIdx.x == 0) scratch.barriers.init();
+    fence_async_proxy();
+    __syncthreads();
+    Unit unit(units * blockIdx.x / gridDim.x);
+    Rows band(x, x_exponents, x_exponent_count, unit, units * (blockIdx.x + 1) / gridDim.x, shared, scratch.barriers);
+    if (threadIdx.x >= CONSUMERS) {
+        fewer_registers<PRODUCER_REGISTERS>();
+        return run<true>(unit, band, band, scratch.warps, epilogue);
     }
+    more_registers<CONSUMER_REGISTERS>();
+    MainLoop loop(unit, band, packed, shared);
+    run<false>(unit, band, loop, scratch.warps, epilogue);
+#else
+    Unit unit(blockIdx.x);
+    Rows band(x, x_exponents, x_exponent_count, unit, shared);
+    MainLoop loop(unit, band, packed, shared);
+    band.begin(scratch.warps);
+    multiply_passes(unit, loop, band.exponent, epilogue);
+    epilogue.finish(band.exponent, blockIdx.x);
+#endif
+}
+""",
+    "mbarrier.cuh": r"""#pragma once
+
+struct MBarrier { unsigned long long state; };
+
+__device__ inline void mbarrier_init(MBarrier& barrier, int arrivals) {
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::mbarrier_init(&barrier, arrivals);
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    unsigned at = (unsigned)__cvta_generic_to_shared(&barrier);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+#endif
+}
+
+__device__ inline void mbarrier_arrive(MBarrier& barrier, int bytes = 0) {
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::mbarrier_arrive(&barrier, bytes);
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    unsigned at = (unsigned)__cvta_generic_to_shared(&barrier);
+    if (bytes) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+    else asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+#endif
+}
+
+__device__ inline void mbarrier_wait(MBarrier& barrier, int parity) {
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::mbarrier_wait(&barrier, parity);
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    unsigned at = (unsigned)__cvta_generic_to_shared(&barrier);
+    asm volatile(
+        "{.reg .pred ended; again: mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1; @!ended bra again;}" ::"r"(
+            at),
+        "r"(parity)
+        : "memory");
+#endif
+}
+
+__device__ inline void bulk_copy(void* shared, const void* global, int bytes, MBarrier& barrier) {
+#ifdef CUPY_KERNELS_EMULATOR
+    emulator::bulk_copy(shared, global, bytes, &barrier);
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    unsigned to = (unsigned)__cvta_generic_to_shared(shared), at = (unsigned)__cvta_generic_to_shared(&barrier);
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+        "l"(global), "r"(bytes), "r"(at)
+        : "memory");
+#endif
+}
+
+template <int REGISTERS> __device__ __forceinline__ void fewer_registers() {
+#if !defined(CUPY_KERNELS_EMULATOR) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+template <int REGISTERS> __device__ __forceinline__ void more_registers() {
+#if !defined(CUPY_KERNELS_EMULATOR) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+
+__device__ inline void warp_arrive(MBarrier& barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
 }
 """,
     "mma.cuh": r"""#pragma once
@@ -5020,11 +5121,11 @@ template <int COUNT, int MOST> __device__ __forceinline__ void wgmma_arrived(flo
 #endif
 }
 
-__device__ inline void sync_warpgroup(int warpgroup) {
+template <int COUNT = 1> __device__ inline void sync_warpgroups(int first) {
 #ifdef CUPY_KERNELS_EMULATOR
-    emulator::warpgroup_barrier();
+    emulator::warpgroup_barrier(COUNT);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    asm volatile("barrier.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+    asm volatile("barrier.sync %0, %1;" ::"r"(COUNT == 1 ? 1 + first : 9 + first / 2), "n"(128 * COUNT) : "memory");
 #endif
 }
 

@@ -237,6 +237,35 @@ def test_units_of_wgmma(device, wgmma, many_passes, monkeypatch, launched):
     assert dict(launched[-1].defines)["UNIT_ROWS"] == 7  # of 13
 
 
+@pytest.mark.usefixtures("many_passes", "one_multiprocessor")
+@pytest.mark.parametrize("wgmma", [True], indirect=True)
+@pytest.mark.parametrize("grows", [False, True], ids=["even", "grows"])
+@pytest.mark.parametrize(
+    ("cls", "kilobytes", "parts"), [("tf32", 227, False), ("tf32", 40, True), ("fp32", 227, False), ("fp32", 80, True)]
+)
+def test_a_block_takes_unit_after_unit(device, cls, wgmma, grows, kilobytes, parts, monkeypatch, launched):
+    """Rows of the next unit come where no later pass reads this one's, under a first guess of their scale.
+
+    grows: the scale that the first rows ask for is wrong, so a unit begins again when those of the next one have come.
+    """
+    monkeypatch.setattr(numerics, "_shared_bytes", lambda _: kilobytes * 1024)
+    monkeypatch.setattr(numerics, "_EMULATED_SHARED_BYTES", kilobytes * 1024)
+    x, w, b = (t.detach() for t in tensors(((4, 16, 40, 12), 80, (3, 3), (0, 0)), device))
+    x *= torch.tensor([1, 1e4, 1e-3, 1], device=device).view(4, 1, 1, 1)
+    if grows:
+        x[:, :, 24:] *= 100
+    x.requires_grad_()
+    y = conv_transpose2d(x, w, b, numerics=cls)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert uses_wgmma(launched)
+    units = [dict(k.defines)["UNITS"] for k in launched if k.name == "conv_transpose_mma"]
+    assert (units[0] > 1) == parts
+    for i in range(4):
+        check_forward(y[i : i + 1], cls, (0, 0), x[i : i + 1].detach(), w, b)
+    check_dgrad(dx, cls, (0, 0), x, w, dy)
+
+
 @pytest.mark.parametrize(
     ("images", "rows"), [(1, 1), (7, 1), (8, 2), (14, 2), (15, 3), (95, 3), (96, 17), (512, 17)], ids=str
 )

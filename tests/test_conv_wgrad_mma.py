@@ -338,7 +338,9 @@ def test_little_shared_memory(device, wgmma, monkeypatch, cls):
     check(gradient(x, w, dy, (1, 1), cls), x, w, dy, (1, 1), cls)
 
 
-@pytest.mark.parametrize(("split", "limit", "wgmma"), [(1, 227, 1), (2, 227, 1), (1, 99, 1), (2, 99, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("split", "limit", "wgmma"), [(1, 227, 1), (2, 227, 1), (1, 170, 1), (1, 99, 0), (2, 99, 0)], ids=str
+)
 def test_wgmma_where_shared_memory_is_enough(split, limit, wgmma):
     shapes = (64, 64, 32, 32), (64, 128, 5, 5)
     found = conv_wgrad_mma.plan(*shapes, geometry((1, 1)), split, "float", limit * 1024, True)

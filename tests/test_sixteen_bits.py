@@ -72,7 +72,7 @@ def test_a_block_takes_image_after_image(device, launched, wgmma):
     with torch.no_grad():
         found, theirs, truth = ours(x), model(x), copy.deepcopy(model).double()(x.double())
     pool = next(kernel for kernel in launched if kernel.name == "conv_bn_pool")
-    assert dict(pool.defines)["PERSISTENT"] == wgmma
+    assert dict(pool.defines)["WGMMA"] == wgmma
     tolerance.check(found, truth, theirs, "output")
 
 

@@ -119,7 +119,7 @@ struct PoolEpilogue {
     }
 
     template <bool FULL> __device__ __forceinline__ void windows(const Sums& sums, const Place& place, int exponent) {
-        int lane = threadIdx.x % 32, part = threadIdx.x / (THREADS / WARPS_N);
+        int lane = threadIdx.x % 32, part = threadIdx.x / (CONSUMERS / WARPS_N);
         i64 plane = (place.image * OUT_CHANNELS + blockIdx.y * TILE_M + place.channel) * PLANE_STRIDE;
         Valid valid = {};
         #pragma unroll
@@ -221,8 +221,8 @@ struct PoolEpilogue {
         enum { SCALED = SAVE || sizeof(pooled_t) == 2 };
         if (SCALED && threadIdx.x == 0 && blockIdx.y == 0) unit_exponents[unit] = exponent + SAVED_SHIFT - SHIFT;
         if (!STATISTICS) return;
-        if (threadIdx.x % (THREADS / WARPS_N) == 0) counts[threadIdx.x / (THREADS / WARPS_N)] = seen;
-        __syncthreads();
+        if (threadIdx.x % (CONSUMERS / WARPS_N) == 0) counts[threadIdx.x / (CONSUMERS / WARPS_N)] = seen;
+        sync_consumers();
         int m = blockIdx.y * TILE_M + threadIdx.x;
         if (threadIdx.x >= TILE_M || m >= OUT_CHANNELS) return;
         float2 all = moments[threadIdx.x];
@@ -245,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_bn_pool(
     const scalar_t* __restrict__ x, const half_t* __restrict__ packed, const int* __restrict__ exponents,
     const float* __restrict__ gamma, INOUT pooled_t* __restrict__ pooled, float* __restrict__ partials,
     INOUT u8* __restrict__ argmax, INOUT saved_t* __restrict__ saved, int* __restrict__ unit_exponents, i64 units) {
-    __shared__ unsigned scratch[32];
+    __shared__ Scratch scratch;
     __shared__ int counts[WARPS_N], channel_exponents[TILE_M];
     __shared__ float signs[TILE_M];
     for (int i = threadIdx.x; i < TILE_M; i += THREADS) {

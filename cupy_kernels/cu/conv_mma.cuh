@@ -87,7 +87,7 @@ template <> struct Band<true> {
     const int* exponents;
     int exponent_count, exponent;
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64, u8* shared)
+    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, u8* shared)
         : source(x + (unit.image * CHUNKS * IN_H + unit.first_row) * IN_W * (LINE_BYTES / 2)), unit(unit),
           shared(shared), exponents(exponents), exponent_count(exponent_count) {
         for (int chunk = 0; chunk < (RESIDENT ? CHUNKS : 1); chunk++) clear_border(band_of(shared, chunk));
@@ -106,7 +106,6 @@ template <> struct Band<true> {
         cp_async_commit();
     }
     __device__ void begin(unsigned* scratch) { exponent = smallest_exponent(exponents, exponent_count, scratch); }
-    __device__ bool fits(unsigned*) const { return true; }
 };
 
 // x is a tensor: converted under a scale that is chosen from all rows of the unit.
@@ -117,7 +116,7 @@ template <> struct Band<false> {
     int exponent = GUESS;
     unsigned largest = 0;  // finite magnitude
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64, u8* shared)
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, u8* shared)
         : source(
               x + (CHANNELS_LAST ? (unit.image * IN_H + unit.first_row) * IN_W * IN_CHANNELS
                                  : (unit.image * IN_CHANNELS * IN_H + unit.first_row) * IN_W)),
@@ -133,8 +132,6 @@ template <> struct Band<false> {
             if (again) exponent = right;
         }
     }
-    __device__ bool fits(unsigned*) const { return true; }
-
     // Exponent of the scale for the unit's rows, all channels.
     __device__ int measured(unsigned* scratch) const {
         enum { WIDTH = !CHANNELS_LAST && IN_W * sizeof(scalar_t) % 16 ? 1 : 16 / sizeof(scalar_t) };

@@ -15,9 +15,15 @@
 // neighbouring places, whatever the tap. So a pass takes neighbouring windows, some of which lie between two rows and
 // do not exist.
 //
-// A step of weights is 32 channels of a tap (with SPLIT 2 their values, then their residuals). What the tensor cores
-// still read is never written: a stage is refilled two steps later, after a barrier that follows everybody's wait for
-// it.
+// A third warpgroup, the producers, brings rows behind the products of the two others, the consumers: those of the
+// passes that follow, and of the block's next unit, whose rows take the places of those that no later pass of this one
+// reads. Mbarriers tell consumers which rows have come, and producers which ones nobody reads any more (Barriers).
+// Producers need few registers, so consumers get more.
+//
+// Weights are copied by the consumers: mbarriers between them and a warp of producers cost more than a barrier a step
+// (benchmarks/history.md). A step of weights is 32 channels of a tap (with SPLIT 2 their values, then their residuals).
+// What the tensor cores still read is never written: a stage is refilled two steps later, after a barrier that follows
+// everybody's wait for it.
 //
 // With SPLIT 2 (fp16_tiles.cuh) the sums start from zero every STEPS_AT_ONCE steps: one warpgroup adds up while the
 // tensor cores work for the other. So that neither waits for the other, each copies the weights of its own channels.
@@ -25,6 +31,7 @@
 // Macros besides those of implicit_gemm.cuh, with ADJACENT 0: UNIT_ROWS (of windows), ALONG.
 #pragma once
 #include "wgmma.cuh"
+#include "mbarrier.cuh"
 
 #define STEPS_K ((IN_CHANNELS + 31) / 32)  // of 32 channels; those past IN_CHANNELS are zero
 #define GROUPS_K (STEPS_K * 4)             // of 8 channels
@@ -32,7 +39,8 @@
 #define CHUNKS_64 ((STEPS_K + 1) / 2)      // of 64 channels
 #define STEP_BYTES (HALF_STEP * SPLIT)
 #define PITCH (2 * WINDOW_PITCH)
-enum { OWN_PACE = SPLIT == 2 && WARPS_N == 1 };  // warpgroups meet only where the band has changed
+enum { OWN_PACE = SPLIT == 2 && WARPS_N == 1 };              // warpgroups meet only where a unit ends
+enum { PRODUCER_REGISTERS = 72, CONSUMER_REGISTERS = 216 };  // of a thread, of 168 at first
 
 // Rows of x, relative to twice the unit's first row of windows: which of them it needs, and how those of each parity
 // are numbered.
@@ -44,7 +52,7 @@ enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_PIXELS = GAP + BAND_ROWS * PITC
 enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };  // in dynamic shared memory
 static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
-static_assert(!OWN_PACE || THREADS == 2 * TILE_M, "a warpgroup copies two rows of 8 channels at a time");
+static_assert(!OWN_PACE || CONSUMERS == 2 * TILE_M, "a warpgroup copies two rows of 8 channels at a time");
 static_assert(PITCH >= IN_W + GAP && PITCH >= OUT_W, "a pitch has room for rows of x and of y");
 static_assert(
     ALONG >= BAND_PIXELS * 16 && ALONG % 128 == 16, "eight times 8 channels have the same pixel in different banks");
@@ -62,28 +70,45 @@ __device__ __forceinline__ float sum_of(const Sums& sums, int row, int t, int co
 __device__ inline int origin_of(const Unit& unit) { return unit.number * (2 * UNIT_ROWS); }
 // Where a pixel of row `row`, counted from there, lies.
 __device__ constexpr int band_offset(int row, int column) { return (GAP + band_row(row) * PITCH + column) * 16; }
+// Counted from there: where the rows begin that passes from `pass` on need, and where those end that the first `count`
+// of `passes` need. The last one gets all others, so that nothing is left from the unit before.
+__device__ constexpr int rows_start(int pass) { return first_row_of(pass * PASS_WINDOWS); }
+__device__ constexpr int rows_end(int count, int passes) {
+    int end = count ? end_row_of(count * PASS_WINDOWS - 1) : LOW;
+    return count < passes && end < HIGH + 1 ? end : HIGH + 1;
+}
+
+// Those that multiply meet.
+__device__ inline void sync_consumers() { sync_warpgroups<CONSUMERS / 128>(0); }
+
+enum { MOST_PASSES = passes_of(UNIT_WINDOWS - (WINDOW_PITCH - WINDOWS_W)) };         // of a unit
+enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };  // of a whole image
+// A phase of each is a unit, or an attempt at one.
+struct Barriers {
+    // Of a pass: its rows of 64 channels have come; it has read all of its rows.
+    MBarrier ready[MOST_PASSES][CHUNKS_64], done[MOST_PASSES];
+
+    __device__ void init() {
+        for (int pass = 0; pass < MOST_PASSES; pass++) {
+            for (MBarrier& barrier : ready[pass]) mbarrier_init(barrier, PRODUCERS / 32);
+            mbarrier_init(done[pass], CONSUMERS / 32);
+        }
+    }
+};
 
 #include "conv_wgmma_band.cuh"
-
-enum {
-    PASS_OCTETS = ((PASS_WINDOWS + WINDOW_PITCH - 1) / WINDOW_PITCH * 2 * IN_W * GROUPS_K + THREADS - 1) / THREADS,
-    LOAD_STEPS = TAPS * STEPS_K < 4 * PASS_OCTETS ? 2 : 4  // from a load of x to its store: memory takes longer than 2
-};
 
 // Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more
 // additions would.
 #define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
 
-// add<TILES>(sums, a_stages, at, rows, band): sums += the products of STEPS_AT_ONCE steps. at: where each step's stage
+// add<TILES>(sums, a_stages, at, rows): sums += the products of STEPS_AT_ONCE steps. at: where each step's stage
 // begins. rows: the upper and lower pixels of the first step. On return what the step before read may be overwritten.
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
-    int steps = 0;
-
     template <int COUNT> __device__ __forceinline__ void add(
-        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Rows& band) {
+        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2]) {
         wgmma_fence();
         #pragma unroll
         for (int k = 0; k < 2; k++)
@@ -91,10 +116,6 @@ template <> struct Multiply<1> {
             for (int lower = 0; lower < 2; lower++)
                 wgmma<COUNT>(sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), rows[lower].moved(k * 2 * ALONG));
         wgmma_commit();
-        if (++steps == LOAD_STEPS) {
-            if (band.pending()) band.advance();
-            steps = 0;
-        }
         wgmma_wait<1>();
     }
 };
@@ -103,8 +124,7 @@ template <> struct Multiply<2> {
     float partial[MOST_TILES][4];
 
     template <int COUNT> __device__ __forceinline__ void add(
-        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2],
-        Rows&) {
+        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2]) {
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             wgmma_fence();
@@ -141,6 +161,7 @@ struct MainLoop {
     const Unit& unit;
     Rows& band;
     WeightRing<STEP_BYTES, TAPS * STEPS_K> weights;
+    // Shuffled, so that compilers know that a warp's lanes agree.
     int stage = 0, to = 0, warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
     int warp_m = warpgroup % WARPS_M, warp_n = warpgroup / WARPS_M;
     WgmmaOperand pixels, a_stages;
@@ -163,8 +184,8 @@ struct MainLoop {
     __device__ __forceinline__ void meet(bool all) {
         cp_async_wait<STAGES - 3>();
         fence_async_proxy();
-        if (all) __syncthreads();
-        else sync_warpgroup(warp_m);
+        if (all) sync_consumers();
+        else sync_warpgroups(warp_m);
     }
     // Where the weights of the next step are.
     __device__ __forceinline__ int next_step() {
@@ -185,19 +206,17 @@ struct MainLoop {
     template <int COUNT, int FEW>
     __device__ __forceinline__ void pass_of(Sums& sums, int pass, int first_window) {
         Multiply<SPLIT> multiply;
-        band.follow(pass + 1);
         for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
-            // For what begin() has stored, or next_chunk() copies in the first pass.
-            if (OWN_PACE && pass < 1 + X_PACKED) meet(true);
-            if constexpr (FEW > 0) taps<FEW>(multiply, sums, pass, first_window, chunk, 0, OUTSIDE_KH);
-            taps<COUNT>(multiply, sums, pass, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
+            band.wait(pass, chunk);
+            if constexpr (FEW > 0) taps<FEW>(multiply, sums, first_window, chunk, 0, OUTSIDE_KH);
+            taps<COUNT>(multiply, sums, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
         }
-        while (band.pending()) band.advance();
+        band.release(pass);
     }
 
     // 64 channels and rows [first_kh, end_kh) of the kernel.
     template <int COUNT> __device__ __forceinline__ void taps(
-        Multiply<SPLIT>& multiply, Sums& sums, int pass, int first_window, int chunk, int first_kh, int end_kh) {
+        Multiply<SPLIT>& multiply, Sums& sums, int first_window, int chunk, int first_kh, int end_kh) {
         for (int kh = first_kh; kh < end_kh; kh++) {
             WgmmaOperand rows[2] = {pixels, pixels};
             #pragma unroll
@@ -209,15 +228,35 @@ struct MainLoop {
                 for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
                     int at[STEPS_AT_ONCE];
                     #pragma unroll
-                    for (int i = 0; i < STEPS_AT_ONCE; i++) {
-                        at[i] = next_step();
-                        if (i + kh + kw == 0 && step == chunk * 2) band.next_chunk(pass, chunk);
-                    }
+                    for (int i = 0; i < STEPS_AT_ONCE; i++) at[i] = next_step();
                     int shift = step * 4 * ALONG - kw * 16;
                     WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};
-                    multiply.template add<COUNT>(sums, a_stages, at, shifted, band);
+                    multiply.template add<COUNT>(sums, a_stages, at, shifted);
                 }
         }
         wgmma_wait<0>();
     }
 };
+
+// What the block's consumers do, or with PRODUCES its producers, for one unit after another. fits(): whether the scale
+// of the rows was right; if not, all passes run again.
+template <bool PRODUCES, class Loop, class Epilogue> __device__ __forceinline__ void run(
+    Unit& unit, Rows& band, Loop& loop, unsigned* scratch, Epilogue& epilogue) {
+    for (;;) {
+        for (bool again = true; again;) {
+            band.begin<PRODUCES>(scratch);
+            if constexpr (PRODUCES) band.produce(threadIdx.x - CONSUMERS);
+            else {
+                multiply_passes(unit, loop, band.exponent, epilogue);
+                for (int pass = unit.passes; pass < MOST_PASSES; pass++) band.release(pass);
+            }
+            again = !band.fits(scratch);
+            if (again && !PRODUCES) epilogue.restart();
+        }
+        if (!PRODUCES) epilogue.finish(band.exponent, unit.of_all());
+        if (band.last()) return;
+        unit = band.following();
+        band.next();
+        if (!PRODUCES) sync_consumers(), epilogue.restart();  // all have read what the unit has left in shared memory
+    }
+}

@@ -1,156 +1,144 @@
 // How the rows of x come into the band of conv_wgmma.cuh, a part of which this is.
 #pragma once
 
-// Zeros where no pixel is.
-__device__ inline void clear_border(u8* shared, const Unit& unit) {
+// Zeros left and right of the image. Rows outside of it are written as others are.
+__device__ inline void clear_border(u8* shared) {
     for (int i = threadIdx.x; i < BAND_PIXELS; i += THREADS) {
-        int row = (i - GAP + PITCH) / PITCH - 1, column = (i - GAP + PITCH) % PITCH, parity = row >= rows_of(0);
-        int ih = 2 * (row - parity * rows_of(0) + first_of(parity)) + origin_of(unit) + parity;
-        if (row >= 0 && column < IN_W && ih >= 0 && ih < IN_H) continue;
+        if (i >= GAP && (i - GAP) % PITCH < IN_W) continue;
         #pragma unroll
         for (int group = 0; group < GROUPS_K * SPLIT; group++)
             *(uint4*)(shared + group * ALONG + i * 16) = make_uint4(0, 0, 0, 0);
     }
 }
 
-enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };  // of a whole image
-
-// The rows of the first pass come by begin(), those of each next pass by advance() between follow() and the end of the
-// pass before it. next_chunk(pass, at): called at the first step of 64 channels, with that step's weights.
-template <bool> struct Band;
-
-// x is packed, or halves in channels_last, which are operands as they are: copied asynchronously. All of it at first,
-// or, if 64 channels' multiplications are long enough for it, the rows of the first pass, and the others behind its
-// products. With PERSISTENT the next image's rows take the places of those that no later pass reads.
-template <> struct Band<true> {
-    enum {
-        AHEAD = 2 * TAPS >= STAGES,
-        PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,  // from a pixel to the next, in halves
-        CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL,
-        IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL)
-    };
-    const half_t* x;
+// What both kinds of bands share. Producers bring those rows of each pass that no earlier one needs, in the places of
+// rows of the unit before that no later pass reads. A unit with fewer passes than others has empty ones.
+struct BandBase {
     const Unit& unit;
     u8* shared;
-    const int* exponents;
-    int exponent_count, exponent = 0;
-    i64 images;
-    int copied_end = 0;  // where the rows end that the first pass finds
-    // Rows that are copied an octet (eight channels of a pixel) at a time, with PERSISTENT.
-    const half_t* from;
-    int first_row, pixels = 0, octet = 0;
+    Barriers& barriers;
+    i64 end;                                             // of the block's units
+    int exponent = GUESS, round = 0, passes_before = 0;  // round: how many units, and attempts at them, are over
 
-    __device__ Band(const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 units, u8* shared)
-        : x(x), unit(unit), shared(shared), exponents(exponents), exponent_count(exponent_count),
-          images(units / UNITS) {
-        clear_border(shared, unit);
-        copied_end = AHEAD && unit.passes > 1 ? rows_end(PERSISTENT ? 2 : 1) : unit.end_row;
-        for (int chunk = 0; chunk < (AHEAD ? min(CHUNKS, SPLIT) : CHUNKS); chunk++)
-            copy(chunk, unit.first_row, copied_end);
+    __device__ bool last() const { return unit.of_all() + 1 == end; }
+    __device__ Unit following() const { return Unit(unit.of_all() + 1); }
+    // The last of `passes` passes that reads rows before `end_row`.
+    __device__ static constexpr int last_reader(int end_row, int passes) {
+        int pass = 0;
+        while (pass < passes - 1 && rows_start(pass + 1) < end_row) pass++;
+        return pass;
+    }
+    // Until those rows may be written that pass `pass` is the first to need.
+    __device__ void wait_empty(int pass) const {
+        int reader = last_reader(rows_end(pass + 1, unit.passes), passes_before);
+        if (round) mbarrier_wait(barriers.done[reader], (round - 1) & 1);
+    }
+    __device__ void end_round() {
+        round++;
+        passes_before = unit.passes;
+    }
+    __device__ void wait(int pass, int chunk) const { mbarrier_wait(barriers.ready[pass][chunk], round & 1); }
+    __device__ void release(int pass) const { warp_arrive(barriers.done[pass]); }
+};
+
+template <bool> struct Band;
+
+// x is packed, or halves in channels_last, which are operands as they are: copied asynchronously.
+template <> struct Band<true> : BandBase {
+    enum {
+        PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,  // from a pixel to the next, in halves
+        CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL,
+        IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL),
+        LEISURELY = MOST_PASSES > 3  // rows are not needed soon
+    };
+    const half_t* x;
+    const int* exponents;
+    int exponent_count;
+
+    __device__ Band(
+        const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 end, u8* shared,
+        Barriers& barriers)
+        : BandBase{unit, shared, barriers, end}, x(x), exponents(exponents), exponent_count(exponent_count) {}
+    // Those rows of the of_64-th 64 channels that pass `pass` is the first to need, by `threads` threads. Eight lanes
+    // take one part of eight lines, which are neighbours in shared memory, where writes to eight places could take
+    // turns. Four times eight lanes read half of each of these lines.
+    __device__ __forceinline__ void copy(int pass, int of_64, int thread, int threads) const {
+        enum { GROUPS = CHUNK_CHANNELS / 8 };
+        int first_row = rows_end(pass, unit.passes), pixels = (rows_end(pass + 1, unit.passes) - first_row) * IN_W;
+        for (int chunk = of_64 * SPLIT; chunk < min(CHUNKS, (of_64 + 1) * SPLIT); chunk++) {
+            const half_t* from = x + unit.image * IMAGE + chunk * CHUNK;
+            for (int i = thread; i < (pixels + 7) / 8 * 64; i += threads) {
+                int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8, row = first_row + pixel / IN_W, column = pixel % IN_W;
+                int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
+                int ih = origin_of(unit) + row;
+                bool exists = ih >= 0 && ih < IN_H && (!AS_IT_IS || group * 8 < IN_CHANNELS);
+                if (pixel < pixels && group < GROUPS_K)
+                    cp_async_16(
+                        shared + band_offset(row, column) + (group + residual) * ALONG,
+                        from + (exists ? (ih * IN_W + column) * PIXEL + part * 8 : 0), exists);
+                // Else weights would wait behind many rows.
+                if (LEISURELY && threads == PRODUCERS) cp_async_commit(), cp_async_wait<2>();
+            }
+        }
         cp_async_commit();
     }
-    // Where the rows end that the first `passes` passes need, and where those begin that passes from `pass` on need.
-    __device__ int rows_end(int passes) const {
-        return max(unit.first_row, min(unit.end_row, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
+    __device__ void produce(int thread) const {
+        for (int pass = 0; pass < MOST_PASSES; pass++) {
+            wait_empty(pass);
+            for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
+                if (round + pass + chunk) copy(pass, chunk, thread, PRODUCERS);
+                cp_async_wait<0>();
+                fence_async_proxy();
+                warp_arrive(barriers.ready[pass][chunk]);
+            }
+        }
     }
-    __device__ int rows_start(int pass) const { return max(0, first_row_of(unit.first_window + pass * PASS_WINDOWS)); }
-    __device__ const half_t* source(i64 image, int row) const { return x + image * IMAGE + row * IN_W * PIXEL; }
-    __device__ void copy(int chunk, int first_row, int end_row) const {
-        int pixels = (end_row - first_row) * IN_W;
-        for (int i = threadIdx.x; i < (pixels + 7) / 8 * 64; i += THREADS)
-            copy_octet(source(unit.image, first_row) + chunk * CHUNK, chunk, first_row, pixels, i);
+    // The block's first rows are copied by all threads.
+    template <bool> __device__ __forceinline__ void begin(unsigned* scratch) {
+        if (round) return;
+        copy(0, 0, threadIdx.x, THREADS);
+        exponent = AS_IT_IS ? 0 : smallest_exponent(exponents, exponent_count, scratch);
+        cp_async_wait<0>();
+        fence_async_proxy();
+        __syncthreads();
     }
-    // Eight lanes take one part of eight lines, which are neighbours in shared memory, where writes to eight places
-    // could take turns. Four times eight lanes read half of each of these lines.
-    __device__ void copy_octet(const half_t* from, int chunk, int first_row, int pixels, int i) const {
-        enum { GROUPS = CHUNK_CHANNELS / 8 };
-        int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8;
-        int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
-        bool exists = !AS_IT_IS || group * 8 < IN_CHANNELS;
-        u8* to = shared + band_offset(first_row - origin_of(unit) + pixel / IN_W, pixel % IN_W);
-        if (pixel < pixels && group < GROUPS_K)
-            cp_async_16(to + (group + residual) * ALONG, from + (exists ? pixel * PIXEL + part * 8 : 0), exists);
+    __device__ bool fits(unsigned*) {
+        end_round();
+        return true;
     }
-    __device__ void next_chunk(int pass, int at) const {
-        if (!AHEAD || pass || PERSISTENT) return;
-        for (int chunk = at ? (at + 1) * SPLIT : 0; chunk < min(CHUNKS, (at + 2) * SPLIT); chunk++)
-            copy(chunk, chunk < SPLIT ? copied_end : unit.first_row, unit.end_row);
-    }
-    // With PERSISTENT, behind the products of each pass: of the first pass the rest of this image's rows, later the
-    // next image's, in the places that no pass reads any more.
-    __device__ void follow(int next_pass) {
-        if (!PERSISTENT) return;
-        int pass = next_pass - 1;
-        i64 image = pass ? unit.image + gridDim.x : unit.image;
-        int end_row = pass ? rows_start(pass) : unit.end_row;
-        first_row = pass ? rows_start(pass - 1) : copied_end;
-        if (!pass) copied_end = rows_start(unit.passes - 1);
-        from = source(image, first_row);
-        pixels = image < images ? (end_row - first_row) * IN_W : 0;
-        octet = threadIdx.x;
-    }
-    __device__ bool pending() const { return PERSISTENT && octet < (pixels + 7) / 8 * 64; }
-    __device__ void advance() {
-        copy_octet(from, 0, first_row, pixels, octet);
-        octet += THREADS;
-    }
-    __device__ void begin(unsigned* scratch) {
-        if (!AS_IT_IS) exponent = smallest_exponent(exponents, exponent_count, scratch);
-    }
-    __device__ bool fits(unsigned*) { return true; }
+    __device__ void next() {}
 };
-// The next image's first pass finds rows that were copied in passes but for the last one, the second in all.
-__device__ constexpr bool found_in_time(int passes) {
-    int end = end_row_of(passes * PASS_WINDOWS - 1);
-    return first_row_of((PASSES - 3 + passes) * PASS_WINDOWS) >= (IN_H < end ? IN_H : end);
-}
-static_assert(
-    !PERSISTENT || (AS_IT_IS && UNITS == 1 && CHUNKS_64 == 1 && Band<true>::AHEAD && PASSES > 2 && found_in_time(1) &&
-                       found_in_time(2)),
-    "rows of the next image come in time");
 
 // x is a tensor: converted under a scale that is chosen from the rows of the first pass, with room for larger values in
 // later ones. Where that is not enough, all starts again.
-template <> struct Band<false> {
-    // What the first pass needs at most, in octets (eight channels of a pixel) a thread, and how many of them are in
-    // flight at a time. Whether rows come behind multiplications; with SPLIT 2 there are no registers for it.
+template <> struct Band<false> : BandBase {
+    // What the first pass needs at most, in octets (eight channels of a pixel) a consumer, and how many of them, and of
+    // those of a producer, are in flight at a time.
     enum {
         ROOM = 3,  // of the scale's exponent, for values of later passes
-        WINDOWS_OF_UNIT = (UNIT_ROWS - 1) * WINDOW_PITCH + WINDOWS_W,
-        LATER = SPLIT == 1 && WINDOWS_OF_UNIT > PASS_WINDOWS,
-        EARLY_WINDOWS = LATER ? PASS_WINDOWS : WINDOWS_OF_UNIT,
-        NEEDED_ROWS = 2 * ((EARLY_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H,
-        FIRST_ROWS = NEEDED_ROWS < IN_H ? NEEDED_ROWS : IN_H,
-        FIRST_OCTETS = (FIRST_ROWS * IN_W * GROUPS_K + THREADS - 1) / THREADS,
-        ROUNDS = (FIRST_OCTETS + 9) / 10,
-        BATCH = (FIRST_OCTETS + ROUNDS - 1) / ROUNDS
+        NEEDED_ROWS = 2 * ((PASS_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H,
+        FIRST_OCTETS = (NEEDED_ROWS * IN_W * GROUPS_K + CONSUMERS - 1) / CONSUMERS,
+        FIRST_ROUNDS = (FIRST_OCTETS + 9) / 10,
+        FIRST_BATCH = (FIRST_OCTETS + FIRST_ROUNDS - 1) / FIRST_ROUNDS,
+        BATCH = SPLIT == 1 ? 4 : 2,
+        // Whether passes are left when all have read what the next unit's first rows take the place of.
+        EARLY = last_reader(rows_end(1, MOST_PASSES), MOST_PASSES) < MOST_PASSES - 1
     };
-    const scalar_t* source;  // the image
-    const Unit& unit;
-    u8* shared;
-    int exponent = GUESS, attempts = 0;
-    unsigned largest;  // finite magnitude
-    // Of the rows for the next pass; the thread's next octet of them, which is in v. With CHANNELS_LAST `pixel` counts
-    // octets.
-    int first_pixel, pixels, group, pixel;
-    float v[8];
+    const scalar_t* x;
+    bool fresh = true, come = false;     // no scale is chosen; producers have brought the rows of the first pass
+    unsigned largest, largest_next = 0;  // finite magnitude, of the unit's rows and of the next one's first rows
 
-    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64, u8* shared)
-        : source(x + unit.image * (IN_CHANNELS * IN_H * IN_W)), unit(unit), shared(shared) {
-        clear_border(shared, unit);
-    }
-    // Where the rows end that the first `passes` passes need.
-    __device__ int rows_end(int passes) const {
-        if (!LATER || passes >= unit.passes) return max(0, unit.end_row);
-        return max(0, min(IN_H, end_row_of(unit.first_window + passes * PASS_WINDOWS - 1)));
-    }
+    __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64 end, u8* shared, Barriers& barriers)
+        : BandBase{unit, shared, barriers, end}, x(x) {}
     // The i-th octet of `count` pixels: neighbours in memory follow one another.
     struct Octet {
         int group, pixel;
         __device__ Octet(int i, int count)
             : group(CHANNELS_LAST ? i % GROUPS_K : i / count), pixel(CHANNELS_LAST ? i / GROUPS_K : i % count) {}
     };
-    __device__ void load(int group, int pixel, bool real, float (&v)[8]) const {
+    // Of `pixel`, counted from `source`.
+    __device__ static __forceinline__ void load(
+        const scalar_t* source, int group, int pixel, bool real, float (&v)[8]) {
         if constexpr (CHANNELS_LAST) {
             typedef Packed<scalar_t, 8> Channels;
             Channels in = {};
@@ -163,76 +151,78 @@ template <> struct Band<false> {
         for (int j = 0; j < 8; j++)
             v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
     }
-    __device__ void store(int group, int pixel, float (&v)[8]) {
-        #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            largest = max(largest, finite_magnitude(v[j]));
-            v[j] = multiply_unflushed(v[j], power_of_two(exponent));
-        }
-        u8* to = shared + group * ALONG + band_offset(pixel / IN_W - origin_of(unit), pixel % IN_W);
-        #pragma unroll
-        for (int part = 0; part < SPLIT; part++) *(uint4*)(to + part * GROUPS_K * ALONG) = take_halves(v, part);
-    }
-    __device__ void load_first_rows() {
-        largest = 0;
-        int start = unit.first_row * IN_W, count = max(0, rows_end(1) * IN_W - start);
-        for (int at = threadIdx.x; at < count * GROUPS_K; at += THREADS * BATCH) {
-            float v[BATCH][8];
+    // Those rows of `of` that pass `pass` is the first to need, under the scale of 2^exponent, by `threads` threads.
+    // Returns the largest finite magnitude.
+    template <int AT_ONCE> __device__ __forceinline__ unsigned convert(
+        const Unit& of, int pass, int thread, int threads, int exponent) const {
+        unsigned largest = 0;
+        int start = rows_end(pass, of.passes), count = (rows_end(pass + 1, of.passes) - start) * IN_W;
+        int before = (origin_of(of) + start) * IN_W;  // pixels of the image, which may be negative
+        const scalar_t* source = x + of.image * (IN_CHANNELS * IN_H * IN_W);
+        for (int at = thread; at < count * GROUPS_K; at += threads * AT_ONCE) {
+            float v[AT_ONCE][8];
             #pragma unroll
-            for (int b = 0; b < BATCH; b++) {
-                int i = at + b * THREADS;
+            for (int b = 0; b < AT_ONCE; b++) {
+                int i = at + b * threads;
                 Octet octet(i, count);
-                load(octet.group, start + octet.pixel, i < count * GROUPS_K, v[b]);
+                int pixel = before + octet.pixel;
+                load(source, octet.group, pixel, i < count * GROUPS_K && pixel >= 0 && pixel < IN_H * IN_W, v[b]);
             }
             #pragma unroll
-            for (int b = 0; b < BATCH; b++) {
-                int i = at + b * THREADS;
+            for (int b = 0; b < AT_ONCE; b++) {
+                int i = at + b * threads;
                 Octet octet(i, count);
-                if (i < count * GROUPS_K) store(octet.group, start + octet.pixel, v[b]);
+                if (i >= count * GROUPS_K) continue;
+                #pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    largest = max(largest, finite_magnitude(v[b][j]));
+                    v[b][j] = multiply_unflushed(v[b][j], power_of_two(exponent));
+                }
+                u8* to = shared + octet.group * ALONG + band_offset(start + octet.pixel / IN_W, octet.pixel % IN_W);
+                #pragma unroll
+                for (int part = 0; part < SPLIT; part++)
+                    *(uint4*)(to + part * GROUPS_K * ALONG) = take_halves(v[b], part);
             }
         }
+        fence_async_proxy();
+        return largest;
     }
-    __device__ void next_chunk(int, int) const {}
-    __device__ void begin(unsigned* scratch) {
-        bool later = LATER && unit.passes > 1;
-        load_first_rows();
-        int right = scale_exponent(block_max(largest, scratch));
-        if (attempts++ || (right >= GUESS + later && right <= GUESS + SLACK)) return;
-        exponent = right - later * ROOM;
-        load_first_rows();
-    }
-    // A thread loads an octet, and stores it by a later advance(), which loads the next one.
-    __device__ void follow(int pass) {
-        first_pixel = rows_end(pass) * IN_W;
-        pixels = rows_end(pass + 1) * IN_W - first_pixel;
-        group = pixels > 0 ? 0 : GROUPS_K;
-        pixel = threadIdx.x;
-        load_next();
-    }
-    __device__ bool pending() const { return LATER && (CHANNELS_LAST ? pixel < pixels * GROUPS_K : group < GROUPS_K); }
-    __device__ void load_next() {
-        if constexpr (CHANNELS_LAST) {
-            Octet octet(pixel, pixels);
-            if (pending()) load(octet.group, first_pixel + octet.pixel, true, v);
-            return;
+    template <bool PRODUCES> __device__ __forceinline__ void begin(unsigned* scratch) {
+        bool later = unit.passes > 1;
+        if (fresh) exponent = GUESS;
+        largest = come ? largest_next : 0;
+        for (;; come = false) {
+            if (!PRODUCES && !come) largest = convert<FIRST_BATCH>(unit, 0, threadIdx.x, CONSUMERS, exponent);
+            int right = scale_exponent(block_max(largest, scratch));
+            bool good = agreed(!fresh || (right >= GUESS + later && right <= GUESS + SLACK));
+            fresh = come = false;
+            if (good) return;
+            exponent = right - later * ROOM;
         }
-        for (; pending() && pixel >= pixels; group++) pixel -= pixels;
-        if (pending()) load(group, first_pixel + pixel, true, v);
     }
-    __device__ void advance() {
-        if constexpr (CHANNELS_LAST) {
-            Octet octet(pixel, pixels);
-            store(octet.group, first_pixel + octet.pixel, v);
-        } else store(group, first_pixel + pixel, v);
-        pixel += THREADS;
-        load_next();
+    __device__ void produce(int thread) {
+        bool more = EARLY && !last();
+        for (int pass = 1; pass < MOST_PASSES + more; pass++) {
+            bool next = pass == MOST_PASSES;
+            Unit of = next ? following() : unit;
+            if (next) mbarrier_wait(barriers.done[last_reader(rows_end(1, of.passes), unit.passes)], round & 1);
+            else wait_empty(pass);
+            unsigned most = convert<BATCH>(of, next ? 0 : pass, thread, PRODUCERS, next ? (int)GUESS : exponent);
+            if (next) largest_next = most;
+            else largest = max(largest, most), warp_arrive(barriers.ready[pass][0]);
+        }
+    }
+    __device__ void wait(int pass, int chunk) const {
+        if (pass && chunk == 0) BandBase::wait(pass, 0);
     }
     __device__ bool fits(unsigned* scratch) {
+        end_round();
         int right = scale_exponent(block_max(largest, scratch));
-        bool fit = exponent <= right && right <= exponent + SLACK;
+        bool fit = agreed(exponent <= right && right <= exponent + SLACK);
         if (!fit) exponent = right;
         return fit;
     }
+    __device__ void next() { fresh = true, come = EARLY; }
 };
 
 typedef Band<X_PACKED || AS_IT_IS> Rows;

@@ -141,7 +141,7 @@ __device__ inline void store_chain(float (&sums)[TILES_OF_8][4], bool first, Pla
 #include "conv_wgrad_mma.cuh"
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) conv_wgrad_mma(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_wgrad_mma(
     const half_t* __restrict__ x, const half_t* __restrict__ dy, float* __restrict__ partial, int images,
     int bands_per_split) {
     DYNAMIC_SHARED(u8, shared);

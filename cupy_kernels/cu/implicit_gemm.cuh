@@ -14,12 +14,10 @@
 //
 // Load. The rows of x that a unit needs (the band) lie in shared memory as fp16, so that a tap is a shifted read. x is
 // a tensor of scalar_t, converted on the way, or with X_PACKED 1 it is packed already (fp16_tiles.cu). struct
-// Band<X_PACKED>:
-//     Band(x, x_exponents, count, unit, units, shared)
-//                                                clears what holds no pixel, begins asynchronous copies
+// Band<X_PACKED>, typedef Rows, with
 //     begin(scratch)                             the first pass can run under the scale of `exponent`
-//     fits(scratch)                              whether this scale was right; if not, all passes run again
-// Weights stream through a ring (WeightRing), a step at a time.
+// Weights stream through a ring (WeightRing), a step at a time. With WGMMA, PRODUCERS threads do nothing but bring
+// rows, and a block has several units, one after another: see conv_wgmma.cuh. Without, it has one.
 //
 // Main loop. struct MainLoop(unit, band, packed, shared), with
 //     pass<TILES>(sums, pass, first_window)      the sums of a warp's tiles; Sums are its registers
@@ -28,7 +26,7 @@
 //
 // Epilogue. The kernel's own, a struct with
 //     pass(sums, place, exponent)                takes the sums of a pass, times 2^(exponent + the channel's exponent)
-//     restart()                                  forgets all passes: they come again
+//     restart()                                  forgets all passes: they come again, or those of another unit
 //     finish(exponent, unit)                     after the last pass of a unit
 //
 // Macros: those of pooled_planes.cuh and fp16_tiles.cuh, scalar_t (float, half_t, bf16_t), X_PACKED, input_t (scalar_t,
@@ -37,8 +35,7 @@
 // THREADS, STAGES, GAP (zeros between two rows of the band), PACKED_WIDTH (pack_weight_fp16.cu), SHARED_BYTES (with the
 // epilogue's), ADJACENT (1: the windows of a lane are neighbours, for wide stores; 0: those of four lanes are), WGMMA,
 // and those of the form. With WGMMA only: AS_IT_IS (1: x, in channels_last, and the weights are fp16 operands as they
-// lie in memory, under scales of 1), PERSISTENT (1: with AS_IT_IS and whole images, a block takes every gridDim.x-th
-// unit; 0: one). Limits: those that check_supported in conv_transpose_mma.py checks.
+// lie in memory, under scales of 1). Limits: those that check_supported in conv_transpose_mma.py checks.
 #pragma once
 #include "common.cuh"
 #include "async_copy.cuh"
@@ -47,11 +44,14 @@
 #include "pooled_planes.cuh"
 
 #define TAPS (KERNEL_H * KERNEL_W)
+#define PRODUCERS (WGMMA ? 128 : 0)  // the threads behind those that multiply
+#define CONSUMERS (THREADS - PRODUCERS)
 #define WARPS_M (TILE_M / 64)
 #define PASS_WINDOWS (4 * TILES * WARPS_N)
 #define MOST_TILES (TILES > LAST_TILES ? TILES : LAST_TILES)
 static_assert(
-    TILE_M == 64 * WARPS_M && THREADS == (WGMMA ? 128 : 32) * WARPS_M * WARPS_N, "a warp or warpgroup has 64 channels");
+    TILE_M == 64 * WARPS_M && CONSUMERS == (WGMMA ? 128 : 32) * WARPS_M * WARPS_N,
+    "a warp or warpgroup has 64 channels");
 static_assert(GAP >= 0 && GAP >= KERNEL_W - 1 - PAD_W, "a tap left or right of the image reads the gap");
 
 // Scales are powers of two, so any that neither overflows nor flushes gives the same products: values of usual size are
@@ -81,6 +81,8 @@ struct Unit {
         first_row = max(0, first_row_of(first_window));
         end_row = min(IN_H, end_row_of(end_window - 1));
     }
+    // Its number among those of all images.
+    __device__ i64 of_all() const { return image * UNITS + number; }
 };
 
 // Which window of a warp's `tiles` times 4 the t-th one of lanes 4 n + quad is.
@@ -117,7 +119,7 @@ struct Place {
 
 // Brings the weights' steps, STEPS times STEP_BYTES, one after the other into a ring of STAGES stages. Past the last
 // step it begins again, for the next pass; what the last one does not need nobody reads, which is cheaper than to ask.
-// A thread copies the 16 bytes at `first` of a step, and those that lie some THREADS * 16 further on.
+// A thread copies the 16 bytes at `first` of a step, and those that lie some CONSUMERS * 16 further on.
 template <int STEP_BYTES, int STEPS> struct WeightRing {
     u8* ring;
     const u8* weights;
@@ -133,50 +135,72 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
         u8* to = ring + stage + first;
         const u8* mine = weights + (from + first);
         #pragma unroll
-        for (int at = 0; at < STEP_BYTES; at += THREADS * 16)
-            if (STEP_BYTES % (THREADS * 16) == 0 || at + first < STEP_BYTES) cp_async_16(to + at, mine + at, true);
+        for (int at = 0; at < STEP_BYTES; at += CONSUMERS * 16)
+            if (STEP_BYTES % (CONSUMERS * 16) == 0 || at + first < STEP_BYTES) cp_async_16(to + at, mine + at, true);
         from = from + STEP_BYTES == STEPS * STEP_BYTES ? 0 : from + STEP_BYTES;
         cp_async_commit();
     }
 };
 
+// A condition that all lanes of the warp share. Compilers know it then, and keep operands of wgmma in uniform
+// registers.
+__device__ inline bool agreed(bool condition) { return __all_sync(0xFFFFFFFFu, condition); }
+
 #if WGMMA
 #include "conv_wgmma.cuh"
 #else
 #include "conv_mma.cuh"
+struct Barriers {};
+__device__ inline void sync_consumers() { __syncthreads(); }
 #endif
+
+// In a block's shared memory, besides the dynamic one.
+struct Scratch {
+    unsigned warps[32];  // of block_max
+    Barriers barriers;
+};
+
+// The products of a unit.
+template <class Epilogue>
+__device__ __forceinline__ void multiply_passes(const Unit& unit, MainLoop& loop, int exponent, Epilogue& epilogue) {
+    for (int pass = 0; agreed(pass < unit.passes); pass++) {
+        int start = unit.first_window + pass * PASS_WINDOWS, left = unit.end_window - start;
+        bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
+                                       : LAST_TILES > TILES && pass == unit.passes - 1 && left > PASS_WINDOWS;
+        int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
+        Sums sums = {};
+        if (last) loop.pass<LAST_TILES>(sums, pass, first_window);
+        else loop.pass<TILES>(sums, pass, first_window);
+        Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
+        epilogue.pass(sums, place, exponent);
+    }
+}
 
 // The convolution of the block's units, of `units` in all. x_exponents: of a packed x, `x_exponent_count` of them.
 template <class Epilogue>
 __device__ inline void convolve(
     const input_t* x, const int* x_exponents, int x_exponent_count, const half_t* packed, i64 units, u8* shared,
-    unsigned* scratch, Epilogue& epilogue) {
-    i64 number = blockIdx.x;
-    Unit unit(number);
-    Rows band(x, x_exponents, x_exponent_count, unit, units, shared);
-    MainLoop loop(unit, band, packed, shared);
-    for (;;) {
-        i64 next = number + gridDim.x;
-        for (bool again = true; again;) {
-            band.begin(scratch);
-            for (int pass = 0; pass < unit.passes; pass++) {
-                int start = unit.first_window + pass * PASS_WINDOWS, left = unit.end_window - start;
-                bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
-                                               : LAST_TILES > TILES && pass == unit.passes - 1 && left > PASS_WINDOWS;
-                int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
-                Sums sums = {};
-                if (last) loop.pass<LAST_TILES>(sums, pass, first_window);
-                else loop.pass<TILES>(sums, pass, first_window);
-                Place place = {unit.image, loop.channel(), first_window, unit.end_window, tiles, unit.number};
-                epilogue.pass(sums, place, band.exponent);
-            }
-            again = !band.fits(scratch);
-            if (again) epilogue.restart();
-        }
-        epilogue.finish(band.exponent, number);
-        if (!PERSISTENT || next >= units) return;
-        number = next;
-        unit = Unit(number);
-        epilogue.restart();
+    Scratch& scratch, Epilogue& epilogue) {
+#if WGMMA
+    clear_border(shared);
+    if (threadIdx.x == 0) scratch.barriers.init();
+    fence_async_proxy();
+    __syncthreads();
+    Unit unit(units * blockIdx.x / gridDim.x);
+    Rows band(x, x_exponents, x_exponent_count, unit, units * (blockIdx.x + 1) / gridDim.x, shared, scratch.barriers);
+    if (threadIdx.x >= CONSUMERS) {
+        fewer_registers<PRODUCER_REGISTERS>();
+        return run<true>(unit, band, band, scratch.warps, epilogue);
     }
+    more_registers<CONSUMER_REGISTERS>();
+    MainLoop loop(unit, band, packed, shared);
+    run<false>(unit, band, loop, scratch.warps, epilogue);
+#else
+    Unit unit(blockIdx.x);
+    Rows band(x, x_exponents, x_exponent_count, unit, shared);
+    MainLoop loop(unit, band, packed, shared);
+    band.begin(scratch.warps);
+    multiply_passes(unit, loop, band.exponent, epilogue);
+    epilogue.finish(band.exponent, blockIdx.x);
+#endif
 }

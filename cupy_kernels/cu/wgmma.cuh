@@ -200,12 +200,14 @@ template <int COUNT, int MOST> __device__ __forceinline__ void wgmma_arrived(flo
 #endif
 }
 
-// All threads of a warpgroup of the block meet, as a block's do at __syncthreads().
-__device__ inline void sync_warpgroup(int warpgroup) {
+// All threads of COUNT warpgroups of the block meet, from the one with number `first` on, a multiple of COUNT, as a
+// block's do at __syncthreads().
+template <int COUNT = 1> __device__ inline void sync_warpgroups(int first) {
 #ifdef CUPY_KERNELS_EMULATOR
-    emulator::warpgroup_barrier();
+    emulator::warpgroup_barrier(COUNT);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    asm volatile("barrier.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+    // A block has 16 barriers and at most 8 warpgroups. COUNT is 1 or 2.
+    asm volatile("barrier.sync %0, %1;" ::"r"(COUNT == 1 ? 1 + first : 9 + first / 2), "n"(128 * COUNT) : "memory");
 #endif
 }
 

@@ -4,7 +4,7 @@ namespace emulator {
 static void next_epoch() {
     for (int t = 0; t < thread_count; t++) {
         Fiber& f = fibers[t];
-        if (!f.clock && !mbarrier_count) continue;
+        if (!f.clock && !wide) continue;
         Known known = known_by(t);
         memset(f.seen + known.first, 0, known.count * sizeof *f.seen);
         f.clock = 0;
@@ -33,7 +33,7 @@ static void start_block() {
     memset(queues, 0, sizeof queues);
     begin_epochs();
     shared_since = block_epoch;
-    mbarrier_count = bulk_copy_count = 0;
+    mbarrier_count = bulk_copy_count = 0, wide = false;
     for (int t = 0; t < thread_count; t++) {
         Fiber& f = fibers[t];
         void** top = (void**)(end_of_stack(t) - t % 32 * STACK_SHIFT) - SAVED_WORDS - 4;
@@ -101,7 +101,10 @@ static bool release_barrier() {
         done += f.state == DONE;
         if (f.state == AT_WARP) return report_missing_lane(t), false;
         if (f.state == AT_WARPGROUP)
-            return report("thread %d waits for other threads of its warpgroup, which do not come", t), false;
+            return report(
+                       "thread %d waits for other threads of its warpgroup%s, which do not come", t,
+                       f.warpgroups > 1 ? " and others" : ""),
+                   false;
         if (f.state == AT_WGMMA)
             return report("thread %d waits for a wgmma that not all warps of its warpgroup issue", t), false;
         if (f.state != AT_BARRIER) continue;
@@ -168,8 +171,8 @@ static void run_blocks(unsigned long long seed) {
     released = acquired = false;
     release_count = 0;
     sums_count = 0, fault_count = 1;
-    if (mbarrier_count) memset((void*)fibers, 0, sizeof fibers);  // what threads of the last launch have seen
-    mbarrier_count = bulk_copy_count = 0;
+    if (wide) memset((void*)fibers, 0, sizeof fibers);  // what threads of the last launch have seen
+    mbarrier_count = bulk_copy_count = 0, wide = false;
     racing_read_count = 0, wrong_index.place = nullptr;
     for (int t = 0; t < thread_count; t++) fibers[t].proxy_fence = 0;
     long long blocks = (long long)gridDim.x * gridDim.y * gridDim.z, waiting = 0;

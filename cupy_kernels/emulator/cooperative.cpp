@@ -18,6 +18,7 @@ void grid_barrier(Place place) {
 template <class F> static void for_parts_of_block(F part) {
     part(&shared_since, sizeof shared_since);
     part(fibers, thread_count * sizeof(Fiber));
+    part(&wide, sizeof wide);
     part(&mbarrier_count, sizeof mbarrier_count);
     part(mbarriers, mbarrier_count * sizeof *mbarriers);
     part(&bulk_copy_count, sizeof bulk_copy_count);

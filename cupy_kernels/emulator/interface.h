@@ -118,7 +118,7 @@ void commit_multiplications();
 void wait_for_multiplications(int pending_groups);
 void fence_registers();
 void fence_proxy();
-void warpgroup_barrier();
+void warpgroup_barrier(int warpgroups);
 
 template <class T> using Dynamic = T* const&;  // extern __shared__ T name[], in a function or outside
 

@@ -36,6 +36,7 @@ void mbarrier_init(void* address, int arrivals) {
         return FAIL("<%x>: a block has at most %d mbarriers", place_of(CALLER), MAX_MBARRIERS);
     touch<true>(*array, (char*)address, 8, CALLER, FLYING | BULK);
     MBarrier& b = mbarriers[mbarrier_count++];
+    wide = true;
     memset(&b, 0, sizeof b);
     b.address = (char*)address, b.initialised = self, b.initialised_place = place_of(CALLER);
     b.arrivals = b.missing = arrivals;

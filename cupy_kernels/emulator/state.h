@@ -71,6 +71,7 @@ struct Fiber {
     unsigned touched_sums, flying_sums;
     u64 proxy_fence, proxy_fences[MOST_CLOCK / 64 + 1];
     unsigned mbarrier, phase;  // that it waits for
+    int warpgroups;            // that meet where it waits for them
 };
 // What is in the side table about one: its 8 bytes are not used.
 struct MBarrier {
@@ -107,6 +108,7 @@ enum { MAX_MBARRIERS = 64, MAX_BULK_COPIES = 1024 };
 static MBarrier mbarriers[MAX_MBARRIERS];  // of the block
 static BulkCopy bulk_copies[MAX_BULK_COPIES];  // issued, and nobody has waited for them yet
 static unsigned mbarrier_count, bulk_copy_count;
+static bool wide;  // threads of the whole block may know each other's clocks, not those of a warpgroup alone
 static void* scheduler_stack_pointer;
 static void (*thread_body)();
 static char error[1024];

@@ -75,7 +75,7 @@ static bool differ(const Fiber& one, const Fiber& other, bool in_thread) {
 // The threads whose accesses may come before a thread's though no barrier of the block lies between them.
 struct Known { int first, count; };
 static Known known_by(int thread) {
-    if (mbarrier_count) return {0, thread_count};
+    if (wide) return {0, thread_count};
     return {thread / WARPGROUP * WARPGROUP, WARPGROUP};
 }
 
@@ -154,12 +154,14 @@ bool warp_barrier(unsigned mask, Place place, bool synchronises) {
     return false;
 }
 
-void warpgroup_barrier() {
-    int first = current / WARPGROUP * WARPGROUP, end = first + WARPGROUP;
-    if (end > thread_count) return FAIL("thread %d: a warpgroup has %d threads", current, WARPGROUP);
-    fibers[current].state = AT_WARPGROUP;
+void warpgroup_barrier(int warpgroups) {
+    int count = WARPGROUP * warpgroups, first = current / count * count, end = first + count;
+    if (end > thread_count)
+        return FAIL("thread %d: %d warpgroups have %d threads, the block %d", current, warpgroups, count, thread_count);
+    if (warpgroups > 1) wide = true;
+    fibers[current].state = AT_WARPGROUP, fibers[current].warpgroups = warpgroups;
     for (int t = first; t < end; t++)
-        if (fibers[t].state != AT_WARPGROUP) return yield();
+        if (fibers[t].state != AT_WARPGROUP || fibers[t].warpgroups != warpgroups) return yield();
     for (int t = first; t < end; t++) fibers[t].state = READY;
     synchronise(first, end, 0xFFFFFFFFu);
 }

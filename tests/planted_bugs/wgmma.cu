@@ -271,11 +271,23 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     float sum = 0;
     for (int k = 0; k < 3; k++) {
         s[t] = x[t] * k;
-        sync_warpgroup(t / 128);
+        sync_warpgroups(t / 128);
         sum += s[t ^ 127];
-        @sync_warpgroup(t / 128);@@
+        @sync_warpgroups(t / 128);@@
     }
     y[t] = sum;
+}
+
+//// a barrier of two of four warpgroups
+// error: race|nobody has written
+// x: 512, y: 512, grid: 1, block: 512
+#include "wgmma.cuh"
+extern "C" __global__ void planted(const float* x, float* y, int n) {
+    __shared__ float s[512];
+    int t = threadIdx.x;
+    s[t] = x[t];
+    sync_warpgroups<2>(t / 256 * 2);
+    y[t] = s[t ^ @255@511@];
 }
 
 //// a barrier of the warpgroup for what another one writes
@@ -286,7 +298,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
     __shared__ float s[256];
     int t = threadIdx.x;
     s[t] = x[t];
-    sync_warpgroup(t / 128);
+    sync_warpgroups(t / 128);
     @__syncthreads();@@
     y[t] = s[255 - t];
 }
@@ -297,7 +309,7 @@ extern "C" __global__ void planted(const float* x, float* y, int n) {
 #include "wgmma.cuh"
 extern "C" __global__ void planted(const float* x, float* y, int n) {
     int t = threadIdx.x;
-    if (t < @128@96@) sync_warpgroup(0);
+    if (t < @128@96@) sync_warpgroups(0);
     y[t] = x[t];
 }
 
