@@ -241,7 +241,7 @@ def failure(what: Variant | Kernel, status: int, log: str) -> Exception:
 
 def _resources(name: str, log: str, ptx: str) -> Resources:
     bound = re.search(rf"\.entry {name}\([^)]*\)\s*\.maxntid (\d+)", ptx)
-    part = log[log.index(f"'{name}'") :]
+    part = log[log.index(f"Compiling entry function '{name}'") :]  # warnings before it name the kernel, too
 
     def number(pattern):
         match = re.search(pattern, part)

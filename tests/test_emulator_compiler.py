@@ -51,6 +51,19 @@ def test_values_that_code_must_compute(inside, x, y):
         run("struct S { float v; __device__ S() : v(threadIdx.x) {} };\n" + text, x, y)
 
 
+def test_shared_variables_of_templates_where_gcc_cannot_retain(monkeypatch, fresh, x, y):
+    if emulator._is_clang():
+        pytest.skip("clang keeps the section of a template's variables")
+    call = emulator._call
+    monkeypatch.setattr(emulator, "_call", lambda command: call(command) + "warning: 'retain' attribute ignored")
+    helper = "__device__ inline float kept(float v) { __shared__ float s[64]; return s[threadIdx.x] = v; }\n"
+    text = helper + COPY.replace("x[threadIdx.x]", "kept(x[threadIdx.x])")
+    run(text, x, y)
+    assert (y == x).all()
+    with pytest.raises(KernelCompileError, match=r"'s': this g\+\+ cannot tell .* or use g\+\+ 12 or clang"):
+        run("template <class T> " + text.replace("float v", "T v"), x, y)
+
+
 def test_nvrtc_is_asked_once(monkeypatch, fresh, x, y):
     nvrtc_version()
     run(COPY, x, y)

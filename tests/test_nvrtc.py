@@ -148,6 +148,14 @@ def test_spills_are_seen():
     assert 0 < kernels["lean"].registers < 16
 
 
+@pytest.mark.skipif(not WGMMA_VERSION, reason=f"needs NVRTC {nvrtc.WGMMA_MAJOR} or newer, which knows sm_90a")
+def test_what_a_kernel_uses_that_ptxas_warns_of():
+    """Of some wgmma kernels ptxas first says that it injects instructions, in lines that name the kernel."""
+    of_wgmma = [v for v in variants() if v.file == "conv_wgrad_mma.cu" and v.architecture]
+    used = nvrtc.compile_variant(of_wgmma[0], of_wgmma[0].architecture, nvrtc.WGMMA_MAJOR)[1]
+    assert all(kernel.registers for kernel in used.values()), used
+
+
 def test_every_kernel_is_declared():
     assert {v.file for v in variants()} == {f for f in source.names() if f.endswith(".cu")}
 

@@ -22,7 +22,7 @@ from cupy_kernels.source import Kernel
 
 FOLDER = Path(__file__).parent / "planted_bugs"
 CLASSES = """alignment async_copies barriers bounds grid_barriers launch_sizes local_memory mbarriers numbers outputs
-    races unwritten_memory warp_operations wgmma"""
+    races shared_of_functions unwritten_memory warp_operations wgmma"""
 DEFAULT = {"x": "1000", "y": "1000", "grid": "4", "block": "256", "shared": "0"}
 
 

@@ -427,8 +427,11 @@ def _build(kernel: Kernel, text: str, command: list[str]) -> bytes:
             whole.write_text(text, encoding="utf-8")
             log = _call([*command, "-S", str(whole), "-o", str(assembly)])
             said = "".join(f"\t.asciz {json.dumps(what)}\n" for what in messages.unset(log))
-            made = elf.with_gaps(assembly.read_text(encoding="latin-1"))  # clang writes any byte of a text as it is
-            assembly.write_text(f'{made}\t.section {WARNINGS},"",@progbits\n{said}', encoding="latin-1")
+            made = assembly.read_text(encoding="latin-1")  # clang writes any byte of a text as it is
+            if kernel and "'retain' attribute" in log and (lost := elf.lost(made)):  # warned of: it knows none
+                told = "this g++ cannot tell whether it is __shared__. Declare it in a function that is no template"
+                raise compile_error(kernel, f"error: {lost!r}: {told}, or use g++ 12 or clang: see CUPY_KERNELS_CXX")
+            assembly.write_text(f'{elf.with_gaps(made)}\t.section {WARNINGS},"",@progbits\n{said}', encoding="latin-1")
             # -fsanitize would bring a runtime
             _call([*compiler(), *LINES, "-shared", str(assembly), "-o", str(built), "-lm"])
             library = built.read_bytes()

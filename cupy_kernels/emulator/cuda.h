@@ -33,7 +33,13 @@ extern "C" void* memset(void*, int, size_t);
 #endif
 #define __align__(n) __attribute__((aligned(n)))
 #define __builtin_align__(n) __align__(n)
+#ifdef __clang__
 #define __shared__ static __attribute__((section("cu_shared"), aligned(16), used))  // used: clang would shrink it
+#else  // g++ refuses one section for variables of inline functions and others, and forgets a template's: see elf.py
+#define EMULATOR_SHARED(number) static __attribute__((section("cu_shared" #number), retain, aligned(16), used))
+#define EMULATOR_NUMBERED(number) EMULATOR_SHARED(number)
+#define __shared__ EMULATOR_NUMBERED(__COUNTER__)
+#endif
 
 // clang checks the alignment of what a constructor copies, and not of what is copied as a whole.
 #ifdef __clang__

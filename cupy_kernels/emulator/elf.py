@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 SHARED = "cu_shared"  # the section of __shared__ variables
 GAP = 256  # bytes between variables that belong to none; the most that one is aligned to
+_SHARED_BY_GCC = re.compile(rf'^\s+\.section\s+(?:{SHARED}\d+,|\S+,"aw\w*R").*', re.MULTILINE)  # R: retain of cuda.h
+_OF_SHARED = f'\t.section {SHARED},"aw",@progbits'
 _SECTIONS = (SHARED, ".data", ".bss", ".rodata")
 
 
@@ -20,7 +22,8 @@ class Variable(NamedTuple):
 
 
 def with_gaps(assembly: str) -> str:
-    """The assembly with GAP bytes before each variable, and behind the last __shared__ one."""
+    """The assembly with GAP bytes before each variable and behind the last __shared__ one, and these in one section."""
+    assembly = _SHARED_BY_GCC.sub(_OF_SHARED, assembly)
     section, found, at, gap = "", [], 0, f"\t.zero {GAP}\n"
     for match in re.finditer(r"^(?:\s+\.(?:section\s+([^\s,]+)|(text|data|bss)\b)|[\w.$]+:)", assembly, re.MULTILINE):
         if not match[0].endswith(":"):
@@ -28,8 +31,14 @@ def with_gaps(assembly: str) -> str:
         elif section in _SECTIONS:
             found += [assembly[at : match.start()], gap]
             at = match.start()
-    end = f'\t.section {SHARED},"aw",@progbits\n{gap}' if found else ""
+    end = f"{_OF_SHARED}\n{gap}" if found else ""
     return "".join(found) + assembly[at:] + end
+
+
+def lost(assembly: str) -> str:
+    """A variable of a function that may be a template's __shared__ one, where g++ cannot retain; "" if none is."""
+    found = re.search(r"^\s+\.(?:local\s+|section\s+\.bss\.)(_ZZ\w+)", assembly, re.MULTILINE)
+    return demangled(found[1]) if found else ""
 
 
 def variables(elf: bytes) -> list[Variable]:
