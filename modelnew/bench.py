@@ -221,7 +221,7 @@ def _listed(choices=None):
     "--layers",
     is_flag=True,
     help="Measure every layer instead, at shapes of well-known networks, forward and step, in NCHW and channels_last. "
-    "Uses only --classes (fp16 and bf16 mean tensors of that type), --peers, --trials and --budget.",
+    "Needs a GPU. Uses only --classes (fp16 and bf16 mean tensors of that type), --peers, --trials and --budget.",
 )
 @click.option(
     "--batches",
@@ -277,8 +277,8 @@ def _listed(choices=None):
     help="Measure without wgmma instructions, as with NVRTC 11 alone and without --startup. The record's name ends in "
     "CuPy's NVRTC, such as _nvrtc11.8.",
 )
-@commands.device_option
-@commands.output_option("bench", drawn=True)
+@commands.device_option()
+@commands.output_option("bench", "layers", drawn=True)
 @click.option(
     "--plot-only",
     metavar="RECORD",
