@@ -151,9 +151,8 @@ def env(as_json):
         meaning = f"  ({_MEANINGS[key]})" if key in _MEANINGS else ""
         _echo(f"{key:{column}}{value}{meaning}", indent=column)
     extra = f" (the extra [{install['extra']}])" if install["extra"] else ""
-    click.echo(
-        f"\nBest for this machine{extra}: {install['command'] or 'nothing to install'}"
-    )  # unbroken, to be copied
+    best = install["command"] or "nothing to install"
+    click.echo(f"\nBest for this machine{extra}: {best}")  # unbroken, to be copied
     _echo(f"Why: {install['why']}")
     for what, matches in (("these", True), ("other", False)):
         files = [record["file"] for record in records if record["matches"] == matches]
