@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import shutil
+import textwrap
 import time
 
 import click
@@ -26,14 +28,18 @@ from .training import training_command
 
 EMULATED_BATCH = 2
 BIT_EXACT = ("tanh", "max_pool")
+_ENV_WIDTH = 100  # columns, if the terminal has as many
 _WIDE = 80  # columns in which the table of errors has room for maxima
-_CLASSES = {"tf32": "the convolution's operands have 10 mantissa bits", "fp32": "all in float32's precision"}
+_CLASSES = {
+    "tf32": "the convolution's operands have 10 mantissa bits",
+    "fp32": "every operator has float32's precision",
+}
 _MEANINGS = {  # of lines that `env` prints
     "versions.torch_cuda": "the CUDA that torch was built for",
     "versions.nvrtc": "NVIDIA's compiler of kernels for a GPU",
     "versions.nvrtc_wgmma": "the one for kernels with wgmma instructions, which H100 and H200 have",
     "emulator": "its C++ compiler; a GPU needs none",
-    "digest": "a hash of the kernels",
+    "kernels": "the first 12 characters of a hash of their text",
 }
 
 out = commands.console()
@@ -62,7 +68,7 @@ progress = Console(stderr=True)
     help="Class of the convolution: tf32 (operands with 10 mantissa bits, PyTorch's default on a GPU), fp32, or auto, "
     "which checks both on a GPU and fp32 on a CPU. For tf32 on a CPU, PyTorch is given rounded operands.",
 )
-@commands.device_option
+@commands.device_option()
 @click.option("--times/--no-times", default=True, show_default=True, help="Time both models (on a GPU only).")
 @commands.trials_option(20)
 @click.pass_context
@@ -138,18 +144,28 @@ def env(as_json):
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    records, install = found.pop("records"), found.pop("install")
-    lines = dict(_flat(found))
+    records, install, digest = map(found.pop, ("records", "install", "digest"))
+    lines = {**dict(_flat(found)), "kernels": digest[:12]}
+    column = max(map(len, lines)) + 2
     for key, value in lines.items():
         meaning = f"  ({_MEANINGS[key]})" if key in _MEANINGS else ""
-        click.echo(f"{key:{max(map(len, lines))}}  {value}{meaning}")
+        _echo(f"{key:{column}}{value}{meaning}", indent=column)
     extra = f" (the extra [{install['extra']}])" if install["extra"] else ""
-    click.echo(f"\nBest for this machine{extra}: {install['command'] or 'nothing to install'}")
-    click.echo(f"Why: {install['why']}")
+    best = install["command"] or "nothing to install"
+    click.echo(f"\nBest for this machine{extra}: {best}")  # unbroken, to be copied
+    _echo(f"Why: {install['why']}")
     for what, matches in (("these", True), ("other", False)):
         files = [record["file"] for record in records if record["matches"] == matches]
         if files:
-            click.echo(f"\nRecords in benchmarks/results, of {what} kernels: {', '.join(files)}")
+            click.echo()
+            _echo(f"Records in benchmarks/results, of {what} kernels: {', '.join(files)}")
+
+
+def _echo(text, indent=0):
+    """Prints the text in lines that fit, all but the first indented."""
+    width = shutil.get_terminal_size((_ENV_WIDTH, 0)).columns
+    fitting = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * indent}
+    click.echo(textwrap.fill(text, min(width, _ENV_WIDTH), **fitting))
 
 
 def _literal(batch, seed, device) -> bool:

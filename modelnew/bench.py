@@ -43,7 +43,7 @@ from .workloads import (
 
 _COMPILE_SHARE = 0.8  # of the time budget; the rest is for what needs no torch.compile
 _STARTUPS = 2
-_CALLS_OF_FEW = 30
+_TRIAL_MS_OF_FEW = 10  # so long that an interruption of the host is a small part
 _QUICK = (
     "forward_train",
     "forward_train_grad",
@@ -87,7 +87,7 @@ class Plan(NamedTuple):
     what: tuple[str, ...]
     peers: str
     trials: int
-    calls_of_few: int  # which a trial times with few images
+    trial_ms_of_few: float  # how long a trial with few images lasts at least
     size: int
     seed: int
     budget: float
@@ -120,8 +120,8 @@ def run(plan: Plan, device: torch.device, describe: Callable[[str], None]) -> It
         with current(device), numerics(cls, device, what):
             if what in COMPILED or any(entrant.who in MODES for entrant in entrants):
                 torch.compiler.reset()  # code compiled, or a graph recorded, for one class would serve the next
-            calls = plan.calls_of_few if n <= FEW_IMAGES else None
-            clock = Clock(device, calls, latency=what.startswith("latency"))
+            trial_ms = plan.trial_ms_of_few if n <= FEW_IMAGES else None
+            clock = Clock(device, trial_ms, latency=what.startswith("latency"))
             measure_together(entrants, clock, plan.trials, refused, lambda who: describe(f"{what} {cls} N={n} {who}"))  # noqa: B023
         yield [entrant.row(what=what, **{"class": cls}, n=n) for entrant in entrants]
 
@@ -221,7 +221,7 @@ def _listed(choices=None):
     "--layers",
     is_flag=True,
     help="Measure every layer instead, at shapes of well-known networks, forward and step, in NCHW and channels_last. "
-    "Uses only --classes (fp16 and bf16 mean tensors of that type), --peers, --trials and --budget.",
+    "Needs a GPU. Uses only --classes (fp16 and bf16 mean tensors of that type), --peers, --trials and --budget.",
 )
 @click.option(
     "--batches",
@@ -252,8 +252,8 @@ def _listed(choices=None):
 @click.option(
     "--trials",
     type=click.IntRange(min=1),
-    help=f"Trials of each contender: one call each, with at most {FEW_IMAGES} images {_CALLS_OF_FEW}.  "
-    "[default: 20; 1 on the CPU, of one call]",
+    help=f"Trials of each contender: one call each, with at most {FEW_IMAGES} images calls for "
+    f"{_TRIAL_MS_OF_FEW} ms.  [default: 20; 1 on the CPU, of one call]",
 )
 @click.option(
     "--size", type=click.IntRange(min=1), help=f"Height and width of an image.  [default: {HEIGHT}; 4 on the CPU]"
@@ -277,8 +277,8 @@ def _listed(choices=None):
     help="Measure without wgmma instructions, as with NVRTC 11 alone and without --startup. The record's name ends in "
     "CuPy's NVRTC, such as _nvrtc11.8.",
 )
-@commands.device_option
-@commands.output_option("bench", drawn=True)
+@commands.device_option()
+@commands.output_option("bench", "layers", drawn=True)
 @click.option(
     "--plot-only",
     metavar="RECORD",
@@ -356,7 +356,7 @@ def _plan(device, quick, batches, what, classes, peers, trials, size, seed, budg
         what or (_QUICK if quick else tuple(WORKLOADS)),
         peers or ("eager" if cpu else "compile"),
         trials or (1 if cpu else 20),
-        1 if cpu else _CALLS_OF_FEW,
+        0 if cpu else _TRIAL_MS_OF_FEW,
         size or (4 if cpu else HEIGHT),
         seed,
         budget,
@@ -370,7 +370,6 @@ def _head(plan, device):
     return {
         **begun,
         "trials": plan.trials,
-        "calls_of_few": plan.calls_of_few,
         "shape": Shape(*get_init_inputs()[:5], plan.size)._asdict(),
         "ceilings": ceilings(begun["versions"]["gpu"]),
         "rows": [],

@@ -21,17 +21,19 @@ from . import environment, plots, records
 
 SETTINGS = {"help_option_names": ["-h", "--help"]}  # context_settings of all commands
 
-device_option = click.option(
-    "--device", help="cuda, cuda:1, ... or cpu, which means the emulator.  [default: the GPU, if one is usable]"
-)
+
+def device_option(cpu: str = "or cpu, which means the emulator"):
+    """The option --device. cpu: what its help says of the CPU."""
+    return click.option("--device", help=f"cuda, cuda:1, ... {cpu}.  [default: the GPU, if one is usable]")
 
 
-def output_option(kind: str, drawn: bool = False):
-    """The option --output of a command that writes records of this kind. drawn: it also writes plots."""
+def output_option(*kinds: str, drawn: bool = False):
+    """The option --output of a command that writes records of these kinds. drawn: it also writes plots."""
+    names = " or ".join(f"{kind}_<gpu>.json" for kind in kinds)
     return click.option(
         "--output",
         type=click.Path(file_okay=False, path_type=Path),
-        help=f"Folder for {kind}_<gpu>.json{' and .png' if drawn else ''}.  [default: benchmarks/results in the "
+        help=f"Folder for {names}{' and the .png' if drawn else ''}.  [default: benchmarks/results in the "
         "repository's root, the current directory elsewhere; on the CPU nothing is written]",
     )
 

@@ -143,7 +143,7 @@ def _settings(device) -> Iterator[None]:
     type=click.IntRange(min=1),
     help=f"Processes that share the work.  [default: one for each CPU, at most {PROCESSES}; 1 on the emulator]",
 )
-@commands.device_option
+@commands.device_option()
 @commands.output_option("fuzz")
 def fuzz_command(device, output, cases, seed, operators, number, budget, processes):
     """Compare random calls of every function of modelnew.functional with PyTorch's.

@@ -175,7 +175,7 @@ def show(record: dict) -> None:
     "host", short_help="Time the host's part of a call beside PyTorch's.", context_settings=commands.SETTINGS
 )
 @commands.trials_option(TRIALS)
-@commands.device_option
+@commands.device_option("(a GPU is needed)")
 @commands.output_option("host")
 def host_command(device, output, trials):
     """Time the host's part of a call on tiny tensors: each layer, ModelNew on one image, and a ResNet18.

@@ -1,8 +1,8 @@
 """The operators as drop-in torch.nn modules on our kernels. Each is defined in `modelnew.functional`.
 
 Each layer is a subclass of PyTorch's layer, because tools look for PyTorch's classes: spectral_norm, update_bn, loops
-that freeze or initialise, and SyncBatchNorm's conversion (to PyTorch's layer; `modelnew.convert_sync_batchnorm` keeps
-ours). Arguments, parameters, buffers, state dicts and initialisation are PyTorch's. Only `forward` differs.
+that freeze or initialise. Arguments, parameters, buffers, state dicts and initialisation are PyTorch's. Only `forward`
+differs. `modelnew.convert_sync_batchnorm` synchronises batch norms; PyTorch's converter raises an error.
 """
 
 import inspect

@@ -5,6 +5,7 @@ layer. `training`: loss curves.
 """
 
 import itertools
+import math
 from pathlib import Path
 
 from . import layer_bench
@@ -25,6 +26,7 @@ from .workloads import (
 
 _WIDTH, _DPI = 8.3, 200
 _SMALL = 8
+_COLUMNS = 3  # of a legend
 _COLOURS = {
     "modelnew": "#c0392b",
     "modelnew-graph": "#c0392b",
@@ -51,6 +53,7 @@ _CLASSES = {
     "bf16": "bfloat16 by autocast",
 }
 _DASHES = {"tf32": "-", "fp32": "--", "fp16": "-", "bf16": "--"}
+_NESTED = (("#ccd1d1", 8), ("#2980b9", 5), ("#c0392b", 2.5), ("black", 1))  # colours and widths, the lowest first
 _FILLS = ("full", "none", "left", "bottom")
 _MARKERS = "os^vD<>Pph*X8dH"
 _WINDOW = 10  # steps of which the curves of differences show the largest
@@ -120,16 +123,16 @@ def _times(figure, record):
         if any((row["class"], row["n"]) == (cls, n) for row in models)
     ]
     heights = [2.4] * len(panels) + [3.4] * (len(batches) > 2) + [4] * bool(record["ceilings"])
-    figure.set_size_inches(_WIDTH, sum(heights) + 1)
+    figure.set_size_inches(_WIDTH, sum(heights) + 1.5)
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    bars = {}
+    bars = {}  # by n: its first panel, and what `_bars` returned for all of its panels
     for (cls, n), panel in zip(panels, axes):
         title = f"{_CLASSES[cls]}, {n} image{'s'[: n != 1]}"
         title += ": host-bound, except in a CUDA graph" if n <= FEW_IMAGES else ""
-        bars |= _bars(panel, [row for row in models if (row["class"], row["n"]) == (cls, n)], title)
-    bars = {key: bars[key] for key in itertools.product(_COLOURS, LAYOUTS) if key in bars}
-    names = [f"{_WHO[who]}, {_LAYOUTS[layout]}" for who, layout in bars]
-    figure.legend(bars.values(), names, loc="outside lower center", ncols=3, columnspacing=1, frameon=False)
+        found = _bars(panel, [row for row in models if (row["class"], row["n"]) == (cls, n)], title)
+        bars.setdefault(n, (panel, {}))[1].update(found)
+    for panel, found in bars.values():
+        _legend_above(panel, found)
     if len(batches) > 2:
         _by_batch(axes[len(panels)], record)
     if record["ceilings"]:
@@ -161,34 +164,32 @@ def _curves(figure, record):
     losses, apart = figure.subplots(2, 1, height_ratios=[2, 3])
     curves = {(row["who"], row["class"], row["layout"]): row["losses"] for row in record["rows"]}
     steps = range(1, record["steps"] + 1)
-    for (who, cls, layout), curve in curves.items():
-        if layout == "nchw":
-            style = {"color": _COLOURS["modelnew" if who == "ModelNew" else "eager"], "ls": _DASHES[cls]}
-            losses.plot(steps, curve, lw=3 if who == "Model" else 1, label=f"{who} {cls}", **style)
+    shown = [key for key in curves if key[2] == "nchw"]
+    for key, (colour, width) in zip(shown, _NESTED):  # they lie on each other
+        losses.plot(steps, curves[key], color=colour, lw=width, ls=_DASHES[key[1]], label=" ".join(key[:2]))
 
     def difference(a, b, **style):
         values = [abs(x - y) / abs(y) if y else 0 for x, y in zip(curves[a], curves[b])]
         values = [max(values[i : i + _WINDOW]) for i in range(0, len(values), _WINDOW)]
-        apart.plot(steps[::_WINDOW], values, lw=1.3, drawstyle="steps-post", **style)
+        apart.plot(steps[::_WINDOW], values, drawstyle="steps-post", **style)
 
     model = {cls: (who, cls, layout) for who, cls, layout in curves if (who, layout) == ("Model", "nchw")}
     first, second = model
-    difference(model[first], model[second], color="black", label=f"Model {first} to Model {second}")
-    for cls in model:
-        dashes = _DASHES[cls]
-        colours = _COLOURS["eager"], _COLOURS["modelnew"]
-        for name, layout, colour in zip(("Model", "ModelNew"), ("nhwc", "nchw"), colours):
+    for name, layout, colour in (("Model", "nhwc", _COLOURS["compile"]), ("ModelNew", "nchw", _COLOURS["modelnew"])):
+        for cls in model:
             label = f"{name} {cls}{' channels_last' if name == 'Model' else ''} to Model {cls}"
-            difference((name, cls, layout), model[cls], color=colour, ls=dashes, label=label)
+            difference((name, cls, layout), model[cls], color=colour, lw=1.3, ls=_DASHES[cls], label=label)
+    wide = {"color": "#d5d8dc", "lw": 5, "zorder": 1}  # below the others, which it may coincide with
+    difference(model[first], model[second], label=f"Model {first} to Model {second}", **wide)
     losses.set_title(f"Loss, batches of {record['batch']}", loc="left")
     losses.set(ylabel="mean squared error", yscale="log")
     losses.yaxis.set_major_formatter("{x:g}")
     losses.yaxis.set_minor_formatter("{x:g}")
     apart.set_title(f"How far losses are apart, the largest of each {_WINDOW} steps", loc="left")
     apart.set(xlabel="step", ylabel="difference of two losses / loss", yscale="log")
-    for panel in (losses, apart):
+    for panel, columns in ((losses, 2), (apart, _COLUMNS)):
         panel.grid(axis="y", lw=0.3)
-        _legend_below(panel, -0.12)
+        _legend_below(panel, -0.12, columns)
     return "Training: ModelNew's loss falls as Model's does"
 
 
@@ -224,8 +225,19 @@ def _bars(panel, rows, title):
     return found
 
 
-def _legend_below(panel, below):
-    panel.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=3, frameon=False)
+def _legend_above(panel, bars):
+    """Puts a legend of what `_bars` returned between the panel and its title."""
+    bars = {key: bars[key] for key in itertools.product(_COLOURS, LAYOUTS) if key in bars}
+    names = [f"{_WHO[who]}, {_LAYOUTS[layout]}" for who, layout in bars]
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1.01), "borderaxespad": 0}
+    narrow = {"ncols": _COLUMNS, "columnspacing": 0.7, "handlelength": 1.1, "handletextpad": 0.5}
+    legend = panel.legend(bars.values(), names, frameon=False, **narrow, **place)
+    legend.set_in_layout(False)  # a wide one would make the panels narrow; the title keeps room for it
+    panel.set_title(panel.get_title("left"), loc="left", pad=8 + 1.6 * _SMALL * math.ceil(len(bars) / _COLUMNS))
+
+
+def _legend_below(panel, below, columns=_COLUMNS):
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, below), ncols=columns, frameon=False)
 
 
 def roofline(panel, record: dict) -> None:

@@ -62,8 +62,9 @@ def trials(record: dict) -> str:
     """The number of trials in words."""
     text = f"{record['trials']} trial{'s'[: record['trials'] != 1]}"
     few = any(row["n"] <= FEW_IMAGES for row in record["rows"])
-    calls = record.get("calls_of_few", 1)
-    return text + (f" (up to {FEW_IMAGES} images: of {calls} calls each)" if few and calls > 1 else "")
+    calls = [row["calls"] for row in record["rows"] if "calls" in row] or [record.get("calls_of_few", 1)]  # of old ones
+    number = f"{min(calls)} to {max(calls)}" if len({*calls}) > 1 else f"{calls[0]}"
+    return text + (f" (up to {FEW_IMAGES} images: of {number} calls each)" if few and max(calls) > 1 else "")
 
 
 def by_batch(record: dict) -> dict[tuple[str, str], dict[int, tuple[dict, dict | None]]]:

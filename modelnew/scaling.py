@@ -177,7 +177,7 @@ def show(record: dict) -> None:
 @click.option("--images", type=click.IntRange(min=1), default=BATCH, show_default=True, help="Images of each GPU.")
 @commands.trials_option(TRIALS)
 @click.option("--tiny", is_flag=True, help="Small layers and images: tries the command, on a CPU, too.")
-@commands.device_option
+@commands.device_option("or, with --tiny, cpu, which means the emulator")
 @commands.output_option("scaling")
 def scaling_command(gpus, images, trials, tiny, device, output):
     """Time a training step with DistributedDataParallel on several GPUs, beside the step on one GPU.

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from .interop import launching_on
 _FLUSH_BYTES = 256 * 2**20  # several times the largest L2 cache
 _FLUSHES = 16  # while the GPU does them, the host gets as far ahead as the longest step needs
 _WARMUP = 5
+_ESTIMATE = 10  # calls that tell how many a trial needs
 _LONG_MS = 20  # a launch in the emulator that takes longer is timed once, others a few times
 _EMULATED_TRIALS = 3
 _TRIALS, _FEWEST_TRIALS = 20, 5
@@ -37,21 +39,26 @@ class Clock:
 
     A call on a GPU is timed by CUDA events in torch's current stream. The L2 cache is overwritten so often before it
     that the host runs ahead: the time is the GPU's. With few images, callers wait for the host instead, and its time
-    varies from call to call. So `calls` of them, one after another, are timed by the host's clock.
+    varies from call to call. So several, one after another, are timed by the host's clock.
     """
 
-    def __init__(self, device: torch.device, calls: int | None = None, latency: bool = False):
-        """calls: how many a trial times by the host's clock, instead of one by events. None on a CPU: one.
+    def __init__(self, device: torch.device, trial_ms: float | None = None, latency: bool = False):
+        """trial_ms: how long a trial lasts at least that times calls by the host's clock. 0: one call, however short.
+            None: a trial is one call, timed by events on a GPU.
         latency: each of these calls begins when the GPU has done the one before.
         """
-        self.device, self.calls, self.latency = device, calls or 1, latency
+        self.device, self.trial_ms, self.latency = device, trial_ms, latency
         self.gpu = device.type == "cuda"
-        self.events = self.gpu and calls is None
+        self.events = self.gpu and trial_ms is None
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if self.gpu else None
         self.warmup = _WARMUP if self.gpu else 1
 
-    def time(self, function: Callable) -> Callable[[], float]:
-        """Calls function(). Returns a value from which `read` gets the milliseconds per call."""
+    def calls(self, function: Callable) -> int:
+        """How many calls of function() make a trial."""
+        return math.ceil(self.trial_ms / self.time(function, _ESTIMATE)()) if self.trial_ms else 1
+
+    def time(self, function: Callable, calls: int = 1) -> Callable[[], float]:
+        """Calls function(), `calls` times. Returns a value from which `read` gets the milliseconds per call."""
         for _ in range(_FLUSHES if self.gpu else 0):
             self.flush.zero_()
         if self.events:
@@ -63,12 +70,12 @@ class Clock:
         with no_garbage_collector():
             self.synchronize()
             start = time.perf_counter()
-            for _ in range(self.calls):
+            for _ in range(calls):
                 function()
                 if self.latency:
                     self.synchronize()
             self.synchronize()
-            ms = 1e3 * (time.perf_counter() - start) / self.calls
+            ms = 1e3 * (time.perf_counter() - start) / calls
         return lambda: ms
 
     def synchronize(self) -> None:
@@ -98,11 +105,11 @@ class Contender:
         """
         self.who, self.layout, self.build, self.check = who, layout, build, check
         self.call = self.times = self.peak_mb = self.reason = None
-        self.failed = False
+        self.failed, self.calls = False, 1
         self.pending = []
 
     def warm_up(self, clock: Clock) -> None:
-        """Checks, builds and calls the function, which compiles, and then measures its peak memory."""
+        """Checks, builds and calls the function, which compiles, measures its peak memory, and sizes its trials."""
 
         def run():
             if self.check and (wrong := self.check()):
@@ -120,12 +127,13 @@ class Contender:
             clock.synchronize()
             if clock.gpu:
                 self.peak_mb = round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+            self.calls = clock.calls(self.call)
 
         self._attempt(run)
 
     def trial(self, clock: Clock) -> None:
         """One trial."""
-        self._attempt(lambda: self.pending.append(clock.time(self.call)))
+        self._attempt(lambda: self.pending.append(clock.time(self.call, self.calls)))
 
     def refuse(self, reason: str, failed: bool = False) -> None:
         """Excludes the contender from now on."""
@@ -133,11 +141,13 @@ class Contender:
         self.call, self.pending = None, []
 
     def row(self, **what) -> dict:
-        """The entry of a record: times, or a reason, and whether that is our failure."""
+        """The entry of a record: times, and how many calls a trial makes; or a reason, and if that is our failure."""
         ms = [None] * 3 if self.reason else map(rounded, self.times)
         row = {**what, "who": self.who, "layout": self.layout, **dict(zip(("ms", "ms_min", "ms_max"), ms))}
         row["peak_mb"] = None if self.reason else self.peak_mb
-        return {**row, "reason": self.reason, "failed": self.failed} if self.reason else row
+        if self.reason:
+            return {**row, "reason": self.reason, "failed": self.failed}
+        return {**row, "calls": self.calls} if self.calls > 1 else row
 
     def _attempt(self, function):
         try:

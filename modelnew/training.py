@@ -84,8 +84,8 @@ def _show(settings, seeds, curves, judgements):
     help="Number of seeds for which the first steps are judged: --seed and every second one after it.  "
     "[default: 5; 1 on the CPU]",
 )
-@commands.device_option
-@commands.output_option("training", drawn=True)
+@commands.device_option()
+@commands.output_option("training", "training_amp", drawn=True)
 def training_command(device, output, steps, batch, channels, size, lr, amp, momentum, seed, seeds):
     """Judge the first steps of training, and draw loss curves of Model and ModelNew.
 

@@ -100,9 +100,8 @@ def test_command(device, small, compiled, tmp_path):
             assert {(r["who"], r["layout"]) for r in rows} == whos
             assert len(rows) == len(whos)
             for r in rows:
-                assert list(r) == [*("what", "class", "n", "who", "layout", "ms", "ms_min", "ms_max", "peak_mb")], (
-                    r.get("reason")
-                )
+                keys = ["what", "class", "n", "who", "layout", "ms", "ms_min", "ms_max", "peak_mb"]
+                assert list(r) == keys + ["calls"] * (device == "cuda"), r.get("reason")
                 assert 0 < r["ms_min"] <= r["ms"] <= r["ms_max"]
                 assert (r["peak_mb"] is None) == (device == "cpu")
             assert re.search(rf"{what} fp32 {n} ", text)
@@ -237,15 +236,17 @@ def test_few_images_are_timed_by_the_host(small, monkeypatch):
     clocks = []
 
     class Clock(timing.Clock):
-        def __init__(self, device, calls=None, latency=False):
-            clocks.append((calls, latency))
-            super().__init__(device, calls, latency)
+        def __init__(self, device, trial_ms=None, latency=False):
+            clocks.append((trial_ms, latency))
+            super().__init__(device, trial_ms, latency)
 
     monkeypatch.setattr(bench, "Clock", Clock)
     what = "forward_eval", "latency_forward_train"
-    plan = bench._plan(CPU, False, (2, 9), what, None, "none", 1, 6, 0, 60, False)._replace(calls_of_few=3)
-    assert all(row["ms"] > 0 for rows in bench.run(plan, CPU, lambda text: None) for row in rows)
-    assert clocks == [(3, False), (3, True), (None, False)]
+    plan = bench._plan(CPU, False, (2, 9), what, None, "none", 1, 6, 0, 60, False)._replace(trial_ms_of_few=1e3)
+    monkeypatch.setattr(timing, "_ESTIMATE", 1)
+    for rows in bench.run(plan, CPU, lambda text: None):
+        assert all(row["ms"] > 0 and (row["n"] == 9 or row["calls"] > 1) for row in rows)
+    assert clocks == [(1e3, False), (1e3, True), (None, False)]
 
 
 def test_torch_compile_stops_before_the_budget(small, compiled, monkeypatch, tmp_path):
@@ -291,7 +292,7 @@ def test_plans():
     gpu = torch.device("cuda")
     nothing = (None,) * 6
     plan = bench._plan(gpu, False, *nothing, 0, 240, None)
-    assert plan[:6] == ((512, 1, 4096, 64, 8), ("tf32", "fp32"), tuple(workloads.WORKLOADS), "compile", 20, 30)
+    assert plan[:6] == ((512, 1, 4096, 64, 8), ("tf32", "fp32"), tuple(workloads.WORKLOADS), "compile", 20, 10)
     assert plan.startup
     assert (64, "latency_forward_train", "tf32") not in plan.cells(gpu)
     assert (8, "latency_forward_train", "tf32") in plan.cells(gpu)

@@ -44,9 +44,9 @@ def test_module_runs_and_help_explains_every_option():
 def test_env():
     code, text = invoke("env")
     assert code == 0
-    assert source.digest() in text
+    assert f"kernels {source.digest()[:12]} (" in text
     assert environment.backend()["why"] in text
-    assert set(cli._MEANINGS) <= set(dict(cli._flat(environment.describe())))
+    assert all(f"{key} " in text and f"({meaning})" in text for key, meaning in cli._MEANINGS.items())
     assert re.search(r"versions.nvrtc_wgmma [\w.]+ \(the one for kernels with wgmma instructions", text)
     code, text = invoke("env", "--json")
     assert code == 0
@@ -62,6 +62,16 @@ def test_env_says_which_records_belong_to_the_code(monkeypatch, tmp_path):
     _, text = invoke("env")
     assert "Records in benchmarks/results, of these kernels: bench_a.json" in text
     assert "Records in benchmarks/results, of other kernels: bench_b.json, bench_c.json" in text
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("60", 60), ("400", 100)])
+def test_env_fits_the_terminal(monkeypatch, columns, widest):
+    """All but the command to install, which is to be copied, and words that are longer."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(environment, "backend", lambda: {"name": "emulator", "why": 40 * "why "})
+    _, text = invoke("env", spaces="x{9}")
+    lines = [line for line in text.splitlines() if not line.startswith("Best")]
+    assert widest - 10 < max(map(len, lines)) <= widest
 
 
 def test_main_job(device, small):

@@ -1,6 +1,7 @@
 """Plots of the committed records, as readers see them: widths, fonts, units, and legends beside what is drawn."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,19 @@ def test_a_plot_is_readable_where_it_is_shown(path, monkeypatch, tmp_path):
         backend_agg.FigureCanvasAgg(figure).draw()
         for panel in figure.axes:
             assert panel.get_ylabel()
-            boxes = [legend.get_window_extent() for legend in (panel.get_legend(), *figure.legends) if legend]
-            assert not any(panel.bbox.overlaps(box) for box in boxes)
-            assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+        panels, texts = figure.axes, [found for found in figure.findobj(text.Text) if found.get_text().strip()]
+        for legend in filter(None, (panel.get_legend() for panel in panels)):
+            box, own = legend.get_window_extent(), legend.findobj(text.Text)
+            assert not any(panel.bbox.overlaps(box) for panel in panels)
+            assert not any(found.get_window_extent().overlaps(box) for found in texts if found not in own)
+            assert figure.bbox.x0 <= box.x0
+            assert box.x1 <= figure.bbox.x1
+        seen = set()  # bars of each number of images are named above the first of their panels
+        for panel in panels:
+            if panel.get_ylabel() == "milliseconds":
+                (images,) = re.findall(r"\d+ images?\b", panel.get_title("left"))
+                assert (panel.get_legend() is None) == (images in seen)
+                seen.add(images)
 
 
 def test_ceilings_are_named_by_what_they_are(monkeypatch, tmp_path):

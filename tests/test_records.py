@@ -82,6 +82,8 @@ def test_trials_in_words():
     assert records.trials({"trials": 20, "calls_of_few": 50, "rows": [row(n=9)]}) == "20 trials"
     words = "20 trials (up to 8 images: of 50 calls each)"
     assert records.trials({"trials": 20, "calls_of_few": 50, "rows": [row(n=8)]}) == words
+    rows = [{**row(n=n), "calls": calls} for n, calls in ((8, 40), (1, 200))] + [row(n=9)]
+    assert records.trials({"trials": 2, "rows": rows}) == "2 trials (up to 8 images: of 40 to 200 calls each)"
 
 
 def test_writing_leaves_the_old_record_if_it_fails(tmp_path):

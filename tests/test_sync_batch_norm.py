@@ -217,11 +217,6 @@ def test_without_a_process_group_it_is_an_ordinary_batch_norm():
             converted.train()(x[:, :1])
 
 
-def test_torchs_converter_takes_a_synchronised_layer():
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(convert_sync_batchnorm(layers.BatchNorm2d(3)))
-    assert type(converted) is nn.SyncBatchNorm
-
-
 def sparse(rank, module):
     try:
         convert_sync_batchnorm(module)(torch.ones(2, 3).to_sparse())

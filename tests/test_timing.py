@@ -43,13 +43,33 @@ def test_what_fails_in_a_trial_drops_out():
 def test_calls_one_after_another(monkeypatch, latency, waits):
     """The time is a call's, whatever else the garbage collector has to do."""
     log, seconds = [], iter((10.0, 10.6))
-    clock = Clock(CPU, 3, latency)
+    clock = Clock(CPU, latency=latency)
     monkeypatch.setattr(clock, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(seconds))
-    read = clock.time(lambda: log.append("gc" if gc.isenabled() else "c"))
+    read = clock.time(lambda: log.append("gc" if gc.isenabled() else "c"), 3)
     assert log == ["wait", *waits.split()]
     assert read() == pytest.approx(200)
     assert gc.isenabled()
+
+
+def test_a_trial_lasts_long_enough(monkeypatch):
+    """All trials of a contender have the same number of calls, which its row tells."""
+    log, now = [], [0.0]
+
+    def call():
+        log.append(1)
+        now[0] += 0.0004
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    entrants = [Contender("eager", "nchw", lambda: call)]
+    measure_together(entrants, Clock(CPU, 9.9), 3, lambda e: None, lambda text: None)
+    assert len(log) == 1 + timing._ESTIMATE + 3 * 25
+    assert entrants[0].row()["calls"] == 25
+    assert entrants[0].row()["ms"] == pytest.approx(0.4)
+    log.clear()
+    measure_together(entrants, Clock(CPU, 0), 3, lambda e: None, lambda text: None)
+    assert len(log) == 1 + 3
+    assert "calls" not in entrants[0].row()
 
 
 def test_events_time_one_call(monkeypatch):

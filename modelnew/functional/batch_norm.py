@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import numpy as np
 import torch
@@ -215,8 +216,25 @@ def _batch_norm(input, arguments, tanh, keep=False):
     return (y, moments) if keep else y
 
 
+class _RefusesConverter:
+    """The missing attribute `qconfig`. torch's converter of batch norms asks for it, and would then drop our layer.
+
+    Without `__set__`, a qconfig that quantization sets on the layer hides this; torch's converter takes the layer then.
+    """
+
+    def __get__(self, layer, kind):
+        if sys._getframe(1).f_code is nn.SyncBatchNorm.convert_sync_batchnorm.__code__:
+            raise RuntimeError(
+                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm received a {kind.__name__} of modelnew.layers, and "
+                "would replace it by PyTorch's layer; call modelnew.convert_sync_batchnorm(network, process_group), "
+                "which converts PyTorch's batch norms too"
+            )
+        raise AttributeError
+
+
 class _Layer(nn.modules.batchnorm._BatchNorm):
     peers = None  # a `distributed.Peers`, see `modelnew.convert_sync_batchnorm`
+    qconfig = _RefusesConverter()
 
     def __init__(
         self,
