@@ -31,7 +31,7 @@ SHAPE_MACROS = (
     + ("WARPS_N", "TILE_M", "UNIT_PASSES", "BAND_ROWS", "RESIDENT", "STAGES", "SAVED_SHIFT")
     + ("GROUPS", "WARPS", "UNIT_WINDOWS", "WINDOW_PITCH", "UNIT_STRIDE", "PLANE_STRIDE", "TAPS_W")
     + ("UNIT_ROWS", "TILES", "LAST_TILES", "TILE_OC", "TILE_IC", "PARTS")
-    + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "COLUMNS", "BORDER_BLOCKS")
+    + ("THREADS", "UNITS", "SHARED_BYTES", "PACKED_WIDTH", "GAP", "ALONG", "CHUNKS_HELD", "COLUMNS", "BORDER_BLOCKS")
 )
 
 
@@ -48,11 +48,6 @@ class Plan(NamedTuple):
     shared_bytes: int
     planes: tuple
     multiprocessors: int
-
-    def of_packed(self) -> "Plan":
-        """The same plan for an x that is packed already, see `fp16_tiles`."""
-        changed = {**dict(self.macros), "X_PACKED": 1, "input_t": "half_t"}
-        return self._replace(macros=tuple(changed.items()))
 
     def of_weights(self, dtype: str) -> "Plan":
         """The same plan for weights of another type than x's."""
@@ -74,6 +69,7 @@ def plan(
     wgmma: bool = False,
     channels_last: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
+    packed: bool = False,
 ) -> Plan:
     """The plan for a convolution of x [N, K, H, W]; for dgrad, x_shape is dy's.
 
@@ -83,6 +79,7 @@ def plan(
     wgmma: whether GPU and NVRTC support it, see `conv_wgmma`. The plan uses it where it is possible and faster.
     channels_last: x and y, of 16-bit types, are [N, H, W, C].
     multiprocessors: the number that the GPU has. Few images are spread over them.
+    packed: whether x is packed already, see `fp16_tiles`.
 
     Raises UnsupportedError for what the kernels do not support.
     """
@@ -93,13 +90,13 @@ def plan(
     out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
     few = x_shape[0] if x_shape[0] < MANY_IMAGES else None
     sizes = few, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
-    slower = split == 2 and dgrad and x_shape[0] >= _MMA_DGRAD_IMAGES
-    found = conv_wgmma.layout(split, dgrad, *sizes, multiprocessors) if wgmma and not slower else None
+    slower = split == 2 and dgrad and not packed and x_shape[0] >= _MMA_DGRAD_IMAGES
+    found = conv_wgmma.layout(split, dgrad, packed, *sizes, multiprocessors) if wgmma and not slower else None
     found = found or _layout(split, *sizes)
     as_it_is = dtype == "half_t" and channels_last and not dgrad and found.planes["WGMMA"]
     macros = {
-        "input_t": dtype,
-        "X_PACKED": 0,
+        "input_t": "half_t" if packed else dtype,
+        "X_PACKED": int(packed),
         "CHANNELS_LAST": int(channels_last),
         "AS_IT_IS": int(as_it_is),
         **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
@@ -235,8 +232,6 @@ def variants():
     for p in sample_plans():
         packs.add(pack_kernel(p).variant)
         convolutions.add(convolution_kernel(p).variant)
-        if dict(p.pack_macros)["FLIP"]:
-            convolutions.add(convolution_kernel(p.of_packed()).variant)
     yield from sorted(packs, key=str)
     yield from sorted(convolutions, key=str)
 
@@ -247,8 +242,8 @@ def sample_plans():
     much, little = 227 * 1024, 99 * 1024
     for wgmma, split in itertools.product((False, True), (1, 2)):
         yield plan((512, 64, 32, 32), (64, 128, 5, 5), unit, split, False, "float", much, wgmma)
-        for images in (512, 1) if wgmma else (512,):
-            yield plan((images, 128, 34, 34), (64, 128, 5, 5), unit, split, True, "float", much, wgmma)
+        for images, packed in itertools.product((512, 1) if wgmma else (512,), (False, True)):
+            yield plan((images, 128, 34, 34), (64, 128, 5, 5), unit, split, True, "float", much, wgmma, packed=packed)
         seven = unit._replace(padding=(3, 3))
         yield plan((1, 48, 64, 64), (48, 80, 7, 7), seven, split, False, "float", much, wgmma)
         if not wgmma:
@@ -257,7 +252,8 @@ def sample_plans():
         point = unit._replace(padding=(0, 0))
         for images in (512, 1) if wgmma and last else (512,):
             yield plan((images, 64, 32, 32), (64, 128, 5, 5), unit, 1, False, dtype, much, wgmma, last)
-        yield plan((64, 16, 16, 15), (512, 16, 1, 1), point, 1, True, dtype, much, wgmma, last)
+        for packed in (False, True):
+            yield plan((64, 16, 16, 15), (512, 16, 1, 1), point, 1, True, dtype, much, wgmma, last, packed=packed)
 
 
 def shape_macros(dtype: str, channels, size, out, kernel, pad) -> dict:

@@ -4,6 +4,7 @@ import itertools
 from typing import NamedTuple
 
 from .common import ceil_div
+from .fp16_tiles import LINE_BYTES, chunk_channels
 
 # {(split, dgrad): most tiles of 8 pixels and 64 channels whose sums fit a warpgroup's registers}; a tile has two sums,
 # with split 2 three.
@@ -26,6 +27,7 @@ class _Unit(NamedTuple):
     rows: int  # of windows
     windows: int  # from the first to the last one
     along: int  # bytes from 8 channels to the next 8; an odd multiple of 16, to use different banks
+    held: int  # chunks of channels in shared memory at once
     stages: int
     shared_bytes: int
 
@@ -36,10 +38,21 @@ def architecture(macros) -> str | None:
 
 
 def layout(
-    split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int, multiprocessors: int
+    split: int,
+    dgrad: bool,
+    packed: bool,
+    images: int | None,
+    channels,
+    size,
+    out,
+    kernel,
+    pad,
+    limit: int,
+    multiprocessors: int,
 ) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
+    packed: whether x is packed tiles. Not all its channels need be in shared memory at once.
     images: the number of images if they are few. A block then takes a small part of an image, so that the blocks fill
         the GPU. None: a block takes as much of an image as fits.
     channels: (of x, of the output).
@@ -51,18 +64,28 @@ def layout(
     tiles_m = ceil_div(channels[1], 64 * warpgroups_m)
     steps = ceil_div(channels[0], _STEP_CHANNELS)
     step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
+    chunks = ceil_div(channels[0], chunk_channels(split))
     gap = max(0, kernel[1] - 1 - pad[1])
     pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
     window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
+    granule = 1 if dgrad else 4  # tiles that stay together: four in conv_bn_pool
+    last_granule = granule if warpgroups_n > 1 else 1
+    pixelwise = dgrad and out[1] % 2  # rows of odd length are stored pixel by pixel, which takes registers
+    most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
 
     def unit(rows):
         """A block's part of an image, `rows` rows of windows; None if it does not fit."""
         band_lines = gap + (2 * rows + kernel[0] - 1) * pitch
         along = ceil_div(band_lines * 16 - 16, 128) * 128 + 16
-        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
-        stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
         windows = (rows - 1) * window_pitch + windows_w
-        return stages and _Unit(rows, windows, along, stages, band_bytes + stages * step_bytes)
+        one_pass = ceil_div(windows, 4 * warpgroups_n) <= most // last_granule * last_granule
+        for held in (chunks, 2) if packed and one_pass and chunks > 2 else (chunks,):
+            parts = min(steps * split * _STEP_CHANNELS // 8, held * LINE_BYTES // 16)
+            band_bytes = ceil_div(parts * along, 128) * 128
+            stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
+            if stages:
+                return _Unit(rows, windows, along, held, stages, band_bytes + stages * step_bytes)
+        return None
 
     rows = sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True)
     choices = list(filter(None, map(unit, rows)))
@@ -72,13 +95,10 @@ def layout(
         choices = [u for u in choices if u.windows <= _FEW_WINDOWS] or choices[-1:]
         at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= multiprocessors]
         choices = at_once[-1:] or choices
-    rows, _, along, stages, shared_bytes = choices[0]
-    granule = 1 if dgrad else 4  # tiles that stay together: four in conv_bn_pool
+    rows, _, along, held, stages, shared_bytes = choices[0]
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
-    pixelwise = dgrad and out[1] % 2  # rows of odd length are stored pixel by pixel, which takes registers
-    most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
-    tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
+    tiles, last = _tiles(needed, granule, last_granule, most)
     macros = {
         "WARPS_N": warpgroups_n,
         "UNIT_ROWS": rows,
@@ -87,6 +107,7 @@ def layout(
         "STAGES": stages,
         "GAP": gap,
         "ALONG": along,
+        "CHUNKS_HELD": held,
         "TILE_M": 64 * warpgroups_m,
         "THREADS": 128 * (warpgroups_m * warpgroups_n + 1),  # a warpgroup copies
         "PACKED_WIDTH": steps * _STEP_CHANNELS * split,

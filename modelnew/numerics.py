@@ -148,7 +148,7 @@ def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice
 
     dtype: of x, NumPy's.
     dgrad: x is the incoming gradient, and the result is the gradient of the input.
-    options: `channels_last` of `conv_transpose_mma.plan`.
+    options: `channels_last` and `packed` of `conv_transpose_mma.plan`.
     """
     return plan_or_reason(conv_transpose_mma.plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad, **options)
 

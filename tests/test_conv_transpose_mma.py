@@ -15,8 +15,8 @@ from cupy_kernels.conv_transpose import Geometry
 from modelnew import numerics
 from modelnew.calls import run
 from modelnew.functional import conv_transpose2d
-from modelnew.functional.conv_transpose_kernels import gradient_plans
 from modelnew.interop import NUMPY
+from modelnew.numerics import tensor_core_plan
 
 # (input shape, Cout, kernel, padding)
 CASES = {
@@ -102,13 +102,34 @@ def test_dgrad_of_packed(device, case, dtype, wgmma, launched):
     dy = torch.randn_like(F.conv_transpose2d(x, w, padding=padding)).detach()
     choice = numerics.choose("tf32", x.device)
     geometry = Geometry((1, 1), padding, (0, 0), (1, 1), 1)
-    plan, _ = gradient_plans(NUMPY[x.dtype], x.shape, w.shape, geometry, choice, True, False)
-    dy_packed, exponents, _ = packed_of(dy, 1)
-    dx, packed = torch.empty_like(x), w.new_empty(plan.packed_size, dtype=torch.float16)
-    workspaces = packed, w.new_empty(plan.rows, dtype=torch.int32)
-    run(conv_transpose_mma.conv_transpose_mma, plan.of_packed(), dy_packed, w, None, dx, *workspaces, exponents)
+    plan, _ = tensor_core_plan(dy.shape, NUMPY[x.dtype], w.shape, geometry, choice, dgrad=True, packed=True)
+    dx = dgrad_of_packed(plan, 1, x, w, dy)
     assert uses_wgmma(launched) == wgmma
     check_dgrad(dx, "tf32" if dtype == torch.float32 else "bf16", padding, x, w, dy)
+
+
+def dgrad_of_packed(plan, split, x, w, dy):
+    dy_packed, exponents, _ = packed_of(dy, split)
+    dx, packed = torch.empty_like(x), w.new_empty(plan.packed_size, dtype=torch.float16)
+    workspaces = packed, w.new_empty(plan.rows, dtype=torch.int32)
+    run(conv_transpose_mma.conv_transpose_mma, plan, dy_packed, w, None, dx, *workspaces, exponents)
+    return dx
+
+
+@pytest.mark.parametrize("wgmma", [True], indirect=True)
+@pytest.mark.parametrize(("channels", "split"), [(160, 1), (80, 2), (128, 2)], ids=str)
+def test_packed_rows_that_come_chunk_by_chunk(device, channels, split, wgmma, many_passes):
+    """One block takes all units, one after another, and each chunk but two comes in the place of another one."""
+    x, w, _ = tensors(((2, 16, 13, 11), channels, (3, 4), (1, 2)), device)
+    dy = torch.randn_like(F.conv_transpose2d(x, w, padding=(1, 2))).detach()
+    options = w.shape, Geometry((1, 1), (1, 2), (0, 0), (1, 1), 1), split, True, "float"
+    plans = (
+        conv_transpose_mma.plan(dy.shape, *options, kilobytes * 1024, True, multiprocessors=1, packed=True)
+        for kilobytes in range(227, 0, -1)
+    )
+    plan = next(p for p in plans if dict(p.macros).get("CHUNKS_HELD") == 2)
+    dx = dgrad_of_packed(plan, split, x, w, dy)
+    check_dgrad(dx, "tf32" if split == 1 else "fp32", (1, 2), x, w, dy)
 
 
 @pytest.mark.parametrize(
@@ -277,15 +298,22 @@ def test_few_images_fill_the_gpu(images, rows):
 
 
 @pytest.mark.parametrize(
-    ("images", "split", "dgrad", "expected"),
-    [(63, 2, True, 1), (64, 2, True, 0), (512, 2, True, 0), (512, 1, True, 1), (512, 2, False, 1)],
+    ("images", "split", "dgrad", "packed", "expected"),
+    [
+        (63, 2, True, False, 1),
+        (64, 2, True, False, 0),
+        (512, 2, True, False, 0),
+        (512, 2, True, True, 1),
+        (512, 1, True, False, 1),
+        (512, 2, False, False, 1),
+    ],
     ids=str,
 )
-def test_float32_dgrad_of_many_images_is_by_mma(images, split, dgrad, expected):
+def test_float32_dgrad_of_many_images_that_are_not_packed_is_by_mma(images, split, dgrad, packed, expected):
     geometry = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
     shape = (images, 128, 34, 34) if dgrad else (images, 64, 32, 32)
-    plan = conv_transpose_mma.plan(shape, (64, 128, 5, 5), geometry, split, dgrad, "float", 227 * 1024, True)
-    assert dict(plan.macros)["WGMMA"] == expected
+    options = (64, 128, 5, 5), geometry, split, dgrad, "float", 227 * 1024, True
+    assert dict(conv_transpose_mma.plan(shape, *options, packed=packed).macros)["WGMMA"] == expected
 
 
 @pytest.mark.parametrize("wgmma", [True], indirect=True)

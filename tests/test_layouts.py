@@ -86,7 +86,6 @@ WRONG = {
         **PACKING,
         "THREADS": lambda m: 320,
         "TILE": lambda m: m["TILE"] * 2,
-        "TILES": lambda m: m["TILES"] - 1,
         "BORDER_BLOCKS": lambda m: m["BORDER_BLOCKS"] - 1,
     },
     ("batch_norm.cu", None): {"KEPT": lambda m: m["KEPT"] - 1},

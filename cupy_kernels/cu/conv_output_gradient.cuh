@@ -66,46 +66,54 @@ __device__ inline void gradients_of(
         dy[corner] = gradient.of(dy[corner], restore) + (corner == tap ? add : 0);
 }
 
-// The convolution's input; rows and columns at each edge of its output that have no partner in it for some tap.
+// The convolution's input, and the rows and columns of its output that have no partner in it for some tap: the first and
+// the last MOST of LENGTH. They are numbered without those between them, of which there are INSIDE.
 #define IN_H (OUT_H - KERNEL_H + 1 + 2 * PAD_H)
 #define IN_W (OUT_W - KERNEL_W + 1 + 2 * PAD_W)
 #define TAPS (KERNEL_H * KERNEL_W)
-#define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
-#define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-// Rows of windows from the top, and from which on to the bottom, that such rows meet, and columns likewise.
-enum {
-    TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H,
-    BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2
+template <int LENGTH, int MOST> struct Edges {
+    enum { FIRST = MOST < 0 ? 0 : MOST < LENGTH ? MOST : LENGTH, LAST = LENGTH - MOST > FIRST ? LENGTH - MOST : FIRST };
+    enum { INSIDE = LAST - FIRST, COUNT = LENGTH - INSIDE };
+    // The same in windows: before FIRST_WINDOWS, and from LAST_WINDOW on.
+    enum { FIRST_WINDOWS = (FIRST + 1) / 2, LAST_WINDOW = LAST / 2 < FIRST_WINDOWS ? FIRST_WINDOWS : LAST / 2 };
+    __device__ static bool has(int place) { return place < FIRST || place >= LAST; }
+    __device__ static int number(int place) { return place < FIRST ? place : place - INSIDE; }
+    __device__ static int place(int number) { return number < FIRST ? number : number + INSIDE; }
 };
+typedef Edges<OUT_H, KERNEL_H - 1 - PAD_H> EdgeRows;
+typedef Edges<OUT_W, KERNEL_W - 1 - PAD_W> EdgeColumns;
 enum {
-    LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W,
-    RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2
+    INNER_ROWS = EdgeRows::LAST_WINDOW - EdgeRows::FIRST_WINDOWS,  // of windows
+    FULL_ROWS = WINDOWS_H - INNER_ROWS,
+    SIDES = WINDOWS_W - (EdgeColumns::LAST_WINDOW - EdgeColumns::FIRST_WINDOWS),
+    EDGE_WINDOWS = FULL_ROWS * WINDOWS_W + INNER_ROWS * SIDES
 };
-enum { FULL_ROWS = TOP + WINDOWS_H - BOTTOM, SIDES = LEFT + WINDOWS_W - RIGHT };
-enum { EDGE_WINDOWS = FULL_ROWS * WINDOWS_W + (BOTTOM - TOP) * SIDES };
 
 // The number of the i-th window that meets an edge: of whole rows of windows first.
 __device__ inline int edge_window(int i) {
-    if (i < FULL_ROWS * WINDOWS_W) return i < TOP * WINDOWS_W ? i : i + (BOTTOM - TOP) * WINDOWS_W;
+    enum { TOP = EdgeRows::FIRST_WINDOWS, LEFT = EdgeColumns::FIRST_WINDOWS };
+    if (i < FULL_ROWS * WINDOWS_W) return i < TOP * WINDOWS_W ? i : i + INNER_ROWS * WINDOWS_W;
     i -= FULL_ROWS * WINDOWS_W;
     int side = i % (SIDES ? SIDES : 1);
-    return (TOP + i / (SIDES ? SIDES : 1)) * WINDOWS_W + (side < LEFT ? side : side + RIGHT - LEFT);
+    return (TOP + i / (SIDES ? SIDES : 1)) * WINDOWS_W + (side < LEFT ? side : side + WINDOWS_W - SIDES);
 }
+
+// Sums of dy at the edges of a channel: of each pixel, then of each line.
+struct BorderSums {
+    float rows[EdgeRows::COUNT + 1][OUT_W];                        // [edge row]; one more, as there may be none
+    float columns[EdgeColumns::COUNT + 1][EdgeRows::INSIDE + 1];  // [edge column][row that is no edge]
+    float of_rows[EdgeRows::COUNT + 1], of_columns[EdgeColumns::COUNT + 1];
+};
 
 // borders [taps][channels]: for each tap, of images [first, end), the sum of dy times 2^e over the pixels that have no
 // partner in the convolution's input. Not from the packed tiles: conv_wgrad_reduce multiplies these sums by what x was
-// centred by, and their rounding with it. 128 threads, four warps, take channel c. totals: in shared memory, of the
-// block's warps.
+// centred by, and their rounding with it. 128 threads, four warps, take channel c.
 __device__ inline void sum_borders(
     const float* g, const u8* argmax, const saved_t* saved, const int* exponents, const int* unit_exponents,
-    OutputGradient gradient, int c, i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32,
-        exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
-    if (lane == 0)
-        for (int tap = 0; tap < TAPS; tap++) totals[warp][tap] = 0;
-    for (int start = threadIdx.x % 128; start - lane < EDGE_WINDOWS; start += 128) {
-        bool exists = start < EDGE_WINDOWS;
-        Window window(edge_window(exists ? start : 0));
+    OutputGradient gradient, int c, i64 first, i64 end, BorderSums& sums, float* borders) {
+    int lane = threadIdx.x % 32, exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
+    for (int i = threadIdx.x % 128; i < EDGE_WINDOWS; i += 128) {
+        Window window(edge_window(i));
         float sum[4] = {};
         #pragma unroll 4
         for (i64 image = first; image < end; image++) {
@@ -114,23 +122,39 @@ __device__ inline void sum_borders(
             #pragma unroll
             for (int corner = 0; corner < 4; corner++) sum[corner] += v[corner];
         }
-        #pragma unroll 1
-        for (int tap = 0; tap < TAPS; tap++) {
-            float alone = 0;
-            #pragma unroll
-            for (int corner = 0; corner < 4; corner++) {
-                int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
-                int ih = h + PAD_H - tap / KERNEL_W, iw = w + PAD_W - tap % KERNEL_W;
-                bool partnered = ih >= 0 && ih < IN_H && iw >= 0 && iw < IN_W;
-                if (exists && h < OUT_H && w < OUT_W && !partnered) alone += sum[corner];
-            }
-            alone = warp_sum(alone);
-            if (lane == 0) totals[warp][tap] += alone;
+        #pragma unroll
+        for (int corner = 0; corner < 4; corner++) {
+            int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
+            if (h >= OUT_H || w >= OUT_W) continue;
+            if (EdgeRows::has(h)) sums.rows[EdgeRows::number(h)][w] = sum[corner];
+            else if (EdgeColumns::has(w)) sums.columns[EdgeColumns::number(w)][h - EdgeRows::FIRST] = sum[corner];
         }
     }
     __syncthreads();
-    warp = warp / 4 * 4;
-    for (int tap = threadIdx.x % 128; tap < TAPS; tap += 128)
-        borders[tap * OUT_CHANNELS + c] =
-            totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
+    for (int line = threadIdx.x % 128 / 32; line < EdgeRows::COUNT + EdgeColumns::COUNT; line += 4) {
+        bool is_row = line < EdgeRows::COUNT;
+        int column = is_row ? 0 : line - EdgeRows::COUNT, length = is_row ? OUT_W : EdgeRows::INSIDE;
+        const float* from = is_row ? sums.rows[line] : sums.columns[column];
+        float sum = 0;
+        for (int i = lane; i < length; i += 32) sum += from[i];
+        sum = warp_sum(sum);
+        if (lane == 0) (is_row ? sums.of_rows[line] : sums.of_columns[column]) = sum;
+    }
+    __syncthreads();
+    for (int tap = threadIdx.x % 128; tap < TAPS; tap += 128) {
+        auto row_alone = [&](int h) { return (unsigned)(h + PAD_H - tap / KERNEL_W) >= IN_H; };
+        auto column_alone = [&](int w) { return (unsigned)(w + PAD_W - tap % KERNEL_W) >= IN_W; };
+        float sum = 0;
+        for (int row = 0; row < EdgeRows::COUNT; row++) {
+            if (row_alone(EdgeRows::place(row))) sum += sums.of_rows[row];
+            else
+                for (int column = 0; column < EdgeColumns::COUNT; column++) {
+                    int w = EdgeColumns::place(column);
+                    if (column_alone(w)) sum += sums.rows[row][w];
+                }
+        }
+        for (int column = 0; column < EdgeColumns::COUNT; column++)
+            if (column_alone(EdgeColumns::place(column))) sum += sums.of_columns[column];
+        borders[tap * OUT_CHANNELS + c] = sum;
+    }
 }

@@ -1,9 +1,9 @@
 // The convolution of implicit_gemm.cuh by wgmma (sm_90a), which reads both operands from shared memory on its own.
 //
-// The band lies in shared memory as fp16, 8 channels after 8 channels (GROUPS_K groups, ALONG bytes apart; with SPLIT 2
-// as many with the residuals of fp16_tiles.cuh follow), the even rows of x before the odd ones, rows outside the image
-// as zeros. Between two rows lie PITCH - IN_W zeros, right border of one and left border of the next; rows of y fit in
-// a pitch, too:
+// The band lies in shared memory as fp16, in parts of 8 channels, or of their residuals, ALONG bytes apart: the parts of
+// a packed line (fp16_tiles.cuh), chunk after chunk. In a part, the even rows of x come before the odd ones, rows
+// outside the image are zeros. Between two rows lie PITCH - IN_W zeros, right border of one and left border of the
+// next; rows of y fit in a pitch, too:
 //
 //              GAP    IN_W       PITCH - IN_W
 //             | 0 0 | x x x x x | 0 0 0 |       even rows of x; 16 bytes, 8 channels of a pixel, in each place
@@ -16,27 +16,31 @@
 // do not exist.
 //
 // A third warpgroup, the producers, brings rows behind the products of the two others, the consumers: those of the
-// passes that follow, and of the block's next unit, whose rows take the places of those that no later pass of this one
-// reads. Mbarriers tell consumers which rows have come, and producers which ones nobody reads any more (Barriers).
+// passes and chunks that follow, and of the block's next unit, whose rows take the places of those that no later pass
+// of this one reads. If a unit is one pass of a packed x, CHUNKS_HELD chunks are enough, which all others take the
+// places of. Mbarriers tell consumers which rows have come, and producers which ones nobody reads any more (Barriers).
 // Producers need few registers, so consumers get more.
 //
 // Weights are copied by the consumers: mbarriers between them and a warp of producers cost more than a barrier a step
-// (benchmarks/history.md). A step of weights is 32 channels of a tap (with SPLIT 2 their values, then their residuals).
+// (benchmarks/history.md). A step of weights is 32 channels of a tap (with SPLIT 2 their values, then their residuals);
+// steps come chunk by chunk, tap by tap.
 // What the tensor cores still read is never written: a stage is refilled two steps later, after a barrier that follows
 // everybody's wait for it.
 //
 // With SPLIT 2 (fp16_tiles.cuh) the sums start from zero every STEPS_AT_ONCE steps: one warpgroup adds up while the
 // tensor cores work for the other. So that neither waits for the other, each copies the weights of its own channels.
 //
-// Macros besides those of implicit_gemm.cuh, with ADJACENT 0: UNIT_ROWS (of windows), ALONG.
+// Macros besides those of implicit_gemm.cuh, with ADJACENT 0: UNIT_ROWS (of windows), ALONG, CHUNKS_HELD.
 #pragma once
 #include "wgmma.cuh"
 #include "mbarrier.cuh"
 
 #define STEPS_K ((IN_CHANNELS + 31) / 32)  // of 32 channels; those past IN_CHANNELS are zero
 #define GROUPS_K (STEPS_K * 4)             // of 8 channels
+#define CHUNK_STEPS (CHUNK_CHANNELS / 32)
+#define GROUPS_CHUNK (CHUNK_STEPS * 4)
+#define PARTS_HELD (GROUPS_K * SPLIT < CHUNKS_HELD * 8 ? GROUPS_K * SPLIT : CHUNKS_HELD * 8)
 #define HALF_STEP (TILE_M * 64)            // bytes of a stage's values, and of its residuals
-#define CHUNKS_64 ((STEPS_K + 1) / 2)      // of 64 channels
 #define STEP_BYTES (HALF_STEP * SPLIT)
 #define PITCH (2 * WINDOW_PITCH)
 enum { OWN_PACE = SPLIT == 2 && WARPS_N == 1 };              // warpgroups meet only where a unit ends
@@ -49,7 +53,7 @@ __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; 
 __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - first_of(parity) + 1; }
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
 enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_PIXELS = GAP + BAND_ROWS * PITCH };
-enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128 };
+enum { RING_OFFSET = (PARTS_HELD * ALONG + 127) / 128 * 128 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };  // in dynamic shared memory
 static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
 static_assert(!OWN_PACE || CONSUMERS == 2 * TILE_M, "a warpgroup copies two rows of 8 channels at a time");
@@ -78,43 +82,49 @@ __device__ constexpr int rows_end(int count, int passes) {
     return count < passes && end < HIGH + 1 ? end : HIGH + 1;
 }
 
-// Those that multiply meet.
+// All threads of the block meet, which do so by different calls; those that multiply.
+struct SyncAll {
+    __device__ void operator()() const { sync_warpgroups<THREADS / 128>(0); }
+};
 __device__ inline void sync_consumers() { sync_warpgroups<CONSUMERS / 128>(0); }
 
 enum { MOST_PASSES = passes_of(UNIT_WINDOWS - (WINDOW_PITCH - WINDOWS_W)) };         // of a unit
 enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };  // of a whole image
 // A phase of each is a unit, or an attempt at one.
 struct Barriers {
-    // Of a pass: its rows of 64 channels have come; it has read all of its rows.
-    MBarrier ready[MOST_PASSES][CHUNKS_64], done[MOST_PASSES];
+    // Of a pass and a chunk: its rows have come; it has read all of its rows.
+    MBarrier ready[MOST_PASSES][CHUNKS], done[MOST_PASSES][CHUNKS];
 
     __device__ void init() {
-        for (int pass = 0; pass < MOST_PASSES; pass++) {
-            for (MBarrier& barrier : ready[pass]) mbarrier_init(barrier, PRODUCERS / 32);
-            mbarrier_init(done[pass], CONSUMERS / 32);
-        }
+        for (int pass = 0; pass < MOST_PASSES; pass++)
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                mbarrier_init(ready[pass][chunk], PRODUCERS);
+                mbarrier_init(done[pass][chunk], CONSUMERS);
+            }
     }
 };
 
+static_assert(
+    CHUNKS_HELD == CHUNKS || (CHUNKS_HELD < CHUNKS && MOST_PASSES == 1 && X_PACKED),
+    "rows of one pass can be brought chunk by chunk");
+
 #include "conv_wgmma_band.cuh"
 
-// Steps that SPLIT 2 multiplies before it adds: with all small products first, 64 channels lose less than more
-// additions would.
-#define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
-
-// add<TILES>(sums, a_stages, at, rows): sums += the products of STEPS_AT_ONCE steps. at: where each step's stage
-// begins. rows: the upper and lower pixels of the first step. On return what the step before read may be overwritten.
+// add<TILES, STEPS>(sums, a_stages, pixels, at, rows): sums += the products of some steps. at: where each step's stage
+// begins. rows: where its upper and its lower pixels do. On return what the step before read may be overwritten.
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
-    template <int COUNT> __device__ __forceinline__ void add(
-        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2]) {
+    template <int COUNT, int> __device__ __forceinline__ void add(
+        Sums& sums, const WgmmaOperand& a_stages, const WgmmaOperand& pixels, const int (&at)[1],
+        const int (&rows)[1][2]) {
         wgmma_fence();
         #pragma unroll
         for (int k = 0; k < 2; k++)
             #pragma unroll
             for (int lower = 0; lower < 2; lower++)
-                wgmma<COUNT>(sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), rows[lower].moved(k * 2 * ALONG));
+                wgmma<COUNT>(
+                    sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), pixels.moved(rows[0][lower] + k * 2 * ALONG));
         wgmma_commit();
         wgmma_wait<1>();
     }
@@ -123,17 +133,18 @@ template <> struct Multiply<1> {
 template <> struct Multiply<2> {
     float partial[MOST_TILES][4];
 
-    template <int COUNT> __device__ __forceinline__ void add(
-        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2]) {
+    template <int COUNT, int STEPS> __device__ __forceinline__ void add(
+        Sums& sums, const WgmmaOperand& a_stages, const WgmmaOperand& pixels, const int (&at)[STEPS],
+        const int (&rows)[STEPS][2]) {
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             wgmma_fence();
             #pragma unroll
             for (int product = 0; product < 3; product++)
                 #pragma unroll
-                for (int k = 0; k < STEPS_AT_ONCE * 2; k++) {
+                for (int k = 0; k < STEPS * 2; k++) {
                     WgmmaOperand left = a_stages.moved(at[k / 2] + (product == 0) * HALF_STEP + k % 2 * TILE_M * 32);
-                    WgmmaOperand right = rows[lower].moved(((product == 1) * GROUPS_K + k * 2) * ALONG);
+                    WgmmaOperand right = pixels.moved(rows[k / 2][lower] + ((product == 1) * 4 + k % 2 * 2) * ALONG);
                     if (product + k == 0) wgmma<COUNT, false>(partial, left, right);
                     else wgmma<COUNT>(partial, left, right);
                 }
@@ -206,35 +217,50 @@ struct MainLoop {
     template <int COUNT, int FEW>
     __device__ __forceinline__ void pass_of(Sums& sums, int pass, int first_window) {
         Multiply<SPLIT> multiply;
-        for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
             band.wait(pass, chunk);
             if constexpr (FEW > 0) taps<FEW>(multiply, sums, first_window, chunk, 0, OUTSIDE_KH);
             taps<COUNT>(multiply, sums, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
+            band.release(pass, chunk);
         }
-        band.release(pass);
     }
 
-    // 64 channels and rows [first_kh, end_kh) of the kernel.
+    // A chunk and rows [first_kh, end_kh) of the kernel. SPLIT 2 multiplies two steps before it adds: with all small
+    // products first, that loses less than more additions would.
     template <int COUNT> __device__ __forceinline__ void taps(
         Multiply<SPLIT>& multiply, Sums& sums, int first_window, int chunk, int first_kh, int end_kh) {
-        for (int kh = first_kh; kh < end_kh; kh++) {
-            WgmmaOperand rows[2] = {pixels, pixels};
+        int column = 2 * (first_window - unit.first_window) + PAD_W,
+            steps = min((int)CHUNK_STEPS, STEPS_K - chunk * CHUNK_STEPS), first_part = chunk % CHUNKS_HELD * 8;
+        if constexpr (SPLIT == 2) {
+            #pragma unroll 1
+            for (int tap = 0; tap + 1 < TAPS; tap += 2) multiply_taps<COUNT, 2>(multiply, sums, column, first_part, tap);
+            if (TAPS % 2) multiply_taps<COUNT, 1>(multiply, sums, column, first_part, TAPS - 1);
+        } else
+            for (int kh = first_kh; kh < end_kh; kh++) {
+                int upper = band_offset(PAD_H - kh, column), lower = band_offset(1 + PAD_H - kh, column);
+                #pragma unroll 1
+                for (int kw = 0; kw < KERNEL_W; kw++)
+                    for (int step = 0; step < steps; step++) {
+                        int shift = (first_part + step * 4) * ALONG - kw * 16;
+                        multiply.template add<COUNT, 1>(
+                            sums, a_stages, pixels, {next_step()}, {{upper + shift, lower + shift}});
+                    }
+            }
+        wgmma_wait<0>();
+    }
+    // STEPS neighbouring taps of a chunk of one step.
+    template <int COUNT, int STEPS> __device__ __forceinline__ void multiply_taps(
+        Multiply<SPLIT>& multiply, Sums& sums, int column, int first_part, int first_tap) {
+        int at[STEPS], rows[STEPS][2];
+        #pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            int kh = (first_tap + i) / KERNEL_W, kw = (first_tap + i) % KERNEL_W;
+            at[i] = next_step();
             #pragma unroll
             for (int lower = 0; lower < 2; lower++)
-                rows[lower] =
-                    pixels.moved(band_offset(lower + PAD_H - kh, 2 * (first_window - unit.first_window) + PAD_W));
-            #pragma unroll 1
-            for (int kw = 0; kw < KERNEL_W; kw++)
-                for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
-                    int at[STEPS_AT_ONCE];
-                    #pragma unroll
-                    for (int i = 0; i < STEPS_AT_ONCE; i++) at[i] = next_step();
-                    int shift = step * 4 * ALONG - kw * 16;
-                    WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};
-                    multiply.template add<COUNT>(sums, a_stages, at, shifted);
-                }
+                rows[i][lower] = first_part * ALONG + band_offset(lower + PAD_H - kh, column - kw);
         }
-        wgmma_wait<0>();
+        multiply.template add<COUNT, STEPS>(sums, a_stages, pixels, at, rows);
     }
 };
 
@@ -248,7 +274,8 @@ template <bool PRODUCES, class Loop, class Epilogue> __device__ __forceinline__ 
             if constexpr (PRODUCES) band.produce(threadIdx.x - CONSUMERS);
             else {
                 multiply_passes(unit, loop, band.exponent, epilogue);
-                for (int pass = unit.passes; pass < MOST_PASSES; pass++) band.release(pass);
+                for (int pass = unit.passes; pass < MOST_PASSES; pass++)
+                    for (int chunk = 0; chunk < CHUNKS; chunk++) band.release(pass, chunk);
             }
             again = !band.fits(scratch);
             if (again && !PRODUCES) epilogue.restart();

@@ -6,8 +6,8 @@ __device__ inline void clear_border(u8* shared) {
     for (int i = threadIdx.x; i < BAND_PIXELS; i += THREADS) {
         if (i >= GAP && (i - GAP) % PITCH < IN_W) continue;
         #pragma unroll
-        for (int group = 0; group < GROUPS_K * SPLIT; group++)
-            *(uint4*)(shared + group * ALONG + i * 16) = make_uint4(0, 0, 0, 0);
+        for (int part = 0; part < PARTS_HELD; part++)
+            *(uint4*)(shared + part * ALONG + i * 16) = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -28,17 +28,19 @@ struct BandBase {
         while (pass < passes - 1 && rows_start(pass + 1) < end_row) pass++;
         return pass;
     }
-    // Until those rows may be written that pass `pass` is the first to need.
-    __device__ void wait_empty(int pass) const {
-        int reader = last_reader(rows_end(pass + 1, unit.passes), passes_before);
-        if (round) mbarrier_wait(barriers.done[reader], (round - 1) & 1);
+    // Until those rows may be written that pass `pass` is the first to need: nobody reads any more what lies there.
+    __device__ void wait_empty(int pass, int chunk) const {
+        int reader = last_reader(rows_end(pass + 1, unit.passes), passes_before),
+            before = chunk + (CHUNKS - 1 - chunk) / CHUNKS_HELD * CHUNKS_HELD;
+        if (chunk >= CHUNKS_HELD) mbarrier_wait(barriers.done[pass][chunk - CHUNKS_HELD], round & 1);
+        else if (round) mbarrier_wait(barriers.done[reader][before], (round - 1) & 1);
     }
     __device__ void end_round() {
         round++;
         passes_before = unit.passes;
     }
     __device__ void wait(int pass, int chunk) const { mbarrier_wait(barriers.ready[pass][chunk], round & 1); }
-    __device__ void release(int pass) const { warp_arrive(barriers.done[pass]); }
+    __device__ void release(int pass, int chunk) const { mbarrier_arrive(barriers.done[pass][chunk]); }
 };
 
 template <bool> struct Band;
@@ -49,7 +51,7 @@ template <> struct Band<true> : BandBase {
         PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,  // from a pixel to the next, in halves
         CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL,
         IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL),
-        LEISURELY = MOST_PASSES > 3  // rows are not needed soon
+        LEISURELY = MOST_PASSES > 3 || CHUNKS_HELD < CHUNKS  // rows are not needed soon
     };
     const half_t* x;
     const int* exponents;
@@ -59,37 +61,33 @@ template <> struct Band<true> : BandBase {
         const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 end, u8* shared,
         Barriers& barriers)
         : BandBase{unit, shared, barriers, end}, x(x), exponents(exponents), exponent_count(exponent_count) {}
-    // Those rows of the of_64-th 64 channels that pass `pass` is the first to need, by `threads` threads. Eight lanes
-    // take one part of eight lines, which are neighbours in shared memory, where writes to eight places could take
-    // turns. Four times eight lanes read half of each of these lines.
-    __device__ __forceinline__ void copy(int pass, int of_64, int thread, int threads) const {
-        enum { GROUPS = CHUNK_CHANNELS / 8 };
+    // Those rows of a chunk that pass `pass` is the first to need, by `threads` threads. Eight lanes take one part of
+    // eight lines, which are neighbours in shared memory, where writes to eight places could take turns. Four times
+    // eight lanes read half of each of these lines.
+    __device__ __forceinline__ void copy(int pass, int chunk, int thread, int threads) const {
         int first_row = rows_end(pass, unit.passes), pixels = (rows_end(pass + 1, unit.passes) - first_row) * IN_W;
-        for (int chunk = of_64 * SPLIT; chunk < min(CHUNKS, (of_64 + 1) * SPLIT); chunk++) {
-            const half_t* from = x + unit.image * IMAGE + chunk * CHUNK;
-            for (int i = thread; i < (pixels + 7) / 8 * 64; i += threads) {
-                int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8, row = first_row + pixel / IN_W, column = pixel % IN_W;
-                int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
-                int ih = origin_of(unit) + row;
-                bool exists = ih >= 0 && ih < IN_H && (!AS_IT_IS || group * 8 < IN_CHANNELS);
-                if (pixel < pixels && group < GROUPS_K)
-                    cp_async_16(
-                        shared + band_offset(row, column) + (group + residual) * ALONG,
-                        from + (exists ? (ih * IN_W + column) * PIXEL + part * 8 : 0), exists);
-                // Else weights would wait behind many rows.
-                if (LEISURELY && threads == PRODUCERS) cp_async_commit(), cp_async_wait<2>();
-            }
+        const half_t* from = x + unit.image * IMAGE + chunk * CHUNK;
+        for (int i = thread; i < (pixels + 7) / 8 * 64; i += threads) {
+            int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8, row = first_row + pixel / IN_W, column = pixel % IN_W;
+            int group = chunk * GROUPS_CHUNK + part % GROUPS_CHUNK, ih = origin_of(unit) + row;
+            bool exists = ih >= 0 && ih < IN_H && (!AS_IT_IS || group * 8 < IN_CHANNELS);
+            if (pixel < pixels && group < GROUPS_K)
+                cp_async_16(
+                    shared + band_offset(row, column) + (chunk % CHUNKS_HELD * 8 + part) * ALONG,
+                    from + (exists ? (ih * IN_W + column) * PIXEL + part * 8 : 0), exists);
+            // Else weights would wait behind many rows.
+            if (LEISURELY && threads == PRODUCERS) cp_async_commit(), cp_async_wait<2>();
         }
         cp_async_commit();
     }
     __device__ void produce(int thread) const {
         for (int pass = 0; pass < MOST_PASSES; pass++) {
-            wait_empty(pass);
-            for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                wait_empty(pass, chunk);
                 if (round + pass + chunk) copy(pass, chunk, thread, PRODUCERS);
                 cp_async_wait<0>();
                 fence_async_proxy();
-                warp_arrive(barriers.ready[pass][chunk]);
+                mbarrier_arrive(barriers.ready[pass][chunk]);
             }
         }
     }
@@ -97,10 +95,10 @@ template <> struct Band<true> : BandBase {
     template <bool> __device__ __forceinline__ void begin(unsigned* scratch) {
         if (round) return;
         copy(0, 0, threadIdx.x, THREADS);
-        exponent = AS_IT_IS ? 0 : smallest_exponent(exponents, exponent_count, scratch);
+        exponent = AS_IT_IS ? 0 : smallest_exponent(exponents, exponent_count, scratch, SyncAll());
         cp_async_wait<0>();
         fence_async_proxy();
-        __syncthreads();
+        SyncAll()();
     }
     __device__ bool fits(unsigned*) {
         end_round();
@@ -178,10 +176,10 @@ template <> struct Band<false> : BandBase {
                     largest = max(largest, finite_magnitude(v[b][j]));
                     v[b][j] = multiply_unflushed(v[b][j], power_of_two(exponent));
                 }
-                u8* to = shared + octet.group * ALONG + band_offset(start + octet.pixel / IN_W, octet.pixel % IN_W);
+                int part = octet.group / GROUPS_CHUNK * 8 + octet.group % GROUPS_CHUNK;
+                u8* to = shared + part * ALONG + band_offset(start + octet.pixel / IN_W, octet.pixel % IN_W);
                 #pragma unroll
-                for (int part = 0; part < SPLIT; part++)
-                    *(uint4*)(to + part * GROUPS_K * ALONG) = take_halves(v[b], part);
+                for (int i = 0; i < SPLIT; i++) *(uint4*)(to + i * GROUPS_CHUNK * ALONG) = take_halves(v[b], i);
             }
         }
         fence_async_proxy();
@@ -193,7 +191,7 @@ template <> struct Band<false> : BandBase {
         largest = come ? largest_next : 0;
         for (;; come = false) {
             if (!PRODUCES && !come) largest = convert<FIRST_BATCH>(unit, 0, threadIdx.x, CONSUMERS, exponent);
-            int right = scale_exponent(block_max(largest, scratch));
+            int right = scale_exponent(block_max(largest, scratch, SyncAll()));
             bool good = agreed(!fresh || (right >= GUESS + later && right <= GUESS + SLACK));
             fresh = come = false;
             if (good) return;
@@ -205,11 +203,11 @@ template <> struct Band<false> : BandBase {
         for (int pass = 1; pass < MOST_PASSES + more; pass++) {
             bool next = pass == MOST_PASSES;
             Unit of = next ? following() : unit;
-            if (next) mbarrier_wait(barriers.done[last_reader(rows_end(1, of.passes), unit.passes)], round & 1);
-            else wait_empty(pass);
+            if (next) mbarrier_wait(barriers.done[last_reader(rows_end(1, of.passes), unit.passes)][CHUNKS - 1], round & 1);
+            else wait_empty(pass, CHUNKS - 1);
             unsigned most = convert<BATCH>(of, next ? 0 : pass, thread, PRODUCERS, next ? (int)GUESS : exponent);
             if (next) largest_next = most;
-            else largest = max(largest, most), warp_arrive(barriers.ready[pass][0]);
+            else largest = max(largest, most), mbarrier_arrive(barriers.ready[pass][0]);
         }
     }
     __device__ void wait(int pass, int chunk) const {
@@ -217,7 +215,7 @@ template <> struct Band<false> : BandBase {
     }
     __device__ bool fits(unsigned* scratch) {
         end_round();
-        int right = scale_exponent(block_max(largest, scratch));
+        int right = scale_exponent(block_max(largest, scratch, SyncAll()));
         bool fit = agreed(exponent <= right && right <= exponent + SLACK);
         if (!fit) exponent = right;
         return fit;

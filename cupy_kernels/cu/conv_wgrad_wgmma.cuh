@@ -91,13 +91,13 @@ struct MainLoop {
             if (stage < IN_FLIGHT) continue;
             cp_async_wait<IN_FLIGHT>();
             fence_async_proxy();
-            warp_arrive(full[(stage - IN_FLIGHT) % STAGES]);
+            mbarrier_arrive(full[(stage - IN_FLIGHT) % STAGES]);
         }
     }
     __device__ __forceinline__ void wait(int stage) const { mbarrier_wait(full[stage % STAGES], lap(stage)); }
     // No multiplication of this warp reads `stage` any more.
     __device__ __forceinline__ void release(int stage) const {
-        if (stage >= 0) warp_arrive(empty[stage % STAGES]);
+        if (stage >= 0) mbarrier_arrive(empty[stage % STAGES]);
     }
     // The column of dy `c` positions from where the stage in `slot` begins, a little before that or in it.
     __device__ __forceinline__ WgmmaLines dy_column(int slot, int c) const {
@@ -216,8 +216,7 @@ struct MainLoop {
 __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, const Tile& tile, u8* ring) {
     MBarrier *full = (MBarrier*)(ring + BARRIERS_OFFSET), *empty = full + STAGES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++)
-            mbarrier_init(full[i], PRODUCERS / 32), mbarrier_init(empty[i], CONSUMERS / 32);
+        for (int i = 0; i < STAGES; i++) mbarrier_init(full[i], PRODUCERS), mbarrier_init(empty[i], CONSUMERS);
         *(uint4*)(ring + ZEROS_OFFSET) = make_uint4(0, 0, 0, 0);  // see run(Multiply<2>)
     }
     fence_async_proxy();

@@ -50,18 +50,24 @@ struct ScaleBack {
     }
 };
 
-__device__ inline unsigned block_max(unsigned v, unsigned* scratch) {
+// meet: a barrier of the block.
+template <class Meet> __device__ inline unsigned block_max(unsigned v, unsigned* scratch, Meet meet) {
     v = warp_max(v);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-    __syncthreads();
+    meet();
     for (unsigned w = 0; w < blockDim.x / 32; w++) v = max(v, scratch[w]);
-    __syncthreads();
+    meet();
     return v;
 }
+struct SyncThreads {
+    __device__ void operator()() const { __syncthreads(); }
+};
+__device__ inline unsigned block_max(unsigned v, unsigned* scratch) { return block_max(v, scratch, SyncThreads()); }
 
 // The smallest of `count` exponents: what a tensor takes whose parts would take these.
-__device__ inline int smallest_exponent(const int* exponents, int count, unsigned* scratch) {
+template <class Meet = SyncThreads>
+__device__ inline int smallest_exponent(const int* exponents, int count, unsigned* scratch, Meet meet = Meet()) {
     unsigned largest = 0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) largest = max(largest, (unsigned)(126 - exponents[i]));
-    return 126 - (int)block_max(largest, scratch);
+    return 126 - (int)block_max(largest, scratch, meet);
 }

@@ -69,9 +69,3 @@ template <int REGISTERS> __device__ __forceinline__ void more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 #endif
 }
-
-// By all lanes of a warp, of which one arrives for all.
-__device__ inline void warp_arrive(MBarrier& barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
-}

@@ -5,7 +5,7 @@
 // null, or these values of all rows as float.
 // w: [IN_CHANNELS, OUT_CHANNELS, TAPS], with FLIP (for dgrad) [OUT_CHANNELS, IN_CHANNELS, TAPS] and the taps in reverse
 // order. packed: [m tile][chunk][tap][TILE_M rows of 64 halves, parts in line_offset's order], with WGMMA
-// (conv_wgmma.cuh) [m tile][64 channels k][tap][32 of them][SPLIT parts][8 channels of those][TILE_M rows of 8 halves];
+// (conv_wgmma.cuh) [m tile][chunk][tap][32 of its channels][SPLIT parts][8 of those channels][TILE_M rows of 8 halves];
 // exponents[m]: of m's scale. Rows past OUT_CHANNELS and channels past IN_CHANNELS are zero. One block per row of the
 // padded matrix. Macros: scalar_t, OUT_CHANNELS, TAPS, TILE_M, PACKED_WIDTH (halves of a row and tap), FLIP, WGMMA,
 // AS_IT_IS (1: under a scale of 1), and those of fp16_tiles.cuh.
@@ -46,16 +46,17 @@ extern "C" __global__ void pack_weight_fp16(
             int from = FLIP ? (m * IN_CHANNELS + k) * TAPS + TAPS - 1 - tap : (k * OUT_CHANNELS + m) * TAPS + tap;
             v[j] = m < OUT_CHANNELS && k < IN_CHANNELS ? multiply_unflushed(to_acc(w[from]), scale) : 0;
         }
+        enum { OCTETS = CHUNK_CHANNELS / 8 };
+        int chunk = group / OCTETS;
         if (WGMMA) {
-            int chunk = group / 8, steps = min(8, GROUPS_K - chunk * 8) / 4;
-            i64 step = ((i64)(m / TILE_M) * (GROUPS_K / 4) + chunk * 2) * TAPS + tap * steps + group / 4 % 2;
+            int steps = min((int)OCTETS, GROUPS_K - chunk * OCTETS) / 4;
+            i64 step = ((i64)(m / TILE_M) * GROUPS_K + chunk * OCTETS) / 4 * TAPS + tap * steps + group % OCTETS / 4;
             #pragma unroll
             for (int part = 0; part < SPLIT; part++)
                 ((uint4*)packed)[((step * SPLIT + part) * 4 + group % 4) * TILE_M + m % TILE_M] = take_halves(v, part);
             continue;
         }
-        int chunk = group / (CHUNK_CHANNELS / 8);
         u8* stage = (u8*)packed + (((i64)(m / TILE_M) * CHUNKS + chunk) * TAPS + tap) * STAGE_BYTES;
-        store_line(stage, m % TILE_M, group % (CHUNK_CHANNELS / 8), v, m & 7);
+        store_line(stage, m % TILE_M, group % OCTETS, v, m & 7);
     }
 }

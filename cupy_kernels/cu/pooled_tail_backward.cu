@@ -174,10 +174,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     dy_exponents[c] = bound.exponent(scale);
 }
 
-// A block turns a tile of TILE windows, of TILES, and one chunk of channels into lines of packed tiles. A thread
-// computes eight channels of a window, whose 16 bytes of four lines meet those of the other threads in shared memory.
-// Behind the blocks of each `together` images, while what they have read is in the L2 cache, come BORDER_BLOCKS that
-// sum up the borders of these images, two channels each; borders [.][taps][channels] may be null.
+// A block turns TILE windows and one chunk of channels into lines of packed tiles. A thread computes eight channels of a
+// window, whose 16 bytes of four lines meet those of the other threads in shared memory. The windows of `together`
+// images are numbered one image after the other. Behind the blocks of these images, while what they have read is in the
+// L2 cache, come BORDER_BLOCKS that sum up the borders of them, two channels each; borders [.][taps][channels] may be
+// null.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packed(
     const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
@@ -185,8 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     const int* __restrict__ dy_exponents, half_t* __restrict__ packed, float* __restrict__ borders, float count,
     i64 images, int together) {
     enum { OCTETS = CHUNK_CHANNELS / 8 };
-    static_assert(
-        TILE * OCTETS == THREADS && (TILES - 1) * TILE < WINDOWS && WINDOWS <= TILES * TILE, "tiles of all windows");
+    static_assert(TILE * OCTETS == THREADS, "a thread computes eight channels of a window");
     static_assert(BORDER_BLOCKS * (THREADS / 128) == OUT_CHANNELS, "128 threads sum up a channel's borders");
     struct __align__(16) Channel {
         OutputGradient gradient;
@@ -194,30 +194,38 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     };
     __shared__ __align__(16) u8 corners[4][TILE * LINE_BYTES];  // lines of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
-    __shared__ float totals[THREADS / 32][TAPS];
-    __shared__ unsigned scratch[32];
-    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? BORDER_BLOCKS : 0), share = blockIdx.x / all,
-        block = blockIdx.x % all;
-    i64 image = (i64)share * together;
+    static_assert(sizeof(corners) >= THREADS / 128 * sizeof(BorderSums), "each block needs only one of both");
+    int tiles = (together * WINDOWS + TILE - 1) / TILE, blocks = tiles * CHUNKS,
+        all = blocks + (borders ? BORDER_BLOCKS : 0), share = blockIdx.x / all, block = blockIdx.x % all,
+        lane = threadIdx.x % 32;
+    i64 first = (i64)share * together, end = min(first + together, images);
+    // Of all channels. A warp reads them, and later than what takes longer.
+    auto least_exponent = [&] {
+        int least = 126;
+        #pragma unroll
+        for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
+        return -warp_max(-least);
+    };
     if (block >= blocks) {
         int c = (block - blocks) * 2 + threadIdx.x / 128;
         OutputGradient gradient(mean, invstd, weight, sums, c);
-        gradient.finish(count, smallest_exponent(dy_exponents, OUT_CHANNELS, scratch));
-        i64 end = min(image + together, images);
+        gradient.finish(count, least_exponent());
+        BorderSums& sums_of_borders = ((BorderSums*)corners)[threadIdx.x / 128];
         float* to = borders + (i64)share * TAPS * OUT_CHANNELS;
-        sum_borders(g, argmax, saved, exponents, unit_exponents, gradient, c, image, end, totals, to);
+        sum_borders(g, argmax, saved, exponents, unit_exponents, gradient, c, first, end, sums_of_borders, to);
         return;
     }
-    int tile = block % TILES, chunk = block / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    image += block / (TILES * CHUNKS);
-    if (image >= images) return;
-    int place = warp / OCTETS * 32 + lane, octet = warp % OCTETS, c = chunk * CHUNK_CHANNELS + octet * 8;
-    int at = min(tile * TILE + place, WINDOWS - 1);  // lines past the last window are written to shared memory alone
+    int start = block % tiles * TILE, windows = (int)(end - first) * WINDOWS, chunk = block / tiles;
+    if (start >= windows) return;
+    int warp = threadIdx.x / 32, place = warp / OCTETS * 32 + lane, octet = warp % OCTETS,
+        c = chunk * CHUNK_CHANNELS + octet * 8;
+    int at = min(start + place, windows - 1);  // lines past the last window are written to shared memory alone
+    i64 image = first + at / WINDOWS;
     bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
 
     Kept kept[8] = {};
     float chosen[8];
-    Window window(at);
+    Window window(at % WINDOWS);
     int tap[8], exponent = kept_exponent(unit_exponents, image, window);
     if (real) {
         i64 plane = image * OUT_CHANNELS + c;
@@ -233,12 +241,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
             #pragma unroll
             for (int j = 0; j < 8; j++) tap[j] = -1;
     }
-    int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1), least = 126;
+    int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1);
     Channel channel = {OutputGradient(mean, invstd, weight, sums, own), SPLIT == 1 ? exponents[own] : 0};
     channel.exponent += channel.gradient.exponent;
-    #pragma unroll
-    for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
-    least = -warp_max(-least);
+    int least = least_exponent();
     if (threadIdx.x < CHUNK_CHANNELS) {
         channel.gradient.finish(count, least);
         ((Channel*)channels)[threadIdx.x] = channel;
@@ -261,17 +267,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     for (int corner = 0; corner < 4; corner++) store_line(corners[corner], place, octet, v[corner], place & 7);
     __syncthreads();
 
-    uint4* to = (uint4*)packed + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
     int right = threadIdx.x / 8 % 2;
     #pragma unroll
     for (int i = 0; i < TILE; i += 16) {
-        int w = i + threadIdx.x / 16;
-        Window window(tile * TILE + w);
+        int w = i + threadIdx.x / 16, at = start + w;
+        Window window(at % WINDOWS);
         int column = window.column * 2 + right;
+        uint4* to = (uint4*)packed + ((first + at / WINDOWS) * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             int h = window.row * 2 + lower;
-            if (h < OUT_H && column < OUT_W)  // so for no window past the last
+            if (at < windows && h < OUT_H && column < OUT_W)
                 to[(h * OUT_W + column) * 8] =
                     *(const uint4*)(corners[lower * 2 + right] + line_offset(w, threadIdx.x % 8));
         }

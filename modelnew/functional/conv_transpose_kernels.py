@@ -88,8 +88,8 @@ def _of_operands(new, x, w, dy, x_shape, w_shape, geometry, choice, need_x, need
         size = ops.wgrad_workspace_size(x_shape, w_shape, geometry, dtype == np.float64)
         ops.conv_transpose_wgrad(x, dy, dw, new.scratch(size, dtype), geometry)
     if need_x and dgrad:
-        source = (dgrad.of_packed(), packed) if wgrad else (dgrad, dy)
-        mma.conv_transpose_mma(*source, w, None, dx, *_mma_workspaces(new, dgrad), *([exponents] if wgrad else ()))
+        source = packed if wgrad else dy
+        mma.conv_transpose_mma(dgrad, source, w, None, dx, *_mma_workspaces(new, dgrad), exponents)
     elif need_x:
         ops.conv_transpose_dgrad(dy, w, dx, _packed(new, w), geometry)
     return dx, dw
@@ -120,13 +120,16 @@ def _thin_gradients(new, x, w, dy, x_shape, w_shape, geometry, need_x, need_w, f
 
 
 def gradient_plans(dtype, x_shape, w_shape, geometry, choice, need_x, need_w):
-    """The tensor-core kernels' plans for dx and for dw; None where not needed or not supported. dtype: NumPy's."""
+    """The tensor-core kernels' plans for dx and for dw; None where not needed or not supported. dtype: NumPy's.
+
+    If there is one for dw, dy is packed for both.
+    """
     dgrad = wgrad = None
-    if need_x:
-        dy_shape = ops.output_shape(x_shape, w_shape, geometry)
-        dgrad, _ = tensor_core_plan(dy_shape, dtype, w_shape, geometry, choice, dgrad=True)
     if need_w:
         wgrad, _ = wgrad_plan(x_shape, dtype, w_shape, geometry, choice)
+    if need_x:
+        dy_shape, packed = ops.output_shape(x_shape, w_shape, geometry), wgrad is not None
+        dgrad, _ = tensor_core_plan(dy_shape, dtype, w_shape, geometry, choice, dgrad=True, packed=packed)
     return dgrad, wgrad
 
 

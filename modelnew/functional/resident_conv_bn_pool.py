@@ -95,7 +95,7 @@ def convolution_gradients(new, before, after, given, x, w, weight, memory, *, se
     if need_w:  # first: the room of its workspaces is dx's then
         back.weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
     if need_x:
-        back.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed().of_weights(SCALARS[w.dtype]))
+        back.input_gradient(new.scratch, w, made, dx, plan=dgrad.of_weights(SCALARS[w.dtype]))
     return dx, dw
 
 
@@ -185,7 +185,7 @@ def _gradient_plans(x_shape, dtype, w_shape, w_dtype, setting):
     """(plan or None, the reason), of dx and of dw."""
     geometry, last = geometry_of(setting.padding), setting.last
     dy_shape, how = output_shape(x_shape, w_shape, geometry), (w_shape, geometry, setting.choice)
-    dgrad = tensor_core_plan(dy_shape, dtype, *how, dgrad=True, channels_last=last)
+    dgrad = tensor_core_plan(dy_shape, dtype, *how, dgrad=True, channels_last=last, packed=True)
     return dgrad, wgrad_plan(x_shape, w_dtype, *how, channels_last=last)
 
 
