@@ -98,7 +98,7 @@ def layout(
     rows, _, along, held, stages, shared_bytes = choices[0]
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
-    tiles, last = _tiles(needed, granule, last_granule, most)
+    tiles, last = _tiles(needed, granule, last_granule, most, images is None)
     macros = {
         "WARPS_N": warpgroups_n,
         "UNIT_ROWS": rows,
@@ -117,11 +117,15 @@ def layout(
     return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
 
 
-def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
-    """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles of each unit."""
+def _tiles(needed, granule: int, last_granule: int, most: int, many: bool) -> tuple[int, int]:
+    """(TILES, LAST_TILES) with which units take the least time.
+
+    needed: the number of tiles of each unit.
+    many: whether a block has many units, so that it pays to compile another pass for the smallest ones.
+    """
     if max(needed) <= most // last_granule * last_granule:
-        tiles = ceil_div(max(needed), last_granule) * last_granule
-        return tiles, tiles
+        tiles, smallest = (ceil_div(n, last_granule) * last_granule for n in (max(needed), min(needed)))
+        return tiles, smallest if many else tiles
 
     def cost(choice):
         """Relative time of all units: few tiles wait for shared memory, and each pass has a start and an end."""

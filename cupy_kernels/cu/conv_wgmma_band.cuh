@@ -107,23 +107,24 @@ template <> struct Band<true> : BandBase {
     __device__ void next() {}
 };
 
-// x is a tensor: converted under a scale that is chosen from the rows of the first pass, with room for larger values in
-// later ones. Where that is not enough, all starts again.
+// x is a tensor: converted under a scale that is chosen from the first rows, those of the first pass and chunk, with
+// room for larger values in later ones. Where that is not enough, all starts again.
 template <> struct Band<false> : BandBase {
-    // What the first pass needs at most, in octets (eight channels of a pixel) a consumer, and how many of them, and of
-    // those of a producer, are in flight at a time.
+    // The first rows at most, in octets (eight channels of a pixel) a consumer, and how many of them, and of those of a
+    // producer, are in flight at a time.
     enum {
-        ROOM = 3,  // of the scale's exponent, for values of later passes
+        ROOM = 3,  // of the scale's exponent, for values of later rows
         NEEDED_ROWS = 2 * ((PASS_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H,
-        FIRST_OCTETS = (NEEDED_ROWS * IN_W * GROUPS_K + CONSUMERS - 1) / CONSUMERS,
+        GROUPS = GROUPS_K < GROUPS_CHUNK ? GROUPS_K : GROUPS_CHUNK,  // of a chunk
+        FIRST_OCTETS = (NEEDED_ROWS * IN_W * GROUPS + CONSUMERS - 1) / CONSUMERS,
         FIRST_ROUNDS = (FIRST_OCTETS + 9) / 10,
         FIRST_BATCH = (FIRST_OCTETS + FIRST_ROUNDS - 1) / FIRST_ROUNDS,
         BATCH = SPLIT == 1 ? 4 : 2,
-        // Whether passes are left when all have read what the next unit's first rows take the place of.
-        EARLY = last_reader(rows_end(1, MOST_PASSES), MOST_PASSES) < MOST_PASSES - 1
+        // Whether there are products left when all have read what the next unit's first rows take the place of.
+        EARLY = CHUNKS > 1 || last_reader(rows_end(1, MOST_PASSES), MOST_PASSES) < MOST_PASSES - 1
     };
     const scalar_t* x;
-    bool fresh = true, come = false;     // no scale is chosen; producers have brought the rows of the first pass
+    bool fresh = true, come = false;     // no scale is chosen; producers have brought the first rows
     unsigned largest, largest_next = 0;  // finite magnitude, of the unit's rows and of the next one's first rows
 
     __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64 end, u8* shared, Barriers& barriers)
@@ -131,8 +132,10 @@ template <> struct Band<false> : BandBase {
     // The i-th octet of `count` pixels: neighbours in memory follow one another.
     struct Octet {
         int group, pixel;
-        __device__ Octet(int i, int count)
-            : group(CHANNELS_LAST ? i % GROUPS_K : i / count), pixel(CHANNELS_LAST ? i / GROUPS_K : i % count) {}
+        bool exists;
+        __device__ Octet(int i, int count, int chunk)
+            : group(chunk * GROUPS_CHUNK + (CHANNELS_LAST ? i % GROUPS : i / count)),
+              pixel(CHANNELS_LAST ? i / GROUPS : i % count), exists(i < count * GROUPS && group < GROUPS_K) {}
     };
     // Of `pixel`, counted from `source`.
     __device__ static __forceinline__ void load(
@@ -149,28 +152,26 @@ template <> struct Band<false> : BandBase {
         for (int j = 0; j < 8; j++)
             v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
     }
-    // Those rows of `of` that pass `pass` is the first to need, under the scale of 2^exponent, by `threads` threads.
-    // Returns the largest finite magnitude.
+    // Those rows of a chunk of `of` that pass `pass` is the first to need, under the scale of 2^exponent, by `threads`
+    // threads. Returns the largest finite magnitude.
     template <int AT_ONCE> __device__ __forceinline__ unsigned convert(
-        const Unit& of, int pass, int thread, int threads, int exponent) const {
+        const Unit& of, int pass, int chunk, int thread, int threads, int exponent) const {
         unsigned largest = 0;
         int start = rows_end(pass, of.passes), count = (rows_end(pass + 1, of.passes) - start) * IN_W;
         int before = (origin_of(of) + start) * IN_W;  // pixels of the image, which may be negative
         const scalar_t* source = x + of.image * (IN_CHANNELS * IN_H * IN_W);
-        for (int at = thread; at < count * GROUPS_K; at += threads * AT_ONCE) {
+        for (int at = thread; at < count * GROUPS; at += threads * AT_ONCE) {
             float v[AT_ONCE][8];
             #pragma unroll
             for (int b = 0; b < AT_ONCE; b++) {
-                int i = at + b * threads;
-                Octet octet(i, count);
+                Octet octet(at + b * threads, count, chunk);
                 int pixel = before + octet.pixel;
-                load(source, octet.group, pixel, i < count * GROUPS_K && pixel >= 0 && pixel < IN_H * IN_W, v[b]);
+                load(source, octet.group, pixel, octet.exists && pixel >= 0 && pixel < IN_H * IN_W, v[b]);
             }
             #pragma unroll
             for (int b = 0; b < AT_ONCE; b++) {
-                int i = at + b * threads;
-                Octet octet(i, count);
-                if (i >= count * GROUPS_K) continue;
+                Octet octet(at + b * threads, count, chunk);
+                if (!octet.exists) continue;
                 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     largest = max(largest, finite_magnitude(v[b][j]));
@@ -186,11 +187,11 @@ template <> struct Band<false> : BandBase {
         return largest;
     }
     template <bool PRODUCES> __device__ __forceinline__ void begin(unsigned* scratch) {
-        bool later = unit.passes > 1;
+        bool later = CHUNKS > 1 || unit.passes > 1;
         if (fresh) exponent = GUESS;
         largest = come ? largest_next : 0;
         for (;; come = false) {
-            if (!PRODUCES && !come) largest = convert<FIRST_BATCH>(unit, 0, threadIdx.x, CONSUMERS, exponent);
+            if (!PRODUCES && !come) largest = convert<FIRST_BATCH>(unit, 0, 0, threadIdx.x, CONSUMERS, exponent);
             int right = scale_exponent(block_max(largest, scratch, SyncAll()));
             bool good = agreed(!fresh || (right >= GUESS + later && right <= GUESS + SLACK));
             fresh = come = false;
@@ -199,19 +200,21 @@ template <> struct Band<false> : BandBase {
         }
     }
     __device__ void produce(int thread) {
+        enum { ALL = MOST_PASSES * CHUNKS };
         bool more = EARLY && !last();
-        for (int pass = 1; pass < MOST_PASSES + more; pass++) {
-            bool next = pass == MOST_PASSES;
+        for (int i = 1; i < ALL + more; i++) {  // one convert() for all, which is long
+            bool next = i == ALL;
+            int pass = next ? 0 : i / CHUNKS, chunk = next ? 0 : i % CHUNKS;
             Unit of = next ? following() : unit;
-            if (next) mbarrier_wait(barriers.done[last_reader(rows_end(1, of.passes), unit.passes)][CHUNKS - 1], round & 1);
-            else wait_empty(pass, CHUNKS - 1);
-            unsigned most = convert<BATCH>(of, next ? 0 : pass, thread, PRODUCERS, next ? (int)GUESS : exponent);
+            if (next) mbarrier_wait(barriers.done[last_reader(rows_end(1, of.passes), unit.passes)][0], round & 1);
+            else wait_empty(pass, chunk);
+            unsigned most = convert<BATCH>(of, pass, chunk, thread, PRODUCERS, next ? (int)GUESS : exponent);
             if (next) largest_next = most;
-            else largest = max(largest, most), mbarrier_arrive(barriers.ready[pass][0]);
+            else largest = max(largest, most), mbarrier_arrive(barriers.ready[pass][chunk]);
         }
     }
     __device__ void wait(int pass, int chunk) const {
-        if (pass && chunk == 0) BandBase::wait(pass, 0);
+        if (pass + chunk) BandBase::wait(pass, chunk);
     }
     __device__ bool fits(unsigned* scratch) {
         end_round();
