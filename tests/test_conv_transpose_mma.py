@@ -33,6 +33,7 @@ CASES = {
 MANY_PASSES = {
     "one_tile_of_channels": ((2, 16, 24, 25), 16, (2, 2), (0, 1)),  # 156 windows: a pass of 128, then one of 28
     "two_tiles_of_channels": ((1, 32, 17, 20), 144, (3, 3), (1, 1)),  # 90 windows: 64, then 26
+    "rows_outside_x": ((1, 32, 17, 20), 80, (5, 3), (0, 1)),  # for the first and the last row of windows
 }
 IN_EVERY_CLASS = pytest.mark.parametrize(
     ("cls", "wgmma"), list(itertools.product(("tf32", "fp32"), (False, True))), indirect=["wgmma"]

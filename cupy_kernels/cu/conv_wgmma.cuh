@@ -110,12 +110,18 @@ static_assert(
 
 #include "conv_wgmma_band.cuh"
 
-// add<TILES, STEPS>(sums, a_stages, pixels, at, rows): sums += the products of some steps. at: where each step's stage
-// begins. rows: where its upper and its lower pixels do. On return what the step before read may be overwritten.
+// The tiles of sums from FROM on.
+template <int FROM, int MOST> __device__ __forceinline__ float (&tiles_from(float (&d)[MOST][4]))[MOST - FROM][4] {
+    return *(float (*)[MOST - FROM][4])(d + FROM);
+}
+
+// add<COUNT, FROM, STEPS>(sums, a_stages, pixels, at, rows): COUNT tiles of sums, from FROM on, += the products of some
+// steps. at: where each step's stage begins. rows: where the upper and the lower pixels of the first tile do. On return
+// what the step before read may be overwritten.
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
-    template <int COUNT, int> __device__ __forceinline__ void add(
+    template <int COUNT, int FROM, int> __device__ __forceinline__ void add(
         Sums& sums, const WgmmaOperand& a_stages, const WgmmaOperand& pixels, const int (&at)[1],
         const int (&rows)[1][2]) {
         wgmma_fence();
@@ -124,7 +130,8 @@ template <> struct Multiply<1> {
             #pragma unroll
             for (int lower = 0; lower < 2; lower++)
                 wgmma<COUNT>(
-                    sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), pixels.moved(rows[0][lower] + k * 2 * ALONG));
+                    tiles_from<FROM>(sums[lower]), a_stages.moved(at[0] + k * TILE_M * 32),
+                    pixels.moved(rows[0][lower] + k * 2 * ALONG));
         wgmma_commit();
         wgmma_wait<1>();
     }
@@ -133,7 +140,7 @@ template <> struct Multiply<1> {
 template <> struct Multiply<2> {
     float partial[MOST_TILES][4];
 
-    template <int COUNT, int STEPS> __device__ __forceinline__ void add(
+    template <int COUNT, int FROM, int STEPS> __device__ __forceinline__ void add(
         Sums& sums, const WgmmaOperand& a_stages, const WgmmaOperand& pixels, const int (&at)[STEPS],
         const int (&rows)[STEPS][2]) {
         #pragma unroll
@@ -152,28 +159,34 @@ template <> struct Multiply<2> {
             wgmma_wait<0>();
             wgmma_arrived<COUNT>(partial);
             #pragma unroll
-            for (int i = 0; i < COUNT * 4; i++) sums[lower][i / 4][i % 4] += partial[i / 4][i % 4];
+            for (int i = 0; i < COUNT * 4; i++) sums[lower][FROM + i / 4][i % 4] += partial[i / 4][i % 4];
             // Else the additions may move behind the next multiplications, with copies of what they read.
-            wgmma_arrived<COUNT>(sums[lower]);
+            wgmma_arrived<COUNT>(tiles_from<FROM>(sums[lower]));
         }
     }
 };
 
-// In an image's last row of windows, what the kernel's rows before OUTSIDE_KH meet lies outside x. So the last pass
-// leaves out these products in tiles that have nothing else, those after UPPER_TILES.
+// What an image's first row of windows meets in the kernel's rows from TOP_KH on lies outside x, and what its last row
+// meets in those before BOTTOM_KH. So two passes leave out these products in tiles that have nothing else: the image's
+// first pass in its first TOP_TILES, its last one, of BOTTOM_COUNT tiles, in those after BOTTOM_TILES. 0: in none.
 enum {
-    OUTSIDE_KH = 2 * (WINDOWS_H - 1) + PAD_H - IN_H + 1,
-    UPPER_WINDOWS = (WINDOWS_H - 1) * WINDOW_PITCH - (PASSES - 1) * PASS_WINDOWS,
-    UPPER = UPPER_WINDOWS > 0 ? (UPPER_WINDOWS + 3) / 4 : 0,
-    UPPER_TILES = UNITS == 1 && WARPS_N == 1 && SPLIT == 1 && OUTSIDE_KH > 0 && UPPER < LAST_TILES ? UPPER : 0
+    SEVERAL = WARPS_N == 1 && MOST_PASSES > 1,  // passes of a unit
+    TOP_KH = 2 + PAD_H,
+    TOP_TILES = SEVERAL && SPLIT == 2 && TOP_KH < KERNEL_H && WINDOW_PITCH / 4 < TILES ? WINDOW_PITCH / 4 : 0,
+    BOTTOM_KH = 2 * (WINDOWS_H - 1) + PAD_H - IN_H + 1,
+    BOTTOM_ROWS = WINDOWS_H - (UNITS - 1) * UNIT_ROWS,  // of windows of the last unit
+    BOTTOM_PASS = passes_of(BOTTOM_ROWS * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) - 1,
+    BOTTOM_WINDOWS = (BOTTOM_ROWS - 1) * WINDOW_PITCH - BOTTOM_PASS * PASS_WINDOWS,  // of the pass, before the last row
+    BOTTOM_COUNT = has_last_tiles(BOTTOM_WINDOWS + WINDOWS_W, true) ? LAST_TILES : TILES,
+    BOTTOM_FULL = BOTTOM_WINDOWS > 0 ? (BOTTOM_WINDOWS + 3) / 4 : 0,
+    BOTTOM_TILES = SEVERAL && BOTTOM_KH > 0 && BOTTOM_FULL < BOTTOM_COUNT ? BOTTOM_FULL : 0
 };
 
 struct MainLoop {
     const Unit& unit;
     Rows& band;
     WeightRing<STEP_BYTES, TAPS * STEPS_K> weights;
-    // Shuffled, so that compilers know that a warp's lanes agree.
-    int stage = 0, to = 0, warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
+    int stage = 0, to = 0, warpgroup = same_in_warp(threadIdx.x / 128);
     int warp_m = warpgroup % WARPS_M, warp_n = warpgroup / WARPS_M;
     WgmmaOperand pixels, a_stages;
 
@@ -209,32 +222,38 @@ struct MainLoop {
     __device__ int channel() const { return warp_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
     template <int COUNT> __device__ __forceinline__ void pass(Sums& sums, int pass, int first_window) {
-        if (COUNT == LAST_TILES && UPPER_TILES && pass == PASSES - 1)
-            pass_of<COUNT, UPPER_TILES>(sums, pass, first_window);
-        else pass_of<COUNT, 0>(sums, pass, first_window);
+        if constexpr (TOP_TILES && COUNT == TILES)
+            if (agreed(unit.number == 0 && pass == 0))
+                return pass_of<COUNT, 0, COUNT - TOP_TILES, TOP_TILES>(sums, pass, first_window, TOP_KH);
+        if constexpr (BOTTOM_TILES && COUNT == BOTTOM_COUNT)
+            if (agreed(unit.number == UNITS - 1 && pass == BOTTOM_PASS))
+                return pass_of<BOTTOM_TILES, 0, COUNT, 0>(sums, pass, first_window, BOTTOM_KH);
+        pass_of<0, 0, COUNT, 0>(sums, pass, first_window, 0);
     }
-    // FEW: the tiles that meet all rows of the kernel; 0: all COUNT do.
-    template <int COUNT, int FEW>
-    __device__ __forceinline__ void pass_of(Sums& sums, int pass, int first_window) {
+    // The kernel's rows before `kh` meet COUNT tiles from FROM on, those from there on others.
+    template <int COUNT, int FROM, int OTHER_COUNT, int OTHER_FROM>
+    __device__ __forceinline__ void pass_of(Sums& sums, int pass, int first_window, int kh) {
         Multiply<SPLIT> multiply;
+        int column = 2 * (first_window - unit.first_window) + PAD_W;
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             band.wait(pass, chunk);
-            if constexpr (FEW > 0) taps<FEW>(multiply, sums, first_window, chunk, 0, OUTSIDE_KH);
-            taps<COUNT>(multiply, sums, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
+            if constexpr (COUNT > 0) taps<COUNT, FROM>(multiply, sums, column, chunk, 0, kh);
+            taps<OTHER_COUNT, OTHER_FROM>(multiply, sums, column, chunk, kh, KERNEL_H);
             band.release(pass, chunk);
         }
     }
 
     // A chunk and rows [first_kh, end_kh) of the kernel. SPLIT 2 multiplies two steps before it adds: with all small
     // products first, that loses less than more additions would.
-    template <int COUNT> __device__ __forceinline__ void taps(
-        Multiply<SPLIT>& multiply, Sums& sums, int first_window, int chunk, int first_kh, int end_kh) {
-        int column = 2 * (first_window - unit.first_window) + PAD_W,
-            steps = min((int)CHUNK_STEPS, STEPS_K - chunk * CHUNK_STEPS), first_part = chunk % CHUNKS_HELD * 8;
+    template <int COUNT, int FROM> __device__ __forceinline__ void taps(
+        Multiply<SPLIT>& multiply, Sums& sums, int column, int chunk, int first_kh, int end_kh) {
+        int steps = min((int)CHUNK_STEPS, STEPS_K - chunk * CHUNK_STEPS), first_part = chunk % CHUNKS_HELD * 8;
+        column += FROM * 8;
         if constexpr (SPLIT == 2) {
+            int tap = first_kh * KERNEL_W, end = end_kh * KERNEL_W;
             #pragma unroll 1
-            for (int tap = 0; tap + 1 < TAPS; tap += 2) multiply_taps<COUNT, 2>(multiply, sums, column, first_part, tap);
-            if (TAPS % 2) multiply_taps<COUNT, 1>(multiply, sums, column, first_part, TAPS - 1);
+            for (; tap + 1 < end; tap += 2) multiply_taps<COUNT, FROM, 2>(multiply, sums, column, first_part, tap);
+            if (tap < end) multiply_taps<COUNT, FROM, 1>(multiply, sums, column, first_part, tap);
         } else
             for (int kh = first_kh; kh < end_kh; kh++) {
                 int upper = band_offset(PAD_H - kh, column), lower = band_offset(1 + PAD_H - kh, column);
@@ -242,25 +261,25 @@ struct MainLoop {
                 for (int kw = 0; kw < KERNEL_W; kw++)
                     for (int step = 0; step < steps; step++) {
                         int shift = (first_part + step * 4) * ALONG - kw * 16;
-                        multiply.template add<COUNT, 1>(
+                        multiply.template add<COUNT, FROM, 1>(
                             sums, a_stages, pixels, {next_step()}, {{upper + shift, lower + shift}});
                     }
             }
         wgmma_wait<0>();
     }
     // STEPS neighbouring taps of a chunk of one step.
-    template <int COUNT, int STEPS> __device__ __forceinline__ void multiply_taps(
+    template <int COUNT, int FROM, int STEPS> __device__ __forceinline__ void multiply_taps(
         Multiply<SPLIT>& multiply, Sums& sums, int column, int first_part, int first_tap) {
         int at[STEPS], rows[STEPS][2];
         #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            int kh = (first_tap + i) / KERNEL_W, kw = (first_tap + i) % KERNEL_W;
+            int tap = same_in_warp(first_tap + i), kh = tap / KERNEL_W, kw = tap % KERNEL_W;
             at[i] = next_step();
             #pragma unroll
             for (int lower = 0; lower < 2; lower++)
                 rows[i][lower] = first_part * ALONG + band_offset(lower + PAD_H - kh, column - kw);
         }
-        multiply.template add<COUNT, STEPS>(sums, a_stages, pixels, at, rows);
+        multiply.template add<COUNT, FROM, STEPS>(sums, a_stages, pixels, at, rows);
     }
 };
 

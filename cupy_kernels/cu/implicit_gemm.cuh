@@ -67,6 +67,11 @@ __device__ constexpr int passes_of(int windows) {
     return LARGER >= windows ? 1 : (windows - LARGER + PASS_WINDOWS - 1) / PASS_WINDOWS;
 }
 
+// Whether a pass with `left` windows is one of LAST_TILES. last: the last one of a unit.
+__device__ constexpr bool has_last_tiles(int left, bool last) {
+    return LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N : LAST_TILES > TILES && last && left > PASS_WINDOWS;
+}
+
 // What a block works on: windows [first_window, end_window), whose last one exists, and rows [first_row, end_row) of x.
 struct Unit {
     i64 image;
@@ -142,9 +147,10 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
     }
 };
 
-// A condition that all lanes of the warp share. Compilers know it then, and keep operands of wgmma in uniform
-// registers.
+// A condition, or a number, that all lanes of the warp share. Compilers know it then, and keep operands of wgmma in
+// uniform registers.
 __device__ inline bool agreed(bool condition) { return __all_sync(0xFFFFFFFFu, condition); }
+__device__ inline int same_in_warp(int v) { return __shfl_sync(0xFFFFFFFFu, v, 0); }
 
 #if WGMMA
 #include "conv_wgmma.cuh"
@@ -165,8 +171,7 @@ template <class Epilogue>
 __device__ __forceinline__ void multiply_passes(const Unit& unit, MainLoop& loop, int exponent, Epilogue& epilogue) {
     for (int pass = 0; agreed(pass < unit.passes); pass++) {
         int start = unit.first_window + pass * PASS_WINDOWS, left = unit.end_window - start;
-        bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
-                                       : LAST_TILES > TILES && pass == unit.passes - 1 && left > PASS_WINDOWS;
+        bool last = has_last_tiles(left, pass == unit.passes - 1);
         int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
         Sums sums = {};
         if (last) loop.pass<LAST_TILES>(sums, pass, first_window);
