@@ -82,10 +82,7 @@ __device__ constexpr int rows_end(int count, int passes) {
     return count < passes && end < HIGH + 1 ? end : HIGH + 1;
 }
 
-// All threads of the block meet, which do so by different calls; those that multiply.
-struct SyncAll {
-    __device__ void operator()() const { sync_warpgroups<THREADS / 128>(0); }
-};
+// Those that multiply meet.
 __device__ inline void sync_consumers() { sync_warpgroups<CONSUMERS / 128>(0); }
 
 enum { MOST_PASSES = passes_of(UNIT_WINDOWS - (WINDOW_PITCH - WINDOWS_W)) };         // of a unit
@@ -94,8 +91,10 @@ enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W))
 struct Barriers {
     // Of a pass and a chunk: its rows have come; it has read all of its rows.
     MBarrier ready[MOST_PASSES][CHUNKS], done[MOST_PASSES][CHUNKS];
+    MBarrier all;  // threads of the block, which meet by different calls
 
     __device__ void init() {
+        mbarrier_init(all, THREADS);
         for (int pass = 0; pass < MOST_PASSES; pass++)
             for (int chunk = 0; chunk < CHUNKS; chunk++) {
                 mbarrier_init(ready[pass][chunk], PRODUCERS);

@@ -19,7 +19,13 @@ struct BandBase {
     Barriers& barriers;
     i64 end;                                             // of the block's units
     int exponent = GUESS, round = 0, passes_before = 0;  // round: how many units, and attempts at them, are over
+    int meetings = 0;
 
+    // All threads of the block meet.
+    __device__ void meet() {
+        mbarrier_arrive(barriers.all);
+        mbarrier_wait(barriers.all, meetings++ & 1);
+    }
     __device__ bool last() const { return unit.of_all() + 1 == end; }
     __device__ Unit following() const { return Unit(unit.of_all() + 1); }
     // The last of `passes` passes that reads rows before `end_row`.
@@ -95,10 +101,10 @@ template <> struct Band<true> : BandBase {
     template <bool> __device__ __forceinline__ void begin(unsigned* scratch) {
         if (round) return;
         copy(0, 0, threadIdx.x, THREADS);
-        exponent = AS_IT_IS ? 0 : smallest_exponent(exponents, exponent_count, scratch, SyncAll());
+        exponent = AS_IT_IS ? 0 : smallest_exponent(exponents, exponent_count, scratch, [&] { meet(); });
         cp_async_wait<0>();
         fence_async_proxy();
-        SyncAll()();
+        meet();
     }
     __device__ bool fits(unsigned*) {
         end_round();
@@ -192,7 +198,7 @@ template <> struct Band<false> : BandBase {
         largest = come ? largest_next : 0;
         for (;; come = false) {
             if (!PRODUCES && !come) largest = convert<FIRST_BATCH>(unit, 0, 0, threadIdx.x, CONSUMERS, exponent);
-            int right = scale_exponent(block_max(largest, scratch, SyncAll()));
+            int right = scale_exponent(block_max(largest, scratch, [&] { meet(); }));
             bool good = agreed(!fresh || (right >= GUESS + later && right <= GUESS + SLACK));
             fresh = come = false;
             if (good) return;
@@ -218,7 +224,7 @@ template <> struct Band<false> : BandBase {
     }
     __device__ bool fits(unsigned* scratch) {
         end_round();
-        int right = scale_exponent(block_max(largest, scratch, SyncAll()));
+        int right = scale_exponent(block_max(largest, scratch, [&] { meet(); }));
         bool fit = agreed(exponent <= right && right <= exponent + SLACK);
         if (!fit) exponent = right;
         return fit;

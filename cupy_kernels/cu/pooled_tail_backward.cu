@@ -176,9 +176,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
 
 // A block turns TILE windows and one chunk of channels into lines of packed tiles. A thread computes eight channels of a
 // window, whose 16 bytes of four lines meet those of the other threads in shared memory. The windows of `together`
-// images are numbered one image after the other. Behind the blocks of these images, while what they have read is in the
-// L2 cache, come BORDER_BLOCKS that sum up the borders of them, two channels each; borders [.][taps][channels] may be
-// null.
+// images are numbered one image after the other. Before the blocks of these images come BORDER_BLOCKS that sum up the
+// borders of them, two channels each: what they read is then in the L2 cache. They are slow, so they do not come last.
+// borders [.][taps][channels] may be null.
 extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packed(
     const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
@@ -195,8 +195,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     __shared__ __align__(16) u8 corners[4][TILE * LINE_BYTES];  // lines of the tile's windows
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
     static_assert(sizeof(corners) >= THREADS / 128 * sizeof(BorderSums), "each block needs only one of both");
-    int tiles = (together * WINDOWS + TILE - 1) / TILE, blocks = tiles * CHUNKS,
-        all = blocks + (borders ? BORDER_BLOCKS : 0), share = blockIdx.x / all, block = blockIdx.x % all,
+    int tiles = (together * WINDOWS + TILE - 1) / TILE, of_borders = borders ? BORDER_BLOCKS : 0,
+        all = of_borders + tiles * CHUNKS, share = blockIdx.x / all, block = blockIdx.x % all - of_borders,
         lane = threadIdx.x % 32;
     i64 first = (i64)share * together, end = min(first + together, images);
     // Of all channels. A warp reads them, and later than what takes longer.
@@ -206,8 +206,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
         for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
         return -warp_max(-least);
     };
-    if (block >= blocks) {
-        int c = (block - blocks) * 2 + threadIdx.x / 128;
+    if (block < 0) {
+        int c = (block + of_borders) * 2 + threadIdx.x / 128;
         OutputGradient gradient(mean, invstd, weight, sums, c);
         gradient.finish(count, least_exponent());
         BorderSums& sums_of_borders = ((BorderSums*)corners)[threadIdx.x / 128];

@@ -206,9 +206,8 @@ template <int COUNT = 1> __device__ inline void sync_warpgroups(int first) {
 #ifdef CUPY_KERNELS_EMULATOR
     emulator::warpgroup_barrier(COUNT);
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    // A block has 16 barriers and at most 8 warpgroups. COUNT is 1, 2 or 3.
-    int barrier = (COUNT == 1 ? 1 : COUNT == 2 ? 9 : 13) + first / COUNT;
-    asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "n"(128 * COUNT) : "memory");
+    // A block has 16 barriers and at most 8 warpgroups. COUNT is 1 or 2.
+    asm volatile("barrier.sync %0, %1;" ::"r"(COUNT == 1 ? 1 + first : 9 + first / 2), "n"(128 * COUNT) : "memory");
 #endif
 }
 
