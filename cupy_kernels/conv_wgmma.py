@@ -9,7 +9,7 @@ from .fp16_tiles import LINE_BYTES, chunk_channels
 # {(split, dgrad): most tiles of 8 pixels and 64 channels whose sums fit a warpgroup's registers}; a tile has two sums,
 # with split 2 three.
 _MOST_TILES = {(1, False): 16, (1, True): 18, (2, False): 15, (2, True): 15}
-_STAGES = (16, 12, 8, 6, 5, 4)  # preferred first: the less a block multiplies, the longer it waits for weights
+_STAGES = (6, 5, 4)  # preferred first
 _STEP_CHANNELS = 32
 _FEW_WINDOWS = 64  # the most of a block, for few images
 

@@ -132,6 +132,7 @@ template <> struct Band<false> : BandBase {
     const scalar_t* x;
     bool fresh = true, come = false;     // no scale is chosen; producers have brought the first rows
     unsigned largest, largest_next = 0;  // finite magnitude, of the unit's rows and of the next one's first rows
+    int right = 0;                       // the scale's exponent that fits first rows that have come
 
     __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64 end, u8* shared, Barriers& barriers)
         : BandBase{unit, shared, barriers, end}, x(x) {}
@@ -197,10 +198,12 @@ template <> struct Band<false> : BandBase {
         if (fresh) exponent = GUESS;
         largest = come ? largest_next : 0;
         for (;; come = false) {
-            if (!PRODUCES && !come) largest = convert<FIRST_BATCH>(unit, 0, 0, threadIdx.x, CONSUMERS, exponent);
-            int right = scale_exponent(block_max(largest, scratch, [&] { meet(); }));
+            if (!come) {
+                if (!PRODUCES) largest = convert<FIRST_BATCH>(unit, 0, 0, threadIdx.x, CONSUMERS, exponent);
+                right = scale_exponent(block_max(largest, scratch, [&] { meet(); }));
+            }
             bool good = agreed(!fresh || (right >= GUESS + later && right <= GUESS + SLACK));
-            fresh = come = false;
+            fresh = false;
             if (good) return;
             exponent = right - later * ROOM;
         }
@@ -224,12 +227,16 @@ template <> struct Band<false> : BandBase {
     }
     __device__ bool fits(unsigned* scratch) {
         end_round();
-        int right = scale_exponent(block_max(largest, scratch, [&] { meet(); }));
-        bool fit = agreed(exponent <= right && right <= exponent + SLACK);
-        if (!fit) exponent = right;
+        unsigned both[] = {largest, largest_next};
+        block_max(both, scratch, [&] { meet(); });
+        int of_unit = scale_exponent(both[0]);
+        right = scale_exponent(both[1]);
+        bool fit = agreed(exponent <= of_unit && of_unit <= exponent + SLACK);
+        come = fit && EARLY;
+        if (!fit) exponent = of_unit;
         return fit;
     }
-    __device__ void next() { fresh = true, come = EARLY; }
+    __device__ void next() { fresh = true; }
 };
 
 typedef Band<X_PACKED || AS_IT_IS> Rows;

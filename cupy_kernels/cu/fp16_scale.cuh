@@ -50,14 +50,24 @@ struct ScaleBack {
     }
 };
 
-// meet: a barrier of the block.
+// Of each of COUNT values, the block's largest. meet: a barrier of the block. scratch: COUNT numbers a warp.
+template <int COUNT, class Meet>
+__device__ inline void block_max(unsigned (&v)[COUNT], unsigned* scratch, Meet meet) {
+    #pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        v[i] = warp_max(v[i]);
+        if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32 * COUNT + i] = v[i];
+    }
+    meet();
+    for (unsigned w = 0; w < blockDim.x / 32; w++)
+        #pragma unroll
+        for (int i = 0; i < COUNT; i++) v[i] = max(v[i], scratch[w * COUNT + i]);
+    meet();
+}
 template <class Meet> __device__ inline unsigned block_max(unsigned v, unsigned* scratch, Meet meet) {
-    v = warp_max(v);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-    meet();
-    for (unsigned w = 0; w < blockDim.x / 32; w++) v = max(v, scratch[w]);
-    meet();
-    return v;
+    unsigned alone[1] = {v};
+    block_max(alone, scratch, meet);
+    return alone[0];
 }
 struct SyncThreads {
     __device__ void operator()() const { __syncthreads(); }
