@@ -9,7 +9,7 @@ import itertools
 from typing import NamedTuple
 
 from . import conv_wgmma
-from .common import MULTIPROCESSORS, THREADS, address, ceil_div
+from .common import MULTIPROCESSORS, address, ceil_div
 from .conv_transpose import Geometry
 from .errors import UnsupportedError
 from .fp16_tiles import LINE_BYTES, chunk_channels, packing_macros
@@ -22,6 +22,7 @@ _MAX_IMAGE = 70  # height or width of x or dy: with a 7 x 7 kernel, dy of a 64 x
 _TILES = 4  # of four windows, that a warp has in a pass: a thread has no registers for more
 _STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
+_PACK_THREADS = 512  # a block, of which there are few: that of a row reads it in few rounds
 _BLOCK_RESERVED = 1024  # shared memory that each block takes on top of its own
 
 # Macros of the tensor-core convolution, and of what follows it, that depend on the tensors' shapes and on the GPU's
@@ -201,7 +202,7 @@ def pack_weight(p: Plan, w, packed, exponents, signs=None, copied_signs=None) ->
     signs: one value for each channel. If it is negative, the channel's weights change sign.
     copied_signs: None, or float32 of plan.rows elements, to which these values are written.
     """
-    launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents, copied_signs))
+    launch(pack_kernel(p), (p.rows, 1, 1), (_PACK_THREADS, 1, 1), (w, signs, packed, exponents, copied_signs))
 
 
 def convolution_kernel(p: Plan) -> Kernel:

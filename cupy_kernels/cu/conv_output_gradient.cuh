@@ -100,7 +100,7 @@ __device__ inline int edge_window(int i) {
 
 // Sums of dy at the edges of a channel: of each pixel, then of each line.
 struct BorderSums {
-    float rows[EdgeRows::COUNT + 1][OUT_W];                        // [edge row]; one more, as there may be none
+    float rows[EdgeRows::COUNT + 1][OUT_W];                       // [edge row]; one more, as there may be none
     float columns[EdgeColumns::COUNT + 1][EdgeRows::INSIDE + 1];  // [edge column][row that is no edge]
     float of_rows[EdgeRows::COUNT + 1], of_columns[EdgeColumns::COUNT + 1];
 };

@@ -40,7 +40,7 @@
 #define CHUNK_STEPS (CHUNK_CHANNELS / 32)
 #define GROUPS_CHUNK (CHUNK_STEPS * 4)
 #define PARTS_HELD (GROUPS_K * SPLIT < CHUNKS_HELD * 8 ? GROUPS_K * SPLIT : CHUNKS_HELD * 8)
-#define HALF_STEP (TILE_M * 64)            // bytes of a stage's values, and of its residuals
+#define HALF_STEP (TILE_M * 64)  // bytes of a stage's values, and of its residuals
 #define STEP_BYTES (HALF_STEP * SPLIT)
 #define PITCH (2 * WINDOW_PITCH)
 enum { OWN_PACE = SPLIT == 2 && WARPS_N == 1 };              // warpgroups meet only where a unit ends
@@ -110,9 +110,8 @@ static_assert(
 #include "conv_wgmma_band.cuh"
 
 // The tiles of sums from FROM on.
-template <int FROM, int MOST> __device__ __forceinline__ float (&tiles_from(float (&d)[MOST][4]))[MOST - FROM][4] {
-    return *(float (*)[MOST - FROM][4])(d + FROM);
-}
+template <int FROM, int MOST> __device__ __forceinline__ float (&tiles_from(float (&d)[MOST][4]))
+    [MOST - FROM][4] { return *(float (*)[MOST - FROM][4])(d + FROM); }
 
 // add<COUNT, FROM, STEPS>(sums, a_stages, pixels, at, rows): COUNT tiles of sums, from FROM on, += the products of some
 // steps. at: where each step's stage begins. rows: where the upper and the lower pixels of the first tile do. On return
