@@ -17,7 +17,7 @@ from .launch import launch
 from .source import Kernel
 
 MANY_IMAGES = 96  # from so many on, a block takes as much of an image as fits, to load x less often
-_MMA_DGRAD_IMAGES = 64  # from so many on, mma.sync is faster than wgmma for dgrad with split 2: benchmarks/NOTES.md
+_MANY_FOR_FP32_DGRAD = 64  # the same for dgrad with split 2. If x is not packed, it is faster by mma.sync then.
 _MAX_IMAGE = 70  # height or width of x or dy: with a 7 x 7 kernel, dy of a 64 x 64 image is 70 x 70
 _TILES = 4  # of four windows, that a warp has in a pass: a thread has no registers for more
 _STAGES = (4, 2)  # preferred first
@@ -89,10 +89,11 @@ def plan(
     kernel, size = w_shape[2:], x_shape[2:]
     pad = tuple(k - 1 - p for k, p in zip(kernel, geometry.padding)) if dgrad else geometry.padding
     out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
-    few = x_shape[0] if x_shape[0] < MANY_IMAGES else None
+    many_for_dgrad = split == 2 and dgrad and x_shape[0] >= _MANY_FOR_FP32_DGRAD
+    few = None if many_for_dgrad or x_shape[0] >= MANY_IMAGES else x_shape[0]
     sizes = few, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
-    slower = split == 2 and dgrad and not packed and x_shape[0] >= _MMA_DGRAD_IMAGES
-    found = conv_wgmma.layout(split, dgrad, packed, *sizes, multiprocessors) if wgmma and not slower else None
+    by_mma = many_for_dgrad and not packed
+    found = conv_wgmma.layout(split, dgrad, packed, *sizes, multiprocessors) if wgmma and not by_mma else None
     found = found or _layout(split, *sizes)
     as_it_is = dtype == "half_t" and channels_last and not dgrad and found.planes["WGMMA"]
     macros = {
