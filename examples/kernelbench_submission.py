@@ -466,6 +466,70 @@ def ceil_div(a: int, b: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# cupy_kernels/fp16_tiles.py
+#
+# Tensors [N, C, H, W] as packed fp16 tiles [N, chunks, H * W, 64] under one power-of-two scale, see fp16_tiles.cu.
+
+_BATCH = 8  # accesses of at most 16 bytes that a thread of largest_magnitude has in flight
+LINE_BYTES = 128
+
+
+def chunk_channels(split: int) -> int:
+    """The number of channels in a line."""
+    return LINE_BYTES // 2 // split
+
+
+def packing_macros(split: int) -> dict:
+    """Macros of fp16_tiles.cuh, without IN_CHANNELS."""
+    return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "LINE_BYTES": LINE_BYTES}
+
+
+def packed_shape(shape, split: int) -> tuple[int, int, int, int]:
+    """[N, chunks, pixels, 64], the shape of the packed float16 tiles of a tensor of this shape."""
+    return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), LINE_BYTES // 2
+
+
+def pack_fp16(source, exponents, sums, packed, split: int) -> None:
+    """Writes `packed`, the tiles of `source`, under the scale of the smallest of `exponents`.
+
+    source: its number of channels is a multiple of 8.
+    sums: None, or the sum of each channel of the first image. Then the channels' means are subtracted, and the scale is
+        half as large.
+    """
+    (images, channels), pixels = source.shape[:2], math.prod(source.shape[2:])
+    width = _width(source, pixels)
+    launch(
+        Kernel("fp16_tiles.cu", "pack_fp16", _macros(scalar(source), split, width)),
+        (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
+        (THREADS, 1, 1),
+        (source, exponents, sums, packed, exponents.size, images, channels, pixels),
+    )
+
+
+def scale_fp16(source, exponents, scaled) -> None:
+    """Writes `scaled`, float16 of the shape of `source`, under the scale of the smallest of `exponents`."""
+    width = _width(source, source.size)
+    kernel = Kernel("fp16_tiles.cu", "scale_fp16", _macros(scalar(source), 1, width))
+    blocks = ceil_div(source.size, THREADS * width)
+    launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (source, exponents, scaled, exponents.size, source.size))
+
+
+def _macros(name, split, width):
+    sizes = {"WIDTH": width, "THREADS": THREADS, "TILE_PIXELS": _tile_pixels(split, width), "BATCH": _BATCH}
+    return (*scalar_macros(name), *packing_macros(split).items(), *sizes.items())
+
+
+def _tile_pixels(split, width):
+    """Pixels of a block of pack_fp16. A thread has 8 channels of `width` of them."""
+    return THREADS * 8 // chunk_channels(split) * width
+
+
+def _width(source, length) -> int:
+    """Elements of an access to rows of this length: four, or one where these do not divide."""
+    return 4 if row_width(length, source) >= 4 else 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_wgmma.py
 #
 # How blocks share a convolution in conv_wgmma.cuh, the tensor-core convolution of sm_90a.
@@ -491,6 +555,7 @@ class _Unit(NamedTuple):
     rows: int  # of windows
     windows: int  # from the first to the last one
     along: int  # bytes from 8 channels to the next 8; an odd multiple of 16, to use different banks
+    held: int  # chunks of channels in shared memory at once
     stages: int
     shared_bytes: int
 
@@ -501,10 +566,21 @@ def architecture(macros) -> str | None:
 
 
 def layout(
-    split: int, dgrad: bool, images: int | None, channels, size, out, kernel, pad, limit: int, multiprocessors: int
+    split: int,
+    dgrad: bool,
+    packed: bool,
+    images: int | None,
+    channels,
+    size,
+    out,
+    kernel,
+    pad,
+    limit: int,
+    multiprocessors: int,
 ) -> Layout | None:
     """The layout, or None if there is not enough shared memory.
 
+    packed: whether x is packed tiles. Not all its channels need be in shared memory at once.
     images: the number of images if they are few. A block then takes a small part of an image, so that the blocks fill
         the GPU. None: a block takes as much of an image as fits.
     channels: (of x, of the output).
@@ -516,18 +592,28 @@ def layout(
     tiles_m = ceil_div(channels[1], 64 * warpgroups_m)
     steps = ceil_div(channels[0], _STEP_CHANNELS)
     step_bytes = warpgroups_m * 64 * _STEP_CHANNELS * 2 * split
+    chunks = ceil_div(channels[0], chunk_channels(split))
     gap = max(0, kernel[1] - 1 - pad[1])
     pitch = ceil_div(max(size[1] + gap, out[1]), 2) * 2
     window_pitch, windows_w, windows_h = pitch // 2, ceil_div(out[1], 2), ceil_div(out[0], 2)
+    granule = 1 if dgrad else 4  # tiles that stay together: four in conv_bn_pool
+    last_granule = granule if warpgroups_n > 1 else 1
+    pixelwise = dgrad and out[1] % 2  # rows of odd length are stored pixel by pixel, which takes registers
+    most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
 
     def unit(rows):
         """A block's part of an image, `rows` rows of windows; None if it does not fit."""
         band_lines = gap + (2 * rows + kernel[0] - 1) * pitch
         along = ceil_div(band_lines * 16 - 16, 128) * 128 + 16
-        band_bytes = ceil_div(steps * _STEP_CHANNELS // 8 * along * split, 128) * 128
-        stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
         windows = (rows - 1) * window_pitch + windows_w
-        return stages and _Unit(rows, windows, along, stages, band_bytes + stages * step_bytes)
+        one_pass = ceil_div(windows, 4 * warpgroups_n) <= most // last_granule * last_granule
+        for held in (chunks, 2) if packed and one_pass and chunks > 2 else (chunks,):
+            parts = min(steps * split * _STEP_CHANNELS // 8, held * LINE_BYTES // 16)
+            band_bytes = ceil_div(parts * along, 128) * 128
+            stages = next((n for n in _STAGES if band_bytes + n * step_bytes <= limit), None)
+            if stages:
+                return _Unit(rows, windows, along, held, stages, band_bytes + stages * step_bytes)
+        return None
 
     rows = sorted({ceil_div(windows_h, units) for units in range(1, windows_h + 1)}, reverse=True)
     choices = list(filter(None, map(unit, rows)))
@@ -537,13 +623,10 @@ def layout(
         choices = [u for u in choices if u.windows <= _FEW_WINDOWS] or choices[-1:]
         at_once = [u for u in choices if images * ceil_div(windows_h, u.rows) * tiles_m <= multiprocessors]
         choices = at_once[-1:] or choices
-    rows, _, along, stages, shared_bytes = choices[0]
-    granule = 1 if dgrad else 4  # tiles that stay together: four in conv_bn_pool
+    rows, _, along, held, stages, shared_bytes = choices[0]
     images_units = [min(rows, windows_h - first) for first in range(0, windows_h, rows)]
     needed = [ceil_div((n - 1) * window_pitch + windows_w, 4 * warpgroups_n) for n in images_units]
-    pixelwise = dgrad and out[1] % 2  # rows of odd length are stored pixel by pixel, which takes registers
-    most = _MOST_TILES[split, dgrad] - (4 if pixelwise else 0)
-    tiles, last = _tiles(needed, granule, granule if warpgroups_n > 1 else 1, most)
+    tiles, last = _tiles(needed, granule, last_granule, most, images is None)
     macros = {
         "WARPS_N": warpgroups_n,
         "UNIT_ROWS": rows,
@@ -552,6 +635,7 @@ def layout(
         "STAGES": stages,
         "GAP": gap,
         "ALONG": along,
+        "CHUNKS_HELD": held,
         "TILE_M": 64 * warpgroups_m,
         "THREADS": 128 * (warpgroups_m * warpgroups_n + 1),  # a warpgroup copies
         "PACKED_WIDTH": steps * _STEP_CHANNELS * split,
@@ -561,11 +645,15 @@ def layout(
     return Layout(macros, planes(1, window_pitch, units, rows * window_pitch, stride, units * stride))
 
 
-def _tiles(needed, granule: int, last_granule: int, most: int) -> tuple[int, int]:
-    """(TILES, LAST_TILES) with which units take the least time. needed: the number of tiles of each unit."""
+def _tiles(needed, granule: int, last_granule: int, most: int, many: bool) -> tuple[int, int]:
+    """(TILES, LAST_TILES) with which units take the least time.
+
+    needed: the number of tiles of each unit.
+    many: whether a block has many units, so that it pays to compile another turn for the smallest ones.
+    """
     if max(needed) <= most // last_granule * last_granule:
-        tiles = ceil_div(max(needed), last_granule) * last_granule
-        return tiles, tiles
+        tiles, smallest = (ceil_div(n, last_granule) * last_granule for n in (max(needed), min(needed)))
+        return tiles, smallest if many else tiles
 
     def cost(choice):
         """Relative time of all units: few tiles wait for shared memory, and each turn has a start and an end."""
@@ -658,80 +746,17 @@ def logical(shape, channels_last) -> tuple[int, ...]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# cupy_kernels/fp16_tiles.py
-#
-# Tensors [N, C, H, W] as packed fp16 tiles [N, chunks, H * W, 64] under one power-of-two scale, see fp16_tiles.cu.
-
-_BATCH = 8  # accesses of at most 16 bytes that a thread of largest_magnitude has in flight
-LINE_BYTES = 128
-
-
-def chunk_channels(split: int) -> int:
-    """The number of channels in a line."""
-    return LINE_BYTES // 2 // split
-
-
-def packing_macros(split: int) -> dict:
-    """Macros of fp16_tiles.cuh, without IN_CHANNELS."""
-    return {"SPLIT": split, "CHUNK_CHANNELS": chunk_channels(split), "LINE_BYTES": LINE_BYTES}
-
-
-def packed_shape(shape, split: int) -> tuple[int, int, int, int]:
-    """[N, chunks, pixels, 64], the shape of the packed float16 tiles of a tensor of this shape."""
-    return shape[0], ceil_div(shape[1], chunk_channels(split)), math.prod(shape[2:]), LINE_BYTES // 2
-
-
-def pack_fp16(source, exponents, sums, packed, split: int) -> None:
-    """Writes `packed`, the tiles of `source`, under the scale of the smallest of `exponents`.
-
-    source: its number of channels is a multiple of 8.
-    sums: None, or the sum of each channel of the first image. Then the channels' means are subtracted, and the scale is
-        half as large.
-    """
-    (images, channels), pixels = source.shape[:2], math.prod(source.shape[2:])
-    width = _width(source, pixels)
-    launch(
-        Kernel("fp16_tiles.cu", "pack_fp16", _macros(scalar(source), split, width)),
-        (ceil_div(images * pixels, _tile_pixels(split, width)), ceil_div(channels, chunk_channels(split)), 1),
-        (THREADS, 1, 1),
-        (source, exponents, sums, packed, exponents.size, images, channels, pixels),
-    )
-
-
-def scale_fp16(source, exponents, scaled) -> None:
-    """Writes `scaled`, float16 of the shape of `source`, under the scale of the smallest of `exponents`."""
-    width = _width(source, source.size)
-    kernel = Kernel("fp16_tiles.cu", "scale_fp16", _macros(scalar(source), 1, width))
-    blocks = ceil_div(source.size, THREADS * width)
-    launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), (source, exponents, scaled, exponents.size, source.size))
-
-
-def _macros(name, split, width):
-    sizes = {"WIDTH": width, "THREADS": THREADS, "TILE_PIXELS": _tile_pixels(split, width), "BATCH": _BATCH}
-    return (*scalar_macros(name), *packing_macros(split).items(), *sizes.items())
-
-
-def _tile_pixels(split, width):
-    """Pixels of a block of pack_fp16. A thread has 8 channels of `width` of them."""
-    return THREADS * 8 // chunk_channels(split) * width
-
-
-def _width(source, length) -> int:
-    """Elements of an access to rows of this length: four, or one where these do not divide."""
-    return 4 if row_width(length, source) >= 4 else 1
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # cupy_kernels/conv_transpose_mma.py
 #
 # 2D transposed convolution on tensor cores: stride 1, dilation 1, one group, channels in multiples of 16.
 
 MANY_IMAGES = 96  # from so many on, a block takes as much of an image as fits, to load x less often
-_MMA_DGRAD_IMAGES = 64  # from so many on, mma.sync is faster than wgmma for dgrad with split 2: benchmarks/NOTES.md
+_MANY_FOR_FP32_DGRAD = 64  # the same for dgrad with split 2. If x is not packed, it is faster by mma.sync then.
 _MAX_IMAGE = 70  # height or width of x or dy: with a 7 x 7 kernel, dy of a 64 x 64 image is 70 x 70
 _TILES = 4  # of four windows, that a warp has in a turn: a thread has no registers for more
 conv_transpose_mma_STAGES = (4, 2)  # preferred first
 _RESERVED = 6 * 1024  # shared memory for the kernels' own small arrays and an epilogue
+_PACK_THREADS = 512  # a block, of which there are few: that of a row reads it in few rounds
 _BLOCK_RESERVED = 1024  # shared memory that each block takes on top of its own
 
 
@@ -748,11 +773,6 @@ class Plan(NamedTuple):
     shared_bytes: int
     planes: tuple
     multiprocessors: int
-
-    def of_packed(self) -> "Plan":
-        """The same plan for an x that is packed already, see `fp16_tiles`."""
-        changed = {**dict(self.macros), "X_PACKED": 1, "input_t": "half_t"}
-        return self._replace(macros=tuple(changed.items()))
 
     def of_weights(self, dtype: str) -> "Plan":
         """The same plan for weights of another type than x's."""
@@ -774,6 +794,7 @@ def conv_transpose_mma_plan(
     wgmma: bool = False,
     channels_last: bool = False,
     multiprocessors: int = MULTIPROCESSORS,
+    packed: bool = False,
 ) -> Plan:
     """The plan for a convolution of x [N, K, H, W]; for dgrad, x_shape is dy's.
 
@@ -783,6 +804,7 @@ def conv_transpose_mma_plan(
     wgmma: whether GPU and NVRTC support it, see `conv_wgmma`. The plan uses it where it is possible and faster.
     channels_last: x and y, of 16-bit types, are [N, H, W, C].
     multiprocessors: the number that the GPU has. Few images are spread over them.
+    packed: whether x is packed already, see `fp16_tiles`.
 
     Raises UnsupportedError for what the kernels do not support.
     """
@@ -791,15 +813,16 @@ def conv_transpose_mma_plan(
     kernel, size = w_shape[2:], x_shape[2:]
     pad = tuple(k - 1 - p for k, p in zip(kernel, geometry.padding)) if dgrad else geometry.padding
     out = tuple(n + k - 1 - 2 * p for n, k, p in zip(size, kernel, pad))
-    few = x_shape[0] if x_shape[0] < MANY_IMAGES else None
+    many_for_dgrad = split == 2 and dgrad and x_shape[0] >= _MANY_FOR_FP32_DGRAD
+    few = None if many_for_dgrad or x_shape[0] >= MANY_IMAGES else x_shape[0]
     sizes = few, (channels_in, channels_out), size, out, kernel, pad, shared_limit - _RESERVED
-    slower = split == 2 and dgrad and x_shape[0] >= _MMA_DGRAD_IMAGES
-    found = layout(split, dgrad, *sizes, multiprocessors) if wgmma and not slower else None
+    by_mma = many_for_dgrad and not packed
+    found = layout(split, dgrad, packed, *sizes, multiprocessors) if wgmma and not by_mma else None
     found = found or _layout(split, *sizes)
     as_it_is = dtype == "half_t" and channels_last and not dgrad and found.planes["WGMMA"]
     macros = {
-        "input_t": dtype,
-        "X_PACKED": 0,
+        "input_t": "half_t" if packed else dtype,
+        "X_PACKED": int(packed),
         "CHANNELS_LAST": int(channels_last),
         "AS_IT_IS": int(as_it_is),
         **shape_macros(dtype, (channels_in, channels_out), size, out, kernel, pad),
@@ -904,7 +927,7 @@ def pack_weight(p: Plan, w, packed, exponents, signs=None, copied_signs=None) ->
     signs: one value for each channel. If it is negative, the channel's weights change sign.
     copied_signs: None, or float32 of plan.rows elements, to which these values are written.
     """
-    launch(pack_kernel(p), (p.rows, 1, 1), (THREADS, 1, 1), (w, signs, packed, exponents, copied_signs))
+    launch(pack_kernel(p), (p.rows, 1, 1), (_PACK_THREADS, 1, 1), (w, signs, packed, exponents, copied_signs))
 
 
 def convolution_kernel(p: Plan) -> Kernel:
@@ -1020,7 +1043,7 @@ def backward_defines(macros):
     tile = THREADS * 8 // chunk_channels(split)
     blocks = {
         "TILE": tile,
-        "TILES": ceil_div(windows_of(macros), tile),
+        "TILES": 128 // tile,
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
     }
     return (saved, *packing_macros(split).items(), *convolution, *blocks.items())
@@ -1553,7 +1576,7 @@ def conv_output_gradient_packed(
     together = _images_together(images)
     macros = _backward_macros(plan, **tail)
     sizes = dict(macros)
-    blocks = together * dy.shape[1] * sizes["TILES"]
+    blocks = dy.shape[1] * ceil_div(together * windows_of(sizes), sizes["TILES"] * sizes["TILE"])
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
     launch(
         Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", macros),
@@ -1645,7 +1668,7 @@ def tensor_core_plan(x_shape, dtype, w_shape, geometry: Geometry, choice: Choice
 
     dtype: of x, NumPy's.
     dgrad: x is the incoming gradient, and the result is the gradient of the input.
-    options: `channels_last` of `conv_transpose_mma.plan`.
+    options: `channels_last` and `packed` of `conv_transpose_mma.plan`.
     """
     return plan_or_reason(conv_transpose_mma_plan, x_shape, dtype, w_shape, geometry, choice, dgrad=dgrad, **options)
 
@@ -1755,7 +1778,7 @@ def convolution_gradients(new, before, after, given, x, w, weight, memory, *, se
     if need_w:  # first: the room of its workspaces is dx's then
         weight_gradient(new.scratch, x, kept, made, dw, plan=wgrad, centred=centred)
     if need_x:
-        input_gradient(new.scratch, w, made, dx, plan=dgrad.of_packed().of_weights(SCALARS[w.dtype]))
+        input_gradient(new.scratch, w, made, dx, plan=dgrad.of_weights(SCALARS[w.dtype]))
     return dx, dw
 
 
@@ -1787,7 +1810,7 @@ def _gradient_plans(x_shape, dtype, w_shape, w_dtype, setting):
     """(plan or None, the reason), of dx and of dw."""
     geometry, last = geometry_of(setting.padding), setting.last
     dy_shape, how = output_shape(x_shape, w_shape, geometry), (w_shape, geometry, setting.choice)
-    dgrad = tensor_core_plan(dy_shape, dtype, *how, dgrad=True, channels_last=last)
+    dgrad = tensor_core_plan(dy_shape, dtype, *how, dgrad=True, channels_last=last, packed=True)
     return dgrad, wgrad_plan(x_shape, w_dtype, *how, channels_last=last)
 
 
@@ -2695,36 +2718,43 @@ __device__ inline void gradients_of(
 #define IN_H (OUT_H - KERNEL_H + 1 + 2 * PAD_H)
 #define IN_W (OUT_W - KERNEL_W + 1 + 2 * PAD_W)
 #define TAPS (KERNEL_H * KERNEL_W)
-#define EDGE_H (KERNEL_H - 1 > PAD_H ? KERNEL_H - 1 - PAD_H : 0)
-#define EDGE_W (KERNEL_W - 1 > PAD_W ? KERNEL_W - 1 - PAD_W : 0)
-enum {
-    TOP = EDGE_H + 1 < OUT_H ? (EDGE_H + 1) / 2 : WINDOWS_H,
-    BOTTOM = OUT_H - EDGE_H < TOP * 2 ? TOP : (OUT_H - EDGE_H) / 2
+template <int LENGTH, int MOST> struct Edges {
+    enum { FIRST = MOST < 0 ? 0 : MOST < LENGTH ? MOST : LENGTH, LAST = LENGTH - MOST > FIRST ? LENGTH - MOST : FIRST };
+    enum { INSIDE = LAST - FIRST, COUNT = LENGTH - INSIDE };
+    enum { FIRST_WINDOWS = (FIRST + 1) / 2, LAST_WINDOW = LAST / 2 < FIRST_WINDOWS ? FIRST_WINDOWS : LAST / 2 };
+    __device__ static bool has(int place) { return place < FIRST || place >= LAST; }
+    __device__ static int number(int place) { return place < FIRST ? place : place - INSIDE; }
+    __device__ static int place(int number) { return number < FIRST ? number : number + INSIDE; }
 };
+typedef Edges<OUT_H, KERNEL_H - 1 - PAD_H> EdgeRows;
+typedef Edges<OUT_W, KERNEL_W - 1 - PAD_W> EdgeColumns;
 enum {
-    LEFT = EDGE_W + 1 < OUT_W ? (EDGE_W + 1) / 2 : WINDOWS_W,
-    RIGHT = OUT_W - EDGE_W < LEFT * 2 ? LEFT : (OUT_W - EDGE_W) / 2
+    INNER_ROWS = EdgeRows::LAST_WINDOW - EdgeRows::FIRST_WINDOWS,
+    FULL_ROWS = WINDOWS_H - INNER_ROWS,
+    SIDES = WINDOWS_W - (EdgeColumns::LAST_WINDOW - EdgeColumns::FIRST_WINDOWS),
+    EDGE_WINDOWS = FULL_ROWS * WINDOWS_W + INNER_ROWS * SIDES
 };
-enum { FULL_ROWS = TOP + WINDOWS_H - BOTTOM, SIDES = LEFT + WINDOWS_W - RIGHT };
-enum { EDGE_WINDOWS = FULL_ROWS * WINDOWS_W + (BOTTOM - TOP) * SIDES };
 
 __device__ inline int edge_window(int i) {
-    if (i < FULL_ROWS * WINDOWS_W) return i < TOP * WINDOWS_W ? i : i + (BOTTOM - TOP) * WINDOWS_W;
+    enum { TOP = EdgeRows::FIRST_WINDOWS, LEFT = EdgeColumns::FIRST_WINDOWS };
+    if (i < FULL_ROWS * WINDOWS_W) return i < TOP * WINDOWS_W ? i : i + INNER_ROWS * WINDOWS_W;
     i -= FULL_ROWS * WINDOWS_W;
     int side = i % (SIDES ? SIDES : 1);
-    return (TOP + i / (SIDES ? SIDES : 1)) * WINDOWS_W + (side < LEFT ? side : side + RIGHT - LEFT);
+    return (TOP + i / (SIDES ? SIDES : 1)) * WINDOWS_W + (side < LEFT ? side : side + WINDOWS_W - SIDES);
 }
+
+struct BorderSums {
+    float rows[EdgeRows::COUNT + 1][OUT_W];
+    float columns[EdgeColumns::COUNT + 1][EdgeRows::INSIDE + 1];
+    float of_rows[EdgeRows::COUNT + 1], of_columns[EdgeColumns::COUNT + 1];
+};
 
 __device__ inline void sum_borders(
     const float* g, const u8* argmax, const saved_t* saved, const int* exponents, const int* unit_exponents,
-    OutputGradient gradient, int c, i64 first, i64 end, float (&totals)[THREADS / 32][TAPS], float* borders) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32,
-        exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
-    if (lane == 0)
-        for (int tap = 0; tap < TAPS; tap++) totals[warp][tap] = 0;
-    for (int start = threadIdx.x % 128; start - lane < EDGE_WINDOWS; start += 128) {
-        bool exists = start < EDGE_WINDOWS;
-        Window window(edge_window(exists ? start : 0));
+    OutputGradient gradient, int c, i64 first, i64 end, BorderSums& sums, float* borders) {
+    int lane = threadIdx.x % 32, exponent = gradient.exponent + (SPLIT == 1 ? exponents[c] : 0);
+    for (int i = threadIdx.x % 128; i < EDGE_WINDOWS; i += 128) {
+        Window window(edge_window(i));
         float sum[4] = {};
         #pragma unroll 4
         for (i64 image = first; image < end; image++) {
@@ -2733,25 +2763,41 @@ __device__ inline void sum_borders(
             #pragma unroll
             for (int corner = 0; corner < 4; corner++) sum[corner] += v[corner];
         }
-        #pragma unroll 1
-        for (int tap = 0; tap < TAPS; tap++) {
-            float alone = 0;
-            #pragma unroll
-            for (int corner = 0; corner < 4; corner++) {
-                int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
-                int ih = h + PAD_H - tap / KERNEL_W, iw = w + PAD_W - tap % KERNEL_W;
-                bool partnered = ih >= 0 && ih < IN_H && iw >= 0 && iw < IN_W;
-                if (exists && h < OUT_H && w < OUT_W && !partnered) alone += sum[corner];
-            }
-            alone = warp_sum(alone);
-            if (lane == 0) totals[warp][tap] += alone;
+        #pragma unroll
+        for (int corner = 0; corner < 4; corner++) {
+            int h = window.row * 2 + corner / 2, w = window.column * 2 + corner % 2;
+            if (h >= OUT_H || w >= OUT_W) continue;
+            if (EdgeRows::has(h)) sums.rows[EdgeRows::number(h)][w] = sum[corner];
+            else if (EdgeColumns::has(w)) sums.columns[EdgeColumns::number(w)][h - EdgeRows::FIRST] = sum[corner];
         }
     }
     __syncthreads();
-    warp = warp / 4 * 4;
-    for (int tap = threadIdx.x % 128; tap < TAPS; tap += 128)
-        borders[tap * OUT_CHANNELS + c] =
-            totals[warp][tap] + totals[warp + 1][tap] + (totals[warp + 2][tap] + totals[warp + 3][tap]);
+    for (int line = threadIdx.x % 128 / 32; line < EdgeRows::COUNT + EdgeColumns::COUNT; line += 4) {
+        bool is_row = line < EdgeRows::COUNT;
+        int column = is_row ? 0 : line - EdgeRows::COUNT, length = is_row ? OUT_W : EdgeRows::INSIDE;
+        const float* from = is_row ? sums.rows[line] : sums.columns[column];
+        float sum = 0;
+        for (int i = lane; i < length; i += 32) sum += from[i];
+        sum = warp_sum(sum);
+        if (lane == 0) (is_row ? sums.of_rows[line] : sums.of_columns[column]) = sum;
+    }
+    __syncthreads();
+    for (int tap = threadIdx.x % 128; tap < TAPS; tap += 128) {
+        auto row_alone = [&](int h) { return (unsigned)(h + PAD_H - tap / KERNEL_W) >= IN_H; };
+        auto column_alone = [&](int w) { return (unsigned)(w + PAD_W - tap % KERNEL_W) >= IN_W; };
+        float sum = 0;
+        for (int row = 0; row < EdgeRows::COUNT; row++) {
+            if (row_alone(EdgeRows::place(row))) sum += sums.of_rows[row];
+            else
+                for (int column = 0; column < EdgeColumns::COUNT; column++) {
+                    int w = EdgeColumns::place(column);
+                    if (column_alone(w)) sum += sums.rows[row][w];
+                }
+        }
+        for (int column = 0; column < EdgeColumns::COUNT; column++)
+            if (column_alone(EdgeColumns::place(column))) sum += sums.of_columns[column];
+        borders[tap * OUT_CHANNELS + c] = sum;
+    }
 }
 """,
     "conv_transpose_mma.cu": r"""#define ADJACENT 0
@@ -2910,8 +2956,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) conv_transpose_mma(
 
 #define STEPS_K ((IN_CHANNELS + 31) / 32)
 #define GROUPS_K (STEPS_K * 4)
+#define CHUNK_STEPS (CHUNK_CHANNELS / 32)
+#define GROUPS_CHUNK (CHUNK_STEPS * 4)
+#define PARTS_HELD (GROUPS_K * SPLIT < CHUNKS_HELD * 8 ? GROUPS_K * SPLIT : CHUNKS_HELD * 8)
 #define HALF_STEP (TILE_M * 64)
-#define CHUNKS_64 ((STEPS_K + 1) / 2)
 #define STEP_BYTES (HALF_STEP * SPLIT)
 #define PITCH (2 * WINDOW_PITCH)
 enum { OWN_PACE = SPLIT == 2 && WARPS_N == 1 };
@@ -2922,7 +2970,7 @@ __device__ constexpr int first_of(int parity) { return (LOW - parity + 1) >> 1; 
 __device__ constexpr int rows_of(int parity) { return ((HIGH - parity) >> 1) - first_of(parity) + 1; }
 __device__ constexpr int band_row(int row) { return (row >> 1) - first_of(row & 1) + (row & 1) * rows_of(0); }
 enum { BAND_ROWS = rows_of(0) + rows_of(1), BAND_PIXELS = GAP + BAND_ROWS * PITCH };
-enum { RING_OFFSET = (GROUPS_K * SPLIT * ALONG + 127) / 128 * 128 };
+enum { RING_OFFSET = (PARTS_HELD * ALONG + 127) / 128 * 128 };
 enum { EPILOGUE_OFFSET = RING_OFFSET + STAGES * STEP_BYTES };
 static_assert(UNIT_WINDOWS == UNIT_ROWS * WINDOW_PITCH, "a unit is rows of windows");
 static_assert(!OWN_PACE || CONSUMERS == 2 * TILE_M, "a warpgroup copies two rows of 8 channels at a time");
@@ -2952,31 +3000,42 @@ __device__ inline void sync_consumers() { sync_warpgroups<CONSUMERS / 128>(0); }
 enum { MOST_PASSES = passes_of(UNIT_WINDOWS - (WINDOW_PITCH - WINDOWS_W)) };
 enum { PASSES = passes_of(WINDOWS_H * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) };
 struct Barriers {
-    MBarrier ready[MOST_PASSES][CHUNKS_64], done[MOST_PASSES];
+    MBarrier ready[MOST_PASSES][CHUNKS], done[MOST_PASSES][CHUNKS];
+    MBarrier all;
 
     __device__ void init() {
-        for (int turn = 0; turn < MOST_PASSES; turn++) {
-            for (MBarrier& barrier : ready[turn]) mbarrier_init(barrier, PRODUCERS / 32);
-            mbarrier_init(done[turn], CONSUMERS / 32);
-        }
+        mbarrier_init(all, THREADS);
+        for (int turn = 0; turn < MOST_PASSES; turn++)
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                mbarrier_init(ready[turn][chunk], PRODUCERS);
+                mbarrier_init(done[turn][chunk], CONSUMERS);
+            }
     }
 };
 
+static_assert(
+    CHUNKS_HELD == CHUNKS || (CHUNKS_HELD < CHUNKS && MOST_PASSES == 1 && X_PACKED),
+    "rows of one turn can be brought chunk by chunk");
+
 #include "conv_wgmma_band.cuh"
 
-#define STEPS_AT_ONCE (SPLIT == 1 || STEPS_K % 2 ? 1 : 2)
+template <int FROM, int MOST> __device__ __forceinline__ float (&tiles_from(float (&d)[MOST][4]))
+    [MOST - FROM][4] { return *(float (*)[MOST - FROM][4])(d + FROM); }
 
 template <int> struct Multiply;
 
 template <> struct Multiply<1> {
-    template <int COUNT> __device__ __forceinline__ void add(
-        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2]) {
+    template <int COUNT, int FROM, int> __device__ __forceinline__ void add(
+        Sums& sums, const WgmmaOperand& a_stages, const WgmmaOperand& pixels, const int (&at)[1],
+        const int (&rows)[1][2]) {
         wgmma_fence();
         #pragma unroll
         for (int k = 0; k < 2; k++)
             #pragma unroll
             for (int lower = 0; lower < 2; lower++)
-                wgmma<COUNT>(sums[lower], a_stages.moved(at[0] + k * TILE_M * 32), rows[lower].moved(k * 2 * ALONG));
+                wgmma<COUNT>(
+                    tiles_from<FROM>(sums[lower]), a_stages.moved(at[0] + k * TILE_M * 32),
+                    pixels.moved(rows[0][lower] + k * 2 * ALONG));
         wgmma_commit();
         wgmma_wait<1>();
     }
@@ -2985,17 +3044,18 @@ template <> struct Multiply<1> {
 template <> struct Multiply<2> {
     float partial[MOST_TILES][4];
 
-    template <int COUNT> __device__ __forceinline__ void add(
-        Sums& sums, const WgmmaOperand& a_stages, const int (&at)[STEPS_AT_ONCE], const WgmmaOperand (&rows)[2]) {
+    template <int COUNT, int FROM, int STEPS> __device__ __forceinline__ void add(
+        Sums& sums, const WgmmaOperand& a_stages, const WgmmaOperand& pixels, const int (&at)[STEPS],
+        const int (&rows)[STEPS][2]) {
         #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             wgmma_fence();
             #pragma unroll
             for (int product = 0; product < 3; product++)
                 #pragma unroll
-                for (int k = 0; k < STEPS_AT_ONCE * 2; k++) {
+                for (int k = 0; k < STEPS * 2; k++) {
                     WgmmaOperand left = a_stages.moved(at[k / 2] + (product == 0) * HALF_STEP + k % 2 * TILE_M * 32);
-                    WgmmaOperand right = rows[lower].moved(((product == 1) * GROUPS_K + k * 2) * ALONG);
+                    WgmmaOperand right = pixels.moved(rows[k / 2][lower] + ((product == 1) * 4 + k % 2 * 2) * ALONG);
                     if (product + k == 0) wgmma<COUNT, false>(partial, left, right);
                     else wgmma<COUNT>(partial, left, right);
                 }
@@ -3003,24 +3063,30 @@ template <> struct Multiply<2> {
             wgmma_wait<0>();
             wgmma_arrived<COUNT>(partial);
             #pragma unroll
-            for (int i = 0; i < COUNT * 4; i++) sums[lower][i / 4][i % 4] += partial[i / 4][i % 4];
-            wgmma_arrived<COUNT>(sums[lower]);
+            for (int i = 0; i < COUNT * 4; i++) sums[lower][FROM + i / 4][i % 4] += partial[i / 4][i % 4];
+            wgmma_arrived<COUNT>(tiles_from<FROM>(sums[lower]));
         }
     }
 };
 
 enum {
-    OUTSIDE_KH = 2 * (WINDOWS_H - 1) + PAD_H - IN_H + 1,
-    UPPER_WINDOWS = (WINDOWS_H - 1) * WINDOW_PITCH - (PASSES - 1) * PASS_WINDOWS,
-    UPPER = UPPER_WINDOWS > 0 ? (UPPER_WINDOWS + 3) / 4 : 0,
-    UPPER_TILES = UNITS == 1 && WARPS_N == 1 && SPLIT == 1 && OUTSIDE_KH > 0 && UPPER < LAST_TILES ? UPPER : 0
+    SEVERAL = WARPS_N == 1 && MOST_PASSES > 1,
+    TOP_KH = 2 + PAD_H,
+    TOP_TILES = SEVERAL && SPLIT == 2 && TOP_KH < KERNEL_H && WINDOW_PITCH / 4 < TILES ? WINDOW_PITCH / 4 : 0,
+    BOTTOM_KH = 2 * (WINDOWS_H - 1) + PAD_H - IN_H + 1,
+    BOTTOM_ROWS = WINDOWS_H - (UNITS - 1) * UNIT_ROWS,
+    BOTTOM_PASS = passes_of(BOTTOM_ROWS * WINDOW_PITCH - (WINDOW_PITCH - WINDOWS_W)) - 1,
+    BOTTOM_WINDOWS = (BOTTOM_ROWS - 1) * WINDOW_PITCH - BOTTOM_PASS * PASS_WINDOWS,
+    BOTTOM_COUNT = has_last_tiles(BOTTOM_WINDOWS + WINDOWS_W, true) ? LAST_TILES : TILES,
+    BOTTOM_FULL = BOTTOM_WINDOWS > 0 ? (BOTTOM_WINDOWS + 3) / 4 : 0,
+    BOTTOM_TILES = SEVERAL && BOTTOM_KH > 0 && BOTTOM_FULL < BOTTOM_COUNT ? BOTTOM_FULL : 0
 };
 
 struct MainLoop {
     const Unit& unit;
     Rows& band;
     WeightRing<STEP_BYTES, TAPS * STEPS_K> weights;
-    int stage = 0, to = 0, warpgroup = __shfl_sync(0xFFFFFFFFu, (int)threadIdx.x / 128, 0);
+    int stage = 0, to = 0, warpgroup = same_in_warp(threadIdx.x / 128);
     int warp_m = warpgroup % WARPS_M, warp_n = warpgroup / WARPS_M;
     WgmmaOperand pixels, a_stages;
 
@@ -3053,41 +3119,60 @@ struct MainLoop {
     __device__ int channel() const { return warp_m * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
     template <int COUNT> __device__ __forceinline__ void turn(Sums& sums, int turn, int first_window) {
-        if (COUNT == LAST_TILES && UPPER_TILES && turn == PASSES - 1)
-            pass_of<COUNT, UPPER_TILES>(sums, turn, first_window);
-        else pass_of<COUNT, 0>(sums, turn, first_window);
+        if constexpr (TOP_TILES && COUNT == TILES)
+            if (agreed(unit.number == 0 && turn == 0))
+                return pass_of<COUNT, 0, COUNT - TOP_TILES, TOP_TILES>(sums, turn, first_window, TOP_KH);
+        if constexpr (BOTTOM_TILES && COUNT == BOTTOM_COUNT)
+            if (agreed(unit.number == UNITS - 1 && turn == BOTTOM_PASS))
+                return pass_of<BOTTOM_TILES, 0, COUNT, 0>(sums, turn, first_window, BOTTOM_KH);
+        pass_of<0, 0, COUNT, 0>(sums, turn, first_window, 0);
     }
-    template <int COUNT, int FEW>
-    __device__ __forceinline__ void pass_of(Sums& sums, int turn, int first_window) {
+    template <int COUNT, int FROM, int OTHER_COUNT, int OTHER_FROM>
+    __device__ __forceinline__ void pass_of(Sums& sums, int turn, int first_window, int kh) {
         Multiply<SPLIT> multiply;
-        for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
+        int column = 2 * (first_window - unit.first_window) + PAD_W;
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
             band.wait(turn, chunk);
-            if constexpr (FEW > 0) taps<FEW>(multiply, sums, first_window, chunk, 0, OUTSIDE_KH);
-            taps<COUNT>(multiply, sums, first_window, chunk, FEW ? OUTSIDE_KH : 0, KERNEL_H);
+            if constexpr (COUNT > 0) taps<COUNT, FROM>(multiply, sums, column, chunk, 0, kh);
+            taps<OTHER_COUNT, OTHER_FROM>(multiply, sums, column, chunk, kh, KERNEL_H);
+            band.release(turn, chunk);
         }
-        band.release(turn);
     }
 
-    template <int COUNT> __device__ __forceinline__ void taps(
-        Multiply<SPLIT>& multiply, Sums& sums, int first_window, int chunk, int first_kh, int end_kh) {
-        for (int kh = first_kh; kh < end_kh; kh++) {
-            WgmmaOperand rows[2] = {pixels, pixels};
+    template <int COUNT, int FROM> __device__ __forceinline__ void taps(
+        Multiply<SPLIT>& multiply, Sums& sums, int column, int chunk, int first_kh, int end_kh) {
+        int steps = min((int)CHUNK_STEPS, STEPS_K - chunk * CHUNK_STEPS), first_part = chunk % CHUNKS_HELD * 8;
+        column += FROM * 8;
+        if constexpr (SPLIT == 2) {
+            int tap = first_kh * KERNEL_W, end = end_kh * KERNEL_W;
+            #pragma unroll 1
+            for (; tap + 1 < end; tap += 2) multiply_taps<COUNT, FROM, 2>(multiply, sums, column, first_part, tap);
+            if (tap < end) multiply_taps<COUNT, FROM, 1>(multiply, sums, column, first_part, tap);
+        } else
+            for (int kh = first_kh; kh < end_kh; kh++) {
+                int upper = band_offset(PAD_H - kh, column), lower = band_offset(1 + PAD_H - kh, column);
+                #pragma unroll 1
+                for (int kw = 0; kw < KERNEL_W; kw++)
+                    for (int step = 0; step < steps; step++) {
+                        int shift = (first_part + step * 4) * ALONG - kw * 16;
+                        multiply.template add<COUNT, FROM, 1>(
+                            sums, a_stages, pixels, {next_step()}, {{upper + shift, lower + shift}});
+                    }
+            }
+        wgmma_wait<0>();
+    }
+    template <int COUNT, int FROM, int STEPS> __device__ __forceinline__ void multiply_taps(
+        Multiply<SPLIT>& multiply, Sums& sums, int column, int first_part, int first_tap) {
+        int at[STEPS], rows[STEPS][2];
+        #pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            int tap = same_in_warp(first_tap + i), kh = tap / KERNEL_W, kw = tap % KERNEL_W;
+            at[i] = next_step();
             #pragma unroll
             for (int lower = 0; lower < 2; lower++)
-                rows[lower] =
-                    pixels.moved(band_offset(lower + PAD_H - kh, 2 * (first_window - unit.first_window) + PAD_W));
-            #pragma unroll 1
-            for (int kw = 0; kw < KERNEL_W; kw++)
-                for (int step = chunk * 2; step < min(STEPS_K, chunk * 2 + 2); step += STEPS_AT_ONCE) {
-                    int at[STEPS_AT_ONCE];
-                    #pragma unroll
-                    for (int i = 0; i < STEPS_AT_ONCE; i++) at[i] = next_step();
-                    int shift = step * 4 * ALONG - kw * 16;
-                    WgmmaOperand shifted[2] = {rows[0].moved(shift), rows[1].moved(shift)};
-                    multiply.template add<COUNT>(sums, a_stages, at, shifted);
-                }
+                rows[i][lower] = first_part * ALONG + band_offset(lower + PAD_H - kh, column - kw);
         }
-        wgmma_wait<0>();
+        multiply.template add<COUNT, FROM, STEPS>(sums, a_stages, pixels, at, rows);
     }
 };
 
@@ -3099,7 +3184,8 @@ template <bool PRODUCES, class Loop, class Epilogue> __device__ __forceinline__ 
             if constexpr (PRODUCES) band.produce(threadIdx.x - CONSUMERS);
             else {
                 multiply_passes(unit, loop, band.exponent, epilogue);
-                for (int turn = unit.passes; turn < MOST_PASSES; turn++) band.release(turn);
+                for (int turn = unit.passes; turn < MOST_PASSES; turn++)
+                    for (int chunk = 0; chunk < CHUNKS; chunk++) band.release(turn, chunk);
             }
             again = !band.fits(scratch);
             if (again && !PRODUCES) epilogue.restart();
@@ -3118,8 +3204,8 @@ __device__ inline void clear_border(u8* shared) {
     for (int i = threadIdx.x; i < BAND_PIXELS; i += THREADS) {
         if (i >= GAP && (i - GAP) % PITCH < IN_W) continue;
         #pragma unroll
-        for (int group = 0; group < GROUPS_K * SPLIT; group++)
-            *(uint4*)(shared + group * ALONG + i * 16) = make_uint4(0, 0, 0, 0);
+        for (int part = 0; part < PARTS_HELD; part++)
+            *(uint4*)(shared + part * ALONG + i * 16) = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -3129,7 +3215,12 @@ struct BandBase {
     Barriers& barriers;
     i64 end;
     int exponent = GUESS, round = 0, passes_before = 0;
+    int meetings = 0;
 
+    __device__ void meet() {
+        mbarrier_arrive(barriers.all);
+        mbarrier_wait(barriers.all, meetings++ & 1);
+    }
     __device__ bool last() const { return unit.of_all() + 1 == end; }
     __device__ Unit following() const { return Unit(unit.of_all() + 1); }
     __device__ static constexpr int last_reader(int end_row, int passes) {
@@ -3137,16 +3228,18 @@ struct BandBase {
         while (turn < passes - 1 && rows_start(turn + 1) < end_row) turn++;
         return turn;
     }
-    __device__ void wait_empty(int turn) const {
-        int reader = last_reader(rows_end(turn + 1, unit.passes), passes_before);
-        if (round) mbarrier_wait(barriers.done[reader], (round - 1) & 1);
+    __device__ void wait_empty(int turn, int chunk) const {
+        int reader = last_reader(rows_end(turn + 1, unit.passes), passes_before),
+            before = chunk + (CHUNKS - 1 - chunk) / CHUNKS_HELD * CHUNKS_HELD;
+        if (chunk >= CHUNKS_HELD) mbarrier_wait(barriers.done[turn][chunk - CHUNKS_HELD], round & 1);
+        else if (round) mbarrier_wait(barriers.done[reader][before], (round - 1) & 1);
     }
     __device__ void end_round() {
         round++;
         passes_before = unit.passes;
     }
     __device__ void wait(int turn, int chunk) const { mbarrier_wait(barriers.ready[turn][chunk], round & 1); }
-    __device__ void release(int turn) const { warp_arrive(barriers.done[turn]); }
+    __device__ void release(int turn, int chunk) const { mbarrier_arrive(barriers.done[turn][chunk]); }
 };
 
 template <bool> struct Band;
@@ -3156,7 +3249,7 @@ template <> struct Band<true> : BandBase {
         PIXEL = AS_IT_IS ? IN_CHANNELS : LINE_BYTES / 2,
         CHUNK = AS_IT_IS ? CHUNK_CHANNELS : IN_H * IN_W * PIXEL,
         IMAGE = IN_H * IN_W * (AS_IT_IS ? IN_CHANNELS : CHUNKS * PIXEL),
-        LEISURELY = MOST_PASSES > 3
+        LEISURELY = MOST_PASSES > 3 || CHUNKS_HELD < CHUNKS
     };
     const half_t* x;
     const int* exponents;
@@ -3166,43 +3259,39 @@ template <> struct Band<true> : BandBase {
         const half_t* x, const int* exponents, int exponent_count, const Unit& unit, i64 end, u8* shared,
         Barriers& barriers)
         : BandBase{unit, shared, barriers, end}, x(x), exponents(exponents), exponent_count(exponent_count) {}
-    __device__ __forceinline__ void copy(int turn, int of_64, int thread, int threads) const {
-        enum { GROUPS = CHUNK_CHANNELS / 8 };
+    __device__ __forceinline__ void copy(int turn, int chunk, int thread, int threads) const {
         int first_row = rows_end(turn, unit.passes), pixels = (rows_end(turn + 1, unit.passes) - first_row) * IN_W;
-        for (int chunk = of_64 * SPLIT; chunk < min(CHUNKS, (of_64 + 1) * SPLIT); chunk++) {
-            const half_t* from = x + unit.image * IMAGE + chunk * CHUNK;
-            for (int i = thread; i < (pixels + 7) / 8 * 64; i += threads) {
-                int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8, row = first_row + pixel / IN_W, column = pixel % IN_W;
-                int group = chunk * GROUPS + part % GROUPS, residual = part / GROUPS * GROUPS_K;
-                int ih = origin_of(unit) + row;
-                bool exists = ih >= 0 && ih < IN_H && (!AS_IT_IS || group * 8 < IN_CHANNELS);
-                if (pixel < pixels && group < GROUPS_K)
-                    cp_async_16(
-                        shared + band_offset(row, column) + (group + residual) * ALONG,
-                        from + (exists ? (ih * IN_W + column) * PIXEL + part * 8 : 0), exists);
-                if (LEISURELY && threads == PRODUCERS) cp_async_commit(), cp_async_wait<2>();
-            }
+        const half_t* from = x + unit.image * IMAGE + chunk * CHUNK;
+        for (int i = thread; i < (pixels + 7) / 8 * 64; i += threads) {
+            int pixel = i / 64 * 8 + i % 8, part = i / 8 % 8, row = first_row + pixel / IN_W, column = pixel % IN_W;
+            int group = chunk * GROUPS_CHUNK + part % GROUPS_CHUNK, ih = origin_of(unit) + row;
+            bool exists = ih >= 0 && ih < IN_H && (!AS_IT_IS || group * 8 < IN_CHANNELS);
+            if (pixel < pixels && group < GROUPS_K)
+                cp_async_16(
+                    shared + band_offset(row, column) + (chunk % CHUNKS_HELD * 8 + part) * ALONG,
+                    from + (exists ? (ih * IN_W + column) * PIXEL + part * 8 : 0), exists);
+            if (LEISURELY && threads == PRODUCERS) cp_async_commit(), cp_async_wait<2>();
         }
         cp_async_commit();
     }
     __device__ void produce(int thread) const {
         for (int turn = 0; turn < MOST_PASSES; turn++) {
-            wait_empty(turn);
-            for (int chunk = 0; chunk < CHUNKS_64; chunk++) {
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                wait_empty(turn, chunk);
                 if (round + turn + chunk) copy(turn, chunk, thread, PRODUCERS);
                 cp_async_wait<0>();
                 fence_async_proxy();
-                warp_arrive(barriers.ready[turn][chunk]);
+                mbarrier_arrive(barriers.ready[turn][chunk]);
             }
         }
     }
     template <bool> __device__ __forceinline__ void begin(unsigned* scratch) {
         if (round) return;
         copy(0, 0, threadIdx.x, THREADS);
-        exponent = AS_IT_IS ? 0 : smallest_exponent(exponents, exponent_count, scratch);
+        exponent = AS_IT_IS ? 0 : smallest_exponent(exponents, exponent_count, scratch, [&] { meet(); });
         cp_async_wait<0>();
         fence_async_proxy();
-        __syncthreads();
+        meet();
     }
     __device__ bool fits(unsigned*) {
         end_round();
@@ -3215,22 +3304,26 @@ template <> struct Band<false> : BandBase {
     enum {
         ROOM = 3,
         NEEDED_ROWS = 2 * ((PASS_WINDOWS - 1) / WINDOW_PITCH) + 1 + KERNEL_H,
-        FIRST_OCTETS = (NEEDED_ROWS * IN_W * GROUPS_K + CONSUMERS - 1) / CONSUMERS,
+        GROUPS = GROUPS_K < GROUPS_CHUNK ? GROUPS_K : GROUPS_CHUNK,
+        FIRST_OCTETS = (NEEDED_ROWS * IN_W * GROUPS + CONSUMERS - 1) / CONSUMERS,
         FIRST_ROUNDS = (FIRST_OCTETS + 9) / 10,
         FIRST_BATCH = (FIRST_OCTETS + FIRST_ROUNDS - 1) / FIRST_ROUNDS,
         BATCH = SPLIT == 1 ? 4 : 2,
-        EARLY = last_reader(rows_end(1, MOST_PASSES), MOST_PASSES) < MOST_PASSES - 1
+        EARLY = CHUNKS > 1 || last_reader(rows_end(1, MOST_PASSES), MOST_PASSES) < MOST_PASSES - 1
     };
     const scalar_t* x;
     bool fresh = true, come = false;
     unsigned largest, largest_next = 0;
+    int right = 0;
 
     __device__ Band(const scalar_t* x, const int*, int, const Unit& unit, i64 end, u8* shared, Barriers& barriers)
         : BandBase{unit, shared, barriers, end}, x(x) {}
     struct Octet {
         int group, pixel;
-        __device__ Octet(int i, int count)
-            : group(CHANNELS_LAST ? i % GROUPS_K : i / count), pixel(CHANNELS_LAST ? i / GROUPS_K : i % count) {}
+        bool exists;
+        __device__ Octet(int i, int count, int chunk)
+            : group(chunk * GROUPS_CHUNK + (CHANNELS_LAST ? i % GROUPS : i / count)),
+              pixel(CHANNELS_LAST ? i / GROUPS : i % count), exists(i < count * GROUPS && group < GROUPS_K) {}
     };
     __device__ static __forceinline__ void load(
         const scalar_t* source, int group, int pixel, bool real, float (&v)[8]) {
@@ -3247,75 +3340,81 @@ template <> struct Band<false> : BandBase {
             v[j] = real && group * 8 < IN_CHANNELS ? to_acc(source[(group * 8 + j) * IN_H * IN_W + pixel]) : 0;
     }
     template <int AT_ONCE> __device__ __forceinline__ unsigned convert(
-        const Unit& of, int turn, int thread, int threads, int exponent) const {
+        const Unit& of, int turn, int chunk, int thread, int threads, int exponent) const {
         unsigned largest = 0;
         int start = rows_end(turn, of.passes), count = (rows_end(turn + 1, of.passes) - start) * IN_W;
         int before = (origin_of(of) + start) * IN_W;
         const scalar_t* source = x + of.image * (IN_CHANNELS * IN_H * IN_W);
-        for (int at = thread; at < count * GROUPS_K; at += threads * AT_ONCE) {
+        for (int at = thread; at < count * GROUPS; at += threads * AT_ONCE) {
             float v[AT_ONCE][8];
             #pragma unroll
             for (int b = 0; b < AT_ONCE; b++) {
-                int i = at + b * threads;
-                Octet octet(i, count);
+                Octet octet(at + b * threads, count, chunk);
                 int pixel = before + octet.pixel;
-                load(source, octet.group, pixel, i < count * GROUPS_K && pixel >= 0 && pixel < IN_H * IN_W, v[b]);
+                load(source, octet.group, pixel, octet.exists && pixel >= 0 && pixel < IN_H * IN_W, v[b]);
             }
             #pragma unroll
             for (int b = 0; b < AT_ONCE; b++) {
-                int i = at + b * threads;
-                Octet octet(i, count);
-                if (i >= count * GROUPS_K) continue;
+                Octet octet(at + b * threads, count, chunk);
+                if (!octet.exists) continue;
                 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     largest = max(largest, finite_magnitude(v[b][j]));
                     v[b][j] = multiply_unflushed(v[b][j], power_of_two(exponent));
                 }
-                u8* to = shared + octet.group * ALONG + band_offset(start + octet.pixel / IN_W, octet.pixel % IN_W);
+                int part = octet.group / GROUPS_CHUNK * 8 + octet.group % GROUPS_CHUNK;
+                u8* to = shared + part * ALONG + band_offset(start + octet.pixel / IN_W, octet.pixel % IN_W);
                 #pragma unroll
-                for (int part = 0; part < SPLIT; part++)
-                    *(uint4*)(to + part * GROUPS_K * ALONG) = take_halves(v[b], part);
+                for (int i = 0; i < SPLIT; i++) *(uint4*)(to + i * GROUPS_CHUNK * ALONG) = take_halves(v[b], i);
             }
         }
         fence_async_proxy();
         return largest;
     }
     template <bool PRODUCES> __device__ __forceinline__ void begin(unsigned* scratch) {
-        bool later = unit.passes > 1;
+        bool later = CHUNKS > 1 || unit.passes > 1;
         if (fresh) exponent = GUESS;
         largest = come ? largest_next : 0;
         for (;; come = false) {
-            if (!PRODUCES && !come) largest = convert<FIRST_BATCH>(unit, 0, threadIdx.x, CONSUMERS, exponent);
-            int right = scale_exponent(block_max(largest, scratch));
+            if (!come) {
+                if (!PRODUCES) largest = convert<FIRST_BATCH>(unit, 0, 0, threadIdx.x, CONSUMERS, exponent);
+                right = scale_exponent(block_max(largest, scratch, [&] { meet(); }));
+            }
             bool good = agreed(!fresh || (right >= GUESS + later && right <= GUESS + SLACK));
-            fresh = come = false;
+            fresh = false;
             if (good) return;
             exponent = right - later * ROOM;
         }
     }
     __device__ void produce(int thread) {
+        enum { ALL = MOST_PASSES * CHUNKS };
         bool more = EARLY && !last();
-        for (int turn = 1; turn < MOST_PASSES + more; turn++) {
-            bool next = turn == MOST_PASSES;
+        for (int i = 1; i < ALL + more; i++) {
+            bool next = i == ALL;
+            int turn = next ? 0 : i / CHUNKS, chunk = next ? 0 : i % CHUNKS;
             Unit of = next ? following() : unit;
-            if (next) mbarrier_wait(barriers.done[last_reader(rows_end(1, of.passes), unit.passes)], round & 1);
-            else wait_empty(turn);
-            unsigned most = convert<BATCH>(of, next ? 0 : turn, thread, PRODUCERS, next ? (int)GUESS : exponent);
+            if (next) mbarrier_wait(barriers.done[last_reader(rows_end(1, of.passes), unit.passes)][0], round & 1);
+            else wait_empty(turn, chunk);
+            unsigned most = convert<BATCH>(of, turn, chunk, thread, PRODUCERS, next ? (int)GUESS : exponent);
             if (next) largest_next = most;
-            else largest = max(largest, most), warp_arrive(barriers.ready[turn][0]);
+            else largest = max(largest, most), mbarrier_arrive(barriers.ready[turn][chunk]);
         }
     }
     __device__ void wait(int turn, int chunk) const {
-        if (turn && chunk == 0) BandBase::wait(turn, 0);
+        if (turn + chunk) BandBase::wait(turn, chunk);
     }
     __device__ bool fits(unsigned* scratch) {
         end_round();
-        int right = scale_exponent(block_max(largest, scratch));
-        bool fit = agreed(exponent <= right && right <= exponent + SLACK);
-        if (!fit) exponent = right;
+        unsigned both[] = {largest, largest_next};
+        block_max(both, scratch, [&] { meet(); });
+        int of_unit = scale_exponent(both[0]);
+        right = scale_exponent(both[1]);
+        bool fit = agreed(exponent <= of_unit && of_unit <= exponent + SLACK);
+        come = fit && EARLY;
+        if (!fit) exponent = of_unit;
         return fit;
     }
-    __device__ void next() { fresh = true, come = EARLY; }
+    __device__ void next() { fresh = true; }
 };
 
 typedef Band<X_PACKED || AS_IT_IS> Rows;
@@ -3661,12 +3760,12 @@ struct MainLoop {
             if (stage < IN_FLIGHT) continue;
             cp_async_wait<IN_FLIGHT>();
             fence_async_proxy();
-            warp_arrive(full[(stage - IN_FLIGHT) % STAGES]);
+            mbarrier_arrive(full[(stage - IN_FLIGHT) % STAGES]);
         }
     }
     __device__ __forceinline__ void wait(int stage) const { mbarrier_wait(full[stage % STAGES], lap(stage)); }
     __device__ __forceinline__ void release(int stage) const {
-        if (stage >= 0) warp_arrive(empty[stage % STAGES]);
+        if (stage >= 0) mbarrier_arrive(empty[stage % STAGES]);
     }
     __device__ __forceinline__ WgmmaLines dy_column(int slot, int c) const {
         int position = slot * COLUMNS + c;
@@ -3777,8 +3876,7 @@ struct MainLoop {
 __device__ inline void sum_pixels(const half_t* x, const half_t* dy, float* partial, const Tile& tile, u8* ring) {
     MBarrier *full = (MBarrier*)(ring + BARRIERS_OFFSET), *empty = full + STAGES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++)
-            mbarrier_init(full[i], PRODUCERS / 32), mbarrier_init(empty[i], CONSUMERS / 32);
+        for (int i = 0; i < STAGES; i++) mbarrier_init(full[i], PRODUCERS), mbarrier_init(empty[i], CONSUMERS);
         *(uint4*)(ring + ZEROS_OFFSET) = make_uint4(0, 0, 0, 0);
     }
     fence_async_proxy();
@@ -3836,19 +3934,34 @@ struct ScaleBack {
     }
 };
 
-__device__ inline unsigned block_max(unsigned v, unsigned* scratch) {
-    v = warp_max(v);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-    __syncthreads();
-    for (unsigned w = 0; w < blockDim.x / 32; w++) v = max(v, scratch[w]);
-    __syncthreads();
-    return v;
+template <int COUNT, class Meet>
+__device__ inline void block_max(unsigned (&v)[COUNT], unsigned* scratch, Meet meet) {
+    #pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        v[i] = warp_max(v[i]);
+        if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32 * COUNT + i] = v[i];
+    }
+    meet();
+    for (unsigned w = 0; w < blockDim.x / 32; w++)
+        #pragma unroll
+        for (int i = 0; i < COUNT; i++) v[i] = max(v[i], scratch[w * COUNT + i]);
+    meet();
 }
+template <class Meet> __device__ inline unsigned block_max(unsigned v, unsigned* scratch, Meet meet) {
+    unsigned alone[1] = {v};
+    block_max(alone, scratch, meet);
+    return alone[0];
+}
+struct SyncThreads {
+    __device__ void operator()() const { __syncthreads(); }
+};
+__device__ inline unsigned block_max(unsigned v, unsigned* scratch) { return block_max(v, scratch, SyncThreads()); }
 
-__device__ inline int smallest_exponent(const int* exponents, int count, unsigned* scratch) {
+template <class Meet = SyncThreads>
+__device__ inline int smallest_exponent(const int* exponents, int count, unsigned* scratch, Meet meet = Meet()) {
     unsigned largest = 0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) largest = max(largest, (unsigned)(126 - exponents[i]));
-    return 126 - (int)block_max(largest, scratch);
+    return 126 - (int)block_max(largest, scratch, meet);
 }
 """,
     "fp16_tiles.cu": r"""#include "common.cuh"
@@ -4025,6 +4138,10 @@ __device__ constexpr int passes_of(int windows) {
     return LARGER >= windows ? 1 : (windows - LARGER + PASS_WINDOWS - 1) / PASS_WINDOWS;
 }
 
+__device__ constexpr bool has_last_tiles(int left, bool last) {
+    return LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N : LAST_TILES > TILES && last && left > PASS_WINDOWS;
+}
+
 struct Unit {
     i64 image;
     int number, first_window, end_window, passes, first_row, end_row;
@@ -4088,6 +4205,7 @@ template <int STEP_BYTES, int STEPS> struct WeightRing {
 };
 
 __device__ inline bool agreed(bool condition) { return __all_sync(0xFFFFFFFFu, condition); }
+__device__ inline int same_in_warp(int v) { return __shfl_sync(0xFFFFFFFFu, v, 0); }
 
 #if WGMMA
 #include "conv_wgmma.cuh"
@@ -4106,8 +4224,7 @@ template <class Epilogue>
 __device__ __forceinline__ void multiply_passes(const Unit& unit, MainLoop& loop, int exponent, Epilogue& epilogue) {
     for (int turn = 0; agreed(turn < unit.passes); turn++) {
         int start = unit.first_window + turn * PASS_WINDOWS, left = unit.end_window - start;
-        bool last = LAST_TILES < TILES ? left <= 4 * LAST_TILES * WARPS_N
-                                       : LAST_TILES > TILES && turn == unit.passes - 1 && left > PASS_WINDOWS;
+        bool last = has_last_tiles(left, turn == unit.passes - 1);
         int tiles = last ? LAST_TILES : TILES, first_window = start + loop.warp_n * (tiles * 4);
         Sums sums = {};
         if (last) loop.turn<LAST_TILES>(sums, turn, first_window);
@@ -4201,11 +4318,6 @@ template <int REGISTERS> __device__ __forceinline__ void more_registers() {
 #if !defined(CUPY_KERNELS_EMULATOR) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 #endif
-}
-
-__device__ inline void warp_arrive(MBarrier& barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
 }
 """,
     "mma.cuh": r"""#pragma once
@@ -4355,17 +4467,18 @@ extern "C" __global__ void pack_weight_fp16(
             int from = FLIP ? (m * IN_CHANNELS + k) * TAPS + TAPS - 1 - tap : (k * OUT_CHANNELS + m) * TAPS + tap;
             v[j] = m < OUT_CHANNELS && k < IN_CHANNELS ? multiply_unflushed(to_acc(w[from]), scale) : 0;
         }
+        enum { OCTETS = CHUNK_CHANNELS / 8 };
+        int chunk = group / OCTETS;
         if (WGMMA) {
-            int chunk = group / 8, steps = min(8, GROUPS_K - chunk * 8) / 4;
-            i64 step = ((i64)(m / TILE_M) * (GROUPS_K / 4) + chunk * 2) * TAPS + tap * steps + group / 4 % 2;
+            int steps = min((int)OCTETS, GROUPS_K - chunk * OCTETS) / 4;
+            i64 step = ((i64)(m / TILE_M) * GROUPS_K + chunk * OCTETS) / 4 * TAPS + tap * steps + group % OCTETS / 4;
             #pragma unroll
             for (int part = 0; part < SPLIT; part++)
                 ((uint4*)packed)[((step * SPLIT + part) * 4 + group % 4) * TILE_M + m % TILE_M] = take_halves(v, part);
             continue;
         }
-        int chunk = group / (CHUNK_CHANNELS / 8);
         u8* stage = (u8*)packed + (((i64)(m / TILE_M) * CHUNKS + chunk) * TAPS + tap) * STAGE_BYTES;
-        store_line(stage, m % TILE_M, group % (CHUNK_CHANNELS / 8), v, m & 7);
+        store_line(stage, m % TILE_M, group % OCTETS, v, m & 7);
     }
 }
 """,
@@ -4775,15 +4888,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     dy_exponents[c] = bound.exponent(scale);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packed(
+extern "C" __global__ void __launch_bounds__(THREADS, 4) conv_output_gradient_packed(
     const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
     const int* __restrict__ dy_exponents, half_t* __restrict__ packed, float* __restrict__ borders, float count,
     i64 images, int together) {
     enum { OCTETS = CHUNK_CHANNELS / 8 };
-    static_assert(
-        TILE * OCTETS == THREADS && (TILES - 1) * TILE < WINDOWS && WINDOWS <= TILES * TILE, "tiles of all windows");
+    static_assert(TILE * OCTETS == THREADS, "a thread computes eight channels of a window");
     static_assert(BORDER_BLOCKS * (THREADS / 128) == OUT_CHANNELS, "128 threads sum up a channel's borders");
     struct __align__(16) Channel {
         OutputGradient gradient;
@@ -4791,86 +4903,98 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packe
     };
     __shared__ __align__(16) u8 corners[4][TILE * LINE_BYTES];
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
-    __shared__ float totals[THREADS / 32][TAPS];
-    __shared__ unsigned scratch[32];
-    int blocks = together * CHUNKS * TILES, all = blocks + (borders ? BORDER_BLOCKS : 0), share = blockIdx.x / all,
-        block = blockIdx.x % all;
-    i64 image = (i64)share * together;
-    if (block >= blocks) {
-        int c = (block - blocks) * 2 + threadIdx.x / 128;
+    static_assert(sizeof(corners) >= THREADS / 128 * sizeof(BorderSums), "each block needs only one of both");
+    int runs = (together * WINDOWS + TILES * TILE - 1) / (TILES * TILE), of_borders = borders ? BORDER_BLOCKS : 0,
+        all = of_borders + runs * CHUNKS, share = blockIdx.x / all, block = blockIdx.x % all - of_borders,
+        lane = threadIdx.x % 32;
+    i64 first = (i64)share * together, end = min(first + together, images);
+    auto least_exponent = [&] {
+        int least = 126;
+        #pragma unroll
+        for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
+        return -warp_max(-least);
+    };
+    if (block < 0) {
+        int c = (block + of_borders) * 2 + threadIdx.x / 128;
         OutputGradient gradient(mean, invstd, weight, sums, c);
-        gradient.finish(count, smallest_exponent(dy_exponents, OUT_CHANNELS, scratch));
-        i64 end = min(image + together, images);
+        gradient.finish(count, least_exponent());
+        BorderSums& sums_of_borders = ((BorderSums*)corners)[threadIdx.x / 128];
         float* to = borders + (i64)share * TAPS * OUT_CHANNELS;
-        sum_borders(g, argmax, saved, exponents, unit_exponents, gradient, c, image, end, totals, to);
+        sum_borders(g, argmax, saved, exponents, unit_exponents, gradient, c, first, end, sums_of_borders, to);
         return;
     }
-    int tile = block % TILES, chunk = block / TILES % CHUNKS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    image += block / (TILES * CHUNKS);
-    if (image >= images) return;
-    int place = warp / OCTETS * 32 + lane, octet = warp % OCTETS, c = chunk * CHUNK_CHANNELS + octet * 8;
-    int at = min(tile * TILE + place, WINDOWS - 1);
+    int chunk = block / runs, start = block % runs * (TILES * TILE), windows = (int)(end - first) * WINDOWS;
+    windows = min(windows, start + TILES * TILE);
+    if (start >= windows) return;
+    int warp = threadIdx.x / 32, place = warp / OCTETS * 32 + lane, octet = warp % OCTETS,
+        c = chunk * CHUNK_CHANNELS + octet * 8;
     bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
-
-    Kept kept[8] = {};
-    float chosen[8];
-    Window window(at);
-    int tap[8], exponent = kept_exponent(unit_exponents, image, window);
-    if (real) {
-        i64 plane = image * OUT_CHANNELS + c;
+    struct {
+        Kept kept[8] = {};
+        float chosen[8];
+        int tap[8], exponent;
+    } of;
+    auto load = [&](int start) {
+        int at = min(start + place, windows - 1);
+        i64 image = first + at / WINDOWS, plane = image * OUT_CHANNELS + c;
+        Window window(at % WINDOWS);
+        of.exponent = kept_exponent(unit_exponents, image, window);
+        if (!real) return;
         const Kept* from = (const Kept*)saved + plane * PLANE_STRIDE + window.saved;
         if (sums)
             #pragma unroll
-            for (int j = 0; j < 8; j++) kept[j] = from[j * PLANE_STRIDE];
+            for (int j = 0; j < 8; j++) of.kept[j] = from[j * PLANE_STRIDE];
         const float* g_from = g + plane * PLANE + max(window.pooled, 0);
         const u8* argmax_from = argmax + plane * PLANE_STRIDE + window.argmax;
         #pragma unroll
-        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = argmax_from[j * PLANE_STRIDE];
+        for (int j = 0; j < 8; j++) of.chosen[j] = g_from[j * PLANE], of.tap[j] = argmax_from[j * PLANE_STRIDE];
         if (window.pooled < 0)
             #pragma unroll
-            for (int j = 0; j < 8; j++) tap[j] = -1;
-    }
-    int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1), least = 126;
+            for (int j = 0; j < 8; j++) of.tap[j] = -1;
+    };
+    load(start);
+    int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1);
     Channel channel = {OutputGradient(mean, invstd, weight, sums, own), SPLIT == 1 ? exponents[own] : 0};
     channel.exponent += channel.gradient.exponent;
-    #pragma unroll
-    for (int i = 0; i < OUT_CHANNELS; i += 32) least = min(least, dy_exponents[min(i + lane, OUT_CHANNELS - 1)]);
-    least = -warp_max(-least);
+    int least = least_exponent();
     if (threadIdx.x < CHUNK_CHANNELS) {
         channel.gradient.finish(count, least);
         ((Channel*)channels)[threadIdx.x] = channel;
     }
-    __syncthreads();
-
-    float v[4][8] = {};
-    if (real)
-        #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            channel = ((const Channel*)channels)[octet * 8 + j];
-            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]),
-                  window[4];
-            unpack(kept[j], window);
+    #pragma unroll 1
+    for (; start < windows; start += TILE) {
+        __syncthreads();
+        float v[4][8] = {};
+        if (real)
             #pragma unroll
-            for (int corner = 0; corner < 4; corner++)
-                v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == tap[j] ? add : 0);
-        }
-    #pragma unroll
-    for (int corner = 0; corner < 4; corner++) store_line(corners[corner], place, octet, v[corner], place & 7);
-    __syncthreads();
-
-    uint4* to = (uint4*)packed + (image * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
-    int right = threadIdx.x / 8 % 2;
-    #pragma unroll
-    for (int i = 0; i < TILE; i += 16) {
-        int w = i + threadIdx.x / 16;
-        Window window(tile * TILE + w);
-        int column = window.column * 2 + right;
+            for (int j = 0; j < 8; j++) {
+                channel = ((const Channel*)channels)[octet * 8 + j];
+                float restore = restoring(channel.exponent + of.exponent),
+                      add = channel.gradient.of_chosen(of.chosen[j]), window[4];
+                unpack(of.kept[j], window);
+                #pragma unroll
+                for (int corner = 0; corner < 4; corner++)
+                    v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == of.tap[j] ? add : 0);
+            }
         #pragma unroll
-        for (int lower = 0; lower < 2; lower++) {
-            int h = window.row * 2 + lower;
-            if (h < OUT_H && column < OUT_W)
-                to[(h * OUT_W + column) * 8] =
-                    *(const uint4*)(corners[lower * 2 + right] + line_offset(w, threadIdx.x % 8));
+        for (int corner = 0; corner < 4; corner++) store_line(corners[corner], place, octet, v[corner], place & 7);
+        load(start + TILE);
+        __syncthreads();
+        int right = threadIdx.x / 8 % 2;
+        #pragma unroll
+        for (int i = 0; i < TILE; i += 16) {
+            int w = i + threadIdx.x / 16, at = start + w;
+            Window window(at % WINDOWS);
+            int column = window.column * 2 + right;
+            uint4* to =
+                (uint4*)packed + ((first + at / WINDOWS) * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
+            #pragma unroll
+            for (int lower = 0; lower < 2; lower++) {
+                int h = window.row * 2 + lower;
+                if (at < windows && h < OUT_H && column < OUT_W)
+                    to[(h * OUT_W + column) * 8] =
+                        *(const uint4*)(corners[lower * 2 + right] + line_offset(w, threadIdx.x % 8));
+            }
         }
     }
 }
