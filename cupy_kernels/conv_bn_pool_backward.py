@@ -203,7 +203,7 @@ def conv_output_gradient_packed(
     together = _images_together(images)
     macros = _backward_macros(plan, **tail)
     sizes = dict(macros)
-    blocks = dy.shape[1] * ceil_div(together * windows_of(sizes), sizes["TILES"] * sizes["TILE"])
+    blocks = dy.shape[1] * ceil_div(together * windows_of(sizes), sizes["TILE"])
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
     launch(
         Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", macros),

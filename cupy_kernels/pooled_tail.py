@@ -93,10 +93,8 @@ def backward_defines(macros):
     saved = ("saved_t", saved_type(split))
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
     # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
-    tile = THREADS * 8 // chunk_channels(split)
     blocks = {
-        "TILE": tile,
-        "TILES": 128 // tile,
+        "TILE": THREADS * 8 // chunk_channels(split),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
     }
     return (saved, *packing_macros(split).items(), *convolution, *blocks.items())

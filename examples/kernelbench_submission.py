@@ -1040,10 +1040,8 @@ def backward_defines(macros):
     saved = ("saved_t", saved_type(split))
     convolution = ((name, macros[name]) for name in ("KERNEL_H", "KERNEL_W", "PAD_H", "PAD_W"))
     # Of conv_output_gradient_packed: a thread has 8 channels of a window; 128 threads sum up a channel's borders.
-    tile = THREADS * 8 // chunk_channels(split)
     blocks = {
-        "TILE": tile,
-        "TILES": 128 // tile,
+        "TILE": THREADS * 8 // chunk_channels(split),
         "BORDER_BLOCKS": macros["OUT_CHANNELS"] * 128 // THREADS,
     }
     return (saved, *packing_macros(split).items(), *convolution, *blocks.items())
@@ -1576,7 +1574,7 @@ def conv_output_gradient_packed(
     together = _images_together(images)
     macros = _backward_macros(plan, **tail)
     sizes = dict(macros)
-    blocks = dy.shape[1] * ceil_div(together * windows_of(sizes), sizes["TILES"] * sizes["TILE"])
+    blocks = dy.shape[1] * ceil_div(together * windows_of(sizes), sizes["TILE"])
     blocks += 0 if borders is None else sizes["BORDER_BLOCKS"]
     launch(
         Kernel("pooled_tail_backward.cu", "conv_output_gradient_packed", macros),
@@ -4888,7 +4886,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) pooled_parameter_gradients
     dy_exponents[c] = bound.exponent(scale);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4) conv_output_gradient_packed(
+extern "C" __global__ void __launch_bounds__(THREADS) conv_output_gradient_packed(
     const float* __restrict__ g, const u8* __restrict__ argmax, const saved_t* __restrict__ saved,
     const int* __restrict__ exponents, const int* __restrict__ unit_exponents, const float* __restrict__ mean,
     const float* __restrict__ invstd, const param_t* __restrict__ weight, const float* __restrict__ sums,
@@ -4904,8 +4902,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) conv_output_gradient_pa
     __shared__ __align__(16) u8 corners[4][TILE * LINE_BYTES];
     __shared__ __align__(16) u8 channels[CHUNK_CHANNELS * sizeof(Channel)];
     static_assert(sizeof(corners) >= THREADS / 128 * sizeof(BorderSums), "each block needs only one of both");
-    int runs = (together * WINDOWS + TILES * TILE - 1) / (TILES * TILE), of_borders = borders ? BORDER_BLOCKS : 0,
-        all = of_borders + runs * CHUNKS, share = blockIdx.x / all, block = blockIdx.x % all - of_borders,
+    int tiles = (together * WINDOWS + TILE - 1) / TILE, of_borders = borders ? BORDER_BLOCKS : 0,
+        all = of_borders + tiles * CHUNKS, share = blockIdx.x / all, block = blockIdx.x % all - of_borders,
         lane = threadIdx.x % 32;
     i64 first = (i64)share * together, end = min(first + together, images);
     auto least_exponent = [&] {
@@ -4923,36 +4921,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) conv_output_gradient_pa
         sum_borders(g, argmax, saved, exponents, unit_exponents, gradient, c, first, end, sums_of_borders, to);
         return;
     }
-    int chunk = block / runs, start = block % runs * (TILES * TILE), windows = (int)(end - first) * WINDOWS;
-    windows = min(windows, start + TILES * TILE);
+    int start = block % tiles * TILE, windows = (int)(end - first) * WINDOWS, chunk = block / tiles;
     if (start >= windows) return;
     int warp = threadIdx.x / 32, place = warp / OCTETS * 32 + lane, octet = warp % OCTETS,
         c = chunk * CHUNK_CHANNELS + octet * 8;
+    int at = min(start + place, windows - 1);
+    i64 image = first + at / WINDOWS;
     bool real = OUT_CHANNELS % CHUNK_CHANNELS == 0 || c < OUT_CHANNELS;
-    struct {
-        Kept kept[8] = {};
-        float chosen[8];
-        int tap[8], exponent;
-    } of;
-    auto load = [&](int start) {
-        int at = min(start + place, windows - 1);
-        i64 image = first + at / WINDOWS, plane = image * OUT_CHANNELS + c;
-        Window window(at % WINDOWS);
-        of.exponent = kept_exponent(unit_exponents, image, window);
-        if (!real) return;
+
+    Kept kept[8] = {};
+    float chosen[8];
+    Window window(at % WINDOWS);
+    int tap[8], exponent = kept_exponent(unit_exponents, image, window);
+    if (real) {
+        i64 plane = image * OUT_CHANNELS + c;
         const Kept* from = (const Kept*)saved + plane * PLANE_STRIDE + window.saved;
         if (sums)
             #pragma unroll
-            for (int j = 0; j < 8; j++) of.kept[j] = from[j * PLANE_STRIDE];
+            for (int j = 0; j < 8; j++) kept[j] = from[j * PLANE_STRIDE];
         const float* g_from = g + plane * PLANE + max(window.pooled, 0);
         const u8* argmax_from = argmax + plane * PLANE_STRIDE + window.argmax;
         #pragma unroll
-        for (int j = 0; j < 8; j++) of.chosen[j] = g_from[j * PLANE], of.tap[j] = argmax_from[j * PLANE_STRIDE];
+        for (int j = 0; j < 8; j++) chosen[j] = g_from[j * PLANE], tap[j] = argmax_from[j * PLANE_STRIDE];
         if (window.pooled < 0)
             #pragma unroll
-            for (int j = 0; j < 8; j++) of.tap[j] = -1;
-    };
-    load(start);
+            for (int j = 0; j < 8; j++) tap[j] = -1;
+    }
     int own = min(chunk * CHUNK_CHANNELS + (int)threadIdx.x % CHUNK_CHANNELS, OUT_CHANNELS - 1);
     Channel channel = {OutputGradient(mean, invstd, weight, sums, own), SPLIT == 1 ? exponents[own] : 0};
     channel.exponent += channel.gradient.exponent;
@@ -4961,40 +4955,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) conv_output_gradient_pa
         channel.gradient.finish(count, least);
         ((Channel*)channels)[threadIdx.x] = channel;
     }
-    #pragma unroll 1
-    for (; start < windows; start += TILE) {
-        __syncthreads();
-        float v[4][8] = {};
-        if (real)
-            #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                channel = ((const Channel*)channels)[octet * 8 + j];
-                float restore = restoring(channel.exponent + of.exponent),
-                      add = channel.gradient.of_chosen(of.chosen[j]), window[4];
-                unpack(of.kept[j], window);
-                #pragma unroll
-                for (int corner = 0; corner < 4; corner++)
-                    v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == of.tap[j] ? add : 0);
-            }
+    __syncthreads();
+
+    float v[4][8] = {};
+    if (real)
         #pragma unroll
-        for (int corner = 0; corner < 4; corner++) store_line(corners[corner], place, octet, v[corner], place & 7);
-        load(start + TILE);
-        __syncthreads();
-        int right = threadIdx.x / 8 % 2;
-        #pragma unroll
-        for (int i = 0; i < TILE; i += 16) {
-            int w = i + threadIdx.x / 16, at = start + w;
-            Window window(at % WINDOWS);
-            int column = window.column * 2 + right;
-            uint4* to =
-                (uint4*)packed + ((first + at / WINDOWS) * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
+        for (int j = 0; j < 8; j++) {
+            channel = ((const Channel*)channels)[octet * 8 + j];
+            float restore = restoring(channel.exponent + exponent), add = channel.gradient.of_chosen(chosen[j]),
+                  window[4];
+            unpack(kept[j], window);
             #pragma unroll
-            for (int lower = 0; lower < 2; lower++) {
-                int h = window.row * 2 + lower;
-                if (at < windows && h < OUT_H && column < OUT_W)
-                    to[(h * OUT_W + column) * 8] =
-                        *(const uint4*)(corners[lower * 2 + right] + line_offset(w, threadIdx.x % 8));
-            }
+            for (int corner = 0; corner < 4; corner++)
+                v[corner][j] = channel.gradient.of(window[corner], restore) + (corner == tap[j] ? add : 0);
+        }
+    #pragma unroll
+    for (int corner = 0; corner < 4; corner++) store_line(corners[corner], place, octet, v[corner], place & 7);
+    __syncthreads();
+
+    int right = threadIdx.x / 8 % 2;
+    #pragma unroll
+    for (int i = 0; i < TILE; i += 16) {
+        int w = i + threadIdx.x / 16, at = start + w;
+        Window window(at % WINDOWS);
+        int column = window.column * 2 + right;
+        uint4* to = (uint4*)packed + ((first + at / WINDOWS) * CHUNKS + chunk) * (OUT_H * OUT_W * 8) + threadIdx.x % 8;
+        #pragma unroll
+        for (int lower = 0; lower < 2; lower++) {
+            int h = window.row * 2 + lower;
+            if (at < windows && h < OUT_H && column < OUT_W)
+                to[(h * OUT_W + column) * 8] =
+                    *(const uint4*)(corners[lower * 2 + right] + line_offset(w, threadIdx.x % 8));
         }
     }
 }

@@ -66,8 +66,8 @@ __device__ inline void gradients_of(
         dy[corner] = gradient.of(dy[corner], restore) + (corner == tap ? add : 0);
 }
 
-// The convolution's input, and the rows and columns of its output that have no partner in it for some tap: the first and
-// the last MOST of LENGTH. They are numbered without those between them, of which there are INSIDE.
+// The convolution's input, and the rows and columns of its output that have no partner in it for some tap: the first
+// and the last MOST of LENGTH. They are numbered without those between them, of which there are INSIDE.
 #define IN_H (OUT_H - KERNEL_H + 1 + 2 * PAD_H)
 #define IN_W (OUT_W - KERNEL_W + 1 + 2 * PAD_W)
 #define TAPS (KERNEL_H * KERNEL_W)

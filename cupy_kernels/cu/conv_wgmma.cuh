@@ -1,7 +1,7 @@
 // The convolution of implicit_gemm.cuh by wgmma (sm_90a), which reads both operands from shared memory on its own.
 //
-// The band lies in shared memory as fp16, in parts of 8 channels, or of their residuals, ALONG bytes apart: the parts of
-// a packed line (fp16_tiles.cuh), chunk after chunk. In a part, the even rows of x come before the odd ones, rows
+// The band lies in shared memory as fp16, in parts of 8 channels, or of their residuals, ALONG bytes apart: the parts
+// of a packed line (fp16_tiles.cuh), chunk after chunk. In a part, the even rows of x come before the odd ones, rows
 // outside the image are zeros. Between two rows lie PITCH - IN_W zeros, right border of one and left border of the
 // next; rows of y fit in a pitch, too:
 //
