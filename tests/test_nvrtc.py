@@ -35,9 +35,9 @@ MEASURED = "11.8"  # Others allocate registers otherwise: with them, what runs b
 # slower when both were measured: 2.42 ms for 2.23, now 1.97 (benchmarks/history.md).
 SPILLS = {("conv_bn_pool", 2, False): 84, ("conv_transpose_mma", 2, False): 56}
 # By wgmma, threads that copy have 72 registers and those that multiply 216. What goes to local memory is read once a
-# pass, not in the loops over taps (by the SASS of the fp32 class); the kernels became faster with it.
-SPILLS |= {("conv_bn_pool", 1, True): 60, ("conv_bn_pool", 2, True): 116}
-SPILLS |= {("conv_transpose_mma", 1, True): 40, ("conv_transpose_mma", 2, True): 16}
+# pass or chunk, not in the loops over taps (by the SASS of the fp32 class); the kernels became faster with it.
+SPILLS |= {("conv_bn_pool", 1, True): 60, ("conv_bn_pool", 2, True): 232}
+SPILLS |= {("conv_transpose_mma", 1, True): 40, ("conv_transpose_mma", 2, True): 280}
 SPILLS[("depthwise_gather", None, False)] = SPILLS[("channel_sum_partials", None, False)] = 16  # of double, on sm_70
 # Of 16 bits, on GPUs older than sm_90 most of it.
 SPILLS |= {("batch_norm_resident_backward", None, False): 480, ("batch_norm_resident_forward", None, False): 96}
