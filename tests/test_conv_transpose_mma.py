@@ -304,6 +304,7 @@ def test_few_images_fill_the_gpu(images, rows):
         (63, 2, True, False, 1),
         (64, 2, True, False, 0),
         (512, 2, True, False, 0),
+        (64, 2, True, True, 1),
         (512, 2, True, True, 1),
         (512, 1, True, False, 1),
         (512, 2, False, False, 1),
